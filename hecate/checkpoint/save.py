@@ -1,0 +1,144 @@
+"""Saving: every rank writes its shard into a staging folder, then one rank commits the folder with a single rename.
+
+Order of a save, by the caller: all ranks `write_shard`; a barrier; one rank `commit`; a barrier. If any rank fails
+before the rename, one rank calls `discard` once all have stopped writing. A reader never sees a folder named
+`checkpoint-{step}` that is not whole, wherever the process dies.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hecate.checkpoint.errors import CheckpointError
+from hecate.checkpoint.files import delete_files, read_small, sync_folder, write_durable
+from hecate.checkpoint.layout import TensorEntry, file_size, shard_file, shard_sidecar
+from hecate.checkpoint.manifest import (
+    COMMIT,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MAX_WORLD_SIZE,
+    Manifest,
+    commit_line,
+    entry_value,
+    manifest_value,
+    parse_entries,
+    step_of,
+)
+from hecate.checkpoint.shard import write_safetensors
+from hecate.checkpoint.strict_json import JsonError, dump_json, parse_json
+
+_NONCE = re.compile(r"[0-9A-Za-z]{1,64}")
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands once it is committed."""
+    return root / f"checkpoint-{step}"
+
+
+def staging_folder(root: Path, step: int, nonce: str) -> Path:
+    """Where a save of `step` is written until it is committed.
+
+    `nonce`: letters and digits, the same on all ranks, another one for each attempt.
+    """
+    assert _NONCE.fullmatch(nonce), nonce
+    return root / f"checkpoint-{step}.tmp-{nonce}"
+
+
+def write_shard(staging: Path, rank: int, world_size: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write this rank's tensors, and a small JSON file that tells the committing rank their digests.
+
+    Both are on disk when it returns. Every rank calls it, with no tensors if it owns none; a name may come from one
+    rank only. The folder is made if it is not there. Raises CheckpointError if the disk is full or fails; this rank's
+    files are then removed, and the folder too if nothing else is in it.
+    """
+    assert 0 <= rank < world_size <= MAX_WORLD_SIZE, (rank, world_size)
+    shard, sidecar = staging / shard_file(rank, world_size), staging / shard_sidecar(rank, world_size)
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        entries = write_safetensors(shard, tensors)
+        write_durable(sidecar, [dump_json({name: entry_value(entry) for name, entry in entries.items()})])
+    except FileExistsError as error:
+        raise CheckpointError(f"{error.filename}: exists already; each save needs a nonce of its own") from error
+    except OSError as error:
+        for path in (shard, sidecar):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        with contextlib.suppress(OSError):
+            os.rmdir(staging)
+        raise _failed(staging, error) from error
+
+
+def commit(staging: Path, final: Path, meta: Any, world_size: int) -> None:
+    """Turn the shards in `staging` into the checkpoint `final` (see `checkpoint_folder`), beside it. One rank calls it.
+
+    All ranks' `write_shard` must have returned. `meta` is any JSON value; read back it is equal. When it returns, the
+    checkpoint survives a power cut. Raises CheckpointError if `final` exists, a rank's shard is missing or of another
+    size than it said, two ranks wrote one name, or the disk fails; `staging` is then removed if that is possible, and
+    older checkpoints are as they were.
+    """
+    step = step_of(final.name)
+    assert step is not None, final
+    assert staging.parent == final.parent, (staging, final)
+    assert staging.name.startswith(f"{final.name}.tmp-"), (staging, final)
+    try:
+        if os.path.lexists(final):
+            raise CheckpointError(f"{final}: exists already; a checkpoint is never written over. Remove it or save another step")
+        manifest = Manifest(step, world_size, _gather_entries(staging, world_size), meta)
+        data = dump_json(manifest_value(manifest))
+        write_durable(staging / MANIFEST, [data])
+        write_durable(staging / COMMIT, [commit_line(data)])
+        for rank in range(world_size):
+            os.unlink(staging / shard_sidecar(rank, world_size))
+        sync_folder(staging)
+        try:
+            os.rename(staging, final)
+        except OSError:
+            if os.path.lexists(final):
+                raise CheckpointError(f"{final}: another process has just written it; this save is dropped") from None
+            raise
+        sync_folder(final.parent)
+    except CheckpointError:
+        discard(staging)
+        raise
+    except OSError as error:
+        discard(staging)
+        raise _failed(staging, error) from error
+
+
+def discard(staging: Path) -> None:
+    """Remove a staging folder as far as the disk lets us; `remove_stale_staging` takes what is left."""
+    with contextlib.suppress(OSError):
+        delete_files(staging)
+
+
+def _gather_entries(staging: Path, world_size: int) -> dict[str, TensorEntry]:
+    """The entries of all ranks' sidecars, checked against the files; CheckpointError for any missing or given twice."""
+    tensors: dict[str, TensorEntry] = {}
+    for rank in range(world_size):
+        file, sidecar = shard_file(rank, world_size), shard_sidecar(rank, world_size)
+        try:
+            entries = parse_entries(parse_json(read_small(staging, sidecar, MAX_MANIFEST_BYTES)))
+        except JsonError as error:
+            raise CheckpointError(f"{staging / sidecar}: {error}") from error
+        for name, entry in entries.items():
+            if name in tensors:
+                raise CheckpointError(f"{staging}: both {tensors[name].file} and {file} hold tensor {name}")
+            if entry.file != file:
+                raise CheckpointError(f"{staging / sidecar}: tensor {name} is said to be in {entry.file!r}")
+        size = os.stat(staging / file).st_size
+        if size != file_size(entries):
+            raise CheckpointError(f"{staging / file}: {size} bytes, rank {rank} wrote {file_size(entries)}")
+        tensors |= entries
+    return tensors
+
+
+def _failed(staging: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot save {staging.name.partition('.')[0]}: {error.strerror} ({error.filename or staging}).\n"
+        f"Older checkpoints in {staging.parent} are untouched. Free space there, or set output_dir to another disk."
+    )

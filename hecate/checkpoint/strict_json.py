@@ -1,0 +1,47 @@
+"""JSON that either says exactly one thing or is refused."""
+
+import json
+import math
+from typing import Any
+
+from hecate.errors import UserError
+
+
+class JsonError(UserError):
+    """Not strict JSON: bad UTF-8 or syntax, NaN, a name given twice, nested too deep, a number too long."""
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of `data`. Refuses (JsonError) what `json.loads` lets through: duplicate names and NaN or Infinity."""
+    try:
+        text = data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError:
+        raise JsonError("not sound JSON: nested too deep") from None
+    except ValueError as error:
+        raise JsonError(f"not sound JSON: {error}") from error
+
+
+def dump_json(value: Any) -> bytes:
+    """`value` as indented ASCII JSON. Refuses what would not come back equal: tuples, names that are not text, NaN."""
+    data = json.dumps(value, indent=1, allow_nan=False).encode("ascii") + b"\n"
+    assert json.loads(data) == value, "a value that JSON would change: tuples must be lists, names must be text"
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in result if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:100]!r} is given twice")
+    return result
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
+
+
+def _refuse(text: str) -> Any:
+    raise ValueError(f"{text[:100]} is not a finite number")

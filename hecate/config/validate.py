@@ -1,0 +1,200 @@
+"""Ranges, rules between keys, and the files that a configuration names. Types are settled before (`typed.py`)."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hecate.config.model_path import find_model
+from hecate.config.problems import shorten
+from hecate.errors import UserError
+
+MAX_INT = 2**31 - 1
+SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
+Add = Callable[[str, str, str], None]
+"""Notes a problem: key, what is wrong, hint."""
+
+
+@dataclass(frozen=True)
+class Range:
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        low = f"{'>' if self.low_open else '>='} {self.low:g}"
+        return low if self.high == math.inf else f"{low} and {'<' if self.high_open else '<='} {self.high:.10g}"
+
+
+_COUNT = Range(1, MAX_INT)
+_POSITIVE = Range(0, low_open=True)
+RANGES: dict[str, Range] = {
+    "model.num_hidden_layers": _COUNT,
+    "data.seq_len": Range(2, MAX_INT),
+    "seed": Range(0, MAX_INT),
+    "max_steps": _COUNT,
+    "micro_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "learning_rate": _POSITIVE,
+    "warmup_ratio": Range(0, 1),
+    "weight_decay": Range(0),
+    "max_grad_norm": _POSITIVE,
+    "logging_steps": _COUNT,
+    "eval_steps": _COUNT,
+    "save_steps": _COUNT,
+    "save_total_limit": _COUNT,
+    "lora.r": _COUNT,
+    "lora.alpha": _POSITIVE,
+    "lora.dropout": Range(0, 1, high_open=True),
+    "moe.top_k": _COUNT,
+    "moe.router_aux_loss_coef": Range(0),
+    "fssdp.load_window": _COUNT,
+    "fssdp.memory_slots": Range(0, MAX_INT),
+    "nproc": _COUNT,
+    "eval.max_samples": _COUNT,
+    "eval.max_new_tokens": _COUNT,
+    "eval.batch_size": _COUNT,
+}
+
+
+def check_values(values: Mapping[str, Any], add: Add) -> None:
+    """Note everything wrong with `values` (dotted key to typed value). A key that is absent has a problem already: what
+    depends on it is not checked."""
+    for key, allowed in RANGES.items():
+        value = values.get(key)
+        if value is not None and value not in allowed:
+            add(key, f"must be {allowed}, got {value}", "")
+    _check_experts(values, add)
+    _check_evaluation(values, add)
+    _check_sources("data.train", values, add)
+    _check_sources("data.eval", values, add)
+    _check_target_modules(values, add)
+    if values.get("data.packing") and 2 <= values.get("data.seq_len", 8) < 8:
+        add(
+            "data.seq_len",
+            f"must be >= 8 with data.packing, got {values['data.seq_len']}",
+            "or set data.packing to false",
+        )
+    if "model.name_or_path" in values:
+        try:
+            find_model(values["model.name_or_path"])
+        except UserError as error:
+            what, _, hint = str(error).partition("\n")
+            add("model.name_or_path", what, hint)
+    _check_topology(values, add)
+    _check_output_dir(values, add)
+
+
+def _check_experts(values: Mapping[str, Any], add: Add) -> None:
+    experts = values.get("moe.num_experts")
+    if experts is None:
+        return
+    if isinstance(experts, int):
+        counts = (experts,)
+        if experts not in _COUNT:
+            add("moe.num_experts", f"must be {_COUNT}, got {experts}", "")
+    else:
+        counts = experts
+        for i, count in enumerate(experts):
+            if count not in Range(0, MAX_INT):
+                add(
+                    f"moe.num_experts[{i}]",
+                    f"must be {Range(0, MAX_INT)}, got {count}",
+                    "0 keeps the layer's plain FFN",
+                )
+        if not any(experts):
+            add("moe.num_experts", "must give experts to at least one layer", "")
+        layers = values.get("model.num_hidden_layers")
+        if layers is not None and layers != len(experts):
+            what = f"lists {len(experts)} layers, but model.num_hidden_layers is {layers}"
+            add("moe.num_experts", what, f"give one number for all layers, or {layers} of them")
+    top_k, fewest = values.get("moe.top_k"), min((count for count in counts if count > 0), default=0)
+    if top_k is not None and 0 < fewest < top_k:
+        add("moe.top_k", f"must be from 1 to {fewest}, the fewest experts of a layer (moe.num_experts), got {top_k}", "")
+
+
+def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:
+    if values.get("data.eval", True):
+        return
+    if values.get("eval.generate"):
+        add("eval.generate", "needs data.eval, which is empty", "name evaluation data, or set it to false")
+    if values.get("eval_steps") is not None:
+        add("eval_steps", "needs data.eval, which is empty", "name evaluation data, or set it to null")
+
+
+def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
+    sources = values.get(key, ())
+    if key in values and key == "data.train" and not sources:
+        add(key, "must name at least one source", "")
+    first_of: dict[str, int] = {}
+    for i, source in enumerate(sources):
+        at = f"{key}[{i}]"
+        if not os.path.exists(source.path):
+            hint = "~ is not expanded here" if source.path.startswith("~") else "relative paths start from the working directory"
+            add(f"{at}.path", f"no such file or folder: {shorten(source.path)}", hint)
+        if source.weight not in _POSITIVE:
+            add(f"{at}.weight", f"must be {_POSITIVE}, got {source.weight}", "leave the source out to give it no weight")
+        if not SLUG.fullmatch(source.name):
+            what = f"must be 1 to 64 of A-Z a-z 0-9 . _ -, got {shorten(source.name)}"
+            add(f"{at}.name", what, "give the source a name: {path: ..., name: ...}")
+        elif source.name in first_of:
+            what = f"{source.name} is already the name of {key}[{first_of[source.name]}]"
+            add(f"{at}.name", what, "give each source its own name: {path: ..., name: ...}")
+        first_of.setdefault(source.name, i)
+
+
+def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
+    key = "lora.target_modules"
+    modules = values.get(key)
+    if modules is None:
+        return
+    if not modules:
+        add(key, "must name at least one module", "the usual ones are q_proj, v_proj, gate_proj, up_proj, down_proj")
+    for i, module in enumerate(modules):
+        if module in modules[:i]:
+            add(f"{key}[{i}]", f"{shorten(module)} is listed twice", "keep one of the two")
+        elif not re.fullmatch(r"[A-Za-z0-9_.]+", module):
+            add(f"{key}[{i}]", f"must be a module's name, got {shorten(module)}", "patterns are not read here")
+
+
+def _check_topology(values: Mapping[str, Any], add: Add) -> None:
+    topology = values.get("topology")
+    if topology is None:
+        return
+    if "/" in topology or topology.endswith((".yaml", ".yml")):
+        if not os.path.isfile(topology):
+            add("topology", f"no such file: {shorten(topology)}", "give auto, a preset's name or an existing YAML file")
+    elif not SLUG.fullmatch(topology):
+        add("topology", f"must be auto, a preset's name or a YAML file, got {shorten(topology)}", "")
+
+
+def _check_output_dir(values: Mapping[str, Any], add: Add) -> None:
+    if "output_dir" not in values:
+        return
+    path = Path(values["output_dir"])
+    if not SLUG.fullmatch(path.name) or path.name == "..":
+        what = f"its last component must be 1 to 64 of A-Z a-z 0-9 . _ -, got {shorten(path.name) or 'none'}"
+        add("output_dir", what, "for example runs/first")
+        return
+    standing = path
+    while not os.path.lexists(standing) and standing != standing.parent:
+        standing = standing.parent
+    if not os.path.isdir(standing):
+        add("output_dir", f"{shorten(str(standing))} is not a folder", "choose another")
+    elif standing == path and values.get("resume") is False:
+        try:
+            empty = not any(path.iterdir())
+        except OSError as error:
+            add("output_dir", f"cannot be read: {error.strerror}", "choose another")
+        else:
+            if not empty:
+                add("output_dir", f"{shorten(str(path))} exists and is not empty", "choose another, or pass resume=true")

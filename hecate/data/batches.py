@@ -1,0 +1,64 @@
+"""Rows to the tensors of one forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from hecate.data.encode import IGNORED
+from hecate.data.rows import Row
+
+
+# Shapes: B rows, S positions
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch. S is the longest row's length rounded up to a multiple of 8; all tensors are int64."""
+
+    input_ids: Tensor  # [B, S]; the pad id at padding
+    targets: Tensor  # [B, S]; what position t is to predict, not to be shifted again; -100: nothing
+    position_ids: Tensor  # [B, S]; from 0 in each sample; 0 at padding
+    segment_ids: Tensor  # [B, S]; from 1, one a sample; 0 at padding
+    token_ids: Tensor  # [B, S]; row number * seq_len + position in the row: unique over the run; -1 at padding
+    task: Tensor  # [B, S]; index of the source; -1 at padding
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`; from pinned memory without waiting."""
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def collate(rows: Sequence[Row], pad_id: int, seq_len: int) -> Batch:
+    """Pad rows to one length. `seq_len` is the run's, not the batch's: it spaces the token ids."""
+    assert rows, "a batch needs rows; a rank without any takes empty_row()"
+    longest = max(len(row.input_ids) for row in rows)
+    assert longest <= seq_len, (longest, seq_len)
+    width = max(8, -(-longest // 8) * 8)
+    shape = (len(rows), width)
+    batch = Batch(
+        input_ids=torch.full(shape, pad_id),
+        targets=torch.full(shape, IGNORED),
+        position_ids=torch.zeros(shape, dtype=torch.int64),
+        segment_ids=torch.zeros(shape, dtype=torch.int64),
+        token_ids=torch.full(shape, -1),
+        task=torch.full(shape, -1),
+    )
+    for b, row in enumerate(rows):
+        length = len(row.input_ids)
+        batch.token_ids[b, :length] = row.number * seq_len + torch.arange(length)
+        for name in ("input_ids", "targets", "position_ids", "segment_ids", "task"):
+            getattr(batch, name)[b, :length] = torch.from_numpy(getattr(row, name))
+    return batch
+
+
+def block_diagonal_mask(segment_ids: Tensor) -> Tensor:
+    """Who may attend to whom, bool [B, 1, S, S] (True: may): earlier positions of the same sample, and itself.
+
+    Padding attends to itself only, so that its softmax stays finite. For scaled_dot_product_attention: transformers'
+    eager attention adds its mask and needs 0 and -inf instead.
+    """
+    _, length = segment_ids.shape
+    position = torch.arange(length, device=segment_ids.device)
+    earlier = position[:, None] > position[None, :]
+    itself = position[:, None] == position[None, :]
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] > 0)
+    return ((same & earlier) | itself)[:, None]

@@ -1,0 +1,274 @@
+"""Turn samples into token ids and targets.
+
+Targets are already shifted: `targets[t]` is the token that position t should predict, `input_ids[t + 1]`, if that token
+is to be learned, and -100 otherwise. So the loss at t needs nothing but logits[t] and targets[t], and packed neighbours
+cannot leak into each other.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from hecate.data.chat import Span, TemplateRefusal, render, require_chat_template
+from hecate.data.formats import Fault, Sample, read_samples
+from hecate.data.quarantine import write_quarantine
+from hecate.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # the target where nothing is learned
+
+BAD_SAMPLE_POLICIES = ("error", "skip", "truncate")
+
+_SAMPLES_PER_CALL = 512  # of the tokenizer, which spreads a call over its threads
+
+
+class DataSource(Protocol):
+    """What is needed of `hecate.config.schema.DataSource`."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def format(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample, or one piece of a long document: its tokens up to the last one that has a target."""
+
+    input_ids: NDArray[np.int32]  # [n]
+    targets: NDArray[np.int32]  # [n]
+    line: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of a file's lines: each was kept (some of them truncated) or skipped."""
+
+    kept: int
+    truncated: int
+    skipped: int
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSource(Sequence[Encoded]):
+    """All encoded samples of one file, in file order, end to end in flat arrays."""
+
+    name: str
+    path: str
+    weight: float
+    input_ids: NDArray[np.int32]  # [tokens]
+    targets: NDArray[np.int32]  # [tokens]
+    starts: NDArray[np.int64]  # [samples + 1]
+    lines: NDArray[np.int64]  # [samples], from 1; the pieces of a document share one
+    counts: Counts
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        part = slice(self.starts[index], self.starts[index + 1])
+        return Encoded(self.input_ids[part], self.targets[part], int(self.lines[index]))
+
+    def digest(self) -> str:
+        """xxh3-64 of all that is trained on, to notice at a resume that the data or the tokenizer changed."""
+        digest = xxhash.xxh3_64()
+        for array in (self.input_ids, self.targets, self.starts):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+class _BadSample(Exception):
+    """Why one sample cannot be trained on."""
+
+
+def encode_source(
+    source: DataSource,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    on_bad_sample: str = "error",
+    quarantine: str | Path | None = None,
+) -> EncodedSource:
+    """Read and encode one file.
+
+    Conversations are rendered by the tokenizer's chat template; learned are the assistant's tokens and the marks that
+    end its turns. Documents get the tokenizer's own special tokens and an end of sequence, are learned throughout, and
+    are cut into pieces of seq_len tokens. Tokens after the last target are left out: nothing is learned from them.
+
+    tokenizer: a fast transformers tokenizer. vocab_size: rows of the model's embedding. on_bad_sample: `error` stops at
+    the first line that is broken, empty, too long, beyond the vocabulary or without a token to learn; `skip` leaves
+    such lines out, logs how many, and writes them to the JSONL file `quarantine` if given (one rank only gives it);
+    `truncate` cuts what is too long and stops at the rest.
+    Raises UserError; whatever the policy, for an unusable file, tokenizer or template, and if no sample is left.
+    """
+    if on_bad_sample not in BAD_SAMPLE_POLICIES:
+        raise UserError(f"data.on_bad_sample is {on_bad_sample!r}: it must be one of {', '.join(BAD_SAMPLE_POLICIES)}")
+    if not (math.isfinite(source.weight) and source.weight > 0):
+        raise UserError(f"data source {source.name!r} has weight {source.weight}: it must be a positive number")
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError("the model's tokenizer is a slow one: a fast one (tokenizer.json) is needed for its offsets")
+
+    pieces: list[Encoded] = []
+    faults: list[Fault] = []
+    kept = truncated = 0
+    for item in _tokenized(source, tokenizer):
+        try:
+            if isinstance(item, Fault):
+                raise _BadSample(item.reason)
+            largest = max(item.input_ids.max(), item.targets.max())
+            if largest >= vocab_size:
+                raise _BadSample(f"token id {largest} is beyond the model's vocabulary of {vocab_size}")
+            cut = item.is_chat and len(item.input_ids) > seq_len
+            if cut and on_bad_sample != "truncate":
+                raise _BadSample(f"{len(item.input_ids)} tokens are more than data.seq_len {seq_len}")
+            pieces += [_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len)
+            kept, truncated = kept + 1, truncated + cut
+        except _BadSample as bad:
+            if on_bad_sample != "skip":
+                raise UserError(
+                    f"{source.path}:{item.line}: {bad}\n"
+                    "mend it, or set data.on_bad_sample: skip leaves bad samples out, truncate cuts too long ones"
+                ) from bad
+            faults.append(Fault(str(source.path), item.line, str(bad)))
+
+    if faults:
+        first = f"the first is line {faults[0].line}: {faults[0].reason}"
+        logger.warning("%s: %d of %d samples skipped; %s", source.path, len(faults), len(faults) + kept, first)
+        if quarantine is not None:
+            write_quarantine(quarantine, faults)
+        if not pieces:
+            raise UserError(f"{source.path} has no usable sample: all {len(faults)} lines are bad\n{first}")
+    if truncated:
+        logger.warning("%s: %d of %d samples truncated to %d tokens", source.path, truncated, kept, seq_len)
+    return EncodedSource(
+        name=source.name,
+        path=str(source.path),
+        weight=source.weight,
+        input_ids=np.concatenate([piece.input_ids for piece in pieces]),
+        targets=np.concatenate([piece.targets for piece in pieces]),
+        starts=np.cumsum([0] + [len(piece.input_ids) for piece in pieces], dtype=np.int64),
+        lines=np.array([piece.line for piece in pieces], dtype=np.int64),
+        counts=Counts(kept=kept, truncated=truncated, skipped=len(faults)),
+    )
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    input_ids: NDArray[np.int32]  # [n]
+    targets: NDArray[np.int32]  # [n]
+    line: int
+    is_chat: bool
+
+
+def _tokenized(source: DataSource, tokenizer: Any) -> Iterator[_Tokenized | Fault]:
+    """Each line of the file, tokenized; up to the last token that has a target, and at least one has."""
+    samples = read_samples(source.path, source.format)
+    while group := list(islice(samples, _SAMPLES_PER_CALL)):
+        ready: list[tuple[Sample, str, list[Span] | None] | Fault] = [
+            item if isinstance(item, Fault) else _text_to_tokenize(item, tokenizer) for item in group
+        ]
+        good = [item for item in ready if not isinstance(item, Fault)]
+        if not good:
+            yield from (item for item in ready if isinstance(item, Fault))
+            continue
+        is_chat = good[0][2] is not None
+        tokens = tokenizer(
+            [text for _, text, _ in good],
+            add_special_tokens=not is_chat,  # a chat template writes its own
+            return_offsets_mapping=is_chat,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        position = 0
+        for item in ready:
+            if isinstance(item, Fault):
+                yield item
+                continue
+            sample, _, spans = item
+            ids = np.array(tokens["input_ids"][position], dtype=np.int32)
+            if spans is None:
+                ids = _ended(ids, tokenizer)
+                learned = np.ones(len(ids), dtype=bool)
+            else:
+                learned = _inside(spans, np.array(tokens["offset_mapping"][position], dtype=np.int64).reshape(-1, 2))
+            position += 1
+            targets = np.where(learned[1:], ids[1:], np.int32(IGNORED))
+            end = _end_of_targets(targets)
+            if end == 0:
+                yield Fault(sample.file, sample.line, "there is no token to learn")
+            else:
+                yield _Tokenized(ids[:end], targets[:end], sample.line, is_chat)
+
+
+def _text_to_tokenize(sample: Sample, tokenizer: Any) -> tuple[Sample, str, list[Span] | None] | Fault:
+    """The sample's text, and the spans to learn (None: all of it)."""
+    if sample.text is not None:
+        if not sample.text.strip():
+            return Fault(sample.file, sample.line, "the text is empty")
+        return sample, sample.text, None
+    assert sample.messages is not None
+    require_chat_template(tokenizer, sample.file)
+    answers = [message for message in sample.messages if message["role"] == "assistant"]
+    if not answers:
+        return Fault(sample.file, sample.line, "there is no token to learn: the conversation has no assistant turn")
+    if not all(message["content"].strip() for message in answers):
+        return Fault(sample.file, sample.line, "an assistant turn is empty")
+    if sample.messages[0]["role"] == "assistant":
+        return Fault(sample.file, sample.line, "the conversation begins with an assistant turn, which answers nothing")
+    try:
+        return sample, *render(tokenizer, sample.messages, f"{sample.file}:{sample.line}")
+    except TemplateRefusal as refusal:
+        return Fault(sample.file, sample.line, f"the chat template refuses the conversation: {refusal}")
+
+
+def _ended(ids: NDArray[np.int32], tokenizer: Any) -> NDArray[np.int32]:
+    if tokenizer.eos_token_id is None:
+        raise UserError("the model's tokenizer has no end-of-sequence token, which data in the text format needs")
+    return ids if len(ids) and ids[-1] == tokenizer.eos_token_id else np.append(ids, np.int32(tokenizer.eos_token_id))
+
+
+def _inside(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which tokens, [n], have a character in one of the spans; offsets [n, 2]."""
+    inside = np.zeros(len(offsets), dtype=bool)
+    for start, end in spans:
+        inside |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    return inside
+
+
+def _end_of_targets(targets: NDArray[np.int32]) -> int:
+    learned = np.flatnonzero(targets != IGNORED)
+    return int(learned[-1]) + 1 if len(learned) else 0
+
+
+def _pieces(item: _Tokenized, seq_len: int) -> list[Encoded]:
+    """Pieces of at most seq_len tokens; the last target of a piece is the first token of the next."""
+    cuts = [slice(start, start + seq_len) for start in range(0, len(item.input_ids), seq_len)]
+    return [Encoded(item.input_ids[cut], item.targets[cut], item.line) for cut in cuts]
+
+
+def _first_tokens(item: _Tokenized, seq_len: int) -> Encoded:
+    end = _end_of_targets(item.targets[:seq_len])
+    if end == 0:
+        raise _BadSample(f"the first {seq_len} tokens (data.seq_len) have no token to learn, so it cannot be truncated")
+    return Encoded(item.input_ids[:end], item.targets[:end], item.line)

@@ -1,0 +1,73 @@
+"""Held-out data: fixed batches for the loss, and prompts for generation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hecate.data.chat import render_prompt, require_chat_template
+from hecate.data.encode import EncodedSource
+from hecate.data.formats import Sample, read_samples
+from hecate.data.pack import pack
+from hecate.data.rows import Row, build_row, empty_row, piece_of
+from hecate.errors import UserError
+
+
+@dataclass(frozen=True)
+class GenerationItem:
+    """A prompt to continue, and the answer that the file gives."""
+
+    prompt_ids: list[int]
+    answer_text: str
+    file: str
+    line: int
+
+
+def eval_rows(sources: Sequence[EncodedSource], source: int, *, seq_len: int, packing: bool, max_samples: int | None = None) -> list[Row]:
+    """All samples, or the first `max_samples`, of `sources[source]` in rows numbered from 0; the same in every call."""
+    count = len(sources[source])
+    if max_samples is not None:
+        count = min(count, max_samples)
+    pieces = (piece_of(sources, source, sample) for sample in range(count))
+    return [build_row(number, row, sources) for number, row in enumerate(pack(pieces, seq_len, packing))]
+
+
+def share_of_rank(rows: Sequence[Row], rank: int, world_size: int, rows_per_batch: int) -> list[list[Row]]:
+    """Batches of this rank: rows rank, rank + world_size, ..., filled up with empty rows.
+
+    Every rank gets the same number of batches of exactly rows_per_batch rows, so that all take part in the same
+    collectives.
+    """
+    per_rank = -(-len(rows) // world_size)
+    batches = -(-per_rank // rows_per_batch)
+    mine = list(rows[rank::world_size])
+    mine += [empty_row()] * (batches * rows_per_batch - len(mine))
+    return [mine[start : start + rows_per_batch] for start in range(0, len(mine), rows_per_batch)]
+
+
+def generation_items(source: EncodedSource, format: str, tokenizer: Any, max_items: int | None = None) -> list[GenerationItem]:
+    """A prompt for each conversation that encode_source kept, or for the first `max_items`, in file order.
+
+    The prompt is everything before the last assistant turn, ready for the assistant to speak; the answer is that turn's
+    content. Reads the file again. Raises UserError if it holds documents.
+    """
+    kept = set(source.lines.tolist())
+    items: list[GenerationItem] = []
+    for sample in read_samples(source.path, format):
+        if max_items is not None and len(items) >= max_items:
+            break
+        if not isinstance(sample, Sample) or sample.line not in kept:
+            continue
+        if sample.messages is None:
+            raise UserError(f"{source.path} holds documents (text), which have no answers to generate: use conversations")
+        require_chat_template(tokenizer, source.path)
+        last = max(turn for turn, message in enumerate(sample.messages) if message["role"] == "assistant")
+        prompt = render_prompt(tokenizer, sample.messages[:last])
+        items.append(
+            GenerationItem(
+                prompt_ids=tokenizer(prompt, add_special_tokens=False)["input_ids"],
+                answer_text=sample.messages[last]["content"],
+                file=sample.file,
+                line=sample.line,
+            )
+        )
+    return items

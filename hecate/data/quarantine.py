@@ -1,0 +1,28 @@
+"""Write the lines that were left out to a file of their own, so that they can be mended."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hecate.data.formats import Fault, read_lines
+from hecate.errors import UserError
+
+
+def write_quarantine(path: str | Path, faults: Sequence[Fault]) -> None:
+    """Write {"file", "line", "reason", "raw"} for each fault, all of one file, to the JSONL file `path`.
+
+    Replaces `path`; bytes that are no UTF-8 stand in `raw` as \\xNN. Raises UserError if it cannot be written.
+    """
+    wanted = {fault.line: fault for fault in faults}
+    assert len({fault.file for fault in faults}) == 1, faults
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as out:
+            for number, raw in enumerate(read_lines(faults[0].file), start=1):
+                if number in wanted:
+                    fault = wanted[number]
+                    text = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
+                    record = {"file": fault.file, "line": fault.line, "reason": fault.reason, "raw": text}
+                    out.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(f"quarantine file {path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,104 @@
+"""The rows of a training run, step by step.
+
+Every rank runs the same stream and picks its rows out of each global step, so that a step is the same at every world
+size.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hecate.data.encode import EncodedSource
+from hecate.data.mixture import Mixture
+from hecate.data.pack import Piece, pack, take_row
+from hecate.data.rows import Row, build_row, piece_of
+from hecate.errors import UserError
+
+
+class TrainStream:
+    """Endless global steps of `rows_per_step` rows each."""
+
+    def __init__(self, sources: Sequence[EncodedSource], *, seq_len: int, packing: bool, rows_per_step: int, seed: int) -> None:
+        """Raises UserError if all sources together, each sample once, make fewer rows than one step needs."""
+        assert sources, "no sources"
+        assert rows_per_step > 0, rows_per_step
+        self.sources = tuple(sources)
+        self.seq_len = seq_len
+        self.packing = packing
+        self.rows_per_step = rows_per_step
+        self._mixture = Mixture([len(s) for s in sources], [s.weight for s in sources], seed)
+        self._waiting: list[Piece] = []
+        self._rows = 0
+        # What the order of rows depends on: a state of another identity would go on with other rows, silently.
+        self._identity = {
+            "seed": seed,
+            "seq_len": seq_len,
+            "packing": packing,
+            "sources": [{"name": s.name, "weight": s.weight, "digest": s.digest()} for s in sources],
+        }
+        self._refuse_too_little_data()
+
+    def next_step(self) -> list[Row]:
+        """The next global step, exactly rows_per_step rows; the same for every caller with the same arguments."""
+        return [self._next_row() for _ in range(self.rows_per_step)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the following rows depend on, as plain JSON values; at most two rows' samples or 64 wait."""
+        return {
+            "identity": self._identity,
+            "mixture": self._mixture.state_dict(),
+            "waiting": [[piece.source, piece.sample] for piece in self._waiting],
+            "rows": self._rows,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the step at which `state` was taken. Raises UserError if data or settings have changed."""
+        if changes := _changes(state["identity"], self._identity):
+            raise UserError(
+                "the checkpoint's data order cannot be continued:\n"
+                + "\n".join(changes[:5])
+                + "\nuse the data, tokenizer and settings of then, or start a new run"
+            )
+        self._mixture.load_state_dict(state["mixture"])
+        self._waiting = [piece_of(self.sources, source, sample) for source, sample in state["waiting"]]
+        self._rows = state["rows"]
+
+    def _next_row(self) -> Row:
+        pieces = (piece_of(self.sources, source, sample) for source, sample in self._mixture)
+        chosen = take_row(self._waiting, pieces, self.seq_len) if self.packing else [next(pieces)]
+        row = build_row(self._rows, chosen, self.sources)
+        self._rows += 1
+        return row
+
+    def _refuse_too_little_data(self) -> None:
+        rows = 0
+        for _ in pack(_all_pieces(self.sources), self.seq_len, self.packing):
+            rows += 1
+            if rows == self.rows_per_step:
+                return
+        samples, packed = sum(len(source) for source in self.sources), " packed" if self.packing else ""
+        raise UserError(
+            f"too little data for one step: {samples} samples make {rows}{packed} rows of {self.seq_len} tokens, "
+            f"one optimizer step needs {self.rows_per_step}\n"
+            "give more data, a smaller micro_batch_size, gradient_accumulation_steps or number of ranks"
+            + (", or a smaller data.seq_len" if self.packing else "")
+        )
+
+
+def _all_pieces(sources: Sequence[EncodedSource]) -> Iterator[Piece]:
+    """Every sample of every source once, in file order."""
+    for index, source in enumerate(sources):
+        for sample in range(len(source)):
+            yield piece_of(sources, index, sample)
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changes = [f"{key} was {then[key]}, is {now[key]}" for key in ("seed", "seq_len", "packing") if then[key] != now[key]]
+    names_then, names_now = [[source["name"] for source in identity["sources"]] for identity in (then, now)]
+    if names_then != names_now:
+        return [*changes, f"the sources were {', '.join(names_then)}, are {', '.join(names_now)}"]
+    for before, after in zip(then["sources"], now["sources"], strict=True):
+        if before["weight"] != after["weight"]:
+            changes.append(f"the weight of source {after['name']} was {before['weight']}, is {after['weight']}")
+        if before["digest"] != after["digest"]:
+            changes.append(f"the samples of source {after['name']}, or how they are tokenized, have changed")
+    return changes

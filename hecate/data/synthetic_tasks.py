@@ -1,0 +1,221 @@
+"""Small tasks with exact answers, from reasoning-gym's generators, as `messages` files with short prompts.
+
+A task is told by a system message of a word or two, and the generator's wording is cut down to what varies, so that a
+sample has some 30 tokens, of which most matter.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hecate.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# A generator that shows no new prompt so many times in a row is taken to have no more.
+_PATIENCE = 2000
+
+Meta = Mapping[str, Any]  # an entry's metadata
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one task is drawn from reasoning-gym and written down."""
+
+    generator: str
+    system: str
+    prompt: Callable[[Meta], str]
+    answer: Callable[[Meta], str] | None = None  # None: the generator's own answer as it is
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WrittenTask:
+    """What was written for one task: two files, all of whose prompts are different."""
+
+    task: str
+    train_path: Path
+    eval_path: Path
+    train_samples: int
+    eval_samples: int
+
+
+def write_tasks(folder: str | Path, tasks: Sequence[str], train_size: int, eval_size: int, seed: int) -> list[WrittenTask]:
+    """Write `{task}.train.jsonl` and `{task}.eval.jsonl` of each task into `folder`, the same for the same seed.
+
+    No prompt occurs twice in a task, neither in one file nor in both. A task with fewer prompts than asked for holds
+    out a quarter of them at most, trains on the rest, and is logged; the returned counts say what was written.
+    Raises UserError for an unknown task and if reasoning-gym is not installed.
+    """
+    assert train_size > 0, train_size
+    assert eval_size > 0, eval_size
+    for task in tasks:
+        if task not in TASKS:
+            raise UserError(f"task {task!r} is unknown: it must be one of {', '.join(TASKS)}")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return [_write_task(Path(folder), task, train_size, eval_size, seed) for task in tasks]
+
+
+def _write_task(folder: Path, task: str, train_size: int, eval_size: int, seed: int) -> WrittenTask:
+    prompts: dict[str, str] = {}  # prompt: answer
+    idle = 0
+    for prompt, answer in _draw(TASKS[task], seed):
+        idle = idle + 1 if prompt in prompts else 0
+        prompts.setdefault(prompt, answer)
+        if len(prompts) == train_size + eval_size or idle == _PATIENCE:
+            break
+    records = [{"messages": _messages(TASKS[task].system, prompt, answer), "task": task} for prompt, answer in prompts.items()]
+    held_out = eval_size
+    if len(records) < train_size + eval_size:
+        held_out = min(eval_size, len(records) // 4)
+        logger.warning(
+            "task %s has only %d different prompts: %d written for training (%d asked for), %d for evaluation (%d)",
+            *(task, len(records), min(train_size, len(records) - held_out), train_size, held_out, eval_size),
+        )
+    written = WrittenTask(
+        task=task,
+        train_path=folder / f"{task}.train.jsonl",
+        eval_path=folder / f"{task}.eval.jsonl",
+        train_samples=min(train_size, len(records) - held_out),
+        eval_samples=held_out,
+    )
+    # Held out are the first drawn, so that a larger training set leaves them as they are.
+    _write(written.eval_path, records[:held_out])
+    _write(written.train_path, records[held_out : held_out + written.train_samples])
+    return written
+
+
+def _draw(task: Task, seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, answer) pairs, with repetitions."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError("the synthetic tasks need reasoning-gym, which is not installed: pip install 'hecate[quickstart]'") from error
+    dataset = reasoning_gym.create_dataset(task.generator, seed=seed, size=2**31, **task.settings)
+    for index in range(len(dataset)):
+        entry = dataset[index]
+        meta = entry["metadata"]
+        yield task.prompt(meta), str(entry["answer"]) if task.answer is None else task.answer(meta)
+
+
+def _messages(system: str, prompt: str, answer: str) -> list[dict[str, str]]:
+    # Without a system message of its own, SmolLM2's chat template adds one of 20 tokens.
+    return [
+        {"role": "system", "content": system},
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def _listed(items: Sequence[object]) -> str:
+    return " ".join(str(item).removesuffix(".0") for item in items)
+
+
+def _ordered(meta: Meta, items: Sequence[object]) -> str:
+    return f"{'up' if meta['direction'] == 'ascending' else 'down'}: {_listed(items)}"
+
+
+def _lowered(meta: Meta) -> list[str]:
+    return [word.lower() for word in meta["original_words"]]
+
+
+def _filter_prompt(meta: Meta) -> str:
+    return f"{meta['operation'].replace('_', ' ')} than {meta['filter_value']}: {_listed(meta['original_numbers'])}"
+
+
+_FEW_NUMBERS = {
+    "min_numbers": 3,
+    "max_numbers": 4,
+    "min_decimals": 0,
+    "max_decimals": 0,
+    "min_value": 0,
+    "max_value": 99,
+}
+
+TASKS: Mapping[str, Task] = {
+    "chain_sum": Task(
+        generator="chain_sum",
+        system="sum",
+        prompt=lambda meta: f"{meta['expression']} =",
+        settings={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    ),
+    "products": Task(
+        generator="products",
+        system="product",
+        prompt=lambda meta: f"{meta['expression']} =",
+        settings={"min_digits": 1, "max_digits": 1},
+    ),
+    "gcd": Task(
+        generator="gcd",
+        system="gcd",
+        prompt=lambda meta: _listed(meta["numbers"]),
+        settings={"max_value": 100},
+    ),
+    "letter_counting": Task(
+        generator="letter_counting",
+        system="count letter",
+        prompt=lambda meta: f"{meta['target_letter']}: {_listed(meta['span'])}",
+        settings={"min_words": 3, "max_words": 5},
+    ),
+    "count_bits": Task(
+        generator="count_bits",
+        system="count ones",
+        prompt=lambda meta: str(meta["binary"]),
+        settings={"max_n": 4095},
+    ),
+    "number_sorting": Task(
+        generator="number_sorting",
+        system="sort numbers",
+        prompt=lambda meta: _ordered(meta, meta["original_numbers"]),
+        answer=lambda meta: _listed(meta["sorted_numbers"]),
+        settings=_FEW_NUMBERS,
+    ),
+    "number_filtering": Task(
+        generator="number_filtering",
+        system="filter",
+        prompt=_filter_prompt,
+        answer=lambda meta: _listed(meta["result"]) or "none",
+        settings=_FEW_NUMBERS,
+    ),
+    "number_sequence": Task(
+        generator="number_sequence",
+        system="next number",
+        prompt=lambda meta: _listed(meta["sequence"][:-1]),
+        settings={"min_terms": 4, "max_terms": 4, "max_complexity": 1, "min_value": 0, "max_value": 20},
+    ),
+    # Letter by letter: a tokenizer of word pieces hides the letters of a word.
+    "spell_backward": Task(
+        generator="spell_backward",
+        system="spell backward",
+        prompt=lambda meta: _listed(meta["word"]),
+        answer=lambda meta: _listed(meta["word"][::-1]),
+        settings={"min_word_len": 3, "max_word_len": 5},
+    ),
+    "word_sequence_reversal": Task(
+        generator="word_sequence_reversal",
+        system="reverse",
+        prompt=lambda meta: _listed(meta["words"]),
+        answer=lambda meta: _listed(meta["words"][::-1]),
+        settings={"min_words": 3, "max_words": 4},
+    ),
+    "word_sorting": Task(
+        generator="word_sorting",
+        system="sort words",
+        prompt=lambda meta: _ordered(meta, _lowered(meta)),
+        answer=lambda meta: _listed(sorted(_lowered(meta), reverse=meta["direction"] == "descending")),
+        settings={"min_words": 3, "max_words": 3, "max_word_length": 6},
+    ),
+    "leap_year": Task(
+        generator="calendar_arithmetic",
+        system="leap year",
+        prompt=lambda meta: str(meta["year"]),
+        settings={"tasks": ["is_leap_year"]},
+    ),
+}

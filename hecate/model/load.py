@@ -1,0 +1,134 @@
+"""Base models from local folders, GGUF files, or a GGUF file inside an installed Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hecate.errors import UserError
+
+_log = logging.getLogger(__name__)
+_PACKAGE = "package:"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A folder, and the GGUF file in it if that is what is to be read."""
+
+    folder: Path
+    gguf_file: str | None
+
+    def arguments(self) -> dict[str, Any]:
+        """For transformers' from_pretrained: local files only, no remote code."""
+        common: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
+        return common if self.gguf_file is None else {**common, "gguf_file": self.gguf_file}
+
+
+def resolve_model(name_or_path: str) -> ModelSource:
+    """Find the files that `model.name_or_path` means, without loading them.
+
+    Raises:
+        UserError: no such folder, file or package, or nothing in it that can be read.
+    """
+    if name_or_path.startswith(_PACKAGE):
+        package = name_or_path.removeprefix(_PACKAGE)
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+        if len(files) != 1:
+            found = f"{len(files)} GGUF files" if spec else "no such installed package"
+            raise UserError(f"model.name_or_path: {name_or_path}: {found}; one GGUF file inside the package is needed")
+        return ModelSource(files[0].parent, files[0].name)
+    path = Path(name_or_path).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(path.parent, path.name)
+    if not path.is_dir():
+        raise UserError(
+            f"model.name_or_path: {name_or_path}: no such folder.\n"
+            "  give a local folder with config.json and *.safetensors, a .gguf file, or package:NAME; nothing is downloaded"
+        )
+    if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+        raise UserError(f"model.name_or_path: {name_or_path}: the folder must hold config.json and *.safetensors")
+    return ModelSource(path, None)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the hardware computes in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast_cpu = any(getattr(torch.cpu, f"_is_{isa}_supported", bool)() for isa in ("avx512_bf16", "amx_tile"))
+    return torch.bfloat16 if fast_cpu else torch.float32
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device, num_hidden_layers: int | None = None) -> nn.Module:
+    """The causal language model, frozen, on `device`. `num_hidden_layers` keeps the first layers only.
+
+    Raises:
+        UserError: transformers cannot read it, it is no causal language model, or it has fewer layers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _quiet_transformers()
+    arguments = source.arguments()
+    try:
+        config = AutoConfig.from_pretrained(**arguments)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"{source.folder}: transformers cannot read its configuration: {_first_line(error)}") from error
+    if num_hidden_layers is not None:
+        if num_hidden_layers > config.num_hidden_layers:
+            raise UserError(f"model.num_hidden_layers: {num_hidden_layers}, but the model has only {config.num_hidden_layers}")
+        config.num_hidden_layers = num_hidden_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_hidden_layers]
+    if source.gguf_file is not None:
+        arguments |= _gguf_dequantized()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**arguments, config=config, dtype=dtype)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise UserError(f"{source.folder}: transformers cannot load the model: {_first_line(error)}") from error
+    return model.requires_grad_(False).to(device)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's fast tokenizer.
+
+    Raises:
+        UserError: there is none, or it is a slow one.
+    """
+    from transformers import AutoTokenizer
+
+    _quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source.arguments())
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"{source.folder}: transformers cannot read the tokenizer: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{source.folder}: its tokenizer has no fast version; character offsets are needed to mask the prompt")
+    return tokenizer
+
+
+def _gguf_dequantized() -> dict[str, Any]:
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # before transformers 5.2 dequantizing was the only way
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

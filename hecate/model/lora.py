@@ -1,0 +1,38 @@
+"""Plain LoRA on a linear layer (attention projections): trained on every rank alike."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hecate.kernels.dropout import Dropout, dropout_key
+from hecate.moe.context import MicroStep
+from hecate.moe.mixlora import LoraShape
+from hecate.moe.seeding import generator, kaiming_lora_a
+
+
+class LoraLinear(nn.Module):
+    """W x + s · B A dropout(x), W frozen. A and B are kept in `dtype` and computed with in x's."""
+
+    def __init__(self, base: nn.Linear, shape: LoraShape, *, path: str, seed: int, dtype: torch.dtype, micro_step: MicroStep) -> None:
+        super().__init__()
+        self.base = base
+        self.shape = shape
+        device = base.weight.device
+        a_rI = kaiming_lora_a(shape.rank, base.in_features, generator(seed, "lora", path))
+        self.lora_A = nn.Parameter(a_rI.to(device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, shape.rank, device=device, dtype=dtype))
+        # One stream a module: a hash of its name, since all modules of a step share the key.
+        self._stream = int(torch.randint(1 << 30, (), generator=generator("dropout stream", path)))
+        self._seed = seed
+        self._micro_step = micro_step
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x
+        if self.shape.dropout > 0 and self.training and self._micro_step.token is not None:
+            dropout = Dropout(self.shape.dropout, dropout_key(self._seed, self._micro_step.step))
+            mask = dropout.mask(self._micro_step.token, self._stream, x.shape[-1], x.dtype)
+            inputs = x * mask.view_as(x)
+        low = F.linear(inputs, self.lora_A.to(x.dtype))
+        return self.base(x) + self.shape.scale * F.linear(low, self.lora_B.to(x.dtype))

@@ -1,0 +1,168 @@
+"""Putting MixLoRA experts and attention LoRA into a loaded, frozen model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hecate.errors import UserError
+from hecate.kernels.mixlora_inputs import PROJECTIONS
+from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
+from hecate.model.lora import LoraLinear
+from hecate.moe.context import MicroStep
+from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.layer import MoeLayer
+from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.moe.router import TopKRouter
+
+
+@dataclass(frozen=True)
+class MoeModel:
+    """A model with experts in it, and the parts that the trainer drives."""
+
+    model: nn.Module
+    engine: Engine
+    micro_step: MicroStep
+    layers: dict[int, MoeLayer]
+    attention: dict[tuple[int, str], LoraLinear]
+    """(layer, module name) -> adapter, such as (3, "self_attn.q_proj")"""
+
+    def replicated_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters that every rank holds alike: routers and attention adapters, by stable names."""
+        named: dict[str, nn.Parameter] = {}
+        for layer, moe in sorted(self.layers.items()):
+            named[f"layers.{layer}.router"] = moe.router.weight
+        for (layer, module), lora in sorted(self.attention.items()):
+            named[f"layers.{layer}.{module}.A"] = lora.lora_A
+            named[f"layers.{layer}.{module}.B"] = lora.lora_B
+        return named
+
+
+@dataclass(frozen=True)
+class SurgeryPlan:
+    """What to put in: values only."""
+
+    experts_per_layer: tuple[int, ...]
+    """0: the layer keeps its plain FFN"""
+    top_k: int
+    lora: LoraShape
+    target_modules: tuple[str, ...]
+    seed: int
+
+
+def adapter_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """Adapters, routers and their optimizer states: float32, or the model's own where that is wider."""
+    return model_dtype if model_dtype.itemsize > 4 else torch.float32
+
+
+def insert_experts(
+    model: nn.Module,
+    plan: SurgeryPlan,
+    engine_config: EngineConfig,
+    groups: ExpertGroups,
+    router_class: type[TopKRouter] = TopKRouter,
+) -> MoeModel:
+    """Freeze the model, put routers and experts in the place of its FFNs and adapters around its attention projections.
+
+    Every rank of the groups must call it. Nothing of it depends on the number of ranks.
+
+    Raises:
+        UserError: the architecture is not supported, a target module matches nothing, or nothing would train.
+    """
+    model.requires_grad_(False)
+    ffns = find_gated_ffns(model)
+    if len(plan.experts_per_layer) != len(ffns):
+        raise UserError(f"moe.num_experts lists {len(plan.experts_per_layer)} layers, but the model has {len(ffns)}")
+    projections = tuple(name for name in PROJECTIONS if name in plan.target_modules)
+    expert_layers = [ffn for ffn in ffns if plan.experts_per_layer[ffn.layer] > 0 and projections]
+    attention_targets = _attention_targets(model, plan, ffns)
+    if not expert_layers and not attention_targets:
+        raise UserError(
+            "nothing would train: no layer gets experts and no attention module gets an adapter.\n"
+            f"  lora.target_modules: {', '.join(plan.target_modules)}; moe.num_experts: {sorted(set(plan.experts_per_layer))}"
+        )
+
+    dtype = adapter_dtype(next(model.parameters()).dtype)
+    micro_step = MicroStep()
+    families = {
+        ffn.layer: MixLoraExperts(
+            ffn.base,
+            plan.lora,
+            projections,
+            layer=ffn.layer,
+            num_experts=plan.experts_per_layer[ffn.layer],
+            seed=plan.seed,
+            master_dtype=dtype,
+        )
+        for ffn in expert_layers
+    }
+    engine = Engine(dict(families), engine_config, groups)
+    layers = {}
+    for ffn in expert_layers:
+        base = ffn.base.gate_FD
+        router = router_class(
+            base.shape[1],
+            families[ffn.layer].num_experts,
+            plan.top_k,
+            layer=ffn.layer,
+            seed=plan.seed,
+            dtype=dtype,
+            device=base.device,
+        )
+        layers[ffn.layer] = MoeLayer(ffn.layer, router, engine, micro_step)
+        model.set_submodule(ffn.path, layers[ffn.layer])
+    attention = {}
+    for layer, module, path in attention_targets:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        attention[layer, module] = LoraLinear(
+            linear, plan.lora, path=f"{layer}.{module}", seed=plan.seed, dtype=dtype, micro_step=micro_step
+        )
+        model.set_submodule(path, attention[layer, module])
+    _prefetch_during_attention(model, engine, layers)
+    return MoeModel(model, engine, micro_step, layers, attention)
+
+
+def _attention_targets(model: nn.Module, plan: SurgeryPlan, ffns: list[GatedFfn]) -> list[tuple[int, str, str]]:
+    """(layer, name inside the layer, dotted path) of the linears outside the FFN whose last name is a target."""
+    name, layers = decoder_layers(model)
+    ffn_paths = tuple(ffn.path + "." for ffn in ffns)
+    targets, seen = [], {target for target in plan.target_modules if target in PROJECTIONS}
+    available = set(PROJECTIONS)
+    for index, layer in enumerate(layers):
+        for module, child in layer.named_modules():
+            path = f"{name}.{index}.{module}"
+            if type(child) is not nn.Linear or path.startswith(ffn_paths):
+                continue
+            last = module.rpartition(".")[2]
+            available.add(last)
+            if last in plan.target_modules:
+                targets.append((index, module, path))
+                seen.add(last)
+    missing = [target for target in plan.target_modules if target not in seen]
+    if missing:
+        raise UserError(
+            f"lora.target_modules: {', '.join(missing)} matches no module of {type(model).__name__}; it has {', '.join(sorted(available))}"
+        )
+    return targets
+
+
+def _prefetch_during_attention(model: nn.Module, engine: Engine, layers: dict[int, MoeLayer]) -> None:
+    """Start a layer's gather when its decoder layer begins, so that its attention hides it."""
+
+    def hook_for(layer: int) -> Any:
+        return lambda *_: engine.prefetch(layer)
+
+    _, decoder = decoder_layers(model)
+    for layer in layers:
+        decoder[layer].register_forward_pre_hook(hook_for(layer))
+
+
+def non_moe_flops_per_token(model: nn.Module) -> float:
+    """Forward FLOPs of one token in one decoder layer outside its FFN (projections only)."""
+    _, layers = decoder_layers(model)
+    linears = [m for name, m in layers[0].named_modules() if isinstance(m, nn.Linear) and ".mlp" not in f".{name}"]
+    return 2.0 * sum(m.weight.numel() for m in linears)

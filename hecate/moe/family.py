@@ -1,0 +1,51 @@
+"""What an expert computes: the seam between the engine and an expert family."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from hecate.parallel.layout import ExpertLayout
+
+
+class ExpertFamily(Protocol):
+    """One layer's experts of some kind. The engine moves their chunks and tokens and never looks inside."""
+
+    num_experts: int
+
+    def layout(self) -> ExpertLayout:
+        """The tensors of one expert."""
+        ...
+
+    def init_chunk(self, expert: int) -> Tensor:
+        """The initial flat chunk of one expert, [C] in master precision; a function of (seed, layer, expert) alone."""
+        ...
+
+    def flops_per_choice(self) -> float:
+        """Forward FLOPs of one token at one expert."""
+        ...
+
+    def compute(
+        self,
+        replicas_SC: Tensor,
+        x_TD: Tensor,
+        slot_TK: Tensor,
+        weight_TK: Tensor,
+        *,
+        expert_S: Tensor,
+        token_T: Tensor,
+        step: int,
+        training: bool,
+    ) -> Tensor:
+        """The weighted sum of each token's experts that are here, [T, D]; differentiable in replicas, x and weights.
+
+        The result must depend on `replicas_SC` in autograd's eyes even if there is no token.
+
+        Args:
+            replicas_SC: the chunks materialized here.
+            slot_TK: int64, the slot of each choice; -1: computed elsewhere.
+            expert_S: int64, the experts in the slots.
+            token_T: int64, global token numbers, for whatever must not depend on ranks.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Training: one step, the optimizer, the loop, evaluation, what a person sees."""

@@ -1,0 +1,117 @@
+"""AdamW over owned expert chunks and replicated parameters, with one global gradient norm.
+
+An expert's master parameters and moments exist on its owner alone; replicated parameters (routers, attention adapters) are stepped by
+every rank alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class ExpertOptimizer:
+    """torch's AdamW and its schedule, over both kinds of parameters."""
+
+    def __init__(
+        self,
+        owned: dict[str, nn.Parameter],
+        replicated: dict[str, nn.Parameter],
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        schedule: Callable[[int], float],
+    ) -> None:
+        self.owned = owned
+        self.replicated = replicated
+        parameters = [*owned.values(), *replicated.values()]
+        self._adamw = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._adamw, schedule)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._scheduler.get_last_lr()[0])
+
+    def reduce_replicated(self, group: dist.ProcessGroup) -> None:
+        """Sum the replicated parameters' gradients over all ranks. Every rank must call it."""
+        parameters = list(self.replicated.values())
+        if not parameters:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat, group=group)
+        for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = total.view_as(parameter)
+
+    def global_grad_norm(self, group: dist.ProcessGroup) -> float:
+        """The norm of all gradients, each sharded and each replicated parameter counted once. Every rank must call it."""
+        total = _sum_of_squares(self.owned)
+        dist.all_reduce(total, group=group)
+        return math.sqrt((total + _sum_of_squares(self.replicated)).item())
+
+    def step(self, grad_norm: float, max_grad_norm: float | None) -> None:
+        """Clip by the global norm and step. Parameters without a gradient (idle experts) are left untouched."""
+        if max_grad_norm is not None and grad_norm > max_grad_norm:
+            scale = max_grad_norm / (grad_norm + 1e-6)
+            for parameter in self._parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        self._adamw.step()
+        self._finish()
+
+    def skip(self) -> None:
+        """Let a step pass without touching parameters or moments; the schedule goes on."""
+        self._finish()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by stable names: `owned/NAME` and `replicated/NAME`, each with its moments.
+
+        A parameter that was never stepped has no moments, here as in torch.
+        """
+        tensors: dict[str, Tensor] = {}
+        for kind, parameters in (("owned", self.owned), ("replicated", self.replicated)):
+            for name, parameter in parameters.items():
+                tensors[f"{kind}/{name}"] = parameter.detach()
+                for key in MOMENTS:
+                    if parameter in self._adamw.state:
+                        tensors[f"{kind}/{name}/{key}"] = self._adamw.state[parameter][key]
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor], schedule_position: int) -> None:
+        """Continue from `state_tensors`, `schedule_position` steps into the schedule."""
+        with torch.no_grad():
+            for kind, parameters in (("owned", self.owned), ("replicated", self.replicated)):
+                for name, parameter in parameters.items():
+                    parameter.copy_(tensors[f"{kind}/{name}"])
+                    if f"{kind}/{name}/step" in tensors:
+                        state = {key: tensors[f"{kind}/{name}/{key}"].clone() for key in MOMENTS}
+                        self._adamw.state[parameter] = {
+                            key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                        }
+        self._scheduler.last_epoch = schedule_position - 1
+        self._adamw._opt_called = True  # type: ignore[attr-defined]  # LambdaLR warns about its order of calls otherwise
+        self._scheduler.step()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self.owned.values(), *self.replicated.values()]
+
+    def _finish(self) -> None:
+        self._adamw._opt_called = True  # type: ignore[attr-defined]  # a skipped step is no mistake in the order of calls
+        self._scheduler.step()
+        self._adamw.zero_grad(set_to_none=True)
+
+
+def _sum_of_squares(parameters: dict[str, nn.Parameter]) -> Tensor:
+    """float64 scalar."""
+    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for parameter in parameters.values():
+        if parameter.grad is not None:
+            total += parameter.grad.square().sum(dtype=torch.float64)
+    return total

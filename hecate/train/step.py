@@ -1,0 +1,96 @@
+"""One optimizer step over all ranks.
+
+    begin_step      plan
+    per micro-step  forward; aux loss over all ranks; backward (the last one also reduces the experts' gradients)
+    finish          reduce the replicated gradients; experts' gradients onto their owners; one global norm; skip or step
+
+The loss is the sum over label tokens divided by their number in the whole step, all ranks and micro-steps together, plus the mean over
+the micro-steps of the aux loss. Each rank computes its share; gradients are summed, never averaged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.data.batches import Batch, block_diagonal_mask
+from hecate.data.encode import IGNORED
+from hecate.model.head import LanguageModelHead
+from hecate.model.surgery import MoeModel
+from hecate.moe.aux_loss import load_balancing_loss
+from hecate.train.optimizer import ExpertOptimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; the same on every rank."""
+
+    loss: float
+    """cross-entropy per label token"""
+    aux_loss: float
+    """load-balancing loss before its coefficient; top_k when balanced"""
+    grad_norm: float
+    """before clipping"""
+    skipped: bool
+    """a gradient was not finite, so that nothing was changed"""
+    loads: dict[int, np.ndarray]
+    """per layer, int64 [source ranks, experts]"""
+
+
+def forward_loss(moe: MoeModel, head: LanguageModelHead, batch: Batch, *, step: int, recording: bool) -> Tensor:
+    """Summed cross-entropy of this rank's label tokens in one micro-batch."""
+    segment = batch.segment_ids.flatten()
+    valid = None if bool((segment > 0).all()) else (segment > 0).nonzero().squeeze(1)
+    moe.micro_step.start(valid, batch.token_ids.flatten(), step=step, recording=recording)
+    hidden = head.hidden(batch.input_ids, block_diagonal_mask(batch.segment_ids), batch.position_ids)
+    labelled = (batch.targets.flatten() != IGNORED).nonzero().squeeze(1)
+    return head.loss_sum(hidden.flatten(0, 1)[labelled], batch.targets.flatten()[labelled])
+
+
+def train_step(
+    moe: MoeModel,
+    head: LanguageModelHead,
+    optimizer: ExpertOptimizer,
+    micro_batches: Sequence[Batch],
+    *,
+    num_labels: int,
+    aux_coef: float,
+    max_grad_norm: float | None,
+    step: int,
+) -> StepResult:
+    """Forward, backward, reduce, clip, step. Every rank must call it with as many micro-batches, whose rows may be all padding.
+
+    Args:
+        num_labels: label tokens of the whole step, all ranks and micro-batches together.
+    """
+    group, engine = moe.engine.groups.tokens, moe.engine
+    engine.begin_step(step)
+    totals = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
+    for number, batch in enumerate(micro_batches):
+        if number == len(micro_batches) - 1:
+            engine.last_micro_step()
+        loss_sum = forward_loss(moe, head, batch, step=step, recording=True)
+        loss = loss_sum / max(num_labels, 1)
+        if moe.layers:
+            aux = load_balancing_loss(moe.micro_step.stats, group)
+            totals[1] += aux.detach() / len(micro_batches)
+            loss = loss + aux * (aux_coef / len(micro_batches))
+        totals[0] += loss_sum.detach() / max(num_labels, 1)
+        loss.backward()
+    moe.micro_step.clear()
+    optimizer.reduce_replicated(group)
+    loads = engine.finish_step()
+    dist.all_reduce(totals, group=group)
+    grad_norm = optimizer.global_grad_norm(group)
+    skipped = not math.isfinite(grad_norm)
+    if skipped:
+        optimizer.skip()
+    else:
+        optimizer.step(grad_norm, max_grad_norm)
+    return StepResult(totals[0].item(), totals[1].item(), grad_norm, skipped, loads)

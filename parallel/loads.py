@@ -1,0 +1,43 @@
+"""Expert loads: how many tokens each rank sent to each expert, and what the next iteration will probably bring."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+
+class LoadHistory:
+    """The last `window` iterations' loads of every layer; predicts the next by their mean (Hecate §3.2, w = 5).
+
+    A layer's loads are a LoadMatrix: int64 [source ranks, experts], token-slots routed from each rank to each expert.
+    """
+
+    def __init__(self, window: int) -> None:
+        assert window >= 1, window
+        self._steps: deque[dict[int, np.ndarray]] = deque(maxlen=window)
+
+    def record(self, loads: dict[int, np.ndarray]) -> None:
+        """Append one iteration: layer -> int64 [source ranks, experts]."""
+        self._steps.append(loads)
+
+    def predict(self, layer: int) -> np.ndarray | None:
+        """float64 [source ranks, experts], or None before the first iteration."""
+        if not self._steps:
+            return None
+        return np.mean([step[layer] for step in self._steps], axis=0)
+
+    def state_dict(self) -> list[dict[str, list[list[int]]]]:
+        """JSON-able; layers as decimal strings."""
+        return [{str(layer): loads.tolist() for layer, loads in step.items()} for step in self._steps]
+
+    def load_state_dict(self, state: list[dict[str, list[list[int]]]]) -> None:
+        self._steps.clear()
+        for step in state:
+            self.record({int(layer): np.asarray(loads, dtype=np.int64) for layer, loads in step.items()})
+
+
+def imbalance(loads_D: np.ndarray) -> float:
+    """Largest over mean load of the ranks; 1.0 is perfect, and what an idle layer counts as."""
+    mean = loads_D.mean()
+    return float(loads_D.max() / mean) if mean > 0 else 1.0

@@ -1,0 +1,92 @@
+"""Where the experts of one layer are: their owners, and the ranks on which they are materialized. Also who serves which token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hecate.parallel.topology import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Owners of a layer's experts and their materialization for one iteration (P0 and P1 of Hecate §3.1).
+
+    *Owned shard*: an expert's master parameters and optimizer state, on its one owner. *Replica*: a copy of its parameters
+    for this iteration, the owner's own included. *Slot*: the index of a replica among those of a rank, by expert ascending.
+    """
+
+    owner_E: np.ndarray
+    """int64 [experts]: the owner rank of each expert"""
+    where_ED: np.ndarray
+    """bool [experts, ranks]: the ranks that hold a replica; always true at the owner"""
+
+    def __post_init__(self) -> None:
+        experts, ranks = self.where_ED.shape
+        assert self.owner_E.shape == (experts,), (self.owner_E.shape, self.where_ED.shape)
+        assert self.where_ED.dtype == np.bool_, self.where_ED.dtype
+        assert ((self.owner_E >= 0) & (self.owner_E < ranks)).all(), self.owner_E
+        assert self.where_ED[np.arange(experts), self.owner_E].all(), "an owner must hold its own experts"
+        self.owner_E.setflags(write=False)
+        self.where_ED.setflags(write=False)
+
+    @property
+    def num_experts(self) -> int:
+        return self.where_ED.shape[0]
+
+    @property
+    def world_size(self) -> int:
+        return self.where_ED.shape[1]
+
+    @property
+    def everywhere(self) -> bool:
+        """Is every expert on every rank, so that no token has to travel?"""
+        return bool(self.where_ED.all())
+
+    def owned_by(self, rank: int) -> np.ndarray:
+        """Experts that `rank` owns, ascending."""
+        return np.flatnonzero(self.owner_E == rank)
+
+    def experts_on(self, rank: int) -> np.ndarray:
+        """Experts materialized on `rank`, ascending: slot s holds `experts_on(rank)[s]`."""
+        return np.flatnonzero(self.where_ED[:, rank])
+
+    def slot_of_expert(self, rank: int) -> np.ndarray:
+        """int64 [experts]: the slot of each expert on `rank`, -1 where it is not materialized."""
+        here = self.where_ED[:, rank]
+        return np.where(here, np.cumsum(here) - 1, -1)
+
+    def sent(self, source: int, destination: int) -> np.ndarray:
+        """Experts whose parameters `source` sends to `destination` in a SparseAllGather, ascending."""
+        if source == destination:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero((self.owner_E == source) & self.where_ED[:, destination])
+
+
+def contiguous_owners(num_experts: int, world_size: int) -> np.ndarray:
+    """int64 [experts]: equal runs of consecutive experts per rank (expert parallelism's homes), for any two numbers."""
+    return np.arange(num_experts, dtype=np.int64) * world_size // num_experts
+
+
+def owners_only(owner_E: np.ndarray, world_size: int) -> Placement:
+    """Every expert on its owner and nowhere else."""
+    return Placement(owner_E.copy(), owner_E[:, None] == np.arange(world_size)[None, :])
+
+
+def token_split(placement: Placement, topology: Topology, source: int) -> np.ndarray:
+    """Shares of `source`'s tokens of each expert that go to each rank: topology-aware dispatch (Hecate §3.3).
+
+    A token stays on its rank if the expert is there; else it goes evenly over the replicas in the rank's node; else evenly
+    over all replicas.
+
+    Returns:
+        float64 [experts, ranks]; rows sum to 1.
+    """
+    near = np.zeros(placement.world_size, dtype=bool)
+    near[source] = True
+    candidates = placement.where_ED.copy()
+    for reach in (topology.same_node()[source], near):  # the nearer reach, later, overrides the wider one
+        within = placement.where_ED & reach[None, :]
+        candidates = np.where(within.any(axis=1, keepdims=True), within, candidates)
+    return candidates / candidates.sum(axis=1, keepdims=True)

@@ -1,0 +1,108 @@
+"""A rank's share of the experts: owned shards for good, replicas for one iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hecate.parallel.collectives import Handle, sparse_all_gather, sparse_reduce_scatter
+from hecate.parallel.placement import Placement
+
+
+class LayerStore:
+    """One layer's owned chunks (master parameters, stepped by the owner's optimizer) and this iteration's replicas.
+
+    In one iteration: `gather` (starts the SparseAllGather) → `replicas` (waits for it; a leaf that collects gradients) → `reduce` (starts
+    the SparseReduceScatter and drops the replicas) → `reduced` (waits for it). All ranks of the group call `gather` and `reduce` of
+    all layers in the same order. Outside training `drop` takes the place of `reduce`.
+    """
+
+    def __init__(self, owner_E: list[int], init: Callable[[int], Tensor], group: dist.ProcessGroup) -> None:
+        """Args:
+        owner_E: the owner rank of each expert.
+        init: the initial flat chunk of an expert; called for owned experts only.
+        """
+        rank = dist.get_rank(group)
+        self._group = group
+        self.experts = [expert for expert, owner in enumerate(owner_E) if owner == rank]
+        """owned experts, ascending"""
+        # A rank that owns nothing still needs the chunk's size and dtype to take part in the collectives.
+        chunks = [init(expert) for expert in self.experts] or [init(0)[None][:0]]
+        self._owned_nC = torch.stack(chunks) if self.experts else chunks[0]
+        self.parameters = [nn.Parameter(chunk) for chunk in self._owned_nC]
+        """one parameter an owned expert, views of one tensor"""
+        self.bytes_sent = 0
+        self._placement: Placement | None = None
+        self._gathering: Handle | None = None
+        self._replicas_SC: Tensor | None = None
+        self._reducing: Handle | None = None
+
+    @property
+    def chunk_numel(self) -> int:
+        return self._owned_nC.shape[1]
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk_numel * self._owned_nC.element_size()
+
+    @property
+    def device(self) -> torch.device:
+        return self._owned_nC.device
+
+    @property
+    def materialized(self) -> bool:
+        """Are this iteration's replicas here?"""
+        return self._replicas_SC is not None
+
+    @property
+    def owned_bytes(self) -> int:
+        return self._owned_nC.numel() * self._owned_nC.element_size()
+
+    @property
+    def replica_bytes(self) -> int:
+        """Bytes of the replicas held now."""
+        return 0 if self._replicas_SC is None else self._replicas_SC.numel() * self._replicas_SC.element_size()
+
+    @property
+    def reduce_started(self) -> bool:
+        return self._reducing is not None
+
+    def gather(self, placement: Placement) -> None:
+        """Start materializing; does nothing where this iteration's replicas are here or on their way."""
+        if self._gathering is None and self._replicas_SC is None:
+            self._placement = placement
+            self._gathering = sparse_all_gather(self._owned_nC, placement, self._group)
+            self.bytes_sent += self._gathering.bytes_sent
+
+    def replicas(self) -> Tensor:
+        """[slots, C], a leaf that requires grad: slot s holds expert `placement.experts_on(rank)[s]`."""
+        if self._replicas_SC is None:
+            assert self._gathering is not None, "replicas() before gather()"
+            self._replicas_SC = self._gathering.wait().requires_grad_()
+            self._gathering = None
+        return self._replicas_SC
+
+    def reduce(self) -> None:
+        """Start summing the replicas' gradients onto the owners, and drop the replicas."""
+        assert self._placement is not None
+        assert self._replicas_SC is not None
+        assert self._replicas_SC.grad is not None
+        self._reducing = sparse_reduce_scatter(self._replicas_SC.grad, self._placement, self._group)
+        self.bytes_sent += self._reducing.bytes_sent
+        self.drop()
+
+    def reduced(self) -> Tensor:
+        """[owned experts, C]: the summed gradients, by expert ascending."""
+        assert self._reducing is not None, "reduced() before reduce()"
+        grad_nC = self._reducing.wait()
+        self._reducing = None
+        return grad_nC
+
+    def drop(self) -> None:
+        """Forget this iteration's replicas (a gather still under way is waited for first)."""
+        if self._gathering is not None:
+            self._gathering.wait()
+        self._placement = self._gathering = self._replicas_SC = None

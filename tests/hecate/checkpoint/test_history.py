@@ -1,0 +1,142 @@
+"""Which checkpoints are trusted, which are deleted, and what is left alone."""
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from hecate.checkpoint import CheckpointError, good_checkpoints, latest_good, prune, remove_stale_staging, write_shard
+from tests.hecate.checkpoint.disk import OPERATIONS, Killed, watched_disk
+from tests.hecate.checkpoint.saving import holds, save, shards_of
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def damage(folder: Path) -> None:
+    (folder / "COMMIT").write_text("0" * 32 + "\n")
+
+
+def test_newest_is_by_number_not_by_name_or_time(tmp_path: Path) -> None:
+    for step in (100, 20, 9):
+        save(tmp_path, step, shards_of(float(step)))
+    assert latest_good(tmp_path) == tmp_path / "checkpoint-100"
+    assert [path.name for path in good_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-20", "checkpoint-9"]
+
+
+def test_a_damaged_one_is_passed_over_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, shards_of(float(step)))
+    damage(tmp_path / "checkpoint-3")
+    os.truncate(tmp_path / "checkpoint-2" / "rank-00001-of-00002.safetensors", 10)
+    with caplog.at_level(logging.WARNING):
+        assert latest_good(tmp_path) == tmp_path / "checkpoint-1"
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "checkpoint-3/manifest.json: its digest" in caplog.messages[0]
+    assert "checkpoint-2/rank-00001-of-00002.safetensors: 10 bytes" in caplog.messages[1]
+
+
+def test_nothing_to_find(tmp_path: Path) -> None:
+    assert latest_good(tmp_path / "not there") is None
+    (tmp_path / "checkpoint-5.tmp-x").mkdir()
+    (tmp_path / "checkpoint-5x").mkdir()
+    (tmp_path / "checkpoint-05").mkdir()
+    (tmp_path / "checkpoint-6").write_text("a file")
+    assert latest_good(tmp_path) is None
+
+
+def test_a_link_to_a_checkpoint_is_not_found(tmp_path: Path) -> None:
+    save(tmp_path / "other", 8, shards_of(1.0))
+    (tmp_path / "checkpoint-8").symlink_to(tmp_path / "other" / "checkpoint-8")
+    assert latest_good(tmp_path) is None
+
+
+def test_prune_keeps_the_newest_good_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, shards_of(float(step)))
+    assert [path.name for path in prune(tmp_path, 2)] == ["checkpoint-2", "checkpoint-1"]
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+    assert prune(tmp_path, 2) == []
+
+
+def test_prune_counts_good_ones_only(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, shards_of(float(step)))
+    damage(tmp_path / "checkpoint-4")
+    damage(tmp_path / "checkpoint-2")
+    prune(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+    damage(tmp_path / "checkpoint-3")
+    assert prune(tmp_path, 1) == []
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_prune_leaves_what_is_not_ours(tmp_path: Path) -> None:
+    for step in (2, 3, 4):
+        save(tmp_path, step, shards_of(float(step)))
+    (tmp_path / "checkpoint-2" / "notes.txt").write_text("mine")
+    foreign = tmp_path / "checkpoint-1"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"another trainer's")
+    (tmp_path / "checkpoint-0").mkdir()
+    (tmp_path / "best").mkdir()
+    (tmp_path / "linked").mkdir()
+    prune(tmp_path, 1)
+    assert names(tmp_path) == ["best", "checkpoint-0", "checkpoint-1", "checkpoint-2", "checkpoint-4", "linked"]
+    assert (foreign / "model.safetensors").read_bytes() == b"another trainer's"
+
+
+def test_a_kill_inside_prune_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    for fatal in range(1, 200):
+        root = tmp_path / str(fatal)
+        for step in (1, 2):
+            save(root, step, shards_of(float(step)))
+
+        def die(number: int, operation: str, args: tuple, fatal: int = fatal) -> None:
+            if number == fatal:
+                raise Killed
+
+        try:
+            with watched_disk(die):
+                prune(root, 1)
+        except Killed:
+            pass
+        else:
+            break
+        for folder in root.glob("checkpoint-?"):
+            assert holds(folder, shards_of(float(folder.name[-1])))
+        assert latest_good(root) == root / "checkpoint-2"
+        remove_stale_staging(root)
+        assert all(".tmp-" not in name for name in names(root))
+    assert 10 < fatal < 199
+
+
+def test_prune_that_the_disk_refuses_says_so(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, shards_of(float(step)))
+
+    def refuse(number: int, operation: str, args: tuple) -> None:
+        assert operation in OPERATIONS
+        if operation == "rename":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: .*Read-only"), watched_disk(refuse):
+        prune(tmp_path, 1)
+
+
+def test_stale_staging_goes_and_nothing_else(tmp_path: Path) -> None:
+    save(tmp_path, 1, shards_of(1.0))
+    write_shard(tmp_path / "checkpoint-2.tmp-dead", 0, 2, shards_of(2.0)[0])
+    (tmp_path / "checkpoint-3.tmp-empty").mkdir()
+    mine = tmp_path / "checkpoint-4.tmp-mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoint-5.tmp-link").symlink_to(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-x.tmp-a").mkdir()
+    assert [path.name for path in remove_stale_staging(tmp_path)] == ["checkpoint-2.tmp-dead", "checkpoint-3.tmp-empty"]
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-4.tmp-mine", "checkpoint-5.tmp-link", "checkpoint-x.tmp-a"]
+    assert holds(tmp_path / "checkpoint-1", shards_of(1.0))
+    assert remove_stale_staging(tmp_path / "not there") == []

@@ -1,0 +1,165 @@
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hecate.config import Config, ConfigError, DataSource, load_config
+from hecate.config.schema import LEAF_TYPES, REQUIRED, SECTIONS
+from hecate.config.validate import RANGES
+
+MINIMAL = "model: {name_or_path: model}\ndata: {train: a.jsonl}\noutput_dir: runs/first\nmax_steps: 10\n"
+
+
+def load(text: str, *overrides: str) -> Config:
+    Path("run.yaml").write_text(text)
+    return load_config("run.yaml", list(overrides))
+
+
+def test_defaults_are_those_documented(folder: Path) -> None:
+    config = load(MINIMAL)
+    assert config.data.train == (DataSource(path="a.jsonl", name="a", weight=1.0, format="auto"),)
+    assert config.data.eval == ()
+    assert (config.data.seq_len, config.data.packing, config.data.on_bad_sample) == (512, True, "error")
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout, config.lora.use_rslora) == (16, 32.0, 0.05, False)
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert config.lora.target_modules == modules
+    assert (config.moe.family, config.moe.num_experts, config.moe.top_k) == ("mixlora", 8, 2)
+    assert config.moe.router_aux_loss_coef == 0.001
+    assert (config.fssdp.policy, config.fssdp.load_window, config.fssdp.memory_slots) == ("hecate", 5, None)
+    assert (config.learning_rate, config.max_grad_norm, config.lr_scheduler_type) == (2e-4, 1.0, "cosine")
+    assert (config.eval_steps, config.save_steps, config.nproc, config.topology) == (None, None, None, "auto")
+    assert (config.eval.generate, config.eval.max_new_tokens, config.eval.batch_size) == (False, 32, 16)
+
+
+def test_sources_as_paths_and_mappings(folder: Path) -> None:
+    train = "[a.jsonl, {path: b.jsonl, name: sums, weight: 2, format: alpaca}]"
+    config = load(MINIMAL.replace("a.jsonl", train), "data.eval=b.jsonl")
+    assert config.data.train == (
+        DataSource(path="a.jsonl", name="a"),
+        DataSource(path="b.jsonl", name="sums", weight=2.0, format="alpaca"),
+    )
+    assert config.data.eval == (DataSource(path="b.jsonl", name="b"),)
+
+
+def test_numbers_take_the_type_of_their_field(folder: Path) -> None:
+    config = load(MINIMAL, "lora.alpha=16", "learning_rate=1e-3", "weight_decay=.5", "max_grad_norm=null")
+    assert isinstance(config.lora.alpha, float)
+    assert (config.lora.alpha, config.learning_rate, config.weight_decay) == (16.0, 0.001, 0.5)
+    assert config.max_grad_norm is None
+
+
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("yes", True), ("OFF", False), ("no", False)])
+def test_yes_and_no_are_read_where_a_truth_value_is_expected(folder: Path, word: str, value: bool) -> None:
+    assert load(MINIMAL + f"gradient_checkpointing: {word}\n").gradient_checkpointing is value
+
+
+def test_quoted_words_are_text(folder: Path) -> None:
+    assert load(MINIMAL.replace("runs/first", '"NO"')).output_dir == "NO"
+    assert load(MINIMAL, "output_dir='012'").output_dir == "012"
+
+
+def test_an_override_replaces_the_files_value_even_a_bad_one(folder: Path) -> None:
+    assert load(MINIMAL + "seed: 012\n", "seed=7").seed == 7
+    assert load(MINIMAL + "lora: {r: 4, alpha: 8}\n", "lora={r: 2}").lora.r == 2
+    assert load(MINIMAL + "lora: {r: 4, alpha: 8}\n", "lora={r: 2}").lora.alpha == 8.0
+
+
+def test_references_repeat_other_keys(folder: Path) -> None:
+    text = MINIMAL.replace("runs/first", "runs/${model.dtype}-${seed}") + "seed: 3\nmoe: {top_k: '${seed}'}\n"
+    config = load(text, "data.train=[{path: '${model.name_or_path}', name: 'm${seed}', weight: '${lora.r}'}]")
+    assert config.output_dir == "runs/auto-3"
+    assert config.moe.top_k == 3
+    assert config.data.train == (DataSource(path="model", name="m3", weight=16.0),)
+
+
+def test_experts_per_layer(folder: Path) -> None:
+    assert load(MINIMAL).moe.experts_per_layer(3) == (8, 8, 8)
+    listed = load(MINIMAL, "moe.num_experts=[4,0,3]", "model.num_hidden_layers=3").moe
+    assert listed.experts_per_layer(3) == (4, 0, 3)
+    with pytest.raises(ValueError, match="lists 3 layers, but the model has 4"):
+        listed.experts_per_layer(4)
+
+
+def test_the_config_is_frozen_and_plain(folder: Path) -> None:
+    config = load(MINIMAL, "moe.num_experts=[4,4]")
+
+    def walk(value: Any) -> None:
+        if is_dataclass(value) and not isinstance(value, type):
+            with pytest.raises(FrozenInstanceError):
+                setattr(value, fields(value)[0].name, None)
+            for item in fields(value):
+                walk(getattr(value, item.name))
+        elif isinstance(value, tuple):
+            for item in value:
+                walk(item)
+        else:
+            assert type(value) in (int, float, str, bool, type(None))
+
+    walk(config)
+    assert hash(config) == hash(pickle.loads(pickle.dumps(config)))  # noqa: S301
+
+
+def test_a_used_output_folder_may_be_resumed(folder: Path) -> None:
+    assert load(MINIMAL.replace("runs/first", "used"), "resume=true").resume is True
+    (folder / "fresh").mkdir()
+    assert load(MINIMAL.replace("runs/first", "fresh")).output_dir == "fresh"
+
+
+def test_a_byte_order_mark_and_a_document_start_are_no_matter(folder: Path) -> None:
+    assert load("\ufeff---\n# a comment\n" + MINIMAL).max_steps == 10
+
+
+def test_keys_of_the_design_are_there() -> None:
+    assert set(REQUIRED) == {"model.name_or_path", "data.train", "output_dir", "max_steps"}
+    assert set(SECTIONS) == {"model", "data", "lora", "moe", "fssdp", "eval"}
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = {key for key, hint in LEAF_TYPES.items() if {int, float} & {hint, *getattr(hint, "__args__", ())}}
+    assert numbers - {"moe.num_experts"} == set(RANGES)
+
+
+def test_loading_imports_neither_torch_nor_numpy(folder: Path) -> None:
+    Path("run.yaml").write_text(MINIMAL)
+    code = (
+        "import sys; from hecate.config import load_config, to_yaml, config_hash\n"
+        "c = load_config('run.yaml', ['seed=1']); to_yaml(c); config_hash(c)\n"
+        "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    root = str(Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": root}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_all_problems_come_in_one_report_sorted_by_key(folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("model: {name_or_path: model, dtyp: auto}\nlora:\n  r: 0\n  r: 1\nseed: NO\n", "moe.top_k=9", "nproc=0")
+    found = [(p.key, p.source, p.line) for p in caught.value.problems]
+    assert found == [
+        ("data.train", "run.yaml", None),
+        ("lora.r", "run.yaml", 3),
+        ("lora.r", "run.yaml", 4),
+        ("max_steps", "run.yaml", None),
+        ("model.dtyp", "run.yaml", 1),
+        ("moe.top_k", "command line", None),
+        ("nproc", "command line", None),
+        ("output_dir", "run.yaml", None),
+        ("seed", "run.yaml", 5),
+    ]
+    assert "run.yaml:1: model.dtyp: unknown key\n    hint: did you mean model.dtype?" in str(caught.value)
+
+
+def test_the_report_crosses_processes_and_stays_short(folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(MINIMAL + "".join(f"key{i}: 1\n" for i in range(200)))
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
+    assert again.problems == caught.value.problems
+    assert len(again.problems) == 200
+    assert str(again) == str(caught.value)
+    assert str(again).endswith("... and 180 more")

@@ -1,0 +1,52 @@
+"""Write and encode small JSONL files in tests."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hecate.data.encode import Counts, EncodedSource, encode_source
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str
+    name: str = "source"
+    weight: float = 1.0
+    format: str = "auto"
+
+
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    """Records as lines; a `bytes` record is written as it is."""
+    lines = [record if isinstance(record, bytes) else json.dumps(record).encode() + b"\n" for record in records]
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def chat(*contents: str, system: str | None = None) -> dict[str, Any]:
+    """A record of alternating user and assistant turns."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
+
+
+def encode_records(folder: Path, records: list[Any], tokenizer: Any, **options: Any) -> EncodedSource:
+    path = write_jsonl(folder / "data.jsonl", records)
+    return encode_source(Source(str(path)), tokenizer, **{"seq_len": 256, "vocab_size": 258} | options)
+
+
+def source_of_lengths(lengths: list[int], name: str = "source", weight: float = 1.0) -> EncodedSource:
+    """A source whose tokens are all different: sample i of length n holds 1000 * i + 0..n-1."""
+    ids = [1000 * i + np.arange(n, dtype=np.int32) for i, n in enumerate(lengths)]
+    targets = [np.append(part[1:], part[-1] + 1) for part in ids]
+    return EncodedSource(
+        name=name,
+        path=f"{name}.jsonl",
+        weight=weight,
+        input_ids=np.concatenate(ids),
+        targets=np.concatenate(targets).astype(np.int32),
+        starts=np.cumsum([0, *lengths], dtype=np.int64),
+        lines=np.arange(1, len(lengths) + 1),
+        counts=Counts(kept=len(lengths), truncated=0, skipped=0),
+    )

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hecate.data.batches import Batch, block_diagonal_mask, collate
+from hecate.data.rows import Row, build_row, empty_row, piece_of
+from hecate.data.stream import TrainStream
+from tests.hecate.data.files import source_of_lengths
+
+
+def test_collate_by_hand() -> None:
+    source = [source_of_lengths([2, 3, 6])]
+    rows = [build_row(5, [piece_of(source, 0, 0), piece_of(source, 0, 1)], source), empty_row()]
+    batch = collate(rows, pad_id=99, seq_len=100)
+    assert batch.input_ids.tolist() == [[0, 1, 1000, 1001, 1002, 99, 99, 99], [99] * 8]
+    assert batch.targets.tolist() == [[1, 2, 1001, 1002, 1003, -100, -100, -100], [-100] * 8]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 0, 0, 0], [0] * 8]
+    assert batch.segment_ids.tolist() == [[1, 1, 2, 2, 2, 0, 0, 0], [0] * 8]
+    assert batch.token_ids.tolist() == [[500, 501, 502, 503, 504, -1, -1, -1], [-1] * 8]
+    assert batch.task.tolist() == [[0] * 5 + [-1] * 3, [-1] * 8]
+    assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+
+
+@pytest.mark.parametrize(("longest", "width"), [(1, 8), (8, 8), (9, 16), (13, 16), (30, 32)])
+def test_batch_is_as_wide_as_its_longest_row(longest: int, width: int) -> None:
+    source = [source_of_lengths([1, longest])]
+    rows = [build_row(i, [piece_of(source, 0, i)], source) for i in range(2)]
+    assert collate(rows, pad_id=0, seq_len=30).input_ids.shape == (2, width)
+
+
+def test_token_ids_are_unique_over_a_run() -> None:
+    stream = TrainStream([source_of_lengths([3, 5, 9, 13] * 20)], seq_len=13, packing=True, rows_per_step=4, seed=0)
+    batches = [collate(stream.next_step(), pad_id=0, seq_len=13) for _ in range(30)]
+    ids = torch.cat([batch.token_ids[batch.segment_ids > 0] for batch in batches])
+    assert len(ids) > 1000
+    assert len(ids.unique()) == len(ids)
+
+
+def test_to_moves_every_tensor() -> None:
+    source = [source_of_lengths([2])]
+    moved = collate([build_row(0, [piece_of(source, 0, 0)], source)], pad_id=0, seq_len=8).to("meta")
+    assert isinstance(moved, Batch)
+    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+
+
+def test_mask_by_hand() -> None:
+    mask = block_diagonal_mask(torch.tensor([[1, 1, 2, 2, 0, 0]]))
+    assert mask.shape == (1, 1, 6, 6)
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+def losses_by_sample(model: LlamaForCausalLM, rows: list[Row]) -> dict[tuple[int, int], float]:
+    """Summed loss of each sample in the rows."""
+    batch = collate(rows, pad_id=0, seq_len=64)
+    logits = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=block_diagonal_mask(batch.segment_ids),
+    ).logits
+    assert logits.isfinite().all()
+    losses = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
+    return {
+        sample: losses[b][batch.segment_ids[b] == segment].sum().item()
+        for b, row in enumerate(rows)
+        for segment, sample in enumerate(row.samples, start=1)
+    }
+
+
+def test_packed_loss_equals_unpacked_loss() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=12_000,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    sources = [source_of_lengths([5, 17, 30, 3, 9, 21]), source_of_lengths([8, 11, 40, 6])]
+    options = {"seq_len": 64, "rows_per_step": 2, "seed": 0}
+    packed_rows = TrainStream(sources, packing=True, **options).next_step()
+    assert all(len(row.samples) > 1 for row in packed_rows)
+    with torch.no_grad():
+        packed = losses_by_sample(model, [*packed_rows, empty_row()])
+        for (source, sample), loss in packed.items():
+            # The plain way: alone, unpadded, causal attention and positions by the model itself.
+            tokens = sources[source][sample]
+            logits = model(input_ids=torch.from_numpy(tokens.input_ids).long()[None]).logits[0]
+            alone = cross_entropy(logits, torch.from_numpy(tokens.targets).long(), reduction="sum").item()
+            assert loss == pytest.approx(alone, rel=1e-12)

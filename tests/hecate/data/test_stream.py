@@ -1,0 +1,120 @@
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hecate.data.rows import Row
+from hecate.data.stream import TrainStream
+from hecate.errors import UserError
+from tests.hecate.data.files import source_of_lengths
+
+LENGTHS_A = np.random.default_rng(1).integers(3, 16, 90).tolist()
+LENGTHS_B = np.random.default_rng(2).integers(3, 16, 40).tolist()
+
+
+def build(**changes: Any) -> TrainStream:
+    sources = changes.pop("sources", None) or [
+        source_of_lengths(LENGTHS_A, "a", 3.0),
+        source_of_lengths(LENGTHS_B, "b", 1.0),
+    ]
+    return TrainStream(sources, **{"seq_len": 32, "packing": True, "rows_per_step": 4, "seed": 0} | changes)
+
+
+def plain(rows: list[Row]) -> list[Any]:
+    return [(row.number, row.samples, row.input_ids.tolist(), row.targets.tolist(), row.position_ids.tolist()) for row in rows]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_resume_after_every_step(packing: bool) -> None:
+    whole = build(packing=packing)
+    states, steps = [], []
+    for _ in range(40):
+        states.append(json.dumps(whole.state_dict()))
+        steps.append(plain(whole.next_step()))
+    for done, state in enumerate(states):
+        resumed = build(packing=packing)
+        resumed.next_step()
+        resumed.load_state_dict(json.loads(state))
+        assert [plain(resumed.next_step()) for _ in steps[done : done + 5]] == steps[done : done + 5]
+    assert max(map(len, states)) < 4000
+
+
+def test_steps_have_exactly_their_rows_numbered_through() -> None:
+    stream = build(rows_per_step=7)
+    numbers = [row.number for _ in range(5) for row in stream.next_step()]
+    assert numbers == list(range(35))
+
+
+def test_rows_do_not_depend_on_how_they_are_cut_into_steps() -> None:
+    few, many = build(rows_per_step=2), build(rows_per_step=6)
+    assert plain([row for _ in range(9) for row in few.next_step()]) == plain([row for _ in range(3) for row in many.next_step()])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@settings(max_examples=20)
+@given(seed=st.integers(0, 1000))
+def test_each_sample_once_an_epoch(packing: bool, seed: int) -> None:
+    stream = build(sources=[source_of_lengths(LENGTHS_A)], packing=packing, seed=seed)
+    seen: Counter[tuple[int, int]] = Counter()
+    while sum(seen.values()) < 3 * len(LENGTHS_A):
+        seen.update(sample for row in stream.next_step() for sample in row.samples)
+    seen.update((source, sample) for source, sample in stream.state_dict()["waiting"])
+    assert set(seen.values()) <= {min(seen.values()), min(seen.values()) + 1}
+
+
+def test_packed_rows_are_full() -> None:
+    stream = build()
+    rows = [row for _ in range(50) for row in stream.next_step()]
+    assert np.mean([len(row.input_ids) for row in rows]) > 0.97 * 32
+
+
+def test_sources_follow_their_weights() -> None:
+    stream = build()
+    drawn = Counter(source for _ in range(100) for row in stream.next_step() for source, _ in row.samples)
+    assert drawn[0] / drawn[1] == pytest.approx(3, rel=0.1)
+
+
+def test_too_little_data_for_one_step() -> None:
+    sources = [source_of_lengths([30, 30]), source_of_lengths([30])]
+    TrainStream(sources, seq_len=32, packing=True, rows_per_step=3, seed=0)
+    with pytest.raises(UserError, match=r"3 samples make 3 packed rows of 32 tokens, one optimizer step needs 4") as error:
+        TrainStream(sources, seq_len=32, packing=True, rows_per_step=4, seed=0)
+    assert "smaller data.seq_len" in str(error.value)
+    with pytest.raises(UserError, match="make 3 rows"):
+        TrainStream(sources, seq_len=100, packing=False, rows_per_step=4, seed=0)
+    with pytest.raises(UserError, match="make 1 packed rows"):
+        TrainStream(sources, seq_len=100, packing=True, rows_per_step=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"seq_len": 40}, "seq_len was 32, is 40"),
+        ({"packing": False}, "packing was True, is False"),
+        ({"sources": [source_of_lengths(LENGTHS_A, "a", 3.0)]}, "the sources were a, b, are a"),
+        (
+            {"sources": [source_of_lengths(LENGTHS_A, "a", 3.0), source_of_lengths(LENGTHS_B, "b", 2.0)]},
+            "weight of source b was 1.0, is 2.0",
+        ),
+        (
+            {"sources": [source_of_lengths(LENGTHS_A, "a", 3.0), source_of_lengths(LENGTHS_A, "b", 1.0)]},
+            "samples of source b, or how they are tokenized, have changed",
+        ),
+    ],
+)
+def test_state_of_another_run_is_refused(changes: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build(**changes).load_state_dict(json.loads(json.dumps(build().state_dict())))
+
+
+def test_rows_per_step_may_change_at_a_resume() -> None:
+    whole = build(rows_per_step=4)
+    whole.next_step()
+    resumed = build(rows_per_step=2)
+    resumed.load_state_dict(whole.state_dict())
+    assert plain(resumed.next_step() + resumed.next_step()) == plain(whole.next_step())

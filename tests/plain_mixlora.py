@@ -1,0 +1,102 @@
+"""MixLoRA without any of this project's machinery: one process, plain autograd, every formula written out.
+
+The reference of the equivalence suite. It shares no code with hecate: only the values of the parameters are handed over.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class PlainLora(nn.Module):
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * (x @ self.a.T) @ self.b.T
+
+
+class PlainMixlora(nn.Module):
+    """One expert after the other over all of its tokens; the whole FFN for each."""
+
+    def __init__(self, mlp: Any, router: Tensor, bias: Tensor, experts: list[dict[str, Tensor]], scale: float, top_k: int) -> None:
+        super().__init__()
+        self.mlp, self.scale, self.top_k = mlp, scale, top_k
+        self.router, self.bias = nn.Parameter(router.clone()), bias
+        self.experts = nn.ModuleList(
+            nn.ParameterDict({name.replace(".", "_"): nn.Parameter(t.clone()) for name, t in expert.items()}) for expert in experts
+        )
+        self.valid: Tensor | None = None
+        self.prob: Tensor | None = None
+        self.choice: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        assert self.valid is not None
+        x = hidden.reshape(-1, hidden.shape[-1])
+        prob = F.softmax(x @ self.router.T + self.bias, dim=-1)
+        weight, choice = prob.topk(self.top_k, dim=-1)
+        weight = weight / weight.sum(-1, keepdim=True)
+        self.prob, self.choice = prob[self.valid], choice[self.valid]
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            share = (weight * (choice == number)).sum(-1, keepdim=True) * self.valid[:, None]
+            gate = self._linear(expert, "gate_proj", x)
+            up = self._linear(expert, "up_proj", x)
+            y = y + share * self._linear(expert, "down_proj", F.silu(gate) * up)
+        return y.view_as(hidden)
+
+    def _linear(self, expert: Any, name: str, x: Tensor) -> Tensor:
+        out = getattr(self.mlp, name)(x)
+        return out + self.scale * (x @ expert[f"{name}_A"].T) @ expert[f"{name}_B"].T
+
+
+def plain_aux(layers: list[PlainMixlora]) -> Tensor:
+    """HF's formula: all layers' tokens in one pile."""
+    prob = torch.cat([layer.prob for layer in layers if layer.prob is not None])
+    choice = torch.cat([layer.choice for layer in layers if layer.choice is not None])
+    experts = prob.shape[1]
+    total = prob.new_zeros(())
+    for k in range(choice.shape[1]):
+        f = F.one_hot(choice[:, k], experts).to(prob.dtype).mean(0)
+        total = total + experts * (f * prob.mean(0)).sum()
+    return total
+
+
+def plain_loss(model: Any, layers: list[PlainMixlora], batch: Any, num_labels: int, micro_steps: int, aux_coef: float) -> tuple[Tensor, Tensor]:
+    """(loss share of this micro-step, cross-entropy part of it); each sample of a packed row alone, without any mask."""
+    cross = torch.zeros((), dtype=next(model.parameters()).dtype)
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in range(len(layers))}
+    for row in range(len(batch.input_ids)):
+        for segment in range(1, int(batch.segment_ids[row].max()) + 1):
+            here = batch.segment_ids[row] == segment
+            for layer in layers:
+                layer.valid = torch.ones(int(here.sum()), dtype=torch.bool)
+            logits = model(input_ids=batch.input_ids[row, here][None], use_cache=False).logits[0]
+            cross = cross + F.cross_entropy(logits, batch.targets[row, here], ignore_index=-100, reduction="sum")
+            for i, layer in enumerate(layers):
+                assert layer.prob is not None
+                assert layer.choice is not None
+                kept[i].append((layer.prob, layer.choice))
+    for i, layer in enumerate(layers):
+        layer.prob = torch.cat([p for p, _ in kept[i]])
+        layer.choice = torch.cat([c for _, c in kept[i]])
+    loss = cross / num_labels + aux_coef * plain_aux(layers) / micro_steps
+    return loss, cross / num_labels
+
+
+def clip(parameters: list[Tensor], limit: float) -> float:
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))
+    if norm > limit:
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.mul_(limit / (norm + 1e-6))
+    return norm

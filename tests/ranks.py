@@ -1,0 +1,90 @@
+"""Run a function on several gloo ranks, cheaply: processes from a fork server that has torch loaded, a file store, one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """`function(rank, world_size, *arguments)` on every rank, with the default gloo group up; results by rank.
+
+    Raises the earliest failure of any rank with its traceback; kills and reports the ranks that have not ended after `timeout` seconds.
+    `function` must be importable (defined at the top of a test module).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receiver, sender = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_rank_main, args=(rank, world_size, f"{folder}/store", timeout, sender, function, arguments), daemon=True
+            )
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            return _collect(pipes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: list[tuple[int, int, str]] = []
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            if not failures:
+                raise TimeoutError(f"ranks {sorted(waiting.values())} of {len(pipes)} had not ended after {timeout:.0f} s; killed")
+            break
+        for pipe in ready:
+            rank = waiting.pop(pipe)  # type: ignore[arg-type]
+            try:
+                kind, when, value = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                kind, when, value = "failed", time.monotonic_ns(), "the process died without a word"
+            if kind == "done":
+                results[rank] = value
+            else:
+                failures.append((when, rank, value))
+                # The others may only be victims of this one, or the other way round: give them a moment to speak.
+                deadline = min(deadline, time.monotonic() + 2.0)
+    if failures:
+        _, rank, text = min(failures)
+        raise AssertionError(f"rank {rank} of {len(pipes)} failed first:\n{text}")
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(
+    rank: int, world_size: int, store: str, timeout: float, sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{Path(store)}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
+        value = function(rank, world_size, *arguments)
+        sender.send(("done", time.monotonic_ns(), value))
+    except BaseException:
+        sender.send(("failed", time.monotonic_ns(), traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
