@@ -41,6 +41,11 @@ class LayerStore:
         self._reducing: Handle | None = None
 
     @property
+    def owned(self) -> Tensor:
+        """[owned experts, C]: the master parameters, by expert ascending."""
+        return self._owned_nC
+
+    @property
     def chunk_numel(self) -> int:
         return self._owned_nC.shape[1]
 

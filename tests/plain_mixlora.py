@@ -28,9 +28,11 @@ class PlainLora(nn.Module):
 class PlainMixlora(nn.Module):
     """One expert after the other over all of its tokens; the whole FFN for each."""
 
-    def __init__(self, mlp: Any, router: Tensor, bias: Tensor, experts: list[dict[str, Tensor]], scale: float, top_k: int) -> None:
+    def __init__(
+        self, mlp: Any, router: Tensor, bias: Tensor, experts: list[dict[str, Tensor]], scale: float, top_k: int, logit_scale: float
+    ) -> None:
         super().__init__()
-        self.mlp, self.scale, self.top_k = mlp, scale, top_k
+        self.mlp, self.scale, self.top_k, self.logit_scale = mlp, scale, top_k, logit_scale
         self.router, self.bias = nn.Parameter(router.clone()), bias
         self.experts = nn.ModuleList(
             nn.ParameterDict({name.replace(".", "_"): nn.Parameter(t.clone()) for name, t in expert.items()}) for expert in experts
@@ -42,7 +44,7 @@ class PlainMixlora(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         assert self.valid is not None
         x = hidden.reshape(-1, hidden.shape[-1])
-        prob = F.softmax(x @ self.router.T + self.bias, dim=-1)
+        prob = F.softmax(x @ (self.logit_scale * self.router).T + self.bias, dim=-1)
         weight, choice = prob.topk(self.top_k, dim=-1)
         weight = weight / weight.sum(-1, keepdim=True)
         self.prob, self.choice = prob[self.valid], choice[self.valid]
@@ -71,30 +73,32 @@ def plain_aux(layers: list[PlainMixlora]) -> Tensor:
     return total
 
 
-def plain_loss(model: Any, layers: list[PlainMixlora], batch: Any, num_labels: int, micro_steps: int, aux_coef: float) -> tuple[Tensor, Tensor]:
-    """(loss share of this micro-step, cross-entropy part of it); each sample of a packed row alone, without any mask."""
-    cross = torch.zeros((), dtype=next(model.parameters()).dtype)
-    kept: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in range(len(layers))}
+def plain_loss(
+    model: Any, layers: list[PlainMixlora], batch: Any, num_labels: int, micro_steps: int, aux_coef: float
+) -> tuple[Tensor, float]:
+    """(loss share of this micro-step, cross-entropy part of it).
+
+    Each sample of a packed row becomes a row of its own, padded behind, where causal attention cannot see it: no mask is needed.
+    """
+    samples = []
     for row in range(len(batch.input_ids)):
         for segment in range(1, int(batch.segment_ids[row].max()) + 1):
             here = batch.segment_ids[row] == segment
-            for layer in layers:
-                layer.valid = torch.ones(int(here.sum()), dtype=torch.bool)
-            logits = model(input_ids=batch.input_ids[row, here][None], use_cache=False).logits[0]
-            cross = cross + F.cross_entropy(logits, batch.targets[row, here], ignore_index=-100, reduction="sum")
-            for i, layer in enumerate(layers):
-                assert layer.prob is not None
-                assert layer.choice is not None
-                kept[i].append((layer.prob, layer.choice))
-    for i, layer in enumerate(layers):
-        layer.prob = torch.cat([p for p, _ in kept[i]])
-        layer.choice = torch.cat([c for _, c in kept[i]])
-    loss = cross / num_labels + aux_coef * plain_aux(layers) / micro_steps
-    return loss, cross / num_labels
+            samples.append((batch.input_ids[row, here], batch.targets[row, here]))
+    length = max(len(ids) for ids, _ in samples)
+    ids, targets = torch.zeros(len(samples), length, dtype=torch.int64), torch.full((len(samples), length), -100)
+    valid = torch.zeros(len(samples), length, dtype=torch.bool)
+    for i, (sample_ids, sample_targets) in enumerate(samples):
+        ids[i, : len(sample_ids)], targets[i, : len(sample_ids)], valid[i, : len(sample_ids)] = sample_ids, sample_targets, True
+    for layer in layers:
+        layer.valid = valid.flatten()
+    logits = model(input_ids=ids, use_cache=False).logits
+    cross = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / num_labels
+    return cross + aux_coef * plain_aux(layers) / micro_steps, float(cross.detach())
 
 
 def clip(parameters: list[Tensor], limit: float) -> float:
-    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None))
     if norm > limit:
         for p in parameters:
             if p.grad is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "transformers.models.llama.modeling_llama"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
@@ -83,7 +83,7 @@ def _rank_main(
         )
         value = function(rank, world_size, *arguments)
         sender.send(("done", time.monotonic_ns(), value))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it was, the parent raises it
         sender.send(("failed", time.monotonic_ns(), traceback.format_exc()))
     finally:
         if dist.is_initialized():

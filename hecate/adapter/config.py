@@ -67,16 +67,17 @@ class AdapterConfig:
         if not self.target_modules or len(set(self.target_modules)) != len(self.target_modules):
             raise UserError(f"adapter: target_modules must name each module once, not {list(self.target_modules)}")
         per_layer = self.experts_per_layer
-        for experts in per_layer:
+        with_experts = [experts for experts in per_layer if experts != 0] or [0]
+        for experts in with_experts:
             _check_whole("num_experts", experts)
         if len(per_layer) != self.num_layers:
             raise UserError(f"adapter: num_experts lists {len(per_layer)} layers, num_layers is {self.num_layers}")
-        if self.top_k > min(per_layer):
-            raise UserError(f"adapter: top_k must be from 1 to a layer's experts, {min(per_layer)}, not {self.top_k}")
+        if self.top_k > min(with_experts):
+            raise UserError(f"adapter: top_k must be from 1 to a layer's experts, {min(with_experts)}, not {self.top_k}")
 
     @property
     def experts_per_layer(self) -> tuple[int, ...]:
-        """Number of experts of each layer."""
+        """Number of experts of each layer; 0: it keeps its plain FFN."""
         return self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,) * self.num_layers
 
     @property

@@ -29,7 +29,8 @@ def expected_shapes(config: AdapterConfig) -> Iterator[tuple[str, tuple[int | st
                 out, into = ("hidden", inner) if module == "o_proj" else (inner, "hidden")
                 yield attention_tensor_name(layer, module, "A"), (config.r, into)
                 yield attention_tensor_name(layer, module, "B"), (out, config.r)
-        yield router_tensor_name(layer), (num_experts, "hidden")
+        if num_experts > 0:
+            yield router_tensor_name(layer), (num_experts, "hidden")
         ffn = f"ffn of layer {layer}"
         for module in FFN_MODULES:
             if module in config.target_modules:

@@ -20,11 +20,11 @@ MAX_BYTES = 256 * 1024
 _SOURCES = ("data.train", "data.eval")
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True) -> Config:
     """The configuration of a run: the YAML file at `path`, with `overrides` ("section.key=value", the value in YAML).
 
     An override takes the place of the file's value. `${key}` repeats another key's value. Everything is checked, also
-    that the files named exist and that output_dir is free.
+    that the files named exist and that output_dir is free (not with `claim_output` off: another rank has claimed it).
     Raises ConfigError, a UserError, with all problems.
     """
     file = os.fspath(path)
@@ -42,7 +42,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         if key not in given:
             report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
     tree = _as_omegaconf(values)
-    check_values(_resolve(tree, values, report), report.add)
+    check_values(_resolve(tree, values, report), report.add, claim_output=claim_output)
     if report.problems:
         raise ConfigError(report.problems)
 

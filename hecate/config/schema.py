@@ -24,7 +24,7 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
     path: str
-    """A local file or folder; a relative one starts from the working directory, not from the config file."""
+    """A local JSONL file; a relative path starts from the working directory, not from the config file."""
     name: str = ""
     """What the source is called in logs, metrics and results: [A-Za-z0-9._-], 1 to 64 characters, unique in its list.
     Left out: the file's name without its last suffix."""
@@ -45,8 +45,8 @@ class DataConfig:
     packing: bool = True
     """Put several samples into one row; none attends to another."""
     on_bad_sample: Literal["error", "skip", "truncate"] = "error"
-    """What to do with a sample that cannot be read or is longer than seq_len. error: stop. skip: leave it out and count
-    it. truncate: cut an over-long one to seq_len, skip the unreadable ones, count both."""
+    """What to do with a sample that cannot be read or is longer than seq_len. error: stop. skip: leave it out, count it and
+    write it to quarantine-NAME.jsonl in output_dir. truncate: cut an over-long one to seq_len and count it, stop at others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,8 @@ class FssdpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
+    on_start: bool = False
+    """Evaluate before the first step, too, so that the end can be compared with it."""
     max_samples: int | None = None
     """Samples evaluated per source, the first ones. null: all."""
     generate: bool = False

@@ -66,7 +66,7 @@ RANGES: dict[str, Range] = {
 }
 
 
-def check_values(values: Mapping[str, Any], add: Add) -> None:
+def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> None:
     """Note everything wrong with `values` (dotted key to typed value). A key that is absent has a problem already: what
     depends on it is not checked."""
     for key, allowed in RANGES.items():
@@ -91,7 +91,7 @@ def check_values(values: Mapping[str, Any], add: Add) -> None:
             what, _, hint = str(error).partition("\n")
             add("model.name_or_path", what, hint)
     _check_topology(values, add)
-    _check_output_dir(values, add)
+    _check_output_dir(values, add, claim=claim_output)
 
 
 def _check_experts(values: Mapping[str, Any], add: Add) -> None:
@@ -164,6 +164,8 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
             add(f"{key}[{i}]", f"{shorten(module)} is listed twice", "keep one of the two")
         elif not re.fullmatch(r"[A-Za-z0-9_.]+", module):
             add(f"{key}[{i}]", f"must be a module's name, got {shorten(module)}", "patterns are not read here")
+    if modules and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
+        add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")
 
 
 def _check_topology(values: Mapping[str, Any], add: Add) -> None:
@@ -177,7 +179,7 @@ def _check_topology(values: Mapping[str, Any], add: Add) -> None:
         add("topology", f"must be auto, a preset's name or a YAML file, got {shorten(topology)}", "")
 
 
-def _check_output_dir(values: Mapping[str, Any], add: Add) -> None:
+def _check_output_dir(values: Mapping[str, Any], add: Add, *, claim: bool) -> None:
     if "output_dir" not in values:
         return
     path = Path(values["output_dir"])
@@ -190,7 +192,7 @@ def _check_output_dir(values: Mapping[str, Any], add: Add) -> None:
         standing = standing.parent
     if not os.path.isdir(standing):
         add("output_dir", f"{shorten(str(standing))} is not a folder", "choose another")
-    elif standing == path and values.get("resume") is False:
+    elif claim and standing == path and values.get("resume") is False:
         try:
             empty = not any(path.iterdir())
         except OSError as error:

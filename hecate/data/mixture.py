@@ -75,4 +75,3 @@ class Mixture:
         drawn = list(state["drawn"])
         assert len(drawn) == len(self.sizes), (drawn, self.sizes)
         self._drawn = drawn
-        self._order.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hecate.config.model_path import find_model
 from hecate.errors import UserError
 
 _log = logging.getLogger(__name__)
-_PACKAGE = "package:"
 
 
 @dataclass(frozen=True)
@@ -31,31 +30,9 @@ class ModelSource:
 
 
 def resolve_model(name_or_path: str) -> ModelSource:
-    """Find the files that `model.name_or_path` means, without loading them.
-
-    Raises:
-        UserError: no such folder, file or package, or nothing in it that can be read.
-    """
-    if name_or_path.startswith(_PACKAGE):
-        package = name_or_path.removeprefix(_PACKAGE)
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        folders = list(spec.submodule_search_locations or []) if spec else []
-        files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
-        if len(files) != 1:
-            found = f"{len(files)} GGUF files" if spec else "no such installed package"
-            raise UserError(f"model.name_or_path: {name_or_path}: {found}; one GGUF file inside the package is needed")
-        return ModelSource(files[0].parent, files[0].name)
-    path = Path(name_or_path).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(path.parent, path.name)
-    if not path.is_dir():
-        raise UserError(
-            f"model.name_or_path: {name_or_path}: no such folder.\n"
-            "  give a local folder with config.json and *.safetensors, a .gguf file, or package:NAME; nothing is downloaded"
-        )
-    if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-        raise UserError(f"model.name_or_path: {name_or_path}: the folder must hold config.json and *.safetensors")
-    return ModelSource(path, None)
+    """Find the files that `model.name_or_path` means, without loading them. Raises UserError if there are none."""
+    path = find_model(name_or_path)
+    return ModelSource(path, None) if path.is_dir() else ModelSource(path.parent, path.name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -30,7 +30,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x
-        if self.shape.dropout > 0 and self.training and self._micro_step.token is not None:
+        if self.shape.dropout > 0 and torch.is_grad_enabled() and self._micro_step.token is not None:
             dropout = Dropout(self.shape.dropout, dropout_key(self._seed, self._micro_step.step))
             mask = dropout.mask(self._micro_step.token, self._stream, x.shape[-1], x.dtype)
             inputs = x * mask.view_as(x)

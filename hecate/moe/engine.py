@@ -126,7 +126,7 @@ class Engine:
         self.prefetch(layer)
         replicas_SC = self._replicas(layer)
         placement = self.placements[layer]
-        if count:
+        if count and self._training:
             self._counts[layer] += torch.bincount(expert_TK.flatten(), minlength=placement.num_experts).cpu()
         expert_S = torch.from_numpy(placement.experts_on(self.rank))
         family = self.families[layer]

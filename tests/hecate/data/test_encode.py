@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from hecate.data.encode import IGNORED, encode_source
 from hecate.errors import UserError
@@ -139,10 +141,30 @@ def test_tokenizers_that_cannot_do_it(tmp_path: Path, policy: str) -> None:
         encode_records(tmp_path, [chat("q", "a")], build_byte_tokenizer(chat_template=None), on_bad_sample=policy)
     with pytest.raises(UserError, match="no end-of-sequence token"):
         encode_records(tmp_path, [{"text": "a"}], build_byte_tokenizer(eos_token=None), on_bad_sample=policy)
-    # Shows how many turns there are: a longer conversation is rendered otherwise from its very start.
-    counting = build_byte_tokenizer(chat_template="{{ messages | length }}" + TEMPLATE)
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | length }}" + TEMPLATE,  # a longer conversation begins otherwise
+        # an answer ends otherwise once a question follows
+        TEMPLATE.replace("'<e>", "('!' if loop.last and message['role'] == 'assistant' else '') + '<e>"),
+    ],
+)
+def test_template_that_rewrites_earlier_turns(tmp_path: Path, policy: str, template: str) -> None:
+    tokenizer = build_byte_tokenizer(chat_template=template)
     with pytest.raises(UserError, match=r"data.jsonl:1: .*chat template cannot be used"):
-        encode_records(tmp_path, [chat("q", "a", "q", "b")], counting, on_bad_sample=policy)
+        encode_records(tmp_path, [chat("q", "a", "q", "b")], tokenizer, on_bad_sample=policy)
+
+
+def test_tokenizers_own_beginning_is_for_documents_only(tmp_path: Path) -> None:
+    tokenizer = build_byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    document, conversation = (encode_records(tmp_path, [record], tokenizer)[0] for record in ({"text": "abc"}, chat("q", "a")))
+    assert tokenizer.decode(document.input_ids) == "<s>abc"
+    assert tokenizer.decode(document.targets) == "abc<e>"
+    assert tokenizer.decode(conversation.input_ids) == "<s>user\nq<e>\n<s>assistant\na"
 
 
 def test_refusal_by_the_template_is_a_bad_sample(tmp_path: Path) -> None:
@@ -189,8 +211,14 @@ def test_more_samples_than_one_tokenizer_call(tmp_path: Path, byte_tokenizer: An
 
 
 def test_digest_notices_targets_and_borders(tmp_path: Path, byte_tokenizer: Any) -> None:
-    records = [[chat("q", "a")], [chat("q", "b")], [{"text": "ab"}, {"text": "c"}], [{"text": "abc"}]]
-    assert len({encode_records(tmp_path, record, byte_tokenizer).digest() for record in records}) == 4
+    source = encode_records(tmp_path, [{"text": "ab"}, {"text": "c"}], byte_tokenizer)
+    others = [
+        replace(source, input_ids=source.input_ids + 1),
+        replace(source, targets=np.where(source.targets == 257, IGNORED, source.targets)),
+        replace(source, starts=np.array([0, 1, 3])),
+    ]
+    assert len({other.digest() for other in [source, *others]}) == 4
+    assert encode_records(tmp_path, [{"text": "ab"}, {"text": "c"}], byte_tokenizer).digest() == source.digest()
 
 
 def test_smollm2(tmp_path: Path, smollm2_tokenizer: Any) -> None:

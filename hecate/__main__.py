@@ -1,0 +1,5 @@
+"""`python -m hecate`."""
+
+from hecate.cli import main
+
+main()

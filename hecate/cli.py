@@ -1,0 +1,114 @@
+"""The command line. Heavy imports stay inside the commands, so that --help is immediate."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hecate.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fully sharded sparse data parallel (FSSDP) training of mixtures of LoRA experts.",
+)
+
+_Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs that take the place of the file's")]
+_USER_ERROR_EXIT = 2
+
+
+def main() -> None:
+    """Entry point: a user's mistake is a short text and exit status 2, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        _report(error)
+        sys.exit(_USER_ERROR_EXIT)
+
+
+def _report(error: UserError) -> None:
+    store = os.environ.get("HECATE_STORE")
+    if store and os.environ.get("RANK") != "0":
+        # The launcher shows it if rank 0 had nothing to say: usually all ranks meet the same mistake.
+        from hecate.launch.local import error_file
+
+        error_file(Path(store), int(os.environ["RANK"])).write_text(f"hecate: {error}", encoding="utf-8")
+        return
+    print(f"hecate: {error}", file=sys.stderr)
+
+
+@app.command()
+def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: _Overrides = None) -> None:
+    """Train as CONFIG says. Started plainly it spawns its own ranks; under torchrun it uses the ranks it is given."""
+    rank = os.environ.get("RANK")
+    if rank is None:
+        from hecate.config import load_config
+        from hecate.launch.local import launch_local
+
+        loaded = load_config(config, overrides or ())
+        status = launch_local(["train", str(config), *(overrides or ())], loaded.nproc or _default_ranks())
+        raise typer.Exit(status)
+    from hecate.config import load_config
+
+    # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
+    loaded = load_config(config, overrides or (), claim_output=rank == "0" and "HECATE_STORE" not in os.environ)
+    from hecate.train.loop import train as run
+    from hecate.train.ranks import join_ranks
+
+    with join_ranks() as ranks:
+        run(loaded, ranks)
+
+
+@app.command(name="eval")
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="the run's YAML file, or the config.yaml in its folder")],
+    overrides: _Overrides = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter folder; left out: the base model alone is not evaluated")] = None,
+) -> None:
+    """Held-out loss and exact accuracy of an adapter on data.eval, in one process."""
+    from hecate.config import load_config
+
+    loaded = load_config(config, overrides or (), claim_output=False)
+    from hecate.train.inference import evaluate_adapter
+
+    evaluate_adapter(loaded, adapter or Path(loaded.output_dir) / "adapter")
+
+
+@app.command()
+def generate(
+    adapter: Annotated[Path, typer.Argument(help="adapter folder, such as runs/quickstart/adapter")],
+    prompt: Annotated[str, typer.Argument(help="what the user says")],
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    model: Annotated[str | None, typer.Option(help="base model; left out: the one the adapter names")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Answer one prompt, greedily, with an adapter over its base model."""
+    from hecate.train.inference import answer
+
+    print(answer(adapter, prompt, system=system, model=model, max_new_tokens=max_new_tokens))
+
+
+@app.command(name="make-tasks")
+def make_tasks(
+    folder: Annotated[Path, typer.Argument(help="where to write {task}.train.jsonl and {task}.eval.jsonl")],
+    tasks: Annotated[str, typer.Option(help="comma-separated task names")] = "chain_sum,gcd,letter_counting,count_bits",
+    train_size: Annotated[int, typer.Option(min=1)] = 1000,
+    eval_size: Annotated[int, typer.Option(min=1)] = 50,
+    seed: int = 0,
+) -> None:
+    """Write multi-task data with reasoning-gym (extra `quickstart`)."""
+    from hecate.data.synthetic_tasks import write_tasks
+
+    for written in write_tasks(folder, tasks.split(","), train_size, eval_size, seed):
+        print(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out")
+
+
+def _default_ranks() -> int:
+    import torch
+
+    return torch.cuda.device_count() or 2

@@ -1,0 +1,34 @@
+"""Activation checkpointing: a decoder layer keeps its input and runs again in the backward pass."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from hecate.model.gated_ffn import decoder_layers
+from hecate.model.surgery import MoeModel
+
+
+def checkpoint_activations(moe: MoeModel) -> None:
+    """Checkpoint every decoder layer of the model, where gradients are wanted.
+
+    Running a layer again repeats its collectives, in the same order on every rank, and counts no load twice. It runs to its end: stopping
+    at the last tensor that is needed could leave out a collective on one rank that another still waits in.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), moe.micro_step.recomputing()
+
+    for layer in decoder_layers(moe.model)[1]:
+        plain = layer.forward
+
+        def forward(*args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return _plain(*args, **kwargs)
+            with set_checkpoint_early_stop(False):
+                return checkpoint(_plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+        layer.forward = forward

@@ -1,0 +1,74 @@
+"""Held-out loss, exact accuracy and expert loads of each evaluation source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hecate.config import Config
+from hecate.data.batches import collate
+from hecate.data.encode import IGNORED, EncodedSource
+from hecate.data.evaluation import GenerationItem, eval_rows, generation_items, share_of_rank
+from hecate.model.surgery import MoeModel
+from hecate.train.build import BaseModel
+from hecate.train.generate import generate
+from hecate.train.ranks import Ranks
+from hecate.train.scores import EvalScore
+from hecate.train.step import forward_loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, by source name; the same on every rank."""
+
+    scores: dict[str, EvalScore]
+    loads: dict[str, dict[int, list[int]]]
+    """source -> layer -> token-slots of each expert"""
+
+
+def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[EncodedSource]) -> Evaluation:
+    """Evaluate all sources. Every rank must call it; rows and prompts are shared out, experts are everywhere meanwhile."""
+    scores, loads = {}, {}
+    with moe.engine.evaluating(), torch.no_grad():
+        for index, source in enumerate(sources):
+            loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, sources, index)
+            accuracy = None
+            samples = len(source) if config.eval.max_samples is None else min(len(source), config.eval.max_samples)
+            if config.eval.generate:
+                items = generation_items(source, config.data.eval[index].format, base.tokenizer, config.eval.max_samples)
+                accuracy = _exact_accuracy(config, ranks, base, items)
+            scores[source.name] = EvalScore(loss=loss, accuracy=accuracy, samples=samples)
+    moe.micro_step.clear()
+    return Evaluation(scores, loads)
+
+
+def _loss_and_loads(
+    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[EncodedSource], index: int
+) -> tuple[float, dict[int, list[int]]]:
+    rows = eval_rows(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
+    totals = torch.zeros(2, dtype=torch.float64)
+    counts = {layer: torch.zeros(moe.engine.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
+    for share in share_of_rank(rows, ranks.rank, ranks.world_size, config.micro_batch_size):
+        if all(len(row.input_ids) == 0 for row in share):
+            continue  # nothing to share: no collective runs while every expert is everywhere
+        batch = collate(share, pad_id=0, seq_len=config.data.seq_len).to(ranks.device)
+        totals[0] += forward_loss(moe, base.head, batch, step=0, recording=True).cpu()
+        totals[1] += (batch.targets != IGNORED).sum().cpu()
+        for layer, stats in moe.micro_step.stats.items():
+            counts[layer] += stats.count_KE.sum(0).cpu()
+    loss_sum, labels = ranks.all_sum(totals).tolist()
+    layers = sorted(counts)
+    flat = ranks.all_sum(torch.cat([counts[layer] for layer in layers])) if layers else torch.zeros(0)
+    parts = flat.split([len(counts[layer]) for layer in layers])
+    return loss_sum / max(labels, 1), {layer: part.tolist() for layer, part in zip(layers, parts, strict=True)}
+
+
+def _exact_accuracy(config: Config, ranks: Ranks, base: BaseModel, items: Sequence[GenerationItem]) -> float:
+    """Share of prompts whose greedy answer is the file's, but for white space at the ends."""
+    mine = items[ranks.rank :: ranks.world_size]
+    prompts = [item.prompt_ids for item in mine]
+    answers = generate(base, prompts, max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size)
+    correct = sum(answer == item.answer_text.strip() for answer, item in zip(answers, mine, strict=True))
+    return ranks.all_sum(torch.tensor([float(correct)])).item() / max(len(items), 1)

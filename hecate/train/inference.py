@@ -1,0 +1,78 @@
+"""Using a trained adapter: evaluation and answers, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hecate.adapter import AdapterConfig, load_adapter
+from hecate.config import Config
+from hecate.errors import UserError
+from hecate.model.gated_ffn import decoder_layers
+from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
+from hecate.moe.engine import EngineConfig
+from hecate.moe.mixlora import LoraShape
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from hecate.train.build import BaseModel, build_base, encode_sources
+from hecate.train.evaluate import evaluate
+from hecate.train.export import load_into
+from hecate.train.generate import generate
+from hecate.train.ranks import Ranks, join_ranks
+from hecate.train.summary import print_summary
+
+
+def evaluate_adapter(config: Config, adapter: Path) -> None:
+    """Print held-out loss and, with eval.generate, exact accuracy of each source of data.eval.
+
+    Raises:
+        UserError: no data.eval, or the adapter does not fit the model.
+    """
+    if not config.data.eval:
+        raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on")
+    with join_ranks() as ranks:
+        base, moe = _with_adapter(adapter, ranks, config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers)
+        sources = encode_sources(config.data.eval, config, base, ranks)
+        found = evaluate(config, ranks, base, moe, sources)
+        if ranks.is_first:
+            print_summary(None, found.scores, [("adapter", str(adapter))])
+
+
+def answer(adapter: Path, prompt: str, *, system: str | None, model: str | None, max_new_tokens: int) -> str:
+    """The greedy answer to one prompt in the tokenizer's chat template."""
+    from hecate.data.chat import render_prompt, require_chat_template
+
+    with join_ranks() as ranks:
+        base, moe = _with_adapter(adapter, ranks, model, "auto", None)
+        require_chat_template(base.tokenizer, str(adapter))
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        text = render_prompt(base.tokenizer, [*messages, {"role": "user", "content": prompt}])
+        ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+        with moe.engine.evaluating():
+            return generate(base, [ids], max_new_tokens=max_new_tokens, batch_size=1)[0]
+
+
+def _with_adapter(folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None) -> tuple[BaseModel, MoeModel]:
+    tensors, description = load_adapter(folder)
+    base = build_base(model or description.base_model_name_or_path, dtype, num_hidden_layers, ranks)
+    num_layers = len(decoder_layers(base.model)[1])
+    if num_layers != description.num_layers:
+        raise UserError(f"{folder}: made for {description.num_layers} layers, but the base model has {num_layers}")
+    planner = EngineConfig(POLICIES["full"], local_topology(ranks.world_size, cuda=ranks.device.type == "cuda"))
+    moe = insert_experts(base.model, _plan(description), planner, ranks.groups)
+    for name, wanted in _shapes(moe).items():
+        if tuple(tensors[name].shape) != wanted:
+            raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {wanted}")
+    load_into(moe, tensors)
+    return base, moe
+
+
+def _shapes(moe: MoeModel) -> dict[str, tuple[int, ...]]:
+    """One tensor of each size that depends on the base model."""
+    from hecate.adapter import router_tensor_name
+
+    return {router_tensor_name(layer): tuple(module.router.weight.shape) for layer, module in moe.layers.items()}
+
+
+def _plan(description: AdapterConfig) -> SurgeryPlan:
+    lora = LoraShape(description.r, description.scale, 0.0)
+    return SurgeryPlan(description.experts_per_layer, description.top_k, lora, description.target_modules, seed=0)

@@ -1,0 +1,281 @@
+"""A training run from beginning to end, on one rank."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+
+from hecate.adapter import AdapterConfig
+from hecate.checkpoint.files import write_durable
+from hecate.config import Config, to_yaml
+from hecate.data.batches import Batch, collate
+from hecate.data.encode import IGNORED, EncodedSource
+from hecate.data.rows import Row
+from hecate.data.stream import TrainStream
+from hecate.errors import UserError
+from hecate.model.checkpointing import checkpoint_activations
+from hecate.model.surgery import MoeModel
+from hecate.parallel.loads import imbalance
+from hecate.parallel.placement import Placement, token_split
+from hecate.parallel.topology import Topology
+from hecate.train.build import BaseModel, build_base, build_moe, encode_sources
+from hecate.train.evaluate import Evaluation, evaluate
+from hecate.train.export import adapter_config, export_adapter
+from hecate.train.heatmap import write_heatmap
+from hecate.train.metrics import MetricsWriter, eval_record, event_record, step_record
+from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.progress import Progress, StepLine
+from hecate.train.ranks import Ranks
+from hecate.train.schedule import schedule
+from hecate.train.state import load_state, save_state
+from hecate.train.step import StepResult, train_step
+from hecate.train.summary import EVERY_RANK, TrainableRow, print_summary, training_report
+
+_MOST_SKIPPED_IN_A_ROW = 10
+
+
+class Run:
+    """The parts of one rank's run, and what happened so far."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.folder = Path(config.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.base: BaseModel = build_base(config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks)
+        self.description: AdapterConfig = adapter_config(config, self.base)
+        sources = encode_sources(config.data.train, config, self.base, ranks)
+        self.eval_sources: list[EncodedSource] = encode_sources(config.data.eval, config, self.base, ranks)
+        rows = config.micro_batch_size * config.gradient_accumulation_steps * ranks.world_size
+        self.stream = TrainStream(sources, seq_len=config.data.seq_len, packing=config.data.packing, rows_per_step=rows, seed=config.seed)
+        self.moe: MoeModel = build_moe(config, self.base, ranks)
+        if config.gradient_checkpointing:
+            checkpoint_activations(self.moe)
+        self.optimizer = ExpertOptimizer(
+            {f"{layer}.{expert}": parameter for (layer, expert), parameter in self.moe.engine.named_parameters().items()},
+            self.moe.replicated_parameters(),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            schedule=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
+        )
+        self.step, self.tokens = 0, 0
+        self.skipped = self.skipped_in_a_row = 0
+        if config.resume:
+            self.step, self.tokens = load_state(config, ranks, self.moe, self.optimizer, self.stream)
+
+    def micro_batches(self, rows: list[Row]) -> list[Batch]:
+        """This rank's share of a global step: micro-step m takes the m-th part of the rows, rank r the r-th part of that."""
+        size, world = self.config.micro_batch_size, self.ranks.world_size
+        starts = [(micro * world + self.ranks.rank) * size for micro in range(self.config.gradient_accumulation_steps)]
+        pad_id = self.base.tokenizer.pad_token_id or 0
+        return [collate(rows[s : s + size], pad_id, self.config.data.seq_len).to(self.ranks.device) for s in starts]
+
+    def train_one(self) -> tuple[StepResult, int]:
+        """One optimizer step; its result and its number of tokens over all ranks."""
+        rows = self.stream.next_step()
+        result = train_step(
+            self.moe,
+            self.base.head,
+            self.optimizer,
+            self.micro_batches(rows),
+            num_labels=sum(int((row.targets != IGNORED).sum()) for row in rows),
+            aux_coef=self.config.moe.router_aux_loss_coef,
+            max_grad_norm=self.config.max_grad_norm,
+            step=self.step,
+        )
+        self.step += 1
+        tokens = sum(len(row.input_ids) for row in rows)
+        self.tokens += tokens
+        self.skipped += result.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        if self.skipped_in_a_row == _MOST_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{_MOST_SKIPPED_IN_A_ROW} steps in a row, up to step {self.step}, had gradients that were not finite; they changed nothing.\n"
+                "  lower learning_rate, or resume from an earlier checkpoint"
+            )
+        return result, tokens
+
+    def save(self) -> Path | None:
+        return save_state(self.config, self.ranks, self.moe, self.optimizer, self.stream, step=self.step, tokens=self.tokens)
+
+
+def train(config: Config, ranks: Ranks) -> None:
+    """Train as configured, then evaluate, save, export and show. Every rank must call it.
+
+    Raises:
+        UserError: whatever of the configuration, the data, the model or the disk is wrong.
+    """
+    started = time.monotonic()
+    run = Run(config, ranks)
+    with ExitStack() as stack:
+        stopping = stack.enter_context(_stop_on_signals())
+        progress = stack.enter_context(Progress(config.max_steps, run.step)) if ranks.is_first else None
+        metrics = stack.enter_context(_metrics(run)) if ranks.is_first else None
+        if progress:
+            _announce(run, progress)
+        before = _evaluate(run, progress, metrics) if config.eval.on_start and run.eval_sources and run.step == 0 else None
+        last: Evaluation | None = None
+        train_seconds, first_tokens = 0.0, run.tokens
+        while run.step < config.max_steps:
+            step_started, sent = time.monotonic(), run.moe.engine.bytes_sent
+            learning_rate = run.optimizer.learning_rate
+            result, tokens = run.train_one()
+            seconds = time.monotonic() - step_started
+            train_seconds += seconds
+            bytes_sent = int(ranks.all_max(float(run.moe.engine.bytes_sent - sent)))
+            stop = ranks.all_max(float(stopping.is_set)) > 0
+            if progress and metrics and run.step % config.logging_steps == 0:
+                skew = rank_imbalance(result.loads, run.moe.engine.placements, run.moe.engine.config.topology)
+                metrics.write(
+                    step_record(
+                        step=run.step,
+                        loss=result.loss,
+                        aux_loss=result.aux_loss,
+                        learning_rate=learning_rate,
+                        grad_norm=result.grad_norm,
+                        skipped=result.skipped,
+                        tokens=tokens,
+                        step_seconds=seconds,
+                        imbalance=skew,
+                        bytes_sent=bytes_sent,
+                        loads=result.loads,
+                    )
+                )
+                progress.step(
+                    StepLine(run.step, result.loss, result.aux_loss, learning_rate, tokens / seconds, skew, seconds, result.skipped)
+                )
+            done = run.step == config.max_steps
+            if run.eval_sources and not stop and (done or (config.eval_steps and run.step % config.eval_steps == 0)):
+                last = _evaluate(run, progress, metrics)
+            if done or stop or (config.save_steps and run.step % config.save_steps == 0):
+                _save(run, progress, metrics)
+            if stop:
+                if progress:
+                    progress.note(f"stopped by a signal after step {run.step}; resume=true continues the run")
+                return
+        adapter = run.folder / "adapter"
+        if ranks.is_first and adapter.exists():  # of an earlier end of this same run
+            shutil.rmtree(adapter)
+        export_adapter(adapter, run.description, run.moe, ranks)
+        peak_bytes = int(ranks.all_max(float(peak_memory())))
+    if ranks.is_first:
+        speed = f"{(run.tokens - first_tokens) / train_seconds:.0f}" if train_seconds else "-"
+        facts = [
+            ("steps", f"{run.step}" + (f", {run.skipped} skipped" if run.skipped else "")),
+            ("tokens trained", f"{run.tokens}"),
+            ("training tokens/s", speed),
+            ("time", f"{time.monotonic() - started:.0f} s, of which training {train_seconds:.0f} s"),
+            ("peak memory", f"{peak_bytes / 2**30:.2f} GiB on the fullest rank"),
+            ("adapter", str(adapter)),
+        ]
+        if last:
+            path = run.folder / "expert_load.png"
+            write_heatmap(path, _shares(last), "Share of each task's tokens by layer and expert")
+            facts.append(("expert loads", str(path)))
+        print_summary(before.scores if before else None, last.scores if last else {}, facts)
+
+
+def rank_imbalance(loads: dict[int, np.ndarray], placements: dict[int, Placement], topology: Topology) -> float:
+    """Largest over mean token-slots computed per rank, averaged over the layers: what the placement made of the loads."""
+    if not loads:
+        return 1.0
+    skews = []
+    for layer, loads_SE in loads.items():
+        served = [loads_SE[source] @ token_split(placements[layer], topology, source) for source in range(len(loads_SE))]
+        skews.append(imbalance(np.sum(served, axis=0)))
+    return float(np.mean(skews))
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Stopping:
+    is_set = False
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[_Stopping]:
+    """SIGINT and SIGTERM ask for a stop after the step under way; a second one ends the process as usual."""
+    stopping = _Stopping()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        stopping.is_set = True
+        # From a terminal the launcher and the ranks all get the signal, and the launcher passes it on: one wish, several signals.
+        signal.signal(number, ask)
+
+    for number in previous:
+        signal.signal(number, ask)
+    try:
+        yield stopping
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _metrics(run: Run) -> MetricsWriter:
+    writer = MetricsWriter(run.folder / "metrics.jsonl")
+    writer.truncate_after(run.step)
+    return writer
+
+
+def _announce(run: Run, progress: Progress) -> None:
+    """Save the effective configuration and the report of what trains, and show the latter."""
+    text, report = training_report(trainable_rows(run.moe))
+    config_path = run.folder / "config.yaml"
+    config_path.write_text(to_yaml(run.config), encoding="utf-8")
+    report_path = run.folder / "trainable.json"
+    report_path.unlink(missing_ok=True)
+    write_durable(report_path, [json.dumps(report, indent=1).encode()])
+    progress.note(text)
+    if run.step:
+        progress.note(f"resumed after step {run.step}")
+
+
+def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
+    """What trains, by owner."""
+    rows = []
+    for layer, owner_E in moe.engine.owners.items():
+        store = moe.engine.stores[layer]
+        for rank in range(moe.engine.world_size):
+            count = int((owner_E == rank).sum())
+            if count:
+                rows.append(TrainableRow(f"layers.{layer}.experts", count, store.chunk_numel, store.chunk_bytes, f"rank {rank}"))
+    for name, parameter in moe.replicated_parameters().items():
+        rows.append(TrainableRow(name, 1, parameter.numel(), parameter.numel() * parameter.element_size(), EVERY_RANK))
+    return rows
+
+
+def _evaluate(run: Run, progress: Progress | None, metrics: MetricsWriter | None) -> Evaluation:
+    found = evaluate(run.config, run.ranks, run.base, run.moe, run.eval_sources)
+    if metrics and progress:
+        metrics.write(eval_record(run.step, found.scores))
+        progress.evaluated(run.step, found.scores)
+    return found
+
+
+def _save(run: Run, progress: Progress | None, metrics: MetricsWriter | None) -> None:
+    path = run.save()
+    if path and progress and metrics:
+        metrics.write(event_record(run.step, f"saved {path.name}"))
+        progress.note(f"saved {path}")
+
+
+def _shares(evaluation: Evaluation) -> dict[str, list[list[float]]]:
+    """Per source and layer, each expert's share of the token-slots."""
+    return {
+        source: [[count / max(sum(counts), 1) for count in counts] for _, counts in sorted(layers.items())]
+        for source, layers in evaluation.loads.items()
+    }

@@ -1,0 +1,144 @@
+"""A run's state in checkpoints: each owner's experts and moments, the replicated parameters once, and where the data stands."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from hecate.checkpoint import (
+    CheckpointError,
+    checkpoint_folder,
+    commit,
+    discard,
+    good_checkpoints,
+    prune,
+    read_manifest,
+    read_tensors,
+    remove_stale_staging,
+    staging_folder,
+    write_shard,
+)
+from hecate.config import Config, config_hash, to_yaml
+from hecate.data.stream import TrainStream
+from hecate.errors import UserError
+from hecate.model.surgery import MoeModel
+from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.ranks import Ranks
+
+_NONCE_BYTES = 8
+
+
+def save_state(
+    config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOptimizer, stream: TrainStream, *, step: int, tokens: int
+) -> Path | None:
+    """Write checkpoint `step` (optimizer steps done); None if it is there already. Every rank must call it.
+
+    Raises:
+        CheckpointError: a rank could not write; no rank then has a checkpoint of this step, older ones are untouched.
+    """
+    root = Path(config.output_dir)
+    final = checkpoint_folder(root, step)
+    if ranks.all_max(float(final.exists())):
+        return None
+    staging = staging_folder(root, step, ranks.broadcast_bytes(secrets.token_bytes(_NONCE_BYTES)).hex())
+    tensors = optimizer.state_tensors()
+    if not ranks.is_first:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
+    meta = {
+        "config": to_yaml(config),
+        "config_hash": config_hash(config),
+        "history": moe.engine.history.state_dict(),
+        "stream": stream.state_dict(),
+        "tokens": tokens,
+    }
+    failure: CheckpointError | None = None
+    try:
+        write_shard(staging, ranks.rank, ranks.world_size, tensors)
+    except CheckpointError as error:
+        failure = error
+    failed = ranks.all_max(float(failure is not None))
+    if ranks.is_first and failed:
+        discard(staging)
+    elif ranks.is_first:
+        try:
+            commit(staging, final, meta, ranks.world_size)
+            if config.save_total_limit is not None:
+                prune(root, config.save_total_limit)
+        except CheckpointError as error:
+            failure = error
+    failed = max(failed, ranks.all_max(float(failure is not None)))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise CheckpointError(f"{final}: another rank could not write its part; its own message says why")
+    return final
+
+
+def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOptimizer, stream: TrainStream) -> tuple[int, int]:
+    """Continue from the newest good checkpoint: (steps done, tokens seen). Every rank must call it.
+
+    Raises:
+        UserError: there is no checkpoint that can be read, or the run was another one (configuration, data, number of ranks).
+    """
+    root = Path(config.output_dir)
+    if ranks.is_first:
+        remove_stale_staging(root)
+    ranks.barrier()
+    reasons = []
+    for folder in good_checkpoints(root):
+        manifest = read_manifest(folder)
+        meta: dict[str, Any] = manifest.meta
+        _refuse_other_run(folder, meta, config)
+        if manifest.world_size != ranks.world_size:
+            raise UserError(
+                f"{folder}: written by {manifest.world_size} ranks, but this job has {ranks.world_size}.\n"
+                f"  start it with nproc={manifest.world_size}: a run is continued on as many ranks as it was saved on"
+            )
+        names = [name for name in manifest.tensors if _mine(name, optimizer)]
+        try:
+            tensors: dict[str, Tensor] = read_tensors(folder, manifest, names)
+            bad = ""
+        except CheckpointError as error:
+            bad = str(error)
+        # All ranks take the same checkpoint: one that any of them cannot read is passed over by all.
+        if ranks.all_max(float(bool(bad))):
+            reasons.append(bad or f"{folder}: another rank cannot read its part")
+            continue
+        missing = [name for name in _wanted(optimizer) if name not in tensors]
+        if missing:
+            raise CheckpointError(f"{folder}: has no tensor {missing[0]} ({len(missing)} missing)")
+        optimizer.load_state_tensors(tensors, schedule_position=manifest.step)
+        moe.engine.history.load_state_dict(meta["history"])
+        stream.load_state_dict(meta["stream"])
+        return manifest.step, int(meta["tokens"])
+    detail = "\n".join(f"  {reason}" for reason in reasons[:4])
+    raise UserError(f"resume=true, but {root} has no checkpoint that can be read; start a new run with resume=false\n{detail}".rstrip())
+
+
+def _wanted(optimizer: ExpertOptimizer) -> list[str]:
+    return [f"owned/{name}" for name in optimizer.owned] + [f"replicated/{name}" for name in optimizer.replicated]
+
+
+def _mine(tensor_name: str, optimizer: ExpertOptimizer) -> bool:
+    kind, name = tensor_name.split("/")[:2]
+    return kind == "replicated" or name in optimizer.owned
+
+
+def _refuse_other_run(folder: Path, meta: dict[str, Any], config: Config) -> None:
+    if meta["config_hash"] == config_hash(config):
+        return
+    then, now = _flat(yaml.safe_load(meta["config"])), _flat(yaml.safe_load(to_yaml(config)))
+    changed = [f"  {key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    raise UserError(
+        f"{folder}: belongs to a run with another configuration; resume continues the same training.\n" + "\n".join(changed[:6])
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name, child in value.items() for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else name).items()}

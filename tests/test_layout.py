@@ -1,0 +1,171 @@
+"""The package layout: four top-level folders linked into one package, imports that point one way, nothing that unpickles."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKED = ("configs", "kernels", "launch", "parallel")
+OBJECT_COLLECTIVES = {
+    "all_gather_object",
+    "broadcast_object_list",
+    "gather_object",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+}
+PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+
+def sources(*folders: str) -> list[Path]:
+    """The Python files of the real folders, each once: links are not followed."""
+    found: list[Path] = []
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parents = [ROOT / Path(*path.relative_to(ROOT).parts[: i + 1]) for i in range(len(path.relative_to(ROOT).parts))]
+            if not any(parent.is_symlink() for parent in parents):
+                found.append(path)
+    return found
+
+
+ALL_SOURCES = sources("hecate", "parallel", "kernels", "launch", "benchmarks")
+EVERYTHING = [*ALL_SOURCES, *sources("tests")]
+
+
+def trees(paths: list[Path]) -> Iterator[tuple[str, ast.Module]]:
+    for path in paths:
+        yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Dotted names of all modules that a file imports, anywhere in it; `from a import b` counts as a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def under(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def test_the_sources_are_seen() -> None:
+    """Otherwise everything below would pass on an empty list."""
+    names = {str(path.relative_to(ROOT)) for path in ALL_SOURCES}
+    assert {"hecate/__init__.py", "parallel/planners/hecate.py", "kernels/mixlora.py", "hecate/moe/engine.py"} <= names
+    assert not any(name.startswith(("hecate/parallel", "hecate/kernels")) for name in names)
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_folder_is_linked_relatively_into_the_package(name: str) -> None:
+    link = ROOT / "hecate" / name
+    assert link.is_symlink(), f"{link} is no symbolic link"
+    assert str(link.readlink()) == f"../{name}"
+    assert link.resolve() == (ROOT / name).resolve()
+
+
+def test_git_holds_the_links_as_links() -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    paths = [f"hecate/{name}" for name in LINKED]
+    listed = subprocess.run(["git", "ls-files", "-s", *paths], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    modes = {line.split("\t")[1]: line.split()[0] for line in listed.splitlines()}
+    assert modes == dict.fromkeys(paths, "120000")
+
+
+@pytest.mark.parametrize("name", ["kernels", "launch", "parallel"])
+def test_a_linked_folder_is_no_package_of_its_own(name: str) -> None:
+    """With an __init__.py, Hugging Face's `kernels` package and ours would hide each other in a checkout."""
+    assert not (ROOT / name / "__init__.py").exists()
+
+
+def test_every_folder_of_tests_is_a_package() -> None:
+    folders = [ROOT / "tests", *(p for p in (ROOT / "tests").rglob("*") if p.is_dir() and p.name != "__pycache__")]
+    missing = [str(f.relative_to(ROOT)) for f in folders if list(f.glob("*.py")) and not (f / "__init__.py").exists()]
+    assert not missing, f"no __init__.py in {missing}"
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    return set(output.split())
+
+
+def test_importing_hecate_imports_nothing_heavy() -> None:
+    loaded = modules_after("import hecate, hecate.errors")
+    assert "hecate.errors" in loaded
+    assert not loaded & {"torch", "numpy", "transformers", "yaml", "omegaconf", "typer", "rich"}
+
+
+def test_the_planners_need_no_torch() -> None:
+    loaded = modules_after("import hecate.parallel.planners, hecate.parallel.loads, hecate.parallel.layout")
+    assert {"hecate.parallel.planners", "numpy"} <= loaded
+    assert not loaded & {"torch", "transformers", "ray"}
+
+
+@pytest.mark.parametrize(("folder", "other"), [("parallel", "kernels"), ("kernels", "parallel")])
+def test_the_lower_folders_know_nothing_above_nor_beside_them(folder: str, other: str) -> None:
+    allowed = ("hecate.errors", f"hecate.{folder}")
+    wrong = {}
+    for path, tree in trees(sources(folder)):
+        for name in imported(tree):
+            foreign = under(name, "transformers", "ray", "megatron", "launch", other)
+            if foreign or name.startswith(".") or (under(name, "hecate") and not under(name, *allowed)):
+                wrong[path] = name
+    assert not wrong, f"imports against the grain (file: module): {wrong}"
+
+
+def test_nobody_imports_the_linked_folders_bare() -> None:
+    wrong = {path: name for path, tree in trees(EVERYTHING) for name in imported(tree) if under(name, "kernels", "parallel", "launch")}
+    assert not wrong, f"must be hecate.…: {wrong}"
+
+
+def test_the_trainer_does_not_import_what_launches_it() -> None:
+    inside = [path for path in sources("hecate") if path.name != "cli.py" and "cli" not in path.parts]
+    wrong = {path: name for path, tree in trees(inside) for name in imported(tree) if under(name, "hecate.launch")}
+    assert not wrong
+
+
+def test_nothing_is_unpickled() -> None:
+    wrong = []
+    for path, tree in trees(ALL_SOURCES):
+        wrong += [f"{path}: imports {name}" for name in imported(tree) if under(name, *PICKLERS)]
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        names |= {name.rpartition(".")[2] for name in imported(tree)}
+        wrong += [f"{path}: {name}" for name in names & OBJECT_COLLECTIVES]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load" and not path.startswith("hecate/adapter/"):
+                wrong.append(f"{path}:{node.lineno}: torch.load")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_remote_code_is_run() -> None:
+    wrong = []
+    for path, tree in trees(ALL_SOURCES):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and not _is_false(node.value):
+                wrong.append(f"{path}:{node.value.lineno}")
+            if isinstance(node, ast.Dict):
+                keys = zip(node.keys, node.values, strict=True)
+                wrong += [
+                    f"{path}:{value.lineno}"
+                    for key, value in keys
+                    if isinstance(key, ast.Constant) and key.value == "trust_remote_code" and not _is_false(value)
+                ]
+    assert not wrong, f"trust_remote_code: {wrong}"
+
+
+def _is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
