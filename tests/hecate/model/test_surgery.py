@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hecate.errors import UserError
+from hecate.model.lora import LoraLinear
+from hecate.model.surgery import MoeModel, SurgeryPlan, adapter_dtype, insert_experts, non_moe_flops_per_token
+from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.mixlora import LoraShape
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from tests.hecate.model.tiny import tiny, token_ids
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FFN = ("gate_proj", "up_proj", "down_proj")
+
+
+def insert(
+    model: Any, group: dist.ProcessGroup, experts: tuple[int, ...] = (3, 3, 3), k: int = 2, targets: tuple[str, ...] = FFN
+) -> MoeModel:
+    plan = SurgeryPlan(experts, k, LoraShape(rank=2, scale=2.0, dropout=0.0), targets, seed=1)
+    return insert_experts(model, plan, EngineConfig(POLICIES["full"], local_topology(1, cuda=False)), ExpertGroups(group, group))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (3, 1), (3, 2)])
+def test_at_step_0_the_model_computes_what_the_base_does(one_rank: dist.ProcessGroup, model_type: str, experts: int, k: int) -> None:
+    """B = 0, so every expert is the base FFN; and the weights of the choices sum to 1."""
+    model, ids = tiny(model_type), token_ids()
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+        moe = insert(model, one_rank, (experts,) * 3, k, (*ATTENTION, *FFN))
+        with moe.engine.evaluating():
+            got = model(ids, use_cache=False).logits
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+            for parameter in moe.replicated_parameters().values():
+                parameter.add_(0.1)
+            assert not torch.allclose(model(ids, use_cache=False).logits, wanted, rtol=1e-3), "the adapters take no part"
+
+
+def test_experts_take_part(one_rank: dist.ProcessGroup) -> None:
+    model, ids = tiny("llama"), token_ids()
+    moe = insert(model, one_rank)
+    with torch.no_grad():
+        outputs = []
+        for _ in range(2):
+            with moe.engine.evaluating():
+                outputs.append(model(ids, use_cache=False).logits)
+            for parameter in moe.engine.named_parameters().values():
+                parameter.add_(0.1)
+    assert not torch.allclose(outputs[0], outputs[1], rtol=1e-3)
+
+
+def test_only_what_was_put_in_trains(one_rank: dist.ProcessGroup) -> None:
+    model = tiny("llama")
+    moe = insert(model, one_rank, (3, 0, 2), 2, ("q_proj", "up_proj"))
+    assert sorted(moe.layers) == [0, 2]
+    assert sorted(moe.attention) == [(layer, "self_attn.q_proj") for layer in range(3)]
+    assert sorted(moe.engine.named_parameters()) == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
+    replicated = moe.replicated_parameters()
+    adapters = {f"layers.{layer}.self_attn.q_proj.{matrix}" for layer in range(3) for matrix in "AB"}
+    assert set(replicated) == {"layers.0.router", "layers.2.router", *adapters}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in replicated.values()}
+    assert type(model.model.layers[1].mlp).__name__ == "LlamaMLP"
+    assert [spec.name for spec in moe.engine.families[0].layout().trainable] == ["up_proj.A", "up_proj.B"]
+
+
+def test_attention_alone(one_rank: dist.ProcessGroup) -> None:
+    moe = insert(tiny("llama"), one_rank, targets=("v_proj",))
+    assert not moe.layers
+    assert len(moe.attention) == 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trained"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+)
+def test_what_trains_is_kept_in_fp32_or_wider(one_rank: dist.ProcessGroup, dtype: torch.dtype, trained: torch.dtype) -> None:
+    assert adapter_dtype(dtype) == trained
+    moe = insert(tiny("llama", dtype), one_rank, targets=("q_proj", "up_proj"))
+    parameters = [*moe.replicated_parameters().values(), *moe.engine.named_parameters().values()]
+    assert {p.dtype for p in parameters} == {trained}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"targets": ("up_proj", "w1", "query")}, r"lora\.target_modules: w1, query matches no module of LlamaForCausalLM.*q_proj"),
+        ({"targets": ("lm_head",)}, "lm_head matches no module"),
+        ({"experts": (0, 0, 0)}, "nothing would train"),
+        ({"targets": ()}, "nothing would train"),
+        ({"experts": (3, 3)}, r"moe\.num_experts lists 2 layers, but the model has 3"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(one_rank: dist.ProcessGroup, arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=f"(?s){reason}") as error:
+        insert(tiny("llama"), one_rank, **arguments)
+    assert len(str(error.value).splitlines()) <= 8
+
+
+def test_a_model_without_gated_ffns_is_refused(one_rank: dist.ProcessGroup) -> None:
+    with pytest.raises(UserError, match="unsupported architecture"):
+        insert(tiny("llama", mlp_bias=True), one_rank)
+
+
+def test_attention_adapters_by_their_formula(one_rank: dist.ProcessGroup) -> None:
+    moe = insert(tiny("llama"), one_rank, targets=("q_proj",))
+    lora = moe.attention[0, "self_attn.q_proj"]
+    assert isinstance(lora, LoraLinear)
+    random = torch.Generator().manual_seed(0)
+    lora.lora_B.data.copy_(torch.randn(lora.lora_B.shape, generator=random, dtype=torch.float64))
+    x = torch.randn(2, 5, 16, generator=random, dtype=torch.float64)
+    wanted = x @ (lora.base.weight + 2.0 * lora.lora_B @ lora.lora_A).T
+    torch.testing.assert_close(lora(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_flops_outside_the_ffn_by_hand() -> None:
+    """q and o 16 x 16, k and v 8 x 16: 768 multiply-adds."""
+    assert non_moe_flops_per_token(tiny("llama")) == 2 * 768

@@ -1,0 +1,253 @@
+"""Whole runs through the command line, with a tiny model in a folder: two ranks, checkpoints, a kill, a signal, an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.hecate.data.conftest import build_byte_tokenizer
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama, two tasks of data and a configuration."""
+    folder = tmp_path_factory.mktemp("workshop")
+    tokenizer = build_byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), eos_token_id=257, bos_token_id=256, pad_token_id=257, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for task, answer in (("up", str.upper), ("echo", str)):
+        for split, first in (("train", 0), ("eval", 200)):
+            words = [f"w{number % 13}x{number}" for number in range(first, first + (120 if split == "train" else 6))]
+            write_samples(folder / f"{task}.{split}.jsonl", words, answer)
+    (folder / "config.yaml").write_text(
+        f"""
+model: {{name_or_path: {folder}/model}}
+data:
+  train: [{{path: {folder}/up.train.jsonl, weight: 2}}, {folder}/echo.train.jsonl]
+  eval: [{folder}/up.eval.jsonl, {folder}/echo.eval.jsonl]
+  seq_len: 64
+output_dir: {folder}/runs/unset
+max_steps: {STEPS}
+micro_batch_size: 2
+gradient_accumulation_steps: 2
+learning_rate: 1e-2
+warmup_ratio: 0.2
+lora: {{r: 4, alpha: 8.0}}
+moe: {{num_experts: 3, top_k: 2, router_aux_loss_coef: 0.01}}
+eval: {{on_start: true, generate: true, max_new_tokens: 4, batch_size: 4}}
+""",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def write_samples(path: Path, words: list[str], answer: Callable[[str], str]) -> None:
+    turns = [[{"role": "user", "content": word}, {"role": "assistant", "content": answer(word)}] for word in words]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns), encoding="utf-8")
+
+
+def hecate(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "hecate", *map(str, arguments)]
+
+
+def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(hecate(*arguments), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def train_arguments(workshop: Path, name: str, *overrides: str) -> list[str]:
+    return ["train", str(workshop / "config.yaml"), f"output_dir={workshop}/runs/{name}", *overrides]
+
+
+def records(workshop: Path, name: str, kind: str) -> list[dict[str, Any]]:
+    lines = (workshop / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(workshop: Path, name: str) -> list[tuple[float, float, float]]:
+    return [(r["loss"], r["aux_loss"], r["grad_norm"]) for r in records(workshop, name, "step")]
+
+
+@pytest.fixture(scope="module")
+def whole(workshop: Path) -> subprocess.CompletedProcess[str]:
+    """The uninterrupted run."""
+    return run(*train_arguments(workshop, "whole"))
+
+
+def test_a_run_learns_and_leaves_everything_behind(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
+    folder = workshop / "runs" / "whole"
+    steps = records(workshop, "whole", "step")
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    for record in steps:
+        # Two choices of every token, padding left out, in both layers.
+        assert {layer: sum(load) for layer, load in record["loads"].items()} == {"0": 2 * record["tokens"], "1": 2 * record["tokens"]}
+    before, after = records(workshop, "whole", "eval")
+    assert set(after["sources"]) == {"up.eval", "echo.eval"}
+    assert all(after["sources"][name]["loss"] < before["sources"][name]["loss"] for name in after["sources"])
+    assert (folder / "expert_load.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "config.yaml").is_file()
+    report = json.loads((folder / "trainable.json").read_text(encoding="utf-8"))
+    expert = 4 * (32 + 48) * 3
+    assert report["by_owner"]["rank 0"]["parameters"] + report["by_owner"]["rank 1"]["parameters"] == 2 * 3 * expert
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert tensors["mixlora.layers.1.mlp.down_proj.experts.2.lora_B.weight"].shape == (32, 4)
+    assert all(float(tensor.abs().max()) > 0 for name, tensor in tensors.items() if "lora_B" in name), "an expert did not train"
+    assert "up.eval" in whole.stdout
+
+
+def test_a_killed_run_continues_bit_for_bit(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
+    """SIGKILL of one rank between two checkpoints; the launcher ends the other; resume gives the losses of the uninterrupted run."""
+    arguments = train_arguments(workshop, "killed", "save_steps=2", "eval.on_start=false")
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(hecate(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                break
+        os.kill(rank_process(process.pid, 1), signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 1 of 2 was killed by SIGKILL" in errors
+    assert "Traceback" not in errors.split("rank 1 of 2")[-1]
+    assert (workshop / "runs/killed/checkpoint-2/COMMIT").is_file()
+    run(*train_arguments(workshop, "killed", "save_steps=2", "eval.on_start=false", "resume=true"))
+    assert losses(workshop, "killed") == losses(workshop, "whole")
+    ours = load_file(workshop / "runs/killed/adapter/adapter_model.safetensors")
+    theirs = load_file(workshop / "runs/whole/adapter/adapter_model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def rank_process(launcher: int, rank: int) -> int:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="utf-8").split()
+    for child in children:
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"no rank {rank} among {children}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(workshop: Path, number: signal.Signals) -> None:
+    name = f"stopped-{number.name}"
+    arguments = train_arguments(workshop, name, "max_steps=5000", "eval.on_start=false")
+    with subprocess.Popen(hecate(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 2/"):
+                break
+        process.send_signal(number)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0, rest
+    saved = [int(path.name.partition("-")[2]) for path in (workshop / "runs" / name).glob("checkpoint-*")]
+    assert len(saved) == 1
+    assert saved[0] == records(workshop, name, "step")[-1]["step"]
+    assert "resume=true" in rest
+
+
+def test_the_same_training_on_one_rank_and_under_every_policy(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
+    """Same global batches, same losses within rounding, whatever the number of ranks or the policy."""
+    for name, overrides in {
+        "one": ["nproc=1", "micro_batch_size=4"],
+        "three": ["nproc=3", "micro_batch_size=2", "gradient_accumulation_steps=2", "max_steps=2"],
+        "static": ["fssdp.policy=static_ep"],
+        "full": ["fssdp.policy=full", "gradient_checkpointing=true"],
+    }.items():
+        run(*train_arguments(workshop, name, *overrides, "eval.on_start=false", "eval.generate=false", "data.eval=[]"))
+        if name == "three":  # another global batch: it only has to run
+            continue
+        # The output tensors of one rank's and of two ranks' sums differ in their order of adding.
+        assert torch.tensor(losses(workshop, name)).sub(torch.tensor(losses(workshop, "whole"))).abs().max() < 2e-4, name
+
+
+def test_torchrun_uses_the_ranks_it_is_given(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hecate"]
+    arguments = train_arguments(workshop, "torchrun", "eval.on_start=false")
+    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert losses(workshop, "torchrun") == losses(workshop, "whole")
+
+
+def test_an_adapter_answers_and_is_evaluated(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
+    adapter = workshop / "runs/whole/adapter"
+    assert run("generate", adapter, "w1x1", "--max-new-tokens", 3).stdout.strip() != ""
+    shown = run("eval", workshop / "config.yaml", "--adapter", adapter).stdout
+    after = records(workshop, "whole", "eval")[-1]["sources"]
+    for name, score in after.items():
+        line = next(line for line in shown.splitlines() if name in line)
+        assert f"{score['loss']:.3f}" in line
+
+
+BAD_RUNS: dict[str, tuple[list[str], str]] = {
+    "run folder that exists": (["output_dir={workshop}/model"], "exists and is not empty"),
+    "unknown key": (["learning_rat=1"], "learning_rate"),
+    "too many choices": (["moe.top_k=4"], "top_k"),
+    "no such model": (["model.name_or_path={workshop}/nowhere"], "nowhere"),
+    "unsupported model": (["model.name_or_path={workshop}/gpt2"], "unsupported architecture"),
+    "broken line": (["data.train={workshop}/broken.jsonl"], "broken.jsonl:2"),
+    "token beyond the vocabulary": (["model.name_or_path={workshop}/small"], "vocabulary"),
+    "empty data": (["data.train={workshop}/empty.jsonl"], "empty.jsonl"),
+    "too few rows": (["data.train={workshop}/few.jsonl"], "rows"),
+    "no such target": (["lora.target_modules=[gate_proj,w_proj]"], "w_proj"),
+    "nothing to resume": (["resume=true"], "no checkpoint"),
+    "no such preset": (["topology=nowhere"], "no preset"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_inputs(workshop: Path) -> Path:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = build_byte_tokenizer()
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(tokenizer))).save_pretrained(workshop / "gpt2")
+    small = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=100)
+    LlamaForCausalLM(small).save_pretrained(workshop / "small")
+    for name in ("gpt2", "small"):
+        tokenizer.save_pretrained(workshop / name)
+    good = (workshop / "up.train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (workshop / "broken.jsonl").write_text(good[0] + '{"messages": [\n' + good[1], encoding="utf-8")
+    (workshop / "empty.jsonl").write_text("", encoding="utf-8")
+    (workshop / "few.jsonl").write_text("".join(good[:3]), encoding="utf-8")
+    return workshop
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_a_mistake_is_a_short_text_and_no_traceback(bad_inputs: Path, name: str) -> None:
+    overrides, wanted = BAD_RUNS[name]
+    given = [override.format(workshop=bad_inputs) for override in overrides]
+    where = [] if any(g.startswith("output_dir") for g in given) else [f"output_dir={bad_inputs}/runs/bad-{name.replace(' ', '-')}"]
+    started = time.monotonic()
+    done = run("train", bad_inputs / "config.yaml", *where, *given, status=2)
+    assert wanted in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 8, done.stderr
+    assert time.monotonic() - started < 120
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = {"torch", "transformers", "numpy", "omegaconf"}
+    code = (
+        "import atexit, sys; sys.argv = ['hecate', '--help']\n"
+        f"atexit.register(lambda: print(sorted({heavy} & set(sys.modules))))\n"
+        "from hecate.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage" in done.stdout
+    assert done.stdout.strip().endswith("[]")
