@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hecate.errors import UserError
+from hecate.local_store import STORE_VARIABLE, error_file
 
 app = typer.Typer(
     add_completion=False,
@@ -32,11 +33,9 @@ def main() -> None:
 
 
 def _report(error: UserError) -> None:
-    store = os.environ.get("HECATE_STORE")
+    store = os.environ.get(STORE_VARIABLE)
     if store and os.environ.get("RANK") != "0":
         # The launcher shows it if rank 0 had nothing to say: usually all ranks meet the same mistake.
-        from hecate.launch.local import error_file
-
         error_file(Path(store), int(os.environ["RANK"])).write_text(f"hecate: {error}", encoding="utf-8")
         return
     print(f"hecate: {error}", file=sys.stderr)
@@ -56,7 +55,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     from hecate.config import load_config
 
     # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
-    loaded = load_config(config, overrides or (), claim_output=rank == "0" and "HECATE_STORE" not in os.environ)
+    loaded = load_config(config, overrides or (), claim_output=rank == "0" and STORE_VARIABLE not in os.environ)
     from hecate.train.loop import train as run
     from hecate.train.ranks import join_ranks
 

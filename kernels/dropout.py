@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MASK32 = 0xFFFFFFFF
+_ODD = -0x61C8864680B583EB
+"""2^64 over the golden ratio, as a signed word"""
 
 
 @dataclass(frozen=True)
@@ -28,24 +29,25 @@ class Dropout:
             token_T: int64 [tokens], the global number of each token.
             stream: tells apart the masks that one token needs in one layer (expert and matrix).
         """
-        row_T = _mix(_mix(token_T ^ (self.key & _MASK32)) + stream * 0x9E3779B1 + (token_T >> 32))
-        column = torch.arange(width, device=token_T.device) * 0x85EBCA6B
-        bits = _mix(row_T[:, None] + column[None, :])
-        keep = bits >= int(self.p * (_MASK32 + 1))
-        return keep.to(dtype) / (1.0 - self.p)
+        row_T = _mix64(_mix64(token_T ^ self.key) ^ stream) | 1
+        column_W = _mix64(torch.arange(width, device=token_T.device) + 1) | 1
+        # A product of two odd random words and one more round: four passes over the mask, where a full hash takes twelve.
+        bits = row_T[:, None] * column_W[None, :]
+        bits = (bits ^ (bits >> 32)) * _ODD
+        keep = bits >= round(self.p * 2.0**64) - 2**63
+        return keep.to(dtype).mul_(1.0 / (1.0 - self.p))
 
 
 def dropout_key(*parts: int) -> int:
-    """One 32-bit key from the seed, the step, the layer, ..."""
-    key = 0x2545F491
+    """One key from the seed, the step, the layer, ..."""
+    key = torch.tensor(0x2545F4914F6CDD1D)
     for part in parts:
-        key = int(_mix(torch.tensor((key * 31 + part) & _MASK32)))
-    return key
+        key = _mix64(key ^ part)
+    return int(key)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words whose output bits look independent (Wellons' lowbias32), on int64 tensors."""
-    x = x & _MASK32
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
+def _mix64(x: Tensor) -> Tensor:
+    """A bijection of 64-bit words whose output bits look independent (Stafford's mix 13), on int64 tensors, whose products wrap."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

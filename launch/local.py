@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-STORE_VARIABLE = "HECATE_STORE"
-"""path of the file through which local ranks meet; set for them, never by a user"""
+from hecate.local_store import STORE_VARIABLE, error_file
+
 USER_ERROR_EXIT = 2
+_KEEP_BYTES = 1 << 33
 
 
 def launch_local(arguments: Sequence[str], num_ranks: int) -> int:
@@ -57,6 +58,9 @@ def _start(arguments: Sequence[str], rank: int, num_ranks: int, store: Path) -> 
             "GLOO_SOCKET_IFNAME": "lo",
         }
     )
+    # glibc gives large blocks back to the kernel at once and takes them anew, page by page: a tenth of a CPU step.
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(_KEEP_BYTES))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(_KEEP_BYTES))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     return subprocess.Popen([sys.executable, "-m", "hecate", *arguments], env=environment)
 
@@ -92,8 +96,3 @@ def _stop(ranks: list[subprocess.Popen[bytes]]) -> None:
     for process in ranks:
         if process.poll() is None:
             process.kill()
-
-
-def error_file(store: Path, rank: int) -> Path:
-    """Where a rank leaves the text of a user's mistake that rank 0 may not have met."""
-    return store.with_name(f"error-{rank}")

@@ -95,8 +95,7 @@ def dispatch(
     dist.all_to_all_single(recv_W, send_W, group=group)
     send_rows, recv_rows = send_W.tolist(), recv_W.tolist()
     meta_RN = _exchange(torch.cat([slot_MK, token_T[source_M, None]], dim=1), send_rows, recv_rows, group)
-    x_RD = _Exchange.apply(x_TD[source_M], send_rows, recv_rows, group)
-    weight_RK = _Exchange.apply(weight_TK[source_M], send_rows, recv_rows, group)
+    x_RD, weight_RK = _Exchange.apply(send_rows, recv_rows, group, x_TD[source_M], weight_TK[source_M])
     return Dispatched(
         x_RD=x_RD,
         slot_RK=meta_RN[:, :-1],
@@ -111,7 +110,7 @@ def dispatch(
 
 def combine(y_RD: Tensor, dispatched: Dispatched, group: dist.ProcessGroup) -> Tensor:
     """Return the results to the tokens' ranks and add them up there: [T, D]. Differentiable. Every rank must call it."""
-    y_MD = _Exchange.apply(y_RD, dispatched.recv_rows, dispatched.send_rows, group)
+    (y_MD,) = _Exchange.apply(dispatched.recv_rows, dispatched.send_rows, group, y_RD)
     y_TD = y_MD.new_zeros((dispatched.num_tokens, y_MD.shape[1]))
     return y_TD.index_add(0, dispatched.source_M, y_MD)
 
@@ -123,13 +122,16 @@ def _exchange(rows: Tensor, send_rows: list[int], recv_rows: list[int], group: d
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows to their ranks; gradients take the same way back."""
+    """Rows to their ranks; gradients take the same way back.
+
+    All tensors of one dispatch go through one node, so that every rank runs the same collectives backward, whatever its experts used.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup, *rows: Tensor) -> tuple[Tensor, ...]:
         ctx.send_rows, ctx.recv_rows, ctx.group = send_rows, recv_rows, group
-        return _exchange(rows, send_rows, recv_rows, group)
+        return tuple(_exchange(tensor, send_rows, recv_rows, group) for tensor in rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grads[0], ctx.recv_rows, ctx.send_rows, ctx.group), None, None, None
+        return None, None, None, *(_exchange(grad, ctx.recv_rows, ctx.send_rows, ctx.group) for grad in grads)

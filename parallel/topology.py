@@ -120,9 +120,9 @@ def load_topology(path: Path) -> Topology:
         raise UserError(f"{path}: cannot be read as a topology: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a topology is a mapping with the keys nodes, intra_node and inter_node")
-    unknown = set(raw) - {"nodes", "intra_node", "inter_node"}
+    unknown = sorted(str(key) for key in raw if key not in ("nodes", "intra_node", "inter_node"))
     if unknown or not isinstance(raw.get("nodes"), list) or not raw["nodes"] or "intra_node" not in raw:
-        raise UserError(f"{path}: needs `nodes` (a list) and `intra_node`, may have `inter_node`; unknown: {sorted(unknown)}")
+        raise UserError(f"{path}: needs `nodes` (a list) and `intra_node`, may have `inter_node`; unknown: {', '.join(unknown) or 'none'}")
     node_of_rank: list[int] = []
     flops: list[float] = []
     memory: list[float] = []
@@ -130,7 +130,7 @@ def load_topology(path: Path) -> Topology:
         where = f"{path}: nodes[{number}]"
         if not isinstance(node, dict) or set(node) != {"devices", "flops", "memory"}:
             raise UserError(f"{where}: a node has exactly the keys devices, flops and memory")
-        if not isinstance(node["devices"], int) or node["devices"] < 1:
+        if type(node["devices"]) is not int or node["devices"] < 1:
             raise UserError(f"{where}: devices must be an integer >= 1, got {node['devices']!r}")
         node_of_rank += [number] * node["devices"]
         flops += _per_device(node["flops"], node["devices"], f"{where}.flops")
@@ -142,12 +142,15 @@ def load_topology(path: Path) -> Topology:
     return Topology(tuple(node_of_rank), tuple(flops), tuple(memory), intra, inter)
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: Any, where: str, *, positive: bool = True) -> float:
     # PyYAML reads 1e9 (no dot, no sign) as a string, which users rightly expect to be a number.
     try:
-        return float(value)
+        number = float("no number" if isinstance(value, bool) else value)
     except (TypeError, ValueError):
         raise UserError(f"{where}: must be a number, got {value!r}") from None
+    if not (np.isfinite(number) and (number > 0 if positive else number >= 0)):
+        raise UserError(f"{where}: must be finite and {'positive' if positive else 'not negative'}, got {value!r}")
+    return number
 
 
 def _per_device(value: Any, devices: int, where: str) -> list[float]:
@@ -160,4 +163,4 @@ def _per_device(value: Any, devices: int, where: str) -> list[float]:
 def _link(value: Any, where: str) -> Link:
     if not isinstance(value, dict) or set(value) != {"bandwidth", "latency"}:
         raise UserError(f"{where}: a link has exactly the keys bandwidth (bytes/s) and latency (seconds)")
-    return Link(_number(value["bandwidth"], where), _number(value["latency"], where))
+    return Link(_number(value["bandwidth"], f"{where}.bandwidth"), _number(value["latency"], f"{where}.latency", positive=False))

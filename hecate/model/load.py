@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from hecate.config.model_path import find_model
@@ -68,9 +72,11 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device, nu
     if source.gguf_file is not None:
         arguments |= _gguf_dequantized()
     try:
-        model = AutoModelForCausalLM.from_pretrained(**arguments, config=config, dtype=dtype)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(**arguments, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source.folder}: transformers cannot load the model: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{source.folder}: the model has no tensor {missing[0]} ({len(missing)} missing); is the download complete?")
     return model.requires_grad_(False).to(device)
 
 
@@ -90,6 +96,22 @@ def load_tokenizer(source: ModelSource) -> Any:
     if not tokenizer.is_fast:
         raise UserError(f"{source.folder}: its tokenizer has no fast version; character offsets are needed to mask the prompt")
     return tokenizer
+
+
+@contextmanager
+def one_gguf_reader() -> Iterator[None]:
+    """transformers reads a GGUF file's header anew for configuration, weights and tokenizer, some seconds each: read it once."""
+    try:
+        import gguf
+    except ImportError:  # transformers will say what to install if it is needed
+        yield
+        return
+    original = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(original)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
 
 
 def _gguf_dequantized() -> dict[str, Any]:

@@ -163,6 +163,7 @@ def _prefetch_during_attention(model: nn.Module, engine: Engine, layers: dict[in
 
 def non_moe_flops_per_token(model: nn.Module) -> float:
     """Forward FLOPs of one token in one decoder layer outside its FFN (projections only)."""
-    _, layers = decoder_layers(model)
-    linears = [m for name, m in layers[0].named_modules() if isinstance(m, nn.Linear) and ".mlp" not in f".{name}"]
+    name, layers = decoder_layers(model)
+    ffn_path = find_gated_ffns(model)[0].path
+    linears = [m for path, m in layers[0].named_modules() if isinstance(m, nn.Linear) and not f"{name}.0.{path}".startswith(f"{ffn_path}.")]
     return 2.0 * sum(m.weight.numel() for m in linears)

@@ -152,7 +152,7 @@ class Engine:
             step=self._step,
             training=self._training,
         )
-        self._token_bytes_sent += here.bytes_sent(self.rank, backward=torch.is_grad_enabled())
+        self._token_bytes_sent += here.bytes_sent(self.rank, backward=count and torch.is_grad_enabled())
         return combine(y_RD, here, self.groups.tokens)
 
     def finish_step(self) -> dict[int, np.ndarray]:
@@ -205,6 +205,8 @@ class Engine:
 
     def _exchange_loads(self) -> dict[int, np.ndarray]:
         layers = list(self.families)
+        if not layers:
+            return {}
         mine = torch.cat([self._counts[layer] for layer in layers]).to(self._device())
         if self.world_size > 1:
             gathered = [torch.empty_like(mine) for _ in range(self.world_size)]

@@ -13,7 +13,7 @@ from hecate.data.encode import EncodedSource, encode_source
 from hecate.errors import UserError
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.head import LanguageModelHead
-from hecate.model.load import load_model, load_tokenizer, pick_dtype, resolve_model
+from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
 from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
@@ -37,8 +37,10 @@ class BaseModel:
 def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, ranks: Ranks) -> BaseModel:
     """Load model and tokenizer. The model stays in eval mode: dropout of a frozen base would only be noise that depends on ranks."""
     source = resolve_model(name_or_path)
-    model: Any = load_model(source, pick_dtype(dtype, ranks.device), ranks.device, num_hidden_layers).eval()
-    return BaseModel(model, LanguageModelHead(model), load_tokenizer(source), model.get_input_embeddings().num_embeddings)
+    with one_gguf_reader():
+        model: Any = load_model(source, pick_dtype(dtype, ranks.device), ranks.device, num_hidden_layers).eval()
+        tokenizer = load_tokenizer(source)
+    return BaseModel(model, LanguageModelHead(model), tokenizer, model.get_input_embeddings().num_embeddings)
 
 
 def build_topology(config: Config, ranks: Ranks) -> Topology:

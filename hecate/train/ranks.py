@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.errors import UserError
-from hecate.launch.local import STORE_VARIABLE
+from hecate.local_store import STORE_VARIABLE
 from hecate.moe.engine import ExpertGroups
 
 # Long enough for one rank to evaluate while the others wait, short against gloo's half hour.

@@ -29,29 +29,21 @@ def plan_hecate(given: PlanInput) -> Placement:
 
 
 def _deal_slots(given: PlanInput, load_E: np.ndarray, hottest: np.ndarray) -> Placement:
-    world = given.topology.world_size
-    node_of_rank = np.asarray(given.topology.node_of_rank)
-    where_ED = owners_only(given.owner_E, world).where_ED.copy()
-    free_D = np.full(world, given.memory_slots)
-    wanted = _copies(load_E[hottest], total=world * given.memory_slots, most=world - 1)
-    for expert, copies in zip(hottest, wanted, strict=True):
-        for _ in range(copies):
-            candidates = np.flatnonzero((free_D > 0) & ~where_ED[expert])
-            if not len(candidates):
-                break
-            copies_in_node = np.bincount(node_of_rank, weights=where_ED[expert], minlength=given.topology.num_nodes)
-            free_in_node = np.bincount(node_of_rank, weights=free_D, minlength=given.topology.num_nodes)
-            node = node_of_rank[candidates]
-            rank = candidates[np.lexsort((candidates, -free_D[candidates], -free_in_node[node], copies_in_node[node]))[0]]
-            where_ED[expert, rank] = True
-            free_D[rank] -= 1
+    """Slot by slot: the expert with the highest load per replica that still finds room gets one more."""
+    node_of_rank, num_nodes = np.asarray(given.topology.node_of_rank), given.topology.num_nodes
+    where_ED = owners_only(given.owner_E, given.topology.world_size).where_ED.copy()
+    free_D = np.full(given.topology.world_size, given.memory_slots)
+    open_experts = list(hottest)
+    while open_experts:
+        expert = max(open_experts, key=lambda e: load_E[e] / where_ED[e].sum())  # the first of equals
+        candidates = np.flatnonzero((free_D > 0) & ~where_ED[expert])
+        if not len(candidates):
+            open_experts.remove(expert)
+            continue
+        copies_in_node = np.bincount(node_of_rank, weights=where_ED[expert], minlength=num_nodes)
+        free_in_node = np.bincount(node_of_rank, weights=free_D, minlength=num_nodes)
+        node = node_of_rank[candidates]
+        rank = candidates[np.lexsort((candidates, -free_D[candidates], -free_in_node[node], copies_in_node[node]))[0]]
+        where_ED[expert, rank] = True
+        free_D[rank] -= 1
     return Placement(given.owner_E.copy(), where_ED)
-
-
-def _copies(load: np.ndarray, total: int, most: int) -> np.ndarray:
-    """Deal `total` copies one by one to the expert with the highest load per replica (its owner's counts), at most `most` each."""
-    copies = np.zeros(len(load), dtype=np.int64)
-    for _ in range(min(total, most * len(load))):
-        per_replica = np.where(copies < most, load / (copies + 1), -1.0)
-        copies[np.argmax(per_replica)] += 1
-    return copies

@@ -79,7 +79,7 @@ def test_neighbours_are_unrelated() -> None:
 def test_keys_differ_by_each_part_and_their_order() -> None:
     names = [(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 0, 0), (0, 0, 1)]
     keys = [dropout_key(*name) for name in names]
-    assert all(0 <= key < 2**32 for key in keys)
+    assert all(-(2**63) <= key < 2**63 for key in keys)
     assert len(set(keys)) == len(names)
     assert keys == [dropout_key(*name) for name in names]
 
