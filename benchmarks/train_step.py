@@ -1,7 +1,8 @@
 """The whole trainer against moe-peft 2.0.2: full training steps of MixLoRA on the same small Llama, the same batch, one rank, one thread.
 
 Each side runs in processes of its own, in turn; a sample is one step. Memory is the growth of resident memory from the imported
-libraries to the peak of training: model, adapters, moments, activations. moe-peft recomputes activations unless told not to; its speed is taken without, its memory with and without.
+libraries to the peak of training: model, adapters, moments, activations. moe-peft recomputes activations unless told not to; both sides
+are measured with and without.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def main() -> None:
         return
     options = arguments(__doc__ or "").parse_args()
     python = peer_python(*PEER)
-    rounds, steps, warmup = (1, 3, 1) if options.quick else (3, 8, 2)
+    rounds, steps, warmup = (1, 3, 1) if options.quick else (2, 8, 2)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -6,13 +6,14 @@ forward pass is run again for a checkpoint.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_ODD = -0x61C8864680B583EB
-"""2^64 over the golden ratio, as a signed word"""
+_ODD = -0x61C88647
+"""2^32 over the golden ratio, as a signed word"""
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,19 @@ class Dropout:
             token_T: int64 [tokens], the global number of each token.
             stream: tells apart the masks that one token needs in one layer (expert and matrix).
         """
-        row_T = _mix64(_mix64(token_T ^ self.key) ^ stream) | 1
-        column_W = _mix64(torch.arange(width, device=token_T.device) + 1) | 1
-        # A product of two odd random words and one more round: four passes over the mask, where a full hash takes twelve.
+        row_T = (_mix64(_mix64(token_T ^ self.key) ^ stream) | 1).to(torch.int32)
+        column_W = _columns(width, token_T.device)
+        # A product of two odd random words and one more round, in 32 bits, which processors multiply in vectors: a sixth of a full hash.
         bits = row_T[:, None] * column_W[None, :]
-        bits = (bits ^ (bits >> 32)) * _ODD
-        keep = bits >= round(self.p * 2.0**64) - 2**63
+        bits.bitwise_xor_(bits >> 15).mul_(_ODD)
+        keep = bits >= round(self.p * 2.0**32) - 2**31
         return keep.to(dtype).mul_(1.0 / (1.0 - self.p))
+
+
+@functools.lru_cache(maxsize=64)
+def _columns(width: int, device: torch.device) -> Tensor:
+    """int32 [width]: an odd random word for each column."""
+    return (_mix64(torch.arange(width, device=device) + 1) | 1).to(torch.int32)
 
 
 def dropout_key(*parts: int) -> int:

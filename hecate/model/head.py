@@ -25,8 +25,8 @@ class LanguageModelHead:
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._check(model)
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | dict[str, Tensor], position_ids: Tensor) -> Tensor:
-        """[B, S] -> [B, S, D]. The mask is bool [B, 1, S, S], true where a query may look."""
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
+        """[B, S] -> [B, S, D]. The mask is bool [B, 1, S, S], true where a query may look; None: causal."""
         outputs = self.decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,

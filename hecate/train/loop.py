@@ -99,7 +99,7 @@ class Run:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         if self.skipped_in_a_row == _MOST_SKIPPED_IN_A_ROW:
             raise UserError(
-                f"{_MOST_SKIPPED_IN_A_ROW} steps in a row, up to step {self.step}, had gradients that were not finite; they changed nothing.\n"
+                f"{_MOST_SKIPPED_IN_A_ROW} steps in a row, up to step {self.step}, had gradients that were not finite; all were skipped.\n"
                 "  lower learning_rate, or resume from an earlier checkpoint"
             )
         return result, tokens
