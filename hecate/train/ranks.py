@@ -94,7 +94,7 @@ def join_ranks() -> Iterator[Ranks]:
     if place is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
     elif STORE_VARIABLE in os.environ:
-        _die_with_parent()
+        die_with_parent()
         store = dist.FileStore(os.environ[STORE_VARIABLE], world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     else:
@@ -108,7 +108,7 @@ def join_ranks() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux: be killed when the launcher dies, however it dies."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
