@@ -67,7 +67,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 def evaluate(
     config: Annotated[Path, typer.Argument(help="the run's YAML file, or the config.yaml in its folder")],
     overrides: _Overrides = None,
-    adapter: Annotated[Path | None, typer.Option(help="adapter folder; left out: the base model alone is not evaluated")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter folder; left out: the one in output_dir")] = None,
 ) -> None:
     """Held-out loss and exact accuracy of an adapter on data.eval, in one process."""
     from hecate.config import load_config

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
+import torch
 
 from hecate.adapter import AdapterConfig
 from hecate.checkpoint.files import write_durable
@@ -131,7 +132,7 @@ def train(config: Config, ranks: Ranks) -> None:
             result, tokens = run.train_one()
             seconds = time.monotonic() - step_started
             train_seconds += seconds
-            bytes_sent = int(ranks.all_max(float(run.moe.engine.bytes_sent - sent)))
+            bytes_sent = int(ranks.all_sum(torch.tensor([run.moe.engine.bytes_sent - sent]))[0])
             stop = ranks.all_max(float(stopping.is_set)) > 0
             if progress and metrics and run.step % config.logging_steps == 0:
                 skew = rank_imbalance(result.loads, run.moe.engine.placements, run.moe.engine.config.topology)
@@ -207,14 +208,13 @@ class _Stopping:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[_Stopping]:
-    """SIGINT and SIGTERM ask for a stop after the step under way; a second one ends the process as usual."""
+    """SIGINT and SIGTERM ask for a stop after the step under way, however often they come."""
     stopping = _Stopping()
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, _frame: FrameType | None) -> None:
-        stopping.is_set = True
+    def ask(_number: int, _frame: FrameType | None) -> None:
         # From a terminal the launcher and the ranks all get the signal, and the launcher passes it on: one wish, several signals.
-        signal.signal(number, ask)
+        stopping.is_set = True
 
     for number in previous:
         signal.signal(number, ask)
