@@ -164,7 +164,8 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
             add(f"{key}[{i}]", f"{shorten(module)} is listed twice", "keep one of the two")
         elif not re.fullmatch(r"[A-Za-z0-9_.]+", module):
             add(f"{key}[{i}]", f"must be a module's name, got {shorten(module)}", "patterns are not read here")
-    if modules and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
+    well_named = len(set(modules)) == len(modules) and all(re.fullmatch(r"[A-Za-z0-9_.]+", module) for module in modules)
+    if modules and well_named and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
         add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")
 
 
