@@ -23,8 +23,8 @@ quickstart: install
 	@rm -rf runs/quickstart
 	$(BIN)/hecate train configs/quickstart.yaml
 	@echo
-	@echo 'Ask it:  $(BIN)/hecate generate runs/quickstart/adapter "12 18" --system gcd'
-	@$(BIN)/hecate generate runs/quickstart/adapter "12 18" --system gcd
+	@echo 'Ask it:  $(BIN)/hecate generate runs/quickstart/adapter "4 + 3 =" --system sum'
+	@$(BIN)/hecate generate runs/quickstart/adapter "4 + 3 =" --system sum
 
 lint: install
 	$(BIN)/ruff check .
