@@ -43,6 +43,10 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_LINE_BREAKS = "\n\r\x85\u2028\u2029"
+"""what YAML 1.1 takes for one"""
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes what `scalars` would not take for text, and what any YAML 1.1 reader would not."""
 
@@ -51,7 +55,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if not_text(text) else None)
+    # Single quotes would fold a line break into a blank; double quotes escape it.
+    breaks = any(line_break in text for line_break in _LINE_BREAKS)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if not_text(text) or breaks else None)
 
 
 _Dumper.add_representer(str, _represent_text)

@@ -3,7 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hecate.config import Config, DataConfig, DataSource, ModelConfig, config_hash, load_config, to_yaml
@@ -50,6 +50,8 @@ words = st.sampled_from(["NO", "y", "012", "08", "12:30", "1_0", "1e3", "nan", "
 
 
 @reuse_folder
+@example(text="\x85")
+@example(text="a\u2028b\n")
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1) | words)
 def test_any_text_is_written_so_that_it_reads_back(folder: Path, text: str) -> None:
     config = replace(load(MINIMAL), topology=text)

@@ -1,0 +1,6 @@
+"""Hypothesis looks at the same examples in every run, without deadlines: the machines are shared, and a red run must be repeatable."""
+
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
