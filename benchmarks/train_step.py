@@ -1,6 +1,7 @@
 """The whole trainer against moe-peft 2.0.2: full training steps of MixLoRA on the same small Llama, the same batch, one rank, one thread.
 
-Each side runs in processes of its own, in turn; a sample is one step. Memory is the growth of resident memory from the imported
+Each side runs in processes of its own, in turn; a sample is one step. Ours has the allocator settings that `hecate train` gives its ranks.
+Beside both stands the frozen model alone, forward and backward to its embeddings: what no trainer of adapters can go below. Memory is the growth of resident memory from the imported
 libraries to the peak of training: model, adapters, moments, activations. moe-peft recomputes activations unless told not to; both sides
 are measured with and without.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 from benchmarks.peers.venv import peer_python
 from benchmarks.report import arguments, finish
+from hecate.launch.local import ALLOCATOR_SETTINGS
 
 MODEL = {"hidden": 256, "ffn": 704, "layers": 6, "heads": 4, "vocab": 4096}
 BATCH, LENGTH = 4, 256
@@ -117,13 +119,36 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
             if step >= warmup:
                 seconds.append(time.perf_counter() - start)
             losses.append(result.loss)
+        peak_bytes = _peak()
+        base = load_model(ModelSource(folder, None), torch.float32, ranks.device).eval()
+        base_head = LanguageModelHead(base)
+        base_seconds = [_base_step(base, base_head, ids, targets, position) for _ in range(steps + warmup)][warmup:]
         trainable = sum(p.numel() for p in [*owned.values(), *moe.replicated_parameters().values()])
     out.write_text(
         json.dumps(
-            {"step_seconds": seconds, "loss": losses, "train_growth_bytes": _peak() - start_bytes, "trainable_parameters": trainable}
+            {
+                "step_seconds": seconds,
+                "base_seconds": base_seconds,
+                "loss": losses,
+                "train_growth_bytes": peak_bytes - start_bytes,
+                "trainable_parameters": trainable,
+            }
         ),
         encoding="utf-8",
     )
+
+
+def _base_step(model: Any, head: Any, ids: Any, targets: Any, position: Any) -> float:
+    """Seconds of a forward and backward pass through the frozen model, to its embeddings."""
+    import time
+
+    hook = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    start = time.perf_counter()
+    hidden_BSD = head.hidden(ids, None, position)
+    head.loss_sum(hidden_BSD[targets != -100], targets[targets != -100]).backward()
+    seconds = time.perf_counter() - start
+    hook.remove()
+    return seconds
 
 
 def _resident() -> int:
@@ -142,7 +167,7 @@ def _peak() -> int:
 def run_ours(folder: Path, steps: int, warmup: int, dropout: float, checkpoint: bool) -> dict[str, Any]:
     out = folder / "ours.json"
     command = [sys.executable, "-m", "benchmarks.train_step", "--ours", str(folder), str(out), str(steps), str(warmup), str(dropout)]
-    return _run([*command, str(int(checkpoint))], out)
+    return _run([*command, str(int(checkpoint))], out, ALLOCATOR_SETTINGS)
 
 
 def run_peer(python: Path, folder: Path, steps: int, warmup: int, dropout: float, checkpoint: bool) -> dict[str, Any]:
@@ -153,11 +178,11 @@ def run_peer(python: Path, folder: Path, steps: int, warmup: int, dropout: float
         "--alpha": ALPHA, "--experts": EXPERTS, "--top-k": TOP_K, "--aux-coef": AUX_COEF, "--lr": LEARNING_RATE, "--dropout": dropout,
         "--gradient-checkpoint": "recompute" if checkpoint else "none", "--out": out,
     }  # fmt: skip
-    return _run([str(python), "-I", str(script), *(str(word) for pair in given.items() for word in pair)], out)
+    return _run([str(python), "-I", str(script), *(str(word) for pair in given.items() for word in pair)], out, {})
 
 
-def _run(command: list[str], out: Path) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def _run(command: list[str], out: Path, settings: dict[str, str]) -> dict[str, Any]:
+    environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return result
@@ -178,10 +203,12 @@ def main() -> None:
         for dropout in DROPOUTS:
             for checkpoint in (False, True):
                 seconds: dict[str, list[float]] = {"hecate": [], "moe-peft": []}
+                base_seconds: list[float] = []
                 last: dict[str, dict[str, Any]] = {}
                 for _ in range(rounds):
                     last["hecate"] = run_ours(folder, steps, warmup, dropout, checkpoint)
                     last["moe-peft"] = run_peer(python, folder, steps, warmup, dropout, checkpoint)
+                    base_seconds += last["hecate"]["base_seconds"]
                     for side, result in last.items():
                         seconds[side] += result["step_seconds"]
                 _check(last)
@@ -193,6 +220,7 @@ def main() -> None:
                         "tokens_per_s": BATCH * LENGTH / statistics.median(seconds[side]),
                         "growth_mb": last[side]["train_growth_bytes"] / 1e6,
                         "first_loss": last[side]["loss"][0],
+                        "over_frozen_model": statistics.median(seconds[side]) / statistics.median(base_seconds),
                         "step_seconds": seconds[side],
                     }
                     for side in seconds

@@ -1,7 +1,7 @@
 """Dropout from a counter: an element's fate depends on who it is, not on where or when it is computed.
 
 The mask is a pure function of (key, stream, token, column), so it is the same on any rank, in any order of tokens, and when the
-forward pass is run again for a checkpoint.
+forward pass is run again for a checkpoint. Streams tell apart the masks that one token needs in one layer (expert and matrix).
 """
 
 from __future__ import annotations
@@ -14,34 +14,66 @@ from torch import Tensor
 
 _ODD = -0x61C88647
 """2^32 over the golden ratio, as a signed word"""
+_LEVELS = 1 << 16
+"""an element is dropped by 16 random bits"""
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout with probability `p`; `key` names the seed, step and layer (see `dropout_key`)."""
+    """Dropout with probability `p` (to the next 65536th); `key` names the seed, step and layer (see `dropout_key`)."""
 
     p: float
     key: int
 
-    def mask(self, token_T: Tensor, stream: int, width: int, dtype: torch.dtype) -> Tensor:
-        """[tokens, width]: 1 / (1 - p) where an element is kept, 0 where it is dropped.
+    @property
+    def _dropped_levels(self) -> int:
+        return min(round(self.p * _LEVELS), _LEVELS - 1)
+
+    @property
+    def scale(self) -> float:
+        """What kept elements are multiplied by, so that the mean stays."""
+        return _LEVELS / (_LEVELS - self._dropped_levels)
+
+    def rows(self, token_T: Tensor, stream: int | Tensor) -> Tensor:
+        """int32 [tokens]: what `keep_into` needs to know of each row.
 
         Args:
             token_T: int64 [tokens], the global number of each token.
-            stream: tells apart the masks that one token needs in one layer (expert and matrix).
+            stream: of all rows, or int64 [tokens].
         """
-        row_T = (_mix64(_mix64(token_T ^ self.key) ^ stream) | 1).to(torch.int32)
-        column_W = _columns(width, token_T.device)
-        # A product of two odd random words and one more round, in 32 bits, which processors multiply in vectors: a sixth of a full hash.
-        bits = row_T[:, None] * column_W[None, :]
-        bits.bitwise_xor_(bits >> 15).mul_(_ODD)
-        keep = bits >= round(self.p * 2.0**32) - 2**31
-        return keep.to(dtype).mul_(1.0 / (1.0 - self.p))
+        return (_mix64(_mix64(token_T ^ self.key) ^ stream) | 1).to(torch.int32)
+
+    def keep_into(self, row_T: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+        """Writes 1 into `out` [tokens, width] where an element is kept and 0 where it is dropped.
+
+        Args:
+            scratch: from `scratch(out)` or of a larger `out`; its contents are lost. Fresh memory would cost more than the hash.
+        """
+        rows, width = out.shape
+        words = (width + 1) // 2
+        bits, shifted = scratch[: 2 * rows * words].view(2, rows, words)
+        # A product of two odd random words and one more round, in 32 bits, which processors multiply in vectors: a sixth of a full
+        # hash. Each word decides two elements.
+        torch.mul(row_T[:, None], _columns(words, row_T.device)[None, :], out=bits)
+        torch.bitwise_right_shift(bits, 15, out=shifted)
+        bits.bitwise_xor_(shifted).mul_(_ODD)
+        return torch.ge(bits.view(torch.int16)[:, :width], self._dropped_levels - _LEVELS // 2, out=out)
+
+    @staticmethod
+    def scratch(out: Tensor) -> Tensor:
+        """A buffer for `keep_into` with this `out` or a smaller one."""
+        rows, width = out.shape
+        return torch.empty(rows * (width + 1), dtype=torch.int32, device=out.device)
+
+    def mask(self, token_T: Tensor, stream: int | Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        """[tokens, width]: `scale` where an element is kept, 0 where it is dropped."""
+        out = torch.empty((len(token_T), width), dtype=dtype, device=token_T.device)
+        return self.keep_into(self.rows(token_T, stream), self.scratch(out), out).mul_(self.scale)
 
 
 @functools.lru_cache(maxsize=64)
 def _columns(width: int, device: torch.device) -> Tensor:
-    """int32 [width]: an odd random word for each column."""
+    """int32 [width]: odd random words, each for two columns."""
     return (_mix64(torch.arange(width, device=device) + 1) | 1).to(torch.int32)
 
 

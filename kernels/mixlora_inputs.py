@@ -30,6 +30,6 @@ class Lora:
     scale: float
 
 
-def dropout_stream(expert: int, projection: str) -> int:
-    """The dropout stream of one expert's projection (see `Dropout.mask`)."""
-    return expert * len(PROJECTIONS) + PROJECTIONS.index(projection)
+def dropout_stream(expert: int | Tensor, projection: str) -> int | Tensor:
+    """The dropout stream of an expert's projection (see `Dropout.rows`); gate and up have one dropped input."""
+    return expert * 2 + int(projection == "down_proj")

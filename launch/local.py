@@ -18,7 +18,8 @@ from types import FrameType
 from hecate.local_store import STORE_VARIABLE, error_file
 
 USER_ERROR_EXIT = 2
-_KEEP_BYTES = 1 << 33
+ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+"""glibc gives large blocks back to the kernel at once and takes them anew, page by page: a tenth of a CPU step"""
 
 
 def launch_local(arguments: Sequence[str], num_ranks: int) -> int:
@@ -58,9 +59,8 @@ def _start(arguments: Sequence[str], rank: int, num_ranks: int, store: Path) -> 
             "GLOO_SOCKET_IFNAME": "lo",
         }
     )
-    # glibc gives large blocks back to the kernel at once and takes them anew, page by page: a tenth of a CPU step.
-    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(_KEEP_BYTES))
-    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(_KEEP_BYTES))
+    for name, value in ALLOCATOR_SETTINGS.items():
+        environment.setdefault(name, value)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     return subprocess.Popen([sys.executable, "-m", "hecate", *arguments], env=environment)
 

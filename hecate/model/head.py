@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.errors import UserError
@@ -68,10 +67,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for hidden, target in zip(hidden_ND.split(_CHUNK_ROWS), target_N.split(_CHUNK_ROWS), strict=True):
             with torch.enable_grad():
                 leaf = hidden.detach().requires_grad_()
-                loss = F.cross_entropy(head.logits(leaf).to(wide), target, reduction="sum")
+                logits = head.logits(leaf)
+            # softmax - onehot, in the memory of the logits: log_softmax and its backward would take three more buffers of their size
+            grad = logits.detach().to(wide)
+            lse = grad.logsumexp(1, keepdim=True)
+            total += (lse - grad.gather(1, target[:, None])).sum()
             if ctx.needs_input_grad[0]:
-                grads += torch.autograd.grad(loss, leaf)
-            total += loss.detach()
+                grad.sub_(lse).exp_()
+                grad.scatter_add_(1, target[:, None], -torch.ones_like(lse))
+                grads += torch.autograd.grad(logits, leaf, grad.to(logits.dtype))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden_ND))
         return total

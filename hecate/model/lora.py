@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.kernels.dropout import Dropout, dropout_key
+from hecate.kernels.lora_linear import lora_linear
 from hecate.moe.context import MicroStep
 from hecate.moe.mixlora import LoraShape
 from hecate.moe.seeding import generator, kaiming_lora_a
@@ -29,10 +29,19 @@ class LoraLinear(nn.Module):
         self._micro_step = micro_step
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = x
-        if self.shape.dropout > 0 and torch.is_grad_enabled() and self._micro_step.token is not None:
+        token, dropout = self._micro_step.token, None
+        if self.shape.dropout > 0 and torch.is_grad_enabled() and token is not None:
             dropout = Dropout(self.shape.dropout, dropout_key(self._seed, self._micro_step.step))
-            mask = dropout.mask(self._micro_step.token, self._stream, x.shape[-1], x.dtype)
-            inputs = x * mask.view_as(x)
-        low = F.linear(inputs, self.lora_A.to(x.dtype))
-        return self.base(x) + self.shape.scale * F.linear(low, self.lora_B.to(x.dtype))
+        base = self.base
+        y = lora_linear(
+            x.flatten(0, -2),
+            base.weight,
+            base.bias,
+            self.lora_A,
+            self.lora_B,
+            self.shape.scale,
+            dropout=dropout,
+            token_T=token,
+            stream=self._stream,
+        )
+        return y.unflatten(0, x.shape[:-1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hecate.kernels.dropout import Dropout, dropout_key
-from hecate.kernels.mixlora_inputs import PROJECTIONS, dropout_stream
+from hecate.kernels.mixlora_inputs import dropout_stream
 
 TOKENS, WIDTH = 400, 100
 N = TOKENS * WIDTH
@@ -84,5 +84,20 @@ def test_keys_differ_by_each_part_and_their_order() -> None:
     assert keys == [dropout_key(*name) for name in names]
 
 
-def test_streams_differ_by_expert_and_projection() -> None:
-    assert len({dropout_stream(e, name) for e in range(20) for name in PROJECTIONS}) == 20 * len(PROJECTIONS)
+def test_the_two_elements_of_a_word_are_unrelated() -> None:
+    """A word of 32 bits decides columns 2i and 2i + 1; other words of the row and of the column must not repeat it."""
+    even, odd = kept(0.5, 33).view(TOKENS, WIDTH // 2, 2).unbind(2)
+    for other in (odd, odd.roll(1, 0), odd.roll(1, 1)):
+        assert deviation(float((even == other).double().mean()), 0.5, n=N // 2) < 4
+
+
+def test_the_scale_is_of_what_is_really_dropped() -> None:
+    """16 bits decide, so 0.05 is 3277 of 65536."""
+    assert Dropout(0.05, 1).scale == 65536 / (65536 - 3277)
+    assert Dropout(1 - 1e-9, 1).scale == 65536
+
+
+def test_streams_differ_by_expert_and_input() -> None:
+    """Gate and up see one dropped input, down another."""
+    assert dropout_stream(3, "gate_proj") == dropout_stream(3, "up_proj")
+    assert len({dropout_stream(e, name) for e in range(20) for name in ("gate_proj", "down_proj")}) == 40
