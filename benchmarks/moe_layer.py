@@ -2,6 +2,10 @@
 
 The layer is the engine's own, with the collectives of a real step: gather, dispatch where the placement asks for it, combine, reduce.
 All policies alternate in the same processes; a sample is the slowest rank's time.
+
+`static_ep` is ours: a token travels once per rank and pays one base FFN there, whatever number of its experts is there.
+`ep_per_choice` is expert parallelism as the textbook (and Megatron's dispatcher) has it: every (token, choice) pair travels and pays a
+base FFN of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from tests.ranks import run_ranks
 
 WORLD = 2
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PER_CHOICE = "ep_per_choice"
 ROUTINGS = ("zipf(1.2)", "balanced")
 
 
@@ -73,19 +78,25 @@ def make_engine(policy: str, shape: Shape, groups: ExpertGroups) -> Engine:
 
 
 def one_step(
-    engine: Engine, step: int, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor
+    engine: Engine, step: int, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor, *, per_choice: bool = False
 ) -> tuple[torch.Tensor, dict[int, np.ndarray]]:
     engine.begin_step(step)
     engine.last_micro_step()
-    y = engine.experts(0, x, expert, weight, torch.arange(len(x)), count=True)
+    if per_choice:
+        tokens, k = expert.shape
+        token = torch.arange(tokens).repeat_interleave(k)
+        y = engine.experts(0, x.repeat_interleave(k, 0), expert.reshape(-1, 1), weight.reshape(-1, 1), token, count=True)
+        y = y.view(tokens, k, -1).sum(1)
+    else:
+        y = engine.experts(0, x, expert, weight, torch.arange(len(x)), count=True)
     y.backward(torch.ones_like(y))
     return y, engine.finish_step()
 
 
-def check(engine: Engine, rank: int, shape: Shape, expert: torch.Tensor, weight: torch.Tensor) -> None:
+def check(engine: Engine, rank: int, shape: Shape, expert: torch.Tensor, weight: torch.Tensor, *, per_choice: bool) -> None:
     """The layer's output and gradients against the plain formula over the experts of both ranks. Raises AssertionError."""
     x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(9 + rank)).requires_grad_()
-    y, _ = one_step(engine, 0, x, expert, weight)
+    y, _ = one_step(engine, 0, x, expert, weight, per_choice=per_choice)
     family = engine.families[0]
     assert isinstance(family, MixLoraExperts)
     chunks = torch.stack(
@@ -110,13 +121,14 @@ def bench_rank(rank: int, world: int, shape: Shape, samples: int) -> list[dict[s
     assert default is not None
     groups = ExpertGroups(default, dist.new_group())
     engines = {policy: make_engine(policy, shape, groups) for policy in POLICIES}
+    engines[PER_CHOICE] = make_engine("static_ep", shape, groups)
     rows = []
     for routing in ROUTINGS:
         expert, weight = route(routing, shape, seed=rank)
         x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         weight.requires_grad_()
-        for engine in engines.values():
-            check(engine, rank, shape, expert, weight)
+        for policy, engine in engines.items():
+            check(engine, rank, shape, expert, weight, per_choice=policy == PER_CHOICE)
         times: dict[str, list[float]] = {policy: [] for policy in engines}
         sent: dict[str, int] = {}
         skew: dict[str, float] = {}
@@ -125,7 +137,7 @@ def bench_rank(rank: int, world: int, shape: Shape, samples: int) -> list[dict[s
                 before = engine.bytes_sent
                 dist.barrier()
                 start = time.perf_counter()
-                _, loads = one_step(engine, sample, x, expert, weight)
+                _, loads = one_step(engine, sample, x, expert, weight, per_choice=policy == PER_CHOICE)
                 seconds = torch.tensor(time.perf_counter() - start)
                 dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
                 if sample >= 2:
@@ -156,6 +168,8 @@ def main() -> None:
     summary = {
         "zipf_speedup_over_static_ep": median["static_ep", ROUTINGS[0]] / median["hecate", ROUTINGS[0]],
         "balanced_speedup_over_static_ep": median["static_ep", ROUTINGS[1]] / median["hecate", ROUTINGS[1]],
+        "zipf_speedup_over_ep_per_choice": median[PER_CHOICE, ROUTINGS[0]] / median["hecate", ROUTINGS[0]],
+        "balanced_speedup_over_ep_per_choice": median[PER_CHOICE, ROUTINGS[1]] / median["hecate", ROUTINGS[1]],
     }
     finish("moe_layer", rows, summary, options.json)
 

@@ -1,9 +1,9 @@
 """The whole trainer against moe-peft 2.0.2: full training steps of MixLoRA on the same small Llama, the same batch, one rank, one thread.
 
-Each side runs in processes of its own, in turn; a sample is one step. Ours has the allocator settings that `hecate train` gives its ranks.
-Beside both stands the frozen model alone, forward and backward to its embeddings: what no trainer of adapters can go below. Memory is the growth of resident memory from the imported
-libraries to the peak of training: model, adapters, moments, activations. moe-peft recomputes activations unless told not to; both sides
-are measured with and without.
+Each side runs in processes of its own, in turn; a sample is one step. Ours has the allocator settings that `hecate train` gives its
+ranks. Beside both stands the frozen model alone, forward and backward to its embeddings: no trainer of adapters can go below it.
+Memory is the growth of resident memory from the imported libraries to the peak of training: model, adapters, moments, activations.
+moe-peft recomputes activations unless told not to; both sides are measured with and without.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
 
 
 def _base_step(model: Any, head: Any, ids: Any, targets: Any, position: Any) -> float:
-    """Seconds of a forward and backward pass through the frozen model, to its embeddings."""
+    """Seconds of a forward and backward pass through the frozen model."""
     import time
 
     hook = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
