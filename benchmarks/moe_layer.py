@@ -24,9 +24,9 @@ from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.kernels.mixlora_reference import mixlora_ffn_reference
 from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.parallel.placement import rank_imbalance
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
-from hecate.train.loop import rank_imbalance
 from tests.ranks import run_ranks
 
 WORLD = 2

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hecate.errors import UserError
+from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.local_store import STORE_VARIABLE, error_file
 
 app = typer.Typer(
@@ -20,7 +20,6 @@ app = typer.Typer(
 )
 
 _Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs that take the place of the file's")]
-_USER_ERROR_EXIT = 2
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
         app()
     except UserError as error:
         _report(error)
-        sys.exit(_USER_ERROR_EXIT)
+        sys.exit(USER_ERROR_EXIT)
 
 
 def _report(error: UserError) -> None:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from hecate.errors import USER_ERROR_EXIT
 from hecate.local_store import STORE_VARIABLE, error_file
 
-USER_ERROR_EXIT = 2
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 """glibc gives large blocks back to the kernel at once and takes them anew, page by page: a tenth of a CPU step"""
 

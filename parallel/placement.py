@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hecate.parallel.loads import imbalance
 from hecate.parallel.topology import Topology
 
 
@@ -90,3 +91,14 @@ def token_split(placement: Placement, topology: Topology, source: int) -> np.nda
         within = placement.where_ED & reach[None, :]
         candidates = np.where(within.any(axis=1, keepdims=True), within, candidates)
     return candidates / candidates.sum(axis=1, keepdims=True)
+
+
+def rank_imbalance(loads: dict[int, np.ndarray], placements: dict[int, Placement], topology: Topology) -> float:
+    """Largest over mean token-slots computed per rank, averaged over the layers: what the placement made of the loads."""
+    if not loads:
+        return 1.0
+    skews = []
+    for layer, loads_SE in loads.items():
+        served = [loads_SE[source] @ token_split(placements[layer], topology, source) for source in range(len(loads_SE))]
+        skews.append(imbalance(np.sum(served, axis=0)))
+    return float(np.mean(skews))

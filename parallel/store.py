@@ -63,10 +63,6 @@ class LayerStore:
         return self._replicas_SC is not None
 
     @property
-    def owned_bytes(self) -> int:
-        return self._owned_nC.numel() * self._owned_nC.element_size()
-
-    @property
     def replica_bytes(self) -> int:
         """Bytes of the replicas held now."""
         return 0 if self._replicas_SC is None else self._replicas_SC.numel() * self._replicas_SC.element_size()

@@ -73,6 +73,9 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
         value = values.get(key)
         if value is not None and value not in allowed:
             add(key, f"must be {allowed}, got {value}", "")
+    alpha = values.get("lora.alpha")
+    if alpha is not None and alpha > 0 and not float(alpha).is_integer():
+        add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files hold no other")
     _check_experts(values, add)
     _check_evaluation(values, add)
     _check_sources("data.train", values, add)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hecate.adapter import AdapterConfig, attention_tensor_name, expert_tensor_name, router_tensor_name, save_adapter
 from hecate.config import Config
-from hecate.errors import UserError
 from hecate.model.gated_ffn import decoder_layers, find_gated_ffns
 from hecate.model.surgery import MoeModel
 from hecate.moe.mixlora import MixLoraExperts
@@ -27,10 +26,8 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
     """The adapter's description; made before training, so that what the format cannot hold is refused at once.
 
     Raises:
-        UserError: alpha is no whole number, or a target module is none of the format's seven.
+        UserError: a target module is none of the format's seven.
     """
-    if config.lora.alpha != int(config.lora.alpha):
-        raise UserError(f"lora.alpha: must be a whole number, which is all that the adapter format holds, got {config.lora.alpha}")
     num_layers = len(decoder_layers(base.model)[1])
     experts = config.moe.num_experts
     return AdapterConfig(

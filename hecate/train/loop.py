@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import torch
 
 from hecate.adapter import AdapterConfig
@@ -26,9 +25,7 @@ from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
-from hecate.parallel.loads import imbalance
-from hecate.parallel.placement import Placement, token_split
-from hecate.parallel.topology import Topology
+from hecate.parallel.placement import rank_imbalance
 from hecate.train.build import BaseModel, build_base, build_moe, encode_sources
 from hecate.train.evaluate import Evaluation, evaluate
 from hecate.train.export import adapter_config, export_adapter
@@ -183,17 +180,6 @@ def train(config: Config, ranks: Ranks) -> None:
             write_heatmap(path, _shares(last), "Share of each task's tokens by layer and expert")
             facts.append(("expert loads", str(path)))
         print_summary(before.scores if before else None, last.scores if last else {}, facts)
-
-
-def rank_imbalance(loads: dict[int, np.ndarray], placements: dict[int, Placement], topology: Topology) -> float:
-    """Largest over mean token-slots computed per rank, averaged over the layers: what the placement made of the loads."""
-    if not loads:
-        return 1.0
-    skews = []
-    for layer, loads_SE in loads.items():
-        served = [loads_SE[source] @ token_split(placements[layer], topology, source) for source in range(len(loads_SE))]
-        skews.append(imbalance(np.sum(served, axis=0)))
-    return float(np.mean(skews))
 
 
 def peak_memory() -> int:

@@ -92,6 +92,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"save_total_limit": "0"}, "save_total_limit", "must be >= 1"),
     ({"lora": "{dropout: 1}"}, "lora.dropout", "must be >= 0 and < 1, got 1.0"),
     ({"lora": "{alpha: 0}"}, "lora.alpha", "must be > 0"),
+    ({"lora": "{alpha: 8.5}"}, "lora.alpha", "must be a whole number"),
     ({"fssdp": "{memory_slots: -1}"}, "fssdp.memory_slots", "must be >= 0"),
     ({"data": "{train: a.jsonl, seq_len: 7}"}, "data.seq_len", "must be >= 8 with data.packing, got 7"),
     ({"data": "{train: a.jsonl, seq_len: 1, packing: false}"}, "data.seq_len", "must be >= 2"),
