@@ -32,7 +32,8 @@ class Link:
 class Topology:
     """Ranks, grouped into nodes. Rank r is device r; ranks of one node need not be adjacent.
 
-    Devices and nodes may all differ in compute rate and memory; links are given per kind (inside a node, between nodes).
+    Devices, nodes and links may all differ. Traffic is limited where it enters and leaves: at a rank's port inside its node, at a
+    rank's NIC and its node's uplink between nodes; each direction on its own.
     """
 
     node_of_rank: tuple[int, ...]
@@ -43,6 +44,16 @@ class Topology:
     """bytes each rank's device may use"""
     intra_node: Link
     inter_node: Link
+    port_bandwidth: tuple[float, ...] = ()
+    """bytes/s of each rank inside its node; empty: `intra_node`'s"""
+    uplink_bandwidth: tuple[float, ...] = ()
+    """bytes/s of each node to the others, shared by its ranks; empty: `inter_node`'s"""
+    nic_bandwidth: tuple[float, ...] = ()
+    """bytes/s of each rank to other nodes; empty: its node's uplink's"""
+    memory_bandwidth: tuple[float, ...] = ()
+    """bytes/s of each device's memory; empty: one byte for 150 FLOPs, as on the GPUs of the last ten years"""
+    overlap_slowdown: float = 1.0
+    """factor by which computing and communicating slow each other down while both run; 2: nothing is gained by overlapping"""
 
     def __post_init__(self) -> None:
         world = len(self.node_of_rank)
@@ -52,9 +63,24 @@ class Topology:
             raise UserError(f"topology: {world} ranks, but {len(self.flops)} rates and {len(self.memory)} memories")
         if set(self.node_of_rank) != set(range(max(self.node_of_rank) + 1)):
             raise UserError(f"topology: nodes must be numbered 0..N-1 without gaps, got {sorted(set(self.node_of_rank))}")
-        for name, values in (("flops", self.flops), ("memory", self.memory)):
+        node = np.asarray(self.node_of_rank)
+        defaults: dict[str, tuple[float, ...]] = {
+            "port_bandwidth": (self.intra_node.bandwidth,) * world,
+            "uplink_bandwidth": (self.inter_node.bandwidth,) * self.num_nodes,
+            "memory_bandwidth": tuple(rate / 150 for rate in self.flops),
+        }
+        for name, values in defaults.items():
+            object.__setattr__(self, name, getattr(self, name) or values)
+        if not self.nic_bandwidth:
+            object.__setattr__(self, "nic_bandwidth", tuple(self.uplink_bandwidth[n] for n in node))
+        for name in ("flops", "memory", *defaults, "nic_bandwidth"):
+            values = getattr(self, name)
+            if len(values) != (self.num_nodes if name == "uplink_bandwidth" else world):
+                raise UserError(f"topology: {world} ranks on {self.num_nodes} nodes, but {len(values)} values of {name}")
             if not all(np.isfinite(v) and v > 0 for v in values):
-                raise UserError(f"topology: every device's {name} must be positive and finite, got {values}")
+                raise UserError(f"topology: every {name} must be positive and finite, got {values}")
+        if not 1 <= self.overlap_slowdown <= 2:
+            raise UserError(f"topology: overlap_slowdown must be from 1 to 2, got {self.overlap_slowdown}")
 
     @property
     def world_size(self) -> int:
@@ -67,7 +93,9 @@ class Topology:
     @property
     def slowest_link(self) -> Link:
         """The link that bounds a collective over all ranks."""
-        return self.inter_node if self.num_nodes > 1 else self.intra_node
+        if self.num_nodes == 1:
+            return Link(min(self.port_bandwidth), self.intra_node.latency)
+        return Link(min(*self.uplink_bandwidth, *self.nic_bandwidth), self.inter_node.latency)
 
     def ranks_of_node(self, node: int) -> list[int]:
         return [rank for rank, n in enumerate(self.node_of_rank) if n == node]

@@ -136,7 +136,7 @@ def encode_source(
         try:
             if isinstance(item, Fault):
                 raise _BadSample(item.reason)
-            largest = max(item.input_ids.max(), item.targets.max())
+            largest = max(int(np.max(item.input_ids)), int(np.max(item.targets)))
             if largest >= vocab_size:
                 raise _BadSample(f"token id {largest} is beyond the model's vocabulary of {vocab_size}")
             cut = item.is_chat and len(item.input_ids) > seq_len

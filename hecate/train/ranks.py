@@ -102,7 +102,9 @@ def join_ranks() -> Iterator[Ranks]:
     try:
         default = dist.group.WORLD
         assert default is not None
-        groups = ExpertGroups(experts=default, tokens=dist.new_group(timeout=_TIMEOUT))
+        tokens = dist.new_group(timeout=_TIMEOUT)
+        assert isinstance(tokens, dist.ProcessGroup)  # a rank outside the group would get a number
+        groups = ExpertGroups(experts=default, tokens=tokens)
         yield Ranks(rank, world_size, device, groups)
     finally:
         dist.destroy_process_group()
