@@ -24,7 +24,6 @@ from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.kernels.mixlora_reference import mixlora_ffn_reference
 from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
-from hecate.parallel.placement import rank_imbalance
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from tests.ranks import run_ranks
@@ -145,7 +144,7 @@ def bench_rank(rank: int, world: int, shape: Shape, samples: int) -> list[dict[s
                 total = torch.tensor(engine.bytes_sent - before)
                 dist.all_reduce(total)
                 sent[policy] = int(total)
-                skew[policy] = rank_imbalance(loads, engine.placements, engine.config.topology)
+                skew[policy] = engine.imbalance(loads)
         rows += [
             {
                 "policy": policy,

@@ -1,30 +1,216 @@
-"""Seconds and bytes of one layer. What planners decide by."""
+"""Seconds and bytes of one MoE layer in one training step. What planners decide by, and what the simulator reports.
+
+Where several links or devices work side by side the slowest decides: maxima, never sums. Planning, collectives and dispatch share
+these functions, so that what is predicted is what is done.
+
+Shapes: ... any leading dimensions (layers), E experts, D ranks, N nodes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from hecate.parallel.flows import Flows, flows, node_membership
+from hecate.parallel.gather_bytes import PortBytes, gather_ports
 from hecate.parallel.topology import Topology
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """What a planner must know of a layer besides its loads."""
+    """What a planner must know of a layer besides its loads. Bytes are of one expert, FLOPs of one pass forward."""
 
-    expert_bytes: float
-    """bytes of one expert that a SparseAllGather moves (its trainable chunk, and its frozen part where it is not resident)"""
-    non_moe_flops: float
-    """FLOPs of the non-MoE compute that hides the transfer, forward, on one rank"""
+    trainable_bytes: float
+    """parameters of one expert that a SparseAllGather moves in every step"""
+    gradient_bytes: float | None = None
+    """of one expert, moved back by a SparseReduceScatter; None: as `trainable_bytes`"""
+    frozen_bytes: float = 0.0
+    """of one expert; a frozen replica never goes stale, so it moves once and stays while its placement does"""
+    state_bytes: float = 0.0
+    """master parameters and moments of one expert, on its owner only; what re-sharding moves"""
+    top_k: int = 1
+    row_bytes: float = 0.0
+    """one token's hidden row, one way"""
+    row_flops: float = 0.0
+    """per distinct token on a rank, whatever number of its experts is there: a base FFN that the experts share"""
+    choice_flops: float = 0.0
+    """per (token, expert)"""
+    row_backward: float = 1.0
+    """backward over forward FLOPs of a row; 1 for a frozen base, 2 for a trained one"""
+    choice_backward: float = 2.0
+    """backward over forward FLOPs of a choice"""
+    non_moe_flops: float = 0.0
+    """of one rank: the attention that hides transfers; backward is twice as long"""
+    frozen_lifetime: float = 20.0
+    """steps for which a frozen replica is expected to be of use: its transfer is paid once in so many"""
+
+    @property
+    def reduced_bytes(self) -> float:
+        return self.trainable_bytes if self.gradient_bytes is None else self.gradient_bytes
+
+    @property
+    def expert_bytes(self) -> float:
+        """What one replica costs to bring, in a step, with its frozen part paid over its lifetime."""
+        return self.trainable_bytes + self.frozen_bytes / self.frozen_lifetime
+
+    @property
+    def replica_bytes(self) -> float:
+        """Memory of one replica of another rank's expert: parameters, gradients, frozen part."""
+        return self.trainable_bytes + self.reduced_bytes + self.frozen_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSeconds:
+    """Where the seconds of a layer go, float64 [...] each: forward and backward of one step."""
+
+    compute: np.ndarray
+    """experts, on the slowest rank"""
+    dispatch: np.ndarray
+    """all all-to-alls of tokens and their gradients"""
+    gather: np.ndarray
+    """SparseAllGather, hidden or not"""
+    reduce: np.ndarray
+    """SparseReduceScatter, hidden or not"""
+    exposed: np.ndarray
+    """what gather and reduce add to the step"""
+    optimizer: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """What the layer adds to a step, its attention left out."""
+        return self.compute + self.dispatch + self.exposed + self.optimizer
+
+
+DISPATCH_COLLECTIVES = 8
+"""all-to-alls of a layer's tokens in a step: counts, slots, rows, weights, results; backward results, rows, weights"""
+
+
+def layer_seconds(
+    owner_E: np.ndarray,
+    where_ED: np.ndarray,
+    quota_ED: np.ndarray,
+    tokens_ED: np.ndarray,
+    topology: Topology,
+    cost: LayerCost,
+    *,
+    resident_ED: np.ndarray | None = None,
+    rematerialize: bool = False,
+) -> LayerSeconds:
+    """Predict one step of each layer.
+
+    Args:
+        owner_E: int64 [..., experts].
+        where_ED: bool [..., experts, ranks].
+        quota_ED: float64 [..., experts, ranks]: choices served (see `hecate.parallel.flows`).
+        tokens_ED: float64 [..., experts, source ranks]: choices routed.
+        resident_ED: bool [..., experts, ranks]: frozen parts that are there already; None: only the owners'.
+        rematerialize: a second SparseAllGather before the backward pass.
+    """
+    flow = flows(tokens_ED, quota_ED, topology)
+    rows = rows_served(flow, tokens_ED, cost)
+    choices_D = quota_ED.sum(-2)
+    rate_D = np.asarray(topology.flops)
+    row_work = cost.row_flops * (1 + cost.row_backward)
+    choice_work = cost.choice_flops * (1 + cost.choice_backward)
+    compute = ((rows.computed_D * row_work + choices_D * choice_work) / rate_D).max(-1)
+
+    gather_ports_ = gather_ports(owner_E, where_ED, topology)
+    gather = _transfer_seconds(gather_ports_, cost.trainable_bytes, topology)
+    reduce = _transfer_seconds(gather_ports_.reversed(), cost.reduced_bytes, topology)
+    if cost.frozen_bytes:
+        fresh_ED = where_ED if resident_ED is None else where_ED & ~resident_ED
+        at_owner_ED = owner_E[..., None] == np.arange(where_ED.shape[-1])
+        gather = gather + _transfer_seconds(
+            gather_ports(owner_E, fresh_ED | at_owner_ED, topology), cost.frozen_bytes / cost.frozen_lifetime, topology
+        )
+    attention = cost.non_moe_flops / rate_D.min()
+    slowdown = topology.overlap_slowdown
+    backward_transfer = reduce + gather if rematerialize else reduce
+    exposed = exposed_seconds(attention, gather, slowdown) + exposed_seconds(2 * attention, backward_transfer, slowdown)
+    owned_D = (owner_E[..., None] == np.arange(where_ED.shape[-1])).sum(-2)
+    optimizer = (owned_D * (cost.reduced_bytes + 2 * cost.state_bytes) / np.asarray(topology.memory_bandwidth)).max(-1)
+    return LayerSeconds(compute, dispatch_seconds(rows, topology, cost), gather, reduce, exposed, optimizer)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Distinct tokens: computed on each rank, and through its ports in one all-to-all."""
+
+    computed_D: np.ndarray
+    near: tuple[np.ndarray, np.ndarray]
+    """sent to and received from other ranks of the node"""
+    far: tuple[np.ndarray, np.ndarray]
+    """sent to and received from other nodes"""
+
+
+def rows_served(flow: Flows, tokens_ED: np.ndarray, cost: LayerCost) -> Rows:
+    """Distinct tokens behind the choices. A token travels once to a rank however many of its experts are there.
+
+    Loads do not say which choices belong to one token; they are taken as drawn independently: c of the k·T choices of T tokens touch
+    T·(1 - (1 - c/(kT))^k) tokens.
+    """
+    k = cost.top_k
+    tokens_D = tokens_ED.sum(-2) / k
+    others_D = tokens_D.sum(-1, keepdims=True) - tokens_D
+    near_served, far_served = flow.near_served_ED.sum(-2), flow.far_served_ED.sum(-2)
+    near_sent, far_sent = flow.near_sent_ED.sum(-2), flow.far_sent_ED.sum(-2)
+    remote = near_served + far_served
+    received = _distinct(remote, others_D, k)
+    share = _ratio(received, remote)
+    mean_share = _ratio(received.sum(-1), remote.sum(-1))[..., None]
+    computed = _distinct(flow.local_ED.sum(-2), tokens_D, k) + received
+    return Rows(computed, (near_sent * mean_share, near_served * share), (far_sent * mean_share, far_served * share))
+
+
+def dispatch_seconds(rows: Rows, topology: Topology, cost: LayerCost) -> np.ndarray:
+    """All all-to-alls of a layer's rows in a step. Four of them carry rows, with ports in turn sending and receiving."""
+    ports = PortBytes(rows.near[0], rows.near[1], rows.far[0], rows.far[1])
+    once = port_seconds(ports, cost.row_bytes, topology)
+    far, near = rows.far[0].sum(-1) > 0, rows.near[0].sum(-1) > 0
+    latency = np.where(far, topology.inter_node.latency, np.where(near, topology.intra_node.latency, 0.0))
+    return 4 * once + DISPATCH_COLLECTIVES * latency
+
+
+def port_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.ndarray:
+    """Seconds until the busiest port is done, without latency; traffic counted in units of `unit_bytes`."""
+    near = np.maximum(ports.near_out_D, ports.near_in_D) / np.asarray(topology.port_bandwidth)
+    seconds = near.max(-1)
+    if topology.num_nodes > 1:
+        member_DN = node_membership(topology)
+        nic = np.maximum(ports.far_out_D, ports.far_in_D) / np.asarray(topology.nic_bandwidth)
+        uplink = np.maximum(ports.far_out_D @ member_DN, ports.far_in_D @ member_DN) / np.asarray(topology.uplink_bandwidth)
+        seconds = np.maximum(seconds, np.maximum(nic.max(-1), uplink.max(-1)))
+    return seconds * unit_bytes
+
+
+def exposed_seconds(compute: float | np.ndarray, transfer: np.ndarray, slowdown: float) -> np.ndarray:
+    """What a transfer beside `compute` seconds of work adds: both are slowed down while both run."""
+    both = np.minimum(compute, transfer)
+    return np.asarray(transfer - both + (slowdown - 1) * both)
 
 
 def overlap_degree(cost: LayerCost, topology: Topology) -> int:
     """How many experts can travel to a rank hidden behind the non-MoE compute: t = T_nonMoE · bw / expert_bytes (Hecate §3.2).
 
-    The slowest device has the most time to hide behind, but the job waits for the fastest link's slowest peer: T is taken on the
-    fastest device and bw on the slowest link, so that t never promises more than every rank can hide.
+    T is taken on the fastest device and bw on the slowest link, so that t never promises more than every rank can hide.
     """
     seconds = cost.non_moe_flops / max(topology.flops)
     hidden = seconds - topology.slowest_link.latency
     if hidden <= 0:
         return 0
     return int(hidden * topology.slowest_link.bandwidth / cost.expert_bytes)
+
+
+def _transfer_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.ndarray:
+    far, near = ports.far_out_D.sum(-1) > 0, ports.near_out_D.sum(-1) > 0
+    latency = np.where(far, topology.inter_node.latency, 0.0) + np.where(near, topology.intra_node.latency, 0.0)
+    return port_seconds(ports, unit_bytes, topology) + latency
+
+
+def _distinct(choices: np.ndarray, tokens: np.ndarray, k: int) -> np.ndarray:
+    return tokens * (1 - (1 - np.minimum(_ratio(choices, k * tokens), 1.0)) ** k)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0)

@@ -1,13 +1,10 @@
-"""Where the experts of one layer are: their owners, and the ranks on which they are materialized. Also who serves which token."""
+"""Where the experts of one layer are: their owners, and the ranks on which they are materialized."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-
-from hecate.parallel.loads import imbalance
-from hecate.parallel.topology import Topology
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,35 +67,11 @@ def contiguous_owners(num_experts: int, world_size: int) -> np.ndarray:
     return np.arange(num_experts, dtype=np.int64) * world_size // num_experts
 
 
+def everything_everywhere(owner_E: np.ndarray, world_size: int) -> Placement:
+    """Every expert on every rank."""
+    return Placement(owner_E.copy(), np.ones((len(owner_E), world_size), dtype=bool))
+
+
 def owners_only(owner_E: np.ndarray, world_size: int) -> Placement:
     """Every expert on its owner and nowhere else."""
     return Placement(owner_E.copy(), owner_E[:, None] == np.arange(world_size)[None, :])
-
-
-def token_split(placement: Placement, topology: Topology, source: int) -> np.ndarray:
-    """Shares of `source`'s tokens of each expert that go to each rank: topology-aware dispatch (Hecate §3.3).
-
-    A token stays on its rank if the expert is there; else it goes evenly over the replicas in the rank's node; else evenly
-    over all replicas.
-
-    Returns:
-        float64 [experts, ranks]; rows sum to 1.
-    """
-    near = np.zeros(placement.world_size, dtype=bool)
-    near[source] = True
-    candidates = placement.where_ED.copy()
-    for reach in (topology.same_node()[source], near):  # the nearer reach, later, overrides the wider one
-        within = placement.where_ED & reach[None, :]
-        candidates = np.where(within.any(axis=1, keepdims=True), within, candidates)
-    return candidates / candidates.sum(axis=1, keepdims=True)
-
-
-def rank_imbalance(loads: dict[int, np.ndarray], placements: dict[int, Placement], topology: Topology) -> float:
-    """Largest over mean token-slots computed per rank, averaged over the layers: what the placement made of the loads."""
-    if not loads:
-        return 1.0
-    skews = []
-    for layer, loads_SE in loads.items():
-        served = [loads_SE[source] @ token_split(placements[layer], topology, source) for source in range(len(loads_SE))]
-        skews.append(imbalance(np.sum(served, axis=0)))
-    return float(np.mean(skews))

@@ -23,12 +23,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.moe.family import ExpertFamily
-from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.dispatch import combine, dispatch
-from hecate.parallel.loads import LoadHistory
-from hecate.parallel.placement import Placement, contiguous_owners, token_split
+from hecate.parallel.flows import token_split
+from hecate.parallel.loads import LoadHistory, imbalance
+from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere
 from hecate.parallel.planners import PlanInput, Planner
-from hecate.parallel.planners.full import plan_full
 from hecate.parallel.store import LayerStore
 from hecate.parallel.topology import Topology
 
@@ -42,6 +41,9 @@ class EngineConfig:
     load_window: int = 5
     memory_slots: int | None = None
     """free replica slots per device and layer; None: as many as there are experts"""
+    max_imbalance: float | None = None
+    """see `PlanInput.max_imbalance`"""
+    top_k: int = 1
     non_moe_flops: float = 0.0
     """forward FLOPs per rank and micro-step of what hides a layer's gather (its attention)"""
 
@@ -70,6 +72,7 @@ class Engine:
             layer: LayerStore(self.owners[layer].tolist(), family.init_chunk, groups.experts) for layer, family in families.items()
         }
         self.placements: dict[int, Placement] = {}
+        self._planned: dict[int, tuple[np.ndarray | None, np.ndarray | None]] = {}
         self._splits: dict[int, np.ndarray] = {}
         self._counts: dict[int, Tensor] = {}
         self._step = 0
@@ -97,13 +100,24 @@ class Engine:
     def begin_step(self, step: int) -> None:
         """Plan all layers of an optimizer step from the history. Every rank must call it."""
         self._step, self._training, self._last_micro_step = step, True, False
-        for layer, family in self.families.items():
-            store = self.stores[layer]
-            cost = LayerCost(store.chunk_bytes, self.config.non_moe_flops)
+        for layers in self._alike():
+            family = self.families[layers[0]]
             slots = family.num_experts if self.config.memory_slots is None else self.config.memory_slots
-            given = PlanInput(self.owners[layer], self.history.predict(layer), self.config.topology, cost, slots)
-            self._place(layer, self.config.planner(given))
-            self._counts[layer] = torch.zeros(family.num_experts, dtype=torch.int64)
+            predicted = {layer: self.history.predict(layer) for layer in layers}
+            known = [loads_SE for loads_SE in predicted.values() if loads_SE is not None]
+            given = PlanInput(
+                np.stack([self.owners[layer] for layer in layers]),
+                np.stack(known) if known else None,
+                self.config.topology,
+                family.cost(self.config.top_k, self.config.non_moe_flops),
+                np.full(self.world_size, slots),
+                max_imbalance=self.config.max_imbalance,
+            )
+            plan = self.config.planner(given)
+            for index, layer in enumerate(layers):
+                quota_ED = None if plan.quota_LED is None else plan.quota_LED[index]
+                self._place(layer, plan.placement(index), predicted[layer], quota_ED)
+                self._counts[layer] = torch.zeros(family.num_experts, dtype=torch.int64)
 
     def last_micro_step(self) -> None:
         """The next backward pass is the step's last: reduce gradients as they come."""
@@ -130,7 +144,7 @@ class Engine:
             self._counts[layer] += torch.bincount(expert_TK.flatten(), minlength=placement.num_experts).cpu()
         expert_S = torch.from_numpy(placement.experts_on(self.rank))
         family = self.families[layer]
-        if placement.everywhere:
+        if layer not in self._splits:
             return family.compute(
                 replicas_SC,
                 x_TD,
@@ -180,8 +194,7 @@ class Engine:
         Every rank must enter it; entering materializes all layers.
         """
         for layer in self.families:
-            given = PlanInput(self.owners[layer], None, self.config.topology, LayerCost(1, 0), 0)
-            self._place(layer, plan_full(given))
+            self._place(layer, everything_everywhere(self.owners[layer], self.world_size), None, None)
             self.prefetch(layer)
         for store in self.stores.values():
             store.replicas()
@@ -191,9 +204,31 @@ class Engine:
             for store in self.stores.values():
                 store.drop()
 
-    def _place(self, layer: int, placement: Placement) -> None:
+    def imbalance(self, loads: dict[int, np.ndarray]) -> float:
+        """Largest over mean choices computed per rank, averaged over the layers: what the last plans made of a step's loads."""
+        skews = []
+        for layer, loads_SE in loads.items():
+            served = [loads_SE[source] @ self._split(layer, source) for source in range(self.world_size)]
+            skews.append(imbalance(np.sum(served, axis=0)))
+        return float(np.mean(skews)) if skews else 1.0
+
+    def _alike(self) -> list[list[int]]:
+        """The layers, those of one shape together."""
+        alike: dict[tuple[int, object], list[int]] = {}
+        for layer, family in self.families.items():
+            key = (family.num_experts, family.cost(self.config.top_k, self.config.non_moe_flops))
+            alike.setdefault(key, []).append(layer)
+        return list(alike.values())
+
+    def _place(self, layer: int, placement: Placement, loads_SE: np.ndarray | None, quota_ED: np.ndarray | None) -> None:
         self.placements[layer] = placement
-        self._splits[layer] = token_split(placement, self.config.topology, self.rank)
+        self._planned[layer] = (loads_SE, quota_ED)
+        self._splits.pop(layer, None)
+        if not placement.everywhere or quota_ED is not None:  # else every choice stays on its rank
+            self._splits[layer] = self._split(layer, self.rank)
+
+    def _split(self, layer: int, source: int) -> np.ndarray:
+        return token_split(self.placements[layer].where_ED, *self._planned[layer], self.config.topology, source)
 
     def _replicas(self, layer: int) -> Tensor:
         store = self.stores[layer]

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.layout import ExpertLayout
 
 
@@ -22,8 +23,8 @@ class ExpertFamily(Protocol):
         """The initial flat chunk of one expert, [C] in master precision; a function of (seed, layer, expert) alone."""
         ...
 
-    def flops_per_choice(self) -> float:
-        """Forward FLOPs of one token at one expert."""
+    def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
+        """What a planner must know of the layer; `non_moe_flops` is of what hides transfers, of one rank, forward."""
         ...
 
     def compute(

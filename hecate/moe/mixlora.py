@@ -11,6 +11,7 @@ from hecate.kernels.dropout import Dropout, dropout_key
 from hecate.kernels.mixlora import mixlora_ffn
 from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase, Lora
 from hecate.moe.seeding import generator, kaiming_lora_a
+from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.layout import ExpertLayout, TensorSpec
 
 
@@ -73,8 +74,19 @@ class MixLoraExperts:
             parts += [torch.zeros(outputs * self.lora.rank, dtype=torch.float64)]
         return torch.cat(parts).to(device=self.base.gate_FD.device, dtype=self._master_dtype)
 
-    def flops_per_choice(self) -> float:
-        return 2.0 * sum(self.lora.rank * sum(self._sizes(name)) for name in self.projections)
+    def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
+        chunk_bytes = float(self.layout().trainable_numel * self._master_dtype.itemsize)
+        hidden = self.base.gate_FD.shape[1]
+        return LayerCost(
+            trainable_bytes=chunk_bytes,
+            state_bytes=3 * chunk_bytes,
+            top_k=top_k,
+            row_bytes=float(hidden * self.base.gate_FD.element_size()),
+            row_flops=6.0 * self.base.gate_FD.numel(),
+            choice_flops=2.0 * sum(self.lora.rank * sum(self._sizes(name)) for name in self.projections),
+            choice_backward=3.0,  # the pairs run once more, and twice for their gradients
+            non_moe_flops=non_moe_flops,
+        )
 
     def pairs(self, replicas_SC: Tensor) -> dict[str, Lora]:
         """The chunks as stacked pairs by projection; views, differentiable."""

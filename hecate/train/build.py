@@ -70,6 +70,7 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
         topology=build_topology(config, ranks),
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
+        top_k=config.moe.top_k,
         non_moe_flops=non_moe_flops_per_token(base.model) * tokens,
     )
     plan = surgery_plan(config, len(decoder_layers(base.model)[1]))

@@ -25,7 +25,6 @@ from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
-from hecate.parallel.placement import rank_imbalance
 from hecate.train.build import BaseModel, build_base, build_moe, encode_sources
 from hecate.train.evaluate import Evaluation, evaluate
 from hecate.train.export import adapter_config, export_adapter
@@ -132,7 +131,7 @@ def train(config: Config, ranks: Ranks) -> None:
             bytes_sent = int(ranks.all_sum(torch.tensor([run.moe.engine.bytes_sent - sent]))[0])
             stop = ranks.all_max(float(stopping.is_set)) > 0
             if progress and metrics and run.step % config.logging_steps == 0:
-                skew = rank_imbalance(result.loads, run.moe.engine.placements, run.moe.engine.config.topology)
+                skew = run.moe.engine.imbalance(result.loads)
                 metrics.write(
                     step_record(
                         step=run.step,

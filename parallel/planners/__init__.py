@@ -2,7 +2,7 @@
 
 from hecate.parallel.planners.full import plan_full
 from hecate.parallel.planners.hecate import plan_hecate
-from hecate.parallel.planners.plan import PlanInput, Planner
+from hecate.parallel.planners.plan import Plan, PlanInput, Planner
 from hecate.parallel.planners.static_ep import plan_static_ep
 
 POLICIES: dict[str, Planner] = {
@@ -11,4 +11,4 @@ POLICIES: dict[str, Planner] = {
     "hecate": plan_hecate,
 }
 
-__all__ = ["POLICIES", "PlanInput", "Planner"]
+__all__ = ["POLICIES", "Plan", "PlanInput", "Planner"]

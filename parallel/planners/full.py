@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from hecate.parallel.placement import Placement
-from hecate.parallel.planners.plan import PlanInput
+from hecate.parallel.planners.plan import Plan, PlanInput
 
 
-def plan_full(given: PlanInput) -> Placement:
+def plan_full(given: PlanInput) -> Plan:
     """Every expert on every rank, whatever memory that takes."""
-    return Placement(given.owner_E.copy(), np.ones((len(given.owner_E), given.topology.world_size), dtype=bool))
+    return Plan(given.owner_LE, np.ones((given.num_layers, given.num_experts, given.world_size), dtype=bool))

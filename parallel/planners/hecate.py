@@ -5,34 +5,33 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.cost_model import overlap_degree
-from hecate.parallel.placement import Placement, owners_only
-from hecate.parallel.planners.plan import PlanInput
+from hecate.parallel.planners.plan import Plan, PlanInput
 
 
-def plan_hecate(given: PlanInput) -> Placement:
+def plan_hecate(given: PlanInput) -> Plan:
     """Materialize the hottest experts, as many as travel hidden behind the non-MoE compute and fit in memory.
 
-    With overlap degree t and m free slots a device: if t <= m the t hottest go to all devices. Otherwise the D·m slots are dealt to
-    the t hottest in proportion to their loads, each expert's copies spread over the nodes first (the node with the fewest copies of
-    it, then with the most free slots), then over the devices with the most free slots of the node. Ties by index. Before any load is
-    known every expert counts as equally hot.
+    With overlap degree t and m free slots on the fullest device: if t <= m the t hottest go to all devices. Otherwise the slots are
+    dealt to the t hottest in proportion to their loads, each expert's copies spread over the nodes first (the node with the fewest
+    copies of it, then with the most free slots), then over the devices with the most free slots of the node. Ties by index. Before any
+    load is known every expert counts as equally hot.
     """
-    experts, world = len(given.owner_E), given.topology.world_size
-    load_E = np.ones(experts) if given.loads_SE is None else given.loads_SE.sum(axis=0)
-    degree = min(overlap_degree(given.cost, given.topology), experts)
-    hottest = np.argsort(-load_E, kind="stable")[:degree]
-    if degree <= given.memory_slots:
-        where_ED = owners_only(given.owner_E, world).where_ED.copy()
-        where_ED[hottest] = True
-        return Placement(given.owner_E.copy(), where_ED)
-    return _deal_slots(given, load_E, hottest)
+    load_LE = given.tokens_LED.sum(-1)
+    degree = min(overlap_degree(given.cost, given.topology), given.num_experts)
+    where_LED = given.owned_LED.copy()
+    for layer, load_E in enumerate(load_LE):
+        hottest = np.argsort(-load_E, kind="stable")[:degree]
+        if degree <= given.slots_D.min():
+            where_LED[layer, hottest] = True
+        else:
+            _deal_slots(given, load_E, hottest, where_LED[layer])
+    return Plan(given.owner_LE, where_LED)
 
 
-def _deal_slots(given: PlanInput, load_E: np.ndarray, hottest: np.ndarray) -> Placement:
-    """Slot by slot: the expert with the highest load per replica that still finds room gets one more."""
+def _deal_slots(given: PlanInput, load_E: np.ndarray, hottest: np.ndarray, where_ED: np.ndarray) -> None:
+    """Slot by slot: the expert with the highest load per replica that still finds room gets one more, in `where_ED`."""
     node_of_rank, num_nodes = np.asarray(given.topology.node_of_rank), given.topology.num_nodes
-    where_ED = owners_only(given.owner_E, given.topology.world_size).where_ED.copy()
-    free_D = np.full(given.topology.world_size, given.memory_slots)
+    free_D = given.slots_D.copy()
     open_experts = list(hottest)
     while open_experts:
         expert = max(open_experts, key=lambda e: load_E[e] / where_ED[e].sum())  # the first of equals
@@ -46,4 +45,3 @@ def _deal_slots(given: PlanInput, load_E: np.ndarray, hottest: np.ndarray) -> Pl
         rank = candidates[np.lexsort((candidates, -free_D[candidates], -free_in_node[node], copies_in_node[node]))[0]]
         where_ED[expert, rank] = True
         free_D[rank] -= 1
-    return Placement(given.owner_E.copy(), where_ED)

@@ -1,30 +1,95 @@
-"""What a planner is given and what it returns, for one layer."""
+"""What a planner is given and what it returns, for all layers of one shape at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.cost_model import LayerCost, LayerSeconds, layer_seconds
+from hecate.parallel.flows import even_quota
 from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Topology
 
 
 @dataclass(frozen=True, eq=False)
 class PlanInput:
-    """Everything a plan depends on. The same on every rank, so that the plan is, too, without a message."""
+    """Everything a plan depends on. The same on every rank, so that the plan is, too, without a message.
 
-    owner_E: np.ndarray
-    """int64 [experts]"""
-    loads_SE: np.ndarray | None
-    """float64 [source ranks, experts], predicted or exact; None before the first iteration"""
+    Shapes: L layers, E experts, S = D ranks as sources and as destinations.
+    """
+
+    owner_LE: np.ndarray
+    """int64 [layers, experts]"""
+    loads_LSE: np.ndarray | None
+    """float64 [layers, source ranks, experts]: choices, predicted or exact; None before the first iteration"""
     topology: Topology
     cost: LayerCost
-    memory_slots: int
-    """replicas of other ranks' experts that a device has room for in this layer"""
+    slots_D: np.ndarray
+    """int64 [ranks]: replicas of other ranks' experts that each device has room for, in each layer"""
+    resident_LED: np.ndarray | None = None
+    """bool [layers, experts, ranks]: frozen parts that are there already; None: only the owners'"""
+    max_imbalance: float | None = None
+    """largest over mean expert compute of the ranks that a plan keeps to, where its planner can; None: whatever is fastest"""
+
+    @property
+    def num_layers(self) -> int:
+        return self.owner_LE.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.owner_LE.shape[1]
+
+    @property
+    def world_size(self) -> int:
+        return self.topology.world_size
+
+    @property
+    def tokens_LED(self) -> np.ndarray:
+        """float64 [layers, experts, source ranks]; ones before any load is known."""
+        if self.loads_LSE is None:
+            return np.ones((self.num_layers, self.num_experts, self.world_size))
+        return np.swapaxes(self.loads_LSE, 1, 2)
+
+    @property
+    def owned_LED(self) -> np.ndarray:
+        """bool [layers, experts, ranks]"""
+        return self.owner_LE[..., None] == np.arange(self.world_size)
 
 
-Planner = Callable[[PlanInput], Placement]
-"""A pure function: same input, same placement; ties by index."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Where the experts of each layer are in this step, and who serves how many of their choices."""
+
+    owner_LE: np.ndarray
+    """int64 [layers, experts]; other than the input's where the planner wants experts re-sharded"""
+    where_LED: np.ndarray
+    """bool [layers, experts, ranks]: replicas, always one at the owner"""
+    quota_LED: np.ndarray | None = field(default=None)
+    """float64 [layers, experts, ranks]: choices served at each replica, summing to the expert's load; None: topology-aware dispatch"""
+
+    def placement(self, layer: int) -> Placement:
+        return Placement(self.owner_LE[layer].copy(), self.where_LED[layer].copy())
+
+    def quotas(self, tokens_LED: np.ndarray, topology: Topology) -> np.ndarray:
+        """The quotas, those of topology-aware dispatch spelled out."""
+        return even_quota(self.where_LED, tokens_LED, topology) if self.quota_LED is None else self.quota_LED
+
+    def seconds(self, given: PlanInput, *, rematerialize: bool = False) -> LayerSeconds:
+        """What the plan would cost under the loads it was made for."""
+        tokens_LED = given.tokens_LED
+        return layer_seconds(
+            self.owner_LE,
+            self.where_LED,
+            self.quotas(tokens_LED, given.topology),
+            tokens_LED,
+            given.topology,
+            given.cost,
+            resident_ED=given.resident_LED,
+            rematerialize=rematerialize,
+        )
+
+
+Planner = Callable[[PlanInput], Plan]
+"""A pure function: same input, same plan; ties by index."""

@@ -1,9 +1,8 @@
 """Expert parallelism: no replicas, tokens travel."""
 
-from hecate.parallel.placement import Placement, owners_only
-from hecate.parallel.planners.plan import PlanInput
+from hecate.parallel.planners.plan import Plan, PlanInput
 
 
-def plan_static_ep(given: PlanInput) -> Placement:
+def plan_static_ep(given: PlanInput) -> Plan:
     """Every expert on its owner alone."""
-    return owners_only(given.owner_E, given.topology.world_size)
+    return Plan(given.owner_LE, given.owned_LED)
