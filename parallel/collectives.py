@@ -1,43 +1,57 @@
 """SparseAllGather and SparseReduceScatter: expert chunks from their owners to their replicas, and gradients back.
 
-Both carry out a Placement and decide nothing. They are one uneven all-to-all each, so they run on any torch.distributed backend
-and a rank that sends or receives nothing costs nothing, but still takes part.
+Both carry out a Placement and decide nothing. They are one uneven all-to-all each, also for several layers at once, so they run on any
+torch.distributed backend, and a rank that sends or receives nothing costs nothing, but still takes part. See
+`hecate.parallel.two_level` for the way over leaders, `hecate.parallel.sharded_layout` for experts without owners.
 
-Shapes: n owned experts here, S slots here, C elements of a chunk.
+Shapes: n owned experts here, S slots here, M chunks sent or received here, C elements of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hecate.parallel.placement import Placement
+from hecate.parallel.routes import Moves, Run, flat_moves
+
+T = TypeVar("T")
 
 
-class Handle:
-    """A collective under way. `wait()` returns its result; calling it again returns the same tensor."""
+class Handle(Generic[T]):
+    """A collective under way. `wait()` returns its result; calling it again returns the same."""
 
-    def __init__(self, work: dist.Work | None, finish: Callable[[], Tensor], bytes_sent: int) -> None:
-        self._work = work
-        self._finish: Callable[[], Tensor] | None = finish
-        self._result: Tensor | None = None
-        self.bytes_sent = bytes_sent
-        """bytes that this rank sends to other ranks"""
+    def __init__(self, arrive: Callable[[], None], finish: Callable[[], T], bytes_to: list[int]) -> None:
+        """Args:
+        arrive: waits until everything is here; may raise what went wrong on the way.
+        finish: makes the result of what has arrived.
+        """
+        self._arrive: Callable[[], None] | None = arrive
+        self._finish: Callable[[], T] | None = finish
+        self._result: T | None = None
+        self.bytes_to = bytes_to
+        """bytes that this rank sends to each rank of the group; 0 to itself"""
 
-    def wait(self) -> Tensor:
-        if self._finish is not None:
-            if self._work is not None:
-                self._work.wait()
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank sends to other ranks."""
+        return sum(self.bytes_to)
+
+    def wait(self) -> T:
+        if self._arrive is not None and self._finish is not None:
+            self._arrive()
             self._result = self._finish()
-            self._work = self._finish = None
+            self._arrive = self._finish = None  # and with them the buffers
         assert self._result is not None
         return self._result
 
 
-def sparse_all_gather(owned_nC: Tensor, placement: Placement, group: dist.ProcessGroup) -> Handle:
+def sparse_all_gather(owned_nC: Tensor, placement: Placement, group: dist.ProcessGroup) -> Handle[Tensor]:
     """Start copying the experts of `placement` from their owners to the ranks that need them.
 
     Every rank of the group must call it, in the same order, with the same placement; ranks are those of the group. The owned
@@ -49,31 +63,10 @@ def sparse_all_gather(owned_nC: Tensor, placement: Placement, group: dist.Proces
     Returns:
         A handle whose result is [slots, C], slot s holding expert `placement.experts_on(rank)[s]`.
     """
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    assert placement.world_size == world, (placement.world_size, world)
-    owned_experts = placement.owned_by(rank)
-    assert owned_nC.shape[0] == len(owned_experts), (owned_nC.shape, owned_experts)
-    row_of = {int(expert): row for row, expert in enumerate(owned_experts)}
-    sends = [[row_of[int(e)] for e in placement.sent(rank, peer)] for peer in range(world)]
-    received = [placement.sent(peer, rank) for peer in range(world)]
-    send_buffer = owned_nC[_index([row for rows in sends for row in rows], owned_nC.device)]
-    recv_buffer = owned_nC.new_empty((sum(len(experts) for experts in received), owned_nC.shape[1]))
-    work = _all_to_all(recv_buffer, send_buffer, [len(e) for e in received], [len(rows) for rows in sends], group)
-
-    slot_of = placement.slot_of_expert(rank)
-    own_slots = _index(slot_of[owned_experts].tolist(), owned_nC.device)
-    other_slots = _index([int(slot_of[e]) for experts in received for e in experts], owned_nC.device)
-
-    def finish() -> Tensor:
-        replica_SC = owned_nC.new_empty((len(own_slots) + len(other_slots), owned_nC.shape[1]))
-        replica_SC[own_slots] = owned_nC
-        replica_SC[other_slots] = recv_buffer
-        return replica_SC
-
-    return Handle(work, finish, send_buffer.numel() * send_buffer.element_size())
+    return _single(sparse_all_gather_many([(owned_nC, placement)], group))
 
 
-def sparse_reduce_scatter(grad_SC: Tensor, placement: Placement, group: dist.ProcessGroup) -> Handle:
+def sparse_reduce_scatter(grad_SC: Tensor, placement: Placement, group: dist.ProcessGroup) -> Handle[Tensor]:
     """Start summing the gradients of the replicas onto the experts' owners.
 
     Every rank of the group must call it, in the same order, with the same placement. `grad_SC` must not change before `wait()`
@@ -86,40 +79,165 @@ def sparse_reduce_scatter(grad_SC: Tensor, placement: Placement, group: dist.Pro
     Returns:
         A handle whose result is [owned experts, C], by expert ascending.
     """
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    assert placement.world_size == world, (placement.world_size, world)
-    slot_of = placement.slot_of_expert(rank)
+    return _single(sparse_reduce_scatter_many([(grad_SC, placement)], group))
+
+
+def sparse_all_gather_many(layers: Sequence[tuple[Tensor, Placement]], group: dist.ProcessGroup) -> Handle[list[Tensor]]:
+    """`sparse_all_gather` of several layers in one all-to-all: fewer and larger messages where chunks are small.
+
+    Every rank must pass the same placements in the same order. Numbers of experts and sizes of chunks may differ between layers; dtype
+    and device may not.
+
+    Returns:
+        A handle whose result holds what `sparse_all_gather` would return for each layer.
+    """
+    rank = dist.get_rank(group)
+    exchange = Exchange([flat_moves(placement) for _, placement in layers], group)
+    exchange.start([owned_rows(owned_nC, placement, rank, run) for (owned_nC, placement), run in zip(layers, exchange.sent, strict=True)])
+
+    def finish() -> list[Tensor]:
+        arrived = zip(layers, exchange.received, exchange.arrived(), strict=True)
+        return [into_slots(owned_nC, placement, rank, [(run, rows_MC)]) for (owned_nC, placement), run, rows_MC in arrived]
+
+    return Handle(exchange.wait, finish, exchange.bytes_to)
+
+
+def sparse_reduce_scatter_many(layers: Sequence[tuple[Tensor, Placement]], group: dist.ProcessGroup) -> Handle[list[Tensor]]:
+    """`sparse_reduce_scatter` of several layers in one all-to-all; the conditions are those of `sparse_all_gather_many`.
+
+    Returns:
+        A handle whose result holds what `sparse_reduce_scatter` would return for each layer, bit for bit.
+    """
+    rank = dist.get_rank(group)
+    exchange = Exchange([flat_moves(placement) for _, placement in layers], group, back=True)
+    exchange.start([slot_rows(grad_SC, placement, rank, run.expert_M) for (grad_SC, placement), run in zip(layers, exchange.sent, strict=True)])
+
+    def finish() -> list[Tensor]:
+        totals = []
+        for (grad_SC, placement), run, rows_MC in zip(layers, exchange.received, exchange.arrived(), strict=True):
+            experts = placement.owned_by(rank)
+            totals.append(sum_by_rank(experts, slot_rows(grad_SC, placement, rank, experts), rank, [(run, rows_MC)]))
+        return totals
+
+    return Handle(exchange.wait, finish, exchange.bytes_to)
+
+
+class Exchange:
+    """One uneven all-to-all of the chunks of one or more layers. Every rank must start it, in the same order, with the same moves."""
+
+    def __init__(self, moves: Sequence[Moves], group: dist.ProcessGroup, *, back: bool = False) -> None:
+        """Args:
+        back: against the moves, as gradients go.
+        """
+        rank = dist.get_rank(group)
+        world = dist.get_world_size(group)
+        assert all(m.source_ED.shape[1] == world for m in moves), world
+        along, against = [m.sent(rank) for m in moves], [m.received(rank) for m in moves]
+        self.sent, self.received = (against, along) if back else (along, against)
+        """per layer"""
+        self.bytes_to = [0] * world
+        self._idle = not any(m.any for m in moves)
+        self._group = group
+        self._widths: list[int] = []
+        self._buffer: Tensor | None = None
+        self.work: dist.Work | None = None
+        """of the all-to-all; None where no rank sends anything"""
+
+    def start(self, rows: Sequence[Tensor]) -> None:
+        """Args:
+        rows: per layer [M, C], the chunks of `sent`.
+        """
+        assert len({(r.dtype, r.device) for r in rows}) <= 1, [(r.dtype, r.device) for r in rows]
+        self._widths = [r.shape[1] for r in rows]
+        if not rows:
+            return
+        send_counts, recv_counts = _elements(self.sent, self._widths), _elements(self.received, self._widths)
+        self.bytes_to = [count * rows[0].element_size() for count in send_counts]
+        self._buffer = rows[0].new_empty(sum(recv_counts))
+        if not self._idle:
+            send_buffer = _by_peer(rows, self.sent)
+            self.work = dist.all_to_all_single(self._buffer, send_buffer, recv_counts, send_counts, group=self._group, async_op=True)
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+
+    def arrived(self) -> list[Tensor]:
+        """Per layer [M, C], the chunks of `received`; after `wait`."""
+        if self._buffer is None:
+            return []
+        if len(self._widths) == 1:
+            return [self._buffer.view(-1, self._widths[0])]
+        lengths = [count * width for counts in _per_peer(self.received) for count, width in zip(counts, self._widths, strict=True)]
+        pieces = self._buffer.split(lengths)
+        layers = len(self._widths)
+        return [torch.cat(pieces[layer::layers]).view(-1, width) for layer, width in enumerate(self._widths)]
+
+
+def owned_rows(owned_nC: Tensor, placement: Placement, rank: int, run: Run) -> Tensor:
+    """[M, C]: the owned chunks of the run's experts."""
     owned_experts = placement.owned_by(rank)
-    row_of = {int(expert): row for row, expert in enumerate(owned_experts)}
-    sends = [[int(slot_of[e]) for e in placement.sent(peer, rank)] for peer in range(world)]
-    received = [placement.sent(rank, peer) for peer in range(world)]
-    send_buffer = grad_SC[_index([slot for slots in sends for slot in slots], grad_SC.device)]
-    recv_buffer = grad_SC.new_empty((sum(len(experts) for experts in received), grad_SC.shape[1]))
-    work = _all_to_all(recv_buffer, send_buffer, [len(e) for e in received], [len(slots) for slots in sends], group)
-    own_slots = _index(slot_of[owned_experts].tolist(), grad_SC.device)
+    assert owned_nC.shape[0] == len(owned_experts), (owned_nC.shape, owned_experts)
+    return owned_nC[index(np.searchsorted(owned_experts, run.expert_M), owned_nC.device)]
 
+
+def slot_rows(replica_SC: Tensor, placement: Placement, rank: int, expert_M: np.ndarray) -> Tensor:
+    """[M, C]: the rows of the given experts' slots."""
+    return replica_SC[index(placement.slot_of_expert(rank)[expert_M], replica_SC.device)]
+
+
+def into_slots(owned_nC: Tensor, placement: Placement, rank: int, arrived: Sequence[tuple[Run, Tensor]]) -> Tensor:
+    """[slots, C]: the owned chunks and those that have arrived, each in its slot."""
+    slot_of = placement.slot_of_expert(rank)
+    replica_SC = owned_nC.new_empty((int(placement.where_ED[:, rank].sum()), owned_nC.shape[1]))
+    replica_SC[index(slot_of[placement.owned_by(rank)], owned_nC.device)] = owned_nC
+    for run, rows_MC in arrived:
+        replica_SC[index(slot_of[run.expert_M], owned_nC.device)] = rows_MC
+    return replica_SC
+
+
+def sum_by_rank(experts: np.ndarray, own_nC: Tensor, rank: int, arrived: Sequence[tuple[Run, Tensor]]) -> Tensor:
+    """[n, C]: the sums of the chunks of `experts` (ascending), each sum's terms added by sending rank ascending.
+
+    Args:
+        own_nC: this rank's own terms.
+        arrived: others' terms, of these experts only; a peer that is in two of the runs is taken in their order.
+    """
+    terms = [(peer, run.expert_M[rows], rows_MC[rows]) for run, rows_MC in arrived for peer, rows in run.pieces]
+    total_nC = torch.zeros_like(own_nC)
+    for peer, expert_M, rows_MC in sorted([*terms, (rank, experts, own_nC)], key=lambda term: term[0]):
+        if len(expert_M) == len(experts):  # all of them, so in this order
+            total_nC += rows_MC
+        else:
+            total_nC[index(np.searchsorted(experts, expert_M), own_nC.device)] += rows_MC
+    return total_nC
+
+
+def index(rows: np.ndarray, device: torch.device) -> Tensor:
+    """int64 rows to index with, on the device, without waiting for it."""
+    return torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(device, non_blocking=True)
+
+
+def _single(handle: Handle[list[Tensor]]) -> Handle[Tensor]:
     def finish() -> Tensor:
-        total_nC = grad_SC.new_zeros((len(owned_experts), grad_SC.shape[1]))
-        start = 0
-        for peer, experts in enumerate(received):
-            if peer == rank:
-                total_nC += grad_SC[own_slots]
-                continue
-            rows = _index([row_of[int(e)] for e in experts], grad_SC.device)
-            total_nC[rows] += recv_buffer[start : start + len(experts)]
-            start += len(experts)
-        return total_nC
+        (result,) = handle.wait()
+        return result
 
-    return Handle(work, finish, send_buffer.numel() * send_buffer.element_size())
+    return Handle(lambda: None, finish, handle.bytes_to)
 
 
-def _all_to_all(
-    recv_buffer: Tensor, send_buffer: Tensor, recv_rows: list[int], send_rows: list[int], group: dist.ProcessGroup
-) -> dist.Work | None:
-    if dist.get_world_size(group) == 1:
-        return None
-    return dist.all_to_all_single(recv_buffer, send_buffer, recv_rows, send_rows, group=group, async_op=True)
+def _per_peer(runs: Sequence[Run]) -> list[tuple[int, ...]]:
+    """Copies of each layer, for each peer."""
+    return list(zip(*(run.count_D for run in runs), strict=True))
 
 
-def _index(rows: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+def _elements(runs: Sequence[Run], widths: Sequence[int]) -> list[int]:
+    return [sum(count * width for count, width in zip(counts, widths, strict=True)) for counts in _per_peer(runs)]
+
+
+def _by_peer(rows: Sequence[Tensor], runs: Sequence[Run]) -> Tensor:
+    """The chunks of all layers in one flat buffer: by peer, then by layer, then by expert."""
+    if len(rows) == 1:
+        return rows[0].flatten()
+    split = [layer_rows.split(run.count_D) for layer_rows, run in zip(rows, runs, strict=True)]
+    return torch.cat([piece.flatten() for pieces in zip(*split, strict=True) for piece in pieces])

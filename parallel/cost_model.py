@@ -94,6 +94,7 @@ def layer_seconds(
     topology: Topology,
     cost: LayerCost,
     *,
+    flow: Flows | None = None,
     resident_ED: np.ndarray | None = None,
     rematerialize: bool = False,
 ) -> LayerSeconds:
@@ -104,10 +105,12 @@ def layer_seconds(
         where_ED: bool [..., experts, ranks].
         quota_ED: float64 [..., experts, ranks]: choices served (see `hecate.parallel.flows`).
         tokens_ED: float64 [..., experts, source ranks]: choices routed.
+        flow: how the choices travel; None: as `flows` matches them with the quotas.
         resident_ED: bool [..., experts, ranks]: frozen parts that are there already; None: only the owners'.
         rematerialize: a second SparseAllGather before the backward pass.
     """
-    flow = flows(tokens_ED, quota_ED, topology)
+    if flow is None:
+        flow = flows(tokens_ED, quota_ED, topology)
     rows = rows_served(flow, tokens_ED, cost)
     choices_D = quota_ED.sum(-2)
     rate_D = np.asarray(topology.flops)
@@ -118,6 +121,7 @@ def layer_seconds(
     gather_ports_ = gather_ports(owner_E, where_ED, topology)
     gather = _transfer_seconds(gather_ports_, cost.trainable_bytes, topology)
     reduce = _transfer_seconds(gather_ports_.reversed(), cost.reduced_bytes, topology)
+    again = gather  # frozen parts stay
     if cost.frozen_bytes:
         fresh_ED = where_ED if resident_ED is None else where_ED & ~resident_ED
         at_owner_ED = owner_E[..., None] == np.arange(where_ED.shape[-1])
@@ -126,7 +130,7 @@ def layer_seconds(
         )
     attention = cost.non_moe_flops / rate_D.min()
     slowdown = topology.overlap_slowdown
-    backward_transfer = reduce + gather if rematerialize else reduce
+    backward_transfer = reduce + again if rematerialize else reduce
     exposed = exposed_seconds(attention, gather, slowdown) + exposed_seconds(2 * attention, backward_transfer, slowdown)
     owned_D = (owner_E[..., None] == np.arange(where_ED.shape[-1])).sum(-2)
     optimizer = (owned_D * (cost.reduced_bytes + 2 * cost.state_bytes) / np.asarray(topology.memory_bandwidth)).max(-1)

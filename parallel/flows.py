@@ -53,17 +53,17 @@ class Flows:
 
 def flows(tokens_ED: np.ndarray, quota_ED: np.ndarray, topology: Topology) -> Flows:
     """Match the choices of all sources with the quotas of all ranks: own first, then the node's, then the rest."""
-    local = np.minimum(tokens_ED, quota_ED)
-    sent, served = tokens_ED - local, quota_ED - local
+    local, load_E = np.minimum(tokens_ED, quota_ED), tokens_ED.sum(-1, keepdims=True)
+    sent, served = _above_rounding(tokens_ED - local, load_E), _above_rounding(quota_ED - local, load_E)
     if topology.num_nodes == 1:
         zero = np.zeros_like(local)
         return Flows(local, sent, served, zero, zero)
     member_DN, node_D = node_membership(topology), node_index(topology)
     sent_EN, served_EN = sent @ member_DN, served @ member_DN
     matched_EN = np.minimum(sent_EN, served_EN)
-    near_sent = sent * _share(matched_EN, sent_EN)[..., node_D]
-    near_served = served * _share(matched_EN, served_EN)[..., node_D]
-    return Flows(local, near_sent, near_served, sent - near_sent, served - near_served)
+    far_sent = _above_rounding(sent - sent * _share(matched_EN, sent_EN)[..., node_D], load_E)
+    far_served = _above_rounding(served - served * _share(matched_EN, served_EN)[..., node_D], load_E)
+    return Flows(local, sent - far_sent, served - far_served, far_sent, far_served)
 
 
 def token_split(
@@ -110,6 +110,11 @@ def _even_split(where_ED: np.ndarray, topology: Topology, source: int) -> np.nda
         within = where_ED & reach[None, :]
         candidates = np.where(within.any(axis=1, keepdims=True), within, candidates)
     return candidates / candidates.sum(axis=1, keepdims=True)
+
+
+def _above_rounding(choices_ED: np.ndarray, load_E: np.ndarray) -> np.ndarray:
+    # Whoever sees traffic counts a latency for it, which a trace left over by rounding must not cost.
+    return np.where(choices_ED > 1e-9 * load_E, choices_ED, 0.0)
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,21 @@ class LayerStore:
     @property
     def reduce_started(self) -> bool:
         return self._reducing is not None
+
+    def change_owners(self, owner_E: list[int], chunks: Mapping[int, Tensor]) -> None:
+        """Own other experts from now on, between two iterations, with parameters that are new.
+
+        Args:
+            chunks: the flat chunk of each expert that this rank owns by `owner_E`; copied.
+        """
+        assert self._gathering is None, "owners change between iterations"
+        assert self._replicas_SC is None, "owners change between iterations"
+        assert self._reducing is None, "owners change between iterations"
+        rank = dist.get_rank(self._group)
+        self.experts = [expert for expert, owner in enumerate(owner_E) if owner == rank]
+        assert sorted(chunks) == self.experts, (sorted(chunks), self.experts)
+        self._owned_nC = torch.stack([chunks[e].detach() for e in self.experts]) if self.experts else self._owned_nC[:0].clone()
+        self.parameters = [nn.Parameter(chunk) for chunk in self._owned_nC]
 
     def gather(self, placement: Placement) -> None:
         """Start materializing; does nothing where this iteration's replicas are here or on their way."""

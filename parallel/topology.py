@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
 from hecate.errors import UserError
 
@@ -131,64 +128,3 @@ def local_topology(world_size: int, *, cuda: bool) -> Topology:
     if cuda:
         return uniform_topology(1, world_size, flops=4e14, memory=80e9, intra_node=Link(2e11, 1e-5))
     return uniform_topology(1, world_size, flops=5e10, memory=8e9, intra_node=Link(1e9, 2e-4))
-
-
-def load_topology(path: Path) -> Topology:
-    """Read a topology from YAML.
-
-    Keys: `nodes`: a list of `{devices: int, flops: FLOP/s, memory: bytes}` (rates and memories may be lists, one entry a
-    device), `intra_node` and `inter_node`: `{bandwidth: bytes/s, latency: s}`. See configs/topologies/.
-
-    Raises:
-        UserError: the file cannot be read, or a key is missing, unknown or out of range.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as a topology: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a topology is a mapping with the keys nodes, intra_node and inter_node")
-    unknown = sorted(str(key) for key in raw if key not in ("nodes", "intra_node", "inter_node"))
-    if unknown or not isinstance(raw.get("nodes"), list) or not raw["nodes"] or "intra_node" not in raw:
-        raise UserError(f"{path}: needs `nodes` (a list) and `intra_node`, may have `inter_node`; unknown: {', '.join(unknown) or 'none'}")
-    node_of_rank: list[int] = []
-    flops: list[float] = []
-    memory: list[float] = []
-    for number, node in enumerate(raw["nodes"]):
-        where = f"{path}: nodes[{number}]"
-        if not isinstance(node, dict) or set(node) != {"devices", "flops", "memory"}:
-            raise UserError(f"{where}: a node has exactly the keys devices, flops and memory")
-        if type(node["devices"]) is not int or node["devices"] < 1:
-            raise UserError(f"{where}: devices must be an integer >= 1, got {node['devices']!r}")
-        node_of_rank += [number] * node["devices"]
-        flops += _per_device(node["flops"], node["devices"], f"{where}.flops")
-        memory += _per_device(node["memory"], node["devices"], f"{where}.memory")
-    intra = _link(raw["intra_node"], f"{path}: intra_node")
-    inter = _link(raw["inter_node"], f"{path}: inter_node") if "inter_node" in raw else intra
-    if len(raw["nodes"]) > 1 and "inter_node" not in raw:
-        raise UserError(f"{path}: {len(raw['nodes'])} nodes need `inter_node`: {{bandwidth, latency}}")
-    return Topology(tuple(node_of_rank), tuple(flops), tuple(memory), intra, inter)
-
-
-def _number(value: Any, where: str, *, positive: bool = True) -> float:
-    # PyYAML reads 1e9 (no dot, no sign) as a string, which users rightly expect to be a number.
-    try:
-        number = float("no number" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: must be a number, got {value!r}") from None
-    if not (np.isfinite(number) and (number > 0 if positive else number >= 0)):
-        raise UserError(f"{where}: must be finite and {'positive' if positive else 'not negative'}, got {value!r}")
-    return number
-
-
-def _per_device(value: Any, devices: int, where: str) -> list[float]:
-    values = value if isinstance(value, list) else [value] * devices
-    if len(values) != devices:
-        raise UserError(f"{where}: {devices} devices, but {len(values)} values")
-    return [_number(v, where) for v in values]
-
-
-def _link(value: Any, where: str) -> Link:
-    if not isinstance(value, dict) or set(value) != {"bandwidth", "latency"}:
-        raise UserError(f"{where}: a link has exactly the keys bandwidth (bytes/s) and latency (seconds)")
-    return Link(_number(value["bandwidth"], f"{where}.bandwidth"), _number(value["latency"], f"{where}.latency", positive=False))

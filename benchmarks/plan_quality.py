@@ -1,0 +1,105 @@
+"""Predicted layer time of every policy over what no plan can beat: 13 workloads on 4 clusters for 3 kinds of experts.
+
+Loads are exact: this measures planners, not the prediction of loads. `hecate_over_auto` and `auto_over_best_policy` compare the plans by
+the cost model; `over_bound` is against the linear-programming bound of `hecate.parallel.lower_bound`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import arguments, finish
+from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.lower_bound import lower_bound
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.topology import Topology, load_topology
+from hecate.parallel.workloads import WORKLOADS
+
+TOPOLOGIES = {"8x1": "h100-node", "4x8 A": "paper-cluster-a", "4x8 B": "paper-cluster-b", "mixed": "mixed"}
+EXPERTS, TOKENS, TOP_K, HIDDEN, FFN, RANK = 64, 4096, 2, 2048, 4096, 16
+MEMORY_SHARE = 0.02
+"""of each device's memory that one layer's replicas may take"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    cost: LayerCost
+
+
+def kinds() -> list[Kind]:
+    expert, pairs = 3.0 * HIDDEN * FFN, 3.0 * RANK * (HIDDEN + FFN)
+    attention = 8.0 * HIDDEN**2 * TOKENS
+    row = 2.0 * HIDDEN
+    return [
+        Kind(
+            "full experts",
+            LayerCost(trainable_bytes=2 * expert, state_bytes=12 * expert, top_k=TOP_K, row_bytes=row, choice_flops=2 * expert, non_moe_flops=attention),
+        ),
+        Kind(
+            "LoRA, dense base",
+            LayerCost(
+                trainable_bytes=2 * pairs, state_bytes=12 * pairs, top_k=TOP_K, row_bytes=row, row_flops=2 * expert,
+                choice_flops=2 * pairs, choice_backward=3.0, non_moe_flops=attention,
+            ),
+        ),
+        Kind(
+            "LoRA, frozen MoE base",
+            LayerCost(
+                trainable_bytes=2 * pairs, frozen_bytes=2 * expert, state_bytes=12 * pairs, top_k=TOP_K, row_bytes=row,
+                choice_flops=2 * (expert + pairs), choice_backward=1.0, non_moe_flops=attention,
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def plan_input(topology: Topology, cost: LayerCost, loads_SE: np.ndarray) -> PlanInput:
+    slots = np.minimum((MEMORY_SHARE * np.asarray(topology.memory) / cost.replica_bytes).astype(np.int64), EXPERTS)
+    owners = contiguous_owners(EXPERTS, topology.world_size)
+    return PlanInput(owners[None], loads_SE[None].astype(np.float64), topology, cost, slots)
+
+
+def main() -> None:
+    options = arguments(__doc__ or "").parse_args()
+    presets = Path(__file__).resolve().parent.parent / "configs" / "topologies"
+    rows: list[dict[str, Any]] = []
+    for place, preset in TOPOLOGIES.items():
+        topology = load_topology(presets / f"{preset}.yaml")
+        for kind in kinds():
+            for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
+                loads = make(3, 1, topology.world_size, EXPERTS, TOKENS, TOP_K, 0)[2, 0]
+                given = plan_input(topology, kind.cost, loads)
+                row: dict[str, Any] = {"topology": place, "experts": kind.name, "workload": workload}
+                row["bound_ms"] = 1e3 * lower_bound(given, 0)
+                for policy, planner in POLICIES.items():
+                    plan = planner(given)
+                    replicas_D = (plan.where_LED[0] & ~given.owned_LED[0]).sum(0)
+                    # `full` and the like may want more than there is room for: such a plan does not count.
+                    fits = bool((replicas_D <= given.slots_D).all())
+                    row[policy] = 1e3 * float(plan.seconds(given).total[0]) if fits else math.inf
+                rows.append(row)
+                print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    bound = np.array([row["bound_ms"] for row in rows])
+    seconds = {policy: np.array([row[policy] for row in rows]) for policy in POLICIES}
+    best = np.min([seconds[policy] for policy in POLICIES if policy != "auto"], axis=0)
+    auto = seconds["auto"]
+    for policy in POLICIES:
+        assert (seconds[policy] >= bound * (1 - 1e-6)).all(), f"{policy} beats the lower bound"
+    hecate = np.isfinite(seconds["hecate"])
+    summary = {
+        "auto_over_bound_geomean": float(np.exp(np.log(auto / bound).mean())),
+        "auto_over_bound_worst": float((auto / bound).max()),
+        "hecate_over_auto_geomean": float(np.exp(np.log(seconds["hecate"][hecate] / auto[hecate]).mean())),
+        "auto_over_best_policy_worst": float((auto / best).max()),
+    }
+    finish("plan_quality", rows, summary, options.json)
+
+
+if __name__ == "__main__":
+    main()

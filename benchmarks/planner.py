@@ -1,0 +1,72 @@
+"""Planning time of every policy, per layer, on one core, at three sizes. Loads are Zipf(1.2) with noise; LoRA over a frozen MoE base."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+
+from benchmarks.report import arguments, finish
+from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.topology import Link, uniform_topology
+
+SIZES = ((64, 32, 16), (256, 320, 2), (256, 1024, 1))
+"""experts, ranks, layers planned at once"""
+
+
+def plan_input(experts: int, world: int, layers: int) -> PlanInput:
+    rng = np.random.default_rng(0)
+    odds = np.arange(1, experts + 1) ** -1.2
+    loads = np.stack([rng.multinomial(8192, rng.permutation(odds) / odds.sum(), size=world) for _ in range(layers)]).astype(float)
+    topology = uniform_topology(
+        world // 8, 8, flops=6e14, memory=8e10, intra_node=Link(3e11, 1e-5), inter_node=Link(5e10, 2e-5)
+    )
+    hidden, ffn, rank = 2048, 768, 16
+    cost = LayerCost(
+        trainable_bytes=6.0 * rank * (hidden + ffn),
+        frozen_bytes=6.0 * hidden * ffn,
+        top_k=8,
+        row_bytes=2.0 * hidden,
+        choice_flops=6.0 * hidden * ffn,
+        choice_backward=1.1,
+        non_moe_flops=8.0 * hidden**2 * 8192,
+    )
+    owners = np.stack([contiguous_owners(experts, world)] * layers)
+    return PlanInput(owners, loads, topology, cost, np.full(world, 8))
+
+
+def main() -> None:
+    options = arguments(__doc__ or "").parse_args()
+    rows: list[dict[str, Any]] = []
+    for experts, world, layers in SIZES:
+        given = plan_input(experts, world, layers)
+        for policy, planner in POLICIES.items():
+            plan = planner(given)
+            quota = plan.quotas(given.tokens_LED, given.topology)
+            assert np.allclose(quota.sum(-1), given.tokens_LED.sum(-1)), policy
+            times: list[float] = []
+            while len(times) < (1 if options.quick else 5) or (sum(times) < 2 and len(times) < 50 and not options.quick):
+                start = time.perf_counter()
+                planner(given)
+                times.append(time.perf_counter() - start)
+                if times[0] > 10:
+                    break
+            per_layer = [1e3 * seconds / layers for seconds in times]
+            rows.append(
+                {"experts": experts, "ranks": world, "policy": policy, "ms_per_layer": statistics.median(per_layer), "ms_all": per_layer}
+            )
+    find = {(row["experts"], row["ranks"], row["policy"]): row["ms_per_layer"] for row in rows}
+    summary = {f"auto_ms_e{e}_d{d}": find[e, d, "auto"] for e, d, _ in SIZES}
+    finish("planner", rows, summary, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Shadowing of popular experts (FasterMoE, PPoPP 22)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hecate.parallel.planners.plan import Plan, PlanInput
+
+
+def plan_fastermoe(given: PlanInput) -> Plan:
+    """The hottest experts go to all ranks, one by one while a closed-form latency falls and slots last.
+
+    latency(k) = 3·comp·B + 4·feat·B + k·model, with B the choices on the busiest device once each rank computes its own choices of the
+    k hottest, and the seconds of a choice's forward pass, of a row and of an expert on the slowest device and link. For FasterMoE all
+    devices are alike: B counts choices, whatever the devices' rates.
+    """
+    tokens_LED, cost, topology = given.tokens_LED, given.cost, given.topology
+    order_LE = np.argsort(-tokens_LED.sum(-1), axis=1, kind="stable")
+    sorted_LED = np.take_along_axis(tokens_LED, order_LE[..., None], axis=1)
+    owned_LED = np.take_along_axis(given.owned_LED, order_LE[..., None], axis=1)
+    # Shadowing an expert takes its choices off its owner and puts each rank's own on it.
+    served_LED = owned_LED * sorted_LED.sum(-1, keepdims=True)
+    busiest_LK = np.concatenate([np.zeros_like(served_LED[:, :1]), np.cumsum(sorted_LED - served_LED, axis=1)], axis=1)
+    busiest_LK = (busiest_LK + served_LED.sum(1, keepdims=True)).max(-1)
+    compute = cost.choice_flops * (1 + cost.choice_backward) / min(topology.flops)
+    bandwidth = topology.slowest_link.bandwidth
+    shadows = np.arange(given.num_experts + 1)
+    latency_LK = (compute + 4 * cost.row_bytes / bandwidth) * busiest_LK + shadows * cost.expert_bytes / bandwidth
+    worth_LE = (np.diff(latency_LK) < 0) & (np.cumsum(~owned_LED, axis=1) <= given.slots_D).all(-1)
+    shadowed_LE = np.logical_and.accumulate(worth_LE, axis=1)
+    where_LED = given.owned_LED
+    where_LED[np.arange(given.num_layers)[:, None], order_LE] |= shadowed_LE[..., None]
+    return Plan(given.owner_LE, where_LED)

@@ -1,0 +1,295 @@
+"""Expert loads through placement policies, without a GPU: seconds, bytes and memory of training steps by the cost model.
+
+A policy plans a step from what it would know, the step's true loads meet that plan. In `history` mode it knows the mean of the last steps'
+loads, as in training; in `exact` mode the true loads, which bounds what a better prediction could bring.
+
+Shapes: L layers, E experts, S = D ranks as sources and as destinations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from hecate.parallel.cost_model import LayerCost, layer_seconds, rows_served
+from hecate.parallel.executed_flows import executed_flows, served
+from hecate.parallel.flows import Flows, node_membership
+from hecate.parallel.gather_bytes import PortBytes, gather_ports
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import Plan, PlanInput, Planner
+from hecate.parallel.sharding import better_owners, reshard_seconds
+from hecate.parallel.topology import Topology
+
+Mode = Literal["history", "exact"]
+
+HISTORY_STEPS = 5
+"""whose loads are averaged to predict the next (Hecate §3.2)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSeconds:
+    """Where the seconds of a step go, all layers together."""
+
+    attention: float
+    """forward and backward, on the slowest device"""
+    compute: float
+    """experts, on the slowest device of each layer"""
+    dispatch: float
+    gather: float
+    """SparseAllGather, hidden or not"""
+    reduce: float
+    """SparseReduceScatter, hidden or not"""
+    exposed: float
+    """what gather and reduce add"""
+    optimizer: float
+    reshard: float
+    """moving experts to new owners"""
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.compute + self.dispatch + self.exposed + self.optimizer + self.reshard
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBytes:
+    """Bytes of a step, all layers together: parameters, gradients, tokens' rows and what re-sharding moves."""
+
+    near: float
+    """between ranks of a node, sent by all of them"""
+    far: float
+    """between nodes, sent by all of them"""
+    busiest_port: float
+    """through one rank's port inside its node, in its busier direction"""
+    busiest_uplink: float
+    """through one node's uplink, in its busier direction"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """One policy's mean over the counted steps."""
+
+    policy: str
+    seconds: StepSeconds
+    bytes: StepBytes
+    imbalance: float
+    """largest expert compute time of a rank over what it would be if all shared the work by their rates; mean over layers"""
+    replica_bytes: float
+    """memory of replicas of others' experts (parameters, gradients, frozen parts), on the fullest rank in the fullest step"""
+    planner_ms_per_layer: float
+    """measured, on this machine"""
+
+    @property
+    def step_seconds(self) -> float:
+        return self.seconds.total
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"policy": self.policy, "step_seconds": self.step_seconds, **{k: v for k, v in asdict(self).items() if k != "policy"}}
+
+
+def simulate(
+    loads: np.ndarray,
+    topology: Topology,
+    cost: LayerCost,
+    policies: Mapping[str, Planner],
+    *,
+    mode: Mode = "history",
+    slots_D: np.ndarray,
+    rematerialize: bool = False,
+    max_imbalance: float | None = None,
+    reshard_interval: int | None = None,
+) -> list[Simulated]:
+    """Put loads through each policy, all layers alike.
+
+    The first step, which `history` plans without loads, is counted only if it is the only one.
+
+    Args:
+        loads: int64 [steps, layers, source ranks, experts]: choices.
+        policies: name -> planner, such as `hecate.parallel.planners.POLICIES`.
+        slots_D: int64 [ranks]: see `PlanInput.slots_D`.
+        rematerialize: replicas are dropped after a layer's forward pass and gathered again before its backward pass.
+        max_imbalance: see `PlanInput.max_imbalance`.
+        reshard_interval: every so many steps `hecate` and `auto` move experts to better owners where that pays; None: never.
+    """
+    assert loads.ndim == 4, loads.shape
+    assert loads.shape[2] == topology.world_size, (loads.shape, topology.world_size)
+    return [
+        _simulate_policy(
+            name,
+            planner,
+            loads,
+            topology,
+            cost,
+            mode,
+            slots_D,
+            rematerialize,
+            max_imbalance,
+            reshard_interval if name in _RESHARDING else None,
+        )
+        for name, planner in policies.items()
+    ]
+
+
+_RESHARDING = ("hecate", "auto")
+
+
+def replica_slots(
+    topology: Topology, cost: LayerCost, *, num_layers: int, num_experts: int, other_bytes: float = 0.0, rematerialize: bool = False
+) -> np.ndarray:
+    """int64 [ranks]: replicas of others' experts for which each device has room, in each layer: half of what is left, the other half being
+    for activations.
+
+    Args:
+        other_bytes: what every rank holds beside its experts.
+        rematerialize: replicas of one layer are there at a time, but for their frozen parts.
+    """
+    owned_bytes = cost.trainable_bytes + cost.reduced_bytes + cost.state_bytes + cost.frozen_bytes
+    owned = -(-num_experts // topology.world_size) * num_layers * owned_bytes
+    room_D = (np.asarray(topology.memory) - other_bytes - owned).clip(0) / 2
+    one_layer = cost.replica_bytes - cost.frozen_bytes
+    each = cost.frozen_bytes * num_layers + one_layer * (1 if rematerialize else num_layers)
+    return np.minimum(room_D / each, num_experts).astype(np.int64)
+
+
+def _simulate_policy(
+    name: str,
+    planner: Planner,
+    loads: np.ndarray,
+    topology: Topology,
+    cost: LayerCost,
+    mode: Mode,
+    slots_D: np.ndarray,
+    rematerialize: bool,
+    max_imbalance: float | None,
+    reshard_interval: int | None,
+) -> Simulated:
+    num_steps, num_layers, world_size, num_experts = loads.shape
+    owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
+    resident_LED: np.ndarray | None = None
+    # Planners pay a frozen part over its lifetime; here it is paid in the step in which it travels.
+    paid = replace(cost, frozen_lifetime=1.0)
+    steps: list[_Step] = []
+    planner_seconds: list[float] = []
+    for step in range(num_steps):
+        known = loads[step : step + 1] if mode == "exact" else loads[max(step - HISTORY_STEPS, 0) : step]
+        given = PlanInput(
+            owner_LE, known.mean(0) if len(known) else None, topology, cost, slots_D, resident_LED=resident_LED, max_imbalance=max_imbalance
+        )
+        if (
+            reshard_interval
+            and step % reshard_interval == (mode == "history")
+            and (found := better_owners(planner, [given], reshard_interval))
+        ):
+            given = replace(given, owner_LE=found[0][0])
+        started = time.perf_counter()
+        plan = planner(given)
+        planner_seconds.append(time.perf_counter() - started)
+        steps.append(_execute(plan, given, loads[step], owner_LE, paid, rematerialize))
+        owner_LE, resident_LED = plan.owner_LE, plan.where_LED
+    counted = steps[1:] or steps
+    return Simulated(
+        policy=name,
+        seconds=StepSeconds(**_mean([one.seconds for one in counted])),
+        bytes=StepBytes(**_mean([one.bytes for one in counted])),
+        imbalance=float(np.mean([one.imbalance for one in counted])),
+        replica_bytes=max(one.replica_bytes for one in counted),
+        planner_ms_per_layer=1e3 * float(np.median(planner_seconds)) / num_layers,
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    seconds: StepSeconds
+    bytes: StepBytes
+    imbalance: float
+    replica_bytes: float
+
+
+def _execute(
+    plan: Plan, given: PlanInput, loads_LSE: np.ndarray, owner_before_LE: np.ndarray, cost: LayerCost, rematerialize: bool
+) -> _Step:
+    """The step's true loads under `plan`."""
+    topology = given.topology
+    tokens_LED = np.swapaxes(loads_LSE, 1, 2).astype(np.float64)
+    flow = executed_flows(plan.where_LED, plan.quota_LED, given.tokens_LED, tokens_LED, topology)
+    quota_LED = served(flow)
+    seconds = layer_seconds(
+        plan.owner_LE,
+        plan.where_LED,
+        quota_LED,
+        tokens_LED,
+        topology,
+        cost,
+        flow=flow,
+        resident_ED=given.resident_LED,
+        rematerialize=rematerialize,
+    )
+    moved = (plan.owner_LE != owner_before_LE).any()
+    step_seconds = StepSeconds(
+        attention=3 * cost.non_moe_flops / min(topology.flops) * given.num_layers,
+        reshard=reshard_seconds(owner_before_LE, plan.owner_LE, topology, cost) if moved else 0.0,
+        **{field.name: float(getattr(seconds, field.name).sum()) for field in fields(seconds)},
+    )
+    return _Step(
+        step_seconds,
+        _bytes(plan, given, flow, tokens_LED, owner_before_LE, cost, rematerialize),
+        _imbalance(flow, quota_LED, tokens_LED, topology, cost),
+        _replica_bytes(plan, cost, rematerialize),
+    )
+
+
+def _bytes(
+    plan: Plan, given: PlanInput, flow: Flows, tokens_LED: np.ndarray, owner_before_LE: np.ndarray, cost: LayerCost, rematerialize: bool
+) -> StepBytes:
+    topology = given.topology
+    gather = gather_ports(plan.owner_LE, plan.where_LED, topology)
+    rows = rows_served(flow, tokens_LED, cost)
+    row_ports = PortBytes(*rows.near, *rows.far)
+    parts = [
+        (gather, cost.trainable_bytes * (2 if rematerialize else 1)),
+        (gather.reversed(), cost.reduced_bytes),
+        # Rows go out and their gradients back, results come back and theirs go out.
+        (row_ports, 2 * cost.row_bytes),
+        (row_ports.reversed(), 2 * cost.row_bytes),
+    ]
+    owned_LED = plan.owner_LE[..., None] == np.arange(given.world_size)
+    if cost.frozen_bytes:
+        fresh_LED = plan.where_LED if given.resident_LED is None else plan.where_LED & ~given.resident_LED
+        parts.append((gather_ports(plan.owner_LE, fresh_LED | owned_LED, topology), cost.frozen_bytes))
+    if (plan.owner_LE != owner_before_LE).any():
+        moved = gather_ports(owner_before_LE, owned_LED | (owner_before_LE[..., None] == np.arange(given.world_size)), topology)
+        parts.append((moved, cost.state_bytes + cost.frozen_bytes))
+    near_out, near_in, far_out, far_in = (
+        sum(size * getattr(ports, name).sum(0) for ports, size in parts) for name in ("near_out_D", "near_in_D", "far_out_D", "far_in_D")
+    )
+    member_DN = node_membership(topology)
+    return StepBytes(
+        near=float(near_out.sum()),
+        far=float(far_out.sum()),
+        busiest_port=float(np.maximum(near_out, near_in).max()),
+        busiest_uplink=float(np.maximum(far_out @ member_DN, far_in @ member_DN).max()),
+    )
+
+
+def _imbalance(flow: Flows, quota_LED: np.ndarray, tokens_LED: np.ndarray, topology: Topology, cost: LayerCost) -> float:
+    rate_D = np.asarray(topology.flops)
+    work_LD = rows_served(flow, tokens_LED, cost).computed_D * cost.row_flops * (1 + cost.row_backward)
+    work_LD = work_LD + quota_LED.sum(1) * cost.choice_flops * (1 + cost.choice_backward)
+    even_L = work_LD.sum(1) / rate_D.sum()
+    busiest_L = (work_LD / rate_D).max(1)
+    return float(np.divide(busiest_L, even_L, out=np.ones_like(even_L), where=even_L > 0).mean())
+
+
+def _replica_bytes(plan: Plan, cost: LayerCost, rematerialize: bool) -> float:
+    owned_LED = plan.owner_LE[..., None] == np.arange(plan.where_LED.shape[-1])
+    replicas_LD = (plan.where_LED & ~owned_LED).sum(1)
+    held_D = replicas_LD.max(0) if rematerialize else replicas_LD.sum(0)
+    return float((held_D * (cost.replica_bytes - cost.frozen_bytes) + replicas_LD.sum(0) * cost.frozen_bytes).max())
+
+
+def _mean(records: list[Any]) -> dict[str, float]:
+    return {field.name: float(np.mean([getattr(one, field.name) for one in records])) for field in fields(records[0])}

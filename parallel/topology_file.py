@@ -1,0 +1,186 @@
+"""Topologies as YAML files. Keys and units: docs/topology.md; presets: configs/topologies/."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from hecate.errors import UserError
+from hecate.parallel.topology import Link, Topology
+
+_NEEDED = ("devices", "flops", "memory")
+_OPTIONAL = ("ranks", "port", "uplink", "nic", "memory_bandwidth")
+_TOP = ("nodes", "intra_node", "inter_node", "overlap_slowdown")
+_FIELD_OF_KEY = {"port": "port_bandwidth", "uplink": "uplink_bandwidth", "nic": "nic_bandwidth", "memory_bandwidth": "memory_bandwidth"}
+
+
+def load_topology(path: Path) -> Topology:
+    """Read a topology from YAML.
+
+    Raises:
+        UserError: the file cannot be read, or a key is missing, unknown or out of range.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as a topology: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a topology is a mapping with the keys nodes, intra_node and inter_node")
+    unknown = sorted(str(key) for key in raw if key not in _TOP)
+    nodes = raw.get("nodes")
+    if unknown or not isinstance(nodes, list) or not nodes or "intra_node" not in raw:
+        raise UserError(
+            f"{path}: needs `nodes` (a list) and `intra_node`, may have `inter_node` and `overlap_slowdown`; "
+            f"unknown: {', '.join(unknown) or 'none'}"
+        )
+    for number, node in enumerate(nodes):
+        _check_node(node, f"{path}: nodes[{number}]")
+    intra = _link(raw["intra_node"], f"{path}: intra_node")
+    inter = _link(raw["inter_node"], f"{path}: inter_node") if "inter_node" in raw else intra
+    if len(nodes) > 1 and "inter_node" not in raw:
+        raise UserError(f"{path}: {len(nodes)} nodes need `inter_node`: {{bandwidth, latency}}")
+
+    ranks_of_node = _ranks_of_nodes(nodes, str(path))
+    world = sum(node["devices"] for node in nodes)
+
+    def by_rank(key: str, default: Sequence[float] = ()) -> tuple[float, ...]:
+        """[ranks]; `default` stands in where a node has no such key."""
+        values = list(default) or [0.0] * world
+        for number, (node, ranks) in enumerate(zip(nodes, ranks_of_node, strict=True)):
+            if key in node:
+                for rank, value in zip(ranks, _per_device(node[key], len(ranks), f"{path}: nodes[{number}].{key}"), strict=True):
+                    values[rank] = value
+        return tuple(values)
+
+    node_of_rank = [0] * world
+    for number, ranks in enumerate(ranks_of_node):
+        for rank in ranks:
+            node_of_rank[rank] = number
+    plain = Topology(tuple(node_of_rank), by_rank("flops"), by_rank("memory"), intra, inter)
+    uplinks = tuple(
+        _number(node["uplink"], f"{path}: nodes[{n}].uplink") if "uplink" in node else inter.bandwidth for n, node in enumerate(nodes)
+    )
+    slowdown = _number(raw.get("overlap_slowdown", 1.0), f"{path}: overlap_slowdown")
+    if not 1 <= slowdown <= 2:
+        raise UserError(f"{path}: overlap_slowdown must be from 1 (overlapping is free) to 2 (it gains nothing), got {slowdown}")
+    return replace(
+        plain,
+        port_bandwidth=by_rank("port", plain.port_bandwidth),
+        uplink_bandwidth=uplinks,
+        nic_bandwidth=by_rank("nic", tuple(uplinks[node] for node in node_of_rank)),
+        memory_bandwidth=by_rank("memory_bandwidth", plain.memory_bandwidth),
+        overlap_slowdown=slowdown,
+    )
+
+
+def save_topology(topology: Topology, path: Path, comment: str = "") -> None:
+    """Write `topology` so that `load_topology` reads back an equal one, `comment` above it; its folder is made, a file there replaced.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(topology_text(topology, comment), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+
+
+def topology_text(topology: Topology, comment: str = "") -> str:
+    """`topology` as YAML. Keys that say what holds anyway are left out; numbers are exact."""
+    plain = Topology(topology.node_of_rank, topology.flops, topology.memory, topology.intra_node, topology.inter_node)
+    plain_nic = tuple(topology.uplink_bandwidth[node] for node in topology.node_of_rank)
+    default = {field: getattr(plain, field) for field in _FIELD_OF_KEY.values()} | {"nic_bandwidth": plain_nic}
+    keys = [key for key, field in _FIELD_OF_KEY.items() if getattr(topology, field) != default[field]]
+    ordered = list(topology.node_of_rank) == sorted(topology.node_of_rank)
+
+    lines = [f"# {line}".rstrip() for line in comment.splitlines()] + ["nodes:"]
+    for node in range(topology.num_nodes):
+        ranks = topology.ranks_of_node(node)
+        entries = {"devices": str(len(ranks))}
+        if not ordered:
+            entries["ranks"] = str(ranks)
+        for key in ("flops", "memory", *keys):
+            values = getattr(topology, _FIELD_OF_KEY.get(key, key))
+            entries[key] = _text(values[node]) if key == "uplink" else _texts([values[rank] for rank in ranks])
+        lines.append("  - " + _mapping(entries))
+    lines.append(f"intra_node: {_link_text(topology.intra_node)}")
+    if topology.num_nodes > 1 or topology.inter_node != topology.intra_node:
+        lines.append(f"inter_node: {_link_text(topology.inter_node)}")
+    if topology.overlap_slowdown != 1:
+        lines.append(f"overlap_slowdown: {float(topology.overlap_slowdown)!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _check_node(node: Any, where: str) -> None:
+    keys = set(node) if isinstance(node, dict) else set()
+    wrong = sorted(str(key) for key in keys - {*_NEEDED, *_OPTIONAL})
+    if wrong or not keys.issuperset(_NEEDED):
+        raise UserError(
+            f"{where}: a node has the keys {', '.join(_NEEDED)} and may have {', '.join(_OPTIONAL)}; unknown: {', '.join(wrong) or 'none'}"
+        )
+    if type(node["devices"]) is not int or node["devices"] < 1:
+        raise UserError(f"{where}: devices must be an integer >= 1, got {node['devices']!r}")
+
+
+def _ranks_of_nodes(nodes: Sequence[Mapping[str, Any]], path: str) -> list[list[int]]:
+    """The ranks of each node: the next ones, unless the file gives them."""
+    given = [node["ranks"] for node in nodes if "ranks" in node]
+    world = sum(node["devices"] for node in nodes)
+    if not given:
+        ends = np.cumsum([node["devices"] for node in nodes]).tolist()
+        return [list(range(end - node["devices"], end)) for node, end in zip(nodes, ends, strict=True)]
+    lists_fit = len(given) == len(nodes) and all(
+        isinstance(ranks, list) and len(ranks) == node["devices"] and all(type(rank) is int for rank in ranks)
+        for node, ranks in zip(nodes, given, strict=True)
+    )
+    if not lists_fit or sorted(rank for ranks in given for rank in ranks) != list(range(world)):
+        raise UserError(f"{path}: `ranks`, where nodes have it, lists one rank a device, in every node, each of 0..{world - 1} once")
+    return given
+
+
+def _number(value: Any, where: str, *, positive: bool = True) -> float:
+    # PyYAML reads 1e9 (no dot, no sign) as a string, which users rightly expect to be a number.
+    try:
+        number = float("no number" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: must be a number, got {value!r}") from None
+    if not (np.isfinite(number) and (number > 0 if positive else number >= 0)):
+        raise UserError(f"{where}: must be finite and {'positive' if positive else 'not negative'}, got {value!r}")
+    return number
+
+
+def _per_device(value: Any, devices: int, where: str) -> list[float]:
+    values = value if isinstance(value, list) else [value] * devices
+    if len(values) != devices:
+        raise UserError(f"{where}: {devices} devices, but {len(values)} values")
+    return [_number(v, where) for v in values]
+
+
+def _link(value: Any, where: str) -> Link:
+    if not isinstance(value, dict) or set(value) != {"bandwidth", "latency"}:
+        raise UserError(f"{where}: a link has exactly the keys bandwidth (bytes/s) and latency (seconds)")
+    return Link(_number(value["bandwidth"], f"{where}.bandwidth"), _number(value["latency"], f"{where}.latency", positive=False))
+
+
+def _mapping(entries: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in entries.items()) + "}"
+
+
+def _link_text(link: Link) -> str:
+    return _mapping({"bandwidth": _text(link.bandwidth), "latency": _text(link.latency)})
+
+
+def _texts(values: Sequence[float]) -> str:
+    """One number for all devices of a node if they agree."""
+    return _text(values[0]) if len(set(values)) == 1 else "[" + ", ".join(map(_text, values)) + "]"
+
+
+def _text(value: float) -> str:
+    """The shortest text that is read back as the same float, in the one scientific form that YAML takes for a number."""
+    return np.format_float_scientific(value, trim="0", exp_digits=1)

@@ -1,0 +1,170 @@
+"""Recorded expert loads: a value, its file (docs/traces.md), and a writer that a training run feeds step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hecate.errors import UserError
+
+_VERSION = 1
+_HEADER = ("steps", "layers", "num_experts", "top_k", "tokens_per_rank", "model", "notes")
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Loads of some steps and layers of a run. Loads count choices: a token's k experts are k of them.
+
+    Raises:
+        UserError: the parts do not fit together.
+    """
+
+    loads: np.ndarray
+    """int32 or int64 [steps, layers, source ranks, experts]; 0 beyond a layer's own number of experts"""
+    steps: tuple[int, ...]
+    """numbers of the steps, ascending, gaps allowed"""
+    layers: tuple[int, ...]
+    """numbers of the layers in the model, ascending"""
+    num_experts: tuple[int, ...]
+    """experts of each layer"""
+    top_k: int
+    tokens_per_rank: int
+    """most tokens that a rank may have in a step; what it had is `loads.sum(-1) / top_k`"""
+    model: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """whatever else is worth knowing, JSON-able"""
+
+    def __post_init__(self) -> None:
+        shape = self.loads.shape
+        if self.loads.dtype not in (np.int32, np.int64) or len(shape) != 4 or 0 in shape:
+            raise UserError(f"loads must be int32 or int64 [steps, layers, sources, experts], got {self.loads.dtype} {list(shape)}")
+        for name in ("steps", "layers", "num_experts"):
+            if not all(type(number) is int and number >= 0 for number in getattr(self, name)):
+                raise UserError(f"{name} must be numbers >= 0, got {_short(getattr(self, name))}")
+        for name in ("steps", "layers"):
+            numbers = getattr(self, name)
+            if any(later <= earlier for earlier, later in pairwise(numbers)):
+                raise UserError(f"{name} must ascend, got {_short(numbers)}")
+        expected = (len(self.steps), len(self.layers), len(self.num_experts), max(self.num_experts, default=0))
+        if expected != (*shape[:2], shape[1], shape[3]):
+            sizes = f"{expected[0]} steps, {expected[1]} layers and experts {_short(self.num_experts)}"
+            raise UserError(f"loads {list(shape)} do not fit {sizes}")
+        for name in ("top_k", "tokens_per_rank"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise UserError(f"{name} must be a number >= 1, got {getattr(self, name)!r}")
+        if type(self.model) is not str or type(self.notes) is not dict:
+            raise UserError("model must be text and notes a mapping")
+        beyond_LE = np.arange(shape[3]) >= np.array(self.num_experts)[:, None]
+        most = np.where(beyond_LE, 0, self.tokens_per_rank)[None, :, None]
+        if ((self.loads < 0) | (self.loads > most)).any() or (self.loads.sum(-1) > self.tokens_per_rank * self.top_k).any():
+            raise UserError(f"loads exceed top_k {self.top_k} experts for each of {self.tokens_per_rank} tokens a rank, or are negative")
+
+    def of_layer(self, index: int) -> np.ndarray:
+        """int [steps, source ranks, the layer's experts], the `index`-th of `layers`."""
+        return self.loads[:, index, :, : self.num_experts[index]]
+
+
+def save_trace(trace: Trace, path: Path) -> None:
+    """Write the file, or leave the old one as it was.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    header = {"version": _VERSION} | {name: getattr(trace, name) for name in _HEADER}
+    text = json.dumps(header, allow_nan=False).encode("ascii")
+    staged = path.with_name(path.name + ".tmp")
+    try:
+        with open(staged, "wb") as file:
+            np.savez_compressed(file, header=np.frombuffer(text, dtype=np.uint8), loads=trace.loads)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise UserError(f"{path}: the trace cannot be written: {error.strerror or error}") from error
+
+
+def load_trace(path: Path) -> Trace:
+    """Read a file of `save_trace`.
+
+    Raises:
+        UserError: it cannot be read, is no trace, or was written by a later version.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            header, loads = json.loads(arrays["header"].tobytes()), arrays["loads"]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a trace of expert loads, or damaged: {error}") from error
+    if not isinstance(header, dict) or type(header.get("version")) is not int:
+        raise UserError(f"{path}: not a trace of expert loads: its header has no version")
+    if header["version"] != _VERSION:
+        raise UserError(f"{path}: version {header['version']} of the format; this hecate reads version {_VERSION}")
+    if set(header) != {"version", *_HEADER} or not all(type(header[name]) is list for name in _HEADER[:3]):
+        raise UserError(f"{path}: damaged: its header must have the lists {', '.join(_HEADER[:3])} and {', '.join(_HEADER[3:])}")
+    try:
+        return Trace(loads, *(tuple(header[name]) for name in _HEADER[:3]), **{name: header[name] for name in _HEADER[3:]})
+    except UserError as error:
+        raise UserError(f"{path}: damaged: {error}") from error
+
+
+class TraceWriter:
+    """Collects a run's loads and writes them. One rank, 0, makes one.
+
+    A run that resumes after step `after` goes on with the file that is there, without its later steps.
+
+    Raises:
+        UserError: the file cannot be read, or is another run's.
+    """
+
+    def __init__(self, path: Path, *, top_k: int, tokens_per_rank: int, model: str, notes: dict[str, Any], after: int) -> None:
+        self.path = path
+        self._facts: dict[str, Any] = {"top_k": top_k, "tokens_per_rank": tokens_per_rank, "model": model, "notes": notes}
+        self._dtype = np.int32 if tokens_per_rank < 2**31 else np.int64
+        self._steps: list[int] = []
+        self._loads: list[np.ndarray] = []
+        self._layers: tuple[int, ...] = ()
+        self._num_experts: tuple[int, ...] = ()
+        if after and path.exists():
+            before = load_trace(path)
+            for step, loads in zip(before.steps, before.loads, strict=True):
+                if step <= after:
+                    self._steps.append(step)
+                    self._loads.append(loads.astype(self._dtype))
+                    self._layers, self._num_experts = before.layers, before.num_experts
+
+    def append(self, step: int, loads: Mapping[int, np.ndarray]) -> None:
+        """Add a step, later than all before: layer -> int [source ranks, experts], with as many experts as each layer has."""
+        layers = tuple(sorted(loads))
+        num_experts = tuple(loads[layer].shape[1] for layer in layers)
+        loads_LSE = np.zeros((len(layers), len(loads[layers[0]]), max(num_experts)), dtype=self._dtype)
+        for index, layer in enumerate(layers):
+            loads_LSE[index, :, : num_experts[index]] = loads[layer]
+        if self._steps:
+            assert step > self._steps[-1], (step, self._steps[-1])
+            if (self._layers, self._num_experts, self._loads[0].shape) != (layers, num_experts, loads_LSE.shape):
+                raise UserError(f"{self.path}: holds loads of other layers, experts or ranks than this run's; move it away, resume again")
+        self._layers, self._num_experts = layers, num_experts
+        self._steps.append(step)
+        self._loads.append(loads_LSE)
+
+    def save(self) -> None:
+        """Write all steps so far. Does nothing before the first."""
+        if self._steps:
+            save_trace(Trace(np.stack(self._loads), tuple(self._steps), self._layers, self._num_experts, **self._facts), self.path)
+
+
+def _short(numbers: tuple[Any, ...]) -> str:
+    return ", ".join(str(number)[:20] for number in numbers[:6]) + (", ..." if len(numbers) > 6 else "")

@@ -1,0 +1,232 @@
+"""Synthetic expert loads that every planner is tried on: thirteen kinds of skew, each a pure function of its sizes and a seed.
+
+Loads count choices: a token's k experts are k of them, all different, so that no expert gets more choices from a rank than the rank has
+tokens. Homes are those of expert parallelism (`contiguous_owners`). A layer's hot experts are others than its neighbours'. Fewer steps or
+layers are the first ones of more.
+
+Shapes: E experts, S source ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import count, islice, repeat
+from math import gcd
+from typing import Protocol
+
+import numpy as np
+
+from hecate.errors import UserError
+from hecate.parallel.placement import contiguous_owners
+
+_HEAT = 8.0
+"""how many times as popular as another an expert of a hot rank is"""
+_ZIPF_EXPONENT = 1.2
+_NORMALS = 4
+"""halved sums of squares of 2a normals are Gamma(a), and these over their sum are Dirichlet(a): here a = 2, a Gini of 0.375 a source"""
+_MEMORY = 0.98
+"""correlation of a drifting normal with itself one step before: half forgotten in 35 steps"""
+_BURST_PERIOD, _BURST_START, _BURST_STEPS = 8, 4, 2
+_WEIGHTS, _COUNTS, _TOKENS = range(3)
+"""streams of random numbers"""
+
+
+class Workload(Protocol):
+    """Loads of a kind, int64 [steps, layers, source ranks, experts]: choices that each rank's tokens make.
+
+    A rank has at most `tokens_per_rank` tokens, the same number in every layer of a step; its choices sum to `top_k` times that.
+
+    Raises:
+        UserError: a size is below 1, the seed is negative, top_k exceeds the experts, or they leave the kind no room.
+    """
+
+    def __call__(
+        self, num_steps: int, num_layers: int, world_size: int, num_experts: int, tokens_per_rank: int, top_k: int, seed: int
+    ) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class _Size:
+    num_steps: int
+    num_layers: int
+    world_size: int
+    num_experts: int
+    tokens_per_rank: int
+    top_k: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
+            if value < least:
+                raise UserError(f"workload: {field.name} must be >= {least}, got {value}")
+        if self.top_k > self.num_experts:
+            raise UserError(f"workload: top_k is {self.top_k}, but there are {self.num_experts} experts")
+
+    def random(self, stream: int, layer: int = 0, step: int = 0) -> np.random.Generator:
+        return np.random.default_rng([self.seed, stream, layer, step])
+
+    def hot_expert(self, turn: int) -> int:
+        """Another expert each turn until all had theirs, and mostly another rank's."""
+        least = max(self.num_experts // self.world_size, 1)
+        stride = next(s for s in count(least) if gcd(s, self.num_experts) == 1)
+        return (self.seed + turn * stride) % self.num_experts
+
+
+_Profile = Callable[[_Size, int], Iterator[np.ndarray]]
+"""(sizes, layer) -> step after step, how popular each expert is: weights float64 [experts] or [source ranks, experts], 0 for never"""
+
+
+def _drawn(profile: _Profile, tokens: Callable[[_Size, int], np.ndarray] | None = None) -> Workload:
+    """The workload of a profile; `tokens`: (sizes, step) -> int64 [source ranks], left out: all that a rank may have."""
+
+    def workload(
+        num_steps: int, num_layers: int, world_size: int, num_experts: int, tokens_per_rank: int, top_k: int, seed: int
+    ) -> np.ndarray:
+        size = _Size(num_steps, num_layers, world_size, num_experts, tokens_per_rank, top_k, seed)
+        loads = np.empty((num_steps, num_layers, world_size, num_experts), dtype=np.int64)
+        for layer in range(num_layers):
+            for step, weight in enumerate(islice(profile(size, layer), num_steps)):
+                tokens_S = tokens(size, step) if tokens else np.full(world_size, tokens_per_rank)
+                weight_SE = np.broadcast_to(weight, (world_size, num_experts))
+                loads[step, layer] = _choose(size.random(_COUNTS, layer, step), weight_SE, tokens_S, top_k)
+        return loads
+
+    return workload
+
+
+def _choose(rng: np.random.Generator, weight_SE: np.ndarray, tokens_S: np.ndarray, top_k: int) -> np.ndarray:
+    """Choices int64 [S, E]: drawn by weight; what an expert cannot take, having all of a rank's tokens, is drawn again for the others."""
+    most_SE = np.where(weight_SE > 0, tokens_S[:, None], 0)
+    total_S = tokens_S * top_k
+    count_SE = np.zeros(weight_SE.shape, dtype=np.int64)
+    while len(rows := np.flatnonzero(count_SE.sum(1) < total_S)):  # each time round a row is done or one more of its experts is full
+        have, most = count_SE[rows], most_SE[rows]
+        open_weight = np.where(have < most, weight_SE[rows], 0.0)
+        drawn = rng.multinomial(total_S[rows] - have.sum(1), open_weight / open_weight.sum(1, keepdims=True))
+        count_SE[rows] = np.minimum(have + drawn, most)
+    return count_SE
+
+
+def _balanced(
+    num_steps: int, num_layers: int, world_size: int, num_experts: int, tokens_per_rank: int, top_k: int, seed: int
+) -> np.ndarray:
+    """No skew and no chance: each rank deals its choices round, the next goes on where it stopped; loads differ by 1 at most."""
+    size = _Size(num_steps, num_layers, world_size, num_experts, tokens_per_rank, top_k, seed)
+    each, extra = divmod(tokens_per_rank * top_k, num_experts)
+    first_S = np.arange(world_size) * extra
+    loads = np.empty((num_steps, num_layers, world_size, num_experts), dtype=np.int64)
+    for step, layer in np.ndindex(num_steps, num_layers):
+        place_SE = np.arange(num_experts) - first_S[:, None] - size.hot_expert(step + layer)
+        loads[step, layer] = each + (place_SE % num_experts < extra)
+    return loads
+
+
+def _flat(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    return repeat(np.ones(size.num_experts))
+
+
+def _one_hot(size: _Size, expert: int, share: float) -> np.ndarray:
+    """`share` of the tokens that would pass `expert` by if all were alike choose it, too; the other experts are alike."""
+    alike = size.top_k / size.num_experts
+    hot = (alike + share * (1 - alike)) / size.top_k
+    weight_E = np.full(size.num_experts, (1 - hot) / max(size.num_experts - 1, 1))
+    weight_E[expert] = hot
+    return weight_E
+
+
+def _one_hot_expert(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """One expert for about half of all tokens."""
+    return repeat(_one_hot(size, size.hot_expert(layer), 0.5))
+
+
+def _hot_rank(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """All experts at home on one rank are hot."""
+    owner_E = contiguous_owners(size.num_experts, size.world_size)
+    return repeat(np.where(owner_E == owner_E[size.hot_expert(layer)], _HEAT, 1.0))
+
+
+def _hot_spread(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """As many hot experts as in a hot rank, at equal distances."""
+    owner_E = contiguous_owners(size.num_experts, size.world_size)
+    hot = size.hot_expert(layer)
+    num_hot = int((owner_E == owner_E[hot]).sum())
+    weight_E = np.ones(size.num_experts)
+    weight_E[(hot + np.arange(num_hot) * size.num_experts // num_hot) % size.num_experts] = _HEAT
+    return repeat(weight_E)
+
+
+def _idle_expert(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """One expert without a token."""
+    if size.top_k == size.num_experts:
+        raise UserError(f"workload idle_expert: with top_k {size.top_k} of {size.num_experts} experts none can be idle")
+    return repeat(np.where(np.arange(size.num_experts) == size.hot_expert(layer), 0.0, 1.0))
+
+
+def _all_to_one(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """One expert gets a choice of every token; all others alike."""
+    # So much more that chance does not count: the first draw fills the expert, the second deals the rest evenly.
+    return repeat(np.where(np.arange(size.num_experts) == size.hot_expert(layer), 1e30, 1.0))
+
+
+def _rotating(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """One hot expert, another in each step: what the history foretells is always stale."""
+    return (_one_hot(size, size.hot_expert(layer + step), 0.5) for step in count())
+
+
+def _burst(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """Flat, but for two steps in eight, from the fifth on, nearly all tokens want one expert, another each time."""
+    for step in count():
+        number, phase = divmod(step, _BURST_PERIOD)
+        bursting = _BURST_START <= phase < _BURST_START + _BURST_STEPS
+        yield _one_hot(size, size.hot_expert(layer + number), 0.9 if bursting else 0.0)
+
+
+def _lognormal(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """Popularities lognormal with s = 1."""
+    return repeat(size.random(_WEIGHTS, layer).lognormal(0.0, 1.0, size.num_experts))
+
+
+def _zipf(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """The n-th most popular expert has 1 / n^1.2 of the first one's popularity."""
+    return repeat(size.random(_WEIGHTS, layer).permutation(np.arange(1.0, size.num_experts + 1) ** -_ZIPF_EXPONENT))
+
+
+def _dirichlet_drift(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """Each rank has its own Dirichlet(2) popularities, half in common with the others', that drift without ever settling."""
+    rng = size.random(_WEIGHTS, layer)
+    shape = (size.world_size + 1, size.num_experts, _NORMALS)  # the last source stands for what all have in common
+    normals = rng.standard_normal(shape)
+    while True:
+        yield np.square((normals[:-1] + normals[-1]) / np.sqrt(2)).sum(-1)
+        normals = _MEMORY * normals + np.sqrt(1 - _MEMORY**2) * rng.standard_normal(shape)
+
+
+def _ragged(size: _Size, step: int) -> np.ndarray:
+    """Token counts at equal distances from an eighth of a rank's most to the whole, in another order in each step."""
+    most = size.tokens_per_rank
+    return size.random(_TOKENS, step=step).permutation(np.ceil(np.linspace(most / 8, most, size.world_size)).astype(np.int64))
+
+
+def _one_empty(size: _Size, step: int) -> np.ndarray:
+    """One rank, always the same, has no tokens."""
+    return np.where(np.arange(size.world_size) == size.seed % size.world_size, 0, size.tokens_per_rank)
+
+
+WORKLOADS: dict[str, Workload] = {
+    "balanced": _balanced,
+    "one_hot_expert": _drawn(_one_hot_expert),
+    "hot_rank": _drawn(_hot_rank),
+    "hot_spread": _drawn(_hot_spread),
+    "ragged_sources": _drawn(_flat, _ragged),
+    "empty_rank": _drawn(_flat, _one_empty),
+    "idle_expert": _drawn(_idle_expert),
+    "all_to_one": _drawn(_all_to_one),
+    "rotating": _drawn(_rotating),
+    "burst": _drawn(_burst),
+    "lognormal": _drawn(_lognormal),
+    "zipf": _drawn(_zipf),
+    "dirichlet_drift": _drawn(_dirichlet_drift),
+}
+"""by name, in a fixed order"""
