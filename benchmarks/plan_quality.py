@@ -18,7 +18,8 @@ from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.lower_bound import lower_bound
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, PlanInput
-from hecate.parallel.topology import Topology, load_topology
+from hecate.parallel.topology import Topology
+from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
 
 TOPOLOGIES = {"8x1": "h100-node", "4x8 A": "paper-cluster-a", "4x8 B": "paper-cluster-b", "mixed": "mixed"}

@@ -91,6 +91,93 @@ def generate(
     print(answer(adapter, prompt, system=system, model=model, max_new_tokens=max_new_tokens))
 
 
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option(help="YAML file to write; a run takes it as topology=FILE.yaml")],
+    nproc: Annotated[int | None, typer.Option(min=1, help="local ranks; left out: one a GPU, or 2")] = None,
+) -> None:
+    """Measure devices and links as the ranks of a run meet them. Starts its own ranks, or uses those of torchrun."""
+    rank = os.environ.get("RANK")
+    if rank in (None, "0"):
+        from hecate.parallel.topology_file import check_writable
+
+        check_writable(out)
+    if rank is None:
+        from hecate.launch.local import launch_local
+
+        raise typer.Exit(launch_local(["profile", "--out", str(out)], nproc or _default_ranks()))
+    if nproc is not None:
+        raise UserError("--nproc: torchrun has started the ranks already; give it --nproc-per-node instead")
+    from hecate.profile.run import profile as measure
+    from hecate.train.ranks import join_ranks
+
+    with join_ranks() as ranks:
+        measure(ranks, out)
+    if rank == "0":
+        print(f"{out}:\n{out.read_text(encoding='utf-8')}", end="")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: _Overrides = None,
+    topology: Annotated[str | None, typer.Option(help="in place of the file's: preset of configs/topologies, or a YAML file")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="with topology auto; left out: as train would start")] = None,
+    workload: Annotated[str, typer.Option(help="synthetic loads to reckon with")] = "dirichlet_drift",
+    json_path: Annotated[Path | None, typer.Option("--json", help="write all figures there")] = None,
+) -> None:
+    """Dry run: memory, bytes and time of a step of CONFIG on any topology. Loads no weights, needs no GPU."""
+    # Compiling the planners' loops takes longer than running them a few times.
+    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+    from hecate.config import load_config
+    from hecate.forecast.plan import run_plan
+
+    loaded = load_config(config, overrides or (), claim_output=False)
+    run_plan(loaded, topology=topology, ranks=ranks, workload=workload, json_path=json_path)
+
+
+@app.command()
+def simulate(
+    topology: Annotated[str | None, typer.Option(help="preset of configs/topologies, or a YAML file")] = None,
+    model: Annotated[str | None, typer.Option(help="preset of configs/models, or a YAML file")] = None,
+    workload: Annotated[str, typer.Option(help="a name, several with commas between, or all")] = "zipf",
+    trace: Annotated[Path | None, typer.Option(help="recorded loads in place of a workload")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens of a rank in a step")] = 8192,
+    policy: Annotated[str, typer.Option(help="a name, several with commas between, or all")] = "all",
+    steps: Annotated[int, typer.Option(min=1)] = 12,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    exact: Annotated[bool, typer.Option("--exact", help="plan with the step's own loads in place of the last ones'")] = False,
+    rematerialize: Annotated[bool, typer.Option("--rematerialize", help="drop replicas between forward and backward pass")] = False,
+    max_imbalance: Annotated[float | None, typer.Option(min=1, help="largest over mean compute of the ranks; left out: none")] = None,
+    sweep: Annotated[str | None, typer.Option(help="many cases: preset of configs/experiments, or a YAML file")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write all figures there")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="write a PNG of the step times there")] = None,
+) -> None:
+    """Put expert loads through placement policies on any cluster: time, bytes and memory of a step. Needs no GPU."""
+    from hecate.forecast.simulate import run_simulation, run_sweep
+
+    if sweep is not None:
+        if topology or model or trace:
+            raise UserError("--sweep: its file names topologies and models; leave out --topology, --model and --trace")
+        run_sweep(sweep, json_path, plot_path)
+        return
+    run_simulation(
+        topology=topology,
+        model=model,
+        workload=workload,
+        trace=trace,
+        tokens=tokens,
+        policy=policy,
+        steps=steps,
+        seed=seed,
+        exact=exact,
+        rematerialize=rematerialize,
+        max_imbalance=max_imbalance,
+        json_path=json_path,
+        plot_path=plot_path,
+    )
+
+
 @app.command(name="make-tasks")
 def make_tasks(
     folder: Annotated[Path, typer.Argument(help="where to write {task}.train.jsonl and {task}.eval.jsonl")],

@@ -93,7 +93,8 @@ def sparse_all_gather_many(layers: Sequence[tuple[Tensor, Placement]], group: di
     """
     rank = dist.get_rank(group)
     exchange = Exchange([flat_moves(placement) for _, placement in layers], group)
-    exchange.start([owned_rows(owned_nC, placement, rank, run) for (owned_nC, placement), run in zip(layers, exchange.sent, strict=True)])
+    sent = zip(layers, exchange.sent, strict=True)
+    exchange.start([owned_rows(owned_nC, placement, rank, run.expert_M) for (owned_nC, placement), run in sent])
 
     def finish() -> list[Tensor]:
         arrived = zip(layers, exchange.received, exchange.arrived(), strict=True)
@@ -110,7 +111,8 @@ def sparse_reduce_scatter_many(layers: Sequence[tuple[Tensor, Placement]], group
     """
     rank = dist.get_rank(group)
     exchange = Exchange([flat_moves(placement) for _, placement in layers], group, back=True)
-    exchange.start([slot_rows(grad_SC, placement, rank, run.expert_M) for (grad_SC, placement), run in zip(layers, exchange.sent, strict=True)])
+    sent = zip(layers, exchange.sent, strict=True)
+    exchange.start([slot_rows(grad_SC, placement, rank, run.expert_M) for (grad_SC, placement), run in sent])
 
     def finish() -> list[Tensor]:
         totals = []
@@ -174,11 +176,11 @@ class Exchange:
         return [torch.cat(pieces[layer::layers]).view(-1, width) for layer, width in enumerate(self._widths)]
 
 
-def owned_rows(owned_nC: Tensor, placement: Placement, rank: int, run: Run) -> Tensor:
-    """[M, C]: the owned chunks of the run's experts."""
+def owned_rows(owned_nC: Tensor, placement: Placement, rank: int, expert_M: np.ndarray) -> Tensor:
+    """[M, C]: the owned chunks of the given experts."""
     owned_experts = placement.owned_by(rank)
     assert owned_nC.shape[0] == len(owned_experts), (owned_nC.shape, owned_experts)
-    return owned_nC[index(np.searchsorted(owned_experts, run.expert_M), owned_nC.device)]
+    return owned_nC[index(np.searchsorted(owned_experts, expert_M), owned_nC.device)]
 
 
 def slot_rows(replica_SC: Tensor, placement: Placement, rank: int, expert_M: np.ndarray) -> Tensor:
@@ -205,7 +207,7 @@ def sum_by_rank(experts: np.ndarray, own_nC: Tensor, rank: int, arrived: Sequenc
     """
     terms = [(peer, run.expert_M[rows], rows_MC[rows]) for run, rows_MC in arrived for peer, rows in run.pieces]
     total_nC = torch.zeros_like(own_nC)
-    for peer, expert_M, rows_MC in sorted([*terms, (rank, experts, own_nC)], key=lambda term: term[0]):
+    for _, expert_M, rows_MC in sorted([*terms, (rank, experts, own_nC)], key=lambda term: term[0]):
         if len(expert_M) == len(experts):  # all of them, so in this order
             total_nC += rows_MC
         else:

@@ -10,7 +10,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 try:
     import numba
 except ImportError:
-    numba = None
+    numba = None  # type: ignore[assignment, unused-ignore]
 
 
 def compiled(function: _F) -> _F:

@@ -9,6 +9,7 @@ Shapes: ... any leading dimensions (layers), E experts, D ranks, N nodes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -84,6 +85,8 @@ class LayerSeconds:
 
 DISPATCH_COLLECTIVES = 8
 """all-to-alls of a layer's tokens in a step: counts, slots, rows, weights, results; backward results, rows, weights"""
+LEAST_TRAFFIC = 1e-6
+"""rows or experts; less is rounding, and pays no latency"""
 
 
 def layer_seconds(
@@ -171,7 +174,7 @@ def dispatch_seconds(rows: Rows, topology: Topology, cost: LayerCost) -> np.ndar
     """All all-to-alls of a layer's rows in a step. Four of them carry rows, with ports in turn sending and receiving."""
     ports = PortBytes(rows.near[0], rows.near[1], rows.far[0], rows.far[1])
     once = port_seconds(ports, cost.row_bytes, topology)
-    far, near = rows.far[0].sum(-1) > 0, rows.near[0].sum(-1) > 0
+    far, near = rows.far[0].sum(-1) > LEAST_TRAFFIC, rows.near[0].sum(-1) > LEAST_TRAFFIC
     latency = np.where(far, topology.inter_node.latency, np.where(near, topology.intra_node.latency, 0.0))
     return 4 * once + DISPATCH_COLLECTIVES * latency
 
@@ -186,6 +189,25 @@ def port_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.
         uplink = np.maximum(ports.far_out_D @ member_DN, ports.far_in_D @ member_DN) / np.asarray(topology.uplink_bandwidth)
         seconds = np.maximum(seconds, np.maximum(nic.max(-1), uplink.max(-1)))
     return seconds * unit_bytes
+
+
+def choose_collective(owner_E: np.ndarray, where_ED: np.ndarray, chunk_bytes: float, topology: Topology) -> Literal["flat", "two_level"]:
+    """The faster way for a layer's SparseAllGather and, as it takes the same way back, its SparseReduceScatter; flat if equal.
+
+    The two exchanges of a two-level collective follow one another, so their seconds add up. A pure function: all ranks choose alike.
+
+    Args:
+        owner_E: int64 [experts].
+        where_ED: bool [experts, ranks]; true at the owners.
+    """
+    flat = gather_ports(owner_E, where_ED, topology, two_level=False)
+    both = gather_ports(owner_E, where_ED, topology, two_level=True)
+    # Inside the owners' nodes the two are alike; what else is near is what leaders hand on.
+    first = PortBytes(flat.near_out_D, flat.near_in_D, both.far_out_D, both.far_in_D)
+    zero_D = np.zeros_like(flat.far_in_D)
+    second = PortBytes(both.near_out_D - flat.near_out_D, both.near_in_D - flat.near_in_D, zero_D, zero_D)
+    two_level = _transfer_seconds(first, chunk_bytes, topology) + _transfer_seconds(second, chunk_bytes, topology)
+    return "two_level" if two_level < _transfer_seconds(flat, chunk_bytes, topology) else "flat"
 
 
 def exposed_seconds(compute: float | np.ndarray, transfer: np.ndarray, slowdown: float) -> np.ndarray:

@@ -30,6 +30,7 @@ ROUNDS = 6
 """bisections of the cutoff: each halves the distance of the bound from the best that this relaxation can give"""
 CLOSE = 2e-3
 """relative distance at which to stop before that"""
+REACHES = ("stay", "near", "far")
 
 
 def lower_bound(given: PlanInput, layer: int) -> float:
@@ -45,23 +46,40 @@ def lower_bound(given: PlanInput, layer: int) -> float:
     if not problem.load_E.size:
         return problem.static
 
+    known = dict.fromkeys(REACHES, 0.0)  # bounds at some cutoff hold at lower ones
+
     def bound(cutoff: float) -> float:
-        least = min(cutoff, problem.static)
-        for reach in ("stay", "near", "far"):
-            least = min(least, _Relaxation(problem, cutoff, reach).least())
-        return least
+        for reach in REACHES:
+            if known[reach] < cutoff:
+                known[reach] = max(known[reach], _Relaxation(problem, cutoff, reach).least())
+        return min(problem.static, *known.values())
 
     high = min(problem.static, problem.without_travel()) if problem.may_stay else problem.static
-    low = bound(high)
+    low, points = 0.0, []
+    cutoff = high
     for _ in range(ROUNDS):
-        if high - low <= CLOSE * high:
-            break
-        cutoff = (low + high) / 2
         value = bound(cutoff)
-        low = max(low, value)
+        points.append((cutoff, value))
+        low = max(low, min(cutoff, value))
         if value < cutoff:
             high = cutoff
+        if high - low <= CLOSE * high:
+            break
+        cutoff = _crossing(points[-2:], low, high)
     return low
+
+
+def _crossing(points: list[tuple[float, float]], low: float, high: float) -> float:
+    """Where bounds and cutoffs will probably be equal, between `low` and `high`, by points (cutoff, bound)."""
+    (x, v), (y, w) = points[0], points[-1]
+    if x != y and np.isfinite(v + w):
+        # Caps are inverse to fractions of replicas, so bounds go about as p + q / cutoff.
+        q = (v - w) / (1 / x - 1 / y)
+        p = v - q / x
+        guess = (p + np.sqrt(max(p * p + 4 * q, 0.0))) / 2
+        if low < guess < high:
+            return float(guess)
+    return low + (high - low) / 4
 
 
 class _Problem:
@@ -85,6 +103,9 @@ class _Problem:
         self.needed_ED = self.owned_ED | (self.tokens_ED > 0)  # without these replicas some token travels
         self.slots_D = given.slots_D
         self.may_stay = bool(((self.needed_ED & ~self.owned_ED).sum(0) <= self.slots_D).all())
+        lent_ED = -np.sort(-np.where(self.owned_ED, 0.0, self.tokens_ED), axis=0)
+        lent_ED[np.arange(len(lent_ED))[:, None] >= self.slots_D] = 0.0
+        self.most_local_D = np.where(self.owned_ED, self.tokens_ED, 0.0).sum(0) + lent_ED.sum(0)
         self.cost, self.topology = given.cost, given.topology
         self.node_D, self.member_DN = node_index(given.topology), node_membership(given.topology)
         self.home_ED = self.node_D[self.owner_E][:, None] == self.node_D
@@ -159,15 +180,33 @@ class _Relaxation:
         local_ED = lp.variables(p.tokens_ED if self.reach == "stay" else 0.0, most_local_ED)
         served_ED = lp.variables(0.0, most_served_ED)
         lp.at_most(p.slots_D, (z_ED, ~p.owned_ED, self.rank_D))
+        load_EN = p.tokens_ED @ p.member_DN
+        home_EN = p.node_D[p.owner_E][:, None] == np.arange(len(self.devices_N))
+        self.node_EN = lp.variables(home_EN | ((load_EN > 0) & (self.reach == "near")), 1.0)
+        self._pairs(~p.home_ED, (z_ED, 1.0), (self.node_EN[:, p.node_D], -1.0))
+        en = np.arange(home_EN.size).reshape(home_EN.shape)
+        lp.at_most(1.0 * home_EN, (self.node_EN, 1.0, en), (z_ED, -1.0 * ~p.home_ED, en[:, p.node_D]))
         if self.reach == "stay":
             return z_ED, local_ED, served_ED
         # A rank serves no choice of an expert that is not there, and of one that is no more than there are and it has time for.
         replicas = ~p.owned_ED
         self._pairs(replicas & (most_local_ED > 0), (local_ED, 1.0), (z_ED, -most_local_ED))
         self._pairs(replicas & (most_served_ED > 0), (served_ED, 1.0), (z_ED, -most_served_ED))
+        self._covers(z_ED, np.minimum(most_local_ED + most_served_ED, caps.both_D), caps)
         both = replicas & (most_local_ED + most_served_ED > caps.both_D)
         self._pairs(both, (local_ED, 1.0), (served_ED, 1.0), (z_ED, -caps.both_D + 0 * most_local_ED))
         return z_ED, local_ED, served_ED
+
+    def _covers(self, z_ED: np.ndarray, most_ED: np.ndarray, caps: _Caps) -> None:
+        p = self.problem
+        share_ED = -np.sort(-np.where(p.owned_ED, 0.0, most_ED), axis=1)  # of the best replicas, the first first
+        share_ED = np.diff(np.minimum(np.cumsum(share_ED, axis=1), p.load_E[:, None]), axis=1, prepend=0.0)
+        surplus_E = p.load_E - caps.both_D[p.owner_E]
+        number_E = np.array([_fewest(share_D, surplus) for share_D, surplus in zip(share_ED, surplus_E, strict=True)])
+        self.program.at_most(-number_E, (z_ED, -1.0 * ~p.owned_ED, self.expert_E[:, None]))
+        surplus_D = p.owned_ED.T @ p.load_E - caps.both_D
+        number_D = np.array([_fewest(share_ED[p.owned_ED[:, d]], surplus) for d, surplus in enumerate(surplus_D)])
+        self.program.at_most(-number_D, (z_ED, -1.0 * ~p.owned_ED, p.owner_E[:, None]))
 
     def _pairs(self, where_ED: np.ndarray, *terms: tuple[np.ndarray, float | np.ndarray]) -> None:
         """For each pair of an expert and a rank in `where_ED`: the terms' sum is at most 0."""
@@ -209,6 +248,18 @@ class _Relaxation:
             lp.equal(np.zeros(nodes), (got_D, 1.0, p.node_D), (got_EN, -1.0, np.arange(nodes)))
             lp.at_most(p.load_D, (local_ED, 1.0, self.rank_D), (sent_D, 1.0, self.rank_D))
             lp.at_most(np.zeros(ranks), (got_D, 1.0, self.rank_D), (served_ED, -1.0, self.rank_D))
+        if far:
+            away_EN = p.node_D[p.owner_E][:, None] != np.arange(nodes)
+            both_N = caps.both_D @ p.member_DN
+            most_in_EN = np.minimum(load_EN, both_N)
+            most_got_EN = np.minimum(p.load_E[:, None] - load_EN, caps.remote_D @ p.member_DN)
+            rows = np.arange(away_EN.sum())
+            y = self.node_EN[away_EN]
+            lp.at_most(-load_EN[away_EN], (sent_EN[away_EN], -1.0, rows), (y, -most_in_EN[away_EN], rows))
+            lp.at_most(0.0 * rows, (got_EN[away_EN], 1.0, rows), (y, -most_got_EN[away_EN], rows))
+            tight = away_EN & (most_in_EN + most_got_EN > both_N)
+            rows = np.arange(tight.sum())
+            lp.at_most(-load_EN[tight], (sent_EN[tight], -1.0, rows), (got_EN[tight], 1.0, rows), (self.node_EN[tight], -(both_N+0*load_EN)[tight], rows))
         out = caps.remote_rows_D.min() * p.row_bytes / self.cutoff
         in_D = caps.remote_rows_D * p.row_bytes / self.cutoff
         port_D, nic_D = np.asarray(topology.port_bandwidth), np.asarray(topology.nic_bandwidth)
@@ -261,29 +312,28 @@ class _Relaxation:
         if nodes > 1:
             count_D = far_ED.sum(0)
             wants_EN = far_ED @ p.member_DN > 0
-            least_EN = np.zeros(wants_EN.shape)
-            if self.reach == "near":
-                settled_EN = (counted_ED < ~p.owned_ED) @ p.member_DN > 0  # a resident replica may serve the node
-                least_EN = wants_EN & (p.tokens_ED @ p.member_DN > 0) & ~settled_EN
-            # Does a node want an expert of another? As much as the rank of it that wants it most.
-            any_EN = lp.variables(least_EN, wants_EN)
-            self._pairs(far_ED, (z_ED, 1.0), (any_EN[:, p.node_D], -1.0))
+            if (counted_ED == ~p.owned_ED).all():
+                any_EN = self.node_EN
+            else:
+                any_EN = lp.variables(0.0, wants_EN)
+                self._pairs(far_ED, (z_ED, 1.0), (any_EN[:, p.node_D], -1.0))
+            away_EN = p.node_D[p.owner_E][:, None] != np.arange(nodes)
             # Of them, how many does each rank receive for its node, and how often does it hand one on?
             lead_D = lp.variables(0.0, count_D)
             pass_D = lp.variables(0.0, count_D.sum())
             n = np.arange(nodes)
-            lp.equal(np.zeros(nodes), (lead_D, 1.0, p.node_D), (any_EN, -1.0, n))
+            lp.equal(np.zeros(nodes), (lead_D, 1.0, p.node_D), (any_EN, -1.0 * away_EN, n))
             lp.at_most(np.zeros(ranks), (lead_D, 1.0, r), (z_ED, -1.0 * far_ED, r))
-            lp.equal(np.zeros(nodes), (pass_D, 1.0, p.node_D), (any_EN, 1.0, n), (z_ED, -1.0 * far_ED, p.node_D))
+            lp.equal(np.zeros(nodes), (pass_D, 1.0, p.node_D), (any_EN, 1.0 * away_EN, n), (z_ED, -1.0 * far_ED, p.node_D))
             lp.at_most(np.zeros(ranks), (pass_D, 1.0, r), (lead_D, 1.0 - self.devices_N[p.node_D], r))
             out.append((pass_D, 1 / port_D, r))
             into.append((lead_D, -1 / port_D, r))
             owner_EN = np.broadcast_to(p.owner_E[:, None], wants_EN.shape)
             home_EN = p.node_D[owner_EN]
-            lp.at_most(0 * nic_D, (any_EN, 1 / nic_D[owner_EN], owner_EN), (busiest, -1.0, r))
+            lp.at_most(0 * nic_D, (any_EN, away_EN / nic_D[owner_EN], owner_EN), (busiest, -1.0, r))
             lp.at_most(0 * nic_D, (lead_D, 1 / nic_D, r), (busiest, -1.0, r))
-            lp.at_most(0 * uplink_N, (any_EN, 1 / uplink_N[home_EN], home_EN), (busiest, -1.0, n))
-            lp.at_most(0 * uplink_N, (any_EN, 1 / uplink_N, n), (busiest, -1.0, n))
+            lp.at_most(0 * uplink_N, (any_EN, away_EN / uplink_N[home_EN], home_EN), (busiest, -1.0, n))
+            lp.at_most(0 * uplink_N, (any_EN, away_EN / uplink_N, n), (busiest, -1.0, n))
         lp.at_most(0 * port_D, *out, (busiest, -1.0, r))
         lp.at_most(0 * port_D, *into, (busiest, -1.0, r))
         return busiest
@@ -343,7 +393,7 @@ class _Caps:
                 ends.append(_distinct(choices_D - rest_D, first_D, k) + _distinct(rest_D, second_D, k))
             return seconds(np.minimum(*ends), choices_D) <= compute
 
-        self.local_D = _largest(local_fits, k * tokens_D)
+        self.local_D = _largest(local_fits, p.most_local_D)
         self.remote_D = _largest(remote_fits, k * others_D)
         self.both_D = _largest(both_fit, k * (tokens_D + others_D))
         self.local_rows_D = _chord(self.local_D, tokens_D, k)
@@ -359,6 +409,12 @@ def _largest(fits: Callable[[np.ndarray], np.ndarray], most_D: np.ndarray) -> np
         good_D = fits(middle_D)
         low_D, high_D = np.where(good_D, middle_D, low_D), np.where(good_D, high_D, middle_D)
     return high_D
+
+
+def _fewest(shares: np.ndarray, needed: float) -> int:
+    """How many of the shares it takes to reach what is needed."""
+    total = np.cumsum(-np.sort(-shares.ravel()))
+    return int((total < needed * (1 - 1e-9)).sum()) + 1 if needed > 0 else 0
 
 
 def _distinct(choices: np.ndarray, tokens: np.ndarray, k: int) -> np.ndarray:

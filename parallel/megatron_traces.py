@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def _choices(record: dict[str, Any], num_experts: int, where: str) -> np.ndarray
         chosen = np.array(record.get("top_indices"))
     except ValueError:  # lists of unequal lengths
         chosen = np.array(None)
-    if chosen.size == 0 == tokens and chosen.ndim:
+    if chosen.size == 0 == tokens:
         return np.empty(0, dtype=np.int64)
     if chosen.dtype != np.int64 or chosen.shape not in ((tokens, top_k), (tokens * top_k,)):
         raise UserError(f"{where}: top_indices must be {tokens} lists of {top_k} experts, or all of them in one list")
@@ -121,13 +121,11 @@ def _choices(record: dict[str, Any], num_experts: int, where: str) -> np.ndarray
 
 def _refuse_gaps(found: dict[_Triple, _Found], path: Path) -> None:
     """Every layer and rank must have as many records in a step as any other: one a micro-batch."""
-    steps, layers = (sorted({triple[axis] for triple in found}) for axis in range(2))
-    world_size = 1 + max(rank for _, _, rank in found)
+    steps, layers, ranks = (sorted({triple[axis] for triple in found}) for axis in range(3))
     wanted = dict.fromkeys(steps, 0)
     for (step, _, _), entry in found.items():
         wanted[step] = max(wanted[step], entry.records)
-    # Lazily, and few of them: a wrong rank number must not make this long.
-    triples = ((step, layer, rank) for step in steps for layer in layers for rank in range(world_size))
+    triples = product(steps, layers, range(len(ranks)))  # if the ranks are others than these, one of these is missing
     gaps = ((t, found[t].records if t in found else 0) for t in triples)
     short = list(islice(((t, have) for t, have in gaps if have < wanted[t[0]]), 4))
     if short:

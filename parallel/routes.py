@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from hecate.parallel.flows import node_index, node_membership
+from hecate.parallel.flows import node_index
 from hecate.parallel.gather_bytes import leaders
 from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Topology
@@ -46,7 +46,7 @@ class Moves:
         return bool((self.source_ED >= 0).any())
 
     def sent(self, rank: int) -> Run:
-        peer_M, expert_M = np.nonzero(self.source_ED.T == rank)
+        peer_M, expert_M = np.nonzero((self.source_ED == rank).T)
         return Run(expert_M, np.bincount(peer_M, minlength=self.source_ED.shape[1]).tolist())
 
     def received(self, rank: int) -> Run:
@@ -81,17 +81,18 @@ def two_level_moves(placement: Placement, topology: Topology) -> TwoLevelMoves:
     wanted_ED = placement.where_ED & ~_own(placement)
     far_ED = wanted_ED & ~home_ED
     leader_ED = leaders(far_ED, topology)
-    member_DN = node_membership(topology)
-    leader_of_EN = (leader_ED * np.arange(topology.world_size)) @ member_DN
-    copies_ED = (far_ED @ member_DN)[:, node_D]
+    by_node = np.argsort(node_D, kind="stable")
+    starts = np.searchsorted(node_D[by_node], np.arange(topology.num_nodes))
+    leader_of_EN = np.maximum.reduceat(np.where(leader_ED, np.arange(topology.world_size), -1)[:, by_node], starts, axis=1)
+    copies_EN = np.add.reduceat(far_ED[:, by_node].astype(np.int64), starts, axis=1)
     inside_ED = far_ED & ~leader_ED
     direct_ED = wanted_ED & home_ED
-    source_ED = np.where(inside_ED, leader_of_EN[:, node_D].astype(np.int64), owner_E1)
+    source_ED = np.where(inside_ED, leader_of_EN[:, node_D], owner_E1)
 
     def moves(chosen_ED: np.ndarray) -> Moves:
         return Moves(np.where(chosen_ED, source_ED, -1))
 
-    alone_ED = leader_ED & (copies_ED == 1)
+    alone_ED = leader_ED & (copies_EN[:, node_D] == 1)
     return TwoLevelMoves(
         gather=(moves(direct_ED | leader_ED), moves(inside_ED)),
         reduce=(moves(direct_ED | inside_ED | alone_ED), moves(leader_ED & ~alone_ED)),

@@ -16,7 +16,7 @@ from hecate.errors import UserError
 from hecate.parallel.cost_model import LayerCost, overlap_degree, port_seconds
 from hecate.parallel.flows import node_index, node_membership
 from hecate.parallel.gather_bytes import PortBytes
-from hecate.parallel.planners.plan import Planner, PlanInput
+from hecate.parallel.planners.plan import PlanInput, Planner
 from hecate.parallel.topology import Topology
 
 RESHARD_COLLECTIVES = 2

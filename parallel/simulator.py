@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hecate.parallel.cost_model import LayerCost, layer_seconds, rows_served
+from hecate.parallel.cost_model import LayerCost, Rows, layer_seconds, rows_served
 from hecate.parallel.executed_flows import executed_flows, served
-from hecate.parallel.flows import Flows, node_membership
+from hecate.parallel.flows import node_membership
 from hecate.parallel.gather_bytes import PortBytes, gather_ports
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import Plan, PlanInput, Planner
-from hecate.parallel.sharding import better_owners, reshard_seconds
+from hecate.parallel.sharding import better_owners, owned_bytes, reshard_seconds
 from hecate.parallel.topology import Topology
 
 Mode = Literal["history", "exact"]
@@ -77,8 +77,10 @@ class Simulated:
     bytes: StepBytes
     imbalance: float
     """largest expert compute time of a rank over what it would be if all shared the work by their rates; mean over layers"""
-    replica_bytes: float
-    """memory of replicas of others' experts (parameters, gradients, frozen parts), on the fullest rank in the fullest step"""
+    replica_bytes_D: tuple[float, ...]
+    """memory of each rank's replicas of others' experts (parameters, gradients, frozen parts), in its fullest step"""
+    rows_D: tuple[float, ...]
+    """distinct tokens that each rank computes in a layer, in its fullest step; mean over layers"""
     planner_ms_per_layer: float
     """measured, on this machine"""
 
@@ -86,9 +88,15 @@ class Simulated:
     def step_seconds(self) -> float:
         return self.seconds.total
 
+    @property
+    def replica_bytes(self) -> float:
+        """On the fullest rank."""
+        return max(self.replica_bytes_D)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"policy": self.policy, "step_seconds": self.step_seconds, **{k: v for k, v in asdict(self).items() if k != "policy"}}
+        whole = {"policy": self.policy, "step_seconds": self.step_seconds, "replica_bytes": self.replica_bytes}
+        return whole | {name: value for name, value in asdict(self).items() if name not in ("policy", "replica_bytes_D", "rows_D")}
 
 
 def simulate(
@@ -97,11 +105,13 @@ def simulate(
     cost: LayerCost,
     policies: Mapping[str, Planner],
     *,
-    mode: Mode = "history",
     slots_D: np.ndarray,
+    mode: Mode = "history",
+    history_steps: int = HISTORY_STEPS,
     rematerialize: bool = False,
     max_imbalance: float | None = None,
     reshard_interval: int | None = None,
+    num_layers: int | None = None,
 ) -> list[Simulated]:
     """Put loads through each policy, all layers alike.
 
@@ -111,30 +121,38 @@ def simulate(
         loads: int64 [steps, layers, source ranks, experts]: choices.
         policies: name -> planner, such as `hecate.parallel.planners.POLICIES`.
         slots_D: int64 [ranks]: see `PlanInput.slots_D`.
+        history_steps: whose loads are averaged to predict the next.
         rematerialize: replicas are dropped after a layer's forward pass and gathered again before its backward pass.
         max_imbalance: see `PlanInput.max_imbalance`.
         reshard_interval: every so many steps `hecate` and `auto` move experts to better owners where that pays; None: never.
+        num_layers: of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample.
     """
     assert loads.ndim == 4, loads.shape
     assert loads.shape[2] == topology.world_size, (loads.shape, topology.world_size)
-    return [
-        _simulate_policy(
-            name,
-            planner,
-            loads,
-            topology,
-            cost,
-            mode,
-            slots_D,
-            rematerialize,
-            max_imbalance,
-            reshard_interval if name in _RESHARDING else None,
-        )
-        for name, planner in policies.items()
-    ]
+    setting = _Setting(
+        topology, cost, slots_D, mode, history_steps, rematerialize, max_imbalance, reshard_interval, num_layers or loads.shape[1]
+    )
+    return [_simulate_policy(name, planner, loads, setting) for name, planner in policies.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class _Setting:
+    """What all policies have in common: the arguments of `simulate`."""
+
+    topology: Topology
+    cost: LayerCost
+    slots_D: np.ndarray
+    mode: Mode
+    history_steps: int
+    rematerialize: bool
+    max_imbalance: float | None
+    reshard_interval: int | None
+    num_layers: int
 
 
 _RESHARDING = ("hecate", "auto")
+_REPLANS = {"smartmoe": (10, 2)}
+"""policy -> it plans every so many steps only, from the loads of the last so many"""
 
 
 def replica_slots(
@@ -147,56 +165,61 @@ def replica_slots(
         other_bytes: what every rank holds beside its experts.
         rematerialize: replicas of one layer are there at a time, but for their frozen parts.
     """
-    owned_bytes = cost.trainable_bytes + cost.reduced_bytes + cost.state_bytes + cost.frozen_bytes
-    owned = -(-num_experts // topology.world_size) * num_layers * owned_bytes
+    owned = fullest_owner_bytes(topology, cost, num_layers=num_layers, num_experts=num_experts)
     room_D = (np.asarray(topology.memory) - other_bytes - owned).clip(0) / 2
     one_layer = cost.replica_bytes - cost.frozen_bytes
     each = cost.frozen_bytes * num_layers + one_layer * (1 if rematerialize else num_layers)
     return np.minimum(room_D / each, num_experts).astype(np.int64)
 
 
-def _simulate_policy(
-    name: str,
-    planner: Planner,
-    loads: np.ndarray,
-    topology: Topology,
-    cost: LayerCost,
-    mode: Mode,
-    slots_D: np.ndarray,
-    rematerialize: bool,
-    max_imbalance: float | None,
-    reshard_interval: int | None,
-) -> Simulated:
+def fullest_owner_bytes(topology: Topology, cost: LayerCost, *, num_layers: int, num_experts: int) -> float:
+    """What a rank's own experts take, on the rank with the most: state, gradients, frozen parts, and the parameters computed with."""
+    each_layer = -(-num_experts // topology.world_size)
+    return num_layers * each_layer * (cost.trainable_bytes + owned_bytes(cost))
+
+
+def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _Setting) -> Simulated:
     num_steps, num_layers, world_size, num_experts = loads.shape
+    exact = setting.mode == "exact"
+    first_known = 0 if exact else 1
+    interval, window = (1, 1) if exact else _REPLANS.get(name, (1, setting.history_steps))
+    reshard_interval = setting.reshard_interval if name in _RESHARDING else None
     owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
     resident_LED: np.ndarray | None = None
-    # Planners pay a frozen part over its lifetime; here it is paid in the step in which it travels.
-    paid = replace(cost, frozen_lifetime=1.0)
     steps: list[_Step] = []
     planner_seconds: list[float] = []
+    given: PlanInput | None = None
+    plan: Plan | None = None
     for step in range(num_steps):
-        known = loads[step : step + 1] if mode == "exact" else loads[max(step - HISTORY_STEPS, 0) : step]
-        given = PlanInput(
-            owner_LE, known.mean(0) if len(known) else None, topology, cost, slots_D, resident_LED=resident_LED, max_imbalance=max_imbalance
-        )
-        if (
-            reshard_interval
-            and step % reshard_interval == (mode == "history")
-            and (found := better_owners(planner, [given], reshard_interval))
-        ):
-            given = replace(given, owner_LE=found[0][0])
-        started = time.perf_counter()
-        plan = planner(given)
-        planner_seconds.append(time.perf_counter() - started)
-        steps.append(_execute(plan, given, loads[step], owner_LE, paid, rematerialize))
+        owner_before_LE = owner_LE
+        if given is None or plan is None or (step - first_known) % interval == 0:
+            known = loads[step : step + 1] if exact else loads[max(step - window, 0) : step]
+            given = PlanInput(
+                owner_LE,
+                known.mean(0) if len(known) else None,
+                setting.topology,
+                setting.cost,
+                setting.slots_D,
+                resident_LED=resident_LED,
+                max_imbalance=setting.max_imbalance,
+            )
+            if reshard_interval and (step - first_known) % reshard_interval == 0:
+                found = better_owners(planner, [given], reshard_interval)
+                given = given if found is None else replace(given, owner_LE=found[0][0])
+            started = time.perf_counter()
+            plan = planner(given)
+            planner_seconds.append(time.perf_counter() - started)
+        steps.append(_execute(plan, given.tokens_LED, loads[step], owner_before_LE, resident_LED, setting))
         owner_LE, resident_LED = plan.owner_LE, plan.where_LED
     counted = steps[1:] or steps
+    scale = setting.num_layers / num_layers
     return Simulated(
         policy=name,
-        seconds=StepSeconds(**_mean([one.seconds for one in counted])),
-        bytes=StepBytes(**_mean([one.bytes for one in counted])),
+        seconds=StepSeconds(**_mean([one.seconds for one in counted], scale)),
+        bytes=StepBytes(**_mean([one.bytes for one in counted], scale)),
         imbalance=float(np.mean([one.imbalance for one in counted])),
-        replica_bytes=max(one.replica_bytes for one in counted),
+        replica_bytes_D=tuple(np.max([one.replica_bytes_D for one in counted], axis=0).tolist()),
+        rows_D=tuple(np.max([one.rows_D for one in counted], axis=0).tolist()),
         planner_ms_per_layer=1e3 * float(np.median(planner_seconds)) / num_layers,
     )
 
@@ -206,17 +229,26 @@ class _Step:
     seconds: StepSeconds
     bytes: StepBytes
     imbalance: float
-    replica_bytes: float
+    replica_bytes_D: np.ndarray
+    rows_D: np.ndarray
 
 
 def _execute(
-    plan: Plan, given: PlanInput, loads_LSE: np.ndarray, owner_before_LE: np.ndarray, cost: LayerCost, rematerialize: bool
+    plan: Plan,
+    planned_LED: np.ndarray,
+    loads_LSE: np.ndarray,
+    owner_before_LE: np.ndarray,
+    resident_LED: np.ndarray | None,
+    setting: _Setting,
 ) -> _Step:
-    """The step's true loads under `plan`."""
-    topology = given.topology
+    """The step's true loads under a plan made for `planned_LED`."""
+    topology = setting.topology
+    # Planners pay a frozen part over its lifetime; here it is paid in the step in which it travels.
+    cost = replace(setting.cost, frozen_lifetime=1.0)
     tokens_LED = np.swapaxes(loads_LSE, 1, 2).astype(np.float64)
-    flow = executed_flows(plan.where_LED, plan.quota_LED, given.tokens_LED, tokens_LED, topology)
+    flow = executed_flows(plan.where_LED, plan.quota_LED, planned_LED, tokens_LED, topology)
     quota_LED = served(flow)
+    rows = rows_served(flow, tokens_LED, cost)
     seconds = layer_seconds(
         plan.owner_LE,
         plan.where_LED,
@@ -225,29 +257,34 @@ def _execute(
         topology,
         cost,
         flow=flow,
-        resident_ED=given.resident_LED,
-        rematerialize=rematerialize,
+        resident_ED=resident_LED,
+        rematerialize=setting.rematerialize,
     )
     moved = (plan.owner_LE != owner_before_LE).any()
     step_seconds = StepSeconds(
-        attention=3 * cost.non_moe_flops / min(topology.flops) * given.num_layers,
+        attention=3 * cost.non_moe_flops / min(topology.flops) * len(loads_LSE),
         reshard=reshard_seconds(owner_before_LE, plan.owner_LE, topology, cost) if moved else 0.0,
         **{field.name: float(getattr(seconds, field.name).sum()) for field in fields(seconds)},
     )
     return _Step(
         step_seconds,
-        _bytes(plan, given, flow, tokens_LED, owner_before_LE, cost, rematerialize),
-        _imbalance(flow, quota_LED, tokens_LED, topology, cost),
-        _replica_bytes(plan, cost, rematerialize),
+        _bytes(plan, rows, owner_before_LE, resident_LED, topology, cost, setting.rematerialize),
+        _imbalance(rows, quota_LED, topology, cost),
+        _replica_bytes(plan, setting),
+        rows.computed_D.mean(0),
     )
 
 
 def _bytes(
-    plan: Plan, given: PlanInput, flow: Flows, tokens_LED: np.ndarray, owner_before_LE: np.ndarray, cost: LayerCost, rematerialize: bool
+    plan: Plan,
+    rows: Rows,
+    owner_before_LE: np.ndarray,
+    resident_LED: np.ndarray | None,
+    topology: Topology,
+    cost: LayerCost,
+    rematerialize: bool,
 ) -> StepBytes:
-    topology = given.topology
     gather = gather_ports(plan.owner_LE, plan.where_LED, topology)
-    rows = rows_served(flow, tokens_LED, cost)
     row_ports = PortBytes(*rows.near, *rows.far)
     parts = [
         (gather, cost.trainable_bytes * (2 if rematerialize else 1)),
@@ -256,12 +293,12 @@ def _bytes(
         (row_ports, 2 * cost.row_bytes),
         (row_ports.reversed(), 2 * cost.row_bytes),
     ]
-    owned_LED = plan.owner_LE[..., None] == np.arange(given.world_size)
+    owned_LED = _at(plan.owner_LE, topology)
     if cost.frozen_bytes:
-        fresh_LED = plan.where_LED if given.resident_LED is None else plan.where_LED & ~given.resident_LED
+        fresh_LED = plan.where_LED if resident_LED is None else plan.where_LED & ~resident_LED
         parts.append((gather_ports(plan.owner_LE, fresh_LED | owned_LED, topology), cost.frozen_bytes))
     if (plan.owner_LE != owner_before_LE).any():
-        moved = gather_ports(owner_before_LE, owned_LED | (owner_before_LE[..., None] == np.arange(given.world_size)), topology)
+        moved = gather_ports(owner_before_LE, owned_LED | _at(owner_before_LE, topology), topology)
         parts.append((moved, cost.state_bytes + cost.frozen_bytes))
     near_out, near_in, far_out, far_in = (
         sum(size * getattr(ports, name).sum(0) for ports, size in parts) for name in ("near_out_D", "near_in_D", "far_out_D", "far_in_D")
@@ -275,21 +312,27 @@ def _bytes(
     )
 
 
-def _imbalance(flow: Flows, quota_LED: np.ndarray, tokens_LED: np.ndarray, topology: Topology, cost: LayerCost) -> float:
+def _imbalance(rows: Rows, quota_LED: np.ndarray, topology: Topology, cost: LayerCost) -> float:
     rate_D = np.asarray(topology.flops)
-    work_LD = rows_served(flow, tokens_LED, cost).computed_D * cost.row_flops * (1 + cost.row_backward)
+    work_LD = rows.computed_D * cost.row_flops * (1 + cost.row_backward)
     work_LD = work_LD + quota_LED.sum(1) * cost.choice_flops * (1 + cost.choice_backward)
     even_L = work_LD.sum(1) / rate_D.sum()
     busiest_L = (work_LD / rate_D).max(1)
     return float(np.divide(busiest_L, even_L, out=np.ones_like(even_L), where=even_L > 0).mean())
 
 
-def _replica_bytes(plan: Plan, cost: LayerCost, rematerialize: bool) -> float:
-    owned_LED = plan.owner_LE[..., None] == np.arange(plan.where_LED.shape[-1])
-    replicas_LD = (plan.where_LED & ~owned_LED).sum(1)
-    held_D = replicas_LD.max(0) if rematerialize else replicas_LD.sum(0)
-    return float((held_D * (cost.replica_bytes - cost.frozen_bytes) + replicas_LD.sum(0) * cost.frozen_bytes).max())
+def _replica_bytes(plan: Plan, setting: _Setting) -> np.ndarray:
+    replicas_LD = (plan.where_LED & ~_at(plan.owner_LE, setting.topology)).sum(1)
+    every_D = replicas_LD.sum(0) * setting.num_layers / len(replicas_LD)
+    at_once_D = replicas_LD.max(0) if setting.rematerialize else every_D
+    frozen, moving = setting.cost.frozen_bytes, setting.cost.replica_bytes - setting.cost.frozen_bytes
+    return np.asarray(at_once_D * moving + every_D * frozen)
 
 
-def _mean(records: list[Any]) -> dict[str, float]:
-    return {field.name: float(np.mean([getattr(one, field.name) for one in records])) for field in fields(records[0])}
+def _mean(records: list[Any], scale: float) -> dict[str, float]:
+    return {field.name: scale * float(np.mean([getattr(one, field.name) for one in records])) for field in fields(records[0])}
+
+
+def _at(owner_LE: np.ndarray, topology: Topology) -> np.ndarray:
+    """bool [layers, experts, ranks]"""
+    return np.asarray(owner_LE[..., None] == np.arange(topology.world_size))

@@ -9,7 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.parallel.collectives import Handle, sparse_all_gather, sparse_reduce_scatter
+from hecate.parallel.cost_model import choose_collective
 from hecate.parallel.placement import Placement
+from hecate.parallel.routes import TwoLevelMoves, two_level_moves
+from hecate.parallel.topology import Topology
+from hecate.parallel.two_level import two_level_all_gather, two_level_reduce_scatter
 
 
 class LayerStore:
@@ -20,13 +24,17 @@ class LayerStore:
     all layers in the same order. Outside training `drop` takes the place of `reduce`.
     """
 
-    def __init__(self, owner_E: list[int], init: Callable[[int], Tensor], group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, owner_E: list[int], init: Callable[[int], Tensor], group: dist.ProcessGroup, topology: Topology | None = None
+    ) -> None:
         """Args:
         owner_E: the owner rank of each expert.
         init: the initial flat chunk of an expert; called for owned experts only.
+        topology: of the group's ranks, by which to choose collectives; None: always the flat ones.
         """
         rank = dist.get_rank(group)
         self._group = group
+        self._topology = topology
         self.experts = [expert for expert, owner in enumerate(owner_E) if owner == rank]
         """owned experts, ascending"""
         # A rank that owns nothing still needs the chunk's size and dtype to take part in the collectives.
@@ -36,9 +44,11 @@ class LayerStore:
         """one parameter an owned expert, views of one tensor"""
         self.bytes_sent = 0
         self._placement: Placement | None = None
-        self._gathering: Handle | None = None
+        self._over_leaders: TwoLevelMoves | None = None
+        """the way of this iteration's collectives; None: flat"""
+        self._gathering: Handle[Tensor] | None = None
         self._replicas_SC: Tensor | None = None
-        self._reducing: Handle | None = None
+        self._reducing: Handle[Tensor] | None = None
 
     @property
     def owned(self) -> Tensor:
@@ -90,7 +100,11 @@ class LayerStore:
         """Start materializing; does nothing where this iteration's replicas are here or on their way."""
         if self._gathering is None and self._replicas_SC is None:
             self._placement = placement
-            self._gathering = sparse_all_gather(self._owned_nC, placement, self._group)
+            self._over_leaders = self._way_over_leaders(placement)
+            if self._over_leaders is None:
+                self._gathering = sparse_all_gather(self._owned_nC, placement, self._group)
+            else:
+                self._gathering = two_level_all_gather(self._owned_nC, placement, self._over_leaders, self._group)
             self.bytes_sent += self._gathering.bytes_sent
 
     def replicas(self) -> Tensor:
@@ -106,7 +120,10 @@ class LayerStore:
         assert self._placement is not None
         assert self._replicas_SC is not None
         assert self._replicas_SC.grad is not None
-        self._reducing = sparse_reduce_scatter(self._replicas_SC.grad, self._placement, self._group)
+        if self._over_leaders is None:
+            self._reducing = sparse_reduce_scatter(self._replicas_SC.grad, self._placement, self._group)
+        else:
+            self._reducing = two_level_reduce_scatter(self._replicas_SC.grad, self._placement, self._over_leaders, self._group)
         self.bytes_sent += self._reducing.bytes_sent
         self.drop()
 
@@ -122,3 +139,11 @@ class LayerStore:
         if self._gathering is not None:
             self._gathering.wait()
         self._placement = self._gathering = self._replicas_SC = None
+
+    def _way_over_leaders(self, placement: Placement) -> TwoLevelMoves | None:
+        topology = self._topology
+        if topology is None or topology.num_nodes == 1:
+            return None
+        if choose_collective(placement.owner_E, placement.where_ED, self.chunk_bytes, topology) == "flat":
+            return None
+        return two_level_moves(placement, topology)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,16 +80,30 @@ def load_topology(path: Path) -> Topology:
 
 
 def save_topology(topology: Topology, path: Path, comment: str = "") -> None:
-    """Write `topology` so that `load_topology` reads back an equal one, `comment` above it; its folder is made, a file there replaced.
+    """Write `topology` so that `load_topology` reads back an equal one, `comment` above it. A file that is there is replaced.
 
     Raises:
         UserError: the file cannot be written.
     """
+    check_writable(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(topology_text(topology, comment), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of `path` and see that a file can be written there: before the work is done whose result it is to hold.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: its folder cannot be made: {error}") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written: {'it is a folder' if path.is_dir() else 'permission denied'}")
 
 
 def topology_text(topology: Topology, comment: str = "") -> str:

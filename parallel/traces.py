@@ -106,7 +106,7 @@ def load_trace(path: Path) -> Trace:
             header, loads = json.loads(arrays["header"].tobytes()), arrays["loads"]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a trace of expert loads, or damaged: {error}") from error
     if not isinstance(header, dict) or type(header.get("version")) is not int:
         raise UserError(f"{path}: not a trace of expert loads: its header has no version")
@@ -114,8 +114,9 @@ def load_trace(path: Path) -> Trace:
         raise UserError(f"{path}: version {header['version']} of the format; this hecate reads version {_VERSION}")
     if set(header) != {"version", *_HEADER} or not all(type(header[name]) is list for name in _HEADER[:3]):
         raise UserError(f"{path}: damaged: its header must have the lists {', '.join(_HEADER[:3])} and {', '.join(_HEADER[3:])}")
+    facts: dict[str, Any] = {name: tuple(header[name]) if name in _HEADER[:3] else header[name] for name in _HEADER}
     try:
-        return Trace(loads, *(tuple(header[name]) for name in _HEADER[:3]), **{name: header[name] for name in _HEADER[3:]})
+        return Trace(loads, **facts)
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}") from error
 

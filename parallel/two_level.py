@@ -14,8 +14,8 @@ Shapes: as in `hecate.parallel.collectives`.
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,21 +24,24 @@ from torch import Tensor
 
 from hecate.parallel.collectives import Exchange, Handle, index, into_slots, owned_rows, slot_rows, sum_by_rank
 from hecate.parallel.placement import Placement
-from hecate.parallel.routes import Moves, Run, two_level_moves
-from hecate.parallel.topology import Topology
+from hecate.parallel.routes import Moves, Run, TwoLevelMoves
 
 
-def two_level_all_gather(owned_nC: Tensor, placement: Placement, topology: Topology, group: dist.ProcessGroup) -> Handle[Tensor]:
-    """`sparse_all_gather` over leaders: same conditions, same result. Rank r of the topology is rank r of the group."""
+def two_level_all_gather(owned_nC: Tensor, placement: Placement, moves: TwoLevelMoves, group: dist.ProcessGroup) -> Handle[Tensor]:
+    """`sparse_all_gather` over leaders: same conditions, same result.
+
+    Args:
+        moves: of this placement (see `two_level_moves`); rank r of its topology is rank r of the group.
+    """
     rank = dist.get_rank(group)
-    first_moves, second_moves = two_level_moves(placement, topology).gather
+    first_moves, second_moves = moves.gather
     first = Exchange([first_moves], group)
     (leading,) = first.received
     second = _SecondExchange(second_moves, group, owned_nC, back=False)
     # A leader forwards some of what it received; each expert came once, so its row is found by the expert.
     order = np.argsort(leading.expert_M)
     rows = index(order[np.searchsorted(leading.expert_M, second.sent.expert_M, sorter=order)], owned_nC.device)
-    first.start([owned_rows(owned_nC, placement, rank, first.sent[0])])
+    first.start([owned_rows(owned_nC, placement, rank, first.sent[0].expert_M)])
     arrive = second.follow(first, lambda: first.arrived()[0][rows])
 
     def finish() -> Tensor:
@@ -47,36 +50,38 @@ def two_level_all_gather(owned_nC: Tensor, placement: Placement, topology: Topol
     return Handle(arrive, finish, _added(first.bytes_to, second.bytes_to))
 
 
-def two_level_reduce_scatter(grad_SC: Tensor, placement: Placement, topology: Topology, group: dist.ProcessGroup) -> Handle[Tensor]:
+def two_level_reduce_scatter(grad_SC: Tensor, placement: Placement, moves: TwoLevelMoves, group: dist.ProcessGroup) -> Handle[Tensor]:
     """`sparse_reduce_scatter` over leaders: same conditions, same result but for the order of the sums.
 
     A leader adds up its node's terms by rank ascending. The owner adds up its own term, those of its node and the sums of other nodes by
     rank ascending, the leader's rank standing for its node. So the result is deterministic; it rounds otherwise than the flat one.
     """
     rank = dist.get_rank(group)
-    first_moves, second_moves = two_level_moves(placement, topology).reduce
+    first_moves, second_moves = moves.reduce
     first = Exchange([first_moves], group, back=True)
     second = _SecondExchange(second_moves, group, grad_SC, back=True)
-    owned_experts, led_experts = placement.owned_by(rank), np.sort(second.sent.expert_M)
-    own_nC = slot_rows(grad_SC, placement, rank, owned_experts)
-    led_MC = slot_rows(grad_SC, placement, rank, led_experts)
+    led_experts = np.sort(second.sent.expert_M)
     by_owner = index(np.searchsorted(led_experts, second.sent.expert_M), grad_SC.device)
     first.start([slot_rows(grad_SC, placement, rank, first.sent[0].expert_M)])
 
-    def terms_of(experts: np.ndarray) -> tuple[Run, Tensor]:
-        return _only(experts, first.received[0], first.arrived()[0])
+    def total(experts: np.ndarray, *sums: tuple[Run, Tensor]) -> Tensor:
+        terms = _only(experts, first.received[0], first.arrived()[0])
+        return sum_by_rank(experts, slot_rows(grad_SC, placement, rank, experts), rank, [terms, *sums])
 
-    arrive = second.follow(first, lambda: sum_by_rank(led_experts, led_MC, rank, [terms_of(led_experts)])[by_owner])
+    arrive = second.follow(first, lambda: total(led_experts)[by_owner])
 
     def finish() -> Tensor:
-        arrived = [terms_of(owned_experts), (second.received, second.buffer_MC)]
-        return sum_by_rank(owned_experts, own_nC, rank, arrived)
+        return total(placement.owned_by(rank), (second.received, second.buffer_MC))
 
     return Handle(arrive, finish, _added(first.bytes_to, second.bytes_to))
 
 
-_tags: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.cycle(range(2**16)))
-"""by group; never are so many collectives under way at once that a tag would come back too early"""
+_tags: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
+
+
+def _next_tag(group: dist.ProcessGroup) -> int:
+    """The same on every rank, as all call the collectives of a group in the same order; long in coming back."""
+    return next(_tags.setdefault(group, itertools.cycle(range(2**16))))
 
 
 class _SecondExchange:
@@ -91,11 +96,14 @@ class _SecondExchange:
         chunk_bytes = like_nC.shape[1] * like_nC.element_size()
         self.bytes_to = [count * chunk_bytes for count in self.sent.count_D]
         self._group = group
-        self._tag = next(_tags[group.group_name])
+        self._tag = _next_tag(group)
         self._works: list[dist.Work] = []
 
     def follow(self, first: Exchange, rows: Callable[[], Tensor]) -> Callable[[], None]:
-        """Have it started when `first` is done, with the chunks [M, C] that `rows` makes then; returns what waits for both."""
+        """Have it started when `first` is done, with the chunks [M, C] that `rows` makes then; returns what waits for both.
+
+        On CUDA `rows` runs on another stream, which has waited for what was queued before `first` was started, and for `first`.
+        """
         if first.work is None:
             assert not self.sent.pieces
             assert not self.received.pieces
@@ -131,14 +139,10 @@ class _SecondExchange:
 
 def _only(experts: np.ndarray, run: Run, rows_MC: Tensor) -> tuple[Run, Tensor]:
     """The part of a run that is about the given experts."""
-    kept = np.isin(run.expert_M, experts)
-    counts = [int(kept[piece].sum()) for piece in _slices(run)]
-    return Run(run.expert_M[kept], counts), rows_MC[index(np.flatnonzero(kept), rows_MC.device)]
-
-
-def _slices(run: Run) -> list[slice]:
-    ends = np.cumsum(run.count_D).tolist()
-    return [slice(end - count, end) for end, count in zip(ends, run.count_D, strict=True)]
+    kept_M = np.isin(run.expert_M, experts)
+    peer_M = np.repeat(np.arange(len(run.count_D)), run.count_D)
+    part = Run(run.expert_M[kept_M], np.bincount(peer_M[kept_M], minlength=len(run.count_D)).tolist())
+    return part, rows_MC[index(np.flatnonzero(kept_M), rows_MC.device)]
 
 
 def _added(a: list[int], b: list[int]) -> list[int]:

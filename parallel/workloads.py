@@ -199,7 +199,7 @@ def _dirichlet_drift(size: _Size, layer: int) -> Iterator[np.ndarray]:
     shape = (size.world_size + 1, size.num_experts, _NORMALS)  # the last source stands for what all have in common
     normals = rng.standard_normal(shape)
     while True:
-        yield np.square((normals[:-1] + normals[-1]) / np.sqrt(2)).sum(-1)
+        yield np.square(normals[:-1] + normals[-1]).sum(-1)
         normals = _MEMORY * normals + np.sqrt(1 - _MEMORY**2) * rng.standard_normal(shape)
 
 

@@ -19,6 +19,7 @@ _NOT_COMPUTATION = (
     "eval_steps",
     "save_steps",
     "save_total_limit",
+    "trace",
     "eval",
     "data.eval",
 )
@@ -33,7 +34,7 @@ def config_hash(config: Config) -> str:
     """SHA-256 (64 hex digits) of the values that define the training computation.
 
     Left out: where the run writes and runs (output_dir, resume, nproc, topology), how often it logs, evaluates and
-    saves, and what it evaluates.
+    saves, whether it records a trace, and what it evaluates.
     """
     values: dict[str, Any] = asdict(config)
     for key in _NOT_COMPUTATION:

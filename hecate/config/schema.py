@@ -88,13 +88,19 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FssdpConfig:
-    policy: Literal["static_ep", "full", "hecate"] = "hecate"
-    """Where experts are materialized in each step. static_ep: at their owners only. full: everywhere. hecate: where the
-    predicted loads pay for it (sparse materialization, Algorithm 1 of the Hecate paper)."""
+    policy: Literal["static_ep", "full", "fastermoe", "smartmoe", "flexmoe", "eplb", "llep", "echo", "laer", "hecate", "auto"] = "auto"
+    """Where experts are materialized in each step, and who serves which tokens. auto: whatever is predicted to be fastest on the
+    topology. static_ep: at their owners only. full: everywhere. hecate: sparse materialization, Algorithm 1 of the Hecate paper. The
+    others are the placement rules of the systems they are named after."""
+    max_imbalance: float | None = None
+    """Bound on the largest over the mean compute of the ranks, for the policies that can keep one (auto, llep). null: no bound."""
     load_window: int = 5
     """Past steps whose loads are averaged to predict the next step's."""
     memory_slots: int | None = None
     """Replicas that a device may hold per layer beside the experts it owns. null: as many as there are experts."""
+    reshard_interval: int | None = None
+    """Every so many steps, move experts with their optimizer states to new owners, balanced over all layers by the predicted
+    loads, if that is predicted to pay by the next time. null: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +150,8 @@ class Config:
     """Save a checkpoint every so many steps. null: only at the end."""
     save_total_limit: int | None = None
     """Keep this many of the latest checkpoints. null: all."""
+    trace: bool = False
+    """Record each step's loads per rank, layer and expert into loads.npz in output_dir (docs/traces.md)."""
     resume: bool = False
     """Continue from the latest checkpoint in output_dir."""
     gradient_checkpointing: bool = False

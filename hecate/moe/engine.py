@@ -13,7 +13,7 @@ Parameters do not change between the micro-batches of one step, so the replicas 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -69,7 +69,8 @@ class Engine:
         self.history = LoadHistory(config.load_window)
         self.owners = {layer: contiguous_owners(f.num_experts, self.world_size) for layer, f in families.items()}
         self.stores = {
-            layer: LayerStore(self.owners[layer].tolist(), family.init_chunk, groups.experts) for layer, family in families.items()
+            layer: LayerStore(self.owners[layer].tolist(), family.init_chunk, groups.experts, config.topology)
+            for layer, family in families.items()
         }
         self.placements: dict[int, Placement] = {}
         self._planned: dict[int, tuple[np.ndarray | None, np.ndarray | None]] = {}
@@ -100,11 +101,23 @@ class Engine:
     def begin_step(self, step: int) -> None:
         """Plan all layers of an optimizer step from the history. Every rank must call it."""
         self._step, self._training, self._last_micro_step = step, True, False
+        for layers, given in self.plan_inputs():
+            plan = self.config.planner(given)
+            assert np.array_equal(plan.owner_LE, given.owner_LE), "a planner moved owners, which only re-sharding does"
+            for index, layer in enumerate(layers):
+                predicted_SE = None if given.loads_LSE is None else given.loads_LSE[index]
+                quota_ED = None if plan.quota_LED is None else plan.quota_LED[index]
+                self._place(layer, plan.placement(index), predicted_SE, quota_ED)
+                self._counts[layer] = torch.zeros(given.num_experts, dtype=torch.int64)
+
+    def plan_inputs(self) -> list[tuple[list[int], PlanInput]]:
+        """What a planner is given for the next step: the layers of one shape together, each with its number."""
+        inputs = []
         for layers in self._alike():
             family = self.families[layers[0]]
             slots = family.num_experts if self.config.memory_slots is None else self.config.memory_slots
-            predicted = {layer: self.history.predict(layer) for layer in layers}
-            known = [loads_SE for loads_SE in predicted.values() if loads_SE is not None]
+            predicted = [self.history.predict(layer) for layer in layers]
+            known = [loads_SE for loads_SE in predicted if loads_SE is not None]
             given = PlanInput(
                 np.stack([self.owners[layer] for layer in layers]),
                 np.stack(known) if known else None,
@@ -113,11 +126,18 @@ class Engine:
                 np.full(self.world_size, slots),
                 max_imbalance=self.config.max_imbalance,
             )
-            plan = self.config.planner(given)
-            for index, layer in enumerate(layers):
-                quota_ED = None if plan.quota_LED is None else plan.quota_LED[index]
-                self._place(layer, plan.placement(index), predicted[layer], quota_ED)
-                self._counts[layer] = torch.zeros(family.num_experts, dtype=torch.int64)
+            inputs.append((layers, given))
+        return inputs
+
+    def change_owners(self, layer: int, owner_E: np.ndarray, chunks: Mapping[int, Tensor]) -> None:
+        """Put a layer's experts on new owners, between two steps. The layer's parameters are new ones afterwards.
+
+        Args:
+            chunks: the master chunks of the experts that this rank owns from now on.
+        """
+        self.stores[layer].change_owners(owner_E.tolist(), chunks)
+        self.owners[layer] = owner_E
+        self.placements.pop(layer, None)  # made for the owners of before
 
     def last_micro_step(self) -> None:
         """The next backward pass is the step's last: reduce gradients as they come."""

@@ -18,7 +18,8 @@ from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_
 from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import Topology, load_topology, local_topology
+from hecate.parallel.topology import Topology, local_topology
+from hecate.parallel.topology_file import load_topology
 from hecate.train.ranks import Ranks
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "topologies"
@@ -70,6 +71,7 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
         topology=build_topology(config, ranks),
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
+        max_imbalance=config.fssdp.max_imbalance,
         top_k=config.moe.top_k,
         non_moe_flops=non_moe_flops_per_token(base.model) * tokens,
     )

@@ -25,14 +25,16 @@ from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
+from hecate.parallel.traces import TraceWriter
 from hecate.train.build import BaseModel, build_base, build_moe, encode_sources
 from hecate.train.evaluate import Evaluation, evaluate
 from hecate.train.export import adapter_config, export_adapter
 from hecate.train.heatmap import write_heatmap
-from hecate.train.metrics import MetricsWriter, eval_record, event_record, step_record
+from hecate.train.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.progress import Progress, StepLine
 from hecate.train.ranks import Ranks
+from hecate.train.resharding import check_room, owned_parameters, reshard_if_it_pays
 from hecate.train.schedule import schedule
 from hecate.train.state import load_state, save_state
 from hecate.train.step import StepResult, train_step
@@ -57,8 +59,10 @@ class Run:
         self.moe: MoeModel = build_moe(config, self.base, ranks)
         if config.gradient_checkpointing:
             checkpoint_activations(self.moe)
+        if config.fssdp.reshard_interval:
+            check_room(self.moe.engine)
         self.optimizer = ExpertOptimizer(
-            {f"{layer}.{expert}": parameter for (layer, expert), parameter in self.moe.engine.named_parameters().items()},
+            owned_parameters(self.moe.engine),
             self.moe.replicated_parameters(),
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
@@ -117,6 +121,7 @@ def train(config: Config, ranks: Ranks) -> None:
         stopping = stack.enter_context(_stop_on_signals())
         progress = stack.enter_context(Progress(config.max_steps, run.step)) if ranks.is_first else None
         metrics = stack.enter_context(_metrics(run)) if ranks.is_first else None
+        trace = _trace(run) if config.trace and ranks.is_first else None
         if progress:
             _announce(run, progress)
         before = _evaluate(run, progress, metrics) if config.eval.on_start and run.eval_sources and run.step == 0 else None
@@ -130,6 +135,8 @@ def train(config: Config, ranks: Ranks) -> None:
             train_seconds += seconds
             bytes_sent = int(ranks.all_sum(torch.tensor([run.moe.engine.bytes_sent - sent]))[0])
             stop = ranks.all_max(float(stopping.is_set)) > 0
+            if trace:
+                trace.append(run.step, result.loads)
             if progress and metrics and run.step % config.logging_steps == 0:
                 skew = run.moe.engine.imbalance(result.loads)
                 metrics.write(
@@ -150,10 +157,14 @@ def train(config: Config, ranks: Ranks) -> None:
                 progress.step(
                     StepLine(run.step, result.loss, result.aux_loss, learning_rate, tokens / seconds, skew, seconds, result.skipped)
                 )
+            if config.fssdp.reshard_interval and run.step % config.fssdp.reshard_interval == 0:
+                _reshard(run, config.fssdp.reshard_interval, progress, metrics)
             done = run.step == config.max_steps
             if run.eval_sources and not stop and (done or (config.eval_steps and run.step % config.eval_steps == 0)):
                 last = _evaluate(run, progress, metrics)
             if done or stop or (config.save_steps and run.step % config.save_steps == 0):
+                if trace:  # before the checkpoint, so that a run that resumes from it finds the steps up to it
+                    trace.save()
                 _save(run, progress, metrics)
             if stop:
                 if progress:
@@ -216,6 +227,18 @@ def _metrics(run: Run) -> MetricsWriter:
     return writer
 
 
+def _trace(run: Run) -> TraceWriter:
+    config = run.config
+    return TraceWriter(
+        run.folder / "loads.npz",
+        top_k=config.moe.top_k,
+        tokens_per_rank=config.micro_batch_size * config.gradient_accumulation_steps * config.data.seq_len,
+        model=config.model.name_or_path,
+        notes={"data": [source.name for source in config.data.train], "policy": config.fssdp.policy},
+        after=run.step,
+    )
+
+
 def _announce(run: Run, progress: Progress) -> None:
     """Save the effective configuration and the report of what trains, and show the latter."""
     text, report = training_report(trainable_rows(run.moe))
@@ -249,6 +272,27 @@ def _evaluate(run: Run, progress: Progress | None, metrics: MetricsWriter | None
         metrics.write(eval_record(run.step, found.scores))
         progress.evaluated(run.step, found.scores)
     return found
+
+
+def _reshard(run: Run, interval: int, progress: Progress | None, metrics: MetricsWriter | None) -> None:
+    done = reshard_if_it_pays(run.moe.engine, run.optimizer, min(interval, run.config.max_steps - run.step))
+    if done and progress and metrics:
+        move, gain = done.move, done.gain
+        text = (
+            f"re-sharded after step {run.step}: {move.experts} experts moved, {move.num_bytes} bytes, {done.seconds:.3f} s; "
+            f"predicted to save {gain.saved:.2g} s a step and to cost {gain.moving:.2g} s"
+        )
+        metrics.write(
+            reshard_record(
+                run.step,
+                experts=move.experts,
+                bytes_sent=move.num_bytes,
+                seconds=done.seconds,
+                saved_seconds=gain.saved,
+                moving_seconds=gain.moving,
+            )
+        )
+        progress.note(text)
 
 
 def _save(run: Run, progress: Progress | None, metrics: MetricsWriter | None) -> None:

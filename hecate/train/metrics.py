@@ -82,6 +82,27 @@ def event_record(step: int, text: str) -> Record:
     return {"kind": "event", "step": int(step), "text": text}
 
 
+def reshard_record(step: int, *, experts: int, bytes_sent: int, seconds: float, saved_seconds: float, moving_seconds: float) -> Record:
+    """A re-sharding after `step` optimizer steps.
+
+    Args:
+        experts: that changed their owners.
+        bytes_sent: by all ranks together.
+        seconds: that it took.
+        saved_seconds: predicted, in each step.
+        moving_seconds: predicted, of the move.
+    """
+    return {
+        "kind": "reshard",
+        "step": int(step),
+        "experts": int(experts),
+        "bytes_sent": int(bytes_sent),
+        "seconds": _finite(seconds),
+        "saved_seconds": _finite(saved_seconds),
+        "moving_seconds": _finite(moving_seconds),
+    }
+
+
 class MetricsWriter:
     """Appends records to a file. One rank, 0, makes one; a context manager.
 

@@ -7,11 +7,13 @@ every rank alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from hecate.parallel.reshard import RowSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -97,6 +99,36 @@ class ExpertOptimizer:
         self._scheduler.last_epoch = schedule_position - 1
         self._adamw._opt_called = True  # type: ignore[attr-defined]  # LambdaLR warns about its order of calls otherwise
         self._scheduler.step()
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """The moments of an owned parameter by `MOMENTS`; empty if it was never stepped."""
+        state = self._adamw.state.get(self.owned[name], {})
+        return {key: state[key] for key in MOMENTS if key in state}
+
+    def moment_specs(self, parameter: RowSpec) -> dict[str, RowSpec]:
+        """What `moments` holds for such a parameter, once it was stepped."""
+        # torch counts steps in its default dtype, but never in one narrower than float32.
+        count = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        return {key: RowSpec((), count) if key == "step" else parameter for key in MOMENTS}
+
+    def replace_owned(self, owned: dict[str, nn.Parameter], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Step `owned` from now on in place of the parameters owned so far.
+
+        A parameter that was owned before keeps its moments; another takes those of its name in `moments`, and has none if there are none.
+        The order of `owned` is the order in which the norm is summed.
+        """
+        kept = {name for name, parameter in owned.items() if self.owned.get(name) is parameter}
+        for name, parameter in self.owned.items():
+            if name not in kept:
+                self._adamw.state.pop(parameter, None)
+        for name, parameter in owned.items():
+            if name not in kept and moments.get(name):
+                # torch keeps the count of steps on the CPU.
+                self._adamw.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in moments[name].items()
+                }
+        self.owned = owned
+        self._adamw.param_groups[0]["params"] = self._parameters()
 
     def _parameters(self) -> list[nn.Parameter]:
         return [*self.owned.values(), *self.replicated.values()]

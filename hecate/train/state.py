@@ -6,6 +6,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from hecate.errors import UserError
 from hecate.model.surgery import MoeModel
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.ranks import Ranks
+from hecate.train.resharding import adopt_owners
 
 _NONCE_BYTES = 8
 
@@ -52,6 +54,7 @@ def save_state(
         "config": to_yaml(config),
         "config_hash": config_hash(config),
         "history": moe.engine.history.state_dict(),
+        "owners": {str(layer): owner_E.tolist() for layer, owner_E in moe.engine.owners.items()},
         "stream": stream.state_dict(),
         "tokens": tokens,
     }
@@ -98,6 +101,7 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
                 f"{folder}: written by {manifest.world_size} ranks, but this job has {ranks.world_size}.\n"
                 f"  start it with nproc={manifest.world_size}: a run is continued on as many ranks as it was saved on"
             )
+        adopt_owners(moe.engine, optimizer, {int(layer): np.array(owner_E) for layer, owner_E in meta["owners"].items()})
         names = [name for name in manifest.tensors if _mine(name, optimizer)]
         try:
             tensors: dict[str, Tensor] = read_tensors(folder, manifest, names)

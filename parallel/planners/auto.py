@@ -16,16 +16,17 @@ from hecate.parallel.planners.layer_loops import (
     TopologyNumbers,
     busy_seconds,
     cost_numbers,
+    dispatch_seconds,
     even_quota_into,
+    replica_seconds,
     topology_numbers,
-    total_seconds,
 )
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.spill import spill
 
-SLACKS = (1.0, 1.06, 1.25, 1.6)
-"""how far above the mean a device's compute may stay before it spills; and so much of the way to the unspilled maximum"""
-_REACHES = 5
+SLACKS = (1.0, 1.05, 1.1, 1.25, 1.6)
+"""how far above the mean a device's compute may stay before it spills"""
+_REACHES = 6
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -74,25 +75,41 @@ def _plan_layer(
     """Fills `best_where` and `best_quota` [experts, ranks]."""
     where, base = np.empty_like(best_where), np.empty_like(best_quota)
     trial_where, trial_quota = np.empty_like(best_where), np.empty_like(best_quota)
+    bounded = max_imbalance < np.inf
     best_seconds, best_uneven = np.inf, np.inf
     last_copies = -1
     for rule in range(_REACHES):
-        copies = _reach(rule, owner, tokens, slots, hidden, worth, topology, where)
+        copies = _reach(_REACHES - 1 - rule, owner, tokens, slots, hidden, worth, topology, where)
         if copies == last_copies:
             continue
         last_copies = copies
+        fixed = replica_seconds(owner, where, resident, topology, cost)
+        if fixed >= best_seconds and not bounded:  # spilling only adds replicas
+            continue
         even_quota_into(where, tokens, topology, base)
-        unspilled = _imbalance(tokens, base, topology, cost)
+        base_busy = busy_seconds(tokens, base, topology, cost)
+        mean = (base_busy * topology.rate_D).sum() / topology.rate_D.sum()
         for degree in range(len(SLACKS) + 1):
-            trial_where[:] = where
-            trial_quota[:] = base
-            if degree > 0:
+            if degree == 0:
+                trial_where[:] = where
+                trial_quota[:] = base
+                busy = base_busy.max()
+                added = fixed
+            else:
                 slack = min(SLACKS[degree - 1], max_imbalance)
-                if unspilled <= slack:
+                if base_busy.max() <= slack * mean or (not bounded and slack * mean * 0.9 + fixed >= best_seconds):
                     continue
-                spill(owner, tokens, slots, slack, topology, cost, trial_where, trial_quota)
-            uneven = max(_imbalance(tokens, trial_quota, topology, cost), max_imbalance) if max_imbalance < np.inf else 0.0
-            seconds = total_seconds(owner, trial_where, trial_quota, tokens, resident, topology, cost)
+                trial_where[:] = where
+                trial_quota[:] = base
+                spill(owner, base_busy, slots, slack, topology, trial_where, trial_quota)
+                busy = busy_seconds(tokens, trial_quota, topology, cost).max()
+                if busy + fixed >= best_seconds and not bounded:
+                    continue
+                added = replica_seconds(owner, trial_where, resident, topology, cost)
+            if busy + added >= best_seconds and not bounded:
+                continue
+            seconds = busy + added + dispatch_seconds(tokens, trial_quota, topology, cost)
+            uneven = max(busy / mean, max_imbalance) if bounded and mean > 0 else 0.0
             if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and seconds < best_seconds):
                 best_seconds, best_uneven = seconds, uneven
                 best_where[:] = trial_where
@@ -111,7 +128,8 @@ def _reach(
     where: np.ndarray,
 ) -> int:
     """Fills `where` by rule; returns the number of replicas. Rules: owners only; one replica a node where its tokens are worth it; each
-    device's experts whose tokens are worth it; as many as travel hidden; as many as fit."""
+    device's experts whose tokens are worth it; as many as travel hidden; experts hotter than a device can bear, everywhere; as many as
+    fit."""
     experts, ranks = where.shape
     nodes = len(topology.uplink_N)
     where[:] = False
@@ -132,26 +150,47 @@ def _reach(
                 if n != topology.node_D[owner[e]] and wanted[n] > worth and best[n] >= 0:
                     where[e, best[n]] = True
                     used[best[n]] += 1
-    elif rule > 1:
-        for d in range(ranks):
-            room = min(slots[d], hidden) if rule == 3 else slots[d]
-            if room <= 0:
-                continue
-            if rule != 2 and room >= experts:
-                where[:, d] = True
-                continue
-            for e in np.argsort(-tokens[:, d], kind="mergesort"):
-                if room == 0 or (rule == 2 and tokens[e, d] <= worth):
-                    break
-                if not where[e, d]:
+    elif rule == 4:
+        load = np.zeros(experts)
+        for e in range(experts):
+            for d in range(ranks):
+                load[e] += tokens[e, d]
+        used = np.zeros(ranks, np.int64)
+        for e in np.argsort(-load, kind="mergesort"):
+            if load[e] * ranks <= load.sum():
+                break
+            for d in range(ranks):
+                if used[d] < slots[d] and not where[e, d]:
                     where[e, d] = True
-                    room -= 1
+                    used[d] += 1
+    elif rule > 1:
+        room = np.minimum(slots, hidden) if rule == 3 else slots
+        if room.min() >= experts and rule != 2:
+            where[:] = True
+        else:
+            _most_wanted(tokens, room, worth if rule == 2 else 0.0, where)
     return where.sum()
 
 
 @compiled
-def _imbalance(tokens: np.ndarray, quota: np.ndarray, topology: TopologyNumbers, cost: CostNumbers) -> float:
-    """Largest compute time over that of the same work shared by the devices' rates."""
-    busy = busy_seconds(tokens, quota, topology, cost)
-    mean = (busy * topology.rate_D).sum() / topology.rate_D.sum()
-    return busy.max() / mean if mean > 0 else 1.0
+def _most_wanted(tokens: np.ndarray, room: np.ndarray, least: float, where: np.ndarray) -> None:
+    """Give each device the experts it has not of which it has the most tokens, more than `least`, as many as it has room for."""
+    experts, ranks = where.shape
+    widest = min(max(room.max(), 0), experts)
+    chosen, amount = np.full((ranks, widest), -1, np.int64), np.zeros((ranks, widest))
+    for e in range(experts):
+        for d in range(ranks):
+            last = min(room[d], widest) - 1
+            if last < 0 or where[e, d] or tokens[e, d] <= max(least, amount[d, last]):
+                continue
+            place = last
+            while place > 0 and amount[d, place - 1] < tokens[e, d]:
+                amount[d, place] = amount[d, place - 1]
+                chosen[d, place] = chosen[d, place - 1]
+                place -= 1
+            amount[d, place] = tokens[e, d]
+            chosen[d, place] = e
+    for d in range(ranks):
+        for place in range(widest):
+            if chosen[d, place] >= 0:
+                where[chosen[d, place], d] = True

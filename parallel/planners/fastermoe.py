@@ -8,11 +8,12 @@ from hecate.parallel.planners.plan import Plan, PlanInput
 
 
 def plan_fastermoe(given: PlanInput) -> Plan:
-    """The hottest experts go to all ranks, one by one while a closed-form latency falls and slots last.
+    """The k hottest experts go to all ranks, with the k of the lowest latency among those that fit in the slots.
 
     latency(k) = 3·comp·B + 4·feat·B + k·model, with B the choices on the busiest device once each rank computes its own choices of the
-    k hottest, and the seconds of a choice's forward pass, of a row and of an expert on the slowest device and link. For FasterMoE all
-    devices are alike: B counts choices, whatever the devices' rates.
+    k hottest, and the seconds of a choice's forward pass, of a row and of an expert on the slowest device and link. FasterMoE counts up
+    while the latency falls, with B the load of the hottest expert left; that of the busiest device stays the same for some k, and
+    stopping there would be a straw man. For FasterMoE all devices are alike: B counts choices, whatever the devices' rates.
     """
     tokens_LED, cost, topology = given.tokens_LED, given.cost, given.topology
     order_LE = np.argsort(-tokens_LED.sum(-1), axis=1, kind="stable")
@@ -26,8 +27,9 @@ def plan_fastermoe(given: PlanInput) -> Plan:
     bandwidth = topology.slowest_link.bandwidth
     shadows = np.arange(given.num_experts + 1)
     latency_LK = (compute + 4 * cost.row_bytes / bandwidth) * busiest_LK + shadows * cost.expert_bytes / bandwidth
-    worth_LE = (np.diff(latency_LK) < 0) & (np.cumsum(~owned_LED, axis=1) <= given.slots_D).all(-1)
-    shadowed_LE = np.logical_and.accumulate(worth_LE, axis=1)
+    fits_LE = (np.cumsum(~owned_LED, axis=1) <= given.slots_D).all(-1)
+    latency_LK[:, 1:][~fits_LE] = np.inf
+    shadowed_LE = shadows[:-1] < latency_LK.argmin(axis=1)[:, None]
     where_LED = given.owned_LED
     where_LED[np.arange(given.num_layers)[:, None], order_LE] |= shadowed_LE[..., None]
     return Plan(given.owner_LE, where_LED)

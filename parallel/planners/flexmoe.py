@@ -6,23 +6,32 @@ import numpy as np
 
 from hecate.parallel.planners.packing import even_split_in_node
 from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.topology import Topology
 
 ROUNDS = 10
+"""changes of a layer's placement in one step"""
 
 
 def plan_flexmoe(given: PlanInput) -> Plan:
     """From the placement that is there, up to `ROUNDS` changes that each lower the busiest device's load or the max/min ratio.
 
-    A change: the expert with the highest load per replica gains one on the least-loaded device with a free slot (Expand). If there is
-    none, the replicated expert with the lowest load per replica gives one up (Shrink), and if the slot is where the hot expert is
-    already, a replica from elsewhere moves into it to make room (Migrate). The placement that is there is `resident_LED` as far as it
-    fits in the slots, else the owners alone: FlexMoE converges over iterations, not within one. Choices are split evenly over the
-    replicas in their own node, else over all. Devices count as equally fast.
+    A change: the expert with the highest load per replica that has room on another device and helps gains a replica on the least-loaded
+    such device (Expand). If there is none, the replicated expert with the lowest load per replica gives one up (Shrink), for the one
+    with the highest to gain it; if that one is there already, a replica from elsewhere moves in to make room (Migrate).
+
+    The placement that is there is `resident_LED`, the hottest of it if the slots hold less. FlexMoE converges over the steps; where
+    `resident_LED` is None nothing is known of the steps before, and changes go on from the owners alone, up to one for each expert.
+    Choices are split evenly over the replicas in their own node, else over all. Devices count as equally fast.
     """
-    tokens_LED = given.tokens_LED
+    tokens_LED, owned_LED = given.tokens_LED, given.owned_LED
     where_LED = _present(given, tokens_LED.sum(-1))
+    rounds = given.num_experts if given.resident_LED is None else ROUNDS
     for layer in range(given.num_layers):
-        where_LED[layer] = _rebalance(given, tokens_LED[layer], given.owned_LED[layer], where_LED[layer])
+        for _ in range(rounds):
+            changed_ED = _change(tokens_LED[layer], owned_LED[layer], where_LED[layer], given.slots_D, given.topology)
+            if changed_ED is None:
+                break
+            where_LED[layer] = changed_ED
     return Plan(given.owner_LE, where_LED, even_split_in_node(where_LED, tokens_LED, given.topology))
 
 
@@ -37,51 +46,57 @@ def _present(given: PlanInput, load_LE: np.ndarray) -> np.ndarray:
     return given.owned_LED | foreign_LED
 
 
-def _rebalance(given: PlanInput, tokens_ED: np.ndarray, owned_ED: np.ndarray, where_ED: np.ndarray) -> np.ndarray:
-    load_E = tokens_ED.sum(-1)
-    busy_D = even_split_in_node(where_ED, tokens_ED, given.topology).sum(0)
-    for _ in range(ROUNDS):
-        changed_ED = _change(load_E, owned_ED, where_ED, given.slots_D, busy_D)
-        if changed_ED is None:
-            break
-        now_D = even_split_in_node(changed_ED, tokens_ED, given.topology).sum(0)
-        # The ratios are max/min, multiplied out: a device may be idle.
-        if not (now_D.max() < busy_D.max() or now_D.max() * busy_D.min() < busy_D.max() * now_D.min()):
-            break
-        where_ED, busy_D = changed_ED, now_D
-    return where_ED
-
-
-def _change(load_E: np.ndarray, owned_ED: np.ndarray, where_ED: np.ndarray, slots_D: np.ndarray, busy_D: np.ndarray) -> np.ndarray | None:
-    """The placement after one more change; None if none is possible."""
-    per_copy_E = load_E / where_ED.sum(1)
+def _change(
+    tokens_ED: np.ndarray, owned_ED: np.ndarray, where_ED: np.ndarray, slots_D: np.ndarray, topology: Topology
+) -> np.ndarray | None:
+    """The placement after one more change; None if none helps."""
+    quota_ED = even_split_in_node(where_ED, tokens_ED, topology)
+    busy_D, per_copy_E = quota_ED.sum(0), tokens_ED.sum(1) / where_ED.sum(1)
     foreign_ED = where_ED & ~owned_ED
-    hot = int(per_copy_E.argmax())
+    room_ED = ~where_ED & (foreign_ED.sum(0) < slots_D)
+    experts, target_E = np.arange(len(where_ED)), np.where(room_ED, busy_D, np.inf).argmin(1)
+    expanded_ED = where_ED.copy()
+    expanded_ED[experts, target_E] |= room_ED.any(1)
+    # Row e: the devices' loads if expert e alone expands.
+    helps_E = _better(busy_D - quota_ED + even_split_in_node(expanded_ED, tokens_ED, topology), busy_D) & room_ED.any(1)
     changed_ED = where_ED.copy()
-    room_D = (foreign_ED.sum(0) < slots_D) & ~where_ED[hot]
-    if room_D.any():
-        changed_ED[hot, _least(busy_D, room_D)] = True
+    if helps_E.any():
+        hot = _least(-per_copy_E, helps_E)
+        changed_ED[hot] = expanded_ED[hot]
         return changed_ED
-    shrinkable_E = foreign_ED.any(1)
+    if not _exchange(per_copy_E, foreign_ED, busy_D, changed_ED):
+        return None
+    return changed_ED if _better(even_split_in_node(changed_ED, tokens_ED, topology).sum(0), busy_D) else None
+
+
+def _exchange(per_copy_E: np.ndarray, foreign_ED: np.ndarray, busy_D: np.ndarray, where_ED: np.ndarray) -> bool:
+    """Shrink the coldest of the replicated experts for the hottest one, in `where_ED`; False if that is impossible."""
+    hot = int(per_copy_E.argmax())
+    shrinkable_E = foreign_ED.sum(1) > 0
     shrinkable_E[hot] = False
     if where_ED[hot].all() or not shrinkable_E.any():
-        return None
+        return False
     cold = _least(per_copy_E, shrinkable_E)
     freed = _least(busy_D, foreign_ED[cold])
-    changed_ED[cold, freed] = False
-    if not where_ED[hot, freed]:
-        changed_ED[hot, freed] = True
-        return changed_ED
-    movable_ED = foreign_ED & ~changed_ED[:, freed, None] & ~where_ED[hot]
-    movable_ED[cold, freed] = False
-    if not movable_ED.any():
-        return None
-    rank = _least(busy_D, movable_ED.any(0))
-    moved = _least(-per_copy_E, movable_ED[:, rank])
-    changed_ED[moved, rank] = False
-    changed_ED[moved, freed] = True
-    changed_ED[hot, rank] = True
-    return changed_ED
+    where_ED[cold, freed] = False
+    if where_ED[hot, freed]:
+        movable_ED = foreign_ED & ~where_ED[:, freed, None] & ~where_ED[hot]
+        movable_ED[cold] = False
+        if not movable_ED.any():
+            return False
+        rank = _least(busy_D, movable_ED.sum(0) > 0)
+        moved = _least(-per_copy_E, movable_ED[:, rank])
+        where_ED[moved, rank], where_ED[moved, freed] = False, True
+        freed = rank
+    where_ED[hot, freed] = True
+    return True
+
+
+def _better(now_XD: np.ndarray, before_D: np.ndarray) -> np.ndarray:
+    """bool [...]: is the busiest device's load lower, or max/min (multiplied out: a device may be idle)?"""
+    most, least = now_XD.max(-1), now_XD.min(-1)
+    rounding = 1 - 1e-9  # an expert must not be copied for what is only rounding
+    return (most < before_D.max() * rounding) | (most * before_D.min() < before_D.max() * least * rounding)
 
 
 def _least(value_X: np.ndarray, among_X: np.ndarray) -> int:

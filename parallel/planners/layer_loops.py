@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hecate.parallel.compiled import compiled
-from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LayerCost
+from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LEAST_TRAFFIC, LayerCost
 from hecate.parallel.topology import Topology
 
 
@@ -46,16 +46,11 @@ class CostNumbers(NamedTuple):
 def topology_numbers(topology: Topology) -> TopologyNumbers:
     return TopologyNumbers(
         np.asarray(topology.node_of_rank, dtype=np.int64),
-        *(
-            np.asarray(values, dtype=np.float64)
-            for values in (
-                topology.flops,
-                topology.port_bandwidth,
-                topology.nic_bandwidth,
-                topology.memory_bandwidth,
-                topology.uplink_bandwidth,
-            )
-        ),
+        np.asarray(topology.flops, dtype=np.float64),
+        np.asarray(topology.port_bandwidth, dtype=np.float64),
+        np.asarray(topology.nic_bandwidth, dtype=np.float64),
+        np.asarray(topology.memory_bandwidth, dtype=np.float64),
+        np.asarray(topology.uplink_bandwidth, dtype=np.float64),
         float(topology.intra_node.latency),
         float(topology.inter_node.latency),
         float(topology.overlap_slowdown),
@@ -125,29 +120,26 @@ def busy_seconds(tokens: np.ndarray, quota: np.ndarray, topology: TopologyNumber
 
 
 @compiled
-def total_seconds(
-    owner: np.ndarray,
-    where: np.ndarray,
-    quota: np.ndarray,
-    tokens: np.ndarray,
-    resident: np.ndarray,
-    topology: TopologyNumbers,
-    cost: CostNumbers,
-) -> float:
-    """`LayerSeconds.total` of one layer, without re-materialization."""
-    near_out, near_in, far_out, far_in = _token_ports(tokens, quota, topology, cost)
-    dispatch = 4.0 * _port_seconds(near_out, near_in, far_out, far_in, topology) * cost.row_bytes
-    if far_out.sum() > 0:
-        dispatch += DISPATCH_COLLECTIVES * topology.far_latency
-    elif near_out.sum() > 0:
-        dispatch += DISPATCH_COLLECTIVES * topology.near_latency
+def replica_seconds(owner: np.ndarray, where: np.ndarray, resident: np.ndarray, topology: TopologyNumbers, cost: CostNumbers) -> float:
+    """What bringing the replicas and returning their gradients adds to the step, and the optimizer's time."""
     gather, reduce = _gather_seconds(owner, where, resident, topology, cost)
     exposed = _exposed(cost.attention_seconds, gather, topology.slowdown) + _exposed(2 * cost.attention_seconds, reduce, topology.slowdown)
     owned = np.zeros(len(topology.node_D))
     for e in range(len(owner)):
         owned[owner[e]] += 1.0
-    optimizer = (owned * cost.optimizer_bytes / topology.memory_rate_D).max()
-    return busy_seconds(tokens, quota, topology, cost).max() + dispatch + exposed + optimizer
+    return exposed + (owned * cost.optimizer_bytes / topology.memory_rate_D).max()
+
+
+@compiled
+def dispatch_seconds(tokens: np.ndarray, quota: np.ndarray, topology: TopologyNumbers, cost: CostNumbers) -> float:
+    """All all-to-alls of the layer's rows in a step."""
+    near_out, near_in, far_out, far_in = _token_ports(tokens, quota, topology, cost)
+    seconds = 4.0 * _port_seconds(near_out, near_in, far_out, far_in, topology) * cost.row_bytes
+    if far_out.sum() > LEAST_TRAFFIC:
+        seconds += DISPATCH_COLLECTIVES * topology.far_latency
+    elif near_out.sum() > LEAST_TRAFFIC:
+        seconds += DISPATCH_COLLECTIVES * topology.near_latency
+    return seconds
 
 
 @compiled
@@ -212,9 +204,7 @@ def _token_ports(
 
 
 @compiled
-def _port_seconds(
-    near_out: np.ndarray, near_in: np.ndarray, far_out: np.ndarray, far_in: np.ndarray, topology: TopologyNumbers
-) -> float:
+def _port_seconds(near_out: np.ndarray, near_in: np.ndarray, far_out: np.ndarray, far_in: np.ndarray, topology: TopologyNumbers) -> float:
     nodes = len(topology.uplink_N)
     seconds = 0.0
     out, into = np.zeros(nodes), np.zeros(nodes)

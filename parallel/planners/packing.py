@@ -29,7 +29,7 @@ def spare_copies(load_LE: np.ndarray, spare: int, most: int, start: int = 1) -> 
         int64 [layers, experts].
     """
     copies_LE = np.full(load_LE.shape, start, dtype=np.int64)
-    if spare <= 0 or most <= start:
+    if most <= start:
         return copies_LE
     # Handing out one by one is taking the largest of all loads per copy that occur on the way: they only fall.
     per_copy = load_LE[..., None] / np.arange(start, most)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.compiled import compiled
-from hecate.parallel.planners.layer_loops import CostNumbers, TopologyNumbers, busy_seconds
+from hecate.parallel.planners.layer_loops import TopologyNumbers
 
 _LEAST = 1e-6
 """choices not worth moving"""
@@ -14,11 +14,10 @@ _LEAST = 1e-6
 @compiled
 def spill(
     owner: np.ndarray,
-    tokens: np.ndarray,
+    busy: np.ndarray,
     slots: np.ndarray,
     slack: float,
     topology: TopologyNumbers,
-    cost: CostNumbers,
     where: np.ndarray,
     quota: np.ndarray,
 ) -> None:
@@ -29,13 +28,12 @@ def spill(
 
     Args:
         owner: int64 [experts].
-        tokens: float64 [experts, source ranks].
+        busy: float64 [ranks]: seconds of expert compute under `quota`.
         slots: int64 [ranks]: replicas of other ranks' experts that fit.
         where: bool [experts, ranks].
         quota: float64 [experts, ranks].
     """
     experts, ranks = quota.shape
-    busy = busy_seconds(tokens, quota, topology, cost)
     choices = np.zeros(ranks)
     free = slots.copy()
     for e in range(experts):
@@ -87,7 +85,7 @@ def _between_nodes(
         for e in np.argsort(-held[source], kind="mergesort"):
             piece = min(held[source, e], over[source])
             while piece > _LEAST:
-                node = np.argmax(takes)
+                node = int(np.argmax(takes))
                 amount = min(piece, takes[node])
                 if amount <= _LEAST:
                     break
@@ -142,7 +140,8 @@ def _between_devices(
         if excess[source] <= _LEAST:
             break
         node = topology.node_D[source] if same_node else -1
-        for e in np.argsort(-quota[:, source], kind="mergesort"):
+        held = np.flatnonzero(quota[:, source] > _LEAST)
+        for e in held[np.argsort(-quota[:, source][held], kind="mergesort")]:
             left = min(quota[e, source], excess[source])
             if left <= _LEAST:
                 break

@@ -25,14 +25,15 @@ from hecate.moe.engine import EngineConfig, ExpertGroups
 from hecate.moe.mixlora import LoraShape
 from hecate.moe.router import TopKRouter
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.placement import Placement
-from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.step import train_step
 from tests import plain_mixlora
 from tests.ranks import run_ranks
 
+EVERY_CASE = ("full", "hecate", "static_ep")
+"""policies that go through every case: all replicas, some, none; the others' plans are of a kind with the random ones"""
 SCENARIOS = ("balanced", "hot expert", "idle experts", "empty rank")
 STEPS, MICRO_STEPS, ROWS, LENGTH = 5, 2, 12, 8
 WEIGHT_DECAY, MAX_NORM, AUX_COEF = 0.1, 0.5, 0.05
@@ -115,25 +116,43 @@ def topology(world: int) -> Topology:
     return Topology(nodes, (1e9,) * world, (1e9,) * world, Link(1e9, 0.0), Link(3e7, 0.0))
 
 
-def random_planner(seed: int) -> object:
-    """Any placement at all, another in every layer and step, but the same on every rank."""
+def random_planner(seed: int) -> Planner:
+    """Any placement at all, a quarter of them everywhere, and mostly any quotas, in every layer and step, the same on every rank.
+
+    A quota may leave an owner, or a replica where tokens are, without any; in the first step it is made for no loads in particular.
+    """
     rng = np.random.default_rng(seed)
 
-    def plan(given: PlanInput) -> Placement:
-        shape = (len(given.owner_E), given.topology.world_size)
-        where = rng.random(shape) < rng.random()
-        where[np.arange(shape[0]), given.owner_E] = True
-        return Placement(given.owner_E.copy(), where)
+    def plan(given: PlanInput) -> Plan:
+        shape = (*given.owner_LE.shape, given.topology.world_size)
+        where_LED = given.owned_LED | (rng.random(shape) < rng.uniform(0, 4 / 3, size=(shape[0], 1, 1)))
+        share_LED = where_LED * rng.random(shape) * (rng.random(shape) < 0.6)
+        last_LED = where_LED & (np.cumsum(where_LED[..., ::-1], axis=-1)[..., ::-1] == 1)
+        share_LED += np.where(share_LED.sum(-1, keepdims=True) > 0, 0.0, last_LED)
+        quota_LED = given.tokens_LED.sum(-1, keepdims=True) * share_LED / share_LED.sum(-1, keepdims=True)
+        return Plan(given.owner_LE, where_LED, quota_LED if rng.random() < 0.8 else None)
 
     return plan
+
+
+def plan_elsewhere(given: PlanInput) -> Plan:
+    """Every expert everywhere, and all of its choices served by the rank after its owner."""
+    world = given.topology.world_size
+    next_LED = (given.owner_LE[..., None] + 1) % world == np.arange(world)
+    return Plan(given.owner_LE, np.ones(next_LED.shape, dtype=bool), given.tokens_LED.sum(-1, keepdims=True) * next_LED)
+
+
+def planner_of(policy: str) -> Planner:
+    if policy.startswith("random "):
+        return random_planner(int(policy.removeprefix("random ")))
+    return plan_elsewhere if policy == "elsewhere" else POLICIES[policy]
 
 
 def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
     model = tiny_llama(case.dtype)
     head = LanguageModelHead(model)
-    planner = random_planner(int(case.policy.removeprefix("random "))) if case.policy.startswith("random ") else POLICIES[case.policy]
     # 8 experts of 10 kB: about 3 travel hidden behind 1e6 FLOPs, and each device has room for 2.
-    config = EngineConfig(planner, topology(world), memory_slots=2, non_moe_flops=1e6)  # type: ignore[arg-type]
+    config = EngineConfig(planner_of(case.policy), topology(world), memory_slots=2, top_k=case.top_k, non_moe_flops=1e6)
     plan = SurgeryPlan((case.num_experts,) * 2, case.top_k, LoraShape(rank=3, scale=0.7, dropout=0.0), TARGETS, seed=5)
     group = dist.group.WORLD
     assert group is not None
@@ -276,6 +295,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
                 assert all(torch.equal(after[key], moments[name][key]) for key in after), f"moments of idle expert {name} moved"
         for name, parameter in moe.replicated_parameters().items():
             _distance(f"step {step}, {name} after", parameter.detach(), reference.replicated[name].detach(), tolerance)
+    if case.policy == "elsewhere" and world > 1:
+        assert moe.engine.bytes_sent > sum(store.bytes_sent for store in moe.engine.stores.values()), "no token left its rank"
     if case.scenario == "idle experts" and case.num_experts > case.top_k:
         assert idle, "the scenario did not leave any expert idle"
 
@@ -293,20 +314,34 @@ def cases_of(policy: str, dtype: torch.dtype) -> list[Case]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", EVERY_CASE)
 def test_sharded_training_equals_one_process_in_fp64(policy: str, world: int) -> None:
     run_ranks(world, _check_cases, cases_of(policy, torch.float64), timeout=240)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_sharded_training_equals_one_process_in_fp32(world: int) -> None:
-    cases = [Case(policy, 8, 2, scenario, torch.float32) for policy in sorted(POLICIES) for scenario in SCENARIOS]
+    cases = [Case(policy, 8, 2, scenario, torch.float32) for policy in EVERY_CASE for scenario in SCENARIOS]
     run_ranks(world, _check_cases, cases, timeout=240)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_activation_checkpointing_changes_nothing(world: int) -> None:
-    cases = [Case(policy, 8, 2, "empty rank", checkpointing=True) for policy in sorted(POLICIES)]
+    cases = [Case(policy, 8, 2, "empty rank", checkpointing=True) for policy in EVERY_CASE]
+    run_ranks(world, _check_cases, cases, timeout=240)
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_every_other_policy_equals_one_process(world: int) -> None:
+    cases = []
+    for policy in sorted(set(POLICIES) - set(EVERY_CASE)):
+        cases += [Case(policy, 8, 2, "hot expert", checkpointing=True), Case(policy, 3, 1, "empty rank")]
+    run_ranks(world, _check_cases, cases, timeout=480)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_tokens_may_all_be_served_elsewhere_though_their_experts_are_here(world: int) -> None:
+    cases = [Case("elsewhere", 8, 2, "idle experts", checkpointing=True), Case("elsewhere", 3, 1, "empty rank", torch.float32)]
     run_ranks(world, _check_cases, cases, timeout=240)
 
 
@@ -314,12 +349,34 @@ def test_activation_checkpointing_changes_nothing(world: int) -> None:
 @given(
     world=st.integers(2, 4), experts=st.integers(1, 9), k=st.integers(1, 3), scenario=st.sampled_from(SCENARIOS), seed=st.integers(0, 10**6)
 )
-def test_any_placement_equals_one_process(world: int, experts: int, k: int, scenario: str, seed: int) -> None:
+def test_any_placement_and_quotas_equal_one_process(world: int, experts: int, k: int, scenario: str, seed: int) -> None:
     run_ranks(world, _check_cases, [Case(f"random {seed}", experts, min(k, experts), scenario)], timeout=120)
 
 
 def test_the_tiny_topology_makes_hecate_materialize_some_experts_and_not_all() -> None:
     """Otherwise the suite would test two policies and call them three."""
-    given_ = PlanInput(np.repeat(np.arange(4), 2), None, topology(4), LayerCost(10_000 * 8 / 8, 1e6), 2)
-    where = POLICIES["hecate"](given_).where_ED
-    assert 8 < where.sum() < 32
+    cost = LayerCost(trainable_bytes=10_000.0, non_moe_flops=1e6)
+    given_ = PlanInput(np.repeat(np.arange(4), 2)[None], None, topology(4), cost, np.full(4, 2))
+    where_ED = POLICIES["hecate"](given_).where_LED[0]
+    assert 8 < where_ED.sum() < 32
+
+
+def test_random_plans_leave_owners_and_tokens_where_they_are_without_service() -> None:
+    """Otherwise the suite would test no more than topology-aware dispatch does."""
+    cost = LayerCost(trainable_bytes=10_000.0)
+    random = np.random.default_rng(0)
+    found = {"no quotas": 0, "idle owner": 0, "everywhere, served elsewhere": 0}
+    for seed in range(20):
+        plan = random_planner(seed)
+        for loads_LSE in (None, random.integers(0, 9, size=(2, 4, 8)).astype(float)):
+            given_ = PlanInput(np.tile(np.repeat(np.arange(4), 2), (2, 1)), loads_LSE, topology(4), cost, np.full(4, 2))
+            made = plan(given_)
+            if made.quota_LED is None:
+                found["no quotas"] += 1
+                continue
+            np.testing.assert_allclose(made.quota_LED.sum(-1), given_.tokens_LED.sum(-1))
+            assert not made.quota_LED[~made.where_LED].any()
+            found["idle owner"] += int((made.quota_LED[given_.owned_LED] == 0).sum())
+            not_at_home = (made.quota_LED == 0) & (given_.tokens_LED > 0)
+            found["everywhere, served elsewhere"] += int(not_at_home[made.where_LED.all((1, 2))].sum())
+    assert min(found.values()) >= 5, found

@@ -1,13 +1,506 @@
+"""Seconds by hand on small machines; what must grow with what, on any."""
+
 from __future__ import annotations
 
-import pytest
+import itertools
+from dataclasses import dataclass, fields, replace
 
-from hecate.parallel.cost_model import LayerCost, overlap_degree
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hecate.parallel.cost_model import LayerCost, LayerSeconds, Rows, exposed_seconds, layer_seconds, overlap_degree, rows_served
+from hecate.parallel.flows import even_quota, flows
 from hecate.parallel.topology import Link, Topology
 
+FAST = 1e30
+"""a rate at which nothing takes any time"""
+NO_LINK = Link(FAST, 0.0)
 
-def topology(nodes: tuple[int, ...], flops: tuple[float, ...], intra: Link, inter: Link) -> Topology:
-    return Topology(nodes, flops, (1.0,) * len(nodes), intra, inter)
+
+def topology(
+    nodes: tuple[int, ...],
+    *,
+    flops: tuple[float, ...] | None = None,
+    near: Link = NO_LINK,
+    far: Link = NO_LINK,
+    ports: tuple[float, ...] = (),
+    uplinks: tuple[float, ...] = (),
+    nics: tuple[float, ...] = (),
+    memory_bandwidth: tuple[float, ...] = (),
+    slowdown: float = 1.0,
+) -> Topology:
+    world = len(nodes)
+    return Topology(
+        nodes,
+        flops or (1.0,) * world,
+        (1.0,) * world,
+        near,
+        far,
+        port_bandwidth=ports,
+        uplink_bandwidth=uplinks,
+        nic_bandwidth=nics,
+        memory_bandwidth=memory_bandwidth or (FAST,) * world,
+        overlap_slowdown=slowdown,
+    )
+
+
+def seconds(
+    machines: Topology,
+    cost: LayerCost,
+    *,
+    owner: list[int],
+    where: list[list[int]] | None = None,
+    tokens: list[list[float]] | None = None,
+    quota: list[list[float]] | None = None,
+    resident: list[list[int]] | None = None,
+    rematerialize: bool = False,
+) -> dict[str, float]:
+    """Of one layer; without `where` each expert is on its owner alone, without `tokens` there are none, without `quota` they stay."""
+    owner_E = np.array(owner)
+    world = machines.world_size
+    where_ED = owner_E[:, None] == np.arange(world) if where is None else np.array(where, dtype=bool)
+    tokens_ED = np.zeros(where_ED.shape) if tokens is None else np.array(tokens, dtype=np.float64)
+    quota_ED = tokens_ED if quota is None else np.array(quota, dtype=np.float64)
+    resident_ED = None if resident is None else np.array(resident, dtype=bool)
+    found = layer_seconds(owner_E, where_ED, quota_ED, tokens_ED, machines, cost, resident_ED=resident_ED, rematerialize=rematerialize)
+    return {name: float(getattr(found, name)) for name in ("compute", "dispatch", "gather", "reduce", "exposed", "optimizer", "total")}
+
+
+def test_computing_takes_as_long_as_the_slowest_device() -> None:
+    """20 choices at 10 FLOP/s, 15 at 5; one choice is 1 FLOP forward, 2 backward, its row 2 forward, 1 · 2 backward: 7.
+
+    140 FLOP in 14 s and 105 in 21 s; never 35 s, nor (20 + 15) · 7 / 15.
+    """
+    cost = LayerCost(trainable_bytes=0.0, choice_flops=1.0, row_flops=2.0)
+    machines = topology((0, 0), flops=(10.0, 5.0))
+    assert seconds(machines, cost, owner=[0, 1], tokens=[[20, 0], [0, 15]])["compute"] == pytest.approx(21.0)
+    # Five of rank 1's moved to rank 0: 25 · 7 / 10 and 10 · 7 / 5.
+    moved = {"where": [[1, 0], [1, 1]], "tokens": [[20, 0], [0, 15]], "quota": [[20, 0], [5, 10]]}
+    assert seconds(machines, cost, owner=[0, 1], **moved)["compute"] == pytest.approx(17.5)
+
+
+def test_backward_over_forward_is_of_rows_and_choices_apart() -> None:
+    """10 choices, 1 FLOP and 4 backward each; 10 rows, 3 FLOP and 2 · 3 backward each."""
+    cost = LayerCost(trainable_bytes=0.0, choice_flops=1.0, choice_backward=4.0, row_flops=3.0, row_backward=2.0)
+    assert seconds(topology((0,)), cost, owner=[0], tokens=[[10]])["compute"] == pytest.approx(10 * 5 + 10 * 9)
+
+
+def test_rows_are_computed_once_whatever_number_of_their_experts_is_here() -> None:
+    """Ten tokens with two choices each, all here: 20 choices of 1 + 2 FLOP, but 10 rows of 1 + 1."""
+    cost = LayerCost(trainable_bytes=0.0, top_k=2, choice_flops=1.0, row_flops=1.0)
+    assert seconds(topology((0,)), cost, owner=[0, 0], tokens=[[12], [8]])["compute"] == pytest.approx(20 * 3 + 10 * 2)
+
+
+ROW = LayerCost(trainable_bytes=0.0, row_bytes=10.0)
+ALL_RANKS = [[1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("machines", "tokens", "quota", "expected"),
+    [
+        # Nothing travels: no bytes, no latency.
+        ({"near": Link(1.0, 0.5)}, [[5, 6, 7, 8]], [[5, 6, 7, 8]], 0.0),
+        # Six rows from rank 0 to 1, 60 bytes at 100 and at 50 B/s: 1.2 s, four times; eight latencies of half a second.
+        ({"near": Link(1.0, 0.5), "ports": (100.0, 50.0, FAST, FAST)}, [[6, 0, 0, 0]], [[0, 6, 0, 0]], 4 * 1.2 + 4.0),
+        # In both directions at once: six of one expert this way, four of another that way. The longer decides, not the sum.
+        ({"ports": (100.0, 50.0, FAST, FAST)}, [[6, 0, 0, 0], [0, 4, 0, 0]], [[0, 6, 0, 0], [4, 0, 0, 0]], 4 * 1.2),
+        # Two pairs side by side: the slower decides.
+        ({"ports": (100.0, 50.0, 20.0, 20.0)}, [[6, 0, 3, 0]], [[0, 6, 0, 3]], 4 * 1.5),
+        # Between nodes, through NICs of 30 and 60 B/s: 60 bytes in 2 s.
+        ({"far": Link(FAST, 1.0), "nics": (30.0, FAST, 60.0, FAST)}, [[6, 0, 0, 0]], [[0, 0, 6, 0]], 4 * 2.0 + 8.0),
+        # Two ranks share an uplink of 60 B/s: 120 bytes in 2 s, though each NIC would need no time.
+        ({"far": Link(FAST, 1.0), "uplinks": (60.0, FAST), "nics": (FAST,) * 4}, [[6, 6, 0, 0]], [[0, 0, 6, 6]], 4 * 2.0 + 8.0),
+        # ... and it is full when it comes in, too.
+        ({"far": Link(FAST, 1.0), "uplinks": (FAST, 40.0), "nics": (FAST,) * 4}, [[6, 6, 0, 0]], [[0, 0, 6, 6]], 4 * 3.0 + 8.0),
+        # Each of two ranks sends half through its own NIC of 30 B/s: 1 s, not 2.
+        ({"far": Link(FAST, 1.0), "nics": (30.0, 30.0, FAST, FAST)}, [[3, 3, 0, 0]], [[0, 0, 6, 0]], 4 * 1.0 + 8.0),
+        # Near traffic beside far: 60 bytes at 20 B/s hide the 30 at 60; the latency of an exchange between nodes covers both.
+        (
+            {"near": Link(FAST, 0.5), "far": Link(FAST, 1.0), "ports": (20.0,) * 4, "nics": (60.0,) * 4},
+            [[9, 0, 0, 0]],
+            [[0, 6, 3, 0]],
+            4 * 3.0 + 8.0,
+        ),
+    ],
+)
+def test_dispatch_by_hand(machines: dict[str, object], tokens: list[list[float]], quota: list[list[float]], expected: float) -> None:
+    """Rows of 10 bytes, four ranks on two nodes, one choice a token."""
+    given_ = topology((0, 0, 1, 1), **machines)  # type: ignore[arg-type]
+    found = seconds(given_, ROW, owner=[0] * len(tokens), where=ALL_RANKS * len(tokens), tokens=tokens, quota=quota)
+    assert found["dispatch"] == pytest.approx(expected)
+
+
+def test_ranks_of_a_node_need_not_be_adjacent() -> None:
+    """Nodes {0, 2} and {1, 3}: 0 to 2 is near, 0 to 1 far."""
+    machines = topology((0, 1, 0, 1), near=Link(100.0, 0.0), far=Link(10.0, 0.0))
+    near = seconds(machines, ROW, owner=[0], where=ALL_RANKS, tokens=[[6, 0, 0, 0]], quota=[[0, 0, 6, 0]])
+    far = seconds(machines, ROW, owner=[0], where=ALL_RANKS, tokens=[[6, 0, 0, 0]], quota=[[0, 6, 0, 0]])
+    assert (near["dispatch"], far["dispatch"]) == pytest.approx((4 * 0.6, 4 * 6.0))
+
+
+def test_an_exchange_inside_the_nodes_does_not_pay_the_latency_between_them() -> None:
+    """Thirds, which no float64 holds: ranks 0 and 4 have a choice, three other ranks of their nodes serve it."""
+    machines = topology((0, 0, 0, 0, 1, 1, 1, 1), near=Link(FAST, 0.5), far=Link(FAST, 100.0))
+    where = np.array([[0, 1, 1, 1, 0, 1, 1, 1]] * 3, dtype=bool)
+    tokens = np.array([[1.0, 0, 0, 0, 0.1, 0, 0, 0]] * 3)
+    found = layer_seconds(np.array([1, 1, 1]), where, even_quota(where, tokens, machines), tokens, machines, ROW)
+    assert float(found.dispatch) == pytest.approx(8 * 0.5)
+
+
+def test_gather_and_reduce_inside_a_node_by_hand() -> None:
+    """Rank 0 owns an expert of 8 bytes, gradients of 2, and sends two copies: 16 bytes at 4 B/s, 4 bytes back; 1/4 s of latency each."""
+    cost = LayerCost(trainable_bytes=8.0, gradient_bytes=2.0)
+    found = seconds(topology((0, 0, 0), near=Link(4.0, 0.25)), cost, owner=[0], where=[[1, 1, 1]])
+    assert (found["gather"], found["reduce"]) == pytest.approx((4.25, 1.25))
+    # Two owners side by side take as long as one.
+    found = seconds(topology((0, 0, 0), near=Link(4.0, 0.25)), cost, owner=[0, 1], where=[[1, 1, 1], [1, 1, 1]])
+    assert (found["gather"], found["reduce"]) == pytest.approx((4.25, 1.25))
+    # One slow port holds all up: rank 2 takes one copy at 1 B/s.
+    found = seconds(topology((0, 0, 0), near=Link(4.0, 0.0), ports=(4.0, 4.0, 1.0)), cost, owner=[0], where=[[1, 1, 1]])
+    assert (found["gather"], found["reduce"]) == pytest.approx((8.0, 2.0))
+
+
+def test_gather_between_nodes_by_hand() -> None:
+    """Rank 0's expert of 8 bytes on all of nodes {0}, {1, 2, 3}, {4}: once to each node, then rank 1 hands it to 2 and 3.
+
+    Far: 16 bytes leave at 2 B/s, 8 s. Near: 16 bytes leave rank 1 at 1 B/s, 16 s. Both run at once; both latencies are paid.
+    """
+    cost = LayerCost(trainable_bytes=8.0)
+    machines = topology((0, 1, 1, 1, 2), near=Link(1.0, 0.5), far=Link(2.0, 3.0))
+    assert seconds(machines, cost, owner=[0], where=[[1, 1, 1, 1, 1]])["gather"] == pytest.approx(16 + 3.5)
+    assert seconds(machines, cost, owner=[0], where=[[1, 1, 0, 0, 1]])["gather"] == pytest.approx(8 + 3.0)
+    assert seconds(machines, cost, owner=[1], where=[[0, 1, 1, 0, 0]])["gather"] == pytest.approx(8 + 0.5)
+    assert seconds(machines, cost, owner=[1])["gather"] == 0.0
+    # A NIC slower than its node's uplink, and the other way round: ranks 1 and 2 of node 1 send an expert each to rank 0.
+    both = {"owner": [1, 2], "where": [[1, 1, 0, 0, 0], [1, 0, 1, 0, 0]]}
+    machines = topology((0, 1, 1, 1, 2), uplinks=(FAST, 4.0, FAST), nics=(FAST, 1.0, 4.0, FAST, FAST))
+    assert seconds(machines, cost, **both)["gather"] == pytest.approx(8.0)  # type: ignore[arg-type]
+    machines = topology((0, 1, 1, 1, 2), uplinks=(FAST, 4.0, FAST), nics=(FAST,) * 5)
+    assert seconds(machines, cost, **both)["gather"] == pytest.approx(4.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("compute", "transfer", "slowdown", "expected"),
+    [
+        # Without slowdown only what outlasts the work is seen.
+        (3.0, 5.0, 1.0, 2.0),
+        (5.0, 3.0, 1.0, 0.0),
+        (4.0, 4.0, 1.0, 0.0),
+        # Both at two thirds of their speed: 3 s of work take 4.5 s, in which 3 of the 5 s of transfer are done: 6.5 s, 3.5 more than 3.
+        (3.0, 5.0, 1.5, 3.5),
+        (5.0, 3.0, 1.5, 1.5),
+        (4.0, 4.0, 1.5, 2.0),
+        # Nothing is gained: as if one came after the other.
+        (3.0, 5.0, 2.0, 5.0),
+        (5.0, 3.0, 2.0, 3.0),
+        # Nothing to hide behind, and nothing to hide.
+        (0.0, 5.0, 1.5, 5.0),
+        (5.0, 0.0, 1.5, 0.0),
+    ],
+)
+def test_exposed_seconds_by_hand(compute: float, transfer: float, slowdown: float, expected: float) -> None:
+    assert float(exposed_seconds(compute, np.array(transfer), slowdown)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("slowdown", "expected"), [(1.0, 2 + 4), (1.5, 3.5 + 7), (2.0, 5 + 10)])
+def test_attention_hides_gathers_forward_and_reductions_backward(slowdown: float, expected: float) -> None:
+    """A gather of 5 s behind 3 s of attention, a reduction of 10 s behind its backward pass of 6 s; on the slowest device."""
+    cost = LayerCost(trainable_bytes=5.0, gradient_bytes=10.0, non_moe_flops=6.0)
+    machines = topology((0, 0), flops=(2.0, 5.0), near=Link(1.0, 0.0), slowdown=slowdown)
+    found = seconds(machines, cost, owner=[0], where=[[1, 1]])
+    assert (found["gather"], found["reduce"]) == pytest.approx((5.0, 10.0))
+    assert found["exposed"] == pytest.approx(expected)
+    assert found["total"] == pytest.approx(expected)
+
+
+def test_rematerialization_gathers_again_before_the_backward_pass() -> None:
+    """As above without slowdown: 2 s forward; 10 + 5 s behind 6 s backward."""
+    cost = LayerCost(trainable_bytes=5.0, gradient_bytes=10.0, non_moe_flops=6.0)
+    machines = topology((0, 0), flops=(2.0, 5.0), near=Link(1.0, 0.0))
+    assert seconds(machines, cost, owner=[0], where=[[1, 1]], rematerialize=True)["exposed"] == pytest.approx(2 + 9)
+
+
+def test_the_optimizer_by_hand() -> None:
+    """Gradients of 4 bytes read, 3 of state read and written: 10 an expert. Three at 10 B/s, one at 20 B/s, one at 2 B/s."""
+    cost = LayerCost(trainable_bytes=100.0, gradient_bytes=4.0, state_bytes=3.0)
+    machines = topology((0, 0, 0), memory_bandwidth=(10.0, 20.0, 2.0))
+    assert seconds(machines, cost, owner=[0, 0, 0, 1])["optimizer"] == pytest.approx(3.0)
+    assert seconds(machines, cost, owner=[0, 0, 0, 1])["total"] == pytest.approx(3.0)
+    assert seconds(machines, cost, owner=[0, 0, 0, 1, 2])["optimizer"] == pytest.approx(5.0)
+    assert seconds(machines, cost, owner=[0, 0, 0], where=[[1, 1, 1]] * 3)["optimizer"] == pytest.approx(3.0), "replicas have no state"
+
+
+def test_frozen_bytes_are_paid_over_their_lifetime_and_once() -> None:
+    """An expert of 6 + 40 bytes on ranks 0, 1 and 2 of one node, 2 B/s: 12 bytes in 6 s, and 80 in 40 s once in 20 steps: 2 s a step."""
+    cost = LayerCost(trainable_bytes=6.0, frozen_bytes=40.0)
+    machines = topology((0, 0, 0), near=Link(2.0, 0.0))
+    placed = {"owner": [0], "where": [[1, 1, 1]]}
+    assert seconds(machines, cost, **placed)["gather"] == pytest.approx(6 + 2)  # type: ignore[arg-type]
+    assert seconds(machines, replace(cost, frozen_lifetime=80.0), **placed)["gather"] == pytest.approx(6 + 0.5)  # type: ignore[arg-type]
+    for resident, expected in (([[1, 0, 0]], 8.0), ([[1, 1, 0]], 7.0), ([[0, 1, 0]], 7.0), ([[1, 1, 1]], 6.0), ([[0, 1, 1]], 6.0)):
+        assert seconds(machines, cost, **placed, resident=resident)["gather"] == pytest.approx(expected), resident  # type: ignore[arg-type]
+    assert seconds(machines, cost, **placed)["reduce"] == pytest.approx(6.0), "frozen parts have no gradient"  # type: ignore[arg-type]
+
+
+def test_frozen_parts_that_stay_where_no_replica_is_wanted_are_not_moved() -> None:
+    cost = LayerCost(trainable_bytes=6.0, frozen_bytes=40.0)
+    found = seconds(topology((0, 0), near=Link(1.0, 0.0)), cost, owner=[0], resident=[[1, 1]])
+    assert (found["gather"], found["reduce"]) == (0.0, 0.0)
+
+
+def test_bytes_of_an_expert() -> None:
+    """10 to bring, 4 back, 60 frozen: 10 + 60 / 20 a step, 74 of memory. Gradients are as large as parameters unless told."""
+    cost = LayerCost(trainable_bytes=10.0, gradient_bytes=4.0, frozen_bytes=60.0, state_bytes=1000.0)
+    assert (cost.expert_bytes, cost.reduced_bytes, cost.replica_bytes) == (13.0, 4.0, 74.0)
+    cost = LayerCost(trainable_bytes=10.0)
+    assert (cost.expert_bytes, cost.reduced_bytes, cost.replica_bytes) == (10.0, 10.0, 20.0)
+
+
+def rows(tokens: list[list[float]], quota: list[list[float]], top_k: int, nodes: tuple[int, ...]) -> Rows:
+    tokens_ED = np.array(tokens, dtype=np.float64)
+    flow = flows(tokens_ED, np.array(quota, dtype=np.float64), topology(nodes))
+    return rows_served(flow, tokens_ED, LayerCost(trainable_bytes=0.0, top_k=top_k))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_tokens_with_all_their_choices_here_are_one_row_each(top_k: int) -> None:
+    """12 and 20 tokens, each with k choices, of two experts that are both here."""
+    choices = [[5.0 * top_k, 20.0 * top_k], [7.0 * top_k, 0.0]]
+    found = rows(choices, choices, top_k, (0, 1))
+    assert found.computed_D.tolist() == pytest.approx([12.0, 20.0])
+    assert not any(np.any(part) for part in (*found.near, *found.far))
+
+
+@pytest.mark.parametrize("nodes", [(0, 0), (0, 1)])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_tokens_with_all_their_choices_elsewhere_are_one_row_each(top_k: int, nodes: tuple[int, ...]) -> None:
+    """All choices of rank 0's 12 tokens are served by rank 1."""
+    found = rows([[12.0 * top_k, 0.0]], [[0.0, 12.0 * top_k]], top_k, nodes)
+    assert found.computed_D.tolist() == pytest.approx([0.0, 12.0])
+    sent, received = found.near if nodes == (0, 0) else found.far
+    assert sent.tolist() == pytest.approx([12.0, 0.0])
+    assert received.tolist() == pytest.approx([0.0, 12.0])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_one_choice_is_one_row(top_k: int) -> None:
+    """Of a million tokens: drawn independently, a second choice of the same token is a rare chance."""
+    found = rows([[1e6 * top_k, 0.0]], [[1e6 * top_k - 1, 1.0]], top_k, (0, 0))
+    for one in (found.computed_D[1], found.near[0][0], found.near[1][1]):
+        assert float(one) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
+def test_distinct_rows_are_the_tokens_with_a_choice_here(top_k: int, share: float) -> None:
+    """Every pattern of k choices, here or not, with its probability."""
+    wanted = 0.0
+    for pattern in itertools.product((True, False), repeat=top_k):
+        chance = float(np.prod([share if here else 1 - share for here in pattern]))
+        wanted += 40 * chance if any(pattern) else 0.0
+    choices = 40.0 * top_k
+    found = rows([[choices, 0.0]], [[choices * (1 - share), choices * share]], top_k, (0, 0))
+    assert float(found.computed_D[1]) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+
+
+def test_rows_by_hand() -> None:
+    """Ten tokens of rank 0 with two choices each: 15 choices stay, 5 go to rank 1, of its node.
+
+    A quarter of the choices: 10 · (1 - (3/4)²) = 4.375 rows travel; 10 · (1 - (1/4)²) = 9.375 stay.
+    """
+    found = rows([[20.0, 0.0, 0.0]], [[15.0, 5.0, 0.0]], 2, (0, 0, 1))
+    assert found.computed_D.tolist() == pytest.approx([9.375, 4.375, 0.0])
+    assert found.near[0].tolist() == pytest.approx([4.375, 0.0, 0.0])
+    assert found.near[1].tolist() == pytest.approx([0.0, 4.375, 0.0])
+
+
+@dataclass
+class Case:
+    owner_E: np.ndarray
+    where_ED: np.ndarray
+    tokens_ED: np.ndarray
+    quota_ED: np.ndarray
+    machines: Topology
+    cost: LayerCost
+
+    def seconds(self, **arguments: object) -> LayerSeconds:
+        given_ = (self.owner_E, self.where_ED, self.quota_ED, self.tokens_ED, self.machines, self.cost)
+        return layer_seconds(*given_, **arguments)  # type: ignore[arg-type]
+
+
+@st.composite
+def cases(draw: st.DrawFn, max_nodes: int = 3) -> Case:
+    world, experts = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    count = draw(st.integers(1, min(world, max_nodes)))
+    nodes = tuple(draw(st.permutations([*range(count), *(rank % count for rank in range(world - count))])))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    owner = rng.integers(0, world, size=experts)
+    where = rng.random((experts, world)) < rng.random()
+    where[np.arange(experts), owner] = True
+    tokens = rng.integers(0, 30, size=(experts, world)) * (rng.random((experts, world)) < 0.8) * 1.0
+    share = rng.random((experts, world)) * where
+    quota = tokens.sum(1, keepdims=True) * share / share.sum(1, keepdims=True)
+
+    def rates(number: int) -> tuple[float, ...]:
+        return tuple(np.exp(rng.normal(size=number)).tolist())
+
+    near, far = Link(*rates(2)), Link(*rates(2))
+    machines = Topology(
+        nodes,
+        rates(world),
+        (1.0,) * world,
+        near,
+        far,
+        port_bandwidth=rates(world),
+        uplink_bandwidth=rates(count),
+        nic_bandwidth=rates(world),
+        memory_bandwidth=rates(world),
+        overlap_slowdown=float(rng.uniform(1, 2)),
+    )
+    values = {f.name: float(np.exp(rng.normal())) for f in fields(LayerCost)}
+    cost = LayerCost(**{**values, "top_k": int(rng.integers(1, 4)), "frozen_lifetime": 20.0})  # type: ignore[arg-type]
+    return Case(owner, where, tokens, quota, machines, cost)
+
+
+PARTS = ("compute", "dispatch", "gather", "reduce", "exposed", "optimizer")
+
+
+def assert_no_part_falls(before: LayerSeconds, after: LayerSeconds, parts: tuple[str, ...] = PARTS) -> None:
+    for name in parts:
+        assert float(getattr(after, name)) >= float(getattr(before, name)) * (1 - 1e-9), name
+
+
+GROWING = tuple(f.name for f in fields(LayerCost) if f.name not in ("top_k", "non_moe_flops", "frozen_lifetime"))
+
+
+@pytest.mark.parametrize("name", GROWING)
+@settings(max_examples=40)
+@given(case=cases(), factor=st.floats(1.0, 10.0))
+def test_more_bytes_or_flops_never_take_less_time(name: str, case: Case, factor: float) -> None:
+    more = replace(case.cost, **{name: getattr(case.cost, name) * factor})
+    assert_no_part_falls(case.seconds(), replace(case, cost=more).seconds())
+
+
+@settings(max_examples=40)
+@given(case=cases(), factor=st.floats(1.0, 10.0))
+def test_more_attention_or_a_longer_life_hide_more(case: Case, factor: float) -> None:
+    for name in ("non_moe_flops", "frozen_lifetime"):
+        more = replace(case.cost, **{name: getattr(case.cost, name) * factor})
+        assert_no_part_falls(replace(case, cost=more).seconds(), case.seconds())
+
+
+RATES = ("port_bandwidth", "uplink_bandwidth", "nic_bandwidth", "memory_bandwidth")
+
+
+@pytest.mark.parametrize("name", RATES)
+@settings(max_examples=40)
+@given(case=cases(), factor=st.floats(1.0, 10.0), data=st.data())
+def test_a_slower_link_or_memory_never_takes_less_time(name: str, case: Case, factor: float, data: st.DataObject) -> None:
+    """One of them alone."""
+    values = list(getattr(case.machines, name))
+    values[data.draw(st.integers(0, len(values) - 1))] /= factor
+    assert_no_part_falls(case.seconds(), replace(case, machines=replace(case.machines, **{name: tuple(values)})).seconds())
+
+
+@settings(max_examples=40)
+@given(case=cases(), factor=st.floats(1.0, 10.0))
+def test_more_latency_or_a_slower_device_never_takes_less_time(case: Case, factor: float) -> None:
+    before, machines = case.seconds(), case.machines
+    for name in ("intra_node", "inter_node"):
+        link = getattr(machines, name)
+        slower = replace(machines, **{name: Link(link.bandwidth, link.latency * factor)})
+        assert_no_part_falls(before, replace(case, machines=slower).seconds())
+    slower = replace(machines, overlap_slowdown=min(2.0, machines.overlap_slowdown * factor))
+    assert_no_part_falls(before, replace(case, machines=slower).seconds())
+    # A slower device has the longer attention to hide behind, so that what is exposed may fall.
+    slower = replace(machines, flops=(machines.flops[0] / factor, *machines.flops[1:]))
+    assert_no_part_falls(before, replace(case, machines=slower).seconds(), ("compute", "dispatch", "gather", "reduce", "optimizer"))
+
+
+@settings(max_examples=40)
+@given(case=cases(), factor=st.floats(1.0, 10.0))
+def test_more_tokens_of_the_same_kind_never_take_less_time(case: Case, factor: float) -> None:
+    more = replace(case, tokens_ED=case.tokens_ED * factor, quota_ED=case.quota_ED * factor)
+    assert_no_part_falls(case.seconds(), more.seconds())
+
+
+@settings(max_examples=40)
+@given(case=cases(max_nodes=1), data=st.data())
+def test_another_replica_never_takes_less_time_to_bring(case: Case, data: st.DataObject) -> None:
+    """On one node. Between nodes another rank may become the leader, with less to hand on than the last one had."""
+    where = case.where_ED.copy()
+    where[data.draw(st.integers(0, where.shape[0] - 1)), data.draw(st.integers(0, where.shape[1] - 1))] = True
+    assert_no_part_falls(case.seconds(), replace(case, where_ED=where).seconds())
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_gathering_again_never_takes_less_time(case: Case) -> None:
+    assert_no_part_falls(case.seconds(), case.seconds(rematerialize=True))
+
+
+@settings(max_examples=40)
+@given(case=cases(), data=st.data())
+def test_resident_frozen_parts_never_cost_more_than_absent_ones(case: Case, data: st.DataObject) -> None:
+    """On every rank of one expert; part of a node may change who leads there."""
+    resident = case.owner_E[:, None] == np.arange(case.where_ED.shape[1])
+    resident[data.draw(st.integers(0, len(resident) - 1))] = True
+    assert_no_part_falls(case.seconds(resident_ED=resident), case.seconds())
+
+
+@settings(max_examples=40)
+@given(case=cases(), move=st.floats(0.0, 1.0))
+def test_rows_grow_with_the_choices_behind_them(case: Case, move: float) -> None:
+    """Some of rank 0's choices served at the last rank in place of rank 0: no fewer rows there, no more here, none lost on the way."""
+    world = case.where_ED.shape[1]
+    if world == 1:
+        return
+    tokens = case.tokens_ED
+    quota = tokens.copy()
+    quota[:, 0] -= move * tokens[:, 0]
+    quota[:, -1] += move * tokens[:, 0]
+    before = rows_served(flows(tokens, tokens, case.machines), tokens, case.cost)
+    after = rows_served(flows(tokens, quota, case.machines), tokens, case.cost)
+    assert after.computed_D[-1] >= before.computed_D[-1] * (1 - 1e-9)
+    assert after.computed_D[0] <= before.computed_D[0] * (1 + 1e-9)
+    assert after.computed_D.sum() >= before.computed_D.sum() * (1 - 1e-9)
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_rows_that_leave_arrive_and_are_no_more_than_choices_or_tokens(case: Case) -> None:
+    flow = flows(case.tokens_ED, case.quota_ED, case.machines)
+    found = rows_served(flow, case.tokens_ED, case.cost)
+    sent, received = found.near[0] + found.far[0], found.near[1] + found.far[1]
+    np.testing.assert_allclose(sent.sum(), received.sum(), rtol=1e-9, atol=1e-9)
+    tokens_D = case.tokens_ED.sum(0) / case.cost.top_k
+    for rank, received_rows in enumerate(received.tolist()):
+        choices = (flow.near_served_ED + flow.far_served_ED)[:, rank].sum()
+        assert choices / case.cost.top_k * (1 - 1e-9) <= received_rows <= min(choices, tokens_D.sum() - tokens_D[rank]) * (1 + 1e-9) + 1e-9
+        assert found.computed_D[rank] >= received_rows * (1 - 1e-9)
+
+
+@settings(max_examples=40)
+@given(cases(), st.booleans())
+def test_layers_are_priced_one_by_one(case: Case, rematerialize: bool) -> None:
+    """A layer and one with half the loads and no replicas, stacked."""
+    own = case.owner_E[:, None] == np.arange(case.where_ED.shape[1])
+    half = case.tokens_ED / 2
+    other = replace(case, where_ED=own, tokens_ED=half, quota_ED=half.sum(1, keepdims=True) * own)
+    stacked = {name: np.stack([getattr(case, name), getattr(other, name)]) for name in ("owner_E", "where_ED", "tokens_ED", "quota_ED")}
+    together = replace(case, **stacked).seconds(rematerialize=rematerialize)
+    alone = [one.seconds(rematerialize=rematerialize) for one in (case, other)]
+    for name in (*PARTS, "total"):
+        np.testing.assert_allclose(getattr(together, name), [float(getattr(one, name)) for one in alone], rtol=1e-12)
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_the_total_is_what_cannot_be_hidden(case: Case) -> None:
+    found = case.seconds()
+    assert float(found.total) == pytest.approx(float(found.compute + found.dispatch + found.exposed + found.optimizer))
 
 
 @pytest.mark.parametrize(
@@ -22,11 +515,13 @@ def topology(nodes: tuple[int, ...], flops: tuple[float, ...], intra: Link, inte
     ],
 )
 def test_overlap_degree_by_hand(nodes: tuple[int, ...], flops: tuple[float, ...], expected: int) -> None:
-    given = topology(nodes, flops, Link(100.0, 1.0), Link(10.0, 2.0))
-    assert overlap_degree(LayerCost(expert_bytes=40.0, non_moe_flops=8e9), given) == expected
+    given_ = topology(nodes, flops=flops, near=Link(100.0, 1.0), far=Link(10.0, 2.0))
+    assert overlap_degree(LayerCost(trainable_bytes=40.0, non_moe_flops=8e9), given_) == expected
+    # The same 40 bytes, part of them of a frozen part paid over 20 steps.
+    assert overlap_degree(LayerCost(trainable_bytes=30.0, frozen_bytes=200.0, non_moe_flops=8e9), given_) == expected
 
 
 @pytest.mark.parametrize("non_moe_flops", [0.0, 0.5e9, 1e9])
 def test_nothing_hides_behind_less_than_the_latency(non_moe_flops: float) -> None:
-    given = topology((0,), (1e9,), Link(1e12, 1.0), Link(1e12, 1.0))
-    assert overlap_degree(LayerCost(expert_bytes=1.0, non_moe_flops=non_moe_flops), given) == 0
+    given_ = topology((0,), flops=(1e9,), near=Link(1e12, 1.0), far=Link(1e12, 1.0))
+    assert overlap_degree(LayerCost(trainable_bytes=1.0, non_moe_flops=non_moe_flops), given_) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.parallel.dispatch import combine, destinations, dispatch
-from hecate.parallel.placement import Placement, token_split
+from hecate.parallel.flows import token_split
+from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Link, Topology
 from tests.ranks import run_ranks
 
-CASES = 12
+PAIRS = tuple(itertools.product(range(12), (False, True)))
+"""seed of a case; split by quotas?"""
 
 
 @st.composite
@@ -66,7 +69,7 @@ def plain(x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) 
 
 
 class Case:
-    """Placement, tokens, choices and weights of all ranks, the same on every rank."""
+    """Placement, quotas, tokens, choices and weights of all ranks, the same on every rank."""
 
     def __init__(self, seed: int, world: int) -> None:
         rng = np.random.default_rng(seed)
@@ -91,6 +94,15 @@ class Case:
         ]
         # Numbers beyond 32 bits, in no order.
         self.token = [(torch.arange(n) * 7 + 3 + 100 * rank + (1 << 40)).flip(0) for rank, n in enumerate(counts.tolist())]
+        self.loads_SE = np.stack([np.bincount(choices.flatten().numpy(), minlength=experts).astype(float) for choices in self.expert])
+        share = rng.random((experts, world)) * where * (rng.random((experts, world)) < 0.7)
+        share[share.sum(1) == 0] = where[share.sum(1) == 0]
+        self.quota_ED = self.loads_SE.sum(0)[:, None] * share / share.sum(1, keepdims=True)
+
+    def split(self, rank: int, quotas: bool) -> np.ndarray:
+        """By topology, or by random quotas, in which an owner may have none."""
+        given_ = (self.loads_SE, self.quota_ED) if quotas else (None, None)
+        return token_split(self.placement.where_ED, *given_, self.topology, rank)
 
 
 def run_experts(here: Any, experts_here: list[int]) -> torch.Tensor:
@@ -105,10 +117,10 @@ def run_experts(here: Any, experts_here: list[int]) -> torch.Tensor:
 def _against_plain(rank: int, world: int) -> int:
     group = dist.group.WORLD
     assert group is not None
-    for seed in range(CASES):
+    for seed, quotas in PAIRS:
         case = Case(seed, world)
         x, weight = case.x[rank].clone().requires_grad_(), case.weight[rank].clone().requires_grad_()
-        split = token_split(case.placement, case.topology, rank)
+        split = case.split(rank, quotas)
         here = dispatch(x, case.expert[rank], weight, case.token[rank], case.placement, split, group)
         _check_received(here, case, rank, world)
         y = combine(run_experts(here, case.placement.experts_on(rank).tolist()), here, group)
@@ -123,8 +135,8 @@ def _against_plain(rank: int, world: int) -> int:
                 assert got is None or got.numel() == 0
                 continue
             assert got is not None
-            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12, msg=f"case {seed}: {name}: {got} against {wanted}")
-    return CASES
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12, msg=f"case {seed}, {quotas}: {name}: {got} against {wanted}")
+    return len(PAIRS)
 
 
 def _check_received(here: Any, case: Case, rank: int, world: int) -> None:
@@ -149,7 +161,7 @@ def _check_received(here: Any, case: Case, rank: int, world: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_dispatch_and_combine_equal_the_plain_formula(world: int) -> None:
-    assert run_ranks(world, _against_plain) == [CASES] * world
+    assert run_ranks(world, _against_plain) == [len(PAIRS)] * world
 
 
 class Counting:
@@ -172,20 +184,20 @@ def _count_bytes(rank: int, world: int) -> list[int]:
     group = dist.group.WORLD
     assert group is not None
     totals = []
-    for seed in range(CASES):
+    for seed, quotas in PAIRS:
         case = Case(seed, world)
         for dtype in (torch.float64, torch.bfloat16):
             x = case.x[rank].to(dtype).requires_grad_()
             weight = case.weight[rank].float().requires_grad_()
-            split = token_split(case.placement, case.topology, rank)
+            split = case.split(rank, quotas)
             counting = Counting(rank, world)
             dist.all_to_all_single = counting  # type: ignore[assignment]
             try:
                 here = dispatch(x, case.expert[rank], weight, case.token[rank], case.placement, split, group)
                 y = combine(here.x_RD * here.weight_RK.sum(1, keepdim=True).to(dtype), here, group)
-                assert here.bytes_sent(rank, backward=False) == counting.bytes, f"case {seed}, forward"
+                assert here.bytes_sent(rank, backward=False) == counting.bytes, f"case {seed}, {quotas}, forward"
                 y.sum().backward()
-                assert here.bytes_sent(rank, backward=True) == counting.bytes, f"case {seed}, with backward"
+                assert here.bytes_sent(rank, backward=True) == counting.bytes, f"case {seed}, {quotas}, with backward"
             finally:
                 dist.all_to_all_single = counting._plain
             totals.append(counting.bytes)
@@ -195,4 +207,4 @@ def _count_bytes(rank: int, world: int) -> list[int]:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_bytes_sent_is_what_is_sent(world: int) -> None:
     totals = run_ranks(world, _count_bytes)
-    assert sum(map(sum, totals)) > 0 if world > 1 else totals == [[0] * 2 * CASES]
+    assert sum(map(sum, totals)) > 0 if world > 1 else totals == [[0] * 2 * len(PAIRS)]

@@ -1,4 +1,4 @@
-"""Placements by their invariants; the token split by hand."""
+"""Placements by their invariants."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hecate.parallel.placement import Placement, contiguous_owners, owners_only, token_split
-from hecate.parallel.topology import Link, Topology
-
-
-def topology(*node_of_rank: int) -> Topology:
-    world = len(node_of_rank)
-    return Topology(node_of_rank, (1e9,) * world, (1e9,) * world, Link(1e9, 0.0), Link(1e8, 0.0))
+from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere, owners_only
 
 
 @st.composite
@@ -79,6 +73,15 @@ def test_owners_only_leaves_the_callers_owners_writable() -> None:
     assert placement.owner_E.tolist() == [1, 0, 1]
 
 
+def test_everything_everywhere_leaves_the_callers_owners_writable() -> None:
+    owner = np.array([1, 0, 1])
+    placement = everything_everywhere(owner, 2)
+    owner[0] = 0
+    assert placement.where_ED.tolist() == [[True, True]] * 3
+    assert placement.everywhere
+    assert placement.owner_E.tolist() == [1, 0, 1]
+
+
 @given(st.integers(1, 300), st.integers(1, 40))
 def test_contiguous_owners_are_runs_of_almost_equal_length(experts: int, world: int) -> None:
     owner = contiguous_owners(experts, world)
@@ -93,41 +96,3 @@ def test_contiguous_owners_are_runs_of_almost_equal_length(experts: int, world: 
 def test_contiguous_owners_by_hand() -> None:
     assert contiguous_owners(8, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert contiguous_owners(1, 3).tolist() == [0]
-
-
-def test_token_split_by_hand() -> None:
-    """Two nodes of two ranks, all experts owned by rank 0 but the last: who serves the tokens of rank 3?
-
-    expert 0 on 0 only: must leave the node, one replica;  expert 1 on 0, 1: none near, evenly over both;
-    expert 2 on 0, 2: its node has one;  expert 3 on 0, 2, 3: it is here;  expert 4 on all: it is here.
-    """
-    where = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1]], dtype=bool)
-    placement = Placement(np.array([0, 0, 0, 0, 3]), where)
-    split = token_split(placement, topology(0, 0, 1, 1), source=3)
-    assert split.tolist() == [[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
-
-
-def test_token_split_spreads_over_the_replicas_of_its_own_node() -> None:
-    """Rank 0 shares node 0 with ranks 2 and 4; the replicas on 2 and 4 share its tokens, the one on 1 gets none."""
-    placement = Placement(np.array([1]), np.array([[False, True, True, False, True]]))
-    assert token_split(placement, topology(0, 1, 0, 1, 0), source=0).tolist() == [[0, 0, 0.5, 0, 0.5]]
-
-
-@given(placements(), st.data())
-def test_token_split_rows_sum_to_one_over_replicas(placement: Placement, data: st.DataObject) -> None:
-    world = placement.world_size
-    nodes = [0] + [data.draw(st.integers(0, 1)) for _ in range(world - 1)]
-    for source in range(world):
-        split = token_split(placement, topology(*nodes), source)
-        assert split.dtype == np.float64
-        np.testing.assert_allclose(split.sum(axis=1), 1.0, rtol=1e-12)
-        assert (split[~placement.where_ED] == 0).all()
-        for expert in range(placement.num_experts):
-            near = [r for r in range(world) if placement.where_ED[expert, r] and nodes[r] == nodes[source]]
-            serving = np.flatnonzero(split[expert]).tolist()
-            if placement.where_ED[expert, source]:
-                assert serving == [source]
-            elif near:
-                assert serving == near
-            else:
-                assert serving == np.flatnonzero(placement.where_ED[expert]).tolist()

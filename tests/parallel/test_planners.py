@@ -7,96 +7,147 @@ from hypothesis import strategies as st
 
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
 
 plan_hecate = POLICIES["hecate"]
 
 
-def plan_input(owner: list[int], loads: list[list[int]] | None, *, nodes: tuple[int, ...], degree: int, memory_slots: int) -> PlanInput:
-    """A device of 1 FLOP/s, links of 1 byte/s without latency, experts of 1 byte: as many FLOPs as experts are hidden."""
+def plan_input(
+    owner: list[int], loads: list[list[int]] | None, *, nodes: tuple[int, ...], degree: int, memory_slots: int | list[int]
+) -> PlanInput:
+    """One layer; a device of 1 FLOP/s, links of 1 byte/s without latency, experts of 1 byte: as many FLOPs as experts are hidden."""
+    return layers_input([owner], None if loads is None else [loads], nodes=nodes, degree=degree, memory_slots=memory_slots)
+
+
+def layers_input(
+    owners: list[list[int]], loads: list[list[list[int]]] | None, *, nodes: tuple[int, ...], degree: int, memory_slots: int | list[int]
+) -> PlanInput:
     world = len(nodes)
     link = Link(1.0, 0.0)
     topology = Topology(nodes, (1.0,) * world, (1e9,) * world, link, link)
-    loads_SE = None if loads is None else np.array(loads, dtype=np.float64)
-    return PlanInput(np.array(owner), loads_SE, topology, LayerCost(1.0, degree), memory_slots)
+    loads_LSE = None if loads is None else np.array(loads, dtype=np.float64)
+    slots_D = np.broadcast_to(np.array(memory_slots), world).copy()
+    return PlanInput(np.array(owners), loads_LSE, topology, LayerCost(trainable_bytes=1.0, non_moe_flops=degree), slots_D)
 
 
 def where(given_: PlanInput) -> list[list[int]]:
-    """Ranks of each expert."""
-    return [np.flatnonzero(row).tolist() for row in plan_hecate(given_).where_ED]
+    """Ranks of each expert of the first layer."""
+    return [np.flatnonzero(row).tolist() for row in plan_hecate(given_).where_LED[0]]
 
 
 @st.composite
 def inputs(draw: st.DrawFn) -> PlanInput:
-    world, experts = draw(st.integers(1, 6)), draw(st.integers(1, 10))
+    world, experts, layers = draw(st.integers(1, 6)), draw(st.integers(1, 10)), draw(st.integers(1, 3))
     nodes = (0, *draw(st.lists(st.integers(0, 1), min_size=world - 1, max_size=world - 1)))
-    if draw(st.booleans()):
-        owner = contiguous_owners(experts, world).tolist()
-    else:
-        owner = draw(st.lists(st.integers(0, world - 1), min_size=experts, max_size=experts))
+    anywhere = st.lists(st.integers(0, world - 1), min_size=experts, max_size=experts)
+    owners = [contiguous_owners(experts, world).tolist() if draw(st.booleans()) else draw(anywhere) for _ in range(layers)]
     row = st.lists(st.integers(0, 20), min_size=experts, max_size=experts)
-    loads = draw(st.none() | st.lists(row, min_size=world, max_size=world))
-    return plan_input(owner, loads, nodes=nodes, degree=draw(st.integers(0, 12)), memory_slots=draw(st.integers(0, 11)))
+    table = st.lists(row, min_size=world, max_size=world)
+    loads = draw(st.none() | st.lists(table, min_size=layers, max_size=layers))
+    slots = draw(st.integers(0, 11) | st.lists(st.integers(0, 11), min_size=world, max_size=world))
+    return layers_input(owners, loads, nodes=nodes, degree=draw(st.integers(0, 12)), memory_slots=slots)
 
 
-def hotness(given_: PlanInput) -> list[int]:
-    """Experts, hottest first, ties by index."""
-    experts = range(len(given_.owner_E))
-    load = [0.0] * len(experts) if given_.loads_SE is None else given_.loads_SE.sum(axis=0).tolist()
+def hotness(given_: PlanInput, layer: int) -> list[int]:
+    """Experts of a layer, hottest first, ties by index."""
+    experts = range(given_.owner_LE.shape[1])
+    load = [0.0] * len(experts) if given_.loads_LSE is None else given_.loads_LSE[layer].sum(axis=0).tolist()
     return sorted(experts, key=lambda e: (-load[e], e))
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @given(given_=inputs())
 def test_every_policy_keeps_owners_and_is_deterministic(policy: str, given_: PlanInput) -> None:
-    loads = None if given_.loads_SE is None else given_.loads_SE.copy()
-    owner = given_.owner_E.copy()
+    loads = None if given_.loads_LSE is None else given_.loads_LSE.copy()
+    owner, slots = given_.owner_LE.copy(), given_.slots_D.copy()
     first, second = POLICIES[policy](given_), POLICIES[policy](given_)
-    np.testing.assert_array_equal(first.where_ED, second.where_ED)
-    np.testing.assert_array_equal(first.owner_E, owner)
-    np.testing.assert_array_equal(given_.owner_E, owner)
-    assert given_.owner_E.flags.writeable
-    if loads is not None and given_.loads_SE is not None:
-        np.testing.assert_array_equal(given_.loads_SE, loads)
+    np.testing.assert_array_equal(first.where_LED, second.where_LED)
+    np.testing.assert_array_equal(first.owner_LE, owner)
+    assert (first.quota_LED is None) == (second.quota_LED is None)
+    if first.quota_LED is not None and second.quota_LED is not None:
+        np.testing.assert_array_equal(first.quota_LED, second.quota_LED)
+    np.testing.assert_array_equal(given_.owner_LE, owner)
+    np.testing.assert_array_equal(given_.slots_D, slots)
+    assert given_.owner_LE.flags.writeable
+    if loads is not None and given_.loads_LSE is not None:
+        np.testing.assert_array_equal(given_.loads_LSE, loads)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@given(given_=inputs())
+def test_every_plan_can_be_carried_out(policy: str, given_: PlanInput) -> None:
+    """A replica at each owner; quotas that serve each expert's load where it is and nowhere else."""
+    plan = POLICIES[policy](given_)
+    layers, experts = given_.owner_LE.shape
+    world = given_.topology.world_size
+    assert plan.where_LED.shape == (layers, experts, world)
+    assert plan.where_LED.dtype == np.bool_
+    for layer, expert in np.ndindex(layers, experts):
+        where_D = plan.where_LED[layer, expert]
+        assert where_D[given_.owner_LE[layer, expert]]
+        if plan.quota_LED is not None:
+            load = float(world) if given_.loads_LSE is None else given_.loads_LSE[layer, :, expert].sum()
+            quota_D = plan.quota_LED[layer, expert]
+            assert quota_D.min() >= 0
+            assert not quota_D[~where_D].any(), "tokens are sent where their expert is not"
+            np.testing.assert_allclose(quota_D.sum(), load, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["full", "hecate", "static_ep"])
+@given(given_=inputs())
+def test_policies_without_quotas_leave_tokens_to_topology_aware_dispatch(policy: str, given_: PlanInput) -> None:
+    assert POLICIES[policy](given_).quota_LED is None
+
+
+@given(inputs())
+def test_hecate_plans_each_layer_by_itself(given_: PlanInput) -> None:
+    together = plan_hecate(given_).where_LED
+    for layer in range(len(together)):
+        loads = None if given_.loads_LSE is None else given_.loads_LSE[layer : layer + 1]
+        alone = PlanInput(given_.owner_LE[layer : layer + 1], loads, given_.topology, given_.cost, given_.slots_D)
+        np.testing.assert_array_equal(plan_hecate(alone).where_LED[0], together[layer])
 
 
 @given(inputs())
 def test_static_ep_makes_no_replica_and_full_makes_all(given_: PlanInput) -> None:
-    assert (POLICIES["static_ep"](given_).where_ED.sum(axis=1) == 1).all()
-    assert POLICIES["full"](given_).everywhere
+    static = POLICIES["static_ep"](given_)
+    assert (static.where_LED.sum(axis=2) == 1).all()
+    full = POLICIES["full"](given_)
+    assert all(full.placement(layer).everywhere for layer in range(len(given_.owner_LE)))
 
 
 @given(inputs())
 def test_hecate_with_memory_for_the_overlap_degree(given_: PlanInput) -> None:
-    degree = min(int(given_.cost.non_moe_flops), len(given_.owner_E))
-    if degree > given_.memory_slots:
+    degree = min(int(given_.cost.non_moe_flops), given_.owner_LE.shape[1])
+    if degree > min(given_.slots_D):
         return
-    hottest = set(hotness(given_)[:degree])
-    for expert, row in enumerate(plan_hecate(given_).where_ED):
-        if expert in hottest:
-            assert row.all(), f"hot expert {expert} is not everywhere"
-        else:
-            assert np.flatnonzero(row).tolist() == [given_.owner_E[expert]], f"expert {expert} has replicas"
+    for layer, where_ED in enumerate(plan_hecate(given_).where_LED):
+        hottest = set(hotness(given_, layer)[:degree])
+        for expert, row in enumerate(where_ED):
+            if expert in hottest:
+                assert row.all(), f"hot expert {expert} is not everywhere"
+            else:
+                assert np.flatnonzero(row).tolist() == [given_.owner_LE[layer, expert]], f"expert {expert} has replicas"
 
 
 @given(inputs())
 def test_hecate_never_gives_a_device_more_replicas_than_fit(given_: PlanInput) -> None:
-    placement = plan_hecate(given_)
     world = given_.topology.world_size
-    replicas_D = placement.where_ED.sum(axis=0) - np.bincount(given_.owner_E, minlength=world)
-    assert (replicas_D <= given_.memory_slots).all()
-    degree = min(int(given_.cost.non_moe_flops), len(given_.owner_E))
-    cold = hotness(given_)[degree:]
-    assert (placement.where_ED[cold].sum(axis=1) == 1).all(), "an expert beyond the overlap degree got a replica"
+    degree = min(int(given_.cost.non_moe_flops), given_.owner_LE.shape[1])
+    for layer, where_ED in enumerate(plan_hecate(given_).where_LED):
+        replicas_D = where_ED.sum(axis=0) - np.bincount(given_.owner_LE[layer], minlength=world)
+        assert (replicas_D <= given_.slots_D).all()
+        cold = hotness(given_, layer)[degree:]
+        assert (where_ED[cold].sum(axis=1) == 1).all(), "an expert beyond the overlap degree got a replica"
 
 
 @given(inputs())
 def test_hecate_without_loads_counts_every_expert_as_equally_hot(given_: PlanInput) -> None:
-    world, experts = given_.topology.world_size, len(given_.owner_E)
-    unknown = PlanInput(given_.owner_E, None, given_.topology, given_.cost, given_.memory_slots)
-    equal = PlanInput(given_.owner_E, np.full((world, experts), 3.0), given_.topology, given_.cost, given_.memory_slots)
-    np.testing.assert_array_equal(plan_hecate(unknown).where_ED, plan_hecate(equal).where_ED)
+    (layers, experts), world = given_.owner_LE.shape, given_.topology.world_size
+    unknown = PlanInput(given_.owner_LE, None, given_.topology, given_.cost, given_.slots_D)
+    equal = PlanInput(given_.owner_LE, np.full((layers, world, experts), 3.0), given_.topology, given_.cost, given_.slots_D)
+    np.testing.assert_array_equal(plan_hecate(unknown).where_LED, plan_hecate(equal).where_LED)
 
 
 def test_the_hottest_go_everywhere_and_ties_go_by_index() -> None:
@@ -153,3 +204,46 @@ def test_no_loads_at_all_stay_within_the_slots() -> None:
 def test_nothing_travels_without_time_or_room(degree: int, memory_slots: int) -> None:
     given_ = plan_input([0, 1, 1], [[7, 1, 2], [7, 1, 2]], nodes=(0, 0), degree=degree, memory_slots=memory_slots)
     assert where(given_) == [[0], [1], [1]]
+
+
+def test_devices_with_more_room_take_more() -> None:
+    """Rank 0 owns four equal experts; t = 4; rooms 9, 0, 1, 3, so m = 0 on the fullest: experts 0 to 3 get a copy each, by free slots.
+
+    Expert 0: rank 3 (three free), 1: rank 3 (two), 2: rank 2 and 3 have one each, the lower; 3: rank 3. Nothing is left.
+    """
+    given_ = plan_input([0, 0, 0, 0], [[1, 1, 1, 1]] * 4, nodes=(0, 0, 0, 0), degree=4, memory_slots=[9, 0, 1, 3])
+    assert where(given_) == [[0, 3], [0, 3], [0, 2], [0, 3]]
+
+
+def test_loads_of_sources_become_tokens_by_expert() -> None:
+    """[layer, source, expert] in, [layer, expert, source] out; ones where nothing is known."""
+    loads = [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]
+    known = layers_input([[0, 1, 0], [1, 1, 0]], loads, nodes=(0, 0), degree=0, memory_slots=0)
+    assert known.tokens_LED.tolist() == [[[1, 4], [2, 5], [3, 6]], [[7, 10], [8, 11], [9, 12]]]
+    unknown = layers_input([[0, 1, 0], [1, 1, 0]], None, nodes=(0, 0), degree=0, memory_slots=0)
+    assert unknown.tokens_LED.tolist() == [[[1, 1]] * 3] * 2
+    assert known.owned_LED.tolist() == [[[1, 0], [0, 1], [1, 0]], [[0, 1], [0, 1], [1, 0]]]
+
+
+def test_a_plan_spells_out_its_quotas() -> None:
+    """An expert of rank 0 with copies on 0 and 1 of one node, rank 2 elsewhere: 5 and 7 stay, the 4 of rank 2 go half and half."""
+    given_ = plan_input([0], [[5], [7], [4]], nodes=(0, 0, 1), degree=0, memory_slots=0)
+    where_LED = np.array([[[True, True, False]]])
+    even = Plan(given_.owner_LE, where_LED)
+    assert even.quotas(given_.tokens_LED, given_.topology).tolist() == [[[7, 9, 0]]]
+    own = Plan(given_.owner_LE, where_LED, np.array([[[0.0, 16.0, 0.0]]]))
+    assert own.quotas(given_.tokens_LED, given_.topology).tolist() == [[[0, 16, 0]]]
+
+
+def test_the_seconds_of_a_plan_are_those_of_its_own_quotas() -> None:
+    """As above, a second a choice forward and two backward, and a copy of 1 byte at 1 byte/s each way; rows are free.
+
+    Evenly the busiest rank serves 9 choices, 27 s; with all of them at rank 1, 48 s. No non-MoE work hides the copy: 2 s.
+    The owner's optimizer reads the byte of gradient at a byte for 150 FLOPs: 150 s.
+    """
+    free = plan_input([0], [[5], [7], [4]], nodes=(0, 0, 1), degree=0, memory_slots=0)
+    cost = LayerCost(trainable_bytes=1.0, choice_flops=1.0)
+    given_ = PlanInput(free.owner_LE, free.loads_LSE, free.topology, cost, free.slots_D)
+    where_LED = np.array([[[True, True, False]]])
+    assert Plan(given_.owner_LE, where_LED).seconds(given_).total.tolist() == [179.0]
+    assert Plan(given_.owner_LE, where_LED, np.array([[[0.0, 16.0, 0.0]]])).seconds(given_).total.tolist() == [200.0]

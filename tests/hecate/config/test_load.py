@@ -30,7 +30,7 @@ def test_defaults_are_those_documented(folder: Path) -> None:
     assert config.lora.target_modules == modules
     assert (config.moe.family, config.moe.num_experts, config.moe.top_k) == ("mixlora", 8, 2)
     assert config.moe.router_aux_loss_coef == 0.001
-    assert (config.fssdp.policy, config.fssdp.load_window, config.fssdp.memory_slots) == ("hecate", 5, None)
+    assert (config.fssdp.policy, config.fssdp.load_window, config.fssdp.memory_slots) == ("auto", 5, None)
     assert (config.learning_rate, config.max_grad_norm, config.lr_scheduler_type) == (2e-4, 1.0, "cosine")
     assert (config.eval_steps, config.save_steps, config.nproc, config.topology) == (None, None, None, "auto")
     assert (config.eval.generate, config.eval.max_new_tokens, config.eval.batch_size) == (False, 32, 16)

@@ -1,12 +1,17 @@
-"""Evaluation and idle paths of the engine; training is tested as a whole by tests/hecate/test_equivalence.py."""
+"""Plans, evaluation and idle paths of the engine; training is tested as a whole by tests/hecate/test_equivalence.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+from hecate.moe.engine import Engine
+from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from tests.hecate.moe.making import HIDDEN, base, chunk, engine, experts
 from tests.ranks import run_ranks
 
@@ -118,3 +123,86 @@ def test_an_engine_without_expert_layers_finishes_its_steps(one_rank: dist.Proce
     made.begin_step(0)
     made.last_micro_step()
     assert made.finish_step() == {}
+    assert made.imbalance({}) == 1.0
+
+
+THREE = {0: 3, 2: 5, 5: 3}
+"""layers of two shapes, one between the others"""
+
+
+def quotas_by_layer(given: PlanInput) -> Plan:
+    """Everything everywhere. Of layers with three experts the first is served by the rank after the owner, the other by rank 0."""
+    where_LED = np.ones(given.owned_LED.shape, dtype=bool)
+    if given.num_experts == 5:
+        return Plan(given.owner_LE, where_LED)
+    load_LE1 = given.tokens_LED.sum(-1, keepdims=True)
+    serving_L1 = np.stack([(given.owner_LE[0] + 1) % given.world_size, np.zeros(given.num_experts, dtype=np.int64)])
+    return Plan(given.owner_LE, where_LED, load_LE1 * (serving_L1[..., None] == np.arange(given.world_size)))
+
+
+def _step(rank: int, made: Engine, step: int) -> dict[int, np.ndarray]:
+    """Four tokens on each rank, each with the choices 1 and 2."""
+    made.begin_step(step)
+    made.last_micro_step()
+    total = torch.zeros((), dtype=torch.float64)
+    for layer, count in THREE.items():
+        random = torch.Generator().manual_seed(10 * rank + layer)
+        x, weight = (torch.randn(4, n, generator=random, dtype=torch.float64).requires_grad_() for n in (HIDDEN, 2))
+        expert = torch.tensor([[1, 2]]).expand(4, 2)
+        y = made.experts(layer, x, expert, weight, torch.arange(4) + 4 * rank, count=True)
+        family = experts(count, layer=layer)
+        pairs = family.pairs(torch.stack([chunk(layer, e, family.layout().trainable_numel) for e in range(count)]))
+        torch.testing.assert_close(y, mixlora_ffn_reference(x, expert, weight, base(), pairs), rtol=1e-12, atol=1e-12)
+        total = total + y.sum()
+    total.backward()
+    return made.finish_step()
+
+
+def _plans(rank: int, world: int) -> None:
+    made, asked = engine(THREE), []
+
+    def planner(given: PlanInput) -> Plan:
+        asked.append(given)
+        return quotas_by_layer(given) if given.loads_LSE is not None else POLICIES["static_ep"](given)
+
+    made.config = replace(made.config, planner=planner, top_k=2, non_moe_flops=7.0, max_imbalance=1.25)
+    loads = _step(rank, made, 0)
+    # Owners 0, 1, 2 of three experts and 0, 0, 1, 1, 2 of five: twelve choices each of experts 1 and 2 meet two ranks of three.
+    assert made.imbalance(loads) == pytest.approx(1.5)
+    sent = made.bytes_sent
+    loads = _step(rank, made, 1)
+    assert made.bytes_sent > sent
+
+    assert [given.owner_LE.tolist() for given in asked] == [[[0, 1, 2]] * 2, [[0, 0, 1, 1, 2]]] * 2
+    assert [given.loads_LSE is None for given in asked] == [True, True, False, False]
+    for given, layers in zip(asked[2:], ([0, 5], [2]), strict=True):
+        assert given.loads_LSE is not None
+        assert given.loads_LSE.tolist() == [[[0, 4, 4, *[0] * (THREE[layer] - 3)]] * 3 for layer in layers]
+    for given in asked:
+        assert given.slots_D.tolist() == [given.num_experts] * 3
+        assert given.max_imbalance == 1.25
+        assert given.cost == made.families[0].cost(2, 7.0)
+    # Layer 0: ranks 2 and 0 serve twelve each, 12 / 8. Layer 5: rank 0 all of 24, 24 / 8. Layer 2 has no quotas: nothing moves.
+    assert made.imbalance(loads) == pytest.approx((1.5 + 1.0 + 3.0) / 3)
+    # What comes in is split as planned: rank 0's choice of expert 1 goes to rank 2; its 3 of expert 0, which nobody foresaw, stay.
+    assert made.imbalance({0: np.array([[3, 1, 0], [0] * 3, [0] * 3])}) == pytest.approx(3 / (4 / 3))
+
+
+def test_plans_are_made_by_shape_and_their_quotas_carried_out_by_layer() -> None:
+    run_ranks(3, _plans)
+
+
+def _slots(rank: int, world: int) -> None:
+    made, asked = engine({0: 3}), []
+
+    def planner(given: PlanInput) -> Plan:
+        asked.append(given.slots_D.tolist())
+        return POLICIES["static_ep"](given)
+
+    made.config = replace(made.config, planner=planner, memory_slots=1)
+    made.begin_step(0)
+    assert asked == [[1] * world]
+
+
+def test_slots_are_those_of_the_configuration_on_every_device() -> None:
+    run_ranks(2, _slots)

@@ -74,9 +74,20 @@ def test_initial_values_do_not_depend_on_the_number_of_ranks() -> None:
         assert {name: values for part in parts for name, values in part.items()} == alone
 
 
-def test_flops_by_hand() -> None:
-    """Three pairs of rank 2 over 6 and 10: 2 · 2 · (6 + 10) each."""
-    assert experts(3).flops_per_choice() == 3 * 64
+def test_cost_by_hand() -> None:
+    """Three pairs of rank 2 over 6 and 10, 32 numbers of 8 bytes each; a row of 6 numbers, three products of it with 60 weights.
+
+    A choice: 2 · 2 · (6 + 10) FLOPs a pair, which backward runs once more and then twice for the gradients.
+    """
+    cost = experts(3).cost(top_k=2, non_moe_flops=5.0)
+    assert cost.trainable_bytes == cost.reduced_bytes == 3 * 32 * 8
+    assert cost.state_bytes == 3 * cost.trainable_bytes
+    assert cost.frozen_bytes == 0
+    assert (cost.top_k, cost.non_moe_flops) == (2, 5.0)
+    assert (cost.row_bytes, cost.row_flops, cost.row_backward) == (6 * 8, 3 * 2 * 60, 1.0)
+    assert (cost.choice_flops, cost.choice_backward) == (3 * 64, 3.0)
+    one = experts(3, projections=("down_proj",)).cost(top_k=1, non_moe_flops=0.0)
+    assert (one.trainable_bytes, one.choice_flops, one.row_flops) == (32 * 8, 64, 360)
 
 
 @pytest.mark.parametrize("training", [True, False])

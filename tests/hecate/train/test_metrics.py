@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.errors import UserError
-from hecate.train.metrics import MetricsWriter, Record, eval_record, event_record, step_record
+from hecate.train.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
 from hecate.train.scores import EvalScore
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -75,8 +75,13 @@ def test_eval_record() -> None:
 
 @pytest.mark.parametrize(
     ("record", "nested"),
-    [(a_step(), ""), (eval_record(1, {"gcd": EvalScore(1.0, 0.5, 2)}), "sources"), (event_record(1, "saved"), "")],
-    ids=["step", "eval", "event"],
+    [
+        (a_step(), ""),
+        (eval_record(1, {"gcd": EvalScore(1.0, 0.5, 2)}), "sources"),
+        (event_record(1, "saved"), ""),
+        (reshard_record(1, experts=2, bytes_sent=8, seconds=0.5, saved_seconds=0.1, moving_seconds=0.2), ""),
+    ],
+    ids=["step", "eval", "event", "reshard"],
 )
 def test_the_documented_fields_are_those_written(record: Record, nested: str) -> None:
     section = DOCS.read_text().split(f'## `kind: "{record["kind"]}"`')[1].split("\n## ")[0]

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hecate.parallel.traces import load_trace
 from tests.hecate.data.conftest import build_byte_tokenizer
 
 STEPS = 6
@@ -89,7 +90,7 @@ def losses(workshop: Path, name: str) -> list[tuple[float, float, float]]:
 @pytest.fixture(scope="module")
 def whole(workshop: Path) -> subprocess.CompletedProcess[str]:
     """The uninterrupted run."""
-    return run(*train_arguments(workshop, "whole"))
+    return run(*train_arguments(workshop, "whole", "trace=true"))
 
 
 def test_a_run_learns_and_leaves_everything_behind(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
@@ -100,6 +101,10 @@ def test_a_run_learns_and_leaves_everything_behind(workshop: Path, whole: subpro
     for record in steps:
         # Two choices of every token, padding left out, in both layers.
         assert {layer: sum(load) for layer, load in record["loads"].items()} == {"0": 2 * record["tokens"], "1": 2 * record["tokens"]}
+    trace = load_trace(folder / "loads.npz")
+    assert trace.loads.shape == (STEPS, 2, 2, 3)  # steps, layers, ranks, experts
+    for step, loads_LSE in zip(trace.steps, trace.loads, strict=True):
+        assert {str(layer): loads_SE.sum(0).tolist() for layer, loads_SE in enumerate(loads_LSE)} == steps[step - 1]["loads"]
     before, after = records(workshop, "whole", "eval")
     assert set(after["sources"]) == {"up.eval", "echo.eval"}
     assert all(after["sources"][name]["loss"] < before["sources"][name]["loss"] for name in after["sources"])
@@ -116,24 +121,61 @@ def test_a_run_learns_and_leaves_everything_behind(workshop: Path, whole: subpro
 
 def test_a_killed_run_continues_bit_for_bit(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
     """SIGKILL of one rank between two checkpoints; the launcher ends the other; resume gives the losses of the uninterrupted run."""
-    arguments = train_arguments(workshop, "killed", "save_steps=2", "eval.on_start=false")
+    arguments = train_arguments(workshop, "killed", "save_steps=2", "eval.on_start=false", "trace=true")
+    errors = kill_rank_1_after("step 3/", arguments)
+    assert "rank 1 of 2 was killed by SIGKILL" in errors
+    assert "Traceback" not in errors.split("rank 1 of 2")[-1]
+    assert (workshop / "runs/killed/checkpoint-2/COMMIT").is_file()
+    run(*arguments, "resume=true")
+    assert losses(workshop, "killed") == losses(workshop, "whole")
+    again, once = (load_trace(workshop / "runs" / name / "loads.npz") for name in ("killed", "whole"))
+    assert again.steps == once.steps == tuple(range(1, STEPS + 1))
+    assert (again.loads == once.loads).all()
+    ours = load_file(workshop / "runs/killed/adapter/adapter_model.safetensors")
+    theirs = load_file(workshop / "runs/whole/adapter/adapter_model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_resharded_continues_bit_for_bit(workshop: Path) -> None:
+    """At first rank 0 owns two of each layer's three experts. On devices this slow it pays to share all six evenly, which is done after
+    step 2; checkpoint 3 holds the new owners; a kill after step 5, and resume goes on as if nothing had happened."""
+    slow = workshop / "slow.yaml"
+    slow.write_text("nodes: [{devices: 2, flops: 1e6, memory: 1e9}]\nintra_node: {bandwidth: 1e9, latency: 1e-6}\n", encoding="utf-8")
+    overrides = ["fssdp.policy=static_ep", "fssdp.reshard_interval=2", f"topology={slow}", "data.eval=[]", "eval.generate=false"]
+    printed = run(*train_arguments(workshop, "resharded", *overrides)).stdout
+    errors = kill_rank_1_after("step 5/", train_arguments(workshop, "reshard-killed", *overrides, "save_steps=3"))
+    assert "rank 1 of 2 was killed by SIGKILL" in errors
+    assert (workshop / "runs/reshard-killed/checkpoint-3/COMMIT").is_file()
+    resumed = run(*train_arguments(workshop, "reshard-killed", *overrides, "save_steps=3", "resume=true")).stdout
+    assert "resumed after step 3" in resumed
+    assert losses(workshop, "reshard-killed") == losses(workshop, "resharded")
+    ours = load_file(workshop / "runs/reshard-killed/adapter/adapter_model.safetensors")
+    theirs = load_file(workshop / "runs/resharded/adapter/adapter_model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    moves = [records(workshop, name, "reshard") for name in ("resharded", "reshard-killed")]
+    first = moves[0][0]
+    assert first["step"] == 2
+    assert f"re-sharded after step 2: {first['experts']} experts moved" in printed
+    # Master and two moments in fp32 of 4 x (32 + 48) elements in three projections, and a count of steps.
+    assert first["bytes_sent"] == first["experts"] * (3 * 4 * 3 * 4 * (32 + 48) + 4)
+    assert [{**record, "seconds": 0} for record in moves[1]] == [{**record, "seconds": 0} for record in moves[0]]
+    by_owner = json.loads((workshop / "runs/reshard-killed/trainable.json").read_text(encoding="utf-8"))["by_owner"]
+    assert by_owner["rank 0"]["parameters"] == by_owner["rank 1"]["parameters"] == 3 * 3 * 4 * (32 + 48)
+
+
+def kill_rank_1_after(line_start: str, arguments: list[str]) -> str:
+    """Start a run, SIGKILL one of its ranks once it has printed such a line; the run's error text."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(hecate(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step 3/"):
+            if line.startswith(line_start):
                 break
         os.kill(rank_process(process.pid, 1), signal.SIGKILL)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "rank 1 of 2 was killed by SIGKILL" in errors
-    assert "Traceback" not in errors.split("rank 1 of 2")[-1]
-    assert (workshop / "runs/killed/checkpoint-2/COMMIT").is_file()
-    run(*train_arguments(workshop, "killed", "save_steps=2", "eval.on_start=false", "resume=true"))
-    assert losses(workshop, "killed") == losses(workshop, "whole")
-    ours = load_file(workshop / "runs/killed/adapter/adapter_model.safetensors")
-    theirs = load_file(workshop / "runs/whole/adapter/adapter_model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    return errors
 
 
 def rank_process(launcher: int, rank: int) -> int:
@@ -147,7 +189,7 @@ def rank_process(launcher: int, rank: int) -> int:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(workshop: Path, number: signal.Signals) -> None:
     name = f"stopped-{number.name}"
-    arguments = train_arguments(workshop, name, "max_steps=5000", "eval.on_start=false")
+    arguments = train_arguments(workshop, name, "max_steps=5000", "eval.on_start=false", "trace=true")
     with subprocess.Popen(hecate(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -158,7 +200,7 @@ def test_a_signal_saves_and_stops(workshop: Path, number: signal.Signals) -> Non
         assert process.wait(timeout=60) == 0, rest
     saved = [int(path.name.partition("-")[2]) for path in (workshop / "runs" / name).glob("checkpoint-*")]
     assert len(saved) == 1
-    assert saved[0] == records(workshop, name, "step")[-1]["step"]
+    assert saved[0] == records(workshop, name, "step")[-1]["step"] == load_trace(workshop / "runs" / name / "loads.npz").steps[-1]
     assert "resume=true" in rest
 
 

@@ -1,0 +1,103 @@
+"""A base model as the sizes of its layers, told from its tensors' names and shapes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hecate.errors import UserError
+from hecate.forecast.tensor_shapes import numel, tensor_shapes
+
+_OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer."""
+
+    hidden: int
+    ffn: int
+    parameters: int
+    linears: tuple[tuple[str, int, int], ...]
+    """(last name, outputs, inputs) of the weights outside the FFN"""
+
+    @property
+    def linear_parameters(self) -> int:
+        return sum(outputs * inputs for _, outputs, inputs in self.linears)
+
+    @property
+    def query_width(self) -> int:
+        """heads times their size: what the output projection takes in"""
+        return next((inputs for name, _, inputs in self.linears if name in _OUTPUT_NAMES), self.hidden)
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """A decoder-only language model with gated FFNs."""
+
+    layers: tuple[LayerShape, ...]
+    vocabulary: int
+    parameters: int
+    """all, a tied output projection counted once"""
+
+
+def read_base_shape(path: Path, num_hidden_layers: int | None = None) -> BaseShape:
+    """The shape of the model at `path` (see `hecate.config.find_model`), from file headers.
+
+    Args:
+        num_hidden_layers: keep the first layers only.
+
+    Raises:
+        UserError: a file is damaged, the architecture is not one that experts can be put into, or there are fewer layers.
+    """
+    shapes = tensor_shapes(path)
+    by_layer: dict[int, dict[str, tuple[int, ...]]] = {}
+    rest: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        match = _LAYER.search(name)
+        if match is None:
+            rest[name] = shape
+        else:
+            by_layer.setdefault(int(match[1]), {})[match[2]] = shape
+    count = len(by_layer)
+    if not count or sorted(by_layer) != list(range(count)):
+        raise UserError(f"{path}: no decoder layers found among its {len(shapes)} tensors; is the download complete?")
+    if num_hidden_layers is not None and num_hidden_layers > count:
+        raise UserError(f"model.num_hidden_layers: {num_hidden_layers}, but the model has only {count}")
+    layers = tuple(_layer_shape(by_layer[index], f"{path}: layer {index}") for index in range(num_hidden_layers or count))
+    embeddings = [shape for name, shape in rest.items() if "embed" in name and len(shape) == 2 and shape[1] == layers[0].hidden]
+    if not embeddings:
+        raise UserError(f"{path}: no token embeddings [vocabulary, {layers[0].hidden}] found")
+    parameters = sum(map(numel, rest.values())) + sum(layer.parameters for layer in layers)
+    return BaseShape(layers, max(shape[0] for shape in embeddings), parameters)
+
+
+def _layer_shape(tensors: dict[str, tuple[int, ...]], where: str) -> LayerShape:
+    by_parent: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and len(shape) == 2:
+            parent, _, last = module.rpartition(".")
+            by_parent.setdefault(parent, {})[last] = shape
+    found = {parent: sizes for parent, weights in by_parent.items() if (sizes := _gated(weights)) is not None}
+    if len(found) != 1:
+        raise UserError(
+            f"unsupported architecture: {where} has {len(found) or 'no'} gated FFN{'s' if len(found) > 1 else ''}; exactly one is needed.\n"
+            "  a gated FFN has three weights under one module: two [F, D] and one [D, F] (fused or expert projections are not supported)"
+        )
+    ((of_ffn, (hidden, ffn)),) = found.items()
+    linears = tuple(
+        (last, shape[0], shape[1]) for parent, weights in by_parent.items() if parent != of_ffn for last, shape in weights.items()
+    )
+    return LayerShape(hidden, ffn, sum(map(numel, tensors.values())), linears)
+
+
+def _gated(weights: dict[str, tuple[int, ...]]) -> tuple[int, int] | None:
+    """(hidden, ffn) if the weights are those of a gated FFN."""
+    shapes = list(weights.values())
+    twice = [shape for shape in shapes if shapes.count(shape) >= 2]
+    if len(shapes) != 3 or not twice or any(shapes.count(shape) == 1 and shape != twice[0][::-1] for shape in shapes):
+        return None
+    return twice[0][1], twice[0][0]

@@ -1,0 +1,165 @@
+"""What there is to simulate: a model on a cluster under some loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hecate.errors import UserError
+from hecate.parallel.model_shapes import ModelShape, load_model_shape
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.simulator import Mode, fullest_owner_bytes, replica_slots, simulate
+from hecate.parallel.topology import Topology
+from hecate.parallel.topology_file import load_topology
+from hecate.parallel.traces import load_trace
+from hecate.parallel.workloads import WORKLOADS
+from hecate.presets import find_preset
+
+BASELINE = "static_ep"
+"""what speed-ups are over"""
+SAMPLED_LAYERS = 4
+"""of a model under a synthetic workload, whose layers are all of one kind; figures are scaled to the whole model"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to simulate, the same for all cases."""
+
+    policies: tuple[str, ...] = tuple(POLICIES)
+    steps: int = 12
+    seed: int = 0
+    mode: Mode = "history"
+    rematerialize: bool = False
+    max_imbalance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """One model on one cluster under one kind of loads."""
+
+    topology_name: str
+    topology: Topology
+    model: ModelShape
+    workload: str
+    """of `WORKLOADS`, or what a trace is called"""
+    tokens_per_rank: int
+    recorded: np.ndarray | None = None
+    """loads of a trace, int64 [steps, layers, source ranks, experts]; None: the workload makes them"""
+
+    def run(self, options: Options) -> list[dict[str, Any]]:
+        """One JSON-able row a policy; see docs/simulator.md."""
+        model, topology = self.model, self.topology
+        if self.recorded is None:
+            layers = min(model.layers, SAMPLED_LAYERS)
+            make, size = WORKLOADS[self.workload], (topology.world_size, model.experts, self.tokens_per_rank, model.top_k)
+            loads, num_layers = make(options.steps, layers, *size, options.seed), model.layers
+        else:
+            loads, num_layers = self.recorded, self.recorded.shape[1]
+        cost = model.layer_cost(self.tokens_per_rank)
+        sizes = {"num_layers": num_layers, "num_experts": model.experts}
+        other_bytes = model.replicated_bytes()
+        slots_D = replica_slots(topology, cost, **sizes, other_bytes=other_bytes, rematerialize=options.rematerialize)
+        held_bytes = other_bytes + fullest_owner_bytes(topology, cost, **sizes)
+        simulated = simulate(
+            loads,
+            topology,
+            cost,
+            {name: POLICIES[name] for name in options.policies},
+            slots_D=slots_D,
+            mode=options.mode,
+            rematerialize=options.rematerialize,
+            max_imbalance=options.max_imbalance,
+            num_layers=num_layers,
+        )
+        baseline = next((one.step_seconds for one in simulated if one.policy == BASELINE), None)
+        facts = {
+            "topology": self.topology_name,
+            "ranks": topology.world_size,
+            "model": model.name,
+            "experts": model.experts,
+            "workload": self.workload,
+            "tokens_per_rank": self.tokens_per_rank,
+        }
+        return [
+            facts
+            | one.as_dict()
+            | {
+                f"speedup_over_{BASELINE}": None if baseline is None else baseline / one.step_seconds,
+                "memory_bytes": held_bytes + one.replica_bytes,
+                "fits_memory": all(
+                    held_bytes + replicas <= memory for replicas, memory in zip(one.replica_bytes_D, topology.memory, strict=True)
+                ),
+            }
+            for one in simulated
+        ]
+
+
+def synthetic_cases(topology: str, model: str, workloads: Sequence[str], tokens_per_rank: int, experts: int | None = None) -> list[Case]:
+    """A case for each workload; names are of presets, or paths of files.
+
+    Args:
+        experts: in place of the model's own number.
+
+    Raises:
+        UserError: a name or a file is wrong, or a number out of range.
+    """
+    machines = load_topology(find_preset("topologies", "topology", topology))
+    shape = load_model_shape(find_preset("models", "model", model))
+    if experts is not None:
+        shape = replace(shape, experts=experts)
+    return [
+        Case(
+            topology_name=Path(topology).stem,
+            topology=machines,
+            model=shape,
+            workload=workload,
+            tokens_per_rank=tokens_per_rank,
+        )
+        for workload in workloads
+    ]
+
+
+def trace_case(topology: str, model: str, trace_path: Path) -> Case:
+    """A case of recorded loads, which say how many layers, experts and tokens there are.
+
+    Raises:
+        UserError: a name or a file is wrong, or the trace is of another number of ranks.
+    """
+    trace = load_trace(trace_path)
+    machines = load_topology(find_preset("topologies", "topology", topology))
+    shape = load_model_shape(find_preset("models", "model", model))
+    sources = trace.loads.shape[2]
+    if sources != machines.world_size:
+        raise UserError(f"{trace_path}: recorded on {sources} ranks, but topology {topology} has {machines.world_size} devices")
+    if len(set(trace.num_experts)) > 1:
+        raise UserError(
+            f"{trace_path}: its layers have {', '.join(map(str, sorted(set(trace.num_experts))))} experts; "
+            "the simulator takes layers that are alike"
+        )
+    return Case(
+        topology_name=Path(topology).stem,
+        topology=machines,
+        model=replace(shape, experts=trace.num_experts[0], top_k=trace.top_k, layers=len(trace.layers)),
+        workload=trace_path.stem,
+        tokens_per_rank=trace.tokens_per_rank,
+        recorded=trace.loads.astype(np.int64),
+    )
+
+
+def chosen(names: str | Sequence[str], known: Sequence[str], what: str) -> tuple[str, ...]:
+    """Names out of `known`, from a list or from text: `all`, or names with commas between.
+
+    Raises:
+        UserError: one is not known, or there is none; it lists what exists.
+    """
+    listed = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
+    if listed == ["all"]:
+        return tuple(known)
+    unknown = [str(name) for name in listed if name not in known]
+    if unknown or not listed:
+        raise UserError(f"{what}: {'unknown: ' + ', '.join(unknown) if unknown else 'none given'}\n  there are all, {', '.join(known)}")
+    return tuple(dict.fromkeys(listed))

@@ -1,0 +1,173 @@
+"""`hecate plan`: what a configuration would take on a topology, before anything is loaded or started."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from hecate.forecast.memory import PHASES, MemoryPart, memory_parts
+from hecate.forecast.run_shape import ExpertLayers, RunShape, adapter_parameters
+from hecate.parallel.cost_model import DISPATCH_COLLECTIVES
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.simulator import Simulated, StepBytes, simulate
+from hecate.parallel.workloads import WORKLOADS
+
+STEPS, SAMPLED_LAYERS = 6, 2
+"""simulated: enough for a history of five steps, few enough for an answer in seconds"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PolicyForecast:
+    """One policy's step."""
+
+    policy: str
+    parts: dict[str, float]
+    """seconds, which add up to the step"""
+    bytes: StepBytes
+    imbalance: float
+    memory: list[MemoryPart]
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def memory_PD(self) -> np.ndarray:
+        """float64 [phases, ranks]: bytes"""
+        return np.asarray(sum(part.bytes_PD for part in self.memory))
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """A dry run."""
+
+    run: RunShape
+    workload: str
+    policies: list[PolicyForecast]
+    """the configured one first"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; see docs/simulator.md."""
+        run = self.run
+        return {
+            "model": run.config.model.name_or_path,
+            "topology": run.topology_name,
+            "ranks": run.topology.world_size,
+            "workload": self.workload,
+            "policy": run.config.fssdp.policy,
+            "device_memory_bytes": list(run.topology.memory),
+            "policies": [
+                {
+                    "policy": one.policy,
+                    "step_seconds": one.step_seconds,
+                    "seconds": one.parts,
+                    "bytes": asdict(one.bytes),
+                    "imbalance": one.imbalance,
+                    "memory": {
+                        phase: {part.name: part.bytes_PD[index].tolist() for part in one.memory} for index, phase in enumerate(PHASES)
+                    },
+                    "fits_memory": fits(one, run),
+                }
+                for one in self.policies
+            ],
+        }
+
+
+def forecast(run: RunShape, workload: str) -> Forecast:
+    """Every policy under synthetic loads; an optimizer step of all its micro-steps."""
+    chosen = run.config.fssdp.policy
+    names = [chosen, *(name for name in POLICIES if name != chosen)]
+    by_group = [_simulate_group(run, group, workload, names) for group in run.groups]
+    return Forecast(run, workload, [_policy_forecast(run, name, [rows[index] for rows in by_group]) for index, name in enumerate(names)])
+
+
+def fits(one: PolicyForecast, run: RunShape) -> bool:
+    return bool((one.memory_PD.max(0) <= np.asarray(run.topology.memory)).all())
+
+
+def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: list[str]) -> list[Simulated]:
+    config, world = run.config, run.topology.world_size
+    tokens = run.tokens * config.gradient_accumulation_steps
+    sampled = min(group.number, SAMPLED_LAYERS)
+    loads = WORKLOADS[workload](STEPS, sampled, world, group.experts, tokens, config.moe.top_k, config.seed)
+    slots = group.experts if config.fssdp.memory_slots is None else config.fssdp.memory_slots
+    return simulate(
+        loads,
+        run.topology,
+        group.cost,
+        {name: POLICIES[name] for name in names},
+        slots_D=np.full(world, slots),
+        max_imbalance=config.fssdp.max_imbalance,
+        history_steps=config.fssdp.load_window,
+        num_layers=group.number,
+    )
+
+
+def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> PolicyForecast:
+    """The groups' layers and everything outside them."""
+    topology, micro_steps = run.topology, run.config.gradient_accumulation_steps
+    latency = (topology.inter_node if topology.num_nodes > 1 else topology.intra_node).latency
+    # A checkpointed layer runs forward twice: half as much computing and sending again, with a frozen base.
+    again = 1.5 if run.config.gradient_checkpointing else 1.0
+    dispatch = 0.0
+    for group, simulated in zip(run.groups, groups, strict=True):
+        if simulated.seconds.dispatch > 0:
+            dispatch += again * (simulated.seconds.dispatch + (micro_steps - 1) * group.number * DISPATCH_COLLECTIVES * latency)
+    reduced_bytes = _all_reduced_bytes(run)
+    parts = {
+        "attention": _attention_seconds(run),
+        "experts": again * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
+        "tokens": dispatch,
+        "exposed": sum(one.seconds.exposed for one in groups),
+        "head": 4.0 * run.base.layers[0].hidden * run.base.vocabulary * run.tokens * micro_steps / min(topology.flops),
+        "all-reduce": reduced_bytes / topology.slowest_link.bandwidth + topology.slowest_link.latency if reduced_bytes else 0.0,
+        "optimizer": sum(one.seconds.optimizer for one in groups)
+        + 7.0 * run.replicated_parameters * run.master_bytes / min(topology.memory_bandwidth),
+    }
+    nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks leaves each node once
+    rows_D = np.max([one.rows_D for one in groups], axis=0) / micro_steps if groups else np.zeros(topology.world_size)
+    return PolicyForecast(
+        policy=policy,
+        parts=parts,
+        bytes=StepBytes(
+            near=sum(one.bytes.near for one in groups) + (topology.world_size - nodes) * reduced_bytes,
+            far=sum(one.bytes.far for one in groups) + nodes * reduced_bytes,
+            busiest_port=sum(one.bytes.busiest_port for one in groups) + reduced_bytes,
+            busiest_uplink=sum(one.bytes.busiest_uplink for one in groups) + (reduced_bytes if nodes else 0.0),
+        ),
+        imbalance=float(np.mean([one.imbalance for one in groups])) if groups else 1.0,
+        memory=memory_parts(run, [_others(one, group) for one, group in zip(groups, run.groups, strict=True)], rows_D),
+    )
+
+
+def _others(simulated: Simulated, group: ExpertLayers) -> np.ndarray:
+    """float64 [ranks]: replicas of others' experts, in all layers of the group."""
+    return np.asarray(simulated.replica_bytes_D) / group.cost.replica_bytes
+
+
+def _all_reduced_bytes(run: RunShape) -> float:
+    """What each rank sends in the all-reduce of the replicated gradients, in a ring."""
+    world = run.topology.world_size
+    return 2.0 * (world - 1) / world * run.replicated_parameters * run.master_bytes
+
+
+def _attention_seconds(run: RunShape) -> float:
+    """On the slowest device. Frozen projections run once forward and once backward, their adapters and the scores twice backward."""
+    config = run.config
+    forwards = 2 if config.gradient_checkpointing else 1
+    flops = 0.0
+    for layer in run.base.layers:
+        trained = 2.0 * adapter_parameters(layer, config) + 2.0 * config.data.seq_len * layer.query_width
+        flops += (forwards + 1) * 2.0 * layer.linear_parameters + (forwards + 2) * trained
+    return flops * run.tokens * config.gradient_accumulation_steps / min(run.topology.flops)
+
+
+def _plain_ffn_seconds(run: RunShape) -> float:
+    """Of layers without experts."""
+    plain = len(run.base.layers) - sum(group.number for group in run.groups)
+    forwards = 2 if run.config.gradient_checkpointing else 1
+    layer = run.base.layers[0]
+    flops = plain * (forwards + 1) * 6.0 * layer.hidden * layer.ffn
+    return flops * run.tokens * run.config.gradient_accumulation_steps / min(run.topology.flops)

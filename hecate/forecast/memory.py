@@ -1,0 +1,93 @@
+"""Memory of each rank in the phases of a step. Activations are an estimate, everything else is counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hecate.forecast.run_shape import ExpertLayers, RunShape
+from hecate.parallel.placement import contiguous_owners
+
+PHASES = ("forward", "backward", "optimizer")
+_HEAD_ROWS = 512
+"""tokens whose logits are there at a time"""
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryPart:
+    """Bytes of one kind of tensors, float64 [phases, ranks]."""
+
+    name: str
+    bytes_PD: np.ndarray
+
+
+def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray) -> list[MemoryPart]:
+    """What each rank holds, phase by phase.
+
+    Args:
+        others_GD: for each of the run's groups, replicas of others' experts on each rank, in all its layers together.
+        rows_D: distinct tokens of a micro-step that each rank computes in a layer, the mean over the layers.
+    """
+    world, micro_steps = run.topology.world_size, run.config.gradient_accumulation_steps
+    owned, replicas, gradients = np.zeros(world), np.zeros(world), np.zeros(world)
+    for group, others_D in zip(run.groups, others_GD, strict=True):
+        owned_D = _owned(group, world)
+        owned += owned_D * group.cost.trainable_bytes
+        here = (owned_D + others_D) * group.cost.trainable_bytes
+        replicas += here
+        # With one micro-step a layer's gradients are reduced as they come; with several they add up in all layers first.
+        gradients += here if micro_steps > 1 else here / group.number
+    replicated = np.full(world, float(run.replicated_parameters * run.master_bytes))
+    base = np.full(world, float(run.base.parameters * run.dtype_bytes))
+    saved = _saved_bytes(run, rows_D)
+    nothing = np.zeros(world)
+    return [
+        MemoryPart("base weights", np.stack([base] * 3)),
+        MemoryPart("owned experts, moments", np.stack([3 * owned] * 3)),
+        MemoryPart("routers, adapters, moments", np.stack([3 * replicated] * 3)),
+        MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
+        MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + replicated])),
+        MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, rows_D), nothing])),
+    ]
+
+
+def _owned(group: ExpertLayers, world: int) -> np.ndarray:
+    """float64 [ranks]: experts that each rank owns, in all layers of the group."""
+    return group.number * np.bincount(contiguous_owners(group.experts, world), minlength=world).astype(float)
+
+
+def _saved_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:
+    """Kept from the forward for the backward pass: of all layers, or, where they run again, their inputs and one layer."""
+    layers = [_saved_layer_bytes(run, index, rows_D) for index in range(len(run.base.layers))]
+    if not run.config.gradient_checkpointing:
+        return np.asarray(sum(layers))
+    inputs = sum(layer.hidden for layer in run.base.layers) * run.tokens * run.dtype_bytes
+    return np.asarray(inputs + np.max(layers, axis=0))
+
+
+def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndarray:
+    """What autograd keeps of a layer, counted by its tensors.
+
+    Attention: its normalized input, queries, keys, values, what comes out, low-rank products; norms and the router keep float32 inputs.
+    Experts: x, gate and up of each row that is computed here.
+    """
+    layer, b = run.base.layers[index], run.dtype_bytes
+    key_value = sum(outputs for name, outputs, _ in layer.linears if name in ("k_proj", "v_proj"))
+    low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
+    wide = 3 if b < 4 else 2
+    per_token = b * (layer.hidden + 2 * layer.query_width + key_value + low_rank) + 4 * wide * layer.hidden
+    per_row = b * (layer.hidden + 2 * layer.ffn)
+    return np.asarray(run.tokens * per_token + rows_D * per_row)
+
+
+def _backward_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:
+    """Gradients of one layer's activations while it runs backward: of the hidden states, gate, up and what they become."""
+    widest = max(run.base.layers, key=lambda layer: layer.ffn)
+    return np.asarray(rows_D * run.dtype_bytes * (3 * widest.ffn + 2 * widest.hidden))
+
+
+def _head_bytes(run: RunShape) -> float:
+    """Logits of one chunk of tokens, in the base's type and in float32, and what their softmax needs."""
+    rows = min(_HEAD_ROWS, run.tokens)
+    return float(rows * run.base.vocabulary * (8 if run.dtype_bytes >= 4 else run.dtype_bytes + 8))

@@ -1,0 +1,86 @@
+"""`hecate plan`: a dry run, printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from hecate.config import Config
+from hecate.errors import UserError
+from hecate.forecast.cases import chosen
+from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
+from hecate.forecast.memory import PHASES
+from hecate.forecast.run_shape import run_shape
+from hecate.parallel.workloads import WORKLOADS
+
+_WIDTH = 140
+"""columns of a table that does not go to a terminal"""
+
+
+def run_plan(config: Config, *, topology: str | None, ranks: int | None, workload: str, json_path: Path | None) -> None:
+    """Memory of each phase on the fullest rank, and the step of every policy.
+
+    Args:
+        topology: a preset or a file, in place of the configuration's.
+        ranks: in place of the configuration's, where the topology is `auto`.
+
+    Raises:
+        UserError: a file is missing or damaged, a name unknown, the model not supported.
+    """
+    (workload,) = chosen(workload, tuple(WORKLOADS), "--workload")[:1]
+    found = forecast(run_shape(config, topology, ranks), workload)
+    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
+    console.print(_memory_table(found))
+    console.print(_policy_table(found))
+    if json_path is not None:
+        try:
+            json_path.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{json_path}: cannot be written: {error.strerror or error}") from error
+
+
+def _memory_table(found: Forecast) -> Table:
+    """Of the configured policy, on the rank that is fullest for its size."""
+    one, memory_D = found.policies[0], np.asarray(found.run.topology.memory)
+    rank = int((one.memory_PD.max(0) / memory_D).argmax())
+    table = Table(title=f"Memory of rank {rank}, the fullest, in MB; policy {one.policy}")
+    table.add_column("")
+    for phase in PHASES:
+        table.add_column(phase, justify="right")
+    for part in one.memory:
+        table.add_row(part.name, *(f"{value / 1e6:.1f}" for value in part.bytes_PD[:, rank]))
+    table.add_section()
+    table.add_row("in all", *(f"{value / 1e6:.1f}" for value in one.memory_PD[:, rank]))
+    if fits(one, found.run):
+        table.caption = f"the device has {memory_D[rank] / 1e6:.0f}; what libraries take comes on top"
+    else:
+        table.caption = f"does not fit: the device has {memory_D[rank] / 1e6:.0f}"
+    return table
+
+
+def _policy_table(found: Forecast) -> Table:
+    run = found.run
+    title = f"One step on {run.topology_name}, {run.topology.world_size} ranks, {found.workload} loads"
+    table = Table(title=title)
+    table.add_column("policy")
+    for name in ("ms", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB"):
+        table.add_column(name, justify="right")
+    for one in found.policies:
+        table.add_row(*_policy_cells(one, found))
+    table.add_section()
+    table.caption = "ms; port, uplink: MB through the busiest one; *: does not fit the devices' memory; first: the configured policy"
+    return table
+
+
+def _policy_cells(one: PolicyForecast, found: Forecast) -> list[str]:
+    return [
+        one.policy + "*" * (not fits(one, found.run)),
+        *(f"{1e3 * seconds:.1f}" for seconds in (one.step_seconds, *one.parts.values())),
+        f"{one.imbalance:.2f}",
+        *(f"{size / 1e6:.1f}" for size in (one.bytes.busiest_port, one.bytes.busiest_uplink)),
+        f"{one.memory_PD.max() / 1e9:.2f}",
+    ]

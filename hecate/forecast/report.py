@@ -1,0 +1,175 @@
+"""Simulated rows as tables, JSON and bars."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hecate.errors import UserError
+from hecate.forecast.cases import BASELINE
+
+Row = dict[str, Any]
+
+SPEEDUP = f"speedup_over_{BASELINE}"
+BARS = {
+    "attention": "attention",
+    "compute": "experts",
+    "dispatch": "tokens",
+    "exposed": "parameters and gradients, exposed",
+    "optimizer": "optimizer",
+    "reshard": "re-sharding",
+}
+"""parts of a step that add up to it -> what they are called"""
+_WIDTH = 160
+"""columns of a table that does not go to a terminal"""
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """One case: its policies in detail. Several: speed-ups, a line a case; many models or clusters: a line each, over their workloads."""
+    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
+    cases = _grouped(rows, ("topology", "model", "experts", "tokens_per_rank", "workload"))
+    if len(cases) == 1:
+        console.print(_detail(rows))
+        return
+    pairs = _grouped(rows, ("topology", "model", "experts", "tokens_per_rank"))
+    if len(pairs) == 1:
+        console.print(_speedups(rows, ("workload",), f"Speed-up over {BASELINE}\n{_title(rows[0])}"))
+    else:
+        workloads = len(_grouped(rows, ("workload",)))
+        title = f"Speed-up over {BASELINE}, geometric mean over {workloads} workload{'s' * (workloads > 1)}"
+        console.print(_speedups(rows, ("topology", "model", "experts"), title))
+
+
+def write_json(path: Path, settings: dict[str, Any], rows: Sequence[Row]) -> None:
+    """`{"settings", "rows"}`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_bars(path: Path, rows: Sequence[Row]) -> None:
+    """A PNG: a panel for each model and cluster, in it a bar for each policy, its step time in parts, mean over the workloads.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"--plot needs matplotlib ({error})\n  install it: pip install 'hecate[report]'") from error
+    panels = _grouped(rows, ("topology", "model", "experts", "tokens_per_rank"))
+    across = min(len(panels), 4)
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(max(6.0, 4.5 * across), 3.6 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for panel, axis in zip(panels, axes, strict=False):
+        policies = _grouped(panel, ("policy",))
+        bottom = [0.0] * len(policies)
+        for part, label in BARS.items():
+            height = [1e3 * sum(row["seconds"][part] for row in group) / len(group) for group in policies]
+            axis.bar([group[0]["policy"] for group in policies], height, bottom=bottom, label=label)
+            bottom = [below + more for below, more in zip(bottom, height, strict=True)]
+        axis.set_ylim(0, 1.05 * max(bottom))
+        axis.set_title(_title(panel[0]).replace(" on ", "\non "), fontsize=9)
+        axis.set_ylabel("ms a step")
+        axis.tick_params(axis="x", rotation=60)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+
+
+def _detail(rows: Sequence[Row]) -> Table:
+    table = Table(title=f"{_title(rows[0])}, {rows[0]['workload']}: one step")
+    table.add_column("policy")
+    numbers = ("ms", "speed-up", "attention", "experts", "tokens", "exposed", "optim.", "gather", "reduce")
+    for name in (*numbers, "max/mean", "port MB", "uplink MB", "memory GB", "plan ms/layer"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        seconds = row["seconds"]
+        parts = ("attention", "compute", "dispatch", "exposed", "optimizer", "gather", "reduce")
+        table.add_row(
+            row["policy"] + _mark([row]),
+            f"{1e3 * row['step_seconds']:.1f}",
+            _times(row[SPEEDUP]),
+            *(f"{1e3 * (seconds[part] + (seconds['reshard'] if part == 'optimizer' else 0)):.1f}" for part in parts),
+            f"{row['imbalance']:.2f}",
+            f"{row['bytes']['busiest_port'] / 1e6:.1f}",
+            f"{row['bytes']['busiest_uplink'] / 1e6:.1f}",
+            f"{row['memory_bytes'] / 1e9:.1f}",
+            f"{row['planner_ms_per_layer']:.2f}",
+        )
+    table.caption = _TOO_LARGE * bool(_mark(rows)) + (
+        "port, uplink: through the busiest one; memory: on the fullest rank, without activations; exposed: of gather and reduce"
+    )
+    return table
+
+
+def _speedups(rows: Sequence[Row], keys: tuple[str, ...], title: str) -> Table:
+    """A line for each value of `keys`, a column for each policy, and the geometric mean of all lines below."""
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    relative = rows[0][SPEEDUP] is not None
+    table = Table(title=title if relative else title.replace(f"Speed-up over {BASELINE}", "Milliseconds a step"))
+    for key in keys:
+        table.add_column(key)
+    for policy in policies:
+        table.add_column(policy, justify="right")
+
+    def cells(group: Sequence[Row]) -> list[str]:
+        means = [_geomean([_value(row, relative) for row in group if row["policy"] == policy]) for policy in policies]
+        marks = [_mark([row for row in group if row["policy"] == policy]) for policy in policies]
+        return [(_times(mean) if relative else f"{mean:.1f}") + mark for mean, mark in zip(means, marks, strict=True)]
+
+    groups = _grouped(rows, keys)
+    for group in groups:
+        table.add_row(*(str(group[0][key]) for key in keys), *cells(group), end_section=group is groups[-1])
+    table.add_row("geo-mean", *[""] * (len(keys) - 1), *cells(rows))
+    table.caption = _TOO_LARGE if _mark(rows) else None
+    return table
+
+
+_TOO_LARGE = "*: does not fit the devices' memory\n"
+
+
+def _mark(rows: Sequence[Row]) -> str:
+    return "*" if any(not row["fits_memory"] for row in rows) else ""
+
+
+def _value(row: Row, relative: bool) -> float:
+    return float(row[SPEEDUP] if relative else 1e3 * row["step_seconds"])
+
+
+def _grouped(rows: Sequence[Row], keys: tuple[str, ...]) -> list[list[Row]]:
+    """Rows with the same values of `keys`, in the order in which they first come."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(groups.values())
+
+
+def _title(row: Row) -> str:
+    return f"{row['model']} with {row['experts']} experts on {row['topology']} ({row['ranks']} ranks of {row['tokens_per_rank']} tokens)"
+
+
+def _geomean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"

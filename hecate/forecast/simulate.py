@@ -1,0 +1,83 @@
+"""`hecate simulate`: what is asked for, run and shown."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hecate.errors import UserError
+from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
+from hecate.forecast.report import print_rows, write_bars, write_json
+from hecate.forecast.sweep import load_sweep
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.workloads import WORKLOADS
+from hecate.presets import find_preset
+
+
+def run_simulation(
+    *,
+    topology: str | None,
+    model: str | None,
+    workload: str,
+    trace: Path | None,
+    tokens: int,
+    policy: str,
+    steps: int,
+    seed: int,
+    exact: bool,
+    rematerialize: bool,
+    max_imbalance: float | None,
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """One model on one cluster, under synthetic workloads or a trace; names are of presets, or paths of files.
+
+    Raises:
+        UserError: a name, a file or a number is wrong.
+    """
+    if topology is None or model is None:
+        what = " and ".join(name for name, value in (("--topology", topology), ("--model", model)) if value is None)
+        raise UserError(
+            f"simulate needs {what}, or --sweep FILE\n  presets: see configs/topologies and configs/models; any other name lists them"
+        )
+    options = Options(
+        policies=chosen(policy, tuple(POLICIES), "--policy"),
+        steps=steps,
+        seed=seed,
+        mode="exact" if exact else "history",
+        rematerialize=rematerialize,
+        max_imbalance=max_imbalance,
+    )
+    cases = (
+        synthetic_cases(topology, model, chosen(workload, tuple(WORKLOADS), "--workload"), tokens)
+        if trace is None
+        else [trace_case(topology, model, trace)]
+    )
+    _run(cases, options, json_path, plot_path)
+
+
+def run_sweep(sweep: str, json_path: Path | None, plot_path: Path | None) -> None:
+    """All cases of a sweep, which is a preset's name or a file.
+
+    Raises:
+        UserError: the file, or a name in it, is wrong.
+    """
+    cases, options = load_sweep(find_preset("experiments", "sweep", sweep))
+    _run(cases, options, json_path, plot_path)
+
+
+def _run(cases: list[Case], options: Options, json_path: Path | None, plot_path: Path | None) -> None:
+    rows: list[dict[str, Any]] = []
+    for number, case in enumerate(cases, start=1):
+        if len(cases) > 1 and sys.stderr.isatty():
+            print(f"\r\033[K{number}/{len(cases)} {case.model.name} on {case.topology_name}, {case.workload}", end="", file=sys.stderr)
+        rows += case.run(options)
+    if len(cases) > 1 and sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    print_rows(rows)
+    if json_path is not None:
+        write_json(json_path, asdict(options), rows)
+    if plot_path is not None:
+        write_bars(plot_path, rows)

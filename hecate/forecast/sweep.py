@@ -1,0 +1,96 @@
+"""Sweeps: many models on many clusters under many workloads, from one YAML file. See docs/simulator.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hecate.errors import UserError
+from hecate.forecast.cases import Case, Options, chosen, synthetic_cases
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.workloads import WORKLOADS
+
+_TOP = ("policies", "steps", "seed", "exact", "rematerialize", "max_imbalance", "runs")
+_RUN = ("topologies", "models", "workloads", "tokens_per_rank", "experts")
+
+
+def load_sweep(path: Path) -> tuple[list[Case], Options]:
+    """The cases of a sweep, every topology of a run with each of its models and workloads.
+
+    Raises:
+        UserError: the file cannot be read, a key is missing or unknown, a value out of range, or a name not known.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as a sweep: {error}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("runs"), list) or not raw["runs"]:
+        raise UserError(f"{path}: a sweep is a mapping with the list `runs`; it may have {', '.join(_TOP[:-1])}")
+    _only_known(raw, _TOP, str(path))
+    options = Options(
+        policies=_names(raw, "policies", tuple(POLICIES), str(path)),
+        steps=_count(raw, "steps", str(path), Options.steps),
+        seed=_count(raw, "seed", str(path), Options.seed, least=0),
+        mode="exact" if _flag(raw, "exact", str(path)) else "history",
+        rematerialize=_flag(raw, "rematerialize", str(path)),
+        max_imbalance=_max_imbalance(raw, str(path)),
+    )
+    cases: list[Case] = []
+    for number, run in enumerate(raw["runs"]):
+        where = f"{path}: runs[{number}]"
+        if not isinstance(run, dict) or "topologies" not in run or "models" not in run:
+            raise UserError(f"{where}: a run has the lists topologies and models, and may have {', '.join(_RUN[2:])}")
+        _only_known(run, _RUN, where)
+        workloads = _names(run, "workloads", tuple(WORKLOADS), where)
+        tokens = _count(run, "tokens_per_rank", where, 8192)
+        experts = _count(run, "experts", where, 1) if "experts" in run else None
+        for topology in _list(run, "topologies", where):
+            for model in _list(run, "models", where):
+                try:
+                    cases += synthetic_cases(topology, model, workloads, tokens, experts)
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from None
+    return cases, options
+
+
+def _only_known(mapping: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    unknown = sorted(str(key) for key in mapping if key not in known)
+    if unknown:
+        raise UserError(f"{where}: unknown: {', '.join(unknown)}\n  there are {', '.join(known)}")
+
+
+def _list(mapping: dict[str, Any], key: str, where: str) -> list[str]:
+    value = mapping[key]
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not values or not all(isinstance(name, str) for name in values):
+        raise UserError(f"{where}.{key}: must be a name or a list of names, got {value!r}")
+    return values
+
+
+def _names(mapping: dict[str, Any], key: str, known: tuple[str, ...], where: str) -> tuple[str, ...]:
+    return chosen(_list(mapping, key, where), known, f"{where}.{key}") if key in mapping else known
+
+
+def _count(mapping: dict[str, Any], key: str, where: str, default: int, least: int = 1) -> int:
+    value = mapping.get(key, default)
+    if type(value) is not int or value < least:
+        raise UserError(f"{where}: {key} must be an integer >= {least}, got {value!r}")
+    return value
+
+
+def _flag(mapping: dict[str, Any], key: str, where: str) -> bool:
+    value = mapping.get(key, False)
+    if type(value) is not bool:
+        raise UserError(f"{where}: {key} must be true or false, got {value!r}")
+    return value
+
+
+def _max_imbalance(mapping: dict[str, Any], where: str) -> float | None:
+    value = mapping.get("max_imbalance")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+        raise UserError(f"{where}: max_imbalance must be a number >= 1, got {value!r}")
+    return float(value)

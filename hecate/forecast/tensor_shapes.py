@@ -1,0 +1,121 @@
+"""Names and shapes of a base model's tensors, from file headers alone: safetensors folders and GGUF files. Nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+import struct
+from pathlib import Path
+
+from hecate.errors import UserError
+
+_LARGEST_HEADER = 200 << 20
+
+_GGUF_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GGUF_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, outputs first, under the names of transformers.
+
+    Args:
+        path: a folder with *.safetensors, or a .gguf file (see `hecate.config.find_model`).
+
+    Raises:
+        UserError: a file cannot be read or is damaged.
+    """
+    if not path.is_dir():
+        return _of_gguf(path)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        shapes |= _of_safetensors(file)
+    return shapes
+
+
+def _of_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with open(path, "rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(size, _LARGEST_HEADER)))
+        return {name: tuple(map(int, entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise UserError(f"{path}: no safetensors file, or damaged: {error}") from error
+
+
+def _of_gguf(path: Path) -> dict[str, tuple[int, ...]]:
+    """The header of version 2 or 3: keys and values, which are stepped over, then the tensors' names and sizes."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            magic, version, num_tensors, num_keys = struct.unpack_from("<4sIQQ", data)
+            if magic != b"GGUF" or version not in (2, 3):
+                raise UserError(f"{path}: no GGUF file of version 2 or 3")
+            at = 24
+            for _ in range(num_keys):
+                at = _after_value(data, *_after_type(data, _after_string(data, at)))
+            shapes = {}
+            for _ in range(num_tensors):
+                end = _after_string(data, at)
+                name = data[at + 8 : end].decode("utf-8")
+                (dims,) = struct.unpack_from("<I", data, end)
+                sizes = struct.unpack_from(f"<{dims}Q", data, end + 4)
+                shapes[_transformers_name(name)] = tuple(reversed(sizes))
+                at = end + 4 + 8 * dims + 12
+            return shapes
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, struct.error, KeyError, UnicodeDecodeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: no GGUF file, or damaged: {error}") from error
+
+
+def _after_string(data: mmap.mmap, at: int) -> int:
+    (size,) = struct.unpack_from("<Q", data, at)
+    if at + 8 + size > len(data):
+        raise ValueError("a text ends beyond the file")
+    return int(at + 8 + size)
+
+
+def _after_type(data: mmap.mmap, at: int) -> tuple[int, int]:
+    (kind,) = struct.unpack_from("<I", data, at)
+    return kind, at + 4
+
+
+def _after_value(data: mmap.mmap, kind: int, at: int) -> int:
+    if kind == _GGUF_STRING:
+        return _after_string(data, at)
+    if kind != _GGUF_ARRAY:
+        return at + _GGUF_SCALAR_BYTES[kind]
+    item, at = _after_type(data, at)
+    (count,) = struct.unpack_from("<Q", data, at)
+    at += 8
+    if item in _GGUF_SCALAR_BYTES:
+        return int(at + count * _GGUF_SCALAR_BYTES[item])
+    for _ in range(count):
+        at = _after_value(data, item, at)
+    return at
+
+
+def _transformers_name(name: str) -> str:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", name)
+    if match is None:
+        return {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}.get(name, name)
+    layer, module, kind = match.groups()
+    return f"model.layers.{layer}.{_GGUF_NAMES.get(module, module)}.{kind}"
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)

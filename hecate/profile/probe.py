@@ -1,0 +1,194 @@
+"""Time this rank's device, and messages between ranks. All ranks measure at the same time, as they train at the same time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.model.load import pick_dtype
+from hecate.profile.schedule import Rounds
+from hecate.train.ranks import Ranks
+
+_FEWEST, _MOST = 3, 50
+_BURST = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSizes:
+    """How much is computed, copied and sent."""
+
+    matmul: int
+    """side of the square matrices"""
+    copy_bytes: int
+    """well above what the caches hold"""
+    small_bytes: int
+    large_bytes: int
+    """of messages"""
+    seconds: float
+    """for which each measurement of a device, and the messages of all pairs together, are repeated; three times at least"""
+
+
+def sizes_for(device: torch.device) -> ProbeSizes:
+    if device.type == "cuda":
+        return ProbeSizes(matmul=8192, copy_bytes=1 << 30, small_bytes=1 << 10, large_bytes=1 << 26, seconds=1.0)
+    return ProbeSizes(matmul=1024, copy_bytes=1 << 27, small_bytes=1 << 10, large_bytes=1 << 24, seconds=1.0)
+
+
+def measure_flops(ranks: Ranks, sizes: ProbeSizes) -> float:
+    """Sustained FLOP/s of a matmul in the dtype that training would choose."""
+    multiply = _matmul(ranks.device, sizes)
+    return 2 * sizes.matmul**3 / median(_repeat(multiply, sizes.seconds, ranks))
+
+
+def measure_memory_bandwidth(ranks: Ranks, sizes: ProbeSizes) -> float:
+    """bytes/s that a large copy reads and writes."""
+    source = torch.ones(sizes.copy_bytes, dtype=torch.uint8, device=ranks.device)
+    target = torch.empty_like(source)
+    return 2 * sizes.copy_bytes / median(_repeat(lambda: target.copy_(source), sizes.seconds, ranks))
+
+
+def measure_rounds(rounds: Rounds, ranks: Ranks, group: dist.ProcessGroup, sizes: ProbeSizes) -> list[tuple[float, float]]:
+    """Exchange messages as `rounds` say; every rank must call it, with as many rounds.
+
+    A message travels in an all-to-all of `group`, as experts and tokens do, and both partners send at the same time. Ranks without
+    a partner in a round take part with nothing.
+
+    Args:
+        rounds: pairs of ranks of the whole job; only those of `group` matter here.
+
+    Returns:
+        [rounds] median seconds of a small and of a large message to arrive here; meaningless where this rank had no partner.
+    """
+    partner_of_round = [partner_of(ranks.rank, pairs) for pairs in rounds]
+    send = torch.ones(sizes.large_bytes, dtype=torch.uint8, device=ranks.device)
+    receive = torch.empty_like(send)
+    budget = sizes.seconds / max(1, 2 * len(rounds))
+
+    def exchange(partner: int | None, size: int) -> None:
+        splits = [0] * group.size()
+        if partner is not None:
+            splits[dist.get_group_rank(group, partner)] = size
+        dist.all_to_all_single(receive[: sum(splits)], send[: sum(splits)], splits, splits, group)
+
+    seconds: list[tuple[float, float]] = []
+    for partner in partner_of_round:
+
+        def small(partner: int | None = partner) -> None:
+            for _ in range(_BURST):
+                exchange(partner, sizes.small_bytes)
+
+        def large(partner: int | None = partner) -> None:
+            exchange(partner, sizes.large_bytes)
+
+        small_seconds = median(_repeat(small, budget, ranks)) / _BURST
+        seconds.append((small_seconds, median(_repeat(large, budget, ranks))))
+    return seconds
+
+
+def measure_overlap(ranks: Ranks, sizes: ProbeSizes) -> tuple[float, float, float]:
+    """Median seconds, on the slowest rank, of some matmuls, of an all-to-all of all ranks, and of the two at the same time.
+
+    Their amounts are chosen such that they take about equally long.
+    """
+    multiply = _matmul(ranks.device, sizes)
+    world = ranks.world_size
+
+    def start(send: Tensor, receive: Tensor) -> dist.Work:
+        return dist.all_to_all_single(receive, send, group=ranks.groups.tokens, async_op=True)
+
+    def buffers(size: int) -> tuple[Tensor, Tensor]:
+        size = -(-size // world) * world
+        return torch.ones(size, dtype=torch.uint8, device=ranks.device), torch.empty(size, dtype=torch.uint8, device=ranks.device)
+
+    pair = buffers(sizes.large_bytes)
+    once = _slowest(_repeat(multiply, sizes.seconds / 4, ranks), ranks)
+    sent = _slowest(_repeat(lambda: start(*pair).wait(), sizes.seconds / 4, ranks), ranks)
+    multiplications = max(1, round(sent / once))
+    pair = buffers(sizes.large_bytes * min(8, max(1, round(once / sent))))
+
+    def compute() -> None:
+        for _ in range(multiplications):
+            multiply()
+
+    def both() -> None:
+        work = start(*pair)
+        compute()
+        work.wait()
+
+    actions: tuple[Callable[[], object], ...] = (compute, lambda: start(*pair).wait(), both)
+    alone, transfer, together = (_slowest(_repeat(action, sizes.seconds / 2, ranks), ranks) for action in actions)
+    return alone, transfer, together
+
+
+def free_memory(device: torch.device, ranks_on_node: int) -> float:
+    """bytes that this rank may use: free on its GPU, or its share of what is available to all ranks of a CPU machine."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8") if limit.is_file() else None
+    return available_memory(Path("/proc/meminfo").read_text(encoding="utf-8"), text) / ranks_on_node
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def available_memory(meminfo: str, limit: str | None) -> float:
+    """bytes, from the text of /proc/meminfo, which is the whole machine's, and of a container's memory.max."""
+    line = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
+    available = float(line.split()[1]) * 1024
+    return available if limit is None or limit.strip() == "max" else min(available, float(limit))
+
+
+def _matmul(device: torch.device, sizes: ProbeSizes) -> Callable[[], object]:
+    # Random numbers: a GPU draws less power on constant ones and keeps a clock that no training sees.
+    numbers = torch.randn(sizes.matmul, sizes.matmul, generator=torch.Generator(device).manual_seed(0), device=device)
+    factor = numbers.to(pick_dtype("auto", device))
+    product = torch.empty_like(factor)
+    return lambda: torch.mm(factor, factor, out=product)
+
+
+def partner_of(rank: int, pairs: Sequence[tuple[int, int]]) -> int | None:
+    """Whom `rank` meets in a round, if anyone."""
+    return next((a + b - rank for a, b in pairs if rank in (a, b)), None)
+
+
+def _repeat(action: Callable[[], object], budget: float, ranks: Ranks) -> list[float]:
+    """Seconds of each of several calls, about `budget` seconds of them. Every rank must call it; all start each call together."""
+    action()  # the first one allocates, connects, picks kernels
+    first = ranks.all_max(_timed(action, ranks.device))
+    count = min(_MOST, max(_FEWEST, int(budget / first)))
+    seconds = []
+    for _ in range(count):
+        ranks.barrier()
+        seconds.append(_timed(action, ranks.device))
+    return seconds
+
+
+def _timed(action: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
+    start = time.perf_counter()
+    action()
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _slowest(seconds: Sequence[float], ranks: Ranks) -> float:
+    return median(ranks.all_max(value) for value in seconds)

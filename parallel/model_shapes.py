@@ -1,0 +1,164 @@
+"""Models as a few numbers: enough to say what a layer's experts weigh and compute, without the model."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from hecate.errors import UserError
+from hecate.parallel.cost_model import LayerCost
+
+Kind = Literal["full", "lora_dense", "lora_moe"]
+
+_MASTER_BYTES = 4
+"""master parameters, moments and adapters are float32"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A transformer in which every layer is attention and a mixture of experts.
+
+    Raises:
+        UserError: a value is out of range, or missing or superfluous for the kind.
+    """
+
+    name: str
+    kind: Kind
+    """full: experts trained whole. lora_dense: LoRA pairs over one frozen FFN that the experts share. lora_moe: LoRA pairs over
+    frozen experts, each its own"""
+    hidden: int
+    ffn: int
+    """inner size of one expert's FFN, or of the shared one"""
+    layers: int
+    seq: int
+    """tokens of a sequence"""
+    experts: int
+    top_k: int
+    matrices: int = 3
+    """of an FFN: 3 with a gate, 2 without"""
+    rank: int | None = None
+    """of the LoRA pairs"""
+    dtype_bytes: int = 2
+    """of a weight and of an activation"""
+    query_width: int | None = None
+    """heads times their size; None: as `hidden`"""
+    key_value_width: int | None = None
+    """key heads times their size; None: as `query_width`"""
+    causal: bool = True
+    """half of the attention is masked and not computed"""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise UserError(f"{self.name}: kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            optional = field.default is None and value is None
+            if "int" in str(field.type) and not optional and (type(value) is not int or value < 1):
+                raise UserError(f"{self.name}: {field.name} must be an integer >= 1, got {value!r}")
+        if type(self.causal) is not bool:
+            raise UserError(f"{self.name}: causal must be true or false, got {self.causal!r}")
+        if self.matrices not in (2, 3):
+            raise UserError(f"{self.name}: matrices must be 2 (no gate) or 3 (gated), got {self.matrices}")
+        if self.top_k > self.experts:
+            raise UserError(f"{self.name}: top_k is {self.top_k}, but there are {self.experts} experts")
+        if (self.rank is None) != (self.kind == "full"):
+            raise UserError(f"{self.name}: {'kind full has no rank' if self.rank else f'kind {self.kind} needs a rank'}")
+
+    @property
+    def ffn_parameters(self) -> int:
+        """Of one FFN: an expert's own, or the one that all share."""
+        return self.matrices * self.hidden * self.ffn
+
+    @property
+    def pair_parameters(self) -> int:
+        """Of one expert's LoRA pairs."""
+        return 0 if self.rank is None else self.matrices * self.rank * (self.hidden + self.ffn)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one layer's projections."""
+        query = self.hidden if self.query_width is None else self.query_width
+        key_value = query if self.key_value_width is None else self.key_value_width
+        return 2 * self.hidden * (query + key_value)
+
+    def num_params(self) -> int:
+        """Of all layers: attention and FFNs, LoRA pairs included; no embeddings, no norms, no routers."""
+        ffns = 1 if self.kind == "lora_dense" else self.experts
+        return self.layers * (self.attention_parameters + ffns * self.ffn_parameters + self.experts * self.pair_parameters)
+
+    def replicated_bytes(self) -> float:
+        """What every rank holds of all layers beside its experts: attention, and the FFN that LoRA experts share, frozen; for full experts
+        attention with gradients, float32 master parameters and moments.
+        """
+        if self.kind == "full":
+            return float(self.layers * self.attention_parameters * (2 * self.dtype_bytes + 3 * _MASTER_BYTES))
+        shared = self.ffn_parameters if self.kind == "lora_dense" else 0
+        return float(self.layers * (self.attention_parameters + shared) * self.dtype_bytes)
+
+    def attention_flops(self, tokens: float) -> float:
+        """Forward FLOPs of one layer's attention over `tokens` tokens in whole sequences: projections, scores and their use."""
+        query = self.hidden if self.query_width is None else self.query_width
+        scores = 4.0 * self.seq * query * (0.5 if self.causal else 1.0)
+        return tokens * (2.0 * self.attention_parameters + scores)
+
+    def layer_cost(self, tokens_per_rank: float) -> LayerCost:
+        """What planners must know of a layer.
+
+        The frozen base of LoRA passes gradients on and gets none (backward as long as forward); its pairs run again in the backward pass
+        and twice for their gradients.
+        """
+        base, pairs = 2.0 * self.ffn_parameters, 2.0 * self.pair_parameters
+        row_bytes = float(self.hidden * self.dtype_bytes)
+        non_moe_flops = self.attention_flops(tokens_per_rank)
+        if self.kind == "full":
+            return LayerCost(
+                trainable_bytes=float(self.ffn_parameters * self.dtype_bytes),
+                state_bytes=float(3 * _MASTER_BYTES * self.ffn_parameters),
+                top_k=self.top_k,
+                row_bytes=row_bytes,
+                choice_flops=base,
+                non_moe_flops=non_moe_flops,
+            )
+        pair_bytes = float(_MASTER_BYTES * self.pair_parameters)
+        shared = self.kind == "lora_dense"
+        return LayerCost(
+            trainable_bytes=pair_bytes,
+            frozen_bytes=0.0 if shared else float(self.ffn_parameters * self.dtype_bytes),
+            state_bytes=3 * pair_bytes,
+            top_k=self.top_k,
+            row_bytes=row_bytes,
+            row_flops=base if shared else 0.0,
+            choice_flops=pairs if shared else base + pairs,
+            choice_backward=3.0 if shared else (base + 3 * pairs) / (base + pairs),
+            non_moe_flops=non_moe_flops,
+        )
+
+
+def load_model_shape(path: Path) -> ModelShape:
+    """Read a model from YAML: the fields of `ModelShape` but `name`, which is the file's. See configs/models/.
+
+    Raises:
+        UserError: the file cannot be read, or a key is missing, unknown or out of range.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as a model: {error}") from error
+    known = [field for field in fields(ModelShape) if field.name != "name"]
+    needed = [field.name for field in known if field.default is MISSING]
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a model is a mapping with the keys {', '.join(needed)}")
+    unknown = sorted(str(key) for key in raw if key not in [field.name for field in known])
+    missing = [name for name in needed if name not in raw]
+    if unknown or missing:
+        problems = [f"unknown: {', '.join(unknown)}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(missing)
+        optional = ", ".join(field.name for field in known if field.name not in needed)
+        raise UserError(f"{path}: {'; '.join(problems)}\n  a model has {', '.join(needed)} and may have {optional}")
+    values: dict[str, Any] = raw
+    try:
+        return ModelShape(name=path.stem, **values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

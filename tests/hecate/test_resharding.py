@@ -1,0 +1,204 @@
+"""Re-sharding changes no result: training with experts that change their owners on the way is the training without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from hecate.model.head import LanguageModelHead
+from hecate.model.surgery import MoeModel
+from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.topology import Link, Topology
+from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.resharding import Resharding, adopt_owners, move_experts, owned_parameters, reshard_if_it_pays
+from hecate.train.step import StepResult, train_step
+from tests.hecate.test_equivalence import (
+    AUX_COEF,
+    LEARNING_RATE,
+    MAX_NORM,
+    MICRO_STEPS,
+    WEIGHT_DECAY,
+    Case,
+    micro_batch,
+    rows_of,
+    sharded,
+)
+from tests.ranks import run_ranks
+
+STEPS, EXPERTS = 4, 6
+
+
+class Training:
+    """One model and its optimizer on this rank."""
+
+    def __init__(self, case: Case, rank: int, world: int) -> None:
+        self.rank, self.world, self.case = rank, world, case
+        self.moe: MoeModel
+        self.head: LanguageModelHead
+        self.moe, self.head = sharded(case, world)
+        self.optimizer = ExpertOptimizer(
+            owned_parameters(self.moe.engine),
+            self.moe.replicated_parameters(),
+            learning_rate=LEARNING_RATE[case.dtype],
+            weight_decay=WEIGHT_DECAY,
+            schedule=lambda step: 1 / (1 + step),
+        )
+
+    def step(self, number: int) -> StepResult:
+        batches = [micro_batch(number, micro, range(0)) for micro in range(MICRO_STEPS)]
+        return train_step(
+            self.moe,
+            self.head,
+            self.optimizer,
+            [rows_of(batch, self.rank, self.world) for batch in batches],
+            num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+            aux_coef=AUX_COEF,
+            max_grad_norm=MAX_NORM,
+            step=number,
+        )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All parameters and moments of the job, by name; an owned one that two ranks have is an error."""
+        parts: list[dict[str, torch.Tensor]] = [{} for _ in range(self.world)]
+        dist.all_gather_object(parts, {name: tensor.clone() for name, tensor in self.optimizer.state_tensors().items()})
+        owned = [name for part in parts for name in part if name.startswith("owned/")]
+        assert len(owned) == len(set(owned)), "two ranks own one expert"
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def random_owners(training: Training, seed: int) -> dict[int, np.ndarray]:
+    """Any owners; with some seeds a rank owns nothing of a layer."""
+    rng = np.random.default_rng(seed)
+    return {layer: rng.integers(0, rng.integers(1, training.world + 1), size=EXPERTS) for layer in training.moe.engine.families}
+
+
+def _moved(rank: int, world: int, cases: list[Case]) -> list[int]:
+    """Training with two moves, against training with none. Returns the number of experts without moments at each first move."""
+    never_stepped = []
+    for number, case in enumerate(cases):
+        still, moving = Training(case, rank, world), Training(case, rank, world)
+        for step in range(STEPS):
+            wanted, got = still.step(step), moving.step(step)
+            for name in ("loss", "aux_loss", "grad_norm"):
+                assert abs(getattr(got, name) - getattr(wanted, name)) <= 1e-10, f"{case}, step {step}: {name}"
+            if step in (1, 2):
+                owners = random_owners(moving, seed=10 * number + step + world)
+                before = moving.state()
+                changed = sum(int((owners[layer] != old).sum()) for layer, old in moving.moe.engine.owners.items())
+                done = move_experts(moving.moe.engine, moving.optimizer, owners)
+                after = moving.state()
+                assert after.keys() == before.keys(), f"{case}, step {step}: moments appeared or were lost"
+                assert all(torch.equal(after[name], before[name]) for name in before), f"{case}, step {step}: changed on the way"
+                assert done.experts == changed
+                for layer, owner_E in owners.items():
+                    here = [expert for (at, expert) in moving.moe.engine.named_parameters() if at == layer]
+                    assert here == np.flatnonzero(owner_E == rank).tolist()
+                masters = [f"owned/{layer}.{expert}" for layer in owners for expert in range(EXPERTS)]
+                if step == 1:
+                    never_stepped.append(sum(f"{name}/step" not in after for name in masters))
+        wanted_state, got_state = still.state(), moving.state()
+        assert got_state.keys() == wanted_state.keys()
+        for name, tensor in wanted_state.items():
+            error = float((got_state[name] - tensor).abs().max())
+            assert error <= 1e-10, f"{case}: {name} off by {error:.2e}"
+    return never_stepped
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_training_with_moves_is_training_without(world: int) -> None:
+    cases = [Case(policy, EXPERTS, 2, scenario) for policy, scenario in (("hecate", "idle experts"), ("static_ep", "hot expert"))]
+    cases.append(Case("full", EXPERTS, 1, "balanced", checkpointing=True))
+    never_stepped = run_ranks(world, _moved, cases, timeout=240)[0]
+    assert never_stepped[0] == 2 * 2, "experts 2 and 4 of each layer were to stay idle"
+
+
+def _resumed(rank: int, world: int) -> None:
+    """A job that takes over owners and state in force after a move goes on bit for bit."""
+    case = Case("hecate", EXPERTS, 2, "idle experts")
+    whole = Training(case, rank, world)
+    for step in range(2):
+        whole.step(step)
+    move_experts(whole.moe.engine, whole.optimizer, random_owners(whole, seed=3))
+    saved = whole.state()
+    history, owners = whole.moe.engine.history.state_dict(), {layer: owner_E.copy() for layer, owner_E in whole.moe.engine.owners.items()}
+
+    resumed = Training(case, rank, world)
+    adopt_owners(resumed.moe.engine, resumed.optimizer, owners)
+    resumed.optimizer.load_state_tensors(saved, schedule_position=2)
+    resumed.moe.engine.history.load_state_dict(history)
+    for step in range(2, STEPS):
+        wanted, got = whole.step(step), resumed.step(step)
+        assert (got.loss, got.aux_loss, got.grad_norm) == (wanted.loss, wanted.aux_loss, wanted.grad_norm)
+    wanted_state, got_state = whole.state(), resumed.state()
+    assert got_state.keys() == wanted_state.keys()
+    assert all(torch.equal(got_state[name], wanted_state[name]) for name in wanted_state)
+
+
+def test_resuming_with_the_owners_in_force_is_bitwise() -> None:
+    run_ranks(3, _resumed)
+
+
+def _decided(rank: int, world: int) -> tuple[Resharding | None, Resharding | None, list[float]]:
+    """All experts on rank 0 at first, on devices so slow that balance pays; then again, from where they are."""
+    training = Training(Case("static_ep", EXPERTS, 2, "balanced"), rank, world)
+    engine = training.moe.engine
+    on = Topology((0,) * world, (1e6,) * world, (1e9,) * world, Link(1e9, 1e-6), Link(1e9, 1e-6))
+    engine.config = replace(engine.config, topology=on)
+    move_experts(engine, training.optimizer, {layer: np.zeros(EXPERTS, dtype=np.int64) for layer in engine.families})
+    assert reshard_if_it_pays(engine, training.optimizer, 100) is None, "no load is known yet"
+    for step in range(2):
+        before = training.step(step)
+    assert reshard_if_it_pays(engine, training.optimizer, 0) is None, "no step is left to repay it"
+    first = reshard_if_it_pays(engine, training.optimizer, 100)
+    second = reshard_if_it_pays(engine, training.optimizer, 100)
+    engine.begin_step(2)
+    return first, second, [len(training.optimizer.owned), engine.imbalance(before.loads)]
+
+
+def test_experts_move_when_it_pays_and_then_stay() -> None:
+    results = run_ranks(2, _decided)
+    for first, second, (owned, skew) in results:
+        assert first is not None
+        assert second is None
+        assert owned == EXPERTS, "half of the experts of two layers"
+        assert skew < 1.5, "all on one of two ranks was 2"
+        assert (first.move, first.gain) == (results[0][0].move, results[0][0].gain)
+        # Half of both layers' experts leave rank 0: master, two moments, in fp64, and a count of steps in fp32.
+        layout_numel = 3 * 3 * (16 + 24)
+        assert first.move.experts == EXPERTS
+        assert first.move.num_bytes == EXPERTS * (3 * 8 * layout_numel + 4)
+
+
+def _disagreeing(rank: int, world: int) -> str:
+    training = Training(Case("static_ep", EXPERTS, 2, "balanced"), rank, world)
+    move_experts(training.moe.engine, training.optimizer, {layer: np.zeros(EXPERTS, dtype=np.int64) for layer in (0, 1)})
+    training.step(0)
+    try:
+        reshard_if_it_pays(training.moe.engine, training.optimizer, steps=10**9 * rank)  # so that it pays on rank 1 alone
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_come_to_other_owners_are_noticed() -> None:
+    assert run_ranks(2, _disagreeing) == ["the ranks came to different owners"] * 2
+
+
+def _moving_planner(given: PlanInput) -> Plan:
+    owner_LE = (given.owner_LE + 1) % given.world_size
+    return Plan(owner_LE, owner_LE[..., None] == np.arange(given.world_size))
+
+
+def _refused(rank: int, world: int) -> None:
+    training = Training(Case("static_ep", EXPERTS, 2, "balanced"), rank, world)
+    training.moe.engine.config = replace(training.moe.engine.config, planner=_moving_planner)
+    with pytest.raises(AssertionError, match="moved owners"):
+        training.moe.engine.begin_step(0)
+
+
+def test_a_planner_that_moves_owners_is_refused() -> None:
+    run_ranks(2, _refused)

@@ -1,0 +1,82 @@
+"""Training over two nodes: the stores take the way over leaders where it is predicted to be faster, and learn what flat ones learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hecate.parallel.store as store_module
+from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.step import train_step
+from tests.hecate.test_equivalence import AUX_COEF, LEARNING_RATE, MAX_NORM, MICRO_STEPS, WEIGHT_DECAY, Case, micro_batch, rows_of, sharded
+from tests.ranks import run_ranks
+
+STEPS = 4
+CASES = [
+    Case("full", 8, 2, "balanced"),
+    Case("hecate", 8, 2, "hot expert"),
+    Case("random 3", 8, 2, "empty rank", checkpointing=True),
+    Case("static_ep", 8, 2, "idle experts"),
+]
+
+
+def _train(rank: int, world: int, case: Case, *, flat: bool) -> tuple[list[float], dict[tuple[int, int], torch.Tensor], dict[str, int]]:
+    """Losses, owned chunks after the last step, and how often each two-level collective was called."""
+    calls = {"two_level_all_gather": 0, "two_level_reduce_scatter": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in calls:
+
+            def counted(*arguments: object, name: str = name, real: object = getattr(store_module, name)) -> object:
+                calls[name] += 1
+                return real(*arguments)  # type: ignore[operator]
+
+            patch.setattr(store_module, name, counted)
+        if flat:
+            patch.setattr(store_module, "choose_collective", lambda *_: "flat")
+        moe, head = sharded(case, world)
+        owned = {f"{layer}.{expert}": p for (layer, expert), p in moe.engine.named_parameters().items()}
+        optimizer = ExpertOptimizer(
+            owned, moe.replicated_parameters(), learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY, schedule=lambda _: 1.0
+        )
+        losses = []
+        for step in range(STEPS):
+            batches = [micro_batch(step, micro, range(0)) for micro in range(MICRO_STEPS)]
+            result = train_step(
+                moe,
+                head,
+                optimizer,
+                [rows_of(batch, rank, world) for batch in batches],
+                num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+                aux_coef=AUX_COEF,
+                max_grad_norm=MAX_NORM,
+                step=step,
+            )
+            losses.append(result.loss)
+        return losses, {key: p.detach().clone() for key, p in moe.engine.named_parameters().items()}, calls
+
+
+def _both_ways(rank: int, world: int) -> list[dict[str, int]]:
+    calls = []
+    for case in CASES:
+        losses, chunks, called = _train(rank, world, case, flat=False)
+        flat_losses, flat_chunks, never = _train(rank, world, case, flat=True)
+        assert not any(never.values())
+        assert max(abs(a - b) for a, b in zip(losses, flat_losses, strict=True)) <= 1e-12, case
+        assert all(torch.allclose(chunks[key], flat_chunks[key], rtol=0, atol=1e-9) for key in flat_chunks), case
+        again, chunks_again, _ = _train(rank, world, case, flat=False)
+        assert again == losses
+        assert all(torch.equal(chunks[key], chunks_again[key]) for key in chunks), f"{case}: not the same twice"
+        calls.append(called)
+    return calls
+
+
+def test_training_over_two_nodes_takes_the_way_over_leaders_and_learns_the_same() -> None:
+    by_rank = run_ranks(4, _both_ways, timeout=240)
+    assert all(calls == by_rank[0] for calls in by_rank)
+    for case, calls in zip(CASES, by_rank[0], strict=True):
+        assert calls["two_level_all_gather"] == calls["two_level_reduce_scatter"], case
+    full, hecate, random, static_ep = (calls["two_level_all_gather"] for calls in by_rank[0])
+    assert full == 2 * STEPS, "both layers, every step: each expert goes to both ranks of the other node"
+    assert hecate > 0
+    assert random > 0
+    assert static_ep == 0, "nothing moves"

@@ -1,0 +1,197 @@
+"""`auto` and its loops: the loops against the cost model they repeat, the plans against what any plan must keep to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hecate.parallel.cost_model import LayerCost, layer_seconds
+from hecate.parallel.flows import even_quota
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.planners import layer_loops as loops
+from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.topology import Link, Topology
+
+KINDS = {
+    "full experts": LayerCost(trainable_bytes=4e6, state_bytes=2.4e7, top_k=2, row_bytes=4096, choice_flops=4e6, non_moe_flops=1e9),
+    "dense base": LayerCost(
+        trainable_bytes=1e4,
+        state_bytes=6e4,
+        top_k=2,
+        row_bytes=4096,
+        row_flops=4e6,
+        choice_flops=1e4,
+        choice_backward=3.0,
+        non_moe_flops=1e9,
+    ),
+    "frozen base": LayerCost(
+        trainable_bytes=1e4, frozen_bytes=4e6, top_k=3, row_bytes=4096, choice_flops=4e6, choice_backward=1.0, non_moe_flops=1e8
+    ),
+}
+
+
+def topology(nodes: tuple[int, ...], seed: int = 0, slowdown: float = 1.2) -> Topology:
+    """Devices and links that all differ."""
+    random = np.random.default_rng(seed)
+    world, num_nodes = len(nodes), max(nodes) + 1
+
+    def some(count: int, around: float) -> tuple[float, ...]:
+        return tuple((around * random.uniform(0.5, 2.0, count)).tolist())
+
+    return Topology(
+        nodes, some(world, 1e13), some(world, 1e10), Link(1e11, 1e-5), Link(1e10, 3e-5),
+        port_bandwidth=some(world, 1e11),
+        uplink_bandwidth=some(num_nodes, 1e10), nic_bandwidth=some(world, 1e10), overlap_slowdown=slowdown,
+    )  # fmt: skip
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> PlanInput:
+    world, experts, layers = draw(st.integers(1, 7)), draw(st.integers(1, 9)), draw(st.integers(1, 2))
+    nodes = (0, *draw(st.lists(st.integers(0, 1), min_size=world - 1, max_size=world - 1)))
+    random = np.random.default_rng(draw(st.integers(0, 10**6)))
+    loads = random.integers(0, 500, (layers, world, experts)) * (random.random((layers, world, experts)) < draw(st.floats(0, 1)))
+    owners = random.integers(0, world, (layers, experts)) if draw(st.booleans()) else np.stack([contiguous_owners(experts, world)] * layers)
+    return PlanInput(
+        owners,
+        loads.astype(np.float64) if draw(st.booleans()) else None,
+        topology(nodes, draw(st.integers(0, 99)), draw(st.floats(1, 2))),
+        KINDS[draw(st.sampled_from(sorted(KINDS)))],
+        random.integers(0, experts + 1, world),
+        resident_LED=random.random((layers, experts, world)) < 0.2 if draw(st.booleans()) else None,
+        max_imbalance=draw(st.none() | st.floats(1, 3)),
+    )
+
+
+@settings(deadline=None)
+@given(inputs(), st.integers(0, 10**6))
+def test_the_loops_compute_what_the_cost_model_does(given_: PlanInput, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    tokens, owner = given_.tokens_LED[0], given_.owner_LE[0]
+    where = given_.owned_LED[0] | (random.random(tokens.shape) < 0.4)
+    share = random.random(tokens.shape) * where + 1e-9 * given_.owned_LED[0]
+    quota = share / share.sum(1, keepdims=True) * tokens.sum(1, keepdims=True)
+    resident = given_.owned_LED[0] if given_.resident_LED is None else given_.resident_LED[0]
+    numbers, cost = loops.topology_numbers(given_.topology), loops.cost_numbers(given_.cost, given_.topology)
+    got = loops.busy_seconds(tokens, quota, numbers, cost).max()
+    got += loops.replica_seconds(owner, where, resident, numbers, cost) + loops.dispatch_seconds(tokens, quota, numbers, cost)
+    wanted = layer_seconds(owner, where, quota, tokens, given_.topology, given_.cost, resident_ED=resident).total
+    np.testing.assert_allclose(got, wanted, rtol=1e-9)
+    even = np.empty_like(quota)
+    loops.even_quota_into(where, np.ascontiguousarray(tokens), numbers, even)
+    np.testing.assert_allclose(even, even_quota(where, tokens, given_.topology), rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(inputs())
+def test_every_plan_is_one(given_: PlanInput) -> None:
+    plan = plan_auto(given_)
+    assert plan.quota_LED is not None
+    assert np.array_equal(plan.owner_LE, given_.owner_LE)
+    assert (plan.where_LED | ~given_.owned_LED).all(), "an owner lost its replica"
+    assert ((plan.where_LED & ~given_.owned_LED).sum(1) <= given_.slots_D).all()
+    assert (plan.quota_LED >= 0).all()
+    assert not plan.quota_LED[~plan.where_LED].any(), "choices where there is no replica"
+    np.testing.assert_allclose(plan.quota_LED.sum(-1), given_.tokens_LED.sum(-1), rtol=1e-9, atol=1e-6)
+    again = plan_auto(given_)
+    assert np.array_equal(plan.where_LED, again.where_LED)
+    assert np.array_equal(plan.quota_LED, again.quota_LED)
+
+
+@settings(deadline=None)
+@given(inputs())
+def test_no_slower_than_any_policy_that_fits(given_: PlanInput) -> None:
+    """Of the policies that it knows moves for: owners only, and everything everywhere."""
+    given_ = dataclasses.replace(given_, max_imbalance=None)
+    mine = plan_auto(given_).seconds(given_).total
+    for policy in ("static_ep", "full"):
+        plan = POLICIES[policy](given_)
+        fits = ((plan.where_LED & ~given_.owned_LED).sum(1) <= given_.slots_D).all()
+        assert not fits or (mine <= plan.seconds(given_).total * (1 + 1e-9)).all(), policy
+
+
+def test_each_layer_is_planned_by_itself() -> None:
+    random = np.random.default_rng(1)
+    place = topology((0, 0, 1, 1))
+    loads = random.integers(0, 300, (3, 4, 6)).astype(np.float64)
+    owners = np.stack([contiguous_owners(6, 4)] * 3)
+    together = plan_auto(PlanInput(owners, loads, place, KINDS["full experts"], np.full(4, 2)))
+    assert together.quota_LED is not None
+    for layer in range(3):
+        alone = plan_auto(PlanInput(owners[:1], loads[layer : layer + 1], place, KINDS["full experts"], np.full(4, 2)))
+        assert alone.quota_LED is not None
+        assert np.array_equal(alone.quota_LED[0], together.quota_LED[layer])
+
+
+def equal_devices(world: int) -> Topology:
+    return Topology((0,) * world, (1e12,) * world, (1e10,) * world, Link(1e12, 0.0), Link(1e12, 0.0))
+
+
+def test_small_experts_over_a_dense_base_go_everywhere_and_no_token_travels() -> None:
+    random = np.random.default_rng(0)
+    loads = np.stack([random.permutation(np.arange(8.0) * 20) for _ in range(4)])[None]
+    given_ = PlanInput(contiguous_owners(8, 4)[None], loads, equal_devices(4), KINDS["dense base"], np.full(4, 8))
+    plan = plan_auto(given_)
+    assert plan.where_LED.all()
+    assert plan.quota_LED is not None
+    np.testing.assert_array_equal(plan.quota_LED, given_.tokens_LED)
+
+
+def test_a_hot_expert_is_shared_by_those_with_time() -> None:
+    """Expert 0 has 400 choices, the other three 0: with cheap transfers each of four equal ranks serves its own 100."""
+    loads = np.zeros((1, 4, 4))
+    loads[:, :, 0] = 100
+    plan = plan_auto(PlanInput(contiguous_owners(4, 4)[None], loads, equal_devices(4), KINDS["full experts"], np.full(4, 1)))
+    assert plan.quota_LED is not None
+    np.testing.assert_allclose(plan.quota_LED[0, 0], [100, 100, 100, 100])
+
+
+def test_a_slow_device_serves_less() -> None:
+    """Rank 1 is nine times as slow; tokens travel for nothing, so it keeps a tenth of the work."""
+    place = Topology((0, 0), (9e11, 1e11), (1e10,) * 2, Link(1e15, 0.0), Link(1e15, 0.0))
+    loads = np.full((1, 2, 2), 500.0)
+    plan = plan_auto(PlanInput(np.array([[0, 1]]), loads, place, dataclasses.replace(KINDS["full experts"], top_k=1), np.full(2, 2)))
+    assert plan.quota_LED is not None
+    np.testing.assert_allclose(plan.quota_LED[0].sum(0), [1800, 200], rtol=0.07)
+
+
+def test_without_slots_it_is_expert_parallelism() -> None:
+    loads = np.random.default_rng(2).integers(0, 99, (1, 3, 5)).astype(np.float64)
+    plan = plan_auto(PlanInput(contiguous_owners(5, 3)[None], loads, equal_devices(3), KINDS["dense base"], np.zeros(3, dtype=np.int64)))
+    assert plan.where_LED.sum() == 5
+
+
+@pytest.mark.parametrize("bound", [1.0, 1.2, 2.0])
+def test_the_bound_on_imbalance_is_kept_even_where_that_is_slower(bound: float) -> None:
+    """Transfers are so dear here that the fastest plan moves nothing."""
+    slow = Topology((0,) * 4, (1e12,) * 4, (1e10,) * 4, Link(1e6, 0.0), Link(1e6, 0.0))
+    loads = np.array([[[400.0, 100.0, 50.0, 50.0]] * 4])
+    cost = dataclasses.replace(KINDS["full experts"], top_k=1, row_bytes=1.0)
+    free = PlanInput(contiguous_owners(4, 4)[None], loads, slow, cost, np.full(4, 4))
+    assert np.array_equal(plan_auto(free).where_LED, free.owned_LED)
+    plan = plan_auto(dataclasses.replace(free, max_imbalance=bound))
+    assert plan.quota_LED is not None
+    served = plan.quota_LED[0].sum(0)
+    assert served.max() / served.mean() <= bound + 1e-6
+
+
+def test_compiled_and_plain_give_the_same_plan() -> None:
+    """Where numba is missing the same functions run as plain Python."""
+    if not hasattr(loops.busy_seconds, "py_func"):
+        pytest.skip("numba is not installed: there is only the plain version")
+    random = np.random.default_rng(5)
+    place = topology((0, 1, 0, 1))
+    numbers, cost = loops.topology_numbers(place), loops.cost_numbers(KINDS["full experts"], place)
+    tokens = random.integers(0, 300, (6, 4)).astype(np.float64)
+    quota = np.ascontiguousarray(tokens[:, ::-1])
+    plain = loops.busy_seconds.py_func(tokens, quota, numbers, cost)
+    assert np.array_equal(loops.busy_seconds(tokens, quota, numbers, cost), plain)
+
+
+def test_plan_type() -> None:
+    assert isinstance(plan_auto(PlanInput(np.array([[0]]), None, equal_devices(1), KINDS["dense base"], np.zeros(1, np.int64))), Plan)

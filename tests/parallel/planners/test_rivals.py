@@ -1,0 +1,437 @@
+"""The rivals' policies by hand-computed cases, by what every policy must keep to, and by published figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.planners.packing import spare_copies
+from hecate.parallel.topology import Link, Topology, uniform_topology
+
+RIVALS = ["echo", "eplb", "fastermoe", "flexmoe", "laer", "llep", "smartmoe"]
+UNIT = LayerCost(trainable_bytes=1.0, choice_flops=1.0)
+
+
+def plan_input(
+    owner: list[int],
+    loads: list[list[float]] | None,
+    slots: list[int],
+    *,
+    nodes: tuple[int, ...] | None = None,
+    cost: LayerCost = UNIT,
+    resident: list[list[int]] | None = None,
+    max_imbalance: float | None = None,
+) -> PlanInput:
+    """One layer; devices of 1 FLOP/s, links of 1 byte/s without latency. `resident`: ranks of each expert."""
+    world, link = len(slots), Link(1.0, 0.0)
+    topology = Topology(nodes or (0,) * world, (1.0,) * world, (1e9,) * world, link, link)
+    loads_LSE = None if loads is None else np.array([loads], dtype=np.float64)
+    resident_LED = None if resident is None else np.array([[[rank in ranks for rank in range(world)] for ranks in resident]])
+    return PlanInput(np.array([owner]), loads_LSE, topology, cost, np.array(slots), resident_LED, max_imbalance)
+
+
+def totals(loads: list[float], world: int) -> list[list[float]]:
+    """All choices at rank 0: policies that look at totals alone see `loads`."""
+    return [loads] + [[0.0] * len(loads)] * (world - 1)
+
+
+def where(plan: Plan) -> list[list[int]]:
+    """Ranks of each expert."""
+    return [np.flatnonzero(row).tolist() for row in plan.where_LED[0]]
+
+
+def quota(plan: Plan) -> list[list[float]]:
+    assert plan.quota_LED is not None
+    return [[round(q, 9) for q in row] for row in plan.quota_LED[0].tolist()]
+
+
+# SmartMoE
+
+
+@pytest.mark.parametrize("slots", [[1, 1], [2, 2]])
+def test_smartmoe_moves_whole_experts(slots: list[int]) -> None:
+    """Loads 6, 4 | 1, 1. Expert 0: device 1 has 2, its home 4 besides: it moves. 1: home has nothing else. 2: home has 6 + 1, device 0
+    has 4: it moves. 3: home has 6, device 0 has 5, but its slot is taken, and with two slots its two places (E/D) are."""
+    plan = POLICIES["smartmoe"](plan_input([0, 0, 1, 1], totals([6, 4, 1, 1], 2), slots))
+    assert where(plan) == [[0, 1], [0], [0, 1], [1]]
+    assert quota(plan) == [[0, 6], [4, 0], [1, 0], [0, 1]]
+
+
+def test_smartmoe_rounds_the_number_of_experts_on_a_device_up() -> None:
+    """Five on device 0, three a device: the hottest leaves, three of the others fill their home, and the last must leave, too."""
+    plan = POLICIES["smartmoe"](plan_input([0] * 5, totals([5, 1, 1, 1, 1], 2), [5, 5]))
+    assert where(plan) == [[0, 1], [0], [0], [0], [0, 1]]
+    assert quota(plan) == [[0, 5], [1, 0], [1, 0], [1, 0], [0, 1]]
+
+
+def test_smartmoe_moves_nothing_that_leaves_the_busiest_device_as_busy() -> None:
+    """Expert 0 alone makes its device the busiest; to move one of the others to the idle device is of no use."""
+    plan = POLICIES["smartmoe"](plan_input([0, 1, 1], totals([10, 3, 3], 3), [1, 1, 1]))
+    assert where(plan) == [[0], [1], [1]]
+    assert quota(plan) == [[10, 0, 0], [0, 3, 0], [0, 3, 0]]
+
+
+# FasterMoE: devices of 1 FLOP/s and 3 FLOPs a choice with backward
+
+
+@pytest.mark.parametrize(
+    ("expert_bytes", "row_bytes", "shadowed"),
+    [
+        # Expert 0 has 6 choices of rank 0 and 4 of rank 1, expert 1 one of each. Busiest 10; expert 0 shadowed: 6 and 4 + 2; both: 7.
+        (11.0, 0.0, True),  # 30 s against 18 + 11
+        (12.0, 0.0, False),  # 18 + 12 is no less
+        (19.0, 0.5, True),  # (3 + 4·0.5)·10 = 50 against 30 + 19
+        (21.0, 0.5, False),
+    ],
+)
+def test_fastermoe_shadows_what_pays(expert_bytes: float, row_bytes: float, shadowed: bool) -> None:
+    cost = LayerCost(trainable_bytes=expert_bytes, choice_flops=1.0, row_bytes=row_bytes)
+    plan = POLICIES["fastermoe"](plan_input([0, 1], [[6, 1], [4, 1]], [2, 2], cost=cost))
+    assert where(plan) == ([[0, 1], [1]] if shadowed else [[0], [1]])
+    assert plan.quota_LED is None
+
+
+@pytest.mark.parametrize(("slots", "both"), [([1, 1, 2], True), ([1, 1, 1], False), ([0, 1, 2], False)])
+def test_fastermoe_looks_beyond_a_hot_expert_that_alone_does_not_help(slots: list[int], both: bool) -> None:
+    """Experts 0 and 1 have 3 choices of each rank. Busiest: 9; expert 0 shadowed: 9 + 3 on device 1; both shadowed: 6 everywhere."""
+    plan = POLICIES["fastermoe"](plan_input([0, 1, 2], [[3, 3, 0]] * 3, slots))
+    assert where(plan) == ([[0, 1, 2], [0, 1, 2], [2]] if both else [[0], [1], [2]])
+
+
+# FlexMoE
+
+
+def test_flexmoe_expands_while_it_helps() -> None:
+    """Loads 9, 3, 0: expert 0 to the idle device: 4.5, 3, 4.5. To device 1 as well: 3, 6, 3, no better; nor is expert 1 on device 0."""
+    plan = POLICIES["flexmoe"](plan_input([0, 1, 2], totals([9, 3, 0], 3), [1, 1, 1]))
+    assert where(plan) == [[0, 2], [1], [2]]
+    assert quota(plan) == [[4.5, 0, 4.5], [0, 3, 0], [0, 0, 0]]
+
+
+def test_flexmoe_shrinks_the_cold_for_the_hot() -> None:
+    """Expert 2 is on device 1 and expert 1 on device 2; loads 9, 1, 0, so 9, 0.5, 0.5, no slot left for expert 0 but its own.
+
+    Expert 2 gives up its slot to expert 0: 4.5, 5, 0.5. Expert 1 does: 3, 4, 3. Then there is a slot on device 0 for expert 1:
+    3.5, 3.5, 3."""
+    plan = POLICIES["flexmoe"](plan_input([0, 1, 2], totals([9, 1, 0], 3), [1, 1, 1], resident=[[0], [1, 2], [1, 2]]))
+    assert where(plan) == [[0, 1, 2], [0, 1], [2]]
+    assert quota(plan) == [[3, 3, 3], [0.5, 0.5, 0], [0, 0, 0]]
+
+
+def test_flexmoe_migrates_a_replica_to_make_room() -> None:
+    """Loads 12, 2, 0; device 1 holds experts 0 and 2, device 2 expert 1: 7, 6, 1. Expert 2 is the coldest, but where it gives up its
+    slot, expert 0 is already: expert 1 moves there, and expert 0 takes its slot on device 2: 5, 5, 4."""
+    plan = POLICIES["flexmoe"](plan_input([0, 0, 2], totals([12, 2, 0], 3), [0, 2, 1], resident=[[0, 1], [0, 2], [1, 2]]))
+    assert where(plan) == [[0, 1, 2], [0, 1], [2]]
+    assert quota(plan) == [[4, 4, 4], [1, 1, 0], [0, 0, 0]]
+
+
+def test_flexmoe_starts_from_as_much_as_fits() -> None:
+    """Both experts of device 0 are said to be on device 1, which has one slot: the hotter one, expert 1, stays."""
+    plan = POLICIES["flexmoe"](plan_input([0, 0], totals([2, 4], 2), [0, 1], resident=[[0, 1], [0, 1]]))
+    assert where(plan) == [[0], [0, 1]]
+
+
+def test_flexmoe_changes_at_most_ten_replicas_of_what_is_there() -> None:
+    """Twenty equal experts on device 0, each of which would do better on the idle device, too."""
+    owners_alone = [[0]] * 20
+    plan = POLICIES["flexmoe"](plan_input([0] * 20, totals([1] * 20, 2), [0, 20], resident=owners_alone))
+    assert plan.where_LED.sum() == 20 + 10
+
+
+# EPLB
+
+
+@pytest.mark.parametrize(
+    ("load", "spare", "most", "expected"),
+    [
+        ([12, 6, 1], 4, 8, [4, 2, 1]),  # 12; 6 before the other 6; 6; 4 before 3
+        ([12, 6, 1], 4, 3, [3, 3, 1]),
+        ([5, 0], 3, 8, [4, 1]),
+        ([0, 0], 3, 8, [1, 1]),
+        ([1, 1, 1], 2, 1, [1, 1, 1]),
+    ],
+)
+def test_spare_copies_by_hand(load: list[float], spare: int, most: int, expected: list[int]) -> None:
+    assert spare_copies(np.array([load], dtype=float), spare, most).tolist() == [expected]
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(0, 20), st.integers(1, 6), st.integers(1, 3))
+def test_spare_copies_are_those_handed_out_one_by_one(load: list[int], spare: int, most: int, start: int) -> None:
+    copies = [start] * len(load)
+    for _ in range(spare):
+        open_ = [e for e in range(len(load)) if load[e] > 0 and copies[e] < most]
+        if open_:
+            copies[max(open_, key=lambda e: (load[e] / copies[e], -e))] += 1
+    assert spare_copies(np.array([load], dtype=float), spare, most, start).tolist() == [copies]
+
+
+def test_eplb_copies_the_hottest() -> None:
+    """Loads 8, 2 | 1, 1; of two slots one is for a spare: expert 0, 4 a copy. Then each device has 6, and no move helps."""
+    plan = POLICIES["eplb"](plan_input([0, 0, 1, 1], totals([8, 2, 1, 1], 2), [1, 1]))
+    assert where(plan) == [[0, 1], [0], [1], [1]]
+    assert quota(plan) == [[4, 4], [2, 0], [0, 1], [0, 1]]
+
+
+def test_eplb_keeps_an_expert_in_one_node_where_that_is_better() -> None:
+    """Ranks 0, 1 | 2, 3 own an expert each; loads 8, 8, 0, 0; two slots each.
+
+    To nodes: expert 0 goes to node 1, which has less. Two spares in each node: both experts on both ranks of their node, 4 each.
+    Globally: four spares, three copies each, 8/3 a copy; two of them meet on ranks 0 and 2: 16/3.
+    """
+    plan = POLICIES["eplb"](plan_input([0, 1, 2, 3], totals([8, 8, 0, 0], 4), [2] * 4, nodes=(0, 0, 1, 1)))
+    assert where(plan) == [[0, 2, 3], [0, 1], [2], [3]]
+    assert quota(plan) == [[0, 0, 4, 4], [4, 4, 0, 0], [0] * 4, [0] * 4]
+
+
+def test_eplb_leaves_the_node_where_that_is_better() -> None:
+    """Expert 0 has all the load: in its node two ranks share it; globally two of four slots hold spares, so three ranks do."""
+    plan = POLICIES["eplb"](plan_input([0, 1, 2, 3], totals([12, 0, 0, 0], 4), [1] * 4, nodes=(0, 0, 1, 1)))
+    assert quota(plan)[0] == [4, 4, 4, 0]
+
+
+# LLEP
+
+
+@pytest.mark.parametrize(
+    ("max_imbalance", "spilled"),
+    [(1.0, 4000), (1.5, 1000), (None, 3400), (2.0, 0)],  # under 6000, 9000, 6600, 12000
+)
+def test_llep_spills_what_exceeds_the_bound(max_imbalance: float | None, spilled: float) -> None:
+    plan = POLICIES["llep"](plan_input([0, 1], totals([10000, 2000], 2), [1, 1], max_imbalance=max_imbalance))
+    assert quota(plan) == [[10000 - spilled, spilled], [0, 2000]]
+    assert where(plan) == [[0, 1] if spilled else [0], [1]]
+
+
+def test_llep_counts_what_is_still_to_come() -> None:
+    """6000 and 4000 at home on device 0, 6000 a device: expert 0 leaves room for expert 1, and one transfer does."""
+    plan = POLICIES["llep"](plan_input([0, 0, 1], totals([6000, 4000, 2000], 2), [2, 2], max_imbalance=1.0))
+    assert quota(plan) == [[2000, 4000], [4000, 0], [0, 2000]]
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        ([20000, 9500, 9500], [13000, 3500, 3500]),  # as large as fits under 13000
+        ([14000, 12600, 12400], [13000, 0, 1000]),  # 600 would fit on device 2: too small a chunk
+        ([28, 6, 5], [13, 7, 8]),  # a small batch, chunks of an eighth of 13 at least
+    ],
+)
+def test_llep_chunks(load: list[float], expected: list[float]) -> None:
+    plan = POLICIES["llep"](plan_input([0, 1, 2], totals(load, 3), [1, 1, 1], max_imbalance=1.0))
+    assert quota(plan)[0] == expected
+
+
+# ECHO
+
+
+def test_echo_spills_the_hottest_of_a_rank() -> None:
+    """Loads 6, 4 | 1, 1, mean 6: device 0 keeps expert 1 and 2 of expert 0, device 1 has room for the other 4."""
+    plan = POLICIES["echo"](plan_input([0, 0, 1, 1], totals([6, 4, 1, 1], 2), [1, 1]))
+    assert quota(plan) == [[2, 4], [4, 0], [0, 1], [0, 1]]
+    assert where(plan) == [[0, 1], [0], [1], [1]]
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(1, [6, 0, 4, 0]), (2, [5, 0, 4, 1]), (0, [10, 0, 0, 0])])
+def test_echo_keeps_the_largest_chunks(slots: int, expected: list[float]) -> None:
+    """Loads 10, 8, 1, 1, mean 5. Spills 5 and 3 over spares 4 and 4: expert 0's 4 on device 2 and 1 on device 3, expert 1's 3 on
+    device 3."""
+    plan = POLICIES["echo"](plan_input([0, 1, 2, 3], totals([10, 8, 1, 1], 4), [slots] * 4))
+    assert quota(plan)[:2] == [expected, [0, 5, 0, 3] if slots else [0, 8, 0, 0]]
+
+
+# LAER-MoE
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "expected"),
+    [
+        # Three spares. By load: copies 3, 2, 1 of loads 12, 3, 3; 4 + 1.5, 4 + 1.5, 4 + 3: the busiest has 7.
+        (0.0, [[4, 4, 4], [1.5, 1.5, 0], [0, 0, 3]]),
+        # Even, two copies each: 6 + 1.5, 6 + 1.5, 1.5 + 1.5: the busiest has 7.5, but rank 0, where all tokens are, sends 10.5, not 12.5.
+        (1.0, [[6, 6, 0], [0, 1.5, 1.5], [1.5, 0, 1.5]]),
+    ],
+)
+def test_laer_takes_the_cheaper_candidate(row_bytes: float, expected: list[list[float]]) -> None:
+    cost = LayerCost(trainable_bytes=1.0, choice_flops=1.0, row_bytes=row_bytes)
+    plan = POLICIES["laer"](plan_input([0, 1, 2], totals([12, 3, 3], 3), [2, 2, 2], cost=cost))
+    assert quota(plan) == expected
+
+
+def test_laer_starts_with_a_replica_in_each_node() -> None:
+    """Ranks 0, 1 | 2, 3, experts on ranks 0 and 2, two spares: each to the idle rank of the other node, though the one beside the
+    owner is as idle."""
+    plan = POLICIES["laer"](plan_input([0, 2], [[1, 1]] * 4, [1] * 4, nodes=(0, 0, 1, 1)))
+    assert quota(plan) == [[2, 0, 0, 2], [0, 2, 2, 0]]
+
+
+# What every policy keeps to
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> PlanInput:
+    """Shapes, topology and slots are drawn one by one, the many numbers by a seed: drawing those takes longer than planning."""
+    world, experts, layers = draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.integers(1, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    nodes = (0, *sorted(rng.integers(0, 2, size=world - 1).tolist(), reverse=draw(st.booleans())))
+    owner_LE = np.tile(contiguous_owners(experts, world), (layers, 1))
+    if draw(st.booleans()):
+        owner_LE = rng.integers(0, world, size=(layers, experts))
+    loads_LSE = None
+    if draw(st.integers(0, 4)):
+        # Thirds: means of iterations are fractions. Some entries, some experts, perhaps all, are without load.
+        loads_LSE = rng.integers(0, draw(st.sampled_from([1, 5, 5000])), size=(layers, world, experts), endpoint=True) / 3
+        loads_LSE *= (rng.random((layers, world, experts)) < 0.8) & (rng.random((layers, 1, experts)) < 0.8)
+    fast, slow = Link(100.0, 0.01), Link(10.0, 0.1)
+    return PlanInput(
+        owner_LE,
+        loads_LSE,
+        Topology(nodes, tuple(rng.choice([1e3, 3e3], size=world).tolist()), (1e9,) * world, fast, slow),
+        LayerCost(trainable_bytes=draw(st.sampled_from([1.0, 50.0])), choice_flops=1.0, row_bytes=1.0, non_moe_flops=2e3),
+        rng.integers(0, draw(st.integers(1, experts + 1)), size=world, endpoint=True),
+        rng.random((layers, experts, world)) < 0.5 if draw(st.booleans()) else None,
+        draw(st.sampled_from([None, 1.0, 1.05, 1.5])),
+    )
+
+
+def check(given_: PlanInput, plan: Plan, *, within_slots: bool = True) -> np.ndarray:
+    """Everything a plan must be; the loads of the ranks."""
+    layers, experts, world = given_.num_layers, given_.num_experts, given_.world_size
+    np.testing.assert_array_equal(plan.owner_LE, given_.owner_LE)
+    assert plan.where_LED.shape == (layers, experts, world)
+    assert plan.where_LED.dtype == np.bool_
+    for layer in range(layers):
+        for expert in range(experts):
+            assert plan.where_LED[layer, expert, given_.owner_LE[layer, expert]], "no replica at the owner"
+        for rank in range(world):
+            held = set(np.flatnonzero(plan.where_LED[layer, :, rank])) - set(np.flatnonzero(given_.owner_LE[layer] == rank))
+            assert not within_slots or len(held) <= given_.slots_D[rank], f"rank {rank} has no room for {held}"
+    quota_LED = plan.quotas(given_.tokens_LED, given_.topology)
+    assert quota_LED.dtype == np.float64
+    assert (quota_LED >= 0).all()
+    assert (quota_LED[~plan.where_LED] == 0).all(), "choices are sent where the expert is not"
+    np.testing.assert_allclose(quota_LED.sum(-1), given_.tokens_LED.sum(-1), rtol=1e-9, atol=1e-9)
+    return np.asarray(quota_LED.sum(1))
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@given(given_=inputs())
+def test_every_policy_returns_a_plan_that_can_be_carried_out(policy: str, given_: PlanInput) -> None:
+    check(given_, POLICIES[policy](given_), within_slots=policy != "full")
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@given(given_=inputs())
+def test_every_policy_is_a_pure_function(policy: str, given_: PlanInput) -> None:
+    arrays = ("owner_LE", "loads_LSE", "slots_D", "resident_LED")
+    before = {name: None if getattr(given_, name) is None else getattr(given_, name).copy() for name in arrays}
+    first, second = POLICIES[policy](given_), POLICIES[policy](given_)
+    np.testing.assert_array_equal(first.where_LED, second.where_LED)
+    np.testing.assert_array_equal(first.quotas(given_.tokens_LED, given_.topology), second.quotas(given_.tokens_LED, given_.topology))
+    for name, array in before.items():
+        np.testing.assert_array_equal(getattr(given_, name), array, err_msg=f"{name} was changed")
+
+
+@pytest.mark.parametrize("policy", RIVALS)
+@given(given_=inputs())
+def test_layers_do_not_depend_on_each_other(policy: str, given_: PlanInput) -> None:
+    together = POLICIES[policy](given_)
+    for layer in range(given_.num_layers):
+        part = slice(layer, layer + 1)
+        alone = POLICIES[policy](
+            replace(
+                given_,
+                owner_LE=given_.owner_LE[part],
+                loads_LSE=None if given_.loads_LSE is None else given_.loads_LSE[part],
+                resident_LED=None if given_.resident_LED is None else given_.resident_LED[part],
+            )
+        )
+        np.testing.assert_array_equal(together.where_LED[part], alone.where_LED)
+        if together.quota_LED is not None and alone.quota_LED is not None:
+            np.testing.assert_allclose(together.quota_LED[part], alone.quota_LED, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["echo", "llep", "smartmoe"])
+@given(given_=inputs())
+def test_no_device_ends_up_busier_than_the_busiest_was(policy: str, given_: PlanInput) -> None:
+    static_LD, planned_LD = check(given_, POLICIES["static_ep"](given_)), check(given_, POLICIES[policy](given_))
+    assert (planned_LD.max(-1) <= static_LD.max(-1) * (1 + 1e-9)).all()
+
+
+@given(given_=inputs())
+def test_llep_and_echo_with_room_for_everything(given_: PlanInput) -> None:
+    """LLEP keeps to its bound but for the last chunk, an eighth of it at most; ECHO balances exactly."""
+    given_ = replace(given_, slots_D=np.full(given_.world_size, given_.num_experts))
+    bound = 1.1 if given_.max_imbalance is None else given_.max_imbalance
+    mean_L = given_.tokens_LED.sum((-1, -2)) / given_.world_size
+    assert (check(given_, POLICIES["llep"](given_)).max(-1) <= mean_L * bound * 1.125 * (1 + 1e-9)).all()
+    np.testing.assert_allclose(check(given_, POLICIES["echo"](given_)).max(-1), mean_L, rtol=1e-6)
+
+
+@pytest.mark.parametrize("policy", RIVALS)
+@pytest.mark.parametrize(("experts", "world"), [(4, 1), (2, 5), (7, 3), (1, 1)])
+def test_absurd_inputs(policy: str, experts: int, world: int) -> None:
+    """No tokens, one device, fewer experts than devices, no slots, more slots than experts."""
+    owner = contiguous_owners(experts, world).tolist()
+    for loads in (None, [[0.0] * experts] * world, [[7.0] + [0.0] * (experts - 1)] * world):
+        for slots in (0, 1, experts + 3):
+            given_ = plan_input(owner, loads, [slots] * world)
+            plan = POLICIES[policy](given_)
+            check(given_, plan)
+            if world == 1 or slots == 0 or (loads is not None and not np.any(loads)):
+                assert (plan.where_LED.sum(-1) == 1).all(), "a replica of no use"
+
+
+# No straw men: 256 experts, 32 devices in one node, lognormal(1) loads
+
+
+@pytest.fixture(scope="module")
+def skewed() -> PlanInput:
+    """Ten layers of 8192 tokens with 8 choices on each rank; FasterMoE's own constants for devices and links."""
+    experts, world, layers = 256, 32, 10
+    rng = np.random.default_rng(0)
+    popularity_LE = rng.lognormal(size=(layers, experts))
+    popularity_LE /= popularity_LE.sum(-1, keepdims=True)
+    loads_LSE = np.stack([rng.multinomial(8192 * 8, popularity_E, size=world) for popularity_E in popularity_LE]).astype(float)
+    topology = uniform_topology(1, world, flops=11.5e12, memory=1e11, intra_node=Link(50e9 / 8, 0.0))
+    cost = LayerCost(trainable_bytes=4 * 2048**2 * 4, choice_flops=8 * 2048**2, row_bytes=2048 * 4)
+    return PlanInput(np.tile(contiguous_owners(experts, world), (layers, 1)), loads_LSE, topology, cost, np.zeros(world, dtype=np.int64))
+
+
+@pytest.mark.parametrize(
+    ("policy", "slots", "max_imbalance", "low", "high"),
+    [
+        # Elsewhere, on other draws: 2.36, 1.38, 1.71, 1.005 to 1.13, 1.005 to 1.04, 1.30, 1.02, 1.000, 1.10.
+        ("static_ep", 0, None, 2.0, 2.6),
+        ("smartmoe", 2, None, 1.1, 1.45),
+        ("fastermoe", 4, None, 1.3, 1.8),
+        ("eplb", 2, None, 1.0, 1.06),
+        ("laer", 2, None, 1.0, 1.06),
+        ("flexmoe", 2, None, 1.0, 1.1),
+        ("echo", 1, None, 1.0, 1.35),
+        ("echo", 2, None, 1.0, 1.03),
+        ("llep", 8, 1.0, 1.0, 1.005),
+        ("llep", 2, 1.1, 1.05, 1.105),
+    ],
+)
+def test_rivals_balance_as_well_as_published(
+    skewed: PlanInput, policy: str, slots: int, max_imbalance: float | None, low: float, high: float
+) -> None:
+    given_ = replace(skewed, slots_D=np.full(skewed.world_size, slots), max_imbalance=max_imbalance)
+    loads_LD = check(given_, POLICIES[policy](given_))
+    assert low <= (loads_LD.max(-1) / loads_LD.mean(-1)).mean() <= high
+
+
+def test_llep_needs_as_few_transfers_as_published(skewed: PlanInput) -> None:
+    """Elsewhere 34 for a bound of 1.0 and 15 for 1.1."""
+    given_ = replace(skewed, slots_D=np.full(skewed.world_size, 8))
+    for max_imbalance, most in ((1.0, 40), (1.1, 18)):
+        plan = POLICIES["llep"](replace(given_, max_imbalance=max_imbalance))
+        assert plan.where_LED.sum() / given_.num_layers - given_.num_experts <= most

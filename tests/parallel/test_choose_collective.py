@@ -1,0 +1,62 @@
+"""Flat or two-level: by hand, on topologies with round numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hecate.parallel.cost_model import choose_collective
+from hecate.parallel.topology import Link, Topology, uniform_topology
+
+OWNER_0 = np.array([0])
+
+
+def topology(near: Link) -> Topology:
+    """Ranks 0 and 2 in a node, 1 and 3 in the other; 1 byte/s between them."""
+    return Topology((0, 1, 0, 1), (1.0,) * 4, (1.0,) * 4, near, Link(1.0, 0.0))
+
+
+def where(*ranks: int) -> np.ndarray:
+    return np.isin(np.arange(4), ranks)[None]
+
+
+@pytest.mark.parametrize(
+    ("near", "chosen"),
+    [
+        (Link(10.0, 0.0), "two_level"),  # flat 2 s; across 1 s, then inside 0.1 s
+        (Link(1.0, 0.0), "flat"),  # 2 s and 1 + 1 s
+        (Link(10.0, 0.8), "two_level"),  # 2 s and 1 + 0.1 + 0.8 s
+        (Link(10.0, 0.9), "flat"),  # 2 s and 1 + 0.1 + 0.9 s
+    ],
+)
+def test_one_expert_for_both_ranks_of_the_other_node(near: Link, chosen: str) -> None:
+    assert choose_collective(OWNER_0, where(0, 1, 3), 1.0, topology(near)) == chosen
+
+
+def test_latency_counts_less_the_larger_the_chunk() -> None:
+    near = Link(10.0, 0.95)
+    assert choose_collective(OWNER_0, where(0, 1, 3), 1.0, topology(near)) == "flat"
+    assert choose_collective(OWNER_0, where(0, 1, 3), 10.0, topology(near)) == "two_level"  # 20 s and 10 + 1 + 0.95 s
+
+
+@pytest.mark.parametrize("ranks", [(0,), (0, 1), (0, 2), (0, 2, 3)])
+def test_flat_where_no_leader_would_hand_anything_on(ranks: tuple[int, ...]) -> None:
+    assert choose_collective(OWNER_0, where(*ranks), 1.0, topology(Link(10.0, 0.0))) == "flat"
+
+
+def test_flat_on_one_node() -> None:
+    one = uniform_topology(1, 4, flops=1.0, memory=1.0, intra_node=Link(1.0, 1.0))
+    assert choose_collective(OWNER_0, where(0, 1, 2, 3), 1.0, one) == "flat"
+
+
+def test_flat_where_the_busiest_port_is_no_better_off() -> None:
+    """Expert 10 of rank 2 for both of the other node, over its NIC in 2 s or over leader 1 in 1.1 s; but rank 1 also gets ten others."""
+    nodes = Topology(
+        (0, 1, 0, 1), (1.0,) * 4, (1.0,) * 4, Link(10.0, 0.0), Link(1.0, 0.0), uplink_bandwidth=(100.0,) * 2, nic_bandwidth=(1.0,) * 4
+    )
+    owners = np.array([0] * 10 + [2])
+    experts = np.concatenate([np.repeat(where(0, 1), 10, axis=0), where(2, 1, 3)])
+    assert choose_collective(owners, experts, 1.0, nodes) == "flat"  # 11 s, and 11 + 0.1 s
+    alone = np.array([[False] * 4] * 10 + [experts[-1].tolist()])
+    alone[:10, 0] = True
+    assert choose_collective(owners, alone, 1.0, nodes) == "two_level"

@@ -1,0 +1,212 @@
+"""Small simulations worked by hand: two ranks of a node, one byte per second, one FLOP per second, no latency."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.flows import token_split
+from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
+from hecate.parallel.simulator import Mode, Simulated, replica_slots, simulate
+from hecate.parallel.topology import Link, Topology
+
+NODE = Topology((0, 0), (1.0, 1.0), (1e9, 1e9), Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1.0, 1.0))
+COST = LayerCost(trainable_bytes=4.0, row_bytes=1.0, choice_flops=1.0, non_moe_flops=5.0)
+ALL_TO_FIRST = [[10, 0], [10, 0]]
+"""[source ranks, experts]: both ranks want expert 0, which rank 0 owns"""
+
+
+def run(
+    steps: list[list[list[int]]],
+    planner: Planner,
+    *,
+    cost: LayerCost = COST,
+    mode: Mode = "history",
+    layers: int = 1,
+    num_layers: int | None = None,
+    rematerialize: bool = False,
+    topology: Topology = NODE,
+) -> Simulated:
+    loads = np.repeat(np.array(steps)[:, None], layers, axis=1)
+    slots_D = np.full(topology.world_size, loads.shape[-1])
+    (row,) = simulate(
+        loads, topology, cost, {"tried": planner}, mode=mode, slots_D=slots_D, rematerialize=rematerialize, num_layers=num_layers
+    )
+    return row
+
+
+def test_static_ep_by_hand() -> None:
+    """Rank 0 computes 20 choices of 1 + 2 FLOPs. Ten rows of a byte go to it and back, forward and backward: four times 10 s.
+
+    Attention: 5 + 2 · 5 s. The optimizer reads 4 bytes of gradient an owned expert.
+    """
+    row = run([ALL_TO_FIRST] * 2, POLICIES["static_ep"])
+    assert row.seconds.compute == 60
+    assert row.seconds.dispatch == 40
+    assert row.seconds.attention == 15
+    assert row.seconds.optimizer == 4
+    assert (row.seconds.gather, row.seconds.reduce, row.seconds.exposed, row.seconds.reshard) == (0, 0, 0, 0)
+    assert row.step_seconds == 60 + 40 + 15 + 4
+    assert row.imbalance == 2
+    assert (row.bytes.near, row.bytes.far, row.bytes.busiest_port, row.bytes.busiest_uplink) == (40, 0, 20, 0)
+    assert row.replica_bytes == 0
+
+
+def test_full_by_hand() -> None:
+    """Each rank gets and sends one expert of 4 bytes, hidden behind 5 s of attention, and its gradient, hidden behind 10."""
+    row = run([ALL_TO_FIRST] * 2, POLICIES["full"])
+    assert (row.seconds.compute, row.seconds.dispatch) == (30, 0)
+    assert (row.seconds.gather, row.seconds.reduce, row.seconds.exposed) == (4, 4, 0)
+    assert row.step_seconds == 30 + 15 + 4
+    assert row.imbalance == 1
+    assert (row.bytes.near, row.bytes.busiest_port) == (16, 8)
+    assert row.replica_bytes == 4 + 4  # parameters and gradient of one expert
+
+
+def test_layers_add_up() -> None:
+    one, three = run([ALL_TO_FIRST] * 2, POLICIES["full"]), run([ALL_TO_FIRST] * 2, POLICIES["full"], layers=3)
+    assert three.step_seconds == 3 * one.step_seconds
+    assert three.bytes.near == 3 * one.bytes.near
+    assert three.replica_bytes == 3 * one.replica_bytes
+    assert three.imbalance == one.imbalance
+
+
+@pytest.mark.parametrize("rematerialize", [False, True])
+def test_a_sample_of_layers_stands_for_all(rematerialize: bool) -> None:
+    cost = replace(COST, frozen_bytes=100.0)
+    steps, full = [ALL_TO_FIRST] * 2, POLICIES["full"]
+    sample = run(steps, full, cost=cost, layers=2, num_layers=6, rematerialize=rematerialize)
+    every = run(steps, full, cost=cost, layers=6, rematerialize=rematerialize)
+    assert replace(sample, planner_ms_per_layer=0) == replace(every, planner_ms_per_layer=0)
+    assert every.replica_bytes == (8 if rematerialize else 6 * 8) + 6 * 100
+
+
+def test_rematerialized_replicas_travel_twice_and_stay_for_one_layer() -> None:
+    """8 bytes more a layer than 16; in the backward pass 4 s of gradients and 4 s of parameters hide behind 10 s."""
+    row = run([ALL_TO_FIRST] * 2, POLICIES["full"], layers=3, rematerialize=True)
+    assert row.bytes.near == 3 * 24
+    assert row.replica_bytes == 8
+    assert row.seconds.exposed == 0
+
+
+def test_a_frozen_part_travels_once() -> None:
+    """100 bytes each way in the first step, which counts only if it is the only one, and 100 s, of which 5 - 4 s are hidden."""
+    cost = replace(COST, frozen_bytes=100.0)
+    first, later = run([ALL_TO_FIRST], POLICIES["full"], cost=cost), run([ALL_TO_FIRST] * 3, POLICIES["full"], cost=cost)
+    assert first.bytes.near == 16 + 200
+    assert later.bytes.near == 16
+    assert first.seconds.exposed == 104 - 5
+    assert later.seconds.exposed == 0
+    assert run([ALL_TO_FIRST], POLICIES["full"], cost=cost, rematerialize=True).seconds.exposed == 104 - 5  # only parameters travel again
+    assert first.replica_bytes == later.replica_bytes == 108
+
+
+def halves(given: PlanInput) -> Plan:
+    """Everything everywhere, each expert's choices dealt evenly."""
+    where = np.ones((given.num_layers, given.num_experts, given.world_size), dtype=bool)
+    return Plan(given.owner_LE, where, np.broadcast_to(given.tokens_LED.sum(-1, keepdims=True) / given.world_size, where.shape))
+
+
+def test_history_meets_other_loads_than_it_planned_for() -> None:
+    """Planned for step 0: rank 0 keeps 5 of its 10 choices and hands 5 over. In step 1 it has 20 and hands over 10; rank 1's 4, of
+    which the plan knew nothing, stay: 10 and 14 choices, 10 rows travel.
+    """
+    steps = [[[10, 0], [0, 0]], [[20, 0], [4, 0]]]
+    history, exact = run(steps, halves), run(steps, halves, mode="exact")
+    assert (history.seconds.compute, history.seconds.dispatch) == (3 * 14, 4 * 10)
+    assert (exact.seconds.compute, exact.seconds.dispatch) == (3 * 12, 4 * 8)
+
+
+def test_history_is_the_mean_of_five_steps() -> None:
+    seen: list[list[float]] = []
+
+    def planner(given: PlanInput) -> Plan:
+        seen.append([] if given.loads_LSE is None else given.loads_LSE[0, :, 0].tolist())
+        return POLICIES["static_ep"](given)
+
+    run([[[n, 0], [2 * n, 0]] for n in (0, 5, 10, 15, 20, 35, 0)], planner)
+    assert seen == [[], [0, 0], [2.5, 5], [5, 10], [7.5, 15], [10, 20], [17, 34]]
+
+
+def test_new_owners_are_paid_for() -> None:
+    """Expert 0 moves from rank 0 to rank 1 after the first step: 20 bytes of state and two messages, here without latency."""
+
+    def planner(given: PlanInput) -> Plan:
+        owner = given.owner_LE if given.loads_LSE is None else np.array([[1, 1]])
+        return Plan(owner, owner[..., None] == np.arange(2))
+
+    steps = [ALL_TO_FIRST] * 3
+    row = run(steps, planner, cost=replace(COST, state_bytes=20.0))
+    assert row.seconds.reshard == pytest.approx(20 / 2)  # in one of two counted steps
+    assert row.bytes.near == pytest.approx(40 + 20 / 2)
+    assert row.seconds.optimizer == 2 * (4 + 2 * 20)  # both experts on one rank
+
+
+def test_resharding_happens_when_it_is_asked_for() -> None:
+    """Both of rank 0's experts are hot and cannot be replicated; once they have been moved, each rank serves one."""
+    loads = np.array([[[[50, 50, 0, 0], [50, 50, 0, 0]]]] * 6)
+    cost = replace(COST, trainable_bytes=0.001, non_moe_flops=0.0)
+    policies = {"hecate": POLICIES["hecate"], "static_ep": POLICIES["static_ep"]}
+    stay = simulate(loads, NODE, cost, policies, slots_D=np.zeros(2, dtype=int))
+    move = simulate(loads, NODE, cost, policies, slots_D=np.zeros(2, dtype=int), reshard_interval=2)
+    assert [row.imbalance for row in stay] == [2, 2]
+    assert [row.imbalance for row in move] == [1, 2]
+
+
+def test_bytes_between_nodes_are_those_of_each_source_alone() -> None:
+    """With top-1 every choice is a row: rows near and far by a plain loop over sources, experts and ranks."""
+    topology = Topology((0, 1, 0, 1), (1.0,) * 4, (1e9,) * 4, Link(1.0, 0.0), Link(0.5, 0.0))
+    rng = np.random.default_rng(0)
+    loads = rng.integers(0, 30, (2, 1, 4, 6))
+    owner_E = np.array([0, 0, 1, 2, 2, 3])
+    where_ED = (owner_E[:, None] == np.arange(4)) | (rng.random((6, 4)) < 0.3)
+    share_ED = where_ED * rng.random((6, 4))
+    quota_ED = loads[0, 0].sum(0)[:, None] * share_ED / share_ED.sum(1, keepdims=True)
+
+    def planner(given: PlanInput) -> Plan:
+        return Plan(given.owner_LE, where_ED[None], None if given.loads_LSE is None else quota_ED[None])
+
+    row = run([step[0].tolist() for step in loads], planner, cost=replace(COST, trainable_bytes=0.0), topology=topology)
+    near = far = 0.0
+    for source in range(4):
+        split_ED = token_split(where_ED, loads[0, 0], quota_ED, topology, source)
+        for expert in range(6):
+            for rank in range(4):
+                rows = loads[1, 0, source, expert] * split_ED[expert, rank] * 4
+                near += rows * (rank != source and rank % 2 == source % 2)
+                far += rows * (rank % 2 != source % 2)
+    assert row.bytes.near == pytest.approx(near)
+    assert row.bytes.far == pytest.approx(far)
+
+
+def test_replica_slots_by_hand() -> None:
+    """Three experts on two ranks: two owned, each 4 + 4 + 12 bytes in each of two layers: 80. 100 - 80 - 4 leave 16, half of it 8: one
+    replica of 8 bytes if one layer's are there at a time, else none. The other device has room for more than there are experts.
+    """
+    topology = replace(NODE, memory=(100.0, 1e6))
+    cost = replace(COST, state_bytes=12.0)
+    few = replica_slots(topology, cost, num_layers=2, num_experts=3, other_bytes=4.0)
+    assert few.tolist() == [0, 3]
+    assert replica_slots(topology, cost, num_layers=2, num_experts=3, other_bytes=4.0, rematerialize=True).tolist() == [1, 3]
+
+
+def test_the_same_input_gives_the_same_figures() -> None:
+    steps = [[[30, 1], [4, 20]], [[5, 40], [6, 7]], [[8, 9], [50, 1]]]
+    first, second = (replace(run(steps, POLICIES["auto"]), planner_ms_per_layer=0.0) for _ in range(2))
+    assert first == second
+
+
+def test_smartmoe_plans_every_tenth_step_from_the_last_two() -> None:
+    seen: list[float] = []
+
+    def planner(given: PlanInput) -> Plan:
+        seen.append(0.0 if given.loads_LSE is None else given.loads_LSE[0, 0, 0])
+        return POLICIES["static_ep"](given)
+
+    loads = np.zeros((24, 1, 2, 2), dtype=int)
+    loads[:, 0, 0, 0] = np.arange(24)
+    simulate(loads, NODE, COST, {"smartmoe": planner}, slots_D=np.zeros(2, dtype=int))
+    assert seen == [0, 0, 9.5, 19.5]  # steps 0, 1, 11 and 21, the means of steps 9 and 10, 19 and 20

@@ -1,0 +1,65 @@
+"""A layer's store chooses its collectives by the topology."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hecate.parallel.placement import Placement
+from hecate.parallel.store import LayerStore
+from hecate.parallel.topology import Link, Topology
+from tests.parallel.test_collectives import world_group
+from tests.ranks import run_ranks
+
+OWNERS = [0, 0, 1, 3]
+NUMEL = 6
+
+
+def placement() -> Placement:
+    """Expert 0 everywhere, expert 1 at home, expert 2 of rank 1 also on 0, expert 3 of rank 3 also on 1."""
+    where = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 1]], dtype=bool)
+    return Placement(np.array(OWNERS), where)
+
+
+def topology(nodes: tuple[int, ...], near: float) -> Topology:
+    return Topology(nodes, (1.0,) * 4, (1.0,) * 4, Link(near, 0.0), Link(1.0, 0.0))
+
+
+def _iterate(rank: int, world: int, nodes: tuple[int, ...] | None, near: float) -> tuple[int, int]:
+    """Two iterations; returns the bytes that this rank sent in the first: to gather and to reduce."""
+    store = LayerStore(OWNERS, lambda e: torch.full((NUMEL,), float(e)), world_group(), None if nodes is None else topology(nodes, near))
+    sent = []
+    for _ in range(2):
+        where = placement()
+        store.gather(where)
+        replicas = store.replicas()
+        held = where.experts_on(rank)
+        assert torch.equal(replicas.detach(), torch.from_numpy(held)[:, None].float().expand(-1, NUMEL))
+        sent.append(store.bytes_sent)
+        replicas.grad = torch.full_like(replicas, float(10**rank))
+        store.reduce()
+        assert not store.materialized
+        sent.append(store.bytes_sent)
+        sums = [1111.0, 1.0, 11.0, 1010.0]
+        assert store.reduced()[:, 0].tolist() == [sums[e] for e in store.experts]
+    assert sent[3] == 2 * sent[1]
+    return sent[0], sent[1] - sent[0]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "near", "gathered", "reduced"),
+    [
+        # Flat: 0 sends expert 0 to three, 1 sends expert 2 to one, 3 sends expert 3 to one; each replica's gradient comes back once.
+        (None, 10.0, [3, 1, 0, 1], [1, 2, 1, 1]),
+        ((0, 0, 0, 0), 10.0, [3, 1, 0, 1], [1, 2, 1, 1]),
+        # Nodes {0, 2} and {1, 3}: 0 sends expert 0 to 2 and to leader 1, which hands it to 3.
+        ((0, 1, 0, 1), 10.0, [2, 2, 0, 1], [1, 2, 1, 1]),
+        # Where near is as slow as far nothing is gained by leaders.
+        ((0, 1, 0, 1), 1.0, [3, 1, 0, 1], [1, 2, 1, 1]),
+    ],
+)
+def test_an_iteration(nodes: tuple[int, ...] | None, near: float, gathered: list[int], reduced: list[int]) -> None:
+    counts = run_ranks(4, _iterate, nodes, near)
+    assert [gather // (NUMEL * 4) for gather, _ in counts] == gathered
+    assert [reduce // (NUMEL * 4) for _, reduce in counts] == reduced

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hecate.errors import UserError
+from hecate.parallel.traces import Trace, TraceWriter, load_trace, save_trace
+
+DOCS = Path(__file__).parents[2] / "docs" / "traces.md"
+
+
+def a_trace(**changes: Any) -> Trace:
+    """Steps 3 and 5 of layers 0 (2 experts) and 4 (3 experts), two ranks of at most 4 tokens, one expert a token."""
+    loads = [[[[1, 2, 0], [3, 0, 0]], [[1, 1, 1], [0, 0, 3]]], [[[4, 0, 0], [0, 0, 0]], [[0, 2, 2], [0, 0, 0]]]]
+    values: dict[str, Any] = {
+        "loads": np.array(loads),
+        "steps": (3, 5),
+        "layers": (0, 4),
+        "num_experts": (2, 3),
+        "top_k": 1,
+        "tokens_per_rank": 4,
+        "model": "tiny",
+        "notes": {"data": ["a"]},
+    }
+    return Trace(**(values | changes))
+
+
+def same(one: Trace, other: Trace) -> bool:
+    facts = ("steps", "layers", "num_experts", "top_k", "tokens_per_rank", "model", "notes")
+    return np.array_equal(one.loads, other.loads) and all(getattr(one, name) == getattr(other, name) for name in facts)
+
+
+def rewrite(path: Path, **arrays: Any) -> None:
+    """The same file with other arrays; a dict stands for the header's changes."""
+    with np.load(path) as old:
+        kept = dict(old)
+    if isinstance(arrays.get("header"), dict):
+        header = json.loads(kept["header"].tobytes()) | arrays["header"]
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    np.savez(path, **(kept | arrays))
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "loads.npz"
+    save_trace(a_trace(), path)
+    assert same(load_trace(path), a_trace())
+    assert list(tmp_path.iterdir()) == [path]
+    assert a_trace().of_layer(0).tolist() == [[[1, 2], [3, 0]], [[4, 0], [0, 0]]]
+    first = path.read_bytes()
+    save_trace(a_trace(), path)
+    assert path.read_bytes() == first
+
+
+def test_the_file_is_as_documented(tmp_path: Path) -> None:
+    save_trace(a_trace(), tmp_path / "loads.npz")
+    with np.load(tmp_path / "loads.npz", allow_pickle=False) as arrays:
+        assert sorted(arrays) == ["header", "loads"]
+        header = json.loads(arrays["header"].tobytes())
+        assert (arrays["header"].dtype, arrays["loads"].shape) == (np.uint8, (2, 2, 2, 3))
+    assert header == {
+        "version": 1,
+        "steps": [3, 5],
+        "layers": [0, 4],
+        "num_experts": [2, 3],
+        "top_k": 1,
+        "tokens_per_rank": 4,
+        "model": "tiny",
+        "notes": {"data": ["a"]},
+    }
+    assert re.findall(r"^\| `(\w+)` \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE) == list(header)
+
+
+def test_no_damage_goes_unseen(tmp_path: Path) -> None:
+    """Each byte turned over, and each beginning of the file: refused, or without effect (a date, an unused field of zip)."""
+    path = tmp_path / "loads.npz"
+    save_trace(a_trace(), path)
+    whole = path.read_bytes()
+    damaged = [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in range(len(whole))]
+    refused = []
+    for data in [*damaged, *(whole[:size] for size in range(0, len(whole), 7))]:
+        path.write_bytes(data)
+        try:
+            assert same(load_trace(path), a_trace())
+        except UserError as error:
+            refused.append(str(error))
+    assert all(text.startswith(f"{path}: ") for text in refused)
+    assert len(refused) > len(whole) / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"header": {"version": 2}}, "version 2"),
+        ({"header": {"version": None}}, "no version"),
+        ({"header": np.frombuffer(b"[1]", dtype=np.uint8)}, "no version"),
+        ({"header": np.frombuffer(b"{", dtype=np.uint8)}, "not a trace"),
+        ({"header": {"more": 1}}, "header"),
+        ({"header": {"steps": 3}}, "header"),
+        ({"header": {"steps": [3, 3]}}, "steps must ascend, got 3, 3"),
+        ({"header": {"steps": [3, True]}}, "steps must be numbers"),
+        ({"header": {"layers": [0]}}, "do not fit 2 steps, 1 layers"),
+        ({"header": {"num_experts": [2, 4]}}, "do not fit"),
+        ({"header": {"num_experts": [3, 2]}}, "loads exceed"),  # layer 4 has load on its third expert
+        ({"header": {"top_k": 0}}, "top_k must be"),
+        ({"header": {"tokens_per_rank": 2}}, "loads exceed"),
+        ({"header": {"model": 1}}, "model must be text"),
+        ({"loads": np.zeros((2, 2, 2, 3))}, "int32 or int64"),
+        ({"loads": np.zeros((2, 2, 3), dtype=np.int64)}, "int32 or int64"),
+        ({"loads": np.zeros((2, 2, 0, 3), dtype=np.int64)}, "int32 or int64"),
+        ({"loads": np.full((2, 2, 2, 3), -1)}, "negative"),
+        ({"loads": np.full((2, 2, 2, 3), 4) * (np.arange(3) < 2)}, "loads exceed top_k 1"),  # 8 choices of 4 tokens
+        ({"loads": np.array([{"an": "object"}], dtype=object)}, "not a trace"),
+    ],
+    ids=str,
+)
+def test_what_is_no_trace_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "loads.npz"
+    save_trace(a_trace(), path)
+    rewrite(path, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load_trace(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_an_array_that_fits_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "loads.npz"
+    save_trace(a_trace(), path)
+    with zipfile.ZipFile(path) as old:
+        header = old.read("header.npy")
+    with zipfile.ZipFile(path, "w") as new:
+        new.writestr("header.npy", header)
+        with new.open("loads.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (2**40, 2, 2, 3)})
+    with pytest.raises(UserError, match="damaged"):
+        load_trace(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    (tmp_path / "text").write_text("loads", encoding="utf-8")
+    for name in ("one.npy", "other.npz", "text"):
+        with pytest.raises(UserError, match="not a trace"):
+            load_trace(tmp_path / name)
+    for name in ("nothing", "."):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_trace(tmp_path / name)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "loads.npz"
+    save_trace(a_trace(), path)
+    (tmp_path / "loads.npz.tmp").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        save_trace(a_trace(model="other"), path)
+    assert load_trace(path).model == "tiny"
+
+
+def writer(path: Path, after: int = 0) -> TraceWriter:
+    return TraceWriter(path, top_k=1, tokens_per_rank=4, model="tiny", notes={}, after=after)
+
+
+def loads_of(step: int) -> dict[int, np.ndarray]:
+    """Layer 7 before layer 2, which has an expert less."""
+    return {7: np.array([[0, 1, step % 4], [0, 0, 0]]), 2: np.array([[step % 3, 0], [0, 2]])}
+
+
+def test_a_writer_keeps_all_steps(tmp_path: Path) -> None:
+    path = tmp_path / "loads.npz"
+    ours = writer(path)
+    ours.save()
+    assert not path.exists(), "nothing to write"
+    ours.append(1, loads_of(1))
+    ours.save()
+    assert load_trace(path).steps == (1,)
+    ours.append(2, loads_of(2))
+    ours.append(4, loads_of(4))
+    ours.save()
+    trace = load_trace(path)
+    assert (trace.steps, trace.layers, trace.num_experts, trace.top_k, trace.model) == ((1, 2, 4), (2, 7), (2, 3), 1, "tiny")
+    assert trace.loads.dtype == np.int32
+    assert trace.loads.tolist()[1] == [[[2, 0, 0], [0, 2, 0]], [[0, 1, 2], [0, 0, 0]]]
+    with pytest.raises(AssertionError):
+        ours.append(4, loads_of(4))
+
+
+@pytest.mark.parametrize("after", [2, 3, 9])
+def test_a_resumed_writer_goes_on_after_its_step(tmp_path: Path, after: int) -> None:
+    path = tmp_path / "loads.npz"
+    first = writer(path)
+    for step in (1, 2, 3, 4):
+        first.append(step, loads_of(9))
+    first.save()
+    resumed = writer(path, after)
+    resumed.append(after + 1, loads_of(after + 1))
+    resumed.save()
+    trace = load_trace(path)
+    assert trace.steps == (*range(1, min(after, 4) + 1), after + 1)
+    assert trace.of_layer(0)[-1].tolist() == loads_of(after + 1)[2].tolist()
+    assert (trace.loads[:-1] == trace.loads[0]).all()
+
+
+def test_a_new_run_does_not_read_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "loads.npz"
+    path.write_bytes(b"garbage")
+    with pytest.raises(UserError, match="not a trace"):
+        writer(path, after=1)
+    fresh = writer(path)
+    fresh.append(1, loads_of(1))
+    fresh.save()
+    assert load_trace(path).steps == (1,)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {2: np.zeros((2, 2)), 8: np.zeros((2, 3))},
+        {2: np.zeros((2, 3)), 7: np.zeros((2, 3))},
+        {2: np.zeros((3, 2)), 7: np.zeros((3, 3))},
+    ],
+    ids=["layers", "experts", "ranks"],
+)
+def test_another_runs_file_is_not_gone_on_with(tmp_path: Path, other: dict[int, np.ndarray]) -> None:
+    path = tmp_path / "loads.npz"
+    first = writer(path)
+    first.append(1, loads_of(1))
+    first.save()
+    with pytest.raises(UserError, match="other layers, experts or ranks"):
+        writer(path, after=1).append(2, other)
