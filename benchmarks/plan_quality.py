@@ -41,7 +41,10 @@ def kinds() -> list[Kind]:
     return [
         Kind(
             "full experts",
-            LayerCost(trainable_bytes=2 * expert, state_bytes=12 * expert, top_k=TOP_K, row_bytes=row, choice_flops=2 * expert, non_moe_flops=attention),
+            LayerCost(
+                trainable_bytes=2 * expert, state_bytes=12 * expert, top_k=TOP_K, row_bytes=row, choice_flops=2 * expert,
+                non_moe_flops=attention,
+            ),
         ),
         Kind(
             "LoRA, dense base",

@@ -26,9 +26,7 @@ def plan_input(experts: int, world: int, layers: int) -> PlanInput:
     rng = np.random.default_rng(0)
     odds = np.arange(1, experts + 1) ** -1.2
     loads = np.stack([rng.multinomial(8192, rng.permutation(odds) / odds.sum(), size=world) for _ in range(layers)]).astype(float)
-    topology = uniform_topology(
-        world // 8, 8, flops=6e14, memory=8e10, intra_node=Link(3e11, 1e-5), inter_node=Link(5e10, 2e-5)
-    )
+    topology = uniform_topology(world // 8, 8, flops=6e14, memory=8e10, intra_node=Link(3e11, 1e-5), inter_node=Link(5e10, 2e-5))
     hidden, ffn, rank = 2048, 768, 16
     cost = LayerCost(
         trainable_bytes=6.0 * rank * (hidden + ffn),

@@ -138,6 +138,7 @@ def plan(
 
 @app.command()
 def simulate(
+    context: typer.Context,
     topology: Annotated[str | None, typer.Option(help="preset of configs/topologies, or a YAML file")] = None,
     model: Annotated[str | None, typer.Option(help="preset of configs/models, or a YAML file")] = None,
     workload: Annotated[str, typer.Option(help="a name, several with commas between, or all")] = "zipf",
@@ -154,13 +155,17 @@ def simulate(
     plot_path: Annotated[Path | None, typer.Option("--plot", help="write a PNG of the step times there")] = None,
 ) -> None:
     """Put expert loads through placement policies on any cluster: time, bytes and memory of a step. Needs no GPU."""
-    from hecate.forecast.simulate import run_simulation, run_sweep
-
     if sweep is not None:
-        if topology or model or trace:
-            raise UserError("--sweep: its file names topologies and models; leave out --topology, --model and --trace")
+        _refuse_beside(context, "--sweep", "its file says all the rest", allowed=("sweep", "json_path", "plot_path"))
+        from hecate.forecast.simulate import run_sweep
+
         run_sweep(sweep, json_path, plot_path)
         return
+    if trace is not None:
+        others = ("workload", "tokens", "steps", "seed")
+        _refuse_beside(context, "--trace", "it brings its own", allowed=tuple(name for name in context.params if name not in others))
+    from hecate.forecast.simulate import run_simulation
+
     run_simulation(
         topology=topology,
         model=model,
@@ -191,6 +196,14 @@ def make_tasks(
 
     for written in write_tasks(folder, tasks.split(","), train_size, eval_size, seed):
         print(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out")
+
+
+def _refuse_beside(context: typer.Context, option: str, why: str, *, allowed: tuple[str, ...]) -> None:
+    """No other option than the allowed ones was given."""
+    named = {param.name: param.opts[0] for param in context.command.params if param.name is not None}
+    given = [name for name in named if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
+    if superfluous := [named[name] for name in given if name not in allowed]:
+        raise UserError(f"{option}: {why}; leave out {', '.join(superfluous)}")
 
 
 def _default_ranks() -> int:

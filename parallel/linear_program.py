@@ -65,13 +65,13 @@ class LinearProgram:
             np.add.at(cost, columns, values)
         lower, upper = np.concatenate(self._lower), np.concatenate(self._upper)
         (A, a), (B, b) = ((csr_array(r.entries(), shape=(r.count, self._count)), r.bounds()) for r in (self._at_most, self._equal))
-        result = linprog(cost, A, a, B, b, np.column_stack([lower, upper]), method="highs-ds")
+        result = linprog(cost, A, a, B, b, np.column_stack([lower, upper]), method="highs-ipm")
         if result.status == 2:
             # One more variable, dear, which at 1 lets x = lower pass: infeasible becomes expensive, with multipliers to show it.
             A = hstack([A, np.minimum(a - A @ lower, 0.0)[:, None]], format="csr")
             B = hstack([B, (b - B @ lower)[:, None]], format="csr")
             cost, lower, upper = np.append(cost, 10 * enough), np.append(lower, 0.0), np.append(upper, 1.0)
-            result = linprog(cost, A, a, B, b, np.column_stack([lower, upper]), method="highs-ds")
+            result = linprog(cost, A, a, B, b, np.column_stack([lower, upper]), method="highs-ipm")
         if result.status != 0:  # numerical trouble: the box alone
             return float(np.minimum(cost * lower, cost * upper).sum())
         y, v = np.minimum(result.ineqlin.marginals, 0.0), result.eqlin.marginals

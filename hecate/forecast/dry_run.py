@@ -118,7 +118,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
     reduced_bytes = _all_reduced_bytes(run)
     parts = {
         "attention": _attention_seconds(run),
-        "experts": again * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
+        "experts": again * sum(one.seconds.compute for one in groups) + 0,
         "tokens": dispatch,
         "exposed": sum(one.seconds.exposed for one in groups),
         "head": 4.0 * run.base.layers[0].hidden * run.base.vocabulary * run.tokens * micro_steps / min(topology.flops),
@@ -127,7 +127,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         + 7.0 * run.replicated_parameters * run.master_bytes / min(topology.memory_bandwidth),
     }
     nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks leaves each node once
-    rows_D = np.max([one.rows_D for one in groups], axis=0) / micro_steps if groups else np.zeros(topology.world_size)
+    rows_D = np.max([one.rows_D for one in groups], axis=0) / micro_steps
     return PolicyForecast(
         policy=policy,
         parts=parts,
@@ -137,7 +137,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
             busiest_port=sum(one.bytes.busiest_port for one in groups) + reduced_bytes,
             busiest_uplink=sum(one.bytes.busiest_uplink for one in groups) + (reduced_bytes if nodes else 0.0),
         ),
-        imbalance=float(np.mean([one.imbalance for one in groups])) if groups else 1.0,
+        imbalance=float(np.average([one.imbalance for one in groups], weights=[group.number for group in run.groups])),
         memory=memory_parts(run, [_others(one, group) for one, group in zip(groups, run.groups, strict=True)], rows_D),
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hecate.forecast.run_shape import ExpertLayers, RunShape
+from hecate.forecast.run_shape import PROJECTIONS, ExpertLayers, RunShape
 from hecate.parallel.placement import contiguous_owners
 
 PHASES = ("forward", "backward", "optimizer")
@@ -35,7 +35,7 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
         owned_D = _owned(group, world)
         owned += owned_D * group.cost.trainable_bytes
         here = (owned_D + others_D) * group.cost.trainable_bytes
-        replicas += here
+        replicas += here * (1 + _copied_share(run))
         # With one micro-step a layer's gradients are reduced as they come; with several they add up in all layers first.
         gradients += here if micro_steps > 1 else here / group.number
     replicated = np.full(world, float(run.replicated_parameters * run.master_bytes))
@@ -50,6 +50,14 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + replicated])),
         MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, rows_D), nothing])),
     ]
+
+
+def _copied_share(run: RunShape) -> float:
+    """Gate and up shrink their common input in one product, for which their A are copied side by side and kept."""
+    config, layer = run.config, run.base.layers[0]
+    targets = [name for name in PROJECTIONS if name in config.lora.target_modules]
+    copied = 2 * layer.hidden if {"gate_proj", "up_proj"} <= set(targets) else 0
+    return copied / (len(targets) * (layer.hidden + layer.ffn)) if targets else 0.0
 
 
 def _owned(group: ExpertLayers, world: int) -> np.ndarray:

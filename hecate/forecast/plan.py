@@ -11,7 +11,6 @@ from rich.table import Table
 
 from hecate.config import Config
 from hecate.errors import UserError
-from hecate.forecast.cases import chosen
 from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
 from hecate.forecast.memory import PHASES
 from hecate.forecast.run_shape import run_shape
@@ -31,7 +30,8 @@ def run_plan(config: Config, *, topology: str | None, ranks: int | None, workloa
     Raises:
         UserError: a file is missing or damaged, a name unknown, the model not supported.
     """
-    (workload,) = chosen(workload, tuple(WORKLOADS), "--workload")[:1]
+    if workload not in WORKLOADS:
+        raise UserError(f"--workload {workload}: unknown\n  there are {', '.join(WORKLOADS)}")
     found = forecast(run_shape(config, topology, ranks), workload)
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
     console.print(_memory_table(found))

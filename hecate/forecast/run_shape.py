@@ -72,7 +72,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
     experts = config.moe.experts_per_layer(len(base.layers))
     groups: dict[tuple[int, LayerCost], int] = {}
     for layer, number in zip(base.layers, experts, strict=True):
-        if number and any(name in config.lora.target_modules for name in PROJECTIONS):
+        if number:
             key = (number, layer_cost(layer, config, dtype_bytes, master_bytes))
             groups[key] = groups.get(key, 0) + 1
     return RunShape(

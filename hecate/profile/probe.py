@@ -17,7 +17,8 @@ from hecate.profile.schedule import Rounds
 from hecate.train.ranks import Ranks
 
 _FEWEST, _MOST = 3, 50
-_BURST = 20
+_SMALL_MESSAGES = 20
+_IN_A_ROW = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +45,14 @@ def sizes_for(device: torch.device) -> ProbeSizes:
 def measure_flops(ranks: Ranks, sizes: ProbeSizes) -> float:
     """Sustained FLOP/s of a matmul in the dtype that training would choose."""
     multiply = _matmul(ranks.device, sizes)
-    return 2 * sizes.matmul**3 / median(_repeat(multiply, sizes.seconds, ranks))
+    return 2 * sizes.matmul**3 / _seconds_side_by_side(multiply, sizes, ranks)
 
 
 def measure_memory_bandwidth(ranks: Ranks, sizes: ProbeSizes) -> float:
     """bytes/s that a large copy reads and writes."""
     source = torch.ones(sizes.copy_bytes, dtype=torch.uint8, device=ranks.device)
     target = torch.empty_like(source)
-    return 2 * sizes.copy_bytes / median(_repeat(lambda: target.copy_(source), sizes.seconds, ranks))
+    return 2 * sizes.copy_bytes / _seconds_side_by_side(lambda: target.copy_(source), sizes, ranks)
 
 
 def measure_rounds(rounds: Rounds, ranks: Ranks, group: dist.ProcessGroup, sizes: ProbeSizes) -> list[tuple[float, float]]:
@@ -81,13 +82,13 @@ def measure_rounds(rounds: Rounds, ranks: Ranks, group: dist.ProcessGroup, sizes
     for partner in partner_of_round:
 
         def small(partner: int | None = partner) -> None:
-            for _ in range(_BURST):
+            for _ in range(_SMALL_MESSAGES):
                 exchange(partner, sizes.small_bytes)
 
         def large(partner: int | None = partner) -> None:
             exchange(partner, sizes.large_bytes)
 
-        small_seconds = median(_repeat(small, budget, ranks)) / _BURST
+        small_seconds = median(_repeat(small, budget, ranks)) / _SMALL_MESSAGES
         seconds.append((small_seconds, median(_repeat(large, budget, ranks))))
     return seconds
 
@@ -163,6 +164,17 @@ def _matmul(device: torch.device, sizes: ProbeSizes) -> Callable[[], object]:
 def partner_of(rank: int, pairs: Sequence[tuple[int, int]]) -> int | None:
     """Whom `rank` meets in a round, if anyone."""
     return next((a + b - rank for a, b in pairs if rank in (a, b)), None)
+
+
+def _seconds_side_by_side(action: Callable[[], object], sizes: ProbeSizes, ranks: Ranks) -> float:
+    """Median seconds of a call while all ranks make it. In rows: ranks that share cores start one after the other, and single calls
+    of the first would be over before the last begins."""
+
+    def row() -> None:
+        for _ in range(_IN_A_ROW):
+            action()
+
+    return median(_repeat(row, sizes.seconds, ranks)) / _IN_A_ROW
 
 
 def _repeat(action: Callable[[], object], budget: float, ranks: Ranks) -> list[float]:

@@ -33,9 +33,8 @@ def _pack(given: PlanInput, load_LE: np.ndarray) -> np.ndarray:
 def _pack_in_nodes(given: PlanInput, load_LE: np.ndarray) -> np.ndarray:
     node_D, num_nodes = node_index(given.topology), given.topology.num_nodes
     slots_N = np.bincount(node_D, weights=given.slots_D, minlength=num_nodes).astype(np.int64)
-    room = -(-given.num_experts // num_nodes)
     # A quarter of the slots for moves between nodes: half is for spares, and packing inside the nodes needs some, too.
-    in_node_LEN = pack_copies(load_LE, np.ones_like(given.owner_LE), node_D[given.owner_LE], slots_N // 4, room=room)
+    in_node_LEN = pack_copies(load_LE, np.ones_like(given.owner_LE), node_D[given.owner_LE], slots_N // 4)
     copies_LE = np.ones_like(given.owner_LE)
     for node, slots in enumerate(slots_N.tolist()):
         here_LE = in_node_LEN[..., node]

@@ -81,7 +81,6 @@ def _exchange(per_copy_E: np.ndarray, foreign_ED: np.ndarray, busy_D: np.ndarray
     where_ED[cold, freed] = False
     if where_ED[hot, freed]:
         movable_ED = foreign_ED & ~where_ED[:, freed, None] & ~where_ED[hot]
-        movable_ED[cold] = False
         if not movable_ED.any():
             return False
         rank = _least(busy_D, movable_ED.sum(0) > 0)

@@ -35,12 +35,11 @@ def _spill(load_E: np.ndarray, owner_E: np.ndarray, capacity: float, free_D: np.
         owner = owner_E[expert]
         left = min(load_E[expert], effective_D[owner] - capacity)
         open_D = free_D > 0
-        open_D[owner] = False
         while left > rounding and open_D.any():
             rank = np.where(open_D, effective_D, np.inf).argmin()
             chunk = min(left, max(capacity - effective_D[rank], min_chunk))
             if effective_D[rank] + chunk >= effective_D[owner]:
-                break  # the owner is no worse off
+                break  # the owner is no busier than that; or it is the owner itself
             quota_ED[expert, rank] = chunk
             quota_ED[expert, owner] = max(quota_ED[expert, owner] - chunk, 0.0)
             effective_D[rank] += chunk

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,9 +71,14 @@ def test_a_node_counts_by_the_rate_of_all_its_devices() -> None:
     assert owners([[6, 5, 3, 1, 1, 1, 1, 1]], topology(0, 0, 0, 1), [0]) == [[3, 0, 1, 2, 2, 1, 0, 3]]
 
 
-def test_hot_experts_of_a_layer_spread_over_the_nodes() -> None:
-    """Layer 0 is all hot, whatever the loads; each of two nodes sends one of its experts, not one node both."""
-    assert owners([[9, 1], [5, 4]], topology(0, 1), [2, 0]) == [[0, 1], [0, 1]]
+def test_hot_experts_of_a_layer_spread_over_the_uplinks() -> None:
+    """All are hot, two nodes of one device: each node sends one expert of each layer, whatever their loads, not one node both.
+
+    With an uplink twice as fast at node 1: the first to node 0, the second and third to node 1, and the fourth where a slot is left.
+    """
+    on = topology(0, 1)
+    assert owners([[9, 1], [5, 4]], on, [2, 2]) == [[0, 1], [0, 1]]
+    assert owners([[9, 8, 7, 6]], replace(on, uplink_bandwidth=(1.0, 2.0)), [4]) == [[0, 1, 1, 0]]
 
 
 def test_bytes_are_shared_by_memory() -> None:

@@ -128,6 +128,8 @@ def test_an_engine_without_expert_layers_finishes_its_steps(one_rank: dist.Proce
 
 THREE = {0: 3, 2: 5, 5: 3}
 """layers of two shapes, one between the others"""
+CHOSEN = {0: (1, 2), 2: (1, 2), 5: (0, 2)}
+"""both choices of every token"""
 
 
 def quotas_by_layer(given: PlanInput) -> Plan:
@@ -141,14 +143,14 @@ def quotas_by_layer(given: PlanInput) -> Plan:
 
 
 def _step(rank: int, made: Engine, step: int) -> dict[int, np.ndarray]:
-    """Four tokens on each rank, each with the choices 1 and 2."""
+    """Four tokens on each rank."""
     made.begin_step(step)
     made.last_micro_step()
     total = torch.zeros((), dtype=torch.float64)
     for layer, count in THREE.items():
         random = torch.Generator().manual_seed(10 * rank + layer)
         x, weight = (torch.randn(4, n, generator=random, dtype=torch.float64).requires_grad_() for n in (HIDDEN, 2))
-        expert = torch.tensor([[1, 2]]).expand(4, 2)
+        expert = torch.tensor([CHOSEN[layer]]).expand(4, 2)
         y = made.experts(layer, x, expert, weight, torch.arange(4) + 4 * rank, count=True)
         family = experts(count, layer=layer)
         pairs = family.pairs(torch.stack([chunk(layer, e, family.layout().trainable_numel) for e in range(count)]))
@@ -156,6 +158,10 @@ def _step(rank: int, made: Engine, step: int) -> dict[int, np.ndarray]:
         total = total + y.sum()
     total.backward()
     return made.finish_step()
+
+
+def token_bytes(made: Engine) -> int:
+    return made.bytes_sent - sum(store.bytes_sent for store in made.stores.values())
 
 
 def _plans(rank: int, world: int) -> None:
@@ -167,17 +173,18 @@ def _plans(rank: int, world: int) -> None:
 
     made.config = replace(made.config, planner=planner, top_k=2, non_moe_flops=7.0, max_imbalance=1.25)
     loads = _step(rank, made, 0)
-    # Owners 0, 1, 2 of three experts and 0, 0, 1, 1, 2 of five: twelve choices each of experts 1 and 2 meet two ranks of three.
+    # Owners 0, 1, 2 of three experts and 0, 0, 1, 1, 2 of five: the chosen ones, of twelve choices each, are on two ranks of three.
     assert made.imbalance(loads) == pytest.approx(1.5)
-    sent = made.bytes_sent
+    sent = token_bytes(made)
     loads = _step(rank, made, 1)
-    assert made.bytes_sent > sent
+    assert token_bytes(made) > sent, "no token left its rank"
 
     assert [given.owner_LE.tolist() for given in asked] == [[[0, 1, 2]] * 2, [[0, 0, 1, 1, 2]]] * 2
     assert [given.loads_LSE is None for given in asked] == [True, True, False, False]
     for given, layers in zip(asked[2:], ([0, 5], [2]), strict=True):
         assert given.loads_LSE is not None
-        assert given.loads_LSE.tolist() == [[[0, 4, 4, *[0] * (THREE[layer] - 3)]] * 3 for layer in layers]
+        wanted_rows = [[4 * (expert in CHOSEN[layer]) for expert in range(THREE[layer])] for layer in layers]
+        assert given.loads_LSE.tolist() == [[row] * 3 for row in wanted_rows]
     for given in asked:
         assert given.slots_D.tolist() == [given.num_experts] * 3
         assert given.max_imbalance == 1.25

@@ -115,6 +115,18 @@ def test_flexmoe_expands_while_it_helps() -> None:
     assert quota(plan) == [[4.5, 0, 4.5], [0, 3, 0], [0, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("load", "world"),
+    [
+        ([8, 0], 4),  # the maximum falls to 4, but a device is idle before and after
+        ([10, 10], 3),  # the maximum stays, but the idle device gets work
+    ],
+)
+def test_flexmoe_needs_a_lower_maximum_or_a_lower_ratio(load: list[float], world: int) -> None:
+    plan = POLICIES["flexmoe"](plan_input([0, 1], totals(load, world), [0] * (world - 1) + [1]))
+    assert where(plan) == [[0, world - 1], [1]]
+
+
 def test_flexmoe_shrinks_the_cold_for_the_hot() -> None:
     """Expert 2 is on device 1 and expert 1 on device 2; loads 9, 1, 0, so 9, 0.5, 0.5, no slot left for expert 0 but its own.
 
@@ -134,9 +146,11 @@ def test_flexmoe_migrates_a_replica_to_make_room() -> None:
 
 
 def test_flexmoe_starts_from_as_much_as_fits() -> None:
-    """Both experts of device 0 are said to be on device 1, which has one slot: the hotter one, expert 1, stays."""
-    plan = POLICIES["flexmoe"](plan_input([0, 0], totals([2, 4], 2), [0, 1], resident=[[0, 1], [0, 1]]))
-    assert where(plan) == [[0], [0, 1]]
+    """Both experts of device 0 are said to be on device 1, which has one slot: the hotter one, expert 1, stays. No change helps: the
+    hottest per replica is on device 1 already."""
+    plan = POLICIES["flexmoe"](plan_input([0, 0, 1], totals([2, 4, 6], 2), [0, 1], resident=[[0, 1], [0, 1], [1]]))
+    assert where(plan) == [[0], [0, 1], [1]]
+    assert quota(plan) == [[2, 0], [2, 2], [0, 6]]
 
 
 def test_flexmoe_changes_at_most_ten_replicas_of_what_is_there() -> None:
@@ -247,6 +261,18 @@ def test_echo_keeps_the_largest_chunks(slots: int, expected: list[float]) -> Non
     assert quota(plan)[:2] == [expected, [0, 5, 0, 3] if slots else [0, 8, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("policy", "owner", "load", "max_imbalance"),
+    [
+        ("echo", [0, 0, 0, 1, 1, 1], 0.3, None),
+        ("llep", [0, 0, 1], 0.7, 4 / 3),  # a device has just what it may have
+    ],
+)
+def test_no_expert_travels_for_a_rounding_error(policy: str, owner: list[int], load: float, max_imbalance: float | None) -> None:
+    plan = POLICIES[policy](plan_input(owner, totals([load] * len(owner), 2), [3, 3], max_imbalance=max_imbalance))
+    assert where(plan) == [[rank] for rank in owner]
+
+
 # LAER-MoE
 
 
@@ -270,6 +296,13 @@ def test_laer_starts_with_a_replica_in_each_node() -> None:
     owner is as idle."""
     plan = POLICIES["laer"](plan_input([0, 2], [[1, 1]] * 4, [1] * 4, nodes=(0, 0, 1, 1)))
     assert quota(plan) == [[2, 0, 0, 2], [0, 2, 2, 0]]
+
+
+def test_laer_gives_every_node_a_replica_before_any_gets_two() -> None:
+    """Two nodes of three; loads 24 and 6, three spares: copies 3 and 2, not 4 and 1. Expert 0, from rank 0, goes to the idle ranks 4
+    and 1, expert 1, from rank 3, to the idle rank 2. Each node's choices of an expert are half of them."""
+    plan = POLICIES["laer"](plan_input([0, 3], [[4, 1]] * 6, [1] * 6, nodes=(0, 0, 0, 1, 1, 1)))
+    assert quota(plan) == [[6, 6, 0, 0, 12, 0], [0, 0, 3, 3, 0, 0]]
 
 
 # What every policy keeps to

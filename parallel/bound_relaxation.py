@@ -1,0 +1,339 @@
+"""The plans of one MoE layer that are no slower than a cutoff, relaxed to a linear program. See `hecate.parallel.lower_bound`.
+
+Shapes: E experts, D ranks as destinations or sources, N nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, exposed_seconds
+from hecate.parallel.flows import node_index, node_membership
+from hecate.parallel.linear_program import LinearProgram
+from hecate.parallel.planners.plan import Plan, PlanInput
+
+Reach = Literal["stay", "near", "far"]
+"""how far tokens travel: none leaves its rank; some do, none its node; some leave their node"""
+MARGIN = 1e-9
+"""relative; keeps plans of exactly the cutoff in, whatever the rounding"""
+
+
+class LayerProblem:
+    """One layer: what plans choose from, and what they all pay. Experts without choices are left out, but for their optimizers.
+
+    Choices are counted in units of an expert's mean load, and so are works and bytes per choice: solvers like numbers near 1.
+    """
+
+    def __init__(self, given: PlanInput, layer: int) -> None:
+        at_owner_LED = np.where(given.owned_LED, given.tokens_LED.sum(-1, keepdims=True), 0.0)
+        parts = Plan(given.owner_LE, given.owned_LED, at_owner_LED).seconds(given)
+        self.static = float(parts.total[layer])  # of the one plan without replicas
+        self.optimizer = float(parts.optimizer[layer])
+        loaded = given.tokens_LED[layer].any(1)
+        tokens_ED = given.tokens_LED[layer][loaded]
+        unit = tokens_ED.sum() / max(len(tokens_ED), 1)
+        self.topology, self.cost, self.slots_D = given.topology, given.cost, given.slots_D
+        self.node_D, self.member_DN = node_index(given.topology), node_membership(given.topology)
+        self.tokens_ED = tokens_ED / unit
+        self.load_E, self.load_D = self.tokens_ED.sum(1), self.tokens_ED.sum(0)
+        self.tokens_EN = self.tokens_ED @ self.member_DN
+        self.owner_E, self.owned_ED = given.owner_LE[layer][loaded], given.owned_LED[layer][loaded]
+        self.home_ED = self.node_D[self.owner_E][:, None] == self.node_D
+        self.home_EN = self.node_D[self.owner_E][:, None] == np.arange(given.topology.num_nodes)
+        self.fresh_ED = ~self.owned_ED if given.resident_LED is None else ~self.owned_ED & ~given.resident_LED[layer][loaded]
+        self.needed_ED = self.owned_ED | (self.tokens_ED > 0)  # without these replicas some token travels
+        self.may_stay = bool(((self.needed_ED & ~self.owned_ED).sum(0) <= self.slots_D).all())
+        self.rate_D = np.asarray(given.topology.flops)
+        self.row_work = given.cost.row_flops * (1 + given.cost.row_backward) * unit
+        self.choice_work = given.cost.choice_flops * (1 + given.cost.choice_backward) * unit
+        self.row_bytes = 4 * given.cost.row_bytes * unit  # rows cross the network four times
+        self.attention = given.cost.non_moe_flops / self.rate_D.min()
+        self.balanced = self.load_E.sum() * (self.row_work / given.cost.top_k + self.choice_work) / self.rate_D.sum()
+
+
+class Relaxation:
+    """The plans that replicate something, are no slower than `cutoff`, and whose tokens reach as far as `reach`."""
+
+    def __init__(self, problem: LayerProblem, cutoff: float, reach: Reach) -> None:
+        self.problem, self.cutoff, self.reach = problem, cutoff, reach
+        self.program = LinearProgram()
+        self.devices_N = problem.member_DN.sum(0)
+        self.e_E, self.r_D, self.n_N = np.arange(len(problem.load_E)), np.arange(len(problem.rate_D)), np.arange(len(self.devices_N))
+        intra, inter = problem.topology.intra_node.latency, problem.topology.inter_node.latency
+        self.fixed = problem.optimizer + DISPATCH_COLLECTIVES * {"stay": 0.0, "near": intra, "far": inter}[reach]
+        latency = self._gather_latency(intra, inter)
+        # Where nothing is resident, frozen parts take the same way as trainable ones, in a collective of their own.
+        self.all_fresh = bool((problem.fresh_ED == ~problem.owned_ED).all())
+        gathers = 2 if problem.cost.frozen_bytes and self.all_fresh else 1
+        self.hidden_by = ((problem.attention, gathers * latency), (2 * problem.attention, latency))
+
+    def least(self) -> float:
+        """Seconds that none of these plans goes below; infinity if there are none."""
+        p = self.problem
+        possible = {"stay": p.may_stay, "near": self.devices_N.max() > 1, "far": len(self.devices_N) > 1}
+        exposed = sum(float(exposed_seconds(work, np.asarray(t), p.topology.overlap_slowdown)) for work, t in self.hidden_by)
+        budget = self.cutoff * (1 + MARGIN) - self.fixed - exposed
+        if not possible[self.reach] or budget < p.balanced:
+            return np.inf
+        self._replicas()
+        if self.reach == "stay":
+            self.fixed += float((p.load_D * (p.row_work / p.cost.top_k + p.choice_work) / p.rate_D).max())
+        else:
+            caps = _Caps(p, budget, budget - p.balanced, self.reach)
+            self._choices(caps)
+            self._covers(caps)
+            self._work(caps)
+            self._ports(caps)
+        self._exposed()
+        return self.fixed + self.cutoff * self.program.least(1.0)
+
+    def _replicas(self) -> None:
+        """z_ED: the replicas on each rank; y_EN: does a node have any of an expert?"""
+        p, lp = self.problem, self.program
+        self.z_ED = lp.variables(p.needed_ED if self.reach == "stay" else p.owned_ED, p.owned_ED | (p.slots_D > 0))
+        # Tokens that stay in their node want a replica there of each expert that they chose.
+        self.y_EN = lp.variables(p.home_EN | ((p.tokens_EN > 0) & (self.reach == "near")), 1.0)
+        lp.at_most(p.slots_D, (self.z_ED, ~p.owned_ED, self.r_D))
+        # A node has a replica if one of its ranks has, and only then.
+        self._each(~p.home_ED, (self.z_ED, 1.0), (self.y_EN[:, p.node_D], -1.0))
+        row_EN = np.arange(self.y_EN.size).reshape(self.y_EN.shape)
+        lp.at_most(p.home_EN, (self.y_EN, 1.0, row_EN), (self.z_ED, -1.0 * ~p.home_ED, row_EN[:, p.node_D]))
+
+    def _choices(self, caps: _Caps) -> None:
+        """Choices served on each rank, by where they come from: there, its node, elsewhere; and those that leave each node."""
+        p, lp, far = self.problem, self.program, self.reach == "far"
+        inside_ED = p.tokens_EN[:, p.node_D]
+        in_node_ED, elsewhere_ED = inside_ED - p.tokens_ED, far * (p.load_E[:, None] - inside_ED)
+
+        def most(there_are_ED: np.ndarray, cap_D: np.ndarray) -> np.ndarray:
+            # Owners have no cap, or there might be nobody to serve what is left; all caps hold through the seconds anyway.
+            return np.maximum(np.where(p.owned_ED, there_are_ED, np.minimum(there_are_ED, cap_D)), 0.0)
+
+        local, near, far_ = (most(p.tokens_ED, caps.local_D), most(in_node_ED, caps.remote_D), most(elsewhere_ED, caps.remote_D))
+        self.most_ED = local + near + far_
+        self.local_ED, self.near_ED, self.far_ED = (lp.variables(0.0, m) for m in (local, near, far_))
+        self.sent_EN = lp.variables(0.0, far * p.tokens_EN)
+        # A rank serves an expert's choices if it has a replica, and at most those that there are and that it has time for.
+        z_ED, replica_ED = self.z_ED, ~p.owned_ED
+        self._each(replica_ED & (local > 0), (self.local_ED, 1.0), (z_ED, -local))
+        self._each(replica_ED & (near > 0), (self.near_ED, 1.0), (z_ED, -near))
+        self._each(replica_ED & (far_ > 0), (self.far_ED, 1.0), (z_ED, -far_))
+        served = (self.local_ED, 1.0), (self.near_ED, 1.0), (self.far_ED, 1.0)
+        self._each(replica_ED & (near + far_ > caps.remote_D), *served[1:], (z_ED, -caps.remote_D))
+        self._each(replica_ED & (self.most_ED > caps.both_D), *served, (z_ED, -caps.both_D))
+        # Every choice is served somewhere.
+        row_EN = np.arange(self.y_EN.size).reshape(self.y_EN.shape)
+        row_ED = row_EN[:, p.node_D]
+        lp.equal(p.tokens_EN, (self.local_ED, 1.0, row_ED), (self.near_ED, 1.0, row_ED), (self.sent_EN, 1.0, row_EN))
+        lp.equal(0 * p.load_E, (self.sent_EN, 1.0, self.e_E[:, None]), (self.far_ED, -1.0, self.e_E[:, None]))
+        if far:
+            # The same for whole nodes: without a replica all choices leave and none comes.
+            both_N, away_EN = caps.both_D @ p.member_DN, ~p.home_EN
+            keep_EN = np.minimum(p.tokens_EN, both_N)
+            come_EN = np.minimum(p.load_E[:, None] - p.tokens_EN, caps.remote_D @ p.member_DN)
+            lp.at_most(-p.tokens_EN * away_EN, (self.sent_EN, -1.0 * away_EN, row_EN), (self.y_EN, -keep_EN * away_EN, row_EN))
+            away_ED = ~p.home_ED
+            lp.at_most(0 * come_EN, (self.far_ED, away_ED, row_ED), (self.y_EN, -come_EN * away_EN, row_EN))
+            tight_EN = away_EN & (keep_EN + come_EN > both_N)
+            lp.at_most(
+                -p.tokens_EN * tight_EN,
+                (self.sent_EN, -1.0 * tight_EN, row_EN),
+                (self.far_ED, tight_EN[:, p.node_D], row_ED),
+                (self.y_EN, -both_N * tight_EN, row_EN),
+            )
+
+    def _covers(self, caps: _Caps) -> None:
+        """Whole replicas: as many as it takes to relieve an owner of an expert, or of all that it owns, and a node of its experts."""
+        p, lp = self.problem, self.program
+        away_ED = -1.0 * ~p.owned_ED
+        shares_ED = _marginal(np.where(p.owned_ED, 0.0, np.minimum(self.most_ED, caps.both_D)), p.load_E)
+        number_E = [_fewest(shares_ED[e], p.load_E[e] - caps.both_D[p.owner_E[e]]) for e in self.e_E]
+        lp.at_most(-np.array(number_E), (self.z_ED, away_ED, self.e_E[:, None]))
+        number_D = [_fewest(shares_ED[p.owned_ED[:, d]], p.load_E[p.owned_ED[:, d]].sum() - caps.both_D[d]) for d in self.r_D]
+        lp.at_most(-np.array(number_D), (self.z_ED, away_ED, p.owner_E[:, None]))
+        if self.reach == "far":
+            both_N = caps.both_D @ p.member_DN
+            shares_EN = _marginal(np.where(p.home_EN, 0.0, np.minimum(p.load_E[:, None], both_N)), p.load_E)
+            number_N = [_fewest(shares_EN[p.home_EN[:, n]], p.load_E[p.home_EN[:, n]].sum() - both_N[n]) for n in self.n_N]
+            lp.at_most(-np.array(number_N), (self.y_EN, -1.0 * ~p.home_EN, p.node_D[p.owner_E][:, None]))
+
+    def _work(self, caps: _Caps) -> None:
+        """Seconds of computing on the slowest rank."""
+        p = self.problem
+        local_D = (p.row_work * caps.local_rows_D + p.choice_work) / (p.rate_D * self.cutoff)
+        remote_D = (p.row_work * caps.remote_rows_D + p.choice_work) / (p.rate_D * self.cutoff)
+        served = (self.local_ED, local_D, self.r_D), (self.near_ED, remote_D, self.r_D), (self.far_ED, remote_D, self.r_D)
+        self.program.at_most(0 * p.rate_D, *served, (self._seconds(), -1.0, self.r_D))
+
+    def _ports(self, caps: _Caps) -> None:
+        """Seconds of rows through the busiest port."""
+        p, lp, r_D, n_N = self.problem, self.program, self.r_D, self.n_N
+        port_D, nic_D = (np.asarray(b) * self.cutoff / p.row_bytes for b in (p.topology.port_bandwidth, p.topology.nic_bandwidth))
+        uplink_N = np.asarray(p.topology.uplink_bandwidth) * self.cutoff / p.row_bytes
+        in_D = caps.remote_rows_D
+        out = in_D.min()  # rows leave at the mean of what they arrive at
+        busiest = self._seconds()
+        # Far choices of each rank: those of its node, all told; only what is not served where it is leaves.
+        sent_D = lp.variables(0.0, (self.reach == "far") * p.load_D)
+        lp.equal(0.0 * n_N, (sent_D, 1.0, p.node_D), (self.sent_EN, -1.0, n_N))
+        lp.at_most(p.load_D, (sent_D, 1.0, r_D), (self.local_ED, 1.0, r_D))
+        lp.at_most(-out * p.load_D / port_D, (self.local_ED, -out / port_D, r_D), (sent_D, -out / port_D, r_D), (busiest, -1.0, r_D))
+        lp.at_most(0 * in_D, (self.near_ED, in_D / port_D, r_D), (busiest, -1.0, r_D))
+        if self.reach == "far":
+            lp.at_most(0 * in_D, (sent_D, out / nic_D, r_D), (busiest, -1.0, r_D))
+            lp.at_most(0 * in_D, (self.far_ED, in_D / nic_D, r_D), (busiest, -1.0, r_D))
+            lp.at_most(0 * uplink_N, (self.sent_EN, out / uplink_N, n_N), (busiest, -1.0, n_N))
+            lp.at_most(0 * uplink_N, (self.far_ED, in_D / uplink_N[p.node_D], p.node_D), (busiest, -1.0, n_N))
+
+    def _exposed(self) -> None:
+        """Seconds that SparseAllGather and SparseReduceScatter add, beyond what hides."""
+        p, cost, slowdown = self.problem, self.problem.cost, self.problem.topology.overlap_slowdown
+        fastest = max(p.topology.port_bandwidth)
+        trainable = self._gather(~p.owned_ED, fastest)
+        gather = [(trainable, cost.trainable_bytes)]
+        if cost.frozen_bytes:
+            frozen = trainable if self.all_fresh else self._gather(p.fresh_ED, fastest)
+            gather.append((frozen, cost.frozen_bytes / cost.frozen_lifetime))
+        for (work, latency), traffic in zip(self.hidden_by, (gather, [(trainable, cost.reduced_bytes)]), strict=True):
+            added = self._seconds()
+            # Convex: while hidden, a transfer adds slowdown - 1 of itself; the rest of it, all.
+            for slope, hidden in ((slowdown - 1, 0.0), (1.0, (2 - slowdown) * work)):
+                terms = [(count, slope * nbytes / (fastest * self.cutoff), 0) for count, nbytes in traffic]
+                self.program.at_most([(hidden - slope * latency) / self.cutoff], *terms, (added, -1.0, 0))
+
+    def _gather(self, counted_ED: np.ndarray, fastest: float) -> np.ndarray:
+        """Experts through the busiest port, for the replicas in `counted_ED`; a slow port counts as more experts on a `fastest` one."""
+        p, lp, r_D, n_N = self.problem, self.program, self.r_D, self.n_N
+        port_D, nic_D = (np.asarray(b) / fastest for b in (p.topology.port_bandwidth, p.topology.nic_bandwidth))
+        uplink_N = np.asarray(p.topology.uplink_bandwidth) / fastest
+        busiest = lp.variables(0.0, counted_ED.sum() / min(*port_D, *nic_D, *uplink_N))
+        home_ED, away_ED, owner_E1 = counted_ED & p.home_ED, counted_ED & ~p.home_ED, p.owner_E[:, None]
+        out = [(self.z_ED, home_ED / port_D[owner_E1], owner_E1)]
+        into = [(self.z_ED, counted_ED / port_D, r_D)]
+        if len(n_N) > 1:
+            away_EN = ~p.home_EN & ((away_ED @ p.member_DN) > 0)
+            any_EN = self.y_EN
+            if (counted_ED != ~p.owned_ED).any():
+                any_EN = lp.variables(0.0, away_EN)
+                self._each(away_ED, (self.z_ED, 1.0), (any_EN[:, p.node_D], -1.0))
+            # Leaders: of the experts that a node wants, each has one, among those who want it; it hands the expert on to the others.
+            lead_D = lp.variables(0.0, away_ED.sum(0))
+            pass_D = lp.variables(0.0, away_ED.sum())
+            lp.equal(0.0 * n_N, (lead_D, 1.0, p.node_D), (any_EN, -1.0 * away_EN, n_N))
+            lp.at_most(0.0 * r_D, (lead_D, 1.0, r_D), (self.z_ED, -1.0 * away_ED, r_D))
+            lp.equal(0.0 * n_N, (pass_D, 1.0, p.node_D), (any_EN, away_EN, n_N), (self.z_ED, -1.0 * away_ED, p.node_D))
+            lp.at_most(0.0 * r_D, (pass_D, 1.0, r_D), (lead_D, 1.0 - self.devices_N[p.node_D], r_D))
+            out.append((pass_D, 1 / port_D, r_D))
+            into.append((lead_D, -1 / port_D, r_D))
+            lp.at_most(0.0 * r_D, (any_EN, away_EN / nic_D[owner_E1], owner_E1), (busiest, -1.0, r_D))
+            lp.at_most(0.0 * r_D, (lead_D, 1 / nic_D, r_D), (busiest, -1.0, r_D))
+            home_E1 = p.node_D[owner_E1]
+            lp.at_most(0.0 * n_N, (any_EN, away_EN / uplink_N[home_E1], home_E1), (busiest, -1.0, n_N))
+            lp.at_most(0.0 * n_N, (any_EN, away_EN / uplink_N, n_N), (busiest, -1.0, n_N))
+        lp.at_most(0.0 * r_D, *out, (busiest, -1.0, r_D))
+        lp.at_most(0.0 * r_D, *into, (busiest, -1.0, r_D))
+        return busiest
+
+    def _seconds(self) -> np.ndarray:
+        """A new part of the total, in cutoffs."""
+        part = self.program.variables(0.0, 2.0)
+        self.program.minimize(part, 1.0)
+        return part
+
+    def _each(self, where_ED: np.ndarray, *terms: tuple[np.ndarray, float | np.ndarray]) -> None:
+        """For each pair of an expert and a rank in `where_ED`: the terms' sum is at most 0."""
+        row = np.arange(where_ED.sum())
+        chosen = [(v[where_ED], np.broadcast_to(c, where_ED.shape)[where_ED], row) for v, c in terms]
+        self.program.at_most(0.0 * row, *chosen)
+
+    def _gather_latency(self, intra: float, inter: float) -> float:
+        """Seconds that each such plan waits for links in a SparseAllGather, at least."""
+        p = self.problem
+        if self.reach == "stay":
+            wanted_ED = p.needed_ED & ~p.owned_ED
+            copies_EN = (wanted_ED & ~p.home_ED) @ p.member_DN
+            far, near = copies_EN.any(), (wanted_ED & p.home_ED).any() or (copies_EN > 1).any()
+        else:
+            # Tokens that stay in their node want a replica there of each expert that they chose.
+            far, near = self.reach == "near" and (p.tokens_EN[~p.home_EN] > 0).any(), False
+        if far or near:
+            return (inter if far else 0.0) + (intra if near else 0.0)
+        kinds = (intra, self.devices_N.max() > 1), (inter, len(self.devices_N) > 1)
+        return min((latency for latency, exists in kinds if exists), default=0.0)
+
+
+class _Caps:
+    """The most choices that each rank can serve within a time, and the distinct tokens per choice that follow at least."""
+
+    def __init__(self, problem: LayerProblem, compute: float, dispatch: float, reach: Reach) -> None:
+        """`compute` seconds of work, or of work and rows received; `dispatch` seconds of rows alone."""
+        p, k = problem, problem.cost.top_k
+        tokens_D = p.load_D / k
+        others_D = np.maximum(tokens_D.sum() - tokens_D, 0.0)
+        port_D = np.asarray(p.topology.port_bandwidth) + (reach == "far") * np.asarray(p.topology.nic_bandwidth)
+
+        def seconds(rows_D: np.ndarray, choices_D: np.ndarray) -> np.ndarray:
+            return (p.row_work * rows_D + p.choice_work * choices_D) / p.rate_D
+
+        def local_fits(choices_D: np.ndarray) -> np.ndarray:
+            return seconds(_distinct(choices_D, tokens_D, k), choices_D) <= compute
+
+        def remote_fits(choices_D: np.ndarray) -> np.ndarray:
+            rows_D = _distinct(choices_D, others_D, k)
+            travel_D = p.row_bytes * rows_D / port_D
+            return (seconds(rows_D, choices_D) + travel_D <= compute) & (travel_D <= dispatch)
+
+        def both_fit(choices_D: np.ndarray) -> np.ndarray:
+            # A sum of concave functions is least at an end: as many local ones as there can be, or as many remote ones.
+            ends = []
+            for first_D, second_D in ((tokens_D, others_D), (others_D, tokens_D)):
+                rest_D = np.maximum(choices_D - k * first_D, 0.0)
+                ends.append(_distinct(choices_D - rest_D, first_D, k) + _distinct(rest_D, second_D, k))
+            return seconds(np.minimum(*ends), choices_D) <= compute
+
+        # What a rank can serve of its own tokens is of its own experts, and of the slots' worth of others that they chose most.
+        lent_ED = -np.sort(-np.where(p.owned_ED, 0.0, p.tokens_ED), axis=0)
+        lent_ED[np.arange(len(lent_ED))[:, None] >= p.slots_D] = 0.0
+        self.local_D = _largest(local_fits, (p.owned_ED * p.tokens_ED).sum(0) + lent_ED.sum(0))
+        self.remote_D = _largest(remote_fits, k * others_D)
+        self.both_D = _largest(both_fit, k * (tokens_D + others_D))
+        self.local_rows_D = _chord(self.local_D, tokens_D, k)
+        self.remote_rows_D = _chord(self.remote_D, others_D, k)
+
+
+def _largest(fits: Callable[[np.ndarray], np.ndarray], most_D: np.ndarray) -> np.ndarray:
+    """For each rank the largest number, up to `most_D`, that fits; rounded up."""
+    low_D, high_D = np.where(fits(most_D), most_D, 0.0), most_D
+    for _ in range(50):
+        middle_D = (low_D + high_D) / 2
+        good_D = fits(middle_D)
+        low_D, high_D = np.where(good_D, middle_D, low_D), np.where(good_D, high_D, middle_D)
+    return high_D
+
+
+def _distinct(choices_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray:
+    """Distinct tokens behind choices, as `hecate.parallel.cost_model.rows_served` counts them."""
+    share_D = np.divide(choices_D, k * tokens_D, out=np.zeros_like(choices_D), where=tokens_D > 0)
+    return tokens_D * (1 - (1 - np.minimum(share_D, 1.0)) ** k)
+
+
+def _chord(choices_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray:
+    """Distinct tokens per choice at `choices_D`; with fewer choices there are no fewer of them per choice."""
+    return np.divide(_distinct(choices_D, tokens_D, k), choices_D, out=np.ones_like(choices_D), where=choices_D > 0)
+
+
+def _marginal(most: np.ndarray, load_E: np.ndarray) -> np.ndarray:
+    """What each further place adds to what can be served of an expert, its best place first; rows are experts."""
+    reached = np.minimum(np.cumsum(-np.sort(-most, axis=1), axis=1), load_E[:, None])
+    return np.diff(reached, axis=1, prepend=0.0)
+
+
+def _fewest(shares: np.ndarray, needed: float) -> int:
+    """How many of the shares it takes to reach what is needed."""
+    if needed <= MARGIN:
+        return 0
+    total = np.cumsum(-np.sort(-shares.ravel()))
+    return min(int((total < needed - MARGIN).sum()) + 1, total.size)

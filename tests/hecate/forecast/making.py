@@ -1,0 +1,42 @@
+"""A tiny model on disk, a configuration for it, topologies worked with by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hecate.config import Config, load_config
+from hecate.parallel.topology import Link, Topology
+
+CONFIG = """
+model: {{name_or_path: {folder}/model, dtype: {dtype}}}
+data: {{train: {folder}/train.jsonl, seq_len: 16}}
+output_dir: {folder}/out
+max_steps: 1
+lora: {{r: 2, dropout: 0.0}}
+moe: {{num_experts: 4, top_k: 2}}
+"""
+
+
+def write_model(folder: Path, model_type: str = "llama", **changes: Any) -> Any:
+    """Save a tiny random model and data below `folder`; returns the model."""
+    import torch
+
+    from tests.hecate.model.tiny import tiny
+
+    model = tiny(model_type, torch.float32, **changes)
+    model.save_pretrained(folder / "model")
+    (folder / "train.jsonl").write_text('{"text": "hello"}\n')
+    return model
+
+
+def config_for(folder: Path, *overrides: str, dtype: str = "float32") -> Config:
+    """The configuration of a run with the model of `write_model`."""
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(folder=folder, dtype=dtype))
+    return load_config(path, overrides, claim_output=False)
+
+
+def slow_node(ranks: int = 2) -> Topology:
+    """One FLOP, one byte and one byte of memory per second; no latency."""
+    return Topology((0,) * ranks, (1.0,) * ranks, (1e9,) * ranks, Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1.0,) * ranks)

@@ -1,0 +1,78 @@
+"""The commands as a user calls them: what they load, how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hecate.cli import app
+from hecate.errors import UserError
+from tests.hecate.forecast.making import CONFIG, write_model
+
+SMALL = ("--topology", "two-cpu-ranks", "--tokens", "64", "--steps", "2", "--policy", "static_ep,full", "--model")
+MODEL = "{kind: full, hidden: 8, ffn: 16, layers: 2, seq: 8, experts: 4, top_k: 2}"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(MODEL)
+    return str(path)
+
+
+def refused(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert isinstance(result.exception, UserError), result.exception
+    assert len(str(result.exception).splitlines()) <= 8
+    return str(result.exception)
+
+
+def test_simulate(model: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["simulate", *SMALL, model, "--json", str(tmp_path / "rows.json")], catch_exceptions=False)
+    assert result.exit_code == 0
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert record["settings"]["policies"] == ["static_ep", "full"]
+    assert record["settings"]["mode"] == "history"
+    assert [row["workload"] for row in record["rows"]] == ["zipf", "zipf"]
+
+
+def test_simulate_a_sweep(model: str, tmp_path: Path) -> None:
+    run = f"{{topologies: two-cpu-ranks, models: {model}, workloads: [zipf, burst], tokens_per_rank: 8}}"
+    (tmp_path / "sweep.yaml").write_text(f"{{steps: 2, policies: full, runs: [{run}]}}")
+    arguments = ["simulate", "--sweep", str(tmp_path / "sweep.yaml"), "--json", str(tmp_path / "rows.json")]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    assert [row["workload"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["zipf", "burst"]
+
+
+def test_what_simulate_refuses(model: str) -> None:
+    assert "needs --topology and --model, or --sweep FILE" in refused("simulate")
+    assert "needs --model, or" in refused("simulate", "--topology", "h100-node")
+    assert "topology nowhere: no such preset" in refused("simulate", "--topology", "nowhere", "--model", model)
+    assert "--policy: unknown: best" in refused("simulate", "--topology", "h100-node", "--model", model, "--policy", "best")
+    assert "leave out --model, --steps" in refused("simulate", "--sweep", "paper", "--model", model, "--steps", "3")
+    assert "leave out --workload" in refused("simulate", "--trace", "x", "--workload", "zipf", *SMALL[:2], "--model", model)
+    assert "sweep papers: no such preset\n  there are paper" in refused("simulate", "--sweep", "papers")
+
+
+def test_a_dry_run_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(folder=tmp_path, dtype="auto"))
+    code = (
+        f"import atexit, sys; sys.argv = ['hecate', 'plan', {str(config)!r}, 'moe.num_experts=2', '--topology', 'two-cpu-ranks']\n"
+        "atexit.register(lambda: print('loaded:', sorted({'torch', 'transformers'} & set(sys.modules))))\n"
+        "from hecate.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "140"}, timeout=120
+    )
+    assert "Memory of rank 0" in done.stdout
+    assert "One step on two-cpu-ranks, 2 ranks" in done.stdout
+    assert done.stdout.strip().endswith("loaded: []")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,112 @@
+"""Step times and bytes of a dry run by hand: one FLOP, one byte and one byte of memory per second, no latency."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hecate.errors import UserError
+from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
+from hecate.forecast.plan import run_plan
+from hecate.forecast.run_shape import run_shape
+from hecate.parallel.topology import Link, Topology
+from tests.hecate.forecast.making import config_for, slow_node, write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers, hidden 16, FFN 24, vocabulary 32; queries and outputs 16 to 16, keys and values 16 to 8; 4 experts of rank 2."""
+    path = tmp_path_factory.mktemp("dry-run")
+    write_model(path)
+    return path
+
+
+def dry_run(folder: Path, *overrides: str, topology: Topology | None = None) -> Forecast:
+    run = run_shape(config_for(folder, *overrides), None, 2)
+    return forecast(replace(run, topology=topology or slow_node()), "balanced")
+
+
+def of(found: Forecast, policy: str) -> PolicyForecast:
+    return next(one for one in found.policies if one.policy == policy)
+
+
+def test_full_by_hand(folder: Path) -> None:
+    """16 tokens of two choices a rank. Projections: 2 · 768 FLOPs a token; adapters: 2 · 224; scores: 2 · 16 · 16.
+
+    The router and adapters: 3 · (4 · 16 + 224) = 864 float32, all-reduced by 2 ranks: each sends 2 · 1/2 of them.
+    """
+    one = of(dry_run(folder), "full")
+    assert one.parts["attention"] == 3 * 16 * (2 * 1536 + 3 * (448 + 512))
+    # The shared FFN: 6 · 16 · 24 forward and as much backward; pairs of 240 parameters: 480 and three times that, two choices a token.
+    assert one.parts["experts"] == 3 * 16 * (2 * 2304 + 2 * 4 * 480)
+    assert one.parts["tokens"] == 0
+    assert one.parts["head"] == 16 * 2 * 2 * 16 * 32
+    assert one.parts["all-reduce"] == 864 * 4
+    # Each rank gets 2 experts of 960 bytes and sends 2, and as much of gradients.
+    assert one.bytes.busiest_port == 3 * 2 * 2 * 960 + 3456
+    assert one.bytes.near == 2 * one.bytes.busiest_port
+    assert (one.bytes.far, one.bytes.busiest_uplink) == (0, 0)
+    assert one.imbalance == 1
+    assert one.step_seconds == sum(one.parts.values())
+
+
+def test_checkpointing_repeats_the_forward_pass(folder: Path) -> None:
+    plain, again = of(dry_run(folder), "static_ep"), of(dry_run(folder, "gradient_checkpointing=true"), "static_ep")
+    assert again.parts["experts"] == 1.5 * plain.parts["experts"]
+    assert again.parts["tokens"] == 1.5 * plain.parts["tokens"]
+    assert again.parts["attention"] == 3 * 16 * (3 * 1536 + 4 * (448 + 512))
+
+
+def test_micro_steps_share_one_gather(folder: Path) -> None:
+    """Twice the tokens; parameters, gradients and the optimizer as before; each micro-step's all-to-alls have latencies of their own."""
+    slow = replace(slow_node(), intra_node=Link(1.0, 5.0))
+    one, two = (dry_run(folder, f"gradient_accumulation_steps={n}", topology=slow) for n in (1, 2))
+    for part, factor in {"attention": 2, "experts": 2, "head": 2, "all-reduce": 1, "optimizer": 1}.items():
+        assert of(two, "full").parts[part] == pytest.approx(factor * of(one, "full").parts[part]), part
+    assert of(two, "full").bytes == of(one, "full").bytes
+    assert of(two, "static_ep").parts["tokens"] == pytest.approx(2 * of(one, "static_ep").parts["tokens"])
+
+
+def test_layers_without_experts_keep_their_ffn(folder: Path) -> None:
+    some = of(dry_run(folder, "moe.num_experts=[4,0,0]"), "full")
+    assert some.parts["experts"] == 16 * (2 * 2304 + 2 * 4 * 480) + 2 * 16 * 2 * 2304
+
+
+def test_a_ring_leaves_each_node_once(folder: Path) -> None:
+    nodes = Topology((0, 0, 1, 1), (1.0,) * 4, (1e9,) * 4, Link(1.0, 0.0), Link(1.0, 0.0))
+    one = of(dry_run(folder, topology=nodes), "full")
+    gather = 3 * 2 * 960  # in each direction one copy of each of the other node's two experts, and as much back
+    reduced = 2 * 3 / 4 * 3456
+    assert one.bytes.busiest_uplink == pytest.approx(2 * gather + reduced)
+    assert one.bytes.far == pytest.approx(2 * (2 * gather + reduced))
+
+
+def test_the_configured_policy_comes_first_and_memory_is_compared(folder: Path) -> None:
+    found = dry_run(folder, "fssdp.policy=hecate")
+    assert found.policies[0].policy == "hecate"
+    assert len({one.policy for one in found.policies}) == len(found.policies) == 11
+    assert fits(found.policies[0], found.run)
+    small = replace(found.run, topology=replace(found.run.topology, memory=(1e9, found.policies[0].memory_PD[:, 1].max() - 1)))
+    assert not fits(found.policies[0], small)
+
+
+def test_json_and_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_plan(config_for(folder), topology="two-cpu-ranks", ranks=None, workload="zipf", json_path=tmp_path / "plan.json")
+    shown = capsys.readouterr().out
+    assert "Memory of rank" in shown
+    assert "One step on two-cpu-ranks, 2 ranks, zipf loads" in shown
+    record = json.loads((tmp_path / "plan.json").read_text())
+    assert set(record) == {"model", "topology", "ranks", "workload", "policy", "device_memory_bytes", "policies"}
+    first = record["policies"][0]
+    assert set(first) == {"policy", "step_seconds", "seconds", "bytes", "imbalance", "memory", "fits_memory"}
+    assert set(first["memory"]) == {"forward", "backward", "optimizer"}
+    assert all(len(by_rank) == 2 for parts in first["memory"].values() for by_rank in parts.values())
+    assert first["step_seconds"] == pytest.approx(sum(first["seconds"].values()))
+
+
+def test_an_unknown_workload_lists_what_exists(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"--workload all: unknown\n  there are balanced, "):
+        run_plan(config_for(folder), topology=None, ranks=2, workload="all", json_path=None)

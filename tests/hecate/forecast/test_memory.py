@@ -1,0 +1,166 @@
+"""A dry run's costs against the engine's own, its activations against what autograd keeps, its counts by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hecate.data.batches import Batch
+from hecate.errors import UserError
+from hecate.forecast.memory import PHASES, memory_parts
+from hecate.forecast.run_shape import RunShape, run_shape
+from hecate.kernels.mixlora_inputs import FfnBase
+from hecate.model.gated_ffn import find_gated_ffns
+from hecate.model.head import LanguageModelHead
+from hecate.model.surgery import insert_experts, non_moe_flops_per_token
+from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from hecate.train.build import surgery_plan
+from hecate.train.step import forward_loss
+from tests.hecate.forecast.making import config_for, slow_node, write_model
+from tests.ranks import run_ranks
+
+MANY = {"hidden_size": 48, "intermediate_size": 136, "head_dim": 24, "vocab_size": 64}
+
+
+def shape_of(folder: Path, *overrides: str, ranks: int = 2, dtype: str = "float32") -> RunShape:
+    return run_shape(config_for(folder, *overrides, dtype=dtype), None, ranks)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("targets", ["[q_proj,gate_proj,up_proj,down_proj]", "[down_proj]"])
+def test_the_engine_reckons_with_the_same_cost(tmp_path: Path, dtype: str, targets: str) -> None:
+    model = write_model(tmp_path).to(getattr(torch, dtype))
+    run = shape_of(tmp_path, f"lora.target_modules={targets}", "micro_batch_size=3", dtype=dtype)
+    base: FfnBase = find_gated_ffns(model)[0].base
+    names = tuple(name for name in ("gate_proj", "up_proj", "down_proj") if name in targets)
+    master = torch.float64 if dtype == "float64" else torch.float32
+    family = MixLoraExperts(base, LoraShape(2, 1.0, 0.0), names, layer=0, num_experts=4, seed=0, master_dtype=master)
+    (group,) = run.groups
+    assert group.cost == family.cost(2, non_moe_flops_per_token(model) * 3 * 16)
+    assert (group.experts, group.number) == (4, 3)
+
+
+def test_layers_with_other_experts_are_apart(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    run = shape_of(tmp_path, "moe.num_experts=[4,0,2]")
+    assert [(group.experts, group.number) for group in run.groups] == [(4, 1), (2, 1)]
+
+
+def test_replicated_parameters_by_hand(tmp_path: Path) -> None:
+    """Adapters of rank 2 in 3 layers, queries and outputs 16 to 16, keys and values 16 to 8; routers of 4 and 2 experts."""
+    write_model(tmp_path)
+    run = shape_of(tmp_path, "moe.num_experts=[4,0,2]")
+    assert run.replicated_parameters == 3 * 2 * (2 * (16 + 16) + 2 * (16 + 8)) + (4 + 2) * 16
+
+
+def test_counts_by_hand(tmp_path: Path) -> None:
+    """Two ranks, 4 experts in each of 3 layers, of which each rank owns two, and one replica of another's in one layer.
+
+    An expert: rank 2 pairs, 3 projections between 16 and 24: 240 parameters, 960 bytes. Routers: 3 layers of 4 x 16.
+    """
+    write_model(tmp_path)
+    run = replace(shape_of(tmp_path, "lora.target_modules=[gate_proj,up_proj,down_proj]"), topology=slow_node())
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.array([0.0, 1.0])], np.array([16.0, 16.0]))}
+    forward, backward, optimizer = range(len(PHASES))
+    assert (parts["base weights"] == run.base.parameters * 4).all()
+    assert (parts["owned experts, moments"] == 3 * 3 * 2 * 960).all()
+    assert (parts["routers, adapters, moments"] == 3 * 3 * 4 * 16 * 4).all()
+    # The A of gate and up lie side by side a second time: 2 · 2 · 16 floats an expert.
+    assert parts["replicas"][forward].tolist() == [6 * (960 + 256), 7 * (960 + 256)]
+    assert (parts["replicas"][optimizer] == 0).all()
+    assert parts["gradients"][backward].tolist() == [2 * 960 + 768, pytest.approx(7 / 3 * 960 + 768)]  # of one layer, and the routers'
+    assert parts["gradients"][optimizer].tolist() == [6 * 960 + 768] * 2
+
+
+def test_gradients_of_all_layers_add_up_over_micro_steps(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    others, rows = [np.zeros(2)], np.array([16.0, 16.0])
+    one, two = (
+        {part.name: part.bytes_PD for part in memory_parts(shape_of(tmp_path, f"gradient_accumulation_steps={n}"), others, rows)}
+        for n in (1, 2)
+    )
+    assert (two["gradients"][1] - one["gradients"][1] == (6 - 2) * 960).all()
+    assert (two["activations (estimate)"] == one["activations (estimate)"]).all()
+
+
+def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that autograd keeps of a forward pass beside weights and replicas, and their estimate."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_for(Path(folder), "data.seq_len=96", dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=getattr(torch, dtype)).eval()
+    head = LanguageModelHead(model)
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    engine = EngineConfig(POLICIES["full"], local_topology(1, cuda=False), top_k=2)
+    moe = insert_experts(model, surgery_plan(config, 3), engine, ExpertGroups(group, group))
+    if checkpointing:
+        from hecate.model.checkpointing import checkpoint_activations
+
+        checkpoint_activations(moe)
+    moe.engine.begin_step(0)
+    tokens = torch.arange(96)[None]
+    batch = Batch(tokens % 64, tokens % 64, tokens, torch.ones_like(tokens), tokens, torch.zeros_like(tokens))
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    known |= {store.owned.untyped_storage().data_ptr() for store in moe.engine.stores.values()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward_loss(moe, head, batch, step=0, recording=True)
+    known |= {store.replicas().untyped_storage().data_ptr() for store in moe.engine.stores.values()}
+    measured = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in known)
+    del loss
+    run = run_shape(config, None, 1)
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.zeros(1)], np.array([96.0]))}
+    head_bytes = 96 * 64 * (8 if dtype == "float32" else 10)
+    copies = parts["replicas"][0, 0] - 3 * 4 * run.groups[0].cost.trainable_bytes
+    return measured, int(parts["activations (estimate)"][0, 0] - head_bytes + copies)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_autograd_keeps(tmp_path: Path, dtype: str) -> None:
+    write_model(tmp_path, **MANY)
+    ((measured, estimate),) = run_ranks(1, _saved, str(tmp_path), dtype, False)
+    assert estimate == pytest.approx(measured, rel=0.1)
+
+
+def test_checkpointed_layers_keep_their_inputs(tmp_path: Path) -> None:
+    """Of 8 layers' activations the inputs are left, and one layer's while it runs again."""
+    write_model(tmp_path)
+    runs = [shape_of(tmp_path, f"gradient_checkpointing={flag}") for flag in ("false", "true")]
+    plain, checkpointed = (
+        next(part for part in memory_parts(run, [np.zeros(2)], np.full(2, 16.0)) if part.name.startswith("activations")).bytes_PD[0, 0]
+        for run in runs
+    )
+    head = 16 * 32 * 8
+    assert checkpointed - head == pytest.approx((plain - head) / 3 + 3 * 16 * 16 * 4)
+
+
+def test_ranks_and_topologies(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    config = config_for(tmp_path)
+    assert run_shape(config, "two-h100-nodes", None).topology.world_size == 16
+    assert run_shape(config, "two-h100-nodes", 16).topology_name == "two-h100-nodes"
+    assert run_shape(config_for(tmp_path, "nproc=3"), None, None).topology.world_size == 3
+    with pytest.raises(UserError, match="--ranks 3, but topology two-h100-nodes has 16 devices"):
+        run_shape(config, "two-h100-nodes", 3)
+    with pytest.raises(UserError, match="topology nowhere: no such preset"):
+        run_shape(config, "nowhere", None)
+
+
+def test_fast_devices_compute_in_bfloat16(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    assert run_shape(config_for(tmp_path, dtype="auto"), "h100-node", None).dtype_bytes == 2
+    assert run_shape(config_for(tmp_path, dtype="float32"), "h100-node", None).dtype_bytes == 4

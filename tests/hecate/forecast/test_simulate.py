@@ -1,0 +1,245 @@
+"""Cases, sweeps and what is written of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hecate.errors import UserError
+from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
+from hecate.forecast.report import SPEEDUP, print_rows, write_bars, write_json
+from hecate.forecast.sweep import load_sweep
+from hecate.parallel.traces import Trace, save_trace
+from hecate.presets import find_preset, preset_names
+
+MODEL = "{kind: lora_dense, rank: 2, hidden: 8, ffn: 16, layers: 6, seq: 8, experts: 4, top_k: 2}"
+TWO = Options(policies=("static_ep", "full"), steps=2)
+ROW_KEYS = {
+    *("topology", "ranks", "model", "experts", "workload", "tokens_per_rank", "policy", "step_seconds", "seconds", "bytes", "imbalance"),
+    *("replica_bytes", "memory_bytes", "fits_memory", "planner_ms_per_layer", SPEEDUP),
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(MODEL)
+    return str(path)
+
+
+def trace_file(folder: Path, num_experts: tuple[int, ...] = (4, 4), ranks: int = 2) -> Path:
+    loads = np.zeros((3, len(num_experts), ranks, max(num_experts)), dtype=np.int32)
+    loads[..., :2] = 5
+    save_trace(Trace(loads, (1, 2, 3), tuple(range(len(num_experts))), num_experts, top_k=2, tokens_per_rank=5), folder / "loads.npz")
+    return folder / "loads.npz"
+
+
+def test_rows_are_json_of_a_fixed_form(model: str) -> None:
+    (case,) = synthetic_cases("two-cpu-ranks", model, ["zipf"], 64)
+    rows = case.run(TWO)
+    assert [row["policy"] for row in rows] == ["static_ep", "full"]
+    for row in json.loads(json.dumps(rows)):
+        assert set(row) == ROW_KEYS
+        parts = ("attention", "compute", "dispatch", "exposed", "optimizer", "reshard")
+        assert row["step_seconds"] == pytest.approx(sum(row["seconds"][part] for part in parts))
+        assert set(row["bytes"]) == {"near", "far", "busiest_port", "busiest_uplink"}
+    assert rows[0][SPEEDUP] == 1
+    assert rows[1][SPEEDUP] == pytest.approx(rows[0]["step_seconds"] / rows[1]["step_seconds"])
+    assert rows[1]["memory_bytes"] - rows[0]["memory_bytes"] == rows[1]["replica_bytes"] > 0
+
+
+def test_sampled_layers_stand_for_the_model(model: str) -> None:
+    """Six layers, of which four are simulated; each rank gets two experts of 2 · 3 · 24 floats, and sends as much of gradients."""
+    (case,) = synthetic_cases("two-cpu-ranks", model, ["balanced"], 64)
+    row = case.run(Options(policies=("full",), steps=2))[0]
+    assert row["bytes"]["near"] == pytest.approx(6 * 2 * 4 * 2 * 3 * 24 * 4)
+    assert row[SPEEDUP] is None
+
+
+def test_experts_in_place_of_the_models(model: str) -> None:
+    (case,) = synthetic_cases("two-cpu-ranks", model, ["balanced"], 64, experts=8)
+    assert case.run(TWO)[0]["experts"] == 8
+
+
+def test_a_trace_says_how_many_layers_and_experts_there_are(model: str, tmp_path: Path) -> None:
+    case = trace_case("two-cpu-ranks", model, trace_file(tmp_path))
+    row = case.run(TWO)[0]
+    assert (row["workload"], row["tokens_per_rank"], row["experts"]) == ("loads", 5, 4)
+    assert row["imbalance"] > 1  # experts 0 and 1, the only ones wanted, are rank 0's
+    assert case.model.layers == 2
+
+
+def test_what_is_wrong_with_a_trace(model: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="recorded on 2 ranks, but topology h100-node has 8 devices"):
+        trace_case("h100-node", model, trace_file(tmp_path))
+    with pytest.raises(UserError, match="its layers have 3, 4 experts"):
+        trace_case("two-cpu-ranks", model, trace_file(tmp_path, (4, 3)))
+    with pytest.raises(UserError, match=r"nothing\.npz: cannot be read"):
+        trace_case("two-cpu-ranks", model, tmp_path / "nothing.npz")
+
+
+def test_too_little_memory_is_seen(model: str, tmp_path: Path) -> None:
+    """A layer's expert: 576 bytes of parameters, as much of gradients, 1728 of state. Each rank owns two in each of 6 layers.
+
+    Attention and the shared FFN are 6 · (256 + 384) · 2 bytes; a full replica set of the other two experts 6 · 2 · 1152.
+    """
+    held = 6 * (2 * (576 + 576 + 1728) + 640 * 2)
+    for memory, fits in ((held + 6 * 2 * 1152, True), (held + 6 * 2 * 1152 - 1, False)):
+        topology = tmp_path / "tight.yaml"
+        topology.write_text(f"nodes: [{{devices: 2, flops: 1.0e+9, memory: {memory}}}]\nintra_node: {{bandwidth: 1.0e+9, latency: 0}}")
+        (case,) = synthetic_cases(str(topology), model, ["balanced"], 64)
+        rows = case.run(TWO)
+        assert [row["fits_memory"] for row in rows] == [True, fits]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [("all", ("a", "b", "c")), ("c, a", ("c", "a")), ("a,a", ("a",)), (["b"], ("b",)), (["all"], ("a", "b", "c"))]
+)
+def test_names_are_chosen(names: str | list[str], expected: tuple[str, ...]) -> None:
+    assert chosen(names, ("a", "b", "c"), "--policy") == expected
+
+
+@pytest.mark.parametrize(("names", "message"), [("a,x", "--policy: unknown: x\n  there are all, a, b"), ("", "--policy: none given")])
+def test_unknown_names_are_refused(names: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        chosen(names, ("a", "b"), "--policy")
+
+
+def test_presets() -> None:
+    assert {"gpt-moe-s", "mixtral-8x7b"} <= set(preset_names("models"))
+    assert find_preset("experiments", "sweep", "paper").name == "paper.yaml"
+    with pytest.raises(UserError, match=r"model nope: no such preset\n  there are bert-moe, .*; or give the path of a YAML file"):
+        find_preset("models", "model", "nope")
+    with pytest.raises(UserError, match=r"model \./nope\.yaml: no such file"):
+        find_preset("models", "model", "./nope.yaml")
+
+
+def test_the_papers_sweep_has_its_models_on_both_clusters() -> None:
+    cases, options = load_sweep(find_preset("experiments", "sweep", "paper"))
+    assert {"static_ep", "fastermoe", "smartmoe", "flexmoe", "hecate", "auto"} <= set(options.policies)
+    found = {(case.topology_name, case.model.name, case.topology.world_size, case.model.experts) for case in cases}
+    models = ("gpt-moe-s", "gpt-moe-l", "bert-moe", "bert-moe-deep")
+    clusters = (("paper-cluster-a", 32, 64), ("paper-cluster-b", 32, 64), ("paper-cluster-a-16", 16, 32))
+    assert found == {(cluster, model, ranks, experts) for cluster, ranks, experts in clusters for model in models}
+    assert len({case.workload for case in cases}) * len(found) == len(cases)
+
+
+def sweep(folder: Path, text: str) -> tuple[list[Case], Options]:
+    (folder / "sweep.yaml").write_text(text)
+    return load_sweep(folder / "sweep.yaml")
+
+
+def test_a_sweep_multiplies_out(model: str, tmp_path: Path) -> None:
+    run = f"{{topologies: [two-cpu-ranks, four-cpu-ranks], models: {model}, workloads: [zipf, burst], tokens_per_rank: 32}}"
+    cases, options = sweep(tmp_path, f"{{exact: true, steps: 3, policies: full, max_imbalance: 1.5, runs: [{run}]}}")
+    assert options == Options(policies=("full",), steps=3, mode="exact", max_imbalance=1.5)
+    assert [(case.topology_name, case.workload) for case in cases] == [
+        ("two-cpu-ranks", "zipf"),
+        ("two-cpu-ranks", "burst"),
+        ("four-cpu-ranks", "zipf"),
+        ("four-cpu-ranks", "burst"),
+    ]
+    assert {case.tokens_per_rank for case in cases} == {32}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "a sweep is a mapping with the list `runs`"),
+        ("{runs: []}", "a sweep is a mapping with the list `runs`"),
+        ("{runs: [{models: x}]}", r"runs\[0\]: a run has the lists topologies and models"),
+        ("{runs: [{topologies: h100-node, models: x, token: 2}]}", r"runs\[0\]: unknown: token"),
+        ("{step: 2, runs: [{topologies: h100-node, models: x}]}", "unknown: step\n  there are policies, steps"),
+        ("{steps: 0, runs: [{topologies: h100-node, models: x}]}", "steps must be an integer >= 1, got 0"),
+        ("{exact: 1, runs: [{topologies: h100-node, models: x}]}", "exact must be true or false, got 1"),
+        ("{max_imbalance: 0.5, runs: [{topologies: h100-node, models: x}]}", "max_imbalance must be a number >= 1, got 0.5"),
+        ("{runs: [{topologies: h100-node, models: x}]}", r"runs\[0\]: model x: no such preset"),
+        ("{runs: [{topologies: [1], models: x}]}", r"runs\[0\].topologies: must be a name or a list of names, got \[1\]"),
+        ("{runs: [{topologies: h100-node, models: x, workloads: [zip]}]}", r"runs\[0\].workloads: unknown: zip"),
+        ("{policies: best, runs: [{topologies: h100-node, models: x}]}", "policies: unknown: best"),
+        ("{runs: [", "cannot be read as a sweep"),
+    ],
+)
+def test_a_bad_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        sweep(tmp_path, text)
+    assert len(str(caught.value).splitlines()) <= 8
+
+
+def rows(**changes: Any) -> list[dict[str, Any]]:
+    """Two policies, the second four times as fast."""
+    common: dict[str, Any] = {
+        "topology": "here",
+        "ranks": 2,
+        "model": "small",
+        "experts": 4,
+        "workload": "zipf",
+        "tokens_per_rank": 64,
+        "seconds": dict.fromkeys(("attention", "compute", "dispatch", "gather", "reduce", "exposed", "optimizer", "reshard"), 0.5),
+        "bytes": {"near": 1.0, "far": 0.0, "busiest_port": 3e6, "busiest_uplink": 0.0},
+        "imbalance": 1.25,
+        "replica_bytes": 0.0,
+        "memory_bytes": 1e9,
+        "fits_memory": True,
+        "planner_ms_per_layer": 0.1,
+    }
+    return [
+        common | {"policy": policy, "step_seconds": seconds, SPEEDUP: 4 / seconds, **changes}
+        for policy, seconds in (("static_ep", 4.0), ("full", 1.0))
+    ]
+
+
+def test_one_case_is_shown_in_detail(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows(rows(fits_memory=False))
+    shown = capsys.readouterr().out
+    assert "small with 4 experts on here (2 ranks of 64 tokens), zipf" in shown
+    (line,) = [line for line in shown.splitlines() if "full*" in line]
+    assert [cell.strip() for cell in line.split("│")][2:7] == ["1000.0", "4.00x", "500.0", "500.0", "500.0"]
+    assert "*: does not fit the devices' memory" in shown
+
+
+def test_many_workloads_are_shown_as_speedups(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows([*rows(), *rows(workload="burst", **{SPEEDUP: 9.0})])
+    lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert "4.00x" in lines["zipf"]
+    assert "9.00x" in lines["burst"]
+    assert f"{math.sqrt(4 * 9):.2f}x" in lines["geo-mean"]
+
+
+def test_many_models_are_shown_over_their_workloads(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows([*rows(), *rows(workload="burst", **{SPEEDUP: 9.0}), *rows(model="large")])
+    shown = capsys.readouterr().out
+    assert "geometric mean over 2 workloads" in " ".join(shown.split())
+    (line,) = [line for line in shown.splitlines() if "small" in line]
+    assert "6.00x" in line
+
+
+def test_without_the_baseline_milliseconds_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows([*rows(**{SPEEDUP: None}), *rows(workload="burst", **{SPEEDUP: None})])
+    shown = capsys.readouterr().out
+    assert "Milliseconds a step" in shown
+    assert "1000.0" in shown
+
+
+def test_files_are_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "new" / "rows.json", {"steps": 2}, rows())
+    record = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert record["settings"] == {"steps": 2}
+    assert len(record["rows"]) == 2
+    pytest.importorskip("matplotlib")
+    write_bars(tmp_path / "bars.png", [*rows(), *rows(model="large")])
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_json(tmp_path / "file" / "rows.json", {}, rows())
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_bars(tmp_path / "file" / "bars.png", rows())
