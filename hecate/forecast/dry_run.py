@@ -118,7 +118,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
     reduced_bytes = _all_reduced_bytes(run)
     parts = {
         "attention": _attention_seconds(run),
-        "experts": again * sum(one.seconds.compute for one in groups) + 0,
+        "experts": again * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
         "tokens": dispatch,
         "exposed": sum(one.seconds.exposed for one in groups),
         "head": 4.0 * run.base.layers[0].hidden * run.base.vocabulary * run.tokens * micro_steps / min(topology.flops),

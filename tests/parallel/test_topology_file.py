@@ -195,6 +195,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 SHAPES = {
     "paper-cluster-a": (32, 4),
+    "paper-cluster-a-16": (16, 2),
     "paper-cluster-b": (32, 4),
     "h100-node": (8, 1),
     "h200-node": (8, 1),

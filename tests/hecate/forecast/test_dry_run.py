@@ -82,6 +82,8 @@ def test_a_ring_leaves_each_node_once(folder: Path) -> None:
     reduced = 2 * 3 / 4 * 3456
     assert one.bytes.busiest_uplink == pytest.approx(2 * gather + reduced)
     assert one.bytes.far == pytest.approx(2 * (2 * gather + reduced))
+    # Each of four experts goes to its owner's neighbour and, over there, from the leader to its own; two ranks' parts of the ring stay.
+    assert one.bytes.near == pytest.approx(2 * 3 * 4 * 2 * 960 + 2 * reduced)
 
 
 def test_the_configured_policy_comes_first_and_memory_is_compared(folder: Path) -> None:
