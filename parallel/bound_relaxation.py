@@ -22,28 +22,28 @@ MARGIN = 1e-9
 
 
 class LayerProblem:
-    """One layer: what plans choose from, and what they all pay. Experts without choices are left out, but for their optimizers.
+    """The only layer of a plan's input: what plans choose from, and what they all pay. Experts without choices count for optimizers alone.
 
     Choices are counted in units of an expert's mean load, and so are works and bytes per choice: solvers like numbers near 1.
     """
 
-    def __init__(self, given: PlanInput, layer: int) -> None:
+    def __init__(self, given: PlanInput) -> None:
         at_owner_LED = np.where(given.owned_LED, given.tokens_LED.sum(-1, keepdims=True), 0.0)
         parts = Plan(given.owner_LE, given.owned_LED, at_owner_LED).seconds(given)
-        self.static = float(parts.total[layer])  # of the one plan without replicas
-        self.optimizer = float(parts.optimizer[layer])
-        loaded = given.tokens_LED[layer].any(1)
-        tokens_ED = given.tokens_LED[layer][loaded]
+        self.static = float(parts.total[0])  # of the one plan without replicas
+        self.optimizer = float(parts.optimizer[0])
+        loaded = given.tokens_LED[0].any(1)
+        tokens_ED = given.tokens_LED[0][loaded]
         unit = tokens_ED.sum() / max(len(tokens_ED), 1)
         self.topology, self.cost, self.slots_D = given.topology, given.cost, given.slots_D
         self.node_D, self.member_DN = node_index(given.topology), node_membership(given.topology)
         self.tokens_ED = tokens_ED / unit
         self.load_E, self.load_D = self.tokens_ED.sum(1), self.tokens_ED.sum(0)
         self.tokens_EN = self.tokens_ED @ self.member_DN
-        self.owner_E, self.owned_ED = given.owner_LE[layer][loaded], given.owned_LED[layer][loaded]
+        self.owner_E, self.owned_ED = given.owner_LE[0][loaded], given.owned_LED[0][loaded]
         self.home_ED = self.node_D[self.owner_E][:, None] == self.node_D
         self.home_EN = self.node_D[self.owner_E][:, None] == np.arange(given.topology.num_nodes)
-        self.fresh_ED = ~self.owned_ED if given.resident_LED is None else ~self.owned_ED & ~given.resident_LED[layer][loaded]
+        self.fresh_ED = ~self.owned_ED if given.resident_LED is None else ~self.owned_ED & ~given.resident_LED[0][loaded]
         self.needed_ED = self.owned_ED | (self.tokens_ED > 0)  # without these replicas some token travels
         self.may_stay = bool(((self.needed_ED & ~self.owned_ED).sum(0) <= self.slots_D).all())
         self.rate_D = np.asarray(given.topology.flops)
@@ -84,7 +84,6 @@ class Relaxation:
         else:
             caps = _Caps(p, budget, budget - p.balanced, self.reach)
             self._choices(caps)
-            self._covers(caps)
             self._work(caps)
             self._ports(caps)
         self._exposed()
@@ -97,10 +96,6 @@ class Relaxation:
         # Tokens that stay in their node want a replica there of each expert that they chose.
         self.y_EN = lp.variables(p.home_EN | ((p.tokens_EN > 0) & (self.reach == "near")), 1.0)
         lp.at_most(p.slots_D, (self.z_ED, ~p.owned_ED, self.r_D))
-        # A node has a replica if one of its ranks has, and only then.
-        self._each(~p.home_ED, (self.z_ED, 1.0), (self.y_EN[:, p.node_D], -1.0))
-        row_EN = np.arange(self.y_EN.size).reshape(self.y_EN.shape)
-        lp.at_most(p.home_EN, (self.y_EN, 1.0, row_EN), (self.z_ED, -1.0 * ~p.home_ED, row_EN[:, p.node_D]))
 
     def _choices(self, caps: _Caps) -> None:
         """Choices served on each rank, by where they come from: there, its node, elsewhere; and those that leave each node."""
@@ -113,7 +108,6 @@ class Relaxation:
             return np.maximum(np.where(p.owned_ED, there_are_ED, np.minimum(there_are_ED, cap_D)), 0.0)
 
         local, near, far_ = (most(p.tokens_ED, caps.local_D), most(in_node_ED, caps.remote_D), most(elsewhere_ED, caps.remote_D))
-        self.most_ED = local + near + far_
         self.local_ED, self.near_ED, self.far_ED = (lp.variables(0.0, m) for m in (local, near, far_))
         self.sent_EN = lp.variables(0.0, far * p.tokens_EN)
         # A rank serves an expert's choices if it has a replica, and at most those that there are and that it has time for.
@@ -121,44 +115,15 @@ class Relaxation:
         self._each(replica_ED & (local > 0), (self.local_ED, 1.0), (z_ED, -local))
         self._each(replica_ED & (near > 0), (self.near_ED, 1.0), (z_ED, -near))
         self._each(replica_ED & (far_ > 0), (self.far_ED, 1.0), (z_ED, -far_))
-        served = (self.local_ED, 1.0), (self.near_ED, 1.0), (self.far_ED, 1.0)
-        self._each(replica_ED & (near + far_ > caps.remote_D), *served[1:], (z_ED, -caps.remote_D))
-        self._each(replica_ED & (self.most_ED > caps.both_D), *served, (z_ED, -caps.both_D))
         # Every choice is served somewhere.
         row_EN = np.arange(self.y_EN.size).reshape(self.y_EN.shape)
         row_ED = row_EN[:, p.node_D]
         lp.equal(p.tokens_EN, (self.local_ED, 1.0, row_ED), (self.near_ED, 1.0, row_ED), (self.sent_EN, 1.0, row_EN))
         lp.equal(0 * p.load_E, (self.sent_EN, 1.0, self.e_E[:, None]), (self.far_ED, -1.0, self.e_E[:, None]))
         if far:
-            # The same for whole nodes: without a replica all choices leave and none comes.
-            both_N, away_EN = caps.both_D @ p.member_DN, ~p.home_EN
-            keep_EN = np.minimum(p.tokens_EN, both_N)
-            come_EN = np.minimum(p.load_E[:, None] - p.tokens_EN, caps.remote_D @ p.member_DN)
-            lp.at_most(-p.tokens_EN * away_EN, (self.sent_EN, -1.0 * away_EN, row_EN), (self.y_EN, -keep_EN * away_EN, row_EN))
-            away_ED = ~p.home_ED
-            lp.at_most(0 * come_EN, (self.far_ED, away_ED, row_ED), (self.y_EN, -come_EN * away_EN, row_EN))
-            tight_EN = away_EN & (keep_EN + come_EN > both_N)
-            lp.at_most(
-                -p.tokens_EN * tight_EN,
-                (self.sent_EN, -1.0 * tight_EN, row_EN),
-                (self.far_ED, tight_EN[:, p.node_D], row_ED),
-                (self.y_EN, -both_N * tight_EN, row_EN),
-            )
-
-    def _covers(self, caps: _Caps) -> None:
-        """Whole replicas: as many as it takes to relieve an owner of an expert, or of all that it owns, and a node of its experts."""
-        p, lp = self.problem, self.program
-        away_ED = -1.0 * ~p.owned_ED
-        shares_ED = _marginal(np.where(p.owned_ED, 0.0, np.minimum(self.most_ED, caps.both_D)), p.load_E)
-        number_E = [_fewest(shares_ED[e], p.load_E[e] - caps.both_D[p.owner_E[e]]) for e in self.e_E]
-        lp.at_most(-np.array(number_E), (self.z_ED, away_ED, self.e_E[:, None]))
-        number_D = [_fewest(shares_ED[p.owned_ED[:, d]], p.load_E[p.owned_ED[:, d]].sum() - caps.both_D[d]) for d in self.r_D]
-        lp.at_most(-np.array(number_D), (self.z_ED, away_ED, p.owner_E[:, None]))
-        if self.reach == "far":
-            both_N = caps.both_D @ p.member_DN
-            shares_EN = _marginal(np.where(p.home_EN, 0.0, np.minimum(p.load_E[:, None], both_N)), p.load_E)
-            number_N = [_fewest(shares_EN[p.home_EN[:, n]], p.load_E[p.home_EN[:, n]].sum() - both_N[n]) for n in self.n_N]
-            lp.at_most(-np.array(number_N), (self.y_EN, -1.0 * ~p.home_EN, p.node_D[p.owner_E][:, None]))
+            # Without a replica in a node all choices leave it.
+            keep_EN = p.tokens_EN * ~p.home_EN
+            lp.at_most(-keep_EN, (self.sent_EN, -1.0 * ~p.home_EN, row_EN), (self.y_EN, -keep_EN, row_EN))
 
     def _work(self, caps: _Caps) -> None:
         """Seconds of computing on the slowest rank."""
@@ -166,27 +131,57 @@ class Relaxation:
         local_D = (p.row_work * caps.local_rows_D + p.choice_work) / (p.rate_D * self.cutoff)
         remote_D = (p.row_work * caps.remote_rows_D + p.choice_work) / (p.rate_D * self.cutoff)
         served = (self.local_ED, local_D, self.r_D), (self.near_ED, remote_D, self.r_D), (self.far_ED, remote_D, self.r_D)
-        self.program.at_most(0 * p.rate_D, *served, (self._seconds(), -1.0, self.r_D))
+        slowest = self._seconds()
+        self.program.at_most(0 * p.rate_D, *served, (slowest, -1.0, self.r_D))
+        # With R copies beside its owner's, an expert's choices take at least load / (rates of the R + 1 ranks). That is convex in R, so
+        # the line through two neighbouring whole numbers is nowhere above it at any whole number. The same holds of several experts of one
+        # owner, and of those of one node with copies in others.
+        work = p.choice_work + p.row_work * min(caps.local_rows_D.min(), caps.remote_rows_D.min())
+        for owner in self.r_D:
+            others_D = p.rate_D[(self.r_D != owner) & (p.slots_D > 0)]
+            self._lines(p.owned_ED[:, owner], p.rate_D[owner], others_D, work, self.z_ED, slowest)
+        if len(self.n_N) > 1:
+            rate_N = p.rate_D @ p.member_DN
+            for home in self.n_N:
+                self._lines(p.home_EN[:, home], rate_N[home], np.delete(rate_N, home), work, self.y_EN, slowest)
+
+    def _lines(self, mine_E: np.ndarray, rate: float, others: np.ndarray, work: float, copies: np.ndarray, slowest: np.ndarray) -> None:
+        """For the hottest of a place's experts `mine_E`, the two hottest, ...; `copies` [experts, places], the place's own among them."""
+        p = self.problem
+        hottest = np.flatnonzero(mine_E)
+        hottest = hottest[np.argsort(-p.load_E[hottest], kind="stable")]
+        rates = rate + np.cumsum([0.0, *-np.sort(-others)])
+        for number in range(1, len(hottest) + 1):
+            some = hottest[:number]
+            seconds = np.maximum(p.load_E[some].sum() * work / rates, p.balanced) / self.cutoff  # a floor keeps it convex
+            steps = np.flatnonzero(seconds[:-1] > p.balanced / self.cutoff)
+            slope = np.diff(seconds)[steps]
+            row = np.arange(len(steps))[:, None]
+            # R is the sum of the copies, less each expert's own one.
+            self.program.at_most(
+                slope * (steps + number) - seconds[steps], (copies[some].ravel(), slope[:, None], row), (slowest, -1.0, row)
+            )
 
     def _ports(self, caps: _Caps) -> None:
         """Seconds of rows through the busiest port."""
         p, lp, r_D, n_N = self.problem, self.program, self.r_D, self.n_N
-        port_D, nic_D = (np.asarray(b) * self.cutoff / p.row_bytes for b in (p.topology.port_bandwidth, p.topology.nic_bandwidth))
-        uplink_N = np.asarray(p.topology.uplink_bandwidth) * self.cutoff / p.row_bytes
+        topology, per_byte = p.topology, p.row_bytes / self.cutoff
+        port_D, nic_D, uplink_N = (
+            per_byte / np.asarray(b) for b in (topology.port_bandwidth, topology.nic_bandwidth, topology.uplink_bandwidth)
+        )
         in_D = caps.remote_rows_D
         out = in_D.min()  # rows leave at the mean of what they arrive at
         busiest = self._seconds()
-        # Far choices of each rank: those of its node, all told; only what is not served where it is leaves.
+        # Choices that leave each rank's node: those that leave the node, all told.
         sent_D = lp.variables(0.0, (self.reach == "far") * p.load_D)
         lp.equal(0.0 * n_N, (sent_D, 1.0, p.node_D), (self.sent_EN, -1.0, n_N))
-        lp.at_most(p.load_D, (sent_D, 1.0, r_D), (self.local_ED, 1.0, r_D))
-        lp.at_most(-out * p.load_D / port_D, (self.local_ED, -out / port_D, r_D), (sent_D, -out / port_D, r_D), (busiest, -1.0, r_D))
-        lp.at_most(0 * in_D, (self.near_ED, in_D / port_D, r_D), (busiest, -1.0, r_D))
+        lp.at_most(-out * p.load_D * port_D, (self.local_ED, -out * port_D, r_D), (sent_D, -out * port_D, r_D), (busiest, -1.0, r_D))
+        lp.at_most(0 * in_D, (self.near_ED, in_D * port_D, r_D), (busiest, -1.0, r_D))
         if self.reach == "far":
-            lp.at_most(0 * in_D, (sent_D, out / nic_D, r_D), (busiest, -1.0, r_D))
-            lp.at_most(0 * in_D, (self.far_ED, in_D / nic_D, r_D), (busiest, -1.0, r_D))
-            lp.at_most(0 * uplink_N, (self.sent_EN, out / uplink_N, n_N), (busiest, -1.0, n_N))
-            lp.at_most(0 * uplink_N, (self.far_ED, in_D / uplink_N[p.node_D], p.node_D), (busiest, -1.0, n_N))
+            lp.at_most(0 * in_D, (sent_D, out * nic_D, r_D), (busiest, -1.0, r_D))
+            lp.at_most(0 * in_D, (self.far_ED, in_D * nic_D, r_D), (busiest, -1.0, r_D))
+            lp.at_most(0 * uplink_N, (self.sent_EN, out * uplink_N, n_N), (busiest, -1.0, n_N))
+            lp.at_most(0 * uplink_N, (self.far_ED, in_D * uplink_N[p.node_D], p.node_D), (busiest, -1.0, n_N))
 
     def _exposed(self) -> None:
         """Seconds that SparseAllGather and SparseReduceScatter add, beyond what hides."""
@@ -221,7 +216,7 @@ class Relaxation:
                 self._each(away_ED, (self.z_ED, 1.0), (any_EN[:, p.node_D], -1.0))
             # Leaders: of the experts that a node wants, each has one, among those who want it; it hands the expert on to the others.
             lead_D = lp.variables(0.0, away_ED.sum(0))
-            pass_D = lp.variables(0.0, away_ED.sum())
+            pass_D = lp.variables(0.0, np.broadcast_to(away_ED.sum(), r_D.shape))
             lp.equal(0.0 * n_N, (lead_D, 1.0, p.node_D), (any_EN, -1.0 * away_EN, n_N))
             lp.at_most(0.0 * r_D, (lead_D, 1.0, r_D), (self.z_ED, -1.0 * away_ED, r_D))
             lp.equal(0.0 * n_N, (pass_D, 1.0, p.node_D), (any_EN, away_EN, n_N), (self.z_ED, -1.0 * away_ED, p.node_D))
@@ -286,20 +281,11 @@ class _Caps:
             travel_D = p.row_bytes * rows_D / port_D
             return (seconds(rows_D, choices_D) + travel_D <= compute) & (travel_D <= dispatch)
 
-        def both_fit(choices_D: np.ndarray) -> np.ndarray:
-            # A sum of concave functions is least at an end: as many local ones as there can be, or as many remote ones.
-            ends = []
-            for first_D, second_D in ((tokens_D, others_D), (others_D, tokens_D)):
-                rest_D = np.maximum(choices_D - k * first_D, 0.0)
-                ends.append(_distinct(choices_D - rest_D, first_D, k) + _distinct(rest_D, second_D, k))
-            return seconds(np.minimum(*ends), choices_D) <= compute
-
         # What a rank can serve of its own tokens is of its own experts, and of the slots' worth of others that they chose most.
         lent_ED = -np.sort(-np.where(p.owned_ED, 0.0, p.tokens_ED), axis=0)
         lent_ED[np.arange(len(lent_ED))[:, None] >= p.slots_D] = 0.0
         self.local_D = _largest(local_fits, (p.owned_ED * p.tokens_ED).sum(0) + lent_ED.sum(0))
         self.remote_D = _largest(remote_fits, k * others_D)
-        self.both_D = _largest(both_fit, k * (tokens_D + others_D))
         self.local_rows_D = _chord(self.local_D, tokens_D, k)
         self.remote_rows_D = _chord(self.remote_D, others_D, k)
 
@@ -323,17 +309,3 @@ def _distinct(choices_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray
 def _chord(choices_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray:
     """Distinct tokens per choice at `choices_D`; with fewer choices there are no fewer of them per choice."""
     return np.divide(_distinct(choices_D, tokens_D, k), choices_D, out=np.ones_like(choices_D), where=choices_D > 0)
-
-
-def _marginal(most: np.ndarray, load_E: np.ndarray) -> np.ndarray:
-    """What each further place adds to what can be served of an expert, its best place first; rows are experts."""
-    reached = np.minimum(np.cumsum(-np.sort(-most, axis=1), axis=1), load_E[:, None])
-    return np.diff(reached, axis=1, prepend=0.0)
-
-
-def _fewest(shares: np.ndarray, needed: float) -> int:
-    """How many of the shares it takes to reach what is needed."""
-    if needed <= MARGIN:
-        return 0
-    total = np.cumsum(-np.sort(-shares.ravel()))
-    return min(int((total < needed - MARGIN).sum()) + 1, total.size)

@@ -15,16 +15,18 @@ each of ten ranks.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 
 from hecate.parallel.bound_relaxation import LayerProblem, Reach, Relaxation
+from hecate.parallel.planners.hecate import plan_hecate
 from hecate.parallel.planners.plan import PlanInput
 
 ROUNDS = 6
 """cutoffs to try"""
-CLOSE = 2e-3
+CLOSE = 4e-3
 """relative distance from the best that this relaxation can give at which to stop before that"""
 UNCOUNTED = 1e-6
 """share of the seconds by which the cost model may miss what it takes for rounding"""
@@ -39,21 +41,28 @@ def lower_bound(given: PlanInput, layer: int) -> float:
     Raises:
         UserError: scipy is not installed.
     """
-    problem = LayerProblem(given, layer)
+    alone = replace(
+        given,
+        owner_LE=given.owner_LE[[layer]],
+        loads_LSE=None if given.loads_LSE is None else given.loads_LSE[[layer]],
+        resident_LED=None if given.resident_LED is None else given.resident_LED[[layer]],
+    )
+    problem = LayerProblem(alone)
     if not problem.load_E.size:
         return problem.static
-    known: dict[Reach, float] = dict.fromkeys(get_args(Reach), 0.0)  # what holds at some cutoff holds at lower ones
-    low, high, cutoff = 0.0, problem.static, problem.static
+    known: dict[Reach, float] = dict.fromkeys(get_args(Reach), 0.0)  # at `high`; what holds of all plans below it holds of fewer
+    low, high = 0.0, problem.static
+    cutoff = high  # a start; the bound would hold with any
+    if given.cost.expert_bytes and (replicated := float(plan_hecate(alone).seconds(alone).total[0])):
+        cutoff = min(cutoff, replicated)
     points: list[tuple[float, float]] = []
     for _ in range(ROUNDS):
-        for reach in known:
-            if known[reach] < cutoff:
-                known[reach] = max(known[reach], Relaxation(problem, cutoff, reach).least())
-        value = min(problem.static, *known.values())
+        found = known | {reach: max(v, Relaxation(problem, cutoff, reach).least()) for reach, v in known.items() if v < cutoff}
+        value = min(found.values())
         points.append((cutoff, value))
         low = max(low, min(cutoff, value))
         if value < cutoff:
-            high = cutoff
+            high, known = cutoff, found
         if high - low <= CLOSE * high:
             break
         cutoff = _crossing(points[-2:], low, high)
@@ -63,11 +72,12 @@ def lower_bound(given: PlanInput, layer: int) -> float:
 def _crossing(points: list[tuple[float, float]], low: float, high: float) -> float:
     """Where bound and cutoff will probably be equal, between `low` and `high`, by one or two points (cutoff, bound)."""
     (x, v), (y, w) = points[0], points[-1]
+    least = (high - low) / 16  # so that each round learns something
     if x != y and np.isfinite(v + w):
         # Replicas are at least served choices over caps, and those are about as the cutoff: bounds go as p + q / cutoff.
         q = (v - w) / (1 / x - 1 / y)
         p = v - q / x
         guess = (p + np.sqrt(max(p * p + 4 * q, 0.0))) / 2
         if low < guess < high:
-            return float(guess)
-    return low + (high - low) / 4
+            return float(np.clip(guess, low + least, high - least))
+    return low + 4 * least
