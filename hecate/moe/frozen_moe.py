@@ -89,7 +89,7 @@ class FrozenMoeLora:
         slot_TK: Tensor,
         weight_TK: Tensor,
         *,
-        frozen_S: Sequence[Tensor],
+        frozen_S: Sequence[Tensor] = (),
         expert_S: Tensor,
         token_T: Tensor,
         step: int,

@@ -79,7 +79,7 @@ class FullExperts:
         slot_TK: Tensor,
         weight_TK: Tensor,
         *,
-        frozen_S: Sequence[Tensor],
+        frozen_S: Sequence[Tensor] = (),
         expert_S: Tensor,
         token_T: Tensor,
         step: int,

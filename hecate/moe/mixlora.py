@@ -80,7 +80,7 @@ class MixLoraExperts:
         slot_TK: Tensor,
         weight_TK: Tensor,
         *,
-        frozen_S: Sequence[Tensor],
+        frozen_S: Sequence[Tensor] = (),
         expert_S: Tensor,
         token_T: Tensor,
         step: int,
