@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hecate.moe.family import ExpertFamily
 from hecate.parallel.dispatch import combine, dispatch
 from hecate.parallel.flows import token_split
+from hecate.parallel.frozen_store import FrozenStore
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere
 from hecate.parallel.planners import PlanInput, Planner
@@ -72,6 +73,12 @@ class Engine:
             layer: LayerStore(self.owners[layer].tolist(), family.init_chunk, groups.experts, config.topology)
             for layer, family in families.items()
         }
+        self.frozen = {
+            layer: FrozenStore(self.owners[layer], self._slots(family), family.frozen_chunk, groups.experts)
+            for layer, family in families.items()
+            if family.layout().frozen
+        }
+        """of the layers whose experts have frozen parts"""
         self.placements: dict[int, Placement] = {}
         self._planned: dict[int, tuple[np.ndarray | None, np.ndarray | None]] = {}
         self._splits: dict[int, np.ndarray] = {}
@@ -91,12 +98,18 @@ class Engine:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes sent to other ranks so far: chunks, gradients, tokens (forward and back)."""
-        return self._token_bytes_sent + sum(store.bytes_sent for store in self.stores.values())
+        """Bytes sent to other ranks so far: chunks, gradients, frozen parts, tokens (forward and back)."""
+        return self._token_bytes_sent + sum(store.bytes_sent for store in (*self.stores.values(), *self.frozen.values()))
 
     @property
     def replica_bytes(self) -> int:
+        """Bytes of the trainable chunks that are materialized now."""
         return sum(store.replica_bytes for store in self.stores.values())
+
+    @property
+    def frozen_replica_bytes(self) -> int:
+        """Bytes of others' frozen parts that are held now; they stay between steps."""
+        return sum(store.replica_bytes for store in self.frozen.values())
 
     def begin_step(self, step: int) -> None:
         """Plan all layers of an optimizer step from the history. Every rank must call it."""
@@ -115,7 +128,6 @@ class Engine:
         inputs = []
         for layers in self._alike():
             family = self.families[layers[0]]
-            slots = family.num_experts if self.config.memory_slots is None else self.config.memory_slots
             predicted = [self.history.predict(layer) for layer in layers]
             known = [loads_SE for loads_SE in predicted if loads_SE is not None]
             given = PlanInput(
@@ -123,21 +135,29 @@ class Engine:
                 np.stack(known) if known else None,
                 self.config.topology,
                 family.cost(self.config.top_k, self.config.non_moe_flops),
-                np.full(self.world_size, slots),
+                self._slots(family),
+                resident_LED=np.stack([self.frozen[layer].resident_ED for layer in layers]) if layers[0] in self.frozen else None,
                 max_imbalance=self.config.max_imbalance,
             )
             inputs.append((layers, given))
         return inputs
 
-    def change_owners(self, layer: int, owner_E: np.ndarray, chunks: Mapping[int, Tensor]) -> None:
+    def change_owners(self, layer: int, owner_E: np.ndarray, chunks: Mapping[int, Tensor]) -> int:
         """Put a layer's experts on new owners, between two steps. The layer's parameters are new ones afterwards.
+
+        Every rank must call it, for the same layers in the same order: frozen parts travel.
 
         Args:
             chunks: the master chunks of the experts that this rank owns from now on.
+
+        Returns:
+            Bytes of frozen parts sent by all ranks together.
         """
         self.stores[layer].change_owners(owner_E.tolist(), chunks)
+        frozen_bytes = self.frozen[layer].change_owners(owner_E) if layer in self.frozen else 0
         self.owners[layer] = owner_E
         self.placements.pop(layer, None)  # made for the owners of before
+        return frozen_bytes
 
     def last_micro_step(self) -> None:
         """The next backward pass is the step's last: reduce gradients as they come."""
@@ -146,6 +166,8 @@ class Engine:
     def prefetch(self, layer: int) -> None:
         """Start materializing a layer; every rank must call it in the same order. Does nothing where that has happened."""
         self.stores[layer].gather(self.placements[layer])
+        if layer in self.frozen:
+            self.frozen[layer].gather(self.placements[layer])
 
     def experts(self, layer: int, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, *, count: bool) -> Tensor:
         """The weighted sum of each token's experts: [T, D].
@@ -159,6 +181,7 @@ class Engine:
         """
         self.prefetch(layer)
         replicas_SC = self._replicas(layer)
+        frozen_S = self.frozen[layer].chunks() if layer in self.frozen else ()
         placement = self.placements[layer]
         if count and self._training:
             self._counts[layer] += torch.bincount(expert_TK.flatten(), minlength=placement.num_experts).cpu()
@@ -170,6 +193,7 @@ class Engine:
                 x_TD,
                 expert_TK,
                 weight_TK,
+                frozen_S=frozen_S,
                 expert_S=expert_S,
                 token_T=token_T,
                 step=self._step,
@@ -181,6 +205,7 @@ class Engine:
             here.x_RD,
             here.slot_RK,
             here.weight_RK,
+            frozen_S=frozen_S,
             expert_S=expert_S,
             token_T=here.token_R,
             step=self._step,
@@ -215,14 +240,20 @@ class Engine:
         """
         for layer in self.families:
             self._place(layer, everything_everywhere(self.owners[layer], self.world_size), None, None)
+            if layer in self.frozen:
+                self.frozen[layer].borrow(self.placements[layer])
             self.prefetch(layer)
         for store in self.stores.values():
             store.replicas()
+        for frozen in self.frozen.values():
+            frozen.chunks()
         try:
             yield
         finally:
             for store in self.stores.values():
                 store.drop()
+            for frozen in self.frozen.values():
+                frozen.trim()
 
     def imbalance(self, loads: dict[int, np.ndarray]) -> float:
         """Largest over mean choices computed per rank, averaged over the layers: what the last plans made of a step's loads."""
@@ -231,6 +262,10 @@ class Engine:
             served = [loads_SE[source] @ self._split(layer, source) for source in range(self.world_size)]
             skews.append(imbalance(np.sum(served, axis=0)))
         return float(np.mean(skews)) if skews else 1.0
+
+    def _slots(self, family: ExpertFamily) -> np.ndarray:
+        """int64 [ranks]: free replica slots of each device in a layer."""
+        return np.full(self.world_size, family.num_experts if self.config.memory_slots is None else self.config.memory_slots)
 
     def _alike(self) -> list[list[int]]:
         """The layers, those of one shape together."""

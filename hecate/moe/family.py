@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +24,13 @@ class ExpertFamily(Protocol):
         """The initial flat chunk of one expert, [C] in master precision; a function of (seed, layer, expert) alone."""
         ...
 
+    def frozen_chunk(self, expert: int) -> Tensor:
+        """The flat frozen chunk of one expert, in the dtype it is computed in; empty for a family without frozen parts.
+
+        It is asked for on the expert's first owner; a rank that owns none asks for expert 0 to learn its dtype and device.
+        """
+        ...
+
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
         """What a planner must know of the layer; `non_moe_flops` is of what hides transfers, of one rank, forward."""
         ...
@@ -34,6 +42,7 @@ class ExpertFamily(Protocol):
         slot_TK: Tensor,
         weight_TK: Tensor,
         *,
+        frozen_S: Sequence[Tensor] = (),
         expert_S: Tensor,
         token_T: Tensor,
         step: int,
@@ -46,6 +55,7 @@ class ExpertFamily(Protocol):
         Args:
             replicas_SC: the chunks materialized here.
             slot_TK: int64, the slot of each choice; -1: computed elsewhere.
+            frozen_S: the frozen chunk of each slot; nothing for a family without frozen parts.
             expert_S: int64, the experts in the slots.
             token_T: int64, global token numbers, for whatever must not depend on ranks.
         """

@@ -16,6 +16,11 @@ def generator(*name: int | str) -> torch.Generator:
 
 
 def kaiming_lora_a(rank: int, inputs: int, source: torch.Generator) -> Tensor:
-    """float64 [rank, inputs]: LoRA's A, Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(inputs), 1/sqrt(inputs))."""
+    """float64 [rank, inputs]: LoRA's A, as a linear layer of its own."""
+    return linear_weight(rank, inputs, source)
+
+
+def linear_weight(outputs: int, inputs: int, source: torch.Generator) -> Tensor:
+    """float64 [outputs, inputs]: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(inputs), 1/sqrt(inputs)), as torch's nn.Linear."""
     bound = 1 / math.sqrt(inputs)
-    return torch.empty(rank, inputs, dtype=torch.float64).uniform_(-bound, bound, generator=source)
+    return torch.empty(outputs, inputs, dtype=torch.float64).uniform_(-bound, bound, generator=source)

@@ -75,9 +75,10 @@ def reshard_if_it_pays(engine: Engine, optimizer: ExpertOptimizer, steps: int) -
 
 
 def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, np.ndarray]) -> Move:
-    """Move master parameters and moments to `owners`, bit for bit, a layer at a time. Every rank must call it, between two steps.
+    """Move master parameters, moments and frozen parts to `owners`, bit for bit, a layer at a time. Every rank must call it, between
+    two steps.
 
-    An expert that was never stepped has no moments, neither before nor after.
+    An expert that was never stepped has no moments, neither before nor after. A frozen part that is on the new owner does not travel.
 
     Args:
         owners: int64 [experts] for each of the engine's layers.
@@ -94,17 +95,19 @@ def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, n
         chunk = RowSpec((store.chunk_numel,), store.owned.dtype)
         specs = {_MASTER: chunk, **optimizer.moment_specs(chunk)}
         done = reshard(rows, specs, before, after, engine.groups.experts, store.device)
-        engine.change_owners(layer, after, {expert: tensors.pop(_MASTER) for expert, tensors in done.rows.items()})
+        frozen_bytes = engine.change_owners(layer, after, {expert: tensors.pop(_MASTER) for expert, tensors in done.rows.items()})
         moments = {f"{layer}.{expert}": tensors for expert, tensors in done.rows.items()}
         optimizer.replace_owned(owned_parameters(engine), moments)
         experts += done.moved
-        num_bytes += done.num_bytes
+        num_bytes += done.num_bytes + frozen_bytes
     return Move(experts, num_bytes)
 
 
 def adopt_owners(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, np.ndarray]) -> None:
-    """Take over the owners of a checkpoint. Parameters are zero and have no moments afterwards where their layer's owners differed: the
-    checkpoint is read into them next."""
+    """Take over the owners of a checkpoint. Every rank must call it, with the same owners.
+
+    Parameters are zero and have no moments afterwards where their layer's owners differed: the checkpoint is read into them next.
+    """
     for layer, store in engine.stores.items():
         if not np.array_equal(engine.owners[layer], owners[layer]):
             mine = np.flatnonzero(owners[layer] == engine.rank).tolist()

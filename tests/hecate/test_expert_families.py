@@ -1,0 +1,274 @@
+"""Full experts and LoRA over frozen experts, sharded over any ranks under any policy, are the same computation as one process.
+
+Each rank trains its share of the tokens of a stack of bare layers, router and experts, and trains all tokens with plain autograd, from the
+same values. In the midst there are an evaluation and a move to other owners.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hecate.kernels.dropout import Dropout, dropout_key
+from hecate.kernels.expert_ffn_inputs import FfnShape
+from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
+from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.family import ExpertFamily
+from hecate.moe.frozen_moe import FrozenMoeLora
+from hecate.moe.full_experts import FullExperts
+from hecate.moe.lora_pairs import LoraShape
+from hecate.parallel.planners import POLICIES
+from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.resharding import move_experts, owned_parameters
+from tests.hecate.test_equivalence import random_planner, topology
+from tests.ranks import run_ranks
+
+SHAPE = FfnShape(hidden=6, ffn=10, activation="silu")
+LAYERS, EXPERTS, TOP_K, TOKENS = (0, 3), 5, 2, 18
+STEPS, MICRO_STEPS, EVALUATED, MOVED = 5, 2, 1, 2
+"""an evaluation after step 1, a move after step 2"""
+SEED, DROPOUT = 4, 0.25
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    policy: str
+    slots: int | None = None
+
+
+def frozen(layer: int, expert: int) -> Tensor:
+    random = torch.Generator().manual_seed(100 * layer + expert)
+    return torch.randn(SHAPE.numel, generator=random, dtype=torch.float64) / 3
+
+
+def family(kind: str, layer: int) -> ExpertFamily:
+    named = {"layer": layer, "num_experts": EXPERTS, "seed": SEED, "master_dtype": torch.float64, "compute_dtype": torch.float64}
+    if kind == "full":
+        return FullExperts(SHAPE, device=torch.device("cpu"), **named)  # type: ignore[arg-type]
+    lora, projections = LoraShape(rank=2, scale=0.7, dropout=DROPOUT), ("gate_proj", "down_proj")
+    return FrozenMoeLora(SHAPE, lambda expert: frozen(layer, expert), lora, projections, **named)  # type: ignore[arg-type]
+
+
+def initial(kind: str, layer: int, expert: int) -> Tensor:
+    """The family's own, but for B, which would be zero and leave A without a gradient."""
+    chunk = family(kind, layer).init_chunk(expert)
+    noise = torch.randn(len(chunk), generator=torch.Generator().manual_seed(7 * layer + expert), dtype=torch.float64)
+    return chunk + 0.1 * noise
+
+
+def routers() -> dict[str, nn.Parameter]:
+    random = torch.Generator().manual_seed(9)
+    return {f"router {layer}": nn.Parameter(torch.randn(EXPERTS, SHAPE.hidden, generator=random, dtype=torch.float64)) for layer in LAYERS}
+
+
+def bias(step: int) -> Tensor:
+    """Another hot expert in each step; experts 4 idle in all, 2 in some."""
+    bias_E = torch.zeros(EXPERTS, dtype=torch.float64)
+    bias_E[step % 3] = 3.0
+    bias_E[4] = -1e4
+    bias_E[2] = -1e4 if step < 2 else bias_E[2]
+    return bias_E
+
+
+def route(x_TD: Tensor, router: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    top, expert_TK = torch.softmax(x_TD @ router.T + bias(step), dim=1).topk(TOP_K, dim=1)
+    return expert_TK, top / top.sum(1, keepdim=True)
+
+
+def tokens(step: int, micro: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All ranks' tokens, the gradient of the loss by the last layer's output, and token numbers."""
+    random = torch.Generator().manual_seed(10 * step + micro)
+    x, direction = (torch.randn(TOKENS, SHAPE.hidden, generator=random, dtype=torch.float64) for _ in range(2))
+    return x, direction, torch.arange(TOKENS) + 1000 * (step * MICRO_STEPS + micro)
+
+
+def share(rank: int, world: int) -> slice:
+    """The last rank of three has no tokens."""
+    busy = min(world, 2)
+    return slice(rank * TOKENS // busy, (rank + 1) * TOKENS // busy)
+
+
+class Plain:
+    """The same model in one process."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.chunks = {(layer, e): nn.Parameter(initial(kind, layer, e)) for layer in LAYERS for e in range(EXPERTS)}
+        self.routers = routers()
+        self.optimizer = torch.optim.AdamW([*self.chunks.values(), *self.routers.values()], lr=1e-2, weight_decay=0.1)
+        self.reached: set[tuple[int, int]] = set()
+
+    def experts(self, layer: int, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, step: int | None) -> Tensor:
+        """`step` None: not training."""
+        chunks = torch.stack([self.chunks[layer, e] for e in range(EXPERTS)])
+        if self.kind == "full":
+            return full_expert_ffn_reference(x_TD, expert_TK, weight_TK, chunks, SHAPE)
+        made = family("lora", layer)
+        assert isinstance(made, FrozenMoeLora)
+        return lora_expert_ffn_reference(
+            x_TD,
+            expert_TK,
+            weight_TK,
+            [frozen(layer, e) for e in range(EXPERTS)],
+            made.pairs(chunks),
+            SHAPE,
+            dropout=None if step is None else Dropout(DROPOUT, dropout_key(SEED, step, layer)),
+            token_T=token_T,
+            expert_S=torch.arange(EXPERTS),
+        )
+
+    def step(self, step: int) -> None:
+        self.optimizer.zero_grad()
+        self.reached = set()
+        for micro in range(MICRO_STEPS):
+            x, direction, token = tokens(step, micro)
+            for layer in LAYERS:
+                expert, weight = route(x, self.routers[f"router {layer}"], step)
+                self.reached |= {(layer, int(e)) for e in expert.unique()}
+                x = x + self.experts(layer, x, expert, weight, token, step)
+            (x * direction).sum().backward()
+        for key in set(self.chunks) - self.reached:
+            self.chunks[key].grad = None
+        self.optimizer.step()
+
+
+class Sharded:
+    """The model on this rank."""
+
+    def __init__(self, case: Case, rank: int, world: int) -> None:
+        group = dist.group.WORLD
+        assert group is not None
+        number = zlib.crc32(case.policy.encode())
+        planner = random_planner(number) if case.policy.startswith("random") else POLICIES[case.policy]
+        config = EngineConfig(planner, topology(world), memory_slots=case.slots, top_k=TOP_K, non_moe_flops=2e4)
+        self.engine = Engine({layer: family(case.kind, layer) for layer in LAYERS}, config, ExpertGroups(group, group))
+        for (layer, expert), parameter in self.engine.named_parameters().items():
+            parameter.data.copy_(initial(case.kind, layer, expert))
+        self.routers = routers()
+        self.optimizer = ExpertOptimizer(
+            owned_parameters(self.engine), self.routers, learning_rate=1e-2, weight_decay=0.1, schedule=lambda _: 1.0
+        )
+        self.group, self.mine = group, share(rank, world)
+
+    def step(self, step: int) -> None:
+        self.engine.begin_step(step)
+        for micro in range(MICRO_STEPS):
+            if micro == MICRO_STEPS - 1:
+                self.engine.last_micro_step()
+            x, direction, token = (part[self.mine] for part in tokens(step, micro))
+            for layer in LAYERS:
+                self.engine.prefetch(layer)
+                expert, weight = route(x, self.routers[f"router {layer}"], step)
+                x = x + self.engine.experts(layer, x, expert, weight, token, count=True)
+            (x * direction).sum().backward()
+        self.engine.finish_step()
+        self.optimizer.reduce_replicated(self.group)
+        self.optimizer.step(0.0, None)
+
+
+def close(got: Tensor, wanted: Tensor, what: str) -> None:
+    error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+    assert error <= TOLERANCE, f"{what} is off by {error:.1e}"
+
+
+def check_frozen(sharded: Sharded, case: Case, world: int) -> None:
+    """Every rank knows what every other holds, and nobody holds more than it may."""
+    engine = sharded.engine
+    for layer in LAYERS if case.kind == "lora" else ():
+        resident_ED = engine.frozen[layer].resident_ED
+        everyones: list[list[list[bool]]] = [[]] * world
+        dist.all_gather_object(everyones, resident_ED.tolist())
+        assert all(one == everyones[0] for one in everyones)
+        foreign_ED = resident_ED & (engine.owners[layer][:, None] != np.arange(world))
+        if layer in engine.placements:
+            where_ED = engine.placements[layer].where_ED
+            assert resident_ED[where_ED].all()
+            room = np.maximum(EXPERTS if case.slots is None else case.slots, (foreign_ED & where_ED).sum(0))
+            assert (foreign_ED.sum(0) <= room).all()
+    for layers, given in engine.plan_inputs():
+        if case.kind == "full":
+            assert given.resident_LED is None
+        else:
+            assert given.resident_LED is not None
+            assert all((given.resident_LED[i] == engine.frozen[layer].resident_ED).all() for i, layer in enumerate(layers))
+
+
+def check_evaluation(sharded: Sharded, plain: Plain, rank: int, world: int) -> None:
+    """Each rank runs what it likes, without a message."""
+    engine = sharded.engine
+    held = engine.frozen_replica_bytes
+    with engine.evaluating():
+        sent = engine.bytes_sent
+        for layer in LAYERS[: 1 + rank % 2]:
+            x, _, token = (part[: 3 + rank] for part in tokens(99, layer))
+            expert, weight = route(x, sharded.routers[f"router {layer}"].detach(), 2)
+            y = engine.experts(layer, x, expert, weight, token, count=False)
+            close(y, plain.experts(layer, x, expert, weight, token, None), "evaluation")
+        assert engine.bytes_sent == sent
+    assert engine.replica_bytes == 0
+    assert engine.frozen_replica_bytes >= held, "what plans had brought was given up"
+
+
+def check_case(rank: int, world: int, case: Case) -> dict[str, int]:
+    plain, sharded = Plain(case.kind), Sharded(case, rank, world)
+    engine = sharded.engine
+    for step in range(STEPS):
+        before = {key: parameter.detach().clone() for key, parameter in engine.named_parameters().items()}
+        plain.step(step)
+        sharded.step(step)
+        for key, parameter in engine.named_parameters().items():
+            close(parameter.detach(), plain.chunks[key].detach(), f"step {step}, expert {key}")
+            assert key in plain.reached or torch.equal(parameter.detach(), before[key]), f"idle expert {key} moved"
+        for name, router in sharded.routers.items():
+            close(router.detach(), plain.routers[name].detach(), f"step {step}, {name}")
+        check_frozen(sharded, case, world)
+        if step == EVALUATED:
+            check_evaluation(sharded, plain, rank, world)
+        if step == MOVED:
+            rng = np.random.default_rng(world)
+            frozen_sent = sum(store.bytes_sent for store in engine.frozen.values())
+            owners = {layer: rng.integers(0, world, size=EXPERTS) for layer in LAYERS}
+            lacking = sum(
+                int((~engine.frozen[layer].resident_ED[np.arange(EXPERTS), owner_E]).sum()) for layer, owner_E in owners.items() if engine.frozen
+            )
+            own_bytes = sum(int((owner_E != engine.owners[layer]).sum()) for layer, owner_E in owners.items())
+            chunk = engine.stores[LAYERS[0]].chunk_bytes
+            moved = move_experts(engine, sharded.optimizer, owners)
+            idle = sum(int(owners[layer][4] != rank_of) for layer, rank_of in ((layer, world - 1) for layer in LAYERS))
+            # A master each, and two moments and a count of steps but for expert 4, which never took a step.
+            assert moved.num_bytes == own_bytes * (3 * chunk + 4) - idle * (2 * chunk + 4) + lacking * SHAPE.numel * 8
+            sent = torch.tensor(sum(store.bytes_sent for store in engine.frozen.values()) - frozen_sent)
+            dist.all_reduce(sent)
+            assert int(sent) == lacking * SHAPE.numel * 8
+            check_frozen(sharded, case, world)
+    return {"frozen bytes": sum(store.bytes_sent for store in engine.frozen.values())}
+
+
+def _check_cases(rank: int, world: int, cases: list[Case]) -> None:
+    for case in cases:
+        try:
+            check_case(rank, world, case)
+        except BaseException as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+KINDS = ("full", "lora")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_placement_and_quotas_equal_one_process(world: int) -> None:
+    cases = [Case(kind, f"random {seed}", slots) for kind in KINDS for seed, slots in ((0, None), (1, 1))]
+    run_ranks(world, _check_cases, cases, timeout=240)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_policy_equals_one_process(kind: str) -> None:
+    run_ranks(2, _check_cases, [Case(kind, policy, slots=2) for policy in POLICIES], timeout=240)
