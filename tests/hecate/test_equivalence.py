@@ -23,6 +23,7 @@ from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
 from hecate.moe.engine import EngineConfig, ExpertGroups
 from hecate.moe.mixlora import LoraShape
+from hecate.moe.planning import PlanMode
 from hecate.moe.router import TopKRouter
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
@@ -51,6 +52,9 @@ class Case:
     scenario: str
     dtype: torch.dtype = torch.float64
     checkpointing: bool = False
+    plan: PlanMode = "history"
+    rematerialize: bool = False
+    prefetch: int = 1
 
 
 def router_bias(case: Case) -> torch.Tensor:
@@ -152,7 +156,16 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
     model = tiny_llama(case.dtype)
     head = LanguageModelHead(model)
     # 8 experts of 10 kB: about 3 travel hidden behind 1e6 FLOPs, and each device has room for 2.
-    config = EngineConfig(planner_of(case.policy), topology(world), memory_slots=2, top_k=case.top_k, non_moe_flops=1e6)
+    config = EngineConfig(
+        planner_of(case.policy),
+        topology(world),
+        memory_slots=2,
+        top_k=case.top_k,
+        non_moe_flops=1e6,
+        plan=case.plan,
+        rematerialize=case.rematerialize,
+        prefetch=case.prefetch,
+    )
     plan = SurgeryPlan((case.num_experts,) * 2, case.top_k, LoraShape(rank=3, scale=0.7, dropout=0.0), TARGETS, seed=5)
     group = dist.group.WORLD
     assert group is not None
