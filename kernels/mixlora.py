@@ -11,7 +11,7 @@ Shapes: T tokens, D hidden, F ffn hidden, K choices, S slots, r LoRA rank, m pai
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,7 @@ def mixlora_ffn(
     assert loras, "a MixLoRA layer without adapters is its base FFN"
     grow = 1.0 if dropout is None else dropout.scale
     inputs = [name for name in ("gate_proj", "up_proj") if name in loras]
-    # Gate and up share their input, so one GEMM shrinks it for both.
-    a_in = torch.cat([loras[name].a_SrI for name in inputs], dim=1) if inputs else None
+    a_in = [loras[name].a_SrI for name in inputs]
     b_in = [loras[name].b_SOr for name in inputs]
     down = loras.get("down_proj")
     a_down, b_down = (down.a_SrI, down.b_SOr) if down is not None else (None, None)
@@ -77,7 +76,7 @@ def mixlora_ffn(
         for name, start, end in zip(inputs, [0, *ends], ends, strict=False)
     )
     context = _Context(base, parts, down.scale * grow if down is not None else 0.0, tiles, dropout, row_P)
-    return _MixloraFfn.apply(x_TD, weight_TK, context, a_in, a_down, b_down, *b_in)
+    return _MixloraFfn.apply(x_TD, weight_TK, context, a_down, b_down, *a_in, *b_in)
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class _MixloraFfn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, context: _Context, *pairs: Tensor | None) -> Tensor:
         base, dtype = context.base, x_TD.dtype
-        a_in, a_down, b_down, *b_in = _converted(pairs, dtype)
+        a_in, a_down, b_down, b_in = _matrices(pairs, dtype)
         gate_TF, up_TF = x_TD @ base.gate_FD.T, x_TD @ base.up_FD.T
         hidden_TF = torch.zeros_like(gate_TF)
         y_TD = torch.zeros_like(x_TD)
@@ -189,9 +188,11 @@ class _MixloraFfn(torch.autograd.Function):
         context: _Context = ctx.context
         x_TD, weight_TK, gate_TF, up_TF, *pairs = ctx.saved_tensors
         base, dtype = context.base, x_TD.dtype
-        a_in, a_down, b_down, *b_in = _converted(pairs, dtype)
-        d_pairs: list[Any] = [None if p is None else torch.zeros_like(p) for p in pairs]
-        da_in, da_down, db_down, *db_in = d_pairs
+        a_in, a_down, b_down, b_in = _matrices(pairs, dtype)
+        d_pairs: list[Any] = [None if p is None else torch.zeros_like(p) for p in pairs[:2]]
+        da_down, db_down = d_pairs
+        da_in = None if a_in is None else torch.zeros_like(a_in, dtype=pairs[2].dtype)
+        db_in = [torch.zeros_like(b) for b in pairs[2 + len(b_in) :]]
         dy_TD = grads[0].contiguous()
         dhidden_TF = dy_TD @ base.down_DF
         dgate_TF, dup_TF = torch.zeros_like(gate_TF), torch.zeros_like(up_TF)
@@ -245,11 +246,19 @@ class _MixloraFfn(torch.autograd.Function):
                 _add_product(da_in[s], dlow.T, x_in)
                 dx_TD.index_add_(0, rows, _drop(torch.mm(dlow, a_in[s], out=dx), keep_x, out=dx))
         dx_TD.addmm_(dgate_TF, base.gate_FD).addmm_(dup_TF, base.up_FD)
-        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, *d_pairs
+        d_pairs += [] if da_in is None else [da_in[:, part.columns] for part in context.inputs]
+        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, *d_pairs, *db_in
 
 
-def _converted(pairs: Iterable[Tensor | None], dtype: torch.dtype) -> list[Any]:
-    return [None if p is None else p.detach().to(dtype) for p in pairs]
+def _matrices(pairs: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, Any, Any, list[Any]]:
+    """A of gate and up side by side, A and B of down, and the B of gate and up, in `dtype`.
+
+    Gate and up share their input, so one GEMM shrinks it for both. Their copy is made anew in the backward pass: what is saved for that
+    are views of the replicas, so that the engine can free them between the passes.
+    """
+    a_down, b_down, *rest = (None if p is None else p.detach().to(dtype) for p in pairs)
+    inputs = len(rest) // 2
+    return torch.cat(rest[:inputs], dim=1) if rest else None, a_down, b_down, rest[inputs:]
 
 
 def _drop(values: Tensor, keep: Tensor | None, out: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ class Handle(Generic[T]):
         return self._result
 
 
-def sparse_all_gather(owned_nC: Tensor, placement: Placement, group: dist.ProcessGroup) -> Handle[Tensor]:
+def sparse_all_gather(
+    owned_nC: Tensor, placement: Placement, group: dist.ProcessGroup, into_SC: Tensor | None = None
+) -> Handle[Tensor]:
     """Start copying the experts of `placement` from their owners to the ranks that need them.
 
     Every rank of the group must call it, in the same order, with the same placement; ranks are those of the group. The owned
@@ -59,11 +61,19 @@ def sparse_all_gather(owned_nC: Tensor, placement: Placement, group: dist.Proces
 
     Args:
         owned_nC: [owned experts, C], this rank's owned chunks by expert ascending; contiguous, any dtype.
+        into_SC: [slots, C], filled by `wait()` and returned by it; None: a new tensor.
 
     Returns:
         A handle whose result is [slots, C], slot s holding expert `placement.experts_on(rank)[s]`.
     """
-    return _single(sparse_all_gather_many([(owned_nC, placement)], group))
+    rank = dist.get_rank(group)
+    exchange = Exchange([flat_moves(placement)], group)
+    exchange.start([owned_rows(owned_nC, placement, rank, exchange.sent[0].expert_M)])
+
+    def finish() -> Tensor:
+        return into_slots(owned_nC, placement, rank, [(exchange.received[0], exchange.arrived()[0])], into_SC)
+
+    return Handle(exchange.wait, finish, exchange.bytes_to)
 
 
 def sparse_reduce_scatter(grad_SC: Tensor, placement: Placement, group: dist.ProcessGroup) -> Handle[Tensor]:
@@ -188,10 +198,12 @@ def slot_rows(replica_SC: Tensor, placement: Placement, rank: int, expert_M: np.
     return replica_SC[index(placement.slot_of_expert(rank)[expert_M], replica_SC.device)]
 
 
-def into_slots(owned_nC: Tensor, placement: Placement, rank: int, arrived: Sequence[tuple[Run, Tensor]]) -> Tensor:
-    """[slots, C]: the owned chunks and those that have arrived, each in its slot."""
+def into_slots(
+    owned_nC: Tensor, placement: Placement, rank: int, arrived: Sequence[tuple[Run, Tensor]], into_SC: Tensor | None = None
+) -> Tensor:
+    """[slots, C], in `into_SC` where that is given: the owned chunks and those that have arrived, each in its slot."""
     slot_of = placement.slot_of_expert(rank)
-    replica_SC = owned_nC.new_empty((int(placement.where_ED[:, rank].sum()), owned_nC.shape[1]))
+    replica_SC = owned_nC.new_empty((int(placement.where_ED[:, rank].sum()), owned_nC.shape[1])) if into_SC is None else into_SC
     replica_SC[index(slot_of[placement.owned_by(rank)], owned_nC.device)] = owned_nC
     for run, rows_MC in arrived:
         replica_SC[index(slot_of[run.expert_M], owned_nC.device)] = rows_MC

@@ -8,6 +8,7 @@ Shapes: ... any leading dimensions (layers), E experts, D ranks, N nodes.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,13 +123,13 @@ def layer_seconds(
     compute = ((rows.computed_D * row_work + choices_D * choice_work) / rate_D).max(-1)
 
     gather_ports_ = gather_ports(owner_E, where_ED, topology)
-    gather = _transfer_seconds(gather_ports_, cost.trainable_bytes, topology)
-    reduce = _transfer_seconds(gather_ports_.reversed(), cost.reduced_bytes, topology)
+    gather = transfer_seconds(gather_ports_, cost.trainable_bytes, topology)
+    reduce = transfer_seconds(gather_ports_.reversed(), cost.reduced_bytes, topology)
     again = gather  # frozen parts stay
     if cost.frozen_bytes:
         fresh_ED = where_ED if resident_ED is None else where_ED & ~resident_ED
         at_owner_ED = owner_E[..., None] == np.arange(where_ED.shape[-1])
-        gather = gather + _transfer_seconds(
+        gather = gather + transfer_seconds(
             gather_ports(owner_E, fresh_ED | at_owner_ED, topology), cost.frozen_bytes / cost.frozen_lifetime, topology
         )
     attention = cost.non_moe_flops / rate_D.min()
@@ -206,8 +207,8 @@ def choose_collective(owner_E: np.ndarray, where_ED: np.ndarray, chunk_bytes: fl
     first = PortBytes(flat.near_out_D, flat.near_in_D, both.far_out_D, both.far_in_D)
     zero_D = np.zeros_like(flat.far_in_D)
     second = PortBytes(both.near_out_D - flat.near_out_D, both.near_in_D - flat.near_in_D, zero_D, zero_D)
-    two_level = _transfer_seconds(first, chunk_bytes, topology) + _transfer_seconds(second, chunk_bytes, topology)
-    return "two_level" if two_level < _transfer_seconds(flat, chunk_bytes, topology) else "flat"
+    two_level = transfer_seconds(first, chunk_bytes, topology) + transfer_seconds(second, chunk_bytes, topology)
+    return "two_level" if two_level < transfer_seconds(flat, chunk_bytes, topology) else "flat"
 
 
 def exposed_seconds(compute: float | np.ndarray, transfer: np.ndarray, slowdown: float) -> np.ndarray:
@@ -220,15 +221,19 @@ def overlap_degree(cost: LayerCost, topology: Topology) -> int:
     """How many experts can travel to a rank hidden behind the non-MoE compute: t = T_nonMoE · bw / expert_bytes (Hecate §3.2).
 
     T is taken on the fastest device and bw on the slowest link, so that t never promises more than every rank can hide.
+    Of experts without bytes any number travels.
     """
     seconds = cost.non_moe_flops / max(topology.flops)
     hidden = seconds - topology.slowest_link.latency
     if hidden <= 0:
         return 0
+    if cost.expert_bytes == 0:
+        return sys.maxsize
     return int(hidden * topology.slowest_link.bandwidth / cost.expert_bytes)
 
 
-def _transfer_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.ndarray:
+def transfer_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.ndarray:
+    """Seconds of one exchange of chunks, latency included; traffic counted in units of `unit_bytes`."""
     far, near = ports.far_out_D.sum(-1) > 0, ports.near_out_D.sum(-1) > 0
     latency = np.where(far, topology.inter_node.latency, 0.0) + np.where(near, topology.intra_node.latency, 0.0)
     return port_seconds(ports, unit_bytes, topology) + latency

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hecate.parallel.collectives import Handle, sparse_all_gather, sparse_reduce_scatter
+from hecate.parallel.collectives import Handle, index, sparse_all_gather, sparse_reduce_scatter
 from hecate.parallel.cost_model import choose_collective
 from hecate.parallel.placement import Placement
 from hecate.parallel.routes import TwoLevelMoves, two_level_moves
@@ -22,6 +23,9 @@ class LayerStore:
     In one iteration: `gather` (starts the SparseAllGather) → `replicas` (waits for it; a leaf that collects gradients) → `reduce` (starts
     the SparseReduceScatter and drops the replicas) → `reduced` (waits for it). All ranks of the group call `gather` and `reduce` of
     all layers in the same order. Outside training `drop` takes the place of `reduce`.
+
+    An iteration may be a step or a micro-step: what several calls of `reduce` bring is added up until `reduced` takes it. Between forward
+    and backward `free` gives the replicas' memory back; `gather` and `replicas` then fill the same leaf again (Hecate-RM).
     """
 
     def __init__(
@@ -48,7 +52,13 @@ class LayerStore:
         """the way of this iteration's collectives; None: flat"""
         self._gathering: Handle[Tensor] | None = None
         self._replicas_SC: Tensor | None = None
+        self._filled = False
+        """does the leaf hold the replicas, or has it been freed?"""
+        self._watched = False
+        """does somebody hear of the leaf's gradient?"""
         self._reducing: Handle[Tensor] | None = None
+        self._sum_nC: Tensor | None = None
+        """gradients that earlier iterations brought"""
 
     @property
     def owned(self) -> Tensor:
@@ -70,16 +80,22 @@ class LayerStore:
     @property
     def materialized(self) -> bool:
         """Are this iteration's replicas here?"""
-        return self._replicas_SC is not None
+        return self._filled
 
     @property
     def replica_bytes(self) -> int:
-        """Bytes of the replicas held now."""
-        return 0 if self._replicas_SC is None else self._replicas_SC.numel() * self._replicas_SC.element_size()
+        """Bytes of the replicas that are here or on their way."""
+        if self._placement is None or not (self._filled or self._gathering):
+            return 0
+        return self.placement_bytes(self._placement)
 
     @property
     def reduce_started(self) -> bool:
-        return self._reducing is not None
+        return self._reducing is not None or self._sum_nC is not None
+
+    def placement_bytes(self, placement: Placement) -> int:
+        """Bytes of this rank's replicas under a placement."""
+        return int(placement.where_ED[:, dist.get_rank(self._group)].sum()) * self.chunk_bytes
 
     def change_owners(self, owner_E: list[int], chunks: Mapping[int, Tensor]) -> None:
         """Own other experts from now on, between two iterations, with parameters that are new.
@@ -98,28 +114,69 @@ class LayerStore:
 
     def gather(self, placement: Placement) -> None:
         """Start materializing; does nothing where this iteration's replicas are here or on their way."""
-        if self._gathering is None and self._replicas_SC is None:
+        if self._gathering is not None or self._filled:
+            return
+        if self._replicas_SC is None:
             self._placement = placement
             self._over_leaders = self._way_over_leaders(placement)
-            if self._over_leaders is None:
-                self._gathering = sparse_all_gather(self._owned_nC, placement, self._group)
-            else:
-                self._gathering = two_level_all_gather(self._owned_nC, placement, self._over_leaders, self._group)
-            self.bytes_sent += self._gathering.bytes_sent
+        assert self._placement is placement, "freed replicas come back as they were"
+        # Through `.data`, which counts no version: autograd's saved views of the leaf are to hold good when it is filled again.
+        into_SC = None if self._replicas_SC is None else self._replicas_SC.data
+        self._gathering = self._start_gather(placement, self._over_leaders, into_SC)
 
-    def replicas(self) -> Tensor:
-        """[slots, C], a leaf that requires grad: slot s holds expert `placement.experts_on(rank)[s]`."""
-        if self._replicas_SC is None:
-            assert self._gathering is not None, "replicas() before gather()"
-            self._replicas_SC = self._gathering.wait().requires_grad_()
-            self._gathering = None
+    def replicas(self, when_complete: Callable[[], None] | None = None) -> Tensor:
+        """[slots, C], a leaf that requires grad: slot s holds expert `placement.experts_on(rank)[s]`.
+
+        Args:
+            when_complete: called in each backward pass as soon as the leaf's gradient is complete; the first one given counts.
+        """
+        if self._gathering is not None:
+            if self._replicas_SC is None:
+                self._replicas_SC = self._gathering.wait().requires_grad_()
+            else:
+                self._replicas_SC.untyped_storage().resize_(self._replicas_SC.numel() * self._replicas_SC.element_size())
+                self._gathering.wait()
+            self._gathering, self._filled = None, True
+        assert self._replicas_SC is not None, "replicas() before gather()"
+        assert self._filled, "replicas() of a freed leaf before gather()"
+        if when_complete is not None and not self._watched:
+            self._replicas_SC.register_post_accumulate_grad_hook(lambda _: when_complete())
+            self._watched = True
         return self._replicas_SC
+
+    def exchange(self, placement: Placement) -> None:
+        """Have the replicas of another placement in place of those under way or here, of which nothing has been computed yet.
+
+        Only what is missing travels. Every rank of the group must call it, in the same order, with the same placement.
+        """
+        assert self._placement is not None, "exchange() before gather()"
+        rank, before = dist.get_rank(self._group), self._placement
+        owned_ED = placement.owner_E[:, None] == np.arange(placement.world_size)
+        missing = Placement(placement.owner_E.copy(), (placement.where_ED & ~before.where_ED) | owned_ED)
+        gathering = self._start_gather(missing, self._way_over_leaders(missing), None)
+        before_SC = self.replicas().detach()
+        replicas_SC = before_SC.new_empty((len(placement.experts_on(rank)), self.chunk_numel))
+        slot_of, arrived_SC = placement.slot_of_expert(rank), gathering.wait()
+        for rows_SC, old in ((before_SC, before), (arrived_SC, missing)):
+            kept = old.where_ED[:, rank] & placement.where_ED[:, rank]
+            replicas_SC[index(slot_of[kept], self.device)] = rows_SC[index(old.slot_of_expert(rank)[kept], self.device)]
+        self.drop()
+        self._placement, self._over_leaders = placement, self._way_over_leaders(placement)
+        self._replicas_SC, self._filled = replicas_SC.requires_grad_(), True
+
+    def free(self) -> None:
+        """Give the replicas' memory back, but keep the leaf, of which autograd has saved views, and its gradient."""
+        assert self._replicas_SC is not None
+        assert self._gathering is None
+        self._replicas_SC.untyped_storage().resize_(0)
+        self._filled = False
 
     def reduce(self) -> None:
         """Start summing the replicas' gradients onto the owners, and drop the replicas."""
         assert self._placement is not None
         assert self._replicas_SC is not None
         assert self._replicas_SC.grad is not None
+        self.settle()
         if self._over_leaders is None:
             self._reducing = sparse_reduce_scatter(self._replicas_SC.grad, self._placement, self._group)
         else:
@@ -127,18 +184,37 @@ class LayerStore:
         self.bytes_sent += self._reducing.bytes_sent
         self.drop()
 
+    def settle(self) -> None:
+        """Wait for the reduction under way, so that nothing is left of the gradients it was made from but the owners' sums."""
+        if self._reducing is not None:
+            grad_nC = self._reducing.wait()
+            self._sum_nC = grad_nC if self._sum_nC is None else self._sum_nC.add_(grad_nC)
+            self._reducing = None
+
     def reduced(self) -> Tensor:
         """[owned experts, C]: the summed gradients, by expert ascending."""
-        assert self._reducing is not None, "reduced() before reduce()"
-        grad_nC = self._reducing.wait()
-        self._reducing = None
+        self.settle()
+        assert self._sum_nC is not None, "reduced() before reduce()"
+        grad_nC, self._sum_nC = self._sum_nC, None
         return grad_nC
 
     def drop(self) -> None:
         """Forget this iteration's replicas (a gather still under way is waited for first)."""
         if self._gathering is not None:
-            self._gathering.wait()
-        self._placement = self._gathering = self._replicas_SC = None
+            self.replicas()
+        if self._replicas_SC is not None:
+            self._replicas_SC.grad = None
+            self.free()  # autograd's graph may outlive this, and with it the leaf
+        self._placement = self._replicas_SC = None
+        self._watched = False
+
+    def _start_gather(self, placement: Placement, over_leaders: TwoLevelMoves | None, into_SC: Tensor | None) -> Handle[Tensor]:
+        if over_leaders is None:
+            gathering = sparse_all_gather(self._owned_nC, placement, self._group, into_SC)
+        else:
+            gathering = two_level_all_gather(self._owned_nC, placement, over_leaders, self._group, into_SC)
+        self.bytes_sent += gathering.bytes_sent
+        return gathering
 
     def _way_over_leaders(self, placement: Placement) -> TwoLevelMoves | None:
         topology = self._topology

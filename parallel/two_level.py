@@ -27,7 +27,9 @@ from hecate.parallel.placement import Placement
 from hecate.parallel.routes import Moves, Run, TwoLevelMoves
 
 
-def two_level_all_gather(owned_nC: Tensor, placement: Placement, moves: TwoLevelMoves, group: dist.ProcessGroup) -> Handle[Tensor]:
+def two_level_all_gather(
+    owned_nC: Tensor, placement: Placement, moves: TwoLevelMoves, group: dist.ProcessGroup, into_SC: Tensor | None = None
+) -> Handle[Tensor]:
     """`sparse_all_gather` over leaders: same conditions, same result.
 
     Args:
@@ -45,7 +47,7 @@ def two_level_all_gather(owned_nC: Tensor, placement: Placement, moves: TwoLevel
     arrive = second.follow(first, lambda: first.arrived()[0][rows])
 
     def finish() -> Tensor:
-        return into_slots(owned_nC, placement, rank, [(leading, first.arrived()[0]), (second.received, second.buffer_MC)])
+        return into_slots(owned_nC, placement, rank, [(leading, first.arrived()[0]), (second.received, second.buffer_MC)], into_SC)
 
     return Handle(arrive, finish, _added(first.bytes_to, second.bytes_to))
 

@@ -92,6 +92,16 @@ class FssdpConfig:
     """Where experts are materialized in each step, and who serves which tokens. auto: whatever is predicted to be fastest on the
     topology. static_ep: at their owners only. full: everywhere. hecate: sparse materialization, Algorithm 1 of the Hecate paper. The
     others are the placement rules of the systems they are named after."""
+    plan: Literal["history", "calibrated", "exact"] = "history"
+    """Which loads a layer is planned from. history: the mean of past steps. exact: those of the micro-step, which the ranks exchange
+    after the layer's gate; its experts then travel when nothing hides them. calibrated: history's plan, and after the gate a better
+    one in its place where that is predicted to pay for what it still has to bring."""
+    rematerialize: bool = False
+    """Free a layer's replicas after its forward pass and gather them again before its backward pass, so that replicas of at most
+    max(1, prefetch) layers are held at a time. Gradients are then reduced in every micro-step."""
+    prefetch: int = 1
+    """How many decoder layers ahead a layer's experts start to travel. 1: at the beginning of its own decoder layer, whose attention
+    hides them. 2: one layer earlier. 0: only when they are needed. Also the layers gathered ahead in a rematerializing backward pass."""
     max_imbalance: float | None = None
     """Bound on the largest over the mean compute of the ranks, for the policies that can keep one (auto, llep). null: no bound."""
     load_window: int = 5
@@ -101,6 +111,11 @@ class FssdpConfig:
     reshard_interval: int | None = None
     """Every so many steps, move experts with their optimizer states to new owners, balanced over all layers by the predicted
     loads, if that is predicted to pay by the next time. null: never."""
+
+    @property
+    def per_micro_step(self) -> bool:
+        """Does each micro-step gather experts and reduce their gradients for itself?"""
+        return self.rematerialize or self.plan != "history"
 
 
 @dataclass(frozen=True, kw_only=True)

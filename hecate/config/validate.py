@@ -58,6 +58,7 @@ RANGES: dict[str, Range] = {
     "moe.top_k": _COUNT,
     "moe.router_aux_loss_coef": Range(0),
     "fssdp.load_window": _COUNT,
+    "fssdp.prefetch": Range(0, MAX_INT),
     "fssdp.max_imbalance": Range(1),
     "fssdp.memory_slots": Range(0, MAX_INT),
     "fssdp.reshard_interval": _COUNT,
@@ -80,6 +81,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
         add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files hold no other")
     _check_experts(values, add)
     _check_evaluation(values, add)
+    _check_prefetch(values, add)
     _check_sources("data.train", values, add)
     _check_sources("data.eval", values, add)
     _check_target_modules(values, add)
@@ -134,6 +136,15 @@ def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:
         add("eval.generate", "needs data.eval, which is empty", "name evaluation data, or set it to false")
     if values.get("eval_steps") is not None:
         add("eval_steps", "needs data.eval, which is empty", "name evaluation data, or set it to null")
+
+
+def _check_prefetch(values: Mapping[str, Any], add: Add) -> None:
+    plan, ahead = values.get("fssdp.plan"), values.get("fssdp.prefetch", 1)
+    if plan == "exact" and ahead > 1 and values.get("fssdp.rematerialize") is False:
+        what = f"{ahead} has no use with fssdp.plan=exact: nothing can travel before the layer's gate"
+        add("fssdp.prefetch", what, "leave it at 1, or set fssdp.rematerialize, whose backward pass gathers ahead")
+    if plan == "calibrated" and ahead == 0:
+        add("fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated, got 0", "without anything ahead there is nothing to mend: use exact")
 
 
 def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:

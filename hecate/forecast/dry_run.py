@@ -76,7 +76,7 @@ class Forecast:
 
 
 def forecast(run: RunShape, workload: str) -> Forecast:
-    """Every policy under synthetic loads; an optimizer step of all its micro-steps."""
+    """Every policy under synthetic loads; an optimizer step of all its micro-steps. `fssdp.plan: calibrated` counts as history."""
     chosen = run.config.fssdp.policy
     names = [chosen, *(name for name in POLICIES if name != chosen)]
     by_group = [_simulate_group(run, group, workload, names) for group in run.groups]
@@ -89,7 +89,7 @@ def fits(one: PolicyForecast, run: RunShape) -> bool:
 
 def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: list[str]) -> list[Simulated]:
     config, world = run.config, run.topology.world_size
-    tokens = run.tokens * config.gradient_accumulation_steps
+    tokens = run.tokens * _micro_steps_together(run)
     sampled = min(group.number, SAMPLED_LAYERS)
     loads = WORKLOADS[workload](STEPS, sampled, world, group.experts, tokens, config.moe.top_k, config.seed)
     slots = group.experts if config.fssdp.memory_slots is None else config.fssdp.memory_slots
@@ -99,43 +99,52 @@ def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: li
         group.cost,
         {name: POLICIES[name] for name in names},
         slots_D=np.full(world, slots),
+        mode="exact" if config.fssdp.plan == "exact" else "history",
+        rematerialize=config.fssdp.rematerialize,
         max_imbalance=config.fssdp.max_imbalance,
         history_steps=config.fssdp.load_window,
         num_layers=group.number,
     )
 
 
+def _micro_steps_together(run: RunShape) -> int:
+    """Micro-steps that share one gather and one reduction."""
+    return 1 if run.config.fssdp.per_micro_step else run.config.gradient_accumulation_steps
+
+
 def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> PolicyForecast:
     """The groups' layers and everything outside them."""
     topology, micro_steps = run.topology, run.config.gradient_accumulation_steps
+    together = _micro_steps_together(run)
+    times = micro_steps // together
     latency = (topology.inter_node if topology.num_nodes > 1 else topology.intra_node).latency
     # A checkpointed layer runs forward twice: half as much computing and sending again, with a frozen base.
     again = 1.5 if run.config.gradient_checkpointing else 1.0
     dispatch = 0.0
     for group, simulated in zip(run.groups, groups, strict=True):
         if simulated.seconds.dispatch > 0:
-            dispatch += again * (simulated.seconds.dispatch + (micro_steps - 1) * group.number * DISPATCH_COLLECTIVES * latency)
+            dispatch += again * times * (simulated.seconds.dispatch + (together - 1) * group.number * DISPATCH_COLLECTIVES * latency)
     reduced_bytes = _all_reduced_bytes(run)
     parts = {
         "attention": _attention_seconds(run),
-        "experts": again * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
+        "experts": again * times * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
         "tokens": dispatch,
-        "exposed": sum(one.seconds.exposed for one in groups),
+        "exposed": times * sum(one.seconds.exposed for one in groups),
         "head": 4.0 * run.base.layers[0].hidden * run.base.vocabulary * run.tokens * micro_steps / min(topology.flops),
         "all-reduce": reduced_bytes / topology.slowest_link.bandwidth + topology.slowest_link.latency if reduced_bytes else 0.0,
         "optimizer": sum(one.seconds.optimizer for one in groups)
         + 7.0 * run.replicated_parameters * run.master_bytes / min(topology.memory_bandwidth),
     }
     nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks leaves each node once
-    rows_D = np.max([one.rows_D for one in groups], axis=0) / micro_steps
+    rows_D = np.max([one.rows_D for one in groups], axis=0) / together
     return PolicyForecast(
         policy=policy,
         parts=parts,
         bytes=StepBytes(
-            near=sum(one.bytes.near for one in groups) + (topology.world_size - nodes) * reduced_bytes,
-            far=sum(one.bytes.far for one in groups) + nodes * reduced_bytes,
-            busiest_port=sum(one.bytes.busiest_port for one in groups) + reduced_bytes,
-            busiest_uplink=sum(one.bytes.busiest_uplink for one in groups) + (reduced_bytes if nodes else 0.0),
+            near=times * sum(one.bytes.near for one in groups) + (topology.world_size - nodes) * reduced_bytes,
+            far=times * sum(one.bytes.far for one in groups) + nodes * reduced_bytes,
+            busiest_port=times * sum(one.bytes.busiest_port for one in groups) + reduced_bytes,
+            busiest_uplink=times * sum(one.bytes.busiest_uplink for one in groups) + (reduced_bytes if nodes else 0.0),
         ),
         imbalance=float(np.average([one.imbalance for one in groups], weights=[group.number for group in run.groups])),
         memory=memory_parts(run, [_others(one, group) for one, group in zip(groups, run.groups, strict=True)], rows_D),
@@ -143,7 +152,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
 
 
 def _others(simulated: Simulated, group: ExpertLayers) -> np.ndarray:
-    """float64 [ranks]: replicas of others' experts, in all layers of the group."""
+    """float64 [ranks]: replicas of others' experts that are there at once, in all layers of the group or in one (`memory_parts`)."""
     return np.asarray(simulated.replica_bytes_D) / group.cost.replica_bytes
 
 

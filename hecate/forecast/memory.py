@@ -26,18 +26,29 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
     """What each rank holds, phase by phase.
 
     Args:
-        others_GD: for each of the run's groups, replicas of others' experts on each rank, in all its layers together.
+        others_GD: for each of the run's groups, replicas of others' experts on each rank, in all its layers together; with
+            `fssdp.rematerialize` in its fullest layer.
         rows_D: distinct tokens of a micro-step that each rank computes in a layer, the mean over the layers.
     """
-    world, micro_steps = run.topology.world_size, run.config.gradient_accumulation_steps
-    owned, replicas, gradients = np.zeros(world), np.zeros(world), np.zeros(world)
+    config = run.config
+    world, micro_steps = run.topology.world_size, config.gradient_accumulation_steps
+    layers_at_once = max(1, config.fssdp.prefetch)
+    owned, replicas, gradients, fullest = np.zeros(world), np.zeros(world), np.zeros(world), np.zeros(world)
     for group, others_D in zip(run.groups, others_GD, strict=True):
         owned_D = _owned(group, world)
         owned += owned_D * group.cost.trainable_bytes
+        if config.fssdp.rematerialize:
+            here = (owned_D / group.number + others_D) * group.cost.trainable_bytes
+            replicas = np.maximum(replicas, min(layers_at_once, group.number) * here)
+            fullest = np.maximum(fullest, here)
+            continue
         here = (owned_D + others_D) * group.cost.trainable_bytes
-        replicas += here * (1 + _copied_share(run))
+        replicas += here
+        fullest = np.maximum(fullest, here / group.number)
         # With one micro-step a layer's gradients are reduced as they come; with several they add up in all layers first.
         gradients += here if micro_steps > 1 else here / group.number
+    if config.fssdp.per_micro_step:  # reduced as they come, and added up by the owners
+        gradients = fullest + owned
     replicated = np.full(world, float(run.replicated_parameters * run.master_bytes))
     base = np.full(world, float(run.base.parameters * run.dtype_bytes))
     saved = _saved_bytes(run, rows_D)
@@ -50,14 +61,6 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + replicated])),
         MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, rows_D), nothing])),
     ]
-
-
-def _copied_share(run: RunShape) -> float:
-    """Gate and up shrink their common input in one product, for which their A are copied side by side and kept."""
-    config, layer = run.config, run.base.layers[0]
-    targets = [name for name in PROJECTIONS if name in config.lora.target_modules]
-    copied = 2 * layer.hidden if {"gate_proj", "up_proj"} <= set(targets) else 0
-    return copied / (len(targets) * (layer.hidden + layer.ffn)) if targets else 0.0
 
 
 def _owned(group: ExpertLayers, world: int) -> np.ndarray:

@@ -122,7 +122,7 @@ def insert_experts(
             linear, plan.lora, path=f"{layer}.{module}", seed=plan.seed, dtype=dtype, micro_step=micro_step
         )
         model.set_submodule(path, attention[layer, module])
-    _prefetch_during_attention(model, engine, layers)
+    _prefetch_during_attention(model, engine, layers, engine_config.prefetch)
     return MoeModel(model, engine, micro_step, layers, attention)
 
 
@@ -150,15 +150,21 @@ def _attention_targets(model: nn.Module, plan: SurgeryPlan, ffns: list[GatedFfn]
     return targets
 
 
-def _prefetch_during_attention(model: nn.Module, engine: Engine, layers: dict[int, MoeLayer]) -> None:
-    """Start a layer's gather when its decoder layer begins, so that its attention hides it."""
+def _prefetch_during_attention(model: nn.Module, engine: Engine, layers: dict[int, MoeLayer], ahead: int) -> None:
+    """Start a layer's gather when its decoder layer begins, so that its attention hides it, or `ahead` - 1 decoder layers earlier."""
 
-    def hook_for(layer: int) -> Any:
-        return lambda *_: engine.prefetch(layer)
+    def hook_for(coming: list[int]) -> Any:
+        def start(*_: Any) -> None:
+            for layer in coming:
+                engine.prefetch(layer)
+
+        return start
 
     _, decoder = decoder_layers(model)
-    for layer in layers:
-        decoder[layer].register_forward_pre_hook(hook_for(layer))
+    for index, module in enumerate(decoder):
+        coming = [layer for layer in range(index, index + ahead) if layer in layers]
+        if coming:
+            module.register_forward_pre_hook(hook_for(coming))
 
 
 def non_moe_flops_per_token(model: nn.Module) -> float:

@@ -6,16 +6,19 @@ Its contract is `experts(layer, x, expert, weight, token) -> y`. One optimizer s
     prefetch(layer)        start the SparseAllGather of a layer, before the attention that hides it
     experts(layer, ...)    wait for the replicas; dispatch what must travel; compute; combine
     last_micro_step        from here on, the backward pass starts each layer's SparseReduceScatter as soon as its gradient is complete
+    begin_backward         start the gathers that the backward pass needs first, where replicas were freed after the forward pass
     finish_step            wait for the reductions; exchange and record the loads; hand gradients to the owners' parameters
 
-Parameters do not change between the micro-batches of one step, so the replicas live across them and gradients are reduced once.
+Parameters do not change between the micro-batches of one step, so the replicas live across them and gradients are reduced once. Not so
+where replicas are freed between forward and backward (`rematerialize`), or where plans follow each micro-step's own loads (`plan`): there
+each micro-step gathers and reduces for itself, and the owners add up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,12 +26,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.moe.family import ExpertFamily
+from hecate.moe.planning import LayerPlan, PlanMode, calibration_gain, exchange_counts, layer_plan, one_layer
 from hecate.parallel.dispatch import combine, dispatch
-from hecate.parallel.flows import token_split
 from hecate.parallel.frozen_store import FrozenStore
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere
-from hecate.parallel.planners import PlanInput, Planner
+from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.store import LayerStore
 from hecate.parallel.topology import Topology
 
@@ -47,6 +50,17 @@ class EngineConfig:
     top_k: int = 1
     non_moe_flops: float = 0.0
     """forward FLOPs per rank and micro-step of what hides a layer's gather (its attention)"""
+    plan: PlanMode = "history"
+    """from which loads layers are planned: see `hecate.moe.planning`"""
+    rematerialize: bool = False
+    """free a layer's replicas after its forward pass and gather them again before its backward pass (Hecate-RM)"""
+    prefetch: int = 1
+    """forward: decoder layers, a layer's own included, ahead of whose end its gather starts; backward: layers gathered ahead"""
+
+    @property
+    def per_micro_step(self) -> bool:
+        """Does each micro-step gather and reduce for itself?"""
+        return self.rematerialize or self.plan != "history"
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,19 @@ class Engine:
         }
         """of the layers whose experts have frozen parts"""
         self.placements: dict[int, Placement] = {}
-        self._planned: dict[int, tuple[np.ndarray | None, np.ndarray | None]] = {}
+        self.peak_replica_bytes = 0
+        """most bytes of replicas that were here or on their way at once, since the step began"""
+        self.calibrations = 0
+        """plans of this step's micro-steps and layers that gave way to better ones after the gate"""
+        self._plans: dict[int, LayerPlan] = {}
+        self._from_history: dict[int, LayerPlan] = {}
+        self._given: dict[int, tuple[PlanInput, int]] = {}
+        """what the step's plan was made from, and a layer's place in it"""
         self._splits: dict[int, np.ndarray] = {}
+        self._served: dict[int, np.ndarray] = {}
+        """float64 [ranks]: choices served so far in this step, where plans follow the true loads"""
+        self._awaiting_backward: list[int] = []
+        """layers whose replicas were freed after their forward pass, in its order"""
         self._counts: dict[int, Tensor] = {}
         self._step = 0
         self._training = False
@@ -111,17 +136,26 @@ class Engine:
         """Bytes of others' frozen parts that are held now; they stay between steps."""
         return sum(store.replica_bytes for store in self.frozen.values())
 
-    def begin_step(self, step: int) -> None:
-        """Plan all layers of an optimizer step from the history. Every rank must call it."""
+    def begin_step(self, step: int, micro_steps: int = 1) -> None:
+        """Plan all layers of an optimizer step from the history. Every rank must call it.
+
+        Args:
+            micro_steps: in which the step's tokens come.
+        """
         self._step, self._training, self._last_micro_step = step, True, False
+        self.peak_replica_bytes, self.calibrations = self.replica_bytes, 0
+        self._awaiting_backward.clear()
+        self._served.clear()
         for layers, given in self.plan_inputs():
-            plan = self.config.planner(given)
-            assert np.array_equal(plan.owner_LE, given.owner_LE), "a planner moved owners, which only re-sharding does"
+            if self.config.per_micro_step and given.loads_LSE is not None:
+                given = replace(given, loads_LSE=given.loads_LSE / micro_steps)  # a plan serves one of them
+            plan = None if self.config.plan == "exact" else self._planned(given)
             for index, layer in enumerate(layers):
-                predicted_SE = None if given.loads_LSE is None else given.loads_LSE[index]
-                quota_ED = None if plan.quota_LED is None else plan.quota_LED[index]
-                self._place(layer, plan.placement(index), predicted_SE, quota_ED)
+                self._given[layer] = given, index
                 self._counts[layer] = torch.zeros(given.num_experts, dtype=torch.int64)
+                if plan is not None:
+                    self._from_history[layer] = layer_plan(plan, given, index)
+                    self._place(layer, self._from_history[layer])
 
     def plan_inputs(self) -> list[tuple[list[int], PlanInput]]:
         """What a planner is given for the next step: the layers of one shape together, each with its number."""
@@ -164,10 +198,16 @@ class Engine:
         self._last_micro_step = True
 
     def prefetch(self, layer: int) -> None:
-        """Start materializing a layer; every rank must call it in the same order. Does nothing where that has happened."""
-        self.stores[layer].gather(self.placements[layer])
-        if layer in self.frozen:
-            self.frozen[layer].gather(self.placements[layer])
+        """Start materializing a layer; every rank must call it in the same order.
+
+        Does nothing where that has happened, and where the layer's plan must wait for its gate.
+        """
+        if not (self._training and self.config.plan == "exact"):
+            self._gather(layer)
+
+    def begin_backward(self) -> None:
+        """A micro-step's backward pass comes next. Every rank must call it."""
+        self._prefetch_backward()
 
     def experts(self, layer: int, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, *, count: bool) -> Tensor:
         """The weighted sum of each token's experts: [T, D].
@@ -179,38 +219,39 @@ class Engine:
             token_T: int64 [T], global token numbers.
             count: record the loads (not when a checkpointed forward runs again).
         """
-        self.prefetch(layer)
+        first_time = count and self._training
+        if first_time:
+            count_E = torch.bincount(expert_TK.flatten(), minlength=self.families[layer].num_experts)
+            self._counts[layer] += count_E.cpu()
+            if self.config.plan != "history":
+                self._plan_after_gate(layer, count_E)
+        self._gather(layer)
         replicas_SC = self._replicas(layer)
         frozen_S = self.frozen[layer].chunks() if layer in self.frozen else ()
         placement = self.placements[layer]
-        if count and self._training:
-            self._counts[layer] += torch.bincount(expert_TK.flatten(), minlength=placement.num_experts).cpu()
         expert_S = torch.from_numpy(placement.experts_on(self.rank))
         family = self.families[layer]
-        if layer not in self._splits:
-            return family.compute(
-                replicas_SC,
-                x_TD,
-                expert_TK,
-                weight_TK,
-                frozen_S=frozen_S,
-                expert_S=expert_S,
-                token_T=token_T,
-                step=self._step,
-                training=self._training,
-            )
-        here = dispatch(x_TD, expert_TK, weight_TK, token_T, placement, self._splits[layer], self.groups.tokens)
+        here = None
+        if layer in self._splits:
+            here = dispatch(x_TD, expert_TK, weight_TK, token_T, placement, self._splits[layer], self.groups.tokens)
         y_RD = family.compute(
             replicas_SC,
-            here.x_RD,
-            here.slot_RK,
-            here.weight_RK,
+            x_TD if here is None else here.x_RD,
+            expert_TK if here is None else here.slot_RK,
+            weight_TK if here is None else here.weight_RK,
             frozen_S=frozen_S,
             expert_S=expert_S,
-            token_T=here.token_R,
+            token_T=token_T if here is None else here.token_R,
             step=self._step,
             training=self._training,
         )
+        if first_time and self.config.rematerialize and y_RD.requires_grad:
+            # Called before the backward of whatever has made y, and so before its saved views of the replicas are used.
+            y_RD.register_hook(lambda _: self._bring_back(layer))
+            self.stores[layer].free()
+            self._awaiting_backward.append(layer)
+        if here is None:
+            return y_RD
         self._token_bytes_sent += here.bytes_sent(self.rank, backward=count and torch.is_grad_enabled())
         return combine(y_RD, here, self.groups.tokens)
 
@@ -239,7 +280,8 @@ class Engine:
         Every rank must enter it; entering materializes all layers.
         """
         for layer in self.families:
-            self._place(layer, everything_everywhere(self.owners[layer], self.world_size), None, None)
+            everywhere = everything_everywhere(self.owners[layer], self.world_size)
+            self._place(layer, LayerPlan(everywhere, np.zeros((self.world_size, everywhere.num_experts)), None))
             if layer in self.frozen:
                 self.frozen[layer].borrow(self.placements[layer])
             self.prefetch(layer)
@@ -256,11 +298,14 @@ class Engine:
                 frozen.trim()
 
     def imbalance(self, loads: dict[int, np.ndarray]) -> float:
-        """Largest over mean choices computed per rank, averaged over the layers: what the last plans made of a step's loads."""
+        """Largest over mean choices computed per rank, averaged over the layers: what the last plans made of a step's loads.
+
+        Where plans follow the true loads, it is what they made of the last step's own.
+        """
         skews = []
         for layer, loads_SE in loads.items():
-            served = [loads_SE[source] @ self._split(layer, source) for source in range(self.world_size)]
-            skews.append(imbalance(np.sum(served, axis=0)))
+            served_D = self._served.get(layer)
+            skews.append(imbalance(self._plans[layer].served(loads_SE, self.config.topology) if served_D is None else served_D))
         return float(np.mean(skews)) if skews else 1.0
 
     def _slots(self, family: ExpertFamily) -> np.ndarray:
@@ -275,35 +320,79 @@ class Engine:
             alike.setdefault(key, []).append(layer)
         return list(alike.values())
 
-    def _place(self, layer: int, placement: Placement, loads_SE: np.ndarray | None, quota_ED: np.ndarray | None) -> None:
-        self.placements[layer] = placement
-        self._planned[layer] = (loads_SE, quota_ED)
-        self._splits.pop(layer, None)
-        if not placement.everywhere or quota_ED is not None:  # else every choice stays on its rank
-            self._splits[layer] = self._split(layer, self.rank)
+    def _planned(self, given: PlanInput) -> Plan:
+        plan = self.config.planner(given)
+        assert np.array_equal(plan.owner_LE, given.owner_LE), "a planner moved owners, which only re-sharding does"
+        return plan
 
-    def _split(self, layer: int, source: int) -> np.ndarray:
-        return token_split(self.placements[layer].where_ED, *self._planned[layer], self.config.topology, source)
+    def _place(self, layer: int, plan: LayerPlan) -> None:
+        self._plans[layer], self.placements[layer] = plan, plan.placement
+        self._splits.pop(layer, None)
+        if plan.dispatches:
+            self._splits[layer] = plan.split(self.config.topology, self.rank)
+
+    def _plan_after_gate(self, layer: int, count_E: Tensor) -> None:
+        """Plan a layer's micro-step from what all ranks have chosen."""
+        # Through the tokens' group: the layer's own gather may be under way in the other one.
+        loads_SE = exchange_counts(count_E, self.groups.tokens)
+        resident_ED = self.frozen[layer].resident_ED if layer in self.frozen else None
+        given = one_layer(*self._given[layer], loads_SE, resident_ED)
+        plan = layer_plan(self._planned(given), given, 0)
+        if self.config.plan == "exact":
+            self._place(layer, plan)
+        elif calibration_gain(given, self._plans[layer], plan, rematerialize=self.config.rematerialize) > 0:
+            self._gather(layer)
+            store = self.stores[layer]
+            self._note_peak(store.placement_bytes(plan.placement))
+            store.exchange(plan.placement)
+            self._place(layer, plan)
+            self.calibrations += 1
+        served_D = self._plans[layer].served(loads_SE, self.config.topology)
+        self._served[layer] = self._served.get(layer, 0.0) + served_D
+
+    def _gather(self, layer: int) -> None:
+        self.stores[layer].gather(self.placements[layer])
+        if layer in self.frozen:
+            self.frozen[layer].gather(self.placements[layer])
+        self._note_peak()
+
+    def _note_peak(self, more: int = 0) -> None:
+        self.peak_replica_bytes = max(self.peak_replica_bytes, self.replica_bytes + more)
 
     def _replicas(self, layer: int) -> Tensor:
-        store = self.stores[layer]
-        fresh = not store.materialized
-        replicas_SC = store.replicas()
-        if fresh and self._training:
-            replicas_SC.register_post_accumulate_grad_hook(lambda _: store.reduce() if self._last_micro_step else None)
-        return replicas_SC
+        return self.stores[layer].replicas((lambda: self._gradient_complete(layer)) if self._training else None)
+
+    def _bring_back(self, layer: int) -> None:
+        """The backward pass has come to a layer whose replicas were freed; a checkpointed layer may have brought them back itself."""
+        self._gather(layer)
+        self._replicas(layer)
+
+    def _prefetch_backward(self) -> None:
+        count = self.config.prefetch
+        for layer in self._awaiting_backward[-count:][::-1] if count else []:
+            self._gather(layer)
+
+    def _gradient_complete(self, layer: int) -> None:
+        """The backward pass is through with a layer's experts."""
+        if not (self.config.per_micro_step or self._last_micro_step):
+            return
+        if self.config.rematerialize:
+            # The layer before needs its replicas sooner than the owners need gradients; of those one layer's are here at a time.
+            self.stores[layer].free()
+            self._awaiting_backward.remove(layer)
+            self._prefetch_backward()
+            for store in self.stores.values():
+                store.settle()
+        self.stores[layer].reduce()
+        if self.config.plan == "calibrated":
+            self._place(layer, self._from_history[layer])
 
     def _exchange_loads(self) -> dict[int, np.ndarray]:
         layers = list(self.families)
         if not layers:
             return {}
         mine = torch.cat([self._counts[layer] for layer in layers]).to(self._device())
-        if self.world_size > 1:
-            gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
-            dist.all_gather(gathered, mine, group=self.groups.experts)
-        else:
-            gathered = [mine]
-        table = torch.stack(gathered).cpu().numpy()
+        table = exchange_counts(mine, self.groups.experts)
         cuts = np.cumsum([self.families[layer].num_experts for layer in layers])[:-1]
         return dict(zip(layers, np.split(table, cuts, axis=1), strict=True))
 

@@ -74,6 +74,9 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
         max_imbalance=config.fssdp.max_imbalance,
         top_k=config.moe.top_k,
         non_moe_flops=non_moe_flops_per_token(base.model) * tokens,
+        plan=config.fssdp.plan,
+        rematerialize=config.fssdp.rematerialize,
+        prefetch=config.fssdp.prefetch,
     )
     plan = surgery_plan(config, len(decoder_layers(base.model)[1]))
     return insert_experts(base.model, plan, engine_config, ranks.groups)

@@ -151,6 +151,7 @@ def train(config: Config, ranks: Ranks) -> None:
                         step_seconds=seconds,
                         imbalance=skew,
                         bytes_sent=bytes_sent,
+                        calibrations=run.moe.engine.calibrations,
                         loads=result.loads,
                     )
                 )

@@ -33,6 +33,7 @@ def step_record(
     step_seconds: float,
     imbalance: float,
     bytes_sent: int,
+    calibrations: int,
     loads: Mapping[int, np.ndarray],
 ) -> Record:
     """What one optimizer step did. Numbers that are not finite become null.
@@ -43,6 +44,7 @@ def step_record(
         tokens: those of the whole step, padding not counted.
         imbalance: largest over mean load of the ranks, averaged over the layers.
         bytes_sent: by all ranks together.
+        calibrations: plans that gave way to better ones after the gate.
         loads: layer -> int [source ranks, experts], token-slots routed.
     """
     totals = {layer: np.asarray(loads_RE).sum(axis=0) for layer, loads_RE in sorted(loads.items())}
@@ -59,6 +61,7 @@ def step_record(
         "step_seconds": _finite(step_seconds),
         "imbalance": _finite(imbalance),
         "bytes_sent": int(bytes_sent),
+        "calibrations": int(calibrations),
         "loads": {str(layer): total_E.tolist() for layer, total_E in totals.items()},
         "layer_balance": {str(layer): max_over_mean(total_E) for layer, total_E in totals.items()},
     }

@@ -53,9 +53,11 @@ class ExpertOptimizer:
 
     def global_grad_norm(self, group: dist.ProcessGroup) -> float:
         """The norm of all gradients, each sharded and each replicated parameter counted once. Every rank must call it."""
-        total = _sum_of_squares(self.owned)
+        # A rank may own no expert; its zero must be on the device where the others' sums are.
+        device = next((parameter.device for parameter in self._parameters()), torch.device("cpu"))
+        total = _sum_of_squares(self.owned, device)
         dist.all_reduce(total, group=group)
-        return math.sqrt((total + _sum_of_squares(self.replicated)).item())
+        return math.sqrt((total + _sum_of_squares(self.replicated, device)).item())
 
     def step(self, grad_norm: float, max_grad_norm: float | None) -> None:
         """Clip by the global norm and step. Parameters without a gradient (idle experts) are left untouched."""
@@ -139,9 +141,8 @@ class ExpertOptimizer:
         self._adamw.zero_grad(set_to_none=True)
 
 
-def _sum_of_squares(parameters: dict[str, nn.Parameter]) -> Tensor:
+def _sum_of_squares(parameters: dict[str, nn.Parameter], device: torch.device) -> Tensor:
     """float64 scalar."""
-    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
     for parameter in parameters.values():
         if parameter.grad is not None:

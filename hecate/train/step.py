@@ -1,7 +1,7 @@
 """One optimizer step over all ranks.
 
     begin_step      plan
-    per micro-step  forward; aux loss over all ranks; backward (the last one also reduces the experts' gradients)
+    per micro-step  forward; aux loss over all ranks; backward (the last one, or every one, also reduces the experts' gradients)
     finish          reduce the replicated gradients; experts' gradients onto their owners; one global norm; skip or step
 
 The loss is the sum over label tokens divided by their number in the whole step, all ranks and micro-steps together, plus the mean over
@@ -73,7 +73,7 @@ def train_step(
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
     """
     group, engine = moe.engine.groups.tokens, moe.engine
-    engine.begin_step(step)
+    engine.begin_step(step, len(micro_batches))
     totals = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
     for number, batch in enumerate(micro_batches):
         if number == len(micro_batches) - 1:
@@ -85,6 +85,7 @@ def train_step(
             totals[1] += aux.detach() / len(micro_batches)
             loss = loss + aux * (aux_coef / len(micro_batches))
         totals[0] += loss_sum.detach() / max(num_labels, 1)
+        engine.begin_backward()
         loss.backward()
     moe.micro_step.clear()
     optimizer.reduce_replicated(group)

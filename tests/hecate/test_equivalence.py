@@ -23,6 +23,7 @@ from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
 from hecate.moe.engine import EngineConfig, ExpertGroups
 from hecate.moe.mixlora import LoraShape
+from hecate.moe.planning import PlanMode
 from hecate.moe.router import TopKRouter
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
@@ -51,6 +52,9 @@ class Case:
     scenario: str
     dtype: torch.dtype = torch.float64
     checkpointing: bool = False
+    plan: PlanMode = "history"
+    rematerialize: bool = False
+    prefetch: int = 1
 
 
 def router_bias(case: Case) -> torch.Tensor:
@@ -152,7 +156,16 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
     model = tiny_llama(case.dtype)
     head = LanguageModelHead(model)
     # 8 experts of 10 kB: about 3 travel hidden behind 1e6 FLOPs, and each device has room for 2.
-    config = EngineConfig(planner_of(case.policy), topology(world), memory_slots=2, top_k=case.top_k, non_moe_flops=1e6)
+    config = EngineConfig(
+        planner_of(case.policy),
+        topology(world),
+        memory_slots=2,
+        top_k=case.top_k,
+        non_moe_flops=1e6,
+        plan=case.plan,
+        rematerialize=case.rematerialize,
+        prefetch=case.prefetch,
+    )
     plan = SurgeryPlan((case.num_experts,) * 2, case.top_k, LoraShape(rank=3, scale=0.7, dropout=0.0), TARGETS, seed=5)
     group = dist.group.WORLD
     assert group is not None
@@ -260,6 +273,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
         return {key: value.clone() for key, value in optimizer.state_tensors().items() if key.startswith(f"owned/{name}/")}
 
     optimizer.step = step_and_look  # type: ignore[method-assign]
+    calibrations = 0
     for step in range(STEPS):
         before = {name: p.detach().clone() for name, p in owned.items()}
         moments = {name: moments_of(name) for name in owned}
@@ -274,6 +288,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             max_grad_norm=MAX_NORM,
             step=step,
         )
+        calibrations += moe.engine.calibrations
         loss, norm, idle = reference.gradients(step, empty_rows)
         assert abs(result.loss - loss) <= tolerance * max(1, abs(loss)), f"step {step}: loss {result.loss} against {loss}"
         assert abs(result.grad_norm - norm) <= tolerance * max(1, norm), f"step {step}: norm {result.grad_norm} against {norm}"
@@ -297,14 +312,19 @@ def check_case(rank: int, world: int, case: Case) -> None:
             _distance(f"step {step}, {name} after", parameter.detach(), reference.replicated[name].detach(), tolerance)
     if case.policy == "elsewhere" and world > 1:
         assert moe.engine.bytes_sent > sum(store.bytes_sent for store in moe.engine.stores.values()), "no token left its rank"
+    assert (0 < calibrations < STEPS * MICRO_STEPS * 2) == (case.plan == "calibrated"), calibrations
     if case.scenario == "idle experts" and case.num_experts > case.top_k:
         assert idle, "the scenario did not leave any expert idle"
 
 
 def _check_cases(rank: int, world: int, cases: list[Case]) -> None:
     for case in cases:
+        # Any plan in place of any other, not only where that pays; the same on every rank.
+        whims = itertools.cycle((1.0, 0.0, 1.0, 1.0, 0.0))
         try:
-            check_case(rank, world, case)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("hecate.moe.engine.calibration_gain", lambda *_, rematerialize, whims=whims: next(whims))
+                check_case(rank, world, case)
         except BaseException as error:
             raise AssertionError(f"{case}: {error}") from error
 
@@ -329,6 +349,20 @@ def test_sharded_training_equals_one_process_in_fp32(world: int) -> None:
 def test_activation_checkpointing_changes_nothing(world: int) -> None:
     cases = [Case(policy, 8, 2, "empty rank", checkpointing=True) for policy in EVERY_CASE]
     run_ranks(world, _check_cases, cases, timeout=240)
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None:
+    cases = [
+        Case("hecate", 8, 2, "hot expert", rematerialize=True),
+        Case("full", 8, 2, "idle experts", rematerialize=True, prefetch=2, checkpointing=True),
+        Case("llep", 8, 2, "idle experts", plan="exact"),
+        Case("random 3", 3, 1, "empty rank", plan="exact", rematerialize=True, prefetch=0, checkpointing=True),
+        Case("random 5", 8, 2, "empty rank", plan="calibrated", checkpointing=True),
+        Case("random 6", 8, 2, "hot expert", plan="calibrated", rematerialize=True, prefetch=2),
+        Case("random 8", 8, 2, "empty rank", prefetch=0),
+    ]
+    run_ranks(world, _check_cases, cases[:5] if world == 1 else cases, timeout=240)
 
 
 @pytest.mark.parametrize("world", [3, 4])

@@ -112,6 +112,9 @@ def _moved(rank: int, world: int, cases: list[Case]) -> list[int]:
 def test_training_with_moves_is_training_without(world: int) -> None:
     cases = [Case(policy, EXPERTS, 2, scenario) for policy, scenario in (("hecate", "idle experts"), ("static_ep", "hot expert"))]
     cases.append(Case("full", EXPERTS, 1, "balanced", checkpointing=True))
+    if world == 3:
+        cases.append(Case("llep", EXPERTS, 2, "hot expert", plan="exact", rematerialize=True, checkpointing=True))
+        cases.append(Case("hecate", EXPERTS, 2, "hot expert", plan="calibrated", prefetch=2))
     never_stepped = run_ranks(world, _moved, cases, timeout=240)[0]
     assert never_stepped[0] == 2 * 2, "experts 2 and 4 of each layer were to stay idle"
 

@@ -343,3 +343,9 @@ def test_overlap_degree_by_hand(nodes: tuple[int, ...], flops: tuple[float, ...]
 def test_nothing_hides_behind_less_than_the_latency(non_moe_flops: float) -> None:
     given_ = topology((0,), flops=(1e9,), near=Link(1e12, 1.0), far=Link(1e12, 1.0))
     assert overlap_degree(LayerCost(trainable_bytes=1.0, non_moe_flops=non_moe_flops), given_) == 0
+
+
+def test_any_number_of_experts_without_bytes_is_hidden() -> None:
+    given_ = topology((0, 0), flops=(1e9, 1e9), near=Link(1.0, 1.0))
+    assert overlap_degree(LayerCost(trainable_bytes=0.0, non_moe_flops=8e9), given_) > 10**6
+    assert overlap_degree(LayerCost(trainable_bytes=0.0, non_moe_flops=0.5e9), given_) == 0

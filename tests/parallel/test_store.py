@@ -63,3 +63,63 @@ def test_an_iteration(nodes: tuple[int, ...] | None, near: float, gathered: list
     counts = run_ranks(4, _iterate, nodes, near)
     assert [gather // (NUMEL * 4) for gather, _ in counts] == gathered
     assert [reduce // (NUMEL * 4) for _, reduce in counts] == reduced
+
+
+def _chunks(experts: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(experts)[:, None].float().expand(-1, NUMEL)
+
+
+def _freed(rank: int, world: int) -> None:
+    """A leaf that is freed between forward and backward: saved views hold good, and sums of two iterations add up."""
+    nodes = topology((0, 1, 0, 1), 10.0)
+    store, heard = LayerStore(OWNERS, lambda e: torch.full((NUMEL,), float(e)), world_group(), nodes), []
+    where = placement()
+    held = _chunks(where.experts_on(rank))
+    for _ in range(2):
+        store.gather(where)
+        assert store.replica_bytes == held.numel() * 4, "on their way"
+        leaf = store.replicas(lambda: heard.append(rank))
+        y = (leaf[:, 1:] ** 2).sum()  # saves a view
+        store.free()
+        assert (store.replica_bytes, leaf.untyped_storage().nbytes(), store.materialized) == (0, 0, False)
+        with pytest.raises(AssertionError, match="freed"):
+            store.replicas()
+        store.gather(where)
+        assert store.replicas(lambda: heard.append(-1)) is leaf
+        y.backward()
+        wanted = 2 * held
+        wanted[:, 0] = 0
+        assert torch.equal(leaf.grad, wanted)  # type: ignore[arg-type]
+        store.reduce()
+        assert leaf.untyped_storage().nbytes() == 0
+        assert leaf.grad is None
+    assert heard == [rank] * 2, "the first listener of each leaf hears of it once"
+    copies = where.where_ED.sum(1)
+    assert store.reduced()[:, 1:].tolist() == [[2 * 2.0 * e * copies[e]] * (NUMEL - 1) for e in store.experts]
+
+
+def test_freed_replicas_come_back_for_the_backward_pass() -> None:
+    run_ranks(4, _freed)
+
+
+def _exchanged(rank: int, world: int, nodes: tuple[int, ...]) -> int:
+    """Expert 0 leaves ranks 1 and 2, expert 3 comes to rank 2, expert 2 stays on rank 0. Returns the bytes sent."""
+    store = LayerStore(OWNERS, lambda e: torch.full((NUMEL,), float(e)), world_group(), topology(nodes, 10.0))
+    store.gather(placement())
+    sent = store.bytes_sent
+    where = Placement(np.array(OWNERS), np.array([[1, 0, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]], dtype=bool))
+    store.exchange(where)
+    assert store.replica_bytes == store.placement_bytes(where) == where.where_ED[:, rank].sum() * NUMEL * 4
+    replicas = store.replicas()
+    assert torch.equal(replicas.detach(), _chunks(where.experts_on(rank)))
+    replicas.grad = torch.full_like(replicas, float(10**rank))
+    exchanged = store.bytes_sent - sent
+    store.reduce()
+    sums = [1001.0, 1.0, 11.0, 1110.0]
+    assert store.reduced()[:, 0].tolist() == [sums[e] for e in store.experts]
+    return exchanged
+
+
+@pytest.mark.parametrize("nodes", [(0, 0, 0, 0), (0, 1, 0, 1)])
+def test_only_what_another_placement_lacks_travels(nodes: tuple[int, ...]) -> None:
+    assert [sent // (NUMEL * 4) for sent in run_ranks(4, _exchanged, nodes)] == [0, 0, 0, 1]

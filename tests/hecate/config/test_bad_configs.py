@@ -95,6 +95,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"lora": "{alpha: 8.5}"}, "lora.alpha", "must be a whole number"),
     ({"fssdp": "{memory_slots: -1}"}, "fssdp.memory_slots", "must be >= 0"),
     ({"fssdp": "{reshard_interval: 0}"}, "fssdp.reshard_interval", "must be >= 1"),
+    ({"fssdp": "{prefetch: -1}"}, "fssdp.prefetch", "must be >= 0"),
     ({"data": "{train: a.jsonl, seq_len: 7}"}, "data.seq_len", "must be >= 8 with data.packing, got 7"),
     ({"data": "{train: a.jsonl, seq_len: 1, packing: false}"}, "data.seq_len", "must be >= 2"),
     ({"data": "{train: {path: a.jsonl, weight: 0}}"}, "data.train[0].weight", "must be > 0, got 0.0"),
@@ -105,7 +106,10 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"moe": "{family: smora}"}, "moe.family", "must be mixlora (the only choice), got smora"),
     ({"model": "{name_or_path: model, dtype: float16}"}, "model.dtype", "float32, bfloat16, float64, got float16"),
     ({"data": "{train: {path: a.jsonl, format: csv}}"}, "data.train[0].format", "alpaca, sharegpt, text, got csv"),
+    ({"fssdp": "{plan: true_loads}"}, "fssdp.plan", "must be one of history, calibrated, exact"),
     # keys that must fit each other
+    ({"fssdp": "{plan: exact, prefetch: 2}"}, "fssdp.prefetch", "2 has no use with fssdp.plan=exact"),
+    ({"fssdp": "{plan: calibrated, prefetch: 0}"}, "fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated"),
     ({"moe": "{num_experts: 1}"}, "moe.top_k", "must be from 1 to 1"),
     ({"moe": "{num_experts: [8, 0, 3], top_k: 4}"}, "moe.top_k", "must be from 1 to 3"),
     ({"moe": "{num_experts: 0}"}, "moe.num_experts", "must be >= 1"),

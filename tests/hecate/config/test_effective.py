@@ -99,7 +99,8 @@ def test_hash_is_stable() -> None:
     text = (
         '{"data":{"on_bad_sample":"error","packing":true,"seq_len":512,'
         '"train":[{"format":"auto","name":"a","path":"a","weight":1.0}]},'
-        '"fssdp":{"load_window":5,"max_imbalance":null,"memory_slots":null,"policy":"auto","reshard_interval":null},'
+        '"fssdp":{"load_window":5,"max_imbalance":null,"memory_slots":null,"plan":"history","policy":"auto",'
+        '"prefetch":1,"rematerialize":false,"reshard_interval":null},'
         '"gradient_accumulation_steps":1,"gradient_checkpointing":false,"learning_rate":0.0002,'
         '"lora":{"alpha":32.0,"dropout":0.05,"r":16,'
         '"target_modules":["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"],"use_rslora":false},'

@@ -70,6 +70,25 @@ def test_micro_steps_share_one_gather(folder: Path) -> None:
     assert of(two, "static_ep").parts["tokens"] == pytest.approx(2 * of(one, "static_ep").parts["tokens"])
 
 
+def test_rematerialization_gathers_twice_in_every_micro_step(folder: Path) -> None:
+    """Two experts to a rank for the forward and two for the backward pass, two gradients back."""
+    one, two = (dry_run(folder, "fssdp.rematerialize=true", f"gradient_accumulation_steps={n}") for n in (1, 2))
+    assert of(one, "full").bytes.busiest_port == 3 * 2 * 3 * 960 + 3456
+    assert of(two, "full").bytes.busiest_port == 2 * 3 * 2 * 3 * 960 + 3456
+    for part, factor in {"attention": 2, "experts": 2, "exposed": 2, "all-reduce": 1, "optimizer": 1}.items():
+        assert of(two, "full").parts[part] == pytest.approx(factor * of(one, "full").parts[part]), part
+    assert of(one, "static_ep").bytes == of(dry_run(folder), "static_ep").bytes, "nothing moves"
+
+
+def test_exact_plans_know_the_loads(folder: Path) -> None:
+    """What follows the true loads is balanced better than what follows those of the steps before."""
+    run = run_shape(config_for(folder, "data.seq_len=512"), None, 2)
+    history = forecast(replace(run, topology=slow_node()), "burst")
+    config = config_for(folder, "data.seq_len=512", "fssdp.plan=exact")
+    exact = forecast(replace(run, config=config, topology=slow_node()), "burst")
+    assert of(exact, "llep").imbalance < of(history, "llep").imbalance
+
+
 def test_layers_without_experts_keep_their_ffn(folder: Path) -> None:
     some = of(dry_run(folder, "moe.num_experts=[4,0,0]"), "full")
     assert some.parts["experts"] == 16 * (2 * 2304 + 2 * 4 * 480) + 2 * 16 * 2 * 2304

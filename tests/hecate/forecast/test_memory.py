@@ -73,8 +73,7 @@ def test_counts_by_hand(tmp_path: Path) -> None:
     assert (parts["base weights"] == run.base.parameters * 4).all()
     assert (parts["owned experts, moments"] == 3 * 3 * 2 * 960).all()
     assert (parts["routers, adapters, moments"] == 3 * 3 * 4 * 16 * 4).all()
-    # The A of gate and up lie side by side a second time: 2 · 2 · 16 floats an expert.
-    assert parts["replicas"][forward].tolist() == [6 * (960 + 256), 7 * (960 + 256)]
+    assert parts["replicas"][forward].tolist() == [6 * 960, 7 * 960]
     assert (parts["replicas"][optimizer] == 0).all()
     assert parts["gradients"][backward].tolist() == [2 * 960 + 768, pytest.approx(7 / 3 * 960 + 768)]  # of one layer, and the routers'
     assert parts["gradients"][optimizer].tolist() == [6 * 960 + 768] * 2
@@ -89,6 +88,17 @@ def test_gradients_of_all_layers_add_up_over_micro_steps(tmp_path: Path) -> None
     )
     assert (two["gradients"][1] - one["gradients"][1] == (6 - 2) * 960).all()
     assert (two["activations (estimate)"] == one["activations (estimate)"]).all()
+
+
+@pytest.mark.parametrize(("prefetch", "layers"), [(0, 1), (1, 1), (2, 2), (9, 3)])
+def test_rematerialized_replicas_are_those_of_the_layers_under_way(tmp_path: Path, prefetch: int, layers: int) -> None:
+    """Two own experts a layer, and one of another's in the fullest; gradients of one layer, sums of all that are owned."""
+    write_model(tmp_path)
+    run = shape_of(tmp_path, "fssdp.rematerialize=true", f"fssdp.prefetch={prefetch}", "gradient_accumulation_steps=2")
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.array([0.0, 1.0])], np.array([16.0, 16.0]))}
+    assert parts["replicas"][:2].tolist() == [[layers * 2 * 960, layers * 3 * 960]] * 2
+    replicated = run.replicated_parameters * 4
+    assert parts["gradients"][1].tolist() == [(2 + 6) * 960 + replicated, (3 + 6) * 960 + replicated]
 
 
 def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: bool) -> tuple[int, int]:
@@ -125,8 +135,7 @@ def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: b
     run = run_shape(config, None, 1)
     parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.zeros(1)], np.array([96.0]))}
     head_bytes = 96 * 64 * (8 if dtype == "float32" else 10)
-    copies = parts["replicas"][0, 0] - 3 * 4 * run.groups[0].cost.trainable_bytes
-    return measured, int(parts["activations (estimate)"][0, 0] - head_bytes + copies)
+    return measured, int(parts["activations (estimate)"][0, 0] - head_bytes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

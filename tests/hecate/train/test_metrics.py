@@ -29,6 +29,7 @@ def a_step(step: Any = 1, **changes: Any) -> Record:
         "step_seconds": 4.0,
         "imbalance": 1.25,
         "bytes_sent": 64,
+        "calibrations": 3,
         "loads": {0: np.array([[1, 2], [3, 4]])},
     }
     return step_record(**(values | changes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -35,6 +36,19 @@ def _norm_over_ranks(rank: int, world: int) -> float:
 def test_the_norm_counts_a_sharded_parameter_once_and_a_replicated_one_once() -> None:
     # experts: 1 + 4 + 9; router: 3 ranks x 2 = 6, squared once.
     assert run_ranks(3, _norm_over_ranks) == [math.sqrt(1 + 4 + 9 + 36)] * 3
+
+
+def test_a_rank_without_experts_adds_its_zero_where_the_others_sums_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SeenError(Exception):
+        pass
+
+    def all_reduce(total: Tensor, group: object) -> None:
+        raise SeenError(total.device.type)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    router = nn.Parameter(torch.zeros(2, device="meta"))  # a device that is not the CPU
+    with pytest.raises(SeenError, match="meta"):
+        make({}, {"router": router}).global_grad_norm(None)  # type: ignore[arg-type]
 
 
 def gradients(step: int) -> list[Tensor]:

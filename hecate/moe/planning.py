@@ -1,0 +1,124 @@
+"""Plans from what the routers have chosen, made after a layer's gate and before its tokens travel.
+
+Until the gate has spoken, the loads are predicted from past steps. Afterwards the ranks can exchange them, one all-gather of [experts]
+integers, and plan the layer from what is true (*exact*), or mend a plan made from the prediction where that pays (*calibrated*, Hecate,
+arXiv 2502.02581, §3.2). Every function here but the exchange is pure, and all ranks come to the same.
+
+Shapes: E experts, S = D ranks as sources and as destinations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.parallel.cost_model import LayerSeconds, exposed_seconds, layer_seconds, transfer_seconds
+from hecate.parallel.executed_flows import executed_flows, served
+from hecate.parallel.flows import Flows, token_split
+from hecate.parallel.gather_bytes import gather_ports
+from hecate.parallel.placement import Placement
+from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.topology import Topology
+
+PlanMode = Literal["history", "calibrated", "exact"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """One layer's part of a plan, and the loads it was made for."""
+
+    placement: Placement
+    loads_SE: np.ndarray
+    """float64 [source ranks, experts]"""
+    quota_ED: np.ndarray | None
+    """see `Plan.quota_LED`"""
+
+    @property
+    def dispatches(self) -> bool:
+        """May a token have to leave its rank?"""
+        return not self.placement.everywhere or self.quota_ED is not None
+
+    def split(self, topology: Topology, source: int) -> np.ndarray:
+        """float64 [experts, ranks]: see `token_split`."""
+        return token_split(self.placement.where_ED, self.loads_SE, self.quota_ED, topology, source)
+
+    def flow(self, loads_SE: np.ndarray, topology: Topology) -> Flows:
+        """How choices travel that are not those it was made for."""
+        return executed_flows(self.placement.where_ED, self.quota_ED, self.loads_SE.T, loads_SE.T.astype(np.float64), topology)
+
+    def served(self, loads_SE: np.ndarray, topology: Topology) -> np.ndarray:
+        """float64 [ranks]: choices that each rank serves when such loads come."""
+        return served(self.flow(loads_SE, topology)).sum(0)
+
+
+def layer_plan(plan: Plan, given: PlanInput, index: int) -> LayerPlan:
+    """A layer's part of a plan; `index` is its place in the input."""
+    quota_ED = None if plan.quota_LED is None else plan.quota_LED[index]
+    return LayerPlan(plan.placement(index), given.tokens_LED[index].T, quota_ED)
+
+
+def one_layer(given: PlanInput, index: int, loads_SE: np.ndarray, resident_ED: np.ndarray | None = None) -> PlanInput:
+    """What a planner is given for one of several layers, whose loads are known.
+
+    Args:
+        resident_ED: see `PlanInput.resident_LED`, of this layer.
+    """
+    return replace(
+        given,
+        owner_LE=given.owner_LE[index : index + 1],
+        loads_LSE=loads_SE[None].astype(np.float64),
+        resident_LED=None if resident_ED is None else resident_ED[None],
+    )
+
+
+def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan, *, rematerialize: bool) -> float:
+    """Seconds that a layer's micro-step is predicted to gain by `better` in place of `present`, whose replicas are here already.
+
+    What is missing for it travels when the gate has spoken, with nothing left to hide it, and counts in full. Dispatch, experts and the
+    backward pass count on both sides; the gather that was hidden behind attention is done and counts on neither.
+
+    Args:
+        given: one layer under its true loads.
+    """
+    owner_E = given.owner_LE[0]
+    missing_ED, owned_ED = better.placement.where_ED & ~present.placement.where_ED, given.owned_LED[0]
+    brought = float(
+        transfer_seconds(gather_ports(owner_E, missing_ED | owned_ED, given.topology), given.cost.trainable_bytes, given.topology)
+    )
+    if given.cost.frozen_bytes:
+        fresh_ED = missing_ED if given.resident_LED is None else missing_ED & ~given.resident_LED[0]
+        ports = gather_ports(owner_E, fresh_ED | owned_ED, given.topology)
+        brought += float(transfer_seconds(ports, given.cost.frozen_bytes, given.topology))
+    return _after_gate(given, present, rematerialize) - _after_gate(given, better, rematerialize) - brought
+
+
+def _after_gate(given: PlanInput, plan: LayerPlan, rematerialize: bool) -> float:
+    assert given.loads_LSE is not None
+    flow = plan.flow(given.loads_LSE[0], given.topology)
+    seconds: LayerSeconds = layer_seconds(
+        given.owner_LE[0],
+        plan.placement.where_ED,
+        served(flow),
+        given.tokens_LED[0],
+        given.topology,
+        replace(given.cost, frozen_bytes=0.0),
+        flow=flow,
+        rematerialize=rematerialize,
+    )
+    attention = given.cost.non_moe_flops / min(given.topology.flops)
+    hidden_before = exposed_seconds(attention, seconds.gather, given.topology.overlap_slowdown)
+    return float(seconds.total - seconds.optimizer - hidden_before)
+
+
+def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> np.ndarray:
+    """int64 [ranks, n]: every rank's counts [n]. Every rank must call it."""
+    if dist.get_world_size(group) == 1:
+        return count[None].cpu().numpy()
+    gathered = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, count, group=group)
+    return torch.stack(gathered).cpu().numpy()
