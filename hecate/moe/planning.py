@@ -66,8 +66,10 @@ def one_layer(given: PlanInput, index: int, loads_SE: np.ndarray, resident_ED: n
     """What a planner is given for one of several layers, whose loads are known.
 
     Args:
-        resident_ED: see `PlanInput.resident_LED`, of this layer.
+        resident_ED: bool [experts, ranks], see `PlanInput.resident_LED`; None: as `given` has it.
     """
+    if resident_ED is None and given.resident_LED is not None:
+        resident_ED = given.resident_LED[index]
     return replace(
         given,
         owner_LE=given.owner_LE[index : index + 1],
