@@ -191,7 +191,7 @@ class _MixloraFfn(torch.autograd.Function):
         a_in, a_down, b_down, b_in = _matrices(pairs, dtype)
         d_pairs: list[Any] = [None if p is None else torch.zeros_like(p) for p in pairs[:2]]
         da_down, db_down = d_pairs
-        da_in = None if a_in is None else torch.zeros_like(a_in, dtype=pairs[2].dtype)
+        da_in: Any = None if a_in is None else torch.zeros_like(a_in, dtype=pairs[2].dtype)
         db_in = [torch.zeros_like(b) for b in pairs[2 + len(b_in) :]]
         dy_TD = grads[0].contiguous()
         dhidden_TF = dy_TD @ base.down_DF
@@ -256,7 +256,8 @@ def _matrices(pairs: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, 
     Gate and up share their input, so one GEMM shrinks it for both. Their copy is made anew in the backward pass: what is saved for that
     are views of the replicas, so that the engine can free them between the passes.
     """
-    a_down, b_down, *rest = (None if p is None else p.detach().to(dtype) for p in pairs)
+    converted: list[Any] = [None if p is None else p.detach().to(dtype) for p in pairs]
+    a_down, b_down, *rest = converted
     inputs = len(rest) // 2
     return torch.cat(rest[:inputs], dim=1) if rest else None, a_down, b_down, rest[inputs:]
 

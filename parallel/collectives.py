@@ -51,9 +51,7 @@ class Handle(Generic[T]):
         return self._result
 
 
-def sparse_all_gather(
-    owned_nC: Tensor, placement: Placement, group: dist.ProcessGroup, into_SC: Tensor | None = None
-) -> Handle[Tensor]:
+def sparse_all_gather(owned_nC: Tensor, placement: Placement, group: dist.ProcessGroup, into_SC: Tensor | None = None) -> Handle[Tensor]:
     """Start copying the experts of `placement` from their owners to the ranks that need them.
 
     Every rank of the group must call it, in the same order, with the same placement; ranks are those of the group. The owned

@@ -144,7 +144,7 @@ def _check_prefetch(values: Mapping[str, Any], add: Add) -> None:
         what = f"{ahead} has no use with fssdp.plan=exact: nothing can travel before the layer's gate"
         add("fssdp.prefetch", what, "leave it at 1, or set fssdp.rematerialize, whose backward pass gathers ahead")
     if plan == "calibrated" and ahead == 0:
-        add("fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated, got 0", "without anything ahead there is nothing to mend: use exact")
+        add("fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated, got 0", "with nothing ahead of the gate use exact")
 
 
 def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:

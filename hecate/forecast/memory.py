@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hecate.forecast.run_shape import PROJECTIONS, ExpertLayers, RunShape
+from hecate.forecast.run_shape import ExpertLayers, RunShape
 from hecate.parallel.placement import contiguous_owners
 
 PHASES = ("forward", "backward", "optimizer")

@@ -50,7 +50,8 @@ class ExpertFamily(Protocol):
     ) -> Tensor:
         """The weighted sum of each token's experts that are here, [T, D]; differentiable in replicas, x and weights.
 
-        The result must depend on `replicas_SC` in autograd's eyes even if there is no token.
+        The result must depend on `replicas_SC` in autograd's eyes even if there is no token. What is saved of the replicas for the
+        backward pass must be views of them: their memory may be freed in between, and filled again.
 
         Args:
             replicas_SC: the chunks materialized here.

@@ -120,3 +120,24 @@ def test_attention_adapters_by_their_formula(one_rank: dist.ProcessGroup) -> Non
 def test_flops_outside_the_ffn_by_hand() -> None:
     """q and o 16 x 16, k and v 8 x 16: 768 multiply-adds."""
     assert non_moe_flops_per_token(tiny("llama")) == 2 * 768
+
+
+@pytest.mark.parametrize(
+    ("ahead", "started"),
+    [(0, []), (1, [(0, 0), (2, 2)]), (2, [(0, 0), (1, 2), (2, 2)]), (3, [(0, 0), (0, 2), (1, 2), (2, 2)])],
+)
+def test_gathers_start_so_many_decoder_layers_ahead(one_rank: dist.ProcessGroup, ahead: int, started: list[tuple[int, int]]) -> None:
+    """By decoder layers, the middle one without experts; starting again what is under way does nothing."""
+    model = tiny("llama")
+    plan = SurgeryPlan((3, 0, 3), 2, LoraShape(rank=2, scale=2.0, dropout=0.0), FFN, seed=1)
+    config = EngineConfig(POLICIES["full"], local_topology(1, cuda=False), prefetch=ahead)
+    moe = insert_experts(model, plan, config, ExpertGroups(one_rank, one_rank))
+    seen: list[tuple[int, int]] = []
+    begun: list[int] = []
+    moe.engine.prefetch = lambda layer: seen.append((begun[-1], layer))  # type: ignore[method-assign]
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: begun.append(index), prepend=True)
+    moe.engine.begin_step(0)
+    with torch.no_grad():
+        model(token_ids(), use_cache=False)
+    assert seen == started

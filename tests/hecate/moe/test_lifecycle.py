@@ -80,9 +80,7 @@ def test_autograd_keeps_no_copy_of_the_replicas() -> None:
     x, weight = (torch.randn(TOKENS, n, dtype=torch.float64).requires_grad_() for n in (HIDDEN, 2))
     slot = torch.tensor([[0, 1]]).expand(TOKENS, 2)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        family.compute(
-            replicas, x, slot, weight, expert_S=torch.arange(3), token_T=torch.arange(TOKENS), step=0, training=True
-        )
+        family.compute(replicas, x, slot, weight, expert_S=torch.arange(3), token_T=torch.arange(TOKENS), step=0, training=True)
     others = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() != replicas.untyped_storage().data_ptr()]
     assert len(others) < len(kept)
     assert [len(tensor) for tensor in others] == [TOKENS] * len(others)
@@ -112,13 +110,20 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
         got = step(made, rank)
     for key, grad in got.items():
         torch.testing.assert_close(grad, wanted[key], rtol=1e-12, atol=1e-12)
+    at_home = all((placement.where_ED.sum(1) == 1).all() for placement in made.placements.values())
+    assert at_home == (mode == "calibrated"), "the next micro-step starts from history's plan again"
     alone = [given for given in asked if given.num_layers == 1]
     assert len(alone) == 2 * len(LAYERS), "one plan a layer and micro-step"
     assert all(given.tokens_LED.sum() == 2 * TOKENS * world for given in alone), "the micro-step's own choices"
     loads = {layer: sum(given.loads_LSE[0] for given in alone[layer::4]) for layer in LAYERS}  # type: ignore[misc, index]
     home = [loads[layer].sum(0)[[0, 1, 2]] @ np.eye(world)[made.owners[layer]] for layer in LAYERS]
     assert made.imbalance(loads) == pytest.approx(np.mean([one.max() / one.mean() for one in home])), "all serve the same, one rank on"
-    return made.calibrations
+    calibrations = made.calibrations
+    made.begin_step(1, 2)
+    if mode == "calibrated":
+        predicted = asked[-1]
+        assert predicted.tokens_LED.sum() == len(LAYERS) * 2 * TOKENS * world, "half of the step's, for one of two micro-steps"
+    return calibrations
 
 
 @pytest.mark.parametrize(("mode", "adopt", "calibrations"), [("exact", False, 0), ("calibrated", True, 8), ("calibrated", False, 0)])
