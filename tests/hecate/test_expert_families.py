@@ -237,7 +237,9 @@ def check_case(rank: int, world: int, case: Case) -> dict[str, int]:
             frozen_sent = sum(store.bytes_sent for store in engine.frozen.values())
             owners = {layer: rng.integers(0, world, size=EXPERTS) for layer in LAYERS}
             lacking = sum(
-                int((~engine.frozen[layer].resident_ED[np.arange(EXPERTS), owner_E]).sum()) for layer, owner_E in owners.items() if engine.frozen
+                int((~engine.frozen[layer].resident_ED[np.arange(EXPERTS), owner_E]).sum())
+                for layer, owner_E in owners.items()
+                if engine.frozen
             )
             own_bytes = sum(int((owner_E != engine.owners[layer]).sum()) for layer, owner_E in owners.items())
             chunk = engine.stores[LAYERS[0]].chunk_bytes
