@@ -153,12 +153,17 @@ def one_step(
         y = y.view(tokens, k, -1).sum(1)
     else:
         y = engine.experts(0, x, expert, weight, torch.arange(len(x)), count=True)
+    if hasattr(engine, "begin_backward"):  # of an engine that can free replicas between the two passes
+        engine.begin_backward()
     y.backward(torch.ones_like(y))
     return y, engine.finish_step()
 
 
 class Formula:
-    """The layer by its plain formula, over the experts of all ranks: the output for this rank's tokens, and gradients. Every rank makes one."""
+    """The layer by its plain formula, over the experts of all ranks: the output for this rank's tokens, and gradients.
+
+    Every rank must make one.
+    """
 
     def __init__(self, family: ExpertFamily, rank: int, shape: Shape, expert: Tensor, weight: Tensor) -> None:
         self.x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(9 + rank)).requires_grad_()
