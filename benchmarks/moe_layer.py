@@ -1,176 +1,174 @@
-"""One MixLoRA layer, forward and backward, on 2 gloo ranks of one thread: policies side by side under skewed and balanced routing.
+"""One MoE layer, forward and backward, on 2 gloo ranks of one thread: policies side by side under balanced and skewed routing.
 
-The layer is the engine's own, with the collectives of a real step: gather, dispatch where the placement asks for it, combine, reduce.
-All policies alternate in the same processes; a sample is the slowest rank's time.
+Three kinds of experts: LoRA over a dense base, full experts, LoRA over the frozen experts of an MoE base. The layer is the engine's own,
+with the collectives of a real step: gather, dispatch where the placement asks for it, combine, reduce. Before the experts, for all policies
+alike, run four hidden x hidden projections, the GEMMs of an attention (trained with full experts, else frozen): the gather starts before
+them and the reduction ends behind their backward pass, as in a step. All policies alternate in the same processes; a sample is the slowest
+rank's time. Plans are made for this machine as measured at the start.
 
 `static_ep` is ours: a token travels once per rank and pays one base FFN there, whatever number of its experts is there.
 `ep_per_choice` is expert parallelism as the textbook (and Megatron's dispatcher) has it: every (token, choice) pair travels and pays a
-base FFN of its own.
+base FFN of its own. `static_ep, balanced` has equal odds for all experts whatever the routing of the others: what a perfectly balanced
+layer takes, measured in the same minutes.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.moe_layer_parts import KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
 from benchmarks.report import arguments, finish
-from hecate.kernels.mixlora_inputs import FfnBase
-from hecate.kernels.mixlora_reference import mixlora_ffn_reference
-from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
-from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.moe.engine import EngineConfig, ExpertGroups
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
+from hecate.parallel.topology import Topology
+from hecate.profile.probe import ProbeSizes
+from hecate.profile.run import profile
+from hecate.train.ranks import Ranks
 from tests.ranks import run_ranks
 
 WORLD = 2
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PER_CHOICE = "ep_per_choice"
-ROUTINGS = ("zipf(1.2)", "balanced")
+BALANCED = "static_ep, balanced"
+REMATERIALIZE = "full, rematerialize"
+WARM_UP = 1
+"""steps before the first sample: that without history"""
+PROBES = ProbeSizes(matmul=1024, copy_bytes=1 << 26, small_bytes=1 << 10, large_bytes=1 << 24, seconds=0.5)
 
 
 @dataclass(frozen=True)
-class Shape:
-    hidden: int = 512
-    ffn: int = 1408
-    rank: int = 16
-    experts: int = 8
-    top_k: int = 2
-    tokens: int = 2048
-    """per rank"""
+class Variant:
+    """A policy, and how it is run."""
+
+    policy: str
+    per_choice: bool = False
+    balanced: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def route(routing: str, shape: Shape, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(experts, weights) of each token: k different experts drawn with Zipf or equal probabilities, expert 0 the hottest."""
-    rng = np.random.default_rng(seed)
-    odds = np.arange(1, shape.experts + 1, dtype=np.float64) ** (-1.2 if routing.startswith("zipf") else 0.0)
-    # Exponential races draw without replacement with the given odds.
-    arrival = rng.exponential(size=(shape.tokens, shape.experts)) / odds
-    expert = np.argsort(arrival, axis=1)[:, : shape.top_k]
-    weight = rng.random((shape.tokens, shape.top_k)) + 0.5
-    return torch.from_numpy(expert), torch.from_numpy(weight / weight.sum(1, keepdims=True)).float()
+def variants(kind: str, policies: Collection[str]) -> dict[str, Variant]:
+    named = {policy: Variant(policy) for policy in policies}
+    named[BALANCED] = Variant("static_ep", balanced=True)
+    if kind == "lora_dense":
+        named[PER_CHOICE] = Variant("static_ep", per_choice=True)
+    known = {option.name for option in fields(EngineConfig)}
+    if "rematerialize" in known and kind == "lora_dense":
+        named[REMATERIALIZE] = Variant("full", options={"rematerialize": True})
+    if "plan" in known:
+        named["auto, exact"] = Variant("auto", options={"plan": "exact"})
+    return named
 
 
-def make_engine(policy: str, shape: Shape, groups: ExpertGroups) -> Engine:
-    random = torch.Generator().manual_seed(0)
-    base = FfnBase(
-        torch.randn(shape.ffn, shape.hidden, generator=random) / shape.hidden**0.5,
-        torch.randn(shape.ffn, shape.hidden, generator=random) / shape.hidden**0.5,
-        torch.randn(shape.hidden, shape.ffn, generator=random) / shape.ffn**0.5,
-        "silu",
-    )
-    family = MixLoraExperts(
-        base, LoraShape(shape.rank, 2.0, 0.0), PROJECTIONS, layer=0, num_experts=shape.experts, seed=0, master_dtype=torch.float32
-    )
-    # What would hide the gather: this layer's attention, four hidden x hidden projections.
-    flops = 8.0 * shape.hidden**2 * shape.tokens
-    engine = Engine({0: family}, EngineConfig(POLICIES[policy], local_topology(WORLD, cuda=False), non_moe_flops=flops), groups)
-    for (_, expert), chunk in engine.named_parameters().items():
-        values = torch.randn(chunk.shape, generator=torch.Generator().manual_seed(expert))
-        chunk.data.copy_(values * 0.02)
-    return engine
+def measured_topology(rank: int, groups: ExpertGroups) -> Topology:
+    """This machine, the same on every rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        return profile(Ranks(rank, WORLD, torch.device("cpu"), groups), Path(folder) / "topology.yaml", PROBES)
 
 
-def one_step(
-    engine: Engine, step: int, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor, *, per_choice: bool = False
-) -> tuple[torch.Tensor, dict[int, np.ndarray]]:
-    engine.begin_step(step)
-    engine.last_micro_step()
-    if per_choice:
-        tokens, k = expert.shape
-        token = torch.arange(tokens).repeat_interleave(k)
-        y = engine.experts(0, x.repeat_interleave(k, 0), expert.reshape(-1, 1), weight.reshape(-1, 1), token, count=True)
-        y = y.view(tokens, k, -1).sum(1)
-    else:
-        y = engine.experts(0, x, expert, weight, torch.arange(len(x)), count=True)
-    y.backward(torch.ones_like(y))
-    return y, engine.finish_step()
-
-
-def check(engine: Engine, rank: int, shape: Shape, expert: torch.Tensor, weight: torch.Tensor, *, per_choice: bool) -> None:
-    """The layer's output and gradients against the plain formula over the experts of both ranks. Raises AssertionError."""
-    x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(9 + rank)).requires_grad_()
-    y, _ = one_step(engine, 0, x, expert, weight, per_choice=per_choice)
-    family = engine.families[0]
-    assert isinstance(family, MixLoraExperts)
-    chunks = torch.stack(
-        [torch.randn(family.init_chunk(0).shape, generator=torch.Generator().manual_seed(e)) * 0.02 for e in range(shape.experts)]
-    )
-    chunks.requires_grad_()
-    plain_x = x.detach().clone().requires_grad_()
-    wanted = mixlora_ffn_reference(plain_x, expert, weight, family.base, family.pairs(chunks))
-    wanted.backward(torch.ones_like(wanted))
-    assert chunks.grad is not None
-    dist.all_reduce(chunks.grad)
-    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-3, atol=1e-3)
-    for (_, number), parameter in engine.named_parameters().items():
-        assert parameter.grad is not None
-        error = float((parameter.grad - chunks.grad[number]).norm() / chunks.grad[number].norm())
-        assert error < 1e-5, f"gradient of expert {number} is off by {error:.1e}"
-
-
-def bench_rank(rank: int, world: int, shape: Shape, samples: int) -> list[dict[str, Any]]:
+def bench_rank(
+    rank: int, world: int, shape: Shape, kinds: Sequence[str], policies: Collection[str], samples: int
+) -> tuple[list[dict[str, Any]], Topology]:
     default = dist.group.WORLD
     assert default is not None
     groups = ExpertGroups(default, dist.new_group())
-    engines = {policy: make_engine(policy, shape, groups) for policy in POLICIES}
-    engines[PER_CHOICE] = make_engine("static_ep", shape, groups)
+    topology = measured_topology(rank, groups)
     rows = []
-    for routing in ROUTINGS:
-        expert, weight = route(routing, shape, seed=rank)
-        x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-        weight.requires_grad_()
-        for policy, engine in engines.items():
-            check(engine, rank, shape, expert, weight, per_choice=policy == PER_CHOICE)
-        times: dict[str, list[float]] = {policy: [] for policy in engines}
-        sent: dict[str, int] = {}
-        skew: dict[str, float] = {}
-        for sample in range(samples + 2):
-            for policy, engine in engines.items():
-                before = engine.bytes_sent
-                dist.barrier()
-                start = time.perf_counter()
-                _, loads = one_step(engine, sample, x, expert, weight, per_choice=policy == PER_CHOICE)
-                seconds = torch.tensor(time.perf_counter() - start)
-                dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-                if sample >= 2:
-                    times[policy].append(1e3 * seconds.item())
-                total = torch.tensor(engine.bytes_sent - before)
-                dist.all_reduce(total)
-                sent[policy] = int(total)
-                skew[policy] = engine.imbalance(loads)
-        rows += [
-            {
-                "policy": policy,
-                "routing": routing,
-                "ms_median": statistics.median(times[policy]),
-                "ms_min": min(times[policy]),
-                "ms_all": times[policy],
-                "bytes_sent": sent[policy],
-                "imbalance": skew[policy],
-            }
-            for policy in engines
-        ]
-    return rows
+    for kind in kinds:
+        family, named = make_family(kind, shape), variants(kind, policies)
+        before = Projections(shape, trained=kind == "full_experts")
+        formula = Formula(family, rank, shape, *route(ROUTINGS[0], shape, seed=rank))
+        for variant in named.values():
+            engine = make_engine(variant.policy, shape, groups, topology, family, **variant.options)
+            formula.check(engine, per_choice=variant.per_choice)
+        del formula, engine
+        for routing in ROUTINGS:
+            found: dict[str, dict[str, Any]] = {name: {"ms_all": [], "cpu_ms_all": []} for name in named}
+            engines = {name: make_engine(v.policy, shape, groups, topology, family, **v.options) for name, v in named.items()}
+            x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+            for step in range(WARM_UP + samples):
+                for name, engine in engines.items():
+                    expert, weight = route("balanced" if named[name].balanced else routing, shape, seed=rank, step=step)
+                    sent = engine.bytes_sent
+                    dist.barrier()
+                    start, cpu_start = time.perf_counter(), time.process_time()
+                    _, loads = one_step(engine, step, x, expert, weight.requires_grad_(), per_choice=named[name].per_choice, before=before)
+                    ms = 1e3 * torch.tensor([time.perf_counter() - start, time.process_time() - cpu_start])
+                    dist.all_reduce(ms, op=dist.ReduceOp.MAX)
+                    before.zero_grad(set_to_none=True)
+                    x.grad = None
+                    total = torch.tensor(engine.bytes_sent - sent)
+                    dist.all_reduce(total)
+                    if step >= WARM_UP:
+                        found[name]["ms_all"].append(ms[0].item())
+                        found[name]["cpu_ms_all"].append(ms[1].item())
+                    found[name].update(bytes_sent=int(total), imbalance=engine.imbalance(loads))
+            rows += [row(kind, name, routing, **result) for name, result in found.items()]
+    return rows, topology
+
+
+def row(
+    kind: str, policy: str, routing: str, *, ms_all: list[float], cpu_ms_all: list[float], bytes_sent: int, imbalance: float
+) -> dict[str, Any]:
+    """`cpu_ms`: the busier rank's processor time, which says more than the clock on a crowded machine. Bytes and imbalance are the last
+    step's."""
+    return {
+        "kind": kind,
+        "policy": policy,
+        "routing": routing,
+        "ms_median": statistics.median(ms_all),
+        "ms_min": min(ms_all),
+        "cpu_ms_median": statistics.median(cpu_ms_all),
+        "ms_all": ms_all,
+        "cpu_ms_all": cpu_ms_all,
+        "bytes_sent": bytes_sent,
+        "imbalance": imbalance,
+    }
+
+
+def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The clock's ratios; `_cpu`: those of processor times."""
+    by_cpu = {f"{key}_cpu": value for key, value in _ratios(rows, "cpu_ms_median").items()}
+    return {**_ratios(rows, "ms_median"), **by_cpu}
+
+
+def _ratios(rows: Sequence[dict[str, Any]], column: str) -> dict[str, float]:
+    median = {(row["kind"], row["policy"], row["routing"]): row[column] for row in rows}
+    kinds = {row["kind"] for row in rows}
+    summary = {}
+    if "lora_dense" in kinds:
+        dense = {key[1:]: value for key, value in median.items() if key[0] == "lora_dense"}
+        for routing, name in (("zipf(1.2)", "zipf"), ("balanced", "balanced")):
+            summary[f"{name}_speedup_over_static_ep"] = dense["static_ep", routing] / dense["hecate", routing]
+            summary[f"{name}_auto_speedup_over_static_ep"] = dense["static_ep", routing] / dense["auto", routing]
+            summary[f"{name}_speedup_over_ep_per_choice"] = dense[PER_CHOICE, routing] / dense["hecate", routing]
+        if (REMATERIALIZE, "zipf(1.2)") in dense:
+            summary["rematerialize_slowdown"] = dense[REMATERIALIZE, "zipf(1.2)"] / dense["full", "zipf(1.2)"]
+    for kind in ("full_experts", "frozen_moe"):
+        for policy in ("auto", "auto, exact"):
+            over = [median[kind, policy, r] / median[kind, BALANCED, r] for r in ROUTINGS if (kind, policy, r) in median]
+            if over:
+                summary[f"{kind}_{'exact_' if 'exact' in policy else ''}worst_over_balanced_ep"] = max(over)
+    return summary
 
 
 def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
-    rows = run_ranks(WORLD, bench_rank, Shape(), 3 if options.quick else 15, timeout=600)[0]
-    median = {(row["policy"], row["routing"]): row["ms_median"] for row in rows}
-    summary = {
-        "zipf_speedup_over_static_ep": median["static_ep", ROUTINGS[0]] / median["hecate", ROUTINGS[0]],
-        "balanced_speedup_over_static_ep": median["static_ep", ROUTINGS[1]] / median["hecate", ROUTINGS[1]],
-        "zipf_speedup_over_ep_per_choice": median[PER_CHOICE, ROUTINGS[0]] / median["hecate", ROUTINGS[0]],
-        "balanced_speedup_over_ep_per_choice": median[PER_CHOICE, ROUTINGS[1]] / median["hecate", ROUTINGS[1]],
-    }
-    finish("moe_layer", rows, summary, options.json)
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind of experts; may be given more than once")
+    options = parser.parse_args()
+    # With four samples the rotating expert moves twice.
+    shape, samples = (Shape(hidden=256, ffn=704, tokens=512), 2) if options.quick else (Shape(), 4)
+    rows, topology = run_ranks(WORLD, bench_rank, shape, options.kind or KINDS, list(POLICIES), samples, timeout=1800)[0]
+    link = topology.intra_node
+    print(f"measured: {topology.flops[0]:.3g} FLOP/s, {link.bandwidth:.3g} B/s, {link.latency:.3g} s, slowdown {topology.overlap_slowdown}")
+    finish("moe_layer", rows, summary_of(rows), options.json)
 
 
 if __name__ == "__main__":

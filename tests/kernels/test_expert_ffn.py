@@ -166,7 +166,7 @@ def test_fp32_and_bf16_with_fp32_masters(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_formula_by_finite_differences(kind: str) -> None:
     """The references' gradients are autograd's; the fast versions' are written by hand, and checked here without either."""
-    run, fast, _ = KINDS[kind]
+    _, fast, _ = KINDS[kind]
     given = Inputs(Case(tokens=3, hidden=2, ffn=3, slots=2, elsewhere=0.2), None)
     if kind == "full":
         inputs = (given.named["x"], given.named["weight"], given.normal(2, given.shape.numel))

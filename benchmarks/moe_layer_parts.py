@@ -1,0 +1,199 @@
+"""What the layer of `moe_layer` is made of: three kinds of experts, the routings, one step, and the check against the formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hecate.kernels.expert_ffn_inputs import FfnShape
+from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
+from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase
+from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.family import ExpertFamily
+from hecate.moe.frozen_moe import FrozenMoeLora
+from hecate.moe.full_experts import FullExperts
+from hecate.moe.lora_pairs import LoraShape
+from hecate.moe.mixlora import MixLoraExperts
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import Topology
+
+KINDS = ("lora_dense", "full_experts", "frozen_moe")
+"""LoRA experts over a dense base; experts that are all trained; LoRA over the frozen experts of an MoE base"""
+ROUTINGS = ("zipf(1.2)", "balanced", "hot", "rotating")
+ROTATION = 2
+"""steps between two moves of the rotating hot expert: fewer than the history that a plan is made from"""
+_HOT_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int = 512
+    ffn: int = 1408
+    rank: int = 16
+    experts: int = 8
+    top_k: int = 2
+    tokens: int = 2048
+    """per rank"""
+
+    @property
+    def expert(self) -> FfnShape:
+        return FfnShape(self.hidden, self.ffn, "silu")
+
+    @property
+    def attention_flops(self) -> float:
+        """Of `Projections`, forward."""
+        return 8.0 * self.hidden**2 * self.tokens
+
+
+class Projections(nn.Module):
+    """Four hidden x hidden matrices before the experts, the GEMMs of an attention: what a step has to hide transfers behind."""
+
+    def __init__(self, shape: Shape, *, trained: bool) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        size = (shape.hidden, shape.hidden)
+        weights = [torch.randn(size, generator=random) / shape.hidden**0.5 for _ in range(4)]
+        self.weights = nn.ParameterList([nn.Parameter(weight, requires_grad=trained) for weight in weights])
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        for weight in self.weights:
+            x_TD = x_TD @ weight.T
+        return x_TD
+
+
+def route(routing: str, shape: Shape, seed: int, step: int = 0) -> tuple[Tensor, Tensor]:
+    """(experts, weights) of each token: k different experts, drawn anew for each seed and step.
+
+    balanced: with equal odds. zipf(1.2): Zipf odds, expert 0 the hottest. hot: one expert is the first choice of half of the tokens, all
+    else equal. rotating: hot, and the hot expert another one every `ROTATION` steps, in turn of either rank.
+    """
+    rng = np.random.default_rng([seed, step])
+    odds = np.arange(1, shape.experts + 1, dtype=np.float64) ** (-1.2 if routing.startswith("zipf") else 0.0)
+    # Exponential races draw without replacement with the given odds.
+    arrival = rng.exponential(size=(shape.tokens, shape.experts)) / odds
+    if routing in ("hot", "rotating"):
+        turn = step // ROTATION if routing == "rotating" else 0
+        hot = (turn * (shape.experts // 2 + 1)) % shape.experts
+        arrival[rng.random(shape.tokens) < (_HOT_SHARE * shape.experts - 1) / (shape.experts - 1), hot] = 0.0
+    expert = np.argsort(arrival, axis=1)[:, : shape.top_k]
+    weight = rng.random((shape.tokens, shape.top_k)) + 0.5
+    return torch.from_numpy(expert), torch.from_numpy(weight / weight.sum(1, keepdims=True)).float()
+
+
+def make_family(kind: str, shape: Shape) -> ExpertFamily:
+    """A family whose chunks are random, B included, and made once for all engines."""
+    family = _family(kind, shape)
+    numel = family.layout().trainable_numel
+    chunks = [torch.randn(numel, generator=torch.Generator().manual_seed(expert)) * 0.02 for expert in range(shape.experts)]
+    family.init_chunk = chunks.__getitem__  # type: ignore[method-assign]
+    return family
+
+
+def _family(kind: str, shape: Shape) -> ExpertFamily:
+    lora = LoraShape(shape.rank, 2.0, 0.0)
+    if kind == "lora_dense":
+        gate_up, down = shape.expert.matrices(weights(shape, 0))
+        base = FfnBase(*gate_up.chunk(2), down, "silu")
+        return MixLoraExperts(base, lora, PROJECTIONS, layer=0, num_experts=shape.experts, seed=0, master_dtype=torch.float32)
+    named: dict[str, Any] = {
+        "layer": 0,
+        "num_experts": shape.experts,
+        "seed": 0,
+        "master_dtype": torch.float32,
+        "compute_dtype": torch.float32,
+    }
+    if kind == "full_experts":
+        return FullExperts(shape.expert, device=torch.device("cpu"), **named)
+    frozen = [weights(shape, expert) for expert in range(shape.experts)]
+    return FrozenMoeLora(shape.expert, frozen.__getitem__, lora, PROJECTIONS, **named)
+
+
+def weights(shape: Shape, expert: int) -> Tensor:
+    """The weights of a gated FFN, flat."""
+    random = torch.Generator().manual_seed(1000 + expert)
+    sizes = (shape.hidden, shape.hidden, shape.ffn)
+    return torch.cat([torch.randn(shape.hidden * shape.ffn, generator=random) / size**0.5 for size in sizes])
+
+
+def make_engine(
+    policy: str, shape: Shape, groups: ExpertGroups, topology: Topology, family: ExpertFamily | None = None, **options: Any
+) -> Engine:
+    """An engine of one layer. `options`: of the `EngineConfig`."""
+    family = family or make_family("lora_dense", shape)
+    config = EngineConfig(POLICIES[policy], topology, top_k=shape.top_k, non_moe_flops=shape.attention_flops, **options)
+    return Engine({0: family}, config, groups)
+
+
+def one_step(
+    engine: Engine,
+    step: int,
+    x: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    *,
+    per_choice: bool = False,
+    before: Projections | None = None,
+) -> tuple[Tensor, dict[int, np.ndarray]]:
+    """Forward and backward. `per_choice`: as if each choice were a token of its own. `before`: runs while the gather does."""
+    engine.begin_step(step)
+    engine.last_micro_step()
+    engine.prefetch(0)
+    if before is not None:
+        x = before(x)
+    if per_choice:
+        tokens, k = expert.shape
+        token = torch.arange(tokens).repeat_interleave(k)
+        y = engine.experts(0, x.repeat_interleave(k, 0), expert.reshape(-1, 1), weight.reshape(-1, 1), token, count=True)
+        y = y.view(tokens, k, -1).sum(1)
+    else:
+        y = engine.experts(0, x, expert, weight, torch.arange(len(x)), count=True)
+    if hasattr(engine, "begin_backward"):  # of an engine that can free replicas between the two passes
+        engine.begin_backward()
+    y.backward(torch.ones_like(y))
+    return y, engine.finish_step()
+
+
+class Formula:
+    """The layer by its plain formula, over the experts of all ranks: the output for this rank's tokens, and gradients.
+
+    Every rank must make one.
+    """
+
+    def __init__(self, family: ExpertFamily, rank: int, shape: Shape, expert: Tensor, weight: Tensor) -> None:
+        self.x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(9 + rank)).requires_grad_()
+        self.routed = expert, weight
+        chunks = torch.stack([family.init_chunk(e) for e in range(shape.experts)]).requires_grad_()
+        self.y = _formula(family, shape, self.x, expert, weight, chunks)
+        self.dx, self.dchunks = torch.autograd.grad(self.y, (self.x, chunks), torch.ones_like(self.y))
+        dist.all_reduce(self.dchunks)
+
+    def check(self, engine: Engine, *, per_choice: bool = False) -> None:
+        """Raises AssertionError where the engine's first step comes to something else."""
+        x = self.x.detach().clone().requires_grad_()
+        y, _ = one_step(engine, 0, x, *self.routed, per_choice=per_choice)
+        torch.testing.assert_close(y, self.y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x.grad, self.dx, rtol=1e-3, atol=1e-3)
+        for (_, number), parameter in engine.named_parameters().items():
+            assert parameter.grad is not None
+            error = float((parameter.grad - self.dchunks[number]).norm() / self.dchunks[number].norm())
+            assert error < 1e-5, f"gradient of expert {number} is off by {error:.1e}"
+
+
+def check(engine: Engine, rank: int, shape: Shape, expert: Tensor, weight: Tensor, *, per_choice: bool) -> None:
+    """The layer's output and gradients against the plain formula. Every rank must call it. Raises AssertionError."""
+    Formula(engine.families[0], rank, shape, expert, weight).check(engine, per_choice=per_choice)
+
+
+def _formula(family: ExpertFamily, shape: Shape, x: Tensor, expert: Tensor, weight: Tensor, chunks: Tensor) -> Tensor:
+    if isinstance(family, MixLoraExperts):
+        return mixlora_ffn_reference(x, expert, weight, family.base, family.pairs(chunks))
+    if isinstance(family, FrozenMoeLora):
+        frozen = [weights(shape, e) for e in range(shape.experts)]
+        return lora_expert_ffn_reference(x, expert, weight, frozen, family.pairs(chunks), shape.expert)
+    return full_expert_ffn_reference(x, expert, weight, chunks, shape.expert)
