@@ -25,7 +25,7 @@ from hecate.kernels.mixlora_reference import mixlora_ffn_reference
 from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
+from hecate.parallel.topology import Topology, local_topology
 from tests.ranks import run_ranks
 
 WORLD = 2
@@ -56,7 +56,11 @@ def route(routing: str, shape: Shape, seed: int) -> tuple[torch.Tensor, torch.Te
     return torch.from_numpy(expert), torch.from_numpy(weight / weight.sum(1, keepdims=True)).float()
 
 
-def make_engine(policy: str, shape: Shape, groups: ExpertGroups) -> Engine:
+def make_engine(policy: str, shape: Shape, groups: ExpertGroups, topology: Topology | None = None) -> Engine:
+    """
+    Args:
+        topology: what to plan with; None: this machine's, roughly.
+    """
     random = torch.Generator().manual_seed(0)
     base = FfnBase(
         torch.randn(shape.ffn, shape.hidden, generator=random) / shape.hidden**0.5,
@@ -69,7 +73,8 @@ def make_engine(policy: str, shape: Shape, groups: ExpertGroups) -> Engine:
     )
     # What would hide the gather: this layer's attention, four hidden x hidden projections.
     flops = 8.0 * shape.hidden**2 * shape.tokens
-    engine = Engine({0: family}, EngineConfig(POLICIES[policy], local_topology(WORLD, cuda=False), non_moe_flops=flops), groups)
+    topology = topology or local_topology(WORLD, cuda=False)
+    engine = Engine({0: family}, EngineConfig(POLICIES[policy], topology, top_k=shape.top_k, non_moe_flops=flops), groups)
     for (_, expert), chunk in engine.named_parameters().items():
         values = torch.randn(chunk.shape, generator=torch.Generator().manual_seed(expert))
         chunk.data.copy_(values * 0.02)

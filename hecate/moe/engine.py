@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hecate.moe.family import ExpertFamily
 from hecate.parallel.dispatch import combine, dispatch
-from hecate.parallel.flows import token_split
+from hecate.parallel.flows import nothing_travels, token_split
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere
 from hecate.parallel.planners import PlanInput, Planner
@@ -244,7 +244,7 @@ class Engine:
         self.placements[layer] = placement
         self._planned[layer] = (loads_SE, quota_ED)
         self._splits.pop(layer, None)
-        if not placement.everywhere or quota_ED is not None:  # else every choice stays on its rank
+        if not nothing_travels(placement.where_ED, loads_SE, quota_ED, self.config.topology):
             self._splits[layer] = self._split(layer, self.rank)
 
     def _split(self, layer: int, source: int) -> np.ndarray:
