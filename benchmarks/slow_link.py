@@ -1,8 +1,9 @@
 """The MixLoRA layer of `moe_layer` over a link of 1 Gbit/s between two network namespaces: two nodes, of one and of two ranks each.
 
 The topology that policies plan with is measured first, on the same ranks: matmuls side by side and all-to-alls across. All policies
-alternate in the same processes; a sample is the slowest rank's time. `bytes_sent` is what the engines count, between all ranks;
-`bytes_across` what the link's two ends counted, with headers, acknowledgements and the exchange of loads. Needs root.
+alternate in the same processes; a sample is the slowest rank's time. Where it goes: `cpu_ms_min` is the CPU time of the rank that
+computed most, `link_ms` the least that the link's busier direction needs at its rate. `bytes_sent` is what the engines count, between all
+ranks; `bytes_across` what the link's two ends counted, with headers, acknowledgements and the exchange of loads. Needs root.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from tests.namespaces import bytes_out, missing_for_slow_link, slow_link
 from tests.ranks import run_ranks
 
 RATE = "1gbit"
+RATE_BYTES = 1e9 / 8
+"""the same per second"""
 SETTINGS = {"2 nodes x 1": (0, 1), "2 nodes x 2": (0, 0, 1, 1)}
 """name -> node of each rank"""
 ROUTINGS = ("zipf(1.2)", "balanced")
@@ -91,22 +94,27 @@ def bench_rank(
             engine.history.load_state_dict([])  # the loads that the next plans are made from are this routing's only
             check(engine, rank, shape, expert, weight, per_choice=policy == PER_CHOICE)
         times: dict[str, list[float]] = {policy: [] for policy in engines}
+        cpu: dict[str, list[float]] = {policy: [] for policy in engines}
         facts: dict[str, dict[str, Any]] = {}
         for sample in range(samples + 1):
             for policy, engine in engines.items():
                 sent, across = engine.bytes_sent, bytes_out()
                 dist.barrier()
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 _, loads = one_step(engine, sample, x, expert, weight, per_choice=policy == PER_CHOICE)
-                seconds = torch.tensor(time.perf_counter() - start)
+                seconds = torch.tensor([time.perf_counter() - start, time.process_time() - cpu_start])
                 dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+                left = torch.tensor([engine.bytes_sent - sent, (bytes_out() - across) * first_of_node])
+                busier = left[1].clone()
+                dist.all_reduce(left)
+                dist.all_reduce(busier, op=dist.ReduceOp.MAX)
                 if sample >= 1:
-                    times[policy].append(1e3 * seconds.item())
-                total = torch.tensor([engine.bytes_sent - sent, (bytes_out() - across) * first_of_node])
-                dist.all_reduce(total)
+                    times[policy].append(1e3 * float(seconds[0]))
+                    cpu[policy].append(1e3 * float(seconds[1]))
                 facts[policy] = {
-                    "bytes_sent": int(total[0]),
-                    "bytes_across": int(total[1]),
+                    "link_ms": 1e3 * int(busier) / RATE_BYTES,
+                    "bytes_sent": int(left[0]),
+                    "bytes_across": int(left[1]),
                     "replicas": int(engine.placements[0].where_ED.sum()) - shape.experts,
                     "imbalance": engine.imbalance(loads),
                 }
@@ -117,6 +125,7 @@ def bench_rank(
                 "ms_median": statistics.median(times[policy]),
                 "ms_min": min(times[policy]),
                 "ms_all": times[policy],
+                "cpu_ms_min": min(cpu[policy]),
                 **facts[policy],
                 "gflops_per_rank": min(topology.flops) / 1e9,
                 "uplink_gbit_per_s": min(topology.uplink_bandwidth) * 8e-9,
