@@ -80,6 +80,7 @@ def bytes_out() -> int:
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
     def leave(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not stop the clearing up
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,3 +62,15 @@ def test_the_link_carries_what_the_plan_says() -> None:
             planned = far_D[CASE.topology.ranks_of_node(node)].sum()
             # The rest is headers, acknowledgements of what comes the other way, and barriers.
             assert planned <= counts[node][number] <= 1.06 * planned + 2**16, (number, node)
+
+
+def test_a_terminated_program_leaves_no_namespace() -> None:
+    program = "import tests.namespaces as n, time\nwith n.slow_link() as names: print(*names, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        names = process.stdout.readline().split()
+        assert len(names) == 2
+        assert all(Path("/run/netns", name).exists() for name in names)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not any(Path("/run/netns", name).exists() for name in names)
