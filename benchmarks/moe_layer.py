@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,8 @@ def variants(kind: str, policies: Collection[str]) -> dict[str, Variant]:
     named[BALANCED] = Variant("static_ep", balanced=True)
     if kind == "lora_dense":
         named[PER_CHOICE] = Variant("static_ep", per_choice=True)
-    known = {option.name for option in fields(EngineConfig)}
-    if "rematerialize" in known and kind == "lora_dense":
         named[REMATERIALIZE] = Variant("full", options={"rematerialize": True})
-    if "plan" in known:
-        named["auto, exact"] = Variant("auto", options={"plan": "exact"})
+    named["auto, exact"] = Variant("auto", options={"plan": "exact"})
     return named
 
 

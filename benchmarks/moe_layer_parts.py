@@ -153,8 +153,7 @@ def one_step(
         y = y.view(tokens, k, -1).sum(1)
     else:
         y = engine.experts(0, x, expert, weight, torch.arange(len(x)), count=True)
-    if hasattr(engine, "begin_backward"):  # of an engine that can free replicas between the two passes
-        engine.begin_backward()
+    engine.begin_backward()
     y.backward(torch.ones_like(y))
     return y, engine.finish_step()
 

@@ -92,6 +92,16 @@ def token_split(
     return np.where(total_E > 0, _normalized(planned_ED), even_ED)
 
 
+def nothing_travels(where_ED: np.ndarray, loads_SE: np.ndarray | None, quota_ED: np.ndarray | None, topology: Topology) -> bool:
+    """Does `token_split` leave every choice of every source where it is, so that no rank need ask the others what they send?"""
+    if not where_ED.all():
+        return False
+    if quota_ED is None or loads_SE is None:
+        return True
+    flow = flows(loads_SE.T, quota_ED, topology)
+    return not (flow.near_sent_ED.any() or flow.far_sent_ED.any())
+
+
 def node_membership(topology: Topology) -> np.ndarray:
     """float64 [ranks, nodes]: 1 where a rank is in a node."""
     return np.eye(topology.num_nodes)[node_index(topology)]

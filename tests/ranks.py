@@ -6,28 +6,36 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests.namespaces import enter
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "transformers.models.llama.modeling_llama"])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0, namespaces: Sequence[str] | None = None
+) -> list[Any]:
     """`function(rank, world_size, *arguments)` on every rank, with the default gloo group up; results by rank.
 
     Raises the earliest failure of any rank with its traceback; kills and reports the ranks that have not ended after `timeout` seconds.
     `function` must be importable (defined at the top of a test module).
+
+    Args:
+        namespaces: of each rank, a network namespace to run in (see `tests.namespaces`); None: all in this one.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
+            namespace = None if namespaces is None else namespaces[rank]
             process = _context.Process(
-                target=_rank_main, args=(rank, world_size, f"{folder}/store", timeout, sender, function, arguments), daemon=True
+                target=_rank_main, args=(rank, world_size, f"{folder}/store", timeout, namespace, sender, function, arguments), daemon=True
             )
             process.start()
             sender.close()
@@ -71,13 +79,22 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
 
 
 def _rank_main(
-    rank: int, world_size: int, store: str, timeout: float, sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    store: str,
+    timeout: float,
+    namespace: str | None,
+    sender: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
+        if namespace is not None:
+            enter(namespace)
         dist.init_process_group(
             "gloo", init_method=f"file://{Path(store)}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )

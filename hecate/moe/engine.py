@@ -328,7 +328,7 @@ class Engine:
     def _place(self, layer: int, plan: LayerPlan) -> None:
         self._plans[layer], self.placements[layer] = plan, plan.placement
         self._splits.pop(layer, None)
-        if plan.dispatches:
+        if plan.dispatches(self.config.topology):
             self._splits[layer] = plan.split(self.config.topology, self.rank)
 
     def _plan_after_gate(self, layer: int, count_E: Tensor) -> None:

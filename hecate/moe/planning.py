@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hecate.parallel.cost_model import LayerSeconds, exposed_seconds, layer_seconds, transfer_seconds
 from hecate.parallel.executed_flows import executed_flows, served
-from hecate.parallel.flows import Flows, token_split
+from hecate.parallel.flows import Flows, nothing_travels, token_split
 from hecate.parallel.gather_bytes import gather_ports
 from hecate.parallel.placement import Placement
 from hecate.parallel.planners import Plan, PlanInput
@@ -38,10 +38,9 @@ class LayerPlan:
     quota_ED: np.ndarray | None
     """see `Plan.quota_LED`"""
 
-    @property
-    def dispatches(self) -> bool:
+    def dispatches(self, topology: Topology) -> bool:
         """May a token have to leave its rank?"""
-        return not self.placement.everywhere or self.quota_ED is not None
+        return not nothing_travels(self.placement.where_ED, self.loads_SE, self.quota_ED, topology)
 
     def split(self, topology: Topology, source: int) -> np.ndarray:
         """float64 [experts, ranks]: see `token_split`."""

@@ -31,13 +31,18 @@ def profile(ranks: Ranks, out: Path, sizes: ProbeSizes | None = None) -> Topolog
     sizes = sizes or probe.sizes_for(ranks.device)
     hosts = _all_texts(socket.gethostname(), ranks)
     kinds = _all_texts(probe.device_name(ranks.device), ranks)
-    topology = topology_from(_measure(ranks, nodes_of_hosts(hosts), tuple(kinds), sizes))
+    topology = topology_from(measure(ranks, nodes_of_hosts(hosts), tuple(kinds), sizes))
     if ranks.is_first:
         save_topology(topology, out, _comment(hosts, kinds, ranks.device))
     return topology
 
 
-def _measure(ranks: Ranks, node_of_rank: tuple[int, ...], kinds: tuple[str, ...], sizes: ProbeSizes) -> Measurements:
+def measure(ranks: Ranks, node_of_rank: tuple[int, ...], kinds: tuple[str, ...], sizes: ProbeSizes) -> Measurements:
+    """Time the devices and links of a job whose nodes are known. Every rank must call it.
+
+    Args:
+        kinds: name of each rank's device.
+    """
     ranks_of_node = [[r for r, n in enumerate(node_of_rank) if n == node] for node in range(max(node_of_rank) + 1)]
     own = (
         probe.free_memory(ranks.device, len(ranks_of_node[node_of_rank[ranks.rank]])),

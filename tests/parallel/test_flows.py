@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hecate.parallel.flows import even_quota, flows, token_split
+from hecate.parallel.flows import even_quota, flows, nothing_travels, token_split
 from hecate.parallel.topology import Link, Topology
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -208,6 +208,15 @@ def test_even_quotas_give_the_even_split(case: Case) -> None:
     for source in case.ranks:
         got, wanted = split_of(case, source, case.tokens_ED.T, quota), split_of(case, source, None, None)
         np.testing.assert_allclose(got, wanted, **CLOSE)
+
+
+@given(cases(), st.sampled_from(["any", "even", None]), st.booleans())
+def test_nothing_travels_exactly_when_every_source_keeps_all(case: Case, kind: str | None, everywhere: bool) -> None:
+    case.where_ED = case.where_ED | everywhere
+    even_ED = even_quota(case.where_ED, case.tokens_ED, case.topology)
+    planned = (None, None) if kind is None else (case.tokens_ED.T, even_ED if kind == "even" else case.quota_ED)
+    kept = all((split_of(case, source, *planned)[:, source] == 1).all() for source in case.ranks)
+    assert nothing_travels(case.where_ED, *planned, case.topology) == kept
 
 
 @given(cases())

@@ -199,6 +199,21 @@ def test_plans_are_made_by_shape_and_their_quotas_carried_out_by_layer() -> None
     run_ranks(3, _plans)
 
 
+def _at_home(rank: int, world: int) -> None:
+    made = engine(THREE)
+    made.config = replace(
+        made.config, planner=lambda given: Plan(given.owner_LE, np.ones(given.owned_LED.shape, dtype=bool), given.tokens_LED)
+    )
+    for step in range(2):
+        _step(rank, made, step)
+        assert token_bytes(made) == 0, f"step {step} asked for rows"
+
+
+def test_quotas_that_leave_every_token_at_home_cost_no_message() -> None:
+    """A planner that always says quotas must not make ranks exchange the numbers of rows, all zero."""
+    run_ranks(2, _at_home)
+
+
 def _slots(rank: int, world: int) -> None:
     made, asked = engine({0: 3}), []
 

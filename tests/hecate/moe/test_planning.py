@@ -73,8 +73,10 @@ def test_present_shares_meet_the_true_loads() -> None:
     plan = LayerPlan(shared().placement, HOT_SE, np.array([[50.0, 50.0], [0.0, 0.0]]))
     assert plan.served(2 * HOT_SE, TWO).tolist() == [100, 100]
     assert plan.split(TWO, 0)[0].tolist() == [0.5, 0.5]
-    assert plan.dispatches
-    assert not LayerPlan(everything_everywhere(OWNERS, 2), HOT_SE, None).dispatches
+    assert plan.dispatches(TWO)
+    assert not LayerPlan(everything_everywhere(OWNERS, 2), HOT_SE, None).dispatches(TWO)
+    at_home_ED = np.where(HOT_SE.T > 0, HOT_SE.T, 0.0)
+    assert not LayerPlan(everything_everywhere(OWNERS, 2), HOT_SE, at_home_ED).dispatches(TWO), "each rank serves its own"
 
 
 def test_a_layer_among_several() -> None:
