@@ -26,7 +26,7 @@ from hecate.parallel.planners.spill import spill
 
 SLACKS = (1.0, 1.05, 1.1, 1.25, 1.6)
 """how far above the mean a device's compute may stay before it spills"""
-_REACHES = 6
+_REACHES = 8
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -80,9 +80,10 @@ def _plan_layer(
     last_copies = -1
     for rule in range(_REACHES):
         copies = _reach(_REACHES - 1 - rule, owner, tokens, slots, hidden, worth, topology, where)
-        if copies == last_copies:
-            continue
-        last_copies = copies
+        if _REACHES - 1 - rule in (2, 3, 5):
+            if copies == last_copies:
+                continue
+            last_copies = copies
         fixed = replica_seconds(owner, where, resident, topology, cost)
         if fixed >= best_seconds and not bounded:  # spilling only adds replicas
             continue
@@ -131,25 +132,16 @@ def _reach(
     device's experts whose tokens are worth it; as many as travel hidden; experts hotter than a device can bear, everywhere; as many as
     fit."""
     experts, ranks = where.shape
-    nodes = len(topology.uplink_N)
     where[:] = False
     for e in range(experts):
         where[e, owner[e]] = True
     if rule == 1:
-        used = np.zeros(ranks, np.int64)
-        wanted, best = np.empty(nodes), np.empty(nodes, np.int64)
-        for e in range(experts):
-            wanted[:] = 0.0
-            best[:] = -1
-            for d in range(ranks):
-                n = topology.node_D[d]
-                wanted[n] += tokens[e, d]
-                if used[d] < slots[d] and (best[n] < 0 or used[d] < used[best[n]]):
-                    best[n] = d
-            for n in range(nodes):
-                if n != topology.node_D[owner[e]] and wanted[n] > worth and best[n] >= 0:
-                    where[e, best[n]] = True
-                    used[best[n]] += 1
+        _each_node(owner, tokens, slots, worth, topology, where)
+    elif rule >= 6:
+        room = slots.copy()
+        for d in range(ranks):
+            room[d] -= (slots[d] + 1) // 2 if rule == 6 else min(slots[d], 1)
+        _each_node(owner, tokens, room, worth, topology, where)
     elif rule == 4:
         load = np.zeros(experts)
         for e in range(experts):
@@ -170,6 +162,72 @@ def _reach(
         else:
             _most_wanted(tokens, room, worth if rule == 2 else 0.0, where)
     return where.sum()
+
+
+@compiled
+def _each_node(owner: np.ndarray, tokens: np.ndarray, slots: np.ndarray, worth: float, topology: TopologyNumbers, where: np.ndarray) -> None:
+    """Bring into each node the experts from other nodes that its tokens want most, one copy each, to its least busy device with room."""
+    experts, ranks = where.shape
+    nodes = len(topology.uplink_N)
+    wanted = np.zeros((nodes, experts))
+    for e in range(experts):
+        for d in range(ranks):
+            wanted[topology.node_D[d], e] += tokens[e, d]
+    room = np.zeros(nodes, np.int64)
+    for d in range(ranks):
+        room[topology.node_D[d]] += max(slots[d], 0)
+    brought = np.zeros((nodes, experts), np.bool_)
+    order = np.empty((nodes, experts), np.int64)
+    busy, free = np.zeros(ranks), slots.copy()
+    arriving, home = np.zeros(nodes), np.empty(experts, np.int64)
+    for e in range(experts):
+        home[e] = topology.node_D[owner[e]]
+        for n in range(nodes):
+            if n != home[e]:
+                arriving[home[e]] += wanted[n, e]
+    for n in range(nodes):
+        order[n] = np.argsort(-wanted[n], kind="mergesort")
+    more = True
+    while more:
+        more = False
+        for n in range(nodes):
+            if room[n] <= 0:
+                continue
+            best, most = -1, 0.0
+            for e in range(experts):
+                if home[e] != n and not brought[n, e] and wanted[n, e] > worth:
+                    gain = wanted[n, e] * arriving[home[e]] / topology.uplink_N[home[e]]
+                    if gain > most:
+                        best, most = e, gain
+            if best >= 0:
+                brought[n, best] = True
+                arriving[home[best]] -= wanted[n, best]
+                room[n] -= 1
+                more = True
+    for e in range(experts):
+        copies, far = 1.0, 0.0
+        for n in range(nodes):
+            if brought[n, e]:
+                copies += 1.0
+            elif n != home[e]:
+                far += wanted[n, e]
+        busy[owner[e]] += wanted[home[e], e]
+        for n in range(nodes):  # what comes from nodes without the expert goes evenly over those with it
+            if brought[n, e]:
+                wanted[n, e] += far / copies
+            elif n == home[e]:
+                busy[owner[e]] += far / copies
+    for n in range(nodes):
+        for e in order[n]:
+            if brought[n, e]:
+                best = -1
+                for d in range(ranks):
+                    if topology.node_D[d] == n and free[d] > 0:
+                        if best < 0 or busy[d] * topology.rate_D[best] < busy[best] * topology.rate_D[d]:
+                            best = d
+                where[e, best] = True
+                free[best] -= 1
+                busy[best] += wanted[n, e]
 
 
 @compiled
