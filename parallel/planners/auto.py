@@ -29,38 +29,22 @@ from hecate.parallel.planners.replica_lists import Replicas, copy_into, no_repli
 from hecate.parallel.planners.spill import spill
 
 _INSIDE = -1.0
-REACHES = np.array(
-    [
-        (WANTED, 1.0, 0.0),
-        (WANTED, 1.0, 1.0),
-        (OWNERS, 0.0, 0.0),
-        (NODES, 0.0, 2.0),
-        (NODES, 0.0, 1.0),
-        (NODES, 0.0, 0.25),
-        (NODES, -1.0, 1.0),
-        (NODES, 0.5, 0.25),
-        (NODES, 0.25, 0.25),
-        (WANTED, 0.75, 0.0),
-        (WANTED, 0.5, 0.0),
-        (HOT, 1.0, 0.0),
-    ]
+CANDIDATES = (
+    ((NODES, 0.25, 0.25), (1.0, 1.05, 2.5)),
+    ((NODES, 0.0, 0.25), (1.1,)),
+    ((NODES, 0.0, 1.0), (_INSIDE * 2.5, 1.05)),
+    ((NODES, 0.0, 2.0), (1.05,)),
+    ((NODES, -1.0, 1.0), (1.05, _INSIDE * 4.0)),
+    ((NODES, 0.5, 0.25), (_INSIDE * 1.0,)),
+    ((WANTED, 1.0, 0.0), (_INSIDE * 1.05,)),
+    ((WANTED, 1.0, 1.0), ()),
+    ((OWNERS, 0.0, 0.0), (1.0, 1.05, 1.1, 1.25)),
+    ((WANTED, 0.75, 0.0), (1.0,)),
+    ((WANTED, 0.5, 0.0), (1.0,)),
+    ((HOT, 1.0, 0.0), (1.0,)),
 )
-"""rule, share and factor: see `reach`"""
-SPILLS = (
-    (_INSIDE * 1.05,),
-    (),
-    (1.0, 1.05, 1.1, 1.25),
-    (1.05,),
-    (_INSIDE * 2.5, 1.05),
-    (1.1,),
-    (1.05, _INSIDE * 4.0),
-    (_INSIDE * 1.0,),
-    (1.0, 1.05, 2.5),
-    (1.0,),
-    (1.0,),
-    (1.0,),
-)
-"""for each reach, beside no spill: how far above the mean a device's compute may stay; negative: choices stay in their nodes"""
+"""`reach`'s rule, share and factor; and degrees of spill, beside none: how far above the mean a device's compute may stay; negative: no
+choice leaves its node. Among candidates of one rule and share, smaller factors first."""
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -68,13 +52,13 @@ def plan_auto(given: PlanInput) -> Plan:
 
     Never gives a device more replicas than it has slots. Before any load is known every expert counts as equally hot.
     """
-    tokens_LED = np.ascontiguousarray(given.tokens_LED, dtype=np.float64)
-    owned_LED = given.owned_LED
-    where_LED, quota_LED = np.zeros_like(owned_LED), np.zeros_like(tokens_LED)
+    tokens_LSE = np.ascontiguousarray(given.tokens_LED.swapaxes(1, 2), dtype=np.float64)
+    shape = (given.num_layers, given.num_experts, given.world_size)
+    where_LED, quota_LED = np.zeros(shape, np.bool_), np.zeros(shape)
     _plan_layers(
         np.asarray(given.owner_LE, dtype=np.int64),
-        tokens_LED,
-        owned_LED if given.resident_LED is None else given.resident_LED | owned_LED,
+        tokens_LSE,
+        np.zeros((given.num_layers, 0, 0), np.bool_) if given.resident_LED is None else given.resident_LED,
         np.minimum(np.asarray(given.slots_D, dtype=np.int64), given.num_experts),
         overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts,
         (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf,
@@ -82,28 +66,22 @@ def plan_auto(given: PlanInput) -> Plan:
         topology_numbers(given.topology),
         cost_numbers(given.cost, given.topology),
         *(no_replicas(given.num_experts, given.world_size) for _ in range(3)),
-        _SPILL_TABLE,
+        _REACHES,
+        _SPILLS,
         where_LED,
         quota_LED,
     )
     return Plan(given.owner_LE, where_LED, quota_LED)
 
 
-def _spill_table() -> np.ndarray:
-    """float64 [reaches, degrees]; 0: none."""
-    table = np.zeros((len(SPILLS), 1 + max(len(slacks) for slacks in SPILLS)))
-    for row, slacks in zip(table, SPILLS, strict=True):
-        row[1 : 1 + len(slacks)] = slacks
-    return table
-
-
-_SPILL_TABLE = _spill_table()
+_REACHES = np.array([reach_ for reach_, _ in CANDIDATES])
+_SPILLS = np.array([(0.0, *slacks, *(0.0,) * (4 - len(slacks))) for _, slacks in CANDIDATES])
 
 
 @compiled
 def _plan_layers(
     owner_LE: np.ndarray,
-    tokens_LED: np.ndarray,
+    tokens_LSE: np.ndarray,
     resident_LED: np.ndarray,
     slots: np.ndarray,
     hidden: int,
@@ -114,6 +92,7 @@ def _plan_layers(
     base: Replicas,
     trial: Replicas,
     best: Replicas,
+    reaches: np.ndarray,
     spills: np.ndarray,
     where_LED: np.ndarray,
     quota_LED: np.ndarray,
@@ -123,15 +102,16 @@ def _plan_layers(
     single = len(topology.uplink_N) == 1
     for layer in range(len(owner_LE)):
         owner, resident = owner_LE[layer], resident_LED[layer]
-        loads = layer_loads(tokens_LED[layer], topology)
+        loads = layer_loads(tokens_LSE[layer], topology)
         wish = wishes(owner, slots, loads, topology)
         best_seconds, best_uneven = np.inf, np.inf
-        for r in range(len(REACHES)):
-            rule = int(REACHES[r, 0])
-            if single and rule == NODES:
+        same_below = 0.0
+        for r in range(len(reaches)):
+            rule, share, factor = int(reaches[r, 0]), reaches[r, 1], reaches[r, 2]
+            if rule == NODES and (single or (share == reaches[r - 1, 1] and factor < same_below)):
                 continue
             only_owners(base, owner)
-            reach(rule, REACHES[r, 1], REACHES[r, 2], owner, slots, hidden, worth, wish, loads, topology, base)
+            same_below = reach(rule, share, factor, owner, slots, hidden, worth, wish, loads, topology, base)
             fixed = replica_seconds(owner, base, resident, topology, cost)
             if fixed >= best_seconds and not bounded:  # spilling only adds replicas
                 continue

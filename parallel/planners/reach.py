@@ -28,29 +28,28 @@ class Wishes(NamedTuple):
 
 @compiled
 def wishes(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers) -> Wishes:
-    experts, ranks = loads.tokens_ED.shape
+    ranks, experts = loads.tokens_SE.shape
     nodes = len(topology.uplink_N)
     widest = min(max(slots.max(), 0), experts)
     rank_DE, amount = np.full((ranks, widest), -1, np.int64), np.zeros((ranks, widest))
-    if widest > 0:
-        for i in range(2 * experts):  # twice round, each rank beginning at its own place
-            e = i % experts
-            for d in range(ranks):
-                first = d * experts // ranks
-                if i < first or i >= first + experts or owner[e] == d or loads.tokens_ED[e, d] <= amount[d, widest - 1]:
-                    continue
-                place = widest - 1
-                while place > 0 and amount[d, place - 1] < loads.tokens_ED[e, d]:
-                    amount[d, place] = amount[d, place - 1]
-                    rank_DE[d, place] = rank_DE[d, place - 1]
-                    place -= 1
-                amount[d, place] = loads.tokens_ED[e, d]
-                rank_DE[d, place] = e
+    for d in range(ranks if widest > 0 else 0):
+        tokens, first = loads.tokens_SE[d], d * experts // ranks
+        for i in range(experts):
+            e = first + i if first + i < experts else first + i - experts
+            if tokens[e] <= amount[d, widest - 1] or owner[e] == d:
+                continue
+            place = widest - 1
+            while place > 0 and amount[d, place - 1] < tokens[e]:
+                amount[d, place] = amount[d, place - 1]
+                rank_DE[d, place] = rank_DE[d, place - 1]
+                place -= 1
+            amount[d, place] = tokens[e]
+            rank_DE[d, place] = e
     node_NE, wanted = np.empty((nodes, experts), np.int64), np.empty(experts)
     for n in range(nodes):
         first = (n + 1) * experts // nodes
         for i in range(experts):
-            wanted[i] = -loads.tokens_EN[(first + i) % experts, n]
+            wanted[i] = -loads.tokens_NE[n, (first + i) % experts]
         node_NE[n] = (np.argsort(wanted, kind="mergesort") + first) % experts
     return Wishes(np.argsort(-loads.load_E, kind="mergesort"), rank_DE, node_NE)
 
@@ -61,7 +60,7 @@ def bring_wanted(room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads
     for d in range(len(room)):
         for i in range(min(room[d], wish.rank_DE.shape[1])):
             e = wish.rank_DE[d, i]
-            if e < 0 or loads.tokens_ED[e, d] <= least:
+            if e < 0 or loads.tokens_SE[d, e] <= least:
                 break
             add(replicas, e, d)
 
@@ -83,7 +82,7 @@ def bring_hot(room: np.ndarray, wish: Wishes, loads: LayerLoads, replicas: Repli
 @compiled
 def bring_to_nodes(
     owner: np.ndarray, room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas
-) -> None:
+) -> float:
     """Into each node the experts it lacks that its tokens want most, more than `least`, one copy each.
 
     Nodes take turns. Of the next few on its list a node takes the one that relieves the busiest way in: tokens for it from outside its
@@ -91,8 +90,11 @@ def bring_to_nodes(
 
     Args:
         room: int64 [ranks]: replicas that each may get.
+
+    Returns:
+        The fewest choices of a node for which it got an expert: with any `least` below that the replicas would be the same.
     """
-    experts, nodes = loads.tokens_EN.shape
+    nodes, experts = loads.tokens_NE.shape
     open_, left = np.ones((nodes, experts), np.bool_), np.zeros(nodes, np.int64)
     free, arriving = room.copy(), np.zeros(nodes)
     for d in range(len(room)):
@@ -102,9 +104,9 @@ def bring_to_nodes(
             open_[topology.node_D[replicas.rank_EC[e, c]], e] = False
         for n in range(nodes):
             if open_[n, e]:
-                arriving[topology.node_D[owner[e]]] += loads.tokens_EN[e, n]
+                arriving[topology.node_D[owner[e]]] += loads.tokens_NE[n, e]
     brought, start = np.zeros((nodes, experts), np.bool_), np.zeros(nodes, np.int64)
-    more = True
+    more, fewest = True, np.inf
     while more:
         more = False
         for n in range(nodes):
@@ -113,11 +115,11 @@ def bring_to_nodes(
             best, most, seen, i = -1, 0.0, 0, start[n]
             while i < experts and seen < _WINDOW:
                 e = wish.node_NE[n, i]
-                if loads.tokens_EN[e, n] <= least:
+                if loads.tokens_NE[n, e] <= least:
                     break
                 if open_[n, e]:
                     home = topology.node_D[owner[e]]
-                    gain = loads.tokens_EN[e, n] * arriving[home] / topology.uplink_N[home]
+                    gain = loads.tokens_NE[n, e] * arriving[home] / topology.uplink_N[home]
                     if gain > most:
                         best, most = e, gain
                     seen += 1
@@ -127,10 +129,12 @@ def bring_to_nodes(
             if best >= 0:
                 open_[n, best] = False
                 brought[n, best] = True
-                arriving[topology.node_D[owner[best]]] -= loads.tokens_EN[best, n]
+                arriving[topology.node_D[owner[best]]] -= loads.tokens_NE[n, best]
+                fewest = min(fewest, loads.tokens_NE[n, best])
                 left[n] -= 1
                 more = True
     _place(owner, brought, open_, free, wish, loads, topology, replicas)
+    return fewest
 
 
 @compiled
@@ -144,18 +148,18 @@ def _place(
     topology: TopologyNumbers,
     replicas: Replicas,
 ) -> None:
-    experts, nodes = loads.tokens_EN.shape
+    nodes, experts = loads.tokens_NE.shape
     busy, extra = np.zeros(len(free)), np.zeros(experts)
     for e in range(experts):
         far, nodes_with = 0.0, 0.0
         for n in range(nodes):
             if open_[n, e]:
-                far += loads.tokens_EN[e, n]
+                far += loads.tokens_NE[n, e]
             else:
                 nodes_with += 1.0
         extra[e] = far / nodes_with  # choices from nodes without the expert go evenly over those with it
         if replicas.count_E[e] == 1:
-            busy[owner[e]] += loads.tokens_EN[e, topology.node_D[owner[e]]] + extra[e]
+            busy[owner[e]] += loads.tokens_NE[topology.node_D[owner[e]], e] + extra[e]
     for n in range(nodes):
         for e in wish.node_NE[n]:
             if brought[n, e]:
@@ -166,7 +170,7 @@ def _place(
                         best = d
                 add(replicas, e, best)
                 free[best] -= 1
-                busy[best] += loads.tokens_EN[e, n] + extra[e]
+                busy[best] += loads.tokens_NE[n, e] + extra[e]
 
 
 @compiled
@@ -182,7 +186,7 @@ def reach(
     loads: LayerLoads,
     topology: TopologyNumbers,
     replicas: Replicas,
-) -> None:
+) -> float:
     """Add to `replicas`, of owners only, what a rule says.
 
     - OWNERS: nothing.
@@ -191,8 +195,11 @@ def reach(
     - NODES: `bring_hot` into that share of the slots, then `bring_to_nodes` into the rest; with a negative share into all but one.
 
     An expert is wanted by more tokens than cost as much to send as the expert, times `factor`.
+
+    Returns:
+        With a larger `factor` below this one the replicas would be the same.
     """
-    experts, ranks = loads.tokens_ED.shape
+    ranks, experts = loads.tokens_SE.shape
     if rule == WANTED:
         room = slots.copy()
         for d in range(ranks):
@@ -212,4 +219,6 @@ def reach(
             room = slots - foreign(replicas, owner)
             if share < 0:
                 room -= np.minimum(slots, 1)
-            bring_to_nodes(owner, room, worth * factor, wish, loads, topology, replicas)
+            fewest = bring_to_nodes(owner, room, worth * factor, wish, loads, topology, replicas)
+            return fewest / worth if worth > 0 else np.inf
+    return 0.0

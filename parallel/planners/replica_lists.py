@@ -20,14 +20,14 @@ class Replicas(NamedTuple):
     count_E: np.ndarray
     """int64 [experts]: replicas of each"""
     rank_EC: np.ndarray
-    """int64 [experts, ranks]: the first `count_E[e]` are those that have expert e, ascending"""
+    """int32 [experts, ranks]: the first `count_E[e]` are those that have expert e, ascending"""
     quota_ED: np.ndarray
     """float64 [experts, ranks]: choices served at each replica"""
 
 
 def no_replicas(experts: int, ranks: int) -> Replicas:
     shape = (experts, ranks)
-    return Replicas(np.zeros(shape, np.bool_), np.zeros(experts, np.int64), np.zeros(shape, np.int64), np.zeros(shape))
+    return Replicas(np.zeros(shape, np.bool_), np.zeros(experts, np.int64), np.zeros(shape, np.int32), np.zeros(shape))
 
 
 @compiled

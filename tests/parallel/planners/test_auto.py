@@ -81,7 +81,7 @@ def test_the_loops_compute_what_the_cost_model_does(given_: PlanInput, seed: int
     quota = share / share.sum(1, keepdims=True) * tokens.sum(1, keepdims=True)
     resident = given_.owned_LED[0] if given_.resident_LED is None else given_.resident_LED[0]
     numbers, cost = loops.topology_numbers(given_.topology), loops.cost_numbers(given_.cost, given_.topology)
-    loads = loops.layer_loads(np.ascontiguousarray(tokens), numbers)
+    loads = loops.layer_loads(np.ascontiguousarray(tokens.T), numbers)
     replicas = lists(where, quota)
     got = loops.busy_seconds(replicas, loads, numbers, cost).max()
     got += loops.replica_seconds(owner, replicas, resident, numbers, cost)
