@@ -124,6 +124,9 @@ class Relaxation:
             # Without a replica in a node all choices leave it.
             keep_EN = p.tokens_EN * ~p.home_EN
             lp.at_most(-keep_EN, (self.sent_EN, -1.0 * ~p.home_EN, row_EN), (self.y_EN, -keep_EN, row_EN))
+            # And it serves nobody else's.
+            come_EN = np.minimum(p.load_E[:, None] - p.tokens_EN, far_ @ p.member_DN) * ~p.home_EN
+            lp.at_most(0 * keep_EN, (self.far_ED, 1.0 * ~p.home_ED, row_ED), (self.y_EN, -come_EN, row_EN))
 
     def _work(self, caps: _Caps) -> None:
         """Seconds of computing on the slowest rank."""
@@ -281,13 +284,19 @@ class _Caps:
             travel_D = p.row_bytes * rows_D / port_D
             return (seconds(rows_D, choices_D) + travel_D <= compute) & (travel_D <= dispatch)
 
-        # What a rank can serve of its own tokens is of its own experts, and of the slots' worth of others that they chose most.
-        lent_ED = -np.sort(-np.where(p.owned_ED, 0.0, p.tokens_ED), axis=0)
-        lent_ED[np.arange(len(lent_ED))[:, None] >= p.slots_D] = 0.0
-        self.local_D = _largest(local_fits, (p.owned_ED * p.tokens_ED).sum(0) + lent_ED.sum(0))
-        self.remote_D = _largest(remote_fits, k * others_D)
+        # What a rank serves is of its own experts, and of the slots' worth of others of which there are most choices.
+        self.local_D = _largest(local_fits, _held(p, p.tokens_ED))
+        self.remote_D = _largest(remote_fits, np.minimum(k * others_D, _held(p, p.load_E[:, None] - p.tokens_ED)))
         self.local_rows_D = _chord(self.local_D, tokens_D, k)
         self.remote_rows_D = _chord(self.remote_D, others_D, k)
+
+
+def _held(problem: LayerProblem, choices_ED: np.ndarray) -> np.ndarray:
+    """float64 [ranks]: the most of the choices that belong to experts which a rank can have."""
+    p = problem
+    lent_ED = -np.sort(-np.where(p.owned_ED, 0.0, choices_ED), axis=0)
+    lent_ED[np.arange(len(lent_ED))[:, None] >= p.slots_D] = 0.0
+    return np.maximum((p.owned_ED * choices_ED).sum(0) + lent_ED.sum(0), 0.0)
 
 
 def _largest(fits: Callable[[np.ndarray], np.ndarray], most_D: np.ndarray) -> np.ndarray:

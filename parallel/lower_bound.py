@@ -32,11 +32,14 @@ UNCOUNTED = 1e-6
 """share of the seconds by which the cost model may miss what it takes for rounding"""
 
 
-def lower_bound(given: PlanInput, layer: int) -> float:
+def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -> float:
     """Seconds that no plan for `layer` goes below under the given loads, as `LayerSeconds.total` counts them.
 
     It holds for every plan with the given owners and on each rank no more replicas of other ranks' experts than it has slots, with or
     without rematerialization. The solver's tolerances do not matter.
+
+    Args:
+        plan_seconds: of some plan, a good one if there is one: the nearer to the bound, the fewer linear programs it takes.
 
     Raises:
         UserError: scipy is not installed.
@@ -51,10 +54,10 @@ def lower_bound(given: PlanInput, layer: int) -> float:
     if not problem.load_E.size:
         return problem.static
     known: dict[Reach, float] = dict.fromkeys(get_args(Reach), 0.0)  # at `high`; what holds of all plans below it holds of fewer
-    low, high = 0.0, problem.static
-    cutoff = high  # a start; the bound would hold with any
+    cutoff = min(problem.static, plan_seconds)  # a start; the bound would hold with any
     if given.cost.expert_bytes and (replicated := float(plan_hecate(alone).seconds(alone).total[0])):
         cutoff = min(cutoff, replicated)
+    low, high = 0.0, cutoff  # there is a plan of so many seconds
     points: list[tuple[float, float]] = []
     for _ in range(ROUNDS):
         found = known | {reach: max(v, Relaxation(problem, cutoff, reach).least()) for reach, v in known.items() if v < cutoff}

@@ -1,8 +1,9 @@
 """Ours: replicas and token shares planned together, for devices and links that may all differ, chosen by predicted seconds.
 
-A plan is made in two moves. *Reach* gives each device the experts that its own tokens want most, as many as one of a few rules says.
-*Spill*: where devices are still too busy, they hand choices of their largest experts to those with time left, which get a replica for
-it. Every rule with every degree of spill is a candidate; the cost model picks the best for each layer.
+A plan is made in two moves. *Reach* brings replicas to where tokens want them, by one of a few rules. *Spill*: where devices are still too
+busy, they hand choices of their largest experts to those with time left, which get a replica for it. The candidates below are what was
+left of some hundreds of rules with degrees of spill, after those that made no difference to any of 312 layers had been dropped
+(`benchmarks.plan_quality`, with the slots that memory gives and with four); the cost model picks the best for each layer.
 """
 
 from __future__ import annotations
@@ -18,15 +19,32 @@ from hecate.parallel.planners.layer_loops import (
     cost_numbers,
     dispatch_seconds,
     even_quota_into,
+    layer_loads,
     replica_seconds,
     topology_numbers,
 )
 from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.reach import HOT, NODES, OWNERS, WANTED, reach, wishes
+from hecate.parallel.planners.replica_lists import Replicas, copy_into, no_replicas, only_owners
 from hecate.parallel.planners.spill import spill
 
-SLACKS = (1.0, 1.05, 1.1, 1.25, 1.6)
-"""how far above the mean a device's compute may stay before it spills"""
-_REACHES = 6
+_INSIDE = -1.0
+CANDIDATES = (
+    ((NODES, 0.25, 0.25), (1.0, 1.05, 2.5)),
+    ((NODES, 0.0, 0.25), (1.1,)),
+    ((NODES, 0.0, 1.0), (_INSIDE * 2.5, 1.05)),
+    ((NODES, 0.0, 2.0), (1.05,)),
+    ((NODES, -1.0, 1.0), (1.05, _INSIDE * 4.0)),
+    ((NODES, 0.5, 0.25), (_INSIDE * 1.0,)),
+    ((WANTED, 1.0, 0.0), (_INSIDE * 1.05,)),
+    ((WANTED, 1.0, 1.0), ()),
+    ((OWNERS, 0.0, 0.0), (1.0, 1.05, 1.1, 1.25)),
+    ((WANTED, 0.75, 0.0), (1.0,)),
+    ((WANTED, 0.5, 0.0), (1.0,)),
+    ((HOT, 1.0, 0.0), (1.0,)),
+)
+"""`reach`'s rule, share and factor; and degrees of spill, beside none: how far above the mean a device's compute may stay; negative: no
+choice leaves its node. Among candidates of one rule and share, smaller factors first."""
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -34,163 +52,96 @@ def plan_auto(given: PlanInput) -> Plan:
 
     Never gives a device more replicas than it has slots. Before any load is known every expert counts as equally hot.
     """
-    tokens_LED = np.ascontiguousarray(given.tokens_LED, dtype=np.float64)
-    topology, cost = topology_numbers(given.topology), cost_numbers(given.cost, given.topology)
-    owned_LED = given.owned_LED
-    resident_LED = owned_LED if given.resident_LED is None else given.resident_LED | owned_LED
-    where_LED, quota_LED = np.empty_like(owned_LED), np.empty_like(tokens_LED)
-    hidden = overlap_degree(given.cost, given.topology)
-    worth = (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf
-    for layer in range(given.num_layers):
-        _plan_layer(
-            given.owner_LE[layer],
-            tokens_LED[layer],
-            resident_LED[layer],
-            np.asarray(given.slots_D, dtype=np.int64),
-            hidden,
-            worth,
-            np.inf if given.max_imbalance is None else float(given.max_imbalance),
-            topology,
-            cost,
-            where_LED[layer],
-            quota_LED[layer],
-        )
+    tokens_LSE = np.ascontiguousarray(given.tokens_LED.swapaxes(1, 2), dtype=np.float64)
+    shape = (given.num_layers, given.num_experts, given.world_size)
+    where_LED, quota_LED = np.zeros(shape, np.bool_), np.zeros(shape)
+    _plan_layers(
+        np.asarray(given.owner_LE, dtype=np.int64),
+        tokens_LSE,
+        np.zeros((given.num_layers, 0, 0), np.bool_) if given.resident_LED is None else given.resident_LED,
+        np.minimum(np.asarray(given.slots_D, dtype=np.int64), given.num_experts),
+        overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts,
+        (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf,
+        np.inf if given.max_imbalance is None else float(given.max_imbalance),
+        topology_numbers(given.topology),
+        cost_numbers(given.cost, given.topology),
+        *(no_replicas(given.num_experts, given.world_size) for _ in range(3)),
+        _REACHES,
+        _SPILLS,
+        where_LED,
+        quota_LED,
+    )
     return Plan(given.owner_LE, where_LED, quota_LED)
 
 
+_REACHES = np.array([reach_ for reach_, _ in CANDIDATES])
+_SPILLS = np.array([(0.0, *slacks, *(0.0,) * (4 - len(slacks))) for _, slacks in CANDIDATES])
+
+
 @compiled
-def _plan_layer(
-    owner: np.ndarray,
-    tokens: np.ndarray,
-    resident: np.ndarray,
+def _plan_layers(
+    owner_LE: np.ndarray,
+    tokens_LSE: np.ndarray,
+    resident_LED: np.ndarray,
     slots: np.ndarray,
     hidden: int,
     worth: float,
     max_imbalance: float,
     topology: TopologyNumbers,
     cost: CostNumbers,
-    best_where: np.ndarray,
-    best_quota: np.ndarray,
+    base: Replicas,
+    trial: Replicas,
+    best: Replicas,
+    reaches: np.ndarray,
+    spills: np.ndarray,
+    where_LED: np.ndarray,
+    quota_LED: np.ndarray,
 ) -> None:
-    """Fills `best_where` and `best_quota` [experts, ranks]."""
-    where, base = np.empty_like(best_where), np.empty_like(best_quota)
-    trial_where, trial_quota = np.empty_like(best_where), np.empty_like(best_quota)
+    """Fills `where_LED` and `quota_LED`; `base`, `trial` and `best` are room to work in."""
     bounded = max_imbalance < np.inf
-    best_seconds, best_uneven = np.inf, np.inf
-    last_copies = -1
-    for rule in range(_REACHES):
-        copies = _reach(_REACHES - 1 - rule, owner, tokens, slots, hidden, worth, topology, where)
-        if copies == last_copies:
-            continue
-        last_copies = copies
-        fixed = replica_seconds(owner, where, resident, topology, cost)
-        if fixed >= best_seconds and not bounded:  # spilling only adds replicas
-            continue
-        even_quota_into(where, tokens, topology, base)
-        base_busy = busy_seconds(tokens, base, topology, cost)
-        mean = (base_busy * topology.rate_D).sum() / topology.rate_D.sum()
-        for degree in range(len(SLACKS) + 1):
-            if degree == 0:
-                trial_where[:] = where
-                trial_quota[:] = base
-                busy = base_busy.max()
-                added = fixed
-            else:
-                slack = min(SLACKS[degree - 1], max_imbalance)
-                if base_busy.max() <= slack * mean or (not bounded and slack * mean * 0.9 + fixed >= best_seconds):
-                    continue
-                trial_where[:] = where
-                trial_quota[:] = base
-                spill(owner, base_busy, slots, slack, topology, trial_where, trial_quota)
-                busy = busy_seconds(tokens, trial_quota, topology, cost).max()
+    single = len(topology.uplink_N) == 1
+    for layer in range(len(owner_LE)):
+        owner, resident = owner_LE[layer], resident_LED[layer]
+        loads = layer_loads(tokens_LSE[layer], topology)
+        wish = wishes(owner, slots, loads, topology)
+        best_seconds, best_uneven = np.inf, np.inf
+        same_below = 0.0
+        for r in range(len(reaches)):
+            rule, share, factor = int(reaches[r, 0]), reaches[r, 1], reaches[r, 2]
+            if rule == NODES and (single or (share == reaches[r - 1, 1] and factor < same_below)):
+                continue
+            only_owners(base, owner)
+            same_below = reach(rule, share, factor, owner, slots, hidden, worth, wish, loads, topology, base)
+            fixed = replica_seconds(owner, base, resident, topology, cost)
+            if fixed >= best_seconds and not bounded:  # spilling only adds replicas
+                continue
+            even_quota_into(base, loads, topology)
+            base_busy = busy_seconds(base, loads, topology, cost)
+            mean = (base_busy * topology.rate_D).sum() / topology.rate_D.sum()
+            for degree in range(spills.shape[1]):
+                if degree > 0:
+                    slack, across = min(abs(spills[r, degree]), max_imbalance), spills[r, degree] > 0
+                    if slack == 0 or (single and not across):
+                        continue
+                    if base_busy.max() <= slack * mean or (not bounded and slack * mean * 0.9 + fixed >= best_seconds):
+                        continue
+                    copy_into(base, trial)
+                    spill(owner, base_busy, slots, slack, across, topology, trial)
+                tried = base if degree == 0 else trial
+                busy = base_busy.max() if degree == 0 else busy_seconds(tried, loads, topology, cost).max()
                 if busy + fixed >= best_seconds and not bounded:
                     continue
-                added = replica_seconds(owner, trial_where, resident, topology, cost)
-            if busy + added >= best_seconds and not bounded:
-                continue
-            seconds = busy + added + dispatch_seconds(tokens, trial_quota, topology, cost)
-            uneven = max(busy / mean, max_imbalance) if bounded and mean > 0 else 0.0
-            if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and seconds < best_seconds):
-                best_seconds, best_uneven = seconds, uneven
-                best_where[:] = trial_where
-                best_quota[:] = trial_quota
-
-
-@compiled
-def _reach(
-    rule: int,
-    owner: np.ndarray,
-    tokens: np.ndarray,
-    slots: np.ndarray,
-    hidden: int,
-    worth: float,
-    topology: TopologyNumbers,
-    where: np.ndarray,
-) -> int:
-    """Fills `where` by rule; returns the number of replicas. Rules: owners only; one replica a node where its tokens are worth it; each
-    device's experts whose tokens are worth it; as many as travel hidden; experts hotter than a device can bear, everywhere; as many as
-    fit."""
-    experts, ranks = where.shape
-    nodes = len(topology.uplink_N)
-    where[:] = False
-    for e in range(experts):
-        where[e, owner[e]] = True
-    if rule == 1:
-        used = np.zeros(ranks, np.int64)
-        wanted, best = np.empty(nodes), np.empty(nodes, np.int64)
-        for e in range(experts):
-            wanted[:] = 0.0
-            best[:] = -1
-            for d in range(ranks):
-                n = topology.node_D[d]
-                wanted[n] += tokens[e, d]
-                if used[d] < slots[d] and (best[n] < 0 or used[d] < used[best[n]]):
-                    best[n] = d
-            for n in range(nodes):
-                if n != topology.node_D[owner[e]] and wanted[n] > worth and best[n] >= 0:
-                    where[e, best[n]] = True
-                    used[best[n]] += 1
-    elif rule == 4:
-        load = np.zeros(experts)
-        for e in range(experts):
-            for d in range(ranks):
-                load[e] += tokens[e, d]
-        used = np.zeros(ranks, np.int64)
-        for e in np.argsort(-load, kind="mergesort"):
-            if load[e] * ranks <= load.sum():
-                break
-            for d in range(ranks):
-                if used[d] < slots[d] and not where[e, d]:
-                    where[e, d] = True
-                    used[d] += 1
-    elif rule > 1:
-        room = np.minimum(slots, hidden) if rule == 3 else slots
-        if room.min() >= experts and rule != 2:
-            where[:] = True
-        else:
-            _most_wanted(tokens, room, worth if rule == 2 else 0.0, where)
-    return where.sum()
-
-
-@compiled
-def _most_wanted(tokens: np.ndarray, room: np.ndarray, least: float, where: np.ndarray) -> None:
-    """Give each device the experts it has not of which it has the most tokens, more than `least`, as many as it has room for."""
-    experts, ranks = where.shape
-    widest = min(max(room.max(), 0), experts)
-    chosen, amount = np.full((ranks, widest), -1, np.int64), np.zeros((ranks, widest))
-    for e in range(experts):
-        for d in range(ranks):
-            last = min(room[d], widest) - 1
-            if last < 0 or where[e, d] or tokens[e, d] <= max(least, amount[d, last]):
-                continue
-            place = last
-            while place > 0 and amount[d, place - 1] < tokens[e, d]:
-                amount[d, place] = amount[d, place - 1]
-                chosen[d, place] = chosen[d, place - 1]
-                place -= 1
-            amount[d, place] = tokens[e, d]
-            chosen[d, place] = e
-    for d in range(ranks):
-        for place in range(widest):
-            if chosen[d, place] >= 0:
-                where[chosen[d, place], d] = True
+                added = fixed if degree == 0 else replica_seconds(owner, tried, resident, topology, cost)
+                if busy + added >= best_seconds and not bounded:
+                    continue
+                enough = np.inf if bounded else best_seconds - busy - added
+                seconds = busy + added + dispatch_seconds(tried, loads, topology, cost, enough)
+                uneven = max(busy / mean, max_imbalance) if bounded and mean > 0 else 0.0
+                if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and seconds < best_seconds):
+                    best_seconds, best_uneven = seconds, uneven
+                    copy_into(tried, best)
+        for e in range(len(owner)):
+            for c in range(best.count_E[e]):
+                d = best.rank_EC[e, c]
+                where_LED[layer, e, d] = True
+                quota_LED[layer, e, d] = best.quota_ED[e, d]

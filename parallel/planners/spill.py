@@ -6,6 +6,7 @@ import numpy as np
 
 from hecate.parallel.compiled import compiled
 from hecate.parallel.planners.layer_loops import TopologyNumbers
+from hecate.parallel.planners.replica_lists import Replicas, add, foreign
 
 _LEAST = 1e-6
 """choices not worth moving"""
@@ -13,71 +14,70 @@ _LEAST = 1e-6
 
 @compiled
 def spill(
-    owner: np.ndarray,
-    busy: np.ndarray,
-    slots: np.ndarray,
-    slack: float,
-    topology: TopologyNumbers,
-    where: np.ndarray,
-    quota: np.ndarray,
+    owner: np.ndarray, busy: np.ndarray, slots: np.ndarray, slack: float, across: bool, topology: TopologyNumbers, replicas: Replicas
 ) -> None:
-    """Move choices from devices above `slack` times the mean compute time to those below it; changes `where` and `quota`.
+    """Move choices from devices above `slack` times the mean compute time to those below it; changes `replicas`.
 
     Nodes first: whole nodes hand over few large experts, so that few copies cross the slow links. Then the devices of each node among
     themselves, then whatever did not fit. Largest piece to the one with the most time left; ties by index.
 
     Args:
         owner: int64 [experts].
-        busy: float64 [ranks]: seconds of expert compute under `quota`.
+        busy: float64 [ranks]: seconds of expert compute under the quotas.
         slots: int64 [ranks]: replicas of other ranks' experts that fit.
-        where: bool [experts, ranks].
-        quota: float64 [experts, ranks].
+        across: move choices between nodes, too.
     """
-    experts, ranks = quota.shape
-    choices = np.zeros(ranks)
-    free = slots.copy()
+    experts, ranks = replicas.has_ED.shape
+    free = slots - foreign(replicas, owner)
+    choices, held_D = np.zeros(ranks), np.zeros(ranks + 1, np.int64)
     for e in range(experts):
-        for d in range(ranks):
-            choices[d] += quota[e, d]
-            if where[e, d] and owner[e] != d:
-                free[d] -= 1
+        for c in range(replicas.count_E[e]):
+            d = replicas.rank_EC[e, c]
+            choices[d] += replicas.quota_ED[e, d]
+            held_D[d + 1] += 1
     rate = topology.rate_D.sum()
     target = slack * (busy * topology.rate_D).sum() / rate
-    total = choices.sum()
+    fair = slack * choices.sum() / rate
     excess, spare = np.zeros(ranks), np.zeros(ranks)
     for d in range(ranks):
+        held_D[d + 1] += held_D[d]
         if busy[d] > target:
             excess[d] = (busy[d] - target) * choices[d] / busy[d]
         else:
             # A device with little work takes choices at the average work of a choice.
-            spare[d] = max(0.0, slack * total * topology.rate_D[d] / rate - choices[d])
-    if len(topology.uplink_N) > 1:
-        _between_nodes(owner, free, slack * total / rate, topology, where, quota, excess, spare)
-        _between_devices(owner, free, topology, True, where, quota, excess, spare)
-    _between_devices(owner, free, topology, False, where, quota, excess, spare)
+            spare[d] = max(0.0, fair * topology.rate_D[d] - choices[d])
+    # The experts of each rank; those with excess get no new ones.
+    experts_of = np.empty(held_D[ranks], np.int64)
+    end_D = held_D[:-1].copy()
+    for e in range(experts):
+        for c in range(replicas.count_E[e]):
+            d = replicas.rank_EC[e, c]
+            experts_of[end_D[d]] = e
+            end_D[d] += 1
+    several = len(topology.uplink_N) > 1
+    if several and across:
+        _between_nodes(free, fair, topology, replicas, excess, spare)
+    if several:
+        _between_devices(free, held_D, experts_of, topology, True, replicas, excess, spare)
+    if across or not several:
+        _between_devices(free, held_D, experts_of, topology, False, replicas, excess, spare)
 
 
 @compiled
 def _between_nodes(
-    owner: np.ndarray,
-    free: np.ndarray,
-    fair: float,
-    topology: TopologyNumbers,
-    where: np.ndarray,
-    quota: np.ndarray,
-    excess: np.ndarray,
-    spare: np.ndarray,
+    free: np.ndarray, fair: float, topology: TopologyNumbers, replicas: Replicas, excess: np.ndarray, spare: np.ndarray
 ) -> None:
-    experts, ranks = quota.shape
+    experts, ranks = replicas.has_ED.shape
     nodes = len(topology.uplink_N)
     over = np.zeros(nodes)
     held = np.zeros((nodes, experts))
     for d in range(ranks):
         over[topology.node_D[d]] -= fair * topology.rate_D[d]
     for e in range(experts):
-        for d in range(ranks):
-            held[topology.node_D[d], e] += quota[e, d]
-            over[topology.node_D[d]] += quota[e, d]
+        for c in range(replicas.count_E[e]):
+            d = replicas.rank_EC[e, c]
+            held[topology.node_D[d], e] += replicas.quota_ED[e, d]
+            over[topology.node_D[d]] += replicas.quota_ED[e, d]
     takes = np.maximum(-over, 0.0)
     for source in range(nodes):
         if over[source] <= _LEAST:
@@ -89,14 +89,15 @@ def _between_nodes(
                 amount = min(piece, takes[node])
                 if amount <= _LEAST:
                     break
-                moved = _fill_node(e, node, amount, owner, free, topology, where, quota, spare)
+                moved = _fill_node(e, node, amount, free, topology, replicas, spare)
                 takes[node] = takes[node] - moved if moved > _LEAST else 0.0
                 piece -= moved
                 over[source] -= moved
-                for d in range(ranks):
-                    if topology.node_D[d] == source and quota[e, d] > 0:
-                        taken = moved * quota[e, d] / held[source, e]
-                        quota[e, d] -= taken
+                for i in range(topology.first_N[source], topology.first_N[source + 1]):
+                    d = topology.member_D[i]
+                    if replicas.has_ED[e, d]:
+                        taken = moved * replicas.quota_ED[e, d] / held[source, e]
+                        replicas.quota_ED[e, d] -= taken
                         excess[d] = max(0.0, excess[d] - taken)
                 held[source, e] -= moved
             if over[source] <= _LEAST:
@@ -105,34 +106,26 @@ def _between_nodes(
 
 @compiled
 def _fill_node(
-    expert: int,
-    node: int,
-    amount: float,
-    owner: np.ndarray,
-    free: np.ndarray,
-    topology: TopologyNumbers,
-    where: np.ndarray,
-    quota: np.ndarray,
-    spare: np.ndarray,
+    expert: int, node: int, amount: float, free: np.ndarray, topology: TopologyNumbers, replicas: Replicas, spare: np.ndarray
 ) -> float:
     """Give choices of an expert to the devices of a node; returns how many found room."""
     left = amount
     while left > _LEAST:
-        best = _most_spare(expert, node, free, topology, where, spare)
+        best = _most_spare(expert, node, free, topology, replicas, spare)
         if best < 0:
             break
-        left -= _give(expert, best, left, free, where, quota, spare)
+        left -= _give(expert, best, left, free, replicas, spare)
     return amount - left
 
 
 @compiled
 def _between_devices(
-    owner: np.ndarray,
     free: np.ndarray,
+    held_D: np.ndarray,
+    experts_of: np.ndarray,
     topology: TopologyNumbers,
     same_node: bool,
-    where: np.ndarray,
-    quota: np.ndarray,
+    replicas: Replicas,
     excess: np.ndarray,
     spare: np.ndarray,
 ) -> None:
@@ -140,28 +133,35 @@ def _between_devices(
         if excess[source] <= _LEAST:
             break
         node = topology.node_D[source] if same_node else -1
-        held = np.flatnonzero(quota[:, source] > _LEAST)
-        for e in held[np.argsort(-quota[:, source][held], kind="mergesort")]:
-            left = min(quota[e, source], excess[source])
+        held = experts_of[held_D[source] : held_D[source + 1]]
+        amount = np.empty(len(held))
+        for i in range(len(held)):
+            amount[i] = -replicas.quota_ED[held[i], source]
+        for i in np.argsort(amount, kind="mergesort"):
+            e = held[i]
+            left = min(replicas.quota_ED[e, source], excess[source])
             if left <= _LEAST:
                 break
             while left > _LEAST:
-                best = _most_spare(e, node, free, topology, where, spare)
+                best = _most_spare(e, node, free, topology, replicas, spare)
                 if best < 0:
                     break
-                moved = _give(e, best, left, free, where, quota, spare)
-                quota[e, source] -= moved
+                moved = _give(e, best, left, free, replicas, spare)
+                replicas.quota_ED[e, source] -= moved
                 excess[source] -= moved
                 left -= moved
 
 
 @compiled
-def _most_spare(expert: int, node: int, free: np.ndarray, topology: TopologyNumbers, where: np.ndarray, spare: np.ndarray) -> int:
+def _most_spare(expert: int, node: int, free: np.ndarray, topology: TopologyNumbers, replicas: Replicas, spare: np.ndarray) -> int:
     """The device with the most time left (of a node; -1: of all) that has the expert; else of those with a free slot; -1: none."""
     best, best_fresh = -1, -1
-    for d in range(len(spare)):
-        if spare[d] > _LEAST and (node < 0 or topology.node_D[d] == node):
-            if where[expert, d]:
+    first = 0 if node < 0 else topology.first_N[node]
+    last = len(spare) if node < 0 else topology.first_N[node + 1]
+    for i in range(first, last):
+        d = i if node < 0 else topology.member_D[i]
+        if spare[d] > _LEAST:
+            if replicas.has_ED[expert, d]:
                 if best < 0 or spare[d] > spare[best]:
                     best = d
             elif free[d] > 0 and (best_fresh < 0 or spare[d] > spare[best_fresh]):
@@ -170,11 +170,11 @@ def _most_spare(expert: int, node: int, free: np.ndarray, topology: TopologyNumb
 
 
 @compiled
-def _give(expert: int, device: int, amount: float, free: np.ndarray, where: np.ndarray, quota: np.ndarray, spare: np.ndarray) -> float:
+def _give(expert: int, device: int, amount: float, free: np.ndarray, replicas: Replicas, spare: np.ndarray) -> float:
     moved = min(amount, spare[device])
-    if not where[expert, device]:
-        where[expert, device] = True
+    if not replicas.has_ED[expert, device]:
+        add(replicas, expert, device)
         free[device] -= 1
-    quota[expert, device] += moved
+    replicas.quota_ED[expert, device] += moved
     spare[device] -= moved
     return moved

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.planners import layer_loops as loops
 from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.replica_lists import Replicas, add, copy_into, foreign, no_replicas, only_owners
 from hecate.parallel.topology import Link, Topology
 
 KINDS = {
@@ -78,13 +81,44 @@ def test_the_loops_compute_what_the_cost_model_does(given_: PlanInput, seed: int
     quota = share / share.sum(1, keepdims=True) * tokens.sum(1, keepdims=True)
     resident = given_.owned_LED[0] if given_.resident_LED is None else given_.resident_LED[0]
     numbers, cost = loops.topology_numbers(given_.topology), loops.cost_numbers(given_.cost, given_.topology)
-    got = loops.busy_seconds(tokens, quota, numbers, cost).max()
-    got += loops.replica_seconds(owner, where, resident, numbers, cost) + loops.dispatch_seconds(tokens, quota, numbers, cost)
+    loads = loops.layer_loads(np.ascontiguousarray(tokens.T), numbers)
+    replicas = lists(where, quota)
+    got = loops.busy_seconds(replicas, loads, numbers, cost).max()
+    got += loops.replica_seconds(owner, replicas, resident, numbers, cost)
+    dispatch = loops.dispatch_seconds(replicas, loads, numbers, cost, np.inf)
     wanted = layer_seconds(owner, where, quota, tokens, given_.topology, given_.cost, resident_ED=resident).total
-    np.testing.assert_allclose(got, wanted, rtol=1e-9)
-    even = np.empty_like(quota)
-    loops.even_quota_into(where, np.ascontiguousarray(tokens), numbers, even)
-    np.testing.assert_allclose(even, even_quota(where, tokens, given_.topology), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got + dispatch, wanted, rtol=1e-9)
+    assert enough_or_exact(loops.dispatch_seconds(replicas, loads, numbers, cost, dispatch / 2), dispatch / 2, dispatch)
+    loops.even_quota_into(replicas, loads, numbers)
+    np.testing.assert_allclose(np.where(where, replicas.quota_ED, 0.0), even_quota(where, tokens, given_.topology), rtol=1e-9, atol=1e-9)
+
+
+def lists(where_ED: np.ndarray, quota_ED: np.ndarray) -> Replicas:
+    replicas = no_replicas(*where_ED.shape)
+    for e, d in np.random.default_rng(0).permutation(np.argwhere(where_ED)):
+        add(replicas, e, d)
+        replicas.quota_ED[e, d] = quota_ED[e, d]
+    return replicas
+
+
+def enough_or_exact(got: float, enough: float, exact: float) -> bool:
+    return enough <= got <= exact or got == exact
+
+
+def test_lists_of_replicas_are_sorted_and_forget() -> None:
+    where_ED = np.random.default_rng(1).random((5, 7)) < 0.5
+    where_ED[:, 2] = True
+    replicas = lists(where_ED, np.ones((5, 7)))
+    for e in range(5):
+        assert replicas.rank_EC[e, : replicas.count_E[e]].tolist() == np.flatnonzero(where_ED[e]).tolist()
+    owner_E = np.full(5, 2)
+    assert foreign(replicas, owner_E).tolist() == (where_ED.sum(0) - 5 * (np.arange(7) == 2)).tolist()
+    copy = lists(~where_ED, np.ones((5, 7)))
+    copy_into(replicas, copy)
+    assert np.array_equal(copy.has_ED, where_ED)
+    only_owners(copy, owner_E)
+    assert np.argwhere(copy.has_ED).tolist() == [[e, 2] for e in range(5)]
+    assert np.array_equal(replicas.has_ED, where_ED)
 
 
 @settings(deadline=None)
@@ -184,13 +218,27 @@ def test_compiled_and_plain_give_the_same_plan() -> None:
     """Where numba is missing the same functions run as plain Python."""
     if not hasattr(loops.busy_seconds, "py_func"):
         pytest.skip("numba is not installed: there is only the plain version")
+    program = """
+import sys
+sys.modules["numba"] = None
+from tests.parallel.planners.test_auto import planned_for_comparison
+assert not hasattr(__import__("hecate.parallel.planners.spill").parallel.planners.spill.spill, "py_func")
+sys.stdout.buffer.write(planned_for_comparison().tobytes())
+"""
+    plain = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout
+    assert plain == planned_for_comparison().tobytes()
+
+
+def planned_for_comparison() -> np.ndarray:
     random = np.random.default_rng(5)
     place = topology((0, 1, 0, 1))
-    numbers, cost = loops.topology_numbers(place), loops.cost_numbers(KINDS["full experts"], place)
-    tokens = random.integers(0, 300, (6, 4)).astype(np.float64)
-    quota = np.ascontiguousarray(tokens[:, ::-1])
-    plain = loops.busy_seconds.py_func(tokens, quota, numbers, cost)
-    assert np.array_equal(loops.busy_seconds(tokens, quota, numbers, cost), plain)
+    loads = random.integers(0, 300, (2, 4, 6)).astype(np.float64)
+    quotas = []
+    for cost in KINDS.values():
+        plan = plan_auto(PlanInput(np.stack([contiguous_owners(6, 4)] * 2), loads, place, cost, np.array([1, 2, 0, 4])))
+        assert plan.quota_LED is not None
+        quotas.append(plan.quota_LED)
+    return np.stack(quotas)
 
 
 def test_plan_type() -> None:

@@ -1,0 +1,224 @@
+"""Which replicas to bring for the tokens' sake, before anything is balanced: what `auto` tries."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hecate.parallel.compiled import compiled
+from hecate.parallel.planners.layer_loops import LayerLoads, TopologyNumbers
+from hecate.parallel.planners.replica_lists import Replicas, add, foreign
+
+OWNERS, WANTED, HOT, NODES = range(4)
+_WINDOW = 8
+"""experts that a node weighs against each other at a time"""
+
+
+class Wishes(NamedTuple):
+    """Experts in the order in which they are wanted; ties differ from place to place, or all would ask the same owner."""
+
+    by_load_E: np.ndarray
+    """int64 [experts], hottest first"""
+    rank_DE: np.ndarray
+    """int64 [ranks, as many as have room]: experts of other owners that the rank's tokens chose; then -1"""
+    node_NE: np.ndarray
+    """int64 [nodes, experts]"""
+
+
+@compiled
+def wishes(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers) -> Wishes:
+    ranks, experts = loads.tokens_SE.shape
+    nodes = len(topology.uplink_N)
+    widest = min(max(slots.max(), 0), experts)
+    rank_DE, amount = np.full((ranks, widest), -1, np.int64), np.zeros((ranks, widest))
+    for d in range(ranks if widest > 0 else 0):
+        tokens, first = loads.tokens_SE[d], d * experts // ranks
+        for i in range(experts):
+            e = first + i if first + i < experts else first + i - experts
+            if tokens[e] <= amount[d, widest - 1] or owner[e] == d:
+                continue
+            place = widest - 1
+            while place > 0 and amount[d, place - 1] < tokens[e]:
+                amount[d, place] = amount[d, place - 1]
+                rank_DE[d, place] = rank_DE[d, place - 1]
+                place -= 1
+            amount[d, place] = tokens[e]
+            rank_DE[d, place] = e
+    node_NE, wanted = np.empty((nodes, experts), np.int64), np.empty(experts)
+    for n in range(nodes):
+        first = (n + 1) * experts // nodes
+        for i in range(experts):
+            wanted[i] = -loads.tokens_NE[n, (first + i) % experts]
+        node_NE[n] = (np.argsort(wanted, kind="mergesort") + first) % experts
+    return Wishes(np.argsort(-loads.load_E, kind="mergesort"), rank_DE, node_NE)
+
+
+@compiled
+def bring_wanted(room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads, replicas: Replicas) -> None:
+    """To each rank the experts of which it has the most choices, more than `least`, as many as it has room for."""
+    for d in range(len(room)):
+        for i in range(min(room[d], wish.rank_DE.shape[1])):
+            e = wish.rank_DE[d, i]
+            if e < 0 or loads.tokens_SE[d, e] <= least:
+                break
+            add(replicas, e, d)
+
+
+@compiled
+def bring_hot(room: np.ndarray, wish: Wishes, loads: LayerLoads, replicas: Replicas) -> None:
+    """To all ranks the experts that are hotter than an average rank can bear, as far as there is room."""
+    ranks = len(room)
+    left, fair = room.copy(), loads.load_E.sum() / ranks
+    for e in wish.by_load_E:
+        if loads.load_E[e] <= fair:
+            break
+        for d in range(ranks):
+            if left[d] > 0 and not replicas.has_ED[e, d]:
+                add(replicas, e, d)
+                left[d] -= 1
+
+
+@compiled
+def bring_to_nodes(
+    owner: np.ndarray, room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas
+) -> float:
+    """Into each node the experts it lacks that its tokens want most, more than `least`, one copy each.
+
+    Nodes take turns. Of the next few on its list a node takes the one that relieves the busiest way in: tokens for it from outside its
+    home node, over the uplink there. Then each copy goes to the least busy rank of the node with room.
+
+    Args:
+        room: int64 [ranks]: replicas that each may get.
+
+    Returns:
+        The fewest choices of a node for which it got an expert: with any `least` below that the replicas would be the same.
+    """
+    nodes, experts = loads.tokens_NE.shape
+    open_, left = np.ones((nodes, experts), np.bool_), np.zeros(nodes, np.int64)
+    free, arriving = room.copy(), np.zeros(nodes)
+    for d in range(len(room)):
+        left[topology.node_D[d]] += max(room[d], 0)
+    for e in range(experts):
+        for c in range(replicas.count_E[e]):
+            open_[topology.node_D[replicas.rank_EC[e, c]], e] = False
+        for n in range(nodes):
+            if open_[n, e]:
+                arriving[topology.node_D[owner[e]]] += loads.tokens_NE[n, e]
+    brought, start = np.zeros((nodes, experts), np.bool_), np.zeros(nodes, np.int64)
+    more, fewest = True, np.inf
+    while more:
+        more = False
+        for n in range(nodes):
+            if left[n] <= 0:
+                continue
+            best, most, seen, i = -1, 0.0, 0, start[n]
+            while i < experts and seen < _WINDOW:
+                e = wish.node_NE[n, i]
+                if loads.tokens_NE[n, e] <= least:
+                    break
+                if open_[n, e]:
+                    home = topology.node_D[owner[e]]
+                    gain = loads.tokens_NE[n, e] * arriving[home] / topology.uplink_N[home]
+                    if gain > most:
+                        best, most = e, gain
+                    seen += 1
+                elif seen == 0:
+                    start[n] = i + 1
+                i += 1
+            if best >= 0:
+                open_[n, best] = False
+                brought[n, best] = True
+                arriving[topology.node_D[owner[best]]] -= loads.tokens_NE[n, best]
+                fewest = min(fewest, loads.tokens_NE[n, best])
+                left[n] -= 1
+                more = True
+    _place(owner, brought, open_, free, wish, loads, topology, replicas)
+    return fewest
+
+
+@compiled
+def _place(
+    owner: np.ndarray,
+    brought: np.ndarray,
+    open_: np.ndarray,
+    free: np.ndarray,
+    wish: Wishes,
+    loads: LayerLoads,
+    topology: TopologyNumbers,
+    replicas: Replicas,
+) -> None:
+    nodes, experts = loads.tokens_NE.shape
+    busy, extra = np.zeros(len(free)), np.zeros(experts)
+    for e in range(experts):
+        far, nodes_with = 0.0, 0.0
+        for n in range(nodes):
+            if open_[n, e]:
+                far += loads.tokens_NE[n, e]
+            else:
+                nodes_with += 1.0
+        extra[e] = far / nodes_with  # choices from nodes without the expert go evenly over those with it
+        if replicas.count_E[e] == 1:
+            busy[owner[e]] += loads.tokens_NE[topology.node_D[owner[e]], e] + extra[e]
+    for n in range(nodes):
+        for e in wish.node_NE[n]:
+            if brought[n, e]:
+                best = -1
+                for i in range(topology.first_N[n], topology.first_N[n + 1]):
+                    d = topology.member_D[i]
+                    if free[d] > 0 and (best < 0 or busy[d] * topology.rate_D[best] < busy[best] * topology.rate_D[d]):
+                        best = d
+                add(replicas, e, best)
+                free[best] -= 1
+                busy[best] += loads.tokens_NE[n, e] + extra[e]
+
+
+@compiled
+def reach(
+    rule: int,
+    share: float,
+    factor: float,
+    owner: np.ndarray,
+    slots: np.ndarray,
+    hidden: int,
+    worth: float,
+    wish: Wishes,
+    loads: LayerLoads,
+    topology: TopologyNumbers,
+    replicas: Replicas,
+) -> float:
+    """Add to `replicas`, of owners only, what a rule says.
+
+    - OWNERS: nothing.
+    - WANTED: `bring_wanted` into all slots, or with a `share` below 1 as many as travel hidden, times the share.
+    - HOT: `bring_hot` into that share of the slots.
+    - NODES: `bring_hot` into that share of the slots, then `bring_to_nodes` into the rest; with a negative share into all but one.
+
+    An expert is wanted by more tokens than cost as much to send as the expert, times `factor`.
+
+    Returns:
+        With a larger `factor` below this one the replicas would be the same.
+    """
+    ranks, experts = loads.tokens_SE.shape
+    if rule == WANTED:
+        room = slots.copy()
+        for d in range(ranks):
+            if share < 1:
+                room[d] = min(room[d], int(hidden * share))
+        if room.min() >= experts and factor == 0:
+            for e in range(experts):
+                for d in range(ranks):
+                    if d != owner[e]:
+                        add(replicas, e, d)
+        else:
+            bring_wanted(room, worth * factor if factor > 0 else 0.0, wish, loads, replicas)
+    elif rule in (HOT, NODES):
+        if share > 0:
+            bring_hot(np.ceil(slots * share).astype(np.int64), wish, loads, replicas)
+        if rule == NODES:
+            room = slots - foreign(replicas, owner)
+            if share < 0:
+                room -= np.minimum(slots, 1)
+            fewest = bring_to_nodes(owner, room, worth * factor, wish, loads, topology, replicas)
+            return fewest / worth if worth > 0 else np.inf
+    return 0.0
