@@ -233,7 +233,7 @@ class _MixloraFfn(torch.autograd.Function):
             torch.mul(act, up, out=h)
 
             torch.index_select(dhidden_TF, 0, rows, out=dh)
-            if low_down_Pr is not None:
+            if weighted_down_Pr is not None:
                 torch.index_select(dy_TD, 0, rows, out=dy)
                 keep = work.keep(context, tile, "down")
                 low_dy = dy @ b_down[s]
@@ -248,8 +248,8 @@ class _MixloraFfn(torch.autograd.Function):
             dgate, dup = dgate_up_PF[span, :ffn], dgate_up_PF[span, ffn:]
             torch.mul(act, dh, out=dup)
             activation_backward_into(base.activation, dh.mul_(up), gate, dgate)
-            if low_in_Pr is not None and dx_PD is not None:
-                dlow = torch.empty_like(low_in_Pr[span])
+            if weighted_in_Pr is not None and dx_PD is not None:
+                dlow = torch.empty_like(weighted_in_Pr[span])
                 for part, b, db in zip(context.inputs, b_in, db_in, strict=True):
                     dout = (dgate, dup)[part.output]
                     torch.mm(dout, b[s], out=dlow[:, part.columns])
