@@ -68,13 +68,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = hidden.detach().requires_grad_()
                 logits = head.logits(leaf)
-            # softmax - onehot, in the memory of the logits: log_softmax and its backward would take three more buffers of their size
+            # softmax - onehot, in the memory of the logits: log_softmax and its backward would take three more buffers of their size,
+            # and logsumexp another exponential of them all.
             grad = logits.detach().to(wide)
-            lse = grad.logsumexp(1, keepdim=True)
-            total += (lse - grad.gather(1, target[:, None])).sum()
+            top = grad.amax(1, keepdim=True)
+            label = grad.gather(1, target[:, None])
+            sum_exp = grad.sub_(top).exp_().sum(1, keepdim=True)
+            total += (sum_exp.log() + top - label).sum()
             if ctx.needs_input_grad[0]:
-                grad.sub_(lse).exp_()
-                grad.scatter_add_(1, target[:, None], -torch.ones_like(lse))
+                grad.mul_(sum_exp.reciprocal())
+                grad.scatter_add_(1, target[:, None], -torch.ones_like(top))
                 grads += torch.autograd.grad(logits, leaf, grad.to(logits.dtype))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden_ND))

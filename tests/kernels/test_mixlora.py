@@ -140,13 +140,13 @@ def test_tiles_hold_each_pair_that_is_here_once(monkeypatch: pytest.MonkeyPatch)
     wide = torch.zeros(10, 6)
     slot_TK = torch.randint(-1, 3, (75, 2), generator=torch.Generator().manual_seed(0))
     tiles, order_P = mixlora._tiles(slot_TK, FfnBase(wide, wide, wide.T, "silu"), 8)
-    assert max(len(tile.pair) for tile in tiles) == 20
+    assert max(len(tile.token) for tile in tiles) == 20
     for tile in tiles:
-        assert (slot_TK.flatten()[tile.pair] == tile.slot).all()
-        assert torch.equal(tile.token, tile.pair // 2)
-        assert torch.equal(tile.pair, order_P[tile.span])
-    pairs = [pair for tile in tiles for pair in tile.pair.tolist()]
-    assert sorted(pairs) == (slot_TK.flatten() >= 0).nonzero().flatten().tolist()
+        assert (slot_TK.flatten()[order_P[tile.span]] == tile.slot).all()
+        assert torch.equal(tile.token, order_P[tile.span] // 2)
+    spans = [place for tile in tiles for place in range(tile.span.start, tile.span.stop)]
+    assert spans == list(range(len(order_P)))
+    assert sorted(order_P.tolist()) == (slot_TK.flatten() >= 0).nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("name", ["plain", "dropout", "gelu_tanh", "some choices elsewhere"])
