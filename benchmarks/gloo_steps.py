@@ -142,10 +142,11 @@ def attention(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 class Wire:
-    """Bytes that this rank gave to `all_to_all_single` for each rank of the world."""
+    """Bytes that this rank gave to `all_to_all_single` for each other rank of the world."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, rank: int) -> None:
         self.bytes_to = [0] * world
+        self._rank = rank
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -156,7 +157,7 @@ class Wire:
             rows = input_split_sizes or [len(input) // world] * world
             row_bytes = input[:1].numel() * input.element_size() if len(input) else 0
             for peer, count in enumerate(rows):
-                self.bytes_to[peer] += count * row_bytes
+                self.bytes_to[peer] += count * row_bytes if peer != self._rank else 0
             return original(output, input, output_split_sizes, input_split_sizes, **rest)
 
         dist.all_to_all_single = counted

@@ -1,25 +1,26 @@
-"""What a prediction may know: seconds of single parts of a step, measured apart from any step, all ranks at once.
+"""What a prediction may know: seconds of single parts of a step, measured apart from any run, all ranks at once.
 
 Work is told to the cost model in FLOPs at the topology's rate, so work that runs below that rate counts as more of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gloo_steps import MeasuredExperts, Shape, Stack, attention, attention_weights, Clock, draw_routing, make_experts
+from benchmarks.gloo_steps import Clock, Shape, Stack, attention, attention_weights, draw_routing, make_experts
 from hecate.moe.engine import ExpertGroups
 from hecate.moe.mixlora import MixLoraExperts
-from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LayerCost
 from hecate.parallel.dispatch import combine, dispatch
 from hecate.parallel.placement import contiguous_owners, everything_everywhere
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import Topology
+from hecate.parallel.topology import Link, Topology
 
 Probe = Callable[[], object]
 
@@ -61,18 +62,69 @@ def plain_cost(shape: Shape) -> LayerCost:
     return MixLoraExperts.cost(make_experts(shape, 0), shape.top_k, shape.attention_flops)
 
 
-def measured_cost(seconds: dict[str, float], shape: Shape, topology: Topology) -> LayerCost:
-    """The layer's cost, its work such that the topology's rate gives the seconds of the probes."""
-    rate, cost = min(topology.flops), plain_cost(shape)
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of single parts, forward and backward."""
+
+    attention: float
+    """of a layer"""
+    row: float
+    """of a distinct token that a rank computes,"""
+    choice: float
+    """of a (token, expert),"""
+    slot: float
+    """and of an expert that has any tokens on a rank: its tiles are launched apart from others'"""
+    exchange: float
+    """one of dispatch's collectives, with nothing to carry"""
+    passed_row: float
+    """copies of a row on its way through dispatch and back, also if it stays on its rank"""
+    rest: float
+    """of a step: planning, loads, whatever else is the same with no token at all"""
+
+
+def parts(seconds: Mapping[str, float], shape: Shape) -> Parts:
+    """From the seconds of the probes."""
     tokens, k = shape.tokens, shape.top_k
     choice = (seconds["experts"] - seconds["experts_half_choices"]) / (tokens * (k - k // 2))
-    both = (seconds["experts"] - seconds["experts_quarter"]) / (tokens - tokens // 4)  # a row with all its choices
+    row = (seconds["experts"] - seconds["experts_quarter"]) / (tokens - tokens // 4) - k * choice
+    return Parts(
+        attention=seconds["attention"],
+        row=row,
+        choice=choice,
+        slot=max(0.0, seconds["experts"] - tokens * (row + k * choice)) / shape.experts,
+        exchange=seconds["dispatch_nothing"] / DISPATCH_COLLECTIVES,
+        passed_row=max(0.0, seconds["dispatch"] - seconds["dispatch_nothing"]) / tokens,
+        rest=max(0.0, seconds["empty_step"] - shape.layers * seconds["dispatch_nothing"]),
+    )
+
+
+def measured_cost(found: Parts, shape: Shape, topology: Topology) -> LayerCost:
+    """The layer's cost, its work such that the topology's rate gives the seconds of the parts."""
+    rate, cost = min(topology.flops), plain_cost(shape)
     return replace(
         cost,
-        non_moe_flops=seconds["attention"] / 3 * rate,
-        row_flops=(both - k * choice) * rate / (1 + cost.row_backward),
-        choice_flops=choice * rate / (1 + cost.choice_backward),
+        non_moe_flops=found.attention / 3 * rate,
+        row_flops=found.row * rate / (1 + cost.row_backward),
+        choice_flops=found.choice * rate / (1 + cost.choice_backward),
     )
+
+
+def measured_topology(profiled: Sequence[Topology], found: Parts) -> Topology:
+    """The first of the topologies with the median bandwidths of all, and the latency of dispatch's collectives."""
+    first = profiled[0]
+    latency = found.exchange
+    return replace(
+        first,
+        intra_node=Link(median(one.intra_node.bandwidth for one in profiled), latency),
+        inter_node=Link(median(one.inter_node.bandwidth for one in profiled), latency),
+        port_bandwidth=_medians([one.port_bandwidth for one in profiled]),
+        memory_bandwidth=_medians([one.memory_bandwidth for one in profiled]),
+        overlap_slowdown=median(one.overlap_slowdown for one in profiled),
+    )
+
+
+def _medians(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(median(column) for column in zip(*rows, strict=True))
 
 
 def _attention(shape: Shape) -> Probe:
