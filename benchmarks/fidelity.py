@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -123,6 +123,37 @@ def middle(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: median(sample[name] for sample in samples) for name in samples[0]}
 
 
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A step's plan, and what it must come to under the step's true routing."""
+
+    plan: Plan
+    given: PlanInput
+    sent_WW: np.ndarray
+    """bytes from each rank to each other"""
+    rows_LW: np.ndarray
+    """distinct rows computed"""
+
+
+def planned_steps(loads: np.ndarray, policy: str, shape: Shape, measured: Measured) -> Iterator[Planned]:
+    """The steps of a run, as the engine plans them.
+
+    Args:
+        loads: int64 [steps, layers, source ranks, experts].
+    """
+    _, num_layers, world, num_experts = loads.shape
+    owner_LE = np.tile(contiguous_owners(num_experts, world), (num_layers, 1))
+    for number, loads_LSE in enumerate(loads):
+        known = loads[max(number - HISTORY_STEPS, 0) : number].mean(0) if number else None
+        given = PlanInput(owner_LE, known, measured.topologies[0], measured.planning, np.full(world, num_experts))
+        plan = POLICIES[policy](given)
+        drawn = [
+            [routing_of(load_E, shape, number, layer, rank) for rank, load_E in enumerate(loads_SE)]
+            for layer, loads_SE in enumerate(loads_LSE)
+        ]
+        yield Planned(plan, given, *planned_traffic(given, plan, drawn, shape))
+
+
 @dataclass(frozen=True)
 class Foretold:
     """What follows from the loads, the plans and the probes."""
@@ -152,26 +183,18 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
         return POLICIES[policy](replace(given, topology=measured.topologies[0], cost=measured.planning))
 
     (simulated,) = simulate(loads, topology, cost, {policy: planner}, slots_D=np.full(world, shape.experts))
-    owner_LE = np.tile(contiguous_owners(shape.experts, world), (shape.layers, 1))
     sent, errors, compute = [], [0.0], []
-    for number, loads_LSE in enumerate(loads):
-        known = loads[max(number - HISTORY_STEPS, 0) : number]
-        given = PlanInput(owner_LE, known.mean(0) if number else None, topology, cost, np.full(world, shape.experts))
-        plan = planner(given)
-        drawn = [
-            [routing_of(load_E, shape, number, layer, rank) for rank, load_E in enumerate(loads_SE)]
-            for layer, loads_SE in enumerate(loads_LSE)
-        ]
-        sent_WW, rows_LW = planned_traffic(replace(given, topology=measured.topologies[0]), plan, drawn, shape)
-        sent.append(sent_WW)
+    for loads_LSE, planned in zip(loads, planned_steps(loads, policy, shape, measured), strict=True):
+        plan = planned.plan
         tokens_LED = np.swapaxes(loads_LSE, 1, 2).astype(np.float64)
-        flow = executed_flows(plan.where_LED, plan.quota_LED, given.tokens_LED, tokens_LED, topology)
+        flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.tokens_LED, tokens_LED, topology)
         rows_LD, choices_LED = rows_served(flow, tokens_LED, cost).computed_D, served(flow)
-        errors += np.abs(rows_LD.sum(1) / rows_LW.sum(1) - 1).tolist()
         dispatched = plan.quota_LED is not None or not plan.where_LED.all()
         row = found.row + found.passed_row * dispatched
         work_LD = rows_LD * row + choices_LED.sum(1) * found.choice + (choices_LED > 0).sum(1) * found.slot
         compute.append(sum(shared_cores_seconds(work_D, cores) for work_D in work_LD))
+        sent.append(planned.sent_WW)
+        errors += np.abs(rows_LD.sum(1) / planned.rows_LW.sum(1) - 1).tolist()
     seconds = simulated.step_seconds - simulated.seconds.compute + float(np.mean(compute[1:])) + found.rest
     return Foretold(seconds, simulated, sent, max(errors))
 
