@@ -6,7 +6,8 @@ parts (`step_probes`), never from a run. The error of a run is max(predicted / m
 geometric mean of these ratios counts. Bytes are counted where they are given to torch.distributed, and must be what the plan says, for
 every two ranks in every step.
 
-Runs and probes alternate, each beside a yardstick (`gloo_steps.Clock`).
+Runs and probes alternate, each beside a yardstick (`gloo_steps.Clock`). On a machine that others use, what a rank waits for is theirs;
+`busy` holds the CPU seconds of the busiest rank against the same parts in CPU seconds, which does not see them.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.gloo_steps import Clock, Shape, Stack, Wire, draw_routing
+from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, Wire, draw_routing
 from benchmarks.planned_bytes import planned_traffic
 from benchmarks.report import arguments, finish
-from benchmarks.step_probes import Probes, measured_cost, measured_topology, parts, yardstick
+from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topology, parts, yardstick
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.moe.engine import ExpertGroups
-from hecate.parallel.cost_model import LayerCost, rows_served
+from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LayerCost, rows_served
 from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
@@ -59,8 +60,7 @@ class Step:
     workload: str
     policy: str
     number: int
-    seconds: float
-    """of the slowest rank"""
+    taken: Taken
     bytes_to: list[int]
     """on the wire to each other rank"""
     counted: int
@@ -74,7 +74,7 @@ class Measured:
     topologies: list[Topology]
     planning: LayerCost
     """what the engine planned with, beside the first topology"""
-    probes: list[dict[str, float]]
+    probes: list[dict[str, Taken]]
     steps: list[Step]
 
 
@@ -96,7 +96,7 @@ def measure(rank: int, world: int, shape: Shape, workloads: Sequence[str], repea
     clock = Clock(yardstick(shape))
     probes = Probes(shape, topologies[0], groups, rank)
     seconds = [probes.run(clock) for _ in range(3)]
-    planning = measured_cost(parts(middle(seconds), shape), shape, topologies[0])
+    planning = measured_cost(parts_of(seconds, shape).seconds, shape, topologies[0])
     stacks = {policy: Stack(shape, POLICIES[policy], topologies[0], planning, groups) for policy in TRIED}
     x_TD = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
     steps: list[Step] = []
@@ -118,9 +118,20 @@ def measure(rank: int, world: int, shape: Shape, workloads: Sequence[str], repea
     return Measured(topologies, planning, seconds, steps)
 
 
-def middle(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Medians by name."""
-    return {name: median(sample[name] for sample in samples) for name in samples[0]}
+@dataclass(frozen=True)
+class Found:
+    """The parts of a step by either clock."""
+
+    seconds: Parts
+    busy: Parts
+    """CPU seconds of this rank"""
+
+
+def parts_of(probes: Sequence[Mapping[str, Taken]], shape: Shape) -> Found:
+    """From the medians of repeated probes."""
+    seconds = {name: median(sample[name].seconds for sample in probes) for name in probes[0]}
+    busy = {name: median(sample[name].busy for sample in probes) for name in probes[0]}
+    return Found(parts(seconds, shape), parts(busy, shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +171,8 @@ class Foretold:
 
     seconds: float
     """of the mean counted step"""
+    busy: float
+    """CPU seconds of its busiest rank"""
     simulated: Simulated
     """what the simulator alone says"""
     sent: list[np.ndarray]
@@ -173,7 +186,8 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
     work of its own, and ranks may share cores.
     """
     world = measured.topologies[0].world_size
-    found = parts(middle(measured.probes), shape)
+    clocks = parts_of(measured.probes, shape)
+    found = clocks.seconds
     topology = measured_topology(measured.topologies, found)
     cost = measured_cost(found, shape, topology)
     loads = loads_of(workload, world, shape)
@@ -183,20 +197,33 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
         return POLICIES[policy](replace(given, topology=measured.topologies[0], cost=measured.planning))
 
     (simulated,) = simulate(loads, topology, cost, {policy: planner}, slots_D=np.full(world, shape.experts))
-    sent, errors, compute = [], [0.0], []
+    sent, errors, compute, busy = [], [0.0], [], []
     for loads_LSE, planned in zip(loads, planned_steps(loads, policy, shape, measured), strict=True):
         plan = planned.plan
         tokens_LED = np.swapaxes(loads_LSE, 1, 2).astype(np.float64)
         flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.tokens_LED, tokens_LED, topology)
         rows_LD, choices_LED = rows_served(flow, tokens_LED, cost).computed_D, served(flow)
-        dispatched = plan.quota_LED is not None or not plan.where_LED.all()
-        row = found.row + found.passed_row * dispatched
-        work_LD = rows_LD * row + choices_LED.sum(1) * found.choice + (choices_LED > 0).sum(1) * found.slot
-        compute.append(sum(shared_cores_seconds(work_D, cores) for work_D in work_LD))
+        passed = plan.quota_LED is not None or not plan.where_LED.all()
+        work = partial(_work, rows_LD=rows_LD, choices_LED=choices_LED, passed=passed)
+        compute.append(sum(shared_cores_seconds(work_D, cores) for work_D in work(found)))
+        own = clocks.busy
+        once = own.rest + shape.layers * (own.attention + DISPATCH_COLLECTIVES * own.exchange * passed)
+        moved_D = (planned.sent_WW.sum(0) + planned.sent_WW.sum(1)) / 2
+        busy.append(float((work(own).sum(0) + once + moved_D * own.byte).max()))
         sent.append(planned.sent_WW)
         errors += np.abs(rows_LD.sum(1) / planned.rows_LW.sum(1) - 1).tolist()
     seconds = simulated.step_seconds - simulated.seconds.compute + float(np.mean(compute[1:])) + found.rest
-    return Foretold(seconds, simulated, sent, max(errors))
+    return Foretold(seconds, float(np.mean(busy[1:])), simulated, sent, max(errors))
+
+
+def _work(by: Parts, *, rows_LD: np.ndarray, choices_LED: np.ndarray, passed: bool) -> np.ndarray:
+    """float64 [layers, ranks]: seconds of each rank with its experts, of one step.
+
+    Args:
+        passed: rows go through dispatch.
+    """
+    row = by.row + by.passed_row * passed
+    return np.asarray(rows_LD * row + choices_LED.sum(1) * by.choice + (choices_LED > 0).sum(1) * by.slot)
 
 
 def shared_cores_seconds(work_D: np.ndarray, cores: int) -> float:
@@ -222,7 +249,8 @@ def rows_of(world: int, shape: Shape, workloads: Sequence[str], measured: Sequen
     rows = []
     for workload, policy in product(workloads, TRIED):
         mine = [[step for step in one.steps if (step.workload, step.policy) == (workload, policy)] for one in measured]
-        taken = float(np.mean([median(step.seconds for step in mine[0] if step.number == number) for number in range(1, STEPS)]))
+        taken = _mean_step(mine[0], "seconds")
+        busy = max(_mean_step(steps, "busy") for steps in mine)
         told = foretell(workload, policy, shape, measured[0], cores)
         exact = [
             step.counted == sum(step.bytes_to) and step.bytes_to == told.sent[step.number][rank].tolist()
@@ -238,6 +266,8 @@ def rows_of(world: int, shape: Shape, workloads: Sequence[str], measured: Sequen
                 "predicted_ms": 1e3 * told.seconds,
                 "ratio": told.seconds / taken,
                 "simulator_ratio": told.simulated.step_seconds / taken,
+                "busy_ms": 1e3 * busy,
+                "busy_ratio": told.busy / busy,
                 **{f"{name}_ms": 1e3 * getattr(told.simulated.seconds, name) for name in ("attention", "compute", "dispatch", "exposed")},
                 "bytes_exact": float(np.mean(exact)),
                 "bytes_sent": float(np.mean([sent_WW.sum() for sent_WW in told.sent[1:]])),
@@ -245,6 +275,11 @@ def rows_of(world: int, shape: Shape, workloads: Sequence[str], measured: Sequen
             }
         )
     return rows
+
+
+def _mean_step(steps: Sequence[Step], clock: str) -> float:
+    """Mean over the counted steps of the median over their repetitions."""
+    return float(np.mean([median(getattr(step.taken, clock) for step in steps if step.number == number) for number in range(1, STEPS)]))
 
 
 def _profiled(ranks: Ranks) -> Topology:
@@ -269,6 +304,7 @@ def main() -> None:
         "step_time_error_geomean": _error(rows),
         **{f"step_time_error_geomean_{world}_ranks": _error(some) for world, some in by_ranks.items()},
         **{f"simulator_alone_error_geomean_{world}_ranks": _error(some, "simulator_ratio") for world, some in by_ranks.items()},
+        "busy_time_error_geomean": _error(rows, "busy_ratio"),
         "step_time_error_worst": max(_error([row]) for row in rows),
         "bytes_exact_share": float(np.mean([row["bytes_exact"] for row in rows])),
         "rows_error_worst": max(row["rows_error"] for row in rows),

@@ -167,8 +167,18 @@ class Wire:
             dist.all_to_all_single = original
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What an action took."""
+
+    seconds: float
+    """until the slowest rank was done"""
+    busy: float
+    """CPU seconds of this rank, all its threads: the same however many others share the machine"""
+
+
 class Clock:
-    """Seconds that actions take on the slowest of all ranks, beside a yardstick: work of fixed size, timed before and after.
+    """Times actions beside a yardstick: work of fixed size, timed before and after.
 
     Where a machine is shared, what others leave of it changes from second to second, for the yardstick as for the action. Their ratio
     stays, and counts in units of the yardstick's time when the clock was made. On a quiet machine that changes nothing.
@@ -177,21 +187,22 @@ class Clock:
     def __init__(self, yardstick: Callable[[], object]) -> None:
         self._yardstick = yardstick
         yardstick()
-        self.unit = median(_timed(yardstick) for _ in range(5))
+        self.unit = median(_time(yardstick).seconds for _ in range(5))
         self._before = self.unit
 
-    def time(self, action: Callable[[], object]) -> float:
-        """Every rank must call it."""
-        seconds = _timed(action)
-        after = _timed(self._yardstick)
+    def time(self, action: Callable[[], object]) -> Taken:
+        """Every rank must call it; all start together."""
+        taken = _time(action)
+        after = _time(self._yardstick).seconds
         before, self._before = self._before, after
-        return seconds * self.unit / ((before + after) / 2)
+        return Taken(taken.seconds * self.unit / ((before + after) / 2), taken.busy)
 
 
-def _timed(action: Callable[[], object]) -> float:
+def _time(action: Callable[[], object]) -> Taken:
     dist.barrier()
-    start = time.perf_counter()
+    start, start_busy = time.perf_counter(), time.process_time()
     action()
+    busy = time.process_time() - start_busy
     seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return seconds.item()
+    return Taken(seconds.item(), busy)

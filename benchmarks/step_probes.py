@@ -11,9 +11,10 @@ from statistics import median
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.gloo_steps import Clock, Shape, Stack, attention, attention_weights, draw_routing, make_experts
+from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, attention, attention_weights, draw_routing, make_experts
 from hecate.moe.engine import ExpertGroups
 from hecate.moe.mixlora import MixLoraExperts
 from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LayerCost
@@ -23,6 +24,7 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Link, Topology
 
 Probe = Callable[[], object]
+_MEGABYTE = 1 << 20
 
 
 class Probes:
@@ -36,13 +38,14 @@ class Probes:
             "experts_quarter": _experts(shape, shape.tokens // 4, shape.top_k),
             "dispatch_nothing": _dispatch(shape, 0, groups, rank),
             "dispatch": _dispatch(shape, shape.tokens, groups, rank),
+            "megabyte": _megabyte(groups),
             "empty_step": _empty_step(shape, topology, groups),
         }
         for action in self.actions.values():
             action()
 
-    def run(self, clock: Clock) -> dict[str, float]:
-        """Seconds of each. Every rank must call it."""
+    def run(self, clock: Clock) -> dict[str, Taken]:
+        """Every rank must call it."""
         return {name: clock.time(action) for name, action in self.actions.items()}
 
 
@@ -78,6 +81,8 @@ class Parts:
     """one of dispatch's collectives, with nothing to carry"""
     passed_row: float
     """copies of a row on its way through dispatch and back, also if it stays on its rank"""
+    byte: float
+    """sent and received at the same time"""
     rest: float
     """of a step: planning, loads, whatever else is the same with no token at all"""
 
@@ -94,6 +99,7 @@ def parts(seconds: Mapping[str, float], shape: Shape) -> Parts:
         slot=max(0.0, seconds["experts"] - tokens * (row + k * choice)) / shape.experts,
         exchange=seconds["dispatch_nothing"] / DISPATCH_COLLECTIVES,
         passed_row=max(0.0, seconds["dispatch"] - seconds["dispatch_nothing"]) / tokens,
+        byte=max(0.0, seconds["megabyte"] - seconds["dispatch_nothing"] / DISPATCH_COLLECTIVES) / _MEGABYTE,
         rest=max(0.0, seconds["empty_step"] - shape.layers * seconds["dispatch_nothing"]),
     )
 
@@ -176,6 +182,15 @@ def _dispatch(shape: Shape, tokens: int, groups: ExpertGroups, rank: int) -> Pro
         y_TD.backward(torch.ones_like(y_TD))
 
     return run
+
+
+def _megabyte(groups: ExpertGroups) -> Probe:
+    """To other ranks and from them, in equal parts."""
+    world, rank = groups.tokens.size(), groups.tokens.rank()
+    splits = [0 if peer == rank else _MEGABYTE // (world - 1) for peer in range(world)]
+    send = torch.zeros(sum(splits), dtype=torch.uint8)
+    receive = torch.empty_like(send)
+    return lambda: dist.all_to_all_single(receive, send, splits, splits, group=groups.tokens)
 
 
 def _empty_step(shape: Shape, topology: Topology, groups: ExpertGroups) -> Probe:

@@ -57,7 +57,9 @@ def test_shared_cores_by_hand(work: list[float], cores: int, seconds: float) -> 
 
 
 def test_parts_are_those_that_the_probes_are_made_of() -> None:
-    """64 tokens, 8 experts: an expert 1 s, a row 2 s, a choice 3 s; 8 exchanges of 5 s, 7 s of copies a row; 11 s of a step's own."""
+    """64 tokens, 8 experts: an expert 1 s, a row 2 s, a choice 3 s; 8 exchanges of 5 s, 7 s of copies a row; 4 s a byte; 11 s of
+    a step's own.
+    """
     shape = Shape(layers=2, experts=8, top_k=2, tokens=64)
     found = parts(
         {
@@ -67,12 +69,13 @@ def test_parts_are_those_that_the_probes_are_made_of() -> None:
             "experts_quarter": 8 + 16 * 2 + 32 * 3,
             "dispatch_nothing": 40.0,
             "dispatch": 40.0 + 64 * 7,
+            "megabyte": 5.0 + 4 * 2**20,
             "empty_step": 11.0 + 2 * 40.0,
         },
         shape,
     )
     assert (found.attention, found.row, found.choice, found.slot) == pytest.approx((13, 2, 3, 1))
-    assert (found.exchange, found.passed_row, found.rest) == pytest.approx((5, 7, 11))
+    assert (found.exchange, found.passed_row, found.byte, found.rest) == pytest.approx((5, 7, 4, 11))
 
 
 CASES = (("static_ep", "zipf"), ("auto", "ragged_sources"), ("full", "empty_rank"))
