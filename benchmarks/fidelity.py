@@ -203,11 +203,11 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
         tokens_LED = np.swapaxes(loads_LSE, 1, 2).astype(np.float64)
         flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.tokens_LED, tokens_LED, topology)
         rows_LD, choices_LED = rows_served(flow, tokens_LED, cost).computed_D, served(flow)
-        passed = plan.quota_LED is not None or not plan.where_LED.all()
-        work = partial(_work, rows_LD=rows_LD, choices_LED=choices_LED, passed=passed)
+        passed_L = ~plan.where_LED.all((1, 2)) | (plan.quota_LED is not None)
+        work = partial(_work, rows_LD=rows_LD, choices_LED=choices_LED, passed_L=passed_L)
         compute.append(sum(shared_cores_seconds(work_D, cores) for work_D in work(found)))
         own = clocks.busy
-        once = own.rest + shape.layers * (own.attention + DISPATCH_COLLECTIVES * own.exchange * passed)
+        once = own.rest + shape.layers * own.attention + passed_L.sum() * DISPATCH_COLLECTIVES * own.exchange
         moved_D = (planned.sent_WW.sum(0) + planned.sent_WW.sum(1)) / 2
         busy.append(float((work(own).sum(0) + once + moved_D * own.byte).max()))
         sent.append(planned.sent_WW)
@@ -216,14 +216,14 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
     return Foretold(seconds, float(np.mean(busy[1:])), simulated, sent, max(errors))
 
 
-def _work(by: Parts, *, rows_LD: np.ndarray, choices_LED: np.ndarray, passed: bool) -> np.ndarray:
+def _work(by: Parts, *, rows_LD: np.ndarray, choices_LED: np.ndarray, passed_L: np.ndarray) -> np.ndarray:
     """float64 [layers, ranks]: seconds of each rank with its experts, of one step.
 
     Args:
-        passed: rows go through dispatch.
+        passed_L: bool, rows go through dispatch.
     """
-    row = by.row + by.passed_row * passed
-    return np.asarray(rows_LD * row + choices_LED.sum(1) * by.choice + (choices_LED > 0).sum(1) * by.slot)
+    row_L1 = by.row + by.passed_row * passed_L[:, None]
+    return np.asarray(rows_LD * row_L1 + choices_LED.sum(1) * by.choice + (choices_LED > 0).sum(1) * by.slot)
 
 
 def shared_cores_seconds(work_D: np.ndarray, cores: int) -> float:
