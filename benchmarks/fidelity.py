@@ -32,7 +32,7 @@ from benchmarks.report import arguments, finish
 from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topology, parts, yardstick
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.moe.engine import ExpertGroups
-from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LayerCost, rows_served
+from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LEAST_TRAFFIC, LayerCost, rows_served
 from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
@@ -202,10 +202,14 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
         plan = planned.plan
         tokens_LED = np.swapaxes(loads_LSE, 1, 2).astype(np.float64)
         flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.tokens_LED, tokens_LED, topology)
-        rows_LD, choices_LED = rows_served(flow, tokens_LED, cost).computed_D, served(flow)
+        rows, choices_LED = rows_served(flow, tokens_LED, cost), served(flow)
+        rows_LD = rows.computed_D
         passed_L = ~plan.where_LED.all((1, 2)) | (plan.quota_LED is not None)
         work = partial(_work, rows_LD=rows_LD, choices_LED=choices_LED, passed_L=passed_L)
-        compute.append(sum(shared_cores_seconds(work_D, cores) for work_D in work(found)))
+        unpriced = (passed_L & (rows.near[0].sum(1) <= LEAST_TRAFFIC)).sum()  # dispatch in which every row stays
+        compute.append(
+            sum(shared_cores_seconds(work_D, cores) for work_D in work(found)) + unpriced * DISPATCH_COLLECTIVES * found.exchange
+        )
         own = clocks.busy
         once = own.rest + shape.layers * own.attention + passed_L.sum() * DISPATCH_COLLECTIVES * own.exchange
         moved_D = (planned.sent_WW.sum(0) + planned.sent_WW.sum(1)) / 2
