@@ -101,6 +101,7 @@ def layer_seconds(
     flow: Flows | None = None,
     resident_ED: np.ndarray | None = None,
     rematerialize: bool = False,
+    prefetched: bool = True,
 ) -> LayerSeconds:
     """Predict one step of each layer.
 
@@ -112,6 +113,7 @@ def layer_seconds(
         flow: how the choices travel; None: as `flows` matches them with the quotas.
         resident_ED: bool [..., experts, ranks]: frozen parts that are there already; None: only the owners'.
         rematerialize: a second SparseAllGather before the backward pass.
+        prefetched: attention hides the forward pass's gather; not if the plan was made after the gate.
     """
     if flow is None:
         flow = flows(tokens_ED, quota_ED, topology)
@@ -135,7 +137,8 @@ def layer_seconds(
     attention = cost.non_moe_flops / rate_D.min()
     slowdown = topology.overlap_slowdown
     backward_transfer = reduce + again if rematerialize else reduce
-    exposed = exposed_seconds(attention, gather, slowdown) + exposed_seconds(2 * attention, backward_transfer, slowdown)
+    forward = exposed_seconds(attention if prefetched else 0.0, gather, slowdown)
+    exposed = forward + exposed_seconds(2 * attention, backward_transfer, slowdown)
     owned_D = (owner_E[..., None] == np.arange(where_ED.shape[-1])).sum(-2)
     optimizer = (owned_D * (cost.reduced_bytes + 2 * cost.state_bytes) / np.asarray(topology.memory_bandwidth)).max(-1)
     return LayerSeconds(compute, dispatch_seconds(rows, topology, cost), gather, reduce, exposed, optimizer)

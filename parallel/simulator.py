@@ -1,7 +1,7 @@
 """Expert loads through placement policies, without a GPU: seconds, bytes and memory of training steps by the cost model.
 
 A policy plans a step from what it would know, the step's true loads meet that plan. In `history` mode it knows the mean of the last steps'
-loads, as in training; in `exact` mode the true loads, which bounds what a better prediction could bring.
+loads, as in training; in `exact` mode the true loads, as after the gate: no gather hides behind the attention that has passed by then.
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 """
@@ -151,6 +151,8 @@ class _Setting:
 
 
 _RESHARDING = ("hecate", "auto")
+_WITHOUT_LOADS = ("static_ep", "full")
+"""their plans are there before the gate, also in `exact` mode, and attention hides their gathers"""
 _REPLANS = {"smartmoe": (10, 2)}
 """policy -> it plans every so many steps only, from the loads of the last so many"""
 
@@ -182,6 +184,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
     num_steps, num_layers, world_size, num_experts = loads.shape
     exact = setting.mode == "exact"
     first_known = 0 if exact else 1
+    prefetched = not exact or name in _WITHOUT_LOADS
     interval, window = (1, 1) if exact else _REPLANS.get(name, (1, setting.history_steps))
     reshard_interval = setting.reshard_interval if name in _RESHARDING else None
     owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
@@ -209,7 +212,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
             started = time.perf_counter()
             plan = planner(given)
             planner_seconds.append(time.perf_counter() - started)
-        steps.append(_execute(plan, given.tokens_LED, loads[step], owner_before_LE, resident_LED, setting))
+        steps.append(_execute(plan, given.tokens_LED, loads[step], owner_before_LE, resident_LED, setting, prefetched))
         owner_LE, resident_LED = plan.owner_LE, plan.where_LED
     counted = steps[1:] or steps
     scale = setting.num_layers / num_layers
@@ -240,6 +243,7 @@ def _execute(
     owner_before_LE: np.ndarray,
     resident_LED: np.ndarray | None,
     setting: _Setting,
+    prefetched: bool,
 ) -> _Step:
     """The step's true loads under a plan made for `planned_LED`."""
     topology = setting.topology
@@ -259,6 +263,7 @@ def _execute(
         flow=flow,
         resident_ED=resident_LED,
         rematerialize=setting.rematerialize,
+        prefetched=prefetched,
     )
     moved = (plan.owner_LE != owner_before_LE).any()
     step_seconds = StepSeconds(

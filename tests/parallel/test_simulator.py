@@ -120,6 +120,25 @@ def test_history_meets_other_loads_than_it_planned_for() -> None:
     assert (exact.seconds.compute, exact.seconds.dispatch) == (3 * 12, 4 * 8)
 
 
+def test_attention_hides_no_gather_of_a_plan_made_after_the_gate() -> None:
+    """4 s of gather stand behind the gate; 4 s of reduction still hide behind the backward pass. `full` needs no gate to plan by."""
+    steps = [ALL_TO_FIRST] * 3
+    history, exact = run(steps, halves), run(steps, halves, mode="exact")
+    assert (history.seconds.gather, exact.seconds.gather) == (4, 4)
+    assert (history.seconds.exposed, exact.seconds.exposed) == (0, 4)
+    assert exact.step_seconds - history.step_seconds == 4
+    (full,) = simulate(np.array(steps)[:, None], NODE, COST, {"full": halves}, mode="exact", slots_D=np.full(2, 2))
+    assert full.seconds.exposed == 0
+
+
+def test_a_frozen_transfer_pays_its_latency_only_where_something_travels() -> None:
+    """A message takes 3 s: parameters and frozen parts in the first step, parameters alone in the later ones; nothing hides them."""
+    cost, topology = replace(COST, frozen_bytes=100.0, non_moe_flops=0.0), replace(NODE, intra_node=Link(1.0, 3.0))
+    first, later = (run([ALL_TO_FIRST] * steps, POLICIES["full"], cost=cost, topology=topology) for steps in (1, 3))
+    assert first.seconds.gather == 4 + 3 + 100 + 3
+    assert later.seconds.gather == 4 + 3
+
+
 def test_history_is_the_mean_of_five_steps() -> None:
     seen: list[list[float]] = []
 

@@ -1,0 +1,320 @@
+"""How far the simulator can be trusted: predicted against measured seconds and bytes of real steps on 2 and 4 gloo ranks of one thread.
+
+A run is a few steps from an empty history, under a synthetic workload and a policy, repeated; routings have exactly the workload's loads.
+Predicted are the same steps by `hecate.parallel.simulator`, from a topology that `hecate profile` measures and from probes of single
+parts (`step_probes`), never from a run. The error of a run is max(predicted / measured, measured / predicted) - 1; over several runs the
+geometric mean of these ratios counts. Bytes are counted where they are given to torch.distributed, and must be what the plan says, for
+every two ranks in every step.
+
+Runs and probes alternate, each beside a yardstick (`gloo_steps.Clock`). On a machine that others use, what a rank waits for is theirs;
+`busy` holds the CPU seconds of the busiest rank against the same parts in CPU seconds, which does not see them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, Wire, draw_routing
+from benchmarks.planned_bytes import planned_traffic
+from benchmarks.report import arguments, finish
+from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topology, parts, yardstick
+from hecate.launch.local import ALLOCATOR_SETTINGS
+from hecate.moe.engine import ExpertGroups
+from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LEAST_TRAFFIC, LayerCost, rows_served
+from hecate.parallel.executed_flows import executed_flows, served
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.simulator import HISTORY_STEPS, Simulated, simulate
+from hecate.parallel.topology import Topology
+from hecate.parallel.workloads import WORKLOADS
+from hecate.profile.probe import ProbeSizes
+from hecate.profile.run import profile
+from hecate.train.ranks import Ranks
+from tests.ranks import run_ranks
+
+TRIED = ("static_ep", "full", "hecate", "auto")
+CASES = ("balanced", "one_hot_expert", "hot_rank", "ragged_sources", "empty_rank", "rotating", "burst", "zipf", "dirichlet_drift")
+SHAPES = {2: Shape(tokens=256), 4: Shape(tokens=128)}
+"""by number of ranks"""
+STEPS = 6
+"""of a run; the first one, which nothing is known for, is not counted. The fifth and sixth are burst's bursts"""
+PROFILE = ProbeSizes(matmul=1024, copy_bytes=1 << 26, small_bytes=1 << 10, large_bytes=1 << 22, seconds=0.3)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measured step of a run on one rank."""
+
+    workload: str
+    policy: str
+    number: int
+    taken: Taken
+    bytes_to: list[int]
+    """on the wire to each other rank"""
+    counted: int
+    """bytes that the engine says it sent"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank brings home."""
+
+    topologies: list[Topology]
+    planning: LayerCost
+    """what the engine planned with, beside the first topology"""
+    probes: list[dict[str, Taken]]
+    steps: list[Step]
+
+
+def loads_of(workload: str, world: int, shape: Shape) -> np.ndarray:
+    """int64 [steps, layers, source ranks, experts]"""
+    return WORKLOADS[workload](STEPS, shape.layers, world, shape.experts, shape.tokens, shape.top_k, 0)
+
+
+def routing_of(load_E: np.ndarray, shape: Shape, step: int, layer: int, rank: int) -> np.ndarray:
+    return draw_routing(load_E, shape.top_k, np.random.default_rng([step, layer, rank]))
+
+
+def measure(rank: int, world: int, shape: Shape, workloads: Sequence[str], repeats: int) -> Measured:
+    """On every rank."""
+    default = dist.group.WORLD
+    assert default is not None
+    groups = ExpertGroups(default, dist.new_group())
+    topologies = [_profiled(Ranks(rank, world, torch.device("cpu"), groups))]
+    clock = Clock(yardstick(shape))
+    probes = Probes(shape, topologies[0], groups, rank)
+    seconds = [probes.run(clock) for _ in range(3)]
+    planning = measured_cost(parts_of(seconds, shape).seconds, shape, topologies[0])
+    stacks = {policy: Stack(shape, POLICIES[policy], topologies[0], planning, groups) for policy in TRIED}
+    x_TD = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    steps: list[Step] = []
+    for _ in range(repeats):
+        for workload in workloads:
+            for stack in stacks.values():
+                stack.forget_loads()
+            for number, loads_LSE in enumerate(loads_of(workload, world, shape)):
+                drawn = [routing_of(loads_SE[rank], shape, number, layer, rank) for layer, loads_SE in enumerate(loads_LSE)]
+                weights = [torch.full(expert_TK.shape, 1 / shape.top_k).requires_grad_() for expert_TK in drawn]
+                routing = list(zip(map(torch.from_numpy, drawn), weights, strict=True))
+                for policy, stack in stacks.items():
+                    before, wire = stack.engine.bytes_sent, Wire(world, rank)
+                    with wire.counting():
+                        taken = clock.time(partial(stack.step, number, x_TD, routing))
+                    steps.append(Step(workload, policy, number, taken, wire.bytes_to, stack.engine.bytes_sent - before))
+            seconds.append(probes.run(clock))
+        topologies.append(_profiled(Ranks(rank, world, torch.device("cpu"), groups)))
+    return Measured(topologies, planning, seconds, steps)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The parts of a step by either clock."""
+
+    seconds: Parts
+    busy: Parts
+    """CPU seconds of this rank"""
+
+
+def parts_of(probes: Sequence[Mapping[str, Taken]], shape: Shape) -> Found:
+    """From the medians of repeated probes."""
+    seconds = {name: median(sample[name].seconds for sample in probes) for name in probes[0]}
+    busy = {name: median(sample[name].busy for sample in probes) for name in probes[0]}
+    return Found(parts(seconds, shape), parts(busy, shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A step's plan, and what it must come to under the step's true routing."""
+
+    plan: Plan
+    given: PlanInput
+    sent_WW: np.ndarray
+    """bytes from each rank to each other"""
+    rows_LW: np.ndarray
+    """distinct rows computed"""
+
+
+def planned_steps(loads: np.ndarray, policy: str, shape: Shape, measured: Measured) -> Iterator[Planned]:
+    """The steps of a run, as the engine plans them.
+
+    Args:
+        loads: int64 [steps, layers, source ranks, experts].
+    """
+    _, num_layers, world, num_experts = loads.shape
+    owner_LE = np.tile(contiguous_owners(num_experts, world), (num_layers, 1))
+    for number, loads_LSE in enumerate(loads):
+        known = loads[max(number - HISTORY_STEPS, 0) : number].mean(0) if number else None
+        given = PlanInput(owner_LE, known, measured.topologies[0], measured.planning, np.full(world, num_experts))
+        plan = POLICIES[policy](given)
+        drawn = [
+            [routing_of(load_E, shape, number, layer, rank) for rank, load_E in enumerate(loads_SE)]
+            for layer, loads_SE in enumerate(loads_LSE)
+        ]
+        yield Planned(plan, given, *planned_traffic(given, plan, drawn, shape))
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What follows from the loads, the plans and the probes."""
+
+    seconds: float
+    """of the mean counted step"""
+    busy: float
+    """CPU seconds of its busiest rank"""
+    simulated: Simulated
+    """what the simulator alone says"""
+    sent: list[np.ndarray]
+    """bytes [ranks, ranks] of each step"""
+    rows_error: float
+    """of the estimate of distinct rows that all ranks together compute, in the worst layer of any step"""
+
+
+def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores: int) -> Foretold:
+    """The simulator's steps, with what its cost model leaves out: experts are launched one by one, dispatch copies rows, a step has
+    work of its own, and ranks may share cores.
+    """
+    world = measured.topologies[0].world_size
+    clocks = parts_of(measured.probes, shape)
+    found = clocks.seconds
+    topology = measured_topology(measured.topologies, found)
+    cost = measured_cost(found, shape, topology)
+    loads = loads_of(workload, world, shape)
+
+    def planner(given: PlanInput) -> Plan:
+        """As the engine planned, whatever was measured later."""
+        return POLICIES[policy](replace(given, topology=measured.topologies[0], cost=measured.planning))
+
+    (simulated,) = simulate(loads, topology, cost, {policy: planner}, slots_D=np.full(world, shape.experts))
+    sent, errors, compute, busy = [], [0.0], [], []
+    for loads_LSE, planned in zip(loads, planned_steps(loads, policy, shape, measured), strict=True):
+        plan = planned.plan
+        tokens_LED = np.swapaxes(loads_LSE, 1, 2).astype(np.float64)
+        flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.tokens_LED, tokens_LED, topology)
+        rows, choices_LED = rows_served(flow, tokens_LED, cost), served(flow)
+        rows_LD = rows.computed_D
+        passed_L = ~plan.where_LED.all((1, 2)) | (plan.quota_LED is not None)
+        work = partial(_work, rows_LD=rows_LD, choices_LED=choices_LED, passed_L=passed_L)
+        unpriced = (passed_L & (rows.near[0].sum(1) <= LEAST_TRAFFIC)).sum()  # dispatch in which every row stays
+        compute.append(
+            sum(shared_cores_seconds(work_D, cores) for work_D in work(found)) + unpriced * DISPATCH_COLLECTIVES * found.exchange
+        )
+        own = clocks.busy
+        once = own.rest + shape.layers * own.attention + passed_L.sum() * DISPATCH_COLLECTIVES * own.exchange
+        moved_D = (planned.sent_WW.sum(0) + planned.sent_WW.sum(1)) / 2
+        busy.append(float((work(own).sum(0) + once + moved_D * own.byte).max()))
+        sent.append(planned.sent_WW)
+        errors += np.abs(rows_LD.sum(1) / planned.rows_LW.sum(1) - 1).tolist()
+    seconds = simulated.step_seconds - simulated.seconds.compute + float(np.mean(compute[1:])) + found.rest
+    return Foretold(seconds, float(np.mean(busy[1:])), simulated, sent, max(errors))
+
+
+def _work(by: Parts, *, rows_LD: np.ndarray, choices_LED: np.ndarray, passed_L: np.ndarray) -> np.ndarray:
+    """float64 [layers, ranks]: seconds of each rank with its experts, of one step.
+
+    Args:
+        passed_L: bool, rows go through dispatch.
+    """
+    row_L1 = by.row + by.passed_row * passed_L[:, None]
+    return np.asarray(rows_LD * row_L1 + choices_LED.sum(1) * by.choice + (choices_LED > 0).sum(1) * by.slot)
+
+
+def shared_cores_seconds(work_D: np.ndarray, cores: int) -> float:
+    """Until all ranks are done that share `cores` fairly, none of them using more than one.
+
+    Args:
+        work_D: seconds that each rank would take if all were busy all the time.
+    """
+    left, done, seconds = len(work_D), 0.0, 0.0
+    busy = max(1.0, left / cores)
+    for work in sorted(work_D.tolist()):
+        seconds += (work - done) * max(1.0, left / cores) / busy
+        left, done = left - 1, work
+    return seconds
+
+
+def rows_of(world: int, shape: Shape, workloads: Sequence[str], measured: Sequence[Measured], cores: int) -> list[dict[str, Any]]:
+    """A row for each workload and policy.
+
+    Args:
+        measured: by rank.
+    """
+    rows = []
+    for workload, policy in product(workloads, TRIED):
+        mine = [[step for step in one.steps if (step.workload, step.policy) == (workload, policy)] for one in measured]
+        taken = _mean_step(mine[0], "seconds")
+        busy = max(_mean_step(steps, "busy") for steps in mine)
+        told = foretell(workload, policy, shape, measured[0], cores)
+        exact = [
+            step.counted == sum(step.bytes_to) and step.bytes_to == told.sent[step.number][rank].tolist()
+            for rank, steps in enumerate(mine)
+            for step in steps
+        ]
+        rows.append(
+            {
+                "ranks": world,
+                "workload": workload,
+                "policy": policy,
+                "measured_ms": 1e3 * taken,
+                "predicted_ms": 1e3 * told.seconds,
+                "ratio": told.seconds / taken,
+                "simulator_ratio": told.simulated.step_seconds / taken,
+                "busy_ms": 1e3 * busy,
+                "busy_ratio": told.busy / busy,
+                **{f"{name}_ms": 1e3 * getattr(told.simulated.seconds, name) for name in ("attention", "compute", "dispatch", "exposed")},
+                "bytes_exact": float(np.mean(exact)),
+                "bytes_sent": float(np.mean([sent_WW.sum() for sent_WW in told.sent[1:]])),
+                "rows_error": told.rows_error,
+            }
+        )
+    return rows
+
+
+def _mean_step(steps: Sequence[Step], clock: str) -> float:
+    """Mean over the counted steps of the median over their repetitions."""
+    return float(np.mean([median(getattr(step.taken, clock) for step in steps if step.number == number) for number in range(1, STEPS)]))
+
+
+def _profiled(ranks: Ranks) -> Topology:
+    with tempfile.TemporaryDirectory() as folder:
+        return profile(ranks, Path(folder) / "topology.yaml", PROFILE)
+
+
+def _error(rows: Sequence[Mapping[str, Any]], ratio: str = "ratio") -> float:
+    return geometric_mean([max(row[ratio], 1 / row[ratio]) for row in rows]) - 1
+
+
+def main() -> None:
+    options = arguments(__doc__ or "").parse_args()
+    workloads, repeats = (("balanced", "zipf"), 1) if options.quick else (CASES, 2)
+    os.environ.update(ALLOCATOR_SETTINGS)  # as in training
+    cores = len(os.sched_getaffinity(0))
+    rows = []
+    for world, shape in SHAPES.items():
+        rows += rows_of(world, shape, workloads, run_ranks(world, measure, shape, workloads, repeats, timeout=3000), cores)
+    by_ranks = {world: [row for row in rows if row["ranks"] == world] for world in SHAPES}
+    summary = {
+        "step_time_error_geomean": _error(rows),
+        **{f"step_time_error_geomean_{world}_ranks": _error(some) for world, some in by_ranks.items()},
+        **{f"simulator_alone_error_geomean_{world}_ranks": _error(some, "simulator_ratio") for world, some in by_ranks.items()},
+        "busy_time_error_geomean": _error(rows, "busy_ratio"),
+        "step_time_error_worst": max(_error([row]) for row in rows),
+        "bytes_exact_share": float(np.mean([row["bytes_exact"] for row in rows])),
+        "rows_error_worst": max(row["rows_error"] for row in rows),
+    }
+    finish("fidelity", rows, summary, options.json)
+
+
+if __name__ == "__main__":
+    main()

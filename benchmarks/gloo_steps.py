@@ -1,0 +1,208 @@
+"""Whole steps of a stack of MixLoRA layers on gloo ranks, under given expert loads: the engine's real collectives, every byte counted.
+
+A layer is four trained hidden x hidden projections (they stand for its attention and hide its gather) and then its experts. Attention
+computes every rank's full number of rows, experts only the routed tokens among them: what padding is to a trainer.
+
+Shapes: T tokens of a rank, D hidden, E experts, K choices, W ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase
+from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.loads import LoadHistory
+from hecate.parallel.planners import Planner
+from hecate.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int = 2
+    hidden: int = 512
+    ffn: int = 1024
+    rank: int = 16
+    experts: int = 8
+    top_k: int = 2
+    tokens: int = 512
+    """per rank"""
+
+    @property
+    def attention_flops(self) -> float:
+        """Of one rank and layer, forward."""
+        return 8.0 * self.hidden**2 * self.tokens
+
+
+def draw_routing(load_E: np.ndarray, top_k: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 [T, K]: choices of each token, all different, expert e chosen exactly `load_E[e]` times, and otherwise by chance.
+
+    Args:
+        load_E: int64 [experts], none above T, summing to K · T.
+    """
+    tokens = int(load_E.sum()) // top_k
+    assert load_E.sum() == tokens * top_k, load_E
+    assert load_E.max(initial=0) <= tokens, load_E
+    # Dealt round, an expert comes to a token twice only if it has more choices than there are tokens.
+    expert_TK = np.repeat(np.arange(len(load_E)), load_E).reshape(top_k, tokens).T.copy()
+    for _ in range(64):  # then tokens meet in pairs and swap a choice wherever neither would have one twice: a symmetric walk
+        first, second = rng.permutation(tokens)[: tokens - tokens % 2].reshape(2, -1)
+        mine, theirs = rng.integers(top_k, size=(2, len(first)))
+        given, taken = expert_TK[first, mine], expert_TK[second, theirs]
+        swap = ~((expert_TK[first] == taken[:, None]).any(1) | (expert_TK[second] == given[:, None]).any(1))
+        expert_TK[first[swap], mine[swap]], expert_TK[second[swap], theirs[swap]] = taken[swap], given[swap]
+    return expert_TK
+
+
+class MeasuredExperts(MixLoraExperts):
+    """MixLoRA experts whose cost was measured, so that planners decide by the same figures as the prediction."""
+
+    measured: LayerCost
+
+    def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
+        return self.measured
+
+
+def make_experts(shape: Shape, layer: int) -> MeasuredExperts:
+    random = torch.Generator().manual_seed(layer)
+    base = FfnBase(
+        torch.randn(shape.ffn, shape.hidden, generator=random) / shape.hidden**0.5,
+        torch.randn(shape.ffn, shape.hidden, generator=random) / shape.hidden**0.5,
+        torch.randn(shape.hidden, shape.ffn, generator=random) / shape.ffn**0.5,
+        "silu",
+    )
+    lora = LoraShape(shape.rank, 2.0, 0.0)
+    return MeasuredExperts(base, lora, PROJECTIONS, layer=layer, num_experts=shape.experts, seed=0, master_dtype=torch.float32)
+
+
+class Stack:
+    """The layers of one policy on this rank, with their optimizer."""
+
+    def __init__(self, shape: Shape, planner: Planner, topology: Topology, cost: LayerCost, groups: ExpertGroups) -> None:
+        families = {layer: make_experts(shape, layer) for layer in range(shape.layers)}
+        for family in families.values():
+            family.measured = cost
+        self.shape = shape
+        self.engine = Engine(dict(families), EngineConfig(planner, topology, top_k=shape.top_k), groups)
+        self.projections = [attention_weights(shape) for _ in range(shape.layers)]
+        self.adamw = torch.optim.AdamW(list(self.engine.named_parameters().values()), lr=1e-4)
+
+    def forget_loads(self) -> None:
+        """As at the start of a training run."""
+        self.engine.history = LoadHistory(self.engine.config.load_window)
+
+    def step(self, number: int, x_TD: Tensor, routing: list[tuple[Tensor, Tensor]]) -> None:
+        """Plan, forward, backward, finish, owners' AdamW.
+
+        Args:
+            x_TD: [tokens of a full rank, hidden]; the first of them are routed.
+            routing: per layer (experts, weights), [T, K] each.
+        """
+        engine = self.engine
+        engine.begin_step(number)
+        engine.last_micro_step()
+        hidden = x_TD
+        for layer, (expert_TK, weight_TK) in enumerate(routing):
+            engine.prefetch(layer)
+            hidden = attention(hidden, self.projections[layer])
+            real = len(expert_TK)
+            y_TD = engine.experts(layer, hidden[:real], expert_TK, weight_TK, torch.arange(real), count=True)
+            hidden = hidden + (y_TD if real == len(hidden) else torch.cat([y_TD, hidden[real:]]))
+        hidden.backward(torch.ones_like(hidden))
+        engine.finish_step()
+        self.adamw.step()
+        for weights in self.projections:
+            for weight in weights:
+                weight.grad = None
+
+
+def attention_weights(shape: Shape) -> list[Tensor]:
+    random = torch.Generator().manual_seed(1)
+    size = (shape.hidden, shape.hidden)
+    return [(torch.randn(size, generator=random) / shape.hidden**0.5).requires_grad_() for _ in range(4)]
+
+
+def attention(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
+    """As much work as the projections of an attention."""
+    for weight in weights:
+        x_TD = x_TD @ weight
+    return x_TD
+
+
+class Wire:
+    """Bytes that this rank gave to `all_to_all_single` for each other rank of the world."""
+
+    def __init__(self, world: int, rank: int) -> None:
+        self.bytes_to = [0] * world
+        self._rank = rank
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        original = dist.all_to_all_single
+
+        def counted(output: Tensor, input: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, **rest: Any) -> Any:
+            world = len(self.bytes_to)
+            rows = input_split_sizes or [len(input) // world] * world
+            row_bytes = input[:1].numel() * input.element_size() if len(input) else 0
+            for peer, count in enumerate(rows):
+                self.bytes_to[peer] += count * row_bytes if peer != self._rank else 0
+            return original(output, input, output_split_sizes, input_split_sizes, **rest)
+
+        dist.all_to_all_single = counted
+        try:
+            yield
+        finally:
+            dist.all_to_all_single = original
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What an action took."""
+
+    seconds: float
+    """until the slowest rank was done"""
+    busy: float
+    """CPU seconds of this rank, all its threads: the same however many others share the machine"""
+
+
+class Clock:
+    """Times actions beside a yardstick: work of fixed size, timed before and after.
+
+    Where a machine is shared, what others leave of it changes from second to second, for the yardstick as for the action. Their ratio
+    stays, and counts in units of the yardstick's time when the clock was made. On a quiet machine that changes nothing.
+    """
+
+    def __init__(self, yardstick: Callable[[], object]) -> None:
+        self._yardstick = yardstick
+        yardstick()
+        self.unit = median(_time(yardstick).seconds for _ in range(5))
+        self._before = self.unit
+
+    def time(self, action: Callable[[], object]) -> Taken:
+        """Every rank must call it; all start together."""
+        taken = _time(action)
+        after = _time(self._yardstick).seconds
+        before, self._before = self._before, after
+        return Taken(taken.seconds * self.unit / ((before + after) / 2), taken.busy)
+
+
+def _time(action: Callable[[], object]) -> Taken:
+    dist.barrier()
+    start, start_busy = time.perf_counter(), time.process_time()
+    action()
+    busy = time.process_time() - start_busy
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return Taken(seconds.item(), busy)

@@ -1,0 +1,63 @@
+"""What a step must send, from its plan and its true routing alone: bytes between every two ranks, and rows that each rank computes.
+
+Written down a second time, apart from the collectives, so that it can be held against what they count.
+
+Shapes: L layers, E experts, W ranks, T tokens of a rank, K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from benchmarks.gloo_steps import Shape
+from hecate.parallel.dispatch import destinations
+from hecate.parallel.flows import token_split
+from hecate.parallel.planners import Plan, PlanInput
+
+INDEX = 8
+"""bytes of a slot, a token's number, a count of rows"""
+FLOAT = 4
+
+
+def planned_traffic(
+    given: PlanInput, plan: Plan, expert_LWTK: Sequence[Sequence[np.ndarray]], shape: Shape
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns:
+    int64 [W, W], bytes from each rank to each other: experts, gradients, tokens forward and back. int64 [L, W]: distinct rows computed.
+    """
+    world = given.world_size
+    sent_WW = np.zeros((world, world), dtype=np.int64)
+    rows_LW = np.zeros((given.num_layers, world), dtype=np.int64)
+    for layer, expert_WTK in enumerate(expert_LWTK):
+        where_ED, owner_E = plan.where_LED[layer], plan.owner_LE[layer]
+        for expert, rank in zip(*np.nonzero(where_ED), strict=True):
+            if rank != owner_E[expert]:
+                sent_WW[owner_E[expert], rank] += int(given.cost.trainable_bytes)
+                sent_WW[rank, owner_E[expert]] += int(given.cost.reduced_bytes)
+        quota_ED = None if plan.quota_LED is None else plan.quota_LED[layer]
+        if where_ED.all() and quota_ED is None:  # nothing leaves its rank, and no rank asks
+            rows_LW[layer] = [len(expert_TK) for expert_TK in expert_WTK]
+            continue
+        known_SE = None if given.loads_LSE is None else given.loads_LSE[layer]
+        for source, expert_TK in enumerate(expert_WTK):
+            split_EW = token_split(where_ED, known_SE, quota_ED, given.topology, source)
+            rank_TK = destinations(torch.from_numpy(expert_TK), torch.from_numpy(split_EW)).numpy()
+            for rank in range(world):
+                rows = int((rank_TK == rank).any(1).sum())
+                rows_LW[layer, rank] += rows
+                if rank != source:
+                    sent_WW[source, rank] += INDEX + rows * (_row(shape) + _weights(shape) + (shape.top_k + 1) * INDEX + _row(shape))
+                    sent_WW[rank, source] += rows * (_row(shape) + _row(shape) + _weights(shape))
+    return sent_WW, rows_LW
+
+
+def _row(shape: Shape) -> int:
+    """Of a token, of a result, of the gradient of either."""
+    return shape.hidden * FLOAT
+
+
+def _weights(shape: Shape) -> int:
+    return shape.top_k * FLOAT
