@@ -14,6 +14,7 @@ layer takes, measured in the same minutes.
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -27,6 +28,7 @@ import torch.distributed as dist
 
 from benchmarks.moe_layer_parts import KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
 from benchmarks.report import arguments, finish
+from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.moe.engine import ExpertGroups
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
@@ -160,8 +162,9 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind of experts; may be given more than once")
     options = parser.parse_args()
-    # With four samples the rotating expert moves twice.
-    shape, samples = (Shape(hidden=256, ffn=704, tokens=512), 2) if options.quick else (Shape(), 4)
+    os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as our launcher has it
+    # Two of three samples come after the rotating expert has moved.
+    shape, samples = (Shape(hidden=256, ffn=704, tokens=512), 2) if options.quick else (Shape(), 3)
     rows, topology = run_ranks(WORLD, bench_rank, shape, options.kind or KINDS, list(POLICIES), samples, timeout=1800)[0]
     link = topology.intra_node
     print(f"measured: {topology.flops[0]:.3g} FLOP/s, {link.bandwidth:.3g} B/s, {link.latency:.3g} s, slowdown {topology.overlap_slowdown}")

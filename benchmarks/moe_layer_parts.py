@@ -99,7 +99,8 @@ def _family(kind: str, shape: Shape) -> ExpertFamily:
     lora = LoraShape(shape.rank, 2.0, 0.0)
     if kind == "lora_dense":
         gate_up, down = shape.expert.matrices(weights(shape, 0))
-        base = FfnBase(*gate_up.chunk(2), down, "silu")
+        gate, up = gate_up.chunk(2)
+        base = FfnBase(gate, up, down, "silu")
         return MixLoraExperts(base, lora, PROJECTIONS, layer=0, num_experts=shape.experts, seed=0, master_dtype=torch.float32)
     named: dict[str, Any] = {
         "layer": 0,

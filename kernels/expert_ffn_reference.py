@@ -42,7 +42,8 @@ def lora_expert_ffn_reference(
     y_TD = x_TD.new_zeros(x_TD.shape)
     for slot, flat in enumerate(frozen_S):
         gate_up, down = shape.matrices(flat)
-        base = FfnBase(*gate_up.chunk(2), down, shape.activation)
+        gate, up = gate_up.chunk(2)
+        base = FfnBase(gate, up, down, shape.activation)
         only_TK = slot_TK.where(slot_TK == slot, -1)
         y_TD = y_TD + mixlora_ffn_reference(x_TD, only_TK, weight_TK, base, loras, dropout=dropout, token_T=token_T, expert_S=expert_S)
     return y_TD

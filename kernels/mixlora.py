@@ -213,8 +213,9 @@ class _MixloraFfn(torch.autograd.Function):
         x_TD, weight_TK, gate_up_TF, low_in_Pr, low_down_Pr, *pairs = ctx.saved_tensors
         base, dtype = context.base, x_TD.dtype
         a_in, a_down, b_down, b_in = _matrices(context, pairs, dtype)
-        da_down, db_down = (None if p is None else torch.zeros_like(p) for p in pairs[:2])
-        da_in = None if a_in is None else torch.zeros_like(a_in, dtype=pairs[2].dtype)
+        d_down: list[Any] = [None if p is None else torch.zeros_like(p) for p in pairs[:2]]
+        da_down, db_down = d_down
+        da_in: Any = None if a_in is None else torch.zeros_like(a_in, dtype=pairs[2].dtype)
         db_in = [torch.zeros_like(b) for b in pairs[2 + len(b_in) :]]
         ffn, hidden = base.gate_FD.shape
         dy_TD = grads[0].contiguous()
@@ -279,7 +280,8 @@ def _matrices(context: _Context, pairs: Sequence[Tensor | None], dtype: torch.dt
     Gate and up share their input, so one GEMM shrinks it for both. A takes the scale: nothing else is as small. These copies are made anew
     in the backward pass: what is saved for that are views of the replicas, so that the engine can free them between the passes.
     """
-    a_down, b_down, *rest = [None if p is None else p.detach().to(dtype) for p in pairs]
+    converted: list[Any] = [None if p is None else p.detach().to(dtype) for p in pairs]
+    a_down, b_down, *rest = converted
     a_each, b_in = rest[: len(context.inputs)], rest[len(context.inputs) :]
     a_in = torch.cat([a * part.scale for a, part in zip(a_each, context.inputs, strict=True)], dim=1) if a_each else None
     return a_in, None if a_down is None else a_down * context.down_scale, b_down, b_in

@@ -124,7 +124,8 @@ class Engine:
     @property
     def bytes_sent(self) -> int:
         """Bytes sent to other ranks so far: chunks, gradients, frozen parts, tokens (forward and back)."""
-        return self._token_bytes_sent + sum(store.bytes_sent for store in (*self.stores.values(), *self.frozen.values()))
+        chunk_bytes = sum(store.bytes_sent for store in self.stores.values())
+        return self._token_bytes_sent + chunk_bytes + sum(store.bytes_sent for store in self.frozen.values())
 
     @property
     def replica_bytes(self) -> int:

@@ -50,10 +50,10 @@ class FullExperts:
 
     def init_chunk(self, expert: int) -> Tensor:
         """Each matrix as torch's nn.Linear."""
-        parts = [
-            linear_weight(*spec.shape, generator(self._seed, "expert", self._layer, expert, spec.name)).flatten()
-            for spec in self.layout().trainable
-        ]
+        parts = []
+        for spec in self.layout().trainable:
+            outputs, inputs = spec.shape
+            parts.append(linear_weight(outputs, inputs, generator(self._seed, "expert", self._layer, expert, spec.name)).flatten())
         return torch.cat(parts).to(device=self._device, dtype=self._master_dtype)
 
     def frozen_chunk(self, expert: int) -> Tensor:
