@@ -63,14 +63,16 @@ def kinds() -> list[Kind]:
     ]  # fmt: skip
 
 
-def plan_input(topology: Topology, cost: LayerCost, loads_SE: np.ndarray) -> PlanInput:
-    slots = np.minimum((MEMORY_SHARE * np.asarray(topology.memory) / cost.replica_bytes).astype(np.int64), EXPERTS)
+def plan_input(topology: Topology, cost: LayerCost, loads_SE: np.ndarray, most_slots: int = EXPERTS) -> PlanInput:
+    slots = np.minimum((MEMORY_SHARE * np.asarray(topology.memory) / cost.replica_bytes).astype(np.int64), most_slots)
     owners = contiguous_owners(EXPERTS, topology.world_size)
     return PlanInput(owners[None], loads_SE[None].astype(np.float64), topology, cost, slots)
 
 
 def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--slots", type=int, default=EXPERTS, help="at most so many replicas on a device; left out: what memory gives")
+    options = parser.parse_args()
     presets = Path(__file__).resolve().parent.parent / "configs" / "topologies"
     rows: list[dict[str, Any]] = []
     for place, preset in TOPOLOGIES.items():
@@ -78,15 +80,15 @@ def main() -> None:
         for kind in kinds():
             for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
                 loads = make(3, 1, topology.world_size, EXPERTS, TOKENS, TOP_K, 0)[2, 0]
-                given = plan_input(topology, kind.cost, loads)
+                given = plan_input(topology, kind.cost, loads, options.slots)
                 row: dict[str, Any] = {"topology": place, "experts": kind.name, "workload": workload}
-                row["bound_ms"] = 1e3 * lower_bound(given, 0)
                 for policy, planner in POLICIES.items():
                     plan = planner(given)
                     replicas_D = (plan.where_LED[0] & ~given.owned_LED[0]).sum(0)
                     # `full` and the like may want more than there is room for: such a plan does not count.
                     fits = bool((replicas_D <= given.slots_D).all())
                     row[policy] = 1e3 * float(plan.seconds(given).total[0]) if fits else math.inf
+                row["bound_ms"] = 1e3 * lower_bound(given, 0, plan_seconds=min(row[policy] for policy in POLICIES) / 1e3)
                 rows.append(row)
                 print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     bound = np.array([row["bound_ms"] for row in rows])
@@ -96,7 +98,13 @@ def main() -> None:
     for policy in POLICIES:
         assert (seconds[policy] >= bound * (1 - 1e-6)).all(), f"{policy} beats the lower bound"
     hecate = np.isfinite(seconds["hecate"])
+    counted = {policy: np.isfinite(seconds[policy]) for policy in POLICIES}
     summary = {
+        **{
+            f"{policy}_over_bound_geomean": float(np.exp(np.log(seconds[policy][counted[policy]] / bound[counted[policy]]).mean()))
+            for policy in POLICIES
+            if policy != "auto" and counted[policy].any()
+        },
         "auto_over_bound_geomean": float(np.exp(np.log(auto / bound).mean())),
         "auto_over_bound_worst": float((auto / bound).max()),
         "hecate_over_auto_geomean": float(np.exp(np.log(seconds["hecate"][hecate] / auto[hecate]).mean())),

@@ -30,15 +30,11 @@ from hecate.parallel.planners.spill import spill
 
 _INSIDE = -1.0
 CANDIDATES = (
-    ((NODES, 0.25, 0.25), (1.0, 1.05, 2.5)),
-    ((NODES, 0.0, 0.25), (1.1,)),
-    ((NODES, 0.0, 1.0), (_INSIDE * 2.5, 1.05)),
-    ((NODES, 0.0, 2.0), (1.05,)),
+    ((NODES, 0.25, 0.25), (1.05, 2.5)),
+    ((NODES, 0.0, 0.5), (1.1, _INSIDE * 2.5)),
     ((NODES, -1.0, 1.0), (1.05, _INSIDE * 4.0)),
-    ((NODES, 0.5, 0.25), (_INSIDE * 1.0,)),
     ((WANTED, 1.0, 0.0), (_INSIDE * 1.05,)),
-    ((WANTED, 1.0, 1.0), ()),
-    ((OWNERS, 0.0, 0.0), (1.0, 1.05, 1.1, 1.25)),
+    ((OWNERS, 0.0, 0.0), (1.05, 1.1, 1.25)),
     ((WANTED, 0.75, 0.0), (1.0,)),
     ((WANTED, 0.5, 0.0), (1.0,)),
     ((HOT, 1.0, 0.0), (1.0,)),
@@ -118,8 +114,12 @@ def _plan_layers(
             even_quota_into(base, loads, topology)
             base_busy = busy_seconds(base, loads, topology, cost)
             mean = (base_busy * topology.rate_D).sum() / topology.rate_D.sum()
+            sends = np.inf if bounded or best_seconds == np.inf else 4.0 * (best_seconds - fixed - mean)
+            base_dispatch = dispatch_seconds(base, loads, topology, cost, sends)
             for degree in range(spills.shape[1]):
                 if degree > 0:
+                    if base_dispatch >= sends:  # spilling would have to spare most of it
+                        break
                     slack, across = min(abs(spills[r, degree]), max_imbalance), spills[r, degree] > 0
                     if slack == 0 or (single and not across):
                         continue
@@ -135,7 +135,8 @@ def _plan_layers(
                 if busy + added >= best_seconds and not bounded:
                     continue
                 enough = np.inf if bounded else best_seconds - busy - added
-                seconds = busy + added + dispatch_seconds(tried, loads, topology, cost, enough)
+                dispatch = base_dispatch if degree == 0 else dispatch_seconds(tried, loads, topology, cost, enough)
+                seconds = busy + added + dispatch
                 uneven = max(busy / mean, max_imbalance) if bounded and mean > 0 else 0.0
                 if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and seconds < best_seconds):
                     best_seconds, best_uneven = seconds, uneven

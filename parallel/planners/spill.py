@@ -82,13 +82,18 @@ def _between_nodes(
     for source in range(nodes):
         if over[source] <= _LEAST:
             continue
-        for e in np.argsort(-held[source], kind="mergesort"):
+        largest = held[source].copy()
+        while over[source] > _LEAST:  # few experts: looking for each is faster than sorting all
+            e = int(np.argmax(largest))
+            largest[e] = 0.0
             piece = min(held[source, e], over[source])
+            if piece <= _LEAST:
+                break
             while piece > _LEAST:
                 node = int(np.argmax(takes))
                 amount = min(piece, takes[node])
                 if amount <= _LEAST:
-                    break
+                    return
                 moved = _fill_node(e, node, amount, free, topology, replicas, spare)
                 takes[node] = takes[node] - moved if moved > _LEAST else 0.0
                 piece -= moved
@@ -100,8 +105,6 @@ def _between_nodes(
                         replicas.quota_ED[e, d] -= taken
                         excess[d] = max(0.0, excess[d] - taken)
                 held[source, e] -= moved
-            if over[source] <= _LEAST:
-                break
 
 
 @compiled

@@ -241,5 +241,31 @@ def planned_for_comparison() -> np.ndarray:
     return np.stack(quotas)
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("slots", [0, 1, 99])
+def test_absurd_inputs_give_a_plan(kind: str, slots: int) -> None:
+    """No tokens at all, one device, more experts than slots of any device, one expert, costs of nothing."""
+    for world, experts in ((1, 1), (1, 5), (6, 1), (6, 9)):
+        place = topology(tuple(r % 2 for r in range(world)) if world > 1 else (0,))
+        owners = contiguous_owners(experts, world)[None]
+        for loads in (np.zeros((1, world, experts)), np.eye(world, experts)[None] * 1e9, None):
+            for cost in (KINDS[kind], LayerCost(trainable_bytes=0.0)):
+                given_ = PlanInput(owners, loads, place, cost, np.full(world, slots))
+                plan = plan_auto(given_)
+                assert plan.quota_LED is not None
+                np.testing.assert_allclose(plan.quota_LED.sum(-1), given_.tokens_LED.sum(-1))
+                assert ((plan.where_LED & ~given_.owned_LED).sum(1) <= slots).all()
+                assert (plan.where_LED | ~given_.owned_LED).all()
+
+
+def test_few_slots_bring_one_copy_to_each_node() -> None:
+    """Two nodes of two ranks, eight equal experts, a slow link between: with two slots a rank no token need cross it."""
+    place = Topology((0, 0, 1, 1), (1e12,) * 4, (1e10,) * 4, Link(1e12, 0.0), Link(1e8, 0.0))
+    given_ = PlanInput(contiguous_owners(8, 4)[None], np.full((1, 4, 8), 1000.0), place, KINDS["dense base"], np.full(4, 2, dtype=np.int64))
+    plan = plan_auto(given_)
+    assert plan.where_LED[0, :, :2].any(1).all()
+    assert plan.where_LED[0, :, 2:].any(1).all()
+
+
 def test_plan_type() -> None:
     assert isinstance(plan_auto(PlanInput(np.array([[0]]), None, equal_devices(1), KINDS["dense base"], np.zeros(1, np.int64))), Plan)
