@@ -32,6 +32,7 @@ from benchmarks.report import arguments, finish
 from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topology, parts, yardstick
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.moe.engine import ExpertGroups
+from hecate.moe.planning import layer_plan
 from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LEAST_TRAFFIC, LayerCost, rows_served
 from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.placement import contiguous_owners
@@ -204,7 +205,7 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
         flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.tokens_LED, tokens_LED, topology)
         rows, choices_LED = rows_served(flow, tokens_LED, cost), served(flow)
         rows_LD = rows.computed_D
-        passed_L = ~plan.where_LED.all((1, 2)) | (plan.quota_LED is not None)
+        passed_L = np.array([layer_plan(plan, planned.given, layer).dispatches(topology) for layer in range(len(loads_LSE))])
         work = partial(_work, rows_LD=rows_LD, choices_LED=choices_LED, passed_L=passed_L)
         unpriced = (passed_L & (rows.near[0].sum(1) <= LEAST_TRAFFIC)).sum()  # dispatch in which every row stays
         compute.append(

@@ -1,9 +1,10 @@
 """What the Hecate paper (arXiv 2502.02581, figures 9 to 15) measured, beside what the simulator says of the same models and clusters.
 
-The paper, as we have it, states neither its loads nor its tokens a GPU. One setting stands for all figures, this project's defaults and not
-fitted: popularities lognormal with s = 1 (the skew at which rival systems are compared elsewhere), 8192 tokens a GPU (4 sequences of
-2048, 16 of 512). One model's dozen layers, drawn once, say little: by the seed 6 to 12 of the 12 speed-ups fall into the published
-ranges. So 48 layers are drawn and their mean is scaled to the model. Rows `sensitivity` say what other loads and tokens would give.
+The paper, as we have it, states neither its loads nor its tokens a GPU. One setting stands for all figures: popularities lognormal with
+s = 1 (the skew at which rival systems are compared elsewhere), 8192 tokens a GPU (4 sequences of 2048, 16 of 512), seed 0. These are this
+project's defaults, but other settings were looked at before they were kept. One model's dozen layers, drawn once, say little: by the seed
+6 to 12 of the 12 speed-ups fall into the published ranges. So 48 layers are drawn and their mean is scaled to the model. Rows
+`sensitivity` say what other loads and tokens would give.
 
 `hecate` is the paper's whole system: Algorithm 1 in every step and Algorithm 2 in every tenth. All policies use the same collectives,
 beside attention; whatever rivals' own implementations lose is not in these figures. The published numbers do not all go together:

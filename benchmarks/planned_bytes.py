@@ -38,12 +38,12 @@ def planned_traffic(
                 sent_WW[owner_E[expert], rank] += int(given.cost.trainable_bytes)
                 sent_WW[rank, owner_E[expert]] += int(given.cost.reduced_bytes)
         quota_ED = None if plan.quota_LED is None else plan.quota_LED[layer]
-        if where_ED.all() and quota_ED is None:  # nothing leaves its rank, and no rank asks
+        known_SE = None if given.loads_LSE is None else given.loads_LSE[layer]
+        splits = [token_split(where_ED, known_SE, quota_ED, given.topology, source) for source in range(world)]
+        if all((split_EW[:, source] == 1).all() for source, split_EW in enumerate(splits)):  # nothing leaves its rank, and no rank asks
             rows_LW[layer] = [len(expert_TK) for expert_TK in expert_WTK]
             continue
-        known_SE = None if given.loads_LSE is None else given.loads_LSE[layer]
-        for source, expert_TK in enumerate(expert_WTK):
-            split_EW = token_split(where_ED, known_SE, quota_ED, given.topology, source)
+        for source, (expert_TK, split_EW) in enumerate(zip(expert_WTK, splits, strict=True)):
             rank_TK = destinations(torch.from_numpy(expert_TK), torch.from_numpy(split_EW)).numpy()
             for rank in range(world):
                 rows = int((rank_TK == rank).any(1).sum())
