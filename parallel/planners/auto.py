@@ -2,7 +2,7 @@
 
 A plan is made in two moves. *Reach* brings replicas to where tokens want them, by one of a few rules. *Spill*: where devices are still too
 busy, they hand choices of their largest experts to those with time left, which get a replica for it. The candidates below are what was
-left of some hundreds of rules with degrees of spill, after those that made no difference to any of 312 layers had been dropped
+left of some hundreds of rules with degrees of spill, after those that made little difference to 312 layers had been dropped
 (`benchmarks.plan_quality`, with the slots that memory gives and with four); the cost model picks the best for each layer.
 """
 
@@ -61,7 +61,9 @@ def plan_auto(given: PlanInput) -> Plan:
         np.inf if given.max_imbalance is None else float(given.max_imbalance),
         topology_numbers(given.topology),
         cost_numbers(given.cost, given.topology),
-        *(no_replicas(given.num_experts, given.world_size) for _ in range(3)),
+        no_replicas(given.num_experts, given.world_size),
+        no_replicas(given.num_experts, given.world_size),
+        no_replicas(given.num_experts, given.world_size),
         _REACHES,
         _SPILLS,
         where_LED,
