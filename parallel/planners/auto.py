@@ -40,7 +40,7 @@ CANDIDATES = (
     ((HOT, 1.0, 0.0), (1.0,)),
 )
 """`reach`'s rule, share and factor; and degrees of spill, beside none: how far above the mean a device's compute may stay; negative: no
-choice leaves its node. Among candidates of one rule and share, smaller factors first."""
+choice leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -103,13 +103,12 @@ def _plan_layers(
         loads = layer_loads(tokens_LSE[layer], topology)
         wish = wishes(owner, slots, loads, topology)
         best_seconds, best_uneven = np.inf, np.inf
-        same_below = 0.0
         for r in range(len(reaches)):
             rule, share, factor = int(reaches[r, 0]), reaches[r, 1], reaches[r, 2]
-            if rule == NODES and (single or (share == reaches[r - 1, 1] and factor < same_below)):
+            if rule == NODES and single:
                 continue
             only_owners(base, owner)
-            same_below = reach(rule, share, factor, owner, slots, hidden, worth, wish, loads, topology, base)
+            reach(rule, share, factor, owner, slots, hidden, worth, wish, loads, topology, base)
             fixed = replica_seconds(owner, base, resident, topology, cost)
             if fixed >= best_seconds and not bounded:  # spilling only adds replicas
                 continue
