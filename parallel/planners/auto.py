@@ -2,7 +2,7 @@
 
 A plan is made in two moves. *Reach* brings replicas to where tokens want them, by one of a few rules. *Spill*: where devices are still too
 busy, they hand choices of their largest experts to those with time left, which get a replica for it. The candidates below are what was
-left of some hundreds of rules with degrees of spill, after those that made no difference to any of 312 layers had been dropped
+left of some hundreds of rules with degrees of spill, after those that made little difference to 312 layers had been dropped
 (`benchmarks.plan_quality`, with the slots that memory gives and with four); the cost model picks the best for each layer.
 """
 
@@ -40,7 +40,7 @@ CANDIDATES = (
     ((HOT, 1.0, 0.0), (1.0,)),
 )
 """`reach`'s rule, share and factor; and degrees of spill, beside none: how far above the mean a device's compute may stay; negative: no
-choice leaves its node. Among candidates of one rule and share, smaller factors first."""
+choice leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -61,7 +61,9 @@ def plan_auto(given: PlanInput) -> Plan:
         np.inf if given.max_imbalance is None else float(given.max_imbalance),
         topology_numbers(given.topology),
         cost_numbers(given.cost, given.topology),
-        *(no_replicas(given.num_experts, given.world_size) for _ in range(3)),
+        no_replicas(given.num_experts, given.world_size),
+        no_replicas(given.num_experts, given.world_size),
+        no_replicas(given.num_experts, given.world_size),
         _REACHES,
         _SPILLS,
         where_LED,
@@ -101,13 +103,12 @@ def _plan_layers(
         loads = layer_loads(tokens_LSE[layer], topology)
         wish = wishes(owner, slots, loads, topology)
         best_seconds, best_uneven = np.inf, np.inf
-        same_below = 0.0
         for r in range(len(reaches)):
             rule, share, factor = int(reaches[r, 0]), reaches[r, 1], reaches[r, 2]
-            if rule == NODES and (single or (share == reaches[r - 1, 1] and factor < same_below)):
+            if rule == NODES and single:
                 continue
             only_owners(base, owner)
-            same_below = reach(rule, share, factor, owner, slots, hidden, worth, wish, loads, topology, base)
+            reach(rule, share, factor, owner, slots, hidden, worth, wish, loads, topology, base)
             fixed = replica_seconds(owner, base, resident, topology, cost)
             if fixed >= best_seconds and not bounded:  # spilling only adds replicas
                 continue

@@ -82,7 +82,7 @@ def bring_hot(room: np.ndarray, wish: Wishes, loads: LayerLoads, replicas: Repli
 @compiled
 def bring_to_nodes(
     owner: np.ndarray, room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas
-) -> float:
+) -> None:
     """Into each node the experts it lacks that its tokens want most, more than `least`, one copy each.
 
     Nodes take turns. Of the next few on its list a node takes the one that relieves the busiest way in: tokens for it from outside its
@@ -90,9 +90,6 @@ def bring_to_nodes(
 
     Args:
         room: int64 [ranks]: replicas that each may get.
-
-    Returns:
-        The fewest choices of a node for which it got an expert: with any `least` below that the replicas would be the same.
     """
     nodes, experts = loads.tokens_NE.shape
     open_, left = np.ones((nodes, experts), np.bool_), np.zeros(nodes, np.int64)
@@ -106,7 +103,7 @@ def bring_to_nodes(
             if open_[n, e]:
                 arriving[topology.node_D[owner[e]]] += loads.tokens_NE[n, e]
     brought, start = np.zeros((nodes, experts), np.bool_), np.zeros(nodes, np.int64)
-    more, fewest = True, np.inf
+    more = True
     while more:
         more = False
         for n in range(nodes):
@@ -130,11 +127,9 @@ def bring_to_nodes(
                 open_[n, best] = False
                 brought[n, best] = True
                 arriving[topology.node_D[owner[best]]] -= loads.tokens_NE[n, best]
-                fewest = min(fewest, loads.tokens_NE[n, best])
                 left[n] -= 1
                 more = True
     _place(owner, brought, open_, free, wish, loads, topology, replicas)
-    return fewest
 
 
 @compiled
@@ -186,7 +181,7 @@ def reach(
     loads: LayerLoads,
     topology: TopologyNumbers,
     replicas: Replicas,
-) -> float:
+) -> None:
     """Add to `replicas`, of owners only, what a rule says.
 
     - OWNERS: nothing.
@@ -195,9 +190,6 @@ def reach(
     - NODES: `bring_hot` into that share of the slots, then `bring_to_nodes` into the rest; with a negative share into all but one.
 
     An expert is wanted by more tokens than cost as much to send as the expert, times `factor`.
-
-    Returns:
-        With a larger `factor` below this one the replicas would be the same.
     """
     ranks, experts = loads.tokens_SE.shape
     if rule == WANTED:
@@ -219,6 +211,4 @@ def reach(
             room = slots - foreign(replicas, owner)
             if share < 0:
                 room -= np.minimum(slots, 1)
-            fewest = bring_to_nodes(owner, room, worth * factor, wish, loads, topology, replicas)
-            return fewest / worth if worth > 0 else np.inf
-    return 0.0
+            bring_to_nodes(owner, room, worth * factor, wish, loads, topology, replicas)
