@@ -38,10 +38,11 @@ def lora_linear(
     return _LoraLinear.apply(x_TI, weight_OI, bias_O, a_rI, b_Or, scale, dropout, row_T)
 
 
-def _drop(values: Tensor, dropout: Dropout | None, row_T: Tensor | None) -> Tensor:
+def _keep(like: Tensor, dropout: Dropout | None, row_T: Tensor | None) -> Tensor | None:
+    """1 where dropout keeps an element and 0 where it drops it; None without dropout."""
     if dropout is None or row_T is None:
-        return values
-    return torch.mul(values, dropout.keep_into(row_T, dropout.scratch(values), torch.empty_like(values)))
+        return None
+    return dropout.keep_into(row_T, dropout.scratch(like), torch.empty_like(like))
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -58,7 +59,8 @@ class _LoraLinear(torch.autograd.Function):
         row_T: Tensor | None,
     ) -> Tensor:
         y_TO = F.linear(x_TI, weight_OI, bias_O)
-        low_Tr = _drop(x_TI, dropout, row_T) @ a_rI.to(x_TI.dtype).T
+        keep_TI = _keep(x_TI, dropout, row_T)
+        low_Tr = (x_TI if keep_TI is None else keep_TI.mul_(x_TI)) @ a_rI.to(x_TI.dtype).T
         y_TO.addmm_(low_Tr, b_Or.to(x_TI.dtype).T, alpha=scale)
         ctx.scale, ctx.dropout = scale, dropout
         ctx.save_for_backward(x_TI, weight_OI, a_rI, b_Or, low_Tr, row_T)
@@ -69,14 +71,15 @@ class _LoraLinear(torch.autograd.Function):
         (dy_TO,) = grads
         x_TI, weight_OI, a_rI, b_Or, low_Tr, row_T = ctx.saved_tensors
         dlow_Tr = (dy_TO @ b_Or.to(dy_TO.dtype)).mul_(ctx.scale)
-        da_rI = (dlow_Tr.T @ _drop(x_TI, ctx.dropout, row_T)).to(a_rI.dtype)
+        keep_TI = _keep(x_TI, ctx.dropout, row_T)
+        da_rI = (dlow_Tr.T @ (x_TI if keep_TI is None else keep_TI * x_TI)).to(a_rI.dtype)
         db_Or = (dy_TO.T @ low_Tr).mul_(ctx.scale).to(b_Or.dtype)
         dx_TI = None
         if ctx.needs_input_grad[0]:
             dx_TI = dy_TO @ weight_OI
             a = a_rI.to(dy_TO.dtype)
-            if row_T is None:
+            if keep_TI is None:
                 dx_TI.addmm_(dlow_Tr, a)
             else:
-                dx_TI += _drop(dlow_Tr @ a, ctx.dropout, row_T)
+                dx_TI.addcmul_(dlow_Tr @ a, keep_TI)
         return dx_TI, None, None, da_rI, db_Or, None, None, None

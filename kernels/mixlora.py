@@ -24,7 +24,7 @@ from hecate.kernels.activation import activation_backward_into, activation_into
 from hecate.kernels.dropout import Dropout
 from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase, Lora, dropout_stream
 
-_TILE_BYTES = 1 << 21
+_TILE_BYTES = 1 << 20
 """bytes of one [m, F] buffer of a tile; three to six of them are in use at a time"""
 
 
