@@ -83,7 +83,7 @@ def test_autograd_keeps_no_copy_of_the_replicas() -> None:
         family.compute(replicas, x, slot, weight, expert_S=torch.arange(3), token_T=torch.arange(TOKENS), step=0, training=True)
     others = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() != replicas.untyped_storage().data_ptr()]
     assert len(others) < len(kept)
-    assert [len(tensor) for tensor in others] == [TOKENS] * len(others)
+    assert {len(tensor) for tensor in others} <= {TOKENS, 2 * TOKENS}, "of tokens and their choices; there are 3 replicas"
 
 
 def moving_target(asked: list[PlanInput]) -> object:
