@@ -2,7 +2,7 @@
 
 Both carry out a Placement and decide nothing. They are one uneven all-to-all each, also for several layers at once, so they run on any
 torch.distributed backend, and a rank that sends or receives nothing costs nothing, but still takes part. See
-`hecate.parallel.two_level` for the way over leaders, `hecate.parallel.sharded_layout` for experts without owners.
+`hecate.parallel.two_level` for the way over leaders, `hecate.parallel.sliced` for the one in slices.
 
 Shapes: n owned experts here, S slots here, M chunks sent or received here, C elements of a chunk.
 """

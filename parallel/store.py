@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from hecate.parallel.collectives import Handle, index, sparse_all_gather, sparse_reduce_scatter
 from hecate.parallel.cost_model import choose_collective
 from hecate.parallel.placement import Placement
-from hecate.parallel.routes import TwoLevelMoves, two_level_moves
+from hecate.parallel.routes import SlicedMoves, TwoLevelMoves, most_wanting, sliced_moves, slices_of, two_level_moves
+from hecate.parallel.sliced import sliced_all_gather, sliced_reduce_scatter
 from hecate.parallel.topology import Topology
 from hecate.parallel.two_level import two_level_all_gather, two_level_reduce_scatter
+
+OverLeaders = TwoLevelMoves | SlicedMoves
 
 
 class LayerStore:
@@ -48,7 +51,7 @@ class LayerStore:
         """one parameter an owned expert, views of one tensor"""
         self.bytes_sent = 0
         self._placement: Placement | None = None
-        self._over_leaders: TwoLevelMoves | None = None
+        self._over_leaders: OverLeaders | None = None
         """the way of this iteration's collectives; None: flat"""
         self._gathering: Handle[Tensor] | None = None
         self._replicas_SC: Tensor | None = None
@@ -177,10 +180,13 @@ class LayerStore:
         assert self._replicas_SC is not None
         assert self._replicas_SC.grad is not None
         self.settle()
-        if self._over_leaders is None:
-            self._reducing = sparse_reduce_scatter(self._replicas_SC.grad, self._placement, self._group)
+        grad_SC, over_leaders = self._replicas_SC.grad, self._over_leaders
+        if isinstance(over_leaders, SlicedMoves):
+            self._reducing = sliced_reduce_scatter(grad_SC, over_leaders, self._group)
+        elif isinstance(over_leaders, TwoLevelMoves):
+            self._reducing = two_level_reduce_scatter(grad_SC, self._placement, over_leaders, self._group)
         else:
-            self._reducing = two_level_reduce_scatter(self._replicas_SC.grad, self._placement, self._over_leaders, self._group)
+            self._reducing = sparse_reduce_scatter(grad_SC, self._placement, self._group)
         self.bytes_sent += self._reducing.bytes_sent
         self.drop()
 
@@ -208,18 +214,21 @@ class LayerStore:
         self._placement = self._replicas_SC = None
         self._watched = False
 
-    def _start_gather(self, placement: Placement, over_leaders: TwoLevelMoves | None, into_SC: Tensor | None) -> Handle[Tensor]:
-        if over_leaders is None:
-            gathering = sparse_all_gather(self._owned_nC, placement, self._group, into_SC)
-        else:
+    def _start_gather(self, placement: Placement, over_leaders: OverLeaders | None, into_SC: Tensor | None) -> Handle[Tensor]:
+        if isinstance(over_leaders, SlicedMoves):
+            gathering = sliced_all_gather(self._owned_nC, over_leaders, self._group, into_SC)
+        elif isinstance(over_leaders, TwoLevelMoves):
             gathering = two_level_all_gather(self._owned_nC, placement, over_leaders, self._group, into_SC)
+        else:
+            gathering = sparse_all_gather(self._owned_nC, placement, self._group, into_SC)
         self.bytes_sent += gathering.bytes_sent
         return gathering
 
-    def _way_over_leaders(self, placement: Placement) -> TwoLevelMoves | None:
+    def _way_over_leaders(self, placement: Placement) -> OverLeaders | None:
         topology = self._topology
-        if topology is None or topology.num_nodes == 1:
+        if topology is None or topology.world_size == 2:  # nobody to hand anything on to
             return None
-        if choose_collective(placement.owner_E, placement.where_ED, self.chunk_bytes, topology) == "flat":
-            return None
-        return two_level_moves(placement, topology)
+        way = choose_collective(placement, self.chunk_numel, self._owned_nC.element_size(), topology)
+        if way == "sliced":
+            return sliced_moves(placement, topology, slices_of(self.chunk_numel, most_wanting(placement, topology)))
+        return two_level_moves(placement, topology) if way == "two_level" else None
