@@ -233,6 +233,32 @@ def choose_collective(placement: Placement, chunk_numel: int, element_bytes: flo
     return best
 
 
+def fuse_gathers(layers: Sequence[tuple[Placement, float]], topology: Topology) -> list[list[int]]:
+    """Which flat gathers that start at one moment travel in one exchange: the layers' numbers in runs, in order.
+
+    One exchange pays its latency once, but no layer has its experts before all have. So a layer joins a run while all that joined it takes
+    no longer than one latency: then the run's first layer waits at most that much longer than alone, and every other one no longer than it
+    would after those before it. This also bounds the bytes in flight. A pure function: all ranks fuse alike.
+
+    Args:
+        layers: placement and bytes of a chunk of each, in the order in which they are needed.
+    """
+    runs: list[list[int]] = []
+    total_PD, first, latency = np.zeros((4, topology.world_size)), 0.0, 0.0
+    for layer, (placement, chunk_bytes) in enumerate(layers):
+        ports = flat_moves(placement).ports(topology)
+        bytes_PD = chunk_bytes * np.stack([ports.near_out_D, ports.near_in_D, ports.far_out_D, ports.far_in_D])
+        together = PortBytes(*(total_PD + bytes_PD))
+        if runs and float(port_seconds(together, 1.0, topology)) - first <= latency:
+            runs[-1].append(layer)
+            total_PD = total_PD + bytes_PD
+        else:
+            runs.append([layer])
+            total_PD, first = bytes_PD, float(port_seconds(ports, chunk_bytes, topology))
+            latency = float(transfer_seconds(ports, chunk_bytes, topology)) - first
+    return runs
+
+
 def exposed_seconds(compute: float | np.ndarray, transfer: np.ndarray, slowdown: float) -> np.ndarray:
     """What a transfer beside `compute` seconds of work adds: both are slowed down while both run."""
     both = np.minimum(compute, transfer)
