@@ -1,11 +1,11 @@
-"""Flat, two-level or sliced: by hand, on topologies with round numbers."""
+"""Flat, two-level or sliced, alone or together: by hand, on topologies with round numbers."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from hecate.parallel.cost_model import choose_collective
+from hecate.parallel.cost_model import choose_collective, fuse_gathers
 from hecate.parallel.placement import Placement, everything_everywhere
 from hecate.parallel.topology import Link, Topology, uniform_topology
 
@@ -102,3 +102,30 @@ def test_slices_where_leaders_of_two_nodes_share_the_work() -> None:
 def test_two_ranks_have_nobody_to_hand_on_to() -> None:
     pair = uniform_topology(1, 2, flops=1.0, memory=1.0, intra_node=Link(1.0, 0.0))
     assert choose_collective(Placement(np.array([0]), np.ones((1, 2), dtype=bool)), 12, 1.0, pair) == "flat"
+
+
+TO_ONE = placed(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "latency", "runs"),
+    [
+        ([(TO_ONE, 5.0), (TO_ONE, 2.0), (TO_ONE, 3.0), (TO_ONE, 1.0)], 5.0, [[0, 1, 2], [3]]),  # 2 + 3 s join the 5 s
+        ([(TO_ONE, 5.0), (TO_ONE, 6.0), (TO_ONE, 5.0)], 5.0, [[0], [1, 2]]),
+        ([(TO_ONE, 5.0), (TO_ONE, 1.0)], 0.0, [[0], [1]]),  # no latency to be saved
+        ([(TO_ONE, 5.0), (Placement(np.array([2]), where(2, 3)), 5.0)], 0.0, [[0, 1]]),  # through other ports at the same time
+        ([(TO_ONE, 5.0)], 5.0, [[0]]),
+        ([], 5.0, []),
+    ],
+)
+def test_a_layer_joins_where_the_first_waits_one_latency_longer_at_most(
+    layers: list[tuple[Placement, float]], latency: float, runs: list[list[int]]
+) -> None:
+    assert fuse_gathers(layers, one_node(latency)) == runs
+
+
+def test_a_run_pays_the_latency_of_the_links_it_crosses() -> None:
+    """Across there is no latency that could be saved; inside, 4 bytes take 0.4 s and the latency is 1 s."""
+    nodes = topology(Link(10.0, 1.0))
+    assert fuse_gathers([(placed(0, 1), 4.0)] * 2, nodes) == [[0], [1]]
+    assert fuse_gathers([(placed(0, 2), 4.0)] * 2, nodes) == [[0, 1]]

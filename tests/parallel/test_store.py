@@ -1,14 +1,17 @@
-"""A layer's store chooses its collectives by the topology."""
+"""A layer's store chooses its collectives by the topology; several layers' share one where chunks are small."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from hecate.parallel.placement import Placement
-from hecate.parallel.store import LayerStore
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.store import LayerStore, gather_together
+from hecate.parallel.topology import Link, Topology, uniform_topology
 from tests.parallel.test_collectives import world_group
 from tests.ranks import run_ranks
 
@@ -130,3 +133,36 @@ def _exchanged(rank: int, world: int, nodes: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("nodes", [(0, 0, 0, 0), (0, 1, 0, 1)])
 def test_only_what_another_placement_lacks_travels(nodes: tuple[int, ...]) -> None:
     assert [sent // (NUMEL * 4) for sent in run_ranks(4, _exchanged, nodes)] == [0, 0, 0, 1]
+
+
+def _together(rank: int, world: int, latency: float) -> tuple[int, list[int]]:
+    """Three layers started at once, the second of them refilled, waited for last first; how many all-to-alls, and each layer's bytes."""
+    nodes, where, calls = uniform_topology(1, 4, flops=1.0, memory=1.0, intra_node=Link(1.0, latency)), placement(), 0
+    stores = [LayerStore(OWNERS, lambda e, n=n: torch.full((n,), float(e + n)), world_group(), nodes) for n in (7, 5, 11)]
+    stores[1].gather(where)
+    stores[1].replicas()
+    stores[1].free()
+    stores[2].gather(where)
+    real = dist.all_to_all_single
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", counted)
+        before = [store.bytes_sent for store in stores]
+        gather_together([(store, where) for store in stores])
+        gather_together([(store, where) for store in stores])
+    for store in stores[::-1]:
+        numel = store.chunk_numel
+        assert torch.equal(store.replicas().detach(), _chunks(where.experts_on(rank) + numel, numel))
+    return calls, [store.bytes_sent - sent for store, sent in zip(stores, before, strict=True)]
+
+
+@pytest.mark.parametrize(("latency", "calls"), [(100.0, 1), (0.0, 2)])
+def test_layers_that_start_together_travel_together_where_latency_counts(latency: float, calls: int) -> None:
+    """But what is under way already, which the third layer is."""
+    sent = [3, 1, 0, 1]
+    assert run_ranks(4, _together, latency) == [(calls, [sent[rank] * 7 * 4, sent[rank] * 5 * 4, 0]) for rank in range(4)]
