@@ -2,7 +2,7 @@
 
 Both carry out a Placement and decide nothing. They are one uneven all-to-all each, also for several layers at once, so they run on any
 torch.distributed backend, and a rank that sends or receives nothing costs nothing, but still takes part. See
-`hecate.parallel.two_level` for the way over leaders, `hecate.parallel.sharded_layout` for experts without owners.
+`hecate.parallel.two_level` for the way over leaders, `hecate.parallel.sliced` for the one in slices.
 
 Shapes: n owned experts here, S slots here, M chunks sent or received here, C elements of a chunk.
 """
@@ -69,7 +69,7 @@ def sparse_all_gather(owned_nC: Tensor, placement: Placement, group: dist.Proces
     exchange.start([owned_rows(owned_nC, placement, rank, exchange.sent[0].expert_M)])
 
     def finish() -> Tensor:
-        return into_slots(owned_nC, placement, rank, [(exchange.received[0], exchange.arrived()[0])], into_SC)
+        return into_slots(owned_nC, placement, rank, [(exchange.received[0], exchange.arrived())], into_SC)
 
     return Handle(exchange.wait, finish, exchange.bytes_to)
 
@@ -90,25 +90,33 @@ def sparse_reduce_scatter(grad_SC: Tensor, placement: Placement, group: dist.Pro
     return _single(sparse_reduce_scatter_many([(grad_SC, placement)], group))
 
 
-def sparse_all_gather_many(layers: Sequence[tuple[Tensor, Placement]], group: dist.ProcessGroup) -> Handle[list[Tensor]]:
+def sparse_all_gather_many(layers: Sequence[tuple[Tensor, Placement, Tensor | None]], group: dist.ProcessGroup) -> list[Handle[Tensor]]:
     """`sparse_all_gather` of several layers in one all-to-all: fewer and larger messages where chunks are small.
 
     Every rank must pass the same placements in the same order. Numbers of experts and sizes of chunks may differ between layers; dtype
     and device may not.
 
+    Args:
+        layers: owned chunks, placement and what to fill (or None) of each layer, as `sparse_all_gather` takes them.
+
     Returns:
-        A handle whose result holds what `sparse_all_gather` would return for each layer.
+        A handle for each layer, to be waited for in any order; its bytes are the layer's own.
     """
     rank = dist.get_rank(group)
-    exchange = Exchange([flat_moves(placement) for _, placement in layers], group)
+    exchange = Exchange([flat_moves(placement) for _, placement, _ in layers], group)
     sent = zip(layers, exchange.sent, strict=True)
-    exchange.start([owned_rows(owned_nC, placement, rank, run.expert_M) for (owned_nC, placement), run in sent])
+    exchange.start([owned_rows(owned_nC, placement, rank, run.expert_M) for (owned_nC, placement, _), run in sent])
 
-    def finish() -> list[Tensor]:
-        arrived = zip(layers, exchange.received, exchange.arrived(), strict=True)
-        return [into_slots(owned_nC, placement, rank, [(run, rows_MC)]) for (owned_nC, placement), run, rows_MC in arrived]
+    def handle(layer: int) -> Handle[Tensor]:
+        owned_nC, placement, into_SC = layers[layer]
+        chunk_bytes = owned_nC.shape[1] * owned_nC.element_size()
 
-    return Handle(exchange.wait, finish, exchange.bytes_to)
+        def finish() -> Tensor:
+            return into_slots(owned_nC, placement, rank, [(exchange.received[layer], exchange.arrived(layer))], into_SC)
+
+        return Handle(exchange.wait, finish, [count * chunk_bytes for count in exchange.sent[layer].count_D])
+
+    return [handle(layer) for layer in range(len(layers))]
 
 
 def sparse_reduce_scatter_many(layers: Sequence[tuple[Tensor, Placement]], group: dist.ProcessGroup) -> Handle[list[Tensor]]:
@@ -124,9 +132,9 @@ def sparse_reduce_scatter_many(layers: Sequence[tuple[Tensor, Placement]], group
 
     def finish() -> list[Tensor]:
         totals = []
-        for (grad_SC, placement), run, rows_MC in zip(layers, exchange.received, exchange.arrived(), strict=True):
-            experts = placement.owned_by(rank)
-            totals.append(sum_by_rank(experts, slot_rows(grad_SC, placement, rank, experts), rank, [(run, rows_MC)]))
+        for layer, (grad_SC, placement) in enumerate(layers):
+            experts, terms = placement.owned_by(rank), (exchange.received[layer], exchange.arrived(layer))
+            totals.append(sum_by_rank(experts, slot_rows(grad_SC, placement, rank, experts), rank, [terms]))
         return totals
 
     return Handle(exchange.wait, finish, exchange.bytes_to)
@@ -172,16 +180,14 @@ class Exchange:
         if self.work is not None:
             self.work.wait()
 
-    def arrived(self) -> list[Tensor]:
-        """Per layer [M, C], the chunks of `received`; after `wait`."""
-        if self._buffer is None:
-            return []
-        if len(self._widths) == 1:
-            return [self._buffer.view(-1, self._widths[0])]
+    def arrived(self, layer: int = 0) -> Tensor:
+        """[M, C]: a layer's chunks of `received`; after `wait`."""
+        assert self._buffer is not None, "arrived() before start()"
+        width, layers = self._widths[layer], len(self._widths)
+        if layers == 1:
+            return self._buffer.view(-1, width)
         lengths = [count * width for counts in _per_peer(self.received) for count, width in zip(counts, self._widths, strict=True)]
-        pieces = self._buffer.split(lengths)
-        layers = len(self._widths)
-        return [torch.cat(pieces[layer::layers]).view(-1, width) for layer, width in enumerate(self._widths)]
+        return torch.cat(self._buffer.split(lengths)[layer::layers]).view(-1, width)
 
 
 def owned_rows(owned_nC: Tensor, placement: Placement, rank: int, expert_M: np.ndarray) -> Tensor:

@@ -9,6 +9,7 @@ Shapes: ... any leading dimensions (layers), E experts, D ranks, N nodes.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,8 @@ import numpy as np
 
 from hecate.parallel.flows import Flows, flows, node_membership
 from hecate.parallel.gather_bytes import PortBytes, gather_ports
+from hecate.parallel.placement import Placement
+from hecate.parallel.routes import Moves, flat_moves, most_wanting, sliced_moves, slices_of, two_level_moves
 from hecate.parallel.topology import Topology
 
 
@@ -195,23 +198,65 @@ def port_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.
     return seconds * unit_bytes
 
 
-def choose_collective(owner_E: np.ndarray, where_ED: np.ndarray, chunk_bytes: float, topology: Topology) -> Literal["flat", "two_level"]:
-    """The faster way for a layer's SparseAllGather and, as it takes the same way back, its SparseReduceScatter; flat if equal.
+Collective = Literal["flat", "two_level", "sliced"]
+CLEARLY_LESS = 1 - 1e-9
+"""of the seconds of two ways; a smaller difference is rounding"""
 
-    The two exchanges of a two-level collective follow one another, so their seconds add up. A pure function: all ranks choose alike.
+
+def choose_collective(placement: Placement, chunk_numel: int, element_bytes: float, topology: Topology) -> Collective:
+    """The fastest way for a layer's SparseAllGather and, as it takes the same way back, its SparseReduceScatter; the simpler one if equal.
+
+    The two exchanges of a collective over leaders follow one another, so their seconds add up. A pure function: all ranks choose alike.
 
     Args:
-        owner_E: int64 [experts].
-        where_ED: bool [experts, ranks]; true at the owners.
+        chunk_numel: elements of a chunk, on which depends into how many slices it can be cut.
     """
-    flat = gather_ports(owner_E, where_ED, topology, two_level=False)
-    both = gather_ports(owner_E, where_ED, topology, two_level=True)
-    # Inside the owners' nodes the two are alike; what else is near is what leaders hand on.
-    first = PortBytes(flat.near_out_D, flat.near_in_D, both.far_out_D, both.far_in_D)
-    zero_D = np.zeros_like(flat.far_in_D)
-    second = PortBytes(both.near_out_D - flat.near_out_D, both.near_in_D - flat.near_in_D, zero_D, zero_D)
-    two_level = transfer_seconds(first, chunk_bytes, topology) + transfer_seconds(second, chunk_bytes, topology)
-    return "two_level" if two_level < transfer_seconds(flat, chunk_bytes, topology) else "flat"
+    most = most_wanting(placement, topology)
+    if most < 2:
+        return "flat"
+
+    chunk_bytes = chunk_numel * element_bytes
+
+    def seconds(exchanges: Sequence[Moves], unit_bytes: float) -> float:
+        return sum(float(transfer_seconds(moves.ports(topology), unit_bytes, topology)) for moves in exchanges)
+
+    ways: dict[Collective, float] = {"flat": seconds([flat_moves(placement)], chunk_bytes)}
+    if topology.num_nodes > 1:
+        ways["two_level"] = seconds(two_level_moves(placement, topology).gather, chunk_bytes)
+    slices = slices_of(chunk_numel, most)
+    if slices > 1:
+        ways["sliced"] = seconds(sliced_moves(placement, topology, slices).moves.gather, chunk_bytes / slices)
+    best: Collective = "flat"
+    for way in ways:
+        if ways[way] < CLEARLY_LESS * ways[best]:
+            best = way
+    return best
+
+
+def fuse_gathers(layers: Sequence[tuple[Placement, float]], topology: Topology) -> list[list[int]]:
+    """Which flat gathers that start at one moment travel in one exchange: the layers' numbers in runs, in order.
+
+    One exchange pays its latency once, but no layer has its experts before all have. So a layer joins a run while all that joined it takes
+    no longer than one latency: then the run's first layer waits at most that much longer than alone, and every other one no longer than it
+    would after those before it. This also bounds the bytes in flight. A pure function: all ranks fuse alike.
+
+    Args:
+        layers: placement and bytes of a chunk of each, in the order in which they are needed.
+    """
+    runs: list[list[int]] = []
+    total_PD, first, latency = np.zeros((4, topology.world_size)), 0.0, 0.0
+    for layer, (placement, chunk_bytes) in enumerate(layers):
+        ports = flat_moves(placement).ports(topology)
+        bytes_PD = chunk_bytes * np.stack([ports.near_out_D, ports.near_in_D, ports.far_out_D, ports.far_in_D])
+        together = PortBytes(*(total_PD + bytes_PD))
+        if runs and float(port_seconds(together, 1.0, topology)) - first <= latency:
+            runs[-1].append(layer)
+            total_PD = total_PD + bytes_PD
+        else:
+            runs.append([layer])
+            total_PD, first = bytes_PD, float(port_seconds(ports, chunk_bytes, topology))
+            latency = float(transfer_seconds(ports, chunk_bytes, topology)) - first
+    return runs
 
 
 def exposed_seconds(compute: float | np.ndarray, transfer: np.ndarray, slowdown: float) -> np.ndarray:

@@ -172,7 +172,7 @@ class FrozenStore:
         if exchange is None:
             return
         exchange.wait()
-        (rows_MC,) = exchange.arrived()
+        rows_MC = exchange.arrived()
         for expert, row in zip(exchange.received[0].expert_M.tolist(), rows_MC, strict=True):
             # Of its own: a view would keep all that came with it for as long as it stays.
             self._held[expert] = row.clone() if len(rows_MC) > 1 else row

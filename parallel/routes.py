@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from hecate.parallel.flows import node_index
-from hecate.parallel.gather_bytes import leaders
+from hecate.parallel.flows import node_index, node_membership
+from hecate.parallel.gather_bytes import PortBytes, leaders
 from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Topology
 
@@ -55,6 +55,15 @@ class Moves:
         source_M = source_E[experts]
         return Run(experts[np.argsort(source_M, kind="stable")], np.bincount(source_M, minlength=self.source_ED.shape[1]).tolist())
 
+    def ports(self, topology: Topology) -> PortBytes:
+        """Copies through each port, along the moves."""
+        node_D = node_index(topology)
+        expert_M, target_M = np.nonzero(self.source_ED >= 0)
+        source_M = self.source_ED[expert_M, target_M]
+        near_M = node_D[source_M] == node_D[target_M]
+        of_port = (source_M[near_M], target_M[near_M], source_M[~near_M], target_M[~near_M])
+        return PortBytes(*(np.bincount(rank_M, minlength=topology.world_size).astype(float) for rank_M in of_port))
+
 
 def flat_moves(placement: Placement) -> Moves:
     """Each owner sends a copy to each replica."""
@@ -64,29 +73,32 @@ def flat_moves(placement: Placement) -> Moves:
 
 @dataclass(frozen=True, eq=False)
 class TwoLevelMoves:
-    """A two-level collective, each way in two exchanges, the second after the first."""
+    """A collective over leaders, each way in two exchanges, the second after the first."""
 
     gather: tuple[Moves, Moves]
-    """first inside the owner's node and across to the leaders, then from the leaders to the others of their nodes"""
+    """first from the owners to the leaders and to all that no leader serves, then from the leaders to the others of their nodes"""
     reduce: tuple[Moves, Moves]
-    """first inside the nodes and, where a node has one replica only, across to the owner; then the leaders' sums across to the owners"""
+    """first inside the nodes and, where a node has one replica only, straight to the owner; then the leaders' sums to the owners"""
 
 
-def two_level_moves(placement: Placement, topology: Topology) -> TwoLevelMoves:
-    """Each owner sends one copy to each other node that wants the expert, to its leader, which hands it on (see `leaders`)."""
+def two_level_moves(placement: Placement, topology: Topology, *, at_home: bool = False) -> TwoLevelMoves:
+    """Each owner sends one copy to each other node that wants the expert, to its leader, which hands it on (see `leaders`).
+
+    Args:
+        at_home: in the owner's own node, too, one receives and hands on; otherwise the owner serves its node itself.
+    """
     assert placement.world_size == topology.world_size, (placement.world_size, topology.world_size)
     node_D = node_index(topology)
     owner_E1 = placement.owner_E[:, None]
-    home_ED = node_D[owner_E1] == node_D
     wanted_ED = placement.where_ED & ~_own(placement)
-    far_ED = wanted_ED & ~home_ED
-    leader_ED = leaders(far_ED, topology)
+    led_ED = wanted_ED if at_home else wanted_ED & (node_D[owner_E1] != node_D)
+    leader_ED = leaders(led_ED, topology)
     by_node = np.argsort(node_D, kind="stable")
     starts = np.searchsorted(node_D[by_node], np.arange(topology.num_nodes))
     leader_of_EN = np.maximum.reduceat(np.where(leader_ED, np.arange(topology.world_size), -1)[:, by_node], starts, axis=1)
-    copies_EN = np.add.reduceat(far_ED[:, by_node].astype(np.int64), starts, axis=1)
-    inside_ED = far_ED & ~leader_ED
-    direct_ED = wanted_ED & home_ED
+    copies_EN = np.add.reduceat(led_ED[:, by_node].astype(np.int64), starts, axis=1)
+    inside_ED = led_ED & ~leader_ED
+    direct_ED = wanted_ED & ~led_ED
     source_ED = np.where(inside_ED, leader_of_EN[:, node_D], owner_E1)
 
     def moves(chosen_ED: np.ndarray) -> Moves:
@@ -97,6 +109,39 @@ def two_level_moves(placement: Placement, topology: Topology) -> TwoLevelMoves:
         gather=(moves(direct_ED | leader_ED), moves(inside_ED)),
         reduce=(moves(direct_ED | inside_ED | alone_ED), moves(leader_ED & ~alone_ED)),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class SlicedMoves:
+    """A collective over leaders in which every expert is cut into slices, each with a leader of its own."""
+
+    slices: int
+    """of a chunk"""
+    placement: Placement
+    """of the slices: those of expert e are e · slices, e · slices + 1, ..."""
+    moves: TwoLevelMoves
+    """of the slices"""
+
+
+def sliced_moves(placement: Placement, topology: Topology, slices: int) -> SlicedMoves:
+    """An owner sends each slice to each node that wants the expert, its own included, once: to the slice's leader there.
+
+    So its port carries a replicated expert once a node, and the ranks that want it share the work of handing it on. Between nodes the bytes
+    are those of the two-level way.
+    """
+    of_slices = Placement(placement.owner_E.repeat(slices), placement.where_ED.repeat(slices, axis=0))
+    return SlicedMoves(slices, of_slices, two_level_moves(of_slices, topology, at_home=True))
+
+
+def most_wanting(placement: Placement, topology: Topology) -> int:
+    """The most ranks of one node that want one expert from elsewhere; with one at most, a leader has nobody to hand on to."""
+    wanted_EN = (placement.where_ED & ~_own(placement)) @ node_membership(topology)
+    return int(wanted_EN.max(initial=0))
+
+
+def slices_of(chunk_numel: int, most: int) -> int:
+    """Into how many equal slices a chunk is cut for at most so many leaders; 1: it cannot be cut."""
+    return max(number for number in range(1, max(most, 1) + 1) if chunk_numel % number == 0)
 
 
 def _own(placement: Placement) -> np.ndarray:

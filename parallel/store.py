@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hecate.parallel.collectives import Handle, index, sparse_all_gather, sparse_reduce_scatter
-from hecate.parallel.cost_model import choose_collective
+from hecate.parallel.collectives import Handle, index, sparse_all_gather, sparse_all_gather_many, sparse_reduce_scatter
+from hecate.parallel.cost_model import choose_collective, fuse_gathers
 from hecate.parallel.placement import Placement
-from hecate.parallel.routes import TwoLevelMoves, two_level_moves
+from hecate.parallel.routes import SlicedMoves, TwoLevelMoves, most_wanting, sliced_moves, slices_of, two_level_moves
+from hecate.parallel.sliced import sliced_all_gather, sliced_reduce_scatter
 from hecate.parallel.topology import Topology
 from hecate.parallel.two_level import two_level_all_gather, two_level_reduce_scatter
+
+OverLeaders = TwoLevelMoves | SlicedMoves
 
 
 class LayerStore:
@@ -48,7 +51,7 @@ class LayerStore:
         """one parameter an owned expert, views of one tensor"""
         self.bytes_sent = 0
         self._placement: Placement | None = None
-        self._over_leaders: TwoLevelMoves | None = None
+        self._over_leaders: OverLeaders | None = None
         """the way of this iteration's collectives; None: flat"""
         self._gathering: Handle[Tensor] | None = None
         self._replicas_SC: Tensor | None = None
@@ -114,15 +117,7 @@ class LayerStore:
 
     def gather(self, placement: Placement) -> None:
         """Start materializing; does nothing where this iteration's replicas are here or on their way."""
-        if self._gathering is not None or self._filled:
-            return
-        if self._replicas_SC is None:
-            self._placement = placement
-            self._over_leaders = self._way_over_leaders(placement)
-        assert self._placement is placement, "freed replicas come back as they were"
-        # Through `.data`, which counts no version: autograd's saved views of the leaf are to hold good when it is filled again.
-        into_SC = None if self._replicas_SC is None else self._replicas_SC.data
-        self._gathering = self._start_gather(placement, self._over_leaders, into_SC)
+        gather_together([(self, placement)])
 
     def replicas(self, when_complete: Callable[[], None] | None = None) -> Tensor:
         """[slots, C], a leaf that requires grad: slot s holds expert `placement.experts_on(rank)[s]`.
@@ -177,10 +172,13 @@ class LayerStore:
         assert self._replicas_SC is not None
         assert self._replicas_SC.grad is not None
         self.settle()
-        if self._over_leaders is None:
-            self._reducing = sparse_reduce_scatter(self._replicas_SC.grad, self._placement, self._group)
+        grad_SC, over_leaders = self._replicas_SC.grad, self._over_leaders
+        if isinstance(over_leaders, SlicedMoves):
+            self._reducing = sliced_reduce_scatter(grad_SC, over_leaders, self._group)
+        elif isinstance(over_leaders, TwoLevelMoves):
+            self._reducing = two_level_reduce_scatter(grad_SC, self._placement, over_leaders, self._group)
         else:
-            self._reducing = two_level_reduce_scatter(self._replicas_SC.grad, self._placement, self._over_leaders, self._group)
+            self._reducing = sparse_reduce_scatter(grad_SC, self._placement, self._group)
         self.bytes_sent += self._reducing.bytes_sent
         self.drop()
 
@@ -208,18 +206,63 @@ class LayerStore:
         self._placement = self._replicas_SC = None
         self._watched = False
 
-    def _start_gather(self, placement: Placement, over_leaders: TwoLevelMoves | None, into_SC: Tensor | None) -> Handle[Tensor]:
-        if over_leaders is None:
-            gathering = sparse_all_gather(self._owned_nC, placement, self._group, into_SC)
-        else:
+    def _begin_gather(self, placement: Placement) -> bool:
+        """Is there anything to gather? If so, decide on its way."""
+        if self._gathering is not None or self._filled:
+            return False
+        if self._replicas_SC is None:
+            self._placement = placement
+            self._over_leaders = self._way_over_leaders(placement)
+        assert self._placement is placement, "freed replicas come back as they were"
+        return True
+
+    def _into_SC(self) -> Tensor | None:
+        """The freed leaf. Through `.data`, which counts no version: autograd's saved views are to hold good when it is filled again."""
+        return None if self._replicas_SC is None else self._replicas_SC.data
+
+    def _start_gather(self, placement: Placement, over_leaders: OverLeaders | None, into_SC: Tensor | None) -> Handle[Tensor]:
+        if isinstance(over_leaders, SlicedMoves):
+            gathering = sliced_all_gather(self._owned_nC, over_leaders, self._group, into_SC)
+        elif isinstance(over_leaders, TwoLevelMoves):
             gathering = two_level_all_gather(self._owned_nC, placement, over_leaders, self._group, into_SC)
+        else:
+            gathering = sparse_all_gather(self._owned_nC, placement, self._group, into_SC)
         self.bytes_sent += gathering.bytes_sent
         return gathering
 
-    def _way_over_leaders(self, placement: Placement) -> TwoLevelMoves | None:
+    def _way_over_leaders(self, placement: Placement) -> OverLeaders | None:
         topology = self._topology
-        if topology is None or topology.num_nodes == 1:
+        if topology is None or topology.world_size == 2:  # nobody to hand anything on to
             return None
-        if choose_collective(placement.owner_E, placement.where_ED, self.chunk_bytes, topology) == "flat":
-            return None
-        return two_level_moves(placement, topology)
+        way = choose_collective(placement, self.chunk_numel, self._owned_nC.element_size(), topology)
+        if way == "sliced":
+            return sliced_moves(placement, topology, slices_of(self.chunk_numel, most_wanting(placement, topology)))
+        return two_level_moves(placement, topology) if way == "two_level" else None
+
+
+def gather_together(layers: Sequence[tuple[LayerStore, Placement]]) -> None:
+    """`LayerStore.gather` of layers of one model at one moment: flat ones of small chunks in one all-to-all (see `fuse_gathers`).
+
+    Every rank of the group must call it, with the same layers in the order in which they are needed.
+    """
+    starting = [(store, placement) for store, placement in layers if store._begin_gather(placement)]
+    flat = [(store, placement) for store, placement in starting if store._over_leaders is None]
+    for store, placement in starting:
+        if store._over_leaders is not None:
+            store._gathering = store._start_gather(placement, store._over_leaders, store._into_SC())
+    for run in _fused(flat):
+        if len(run) == 1:
+            store, placement = run[0]
+            store._gathering = store._start_gather(placement, None, store._into_SC())
+            continue
+        parts = sparse_all_gather_many([(store._owned_nC, placement, store._into_SC()) for store, placement in run], run[0][0]._group)
+        for (store, _), part in zip(run, parts, strict=True):
+            store._gathering = part
+            store.bytes_sent += part.bytes_sent
+
+
+def _fused(flat: list[tuple[LayerStore, Placement]]) -> list[list[tuple[LayerStore, Placement]]]:
+    topology = flat[0][0]._topology if flat else None
+    if topology is None or len(flat) == 1:
+        return [[one] for one in flat]
+    return [[flat[layer] for layer in run] for run in fuse_gathers([(p, store.chunk_bytes) for store, p in flat], topology)]

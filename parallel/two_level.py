@@ -44,10 +44,10 @@ def two_level_all_gather(
     order = np.argsort(leading.expert_M)
     rows = index(order[np.searchsorted(leading.expert_M, second.sent.expert_M, sorter=order)], owned_nC.device)
     first.start([owned_rows(owned_nC, placement, rank, first.sent[0].expert_M)])
-    arrive = second.follow(first, lambda: first.arrived()[0][rows])
+    arrive = second.follow(first, lambda: first.arrived()[rows])
 
     def finish() -> Tensor:
-        return into_slots(owned_nC, placement, rank, [(leading, first.arrived()[0]), (second.received, second.buffer_MC)], into_SC)
+        return into_slots(owned_nC, placement, rank, [(leading, first.arrived()), (second.received, second.buffer_MC)], into_SC)
 
     return Handle(arrive, finish, _added(first.bytes_to, second.bytes_to))
 
@@ -67,7 +67,7 @@ def two_level_reduce_scatter(grad_SC: Tensor, placement: Placement, moves: TwoLe
     first.start([slot_rows(grad_SC, placement, rank, first.sent[0].expert_M)])
 
     def total(experts: np.ndarray, *sums: tuple[Run, Tensor]) -> Tensor:
-        terms = _only(experts, first.received[0], first.arrived()[0])
+        terms = _only(experts, first.received[0], first.arrived())
         return sum_by_rank(experts, slot_rows(grad_SC, placement, rank, experts), rank, [terms, *sums])
 
     arrive = second.follow(first, lambda: total(led_experts)[by_owner])

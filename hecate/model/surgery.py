@@ -155,8 +155,7 @@ def _prefetch_during_attention(model: nn.Module, engine: Engine, layers: dict[in
 
     def hook_for(coming: list[int]) -> Any:
         def start(*_: Any) -> None:
-            for layer in coming:
-                engine.prefetch(layer)
+            engine.prefetch(*coming)
 
         return start
 

@@ -3,7 +3,7 @@
 Its contract is `experts(layer, x, expert, weight, token) -> y`. One optimizer step goes:
 
     begin_step             plan every layer (a pure function of values that all ranks share; no message)
-    prefetch(layer)        start the SparseAllGather of a layer, before the attention that hides it
+    prefetch(*layers)      start the SparseAllGather of layers, before the attention that hides it
     experts(layer, ...)    wait for the replicas; dispatch what must travel; compute; combine
     last_micro_step        from here on, the backward pass starts each layer's SparseReduceScatter as soon as its gradient is complete
     begin_backward         start the gathers that the backward pass needs first, where replicas were freed after the forward pass
@@ -32,7 +32,7 @@ from hecate.parallel.frozen_store import FrozenStore
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere
 from hecate.parallel.planners import Plan, PlanInput, Planner
-from hecate.parallel.store import LayerStore
+from hecate.parallel.store import LayerStore, gather_together
 from hecate.parallel.topology import Topology
 
 
@@ -198,13 +198,13 @@ class Engine:
         """The next backward pass is the step's last: reduce gradients as they come."""
         self._last_micro_step = True
 
-    def prefetch(self, layer: int) -> None:
-        """Start materializing a layer; every rank must call it in the same order.
+    def prefetch(self, *layers: int) -> None:
+        """Start materializing layers, in the order in which they are needed; every rank must call it in the same order.
 
-        Does nothing where that has happened, and where the layer's plan must wait for its gate.
+        Does nothing for those for which that has happened, and where plans must wait for the gate.
         """
         if not (self._training and self.config.plan == "exact"):
-            self._gather(layer)
+            self._gather(*layers)
 
     def begin_backward(self) -> None:
         """A micro-step's backward pass comes next. Every rank must call it."""
@@ -285,7 +285,7 @@ class Engine:
             self._place(layer, LayerPlan(everywhere, np.zeros((self.world_size, everywhere.num_experts)), None))
             if layer in self.frozen:
                 self.frozen[layer].borrow(self.placements[layer])
-            self.prefetch(layer)
+        self.prefetch(*self.families)
         for store in self.stores.values():
             store.replicas()
         for frozen in self.frozen.values():
@@ -351,10 +351,11 @@ class Engine:
         served_D = self._plans[layer].served(loads_SE, self.config.topology)
         self._served[layer] = self._served.get(layer, 0.0) + served_D
 
-    def _gather(self, layer: int) -> None:
-        self.stores[layer].gather(self.placements[layer])
-        if layer in self.frozen:
-            self.frozen[layer].gather(self.placements[layer])
+    def _gather(self, *layers: int) -> None:
+        gather_together([(self.stores[layer], self.placements[layer]) for layer in layers])
+        for layer in layers:
+            if layer in self.frozen:
+                self.frozen[layer].gather(self.placements[layer])
         self._note_peak()
 
     def _note_peak(self, more: int = 0) -> None:
@@ -370,8 +371,8 @@ class Engine:
 
     def _prefetch_backward(self) -> None:
         count = self.config.prefetch
-        for layer in self._awaiting_backward[-count:][::-1] if count else []:
-            self._gather(layer)
+        if count:
+            self._gather(*self._awaiting_backward[-count:][::-1])
 
     def _gradient_complete(self, layer: int) -> None:
         """The backward pass is through with a layer's experts."""

@@ -1,14 +1,13 @@
-"""Flat or two-level: by hand, on topologies with round numbers."""
+"""Flat, two-level or sliced, alone or together: by hand, on topologies with round numbers."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from hecate.parallel.cost_model import choose_collective
+from hecate.parallel.cost_model import choose_collective, fuse_gathers
+from hecate.parallel.placement import Placement, everything_everywhere
 from hecate.parallel.topology import Link, Topology, uniform_topology
-
-OWNER_0 = np.array([0])
 
 
 def topology(near: Link) -> Topology:
@@ -18,6 +17,11 @@ def topology(near: Link) -> Topology:
 
 def where(*ranks: int) -> np.ndarray:
     return np.isin(np.arange(4), ranks)[None]
+
+
+def placed(*ranks: int) -> Placement:
+    """One expert, of rank 0."""
+    return Placement(np.array([0]), where(*ranks))
 
 
 @pytest.mark.parametrize(
@@ -30,23 +34,23 @@ def where(*ranks: int) -> np.ndarray:
     ],
 )
 def test_one_expert_for_both_ranks_of_the_other_node(near: Link, chosen: str) -> None:
-    assert choose_collective(OWNER_0, where(0, 1, 3), 1.0, topology(near)) == chosen
+    assert choose_collective(placed(0, 1, 3), 1, 1.0, topology(near)) == chosen
 
 
 def test_latency_counts_less_the_larger_the_chunk() -> None:
     near = Link(10.0, 0.95)
-    assert choose_collective(OWNER_0, where(0, 1, 3), 1.0, topology(near)) == "flat"
-    assert choose_collective(OWNER_0, where(0, 1, 3), 10.0, topology(near)) == "two_level"  # 20 s and 10 + 1 + 0.95 s
+    assert choose_collective(placed(0, 1, 3), 1, 1.0, topology(near)) == "flat"
+    assert choose_collective(placed(0, 1, 3), 1, 10.0, topology(near)) == "two_level"  # 20 s and 10 + 1 + 0.95 s
 
 
 @pytest.mark.parametrize("ranks", [(0,), (0, 1), (0, 2), (0, 2, 3)])
 def test_flat_where_no_leader_would_hand_anything_on(ranks: tuple[int, ...]) -> None:
-    assert choose_collective(OWNER_0, where(*ranks), 1.0, topology(Link(10.0, 0.0))) == "flat"
+    assert choose_collective(placed(*ranks), 1, 1.0, topology(Link(10.0, 0.0))) == "flat"
 
 
-def test_flat_on_one_node() -> None:
+def test_flat_on_one_node_where_a_chunk_cannot_be_cut() -> None:
     one = uniform_topology(1, 4, flops=1.0, memory=1.0, intra_node=Link(1.0, 1.0))
-    assert choose_collective(OWNER_0, where(0, 1, 2, 3), 1.0, one) == "flat"
+    assert choose_collective(placed(0, 1, 2, 3), 1, 1.0, one) == "flat"
 
 
 def test_flat_where_the_busiest_port_is_no_better_off() -> None:
@@ -56,7 +60,72 @@ def test_flat_where_the_busiest_port_is_no_better_off() -> None:
     )
     owners = np.array([0] * 10 + [2])
     experts = np.concatenate([np.repeat(where(0, 1), 10, axis=0), where(2, 1, 3)])
-    assert choose_collective(owners, experts, 1.0, nodes) == "flat"  # 11 s, and 11 + 0.1 s
+    assert choose_collective(Placement(owners, experts), 1, 1.0, nodes) == "flat"  # 11 s, and 11 + 0.1 s
     alone = np.array([[False] * 4] * 10 + [experts[-1].tolist()])
     alone[:10, 0] = True
-    assert choose_collective(owners, alone, 1.0, nodes) == "two_level"
+    assert choose_collective(Placement(owners, alone), 1, 1.0, nodes) == "two_level"
+
+
+def one_node(latency: float) -> Topology:
+    return uniform_topology(1, 4, flops=1.0, memory=1.0, intra_node=Link(1.0, latency))
+
+
+@pytest.mark.parametrize(
+    ("numel", "latency", "chosen"),
+    [
+        (3, 0.0, "sliced"),  # flat 9 s; 3 to the leaders, then 2 from each
+        (3, 3.9, "sliced"),  # 12.9 s and 3 + 2 + 7.8 s
+        (3, 4.1, "flat"),
+        (2, 0.0, "sliced"),  # 6 s; two leaders of half an expert: 2 s, then two copies of a half each, 2 s
+        (2, 1.9, "sliced"),
+        (2, 2.1, "flat"),
+        (5, 0.0, "flat"),  # a prime number of elements
+    ],
+)
+def test_one_hot_owner(numel: int, latency: float, chosen: str) -> None:
+    assert choose_collective(placed(0, 1, 2, 3), numel, 1.0, one_node(latency)) == chosen
+
+
+def test_flat_where_all_ports_carry_the_same_anyway() -> None:
+    for owners in (np.arange(4), np.arange(4).repeat(3)):
+        assert choose_collective(everything_everywhere(owners, 4), 12, 1.0, one_node(0.0)) == "flat"
+
+
+def test_slices_where_leaders_of_two_nodes_share_the_work() -> None:
+    """Experts of rank 0 for both of the other node: 10 s across, then 5 s from one leader each, or from both at once."""
+    even = Placement(np.array([0]), where(0, 1, 3))
+    near = topology(Link(2.0, 0.0))
+    assert choose_collective(even, 10, 1.0, near) == "sliced"  # flat 20, two-level 10 + 5, sliced 10 + 2.5 s
+    assert choose_collective(even, 11, 1.0, near) == "two_level"
+
+
+def test_two_ranks_have_nobody_to_hand_on_to() -> None:
+    pair = uniform_topology(1, 2, flops=1.0, memory=1.0, intra_node=Link(1.0, 0.0))
+    assert choose_collective(Placement(np.array([0]), np.ones((1, 2), dtype=bool)), 12, 1.0, pair) == "flat"
+
+
+TO_ONE = placed(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "latency", "runs"),
+    [
+        ([(TO_ONE, 5.0), (TO_ONE, 2.0), (TO_ONE, 3.0), (TO_ONE, 1.0)], 5.0, [[0, 1, 2], [3]]),  # 2 + 3 s join the 5 s
+        ([(TO_ONE, 5.0), (TO_ONE, 6.0), (TO_ONE, 5.0)], 5.0, [[0], [1, 2]]),
+        ([(TO_ONE, 5.0), (TO_ONE, 1.0)], 0.0, [[0], [1]]),  # no latency to be saved
+        ([(TO_ONE, 5.0), (Placement(np.array([2]), where(2, 3)), 5.0)], 0.0, [[0, 1]]),  # through other ports at the same time
+        ([(TO_ONE, 5.0)], 5.0, [[0]]),
+        ([], 5.0, []),
+    ],
+)
+def test_a_layer_joins_where_the_first_waits_one_latency_longer_at_most(
+    layers: list[tuple[Placement, float]], latency: float, runs: list[list[int]]
+) -> None:
+    assert fuse_gathers(layers, one_node(latency)) == runs
+
+
+def test_a_run_pays_the_latency_of_the_links_it_crosses() -> None:
+    """Across there is no latency that could be saved; inside, 4 bytes take 0.4 s and the latency is 1 s."""
+    nodes = topology(Link(10.0, 1.0))
+    assert fuse_gathers([(placed(0, 1), 4.0)] * 2, nodes) == [[0], [1]]
+    assert fuse_gathers([(placed(0, 2), 4.0)] * 2, nodes) == [[0, 1]]

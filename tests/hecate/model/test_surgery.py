@@ -134,7 +134,7 @@ def test_gathers_start_so_many_decoder_layers_ahead(one_rank: dist.ProcessGroup,
     moe = insert_experts(model, plan, config, ExpertGroups(one_rank, one_rank))
     seen: list[tuple[int, int]] = []
     begun: list[int] = []
-    moe.engine.prefetch = lambda layer: seen.append((begun[-1], layer))  # type: ignore[method-assign]
+    moe.engine.prefetch = lambda *layers: seen.extend((begun[-1], layer) for layer in layers)  # type: ignore[method-assign]
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: begun.append(index), prepend=True)
     moe.engine.begin_step(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,44 @@ def _evaluate(rank: int, world: int) -> int:
 def test_evaluating_holds_everything_and_drops_it_after(world: int) -> None:
     numel = experts(1).layout().trainable_numel
     assert run_ranks(world, _evaluate) == [sum(LAYERS.values()) * numel * 8] * world
+
+
+def _started_at_once(rank: int, world: int) -> list[int]:
+    """All-to-alls that begin when both layers' gathers start: ahead of a forward pass, of a backward pass, of an evaluation."""
+    made = engine(LAYERS, "full")
+    made.config = replace(made.config, rematerialize=True, prefetch=2)
+    real, calls, counts = dist.all_to_all_single, 0, []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", counted)
+        made.begin_step(0)
+        made.last_micro_step()
+        made.prefetch(*LAYERS)
+        counts.append(calls)
+        total = torch.zeros((), dtype=torch.float64)
+        for layer in LAYERS:
+            x, expert, weight, token = tokens(rank, layer, 4)
+            y = made.experts(layer, x.requires_grad_(), expert, weight, token, count=True)
+            torch.testing.assert_close(y.detach(), wanted(layer, x.detach(), expert, weight), rtol=1e-12, atol=1e-12)
+            total = total + y.sum()
+        before = calls
+        made.begin_backward()
+        counts.append(calls - before)
+        total.backward()
+        made.finish_step()
+        before = calls
+        with made.evaluating():
+            counts.append(calls - before)
+    return counts
+
+
+def test_small_gathers_that_start_at_once_travel_together() -> None:
+    assert run_ranks(3, _started_at_once) == [[1, 1, 1]] * 3
 
 
 def _idle(rank: int, world: int) -> dict[int, list[list[int]]]:

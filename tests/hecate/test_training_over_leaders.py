@@ -1,4 +1,4 @@
-"""Training over two nodes: the stores take the way over leaders where it is predicted to be faster, and learn what flat ones learn."""
+"""Training where the stores take a way over leaders, as it is predicted to be faster: they learn what flat ones learn."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ import pytest
 import torch
 
 import hecate.parallel.store as store_module
+from hecate.parallel.topology import Link, uniform_topology
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.step import train_step
+from tests.hecate import test_equivalence as equivalence
 from tests.hecate.test_equivalence import AUX_COEF, LEARNING_RATE, MAX_NORM, MICRO_STEPS, WEIGHT_DECAY, Case, micro_batch, rows_of, sharded
 from tests.ranks import run_ranks
 
 STEPS = 4
 CASES = [
-    Case("full", 8, 2, "balanced"),
-    Case("hecate", 8, 2, "hot expert"),
-    Case("random 3", 8, 2, "empty rank", checkpointing=True),
-    Case("static_ep", 8, 2, "idle experts"),
+    (2, Case("full", 8, 2, "balanced")),
+    (2, Case("hecate", 8, 2, "hot expert")),
+    (2, Case("random 3", 8, 2, "empty rank", checkpointing=True)),
+    (2, Case("static_ep", 8, 2, "idle experts")),
+    (1, Case("hecate", 8, 2, "hot expert")),
 ]
+"""with the number of nodes"""
 
 
-def _train(rank: int, world: int, case: Case, *, flat: bool) -> tuple[list[float], dict[tuple[int, int], torch.Tensor], dict[str, int]]:
-    """Losses, owned chunks after the last step, and how often each two-level collective was called."""
-    calls = {"two_level_all_gather": 0, "two_level_reduce_scatter": 0}
+def _train(
+    rank: int, world: int, nodes: int, case: Case, *, flat: bool
+) -> tuple[list[float], dict[tuple[int, int], torch.Tensor], dict[str, int]]:
+    """Losses, owned chunks after the last step, and how often each collective over leaders was called."""
+    calls = dict.fromkeys(("two_level_all_gather", "two_level_reduce_scatter", "sliced_all_gather", "sliced_reduce_scatter"), 0)
     with pytest.MonkeyPatch.context() as patch:
+        if nodes == 1:
+            near = Link(3e7, 0.0)
+            patch.setattr(equivalence, "topology", lambda world: uniform_topology(1, world, flops=1e9, memory=1e9, intra_node=near))
         for name in calls:
 
             def counted(*arguments: object, name: str = name, real: object = getattr(store_module, name)) -> object:
@@ -57,26 +66,29 @@ def _train(rank: int, world: int, case: Case, *, flat: bool) -> tuple[list[float
 
 def _both_ways(rank: int, world: int) -> list[dict[str, int]]:
     calls = []
-    for case in CASES:
-        losses, chunks, called = _train(rank, world, case, flat=False)
-        flat_losses, flat_chunks, never = _train(rank, world, case, flat=True)
+    for nodes, case in CASES:
+        losses, chunks, called = _train(rank, world, nodes, case, flat=False)
+        flat_losses, flat_chunks, never = _train(rank, world, nodes, case, flat=True)
         assert not any(never.values())
         assert max(abs(a - b) for a, b in zip(losses, flat_losses, strict=True)) <= 1e-12, case
         assert all(torch.allclose(chunks[key], flat_chunks[key], rtol=0, atol=1e-9) for key in flat_chunks), case
-        again, chunks_again, _ = _train(rank, world, case, flat=False)
+        again, chunks_again, _ = _train(rank, world, nodes, case, flat=False)
         assert again == losses
         assert all(torch.equal(chunks[key], chunks_again[key]) for key in chunks), f"{case}: not the same twice"
         calls.append(called)
     return calls
 
 
-def test_training_over_two_nodes_takes_the_way_over_leaders_and_learns_the_same() -> None:
+def test_training_takes_the_way_over_leaders_and_learns_the_same() -> None:
     by_rank = run_ranks(4, _both_ways, timeout=240)
     assert all(calls == by_rank[0] for calls in by_rank)
-    for case, calls in zip(CASES, by_rank[0], strict=True):
-        assert calls["two_level_all_gather"] == calls["two_level_reduce_scatter"], case
-    full, hecate, random, static_ep = (calls["two_level_all_gather"] for calls in by_rank[0])
-    assert full == 2 * STEPS, "both layers, every step: each expert goes to both ranks of the other node"
-    assert hecate > 0
-    assert random > 0
-    assert static_ep == 0, "nothing moves"
+    for (_, case), calls in zip(CASES, by_rank[0], strict=True):
+        for way in ("two_level", "sliced"):
+            assert calls[f"{way}_all_gather"] == calls[f"{way}_reduce_scatter"], case
+    full, hecate, random, static_ep, in_one_node = ((calls["two_level_all_gather"], calls["sliced_all_gather"]) for calls in by_rank[0])
+    assert full == (2 * STEPS, 0), "both layers, every step: each expert goes to both ranks of the other node"
+    assert sum(hecate) > 0
+    assert min(random) > 0, "both ways"
+    assert static_ep == (0, 0), "nothing moves"
+    assert in_one_node[0] == 0
+    assert in_one_node[1] > 0, "the hot expert goes to all"
