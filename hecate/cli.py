@@ -46,9 +46,11 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     rank = os.environ.get("RANK")
     if rank is None:
         from hecate.config import load_config
+        from hecate.data.syntax import check_syntax
         from hecate.launch.local import launch_local
 
         loaded = load_config(config, overrides or ())
+        check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
         status = launch_local(["train", str(config), *(overrides or ())], loaded.nproc or _default_ranks())
         raise typer.Exit(status)
     from hecate.config import load_config

@@ -61,6 +61,8 @@ def _start(arguments: Sequence[str], rank: int, num_ranks: int, store: Path) -> 
     )
     for name, value in ALLOCATOR_SETTINGS.items():
         environment.setdefault(name, value)
+    # Bars of several ranks would be written over each other, and the run shows its own progress.
+    environment.setdefault("TQDM_DISABLE", "1")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     return subprocess.Popen([sys.executable, "-m", "hecate", *arguments], env=environment)
 
@@ -87,7 +89,10 @@ def _wait(ranks: list[subprocess.Popen[bytes]], store: Path) -> int:
             print(error_file(store, rank).read_text(encoding="utf-8"), file=sys.stderr)
         return USER_ERROR_EXIT
     cause = f"was killed by {signal.Signals(-codes[rank]).name}" if codes[rank] < 0 else f"ended with status {codes[rank]}"
-    print(f"hecate: rank {rank} of {len(ranks)} {cause}; the run is stopped (resume=true continues it)", file=sys.stderr)
+    print(
+        f"hecate: rank {rank} of {len(ranks)} {cause}; the run is stopped; resume=true goes on from its last checkpoint, if any",
+        file=sys.stderr,
+    )
     return 1
 
 

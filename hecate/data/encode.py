@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hecate.data.chat import Span, TemplateRefusal, render, require_chat_template
 from hecate.data.formats import Fault, Sample, read_samples
 from hecate.data.quarantine import write_quarantine
+from hecate.data.syntax import bad_sample_error
 from hecate.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -146,10 +147,7 @@ def encode_source(
             kept, truncated = kept + 1, truncated + cut
         except _BadSample as bad:
             if on_bad_sample != "skip":
-                raise UserError(
-                    f"{source.path}:{item.line}: {bad}\n"
-                    "mend it, or set data.on_bad_sample: skip leaves bad samples out, truncate cuts too long ones"
-                ) from bad
+                raise bad_sample_error(source.path, item.line, str(bad)) from bad
             faults.append(Fault(str(source.path), item.line, str(bad)))
 
     if faults:

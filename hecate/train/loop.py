@@ -169,7 +169,9 @@ def train(config: Config, ranks: Ranks) -> None:
                 _save(run, progress, metrics)
             if stop:
                 if progress:
-                    progress.note(f"stopped by a signal after step {run.step}; resume=true continues the run")
+                    progress.note(
+                        f"stopped by a signal after step {run.step}; go on with: hecate train {run.folder / 'config.yaml'} resume=true"
+                    )
                 return
         adapter = run.folder / "adapter"
         if ranks.is_first and adapter.exists():  # of an earlier end of this same run

@@ -59,7 +59,7 @@ def step_text(values: StepLine, max_steps: int, eta: float) -> str:
 
 def eval_text(step: int, scores: Mapping[str, EvalScore]) -> str:
     """One plain line: each source's loss, and its accuracy if there is one."""
-    return "  ".join([f"eval at step {step}", *(_score_text(name, score) for name, score in scores.items())])
+    return "  ".join([f"eval at step {step}, loss (exact accuracy):", *(_score_text(name, score) for name, score in scores.items())])
 
 
 class Progress:

@@ -58,7 +58,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_the_eval_line() -> None:
     scores = {"gcd": EvalScore(0.9904, 0.4375, 64), "text": EvalScore(2.0, None, 3)}
-    assert eval_text(20, scores) == "eval at step 20  gcd 0.990 (0.44)  text 2.000"
+    assert eval_text(20, scores) == "eval at step 20, loss (exact accuracy):  gcd 0.990 (0.44)  text 2.000"
 
 
 def test_plain_lines_when_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +69,7 @@ def test_plain_lines_when_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.splitlines() == [
         "step 12/60  loss 1.234  aux 2.01  lr 1.0e-03  tok/s 812  imbalance 1.03  eta 1m36s",
         "saved [checkpoint-12]",
-        "eval at step 12  gcd 1.000",
+        "eval at step 12, loss (exact accuracy):  gcd 1.000",
     ]
 
 
