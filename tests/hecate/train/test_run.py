@@ -39,7 +39,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_samples(folder / f"{task}.{split}.jsonl", words, answer)
     (folder / "config.yaml").write_text(
         f"""
-model: {{name_or_path: {folder}/model}}
+model: {{name_or_path: {folder}/model, dtype: float32}}
 data:
   train: [{{path: {folder}/up.train.jsonl, weight: 2}}, {folder}/echo.train.jsonl]
   eval: [{folder}/up.eval.jsonl, {folder}/echo.eval.jsonl]
@@ -215,8 +215,8 @@ def test_the_same_training_on_one_rank_and_under_every_policy(workshop: Path, wh
         run(*train_arguments(workshop, name, *overrides, "eval.on_start=false", "eval.generate=false", "data.eval=[]"))
         if name == "three":  # another global batch: it only has to run
             continue
-        # Sums are added in another order, and a float32 router with a near tie may then choose the other expert.
-        assert torch.tensor(losses(workshop, name)).sub(torch.tensor(losses(workshop, "whole"))).abs().max() < 1e-3, name
+        # The output tensors of one rank's and of two ranks' sums differ in their order of adding.
+        assert torch.tensor(losses(workshop, name)).sub(torch.tensor(losses(workshop, "whole"))).abs().max() < 2e-4, name
 
 
 def test_torchrun_uses_the_ranks_it_is_given(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
