@@ -20,7 +20,7 @@ from torch import Tensor
 from hecate.kernels.activation import activation_backward_into, activation_into
 from hecate.kernels.dropout import Dropout
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.mixlora_inputs import Lora, dropout_stream
+from hecate.kernels.mixlora_inputs import Lora, dropout_rows
 from hecate.kernels.pair_tiles import Tile, pair_tiles
 
 _TILE_ROWS = 512
@@ -73,15 +73,7 @@ def lora_expert_ffn(
     """
     assert loras, "frozen experts without adapters have nothing to train"
     tiles, order_P = pair_tiles(slot_TK, _TILE_ROWS)
-    row_P = {}
-    if dropout is not None:
-        assert token_T is not None
-        assert expert_S is not None
-        token_P, expert_P = token_T[order_P // slot_TK.shape[1]], expert_S.to(slot_TK.device)[slot_TK.flatten()[order_P]]
-        row_P = {
-            "in": dropout.rows(token_P, dropout_stream(expert_P, "gate_proj")),
-            "down": dropout.rows(token_P, dropout_stream(expert_P, "down_proj")),
-        }
+    row_P = {} if dropout is None else dropout_rows(dropout, order_P, slot_TK, token_T, expert_S)
     grow = 1.0 if dropout is None else dropout.scale
     inputs = [name for name in ("gate_proj", "up_proj") if name in loras]
     ends = list(itertools.accumulate(loras[name].a_SrI.shape[1] for name in inputs))

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from hecate.kernels.activation import activation_backward_into, activation_into
 from hecate.kernels.dropout import Dropout
-from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase, Lora, dropout_stream
+from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase, Lora, dropout_rows
+from hecate.kernels.pair_tiles import Tile, pair_tiles
 
 _TILE_BYTES = 1 << 20
 """bytes of one [m, F] buffer of a tile; three to six of them are in use at a time"""
@@ -62,16 +63,9 @@ def mixlora_ffn(
     b_in = [loras[name].b_SOr for name in inputs]
     down = loras.get("down_proj")
     a_down, b_down = (down.a_SrI, down.b_SOr) if down is not None else (None, None)
-    tiles, order_P = _tiles(slot_TK, base, x_TD.element_size())
-    row_P = {}
-    if dropout is not None:
-        assert token_T is not None
-        assert expert_S is not None
-        token_P, expert_P = token_T[order_P // slot_TK.shape[1]], expert_S.to(slot_TK.device)[slot_TK.flatten()[order_P]]
-        row_P = {
-            "in": dropout.rows(token_P, dropout_stream(expert_P, "gate_proj")),
-            "down": dropout.rows(token_P, dropout_stream(expert_P, "down_proj")),
-        }
+    rows = max(16, _TILE_BYTES // (base.gate_FD.shape[0] * x_TD.element_size()))
+    tiles, order_P = pair_tiles(slot_TK, rows)
+    row_P = {} if dropout is None else dropout_rows(dropout, order_P, slot_TK, token_T, expert_S)
     ends = list(itertools.accumulate(loras[name].a_SrI.shape[1] for name in inputs))
     parts = tuple(
         _Input(PROJECTIONS.index(name), slice(start, end), loras[name].scale * grow)
@@ -80,17 +74,6 @@ def mixlora_ffn(
     place_TK = torch.full_like(slot_TK, len(order_P)).view(-1).index_copy_(0, order_P, torch.arange(len(order_P), device=order_P.device))
     context = _Context(base, parts, 0.0 if down is None else down.scale * grow, tiles, order_P, place_TK.view_as(slot_TK), dropout, row_P)
     return _MixloraFfn.apply(x_TD, weight_TK, context, a_down, b_down, *a_in, *b_in)
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Pairs of one slot."""
-
-    slot: int
-    token: Tensor
-    """int64 [m]"""
-    span: slice
-    """where they lie in the order of all tiles' pairs"""
 
 
 @dataclass(frozen=True)
@@ -109,7 +92,7 @@ class _Context:
     base: FfnBase
     inputs: tuple[_Input, ...]
     down_scale: float
-    tiles: list[_Tile]
+    tiles: list[Tile]
     order_P: Tensor
     """int64: the pairs that are here, as indices into the flattened [T, K], in the order of the tiles"""
     place_TK: Tensor
@@ -132,22 +115,6 @@ class _Context:
         return F.embedding_bag(self.place_TK, value_PW, mode="sum", per_sample_weights=weight_TK)
 
 
-def _tiles(slot_TK: Tensor, base: FfnBase, element_size: int) -> tuple[list[_Tile], Tensor]:
-    """The tiles, and the pairs (indices into the flattened [T, K]) in their order."""
-    rows = max(16, _TILE_BYTES // (base.gate_FD.shape[0] * element_size))
-    slot = slot_TK.flatten()
-    elsewhere, *sizes = torch.bincount(slot + 1, minlength=1).tolist()
-    order_P = torch.argsort(slot, stable=True)[elsewhere:]
-    token_P = order_P // slot_TK.shape[1]
-    tiles, start = [], 0
-    for index, size in enumerate(sizes):
-        for token in token_P[start : start + size].split(rows) if size else ():
-            span = slice(start, start + len(token))
-            tiles.append(_Tile(index, token, span))
-            start = span.stop
-    return tiles, order_P
-
-
 class _Workspace:
     """The buffers of a tile, allocated once a call: fresh memory costs more than the arithmetic on it."""
 
@@ -165,7 +132,7 @@ class _Workspace:
         """Buffers [rows, 2 F], [rows, F] and [rows, D]."""
         return self._gate_up[:rows], *self._wide[:, :rows].unbind(), *self._narrow[:, :rows].unbind()
 
-    def keep(self, context: _Context, tile: _Tile, side: str) -> Tensor | None:
+    def keep(self, context: _Context, tile: Tile, side: str) -> Tensor | None:
         """1 where dropout keeps an element and 0 where it drops it; None without dropout."""
         if context.dropout is None:
             return None

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hecate.kernels.dropout import Dropout
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -33,3 +35,17 @@ class Lora:
 def dropout_stream(expert: int | Tensor, projection: str) -> int | Tensor:
     """The dropout stream of an expert's projection (see `Dropout.rows`); gate and up have one dropped input."""
     return expert * 2 + int(projection == "down_proj")
+
+
+def dropout_rows(dropout: Dropout, order_P: Tensor, slot_TK: Tensor, token_T: Tensor | None, expert_S: Tensor | None) -> dict[str, Tensor]:
+    """What the dropout of each (token, choice) pair is made from, for its two dropped inputs: `in` (gate's and up's) and `down`.
+
+    Args:
+        order_P: int64, indices into the flattened [tokens, k].
+        token_T: int64 [tokens], global token numbers; needed.
+        expert_S: int64 [slots], the experts in the slots; needed.
+    """
+    assert token_T is not None
+    assert expert_S is not None
+    token_P, expert_P = token_T[order_P // slot_TK.shape[1]], expert_S.to(slot_TK.device)[slot_TK.flatten()[order_P]]
+    return {name: dropout.rows(token_P, dropout_stream(expert_P, of)) for name, of in (("in", "gate_proj"), ("down", "down_proj"))}

@@ -134,21 +134,6 @@ def test_tiles_smaller_than_a_group(name: str, monkeypatch: pytest.MonkeyPatch) 
     compare(results(mixlora_ffn, case), results(mixlora_ffn_reference, case), 1e-12)
 
 
-def test_tiles_hold_each_pair_that_is_here_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of 10 fp64 numbers, 80 bytes: 20 of them to a tile."""
-    monkeypatch.setattr(mixlora, "_TILE_BYTES", 20 * 80)
-    wide = torch.zeros(10, 6)
-    slot_TK = torch.randint(-1, 3, (75, 2), generator=torch.Generator().manual_seed(0))
-    tiles, order_P = mixlora._tiles(slot_TK, FfnBase(wide, wide, wide.T, "silu"), 8)
-    assert max(len(tile.token) for tile in tiles) == 20
-    for tile in tiles:
-        assert (slot_TK.flatten()[order_P[tile.span]] == tile.slot).all()
-        assert torch.equal(tile.token, order_P[tile.span] // 2)
-    spans = [place for tile in tiles for place in range(tile.span.start, tile.span.stop)]
-    assert spans == list(range(len(order_P)))
-    assert sorted(order_P.tolist()) == (slot_TK.flatten() >= 0).nonzero().flatten().tolist()
-
-
 @pytest.mark.parametrize("name", ["plain", "dropout", "gelu_tanh", "some choices elsewhere"])
 def test_fp32(name: str) -> None:
     case = dataclasses.replace(CASES[name], dtype=torch.float32)
