@@ -15,6 +15,7 @@ from hecate.model.gated_ffn import decoder_layers
 from hecate.model.head import LanguageModelHead
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
+from hecate.model.upcycling import UpcyclingPlan, upcycle
 from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
 from hecate.parallel.planners import POLICIES
@@ -78,8 +79,10 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
     )
-    plan = surgery_plan(config, len(decoder_layers(base.model)[1]))
-    return insert_experts(base.model, plan, engine_config, ranks.groups)
+    num_layers = len(decoder_layers(base.model)[1])
+    if config.moe.family == "full":
+        return upcycle(base.model, upcycling_plan(config, num_layers), engine_config, ranks.groups)
+    return insert_experts(base.model, surgery_plan(config, num_layers), engine_config, ranks.groups)
 
 
 def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
@@ -90,6 +93,16 @@ def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
         lora=LoraShape(config.lora.r, scale, config.lora.dropout),
         target_modules=config.lora.target_modules,
         seed=config.seed,
+    )
+
+
+def upcycling_plan(config: Config, num_layers: int) -> UpcyclingPlan:
+    return UpcyclingPlan(
+        experts_per_layer=config.moe.experts_per_layer(num_layers),
+        top_k=config.moe.choices,
+        noise=config.moe.upcycle_noise,
+        seed=config.seed,
+        train_non_experts=config.model.train_non_experts,
     )
 
 
