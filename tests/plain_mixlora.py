@@ -74,9 +74,7 @@ def plain_aux(layers: Sequence[Any]) -> Tensor:
     return total
 
 
-def plain_loss(
-    model: Any, layers: Sequence[Any], batch: Any, num_labels: int, micro_steps: int, aux_coef: float
-) -> tuple[Tensor, float]:
+def plain_loss(model: Any, layers: Sequence[Any], batch: Any, num_labels: int, micro_steps: int, aux_coef: float) -> tuple[Tensor, float]:
     """(loss share of this micro-step, cross-entropy part of it).
 
     Each sample of a packed row becomes a row of its own, padded behind, where causal attention cannot see it: no mask is needed.

@@ -184,9 +184,7 @@ def test_a_trained_head_gets_its_gradient_in_chunks() -> None:
     model = LlamaForCausalLM(LlamaConfig(**sizes)).double()
     hidden, target = torch.randn(1100, 8, dtype=torch.float64, requires_grad=True), torch.randint(11, (1100,))
     weight = model.lm_head.weight
-    wanted = torch.autograd.grad(
-        torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="sum") * 0.3, (hidden, weight)
-    )
+    wanted = torch.autograd.grad(torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="sum") * 0.3, (hidden, weight))
     got = torch.autograd.grad(LanguageModelHead(model).loss_sum(hidden, target) * 0.3, (hidden, weight))
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
