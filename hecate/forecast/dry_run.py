@@ -178,6 +178,13 @@ def _attention_seconds(run: RunShape) -> float:
     return flops * run.tokens * config.gradient_accumulation_steps / min(run.topology.flops)
 
 
+def _head_seconds(run: RunShape) -> float:
+    """Logits, the gradient of what they are made from, and that of the head where it trains."""
+    gemms = 3 if run.trains_non_experts else 2
+    flops = gemms * 2.0 * run.base.layers[0].hidden * run.base.vocabulary
+    return flops * run.tokens * run.config.gradient_accumulation_steps / min(run.topology.flops)
+
+
 def _plain_ffn_seconds(run: RunShape) -> float:
     """Of layers without experts."""
     plain = len(run.base.layers) - sum(group.number for group in run.groups)

