@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig
 
 from hecate.config import DataSource
 from hecate.data.encode import encode_source
-from hecate.errors import UserError
-from hecate.train.export_mixtral import mixtral_config
 from tests.hecate.train.test_run import kill_rank_1_after, losses, records, run, train_arguments, workshop
 
 __all__ = ["workshop"]  # a fixture
@@ -75,16 +72,3 @@ def test_a_killed_run_continues_bit_for_bit(workshop: Path, whole: Path) -> None
         with safe_open(file, "pt") as ours, safe_open(workshop / "runs/full-killed/model" / file.name, "pt") as theirs:
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours.get_tensor(name), theirs.get_tensor(name)) for name in ours.keys())  # noqa: SIM118
-
-
-@pytest.mark.parametrize(
-    ("model_type", "experts", "changes", "reason"),
-    [
-        ("llama", (3, 0), {}, "moe.num_experts differs between layers"),
-        ("gemma2", (3, 3), {}, "the base model is a gemma2"),
-        ("llama", (3, 3), {"attention_bias": True}, "the base model has biases"),
-    ],
-)
-def test_what_mixtral_cannot_hold_is_refused(model_type: str, experts: tuple[int, ...], changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
-        mixtral_config(AutoConfig.for_model(model_type, **changes), experts, 2, 0.0)
