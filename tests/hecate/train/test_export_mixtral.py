@@ -24,7 +24,7 @@ EXPERTS = 12
 
 
 def _export(rank: int, world: int, folder: str, model_type: str, changes: dict[str, Any]) -> torch.Tensor:
-    """Logits of a model whose owners were shuffled, before it is written."""
+    """Logits of the model, before it is written."""
     group = dist.group.WORLD
     assert group is not None
     model = tiny(model_type, torch.float32, **changes)
