@@ -16,31 +16,33 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
-_BINARY = (
-    "create_fadd create_fsub create_fmul create_fdiv create_frem create_precise_divf create_approx_divf create_minimumf create_minnumf "
-    "create_maximumf create_maxnumf create_fcmpOLT create_fcmpOGT create_fcmpOLE create_fcmpOGE create_fcmpOEQ create_fcmpONE "
-    "create_fcmpULT create_fcmpUGT create_fcmpULE create_fcmpUGE create_fcmpUEQ create_fcmpUNE"
-).split()
-_UNARY = (
-    "create_fneg create_cos create_sin create_exp create_exp2 create_log create_log2 create_sqrt create_precise_sqrt create_rsqrt "
-    "create_erf create_floor create_ceil"
-).split()
-_OTHER = "create_fma create_clampf create_dot".split()
+# fmt: off
+_OPERATIONS = (
+    "fadd", "fsub", "fmul", "fdiv", "frem", "precise_divf", "approx_divf", "minimumf", "minnumf", "maximumf", "maxnumf",
+    "fcmpOLT", "fcmpOGT", "fcmpOLE", "fcmpOGE", "fcmpOEQ", "fcmpONE", "fcmpULT", "fcmpUGT", "fcmpULE", "fcmpUGE", "fcmpUEQ", "fcmpUNE",
+    "fneg", "cos", "sin", "exp", "exp2", "log", "log2", "sqrt", "precise_sqrt", "rsqrt", "erf", "floor", "ceil",
+    "fma", "clampf", "dot",
+)
+# fmt: on
 
 
 @contextlib.contextmanager
 def bf16_right() -> Iterator[None]:
     """bfloat16 is right inside, as triton has it outside. Each function put in has triton's own as its `before_patch`."""
-    names = [name for name in _BINARY + _UNARY + _OTHER if hasattr(InterpreterBuilder, name)]
-    builder: dict[str, Any] = {name: _widened(name, getattr(InterpreterBuilder, name)) for name in names}
+    names = [f"create_{operation}" for operation in _OPERATIONS]
+    builder: dict[str, Any] = {
+        name: _widened(name, getattr(InterpreterBuilder, name)) for name in names if hasattr(InterpreterBuilder, name)
+    }
     builder["cast_impl"] = _cast(InterpreterBuilder.cast_impl)
+    builder["get_bf16"] = _get_bf16
     builder["create_fp_to_fp"] = _fp_to_fp(InterpreterBuilder.create_fp_to_fp)
     reduce_scan = interpreter.ReduceScanOpInterface
     for name, function in builder.items():
-        function.before_patch = getattr(InterpreterBuilder, name)
+        function.before_patch = getattr(InterpreterBuilder, name, None)
     apply: Any = _reduce(reduce_scan.apply)
     apply.before_patch = reduce_scan.apply
-    with mock.patch.multiple(InterpreterBuilder, **builder), mock.patch.object(reduce_scan, "apply", apply):
+    # `create`: triton 3.6 has no get_bf16.
+    with mock.patch.multiple(InterpreterBuilder, create=True, **builder), mock.patch.object(reduce_scan, "apply", apply):
         yield
 
 
@@ -70,6 +72,10 @@ def _widened(name: str, operation: Callable[..., TensorHandle]) -> Callable[...,
     return call
 
 
+def _get_bf16(self: InterpreterBuilder, value: float) -> TensorHandle:
+    return TensorHandle(narrow(np.array([value], dtype=np.float32)), tl.bfloat16)
+
+
 def _cast(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     def cast_impl(self: InterpreterBuilder, src: TensorHandle, dst_type: Any) -> TensorHandle:
         to = dst_type.scalar
@@ -85,7 +91,9 @@ def _cast(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
 
 def _fp_to_fp(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     def create_fp_to_fp(self: InterpreterBuilder, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
-        if dst_type.scalar != tl.bfloat16 or src.dtype.scalar == tl.bfloat16 or src.dtype.scalar.primitive_bitwidth < 16:
+        if _is_bf16(src) and dst_type.scalar.primitive_bitwidth >= 16:
+            return self.cast_impl(src, dst_type)
+        if dst_type.scalar != tl.bfloat16 or src.dtype.scalar.primitive_bitwidth < 16:
             return original(self, src, dst_type, rounding_mode)
         toward_zero = rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ
         return TensorHandle(narrow(src.data.astype(np.float32), toward_zero), tl.bfloat16)
