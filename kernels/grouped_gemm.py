@@ -1,7 +1,7 @@
 """Grouped GEMM: rows sorted by slot times their slot's weights, plus a low-rank term.
 
 One kernel serves every product of an expert's feed-forward whose result has a row per pair: forward, transposed for the gradients
-of inputs, and the narrow ones that shrink to a LoRA pair's rank. Each program owns one tile of the result and sums over it in a fixed order.
+of inputs, and the narrow ones that shrink to a LoRA pair's rank. Each program owns one tile of the result and sums in a fixed order.
 A result may have two halves (gate and up), each with its own part of the inputs, weights and low-rank columns.
 
 Shapes: P pairs sorted by slot (`PairOrder`), S slots, N outputs and K inputs of a half, R rank as padded, H halves.
@@ -111,7 +111,7 @@ def grouped_gemm_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """y[p, h N + n] = sum_k x[row(p), k] W_slot(p)[n, k] + scale_h sum_r low[p, r] b_slot(p)[n, r], operands moved on by half_* for half 1."""
+    """y[p, n] = sum_k x[row(p), k] W[slot(p), n, k] + scale_h sum_r low[p, r] b[slot(p), n, r]; half 1's operands lie half_* further on."""
     # GROUP tiles share the weights that they read while those are in the L2 cache.
     blocks_n: tl.constexpr = HALVES * ((N + BN - 1) // BN)
     i = tl.program_id(0)

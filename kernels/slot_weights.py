@@ -25,6 +25,8 @@ class SlotWeights:
     """int64 [S] on the device"""
     aligned: bool = True
     """whether all of `offset_S` are multiples of 16 bytes"""
+    others: tuple[Tensor, ...] = ()
+    """what `offset_S` leads to, which lives as long as this"""
 
     @property
     def takes_descriptors(self) -> bool:
@@ -57,4 +59,4 @@ def separate_weights(matrix_S: Sequence[Tensor]) -> SlotWeights:
         return SlotWeights(base, rows, columns, columns, stride)
     aligned = all(place * base.element_size() % 16 == 0 for place in places)
     table = torch.tensor(places, dtype=torch.int64, pin_memory=base.is_cuda)
-    return SlotWeights(base, rows, columns, columns, 0, table.to(base.device, non_blocking=True), aligned)
+    return SlotWeights(base, rows, columns, columns, 0, table.to(base.device, non_blocking=True), aligned, tuple(matrix_S))
