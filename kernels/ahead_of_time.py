@@ -46,7 +46,7 @@ def compiling_for(sm: int) -> Iterator[None]:
             "TRITON_INTERPRET=1: kernels are interpreted in this process and cannot be compiled; unset it before importing any"
         )
     before: Any = driver._active
-    driver.set_active(_AbsentGpu(sm))  # type: ignore[arg-type]
+    driver.set_active(_AbsentGpu(sm))
     try:
         with meta_tensors_are_on(sm):
             yield
