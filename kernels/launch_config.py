@@ -6,10 +6,12 @@ everywhere and can be compiled ahead of time. `kernels/tuned/NAME.json` is writt
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,23 @@ def by_rule(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, sm:
     raise ValueError(f"kernel {name}: no launch configuration for rank {rank}, {itemsize}-byte elements, sm_{sm}; add a rule to its table")
 
 
+_sm_of_meta: contextvars.ContextVar[int] = contextvars.ContextVar("sm_of_meta", default=INTERPRETER)
+
+
+@contextlib.contextmanager
+def meta_tensors_are_on(sm: int) -> Iterator[None]:
+    """Inside, launches of meta tensors get the configurations of this kind of GPU."""
+    token = _sm_of_meta.set(sm)
+    try:
+        yield
+    finally:
+        _sm_of_meta.reset(token)
+
+
 def sm_of(device: torch.device) -> int:
-    """90 for an H100, and so on; INTERPRETER where there is no GPU."""
+    """90 for an H100, and so on; INTERPRETER where there is no GPU; what `meta_tensors_are_on` says of meta tensors."""
+    if device.type == "meta":
+        return _sm_of_meta.get()
     if device.type != "cuda":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
