@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,8 @@ def frozen_ffn(inputs: Inputs, compiled: bool) -> Layer:
     """
     leaves = {"x": inputs.x_TD}
     if inputs.base is None:
-        frozen = _FrozenExperts(inputs)
-        return Layer(functools.partial(_maybe(_frozen_experts, compiled), *frozen.operands(inputs.x_TD)), leaves, lambda found: {})
+        operands = (inputs.x_TD, inputs.slot_TK, inputs.weight_TK.detach(), *frozen_experts(inputs))
+        return Layer(functools.partial(_maybe(_frozen_experts, compiled), *operands), leaves, lambda found: {})
     base = inputs.base
     return Layer(
         functools.partial(_maybe(_dense_ffn, compiled), inputs.x_TD, base.gate_FD, base.up_FD, base.down_DF), leaves, lambda found: {}
@@ -49,10 +48,8 @@ def stock_torch(inputs: Inputs, compiled: bool) -> Layer:
 
 def grouped_mm(inputs: Inputs, compiled: bool) -> Layer:
     """Every choice through its expert's whole FFN, by torch's grouped GEMM; each expert has a copy of a shared base, made beforehand."""
-    frozen = _FrozenExperts(inputs)
-    layer = functools.partial(
-        _maybe(_grouped, compiled), inputs.x_TD, inputs.slot_TK, inputs.weight_TK, frozen.gate_up, frozen.down, *_pairs(inputs)
-    )
+    operands = (inputs.x_TD, inputs.slot_TK, inputs.weight_TK, *frozen_experts(inputs))
+    layer = functools.partial(_maybe(_grouped, compiled), *operands, *_pairs(inputs))
     return Layer(layer, inputs.leaves())
 
 
@@ -98,24 +95,17 @@ def _masked_dense(
     return sum(hidden[1:], hidden[0]) @ down_DF.T + scales[2] * (sum(low_down[1:], low_down[0]) @ b_down)
 
 
-class _FrozenExperts:
-    """Frozen weights stacked for grouped GEMMs: gate and up as [E, D, 2F], down as [E, F, D], views of rows as torch keeps them."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self._inputs = inputs
-        shape = inputs.shape
-        if inputs.base is not None:
-            gate_up = torch.cat([inputs.base.gate_FD, inputs.base.up_FD])
-            self.gate_up = gate_up.repeat(shape.experts, 1, 1).transpose(1, 2)
-            self.down = inputs.base.down_DF.repeat(shape.experts, 1, 1).transpose(1, 2)
-        else:
-            assert inputs.frozen_EC is not None
-            gate_up_E, down_E = inputs.frozen_EC.split((2 * shape.ffn * shape.hidden, shape.ffn * shape.hidden), dim=1)
-            self.gate_up = gate_up_E.view(shape.experts, 2 * shape.ffn, shape.hidden).transpose(1, 2)
-            self.down = down_E.view(shape.experts, shape.hidden, shape.ffn).transpose(1, 2)
-
-    def operands(self, x_TD: Tensor) -> tuple[Any, ...]:
-        return x_TD, self._inputs.slot_TK, self._inputs.weight_TK.detach(), self.gate_up, self.down
+def frozen_experts(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Frozen weights stacked for grouped GEMMs: gate and up as [E, D, 2F], down as [E, F, D], strided as linears are."""
+    shape = inputs.shape
+    if inputs.base is not None:
+        gate_up = torch.cat([inputs.base.gate_FD, inputs.base.up_FD]).repeat(shape.experts, 1, 1)
+        down = inputs.base.down_DF.repeat(shape.experts, 1, 1)
+    else:
+        assert inputs.frozen_EC is not None
+        gate_up, down = inputs.frozen_EC.split((2 * shape.ffn * shape.hidden, shape.ffn * shape.hidden), dim=1)
+        gate_up, down = gate_up.view(shape.experts, 2 * shape.ffn, shape.hidden), down.view(shape.experts, shape.hidden, shape.ffn)
+    return gate_up.transpose(1, 2), down.transpose(1, 2)
 
 
 def _sorted_pairs(slot_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
