@@ -141,40 +141,6 @@ def expand_kernel(
 
 
 @triton.jit
-def combine_kernel(
-    p_value,
-    p_place,
-    p_weight,
-    p_base,
-    p_out,
-    T,
-    N,
-    K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BASED: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """out[t, n] = base[t, n] + sum_k weight[t, k] · value[place[t, k], n], k ascending; places below 0 add nothing."""
-    o_T = tl.program_id(0) * BT + tl.arange(0, BT)
-    o_N = tl.program_id(1) * BN + tl.arange(0, BN)
-    m_T, m_N = o_T < T, o_N < N
-    at = o_T.to(tl.int64)[:, None] * N + o_N[None, :]
-    if BASED:
-        b_sum = tl.load(p_base + at, mask=m_T[:, None] & m_N[None, :], other=0.0).to(tl.float32)
-    else:
-        b_sum = tl.zeros((BT, BN), tl.float32)
-    for k in tl.static_range(K):
-        place_T = tl.load(p_place + o_T * K + k, mask=m_T, other=-1).to(tl.int64)
-        m_here = place_T >= 0
-        b_value = tl.load(p_value + place_T[:, None] * N + o_N[None, :], mask=m_here[:, None] & m_N[None, :], other=0.0).to(tl.float32)
-        if WEIGHTED:
-            b_value *= tl.load(p_weight + o_T * K + k, mask=m_here, other=0.0).to(tl.float32)[:, None]
-        b_sum += b_value
-    tl.store(p_out + at, b_sum.to(p_out.dtype.element_ty), mask=m_T[:, None] & m_N[None, :])
-
-
-@triton.jit
 def gated_kernel(
     p_gate,
     p_up,

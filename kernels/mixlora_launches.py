@@ -16,7 +16,6 @@ from torch import Tensor
 from hecate.kernels.kernel_launch import Launch
 from hecate.kernels.launch_config import LaunchConfig, Rule, choose, padded_rank
 from hecate.kernels.mixlora_kernels import (
-    combine_kernel,
     expand_kernel,
     gated_backward_kernel,
     gated_kernel,
@@ -58,7 +57,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _rule(4, 1, min_sm=0, BC=32),
     ),
     "mixlora_expand": (_rule(4, 1, max_rank=64, BN=128), _rule(8, 1, BN=64), _rule(4, 1, min_sm=0, BN=32)),
-    "mixlora_combine": (_rule(4, 1, BT=8, BN=512), _rule(4, 1, min_sm=0, BT=16, BN=64)),
     "mixlora_gated": (
         _rule(4, 2, max_rank=64, BN=64, STEPS=16),
         _rule(8, 1, BN=32, STEPS=32),
@@ -168,29 +166,6 @@ def expand_launch(adapters: tuple[Adapter, ...], blocks: PairBlocks, keep: Keep 
             "BR2": padded_rank(second.low_PR.shape[1]),
             **config.blocks,
         },
-        config.num_warps,
-        config.num_stages,
-    )
-
-
-def combine_launch(
-    value_PN: Tensor, place_TK: Tensor, weight_TK: Tensor | None, base_TN: Tensor | None, out_TN: Tensor, *, config: LaunchConfig
-) -> Launch:
-    """out[t] = base[t] + sum_k weight[t, k] · value[place[t, k]]."""
-    (tokens, width), choices = out_TN.shape, place_TK.shape[1]
-    return Launch(
-        combine_kernel,
-        (_blocks(tokens, config.blocks["BT"]), _blocks(width, config.blocks["BN"])),
-        {
-            "p_value": value_PN,
-            "p_place": place_TK,
-            "p_weight": weight_TK,
-            "p_base": base_TN,
-            "p_out": out_TN,
-            "T": tokens,
-            "N": width,
-        },
-        {"K": choices, "WEIGHTED": weight_TK is not None, "BASED": base_TN is not None, **config.blocks},
         config.num_warps,
         config.num_stages,
     )
@@ -373,7 +348,7 @@ def _strides(matrix: Tensor, *names: str) -> dict[str, int]:
 
 
 def _gated_sizes(like_PF: Tensor, gate: Adapter | None, up: Adapter | None, a_down_SFR: Tensor | None, keep: Keep | None) -> dict[str, int]:
-    matrices = {"gate": gate and gate.matrix_SNR, "up": up and up.matrix_SNR, "down": a_down_SFR}
+    matrices = {"gate": None if gate is None else gate.matrix_SNR, "up": None if up is None else up.matrix_SNR, "down": a_down_SFR}
     sizes = {"P": like_PF.shape[0], "F": like_PF.shape[1], "dropped_levels": _levels(keep)}
     for name, matrix in matrices.items():
         sizes[f"R_{name.upper()}"] = 0 if matrix is None else matrix.shape[2]

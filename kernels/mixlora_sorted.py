@@ -8,7 +8,7 @@ Shapes: T tokens, D hidden, F ffn hidden, K choices, P = T·K pairs, S slots, R 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hecate.kernels import passes
+from hecate.kernels.combine import combine
 from hecate.kernels.dropout import Dropout
 from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase, Lora, dropout_rows
 from hecate.kernels.mixlora_launches import Adapter, Keep, config_for
@@ -94,8 +95,7 @@ class _Pairs:
         )
 
 
-@torch.library.custom_op("hecate::mixlora_forward", mutates_args=())
-def mixlora_forward(
+def forward_passes(
     x_TD: Tensor,
     weight_TK: Tensor,
     gate_FD: Tensor,
@@ -134,11 +134,13 @@ def mixlora_forward(
         _keep(keep_down_P, dropped_levels),
         activation,
     )
-    place_TK = blocks.order.place_TK
-    y_TD = passes.combine(h_PF, place_TK, weight_TK, None) @ down_DF.T
+    y_TD = combine(h_PF, weight_TK, blocks.order) @ down_DF.T
     if low_down is not None and b_down is not None:
-        y_TD = passes.combine(passes.expand((Adapter(low_down, b_down),), blocks, None), place_TK, weight_TK, y_TD)
+        y_TD = combine(passes.expand((Adapter(low_down, b_down),), blocks, None), weight_TK, blocks.order, y_TD)
     return y_TD, gate_TF, up_TF, low_gate, low_up, _no_rank(x_TD, blocks) if low_down is None else low_down
+
+
+mixlora_forward = torch.library.custom_op("hecate::mixlora_forward", forward_passes, mutates_args=())
 
 
 @mixlora_forward.register_fake
@@ -149,8 +151,7 @@ def _(x_TD: Tensor, weight_TK: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: 
     return torch.empty_like(x_TD), *wide, *(x_TD.new_empty((num_pairs, 0 if a is None else a.shape[1])) for a in (a_gate, a_up, a_down))
 
 
-@torch.library.custom_op("hecate::mixlora_backward", mutates_args=())
-def mixlora_backward(
+def backward_passes(
     dy_TD: Tensor,
     x_TD: Tensor,
     weight_TK: Tensor,
@@ -189,9 +190,8 @@ def mixlora_backward(
     dgate_PF, dup_PF, dweight_TK, db_gate, db_up, da_down = passes.gated_backward(
         gate_TF, up_TF, dy_TD @ down_DF, weight_TK, blocks, gate, up, down, keep_down, activation, pair_dtype
     )
-    place_TK = blocks.order.place_TK
-    dx_TD = torch.mm(passes.combine(dgate_PF, place_TK, None, None), gate_FD)
-    dx_TD.addmm_(passes.combine(dup_PF, place_TK, None, None), up_FD)
+    dx_TD = torch.mm(combine(dgate_PF, None, blocks.order), gate_FD)
+    dx_TD.addmm_(combine(dup_PF, None, blocks.order), up_FD)
     da_in: tuple[Tensor, ...] = ()
     if pairs.inputs:
         douts = [dout for dout, b in ((dgate_PF, b_gate), (dup_PF, b_up)) if b is not None]
@@ -201,12 +201,15 @@ def mixlora_backward(
         )
         da_in = passes.outer(x_TD, blocks, dlows, None, keep_in, pair_dtype, transposed=True)
         adapters = tuple(Adapter(dlow, a.transpose(1, 2)) for dlow, (a, _, _) in zip(dlows, pairs.inputs, strict=True))
-        dx_TD = passes.combine(passes.expand(adapters, blocks, keep_in), place_TK, None, dx_TD)
+        dx_TD = combine(passes.expand(adapters, blocks, keep_in), None, blocks.order, dx_TD)
     each_da = iter(da_in)
     grads = [dx_TD, dweight_TK.to(weight_TK.dtype)]
     for db in (db_gate, db_up):
         grads += [] if db is None else [next(each_da), db]
     return grads + ([] if da_down is None or db_down is None else [da_down, db_down])
+
+
+mixlora_backward = torch.library.custom_op("hecate::mixlora_backward", backward_passes, mutates_args=())
 
 
 @mixlora_backward.register_fake
@@ -227,9 +230,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x_TD, weight_TK, *saved = ctx.saved_tensors
     kept, frozen_and_matrices, (keep_in_P, keep_down_P, *order) = saved[:5], saved[5:14], saved[14:]
-    has_none = (None,) * 18
-    if dy_TD is None:
-        return has_none
+    assert dy_TD is not None, "the operator's other results are not differentiable"
     dx_TD, dweight_TK, *grads = mixlora_backward(
         dy_TD.contiguous(),
         x_TD,
@@ -263,7 +264,7 @@ def _no_rank(x_TD: Tensor, blocks: PairBlocks) -> Tensor:
 
 def _shrink_inputs(x_TD: Tensor, blocks: PairBlocks, pairs: _Pairs, keep: Keep | None) -> tuple[Tensor, Tensor]:
     """The shrunk inputs of gate and up; of rank 0 for one without adapter."""
-    lows = iter(())
+    lows: Iterator[Tensor] = iter(())
     if pairs.inputs:
         matrices = tuple(a.transpose(1, 2) for a, _, _ in pairs.inputs)
         lows = iter(passes.shrink(x_TD, blocks, matrices, tuple(scale for _, _, scale in pairs.inputs), keep, gather=True))

@@ -15,7 +15,6 @@ from torch import Tensor
 from hecate.kernels.mixlora_launches import (
     Adapter,
     Keep,
-    combine_launch,
     config_for,
     expand_launch,
     gated_backward_launch,
@@ -50,13 +49,6 @@ def expand(adapters: tuple[Adapter, ...], blocks: PairBlocks, keep: Keep | None)
     out_PN = low.new_empty((blocks.order.num_pairs, matrix.shape[1]))
     expand_launch(adapters, blocks, keep, out_PN, config=config_for("mixlora_expand", rank_of(*adapters), low)).run()
     return out_PN
-
-
-def combine(value_PN: Tensor, place_TK: Tensor, weight_TK: Tensor | None, base_TN: Tensor | None) -> Tensor:
-    """base[t] + sum_k weight[t, k] · value[place[t, k]], [T, N]; no weights are ones, no base is zero, places below 0 add nothing."""
-    out_TN = value_PN.new_empty((place_TK.shape[0], value_PN.shape[1]))
-    combine_launch(value_PN, place_TK, weight_TK, base_TN, out_TN, config=config_for("mixlora_combine", 0, value_PN)).run()
-    return out_TN
 
 
 def gated(

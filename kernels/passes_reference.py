@@ -26,16 +26,6 @@ def expand(adapters: tuple[Adapter, ...], blocks: PairBlocks, keep: Keep | None)
     return _dropped(sum(rest, first), keep)
 
 
-def combine(value_PN: Tensor, place_TK: Tensor, weight_TK: Tensor | None, base_TN: Tensor | None) -> Tensor:
-    out_TN = value_PN.new_zeros((place_TK.shape[0], value_PN.shape[1])) if base_TN is None else base_TN
-    for k in range(place_TK.shape[1]):
-        here_T = place_TK[:, k] >= 0
-        value_TN = value_PN[place_TK[:, k].clamp(min=0).long()] if len(value_PN) else out_TN
-        weighted_TN = value_TN if weight_TK is None else value_TN * weight_TK[:, k, None].to(value_TN.dtype)
-        out_TN = out_TN + weighted_TN.where(here_T[:, None], 0.0)
-    return out_TN
-
-
 def gated(
     gate_TF: Tensor,
     up_TF: Tensor,
