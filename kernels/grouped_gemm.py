@@ -24,20 +24,26 @@ from hecate.kernels.pair_order import PairOrder
 from hecate.kernels.slot_weights import SlotWeights
 from hecate.kernels.tile_map import tile_map
 
-WIDE_RULES = (
-    Rule(LaunchConfig({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=90, max_rank=64, itemsizes=(2,)),
-    Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=90, itemsizes=(2,)),
+WIDE_RULES: tuple[Rule, ...] = (
+    Rule(LaunchConfig({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=90, itemsizes=(2,)),
     Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=80, itemsizes=(2,)),
     Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BM": 16, "BN": 32, "BK": 32, "GROUP": 2}), min_sm=0),
 )
 """of results as wide as a layer"""
-NARROW_RULES = (
+DROPOUT_RULES: tuple[Rule, ...] = (
+    Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=90, itemsizes=(2,)),
+    *WIDE_RULES[1:],
+)
+"""of results as wide as a layer whose low-rank term is dropped in parts: the mask of a wider block would not fit the registers"""
+NARROW_RULES: tuple[Rule, ...] = (
     Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 128, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80, itemsizes=(2,)),
     Rule(LaunchConfig({"BM": 64, "BN": 32, "BK": 32, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BM": 16, "BN": 32, "BK": 32, "GROUP": 2}), min_sm=0),
 )
 """of results as wide as a LoRA pair's rank"""
+RANK_BLOCK = tl.constexpr(64)
+"""columns of the low-rank term at a time, so that blocks need not fear high ranks"""
 _NARROW = 64
 """results up to this width are narrow"""
 
@@ -154,7 +160,7 @@ def grouped_gemm_kernel(
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     if RANK > 0:
         # First of all, so that scale and mask need no second accumulator.
-        RB: tl.constexpr = min(RANK, 64)
+        RB: tl.constexpr = min(RANK, RANK_BLOCK)
         low += half * half_low
         b += slot * stride_b_slot + half * half_b
         for r0 in tl.static_range(0, RANK, RB):
@@ -283,10 +289,12 @@ def gemm_launch(
     inner = weights.rows // halves if transposed else weights.columns
     assert x.shape[1] == inner * (halves if transposed else 1), (x.shape, weights.rows, weights.columns, halves)
     rank = lora.rank if lora is not None else 0
-    narrow = width <= _NARROW and lora is None
     if config is None:
-        name, rules = ("grouped_gemm_narrow", NARROW_RULES) if narrow else ("grouped_gemm", WIDE_RULES)
-        config = choose(name, rules, rank=rank, itemsize=x.element_size(), device=x.device)
+        if width <= _NARROW and lora is None:
+            name, rules = "grouped_gemm_narrow", NARROW_RULES
+        else:
+            name, rules = ("grouped_gemm", WIDE_RULES) if drop_low is None else ("grouped_gemm_dropout", DROPOUT_RULES)
+        config = choose(name, rules, rank=min(rank, RANK_BLOCK.value), itemsize=x.element_size(), device=x.device)
     blocks = dict(config.blocks)
     blocks["BN"] = min(blocks["BN"], max(16, triton.next_power_of_2(width)))
     tiles = tile_map(order, blocks["BM"])

@@ -3,7 +3,7 @@
 Each program owns one tile of the result and walks its slot's rows in their order: deterministic, without atomics, and a slot without
 pairs gets zeros.
 
-Shapes: P pairs sorted by slot (`PairOrder`), S slots, N x K a slot's gradient, M rows of a step, H halves.
+Shapes: P pairs sorted by slot (`PairOrder`), S slots, N x K a slot's gradient, M rows of a step.
 """
 
 from __future__ import annotations
@@ -40,15 +40,10 @@ def grouped_wgrad_kernel(
     stride_right,
     stride_out_slot,
     stride_out,
-    half_left,
-    half_right,
-    half_out,
-    scale_0,
-    scale_1,
+    scale,
     dropped_levels,
     N: tl.constexpr,
     K: tl.constexpr,
-    HALVES: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
     GATHER_RIGHT: tl.constexpr,
     DROP_RIGHT: tl.constexpr,
@@ -57,20 +52,17 @@ def grouped_wgrad_kernel(
     BK: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """out[slot, h] [N, K] = scale_h sum over the slot's p of left[row(p), h] [N] x right[row(p), h] [K]."""
+    """out[slot] [N, K] = scale · sum over the slot's p of left[row(p)] [N] x right[row(p)] [K]."""
     blocks_n: tl.constexpr = (N + BN - 1) // BN
     blocks_k: tl.constexpr = (K + BK - 1) // BK
     # A slot's programs are neighbours, and read its rows at the same time.
     i = tl.program_id(0)
     k0 = i % blocks_k * BK
     n0 = i // blocks_k % blocks_n * BN
-    half = i // (blocks_k * blocks_n) % HALVES
-    slot = i // (blocks_k * blocks_n * HALVES)
+    slot = i // (blocks_k * blocks_n)
     start = tl.load(starts + slot)
     end = tl.load(starts + slot + 1)
-    left += half * half_left
-    right += half * half_right
-    out += slot.to(tl.int64) * stride_out_slot + half * half_out
+    out += slot.to(tl.int64) * stride_out_slot
 
     o_n = n0 + tl.arange(0, BN)
     o_k = k0 + tl.arange(0, BK)
@@ -94,7 +86,7 @@ def grouped_wgrad_kernel(
             keep_M = tl.load(keep_P + o_m, mask=m_m, other=0)
             b_right = tl.where(dropout_keep(keep_M, o_k, dropped_levels), b_right, 0.0)
         acc = tl.dot(tl.trans(b_left), b_right, acc, input_precision=PRECISION)
-    acc *= tl.where(half == 0, scale_0, scale_1)
+    acc *= scale
     p_out = out + o_n.to(tl.int64)[:, None] * stride_out + o_k[None, :]
     tl.store(p_out, acc.to(out.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])
 
@@ -107,19 +99,15 @@ def grouped_wgrad(
     *,
     gather_left: bool = False,
     gather_right: bool = False,
-    halves: int = 1,
-    scales: tuple[float, float] = (1.0, 1.0),
+    scale: float = 1.0,
     drop_right: RowDropout | None = None,
 ) -> Tensor:
     """Writes each slot's sum of the outer products of its pairs' rows into `out_SNK`, which it returns.
 
-    With two halves, out is split in two along N, and both operands along their columns: each half of the left meets its half of the right.
-
     Args:
-        left: [P, H·N], or with `gather_left` [T, ...], of which each pair takes its token's row. Rows contiguous.
-        right: [P, H·K], likewise.
-        out_SNK: [S, H·N, K] of any type and strides, the last of them 1.
-        scales: of each half.
+        left: [P, N], or with `gather_left` [T, ...], of which each pair takes its token's row. Rows contiguous.
+        right: [P, K], likewise.
+        out_SNK: [S, N, K] of any type and strides, the last of them 1.
         drop_right: dropout of the right operand, without its scale.
     """
     wgrad_launch(
@@ -129,8 +117,7 @@ def grouped_wgrad(
         out_SNK,
         gather_left=gather_left,
         gather_right=gather_right,
-        halves=halves,
-        scales=scales,
+        scale=scale,
         drop_right=drop_right,
     ).run()
     return out_SNK
@@ -144,8 +131,7 @@ def wgrad_launch(
     *,
     gather_left: bool = False,
     gather_right: bool = False,
-    halves: int = 1,
-    scales: tuple[float, float] = (1.0, 1.0),
+    scale: float = 1.0,
     drop_right: RowDropout | None = None,
     config: LaunchConfig | None = None,
 ) -> Launch:
@@ -155,8 +141,7 @@ def wgrad_launch(
     assert out_SNK.stride(2) == 1 or out_SNK.shape[2] == 1
     assert left.dtype == right.dtype
     num_slots, rows, columns = out_SNK.shape
-    rows //= halves
-    assert (left.shape[1], right.shape[1]) == (rows * halves, columns * halves), (left.shape, right.shape, out_SNK.shape)
+    assert (left.shape[1], right.shape[1]) == (rows, columns), (left.shape, right.shape, out_SNK.shape)
     if config is None:
         config = choose("grouped_wgrad", RULES, rank=0, itemsize=left.element_size(), device=left.device)
     blocks = dict(config.blocks)
@@ -164,7 +149,7 @@ def wgrad_launch(
     blocks["BK"] = min(blocks["BK"], max(16, triton.next_power_of_2(columns)))
     return Launch(
         kernel=grouped_wgrad_kernel,
-        grid=(num_slots * halves * triton.cdiv(rows, blocks["BN"]) * triton.cdiv(columns, blocks["BK"]),),
+        grid=(num_slots * triton.cdiv(rows, blocks["BN"]) * triton.cdiv(columns, blocks["BK"]),),
         args={
             "left": left,
             "left_token_P": order.token_P if gather_left else None,
@@ -177,17 +162,12 @@ def wgrad_launch(
             "stride_right": right.stride(0),
             "stride_out_slot": out_SNK.stride(0),
             "stride_out": out_SNK.stride(1),
-            "half_left": rows,
-            "half_right": columns,
-            "half_out": rows * out_SNK.stride(1),
-            "scale_0": scales[0],
-            "scale_1": scales[1],
+            "scale": scale,
             "dropped_levels": drop_right.dropout.dropped_levels if drop_right is not None else 0,
         },
         constants={
             "N": rows,
             "K": columns,
-            "HALVES": halves,
             "GATHER_LEFT": gather_left,
             "GATHER_RIGHT": gather_right,
             "DROP_RIGHT": drop_right is not None,

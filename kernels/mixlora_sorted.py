@@ -40,6 +40,24 @@ def mixlora_ffn_sorted(
     Ranks are 1 to 256 and may differ by projection. Slots whose ranks differ share matrices of the largest, the rest zeros: such rows of A
     and columns of B stay zero, since the gradient of either is a product with the other.
     """
+    y_TD, *_ = mixlora_forward(
+        *forward_arguments(x_TD, slot_TK, weight_TK, base, loras, dropout=dropout, token_T=token_T, expert_S=expert_S)
+    )
+    return y_TD
+
+
+def forward_arguments(
+    x_TD: Tensor,
+    slot_TK: Tensor,
+    weight_TK: Tensor,
+    base: FfnBase,
+    loras: dict[str, Lora],
+    *,
+    dropout: Dropout | None = None,
+    token_T: Tensor | None = None,
+    expert_S: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """What the forward operator is given: pairs sorted, maps made, dropout's rows hashed."""
     assert loras, "a MixLoRA layer without adapters is its base FFN"
     assert x_TD.dtype.itemsize <= 4, x_TD.dtype
     num_slots = next(iter(loras.values())).a_SrI.shape[0]
@@ -51,7 +69,7 @@ def mixlora_ffn_sorted(
         rows = dropout_rows(dropout, order.order_P, slot_TK, token_T, expert_S)
         grow, levels = dropout.scale, dropout.dropped_levels
     matrices = [m for name in PROJECTIONS for m in ((loras[name].a_SrI, loras[name].b_SOr) if name in loras else (None, None))]
-    y_TD, *_ = mixlora_forward(
+    return (
         x_TD.contiguous(),
         weight_TK.contiguous(),
         base.gate_FD,
@@ -66,7 +84,6 @@ def mixlora_ffn_sorted(
         None if rows is None else rows["down"],
         levels,
     )
-    return y_TD
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Shapes: T tokens, K choices, P = T·K pairs, S slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class PairOrder:
     """int32 [T, K], the place of each pair; -1 where its choice is computed elsewhere"""
     starts: Tensor
     """int32 [S + 1], the first place of each slot, then the number of pairs that are here"""
+    tile_maps: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """what `tile_map` made of it, by rows of a tile"""
 
     @property
     def num_pairs(self) -> int:
