@@ -29,20 +29,26 @@ def combine_kernel(
     v,
     weight_TK,
     place_TK,
+    base,
     y,
     num_tokens,
     D: tl.constexpr,
     CHOICES: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    BASED: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """y[t] = sum_k weight[t, k] v[place[t, k]], choices elsewhere (-1) left out."""
+    """y[t] = base[t] + sum_k weight[t, k] v[place[t, k]], choices elsewhere (-1) left out."""
     o_t = tl.program_id(0) * BM + tl.arange(0, BM)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_t = o_t < num_tokens
     m_d = (o_d < D)[None, :]
-    acc = tl.zeros((BM, BD), dtype=tl.float32)
+    at = o_t.to(tl.int64)[:, None] * D + o_d[None, :]
+    if BASED:
+        acc = tl.load(base + at, mask=m_t[:, None] & m_d, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros((BM, BD), dtype=tl.float32)
     for k in tl.static_range(CHOICES):
         place_M = tl.load(place_TK + o_t * CHOICES + k, mask=m_t, other=-1)
         here = (place_M >= 0)[:, None]
@@ -50,7 +56,7 @@ def combine_kernel(
         if WEIGHTED:
             b_v *= tl.load(weight_TK + o_t * CHOICES + k, mask=m_t, other=0.0).to(tl.float32)[:, None]
         acc += b_v
-    tl.store(y + o_t.to(tl.int64)[:, None] * D + o_d[None, :], acc.to(y.dtype.element_ty), mask=m_t[:, None] & m_d)
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=m_t[:, None] & m_d)
 
 
 @triton.jit
@@ -86,28 +92,43 @@ def combine_backward_kernel(
     tl.store(dweight_TK + pair_M, dweight_M.to(dweight_TK.dtype.element_ty), mask=m_m)
 
 
-def combine(v_PD: Tensor, weight_TK: Tensor | None, order: PairOrder) -> Tensor:
-    """[T, D] of v's type: each token's weighted sum of its pairs' rows; without weights, their sum. Zero where none is here.
+def combine(v_PD: Tensor, weight_TK: Tensor | None, order: PairOrder, base_TD: Tensor | None = None) -> Tensor:
+    """[T, D] of v's type: each token's weighted sum of its pairs' rows; without weights, their sum. Zero where none is here, or `base_TD`.
 
     Sums in float32, in the order of the choices. Not differentiable; see `combine_backward`.
     """
     y_TD = v_PD.new_empty((order.place_TK.shape[0], v_PD.shape[1]))
-    combine_launch(v_PD, weight_TK, order, y_TD).run()
+    combine_launch(v_PD, weight_TK, order, y_TD, base_TD=base_TD).run()
     return y_TD
 
 
-def combine_launch(v_PD: Tensor, weight_TK: Tensor | None, order: PairOrder, y_TD: Tensor, config: LaunchConfig | None = None) -> Launch:
+def combine_launch(
+    v_PD: Tensor,
+    weight_TK: Tensor | None,
+    order: PairOrder,
+    y_TD: Tensor,
+    config: LaunchConfig | None = None,
+    *,
+    base_TD: Tensor | None = None,
+) -> Launch:
     """The launch of `combine`; `config` stands in for that of the device."""
     assert v_PD.is_contiguous()
     assert weight_TK is None or weight_TK.is_contiguous()
+    assert base_TD is None or base_TD.is_contiguous()
     if config is None:
         config = choose("combine", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
     num_tokens, choices = order.place_TK.shape
     return Launch(
         kernel=combine_kernel,
         grid=(triton.cdiv(num_tokens, config.blocks["BM"]), triton.cdiv(v_PD.shape[1], config.blocks["BD"])),
-        args={"v": v_PD, "weight_TK": weight_TK, "place_TK": order.place_TK, "y": y_TD, "num_tokens": num_tokens},
-        constants={"D": v_PD.shape[1], "CHOICES": choices, "WEIGHTED": weight_TK is not None, **config.blocks},
+        args={"v": v_PD, "weight_TK": weight_TK, "place_TK": order.place_TK, "base": base_TD, "y": y_TD, "num_tokens": num_tokens},
+        constants={
+            "D": v_PD.shape[1],
+            "CHOICES": choices,
+            "WEIGHTED": weight_TK is not None,
+            "BASED": base_TD is not None,
+            **config.blocks,
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

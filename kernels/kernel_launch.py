@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +28,12 @@ class Launch:
     num_stages: int = 2
 
     def run(self) -> None:
-        """Launch it on the tensors' device; nothing if the grid is empty."""
+        """Launch it on the tensors' device; nothing if the grid is empty. Under `recorded` it is noted instead."""
         if math.prod(self.grid) == 0:
+            return
+        record = _record.get()
+        if record is not None:
+            record.append(self)
             return
         with self._on_device():
             self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
@@ -44,3 +49,17 @@ class Launch:
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         device = next(value.device for value in self.args.values() if isinstance(value, Tensor))
         return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+_record: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("record", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, kernels are not launched: what would have been is in the list. For code on meta tensors, whose results nobody reads."""
+    launches: list[Launch] = []
+    token = _record.set(launches)
+    try:
+        yield launches
+    finally:
+        _record.reset(token)
