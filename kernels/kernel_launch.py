@@ -55,7 +55,7 @@ class Launch:
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Device memory for tensor descriptors that a kernel makes, 512 bytes aligned. Freed in the order of the stream, like all of torch's."""
+    """Device memory, 512 bytes aligned, for tensor descriptors that a kernel makes; freed in the order of the stream, as all of torch's."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 

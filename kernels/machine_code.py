@@ -71,7 +71,7 @@ def count_instructions(code: str) -> dict[str, int]:
 
 
 def _kind(instruction: str) -> str:
-    """The kind of "ATOMS.ADD" is ATOM; LDGSTS is no LDG, REDUX no RED, and an exchange, which publishes a tensor descriptor, sums nothing."""
+    """The kind of "ATOMS.ADD" is ATOM; LDGSTS is no LDG, REDUX no RED, and an exchange, by which descriptors are published, no sum."""
     name, _, how = instruction.partition(".")
     if name in ("ATOM", "ATOMG", "ATOMS"):
         return "exchange" if "EXCH" in how else "ATOM"
