@@ -107,16 +107,14 @@ def combine_launch(
     weight_TK: Tensor | None,
     order: PairOrder,
     y_TD: Tensor,
-    config: LaunchConfig | None = None,
     *,
     base_TD: Tensor | None = None,
 ) -> Launch:
-    """The launch of `combine`; `config` stands in for that of the device."""
+    """The launch of `combine`."""
     assert v_PD.is_contiguous()
     assert weight_TK is None or weight_TK.is_contiguous()
     assert base_TD is None or base_TD.is_contiguous()
-    if config is None:
-        config = choose("combine", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
+    config = choose("combine", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
     num_tokens, choices = order.place_TK.shape
     return Launch(
         kernel=combine_kernel,
@@ -148,12 +146,10 @@ def combine_backward_launch(
     order: PairOrder,
     dv_PD: Tensor,
     dweight_TK: Tensor,
-    config: LaunchConfig | None = None,
 ) -> Launch:
-    """The launch of `combine_backward`; `config` stands in for that of the device."""
+    """The launch of `combine_backward`."""
     assert all(tensor.is_contiguous() for tensor in (dy_TD, v_PD, weight_TK, dv_PD, dweight_TK))
-    if config is None:
-        config = choose("combine_backward", BACKWARD_RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
+    config = choose("combine_backward", BACKWARD_RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
     num_pairs, width = v_PD.shape
     return Launch(
         kernel=combine_backward_kernel,

@@ -81,11 +81,10 @@ def gate(gate_up_P: Tensor, order: PairOrder, activation: str) -> Tensor:
     return h_PF
 
 
-def gate_launch(gate_up_P: Tensor, h_PF: Tensor, order: PairOrder, activation: str, config: LaunchConfig | None = None) -> Launch:
-    """The launch of `gate`; `config` stands in for that of the device."""
+def gate_launch(gate_up_P: Tensor, h_PF: Tensor, order: PairOrder, activation: str) -> Launch:
+    """The launch of `gate`."""
     assert gate_up_P.is_contiguous()
-    if config is None:
-        config = choose("gate", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
+    config = choose("gate", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
     num_pairs, width = h_PF.shape
     return Launch(
         kernel=gate_kernel,
@@ -123,12 +122,10 @@ def gate_backward_launch(
     dgate_up_P: Tensor,
     weighted_h_PF: Tensor,
     dweight_TK: Tensor,
-    config: LaunchConfig | None = None,
 ) -> Launch:
-    """The launch of `gate_backward`; `config` stands in for that of the device."""
+    """The launch of `gate_backward`."""
     assert all(tensor.is_contiguous() for tensor in (gate_up_P, dh_PF, weight_TK, dgate_up_P, weighted_h_PF, dweight_TK))
-    if config is None:
-        config = choose("gate_backward", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
+    config = choose("gate_backward", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
     num_pairs, width = dh_PF.shape
     return Launch(
         kernel=gate_backward_kernel,

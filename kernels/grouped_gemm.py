@@ -278,10 +278,9 @@ def gemm_launch(
     scales: tuple[float, float] | None = None,
     drop_x: RowDropout | None = None,
     drop_low: RowDropout | None = None,
-    config: LaunchConfig | None = None,
     sm: int | None = None,
 ) -> Launch:
-    """The launch of `grouped_gemm` into `y`; `config` and `sm` stand in for those of the device."""
+    """The launch of `grouped_gemm` into `y`; `sm` stands in for the number of its device."""
     assert x.stride(1) == 1 or x.shape[1] == 1
     assert x.dtype == weights.base.dtype == y.dtype, (x.dtype, weights.base.dtype, y.dtype)
     assert lora is None or scales is None
@@ -292,12 +291,11 @@ def gemm_launch(
     assert x.shape[1] == inner * (halves if transposed else 1), (x.shape, weights.rows, weights.columns, halves)
     rank = lora.rank if lora is not None else 0
     drop = drop_x or drop_low
-    if config is None:
-        if width <= _NARROW and lora is None:
-            name, rules = "grouped_gemm_narrow", NARROW_RULES
-        else:
-            name, rules = ("grouped_gemm", WIDE_RULES) if drop is None else ("grouped_gemm_dropout", DROPOUT_RULES)
-        config = choose(name, rules, rank=min(rank, MAX_RANK), itemsize=x.element_size(), device=x.device)
+    if width <= _NARROW and lora is None:
+        name, rules = "grouped_gemm_narrow", NARROW_RULES
+    else:
+        name, rules = ("grouped_gemm", WIDE_RULES) if drop is None else ("grouped_gemm_dropout", DROPOUT_RULES)
+    config = choose(name, rules, rank=min(rank, MAX_RANK), itemsize=x.element_size(), device=x.device)
     blocks = dict(config.blocks)
     blocks["BN"] = min(blocks["BN"], max(16, triton.next_power_of_2(width)))
     tiles = tile_map(order, blocks["BM"])

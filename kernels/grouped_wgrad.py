@@ -25,6 +25,8 @@ RULES = (
     Rule(LaunchConfig({"BN": 64, "BK": 64, "BM": 16}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BN": 32, "BK": 32, "BM": 16}), min_sm=0),
 )
+_NARROW = 64
+"""gradients with a side up to this are tuned apart"""
 
 
 @triton.jit
@@ -133,17 +135,16 @@ def wgrad_launch(
     gather_right: bool = False,
     scale: float = 1.0,
     drop_right: RowDropout | None = None,
-    config: LaunchConfig | None = None,
 ) -> Launch:
-    """The launch of `grouped_wgrad`; `config` stands in for that of the device."""
+    """The launch of `grouped_wgrad`."""
     for operand in (left, right):
         assert operand.stride(1) == 1 or operand.shape[1] == 1
     assert out_SNK.stride(2) == 1 or out_SNK.shape[2] == 1
     assert left.dtype == right.dtype
     num_slots, rows, columns = out_SNK.shape
     assert (left.shape[1], right.shape[1]) == (rows, columns), (left.shape, right.shape, out_SNK.shape)
-    if config is None:
-        config = choose("grouped_wgrad", RULES, rank=0, itemsize=left.element_size(), device=left.device)
+    name = "grouped_wgrad" if min(rows, columns) > _NARROW else "grouped_wgrad_narrow"
+    config = choose(name, RULES, rank=0, itemsize=left.element_size(), device=left.device)
     blocks = dict(config.blocks)
     blocks["BN"] = min(blocks["BN"], max(16, triton.next_power_of_2(rows)))
     blocks["BK"] = min(blocks["BK"], max(16, triton.next_power_of_2(columns)))
