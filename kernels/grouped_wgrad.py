@@ -112,31 +112,6 @@ def grouped_wgrad(
         out_SNK: [S, N, K] of any type and strides, the last of them 1.
         drop_right: dropout of the right operand, without its scale.
     """
-    wgrad_launch(
-        left,
-        right,
-        order,
-        out_SNK,
-        gather_left=gather_left,
-        gather_right=gather_right,
-        scale=scale,
-        drop_right=drop_right,
-    ).run()
-    return out_SNK
-
-
-def wgrad_launch(
-    left: Tensor,
-    right: Tensor,
-    order: PairOrder,
-    out_SNK: Tensor,
-    *,
-    gather_left: bool = False,
-    gather_right: bool = False,
-    scale: float = 1.0,
-    drop_right: RowDropout | None = None,
-) -> Launch:
-    """The launch of `grouped_wgrad`."""
     for operand in (left, right):
         assert operand.stride(1) == 1 or operand.shape[1] == 1
     assert out_SNK.stride(2) == 1 or out_SNK.shape[2] == 1
@@ -148,7 +123,7 @@ def wgrad_launch(
     blocks = dict(config.blocks)
     blocks["BN"] = min(blocks["BN"], max(16, triton.next_power_of_2(rows)))
     blocks["BK"] = min(blocks["BK"], max(16, triton.next_power_of_2(columns)))
-    return Launch(
+    Launch(
         kernel=grouped_wgrad_kernel,
         grid=(num_slots * triton.cdiv(rows, blocks["BN"]) * triton.cdiv(columns, blocks["BK"]),),
         args={
@@ -177,4 +152,5 @@ def wgrad_launch(
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
+    ).run()
+    return out_SNK
