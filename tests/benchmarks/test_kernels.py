@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks import cpu_layer, kernels
 from benchmarks.kernel_cases import SHAPES, Layer, LayerShape, make_inputs
 
 TINY = LayerShape("tiny", hidden=16, ffn=16, rank=8, experts=2, k=2, tokens=8)
@@ -61,3 +61,11 @@ def test_a_run_of_other_bits_is_seen() -> None:
     assert kernels.differing_runs(unsteady, inputs.dy_TD, runs=4) == ["x", "y"]
     steady = Layer(lambda: 3 * inputs.x_TD, {"x": inputs.x_TD})
     assert kernels.differing_runs(steady, inputs.dy_TD, runs=4) == []
+
+
+def test_the_cpu_layer_s_summary_is_its_least_ratio() -> None:
+    times = {("float32", "naive"): 30.0, ("float32", "ours"): 20.0, ("bfloat16", "naive"): 14.0, ("bfloat16", "ours"): 10.0}
+    rows = [{"dtype": dtype, "provider": provider, "ms_median": ms} for (dtype, provider), ms in times.items()]
+    assert cpu_layer.summary_of(rows) == pytest.approx(
+        {"cpu_naive_over_ours": 1.4, "cpu_naive_over_ours_float32": 1.5, "cpu_naive_over_ours_bfloat16": 1.4}
+    )
