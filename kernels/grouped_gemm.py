@@ -39,7 +39,8 @@ DROPOUT_RULES: tuple[Rule, ...] = (
 )
 """of wide results with dropout: its mask of a wider block would not fit the registers"""
 NARROW_RULES: tuple[Rule, ...] = (
-    Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 128, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80, itemsizes=(2,)),
+    Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 128, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=90, itemsizes=(2,)),
+    Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 64, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80, itemsizes=(2,)),
     Rule(LaunchConfig({"BM": 64, "BN": 32, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BM": 16, "BN": 32, "BK": 32, "GROUP": 2}), min_sm=0),
 )
