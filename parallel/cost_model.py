@@ -144,7 +144,8 @@ def layer_seconds(
     exposed = forward + exposed_seconds(2 * attention, backward_transfer, slowdown)
     owned_D = (owner_E[..., None] == np.arange(where_ED.shape[-1])).sum(-2)
     optimizer = (owned_D * (cost.reduced_bytes + 2 * cost.state_bytes) / np.asarray(topology.memory_bandwidth)).max(-1)
-    return LayerSeconds(compute, dispatch_seconds(rows, topology, cost), gather, reduce, exposed, optimizer)
+    asked = ~where_ED.all((-2, -1)) & tokens_ED.any((-2, -1))
+    return LayerSeconds(compute, dispatch_seconds(rows, topology, cost, asked), gather, reduce, exposed, optimizer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,12 +178,16 @@ def rows_served(flow: Flows, tokens_ED: np.ndarray, cost: LayerCost) -> Rows:
     return Rows(computed, (near_sent * mean_share, near_served * share), (far_sent * mean_share, far_served * share))
 
 
-def dispatch_seconds(rows: Rows, topology: Topology, cost: LayerCost) -> np.ndarray:
-    """All all-to-alls of a layer's rows in a step. Four of them carry rows, with ports in turn sending and receiving."""
+def dispatch_seconds(rows: Rows, topology: Topology, cost: LayerCost, asked: np.ndarray) -> np.ndarray:
+    """All all-to-alls of a layer's rows in a step. Four of them carry rows, with ports in turn sending and receiving.
+
+    Args:
+        asked: bool [...]: not every expert is everywhere, so ranks ask each other what they send, also where it turns out to be nothing.
+    """
     ports = PortBytes(rows.near[0], rows.near[1], rows.far[0], rows.far[1])
     once = port_seconds(ports, cost.row_bytes, topology)
     far, near = rows.far[0].sum(-1) > LEAST_TRAFFIC, rows.near[0].sum(-1) > LEAST_TRAFFIC
-    latency = np.where(far, topology.inter_node.latency, np.where(near, topology.intra_node.latency, 0.0))
+    latency = np.where(far, topology.inter_node.latency, np.where(near, topology.intra_node.latency, asked * topology.exchange_latency))
     return 4 * once + DISPATCH_COLLECTIVES * latency
 
 

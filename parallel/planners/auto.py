@@ -51,7 +51,7 @@ def plan_auto(given: PlanInput) -> Plan:
     Never gives a device more replicas than it has slots. Before any load is known every expert counts as equally hot.
 
     The moves are greedy, so with more slots they may end up worse. Where a layer is small all smaller budgets are tried as well, none first,
-    so that more slots for everyone never cost seconds.
+    so that more slots for everyone never cost seconds. Of plans that are equally fast, the first; everything everywhere before all others.
     """
     tokens_LSE = np.ascontiguousarray(given.tokens_LED.swapaxes(1, 2), dtype=np.float64)
     shape = (given.num_layers, given.num_experts, given.world_size)
@@ -109,7 +109,7 @@ def _plan_layers(
     Budgets: at most `least_slots` of each device's slots, one more, ..., all. A budget's plan does not depend on those that follow.
     """
     bounded = max_imbalance < np.inf
-    single = len(topology.uplink_N) == 1
+    single, ranks = len(topology.uplink_N) == 1, len(topology.node_D)
     for layer in range(len(owner_LE)):
         owner, resident = owner_LE[layer], resident_LED[layer]
         loads = layer_loads(tokens_LSE[layer], topology)
@@ -144,16 +144,18 @@ def _plan_layers(
                         spill(owner, base_busy, room, slack, across, topology, trial)
                     tried = base if degree == 0 else trial
                     busy = base_busy.max() if degree == 0 else busy_seconds(tried, loads, topology, cost).max()
-                    if busy + fixed >= best_seconds and not bounded:
+                    if busy + fixed > best_seconds and not bounded:
                         continue
                     added = fixed if degree == 0 else replica_seconds(owner, tried, resident, topology, cost)
-                    if busy + added >= best_seconds and not bounded:
+                    if busy + added > best_seconds and not bounded:
                         continue
                     enough = np.inf if bounded else best_seconds - busy - added
                     dispatch = base_dispatch if degree == 0 else dispatch_seconds(tried, loads, topology, cost, enough)
                     seconds = busy + added + dispatch
                     uneven = max(busy / mean, max_imbalance) if bounded and mean > 0 else 0.0
-                    if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and seconds < best_seconds):
+                    # Other loads than those predicted leave tokens where they are, if everything is everywhere.
+                    faster = seconds < best_seconds or (seconds == best_seconds and tried.count_E.min() == ranks)
+                    if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and faster):
                         best_seconds, best_uneven = seconds, uneven
                         copy_into(tried, best)
         for e in range(len(owner)):

@@ -167,6 +167,14 @@ def test_latencies_that_nobody_escapes() -> None:
     assert lower_bound(replace(given_, slots_D=np.array([1, 1])), 0) == pytest.approx(1 + 2 * 100, rel=5e-3)
 
 
+def test_tokens_that_stay_wait_unless_everything_is_everywhere() -> None:
+    # Each rank wants its own expert only: they stay in 1 s, and a latency of 10 s is paid eight times; or both experts go everywhere, whose
+    # gather and reduction pay it once each. Without slots there is no choice.
+    given_ = plan_input([[1.0, 0.0], [0.0, 1.0]], work(1.0), owner=[0, 1], slots=0, intra=Link(1.0, 10.0))
+    assert lower_bound(given_, 0) == pytest.approx(1 + 8 * 10, rel=5e-3)
+    assert lower_bound(replace(given_, slots_D=np.array([1, 1])), 0) == pytest.approx(1 + 2 * 10, rel=5e-3)
+
+
 def test_latencies_between_nodes_and_inside_them() -> None:
     # All tokens stay if the expert is everywhere: a copy goes to the other node, and on inside both. Frozen parts go the same way.
     given_ = plan_input([[1.0]] * 4, work(1.0), owner=[0], slots=1, nodes=(0, 0, 1, 1), intra=Link(1.0, 10.0), inter=Link(1.0, 100.0))

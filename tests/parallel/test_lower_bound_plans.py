@@ -177,7 +177,8 @@ def best_by_brute_force(given_: PlanInput) -> float:
         parts = Plan(given_.owner_LE, where_ED[None]).seconds(given_)  # of which exposed and optimizer know no quotas
         other = float(parts.exposed[0] + parts.optimizer[0])
         if (where_ED | (tokens_ED == 0)).all():
-            least = min(least, other + float((tokens_ED.sum(0) * work_D).max()))
+            asks = 0.0 if where_ED.all() else 8 * topology.intra_node.latency
+            least = min(least, other + asks + float((tokens_ED.sum(0) * work_D).max()))
         # x: local [E, D], remote [E, D], compute, dispatch
         size = experts * ranks
         local, remote = np.arange(size).reshape(experts, ranks), size + np.arange(size).reshape(experts, ranks)
