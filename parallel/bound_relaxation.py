@@ -16,7 +16,7 @@ from hecate.parallel.linear_program import LinearProgram
 from hecate.parallel.planners.plan import Plan, PlanInput
 
 Reach = Literal["everywhere", "stay", "near", "far"]
-"""how far tokens travel: none leaves its rank, as every expert is on all; none does anyway; some do, none its node; some leave their node"""
+"""how far tokens travel: none leaves its rank, as each expert is on all; none does anyway; some do, none its node; some leave their node"""
 MARGIN = 1e-9
 """relative; keeps plans of exactly the cutoff in, whatever the rounding"""
 

@@ -144,7 +144,7 @@ def layer_seconds(
     exposed = forward + exposed_seconds(2 * attention, backward_transfer, slowdown)
     owned_D = (owner_E[..., None] == np.arange(where_ED.shape[-1])).sum(-2)
     optimizer = (owned_D * (cost.reduced_bytes + 2 * cost.state_bytes) / np.asarray(topology.memory_bandwidth)).max(-1)
-    asked = ~where_ED.all((-2, -1)) & tokens_ED.any((-2, -1))
+    asked = np.asarray(~where_ED.all((-2, -1)) & tokens_ED.any((-2, -1)))
     return LayerSeconds(compute, dispatch_seconds(rows, topology, cost, asked), gather, reduce, exposed, optimizer)
 
 

@@ -50,19 +50,22 @@ def plan_auto(given: PlanInput) -> Plan:
 
     Never gives a device more replicas than it has slots. Before any load is known every expert counts as equally hot.
 
-    The moves are greedy, so with more slots they may end up worse. Where a layer is small all smaller budgets are tried as well, none first,
-    so that more slots for everyone never cost seconds. Of plans that are equally fast, the first; everything everywhere before all others.
+    The moves are greedy, so with more slots they may end up worse. Where a layer is small all smaller budgets are tried as well, smallest
+    first, so that more slots for everyone never cost seconds. Of plans that are equally fast the first, everything everywhere before all
+    others.
     """
     tokens_LSE = np.ascontiguousarray(given.tokens_LED.swapaxes(1, 2), dtype=np.float64)
     shape = (given.num_layers, given.num_experts, given.world_size)
     where_LED, quota_LED = np.zeros(shape, np.bool_), np.zeros(shape)
     slots_D = np.minimum(np.asarray(given.slots_D, dtype=np.int64), given.num_experts)
     most = int(slots_D.max())
+    resident_LED = np.zeros((given.num_layers, 0, 0), np.bool_) if given.resident_LED is None else given.resident_LED
     _plan_layers(
-        np.asarray(given.owner_LE, dtype=np.int64),
+        # Arrays that lie otherwise would be compiled for anew, which takes half a minute.
+        np.ascontiguousarray(given.owner_LE, dtype=np.int64),
         tokens_LSE,
-        np.zeros((given.num_layers, 0, 0), np.bool_) if given.resident_LED is None else given.resident_LED,
-        slots_D,
+        np.ascontiguousarray(resident_LED),
+        np.ascontiguousarray(slots_D),
         0 if given.num_experts * given.world_size * (most + 1) <= _ALL_BUDGETS else most,
         overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts,
         (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf,
