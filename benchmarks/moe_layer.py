@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import cpu_layer
 from benchmarks.moe_layer_parts import KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
 from benchmarks.report import arguments, finish
 from hecate.launch.local import ALLOCATOR_SETTINGS
@@ -161,7 +162,13 @@ def _ratios(rows: Sequence[dict[str, Any]], column: str) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind of experts; may be given more than once")
+    parser.add_argument("--kernels", action="store_true", help="instead: one MixLoRA layer on one core, ours beside the naive loop")
     options = parser.parse_args()
+    if options.kernels:
+        torch.set_num_threads(1)
+        found = cpu_layer.rows(samples=3 if options.quick else 15)
+        finish("moe_layer", found, cpu_layer.summary_of(found), options.json)
+        return
     os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as our launcher has it
     # Two of three samples come after the rotating expert has moved.
     shape, samples = (Shape(hidden=256, ffn=704, tokens=512), 2) if options.quick else (Shape(), 3)

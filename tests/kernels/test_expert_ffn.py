@@ -30,6 +30,7 @@ class Case:
     slots: int = 4
     projections: tuple[str, ...] = PROJECTIONS
     activation: str = "silu"
+    rank: int = 3
     dropout: float = 0.0
     absent: tuple[int, ...] = ()
     """slots that no pair goes to"""
@@ -79,8 +80,8 @@ def lora(function: Any, case: Case, compute_in: torch.dtype | None = None) -> Re
     loras = {}
     for name in case.projections:
         wide, narrow = (case.ffn, case.hidden) if name == "down_proj" else (case.hidden, case.ffn)
-        a = given.named[f"{name}.A"] = given.normal(case.slots, 3, wide, dtype=given.master)
-        b = given.named[f"{name}.B"] = given.normal(case.slots, narrow, 3, dtype=given.master)
+        a = given.named[f"{name}.A"] = given.normal(case.slots, case.rank, wide, dtype=given.master)
+        b = given.named[f"{name}.B"] = given.normal(case.slots, narrow, case.rank, dtype=given.master)
         loras[name] = Lora(a, b, 0.5 + 0.25 * len(name))
     y = function(
         given.named["x"],
