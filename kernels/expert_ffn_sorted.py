@@ -38,7 +38,7 @@ def lora_expert_ffn_sorted(
     expert_S: Tensor | None = None,
 ) -> Tensor:
     """As `expert_ffn.lora_expert_ffn`, in float32, bfloat16 or float16; differentiable once."""
-    assert loras, "frozen experts without adapters have nothing to train"
+    assert len(loras) > 0, "frozen experts without adapters have nothing to train"
     words: dict[str, Tensor] = {}
     if dropout is not None and frozen_S:
         # A choice that is computed elsewhere takes the last slot's stream; its row is not used.

@@ -31,6 +31,8 @@ class Case:
     projections: tuple[str, ...] = PROJECTIONS
     activation: str = "silu"
     rank: int = 3
+    spread: float = 1.0
+    """standard deviation of all values"""
     dropout: float = 0.0
     absent: tuple[int, ...] = ()
     """slots that no pair goes to"""
@@ -59,7 +61,7 @@ class Inputs:
         self.named = {"x": self.normal(case.tokens, case.hidden), "weight": self.normal(case.tokens, case.k, dtype=self.master)}
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = True) -> torch.Tensor:
-        value = torch.randn(*shape, generator=self.random, dtype=torch.float64).to(dtype or self.case.dtype)
+        value = (self.case.spread * torch.randn(*shape, generator=self.random, dtype=torch.float64)).to(dtype or self.case.dtype)
         return value.to(self._compute_in or value.dtype).requires_grad_(grad)
 
     def results(self, y: torch.Tensor) -> Results:
