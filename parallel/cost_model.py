@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from hecate.errors import UserError
 from hecate.parallel.flows import Flows, flows, node_membership
 from hecate.parallel.gather_bytes import PortBytes, gather_ports
 from hecate.parallel.placement import Placement
@@ -24,7 +25,11 @@ from hecate.parallel.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """What a planner must know of a layer besides its loads. Bytes are of one expert, FLOPs of one pass forward."""
+    """What a planner must know of a layer besides its loads. Bytes are of one expert, FLOPs of one pass forward.
+
+    Raises:
+        UserError: a number is negative or not finite, or `top_k` or `frozen_lifetime` is nothing.
+    """
 
     trainable_bytes: float
     """parameters of one expert that a SparseAllGather moves in every step"""
@@ -49,6 +54,13 @@ class LayerCost:
     """of one rank: the attention that hides transfers; backward is twice as long"""
     frozen_lifetime: float = 20.0
     """steps for which a frozen replica is expected to be of use: its transfer is paid once in so many"""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value < np.inf:
+                raise UserError(f"layer cost: {name} must be finite and not negative, got {value}")
+        if self.top_k < 1 or self.frozen_lifetime == 0:
+            raise UserError(f"layer cost: top_k must be >= 1 and frozen_lifetime > 0, got {self.top_k} and {self.frozen_lifetime}")
 
     @property
     def reduced_bytes(self) -> float:
