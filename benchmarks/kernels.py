@@ -84,10 +84,10 @@ def checked(inputs: Inputs, layers: Mapping[str, Layer]) -> dict[str, str]:
     return verdicts
 
 
-def compare(shape: LayerShape, rounds: int) -> list[dict[str, Any]]:
-    """Rows of the providers that need nothing but torch. Raises RuntimeError if ours is wrong."""
-    inputs = make_inputs(shape, torch.device("cuda"))
-    layers = {name: provider(inputs, True) for name, provider in providers(shape).items()}
+def compare(inputs: Inputs, rounds: int, compiled: bool = True) -> list[dict[str, Any]]:
+    """Rows of the providers that need nothing but torch, compiled by it or not. Raises RuntimeError if ours is wrong."""
+    shape = inputs.shape
+    layers = {name: provider(inputs, compiled) for name, provider in providers(shape).items()}
     verdicts = checked(inputs, layers)
     if verdicts["ours"]:
         raise RuntimeError(f"shape {shape.name}: ours is wrong, so nothing is timed: {verdicts['ours']}")
@@ -96,9 +96,8 @@ def compare(shape: LayerShape, rounds: int) -> list[dict[str, Any]]:
     return [row(shape, name, times.get(name, []), verdicts[name]) for name in layers]
 
 
-def compare_peer(module: str, shape: LayerShape, rounds: int) -> dict[str, Any]:
+def compare_peer(module: str, inputs: Inputs, rounds: int) -> dict[str, Any]:
     """Of one peer beside ours, in a process that has nothing else to do: their times, or why there are none."""
-    inputs = make_inputs(shape, torch.device("cuda"))
     with tempfile.TemporaryDirectory() as folder:
         try:
             layer = importlib.import_module(f"benchmarks.peers.{module}").make(inputs, Path(folder))
@@ -198,7 +197,7 @@ def main() -> None:
             "benchmarks.kernels: no GPU here. `--check` runs without one; `python -m benchmarks.moe_layer --kernels` times the CPU path"
         )
     elif options.peer:
-        print(json.dumps(compare_peer(options.peer, shapes[0], rounds)))
+        print(json.dumps(compare_peer(options.peer, make_inputs(shapes[0], torch.device("cuda")), rounds)))
     elif options.determinism:
         _determinism(shapes)
     else:
@@ -232,7 +231,7 @@ def _measure(shapes: Sequence[LayerShape], rounds: int, options: argparse.Namesp
     print(f"{torch.cuda.get_device_name()}: copies at {bandwidth / 1e12:.2f} TB/s, bfloat16 products at {rate / 1e12:.0f} TFLOP/s")
     rows: list[dict[str, Any]] = []
     for shape in shapes:
-        rows += compare(shape, rounds)
+        rows += compare(make_inputs(shape, torch.device("cuda")), rounds)
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()

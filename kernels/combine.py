@@ -18,10 +18,6 @@ RULES = (
     Rule(LaunchConfig({"BM": 1, "BD": 1024}, num_warps=4, num_stages=1), min_sm=80),
     Rule(LaunchConfig({"BM": 16, "BD": 64}), min_sm=0),
 )
-BACKWARD_RULES = (
-    Rule(LaunchConfig({"BM": 1, "BD": 1024}, num_warps=4, num_stages=1), min_sm=80),
-    Rule(LaunchConfig({"BM": 16, "BD": 64}), min_sm=0),
-)
 
 
 @triton.jit
@@ -97,28 +93,13 @@ def combine(v_PD: Tensor, weight_TK: Tensor | None, order: PairOrder, base_TD: T
 
     Sums in float32, in the order of the choices. Not differentiable; see `combine_backward`.
     """
-    y_TD = v_PD.new_empty((order.place_TK.shape[0], v_PD.shape[1]))
-    combine_launch(v_PD, weight_TK, order, y_TD, base_TD=base_TD).run()
-    return y_TD
-
-
-def combine_launch(
-    v_PD: Tensor,
-    weight_TK: Tensor | None,
-    order: PairOrder,
-    y_TD: Tensor,
-    config: LaunchConfig | None = None,
-    *,
-    base_TD: Tensor | None = None,
-) -> Launch:
-    """The launch of `combine`; `config` stands in for that of the device."""
     assert v_PD.is_contiguous()
     assert weight_TK is None or weight_TK.is_contiguous()
     assert base_TD is None or base_TD.is_contiguous()
-    if config is None:
-        config = choose("combine", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
+    config = choose("combine", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
     num_tokens, choices = order.place_TK.shape
-    return Launch(
+    y_TD = v_PD.new_empty((num_tokens, v_PD.shape[1]))
+    Launch(
         kernel=combine_kernel,
         grid=(triton.cdiv(num_tokens, config.blocks["BM"]), triton.cdiv(v_PD.shape[1], config.blocks["BD"])),
         args={"v": v_PD, "weight_TK": weight_TK, "place_TK": order.place_TK, "base": base_TD, "y": y_TD, "num_tokens": num_tokens},
@@ -131,31 +112,17 @@ def combine_launch(
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
+    ).run()
+    return y_TD
 
 
 def combine_backward(dy_TD: Tensor, v_PD: Tensor, weight_TK: Tensor, order: PairOrder) -> tuple[Tensor, Tensor]:
     """The gradients of v [P, D] (rows of pairs computed elsewhere are not written) and of the weights [T, K] (zero of such choices)."""
+    assert all(tensor.is_contiguous() for tensor in (dy_TD, v_PD, weight_TK))
     dv_PD, dweight_TK = torch.empty_like(v_PD), torch.zeros_like(weight_TK)
-    combine_backward_launch(dy_TD, v_PD, weight_TK, order, dv_PD, dweight_TK).run()
-    return dv_PD, dweight_TK
-
-
-def combine_backward_launch(
-    dy_TD: Tensor,
-    v_PD: Tensor,
-    weight_TK: Tensor,
-    order: PairOrder,
-    dv_PD: Tensor,
-    dweight_TK: Tensor,
-    config: LaunchConfig | None = None,
-) -> Launch:
-    """The launch of `combine_backward`; `config` stands in for that of the device."""
-    assert all(tensor.is_contiguous() for tensor in (dy_TD, v_PD, weight_TK, dv_PD, dweight_TK))
-    if config is None:
-        config = choose("combine_backward", BACKWARD_RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
+    config = choose("combine_backward", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
     num_pairs, width = v_PD.shape
-    return Launch(
+    Launch(
         kernel=combine_backward_kernel,
         grid=(triton.cdiv(num_pairs, config.blocks["BM"]),),
         args={
@@ -172,4 +139,5 @@ def combine_backward_launch(
         constants={"D": width, **config.blocks},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
+    ).run()
+    return dv_PD, dweight_TK

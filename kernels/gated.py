@@ -76,25 +76,19 @@ def gate_backward_kernel(
 
 def gate(gate_up_P: Tensor, order: PairOrder, activation: str) -> Tensor:
     """[P, F]: act(gate) · up, from [P, 2F] with gate before up. Rows of pairs that are computed elsewhere are not written."""
-    h_PF = gate_up_P.new_empty((gate_up_P.shape[0], gate_up_P.shape[1] // 2))
-    gate_launch(gate_up_P, h_PF, order, activation).run()
-    return h_PF
-
-
-def gate_launch(gate_up_P: Tensor, h_PF: Tensor, order: PairOrder, activation: str, config: LaunchConfig | None = None) -> Launch:
-    """The launch of `gate`; `config` stands in for that of the device."""
     assert gate_up_P.is_contiguous()
-    if config is None:
-        config = choose("gate", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
+    h_PF = gate_up_P.new_empty((gate_up_P.shape[0], gate_up_P.shape[1] // 2))
+    config = choose("gate", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
     num_pairs, width = h_PF.shape
-    return Launch(
+    Launch(
         kernel=gate_kernel,
         grid=(triton.cdiv(num_pairs, config.blocks["BM"]), triton.cdiv(width, config.blocks["BF"])),
         args={"gate_up": gate_up_P, "h": h_PF, "starts": order.starts, "num_slots": order.num_slots},
         constants={"F": width, "ACTIVATION": activation, **config.blocks},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
+    ).run()
+    return h_PF
 
 
 def gate_backward(gate_up_P: Tensor, dh_PF: Tensor, weight_TK: Tensor, order: PairOrder, activation: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,29 +102,12 @@ def gate_backward(gate_up_P: Tensor, dh_PF: Tensor, weight_TK: Tensor, order: Pa
         [P, 2F] the gradients of gate and up; [P, F] w · h; [T, K] the gradient of the weights, zero of choices computed elsewhere.
         Rows of such pairs are not written in the others.
     """
+    assert all(tensor.is_contiguous() for tensor in (gate_up_P, dh_PF, weight_TK))
     dgate_up_P, weighted_h_PF = torch.empty_like(gate_up_P), torch.empty_like(dh_PF)
     dweight_TK = torch.zeros_like(weight_TK)
-    gate_backward_launch(gate_up_P, dh_PF, weight_TK, order, activation, dgate_up_P, weighted_h_PF, dweight_TK).run()
-    return dgate_up_P, weighted_h_PF, dweight_TK
-
-
-def gate_backward_launch(
-    gate_up_P: Tensor,
-    dh_PF: Tensor,
-    weight_TK: Tensor,
-    order: PairOrder,
-    activation: str,
-    dgate_up_P: Tensor,
-    weighted_h_PF: Tensor,
-    dweight_TK: Tensor,
-    config: LaunchConfig | None = None,
-) -> Launch:
-    """The launch of `gate_backward`; `config` stands in for that of the device."""
-    assert all(tensor.is_contiguous() for tensor in (gate_up_P, dh_PF, weight_TK, dgate_up_P, weighted_h_PF, dweight_TK))
-    if config is None:
-        config = choose("gate_backward", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
+    config = choose("gate_backward", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
     num_pairs, width = dh_PF.shape
-    return Launch(
+    Launch(
         kernel=gate_backward_kernel,
         grid=(triton.cdiv(num_pairs, config.blocks["BM"]),),
         args={
@@ -147,4 +124,5 @@ def gate_backward_launch(
         constants={"F": width, "ACTIVATION": activation, **config.blocks},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
+    ).run()
+    return dgate_up_P, weighted_h_PF, dweight_TK

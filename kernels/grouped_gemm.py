@@ -33,17 +33,20 @@ WIDE_RULES: tuple[Rule, ...] = (
 """of results as wide as a layer"""
 DROPOUT_RULES: tuple[Rule, ...] = (
     Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=90, itemsizes=(2,)),
-    *WIDE_RULES[1:],
+    Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=80, itemsizes=(2,)),
+    Rule(LaunchConfig({"BM": 64, "BN": 32, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
+    WIDE_RULES[-1],
 )
-"""of results as wide as a layer whose low-rank term is dropped in parts: the mask of a wider block would not fit the registers"""
+"""of wide results with dropout: its mask of a wider block would not fit the registers"""
 NARROW_RULES: tuple[Rule, ...] = (
-    Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 128, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80, itemsizes=(2,)),
-    Rule(LaunchConfig({"BM": 64, "BN": 32, "BK": 32, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
+    Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 128, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=90, itemsizes=(2,)),
+    Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 64, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80, itemsizes=(2,)),
+    Rule(LaunchConfig({"BM": 64, "BN": 32, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BM": 16, "BN": 32, "BK": 32, "GROUP": 2}), min_sm=0),
 )
 """of results as wide as a LoRA pair's rank"""
-RANK_BLOCK = tl.constexpr(64)
-"""columns of the low-rank term at a time, so that blocks need not fear high ranks"""
+MAX_RANK = 256
+"""in the tables; the low-rank term is added BK columns at a time, so blocks need not fear higher ones"""
 _NARROW = 64
 """results up to this width are narrow"""
 
@@ -160,10 +163,10 @@ def grouped_gemm_kernel(
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     if RANK > 0:
         # First of all, so that scale and mask need no second accumulator.
-        RB: tl.constexpr = min(RANK, RANK_BLOCK)
+        RB: tl.constexpr = min(RANK, BK)
         low += half * half_low
         b += slot * stride_b_slot + half * half_b
-        for r0 in tl.static_range(0, RANK, RB):
+        for r0 in tl.range(0, RANK, RB, num_stages=1):
             o_r = r0 + tl.arange(0, RB)
             b_low = tl.load(low + place_M.to(tl.int64)[:, None] * stride_low + o_r[None, :])
             if TRANSPOSED:
@@ -276,10 +279,9 @@ def gemm_launch(
     scales: tuple[float, float] | None = None,
     drop_x: RowDropout | None = None,
     drop_low: RowDropout | None = None,
-    config: LaunchConfig | None = None,
     sm: int | None = None,
 ) -> Launch:
-    """The launch of `grouped_gemm` into `y`; `config` and `sm` stand in for those of the device."""
+    """The launch of `grouped_gemm` into `y`; `sm` stands in for the number of its device."""
     assert x.stride(1) == 1 or x.shape[1] == 1
     assert x.dtype == weights.base.dtype == y.dtype, (x.dtype, weights.base.dtype, y.dtype)
     assert lora is None or scales is None
@@ -289,19 +291,19 @@ def gemm_launch(
     inner = weights.rows // halves if transposed else weights.columns
     assert x.shape[1] == inner * (halves if transposed else 1), (x.shape, weights.rows, weights.columns, halves)
     rank = lora.rank if lora is not None else 0
-    if config is None:
-        if width <= _NARROW and lora is None:
-            name, rules = "grouped_gemm_narrow", NARROW_RULES
-        else:
-            name, rules = ("grouped_gemm", WIDE_RULES) if drop_low is None else ("grouped_gemm_dropout", DROPOUT_RULES)
-        config = choose(name, rules, rank=min(rank, RANK_BLOCK.value), itemsize=x.element_size(), device=x.device)
+    drop = drop_x or drop_low
+    if width <= _NARROW and lora is None:
+        name, rules = "grouped_gemm_narrow", NARROW_RULES
+    else:
+        name, rules = ("grouped_gemm", WIDE_RULES) if drop is None else ("grouped_gemm_dropout", DROPOUT_RULES)
+    config = choose(name, rules, rank=min(rank, MAX_RANK), itemsize=x.element_size(), device=x.device)
     blocks = dict(config.blocks)
     blocks["BN"] = min(blocks["BN"], max(16, triton.next_power_of_2(width)))
     tiles = tile_map(order, blocks["BM"])
-    on_hopper = (sm_of(x.device) if sm is None else sm) >= 90
+    # In float32, products without tensor cores take all the time there is, and the registers that descriptors would need.
+    descriptors = (sm_of(x.device) if sm is None else sm) >= 90 and x.element_size() == 2
     x_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and (inner * x.element_size() % 16 == 0 or halves == 1)
     half_rows = weights.rows // halves * weights.row_stride
-    drop = drop_x or drop_low
     first, second = lora.scales if lora is not None else scales or (1.0, 1.0)
     return Launch(
         kernel=grouped_gemm_kernel,
@@ -346,8 +348,8 @@ def gemm_launch(
             "SCALE_RESULT": scales is not None,
             "DROP_X": drop_x is not None,
             "DROP_LOW": drop_low is not None,
-            "X_DESCRIPTOR": on_hopper and not gather and x_aligned,
-            "W_DESCRIPTOR": on_hopper and weights.takes_descriptors and half_rows * x.element_size() % 16 == 0,
+            "X_DESCRIPTOR": descriptors and not gather and x_aligned,
+            "W_DESCRIPTOR": descriptors and weights.takes_descriptors and half_rows * x.element_size() % 16 == 0,
             "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
             **blocks,
         },

@@ -25,6 +25,8 @@ RULES = (
     Rule(LaunchConfig({"BN": 64, "BK": 64, "BM": 16}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BN": 32, "BK": 32, "BM": 16}), min_sm=0),
 )
+_NARROW = 64
+"""gradients with a side up to this are tuned apart"""
 
 
 @triton.jit
@@ -110,44 +112,18 @@ def grouped_wgrad(
         out_SNK: [S, N, K] of any type and strides, the last of them 1.
         drop_right: dropout of the right operand, without its scale.
     """
-    wgrad_launch(
-        left,
-        right,
-        order,
-        out_SNK,
-        gather_left=gather_left,
-        gather_right=gather_right,
-        scale=scale,
-        drop_right=drop_right,
-    ).run()
-    return out_SNK
-
-
-def wgrad_launch(
-    left: Tensor,
-    right: Tensor,
-    order: PairOrder,
-    out_SNK: Tensor,
-    *,
-    gather_left: bool = False,
-    gather_right: bool = False,
-    scale: float = 1.0,
-    drop_right: RowDropout | None = None,
-    config: LaunchConfig | None = None,
-) -> Launch:
-    """The launch of `grouped_wgrad`; `config` stands in for that of the device."""
     for operand in (left, right):
         assert operand.stride(1) == 1 or operand.shape[1] == 1
     assert out_SNK.stride(2) == 1 or out_SNK.shape[2] == 1
     assert left.dtype == right.dtype
     num_slots, rows, columns = out_SNK.shape
     assert (left.shape[1], right.shape[1]) == (rows, columns), (left.shape, right.shape, out_SNK.shape)
-    if config is None:
-        config = choose("grouped_wgrad", RULES, rank=0, itemsize=left.element_size(), device=left.device)
+    name = "grouped_wgrad" if min(rows, columns) > _NARROW else "grouped_wgrad_narrow"
+    config = choose(name, RULES, rank=0, itemsize=left.element_size(), device=left.device)
     blocks = dict(config.blocks)
     blocks["BN"] = min(blocks["BN"], max(16, triton.next_power_of_2(rows)))
     blocks["BK"] = min(blocks["BK"], max(16, triton.next_power_of_2(columns)))
-    return Launch(
+    Launch(
         kernel=grouped_wgrad_kernel,
         grid=(num_slots * triton.cdiv(rows, blocks["BN"]) * triton.cdiv(columns, blocks["BK"]),),
         args={
@@ -176,4 +152,5 @@ def wgrad_launch(
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
+    ).run()
+    return out_SNK

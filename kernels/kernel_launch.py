@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -35,6 +36,8 @@ class Launch:
         if record is not None:
             record.append(self)
             return
+        # Per thread: the backward pass has its own.
+        triton.set_allocator(_scratch)
         with self._on_device():
             self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 
@@ -49,6 +52,11 @@ class Launch:
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         device = next(value.device for value in self.args.values() if isinstance(value, Tensor))
         return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory, 512 bytes aligned, for tensor descriptors that a kernel makes; freed in the order of the stream, as all of torch's."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 _record: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("record", default=None)

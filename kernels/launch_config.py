@@ -46,6 +46,10 @@ class Rule:
         return sm >= self.min_sm and rank <= self.max_rank and itemsize in self.itemsizes
 
 
+Key = tuple[str, int, int]
+"""kernel, rank as padded, bytes of an element"""
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What was measured on one kind of device: kernel -> (rank, itemsize) -> configuration."""
@@ -60,6 +64,10 @@ def choose(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, devi
         rank: as padded by `padded_rank`; 0 for kernels without LoRA.
         itemsize: bytes of an element of the activations.
     """
+    if _trial is not None:
+        config = _trial.config(name, rules, rank, itemsize, sm_of(device))
+        if config is not None:
+            return config
     if device.type == "cuda":
         tuned = tuned_for(torch.cuda.get_device_name(device)).configs.get(name, {}).get((rank, itemsize))
         if tuned is not None:
@@ -73,6 +81,33 @@ def by_rule(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, sm:
         if rule.serves(rank, itemsize, sm):
             return rule.config
     raise ValueError(f"kernel {name}: no launch configuration for rank {rank}, {itemsize}-byte elements, sm_{sm}; add a rule to its table")
+
+
+@dataclass
+class Trial:
+    """Under `trying`, the configurations to take, and a note of what was asked for."""
+
+    configs: Mapping[Key, LaunchConfig]
+    asked: dict[Key, tuple[tuple[Rule, ...], int]] = field(default_factory=dict)
+    """the rules that a kernel may be configured by, and the sm number, in the order of the first asking"""
+
+    def config(self, name: str, rules: tuple[Rule, ...], rank: int, itemsize: int, sm: int) -> LaunchConfig | None:
+        self.asked.setdefault((name, rank, itemsize), (rules, sm))
+        return self.configs.get((name, rank, itemsize))
+
+
+_trial: Trial | None = None
+
+
+@contextlib.contextmanager
+def trying(configs: Mapping[Key, LaunchConfig]) -> Iterator[Trial]:
+    """Inside, `choose` gives these, in all threads of the process (a backward pass has its own). For a tuner."""
+    global _trial
+    before, _trial = _trial, Trial(configs)
+    try:
+        yield _trial
+    finally:
+        _trial = before
 
 
 _sm_of_meta: contextvars.ContextVar[int] = contextvars.ContextVar("sm_of_meta", default=INTERPRETER)

@@ -23,11 +23,11 @@ KINDS = {
     "STG": "stores to global memory",
     "LDL": "loads of local memory: what was spilled comes back",
     "STL": "stores to local memory: spills",
-    "ATOM": "atomics with a result",
+    "ATOM": "atomics with a result, but for exchanges",
     "RED": "atomics without: a kernel with either may sum in any order",
 }
 """Instructions that are counted, by the beginning of their names."""
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -70,9 +70,12 @@ def count_instructions(code: str) -> dict[str, int]:
     return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
 
-def _kind(name: str) -> str:
-    """ATOMS and ATOMG are ATOM, but LDGSTS is no LDG and LDGDEPBAR nothing of both."""
-    return next((kind for kind in ("ATOM", "RED") if name.startswith(kind) and not name.startswith("REDUX")), name)
+def _kind(instruction: str) -> str:
+    """The kind of "ATOMS.ADD" is ATOM; LDGSTS is no LDG, REDUX no RED, and an exchange, by which descriptors are published, no sum."""
+    name, _, how = instruction.partition(".")
+    if name in ("ATOM", "ATOMG", "ATOMS"):
+        return "exchange" if "EXCH" in how else "ATOM"
+    return "RED" if name in ("RED", "REDG", "REDS") else name
 
 
 def _run(*command: str) -> str:

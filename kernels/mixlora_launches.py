@@ -43,43 +43,67 @@ class Adapter:
     matrix_SNR: Tensor
 
 
-def _rule(num_warps: int, num_stages: int, *, min_sm: int = 80, max_rank: int = 256, **blocks: int) -> Rule:
-    return Rule(LaunchConfig(blocks, num_warps, num_stages), min_sm=min_sm, max_rank=max_rank)
+def _rule(num_warps: int, num_stages: int, *, max_rank: int = 256, itemsizes: tuple[int, ...] = (2, 4), **blocks: int) -> Rule:
+    return Rule(LaunchConfig(blocks, num_warps, num_stages), max_rank=max_rank, itemsizes=itemsizes)
 
 
+def _interpreter(**blocks: int) -> Rule:
+    return Rule(LaunchConfig(blocks, 4, 1), min_sm=0)
+
+
+# Products of float32 run on no tensor core and hold more in registers: smaller blocks.
+_FP32 = (4,)
 RULES: dict[str, tuple[Rule, ...]] = {
     # Rows of a tile and of a chunk, for all kernels of a layer: they share the maps.
-    "mixlora_rows": (_rule(4, 1, ROWS=64, CHUNK_ROWS=1024), _rule(4, 1, min_sm=0, ROWS=16, CHUNK_ROWS=32)),
+    "mixlora_rows": (
+        _rule(4, 1, max_rank=64, itemsizes=_FP32, ROWS=32, CHUNK_ROWS=1024),
+        _rule(4, 1, itemsizes=_FP32, ROWS=16, CHUNK_ROWS=1024),
+        _rule(4, 1, max_rank=128, ROWS=64, CHUNK_ROWS=1024),
+        _rule(4, 1, ROWS=32, CHUNK_ROWS=1024),
+        _interpreter(ROWS=16, CHUNK_ROWS=32),
+    ),
     "mixlora_shrink": (
+        _rule(4, 3, max_rank=64, itemsizes=_FP32, BC=32),
+        _rule(8, 2, itemsizes=_FP32, BC=32),
         _rule(4, 3, max_rank=64, BC=64),
         _rule(8, 3, max_rank=128, BC=32),
         _rule(8, 2, BC=32),
-        _rule(4, 1, min_sm=0, BC=32),
+        _interpreter(BC=32),
     ),
-    "mixlora_expand": (_rule(4, 1, max_rank=64, BN=128), _rule(8, 1, BN=64), _rule(4, 1, min_sm=0, BN=32)),
+    "mixlora_expand": (
+        _rule(4, 1, max_rank=16, itemsizes=_FP32, BN=64),
+        _rule(8, 1, itemsizes=_FP32, BN=64),
+        _rule(4, 1, max_rank=64, BN=128),
+        _rule(8, 1, BN=64),
+        _interpreter(BN=32),
+    ),
     "mixlora_gated": (
+        _rule(4, 2, itemsizes=_FP32, BN=32, STEPS=32),
         _rule(4, 2, max_rank=64, BN=64, STEPS=16),
-        _rule(8, 1, BN=32, STEPS=32),
-        _rule(4, 1, min_sm=0, BN=32, STEPS=2),
+        _rule(8, 1, max_rank=128, BN=32, STEPS=32),
+        _rule(4, 2, BN=32, STEPS=32),
+        _interpreter(BN=32, STEPS=2),
     ),
     "mixlora_gated_backward": (
+        _rule(8, 1, max_rank=16, itemsizes=_FP32, BM=16, BN=32),
+        _rule(8, 1, max_rank=64, itemsizes=_FP32, BM=32, BN=32),
+        _rule(8, 1, itemsizes=_FP32, BM=16, BN=16),
         _rule(4, 2, max_rank=32, BM=32, BN=64),
         _rule(8, 1, max_rank=64, BM=32, BN=64),
         _rule(8, 1, max_rank=128, BM=32, BN=32),
-        _rule(8, 1, BM=16, BN=32),
-        _rule(4, 1, min_sm=0, BM=16, BN=32),
+        _rule(8, 1, BM=16, BN=16),
+        _interpreter(BM=16, BN=32),
     ),
     "mixlora_outer": (
+        _rule(4, 2, max_rank=16, itemsizes=_FP32, BM=32, BN=64),
+        _rule(8, 2, max_rank=64, itemsizes=_FP32, BM=32, BN=32),
+        _rule(8, 2, itemsizes=_FP32, BM=16, BN=32),
         _rule(4, 3, max_rank=64, BM=64, BN=64),
         _rule(8, 2, max_rank=128, BM=32, BN=64),
         _rule(8, 2, BM=32, BN=32),
-        _rule(4, 1, min_sm=0, BM=16, BN=32),
+        _interpreter(BM=16, BN=32),
     ),
-    "mixlora_sum_chunks": (
-        _rule(4, 1, max_rank=32, BN=128),
-        _rule(4, 1, BN=16),
-        _rule(4, 1, min_sm=0, BN=64),
-    ),
+    "mixlora_sum_chunks": (_rule(4, 1, max_rank=32, BN=128), _rule(4, 1, BN=16), _interpreter(BN=64)),
 }
 """By kernel; the first that serves. Those of sm 0 are the interpreter's, small so that tests see several blocks."""
 

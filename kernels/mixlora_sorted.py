@@ -58,11 +58,12 @@ def forward_arguments(
     expert_S: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """What the forward operator is given: pairs sorted, maps made, dropout's rows hashed."""
-    assert loras, "a MixLoRA layer without adapters is its base FFN"
+    assert len(loras) > 0, "a MixLoRA layer without adapters is its base FFN"
     assert x_TD.dtype.itemsize <= 4, x_TD.dtype
     num_slots = next(iter(loras.values())).a_SrI.shape[0]
-    assert all(lora.a_SrI.shape[1] <= 256 for lora in loras.values()), "the kernels take ranks to 256"
-    order, config = pair_order(slot_TK, num_slots), config_for("mixlora_rows", 0, x_TD).blocks
+    rank = max(lora.a_SrI.shape[1] for lora in loras.values())
+    assert rank <= 256, "the kernels take ranks to 256"
+    order, config = pair_order(slot_TK, num_slots), config_for("mixlora_rows", rank, x_TD).blocks
     blocks = pair_blocks(order, config["ROWS"], config["CHUNK_ROWS"])
     rows, grow, levels = None, 1.0, 0
     if dropout is not None:

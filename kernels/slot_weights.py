@@ -55,7 +55,8 @@ def separate_weights(matrix_S: Sequence[Tensor]) -> SlotWeights:
         assert matrix.is_contiguous()
     places = [(matrix.data_ptr() - base.data_ptr()) // base.element_size() for matrix in matrix_S]
     stride = places[1] if len(places) > 1 else base.numel()
-    if places == [slot * stride for slot in range(len(places))]:
+    # Meta tensors all lie at 0, and are taken to lie apart.
+    if (stride > 0 or len(places) == 1) and places == [slot * stride for slot in range(len(places))]:
         return SlotWeights(base, rows, columns, columns, stride)
     aligned = all(place * base.element_size() % 16 == 0 for place in places)
     table = torch.tensor(places, dtype=torch.int64, pin_memory=base.is_cuda)

@@ -1,7 +1,9 @@
 """What the kernels of `layer_cases` compile to, as a table: `compiled.json`, for each triton version, kind of GPU and kernel.
 
     python -m tests.kernels.compiled_table --write            all layers, into the table, for the triton at hand
-    python -m tests.kernels.compiled_table --layers 7B 1B     prints the rows of these, as JSON
+    python -m tests.kernels.compiled_table                    prints their rows as JSON
+    python -m tests.kernels.compiled_table --spread           those of `SPREAD` only
+    python -m tests.kernels.compiled_table --names            which kernels all layers launch; compiles nothing
 
 A row of the table: registers of a thread, bytes of stack (0: nothing is spilled), bytes of shared memory of a program, and how many
 instructions of each kind (`hecate.kernels.machine_code.KINDS`) stand in the code.
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from hecate.kernels.ahead_of_time import SMS, compiling_for, machine_code
 from hecate.kernels.kernel_launch import Launch
+from hecate.kernels.launch_config import meta_tensors_are_on
 from hecate.kernels.machine_code import MAX_SHARED
-from tests.kernels.layer_cases import CASES
+from tests.kernels.layer_cases import CASES, SPREAD
 
 TABLE = Path(__file__).with_name("compiled.json")
 Rows = dict[str, dict[str, dict[str, Any]]]
@@ -47,14 +50,22 @@ def _specialization(value: Any) -> str:
     return type(value).__name__
 
 
-def compile_layers(names: Iterable[str]) -> Rows:
-    """Compile every kernel of these layers, each once."""
-    rows: Rows = {}
-    names = list(names)
-    for sm in SMS:
-        with compiling_for(sm):
+def launches_of(layers: Mapping[int, Iterable[str]]) -> dict[str, dict[str, Launch]]:
+    """By GPU and kernel: what these layers, given by sm number, launch."""
+    found = {}
+    for sm, names in layers.items():
+        with meta_tensors_are_on(sm):
             launches = {label(launch): launch for name in names for launch in CASES[name].launches()}
-            rows[f"sm_{sm}"] = {name: _row(launches[name]) for name in sorted(launches)}
+        found[f"sm_{sm}"] = {name: launches[name] for name in sorted(launches)}
+    return found
+
+
+def compiled(launches: Mapping[str, Mapping[str, Launch]]) -> Rows:
+    """The rows of what `launches_of` found."""
+    rows: Rows = {}
+    for gpu, kernels in launches.items():
+        with compiling_for(int(gpu.removeprefix("sm_"))):
+            rows[gpu] = {name: _row(launch) for name, launch in kernels.items()}
     return rows
 
 
@@ -98,16 +109,20 @@ def _row(launch: Launch) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--layers", nargs="*", default=list(CASES), metavar="LAYER")
+    for flag in ("--write", "--spread", "--names"):
+        parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
-    rows = compile_layers(options.layers)
+    launches = launches_of(SPREAD if options.spread else dict.fromkeys(SMS, CASES))
+    if options.names:
+        print(json.dumps({gpu: list(kernels) for gpu, kernels in launches.items()}))
+        return
+    rows = compiled(launches)
     if options.write:
         write_table({**read_table(), triton.__version__: rows})
         print(f"{sum(map(len, rows.values()))} kernels of triton {triton.__version__}")
         print("\n".join(complaints(rows)) or "none spills")
     else:
-        print(json.dumps({"triton": triton.__version__, "rows": rows, "complaints": complaints(rows)}))
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":

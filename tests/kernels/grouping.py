@@ -15,6 +15,7 @@ GROUPS = {
     "one token": (0, 1),
     "one huge, the others empty": (0, 70, 0),
     "full tiles": (16, 32),
+    "one each, so that no tile is left over": (1, 1, 1),
 }
 """pairs of each slot; tiles have 16 rows in the interpreter"""
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

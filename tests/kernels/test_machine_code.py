@@ -41,6 +41,7 @@ def test_counting_is_by_whole_names() -> None:
         /*0020*/                   LDGDEPBAR ;
         /*0030*/             @!UP0 UTMALDG.2D [UR8], [UR4] ;
         /*0040*/                   ATOMS.ADD R1, [R2], R3 ;
+        /*0048*/                   ATOMG.E.EXCH.STRONG.GPU PT, RZ, [R12], R15 ;
         /*0050*/               @P1 REDUX.SUM UR4, R1 ;
         /*0060*/                   REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R5 ;
     """
