@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,16 +30,18 @@ class MoeModel:
     layers: dict[int, MoeLayer]
     attention: dict[tuple[int, str], LoraLinear]
     """(layer, module name) -> adapter, such as (3, "self_attn.q_proj")"""
+    others: dict[str, nn.Parameter] = field(default_factory=dict)
+    """the model's own parameters that train, by their names in it"""
 
     def replicated_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters that every rank holds alike: routers and attention adapters, by stable names."""
+        """Trainable parameters that every rank holds alike: routers, attention adapters and the model's own, by stable names."""
         named: dict[str, nn.Parameter] = {}
         for layer, moe in sorted(self.layers.items()):
             named[f"layers.{layer}.router"] = moe.router.weight
         for (layer, module), lora in sorted(self.attention.items()):
             named[f"layers.{layer}.{module}.A"] = lora.lora_A
             named[f"layers.{layer}.{module}.B"] = lora.lora_B
-        return named
+        return named | self.others
 
 
 @dataclass(frozen=True)
@@ -100,20 +103,7 @@ def insert_experts(
         for ffn in expert_layers
     }
     engine = Engine(dict(families), engine_config, groups)
-    layers = {}
-    for ffn in expert_layers:
-        base = ffn.base.gate_FD
-        router = router_class(
-            base.shape[1],
-            families[ffn.layer].num_experts,
-            plan.top_k,
-            layer=ffn.layer,
-            seed=plan.seed,
-            dtype=dtype,
-            device=base.device,
-        )
-        layers[ffn.layer] = MoeLayer(ffn.layer, router, engine, micro_step)
-        model.set_submodule(ffn.path, layers[ffn.layer])
+    layers = put_layers(model, expert_layers, engine, micro_step, plan.top_k, plan.seed, router_class)
     attention = {}
     for layer, module, path in attention_targets:
         linear = model.get_submodule(path)
@@ -122,8 +112,35 @@ def insert_experts(
             linear, plan.lora, path=f"{layer}.{module}", seed=plan.seed, dtype=dtype, micro_step=micro_step
         )
         model.set_submodule(path, attention[layer, module])
-    _prefetch_during_attention(model, engine, layers, engine_config.prefetch)
     return MoeModel(model, engine, micro_step, layers, attention)
+
+
+def put_layers(
+    model: nn.Module,
+    ffns: Sequence[GatedFfn],
+    engine: Engine,
+    micro_step: MicroStep,
+    top_k: int,
+    seed: int,
+    router_class: type[TopKRouter] = TopKRouter,
+) -> dict[int, MoeLayer]:
+    """Put routers and the engine's experts in the place of FFNs, and hooks that start each layer's gather ahead of its attention."""
+    layers = {}
+    for ffn in ffns:
+        base = ffn.base.gate_FD
+        router = router_class(
+            base.shape[1],
+            engine.families[ffn.layer].num_experts,
+            top_k,
+            layer=ffn.layer,
+            seed=seed,
+            dtype=adapter_dtype(base.dtype),
+            device=base.device,
+        )
+        layers[ffn.layer] = MoeLayer(ffn.layer, router, engine, micro_step)
+        model.set_submodule(ffn.path, layers[ffn.layer])
+    prefetch_during_attention(decoder_layers(model)[1], engine, layers, engine.config.prefetch)
+    return layers
 
 
 def _attention_targets(model: nn.Module, plan: SurgeryPlan, ffns: list[GatedFfn]) -> list[tuple[int, str, str]]:
@@ -150,7 +167,7 @@ def _attention_targets(model: nn.Module, plan: SurgeryPlan, ffns: list[GatedFfn]
     return targets
 
 
-def _prefetch_during_attention(model: nn.Module, engine: Engine, layers: dict[int, MoeLayer], ahead: int) -> None:
+def prefetch_during_attention(decoder: nn.ModuleList, engine: Engine, layers: Collection[int], ahead: int) -> None:
     """Start a layer's gather when its decoder layer begins, so that its attention hides it, or `ahead` - 1 decoder layers earlier."""
 
     def hook_for(coming: list[int]) -> Any:
@@ -159,7 +176,6 @@ def _prefetch_during_attention(model: nn.Module, engine: Engine, layers: dict[in
 
         return start
 
-    _, decoder = decoder_layers(model)
     for index, module in enumerate(decoder):
         coming = [layer for layer in range(index, index + ahead) if layer in layers]
         if coming:

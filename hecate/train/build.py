@@ -12,9 +12,10 @@ from hecate.config import Config, DataSource
 from hecate.data.encode import EncodedSource, encode_source
 from hecate.errors import UserError
 from hecate.model.gated_ffn import decoder_layers
-from hecate.model.head import LanguageModelHead
+from hecate.model.head import CausalHead, LanguageModelHead
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
+from hecate.model.upcycling import UpcyclingPlan, upcycle
 from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
 from hecate.parallel.planners import POLICIES
@@ -27,10 +28,10 @@ PRESETS = Path(__file__).resolve().parent.parent / "configs" / "topologies"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded, frozen causal language model."""
+    """A causal language model: a checkpoint as it was loaded, or a new one with experts in it (`hecate.megatron`)."""
 
     model: nn.Module
-    head: LanguageModelHead
+    head: CausalHead
     tokenizer: Any
     vocab_size: int
 
@@ -63,33 +64,64 @@ def build_topology(config: Config, ranks: Ranks) -> Topology:
     return topology
 
 
-def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
-    """Put the configured experts and adapters into the model."""
-    tokens = config.micro_batch_size * config.data.seq_len
-    engine_config = EngineConfig(
+def front_end(config: Config, ranks: Ranks) -> BaseModel:
+    """The model that the configuration names, by whoever is to build it. Every rank must call it."""
+    if config.model.front_end == "megatron":
+        from hecate.megatron.front_end import build_megatron
+
+        return build_megatron(config, ranks)
+    return build_base(config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks)
+
+
+def engine_config(config: Config, ranks: Ranks, non_moe_flops: float) -> EngineConfig:
+    """What the configuration says of the engine; `non_moe_flops` of a layer outside its experts, of one rank in a micro-step, forward."""
+    return EngineConfig(
         planner=POLICIES[config.fssdp.policy],
         topology=build_topology(config, ranks),
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
         max_imbalance=config.fssdp.max_imbalance,
-        top_k=config.moe.top_k,
-        non_moe_flops=non_moe_flops_per_token(base.model) * tokens,
+        top_k=config.moe.choices,
+        non_moe_flops=non_moe_flops,
         plan=config.fssdp.plan,
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
     )
-    plan = surgery_plan(config, len(decoder_layers(base.model)[1]))
-    return insert_experts(base.model, plan, engine_config, ranks.groups)
+
+
+def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
+    """Put the configured experts and adapters into the model, if they are not there already."""
+    if config.model.front_end == "megatron":
+        from hecate.megatron.front_end import MegatronModel
+
+        assert isinstance(base, MegatronModel)
+        return base.moe
+    tokens = config.micro_batch_size * config.data.seq_len
+    for_engine = engine_config(config, ranks, non_moe_flops_per_token(base.model) * tokens)
+    num_layers = len(decoder_layers(base.model)[1])
+    if config.moe.family == "full":
+        return upcycle(base.model, upcycling_plan(config, num_layers), for_engine, ranks.groups)
+    return insert_experts(base.model, surgery_plan(config, num_layers), for_engine, ranks.groups)
 
 
 def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
     scale = config.lora.alpha / (config.lora.r**0.5 if config.lora.use_rslora else config.lora.r)
     return SurgeryPlan(
         experts_per_layer=config.moe.experts_per_layer(num_layers),
-        top_k=config.moe.top_k,
+        top_k=config.moe.choices,
         lora=LoraShape(config.lora.r, scale, config.lora.dropout),
         target_modules=config.lora.target_modules,
         seed=config.seed,
+    )
+
+
+def upcycling_plan(config: Config, num_layers: int) -> UpcyclingPlan:
+    return UpcyclingPlan(
+        experts_per_layer=config.moe.experts_per_layer(num_layers),
+        top_k=config.moe.choices,
+        noise=config.moe.upcycle_noise,
+        seed=config.seed,
+        train_non_experts=config.model.train_non_experts,
     )
 
 
