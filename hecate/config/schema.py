@@ -63,19 +63,34 @@ class LoraConfig:
     """Linear layers that get an adapter. Those of the FFN get one per expert, those of the attention one each."""
 
 
+DEFAULT_EXPERTS, DEFAULT_TOP_K = 8, 2
+"""where the model does not say"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    family: Literal["mixlora"] = "mixlora"
-    """What an expert computes. mixlora: LoRA pairs over the layer's shared frozen FFN."""
-    num_experts: int | tuple[int, ...] = 8
-    """Experts in every layer, or a list with one count per layer; a layer with 0 keeps its plain FFN."""
-    top_k: int = 2
-    """Experts that each token goes to."""
+    family: Literal["mixlora", "full", "moe_lora"] = "mixlora"
+    """What an expert computes. mixlora: LoRA pairs over the layer's shared frozen FFN. full: a gated FFN of its own, trained whole, which
+    begins as a copy of the dense model's. moe_lora: LoRA pairs over the frozen experts of a model that has experts already."""
+    num_experts: int | tuple[int, ...] | None = None
+    """Experts in every layer, or a list with one count per layer; a layer with 0 keeps its plain FFN. null: 8, or, with moe_lora, what
+    the model has."""
+    top_k: int | None = None
+    """Experts that each token goes to. null: 2, or, with moe_lora, as the model has it."""
+    upcycle_noise: float = 0.01
+    """Family full: what is added to each copied weight is normal with this share of its matrix's standard deviation. 0: equal copies."""
     router_aux_loss_coef: float = 0.001
     """Weight of the load-balancing loss in the training loss. 0: none."""
 
+    @property
+    def choices(self) -> int:
+        """`top_k`, which `load_config` has settled, or the builder of a model that has experts already."""
+        assert self.top_k is not None, "moe.top_k is the model's, which nobody has asked"
+        return self.top_k
+
     def experts_per_layer(self, num_layers: int) -> tuple[int, ...]:
         """Expert count of each of `num_layers` layers. Raises UserError if num_experts lists another number of them."""
+        assert self.num_experts is not None, "moe.num_experts is the model's, which nobody has asked"
         if isinstance(self.num_experts, int):
             return (self.num_experts,) * num_layers
         if len(self.num_experts) != num_layers:

@@ -91,7 +91,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: li
     config, world = run.config, run.topology.world_size
     tokens = run.tokens * _micro_steps_together(run)
     sampled = min(group.number, SAMPLED_LAYERS)
-    loads = WORKLOADS[workload](STEPS, sampled, world, group.experts, tokens, config.moe.top_k, config.seed)
+    loads = WORKLOADS[workload](STEPS, sampled, world, group.experts, tokens, config.moe.choices, config.seed)
     slots = group.experts if config.fssdp.memory_slots is None else config.fssdp.memory_slots
     return simulate(
         loads,

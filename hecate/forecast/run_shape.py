@@ -93,7 +93,7 @@ def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
     return LayerCost(
         trainable_bytes=float(master_bytes * pairs),
         state_bytes=3.0 * master_bytes * pairs,
-        top_k=config.moe.top_k,
+        top_k=config.moe.choices,
         row_bytes=float(layer.hidden * dtype_bytes),
         row_flops=6.0 * layer.hidden * layer.ffn,
         choice_flops=2.0 * pairs,

@@ -72,7 +72,7 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
         max_imbalance=config.fssdp.max_imbalance,
-        top_k=config.moe.top_k,
+        top_k=config.moe.choices,
         non_moe_flops=non_moe_flops_per_token(base.model) * tokens,
         plan=config.fssdp.plan,
         rematerialize=config.fssdp.rematerialize,
@@ -86,7 +86,7 @@ def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
     scale = config.lora.alpha / (config.lora.r**0.5 if config.lora.use_rslora else config.lora.r)
     return SurgeryPlan(
         experts_per_layer=config.moe.experts_per_layer(num_layers),
-        top_k=config.moe.top_k,
+        top_k=config.moe.choices,
         lora=LoraShape(config.lora.r, scale, config.lora.dropout),
         target_modules=config.lora.target_modules,
         seed=config.seed,

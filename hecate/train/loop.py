@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -15,7 +14,6 @@ from types import FrameType
 
 import torch
 
-from hecate.adapter import AdapterConfig
 from hecate.checkpoint.files import write_durable
 from hecate.config import Config, to_yaml
 from hecate.data.batches import Batch, collate
@@ -28,10 +26,10 @@ from hecate.model.surgery import MoeModel
 from hecate.parallel.traces import TraceWriter
 from hecate.train.build import BaseModel, build_base, build_moe, encode_sources
 from hecate.train.evaluate import Evaluation, evaluate
-from hecate.train.export import adapter_config, export_adapter
 from hecate.train.heatmap import write_heatmap
 from hecate.train.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record
 from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.output import TrainedOutput, output_of
 from hecate.train.progress import Progress, StepLine
 from hecate.train.ranks import Ranks
 from hecate.train.resharding import check_room, owned_parameters, reshard_if_it_pays
@@ -51,7 +49,7 @@ class Run:
         self.folder = Path(config.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base: BaseModel = build_base(config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks)
-        self.description: AdapterConfig = adapter_config(config, self.base)
+        self.output: TrainedOutput = output_of(config, self.base)
         sources = encode_sources(config.data.train, config, self.base, ranks)
         self.eval_sources: list[EncodedSource] = encode_sources(config.data.eval, config, self.base, ranks)
         rows = config.micro_batch_size * config.gradient_accumulation_steps * ranks.world_size
@@ -173,10 +171,7 @@ def train(config: Config, ranks: Ranks) -> None:
                         f"stopped by a signal after step {run.step}; go on with: hecate train {run.folder / 'config.yaml'} resume=true"
                     )
                 return
-        adapter = run.folder / "adapter"
-        if ranks.is_first and adapter.exists():  # of an earlier end of this same run
-            shutil.rmtree(adapter)
-        export_adapter(adapter, run.description, run.moe, ranks)
+        written = run.output.replace(run.folder, run.moe, ranks)
         peak_bytes = int(ranks.all_max(float(peak_memory())))
     if ranks.is_first:
         speed = f"{(run.tokens - first_tokens) / train_seconds:.0f}" if train_seconds else "-"
@@ -186,7 +181,7 @@ def train(config: Config, ranks: Ranks) -> None:
             ("training tokens/s", speed),
             ("time", f"{time.monotonic() - started:.0f} s, of which training {train_seconds:.0f} s"),
             ("peak memory", f"{peak_bytes / 2**30:.2f} GiB on the fullest rank"),
-            ("adapter", str(adapter)),
+            (run.output.name, str(written)),
         ]
         if last:
             path = run.folder / "expert_load.png"
@@ -234,7 +229,7 @@ def _trace(run: Run) -> TraceWriter:
     config = run.config
     return TraceWriter(
         run.folder / "loads.npz",
-        top_k=config.moe.top_k,
+        top_k=config.moe.choices,
         tokens_per_rank=config.micro_batch_size * config.gradient_accumulation_steps * config.data.seq_len,
         model=config.model.name_or_path,
         notes={"data": [source.name for source in config.data.train], "policy": config.fssdp.policy},

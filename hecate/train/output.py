@@ -1,0 +1,42 @@
+"""What a finished run leaves in its folder: an adapter over the base model, or a whole model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hecate.config import Config
+from hecate.model.surgery import MoeModel
+from hecate.train.build import BaseModel
+from hecate.train.export import adapter_config, export_adapter
+from hecate.train.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class TrainedOutput:
+    """What is written, decided before training, so that what a format cannot hold is refused at once."""
+
+    name: str
+    """of the folder in output_dir, and in the summary: adapter or model"""
+    write: Callable[[Path, MoeModel, Ranks], None]
+    """writes the folder, which is new; every rank must call it"""
+
+    def replace(self, run_folder: Path, moe: MoeModel, ranks: Ranks) -> Path:
+        """Write the folder in place of what an earlier end of the same run has left. Every rank must call it."""
+        folder = run_folder / self.name
+        if ranks.is_first and folder.exists():
+            shutil.rmtree(folder)
+        self.write(folder, moe, ranks)
+        return folder
+
+
+def output_of(config: Config, base: BaseModel) -> TrainedOutput:
+    """What a run of this configuration will write; `base` as it was loaded, without experts.
+
+    Raises:
+        UserError: the format has no place for it.
+    """
+    description = adapter_config(config, base)
+    return TrainedOutput("adapter", lambda folder, moe, ranks: export_adapter(folder, description, moe, ranks))
