@@ -67,9 +67,12 @@ DEFAULT_EXPERTS, DEFAULT_TOP_K = 8, 2
 """where the model does not say"""
 
 
+Family = Literal["mixlora", "full", "moe_lora"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    family: Literal["mixlora", "full", "moe_lora"] = "mixlora"
+    family: Family = "mixlora"
     """What an expert computes. mixlora: LoRA pairs over the layer's shared frozen FFN. full: a gated FFN of its own, trained whole, which
     begins as a copy of the dense model's. moe_lora: LoRA pairs over the frozen experts of a model that has experts already."""
     num_experts: int | tuple[int, ...] | None = None
@@ -77,6 +80,8 @@ class MoeConfig:
     the model has."""
     top_k: int | None = None
     """Experts that each token goes to. null: 2, or, with moe_lora, as the model has it."""
+    train_router: bool = False
+    """Family moe_lora: train the model's routers, too. The other families always train theirs."""
     upcycle_noise: float = 0.01
     """Family full: what is added to each copied weight is normal with this share of its matrix's standard deviation. 0: equal copies."""
     router_aux_loss_coef: float = 0.001

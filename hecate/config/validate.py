@@ -105,8 +105,6 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
 
 def _check_experts(values: Mapping[str, Any], add: Add) -> None:
     own = values.get("moe.family") == "moe_lora"
-    if own:
-        add("moe.family", "moe_lora is not built yet", "take mixlora or full")
     experts = _or_default(values, "moe.num_experts", None if own else DEFAULT_EXPERTS)
     if experts is None:
         return

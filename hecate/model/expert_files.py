@@ -10,7 +10,7 @@ Checkpoints hold experts in one of two ways, and both become the same here, an e
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,11 +76,16 @@ def expert_layers(entries: Mapping[str, TensorEntry], folder: Path) -> dict[int,
     return {layer: _layer(tensors, f"{folder}: layer {layer}") for layer, tensors in sorted(by_layer.items())}
 
 
+def has_experts(names: Iterable[str]) -> bool:
+    """Does a model with tensors of these names have experts, in whatever layout?"""
+    return any(_EXPERTS.search(name) for name in names)
+
+
 def _layer(tensors: dict[str, TensorEntry], where: str) -> LayerExperts:
     for name, entry in tensors.items():
         _check_kind(name, entry, where)
     if set(tensors) == set(_FUSED):
-        return _fused(*(tensors[name] for name in _FUSED), where)
+        return _fused(tensors[_FUSED[0]], tensors[_FUSED[1]], where)
     found: dict[int, dict[str, TensorEntry]] = {}
     for name, entry in tensors.items():
         number, _, rest = name.partition(".")
@@ -105,8 +110,8 @@ def _layer(tensors: dict[str, TensorEntry], where: str) -> LayerExperts:
 
 
 def _fused(gate_up: TensorEntry, down: TensorEntry, where: str) -> LayerExperts:
-    shapes = gate_up.shape, down.shape
-    if any(len(shape) != 3 for shape in shapes) or (2 * down.shape[2], down.shape[1]) != gate_up.shape[1:] or len({s[0] for s in shapes}) > 1:
+    three = len(gate_up.shape) == len(down.shape) == 3
+    if not three or gate_up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
         raise UserError(
             f"{where}: gate_up_proj is {list(gate_up.shape)} and down_proj {list(down.shape)}\n"
             "  supported: gate_up_proj [experts, 2 x ffn, hidden] with down_proj [experts, hidden, ffn]; transposed experts are not"

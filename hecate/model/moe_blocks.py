@@ -164,5 +164,5 @@ def _with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     if hasattr(config, "_experts_implementation"):
         plain = copy.copy(config)
         plain._experts_implementation = "eager"
-        twin.config = plain  # type: ignore[assignment]
+        twin.config = plain
     return twin

@@ -118,7 +118,8 @@ def _train(router: nn.Module, dtype: torch.dtype) -> nn.Parameter:
     router.to(dtype)
     router.register_forward_pre_hook(lambda _, inputs: tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in inputs))
     (weight,) = router.parameters()
-    return weight.requires_grad_()
+    weight.requires_grad_()
+    return weight
 
 
 def non_moe_flops_per_token(model: nn.Module, layers: Sequence[AdaptedLayer]) -> float:

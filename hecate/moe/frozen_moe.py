@@ -51,6 +51,16 @@ class FrozenMoeLora:
         self._compute_dtype = compute_dtype
         self._device = device
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Those with an adapter, in the order of the chunk."""
+        return self._pairs.projections
+
+    @property
+    def rank(self) -> int:
+        """Of the pairs."""
+        return self._lora.rank
+
     def layout(self) -> ExpertLayout:
         return ExpertLayout(trainable=self._pairs.specs(), frozen=ffn_specs(self.shape))
 

@@ -36,10 +36,11 @@ class RoutedExperts(nn.Module):
         token_T = micro.token if micro.token is not None else torch.arange(num_tokens, device=x_TD.device)
         if micro.valid is not None:
             x_TD, expert_TK, weight_TK, token_T = (part[micro.valid] for part in (x_TD, expert_TK, weight_TK, token_T))
+        assert logits_TE is not None, "experts were called without their router"
+        logits_TE = logits_TE if micro.valid is None else logits_TE[micro.valid]
+        # Also when a checkpointed layer runs again: autograd wants the same tensors as in the first run.
+        prob_TE = torch.softmax(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)), dim=-1)
         if micro.recording:
-            assert logits_TE is not None, "experts were called without their router"
-            logits_TE = logits_TE if micro.valid is None else logits_TE[micro.valid]
-            prob_TE = torch.softmax(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)), dim=-1)
             micro.stats[self.layer] = router_stats(Routing(prob_TE, expert_TK, weight_TK))
         y_TD = self._engine.experts(self.layer, x_TD, expert_TK, weight_TK, token_T, count=micro.recording)
         if micro.valid is None:
@@ -47,4 +48,4 @@ class RoutedExperts(nn.Module):
         return y_TD.new_zeros((num_tokens, y_TD.shape[1])).index_copy(0, micro.valid, y_TD)
 
     def _note_logits(self, _router: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> None:
-        self._logits_TE = outputs[0] if self._micro_step.recording else None
+        self._logits_TE = outputs[0]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hecate.config import Config, DataSource
+from hecate.config.schema import Family
 from hecate.data.encode import EncodedSource, encode_source
 from hecate.errors import UserError
+from hecate.model import moe_surgery
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.head import LanguageModelHead
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
+from hecate.model.load_moe import load_moe_model, refuse_experts
+from hecate.model.moe_surgery import AdaptedLayer
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
 from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
@@ -33,15 +37,47 @@ class BaseModel:
     head: LanguageModelHead
     tokenizer: Any
     vocab_size: int
+    adapted: tuple[AdaptedLayer, ...] = ()
+    """with moe.family moe_lora: the layers whose experts were left out when the model was loaded"""
 
 
-def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, ranks: Ranks) -> BaseModel:
-    """Load model and tokenizer. The model stays in eval mode: dropout of a frozen base would only be noise that depends on ranks."""
-    source = resolve_model(name_or_path)
+def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, ranks: Ranks, family: Family = "mixlora") -> BaseModel:
+    """Load model and tokenizer. The model stays in eval mode: dropout of a frozen base would only be noise that depends on ranks.
+
+    Raises:
+        UserError: the model cannot be read, or is not of the kind that the family needs.
+    """
+    source, device = resolve_model(name_or_path), ranks.device
+    adapted: tuple[AdaptedLayer, ...] = ()
+    model: Any
     with one_gguf_reader():
-        model: Any = load_model(source, pick_dtype(dtype, ranks.device), ranks.device, num_hidden_layers).eval()
+        if family == "moe_lora":
+            model, adapted = load_moe_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
+        else:
+            refuse_experts(source, family)
+            model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
+        model.eval()
         tokenizer = load_tokenizer(source)
-    return BaseModel(model, LanguageModelHead(model), tokenizer, model.get_input_embeddings().num_embeddings)
+    return BaseModel(model, LanguageModelHead(model), tokenizer, model.get_input_embeddings().num_embeddings, adapted)
+
+
+def settled(config: Config, base: BaseModel) -> Config:
+    """The configuration with the numbers that the model has brought.
+
+    Raises:
+        UserError: it gives other ones.
+    """
+    if not base.adapted:
+        return config
+    blocks = {layer.block.layer: layer.block for layer in base.adapted}
+    layers = len(decoder_layers(base.model)[1])
+    each = tuple(blocks[layer].num_experts if layer in blocks else 0 for layer in range(layers))
+    experts = each[0] if len(set(each)) == 1 else each
+    top_k = base.adapted[0].block.top_k
+    for key, given, own in (("num_experts", config.moe.num_experts, experts), ("top_k", config.moe.top_k, top_k)):
+        if given is not None and given != own and not (key == "num_experts" and given == each):
+            raise UserError(f"moe.{key}: {given}, but the model has {own}, which moe.family moe_lora cannot change\n  leave moe.{key} out")
+    return replace(config, moe=replace(config.moe, num_experts=experts, top_k=top_k))
 
 
 def build_topology(config: Config, ranks: Ranks) -> Topology:
@@ -66,6 +102,7 @@ def build_topology(config: Config, ranks: Ranks) -> Topology:
 def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
     """Put the configured experts and adapters into the model."""
     tokens = config.micro_batch_size * config.data.seq_len
+    flops = moe_surgery.non_moe_flops_per_token(base.model, base.adapted) if base.adapted else non_moe_flops_per_token(base.model)
     engine_config = EngineConfig(
         planner=POLICIES[config.fssdp.policy],
         topology=build_topology(config, ranks),
@@ -73,21 +110,31 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
         memory_slots=config.fssdp.memory_slots,
         max_imbalance=config.fssdp.max_imbalance,
         top_k=config.moe.choices,
-        non_moe_flops=non_moe_flops_per_token(base.model) * tokens,
+        non_moe_flops=flops * tokens,
         plan=config.fssdp.plan,
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
     )
+    if base.adapted:
+        return moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), engine_config, ranks.groups)
     plan = surgery_plan(config, len(decoder_layers(base.model)[1]))
     return insert_experts(base.model, plan, engine_config, ranks.groups)
 
 
-def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
+def moe_lora_plan(config: Config) -> moe_surgery.MoeLoraPlan:
+    return moe_surgery.MoeLoraPlan(lora_shape(config), config.lora.target_modules, train_router=config.moe.train_router, seed=config.seed)
+
+
+def lora_shape(config: Config) -> LoraShape:
     scale = config.lora.alpha / (config.lora.r**0.5 if config.lora.use_rslora else config.lora.r)
+    return LoraShape(config.lora.r, scale, config.lora.dropout)
+
+
+def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
     return SurgeryPlan(
         experts_per_layer=config.moe.experts_per_layer(num_layers),
         top_k=config.moe.choices,
-        lora=LoraShape(config.lora.r, scale, config.lora.dropout),
+        lora=lora_shape(config),
         target_modules=config.lora.target_modules,
         seed=config.seed,
     )

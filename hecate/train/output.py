@@ -11,6 +11,7 @@ from hecate.config import Config
 from hecate.model.surgery import MoeModel
 from hecate.train.build import BaseModel
 from hecate.train.export import adapter_config, export_adapter
+from hecate.train.peft_adapter import export_peft_adapter, peft_config
 from hecate.train.ranks import Ranks
 
 
@@ -38,5 +39,8 @@ def output_of(config: Config, base: BaseModel) -> TrainedOutput:
     Raises:
         UserError: the format has no place for it.
     """
+    if config.moe.family == "moe_lora":
+        peft = peft_config(config, base)
+        return TrainedOutput("adapter", lambda folder, moe, ranks: export_peft_adapter(folder, peft, base, moe, ranks))
     description = adapter_config(config, base)
     return TrainedOutput("adapter", lambda folder, moe, ranks: export_adapter(folder, description, moe, ranks))
