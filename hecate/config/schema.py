@@ -19,6 +19,8 @@ class ModelConfig:
     """The type in which the frozen base is held and computed. auto: the trainer chooses by model and device."""
     num_hidden_layers: int | None = None
     """Keep only the model's first layers, this many. null: all."""
+    train_non_experts: bool = False
+    """Family full: train the rest of the model, too, alike on every rank. Needs dtype float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

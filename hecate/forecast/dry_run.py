@@ -130,7 +130,12 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         "experts": again * times * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
         "tokens": dispatch,
         "exposed": times * sum(one.seconds.exposed for one in groups),
-        "head": 4.0 * run.base.layers[0].hidden * run.base.vocabulary * run.tokens * micro_steps / min(topology.flops),
+        "head": (6.0 if run.trains_non_experts else 4.0)
+        * run.base.layers[0].hidden
+        * run.base.vocabulary
+        * run.tokens
+        * micro_steps
+        / min(topology.flops),
         "all-reduce": reduced_bytes / topology.slowest_link.bandwidth + topology.slowest_link.latency if reduced_bytes else 0.0,
         "optimizer": sum(one.seconds.optimizer for one in groups)
         + 7.0 * run.replicated_parameters * run.master_bytes / min(topology.memory_bandwidth),
@@ -169,8 +174,15 @@ def _attention_seconds(run: RunShape) -> float:
     flops = 0.0
     for layer in run.base.layers:
         trained = 2.0 * adapter_parameters(layer, config) + 2.0 * config.data.seq_len * layer.query_width
-        flops += (forwards + 1) * 2.0 * layer.linear_parameters + (forwards + 2) * trained
+        flops += (forwards + (2 if run.trains_non_experts else 1)) * 2.0 * layer.linear_parameters + (forwards + 2) * trained
     return flops * run.tokens * config.gradient_accumulation_steps / min(run.topology.flops)
+
+
+def _head_seconds(run: RunShape) -> float:
+    """Logits, the gradient of what they are made from, and that of the head where it trains."""
+    gemms = 3 if run.trains_non_experts else 2
+    flops = gemms * 2.0 * run.base.layers[0].hidden * run.base.vocabulary
+    return flops * run.tokens * run.config.gradient_accumulation_steps / min(run.topology.flops)
 
 
 def _plain_ffn_seconds(run: RunShape) -> float:

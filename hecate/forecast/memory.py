@@ -50,7 +50,7 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
     if config.fssdp.per_micro_step:  # reduced as they come, and added up by the owners
         gradients = fullest + owned
     replicated = np.full(world, float(run.replicated_parameters * run.master_bytes))
-    base = np.full(world, float(run.base.parameters * run.dtype_bytes))
+    base = np.full(world, float(run.frozen_parameters * run.dtype_bytes))
     saved = _saved_bytes(run, rows_D)
     nothing = np.zeros(world)
     return [
@@ -81,15 +81,27 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
     """What autograd keeps of a layer, counted by its tensors.
 
     Attention: its normalized input, queries, keys, values, what comes out, low-rank products; norms and the router keep float32 inputs.
-    Experts: x, gate and up of each row that is computed here.
+    Experts: x, gate and up of each row that is computed here; of full experts, gate and up of each choice.
     """
     layer, b = run.base.layers[index], run.dtype_bytes
+    choices_D = rows_D * _choices_a_row(run, index, rows_D)
+    trained = 0.0
+    if run.trains_non_experts:  # what norms and a plain FFN multiply their own weights with
+        plain = not run.config.moe.experts_per_layer(len(run.base.layers))[index]
+        trained = 2 * b * (layer.hidden + plain * layer.ffn)
     key_value = sum(outputs for name, outputs, _ in layer.linears if name in ("k_proj", "v_proj"))
     low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
     wide = 3 if b < 4 else 2
     per_token = b * (layer.hidden + 2 * layer.query_width + key_value + low_rank) + 4 * wide * layer.hidden
-    per_row = b * (layer.hidden + 2 * layer.ffn)
-    return np.asarray(run.tokens * per_token + rows_D * per_row)
+    return np.asarray(run.tokens * (per_token + trained) + b * (rows_D * layer.hidden + choices_D * 2 * layer.ffn))
+
+
+def _choices_a_row(run: RunShape, index: int, rows_D: np.ndarray) -> float:
+    """Gate and up products that are kept of a row: one where experts share the base's."""
+    config = run.config
+    if config.moe.family != "full" or not config.moe.experts_per_layer(len(run.base.layers))[index]:
+        return 1.0
+    return run.tokens * run.topology.world_size * config.moe.choices / max(float(rows_D.sum()), 1.0)
 
 
 def _backward_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:

@@ -49,9 +49,29 @@ class RunShape:
 
     @property
     def replicated_parameters(self) -> int:
-        """Routers and attention adapters, which every rank has."""
+        """Routers, attention adapters, and the model's own where it trains: which every rank has."""
         routers = sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden
+        if self.trains_non_experts:
+            return routers + self._outside_experts
         return routers + sum(adapter_parameters(layer, self.config) for layer in self.base.layers)
+
+    @property
+    def trains_non_experts(self) -> bool:
+        return self.config.moe.family == "full" and self.config.model.train_non_experts
+
+    @property
+    def frozen_parameters(self) -> int:
+        """What every rank holds of the model without training it."""
+        if self.config.moe.family != "full":
+            return self.base.parameters
+        return 0 if self.trains_non_experts else self._outside_experts
+
+    @property
+    def _outside_experts(self) -> int:
+        """Parameters of the model but for the FFNs that have become experts."""
+        experts = self.config.moe.experts_per_layer(len(self.base.layers))
+        upcycled = sum(3 * layer.hidden * layer.ffn for layer, number in zip(self.base.layers, experts, strict=True) if number)
+        return self.base.parameters - upcycled
 
 
 def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunShape:
@@ -87,23 +107,28 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
 
 
 def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> LayerCost:
-    """What the engine plans a layer of MixLoRA experts with (`MixLoraExperts.cost`)."""
-    trained = sum(name in config.lora.target_modules for name in PROJECTIONS)
-    pairs = trained * config.lora.r * (layer.hidden + layer.ffn)
+    """What the engine plans a layer with (`MixLoraExperts.cost`, `FullExperts.cost`)."""
+    if config.moe.family == "full":
+        expert, row_flops, choice_backward = 3 * layer.hidden * layer.ffn, 0.0, 2.0
+    else:
+        trained = sum(name in config.lora.target_modules for name in PROJECTIONS)
+        expert, row_flops, choice_backward = trained * config.lora.r * (layer.hidden + layer.ffn), 6.0 * layer.hidden * layer.ffn, 3.0
     return LayerCost(
-        trainable_bytes=float(master_bytes * pairs),
-        state_bytes=3.0 * master_bytes * pairs,
+        trainable_bytes=float(master_bytes * expert),
+        state_bytes=3.0 * master_bytes * expert,
         top_k=config.moe.choices,
         row_bytes=float(layer.hidden * dtype_bytes),
-        row_flops=6.0 * layer.hidden * layer.ffn,
-        choice_flops=2.0 * pairs,
-        choice_backward=3.0,
+        row_flops=row_flops,
+        choice_flops=2.0 * expert,
+        choice_backward=choice_backward,
         non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len,
     )
 
 
 def adapter_parameters(layer: LayerShape, config: Config) -> int:
-    """Of the LoRA pairs on a layer's attention."""
+    """Of the LoRA pairs on a layer's attention, which full experts do without."""
+    if config.moe.family == "full":
+        return 0
     return sum(config.lora.r * (outputs + inputs) for name, outputs, inputs in layer.linears if name in config.lora.target_modules)
 
 

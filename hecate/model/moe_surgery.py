@@ -90,16 +90,15 @@ def adapt_experts(
         for layer in layers
     }
     engine = Engine(dict(families), engine_config, groups)
-    modules, routers = {}, {}
+    modules = {}
     for block in (layer.block for layer in layers):
         router = model.get_submodule(block.router_path)
-        modules[block.layer] = RoutedExperts(block.layer, router, engine, micro_step)
+        trained = _train(router, dtype) if plan.train_router else None
+        modules[block.layer] = RoutedExperts(block.layer, router, engine, micro_step, trained)
         model.set_submodule(block.experts_path, modules[block.layer])
-        if plan.train_router:
-            routers[block.layer] = _train(router, dtype)
     attention = adapt_attention(model, targets, plan.lora, seed=plan.seed, dtype=dtype, micro_step=micro_step)
-    prefetch_during_attention(model, engine, modules, engine_config.prefetch)
-    return MoeModel(model, engine, micro_step, modules, routers, attention)
+    prefetch_during_attention(decoder_layers(model)[1], engine, modules, engine_config.prefetch)
+    return MoeModel(model, engine, micro_step, modules, attention)
 
 
 def _reader(files: LayerExperts, dtype: torch.dtype, device: torch.device) -> Any:

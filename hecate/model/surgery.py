@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from hecate.errors import UserError
 from hecate.kernels.mixlora_inputs import PROJECTIONS
-from hecate.model.gated_ffn import decoder_layers, find_gated_ffns
+from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.lora import LoraLinear
 from hecate.moe.context import MicroStep
 from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
@@ -28,21 +28,27 @@ class MoeModel:
     model: nn.Module
     engine: Engine
     micro_step: MicroStep
-    layers: dict[int, MoeLayer] | dict[int, RoutedExperts]
-    routers: dict[int, nn.Parameter]
-    """those that are trained"""
+    layers: Mapping[int, MoeLayer | RoutedExperts]
     attention: dict[tuple[int, str], LoraLinear]
     """(layer, module name) -> adapter, such as (3, "self_attn.q_proj")"""
+    others: dict[str, nn.Parameter] = field(default_factory=dict)
+    """the model's own parameters that train, by their names in it"""
+
+    @property
+    def routers(self) -> dict[int, nn.Parameter]:
+        """By layer, the weights of those that are trained."""
+        trained = {layer: module.trained_router for layer, module in sorted(self.layers.items())}
+        return {layer: router for layer, router in trained.items() if router is not None}
 
     def replicated_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters that every rank holds alike: routers and attention adapters, by stable names."""
+        """Trainable parameters that every rank holds alike: routers, attention adapters and the model's own, by stable names."""
         named: dict[str, nn.Parameter] = {}
-        for layer, router in sorted(self.routers.items()):
+        for layer, router in self.routers.items():
             named[f"layers.{layer}.router"] = router
         for (layer, module), lora in sorted(self.attention.items()):
             named[f"layers.{layer}.{module}.A"] = lora.lora_A
             named[f"layers.{layer}.{module}.B"] = lora.lora_B
-        return named
+        return named | self.others
 
 
 @dataclass(frozen=True)
@@ -104,24 +110,9 @@ def insert_experts(
         for ffn in expert_layers
     }
     engine = Engine(dict(families), engine_config, groups)
-    layers = {}
-    for ffn in expert_layers:
-        base = ffn.base.gate_FD
-        router = router_class(
-            base.shape[1],
-            families[ffn.layer].num_experts,
-            plan.top_k,
-            layer=ffn.layer,
-            seed=plan.seed,
-            dtype=dtype,
-            device=base.device,
-        )
-        layers[ffn.layer] = MoeLayer(ffn.layer, router, engine, micro_step)
-        model.set_submodule(ffn.path, layers[ffn.layer])
+    layers = put_layers(model, expert_layers, engine, micro_step, plan.top_k, plan.seed, router_class)
     attention = adapt_attention(model, attention_targets, plan.lora, seed=plan.seed, dtype=dtype, micro_step=micro_step)
-    prefetch_during_attention(model, engine, layers, engine_config.prefetch)
-    routers = {layer: moe.router.weight for layer, moe in layers.items()}
-    return MoeModel(model, engine, micro_step, layers, routers, attention)
+    return MoeModel(model, engine, micro_step, layers, attention)
 
 
 def adapt_attention(
@@ -135,6 +126,34 @@ def adapt_attention(
         attention[layer, module] = LoraLinear(linear, lora, path=f"{layer}.{module}", seed=seed, dtype=dtype, micro_step=micro_step)
         model.set_submodule(path, attention[layer, module])
     return attention
+
+
+def put_layers(
+    model: nn.Module,
+    ffns: Sequence[GatedFfn],
+    engine: Engine,
+    micro_step: MicroStep,
+    top_k: int,
+    seed: int,
+    router_class: type[TopKRouter] = TopKRouter,
+) -> dict[int, MoeLayer]:
+    """Put routers and the engine's experts in the place of FFNs, and hooks that start each layer's gather ahead of its attention."""
+    layers = {}
+    for ffn in ffns:
+        base = ffn.base.gate_FD
+        router = router_class(
+            base.shape[1],
+            engine.families[ffn.layer].num_experts,
+            top_k,
+            layer=ffn.layer,
+            seed=seed,
+            dtype=adapter_dtype(base.dtype),
+            device=base.device,
+        )
+        layers[ffn.layer] = MoeLayer(ffn.layer, router, engine, micro_step)
+        model.set_submodule(ffn.path, layers[ffn.layer])
+    prefetch_during_attention(decoder_layers(model)[1], engine, layers, engine.config.prefetch)
+    return layers
 
 
 def find_attention_targets(model: nn.Module, target_modules: Sequence[str], excluded: tuple[str, ...]) -> list[tuple[int, str, str]]:
@@ -167,7 +186,7 @@ def find_attention_targets(model: nn.Module, target_modules: Sequence[str], excl
     return targets
 
 
-def prefetch_during_attention(model: nn.Module, engine: Engine, layers: Collection[int], ahead: int) -> None:
+def prefetch_during_attention(decoder: nn.ModuleList, engine: Engine, layers: Collection[int], ahead: int) -> None:
     """Start a layer's gather when its decoder layer begins, so that its attention hides it, or `ahead` - 1 decoder layers earlier."""
 
     def hook_for(coming: list[int]) -> Any:
@@ -176,7 +195,6 @@ def prefetch_during_attention(model: nn.Module, engine: Engine, layers: Collecti
 
         return start
 
-    _, decoder = decoder_layers(model)
     for index, module in enumerate(decoder):
         coming = [layer for layer in range(index, index + ahead) if layer in layers]
         if coming:

@@ -19,16 +19,23 @@ class RoutedExperts(nn.Module):
     Tokens that are padding (see `MicroStep.valid`) have been routed like the others, but go nowhere, do not count, and come out as zeros.
     """
 
-    def __init__(self, layer: int, router: nn.Module, engine: Engine, micro_step: MicroStep) -> None:
+    def __init__(self, layer: int, router: nn.Module, engine: Engine, micro_step: MicroStep, trained: nn.Parameter | None = None) -> None:
         """Args:
         router: the model's own; its first output are the logits [T, E].
+        trained: its weight, if that is trained.
         """
         super().__init__()
         self.layer = layer
         self._engine = engine
         self._micro_step = micro_step
+        self._trained = (trained,)  # not this module's parameter, but the router's
         self._logits_TE: Tensor | None = None
         router.register_forward_hook(self._note_logits)
+
+    @property
+    def trained_router(self) -> nn.Parameter | None:
+        """The router's weight, if that is trained."""
+        return self._trained[0]
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         micro, num_tokens = self._micro_step, len(x_TD)

@@ -19,6 +19,7 @@ from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_
 from hecate.model.load_moe import load_moe_model, refuse_experts
 from hecate.model.moe_surgery import AdaptedLayer
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
+from hecate.model.upcycling import UpcyclingPlan, upcycle
 from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
 from hecate.parallel.planners import POLICIES
@@ -117,8 +118,10 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
     )
     if base.adapted:
         return moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), engine_config, ranks.groups)
-    plan = surgery_plan(config, len(decoder_layers(base.model)[1]))
-    return insert_experts(base.model, plan, engine_config, ranks.groups)
+    num_layers = len(decoder_layers(base.model)[1])
+    if config.moe.family == "full":
+        return upcycle(base.model, upcycling_plan(config, num_layers), engine_config, ranks.groups)
+    return insert_experts(base.model, surgery_plan(config, num_layers), engine_config, ranks.groups)
 
 
 def moe_lora_plan(config: Config) -> moe_surgery.MoeLoraPlan:
@@ -137,6 +140,16 @@ def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
         lora=lora_shape(config),
         target_modules=config.lora.target_modules,
         seed=config.seed,
+    )
+
+
+def upcycling_plan(config: Config, num_layers: int) -> UpcyclingPlan:
+    return UpcyclingPlan(
+        experts_per_layer=config.moe.experts_per_layer(num_layers),
+        top_k=config.moe.choices,
+        noise=config.moe.upcycle_noise,
+        seed=config.seed,
+        train_non_experts=config.model.train_non_experts,
     )
 
 

@@ -31,6 +31,8 @@ def evaluate_adapter(config: Config, adapter: Path) -> None:
     """
     if not config.data.eval:
         raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on")
+    if config.moe.family == "full":
+        raise UserError("hecate eval: reads adapters, but moe.family=full leaves a whole model in output_dir/model, for transformers")
     with join_ranks() as ranks:
         base, moe = _with_adapter(adapter, ranks, config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers)
         sources = encode_sources(config.data.eval, config, base, ranks)

@@ -36,7 +36,7 @@ from hecate.train.resharding import check_room, owned_parameters, reshard_if_it_
 from hecate.train.schedule import schedule
 from hecate.train.state import load_state, save_state
 from hecate.train.step import StepResult, train_step
-from hecate.train.summary import EVERY_RANK, TrainableRow, print_summary, training_report
+from hecate.train.summary import EVERY_RANK, NON_EXPERTS, TrainableRow, print_summary, training_report
 
 _MOST_SKIPPED_IN_A_ROW = 10
 
@@ -262,7 +262,13 @@ def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
             if count:
                 rows.append(TrainableRow(f"layers.{layer}.experts", count, store.chunk_numel, store.chunk_bytes, f"rank {rank}"))
     for name, parameter in moe.replicated_parameters().items():
+        if name in moe.others:
+            continue
         rows.append(TrainableRow(name, 1, parameter.numel(), parameter.numel() * parameter.element_size(), EVERY_RANK))
+    if moe.others:
+        numel = sum(parameter.numel() for parameter in moe.others.values())
+        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in moe.others.values())
+        rows.append(TrainableRow(NON_EXPERTS, 1, numel, num_bytes, EVERY_RANK))
     return rows
 
 

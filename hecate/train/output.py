@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hecate.config import Config
+from hecate.model.gated_ffn import decoder_layers
 from hecate.model.surgery import MoeModel
 from hecate.train.build import BaseModel
 from hecate.train.export import adapter_config, export_adapter
+from hecate.train.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.train.peft_adapter import export_peft_adapter, peft_config
 from hecate.train.ranks import Ranks
 
@@ -42,5 +45,15 @@ def output_of(config: Config, base: BaseModel) -> TrainedOutput:
     if config.moe.family == "moe_lora":
         peft = peft_config(config, base)
         return TrainedOutput("adapter", lambda folder, moe, ranks: export_peft_adapter(folder, peft, base, moe, ranks))
+    if config.moe.family == "full":
+        return _mixtral(config, base)
     description = adapter_config(config, base)
     return TrainedOutput("adapter", lambda folder, moe, ranks: export_adapter(folder, description, moe, ranks))
+
+
+def _mixtral(config: Config, base: BaseModel) -> TrainedOutput:
+    experts = config.moe.experts_per_layer(len(decoder_layers(base.model)[1]))
+    dense: Any = base.model.config
+    described = mixtral_config(dense, experts, config.moe.choices, config.moe.router_aux_loss_coef)
+    description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype)
+    return TrainedOutput("model", lambda folder, moe, ranks: export_mixtral(folder, description, dense_weights(base.model), moe, ranks))

@@ -27,7 +27,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny("qwen3_moe", folder / "model", torch.float32, max_position_embeddings=128, **sizes)
     tokenizer.save_pretrained(folder / "model")
     for split, first in (("train", 0), ("eval", 200)):
-        write_samples(folder / f"up.{split}.jsonl", [f"w{n % 13}x{n}" for n in range(first, first + (80 if split == "train" else 6))], str.upper)
+        write_samples(
+            folder / f"up.{split}.jsonl", [f"w{n % 13}x{n}" for n in range(first, first + (80 if split == "train" else 6))], str.upper
+        )
     config = {
         "model": {"name_or_path": f"{folder}/model", "dtype": "float32"},
         "data": {"train": f"{folder}/up.train.jsonl", "eval": f"{folder}/up.eval.jsonl", "seq_len": 64},
