@@ -4,7 +4,7 @@ A field without a default must be given. `X | None` means that `null` is allowed
 """
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_type_hints
 
 from hecate.errors import UserError
@@ -94,6 +94,18 @@ class MoeConfig:
         """`top_k`, which `load_config` has settled, or the builder of a model that has experts already."""
         assert self.top_k is not None, "moe.top_k is the model's, which nobody has asked"
         return self.top_k
+
+    def settled(self, experts_per_layer: tuple[int, ...], top_k: int) -> "MoeConfig":
+        """With the numbers of a model that has experts already. Raises UserError if others are given."""
+        alike = len(set(experts_per_layer)) == 1
+        experts = experts_per_layer[0] if alike else experts_per_layer
+        for key, given, own in (("num_experts", self.num_experts, experts), ("top_k", self.top_k, top_k)):
+            if given is not None and given != own and given != experts_per_layer:
+                shown = list(given) if isinstance(given, tuple) else given
+                raise UserError(
+                    f"moe.{key}: {shown}, but the model has {own}, which moe.family moe_lora cannot change\n  leave moe.{key} out"
+                )
+        return replace(self, num_experts=experts, top_k=top_k)
 
     def experts_per_layer(self, num_layers: int) -> tuple[int, ...]:
         """Expert count of each of `num_layers` layers. Raises UserError if num_experts lists another number of them."""

@@ -76,9 +76,20 @@ def expert_layers(entries: Mapping[str, TensorEntry], folder: Path) -> dict[int,
     return {layer: _layer(tensors, f"{folder}: layer {layer}") for layer, tensors in sorted(by_layer.items())}
 
 
-def has_experts(names: Iterable[str]) -> bool:
-    """Does a model with tensors of these names have experts, in whatever layout?"""
-    return any(_EXPERTS.search(name) for name in names)
+def refuse_experts(names: Iterable[str], where: Path, family: str) -> None:
+    """Refuse an MoE model where a dense one is wanted, before anything is loaded.
+
+    Args:
+        names: of the model's tensors.
+
+    Raises:
+        UserError: some belong to experts, in whatever layout.
+    """
+    if any(_EXPERTS.search(name) for name in names):
+        raise UserError(
+            f"{where}: the model has experts already, but moe.family {family} puts experts in the place of a dense FFN\n"
+            "  take moe.family=moe_lora, which adapts the model's own experts, or give a dense model"
+        )
 
 
 def _layer(tensors: dict[str, TensorEntry], where: str) -> LayerExperts:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hecate.errors import UserError
-from hecate.model.expert_files import expert_layers, has_experts
+from hecate.model.expert_files import expert_layers
 from hecate.model.load import ModelSource, load_without, read_config
 from hecate.model.moe_blocks import find_moe_blocks
 from hecate.model.moe_surgery import AdaptedLayer
@@ -64,16 +64,3 @@ def load_moe_model(
         layers.append(AdaptedLayer(block, stored))
     model = load_without([block.experts_path for block in blocks], type(outline), config, source, dtype, device)
     return model, tuple(layers)
-
-
-def refuse_experts(source: ModelSource, family: str) -> None:
-    """Refuse an MoE model where a dense one is wanted, before anything is loaded.
-
-    Raises:
-        UserError: the files hold experts.
-    """
-    if source.gguf_file is None and has_experts(tensor_entries(source.folder)):
-        raise UserError(
-            f"{source.folder}: the model has experts already, but moe.family {family} puts experts in the place of a dense FFN\n"
-            "  take moe.family=moe_lora, which adapts the model's own experts, or give a dense model"
-        )

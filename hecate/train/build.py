@@ -13,12 +13,14 @@ from hecate.config.schema import Family
 from hecate.data.encode import EncodedSource, encode_source
 from hecate.errors import UserError
 from hecate.model import moe_surgery
+from hecate.model.expert_files import refuse_experts
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.head import LanguageModelHead
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
-from hecate.model.load_moe import load_moe_model, refuse_experts
+from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import AdaptedLayer
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
+from hecate.model.tensor_files import tensor_entries
 from hecate.model.upcycling import UpcyclingPlan, upcycle
 from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
@@ -55,7 +57,8 @@ def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, ran
         if family == "moe_lora":
             model, adapted = load_moe_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
         else:
-            refuse_experts(source, family)
+            if source.gguf_file is None:
+                refuse_experts(tensor_entries(source.folder), source.folder, family)
             model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
         model.eval()
         tokenizer = load_tokenizer(source)
@@ -73,12 +76,7 @@ def settled(config: Config, base: BaseModel) -> Config:
     blocks = {layer.block.layer: layer.block for layer in base.adapted}
     layers = len(decoder_layers(base.model)[1])
     each = tuple(blocks[layer].num_experts if layer in blocks else 0 for layer in range(layers))
-    experts = each[0] if len(set(each)) == 1 else each
-    top_k = base.adapted[0].block.top_k
-    for key, given, own in (("num_experts", config.moe.num_experts, experts), ("top_k", config.moe.top_k, top_k)):
-        if given is not None and given != own and not (key == "num_experts" and given == each):
-            raise UserError(f"moe.{key}: {given}, but the model has {own}, which moe.family moe_lora cannot change\n  leave moe.{key} out")
-    return replace(config, moe=replace(config.moe, num_experts=experts, top_k=top_k))
+    return replace(config, moe=config.moe.settled(each, base.adapted[0].block.top_k))
 
 
 def build_topology(config: Config, ranks: Ranks) -> Topology:
