@@ -50,7 +50,7 @@ class RunShape:
     @property
     def replicated_parameters(self) -> int:
         """Routers, attention adapters, and the model's own where it trains: which every rank has."""
-        routers = sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden
+        routers = self._routers
         if self.config.moe.family == "moe_lora" and not self.config.moe.train_router:
             routers = 0
         if self.trains_non_experts:
@@ -66,7 +66,14 @@ class RunShape:
         """What every rank holds of the model without training it."""
         if self.config.moe.family == "mixlora":
             return self.base.parameters
+        if self.config.moe.family == "moe_lora" and self.config.moe.train_router:
+            return self._outside_experts - self._routers
         return 0 if self.trains_non_experts else self._outside_experts
+
+    @property
+    def _routers(self) -> int:
+        """Parameters."""
+        return sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden
 
     @property
     def _outside_experts(self) -> int:
