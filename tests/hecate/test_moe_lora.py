@@ -208,10 +208,11 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
     optimizer.step = step_and_look  # type: ignore[method-assign]
     with ExitStack() as stack:
         stack.enter_context(biased_routers(gates, case.model.bias()))
-        with moe.engine.evaluating(), torch.no_grad():
-            batch = micro_batch(0, 0, range(0))
-            hidden = head.hidden(batch.input_ids, None, torch.arange(LENGTH).expand(ROWS, LENGTH))
-            close("logits", head.logits(hidden), wanted["logits"])
+        for together in (False, True):  # everywhere, and with their owners
+            with moe.engine.evaluating(together=together), torch.no_grad():
+                batch = micro_batch(0, 0, range(0))
+                hidden = head.hidden(batch.input_ids, None, torch.arange(LENGTH).expand(ROWS, LENGTH))
+                close("logits", head.logits(hidden), wanted["logits"])
         for step in range(STEPS):
             batches = [micro_batch(step, micro, case.model.empty()) for micro in range(MICRO_STEPS)]
             result = train_step(

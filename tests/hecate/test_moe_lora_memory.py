@@ -147,7 +147,8 @@ def _measured(rank: int, world: int, folder: str, policy: str) -> dict[str, Any]
 @pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral"])
 def test_every_rank_holds_what_was_planned(tmp_path: Path, kind: str) -> None:
     """Of 5 experts in two layers rank 0 owns 6 and rank 1 four; under policy full each holds the other's as well."""
-    save_tiny(kind, tmp_path / "model", torch.float32, vocab_size=64, max_position_embeddings=256)
+    sizes = {"hidden_size": 64, "intermediate_size": 136, "head_dim": 32, "vocab_size": 64, "max_position_embeddings": 256}
+    save_tiny(kind, tmp_path / "model", torch.float32, **sizes)
     run = run_shape(config_of(tmp_path), None, 2)
     assert [(group.experts, group.number) for group in run.groups] == [(5, 2)]
     for policy, others in (("full", [4.0, 6.0]), ("static_ep", [0.0, 0.0])):

@@ -11,6 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from hecate.config import load_config
+from hecate.errors import UserError
+from hecate.forecast.run_shape import run_shape
 from tests.hecate.data.conftest import build_byte_tokenizer
 from tests.hecate.train.test_run import records, run, write_samples
 from tests.plain_moe_lora import peft_model, save_tiny
@@ -128,3 +131,49 @@ def test_an_adapter_with_a_tensor_lost_is_refused(trained: Path, tmp_path: Path)
     refused = run("generate", tmp_path / "lossy", "x", status=2)
     assert lost in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def refusal(workshop: Path, *overrides: str) -> str:
+    """What a run says that is refused before its first step."""
+    from hecate.train.loop import Run
+    from hecate.train.ranks import join_ranks
+
+    config = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/refused", *overrides], claim_output=False)
+    with join_ranks() as ranks, pytest.raises(UserError) as caught:
+        Run(config, ranks)
+    assert len(str(caught.value).splitlines()) <= 8
+    return str(caught.value)
+
+
+REFUSALS = {
+    "experts in the place of experts": (["moe.family=mixlora"], "has experts already", "moe.family=moe_lora"),
+    "another number of experts": (["moe.num_experts=4"], "moe.num_experts: 4, but the model has 5", "leave moe.num_experts out"),
+    "another number of choices": (["moe.top_k=1"], "moe.top_k: 1, but the model has 2", "leave moe.top_k out"),
+    "half of gate and up": (["lora.target_modules=[gate_proj,down_proj]"], "names gate_proj alone", "name both"),
+    "the router as a linear": (["lora.target_modules=[gate,down_proj]"], "lora.target_modules: gate matches no module", "it has down_proj"),
+    "the output layer": (["lora.target_modules=[lm_head,down_proj]"], "lora.target_modules: lm_head matches no module", "q_proj"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_does_not_fit_is_refused(workshop: Path, name: str) -> None:
+    overrides, *texts = REFUSALS[name]
+    message = refusal(workshop, *overrides)
+    assert all(text in message for text in texts), message
+
+
+def test_a_dense_model_is_refused(workshop: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 258}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(workshop / "dense")
+    override = f"model.name_or_path={workshop}/dense"
+    assert "has no experts, but moe.family is moe_lora" in refusal(workshop, override)
+    config = load_config(workshop / "config.yaml", [override], claim_output=False)
+    with pytest.raises(UserError, match="has no experts, but"):
+        run_shape(config, None, 2)
+
+
+def test_the_dry_run_knows_the_model(workshop: Path) -> None:
+    shown = run("plan", workshop / "config.yaml").stdout
+    assert "frozen experts" in shown
