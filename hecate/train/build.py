@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hecate.errors import UserError
 from hecate.model import moe_surgery
 from hecate.model.expert_files import refuse_experts
 from hecate.model.gated_ffn import decoder_layers
-from hecate.model.head import LanguageModelHead
+from hecate.model.head import CausalHead, LanguageModelHead
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import AdaptedLayer
@@ -34,13 +34,13 @@ PRESETS = Path(__file__).resolve().parent.parent / "configs" / "topologies"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded, frozen causal language model."""
+    """A causal language model: a checkpoint as it was loaded, or a new one with experts in it (`hecate.megatron`)."""
 
     model: nn.Module
-    head: LanguageModelHead
+    head: CausalHead
     tokenizer: Any
     vocab_size: int
-    adapted: tuple[AdaptedLayer, ...] = ()
+    adapted: tuple[AdaptedLayer, ...] = field(default=(), kw_only=True)
     """with moe.family moe_lora: the layers whose experts were left out when the model was loaded"""
 
 
@@ -51,7 +51,7 @@ def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, ran
         UserError: the model cannot be read, or is not of the kind that the family needs.
     """
     source, device = resolve_model(name_or_path), ranks.device
-    adapted: tuple[AdaptedLayer, ...] = ()
+    adapted: tuple[AdaptedLayer, ...] = field(default=(), kw_only=True)
     model: Any
     with one_gguf_reader():
         if family == "moe_lora":
@@ -62,7 +62,7 @@ def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, ran
             model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
         model.eval()
         tokenizer = load_tokenizer(source)
-    return BaseModel(model, LanguageModelHead(model), tokenizer, model.get_input_embeddings().num_embeddings, adapted)
+    return BaseModel(model, LanguageModelHead(model), tokenizer, model.get_input_embeddings().num_embeddings, adapted=adapted)
 
 
 def settled(config: Config, base: BaseModel) -> Config:
@@ -98,28 +98,48 @@ def build_topology(config: Config, ranks: Ranks) -> Topology:
     return topology
 
 
-def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
-    """Put the configured experts and adapters into the model."""
-    tokens = config.micro_batch_size * config.data.seq_len
-    flops = moe_surgery.non_moe_flops_per_token(base.model, base.adapted) if base.adapted else non_moe_flops_per_token(base.model)
-    engine_config = EngineConfig(
+def front_end(config: Config, ranks: Ranks) -> BaseModel:
+    """The model that the configuration names, by whoever is to build it. Every rank must call it."""
+    if config.model.front_end == "megatron":
+        from hecate.megatron.front_end import build_megatron
+
+        return build_megatron(config, ranks)
+    return build_base(config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks, config.moe.family)
+
+
+def engine_config(config: Config, ranks: Ranks, non_moe_flops: float) -> EngineConfig:
+    """What the configuration says of the engine; `non_moe_flops` of a layer outside its experts, of one rank in a micro-step, forward."""
+    return EngineConfig(
         planner=POLICIES[config.fssdp.policy],
         topology=build_topology(config, ranks),
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
         max_imbalance=config.fssdp.max_imbalance,
         top_k=config.moe.choices,
-        non_moe_flops=flops * tokens,
+        non_moe_flops=non_moe_flops,
         plan=config.fssdp.plan,
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
     )
+
+
+def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
+    """Put the configured experts and adapters into the model, if they are not there already."""
+    if config.model.front_end == "megatron":
+        from hecate.megatron.front_end import MegatronModel
+
+        assert isinstance(base, MegatronModel)
+        return base.moe
+    tokens = config.micro_batch_size * config.data.seq_len
     if base.adapted:
-        return moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), engine_config, ranks.groups)
+        flops = moe_surgery.non_moe_flops_per_token(base.model, base.adapted)
+        for_engine = engine_config(config, ranks, flops * tokens)
+        return moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), for_engine, ranks.groups)
+    for_engine = engine_config(config, ranks, non_moe_flops_per_token(base.model) * tokens)
     num_layers = len(decoder_layers(base.model)[1])
     if config.moe.family == "full":
-        return upcycle(base.model, upcycling_plan(config, num_layers), engine_config, ranks.groups)
-    return insert_experts(base.model, surgery_plan(config, num_layers), engine_config, ranks.groups)
+        return upcycle(base.model, upcycling_plan(config, num_layers), for_engine, ranks.groups)
+    return insert_experts(base.model, surgery_plan(config, num_layers), for_engine, ranks.groups)
 
 
 def moe_lora_plan(config: Config) -> moe_surgery.MoeLoraPlan:

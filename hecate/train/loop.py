@@ -24,7 +24,7 @@ from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
 from hecate.parallel.traces import TraceWriter
-from hecate.train.build import BaseModel, build_base, build_moe, encode_sources, settled
+from hecate.train.build import BaseModel, build_moe, encode_sources, front_end, settled
 from hecate.train.evaluate import Evaluation, evaluate
 from hecate.train.heatmap import write_heatmap
 from hecate.train.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record
@@ -48,8 +48,7 @@ class Run:
         self.ranks = ranks
         self.folder = Path(config.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        model, family = config.model, config.moe.family
-        self.base: BaseModel = build_base(model.name_or_path, model.dtype, model.num_hidden_layers, ranks, family)
+        self.base: BaseModel = front_end(config, ranks)
         self.config = config = settled(config, self.base)
         self.output: TrainedOutput = output_of(config, self.base)
         sources = encode_sources(config.data.train, config, self.base, ranks)

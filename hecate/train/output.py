@@ -45,6 +45,8 @@ def output_of(config: Config, base: BaseModel) -> TrainedOutput:
     if config.moe.family == "moe_lora":
         peft = peft_config(config, base)
         return TrainedOutput("adapter", lambda folder, moe, ranks: export_peft_adapter(folder, peft, base, moe, ranks))
+    if config.model.front_end == "megatron":
+        return _mixtral_of_megatron(config, base)
     if config.moe.family == "full":
         return _mixtral(config, base)
     description = adapter_config(config, base)
@@ -57,3 +59,18 @@ def _mixtral(config: Config, base: BaseModel) -> TrainedOutput:
     described = mixtral_config(dense, experts, config.moe.choices, config.moe.router_aux_loss_coef)
     description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype)
     return TrainedOutput("model", lambda folder, moe, ranks: export_mixtral(folder, description, dense_weights(base.model), moe, ranks))
+
+
+def _mixtral_of_megatron(config: Config, base: BaseModel) -> TrainedOutput:
+    from hecate.megatron.export import mixtral_config_of, mixtral_weights
+    from hecate.megatron.front_end import MegatronModel
+
+    assert isinstance(base, MegatronModel)
+    shape = base.shape
+    described = mixtral_config_of(shape, base.tokenizer, config.moe.router_aux_loss_coef)
+    description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype)
+
+    def write(folder: Path, moe: MoeModel, ranks: Ranks) -> None:
+        export_mixtral(folder, description, mixtral_weights(shape, moe.others), moe, ranks)
+
+    return TrainedOutput("model", write)
