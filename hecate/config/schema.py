@@ -4,7 +4,7 @@ A field without a default must be given. `X | None` means that `null` is allowed
 """
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_type_hints
 
 from hecate.errors import UserError
@@ -75,9 +75,12 @@ DEFAULT_EXPERTS, DEFAULT_TOP_K = 8, 2
 """where the model does not say"""
 
 
+Family = Literal["mixlora", "full", "moe_lora"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    family: Literal["mixlora", "full", "moe_lora"] = "mixlora"
+    family: Family = "mixlora"
     """What an expert computes. mixlora: LoRA pairs over the layer's shared frozen FFN. full: a gated FFN of its own, trained whole, which
     begins as a copy of the dense model's. moe_lora: LoRA pairs over the frozen experts of a model that has experts already."""
     num_experts: int | tuple[int, ...] | None = None
@@ -85,6 +88,8 @@ class MoeConfig:
     or front_end megatron, what the model has."""
     top_k: int | None = None
     """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it."""
+    train_router: bool = False
+    """Family moe_lora: train the model's routers, too. The other families always train theirs."""
     upcycle_noise: float = 0.01
     """Family full: what is added to each copied weight is normal with this share of its matrix's standard deviation. 0: equal copies."""
     router_aux_loss_coef: float = 0.001
@@ -95,6 +100,18 @@ class MoeConfig:
         """`top_k`, which `load_config` has settled, or the builder of a model that has experts already."""
         assert self.top_k is not None, "moe.top_k is the model's, which nobody has asked"
         return self.top_k
+
+    def settled(self, experts_per_layer: tuple[int, ...], top_k: int) -> "MoeConfig":
+        """With the numbers of a model that has experts already. Raises UserError if others are given."""
+        alike = len(set(experts_per_layer)) == 1
+        experts = experts_per_layer[0] if alike else experts_per_layer
+        for key, given, own in (("num_experts", self.num_experts, experts), ("top_k", self.top_k, top_k)):
+            if given is not None and given != own and given != experts_per_layer:
+                shown = list(given) if isinstance(given, tuple) else given
+                raise UserError(
+                    f"moe.{key}: {shown}, but the model has {own}, which moe.family moe_lora cannot change\n  leave moe.{key} out"
+                )
+        return replace(self, num_experts=experts, top_k=top_k)
 
     def experts_per_layer(self, num_layers: int) -> tuple[int, ...]:
         """Expert count of each of `num_layers` layers. Raises UserError if num_experts lists another number of them."""

@@ -112,8 +112,6 @@ def _check_model(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _check_experts(values: Mapping[str, Any], add: Add) -> None:
-    if values.get("moe.family") == "moe_lora":
-        add("moe.family", "moe_lora is not built yet", "take mixlora or full")
     own = values.get("moe.family") == "moe_lora" or values.get("model.front_end") == "megatron"
     experts = _or_default(values, "moe.num_experts", None if own else DEFAULT_EXPERTS)
     if experts is None:

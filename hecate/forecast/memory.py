@@ -22,13 +22,16 @@ class MemoryPart:
     bytes_PD: np.ndarray
 
 
-def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray) -> list[MemoryPart]:
+def memory_parts(
+    run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray, frozen_GD: list[np.ndarray] | None = None
+) -> list[MemoryPart]:
     """What each rank holds, phase by phase.
 
     Args:
         others_GD: for each of the run's groups, replicas of others' experts on each rank, in all its layers together; with
             `fssdp.rematerialize` in its fullest layer.
         rows_D: distinct tokens of a micro-step that each rank computes in a layer, the mean over the layers.
+        frozen_GD: others' frozen parts that stay on each rank, in all layers of a group; None: those of `others_GD`.
     """
     config = run.config
     world, micro_steps = run.topology.world_size, config.gradient_accumulation_steps
@@ -49,12 +52,16 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
         gradients += here if micro_steps > 1 else here / group.number
     if config.fssdp.per_micro_step:  # reduced as they come, and added up by the owners
         gradients = fullest + owned
+    frozen = np.zeros(world)
+    for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
+        frozen += (_owned(group, world) + others_D) * group.cost.frozen_bytes
     replicated = np.full(world, float(run.replicated_parameters * run.master_bytes))
     base = np.full(world, float(run.frozen_parameters * run.dtype_bytes))
     saved = _saved_bytes(run, rows_D)
     nothing = np.zeros(world)
     return [
         MemoryPart("base weights", np.stack([base] * 3)),
+        *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
         MemoryPart("owned experts, moments", np.stack([3 * owned] * 3)),
         MemoryPart("routers, adapters, moments", np.stack([3 * replicated] * 3)),
         MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
@@ -81,7 +88,7 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
     """What autograd keeps of a layer, counted by its tensors.
 
     Attention: its normalized input, queries, keys, values, what comes out, low-rank products; norms and the router keep float32 inputs.
-    Experts: x, gate and up of each row that is computed here; of full experts, gate and up of each choice.
+    Experts: x, gate and up of each row that is computed here; of experts with FFNs of their own, gate and up of each choice.
     """
     layer, b = run.base.layers[index], run.dtype_bytes
     choices_D = rows_D * _choices_a_row(run, index, rows_D)
@@ -99,7 +106,7 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
 def _choices_a_row(run: RunShape, index: int, rows_D: np.ndarray) -> float:
     """Gate and up products that are kept of a row: one where experts share the base's."""
     config = run.config
-    if config.moe.family != "full" or not config.moe.experts_per_layer(len(run.base.layers))[index]:
+    if config.moe.family == "mixlora" or not config.moe.experts_per_layer(len(run.base.layers))[index]:
         return 1.0
     return run.tokens * run.topology.world_size * config.moe.choices / max(float(rows_D.sum()), 1.0)
 

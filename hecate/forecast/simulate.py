@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -68,6 +69,10 @@ def run_sweep(sweep: str, json_path: Path | None, plot_path: Path | None) -> Non
     _run(cases, options, json_path, plot_path)
 
 
+def _show_policy(what: str, policy: str) -> None:
+    _show(f"{what}: {policy}")
+
+
 def _show(line: str) -> None:
     """In place of the terminal's last line."""
     print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
@@ -80,7 +85,7 @@ def _run(cases: list[Case], options: Options, json_path: Path | None, plot_path:
         what = f"{number}/{len(cases)} {case.model.name} on {case.topology_name}, {case.workload}"
         if not live:
             print(what, file=sys.stderr, flush=True)
-        rows += case.run(options, (lambda policy, what=what: _show(f"{what}: {policy}")) if live else None)
+        rows += case.run(options, functools.partial(_show_policy, what) if live else None)
     if live:
         _show("")
     print_rows(rows)

@@ -24,7 +24,7 @@ from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
 from hecate.parallel.traces import TraceWriter
-from hecate.train.build import BaseModel, build_moe, encode_sources, front_end
+from hecate.train.build import BaseModel, build_moe, encode_sources, front_end, settled
 from hecate.train.evaluate import Evaluation, evaluate
 from hecate.train.heatmap import write_heatmap
 from hecate.train.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record
@@ -45,10 +45,11 @@ class Run:
     """The parts of one rank's run, and what happened so far."""
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
+        self.ranks = ranks
         self.folder = Path(config.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base: BaseModel = front_end(config, ranks)
+        self.config = config = settled(config, self.base)
         self.output: TrainedOutput = output_of(config, self.base)
         sources = encode_sources(config.data.train, config, self.base, ranks)
         self.eval_sources: list[EncodedSource] = encode_sources(config.data.eval, config, self.base, ranks)

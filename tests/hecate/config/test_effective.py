@@ -107,7 +107,7 @@ def test_hash_is_stable() -> None:
         '"lr_scheduler_type":"cosine","max_grad_norm":1.0,"max_steps":1,"micro_batch_size":1,'
         '"model":{"dtype":"auto","front_end":"transformers","name_or_path":"m","num_hidden_layers":null,'
         '"tokenizer":null,"train_non_experts":false},'
-        '"moe":{"family":"mixlora","num_experts":null,"router_aux_loss_coef":0.001,"top_k":null,"upcycle_noise":0.01},'
+        '"moe":{"family":"mixlora","num_experts":null,"router_aux_loss_coef":0.001,"top_k":null,"train_router":false,"upcycle_noise":0.01},'
         '"seed":0,"warmup_ratio":0.0,"weight_decay":0.0}'
     )
     assert config_hash(config) == hashlib.sha256(text.encode()).hexdigest()
