@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,38 @@ class Placement:
 def contiguous_owners(num_experts: int, world_size: int) -> np.ndarray:
     """int64 [experts]: equal runs of consecutive experts per rank (expert parallelism's homes), for any two numbers."""
     return np.arange(num_experts, dtype=np.int64) * world_size // num_experts
+
+
+def redealt_owners(holders: Sequence[np.ndarray], world_size: int) -> list[np.ndarray]:
+    """Owners on another number of ranks: who holds an expert keeps it, as far as all ranks then own equally many, within one.
+
+    Experts that nobody holds go first, each to the rank that owns fewest of all layers, of those to the one that owns fewest of its
+    layer; then those that own more than one too many give up their last ones. Ties: the lowest rank. A pure function.
+
+    Args:
+        holders: of each layer int64 [experts]: a rank below `world_size`, or any other number for nobody.
+
+    Returns:
+        Per layer int64 [experts].
+    """
+    owners = [np.where((0 <= holder_E) & (holder_E < world_size), holder_E, -1) for holder_E in holders]
+    owned_LD = np.stack([np.bincount(owner_E[owner_E >= 0], minlength=world_size) for owner_E in owners])
+
+    def give(layer: int, expert: int) -> None:
+        rank = int(np.lexsort((owned_LD[layer], owned_LD.sum(0)))[0])
+        owners[layer][expert] = rank
+        owned_LD[layer, rank] += 1
+
+    for layer, owner_E in enumerate(owners):
+        for expert in np.flatnonzero(owner_E < 0):
+            give(layer, int(expert))
+    while (owned_D := owned_LD.sum(0)).max() - owned_D.min() > 1:
+        fullest = int(owned_D.argmax())
+        layer = int(owned_LD[:, fullest].argmax())
+        expert = int(np.flatnonzero(owners[layer] == fullest)[-1])
+        owned_LD[layer, fullest] -= 1
+        give(layer, expert)
+    return owners
 
 
 def everything_everywhere(owner_E: np.ndarray, world_size: int) -> Placement:

@@ -18,9 +18,9 @@ import torch
 from hecate.adapter import AdapterConfig
 from hecate.checkpoint.files import write_durable
 from hecate.config import Config, to_yaml
-from hecate.data.batches import Batch, collate
+from hecate.data.batches import Batch, collate, row_ranges
 from hecate.data.encode import IGNORED, EncodedSource
-from hecate.data.rows import Row
+from hecate.data.rows import Row, empty_row
 from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
@@ -54,8 +54,13 @@ class Run:
         self.description: AdapterConfig = adapter_config(config, self.base)
         sources = encode_sources(config.data.train, config, self.base, ranks)
         self.eval_sources: list[EncodedSource] = encode_sources(config.data.eval, config, self.base, ranks)
-        rows = config.micro_batch_size * config.gradient_accumulation_steps * ranks.world_size
-        self.stream = TrainStream(sources, seq_len=config.data.seq_len, packing=config.data.packing, rows_per_step=rows, seed=config.seed)
+        self.stream = TrainStream(
+            sources,
+            seq_len=config.data.seq_len,
+            packing=config.data.packing,
+            rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.world_size,
+            seed=config.seed,
+        )
         self.moe: MoeModel = build_moe(config, self.base, ranks)
         if config.gradient_checkpointing:
             checkpoint_activations(self.moe)
@@ -68,17 +73,23 @@ class Run:
             weight_decay=config.weight_decay,
             schedule=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
         )
+        self.shares: tuple[float, ...] = (1.0,) * ranks.world_size
+        """of the rows of each micro-step, by rank"""
         self.step, self.tokens = 0, 0
         self.skipped = self.skipped_in_a_row = 0
         if config.resume:
             self.step, self.tokens = load_state(config, ranks, self.moe, self.optimizer, self.stream)
 
     def micro_batches(self, rows: list[Row]) -> list[Batch]:
-        """This rank's share of a global step: micro-step m takes the m-th part of the rows, rank r the r-th part of that."""
-        size, world = self.config.micro_batch_size, self.ranks.world_size
-        starts = [(micro * world + self.ranks.rank) * size for micro in range(self.config.gradient_accumulation_steps)]
+        """This rank's share of a global step: micro-step m takes the m-th part of the rows, rank r the r-th part of that.
+
+        A run has as many rows in a micro-step as it had ranks when it began times `micro_batch_size`, however many ranks it has now.
+        """
+        size = len(rows) // self.config.gradient_accumulation_steps
+        mine = row_ranges(size, self.shares)[self.ranks.rank]
         pad_id = self.base.tokenizer.pad_token_id or 0
-        return [collate(rows[s : s + size], pad_id, self.config.data.seq_len).to(self.ranks.device) for s in starts]
+        parts = [rows[start + mine.start : start + mine.stop] or [empty_row()] for start in range(0, len(rows), size)]
+        return [collate(part, pad_id, self.config.data.seq_len).to(self.ranks.device) for part in parts]
 
     def train_one(self) -> tuple[StepResult, int]:
         """One optimizer step; its result and its number of tokens over all ranks."""
@@ -232,10 +243,12 @@ def _metrics(run: Run) -> MetricsWriter:
 
 def _trace(run: Run) -> TraceWriter:
     config = run.config
+    rows = run.stream.rows_per_step // config.gradient_accumulation_steps
+    most = max(len(mine) for mine in row_ranges(rows, run.shares))
     return TraceWriter(
         run.folder / "loads.npz",
         top_k=config.moe.top_k,
-        tokens_per_rank=config.micro_batch_size * config.gradient_accumulation_steps * config.data.seq_len,
+        tokens_per_rank=most * config.gradient_accumulation_steps * config.data.seq_len,
         model=config.model.name_or_path,
         notes={"data": [source.name for source in config.data.train], "policy": config.fssdp.policy},
         after=run.step,
