@@ -63,12 +63,16 @@ def build_topology(config: Config, ranks: Ranks) -> Topology:
     return topology
 
 
-def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
-    """Put the configured experts and adapters into the model."""
+def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology | None = None) -> MoeModel:
+    """Put the configured experts and adapters into the model.
+
+    Args:
+        topology: of whoever started the ranks and knows better than the configuration.
+    """
     tokens = config.micro_batch_size * config.data.seq_len
     engine_config = EngineConfig(
         planner=POLICIES[config.fssdp.policy],
-        topology=build_topology(config, ranks),
+        topology=topology or build_topology(config, ranks),
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
         max_imbalance=config.fssdp.max_imbalance,

@@ -8,8 +8,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +26,8 @@ from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
+from hecate.parallel.token_shares import dense_seconds, rows_by_speed
+from hecate.parallel.topology import Topology
 from hecate.parallel.traces import TraceWriter
 from hecate.train.build import BaseModel, build_base, build_moe, encode_sources
 from hecate.train.evaluate import Evaluation, evaluate
@@ -46,7 +49,7 @@ _MOST_SKIPPED_IN_A_ROW = 10
 class Run:
     """The parts of one rank's run, and what happened so far."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, topology: Topology | None = None) -> None:
         self.config, self.ranks = config, ranks
         self.folder = Path(config.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +64,7 @@ class Run:
             rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.world_size,
             seed=config.seed,
         )
-        self.moe: MoeModel = build_moe(config, self.base, ranks)
+        self.moe: MoeModel = build_moe(config, self.base, ranks, topology)
         if config.gradient_checkpointing:
             checkpoint_activations(self.moe)
         if config.fssdp.reshard_interval:
@@ -73,12 +76,25 @@ class Run:
             weight_decay=config.weight_decay,
             schedule=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
         )
-        self.shares: tuple[float, ...] = (1.0,) * ranks.world_size
-        """of the rows of each micro-step, by rank"""
+        self.shares: tuple[int, ...] = ()
+        """rows of each micro-step, by rank"""
+        self._dense_flops = self.moe.engine.config.non_moe_flops / config.micro_batch_size
+        """that hide a layer's gather, for each row"""
         self.step, self.tokens = 0, 0
         self.skipped = self.skipped_in_a_row = 0
         if config.resume:
             self.step, self.tokens = load_state(config, ranks, self.moe, self.optimizer, self.stream)
+        self.plan_for(self.moe.engine.config.topology)
+
+    def plan_for(self, topology: Topology, rows: Sequence[int] | None = None) -> None:
+        """Plan with these devices from the next step on, and deal the rows of a micro-step: by speed, or as given. The links stay as
+        they are. Every rank must call it, with the same values."""
+        size = self.stream.rows_per_step // self.config.gradient_accumulation_steps
+        self.shares = tuple(rows or rows_by_speed(size, topology.flops))
+        assert sum(self.shares) == size, (self.shares, size)
+        # Experts travel while the last rank is through with its attention; the planner takes that for the slowest device's time.
+        flops = self._dense_flops * dense_seconds(self.shares, topology.flops) * min(topology.flops)
+        self.moe.engine.config = replace(self.moe.engine.config, topology=topology, non_moe_flops=flops)
 
     def micro_batches(self, rows: list[Row]) -> list[Batch]:
         """This rank's share of a global step: micro-step m takes the m-th part of the rows, rank r the r-th part of that.
