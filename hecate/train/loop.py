@@ -7,16 +7,20 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import numpy as np
 import torch
 
 from hecate.adapter import AdapterConfig
+from hecate.checkpoint import checkpoint_folder
 from hecate.checkpoint.files import write_durable
 from hecate.config import Config, to_yaml
 from hecate.data.batches import Batch, collate, row_ranges
@@ -28,13 +32,16 @@ from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
 from hecate.parallel.token_shares import dense_seconds, rows_by_speed
 from hecate.parallel.topology import Topology
+from hecate.parallel.topology_file import topology_text
 from hecate.parallel.traces import TraceWriter
 from hecate.train.build import BaseModel, build_base, build_moe, encode_sources
 from hecate.train.evaluate import Evaluation, evaluate
 from hecate.train.export import adapter_config, export_adapter
 from hecate.train.heatmap import write_heatmap
 from hecate.train.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record
+from hecate.train.observer import Observer, Order, StepFacts
 from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.pace import Pace
 from hecate.train.progress import Progress, StepLine
 from hecate.train.ranks import Ranks
 from hecate.train.resharding import check_room, owned_parameters, reshard_if_it_pays
@@ -136,14 +143,22 @@ class Run:
         return save_state(self.config, self.ranks, self.moe, self.optimizer, self.stream, step=self.step, tokens=self.tokens)
 
 
-def train(config: Config, ranks: Ranks) -> None:
+def train(config: Config, ranks: Ranks, topology: Topology | None = None, observer: Observer | None = None) -> bool:
     """Train as configured, then evaluate, save, export and show. Every rank must call it.
+
+    Args:
+        topology: in place of the configuration's.
+        observer: is told of every step, and may change the plan or ask for a stop.
+
+    Returns:
+        Whether it came to its end; False: it was asked to stop before, and has saved.
 
     Raises:
         UserError: whatever of the configuration, the data, the model or the disk is wrong.
     """
     started = time.monotonic()
-    run = Run(config, ranks)
+    run = Run(config, ranks, topology)
+    pace = Pace(run.moe, ranks.device) if observer else None
     with ExitStack() as stack:
         stopping = stack.enter_context(_stop_on_signals())
         progress = stack.enter_context(Progress(config.max_steps, run.step)) if ranks.is_first else None
@@ -154,6 +169,9 @@ def train(config: Config, ranks: Ranks) -> None:
         before = _evaluate(run, progress, metrics) if config.eval.on_start and run.eval_sources and run.step == 0 else None
         last: Evaluation | None = None
         train_seconds, first_tokens = 0.0, run.tokens
+        order_done = 0
+        if observer:
+            observer.begins(_beginning(run))
         while run.step < config.max_steps:
             step_started, sent = time.monotonic(), run.moe.engine.bytes_sent
             learning_rate = run.optimizer.learning_rate
@@ -161,7 +179,16 @@ def train(config: Config, ranks: Ranks) -> None:
             seconds = time.monotonic() - step_started
             train_seconds += seconds
             bytes_sent = int(ranks.all_sum(torch.tensor([run.moe.engine.bytes_sent - sent]))[0])
-            stop = ranks.all_max(float(stopping.is_set)) > 0
+            order = observer.order() if observer and ranks.is_first else None
+            text = b"" if order is None or order.number <= order_done else order.to_bytes()
+            wants_stop = stopping.is_set or (observer is not None and observer.wants_stop())
+            stop, order_length = ranks.all_most([float(wants_stop), float(len(text))])
+            if observer and pace:
+                observer.stepped(_facts(run, result, seconds, tokens, bytes_sent, pace))
+            if order_length:
+                order = Order.from_bytes(ranks.broadcast_bytes(text.ljust(int(order_length))))
+                order_done = order.number
+                _carry_out(run, order, progress, metrics)
             if trace:
                 trace.append(run.step, result.loads)
             if progress and metrics and run.step % config.logging_steps == 0:
@@ -194,12 +221,14 @@ def train(config: Config, ranks: Ranks) -> None:
                 if trace:  # before the checkpoint, so that a run that resumes from it finds the steps up to it
                     trace.save()
                 _save(run, progress, metrics)
+                if observer and ranks.is_first:
+                    observer.saved(run.step, checkpoint_folder(run.folder, run.step))
             if stop:
                 if progress:
                     progress.note(
                         f"stopped by a signal after step {run.step}; go on with: hecate train {run.folder / 'config.yaml'} resume=true"
                     )
-                return
+                return False
         adapter = run.folder / "adapter"
         if ranks.is_first and adapter.exists():  # of an earlier end of this same run
             shutil.rmtree(adapter)
@@ -220,6 +249,7 @@ def train(config: Config, ranks: Ranks) -> None:
             write_heatmap(path, _shares(last), "Share of each task's tokens by layer and expert")
             facts.append(("expert loads", str(path)))
         print_summary(before.scores if before else None, last.scores if last else {}, facts)
+    return True
 
 
 def peak_memory() -> int:
@@ -234,8 +264,11 @@ class _Stopping:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[_Stopping]:
-    """SIGINT and SIGTERM ask for a stop after the step under way, however often they come."""
+    """SIGINT and SIGTERM ask for a stop after the step under way, however often they come. In the main thread: no other gets signals."""
     stopping = _Stopping()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(_number: int, _frame: FrameType | None) -> None:
@@ -296,6 +329,44 @@ def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
     for name, parameter in moe.replicated_parameters().items():
         rows.append(TrainableRow(name, 1, parameter.numel(), parameter.numel() * parameter.element_size(), EVERY_RANK))
     return rows
+
+
+def _beginning(run: Run) -> dict[str, Any]:
+    """See `Observer.begins`."""
+    return {
+        "step": run.step,
+        "max_steps": run.config.max_steps,
+        "rows": list(run.shares),
+        "owned": np.bincount(np.concatenate([*run.moe.engine.owners.values(), []]).astype(int), minlength=len(run.shares)).tolist(),
+        "topology": topology_text(run.moe.engine.config.topology),
+    }
+
+
+def _facts(run: Run, result: StepResult, seconds: float, tokens: int, bytes_sent: int, pace: Pace) -> StepFacts:
+    dense_tokens, dense_seconds = pace.take()
+    return StepFacts(
+        step=run.step,
+        seconds=seconds,
+        dense_tokens=dense_tokens,
+        dense_seconds=dense_seconds,
+        loss=result.loss,
+        tokens=tokens,
+        imbalance=run.moe.engine.imbalance(result.loads),
+        bytes_sent=bytes_sent,
+        loads={layer: loads_SE.sum(0).tolist() for layer, loads_SE in result.loads.items()},
+    )
+
+
+def _carry_out(run: Run, order: Order, progress: Progress | None, metrics: MetricsWriter | None) -> None:
+    """Change the plan as whoever watches the run wants it. Every rank must call it, with the same order."""
+    now = run.moe.engine.config.topology
+    run.plan_for(now if order.flops is None else replace(now, flops=order.flops), order.rows)
+    if progress and metrics:
+        text = f"re-planned after step {run.step}: rows {':'.join(map(str, run.shares))}"
+        metrics.write(event_record(run.step, text))
+        progress.note(text)
+    if order.reshard:
+        _reshard(run, run.config.max_steps, progress, metrics)
 
 
 def _evaluate(run: Run, progress: Progress | None, metrics: MetricsWriter | None) -> Evaluation:

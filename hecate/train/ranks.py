@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,6 +46,12 @@ class Ranks:
         dist.all_reduce(total, group=self.groups.tokens)
         return total
 
+    def all_most(self, values: Sequence[float]) -> list[float]:
+        """The largest of each of several values of any rank, in one message. Every rank must call it, with as many values."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.tokens)
+        return [float(value) for value in tensor.tolist()]
+
     def barrier(self) -> None:
         self.all_max(0.0)
 
@@ -80,25 +86,34 @@ def ranks_from_environment() -> tuple[int, int] | None:
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Join the process group that the environment describes; a process outside any launcher becomes a world of one.
-
-    Leaves the group at the end whatever happened, so that a peer that waits for this rank fails at once.
-    """
+    """Join the process group that the environment describes; a process outside any launcher becomes a world of one."""
     place = ranks_from_environment()
     rank, world_size = place or (0, 1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
+    store: dist.Store | None = None
     if place is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        store = dist.HashStore()
     elif STORE_VARIABLE in os.environ:
         die_with_parent()
         store = dist.FileStore(os.environ[STORE_VARIABLE], world_size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-    else:
+    with joined(store, rank, world_size, device) as ranks:
+        yield ranks
+
+
+@contextmanager
+def joined(store: dist.Store | None, rank: int, world_size: int, device: torch.device) -> Iterator[Ranks]:
+    """Join the process group of all that meet in `store`; None: where torchrun's environment says.
+
+    Leaves the group at the end whatever happened, so that a peer that waits for this rank fails at once.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if store is None:
         dist.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     try:
         default = dist.group.WORLD
         assert default is not None
