@@ -56,10 +56,17 @@ def with_speeds(topology: Topology, factors: Mapping[int, float]) -> Topology:
 def without_ranks(topology: Topology, kept: Sequence[int]) -> Topology:
     """The topology of some of its ranks, renumbered in the order given; nodes that have none of them are gone."""
     nodes = sorted({topology.node_of_rank[rank] for rank in kept})
-    by_rank = ("flops", "memory", "port_bandwidth", "nic_bandwidth", "memory_bandwidth")
+
+    def of_kept(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(values[rank] for rank in kept)
+
     return replace(
         topology,
         node_of_rank=tuple(nodes.index(topology.node_of_rank[rank]) for rank in kept),
+        flops=of_kept(topology.flops),
+        memory=of_kept(topology.memory),
+        port_bandwidth=of_kept(topology.port_bandwidth),
         uplink_bandwidth=tuple(topology.uplink_bandwidth[node] for node in nodes),
-        **{name: tuple(getattr(topology, name)[rank] for rank in kept) for name in by_rank},
+        nic_bandwidth=of_kept(topology.nic_bandwidth),
+        memory_bandwidth=of_kept(topology.memory_bandwidth),
     )

@@ -88,7 +88,7 @@ def redealt_owners(holders: Sequence[np.ndarray], world_size: int) -> list[np.nd
     Returns:
         Per layer int64 [experts].
     """
-    owners = [np.where((0 <= holder_E) & (holder_E < world_size), holder_E, -1) for holder_E in holders]
+    owners = [np.where((holder_E >= 0) & (holder_E < world_size), holder_E, -1) for holder_E in holders]
     owned_LD = np.stack([np.bincount(owner_E[owner_E >= 0], minlength=world_size) for owner_E in owners])
 
     def give(layer: int, expert: int) -> None:
@@ -97,14 +97,13 @@ def redealt_owners(holders: Sequence[np.ndarray], world_size: int) -> list[np.nd
         owned_LD[layer, rank] += 1
 
     for layer, owner_E in enumerate(owners):
-        for expert in np.flatnonzero(owner_E < 0):
-            give(layer, int(expert))
+        for expert in np.flatnonzero(owner_E < 0).tolist():
+            give(layer, expert)
     while (owned_D := owned_LD.sum(0)).max() - owned_D.min() > 1:
         fullest = int(owned_D.argmax())
-        layer = int(owned_LD[:, fullest].argmax())
-        expert = int(np.flatnonzero(owners[layer] == fullest)[-1])
-        owned_LD[layer, fullest] -= 1
-        give(layer, expert)
+        most = int(owned_LD[:, fullest].argmax())
+        owned_LD[most, fullest] -= 1
+        give(most, int(np.flatnonzero(owners[most] == fullest)[-1]))
     return owners
 
 

@@ -25,9 +25,10 @@ def ranks_of_default_group(rank: int, world: int) -> Ranks:
     return Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
 
 
-def train_until(
-    rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]
-) -> list[tuple[float, float, float]]:
+Losses = list[tuple[float, float, float]]
+
+
+def train_until(rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]) -> Losses:
     """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done."""
     given = (*OVERRIDES, *overrides, f"output_dir={workshop}/runs/{name}")
     run = Run(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks_of_default_group(rank, world))
