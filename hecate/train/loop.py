@@ -182,11 +182,11 @@ def train(config: Config, ranks: Ranks, topology: Topology | None = None, observ
             order = observer.order() if observer and ranks.is_first else None
             text = b"" if order is None or order.number <= order_done else order.to_bytes()
             wants_stop = stopping.is_set or (observer is not None and observer.wants_stop())
-            stop, order_length = ranks.all_most([float(wants_stop), float(len(text))])
+            stop, has_order = ranks.all_most([float(wants_stop), float(bool(text))])
             if observer and pace:
                 observer.stepped(_facts(run, result, seconds, tokens, bytes_sent, pace))
-            if order_length:
-                order = Order.from_bytes(ranks.broadcast_bytes(text.ljust(int(order_length))))
+            if has_order:
+                order = Order.from_bytes(ranks.broadcast_from(0, text or None))
                 order_done = order.number
                 _carry_out(run, order, progress, metrics)
             if trace:
