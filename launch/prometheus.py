@@ -35,7 +35,11 @@ def exposition(status: dict[str, Any]) -> str:
         if values:
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} gauge"]
             lines += [f'{name}{{device="{device["device"]}",kind="{_escaped(device["kind"])}"}} {value}' for device, value in values]
-    lines += ["# HELP hecate_state 1 for the state the job is in", "# TYPE hecate_state gauge", f'hecate_state{{state="{status["state"]}"}} 1']
+    lines += [
+        "# HELP hecate_state 1 for the state the job is in",
+        "# TYPE hecate_state gauge",
+        f'hecate_state{{state="{status["state"]}"}} 1',
+    ]
     return "\n".join(lines) + "\n"
 
 

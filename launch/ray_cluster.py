@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import secrets
 import socket
 import stat
 import sys
@@ -100,6 +101,19 @@ def connected(address: str) -> Iterator[Any]:
             ray.init(address=f"{host}:{port}", logging_level="ERROR", log_to_driver=True)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, AssertionError) as error:
             raise UserError(f"{address}: {_reason(error, said())}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def private_cluster(num_cpus: int) -> Iterator[Any]:
+    """Ray on this machine alone, on loopback, with a token that nobody else has; gone at the end of the block."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray = import_ray()
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=True)
     try:
         yield ray
     finally:

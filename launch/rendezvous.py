@@ -24,4 +24,6 @@ class Rendezvous:
 
 def meet(host: str, port: int, generation: int) -> dist.Store:
     """The store of one generation, as a worker sees it. A worker of an earlier one, back from the dead, meets nobody there."""
-    return dist.PrefixStore(f"generation-{generation}", dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_TIMEOUT))
+    return dist.PrefixStore(
+        f"generation-{generation}", dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
+    )

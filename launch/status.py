@@ -36,7 +36,9 @@ def read_status(run: Path) -> dict[str, Any]:
     try:
         status = parse_json(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file\n  give the output_dir, or the configuration, of a run that `hecate ray` has started") from None
+        raise UserError(
+            f"{path}: no such file\n  give the output_dir, or the configuration, of a run that `hecate ray` has started"
+        ) from None
     except (OSError, JsonError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(status, dict) or "state" not in status:

@@ -164,7 +164,7 @@ def _run(config_text: str, place: Assignment, watch: _Watch) -> bool:
 
     from hecate.config import load_config
     from hecate.launch.rendezvous import meet
-    from hecate.parallel.topology_file import load_topology
+    from hecate.parallel.topology_file import parse_topology
     from hecate.train.loop import train
     from hecate.train.ranks import connect
 
@@ -172,10 +172,7 @@ def _run(config_text: str, place: Assignment, watch: _Watch) -> bool:
         path = Path(folder, "config.yaml")
         path.write_text(config_text, encoding="utf-8")
         config = replace(load_config(path, claim_output=False), resume=place.resume)
-        topology = None
-        if place.topology is not None:
-            path.write_text(place.topology, encoding="utf-8")
-            topology = load_topology(path)
+    topology = None if place.topology is None else parse_topology(place.topology, "the controller's topology")
     try:
         ranks = connect(meet(place.host, place.port, place.generation), place.rank, place.world_size)
         return train(config, ranks, topology or _measured(ranks, place.nodes), watch)

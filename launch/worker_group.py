@@ -44,8 +44,12 @@ class Place:
 class WorkerGroup:
     """Asks Ray for workers and listens to them. Decides nothing."""
 
-    def __init__(self, ray: Any, devices: Sequence[Device], *, config: str, report_steps: int) -> None:
-        self._ray, self._config, self._report_steps = ray, config, report_steps
+    def __init__(self, ray: Any, devices: Sequence[Device], *, config: str, report_steps: int, address: str | None) -> None:
+        """
+        Args:
+            address: to whose interface all workers bind their messages; None: each to its node's.
+        """
+        self._ray, self._config, self._report_steps, self._address = ray, config, report_steps, address
         self.places = [Place(index, device) for index, device in enumerate(devices)]
         self._placement: Any = None
 
@@ -88,7 +92,7 @@ class WorkerGroup:
                 runtime_env={"env_vars": environment},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=place.index),
             )
-            .remote(self._config, self._report_steps, place.device.address)
+            .remote(self._config, self._report_steps, self._address or place.device.address)
         )
         place.coming = place.actor.facts.remote()
 
