@@ -1,7 +1,8 @@
-"""Drives a job on a Ray cluster from its first worker to its end: starts generations of ranks, answers failures, re-plans around slow devices.
+"""Drives a job on a Ray cluster from its first worker to its end: begins generations of ranks, answers failures, re-plans around slow
+devices.
 
-A *generation* is one set of ranks that train together. Between two of them every member is idle: its training has ended, whatever the reason.
-Steps are the ranks' business; nothing here is on their way.
+A *generation* is one set of ranks that train together. Between two of them every member is idle: its training has ended, whatever the
+reason. Steps are the ranks' business; nothing here is on their way.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from hecate.parallel.topology_file import parse_topology, topology_text
 _PING_SECONDS, _SETTLE_SECONDS = 10.0, 15.0
 """after which a worker that does not answer, and one that goes on training though its peers could not, is taken for hung"""
 _PAUSE_SECONDS = 10.0
+_LAST_WORDS_SECONDS = 1.0
+"""Ray hands on what workers print with a delay, and nothing of those that are gone"""
 _NOTES = 50
 
 
@@ -130,6 +133,7 @@ class Controller:
                 self._advance()
                 if time.monotonic() - self._shown > 1:
                     self._show_status()
+            time.sleep(_LAST_WORDS_SECONDS)
         except UserError as error:
             self._detail = str(error).splitlines()[0]
             self._enter(State.FAILED)
