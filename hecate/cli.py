@@ -82,6 +82,23 @@ def ray(
 
 
 @app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="YAML file, inside the working directory")],
+    overrides: _Overrides = None,
+    address: Annotated[str, typer.Option(help="http://HOST:PORT of the cluster's dashboard")] = "",
+    working_dir: Annotated[
+        Path, typer.Option(help="folder whose code and configurations are uploaded; never data, runs or secrets")
+    ] = Path(),
+) -> None:
+    """Run `hecate ray CONFIG` as a job on a Ray cluster: waits for it, shows its output, ends with its exit status."""
+    if not address:
+        raise UserError("--address: give http://HOST:PORT of the cluster's dashboard; no cluster is looked for")
+    from hecate.launch.submit import submit as run
+
+    raise typer.Exit(run(config, overrides or (), address, working_dir=working_dir))
+
+
+@app.command()
 def status(run: Annotated[Path, typer.Argument(help="output_dir of a run that `hecate ray` has started, or its configuration")]) -> None:
     """What a running job does: state, devices, shares, imbalance, last checkpoint."""
     from hecate.launch.status import read_status, status_text
