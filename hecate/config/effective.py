@@ -22,6 +22,7 @@ _NOT_COMPUTATION = (
     "trace",
     "eval",
     "data.eval",
+    "ray",
 )
 
 
@@ -33,7 +34,7 @@ def to_yaml(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """SHA-256 (64 hex digits) of the values that define the training computation.
 
-    Left out: where the run writes and runs (output_dir, resume, nproc, topology), how often it logs, evaluates and
+    Left out: where the run writes and runs (output_dir, resume, nproc, topology, ray), how often it logs, evaluates and
     saves, whether it records a trace, and what it evaluates.
     """
     values: dict[str, Any] = asdict(config)

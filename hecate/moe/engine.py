@@ -30,7 +30,7 @@ from hecate.moe.planning import LayerPlan, PlanMode, calibration_gain, exchange_
 from hecate.parallel.dispatch import combine, dispatch
 from hecate.parallel.frozen_store import FrozenStore
 from hecate.parallel.loads import LoadHistory, imbalance
-from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere, owners_only
+from hecate.parallel.placement import Placement, everything_everywhere, owners_by_memory, owners_only
 from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.store import LayerStore, gather_together
 from hecate.parallel.topology import Topology
@@ -82,7 +82,7 @@ class Engine:
         self.world_size = dist.get_world_size(groups.experts)
         assert config.topology.world_size == self.world_size, (config.topology.world_size, self.world_size)
         self.history = LoadHistory(config.load_window)
-        self.owners = {layer: contiguous_owners(f.num_experts, self.world_size) for layer, f in families.items()}
+        self.owners = {layer: owners_by_memory(f.num_experts, config.topology.memory) for layer, f in families.items()}
         self.stores = {
             layer: LayerStore(self.owners[layer].tolist(), family.init_chunk, groups.experts, config.topology)
             for layer, family in families.items()

@@ -51,7 +51,7 @@ def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, ran
         UserError: the model cannot be read, or is not of the kind that the family needs.
     """
     source, device = resolve_model(name_or_path), ranks.device
-    adapted: tuple[AdaptedLayer, ...] = field(default=(), kw_only=True)
+    adapted: tuple[AdaptedLayer, ...] = ()
     model: Any
     with one_gguf_reader():
         if family == "moe_lora":
@@ -98,20 +98,25 @@ def build_topology(config: Config, ranks: Ranks) -> Topology:
     return topology
 
 
-def front_end(config: Config, ranks: Ranks) -> BaseModel:
-    """The model that the configuration names, by whoever is to build it. Every rank must call it."""
+def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) -> BaseModel:
+    """The model that the configuration names, by whoever is to build it. Every rank must call it; `topology` as for `engine_config`."""
     if config.model.front_end == "megatron":
         from hecate.megatron.front_end import build_megatron
 
-        return build_megatron(config, ranks)
+        return build_megatron(config, ranks, topology)
     return build_base(config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks, config.moe.family)
 
 
-def engine_config(config: Config, ranks: Ranks, non_moe_flops: float) -> EngineConfig:
-    """What the configuration says of the engine; `non_moe_flops` of a layer outside its experts, of one rank in a micro-step, forward."""
+def engine_config(config: Config, ranks: Ranks, non_moe_flops: float, topology: Topology | None = None) -> EngineConfig:
+    """What the configuration says of the engine.
+
+    Args:
+        non_moe_flops: of a layer outside its experts, of one rank in a micro-step, forward.
+        topology: of whoever started the ranks and knows better than the configuration.
+    """
     return EngineConfig(
         planner=POLICIES[config.fssdp.policy],
-        topology=build_topology(config, ranks),
+        topology=topology or build_topology(config, ranks),
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
         max_imbalance=config.fssdp.max_imbalance,
@@ -123,8 +128,8 @@ def engine_config(config: Config, ranks: Ranks, non_moe_flops: float) -> EngineC
     )
 
 
-def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
-    """Put the configured experts and adapters into the model, if they are not there already."""
+def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology | None = None) -> MoeModel:
+    """Put the configured experts and adapters into the model, if they are not there already; `topology` as for `engine_config`."""
     if config.model.front_end == "megatron":
         from hecate.megatron.front_end import MegatronModel
 
@@ -133,9 +138,9 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks) -> MoeModel:
     tokens = config.micro_batch_size * config.data.seq_len
     if base.adapted:
         flops = moe_surgery.non_moe_flops_per_token(base.model, base.adapted)
-        for_engine = engine_config(config, ranks, flops * tokens)
+        for_engine = engine_config(config, ranks, flops * tokens, topology)
         return moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), for_engine, ranks.groups)
-    for_engine = engine_config(config, ranks, non_moe_flops_per_token(base.model) * tokens)
+    for_engine = engine_config(config, ranks, non_moe_flops_per_token(base.model) * tokens, topology)
     num_layers = len(decoder_layers(base.model)[1])
     if config.moe.family == "full":
         return upcycle(base.model, upcycling_plan(config, num_layers), for_engine, ranks.groups)

@@ -15,8 +15,9 @@ from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from tests.hecate.data.conftest import build_byte_tokenizer
-from tests.hecate.train.test_run import records, run, write_samples
+from tests.hecate.train.test_run import records, run
 from tests.plain_moe_lora import peft_model, save_tiny
+from tests.tiny_run import write_samples
 
 STEPS, RANK, ALPHA = 4, 4, 8
 
