@@ -30,6 +30,7 @@ from hecate.train.heatmap import write_heatmap
 from hecate.train.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.output import TrainedOutput, output_of
+from hecate.train.peft_adapter import begin_with
 from hecate.train.progress import Progress, StepLine
 from hecate.train.ranks import Ranks
 from hecate.train.resharding import check_room, owned_parameters, reshard_if_it_pays
@@ -56,6 +57,8 @@ class Run:
         rows = config.micro_batch_size * config.gradient_accumulation_steps * ranks.world_size
         self.stream = TrainStream(sources, seq_len=config.data.seq_len, packing=config.data.packing, rows_per_step=rows, seed=config.seed)
         self.moe: MoeModel = build_moe(config, self.base, ranks)
+        if config.lora.init_from and not config.resume:
+            begin_with(config, self.base, self.moe)
         if config.gradient_checkpointing:
             checkpoint_activations(self.moe)
         if config.fssdp.reshard_interval:
