@@ -198,6 +198,8 @@ def test_a_dense_model_is_refused(workshop: Path) -> None:
         run_shape(config, None, 2)
 
 
-def test_the_dry_run_knows_the_model(workshop: Path) -> None:
-    shown = run("plan", workshop / "config.yaml").stdout
+def test_the_dry_run_knows_the_recipe(workshop: Path) -> None:
+    recipe = Path(__file__).parents[3] / "configs" / "recipes" / "qwen3_moe_lora.yaml"
+    given = [f"model.name_or_path={workshop}/model", f"data.train={workshop}/up.train.jsonl", f"output_dir={workshop}/runs/planned"]
+    shown = run("plan", recipe, *given, "model.shard_non_experts=true", "--ranks", 2).stdout
     assert "frozen experts" in shown
