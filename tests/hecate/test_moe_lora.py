@@ -254,6 +254,7 @@ def test_sharded_training_equals_peft_in_one_process(peft_runs: Path, world: int
     """All replicas, some, none; frozen parts that have to make room; at 2 and 4 ranks half of the ranks have no tokens."""
     policies = ("full", "hecate", "static_ep", "random 2", "auto")
     cases = [Case(model, policy, slots=2) for model, policy in zip(MODELS, policies, strict=True)]
-    cases += [Case(MODELS[2], "static_ep", checkpointing=True, shard_layers=True), Case(MODELS[4], "full", shard_layers=True)]
-    cases += [Case(MODELS[0], "hecate", slots=1, rematerialize=True)]
+    if world % 2 == 0:
+        cases += [Case(MODELS[2], "static_ep", checkpointing=True, shard_layers=True), Case(MODELS[4], "full", shard_layers=True)]
+        cases += [Case(MODELS[0], "hecate", slots=1, rematerialize=True)]
     run_ranks(world, _check_cases, cases, peft_runs, timeout=240)

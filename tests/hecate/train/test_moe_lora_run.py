@@ -136,9 +136,9 @@ def test_a_run_begins_with_what_peft_has_trained(workshop: Path, tmp_path: Path)
             parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
     model.save_pretrained(tmp_path / "theirs")
     targets = "lora.target_modules=[q_proj,gate_proj,up_proj,down_proj]"
-    begin = [targets, f"lora.init_from={tmp_path}/theirs", "moe.train_router=false", f"output_dir={tmp_path}/run"]
+    begin = [targets, f"lora.init_from={tmp_path}/theirs", "moe.train_router=false"]
     with join_ranks() as ranks:
-        begun = Run(load_config(workshop / "config.yaml", begin, claim_output=False), ranks)
+        begun = Run(load_config(workshop / "config.yaml", [*begin, f"output_dir={tmp_path}/run"], claim_output=False), ranks)
         begun.output.replace(tmp_path / "run", begun.moe, ranks)
     theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "theirs", tmp_path / "run" / "adapter"))
     assert theirs.keys() == ours.keys()
