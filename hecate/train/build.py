@@ -19,6 +19,7 @@ from hecate.model.head import CausalHead, LanguageModelHead
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import AdaptedLayer
+from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
 from hecate.model.tensor_files import tensor_entries
 from hecate.model.upcycling import UpcyclingPlan, upcycle
@@ -139,7 +140,10 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
     if base.adapted:
         flops = moe_surgery.non_moe_flops_per_token(base.model, base.adapted)
         for_engine = engine_config(config, ranks, flops * tokens, topology)
-        return moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), for_engine, ranks.groups)
+        moe = moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), for_engine, ranks.groups)
+        if config.model.shard_non_experts:
+            shard_frozen_layers(moe, ranks.new_group())
+        return moe
     for_engine = engine_config(config, ranks, non_moe_flops_per_token(base.model) * tokens, topology)
     num_layers = len(decoder_layers(base.model)[1])
     if config.moe.family == "full":
