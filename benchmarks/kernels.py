@@ -121,7 +121,7 @@ def peer_rows(module: str, shape: LayerShape, rounds: int, seconds: float) -> li
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(seconds, 0.0))
     except subprocess.TimeoutExpired:
-        return [row(shape, name, [], f"not through after {seconds:.0f} s")]
+        return [row(shape, name, [], f"not through after {max(seconds, 0.0):.0f} s")]
     if done.returncode:
         return [row(shape, name, [], f"exit {done.returncode}: {done.stderr.strip()[-300:]}")]
     result = json.loads(done.stdout.splitlines()[-1])
