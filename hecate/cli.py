@@ -50,6 +50,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         from hecate.launch.local import launch_local
 
         loaded = load_config(config, overrides or ())
+        _check_kernels(loaded.kernels)
         check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
         status = launch_local(["train", str(config), *(overrides or ())], loaded.nproc or _default_ranks())
         raise typer.Exit(status)
@@ -57,6 +58,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 
     # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
     loaded = load_config(config, overrides or (), claim_output=rank == "0" and STORE_VARIABLE not in os.environ)
+    _check_kernels(loaded.kernels)
     from hecate.train.loop import train as run
     from hecate.train.ranks import join_ranks
 
@@ -206,6 +208,19 @@ def _refuse_beside(context: typer.Context, option: str, why: str, *, allowed: tu
     given = [name for name in named if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
     if superfluous := [named[name] for name in given if name not in allowed]:
         raise UserError(f"{option}: {why}; leave out {', '.join(superfluous)}")
+
+
+def _check_kernels(kernels: str) -> None:
+    """Refuse Triton where it cannot run, on the machine that trains: elsewhere a configuration may well be planned with."""
+    if kernels != "triton":
+        return
+    import torch
+
+    from hecate.kernels.backend import triton_problem
+
+    problem = triton_problem("cuda" if torch.cuda.is_available() else "cpu")
+    if problem is not None:
+        raise UserError(problem)
 
 
 def _default_ranks() -> int:

@@ -174,6 +174,9 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     fssdp: FssdpConfig = field(default_factory=FssdpConfig)
+    kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """What computes the experts. auto: Triton kernels on a GPU, else torch. triton: those kernels or an error. torch: the fast path in
+    plain torch. reference: the formula, slow, to compare with. The results are the same within rounding."""
     topology: str = "auto"
     """Devices and links that the planner reckons with: auto (the machine at hand), a preset's name, or a YAML file
     (anything with a / or ending in .yaml or .yml)."""

@@ -97,6 +97,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
         except UserError as error:
             what, _, hint = str(error).partition("\n")
             add("model.name_or_path", what, hint)
+    _check_kernels(values, add)
     _check_topology(values, add)
     _check_output_dir(values, add, claim=claim_output)
 
@@ -183,6 +184,15 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
     well_named = len(set(modules)) == len(modules) and all(re.fullmatch(r"[A-Za-z0-9_.]+", module) for module in modules)
     if modules and well_named and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
         add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")
+
+
+def _check_kernels(values: Mapping[str, Any], add: Add) -> None:
+    if values.get("kernels") != "triton":
+        return
+    if values.get("model.dtype") == "float64":
+        add("kernels", "triton computes in float32 or bfloat16, but model.dtype is float64", "use auto or torch")
+    if values.get("lora.r", 0) > 256:
+        add("kernels", f"triton takes LoRA ranks up to 256, but lora.r is {values['lora.r']}", "use auto or torch")
 
 
 def _check_topology(values: Mapping[str, Any], add: Add) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hecate.kernels.expert_ffn import full_expert_ffn
+from hecate.kernels.backend import Backend, expert_kernels
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.moe.seeding import generator, linear_weight
 from hecate.parallel.cost_model import LayerCost
@@ -36,12 +36,14 @@ class FullExperts:
         master_dtype: torch.dtype,
         compute_dtype: torch.dtype,
         device: torch.device,
+        kernels: Backend = "auto",
     ) -> None:
         self.shape = shape
         self.num_experts = num_experts
         self._layer = layer
         self._seed = seed
         self._master_dtype = master_dtype
+        self._kernels = kernels
         self._compute_dtype = compute_dtype
         self._device = device
 
@@ -85,4 +87,4 @@ class FullExperts:
         step: int,
         training: bool,
     ) -> Tensor:
-        return full_expert_ffn(x_TD, slot_TK, weight_TK, replicas_SC, self.shape)
+        return expert_kernels(self._kernels, x_TD).full_expert_ffn(x_TD, slot_TK, weight_TK, replicas_SC, self.shape)

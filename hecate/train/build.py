@@ -90,6 +90,7 @@ def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
         lora=LoraShape(config.lora.r, scale, config.lora.dropout),
         target_modules=config.lora.target_modules,
         seed=config.seed,
+        kernels=config.kernels,
     )
 
 

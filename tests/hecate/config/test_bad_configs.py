@@ -30,6 +30,10 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"model": "{}"}, "model.name_or_path", "must be given"),
     ({"data": "{train: [{name: x}]}"}, "data.train[0].path", "must be given"),
     ({"data": "{train: [{path: a.jsonl, wieght: 2}]}"}, "data.train[0].wieght", "did you mean data.train[0].weight?"),
+    # kernels
+    ({"kernels": "cuda"}, "kernels", "must be one of auto, triton, torch, reference"),
+    ({"kernels": "triton", "model": "{name_or_path: model, dtype: float64}"}, "kernels", "model.dtype is float64"),
+    ({"kernels": "triton", "lora": "{r: 257}"}, "kernels", "ranks up to 256, but lora.r is 257"),
     # types
     ({"seed": "many"}, "seed", "must be an integer, got many"),
     ({"seed": "1.5"}, "seed", "must be an integer, got 1.5"),

@@ -72,6 +72,7 @@ def test_hash_tells_computations_apart_and_nothing_else(folder: Path) -> None:
         "resume=true",
         "nproc=4",
         "topology=cluster",
+        "kernels=torch",
         "logging_steps=7",
         "save_steps=7",
         "save_total_limit=2",
