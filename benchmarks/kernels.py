@@ -35,8 +35,7 @@ from benchmarks import gpu_timing, kernel_providers
 from benchmarks.kernel_cases import SHAPES, TOLERANCE, Inputs, Layer, LayerShape, errors, expected, make_inputs
 from benchmarks.report import arguments, finish
 from hecate.errors import UserError
-from hecate.kernels.expert_ffn_sorted import lora_expert_ffn_sorted
-from hecate.kernels.mixlora_sorted import mixlora_ffn_sorted
+from hecate.kernels.backend import expert_kernels
 
 PEERS: Mapping[str, Sequence[str]] = {
     "moe_peft_layer": ("7B", "1B", "135M"),
@@ -54,17 +53,14 @@ RUNS = 20
 
 
 def ours(inputs: Inputs, compiled: bool = False) -> Layer:
-    """Our layer over these inputs, as a trainer on a GPU calls it."""
-    leaves = inputs.leaves()
+    """Our layer over these inputs, as a trainer calls it; torch has nothing to compile in it."""
+    kernels = expert_kernels("triton", inputs.x_TD, inputs.shape.rank)
+    operands, loras = (inputs.x_TD, inputs.slot_TK, inputs.weight_TK), dict(inputs.loras)
     if inputs.base is not None:
-        forward = functools.partial(mixlora_ffn_sorted, inputs.x_TD, inputs.slot_TK, inputs.weight_TK, inputs.base, dict(inputs.loras))
-    else:
-        assert inputs.frozen_EC is not None
-        frozen = list(inputs.frozen_EC)
-        forward = functools.partial(
-            lora_expert_ffn_sorted, inputs.x_TD, inputs.slot_TK, inputs.weight_TK, frozen, dict(inputs.loras), inputs.ffn_shape
-        )
-    return Layer(forward, leaves)
+        return Layer(functools.partial(kernels.mixlora_ffn, *operands, inputs.base, loras), inputs.leaves())
+    assert inputs.frozen_EC is not None
+    frozen = list(inputs.frozen_EC)
+    return Layer(functools.partial(kernels.lora_expert_ffn, *operands, frozen, loras, inputs.ffn_shape), inputs.leaves())
 
 
 def providers(shape: LayerShape) -> dict[str, kernel_providers.Provider]:
