@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from hecate.kernels.device_functions import dropout_keep
-from hecate.kernels.dropout import Dropout
 from hecate.kernels.kernel_launch import Launch
 from hecate.kernels.launch_config import LaunchConfig, Rule, choose, sm_of
 from hecate.kernels.pair_order import PairOrder
@@ -68,7 +67,8 @@ class LowRank:
 class RowDropout:
     """Which elements of each pair's row are dropped."""
 
-    dropout: Dropout
+    dropped_levels: int
+    """of `Dropout`"""
     row_P: Tensor
     """int32 [P], of `Dropout.rows`, in the order of the pairs"""
 
@@ -334,7 +334,7 @@ def gemm_launch(
             "half_y": width,
             "scale_0": first,
             "scale_1": second,
-            "dropped_levels": drop.dropout.dropped_levels if drop is not None else 0,
+            "dropped_levels": drop.dropped_levels if drop is not None else 0,
         },
         constants={
             "N": width,

@@ -139,7 +139,7 @@ def grouped_wgrad(
             "stride_out_slot": out_SNK.stride(0),
             "stride_out": out_SNK.stride(1),
             "scale": scale,
-            "dropped_levels": drop_right.dropout.dropped_levels if drop_right is not None else 0,
+            "dropped_levels": drop_right.dropped_levels if drop_right is not None else 0,
         },
         constants={
             "N": rows,
