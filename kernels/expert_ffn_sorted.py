@@ -17,7 +17,7 @@ from hecate.kernels.dropout import Dropout
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.full_experts_ops import full_experts
 from hecate.kernels.lora_experts_ops import lora_experts
-from hecate.kernels.mixlora_inputs import PROJECTIONS, Lora, dropout_rows
+from hecate.kernels.mixlora_inputs import PROJECTIONS, Lora, dropout_rows, separate_gate_and_up
 
 
 def full_expert_ffn_sorted(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, shape: FfnShape) -> Tensor:
@@ -39,6 +39,7 @@ def lora_expert_ffn_sorted(
 ) -> Tensor:
     """As `expert_ffn.lora_expert_ffn`, in float32, bfloat16 or float16; differentiable once."""
     assert len(loras) > 0, "frozen experts without adapters have nothing to train"
+    loras = separate_gate_and_up(loras)
     words: dict[str, Tensor] = {}
     if dropout is not None and frozen_S:
         # A choice that is computed elsewhere takes the last slot's stream; its row is not used.

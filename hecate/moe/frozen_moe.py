@@ -35,6 +35,7 @@ class FrozenMoeLora:
         seed: int,
         master_dtype: torch.dtype,
         compute_dtype: torch.dtype,
+        device: torch.device,
         kernels: Backend = "auto",
     ) -> None:
         """Args:
@@ -50,7 +51,17 @@ class FrozenMoeLora:
         self._master_dtype = master_dtype
         self._kernels = kernels
         self._compute_dtype = compute_dtype
-        self._device = frozen(0).device
+        self._device = device
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Those with an adapter, in the order of the chunk."""
+        return self._pairs.projections
+
+    @property
+    def rank(self) -> int:
+        """Of the pairs."""
+        return self._lora.rank
 
     def layout(self) -> ExpertLayout:
         return ExpertLayout(trainable=self._pairs.specs(), frozen=ffn_specs(self.shape))

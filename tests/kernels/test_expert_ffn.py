@@ -81,7 +81,7 @@ def lora(function: Any, case: Case, compute_in: torch.dtype | None = None) -> Re
     frozen = [given.normal(given.shape.numel, grad=False) for _ in range(case.slots)]
     loras = {}
     for name in case.projections:
-        wide, narrow = (case.ffn, case.hidden) if name == "down_proj" else (case.hidden, case.ffn)
+        wide, narrow = (case.ffn, case.hidden) if name == "down_proj" else (case.hidden, case.ffn * (1 + (name == "gate_up_proj")))
         a = given.named[f"{name}.A"] = given.normal(case.slots, case.rank, wide, dtype=given.master)
         b = given.named[f"{name}.B"] = given.normal(case.slots, narrow, case.rank, dtype=given.master)
         loras[name] = Lora(a, b, 0.5 + 0.25 * len(name))
@@ -119,6 +119,7 @@ CASES = {
 }
 LORA_CASES = {
     "gate only": Case(projections=("gate_proj",)),
+    "gate and up as one": Case(projections=("gate_up_proj", "down_proj"), dropout=0.3, absent=(1,)),
     "down only": Case(projections=("down_proj",)),
     "no gate": Case(projections=("up_proj", "down_proj")),
     "no down": Case(projections=("gate_proj", "up_proj")),
