@@ -25,7 +25,8 @@ from hecate.kernels.tile_map import tile_map
 
 WIDE_RULES: tuple[Rule, ...] = (
     Rule(LaunchConfig({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=90, itemsizes=(2,)),
-    Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=80, itemsizes=(2,)),
+    Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=80, max_rank=64, itemsizes=(2,)),
+    Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=4), min_sm=80, itemsizes=(2,)),
     Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BM": 16, "BN": 32, "BK": 32, "GROUP": 2}), min_sm=0),
 )
