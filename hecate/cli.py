@@ -50,6 +50,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         from hecate.launch.local import launch_local
 
         loaded = load_config(config, overrides or ())
+        _check_kernels(loaded.kernels)
         check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
         status = launch_local(["train", str(config), *(overrides or ())], loaded.nproc or _default_ranks())
         raise typer.Exit(status)
@@ -57,11 +58,58 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 
     # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
     loaded = load_config(config, overrides or (), claim_output=rank == "0" and STORE_VARIABLE not in os.environ)
+    _check_kernels(loaded.kernels)
     from hecate.train.loop import train as run
     from hecate.train.ranks import join_ranks
 
     with join_ranks() as ranks:
         run(loaded, ranks)
+
+
+@app.command()
+def ray(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: _Overrides = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_ADDRESS", help="HOST:PORT of the cluster's head, or local: a private one on this machine")
+    ] = "",
+    metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="serve Prometheus metrics on 127.0.0.1; 0: any port")] = None,
+) -> None:
+    """Train as CONFIG says on a Ray cluster, from one of its nodes: places ranks, shares work by speed, survives lost devices."""
+    if not address:
+        raise UserError("--address: give HOST:PORT of the cluster's head, or local; no cluster is joined unasked")
+    from hecate.launch.ray_driver import run_on_ray
+
+    raise typer.Exit(run_on_ray(config, overrides or (), address, metrics_port))
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="YAML file, inside the working directory")],
+    overrides: _Overrides = None,
+    address: Annotated[str, typer.Option(help="http://HOST:PORT of the cluster's dashboard")] = "",
+    working_dir: Annotated[
+        Path, typer.Option(help="folder whose code and configurations are uploaded; never data, runs or secrets")
+    ] = Path(),
+) -> None:
+    """Run `hecate ray CONFIG` as a job on a Ray cluster: waits for it, shows its output, ends with its exit status."""
+    if not address:
+        raise UserError("--address: give http://HOST:PORT of the cluster's dashboard; no cluster is looked for")
+    from hecate.launch.submit import submit as run
+
+    raise typer.Exit(run(config, overrides or (), address, working_dir=working_dir))
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="output_dir of a run that `hecate ray` has started, or its configuration")]) -> None:
+    """What a running job does: state, devices, shares, imbalance, last checkpoint."""
+    from hecate.launch.status import read_status, status_text
+
+    if run.is_file():
+        from hecate.config import load_config
+
+        run = Path(load_config(run, claim_output=False).output_dir)
+    print(status_text(read_status(run)))
 
 
 @app.command(name="eval")
@@ -197,7 +245,8 @@ def make_tasks(
     from hecate.data.synthetic_tasks import write_tasks
 
     for written in write_tasks(folder, tasks.split(","), train_size, eval_size, seed):
-        print(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out")
+        every = ", all the different prompts that there are" if written.exhausted else ""
+        print(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out{every}")
 
 
 def _refuse_beside(context: typer.Context, option: str, why: str, *, allowed: tuple[str, ...]) -> None:
@@ -206,6 +255,19 @@ def _refuse_beside(context: typer.Context, option: str, why: str, *, allowed: tu
     given = [name for name in named if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
     if superfluous := [named[name] for name in given if name not in allowed]:
         raise UserError(f"{option}: {why}; leave out {', '.join(superfluous)}")
+
+
+def _check_kernels(kernels: str) -> None:
+    """Refuse Triton where it cannot run, on the machine that trains: elsewhere a configuration may well be planned with."""
+    if kernels != "triton":
+        return
+    import torch
+
+    from hecate.kernels.backend import triton_problem
+
+    problem = triton_problem("cuda" if torch.cuda.is_available() else "cpu")
+    if problem is not None:
+        raise UserError(problem)
 
 
 def _default_ranks() -> int:

@@ -27,6 +27,19 @@ class LoadHistory:
             return None
         return np.mean([step[layer] for step in self._steps], axis=0)
 
+    def snapshot(self) -> list[dict[int, np.ndarray]]:
+        """The iterations held now, for `restore`; loads are never changed in place."""
+        return list(self._steps)
+
+    def restore(self, steps: list[dict[int, np.ndarray]]) -> None:
+        """Be as at a `snapshot`."""
+        self._steps.clear()
+        self._steps.extend(steps)
+
+    def redeal(self, world_size: int) -> None:
+        """Of loads that other ranks have sent, say that each of `world_size` ranks sent the same share: totals stay."""
+        self.restore([{layer: _redealt(loads_SE, world_size) for layer, loads_SE in step.items()} for step in self._steps])
+
     def state_dict(self) -> list[dict[str, list[list[int]]]]:
         """JSON-able; layers as decimal strings."""
         return [{str(layer): loads.tolist() for layer, loads in step.items()} for step in self._steps]
@@ -35,6 +48,13 @@ class LoadHistory:
         self._steps.clear()
         for step in state:
             self.record({int(layer): np.asarray(loads, dtype=np.int64) for layer, loads in step.items()})
+
+
+def _redealt(loads_SE: np.ndarray, world_size: int) -> np.ndarray:
+    if len(loads_SE) == world_size:
+        return loads_SE
+    share_E, rest_E = np.divmod(loads_SE.sum(0), world_size)
+    return share_E + (np.arange(world_size)[:, None] < rest_E)
 
 
 def imbalance(loads_D: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,45 @@ class Placement:
 def contiguous_owners(num_experts: int, world_size: int) -> np.ndarray:
     """int64 [experts]: equal runs of consecutive experts per rank (expert parallelism's homes), for any two numbers."""
     return np.arange(num_experts, dtype=np.int64) * world_size // num_experts
+
+
+def owners_by_memory(num_experts: int, memory_D: Sequence[float]) -> np.ndarray:
+    """int64 [experts]: runs of consecutive experts, of as many on each rank as its share of the memory says; equal ones on equal ranks."""
+    if len(set(memory_D)) == 1:
+        return contiguous_owners(num_experts, len(memory_D))
+    ends_D = np.cumsum(memory_D) / np.sum(memory_D) * num_experts
+    return np.minimum(np.searchsorted(ends_D, np.arange(num_experts) + 0.5), len(memory_D) - 1).astype(np.int64)
+
+
+def redealt_owners(holders: Sequence[np.ndarray], world_size: int) -> list[np.ndarray]:
+    """Owners on another number of ranks: who holds an expert keeps it, as far as all ranks then own equally many, within one.
+
+    Experts that nobody holds go first, each to the rank that owns fewest of all layers, of those to the one that owns fewest of its
+    layer; then those that own more than one too many give up their last ones. Ties: the lowest rank. A pure function.
+
+    Args:
+        holders: of each layer int64 [experts]: a rank below `world_size`, or any other number for nobody.
+
+    Returns:
+        Per layer int64 [experts].
+    """
+    owners = [np.where((holder_E >= 0) & (holder_E < world_size), holder_E, -1) for holder_E in holders]
+    owned_LD = np.stack([np.bincount(owner_E[owner_E >= 0], minlength=world_size) for owner_E in owners])
+
+    def give(layer: int, expert: int) -> None:
+        rank = int(np.lexsort((owned_LD[layer], owned_LD.sum(0)))[0])
+        owners[layer][expert] = rank
+        owned_LD[layer, rank] += 1
+
+    for layer, owner_E in enumerate(owners):
+        for expert in np.flatnonzero(owner_E < 0).tolist():
+            give(layer, expert)
+    while (owned_D := owned_LD.sum(0)).max() - owned_D.min() > 1:
+        fullest = int(owned_D.argmax())
+        most = int(owned_LD[:, fullest].argmax())
+        owned_LD[most, fullest] -= 1
+        give(most, int(np.flatnonzero(owners[most] == fullest)[-1]))
+    return owners
 
 
 def everything_everywhere(owner_E: np.ndarray, world_size: int) -> Placement:

@@ -140,6 +140,7 @@ class TraceWriter:
         self._num_experts: tuple[int, ...] = ()
         if after and path.exists():
             before = load_trace(path)
+            self._facts["tokens_per_rank"] = max(tokens_per_rank, before.tokens_per_rank)
             for step, loads in zip(before.steps, before.loads, strict=True):
                 if step <= after:
                     self._steps.append(step)
@@ -155,8 +156,8 @@ class TraceWriter:
             loads_LSE[index, :, : num_experts[index]] = loads[layer]
         if self._steps:
             assert step > self._steps[-1], (step, self._steps[-1])
-            if (self._layers, self._num_experts, self._loads[0].shape) != (layers, num_experts, loads_LSE.shape):
-                raise UserError(f"{self.path}: holds loads of other layers, experts or ranks than this run's; move it away, resume again")
+            if (self._layers, self._num_experts) != (layers, num_experts):
+                raise UserError(f"{self.path}: holds loads of other layers or experts than this run's; move it away, resume again")
         self._layers, self._num_experts = layers, num_experts
         self._steps.append(step)
         self._loads.append(loads_LSE)
@@ -164,7 +165,10 @@ class TraceWriter:
     def save(self) -> None:
         """Write all steps so far. Does nothing before the first."""
         if self._steps:
-            save_trace(Trace(np.stack(self._loads), tuple(self._steps), self._layers, self._num_experts, **self._facts), self.path)
+            # A run may go on with more or fewer ranks; one that is not there sends nothing.
+            ranks = max(loads_LSE.shape[1] for loads_LSE in self._loads)
+            padded = [np.pad(loads_LSE, ((0, 0), (0, ranks - loads_LSE.shape[1]), (0, 0))) for loads_LSE in self._loads]
+            save_trace(Trace(np.stack(padded), tuple(self._steps), self._layers, self._num_experts, **self._facts), self.path)
 
 
 def _short(numbers: tuple[Any, ...]) -> str:

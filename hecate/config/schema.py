@@ -4,7 +4,7 @@ A field without a default must be given. `X | None` means that `null` is allowed
 """
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_type_hints
 
 from hecate.errors import UserError
@@ -25,6 +25,9 @@ class ModelConfig:
     """The type in which the frozen base is held and computed. auto: the trainer chooses by model and device."""
     num_hidden_layers: int | None = None
     """Keep only the model's first layers, this many. null: all."""
+    shard_non_experts: bool = False
+    """Family moe_lora: shard the frozen weights of the decoder layers outside the experts over the ranks, too, and bring each layer's
+    together while it runs (torch's FSDP2). false: every rank holds them all."""
     train_non_experts: bool = False
     """Family full: train the rest of the model, too, alike on every rank. Needs dtype float32."""
 
@@ -67,17 +70,23 @@ class LoraConfig:
     """Probability of dropping an element of an adapter's input, in training only."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) in place of alpha / r."""
+    init_from: str | None = None
+    """Family moe_lora: an adapter folder, of hecate or PEFT, whose values training begins with. null: new ones."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers that get an adapter. Those of the FFN get one per expert, those of the attention one each."""
+    """Linear layers that get an adapter. Those of the FFN get one per expert, those of the attention one each. With moe_lora gate_proj and
+    up_proj share one, so both are named or neither, and shared experts get none."""
 
 
 DEFAULT_EXPERTS, DEFAULT_TOP_K = 8, 2
 """where the model does not say"""
 
 
+Family = Literal["mixlora", "full", "moe_lora"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    family: Literal["mixlora", "full", "moe_lora"] = "mixlora"
+    family: Family = "mixlora"
     """What an expert computes. mixlora: LoRA pairs over the layer's shared frozen FFN. full: a gated FFN of its own, trained whole, which
     begins as a copy of the dense model's. moe_lora: LoRA pairs over the frozen experts of a model that has experts already."""
     num_experts: int | tuple[int, ...] | None = None
@@ -85,6 +94,8 @@ class MoeConfig:
     or front_end megatron, what the model has."""
     top_k: int | None = None
     """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it."""
+    train_router: bool = False
+    """Family moe_lora: train the model's routers, too. The other families always train theirs."""
     upcycle_noise: float = 0.01
     """Family full: what is added to each copied weight is normal with this share of its matrix's standard deviation. 0: equal copies."""
     router_aux_loss_coef: float = 0.001
@@ -95,6 +106,18 @@ class MoeConfig:
         """`top_k`, which `load_config` has settled, or the builder of a model that has experts already."""
         assert self.top_k is not None, "moe.top_k is the model's, which nobody has asked"
         return self.top_k
+
+    def settled(self, experts_per_layer: tuple[int, ...], top_k: int) -> "MoeConfig":
+        """With the numbers of a model that has experts already. Raises UserError if others are given."""
+        alike = len(set(experts_per_layer)) == 1
+        experts = experts_per_layer[0] if alike else experts_per_layer
+        for key, given, own in (("num_experts", self.num_experts, experts), ("top_k", self.top_k, top_k)):
+            if given is not None and given != own and given != experts_per_layer:
+                shown = list(given) if isinstance(given, tuple) else given
+                raise UserError(
+                    f"moe.{key}: {shown}, but the model has {own}, which moe.family moe_lora cannot change\n  leave moe.{key} out"
+                )
+        return replace(self, num_experts=experts, top_k=top_k)
 
     def experts_per_layer(self, num_layers: int) -> tuple[int, ...]:
         """Expert count of each of `num_layers` layers. Raises UserError if num_experts lists another number of them."""
@@ -156,6 +179,26 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """Read by `hecate ray` and `hecate submit` alone."""
+
+    workers: int | None = None
+    """Devices to train on, one rank each. null: all that the cluster has and `labels` allow."""
+    min_workers: int = 1
+    """The fewest to begin with, and to go on with when others are lost; with fewer left the job waits for one to return."""
+    cpus_per_worker: int = 1
+    """Processors of a rank."""
+    labels: tuple[str, ...] = ()
+    """Labels that a node must have: KEY=VALUE or KEY=in(A,B). A lost device is replaced by one whose node has the same values."""
+    max_failures: int = 3
+    """Failures of one cause in a row, without a finished step in between, after which the job gives up."""
+    start_timeout: int = 300
+    """Seconds for placing workers, for starting them, and for a device to return when too few are left."""
+    report_steps: int = 10
+    """Every so many steps the ranks report loads and step times to the controller."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     model: ModelConfig
     data: DataConfig
@@ -197,12 +240,16 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     fssdp: FssdpConfig = field(default_factory=FssdpConfig)
+    kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """What computes the experts. auto: Triton kernels on a GPU, else torch. triton: those kernels or an error. torch: the fast path in
+    plain torch. reference: the formula, slow, to compare with. The results are the same within rounding."""
     topology: str = "auto"
     """Devices and links that the planner reckons with: auto (the machine at hand), a preset's name, or a YAML file
     (anything with a / or ending in .yaml or .yml)."""
     nproc: int | None = None
     """Local ranks to start. null: one per GPU, or 2 without a GPU. Unused under torchrun, which brings its ranks."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
 
 
 def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:

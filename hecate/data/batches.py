@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -25,6 +26,18 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; from pinned memory without waiting."""
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def row_ranges(num_rows: int, shares: Sequence[float]) -> list[range]:
+    """Consecutive rows for each rank, as many as its share of the whole says: rounded where they end, so within one row of it.
+
+    Some ranks get none where there are fewer rows than ranks. A pure function: all ranks divide alike.
+    """
+    total = sum(shares)
+    assert total > 0, shares
+    assert min(shares) >= 0, shares
+    ends = [round(num_rows * part / total) for part in accumulate(shares)]
+    return [range(start, end) for start, end in pairwise([0, *ends])]
 
 
 def collate(rows: Sequence[Row], pad_id: int, seq_len: int) -> Batch:

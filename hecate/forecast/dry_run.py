@@ -152,13 +152,27 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
             busiest_uplink=times * sum(one.bytes.busiest_uplink for one in groups) + (reduced_bytes if nodes else 0.0),
         ),
         imbalance=float(np.average([one.imbalance for one in groups], weights=[group.number for group in run.groups])),
-        memory=memory_parts(run, [_others(one, group) for one, group in zip(groups, run.groups, strict=True)], rows_D),
+        memory=memory_parts(
+            run,
+            [_others(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
+            rows_D,
+            [_others_frozen(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
+        ),
     )
 
 
-def _others(simulated: Simulated, group: ExpertLayers) -> np.ndarray:
+def _others(simulated: Simulated, group: ExpertLayers, run: RunShape) -> np.ndarray:
     """float64 [ranks]: replicas of others' experts that are there at once, in all layers of the group or in one (`memory_parts`)."""
-    return np.asarray(simulated.replica_bytes_D) / group.cost.replica_bytes
+    return _others_frozen(simulated, group, run) / (group.number if run.config.fssdp.rematerialize and group.cost.frozen_bytes else 1)
+
+
+def _others_frozen(simulated: Simulated, group: ExpertLayers, run: RunShape) -> np.ndarray:
+    """float64 [ranks]: others' frozen parts that are there, in all layers of the group: of rematerialized layers all, though of what trains
+    one layer's at a time, which is taken to be like the others.
+    """
+    frozen, moving = group.cost.frozen_bytes, group.cost.replica_bytes - group.cost.frozen_bytes
+    layers = group.number if run.config.fssdp.rematerialize and frozen else 1
+    return np.asarray(simulated.replica_bytes_D) / (frozen + moving / layers)
 
 
 def _all_reduced_bytes(run: RunShape) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hecate.forecast.run_shape import ExpertLayers, RunShape
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
 _HEAD_ROWS = 512
@@ -22,20 +23,23 @@ class MemoryPart:
     bytes_PD: np.ndarray
 
 
-def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray) -> list[MemoryPart]:
+def memory_parts(
+    run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray, frozen_GD: list[np.ndarray] | None = None
+) -> list[MemoryPart]:
     """What each rank holds, phase by phase.
 
     Args:
         others_GD: for each of the run's groups, replicas of others' experts on each rank, in all its layers together; with
             `fssdp.rematerialize` in its fullest layer.
         rows_D: distinct tokens of a micro-step that each rank computes in a layer, the mean over the layers.
+        frozen_GD: others' frozen parts that stay on each rank, in all layers of a group; None: those of `others_GD`.
     """
     config = run.config
     world, micro_steps = run.topology.world_size, config.gradient_accumulation_steps
     layers_at_once = max(1, config.fssdp.prefetch)
     owned, replicas, gradients, fullest = np.zeros(world), np.zeros(world), np.zeros(world), np.zeros(world)
     for group, others_D in zip(run.groups, others_GD, strict=True):
-        owned_D = _owned(group, world)
+        owned_D = _owned(group, run.topology.memory)
         owned += owned_D * group.cost.trainable_bytes
         if config.fssdp.rematerialize:
             here = (owned_D / group.number + others_D) * group.cost.trainable_bytes
@@ -49,12 +53,16 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
         gradients += here if micro_steps > 1 else here / group.number
     if config.fssdp.per_micro_step:  # reduced as they come, and added up by the owners
         gradients = fullest + owned
+    frozen = np.zeros(world)
+    for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
+        frozen += (_owned(group, run.topology.memory) + others_D) * group.cost.frozen_bytes
     replicated = np.full(world, float(run.replicated_parameters * run.master_bytes))
-    base = np.full(world, float(run.frozen_parameters * run.dtype_bytes))
+    base = _base_bytes(run)
     saved = _saved_bytes(run, rows_D)
     nothing = np.zeros(world)
     return [
-        MemoryPart("base weights", np.stack([base] * 3)),
+        MemoryPart("base weights", base),
+        *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
         MemoryPart("owned experts, moments", np.stack([3 * owned] * 3)),
         MemoryPart("routers, adapters, moments", np.stack([3 * replicated] * 3)),
         MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
@@ -63,9 +71,19 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
     ]
 
 
-def _owned(group: ExpertLayers, world: int) -> np.ndarray:
+def _base_bytes(run: RunShape) -> np.ndarray:
+    """float64 [phases, ranks]: the frozen model but for experts. Of layers that are sharded a rank's part, and two together while they run:
+    one that runs and the next one.
+    """
+    world, sharded = run.topology.world_size, run.sharded_parameters
+    for_good = run.frozen_parameters - sum(sharded) + sum(sharded) / world
+    together = min(2, len(sharded)) * max(sharded, default=0)
+    return np.repeat(np.array([[for_good + together], [for_good + together], [for_good]]) * run.dtype_bytes, world, axis=1)
+
+
+def _owned(group: ExpertLayers, memory_D: Sequence[float]) -> np.ndarray:
     """float64 [ranks]: experts that each rank owns, in all layers of the group."""
-    return group.number * np.bincount(contiguous_owners(group.experts, world), minlength=world).astype(float)
+    return group.number * np.bincount(owners_by_memory(group.experts, memory_D), minlength=len(memory_D)).astype(float)
 
 
 def _saved_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:
@@ -81,7 +99,7 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
     """What autograd keeps of a layer, counted by its tensors.
 
     Attention: its normalized input, queries, keys, values, what comes out, low-rank products; norms and the router keep float32 inputs.
-    Experts: x, gate and up of each row that is computed here; of full experts, gate and up of each choice.
+    Experts: x, gate and up of each row that is computed here; of experts with FFNs of their own, gate and up of each choice.
     """
     layer, b = run.base.layers[index], run.dtype_bytes
     choices_D = rows_D * _choices_a_row(run, index, rows_D)
@@ -99,7 +117,7 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
 def _choices_a_row(run: RunShape, index: int, rows_D: np.ndarray) -> float:
     """Gate and up products that are kept of a row: one where experts share the base's."""
     config = run.config
-    if config.moe.family != "full" or not config.moe.experts_per_layer(len(run.base.layers))[index]:
+    if config.moe.family == "mixlora" or not config.moe.experts_per_layer(len(run.base.layers))[index]:
         return 1.0
     return run.tokens * run.topology.world_size * config.moe.choices / max(float(rows_D.sum()), 1.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hecate.config import Config, find_model
@@ -50,7 +50,9 @@ class RunShape:
     @property
     def replicated_parameters(self) -> int:
         """Routers, attention adapters, and the model's own where it trains: which every rank has."""
-        routers = sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden
+        routers = self._routers
+        if self.config.moe.family == "moe_lora" and not self.config.moe.train_router:
+            routers = 0
         if self.trains_non_experts:
             return routers + self._outside_experts
         return routers + sum(adapter_parameters(layer, self.config) for layer in self.base.layers)
@@ -63,16 +65,33 @@ class RunShape:
     @property
     def frozen_parameters(self) -> int:
         """What every rank holds of the model without training it."""
-        if self.config.moe.family != "full":
+        if self.config.moe.family == "mixlora":
             return self.base.parameters
+        if self.config.moe.family == "moe_lora" and self.config.moe.train_router:
+            return self._outside_experts - self._routers
         return 0 if self.trains_non_experts else self._outside_experts
 
     @property
+    def sharded_parameters(self) -> tuple[int, ...]:
+        """Of each decoder layer's frozen weights, what is not on every rank (`model.shard_non_experts`)."""
+        if not self.config.model.shard_non_experts:
+            return ()
+        layers = self.base.layers
+        routers = [layer.hidden * layer.experts if self.config.moe.train_router else 0 for layer in layers]
+        experts = [3 * layer.hidden * layer.ffn * layer.experts for layer in layers]
+        return tuple(layer.parameters - e - r for layer, e, r in zip(layers, experts, routers, strict=True))
+
+    @property
+    def _routers(self) -> int:
+        """Parameters."""
+        return sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden
+
+    @property
     def _outside_experts(self) -> int:
-        """Parameters of the model but for the FFNs that have become experts."""
+        """Parameters of the model but for its own experts, or the FFNs that have become experts."""
         experts = self.config.moe.experts_per_layer(len(self.base.layers))
-        upcycled = sum(3 * layer.hidden * layer.ffn for layer, number in zip(self.base.layers, experts, strict=True) if number)
-        return self.base.parameters - upcycled
+        layers = [layer for layer, number in zip(self.base.layers, experts, strict=True) if number]
+        return self.base.parameters - sum(3 * layer.hidden * layer.ffn * max(1, layer.experts) for layer in layers)
 
 
 def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunShape:
@@ -88,6 +107,8 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
     name = topology or config.topology
     machines = _topology(name, config, ranks)
     base = _base_shape(config)
+    if base.top_k is not None:
+        config = replace(config, moe=config.moe.settled(tuple(layer.experts for layer in base.layers), base.top_k))
     dtype_bytes = _DTYPE_BYTES[_dtype(config, machines)]
     master_bytes = max(4, dtype_bytes)
     experts = config.moe.experts_per_layer(len(base.layers))
@@ -108,35 +129,52 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
 
 
 def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> LayerCost:
-    """What the engine plans a layer with (`MixLoraExperts.cost`, `FullExperts.cost`)."""
+    """What the engine plans a layer with (`MixLoraExperts.cost`, `FullExperts.cost`, `FrozenMoeLora.cost`)."""
+    ffn = 3 * layer.hidden * layer.ffn
+    frozen, row_flops, trained = 0, 0.0, config.lora.r * _adapted_sizes(layer, config)
+    choice_flops, choice_backward = 2.0 * trained, 3.0
     if config.moe.family == "full":
-        expert, row_flops, choice_backward = 3 * layer.hidden * layer.ffn, 0.0, 2.0
+        trained, choice_flops, choice_backward = ffn, 2.0 * ffn, 2.0
+    elif config.moe.family == "moe_lora":
+        frozen, frozen_flops, pair_flops = ffn, 2.0 * ffn, 2.0 * trained
+        choice_flops = frozen_flops + pair_flops
+        choice_backward = (frozen_flops + 2.5 * pair_flops) / choice_flops
     else:
-        trained = sum(name in config.lora.target_modules for name in PROJECTIONS)
-        expert, row_flops, choice_backward = trained * config.lora.r * (layer.hidden + layer.ffn), 6.0 * layer.hidden * layer.ffn, 3.0
+        row_flops = 2.0 * ffn
     return LayerCost(
-        trainable_bytes=float(master_bytes * expert),
-        state_bytes=3.0 * master_bytes * expert,
+        trainable_bytes=float(master_bytes * trained),
+        frozen_bytes=float(dtype_bytes * frozen),
+        state_bytes=3.0 * master_bytes * trained,
         top_k=config.moe.choices,
         row_bytes=float(layer.hidden * dtype_bytes),
         row_flops=row_flops,
-        choice_flops=2.0 * expert,
+        choice_flops=choice_flops,
         choice_backward=choice_backward,
         non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len,
     )
+
+
+def _adapted_sizes(layer: LayerShape, config: Config) -> int:
+    """Inputs plus outputs of an expert's projections that get a pair; gate and up of an MoE model share one."""
+    targets = set(config.lora.target_modules)
+    if config.moe.family != "moe_lora":
+        return len(targets & set(PROJECTIONS)) * (layer.hidden + layer.ffn)
+    both = (layer.hidden + 2 * layer.ffn) * ({"gate_proj", "up_proj"} <= targets)
+    return both + (layer.hidden + layer.ffn) * ("down_proj" in targets)
 
 
 def adapter_parameters(layer: LayerShape, config: Config) -> int:
     """Of the LoRA pairs on a layer's attention, which full experts do without."""
     if config.moe.family == "full":
         return 0
-    return sum(config.lora.r * (outputs + inputs) for name, outputs, inputs in layer.linears if name in config.lora.target_modules)
+    targets = set(config.lora.target_modules) - (set(PROJECTIONS) if layer.experts else set())  # shared experts have none
+    return sum(config.lora.r * (outputs + inputs) for name, outputs, inputs in layer.linears if name in targets)
 
 
 def _base_shape(config: Config) -> BaseShape:
     model = config.model
     if model.front_end == "transformers":
-        return read_base_shape(find_model(model.name_or_path), model.num_hidden_layers)
+        return read_base_shape(find_model(model.name_or_path), model.num_hidden_layers, config.moe.family)
     from hecate.megatron.shape import gpt_shape
     from hecate.megatron.tokenizer import tokenizer_of
 

@@ -26,6 +26,7 @@ from hecate.moe.full_experts import FullExperts
 from hecate.moe.layer import MoeLayer
 from hecate.moe.router import TopKRouter
 from hecate.moe.seeding import generator
+from hecate.parallel.topology import Topology
 from hecate.train.build import BaseModel, engine_config
 from hecate.train.ranks import Ranks
 
@@ -75,7 +76,7 @@ def shape_of(config: Config) -> GptShape:
     return replace(named, layers=layers, experts=experts, top_k=config.moe.choices, seq_len=config.data.seq_len)
 
 
-def build_megatron(config: Config, ranks: Ranks) -> MegatronModel:
+def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = None) -> MegatronModel:
     """The model from scratch, the same on every rank but for the experts, of which each makes its own. Every rank must call it.
 
     Raises:
@@ -85,7 +86,7 @@ def build_megatron(config: Config, ranks: Ranks) -> MegatronModel:
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len
     families = {layer: _family(shape, layer, config.seed, dtype, ranks.device) for layer in range(shape.layers)}
-    engine = Engine(dict(families), engine_config(config, ranks, non_moe_flops), ranks.groups)
+    engine = Engine(dict(families), engine_config(config, ranks, non_moe_flops, topology), ranks.groups)
     micro_step = MicroStep()
     layers = {
         layer: MoeLayer(

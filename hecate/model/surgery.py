@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hecate.errors import UserError
+from hecate.kernels.backend import Backend
 from hecate.kernels.mixlora_inputs import PROJECTIONS
 from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.lora import LoraLinear
@@ -17,6 +18,7 @@ from hecate.moe.context import MicroStep
 from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
 from hecate.moe.layer import MoeLayer
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.moe.routed_experts import RoutedExperts
 from hecate.moe.router import TopKRouter
 
 
@@ -27,17 +29,23 @@ class MoeModel:
     model: nn.Module
     engine: Engine
     micro_step: MicroStep
-    layers: dict[int, MoeLayer]
+    layers: Mapping[int, MoeLayer | RoutedExperts]
     attention: dict[tuple[int, str], LoraLinear]
     """(layer, module name) -> adapter, such as (3, "self_attn.q_proj")"""
     others: dict[str, nn.Parameter] = field(default_factory=dict)
     """the model's own parameters that train, by their names in it"""
 
+    @property
+    def routers(self) -> dict[int, nn.Parameter]:
+        """By layer, the weights of those that are trained."""
+        trained = {layer: module.trained_router for layer, module in sorted(self.layers.items())}
+        return {layer: router for layer, router in trained.items() if router is not None}
+
     def replicated_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters that every rank holds alike: routers, attention adapters and the model's own, by stable names."""
         named: dict[str, nn.Parameter] = {}
-        for layer, moe in sorted(self.layers.items()):
-            named[f"layers.{layer}.router"] = moe.router.weight
+        for layer, router in self.routers.items():
+            named[f"layers.{layer}.router"] = router
         for (layer, module), lora in sorted(self.attention.items()):
             named[f"layers.{layer}.{module}.A"] = lora.lora_A
             named[f"layers.{layer}.{module}.B"] = lora.lora_B
@@ -54,6 +62,7 @@ class SurgeryPlan:
     lora: LoraShape
     target_modules: tuple[str, ...]
     seed: int
+    kernels: Backend = "auto"
 
 
 def adapter_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +90,7 @@ def insert_experts(
         raise UserError(f"moe.num_experts lists {len(plan.experts_per_layer)} layers, but the model has {len(ffns)}")
     projections = tuple(name for name in PROJECTIONS if name in plan.target_modules)
     expert_layers = [ffn for ffn in ffns if plan.experts_per_layer[ffn.layer] > 0 and projections]
-    attention_targets = _attention_targets(model, plan, ffns)
+    attention_targets = find_attention_targets(model, plan.target_modules, tuple(ffn.path + "." for ffn in ffns))
     if not expert_layers and not attention_targets:
         raise UserError(
             "nothing would train: no layer gets experts and no attention module gets an adapter.\n"
@@ -99,20 +108,27 @@ def insert_experts(
             num_experts=plan.experts_per_layer[ffn.layer],
             seed=plan.seed,
             master_dtype=dtype,
+            kernels=plan.kernels,
         )
         for ffn in expert_layers
     }
     engine = Engine(dict(families), engine_config, groups)
     layers = put_layers(model, expert_layers, engine, micro_step, plan.top_k, plan.seed, router_class)
+    attention = adapt_attention(model, attention_targets, plan.lora, seed=plan.seed, dtype=dtype, micro_step=micro_step)
+    return MoeModel(model, engine, micro_step, layers, attention)
+
+
+def adapt_attention(
+    model: nn.Module, targets: list[tuple[int, str, str]], lora: LoraShape, *, seed: int, dtype: torch.dtype, micro_step: MicroStep
+) -> dict[tuple[int, str], LoraLinear]:
+    """Put adapters around linears that `find_attention_targets` has found; (layer, module name) -> adapter."""
     attention = {}
-    for layer, module, path in attention_targets:
+    for layer, module, path in targets:
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        attention[layer, module] = LoraLinear(
-            linear, plan.lora, path=f"{layer}.{module}", seed=plan.seed, dtype=dtype, micro_step=micro_step
-        )
+        attention[layer, module] = LoraLinear(linear, lora, path=f"{layer}.{module}", seed=seed, dtype=dtype, micro_step=micro_step)
         model.set_submodule(path, attention[layer, module])
-    return MoeModel(model, engine, micro_step, layers, attention)
+    return attention
 
 
 def put_layers(
@@ -143,23 +159,29 @@ def put_layers(
     return layers
 
 
-def _attention_targets(model: nn.Module, plan: SurgeryPlan, ffns: list[GatedFfn]) -> list[tuple[int, str, str]]:
-    """(layer, name inside the layer, dotted path) of the linears outside the FFN whose last name is a target."""
+def find_attention_targets(model: nn.Module, target_modules: Sequence[str], excluded: tuple[str, ...]) -> list[tuple[int, str, str]]:
+    """(layer, name inside the layer, dotted path) of the decoder layers' linears whose last name is a target.
+
+    Args:
+        excluded: beginnings of dotted paths of what is no attention.
+
+    Raises:
+        UserError: a target matches neither a linear nor a projection of the experts.
+    """
     name, layers = decoder_layers(model)
-    ffn_paths = tuple(ffn.path + "." for ffn in ffns)
-    targets, seen = [], {target for target in plan.target_modules if target in PROJECTIONS}
+    targets, seen = [], {target for target in target_modules if target in PROJECTIONS}
     available = set(PROJECTIONS)
     for index, layer in enumerate(layers):
         for module, child in layer.named_modules():
             path = f"{name}.{index}.{module}"
-            if type(child) is not nn.Linear or path.startswith(ffn_paths):
+            if type(child) is not nn.Linear or path.startswith(excluded):
                 continue
             last = module.rpartition(".")[2]
             available.add(last)
-            if last in plan.target_modules:
+            if last in target_modules:
                 targets.append((index, module, path))
                 seen.add(last)
-    missing = [target for target in plan.target_modules if target not in seen]
+    missing = [target for target in target_modules if target not in seen]
     if missing:
         raise UserError(
             f"lora.target_modules: {', '.join(missing)} matches no module of {type(model).__name__}; it has {', '.join(sorted(available))}"

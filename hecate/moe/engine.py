@@ -30,7 +30,7 @@ from hecate.moe.planning import LayerPlan, PlanMode, calibration_gain, exchange_
 from hecate.parallel.dispatch import combine, dispatch
 from hecate.parallel.frozen_store import FrozenStore
 from hecate.parallel.loads import LoadHistory, imbalance
-from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere
+from hecate.parallel.placement import Placement, everything_everywhere, owners_by_memory, owners_only
 from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.store import LayerStore, gather_together
 from hecate.parallel.topology import Topology
@@ -82,7 +82,7 @@ class Engine:
         self.world_size = dist.get_world_size(groups.experts)
         assert config.topology.world_size == self.world_size, (config.topology.world_size, self.world_size)
         self.history = LoadHistory(config.load_window)
-        self.owners = {layer: contiguous_owners(f.num_experts, self.world_size) for layer, f in families.items()}
+        self.owners = {layer: owners_by_memory(f.num_experts, config.topology.memory) for layer, f in families.items()}
         self.stores = {
             layer: LayerStore(self.owners[layer].tolist(), family.init_chunk, groups.experts, config.topology)
             for layer, family in families.items()
@@ -153,7 +153,7 @@ class Engine:
             plan = None if self.config.plan == "exact" else self._planned(given)
             for index, layer in enumerate(layers):
                 self._given[layer] = given, index
-                self._counts[layer] = torch.zeros(given.num_experts, dtype=torch.int64)
+                self._counts[layer] = torch.zeros(given.num_experts, dtype=torch.int64, device=self._device())
                 if plan is not None:
                     self._from_history[layer] = layer_plan(plan, given, index)
                     self._place(layer, self._from_history[layer])
@@ -222,8 +222,10 @@ class Engine:
         """
         first_time = count and self._training
         if first_time:
-            count_E = torch.bincount(expert_TK.flatten(), minlength=self.families[layer].num_experts)
-            self._counts[layer] += count_E.cpu()
+            # bincount and a copy to the host would each wait for a GPU.
+            choice = expert_TK.flatten()
+            count_E = choice.new_zeros(self.families[layer].num_experts).scatter_add_(0, choice, torch.ones_like(choice))
+            self._counts[layer] += count_E
             if self.config.plan != "history":
                 self._plan_after_gate(layer, count_E)
         self._gather(layer)
@@ -275,16 +277,22 @@ class Engine:
         return loads
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, *, together: bool = False) -> Iterator[None]:
         """Every expert everywhere until the end of the block, so that ranks may run whatever they like, each on its own.
 
         Every rank must enter it; entering materializes all layers.
+
+        Args:
+            together: experts stay with their owners and tokens go to them, so that no rank holds what it has no room for; ranks must then
+                run the same forward passes at the same time.
         """
         for layer in self.families:
             everywhere = everything_everywhere(self.owners[layer], self.world_size)
-            self._place(layer, LayerPlan(everywhere, np.zeros((self.world_size, everywhere.num_experts)), None))
+            placement = owners_only(self.owners[layer], self.world_size) if together else everywhere
+            # Some tokens of every rank for every expert: what must travel may.
+            self._place(layer, LayerPlan(placement, np.ones((self.world_size, placement.num_experts)), None))
             if layer in self.frozen:
-                self.frozen[layer].borrow(self.placements[layer])
+                self.frozen[layer].borrow(placement)
         self.prefetch(*self.families)
         for store in self.stores.values():
             store.replicas()
@@ -393,7 +401,7 @@ class Engine:
         layers = list(self.families)
         if not layers:
             return {}
-        mine = torch.cat([self._counts[layer] for layer in layers]).to(self._device())
+        mine = torch.cat([self._counts[layer] for layer in layers])
         table = exchange_counts(mine, self.groups.experts)
         cuts = np.cumsum([self.families[layer].num_experts for layer in layers])[:-1]
         return dict(zip(layers, np.split(table, cuts, axis=1), strict=True))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hecate.kernels.backend import Backend, expert_kernels
 from hecate.kernels.dropout import Dropout, dropout_key
-from hecate.kernels.expert_ffn import lora_expert_ffn
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.mixlora_inputs import Lora
 from hecate.moe.full_experts import ffn_specs
@@ -35,6 +35,8 @@ class FrozenMoeLora:
         seed: int,
         master_dtype: torch.dtype,
         compute_dtype: torch.dtype,
+        device: torch.device,
+        kernels: Backend = "auto",
     ) -> None:
         """Args:
         frozen: the weights of an expert, flat as `FfnShape` lays them out, on the device and in `compute_dtype`.
@@ -47,8 +49,19 @@ class FrozenMoeLora:
         self._layer = layer
         self._seed = seed
         self._master_dtype = master_dtype
+        self._kernels = kernels
         self._compute_dtype = compute_dtype
-        self._device = frozen(0).device
+        self._device = device
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Those with an adapter, in the order of the chunk."""
+        return self._pairs.projections
+
+    @property
+    def rank(self) -> int:
+        """Of the pairs."""
+        return self._lora.rank
 
     def layout(self) -> ExpertLayout:
         return ExpertLayout(trainable=self._pairs.specs(), frozen=ffn_specs(self.shape))
@@ -98,7 +111,7 @@ class FrozenMoeLora:
         dropout = None
         if training and self._lora.dropout > 0:
             dropout = Dropout(self._lora.dropout, dropout_key(self._seed, step, self._layer))
-        return lora_expert_ffn(
+        return expert_kernels(self._kernels, x_TD, self._lora.rank).lora_expert_ffn(
             x_TD,
             slot_TK,
             weight_TK,

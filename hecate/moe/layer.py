@@ -20,6 +20,11 @@ class MoeLayer(nn.Module):
         self._engine = engine
         self._micro_step = micro_step
 
+    @property
+    def trained_router(self) -> nn.Parameter:
+        """The router's weight, which is always trained."""
+        return self.router.weight
+
     def forward(self, hidden: Tensor) -> Tensor:
         micro = self._micro_step
         x_TD = hidden.flatten(0, -2)

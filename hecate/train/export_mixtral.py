@@ -124,10 +124,10 @@ def export_mixtral(folder: Path, description: MixtralFolder, dense: Mapping[str,
 def _entries(description: MixtralFolder, dense: Mapping[str, Tensor], moe: MoeModel) -> dict[str, TensorEntry]:
     """Every tensor of the folder; the same on every rank."""
     shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
-    for layer, module in moe.layers.items():
+    for layer in moe.layers:
         family = moe.engine.families[layer]
         prefix = f"model.layers.{layer}.block_sparse_moe"
-        shapes[f"{prefix}.gate.weight"] = tuple(module.router.weight.shape)
+        shapes[f"{prefix}.gate.weight"] = tuple(moe.routers[layer].shape)
         for expert in range(family.num_experts):
             for spec in family.layout().trainable:
                 shapes[f"{prefix}.experts.{expert}.{_PARTS[spec.name]}.weight"] = spec.shape
@@ -165,7 +165,7 @@ class _Fetch:
         if name.endswith(".block_sparse_moe.gate.weight"):
             match = _LAYER.match(name)
             assert match is not None
-            return self._moe.layers[int(match[1])].router.weight
+            return self._moe.routers[int(match[1])]
         return self._dense[name]
 
     def _part(self, layer: int, part: str, chunk: Tensor) -> Tensor:

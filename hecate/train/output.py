@@ -14,6 +14,7 @@ from hecate.model.surgery import MoeModel
 from hecate.train.build import BaseModel
 from hecate.train.export import adapter_config, export_adapter
 from hecate.train.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
+from hecate.train.peft_adapter import export_peft_adapter, peft_config
 from hecate.train.ranks import Ranks
 
 
@@ -41,6 +42,9 @@ def output_of(config: Config, base: BaseModel) -> TrainedOutput:
     Raises:
         UserError: the format has no place for it.
     """
+    if config.moe.family == "moe_lora":
+        peft = peft_config(config, base)
+        return TrainedOutput("adapter", lambda folder, moe, ranks: export_peft_adapter(folder, peft, base, moe, ranks))
     if config.model.front_end == "megatron":
         return _mixtral_of_megatron(config, base)
     if config.moe.family == "full":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,8 +46,49 @@ class Ranks:
         dist.all_reduce(total, group=self.groups.tokens)
         return total
 
+    def all_gather(self, values: Tensor) -> Tensor:
+        """[ranks, ...]: every rank's values, of one shape. Every rank must call it."""
+        mine = values.to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine, group=self.groups.tokens)
+        return torch.stack(parts).cpu()
+
+    def broadcast_from(self, source: int, data: bytes | None) -> bytes:
+        """The bytes of rank `source`, of any length; others give None. Every rank must call it."""
+        length = torch.tensor(len(data or b""), device=self.device)
+        dist.broadcast(length, src=source, group=self.groups.tokens)
+        buffer = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        if data:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        if len(buffer):
+            dist.broadcast(buffer, src=source, group=self.groups.tokens)
+        return buffer.cpu().numpy().tobytes()
+
+    def abort(self) -> None:
+        """Break off every collective under way, here and, because it loses this peer, on every rank that waits for this one.
+
+        From any thread. Nothing more can be sent among these ranks.
+        """
+        for group in (self.groups.tokens, self.groups.experts):
+            group.abort()
+
+    def leave(self) -> None:
+        """Abort, and forget the groups, so that this process can join others."""
+        self.abort()
+        dist.destroy_process_group()
+
+    def all_most(self, values: Sequence[float]) -> list[float]:
+        """The largest of each of several values of any rank, in one message. Every rank must call it, with as many values."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.tokens)
+        return [float(value) for value in tensor.tolist()]
+
     def barrier(self) -> None:
         self.all_max(0.0)
+
+    def new_group(self) -> dist.ProcessGroup:
+        """All ranks once more, for messages that must not queue behind others. Every rank must call it."""
+        return _all_ranks()
 
     def broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes, of a length that all ranks know."""
@@ -82,32 +123,49 @@ def ranks_from_environment() -> tuple[int, int] | None:
 def join_ranks() -> Iterator[Ranks]:
     """Join the process group that the environment describes; a process outside any launcher becomes a world of one.
 
-    Leaves the group at the end whatever happened, so that a peer that waits for this rank fails at once.
+    Leaves the group at the end whatever happened, or the one that has taken its place, so that a peer that waits for this rank fails at
+    once.
     """
     place = ranks_from_environment()
     rank, world_size = place or (0, 1)
+    if place is None:
+        store: dist.Store | None = dist.HashStore()
+    elif STORE_VARIABLE in os.environ:
+        die_with_parent()
+        store = dist.FileStore(os.environ[STORE_VARIABLE], world_size)
+    else:
+        store = None
+    try:
+        yield connect(store, rank, world_size)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
+    """Make this process one of `world_size` ranks. It must belong to no process group, or have left it.
+
+    Args:
+        store: where the ranks meet, used by none before; None: where torchrun's environment says.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
-    if place is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
-    elif STORE_VARIABLE in os.environ:
-        die_with_parent()
-        store = dist.FileStore(os.environ[STORE_VARIABLE], world_size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-    else:
+    if store is None:
         dist.init_process_group(backend, timeout=_TIMEOUT)
-    try:
-        default = dist.group.WORLD
-        assert default is not None
-        tokens = dist.new_group(timeout=_TIMEOUT)
-        assert isinstance(tokens, dist.ProcessGroup)  # a rank outside the group would get a number
-        groups = ExpertGroups(experts=default, tokens=tokens)
-        yield Ranks(rank, world_size, device, groups)
-    finally:
-        dist.destroy_process_group()
+    else:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    default = dist.group.WORLD
+    assert default is not None
+    return Ranks(rank, world_size, device, ExpertGroups(experts=default, tokens=_all_ranks()))
+
+
+def _all_ranks() -> dist.ProcessGroup:
+    group = dist.new_group(timeout=_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)  # a rank outside the group would get a number
+    return group
 
 
 def die_with_parent() -> None:

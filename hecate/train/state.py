@@ -27,6 +27,7 @@ from hecate.config import Config, config_hash, to_yaml
 from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.surgery import MoeModel
+from hecate.parallel.placement import redealt_owners
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.ranks import Ranks
 from hecate.train.resharding import adopt_owners
@@ -54,6 +55,7 @@ def save_state(
         "config": to_yaml(config),
         "config_hash": config_hash(config),
         "history": moe.engine.history.state_dict(),
+        "rows_per_step": stream.rows_per_step,
         "owners": {str(layer): owner_E.tolist() for layer, owner_E in moe.engine.owners.items()},
         "stream": stream.state_dict(),
         "tokens": tokens,
@@ -84,8 +86,10 @@ def save_state(
 def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOptimizer, stream: TrainStream) -> tuple[int, int]:
     """Continue from the newest good checkpoint: (steps done, tokens seen). Every rank must call it.
 
+    Any number of ranks may have written it: experts are dealt anew where it is another one. A step keeps its number of rows.
+
     Raises:
-        UserError: there is no checkpoint that can be read, or the run was another one (configuration, data, number of ranks).
+        UserError: there is no checkpoint that can be read, or the run was another one (configuration, data).
     """
     root = Path(config.output_dir)
     if ranks.is_first:
@@ -96,12 +100,10 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
         manifest = read_manifest(folder)
         meta: dict[str, Any] = manifest.meta
         _refuse_other_run(folder, meta, config)
+        owners = {int(layer): np.array(owner_E) for layer, owner_E in meta["owners"].items()}
         if manifest.world_size != ranks.world_size:
-            raise UserError(
-                f"{folder}: written by {manifest.world_size} ranks, but this job has {ranks.world_size}.\n"
-                f"  start it with nproc={manifest.world_size}: a run is continued on as many ranks as it was saved on"
-            )
-        adopt_owners(moe.engine, optimizer, {int(layer): np.array(owner_E) for layer, owner_E in meta["owners"].items()})
+            owners = dict(zip(owners, redealt_owners(list(owners.values()), ranks.world_size), strict=True))
+        adopt_owners(moe.engine, optimizer, owners)
         names = [name for name in manifest.tensors if _mine(name, optimizer)]
         try:
             tensors: dict[str, Tensor] = read_tensors(folder, manifest, names)
@@ -117,7 +119,9 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
             raise CheckpointError(f"{folder}: has no tensor {missing[0]} ({len(missing)} missing)")
         optimizer.load_state_tensors(tensors, schedule_position=manifest.step)
         moe.engine.history.load_state_dict(meta["history"])
+        moe.engine.history.redeal(ranks.world_size)
         stream.load_state_dict(meta["stream"])
+        stream.rows_per_step = int(meta["rows_per_step"])
         return manifest.step, int(meta["tokens"])
     detail = "\n".join(f"  {reason}" for reason in reasons[:4])
     raise UserError(f"resume=true, but {root} has no checkpoint that can be read; start a new run with resume=false\n{detail}".rstrip())

@@ -53,6 +53,18 @@ def test_an_empty_state() -> None:
     assert history.predict(0) is None
 
 
+def test_loads_dealt_to_other_ranks_keep_their_sums() -> None:
+    history = LoadHistory(3)
+    history.record({0: loads([5, 1], [2, 3])})
+    before = history.snapshot()
+    history.redeal(3)
+    predicted = history.predict(0)
+    assert predicted is not None
+    np.testing.assert_array_equal(predicted, [[3, 2], [2, 1], [2, 1]])
+    history.restore(before)
+    np.testing.assert_array_equal(history.snapshot()[0][0], [[5, 1], [2, 3]])
+
+
 def test_a_window_of_nothing_is_our_mistake() -> None:
     with pytest.raises(AssertionError):
         LoadHistory(0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere, owners_only
+from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere, owners_only, redealt_owners
 
 
 @st.composite
@@ -96,3 +96,28 @@ def test_contiguous_owners_are_runs_of_almost_equal_length(experts: int, world: 
 def test_contiguous_owners_by_hand() -> None:
     assert contiguous_owners(8, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert contiguous_owners(1, 3).tolist() == [0]
+
+
+@given(st.lists(st.lists(st.integers(-1, 7), min_size=1, max_size=9), min_size=1, max_size=5), st.integers(1, 6))
+def test_redealt_owners_are_even_and_move_no_more_than_they_must(holders: list[list[int]], world: int) -> None:
+    before = [np.array(holder_E) for holder_E in holders]
+    after = redealt_owners(before, world)
+    owned_D = np.bincount(np.concatenate(after), minlength=world)
+    assert len(owned_D) == world
+    assert owned_D.max() - owned_D.min() <= 1
+    held = np.concatenate(before)
+    here = (held >= 0) & (held < world)
+    # Who keeps the most it may of what it holds loses only what is beyond its share.
+    kept = (held == np.concatenate(after)) & here
+    most = -(-len(held) // world)
+    surplus = np.maximum(np.bincount(held[here], minlength=world) - (most - 1), 0).sum()
+    assert (here & ~kept).sum() <= surplus
+    assert all((np.array(holder_E) == old_E).all() for holder_E, old_E in zip(holders, before, strict=True)), "arguments are left alone"
+
+
+def test_redealt_owners_by_hand() -> None:
+    """Rank 3 of four is gone; then a fourth comes back."""
+    shrunk = redealt_owners([np.array([0, 1, 2, 3]), np.array([0, 1, 2, 3])], 3)
+    assert [owner_E.tolist() for owner_E in shrunk] == [[0, 1, 2, 0], [0, 1, 2, 1]]
+    grown = redealt_owners(shrunk, 4)
+    assert [owner_E.tolist() for owner_E in grown] == [[0, 1, 2, 3], [0, 1, 2, 3]]

@@ -222,14 +222,29 @@ def test_a_new_run_does_not_read_the_old_file(tmp_path: Path) -> None:
     [
         {2: np.zeros((2, 2)), 8: np.zeros((2, 3))},
         {2: np.zeros((2, 3)), 7: np.zeros((2, 3))},
-        {2: np.zeros((3, 2)), 7: np.zeros((3, 3))},
     ],
-    ids=["layers", "experts", "ranks"],
+    ids=["layers", "experts"],
 )
 def test_another_runs_file_is_not_gone_on_with(tmp_path: Path, other: dict[int, np.ndarray]) -> None:
     path = tmp_path / "loads.npz"
     first = writer(path)
     first.append(1, loads_of(1))
     first.save()
-    with pytest.raises(UserError, match="other layers, experts or ranks"):
+    with pytest.raises(UserError, match="other layers or experts"):
         writer(path, after=1).append(2, other)
+
+
+def test_a_run_that_goes_on_with_more_ranks(tmp_path: Path) -> None:
+    """A rank that was not there has sent nothing."""
+    path = tmp_path / "loads.npz"
+    first = writer(path)
+    first.append(1, loads_of(1))
+    first.save()
+    on_three = {layer: np.concatenate([loads_SE, loads_SE[:1]]) for layer, loads_SE in loads_of(2).items()}
+    later = writer(path, after=1)
+    later.append(2, on_three)
+    later.save()
+    trace = load_trace(path)
+    for index, layer in enumerate(trace.layers):
+        assert (trace.of_layer(index)[0] == np.pad(loads_of(1)[layer], ((0, 1), (0, 0)))).all()
+        assert (trace.of_layer(index)[1] == on_three[layer]).all()

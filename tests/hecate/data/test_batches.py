@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hecate.data.batches import Batch, block_diagonal_mask, collate
+from hecate.data.batches import Batch, block_diagonal_mask, collate, row_ranges
 from hecate.data.rows import Row, build_row, empty_row, piece_of
 from hecate.data.stream import TrainStream
 from tests.hecate.data.files import source_of_lengths
@@ -20,6 +20,16 @@ def test_collate_by_hand() -> None:
     assert batch.token_ids.tolist() == [[500, 501, 502, 503, 504, -1, -1, -1], [-1] * 8]
     assert batch.task.tolist() == [[0] * 5 + [-1] * 3, [-1] * 8]
     assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("rows", "shares", "sizes"),
+    [(8, (1, 1), [4, 4]), (8, (1, 1, 1), [3, 2, 3]), (8, (3, 3, 1, 1), [3, 3, 1, 1]), (2, (1, 1, 1), [1, 0, 1]), (5, (0, 1), [0, 5])],
+)
+def test_rows_are_shared_out(rows: int, shares: tuple[float, ...], sizes: list[int]) -> None:
+    ranges = row_ranges(rows, shares)
+    assert [len(mine) for mine in ranges] == sizes
+    assert [row for mine in ranges for row in mine] == list(range(rows))
 
 
 @pytest.mark.parametrize(("longest", "width"), [(1, 8), (8, 8), (9, 16), (13, 16), (30, 32)])

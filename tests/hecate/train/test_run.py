@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.parallel.traces import load_trace
 from tests.hecate.data.conftest import build_byte_tokenizer
-
-STEPS = 6
+from tests.tiny_run import STEPS, make_workshop
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama, two tasks of data and a configuration."""
-    folder = tmp_path_factory.mktemp("workshop")
-    tokenizer = build_byte_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), eos_token_id=257, bos_token_id=256, pad_token_id=257, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    for task, answer in (("up", str.upper), ("echo", str)):
-        for split, first in (("train", 0), ("eval", 200)):
-            words = [f"w{number % 13}x{number}" for number in range(first, first + (120 if split == "train" else 6))]
-            write_samples(folder / f"{task}.{split}.jsonl", words, answer)
-    (folder / "config.yaml").write_text(
-        f"""
-model: {{name_or_path: {folder}/model, dtype: float32}}
-data:
-  train: [{{path: {folder}/up.train.jsonl, weight: 2}}, {folder}/echo.train.jsonl]
-  eval: [{folder}/up.eval.jsonl, {folder}/echo.eval.jsonl]
-  seq_len: 64
-output_dir: {folder}/runs/unset
-max_steps: {STEPS}
-micro_batch_size: 2
-gradient_accumulation_steps: 2
-learning_rate: 1e-2
-warmup_ratio: 0.2
-lora: {{r: 4, alpha: 8.0}}
-moe: {{num_experts: 3, top_k: 2, router_aux_loss_coef: 0.01}}
-eval: {{on_start: true, generate: true, max_new_tokens: 4, batch_size: 4}}
-""",
-        encoding="utf-8",
-    )
-    return folder
-
-
-def write_samples(path: Path, words: list[str], answer: Callable[[str], str]) -> None:
-    turns = [[{"role": "user", "content": word}, {"role": "assistant", "content": answer(word)}] for word in words]
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns), encoding="utf-8")
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def hecate(*arguments: object) -> list[str]:

@@ -1,0 +1,65 @@
+"""A run that is continued on other numbers of ranks is the run that never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hecate.config import load_config
+from hecate.moe.engine import ExpertGroups
+from hecate.train.loop import Run
+from hecate.train.ranks import Ranks
+from tests.ranks import run_ranks
+from tests.tiny_run import make_workshop
+
+# Five experts in two layers never share out evenly over these ranks; dropout is on.
+OVERRIDES = ("model.dtype=float64", "data.eval=[]", "eval.generate=false", "moe.num_experts=5", "micro_batch_size=1", "fssdp.policy=hecate")
+
+
+def ranks_of_default_group(rank: int, world: int) -> Ranks:
+    default = dist.group.WORLD
+    assert default is not None
+    return Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
+
+
+Losses = list[tuple[float, float, float]]
+
+
+def train_until(rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]) -> Losses:
+    """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done."""
+    given = (*OVERRIDES, *overrides, f"output_dir={workshop}/runs/{name}")
+    run = Run(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks_of_default_group(rank, world))
+    steps = []
+    while run.step < until:
+        result, _ = run.train_one()
+        steps.append((result.loss, result.aux_loss, result.grad_norm))
+    run.save()
+    if run.config.resume:
+        owned = run.moe.engine.named_parameters()
+        assert abs(len(owned) - 2 * 5 / world) < 1, f"{len(owned)} of 10 experts on one of {world} ranks"
+    return steps
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_workshop(tmp_path_factory.mktemp("workshop")))
+
+
+def test_four_then_two_then_three_ranks(workshop: str) -> None:
+    whole = run_ranks(4, train_until, workshop, "whole", 6, ())[0]
+    parts = run_ranks(4, train_until, workshop, "parts", 2, ())[0]
+    parts += run_ranks(2, train_until, workshop, "parts", 4, ("resume=true",))[0]
+    parts += run_ranks(3, train_until, workshop, "parts", 6, ("resume=true",))[0]
+    assert torch.tensor(parts).sub(torch.tensor(whole)).abs().max() <= 1e-10
+    assert whole[0][0] - whole[-1][0] > 1e-3, "it must have learnt, or nothing was shown"
+    assert (Path(workshop) / "runs/parts/checkpoint-6/rank-00002-of-00003.safetensors").is_file()
+
+
+def test_more_ranks_than_rows(workshop: str) -> None:
+    whole = run_ranks(2, train_until, workshop, "narrow", 3, ())[0]
+    parts = run_ranks(2, train_until, workshop, "wide", 1, ())[0]
+    parts += run_ranks(3, train_until, workshop, "wide", 3, ("resume=true",))[0]
+    assert torch.tensor(parts).sub(torch.tensor(whole)).abs().max() <= 1e-10

@@ -1,0 +1,53 @@
+"""A folder in which a whole run takes a second: a tiny random Llama, two tasks of data, a configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.hecate.data.conftest import build_byte_tokenizer
+
+STEPS = 6
+
+
+def make_workshop(folder: Path) -> Path:
+    """Fill the empty `folder`; returns it. The configuration is its config.yaml."""
+    tokenizer = build_byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), eos_token_id=257, bos_token_id=256, pad_token_id=257, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for task, answer in (("up", str.upper), ("echo", str)):
+        for split, first in (("train", 0), ("eval", 200)):
+            words = [f"w{number % 13}x{number}" for number in range(first, first + (120 if split == "train" else 6))]
+            write_samples(folder / f"{task}.{split}.jsonl", words, answer)
+    (folder / "config.yaml").write_text(
+        f"""
+model: {{name_or_path: {folder}/model, dtype: float32}}
+data:
+  train: [{{path: {folder}/up.train.jsonl, weight: 2}}, {folder}/echo.train.jsonl]
+  eval: [{folder}/up.eval.jsonl, {folder}/echo.eval.jsonl]
+  seq_len: 64
+output_dir: {folder}/runs/unset
+max_steps: {STEPS}
+micro_batch_size: 2
+gradient_accumulation_steps: 2
+learning_rate: 1e-2
+warmup_ratio: 0.2
+lora: {{r: 4, alpha: 8.0}}
+moe: {{num_experts: 3, top_k: 2, router_aux_loss_coef: 0.01}}
+eval: {{on_start: true, generate: true, max_new_tokens: 4, batch_size: 4}}
+""",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def write_samples(path: Path, words: list[str], answer: Callable[[str], str]) -> None:
+    turns = [[{"role": "user", "content": word}, {"role": "assistant", "content": answer(word)}] for word in words]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns), encoding="utf-8")
