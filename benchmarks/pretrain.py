@@ -136,7 +136,8 @@ def with_megatrons_layers(run: Run) -> None:
     for name, parameter in others.items():
         parameter.data.copy_(ours.others[name])
     for index, layer in layers.items():
-        layer.router.weight.data.copy_(ours.layers[index].router.weight)
+        layer.router.weight.data.copy_(ours.routers[index])
+        object.__setattr__(layer, "trained_router", layer.router.weight)  # as `MoeModel` asks for it; not a parameter once more
         for expert in range(shape.experts):
             set_expert(layer, expert, ours.engine.families[index].init_chunk(expert))
     engine: Any = MegatronEngine(groups, micro_step)
