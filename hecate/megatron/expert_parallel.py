@@ -86,8 +86,9 @@ class RecordingRouter(TopKRouter):
         prob_TE, map_TE = super().routing(logits, padding_mask)
         micro = self._micro_step
         if micro is not None and micro.recording:
-            assert micro.valid is None, "Megatron routes padding, too"
-            micro.stats[self.layer_number - 1] = self._stats(logits.flatten(0, 1), prob_TE, map_TE)
+            # Padding is routed, too, here, but its outputs and gradients go nowhere; ours does not count it.
+            by_rows = [tensor.view_as(logits).transpose(0, 1).flatten(0, 1) for tensor in (logits, prob_TE, map_TE)]
+            micro.stats[self.layer_number - 1] = self._stats(*(part if micro.valid is None else part[micro.valid] for part in by_rows))
         return prob_TE, map_TE
 
     def _stats(self, logits_TE: Tensor, prob_TE: Tensor, map_TE: Tensor) -> RouterStats:
