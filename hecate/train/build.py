@@ -52,7 +52,7 @@ def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, ran
         UserError: the model cannot be read, or is not of the kind that the family needs.
     """
     source, device = resolve_model(name_or_path), ranks.device
-    adapted: tuple[AdaptedLayer, ...] = field(default=(), kw_only=True)
+    adapted: tuple[AdaptedLayer, ...] = ()
     model: Any
     with one_gguf_reader():
         if family == "moe_lora":
