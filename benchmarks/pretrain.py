@@ -100,8 +100,9 @@ def write_inputs(folder: Path) -> None:
 class MegatronEngine:
     """What `train_step` asks of an engine, where Megatron's layers do the work."""
 
-    def __init__(self, groups: ExpertGroups, micro_step: MicroStep) -> None:
+    def __init__(self, groups: ExpertGroups, micro_step: MicroStep, layers: dict[int, Any]) -> None:
         self.groups = groups
+        self._layers = layers
         self._micro_step = micro_step
         self._loads: dict[int, np.ndarray] = {}
 
@@ -112,6 +113,11 @@ class MegatronEngine:
         self._loads = {layer: exchange_counts(count, self.groups.tokens) for layer, count in counts.items()}
 
     def finish_step(self) -> dict[int, np.ndarray]:
+        """The loads; an expert that no token of any rank reached is not stepped, as in our engine."""
+        for index, layer in self._layers.items():
+            for expert, module in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
+                if self._loads[index][:, expert].sum() == 0:
+                    module.zero_grad(set_to_none=True)
         return self._loads
 
 
@@ -140,7 +146,7 @@ def with_megatrons_layers(run: Run) -> None:
         object.__setattr__(layer, "trained_router", layer.router.weight)  # as `MoeModel` asks for it; not a parameter once more
         for expert in range(shape.experts):
             set_expert(layer, expert, ours.engine.families[index].init_chunk(expert))
-    engine: Any = MegatronEngine(groups, micro_step)
+    engine: Any = MegatronEngine(groups, micro_step, layers)
     run.moe = MoeModel(model, engine, micro_step, layers, {}, others)
     run.base = dataclasses.replace(base, model=model, head=GptHead(model), moe=run.moe)
     run.optimizer = ExpertOptimizer(
