@@ -92,7 +92,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _rule(8, 1, itemsizes=_FP32, BM=16, BN=16),
         _rule(4, 2, min_sm=90, max_rank=32, BM=32, BN=64),
         _rule(8, 1, min_sm=90, max_rank=64, BM=32, BN=64),
-        _rule(4, 1, max_rank=32, BM=32, BN=32),
         _rule(8, 1, max_rank=128, BM=32, BN=32),
         _rule(8, 1, BM=16, BN=16),
         _interpreter(BM=16, BN=32),
