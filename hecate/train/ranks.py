@@ -46,6 +46,37 @@ class Ranks:
         dist.all_reduce(total, group=self.groups.tokens)
         return total
 
+    def all_gather(self, values: Tensor) -> Tensor:
+        """[ranks, ...]: every rank's values, of one shape. Every rank must call it."""
+        mine = values.to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine, group=self.groups.tokens)
+        return torch.stack(parts).cpu()
+
+    def broadcast_from(self, source: int, data: bytes | None) -> bytes:
+        """The bytes of rank `source`, of any length; others give None. Every rank must call it."""
+        length = torch.tensor(len(data or b""), device=self.device)
+        dist.broadcast(length, src=source, group=self.groups.tokens)
+        buffer = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        if data:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        if len(buffer):
+            dist.broadcast(buffer, src=source, group=self.groups.tokens)
+        return buffer.cpu().numpy().tobytes()
+
+    def abort(self) -> None:
+        """Break off every collective under way, here and, because it loses this peer, on every rank that waits for this one.
+
+        From any thread. Nothing more can be sent among these ranks.
+        """
+        for group in (self.groups.tokens, self.groups.experts):
+            group.abort()
+
+    def leave(self) -> None:
+        """Abort, and forget the groups, so that this process can join others."""
+        self.abort()
+        dist.destroy_process_group()
+
     def barrier(self) -> None:
         self.all_max(0.0)
 
@@ -82,32 +113,45 @@ def ranks_from_environment() -> tuple[int, int] | None:
 def join_ranks() -> Iterator[Ranks]:
     """Join the process group that the environment describes; a process outside any launcher becomes a world of one.
 
-    Leaves the group at the end whatever happened, so that a peer that waits for this rank fails at once.
+    Leaves the group at the end whatever happened, or the one that has taken its place, so that a peer that waits for this rank fails at
+    once.
     """
     place = ranks_from_environment()
     rank, world_size = place or (0, 1)
+    if place is None:
+        store: dist.Store | None = dist.HashStore()
+    elif STORE_VARIABLE in os.environ:
+        die_with_parent()
+        store = dist.FileStore(os.environ[STORE_VARIABLE], world_size)
+    else:
+        store = None
+    try:
+        yield connect(store, rank, world_size)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
+    """Make this process one of `world_size` ranks. It must belong to no process group, or have left it.
+
+    Args:
+        store: where the ranks meet, used by none before; None: where torchrun's environment says.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
-    if place is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
-    elif STORE_VARIABLE in os.environ:
-        die_with_parent()
-        store = dist.FileStore(os.environ[STORE_VARIABLE], world_size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-    else:
+    if store is None:
         dist.init_process_group(backend, timeout=_TIMEOUT)
-    try:
-        default = dist.group.WORLD
-        assert default is not None
-        tokens = dist.new_group(timeout=_TIMEOUT)
-        assert isinstance(tokens, dist.ProcessGroup)  # a rank outside the group would get a number
-        groups = ExpertGroups(experts=default, tokens=tokens)
-        yield Ranks(rank, world_size, device, groups)
-    finally:
-        dist.destroy_process_group()
+    else:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    default = dist.group.WORLD
+    assert default is not None
+    tokens = dist.new_group(timeout=_TIMEOUT)
+    assert isinstance(tokens, dist.ProcessGroup)  # a rank outside the group would get a number
+    return Ranks(rank, world_size, device, ExpertGroups(experts=default, tokens=tokens))
 
 
 def die_with_parent() -> None:
