@@ -20,7 +20,7 @@ from hecate.errors import UserError
 from hecate.launch.failure_policy import Cause, Decision, FailurePolicy
 from hecate.launch.rendezvous import Rendezvous
 from hecate.launch.scaling_policy import Scaling, ScalingPolicy
-from hecate.launch.stragglers import Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
+from hecate.launch.stragglers import MIN_SECONDS, Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
 from hecate.launch.worker_group import Event, Place, WorkerGroup
 from hecate.parallel.token_shares import rows_by_speed
 from hecate.parallel.topology import Topology
@@ -109,6 +109,8 @@ class Controller:
         """places that it describes, in its order"""
         self._speeds: dict[int, float] = {}
         self._windows: list[dict[int, float]] = []
+        self._paces: dict[int, Pace] = {}
+        """of the window that is not full yet, by rank"""
         self._reports: dict[int, dict[int, Event]] = {}
         self._orders = 0
         self._rows: list[int] = []
@@ -257,8 +259,13 @@ class Controller:
         topology = self._topology_of_members()
         if topology is None:
             return
-        paces = {r: Pace(e["dense_tokens"], e["dense_seconds"]) for r, e in waiting.items() if self._rows[r]}
-        self._windows.append(relative_speeds(paces, topology))
+        for rank, found in waiting.items():
+            if self._rows[rank]:
+                self._paces[rank] = self._paces.get(rank, Pace()) + Pace(found["dense_tokens"], found["dense_seconds"])
+        if min(pace.seconds for pace in self._paces.values()) < MIN_SECONDS:
+            return
+        self._windows.append(relative_speeds(self._paces, topology))
+        self._paces = {}
         self._speeds = {self._members[rank].index: speed for rank, speed in self._windows[-1].items()}
         changed = changed_ranks(self._windows)
         if changed and self._state is State.RUNNING:
@@ -274,6 +281,7 @@ class Controller:
             flops[self._topology_of.index(place.index)] = topology.flops[rank]
         self._topology = replace(self._topology, flops=tuple(flops))
         self._windows.clear()
+        self._paces.clear()
         for rank, factor in changed.items():
             word = "straggler" if factor < 1 else "faster than planned"
             self._note(
@@ -376,7 +384,7 @@ class Controller:
         self._generation += 1
         self._members = [place for place in self._group.places if place.alive]
         self._idle, self._begun, self._awaited, self._failures = {}, {}, set(), []
-        self._windows, self._reports, self._rows, self._speeds = [], {}, [], {}
+        self._windows, self._reports, self._rows, self._speeds, self._paces = [], {}, [], {}, {}
         latest = latest_good(Path(self._config.output_dir))
         self._checkpoint = latest.name if latest else None
         topology = self._topology_of_members()
