@@ -64,6 +64,52 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         run(loaded, ranks)
 
 
+@app.command()
+def ray(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: _Overrides = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_ADDRESS", help="HOST:PORT of the cluster's head, or local: a private one on this machine")
+    ] = "",
+    metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="serve Prometheus metrics on 127.0.0.1; 0: any port")] = None,
+) -> None:
+    """Train as CONFIG says on a Ray cluster, from one of its nodes: places ranks, shares work by speed, survives lost devices."""
+    if not address:
+        raise UserError("--address: give HOST:PORT of the cluster's head, or local; no cluster is joined unasked")
+    from hecate.launch.ray_driver import run_on_ray
+
+    raise typer.Exit(run_on_ray(config, overrides or (), address, metrics_port))
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="YAML file, inside the working directory")],
+    overrides: _Overrides = None,
+    address: Annotated[str, typer.Option(help="http://HOST:PORT of the cluster's dashboard")] = "",
+    working_dir: Annotated[
+        Path, typer.Option(help="folder whose code and configurations are uploaded; never data, runs or secrets")
+    ] = Path(),
+) -> None:
+    """Run `hecate ray CONFIG` as a job on a Ray cluster: waits for it, shows its output, ends with its exit status."""
+    if not address:
+        raise UserError("--address: give http://HOST:PORT of the cluster's dashboard; no cluster is looked for")
+    from hecate.launch.submit import submit as run
+
+    raise typer.Exit(run(config, overrides or (), address, working_dir=working_dir))
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="output_dir of a run that `hecate ray` has started, or its configuration")]) -> None:
+    """What a running job does: state, devices, shares, imbalance, last checkpoint."""
+    from hecate.launch.status import read_status, status_text
+
+    if run.is_file():
+        from hecate.config import load_config
+
+        run = Path(load_config(run, claim_output=False).output_dir)
+    print(status_text(read_status(run)))
+
+
 @app.command(name="eval")
 def evaluate(
     config: Annotated[Path, typer.Argument(help="the run's YAML file, or the config.yaml in its folder")],

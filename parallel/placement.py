@@ -68,6 +68,14 @@ def contiguous_owners(num_experts: int, world_size: int) -> np.ndarray:
     return np.arange(num_experts, dtype=np.int64) * world_size // num_experts
 
 
+def owners_by_memory(num_experts: int, memory_D: Sequence[float]) -> np.ndarray:
+    """int64 [experts]: runs of consecutive experts, of as many on each rank as its share of the memory says; equal ones on equal ranks."""
+    if len(set(memory_D)) == 1:
+        return contiguous_owners(num_experts, len(memory_D))
+    ends_D = np.cumsum(memory_D) / np.sum(memory_D) * num_experts
+    return np.minimum(np.searchsorted(ends_D, np.arange(num_experts) + 0.5), len(memory_D) - 1).astype(np.int64)
+
+
 def redealt_owners(holders: Sequence[np.ndarray], world_size: int) -> list[np.ndarray]:
     """Owners on another number of ranks: who holds an expert keeps it, as far as all ranks then own equally many, within one.
 

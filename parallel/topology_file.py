@@ -27,8 +27,21 @@ def load_topology(path: Path) -> Topology:
         UserError: the file cannot be read, or a key is missing, unknown or out of range.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a topology: {error}") from error
+    return parse_topology(text, str(path))
+
+
+def parse_topology(text: str, path: str) -> Topology:
+    """A topology from YAML text; `path` says in errors where it comes from.
+
+    Raises:
+        UserError: a key is missing, unknown or out of range.
+    """
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: cannot be read as a topology: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a topology is a mapping with the keys nodes, intra_node and inter_node")
@@ -46,7 +59,7 @@ def load_topology(path: Path) -> Topology:
     if len(nodes) > 1 and "inter_node" not in raw:
         raise UserError(f"{path}: {len(nodes)} nodes need `inter_node`: {{bandwidth, latency}}")
 
-    ranks_of_node = _ranks_of_nodes(nodes, str(path))
+    ranks_of_node = _ranks_of_nodes(nodes, path)
     world = sum(node["devices"] for node in nodes)
 
     def by_rank(key: str, default: Sequence[float] = ()) -> tuple[float, ...]:

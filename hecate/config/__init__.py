@@ -13,6 +13,7 @@ from hecate.config.schema import (
     LoraConfig,
     ModelConfig,
     MoeConfig,
+    RayConfig,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "MoeConfig",
     "Problem",
+    "RayConfig",
     "config_hash",
     "find_model",
     "load_config",

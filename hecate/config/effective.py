@@ -23,6 +23,7 @@ _NOT_COMPUTATION = (
     "eval",
     "data.eval",
     "fssdp.redundancy",
+    "ray",
 )
 
 
@@ -34,7 +35,7 @@ def to_yaml(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """SHA-256 (64 hex digits) of the values that define the training computation.
 
-    Left out: where the run writes and runs (output_dir, resume, nproc, topology), how often it logs, evaluates and
+    Left out: where the run writes and runs (output_dir, resume, nproc, topology, ray), how often it logs, evaluates and
     saves, whether it records a trace, what it evaluates, and whether experts are kept twice.
     """
     values: dict[str, Any] = asdict(config)

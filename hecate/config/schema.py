@@ -136,6 +136,26 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """Read by `hecate ray` and `hecate submit` alone."""
+
+    workers: int | None = None
+    """Devices to train on, one rank each. null: all that the cluster has and `labels` allow."""
+    min_workers: int = 1
+    """The fewest to begin with, and to go on with when others are lost; with fewer left the job waits for one to return."""
+    cpus_per_worker: int = 1
+    """Processors of a rank."""
+    labels: tuple[str, ...] = ()
+    """Labels that a node must have: KEY=VALUE or KEY=in(A,B). A lost device is replaced by one whose node has the same values."""
+    max_failures: int = 3
+    """Failures of one cause in a row, without a finished step in between, after which the job gives up."""
+    start_timeout: int = 300
+    """Seconds for placing workers, for starting them, and for a device to return when too few are left."""
+    report_steps: int = 10
+    """Every so many steps the ranks report loads and step times to the controller."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     model: ModelConfig
     data: DataConfig
@@ -183,6 +203,7 @@ class Config:
     nproc: int | None = None
     """Local ranks to start. null: one per GPU, or 2 without a GPU. Unused under torchrun, which brings its ranks."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
 
 
 def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:

@@ -64,6 +64,12 @@ RANGES: dict[str, Range] = {
     "fssdp.redundancy": Range(0, 1),
     "fssdp.reshard_interval": _COUNT,
     "nproc": _COUNT,
+    "ray.workers": _COUNT,
+    "ray.min_workers": _COUNT,
+    "ray.cpus_per_worker": _COUNT,
+    "ray.max_failures": Range(0, MAX_INT),
+    "ray.start_timeout": _COUNT,
+    "ray.report_steps": _COUNT,
     "eval.max_samples": _COUNT,
     "eval.max_new_tokens": _COUNT,
     "eval.batch_size": _COUNT,
@@ -99,6 +105,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
             what, _, hint = str(error).partition("\n")
             add("model.name_or_path", what, hint)
     _check_topology(values, add)
+    _check_workers(values, add)
     _check_output_dir(values, add, claim=claim_output)
 
 
@@ -184,6 +191,15 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
     well_named = len(set(modules)) == len(modules) and all(re.fullmatch(r"[A-Za-z0-9_.]+", module) for module in modules)
     if modules and well_named and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
         add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")
+
+
+def _check_workers(values: Mapping[str, Any], add: Add) -> None:
+    workers, fewest = values.get("ray.workers"), values.get("ray.min_workers")
+    if workers is not None and fewest is not None and fewest > workers:
+        add("ray.min_workers", f"must be from 1 to {workers} (ray.workers), got {fewest}", "")
+    for i, label in enumerate(values.get("ray.labels", ())):
+        if not re.fullmatch(r"[A-Za-z0-9._/-]+=([A-Za-z0-9._-]+|in\([A-Za-z0-9._, -]+\))", label):
+            add(f"ray.labels[{i}]", f"must be KEY=VALUE or KEY=in(A,B), got {shorten(label)}", "")
 
 
 def _check_topology(values: Mapping[str, Any], add: Add) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hecate.forecast.run_shape import ExpertLayers, RunShape
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
 _HEAD_ROWS = 512
@@ -35,7 +36,7 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
     layers_at_once = max(1, config.fssdp.prefetch)
     owned, replicas, gradients, fullest = np.zeros(world), np.zeros(world), np.zeros(world), np.zeros(world)
     for group, others_D in zip(run.groups, others_GD, strict=True):
-        owned_D = _owned(group, world)
+        owned_D = _owned(group, run.topology.memory)
         owned += owned_D * group.cost.trainable_bytes
         if config.fssdp.rematerialize:
             here = (owned_D / group.number + others_D) * group.cost.trainable_bytes
@@ -63,9 +64,9 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
     ]
 
 
-def _owned(group: ExpertLayers, world: int) -> np.ndarray:
+def _owned(group: ExpertLayers, memory_D: Sequence[float]) -> np.ndarray:
     """float64 [ranks]: experts that each rank owns, in all layers of the group."""
-    return group.number * np.bincount(contiguous_owners(group.experts, world), minlength=world).astype(float)
+    return group.number * np.bincount(owners_by_memory(group.experts, memory_D), minlength=len(memory_D)).astype(float)
 
 
 def _saved_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:

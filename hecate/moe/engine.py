@@ -30,7 +30,7 @@ from hecate.moe.planning import LayerPlan, PlanMode, calibration_gain, exchange_
 from hecate.parallel.dispatch import combine, dispatch
 from hecate.parallel.frozen_store import FrozenStore
 from hecate.parallel.loads import LoadHistory, imbalance
-from hecate.parallel.placement import Placement, contiguous_owners, everything_everywhere
+from hecate.parallel.placement import Placement, everything_everywhere, owners_by_memory
 from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.store import LayerStore, gather_together
 from hecate.parallel.topology import Topology
@@ -77,8 +77,7 @@ class Engine:
     def __init__(self, families: dict[int, ExpertFamily], config: EngineConfig, groups: ExpertGroups) -> None:
         self.families = families
         self.history = LoadHistory(config.load_window)
-        world = config.topology.world_size
-        owners = {layer: contiguous_owners(family.num_experts, world) for layer, family in families.items()}
+        owners = {layer: owners_by_memory(family.num_experts, config.topology.memory) for layer, family in families.items()}
         self._join(config, groups, owners, {})
 
     def _join(

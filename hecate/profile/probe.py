@@ -42,6 +42,13 @@ def sizes_for(device: torch.device) -> ProbeSizes:
     return ProbeSizes(matmul=1024, copy_bytes=1 << 27, small_bytes=1 << 10, large_bytes=1 << 24, seconds=1.0)
 
 
+def quick_sizes(device: torch.device) -> ProbeSizes:
+    """For a job that waits to begin: a second or two in all, good enough to tell devices and links apart."""
+    if device.type == "cuda":
+        return ProbeSizes(matmul=8192, copy_bytes=1 << 29, small_bytes=1 << 10, large_bytes=1 << 25, seconds=0.2)
+    return ProbeSizes(matmul=512, copy_bytes=1 << 25, small_bytes=1 << 10, large_bytes=1 << 22, seconds=0.2)
+
+
 def measure_flops(ranks: Ranks, sizes: ProbeSizes) -> float:
     """Sustained FLOP/s of a matmul in the dtype that training would choose."""
     multiply = _matmul(ranks.device, sizes)

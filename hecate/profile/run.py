@@ -29,8 +29,8 @@ def profile(ranks: Ranks, out: Path, sizes: ProbeSizes | None = None) -> Topolog
         UserError: `out` cannot be written.
     """
     sizes = sizes or probe.sizes_for(ranks.device)
-    hosts = _all_texts(socket.gethostname(), ranks)
-    kinds = _all_texts(probe.device_name(ranks.device), ranks)
+    hosts = all_texts(socket.gethostname(), ranks)
+    kinds = all_texts(probe.device_name(ranks.device), ranks)
     topology = topology_from(measure(ranks, nodes_of_hosts(hosts), tuple(kinds), sizes))
     if ranks.is_first:
         save_topology(topology, out, _comment(hosts, kinds, ranks.device))
@@ -94,7 +94,8 @@ def _all_rows(values: list[float], ranks: Ranks) -> list[list[float]]:
     return [row.tolist() for row in rows]
 
 
-def _all_texts(text: str, ranks: Ranks) -> list[str]:
+def all_texts(text: str, ranks: Ranks) -> list[str]:
+    """Every rank's text, cut off after 256 bytes. Every rank must call it."""
     codes = list(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"))
     return [bytes(map(int, row)).rstrip(b"\0").decode(errors="replace") for row in _all_rows([float(c) for c in codes], ranks)]
 

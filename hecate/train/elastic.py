@@ -124,7 +124,7 @@ def rebuild(run: Run, ranks: Ranks, topology: Topology) -> Rebuilt:
     run.fresh = False
     if run.config.fssdp.redundancy:
         copy_to_buddies(run.moe.engine, run.optimizer)
-    run.shares = (1.0,) * ranks.world_size
+    run.plan_for(topology)
     return Rebuilt(run.step, went_back, moved)
 
 

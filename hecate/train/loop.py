@@ -6,8 +6,9 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +27,14 @@ from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
+from hecate.parallel.token_shares import dense_seconds, rows_by_speed
 from hecate.parallel.topology import Topology, local_topology
 from hecate.train.build import BaseModel, build_base, build_moe, encode_sources
 from hecate.train.elastic import Controller, rebuild
 from hecate.train.evaluate import Evaluation, evaluate
 from hecate.train.export import adapter_config, export_adapter
 from hecate.train.heatmap import write_heatmap
+from hecate.train.observer import Observer, Order, Watched
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.ranks import Ranks
 from hecate.train.reports import Reports
@@ -87,8 +90,10 @@ class Run:
             weight_decay=config.weight_decay,
             schedule=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
         )
-        self.shares: tuple[float, ...] = (1.0,) * ranks.world_size
-        """of the rows of each micro-step, by rank"""
+        self.shares: tuple[int, ...] = ()
+        """rows of each micro-step, by rank"""
+        self._dense_flops = self.moe.engine.config.non_moe_flops / config.micro_batch_size
+        """that hide a layer's gather, for each row"""
         self.step, self.tokens = 0, 0
         self.under_way: StepUnderWay | None = None
         self.fresh = False
@@ -96,10 +101,21 @@ class Run:
         self.skipped = self.skipped_in_a_row = 0
         if config.resume:
             self.step, self.tokens = load_state(config, ranks, self.moe, self.optimizer, self.stream)
+        self.plan_for(self.moe.engine.config.topology)
         self.settled = self.step
         """steps done whose evaluation, checkpoint and all that comes between steps are done, too"""
         if config.fssdp.redundancy:
             copy_to_buddies(self.moe.engine, self.optimizer)
+
+    def plan_for(self, topology: Topology, rows: Sequence[int] | None = None) -> None:
+        """Plan with these devices from the next step on, and deal the rows of a micro-step: by speed, or as given. The links stay as
+        they are. Every rank must call it, with the same values."""
+        size = self.stream.rows_per_step // self.config.gradient_accumulation_steps
+        self.shares = tuple(rows or rows_by_speed(size, topology.flops))
+        assert sum(self.shares) == size, (self.shares, size)
+        # Experts travel while the last rank is through with its attention; the planner takes that for the slowest device's time.
+        flops = self._dense_flops * dense_seconds(self.shares, topology.flops) * min(topology.flops)
+        self.moe.engine.config = replace(self.moe.engine.config, topology=topology, non_moe_flops=flops)
 
     def micro_batches(self, rows: list[Row]) -> list[Batch]:
         """This rank's share of a global step: micro-step m takes the m-th part of the rows, rank r the r-th part of that.
@@ -159,12 +175,25 @@ class Run:
         return save_state(self.config, self.ranks, self.moe, self.optimizer, self.stream, step=self.step, tokens=self.tokens)
 
 
-def train(config: Config, ranks: Ranks, controller: Controller | None = None, *, joins: bool = False) -> None:
+def train(
+    config: Config,
+    ranks: Ranks,
+    controller: Controller | None = None,
+    *,
+    joins: bool = False,
+    topology: Topology | None = None,
+    observer: Observer | None = None,
+) -> bool:
     """Train as configured, then evaluate, save, export and show. Every rank must call it.
 
     Args:
         controller: who says with whom to go on when a rank is lost or has come; None: a lost rank is the end.
         joins: this process has come new to a run under way. `ranks` is it alone until the controller lets it in.
+        topology: of the ranks' devices, in place of the configuration's.
+        observer: is told of every step, and may change the plan or ask for a stop.
+
+    Returns:
+        Whether it came to its end; False: it was asked to stop before, and has saved.
 
     Raises:
         UserError: whatever of the configuration, the data, the model or the disk is wrong.
@@ -176,37 +205,44 @@ def train(config: Config, ranks: Ranks, controller: Controller | None = None, *,
             assert controller is not None
             run = _joined(config, ranks, controller)
         else:
-            run = Run(config, ranks)
+            run = Run(config, ranks, topology)
         reports = stack.enter_context(Reports(run))
         reports.begin()
+        watched = Watched(run, observer) if observer else None
+        if watched:
+            watched.begins()
         before = _evaluate(run, reports) if config.eval.on_start and run.eval_sources and run.step == 0 and not joins else None
         last: Evaluation | None = None
         train_seconds, first_tokens = 0.0, run.tokens
         while run.settled < config.max_steps:
             try:
                 if run.settled == run.step:
-                    train_seconds += _train_one(run, reports)
-                wish = run.ranks.all_max(_wish(stopping, controller))
+                    train_seconds += _train_one(run, reports, watched)
+                wish, ordered = run.ranks.all_most(
+                    [_wish(stopping, controller, observer), float(watched is not None and watched.has_order())]
+                )
+                if ordered and watched:
+                    _carry_out(run, watched.take_order(), reports)
                 stop, done = wish == _STOP, run.step == config.max_steps
                 if config.fssdp.reshard_interval and run.step % config.fssdp.reshard_interval == 0:
                     _reshard(run, config.fssdp.reshard_interval, reports)
                 if run.eval_sources and not stop and (done or (config.eval_steps and run.step % config.eval_steps == 0)):
                     last = _evaluate(run, reports)
                 if done or stop or (config.save_steps and run.step % config.save_steps == 0):
-                    _save(run, reports)
+                    _save(run, reports, observer)
                 run.settled = run.step
                 if stop:
                     reports.note(
                         f"stopped by a signal after step {run.step}; go on with: hecate train {run.folder / 'config.yaml'} resume=true"
                     )
-                    return
+                    return False
                 if wish == _REGROUP:
                     assert controller is not None
-                    _regroup(run, controller, reports)
+                    _regroup(run, controller, reports, watched)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                if controller is None or not _regroup(run, controller, reports):
+                if controller is None or not _regroup(run, controller, reports, watched):
                     raise
                 reports.note(f"went on after: {str(error).splitlines()[0][:120]}")
         adapter = run.folder / "adapter"
@@ -229,6 +265,7 @@ def train(config: Config, ranks: Ranks, controller: Controller | None = None, *,
             write_heatmap(path, _shares(last), "Share of each task's tokens by layer and expert")
             facts.append(("expert loads", str(path)))
         print_summary(before.scores if before else None, last.scores if last else {}, facts)
+    return True
 
 
 def peak_memory() -> int:
@@ -243,8 +280,11 @@ class _Stopping:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[_Stopping]:
-    """SIGINT and SIGTERM ask for a stop after the step under way, however often they come."""
+    """SIGINT and SIGTERM ask for a stop after the step under way, however often they come. In the main thread: no other gets signals."""
     stopping = _Stopping()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(_number: int, _frame: FrameType | None) -> None:
@@ -260,8 +300,8 @@ def _stop_on_signals() -> Iterator[_Stopping]:
             signal.signal(number, handler)
 
 
-def _wish(stopping: _Stopping, controller: Controller | None) -> float:
-    if stopping.is_set:
+def _wish(stopping: _Stopping, controller: Controller | None, observer: Observer | None) -> float:
+    if stopping.is_set or (observer is not None and observer.wants_stop()):
         return _STOP
     return _REGROUP if controller is not None and controller.wants_regroup() else 0.0
 
@@ -282,7 +322,7 @@ def _joined(config: Config, ranks: Ranks, controller: Controller) -> Run:
             return run
 
 
-def _regroup(run: Run, controller: Controller, reports: Reports) -> bool:
+def _regroup(run: Run, controller: Controller, reports: Reports, watched: Watched | None) -> bool:
     """Go on with whom the controller names; False: it names nobody. Every rank of the old groups that is left must call it."""
     started = time.monotonic()
     run.ranks.leave()
@@ -293,11 +333,22 @@ def _regroup(run: Run, controller: Controller, reports: Reports) -> bool:
             group.ranks.leave()
         else:
             reports.regrouped(done, time.monotonic() - started)
+            if watched:
+                watched.begins()
             return True
     return False
 
 
-def _train_one(run: Run, reports: Reports) -> float:
+def _carry_out(run: Run, order: Order, reports: Reports) -> None:
+    """Change the plan as whoever watches the run wants it. Every rank must call it, with the same order."""
+    now = run.moe.engine.config.topology
+    run.plan_for(now if order.flops is None else replace(now, flops=order.flops), order.rows)
+    reports.event(f"re-planned after step {run.step}: rows {':'.join(map(str, run.shares))}")
+    if order.reshard:
+        _reshard(run, run.config.max_steps, reports)
+
+
+def _train_one(run: Run, reports: Reports, watched: Watched | None) -> float:
     """One optimizer step; its seconds."""
     started, sent = time.monotonic(), run.moe.engine.bytes_sent
     learning_rate = run.optimizer.learning_rate
@@ -305,6 +356,8 @@ def _train_one(run: Run, reports: Reports) -> float:
     seconds = time.monotonic() - started
     bytes_sent = int(run.ranks.all_sum(torch.tensor([run.moe.engine.bytes_sent - sent]))[0])
     reports.step(result, tokens=tokens, seconds=seconds, learning_rate=learning_rate, bytes_sent=bytes_sent)
+    if watched:
+        watched.stepped(result, tokens=tokens, seconds=seconds, bytes_sent=bytes_sent)
     return seconds
 
 
@@ -322,11 +375,13 @@ def _reshard(run: Run, interval: int, reports: Reports) -> None:
         reports.resharded(done)
 
 
-def _save(run: Run, reports: Reports) -> None:
+def _save(run: Run, reports: Reports, observer: Observer | None) -> None:
     reports.saving()
     path = run.save()
     if path:
         reports.saved(path)
+        if observer and run.ranks.is_first:
+            observer.saved(run.step, path)
 
 
 def _shares(evaluation: Evaluation) -> dict[str, list[list[float]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -82,6 +82,12 @@ class Ranks:
         """Abort, and forget the groups, so that this process can join others."""
         self.abort()
         dist.destroy_process_group()
+
+    def all_most(self, values: Sequence[float]) -> list[float]:
+        """The largest of each of several values of any rank, in one message. Every rank must call it, with as many values."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.tokens)
+        return [float(value) for value in tensor.tolist()]
 
     def barrier(self) -> None:
         self.all_max(0.0)

@@ -54,6 +54,11 @@ class Reports:
         if self._progress:
             self._progress.note(text)
 
+    def event(self, text: str) -> None:
+        if self._progress and self._metrics:
+            self._metrics.write(event_record(self._run.step, text))
+            self._progress.note(text)
+
     def step(self, result: StepResult, *, tokens: int, seconds: float, learning_rate: float, bytes_sent: int) -> None:
         run = self._run
         if self._trace:

@@ -1,0 +1,60 @@
+"""How fast this rank's device is in the training itself, whatever the other ranks do."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from hecate.model.gated_ffn import decoder_layers
+from hecate.model.surgery import MoeModel
+
+
+class Pace:
+    """Times each decoder layer from its beginning to its experts: norms and attention, which wait for no other rank.
+
+    On a GPU by events, read when asked for: nothing waits for the device meanwhile.
+    """
+
+    def __init__(self, moe: MoeModel, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._started: Any = None
+        self._spans: list[tuple[Any, Any]] = []
+        self._seconds, self._tokens = 0.0, 0
+        layers = decoder_layers(moe.model)[1]
+        for index, experts in moe.layers.items():
+            layers[index].register_forward_pre_hook(self._begin)
+            experts.register_forward_pre_hook(self._end)
+
+    def take(self) -> tuple[int, float]:
+        """(tokens, seconds) since the last call: tokens are counted once a layer, padding among them."""
+        if self._spans:
+            self._spans[-1][1].synchronize()
+            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
+            self._spans.clear()
+        taken = self._tokens, self._seconds
+        self._tokens, self._seconds = 0, 0.0
+        return taken
+
+    def _begin(self, _module: nn.Module, _inputs: Any) -> None:
+        self._started = self._now()
+
+    def _end(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if self._started is None or torch.is_inference_mode_enabled():
+            return
+        ended = self._now()
+        if self._cuda:
+            self._spans.append((self._started, ended))
+        else:
+            self._seconds += ended - self._started
+        self._tokens += inputs[0].numel() // inputs[0].shape[-1]
+        self._started = None
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,148 @@
+"""Joining a Ray cluster: at the address that was given and no other, with a token, without usage statistics."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hecate.errors import UserError
+
+_CONNECT_SECONDS = 5.0
+_CONNECT_TRIES = "3"
+"""of Ray, a second apart"""
+_DEFAULT_TOKEN = Path("~/.ray/auth_token")
+
+
+def import_ray() -> Any:
+    """Ray, with its environment set.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError("Ray is not installed here; install hecate with its extra: pip install 'hecate[ray]'") from None
+    return ray
+
+
+def check_token() -> None:
+    """A token is there and is ours alone.
+
+    Raises:
+        UserError: there is none, or others may read it.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or _DEFAULT_TOKEN).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no Ray token, without which anybody who reaches the cluster could run code on it.\n"
+            "  make one with: ray get-auth-token --generate, and put the same on all nodes; or set RAY_AUTH_TOKEN_PATH.\n"
+            "  For a cluster without authentication set RAY_AUTH_MODE=disabled"
+        )
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise UserError(f"{path}: the token can be read by others; mend it with: chmod 600 {path}")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Raises UserError unless it is HOST:PORT."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isdigit() and 0 < int(port) < 65536) or "/" in address:
+        raise UserError(f"--address: must be HOST:PORT of the cluster's head, such as 10.0.0.1:6379, got {address!r}")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def refuse_if_nobody_listens(host: str, port: int, what: str) -> None:
+    """Raises UserError."""
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or str(error) or "timed out"
+        raise UserError(f"no {what} at {host}:{port}: {reason}\n  is it running, and is the address right?") from None
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Ray, joined to the cluster at HOST:PORT until the end of the block. This machine must be one of its nodes.
+
+    Raises:
+        UserError: there is no cluster, it does not take our token, or it runs another version.
+    """
+    host, port = split_address(address)
+    refuse_if_nobody_listens(host, port, "Ray cluster")
+    if is_loopback(host):
+        # Ray would put the machine's outward address in the place of a loopback one.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", _CONNECT_TRIES)
+    ray = import_ray()
+    check_token()
+    with _standard_error_in_file() as said:
+        try:
+            ray.init(address=f"{host}:{port}", logging_level="ERROR", log_to_driver=True)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError, AssertionError) as error:
+            raise UserError(f"{address}: {_reason(error, said())}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def private_cluster(num_cpus: int) -> Iterator[Any]:
+    """Ray on this machine alone, on loopback, with a token that nobody else has; gone at the end of the block."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray = import_ray()
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=True)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _standard_error_in_file() -> Iterator[Callable[[], str]]:
+    """What is written to standard error, by Ray's C++ part too, goes into a file; the function given reads it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+
+        def said() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _reason(error: Exception, said: str) -> str:
+    text = " ".join(str(error).split())
+    if "Unauthenticated" in said + text:
+        return f"the cluster does not take this token\n  give its own in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or {_DEFAULT_TOKEN}"
+    if "ersion mismatch" in text:
+        return f"the cluster runs other versions than this machine: {text[:300]}"
+    return f"Ray could not join: {text[:300]}\n  start `hecate ray` on a node of the cluster; from elsewhere use `hecate submit`"

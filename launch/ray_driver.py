@@ -1,0 +1,112 @@
+"""`hecate ray`: one job on a Ray cluster, from this process, which is its controller."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hecate.config import Config, load_config, to_yaml
+from hecate.data.syntax import check_syntax
+from hecate.errors import UserError
+from hecate.launch.ray_cluster import connected, private_cluster
+from hecate.launch.resource_pool import Device, choose_devices, devices_of, one_machine, parse_labels
+
+LOCAL = "local"
+
+
+def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metrics_port: int | None) -> int:
+    """Train as configured on the cluster at `address`, HOST:PORT, or on a private one of this machine alone ("local").
+
+    Returns:
+        The job's exit status.
+
+    Raises:
+        UserError: configuration, cluster or devices are not as they must be.
+    """
+    config = load_config(config_path, overrides)
+    check_syntax([*config.data.train, *config.data.eval], config.data.on_bad_sample)
+    topology = _configured_topology(config)
+    import torch  # noqa: F401 - later than this the folder we are in may be gone for a moment
+
+    here = Path.cwd()
+    cluster = private_cluster((config.ray.workers or 2) * config.ray.cpus_per_worker) if address == LOCAL else connected(address)
+    with cluster as ray:
+        os.chdir(here)  # raylets that share a machine put a job's files in its place once more each, and leave us in one that is gone
+        found = devices_of(ray.nodes(), parse_labels(config.ray.labels), config.ray.cpus_per_worker)
+        devices = choose_devices(found, config.ray.workers, config.ray.min_workers)
+        if topology is not None and topology.world_size != len(devices):
+            raise UserError(
+                f"topology: {config.topology} has {topology.world_size} devices, but the job gets {len(devices)}\n"
+                "  set ray.workers, or let the ranks measure: topology: auto"
+            )
+        return _drive(ray, config, devices, topology, metrics_port)
+
+
+def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metrics_port: int | None) -> int:
+    from hecate.launch.controller import Controller
+    from hecate.launch.prometheus import serving
+    from hecate.launch.rendezvous import Rendezvous
+    from hecate.launch.status import write_status
+    from hecate.launch.worker_group import WorkerGroup
+
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    inside = one_machine(devices)
+    host = "127.0.0.1" if inside else ray.util.get_node_ip_address()
+    group = WorkerGroup(
+        ray,
+        devices,
+        config=to_yaml(replace(config, topology="auto")),
+        report_steps=config.ray.report_steps,
+        address=host if inside else None,
+    )
+    shown: dict[str, Any] = {}
+
+    def show(status: dict[str, Any]) -> None:
+        shown.update(status)
+        write_status(folder, status)
+
+    def say(text: str) -> None:
+        print(f"hecate: {text}", flush=True)
+
+    controller = Controller(group, config, Rendezvous(host), topology, say, show)
+    with ExitStack() as stack:
+        if metrics_port is not None:
+            shown.update(controller.status())
+            say(f"metrics on http://127.0.0.1:{stack.enter_context(serving(metrics_port, lambda: shown))}/metrics")
+        stack.enter_context(_stop_on_signals(controller))
+        return controller.run()
+
+
+def _configured_topology(config: Config) -> Any:
+    if config.topology == "auto":
+        return None
+    from hecate.parallel.topology_file import load_topology
+    from hecate.presets import find_preset
+
+    return load_topology(find_preset("topologies", "topology", config.topology))
+
+
+@contextmanager
+def _stop_on_signals(controller: Any) -> Iterator[None]:
+    """SIGINT and SIGTERM: save and stop. The second one ends everything at once."""
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        if controller.stop_wanted:
+            raise KeyboardInterrupt
+        controller.stop_wanted = True
+        print("hecate: the ranks save and stop after this step; a second signal ends them at once", file=sys.stderr, flush=True)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

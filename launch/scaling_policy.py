@@ -1,0 +1,27 @@
+"""How many workers a job should have now. Pure: the controller carries it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Scaling(Enum):
+    KEEP = "keep"
+    GROW = "grow"
+
+
+@dataclass(frozen=True)
+class ScalingPolicy:
+    """Grow back when devices return, but not before the step under way and the pause have passed."""
+
+    pause_seconds: float
+    """between two changes, so that a device that comes and goes does not keep the others from training"""
+
+    def decide(self, *, working: int, ready: int, seconds_since_change: float) -> Scaling:
+        """
+        Args:
+            working: workers that train now.
+            ready: further ones that have come up in a place that was lost.
+        """
+        return Scaling.GROW if ready and working and seconds_since_change >= self.pause_seconds else Scaling.KEEP

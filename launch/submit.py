@@ -1,0 +1,120 @@
+"""`hecate submit`: a job on a Ray cluster from a machine that need not belong to it. Waits for its end, shows what it prints."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from hecate.config import load_config
+from hecate.errors import UserError
+from hecate.launch.ray_cluster import check_token, import_ray, refuse_if_nobody_listens
+from hecate.launch.upload import stage
+
+_STOP_SECONDS = "120"
+"""between asking a job to stop and killing it: its ranks save meanwhile"""
+
+
+def submit(config: Path, overrides: Sequence[str], address: str, *, working_dir: Path) -> int:
+    """Run `hecate ray CONFIG` on the cluster whose dashboard is at `address`, http://HOST:PORT.
+
+    Args:
+        working_dir: whose code and configurations are uploaded (`hecate.launch.upload`); the job starts in the copy.
+
+    Returns:
+        The job's exit status.
+
+    Raises:
+        UserError: configuration or address are wrong, or the cluster takes no job.
+    """
+    inside = _inside(config, working_dir)
+    _refuse_relative(load_config(config, overrides, claim_output=False))
+    client = _client(address)
+    with tempfile.TemporaryDirectory(prefix="hecate-upload-") as folder:
+        staged = Path(folder, "job")
+        staged.mkdir()
+        stage(working_dir, staged)
+        command = shlex.join(["python", "-m", "hecate", "ray", str(inside), *overrides])
+        job = client.submit_job(
+            entrypoint=command, runtime_env={"working_dir": str(staged), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": _STOP_SECONDS}}
+        )
+    print(f"hecate: job {job} on {address}", flush=True)
+    return _follow(client, job)
+
+
+def _follow(client: Any, job: str) -> int:
+    """Show a job's output until it has ended; SIGINT and SIGTERM stop it."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        print(f"hecate: asking job {job} to save and stop", file=sys.stderr, flush=True)
+        client.stop_job(job)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    printed: list[str] = []
+    try:
+        with suppress(ConnectionError):
+            asyncio.run(_show(client, job, printed))
+        while not (status := client.get_job_status(job)).is_terminal():
+            time.sleep(0.2)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    text = client.get_job_logs(job)
+    shown = "".join(printed)
+    if text.startswith(shown):  # what came after the stream had ended
+        print(text[len(shown) :], end="", flush=True)
+    info = client.get_job_info(job)
+    if status.value == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code is None:
+        print(f"hecate: job {job} {status.value.lower()}: {info.message}", file=sys.stderr)
+    return info.driver_exit_code or 1
+
+
+async def _show(client: Any, job: str, printed: list[str]) -> None:
+    async for text in client.tail_job_logs(job):
+        print(text, end="", flush=True)
+        printed.append(text)
+
+
+def _client(address: str) -> Any:
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port is None:
+        raise UserError(f"--address: must be http://HOST:PORT of the cluster's dashboard, such as http://127.0.0.1:8265, got {address!r}")
+    refuse_if_nobody_listens(parts.hostname, parts.port, "Ray dashboard")
+    import_ray()
+    check_token()
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if "401" in text or "403" in text or "uthenticat" in text or "token" in text.lower():
+            raise UserError(f"{address}: the cluster does not take this token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)") from None
+        raise UserError(f"{address}: Ray takes no job: {text[:300]}") from None
+
+
+def _inside(config: Path, working_dir: Path) -> Path:
+    try:
+        return config.resolve().relative_to(working_dir.resolve())
+    except ValueError:
+        raise UserError(f"{config}: lies outside {working_dir}, which is uploaded; give --working-dir a folder that holds it") from None
+
+
+def _refuse_relative(config: Any) -> None:
+    """Paths that would mean something else in the copy on the cluster."""
+    paths = {"output_dir": config.output_dir, **{f"data: {s.name}": s.path for s in (*config.data.train, *config.data.eval)}}
+    wrong = [f"  {key}: {path}" for key, path in paths.items() if not Path(path).is_absolute()]
+    if wrong:
+        raise UserError(
+            "data and runs are not uploaded; these must be absolute paths on a disk that all nodes share:\n" + "\n".join(wrong[:6])
+        )

@@ -1,0 +1,270 @@
+"""One rank's process under a controller: it trains in a thread, tells of it, and takes orders. Knows no Ray; its methods take and give
+plain JSON values."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import queue
+import socket
+import struct
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A worker's place in a generation."""
+
+    generation: int
+    rank: int
+    world_size: int
+    host: str
+    port: int
+    """of the rendezvous"""
+    nodes: tuple[str, ...]
+    """name of each rank's node"""
+    topology: str | None
+    """YAML; None: the ranks are to measure it"""
+    resume: bool
+
+
+class Worker:
+    """Its methods are called from several threads: each returns at once, but for `events`."""
+
+    def __init__(self, config: str, report_steps: int, address: str) -> None:
+        """
+        Args:
+            config: the run's configuration, as YAML.
+            address: to whose interface the ranks' messages are bound.
+        """
+        self._config, self._report_steps = config, report_steps
+        self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._line: _Line | None = None
+        self._thread: threading.Thread | None = None
+        interface = interface_of(address)
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+    def facts(self) -> dict[str, Any]:
+        """Who and what this process is; loads torch."""
+        import torch
+
+        import hecate
+
+        return {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "versions": {"hecate": hecate.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+
+    def begin(self, assignment: dict[str, Any]) -> None:
+        """Begin a run as this rank, from the last checkpoint or from nothing, in a new thread."""
+        self._start(_place(assignment))
+
+    def prepare(self) -> None:
+        """Load what a rank needs, in a new thread, to join a run under way: `join` lets it in."""
+        self._start(None)
+
+    def join(self, assignment: dict[str, Any]) -> None:
+        """Go on in the next generation, as the training thread waits to do."""
+        if self._line is not None:
+            self._line.assignments.put(_place(assignment))
+
+    def regroup(self) -> None:
+        """Leave the generation after the step under way, for the next one."""
+        if self._line is not None:
+            self._line.regrouping = True
+
+    def order(self, generation: int, order: dict[str, Any]) -> None:
+        """See `hecate.train.observer.Order`."""
+        from hecate.train.observer import Order
+
+        flops, rows = (None if order[key] is None else tuple(order[key]) for key in ("flops", "rows"))
+        if self._line is not None and self._line.generation == generation:
+            self._line.newest = Order(number=order["number"], flops=flops, rows=rows, reshard=order["reshard"])
+
+    def stop(self) -> None:
+        """Save and end after the step under way."""
+        if self._line is not None:
+            self._line.stopping = True
+
+    def ping(self) -> bool:
+        return True
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What happens, as it happens, without end."""
+        while (event := self._events.get()) is not None:
+            yield event
+
+    def _start(self, place: Assignment | None) -> None:
+        if self._line is not None and self._thread is not None:
+            self._line.assignments.put(None)  # one that waits is not needed as it is
+            self._thread.join()
+        self._line = _Line(self._events, self._report_steps, place)
+        self._thread = threading.Thread(target=self._train, args=(place, self._line), daemon=True)
+        self._thread.start()
+
+    def _train(self, place: Assignment | None, line: _Line) -> None:
+        from hecate.errors import UserError
+
+        try:
+            ended = {"kind": "finished" if _run(self._config, place, line) else "stopped"}
+        except UserError as error:
+            ended = {"kind": "mistake", "text": str(error)}
+        except Exception:  # noqa: BLE001 - whatever it was, the controller decides what follows
+            ended = {"kind": "failed", "text": traceback.format_exc(limit=-4)}
+        self._events.put({**ended, "generation": line.generation})
+
+
+class _Line:
+    """The training's line to the outside: its `Observer`, which gathers what happens into one message every so many steps, and its
+    `Controller`, which waits for the next generation."""
+
+    def __init__(self, events: queue.SimpleQueue[dict[str, Any] | None], report_steps: int, place: Assignment | None) -> None:
+        self.newest: Any = None
+        self.stopping = self.regrouping = False
+        self.assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
+        self.generation, self._rank = (-1, -1) if place is None else (place.generation, place.rank)
+        self.ranks: Any = None
+        """those of the newest generation"""
+        self._events, self._report_steps = events, report_steps
+        self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
+
+    def wants_regroup(self) -> bool:
+        return self.regrouping
+
+    def first_group(self) -> Any:
+        group = self._wait("prepared")
+        if group is None:
+            raise RuntimeError("was not needed")
+        return group
+
+    def next_group(self) -> Any:
+        return self._wait("regrouping")
+
+    def _wait(self, kind: str) -> Any:
+        import torch.distributed as dist
+
+        from hecate.launch.rendezvous import meet
+        from hecate.parallel.topology_file import parse_topology
+        from hecate.train.elastic import Group
+        from hecate.train.ranks import connect
+
+        while True:
+            self._events.put({"kind": kind, "generation": self.generation})
+            place = self.assignments.get()
+            if place is None:
+                return None
+            assert place.topology is not None
+            self.newest, self.regrouping, self.generation, self._rank = None, False, place.generation, place.rank
+            try:
+                self.ranks = connect(meet(place.host, place.port, place.generation), place.rank, place.world_size)
+            except RuntimeError:  # another was lost on the way
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+            else:
+                return Group(self.ranks, parse_topology(place.topology, "the controller's topology"))
+
+    def begins(self, facts: dict[str, Any]) -> None:
+        self._events.put({"kind": "begins", **facts})
+
+    def stepped(self, facts: Any) -> None:
+        self._dense_tokens += facts.dense_tokens
+        self._dense_seconds += facts.dense_seconds
+        self._seconds += facts.seconds
+        self._tokens += facts.tokens
+        self._steps += 1
+        if facts.step % self._report_steps:
+            return
+        report = {
+            "kind": "report",
+            "step": facts.step,
+            "dense_tokens": self._dense_tokens,
+            "dense_seconds": self._dense_seconds,
+            "step_seconds": self._seconds / self._steps,
+        }
+        if self._rank == 0:  # what all ranks know alike
+            report |= {
+                "loss": facts.loss,
+                "tokens_per_s": self._tokens / self._seconds,
+                "imbalance": facts.imbalance,
+                "bytes_sent": facts.bytes_sent,
+                "loads": {str(layer): load_E for layer, load_E in facts.loads.items()},
+            }
+        self._events.put(report)
+        self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
+
+    def saved(self, step: int, path: Path) -> None:
+        self._events.put({"kind": "saved", "step": step, "path": str(path)})
+
+    def order(self) -> Any:
+        return self.newest
+
+    def wants_stop(self) -> bool:
+        return self.stopping
+
+
+def _place(assignment: dict[str, Any]) -> Assignment:
+    return Assignment(**{**assignment, "nodes": tuple(assignment["nodes"])})
+
+
+def _run(config_text: str, place: Assignment | None, line: _Line) -> bool:
+    import tempfile
+    from dataclasses import replace
+
+    import torch.distributed as dist
+
+    from hecate.config import load_config
+    from hecate.launch.rendezvous import meet
+    from hecate.parallel.topology_file import parse_topology
+    from hecate.train.loop import train
+    from hecate.train.ranks import connect
+
+    with tempfile.TemporaryDirectory(prefix="hecate-") as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(config_text, encoding="utf-8")
+        config = load_config(path, claim_output=False)
+    try:
+        if place is None:
+            line.ranks = connect(dist.HashStore(), 0, 1)
+            return train(config, line.ranks, line, joins=True, observer=line)
+        ranks = line.ranks = connect(meet(place.host, place.port, place.generation), place.rank, place.world_size)
+        known = None if place.topology is None else parse_topology(place.topology, "the controller's topology")
+        topology = known or _measured(ranks, place.nodes)
+        return train(replace(config, resume=place.resume), ranks, line, topology=topology, observer=line)
+    finally:
+        if line.ranks is not None and dist.is_initialized():
+            # Not only forgotten: a peer that waits for this rank must see it at once, though a traceback may still hold the groups.
+            line.ranks.leave()
+
+
+def _measured(ranks: Any, nodes: tuple[str, ...]) -> Any:
+    """The topology of the ranks. Every rank must call it."""
+    from hecate.profile.fit import nodes_of_hosts, topology_from
+    from hecate.profile.probe import device_name, quick_sizes
+    from hecate.profile.run import all_texts, measure
+
+    kinds = tuple(all_texts(device_name(ranks.device), ranks))
+    return topology_from(measure(ranks, nodes_of_hosts(nodes), kinds, quick_sizes(ranks.device)))
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this IPv4 address; None if there is none, or no way to tell."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

@@ -1,0 +1,182 @@
+"""The workers of a job on a Ray cluster: one actor a device, all in one placement group, and one stream of what happens to them.
+
+A place keeps its number for the life of the job. When its actor is lost, another is asked for at once; Ray starts it as soon as a device
+with the same labels is free, which may be now or when a node returns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hecate.errors import UserError
+from hecate.launch.local import ALLOCATOR_SETTINGS
+from hecate.launch.resource_pool import Device
+from hecate.launch.worker import Worker
+
+_THREADS = 8
+"""of an actor: its stream of events takes one for good"""
+Event = dict[str, Any]
+
+
+@dataclass
+class Place:
+    """One device's place in the group."""
+
+    index: int
+    device: Device
+    actor: Any = None
+    coming: Any = None
+    """a reference to the facts of an actor that was asked for and has not answered yet"""
+    facts: dict[str, Any] = field(default_factory=dict)
+    stream: Any = None
+    ping: Any = None
+    ping_sent: float = 0.0
+    ping_answered: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        return self.stream is not None
+
+
+class WorkerGroup:
+    """Asks Ray for workers and listens to them. Decides nothing."""
+
+    def __init__(self, ray: Any, devices: Sequence[Device], *, config: str, report_steps: int, address: str | None) -> None:
+        """
+        Args:
+            address: to whose interface all workers bind their messages; None: each to its node's.
+        """
+        self._ray, self._config, self._report_steps, self._address = ray, config, report_steps, address
+        self.places = [Place(index, device) for index, device in enumerate(devices)]
+        self._placement: Any = None
+
+    def place(self, timeout: float) -> None:
+        """Reserve all devices.
+
+        Raises:
+            UserError: the cluster does not give them in time.
+        """
+        from ray.util.placement_group import placement_group
+
+        self._placement = placement_group(
+            [dict(place.device.resources) for place in self.places],
+            strategy="PACK",
+            bundle_label_selector=[dict(place.device.selector) for place in self.places],
+        )
+        try:
+            self._ray.get(self._placement.ready(), timeout=timeout)
+        except self._ray.exceptions.GetTimeoutError:
+            wanted = ", ".join(f"{count} x {what}" for what, count in _counted(self.places).items())
+            raise UserError(
+                f"the cluster did not give the devices within {timeout:.0f} s (ray.start_timeout): {wanted}.\n"
+                "  does another job hold them? `ray status` tells"
+            ) from None
+        self._read_nodes()
+
+    def ask_for(self, place: Place) -> None:
+        """An actor for a place that has none. It comes up in its own time; `poll` tells."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        resources = dict(place.device.resources)
+        environment = {**ALLOCATOR_SETTINGS, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(max(1, int(resources.get("CPU", 1))))}
+        place.actor = (
+            self._ray.remote(Worker)
+            .options(
+                num_cpus=resources.get("CPU", 0),
+                num_gpus=resources.get("GPU", 0),
+                max_concurrency=_THREADS,
+                max_restarts=0,
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=place.index),
+            )
+            .remote(self._config, self._report_steps, self._address or place.device.address)
+        )
+        place.coming = place.actor.facts.remote()
+
+    def poll(self, timeout: float) -> list[tuple[Place, Event]]:
+        """What has happened; waits `timeout` seconds at most. Beside what workers tell: `up` with their facts; `down`, with the cause as
+        `text`, of one that was lost or could not start."""
+        waiting = {place.coming: place for place in self.places if place.coming is not None}
+        waiting |= {place.stream: place for place in self.places if place.alive}
+        if not waiting:
+            time.sleep(timeout)
+            return []
+        ready, _ = self._ray.wait(list(waiting), num_returns=1, timeout=timeout, fetch_local=False)
+        if ready:  # and whatever else is there
+            ready, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
+        return [(waiting[reference], self._read(waiting[reference], reference)) for reference in ready]
+
+    def ping(self, place: Place) -> float:
+        """Seconds since the worker was asked something that it has not answered; 0 if it has."""
+        now = time.monotonic()
+        if place.ping is not None and self._ray.wait([place.ping], timeout=0)[0]:
+            place.ping = None
+        if place.ping is None:
+            place.ping, place.ping_sent = place.actor.ping.remote(), now
+            return 0.0
+        return now - place.ping_sent
+
+    def kill(self, place: Place) -> None:
+        """End a place's actor, or stop asking for one."""
+        if place.actor is not None:
+            self._ray.kill(place.actor, no_restart=True)
+        self._clear(place)
+
+    def node_lives(self, place: Place) -> bool:
+        return any(node["NodeID"] == place.device.node_id and node["Alive"] for node in self._ray.nodes())
+
+    def close(self) -> None:
+        """End all actors and give the devices back."""
+        from ray.util.placement_group import remove_placement_group
+
+        for place in self.places:
+            self.kill(place)
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+
+    def _read(self, place: Place, reference: Any) -> Event:
+        try:
+            if reference is place.coming:
+                place.facts = self._ray.get(reference)
+                place.coming = None
+                place.stream = place.actor.events.options(num_returns="streaming").remote()
+                self._read_nodes()
+                return {"kind": "up"}
+            return dict(self._ray.get(next(reference)))
+        except (self._ray.exceptions.RayError, StopIteration, ImportError) as error:
+            self._clear(place)
+            return {"kind": "down", "text": _cause(error)}
+
+    def _clear(self, place: Place) -> None:
+        place.actor = place.coming = place.stream = place.ping = None
+        place.facts = {}
+
+    def _read_nodes(self) -> None:
+        """Ray decides which of several equal nodes a place is on."""
+        from dataclasses import replace
+
+        from ray.util.placement_group import placement_group_table
+
+        nodes = placement_group_table(self._placement)["bundles_to_node_id"]
+        address = {node["NodeID"]: node["NodeManagerAddress"] for node in self._ray.nodes()}
+        for place in self.places:
+            node_id = nodes.get(place.index)
+            if node_id:
+                place.device = replace(place.device, node_id=node_id, address=address.get(node_id, place.device.address))
+
+
+def _counted(places: Sequence[Place]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for place in places:
+        what = place.device.kind + "".join(f" {key}={value}" for key, value in place.device.selector)
+        counts[what] = counts.get(what, 0) + 1
+    return counts
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Ray puts a traceback before what went wrong.
+    return (lines[-1] if "Traceback" in str(error) and lines else " ".join(lines))[:300] or type(error).__name__

@@ -1,0 +1,33 @@
+"""Rows by speed: worked cases, and no other deal is through earlier."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hecate.parallel.token_shares import dense_seconds, rows_by_speed
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "speed_D", "rows_D"),
+    [
+        (8, [3, 3, 1, 1], [3, 3, 1, 1]),
+        (8, [5.0, 5.0, 5.0, 5.0], [2, 2, 2, 2]),
+        (5, [1.0, 1.0], [3, 2]),
+        (4, [1.0, 0.5], [3, 1]),  # 3 and 1 row: 3 s and 2 s; 2 and 2 would take 4 s
+        (6, [10.0, 10.0, 0.5], [3, 3, 0]),  # one row on the third would take 2 s, all six on the others 0.3 s
+        (0, [1.0, 2.0], [0, 0]),
+        (1, [1.0], [1]),
+    ],
+)
+def test_worked_cases(num_rows: int, speed_D: list[float], rows_D: list[int]) -> None:
+    assert rows_by_speed(num_rows, speed_D) == rows_D
+
+
+@given(st.integers(0, 7), st.lists(st.floats(0.1, 10), min_size=1, max_size=3))
+def test_no_other_deal_is_through_earlier(num_rows: int, speed_D: list[float]) -> None:
+    dealt = rows_by_speed(num_rows, speed_D)
+    assert sum(dealt) == num_rows
+    others = (deal for deal in itertools.product(range(num_rows + 1), repeat=len(speed_D)) if sum(deal) == num_rows)
+    assert dense_seconds(dealt, speed_D) <= min(dense_seconds(deal, speed_D) for deal in others) * (1 + 1e-12)
