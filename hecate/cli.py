@@ -243,7 +243,8 @@ def make_tasks(
     from hecate.data.synthetic_tasks import write_tasks
 
     for written in write_tasks(folder, tasks.split(","), train_size, eval_size, seed):
-        print(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out")
+        every = ", all the different prompts that there are" if written.exhausted else ""
+        print(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out{every}")
 
 
 def _refuse_beside(context: typer.Context, option: str, why: str, *, allowed: tuple[str, ...]) -> None:
