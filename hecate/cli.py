@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.local_store import STORE_VARIABLE, error_file
+from hecate.local_store import JOIN_VARIABLE, STORE_VARIABLE, error_file
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +52,8 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 
         loaded = load_config(config, overrides or ())
         check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
-        status = launch_local(["train", str(config), *(overrides or ())], loaded.nproc or _default_ranks())
+        count = loaded.nproc or _default_ranks()
+        status = launch_local(["train", str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0)
         raise typer.Exit(status)
     store = os.environ.get(STORE_VARIABLE)
     if store and any(Path(store).parent.glob("error-*")):
@@ -60,14 +61,22 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     from hecate.config import load_config
 
     loaded = load_config(config, overrides or (), claim_output=False)
+    from hecate.train.local_group import local_controller
     from hecate.train.loop import train as run
-    from hecate.train.ranks import join_ranks
+    from hecate.train.ranks import join_ranks, lost_a_peer
     from hecate.train.restart import begin_or_resume
 
-    with join_ranks() as ranks:
-        # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
-        asks = ranks.is_first and STORE_VARIABLE not in os.environ
-        run(begin_or_resume(loaded, ranks, claim=(lambda: load_config(config, overrides or ())) if asks else None), ranks)
+    try:
+        with join_ranks() as ranks:
+            # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
+            asks = ranks.is_first and STORE_VARIABLE not in os.environ
+            loaded = begin_or_resume(loaded, ranks, claim=(lambda: load_config(config, overrides or ())) if asks else None)
+            run(loaded, ranks, controller=local_controller(loaded), joins=JOIN_VARIABLE in os.environ)
+    except RuntimeError as error:
+        if not lost_a_peer(error):
+            raise
+        print(f"hecate: rank {rank} stops, for it has lost another: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        sys.exit(1)
 
 
 @app.command()

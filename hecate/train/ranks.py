@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.errors import UserError
-from hecate.local_store import LAUNCHED_VARIABLE, STORE_VARIABLE
+from hecate.local_store import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
 from hecate.moe.engine import ExpertGroups
 from hecate.train.sockets import Connection, ports, shut_down, tcp_sockets
 
@@ -128,7 +128,8 @@ def join_ranks() -> Iterator[Ranks]:
     Leaves the group at the end whatever happened, or the one that has taken its place, so that a peer that waits for this rank fails at
     once.
     """
-    place = ranks_from_environment()
+    # One that is to join a run under way is alone until it is let in.
+    place = None if JOIN_VARIABLE in os.environ else ranks_from_environment()
     rank, world_size = place or (0, 1)
     if place is None:
         store: dist.Store | None = dist.HashStore()
@@ -149,6 +150,11 @@ def join_ranks() -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Is this what a collective says when another rank has died or broken off?"""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def restarts() -> int:
