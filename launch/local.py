@@ -29,6 +29,7 @@ from hecate.local_store import (
 
 Process = subprocess.Popen[bytes]
 
+RANK_COMMAND = (sys.executable, "-m", "hecate")
 _MOST_REPLACED = 3
 """ranks started in the place of lost ones in a run"""
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
@@ -140,7 +141,7 @@ def _start(
     # Bars of several ranks would be written over each other, and the run shows its own progress.
     environment.setdefault("TQDM_DISABLE", "1")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    return subprocess.Popen([sys.executable, "-m", "hecate", *arguments], env=environment)
+    return subprocess.Popen([*RANK_COMMAND, *arguments], env=environment)
 
 
 def _wait(ranks: dict[int, Process], store: Path, crew: Crew | None) -> int:
