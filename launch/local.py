@@ -19,6 +19,7 @@ from hecate.errors import USER_ERROR_EXIT
 from hecate.launch.run_folder import run_folder
 from hecate.local_store import (
     JOIN_VARIABLE,
+    LAUNCHED_VARIABLE,
     MEMBER_VARIABLE,
     STORE_VARIABLE,
     Generation,
@@ -126,6 +127,7 @@ def _start(
     environment.update(
         {
             STORE_VARIABLE: str(store),
+            LAUNCHED_VARIABLE: str(os.getpid()),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank if joins_on is None else joins_on),
             "WORLD_SIZE": str(num_ranks),

@@ -138,8 +138,8 @@ def join_ranks() -> Iterator[Ranks]:
         store = dist.FileStore(f"{os.environ[STORE_VARIABLE]}-{restarts()}", world_size)
     else:
         store = None
-    if STORE_VARIABLE in os.environ or LAUNCHED_VARIABLE in os.environ:
-        die_with_parent()
+    if LAUNCHED_VARIABLE in os.environ:
+        die_with_launcher(int(os.environ[LAUNCHED_VARIABLE]))
     try:
         ranks = connect(store, rank, world_size)
         try:
@@ -196,11 +196,11 @@ def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:
     return frozenset(c for c in new if c.peer is not None and {c.local[1], c.peer[1]} & listening)
 
 
-def die_with_parent() -> None:
-    """Linux: be killed when the launcher dies, however it dies."""
+def die_with_launcher(launcher: int) -> None:
+    """Linux: be killed when the launcher, this process's parent, dies, however it dies."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):
         return
-    if os.getppid() == 1:  # it died before we asked
+    if os.getppid() != launcher:  # it died before we asked
         os.kill(os.getpid(), signal.SIGKILL)
