@@ -1,11 +1,67 @@
-"""How ranks started on one machine find each other: a file, named in their environment by whoever starts them."""
+"""How ranks started on one machine find each other: files in a folder that their launcher makes and removes.
 
+The launcher writes who is in (`Generation`), anew whenever a rank was lost or one more is ready; ranks read it. A *member* is a process,
+numbered for good as it was started; its rank is its place among the members.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 STORE_VARIABLE = "HECATE_STORE"
 """path of the file store; set for the ranks, never by a user"""
+LAUNCHED_VARIABLE = "HECATE_LAUNCHED"
+"""process id of the launcher; set for ranks that die with it"""
+MEMBER_VARIABLE = "HECATE_MEMBER"
+"""the number of this member; set where lost ranks are survived"""
+JOIN_VARIABLE = "HECATE_JOIN"
+"""set for a member that is to join a run under way"""
 
 
 def error_file(store: Path, rank: int) -> Path:
     """Where a rank leaves the text of a user's mistake that rank 0 may not have met."""
     return store.with_name(f"error-{rank}")
+
+
+def ready_file(store: Path, member: int) -> Path:
+    """What a member makes when it has loaded and could join."""
+    return store.with_name(f"ready-{member}")
+
+
+def here_file(store: Path, generation: int, member: int) -> Path:
+    """What a member makes when it is about to meet the others of a generation."""
+    return store.with_name(f"here-{generation}-{member}")
+
+
+def store_of(store: Path, generation: int) -> Path:
+    """The file store of a generation."""
+    return store.with_name(f"{store.name}-{generation}")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Who is in."""
+
+    number: int
+    """from 0, one more each time"""
+    members: tuple[int, ...]
+    """by rank"""
+    devices: tuple[int, ...]
+    """by rank, each one's number in the topology that the run began with"""
+    num_devices: int
+    """of that topology"""
+
+
+def write_generation(store: Path, generation: Generation) -> None:
+    """Readers see the old one or the new one, whole."""
+    staged = store.with_name("generation.tmp")
+    staged.write_text(json.dumps(vars(generation)), encoding="ascii")
+    os.replace(staged, store.with_name("generation"))
+
+
+def read_generation(store: Path) -> Generation:
+    raw = json.loads(store.with_name("generation").read_text(encoding="ascii"))
+    return Generation(raw["number"], tuple(raw["members"]), tuple(raw["devices"]), raw["num_devices"])

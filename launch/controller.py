@@ -1,14 +1,15 @@
 """Drives a job on a Ray cluster from its first worker to its end: begins generations of ranks, answers failures, re-plans around slow
 devices.
 
-A *generation* is one set of ranks that train together. Between two of them every member is idle: its training has ended, whatever the
-reason. Steps are the ranks' business; nothing here is on their way.
+A *generation* is one set of ranks that train together. Between two of them every member is *idle*: it waits for the next one with its state
+in memory (warm), or its training has ended. A worker that comes later is *prepared*: it loads alone, while the others train on. Steps are
+the ranks' business; nothing here is on their way.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -20,7 +21,7 @@ from hecate.errors import UserError
 from hecate.launch.failure_policy import Cause, Decision, FailurePolicy
 from hecate.launch.rendezvous import Rendezvous
 from hecate.launch.scaling_policy import Scaling, ScalingPolicy
-from hecate.launch.stragglers import Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
+from hecate.launch.stragglers import MIN_SECONDS, Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
 from hecate.launch.worker_group import Event, Place, WorkerGroup
 from hecate.parallel.token_shares import rows_by_speed
 from hecate.parallel.topology import Topology
@@ -28,7 +29,8 @@ from hecate.parallel.topology_file import parse_topology, topology_text
 
 _PING_SECONDS, _SETTLE_SECONDS = 10.0, 15.0
 """after which a worker that does not answer, and one that goes on training though its peers could not, is taken for hung"""
-_PAUSE_SECONDS = 10.0
+_PAUSE_SECONDS = 5.0
+_DEATH_SECONDS = 3.0
 _LAST_WORDS_SECONDS = 1.0
 """Ray hands on what workers print with a delay, and nothing of those that are gone"""
 _NOTES = 50
@@ -46,7 +48,7 @@ class State(Enum):
     WAITING = "waiting"
     """too few devices are left"""
     RESIZING = "resizing"
-    """a device has returned: the ranks save and will begin again with it"""
+    """a device has returned: the ranks leave their generation for one with it"""
     STOPPING = "stopping"
     FINISHED = "finished"
     STOPPED = "stopped"
@@ -99,7 +101,9 @@ class Controller:
         self._members: list[Place] = []
         """of the generation, by rank"""
         self._idle: dict[int, str] = {}
-        """place -> how its training has ended"""
+        """place -> how its part in the generation has ended"""
+        self._prepared: set[int] = set()
+        """places beside the members that have loaded and wait to be let in"""
         self._begun: dict[int, Event] = {}
         self._awaited: set[int] = set()
         """places without which the next generation does not begin"""
@@ -109,6 +113,8 @@ class Controller:
         """places that it describes, in its order"""
         self._speeds: dict[int, float] = {}
         self._windows: list[dict[int, float]] = []
+        self._paces: dict[int, Pace] = {}
+        """of the window that is not full yet, by rank"""
         self._reports: dict[int, dict[int, Event]] = {}
         self._orders = 0
         self._rows: list[int] = []
@@ -188,6 +194,10 @@ class Controller:
         kind = event["kind"]
         if kind == "up":
             self._check_versions(place)
+            if self._generation >= 0:
+                place.actor.prepare.remote()
+        elif kind == "prepared":
+            self._prepared.add(place.index)
         elif kind == "down":
             self._lost(place, event["text"])
         elif kind == "begins":
@@ -199,9 +209,13 @@ class Controller:
         elif event["generation"] == self._generation:
             self._idle[place.index] = kind
             if kind == "mistake":
-                raise UserError(event["text"])
+                if self._generation == 0 or self._has_checkpoint():
+                    raise UserError(event["text"])
+                self._idle[place.index] = "failed"  # what was lost is in no checkpoint: all begin anew
             if kind == "failed":
                 self._failures.append(event["text"].strip().splitlines()[-1])
+        elif event["generation"] < 0 and kind in ("failed", "mistake") and "was not needed" not in event["text"]:
+            self._lost(place, event["text"].strip().splitlines()[-1])  # it could not even load
 
     def _check_versions(self, place: Place) -> None:
         """Raises UserError unless all workers run the same versions."""
@@ -239,6 +253,7 @@ class Controller:
             if place in self._members:
                 self._idle[place.index] = "lost"
             self._group.kill(place)
+            self._prepared.discard(place.index)
             self._group.ask_for(place)  # comes up now, or when a node returns
             if decision is Decision.REPLACE and (place in self._members or self._generation < 0):
                 self._awaited.add(place.index)
@@ -257,8 +272,13 @@ class Controller:
         topology = self._topology_of_members()
         if topology is None:
             return
-        paces = {r: Pace(e["dense_tokens"], e["dense_seconds"]) for r, e in waiting.items() if self._rows[r]}
-        self._windows.append(relative_speeds(paces, topology))
+        for rank, found in waiting.items():
+            if self._rows[rank]:
+                self._paces[rank] = self._paces.get(rank, Pace()) + Pace(found["dense_tokens"], found["dense_seconds"])
+        if min(pace.seconds for pace in self._paces.values()) < MIN_SECONDS:
+            return
+        self._windows.append(relative_speeds(self._paces, topology))
+        self._paces = {}
         self._speeds = {self._members[rank].index: speed for rank, speed in self._windows[-1].items()}
         changed = changed_ranks(self._windows)
         if changed and self._state is State.RUNNING:
@@ -274,6 +294,7 @@ class Controller:
             flops[self._topology_of.index(place.index)] = topology.flops[rank]
         self._topology = replace(self._topology, flops=tuple(flops))
         self._windows.clear()
+        self._paces.clear()
         for rank, factor in changed.items():
             word = "straggler" if factor < 1 else "faster than planned"
             self._note(
@@ -283,15 +304,15 @@ class Controller:
         self._rows = rows
         self._orders += 1
         order = {"number": self._orders, "flops": list(topology.flops), "rows": rows, "reshard": True}
-        self._members[0].actor.order.remote(order)
+        self._members[0].actor.order.remote(self._generation, order)
 
     # From state to state
 
     def _advance(self) -> None:
         if self.stop_wanted and self._state is not State.STOPPING:
             self._stop()
-        idle = all(place.index in self._idle for place in self._members)
-        if self._members and idle and set(self._idle.values()) == {"finished"}:
+        idle = bool(self._members) and all(place.index in self._idle for place in self._members)
+        if idle and set(self._idle.values()) == {"finished"}:
             self._enter(State.FINISHED)
         elif self._state is State.STARTING:
             self._advance_start()
@@ -300,8 +321,9 @@ class Controller:
             if self._state is State.RESIZING and idle:
                 self._begin_generation()
             elif self._state is State.RUNNING and self._may_grow():
-                self._note("a device has returned: all save and begin again with it")
-                self._members[0].actor.stop.remote()
+                self._note("a device has returned and joins")
+                for place in self._members:
+                    place.actor.regroup.remote()
                 self._enter(State.RESIZING)
         elif self._state in (State.RECOVERING, State.WAITING):
             self._recover(idle)
@@ -317,7 +339,7 @@ class Controller:
                 self._begin_generation()
         elif all(place.index in self._begun for place in self._members):
             self._rows = self._begun[self._members[0].index]["rows"]
-            if self._topology is None or not self._knows_members():
+            if self._topology is None or not self._knows(self._members):
                 self._topology = parse_topology(self._begun[self._members[0].index]["topology"], "the measured topology")
                 self._topology_of = [place.index for place in self._members]
             self._enter(State.RUNNING)
@@ -341,7 +363,7 @@ class Controller:
             if place.alive and place.index not in self._idle and self._group.ping(place) > _PING_SECONDS:
                 self._answer(Cause.HUNG, place, f"for {_PING_SECONDS:.0f} s")
                 return
-        if "failed" in self._idle.values():
+        if "failed" in self._idle.values() or (self._state is not State.RESIZING and "regrouping" in self._idle.values()):
             self._enter(State.RECOVERING, self._config.ray.start_timeout)
 
     def _recover(self, idle: bool) -> None:
@@ -351,49 +373,62 @@ class Controller:
                 place = next(p for p in self._members if p.index not in self._idle)
                 self._answer(Cause.HUNG, place, f"it went on for {_SETTLE_SECONDS:.0f} s without the others")
             return
-        if "lost" not in self._idle.values() and self._failures:
-            text, self._failures = self._failures[0], []
+        if "lost" not in self._idle.values():
+            if time.monotonic() - self._changed_at < _DEATH_SECONDS:
+                return  # an error that a death has caused comes before the news of it
+            text = self._failures[0] if self._failures else "a message among the ranks failed"
             self._answer(Cause.ERROR, None, text)
-            self._idle = dict.fromkeys(self._idle, "lost")  # answered
-        alive = sum(place.alive for place in self._group.places)
-        here = all(self._group.places[index].alive for index in self._awaited)
+            self._idle[-1] = "lost"  # answered
+        ready = sum(self._ready(place) for place in self._group.places)
+        here = all(self._ready(self._group.places[index]) for index in self._awaited)
         late = time.monotonic() > self._deadline
-        if alive >= self._config.ray.min_workers and (here or late):
+        if ready >= self._config.ray.min_workers and (here or late):
             self._begin_generation()
         elif late:
-            raise JobFailed(
-                f"{alive} devices are left, {self._config.ray.min_workers} are needed, and none returned in time (ray.start_timeout)"
-            )
-        elif alive < self._config.ray.min_workers and self._state is not State.WAITING and not self._awaited:
+            needed = self._config.ray.min_workers
+            raise JobFailed(f"{ready} devices are left, {needed} are needed, and none returned in time (ray.start_timeout)")
+        elif ready < self._config.ray.min_workers and self._state is not State.WAITING and not self._awaited:
             self._enter(State.WAITING, self._config.ray.start_timeout)
 
     def _may_grow(self) -> bool:
-        ready = sum(place.alive and place not in self._members for place in self._group.places)
         since = time.monotonic() - self._changed_at
-        return self._scaling.decide(working=len(self._members), ready=ready, seconds_since_change=since) is Scaling.GROW
+        decision = self._scaling.decide(working=len(self._members), ready=len(self._prepared), seconds_since_change=since)
+        return decision is Scaling.GROW and self._knows(self._group.places)
 
     def _begin_generation(self) -> None:
+        """Warm where it can be: who waits with its state goes on, who was prepared is let in. Else all begin from the last checkpoint."""
+        ready = [place for place in self._group.places if self._ready(place)]
+        standing = [place for place in self._members if self._idle.get(place.index) == "regrouping" and place in ready]
+        complete = all(ended == "regrouping" for ended in self._idle.values())
+        warm = bool(standing) and self._knows(ready) and (complete or self._config.fssdp.redundancy > 0 or self._has_checkpoint())
         self._generation += 1
-        self._members = [place for place in self._group.places if place.alive]
+        self._members = [p for p in ready if p in standing or p.index in self._prepared] if warm else ready
         self._idle, self._begun, self._awaited, self._failures = {}, {}, set(), []
-        self._windows, self._reports, self._rows, self._speeds = [], {}, [], {}
+        self._prepared -= {place.index for place in self._members}
+        self._windows, self._reports, self._rows, self._speeds, self._paces = [], {}, [], {}, {}
+        topology = self._topology_of_members()
+        assignment = {
+            "generation": self._generation,
+            "world_size": len(self._members),
+            "host": self._rendezvous.host,
+            "port": self._rendezvous.port,
+            "nodes": [member.device.node_id for member in self._members],
+            "topology": None if topology is None else topology_text(topology),
+            "resume": self._config.resume or self._has_checkpoint(),
+        }
+        for rank, place in enumerate(self._members):
+            call = place.actor.join if warm else place.actor.begin
+            call.remote({**assignment, "rank": rank})
+        self._enter(State.STARTING, self._config.ray.start_timeout)
+
+    def _ready(self, place: Place) -> bool:
+        """Could it be in the next generation?"""
+        return place.alive and (self._generation < 0 or place in self._members or place.index in self._prepared)
+
+    def _has_checkpoint(self) -> bool:
         latest = latest_good(Path(self._config.output_dir))
         self._checkpoint = latest.name if latest else None
-        topology = self._topology_of_members()
-        for rank, place in enumerate(self._members):
-            place.actor.begin.remote(
-                {
-                    "generation": self._generation,
-                    "rank": rank,
-                    "world_size": len(self._members),
-                    "host": self._rendezvous.host,
-                    "port": self._rendezvous.port,
-                    "nodes": [member.device.node_id for member in self._members],
-                    "topology": None if topology is None else topology_text(topology),
-                    "resume": latest is not None,
-                }
-            )
-        self._enter(State.STARTING, self._config.ray.start_timeout)
+        return latest is not None
 
     def _stop(self) -> None:
         self._enter(State.STOPPING, self._config.ray.start_timeout)
@@ -404,11 +439,11 @@ class Controller:
 
     # Small things
 
-    def _knows_members(self) -> bool:
-        return all(place.index in self._topology_of for place in self._members)
+    def _knows(self, places: Sequence[Place]) -> bool:
+        return all(place.index in self._topology_of for place in places)
 
     def _topology_of_members(self) -> Topology | None:
-        if self._topology is None or not self._knows_members():
+        if self._topology is None or not self._knows(self._members):
             return None
         return without_ranks(self._topology, [self._topology_of.index(place.index) for place in self._members])
 
@@ -418,7 +453,7 @@ class Controller:
     def _state_of(self, place: Place) -> str:
         if place in self._members and place.alive:
             return "idle" if place.index in self._idle else "training" if place.index in self._begun else "starting"
-        return "ready" if place.alive else "coming"
+        return "ready" if place.index in self._prepared else "loading" if place.alive else "coming"
 
     def _enter(self, state: State, seconds: float = 0.0) -> None:
         if state is self._state:

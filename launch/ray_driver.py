@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,14 +32,24 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     """
     config = load_config(config_path, overrides)
     check_syntax([*config.data.train, *config.data.eval], config.data.on_bad_sample)
+    topology = _configured_topology(config)
+    import torch  # noqa: F401 - later than this the folder we are in may be gone for a moment
+
+    here = Path.cwd()
     cluster = private_cluster((config.ray.workers or 2) * config.ray.cpus_per_worker) if address == LOCAL else connected(address)
     with cluster as ray:
+        os.chdir(here)  # raylets that share a machine put a job's files in its place once more each, and leave us in one that is gone
         found = devices_of(ray.nodes(), parse_labels(config.ray.labels), config.ray.cpus_per_worker)
         devices = choose_devices(found, config.ray.workers, config.ray.min_workers)
-        return _drive(ray, config, devices, metrics_port)
+        if topology is not None and topology.world_size != len(devices):
+            raise UserError(
+                f"topology: {config.topology} has {topology.world_size} devices, but the job gets {len(devices)}\n"
+                "  set ray.workers, or let the ranks measure: topology: auto"
+            )
+        return _drive(ray, config, devices, topology, metrics_port)
 
 
-def _drive(ray: Any, config: Config, devices: list[Device], metrics_port: int | None) -> int:
+def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metrics_port: int | None) -> int:
     from hecate.launch.controller import Controller
     from hecate.launch.prometheus import serving
     from hecate.launch.rendezvous import Rendezvous
@@ -46,10 +58,15 @@ def _drive(ray: Any, config: Config, devices: list[Device], metrics_port: int | 
 
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    topology = _configured_topology(config, len(devices))
     inside = one_machine(devices)
     host = "127.0.0.1" if inside else ray.util.get_node_ip_address()
-    group = WorkerGroup(ray, devices, config=to_yaml(config), report_steps=config.ray.report_steps, address=host if inside else None)
+    group = WorkerGroup(
+        ray,
+        devices,
+        config=to_yaml(replace(config, topology="auto")),
+        report_steps=config.ray.report_steps,
+        address=host if inside else None,
+    )
     shown: dict[str, Any] = {}
 
     def show(status: dict[str, Any]) -> None:
@@ -68,19 +85,13 @@ def _drive(ray: Any, config: Config, devices: list[Device], metrics_port: int | 
         return controller.run()
 
 
-def _configured_topology(config: Config, num_devices: int) -> Any:
+def _configured_topology(config: Config) -> Any:
     if config.topology == "auto":
         return None
     from hecate.parallel.topology_file import load_topology
     from hecate.presets import find_preset
 
-    topology = load_topology(find_preset("topologies", "topology", config.topology))
-    if topology.world_size != num_devices:
-        raise UserError(
-            f"topology: {config.topology} has {topology.world_size} devices, but the job gets {num_devices}\n"
-            "  set ray.workers, or let the ranks measure: topology: auto"
-        )
-    return topology
+    return load_topology(find_preset("topologies", "topology", config.topology))
 
 
 @contextmanager

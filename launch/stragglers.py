@@ -14,12 +14,19 @@ WINDOWS = 2
 """reports in a row that must agree: one may have met an evaluation, or a neighbour's burst"""
 
 
+MIN_SECONDS = 0.2
+"""of dense work of each rank that make a window; shorter ones tell more of the operating system than of the device"""
+
+
 @dataclass(frozen=True)
 class Pace:
     """What one rank reports: time spent in dense work that waits for nobody."""
 
-    tokens: int
-    seconds: float
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Pace) -> Pace:
+        return Pace(self.tokens + other.tokens, self.seconds + other.seconds)
 
 
 def relative_speeds(paces: Mapping[int, Pace], topology: Topology) -> dict[int, float]:

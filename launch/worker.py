@@ -43,11 +43,11 @@ class Worker:
         """
         Args:
             config: the run's configuration, as YAML.
-            address: of this worker's node, to whose interface the ranks' messages are bound.
+            address: to whose interface the ranks' messages are bound.
         """
         self._config, self._report_steps = config, report_steps
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._watch: _Watch | None = None
+        self._line: _Line | None = None
         self._thread: threading.Thread | None = None
         interface = interface_of(address)
         if interface is not None:
@@ -67,26 +67,35 @@ class Worker:
         }
 
     def begin(self, assignment: dict[str, Any]) -> None:
-        """Train as this rank, in a new thread. The one before must have ended."""
-        if self._thread is not None:
-            self._thread.join()
-        self._watch = _Watch(self._events, self._report_steps, assignment["rank"])
-        place = Assignment(**{**assignment, "nodes": tuple(assignment["nodes"])})
-        self._thread = threading.Thread(target=self._train, args=(place, self._watch), daemon=True)
-        self._thread.start()
+        """Begin a run as this rank, from the last checkpoint or from nothing, in a new thread."""
+        self._start(_place(assignment))
 
-    def order(self, order: dict[str, Any]) -> None:
+    def prepare(self) -> None:
+        """Load what a rank needs, in a new thread, to join a run under way: `join` lets it in."""
+        self._start(None)
+
+    def join(self, assignment: dict[str, Any]) -> None:
+        """Go on in the next generation, as the training thread waits to do."""
+        if self._line is not None:
+            self._line.assignments.put(_place(assignment))
+
+    def regroup(self) -> None:
+        """Leave the generation after the step under way, for the next one."""
+        if self._line is not None:
+            self._line.regrouping = True
+
+    def order(self, generation: int, order: dict[str, Any]) -> None:
         """See `hecate.train.observer.Order`."""
         from hecate.train.observer import Order
 
         flops, rows = (None if order[key] is None else tuple(order[key]) for key in ("flops", "rows"))
-        if self._watch is not None:
-            self._watch.newest = Order(number=order["number"], flops=flops, rows=rows, reshard=order["reshard"])
+        if self._line is not None and self._line.generation == generation:
+            self._line.newest = Order(number=order["number"], flops=flops, rows=rows, reshard=order["reshard"])
 
     def stop(self) -> None:
         """Save and end after the step under way."""
-        if self._watch is not None:
-            self._watch.stopping = True
+        if self._line is not None:
+            self._line.stopping = True
 
     def ping(self) -> bool:
         return True
@@ -96,26 +105,74 @@ class Worker:
         while (event := self._events.get()) is not None:
             yield event
 
-    def _train(self, place: Assignment, watch: _Watch) -> None:
+    def _start(self, place: Assignment | None) -> None:
+        if self._line is not None and self._thread is not None:
+            self._line.assignments.put(None)  # one that waits is not needed as it is
+            self._thread.join()
+        self._line = _Line(self._events, self._report_steps, place)
+        self._thread = threading.Thread(target=self._train, args=(place, self._line), daemon=True)
+        self._thread.start()
+
+    def _train(self, place: Assignment | None, line: _Line) -> None:
         from hecate.errors import UserError
 
         try:
-            ended = {"kind": "finished" if _run(self._config, place, watch) else "stopped"}
+            ended = {"kind": "finished" if _run(self._config, place, line) else "stopped"}
         except UserError as error:
             ended = {"kind": "mistake", "text": str(error)}
         except Exception:  # noqa: BLE001 - whatever it was, the controller decides what follows
             ended = {"kind": "failed", "text": traceback.format_exc(limit=-4)}
-        self._events.put({**ended, "generation": place.generation})
+        self._events.put({**ended, "generation": line.generation})
 
 
-class _Watch:
-    """The training's `Observer`: gathers what happens into one message every so many steps."""
+class _Line:
+    """The training's line to the outside: its `Observer`, which gathers what happens into one message every so many steps, and its
+    `Controller`, which waits for the next generation."""
 
-    def __init__(self, events: queue.SimpleQueue[dict[str, Any] | None], report_steps: int, rank: int) -> None:
+    def __init__(self, events: queue.SimpleQueue[dict[str, Any] | None], report_steps: int, place: Assignment | None) -> None:
         self.newest: Any = None
-        self.stopping = False
-        self._events, self._report_steps, self._rank = events, report_steps, rank
+        self.stopping = self.regrouping = False
+        self.assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
+        self.generation, self._rank = (-1, -1) if place is None else (place.generation, place.rank)
+        self.ranks: Any = None
+        """those of the newest generation"""
+        self._events, self._report_steps = events, report_steps
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
+
+    def wants_regroup(self) -> bool:
+        return self.regrouping
+
+    def first_group(self) -> Any:
+        group = self._wait("prepared")
+        if group is None:
+            raise RuntimeError("was not needed")
+        return group
+
+    def next_group(self) -> Any:
+        return self._wait("regrouping")
+
+    def _wait(self, kind: str) -> Any:
+        import torch.distributed as dist
+
+        from hecate.launch.rendezvous import meet
+        from hecate.parallel.topology_file import parse_topology
+        from hecate.train.elastic import Group
+        from hecate.train.ranks import connect
+
+        while True:
+            self._events.put({"kind": kind, "generation": self.generation})
+            place = self.assignments.get()
+            if place is None:
+                return None
+            assert place.topology is not None
+            self.newest, self.regrouping, self.generation, self._rank = None, False, place.generation, place.rank
+            try:
+                self.ranks = connect(meet(place.host, place.port, place.generation), place.rank, place.world_size)
+            except RuntimeError:  # another was lost on the way
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+            else:
+                return Group(self.ranks, parse_topology(place.topology, "the controller's topology"))
 
     def begins(self, facts: dict[str, Any]) -> None:
         self._events.put({"kind": "begins", **facts})
@@ -156,7 +213,11 @@ class _Watch:
         return self.stopping
 
 
-def _run(config_text: str, place: Assignment, watch: _Watch) -> bool:
+def _place(assignment: dict[str, Any]) -> Assignment:
+    return Assignment(**{**assignment, "nodes": tuple(assignment["nodes"])})
+
+
+def _run(config_text: str, place: Assignment | None, line: _Line) -> bool:
     import tempfile
     from dataclasses import replace
 
@@ -171,14 +232,19 @@ def _run(config_text: str, place: Assignment, watch: _Watch) -> bool:
     with tempfile.TemporaryDirectory(prefix="hecate-") as folder:
         path = Path(folder, "config.yaml")
         path.write_text(config_text, encoding="utf-8")
-        config = replace(load_config(path, claim_output=False), resume=place.resume)
-    topology = None if place.topology is None else parse_topology(place.topology, "the controller's topology")
+        config = load_config(path, claim_output=False)
     try:
-        ranks = connect(meet(place.host, place.port, place.generation), place.rank, place.world_size)
-        return train(config, ranks, topology or _measured(ranks, place.nodes), watch)
+        if place is None:
+            line.ranks = connect(dist.HashStore(), 0, 1)
+            return train(config, line.ranks, line, joins=True, observer=line)
+        ranks = line.ranks = connect(meet(place.host, place.port, place.generation), place.rank, place.world_size)
+        known = None if place.topology is None else parse_topology(place.topology, "the controller's topology")
+        topology = known or _measured(ranks, place.nodes)
+        return train(replace(config, resume=place.resume), ranks, line, topology=topology, observer=line)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if line.ranks is not None and dist.is_initialized():
+            # Not only forgotten: a peer that waits for this rank must see it at once, though a traceback may still hold the groups.
+            line.ranks.leave()
 
 
 def _measured(ranks: Any, nodes: tuple[str, ...]) -> Any:

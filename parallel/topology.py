@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -103,6 +104,24 @@ class Topology:
 
     def ranks_of_node(self, node: int) -> list[int]:
         return [rank for rank, n in enumerate(self.node_of_rank) if n == node]
+
+    def take(self, ranks: Sequence[int]) -> Topology:
+        """The topology of some of the devices: rank r of it is device `ranks[r]` here. Nodes without any are left out."""
+        nodes = sorted({self.node_of_rank[rank] for rank in ranks})
+
+        def of_ranks(values: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(values[rank] for rank in ranks)
+
+        return replace(
+            self,
+            node_of_rank=tuple(nodes.index(self.node_of_rank[rank]) for rank in ranks),
+            flops=of_ranks(self.flops),
+            memory=of_ranks(self.memory),
+            port_bandwidth=of_ranks(self.port_bandwidth),
+            uplink_bandwidth=tuple(self.uplink_bandwidth[node] for node in nodes),
+            nic_bandwidth=of_ranks(self.nic_bandwidth),
+            memory_bandwidth=of_ranks(self.memory_bandwidth),
+        )
 
     def same_node(self) -> np.ndarray:
         """bool [ranks, ranks]: do two ranks share a node?"""

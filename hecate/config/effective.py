@@ -23,6 +23,7 @@ _NOT_COMPUTATION = (
     "trace",
     "eval",
     "data.eval",
+    "fssdp.redundancy",
     "ray",
 )
 
@@ -36,7 +37,7 @@ def config_hash(config: Config) -> str:
     """SHA-256 (64 hex digits) of the values that define the training computation.
 
     Left out: where the run writes and runs (output_dir, resume, nproc, topology, ray), with what (kernels), how often it logs, evaluates
-    and saves, whether it records a trace, and what it evaluates.
+    and saves, whether it records a trace, what it evaluates, and whether experts are kept twice.
     """
     values: dict[str, Any] = asdict(config)
     for key in _NOT_COMPUTATION:

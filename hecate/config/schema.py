@@ -154,6 +154,9 @@ class FssdpConfig:
     """Past steps whose loads are averaged to predict the next step's."""
     memory_slots: int | None = None
     """Replicas that a device may hold per layer beside the experts it owns. null: as many as there are experts."""
+    redundancy: int = 0
+    """Second copies of each expert's parameters and optimizer state on another rank, on another node where there is one: 0 or 1. With 1
+    the ranks that are left go on without losing a step when one is lost; with 0 they go back to the last checkpoint."""
     reshard_interval: int | None = None
     """Every so many steps, move experts with their optimizer states to new owners, balanced over all layers by the predicted
     loads, if that is predicted to pay by the next time. null: never."""

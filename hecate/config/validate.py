@@ -62,6 +62,7 @@ RANGES: dict[str, Range] = {
     "fssdp.prefetch": Range(0, MAX_INT),
     "fssdp.max_imbalance": Range(1),
     "fssdp.memory_slots": Range(0, MAX_INT),
+    "fssdp.redundancy": Range(0, 1),
     "fssdp.reshard_interval": _COUNT,
     "nproc": _COUNT,
     "ray.workers": _COUNT,

@@ -16,7 +16,7 @@ each micro-step gathers and reduces for itself, and the owners add up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -76,20 +76,26 @@ class Engine:
 
     def __init__(self, families: dict[int, ExpertFamily], config: EngineConfig, groups: ExpertGroups) -> None:
         self.families = families
-        self.config = config
-        self.groups = groups
+        self.history = LoadHistory(config.load_window)
+        owners = {layer: owners_by_memory(family.num_experts, config.topology.memory) for layer, family in families.items()}
+        self._join(config, groups, owners, {})
+
+    def _join(
+        self, config: EngineConfig, groups: ExpertGroups, owners: dict[int, np.ndarray], chunks: Mapping[int, Mapping[int, Tensor]]
+    ) -> None:
+        """All that depends on which ranks there are, as at the beginning of a step."""
+        self.config, self.groups = config, groups
         self.rank = dist.get_rank(groups.experts)
         self.world_size = dist.get_world_size(groups.experts)
         assert config.topology.world_size == self.world_size, (config.topology.world_size, self.world_size)
-        self.history = LoadHistory(config.load_window)
-        self.owners = {layer: owners_by_memory(f.num_experts, config.topology.memory) for layer, f in families.items()}
+        self.owners = owners
         self.stores = {
-            layer: LayerStore(self.owners[layer].tolist(), family.init_chunk, groups.experts, config.topology)
-            for layer, family in families.items()
+            layer: LayerStore(owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), groups.experts, config.topology)
+            for layer, family in self.families.items()
         }
         self.frozen = {
-            layer: FrozenStore(self.owners[layer], self._slots(family), family.frozen_chunk, groups.experts)
-            for layer, family in families.items()
+            layer: FrozenStore(owners[layer], self._slots(family), family.frozen_chunk, groups.experts)
+            for layer, family in self.families.items()
             if family.layout().frozen
         }
         """of the layers whose experts have frozen parts"""
@@ -112,6 +118,22 @@ class Engine:
         self._training = False
         self._last_micro_step = False
         self._token_bytes_sent = 0
+
+    def rejoin(
+        self, topology: Topology, groups: ExpertGroups, owners: dict[int, np.ndarray], chunks: Mapping[int, Mapping[int, Tensor]]
+    ) -> None:
+        """Go on with other ranks, in other process groups, from the beginning of a step; what was under way among the old ones is
+        forgotten. The parameters are new ones afterwards. Frozen parts come anew from where they came at first.
+
+        Args:
+            owners: int64 [experts] of each layer, the same on every rank.
+            chunks: layer -> expert -> the master chunk of each expert that this rank owns from now on; copied.
+        """
+        for layer in self.families:
+            mine = np.flatnonzero(owners[layer] == dist.get_rank(groups.experts)).tolist()
+            assert sorted(chunks.get(layer, {})) == mine, (layer, sorted(chunks.get(layer, {})), mine)
+        self._join(replace(self.config, topology=topology), groups, owners, chunks)
+        self.history.redeal(topology.world_size)
 
     def named_parameters(self) -> dict[tuple[int, int], nn.Parameter]:
         """(layer, expert) -> flat chunk, of the experts that this rank owns."""
@@ -408,3 +430,8 @@ class Engine:
 
     def _device(self) -> torch.device:
         return next(iter(self.stores.values())).device
+
+
+def _chunk_of(family: ExpertFamily, chunks: Mapping[int, Tensor]) -> Callable[[int], Tensor]:
+    """An expert's chunk: the one given, else its initial one."""
+    return lambda expert: chunks[expert].detach() if expert in chunks else family.init_chunk(expert)

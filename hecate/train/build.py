@@ -86,17 +86,26 @@ def build_topology(config: Config, ranks: Ranks) -> Topology:
     Raises:
         UserError: no such preset, or one with another number of devices than there are ranks.
     """
+    topology = whole_topology(config, ranks.world_size, cuda=ranks.device.type == "cuda")
+    if topology.world_size != ranks.world_size:
+        raise UserError(f"topology: {config.topology} has {topology.world_size} devices, but the job has {ranks.world_size} ranks")
+    return topology
+
+
+def whole_topology(config: Config, num_devices: int, *, cuda: bool) -> Topology:
+    """The topology that the configuration names, whatever number of devices it has; auto: so many of this machine's.
+
+    Raises:
+        UserError: no such preset.
+    """
     if config.topology == "auto":
-        return local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
+        return local_topology(num_devices, cuda=cuda)
     is_path = "/" in config.topology or config.topology.endswith((".yaml", ".yml"))
     path = Path(config.topology) if is_path else PRESETS / f"{config.topology}.yaml"
     if not path.is_file():
         presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise UserError(f"topology: no preset {config.topology}; there are auto, {presets}, or give the path of a YAML file")
-    topology = load_topology(path)
-    if topology.world_size != ranks.world_size:
-        raise UserError(f"topology: {path} has {topology.world_size} devices, but the job has {ranks.world_size} ranks")
-    return topology
+    return load_topology(path)
 
 
 def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) -> BaseModel:

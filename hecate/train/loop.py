@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import signal
 import sys
@@ -10,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hecate.checkpoint import checkpoint_folder
-from hecate.checkpoint.files import write_durable
-from hecate.config import Config, to_yaml
+from hecate.config import Config
 from hecate.data.batches import Batch, collate, row_ranges
 from hecate.data.encode import IGNORED, EncodedSource
 from hecate.data.rows import Row, empty_row
@@ -29,27 +26,37 @@ from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
 from hecate.parallel.token_shares import dense_seconds, rows_by_speed
-from hecate.parallel.topology import Topology
-from hecate.parallel.topology_file import topology_text
-from hecate.parallel.traces import TraceWriter
+from hecate.parallel.topology import Topology, local_topology
 from hecate.train.build import BaseModel, build_moe, encode_sources, front_end, settled
+from hecate.train.elastic import Controller, rebuild
 from hecate.train.evaluate import Evaluation, evaluate
 from hecate.train.heatmap import write_heatmap
-from hecate.train.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record
-from hecate.train.observer import Observer, Order, StepFacts
+from hecate.train.observer import Observer, Order, Watched
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.output import TrainedOutput, output_of
-from hecate.train.pace import Pace
 from hecate.train.peft_adapter import begin_with
-from hecate.train.progress import Progress, StepLine
 from hecate.train.ranks import Ranks
+from hecate.train.reports import Reports
 from hecate.train.resharding import check_room, owned_parameters, reshard_if_it_pays
 from hecate.train.schedule import schedule
+from hecate.train.shadows import copy_to_buddies
 from hecate.train.state import load_state, save_state
 from hecate.train.step import StepResult, train_step
-from hecate.train.summary import EVERY_RANK, NON_EXPERTS, TrainableRow, print_summary, training_report
+from hecate.train.summary import print_summary
 
 _MOST_SKIPPED_IN_A_ROW = 10
+_REGROUP, _STOP = 1.0, 2.0
+"""what a rank may wish for after a step; the largest wish counts"""
+
+
+@dataclass(frozen=True)
+class StepUnderWay:
+    """What is needed to do it again."""
+
+    tokens: int
+    """its own, over all ranks"""
+    stream: dict[str, Any]
+    history: list[dict[int, np.ndarray]]
 
 
 class Run:
@@ -90,10 +97,17 @@ class Run:
         self._dense_flops = self.moe.engine.config.non_moe_flops / config.micro_batch_size
         """that hide a layer's gather, for each row"""
         self.step, self.tokens = 0, 0
+        self.under_way: StepUnderWay | None = None
+        self.fresh = False
+        """nothing of the run's state is here but its beginning: see `rebuild`"""
         self.skipped = self.skipped_in_a_row = 0
         if config.resume:
             self.step, self.tokens = load_state(config, ranks, self.moe, self.optimizer, self.stream)
         self.plan_for(self.moe.engine.config.topology)
+        self.settled = self.step
+        """steps done whose evaluation, checkpoint and all that comes between steps are done, too"""
+        if config.fssdp.redundancy:
+            copy_to_buddies(self.moe.engine, self.optimizer)
 
     def plan_for(self, topology: Topology, rows: Sequence[int] | None = None) -> None:
         """Plan with these devices from the next step on, and deal the rows of a micro-step: by speed, or as given. The links stay as
@@ -118,7 +132,10 @@ class Run:
 
     def train_one(self) -> tuple[StepResult, int]:
         """One optimizer step; its result and its number of tokens over all ranks."""
+        self.under_way = None
+        state = self.stream.state_dict()
         rows = self.stream.next_step()
+        self.under_way = StepUnderWay(sum(len(row.input_ids) for row in rows), state, self.moe.engine.history.snapshot())
         result = train_step(
             self.moe,
             self.base.head,
@@ -128,28 +145,53 @@ class Run:
             aux_coef=self.config.moe.router_aux_loss_coef,
             max_grad_norm=self.config.max_grad_norm,
             step=self.step,
+            redundancy=self.config.fssdp.redundancy,
         )
+        tokens = self.under_way.tokens
+        self.count(tokens, skipped=result.skipped)
+        return result, tokens
+
+    def count(self, tokens: int, *, skipped: bool) -> None:
+        """A step of so many tokens is done."""
         self.step += 1
-        tokens = sum(len(row.input_ids) for row in rows)
         self.tokens += tokens
-        self.skipped += result.skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        self.under_way = None
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row == _MOST_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"{_MOST_SKIPPED_IN_A_ROW} steps in a row, up to step {self.step}, had gradients that were not finite; all were skipped.\n"
                 "  lower learning_rate, or resume from an earlier checkpoint"
             )
-        return result, tokens
+
+    def rewind(self) -> None:
+        """Be as before the step under way, if there is one: it will be done again."""
+        self.optimizer.abandon()
+        self.moe.micro_step.clear()
+        if self.under_way is not None:
+            self.stream.load_state_dict(self.under_way.stream)
+            self.moe.engine.history.restore(self.under_way.history)
+            self.under_way = None
 
     def save(self) -> Path | None:
         return save_state(self.config, self.ranks, self.moe, self.optimizer, self.stream, step=self.step, tokens=self.tokens)
 
 
-def train(config: Config, ranks: Ranks, topology: Topology | None = None, observer: Observer | None = None) -> bool:
+def train(
+    config: Config,
+    ranks: Ranks,
+    controller: Controller | None = None,
+    *,
+    joins: bool = False,
+    topology: Topology | None = None,
+    observer: Observer | None = None,
+) -> bool:
     """Train as configured, then evaluate, save, export and show. Every rank must call it.
 
     Args:
-        topology: in place of the configuration's.
+        controller: who says with whom to go on when a rank is lost or has come; None: a lost rank is the end.
+        joins: this process has come new to a run under way. `ranks` is it alone until the controller lets it in.
+        topology: of the ranks' devices, in place of the configuration's.
         observer: is told of every step, and may change the plan or ask for a stop.
 
     Returns:
@@ -159,81 +201,55 @@ def train(config: Config, ranks: Ranks, topology: Topology | None = None, observ
         UserError: whatever of the configuration, the data, the model or the disk is wrong.
     """
     started = time.monotonic()
-    run = Run(config, ranks, topology)
-    pace = Pace(run.moe, ranks.device) if observer else None
     with ExitStack() as stack:
         stopping = stack.enter_context(_stop_on_signals())
-        progress = stack.enter_context(Progress(config.max_steps, run.step)) if ranks.is_first else None
-        metrics = stack.enter_context(_metrics(run)) if ranks.is_first else None
-        trace = _trace(run) if config.trace and ranks.is_first else None
-        if progress:
-            _announce(run, progress)
-        before = _evaluate(run, progress, metrics) if config.eval.on_start and run.eval_sources and run.step == 0 else None
+        if joins:
+            assert controller is not None
+            run = _joined(config, ranks, controller)
+        else:
+            run = Run(config, ranks, topology)
+        reports = stack.enter_context(Reports(run))
+        reports.begin()
+        watched = Watched(run, observer) if observer else None
+        if watched:
+            watched.begins()
+        before = _evaluate(run, reports) if config.eval.on_start and run.eval_sources and run.step == 0 and not joins else None
         last: Evaluation | None = None
         train_seconds, first_tokens = 0.0, run.tokens
-        order_done = 0
-        if observer:
-            observer.begins(_beginning(run))
-        while run.step < config.max_steps:
-            step_started, sent = time.monotonic(), run.moe.engine.bytes_sent
-            learning_rate = run.optimizer.learning_rate
-            result, tokens = run.train_one()
-            seconds = time.monotonic() - step_started
-            train_seconds += seconds
-            bytes_sent = int(ranks.all_sum(torch.tensor([run.moe.engine.bytes_sent - sent]))[0])
-            order = observer.order() if observer and ranks.is_first else None
-            text = b"" if order is None or order.number <= order_done else order.to_bytes()
-            wants_stop = stopping.is_set or (observer is not None and observer.wants_stop())
-            stop, has_order = ranks.all_most([float(wants_stop), float(bool(text))])
-            if observer and pace:
-                observer.stepped(_facts(run, result, seconds, tokens, bytes_sent, pace))
-            if has_order:
-                order = Order.from_bytes(ranks.broadcast_from(0, text or None))
-                order_done = order.number
-                _carry_out(run, order, progress, metrics)
-            if trace:
-                trace.append(run.step, result.loads)
-            if progress and metrics and run.step % config.logging_steps == 0:
-                skew = run.moe.engine.imbalance(result.loads)
-                metrics.write(
-                    step_record(
-                        step=run.step,
-                        loss=result.loss,
-                        aux_loss=result.aux_loss,
-                        learning_rate=learning_rate,
-                        grad_norm=result.grad_norm,
-                        skipped=result.skipped,
-                        tokens=tokens,
-                        step_seconds=seconds,
-                        imbalance=skew,
-                        bytes_sent=bytes_sent,
-                        calibrations=run.moe.engine.calibrations,
-                        loads=result.loads,
-                    )
+        while run.settled < config.max_steps:
+            try:
+                if run.settled == run.step:
+                    train_seconds += _train_one(run, reports, watched)
+                wish, ordered = run.ranks.all_most(
+                    [_wish(stopping, controller, observer), float(watched is not None and watched.has_order())]
                 )
-                progress.step(
-                    StepLine(run.step, result.loss, result.aux_loss, learning_rate, tokens / seconds, skew, seconds, result.skipped)
-                )
-            if config.fssdp.reshard_interval and run.step % config.fssdp.reshard_interval == 0:
-                _reshard(run, config.fssdp.reshard_interval, progress, metrics)
-            done = run.step == config.max_steps
-            if run.eval_sources and not stop and (done or (config.eval_steps and run.step % config.eval_steps == 0)):
-                last = _evaluate(run, progress, metrics)
-            if done or stop or (config.save_steps and run.step % config.save_steps == 0):
-                if trace:  # before the checkpoint, so that a run that resumes from it finds the steps up to it
-                    trace.save()
-                _save(run, progress, metrics)
-                if observer and ranks.is_first:
-                    observer.saved(run.step, checkpoint_folder(run.folder, run.step))
-            if stop:
-                if progress:
-                    progress.note(
+                if ordered and watched:
+                    _carry_out(run, watched.take_order(), reports)
+                stop, done = wish == _STOP, run.step == config.max_steps
+                if config.fssdp.reshard_interval and run.step % config.fssdp.reshard_interval == 0:
+                    _reshard(run, config.fssdp.reshard_interval, reports)
+                if run.eval_sources and not stop and (done or (config.eval_steps and run.step % config.eval_steps == 0)):
+                    last = _evaluate(run, reports)
+                if done or stop or (config.save_steps and run.step % config.save_steps == 0):
+                    _save(run, reports, observer)
+                run.settled = run.step
+                if stop:
+                    reports.note(
                         f"stopped by a signal after step {run.step}; go on with: hecate train {run.folder / 'config.yaml'} resume=true"
                     )
-                return False
-        written = run.output.replace(run.folder, run.moe, ranks)
-        peak_bytes = int(ranks.all_max(float(peak_memory())))
-    if ranks.is_first:
+                    return False
+                if wish == _REGROUP:
+                    assert controller is not None
+                    _regroup(run, controller, reports, watched)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if controller is None or not _regroup(run, controller, reports, watched):
+                    raise
+                reports.note(f"went on after: {str(error).splitlines()[0][:120]}")
+        written = run.output.replace(run.folder, run.moe, run.ranks)
+        peak_bytes = int(run.ranks.all_max(float(peak_memory())))
+    if run.ranks.is_first:
         speed = f"{(run.tokens - first_tokens) / train_seconds:.0f}" if train_seconds else "-"
         facts = [
             ("steps", f"{run.step}" + (f", {run.skipped} skipped" if run.skipped else "")),
@@ -283,131 +299,88 @@ def _stop_on_signals() -> Iterator[_Stopping]:
             signal.signal(number, handler)
 
 
-def _metrics(run: Run) -> MetricsWriter:
-    writer = MetricsWriter(run.folder / "metrics.jsonl")
-    writer.truncate_after(run.step)
-    return writer
+def _wish(stopping: _Stopping, controller: Controller | None, observer: Observer | None) -> float:
+    if stopping.is_set or (observer is not None and observer.wants_stop()):
+        return _STOP
+    return _REGROUP if controller is not None and controller.wants_regroup() else 0.0
 
 
-def _trace(run: Run) -> TraceWriter:
-    config = run.config
-    rows = run.stream.rows_per_step // config.gradient_accumulation_steps
-    most = max(len(mine) for mine in row_ranges(rows, run.shares))
-    return TraceWriter(
-        run.folder / "loads.npz",
-        top_k=config.moe.choices,
-        tokens_per_rank=most * config.gradient_accumulation_steps * config.data.seq_len,
-        model=config.model.name_or_path,
-        notes={"data": [source.name for source in config.data.train], "policy": config.fssdp.policy},
-        after=run.step,
-    )
+def _joined(config: Config, ranks: Ranks, controller: Controller) -> Run:
+    """Load alone, so that the others train on meanwhile, then join them."""
+    alone = replace(config, resume=False, fssdp=replace(config.fssdp, reshard_interval=None))
+    run = Run(alone, ranks, local_topology(1, cuda=ranks.device.type == "cuda"))
+    run.config, run.fresh = settled(config, run.base), True
+    ranks.leave()
+    while True:
+        group = controller.first_group()
+        try:
+            rebuild(run, group.ranks, group.topology)
+        except RuntimeError:
+            group.ranks.leave()
+        else:
+            return run
 
 
-def _announce(run: Run, progress: Progress) -> None:
-    """Save the effective configuration and the report of what trains, and show the latter."""
-    text, report = training_report(trainable_rows(run.moe))
-    config_path = run.folder / "config.yaml"
-    config_path.write_text(to_yaml(run.config), encoding="utf-8")
-    report_path = run.folder / "trainable.json"
-    report_path.unlink(missing_ok=True)
-    write_durable(report_path, [json.dumps(report, indent=1).encode()])
-    progress.note(text)
-    if run.step:
-        progress.note(f"resumed after step {run.step}")
+def _regroup(run: Run, controller: Controller, reports: Reports, watched: Watched | None) -> bool:
+    """Go on with whom the controller names; False: it names nobody. Every rank of the old groups that is left must call it."""
+    started = time.monotonic()
+    run.ranks.leave()
+    while group := controller.next_group():
+        try:
+            done = rebuild(run, group.ranks, group.topology)
+        except RuntimeError:  # another one is lost
+            group.ranks.leave()
+        else:
+            reports.regrouped(done, time.monotonic() - started)
+            if watched:
+                watched.begins()
+            return True
+    return False
 
 
-def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
-    """What trains, by owner."""
-    rows = []
-    for layer, owner_E in moe.engine.owners.items():
-        store = moe.engine.stores[layer]
-        for rank in range(moe.engine.world_size):
-            count = int((owner_E == rank).sum())
-            if count:
-                rows.append(TrainableRow(f"layers.{layer}.experts", count, store.chunk_numel, store.chunk_bytes, f"rank {rank}"))
-    for name, parameter in moe.replicated_parameters().items():
-        if name in moe.others:
-            continue
-        rows.append(TrainableRow(name, 1, parameter.numel(), parameter.numel() * parameter.element_size(), EVERY_RANK))
-    if moe.others:
-        numel = sum(parameter.numel() for parameter in moe.others.values())
-        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in moe.others.values())
-        rows.append(TrainableRow(NON_EXPERTS, 1, numel, num_bytes, EVERY_RANK))
-    return rows
-
-
-def _beginning(run: Run) -> dict[str, Any]:
-    """See `Observer.begins`."""
-    return {
-        "step": run.step,
-        "max_steps": run.config.max_steps,
-        "rows": list(run.shares),
-        "owned": np.bincount(np.concatenate([*run.moe.engine.owners.values(), []]).astype(int), minlength=len(run.shares)).tolist(),
-        "topology": topology_text(run.moe.engine.config.topology),
-    }
-
-
-def _facts(run: Run, result: StepResult, seconds: float, tokens: int, bytes_sent: int, pace: Pace) -> StepFacts:
-    dense_tokens, dense_seconds = pace.take()
-    return StepFacts(
-        step=run.step,
-        seconds=seconds,
-        dense_tokens=dense_tokens,
-        dense_seconds=dense_seconds,
-        loss=result.loss,
-        tokens=tokens,
-        imbalance=run.moe.engine.imbalance(result.loads),
-        bytes_sent=bytes_sent,
-        loads={layer: loads_SE.sum(0).tolist() for layer, loads_SE in result.loads.items()},
-    )
-
-
-def _carry_out(run: Run, order: Order, progress: Progress | None, metrics: MetricsWriter | None) -> None:
+def _carry_out(run: Run, order: Order, reports: Reports) -> None:
     """Change the plan as whoever watches the run wants it. Every rank must call it, with the same order."""
     now = run.moe.engine.config.topology
     run.plan_for(now if order.flops is None else replace(now, flops=order.flops), order.rows)
-    if progress and metrics:
-        text = f"re-planned after step {run.step}: rows {':'.join(map(str, run.shares))}"
-        metrics.write(event_record(run.step, text))
-        progress.note(text)
+    reports.event(f"re-planned after step {run.step}: rows {':'.join(map(str, run.shares))}")
     if order.reshard:
-        _reshard(run, run.config.max_steps, progress, metrics)
+        _reshard(run, run.config.max_steps, reports)
 
 
-def _evaluate(run: Run, progress: Progress | None, metrics: MetricsWriter | None) -> Evaluation:
+def _train_one(run: Run, reports: Reports, watched: Watched | None) -> float:
+    """One optimizer step; its seconds."""
+    started, sent = time.monotonic(), run.moe.engine.bytes_sent
+    learning_rate = run.optimizer.learning_rate
+    result, tokens = run.train_one()
+    seconds = time.monotonic() - started
+    bytes_sent = int(run.ranks.all_sum(torch.tensor([run.moe.engine.bytes_sent - sent]))[0])
+    reports.step(result, tokens=tokens, seconds=seconds, learning_rate=learning_rate, bytes_sent=bytes_sent)
+    if watched:
+        watched.stepped(result, tokens=tokens, seconds=seconds, bytes_sent=bytes_sent)
+    return seconds
+
+
+def _evaluate(run: Run, reports: Reports) -> Evaluation:
     found = evaluate(run.config, run.ranks, run.base, run.moe, run.eval_sources)
-    if metrics and progress:
-        metrics.write(eval_record(run.step, found.scores))
-        progress.evaluated(run.step, found.scores)
+    reports.evaluated(found)
     return found
 
 
-def _reshard(run: Run, interval: int, progress: Progress | None, metrics: MetricsWriter | None) -> None:
+def _reshard(run: Run, interval: int, reports: Reports) -> None:
     done = reshard_if_it_pays(run.moe.engine, run.optimizer, min(interval, run.config.max_steps - run.step))
-    if done and progress and metrics:
-        move, gain = done.move, done.gain
-        text = (
-            f"re-sharded after step {run.step}: {move.experts} experts moved, {move.num_bytes} bytes, {done.seconds:.3f} s; "
-            f"predicted to save {gain.saved:.2g} s a step and to cost {gain.moving:.2g} s"
-        )
-        metrics.write(
-            reshard_record(
-                run.step,
-                experts=move.experts,
-                bytes_sent=move.num_bytes,
-                seconds=done.seconds,
-                saved_seconds=gain.saved,
-                moving_seconds=gain.moving,
-            )
-        )
-        progress.note(text)
+    if done:
+        if run.config.fssdp.redundancy:
+            copy_to_buddies(run.moe.engine, run.optimizer)
+        reports.resharded(done)
 
 
-def _save(run: Run, progress: Progress | None, metrics: MetricsWriter | None) -> None:
+def _save(run: Run, reports: Reports, observer: Observer | None) -> None:
+    reports.saving()
     path = run.save()
-    if path and progress and metrics:
-        metrics.write(event_record(run.step, f"saved {path.name}"))
-        progress.note(f"saved {path}")
+    if path:
+        reports.saved(path)
+        if observer and run.ranks.is_first:
+            observer.saved(run.step, path)
 
 
 def _shares(evaluation: Evaluation) -> dict[str, list[list[float]]]:

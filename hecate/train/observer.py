@@ -8,9 +8,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from hecate.checkpoint.strict_json import JsonError, parse_json
+from hecate.parallel.topology_file import topology_text
+from hecate.train.pace import Pace
+from hecate.train.step import StepResult
+
+if TYPE_CHECKING:
+    from hecate.train.loop import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +73,8 @@ class Observer(Protocol):
     """Every method must return at once and must not fail; it is called on every rank, between steps."""
 
     def begins(self, facts: dict[str, Any]) -> None:
-        """The run is built. `facts`, JSON values: step, max_steps, rows, owned (experts of each rank), topology (YAML text)."""
+        """The run is built, or goes on with other ranks. `facts`, JSON values: step, max_steps, rows, owned (experts of each rank),
+        topology (YAML text)."""
 
     def stepped(self, facts: StepFacts) -> None:
         """A step has ended."""
@@ -78,3 +87,54 @@ class Observer(Protocol):
 
     def wants_stop(self) -> bool:
         """Save after this step and return? One rank that wants it suffices."""
+
+
+class Watched:
+    """A run as its observer sees it."""
+
+    def __init__(self, run: Run, observer: Observer) -> None:
+        self._run, self._observer = run, observer
+        self._pace = Pace(run.moe, run.ranks.device)
+        self._done = 0
+
+    def begins(self) -> None:
+        run = self._run
+        self._pace.take()
+        owners = np.concatenate([*run.moe.engine.owners.values(), []]).astype(int)
+        self._observer.begins(
+            {
+                "step": run.step,
+                "max_steps": run.config.max_steps,
+                "rows": list(run.shares),
+                "owned": np.bincount(owners, minlength=len(run.shares)).tolist(),
+                "topology": topology_text(run.moe.engine.config.topology),
+            }
+        )
+
+    def stepped(self, result: StepResult, *, tokens: int, seconds: float, bytes_sent: int) -> None:
+        dense_tokens, dense_seconds = self._pace.take()
+        self._observer.stepped(
+            StepFacts(
+                step=self._run.step,
+                seconds=seconds,
+                dense_tokens=dense_tokens,
+                dense_seconds=dense_seconds,
+                loss=result.loss,
+                tokens=tokens,
+                imbalance=self._run.moe.engine.imbalance(result.loads),
+                bytes_sent=bytes_sent,
+                loads={layer: loads_SE.sum(0).tolist() for layer, loads_SE in result.loads.items()},
+            )
+        )
+
+    def has_order(self) -> bool:
+        """Is there one on this rank, the first, that is not carried out yet?"""
+        order = self._observer.order() if self._run.ranks.is_first else None
+        return order is not None and order.number > self._done
+
+    def take_order(self) -> Order:
+        """The first rank's order, to be carried out now. Every rank must call it, when the first one has one."""
+        newest = self._observer.order() if self._run.ranks.is_first else None
+        order = Order.from_bytes(self._run.ranks.broadcast_from(0, None if newest is None else newest.to_bytes()))
+        self._done = order.number
+        return order

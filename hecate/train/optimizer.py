@@ -1,7 +1,7 @@
 """AdamW over owned expert chunks and replicated parameters, with one global gradient norm.
 
-An expert's master parameters and moments exist on its owner alone; replicated parameters (routers, attention adapters) are stepped by
-every rank alike.
+An expert's master parameters and moments exist on its owner alone, or as a *shadow* on a second rank as well (`fssdp.redundancy`), which
+steps it with the owner's gradient. Replicated parameters (routers, attention adapters) are stepped by every rank alike.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hecate.parallel.reshard import RowSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+MASTER = "master"
 
 
 class ExpertOptimizer:
@@ -31,7 +32,13 @@ class ExpertOptimizer:
         schedule: Callable[[int], float],
     ) -> None:
         self.owned = owned
+        self.shadows: dict[str, nn.Parameter] = {}
+        """second copies of experts that other ranks own, by the same names; stepped, but counted in no norm and saved nowhere"""
         self.replicated = replicated
+        self.gradients_complete = False
+        """every gradient of the step under way is what the job's ranks have summed: only the norm is missing"""
+        self.last_norm = math.nan
+        """the global norm that the last step was taken, or skipped, with"""
         parameters = [*owned.values(), *replicated.values()]
         # On the CPU the fused step is one pass instead of ten; on a GPU it would keep the count of steps there.
         self._fused = bool(parameters) and all(p.device.type == "cpu" for p in parameters)
@@ -56,24 +63,41 @@ class ExpertOptimizer:
     def global_grad_norm(self, group: dist.ProcessGroup) -> float:
         """The norm of all gradients, each sharded and each replicated parameter counted once. Every rank must call it."""
         # A rank may own no expert; its zero must be on the device where the others' sums are.
+        self.gradients_complete = True
         device = next((parameter.device for parameter in self._parameters()), torch.device("cpu"))
         total = _sum_of_squares(self.owned, device)
         dist.all_reduce(total, group=group)
         return math.sqrt((total + _sum_of_squares(self.replicated, device)).item())
 
-    def step(self, grad_norm: float, max_grad_norm: float | None) -> None:
-        """Clip by the global norm and step. Parameters without a gradient (idle experts) are left untouched."""
+    def step(self, grad_norm: float, max_grad_norm: float | None) -> bool:
+        """Clip by the global norm and step. If that is not finite, let the step pass: parameters and moments stay, the schedule goes on.
+
+        Parameters without a gradient (idle experts) are left untouched.
+
+        Returns:
+            Was a step taken?
+        """
+        taken = math.isfinite(grad_norm)
+        if taken:
+            self._clipped_step(grad_norm, max_grad_norm)
+        self.last_norm = grad_norm
+        self._adamw._opt_called = True  # type: ignore[attr-defined]  # a skipped step is no mistake in the order of calls
+        self._scheduler.step()
+        self.abandon()
+        return taken
+
+    def abandon(self) -> None:
+        """Forget the gradients of the step under way."""
+        self._adamw.zero_grad(set_to_none=True)
+        self.gradients_complete = False
+
+    def _clipped_step(self, grad_norm: float, max_grad_norm: float | None) -> None:
         if max_grad_norm is not None and grad_norm > max_grad_norm:
             scale = max_grad_norm / (grad_norm + 1e-6)
             for parameter in self._parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
         self._adamw.step()
-        self._finish()
-
-    def skip(self) -> None:
-        """Let a step pass without touching parameters or moments; the schedule goes on."""
-        self._finish()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by stable names: `owned/NAME` and `replicated/NAME`, each with its moments.
@@ -95,25 +119,26 @@ class ExpertOptimizer:
             for kind, parameters in (("owned", self.owned), ("replicated", self.replicated)):
                 for name, parameter in parameters.items():
                     parameter.copy_(tensors[f"{kind}/{name}"])
-                    if f"{kind}/{name}/step" in tensors:
-                        state = {key: tensors[f"{kind}/{name}/{key}"].clone() for key in MOMENTS}
-                        self._adamw.state[parameter] = {
-                            key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-                        }
+                    stepped = f"{kind}/{name}/step" in tensors
+                    self.set_moments(parameter, {key: tensors[f"{kind}/{name}/{key}"].clone() for key in MOMENTS} if stepped else {})
+        self.set_position(schedule_position)
+
+    def set_position(self, schedule_position: int) -> None:
+        """Be so many steps into the schedule."""
         self._scheduler.last_epoch = schedule_position - 1
         self._adamw._opt_called = True  # type: ignore[attr-defined]  # LambdaLR warns about its order of calls otherwise
         self._scheduler.step()
 
-    def moments(self, name: str) -> dict[str, Tensor]:
-        """The moments of an owned parameter by `MOMENTS`; empty if it was never stepped."""
-        state = self._adamw.state.get(self.owned[name], {})
-        return {key: state[key] for key in MOMENTS if key in state}
+    def row(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """All there is of an expert where it is owned or shadowed: `MASTER`, and the moments if it was ever stepped."""
+        state = self._adamw.state.get(parameter, {})
+        return {MASTER: parameter.detach(), **{key: state[key] for key in MOMENTS if key in state}}
 
-    def moment_specs(self, parameter: RowSpec) -> dict[str, RowSpec]:
-        """What `moments` holds for such a parameter, once it was stepped."""
+    def row_specs(self, chunk: RowSpec) -> dict[str, RowSpec]:
+        """What `row` holds for a parameter like `chunk`, once it was stepped."""
         # torch counts steps in its default dtype, but never in one narrower than float32, and in that when fused.
         count = torch.float64 if torch.get_default_dtype() == torch.float64 and not self._fused else torch.float32
-        return {key: RowSpec((), count) if key == "step" else parameter for key in MOMENTS}
+        return {MASTER: chunk, **{key: RowSpec((), count) if key == "step" else chunk for key in MOMENTS}}
 
     def replace_owned(self, owned: dict[str, nn.Parameter], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Step `owned` from now on in place of the parameters owned so far.
@@ -121,26 +146,36 @@ class ExpertOptimizer:
         A parameter that was owned before keeps its moments; another takes those of its name in `moments`, and has none if there are none.
         The order of `owned` is the order in which the norm is summed.
         """
-        kept = {name for name, parameter in owned.items() if self.owned.get(name) is parameter}
-        for name, parameter in self.owned.items():
-            if name not in kept:
-                self._adamw.state.pop(parameter, None)
-        for name, parameter in owned.items():
-            if name not in kept and moments.get(name):
-                # torch keeps the count of steps on the CPU.
-                self._adamw.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in moments[name].items()
-                }
+        self._replace(self.owned, owned, moments)
         self.owned = owned
         self._adamw.param_groups[0]["params"] = self._parameters()
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [*self.owned.values(), *self.replicated.values()]
+    def replace_shadows(self, shadows: dict[str, nn.Parameter], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """`replace_owned` for shadows."""
+        self._replace(self.shadows, shadows, moments)
+        self.shadows = shadows
+        self._adamw.param_groups[0]["params"] = self._parameters()
 
-    def _finish(self) -> None:
-        self._adamw._opt_called = True  # type: ignore[attr-defined]  # a skipped step is no mistake in the order of calls
-        self._scheduler.step()
-        self._adamw.zero_grad(set_to_none=True)
+    def _replace(
+        self, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter], moments: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        kept = {name for name, parameter in after.items() if before.get(name) is parameter}
+        for name, parameter in before.items():
+            if name not in kept:
+                self._adamw.state.pop(parameter, None)
+        for name, parameter in after.items():
+            if name not in kept and moments.get(name):
+                self.set_moments(parameter, moments[name])
+
+    def set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
+        """Go on from `moments`, which may be none at all."""
+        self._adamw.state.pop(parameter, None)
+        if moments:
+            # torch keeps the count of steps on the CPU.
+            self._adamw.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self.owned.values(), *self.replicated.values(), *self.shadows.values()]
 
 
 def _sum_of_squares(parameters: dict[str, nn.Parameter], device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -15,12 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.errors import UserError
-from hecate.local_store import STORE_VARIABLE
+from hecate.local_store import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
 from hecate.moe.engine import ExpertGroups
+from hecate.train.sockets import Connection, ports, shut_down, tcp_sockets
 
 # Long enough for one rank to evaluate while the others wait, short against gloo's half hour.
 _TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
+_MOST_PORTS = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Ranks:
     world_size: int
     device: torch.device
     groups: ExpertGroups
+    connections: frozenset[Connection] = frozenset()
+    """with which gloo has joined this rank to the others"""
 
     @property
     def is_first(self) -> bool:
@@ -69,8 +73,10 @@ class Ranks:
 
         From any thread. Nothing more can be sent among these ranks.
         """
-        for group in (self.groups.tokens, self.groups.experts):
-            group.abort()
+        shut_down(self.connections)
+        if self.device.type == "cuda":
+            for group in (self.groups.tokens, self.groups.experts):
+                group.abort()
 
     def leave(self) -> None:
         """Abort, and forget the groups, so that this process can join others."""
@@ -126,20 +132,39 @@ def join_ranks() -> Iterator[Ranks]:
     Leaves the group at the end whatever happened, or the one that has taken its place, so that a peer that waits for this rank fails at
     once.
     """
-    place = ranks_from_environment()
+    # One that is to join a run under way is alone until it is let in.
+    place = None if JOIN_VARIABLE in os.environ else ranks_from_environment()
     rank, world_size = place or (0, 1)
     if place is None:
         store: dist.Store | None = dist.HashStore()
     elif STORE_VARIABLE in os.environ:
-        die_with_parent()
-        store = dist.FileStore(os.environ[STORE_VARIABLE], world_size)
+        # A file of its own for each time that an agent starts all ranks anew.
+        store = dist.FileStore(f"{os.environ[STORE_VARIABLE]}-{restarts()}", world_size)
     else:
         store = None
+    if LAUNCHED_VARIABLE in os.environ:
+        die_with_launcher(int(os.environ[LAUNCHED_VARIABLE]))
     try:
-        yield connect(store, rank, world_size)
+        ranks = connect(store, rank, world_size)
+        try:
+            yield ranks
+        except BaseException:
+            ranks.abort()  # whoever waits for this rank is to fail now, not at its timeout
+            raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Is this what a collective says when another rank has died or broken off?"""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def restarts() -> int:
+    """How often torch's elastic agent on this node has started its ranks anew. Another node's may have another number."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isdigit() else 0
 
 
 def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
@@ -153,13 +178,15 @@ def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
+    before = tcp_sockets()
     if store is None:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     default = dist.group.WORLD
     assert default is not None
-    return Ranks(rank, world_size, device, ExpertGroups(experts=default, tokens=_all_ranks()))
+    ranks = Ranks(rank, world_size, device, ExpertGroups(experts=default, tokens=_all_ranks()))
+    return ranks if cuda else replace(ranks, connections=_of_gloo(ranks, tcp_sockets() - before))
 
 
 def _all_ranks() -> dist.ProcessGroup:
@@ -168,11 +195,20 @@ def _all_ranks() -> dist.ProcessGroup:
     return group
 
 
-def die_with_parent() -> None:
-    """Linux: be killed when the launcher dies, however it dies."""
+def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:
+    """Of the sockets that are new since the groups began, those that end at a port on which some rank's gloo listens: another thread may
+    have connected to somewhere else meanwhile."""
+    mine = sorted(ports(new))[:_MOST_PORTS]
+    table = ranks.all_gather(torch.tensor(mine + [0] * (_MOST_PORTS - len(mine))))
+    listening = {port for port in table.flatten().tolist() if port}
+    return frozenset(c for c in new if c.peer is not None and {c.local[1], c.peer[1]} & listening)
+
+
+def die_with_launcher(launcher: int) -> None:
+    """Linux: be killed when the launcher, this process's parent, dies, however it dies."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):
         return
-    if os.getppid() == 1:  # it died before we asked
+    if os.getppid() != launcher:  # it died before we asked
         os.kill(os.getpid(), signal.SIGKILL)

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from hecate.moe.engine import Engine
 from hecate.parallel.reshard import RowSpec, reshard
 from hecate.parallel.sharding import ReshardGain, better_owners, owned_bytes, owned_slots
-from hecate.train.optimizer import ExpertOptimizer
-
-_MASTER = "master"
+from hecate.train.optimizer import MASTER, ExpertOptimizer
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,11 @@ def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, n
         if np.array_equal(before, after):
             continue
         rows: dict[int, dict[str, Tensor]] = {
-            expert: {_MASTER: parameter.detach(), **optimizer.moments(f"{layer}.{expert}")}
-            for expert, parameter in zip(store.experts, store.parameters, strict=True)
+            expert: optimizer.row(parameter) for expert, parameter in zip(store.experts, store.parameters, strict=True)
         }
         chunk = RowSpec((store.chunk_numel,), store.owned.dtype)
-        specs = {_MASTER: chunk, **optimizer.moment_specs(chunk)}
-        done = reshard(rows, specs, before, after, engine.groups.experts, store.device)
-        frozen_bytes = engine.change_owners(layer, after, {expert: tensors.pop(_MASTER) for expert, tensors in done.rows.items()})
+        done = reshard(rows, optimizer.row_specs(chunk), before, after, engine.groups.experts, store.device)
+        frozen_bytes = engine.change_owners(layer, after, {expert: tensors.pop(MASTER) for expert, tensors in done.rows.items()})
         moments = {f"{layer}.{expert}": tensors for expert, tensors in done.rows.items()}
         optimizer.replace_owned(owned_parameters(engine), moments)
         experts += done.moved

@@ -2,7 +2,7 @@
 
     begin_step      plan
     per micro-step  forward; aux loss over all ranks; backward (the last one, or every one, also reduces the experts' gradients)
-    finish          reduce the replicated gradients; experts' gradients onto their owners; one global norm; skip or step
+    finish          experts' gradients onto their owners, and on to their shadows; the replicated gradients; one global norm; skip or step
 
 The loss is the sum over label tokens divided by their number in the whole step, all ranks and micro-steps together, plus the mean over
 the micro-steps of the aux loss. Each rank computes its share; gradients are summed, never averaged.
@@ -10,7 +10,6 @@ the micro-steps of the aux loss. Each rank computes its share; gradients are sum
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from hecate.model.head import CausalHead
 from hecate.model.surgery import MoeModel
 from hecate.moe.aux_loss import load_balancing_loss
 from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.shadows import send_gradients
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,13 @@ def train_step(
     aux_coef: float,
     max_grad_norm: float | None,
     step: int,
+    redundancy: int = 0,
 ) -> StepResult:
     """Forward, backward, reduce, clip, step. Every rank must call it with as many micro-batches, whose rows may be all padding.
 
     Args:
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
+        redundancy: 1 if the optimizers step shadows (`hecate.train.shadows`).
     """
     group, engine = moe.engine.groups.tokens, moe.engine
     engine.begin_step(step, len(micro_batches))
@@ -88,13 +90,12 @@ def train_step(
         engine.begin_backward()
         loss.backward()
     moe.micro_step.clear()
-    optimizer.reduce_replicated(group)
     loads = engine.finish_step()
+    on_its_way = send_gradients(engine, optimizer, loads) if redundancy else None
+    optimizer.reduce_replicated(group)
     dist.all_reduce(totals, group=group)
+    if on_its_way:
+        on_its_way.wait()
     grad_norm = optimizer.global_grad_norm(group)
-    skipped = not math.isfinite(grad_norm)
-    if skipped:
-        optimizer.skip()
-    else:
-        optimizer.step(grad_norm, max_grad_norm)
-    return StepResult(totals[0].item(), totals[1].item(), grad_norm, skipped, loads)
+    taken = optimizer.step(grad_norm, max_grad_norm)
+    return StepResult(totals[0].item(), totals[1].item(), grad_norm, not taken, loads)
