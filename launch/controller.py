@@ -423,7 +423,10 @@ class Controller:
 
     def _ready(self, place: Place) -> bool:
         """Could it be in the next generation?"""
-        return place.alive and (self._generation < 0 or place in self._members or place.index in self._prepared)
+        if not place.alive:
+            return False
+        stays = place in self._members and self._idle.get(place.index, "lost") != "lost"
+        return self._generation < 0 or stays or place.index in self._prepared
 
     def _has_checkpoint(self) -> bool:
         latest = latest_good(Path(self._config.output_dir))
