@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor
 from hecate.errors import UserError
 from hecate.local_store import STORE_VARIABLE
 from hecate.moe.engine import ExpertGroups
+from hecate.train.sockets import Connection, ports, shut_down, tcp_sockets
 
 # Long enough for one rank to evaluate while the others wait, short against gloo's half hour.
 _TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
+_MOST_PORTS = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Ranks:
     world_size: int
     device: torch.device
     groups: ExpertGroups
+    connections: frozenset[Connection] = frozenset()
+    """with which gloo has joined this rank to the others"""
 
     @property
     def is_first(self) -> bool:
@@ -69,8 +73,10 @@ class Ranks:
 
         From any thread. Nothing more can be sent among these ranks.
         """
-        for group in (self.groups.tokens, self.groups.experts):
-            group.abort()
+        shut_down(self.connections)
+        if self.device.type == "cuda":
+            for group in (self.groups.tokens, self.groups.experts):
+                group.abort()
 
     def leave(self) -> None:
         """Abort, and forget the groups, so that this process can join others."""
@@ -149,6 +155,7 @@ def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
+    before = tcp_sockets()
     if store is None:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
@@ -157,7 +164,17 @@ def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
     assert default is not None
     tokens = dist.new_group(timeout=_TIMEOUT)
     assert isinstance(tokens, dist.ProcessGroup)  # a rank outside the group would get a number
-    return Ranks(rank, world_size, device, ExpertGroups(experts=default, tokens=tokens))
+    ranks = Ranks(rank, world_size, device, ExpertGroups(experts=default, tokens=tokens))
+    return ranks if cuda else replace(ranks, connections=_of_gloo(ranks, tcp_sockets() - before))
+
+
+def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:
+    """Of the sockets that are new since the groups began, those that end at a port on which some rank's gloo listens: another thread may
+    have connected to somewhere else meanwhile."""
+    mine = sorted(ports(new))[:_MOST_PORTS]
+    table = ranks.all_gather(torch.tensor(mine + [0] * (_MOST_PORTS - len(mine))))
+    listening = {port for port in table.flatten().tolist() if port}
+    return frozenset(c for c in new if c.peer is not None and {c.local[1], c.peer[1]} & listening)
 
 
 def die_with_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hecate.parallel.topology import local_topology
 from hecate.train.elastic import rebuild
 from hecate.train.loop import Run
 from hecate.train.ranks import connect
+from hecate.train.sockets import tcp_sockets
 from tests.hecate.train.test_resume_elsewhere import OVERRIDES, Losses, ranks_of_default_group
 from tests.ranks import run_ranks
 from tests.tiny_run import STEPS, make_workshop
@@ -40,7 +42,8 @@ def whole(workshop: str) -> Losses:
 
 def make_run(workshop: str, name: str, rank: int, world: int, *overrides: str) -> Run:
     given = (*OVERRIDES, f"output_dir={workshop}/runs/{name}", *overrides)
-    return Run(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks_of_default_group(rank, world))
+    ranks = replace(ranks_of_default_group(rank, world), connections=frozenset(tcp_sockets()))
+    return Run(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks)
 
 
 def steps_until(run: Run, until: int, losses: dict[int, tuple[float, float, float]]) -> None:
@@ -162,21 +165,22 @@ def test_a_step_that_some_have_taken_is_taken_by_all(workshop: str, whole: Losse
     assert torch.tensor(results[2][1]).sub(torch.tensor(whole[:2] + whole[3:])).abs().max() <= 1e-10
 
 
-def growing(rank: int, world: int, workshop: str, overrides: tuple[str, ...]) -> Losses:
+def growing(rank: int, world: int, workshop: str, redundancy: int) -> Losses:
     """Two ranks train two steps; a third, which has loaded alone meanwhile, joins and becomes their rank 0."""
     losses: dict[int, tuple[float, float, float]] = {}
+    name = f"grown-{redundancy}"
     ranks_of_default_group(rank, world).leave()
     if rank == 2:
         connect(dist.HashStore(), 0, 1)
-        run = make_run(workshop, "grown", 0, 1, *overrides)
+        run = make_run(workshop, name, 0, 1, f"fssdp.redundancy={redundancy}")
         run.fresh = True
     else:
-        connect(dist.FileStore(f"{workshop}/grown-two", 2), rank, 2)
+        connect(dist.FileStore(f"{workshop}/{name}-two", 2), rank, 2)
         # As many rows as the other runs have on four ranks.
-        run = make_run(workshop, "grown", rank, 2, *overrides)
+        run = make_run(workshop, name, rank, 2, f"fssdp.redundancy={redundancy}")
         run.stream.rows_per_step = 8
         steps_until(run, 2, losses)
-    regroup(run, f"{workshop}/grown-three", (rank + 1) % 3, 3)
+    regroup(run, f"{workshop}/{name}-three", (rank + 1) % 3, 3)
     assert run.step == 2
     assert len(run.optimizer.owned) in (3, 4)
     steps_until(run, STEPS, losses)
@@ -185,7 +189,7 @@ def growing(rank: int, world: int, workshop: str, overrides: tuple[str, ...]) ->
 
 @pytest.mark.parametrize("redundancy", [0, 1])
 def test_a_rank_that_comes_new(workshop: str, whole: Losses, redundancy: int) -> None:
-    results = run_ranks(3, growing, workshop, (f"fssdp.redundancy={redundancy}",))
+    results = run_ranks(3, growing, workshop, redundancy)
     for losses in results:
         assert torch.tensor(losses).sub(torch.tensor(whole[-len(losses) :])).abs().max() <= 1e-10
     assert [len(losses) for losses in results] == [STEPS, STEPS, STEPS - 2]
@@ -193,7 +197,7 @@ def test_a_rank_that_comes_new(workshop: str, whole: Losses, redundancy: int) ->
 
 def compare_shadows(rank: int, world: int, workshop: str) -> int:
     """Each rank sends its experts' state to its buddy by other means, and the buddy compares; the number compared."""
-    run = make_run(workshop, "shadowed", rank, world, "fssdp.redundancy=1", "moe.num_experts=9", "moe.router_aux_loss_coef=0")
+    run = make_run(workshop, "shadowed", rank, world, "fssdp.redundancy=1")
     steps_until(run, 3, {})
     rows: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in range(world)]
     dist.all_gather_object(rows, {name: run.optimizer.row(parameter) for name, parameter in run.optimizer.owned.items()})
@@ -209,7 +213,7 @@ def compare_shadows(rank: int, world: int, workshop: str) -> int:
 
 
 def test_a_shadow_is_its_owner_bit_for_bit(workshop: str) -> None:
-    assert sum(run_ranks(3, compare_shadows, workshop)) == 2 * 9
+    assert sum(run_ranks(3, compare_shadows, workshop)) == 2 * 5
 
 
 def test_ranks_that_wait_are_freed_by_an_abort(tmp_path: Path) -> None:
@@ -218,7 +222,7 @@ def test_ranks_that_wait_are_freed_by_an_abort(tmp_path: Path) -> None:
 
 
 def waiting_in_a_row(rank: int, world: int) -> str:
-    ranks = ranks_of_default_group(rank, world)
+    ranks = replace(ranks_of_default_group(rank, world), connections=frozenset(tcp_sockets()))
     ranks.barrier()
     receive: Callable[[], Any] = lambda: dist.recv(torch.zeros(1), src=rank - 1, group=ranks.groups.tokens)  # noqa: E731
     try:
