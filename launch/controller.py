@@ -258,7 +258,7 @@ class Controller:
             if decision is Decision.REPLACE and (place in self._members or self._generation < 0):
                 self._awaited.add(place.index)
         if self._generation >= 0 and self._state in (State.STARTING, State.RUNNING, State.RESIZING):
-            self._enter(State.RECOVERING, self._config.ray.start_timeout)
+            self._begin_recovery()
 
     def _report(self, place: Place, event: Event) -> None:
         self._policy = self._policy.after_progress()
@@ -364,7 +364,13 @@ class Controller:
                 self._answer(Cause.HUNG, place, f"for {_PING_SECONDS:.0f} s")
                 return
         if "failed" in self._idle.values() or (self._state is not State.RESIZING and "regrouping" in self._idle.values()):
-            self._enter(State.RECOVERING, self._config.ray.start_timeout)
+            self._begin_recovery()
+
+    def _begin_recovery(self) -> None:
+        self._enter(State.RECOVERING, self._config.ray.start_timeout)
+        for place in self._members:
+            if place.alive and place.index not in self._idle:
+                place.actor.interrupt.remote(self._generation)
 
     def _recover(self, idle: bool) -> None:
         if not idle:
