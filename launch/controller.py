@@ -155,6 +155,11 @@ class Controller:
             self._group.close()
         return 0
 
+    @property
+    def began(self) -> bool:
+        """Has any rank begun to build its part of the run?"""
+        return self._generation >= 0
+
     def status(self) -> dict[str, Any]:
         """JSON values; see docs/launch.md."""
         rank_of = {place.index: rank for rank, place in enumerate(self._members)}
@@ -230,7 +235,7 @@ class Controller:
             )
 
     def _lost(self, place: Place, text: str) -> None:
-        if "No module named" in text or "ImportError" in text:
+        if text.startswith(("ModuleNotFoundError:", "ImportError:")):
             raise UserError(
                 f"{_name(place)}: hecate cannot be imported there: {text}\n"
                 "  install it on all nodes, in the Python that runs Ray, in the same version"
