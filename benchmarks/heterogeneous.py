@@ -1,8 +1,9 @@
 """Devices of different speed: equal shares of tokens, shares planned by speed, and the ideal.
 
-Measured: two ranks train, one of them held to half of a processor. Free and held, equal and planned alternate in the same processes; the
-planned shares come from the probe that a Ray job begins with, run while the rank is held. The ideal is three quarters of the tokens a second
-of two free ranks. Simulated: a mixed cluster of 20 GPUs of three kinds; there the ideal has the dense part shared to fractions of a row.
+Measured: two ranks train, one of them held to half of a processor. Free and held, equal and planned alternate in the same processes;
+the planned shares come from the probe that a Ray job begins with, run while the rank is held. The ideal is three quarters of the
+tokens a second of two free ranks. Simulated: a mixed cluster of 20 GPUs of three kinds (`rows`: of a device of each kind); there the
+ideal has the dense part shared to fractions of a row.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,14 @@ import torch.distributed as dist
 
 from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
-from benchmarks.throttle import HalfACore
+from benchmarks.throttle import Processor
 from hecate.config import load_config
 from hecate.moe.engine import ExpertGroups
 from hecate.parallel.model_shapes import load_model_shape
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import replica_slots, simulate
 from hecate.parallel.token_shares import dense_seconds, rows_by_speed
+from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
 from hecate.presets import find_preset
@@ -61,11 +64,11 @@ def bench_rank(rank: int, world: int, config: str, samples: int) -> tuple[list[d
     ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
     run = Run(load_config(config, claim_output=False), ranks)
     equal = run.moe.engine.config.topology
-    throttle = HalfACore(os.getpid()) if rank == HELD else None
+    processor = Processor(os.getpid())
 
     def held(on: bool) -> None:
-        if throttle:
-            throttle.on() if on else throttle.off()
+        if rank == HELD:
+            processor.halve() if on else processor.free()
         dist.barrier()
 
     try:
@@ -86,11 +89,16 @@ def bench_rank(rank: int, world: int, config: str, samples: int) -> tuple[list[d
                 dist.barrier()
                 tokens_per_s[mode].append(tokens / (time.perf_counter() - started))
     finally:
-        if throttle:
-            throttle.close()
+        processor.close()
     median = {mode: statistics.median(values) for mode, values in tokens_per_s.items()}
     rows = [
-        {"setting": mode, "rows": ":".join(map(str, shares[mode])), "tokens_per_s": median[mode], "all": tokens_per_s[mode]}
+        {
+            "setting": mode,
+            "rows": ":".join(map(str, shares[mode])),
+            "held_by": processor.how,
+            "tokens_per_s": median[mode],
+            "all": tokens_per_s[mode],
+        }
         for mode in MODES
     ]
     ideal = 0.75 * median["free"]
@@ -135,7 +143,7 @@ def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         seconds[name] = found[0].step_seconds
     tokens = total * model.seq
     rows = [
-        {"setting": f"simulated {name}", "rows": ":".join(f"{rows:.3g}" for rows in shares[name]), "tokens_per_s": tokens / value}
+        {"setting": f"simulated {name}", "rows": _text(shares[name], topology), "held_by": "-", "tokens_per_s": tokens / value}
         for name, value in seconds.items()
     ]
     summary = {
@@ -143,6 +151,11 @@ def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         "simulated_speedup_over_equal_shares": seconds["equal"] / seconds["planned"],
     }
     return rows, summary
+
+
+def _text(rows_D: Sequence[float], topology: Topology) -> str:
+    """Of the first rank of each node."""
+    return ":".join(f"{rows_D[topology.ranks_of_node(node)[0]]:.3g}" for node in range(topology.num_nodes))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""Hold a process to half of a processor: by a cgroup's quota, or, where none can be made, by stopping it half of the time."""
+"""Give a process a processor of its own, or half of one: by a cgroup's weight and quota, or, where none can be made, by stopping it half
+of the time."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 _PERIOD_US = 10_000
+_WEIGHT = {"cpu.shares": "100000", "cpu.weight": "10000"}
+"""against whatever else runs on the machine"""
 
 
-class HalfACore:
-    """`on` and `off` as often as wanted, then `close`."""
+class Processor:
+    """A process's. `halve` and `free` as often as wanted, then `close`."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -22,26 +26,26 @@ class HalfACore:
     def how(self) -> str:
         return "SIGSTOP half of the time" if self._group is None else "cgroup quota"
 
-    def on(self) -> None:
+    def halve(self) -> None:
         if self._group is not None:
             _set_quota(self._group, _PERIOD_US // 2)
-            return
-        beat = _PERIOD_US / 2e6
-        stop, go = f"os.kill({self._pid}, signal.SIGSTOP)", f"os.kill({self._pid}, signal.SIGCONT)"
-        code = f"import os, signal, time\nwhile True:\n    {stop}; time.sleep({beat}); {go}; time.sleep({beat})\n"
-        self._stopper = subprocess.Popen([sys.executable, "-c", code])
+        elif self._stopper is None:
+            beat = _PERIOD_US / 2e6
+            stop, go = f"os.kill({self._pid}, signal.SIGSTOP)", f"os.kill({self._pid}, signal.SIGCONT)"
+            code = f"import os, signal, time\nwhile True:\n    {stop}; time.sleep({beat}); {go}; time.sleep({beat})\n"
+            self._stopper = subprocess.Popen([sys.executable, "-c", code])
 
-    def off(self) -> None:
+    def free(self) -> None:
         if self._group is not None:
             _set_quota(self._group, None)
         elif self._stopper is not None:
             self._stopper.kill()
             self._stopper.wait()
             self._stopper = None
-            os.kill(self._pid, 18)  # SIGCONT
+            os.kill(self._pid, signal.SIGCONT)
 
     def close(self) -> None:
-        self.off()
+        self.free()
         if self._group is not None:
             (self._group.parent / "cgroup.procs").write_text(str(self._pid), encoding="utf-8")
             self._group.rmdir()
@@ -56,6 +60,9 @@ def _cgroup(pid: int) -> Path | None:
             continue
         try:
             _set_quota(group, None)
+            for name, weight in _WEIGHT.items():
+                if (group / name).exists():
+                    (group / name).write_text(weight, encoding="utf-8")
             (group / "cgroup.procs").write_text(str(pid), encoding="utf-8")
         except OSError:
             group.rmdir()
