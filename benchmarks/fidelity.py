@@ -207,7 +207,8 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
         rows_LD = rows.computed_D
         passed_L = np.array([layer_plan(plan, planned.given, layer).dispatches(topology) for layer in range(len(loads_LSE))])
         work = partial(_work, rows_LD=rows_LD, choices_LED=choices_LED, passed_L=passed_L)
-        unpriced = (passed_L & (rows.near[0].sum(1) <= LEAST_TRAFFIC)).sum()  # dispatch in which every row stays
+        # Everything is everywhere and the plan sends rows, but the step's loads are others and all rows stay.
+        unpriced = (passed_L & plan.where_LED.all((1, 2)) & (rows.near[0].sum(1) <= LEAST_TRAFFIC)).sum()
         compute.append(
             sum(shared_cores_seconds(work_D, cores) for work_D in work(found)) + unpriced * DISPATCH_COLLECTIVES * found.exchange
         )

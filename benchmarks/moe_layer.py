@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Collection, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import cpu_layer
 from benchmarks.moe_layer_parts import KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
 from benchmarks.report import arguments, finish
 from hecate.launch.local import ALLOCATOR_SETTINGS
@@ -161,7 +163,14 @@ def _ratios(rows: Sequence[dict[str, Any]], column: str) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind of experts; may be given more than once")
+    parser.add_argument("--kernels", action="store_true", help="instead: one MixLoRA layer on one core, ours beside the naive loop")
     options = parser.parse_args()
+    if options.kernels:
+        _start_again_as_ranks_are_started()
+        torch.set_num_threads(1)
+        found = cpu_layer.rows(samples=3 if options.quick else 15)
+        finish("moe_layer", found, cpu_layer.summary_of(found), options.json)
+        return
     os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as our launcher has it
     # Two of three samples come after the rotating expert has moved.
     shape, samples = (Shape(hidden=256, ffn=704, tokens=512), 2) if options.quick else (Shape(), 3)
@@ -169,6 +178,12 @@ def main() -> None:
     link = topology.intra_node
     print(f"measured: {topology.flops[0]:.3g} FLOP/s, {link.bandwidth:.3g} B/s, {link.latency:.3g} s, slowdown {topology.overlap_slowdown}")
     finish("moe_layer", rows, summary_of(rows), options.json)
+
+
+def _start_again_as_ranks_are_started() -> None:
+    """Read when a process starts, so this one becomes another."""
+    if not ALLOCATOR_SETTINGS.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.moe_layer", *sys.argv[1:]], {**os.environ, **ALLOCATOR_SETTINGS})
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def _family(kind: str, shape: Shape) -> ExpertFamily:
     if kind == "full_experts":
         return FullExperts(shape.expert, device=torch.device("cpu"), **named)
     frozen = [weights(shape, expert) for expert in range(shape.experts)]
-    return FrozenMoeLora(shape.expert, frozen.__getitem__, lora, PROJECTIONS, **named)
+    return FrozenMoeLora(shape.expert, frozen.__getitem__, lora, PROJECTIONS, device=torch.device("cpu"), **named)
 
 
 def weights(shape: Shape, expert: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.local_store import STORE_VARIABLE, error_file
+from hecate.local_store import JOIN_VARIABLE, STORE_VARIABLE, error_file
 
 app = typer.Typer(
     add_completion=False,
@@ -33,10 +33,11 @@ def main() -> None:
 
 def _report(error: UserError) -> None:
     store = os.environ.get(STORE_VARIABLE)
-    if store and os.environ.get("RANK") != "0":
+    if store:
         # The launcher shows it if rank 0 had nothing to say: usually all ranks meet the same mistake.
         error_file(Path(store), int(os.environ["RANK"])).write_text(f"hecate: {error}", encoding="utf-8")
-        return
+        if os.environ["RANK"] != "0":
+            return
     print(f"hecate: {error}", file=sys.stderr)
 
 
@@ -51,17 +52,57 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 
         loaded = load_config(config, overrides or ())
         check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
-        status = launch_local(["train", str(config), *(overrides or ())], loaded.nproc or _default_ranks())
+        count = loaded.nproc or _default_ranks()
+        status = launch_local(["train", str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0)
         raise typer.Exit(status)
+    store = os.environ.get(STORE_VARIABLE)
+    if store and any(Path(store).parent.glob("error-*")):
+        sys.exit(USER_ERROR_EXIT)  # an agent starts ranks again whatever ended them; a mistake stays one
     from hecate.config import load_config
 
-    # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
-    loaded = load_config(config, overrides or (), claim_output=rank == "0" and STORE_VARIABLE not in os.environ)
+    loaded = load_config(config, overrides or (), claim_output=False)
+    from hecate.train.local_group import local_controller
     from hecate.train.loop import train as run
-    from hecate.train.ranks import join_ranks
+    from hecate.train.ranks import join_ranks, lost_a_peer
+    from hecate.train.restart import begin_or_resume
 
-    with join_ranks() as ranks:
-        run(loaded, ranks)
+    try:
+        with join_ranks() as ranks:
+            # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
+            asks = ranks.is_first and STORE_VARIABLE not in os.environ
+            loaded = begin_or_resume(loaded, ranks, claim=(lambda: load_config(config, overrides or ())) if asks else None)
+            run(loaded, ranks, controller=local_controller(loaded), joins=JOIN_VARIABLE in os.environ)
+    except RuntimeError as error:
+        if not lost_a_peer(error):
+            raise
+        print(f"hecate: rank {rank} stops, for it has lost another: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: _Overrides = None,
+    nnodes: Annotated[str, typer.Option(help="nodes of the job, or MIN:MAX: it then shrinks and grows between them")] = "1",
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="ranks on each; left out: nproc, one a GPU, or 2")] = None,
+    rdzv_endpoint: Annotated[str | None, typer.Option(help="HOST:PORT where the nodes meet: one of them, the same on all")] = None,
+    rdzv_id: Annotated[str, typer.Option(help="name of the job, the same on all nodes")] = "hecate",
+    max_restarts: Annotated[int, typer.Option(min=0, help="times that all ranks are started again after one has died")] = 3,
+) -> None:
+    """Train as CONFIG says, on one or several nodes: run it on each. When a rank or a node dies it goes on from its last checkpoint."""
+    from hecate.config import load_config
+    from hecate.data.syntax import check_syntax
+    from hecate.launch.torchrun import check_fit, node_range
+    from hecate.launch.torchrun import launch as launch_torchrun
+
+    nodes = node_range(nnodes)
+    loaded = load_config(config, overrides or (), claim_output=nodes[1] == 1)
+    check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
+    ranks = nproc_per_node or loaded.nproc or _default_ranks()
+    check_fit(loaded, nodes, ranks)
+    arguments = ["train", str(config), *(overrides or ())]
+    status = launch_torchrun(arguments, nodes=nodes, ranks_per_node=ranks, endpoint=rdzv_endpoint, job=rdzv_id, max_restarts=max_restarts)
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -243,7 +284,8 @@ def make_tasks(
     from hecate.data.synthetic_tasks import write_tasks
 
     for written in write_tasks(folder, tasks.split(","), train_size, eval_size, seed):
-        print(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out")
+        every = ", all the different prompts that there are" if written.exhausted else ""
+        print(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out{every}")
 
 
 def _refuse_beside(context: typer.Context, option: str, why: str, *, allowed: tuple[str, ...]) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 STORE_VARIABLE = "HECATE_STORE"
 """path of the file store; set for the ranks, never by a user"""
+LAUNCHED_VARIABLE = "HECATE_LAUNCHED"
+"""set by `hecate launch` for its ranks: they die with it"""
 MEMBER_VARIABLE = "HECATE_MEMBER"
 """the number of this member; set where lost ranks are survived"""
 JOIN_VARIABLE = "HECATE_JOIN"

@@ -26,13 +26,14 @@ class Dropout:
     key: int
 
     @property
-    def _dropped_levels(self) -> int:
+    def dropped_levels(self) -> int:
+        """Of 65536 equally likely words of an element, those that drop it."""
         return min(round(self.p * _LEVELS), _LEVELS - 1)
 
     @property
     def scale(self) -> float:
         """What kept elements are multiplied by, so that the mean stays."""
-        return _LEVELS / (_LEVELS - self._dropped_levels)
+        return _LEVELS / (_LEVELS - self.dropped_levels)
 
     def rows(self, token_T: Tensor, stream: int | Tensor) -> Tensor:
         """int32 [tokens]: what `keep_into` needs to know of each row.
@@ -57,7 +58,7 @@ class Dropout:
         torch.mul(row_T[:, None], _columns(words, row_T.device)[None, :], out=bits)
         torch.bitwise_right_shift(bits, 15, out=shifted)
         bits.bitwise_xor_(shifted).mul_(_ODD)
-        return torch.ge(bits.view(torch.int16)[:, :width], self._dropped_levels - _LEVELS // 2, out=out)
+        return torch.ge(bits.view(torch.int16)[:, :width], self.dropped_levels - _LEVELS // 2, out=out)
 
     @staticmethod
     def scratch(out: Tensor) -> Tensor:

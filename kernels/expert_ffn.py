@@ -64,7 +64,8 @@ def lora_expert_ffn(
     Args:
         x_TD, slot_TK, weight_TK: as for `full_expert_ffn`.
         frozen_S: the flat chunk of each slot, as `FfnShape` lays it out.
-        loras: by projection (`gate_proj`, `up_proj`, `down_proj`); a projection left out has no adapter. At least one.
+        loras: by projection (`gate_proj`, `up_proj`, `down_proj`; or `gate_up_proj`, one pair whose B has the rows of both); a projection
+            left out has no adapter. At least one.
         dropout: on the adapters' inputs; needs `token_T` (int64 [tokens], global token numbers) and `expert_S` (int64 [slots], the
             experts in the slots). Gate and up see the same dropped input.
 
@@ -75,23 +76,26 @@ def lora_expert_ffn(
     tiles, order_P = pair_tiles(slot_TK, _TILE_ROWS)
     row_P = {} if dropout is None else dropout_rows(dropout, order_P, slot_TK, token_T, expert_S)
     grow = 1.0 if dropout is None else dropout.scale
-    inputs = [name for name in ("gate_proj", "up_proj") if name in loras]
+    outputs = {"gate_proj": slice(0, shape.ffn), "up_proj": slice(shape.ffn, None), "gate_up_proj": slice(0, None)}
+    inputs = [name for name in outputs if name in loras]
     ends = list(itertools.accumulate(loras[name].a_SrI.shape[1] for name in inputs))
     parts = tuple(
-        _Input(slice(0, shape.ffn) if name == "gate_proj" else slice(shape.ffn, None), slice(start, end), loras[name].scale * grow)
+        _Input(outputs[name], slice(start, end), loras[name].scale * grow)
         for name, start, end in zip(inputs, [0, *ends], ends, strict=False)
     )
     down = loras.get("down_proj")
     context = _Adapted(shape, tuple(frozen_S), tiles, parts, 0.0 if down is None else down.scale * grow, dropout, row_P)
     # Gate and up share their input, so one GEMM shrinks it for both.
-    a_in = torch.cat([loras[name].a_SrI for name in inputs], dim=1) if inputs else None
+    a_in = None
+    if inputs:
+        a_in = loras[inputs[0]].a_SrI if len(inputs) == 1 else torch.cat([loras[name].a_SrI for name in inputs], dim=1)
     a_down, b_down = (None, None) if down is None else (down.a_SrI, down.b_SOr)
     return _LoraExperts.apply(x_TD, weight_TK, context, a_in, a_down, b_down, *(loras[name].b_SOr for name in inputs))
 
 
 @dataclass(frozen=True)
 class _Input:
-    """The adapter of gate or up."""
+    """The adapter of gate, of up, or of both."""
 
     output: slice
     """its columns of the gate and up outputs"""

@@ -25,3 +25,8 @@ class FfnShape:
         """Views of a chunk: gate and up as one matrix [2F, D], down [D, F]."""
         gate_up, down = flat.split((2 * self.hidden * self.ffn, self.hidden * self.ffn))
         return gate_up.view(2 * self.ffn, self.hidden), down.view(self.hidden, self.ffn)
+
+    def stacked_matrices(self, flat_SC: Tensor) -> tuple[Tensor, Tensor]:
+        """As `matrices`, of a chunk per slot: [S, 2F, D] and [S, D, F]."""
+        gate_up, down = flat_SC.split((2 * self.hidden * self.ffn, self.hidden * self.ffn), dim=1)
+        return gate_up.unflatten(1, (2 * self.ffn, self.hidden)), down.unflatten(1, (self.hidden, self.ffn))

@@ -10,7 +10,7 @@ from torch import Tensor
 from hecate.kernels.activation import activation
 from hecate.kernels.dropout import Dropout
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.mixlora_inputs import FfnBase, Lora
+from hecate.kernels.mixlora_inputs import FfnBase, Lora, separate_gate_and_up
 from hecate.kernels.mixlora_reference import mixlora_ffn_reference
 
 
@@ -39,6 +39,7 @@ def lora_expert_ffn_reference(
     expert_S: Tensor | None = None,
 ) -> Tensor:
     """As `lora_expert_ffn`: each slot a MixLoRA expert over a base of its own."""
+    loras = separate_gate_and_up(loras)
     y_TD = x_TD.new_zeros(x_TD.shape)
     for slot, flat in enumerate(frozen_S):
         gate_up, down = shape.matrices(flat)

@@ -32,6 +32,15 @@ class Lora:
     scale: float
 
 
+def separate_gate_and_up(loras: dict[str, Lora]) -> dict[str, Lora]:
+    """A pair of `gate_up_proj`, whose B has the rows of both, as a pair of each with one A; the others as they are."""
+    if "gate_up_proj" not in loras:
+        return loras
+    both = loras["gate_up_proj"]
+    gate, up = (Lora(both.a_SrI, b, both.scale) for b in both.b_SOr.chunk(2, dim=1))
+    return {"gate_proj": gate, "up_proj": up, **{name: lora for name, lora in loras.items() if name != "gate_up_proj"}}
+
+
 def dropout_stream(expert: int | Tensor, projection: str) -> int | Tensor:
     """The dropout stream of an expert's projection (see `Dropout.rows`); gate and up have one dropped input."""
     return expert * 2 + int(projection == "down_proj")

@@ -9,56 +9,132 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from hecate.errors import USER_ERROR_EXIT
-from hecate.local_store import STORE_VARIABLE, error_file
+from hecate.launch.run_folder import run_folder
+from hecate.local_store import (
+    JOIN_VARIABLE,
+    MEMBER_VARIABLE,
+    STORE_VARIABLE,
+    Generation,
+    error_file,
+    ready_file,
+    write_generation,
+)
 
+Process = subprocess.Popen[bytes]
+
+_MOST_REPLACED = 3
+"""ranks started in the place of lost ones in a run"""
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 """glibc gives large blocks back to the kernel at once and takes them anew, page by page: a tenth of a CPU step"""
 
 
-def launch_local(arguments: Sequence[str], num_ranks: int) -> int:
+def launch_local(arguments: Sequence[str], num_ranks: int, *, survives: bool = False) -> int:
     """Run `python -m hecate ARGUMENTS` on `num_ranks` local ranks; returns the exit status of the run.
 
     Rank 0 has the terminal. SIGINT and SIGTERM are passed on once, so that ranks can save and stop; a second one kills them. When a
     rank dies, the others are stopped, and the one that died is named.
+
+    Args:
+        survives: the ranks can go on without one that dies. They are told to, and a new one is started that joins them when it has loaded.
     """
-    with tempfile.TemporaryDirectory(prefix="hecate-") as folder:
-        store = Path(folder) / "store"
-        ranks = [_start(arguments, rank, num_ranks, store) for rank in range(num_ranks)]
+    with run_folder() as folder:
+        store = folder / "store"
+        ranks = {rank: _start(arguments, rank, num_ranks, store, survives=survives) for rank in range(num_ranks)}
+        crew = Crew(arguments, num_ranks, store, ranks) if survives else None
         signals = 0
 
         def pass_on(_number: int, _frame: FrameType | None) -> None:
             nonlocal signals
             signals += 1
-            for process in ranks:
+            for process in ranks.values():
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
 
         previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return _wait(ranks, store)
+            return _wait(ranks, store, crew)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            _stop(ranks)
 
 
-def _start(arguments: Sequence[str], rank: int, num_ranks: int, store: Path) -> subprocess.Popen[bytes]:
+class Crew:
+    """The ranks of a run that outlives some of them: tells those that are left with whom to go on, and starts others in their place."""
+
+    def __init__(self, arguments: Sequence[str], num_ranks: int, store: Path, processes: dict[int, Process]) -> None:
+        """Args:
+        processes: of all members, by number; those that are started later are added.
+        """
+        self._arguments, self._store, self._processes = arguments, store, processes
+        everyone = tuple(range(num_ranks))
+        self._now = Generation(0, everyone, everyone, num_ranks)
+        self._loading: dict[int, int] = {}
+        """member that was started later and is not in yet -> the device that it takes"""
+        self._replaced = 0
+        write_generation(store, self._now)
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return self._now.members
+
+    def look(self) -> None:
+        """Let in who has loaded; go on without who has died, if anyone is left."""
+        for member in [m for m in self._loading if ready_file(self._store, m).exists()]:
+            self._regroup((*self._now.members, member), (*self._now.devices, self._loading.pop(member)))
+        for member in [m for m in self._loading if self._processes[m].poll() is not None]:
+            print(f"hecate: the rank that was to join {_cause(self._processes[member].returncode)}", file=sys.stderr)
+            self._start_another(self._loading.pop(member))
+        dead = [member for member in self._now.members if self._processes[member].poll() not in (None, 0, USER_ERROR_EXIT)]
+        left = [member for member in self._now.members if member not in dead]
+        if not dead or not any(self._processes[member].poll() is None for member in left):
+            return
+        device_of = dict(zip(self._now.members, self._now.devices, strict=True))
+        causes = ", ".join(f"rank {self._now.members.index(m)} {_cause(self._processes[m].returncode)}" for m in dead)
+        self._regroup(tuple(left), tuple(device_of[member] for member in left))
+        print(f"hecate: {causes}; {len(left)} ranks go on", file=sys.stderr, flush=True)
+        for member in dead:
+            self._start_another(device_of[member])
+
+    def _regroup(self, members: tuple[int, ...], devices: tuple[int, ...]) -> None:
+        self._now = replace(self._now, number=self._now.number + 1, members=members, devices=devices)
+        write_generation(self._store, self._now)
+
+    def _start_another(self, device: int) -> None:
+        if self._replaced < _MOST_REPLACED:
+            self._replaced += 1
+            member = max(self._processes) + 1
+            self._processes[member] = _start(self._arguments, member, self._now.num_devices, self._store, joins_on=device, survives=True)
+            self._loading[member] = device
+
+
+def _start(
+    arguments: Sequence[str], rank: int, num_ranks: int, store: Path, *, survives: bool = False, joins_on: int | None = None
+) -> Process:
+    """Args:
+    joins_on: the device of one that comes later; None: its own number's.
+    """
     environment = dict(os.environ)
     environment.update(
         {
             STORE_VARIABLE: str(store),
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": str(rank if joins_on is None else joins_on),
             "WORLD_SIZE": str(num_ranks),
             "GLOO_SOCKET_IFNAME": "lo",
         }
     )
+    if survives:
+        environment[MEMBER_VARIABLE] = str(rank)
+    if joins_on is not None:
+        environment[JOIN_VARIABLE] = "1"
     for name, value in ALLOCATOR_SETTINGS.items():
         environment.setdefault(name, value)
     # Bars of several ranks would be written over each other, and the run shows its own progress.
@@ -67,37 +143,53 @@ def _start(arguments: Sequence[str], rank: int, num_ranks: int, store: Path) -> 
     return subprocess.Popen([sys.executable, "-m", "hecate", *arguments], env=environment)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], store: Path) -> int:
+def _wait(ranks: dict[int, Process], store: Path, crew: Crew | None) -> int:
+    """Args:
+    ranks: by their number, or the member's with a `crew`.
+    """
     first_failure: int | None = None
     deadline = 0.0
-    while any(process.poll() is None for process in ranks):
-        for rank, process in enumerate(ranks):
-            if first_failure is None and process.poll() not in (None, 0):
-                first_failure = rank
+
+    def running() -> list[int]:
+        return [number for number in (crew.members if crew else ranks) if ranks[number].poll() is None]
+
+    while running():
+        if crew:
+            crew.look()
+        for number in crew.members if crew else ranks:
+            if first_failure is not None or ranks[number].poll() in (None, 0):
+                continue
+            if crew is None or ranks[number].returncode == USER_ERROR_EXIT or not running():
+                first_failure = number
                 # A user's mistake is found by every rank at about the same time; let them end by themselves.
-                deadline = time.monotonic() + (5.0 if process.returncode == USER_ERROR_EXIT else 0.5)
+                deadline = time.monotonic() + (5.0 if ranks[number].returncode == USER_ERROR_EXIT else 0.5)
         if first_failure is not None and time.monotonic() > deadline:
             _stop(ranks)
         time.sleep(0.02)
-    codes = [process.wait() for process in ranks]
-    failed = [rank for rank, code in enumerate(codes) if code != 0]
+    codes = {number: ranks[number].wait() for number in (crew.members if crew else ranks)}
+    failed = [number for number, code in codes.items() if code != 0]
     if not failed:
         return 0
-    rank = failed[0] if first_failure is None else first_failure
-    if codes[rank] == USER_ERROR_EXIT:
-        if codes[0] != USER_ERROR_EXIT:  # rank 0 has printed its own
-            print(error_file(store, rank).read_text(encoding="utf-8"), file=sys.stderr)
+    number = failed[0] if first_failure is None else first_failure
+    if codes[number] == USER_ERROR_EXIT:
+        if codes.get(0) != USER_ERROR_EXIT:  # rank 0 has printed its own
+            print(error_file(store, number).read_text(encoding="utf-8"), file=sys.stderr)
         return USER_ERROR_EXIT
-    cause = f"was killed by {signal.Signals(-codes[rank]).name}" if codes[rank] < 0 else f"ended with status {codes[rank]}"
     print(
-        f"hecate: rank {rank} of {len(ranks)} {cause}; the run is stopped; resume=true goes on from its last checkpoint, if any",
+        f"hecate: rank {list(codes).index(number)} of {len(codes)} {_cause(codes[number])}; the run is stopped; "
+        "resume=true goes on from its last checkpoint, if any",
         file=sys.stderr,
     )
     return 1
 
 
-def _stop(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _cause(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+def _stop(ranks: dict[int, Process]) -> None:
     """Kill what still runs: ranks that have lost a peer cannot finish a step, and have nothing to save."""
-    for process in ranks:
+    for process in ranks.values():
         if process.poll() is None:
             process.kill()
+            process.wait()

@@ -15,8 +15,8 @@ from hecate.parallel.flows import node_index, node_membership
 from hecate.parallel.linear_program import LinearProgram
 from hecate.parallel.planners.plan import Plan, PlanInput
 
-Reach = Literal["stay", "near", "far"]
-"""how far tokens travel: none leaves its rank; some do, none its node; some leave their node"""
+Reach = Literal["everywhere", "stay", "near", "far"]
+"""how far tokens travel: none leaves its rank, as each expert is on all; none does anyway; some do, none its node; some leave their node"""
 MARGIN = 1e-9
 """relative; keeps plans of exactly the cutoff in, whatever the rounding"""
 
@@ -46,6 +46,7 @@ class LayerProblem:
         self.fresh_ED = ~self.owned_ED if given.resident_LED is None else ~self.owned_ED & ~given.resident_LED[0][loaded]
         self.needed_ED = self.owned_ED | (self.tokens_ED > 0)  # without these replicas some token travels
         self.may_stay = bool(((self.needed_ED & ~self.owned_ED).sum(0) <= self.slots_D).all())
+        self.may_have_all = bool(((~given.owned_LED[0]).sum(0) <= self.slots_D).all())
         self.rate_D = np.asarray(given.topology.flops)
         self.row_work = given.cost.row_flops * (1 + given.cost.row_backward) * unit
         self.choice_work = given.cost.choice_flops * (1 + given.cost.choice_backward) * unit
@@ -63,7 +64,9 @@ class Relaxation:
         self.devices_N = problem.member_DN.sum(0)
         self.e_E, self.r_D, self.n_N = np.arange(len(problem.load_E)), np.arange(len(problem.rate_D)), np.arange(len(self.devices_N))
         intra, inter = problem.topology.intra_node.latency, problem.topology.inter_node.latency
-        self.fixed = problem.optimizer + DISPATCH_COLLECTIVES * {"stay": 0.0, "near": intra, "far": inter}[reach]
+        waits = {"everywhere": 0.0, "stay": problem.topology.exchange_latency, "near": intra, "far": inter}
+        self.stays = reach in ("everywhere", "stay")
+        self.fixed = problem.optimizer + DISPATCH_COLLECTIVES * waits[reach]
         latency = self._gather_latency(intra, inter)
         # Where nothing is resident, frozen parts take the same way as trainable ones, in a collective of their own.
         self.all_fresh = bool((problem.fresh_ED == ~problem.owned_ED).all())
@@ -73,13 +76,13 @@ class Relaxation:
     def least(self) -> float:
         """Seconds that none of these plans goes below; infinity if there are none."""
         p = self.problem
-        possible = {"stay": p.may_stay, "near": self.devices_N.max() > 1, "far": len(self.devices_N) > 1}
+        possible = {"everywhere": p.may_have_all, "stay": p.may_stay, "near": self.devices_N.max() > 1, "far": len(self.devices_N) > 1}
         exposed = sum(float(exposed_seconds(work, np.asarray(t), p.topology.overlap_slowdown)) for work, t in self.hidden_by)
         budget = self.cutoff * (1 + MARGIN) - self.fixed - exposed
         if not possible[self.reach] or budget < p.balanced:
             return np.inf
         self._replicas()
-        if self.reach == "stay":
+        if self.stays:
             self.fixed += float((p.load_D * (p.row_work / p.cost.top_k + p.choice_work) / p.rate_D).max())
         else:
             caps = _Caps(p, budget, budget - p.balanced, self.reach)
@@ -92,7 +95,8 @@ class Relaxation:
     def _replicas(self) -> None:
         """z_ED: the replicas on each rank; y_EN: does a node have any of an expert?"""
         p, lp = self.problem, self.program
-        self.z_ED = lp.variables(p.needed_ED if self.reach == "stay" else p.owned_ED, p.owned_ED | (p.slots_D > 0))
+        least_ED = {"everywhere": p.owned_ED | True, "stay": p.needed_ED}.get(self.reach, p.owned_ED)
+        self.z_ED = lp.variables(least_ED, p.owned_ED | (p.slots_D > 0))
         # Tokens that stay in their node want a replica there of each expert that they chose.
         self.y_EN = lp.variables(p.home_EN | ((p.tokens_EN > 0) & (self.reach == "near")), 1.0)
         lp.at_most(p.slots_D, (self.z_ED, ~p.owned_ED, self.r_D))
@@ -250,8 +254,8 @@ class Relaxation:
     def _gather_latency(self, intra: float, inter: float) -> float:
         """Seconds that each such plan waits for links in a SparseAllGather, at least."""
         p = self.problem
-        if self.reach == "stay":
-            wanted_ED = p.needed_ED & ~p.owned_ED
+        if self.stays:
+            wanted_ED = ~p.owned_ED & (p.needed_ED | (self.reach == "everywhere"))
             copies_EN = (wanted_ED & ~p.home_ED) @ p.member_DN
             far, near = copies_EN.any(), (wanted_ED & p.home_ED).any() or (copies_EN > 1).any()
         else:

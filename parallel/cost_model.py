@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from hecate.errors import UserError
 from hecate.parallel.flows import Flows, flows, node_membership
 from hecate.parallel.gather_bytes import PortBytes, gather_ports
 from hecate.parallel.placement import Placement
@@ -24,7 +25,11 @@ from hecate.parallel.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """What a planner must know of a layer besides its loads. Bytes are of one expert, FLOPs of one pass forward."""
+    """What a planner must know of a layer besides its loads. Bytes are of one expert, FLOPs of one pass forward.
+
+    Raises:
+        UserError: a number is negative or not finite, or `top_k` or `frozen_lifetime` is nothing.
+    """
 
     trainable_bytes: float
     """parameters of one expert that a SparseAllGather moves in every step"""
@@ -49,6 +54,13 @@ class LayerCost:
     """of one rank: the attention that hides transfers; backward is twice as long"""
     frozen_lifetime: float = 20.0
     """steps for which a frozen replica is expected to be of use: its transfer is paid once in so many"""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value < np.inf:
+                raise UserError(f"layer cost: {name} must be finite and not negative, got {value}")
+        if self.top_k < 1 or self.frozen_lifetime == 0:
+            raise UserError(f"layer cost: top_k must be >= 1 and frozen_lifetime > 0, got {self.top_k} and {self.frozen_lifetime}")
 
     @property
     def reduced_bytes(self) -> float:
@@ -144,7 +156,8 @@ def layer_seconds(
     exposed = forward + exposed_seconds(2 * attention, backward_transfer, slowdown)
     owned_D = (owner_E[..., None] == np.arange(where_ED.shape[-1])).sum(-2)
     optimizer = (owned_D * (cost.reduced_bytes + 2 * cost.state_bytes) / np.asarray(topology.memory_bandwidth)).max(-1)
-    return LayerSeconds(compute, dispatch_seconds(rows, topology, cost), gather, reduce, exposed, optimizer)
+    asked = np.asarray(~where_ED.all((-2, -1)) & tokens_ED.any((-2, -1)))
+    return LayerSeconds(compute, dispatch_seconds(rows, topology, cost, asked), gather, reduce, exposed, optimizer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,12 +190,16 @@ def rows_served(flow: Flows, tokens_ED: np.ndarray, cost: LayerCost) -> Rows:
     return Rows(computed, (near_sent * mean_share, near_served * share), (far_sent * mean_share, far_served * share))
 
 
-def dispatch_seconds(rows: Rows, topology: Topology, cost: LayerCost) -> np.ndarray:
-    """All all-to-alls of a layer's rows in a step. Four of them carry rows, with ports in turn sending and receiving."""
+def dispatch_seconds(rows: Rows, topology: Topology, cost: LayerCost, asked: np.ndarray) -> np.ndarray:
+    """All all-to-alls of a layer's rows in a step. Four of them carry rows, with ports in turn sending and receiving.
+
+    Args:
+        asked: bool [...]: not every expert is everywhere, so ranks ask each other what they send, also where it turns out to be nothing.
+    """
     ports = PortBytes(rows.near[0], rows.near[1], rows.far[0], rows.far[1])
     once = port_seconds(ports, cost.row_bytes, topology)
     far, near = rows.far[0].sum(-1) > LEAST_TRAFFIC, rows.near[0].sum(-1) > LEAST_TRAFFIC
-    latency = np.where(far, topology.inter_node.latency, np.where(near, topology.intra_node.latency, 0.0))
+    latency = np.where(far, topology.inter_node.latency, np.where(near, topology.intra_node.latency, asked * topology.exchange_latency))
     return 4 * once + DISPATCH_COLLECTIVES * latency
 
 

@@ -21,6 +21,7 @@ from hecate.parallel.flows import node_membership
 from hecate.parallel.gather_bytes import PortBytes, gather_ports
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import Plan, PlanInput, Planner
+from hecate.parallel.planners.plan import check_loads
 from hecate.parallel.sharding import better_owners, owned_bytes, reshard_seconds
 from hecate.parallel.topology import Topology
 
@@ -126,9 +127,13 @@ def simulate(
         max_imbalance: see `PlanInput.max_imbalance`.
         reshard_interval: every so many steps `hecate` and `auto` move experts to better owners where that pays; None: never.
         num_layers: of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample.
+
+    Raises:
+        UserError: a load is negative or not finite.
     """
     assert loads.ndim == 4, loads.shape
     assert loads.shape[2] == topology.world_size, (loads.shape, topology.world_size)
+    check_loads(loads, loads.shape)
     setting = _Setting(
         topology, cost, slots_D, mode, history_steps, rematerialize, max_imbalance, reshard_interval, num_layers or loads.shape[1]
     )
@@ -171,6 +176,8 @@ def replica_slots(
     room_D = (np.asarray(topology.memory) - other_bytes - owned).clip(0) / 2
     one_layer = cost.replica_bytes - cost.frozen_bytes
     each = cost.frozen_bytes * num_layers + one_layer * (1 if rematerialize else num_layers)
+    if each == 0:
+        return np.full(topology.world_size, num_experts)
     return np.minimum(room_D / each, num_experts).astype(np.int64)
 
 

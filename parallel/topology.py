@@ -95,6 +95,13 @@ class Topology:
             return Link(min(self.port_bandwidth), self.intra_node.latency)
         return Link(min(*self.uplink_bandwidth, *self.nic_bandwidth), self.inter_node.latency)
 
+    @property
+    def exchange_latency(self) -> float:
+        """Seconds for which all ranks wait in an exchange in which nothing leaves a rank: those inside the nodes, if a node has several."""
+        if self.world_size > self.num_nodes:
+            return self.intra_node.latency
+        return self.inter_node.latency if self.num_nodes > 1 else 0.0
+
     def ranks_of_node(self, node: int) -> list[int]:
         return [rank for rank, n in enumerate(self.node_of_rank) if n == node]
 

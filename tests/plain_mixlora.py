@@ -6,6 +6,7 @@ The reference of the equivalence suite. It shares no code with hecate: only the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class PlainMixlora(nn.Module):
         return out + self.scale * (x @ expert[f"{name}_A"].T) @ expert[f"{name}_B"].T
 
 
-def plain_aux(layers: list[PlainMixlora]) -> Tensor:
+def plain_aux(layers: Sequence[Any]) -> Tensor:
     """HF's formula: all layers' tokens in one pile."""
     prob = torch.cat([layer.prob for layer in layers if layer.prob is not None])
     choice = torch.cat([layer.choice for layer in layers if layer.choice is not None])
@@ -73,9 +74,7 @@ def plain_aux(layers: list[PlainMixlora]) -> Tensor:
     return total
 
 
-def plain_loss(
-    model: Any, layers: list[PlainMixlora], batch: Any, num_labels: int, micro_steps: int, aux_coef: float
-) -> tuple[Tensor, float]:
+def plain_loss(model: Any, layers: Sequence[Any], batch: Any, num_labels: int, micro_steps: int, aux_coef: float) -> tuple[Tensor, float]:
     """(loss share of this micro-step, cross-entropy part of it).
 
     Each sample of a packed row becomes a row of its own, padded behind, where causal attention cannot see it: no mask is needed.

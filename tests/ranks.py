@@ -15,7 +15,8 @@ from typing import Any
 from tests.namespaces import enter
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "transformers.models.llama.modeling_llama"])
+_models = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral", "qwen3_moe", "olmoe")]
+_context.set_forkserver_preload(["torch", "torch.distributed", "numpy", *_models])
 
 
 def run_ranks(

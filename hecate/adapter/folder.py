@@ -5,6 +5,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,17 +32,26 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: AdapterCon
     sqrt(r), themselves. Raises UserError if the folder exists, a tensor is missing, unknown, of the wrong shape or not
     finite (see `checked_tensors`), or the disk fails; nothing is left then.
     """
-    if os.path.lexists(folder):
-        raise UserError(f"{folder}: exists already, and an adapter is never written over; remove it or name another folder")
     try:
         checked = checked_tensors(tensors, config)
     except UserError as error:
         raise UserError(f"the adapter cannot be saved to {folder}: {error}") from error
+    write_adapter_folder(folder, checked, config_to_json(config))
+
+
+def write_adapter_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write the two files of an adapter to the new folder `folder`, both or neither.
+
+    Raises:
+        UserError: the folder exists, or the disk fails.
+    """
+    if os.path.lexists(folder):
+        raise UserError(f"{folder}: exists already, and an adapter is never written over; remove it or name another folder")
     staging = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
     try:
         staging.mkdir(parents=True)
-        write_safetensors(staging / WEIGHTS, checked)
-        write_durable(staging / CONFIG, [dump_json(config_to_json(config))])
+        write_safetensors(staging / WEIGHTS, tensors)
+        write_durable(staging / CONFIG, [dump_json(dict(config))])
         sync_folder(staging)
         os.rename(staging, folder)
         sync_folder(folder.parent)
@@ -58,19 +68,11 @@ def load_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
     is there, else adapter_model.bin. Raises UserError, naming file and tensor or key, for anything missing, unknown or
     of the wrong shape.
     """
-    config_path = folder / CONFIG
-    try:
-        if config_path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise UserError(f"{config_path}: larger than any such file")
-        value = parse_json(config_path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?") from error
-    except UserError as error:
-        raise UserError(f"{config_path}: {error}") from error
+    config_path, value = folder / CONFIG, read_adapter_config(folder)
     weights_path = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / OLD_WEIGHTS
     if not weights_path.exists():
         raise UserError(f"{folder}: holds neither {WEIGHTS} nor {OLD_WEIGHTS}")
-    found = _read_safetensors(weights_path) if weights_path.name == WEIGHTS else _read_bin(weights_path)
+    found = read_safetensors(weights_path) if weights_path.name == WEIGHTS else _read_bin(weights_path)
     tensors: dict[str, Tensor] = {}
     for name, tensor in found.items():
         if modern_name(name) in tensors:
@@ -87,7 +89,24 @@ def load_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
         raise UserError(f"{weights_path}: {error}") from error
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_adapter_config(folder: Path) -> Any:
+    """The JSON value of an adapter folder's configuration, of whatever kind.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    config_path = folder / CONFIG
+    try:
+        if config_path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise UserError(f"{config_path}: larger than any such file")
+        return parse_json(config_path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?") from error
+    except UserError as error:
+        raise UserError(f"{config_path}: {error}") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
-from hecate.config.schema import LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource
+from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource, MoeConfig
 from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
 from hecate.config.validate import check_values
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
@@ -49,7 +49,25 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     data = replace(config.data, train=_named(config.data.train), eval=_named(config.data.eval))
-    return replace(config, data=data)
+    return replace(config, data=data, moe=_settled(config))
+
+
+def _settled(config: Config) -> MoeConfig:
+    """With numbers of experts and choices, unless a checkpoint is to be asked for them."""
+    moe = config.moe
+    if moe.family == "moe_lora":
+        return moe
+    experts, top_k = DEFAULT_EXPERTS, DEFAULT_TOP_K
+    if config.model.front_end == "megatron":
+        from hecate.megatron.shape import gpt_shape
+
+        shape = gpt_shape(config.model.name_or_path)
+        experts, top_k = shape.experts, shape.top_k
+    return replace(
+        moe,
+        num_experts=experts if moe.num_experts is None else moe.num_experts,
+        top_k=top_k if moe.top_k is None else moe.top_k,
+    )
 
 
 def _read_file(file: str) -> Mapping:

@@ -8,6 +8,8 @@ from hecate.errors import UserError
 
 MAX_PRINTED = 20
 MAX_SHOWN = 60
+Add = Callable[[str, str, str], None]
+"""Notes a problem: key, what is wrong, hint."""
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,19 @@
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hecate.config.megatron import check_megatron
 from hecate.config.model_path import find_model
-from hecate.config.problems import shorten
+from hecate.config.problems import Add, shorten
+from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K
 from hecate.errors import UserError
 
 MAX_INT = 2**31 - 1
 SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
-Add = Callable[[str, str, str], None]
-"""Notes a problem: key, what is wrong, hint."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ RANGES: dict[str, Range] = {
     "lora.alpha": _POSITIVE,
     "lora.dropout": Range(0, 1, high_open=True),
     "moe.top_k": _COUNT,
+    "moe.upcycle_noise": Range(0),
     "moe.router_aux_loss_coef": Range(0),
     "fssdp.load_window": _COUNT,
     "fssdp.prefetch": Range(0, MAX_INT),
@@ -98,19 +99,29 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
             f"must be >= 8 with data.packing, got {values['data.seq_len']}",
             "or set data.packing to false",
         )
+    if values.get("model.front_end") == "megatron":
+        check_megatron(values, add)
+    else:
+        _check_model(values, add)
+    _check_topology(values, add)
+    _check_workers(values, add)
+    _check_output_dir(values, add, claim=claim_output)
+
+
+def _check_model(values: Mapping[str, Any], add: Add) -> None:
+    if values.get("model.tokenizer") is not None:
+        add("model.tokenizer", "is read with model.front_end=megatron only", "a checkpoint brings its own")
     if "model.name_or_path" in values:
         try:
             find_model(values["model.name_or_path"])
         except UserError as error:
             what, _, hint = str(error).partition("\n")
             add("model.name_or_path", what, hint)
-    _check_topology(values, add)
-    _check_workers(values, add)
-    _check_output_dir(values, add, claim=claim_output)
 
 
 def _check_experts(values: Mapping[str, Any], add: Add) -> None:
-    experts = values.get("moe.num_experts")
+    own = values.get("moe.family") == "moe_lora" or values.get("model.front_end") == "megatron"
+    experts = _or_default(values, "moe.num_experts", None if own else DEFAULT_EXPERTS)
     if experts is None:
         return
     if isinstance(experts, int):
@@ -132,9 +143,15 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
         if layers is not None and layers != len(experts):
             what = f"lists {len(experts)} layers, but model.num_hidden_layers is {layers}"
             add("moe.num_experts", what, f"give one number for all layers, or {layers} of them")
-    top_k, fewest = values.get("moe.top_k"), min((count for count in counts if count > 0), default=0)
+    top_k = _or_default(values, "moe.top_k", None if own else DEFAULT_TOP_K)
+    fewest = min((count for count in counts if count > 0), default=0)
     if top_k is not None and 0 < fewest < top_k:
         add("moe.top_k", f"must be from 1 to {fewest}, the fewest experts of a layer (moe.num_experts), got {top_k}", "")
+
+
+def _or_default(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The default for a null; None for a key with a problem."""
+    return default if key in values and values[key] is None else values.get(key)
 
 
 def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:

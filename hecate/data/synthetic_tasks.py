@@ -5,15 +5,12 @@ sample has some 30 tokens, of which most matter.
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 # A generator that shows no new prompt so many times in a row is taken to have no more.
 _PATIENCE = 2000
@@ -41,13 +38,15 @@ class WrittenTask:
     eval_path: Path
     train_samples: int
     eval_samples: int
+    exhausted: bool
+    """there are no more different prompts than these, though more were asked for"""
 
 
 def write_tasks(folder: str | Path, tasks: Sequence[str], train_size: int, eval_size: int, seed: int) -> list[WrittenTask]:
     """Write `{task}.train.jsonl` and `{task}.eval.jsonl` of each task into `folder`, the same for the same seed.
 
     No prompt occurs twice in a task, neither in one file nor in both. A task with fewer prompts than asked for holds
-    out a quarter of them at most, trains on the rest, and is logged; the returned counts say what was written.
+    out a quarter of them at most, and trains on the rest; what is returned says so.
     Raises UserError for an unknown task and if reasoning-gym is not installed.
     """
     assert train_size > 0, train_size
@@ -71,16 +70,13 @@ def _write_task(folder: Path, task: str, train_size: int, eval_size: int, seed: 
     held_out = eval_size
     if len(records) < train_size + eval_size:
         held_out = min(eval_size, len(records) // 4)
-        logger.warning(
-            "task %s has only %d different prompts: %d written for training (%d asked for), %d for evaluation (%d)",
-            *(task, len(records), min(train_size, len(records) - held_out), train_size, held_out, eval_size),
-        )
     written = WrittenTask(
         task=task,
         train_path=folder / f"{task}.train.jsonl",
         eval_path=folder / f"{task}.eval.jsonl",
         train_samples=min(train_size, len(records) - held_out),
         eval_samples=held_out,
+        exhausted=len(records) < train_size + eval_size,
     )
     # Held out are the first drawn, so that a larger training set leaves them as they are.
     _write(written.eval_path, records[:held_out])

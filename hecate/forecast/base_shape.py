@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hecate.config.schema import Family
 from hecate.errors import UserError
 from hecate.forecast.tensor_shapes import numel, tensor_shapes
+from hecate.model.expert_files import LayerExperts, expert_layers, refuse_experts
+from hecate.model.tensor_files import tensor_entries
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
@@ -21,7 +26,9 @@ class LayerShape:
     ffn: int
     parameters: int
     linears: tuple[tuple[str, int, int], ...]
-    """(last name, outputs, inputs) of the weights outside the FFN"""
+    """(last name, outputs, inputs) of the weights outside the FFN, or outside router and experts"""
+    experts: int = 0
+    """that the model has itself, of which `ffn` is the inner size"""
 
     @property
     def linear_parameters(self) -> int:
@@ -41,18 +48,22 @@ class BaseShape:
     vocabulary: int
     parameters: int
     """all, a tied output projection counted once"""
+    top_k: int | None = None
+    """of a model that has experts: how many a token goes to"""
 
 
-def read_base_shape(path: Path, num_hidden_layers: int | None = None) -> BaseShape:
+def read_base_shape(path: Path, num_hidden_layers: int | None = None, family: Family = "mixlora") -> BaseShape:
     """The shape of the model at `path` (see `hecate.config.find_model`), from file headers.
 
     Args:
         num_hidden_layers: keep the first layers only.
+        family: with moe_lora the model must have experts, with the others it must have none.
 
     Raises:
         UserError: a file is damaged, the architecture is not one that experts can be put into, or there are fewer layers.
     """
     shapes = tensor_shapes(path)
+    experts = _own_experts(path, shapes, family)
     by_layer: dict[int, dict[str, tuple[int, ...]]] = {}
     rest: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
@@ -66,12 +77,52 @@ def read_base_shape(path: Path, num_hidden_layers: int | None = None) -> BaseSha
         raise UserError(f"{path}: no decoder layers found among its {len(shapes)} tensors; is the download complete?")
     if num_hidden_layers is not None and num_hidden_layers > count:
         raise UserError(f"model.num_hidden_layers: {num_hidden_layers}, but the model has only {count}")
-    layers = tuple(_layer_shape(by_layer[index], f"{path}: layer {index}") for index in range(num_hidden_layers or count))
+    layers = tuple(
+        _moe_layer_shape(by_layer[index], experts[index]) if index in experts else _layer_shape(by_layer[index], f"{path}: layer {index}")
+        for index in range(num_hidden_layers or count)
+    )
     embeddings = [shape for name, shape in rest.items() if "embed" in name and len(shape) == 2 and shape[1] == layers[0].hidden]
     if not embeddings:
         raise UserError(f"{path}: no token embeddings [vocabulary, {layers[0].hidden}] found")
     parameters = sum(map(numel, rest.values())) + sum(layer.parameters for layer in layers)
-    return BaseShape(layers, max(shape[0] for shape in embeddings), parameters)
+    return BaseShape(layers, max(shape[0] for shape in embeddings), parameters, _top_k(path) if experts else None)
+
+
+def _own_experts(path: Path, names: Iterable[str], family: Family) -> dict[int, LayerExperts]:
+    """The model's own experts, by layer."""
+    if family != "moe_lora":
+        refuse_experts(names, path, family)
+        return {}
+    if not path.is_dir():
+        raise UserError(f"{path}: moe.family moe_lora does not read GGUF files\n  give a folder with config.json and *.safetensors")
+    experts = expert_layers(tensor_entries(path), path)
+    if not experts:
+        raise UserError(f"{path}: the model has no experts, but moe.family is moe_lora\n  for a dense model take mixlora or full")
+    return experts
+
+
+def _top_k(path: Path) -> int:
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'}: cannot be read: {error}") from error
+    top_k = config.get("num_experts_per_tok") if isinstance(config, dict) else None
+    if type(top_k) is not int or top_k < 1:
+        raise UserError(f"{path / 'config.json'}: num_experts_per_tok must be a whole number from 1, got {top_k!r}")
+    return top_k
+
+
+def _moe_layer_shape(tensors: dict[str, tuple[int, ...]], experts: LayerExperts) -> LayerShape:
+    """Of a layer with experts: linears are all weights [outputs, inputs] but the router, which is the experts' sibling of one row each."""
+    block = next(name for name in tensors if ".experts." in name).partition(".experts.")[0]
+    router = (experts.num_experts, experts.hidden)
+    linears = []
+    for name, shape in tensors.items():
+        module, _, kind = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        if kind == "weight" and len(shape) == 2 and ".experts." not in name and not (parent == block and shape == router):
+            linears.append((last, shape[0], shape[1]))
+    return LayerShape(experts.hidden, experts.ffn, sum(map(numel, tensors.values())), tuple(linears), experts.num_experts)
 
 
 def _layer_shape(tensors: dict[str, tuple[int, ...]], where: str) -> LayerShape:

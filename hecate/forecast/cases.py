@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,12 @@ class Case:
     recorded: np.ndarray | None = None
     """loads of a trace, int64 [steps, layers, source ranks, experts]; None: the workload makes them"""
 
-    def run(self, options: Options) -> list[dict[str, Any]]:
-        """One JSON-able row a policy; see docs/simulator.md."""
+    def run(self, options: Options, begins: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+        """One JSON-able row a policy; see docs/simulator.md.
+
+        Args:
+            begins: called with the name of each policy before it is simulated.
+        """
         model, topology = self.model, self.topology
         if self.recorded is None:
             layers = min(model.layers, SAMPLED_LAYERS)
@@ -64,17 +68,21 @@ class Case:
         other_bytes = model.replicated_bytes()
         slots_D = replica_slots(topology, cost, **sizes, other_bytes=other_bytes, rematerialize=options.rematerialize)
         held_bytes = other_bytes + fullest_owner_bytes(topology, cost, **sizes)
-        simulated = simulate(
-            loads,
-            topology,
-            cost,
-            {name: POLICIES[name] for name in options.policies},
-            slots_D=slots_D,
-            mode=options.mode,
-            rematerialize=options.rematerialize,
-            max_imbalance=options.max_imbalance,
-            num_layers=num_layers,
-        )
+        simulated = []
+        for name in options.policies:
+            if begins is not None:
+                begins(name)
+            simulated += simulate(
+                loads,
+                topology,
+                cost,
+                {name: POLICIES[name]},
+                slots_D=slots_D,
+                mode=options.mode,
+                rematerialize=options.rematerialize,
+                max_imbalance=options.max_imbalance,
+                num_layers=num_layers,
+            )
         baseline = next((one.step_seconds for one in simulated if one.policy == BASELINE), None)
         facts = {
             "topology": self.topology_name,

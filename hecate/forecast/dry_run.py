@@ -91,7 +91,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: li
     config, world = run.config, run.topology.world_size
     tokens = run.tokens * _micro_steps_together(run)
     sampled = min(group.number, SAMPLED_LAYERS)
-    loads = WORKLOADS[workload](STEPS, sampled, world, group.experts, tokens, config.moe.top_k, config.seed)
+    loads = WORKLOADS[workload](STEPS, sampled, world, group.experts, tokens, config.moe.choices, config.seed)
     slots = group.experts if config.fssdp.memory_slots is None else config.fssdp.memory_slots
     return simulate(
         loads,
@@ -130,7 +130,12 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         "experts": again * times * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
         "tokens": dispatch,
         "exposed": times * sum(one.seconds.exposed for one in groups),
-        "head": 4.0 * run.base.layers[0].hidden * run.base.vocabulary * run.tokens * micro_steps / min(topology.flops),
+        "head": (6.0 if run.trains_non_experts else 4.0)
+        * run.base.layers[0].hidden
+        * run.base.vocabulary
+        * run.tokens
+        * micro_steps
+        / min(topology.flops),
         "all-reduce": reduced_bytes / topology.slowest_link.bandwidth + topology.slowest_link.latency if reduced_bytes else 0.0,
         "optimizer": sum(one.seconds.optimizer for one in groups)
         + 7.0 * run.replicated_parameters * run.master_bytes / min(topology.memory_bandwidth),
@@ -147,13 +152,27 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
             busiest_uplink=times * sum(one.bytes.busiest_uplink for one in groups) + (reduced_bytes if nodes else 0.0),
         ),
         imbalance=float(np.average([one.imbalance for one in groups], weights=[group.number for group in run.groups])),
-        memory=memory_parts(run, [_others(one, group) for one, group in zip(groups, run.groups, strict=True)], rows_D),
+        memory=memory_parts(
+            run,
+            [_others(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
+            rows_D,
+            [_others_frozen(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
+        ),
     )
 
 
-def _others(simulated: Simulated, group: ExpertLayers) -> np.ndarray:
+def _others(simulated: Simulated, group: ExpertLayers, run: RunShape) -> np.ndarray:
     """float64 [ranks]: replicas of others' experts that are there at once, in all layers of the group or in one (`memory_parts`)."""
-    return np.asarray(simulated.replica_bytes_D) / group.cost.replica_bytes
+    return _others_frozen(simulated, group, run) / (group.number if run.config.fssdp.rematerialize and group.cost.frozen_bytes else 1)
+
+
+def _others_frozen(simulated: Simulated, group: ExpertLayers, run: RunShape) -> np.ndarray:
+    """float64 [ranks]: others' frozen parts that are there, in all layers of the group: of rematerialized layers all, though of what trains
+    one layer's at a time, which is taken to be like the others.
+    """
+    frozen, moving = group.cost.frozen_bytes, group.cost.replica_bytes - group.cost.frozen_bytes
+    layers = group.number if run.config.fssdp.rematerialize and frozen else 1
+    return np.asarray(simulated.replica_bytes_D) / (frozen + moving / layers)
 
 
 def _all_reduced_bytes(run: RunShape) -> float:
@@ -169,8 +188,15 @@ def _attention_seconds(run: RunShape) -> float:
     flops = 0.0
     for layer in run.base.layers:
         trained = 2.0 * adapter_parameters(layer, config) + 2.0 * config.data.seq_len * layer.query_width
-        flops += (forwards + 1) * 2.0 * layer.linear_parameters + (forwards + 2) * trained
+        flops += (forwards + (2 if run.trains_non_experts else 1)) * 2.0 * layer.linear_parameters + (forwards + 2) * trained
     return flops * run.tokens * config.gradient_accumulation_steps / min(run.topology.flops)
+
+
+def _head_seconds(run: RunShape) -> float:
+    """Logits, the gradient of what they are made from, and that of the head where it trains."""
+    gemms = 3 if run.trains_non_experts else 2
+    flops = gemms * 2.0 * run.base.layers[0].hidden * run.base.vocabulary
+    return flops * run.tokens * run.config.gradient_accumulation_steps / min(run.topology.flops)
 
 
 def _plain_ffn_seconds(run: RunShape) -> float:

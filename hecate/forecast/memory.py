@@ -23,13 +23,16 @@ class MemoryPart:
     bytes_PD: np.ndarray
 
 
-def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray) -> list[MemoryPart]:
+def memory_parts(
+    run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray, frozen_GD: list[np.ndarray] | None = None
+) -> list[MemoryPart]:
     """What each rank holds, phase by phase.
 
     Args:
         others_GD: for each of the run's groups, replicas of others' experts on each rank, in all its layers together; with
             `fssdp.rematerialize` in its fullest layer.
         rows_D: distinct tokens of a micro-step that each rank computes in a layer, the mean over the layers.
+        frozen_GD: others' frozen parts that stay on each rank, in all layers of a group; None: those of `others_GD`.
     """
     config = run.config
     world, micro_steps = run.topology.world_size, config.gradient_accumulation_steps
@@ -50,12 +53,16 @@ def memory_parts(run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray)
         gradients += here if micro_steps > 1 else here / group.number
     if config.fssdp.per_micro_step:  # reduced as they come, and added up by the owners
         gradients = fullest + owned
+    frozen = np.zeros(world)
+    for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
+        frozen += (_owned(group, run.topology.memory) + others_D) * group.cost.frozen_bytes
     replicated = np.full(world, float(run.replicated_parameters * run.master_bytes))
-    base = np.full(world, float(run.base.parameters * run.dtype_bytes))
+    base = np.full(world, float(run.frozen_parameters * run.dtype_bytes))
     saved = _saved_bytes(run, rows_D)
     nothing = np.zeros(world)
     return [
         MemoryPart("base weights", np.stack([base] * 3)),
+        *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
         MemoryPart("owned experts, moments", np.stack([3 * owned] * 3)),
         MemoryPart("routers, adapters, moments", np.stack([3 * replicated] * 3)),
         MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
@@ -82,15 +89,27 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
     """What autograd keeps of a layer, counted by its tensors.
 
     Attention: its normalized input, queries, keys, values, what comes out, low-rank products; norms and the router keep float32 inputs.
-    Experts: x, gate and up of each row that is computed here.
+    Experts: x, gate and up of each row that is computed here; of experts with FFNs of their own, gate and up of each choice.
     """
     layer, b = run.base.layers[index], run.dtype_bytes
+    choices_D = rows_D * _choices_a_row(run, index, rows_D)
+    trained = 0.0
+    if run.trains_non_experts:  # what norms and a plain FFN multiply their own weights with
+        plain = not run.config.moe.experts_per_layer(len(run.base.layers))[index]
+        trained = 2 * b * (layer.hidden + plain * layer.ffn)
     key_value = sum(outputs for name, outputs, _ in layer.linears if name in ("k_proj", "v_proj"))
     low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
     wide = 3 if b < 4 else 2
     per_token = b * (layer.hidden + 2 * layer.query_width + key_value + low_rank) + 4 * wide * layer.hidden
-    per_row = b * (layer.hidden + 2 * layer.ffn)
-    return np.asarray(run.tokens * per_token + rows_D * per_row)
+    return np.asarray(run.tokens * (per_token + trained) + b * (rows_D * layer.hidden + choices_D * 2 * layer.ffn))
+
+
+def _choices_a_row(run: RunShape, index: int, rows_D: np.ndarray) -> float:
+    """Gate and up products that are kept of a row: one where experts share the base's."""
+    config = run.config
+    if config.moe.family == "mixlora" or not config.moe.experts_per_layer(len(run.base.layers))[index]:
+        return 1.0
+    return run.tokens * run.topology.world_size * config.moe.choices / max(float(rows_D.sum()), 1.0)
 
 
 def _backward_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:

@@ -35,7 +35,8 @@ def run_plan(config: Config, *, topology: str | None, ranks: int | None, workloa
     found = forecast(run_shape(config, topology, ranks), workload)
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
     console.print(_memory_table(found))
-    console.print(_policy_table(found))
+    for part in _policy_tables(found, console.width):
+        console.print(part)
     if json_path is not None:
         try:
             json_path.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -62,18 +63,29 @@ def _memory_table(found: Forecast) -> Table:
     return table
 
 
-def _policy_table(found: Forecast) -> Table:
+def _policy_tables(found: Forecast, width: int) -> list[Table]:
+    """The policies' columns in one table, or in as many under one another as it takes to leave none cut off at `width`."""
     run = found.run
-    title = f"One step on {run.topology_name}, {run.topology.world_size} ranks, {found.workload} loads"
-    table = Table(title=title)
-    table.add_column("policy")
-    for name in ("ms", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB"):
-        table.add_column(name, justify="right")
-    for one in found.policies:
-        table.add_row(*_policy_cells(one, found))
-    table.add_section()
-    table.caption = "ms; port, uplink: MB through the busiest one; *: does not fit the devices' memory; first: the configured policy"
-    return table
+    header = ["policy", "ms", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB"]
+    cells = [_policy_cells(one, found) for one in found.policies]
+    wide = [3 + max(len(name), *(len(row[column]) for row in cells)) for column, name in enumerate(header)]  # and a border and two blanks
+    groups: list[list[int]] = [[]]
+    for column in range(1, len(header)):
+        if groups[-1] and 1 + wide[0] + sum(wide[c] for c in groups[-1]) + wide[column] > width:
+            groups.append([])
+        groups[-1].append(column)
+    tables = []
+    for group in groups:
+        table = Table()
+        table.add_column(header[0])
+        for column in group:
+            table.add_column(header[column], justify="right")
+        for row in cells:
+            table.add_row(row[0], *(row[column] for column in group))
+        tables.append(table)
+    tables[0].title = f"One step on {run.topology_name}, {run.topology.world_size} ranks, {found.workload} loads"
+    tables[0].caption = "ms; port, uplink: MB through the busiest one; *: does not fit the devices' memory; first: the configured policy"
+    return tables
 
 
 def _policy_cells(one: PolicyForecast, found: Forecast) -> list[str]:

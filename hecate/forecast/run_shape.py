@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hecate.config import Config, find_model
@@ -49,9 +49,39 @@ class RunShape:
 
     @property
     def replicated_parameters(self) -> int:
-        """Routers and attention adapters, which every rank has."""
-        routers = sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden
+        """Routers, attention adapters, and the model's own where it trains: which every rank has."""
+        routers = self._routers
+        if self.config.moe.family == "moe_lora" and not self.config.moe.train_router:
+            routers = 0
+        if self.trains_non_experts:
+            return routers + self._outside_experts
         return routers + sum(adapter_parameters(layer, self.config) for layer in self.base.layers)
+
+    @property
+    def trains_non_experts(self) -> bool:
+        model = self.config.model
+        return self.config.moe.family == "full" and (model.train_non_experts or model.front_end == "megatron")
+
+    @property
+    def frozen_parameters(self) -> int:
+        """What every rank holds of the model without training it."""
+        if self.config.moe.family == "mixlora":
+            return self.base.parameters
+        if self.config.moe.family == "moe_lora" and self.config.moe.train_router:
+            return self._outside_experts - self._routers
+        return 0 if self.trains_non_experts else self._outside_experts
+
+    @property
+    def _routers(self) -> int:
+        """Parameters."""
+        return sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden
+
+    @property
+    def _outside_experts(self) -> int:
+        """Parameters of the model but for its own experts, or the FFNs that have become experts."""
+        experts = self.config.moe.experts_per_layer(len(self.base.layers))
+        layers = [layer for layer, number in zip(self.base.layers, experts, strict=True) if number]
+        return self.base.parameters - sum(3 * layer.hidden * layer.ffn * max(1, layer.experts) for layer in layers)
 
 
 def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunShape:
@@ -66,7 +96,9 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
     """
     name = topology or config.topology
     machines = _topology(name, config, ranks)
-    base = read_base_shape(find_model(config.model.name_or_path), config.model.num_hidden_layers)
+    base = _base_shape(config)
+    if base.top_k is not None:
+        config = replace(config, moe=config.moe.settled(tuple(layer.experts for layer in base.layers), base.top_k))
     dtype_bytes = _DTYPE_BYTES[_dtype(config, machines)]
     master_bytes = max(4, dtype_bytes)
     experts = config.moe.experts_per_layer(len(base.layers))
@@ -87,24 +119,68 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
 
 
 def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> LayerCost:
-    """What the engine plans a layer of MixLoRA experts with (`MixLoraExperts.cost`)."""
-    trained = sum(name in config.lora.target_modules for name in PROJECTIONS)
-    pairs = trained * config.lora.r * (layer.hidden + layer.ffn)
+    """What the engine plans a layer with (`MixLoraExperts.cost`, `FullExperts.cost`, `FrozenMoeLora.cost`)."""
+    ffn = 3 * layer.hidden * layer.ffn
+    frozen, row_flops, trained = 0, 0.0, config.lora.r * _adapted_sizes(layer, config)
+    choice_flops, choice_backward = 2.0 * trained, 3.0
+    if config.moe.family == "full":
+        trained, choice_flops, choice_backward = ffn, 2.0 * ffn, 2.0
+    elif config.moe.family == "moe_lora":
+        frozen, frozen_flops, pair_flops = ffn, 2.0 * ffn, 2.0 * trained
+        choice_flops = frozen_flops + pair_flops
+        choice_backward = (frozen_flops + 2.5 * pair_flops) / choice_flops
+    else:
+        row_flops = 2.0 * ffn
     return LayerCost(
-        trainable_bytes=float(master_bytes * pairs),
-        state_bytes=3.0 * master_bytes * pairs,
-        top_k=config.moe.top_k,
+        trainable_bytes=float(master_bytes * trained),
+        frozen_bytes=float(dtype_bytes * frozen),
+        state_bytes=3.0 * master_bytes * trained,
+        top_k=config.moe.choices,
         row_bytes=float(layer.hidden * dtype_bytes),
-        row_flops=6.0 * layer.hidden * layer.ffn,
-        choice_flops=2.0 * pairs,
-        choice_backward=3.0,
+        row_flops=row_flops,
+        choice_flops=choice_flops,
+        choice_backward=choice_backward,
         non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len,
     )
 
 
+def _adapted_sizes(layer: LayerShape, config: Config) -> int:
+    """Inputs plus outputs of an expert's projections that get a pair; gate and up of an MoE model share one."""
+    targets = set(config.lora.target_modules)
+    if config.moe.family != "moe_lora":
+        return len(targets & set(PROJECTIONS)) * (layer.hidden + layer.ffn)
+    both = (layer.hidden + 2 * layer.ffn) * ({"gate_proj", "up_proj"} <= targets)
+    return both + (layer.hidden + layer.ffn) * ("down_proj" in targets)
+
+
 def adapter_parameters(layer: LayerShape, config: Config) -> int:
-    """Of the LoRA pairs on a layer's attention."""
-    return sum(config.lora.r * (outputs + inputs) for name, outputs, inputs in layer.linears if name in config.lora.target_modules)
+    """Of the LoRA pairs on a layer's attention, which full experts do without."""
+    if config.moe.family == "full":
+        return 0
+    targets = set(config.lora.target_modules) - (set(PROJECTIONS) if layer.experts else set())  # shared experts have none
+    return sum(config.lora.r * (outputs + inputs) for name, outputs, inputs in layer.linears if name in targets)
+
+
+def _base_shape(config: Config) -> BaseShape:
+    model = config.model
+    if model.front_end == "transformers":
+        return read_base_shape(find_model(model.name_or_path), model.num_hidden_layers, config.moe.family)
+    from hecate.megatron.shape import gpt_shape
+    from hecate.megatron.tokenizer import tokenizer_of
+
+    gpt = gpt_shape(model.name_or_path)
+    queries, keys = gpt.heads * gpt.head_dim, gpt.key_value_heads * gpt.head_dim
+    linears = (("q_proj", queries), ("k_proj", keys), ("v_proj", keys))
+    outside = gpt.attention_parameters + 2 * gpt.hidden
+    layer = LayerShape(
+        gpt.hidden,
+        gpt.ffn,
+        outside + 3 * gpt.hidden * gpt.ffn,
+        (*((name, width, gpt.hidden) for name, width in linears), ("o_proj", gpt.hidden, queries)),
+    )
+    layers = (layer,) * (model.num_hidden_layers or gpt.layers)
+    vocabulary = len(tokenizer_of(config))
+    return BaseShape(layers, vocabulary, (vocabulary + 1) * gpt.hidden + sum(one.parameters for one in layers))
 
 
 def _topology(name: str, config: Config, ranks: int | None) -> Topology:
@@ -121,6 +197,8 @@ def _topology(name: str, config: Config, ranks: int | None) -> Topology:
 
 
 def _dtype(config: Config, topology: Topology) -> str:
+    if config.model.front_end == "megatron":
+        return "float64" if config.model.dtype == "float64" else "float32"
     if config.model.dtype != "auto":
         return config.model.dtype
     if min(topology.flops) >= _GPU_FLOPS:

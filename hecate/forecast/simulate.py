@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -68,14 +69,25 @@ def run_sweep(sweep: str, json_path: Path | None, plot_path: Path | None) -> Non
     _run(cases, options, json_path, plot_path)
 
 
+def _show_policy(what: str, policy: str) -> None:
+    _show(f"{what}: {policy}")
+
+
+def _show(line: str) -> None:
+    """In place of the terminal's last line."""
+    print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
 def _run(cases: list[Case], options: Options, json_path: Path | None, plot_path: Path | None) -> None:
     rows: list[dict[str, Any]] = []
+    live = sys.stderr.isatty()
     for number, case in enumerate(cases, start=1):
-        if len(cases) > 1 and sys.stderr.isatty():
-            print(f"\r\033[K{number}/{len(cases)} {case.model.name} on {case.topology_name}, {case.workload}", end="", file=sys.stderr)
-        rows += case.run(options)
-    if len(cases) > 1 and sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
+        what = f"{number}/{len(cases)} {case.model.name} on {case.topology_name}, {case.workload}"
+        if not live:
+            print(what, file=sys.stderr, flush=True)
+        rows += case.run(options, functools.partial(_show_policy, what) if live else None)
+    if live:
+        _show("")
     print_rows(rows)
     if json_path is not None:
         write_json(json_path, asdict(options), rows)

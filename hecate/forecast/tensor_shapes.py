@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import re
@@ -10,8 +9,7 @@ import struct
 from pathlib import Path
 
 from hecate.errors import UserError
-
-_LARGEST_HEADER = 200 << 20
+from hecate.model.tensor_files import tensor_entries
 
 _GGUF_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -37,22 +35,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     if not path.is_dir():
         return _of_gguf(path)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        shapes |= _of_safetensors(file)
-    return shapes
-
-
-def _of_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with open(path, "rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(size, _LARGEST_HEADER)))
-        return {name: tuple(map(int, entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(f"{path}: no safetensors file, or damaged: {error}") from error
+    return {name: entry.shape for name, entry in tensor_entries(path).items()}
 
 
 def _of_gguf(path: Path) -> dict[str, tuple[int, ...]]:

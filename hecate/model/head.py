@@ -1,11 +1,12 @@
 """From hidden states to the loss, without ever holding all logits.
 
-The head is frozen, so the gradient of the hidden states can be computed chunk by chunk while the logits are there.
+Gradients of the hidden states, and of a head that is trained, are computed chunk by chunk while the logits are there.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,20 @@ from hecate.errors import UserError
 _CHUNK_ROWS = 512
 
 
+class CausalHead(Protocol):
+    """A causal language model taken apart: hidden states, and the loss of some of them."""
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
+        """[B, S] -> [B, S, D]. The mask is bool [B, 1, S, S], true where a query may look; None: causal."""
+        ...
+
+    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+        """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, also in a projection that trains."""
+        ...
+
+
 class LanguageModelHead:
-    """A causal LM taken apart into its decoder and its frozen output projection (with the soft cap that Gemma 2 puts on logits)."""
+    """A causal LM taken apart into its decoder and its output projection (with the soft cap that Gemma 2 puts on logits)."""
 
     def __init__(self, model: Any) -> None:
         self.decoder: nn.Module = model.get_decoder()
@@ -41,8 +54,9 @@ class LanguageModelHead:
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-        """Summed cross-entropy of N label tokens, in float32 or wider; differentiable in the hidden states once."""
-        return _ChunkedCrossEntropy.apply(hidden_ND, target_N, self)
+        """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, also in a projection that trains."""
+        trained = [parameter for parameter in self._project.parameters() if parameter.requires_grad]
+        return chunked_cross_entropy(hidden_ND, target_N, self.logits, trained)
 
     def _check(self, model: Any) -> None:
         ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.vocab_size
@@ -58,16 +72,29 @@ class LanguageModelHead:
             )
 
 
+def chunked_cross_entropy(
+    hidden_ND: Tensor, target_N: Tensor, logits_of: Callable[[Tensor], Tensor], trained: Sequence[nn.Parameter] = ()
+) -> Tensor:
+    """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, in the hidden states and `trained`.
+
+    Args:
+        logits_of: [n, D] -> [n, vocabulary].
+        trained: the parameters that `logits_of` uses and that want gradients.
+    """
+    return _ChunkedCrossEntropy.apply(hidden_ND, target_N, logits_of, *trained)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: LanguageModelHead) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, logits_of: Callable[[Tensor], Tensor], *trained: nn.Parameter) -> Tensor:
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         grads = []
+        trained_grads = [torch.zeros_like(parameter) for parameter in trained] if any(ctx.needs_input_grad) else []
         for hidden, target in zip(hidden_ND.split(_CHUNK_ROWS), target_N.split(_CHUNK_ROWS), strict=True):
             with torch.enable_grad():
                 leaf = hidden.detach().requires_grad_()
-                logits = head.logits(leaf)
+                logits = logits_of(leaf)
             # softmax - onehot, in the memory of the logits: log_softmax and its backward would take three more buffers of their size,
             # and logsumexp another exponential of them all.
             grad = logits.detach().to(wide)
@@ -75,15 +102,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             label = grad.gather(1, target[:, None])
             sum_exp = grad.sub_(top).exp_().sum(1, keepdim=True)
             total += (sum_exp.log() + top - label).sum()
-            if ctx.needs_input_grad[0]:
+            if any(ctx.needs_input_grad):
                 grad.mul_(sum_exp.reciprocal())
                 grad.scatter_add_(1, target[:, None], -torch.ones_like(top))
-                grads += torch.autograd.grad(logits, leaf, grad.to(logits.dtype))
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden_ND))
+                of_hidden, *of_trained = torch.autograd.grad(logits, [leaf, *trained], grad.to(logits.dtype))
+                grads.append(of_hidden)
+                for one, more in zip(trained_grads, of_trained, strict=True):
+                    one += more
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden_ND), *trained_grads)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grads[0].to(grad_ND.dtype), None, None
+        grad_ND, *trained_grads = ctx.saved_tensors
+        factor = grads[0]
+        return grad_ND * factor.to(grad_ND.dtype), None, None, *(grad * factor.to(grad.dtype) for grad in trained_grads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from hecate.config.model_path import find_model
 from hecate.errors import UserError
@@ -55,12 +55,25 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device, nu
     Raises:
         UserError: transformers cannot read it, it is no causal language model, or it has fewer layers.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    arguments = source.arguments() | {"config": read_config(source, num_hidden_layers)}
+    if source.gguf_file is not None:
+        arguments |= _gguf_dequantized()
+    return _loaded(AutoModelForCausalLM, arguments, source, dtype, device)
+
+
+def read_config(source: ModelSource, num_hidden_layers: int | None = None) -> Any:
+    """The model's configuration as transformers has it. `num_hidden_layers` keeps the first layers only.
+
+    Raises:
+        UserError: transformers cannot read it, or it has fewer layers.
+    """
+    from transformers import AutoConfig
 
     _quiet_transformers()
-    arguments = source.arguments()
     try:
-        config = AutoConfig.from_pretrained(**arguments)
+        config = AutoConfig.from_pretrained(**source.arguments())
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"{source.folder}: transformers cannot read its configuration: {_first_line(error)}") from error
     if num_hidden_layers is not None:
@@ -69,10 +82,40 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device, nu
         config.num_hidden_layers = num_hidden_layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:num_hidden_layers]
-    if source.gguf_file is not None:
-        arguments |= _gguf_dequantized()
+    return config
+
+
+def load_without(
+    blocks: Sequence[str], model_class: type, config: Any, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """As `load_model`, but with `LeftOut` in the place of the modules named in `blocks`: their weights are neither read nor allocated.
+
+    Args:
+        model_class: of transformers, what `config` belongs to.
+    """
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        for path in blocks:
+            self.set_submodule(path, LeftOut())
+
+    # transformers allocates and fills whatever its model has when it has been built: so let it have less.
+    smaller = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
+    model = _loaded(smaller, source.arguments() | {"config": config}, source, dtype, device)
+    model.__class__ = model_class
+    return model
+
+
+class LeftOut(nn.Module):
+    """Stands for experts that are not there yet; adds nothing to any token."""
+
+    def forward(self, x_TD: Tensor, *_: Any) -> Tensor:
+        return torch.zeros_like(x_TD)
+
+
+def _loaded(loader: Any, arguments: dict[str, Any], source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(**arguments, config=config, dtype=dtype, output_loading_info=True)
+        model, info = loader.from_pretrained(**arguments, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source.folder}: transformers cannot load the model: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):

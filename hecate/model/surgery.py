@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from hecate.moe.context import MicroStep
 from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
 from hecate.moe.layer import MoeLayer
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.moe.routed_experts import RoutedExperts
 from hecate.moe.router import TopKRouter
 
 
@@ -26,19 +28,27 @@ class MoeModel:
     model: nn.Module
     engine: Engine
     micro_step: MicroStep
-    layers: dict[int, MoeLayer]
+    layers: Mapping[int, MoeLayer | RoutedExperts]
     attention: dict[tuple[int, str], LoraLinear]
     """(layer, module name) -> adapter, such as (3, "self_attn.q_proj")"""
+    others: dict[str, nn.Parameter] = field(default_factory=dict)
+    """the model's own parameters that train, by their names in it"""
+
+    @property
+    def routers(self) -> dict[int, nn.Parameter]:
+        """By layer, the weights of those that are trained."""
+        trained = {layer: module.trained_router for layer, module in sorted(self.layers.items())}
+        return {layer: router for layer, router in trained.items() if router is not None}
 
     def replicated_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters that every rank holds alike: routers and attention adapters, by stable names."""
+        """Trainable parameters that every rank holds alike: routers, attention adapters and the model's own, by stable names."""
         named: dict[str, nn.Parameter] = {}
-        for layer, moe in sorted(self.layers.items()):
-            named[f"layers.{layer}.router"] = moe.router.weight
+        for layer, router in self.routers.items():
+            named[f"layers.{layer}.router"] = router
         for (layer, module), lora in sorted(self.attention.items()):
             named[f"layers.{layer}.{module}.A"] = lora.lora_A
             named[f"layers.{layer}.{module}.B"] = lora.lora_B
-        return named
+        return named | self.others
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def insert_experts(
         raise UserError(f"moe.num_experts lists {len(plan.experts_per_layer)} layers, but the model has {len(ffns)}")
     projections = tuple(name for name in PROJECTIONS if name in plan.target_modules)
     expert_layers = [ffn for ffn in ffns if plan.experts_per_layer[ffn.layer] > 0 and projections]
-    attention_targets = _attention_targets(model, plan, ffns)
+    attention_targets = find_attention_targets(model, plan.target_modules, tuple(ffn.path + "." for ffn in ffns))
     if not expert_layers and not attention_targets:
         raise UserError(
             "nothing would train: no layer gets experts and no attention module gets an adapter.\n"
@@ -100,49 +110,75 @@ def insert_experts(
         for ffn in expert_layers
     }
     engine = Engine(dict(families), engine_config, groups)
+    layers = put_layers(model, expert_layers, engine, micro_step, plan.top_k, plan.seed, router_class)
+    attention = adapt_attention(model, attention_targets, plan.lora, seed=plan.seed, dtype=dtype, micro_step=micro_step)
+    return MoeModel(model, engine, micro_step, layers, attention)
+
+
+def adapt_attention(
+    model: nn.Module, targets: list[tuple[int, str, str]], lora: LoraShape, *, seed: int, dtype: torch.dtype, micro_step: MicroStep
+) -> dict[tuple[int, str], LoraLinear]:
+    """Put adapters around linears that `find_attention_targets` has found; (layer, module name) -> adapter."""
+    attention = {}
+    for layer, module, path in targets:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        attention[layer, module] = LoraLinear(linear, lora, path=f"{layer}.{module}", seed=seed, dtype=dtype, micro_step=micro_step)
+        model.set_submodule(path, attention[layer, module])
+    return attention
+
+
+def put_layers(
+    model: nn.Module,
+    ffns: Sequence[GatedFfn],
+    engine: Engine,
+    micro_step: MicroStep,
+    top_k: int,
+    seed: int,
+    router_class: type[TopKRouter] = TopKRouter,
+) -> dict[int, MoeLayer]:
+    """Put routers and the engine's experts in the place of FFNs, and hooks that start each layer's gather ahead of its attention."""
     layers = {}
-    for ffn in expert_layers:
+    for ffn in ffns:
         base = ffn.base.gate_FD
         router = router_class(
             base.shape[1],
-            families[ffn.layer].num_experts,
-            plan.top_k,
+            engine.families[ffn.layer].num_experts,
+            top_k,
             layer=ffn.layer,
-            seed=plan.seed,
-            dtype=dtype,
+            seed=seed,
+            dtype=adapter_dtype(base.dtype),
             device=base.device,
         )
         layers[ffn.layer] = MoeLayer(ffn.layer, router, engine, micro_step)
         model.set_submodule(ffn.path, layers[ffn.layer])
-    attention = {}
-    for layer, module, path in attention_targets:
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        attention[layer, module] = LoraLinear(
-            linear, plan.lora, path=f"{layer}.{module}", seed=plan.seed, dtype=dtype, micro_step=micro_step
-        )
-        model.set_submodule(path, attention[layer, module])
-    _prefetch_during_attention(model, engine, layers, engine_config.prefetch)
-    return MoeModel(model, engine, micro_step, layers, attention)
+    prefetch_during_attention(decoder_layers(model)[1], engine, layers, engine.config.prefetch)
+    return layers
 
 
-def _attention_targets(model: nn.Module, plan: SurgeryPlan, ffns: list[GatedFfn]) -> list[tuple[int, str, str]]:
-    """(layer, name inside the layer, dotted path) of the linears outside the FFN whose last name is a target."""
+def find_attention_targets(model: nn.Module, target_modules: Sequence[str], excluded: tuple[str, ...]) -> list[tuple[int, str, str]]:
+    """(layer, name inside the layer, dotted path) of the decoder layers' linears whose last name is a target.
+
+    Args:
+        excluded: beginnings of dotted paths of what is no attention.
+
+    Raises:
+        UserError: a target matches neither a linear nor a projection of the experts.
+    """
     name, layers = decoder_layers(model)
-    ffn_paths = tuple(ffn.path + "." for ffn in ffns)
-    targets, seen = [], {target for target in plan.target_modules if target in PROJECTIONS}
+    targets, seen = [], {target for target in target_modules if target in PROJECTIONS}
     available = set(PROJECTIONS)
     for index, layer in enumerate(layers):
         for module, child in layer.named_modules():
             path = f"{name}.{index}.{module}"
-            if type(child) is not nn.Linear or path.startswith(ffn_paths):
+            if type(child) is not nn.Linear or path.startswith(excluded):
                 continue
             last = module.rpartition(".")[2]
             available.add(last)
-            if last in plan.target_modules:
+            if last in target_modules:
                 targets.append((index, module, path))
                 seen.add(last)
-    missing = [target for target in plan.target_modules if target not in seen]
+    missing = [target for target in target_modules if target not in seen]
     if missing:
         raise UserError(
             f"lora.target_modules: {', '.join(missing)} matches no module of {type(model).__name__}; it has {', '.join(sorted(available))}"
@@ -150,7 +186,7 @@ def _attention_targets(model: nn.Module, plan: SurgeryPlan, ffns: list[GatedFfn]
     return targets
 
 
-def _prefetch_during_attention(model: nn.Module, engine: Engine, layers: dict[int, MoeLayer], ahead: int) -> None:
+def prefetch_during_attention(decoder: nn.ModuleList, engine: Engine, layers: Collection[int], ahead: int) -> None:
     """Start a layer's gather when its decoder layer begins, so that its attention hides it, or `ahead` - 1 decoder layers earlier."""
 
     def hook_for(coming: list[int]) -> Any:
@@ -159,7 +195,6 @@ def _prefetch_during_attention(model: nn.Module, engine: Engine, layers: dict[in
 
         return start
 
-    _, decoder = decoder_layers(model)
     for index, module in enumerate(decoder):
         coming = [layer for layer in range(index, index + ahead) if layer in layers]
         if coming:

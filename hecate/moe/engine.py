@@ -30,7 +30,7 @@ from hecate.moe.planning import LayerPlan, PlanMode, calibration_gain, exchange_
 from hecate.parallel.dispatch import combine, dispatch
 from hecate.parallel.frozen_store import FrozenStore
 from hecate.parallel.loads import LoadHistory, imbalance
-from hecate.parallel.placement import Placement, everything_everywhere, owners_by_memory
+from hecate.parallel.placement import Placement, everything_everywhere, owners_by_memory, owners_only
 from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.store import LayerStore, gather_together
 from hecate.parallel.topology import Topology
@@ -297,16 +297,22 @@ class Engine:
         return loads
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, *, together: bool = False) -> Iterator[None]:
         """Every expert everywhere until the end of the block, so that ranks may run whatever they like, each on its own.
 
         Every rank must enter it; entering materializes all layers.
+
+        Args:
+            together: experts stay with their owners and tokens go to them, so that no rank holds what it has no room for; ranks must then
+                run the same forward passes at the same time.
         """
         for layer in self.families:
             everywhere = everything_everywhere(self.owners[layer], self.world_size)
-            self._place(layer, LayerPlan(everywhere, np.zeros((self.world_size, everywhere.num_experts)), None))
+            placement = owners_only(self.owners[layer], self.world_size) if together else everywhere
+            # Some tokens of every rank for every expert: what must travel may.
+            self._place(layer, LayerPlan(placement, np.ones((self.world_size, placement.num_experts)), None))
             if layer in self.frozen:
-                self.frozen[layer].borrow(self.placements[layer])
+                self.frozen[layer].borrow(placement)
         self.prefetch(*self.families)
         for store in self.stores.values():
             store.replicas()

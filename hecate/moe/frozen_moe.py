@@ -35,6 +35,7 @@ class FrozenMoeLora:
         seed: int,
         master_dtype: torch.dtype,
         compute_dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Args:
         frozen: the weights of an expert, flat as `FfnShape` lays them out, on the device and in `compute_dtype`.
@@ -48,7 +49,17 @@ class FrozenMoeLora:
         self._seed = seed
         self._master_dtype = master_dtype
         self._compute_dtype = compute_dtype
-        self._device = frozen(0).device
+        self._device = device
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Those with an adapter, in the order of the chunk."""
+        return self._pairs.projections
+
+    @property
+    def rank(self) -> int:
+        """Of the pairs."""
+        return self._lora.rank
 
     def layout(self) -> ExpertLayout:
         return ExpertLayout(trainable=self._pairs.specs(), frozen=ffn_specs(self.shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +36,12 @@ class FullExperts:
         master_dtype: torch.dtype,
         compute_dtype: torch.dtype,
         device: torch.device,
+        initial: Callable[[int], Tensor] | None = None,
     ) -> None:
+        """Args:
+        initial: the flat chunk that an expert begins with; None: each matrix as torch's nn.Linear. Whoever gave it may take it back
+            (`forget_initial`) once there is an engine.
+        """
         self.shape = shape
         self.num_experts = num_experts
         self._layer = layer
@@ -44,17 +49,25 @@ class FullExperts:
         self._master_dtype = master_dtype
         self._compute_dtype = compute_dtype
         self._device = device
+        self._initial = self._as_linear if initial is None else initial
 
     def layout(self) -> ExpertLayout:
         return ExpertLayout(trainable=ffn_specs(self.shape))
 
     def init_chunk(self, expert: int) -> Tensor:
-        """Each matrix as torch's nn.Linear."""
+        return self._initial(expert).to(device=self._device, dtype=self._master_dtype)
+
+    def forget_initial(self) -> None:
+        """Let go of what the initial chunks were made from."""
+        self._initial = self._as_linear
+
+    def _as_linear(self, expert: int) -> Tensor:
+        """float64 [C]"""
         parts = []
         for spec in self.layout().trainable:
             outputs, inputs = spec.shape
             parts.append(linear_weight(outputs, inputs, generator(self._seed, "expert", self._layer, expert, spec.name)).flatten())
-        return torch.cat(parts).to(device=self._device, dtype=self._master_dtype)
+        return torch.cat(parts)
 
     def frozen_chunk(self, expert: int) -> Tensor:
         """Nothing."""

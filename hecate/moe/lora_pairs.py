@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hecate.kernels.mixlora_inputs import PROJECTIONS, Lora
+from hecate.kernels.mixlora_inputs import Lora
 from hecate.moe.seeding import generator, kaiming_lora_a
 from hecate.parallel.layout import TensorSpec
 
@@ -22,18 +22,25 @@ class LoraShape:
     dropout: float
 
 
+GATE_UP = "gate_up_proj"
+"""gate and up as one projection [2F, D]: they share A"""
+_ORDER = ("gate_proj", "up_proj", GATE_UP, "down_proj")
+
+
 class LoraPairs:
     """A and B for some projections of a gated FFN; a chunk holds them by projection, A before B."""
 
     def __init__(self, lora: LoraShape, projections: tuple[str, ...], *, hidden: int, ffn: int) -> None:
         assert projections, "an expert needs an adapter on at least one projection"
-        assert set(projections) <= set(PROJECTIONS), projections
+        assert set(projections) <= set(_ORDER), projections
         self.lora = lora
-        self.projections = tuple(name for name in PROJECTIONS if name in projections)
+        self.projections = tuple(name for name in _ORDER if name in projections)
         self._hidden, self._ffn = hidden, ffn
 
     def _sizes(self, projection: str) -> tuple[int, int]:
         """Inputs and outputs of a projection."""
+        if projection == GATE_UP:
+            return self._hidden, 2 * self._ffn
         return (self._ffn, self._hidden) if projection == "down_proj" else (self._hidden, self._ffn)
 
     def specs(self) -> tuple[TensorSpec, ...]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hecate.config import Config, DataSource
+from hecate.config.schema import Family
 from hecate.data.encode import EncodedSource, encode_source
 from hecate.errors import UserError
+from hecate.model import moe_surgery
+from hecate.model.expert_files import refuse_experts
 from hecate.model.gated_ffn import decoder_layers
-from hecate.model.head import LanguageModelHead
+from hecate.model.head import CausalHead, LanguageModelHead
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
+from hecate.model.load_moe import load_moe_model
+from hecate.model.moe_surgery import AdaptedLayer
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
+from hecate.model.tensor_files import tensor_entries
+from hecate.model.upcycling import UpcyclingPlan, upcycle
 from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
 from hecate.parallel.planners import POLICIES
@@ -27,21 +34,49 @@ PRESETS = Path(__file__).resolve().parent.parent / "configs" / "topologies"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded, frozen causal language model."""
+    """A causal language model: a checkpoint as it was loaded, or a new one with experts in it (`hecate.megatron`)."""
 
     model: nn.Module
-    head: LanguageModelHead
+    head: CausalHead
     tokenizer: Any
     vocab_size: int
+    adapted: tuple[AdaptedLayer, ...] = field(default=(), kw_only=True)
+    """with moe.family moe_lora: the layers whose experts were left out when the model was loaded"""
 
 
-def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, ranks: Ranks) -> BaseModel:
-    """Load model and tokenizer. The model stays in eval mode: dropout of a frozen base would only be noise that depends on ranks."""
-    source = resolve_model(name_or_path)
+def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, ranks: Ranks, family: Family = "mixlora") -> BaseModel:
+    """Load model and tokenizer. The model stays in eval mode: dropout of a frozen base would only be noise that depends on ranks.
+
+    Raises:
+        UserError: the model cannot be read, or is not of the kind that the family needs.
+    """
+    source, device = resolve_model(name_or_path), ranks.device
+    adapted: tuple[AdaptedLayer, ...] = ()
+    model: Any
     with one_gguf_reader():
-        model: Any = load_model(source, pick_dtype(dtype, ranks.device), ranks.device, num_hidden_layers).eval()
+        if family == "moe_lora":
+            model, adapted = load_moe_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
+        else:
+            if source.gguf_file is None:
+                refuse_experts(tensor_entries(source.folder), source.folder, family)
+            model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
+        model.eval()
         tokenizer = load_tokenizer(source)
-    return BaseModel(model, LanguageModelHead(model), tokenizer, model.get_input_embeddings().num_embeddings)
+    return BaseModel(model, LanguageModelHead(model), tokenizer, model.get_input_embeddings().num_embeddings, adapted=adapted)
+
+
+def settled(config: Config, base: BaseModel) -> Config:
+    """The configuration with the numbers that the model has brought.
+
+    Raises:
+        UserError: it gives other ones.
+    """
+    if not base.adapted:
+        return config
+    blocks = {layer.block.layer: layer.block for layer in base.adapted}
+    layers = len(decoder_layers(base.model)[1])
+    each = tuple(blocks[layer].num_experts if layer in blocks else 0 for layer in range(layers))
+    return replace(config, moe=config.moe.settled(each, base.adapted[0].block.top_k))
 
 
 def build_topology(config: Config, ranks: Ranks) -> Topology:
@@ -72,37 +107,81 @@ def whole_topology(config: Config, num_devices: int, *, cuda: bool) -> Topology:
     return load_topology(path)
 
 
-def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology | None = None) -> MoeModel:
-    """Put the configured experts and adapters into the model.
+def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) -> BaseModel:
+    """The model that the configuration names, by whoever is to build it. Every rank must call it; `topology` as for `engine_config`."""
+    if config.model.front_end == "megatron":
+        from hecate.megatron.front_end import build_megatron
+
+        return build_megatron(config, ranks, topology)
+    return build_base(config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks, config.moe.family)
+
+
+def engine_config(config: Config, ranks: Ranks, non_moe_flops: float, topology: Topology | None = None) -> EngineConfig:
+    """What the configuration says of the engine.
 
     Args:
+        non_moe_flops: of a layer outside its experts, of one rank in a micro-step, forward.
         topology: of whoever started the ranks and knows better than the configuration.
     """
-    tokens = config.micro_batch_size * config.data.seq_len
-    engine_config = EngineConfig(
+    return EngineConfig(
         planner=POLICIES[config.fssdp.policy],
         topology=topology or build_topology(config, ranks),
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
         max_imbalance=config.fssdp.max_imbalance,
-        top_k=config.moe.top_k,
-        non_moe_flops=non_moe_flops_per_token(base.model) * tokens,
+        top_k=config.moe.choices,
+        non_moe_flops=non_moe_flops,
         plan=config.fssdp.plan,
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
     )
-    plan = surgery_plan(config, len(decoder_layers(base.model)[1]))
-    return insert_experts(base.model, plan, engine_config, ranks.groups)
+
+
+def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology | None = None) -> MoeModel:
+    """Put the configured experts and adapters into the model, if they are not there already; `topology` as for `engine_config`."""
+    if config.model.front_end == "megatron":
+        from hecate.megatron.front_end import MegatronModel
+
+        assert isinstance(base, MegatronModel)
+        return base.moe
+    tokens = config.micro_batch_size * config.data.seq_len
+    if base.adapted:
+        flops = moe_surgery.non_moe_flops_per_token(base.model, base.adapted)
+        for_engine = engine_config(config, ranks, flops * tokens, topology)
+        return moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), for_engine, ranks.groups)
+    for_engine = engine_config(config, ranks, non_moe_flops_per_token(base.model) * tokens, topology)
+    num_layers = len(decoder_layers(base.model)[1])
+    if config.moe.family == "full":
+        return upcycle(base.model, upcycling_plan(config, num_layers), for_engine, ranks.groups)
+    return insert_experts(base.model, surgery_plan(config, num_layers), for_engine, ranks.groups)
+
+
+def moe_lora_plan(config: Config) -> moe_surgery.MoeLoraPlan:
+    return moe_surgery.MoeLoraPlan(lora_shape(config), config.lora.target_modules, train_router=config.moe.train_router, seed=config.seed)
+
+
+def lora_shape(config: Config) -> LoraShape:
+    scale = config.lora.alpha / (config.lora.r**0.5 if config.lora.use_rslora else config.lora.r)
+    return LoraShape(config.lora.r, scale, config.lora.dropout)
 
 
 def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
-    scale = config.lora.alpha / (config.lora.r**0.5 if config.lora.use_rslora else config.lora.r)
     return SurgeryPlan(
         experts_per_layer=config.moe.experts_per_layer(num_layers),
-        top_k=config.moe.top_k,
-        lora=LoraShape(config.lora.r, scale, config.lora.dropout),
+        top_k=config.moe.choices,
+        lora=lora_shape(config),
         target_modules=config.lora.target_modules,
         seed=config.seed,
+    )
+
+
+def upcycling_plan(config: Config, num_layers: int) -> UpcyclingPlan:
+    return UpcyclingPlan(
+        experts_per_layer=config.moe.experts_per_layer(num_layers),
+        top_k=config.moe.choices,
+        noise=config.moe.upcycle_noise,
+        seed=config.seed,
+        train_non_experts=config.model.train_non_experts,
     )
 
 

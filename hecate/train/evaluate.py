@@ -29,28 +29,32 @@ class Evaluation:
 
 
 def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[EncodedSource]) -> Evaluation:
-    """Evaluate all sources. Every rank must call it; rows and prompts are shared out, experts are everywhere meanwhile."""
+    """Evaluate all sources. Every rank must call it; rows and prompts are shared out.
+
+    Experts are everywhere meanwhile, unless they have heavy frozen parts: those stay with their owners, and ranks go forward together.
+    """
     scores, loads = {}, {}
-    with moe.engine.evaluating(), torch.no_grad():
+    together = bool(moe.engine.frozen) and ranks.world_size > 1
+    with moe.engine.evaluating(together=together), torch.no_grad():
         for index, source in enumerate(sources):
-            loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, sources, index)
+            loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, sources, index, together)
             accuracy = None
             samples = len(source) if config.eval.max_samples is None else min(len(source), config.eval.max_samples)
             if config.eval.generate:
                 items = generation_items(source, config.data.eval[index].format, base.tokenizer, config.eval.max_samples)
-                accuracy = _exact_accuracy(config, ranks, base, items)
+                accuracy = _exact_accuracy(config, ranks, base, items, together)
             scores[source.name] = EvalScore(loss=loss, accuracy=accuracy, samples=samples)
     return Evaluation(scores, loads)
 
 
 def _loss_and_loads(
-    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[EncodedSource], index: int
+    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[EncodedSource], index: int, together: bool
 ) -> tuple[float, dict[int, list[int]]]:
     rows = eval_rows(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
     counts = {layer: torch.zeros(moe.engine.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
     for share in share_of_rank(rows, ranks.rank, ranks.world_size, config.micro_batch_size):
-        if all(len(row.input_ids) == 0 for row in share):
+        if not together and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
         batch = collate(share, pad_id=0, seq_len=config.data.seq_len).to(ranks.device)
         totals[0] += forward_loss(moe, base.head, batch, step=0, recording=True).cpu()
@@ -65,10 +69,13 @@ def _loss_and_loads(
     return loss_sum / max(labels, 1), {layer: part.tolist() for layer, part in zip(layers, parts, strict=True)}
 
 
-def _exact_accuracy(config: Config, ranks: Ranks, base: BaseModel, items: Sequence[GenerationItem]) -> float:
+def _exact_accuracy(config: Config, ranks: Ranks, base: BaseModel, items: Sequence[GenerationItem], together: bool) -> float:
     """Share of prompts whose greedy answer is the file's, but for white space at the ends."""
     mine = items[ranks.rank :: ranks.world_size]
     prompts = [item.prompt_ids for item in mine]
-    answers = generate(base, prompts, max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size)
-    correct = sum(answer == item.answer_text.strip() for answer, item in zip(answers, mine, strict=True))
+    if together:  # as many as the others have; what is answered to the last one is thrown away
+        prompts += [items[0].prompt_ids] * (-(-len(items) // ranks.world_size) - len(mine))
+    lengths = {"max_new_tokens": config.eval.max_new_tokens, "batch_size": config.eval.batch_size}
+    answers = generate(base, prompts, **lengths, together=together)
+    correct = sum(answer == item.answer_text.strip() for answer, item in zip(answers, mine, strict=False))
     return ranks.all_sum(torch.tensor([float(correct)])).item() / max(len(items), 1)

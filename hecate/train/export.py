@@ -38,7 +38,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
         target_modules=config.lora.target_modules,
         num_layers=num_layers,
         num_experts=experts if isinstance(experts, int) else config.moe.experts_per_layer(num_layers),
-        top_k=config.moe.top_k,
+        top_k=config.moe.choices,
         act_fn=_HF_ACTIVATION[find_gated_ffns(base.model)[0].base.activation],
         use_rslora=config.lora.use_rslora,
         extra={"router_aux_loss_coef": config.moe.router_aux_loss_coef, "model_dtype": config.model.dtype},
@@ -49,7 +49,7 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
     """Gather all experts on rank 0, a layer at a time, and write them there. Every rank must call it."""
     tensors: dict[str, Tensor] = {}
     for layer in sorted(moe.layers):
-        chunks = _gather_on_first(moe, layer, ranks)
+        chunks = gather_on_first(moe, layer, ranks)
         if chunks is None:
             continue
         family = moe.engine.families[layer]
@@ -58,7 +58,7 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
             for expert in range(family.num_experts):
                 tensors[expert_tensor_name(layer, projection, expert, "A")] = lora.a_SrI[expert].detach()
                 tensors[expert_tensor_name(layer, projection, expert, "B")] = lora.b_SOr[expert].detach()
-        tensors[router_tensor_name(layer)] = moe.layers[layer].router.weight.detach()
+        tensors[router_tensor_name(layer)] = moe.routers[layer].detach()
     if ranks.is_first:
         for (layer, module), lora_linear in moe.attention.items():
             name = module.rpartition(".")[2]
@@ -70,8 +70,8 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
 def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
     """Set routers, adapters and this rank's owned experts from an adapter's tensors (complete: `load_adapter` has checked)."""
     with torch.no_grad():
-        for layer, moe_layer in moe.layers.items():
-            moe_layer.router.weight.copy_(tensors[router_tensor_name(layer)])
+        for layer, router in moe.routers.items():
+            router.copy_(tensors[router_tensor_name(layer)])
         for (layer, expert), chunk in moe.engine.named_parameters().items():
             specs = moe.engine.families[layer].layout().trainable
             parts: list[Any] = [spec.name.split(".") for spec in specs]
@@ -83,8 +83,8 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
             lora.lora_B.copy_(tensors[attention_tensor_name(layer, name, "B")])
 
 
-def _gather_on_first(moe: MoeModel, layer: int, ranks: Ranks) -> Tensor | None:
-    """[experts, C] on rank 0, None elsewhere."""
+def gather_on_first(moe: MoeModel, layer: int, ranks: Ranks) -> Tensor | None:
+    """All master chunks of a layer, [experts, C], on rank 0, None elsewhere. Every rank must call it."""
     owner_E: np.ndarray = moe.engine.owners[layer]
     where_ED = owners_only(owner_E, ranks.world_size).where_ED.copy()
     where_ED[:, 0] = True

@@ -10,8 +10,14 @@ import torch
 from hecate.train.build import BaseModel
 
 
-def generate(base: BaseModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int) -> list[str]:
-    """The greedy continuation of each prompt (token ids), as text without special tokens, in the prompts' order."""
+def generate(
+    base: BaseModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int, together: bool = False
+) -> list[str]:
+    """The greedy continuation of each prompt (token ids), as text without special tokens, in the prompts' order.
+
+    Args:
+        together: all ranks call it, with as many prompts, and run each forward pass at the same time, until the longest answer is there.
+    """
     model: Any = base.model
     device = next(model.parameters()).device
     stop = _stop_tokens(model, base.tokenizer)
@@ -34,6 +40,7 @@ def generate(base: BaseModel, prompts: Sequence[Sequence[int]], *, max_new_token
                 do_sample=False,
                 eos_token_id=stop,
                 pad_token_id=stop[0],
+                synced_gpus=together,
             )
         for row, i in enumerate(chosen):
             answers[i] = base.tokenizer.decode(out[row, width:], skip_special_tokens=True).strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hecate.adapter import AdapterConfig, load_adapter
+from hecate.adapter.peft_moe import is_peft_adapter
 from hecate.config import Config
 from hecate.errors import UserError
 from hecate.model.gated_ffn import decoder_layers
@@ -17,6 +18,7 @@ from hecate.train.build import BaseModel, build_base, encode_sources
 from hecate.train.evaluate import evaluate
 from hecate.train.export import load_into
 from hecate.train.generate import generate
+from hecate.train.peft_adapter import with_peft_adapter
 from hecate.train.ranks import Ranks, join_ranks
 from hecate.train.summary import print_summary
 
@@ -29,6 +31,8 @@ def evaluate_adapter(config: Config, adapter: Path) -> None:
     """
     if not config.data.eval:
         raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on")
+    if config.moe.family == "full":
+        raise UserError("hecate eval: reads adapters, but moe.family=full leaves a whole model in output_dir/model, for transformers")
     with join_ranks() as ranks:
         base, moe = _with_adapter(adapter, ranks, config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers)
         sources = encode_sources(config.data.eval, config, base, ranks)
@@ -52,6 +56,8 @@ def answer(adapter: Path, prompt: str, *, system: str | None, model: str | None,
 
 
 def _with_adapter(folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None) -> tuple[BaseModel, MoeModel]:
+    if is_peft_adapter(folder):
+        return with_peft_adapter(folder, ranks, model, dtype, num_hidden_layers)
     tensors, description = load_adapter(folder)
     base = build_base(model or description.base_model_name_or_path, dtype, num_hidden_layers, ranks)
     num_layers = len(decoder_layers(base.model)[1])
@@ -70,7 +76,7 @@ def _shapes(moe: MoeModel) -> dict[str, tuple[int, ...]]:
     """One tensor of each size that depends on the base model."""
     from hecate.adapter import router_tensor_name
 
-    return {router_tensor_name(layer): tuple(module.router.weight.shape) for layer, module in moe.layers.items()}
+    return {router_tensor_name(layer): tuple(router.shape) for layer, router in moe.routers.items()}
 
 
 def _plan(description: AdapterConfig) -> SurgeryPlan:

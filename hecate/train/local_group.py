@@ -24,6 +24,11 @@ _MEETING = timedelta(seconds=30)
 _POLL = 0.005
 
 
+def local_controller(config: Config) -> LocalController | None:
+    """For a rank whose launcher survives losses; else None."""
+    return LocalController(config) if MEMBER_VARIABLE in os.environ else None
+
+
 class LocalController:
     """See `hecate.train.elastic.Controller`."""
 

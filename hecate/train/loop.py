@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from hecate.adapter import AdapterConfig
 from hecate.config import Config
 from hecate.data.batches import Batch, collate, row_ranges
 from hecate.data.encode import IGNORED, EncodedSource
@@ -29,13 +27,13 @@ from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
 from hecate.parallel.token_shares import dense_seconds, rows_by_speed
 from hecate.parallel.topology import Topology, local_topology
-from hecate.train.build import BaseModel, build_base, build_moe, encode_sources
+from hecate.train.build import BaseModel, build_moe, encode_sources, front_end, settled
 from hecate.train.elastic import Controller, rebuild
 from hecate.train.evaluate import Evaluation, evaluate
-from hecate.train.export import adapter_config, export_adapter
 from hecate.train.heatmap import write_heatmap
 from hecate.train.observer import Observer, Order, Watched
 from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.output import TrainedOutput, output_of
 from hecate.train.ranks import Ranks
 from hecate.train.reports import Reports
 from hecate.train.resharding import check_room, owned_parameters, reshard_if_it_pays
@@ -64,11 +62,12 @@ class Run:
     """The parts of one rank's run, and what happened so far."""
 
     def __init__(self, config: Config, ranks: Ranks, topology: Topology | None = None) -> None:
-        self.config, self.ranks = config, ranks
+        self.ranks = ranks
         self.folder = Path(config.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.base: BaseModel = build_base(config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks)
-        self.description: AdapterConfig = adapter_config(config, self.base)
+        self.base: BaseModel = front_end(config, ranks, topology)
+        self.config = config = settled(config, self.base)
+        self.output: TrainedOutput = output_of(config, self.base)
         sources = encode_sources(config.data.train, config, self.base, ranks)
         self.eval_sources: list[EncodedSource] = encode_sources(config.data.eval, config, self.base, ranks)
         self.stream = TrainStream(
@@ -245,10 +244,7 @@ def train(
                 if controller is None or not _regroup(run, controller, reports, watched):
                     raise
                 reports.note(f"went on after: {str(error).splitlines()[0][:120]}")
-        adapter = run.folder / "adapter"
-        if run.ranks.is_first and adapter.exists():  # of an earlier end of this same run
-            shutil.rmtree(adapter)
-        export_adapter(adapter, run.description, run.moe, run.ranks)
+        written = run.output.replace(run.folder, run.moe, run.ranks)
         peak_bytes = int(run.ranks.all_max(float(peak_memory())))
     if run.ranks.is_first:
         speed = f"{(run.tokens - first_tokens) / train_seconds:.0f}" if train_seconds else "-"
@@ -258,7 +254,7 @@ def train(
             ("training tokens/s", speed),
             ("time", f"{time.monotonic() - started:.0f} s, of which training {train_seconds:.0f} s"),
             ("peak memory", f"{peak_bytes / 2**30:.2f} GiB on the fullest rank"),
-            ("adapter", str(adapter)),
+            (run.output.name, str(written)),
         ]
         if last:
             path = run.folder / "expert_load.png"
@@ -310,7 +306,7 @@ def _joined(config: Config, ranks: Ranks, controller: Controller) -> Run:
     """Load alone, so that the others train on meanwhile, then join them."""
     alone = replace(config, resume=False, fssdp=replace(config.fssdp, reshard_interval=None))
     run = Run(alone, ranks, local_topology(1, cuda=ranks.device.type == "cuda"))
-    run.config, run.fresh = config, True
+    run.config, run.fresh = settled(config, run.base), True
     ranks.leave()
     while True:
         group = controller.first_group()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.errors import UserError
-from hecate.local_store import STORE_VARIABLE
+from hecate.local_store import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
 from hecate.moe.engine import ExpertGroups
 from hecate.train.sockets import Connection, ports, shut_down, tcp_sockets
 
@@ -128,20 +128,39 @@ def join_ranks() -> Iterator[Ranks]:
     Leaves the group at the end whatever happened, or the one that has taken its place, so that a peer that waits for this rank fails at
     once.
     """
-    place = ranks_from_environment()
+    # One that is to join a run under way is alone until it is let in.
+    place = None if JOIN_VARIABLE in os.environ else ranks_from_environment()
     rank, world_size = place or (0, 1)
     if place is None:
         store: dist.Store | None = dist.HashStore()
     elif STORE_VARIABLE in os.environ:
-        die_with_parent()
-        store = dist.FileStore(os.environ[STORE_VARIABLE], world_size)
+        # A file of its own for each time that an agent starts all ranks anew.
+        store = dist.FileStore(f"{os.environ[STORE_VARIABLE]}-{restarts()}", world_size)
     else:
         store = None
+    if STORE_VARIABLE in os.environ or LAUNCHED_VARIABLE in os.environ:
+        die_with_parent()
     try:
-        yield connect(store, rank, world_size)
+        ranks = connect(store, rank, world_size)
+        try:
+            yield ranks
+        except BaseException:
+            ranks.abort()  # whoever waits for this rank is to fail now, not at its timeout
+            raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Is this what a collective says when another rank has died or broken off?"""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def restarts() -> int:
+    """How often torch's elastic agent on this node has started its ranks anew. Another node's may have another number."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isdigit() else 0
 
 
 def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:

@@ -19,7 +19,7 @@ from hecate.train.metrics import MetricsWriter, eval_record, event_record, resha
 from hecate.train.progress import Progress, StepLine
 from hecate.train.resharding import Resharding
 from hecate.train.step import StepResult
-from hecate.train.summary import EVERY_RANK, TrainableRow, training_report
+from hecate.train.summary import EVERY_RANK, NON_EXPERTS, TrainableRow, training_report
 
 if TYPE_CHECKING:
     from hecate.train.loop import Run
@@ -154,7 +154,7 @@ class Reports:
         most = max(len(mine) for mine in row_ranges(rows, run.shares))
         return TraceWriter(
             run.folder / "loads.npz",
-            top_k=config.moe.top_k,
+            top_k=config.moe.choices,
             tokens_per_rank=most * config.gradient_accumulation_steps * config.data.seq_len,
             model=config.model.name_or_path,
             notes={"data": [source.name for source in config.data.train], "policy": config.fssdp.policy},
@@ -182,5 +182,11 @@ def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
             if count:
                 rows.append(TrainableRow(f"layers.{layer}.experts", count, store.chunk_numel, store.chunk_bytes, f"rank {rank}"))
     for name, parameter in moe.replicated_parameters().items():
+        if name in moe.others:
+            continue
         rows.append(TrainableRow(name, 1, parameter.numel(), parameter.numel() * parameter.element_size(), EVERY_RANK))
+    if moe.others:
+        numel = sum(parameter.numel() for parameter in moe.others.values())
+        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in moe.others.values())
+        rows.append(TrainableRow(NON_EXPERTS, 1, numel, num_bytes, EVERY_RANK))
     return rows

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hecate.data.batches import Batch, block_diagonal_mask
 from hecate.data.encode import IGNORED
-from hecate.model.head import LanguageModelHead
+from hecate.model.head import CausalHead
 from hecate.model.surgery import MoeModel
 from hecate.moe.aux_loss import load_balancing_loss
 from hecate.train.optimizer import ExpertOptimizer
@@ -43,7 +43,7 @@ class StepResult:
     """per layer, int64 [source ranks, experts]"""
 
 
-def forward_loss(moe: MoeModel, head: LanguageModelHead, batch: Batch, *, step: int, recording: bool) -> Tensor:
+def forward_loss(moe: MoeModel, head: CausalHead, batch: Batch, *, step: int, recording: bool) -> Tensor:
     """Summed cross-entropy of this rank's label tokens in one micro-batch."""
     segment = batch.segment_ids.flatten()
     valid = None if bool((segment > 0).all()) else (segment > 0).nonzero().squeeze(1)
@@ -58,7 +58,7 @@ def forward_loss(moe: MoeModel, head: LanguageModelHead, batch: Batch, *, step: 
 
 def train_step(
     moe: MoeModel,
-    head: LanguageModelHead,
+    head: CausalHead,
     optimizer: ExpertOptimizer,
     micro_batches: Sequence[Batch],
     *,

@@ -17,6 +17,9 @@ from hecate.train.scores import EvalScore
 EVERY_RANK = "every rank"
 """The owner of what each rank holds alike."""
 
+NON_EXPERTS = "non-expert weights"
+"""The name of what trains outside experts, routers and adapters, all of it together."""
+
 PLAIN_WIDTH = 100
 """Columns where the output is no terminal."""
 
@@ -77,7 +80,7 @@ class TrainableRow:
     """`count` things that train, all alike and of one owner."""
 
     name: str
-    """`layers.3.experts`, `layers.3.router`, or a tensor's name such as `layers.3.self_attn.q_proj.A`"""
+    """`layers.3.experts`, `layers.3.router`, a tensor's name such as `layers.3.self_attn.q_proj.A`, or NON_EXPERTS"""
     count: int
     numel: int
     """parameters of each"""
@@ -96,7 +99,8 @@ def training_report(rows: Sequence[TrainableRow]) -> tuple[str, dict[str, Any]]:
     """
     experts = [row for row in rows if _part(row) == "experts"]
     routers = [row for row in rows if _part(row) == "router"]
-    adapters = [row for row in rows if _part(row) not in ("experts", "router")]
+    adapters = [row for row in rows if _part(row) not in ("experts", "router", NON_EXPERTS)]
+    others = [row for row in rows if _part(row) == NON_EXPERTS]
     owners = sorted({row.owner for row in rows}, key=_natural)
     by_owner = {owner: [row for row in rows if row.owner == owner] for owner in owners}
     lines = [
@@ -104,6 +108,7 @@ def training_report(rows: Sequence[TrainableRow]) -> tuple[str, dict[str, Any]]:
         *_section(f"experts: {_amount(experts)}", _expert_lines(experts)),
         *_section(f"routers: {_amount(routers)}", _lines({layer: _sizes("router", of) for layer, of in _by_layer(routers).items()})),
         *_section(f"attention adapters: {_amount(adapters)}", _lines({k: _adapters(of) for k, of in _by_layer(adapters).items()})),
+        *([f"{NON_EXPERTS}: {_amount(others)}"] if others else []),
         *_section("held by each of them", _lines({owner: _amount(of) for owner, of in by_owner.items()})),
     ]
     totals = {owner: {"parameters": _numel(of), "bytes": _bytes(of)} for owner, of in by_owner.items()}
@@ -166,7 +171,9 @@ def _by_layer(rows: Sequence[TrainableRow]) -> dict[str, list[TrainableRow]]:
 
 
 def _part(row: TrainableRow) -> str:
-    """The name inside the layer."""
+    """The name inside the layer; `NON_EXPERTS` are in all."""
+    if row.name == NON_EXPERTS:
+        return row.name
     match = _LAYER_PART.fullmatch(row.name)
     assert match is not None, f"{row.name!r} names no layer"
     return match[2]

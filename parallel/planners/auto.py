@@ -28,6 +28,8 @@ from hecate.parallel.planners.reach import HOT, NODES, OWNERS, WANTED, reach, wi
 from hecate.parallel.planners.replica_lists import Replicas, copy_into, no_replicas, only_owners
 from hecate.parallel.planners.spill import spill
 
+_ALL_BUDGETS = 400
+"""experts x ranks x budgets: where all budgets together take no longer than the one of a layer of 64 experts on 32 ranks"""
 _INSIDE = -1.0
 CANDIDATES = (
     ((NODES, 0.25, 0.25), (1.05, 2.5)),
@@ -47,15 +49,24 @@ def plan_auto(given: PlanInput) -> Plan:
     """The fastest of a few candidate plans under the cost model, layer by layer; with `max_imbalance`, of those that keep to it.
 
     Never gives a device more replicas than it has slots. Before any load is known every expert counts as equally hot.
+
+    The moves are greedy, so with more slots they may end up worse. Where a layer is small all smaller budgets are tried as well, smallest
+    first, so that more slots for everyone never cost seconds. Of plans that are equally fast the first, everything everywhere before all
+    others.
     """
     tokens_LSE = np.ascontiguousarray(given.tokens_LED.swapaxes(1, 2), dtype=np.float64)
     shape = (given.num_layers, given.num_experts, given.world_size)
     where_LED, quota_LED = np.zeros(shape, np.bool_), np.zeros(shape)
+    slots_D = np.minimum(np.asarray(given.slots_D, dtype=np.int64), given.num_experts)
+    most = int(slots_D.max())
+    resident_LED = np.zeros((given.num_layers, 0, 0), np.bool_) if given.resident_LED is None else given.resident_LED
     _plan_layers(
-        np.asarray(given.owner_LE, dtype=np.int64),
+        # Arrays that lie otherwise would be compiled for anew, which takes half a minute.
+        np.ascontiguousarray(given.owner_LE, dtype=np.int64),
         tokens_LSE,
-        np.zeros((given.num_layers, 0, 0), np.bool_) if given.resident_LED is None else given.resident_LED,
-        np.minimum(np.asarray(given.slots_D, dtype=np.int64), given.num_experts),
+        np.ascontiguousarray(resident_LED),
+        np.ascontiguousarray(slots_D),
+        0 if given.num_experts * given.world_size * (most + 1) <= _ALL_BUDGETS else most,
         overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts,
         (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf,
         np.inf if given.max_imbalance is None else float(given.max_imbalance),
@@ -82,6 +93,7 @@ def _plan_layers(
     tokens_LSE: np.ndarray,
     resident_LED: np.ndarray,
     slots: np.ndarray,
+    least_slots: int,
     hidden: int,
     worth: float,
     max_imbalance: float,
@@ -95,53 +107,60 @@ def _plan_layers(
     where_LED: np.ndarray,
     quota_LED: np.ndarray,
 ) -> None:
-    """Fills `where_LED` and `quota_LED`; `base`, `trial` and `best` are room to work in."""
+    """Fills `where_LED` and `quota_LED`; `base`, `trial` and `best` are room to work in.
+
+    Budgets: at most `least_slots` of each device's slots, one more, ..., all. A budget's plan does not depend on those that follow.
+    """
     bounded = max_imbalance < np.inf
-    single = len(topology.uplink_N) == 1
+    single, ranks = len(topology.uplink_N) == 1, len(topology.node_D)
     for layer in range(len(owner_LE)):
         owner, resident = owner_LE[layer], resident_LED[layer]
         loads = layer_loads(tokens_LSE[layer], topology)
         wish = wishes(owner, slots, loads, topology)
         best_seconds, best_uneven = np.inf, np.inf
-        for r in range(len(reaches)):
-            rule, share, factor = int(reaches[r, 0]), reaches[r, 1], reaches[r, 2]
-            if rule == NODES and single:
-                continue
-            only_owners(base, owner)
-            reach(rule, share, factor, owner, slots, hidden, worth, wish, loads, topology, base)
-            fixed = replica_seconds(owner, base, resident, topology, cost)
-            if fixed >= best_seconds and not bounded:  # spilling only adds replicas
-                continue
-            even_quota_into(base, loads, topology)
-            base_busy = busy_seconds(base, loads, topology, cost)
-            mean = (base_busy * topology.rate_D).sum() / topology.rate_D.sum()
-            sends = np.inf if bounded or best_seconds == np.inf else 4.0 * (best_seconds - fixed - mean)
-            base_dispatch = dispatch_seconds(base, loads, topology, cost, sends)
-            for degree in range(spills.shape[1]):
-                if degree > 0:
-                    if base_dispatch >= sends:  # spilling would have to spare most of it
-                        break
-                    slack, across = min(abs(spills[r, degree]), max_imbalance), spills[r, degree] > 0
-                    if slack == 0 or (single and not across):
-                        continue
-                    if base_busy.max() <= slack * mean or (not bounded and slack * mean * 0.9 + fixed >= best_seconds):
-                        continue
-                    copy_into(base, trial)
-                    spill(owner, base_busy, slots, slack, across, topology, trial)
-                tried = base if degree == 0 else trial
-                busy = base_busy.max() if degree == 0 else busy_seconds(tried, loads, topology, cost).max()
-                if busy + fixed >= best_seconds and not bounded:
+        for budget in range(least_slots, slots.max() + 1):
+            room = np.minimum(slots, budget)
+            for r in range(len(reaches)):
+                rule, share, factor = int(reaches[r, 0]), reaches[r, 1], reaches[r, 2]
+                if rule == NODES and single:
                     continue
-                added = fixed if degree == 0 else replica_seconds(owner, tried, resident, topology, cost)
-                if busy + added >= best_seconds and not bounded:
+                only_owners(base, owner)
+                reach(rule, share, factor, owner, room, hidden, worth, wish, loads, topology, base)
+                fixed = replica_seconds(owner, base, resident, topology, cost)
+                if fixed >= best_seconds and not bounded:  # spilling only adds replicas
                     continue
-                enough = np.inf if bounded else best_seconds - busy - added
-                dispatch = base_dispatch if degree == 0 else dispatch_seconds(tried, loads, topology, cost, enough)
-                seconds = busy + added + dispatch
-                uneven = max(busy / mean, max_imbalance) if bounded and mean > 0 else 0.0
-                if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and seconds < best_seconds):
-                    best_seconds, best_uneven = seconds, uneven
-                    copy_into(tried, best)
+                even_quota_into(base, loads, topology)
+                base_busy = busy_seconds(base, loads, topology, cost)
+                mean = (base_busy * topology.rate_D).sum() / topology.rate_D.sum()
+                sends = np.inf if bounded or best_seconds == np.inf else 4.0 * (best_seconds - fixed - mean)
+                base_dispatch = dispatch_seconds(base, loads, topology, cost, sends)
+                for degree in range(spills.shape[1]):
+                    if degree > 0:
+                        if base_dispatch >= sends:  # spilling would have to spare most of it
+                            break
+                        slack, across = min(abs(spills[r, degree]), max_imbalance), spills[r, degree] > 0
+                        if slack == 0 or (single and not across):
+                            continue
+                        if base_busy.max() <= slack * mean or (not bounded and slack * mean * 0.9 + fixed >= best_seconds):
+                            continue
+                        copy_into(base, trial)
+                        spill(owner, base_busy, room, slack, across, topology, trial)
+                    tried = base if degree == 0 else trial
+                    busy = base_busy.max() if degree == 0 else busy_seconds(tried, loads, topology, cost).max()
+                    if busy + fixed > best_seconds and not bounded:
+                        continue
+                    added = fixed if degree == 0 else replica_seconds(owner, tried, resident, topology, cost)
+                    if busy + added > best_seconds and not bounded:
+                        continue
+                    enough = np.inf if bounded else best_seconds - busy - added
+                    dispatch = base_dispatch if degree == 0 else dispatch_seconds(tried, loads, topology, cost, enough)
+                    seconds = busy + added + dispatch
+                    uneven = max(busy / mean, max_imbalance) if bounded and mean > 0 else 0.0
+                    # Other loads than those predicted leave tokens where they are, if everything is everywhere.
+                    faster = seconds < best_seconds or (seconds == best_seconds and tried.count_E.min() == ranks)
+                    if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and faster):
+                        best_seconds, best_uneven = seconds, uneven
+                        copy_into(tried, best)
         for e in range(len(owner)):
             for c in range(best.count_E[e]):
                 d = best.rank_EC[e, c]

@@ -35,6 +35,7 @@ class TopologyNumbers(NamedTuple):
     uplink_N: np.ndarray
     near_latency: float
     far_latency: float
+    exchange_latency: float
     slowdown: float
 
 
@@ -74,6 +75,7 @@ def topology_numbers(topology: Topology) -> TopologyNumbers:
         np.asarray(topology.uplink_bandwidth, dtype=np.float64),
         float(topology.intra_node.latency),
         float(topology.inter_node.latency),
+        float(topology.exchange_latency),
         float(topology.overlap_slowdown),
     )
 
@@ -175,7 +177,9 @@ def dispatch_seconds(replicas: Replicas, loads: LayerLoads, topology: TopologyNu
     near_in, far_in, kept = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
     sent, served = np.empty(nodes), np.empty(nodes)
     far_share = np.zeros((nodes, experts))
+    everywhere = True
     for e in range(experts):
+        everywhere = everywhere and replicas.count_E[e] == ranks
         for n in range(nodes):
             sent[n] = loads.tokens_NE[n, e]
             served[n] = 0.0
@@ -203,6 +207,8 @@ def dispatch_seconds(replicas: Replicas, loads: LayerLoads, topology: TopologyNu
         latency = DISPATCH_COLLECTIVES * topology.far_latency
     elif near_sum > LEAST_TRAFFIC:
         latency = DISPATCH_COLLECTIVES * topology.near_latency
+    elif not everywhere and loads.load_D.sum() > 0:
+        latency = DISPATCH_COLLECTIVES * topology.exchange_latency
     all_tokens = loads.load_D.sum() / k
     all_rows, all_choices = 0.0, 0.0
     for d in range(ranks):

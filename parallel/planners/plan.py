@@ -7,10 +7,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hecate.errors import UserError
 from hecate.parallel.cost_model import LayerCost, LayerSeconds, layer_seconds
 from hecate.parallel.flows import even_quota
 from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Topology
+
+
+def check_loads(loads: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Loads are choices, [..., source ranks, experts].
+
+    Raises:
+        UserError: they are of another shape, negative or not finite.
+    """
+    if loads.shape != shape:
+        raise UserError(f"loads must be [..., source ranks, experts] of shape {shape}, got {loads.shape}")
+    if loads.size and not (loads.min() >= 0 and loads.max() < np.inf):  # neither holds of NaN
+        raise UserError(f"loads must be finite and >= 0, got numbers from {loads.min()} to {loads.max()}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +31,9 @@ class PlanInput:
     """Everything a plan depends on. The same on every rank, so that the plan is, too, without a message.
 
     Shapes: L layers, E experts, S = D ranks as sources and as destinations.
+
+    Raises:
+        UserError: loads or slots are of another shape, negative or not finite.
     """
 
     owner_LE: np.ndarray
@@ -32,6 +48,13 @@ class PlanInput:
     """bool [layers, experts, ranks]: frozen parts that are there already; None: only the owners'"""
     max_imbalance: float | None = None
     """largest over mean expert compute of the ranks that a plan keeps to, where its planner can; None: whatever is fastest"""
+
+    def __post_init__(self) -> None:
+        layers, experts = self.owner_LE.shape
+        if self.slots_D.shape != (self.world_size,) or self.slots_D.min() < 0:
+            raise UserError(f"slots_D must be {self.world_size} numbers >= 0, one a device, got {self.slots_D}")
+        if self.loads_LSE is not None:
+            check_loads(self.loads_LSE, (layers, self.world_size, experts))
 
     @property
     def num_layers(self) -> int:

@@ -51,8 +51,9 @@ def frozen(layer: int, expert: int) -> Tensor:
 
 def family(kind: str, layer: int) -> ExpertFamily:
     named = {"layer": layer, "num_experts": EXPERTS, "seed": SEED, "master_dtype": torch.float64, "compute_dtype": torch.float64}
+    named["device"] = torch.device("cpu")
     if kind == "full":
-        return FullExperts(SHAPE, device=torch.device("cpu"), **named)  # type: ignore[arg-type]
+        return FullExperts(SHAPE, **named)  # type: ignore[arg-type]
     lora, projections = LoraShape(rank=2, scale=0.7, dropout=DROPOUT), ("gate_proj", "down_proj")
     return FrozenMoeLora(SHAPE, lambda expert: frozen(layer, expert), lora, projections, **named)  # type: ignore[arg-type]
 

@@ -30,6 +30,9 @@ class Case:
     slots: int = 4
     projections: tuple[str, ...] = PROJECTIONS
     activation: str = "silu"
+    rank: int = 3
+    spread: float = 1.0
+    """standard deviation of all values"""
     dropout: float = 0.0
     absent: tuple[int, ...] = ()
     """slots that no pair goes to"""
@@ -58,7 +61,7 @@ class Inputs:
         self.named = {"x": self.normal(case.tokens, case.hidden), "weight": self.normal(case.tokens, case.k, dtype=self.master)}
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = True) -> torch.Tensor:
-        value = torch.randn(*shape, generator=self.random, dtype=torch.float64).to(dtype or self.case.dtype)
+        value = (self.case.spread * torch.randn(*shape, generator=self.random, dtype=torch.float64)).to(dtype or self.case.dtype)
         return value.to(self._compute_in or value.dtype).requires_grad_(grad)
 
     def results(self, y: torch.Tensor) -> Results:
@@ -78,9 +81,9 @@ def lora(function: Any, case: Case, compute_in: torch.dtype | None = None) -> Re
     frozen = [given.normal(given.shape.numel, grad=False) for _ in range(case.slots)]
     loras = {}
     for name in case.projections:
-        wide, narrow = (case.ffn, case.hidden) if name == "down_proj" else (case.hidden, case.ffn)
-        a = given.named[f"{name}.A"] = given.normal(case.slots, 3, wide, dtype=given.master)
-        b = given.named[f"{name}.B"] = given.normal(case.slots, narrow, 3, dtype=given.master)
+        wide, narrow = (case.ffn, case.hidden) if name == "down_proj" else (case.hidden, case.ffn * (1 + (name == "gate_up_proj")))
+        a = given.named[f"{name}.A"] = given.normal(case.slots, case.rank, wide, dtype=given.master)
+        b = given.named[f"{name}.B"] = given.normal(case.slots, narrow, case.rank, dtype=given.master)
         loras[name] = Lora(a, b, 0.5 + 0.25 * len(name))
     y = function(
         given.named["x"],
@@ -116,6 +119,7 @@ CASES = {
 }
 LORA_CASES = {
     "gate only": Case(projections=("gate_proj",)),
+    "gate and up as one": Case(projections=("gate_up_proj", "down_proj"), dropout=0.3, absent=(1,)),
     "down only": Case(projections=("down_proj",)),
     "no gate": Case(projections=("up_proj", "down_proj")),
     "no down": Case(projections=("gate_proj", "up_proj")),

@@ -138,6 +138,24 @@ def test_ranks_of_a_node_need_not_be_adjacent() -> None:
     assert (near["dispatch"], far["dispatch"]) == pytest.approx((4 * 0.6, 4 * 6.0))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "where", "tokens", "waits"),
+    [
+        ((0, 0), [[1, 1]], [[5, 5]], 0.0),  # everything everywhere: nobody need be asked
+        ((0, 0), [[1, 1], [1, 0]], [[5, 5], [2, 0]], 8 * 0.5),  # every choice stays, but the others cannot know that
+        ((0, 0), [[1, 1], [1, 0]], [[0, 0], [0, 0]], 0.0),  # without tokens nothing happens
+        ((0, 1), [[1, 1], [1, 0]], [[5, 5], [2, 0]], 8 * 3.0),
+        ((0, 0, 1), [[1, 1, 1], [1, 0, 0]], [[5, 5, 5], [2, 0, 0]], 8 * 0.5),
+        ((0,), [[1], [1]], [[5], [5]], 0.0),
+    ],
+)
+def test_asking_costs_latency_though_no_token_leaves(
+    nodes: tuple[int, ...], where: list[list[int]], tokens: list[list[float]], waits: float
+) -> None:
+    given_ = topology(nodes, near=Link(1.0, 0.5), far=Link(1.0, 3.0))
+    assert seconds(given_, ROW, owner=[0] * len(where), where=where, tokens=tokens)["dispatch"] == pytest.approx(waits)
+
+
 def test_an_exchange_inside_the_nodes_does_not_pay_the_latency_between_them() -> None:
     """Thirds, which no float64 holds: ranks 0 and 4 have a choice, three other ranks of their nodes serve it."""
     machines = topology((0, 0, 0, 0, 1, 1, 1, 1), near=Link(FAST, 0.5), far=Link(FAST, 100.0))

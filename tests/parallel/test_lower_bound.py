@@ -126,6 +126,49 @@ def test_slots_limit_what_is_shared() -> None:
     assert lower_bound(given_, 0) == pytest.approx(20.0, rel=1e-5)
 
 
+@pytest.mark.parametrize(("nodes", "source"), [((0, 0), 1), ((0, 0), 0), ((0, 1), 0)])
+def test_a_rank_serves_what_its_slots_hold(nodes: tuple[int, int], source: int) -> None:
+    # Replicas and rows are free, but rank 1, ten times as fast, has room for one of rank 0's two experts: the other takes 10 s at home.
+    # Tokens are on rank 1, or come there from its node, or from the other one.
+    loads = np.zeros((2, 2))
+    loads[source] = 10.0
+    given_ = plan_input(loads.tolist(), work(1.0), owner=[0, 0], slots=1, nodes=nodes, rates=(1.0, 10.0))
+    assert lower_bound(given_, 0) == pytest.approx(10.0, rel=5e-3)
+    assert lower_bound(replace(given_, slots_D=np.array([2, 2])), 0) == pytest.approx(20 / 11, rel=5e-3)
+
+
+def test_a_rank_without_a_slot_serves_nothing_from_afar() -> None:
+    # The copy is free, but only slow rank 1 of the other node may have it: 5 s on it and on the owner. Rank 2 is a hundred times as fast.
+    given_ = plan_input([[10.0], [0.0], [0.0]], work(1.0), owner=[0], slots=0, nodes=(0, 1, 1), rates=(1.0, 1.0, 100.0))
+    assert lower_bound(replace(given_, slots_D=np.array([0, 1, 0])), 0) == pytest.approx(5.0, rel=5e-3)
+
+
+def test_experts_of_one_owner_share_its_copies() -> None:
+    # Rank 0 owns two experts of 10 choices. R copies leave 20 / (R + 1) s to each rank, and its port sends and gets back R bytes: of 20,
+    # 10 + 2, 20/3 + 4, 5 + 6 s two copies are best. Each expert alone would be content with half a copy here and half a copy there.
+    given_ = plan_input([[2.5, 2.5]] * 4, work(1.0, trainable_bytes=1.0), owner=[0, 0], slots=1)
+    assert lower_bound(given_, 0) == pytest.approx(20 / 3 + 4, rel=5e-3)
+
+
+def test_only_a_rank_with_a_copy_leads() -> None:
+    # Rank 1, with the slow NIC, has the only slot: 40 s on both, and the copy crosses in 8 s each way, whatever NIC its neighbour has.
+    # The bound falls short, for it counts on the neighbour's computing in part.
+    given_ = plan_input([[80.0], [0.0], [0.0]], work(1.0, trainable_bytes=1.0), owner=[0], slots=0, nodes=(0, 1, 1))
+    given_ = replace(given_, topology=replace(given_.topology, nic_bandwidth=(FAST, SLOW, FAST), uplink_bandwidth=(FAST, FAST)))
+    assert 52.0 <= lower_bound(replace(given_, slots_D=np.array([0, 1, 0])), 0) <= 56.0
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.parametrize("far", [False, True])
+def test_rows_pass_the_ports_of_both_ends(slow: int, far: bool) -> None:
+    # 10 tokens of a tenth of a byte from rank 1 to rank 0, four times, 8 s each time through whichever port is slow; the work takes 10 s.
+    given_ = plan_input([[0.0], [10.0]], work(1.0, row_bytes=0.1), owner=[0], slots=0, nodes=(0, int(far)))
+    ports = tuple(SLOW if rank == slow else FAST for rank in range(2))
+    topology = replace(given_.topology, port_bandwidth=(FAST,) * 2, nic_bandwidth=(FAST,) * 2, uplink_bandwidth=(FAST,) * (1 + far))
+    topology = replace(topology, nic_bandwidth=ports) if far else replace(topology, port_bandwidth=ports)
+    assert lower_bound(replace(given_, topology=topology), 0) == pytest.approx(10 + 4 * 8, rel=5e-3)
+
+
 def test_fast_devices_take_more() -> None:
     # Replicas are free: 30 choices on ranks of 1 and 2 FLOP/s take 10 s.
     given_ = plan_input([[15.0], [15.0]], work(1.0), owner=[0], slots=1, rates=(1.0, 2.0))
@@ -165,6 +208,14 @@ def test_latencies_that_nobody_escapes() -> None:
     given_ = plan_input([[1.0], [1.0]], work(1.0), owner=[0], slots=0, intra=Link(1.0, 100.0))
     assert lower_bound(given_, 0) == pytest.approx(2 + 8 * 100, rel=1e-5)
     assert lower_bound(replace(given_, slots_D=np.array([1, 1])), 0) == pytest.approx(1 + 2 * 100, rel=5e-3)
+
+
+def test_tokens_that_stay_wait_unless_everything_is_everywhere() -> None:
+    # Each rank wants its own expert only: they stay in 1 s, and a latency of 10 s is paid eight times; or both experts go everywhere, whose
+    # gather and reduction take 10 + 5 s each. Without slots there is no choice.
+    given_ = plan_input([[1.0, 0.0], [0.0, 1.0]], work(1.0, trainable_bytes=5.0), owner=[0, 1], slots=0, intra=Link(1.0, 10.0))
+    assert lower_bound(given_, 0) == pytest.approx(1 + 8 * 10, rel=5e-3)
+    assert lower_bound(replace(given_, slots_D=np.array([1, 1])), 0) == pytest.approx(1 + 2 * 15, rel=5e-3)
 
 
 def test_latencies_between_nodes_and_inside_them() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import combinations_with_replacement, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.flows import even_quota
 from hecate.parallel.lower_bound import lower_bound
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
@@ -177,7 +178,8 @@ def best_by_brute_force(given_: PlanInput) -> float:
         parts = Plan(given_.owner_LE, where_ED[None]).seconds(given_)  # of which exposed and optimizer know no quotas
         other = float(parts.exposed[0] + parts.optimizer[0])
         if (where_ED | (tokens_ED == 0)).all():
-            least = min(least, other + float((tokens_ED.sum(0) * work_D).max()))
+            asks = 0.0 if where_ED.all() else 8 * topology.intra_node.latency
+            least = min(least, other + asks + float((tokens_ED.sum(0) * work_D).max()))
         # x: local [E, D], remote [E, D], compute, dispatch
         size = experts * ranks
         local, remote = np.arange(size).reshape(experts, ranks), size + np.arange(size).reshape(experts, ranks)
@@ -216,3 +218,42 @@ def small_inputs(draw: st.DrawFn) -> PlanInput:
 def test_it_is_near_the_best_plan_of_few(given_: PlanInput) -> None:
     best, bound = best_by_brute_force(given_), lower_bound(given_, 0)
     assert best / 1.25 <= bound <= best * (1 + ROUNDING)
+
+
+PARTS = 4
+"""into which an expert's choices are cut"""
+
+
+def every_plan(given_: PlanInput) -> Plan:
+    """A layer for each plan: every placement within the slots; choices where they are as far as may be, or in quarters in every way."""
+    owned_ED, tokens_ED = given_.owned_LED[0], given_.tokens_LED[0]
+    experts, ranks = owned_ED.shape
+    choices: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    for e in range(experts):
+        mine = []
+        for others in product([False, True], repeat=ranks - 1):
+            where_D = np.insert(np.array(others, dtype=bool), given_.owner_LE[0, e], True)
+            mine.append((where_D, even_quota(where_D[None], tokens_ED[[e]], given_.topology)[0]))
+            for ranks_of_parts in combinations_with_replacement(np.flatnonzero(where_D), PARTS):
+                parts_D = np.bincount(np.array(ranks_of_parts), minlength=ranks)
+                mine.append((where_D, parts_D * tokens_ED[e].sum() / PARTS))
+        choices.append(mine)
+    plans = list(product(*choices))
+    where_LED = np.array([[where_D for where_D, _ in plan] for plan in plans])
+    quota_LED = np.array([[quota_D for _, quota_D in plan] for plan in plans])
+    fits_L = ((where_LED & ~owned_ED).sum(1) <= given_.slots_D).all(1)
+    return Plan(np.repeat(given_.owner_LE, fits_L.sum(), 0), where_LED[fits_L], quota_LED[fits_L])
+
+
+@st.composite
+def tiny_inputs(draw: st.DrawFn) -> PlanInput:
+    return draw(inputs().filter(lambda g: g.world_size in (2, 3) and g.num_experts <= 2 and g.topology.num_nodes > 1))
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
+@given(tiny_inputs())
+def test_it_is_near_the_best_of_all_plans_over_several_nodes(given_: PlanInput) -> None:
+    plan = every_plan(given_)
+    best = float(plan.seconds(copies(given_, len(plan.where_LED))).total.min())
+    bound = lower_bound(given_, 0)
+    assert best / 1.5 <= bound <= best * (1 + ROUNDING)

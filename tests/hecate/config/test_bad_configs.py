@@ -50,7 +50,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"lora": None, "moe": ""}, "moe", "is a section"),
     ({"lora": "{target_modules: q_proj}"}, "lora.target_modules", "must be a list, got q_proj"),
     ({"moe": "{num_experts: [2, x]}"}, "moe.num_experts[1]", "must be an integer, got x"),
-    ({"moe": "{num_experts: lots}"}, "moe.num_experts", "must be an integer or a list, got lots"),
+    ({"moe": "{num_experts: lots}"}, "moe.num_experts", "must be an integer or a list or null, got lots"),
     ({"data": "{train: [[a.jsonl]]}"}, "data.train[0]", "must be a path or a mapping, got a list"),
     ({"data": "{train: a.jsonl, eval: null}"}, "data.eval", "must be a list"),
     # YAML 1.1
@@ -103,7 +103,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type", "did you mean cosine?"),
     ({"fssdp": "{policy: fastmoe}"}, "fssdp.policy", "must be one of static_ep, full, fastermoe,"),
     ({"fssdp": "{max_imbalance: 0.9}"}, "fssdp.max_imbalance", "must be >= 1"),
-    ({"moe": "{family: smora}"}, "moe.family", "must be mixlora (the only choice), got smora"),
+    ({"moe": "{family: smora}"}, "moe.family", "must be one of mixlora, full, moe_lora, got smora"),
     ({"model": "{name_or_path: model, dtype: float16}"}, "model.dtype", "float32, bfloat16, float64, got float16"),
     ({"data": "{train: {path: a.jsonl, format: csv}}"}, "data.train[0].format", "alpaca, sharegpt, text, got csv"),
     ({"fssdp": "{plan: true_loads}"}, "fssdp.plan", "must be one of history, calibrated, exact"),

@@ -105,8 +105,9 @@ def test_hash_is_stable() -> None:
         '"lora":{"alpha":32.0,"dropout":0.05,"r":16,'
         '"target_modules":["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"],"use_rslora":false},'
         '"lr_scheduler_type":"cosine","max_grad_norm":1.0,"max_steps":1,"micro_batch_size":1,'
-        '"model":{"dtype":"auto","name_or_path":"m","num_hidden_layers":null},'
-        '"moe":{"family":"mixlora","num_experts":8,"router_aux_loss_coef":0.001,"top_k":2},'
+        '"model":{"dtype":"auto","front_end":"transformers","name_or_path":"m","num_hidden_layers":null,'
+        '"tokenizer":null,"train_non_experts":false},'
+        '"moe":{"family":"mixlora","num_experts":null,"router_aux_loss_coef":0.001,"top_k":null,"train_router":false,"upcycle_noise":0.01},'
         '"seed":0,"warmup_ratio":0.0,"weight_decay":0.0}'
     )
     assert config_hash(config) == hashlib.sha256(text.encode()).hexdigest()

@@ -77,14 +77,13 @@ def test_only_the_rule_of_number_sequences_is_not_in_the_prompt() -> None:
     assert TASKS.keys() - SOLVERS.keys() == {"number_sequence"}
 
 
-def test_small_spaces_hold_out_a_quarter_and_say_so(tmp_path: Path, caplog: Any) -> None:
+def test_small_spaces_hold_out_a_quarter_and_say_so(tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
     (task,) = write_tasks(tmp_path, ["products"], train_size=500, eval_size=100, seed=0)
     # 10 x 10 digits.
-    assert (task.train_samples, task.eval_samples) == (75, 25)
-    assert "products has only 100 different prompts" in caplog.text
+    assert (task.train_samples, task.eval_samples, task.exhausted) == (75, 25, True)
     (task,) = write_tasks(tmp_path, ["products"], train_size=70, eval_size=20, seed=0)
-    assert (task.train_samples, task.eval_samples) == (70, 20)
+    assert (task.train_samples, task.eval_samples, task.exhausted) == (70, 20, False)
 
 
 def test_same_seed_same_files_and_more_training_leaves_the_held_out(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def test_a_frozen_moe_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, "mixtral", num_local_experts=2)
     with pytest.raises(UserError) as caught:
         read_base_shape(tmp_path / "model")
-    assert "unsupported architecture" in str(caught.value)
+    assert "has experts already" in str(caught.value)
+    assert "moe.family=moe_lora" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 8
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 
 from hecate.cli import app
 from hecate.errors import UserError
+from hecate.forecast.cases import Options, synthetic_cases
+from hecate.forecast.simulate import _run
 from tests.hecate.forecast.making import CONFIG, write_model
 
 SMALL = ("--topology", "two-cpu-ranks", "--tokens", "64", "--steps", "2", "--policy", "static_ep,full", "--model")
@@ -48,6 +51,30 @@ def test_simulate_a_sweep(model: str, tmp_path: Path) -> None:
     arguments = ["simulate", "--sweep", str(tmp_path / "sweep.yaml"), "--json", str(tmp_path / "rows.json")]
     assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
     assert [row["workload"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["zipf", "burst"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_simulate_shows_that_it_lives(model: str, live: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal one line that tells case and policy and is gone at the end; elsewhere a line a case."""
+    shown = Terminal() if live else io.StringIO()
+    monkeypatch.setattr("sys.stderr", shown)
+    options = Options(policies=("static_ep", "full"), steps=2)
+    _run(synthetic_cases("two-cpu-ranks", model, ["zipf", "burst"], 8), options, None, None)
+    cases = ["1/2 small on two-cpu-ranks, zipf", "2/2 small on two-cpu-ranks, burst"]
+    if live:
+        assert [line.removeprefix("\x1b[K") for line in shown.getvalue().split("\r")] == [
+            "",
+            *(f"{case}: {policy}" for case in cases for policy in ("static_ep", "full")),
+            "",
+        ]
+    else:
+        assert shown.getvalue().splitlines() == cases
+    assert "Speed-up" in capsys.readouterr().out
 
 
 def test_what_simulate_refuses(model: str) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from hecate.errors import UserError
 from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
-from hecate.forecast.plan import run_plan
+from hecate.forecast.plan import _policy_tables, run_plan
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.topology import Link, Topology
 from tests.hecate.forecast.making import config_for, slow_node, write_model
@@ -126,6 +128,33 @@ def test_json_and_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert set(first["memory"]) == {"forward", "backward", "optimizer"}
     assert all(len(by_rank) == 2 for parts in first["memory"].values() for by_rank in parts.values())
     assert first["step_seconds"] == pytest.approx(sum(first["seconds"].values()))
+
+
+@pytest.mark.parametrize("width", [60, 80, 300])
+def test_no_heading_is_cut_off(folder: Path, width: int) -> None:
+    found = dry_run(folder)
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    for table in _policy_tables(found, width):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    for name in ("policy", "ms", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB", "static_ep"):
+        assert any(name in line for line in shown.splitlines()), name
+    assert (shown.count("policy ") > 1) == (width < 300)
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_an_expert_larger_than_any_memory_is_planned_and_marked(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One device of a kilobyte: there is a plan, and it says that it does not fit."""
+    place = tmp_path / "tiny.yaml"
+    place.write_text("nodes: [{devices: 1, flops: 1.0e+9, memory: 1.0e+3}]\nintra_node: {bandwidth: 1.0e+9, latency: 0}")
+    run_plan(config_for(folder), topology=str(place), ranks=None, workload="zipf", json_path=None)
+    shown = capsys.readouterr().out
+    assert "does not fit: the device has 0" in shown
+    assert "auto*" in shown
+    place.write_text("nodes: [{devices: 1, flops: 1.0e+9, memory: 1.0e+3}]\nintra_node: {bandwidth: 0, latency: 0}")
+    with pytest.raises(UserError, match=r"tiny\.yaml: intra_node\.bandwidth: must be finite and positive, got 0"):
+        run_plan(config_for(folder), topology=str(place), ranks=None, workload="zipf", json_path=None)
 
 
 def test_an_unknown_workload_lists_what_exists(folder: Path) -> None:

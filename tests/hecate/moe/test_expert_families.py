@@ -27,7 +27,8 @@ def frozen_moe(dtype: torch.dtype = torch.bfloat16) -> FrozenMoeLora:
         return torch.full((SHAPE.numel,), float(expert), dtype=torch.bfloat16)
 
     lora, projections = LoraShape(rank=2, scale=0.5, dropout=0.0), ("gate_proj", "down_proj")
-    return FrozenMoeLora(SHAPE, weights, lora, projections, layer=0, num_experts=4, seed=3, master_dtype=torch.float32, compute_dtype=dtype)
+    named = {"layer": 0, "num_experts": 4, "seed": 3, "device": torch.device("cpu")}
+    return FrozenMoeLora(SHAPE, weights, lora, projections, master_dtype=torch.float32, compute_dtype=dtype, **named)  # type: ignore[arg-type]
 
 
 def test_layouts() -> None:

@@ -1,0 +1,56 @@
+"""One MixLoRA layer on one core, forward and backward: ours beside the naive loop over experts (`benchmarks.moe_layer --kernels`).
+
+Both have the allocator's settings that our launcher gives ranks; without them fresh memory is a third of the time.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.kernel_cases import TOLERANCE, Layer, LayerShape, errors, expected, make_inputs
+from hecate.kernels.mixlora import mixlora_ffn
+from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+
+SHAPE = LayerShape("cpu", hidden=512, ffn=1024, rank=8, experts=8, k=2, tokens=4096)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def rows(samples: int) -> list[dict[str, Any]]:
+    """Naive and ours alternate, `samples` times after a warm-up, in each type. Raises RuntimeError if either is wrong."""
+    assert torch.get_num_threads() == 1, torch.get_num_threads()
+    found = []
+    for dtype in DTYPES:
+        inputs = make_inputs(SHAPE, torch.device("cpu"), dtype)
+        operands = (inputs.x_TD, inputs.slot_TK, inputs.weight_TK, inputs.base, dict(inputs.loras))
+        functions = {"naive": mixlora_ffn_reference, "ours": mixlora_ffn}
+        layers = {name: Layer(functools.partial(function, *operands), inputs.leaves()) for name, function in functions.items()}
+        wanted = expected(inputs)
+        for name, layer in layers.items():
+            off = {result: error for result, error in errors(layer.results(inputs.dy_TD), wanted).items() if not error <= TOLERANCE}
+            if off:
+                raise RuntimeError(f"{name} in {dtype} is wrong, so nothing is timed: {off}")
+        times: dict[str, list[float]] = {name: [] for name in layers}
+        for _ in range(samples):
+            for name, layer in layers.items():
+                start = time.perf_counter()
+                layer.step(inputs.dy_TD)
+                times[name].append(1e3 * (time.perf_counter() - start))
+        kind = str(dtype).removeprefix("torch.")
+        found += [
+            {"dtype": kind, "provider": name, "ms_median": statistics.median(ms), "ms_min": min(ms), "ms_all": ms}
+            for name, ms in times.items()
+        ]
+    return found
+
+
+def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How much longer the naive loop takes, by type and at least."""
+    median = {(row["dtype"], row["provider"]): row["ms_median"] for row in rows}
+    ratios = {f"cpu_naive_over_ours_{dtype}": median[dtype, "naive"] / ms for (dtype, provider), ms in median.items() if provider == "ours"}
+    return {"cpu_naive_over_ours": min(ratios.values()), **ratios}

@@ -1,0 +1,49 @@
+"""Times on a GPU, by its own clock, and the two ceilings that any layer is under."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+WARM_UP = 3
+
+
+def alternate(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each step in each round; in a round every step runs once, so that all see the same clocks and temperatures.
+
+    A step's work is enqueued behind some milliseconds of other work, so that the host is never what is timed: what a layer costs in a model
+    whose other layers keep the GPU busy.
+    """
+    for _ in range(WARM_UP):
+        for step in steps.values():
+            step()
+    ahead = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            for _ in range(20):
+                ahead.add_(1)
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return times
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by copies of 2 GiB inside the GPU's memory; the best of several."""
+    source = torch.empty(1 << 31, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    ms = min(alternate({"copy": lambda: target.copy_(source)}, rounds=10)["copy"])
+    return 2 * source.numel() / ms * 1e3
+
+
+def matmul_rate() -> float:
+    """FLOP/s of 8192 x 8192 x 8192 products of random bfloat16 numbers; the best of several."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    ms = min(alternate({"product": lambda: a @ b}, rounds=10)["product"])
+    return 2 * 8192**3 / ms * 1e3

@@ -1,0 +1,253 @@
+"""One MoE-LoRA layer on a GPU, forward and backward in bfloat16: ours beside what else there is, on one card, in one run.
+
+    python -m benchmarks.peers.wheels                       once, where there is a network
+    python -m benchmarks.kernels --json kernels.json        needs no network; some minutes
+
+First the card's two ceilings. Then, for each shape, what every provider computes is held to the reference in float32, and only if ours is
+right are the clocks looked at. Peers from wheels run in processes of their own, each beside ours, which is timed again there: a peer's
+ratio is one within a process. A peer that cannot run, or is wrong, is a row that says why.
+
+`--determinism`: ours 20 times over, every bit of every result compared. `--check`: the check alone, on small layers; without a GPU under
+TRITON_INTERPRET=1. `cpu_naive_over_ours` in the summary is `python -m benchmarks.moe_layer --kernels`'s, if `--cpu-json` names its result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_timing, kernel_providers
+from benchmarks.kernel_cases import SHAPES, TOLERANCE, Inputs, Layer, LayerShape, errors, expected, make_inputs
+from benchmarks.report import arguments, finish
+from hecate.errors import UserError
+from hecate.kernels.expert_ffn_sorted import lora_expert_ffn_sorted
+from hecate.kernels.mixlora_sorted import mixlora_ffn_sorted
+
+PEERS: Mapping[str, Sequence[str]] = {
+    "moe_peft_layer": ("7B", "1B", "135M"),
+    # Tuning its kernels takes a minute a shape.
+    "scattermoe_layer": ("7B", "fine-grained"),
+}
+"""Peers from wheels, by their module in `benchmarks.peers`, and the shapes each is timed at."""
+NOT_RELEASED = {"axolotl_mixlora": "in no released wheel: axolotl-ai-cloud/axolotl pull request 3535 is open"}
+PEER_SECONDS = 150
+RUNS = 20
+"""of `--determinism`"""
+
+
+def ours(inputs: Inputs, compiled: bool = False) -> Layer:
+    """Our layer over these inputs, as a trainer on a GPU calls it."""
+    leaves = inputs.leaves()
+    if inputs.base is not None:
+        forward = functools.partial(mixlora_ffn_sorted, inputs.x_TD, inputs.slot_TK, inputs.weight_TK, inputs.base, dict(inputs.loras))
+    else:
+        assert inputs.frozen_EC is not None
+        frozen = list(inputs.frozen_EC)
+        forward = functools.partial(
+            lora_expert_ffn_sorted, inputs.x_TD, inputs.slot_TK, inputs.weight_TK, frozen, dict(inputs.loras), inputs.ffn_shape
+        )
+    return Layer(forward, leaves)
+
+
+def providers(shape: LayerShape) -> dict[str, kernel_providers.Provider]:
+    """Those that need nothing but torch."""
+    stock = {"stock_torch": kernel_providers.stock_torch} if shape.shared_base else {}
+    return {"ours": ours, "frozen_ffn": kernel_providers.frozen_ffn, **stock, "grouped_mm": kernel_providers.grouped_mm}
+
+
+def checked(inputs: Inputs, layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Why each layer is wrong; empty if it is right. A layer that raises is one that is wrong. Clears what the check held of memory."""
+    wanted = expected(inputs)
+    verdicts = {}
+    for name, layer in layers.items():
+        try:
+            found = {} if name == "frozen_ffn" else errors(layer.results(inputs.dy_TD), wanted)
+            verdicts[name] = "".join(f"{result} is off by {error:.2g}; " for result, error in found.items() if not error <= TOLERANCE)
+        except Exception as error:  # noqa: BLE001 (others' code may raise anything, and must not take the rest with it)
+            verdicts[name] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    del wanted
+    gc.collect()
+    return verdicts
+
+
+def compare(inputs: Inputs, rounds: int, compiled: bool = True) -> list[dict[str, Any]]:
+    """Rows of the providers that need nothing but torch, compiled by it or not. Raises RuntimeError if ours is wrong."""
+    shape = inputs.shape
+    layers = {name: provider(inputs, compiled) for name, provider in providers(shape).items()}
+    verdicts = checked(inputs, layers)
+    if verdicts["ours"]:
+        raise RuntimeError(f"shape {shape.name}: ours is wrong, so nothing is timed: {verdicts['ours']}")
+    right = {name: layer for name, layer in layers.items() if not verdicts[name]}
+    times = gpu_timing.alternate({name: functools.partial(layer.step, inputs.dy_TD) for name, layer in right.items()}, rounds)
+    return [row(shape, name, times.get(name, []), verdicts[name]) for name in layers]
+
+
+def compare_peer(module: str, inputs: Inputs, rounds: int) -> dict[str, Any]:
+    """Of one peer beside ours, in a process that has nothing else to do: their times, or why there are none."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            layer = importlib.import_module(f"benchmarks.peers.{module}").make(inputs, Path(folder))
+        except Exception as error:  # noqa: BLE001 (whatever keeps a peer from running is the row's reason)
+            return {"reason": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+        layers = {"ours": ours(inputs), module: layer}
+        verdicts = checked(inputs, layers)
+        if any(verdicts.values()):
+            return {"reason": "; ".join(f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict)}
+        return gpu_timing.alternate({name: functools.partial(each.step, inputs.dy_TD) for name, each in layers.items()}, rounds)
+
+
+def peer_rows(module: str, shape: LayerShape, rounds: int) -> list[dict[str, Any]]:
+    """`compare_peer` in a process of its own, as rows: the peer's, and ours as timed beside it."""
+    command = [sys.executable, "-m", "benchmarks.kernels", "--peer", module, "--shape", shape.name, "--rounds", str(rounds)]
+    name = module.removesuffix("_layer")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PEER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [row(shape, name, [], f"not through after {PEER_SECONDS} s")]
+    if done.returncode:
+        return [row(shape, name, [], f"exit {done.returncode}: {done.stderr.strip()[-300:]}")]
+    result = json.loads(done.stdout.splitlines()[-1])
+    if "reason" in result:
+        return [row(shape, name, [], result["reason"])]
+    return [row(shape, name, result[module], ""), row(shape, f"ours, beside {name}", result["ours"], "")]
+
+
+def row(shape: LayerShape, provider: str, ms_all: list[float], reason: str) -> dict[str, Any]:
+    median = statistics.median(ms_all) if ms_all else None
+    return {
+        "shape": shape.name,
+        "provider": provider,
+        "ms_median": median,
+        "ms_min": min(ms_all, default=None),
+        "ms_all": ms_all,
+        "why_not": reason,
+    }
+
+
+def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Ratios of medians; those that nothing was measured for are left out."""
+    median = {(row["shape"], row["provider"]): row["ms_median"] for row in rows if row["ms_median"]}
+
+    def ratios(provider: str, over: str) -> list[float]:
+        return [
+            median[shape, provider] / median[shape, over]
+            for shape in {key[0] for key in median}
+            if {(shape, provider), (shape, over)} <= median.keys()
+        ]
+
+    found = {
+        "over_frozen_ffn_worst": max(ratios("ours", "frozen_ffn"), default=None),
+        "stock_torch_over_ours_min": min(ratios("stock_torch", "ours"), default=None),
+        "grouped_mm_over_ours_min": min(ratios("grouped_mm", "ours"), default=None),
+        "moe_peft_over_ours_min": min(ratios("moe_peft", "ours, beside moe_peft"), default=None),
+        "scattermoe_over_ours_min": min(ratios("scattermoe", "ours, beside scattermoe"), default=None),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def differing_runs(layer: Layer, dy_TD: torch.Tensor, runs: int = RUNS) -> list[str]:
+    """Results whose bits are not the same in each of `runs` runs."""
+    first = {name: value.clone() for name, value in layer.results(dy_TD).items()}
+    differing = set()
+    for _ in range(runs - 1):
+        differing |= {name for name, value in layer.results(dy_TD).items() if not torch.equal(value, first[name])}
+    return sorted(differing)
+
+
+def check_small(device: torch.device) -> dict[str, dict[str, str]]:
+    """`checked` of small layers of both kinds, nothing compiled by torch; by shape."""
+    small = dataclasses.replace(SHAPES[0], name="small", hidden=64, ffn=96, rank=8, experts=4, tokens=48)
+    verdicts = {}
+    for shape in (small, dataclasses.replace(small, name="small, own weights", k=3, shared_base=False)):
+        inputs = make_inputs(shape, device, torch.float32)
+        verdicts[shape.name] = checked(inputs, {name: provider(inputs, False) for name, provider in providers(shape).items()})
+    return verdicts
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--determinism", action="store_true", help=f"instead of times: {RUNS} runs of ours, bit for bit")
+    parser.add_argument("--check", action="store_true", help="instead of times: small layers against the reference; needs no GPU")
+    parser.add_argument("--shape", action="append", choices=[shape.name for shape in SHAPES], help="only this one; may be repeated")
+    parser.add_argument("--cpu-json", type=Path, help="the result of benchmarks.moe_layer --kernels")
+    parser.add_argument("--peer", choices=list(PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    rounds = options.rounds or (5 if options.quick else 20)
+    shapes = [shape for shape in SHAPES if options.shape is None or shape.name in options.shape]
+    if options.check:
+        _check()
+    elif not torch.cuda.is_available():
+        raise SystemExit(
+            "benchmarks.kernels: no GPU here. `--check` runs without one; `python -m benchmarks.moe_layer --kernels` times the CPU path"
+        )
+    elif options.peer:
+        print(json.dumps(compare_peer(options.peer, make_inputs(shapes[0], torch.device("cuda")), rounds)))
+    elif options.determinism:
+        _determinism(shapes)
+    else:
+        _measure(shapes, rounds, options)
+
+
+def _check() -> None:
+    on_gpu = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("benchmarks.kernels --check: no GPU here; TRITON_INTERPRET=1 lets triton's interpreter check the kernels")
+    wrong = False
+    for shape, verdicts in check_small(torch.device("cuda" if on_gpu else "cpu")).items():
+        for name, verdict in verdicts.items():
+            print(f"{shape:>20}  {name:>12}  {verdict or 'right'}")
+            wrong |= bool(verdict)
+    raise SystemExit(int(wrong))
+
+
+def _determinism(shapes: Sequence[LayerShape]) -> None:
+    wrong = False
+    for shape in shapes:
+        inputs = make_inputs(shape, torch.device("cuda"))
+        differing = differing_runs(ours(inputs), inputs.dy_TD)
+        print(f"{shape.name:>14}: {RUNS} runs {'differ in ' + ', '.join(differing) if differing else 'are the same in every bit'}")
+        wrong |= bool(differing)
+    raise SystemExit(int(wrong))
+
+
+def _measure(shapes: Sequence[LayerShape], rounds: int, options: argparse.Namespace) -> None:
+    bandwidth, rate = gpu_timing.copy_bandwidth(), gpu_timing.matmul_rate()
+    print(f"{torch.cuda.get_device_name()}: copies at {bandwidth / 1e12:.2f} TB/s, bfloat16 products at {rate / 1e12:.0f} TFLOP/s")
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        rows += compare(make_inputs(shape, torch.device("cuda")), rounds)
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    for module, timed_at in PEERS.items():
+        for shape in shapes:
+            if shape.name in timed_at:
+                rows += peer_rows(module, shape, rounds)
+    rows += [row(shapes[0], name, [], reason) for name, reason in NOT_RELEASED.items()]
+    summary = summary_of(rows)
+    if options.cpu_json:
+        summary["cpu_naive_over_ours"] = json.loads(options.cpu_json.read_text(encoding="utf-8"))["summary"]["cpu_naive_over_ours"]
+    finish("kernels", rows, {**summary, "copy_tb_per_s": bandwidth / 1e12, "matmul_tflops": rate / 1e12}, options.json)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,57 @@
+"""Rules for `model.front_end: megatron`."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hecate.config.model_path import find_model
+from hecate.config.problems import Add, shorten
+from hecate.errors import UserError
+
+
+def check_megatron(values: Mapping[str, Any], add: Add) -> None:
+    """Note what such a run cannot do, and what it lacks."""
+    from hecate.megatron.shape import gpt_shape
+
+    where = "with model.front_end=megatron"
+    if values.get("moe.family") in ("mixlora", "moe_lora"):
+        add("moe.family", f"must be full {where}: nothing of the model is there to be adapted", "")
+    if values.get("model.dtype") == "bfloat16":
+        add("model.dtype", f"must be float32 or float64 {where}: the whole model is stepped in it", "leave it at auto")
+    if values.get("eval.generate"):
+        add("eval.generate", f"is not there {where}", "set it to false; the model folder that a run leaves generates in transformers")
+    experts, top_k = values.get("moe.num_experts"), values.get("moe.top_k")
+    if isinstance(experts, tuple):
+        add("moe.num_experts", f"must be one number {where}: every layer has experts", "")
+        experts = None
+    if "model.name_or_path" in values:
+        try:
+            shape = gpt_shape(values["model.name_or_path"])
+        except UserError as error:
+            what, _, hint = str(error).partition("\n")
+            add("model.name_or_path", what, hint)
+        else:
+            layers = values.get("model.num_hidden_layers")
+            if layers is not None and layers > shape.layers:
+                add("model.num_hidden_layers", f"{layers}, but the model has only {shape.layers}", "")
+            fewest, choices = experts or shape.experts, top_k or shape.top_k
+            if (experts is None or top_k is None) and choices > fewest:
+                add("moe.top_k", f"must be from 1 to {fewest}, the experts of a layer, got {choices}", "")
+    _check_tokenizer(values, add)
+
+
+def _check_tokenizer(values: Mapping[str, Any], add: Add) -> None:
+    if "model.tokenizer" not in values:
+        return
+    name = values["model.tokenizer"]
+    if name is None:
+        add("model.tokenizer", "must be given with model.front_end=megatron", "a tokenizer's folder, or a model to take it from")
+    elif os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "tokenizer.json")):
+            add("model.tokenizer", f"no tokenizer.json in the folder {shorten(name)}", "save a fast tokenizer there")
+    else:
+        try:
+            find_model(name)
+        except UserError as error:
+            what, _, hint = str(error).partition("\n")
+            add("model.tokenizer", what, hint)

@@ -1,0 +1,153 @@
+"""From a configuration to a GPT of Megatron's with our experts in it, and the parts that the trainer drives.
+
+The engine, the router and all that trains them are those of the transformers path; Megatron's are embeddings, attention, norms, head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hecate.config import Config
+from hecate.kernels.expert_ffn_inputs import FfnShape
+from hecate.megatron.imports import quietly
+from hecate.megatron.shape import GptShape, gpt_shape
+from hecate.megatron.tokenizer import tokenizer_of
+from hecate.model.head import chunked_cross_entropy
+from hecate.model.surgery import MoeModel, adapter_dtype, prefetch_during_attention
+from hecate.moe.context import MicroStep
+from hecate.moe.engine import Engine
+from hecate.moe.full_experts import FullExperts
+from hecate.moe.layer import MoeLayer
+from hecate.moe.router import TopKRouter
+from hecate.moe.seeding import generator
+from hecate.parallel.topology import Topology
+from hecate.train.build import BaseModel, engine_config
+from hecate.train.ranks import Ranks
+
+with quietly():
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from hecate.megatron.gpt import INIT_STD, build_gpt, process_groups, transformer_config
+    from hecate.megatron.layer import FssdpMoeLayer
+
+
+@dataclass(frozen=True)
+class MegatronModel(BaseModel):
+    """A model of Megatron's, which begins with experts in it."""
+
+    moe: MoeModel
+    shape: GptShape
+
+
+class GptHead:
+    """A GPTModel taken apart into its decoder and its output projection, as `LanguageModelHead` does with transformers' models."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
+        """[B, S] -> [B, S, D]. Position numbers are not needed: rotary embeddings are relative, and no sample sees another."""
+        model = self._model
+        rotary = model.rotary_pos_emb(input_ids.shape[1])
+        embedded_SBD = model.embedding(input_ids=input_ids, position_ids=position_ids)
+        hidden_SBD = model.decoder(hidden_states=embedded_SBD, attention_mask=attention_mask, rotary_pos_emb=rotary)
+        return hidden_SBD.transpose(0, 1)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, D] -> [N, vocabulary]."""
+        weight = self._model.shared_embedding_or_output_weight()
+        return self._model.output_layer(hidden_ND[:, None], weight=weight)[0].squeeze(1)
+
+    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+        return chunked_cross_entropy(hidden_ND, target_N, self.logits, [self._model.shared_embedding_or_output_weight()])
+
+
+def shape_of(config: Config) -> GptShape:
+    """The configuration's model, with its own numbers of layers, experts and choices."""
+    named, experts = gpt_shape(config.model.name_or_path), config.moe.num_experts
+    assert isinstance(experts, int)
+    layers = config.model.num_hidden_layers or named.layers
+    return replace(named, layers=layers, experts=experts, top_k=config.moe.choices, seq_len=config.data.seq_len)
+
+
+def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = None) -> MegatronModel:
+    """The model from scratch, the same on every rank but for the experts, of which each makes its own. Every rank must call it.
+
+    Raises:
+        UserError: megatron-core or the tokenizer is missing.
+    """
+    shape, tokenizer = shape_of(config), tokenizer_of(config)
+    dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
+    non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len
+    families = {layer: _family(shape, layer, config.seed, dtype, ranks.device) for layer in range(shape.layers)}
+    engine = Engine(dict(families), engine_config(config, ranks, non_moe_flops, topology), ranks.groups)
+    micro_step = MicroStep()
+    layers = {
+        layer: MoeLayer(
+            layer,
+            TopKRouter(
+                shape.hidden, shape.experts, shape.top_k, layer=layer, seed=config.seed, dtype=adapter_dtype(dtype), device=ranks.device
+            ),
+            engine,
+            micro_step,
+        )
+        for layer in families
+    }
+    model = gpt_with(shape, len(tokenizer), layers, ranks, dtype=dtype, seed=config.seed)
+    prefetch_during_attention(model.decoder.layers, engine, layers, config.fssdp.prefetch)
+    moe = MoeModel(model, engine, micro_step, layers, {}, outside_experts(model))
+    return MegatronModel(model, GptHead(model), tokenizer, len(tokenizer), moe, shape)
+
+
+def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[int, MoeLayer], ranks: Ranks, *, dtype: torch.dtype, seed: int) -> Any:
+    """A GPTModel whose FFNs are `layers`, on this rank's device. Every rank must call it."""
+    with quietly():
+        model = build_gpt(
+            shape,
+            vocabulary,
+            transformer_config(shape, dtype),
+            ModuleSpec(module=FssdpMoeLayer, params={"layers": layers}),
+            process_groups(ranks.groups.tokens),
+            seed=seed,
+        )
+    model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(ranks.device)
+    return model.to(ranks.device)
+
+
+def outside_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains beside experts and routers, by its names in the model."""
+    return {name: parameter for name, parameter in model.named_parameters() if ".mlp." not in name}
+
+
+def _family(shape: GptShape, layer: int, seed: int, dtype: torch.dtype, device: torch.device) -> FullExperts:
+    return FullExperts(
+        FfnShape(shape.hidden, shape.ffn, "silu"),
+        layer=layer,
+        num_experts=shape.experts,
+        seed=seed,
+        master_dtype=adapter_dtype(dtype),
+        compute_dtype=dtype,
+        device=device,
+        initial=_initial(shape, layer, seed),
+    )
+
+
+def _initial(shape: GptShape, layer: int, seed: int) -> Callable[[int], Tensor]:
+    """As Megatron's layers begin: normal, and narrower where a layer's output is added to the stream."""
+    size = shape.hidden * shape.ffn
+    stds = {"gate_proj": INIT_STD, "up_proj": INIT_STD, "down_proj": INIT_STD / math.sqrt(2 * shape.layers)}
+
+    def initial(expert: int) -> Tensor:
+        parts = []
+        for name, std in stds.items():
+            random = generator(seed, "expert", layer, expert, name)
+            parts.append(torch.randn(size, generator=random, dtype=torch.float64) * std)
+        return torch.cat(parts)
+
+    return initial

@@ -1,0 +1,38 @@
+"""megatron-core without its advice: on a machine without Transformer Engine and Apex it warns of both six times, and of what we build."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import util
+
+from hecate.errors import UserError
+
+_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated")
+_LAYER_LOGGER = "megatron.core.transformer.transformer_layer"
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """For the first import of megatron's modules, and for building a model of them.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if util.find_spec("megatron") is None or util.find_spec("megatron.core") is None:
+        raise UserError("model.front_end=megatron: the package megatron-core is not installed\n  pip install 'hecate[megatron]'")
+    logger = logging.getLogger(_LAYER_LOGGER)
+    with warnings.catch_warnings():
+        for message in _WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        logger.addFilter(_not_of_our_layer)
+        try:
+            yield
+        finally:
+            logger.removeFilter(_not_of_our_layer)
+
+
+def _not_of_our_layer(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Unknown MLP type")

@@ -1,0 +1,75 @@
+"""What stands in a Megatron layer in the place of Megatron's own: our experts, attention by torch, rotary embeddings of any device.
+
+Shapes: S positions, B rows, N heads, G key-value heads, H of a head, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from hecate.moe.layer import MoeLayer
+
+
+class FssdpMoeLayer(MegatronModule):
+    """A transformer layer's `mlp`: router and engine of the transformers path, `hecate.moe.layer.MoeLayer`.
+
+    It is built by a ModuleSpec with the parameter `layers`, and takes its own when Megatron says which layer it is in.
+    """
+
+    def __init__(self, config: Any, *, layers: Mapping[int, MoeLayer], submodules: Any = None, **_: Any) -> None:
+        """Args:
+        layers: by the layer's number, from 0.
+        """
+        super().__init__(config=config)
+        self._layers = layers
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron counts from 1."""
+        self.moe = self._layers[layer_number - 1]
+
+    def forward(self, hidden_SBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """The experts' output, and no bias. Tokens are numbered by rows elsewhere, and here, too."""
+        return self.moe(hidden_SBD.transpose(0, 1)).transpose(0, 1), None
+
+
+class TorchAttention(nn.Module):
+    """scaled_dot_product_attention in the place of Megatron's `core_attention`."""
+
+    def __init__(self, config: Any, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+        super().__init__()
+        assert config.attention_dropout == 0
+        assert config.context_parallel_size == 1
+        self._scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """[S, B, N, H], [S, B, G, H] twice -> [S, B, N · H].
+
+        Args:
+            attention_mask: bool [B, 1, S, S], true where a query may look, as everywhere here and other than in Megatron; None: causal.
+        """
+        q_BNSH, k_BGSH, v_BGSH = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        y_BNSH = F.scaled_dot_product_attention(
+            q_BNSH,
+            k_BGSH,
+            v_BGSH,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None,
+            scale=self._scale,
+            enable_gqa=q_BNSH.shape[1] != k_BGSH.shape[1],
+        )
+        return y_BNSH.permute(2, 0, 1, 3).flatten(2)
+
+
+class AnyDeviceRotary(RotaryEmbedding):
+    """Megatron's, which would move itself to a GPU."""
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
+        freqs = self.get_freqs_non_repeated(max_seq_len, offset)
+        return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]

@@ -1,0 +1,58 @@
+"""The sizes of a GPT with experts in every layer: values only, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hecate.parallel.model_shapes import ModelShape, load_model_shape
+from hecate.presets import find_preset
+
+HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class GptShape:
+    """Llama's architecture, RMSNorm, RoPE, gated FFNs with SiLU, no biases, tied embeddings, with experts in every layer."""
+
+    layers: int
+    hidden: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    ffn: int
+    """inner size of an expert"""
+    experts: int
+    top_k: int
+    seq_len: int
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one layer's projections."""
+        return 2 * self.hidden * self.head_dim * (self.heads + self.key_value_heads)
+
+
+def gpt_shape(name_or_path: str) -> GptShape:
+    """The GPT of a model of configs/models, or of a YAML file like them (`ModelShape`).
+
+    An FFN without a gate (`matrices: 2`) becomes one with a gate and as many parameters: two thirds as wide. A model that is not causal
+    becomes a causal one. Heads are of 64 each, one at least.
+
+    Raises:
+        UserError: there is no such model, or the file is wrong.
+    """
+    model: ModelShape = load_model_shape(find_preset("models", "model", name_or_path))
+    query = model.hidden if model.query_width is None else model.query_width
+    heads = max(1, query // HEAD_DIM)
+    head_dim = query // heads
+    key_value = query if model.key_value_width is None else model.key_value_width
+    return GptShape(
+        layers=model.layers,
+        hidden=model.hidden,
+        heads=heads,
+        key_value_heads=max(1, key_value // head_dim),
+        head_dim=head_dim,
+        ffn=model.ffn if model.matrices == 3 else model.ffn * 2 // 3,
+        experts=model.experts,
+        top_k=model.top_k,
+        seq_len=model.seq,
+    )

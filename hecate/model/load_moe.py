@@ -1,0 +1,66 @@
+"""An MoE model without its experts, and where each expert's weights lie: they are read later, by their owners alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hecate.errors import UserError
+from hecate.model.expert_files import expert_layers
+from hecate.model.load import ModelSource, load_without, read_config
+from hecate.model.moe_blocks import find_moe_blocks
+from hecate.model.moe_surgery import AdaptedLayer
+from hecate.model.tensor_files import tensor_entries
+
+
+def load_moe_model(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, num_hidden_layers: int | None = None
+) -> tuple[nn.Module, tuple[AdaptedLayer, ...]]:
+    """The causal language model, frozen, on `device`, with `LeftOut` in the place of its experts; and its layers that have experts.
+
+    Raises:
+        UserError: the model is dense, quantised, a GGUF file, of an architecture that is not supported, or damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if source.gguf_file is not None:
+        raise UserError(
+            f"model.name_or_path: {source.gguf_file} is a GGUF file, which moe.family moe_lora does not read\n"
+            "  give a folder with config.json and *.safetensors"
+        )
+    config = read_config(source, num_hidden_layers)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{source.folder}: config.json has a quantization_config: quantised models are not supported by moe.family moe_lora\n"
+            "  take a checkpoint in bfloat16 or float32, or dequantise this one and save it anew"
+        )
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False  # the trainer has a load-balancing loss of its own, over all ranks
+    try:
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError, KeyError, AttributeError) as error:
+        raise UserError(f"{source.folder}: transformers cannot build the model: {error}") from error
+    blocks = find_moe_blocks(outline)
+    if not blocks:
+        raise UserError(
+            f"{source.folder}: {type(outline).__name__} has no experts, but moe.family is moe_lora\n"
+            "  for a dense model take moe.family=mixlora (LoRA experts over its FFNs) or full (its FFNs copied to experts)"
+        )
+    if len({block.top_k for block in blocks}) > 1:
+        raise UserError(f"{source.folder}: layers whose routers choose different numbers of experts are not supported")
+    files = expert_layers(tensor_entries(source.folder), source.folder)
+    layers = []
+    for block in blocks:
+        stored = files.get(block.layer)
+        wanted = block.num_experts, block.hidden, block.ffn
+        got = None if stored is None else (stored.num_experts, stored.hidden, stored.ffn)
+        if stored is None or got != wanted:
+            here = "none in a known layout" if got is None else f"{got[0]} of {got[1]} and {got[2]}"
+            raise UserError(
+                f"{source.folder}: layer {block.layer}: config.json says {wanted[0]} experts of hidden size {wanted[1]} and ffn size "
+                f"{wanted[2]}, but the files have {here}; is the download complete?"
+            )
+        layers.append(AdaptedLayer(block, stored))
+    model = load_without([block.experts_path for block in blocks], type(outline), config, source, dtype, device)
+    return model, tuple(layers)

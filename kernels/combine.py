@@ -1,0 +1,143 @@
+"""Pairs' results brought back to their tokens: a weighted gather, each token's choices summed in their order, and its backward pass.
+
+Shapes: P pairs sorted by slot (`PairOrder`), T tokens, K choices, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hecate.kernels.kernel_launch import Launch
+from hecate.kernels.launch_config import LaunchConfig, Rule, choose
+from hecate.kernels.pair_order import PairOrder
+
+RULES = (
+    Rule(LaunchConfig({"BM": 1, "BD": 1024}, num_warps=4, num_stages=1), min_sm=80),
+    Rule(LaunchConfig({"BM": 16, "BD": 64}), min_sm=0),
+)
+
+
+@triton.jit
+def combine_kernel(
+    v,
+    weight_TK,
+    place_TK,
+    base,
+    y,
+    num_tokens,
+    D: tl.constexpr,
+    CHOICES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BASED: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """y[t] = base[t] + sum_k weight[t, k] v[place[t, k]], choices elsewhere (-1) left out."""
+    o_t = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_t = o_t < num_tokens
+    m_d = (o_d < D)[None, :]
+    at = o_t.to(tl.int64)[:, None] * D + o_d[None, :]
+    if BASED:
+        acc = tl.load(base + at, mask=m_t[:, None] & m_d, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros((BM, BD), dtype=tl.float32)
+    for k in tl.static_range(CHOICES):
+        place_M = tl.load(place_TK + o_t * CHOICES + k, mask=m_t, other=-1)
+        here = (place_M >= 0)[:, None]
+        b_v = tl.load(v + place_M.to(tl.int64)[:, None] * D + o_d[None, :], mask=here & m_d, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            b_v *= tl.load(weight_TK + o_t * CHOICES + k, mask=m_t, other=0.0).to(tl.float32)[:, None]
+        acc += b_v
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=m_t[:, None] & m_d)
+
+
+@triton.jit
+def combine_backward_kernel(
+    dy,
+    v,
+    weight_TK,
+    order_P,
+    token_P,
+    starts,
+    dv,
+    dweight_TK,
+    num_slots,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """dv[p] = weight(p) dy[token(p)] and dweight(p) = <dy[token(p)], v[p]> of the pairs that are here."""
+    here = tl.load(starts + num_slots)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_m = o_m < here
+    pair_M = tl.load(order_P + o_m, mask=m_m, other=0)
+    token_M = tl.load(token_P + o_m, mask=m_m, other=0).to(tl.int64)[:, None]
+    w = tl.load(weight_TK + pair_M, mask=m_m, other=0.0).to(tl.float32)[:, None]
+    row = o_m.to(tl.int64)[:, None]
+    dweight_M = tl.zeros((BM,), dtype=tl.float32)
+    for d0 in range(0, D, BD):
+        o_d = d0 + tl.arange(0, BD)[None, :]
+        mask = m_m[:, None] & (o_d < D)
+        b_dy = tl.load(dy + token_M * D + o_d, mask=mask, other=0.0).to(tl.float32)
+        dweight_M += tl.sum(b_dy * tl.load(v + row * D + o_d, mask=mask, other=0.0).to(tl.float32), axis=1)
+        tl.store(dv + row * D + o_d, (w * b_dy).to(dv.dtype.element_ty), mask=mask)
+    tl.store(dweight_TK + pair_M, dweight_M.to(dweight_TK.dtype.element_ty), mask=m_m)
+
+
+def combine(v_PD: Tensor, weight_TK: Tensor | None, order: PairOrder, base_TD: Tensor | None = None) -> Tensor:
+    """[T, D] of v's type: each token's weighted sum of its pairs' rows; without weights, their sum. Zero where none is here, or `base_TD`.
+
+    Sums in float32, in the order of the choices. Not differentiable; see `combine_backward`.
+    """
+    assert v_PD.is_contiguous()
+    assert weight_TK is None or weight_TK.is_contiguous()
+    assert base_TD is None or base_TD.is_contiguous()
+    config = choose("combine", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
+    num_tokens, choices = order.place_TK.shape
+    y_TD = v_PD.new_empty((num_tokens, v_PD.shape[1]))
+    Launch(
+        kernel=combine_kernel,
+        grid=(triton.cdiv(num_tokens, config.blocks["BM"]), triton.cdiv(v_PD.shape[1], config.blocks["BD"])),
+        args={"v": v_PD, "weight_TK": weight_TK, "place_TK": order.place_TK, "base": base_TD, "y": y_TD, "num_tokens": num_tokens},
+        constants={
+            "D": v_PD.shape[1],
+            "CHOICES": choices,
+            "WEIGHTED": weight_TK is not None,
+            "BASED": base_TD is not None,
+            **config.blocks,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    ).run()
+    return y_TD
+
+
+def combine_backward(dy_TD: Tensor, v_PD: Tensor, weight_TK: Tensor, order: PairOrder) -> tuple[Tensor, Tensor]:
+    """The gradients of v [P, D] (rows of pairs computed elsewhere are not written) and of the weights [T, K] (zero of such choices)."""
+    assert all(tensor.is_contiguous() for tensor in (dy_TD, v_PD, weight_TK))
+    dv_PD, dweight_TK = torch.empty_like(v_PD), torch.zeros_like(weight_TK)
+    config = choose("combine_backward", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
+    num_pairs, width = v_PD.shape
+    Launch(
+        kernel=combine_backward_kernel,
+        grid=(triton.cdiv(num_pairs, config.blocks["BM"]),),
+        args={
+            "dy": dy_TD,
+            "v": v_PD,
+            "weight_TK": weight_TK,
+            "order_P": order.order_P,
+            "token_P": order.token_P,
+            "starts": order.starts,
+            "dv": dv_PD,
+            "dweight_TK": dweight_TK,
+            "num_slots": order.num_slots,
+        },
+        constants={"D": width, **config.blocks},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    ).run()
+    return dv_PD, dweight_TK

@@ -1,0 +1,63 @@
+"""The weights of a layer's slots as a grouped kernel addresses them: one tensor with a stride, or tensors that lie anywhere.
+
+Shapes: S slots, N rows and K columns of a slot's matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SlotWeights:
+    """A matrix [N, K] per slot, rows contiguous: slot s starts s · `stride` elements behind `base`'s first, or `offset_S[s]` elements."""
+
+    base: Tensor
+    rows: int
+    columns: int
+    row_stride: int
+    stride: int
+    offset_S: Tensor | None = None
+    """int64 [S] on the device"""
+    aligned: bool = True
+    """whether all of `offset_S` are multiples of 16 bytes"""
+    others: tuple[Tensor, ...] = ()
+    """what `offset_S` leads to, which lives as long as this"""
+
+    @property
+    def takes_descriptors(self) -> bool:
+        """Whether TMA can address every slot's matrix."""
+        itemsize = self.base.element_size()
+        strides = (self.row_stride, self.stride) if self.offset_S is None else (self.row_stride,)
+        return self.aligned and self.base.data_ptr() % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in strides)
+
+
+def stacked_weights(matrices_SNK: Tensor) -> SlotWeights:
+    """Of one tensor, or a view of it, whose last stride is 1."""
+    assert matrices_SNK.stride(2) == 1 or matrices_SNK.shape[2] == 1, matrices_SNK.stride()
+    _, rows, columns = matrices_SNK.shape
+    return SlotWeights(matrices_SNK, rows, columns, matrices_SNK.stride(1), matrices_SNK.stride(0))
+
+
+def separate_weights(matrix_S: Sequence[Tensor]) -> SlotWeights:
+    """Of one matrix [N, K] per slot, contiguous, of one type and shape, each anywhere in the device's memory.
+
+    The table of places goes to the device without waiting for it. If the places are equally far apart, no table is needed.
+    """
+    base = matrix_S[0]
+    rows, columns = base.shape
+    for matrix in matrix_S:
+        assert (matrix.shape, matrix.dtype, matrix.device) == (base.shape, base.dtype, base.device)
+        assert matrix.is_contiguous()
+    places = [(matrix.data_ptr() - base.data_ptr()) // base.element_size() for matrix in matrix_S]
+    stride = places[1] if len(places) > 1 else base.numel()
+    # Meta tensors all lie at 0, and are taken to lie apart.
+    if (stride > 0 or len(places) == 1) and places == [slot * stride for slot in range(len(places))]:
+        return SlotWeights(base, rows, columns, columns, stride)
+    aligned = all(place * base.element_size() % 16 == 0 for place in places)
+    table = torch.tensor(places, dtype=torch.int64, pin_memory=base.is_cuda)
+    return SlotWeights(base, rows, columns, columns, 0, table.to(base.device, non_blocking=True), aligned, tuple(matrix_S))

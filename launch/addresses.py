@@ -1,0 +1,117 @@
+"""Which address and which network interface this node is reached by."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import socket
+import struct
+import time
+from dataclasses import dataclass
+
+from hecate.errors import UserError
+
+DEFAULT_PORT = 29400
+_SIOCGIFADDR = 0x8915
+_PATIENCE = 300.0
+"""seconds for the node that hosts the meeting point to be started"""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the nodes meet, seen from one of them."""
+
+    host: str
+    port: int
+    local_address: str
+    """this node's own, on the way there"""
+    interface: str | None
+    """that has this address; None: unknown"""
+    is_here: bool
+    """on this node"""
+
+
+def find_endpoint(text: str) -> Endpoint:
+    """`HOST:PORT` (or HOST) as given by the user.
+
+    Raises:
+        UserError: it is no such thing, the name is unknown, or there is no way there.
+    """
+    host, colon, number = text.rpartition(":")
+    if not colon:
+        host, number = text, str(DEFAULT_PORT)
+    if not host or not number.isdigit() or not 0 < int(number) < 65536:
+        raise UserError(f"--rdzv-endpoint {text!r}: must be HOST:PORT of one of the nodes, the same on all\n  for example 10.0.0.1:29400")
+    try:
+        address = socket.getaddrinfo(host, int(number), socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        raise UserError(f"--rdzv-endpoint {text}: {host} is no known host: {error.strerror}\n  give its address in numbers") from None
+    assert isinstance(address, str)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, int(number)))  # sends nothing; asks the routing table
+            local = probe.getsockname()[0]
+    except OSError as error:
+        raise UserError(f"--rdzv-endpoint {text}: there is no way to {address} from this node: {error.strerror}") from None
+    return Endpoint(address, int(number), local, interface_of(local), _is_local(address))
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the interface with this IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            try:
+                reply = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has none
+                continue
+            if socket.inet_ntoa(reply[20:24]) == address:
+                return name
+    return None
+
+
+def check_free(endpoint: Endpoint) -> None:
+    """Raises UserError if something listens there already."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((endpoint.host, endpoint.port))
+        except OSError as error:
+            raise UserError(
+                f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: this node cannot listen there: {error.strerror}\n"
+                "  another job may use the port: give another one on all nodes"
+            ) from None
+
+
+def wait_for(endpoint: Endpoint, patience: float = _PATIENCE) -> None:
+    """Until the node there answers.
+
+    Raises:
+        UserError: it does not.
+    """
+    deadline, told, reason = time.monotonic() + patience, False, ""
+    while True:
+        try:
+            socket.create_connection((endpoint.host, endpoint.port), timeout=2.0).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: nobody has answered for {patience:.0f} s ({reason})\n"
+                "  start the same command on the node that has this address; if it runs, a firewall may be between them"
+            )
+        if not told:
+            print(f"hecate: waiting for {endpoint.host}:{endpoint.port}", flush=True)
+            told = True
+        time.sleep(0.5)
+
+
+def _is_local(address: str) -> bool:
+    if ipaddress.ip_address(address).is_loopback:
+        return True
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
+        try:
+            trial.bind((address, 0))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,184 @@
+"""`hecate launch`: torch's elastic agent with the settings that a run survives restarts with.
+
+One agent a node starts the node's ranks, watches them, and starts all anew when one dies or a node comes or goes; the run then goes on from
+its last checkpoint, on as many ranks as there are. On one node nothing listens but on loopback: agent and ranks meet through files.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hecate.config import Config
+from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_for
+from hecate.launch.local import ALLOCATOR_SETTINGS
+from hecate.launch.run_folder import run_folder
+from hecate.local_store import LAUNCHED_VARIABLE, STORE_VARIABLE
+
+_QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 3}
+"""seconds: a dead node is noticed in half of the time that torch's own settings take"""
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """`N` or `MIN:MAX`.
+
+    Raises:
+        UserError: it is neither.
+    """
+    low, colon, high = text.partition(":")
+    if not low.isdigit() or (colon and not high.isdigit()) or not 1 <= int(low) <= int(high or low):
+        raise UserError(f"--nnodes {text!r}: must be a number of nodes, or MIN:MAX for a job that may shrink and grow, as in 2:4")
+    return int(low), int(high or low)
+
+
+def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> None:
+    """Raises UserError: the ranks do not fit this node's GPUs, or the topology."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and ranks_per_node > gpus:
+        raise UserError(f"--nproc-per-node {ranks_per_node}: this node has {gpus} GPUs, and each rank takes one")
+    if config.topology == "auto":
+        return
+    from hecate.train.build import whole_topology
+
+    devices = whole_topology(config, 0, cuda=False).world_size
+    if nodes[0] != nodes[1]:
+        raise UserError(f"topology: {config.topology} has {devices} devices, but the job may shrink and grow (--nnodes): use topology=auto")
+    if devices != nodes[0] * ranks_per_node:
+        raise UserError(
+            f"topology: {config.topology} has {devices} devices, but the job has {nodes[0] * ranks_per_node} ranks\n"
+            f"  ({nodes[0]} nodes of {ranks_per_node}: --nnodes, --nproc-per-node)"
+        )
+
+
+def launch(
+    arguments: Sequence[str], *, nodes: tuple[int, int], ranks_per_node: int, endpoint: str | None, job: str, max_restarts: int
+) -> int:
+    """Run this node's part of `python -m hecate ARGUMENTS`; returns the exit status. Every node must call it with the same values.
+
+    Raises:
+        UserError: the nodes cannot meet.
+    """
+    if nodes[1] > 1 and endpoint is None:
+        raise UserError("--rdzv-endpoint: must be given with several nodes: HOST:PORT of one of them, the same on all")
+    meeting = find_endpoint(endpoint) if endpoint is not None and nodes[1] > 1 else None
+    if meeting is not None and meeting.is_here:
+        check_free(meeting)
+    with run_folder() as folder:
+        _set_environment(folder, meeting, ranks_per_node)
+        if meeting is not None and not meeting.is_here:
+            wait_for(meeting)
+        return _run(arguments, folder, nodes, ranks_per_node, meeting, job, max_restarts)
+
+
+def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int) -> None:
+    """Of this process, and of the ranks with it."""
+    # With it, torch 2.13 hands workers the agents' own store, whose keys of before a restart break the ranks' meeting after it.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ[LAUNCHED_VARIABLE] = "1"
+    defaults = {
+        **ALLOCATOR_SETTINGS,
+        "TQDM_DISABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks_per_node)),
+    }
+    if meeting is None:
+        os.environ[STORE_VARIABLE] = str(folder / "store")
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    elif meeting.interface:
+        # Left alone, gloo takes the interface of the host's own name, which on many machines is loopback.
+        defaults |= {"GLOO_SOCKET_IFNAME": meeting.interface, "NCCL_SOCKET_IFNAME": meeting.interface}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _run(
+    arguments: Sequence[str],
+    folder: Path,
+    nodes: tuple[int, int],
+    ranks_per_node: int,
+    meeting: Endpoint | None,
+    job: str,
+    max_restarts: int,
+) -> int:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _listen_to_the_agent()
+    settings: dict[str, Any] = dict(_QUICK)
+    if meeting is None:
+        settings["store_type"] = "file"
+    else:
+        settings["is_host"] = meeting.is_here
+    launch_config = LaunchConfig(
+        min_nodes=nodes[0],
+        max_nodes=nodes[1],
+        nproc_per_node=ranks_per_node,
+        run_id=job,
+        rdzv_backend="c10d",
+        rdzv_endpoint=str(folder / "meeting") if meeting is None else f"{meeting.host}:{meeting.port}",
+        rdzv_configs=settings,
+        local_addr="127.0.0.1" if meeting is None else meeting.local_address,
+        max_restarts=max_restarts,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+    )
+    try:
+        elastic_launch(launch_config, sys.executable)("-m", "hecate", *arguments)
+    except ChildFailedError as error:
+        return _report(error.failures, folder, max_restarts)
+    except SignalException as stopped:
+        print(f"hecate: stopped by {signal.Signals(stopped.sigval).name}; resume=true goes on from the last checkpoint", file=sys.stderr)
+        return 128 + int(stopped.sigval)
+    except RendezvousError as error:
+        where = "" if meeting is None else f" at {meeting.host}:{meeting.port}"
+        raise UserError(
+            f"the nodes could not meet{where}: {str(error).splitlines()[0]}\n"
+            f"  {nodes[0]} must be started, each with the same --nnodes, --rdzv-endpoint and --rdzv-id"
+        ) from None
+    return 0
+
+
+def _report(failures: dict[int, Any], folder: Path, max_restarts: int) -> int:
+    """Say what the first rank to fail has failed of; the exit status."""
+    mistakes = sorted(folder.glob("error-*"))
+    first = min(failures.values(), key=lambda failure: failure.timestamp)
+    if any(failure.exitcode == USER_ERROR_EXIT for failure in failures.values()):
+        if mistakes and mistakes[0].name != "error-0":  # rank 0 has printed its own
+            print(mistakes[0].read_text(encoding="utf-8"), file=sys.stderr)
+        return USER_ERROR_EXIT
+    rank = next(rank for rank, failure in failures.items() if failure is first)
+    code = first.exitcode
+    cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    print(
+        f"hecate: rank {rank} {cause}, and {max_restarts} restarts are used up; resume=true goes on from the last checkpoint, if any",
+        file=sys.stderr,
+    )
+    return 1
+
+
+class _Restarts(logging.Handler):
+    """Turns what the agent logs about restarts into a line for the user; all else it logs is for developers of torch."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "attempts left" in text:
+            print("hecate: a rank was lost; all start again from the last checkpoint", file=sys.stderr, flush=True)
+        elif "new nodes" in text:
+            print("hecate: a node has come; all start again from the last checkpoint", file=sys.stderr, flush=True)
+
+
+def _listen_to_the_agent() -> None:
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
+    agent.setLevel(logging.INFO)
+    agent.propagate = False
+    agent.handlers = [_Restarts()]

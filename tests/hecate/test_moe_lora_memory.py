@@ -1,0 +1,241 @@
+"""What ranks hold of an MoE model: in loading, no more than their shares; in training, what the dry run has planned."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hecate.config import Config, load_config
+from hecate.data.batches import Batch
+from hecate.forecast.memory import PHASES, memory_parts
+from hecate.forecast.run_shape import run_shape
+from hecate.model.expert_files import LayerExperts, expert_layers
+from hecate.model.expert_weights import read_expert
+from hecate.model.head import LanguageModelHead
+from hecate.model.load import ModelSource
+from hecate.model.load_moe import load_moe_model
+from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts, non_moe_flops_per_token
+from hecate.model.surgery import MoeModel
+from hecate.model.tensor_files import tensor_entries
+from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.lora_pairs import LoraShape
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from hecate.train.build import moe_lora_plan
+from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.resharding import owned_parameters
+from hecate.train.step import forward_loss, train_step
+from tests.plain_moe_lora import save_tiny
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def build(folder: Path, plan: MoeLoraPlan, policy: str, world: int) -> tuple[MoeModel, LanguageModelHead, Any]:
+    model, layers = load_moe_model(ModelSource(folder, None), torch.float32, CPU)
+    head = LanguageModelHead(model)
+    group = dist.group.WORLD
+    assert group is not None
+    config = EngineConfig(POLICIES[policy], local_topology(world, cuda=False), top_k=2)
+    return adapt_experts(model, layers, plan, config, ExpertGroups(group, dist.new_group())), head, layers
+
+
+def resident(key: str) -> int:
+    """Bytes: VmRSS, or VmHWM, its highest since the last reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _loaded(rank: int, world: int, folder: str, warm_up: str) -> tuple[int, int]:
+    """(bytes by which the peak of loading was over what was there before, bytes of this rank's share)."""
+    plan = MoeLoraPlan(LoraShape(2, 1.0, 0.0), ("down_proj",), train_router=False, seed=0)
+    build(Path(warm_up), plan, "static_ep", world)  # modules and buffers of libraries
+    gc.collect()
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    moe, _, _ = build(Path(folder), plan, "static_ep", world)
+    share = sum(p.numel() * p.element_size() for p in moe.model.parameters())
+    share += sum(store.owned.numel() * store.owned.element_size() for store in moe.engine.stores.values())
+    share += sum(chunk.numel() * chunk.element_size() for store in moe.engine.frozen.values() for chunk in store._held.values())
+    return resident("VmHWM") - before, share
+
+
+def test_no_rank_loads_more_than_its_share(tmp_path: Path) -> None:
+    """100 MB of experts on four ranks: nobody comes near to holding them all."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc/self/clear_refs to measure a peak")
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 1024, "num_experts": 32, "num_hidden_layers": 1}
+    save_tiny("qwen3_moe", tmp_path / "model", torch.float32, **sizes)
+    save_tiny("qwen3_moe", tmp_path / "tiny", torch.float32)
+    for peak, share in run_ranks(4, _loaded, str(tmp_path / "model"), str(tmp_path / "tiny")):
+        assert share > 25e6
+        assert 0.9 * share < peak <= 1.2 * share, f"peak {peak / 1e6:.1f} MB for a share of {share / 1e6:.1f} MB"
+
+
+CONFIG = """
+model: {{name_or_path: {folder}/model, dtype: float32}}
+data: {{train: {folder}/train.jsonl, seq_len: 96, packing: false}}
+output_dir: {folder}/out
+max_steps: 1
+lora: {{r: 4, alpha: 8.0, dropout: 0.0, target_modules: [q_proj, v_proj, gate_proj, up_proj, down_proj]}}
+moe: {{family: moe_lora, train_router: true}}
+"""
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    (folder / "train.jsonl").write_text('{"text": "hello"}\n')
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+    return load_config(folder / "config.yaml", overrides, claim_output=False)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _measured(rank: int, world: int, folder: str, policy: str) -> dict[str, Any]:
+    """Bytes of this rank after a step and in the midst of the next."""
+    config = config_of(Path(folder))
+    moe, head, layers = build(Path(folder) / "model", moe_lora_plan(config), policy, world)
+    model = moe.model
+    optimizer = ExpertOptimizer(
+        owned_parameters(moe.engine), moe.replicated_parameters(), learning_rate=1e-2, weight_decay=0.0, schedule=lambda _: 1.0
+    )
+    tokens = torch.arange(96)[None] + 96 * rank
+    batch = Batch(tokens % 64, tokens % 64, tokens % 96, torch.ones_like(tokens), tokens, torch.zeros_like(tokens))
+    train_step(moe, head, optimizer, [batch], num_labels=96 * world, aux_coef=0.01, max_grad_norm=None, step=0)
+    moe.engine.begin_step(1)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward_loss(moe, head, batch, step=1, recording=True)
+    trained = set(map(id, moe.replicated_parameters().values()))
+    frozen = [chunk for store in moe.engine.frozen.values() for chunk in store._held.values()]
+    replicas = [store.replicas() for store in moe.engine.stores.values()]
+    known = [*model.parameters(), *frozen, *replicas, *(store.owned for store in moe.engine.stores.values())]
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in known}
+    state = optimizer.state_tensors()
+    measured = {
+        "base weights": num_bytes(p for p in model.parameters() if id(p) not in trained),
+        "frozen experts": num_bytes(frozen),
+        "owned experts, moments": num_bytes(t for name, t in state.items() if name.startswith("owned/") and t.dim()),
+        "routers, adapters, moments": num_bytes(t for name, t in state.items() if name.startswith("replicated/") and t.dim()),
+        "replicas": num_bytes(replicas),
+        "activations": num_bytes(tensor for pointer, tensor in kept.items() if pointer not in pointers),
+        "cost": moe.engine.families[0].cost(2, non_moe_flops_per_token(model, layers) * 96),
+    }
+    del loss
+    return measured
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral"])
+def test_every_rank_holds_what_was_planned(tmp_path: Path, kind: str) -> None:
+    """Of 5 experts in two layers rank 0 owns 6 and rank 1 four; under policy full each holds the other's as well."""
+    sizes = {"hidden_size": 64, "intermediate_size": 136, "head_dim": 32, "vocab_size": 64, "max_position_embeddings": 256}
+    save_tiny(kind, tmp_path / "model", torch.float32, **sizes)
+    run = run_shape(config_of(tmp_path), None, 2)
+    assert [(group.experts, group.number) for group in run.groups] == [(5, 2)]
+    for policy, others in (("full", [4.0, 6.0]), ("static_ep", [0.0, 0.0])):
+        parts = {part.name: part.bytes_PD for part in memory_parts(run, [torch.tensor(others).numpy()], torch.full((2,), 96.0).numpy())}
+        for rank, measured in enumerate(run_ranks(2, _measured, str(tmp_path), policy)):
+            for name in ("base weights", "frozen experts", "owned experts, moments", "routers, adapters, moments", "replicas"):
+                assert measured[name] == parts[name][PHASES.index("forward"), rank], f"{name}, rank {rank}, {policy}"
+            assert measured["cost"] == run.groups[0].cost, "the engine plans with another cost"
+            if policy == "full" and kind == "mixtral":  # with tokens at home; shared experts are not in the estimate
+                estimate = parts["activations (estimate)"][PHASES.index("forward"), rank] - 96 * 64 * 8
+                assert estimate == pytest.approx(measured["activations"], rel=0.1)
+
+
+def chunks_of(layers: dict[int, LayerExperts], dtype: torch.dtype) -> list[Tensor]:
+    return [read_expert(layer, expert, dtype, CPU) for layer in layers.values() for expert in range(layer.num_experts)]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_every_layout_gives_the_same_experts(tmp_path: Path, kind: str) -> None:
+    """One tensor a projection, as real checkpoints have them; fused, as transformers holds them; in many files with an index."""
+    from transformers import AutoModelForCausalLM
+
+    save_tiny(kind, tmp_path / "single", torch.float32)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "single").save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    (tmp_path / "many" / "consolidated.safetensors").write_bytes(b"another layout, which the index does not name")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "single", dtype=torch.float32)
+    (tmp_path / "fused").mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "fused" / "model.safetensors")
+    shutil.copy(tmp_path / "single" / "config.json", tmp_path / "fused")
+    expected = []
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        expected += [torch.cat([experts.gate_up_proj[e].flatten(), experts.down_proj[e].flatten()]) for e in range(5)]
+    for name in ("single", "many", "fused"):
+        layers = expert_layers(tensor_entries(tmp_path / name), tmp_path / name)
+        for dtype in (torch.float32, torch.bfloat16):
+            for got, wanted in zip(chunks_of(layers, dtype), expected, strict=True):
+                assert torch.equal(got, wanted.detach().to(dtype)), name
+    _, adapted = load_moe_model(ModelSource(tmp_path / "fused", None), torch.float32, CPU)
+    assert [layer.block.num_experts for layer in adapted] == [5, 5]
+
+
+def test_a_file_without_its_end_is_refused(tmp_path: Path) -> None:
+    save_tiny("olmoe", tmp_path / "model", torch.float32)
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors: ends before its tensor"):
+        load_moe_model(ModelSource(tmp_path / "model", None), torch.float32, CPU)
+
+
+def edit(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors")
+
+
+def _quantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(torch.int8) if ".experts.3." in name else tensor for name, tensor in tensors.items()}
+
+
+def _with_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**tensors, "model.layers.0.mlp.experts.0.up_proj.bias": torch.zeros(20)}
+
+
+def _without_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.experts.2.down_proj" not in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_quantised, r"layer 0: experts\.3\.\w+\.weight is stored as I8: quantised"),
+        (_with_bias, r"experts\.0\.up_proj\.bias: experts with biases are not supported"),
+        (_without_one, "layer 1: expert 2 has no down projection; is the download complete"),
+    ],
+)
+def test_experts_that_are_not_plain_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    save_tiny("qwen3_moe", tmp_path / "model", torch.float32)
+    edit(tmp_path / "model", change)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_moe_model(ModelSource(tmp_path / "model", None), torch.float32, CPU)
+    assert len(str(caught.value).splitlines()) <= 8
+
+
+def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
+    save_tiny("qwen3_moe", tmp_path / "model", torch.float32)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ValueError, match="quantised models are not supported"):
+        load_moe_model(ModelSource(tmp_path / "model", None), torch.float32, CPU)

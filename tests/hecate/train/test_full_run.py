@@ -1,0 +1,74 @@
+"""Whole runs of family full through the command line: an upcycled model trains, is killed, goes on, and comes out as a Mixtral."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from hecate.config import DataSource
+from hecate.data.encode import encode_source
+from tests.hecate.train.test_run import kill_rank_1_after, losses, records, run, train_arguments, workshop
+
+__all__ = ["workshop"]  # a fixture
+
+FULL = ("moe.family=full", "moe.upcycle_noise=0.1", "model.train_non_experts=true", "learning_rate=3e-3", "eval.generate=false")
+
+
+@pytest.fixture(scope="module")
+def whole(workshop: Path) -> Path:
+    run(*train_arguments(workshop, "full", *FULL))
+    return workshop / "runs" / "full"
+
+
+def test_a_run_learns_and_leaves_a_mixtral(workshop: Path, whole: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    steps = records(workshop, "full", "step")
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.05
+    assert not (whole / "adapter").exists()
+    model, info = AutoModelForCausalLM.from_pretrained(whole / "model", output_loading_info=True)
+    assert type(model).__name__ == "MixtralForCausalLM"
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (3, 2)
+    AutoTokenizer.from_pretrained(whole / "model")
+    # The held-out loss that the run measured at its end, by the model that it left.
+    (last,) = records(workshop, "full", "eval")[-1:]
+    assert held_out_loss(model, workshop) == pytest.approx(last["sources"]["up.eval"]["loss"], rel=1e-4)
+    report = json.loads((whole / "trainable.json").read_text(encoding="utf-8"))
+    assert sum(row["count"] * row["numel"] for row in report["rows"]) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def held_out_loss(model: Any, workshop: Path) -> float:
+    """Of up.eval, by transformers alone."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(workshop / "model")
+    source = encode_source(
+        DataSource(path=str(workshop / "up.eval.jsonl"), name="up"), tokenizer, seq_len=64, vocab_size=len(tokenizer), on_bad_sample="error"
+    )
+    total = labels = 0.0
+    with torch.no_grad():
+        for index in range(len(source)):
+            sample = source[index]
+            ids, targets = (torch.from_numpy(part).long() for part in (sample.input_ids, sample.targets))
+            logits = model(ids[None]).logits[0]
+            total += float(torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"))
+            labels += int((targets != -100).sum())
+    return total / labels
+
+
+def test_a_killed_run_continues_bit_for_bit(workshop: Path, whole: Path) -> None:
+    arguments = train_arguments(workshop, "full-killed", *FULL, "save_steps=2", "eval.on_start=false")
+    assert "rank 1 of 2 was killed by SIGKILL" in kill_rank_1_after("step 3/", arguments)
+    run(*arguments, "resume=true")
+    assert losses(workshop, "full-killed") == losses(workshop, "full")
+    for file in sorted(whole.glob("model/*.safetensors")):
+        with safe_open(file, "pt") as ours, safe_open(workshop / "runs/full-killed/model" / file.name, "pt") as theirs:
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours.get_tensor(name), theirs.get_tensor(name)) for name in ours.keys())  # noqa: SIM118

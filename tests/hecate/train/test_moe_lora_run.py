@@ -1,0 +1,180 @@
+"""Whole runs of LoRA on an MoE model's experts through the command line: a checkpoint, an adapter that PEFT reads, and the way back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from hecate.config import load_config
+from hecate.errors import UserError
+from hecate.forecast.run_shape import run_shape
+from tests.hecate.data.conftest import build_byte_tokenizer
+from tests.hecate.train.test_run import records, run
+from tests.plain_moe_lora import peft_model, save_tiny
+from tests.tiny_run import write_samples
+
+STEPS, RANK, ALPHA = 4, 4, 8
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-MoE whose weights are in several files, data, and a configuration."""
+    folder = tmp_path_factory.mktemp("moe_workshop")
+    tokenizer = build_byte_tokenizer()
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
+    save_tiny("qwen3_moe", folder / "model", torch.float32, max_position_embeddings=128, **sizes)
+    tokenizer.save_pretrained(folder / "model")
+    for split, first in (("train", 0), ("eval", 200)):
+        write_samples(
+            folder / f"up.{split}.jsonl", [f"w{n % 13}x{n}" for n in range(first, first + (80 if split == "train" else 6))], str.upper
+        )
+    config = {
+        "model": {"name_or_path": f"{folder}/model", "dtype": "float32"},
+        "data": {"train": f"{folder}/up.train.jsonl", "eval": f"{folder}/up.eval.jsonl", "seq_len": 64},
+        "output_dir": f"{folder}/runs/unset",
+        "max_steps": STEPS,
+        "micro_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lora": {"r": RANK, "alpha": float(ALPHA), "dropout": 0.1},
+        "moe": {"family": "moe_lora", "train_router": True},
+        "eval": {"on_start": True, "generate": True, "max_new_tokens": 4},
+        "save_steps": 2,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(workshop: Path) -> Path:
+    """The adapter of a run on two ranks."""
+    run("train", workshop / "config.yaml", f"output_dir={workshop}/runs/whole", "nproc=2")
+    return workshop / "runs" / "whole" / "adapter"
+
+
+def test_a_run_learns(workshop: Path, trained: Path) -> None:
+    steps = records(workshop, "whole", "step")
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.05
+    before, after = records(workshop, "whole", "eval")
+    assert after["sources"]["up.eval"]["loss"] < before["sources"]["up.eval"]["loss"]
+    assert yaml.safe_load((workshop / "runs" / "whole" / "config.yaml").read_text())["moe"]["num_experts"] == 5
+    assert steps[0]["aux_loss"] > 1.9  # two choices, nearly balanced or worse
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(workshop: Path, trained: Path) -> None:
+    again = workshop / "runs" / "again"
+    shutil.copytree(workshop / "runs" / "whole", again)
+    shutil.rmtree(again / "adapter")
+    shutil.rmtree(again / f"checkpoint-{STEPS}")
+    run("train", again / "config.yaml", f"output_dir={again}", "nproc=2", "resume=true")
+    wanted, got = (load_file(folder / "adapter_model.safetensors") for folder in (trained, again / "adapter"))
+    assert got.keys() == wanted.keys()
+    # Routing near a tie could differ by where frozen replicas are; here nothing does, so all is bit for bit.
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_evaluation_and_answers_come_from_the_adapter(workshop: Path, trained: Path) -> None:
+    after = records(workshop, "whole", "eval")[-1]["sources"]["up.eval"]["loss"]
+    shown = run("eval", workshop / "config.yaml", "--adapter", trained, f"output_dir={workshop}/runs/whole").stdout
+    assert f"{after:.3f}" in shown
+    run("generate", trained, "w1x1", "--max-new-tokens", 4)
+
+
+def logits_of_peft(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(40, 70)[None], use_cache=False).logits
+
+
+def logits_of_ours(adapter: Path) -> torch.Tensor:
+    from hecate.train.inference import _with_adapter
+    from hecate.train.ranks import join_ranks
+
+    with join_ranks() as ranks:
+        base, moe = _with_adapter(adapter, ranks, None, "float32", None)
+        with moe.engine.evaluating(), torch.no_grad():
+            ids = torch.arange(40, 70)[None]
+            return base.head.logits(base.head.hidden(ids, None, torch.arange(30)[None]))
+
+
+def test_peft_reads_what_was_trained(workshop: Path, trained: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(workshop / "model", dtype=torch.float32)
+    plain = logits_of_peft(base)
+    loaded = logits_of_peft(peft.PeftModel.from_pretrained(base, trained).eval())
+    assert float((loaded - plain).abs().max()) > 1e-2, "the adapter does nothing"
+    torch.testing.assert_close(logits_of_ours(trained), loaded, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "o_proj"], []])
+def test_what_peft_has_trained_is_read(workshop: Path, tmp_path: Path, modules: list[str]) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed")
+    model = peft_model(workshop / "model", 3, 5, modules, torch.float32)
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3, generator=random)
+    model.save_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(logits_of_ours(tmp_path / "theirs"), logits_of_peft(model), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_with_a_tensor_lost_is_refused(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "lossy")
+    tensors = load_file(trained / "adapter_model.safetensors")
+    lost = next(name for name in tensors if "experts.lora_B" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, tmp_path / "lossy" / "adapter_model.safetensors")
+    refused = run("generate", tmp_path / "lossy", "x", status=2)
+    assert lost in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def refusal(workshop: Path, *overrides: str) -> str:
+    """What a run says that is refused before its first step."""
+    from hecate.train.loop import Run
+    from hecate.train.ranks import join_ranks
+
+    config = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/refused", *overrides], claim_output=False)
+    with join_ranks() as ranks, pytest.raises(UserError) as caught:
+        Run(config, ranks)
+    assert len(str(caught.value).splitlines()) <= 8
+    return str(caught.value)
+
+
+REFUSALS = {
+    "experts in the place of experts": (["moe.family=mixlora"], "has experts already", "moe.family=moe_lora"),
+    "another number of experts": (["moe.num_experts=4"], "moe.num_experts: 4, but the model has 5", "leave moe.num_experts out"),
+    "another number of choices": (["moe.top_k=1"], "moe.top_k: 1, but the model has 2", "leave moe.top_k out"),
+    "half of gate and up": (["lora.target_modules=[gate_proj,down_proj]"], "names gate_proj alone", "name both"),
+    "the router as a linear": (["lora.target_modules=[gate,down_proj]"], "lora.target_modules: gate matches no module", "it has down_proj"),
+    "the output layer": (["lora.target_modules=[lm_head,down_proj]"], "lora.target_modules: lm_head matches no module", "q_proj"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_does_not_fit_is_refused(workshop: Path, name: str) -> None:
+    overrides, *texts = REFUSALS[name]
+    message = refusal(workshop, *overrides)
+    assert all(text in message for text in texts), message
+
+
+def test_a_dense_model_is_refused(workshop: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 258}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(workshop / "dense")
+    override = f"model.name_or_path={workshop}/dense"
+    assert "has no experts, but moe.family is moe_lora" in refusal(workshop, override)
+    config = load_config(workshop / "config.yaml", [override], claim_output=False)
+    with pytest.raises(UserError, match="has no experts, but"):
+        run_shape(config, None, 2)
+
+
+def test_the_dry_run_knows_the_model(workshop: Path) -> None:
+    shown = run("plan", workshop / "config.yaml").stdout
+    assert "frozen experts" in shown
