@@ -155,6 +155,11 @@ class Controller:
             self._group.close()
         return 0
 
+    @property
+    def began(self) -> bool:
+        """Has any rank begun to build its part of the run?"""
+        return self._generation >= 0
+
     def status(self) -> dict[str, Any]:
         """JSON values; see docs/launch.md."""
         rank_of = {place.index: rank for rank, place in enumerate(self._members)}
@@ -230,7 +235,7 @@ class Controller:
             )
 
     def _lost(self, place: Place, text: str) -> None:
-        if "No module named" in text or "ImportError" in text:
+        if text.startswith(("ModuleNotFoundError:", "ImportError:")):
             raise UserError(
                 f"{_name(place)}: hecate cannot be imported there: {text}\n"
                 "  install it on all nodes, in the Python that runs Ray, in the same version"
@@ -258,7 +263,7 @@ class Controller:
             if decision is Decision.REPLACE and (place in self._members or self._generation < 0):
                 self._awaited.add(place.index)
         if self._generation >= 0 and self._state in (State.STARTING, State.RUNNING, State.RESIZING):
-            self._enter(State.RECOVERING, self._config.ray.start_timeout)
+            self._begin_recovery()
 
     def _report(self, place: Place, event: Event) -> None:
         self._policy = self._policy.after_progress()
@@ -364,7 +369,13 @@ class Controller:
                 self._answer(Cause.HUNG, place, f"for {_PING_SECONDS:.0f} s")
                 return
         if "failed" in self._idle.values() or (self._state is not State.RESIZING and "regrouping" in self._idle.values()):
-            self._enter(State.RECOVERING, self._config.ray.start_timeout)
+            self._begin_recovery()
+
+    def _begin_recovery(self) -> None:
+        self._enter(State.RECOVERING, self._config.ray.start_timeout)
+        for place in self._members:
+            if place.alive and place.index not in self._idle:
+                place.actor.interrupt.remote(self._generation)
 
     def _recover(self, idle: bool) -> None:
         if not idle:
@@ -423,7 +434,10 @@ class Controller:
 
     def _ready(self, place: Place) -> bool:
         """Could it be in the next generation?"""
-        return place.alive and (self._generation < 0 or place in self._members or place.index in self._prepared)
+        if not place.alive:
+            return False
+        stays = place in self._members and self._idle.get(place.index, "lost") != "lost"
+        return self._generation < 0 or stays or place.index in self._prepared
 
     def _has_checkpoint(self) -> bool:
         latest = latest_good(Path(self._config.output_dir))

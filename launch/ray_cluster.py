@@ -20,6 +20,7 @@ _CONNECT_SECONDS = 5.0
 _CONNECT_TRIES = "3"
 """of Ray, a second apart"""
 _DEFAULT_TOKEN = Path("~/.ray/auth_token")
+WRONG_TOKEN = f"the cluster does not take this token\n  give its own in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or {_DEFAULT_TOKEN}"
 
 
 def import_ray() -> Any:
@@ -142,7 +143,7 @@ def _standard_error_in_file() -> Iterator[Callable[[], str]]:
 def _reason(error: Exception, said: str) -> str:
     text = " ".join(str(error).split())
     if "Unauthenticated" in said + text:
-        return f"the cluster does not take this token\n  give its own in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or {_DEFAULT_TOKEN}"
+        return WRONG_TOKEN
     if "ersion mismatch" in text:
         return f"the cluster runs other versions than this machine: {text[:300]}"
     return f"Ray could not join: {text[:300]}\n  start `hecate ray` on a node of the cluster; from elsewhere use `hecate submit`"

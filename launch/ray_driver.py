@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -53,7 +53,7 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
     from hecate.launch.controller import Controller
     from hecate.launch.prometheus import serving
     from hecate.launch.rendezvous import Rendezvous
-    from hecate.launch.status import write_status
+    from hecate.launch.status import FILE, write_status
     from hecate.launch.worker_group import WorkerGroup
 
     folder = Path(config.output_dir)
@@ -82,7 +82,13 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
             shown.update(controller.status())
             say(f"metrics on http://127.0.0.1:{stack.enter_context(serving(metrics_port, lambda: shown))}/metrics")
         stack.enter_context(_stop_on_signals(controller))
-        return controller.run()
+        try:
+            return controller.run()
+        finally:
+            if not controller.began:  # so that the same command can be given again
+                (folder / FILE).unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def _configured_topology(config: Config) -> Any:

@@ -14,7 +14,7 @@ WINDOWS = 2
 """reports in a row that must agree: one may have met an evaluation, or a neighbour's burst"""
 
 
-MIN_SECONDS = 0.2
+MIN_SECONDS = 0.1
 """of dense work of each rank that make a window; shorter ones tell more of the operating system than of the device"""
 
 

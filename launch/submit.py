@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from hecate.config import load_config
 from hecate.errors import UserError
-from hecate.launch.ray_cluster import check_token, import_ray, refuse_if_nobody_listens
+from hecate.launch.ray_cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
 from hecate.launch.upload import stage
 
 _STOP_SECONDS = "120"
@@ -90,16 +90,16 @@ def _client(address: str) -> Any:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port is None:
         raise UserError(f"--address: must be http://HOST:PORT of the cluster's dashboard, such as http://127.0.0.1:8265, got {address!r}")
     refuse_if_nobody_listens(parts.hostname, parts.port, "Ray dashboard")
-    import_ray()
+    ray = import_ray()
     check_token()
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
+    except ray.exceptions.AuthenticationError:
+        raise UserError(f"{address}: {WRONG_TOKEN}") from None
     except (ConnectionError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        if "401" in text or "403" in text or "uthenticat" in text or "token" in text.lower():
-            raise UserError(f"{address}: the cluster does not take this token (RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)") from None
         raise UserError(f"{address}: Ray takes no job: {text[:300]}") from None
 
 

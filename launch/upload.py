@@ -19,26 +19,21 @@ _LEFT_OUT = re.compile(r"(^|[._-])(secret|secrets|token|tokens|credential|creden
 _FOLDERS_LEFT_OUT = re.compile(r"\..*|__pycache__|checkpoint-.*|runs|data|node_modules|venv|build|dist|.*\.egg-info")
 
 
-def uploaded_files(root: Path) -> Iterator[Path]:
+def uploaded_files(root: Path) -> list[Path]:
     """Paths below `root`, relative, sorted: Python, YAML and TOML files outside hidden folders, environments, data, runs and checkpoints,
-    whose names do not speak of secrets. Links to folders are followed, once each."""
-    seen: set[str] = set()
-    found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        is_run = "metrics.jsonl" in files or "manifest.json" in files
-        if real in seen and folder != str(root) and not os.path.islink(folder):
-            folders.clear()
-            continue
-        seen.add(real)
-        if is_run and folder != str(root):
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not _FOLDERS_LEFT_OUT.fullmatch(name) and not _is_environment(Path(folder, name)))
-        for name in files:
-            if name.endswith(SUFFIXES) and not name.startswith(".") and not _LEFT_OUT.search(Path(name).stem):
-                found.append(Path(folder, name).relative_to(root))
-    yield from sorted(found)
+    whose names do not speak of secrets. Links to folders are followed, but for those that lead back to where they are."""
+    return sorted(path.relative_to(root) for path in _below(root, (os.path.realpath(root),)))
+
+
+def _below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """`above`: the real paths of this folder and of those that hold it."""
+    for path in folder.iterdir():
+        real = os.path.realpath(path)
+        if path.is_dir():
+            if not _FOLDERS_LEFT_OUT.fullmatch(path.name) and not _is_left_out(path) and real not in above:
+                yield from _below(path, (*above, real))
+        elif path.suffix in SUFFIXES and not path.name.startswith(".") and not _LEFT_OUT.search(path.stem):
+            yield path
 
 
 def stage(root: Path, target: Path) -> int:
@@ -60,5 +55,6 @@ def stage(root: Path, target: Path) -> int:
     return total
 
 
-def _is_environment(folder: Path) -> bool:
-    return (folder / "pyvenv.cfg").exists()
+def _is_left_out(folder: Path) -> bool:
+    """Is it an environment, a run or a checkpoint?"""
+    return any((folder / name).exists() for name in ("pyvenv.cfg", "metrics.jsonl", "manifest.json"))

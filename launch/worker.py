@@ -84,6 +84,12 @@ class Worker:
         if self._line is not None:
             self._line.regrouping = True
 
+    def interrupt(self, generation: int) -> None:
+        """Break off what the training waits for: a rank of its generation is lost, of which no message may ever tell."""
+        line = self._line
+        if line is not None and line.generation == generation and line.ranks is not None:
+            line.ranks.abort()
+
     def order(self, generation: int, order: dict[str, Any]) -> None:
         """See `hecate.train.observer.Order`."""
         from hecate.train.observer import Order

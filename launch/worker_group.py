@@ -6,6 +6,7 @@ with the same labels is free, which may be now or when a node returns.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from hecate.launch.worker import Worker
 
 _THREADS = 8
 """of an actor: its stream of events takes one for good"""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Event = dict[str, Any]
 
 
@@ -177,6 +179,9 @@ def _counted(places: Sequence[Place]) -> dict[str, int]:
 
 
 def _cause(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Ray puts a traceback before what went wrong.
+    """One line. Ray wraps what went wrong on a worker in a traceback, in colours."""
+    lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
+    missing = [line for line in lines if line.startswith(("ModuleNotFoundError:", "ImportError:"))]
+    if missing:
+        return missing[-1][:300]
     return (lines[-1] if "Traceback" in str(error) and lines else " ".join(lines))[:300] or type(error).__name__

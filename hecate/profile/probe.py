@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from hecate.train.ranks import Ranks
 _FEWEST, _MOST = 3, 50
 _SMALL_MESSAGES = 20
 _IN_A_ROW = 4
+"""at least"""
+_ROW_SHARE = 0.5
+"""of `ProbeSizes.seconds`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ def quick_sizes(device: torch.device) -> ProbeSizes:
     """For a job that waits to begin: a second or two in all, good enough to tell devices and links apart."""
     if device.type == "cuda":
         return ProbeSizes(matmul=8192, copy_bytes=1 << 29, small_bytes=1 << 10, large_bytes=1 << 25, seconds=0.2)
-    return ProbeSizes(matmul=512, copy_bytes=1 << 25, small_bytes=1 << 10, large_bytes=1 << 22, seconds=0.2)
+    return ProbeSizes(matmul=512, copy_bytes=1 << 25, small_bytes=1 << 10, large_bytes=1 << 22, seconds=0.25)
 
 
 def measure_flops(ranks: Ranks, sizes: ProbeSizes) -> float:
@@ -174,14 +178,16 @@ def partner_of(rank: int, pairs: Sequence[tuple[int, int]]) -> int | None:
 
 
 def _seconds_side_by_side(action: Callable[[], object], sizes: ProbeSizes, ranks: Ranks) -> float:
-    """Median seconds of a call while all ranks make it. In rows: ranks that share cores start one after the other, and single calls
-    of the first would be over before the last begins."""
+    """Median seconds of a call while all ranks make it. In long rows: ranks that share cores start one after the other, and single calls
+    of the first would be over before the last begins; and a device that a quota or its heat holds back would not show it in short ones."""
+    action()
+    count = max(_IN_A_ROW, math.ceil(_ROW_SHARE * sizes.seconds / _timed(action, ranks.device)))
 
     def row() -> None:
-        for _ in range(_IN_A_ROW):
+        for _ in range(count):
             action()
 
-    return median(_repeat(row, sizes.seconds, ranks)) / _IN_A_ROW
+    return median(_repeat(row, sizes.seconds, ranks)) / count
 
 
 def _repeat(action: Callable[[], object], budget: float, ranks: Ranks) -> list[float]:

@@ -2,49 +2,113 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from hecate.errors import UserError
+from hecate.launch.status import read_status
+
 ROOT = Path(__file__).parents[2]
-KINDS = ("fast", "fast", "slow", "slow")
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback stays loopback
+    "RAY_BACKEND_LOG_LEVEL": "error",
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
-_SMALL = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20}
 
 
-class TestCluster:
-    """A head without devices, and nodes that have one each."""
+class Job:
+    """`hecate ray` or `hecate submit` in a process of its own; its output is gathered as it comes."""
 
-    __test__ = False
+    def __init__(self, command: list[str], environment: dict[str, str], folder: Path, run: Path) -> None:
+        self.run = run
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder, errors="replace"
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-    def __init__(self, cluster: Any, token_file: Path, folder: Path) -> None:
-        self._cluster, self.token_file, self.folder = cluster, token_file, folder
-        self.address: str = cluster.address
-        self.dashboard = f"http://{cluster.head_node.address_info['webui_url']}"
-        self.nodes = {}
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
 
-    def add(self, slot: int, kind: str, variables: dict[str, str] | None = None) -> Any:
-        node = self._cluster.add_node(num_cpus=1, labels={"kind": kind}, env_vars=variables, **_SMALL)
-        self.nodes[slot] = node
-        return node
+    def wait_for(self, what: Callable[[dict[str, Any]], bool], seconds: float = 90) -> dict[str, Any]:
+        """The first status of the run of which `what` is true."""
+        deadline = time.monotonic() + seconds
+        status: dict[str, Any] = {}
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with suppress(UserError):
+                status = read_status(self.run)
+                if what(status):
+                    return status
+            time.sleep(0.05)
+        raise AssertionError(f"it did not come to that; last:\n{status}\n{self.output[-6000:]}")
 
-    def kill_node(self, slot: int) -> None:
+    def end(self, seconds: float = 90) -> int:
+        """Wait for its end; the exit status."""
+        code = self.process.wait(timeout=seconds)
+        self._reader.join(timeout=10)
+        return code
+
+    def close(self) -> None:
+        """End it, if it has not ended."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.end()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(self.process.stdout)
+
+
+class RayCluster:
+    """A head without devices, and nodes that have one each, known by their ids; in a process of its own (`cluster_host`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.token_file = folder / "token"
+        self.token_file.touch(mode=0o600)
+        self.token_file.write_text(secrets.token_hex(32), encoding="utf-8")
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self._host = subprocess.Popen(
+            [sys.executable, "-m", "tests.launch.cluster_host"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environment(**_ENVIRONMENT, PATH=path),
+            cwd=ROOT,
+        )
+        addresses = self._answer()
+        self.address: str = addresses["address"]
+        self.dashboard: str = addresses["dashboard"]
+        self.nodes: list[str] = []
+
+    def add(self, kind: str, variables: dict[str, str] | None = None) -> str:
+        self.nodes.append(self._ask({"add": [kind, variables]}))
+        return self.nodes[-1]
+
+    def remove(self, node: str) -> None:
         """As if the machine had lost its power."""
-        self._cluster.remove_node(self.nodes.pop(slot), allow_graceful=False)
+        self.nodes.remove(node)
+        self._ask({"remove": node})
+
+    def node_of(self, device: dict[str, Any]) -> str:
+        return next(node for node in self.nodes if node.startswith(device["node"].split()[1]))
 
     def environment(self, **changes: str) -> dict[str, str]:
         """For a process that is to use the cluster."""
@@ -52,47 +116,44 @@ class TestCluster:
         given = {"RAY_AUTH_TOKEN_PATH": str(self.token_file), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         return {**kept, **given, **changes}
 
-    def start(self, *arguments: object, **changes: str) -> subprocess.Popen[str]:
-        """`hecate ARGUMENTS`, its output in one stream."""
-        command = [sys.executable, "-m", "hecate", *map(str, arguments)]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment(**changes), cwd=self.folder
-        )
+    @contextmanager
+    def job(self, command: str, run: Path, *arguments: object, **changes: str) -> Iterator[Job]:
+        """`hecate COMMAND` with the workshop's configuration; killed at the end if it still runs."""
+        overrides = (f"output_dir={run}", "data.eval=[]", "eval.generate=false", "fssdp.policy=hecate", *map(str, arguments))
+        started = Job([sys.executable, "-m", "hecate", command, "config.yaml", *overrides], self.environment(**changes), self.folder, run)
+        try:
+            yield started
+        finally:
+            started.close()
+
+    def close(self) -> None:
+        assert self._host.stdin is not None
+        self._host.stdin.close()
+        try:
+            self._host.wait(timeout=60)
+        finally:
+            self._host.kill()
+
+    def _ask(self, command: dict[str, Any]) -> Any:
+        assert self._host.stdin is not None
+        self._host.stdin.write(json.dumps(command) + "\n")
+        self._host.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._host.stdout is not None
+        for line in self._host.stdout:
+            if line.startswith("answer "):
+                return json.loads(line.removeprefix("answer "))
+        raise AssertionError(f"the cluster's process ended with status {self._host.wait()}")
 
 
 @contextmanager
-def cluster_of(kinds: tuple[str, ...], folder: Path) -> Iterator[TestCluster]:
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32), encoding="utf-8")
-    before = dict(os.environ)
-    os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN_PATH=str(token), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", **_SMALL}
-    )
+def cluster_of(kinds: tuple[str, ...], folder: Path) -> Iterator[RayCluster]:
+    made = RayCluster(folder)
     try:
-        made = TestCluster(cluster, token, folder)
-        for slot, kind in enumerate(kinds):
-            made.add(slot, kind)
+        for kind in kinds:
+            made.add(kind)
         yield made
     finally:
-        cluster.shutdown()
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def read_until(process: subprocess.Popen[str], wanted: Callable[[str], bool], seconds: float = 60) -> list[str]:
-    """The lines of a process up to the first that is wanted."""
-    assert process.stdout is not None
-    lines: list[str] = []
-    deadline = time.monotonic() + seconds
-    for line in process.stdout:
-        lines.append(line)
-        if wanted(line):
-            return lines
-        if time.monotonic() > deadline:
-            break
-    raise AssertionError("it did not come to that:\n" + "".join(lines))
+        made.close()

@@ -1,0 +1,162 @@
+"""Devices of different speed: equal shares of tokens, shares planned by speed, and the ideal.
+
+Measured: two ranks train, one of them held to half of a processor. Free and held, equal and planned alternate in the same processes;
+the planned shares come from the probe that a Ray job begins with, run while the rank is held. The ideal is three quarters of the
+tokens a second of two free ranks. Simulated: a mixed cluster of 20 GPUs of three kinds (`rows`: of a device of each kind); there the
+ideal has the dense part shared to fractions of a row.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from benchmarks.report import arguments, finish
+from benchmarks.small_run import make_folder
+from benchmarks.throttle import Processor
+from hecate.config import load_config
+from hecate.moe.engine import ExpertGroups
+from hecate.parallel.model_shapes import load_model_shape
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.simulator import replica_slots, simulate
+from hecate.parallel.token_shares import dense_seconds, rows_by_speed
+from hecate.parallel.topology import Topology
+from hecate.parallel.topology_file import load_topology
+from hecate.parallel.workloads import WORKLOADS
+from hecate.presets import find_preset
+from hecate.profile.fit import topology_from
+from hecate.profile.probe import quick_sizes
+from hecate.profile.run import measure
+from hecate.train.loop import Run
+from hecate.train.ranks import Ranks
+from tests.ranks import run_ranks
+
+HELD = 1
+"""the rank that is held to half of a core"""
+MODES = ("free", "equal", "planned")
+ROWS_PER_RANK = 8
+"""in the simulated cluster"""
+
+
+def main() -> None:
+    options = arguments(__doc__ or "").parse_args()
+    with tempfile.TemporaryDirectory(prefix="hecate-") as folder:
+        config = make_folder(Path(folder))
+        measured = run_ranks(2, bench_rank, str(config), 3 if options.quick else 15, timeout=600)[0]
+    rows, summary = measured
+    more_rows, more = simulated(steps=4 if options.quick else 12)
+    finish("heterogeneous", [*rows, *more_rows], summary | more, options.json)
+
+
+def bench_rank(rank: int, world: int, config: str, samples: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    default = dist.group.WORLD
+    assert default is not None
+    ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
+    run = Run(load_config(config, claim_output=False), ranks)
+    equal = run.moe.engine.config.topology
+    processor = Processor(os.getpid())
+
+    def held(on: bool) -> None:
+        if rank == HELD:
+            processor.halve() if on else processor.free()
+        dist.barrier()
+
+    try:
+        held(True)
+        speeds = topology_from(measure(ranks, (0, 0), ("CPU", "CPU"), quick_sizes(ranks.device))).flops
+        planned = replace(equal, flops=speeds)
+        check(run, equal, planned)
+        tokens_per_s: dict[str, list[float]] = {mode: [] for mode in MODES}
+        shares: dict[str, tuple[int, ...]] = {}
+        for _ in range(samples):
+            for mode in MODES:
+                held(mode != "free")
+                run.plan_for(planned if mode == "planned" else equal)
+                shares[mode] = run.shares
+                dist.barrier()
+                started = time.perf_counter()
+                tokens = sum(run.train_one()[1] for _ in range(2))
+                dist.barrier()
+                tokens_per_s[mode].append(tokens / (time.perf_counter() - started))
+    finally:
+        processor.close()
+    median = {mode: statistics.median(values) for mode, values in tokens_per_s.items()}
+    rows = [
+        {
+            "setting": mode,
+            "rows": ":".join(map(str, shares[mode])),
+            "held_by": processor.how,
+            "tokens_per_s": median[mode],
+            "all": tokens_per_s[mode],
+        }
+        for mode in MODES
+    ]
+    ideal = 0.75 * median["free"]
+    return rows, {"share_of_ideal": median["planned"] / ideal, "speedup_over_equal_shares": median["planned"] / median["equal"]}
+
+
+def check(run: Run, equal: Any, planned: Any) -> None:
+    """The same step, whoever computes which rows."""
+    losses = []
+    for topology in (equal, planned):
+        run.plan_for(topology)
+        state = run.stream.state_dict()
+        rows = run.stream.next_step()
+        run.stream.load_state_dict(state)
+        with run.moe.engine.evaluating(), torch.no_grad():
+            from hecate.train.step import forward_loss
+
+            loss = sum(forward_loss(run.moe, run.base.head, batch, step=0, recording=False) for batch in run.micro_batches(rows))
+        run.moe.micro_step.clear()
+        losses.append(float(run.ranks.all_sum(torch.as_tensor(loss).double())))
+    assert abs(losses[0] - losses[1]) <= 1e-4 * abs(losses[0]), losses
+
+
+def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """MixLoRA over Llama-7B on the mixed cluster, `auto`, Zipf loads."""
+    topology = load_topology(find_preset("topologies", "topology", "mixed"))
+    model = load_model_shape(find_preset("models", "model", "llama-7b-mixlora"))
+    world, layers = topology.world_size, 4
+    total = ROWS_PER_RANK * world
+    equal_loads = WORKLOADS["zipf"](steps, layers, world, model.experts, ROWS_PER_RANK * model.seq, model.top_k, 0)
+    fractions = [total * rate / sum(topology.flops) for rate in topology.flops]
+    seconds = {}
+    shares: dict[str, Any] = {"equal": [ROWS_PER_RANK] * world, "planned": rows_by_speed(total, topology.flops), "ideal": fractions}
+    for name, rows_D in shares.items():
+        loads = np.rint(equal_loads * (np.asarray(rows_D) / ROWS_PER_RANK)[None, None, :, None]).astype(np.int64)
+        cost = model.layer_cost(model.seq)  # of one row
+        flops = cost.non_moe_flops * dense_seconds(rows_D, topology.flops) * min(topology.flops)
+        slots_D = replica_slots(topology, cost, num_layers=model.layers, num_experts=model.experts, other_bytes=model.replicated_bytes())
+        found = simulate(
+            loads, topology, replace(cost, non_moe_flops=flops), {"auto": POLICIES["auto"]}, slots_D=slots_D, num_layers=model.layers
+        )
+        seconds[name] = found[0].step_seconds
+    tokens = total * model.seq
+    rows = [
+        {"setting": f"simulated {name}", "rows": _text(shares[name], topology), "held_by": "-", "tokens_per_s": tokens / value}
+        for name, value in seconds.items()
+    ]
+    summary = {
+        "simulated_share_of_ideal": seconds["ideal"] / seconds["planned"],
+        "simulated_speedup_over_equal_shares": seconds["equal"] / seconds["planned"],
+    }
+    return rows, summary
+
+
+def _text(rows_D: Sequence[float], topology: Topology) -> str:
+    """Of the first rank of each node."""
+    return ":".join(f"{rows_D[topology.ranks_of_node(node)[0]]:.3g}" for node in range(topology.num_nodes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""A folder with a run that computes for most of its time: a random Llama of a few million parameters, and short conversations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.hecate.data.conftest import build_byte_tokenizer
+
+
+def make_folder(folder: Path) -> Path:
+    """Fill the empty `folder`; the path of its configuration. 12 rows of 128 tokens a step on two ranks."""
+    tokenizer = build_byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), eos_token_id=257, bos_token_id=256, pad_token_id=257, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    turns = [
+        [{"role": "user", "content": f"w{n % 13}x{n}" * 4}, {"role": "assistant", "content": f"W{n % 13}X{n}" * 4}] for n in range(600)
+    ]
+    lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
+    (folder / "train.jsonl").write_text(lines, encoding="utf-8")
+    path = folder / "config.yaml"
+    path.write_text(
+        f"model: {{name_or_path: {folder}/model, dtype: float32}}\n"
+        f"data: {{train: {folder}/train.jsonl, seq_len: 128}}\n"
+        f"output_dir: {folder}/runs/unset\n"
+        "max_steps: 100000\nmicro_batch_size: 6\nlora: {r: 8, alpha: 16.0}\nmoe: {num_experts: 8, top_k: 2}\n",
+        encoding="utf-8",
+    )
+    return path

@@ -1,0 +1,121 @@
+"""Decisions of the Ray controller, on paper: which devices, what after a failure, when to grow, who straggles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hecate.errors import UserError
+from hecate.launch.failure_policy import Cause, Decision, FailurePolicy
+from hecate.launch.resource_pool import ACCELERATOR_LABEL, choose_devices, devices_of, one_machine, parse_labels
+from hecate.launch.scaling_policy import Scaling, ScalingPolicy
+from hecate.launch.stragglers import Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
+from hecate.parallel.topology import Link, Topology
+
+
+def node(name: str, *, cpus: float = 4, gpus: float = 0, address: str = "10.0.0.1", alive: bool = True, **labels: str) -> dict[str, Any]:
+    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    return {"NodeID": name, "Alive": alive, "NodeManagerAddress": address, "Resources": resources, "Labels": labels}
+
+
+def test_processors_are_devices_where_there_is_no_gpu() -> None:
+    devices = devices_of([node("b", cpus=5), node("a", cpus=2), node("c", alive=False)], {}, cpus_per_worker=2)
+    assert [device.node_id for device in devices] == ["a", "b", "b"]
+    assert devices[0].resources == (("CPU", 2.0),)
+    assert devices[0].kind == "CPU"
+
+
+def test_only_gpus_count_where_there_are_some() -> None:
+    h100 = node("h", cpus=16, gpus=8, **{ACCELERATOR_LABEL: "H100"})
+    devices = devices_of([node("head", cpus=64), h100, node("l", cpus=4, gpus=2, **{ACCELERATOR_LABEL: "L4"})], {}, cpus_per_worker=4)
+    assert [device.kind for device in devices] == ["H100"] * 8 + ["L4"] * 2
+    assert devices[0].resources == (("CPU", 2.0), ("GPU", 1.0)), "16 processors for 8 ranks"
+    assert devices[0].selector == ((ACCELERATOR_LABEL, "H100"),)
+
+
+def test_labels_choose_nodes_and_what_may_replace_them() -> None:
+    wanted = parse_labels(["kind=in(fast, slow)", "zone=a"])
+    assert wanted == {"kind": ("fast", "slow"), "zone": ("a",)}
+    nodes = [node("1", kind="slow", zone="a"), node("2", kind="fast", zone="a", disk="x"), node("3", kind="fast", zone="b"), node("4")]
+    devices = devices_of(nodes, wanted, cpus_per_worker=4)
+    assert [device.node_id for device in devices] == ["2", "1"]
+    assert devices[0].selector == (("kind", "fast"), ("zone", "a")), "the disk may be another"
+
+
+def test_too_few_devices_are_refused_with_what_there_is() -> None:
+    devices = devices_of([node("a", cpus=3)], {}, cpus_per_worker=1)
+    assert len(choose_devices(devices, 2, 1)) == 2
+    assert len(choose_devices(devices, 9, 3)) == 3
+    with pytest.raises(UserError, match=r"needs 4, the cluster has 3 that fit \(3 CPU\)"):
+        choose_devices(devices, None, 4)
+
+
+def test_one_machine_by_addresses() -> None:
+    assert one_machine(devices_of([node("a"), node("b")], {}, 4))
+    assert not one_machine(devices_of([node("a"), node("b", address="10.0.0.2")], {}, 4))
+
+
+@pytest.mark.parametrize(
+    ("cause", "left", "decision"),
+    [
+        (Cause.ACTOR_DIED, 3, Decision.REPLACE),
+        (Cause.ACTOR_DIED, 0, Decision.REPLACE),
+        (Cause.NODE_DIED, 3, Decision.SHRINK),
+        (Cause.NODE_DIED, 1, Decision.WAIT),
+        (Cause.HUNG, 2, Decision.SHRINK),
+        (Cause.ERROR, 4, Decision.REPLACE),
+        (Cause.START, 4, Decision.REPLACE),
+    ],
+)
+def test_what_follows_a_failure(cause: Cause, left: int, decision: Decision) -> None:
+    assert FailurePolicy(max_failures=3, fewest=2).decide(cause, left)[0] is decision
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_every_cause_is_bounded_for_itself_and_a_step_forgives(cause: Cause) -> None:
+    policy = FailurePolicy(max_failures=2, fewest=1)
+    for other in Cause:
+        if other is not cause:
+            _, policy = policy.decide(other, 4)
+    for _ in range(2):
+        decision, policy = policy.decide(cause, 4)
+        assert decision is not Decision.RAISE
+    assert policy.decide(cause, 4)[0] is Decision.RAISE
+    assert policy.after_progress().decide(cause, 4)[0] is not Decision.RAISE
+
+
+def test_a_job_grows_when_one_is_ready_but_not_at_once() -> None:
+    policy = ScalingPolicy(pause_seconds=5)
+    assert policy.decide(working=3, ready=1, seconds_since_change=6) is Scaling.GROW
+    assert policy.decide(working=3, ready=1, seconds_since_change=4) is Scaling.KEEP
+    assert policy.decide(working=3, ready=0, seconds_since_change=60) is Scaling.KEEP
+
+
+MACHINES = Topology(
+    (0, 0, 1, 2), (3e9, 3e9, 1e9, 1e9), (4.0, 3.0, 2.0, 1.0), Link(1e9, 0.0), Link(1e8, 0.0), uplink_bandwidth=(3e8, 2e8, 1e8)
+)
+
+
+def test_speeds_are_relative_to_the_plan_and_to_the_others() -> None:
+    as_planned = {rank: Pace(tokens, 2.0) for rank, tokens in enumerate((600, 600, 200, 200))}
+    assert relative_speeds(as_planned, MACHINES) == {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}
+    one_slow = {**as_planned, 1: Pace(300, 2.0)}
+    assert relative_speeds(one_slow, MACHINES)[1] == 0.5
+    two = without_ranks(MACHINES, [0, 2])
+    assert relative_speeds({0: Pace(300, 2.0), 1: Pace(200, 2.0)}, two) == {0: 0.5, 1: 1.0}, "of two the faster is the measure"
+    assert relative_speeds({0: Pace(0, 0.0)}, MACHINES) == {}
+
+
+def test_a_straggler_is_one_in_every_window() -> None:
+    slow, fine = {0: 0.5, 1: 1.0}, {0: 1.0, 1: 1.0}
+    assert changed_ranks([slow]) == {}
+    assert changed_ranks([slow, fine]) == {}
+    assert changed_ranks([fine, slow, {0: 0.6, 1: 1.1}]) == {0: 0.55}
+    assert changed_ranks([{0: 1.5}, {0: 1.7}]) == {0: 1.6}, "faster than planned, too"
+
+
+def test_a_topology_follows_speeds_and_losses() -> None:
+    assert with_speeds(MACHINES, {1: 0.5}).flops == (3e9, 1.5e9, 1e9, 1e9)
+    left = without_ranks(MACHINES, [1, 3])
+    assert (left.node_of_rank, left.flops, left.memory, left.uplink_bandwidth) == ((0, 1), (3e9, 1e9), (3.0, 1.0), (3e8, 1e8))

@@ -1,0 +1,215 @@
+"""Jobs on a Ray cluster of four raylets on this machine, whose labels call two of them fast and two slow."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.cluster import ROOT, Job, RayCluster, cluster_of
+from tests.tiny_run import make_workshop
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra `ray`)"),
+]
+KINDS = ("fast", "fast", "slow", "slow")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_workshop(tmp_path_factory.mktemp("workshop"))
+    flops = "flops: [3e9, 3e9, 1e9, 1e9], memory: [3e9, 3e9, 1e9, 1e9]"
+    topology = f"nodes: [{{devices: 4, {flops}}}]\nintra_node: {{bandwidth: 1e9, latency: 1e-5}}\n"
+    (folder / "mixed.yaml").write_text(topology, encoding="utf-8")
+    (folder / ".env").write_text("SECRET=1", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(workshop: Path) -> Iterator[RayCluster]:
+    with cluster_of(KINDS, workshop) as made:
+        yield made
+
+
+def training(status: dict[str, Any]) -> list[int]:
+    return [device["device"] for device in status["devices"] if device["state"] == "training"]
+
+
+def steps_of(run: Path) -> list[int]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [record["step"] for record in records if record["kind"] == "step"]
+
+
+def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) -> None:
+    """Shares by speed and memory; a process is killed and replaced; a node is lost and left out, another comes and joins; a device that
+    is held up is named and gets less; a signal saves and ends it. Not one step is lost or done twice."""
+    run = workshop / "runs" / "life"
+    overrides = ["topology=mixed.yaml", "ray.labels=['kind=in(fast,slow)']", "ray.report_steps=2", "max_steps=100000", "fssdp.redundancy=1"]
+    with cluster.job("ray", run, *overrides, "moe.num_experts=8", "--address", cluster.address, "--metrics-port", "0") as job:
+        status = job.wait_for(lambda s: s["state"] == "running" and s["step"] >= 4, 150)
+        assert [device["rows"] for device in status["devices"]] == [3, 3, 1, 1]
+        assert [device["experts"] for device in status["devices"]] == [6, 6, 2, 2]
+        kinds = [cluster.nodes.index(cluster.node_of(device)) // 2 for device in status["devices"]]
+        assert kinds == [0, 0, 1, 1], "fast nodes are devices 0 and 1"
+        assert f'hecate_state{{state="{status["state"]}"}} 1' in scraped(job)
+        shown = subprocess.run([sys.executable, "-m", "hecate", "status", str(run)], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert "running" in shown.stdout
+
+        os.kill(status["devices"][2]["pid"], signal.SIGKILL)
+        step = status["step"]
+        status = job.wait_for(lambda s: s["generation"] == 1 and training(s) == [0, 1, 2, 3] and s["step"] > step)
+        assert "device 2" in job.output
+        assert "the worker's process died" in job.output
+
+        lost = cluster.node_of(status["devices"][3])
+        cluster.remove(lost)
+        step = status["step"]
+        status = job.wait_for(lambda s: s["generation"] == 2 and training(s) == [0, 1, 2] and s["step"] > step)
+        assert "the worker's node died" in job.output
+        assert sum(device["rows"] or 0 for device in status["devices"]) == 8, "a step keeps its rows"
+
+        cluster.add("slow")
+        step = status["step"]
+        status = job.wait_for(lambda s: s["generation"] == 3 and training(s) == [0, 1, 2, 3] and s["step"] > step, 120)
+
+        rows = status["devices"][0]["rows"]
+        with held_up(status["devices"][0]["pid"]):
+            job.wait_for(lambda s: "straggler: device 0" in job.output and s["devices"][0]["rows"] < rows, 120)
+
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == 0, job.output[-3000:]
+    steps = steps_of(run)
+    assert steps == sorted(set(steps)), "a step was done twice"
+    # A step that was at its end when a rank was lost is finished, without a record.
+    assert len(set(range(1, steps[-1] + 1)) - set(steps)) <= 2, steps
+    assert (run / f"checkpoint-{steps[-1]}" / "COMMIT").is_file()
+    assert json.loads((run / "status.json").read_text(encoding="utf-8"))["state"] == "stopped"
+
+
+def scraped(job: Job) -> str:
+    import urllib.request
+
+    address = re.search(r"http://127\.0\.0\.1:\d+/metrics", job.output)
+    assert address is not None
+    with urllib.request.urlopen(address[0], timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+class held_up:
+    """A process that gets a fifth of its time: stopped for 40 ms, running for 10, again and again."""
+
+    def __init__(self, pid: int) -> None:
+        code = f"import os, signal, time\nwhile True:\n    os.kill({pid}, signal.SIGSTOP); time.sleep(0.04)\n"
+        self._code = code + f"    os.kill({pid}, signal.SIGCONT); time.sleep(0.01)\n"
+        self._pid = pid
+
+    def __enter__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, "-c", self._code])
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.kill(self._pid, signal.SIGCONT)
+
+
+def test_a_job_is_submitted_and_its_exit_status_comes_back(cluster: RayCluster, workshop: Path) -> None:
+    run = workshop / "runs" / "submitted"
+    overrides = ["max_steps=3", "ray.workers=2", "ray.labels=['kind=in(fast,slow)']"]
+    with cluster.job("submit", run, *overrides, "--address", cluster.dashboard) as job:
+        assert job.end(150) == 0, job.output[-4000:]
+    assert "step 3/3" in job.output
+    assert steps_of(run) == [1, 2, 3]
+    with cluster.job("submit", run, *overrides, "--address", cluster.dashboard) as job:
+        assert job.end() == 2, job.output[-4000:]
+    assert "exists and is not empty" in job.output
+
+
+def test_killing_the_launcher_leaves_nothing(cluster: RayCluster, workshop: Path) -> None:
+    run, temporary = workshop / "runs" / "orphaned", workshop / "temporary"
+    temporary.mkdir()
+    overrides = ["max_steps=100000", "ray.workers=2", "ray.report_steps=1"]
+    with cluster.job("ray", run, *overrides, "--address", cluster.address, TMPDIR=str(temporary)) as job:
+        status = job.wait_for(lambda s: s["step"] >= 1, 150)
+        pids = [device["pid"] for device in status["devices"]]
+        job.process.kill()
+        job.end()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert not list(temporary.iterdir())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def refused(cluster: RayCluster, command: str, *arguments: object, **changes: str) -> str:
+    """The error of a job that must not begin. It leaves nothing behind, so that the next one may have the same folder."""
+    run = cluster.folder / "runs" / "refused"
+    with cluster.job(command, run, *arguments, **changes) as job:
+        assert job.end(120) == 2, job.output[-3000:]
+    ours = [line for line in job.lines if not line.startswith("\x1b[")]  # the others are what workers print
+    assert not [line for line in ours if "Traceback" in line]
+    assert len(ours) <= 8, job.output
+    assert not run.exists()
+    return "".join(ours)
+
+
+def test_no_cluster_at_the_address(cluster: RayCluster) -> None:
+    assert "no Ray cluster at 127.0.0.1" in refused(cluster, "ray", "--address", f"127.0.0.1:{free_port()}")
+    assert "no Ray dashboard at 127.0.0.1" in refused(cluster, "submit", "--address", f"http://127.0.0.1:{free_port()}")
+
+
+def test_no_address_is_guessed(cluster: RayCluster) -> None:
+    assert "no cluster is joined unasked" in refused(cluster, "ray")
+    assert "HOST:PORT" in refused(cluster, "ray", "--address", "auto")
+    assert "no cluster is looked for" in refused(cluster, "submit")
+
+
+def test_a_wrong_token_and_none_and_one_for_all_to_read(cluster: RayCluster, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text("0" * 64, encoding="utf-8")
+    wrong.chmod(0o600)
+    assert "does not take this token" in refused(cluster, "ray", "--address", cluster.address, RAY_AUTH_TOKEN_PATH=str(wrong))
+    assert "does not take this token" in refused(cluster, "submit", "--address", cluster.dashboard, RAY_AUTH_TOKEN_PATH=str(wrong))
+    assert "no Ray token" in refused(cluster, "ray", "--address", cluster.address, RAY_AUTH_TOKEN_PATH=str(tmp_path / "none"))
+    wrong.chmod(0o644)
+    assert "chmod 600" in refused(cluster, "ray", "--address", cluster.address, RAY_AUTH_TOKEN_PATH=str(wrong))
+
+
+def test_not_enough_devices(cluster: RayCluster) -> None:
+    found = refused(cluster, "ray", "ray.workers=9", "ray.min_workers=9", "--address", cluster.address)
+    assert "needs 9, the cluster has 4" in found
+    found = refused(cluster, "ray", "ray.labels=['kind=none']", "--address", cluster.address)
+    assert "needs 1, the cluster has 0" in found
+
+
+@pytest.mark.parametrize(("kind", "module", "wanted"), [("bare", "raise ImportError('No module named hecate')", "cannot be imported"),
+                                                       ("old", "", "different versions of hecate")])  # fmt: skip
+def test_a_node_without_the_package_or_with_another_version(
+    cluster: RayCluster, tmp_path: Path, kind: str, module: str, wanted: str
+) -> None:
+    package = tmp_path / "hecate"
+    package.mkdir()
+    text = module or f"__version__ = '0.0.1'\n__path__.append({str(ROOT / 'hecate')!r})\n"
+    (package / "__init__.py").write_text(text, encoding="utf-8")
+    node = cluster.add(kind, {"PYTHONPATH": str(tmp_path)})
+    try:
+        found = refused(cluster, "ray", f"ray.labels=['kind=in({kind},slow)']", "ray.start_timeout=60", "--address", cluster.address)
+    finally:
+        cluster.remove(node)
+    assert wanted in found
