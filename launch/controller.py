@@ -240,7 +240,9 @@ class Controller:
                 f"{_name(place)}: hecate cannot be imported there: {text}\n"
                 "  install it on all nodes, in the Python that runs Ray, in the same version"
             )
-        if place in self._members and place.index not in self._idle:
+        if place in self._members and self._idle.get(place.index) == "finished":
+            return
+        if place in self._members and self._idle.get(place.index) != "lost":
             alive = self._group.node_lives(place)
             self._answer(Cause.ACTOR_DIED if alive else Cause.NODE_DIED, place, text)
         else:
@@ -266,6 +268,8 @@ class Controller:
             self._begin_recovery()
 
     def _report(self, place: Place, event: Event) -> None:
+        if place not in self._members or self._state not in (State.RUNNING, State.RESIZING, State.STOPPING):
+            return  # of a generation that is over
         self._policy = self._policy.after_progress()
         if "loss" in event:
             self._latest = event
@@ -445,11 +449,12 @@ class Controller:
         return latest is not None
 
     def _stop(self) -> None:
+        if self._state not in (State.STARTING, State.RUNNING, State.RESIZING) or not self._members:
+            self._enter(State.STOPPED)  # nobody is in a step that he could end; the last checkpoint is what is left
+            return
         self._enter(State.STOPPING, self._config.ray.start_timeout)
-        if self._members and self._members[0].alive:
-            self._members[0].actor.stop.remote()
-        else:
-            self._enter(State.STOPPED)
+        for place in self._members:
+            place.actor.stop.remote()
 
     # Small things
 
