@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,7 @@ from benchmarks import gpu_timing, kernel_providers
 from benchmarks.kernel_cases import SHAPES, TOLERANCE, Inputs, Layer, LayerShape, errors, expected, make_inputs
 from benchmarks.report import arguments, finish
 from hecate.errors import UserError
-from hecate.kernels.expert_ffn_sorted import lora_expert_ffn_sorted
-from hecate.kernels.mixlora_sorted import mixlora_ffn_sorted
+from hecate.kernels.backend import expert_kernels
 
 PEERS: Mapping[str, Sequence[str]] = {
     "moe_peft_layer": ("7B", "1B", "135M"),
@@ -45,22 +45,22 @@ PEERS: Mapping[str, Sequence[str]] = {
 """Peers from wheels, by their module in `benchmarks.peers`, and the shapes each is timed at."""
 NOT_RELEASED = {"axolotl_mixlora": "in no released wheel: axolotl-ai-cloud/axolotl pull request 3535 is open"}
 PEER_SECONDS = 150
+"""of a peer at a shape, at most"""
+RUN_SECONDS = 540
+"""of a whole run: peers get what is left of it"""
 RUNS = 20
 """of `--determinism`"""
 
 
 def ours(inputs: Inputs, compiled: bool = False) -> Layer:
-    """Our layer over these inputs, as a trainer on a GPU calls it."""
-    leaves = inputs.leaves()
+    """Our layer over these inputs, as a trainer calls it; torch has nothing to compile in it."""
+    kernels = expert_kernels("triton", inputs.x_TD, inputs.shape.rank)
+    operands, loras = (inputs.x_TD, inputs.slot_TK, inputs.weight_TK), dict(inputs.loras)
     if inputs.base is not None:
-        forward = functools.partial(mixlora_ffn_sorted, inputs.x_TD, inputs.slot_TK, inputs.weight_TK, inputs.base, dict(inputs.loras))
-    else:
-        assert inputs.frozen_EC is not None
-        frozen = list(inputs.frozen_EC)
-        forward = functools.partial(
-            lora_expert_ffn_sorted, inputs.x_TD, inputs.slot_TK, inputs.weight_TK, frozen, dict(inputs.loras), inputs.ffn_shape
-        )
-    return Layer(forward, leaves)
+        return Layer(functools.partial(kernels.mixlora_ffn, *operands, inputs.base, loras), inputs.leaves())
+    assert inputs.frozen_EC is not None
+    frozen = list(inputs.frozen_EC)
+    return Layer(functools.partial(kernels.lora_expert_ffn, *operands, frozen, loras, inputs.ffn_shape), inputs.leaves())
 
 
 def providers(shape: LayerShape) -> dict[str, kernel_providers.Provider]:
@@ -110,14 +110,14 @@ def compare_peer(module: str, inputs: Inputs, rounds: int) -> dict[str, Any]:
         return gpu_timing.alternate({name: functools.partial(each.step, inputs.dy_TD) for name, each in layers.items()}, rounds)
 
 
-def peer_rows(module: str, shape: LayerShape, rounds: int) -> list[dict[str, Any]]:
+def peer_rows(module: str, shape: LayerShape, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """`compare_peer` in a process of its own, as rows: the peer's, and ours as timed beside it."""
     command = [sys.executable, "-m", "benchmarks.kernels", "--peer", module, "--shape", shape.name, "--rounds", str(rounds)]
     name = module.removesuffix("_layer")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PEER_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(seconds, 0.0))
     except subprocess.TimeoutExpired:
-        return [row(shape, name, [], f"not through after {PEER_SECONDS} s")]
+        return [row(shape, name, [], f"not through after {max(seconds, 0.0):.0f} s")]
     if done.returncode:
         return [row(shape, name, [], f"exit {done.returncode}: {done.stderr.strip()[-300:]}")]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -227,6 +227,7 @@ def _determinism(shapes: Sequence[LayerShape]) -> None:
 
 
 def _measure(shapes: Sequence[LayerShape], rounds: int, options: argparse.Namespace) -> None:
+    began = time.monotonic()
     bandwidth, rate = gpu_timing.copy_bandwidth(), gpu_timing.matmul_rate()
     print(f"{torch.cuda.get_device_name()}: copies at {bandwidth / 1e12:.2f} TB/s, bfloat16 products at {rate / 1e12:.0f} TFLOP/s")
     rows: list[dict[str, Any]] = []
@@ -238,7 +239,7 @@ def _measure(shapes: Sequence[LayerShape], rounds: int, options: argparse.Namesp
     for module, timed_at in PEERS.items():
         for shape in shapes:
             if shape.name in timed_at:
-                rows += peer_rows(module, shape, rounds)
+                rows += peer_rows(module, shape, rounds, min(PEER_SECONDS, RUN_SECONDS - (time.monotonic() - began)))
     rows += [row(shapes[0], name, [], reason) for name, reason in NOT_RELEASED.items()]
     summary = summary_of(rows)
     if options.cpu_json:

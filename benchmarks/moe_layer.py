@@ -10,6 +10,8 @@ rank's time. Plans are made for this machine as measured at the start.
 `ep_per_choice` is expert parallelism as the textbook (and Megatron's dispatcher) has it: every (token, choice) pair travels and pays a
 base FFN of its own. `static_ep, balanced` has equal odds for all experts whatever the routing of the others: what a perfectly balanced
 layer takes, measured in the same minutes.
+
+Two more kinds have full experts beside Megatron's MoELayer and torch's FSDP2: see `benchmarks.moe_layer_rivals`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch.distributed as dist
 
 from benchmarks import cpu_layer
 from benchmarks.moe_layer_parts import KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
+from benchmarks.moe_layer_rivals import RIVAL_KINDS, bench_kind, rival_ratios, rival_shape
 from benchmarks.report import arguments, finish
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.moe.engine import ExpertGroups
@@ -43,6 +46,7 @@ WORLD = 2
 PER_CHOICE = "ep_per_choice"
 BALANCED = "static_ep, balanced"
 REMATERIALIZE = "full, rematerialize"
+EVERY_KIND = (*KINDS, *RIVAL_KINDS)
 WARM_UP = 1
 """steps before the first sample: that without history"""
 PROBES = ProbeSizes(matmul=1024, copy_bytes=1 << 26, small_bytes=1 << 10, large_bytes=1 << 24, seconds=0.5)
@@ -75,7 +79,7 @@ def measured_topology(rank: int, groups: ExpertGroups) -> Topology:
 
 
 def bench_rank(
-    rank: int, world: int, shape: Shape, kinds: Sequence[str], policies: Collection[str], samples: int
+    rank: int, world: int, shape: Shape, kinds: Sequence[str], policies: Collection[str], samples: int, quick: bool
 ) -> tuple[list[dict[str, Any]], Topology]:
     default = dist.group.WORLD
     assert default is not None
@@ -83,6 +87,10 @@ def bench_rank(
     topology = measured_topology(rank, groups)
     rows = []
     for kind in kinds:
+        if kind in RIVAL_KINDS:
+            found_rows = bench_kind(rank, kind, rival_shape(kind, quick=quick), samples, groups, topology)
+            rows += [row(kind, bytes_sent=None, imbalance=None, **one) for one in found_rows]
+            continue
         family, named = make_family(kind, shape), variants(kind, policies)
         before = Projections(shape, trained=kind == "full_experts")
         formula = Formula(family, rank, shape, *route(ROUTINGS[0], shape, seed=rank))
@@ -116,10 +124,10 @@ def bench_rank(
 
 
 def row(
-    kind: str, policy: str, routing: str, *, ms_all: list[float], cpu_ms_all: list[float], bytes_sent: int, imbalance: float
+    kind: str, policy: str, routing: str, *, ms_all: list[float], cpu_ms_all: list[float], bytes_sent: int | None, imbalance: float | None
 ) -> dict[str, Any]:
     """`cpu_ms`: the busier rank's processor time, which says more than the clock on a crowded machine. Bytes and imbalance are the last
-    step's."""
+    step's; of rivals they are not known."""
     return {
         "kind": kind,
         "policy": policy,
@@ -152,6 +160,7 @@ def _ratios(rows: Sequence[dict[str, Any]], column: str) -> dict[str, float]:
             summary[f"{name}_speedup_over_ep_per_choice"] = dense[PER_CHOICE, routing] / dense["hecate", routing]
         if (REMATERIALIZE, "zipf(1.2)") in dense:
             summary["rematerialize_slowdown"] = dense[REMATERIALIZE, "zipf(1.2)"] / dense["full", "zipf(1.2)"]
+    summary |= rival_ratios(median, sorted(kinds))
     for kind in ("full_experts", "frozen_moe"):
         for policy in ("auto", "auto, exact"):
             over = [median[kind, policy, r] / median[kind, BALANCED, r] for r in ROUTINGS if (kind, policy, r) in median]
@@ -162,7 +171,9 @@ def _ratios(rows: Sequence[dict[str, Any]], column: str) -> dict[str, float]:
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--kind", choices=KINDS, action="append", help="only this kind of experts; may be given more than once")
+    parser.add_argument(
+        "--kind", choices=(*KINDS, *RIVAL_KINDS), action="append", help="only this kind of experts; may be given more than once"
+    )
     parser.add_argument("--kernels", action="store_true", help="instead: one MixLoRA layer on one core, ours beside the naive loop")
     options = parser.parse_args()
     if options.kernels:
@@ -174,7 +185,8 @@ def main() -> None:
     os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as our launcher has it
     # Two of three samples come after the rotating expert has moved.
     shape, samples = (Shape(hidden=256, ffn=704, tokens=512), 2) if options.quick else (Shape(), 3)
-    rows, topology = run_ranks(WORLD, bench_rank, shape, options.kind or KINDS, list(POLICIES), samples, timeout=1800)[0]
+    kinds = options.kind or EVERY_KIND
+    rows, topology = run_ranks(WORLD, bench_rank, shape, kinds, list(POLICIES), samples, options.quick, timeout=1800)[0]
     link = topology.intra_node
     print(f"measured: {topology.flops[0]:.3g} FLOP/s, {link.bandwidth:.3g} B/s, {link.latency:.3g} s, slowdown {topology.overlap_slowdown}")
     finish("moe_layer", rows, summary_of(rows), options.json)

@@ -51,6 +51,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         from hecate.launch.local import launch_local
 
         loaded = load_config(config, overrides or ())
+        _check_kernels(loaded.kernels)
         check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
         count = loaded.nproc or _default_ranks()
         status = launch_local(["train", str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0)
@@ -61,12 +62,15 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     from hecate.config import load_config
 
     loaded = load_config(config, overrides or (), claim_output=False)
-    from hecate.train.local_group import local_controller
+    _check_kernels(loaded.kernels)
+    from hecate.train.local_group import local_controller, wait_for_turn
     from hecate.train.loop import train as run
     from hecate.train.ranks import join_ranks, lost_a_peer
     from hecate.train.restart import begin_or_resume
 
     try:
+        if JOIN_VARIABLE in os.environ:
+            wait_for_turn()
         with join_ranks() as ranks:
             # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
             asks = ranks.is_first and STORE_VARIABLE not in os.environ
@@ -97,6 +101,7 @@ def launch(
 
     nodes = node_range(nnodes)
     loaded = load_config(config, overrides or (), claim_output=nodes[1] == 1)
+    _check_kernels(loaded.kernels)
     check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
     ranks = nproc_per_node or loaded.nproc or _default_ranks()
     check_fit(loaded, nodes, ranks)
@@ -294,6 +299,19 @@ def _refuse_beside(context: typer.Context, option: str, why: str, *, allowed: tu
     given = [name for name in named if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
     if superfluous := [named[name] for name in given if name not in allowed]:
         raise UserError(f"{option}: {why}; leave out {', '.join(superfluous)}")
+
+
+def _check_kernels(kernels: str) -> None:
+    """Refuse Triton where it cannot run, on the machine that trains: elsewhere a configuration may well be planned with."""
+    if kernels != "triton":
+        return
+    import torch
+
+    from hecate.kernels.backend import triton_problem
+
+    problem = triton_problem("cuda" if torch.cuda.is_available() else "cpu")
+    if problem is not None:
+        raise UserError(problem)
 
 
 def _default_ranks() -> int:

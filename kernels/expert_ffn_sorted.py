@@ -58,7 +58,7 @@ def lora_expert_ffn_sorted(
         words.get("down"),
         *has,
         scales,
-        0.0 if dropout is None else dropout.p,
+        0 if dropout is None else dropout.dropped_levels,
         shape.hidden,
         shape.ffn,
         shape.activation,

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from hecate.kernels.device_functions import dropout_keep
-from hecate.kernels.dropout import Dropout
 from hecate.kernels.kernel_launch import Launch
 from hecate.kernels.launch_config import LaunchConfig, Rule, choose, sm_of
 from hecate.kernels.pair_order import PairOrder
@@ -26,7 +25,8 @@ from hecate.kernels.tile_map import tile_map
 
 WIDE_RULES: tuple[Rule, ...] = (
     Rule(LaunchConfig({"BM": 128, "BN": 256, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=90, itemsizes=(2,)),
-    Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=80, itemsizes=(2,)),
+    Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=80, max_rank=64, itemsizes=(2,)),
+    Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=4), min_sm=80, itemsizes=(2,)),
     Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BM": 16, "BN": 32, "BK": 32, "GROUP": 2}), min_sm=0),
 )
@@ -68,7 +68,8 @@ class LowRank:
 class RowDropout:
     """Which elements of each pair's row are dropped."""
 
-    dropout: Dropout
+    dropped_levels: int
+    """of `Dropout`"""
     row_P: Tensor
     """int32 [P], of `Dropout.rows`, in the order of the pairs"""
 
@@ -334,7 +335,7 @@ def gemm_launch(
             "half_y": width,
             "scale_0": first,
             "scale_1": second,
-            "dropped_levels": drop.dropout.dropped_levels if drop is not None else 0,
+            "dropped_levels": drop.dropped_levels if drop is not None else 0,
         },
         constants={
             "N": width,

@@ -21,7 +21,7 @@ from hecate.kernels.pair_order import PairOrder
 
 RULES = (
     Rule(LaunchConfig({"BN": 128, "BK": 256, "BM": 64}, num_warps=8, num_stages=3), min_sm=90, itemsizes=(2,)),
-    Rule(LaunchConfig({"BN": 128, "BK": 128, "BM": 32}, num_warps=8, num_stages=3), min_sm=80, itemsizes=(2,)),
+    Rule(LaunchConfig({"BN": 128, "BK": 128, "BM": 32}, num_warps=8, num_stages=4), min_sm=80, itemsizes=(2,)),
     Rule(LaunchConfig({"BN": 64, "BK": 64, "BM": 16}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BN": 32, "BK": 32, "BM": 16}), min_sm=0),
 )
@@ -139,7 +139,7 @@ def grouped_wgrad(
             "stride_out_slot": out_SNK.stride(0),
             "stride_out": out_SNK.stride(1),
             "scale": scale,
-            "dropped_levels": drop_right.dropout.dropped_levels if drop_right is not None else 0,
+            "dropped_levels": drop_right.dropped_levels if drop_right is not None else 0,
         },
         constants={
             "N": rows,

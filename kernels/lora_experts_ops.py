@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hecate.kernels.combine import combine
-from hecate.kernels.dropout import Dropout
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.full_experts_ops import fake_order
 from hecate.kernels.gated import gate, gate_backward
@@ -55,7 +54,7 @@ def lora_experts(
     has_up: bool,
     has_down: bool,
     scales: Sequence[float],
-    dropout_p: float,
+    dropped_levels: int,
     hidden: int,
     ffn: int,
     activation: str,
@@ -74,7 +73,7 @@ def lora_experts(
         return torch.zeros_like(x_TD), gate_up_P, low_P, order.order_P, order.token_P, order.place_TK, order.starts
     x_TD = x_TD.contiguous()
     gate_up, down = _matrices(frozen_S, FfnShape(hidden, ffn, activation))
-    drop_in, drop_down = _dropped(keep_in_TK, order, dropout_p), _dropped(keep_down_TK, order, dropout_p)
+    drop_in, drop_down = _dropped(keep_in_TK, order, dropped_levels), _dropped(keep_down_TK, order, dropped_levels)
     if inputs is None:
         low_P = x_TD.new_empty((order.num_pairs, 0))
         gate_up_P = grouped_gemm(x_TD, gate_up, order, gather=True)
@@ -105,7 +104,7 @@ def _(
     has_up: bool,
     has_down: bool,
     scales: Sequence[float],
-    dropout_p: float,
+    dropped_levels: int,
     hidden: int,
     ffn: int,
     activation: str,
@@ -135,7 +134,7 @@ def lora_experts_backward(
     has_up: bool,
     has_down: bool,
     scales: Sequence[float],
-    dropout_p: float,
+    dropped_levels: int,
     hidden: int,
     ffn: int,
     activation: str,
@@ -147,7 +146,7 @@ def lora_experts_backward(
     inputs, down_pair = _padded(pairs, (has_gate, has_up, has_down), scales, x_TD.dtype)
     x_TD, dy_TD = x_TD.contiguous(), dy_TD.contiguous()
     gate_up, down = _matrices(frozen_S, FfnShape(hidden, ffn, activation))
-    drop_in, drop_down = _dropped(keep_in_TK, order, dropout_p), _dropped(keep_down_TK, order, dropout_p)
+    drop_in, drop_down = _dropped(keep_in_TK, order, dropped_levels), _dropped(keep_down_TK, order, dropped_levels)
     gradients = [pair.new_empty(pair.shape) for pair in pairs]
 
     if down_pair is None:
@@ -215,9 +214,8 @@ def _matrices(frozen_S: Sequence[Tensor], shape: FfnShape) -> tuple[SlotWeights,
     return separate_weights(gate_up_S), separate_weights(down_S)
 
 
-def _dropped(keep_TK: Tensor | None, order: PairOrder, p: float) -> RowDropout | None:
-    # The key is in the words already.
-    return None if keep_TK is None else RowDropout(Dropout(p, key=0), keep_TK.flatten()[order.order_P])
+def _dropped(keep_TK: Tensor | None, order: PairOrder, dropped_levels: int) -> RowDropout | None:
+    return None if keep_TK is None else RowDropout(dropped_levels, keep_TK.flatten()[order.order_P])
 
 
 def _padded(

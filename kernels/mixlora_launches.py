@@ -43,8 +43,10 @@ class Adapter:
     matrix_SNR: Tensor
 
 
-def _rule(num_warps: int, num_stages: int, *, max_rank: int = 256, itemsizes: tuple[int, ...] = (2, 4), **blocks: int) -> Rule:
-    return Rule(LaunchConfig(blocks, num_warps, num_stages), max_rank=max_rank, itemsizes=itemsizes)
+def _rule(
+    num_warps: int, num_stages: int, *, min_sm: int = 80, max_rank: int = 256, itemsizes: tuple[int, ...] = (2, 4), **blocks: int
+) -> Rule:
+    return Rule(LaunchConfig(blocks, num_warps, num_stages), min_sm=min_sm, max_rank=max_rank, itemsizes=itemsizes)
 
 
 def _interpreter(**blocks: int) -> Rule:
@@ -85,11 +87,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _interpreter(BN=32, STEPS=2),
     ),
     "mixlora_gated_backward": (
-        _rule(8, 1, max_rank=16, itemsizes=_FP32, BM=16, BN=32),
-        _rule(8, 1, max_rank=64, itemsizes=_FP32, BM=32, BN=32),
+        _rule(4, 1, max_rank=16, itemsizes=_FP32, BM=16, BN=32),
+        _rule(8, 1, max_rank=32, itemsizes=_FP32, BM=32, BN=32),
         _rule(8, 1, itemsizes=_FP32, BM=16, BN=16),
-        _rule(4, 2, max_rank=32, BM=32, BN=64),
-        _rule(8, 1, max_rank=64, BM=32, BN=64),
+        _rule(4, 2, min_sm=90, max_rank=32, BM=32, BN=64),
+        _rule(8, 1, min_sm=90, max_rank=64, BM=32, BN=64),
         _rule(8, 1, max_rank=128, BM=32, BN=32),
         _rule(8, 1, BM=16, BN=16),
         _interpreter(BM=16, BN=32),

@@ -82,7 +82,7 @@ def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int
     """Of this process, and of the ranks with it."""
     # With it, torch 2.13 hands workers the agents' own store, whose keys of before a restart break the ranks' meeting after it.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ[LAUNCHED_VARIABLE] = "1"
+    os.environ[LAUNCHED_VARIABLE] = str(os.getpid())
     defaults = {
         **ALLOCATOR_SETTINGS,
         "TQDM_DISABLE": "1",

@@ -15,6 +15,7 @@ _NOT_COMPUTATION = (
     "resume",
     "nproc",
     "topology",
+    "kernels",
     "logging_steps",
     "eval_steps",
     "save_steps",
@@ -35,8 +36,8 @@ def to_yaml(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """SHA-256 (64 hex digits) of the values that define the training computation.
 
-    Left out: where the run writes and runs (output_dir, resume, nproc, topology, ray), how often it logs, evaluates and
-    saves, whether it records a trace, what it evaluates, and whether experts are kept twice.
+    Left out: where the run writes and runs (output_dir, resume, nproc, topology, ray), with what (kernels), how often it logs, evaluates
+    and saves, whether it records a trace, what it evaluates, and whether experts are kept twice.
     """
     values: dict[str, Any] = asdict(config)
     for key in _NOT_COMPUTATION:

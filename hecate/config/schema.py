@@ -25,6 +25,9 @@ class ModelConfig:
     """The type in which the frozen base is held and computed. auto: the trainer chooses by model and device."""
     num_hidden_layers: int | None = None
     """Keep only the model's first layers, this many. null: all."""
+    shard_non_experts: bool = False
+    """Family moe_lora: shard the frozen weights of the decoder layers outside the experts over the ranks, too, and bring each layer's
+    together while it runs (torch's FSDP2). false: every rank holds them all."""
     train_non_experts: bool = False
     """Family full: train the rest of the model, too, alike on every rank. Needs dtype float32."""
 
@@ -67,8 +70,11 @@ class LoraConfig:
     """Probability of dropping an element of an adapter's input, in training only."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) in place of alpha / r."""
+    init_from: str | None = None
+    """Family moe_lora: an adapter folder, of hecate or PEFT, whose values training begins with. null: new ones."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers that get an adapter. Those of the FFN get one per expert, those of the attention one each."""
+    """Linear layers that get an adapter. Those of the FFN get one per expert, those of the attention one each. With moe_lora gate_proj and
+    up_proj share one, so both are named or neither, and shared experts get none."""
 
 
 DEFAULT_EXPERTS, DEFAULT_TOP_K = 8, 2
@@ -237,6 +243,9 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     fssdp: FssdpConfig = field(default_factory=FssdpConfig)
+    kernels: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """What computes the experts. auto: Triton kernels on a GPU, else torch. triton: those kernels or an error. torch: the fast path in
+    plain torch. reference: the formula, slow, to compare with. The results are the same within rounding."""
     topology: str = "auto"
     """Devices and links that the planner reckons with: auto (the machine at hand), a preset's name, or a YAML file
     (anything with a / or ending in .yaml or .yml)."""

@@ -88,6 +88,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     if alpha is not None and alpha > 0 and not float(alpha).is_integer():
         add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files hold no other")
     _check_experts(values, add)
+    _check_moe_lora(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
     _check_sources("data.train", values, add)
@@ -103,6 +104,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
         check_megatron(values, add)
     else:
         _check_model(values, add)
+    _check_kernels(values, add)
     _check_topology(values, add)
     _check_workers(values, add)
     _check_output_dir(values, add, claim=claim_output)
@@ -147,6 +149,22 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
     fewest = min((count for count in counts if count > 0), default=0)
     if top_k is not None and 0 < fewest < top_k:
         add("moe.top_k", f"must be from 1 to {fewest}, the fewest experts of a layer (moe.num_experts), got {top_k}", "")
+
+
+def _check_moe_lora(values: Mapping[str, Any], add: Add) -> None:
+    folder = values.get("lora.init_from")
+    if folder is not None and not os.path.isfile(Path(folder) / "adapter_config.json"):
+        add("lora.init_from", f"no adapter_config.json in {shorten(folder)}", "give the folder of an adapter")
+    family = values.get("moe.family")
+    if family is None:
+        return
+    given = [key for key in ("moe.train_router", "model.shard_non_experts", "lora.init_from") if values.get(key)]
+    for key in given if family != "moe_lora" else ():
+        add(key, f"is of moe.family=moe_lora only, but the family is {family}", "leave it out")
+    targets = set(values.get("lora.target_modules") or ())
+    if family == "moe_lora" and len(targets & {"gate_proj", "up_proj"}) == 1:
+        hint = "experts of MoE models hold gate and up as one matrix with one adapter: name both, or neither"
+        add("lora.target_modules", f"names {(targets & {'gate_proj', 'up_proj'}).pop()} alone", hint)
 
 
 def _or_default(values: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -208,6 +226,15 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
     well_named = len(set(modules)) == len(modules) and all(re.fullmatch(r"[A-Za-z0-9_.]+", module) for module in modules)
     if modules and well_named and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
         add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")
+
+
+def _check_kernels(values: Mapping[str, Any], add: Add) -> None:
+    if values.get("kernels") != "triton":
+        return
+    if values.get("model.dtype") == "float64":
+        add("kernels", "triton computes in float32 or bfloat16, but model.dtype is float64", "use auto or torch")
+    if values.get("lora.r", 0) > 256:
+        add("kernels", f"triton takes LoRA ranks up to 256, but lora.r is {values['lora.r']}", "use auto or torch")
 
 
 def _check_workers(values: Mapping[str, Any], add: Add) -> None:

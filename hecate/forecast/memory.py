@@ -57,11 +57,11 @@ def memory_parts(
     for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
         frozen += (_owned(group, run.topology.memory) + others_D) * group.cost.frozen_bytes
     replicated = np.full(world, float(run.replicated_parameters * run.master_bytes))
-    base = np.full(world, float(run.frozen_parameters * run.dtype_bytes))
+    base = _base_bytes(run)
     saved = _saved_bytes(run, rows_D)
     nothing = np.zeros(world)
     return [
-        MemoryPart("base weights", np.stack([base] * 3)),
+        MemoryPart("base weights", base),
         *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
         MemoryPart("owned experts, moments", np.stack([3 * owned] * 3)),
         MemoryPart("routers, adapters, moments", np.stack([3 * replicated] * 3)),
@@ -69,6 +69,16 @@ def memory_parts(
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + replicated])),
         MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, rows_D), nothing])),
     ]
+
+
+def _base_bytes(run: RunShape) -> np.ndarray:
+    """float64 [phases, ranks]: the frozen model but for experts. Of layers that are sharded a rank's part, and two together while they run:
+    one that runs and the next one.
+    """
+    world, sharded = run.topology.world_size, run.sharded_parameters
+    for_good = run.frozen_parameters - sum(sharded) + sum(sharded) / world
+    together = min(2, len(sharded)) * max(sharded, default=0)
+    return np.repeat(np.array([[for_good + together], [for_good + together], [for_good]]) * run.dtype_bytes, world, axis=1)
 
 
 def _owned(group: ExpertLayers, memory_D: Sequence[float]) -> np.ndarray:

@@ -72,6 +72,16 @@ class RunShape:
         return 0 if self.trains_non_experts else self._outside_experts
 
     @property
+    def sharded_parameters(self) -> tuple[int, ...]:
+        """Of each decoder layer's frozen weights, what is not on every rank (`model.shard_non_experts`)."""
+        if not self.config.model.shard_non_experts:
+            return ()
+        layers = self.base.layers
+        routers = [layer.hidden * layer.experts if self.config.moe.train_router else 0 for layer in layers]
+        experts = [3 * layer.hidden * layer.ffn * layer.experts for layer in layers]
+        return tuple(layer.parameters - e - r for layer, e, r in zip(layers, experts, routers, strict=True))
+
+    @property
     def _routers(self) -> int:
         """Parameters."""
         return sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden

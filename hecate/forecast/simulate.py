@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,9 @@ def run_sweep(sweep: str, json_path: Path | None, plot_path: Path | None) -> Non
     _run(cases, options, json_path, plot_path)
 
 
-def _show_policy(what: str, policy: str) -> None:
-    _show(f"{what}: {policy}")
-
-
-def _show(line: str) -> None:
+def _show(*texts: str) -> None:
     """In place of the terminal's last line."""
-    print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    print(f"\r\033[K{''.join(texts)}", end="", file=sys.stderr, flush=True)
 
 
 def _run(cases: list[Case], options: Options, json_path: Path | None, plot_path: Path | None) -> None:
@@ -85,9 +81,9 @@ def _run(cases: list[Case], options: Options, json_path: Path | None, plot_path:
         what = f"{number}/{len(cases)} {case.model.name} on {case.topology_name}, {case.workload}"
         if not live:
             print(what, file=sys.stderr, flush=True)
-        rows += case.run(options, functools.partial(_show_policy, what) if live else None)
+        rows += case.run(options, partial(_show, f"{what}: ") if live else None)
     if live:
-        _show("")
+        _show()
     print_rows(rows)
     if json_path is not None:
         write_json(json_path, asdict(options), rows)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hecate.errors import UserError
+from hecate.kernels.backend import Backend
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.model.expert_files import LayerExperts
 from hecate.model.expert_weights import read_expert
@@ -41,20 +41,13 @@ class MoeLoraPlan:
     target_modules: tuple[str, ...]
     train_router: bool
     seed: int
+    kernels: Backend = "auto"
 
 
 def expert_projections(target_modules: Sequence[str]) -> tuple[str, ...]:
-    """The projections of an expert that get a pair: gate and up are one, as in the model.
-
-    Raises:
-        UserError: gate_proj without up_proj, or the other way round.
-    """
+    """The projections of an expert that get a pair: gate and up are one, as in the model, and are named together."""
     halves = {"gate_proj", "up_proj"} & set(target_modules)
-    if len(halves) == 1:
-        raise UserError(
-            f"lora.target_modules: names {halves.pop()} alone, but experts of MoE models hold gate and up as one matrix with one adapter\n"
-            "  name both gate_proj and up_proj, or neither"
-        )
+    assert len(halves) != 1, target_modules
     return (GATE_UP,) * bool(halves) + (_DOWN,) * (_DOWN in target_modules)
 
 
@@ -86,6 +79,7 @@ def adapt_experts(
             master_dtype=dtype,
             compute_dtype=compute_dtype,
             device=device,
+            kernels=plan.kernels,
         )
         for layer in layers
     }

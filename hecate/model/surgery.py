@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hecate.errors import UserError
+from hecate.kernels.backend import Backend
 from hecate.kernels.mixlora_inputs import PROJECTIONS
 from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.lora import LoraLinear
@@ -61,6 +62,7 @@ class SurgeryPlan:
     lora: LoraShape
     target_modules: tuple[str, ...]
     seed: int
+    kernels: Backend = "auto"
 
 
 def adapter_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -106,6 +108,7 @@ def insert_experts(
             num_experts=plan.experts_per_layer[ffn.layer],
             seed=plan.seed,
             master_dtype=dtype,
+            kernels=plan.kernels,
         )
         for ffn in expert_layers
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hecate.errors import UserError
+from hecate.kernels.backend import Backend
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
@@ -35,6 +36,7 @@ class UpcyclingPlan:
     """standard deviation of what is added to a copied weight, as a share of its matrix's own"""
     seed: int
     train_non_experts: bool = False
+    kernels: Backend = "auto"
 
 
 def upcycle(
@@ -104,5 +106,6 @@ def _family(ffn: GatedFfn, plan: UpcyclingPlan) -> FullExperts:
         master_dtype=adapter_dtype(gate_FD.dtype),
         compute_dtype=gate_FD.dtype,
         device=gate_FD.device,
+        kernels=plan.kernels,
         initial=noisy_copies(ffn.base, plan.noise, layer=ffn.layer, seed=plan.seed),
     )

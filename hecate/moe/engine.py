@@ -175,7 +175,7 @@ class Engine:
             plan = None if self.config.plan == "exact" else self._planned(given)
             for index, layer in enumerate(layers):
                 self._given[layer] = given, index
-                self._counts[layer] = torch.zeros(given.num_experts, dtype=torch.int64)
+                self._counts[layer] = torch.zeros(given.num_experts, dtype=torch.int64, device=self._device())
                 if plan is not None:
                     self._from_history[layer] = layer_plan(plan, given, index)
                     self._place(layer, self._from_history[layer])
@@ -244,8 +244,10 @@ class Engine:
         """
         first_time = count and self._training
         if first_time:
-            count_E = torch.bincount(expert_TK.flatten(), minlength=self.families[layer].num_experts)
-            self._counts[layer] += count_E.cpu()
+            # bincount and a copy to the host would each wait for a GPU.
+            choice = expert_TK.flatten()
+            count_E = choice.new_zeros(self.families[layer].num_experts).scatter_add_(0, choice, torch.ones_like(choice))
+            self._counts[layer] += count_E
             if self.config.plan != "history":
                 self._plan_after_gate(layer, count_E)
         self._gather(layer)
@@ -421,7 +423,7 @@ class Engine:
         layers = list(self.families)
         if not layers:
             return {}
-        mine = torch.cat([self._counts[layer] for layer in layers]).to(self._device())
+        mine = torch.cat([self._counts[layer] for layer in layers])
         table = exchange_counts(mine, self.groups.experts)
         cuts = np.cumsum([self.families[layer].num_experts for layer in layers])[:-1]
         return dict(zip(layers, np.split(table, cuts, axis=1), strict=True))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hecate.kernels.backend import Backend, expert_kernels
 from hecate.kernels.dropout import Dropout, dropout_key
-from hecate.kernels.expert_ffn import lora_expert_ffn
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.mixlora_inputs import Lora
 from hecate.moe.full_experts import ffn_specs
@@ -36,6 +36,7 @@ class FrozenMoeLora:
         master_dtype: torch.dtype,
         compute_dtype: torch.dtype,
         device: torch.device,
+        kernels: Backend = "auto",
     ) -> None:
         """Args:
         frozen: the weights of an expert, flat as `FfnShape` lays them out, on the device and in `compute_dtype`.
@@ -48,6 +49,7 @@ class FrozenMoeLora:
         self._layer = layer
         self._seed = seed
         self._master_dtype = master_dtype
+        self._kernels = kernels
         self._compute_dtype = compute_dtype
         self._device = device
 
@@ -109,7 +111,7 @@ class FrozenMoeLora:
         dropout = None
         if training and self._lora.dropout > 0:
             dropout = Dropout(self._lora.dropout, dropout_key(self._seed, step, self._layer))
-        return lora_expert_ffn(
+        return expert_kernels(self._kernels, x_TD, self._lora.rank).lora_expert_ffn(
             x_TD,
             slot_TK,
             weight_TK,

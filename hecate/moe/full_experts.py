@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hecate.kernels.expert_ffn import full_expert_ffn
+from hecate.kernels.backend import Backend, expert_kernels
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.moe.seeding import generator, linear_weight
 from hecate.parallel.cost_model import LayerCost
@@ -37,6 +37,7 @@ class FullExperts:
         compute_dtype: torch.dtype,
         device: torch.device,
         initial: Callable[[int], Tensor] | None = None,
+        kernels: Backend = "auto",
     ) -> None:
         """Args:
         initial: the flat chunk that an expert begins with; None: each matrix as torch's nn.Linear. Whoever gave it may take it back
@@ -47,6 +48,7 @@ class FullExperts:
         self._layer = layer
         self._seed = seed
         self._master_dtype = master_dtype
+        self._kernels = kernels
         self._compute_dtype = compute_dtype
         self._device = device
         self._initial = self._as_linear if initial is None else initial
@@ -98,4 +100,4 @@ class FullExperts:
         step: int,
         training: bool,
     ) -> Tensor:
-        return full_expert_ffn(x_TD, slot_TK, weight_TK, replicas_SC, self.shape)
+        return expert_kernels(self._kernels, x_TD).full_expert_ffn(x_TD, slot_TK, weight_TK, replicas_SC, self.shape)

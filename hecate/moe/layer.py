@@ -33,15 +33,15 @@ class MoeLayer(nn.Module):
             x_TD, token_T = x_TD[micro.valid], token_T[micro.valid]
         routing = self.router(x_TD)
         if micro.recording:
-            micro.stats[self.layer] = router_stats(routing)
+            micro.stats[self.layer] = stats_of(routing)
         y_TD = self._engine.experts(self.layer, x_TD, routing.expert_TK, routing.weight_TK, token_T, count=micro.recording)
         if micro.valid is not None:
             y_TD = y_TD.new_zeros((hidden[..., 0].numel(), hidden.shape[-1])).index_copy(0, micro.valid, y_TD)
         return y_TD.view_as(hidden)
 
 
-def router_stats(routing: Routing) -> RouterStats:
-    """What the load-balancing loss needs of a routing."""
+def stats_of(routing: Routing) -> RouterStats:
+    """What the load-balancing loss needs of some tokens' routing."""
     num_experts = routing.prob_TE.shape[1]
     count_KE = torch.zeros((routing.expert_TK.shape[1], num_experts), dtype=torch.int64, device=routing.expert_TK.device)
     count_KE.scatter_add_(1, routing.expert_TK.T, torch.ones_like(routing.expert_TK.T))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hecate.kernels.backend import Backend, expert_kernels
 from hecate.kernels.dropout import Dropout, dropout_key
-from hecate.kernels.mixlora import mixlora_ffn
 from hecate.kernels.mixlora_inputs import FfnBase, Lora
 from hecate.moe.lora_pairs import LoraPairs, LoraShape
 from hecate.parallel.cost_model import LayerCost
@@ -28,6 +28,7 @@ class MixLoraExperts:
         num_experts: int,
         seed: int,
         master_dtype: torch.dtype,
+        kernels: Backend = "auto",
     ) -> None:
         ffn, hidden = base.gate_FD.shape
         self.base = base
@@ -36,6 +37,7 @@ class MixLoraExperts:
         self._layer = layer
         self._seed = seed
         self._master_dtype = master_dtype
+        self._kernels = kernels
         self._pairs = LoraPairs(lora, projections, hidden=hidden, ffn=ffn)
 
     @property
@@ -89,7 +91,7 @@ class MixLoraExperts:
         dropout = None
         if training and self.lora.dropout > 0:
             dropout = Dropout(self.lora.dropout, dropout_key(self._seed, step, self._layer))
-        return mixlora_ffn(
+        return expert_kernels(self._kernels, x_TD, self.lora.rank).mixlora_ffn(
             x_TD,
             slot_TK,
             weight_TK,

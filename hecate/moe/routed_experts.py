@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hecate.moe.context import MicroStep
 from hecate.moe.engine import Engine
-from hecate.moe.layer import router_stats
+from hecate.moe.layer import stats_of
 from hecate.moe.router import Routing
 
 
@@ -48,7 +48,7 @@ class RoutedExperts(nn.Module):
         # Also when a checkpointed layer runs again: autograd wants the same tensors as in the first run.
         prob_TE = torch.softmax(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)), dim=-1)
         if micro.recording:
-            micro.stats[self.layer] = router_stats(Routing(prob_TE, expert_TK, weight_TK))
+            micro.stats[self.layer] = stats_of(Routing(prob_TE, expert_TK, weight_TK))
         y_TD = self._engine.experts(self.layer, x_TD, expert_TK, weight_TK, token_T, count=micro.recording)
         if micro.valid is None:
             return y_TD

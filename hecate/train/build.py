@@ -19,6 +19,7 @@ from hecate.model.head import CausalHead, LanguageModelHead
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import AdaptedLayer
+from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
 from hecate.model.tensor_files import tensor_entries
 from hecate.model.upcycling import UpcyclingPlan, upcycle
@@ -148,7 +149,10 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
     if base.adapted:
         flops = moe_surgery.non_moe_flops_per_token(base.model, base.adapted)
         for_engine = engine_config(config, ranks, flops * tokens, topology)
-        return moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), for_engine, ranks.groups)
+        moe = moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), for_engine, ranks.groups)
+        if config.model.shard_non_experts:
+            shard_frozen_layers(moe, ranks.new_group())
+        return moe
     for_engine = engine_config(config, ranks, non_moe_flops_per_token(base.model) * tokens, topology)
     num_layers = len(decoder_layers(base.model)[1])
     if config.moe.family == "full":
@@ -157,7 +161,13 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
 
 
 def moe_lora_plan(config: Config) -> moe_surgery.MoeLoraPlan:
-    return moe_surgery.MoeLoraPlan(lora_shape(config), config.lora.target_modules, train_router=config.moe.train_router, seed=config.seed)
+    return moe_surgery.MoeLoraPlan(
+        lora_shape(config),
+        config.lora.target_modules,
+        train_router=config.moe.train_router,
+        seed=config.seed,
+        kernels=config.kernels,
+    )
 
 
 def lora_shape(config: Config) -> LoraShape:
@@ -172,6 +182,7 @@ def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
         lora=lora_shape(config),
         target_modules=config.lora.target_modules,
         seed=config.seed,
+        kernels=config.kernels,
     )
 
 
@@ -182,6 +193,7 @@ def upcycling_plan(config: Config, num_layers: int) -> UpcyclingPlan:
         noise=config.moe.upcycle_noise,
         seed=config.seed,
         train_non_experts=config.model.train_non_experts,
+        kernels=config.kernels,
     )
 
 

@@ -34,6 +34,7 @@ from hecate.train.heatmap import write_heatmap
 from hecate.train.observer import Observer, Order, Watched
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.output import TrainedOutput, output_of
+from hecate.train.peft_adapter import begin_with
 from hecate.train.ranks import Ranks
 from hecate.train.reports import Reports
 from hecate.train.resharding import check_room, owned_parameters, reshard_if_it_pays
@@ -78,6 +79,8 @@ class Run:
             seed=config.seed,
         )
         self.moe: MoeModel = build_moe(config, self.base, ranks, topology)
+        if config.lora.init_from and not config.resume:
+            begin_with(config, self.base, self.moe)
         if config.gradient_checkpointing:
             checkpoint_activations(self.moe)
         if config.fssdp.reshard_interval:

@@ -36,11 +36,7 @@ from hecate.train.ranks import Ranks
 
 
 def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
-    """The description of what a run trains; made before training.
-
-    Raises:
-        UserError: `lora.target_modules` names one of gate_proj and up_proj alone.
-    """
+    """The description of what a run trains; made before training."""
     ends = {_end(base, layer.block.experts_path): None for layer in base.adapted}
     projections = expert_projections(config.lora.target_modules)
     routers = {_end(base, layer.block.router_path): None for layer in base.adapted if config.moe.train_router}
@@ -112,6 +108,22 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
             name_a, name_b = linear_names(_linear_path(base, key))
             lora.lora_A.copy_(tensors[name_a])
             lora.lora_B.copy_(tensors[name_b])
+
+
+def begin_with(config: Config, base: BaseModel, moe: MoeModel) -> None:
+    """Set what trains to the values of the adapter that `lora.init_from` names. Every rank must call it.
+
+    Raises:
+        UserError: it cannot be read, or is not of the model, the rank, the scale or the modules that are configured.
+    """
+    assert config.lora.init_from is not None
+    folder = Path(config.lora.init_from)
+    tensors, description = load_peft_adapter(folder)
+    configured = peft_config(config, base)
+    for key, theirs, ours in (("lora.r", description.r, configured.r), ("lora.alpha, scaled", description.scale, configured.scale)):
+        if theirs != ours:
+            raise UserError(f"lora.init_from: {folder} has {key} {theirs}, but the configuration has {ours}; they must be equal")
+    load_peft_into(moe, base, tensors, folder)
 
 
 def with_peft_adapter(

@@ -92,6 +92,10 @@ class Ranks:
     def barrier(self) -> None:
         self.all_max(0.0)
 
+    def new_group(self) -> dist.ProcessGroup:
+        """All ranks once more, for messages that must not queue behind others. Every rank must call it."""
+        return _all_ranks()
+
     def broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes, of a length that all ranks know."""
         tensor = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
@@ -138,8 +142,8 @@ def join_ranks() -> Iterator[Ranks]:
         store = dist.FileStore(f"{os.environ[STORE_VARIABLE]}-{restarts()}", world_size)
     else:
         store = None
-    if STORE_VARIABLE in os.environ or LAUNCHED_VARIABLE in os.environ:
-        die_with_parent()
+    if LAUNCHED_VARIABLE in os.environ:
+        die_with_launcher(int(os.environ[LAUNCHED_VARIABLE]))
     try:
         ranks = connect(store, rank, world_size)
         try:
@@ -181,10 +185,14 @@ def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     default = dist.group.WORLD
     assert default is not None
-    tokens = dist.new_group(timeout=_TIMEOUT)
-    assert isinstance(tokens, dist.ProcessGroup)  # a rank outside the group would get a number
-    ranks = Ranks(rank, world_size, device, ExpertGroups(experts=default, tokens=tokens))
+    ranks = Ranks(rank, world_size, device, ExpertGroups(experts=default, tokens=_all_ranks()))
     return ranks if cuda else replace(ranks, connections=_of_gloo(ranks, tcp_sockets() - before))
+
+
+def _all_ranks() -> dist.ProcessGroup:
+    group = dist.new_group(timeout=_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)  # a rank outside the group would get a number
+    return group
 
 
 def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:
@@ -196,11 +204,11 @@ def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:
     return frozenset(c for c in new if c.peer is not None and {c.local[1], c.peer[1]} & listening)
 
 
-def die_with_parent() -> None:
-    """Linux: be killed when the launcher dies, however it dies."""
+def die_with_launcher(launcher: int) -> None:
+    """Linux: be killed when the launcher, this process's parent, dies, however it dies."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):
         return
-    if os.getppid() == 1:  # it died before we asked
+    if os.getppid() != launcher:  # it died before we asked
         os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ everything, from the same values. Then each compares: losses, gradient norms, ev
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.data.batches import Batch
+from hecate.kernels.backend import Backend
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
 from hecate.moe.engine import EngineConfig, ExpertGroups
@@ -55,6 +56,8 @@ class Case:
     plan: PlanMode = "history"
     rematerialize: bool = False
     prefetch: int = 1
+    kernels: Backend = "torch"
+    steps: int = STEPS
 
 
 def router_bias(case: Case) -> torch.Tensor:
@@ -166,7 +169,8 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
         rematerialize=case.rematerialize,
         prefetch=case.prefetch,
     )
-    plan = SurgeryPlan((case.num_experts,) * 2, case.top_k, LoraShape(rank=3, scale=0.7, dropout=0.0), TARGETS, seed=5)
+    lora = LoraShape(rank=3, scale=0.7, dropout=0.0)
+    plan = SurgeryPlan((case.num_experts,) * 2, case.top_k, lora, TARGETS, seed=5, kernels=case.kernels)
     group = dist.group.WORLD
     assert group is not None
     groups = ExpertGroups(group, dist.new_group())
@@ -274,7 +278,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
 
     optimizer.step = step_and_look  # type: ignore[method-assign]
     calibrations = 0
-    for step in range(STEPS):
+    for step in range(case.steps):
         before = {name: p.detach().clone() for name, p in owned.items()}
         moments = {name: moments_of(name) for name in owned}
         batches = [micro_batch(step, micro, empty_rows) for micro in range(MICRO_STEPS)]
@@ -312,7 +316,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             _distance(f"step {step}, {name} after", parameter.detach(), reference.replicated[name].detach(), tolerance)
     if case.policy == "elsewhere" and world > 1:
         assert moe.engine.bytes_sent > sum(store.bytes_sent for store in moe.engine.stores.values()), "no token left its rank"
-    assert (0 < calibrations < STEPS * MICRO_STEPS * 2) == (case.plan == "calibrated"), calibrations
+    assert (0 < calibrations < case.steps * MICRO_STEPS * 2) == (case.plan == "calibrated"), calibrations
     if case.scenario == "idle experts" and case.num_experts > case.top_k:
         assert idle, "the scenario did not leave any expert idle"
 
@@ -363,6 +367,15 @@ def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None
         Case("random 8", 8, 2, "empty rank", prefetch=0),
     ]
     run_ranks(world, _check_cases, cases[:5] if world == 1 else cases, timeout=240)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_whatever_computes_the_experts_it_equals_one_process(world: int) -> None:
+    """Triton's kernels are interpreted. They save views of the replicas, whose memory comes and goes under `rematerialize`."""
+    alone = Case("full", 3, 2, "idle experts", torch.float32, kernels="triton", steps=1)
+    cases = [alone if world == 1 else replace(alone, policy="hecate", scenario="empty rank", rematerialize=True, steps=2)]
+    cases += [Case("hecate", 3, 2, "empty rank", torch.float32, kernels="reference", steps=2)]
+    run_ranks(world, _check_cases, cases, timeout=240)
 
 
 @pytest.mark.parametrize("world", [3, 4])

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hecate.config import Config, load_config
 from hecate.data.batches import Batch
@@ -25,6 +26,7 @@ from hecate.model.head import LanguageModelHead
 from hecate.model.load import ModelSource
 from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts, non_moe_flops_per_token
+from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
 from hecate.model.tensor_files import tensor_entries
 from hecate.moe.engine import EngineConfig, ExpertGroups
@@ -93,9 +95,14 @@ moe: {{family: moe_lora, train_router: true}}
 """
 
 
-def config_of(folder: Path, *overrides: str) -> Config:
+def write_run(folder: Path, kind: str, **sizes: Any) -> None:
+    """A model, and the configuration of a run."""
+    save_tiny(kind, folder / "model", torch.float32, **sizes)
     (folder / "train.jsonl").write_text('{"text": "hello"}\n')
     (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
     return load_config(folder / "config.yaml", overrides, claim_output=False)
 
 
@@ -148,7 +155,7 @@ def _measured(rank: int, world: int, folder: str, policy: str) -> dict[str, Any]
 def test_every_rank_holds_what_was_planned(tmp_path: Path, kind: str) -> None:
     """Of 5 experts in two layers rank 0 owns 6 and rank 1 four; under policy full each holds the other's as well."""
     sizes = {"hidden_size": 64, "intermediate_size": 136, "head_dim": 32, "vocab_size": 64, "max_position_embeddings": 256}
-    save_tiny(kind, tmp_path / "model", torch.float32, **sizes)
+    write_run(tmp_path, kind, **sizes)
     run = run_shape(config_of(tmp_path), None, 2)
     assert [(group.experts, group.number) for group in run.groups] == [(5, 2)]
     for policy, others in (("full", [4.0, 6.0]), ("static_ep", [0.0, 0.0])):
@@ -160,6 +167,26 @@ def test_every_rank_holds_what_was_planned(tmp_path: Path, kind: str) -> None:
             if policy == "full" and kind == "mixtral":  # with tokens at home; shared experts are not in the estimate
                 estimate = parts["activations (estimate)"][PHASES.index("forward"), rank] - 96 * 64 * 8
                 assert estimate == pytest.approx(measured["activations"], rel=0.1)
+
+
+def _sharded_bytes(rank: int, world: int, folder: str) -> int:
+    moe, _, _ = build(Path(folder) / "model", moe_lora_plan(config_of(Path(folder))), "static_ep", world)
+    shard_frozen_layers(moe, dist.new_group())
+    trained = set(map(id, moe.replicated_parameters().values()))
+    here = [p.to_local() if isinstance(p, DTensor) else p for p in moe.model.parameters() if id(p) not in trained]
+    return sum(p.numel() * p.element_size() for p in here)
+
+
+def test_sharded_layers_weigh_what_was_planned(tmp_path: Path) -> None:
+    write_run(tmp_path, "qwen2_moe")
+    run = run_shape(config_of(tmp_path, "model.shard_non_experts=true"), None, 2)
+    whole = run_shape(config_of(tmp_path), None, 2)
+    nothing = torch.zeros(2).numpy()
+    sharded, replicated = (memory_parts(one, [nothing], nothing)[0].bytes_PD[PHASES.index("optimizer")] for one in (run, whole))
+    measured = run_ranks(2, _sharded_bytes, str(tmp_path))
+    assert sum(measured) == sum(sharded)  # an odd row is on the first of them
+    assert max(measured) - min(measured) < 0.05 * max(measured)
+    assert max(measured) < 0.7 * replicated[0]
 
 
 def chunks_of(layers: dict[int, LayerExperts], dtype: torch.dtype) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """What the kernels of `layer_cases` compile to, as a table: `compiled.json`, for each triton version, kind of GPU and kernel.
 
     python -m tests.kernels.compiled_table --write            all layers, into the table, for the triton at hand
+    python -m tests.kernels.compiled_table --write --add      only what the table lacks: after a change of configurations, not of kernels
     python -m tests.kernels.compiled_table                    prints their rows as JSON
     python -m tests.kernels.compiled_table --spread           those of `SPREAD` only
     python -m tests.kernels.compiled_table --names            which kernels all layers launch; compiles nothing
@@ -109,14 +110,17 @@ def _row(launch: Launch) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in ("--write", "--spread", "--names"):
+    for flag in ("--write", "--add", "--spread", "--names"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
     launches = launches_of(SPREAD if options.spread else dict.fromkeys(SMS, CASES))
     if options.names:
         print(json.dumps({gpu: list(kernels) for gpu, kernels in launches.items()}))
         return
-    rows = compiled(launches)
+    known: Rows = read_table().get(triton.__version__, {}) if options.add else {}
+    lacking = {gpu: {name: each for name, each in kernels.items() if name not in known.get(gpu, {})} for gpu, kernels in launches.items()}
+    found = compiled(lacking)
+    rows = {gpu: {name: found[gpu].get(name) or known[gpu][name] for name in kernels} for gpu, kernels in launches.items()}
     if options.write:
         write_table({**read_table(), triton.__version__: rows})
         print(f"{sum(map(len, rows.values()))} kernels of triton {triton.__version__}")

@@ -16,6 +16,8 @@ from tests.kernels.grouping import GROUPS, TOLERANCE, assert_close, grouped, poi
 
 __all__ = ["poisoned"]
 
+DROPOUT = Dropout(0.4, key=5)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -88,15 +90,14 @@ def operands(case: Case, device: torch.device) -> Operands:
     apart = {slot: moved(matrices[slot], slot * case.unaligned) for slot in torch.randperm(len(matrices), generator=random).tolist()}
     weights = separate_weights([apart[slot] for slot in range(len(matrices))]) if case.separate else stacked_weights(matrices)
     if case.rank:
-        b = normal(
-            *((len(matrices), case.rank, case.outputs) if case.transposed else (len(matrices), case.halves * case.outputs, case.rank))
-        )
+        outer = (case.rank, case.outputs) if case.transposed else (case.halves * case.outputs, case.rank)
+        b = normal(len(matrices), *outer)
         options["lora"] = LowRank(normal(order.num_pairs, case.halves * case.rank), b, case.rank, (0.5, -1.25))
     if case.scaled:
         options["scales"] = (0.5, -1.25)
     if case.drop:
-        dropout = Dropout(0.4, key=5)
-        options[f"drop_{case.drop}"] = RowDropout(dropout, dropout.rows(torch.arange(order.num_pairs, device=device) * 7, 3))
+        row_P = DROPOUT.rows(torch.arange(order.num_pairs, device=device) * 7, 3)
+        options[f"drop_{case.drop}"] = RowDropout(DROPOUT.dropped_levels, row_P)
     return Operands(x, weights, matrices, order, options)
 
 
@@ -113,7 +114,7 @@ def expected(case: Case, given: Operands) -> torch.Tensor:
 
     def keep(width: int) -> torch.Tensor:
         mask = torch.empty(len(drop.row_P), width, dtype=torch.float64, device=x.device)
-        return drop.dropout.keep_into(drop.row_P, drop.dropout.scratch(mask), mask)
+        return DROPOUT.keep_into(drop.row_P, DROPOUT.scratch(mask), mask)
 
     if case.drop == "x":
         x = x * keep(x.shape[1])

@@ -17,6 +17,8 @@ from tests.kernels.grouping import GROUPS, TOLERANCE, assert_close, grouped, poi
 
 __all__ = ["poisoned"]
 
+DROPOUT = Dropout(0.4, key=5)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -58,8 +60,7 @@ def run(case: Case, device: torch.device) -> None:
     left, right = operand(case.gather_left, case.left), operand(case.gather_right, case.right)
     options: dict[str, Any] = {"gather_left": case.gather_left, "gather_right": case.gather_right, "scale": 0.5}
     if case.drop:
-        dropout = Dropout(0.4, key=5)
-        options["drop_right"] = RowDropout(dropout, dropout.rows(torch.arange(order.num_pairs, device=device) * 7, 3))
+        options["drop_right"] = RowDropout(DROPOUT.dropped_levels, DROPOUT.rows(torch.arange(order.num_pairs, device=device) * 7, 3))
     # Part of a larger chunk, as experts' gradients are.
     chunk = torch.full((len(case.sizes), case.left * case.right + 11), torch.nan, dtype=case.out_dtype, device=device)
     out = chunk[:, 11:].unflatten(1, (case.left, case.right))
@@ -76,7 +77,7 @@ def expected(case: Case, left: torch.Tensor, right: torch.Tensor, order: PairOrd
     left = (left[token_P] if case.gather_left else left).double()
     right = (right[token_P] if case.gather_right else right).double()
     if drop is not None:
-        right = right * drop.dropout.keep_into(drop.row_P, drop.dropout.scratch(right), torch.empty_like(right))
+        right = right * DROPOUT.keep_into(drop.row_P, DROPOUT.scratch(right), torch.empty_like(right))
     starts = order.starts.tolist()
     return torch.stack([0.5 * left[start:end].T @ right[start:end] for start, end in itertools.pairwise(starts)])
 

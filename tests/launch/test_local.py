@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.processes import wait_until_gone
+
 # A stand-in for `python -m hecate`: what a rank does is the first argument.
 RANK = """
 import os, sys, time, pathlib
 what, folder = sys.argv[1:3]
 rank = os.environ["RANK"]
 if what == "wait":
-    from hecate.train.ranks import die_with_parent
-    die_with_parent()
+    from hecate.train.ranks import die_with_launcher
+    die_with_launcher(os.getppid())
 pathlib.Path(folder, f"rank-{rank}").write_text(f"{os.getpid()} {os.environ['WORLD_SIZE']} {os.environ['GLOO_SOCKET_IFNAME']}")
 store = pathlib.Path(os.environ["HECATE_STORE"])
 if what == "crash" and rank == "1":
@@ -36,13 +38,14 @@ def launch(folder: Path, what: str) -> subprocess.Popen[str]:
     program = folder / "rank.py"
     program.write_text(RANK, encoding="utf-8")
     code = (
-        "import subprocess, sys\n"
+        "import sys\n"
         "from hecate.launch import local\n"
-        "plain = subprocess.Popen\n"
-        f"local.subprocess.Popen = lambda command, env: plain([sys.executable, {str(program)!r}, *command[3:]], env=env)\n"
+        f"local.RANK_COMMAND = (sys.executable, {str(program)!r})\n"
         f"sys.exit(local.launch_local([{what!r}, {str(folder)!r}], 2))\n"
     )
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    (folder / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(folder / "tmp")}
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def started(folder: Path) -> list[int]:
@@ -57,13 +60,6 @@ def started(folder: Path) -> list[int]:
     raise AssertionError("the ranks did not start")
 
 
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 def test_all_ranks_done_is_success(tmp_path: Path) -> None:
     process = launch(tmp_path, "fine")
     assert process.wait(timeout=60) == 0
@@ -74,7 +70,7 @@ def test_a_crash_is_named_and_the_others_are_stopped(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 1 of 2 ended with status 7" in errors
-    assert all(gone(pid) for pid in started(tmp_path))
+    assert wait_until_gone(started(tmp_path), tmp_path / "tmp") == []
 
 
 def test_a_mistake_that_only_another_rank_met_is_shown(tmp_path: Path) -> None:
@@ -85,12 +81,33 @@ def test_a_mistake_that_only_another_rank_met_is_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the death signal of a parent is Linux's")
-def test_killing_the_launcher_leaves_no_rank(tmp_path: Path) -> None:
+def test_killing_the_launcher_leaves_no_rank_and_no_file(tmp_path: Path) -> None:
     process = launch(tmp_path, "wait")
     pids = started(tmp_path)
+    assert list((tmp_path / "tmp").iterdir())
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
-    deadline = time.monotonic() + 10
-    while not all(gone(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert all(gone(pid) for pid in pids)
+    assert wait_until_gone(pids, tmp_path / "tmp") == []
+
+
+CYCLES = """
+import os, sys
+from pathlib import Path
+from hecate.launch import local
+def held():
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(children), os.listdir(os.environ["TMPDIR"])
+local.RANK_COMMAND = ("/bin/true",)
+before = held()
+for cycle in range(int(sys.argv[1])):
+    assert local.launch_local([], 2, survives=cycle % 2 == 1) == 0
+assert held() == before, (before, held())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in /proc")
+def test_starting_and_stopping_leaks_nothing(tmp_path: Path) -> None:
+    """HECATE_CYCLES=50 for more of them."""
+    cycles = os.environ.get("HECATE_CYCLES", "10")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", CYCLES, cycles], env=environment, check=True, timeout=300)

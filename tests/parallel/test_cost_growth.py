@@ -130,7 +130,8 @@ def test_another_replica_never_takes_less_time_to_bring(case: Case, data: st.Dat
     """On one node. Between nodes another rank may become the leader, with less to hand on than the last one had."""
     where = case.where_ED.copy()
     where[data.draw(st.integers(0, where.shape[0] - 1)), data.draw(st.integers(0, where.shape[1] - 1))] = True
-    assert_no_part_falls(case.seconds(), replace(case, where_ED=where).seconds())
+    # Dispatch may fall: once everything is everywhere no rank need ask the others.
+    assert_no_part_falls(case.seconds(), replace(case, where_ED=where).seconds(), tuple(part for part in PARTS if part != "dispatch"))
 
 
 @settings(max_examples=40)

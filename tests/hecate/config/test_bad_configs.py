@@ -30,6 +30,10 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"model": "{}"}, "model.name_or_path", "must be given"),
     ({"data": "{train: [{name: x}]}"}, "data.train[0].path", "must be given"),
     ({"data": "{train: [{path: a.jsonl, wieght: 2}]}"}, "data.train[0].wieght", "did you mean data.train[0].weight?"),
+    # kernels
+    ({"kernels": "cuda"}, "kernels", "must be one of auto, triton, torch, reference"),
+    ({"kernels": "triton", "model": "{name_or_path: model, dtype: float64}"}, "kernels", "model.dtype is float64"),
+    ({"kernels": "triton", "lora": "{r: 257}"}, "kernels", "ranks up to 256, but lora.r is 257"),
     # types
     ({"seed": "many"}, "seed", "must be an integer, got many"),
     ({"seed": "1.5"}, "seed", "must be an integer, got 1.5"),
@@ -111,6 +115,10 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"fssdp": "{plan: exact, prefetch: 2}"}, "fssdp.prefetch", "2 has no use with fssdp.plan=exact"),
     ({"fssdp": "{plan: calibrated, prefetch: 0}"}, "fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated"),
     ({"moe": "{num_experts: 1}"}, "moe.top_k", "must be from 1 to 1"),
+    ({"moe": "{train_router: true}"}, "moe.train_router", "of moe.family=moe_lora only, but the family is mixlora"),
+    ({"model": "{name_or_path: model, shard_non_experts: true}"}, "model.shard_non_experts", "of moe.family=moe_lora only"),
+    ({"moe": "{family: moe_lora}", "lora": "{init_from: model}"}, "lora.init_from", "no adapter_config.json in model"),
+    ({"moe": "{family: moe_lora}", "lora": "{target_modules: [up_proj, down_proj]}"}, "lora.target_modules", "names up_proj alone"),
     ({"moe": "{num_experts: [8, 0, 3], top_k: 4}"}, "moe.top_k", "must be from 1 to 3"),
     ({"moe": "{num_experts: 0}"}, "moe.num_experts", "must be >= 1"),
     ({"moe": "{num_experts: []}"}, "moe.num_experts", "at least one layer"),

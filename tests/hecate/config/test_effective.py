@@ -72,6 +72,7 @@ def test_hash_tells_computations_apart_and_nothing_else(folder: Path) -> None:
         "resume=true",
         "nproc=4",
         "topology=cluster",
+        "kernels=torch",
         "logging_steps=7",
         "save_steps=7",
         "save_total_limit=2",
@@ -102,10 +103,10 @@ def test_hash_is_stable() -> None:
         '"fssdp":{"load_window":5,"max_imbalance":null,"memory_slots":null,"plan":"history","policy":"auto",'
         '"prefetch":1,"rematerialize":false,"reshard_interval":null},'
         '"gradient_accumulation_steps":1,"gradient_checkpointing":false,"learning_rate":0.0002,'
-        '"lora":{"alpha":32.0,"dropout":0.05,"r":16,'
+        '"lora":{"alpha":32.0,"dropout":0.05,"init_from":null,"r":16,'
         '"target_modules":["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"],"use_rslora":false},'
         '"lr_scheduler_type":"cosine","max_grad_norm":1.0,"max_steps":1,"micro_batch_size":1,'
-        '"model":{"dtype":"auto","front_end":"transformers","name_or_path":"m","num_hidden_layers":null,'
+        '"model":{"dtype":"auto","front_end":"transformers","name_or_path":"m","num_hidden_layers":null,"shard_non_experts":false,'
         '"tokenizer":null,"train_non_experts":false},'
         '"moe":{"family":"mixlora","num_experts":null,"router_aux_loss_coef":0.001,"top_k":null,"train_router":false,"upcycle_noise":0.01},'
         '"seed":0,"warmup_ratio":0.0,"weight_decay":0.0}'

@@ -140,7 +140,7 @@ def test_no_heading_is_cut_off(folder: Path, width: int) -> None:
     assert "…" not in shown
     for name in ("policy", "ms", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB", "static_ep"):
         assert any(name in line for line in shown.splitlines()), name
-    assert (shown.count("policy ") > 1) == (width < 300)
+    assert (shown.count("┃ policy") > 1) == (width < 300)
     assert max(map(len, shown.splitlines())) <= width
 
 

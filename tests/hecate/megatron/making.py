@@ -17,7 +17,7 @@ SHAPE = "{kind: full, hidden: 32, ffn: 48, layers: 2, seq: 32, experts: 4, top_k
 """two heads of 64 for queries, one for keys"""
 CONFIG = """
 model: {{front_end: megatron, name_or_path: {folder}/tiny.yaml, tokenizer: {folder}/tokenizer}}
-data: {{train: {folder}/train.jsonl, seq_len: 32}}
+data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, seq_len: 32}}
 output_dir: {folder}/out
 max_steps: 3
 micro_batch_size: 2
@@ -30,7 +30,8 @@ def write_parts(folder: Path) -> None:
     build_byte_tokenizer().save_pretrained(folder / "tokenizer")
     (folder / "tiny.yaml").write_text(SHAPE)
     texts = [f"In the beginning there were {number} sheep and {number * number} wolves." for number in range(40)]
-    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name, part in (("train", texts[:-3]), ("eval", texts[-3:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
     (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
 
 

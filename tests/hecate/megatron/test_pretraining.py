@@ -2,63 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from hecate.config import ConfigError
+from hecate.config import Config, ConfigError
+from hecate.forecast.run_shape import run_shape
+from hecate.parallel.cost_model import LayerCost
+from hecate.train.evaluate import evaluate
 from hecate.train.loop import Run
+from hecate.train.ranks import Ranks
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 from tests.hecate.model.tiny import token_ids
 from tests.ranks import run_ranks
 
-Losses = list[tuple[float, float, float]]
+Losses = list[tuple[float, ...]]
+"""loss, aux loss and gradient norm of each step; at last the held-out loss"""
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "checkpointed": ("fssdp.policy=static_ep", "gradient_checkpointing=true"),
+    "rematerialized": ("fssdp.policy=full", "fssdp.rematerialize=true"),
+}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_parts(tmp_path)
-    return tmp_path
+@dataclass(frozen=True)
+class Found:
+    """What ranks found in one job: importing megatron takes longer than all the rest."""
+
+    losses: dict[str, Losses]
+    logits: torch.Tensor
+    replicated: int
+    """parameters outside experts"""
+    cost: LayerCost
+    """what the engine plans with"""
 
 
-def _train(rank: int, world: int, folder: str, overrides: tuple[str, ...], save_at: int | None) -> Losses:
-    run = Run(config_of(Path(folder), *overrides), ranks_of(rank, world))
-    losses = []
+def _train(config: Config, ranks: Ranks, save_at: int | None = None) -> Losses:
+    run = Run(config, ranks)
+    losses: Losses = []
     while run.step < run.config.max_steps:
         result, _ = run.train_one()
         losses.append((result.loss, result.aux_loss, result.grad_norm))
         if run.step == save_at:
             run.save()
-    return losses
+    (held_out,) = evaluate(run.config, run.ranks, run.base, run.moe, run.eval_sources).scores.values()
+    return [*losses, (held_out.loss,)]
 
 
-def train(folder: Path, world: int, *overrides: str, save_at: int | None = None) -> Losses:
-    found = run_ranks(world, _train, str(folder), overrides, save_at)
-    assert all(losses == found[0] for losses in found)
-    return found[0]
-
-
-def test_the_losses_do_not_depend_on_ranks_policies_or_checkpointing(folder: Path) -> None:
-    alone = train(folder, 1, "micro_batch_size=4")
-    assert alone[-1][0] < alone[0][0] - 0.3
-    others = [
-        ("fssdp.policy=static_ep", "gradient_checkpointing=true"),
-        ("fssdp.policy=full", "fssdp.rematerialize=true"),
-    ]
-    for overrides in others:
-        for got, wanted in zip(train(folder, 2, *overrides), alone, strict=True):
-            assert got == pytest.approx(wanted, rel=2e-4), overrides
-
-
-def test_a_resumed_run_goes_on_bit_for_bit(folder: Path) -> None:
-    whole = train(folder, 2, save_at=1)
-    assert train(folder, 2, "resume=true") == whole[1:]
-
-
-def _export(rank: int, world: int, folder: str) -> torch.Tensor:
-    ranks = ranks_of(rank, world)
-    run = Run(config_of(Path(folder)), ranks)
+def _export(folder: Path, ranks: Ranks) -> tuple[torch.Tensor, int, LayerCost]:
+    run = Run(config_of(folder), ranks)
+    ((_, given),) = run.moe.engine.plan_inputs()
     for parameter in run.moe.replicated_parameters().values():
         if parameter.dim() > 1:
             parameter.data.mul_(8)  # far from linear, and from equal routing
@@ -66,20 +60,61 @@ def _export(rank: int, world: int, folder: str) -> torch.Tensor:
         logits = run.base.model(token_ids(), None, None)
         hidden = run.base.head.hidden(token_ids(), None, token_ids())
         assert torch.equal(run.base.head.logits(hidden.flatten(0, 1)), logits.flatten(0, 1))  # type: ignore[attr-defined]
-    run.output.replace(Path(folder), run.moe, ranks)
-    return logits
+    run.output.replace(folder, run.moe, ranks)
+    return logits, sum(parameter.numel() for parameter in run.moe.replicated_parameters().values()), given.cost
 
 
-def test_the_model_comes_out_as_a_mixtral(folder: Path) -> None:
+def _two_ranks(rank: int, world: int, folder: str) -> Found:
+    ranks = ranks_of(rank, world)
+    losses = {name: _train(config_of(Path(folder), *overrides), ranks) for name, overrides in VARIANTS.items()}
+    losses["whole"] = _train(config_of(Path(folder)), ranks, save_at=1)
+    losses["resumed"] = _train(config_of(Path(folder), "resume=true"), ranks)
+    return Found(losses, *_export(Path(folder), ranks))
+
+
+def _one_rank(rank: int, world: int, folder: str) -> Losses:
+    return _train(config_of(Path(folder), "micro_batch_size=4"), ranks_of(rank, world))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("megatron")
+    write_parts(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Found:
+    first, second = run_ranks(2, _two_ranks, str(folder))
+    assert first.losses == second.losses
+    return first
+
+
+def test_the_losses_do_not_depend_on_ranks_policies_or_checkpointing(folder: Path, found: Found) -> None:
+    (alone,) = run_ranks(1, _one_rank, str(folder))
+    assert alone[-2][0] < alone[0][0] - 0.3
+    for name in VARIANTS:
+        for got, wanted in zip(found.losses[name], alone, strict=True):
+            assert got == pytest.approx(wanted, rel=2e-4), name
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(found: Found) -> None:
+    assert found.losses["resumed"] == found.losses["whole"][1:]
+
+
+def test_the_model_comes_out_as_a_mixtral_of_the_sizes_planned(folder: Path, found: Found) -> None:
     from transformers import AutoModelForCausalLM
 
-    logits = run_ranks(2, _export, str(folder))
+    planned = run_shape(config_of(folder), None, 2)
+    assert planned.replicated_parameters == found.replicated
+    assert [(group.experts, group.number, group.cost) for group in planned.groups] == [(4, 2, found.cost)]
+    assert planned.frozen_parameters == 0
     model, info = AutoModelForCausalLM.from_pretrained(folder / "model", output_loading_info=True)
     assert type(model).__name__ == "MixtralForCausalLM"
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     with torch.no_grad():
-        torch.testing.assert_close(model(token_ids(), use_cache=False).logits, logits[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(token_ids(), use_cache=False).logits, found.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,196 @@
+"""One layer of full experts beside others' ways to spread it over ranks: Megatron's MoELayer, and torch's FSDP2.
+
+beside_megatron: expert parallelism by Megatron's alltoall dispatcher, 8 experts. beside_fsdp2: all 64 experts gathered before each pass,
+each rank computing its own tokens by our kernel. Routing is given to both sides, in the form in which each has it. The layer stands by
+itself, without an attention in front; both sides start from the same weights and are held to the plain formula before they are timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.moe_layer_parts import Formula, Shape, make_family, one_step, route
+from hecate.kernels.expert_ffn import full_expert_ffn
+from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.family import ExpertFamily
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import Topology
+
+RIVAL_KINDS = ("beside_megatron", "beside_fsdp2")
+MEGATRON, FSDP2 = "megatron_ep", "fsdp2"
+OURS = ("auto", "hecate", "static_ep", "full")
+ROUTINGS = ("balanced", "zipf(1.2)")
+WARM_UP = 1
+
+
+def rival_shape(kind: str, *, quick: bool) -> Shape:
+    experts = 8 if kind == "beside_megatron" else 64
+    if quick:
+        return Shape(hidden=256, ffn=512, experts=min(experts, 16), tokens=512)
+    return Shape(hidden=512, ffn=1024, experts=experts, tokens=4096)
+
+
+class Layer(Protocol):
+    """A layer under test: forward, backward, and whatever sums its gradients."""
+
+    def step(self, number: int, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor: ...
+
+    def gradients(self) -> dict[int, Tensor]:
+        """Of some experts, flat; all ranks' together cover them all."""
+        ...
+
+
+class Ours:
+    def __init__(self, policy: str, shape: Shape, groups: ExpertGroups, topology: Topology, family: ExpertFamily) -> None:
+        self.engine = Engine({0: family}, EngineConfig(POLICIES[policy], topology, top_k=shape.top_k), groups)
+
+    def step(self, number: int, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        return one_step(self.engine, number, x, expert, weight)[0]
+
+    def gradients(self) -> dict[int, Tensor]:
+        return {expert: p.grad for (_, expert), p in self.engine.named_parameters().items() if p.grad is not None}
+
+
+class Megatron:
+    """Its MoELayer, whose router says what it is told."""
+
+    def __init__(self, shape: Shape, group: dist.ProcessGroup, family: ExpertFamily) -> None:
+        from hecate.megatron.imports import quietly
+        from hecate.megatron.shape import GptShape
+
+        with quietly():
+            from hecate.megatron.expert_parallel import build_layer, expert_parallel_config, flat_expert, set_expert
+            from hecate.megatron.gpt import process_groups
+
+            sizes = GptShape(1, shape.hidden, 1, 1, shape.hidden, shape.ffn, shape.experts, shape.top_k, shape.tokens)
+            config = expert_parallel_config(sizes, torch.float32, dist.get_world_size(group))
+            self._layer = build_layer(config, process_groups(group), 0)
+        self._flat = flat_expert
+        self._num_experts = shape.experts
+        for expert in range(shape.experts):
+            set_expert(self._layer, expert, family.init_chunk(expert))
+        self._told = _Told()
+        self._layer.router = self._told
+
+    def step(self, number: int, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        empty_TE = x.new_zeros((len(x), self._num_experts))
+        self._told.answer = empty_TE.scatter(1, expert, weight), empty_TE.bool().scatter(1, expert, True)
+        self._layer.zero_grad(set_to_none=True)
+        y = self._layer(x[:, None])[0].squeeze(1)
+        y.backward(torch.ones_like(y))
+        return y
+
+    def gradients(self) -> dict[int, Tensor]:
+        return {expert: self._flat(self._layer, expert, grad=True) for expert in self._layer.local_expert_indices}
+
+
+class _Told(nn.Module):
+    answer: tuple[Tensor, Tensor]
+
+    def forward(self, *_: Any) -> tuple[Tensor, Tensor]:
+        return self.answer
+
+
+class Fsdp2:
+    """All experts as one parameter, of which each rank keeps its part."""
+
+    def __init__(self, shape: Shape, family: ExpertFamily) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        self._module: Any = _AllExperts(shape, torch.stack([family.init_chunk(expert) for expert in range(shape.experts)]))
+        fully_shard(self._module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        self._module.set_gradient_divide_factor(1.0)
+        self._module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale as it sums
+
+    def step(self, number: int, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        self._module.zero_grad(set_to_none=True)
+        y = self._module(x, expert, weight)
+        y.backward(torch.ones_like(y))
+        return y
+
+    def gradients(self) -> dict[int, Tensor]:
+        mine = self._module.experts_EC.grad.to_local()
+        first = dist.get_rank() * len(mine)
+        return {first + index: grad for index, grad in enumerate(mine)}
+
+
+class _AllExperts(nn.Module):
+    def __init__(self, shape: Shape, experts_EC: Tensor) -> None:
+        super().__init__()
+        self._shape = shape.expert
+        self.experts_EC = nn.Parameter(experts_EC)
+
+    def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        return full_expert_ffn(x, expert, weight, self.experts_EC, self._shape)
+
+
+def bench_kind(rank: int, kind: str, shape: Shape, samples: int, groups: ExpertGroups, topology: Topology) -> list[dict[str, Any]]:
+    """All layers of a kind, alternating. A sample is the slowest rank's time."""
+    family = make_family("full_experts", shape)
+    makers: dict[str, Callable[[], Layer]] = {
+        policy: lambda policy=policy: Ours(policy, shape, groups, topology, family)  # type: ignore[misc]
+        for policy in OURS
+    }
+    if kind == "beside_megatron":
+        makers[MEGATRON] = lambda: Megatron(shape, groups.tokens, family)
+    else:
+        makers[FSDP2] = lambda: Fsdp2(shape, family)
+    _check(rank, shape, family, makers)
+    rows = []
+    for routing in ROUTINGS:
+        layers = {name: make() for name, make in makers.items()}
+        times: dict[str, list[float]] = {name: [] for name in layers}
+        cpu_times: dict[str, list[float]] = {name: [] for name in layers}
+        x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        for step in range(WARM_UP + samples):
+            expert, weight = route(routing, shape, seed=rank, step=step)
+            for name, layer in layers.items():
+                x.grad = None
+                routed = weight.clone().requires_grad_()
+                dist.barrier()
+                start, cpu_start = time.perf_counter(), time.process_time()
+                layer.step(step, x, expert, routed)
+                ms = 1e3 * torch.tensor([time.perf_counter() - start, time.process_time() - cpu_start])
+                dist.all_reduce(ms, op=dist.ReduceOp.MAX)
+                if step >= WARM_UP:
+                    times[name].append(ms[0].item())
+                    cpu_times[name].append(ms[1].item())
+        rows += [{"policy": name, "routing": routing, "ms_all": times[name], "cpu_ms_all": cpu_times[name]} for name in layers]
+    return rows
+
+
+def _check(rank: int, shape: Shape, family: ExpertFamily, makers: dict[str, Callable[[], Layer]]) -> None:
+    """Raises AssertionError where a layer comes to something else than the plain formula."""
+    expert, weight = route(ROUTINGS[1], shape, seed=rank)
+    formula = Formula(family, rank, shape, expert, weight)
+    for name, make in makers.items():
+        layer, x = make(), formula.x.detach().clone().requires_grad_()
+        y = layer.step(0, x, expert, weight.clone().requires_grad_())
+        torch.testing.assert_close(y, formula.y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x.grad, formula.dx, rtol=1e-3, atol=1e-3)
+        found = layer.gradients()
+        assert found, name
+        for number, grad in found.items():
+            error = float((grad - formula.dchunks[number]).norm() / formula.dchunks[number].norm().clamp(min=1e-12))
+            assert error < 1e-5, f"{name}: gradient of expert {number} is off by {error:.1e}"
+
+
+def rival_ratios(median: dict[tuple[str, str, str], float], kinds: Sequence[str]) -> dict[str, float]:
+    """How many times faster `auto` is.
+
+    Args:
+        median: by (kind, policy, routing).
+    """
+    summary = {}
+    for kind, rival in (("beside_megatron", MEGATRON), ("beside_fsdp2", FSDP2)):
+        if kind in kinds:
+            for routing, name in (("zipf(1.2)", "zipf"), ("balanced", "balanced")):
+                summary[f"{name}_speedup_over_{rival}"] = median[kind, rival, routing] / median[kind, "auto", routing]
+    return summary

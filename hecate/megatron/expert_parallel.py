@@ -1,0 +1,129 @@
+"""Megatron's own MoELayer with expert parallelism, the baseline beside our layer. It trains on a CPU, too.
+
+Experts stand in order, as many on each rank, and every (token, choice) pair travels in an all-to-all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from hecate.megatron.gpt import transformer_config
+from hecate.megatron.shape import GptShape
+from hecate.megatron.without_cuda import answer_for_cuda
+from hecate.moe.context import MicroStep, RouterStats
+from hecate.moe.layer import stats_of
+from hecate.moe.router import Routing
+
+AUX_LOSS = "global_load_balancing_loss"
+"""the name under which Megatron tracks it"""
+
+
+def expert_parallel_config(shape: GptShape, dtype: torch.dtype, world_size: int, *, aux_loss_coef: float = 0.0) -> TransformerConfig:
+    """Megatron's configuration of the model with its own experts.
+
+    Args:
+        aux_loss_coef: of Megatron's own loss over all ranks' tokens, which is a k-th of ours per layer and a sum over layers.
+    """
+    return transformer_config(
+        shape,
+        dtype,
+        num_moe_experts=shape.experts,
+        moe_router_topk=shape.top_k,
+        moe_ffn_hidden_size=shape.ffn,
+        moe_router_load_balancing_type="global_aux_loss" if aux_loss_coef else "none",
+        moe_aux_loss_coeff=aux_loss_coef,
+        moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=False,
+        expert_model_parallel_size=world_size,
+    )
+
+
+def expert_parallel_spec(micro_step: MicroStep | None = None) -> ModuleSpec:
+    """What stands in the place of a layer's FFN.
+
+    Args:
+        micro_step: where routers note what they did, as ours do; None: nowhere.
+    """
+    answer_for_cuda()
+    spec = get_moe_module_spec(use_te=False, num_experts=1, moe_grouped_gemm=False)  # the number is asked for, and not used
+    spec.submodules.router = functools.partial(RecordingRouter, micro_step=micro_step)
+    return spec
+
+
+def build_layer(config: TransformerConfig, groups: ProcessGroupCollection, layer: int, micro_step: MicroStep | None = None) -> MoELayer:
+    """One layer by itself. Every rank must call it."""
+    spec = expert_parallel_spec(micro_step)
+    made = MoELayer(config, spec.submodules, layer_number=layer + 1, pg_collection=groups)
+    made.set_layer_number(layer + 1)
+    return made
+
+
+class RecordingRouter(TopKRouter):
+    """Megatron's, on any device, that notes probabilities and counts for our load-balancing loss."""
+
+    def __init__(self, *, micro_step: MicroStep | None, **named: Any) -> None:
+        super().__init__(**named)
+        self._micro_step = micro_step
+
+    def gating(self, input: Tensor) -> Tensor:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        return F.linear(input.to(wide), self.weight.to(wide))
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        prob_TE, map_TE = super().routing(logits, padding_mask)
+        micro = self._micro_step
+        if micro is not None and micro.recording:
+            # Padding is routed, too, here, but its outputs and gradients go nowhere; ours does not count it.
+            by_rows = [tensor.view_as(logits).transpose(0, 1).flatten(0, 1) for tensor in (logits, prob_TE, map_TE)]
+            micro.stats[self.layer_number - 1] = self._stats(*(part if micro.valid is None else part[micro.valid] for part in by_rows))
+        return prob_TE, map_TE
+
+    def _stats(self, logits_TE: Tensor, prob_TE: Tensor, map_TE: Tensor) -> RouterStats:
+        weight_TK, expert_TK = torch.where(map_TE, prob_TE, -1).topk(self.topk)
+        return stats_of(Routing(logits_TE.softmax(-1), expert_TK, weight_TK))
+
+
+def set_expert(layer: MoELayer, expert: int, chunk: Tensor) -> None:
+    """Give a local expert the weights of a flat chunk, as `FfnShape` lays them out; does nothing on other ranks."""
+    if expert in layer.local_expert_indices:
+        for parameter, part in zip(_weights(layer, expert), _split(layer, expert, chunk), strict=True):
+            parameter.data.copy_(part.view_as(parameter))
+
+
+def flat_expert(layer: MoELayer, expert: int, *, grad: bool) -> Tensor:
+    """[C]: a local expert's weights, or their gradients, as a flat chunk."""
+    parts = [parameter.grad if grad else parameter.detach() for parameter in _weights(layer, expert)]
+    return torch.cat([part.flatten() for part in parts if part is not None])
+
+
+def expert_parameters(layers: Iterable[MoELayer]) -> dict[str, nn.Parameter]:
+    """`LAYER.EXPERT.MATRIX` -> the parameters of the experts that this rank has."""
+    named = {}
+    for layer in layers:
+        for expert in layer.local_expert_indices:
+            for name, parameter in zip(("fc1", "fc2"), _weights(layer, expert), strict=True):
+                named[f"{layer.layer_number - 1}.{expert}.{name}"] = parameter
+    return named
+
+
+def _weights(layer: MoELayer, expert: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Gate and up as one matrix, and down: our chunk's order."""
+    mlp = layer.experts.local_experts[layer.local_expert_indices.index(expert)]
+    return mlp.linear_fc1.weight, mlp.linear_fc2.weight
+
+
+def _split(layer: MoELayer, expert: int, chunk: Tensor) -> tuple[Tensor, ...]:
+    return chunk.split([parameter.numel() for parameter in _weights(layer, expert)])

@@ -1,0 +1,86 @@
+"""The one place where it is decided which implementation computes a layer's experts: Triton, the fast torch path, or the formula."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+"""auto: Triton on CUDA tensors, where it can, and torch elsewhere. triton: Triton or an error; on CPU tensors its interpreter, for tests.
+torch: the fast path in plain torch. reference: the formula, slot by slot."""
+MAX_RANK = 256
+"""of a LoRA pair in Triton"""
+
+
+@dataclass(frozen=True)
+class ExpertKernels:
+    """The feed-forwards of the three kinds of experts, each as its fast torch version is documented."""
+
+    mixlora_ffn: Callable[..., Tensor]
+    full_expert_ffn: Callable[..., Tensor]
+    lora_expert_ffn: Callable[..., Tensor]
+
+
+def expert_kernels(backend: Backend, x: Tensor, rank: int = 0) -> ExpertKernels:
+    """What computes experts on tensors as `x`.
+
+    Args:
+        rank: the largest of the experts' LoRA pairs.
+
+    Raises:
+        ValueError: `backend` is triton and Triton cannot compute this.
+    """
+    if backend == "auto":
+        # torch for want of Triton on the CPU, in float64 and for ranks whose blocks would not fit.
+        return _triton() if x.device.type == "cuda" and triton_problem(x.device.type, x.dtype, rank) is None else _torch()
+    if backend == "torch":
+        return _torch()
+    if backend == "reference":
+        return _reference()
+    problem = triton_problem(x.device.type, x.dtype, rank)
+    if problem is not None:
+        raise ValueError(problem)
+    return _triton()
+
+
+def triton_problem(device: str, dtype: torch.dtype | None = None, rank: int = 0) -> str | None:
+    """Why Triton's kernels cannot compute on a kind of device, in `dtype` (None: any) and with LoRA pairs of this rank; None: they can."""
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "kernels: triton needs a CUDA GPU, and there is none here.\n"
+            "Use auto or torch; for tests, TRITON_INTERPRET=1 runs the kernels on a CPU, slowly."
+        )
+    if dtype is not None and dtype.itemsize > 4:
+        return "kernels: triton computes in float32, bfloat16 or float16, not in float64; use auto or torch"
+    if rank > MAX_RANK:
+        return f"kernels: triton takes LoRA ranks up to {MAX_RANK}, got {rank}; use auto or torch"
+    return None
+
+
+# Triton is imported where it is used: it is there on Linux only, and whether it interprets is fixed by the first kernel's import.
+
+
+def _triton() -> ExpertKernels:
+    from hecate.kernels.expert_ffn_sorted import full_expert_ffn_sorted, lora_expert_ffn_sorted
+    from hecate.kernels.mixlora_sorted import mixlora_ffn_sorted
+
+    return ExpertKernels(mixlora_ffn_sorted, full_expert_ffn_sorted, lora_expert_ffn_sorted)
+
+
+def _torch() -> ExpertKernels:
+    from hecate.kernels.expert_ffn import full_expert_ffn, lora_expert_ffn
+    from hecate.kernels.mixlora import mixlora_ffn
+
+    return ExpertKernels(mixlora_ffn, full_expert_ffn, lora_expert_ffn)
+
+
+def _reference() -> ExpertKernels:
+    from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
+    from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+
+    return ExpertKernels(mixlora_ffn_reference, full_expert_ffn_reference, lora_expert_ffn_reference)

@@ -1,0 +1,98 @@
+"""Runs of the command line under test: started, watched, killed, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+OVERRIDES = (
+    "model.dtype=float64",
+    "data.eval=[]",
+    "eval.generate=false",
+    "eval.on_start=false",
+    "lr_scheduler_type=constant",
+    "warmup_ratio=0",
+)
+
+
+@contextmanager
+def hecate(*arguments: str, temporary: Path, command: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+    """A running `hecate`, with its temporary files in a folder of its own; killed in the end, if it still runs."""
+    temporary.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, sys.executable, "-m", "hecate", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """All lines up to one that holds `text`."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError(f"no line with {text!r}:\n{''.join(lines)}")
+
+
+def read_rest(process: subprocess.Popen[str], status: int = 0) -> str:
+    assert process.stdout is not None
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == status, rest
+    return rest
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        for child in (task / "children").read_text(encoding="utf-8").split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def rank_process(launcher: int, rank: int) -> int:
+    for pid in descendants(launcher):
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return pid
+    raise AssertionError(f"no rank {rank} below {launcher}")
+
+
+def kill_rank(launcher: int, rank: int) -> None:
+    os.kill(rank_process(launcher, rank), signal.SIGKILL)
+
+
+def wait_until_gone(pids: Sequence[int], temporary: Path, seconds: float = 20.0) -> list[str]:
+    """What is left after that time: processes, and files in the temporary folder."""
+    deadline = time.monotonic() + seconds
+    while (left := [*(str(pid) for pid in pids if _runs(pid)), *map(str, temporary.rglob("*"))]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def losses(folder: Path) -> dict[int, tuple[float, float]]:
+    """Step -> loss and gradient norm, from metrics.jsonl."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {record["step"]: (record["loss"], record["grad_norm"]) for record in records if record["kind"] == "step"}
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
