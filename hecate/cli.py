@@ -63,12 +63,14 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 
     loaded = load_config(config, overrides or (), claim_output=False)
     _check_kernels(loaded.kernels)
-    from hecate.train.local_group import local_controller
+    from hecate.train.local_group import local_controller, wait_for_turn
     from hecate.train.loop import train as run
     from hecate.train.ranks import join_ranks, lost_a_peer
     from hecate.train.restart import begin_or_resume
 
     try:
+        if JOIN_VARIABLE in os.environ:
+            wait_for_turn()
         with join_ranks() as ranks:
             # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
             asks = ranks.is_first and STORE_VARIABLE not in os.environ
@@ -99,6 +101,7 @@ def launch(
 
     nodes = node_range(nnodes)
     loaded = load_config(config, overrides or (), claim_output=nodes[1] == 1)
+    _check_kernels(loaded.kernels)
     check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
     ranks = nproc_per_node or loaded.nproc or _default_ranks()
     check_fit(loaded, nodes, ranks)

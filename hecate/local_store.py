@@ -27,8 +27,23 @@ def error_file(store: Path, rank: int) -> Path:
 
 
 def ready_file(store: Path, member: int) -> Path:
-    """What a member makes when it has loaded and could join."""
+    """What a member makes when it has loaded: when it could join, or has trained its first step."""
     return store.with_name(f"ready-{member}")
+
+
+def write_turn(store: Path, member: int, device: int) -> None:
+    """Let a member that waits for its turn load for a device."""
+    staged = store.with_name(f"turn-{member}.tmp")
+    staged.write_text(str(device), encoding="ascii")
+    os.replace(staged, store.with_name(f"turn-{member}"))
+
+
+def read_turn(store: Path, member: int) -> int | None:
+    """The device; None: not yet."""
+    try:
+        return int(store.with_name(f"turn-{member}").read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return None
 
 
 def here_file(store: Path, generation: int, member: int) -> Path:

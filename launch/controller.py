@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from hecate.checkpoint.history import latest_good
 from hecate.config import Config
 from hecate.errors import UserError
 from hecate.launch.failure_policy import Cause, Decision, FailurePolicy
+from hecate.launch.job_states import ENDED, NEXT, State
 from hecate.launch.rendezvous import Rendezvous
 from hecate.launch.scaling_policy import Scaling, ScalingPolicy
 from hecate.launch.stragglers import MIN_SECONDS, Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
@@ -34,39 +34,6 @@ _DEATH_SECONDS = 3.0
 _LAST_WORDS_SECONDS = 1.0
 """Ray hands on what workers print with a delay, and nothing of those that are gone"""
 _NOTES = 50
-
-
-class State(Enum):
-    INITIALIZING = "initializing"
-    PLACING = "placing"
-    """devices are asked for"""
-    STARTING = "starting"
-    """workers come up, or build their part of a generation"""
-    RUNNING = "running"
-    RECOVERING = "recovering"
-    """somebody was lost, or failed: the others end their steps, a replacement comes up"""
-    WAITING = "waiting"
-    """too few devices are left"""
-    RESIZING = "resizing"
-    """a device has returned: the ranks leave their generation for one with it"""
-    STOPPING = "stopping"
-    FINISHED = "finished"
-    STOPPED = "stopped"
-    FAILED = "failed"
-
-
-_ENDED = (State.FINISHED, State.STOPPED, State.FAILED)
-_NEXT = {
-    State.INITIALIZING: (State.PLACING,),
-    State.PLACING: (State.STARTING,),
-    State.STARTING: (State.RUNNING, State.RECOVERING, State.STOPPING, State.FINISHED),
-    State.RUNNING: (State.RECOVERING, State.RESIZING, State.STOPPING, State.FINISHED),
-    State.RECOVERING: (State.STARTING, State.WAITING, State.STOPPING, State.FINISHED),
-    State.WAITING: (State.STARTING, State.STOPPING),
-    State.RESIZING: (State.STARTING, State.RECOVERING, State.STOPPING, State.FINISHED),
-    State.STOPPING: (),
-}
-"""beside the three ends: FAILED and STOPPED are open to all"""
 
 
 class JobFailed(Exception):
@@ -133,7 +100,7 @@ class Controller:
             self._awaited = {place.index for place in self._group.places}
             for place in self._group.places:
                 self._group.ask_for(place)
-            while self._state not in _ENDED:
+            while self._state not in ENDED:
                 for place, event in self._group.poll(0.1):
                     self._handle(place, event)
                 self._advance()
@@ -150,7 +117,7 @@ class Controller:
             self._say(f"the job has failed: {failed}")
             return 1
         finally:
-            if self._state not in _ENDED:
+            if self._state not in ENDED:
                 self._enter(State.FAILED)
             self._group.close()
         return 0
@@ -182,7 +149,7 @@ class Controller:
             )
         return {
             "state": self._state.value,
-            "ended": self._state in _ENDED,
+            "ended": self._state in ENDED,
             "detail": self._detail,
             "generation": max(self._generation, 0),
             "max_steps": self._config.max_steps,
@@ -240,7 +207,9 @@ class Controller:
                 f"{_name(place)}: hecate cannot be imported there: {text}\n"
                 "  install it on all nodes, in the Python that runs Ray, in the same version"
             )
-        if place in self._members and place.index not in self._idle:
+        if place in self._members and self._idle.get(place.index) == "finished":
+            return
+        if place in self._members and self._idle.get(place.index) != "lost":
             alive = self._group.node_lives(place)
             self._answer(Cause.ACTOR_DIED if alive else Cause.NODE_DIED, place, text)
         else:
@@ -266,6 +235,8 @@ class Controller:
             self._begin_recovery()
 
     def _report(self, place: Place, event: Event) -> None:
+        if place not in self._members or self._state not in (State.RUNNING, State.RESIZING, State.STOPPING):
+            return  # of a generation that is over
         self._policy = self._policy.after_progress()
         if "loss" in event:
             self._latest = event
@@ -445,11 +416,12 @@ class Controller:
         return latest is not None
 
     def _stop(self) -> None:
+        if self._state not in (State.STARTING, State.RUNNING, State.RESIZING) or not self._members:
+            self._enter(State.STOPPED)  # nobody is in a step that he could end; the last checkpoint is what is left
+            return
         self._enter(State.STOPPING, self._config.ray.start_timeout)
-        if self._members and self._members[0].alive:
-            self._members[0].actor.stop.remote()
-        else:
-            self._enter(State.STOPPED)
+        for place in self._members:
+            place.actor.stop.remote()
 
     # Small things
 
@@ -472,7 +444,7 @@ class Controller:
     def _enter(self, state: State, seconds: float = 0.0) -> None:
         if state is self._state:
             return
-        assert state in (State.FAILED, State.STOPPED) or state in _NEXT[self._state], (self._state, state)
+        assert state in (State.FAILED, State.STOPPED) or state in NEXT[self._state], (self._state, state)
         self._state, self._changed_at = state, time.monotonic()
         self._deadline = self._changed_at + seconds
         self._show_status()

@@ -26,6 +26,7 @@ from hecate.local_store import (
     error_file,
     ready_file,
     write_generation,
+    write_turn,
 )
 
 Process = subprocess.Popen[bytes]
@@ -55,6 +56,8 @@ def launch_local(arguments: Sequence[str], num_ranks: int, *, survives: bool = F
         def pass_on(_number: int, _frame: FrameType | None) -> None:
             nonlocal signals
             signals += 1
+            if crew:
+                crew.stopping = True
             for process in ranks.values():
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
@@ -80,7 +83,11 @@ class Crew:
         self._now = Generation(0, everyone, everyone, num_ranks)
         self._loading: dict[int, int] = {}
         """member that was started later and is not in yet -> the device that it takes"""
+        self._spare: int | None = None
+        """member that has imported what it needs, most of the time that a new one takes, and waits for its turn"""
         self._replaced = 0
+        self.stopping = False
+        """nobody is replaced any more"""
         write_generation(store, self._now)
 
     @property
@@ -89,11 +96,8 @@ class Crew:
 
     def look(self) -> None:
         """Let in who has loaded; go on without who has died, if anyone is left."""
-        for member in [m for m in self._loading if ready_file(self._store, m).exists()]:
-            self._regroup((*self._now.members, member), (*self._now.devices, self._loading.pop(member)))
-        for member in [m for m in self._loading if self._processes[m].poll() is not None]:
-            print(f"hecate: the rank that was to join {_cause(self._processes[member].returncode)}", file=sys.stderr)
-            self._start_another(self._loading.pop(member))
+        if not self.stopping:
+            self._fill_up()
         dead = [member for member in self._now.members if self._processes[member].poll() not in (None, 0, USER_ERROR_EXIT)]
         left = [member for member in self._now.members if member not in dead]
         if not dead or not any(self._processes[member].poll() is None for member in left):
@@ -102,26 +106,44 @@ class Crew:
         causes = ", ".join(f"rank {self._now.members.index(m)} {_cause(self._processes[m].returncode)}" for m in dead)
         self._regroup(tuple(left), tuple(device_of[member] for member in left))
         print(f"hecate: {causes}; {len(left)} ranks go on", file=sys.stderr, flush=True)
-        for member in dead:
-            self._start_another(device_of[member])
+        if not self.stopping:
+            for member in dead:
+                self._replace(device_of[member])
+
+    def _fill_up(self) -> None:
+        for member in [m for m in self._loading if ready_file(self._store, m).exists()]:
+            self._regroup((*self._now.members, member), (*self._now.devices, self._loading.pop(member)))
+        for member in [m for m in self._loading if self._processes[m].poll() is not None]:
+            print(f"hecate: the rank that was to join {_cause(self._processes[member].returncode)}", file=sys.stderr)
+            self._replace(self._loading.pop(member))
+        if self._spare is not None and self._processes[self._spare].poll() is not None:
+            self._spare = None
+            self._replaced += 1
+        # Not while the first ranks load: it would take the processors from them.
+        if self._spare is None and self._replaced < _MOST_REPLACED and all(ready_file(self._store, m).exists() for m in self._now.members):
+            self._spare = self._start_spare()
 
     def _regroup(self, members: tuple[int, ...], devices: tuple[int, ...]) -> None:
         self._now = replace(self._now, number=self._now.number + 1, members=members, devices=devices)
         write_generation(self._store, self._now)
 
-    def _start_another(self, device: int) -> None:
+    def _replace(self, device: int) -> None:
         if self._replaced < _MOST_REPLACED:
             self._replaced += 1
-            member = max(self._processes) + 1
-            self._processes[member] = _start(self._arguments, member, self._now.num_devices, self._store, joins_on=device, survives=True)
+            member = self._start_spare() if self._spare is None else self._spare
+            self._spare = None
+            write_turn(self._store, member, device)
             self._loading[member] = device
 
+    def _start_spare(self) -> int:
+        member = max(self._processes) + 1
+        self._processes[member] = _start(self._arguments, member, self._now.num_devices, self._store, survives=True, joins=True)
+        return member
 
-def _start(
-    arguments: Sequence[str], rank: int, num_ranks: int, store: Path, *, survives: bool = False, joins_on: int | None = None
-) -> Process:
+
+def _start(arguments: Sequence[str], rank: int, num_ranks: int, store: Path, *, survives: bool = False, joins: bool = False) -> Process:
     """Args:
-    joins_on: the device of one that comes later; None: its own number's.
+    joins: it waits for its turn to join a run under way, and learns its device then.
     """
     environment = dict(os.environ)
     environment.update(
@@ -129,14 +151,14 @@ def _start(
             STORE_VARIABLE: str(store),
             LAUNCHED_VARIABLE: str(os.getpid()),
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank if joins_on is None else joins_on),
+            "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(num_ranks),
             "GLOO_SOCKET_IFNAME": "lo",
         }
     )
     if survives:
         environment[MEMBER_VARIABLE] = str(rank)
-    if joins_on is not None:
+    if joins:
         environment[JOIN_VARIABLE] = "1"
     for name, value in ALLOCATOR_SETTINGS.items():
         environment.setdefault(name, value)

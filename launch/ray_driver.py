@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -19,6 +20,7 @@ from hecate.launch.ray_cluster import connected, private_cluster
 from hecate.launch.resource_pool import Device, choose_devices, devices_of, one_machine, parse_labels
 
 LOCAL = "local"
+_FOLDER_SECONDS = 10.0
 
 
 def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metrics_port: int | None) -> int:
@@ -38,7 +40,7 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     here = Path.cwd()
     cluster = private_cluster((config.ray.workers or 2) * config.ray.cpus_per_worker) if address == LOCAL else connected(address)
     with cluster as ray:
-        os.chdir(here)  # raylets that share a machine put a job's files in its place once more each, and leave us in one that is gone
+        _return_to(here)
         found = devices_of(ray.nodes(), parse_labels(config.ray.labels), config.ray.cpus_per_worker)
         devices = choose_devices(found, config.ray.workers, config.ray.min_workers)
         if topology is not None and topology.world_size != len(devices):
@@ -47,6 +49,20 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
                 "  set ray.workers, or let the ranks measure: topology: auto"
             )
         return _drive(ray, config, devices, topology, metrics_port)
+
+
+def _return_to(folder: Path) -> None:
+    """Raylets that share a machine put a job's files in their place once more each, and leave us in a folder that is gone."""
+    deadline = time.monotonic() + _FOLDER_SECONDS
+    while True:
+        try:
+            os.chdir(folder)
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metrics_port: int | None) -> int:

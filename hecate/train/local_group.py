@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,10 +13,20 @@ import torch.distributed as dist
 
 from hecate.config import Config
 from hecate.errors import UserError
-from hecate.local_store import MEMBER_VARIABLE, STORE_VARIABLE, Generation, here_file, read_generation, ready_file, store_of
+from hecate.local_store import (
+    LAUNCHED_VARIABLE,
+    MEMBER_VARIABLE,
+    STORE_VARIABLE,
+    Generation,
+    here_file,
+    read_generation,
+    read_turn,
+    ready_file,
+    store_of,
+)
 from hecate.train.build import whole_topology
 from hecate.train.elastic import Group
-from hecate.train.ranks import connect
+from hecate.train.ranks import connect, die_with_launcher
 
 _GRACE = 5.0
 """seconds in which a launcher that has lost a rank will have said so"""
@@ -29,6 +40,16 @@ def local_controller(config: Config) -> LocalController | None:
     return LocalController(config) if MEMBER_VARIABLE in os.environ else None
 
 
+def wait_for_turn() -> None:
+    """For a process that is to join a run under way, when it has imported what that takes: until one is lost whose place it takes."""
+    die_with_launcher(int(os.environ[LAUNCHED_VARIABLE]))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    store, member = Path(os.environ[STORE_VARIABLE]), int(os.environ[MEMBER_VARIABLE])
+    while (device := read_turn(store, member)) is None:
+        time.sleep(_POLL)
+    os.environ["LOCAL_RANK"] = str(device)
+
+
 class LocalController:
     """See `hecate.train.elastic.Controller`."""
 
@@ -37,8 +58,12 @@ class LocalController:
         self._store = Path(os.environ[STORE_VARIABLE])
         self._member = int(os.environ[MEMBER_VARIABLE])
         self._number = 0
+        self._told = False
 
     def wants_regroup(self) -> bool:
+        if not self._told:
+            self._told = True
+            ready_file(self._store, self._member).touch()
         return read_generation(self._store).number > self._number
 
     def first_group(self) -> Group:

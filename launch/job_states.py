@@ -1,0 +1,38 @@
+"""The states of a job on a Ray cluster, and which may follow which."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class State(Enum):
+    INITIALIZING = "initializing"
+    PLACING = "placing"
+    """devices are asked for"""
+    STARTING = "starting"
+    """workers come up, or build their part of a generation"""
+    RUNNING = "running"
+    RECOVERING = "recovering"
+    """somebody was lost, or failed: the others end their steps, a replacement comes up"""
+    WAITING = "waiting"
+    """too few devices are left"""
+    RESIZING = "resizing"
+    """a device has returned: the ranks leave their generation for one with it"""
+    STOPPING = "stopping"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+ENDED = (State.FINISHED, State.STOPPED, State.FAILED)
+NEXT = {
+    State.INITIALIZING: (State.PLACING,),
+    State.PLACING: (State.STARTING,),
+    State.STARTING: (State.RUNNING, State.RECOVERING, State.STOPPING, State.FINISHED),
+    State.RUNNING: (State.RECOVERING, State.RESIZING, State.STOPPING, State.FINISHED),
+    State.RECOVERING: (State.STARTING, State.WAITING, State.STOPPING, State.FINISHED),
+    State.WAITING: (State.STARTING, State.STOPPING),
+    State.RESIZING: (State.STARTING, State.RECOVERING, State.STOPPING, State.FINISHED),
+    State.STOPPING: (),
+}
+"""beside the three ends: FAILED and STOPPED are open to all"""
