@@ -256,4 +256,4 @@ def test_it_is_near_the_best_of_all_plans_over_several_nodes(given_: PlanInput) 
     plan = every_plan(given_)
     best = float(plan.seconds(copies(given_, len(plan.where_LED))).total.min())
     bound = lower_bound(given_, 0)
-    assert best / 1.5 <= bound <= best * (1 + ROUNDING)
+    assert best / 1.6 <= bound <= best * (1 + ROUNDING)  # quarters are coarse: of ten choices to one expert a part is 2.5
