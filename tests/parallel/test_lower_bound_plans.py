@@ -245,9 +245,16 @@ def every_plan(given_: PlanInput) -> Plan:
     return Plan(np.repeat(given_.owner_LE, fits_L.sum(), 0), where_LED[fits_L], quota_LED[fits_L])
 
 
+def is_tiny(given_: PlanInput) -> bool:
+    """Where a link inside a node waits longer than one between nodes the bound is loose: it lets a plan wait for the latter alone."""
+    topology = given_.topology
+    waits = topology.intra_node.latency <= topology.inter_node.latency
+    return topology.world_size in (2, 3) and given_.num_experts <= 2 and topology.num_nodes > 1 and waits
+
+
 @st.composite
 def tiny_inputs(draw: st.DrawFn) -> PlanInput:
-    return draw(inputs().filter(lambda g: g.world_size in (2, 3) and g.num_experts <= 2 and g.topology.num_nodes > 1))
+    return draw(inputs().filter(is_tiny))
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
