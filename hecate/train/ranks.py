@@ -73,6 +73,8 @@ class Ranks:
 
         From any thread. Nothing more can be sent among these ranks.
         """
+        for group in (self.groups.tokens, self.groups.experts):
+            _keep_for_good(group)
         shut_down(self.connections)
         if self.device.type == "cuda":
             for group in (self.groups.tokens, self.groups.experts):
@@ -154,6 +156,12 @@ def join_ranks() -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _keep_for_good(group: dist.ProcessGroup) -> None:
+    """Never destroy it: gloo's destructor waits for the operations under way, some of which only their timeout ends, and stops all of
+    Python meanwhile. What is left of a broken group are a few idle threads."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def lost_a_peer(error: BaseException) -> bool:
