@@ -161,6 +161,8 @@ def _check_moe_lora(values: Mapping[str, Any], add: Add) -> None:
     given = [key for key in ("moe.train_router", "model.shard_non_experts", "lora.init_from") if values.get(key)]
     for key in given if family != "moe_lora" else ():
         add(key, f"is of moe.family=moe_lora only, but the family is {family}", "leave it out")
+    if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):
+        add("fssdp.redundancy", "cannot bring back what model.shard_non_experts has on a lost rank alone", "set one of the two only")
     targets = set(values.get("lora.target_modules") or ())
     if family == "moe_lora" and len(targets & {"gate_proj", "up_proj"}) == 1:
         hint = "experts of MoE models hold gate and up as one matrix with one adapter: name both, or neither"
