@@ -1,11 +1,10 @@
-"""Pairs' results brought back to their tokens: a weighted gather, each token's choices summed in their order, and its backward pass.
+"""Pairs' results brought back to their tokens: a weighted gather, each token's choices summed in their order.
 
 Shapes: P pairs sorted by slot (`PairOrder`), T tokens, K choices, D width.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,43 +54,10 @@ def combine_kernel(
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=m_t[:, None] & m_d)
 
 
-@triton.jit
-def combine_backward_kernel(
-    dy,
-    v,
-    weight_TK,
-    order_P,
-    token_P,
-    starts,
-    dv,
-    dweight_TK,
-    num_slots,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """dv[p] = weight(p) dy[token(p)] and dweight(p) = <dy[token(p)], v[p]> of the pairs that are here."""
-    here = tl.load(starts + num_slots)
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    m_m = o_m < here
-    pair_M = tl.load(order_P + o_m, mask=m_m, other=0)
-    token_M = tl.load(token_P + o_m, mask=m_m, other=0).to(tl.int64)[:, None]
-    w = tl.load(weight_TK + pair_M, mask=m_m, other=0.0).to(tl.float32)[:, None]
-    row = o_m.to(tl.int64)[:, None]
-    dweight_M = tl.zeros((BM,), dtype=tl.float32)
-    for d0 in range(0, D, BD):
-        o_d = d0 + tl.arange(0, BD)[None, :]
-        mask = m_m[:, None] & (o_d < D)
-        b_dy = tl.load(dy + token_M * D + o_d, mask=mask, other=0.0).to(tl.float32)
-        dweight_M += tl.sum(b_dy * tl.load(v + row * D + o_d, mask=mask, other=0.0).to(tl.float32), axis=1)
-        tl.store(dv + row * D + o_d, (w * b_dy).to(dv.dtype.element_ty), mask=mask)
-    tl.store(dweight_TK + pair_M, dweight_M.to(dweight_TK.dtype.element_ty), mask=m_m)
-
-
 def combine(v_PD: Tensor, weight_TK: Tensor | None, order: PairOrder, base_TD: Tensor | None = None) -> Tensor:
     """[T, D] of v's type: each token's weighted sum of its pairs' rows; without weights, their sum. Zero where none is here, or `base_TD`.
 
-    Sums in float32, in the order of the choices. Not differentiable; see `combine_backward`.
+    Sums in float32, in the order of the choices. Not differentiable.
     """
     assert v_PD.is_contiguous()
     assert weight_TK is None or weight_TK.is_contiguous()
@@ -114,30 +80,3 @@ def combine(v_PD: Tensor, weight_TK: Tensor | None, order: PairOrder, base_TD: T
         num_stages=config.num_stages,
     ).run()
     return y_TD
-
-
-def combine_backward(dy_TD: Tensor, v_PD: Tensor, weight_TK: Tensor, order: PairOrder) -> tuple[Tensor, Tensor]:
-    """The gradients of v [P, D] (rows of pairs computed elsewhere are not written) and of the weights [T, K] (zero of such choices)."""
-    assert all(tensor.is_contiguous() for tensor in (dy_TD, v_PD, weight_TK))
-    dv_PD, dweight_TK = torch.empty_like(v_PD), torch.zeros_like(weight_TK)
-    config = choose("combine_backward", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
-    num_pairs, width = v_PD.shape
-    Launch(
-        kernel=combine_backward_kernel,
-        grid=(triton.cdiv(num_pairs, config.blocks["BM"]),),
-        args={
-            "dy": dy_TD,
-            "v": v_PD,
-            "weight_TK": weight_TK,
-            "order_P": order.order_P,
-            "token_P": order.token_P,
-            "starts": order.starts,
-            "dv": dv_PD,
-            "dweight_TK": dweight_TK,
-            "num_slots": order.num_slots,
-        },
-        constants={"D": width, **config.blocks},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    ).run()
-    return dv_PD, dweight_TK

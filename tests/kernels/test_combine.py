@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hecate.kernels.activation import ACTIVATIONS, activation
-from hecate.kernels.combine import combine, combine_backward
+from hecate.kernels.combine import combine
 from hecate.kernels.gated import gate, gate_backward
 from hecate.kernels.pair_order import PairOrder, pair_order
 from tests.kernels.grouping import GROUPS, TOLERANCE, assert_close, grouped, poisoned
@@ -65,19 +65,13 @@ class Given:
 def test_combine(name: str, device: torch.device, poisoned: None) -> None:
     case = CASES[name]
     given = Given(case, device)
-    order, v, dy = given.order, given.of_pairs(case.width), given.normal(len(given.weight), case.width)
-    wide_v, wide_weight = given.wide(v, given.weight)
+    order, v = given.order, given.of_pairs(case.width)
+    wide_v, zeros = v[: given.here].double(), torch.zeros(len(given.weight), case.width, dtype=torch.float64, device=device)
     token, pair = order.token_P[: given.here].long(), order.order_P[: given.here]
-    y = torch.zeros_like(dy, dtype=torch.float64).index_add(0, token, wide_weight.flatten()[pair, None] * wide_v)
-    dv, dweight = torch.autograd.grad((y * dy).sum(), (wide_v, wide_weight))
 
-    assert_close(combine(v, given.weight, order), y.detach(), TOLERANCE[case.dtype], "y")
-    plain = torch.zeros_like(dy, dtype=torch.float64).index_add(0, token, wide_v.detach())
-    assert_close(combine(v, None, order), plain, TOLERANCE[case.dtype], "sum")
-    got_dv, got_dweight = combine_backward(dy, v, given.weight, order)
-    assert_close(got_dv[: given.here], dv, TOLERANCE[case.dtype], "dv")
-    assert got_dv[given.here :].isnan().all()
-    assert_close(got_dweight, dweight, TOLERANCE[case.dtype], "dweight")
+    weighted = zeros.index_add(0, token, given.weight.double().flatten()[pair, None] * wide_v)
+    assert_close(combine(v, given.weight, order), weighted, TOLERANCE[case.dtype], "y")
+    assert_close(combine(v, None, order), zeros.index_add(0, token, wide_v), TOLERANCE[case.dtype], "sum")
 
 
 @pytest.mark.parametrize("name", CASES)
