@@ -102,6 +102,7 @@ class MegatronEngine:
 
     def __init__(self, groups: ExpertGroups, micro_step: MicroStep, layers: dict[int, Any]) -> None:
         self.groups = groups
+        self.in_first_group = True
         self._layers = layers
         self._micro_step = micro_step
         self._loads: dict[int, np.ndarray] = {}

@@ -49,11 +49,13 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         from hecate.config import load_config
         from hecate.data.syntax import check_syntax
         from hecate.launch.local import launch_local
+        from hecate.parallel.mesh import make_mesh
 
         loaded = load_config(config, overrides or ())
         _check_kernels(loaded.kernels)
         check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
         count = loaded.nproc or _default_ranks()
+        make_mesh(count, loaded.fssdp.shard_size)
         status = launch_local(["train", str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0)
         raise typer.Exit(status)
     store = os.environ.get(STORE_VARIABLE)
@@ -71,7 +73,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     try:
         if JOIN_VARIABLE in os.environ:
             wait_for_turn()
-        with join_ranks() as ranks:
+        with join_ranks(loaded.fssdp.shard_size) as ranks:
             # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
             asks = ranks.is_first and STORE_VARIABLE not in os.environ
             loaded = begin_or_resume(loaded, ranks, claim=(lambda: load_config(config, overrides or ())) if asks else None)

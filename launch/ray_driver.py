@@ -33,6 +33,7 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
         UserError: configuration, cluster or devices are not as they must be.
     """
     config = load_config(config_path, overrides)
+    check_for_ray(config)
     check_syntax([*config.data.train, *config.data.eval], config.data.on_bad_sample)
     topology = _configured_topology(config)
     import torch  # noqa: F401 - later than this the folder we are in may be gone for a moment
@@ -49,6 +50,14 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
                 "  set ray.workers, or let the ranks measure: topology: auto"
             )
         return _drive(ray, config, devices, topology, metrics_port)
+
+
+def check_for_ray(config: Config) -> None:
+    """Raises UserError: it asks for what is not there on Ray."""
+    if config.fssdp.shard_size is not None:
+        raise UserError(
+            "fssdp.shard_size: is not there on Ray, where the number of ranks may change\n  set it to null, or use hecate launch"
+        )
 
 
 def _return_to(folder: Path) -> None:

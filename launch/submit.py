@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.launch.ray_cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
+from hecate.launch.ray_driver import check_for_ray
 from hecate.launch.upload import stage
 
 _STOP_SECONDS = "120"
@@ -36,7 +37,9 @@ def submit(config: Path, overrides: Sequence[str], address: str, *, working_dir:
         UserError: configuration or address are wrong, or the cluster takes no job.
     """
     inside = _inside(config, working_dir)
-    _refuse_relative(load_config(config, overrides, claim_output=False))
+    loaded = load_config(config, overrides, claim_output=False)
+    check_for_ray(loaded)
+    _refuse_relative(loaded)
     client = _client(address)
     with tempfile.TemporaryDirectory(prefix="hecate-upload-") as folder:
         staged = Path(folder, "job")

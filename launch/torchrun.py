@@ -20,6 +20,7 @@ from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_fo
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.launch.run_folder import run_folder
 from hecate.local_store import LAUNCHED_VARIABLE, STORE_VARIABLE
+from hecate.parallel.mesh import make_mesh
 
 _QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 3}
 """seconds: a dead node is noticed in half of the time that torch's own settings take"""
@@ -38,9 +39,17 @@ def node_range(text: str) -> tuple[int, int]:
 
 
 def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> None:
-    """Raises UserError: the ranks do not fit this node's GPUs, or the topology."""
+    """Raises UserError: the ranks do not fit this node's GPUs, the topology or the sharding groups."""
     import torch
 
+    shard_size = config.fssdp.shard_size
+    if nodes[0] == nodes[1]:
+        make_mesh(nodes[0] * ranks_per_node, shard_size)
+    elif shard_size is not None and ranks_per_node % shard_size:
+        raise UserError(
+            f"fssdp.shard_size: must divide the ranks of a node, which are {ranks_per_node}, got {shard_size}\n"
+            "  for the job may shrink and grow by nodes (--nnodes)"
+        )
     gpus = torch.cuda.device_count()
     if gpus and ranks_per_node > gpus:
         raise UserError(f"--nproc-per-node {ranks_per_node}: this node has {gpus} GPUs, and each rank takes one")

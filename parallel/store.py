@@ -29,18 +29,27 @@ class LayerStore:
 
     An iteration may be a step or a micro-step: what several calls of `reduce` bring is added up until `reduced` takes it. Between forward
     and backward `free` gives the replicas' memory back; `gather` and `replicas` then fill the same leaf again (Hecate-RM).
+
+    Other sharding groups may have the same experts (`hecate.parallel.mesh`). Then, after a step's last `reduce`, `sum_over_groups` starts
+    adding what the other groups' owners have, so that `reduced` returns the same bits in all of them.
     """
 
     def __init__(
-        self, owner_E: list[int], init: Callable[[int], Tensor], group: dist.ProcessGroup, topology: Topology | None = None
+        self,
+        owner_E: list[int],
+        init: Callable[[int], Tensor],
+        group: dist.ProcessGroup,
+        topology: Topology | None = None,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         """Args:
         owner_E: the owner rank of each expert.
         init: the initial flat chunk of an expert; called for owned experts only.
         topology: of the group's ranks, by which to choose collectives; None: always the flat ones.
+        replicas: the owners of the same experts in all sharding groups; None: there is one group.
         """
         rank = dist.get_rank(group)
-        self._group = group
+        self._group, self._replicas = group, replicas
         self._topology = topology
         self.experts = [expert for expert, owner in enumerate(owner_E) if owner == rank]
         """owned experts, ascending"""
@@ -62,6 +71,8 @@ class LayerStore:
         self._reducing: Handle[Tensor] | None = None
         self._sum_nC: Tensor | None = None
         """gradients that earlier iterations brought"""
+        self._summing: dist.Work | None = None
+        """of those, over the sharding groups"""
 
     @property
     def owned(self) -> Tensor:
@@ -189,9 +200,26 @@ class LayerStore:
             self._sum_nC = grad_nC if self._sum_nC is None else self._sum_nC.add_(grad_nC)
             self._reducing = None
 
+    def sum_over_groups(self) -> None:
+        """Wait for the last reduction and start summing over the sharding groups; nothing where that has happened or there is one group.
+
+        Every rank of the replicate group must call it for all layers in the same order, once the step's last `reduce` was called.
+        """
+        if self._replicas is None or self._summing is not None or not self.experts:
+            return
+        self.settle()
+        assert self._sum_nC is not None, "sum_over_groups() before reduce()"
+        self._summing = dist.all_reduce(self._sum_nC, group=self._replicas, async_op=True)
+        groups = dist.get_world_size(self._replicas)
+        self.bytes_sent += 2 * (groups - 1) * self._sum_nC.numel() * self._sum_nC.element_size() // groups  # in a ring
+
     def reduced(self) -> Tensor:
         """[owned experts, C]: the summed gradients, by expert ascending."""
+        self.sum_over_groups()
         self.settle()
+        if self._summing is not None:
+            self._summing.wait()
+            self._summing = None
         assert self._sum_nC is not None, "reduced() before reduce()"
         grad_nC, self._sum_nC = self._sum_nC, None
         return grad_nC

@@ -24,6 +24,7 @@ _NOT_COMPUTATION = (
     "eval",
     "data.eval",
     "fssdp.redundancy",
+    "fssdp.shard_size",
     "ray",
 )
 
@@ -37,7 +38,7 @@ def config_hash(config: Config) -> str:
     """SHA-256 (64 hex digits) of the values that define the training computation.
 
     Left out: where the run writes and runs (output_dir, resume, nproc, topology, ray), with what (kernels), how often it logs, evaluates
-    and saves, whether it records a trace, what it evaluates, and whether experts are kept twice.
+    and saves, whether it records a trace, what it evaluates, whether experts are kept twice, and how many ranks share a copy of them.
     """
     values: dict[str, Any] = asdict(config)
     for key in _NOT_COMPUTATION:

@@ -154,6 +154,9 @@ class FssdpConfig:
     """Past steps whose loads are averaged to predict the next step's."""
     memory_slots: int | None = None
     """Replicas that a device may hold per layer beside the experts it owns. null: as many as there are experts."""
+    shard_size: int | None = None
+    """Ranks that share one copy of all experts: the ranks fall into groups of so many neighbours, experts and tokens travel inside a group
+    only, and gradients are summed over the groups. Must divide the number of ranks. null: all ranks share one copy."""
     redundancy: int = 0
     """Second copies of each expert's parameters and optimizer state on another rank, on another node where there is one: 0 or 1. With 1
     the ranks that are left go on without losing a step when one is lost; with 0 they go back to the last checkpoint."""

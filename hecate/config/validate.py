@@ -63,6 +63,7 @@ RANGES: dict[str, Range] = {
     "fssdp.max_imbalance": Range(1),
     "fssdp.memory_slots": Range(0, MAX_INT),
     "fssdp.redundancy": Range(0, 1),
+    "fssdp.shard_size": _COUNT,
     "fssdp.reshard_interval": _COUNT,
     "nproc": _COUNT,
     "ray.workers": _COUNT,
@@ -91,6 +92,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     _check_moe_lora(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
+    _check_shard_size(values, add)
     _check_sources("data.train", values, add)
     _check_sources("data.eval", values, add)
     _check_target_modules(values, add)
@@ -190,6 +192,17 @@ def _check_prefetch(values: Mapping[str, Any], add: Add) -> None:
         add("fssdp.prefetch", what, "leave it at 1, or set fssdp.rematerialize, whose backward pass gathers ahead")
     if plan == "calibrated" and ahead == 0:
         add("fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated, got 0", "with nothing ahead of the gate use exact")
+
+
+def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:
+    size, ranks = values.get("fssdp.shard_size"), values.get("nproc")
+    if size is None:
+        return
+    if ranks is not None and size > 0 and ranks % size:
+        add("fssdp.shard_size", f"must divide the number of ranks, which is {ranks} (nproc), got {size}", "null: all ranks")
+    if values.get("fssdp.redundancy"):
+        hint = "every other sharding group holds each expert already; after a loss go on from the last checkpoint"
+        add("fssdp.redundancy", "does not go together with fssdp.shard_size yet", hint)
 
 
 def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:

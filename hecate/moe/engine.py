@@ -5,7 +5,8 @@ Its contract is `experts(layer, x, expert, weight, token) -> y`. One optimizer s
     begin_step             plan every layer (a pure function of values that all ranks share; no message)
     prefetch(*layers)      start the SparseAllGather of layers, before the attention that hides it
     experts(layer, ...)    wait for the replicas; dispatch what must travel; compute; combine
-    last_micro_step        from here on, the backward pass starts each layer's SparseReduceScatter as soon as its gradient is complete
+    last_micro_step        from here on, the backward pass starts each layer's SparseReduceScatter as soon as its gradient is complete, and
+                           of the layer before it the sum over the sharding groups, if there are several
     begin_backward         start the gathers that the backward pass needs first, where replicas were freed after the forward pass
     finish_step            wait for the reductions; exchange and record the loads; hand gradients to the owners' parameters
 
@@ -30,6 +31,7 @@ from hecate.moe.planning import LayerPlan, PlanMode, calibration_gain, exchange_
 from hecate.parallel.dispatch import combine, dispatch
 from hecate.parallel.frozen_store import FrozenStore
 from hecate.parallel.loads import LoadHistory, imbalance
+from hecate.parallel.mesh import Mesh, make_mesh, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_by_memory, owners_only
 from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.store import LayerStore, gather_together
@@ -42,6 +44,7 @@ class EngineConfig:
 
     planner: Planner
     topology: Topology
+    """of all ranks of the job"""
     load_window: int = 5
     memory_slots: int | None = None
     """free replica slots per device and layer; None: as many as there are experts"""
@@ -86,25 +89,35 @@ class ExpertGroups:
 
 
 class Engine:
-    """All MoE layers of a model on one rank."""
+    """All MoE layers of a model on one rank.
+
+    Ranks, owners and placements are those of a sharding group: each plans for its own loads on its own devices. Owners are the same in
+    every group, and recorded loads are those of the whole job.
+    """
 
     def __init__(self, families: dict[int, ExpertFamily], config: EngineConfig, groups: ExpertGroups) -> None:
         self.families = families
         self.history = LoadHistory(config.load_window)
-        owners = {layer: owners_by_memory(family.num_experts, config.topology.memory) for layer, family in families.items()}
-        self._join(config, groups, owners, {})
+        memory = owners_topology(config.topology, _mesh_of(groups)).memory
+        self._join(config, groups, {layer: owners_by_memory(family.num_experts, memory) for layer, family in families.items()}, {})
 
     def _join(
         self, config: EngineConfig, groups: ExpertGroups, owners: dict[int, np.ndarray], chunks: Mapping[int, Mapping[int, Tensor]]
     ) -> None:
         """All that depends on which ranks there are, as at the beginning of a step."""
-        self.config, self.groups = config, groups
+        self.groups = groups
         self.rank = dist.get_rank(groups.experts)
+        """in the sharding group, as all ranks here"""
         self.world_size = dist.get_world_size(groups.experts)
-        assert config.topology.world_size == self.world_size, (config.topology.world_size, self.world_size)
+        """ranks of the sharding group"""
+        self.mesh = _mesh_of(groups)
+        self._members = self.mesh.sharding_groups()[dist.get_rank(groups.world) // self.world_size]
+        self.config = config
         self.owners = owners
         self.stores = {
-            layer: LayerStore(owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), groups.experts, config.topology)
+            layer: LayerStore(
+                owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), groups.experts, self.topology, groups.replicas
+            )
             for layer, family in self.families.items()
         }
         self.frozen = {
@@ -125,6 +138,10 @@ class Engine:
         self._splits: dict[int, np.ndarray] = {}
         self._served: dict[int, np.ndarray] = {}
         """float64 [ranks]: choices served so far in this step, where plans follow the true loads"""
+        self._most_served: dict[int, float] = {}
+        """with several sharding groups: choices that the busiest rank of any has served in the last step"""
+        self._reduced_last: int | None = None
+        """the layer whose reduction was started last in the step's last backward pass"""
         self._awaiting_backward: list[int] = []
         """layers whose replicas were freed after their forward pass, in its order"""
         self._counts: dict[int, Tensor] = {}
@@ -132,6 +149,22 @@ class Engine:
         self._training = False
         self._last_micro_step = False
         self._token_bytes_sent = 0
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: EngineConfig) -> None:
+        assert config.topology.world_size == self.mesh.world_size, (config.topology.world_size, self.mesh.world_size)
+        self._config = config
+        self.topology = config.topology.take(self._members) if self.mesh.num_replicas > 1 else config.topology
+        """of the sharding group's ranks"""
+
+    @property
+    def in_first_group(self) -> bool:
+        """Is this the sharding group that speaks for all: saves, exports, is counted?"""
+        return self._members[0] == 0
 
     def rejoin(
         self, topology: Topology, groups: ExpertGroups, owners: dict[int, np.ndarray], chunks: Mapping[int, Mapping[int, Tensor]]
@@ -179,7 +212,7 @@ class Engine:
         Args:
             micro_steps: in which the step's tokens come.
         """
-        self._step, self._training, self._last_micro_step = step, True, False
+        self._step, self._training, self._last_micro_step, self._reduced_last = step, True, False, None
         self.peak_replica_bytes, self.calibrations = self.replica_bytes, 0
         self._awaiting_backward.clear()
         self._served.clear()
@@ -194,20 +227,30 @@ class Engine:
                     self._from_history[layer] = layer_plan(plan, given, index)
                     self._place(layer, self._from_history[layer])
 
-    def plan_inputs(self) -> list[tuple[list[int], PlanInput]]:
-        """What a planner is given for the next step: the layers of one shape together, each with its number."""
+    def plan_inputs(self, *, for_owners: bool = False) -> list[tuple[list[int], PlanInput]]:
+        """What a planner is given for the next step: the layers of one shape together, each with its number.
+
+        Args:
+            for_owners: the same in every sharding group, to decide owners by: the mean of all groups' loads on `owners_topology`. What
+                frozen parts are held besides differs between groups, and does not count if there are several.
+        """
         inputs = []
+        common = for_owners and self.mesh.num_replicas > 1
         for layers in self._alike():
             family = self.families[layers[0]]
             predicted = [self.history.predict(layer) for layer in layers]
-            known = [loads_SE for loads_SE in predicted if loads_SE is not None]
+            known = [self._loads_of_groups(loads_WE, common=common) for loads_WE in predicted if loads_WE is not None]
+            knows_resident = layers[0] in self.frozen and not common
+            topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
+            # As long as the whole job's: rows are dealt by speed, and all groups are through with their attention together.
+            hiding = self.config.non_moe_flops * min(topology.flops) / min(self.config.topology.flops)
             given = PlanInput(
                 np.stack([self.owners[layer] for layer in layers]),
                 np.stack(known) if known else None,
-                self.config.topology,
-                family.cost(self.config.top_k, self.config.non_moe_flops),
+                topology,
+                family.cost(self.config.top_k, hiding),
                 self._slots(family),
-                resident_LED=np.stack([self.frozen[layer].resident_ED for layer in layers]) if layers[0] in self.frozen else None,
+                resident_LED=np.stack([self.frozen[layer].resident_ED for layer in layers]) if knows_resident else None,
                 max_imbalance=self.config.max_imbalance,
             )
             inputs.append((layers, given))
@@ -300,16 +343,23 @@ class Engine:
         An expert that no token of any rank reached gets no gradient (None), so that its optimizer leaves it untouched.
 
         Returns:
-            Per layer the step's loads, int64 [source ranks, experts].
+            Per layer the step's loads, int64 [ranks of the job, experts].
         """
+        for layer, store in reversed(self.stores.items()):
+            assert store.reduce_started, f"layer {layer} took no part in the step's last backward pass"
+            store.sum_over_groups()
         loads = self._exchange_loads()
         for layer, store in self.stores.items():
-            assert store.reduce_started, f"layer {layer} took no part in the step's last backward pass"
             grad_nC = store.reduced()
             for expert, parameter, grad in zip(store.experts, store.parameters, grad_nC, strict=True):
                 parameter.grad = grad if loads[layer][:, expert].sum() > 0 else None
         self.history.record(loads)
         self._training = False
+        if self.mesh.num_replicas > 1:
+            most = torch.tensor([self._served_here(layer, loads_WE).max() for layer, loads_WE in loads.items()], dtype=torch.float64)
+            most = most.to(self._device())
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.world)
+            self._most_served = dict(zip(loads, most.tolist(), strict=True))
         return loads
 
     @contextmanager
@@ -345,13 +395,27 @@ class Engine:
     def imbalance(self, loads: dict[int, np.ndarray]) -> float:
         """Largest over mean choices computed per rank, averaged over the layers: what the last plans made of a step's loads.
 
-        Where plans follow the true loads, it is what they made of the last step's own.
+        Where plans follow the true loads, or there are several sharding groups, it is what they made of the last step's own.
         """
         skews = []
-        for layer, loads_SE in loads.items():
-            served_D = self._served.get(layer)
-            skews.append(imbalance(self._plans[layer].served(loads_SE, self.config.topology) if served_D is None else served_D))
+        for layer, loads_WE in loads.items():
+            if self.mesh.num_replicas == 1:
+                skews.append(imbalance(self._served_here(layer, loads_WE)))
+            else:
+                total = loads_WE.sum()
+                skews.append(self._most_served[layer] * len(loads_WE) / total if total else 1.0)
         return float(np.mean(skews)) if skews else 1.0
+
+    def _served_here(self, layer: int, loads_WE: np.ndarray) -> np.ndarray:
+        """float64 [ranks]: choices that each has computed of a step's loads."""
+        served_D = self._served.get(layer)
+        return self._plans[layer].served(self._loads_of_groups(loads_WE), self.topology) if served_D is None else served_D
+
+    def _loads_of_groups(self, loads_WE: np.ndarray, *, common: bool = False) -> np.ndarray:
+        """[ranks, experts]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
+        if common:
+            return loads_WE.reshape(self.mesh.num_replicas, self.world_size, -1).mean(0)
+        return loads_WE[self._members]
 
     def _slots(self, family: ExpertFamily) -> np.ndarray:
         """int64 [ranks]: free replica slots of each device in a layer."""
@@ -373,8 +437,8 @@ class Engine:
     def _place(self, layer: int, plan: LayerPlan) -> None:
         self._plans[layer], self.placements[layer] = plan, plan.placement
         self._splits.pop(layer, None)
-        if plan.dispatches(self.config.topology):
-            self._splits[layer] = plan.split(self.config.topology, self.rank)
+        if plan.dispatches(self.topology):
+            self._splits[layer] = plan.split(self.topology, self.rank)
 
     def _plan_after_gate(self, layer: int, count_E: Tensor) -> None:
         """Plan a layer's micro-step from what all ranks have chosen."""
@@ -392,7 +456,7 @@ class Engine:
             store.exchange(plan.placement)
             self._place(layer, plan)
             self.calibrations += 1
-        served_D = self._plans[layer].served(loads_SE, self.config.topology)
+        served_D = self._plans[layer].served(loads_SE, self.topology)
         self._served[layer] = self._served.get(layer, 0.0) + served_D
 
     def _gather(self, *layers: int) -> None:
@@ -430,6 +494,11 @@ class Engine:
             for store in self.stores.values():
                 store.settle()
         self.stores[layer].reduce()
+        if self._last_micro_step:
+            # The reduction before has had a layer's backward pass to arrive in; the sum over the groups has the rest of the step.
+            if self._reduced_last is not None:
+                self.stores[self._reduced_last].sum_over_groups()
+            self._reduced_last = layer
         if self.config.plan == "calibrated":
             self._place(layer, self._from_history[layer])
 
@@ -438,12 +507,16 @@ class Engine:
         if not layers:
             return {}
         mine = torch.cat([self._counts[layer] for layer in layers])
-        table = exchange_counts(mine, self.groups.experts)
+        table = exchange_counts(mine, self.groups.world)
         cuts = np.cumsum([self.families[layer].num_experts for layer in layers])[:-1]
         return dict(zip(layers, np.split(table, cuts, axis=1), strict=True))
 
     def _device(self) -> torch.device:
         return next(iter(self.stores.values())).device
+
+
+def _mesh_of(groups: ExpertGroups) -> Mesh:
+    return make_mesh(dist.get_world_size(groups.world), dist.get_world_size(groups.experts))
 
 
 def _chunk_of(family: ExpertFamily, chunks: Mapping[int, Tensor]) -> Callable[[int], Tensor]:

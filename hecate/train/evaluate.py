@@ -34,7 +34,7 @@ def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sourc
     Experts are everywhere meanwhile, unless they have heavy frozen parts: those stay with their owners, and ranks go forward together.
     """
     scores, loads = {}, {}
-    together = bool(moe.engine.frozen) and ranks.world_size > 1
+    together = bool(moe.engine.frozen) and moe.engine.world_size > 1
     with moe.engine.evaluating(together=together), torch.no_grad():
         for index, source in enumerate(sources):
             loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, sources, index, together)

@@ -85,8 +85,10 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
 
 def gather_on_first(moe: MoeModel, layer: int, ranks: Ranks) -> Tensor | None:
     """All master chunks of a layer, [experts, C], on rank 0, None elsewhere. Every rank must call it."""
+    if not moe.engine.in_first_group:
+        return None
     owner_E: np.ndarray = moe.engine.owners[layer]
-    where_ED = owners_only(owner_E, ranks.world_size).where_ED.copy()
+    where_ED = owners_only(owner_E, moe.engine.world_size).where_ED.copy()
     where_ED[:, 0] = True
     gathered = sparse_all_gather(moe.engine.stores[layer].owned, Placement(owner_E.copy(), where_ED), ranks.groups.experts).wait()
     return gathered if ranks.is_first else None

@@ -177,8 +177,10 @@ class _Fetch:
 
 def expert_on_first(moe: MoeModel, layer: int, expert: int, ranks: Ranks) -> Tensor | None:
     """[C] on rank 0: an expert's master chunk. Every rank must call it; only the owner and rank 0 have something to do."""
+    if not moe.engine.in_first_group:
+        return None
     store, owner = moe.engine.stores[layer], int(moe.engine.owners[layer][expert])
-    mine = store.owned[store.experts.index(expert)].detach() if owner == ranks.rank else None
+    mine = store.owned[store.experts.index(expert)].detach() if owner == moe.engine.rank else None
     if owner == 0:
         return mine
     if mine is not None:

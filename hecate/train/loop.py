@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from hecate.config import Config
 from hecate.data.batches import Batch, collate, row_ranges
@@ -25,6 +26,7 @@ from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
+from hecate.parallel.mesh import make_mesh
 from hecate.parallel.token_shares import dense_seconds, rows_by_speed
 from hecate.parallel.topology import Topology, local_topology
 from hecate.train.build import BaseModel, build_moe, encode_sources, front_end, settled
@@ -64,6 +66,8 @@ class Run:
 
     def __init__(self, config: Config, ranks: Ranks, topology: Topology | None = None) -> None:
         self.ranks = ranks
+        mesh = make_mesh(ranks.world_size, config.fssdp.shard_size)
+        assert dist.get_world_size(ranks.groups.experts) == mesh.shard_size, "the ranks were joined for another fssdp.shard_size"
         self.folder = Path(config.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base: BaseModel = front_end(config, ranks, topology)

@@ -60,12 +60,17 @@ class ExpertOptimizer:
         for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = total.view_as(parameter)
 
-    def global_grad_norm(self, group: dist.ProcessGroup) -> float:
-        """The norm of all gradients, each sharded and each replicated parameter counted once. Every rank must call it."""
+    def global_grad_norm(self, group: dist.ProcessGroup, *, counts_owned: bool = True) -> float:
+        """The norm of all gradients, each sharded and each replicated parameter counted once. Every rank must call it.
+
+        Args:
+            group: of all ranks, so that all get the same bits.
+            counts_owned: false in all sharding groups but one, which own the same.
+        """
         # A rank may own no expert; its zero must be on the device where the others' sums are.
         self.gradients_complete = True
         device = next((parameter.device for parameter in self._parameters()), torch.device("cpu"))
-        total = _sum_of_squares(self.owned, device)
+        total = _sum_of_squares(self.owned if counts_owned else {}, device)
         dist.all_reduce(total, group=group)
         return math.sqrt((total + _sum_of_squares(self.replicated, device)).item())
 

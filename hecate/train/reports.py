@@ -47,6 +47,9 @@ class Reports:
         if self._progress is None:
             return
         self._progress.note(self._write_description())
+        mesh = self._run.moe.engine.mesh
+        if mesh.num_replicas > 1:
+            self._progress.note(f"{mesh.num_replicas} sharding groups of {mesh.shard_size} ranks, each with all experts owned like this")
         if self._run.step:
             self._progress.note(f"resumed after step {self._run.step}")
 

@@ -48,10 +48,12 @@ def check_room(engine: Engine) -> None:
         UserError: the devices' memory in the topology does not hold the experts.
     """
     number: dict[float, int] = {}
-    for _, given in engine.plan_inputs():
+    inputs = engine.plan_inputs(for_owners=True)
+    for _, given in inputs:
         size = owned_bytes(given.cost)
         number[size] = number.get(size, 0) + given.owner_LE.size
-    owned_slots(number, engine.config.topology.memory)
+    if inputs:
+        owned_slots(number, inputs[0][1].topology.memory)
 
 
 def reshard_if_it_pays(engine: Engine, optimizer: ExpertOptimizer, steps: int) -> Resharding | None:
@@ -60,7 +62,7 @@ def reshard_if_it_pays(engine: Engine, optimizer: ExpertOptimizer, steps: int) -
     Every rank must call it, after a step of the optimizer and before the next one begins. `check_room` must have passed.
     """
     started = time.monotonic()
-    inputs = engine.plan_inputs()
+    inputs = engine.plan_inputs(for_owners=True)
     better = better_owners(engine.config.planner, [given for _, given in inputs], steps)
     owners = dict(engine.owners)
     if better is not None:
@@ -113,9 +115,9 @@ def adopt_owners(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, n
 
 def _assert_agreed(engine: Engine, owners: dict[int, np.ndarray]) -> None:
     """A rank that came to other owners, as different processors' rounding might make it, would lose experts without a word."""
-    if engine.world_size == 1 or not owners:
+    if dist.get_world_size(engine.groups.world) == 1 or not owners:
         return
     mine = torch.from_numpy(np.concatenate(list(owners.values())))
     highest = torch.cat([mine, -mine]).to(next(iter(engine.stores.values())).device)
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=engine.groups.experts)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=engine.groups.world)
     assert torch.equal(highest.cpu(), torch.cat([mine, -mine])), "the ranks came to different owners"

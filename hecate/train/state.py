@@ -38,7 +38,8 @@ _NONCE_BYTES = 8
 def save_state(
     config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOptimizer, stream: TrainStream, *, step: int, tokens: int
 ) -> Path | None:
-    """Write checkpoint `step` (optimizer steps done); None if it is there already. Every rank must call it.
+    """Write checkpoint `step` (optimizer steps done); None if it is there already. Every rank must call it; the first sharding group, which
+    has all there is, writes.
 
     Raises:
         CheckpointError: a rank could not write; no rank then has a checkpoint of this step, older ones are untouched.
@@ -62,7 +63,8 @@ def save_state(
     }
     failure: CheckpointError | None = None
     try:
-        write_shard(staging, ranks.rank, ranks.world_size, tensors)
+        if moe.engine.in_first_group:
+            write_shard(staging, moe.engine.rank, moe.engine.world_size, tensors)
     except CheckpointError as error:
         failure = error
     failed = ranks.all_max(float(failure is not None))
@@ -70,7 +72,7 @@ def save_state(
         discard(staging)
     elif ranks.is_first:
         try:
-            commit(staging, final, meta, ranks.world_size)
+            commit(staging, final, meta, moe.engine.world_size)
             if config.save_total_limit is not None:
                 prune(root, config.save_total_limit)
         except CheckpointError as error:
@@ -86,7 +88,7 @@ def save_state(
 def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOptimizer, stream: TrainStream) -> tuple[int, int]:
     """Continue from the newest good checkpoint: (steps done, tokens seen). Every rank must call it.
 
-    Any number of ranks may have written it: experts are dealt anew where it is another one. A step keeps its number of rows.
+    Any number of ranks may have written it: experts are dealt anew where a sharding group had another one. A step keeps its number of rows.
 
     Raises:
         UserError: there is no checkpoint that can be read, or the run was another one (configuration, data).
@@ -101,8 +103,8 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
         meta: dict[str, Any] = manifest.meta
         _refuse_other_run(folder, meta, config)
         owners = {int(layer): np.array(owner_E) for layer, owner_E in meta["owners"].items()}
-        if manifest.world_size != ranks.world_size:
-            owners = dict(zip(owners, redealt_owners(list(owners.values()), ranks.world_size), strict=True))
+        if manifest.world_size != moe.engine.world_size:
+            owners = dict(zip(owners, redealt_owners(list(owners.values()), moe.engine.world_size), strict=True))
         adopt_owners(moe.engine, optimizer, owners)
         names = [name for name in manifest.tensors if _mine(name, optimizer)]
         try:

@@ -40,7 +40,7 @@ class StepResult:
     skipped: bool
     """a gradient was not finite, so that nothing was changed"""
     loads: dict[int, np.ndarray]
-    """per layer, int64 [source ranks, experts]"""
+    """per layer, int64 [ranks of the job, experts]"""
 
 
 def forward_loss(moe: MoeModel, head: CausalHead, batch: Batch, *, step: int, recording: bool) -> Tensor:
@@ -74,7 +74,7 @@ def train_step(
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
         redundancy: 1 if the optimizers step shadows (`hecate.train.shadows`).
     """
-    group, engine = moe.engine.groups.tokens, moe.engine
+    group, engine = moe.engine.groups.world, moe.engine
     engine.begin_step(step, len(micro_batches))
     totals = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
     for number, batch in enumerate(micro_batches):
@@ -96,6 +96,6 @@ def train_step(
     dist.all_reduce(totals, group=group)
     if on_its_way:
         on_its_way.wait()
-    grad_norm = optimizer.global_grad_norm(group)
+    grad_norm = optimizer.global_grad_norm(group, counts_owned=engine.in_first_group)
     taken = optimizer.step(grad_norm, max_grad_norm)
     return StepResult(totals[0].item(), totals[1].item(), grad_norm, not taken, loads)

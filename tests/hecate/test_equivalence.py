@@ -22,13 +22,15 @@ from hecate.data.batches import Batch
 from hecate.kernels.backend import Backend
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
-from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
 from hecate.moe.planning import PlanMode
 from hecate.moe.router import TopKRouter
 from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology
+from hecate.train.mesh_groups import expert_groups
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.step import train_step
 from tests import plain_mixlora
@@ -58,6 +60,7 @@ class Case:
     prefetch: int = 1
     kernels: Backend = "torch"
     steps: int = STEPS
+    shard_size: int | None = None
 
 
 def router_bias(case: Case) -> torch.Tensor:
@@ -171,9 +174,7 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
     )
     lora = LoraShape(rank=3, scale=0.7, dropout=0.0)
     plan = SurgeryPlan((case.num_experts,) * 2, case.top_k, lora, TARGETS, seed=5, kernels=case.kernels)
-    group = dist.group.WORLD
-    assert group is not None
-    groups = ExpertGroups(group, dist.new_group())
+    groups = expert_groups(make_mesh(world, case.shard_size))
     moe = insert_experts(model, plan, config, groups, biased_router(router_bias(case)))
     random = torch.Generator().manual_seed(11)
     for name, parameter in moe.replicated_parameters().items():
@@ -254,6 +255,18 @@ def _distance(name: str, got: torch.Tensor | None, wanted: torch.Tensor | None, 
         assert error <= tolerance, f"{name}: off by {error:.2e}"
 
 
+def assert_groups_equal(moe: MoeModel, optimizer: ExpertOptimizer) -> None:
+    """All sharding groups hold the same experts, moments and replicated parameters, bit for bit."""
+    groups = moe.engine.groups
+    if groups.replicas is None:
+        return
+    for name, tensor in sorted(optimizer.state_tensors().items()):
+        bits = tensor.detach().double().reshape(-1).contiguous().view(torch.int64)
+        most = torch.stack([bits, ~bits])
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups.replicas)
+        assert torch.equal(most[0], ~most[1]), f"the sharding groups differ in {name}"
+
+
 def check_case(rank: int, world: int, case: Case) -> None:
     tolerance = TOLERANCE[case.dtype]
     moe, head = sharded(case, world)
@@ -314,6 +327,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
                 assert all(torch.equal(after[key], moments[name][key]) for key in after), f"moments of idle expert {name} moved"
         for name, parameter in moe.replicated_parameters().items():
             _distance(f"step {step}, {name} after", parameter.detach(), reference.replicated[name].detach(), tolerance)
+        assert_groups_equal(moe, optimizer)
     if case.policy == "elsewhere" and world > 1:
         assert moe.engine.bytes_sent > sum(store.bytes_sent for store in moe.engine.stores.values()), "no token left its rank"
     assert (0 < calibrations < case.steps * MICRO_STEPS * 2) == (case.plan == "calibrated"), calibrations
@@ -347,6 +361,21 @@ def test_sharded_training_equals_one_process_in_fp64(policy: str, world: int) ->
 def test_sharded_training_equals_one_process_in_fp32(world: int) -> None:
     cases = [Case(policy, 8, 2, scenario, torch.float32) for policy in EVERY_CASE for scenario in SCENARIOS]
     run_ranks(world, _check_cases, cases, timeout=240)
+
+
+@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 1), (4, 2)])
+def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, shard_size: int) -> None:
+    """Each group plans for itself; with an empty rank, and at 4 ranks in groups of 1, a whole group has no tokens."""
+    cases = [Case(policy, 8, 2, scenario) for policy, scenario in zip(("full", "hecate", "static_ep", "auto"), SCENARIOS, strict=True)]
+    cases += [
+        Case("random 7", 3, 1, "idle experts"),
+        Case("hecate", 8, 2, "empty rank", rematerialize=True, checkpointing=True),
+        Case("llep", 8, 2, "hot expert", plan="exact", prefetch=0),
+        Case("hecate", 8, 2, "idle experts", torch.float32),
+    ]
+    if shard_size > 1:
+        cases += [Case("random 5", 8, 2, "hot expert", plan="calibrated"), Case("elsewhere", 3, 1, "empty rank", torch.float32)]
+    run_ranks(world, _check_cases, [replace(case, shard_size=shard_size) for case in cases], timeout=240)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, upcycle
-from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.engine import EngineConfig
+from hecate.parallel.mesh import make_mesh
+from hecate.train.mesh_groups import expert_groups
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.resharding import owned_parameters
 from hecate.train.step import train_step
@@ -37,6 +38,7 @@ class Case:
     train_non_experts: bool
     num_experts: int = 5
     rematerialize: bool = False
+    shard_size: int | None = None
 
     @property
     def routed(self) -> suite.Case:
@@ -59,10 +61,9 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
         non_moe_flops=1e6,
         rematerialize=case.rematerialize,
     )
-    group = dist.group.WORLD
-    assert group is not None
+    groups = expert_groups(make_mesh(world, case.shard_size))
     plan = UpcyclingPlan((case.num_experts,) * 2, TOP_K, noise=0.1, seed=5, train_non_experts=case.train_non_experts)
-    moe = upcycle(model, plan, config, ExpertGroups(group, dist.new_group()), suite.biased_router(suite.router_bias(case.routed)))
+    moe = upcycle(model, plan, config, groups, suite.biased_router(suite.router_bias(case.routed)))
     for (layer, expert), chunk in moe.engine.named_parameters().items():
         chunk.data.copy_(values(layer, expert, len(chunk)))
     return moe, head
@@ -152,6 +153,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
                 assert torch.equal(parameter.detach(), before[f"{layer}.{expert}"]), f"idle expert {layer}.{expert} moved"
         for name, parameter in moe.replicated_parameters().items():
             close(parameter, reference.replicated[name], f"step {step}, {name}")
+        suite.assert_groups_equal(moe, optimizer)
     assert some_idle or case.scenario != "idle experts"
 
 
@@ -173,6 +175,16 @@ def test_upcycled_training_equals_one_process(world: int) -> None:
         Case("auto", "idle experts", False, num_experts=3),
     ]
     run_ranks(world, _check_cases, cases[:3] if world == 1 else cases, timeout=240)
+
+
+@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 1), (4, 2)])
+def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, shard_size: int) -> None:
+    cases = [
+        Case("full", "idle experts", True, shard_size=shard_size),
+        Case("hecate", "empty rank", True, shard_size=shard_size),
+        Case("random 4", "hot expert", False, rematerialize=True, shard_size=shard_size),
+    ]
+    run_ranks(world, _check_cases, cases, timeout=240)
 
 
 def test_a_trained_head_gets_its_gradient_in_chunks() -> None:

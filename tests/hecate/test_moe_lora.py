@@ -7,13 +7,12 @@ same folders as a run does, each its own experts alone, train their shares of th
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -24,12 +23,14 @@ from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
-from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.engine import EngineConfig
 from hecate.moe.lora_pairs import LoraShape
+from hecate.parallel.mesh import make_mesh
+from hecate.train.mesh_groups import expert_groups, own_group
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.resharding import owned_parameters
 from hecate.train.step import train_step
-from tests.hecate.test_equivalence import LENGTH, MICRO_STEPS, ROWS, STEPS, micro_batch, planner_of, rows_of, topology
+from tests.hecate.test_equivalence import LENGTH, MICRO_STEPS, ROWS, STEPS, assert_groups_equal, micro_batch, planner_of, rows_of, topology
 from tests.plain_mixlora import clip
 from tests.plain_moe_lora import EXPERTS, KINDS, PlainMoeLora, biased_routers, peft_model, save_tiny
 from tests.ranks import run_ranks
@@ -157,6 +158,7 @@ class Case:
     checkpointing: bool = False
     rematerialize: bool = False
     shard_layers: bool = False
+    shard_size: int | None = None
 
 
 def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModelHead]:
@@ -165,10 +167,9 @@ def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModel
     config = EngineConfig(
         planner_of(case.policy), topology(world), memory_slots=case.slots, top_k=2, non_moe_flops=1e6, rematerialize=case.rematerialize
     )
-    group = dist.group.WORLD
-    assert group is not None
+    mesh = make_mesh(world, case.shard_size)
     plan = MoeLoraPlan(LoraShape(RANK, ALPHA / RANK, 0.0), TARGETS, case.model.train_router, seed=5)
-    moe = adapt_experts(model, layers, plan, config, ExpertGroups(group, dist.new_group()))
+    moe = adapt_experts(model, layers, plan, config, expert_groups(mesh))
     for (layer, expert), chunk in moe.engine.named_parameters().items():
         chunk.data.copy_(initial(len(chunk), layer, expert))
     for (layer, module), lora in moe.attention.items():
@@ -177,9 +178,9 @@ def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModel
             parameter.data.copy_(initial_other(name, parameter.shape))
     if case.shard_layers:
         whole = sum(p.numel() for p in model.parameters())
-        shard_frozen_layers(moe, dist.new_group())
+        shard_frozen_layers(moe, own_group(mesh.sharding_groups()))
         here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
-        assert here < whole or world == 1
+        assert here < whole or mesh.shard_size == 1
     if case.checkpointing:
         from hecate.model.checkpointing import checkpoint_activations
 
@@ -238,6 +239,7 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
             for name, p in {**optimizer.owned, **optimizer.replicated}.items():
                 close(f"step {step}, gradient of {name}", seen[name], wanted.get(f"{step}/grad/{name}"))
                 close(f"step {step}, {name}", p.detach(), wanted[f"{step}/after/{name}"])
+            assert_groups_equal(moe, optimizer)
     assert not case.model.idle or "0/grad/0.1" not in wanted, "no expert was idle"
 
 
@@ -258,3 +260,11 @@ def test_sharded_training_equals_peft_in_one_process(peft_runs: Path, world: int
         cases += [Case(MODELS[2], "static_ep", checkpointing=True, shard_layers=True), Case(MODELS[4], "full", shard_layers=True)]
         cases += [Case(MODELS[0], "hecate", slots=1, rematerialize=True)]
     run_ranks(world, _check_cases, cases, peft_runs, timeout=240)
+
+
+@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 1), (4, 2)])
+def test_sharding_groups_smaller_than_the_world_equal_peft(peft_runs: Path, world: int, shard_size: int) -> None:
+    cases = [Case(MODELS[0], "hecate", slots=2), Case(MODELS[1], "static_ep"), Case(MODELS[2], "random 2", slots=1, rematerialize=True)]
+    if shard_size > 1:
+        cases += [Case(MODELS[3], "auto", slots=2, shard_layers=True), Case(MODELS[4], "full", checkpointing=True)]
+    run_ranks(world, _check_cases, [replace(case, shard_size=shard_size) for case in cases], peft_runs, timeout=240)
