@@ -22,7 +22,7 @@ class Move:
 
     experts: int
     num_bytes: int
-    """sent by all ranks together"""
+    """sent by all ranks of the job together"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, n
         optimizer.replace_owned(owned_parameters(engine), moments)
         experts += done.moved
         num_bytes += done.num_bytes + frozen_bytes
+    if engine.groups.replicas is not None:
+        # Every group moves the same rows, but not the same frozen parts: what is where they go already stays.
+        total = torch.tensor(num_bytes, device=next(iter(engine.stores.values())).device)
+        dist.all_reduce(total, group=engine.groups.replicas)
+        num_bytes = int(total)
     return Move(experts, num_bytes)
 
 

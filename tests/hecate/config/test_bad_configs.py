@@ -99,6 +99,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"lora": "{alpha: 8.5}"}, "lora.alpha", "must be a whole number"),
     ({"fssdp": "{memory_slots: -1}"}, "fssdp.memory_slots", "must be >= 0"),
     ({"fssdp": "{reshard_interval: 0}"}, "fssdp.reshard_interval", "must be >= 1"),
+    ({"fssdp": "{shard_size: 0}", "nproc": "2"}, "fssdp.shard_size", "must be >= 1"),
     ({"fssdp": "{prefetch: -1}"}, "fssdp.prefetch", "must be >= 0"),
     ({"data": "{train: a.jsonl, seq_len: 7}"}, "data.seq_len", "must be >= 8 with data.packing, got 7"),
     ({"data": "{train: a.jsonl, seq_len: 1, packing: false}"}, "data.seq_len", "must be >= 2"),
@@ -114,6 +115,8 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     # keys that must fit each other
     ({"fssdp": "{plan: exact, prefetch: 2}"}, "fssdp.prefetch", "2 has no use with fssdp.plan=exact"),
     ({"fssdp": "{plan: calibrated, prefetch: 0}"}, "fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated"),
+    ({"fssdp": "{shard_size: 3}", "nproc": "4"}, "fssdp.shard_size", "must divide the number of ranks, which is 4 (nproc), got 3"),
+    ({"fssdp": "{shard_size: 2, redundancy: 1}"}, "fssdp.redundancy", "every other sharding group holds each expert already"),
     ({"moe": "{num_experts: 1}"}, "moe.top_k", "must be from 1 to 1"),
     ({"moe": "{train_router: true}"}, "moe.train_router", "of moe.family=moe_lora only, but the family is mixlora"),
     ({"model": "{name_or_path: model, shard_non_experts: true}"}, "model.shard_non_experts", "of moe.family=moe_lora only"),

@@ -6,10 +6,12 @@ import torch
 import torch.distributed as dist
 
 from hecate.kernels.mixlora_inputs import FfnBase
-from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.engine import Engine, EngineConfig
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.train.mesh_groups import expert_groups
 
 HIDDEN, FFN, SEED = 6, 10, 3
 
@@ -40,13 +42,12 @@ def experts(
     )
 
 
-def engine(num_experts: dict[int, int], policy: str = "static_ep") -> Engine:
+def engine(num_experts: dict[int, int], policy: str = "static_ep", shard_size: int | None = None) -> Engine:
     """An engine over the default group. Its experts' chunks are random, B included."""
-    group = dist.group.WORLD
-    assert group is not None
+    world = dist.get_world_size()
     families = {layer: experts(count, layer=layer) for layer, count in num_experts.items()}
-    config = EngineConfig(POLICIES[policy], local_topology(dist.get_world_size(group), cuda=False))
-    made = Engine(dict(families), config, ExpertGroups(group, group))
+    config = EngineConfig(POLICIES[policy], local_topology(world, cuda=False))
+    made = Engine(dict(families), config, expert_groups(make_mesh(world, shard_size)))
     for (layer, expert), parameter in made.named_parameters().items():
         parameter.data.copy_(chunk(layer, expert, len(parameter)))
     return made

@@ -267,3 +267,40 @@ def _slots(rank: int, world: int) -> None:
 
 def test_slots_are_those_of_the_configuration_on_every_device() -> None:
     run_ranks(2, _slots)
+
+
+def _grouped(rank: int, world: int) -> float:
+    """Two groups of two: tokens of the first choose expert 0 of its place 0, those of the second expert 1 of place 1, or nothing."""
+    made, asked = engine({0: 2}, shard_size=2), []
+    slow = replace(made.config.topology, flops=(4.0, 3.0, 2.0, 5.0), memory=(8.0, 6.0, 9.0, 5.0))
+
+    def planner(given: PlanInput) -> Plan:
+        asked.append(given)
+        return POLICIES["static_ep"](given)
+
+    made.config = replace(made.config, planner=planner, topology=slow, top_k=1, non_moe_flops=6.0)
+    x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(rank), dtype=torch.float64).requires_grad_()
+    for step in range(2):
+        made.begin_step(step)
+        made.last_micro_step()
+        expert = torch.full((4 if rank < 3 else 0, 1), rank // 2)
+        weight, token = torch.ones(expert.shape, dtype=torch.float64), torch.arange(len(expert))
+        made.experts(0, x[: len(expert)], expert, weight, token, count=True).sum().backward()
+        sent = made.stores[0].bytes_sent
+        loads = made.finish_step()
+    assert loads[0].tolist() == [[4, 0], [4, 0], [0, 4], [0, 0]]
+    assert asked[1].tokens_LED[0].T.tolist() == ([[4, 0], [4, 0]] if rank < 2 else [[0, 4], [0, 0]]), "of its own group"
+    assert asked[1].topology.flops == ((4.0, 3.0) if rank < 2 else (2.0, 5.0))
+    assert asked[1].cost.non_moe_flops == (9.0 if rank < 2 else 6.0), "as long on the group's slowest device as on the job's: 3 s"
+    ((_, for_owners),) = made.plan_inputs(for_owners=True)
+    assert for_owners.tokens_LED[0].T.tolist() == [[2, 2], [2, 0]]
+    assert for_owners.topology.flops == (2.0, 3.0)
+    (parameter,) = made.named_parameters().values()
+    assert parameter.grad is not None, "some group's tokens reached it"
+    assert made.stores[0].bytes_sent - sent == parameter.numel() * 8, "a ring of two sends each number once"
+    return made.imbalance(loads)
+
+
+def test_sharding_groups_plan_for_themselves_and_are_counted_together() -> None:
+    # Rank 0 computes 8 of 12 choices, a mean of 3.
+    assert run_ranks(4, _grouped) == [pytest.approx(8 / 3)] * 4

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from hecate.config import load_config
-from hecate.moe.engine import ExpertGroups
+from hecate.parallel.mesh import make_mesh
 from hecate.train.loop import Run
+from hecate.train.mesh_groups import expert_groups
 from hecate.train.ranks import Ranks
 from tests.ranks import run_ranks
 from tests.tiny_run import make_workshop
@@ -19,10 +19,8 @@ from tests.tiny_run import make_workshop
 OVERRIDES = ("model.dtype=float64", "data.eval=[]", "eval.generate=false", "moe.num_experts=5", "micro_batch_size=1", "fssdp.policy=hecate")
 
 
-def ranks_of_default_group(rank: int, world: int) -> Ranks:
-    default = dist.group.WORLD
-    assert default is not None
-    return Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
+def ranks_of_default_group(rank: int, world: int, shard_size: int | None = None) -> Ranks:
+    return Ranks(rank, world, torch.device("cpu"), expert_groups(make_mesh(world, shard_size)))
 
 
 Losses = list[tuple[float, float, float]]
@@ -31,7 +29,8 @@ Losses = list[tuple[float, float, float]]
 def train_until(rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]) -> Losses:
     """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done."""
     given = (*OVERRIDES, *overrides, f"output_dir={workshop}/runs/{name}")
-    run = Run(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks_of_default_group(rank, world))
+    config = load_config(f"{workshop}/config.yaml", given, claim_output=False)
+    run = Run(config, ranks_of_default_group(rank, world, config.fssdp.shard_size))
     steps = []
     while run.step < until:
         result, _ = run.train_one()
@@ -39,7 +38,8 @@ def train_until(rank: int, world: int, workshop: str, name: str, until: int, ove
     run.save()
     if run.config.resume:
         owned = run.moe.engine.named_parameters()
-        assert abs(len(owned) - 2 * 5 / world) < 1, f"{len(owned)} of 10 experts on one of {world} ranks"
+        sharing = config.fssdp.shard_size or world
+        assert abs(len(owned) - 2 * 5 / sharing) < 1, f"{len(owned)} of 10 experts on one of {sharing} ranks"
     return steps
 
 
@@ -63,3 +63,18 @@ def test_more_ranks_than_rows(workshop: str) -> None:
     parts = run_ranks(2, train_until, workshop, "wide", 1, ())[0]
     parts += run_ranks(3, train_until, workshop, "wide", 3, ("resume=true",))[0]
     assert torch.tensor(parts).sub(torch.tensor(whole)).abs().max() <= 1e-10
+
+
+def test_sharding_groups_of_other_sizes(workshop: str) -> None:
+    """The first group writes, all read; 4 ranks in twos, 2 in twos, 4 alone each, 4 together. Owners may change on the way."""
+    whole = run_ranks(4, train_until, workshop, "one-group", 6, ())[0]
+    jobs = [(4, 2, 2, False), (2, 2, 3, True), (4, 1, 4, True), (4, 4, 6, True)]
+    parts: Losses = []
+    for world, shard_size, until, resume in jobs:
+        overrides = (f"fssdp.shard_size={shard_size}", f"resume={str(resume).lower()}")
+        found = run_ranks(world, train_until, workshop, "groups", until, overrides)
+        assert all(steps == found[0] for steps in found), "losses and norms are of the whole job, the same bits on every rank"
+        parts += found[0]
+    assert torch.tensor(parts).sub(torch.tensor(whole)).abs().max() <= 1e-10
+    files = {step: len(list(Path(workshop).glob(f"runs/groups/checkpoint-{step}/*.safetensors"))) for step in (2, 3, 4, 6)}
+    assert files == {2: 2, 3: 2, 4: 1, 6: 4}
