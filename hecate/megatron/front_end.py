@@ -113,7 +113,7 @@ def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[int, MoeLayer], r
             vocabulary,
             transformer_config(shape, dtype),
             ModuleSpec(module=FssdpMoeLayer, params={"layers": layers}),
-            process_groups(ranks.groups.tokens),
+            process_groups(ranks.groups),
             seed=seed,
         )
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(ranks.device)

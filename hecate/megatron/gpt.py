@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hecate.megatron.layer import AnyDeviceRotary, TorchAttention
 from hecate.megatron.shape import GptShape
+from hecate.moe.engine import ExpertGroups
 
 INIT_STD, NORM_EPS, ROTARY_BASE = 0.02, 1e-5, 10_000
 
@@ -48,16 +49,19 @@ def transformer_config(shape: GptShape, dtype: torch.dtype, **changes: Any) -> T
     )
 
 
-def process_groups(world: dist.ProcessGroup) -> ProcessGroupCollection:
-    """Data parallel over all ranks of the group, with experts spread over the same ranks; everything else is a rank alone.
+def process_groups(groups: ExpertGroups) -> ProcessGroupCollection:
+    """Our groups by Megatron's names: data parallel over all ranks, experts over the ranks of a sharding group, data parallel of experts
+    over a replicate group; everything else is a rank alone.
 
     Every rank must call it.
     """
-    ranks = dist.get_process_group_ranks(world)
+    ranks = dist.get_process_group_ranks(groups.world)
     alone, _ = dist.new_subgroups_by_enumeration([[rank] for rank in ranks])
-    ours = dict.fromkeys(("dp", "dp_cp", "intra_dp_cp", "ep", "tp_ep", "tp_ep_pp", "tp_dp_cp"), world)
-    own = dict.fromkeys(("tp", "pp", "mp", "cp", "tp_cp", "embd", "pos_embd", "expt_tp", "expt_dp", "intra_expt_dp"), alone)
-    return ProcessGroupCollection(**ours, **own)
+    everyone = dict.fromkeys(("dp", "dp_cp", "intra_dp_cp", "tp_dp_cp"), groups.world)
+    sharding = dict.fromkeys(("ep", "tp_ep", "tp_ep_pp"), groups.tokens)
+    replicate = dict.fromkeys(("expt_dp", "intra_expt_dp"), groups.replicas or alone)
+    own = dict.fromkeys(("tp", "pp", "mp", "cp", "tp_cp", "embd", "pos_embd", "expt_tp"), alone)
+    return ProcessGroupCollection(**everyone, **sharding, **replicate, **own)
 
 
 def build_gpt(

@@ -151,7 +151,7 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
         for_engine = engine_config(config, ranks, flops * tokens, topology)
         moe = moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), for_engine, ranks.groups)
         if config.model.shard_non_experts:
-            shard_frozen_layers(moe, ranks.new_group())
+            shard_frozen_layers(moe, ranks.new_sharding_group())
         return moe
     for_engine = engine_config(config, ranks, non_moe_flops_per_token(base.model) * tokens, topology)
     num_layers = len(decoder_layers(base.model)[1])

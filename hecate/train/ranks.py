@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,10 @@ from torch import Tensor
 from hecate.errors import UserError
 from hecate.local_store import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
 from hecate.moe.engine import ExpertGroups
+from hecate.parallel.mesh import make_mesh
+from hecate.train.mesh_groups import TIMEOUT, expert_groups, own_group
 from hecate.train.sockets import Connection, ports, shut_down, tcp_sockets
 
-# Long enough for one rank to evaluate while the others wait, short against gloo's half hour.
-_TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
 _MOST_PORTS = 8
 
@@ -47,25 +46,25 @@ class Ranks:
     def all_sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over the ranks. Every rank must call it."""
         total = values.to(self.device)
-        dist.all_reduce(total, group=self.groups.tokens)
+        dist.all_reduce(total, group=self.groups.world)
         return total
 
     def all_gather(self, values: Tensor) -> Tensor:
         """[ranks, ...]: every rank's values, of one shape. Every rank must call it."""
         mine = values.to(self.device)
         parts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(parts, mine, group=self.groups.tokens)
+        dist.all_gather(parts, mine, group=self.groups.world)
         return torch.stack(parts).cpu()
 
     def broadcast_from(self, source: int, data: bytes | None) -> bytes:
         """The bytes of rank `source`, of any length; others give None. Every rank must call it."""
         length = torch.tensor(len(data or b""), device=self.device)
-        dist.broadcast(length, src=source, group=self.groups.tokens)
+        dist.broadcast(length, src=source, group=self.groups.world)
         buffer = torch.empty(int(length), dtype=torch.uint8, device=self.device)
         if data:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         if len(buffer):
-            dist.broadcast(buffer, src=source, group=self.groups.tokens)
+            dist.broadcast(buffer, src=source, group=self.groups.world)
         return buffer.cpu().numpy().tobytes()
 
     def abort(self) -> None:
@@ -73,11 +72,11 @@ class Ranks:
 
         From any thread. Nothing more can be sent among these ranks.
         """
-        for group in (self.groups.tokens, self.groups.experts):
+        for group in self.groups.all():
             _keep_for_good(group)
         shut_down(self.connections)
         if self.device.type == "cuda":
-            for group in (self.groups.tokens, self.groups.experts):
+            for group in self.groups.all():
                 group.abort()
 
     def leave(self) -> None:
@@ -88,25 +87,25 @@ class Ranks:
     def all_most(self, values: Sequence[float]) -> list[float]:
         """The largest of each of several values of any rank, in one message. Every rank must call it, with as many values."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.tokens)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.world)
         return [float(value) for value in tensor.tolist()]
 
     def barrier(self) -> None:
         self.all_max(0.0)
 
-    def new_group(self) -> dist.ProcessGroup:
-        """All ranks once more, for messages that must not queue behind others. Every rank must call it."""
-        return _all_ranks()
+    def new_sharding_group(self) -> dist.ProcessGroup:
+        """This rank's sharding group once more, for messages that must not queue behind others. Every rank must call it."""
+        return own_group(make_mesh(self.world_size, dist.get_world_size(self.groups.experts)).sharding_groups())
 
     def broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes, of a length that all ranks know."""
         tensor = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
-        dist.broadcast(tensor, src=0, group=self.groups.tokens)
+        dist.broadcast(tensor, src=0, group=self.groups.world)
         return bytes(tensor.tolist())
 
     def _reduce(self, value: float, op: dist.ReduceOp.RedOpType) -> Tensor:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=op, group=self.groups.tokens)
+        dist.all_reduce(tensor, op=op, group=self.groups.world)
         return tensor
 
 
@@ -128,11 +127,17 @@ def ranks_from_environment() -> tuple[int, int] | None:
 
 
 @contextmanager
-def join_ranks() -> Iterator[Ranks]:
+def join_ranks(shard_size: int | None = None) -> Iterator[Ranks]:
     """Join the process group that the environment describes; a process outside any launcher becomes a world of one.
 
     Leaves the group at the end whatever happened, or the one that has taken its place, so that a peer that waits for this rank fails at
     once.
+
+    Args:
+        shard_size: `fssdp.shard_size`.
+
+    Raises:
+        UserError: the environment makes no sense, or there is another number of ranks than `shard_size` divides.
     """
     # One that is to join a run under way is alone until it is let in.
     place = None if JOIN_VARIABLE in os.environ else ranks_from_environment()
@@ -147,7 +152,7 @@ def join_ranks() -> Iterator[Ranks]:
     if LAUNCHED_VARIABLE in os.environ:
         die_with_launcher(int(os.environ[LAUNCHED_VARIABLE]))
     try:
-        ranks = connect(store, rank, world_size)
+        ranks = connect(store, rank, world_size, shard_size)
         try:
             yield ranks
         except BaseException:
@@ -175,12 +180,14 @@ def restarts() -> int:
     return int(count) if count.isdigit() else 0
 
 
-def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
+def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: int | None = None) -> Ranks:
     """Make this process one of `world_size` ranks. It must belong to no process group, or have left it.
 
     Args:
         store: where the ranks meet, used by none before; None: where torchrun's environment says.
+        shard_size: as `join_ranks` has it.
     """
+    mesh = make_mesh(world_size, shard_size)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -188,19 +195,11 @@ def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
     backend = "nccl" if cuda else "gloo"
     before = tcp_sockets()
     if store is None:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     else:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-    default = dist.group.WORLD
-    assert default is not None
-    ranks = Ranks(rank, world_size, device, ExpertGroups(experts=default, tokens=_all_ranks()))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    ranks = Ranks(rank, world_size, device, expert_groups(mesh))
     return ranks if cuda else replace(ranks, connections=_of_gloo(ranks, tcp_sockets() - before))
-
-
-def _all_ranks() -> dist.ProcessGroup:
-    group = dist.new_group(timeout=_TIMEOUT)
-    assert isinstance(group, dist.ProcessGroup)  # a rank outside the group would get a number
-    return group
 
 
 def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:
