@@ -35,14 +35,15 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
     path: str
-    """A local JSONL file; a relative path starts from the working directory, not from the config file."""
+    """A local JSONL file, or one of Megatron's indexed data sets, PREFIX for PREFIX.idx and PREFIX.bin: documents that are ids of the
+    model's tokenizer already. A relative path starts from the working directory, not from the config file."""
     name: str = ""
     """What the source is called in logs, metrics and results: [A-Za-z0-9._-], 1 to 64 characters, unique in its list.
     Left out: the file's name without its last suffix."""
     weight: float = 1.0
     """Share of this source in the mixture, relative to the other sources' weights."""
     format: Literal["auto", "messages", "alpaca", "sharegpt", "text"] = "auto"
-    """How a sample is written. auto: told from the sample's keys."""
+    """How a line of JSONL is written. auto: told from its keys."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ import torch
 
 from hecate.config import Config
 from hecate.data.batches import collate
-from hecate.data.encode import IGNORED, EncodedSource
+from hecate.data.encode import IGNORED
 from hecate.data.evaluation import GenerationItem, eval_rows, generation_items, share_of_rank
+from hecate.data.sources import TokenSource
 from hecate.model.surgery import MoeModel
 from hecate.train.build import BaseModel
 from hecate.train.generate import generate
@@ -28,7 +29,7 @@ class Evaluation:
     """source -> layer -> token-slots of each expert"""
 
 
-def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[EncodedSource]) -> Evaluation:
+def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource]) -> Evaluation:
     """Evaluate all sources. Every rank must call it; rows and prompts are shared out.
 
     Experts are everywhere meanwhile, unless they have heavy frozen parts: those stay with their owners, and ranks go forward together.
@@ -48,7 +49,7 @@ def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sourc
 
 
 def _loss_and_loads(
-    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[EncodedSource], index: int, together: bool
+    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource], index: int, together: bool
 ) -> tuple[float, dict[int, list[int]]]:
     rows = eval_rows(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)

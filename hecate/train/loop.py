@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from hecate.config import Config
 from hecate.data.batches import Batch, collate, row_ranges
-from hecate.data.encode import IGNORED, EncodedSource
+from hecate.data.encode import IGNORED
 from hecate.data.rows import Row, empty_row
+from hecate.data.sources import TokenSource
 from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
@@ -74,7 +75,7 @@ class Run:
         self.config = config = settled(config, self.base)
         self.output: TrainedOutput = output_of(config, self.base)
         sources = encode_sources(config.data.train, config, self.base, ranks)
-        self.eval_sources: list[EncodedSource] = encode_sources(config.data.eval, config, self.base, ranks)
+        self.eval_sources: list[TokenSource] = encode_sources(config.data.eval, config, self.base, ranks)
         self.stream = TrainStream(
             sources,
             seq_len=config.data.seq_len,
