@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from hecate.forecast.memory import PHASES, MemoryPart, memory_parts
+from hecate.forecast.memory import PHASES, MemoryPart, memory_parts, owned_experts
 from hecate.forecast.run_shape import ExpertLayers, RunShape, adapter_parameters
-from hecate.parallel.cost_model import DISPATCH_COLLECTIVES
+from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
+from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LayerCost
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import Simulated, StepBytes, simulate
+from hecate.parallel.topology import Topology
 from hecate.parallel.workloads import WORKLOADS
 
 STEPS, SAMPLED_LAYERS = 6, 2
@@ -55,6 +57,7 @@ class Forecast:
             "model": run.config.model.name_or_path,
             "topology": run.topology_name,
             "ranks": run.topology.world_size,
+            "shard_size": run.mesh.shard_size,
             "workload": self.workload,
             "policy": run.config.fssdp.policy,
             "device_memory_bytes": list(run.topology.memory),
@@ -93,18 +96,22 @@ def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: li
     sampled = min(group.number, SAMPLED_LAYERS)
     loads = WORKLOADS[workload](STEPS, sampled, world, group.experts, tokens, config.moe.choices, config.seed)
     slots = group.experts if config.fssdp.memory_slots is None else config.fssdp.memory_slots
-    return simulate(
-        loads,
-        run.topology,
-        group.cost,
-        {name: POLICIES[name] for name in names},
-        slots_D=np.full(world, slots),
-        mode="exact" if config.fssdp.plan == "exact" else "history",
-        rematerialize=config.fssdp.rematerialize,
-        max_imbalance=config.fssdp.max_imbalance,
-        history_steps=config.fssdp.load_window,
-        num_layers=group.number,
-    )
+
+    def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:
+        return simulate(
+            loads,
+            topology,
+            cost,
+            {name: POLICIES[name] for name in names},
+            slots_D=np.full(topology.world_size, slots),
+            mode="exact" if config.fssdp.plan == "exact" else "history",
+            rematerialize=config.fssdp.rematerialize,
+            max_imbalance=config.fssdp.max_imbalance,
+            history_steps=config.fssdp.load_window,
+            num_layers=group.number,
+        )
+
+    return simulate_groups(loads, run.topology, group.cost, run.mesh, of_one_group)
 
 
 def _micro_steps_together(run: RunShape) -> int:
@@ -125,6 +132,8 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         if simulated.seconds.dispatch > 0:
             dispatch += again * times * (simulated.seconds.dispatch + (together - 1) * group.number * DISPATCH_COLLECTIVES * latency)
     reduced_bytes = _all_reduced_bytes(run)
+    owned_bytes_D = sum((owned_experts(group, run) * group.cost.reduced_bytes for group in run.groups), np.zeros(topology.world_size))
+    sum_seconds, summed = sum_over_groups(owned_bytes_D, sum(group.number for group in run.groups), topology, run.mesh)
     parts = {
         "attention": _attention_seconds(run),
         "experts": again * times * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
@@ -136,7 +145,8 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         * run.tokens
         * micro_steps
         / min(topology.flops),
-        "all-reduce": reduced_bytes / topology.slowest_link.bandwidth + topology.slowest_link.latency if reduced_bytes else 0.0,
+        "all-reduce": sum_seconds
+        + (reduced_bytes / topology.slowest_link.bandwidth + topology.slowest_link.latency if reduced_bytes else 0.0),
         "optimizer": sum(one.seconds.optimizer for one in groups)
         + 7.0 * run.replicated_parameters * run.master_bytes / min(topology.memory_bandwidth),
     }
@@ -146,10 +156,12 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         policy=policy,
         parts=parts,
         bytes=StepBytes(
-            near=times * sum(one.bytes.near for one in groups) + (topology.world_size - nodes) * reduced_bytes,
-            far=times * sum(one.bytes.far for one in groups) + nodes * reduced_bytes,
-            busiest_port=times * sum(one.bytes.busiest_port for one in groups) + reduced_bytes,
-            busiest_uplink=times * sum(one.bytes.busiest_uplink for one in groups) + (reduced_bytes if nodes else 0.0),
+            near=times * sum(one.bytes.near for one in groups) + (topology.world_size - nodes) * reduced_bytes + summed.near,
+            far=times * sum(one.bytes.far for one in groups) + nodes * reduced_bytes + summed.far,
+            busiest_port=times * sum(one.bytes.busiest_port for one in groups) + reduced_bytes + summed.busiest_port,
+            busiest_uplink=times * sum(one.bytes.busiest_uplink for one in groups)
+            + (reduced_bytes if nodes else 0.0)
+            + summed.busiest_uplink,
         ),
         imbalance=float(np.average([one.imbalance for one in groups], weights=[group.number for group in run.groups])),
         memory=memory_parts(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hecate.forecast.run_shape import ExpertLayers, RunShape
+from hecate.parallel.mesh import owners_topology
 from hecate.parallel.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
@@ -39,7 +39,7 @@ def memory_parts(
     layers_at_once = max(1, config.fssdp.prefetch)
     owned, replicas, gradients, fullest = np.zeros(world), np.zeros(world), np.zeros(world), np.zeros(world)
     for group, others_D in zip(run.groups, others_GD, strict=True):
-        owned_D = _owned(group, run.topology.memory)
+        owned_D = owned_experts(group, run)
         owned += owned_D * group.cost.trainable_bytes
         if config.fssdp.rematerialize:
             here = (owned_D / group.number + others_D) * group.cost.trainable_bytes
@@ -55,7 +55,7 @@ def memory_parts(
         gradients = fullest + owned
     frozen = np.zeros(world)
     for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
-        frozen += (_owned(group, run.topology.memory) + others_D) * group.cost.frozen_bytes
+        frozen += (owned_experts(group, run) + others_D) * group.cost.frozen_bytes
     replicated = np.full(world, float(run.replicated_parameters * run.master_bytes))
     base = _base_bytes(run)
     saved = _saved_bytes(run, rows_D)
@@ -76,14 +76,16 @@ def _base_bytes(run: RunShape) -> np.ndarray:
     one that runs and the next one.
     """
     world, sharded = run.topology.world_size, run.sharded_parameters
-    for_good = run.frozen_parameters - sum(sharded) + sum(sharded) / world
+    for_good = run.frozen_parameters - sum(sharded) + sum(sharded) / run.mesh.shard_size
     together = min(2, len(sharded)) * max(sharded, default=0)
     return np.repeat(np.array([[for_good + together], [for_good + together], [for_good]]) * run.dtype_bytes, world, axis=1)
 
 
-def _owned(group: ExpertLayers, memory_D: Sequence[float]) -> np.ndarray:
+def owned_experts(group: ExpertLayers, run: RunShape) -> np.ndarray:
     """float64 [ranks]: experts that each rank owns, in all layers of the group."""
-    return group.number * np.bincount(owners_by_memory(group.experts, memory_D), minlength=len(memory_D)).astype(float)
+    memory = owners_topology(run.topology, run.mesh).memory
+    owned = group.number * np.bincount(owners_by_memory(group.experts, memory), minlength=len(memory)).astype(float)
+    return np.tile(owned, run.mesh.num_replicas)
 
 
 def _saved_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:

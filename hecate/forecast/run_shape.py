@@ -9,6 +9,7 @@ from hecate.config import Config, find_model
 from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.parallel.topology import Topology, local_topology
 from hecate.parallel.topology_file import load_topology
 from hecate.presets import find_preset
@@ -41,6 +42,10 @@ class RunShape:
     master_bytes: int
     """of an adapter's parameter, of a router's, of a moment's"""
     groups: tuple[ExpertLayers, ...]
+
+    @property
+    def mesh(self) -> Mesh:
+        return make_mesh(self.topology.world_size, self.config.fssdp.shard_size)
 
     @property
     def tokens(self) -> int:
@@ -102,10 +107,11 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
         ranks: left out: the topology's, else the configuration's nproc, else one a GPU, or 2.
 
     Raises:
-        UserError: a file is missing or damaged, the model is not supported, or two numbers of ranks differ.
+        UserError: a file is missing or damaged, the model is not supported, or numbers of ranks do not fit each other.
     """
     name = topology or config.topology
     machines = _topology(name, config, ranks)
+    make_mesh(machines.world_size, config.fssdp.shard_size)
     base = _base_shape(config)
     if base.top_k is not None:
         config = replace(config, moe=config.moe.settled(tuple(layer.experts for layer in base.layers), base.top_k))

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -107,6 +108,25 @@ def test_a_ring_leaves_each_node_once(folder: Path) -> None:
     assert one.bytes.near == pytest.approx(2 * 3 * 4 * 2 * 960 + 2 * reduced)
 
 
+def test_sharding_groups_by_hand(folder: Path) -> None:
+    """Two groups of two: each gathers and reduces as two ranks alone, then the owners of two experts a layer send their sums once."""
+    nodes = Topology((0, 0, 1, 1), (1.0,) * 4, (1e9,) * 4, Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1.0,) * 4)
+    alone, grouped = of(dry_run(folder), "full"), of(dry_run(folder, "fssdp.shard_size=2", topology=nodes), "full")
+    for part in ("attention", "experts", "tokens", "exposed", "head", "optimizer"):
+        assert grouped.parts[part] == alone.parts[part], part
+    summed, reduced = 3 * 2 * 960, 2 * 3 / 4 * 3456
+    assert grouped.parts["all-reduce"] == 2 * summed + reduced, "both ranks of a node through its uplink"
+    assert grouped.bytes.busiest_port == 3 * 2 * 2 * 960 + reduced
+    assert grouped.bytes.busiest_uplink == 2 * summed + reduced
+    assert grouped.bytes.far == 4 * summed + 2 * reduced
+    assert grouped.bytes.near == 2 * 2 * 3 * 2 * 2 * 960 + 2 * reduced
+    assert (grouped.memory_PD == np.tile(alone.memory_PD, 2)).all(), "half of the experts each"
+    on_one_node = of(dry_run(folder, "fssdp.shard_size=1", topology=slow_node()), "full")
+    assert on_one_node.bytes.near == 2 * (3 * 4 * 960 + 3456)
+    with pytest.raises(UserError, match=r"fssdp\.shard_size: must divide the number of ranks, which is 2, got 3"):
+        dry_run(folder, "fssdp.shard_size=3")
+
+
 def test_the_configured_policy_comes_first_and_memory_is_compared(folder: Path) -> None:
     found = dry_run(folder, "fssdp.policy=hecate")
     assert found.policies[0].policy == "hecate"
@@ -122,7 +142,7 @@ def test_json_and_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "Memory of rank" in shown
     assert "One step on two-cpu-ranks, 2 ranks, zipf loads" in shown
     record = json.loads((tmp_path / "plan.json").read_text())
-    assert set(record) == {"model", "topology", "ranks", "workload", "policy", "device_memory_bytes", "policies"}
+    assert set(record) == {"model", "topology", "ranks", "shard_size", "workload", "policy", "device_memory_bytes", "policies"}
     first = record["policies"][0]
     assert set(first) == {"policy", "step_seconds", "seconds", "bytes", "imbalance", "memory", "fits_memory"}
     assert set(first["memory"]) == {"forward", "backward", "optimizer"}

@@ -135,8 +135,8 @@ def half_stepped(rank: int, world: int, workshop: str) -> tuple[int, Losses]:
     steps_until(run, DEATH_STEP, losses)
     norm = run.optimizer.global_grad_norm
 
-    def fail(group: dist.ProcessGroup) -> float:
-        value = norm(group)
+    def fail(group: dist.ProcessGroup, *, counts_owned: bool) -> float:
+        value = norm(group, counts_owned=counts_owned)
         if rank == VICTIM:
             raise Dead
         if rank > VICTIM:

@@ -1,0 +1,83 @@
+"""A step of several sharding groups: each works alone on its own devices, then the owners' gradients are summed over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.mesh import Mesh
+from hecate.parallel.simulator import Simulated, StepBytes
+from hecate.parallel.topology import Topology
+
+SimulateGroup = Callable[[np.ndarray, Topology, LayerCost], list[Simulated]]
+"""(loads int64 [steps, layers, source ranks, experts], topology, cost) -> a result for each policy"""
+
+
+def simulate_groups(loads: np.ndarray, topology: Topology, cost: LayerCost, mesh: Mesh, simulate: SimulateGroup) -> list[Simulated]:
+    """Each policy's step on all ranks: the slowest group's seconds, all groups' bytes.
+
+    Args:
+        loads: of the whole job.
+    """
+    if mesh.num_replicas == 1:
+        return simulate(loads, topology, cost)
+    groups = mesh.sharding_groups()
+    by_group = []
+    for ranks in groups:
+        part = topology.take(ranks)
+        hiding = cost.non_moe_flops * min(part.flops) / min(topology.flops)  # as long as the whole job's, as the engine has it
+        by_group.append(simulate(loads[:, :, ranks], part, replace(cost, non_moe_flops=hiding)))
+    return [_together(of_groups, groups, topology) for of_groups in zip(*by_group, strict=True)]
+
+
+def _together(of_groups: Sequence[Simulated], groups: list[list[int]], topology: Topology) -> Simulated:
+    slowest = max(of_groups, key=lambda one: one.step_seconds)
+    rate = np.array([sum(topology.flops[rank] for rank in ranks) for ranks in groups])
+    compute, skew = (np.array([value(one) for one in of_groups]) for value in (lambda one: one.seconds.compute, lambda one: one.imbalance))
+    shared = float((compute / skew) @ rate / rate.sum())
+    """seconds if all ranks of the job shared the work by their rates"""
+    uplinks = [0.0] * topology.num_nodes
+    for one, ranks in zip(of_groups, groups, strict=True):
+        for node in {topology.node_of_rank[rank] for rank in ranks}:
+            uplinks[node] += one.bytes.busiest_uplink  # of groups that share a node's uplink the sum is a bound
+    return Simulated(
+        policy=slowest.policy,
+        seconds=slowest.seconds,
+        bytes=StepBytes(
+            near=sum(one.bytes.near for one in of_groups),
+            far=sum(one.bytes.far for one in of_groups),
+            busiest_port=max(one.bytes.busiest_port for one in of_groups),
+            busiest_uplink=max(uplinks),
+        ),
+        imbalance=float(compute.max()) / shared if shared else slowest.imbalance,
+        replica_bytes_D=tuple(size for one in of_groups for size in one.replica_bytes_D),
+        rows_D=tuple(rows for one in of_groups for rows in one.rows_D),
+        planner_ms_per_layer=max(one.planner_ms_per_layer for one in of_groups),
+    )
+
+
+def sum_over_groups(owned_D: np.ndarray, messages: int, topology: Topology, mesh: Mesh) -> tuple[float, StepBytes]:
+    """Seconds and bytes of summing the owners' gradients over the sharding groups, in a ring over each replicate group.
+
+    The seconds count in full, though some hide behind the backward pass.
+
+    Args:
+        owned_D: float64 [ranks]: bytes of the gradients of the experts that each rank owns.
+        messages: all-reduces, one a layer.
+    """
+    if mesh.num_replicas == 1:
+        return 0.0, StepBytes(near=0.0, far=0.0, busiest_port=0.0, busiest_uplink=0.0)
+    node_D = np.asarray(topology.node_of_rank)
+    next_D = (np.arange(mesh.world_size) + mesh.shard_size) % mesh.world_size
+    sent_D = 2.0 * (mesh.num_replicas - 1) / mesh.num_replicas * owned_D
+    far_D = np.where(node_D != node_D[next_D], sent_D, 0.0)
+    near_D, far_N = sent_D - far_D, np.bincount(node_D, weights=far_D, minlength=topology.num_nodes)
+    ports = (near_D, topology.port_bandwidth), (far_D, topology.nic_bandwidth), (far_N, topology.uplink_bandwidth)
+    latency = topology.inter_node.latency if far_D.any() else topology.intra_node.latency
+    seconds = max(float((sent / np.asarray(bandwidth)).max()) for sent, bandwidth in ports) + messages * latency
+    return seconds, StepBytes(
+        near=float(near_D.sum()), far=float(far_D.sum()), busiest_port=float(near_D.max()), busiest_uplink=float(far_N.max())
+    )
