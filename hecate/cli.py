@@ -63,14 +63,15 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 
     loaded = load_config(config, overrides or (), claim_output=False)
     _check_kernels(loaded.kernels)
-    from hecate.train.local_group import local_controller, wait_for_turn
+    from hecate.train.preload import preload
+
+    preload()
+    from hecate.train.local_group import local_controller
     from hecate.train.loop import train as run
     from hecate.train.ranks import join_ranks, lost_a_peer
     from hecate.train.restart import begin_or_resume
 
     try:
-        if JOIN_VARIABLE in os.environ:
-            wait_for_turn()
         with join_ranks() as ranks:
             # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
             asks = ranks.is_first and STORE_VARIABLE not in os.environ
