@@ -70,7 +70,7 @@ class Megatron:
 
             sizes = GptShape(1, shape.hidden, 1, 1, shape.hidden, shape.ffn, shape.experts, shape.top_k, shape.tokens)
             config = expert_parallel_config(sizes, torch.float32, dist.get_world_size(group))
-            self._layer = build_layer(config, process_groups(group), 0)
+            self._layer = build_layer(config, process_groups(ExpertGroups(group, group)), 0)
         self._flat = flat_expert
         self._num_experts = shape.experts
         for expert in range(shape.experts):

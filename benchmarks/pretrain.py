@@ -136,7 +136,7 @@ def with_megatrons_layers(run: Run) -> None:
     groups, micro_step = run.ranks.groups, MicroStep()
     with quietly():
         config = expert_parallel_config(shape, torch.float32, run.ranks.world_size)
-        model = build_gpt(shape, base.vocab_size, config, expert_parallel_spec(micro_step), process_groups(groups.tokens), seed=0)
+        model = build_gpt(shape, base.vocab_size, config, expert_parallel_spec(micro_step), process_groups(groups), seed=0)
     layers: dict[int, Any] = {index: layer.mlp for index, layer in enumerate(model.decoder.layers)}
     others = outside_experts(model)
     for name, parameter in others.items():

@@ -14,6 +14,7 @@ from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQ
 from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
 from hecate.config.validate import check_values
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
+from hecate.data.indexed_path import indexed_prefix
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
@@ -204,4 +205,9 @@ def _plain(value: Any) -> Any:
 
 
 def _named(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
-    return tuple(source if source.name else replace(source, name=Path(source.path).stem) for source in sources)
+    return tuple(source if source.name else replace(source, name=_file_name(source.path)) for source in sources)
+
+
+def _file_name(path: str) -> str:
+    prefix = indexed_prefix(path)
+    return Path(path).stem if prefix is None else Path(prefix).name

@@ -21,6 +21,9 @@ class ModelConfig:
     sizes of the model: a name of configs/models, such as gpt-moe-s, or a YAML file like those."""
     tokenizer: str | None = None
     """With front_end megatron: a folder with a tokenizer's files, or a model as in name_or_path to take it from."""
+    tensor_parallel: int = 1
+    """With front_end megatron: neighbouring ranks that share one copy of the model outside its experts. They compute the same rows, so
+    micro_batch_size is theirs together; experts are spread over all ranks as ever. Must divide the number of ranks."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """The type in which the frozen base is held and computed. auto: the trainer chooses by model and device."""
     num_hidden_layers: int | None = None
@@ -35,14 +38,15 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
     path: str
-    """A local JSONL file; a relative path starts from the working directory, not from the config file."""
+    """A local JSONL file, or one of Megatron's indexed data sets, PREFIX for PREFIX.idx and PREFIX.bin: documents that are ids of the
+    model's tokenizer already. A relative path starts from the working directory, not from the config file."""
     name: str = ""
     """What the source is called in logs, metrics and results: [A-Za-z0-9._-], 1 to 64 characters, unique in its list.
     Left out: the file's name without its last suffix."""
     weight: float = 1.0
     """Share of this source in the mixture, relative to the other sources' weights."""
     format: Literal["auto", "messages", "alpaca", "sharegpt", "text"] = "auto"
-    """How a sample is written. auto: told from the sample's keys."""
+    """How a line of JSONL is written. auto: told from its keys."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from hecate.config.megatron import check_megatron
 from hecate.config.model_path import find_model
 from hecate.config.problems import Add, shorten
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K
+from hecate.data.indexed_path import SUFFIXES, indexed_prefix
 from hecate.errors import UserError
 
 MAX_INT = 2**31 - 1
@@ -39,6 +40,7 @@ _COUNT = Range(1, MAX_INT)
 _POSITIVE = Range(0, low_open=True)
 RANGES: dict[str, Range] = {
     "model.num_hidden_layers": _COUNT,
+    "model.tensor_parallel": _COUNT,
     "data.seq_len": Range(2, MAX_INT),
     "seed": Range(0, MAX_INT),
     "max_steps": _COUNT,
@@ -113,6 +115,8 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
 def _check_model(values: Mapping[str, Any], add: Add) -> None:
     if values.get("model.tokenizer") is not None:
         add("model.tokenizer", "is read with model.front_end=megatron only", "a checkpoint brings its own")
+    if values.get("model.tensor_parallel", 1) > 1:
+        add("model.tensor_parallel", "needs model.front_end=megatron, whose layers can be cut", "leave it at 1")
     if "model.name_or_path" in values:
         try:
             find_model(values["model.name_or_path"])
@@ -199,9 +203,13 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
     first_of: dict[str, int] = {}
     for i, source in enumerate(sources):
         at = f"{key}[{i}]"
-        if not os.path.exists(source.path):
-            hint = "~ is not expanded here" if source.path.startswith("~") else "relative paths start from the working directory"
-            add(f"{at}.path", f"no such file or folder: {shorten(source.path)}", hint)
+        prefix = indexed_prefix(source.path)
+        for path in [source.path] if prefix is None else [prefix + suffix for suffix in SUFFIXES]:
+            if not os.path.exists(path):
+                hint = "~ is not expanded here" if path.startswith("~") else "relative paths start from the working directory"
+                add(f"{at}.path", f"no such file or folder: {shorten(path)}", hint)
+        if prefix is not None and source.format != "auto":
+            add(f"{at}.format", f"is of text files, got {source.format}", "leave it out: an indexed data set holds token ids")
         if source.weight not in _POSITIVE:
             add(f"{at}.weight", f"must be {_POSITIVE}, got {source.weight}", "leave the source out to give it no weight")
         if not SLUG.fullmatch(source.name):

@@ -7,7 +7,7 @@ cannot leak into each other.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from hecate.data.chat import Span, TemplateRefusal, render, require_chat_template
-from hecate.data.formats import Fault, Sample, read_samples
+from hecate.data.formats import Fault, Sample, read_lines, read_samples
 from hecate.data.quarantine import write_quarantine
 from hecate.data.syntax import bad_sample_error
 from hecate.errors import UserError
@@ -150,13 +150,7 @@ def encode_source(
                 raise bad_sample_error(source.path, item.line, str(bad)) from bad
             faults.append(Fault(str(source.path), item.line, str(bad)))
 
-    if faults:
-        first = f"the first is line {faults[0].line}: {faults[0].reason}"
-        logger.warning("%s: %d of %d samples skipped; %s", source.path, len(faults), len(faults) + kept, first)
-        if quarantine is not None:
-            write_quarantine(quarantine, faults)
-        if not pieces:
-            raise UserError(f"{source.path} has no usable sample: all {len(faults)} lines are bad\n{first}")
+    report_skipped(source.path, faults, kept, quarantine, read_lines(source.path))
     if truncated:
         logger.warning("%s: %d of %d samples truncated to %d tokens", source.path, truncated, kept, seq_len)
     return EncodedSource(
@@ -169,6 +163,28 @@ def encode_source(
         lines=np.array([piece.line for piece in pieces], dtype=np.int64),
         counts=Counts(kept=kept, truncated=truncated, skipped=len(faults)),
     )
+
+
+def report_skipped(path: str, faults: Sequence[Fault], kept: int, quarantine: str | Path | None, lines: Iterable[bytes]) -> None:
+    """Tell of the samples left out and write them to `quarantine`, if that is given. Raises UserError if none was kept.
+
+    lines: all samples as they are, the first one first; read only if some are written.
+    """
+    if not faults:
+        return
+    first = f"the first is line {faults[0].line}: {faults[0].reason}"
+    logger.warning("%s: %d of %d samples skipped; %s", path, len(faults), len(faults) + kept, first)
+    if quarantine is not None:
+        write_quarantine(quarantine, faults, lines)
+    if not kept:
+        raise UserError(f"{path} has no usable sample: all {len(faults)} lines are bad\n{first}")
+
+
+def end_of_sequence(tokenizer: Any) -> int:
+    """The id that ends a document. Raises UserError if the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the model's tokenizer has no end-of-sequence token, which documents need")
+    return int(tokenizer.eos_token_id)
 
 
 @dataclass(frozen=True)
@@ -241,9 +257,8 @@ def _text_to_tokenize(sample: Sample, tokenizer: Any) -> tuple[Sample, str, list
 
 
 def _ended(ids: NDArray[np.int32], tokenizer: Any) -> NDArray[np.int32]:
-    if tokenizer.eos_token_id is None:
-        raise UserError("the model's tokenizer has no end-of-sequence token, which data in the text format needs")
-    return ids if len(ids) and ids[-1] == tokenizer.eos_token_id else np.append(ids, np.int32(tokenizer.eos_token_id))
+    end = end_of_sequence(tokenizer)
+    return ids if len(ids) and ids[-1] == end else np.append(ids, np.int32(end))
 
 
 def _inside(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hecate.data.chat import render_prompt, require_chat_template
-from hecate.data.encode import EncodedSource
 from hecate.data.formats import Sample, read_samples
+from hecate.data.indexed import IndexedSource
 from hecate.data.pack import pack
 from hecate.data.rows import Row, build_row, empty_row, piece_of
+from hecate.data.sources import TokenSource
 from hecate.errors import UserError
 
 
@@ -22,7 +23,7 @@ class GenerationItem:
     line: int
 
 
-def eval_rows(sources: Sequence[EncodedSource], source: int, *, seq_len: int, packing: bool, max_samples: int | None = None) -> list[Row]:
+def eval_rows(sources: Sequence[TokenSource], source: int, *, seq_len: int, packing: bool, max_samples: int | None = None) -> list[Row]:
     """All samples, or the first `max_samples`, of `sources[source]` in rows numbered from 0; the same in every call."""
     count = len(sources[source])
     if max_samples is not None:
@@ -44,12 +45,15 @@ def share_of_rank(rows: Sequence[Row], rank: int, world_size: int, rows_per_batc
     return [mine[start : start + rows_per_batch] for start in range(0, len(mine), rows_per_batch)]
 
 
-def generation_items(source: EncodedSource, format: str, tokenizer: Any, max_items: int | None = None) -> list[GenerationItem]:
-    """A prompt for each conversation that encode_source kept, or for the first `max_items`, in file order.
+def generation_items(source: TokenSource, format: str, tokenizer: Any, max_items: int | None = None) -> list[GenerationItem]:
+    """A prompt for each conversation that read_source kept, or for the first `max_items`, in file order.
 
     The prompt is everything before the last assistant turn, ready for the assistant to speak; the answer is that turn's
     content. Reads the file again. Raises UserError if it holds documents.
     """
+    documents = UserError(f"{source.path} holds documents, which have no answers to generate: use conversations")
+    if isinstance(source, IndexedSource):
+        raise documents
     kept = set(source.lines.tolist())
     items: list[GenerationItem] = []
     for sample in read_samples(source.path, format):
@@ -58,7 +62,7 @@ def generation_items(source: EncodedSource, format: str, tokenizer: Any, max_ite
         if not isinstance(sample, Sample) or sample.line not in kept:
             continue
         if sample.messages is None:
-            raise UserError(f"{source.path} holds documents (text), which have no answers to generate: use conversations")
+            raise documents
         require_chat_template(tokenizer, source.path)
         last = max(turn for turn, message in enumerate(sample.messages) if message["role"] == "assistant")
         prompt = render_prompt(tokenizer, sample.messages[:last])

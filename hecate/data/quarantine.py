@@ -1,15 +1,15 @@
 """Write the lines that were left out to a file of their own, so that they can be mended."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hecate.data.formats import Fault, read_lines
+from hecate.data.formats import Fault
 from hecate.errors import UserError
 
 
-def write_quarantine(path: str | Path, faults: Sequence[Fault]) -> None:
-    """Write {"file", "line", "reason", "raw"} for each fault, all of one file, to the JSONL file `path`.
+def write_quarantine(path: str | Path, faults: Sequence[Fault], lines: Iterable[bytes]) -> None:
+    """Write {"file", "line", "reason", "raw"} for each fault, all of one file whose lines are `lines`, to the JSONL file `path`.
 
     Replaces `path`; bytes that are no UTF-8 stand in `raw` as \\xNN. Raises UserError if it cannot be written.
     """
@@ -18,7 +18,7 @@ def write_quarantine(path: str | Path, faults: Sequence[Fault]) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as out:
-            for number, raw in enumerate(read_lines(faults[0].file), start=1):
+            for number, raw in enumerate(lines, start=1):
                 if number in wanted:
                     fault = wanted[number]
                     text = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hecate.data.encode import EncodedSource
 from hecate.data.pack import Piece
+from hecate.data.sources import TokenSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +23,13 @@ class Row:
     samples: tuple[tuple[int, int], ...]  # (source, sample) of each segment
 
 
-def piece_of(sources: Sequence[EncodedSource], source: int, sample: int) -> Piece:
+def piece_of(sources: Sequence[TokenSource], source: int, sample: int) -> Piece:
     """The sample as the packer sees it."""
     starts = sources[source].starts
     return Piece(source, sample, int(starts[sample + 1] - starts[sample]))
 
 
-def build_row(number: int, pieces: Sequence[Piece], sources: Sequence[EncodedSource]) -> Row:
+def build_row(number: int, pieces: Sequence[Piece], sources: Sequence[TokenSource]) -> Row:
     """Fetch the tokens of `pieces`; no pieces make an empty row."""
     parts = [sources[piece.source][piece.sample] for piece in pieces]
     lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int64)

@@ -7,17 +7,17 @@ size.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hecate.data.encode import EncodedSource
 from hecate.data.mixture import Mixture
 from hecate.data.pack import Piece, pack, take_row
 from hecate.data.rows import Row, build_row, piece_of
+from hecate.data.sources import TokenSource
 from hecate.errors import UserError
 
 
 class TrainStream:
     """Endless global steps of `rows_per_step` rows each."""
 
-    def __init__(self, sources: Sequence[EncodedSource], *, seq_len: int, packing: bool, rows_per_step: int, seed: int) -> None:
+    def __init__(self, sources: Sequence[TokenSource], *, seq_len: int, packing: bool, rows_per_step: int, seed: int) -> None:
         """Raises UserError if all sources together, each sample once, make fewer rows than one step needs."""
         assert sources, "no sources"
         assert rows_per_step > 0, rows_per_step
@@ -84,7 +84,7 @@ class TrainStream:
         )
 
 
-def _all_pieces(sources: Sequence[EncodedSource]) -> Iterator[Piece]:
+def _all_pieces(sources: Sequence[TokenSource]) -> Iterator[Piece]:
     """Every sample of every source once, in file order."""
     for index, source in enumerate(sources):
         for sample in range(len(source)):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from hecate.data.formats import Fault, read_samples
+from hecate.data.indexed_files import open_indexed
+from hecate.data.indexed_path import indexed_prefix
 from hecate.errors import UserError
 
 
@@ -26,6 +28,9 @@ def check_syntax(files: Iterable[File], on_bad_sample: str) -> None:
         UserError: a file cannot be read, is empty or of no known format, or has a broken line.
     """
     for file in files:
+        if prefix := indexed_prefix(file.path):
+            open_indexed(prefix)
+            continue
         for item in read_samples(file.path, file.format):
             if on_bad_sample == "skip":
                 break

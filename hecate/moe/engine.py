@@ -65,10 +65,24 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The same ranks twice, so that expert chunks and tokens never queue behind each other."""
+    """A rank's sharding group, of ranks that share one copy of all experts, twice, so that expert chunks and tokens never queue behind each
+    other; and what there is beyond it (`hecate.parallel.mesh`)."""
 
     experts: dist.ProcessGroup
     tokens: dist.ProcessGroup
+    replicas: dist.ProcessGroup | None = None
+    """this rank and those that own the same experts in the other sharding groups; None: there is no other"""
+    everyone: dist.ProcessGroup | None = None
+    """all ranks of the job; None: those of the sharding group"""
+
+    @property
+    def world(self) -> dist.ProcessGroup:
+        """For what is summed over all ranks of the job."""
+        return self.everyone or self.tokens
+
+    def all(self) -> list[dist.ProcessGroup]:
+        """Each once."""
+        return [group for group in (self.experts, self.tokens, self.replicas, self.everyone) if group is not None]
 
 
 class Engine:

@@ -10,7 +10,7 @@ from torch import nn
 
 from hecate.config import Config, DataSource
 from hecate.config.schema import Family
-from hecate.data.encode import EncodedSource, encode_source
+from hecate.data.sources import TokenSource, read_source
 from hecate.errors import UserError
 from hecate.model import moe_surgery
 from hecate.model.expert_files import refuse_experts
@@ -151,7 +151,7 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
         for_engine = engine_config(config, ranks, flops * tokens, topology)
         moe = moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), for_engine, ranks.groups)
         if config.model.shard_non_experts:
-            shard_frozen_layers(moe, ranks.new_group())
+            shard_frozen_layers(moe, ranks.new_sharding_group())
         return moe
     for_engine = engine_config(config, ranks, non_moe_flops_per_token(base.model) * tokens, topology)
     num_layers = len(decoder_layers(base.model)[1])
@@ -197,10 +197,10 @@ def upcycling_plan(config: Config, num_layers: int) -> UpcyclingPlan:
     )
 
 
-def encode_sources(sources: tuple[DataSource, ...], config: Config, base: BaseModel, ranks: Ranks) -> list[EncodedSource]:
+def encode_sources(sources: tuple[DataSource, ...], config: Config, base: BaseModel, ranks: Ranks) -> list[TokenSource]:
     """Tokenize data sources; rank 0 writes what was left out beside the run."""
     return [
-        encode_source(
+        read_source(
             source,
             base.tokenizer,
             seq_len=config.data.seq_len,

@@ -9,8 +9,9 @@ import torch
 
 from hecate.config import Config
 from hecate.data.batches import collate
-from hecate.data.encode import IGNORED, EncodedSource
+from hecate.data.encode import IGNORED
 from hecate.data.evaluation import GenerationItem, eval_rows, generation_items, share_of_rank
+from hecate.data.sources import TokenSource
 from hecate.model.surgery import MoeModel
 from hecate.train.build import BaseModel
 from hecate.train.generate import generate
@@ -28,7 +29,7 @@ class Evaluation:
     """source -> layer -> token-slots of each expert"""
 
 
-def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[EncodedSource]) -> Evaluation:
+def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource]) -> Evaluation:
     """Evaluate all sources. Every rank must call it; rows and prompts are shared out.
 
     Experts are everywhere meanwhile, unless they have heavy frozen parts: those stay with their owners, and ranks go forward together.
@@ -48,17 +49,17 @@ def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sourc
 
 
 def _loss_and_loads(
-    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[EncodedSource], index: int, together: bool
+    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource], index: int, together: bool
 ) -> tuple[float, dict[int, list[int]]]:
     rows = eval_rows(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
     counts = {layer: torch.zeros(moe.engine.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
-    for share in share_of_rank(rows, ranks.rank, ranks.world_size, config.micro_batch_size):
+    for share in share_of_rank(rows, ranks.copy, ranks.num_copies, config.micro_batch_size):
         if not together and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
-        batch = collate(share, pad_id=0, seq_len=config.data.seq_len).to(ranks.device)
+        batch = collate(share, pad_id=0, seq_len=config.data.seq_len, parts=ranks.tensor_size).to(ranks.device)
         totals[0] += forward_loss(moe, base.head, batch, step=0, recording=True).cpu()
-        totals[1] += (batch.targets != IGNORED).sum().cpu()
+        totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.counts_rows
         for layer, stats in moe.micro_step.stats.items():
             counts[layer] += stats.count_KE.sum(0).cpu()
     moe.micro_step.clear()

@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from hecate.errors import UserError
 from hecate.local_store import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
+from hecate.model.tensor_parts import TensorGroups
 from hecate.moe.engine import ExpertGroups
+from hecate.parallel.mesh import make_mesh
+from hecate.train.mesh_groups import TIMEOUT, expert_groups, own_group, tensor_groups
 from hecate.train.sockets import Connection, ports, shut_down, tcp_sockets
 
-# Long enough for one rank to evaluate while the others wait, short against gloo's half hour.
-_TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
 _MOST_PORTS = 8
 
@@ -35,10 +35,31 @@ class Ranks:
     groups: ExpertGroups
     connections: frozenset[Connection] = frozenset()
     """with which gloo has joined this rank to the others"""
+    tensor: TensorGroups | None = None
+    """None: every rank has all of the model outside its experts"""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def tensor_size(self) -> int:
+        """Neighbouring ranks that compute the same rows, each with a part of the model outside its experts."""
+        return self.tensor.size if self.tensor else 1
+
+    @property
+    def copy(self) -> int:
+        """Of such groups this rank's, which has rows of its own."""
+        return self.rank // self.tensor_size
+
+    @property
+    def num_copies(self) -> int:
+        return self.world_size // self.tensor_size
+
+    @property
+    def counts_rows(self) -> bool:
+        """On one rank of each copy, for sums over all ranks of what those of a copy see alike."""
+        return self.rank % self.tensor_size == 0
 
     def all_max(self, value: float) -> float:
         """The largest value of any rank. Every rank must call it."""
@@ -47,25 +68,25 @@ class Ranks:
     def all_sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over the ranks. Every rank must call it."""
         total = values.to(self.device)
-        dist.all_reduce(total, group=self.groups.tokens)
+        dist.all_reduce(total, group=self.groups.world)
         return total
 
     def all_gather(self, values: Tensor) -> Tensor:
         """[ranks, ...]: every rank's values, of one shape. Every rank must call it."""
         mine = values.to(self.device)
         parts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(parts, mine, group=self.groups.tokens)
+        dist.all_gather(parts, mine, group=self.groups.world)
         return torch.stack(parts).cpu()
 
     def broadcast_from(self, source: int, data: bytes | None) -> bytes:
         """The bytes of rank `source`, of any length; others give None. Every rank must call it."""
         length = torch.tensor(len(data or b""), device=self.device)
-        dist.broadcast(length, src=source, group=self.groups.tokens)
+        dist.broadcast(length, src=source, group=self.groups.world)
         buffer = torch.empty(int(length), dtype=torch.uint8, device=self.device)
         if data:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         if len(buffer):
-            dist.broadcast(buffer, src=source, group=self.groups.tokens)
+            dist.broadcast(buffer, src=source, group=self.groups.world)
         return buffer.cpu().numpy().tobytes()
 
     def abort(self) -> None:
@@ -73,11 +94,12 @@ class Ranks:
 
         From any thread. Nothing more can be sent among these ranks.
         """
-        for group in (self.groups.tokens, self.groups.experts):
+        groups = self.groups.all() + ([self.tensor.tensor, self.tensor.data] if self.tensor else [])
+        for group in groups:
             _keep_for_good(group)
         shut_down(self.connections)
         if self.device.type == "cuda":
-            for group in (self.groups.tokens, self.groups.experts):
+            for group in groups:
                 group.abort()
 
     def leave(self) -> None:
@@ -88,25 +110,25 @@ class Ranks:
     def all_most(self, values: Sequence[float]) -> list[float]:
         """The largest of each of several values of any rank, in one message. Every rank must call it, with as many values."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.tokens)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.world)
         return [float(value) for value in tensor.tolist()]
 
     def barrier(self) -> None:
         self.all_max(0.0)
 
-    def new_group(self) -> dist.ProcessGroup:
-        """All ranks once more, for messages that must not queue behind others. Every rank must call it."""
-        return _all_ranks()
+    def new_sharding_group(self) -> dist.ProcessGroup:
+        """This rank's sharding group once more, for messages that must not queue behind others. Every rank must call it."""
+        return own_group(make_mesh(self.world_size, dist.get_world_size(self.groups.experts)).sharding_groups())
 
     def broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes, of a length that all ranks know."""
         tensor = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
-        dist.broadcast(tensor, src=0, group=self.groups.tokens)
+        dist.broadcast(tensor, src=0, group=self.groups.world)
         return bytes(tensor.tolist())
 
     def _reduce(self, value: float, op: dist.ReduceOp.RedOpType) -> Tensor:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=op, group=self.groups.tokens)
+        dist.all_reduce(tensor, op=op, group=self.groups.world)
         return tensor
 
 
@@ -128,11 +150,18 @@ def ranks_from_environment() -> tuple[int, int] | None:
 
 
 @contextmanager
-def join_ranks() -> Iterator[Ranks]:
+def join_ranks(shard_size: int | None = None, tensor_size: int = 1) -> Iterator[Ranks]:
     """Join the process group that the environment describes; a process outside any launcher becomes a world of one.
 
     Leaves the group at the end whatever happened, or the one that has taken its place, so that a peer that waits for this rank fails at
     once.
+
+    Args:
+        shard_size: `fssdp.shard_size`.
+        tensor_size: `model.tensor_parallel`.
+
+    Raises:
+        UserError: the environment makes no sense, or there is another number of ranks than the two sizes divide.
     """
     # One that is to join a run under way is alone until it is let in.
     place = None if JOIN_VARIABLE in os.environ else ranks_from_environment()
@@ -147,7 +176,7 @@ def join_ranks() -> Iterator[Ranks]:
     if LAUNCHED_VARIABLE in os.environ:
         die_with_launcher(int(os.environ[LAUNCHED_VARIABLE]))
     try:
-        ranks = connect(store, rank, world_size)
+        ranks = connect(store, rank, world_size, shard_size, tensor_size)
         try:
             yield ranks
         except BaseException:
@@ -175,12 +204,14 @@ def restarts() -> int:
     return int(count) if count.isdigit() else 0
 
 
-def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
+def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: int | None = None, tensor_size: int = 1) -> Ranks:
     """Make this process one of `world_size` ranks. It must belong to no process group, or have left it.
 
     Args:
         store: where the ranks meet, used by none before; None: where torchrun's environment says.
+        shard_size, tensor_size: as `join_ranks` has them.
     """
+    mesh = make_mesh(world_size, shard_size, tensor_size)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -188,19 +219,11 @@ def connect(store: dist.Store | None, rank: int, world_size: int) -> Ranks:
     backend = "nccl" if cuda else "gloo"
     before = tcp_sockets()
     if store is None:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     else:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-    default = dist.group.WORLD
-    assert default is not None
-    ranks = Ranks(rank, world_size, device, ExpertGroups(experts=default, tokens=_all_ranks()))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    ranks = Ranks(rank, world_size, device, expert_groups(mesh), tensor=tensor_groups(mesh))
     return ranks if cuda else replace(ranks, connections=_of_gloo(ranks, tcp_sockets() - before))
-
-
-def _all_ranks() -> dist.ProcessGroup:
-    group = dist.new_group(timeout=_TIMEOUT)
-    assert isinstance(group, dist.ProcessGroup)  # a rank outside the group would get a number
-    return group
 
 
 def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:

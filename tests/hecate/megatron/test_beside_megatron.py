@@ -44,7 +44,7 @@ def _compare(rank: int, world: int, folder: str, policy: str) -> None:
     shape, moe, group = ours.shape, ours.moe, ranks.groups.tokens
     with quietly():
         config = expert_parallel_config(shape, torch.float32, world, aux_loss_coef=AUX_COEF)
-        theirs = build_gpt(shape, ours.vocab_size, config, expert_parallel_spec(), process_groups(group), seed=0)
+        theirs = build_gpt(shape, ours.vocab_size, config, expert_parallel_spec(), process_groups(ranks.groups), seed=0)
     layers: list[Any] = [layer.mlp for layer in theirs.decoder.layers]
     others = outside_experts(theirs)
     assert others.keys() == moe.others.keys()

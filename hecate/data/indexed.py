@@ -1,0 +1,126 @@
+"""Documents that are token ids already, on disk: trained on as documents of the `text` format are."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from hecate.data.encode import Counts, DataSource, Encoded, end_of_sequence, report_skipped
+from hecate.data.formats import Fault
+from hecate.data.indexed_files import IndexedFiles, open_indexed
+from hecate.data.syntax import bad_sample_error
+from hecate.errors import UserError
+
+_TOKENS_AT_A_TIME = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedSource(Sequence[Encoded]):
+    """All samples of an indexed data set, in its order, as `EncodedSource` has those of a file. A long document makes several."""
+
+    name: str
+    path: str
+    weight: float
+    files: IndexedFiles
+    end: int  # the id that ends a sequence, seen behind every document whose own last id is another
+    firsts: NDArray[np.int64]  # [samples]; where each begins in files.ids
+    starts: NDArray[np.int64]  # [samples + 1]; where each would begin if they lay end to end
+    lines: NDArray[np.int64]  # [samples], from 1; the number of its document
+    counts: Counts
+    content: str  # xxh3-64 of all ids
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        first, document = self.firsts[index], int(self.lines[index])
+        behind = first + self.starts[index + 1] - self.starts[index] + 1
+        ids = self.files.ids[first : min(behind, self.files.bounds[document])].astype(np.int32)
+        if behind > self.files.bounds[document]:
+            ids = np.append(ids, np.int32(self.end))
+        return Encoded(ids[:-1], ids[1:], document)
+
+    def digest(self) -> str:
+        """Of all that is trained on, to notice at a resume that the data or the tokenizer changed."""
+        digest = xxhash.xxh3_64(f"{self.content} {self.end}".encode())
+        for array in (self.firsts, self.starts):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+def encode_indexed(
+    source: DataSource,
+    prefix: str,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    on_bad_sample: str = "error",
+    quarantine: str | Path | None = None,
+) -> IndexedSource:
+    """Cut the documents at `prefix` as `encode_source` cuts those of a text file, its ids being those of `tokenizer`.
+
+    What is given is as there; a bad sample is a document without a token to learn.
+    Raises UserError, whatever the policy, for unusable files and for ids that the model has not.
+    """
+    files = open_indexed(prefix)
+    content = _check_ids(prefix, files, vocab_size)
+    bounds = files.bounds
+    lengths = np.diff(bounds)
+    last = files.ids[np.maximum(bounds[1:] - 1, 0)] if len(files.ids) else lengths
+    end = end_of_sequence(tokenizer)
+    # As many targets as ids with the end of sequence, but for the first.
+    learned = lengths - ((lengths > 0) & (last == end))
+    bad = np.flatnonzero(learned < 1)
+    faults = [Fault(f"{prefix}.bin", int(document) + 1, "the document has no token to learn") for document in bad]
+    if faults and on_bad_sample != "skip":
+        raise bad_sample_error(faults[0].file, faults[0].line, faults[0].reason)
+    report_skipped(source.path, faults, len(lengths) - len(faults), quarantine, _as_text(files))
+    pieces = -(-np.maximum(learned, 0) // seq_len)
+    document = np.repeat(np.arange(len(lengths)), pieces)
+    within = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    sizes = np.minimum(learned[document] - within * seq_len, seq_len)
+    return IndexedSource(
+        name=source.name,
+        path=source.path,
+        weight=source.weight,
+        files=files,
+        end=end,
+        firsts=bounds[document] + within * seq_len,
+        starts=np.cumsum(np.append(0, sizes), dtype=np.int64),
+        lines=document + 1,
+        counts=Counts(kept=len(lengths) - len(faults), truncated=0, skipped=len(faults)),
+        content=content,
+    )
+
+
+def _check_ids(prefix: str, files: IndexedFiles, vocab_size: int) -> str:
+    """Digest of all ids, each of which the model has."""
+    digest = xxhash.xxh3_64(str(files.ids.dtype).encode())
+    for first in range(0, len(files.ids), _TOKENS_AT_A_TIME):
+        part = files.ids[first : first + _TOKENS_AT_A_TIME]
+        digest.update(part.tobytes())
+        for extreme in (int(part.argmin()), int(part.argmax())):
+            if not 0 <= part[extreme] < vocab_size:
+                document = int(np.searchsorted(files.bounds, first + extreme, side="right"))
+                raise UserError(
+                    f"{prefix}.bin: document {document} has token id {part[extreme]}, but the model's vocabulary is 0 to {vocab_size - 1}\n"
+                    "it was made with another tokenizer: train with that one, or make the data set anew"
+                )
+    return digest.hexdigest()
+
+
+def _as_text(files: IndexedFiles) -> Iterator[bytes]:
+    return (str(files.ids[start:end].tolist()).encode() for start, end in pairwise(files.bounds))
