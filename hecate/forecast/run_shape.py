@@ -45,12 +45,25 @@ class RunShape:
 
     @property
     def mesh(self) -> Mesh:
-        return make_mesh(self.topology.world_size, self.config.fssdp.shard_size)
+        return make_mesh(self.topology.world_size, self.config.fssdp.shard_size, self.tensor_parallel)
 
     @property
     def tokens(self) -> int:
-        """of one rank in one micro-step"""
-        return self.config.micro_batch_size * self.config.data.seq_len
+        """of one rank in one micro-step; under tensor parallelism those that it routes"""
+        return self.config.micro_batch_size * self.config.data.seq_len // self.tensor_parallel
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Ranks that share one copy of the model outside its experts."""
+        return self.config.model.tensor_parallel
+
+    @property
+    def parts_parameters(self) -> int:
+        """What of it each of them has for itself: of the projections and the embedding."""
+        if self.tensor_parallel == 1:
+            return 0
+        projections = sum(layer.linear_parameters for layer in self.base.layers)
+        return (projections + self.base.vocabulary * self.base.layers[0].hidden) // self.tensor_parallel
 
     @property
     def replicated_parameters(self) -> int:
@@ -59,7 +72,7 @@ class RunShape:
         if self.config.moe.family == "moe_lora" and not self.config.moe.train_router:
             routers = 0
         if self.trains_non_experts:
-            return routers + self._outside_experts
+            return routers + self._outside_experts - self.tensor_parallel * self.parts_parameters
         return routers + sum(adapter_parameters(layer, self.config) for layer in self.base.layers)
 
     @property
@@ -107,11 +120,11 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
         ranks: left out: the topology's, else the configuration's nproc, else one a GPU, or 2.
 
     Raises:
-        UserError: a file is missing or damaged, the model is not supported, or numbers of ranks do not fit each other.
+        UserError: a file is missing or damaged, the model is not supported, or numbers of ranks do not go together.
     """
     name = topology or config.topology
     machines = _topology(name, config, ranks)
-    make_mesh(machines.world_size, config.fssdp.shard_size)
+    make_mesh(machines.world_size, config.fssdp.shard_size, config.model.tensor_parallel)
     base = _base_shape(config)
     if base.top_k is not None:
         config = replace(config, moe=config.moe.settled(tuple(layer.experts for layer in base.layers), base.top_k))
@@ -156,7 +169,7 @@ def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
         row_flops=row_flops,
         choice_flops=choice_flops,
         choice_backward=choice_backward,
-        non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len,
+        non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
     )
 
 
@@ -182,7 +195,7 @@ def _base_shape(config: Config) -> BaseShape:
     if model.front_end == "transformers":
         return read_base_shape(find_model(model.name_or_path), model.num_hidden_layers, config.moe.family)
     from hecate.megatron.shape import gpt_shape
-    from hecate.megatron.tokenizer import tokenizer_of
+    from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 
     gpt = gpt_shape(model.name_or_path)
     queries, keys = gpt.heads * gpt.head_dim, gpt.key_value_heads * gpt.head_dim
@@ -195,7 +208,7 @@ def _base_shape(config: Config) -> BaseShape:
         (*((name, width, gpt.hidden) for name, width in linears), ("o_proj", gpt.hidden, queries)),
     )
     layers = (layer,) * (model.num_hidden_layers or gpt.layers)
-    vocabulary = len(tokenizer_of(config))
+    vocabulary = vocabulary_of(config, tokenizer_of(config))
     return BaseShape(layers, vocabulary, (vocabulary + 1) * gpt.hidden + sum(one.parameters for one in layers))
 
 

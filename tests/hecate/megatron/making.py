@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from hecate.config import Config, load_config
 from hecate.moe.engine import ExpertGroups
+from hecate.parallel.mesh import make_mesh
+from hecate.train.mesh_groups import expert_groups, tensor_groups
 from hecate.train.ranks import Ranks
 from tests.hecate.data.conftest import build_byte_tokenizer
 
@@ -44,3 +46,9 @@ def ranks_of(rank: int, world: int) -> Ranks:
     group = dist.group.WORLD
     assert group is not None
     return Ranks(rank, world, torch.device("cpu"), ExpertGroups(group, dist.new_group()))
+
+
+def tensor_ranks_of(rank: int, world: int, tensor: int, shard: int | None = None) -> Ranks:
+    """Over the default group, with tensor and sharding groups of so many ranks. Every rank must call it."""
+    mesh = make_mesh(world, shard, tensor)
+    return Ranks(rank, world, torch.device("cpu"), expert_groups(mesh), tensor=tensor_groups(mesh))
