@@ -55,6 +55,8 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
 
 def check_for_ray(config: Config) -> None:
     """Raises UserError: it asks for what is not there on Ray."""
+    if config.model.tensor_parallel > 1:
+        raise UserError("model.tensor_parallel: is not there on Ray, which deals rows to single ranks; set it to 1, or use hecate launch")
     if config.fssdp.policy == MEGATRON_EP:
         raise UserError(
             "fssdp.policy: megatron_ep is not there on Ray, where the number of ranks may change\n  take another, or use hecate launch"
