@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from hecate.config import Config, load_config, to_yaml
+from hecate.config.schema import MEGATRON_EP
 from hecate.data.syntax import check_syntax
 from hecate.errors import UserError
 from hecate.launch.ray_cluster import connected, private_cluster
@@ -59,6 +60,10 @@ def check_for_ray(config: Config) -> None:
     if config.fssdp.shard_size is not None:
         raise UserError(
             "fssdp.shard_size: is not there on Ray, where the number of ranks may change\n  set it to null, or use hecate launch"
+        )
+    if config.fssdp.policy == MEGATRON_EP:
+        raise UserError(
+            "fssdp.policy: megatron_ep is not there on Ray, where the number of ranks may change\n  take another, or use hecate launch"
         )
 
 

@@ -94,6 +94,7 @@ def _train(ranks: Ranks, folder: Path, *overrides: str) -> Found:
     return Found(gradients, steps, resumed, loads, (numbers[0], numbers[1]), given.cost)
 
 
+MEGATRONS = "Megatron's layers"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": ("fssdp.policy=static_ep",),
     "checkpointed": ("fssdp.policy=full", "fssdp.rematerialize=true", "gradient_checkpointing=true"),
@@ -104,7 +105,10 @@ def _job(rank: int, world: int, folder: str, tensor: int, shard: int, variants: 
     ranks = tensor_ranks_of(rank, world, tensor, shard)
     own = (f"model.tensor_parallel={tensor}", f"fssdp.shard_size={shard}", f"micro_batch_size={rows}")
     out = f"{folder}/{world}-{tensor}-{shard}"
-    return {name: _train(ranks, Path(folder), *own, *VARIANTS[name], f"output_dir={out}-{name}") for name in variants}
+    return {
+        name: _train(ranks, Path(folder), *own, *VARIANTS.get(name, ("fssdp.policy=megatron_ep",)), f"output_dir={out}-{name}")
+        for name in variants
+    }
 
 
 def _elsewhere(rank: int, world: int, folder: str, tensor: int, rows: int, checkpoint_of: str) -> Steps:
@@ -144,7 +148,7 @@ def two_groups(folder: Path) -> tuple[str, list[dict[str, Found]]]:
 
 @pytest.fixture(scope="module")
 def groups_of_one(folder: Path) -> tuple[str, list[dict[str, Found]]]:
-    return "2-1-1", run_ranks(2, _job, str(folder), 1, 1, tuple(VARIANTS), 2)
+    return "2-1-1", run_ranks(2, _job, str(folder), 1, 1, (*VARIANTS, MEGATRONS), 2)
 
 
 @pytest.fixture(scope="module", params=["one_copy", "two_copies", "two_groups", "groups_of_one"])
