@@ -94,21 +94,19 @@ def _train(ranks: Ranks, folder: Path, *overrides: str) -> Found:
     return Found(gradients, steps, resumed, loads, (numbers[0], numbers[1]), given.cost)
 
 
-MEGATRONS = "Megatron's layers"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": ("fssdp.policy=static_ep",),
     "checkpointed": ("fssdp.policy=full", "fssdp.rematerialize=true", "gradient_checkpointing=true"),
 }
+ALONE: dict[str, tuple[str, ...]] = {**VARIANTS, "megatrons": ("fssdp.policy=megatron_ep",)}
+"""Megatron's MoE layers do not go together with its tensor parallelism here"""
 
 
 def _job(rank: int, world: int, folder: str, tensor: int, shard: int, variants: tuple[str, ...], rows: int) -> dict[str, Found]:
     ranks = tensor_ranks_of(rank, world, tensor, shard)
     own = (f"model.tensor_parallel={tensor}", f"fssdp.shard_size={shard}", f"micro_batch_size={rows}")
     out = f"{folder}/{world}-{tensor}-{shard}"
-    return {
-        name: _train(ranks, Path(folder), *own, *VARIANTS.get(name, ("fssdp.policy=megatron_ep",)), f"output_dir={out}-{name}")
-        for name in variants
-    }
+    return {name: _train(ranks, Path(folder), *own, *ALONE[name], f"output_dir={out}-{name}") for name in variants}
 
 
 def _elsewhere(rank: int, world: int, folder: str, tensor: int, rows: int, checkpoint_of: str) -> Steps:
@@ -148,7 +146,7 @@ def two_groups(folder: Path) -> tuple[str, list[dict[str, Found]]]:
 
 @pytest.fixture(scope="module")
 def groups_of_one(folder: Path) -> tuple[str, list[dict[str, Found]]]:
-    return "2-1-1", run_ranks(2, _job, str(folder), 1, 1, (*VARIANTS, MEGATRONS), 2)
+    return "2-1-1", run_ranks(2, _job, str(folder), 1, 1, tuple(ALONE), 2)
 
 
 @pytest.fixture(scope="module", params=["one_copy", "two_copies", "two_groups", "groups_of_one"])
@@ -175,7 +173,8 @@ def test_gradients_are_those_of_one_rank(alone: Found, job: tuple[str, list[dict
                 np.testing.assert_array_equal(together.setdefault(key, gradient), gradient, err_msg=f"ranks differ in {key}")
         assert together.keys() == alone.gradients.keys()
         for key, wanted in alone.gradients.items():
-            np.testing.assert_allclose(together[key], wanted, rtol=1e-8, atol=1e-10 * np.abs(wanted).max(), err_msg=f"{name}: {key}")
+            rtol = 1e-5 if name == "megatrons" else 1e-8  # Megatron's router works in float32
+            np.testing.assert_allclose(together[key], wanted, rtol=rtol, atol=rtol / 100 * np.abs(wanted).max(), err_msg=f"{name}: {key}")
 
 
 def test_the_model_begins_and_is_left_whole(folder: Path, alone: Found, job: tuple[str, list[dict[str, Found]]]) -> None:
