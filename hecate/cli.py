@@ -166,26 +166,26 @@ def status(run: Annotated[Path, typer.Argument(help="output_dir of a run that `h
 def evaluate(
     config: Annotated[Path, typer.Argument(help="the run's YAML file, or the config.yaml in its folder")],
     overrides: _Overrides = None,
-    adapter: Annotated[Path | None, typer.Option(help="adapter folder; left out: the one in output_dir")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter or model folder; left out: the one in output_dir")] = None,
 ) -> None:
-    """Held-out loss and exact accuracy of an adapter on data.eval, in one process."""
+    """Held-out loss and exact accuracy of what a run has left, adapter or model, on data.eval, in one process."""
     from hecate.config import load_config
 
     loaded = load_config(config, overrides or (), claim_output=False)
-    from hecate.train.inference import evaluate_adapter
+    from hecate.train.inference import evaluate_trained
 
-    evaluate_adapter(loaded, adapter or Path(loaded.output_dir) / "adapter")
+    evaluate_trained(loaded, adapter or Path(loaded.output_dir) / ("model" if loaded.moe.family == "full" else "adapter"))
 
 
 @app.command()
 def generate(
-    adapter: Annotated[Path, typer.Argument(help="adapter folder, such as runs/quickstart/adapter")],
+    adapter: Annotated[Path, typer.Argument(help="adapter or model folder, such as runs/quickstart/adapter")],
     prompt: Annotated[str, typer.Argument(help="what the user says")],
     system: Annotated[str | None, typer.Option(help="system message")] = None,
     model: Annotated[str | None, typer.Option(help="base model; left out: the one the adapter names")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
-    """Answer one prompt, greedily, with an adapter over its base model."""
+    """Answer one prompt, greedily, with an adapter over its base model, or with the model that a run has left."""
     from hecate.train.inference import answer
 
     print(answer(adapter, prompt, system=system, model=model, max_new_tokens=max_new_tokens))
