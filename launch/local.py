@@ -18,6 +18,7 @@ from types import FrameType
 from hecate.errors import USER_ERROR_EXIT
 from hecate.launch.run_folder import run_folder
 from hecate.local_store import (
+    ERRORS_VARIABLE,
     JOIN_VARIABLE,
     LAUNCHED_VARIABLE,
     MEMBER_VARIABLE,
@@ -149,6 +150,7 @@ def _start(arguments: Sequence[str], rank: int, num_ranks: int, store: Path, *, 
     environment.update(
         {
             STORE_VARIABLE: str(store),
+            ERRORS_VARIABLE: str(store.parent),
             LAUNCHED_VARIABLE: str(os.getpid()),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -198,7 +200,7 @@ def _wait(ranks: dict[int, Process], store: Path, crew: Crew | None) -> int:
     number = failed[0] if first_failure is None else first_failure
     if codes[number] == USER_ERROR_EXIT:
         if codes.get(0) != USER_ERROR_EXIT:  # rank 0 has printed its own
-            print(error_file(store, number).read_text(encoding="utf-8"), file=sys.stderr)
+            print(error_file(store.parent, number).read_text(encoding="utf-8"), file=sys.stderr)
         return USER_ERROR_EXIT
     print(
         f"hecate: rank {list(codes).index(number)} of {len(codes)} {_cause(codes[number])}; the run is stopped; "
