@@ -10,6 +10,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,11 @@ from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_fo
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.launch.run_folder import run_folder
 from hecate.local_store import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
+from hecate.train.sockets import notice_lost_machines, tcp_sockets
 
 _QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 3}
 """seconds: a dead node is noticed in half of the time that torch's own settings take"""
-_SILENCE = 30
-"""seconds after which a node that hosts the meeting point and does not answer is taken for lost"""
+_LOOK_SECONDS = 5.0
 
 
 def node_range(text: str) -> tuple[int, int]:
@@ -120,7 +122,8 @@ def _run(
     if meeting is None:
         settings["store_type"] = "file"
     else:
-        settings |= {"is_host": meeting.is_here, "read_timeout": _SILENCE}
+        settings["is_host"] = meeting.is_here
+        threading.Thread(target=_notice_lost_meeting_point, args=(meeting,), daemon=True).start()
     launch_config = LaunchConfig(
         min_nodes=nodes[0],
         max_nodes=nodes[1],
@@ -158,6 +161,13 @@ def _run(
             f"  {nodes[0]} must be started, each with the same --nnodes, --rdzv-endpoint and --rdzv-id"
         ) from None
     return 0
+
+
+def _notice_lost_meeting_point(meeting: Endpoint) -> None:
+    """The agent's store waits without end for an answer of a machine that is gone, and makes its connections itself."""
+    while True:
+        notice_lost_machines({c for c in tcp_sockets() if c.peer is not None and c.peer[1] == meeting.port})
+        time.sleep(_LOOK_SECONDS)
 
 
 def _report(failures: dict[int, Any], max_restarts: int) -> int:
