@@ -2,9 +2,7 @@
 
 - restart: `hecate launch`, torch's elastic agent: all ranks end and start again from the last checkpoint, which is that of the step before;
 - shrink: the local launcher with `fssdp.redundancy: 1`: the three that are left go on in their processes, no step is lost;
-- replace: the same until four ranks have finished a step together: a spare process loads while three train, then joins them.
-
-For the latter two the kill comes 15 s after the first step, when the spare process has imported what it needs.
+- replace: the same until four ranks have finished a step together: a new one loads while three train, then joins them.
 
 Each is a whole run of the command line with a tiny model in float64 (hidden 32, 2 layers, 8 experts). Before the figures: the losses of the
 runs that lost a rank are those of one that did not.
@@ -26,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import arguments, finish
+from tests.launch.processes import kill_rank
 from tests.tiny_run import make_workshop
 
 RANKS = 4
-SETTLED_S = 15.0
 COMMON = (
     "model.dtype=float64",
     "data.eval=[]",
@@ -80,19 +78,10 @@ def until(process: subprocess.Popen[str], start: str, beyond: int = -1) -> float
     raise RuntimeError(f"the run ended before a line {start!r}")
 
 
-def settle(process: subprocess.Popen[str]) -> None:
-    first = until(process, "step ")
-    while until(process, "step ") < first + SETTLED_S:
-        pass
-
-
 def kill_one(process: subprocess.Popen[str]) -> float:
     """SIGKILL the rank that was RANK 1 in the beginning."""
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split():
-        if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            os.kill(int(pid), signal.SIGKILL)
-            return time.perf_counter()
-    raise RuntimeError("no rank 1")
+    kill_rank(process.pid, 1)
+    return time.perf_counter()
 
 
 def restart(workshop: Path, name: str) -> Recovery:
@@ -107,7 +96,7 @@ def restart(workshop: Path, name: str) -> Recovery:
 
 def shrink_and_replace(workshop: Path, name: str) -> Recovery:
     with run_of(workshop, name, ["train"], f"nproc={RANKS}", "fssdp.redundancy=1") as process:
-        settle(process)
+        until(process, "step ", 5)
         killed = kill_one(process)
         noticed = until(process, "hecate: rank 1 was killed")
         until(process, f"{RANKS - 1} ranks go on after step")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.local_store import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, error_file, mistakes
+
+if TYPE_CHECKING:
+    from hecate.config import Config
 
 app = typer.Typer(
     add_completion=False,
@@ -54,6 +57,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         _check_kernels(loaded.kernels)
         check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
         count = loaded.nproc or _default_ranks()
+        _check_tensor_parallel(loaded, count)
         status = launch_local(["train", str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0)
         raise typer.Exit(status)
     errors = os.environ.get(ERRORS_VARIABLE)
@@ -63,15 +67,16 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 
     loaded = load_config(config, overrides or (), claim_output=False)
     _check_kernels(loaded.kernels)
-    from hecate.train.local_group import local_controller, wait_for_turn
+    from hecate.train.preload import preload
+
+    preload()
+    from hecate.train.local_group import local_controller
     from hecate.train.loop import train as run
     from hecate.train.ranks import join_ranks, lost_a_peer
     from hecate.train.restart import begin_or_resume
 
     try:
-        if JOIN_VARIABLE in os.environ:
-            wait_for_turn()
-        with join_ranks() as ranks:
+        with join_ranks(tensor_size=loaded.model.tensor_parallel) as ranks:
             # Only one process may ask whether output_dir is free: rank 0 of torchrun, or the launcher before it started us.
             asks = ranks.is_first and STORE_VARIABLE not in os.environ
             loaded = begin_or_resume(loaded, ranks, claim=(lambda: load_config(config, overrides or ())) if asks else None)
@@ -107,6 +112,7 @@ def launch(
     check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
     ranks = nproc_per_node or loaded.nproc or _default_ranks()
     check_fit(loaded, nodes, ranks)
+    _check_tensor_parallel(loaded, ranks * nodes[0] if nodes[0] == nodes[1] else ranks)
     arguments = ["train", str(config), *(overrides or ())]
     status = launch_torchrun(arguments, nodes=nodes, ranks_per_node=ranks, endpoint=rdzv_endpoint, job=rdzv_id, max_restarts=max_restarts)
     raise typer.Exit(status)
@@ -314,6 +320,17 @@ def _check_kernels(kernels: str) -> None:
     problem = triton_problem("cuda" if torch.cuda.is_available() else "cpu")
     if problem is not None:
         raise UserError(problem)
+
+
+def _check_tensor_parallel(config: Config, ranks: int) -> None:
+    """Refuse before any process starts what only the tokenizer and the number of ranks, of a node or of all, can tell."""
+    if config.model.tensor_parallel == 1:
+        return
+    from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
+    from hecate.parallel.mesh import make_mesh
+
+    make_mesh(ranks, tensor_size=config.model.tensor_parallel)
+    vocabulary_of(config, tokenizer_of(config))
 
 
 def _default_ranks() -> int:

@@ -38,21 +38,6 @@ def ready_file(store: Path, member: int) -> Path:
     return store.with_name(f"ready-{member}")
 
 
-def write_turn(store: Path, member: int, device: int) -> None:
-    """Let a member that waits for its turn load for a device."""
-    staged = store.with_name(f"turn-{member}.tmp")
-    staged.write_text(str(device), encoding="ascii")
-    os.replace(staged, store.with_name(f"turn-{member}"))
-
-
-def read_turn(store: Path, member: int) -> int | None:
-    """The device; None: not yet."""
-    try:
-        return int(store.with_name(f"turn-{member}").read_text(encoding="ascii"))
-    except FileNotFoundError:
-        return None
-
-
 def here_file(store: Path, generation: int, member: int) -> Path:
     """What a member makes when it is about to meet the others of a generation."""
     return store.with_name(f"here-{generation}-{member}")

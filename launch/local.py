@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from hecate.errors import USER_ERROR_EXIT
+from hecate.launch.fork_server import forking
 from hecate.launch.run_folder import run_folder
 from hecate.local_store import (
     ERRORS_VARIABLE,
@@ -27,12 +28,10 @@ from hecate.local_store import (
     error_file,
     ready_file,
     write_generation,
-    write_turn,
 )
 
 Process = subprocess.Popen[bytes]
 
-RANK_COMMAND = (sys.executable, "-m", "hecate")
 _MOST_REPLACED = 3
 """ranks started in the place of lost ones in a run"""
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
@@ -40,7 +39,7 @@ ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRES
 
 
 def launch_local(arguments: Sequence[str], num_ranks: int, *, survives: bool = False) -> int:
-    """Run `python -m hecate ARGUMENTS` on `num_ranks` local ranks; returns the exit status of the run.
+    """Run `hecate ARGUMENTS` on `num_ranks` local ranks; returns the exit status of the run.
 
     Rank 0 has the terminal. SIGINT and SIGTERM are passed on once, so that ranks can save and stop; a second one kills them. When a
     rank dies, the others are stopped, and the one that died is named.
@@ -48,10 +47,10 @@ def launch_local(arguments: Sequence[str], num_ranks: int, *, survives: bool = F
     Args:
         survives: the ranks can go on without one that dies. They are told to, and a new one is started that joins them when it has loaded.
     """
-    with run_folder() as folder:
-        store = folder / "store"
-        ranks = {rank: _start(arguments, rank, num_ranks, store, survives=survives) for rank in range(num_ranks)}
-        crew = Crew(arguments, num_ranks, store, ranks) if survives else None
+    with run_folder() as folder, forking(folder, _environment(num_ranks)) as program:
+        store, command = folder / "store", [*program, *arguments]
+        ranks = {rank: _start(command, rank, num_ranks, store, survives=survives) for rank in range(num_ranks)}
+        crew = Crew(command, num_ranks, store, ranks) if survives else None
         signals = 0
 
         def pass_on(_number: int, _frame: FrameType | None) -> None:
@@ -75,17 +74,16 @@ def launch_local(arguments: Sequence[str], num_ranks: int, *, survives: bool = F
 class Crew:
     """The ranks of a run that outlives some of them: tells those that are left with whom to go on, and starts others in their place."""
 
-    def __init__(self, arguments: Sequence[str], num_ranks: int, store: Path, processes: dict[int, Process]) -> None:
+    def __init__(self, command: Sequence[str], num_ranks: int, store: Path, processes: dict[int, Process]) -> None:
         """Args:
+        command: what a rank runs.
         processes: of all members, by number; those that are started later are added.
         """
-        self._arguments, self._store, self._processes = arguments, store, processes
+        self._command, self._store, self._processes = command, store, processes
         everyone = tuple(range(num_ranks))
         self._now = Generation(0, everyone, everyone, num_ranks)
         self._loading: dict[int, int] = {}
         """member that was started later and is not in yet -> the device that it takes"""
-        self._spare: int | None = None
-        """member that has imported what it needs, most of the time that a new one takes, and waits for its turn"""
         self._replaced = 0
         self.stopping = False
         """nobody is replaced any more"""
@@ -117,12 +115,6 @@ class Crew:
         for member in [m for m in self._loading if self._processes[m].poll() is not None]:
             print(f"hecate: the rank that was to join {_cause(self._processes[member].returncode)}", file=sys.stderr)
             self._replace(self._loading.pop(member))
-        if self._spare is not None and self._processes[self._spare].poll() is not None:
-            self._spare = None
-            self._replaced += 1
-        # Not while the first ranks load: it would take the processors from them.
-        if self._spare is None and self._replaced < _MOST_REPLACED and all(ready_file(self._store, m).exists() for m in self._now.members):
-            self._spare = self._start_spare()
 
     def _regroup(self, members: tuple[int, ...], devices: tuple[int, ...]) -> None:
         self._now = replace(self._now, number=self._now.number + 1, members=members, devices=devices)
@@ -131,43 +123,39 @@ class Crew:
     def _replace(self, device: int) -> None:
         if self._replaced < _MOST_REPLACED:
             self._replaced += 1
-            member = self._start_spare() if self._spare is None else self._spare
-            self._spare = None
-            write_turn(self._store, member, device)
+            member = max(self._processes) + 1
+            self._processes[member] = _start(self._command, member, self._now.num_devices, self._store, survives=True, takes=device)
             self._loading[member] = device
 
-    def _start_spare(self) -> int:
-        member = max(self._processes) + 1
-        self._processes[member] = _start(self._arguments, member, self._now.num_devices, self._store, survives=True, joins=True)
-        return member
 
-
-def _start(arguments: Sequence[str], rank: int, num_ranks: int, store: Path, *, survives: bool = False, joins: bool = False) -> Process:
-    """Args:
-    joins: it waits for its turn to join a run under way, and learns its device then.
-    """
-    environment = dict(os.environ)
-    environment.update(
-        {
-            STORE_VARIABLE: str(store),
-            ERRORS_VARIABLE: str(store.parent),
-            LAUNCHED_VARIABLE: str(os.getpid()),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
-    )
-    if survives:
-        environment[MEMBER_VARIABLE] = str(rank)
-    if joins:
-        environment[JOIN_VARIABLE] = "1"
+def _environment(num_ranks: int) -> dict[str, str]:
+    """What all ranks have of it."""
+    environment = {**os.environ, LAUNCHED_VARIABLE: str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
     for name, value in ALLOCATOR_SETTINGS.items():
         environment.setdefault(name, value)
     # Bars of several ranks would be written over each other, and the run shows its own progress.
     environment.setdefault("TQDM_DISABLE", "1")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    return subprocess.Popen([*RANK_COMMAND, *arguments], env=environment)
+    return environment
+
+
+def _start(command: Sequence[str], rank: int, num_ranks: int, store: Path, *, survives: bool, takes: int | None = None) -> Process:
+    """Args:
+    takes: the device of a rank that joins a run under way when it has loaded; left out: it begins the run, on the device of its number.
+    """
+    environment = {
+        **_environment(num_ranks),
+        STORE_VARIABLE: str(store),
+        ERRORS_VARIABLE: str(store.parent),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank if takes is None else takes),
+        "WORLD_SIZE": str(num_ranks),
+    }
+    if survives:
+        environment[MEMBER_VARIABLE] = str(rank)
+    if takes is not None:
+        environment[JOIN_VARIABLE] = "1"
+    return subprocess.Popen(command, env=environment)
 
 
 def _wait(ranks: dict[int, Process], store: Path, crew: Crew | None) -> int:

@@ -33,6 +33,8 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
         UserError: configuration, cluster or devices are not as they must be.
     """
     config = load_config(config_path, overrides)
+    if config.model.tensor_parallel > 1:
+        raise UserError("model.tensor_parallel: is not there on Ray, which deals rows to single ranks; set it to 1, or use hecate launch")
     check_syntax([*config.data.train, *config.data.eval], config.data.on_bad_sample)
     topology = _configured_topology(config)
     import torch  # noqa: F401 - later than this the folder we are in may be gone for a moment

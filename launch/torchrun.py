@@ -19,6 +19,7 @@ from typing import Any
 from hecate.config import Config
 from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_for
+from hecate.launch.fork_server import forking
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.launch.run_folder import run_folder
 from hecate.local_store import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
@@ -137,7 +138,8 @@ def _run(
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
     )
     try:
-        elastic_launch(launch_config, sys.executable)("-m", "hecate", *arguments)
+        with forking(folder, os.environ) as (program, *options):
+            elastic_launch(launch_config, program)(*options, *arguments)
     except (ChildFailedError, RendezvousConnectionError) as error:
         if found := mistakes(folder):
             if found[0].name != "error-0":  # rank 0 has printed its own

@@ -194,12 +194,12 @@ def owned_rows(owned_nC: Tensor, placement: Placement, rank: int, expert_M: np.n
     """[M, C]: the owned chunks of the given experts."""
     owned_experts = placement.owned_by(rank)
     assert owned_nC.shape[0] == len(owned_experts), (owned_nC.shape, owned_experts)
-    return owned_nC[index(np.searchsorted(owned_experts, expert_M), owned_nC.device)]
+    return owned_nC.index_select(0, index(np.searchsorted(owned_experts, expert_M), owned_nC.device))
 
 
 def slot_rows(replica_SC: Tensor, placement: Placement, rank: int, expert_M: np.ndarray) -> Tensor:
     """[M, C]: the rows of the given experts' slots."""
-    return replica_SC[index(placement.slot_of_expert(rank)[expert_M], replica_SC.device)]
+    return replica_SC.index_select(0, index(placement.slot_of_expert(rank)[expert_M], replica_SC.device))
 
 
 def into_slots(
@@ -218,12 +218,17 @@ def sum_by_rank(experts: np.ndarray, own_nC: Tensor, rank: int, arrived: Sequenc
     """[n, C]: the sums of the chunks of `experts` (ascending), each sum's terms added by sending rank ascending.
 
     Args:
-        own_nC: this rank's own terms.
+        own_nC: this rank's own terms; may be overwritten.
         arrived: others' terms, of these experts only; a peer that is in two of the runs is taken in their order.
     """
     terms = [(peer, run.expert_M[rows], rows_MC[rows]) for run, rows_MC in arrived for peer, rows in run.pieces]
-    total_nC = torch.zeros_like(own_nC)
-    for _, expert_M, rows_MC in sorted([*terms, (rank, experts, own_nC)], key=lambda term: term[0]):
+    terms.sort(key=lambda term: term[0])
+    if sum(peer <= rank for peer, _, _ in terms) <= 1:
+        total_nC = own_nC  # the first two terms of a sum may change places
+    else:
+        total_nC = torch.zeros_like(own_nC)
+        terms = sorted([*terms, (rank, experts, own_nC)], key=lambda term: term[0])
+    for _, expert_M, rows_MC in terms:
         if len(expert_M) == len(experts):  # all of them, so in this order
             total_nC += rows_MC
         else:

@@ -95,7 +95,9 @@ def dispatch(
     dist.all_to_all_single(recv_W, send_W, group=group)
     send_rows, recv_rows = send_W.tolist(), recv_W.tolist()
     meta_RN = _exchange(torch.cat([slot_MK, token_T[source_M, None]], dim=1), send_rows, recv_rows, group)
-    x_RD, weight_RK = _Exchange.apply(send_rows, recv_rows, group, x_TD[source_M], weight_TK[source_M])
+    # index_select: its backward pass adds rows up, that of an index sorts them first.
+    rows_MD, weight_MK = x_TD.index_select(0, source_M), weight_TK.index_select(0, source_M)
+    x_RD, weight_RK = _Exchange.apply(send_rows, recv_rows, group, rows_MD, weight_MK)
     return Dispatched(
         x_RD=x_RD,
         slot_RK=meta_RN[:, :-1],
@@ -112,7 +114,7 @@ def combine(y_RD: Tensor, dispatched: Dispatched, group: dist.ProcessGroup) -> T
     """Return the results to the tokens' ranks and add them up there: [T, D]. Differentiable. Every rank must call it."""
     (y_MD,) = _Exchange.apply(dispatched.recv_rows, dispatched.send_rows, group, y_RD)
     y_TD = y_MD.new_zeros((dispatched.num_tokens, y_MD.shape[1]))
-    return y_TD.index_add(0, dispatched.source_M, y_MD)
+    return y_TD.index_add_(0, dispatched.source_M, y_MD)
 
 
 def _exchange(rows: Tensor, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -46,10 +46,13 @@ class Mesh:
 def make_mesh(world_size: int, shard_size: int | None = None, tensor_size: int = 1) -> Mesh:
     """Args:
         shard_size: `fssdp.shard_size`; None: the world.
+        tensor_size: `model.tensor_parallel`.
 
     Raises:
-        UserError: the sharding groups do not fill the world.
+        UserError: the groups do not fill the world.
     """
+    if world_size % tensor_size:
+        raise UserError(f"model.tensor_parallel: must divide the number of ranks, which is {world_size}, got {tensor_size}")
     if shard_size is not None and world_size % shard_size:
         divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
         raise UserError(

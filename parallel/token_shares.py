@@ -25,6 +25,11 @@ def rows_by_speed(num_rows: int, speed_D: Sequence[float]) -> list[int]:
     return rows.tolist()
 
 
+def slowest_of_each(speed_D: Sequence[float], size: int) -> list[float]:
+    """Of each group of `size` neighbouring ranks, whose ranks wait for one another."""
+    return [min(speed_D[first : first + size]) for first in range(0, len(speed_D), size)]
+
+
 def dense_seconds(rows_D: Sequence[int], speed_D: Sequence[float]) -> float:
     """When the last rank is through with its rows; `speed_D` in rows per second."""
     return float((np.asarray(rows_D) / np.asarray(speed_D)).max())

@@ -16,6 +16,7 @@ _NOT_COMPUTATION = (
     "nproc",
     "topology",
     "kernels",
+    "model.tensor_parallel",
     "logging_steps",
     "eval_steps",
     "save_steps",

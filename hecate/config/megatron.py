@@ -1,12 +1,17 @@
 """Rules for `model.front_end: megatron`."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hecate.config.model_path import find_model
 from hecate.config.problems import Add, shorten
 from hecate.errors import UserError
+
+if TYPE_CHECKING:
+    from hecate.megatron.shape import GptShape
 
 
 def check_megatron(values: Mapping[str, Any], add: Add) -> None:
@@ -34,10 +39,27 @@ def check_megatron(values: Mapping[str, Any], add: Add) -> None:
             layers = values.get("model.num_hidden_layers")
             if layers is not None and layers > shape.layers:
                 add("model.num_hidden_layers", f"{layers}, but the model has only {shape.layers}", "")
+            _check_tensor_parallel(values, shape, add)
             fewest, choices = experts or shape.experts, top_k or shape.top_k
             if (experts is None or top_k is None) and choices > fewest:
                 add("moe.top_k", f"must be from 1 to {fewest}, the experts of a layer, got {choices}", "")
     _check_tokenizer(values, add)
+
+
+def _check_tensor_parallel(values: Mapping[str, Any], shape: GptShape, add: Add) -> None:
+    key = "model.tensor_parallel"
+    size, ranks = values.get(key, 1), values.get("nproc")
+    if size < 2:
+        return
+    for what, number in (("attention heads", shape.heads), ("heads of keys and values", shape.key_value_heads)):
+        if number % size:
+            add(key, f"must divide the model's {number} {what}, got {size}", "each rank has whole heads")
+            break
+    if ranks is not None and ranks % size:
+        add(key, f"must divide the number of ranks, which is {ranks} (nproc), got {size}", "")
+    if values.get("fssdp.redundancy"):
+        hint = "after a loss go on from the last checkpoint"
+        add("fssdp.redundancy", f"does not go together with {key} yet: the parts of a lost rank are nowhere else", hint)
 
 
 def _check_tokenizer(values: Mapping[str, Any], add: Add) -> None:

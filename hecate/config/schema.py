@@ -21,6 +21,9 @@ class ModelConfig:
     sizes of the model: a name of configs/models, such as gpt-moe-s, or a YAML file like those."""
     tokenizer: str | None = None
     """With front_end megatron: a folder with a tokenizer's files, or a model as in name_or_path to take it from."""
+    tensor_parallel: int = 1
+    """With front_end megatron: neighbouring ranks that share one copy of the model outside its experts. They compute the same rows, so
+    micro_batch_size is theirs together; experts are spread over all ranks as ever. Must divide the number of ranks."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """The type in which the frozen base is held and computed. auto: the trainer chooses by model and device."""
     num_hidden_layers: int | None = None

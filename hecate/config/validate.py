@@ -40,6 +40,7 @@ _COUNT = Range(1, MAX_INT)
 _POSITIVE = Range(0, low_open=True)
 RANGES: dict[str, Range] = {
     "model.num_hidden_layers": _COUNT,
+    "model.tensor_parallel": _COUNT,
     "data.seq_len": Range(2, MAX_INT),
     "seed": Range(0, MAX_INT),
     "max_steps": _COUNT,
@@ -114,6 +115,8 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
 def _check_model(values: Mapping[str, Any], add: Add) -> None:
     if values.get("model.tokenizer") is not None:
         add("model.tokenizer", "is read with model.front_end=megatron only", "a checkpoint brings its own")
+    if values.get("model.tensor_parallel", 1) > 1:
+        add("model.tensor_parallel", "needs model.front_end=megatron, whose layers can be cut", "leave it at 1")
     if "model.name_or_path" in values:
         try:
             find_model(values["model.name_or_path"])

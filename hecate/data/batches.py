@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from hecate.data.rows import Row
 # Shapes: B rows, S positions
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch. S is the longest row's length rounded up to a multiple of 8; all tensors are int64."""
+    """One micro-batch. S is the longest row's length rounded up to a multiple of 8, or more (`collate`); all tensors are int64."""
 
     input_ids: Tensor  # [B, S]; the pad id at padding
     targets: Tensor  # [B, S]; what position t is to predict, not to be shifted again; -100: nothing
@@ -40,12 +41,13 @@ def row_ranges(num_rows: int, shares: Sequence[float]) -> list[range]:
     return [range(start, end) for start, end in pairwise([0, *ends])]
 
 
-def collate(rows: Sequence[Row], pad_id: int, seq_len: int) -> Batch:
-    """Pad rows to one length. `seq_len` is the run's, not the batch's: it spaces the token ids."""
+def collate(rows: Sequence[Row], pad_id: int, seq_len: int, parts: int = 1) -> Batch:
+    """Pad rows to one length, which `parts` divides. `seq_len` is the run's, not the batch's: it spaces the token ids."""
     assert rows, "a batch needs rows; a rank without any takes empty_row()"
     longest = max(len(row.input_ids) for row in rows)
     assert longest <= seq_len, (longest, seq_len)
-    width = max(8, -(-longest // 8) * 8)
+    step = lcm(8, parts)
+    width = max(step, -(-longest // step) * step)
     shape = (len(rows), width)
     batch = Batch(
         input_ids=torch.full(shape, pad_id),

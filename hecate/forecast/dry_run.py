@@ -10,6 +10,7 @@ import numpy as np
 from hecate.forecast.memory import PHASES, MemoryPart, memory_parts
 from hecate.forecast.run_shape import ExpertLayers, RunShape, adapter_parameters
 from hecate.parallel.cost_model import DISPATCH_COLLECTIVES
+from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import Simulated, StepBytes, simulate
 from hecate.parallel.workloads import WORKLOADS
@@ -125,11 +126,13 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         if simulated.seconds.dispatch > 0:
             dispatch += again * times * (simulated.seconds.dispatch + (together - 1) * group.number * DISPATCH_COLLECTIVES * latency)
     reduced_bytes = _all_reduced_bytes(run)
+    tensor = _tensor_traffic(run)
     parts = {
         "attention": _attention_seconds(run),
         "experts": again * times * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
         "tokens": dispatch,
         "exposed": times * sum(one.seconds.exposed for one in groups),
+        **({"tensor": tensor.seconds} if run.tensor_parallel > 1 else {}),
         "head": (6.0 if run.trains_non_experts else 4.0)
         * run.base.layers[0].hidden
         * run.base.vocabulary
@@ -138,7 +141,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         / min(topology.flops),
         "all-reduce": reduced_bytes / topology.slowest_link.bandwidth + topology.slowest_link.latency if reduced_bytes else 0.0,
         "optimizer": sum(one.seconds.optimizer for one in groups)
-        + 7.0 * run.replicated_parameters * run.master_bytes / min(topology.memory_bandwidth),
+        + 7.0 * (run.replicated_parameters + run.parts_parameters) * run.master_bytes / min(topology.memory_bandwidth),
     }
     nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks leaves each node once
     rows_D = np.max([one.rows_D for one in groups], axis=0) / together
@@ -146,10 +149,10 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         policy=policy,
         parts=parts,
         bytes=StepBytes(
-            near=times * sum(one.bytes.near for one in groups) + (topology.world_size - nodes) * reduced_bytes,
-            far=times * sum(one.bytes.far for one in groups) + nodes * reduced_bytes,
-            busiest_port=times * sum(one.bytes.busiest_port for one in groups) + reduced_bytes,
-            busiest_uplink=times * sum(one.bytes.busiest_uplink for one in groups) + (reduced_bytes if nodes else 0.0),
+            near=times * sum(one.bytes.near for one in groups) + (topology.world_size - nodes) * reduced_bytes + tensor.near,
+            far=times * sum(one.bytes.far for one in groups) + nodes * reduced_bytes + tensor.far,
+            busiest_port=times * sum(one.bytes.busiest_port for one in groups) + reduced_bytes + tensor.port,
+            busiest_uplink=times * sum(one.bytes.busiest_uplink for one in groups) + (reduced_bytes + tensor.uplink if nodes else 0.0),
         ),
         imbalance=float(np.average([one.imbalance for one in groups], weights=[group.number for group in run.groups])),
         memory=memory_parts(
@@ -177,8 +180,36 @@ def _others_frozen(simulated: Simulated, group: ExpertLayers, run: RunShape) -> 
 
 def _all_reduced_bytes(run: RunShape) -> float:
     """What each rank sends in the all-reduce of the replicated gradients, in a ring."""
-    world = run.topology.world_size
-    return 2.0 * (world - 1) / world * run.replicated_parameters * run.master_bytes
+    world, copies = run.topology.world_size, run.topology.world_size // run.tensor_parallel
+    parts = (copies - 1) / copies * run.parts_parameters
+    return 2.0 * ((world - 1) / world * run.replicated_parameters + parts) * run.master_bytes
+
+
+@dataclass(frozen=True)
+class _Traffic:
+    """What tensor parallelism sends in a step: seconds, and bytes over all ranks or through one port."""
+
+    seconds: float
+    near: float
+    far: float
+    port: float
+    uplink: float
+
+
+def _tensor_traffic(run: RunShape) -> _Traffic:
+    """Hidden states are gathered before a layer's first projection and scattered behind its last one; backward the same, and once more
+    gathered for the first one's gradient. Embedding and head scatter and gather once a direction."""
+    config, topology, size = run.config, run.topology, run.tensor_parallel
+    forwards = 2 if config.gradient_checkpointing else 1
+    collectives = config.gradient_accumulation_steps * (len(run.base.layers) * (2 * forwards + 3) + 4)
+    port = collectives * (size - 1) * run.tokens * run.base.layers[0].hidden * run.dtype_bytes
+    groups = make_mesh(topology.world_size, tensor_size=size).tensor_groups()
+    crossing = sum(len({topology.node_of_rank[rank] for rank in group}) > 1 for group in groups)
+    link = topology.inter_node if crossing else topology.intra_node
+    all_bytes = float(port * topology.world_size)
+    far = all_bytes * crossing / len(groups)
+    seconds = port / link.bandwidth + collectives * link.latency if size > 1 else 0.0
+    return _Traffic(seconds, all_bytes - far, far, float(port), float(port) if crossing else 0.0)
 
 
 def _attention_seconds(run: RunShape) -> float:

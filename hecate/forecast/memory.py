@@ -56,7 +56,7 @@ def memory_parts(
     frozen = np.zeros(world)
     for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
         frozen += (_owned(group, run.topology.memory) + others_D) * group.cost.frozen_bytes
-    replicated = np.full(world, float(run.replicated_parameters * run.master_bytes))
+    replicated = np.full(world, float((run.replicated_parameters + run.parts_parameters) * run.master_bytes))
     base = _base_bytes(run)
     saved = _saved_bytes(run, rows_D)
     nothing = np.zeros(world)
@@ -129,6 +129,9 @@ def _backward_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:
 
 
 def _head_bytes(run: RunShape) -> float:
-    """Logits of one chunk of tokens, in the base's type and in float32, and what their softmax needs."""
-    rows = min(_HEAD_ROWS, run.tokens)
-    return float(rows * run.base.vocabulary * (8 if run.dtype_bytes >= 4 else run.dtype_bytes + 8))
+    """Logits of one chunk of tokens, in the base's type and in float32, and what their softmax needs; hidden states where they are put
+    together from several ranks', and their gradients."""
+    tokens, parts = run.tokens * run.tensor_parallel, run.tensor_parallel
+    together = 2 * tokens * run.base.layers[0].hidden * run.dtype_bytes if parts > 1 else 0
+    rows = min(_HEAD_ROWS, tokens)
+    return float(rows * run.base.vocabulary // parts * (8 if run.dtype_bytes >= 4 else run.dtype_bytes + 8) + together)

@@ -9,6 +9,7 @@ from hecate.config import Config, find_model
 from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.mesh import make_mesh
 from hecate.parallel.topology import Topology, local_topology
 from hecate.parallel.topology_file import load_topology
 from hecate.presets import find_preset
@@ -44,8 +45,21 @@ class RunShape:
 
     @property
     def tokens(self) -> int:
-        """of one rank in one micro-step"""
-        return self.config.micro_batch_size * self.config.data.seq_len
+        """of one rank in one micro-step; under tensor parallelism those that it routes"""
+        return self.config.micro_batch_size * self.config.data.seq_len // self.tensor_parallel
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Ranks that share one copy of the model outside its experts."""
+        return self.config.model.tensor_parallel
+
+    @property
+    def parts_parameters(self) -> int:
+        """What of it each of them has for itself: of the projections and the embedding."""
+        if self.tensor_parallel == 1:
+            return 0
+        projections = sum(layer.linear_parameters for layer in self.base.layers)
+        return (projections + self.base.vocabulary * self.base.layers[0].hidden) // self.tensor_parallel
 
     @property
     def replicated_parameters(self) -> int:
@@ -54,7 +68,7 @@ class RunShape:
         if self.config.moe.family == "moe_lora" and not self.config.moe.train_router:
             routers = 0
         if self.trains_non_experts:
-            return routers + self._outside_experts
+            return routers + self._outside_experts - self.tensor_parallel * self.parts_parameters
         return routers + sum(adapter_parameters(layer, self.config) for layer in self.base.layers)
 
     @property
@@ -102,10 +116,11 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
         ranks: left out: the topology's, else the configuration's nproc, else one a GPU, or 2.
 
     Raises:
-        UserError: a file is missing or damaged, the model is not supported, or two numbers of ranks differ.
+        UserError: a file is missing or damaged, the model is not supported, or numbers of ranks do not go together.
     """
     name = topology or config.topology
     machines = _topology(name, config, ranks)
+    make_mesh(machines.world_size, tensor_size=config.model.tensor_parallel)
     base = _base_shape(config)
     if base.top_k is not None:
         config = replace(config, moe=config.moe.settled(tuple(layer.experts for layer in base.layers), base.top_k))
@@ -150,7 +165,7 @@ def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
         row_flops=row_flops,
         choice_flops=choice_flops,
         choice_backward=choice_backward,
-        non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len,
+        non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
     )
 
 
@@ -176,7 +191,7 @@ def _base_shape(config: Config) -> BaseShape:
     if model.front_end == "transformers":
         return read_base_shape(find_model(model.name_or_path), model.num_hidden_layers, config.moe.family)
     from hecate.megatron.shape import gpt_shape
-    from hecate.megatron.tokenizer import tokenizer_of
+    from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 
     gpt = gpt_shape(model.name_or_path)
     queries, keys = gpt.heads * gpt.head_dim, gpt.key_value_heads * gpt.head_dim
@@ -189,7 +204,7 @@ def _base_shape(config: Config) -> BaseShape:
         (*((name, width, gpt.hidden) for name, width in linears), ("o_proj", gpt.hidden, queries)),
     )
     layers = (layer,) * (model.num_hidden_layers or gpt.layers)
-    vocabulary = len(tokenizer_of(config))
+    vocabulary = vocabulary_of(config, tokenizer_of(config))
     return BaseShape(layers, vocabulary, (vocabulary + 1) * gpt.hidden + sum(one.parameters for one in layers))
 
 

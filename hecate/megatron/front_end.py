@@ -11,15 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.config import Config
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.megatron.imports import quietly
 from hecate.megatron.shape import GptShape, gpt_shape
-from hecate.megatron.tokenizer import tokenizer_of
-from hecate.model.head import chunked_cross_entropy
+from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
+from hecate.model.head import VocabularyPart, chunked_cross_entropy
 from hecate.model.surgery import MoeModel, adapter_dtype, prefetch_during_attention
+from hecate.model.tensor_parts import TensorGroups, TensorParts
 from hecate.moe.context import MicroStep
 from hecate.moe.engine import Engine
 from hecate.moe.full_experts import FullExperts
@@ -31,10 +33,12 @@ from hecate.train.build import BaseModel, engine_config
 from hecate.train.ranks import Ranks
 
 with quietly():
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from hecate.megatron.gpt import INIT_STD, build_gpt, process_groups, transformer_config
     from hecate.megatron.layer import FssdpMoeLayer
+    from hecate.megatron.tensor_parallel import prepare_sharded_layers
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,23 @@ class MegatronModel(BaseModel):
 
 
 class GptHead:
-    """A GPTModel taken apart into its decoder and its output projection, as `LanguageModelHead` does with transformers' models."""
+    """A GPTModel taken apart into its decoder and its output projection, as `LanguageModelHead` does with transformers' models.
 
-    def __init__(self, model: Any) -> None:
+    Under tensor parallelism the ranks of a group give it the same rows. Between their shared projections each keeps some of the positions
+    (Megatron's sequence parallelism), so that no token is routed twice; hidden states come out whole, logits of a part of the vocabulary.
+    """
+
+    def __init__(self, model: Any, tensor: TensorGroups | None = None) -> None:
         self._model = model
+        self._tensor = tensor
+
+    def own_positions(self, length: int) -> slice:
+        """Of rows of so many positions, those whose tokens the layers of this rank see."""
+        if self._tensor is None:
+            return slice(length)
+        assert length % self._tensor.size == 0, (length, self._tensor.size)
+        each = length // self._tensor.size
+        return slice(self._tensor.part * each, (self._tensor.part + 1) * each)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]. Position numbers are not needed: rotary embeddings are relative, and no sample sees another."""
@@ -57,15 +74,19 @@ class GptHead:
         rotary = model.rotary_pos_emb(input_ids.shape[1])
         embedded_SBD = model.embedding(input_ids=input_ids, position_ids=position_ids)
         hidden_SBD = model.decoder(hidden_states=embedded_SBD, attention_mask=attention_mask, rotary_pos_emb=rotary)
+        if self._tensor is not None:
+            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, group=self._tensor.tensor)
         return hidden_SBD.transpose(0, 1)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """[N, D] -> [N, vocabulary]."""
-        weight = self._model.shared_embedding_or_output_weight()
-        return self._model.output_layer(hidden_ND[:, None], weight=weight)[0].squeeze(1)
+        """[N, D] -> [N, vocabulary], or this rank's part of it. Megatron's output layer would gather the positions again."""
+        return F.linear(hidden_ND, self._model.shared_embedding_or_output_weight())
 
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-        return chunked_cross_entropy(hidden_ND, target_N, self.logits, [self._model.shared_embedding_or_output_weight()])
+        """Summed cross-entropy of N label tokens; of the ranks of a tensor group, which give the same ones, each has a share of the sum."""
+        weight = self._model.shared_embedding_or_output_weight()
+        part = VocabularyPart(self._tensor.part * len(weight), self._tensor.tensor) if self._tensor else None
+        return chunked_cross_entropy(hidden_ND, target_N, self.logits, [weight], part)
 
 
 def shape_of(config: Config) -> GptShape:
@@ -83,8 +104,9 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
         UserError: megatron-core or the tokenizer is missing.
     """
     shape, tokenizer = shape_of(config), tokenizer_of(config)
+    vocabulary = vocabulary_of(config, tokenizer)
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
-    non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len
+    non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len / ranks.tensor_size
     families = {layer: _family(shape, layer, config.seed, dtype, ranks.device) for layer in range(shape.layers)}
     engine = Engine(dict(families), engine_config(config, ranks, non_moe_flops, topology), ranks.groups)
     micro_step = MicroStep()
@@ -99,21 +121,29 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
         )
         for layer in families
     }
-    model = gpt_with(shape, len(tokenizer), layers, ranks, dtype=dtype, seed=config.seed)
+    model = gpt_with(shape, vocabulary, layers, ranks, dtype=dtype, seed=config.seed)
     prefetch_during_attention(model.decoder.layers, engine, layers, config.fssdp.prefetch)
-    moe = MoeModel(model, engine, micro_step, layers, {}, outside_experts(model))
-    return MegatronModel(model, GptHead(model), tokenizer, len(tokenizer), moe, shape)
+    parts = tensor_parts(model, ranks.tensor) if ranks.tensor else None
+    moe = MoeModel(model, engine, micro_step, layers, {}, outside_experts(model), parts=parts)
+    return MegatronModel(model, GptHead(model, ranks.tensor), tokenizer, vocabulary, moe, shape)
 
 
 def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[int, MoeLayer], ranks: Ranks, *, dtype: torch.dtype, seed: int) -> Any:
-    """A GPTModel whose FFNs are `layers`, on this rank's device. Every rank must call it."""
+    """A GPTModel whose FFNs are `layers`, on this rank's device. Every rank must call it.
+
+    Each rank draws all weights and keeps its parts, so what the model begins with does not depend on their number.
+    """
+    parallel: dict[str, Any] = {}
+    if ranks.tensor is not None:
+        prepare_sharded_layers()
+        parallel = {"tensor_model_parallel_size": ranks.tensor_size, "sequence_parallel": True}
     with quietly():
         model = build_gpt(
             shape,
             vocabulary,
-            transformer_config(shape, dtype),
+            transformer_config(shape, dtype, **parallel),
             ModuleSpec(module=FssdpMoeLayer, params={"layers": layers}),
-            process_groups(ranks.groups),
+            process_groups(ranks.groups, ranks.tensor),
             seed=seed,
         )
     model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.to(ranks.device)
@@ -123,6 +153,12 @@ def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[int, MoeLayer], r
 def outside_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """What trains beside experts and routers, by its names in the model."""
     return {name: parameter for name, parameter in model.named_parameters() if ".mlp." not in name}
+
+
+def tensor_parts(model: nn.Module, groups: TensorGroups) -> TensorParts:
+    """Of what trains beside experts and routers, the parameters that Megatron's layers have cut."""
+    cut: dict[str, Any] = {name: p for name, p in outside_experts(model).items() if getattr(p, "tensor_model_parallel", False)}
+    return TensorParts(cut, {name: parameter.partition_dim for name, parameter in cut.items()}, groups)
 
 
 def _family(shape: GptShape, layer: int, seed: int, dtype: torch.dtype, device: torch.device) -> FullExperts:

@@ -10,10 +10,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hecate.megatron.layer import AnyDeviceRotary, TorchAttention
+from hecate.megatron.layer import AnyDeviceRotary, TorchAttention, TorchNorm
 from hecate.megatron.shape import GptShape
+from hecate.model.tensor_parts import TensorGroups
 from hecate.moe.engine import ExpertGroups
 
 INIT_STD, NORM_EPS, ROTARY_BASE = 0.02, 1e-5, 10_000
@@ -49,19 +51,20 @@ def transformer_config(shape: GptShape, dtype: torch.dtype, **changes: Any) -> T
     )
 
 
-def process_groups(groups: ExpertGroups) -> ProcessGroupCollection:
-    """Our groups by Megatron's names: data parallel over all ranks, experts over the ranks of a sharding group, data parallel of experts
-    over a replicate group; everything else is a rank alone.
+def process_groups(groups: ExpertGroups, tensor: TensorGroups | None = None) -> ProcessGroupCollection:
+    """Our groups by Megatron's names: data parallel over all ranks (or those with the same part of a model), experts over a sharding group,
+    data parallel of experts over a replicate group; everything else is a rank alone.
 
     Every rank must call it.
     """
     ranks = dist.get_process_group_ranks(groups.world)
     alone, _ = dist.new_subgroups_by_enumeration([[rank] for rank in ranks])
-    everyone = dict.fromkeys(("dp", "dp_cp", "intra_dp_cp", "tp_dp_cp"), groups.world)
+    data = dict.fromkeys(("dp", "dp_cp", "intra_dp_cp"), tensor.data if tensor else groups.world)
+    model = dict.fromkeys(("tp", "mp", "tp_cp"), tensor.tensor if tensor else alone)
     sharding = dict.fromkeys(("ep", "tp_ep", "tp_ep_pp"), groups.tokens)
     replicate = dict.fromkeys(("expt_dp", "intra_expt_dp"), groups.replicas or alone)
-    own = dict.fromkeys(("tp", "pp", "mp", "cp", "tp_cp", "embd", "pos_embd", "expt_tp"), alone)
-    return ProcessGroupCollection(**everyone, **sharding, **replicate, **own)
+    own = dict.fromkeys(("pp", "cp", "embd", "pos_embd", "expt_tp"), alone)
+    return ProcessGroupCollection(tp_dp_cp=groups.world, **data, **model, **sharding, **replicate, **own)
 
 
 def build_gpt(
@@ -74,12 +77,14 @@ def build_gpt(
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = TorchAttention
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TorchNorm
     spec.submodules.mlp = mlp
+    block = TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=TorchNorm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPTModel(
             config,
-            spec,
+            block,
             vocabulary,
             shape.seq_len,
             share_embeddings_and_output_weights=True,

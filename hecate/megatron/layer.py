@@ -1,4 +1,4 @@
-"""What stands in a Megatron layer in the place of Megatron's own: our experts, attention by torch, rotary embeddings of any device.
+"""What stands in a Megatron layer in the place of its own: our experts, torch's attention and norms, rotary embeddings of any device.
 
 Shapes: S positions, B rows, N heads, G key-value heads, H of a head, D hidden.
 """
@@ -65,6 +65,15 @@ class TorchAttention(nn.Module):
             enable_gqa=q_BNSH.shape[1] != k_BGSH.shape[1],
         )
         return y_BNSH.permute(2, 0, 1, 3).flatten(2)
+
+
+class TorchNorm:
+    """torch's RMSNorm in the model's type. Megatron's own wrapper refuses sequence parallelism, whose sums of gradients it would leave out;
+    the trainer makes them."""
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float, **_: Any) -> nn.RMSNorm:  # type: ignore[misc]
+        assert config.normalization == "RMSNorm"
+        return nn.RMSNorm(hidden_size, eps, dtype=config.params_dtype)
 
 
 class AnyDeviceRotary(RotaryEmbedding):

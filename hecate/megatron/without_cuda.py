@@ -1,7 +1,7 @@
-"""What Megatron's own MoELayer takes for granted of CUDA, answered on machines without it.
+"""What Megatron's own MoELayer and its sharded layers take for granted of CUDA, answered on machines without it.
 
-Its token dispatcher asks for streams and for the current device, and moves splits to numpy only if they come from a GPU. The modules that
-ask see a `torch` whose `cuda` answers; torch itself stays as it is.
+They ask for streams and for the current device, and the token dispatcher moves splits to numpy only if they come from a GPU. The modules
+that ask see a `torch` whose `cuda` answers; torch itself stays as it is.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
-_MODULES = ("tensor_parallel.mappings", "transformer.moe.token_dispatcher", "transformer.moe.router", "transformer.moe.experts")
+_MODULES = (
+    *("utils", "tensor_parallel.mappings", "tensor_parallel.layers"),
+    *("transformer.moe.token_dispatcher", "transformer.moe.router", "transformer.moe.experts"),
+)
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 
 
 def answer_for_cuda() -> None:
-    """Make Megatron's MoELayer run on the CPU. Does nothing where there is a GPU, or a second time."""
+    """Make them run on the CPU. Does nothing where there is a GPU, or a second time."""
     if torch.cuda.is_available():
         return
     for name in _MODULES:

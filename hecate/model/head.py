@@ -6,9 +6,11 @@ Gradients of the hidden states, and of a head that is trained, are computed chun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.errors import UserError
@@ -19,12 +21,17 @@ _CHUNK_ROWS = 512
 class CausalHead(Protocol):
     """A causal language model taken apart: hidden states, and the loss of some of them."""
 
+    def own_positions(self, length: int) -> slice:
+        """Of rows of so many positions, those whose tokens the layers of this rank see; each is some rank's."""
+        ...
+
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]. The mask is bool [B, 1, S, S], true where a query may look; None: causal."""
         ...
 
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-        """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, also in a projection that trains."""
+        """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, also in a projection that trains. Where ranks
+        share the vocabulary, this rank's share of the sum."""
         ...
 
 
@@ -36,6 +43,10 @@ class LanguageModelHead:
         self._project: nn.Module = model.get_output_embeddings()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._check(model)
+
+    def own_positions(self, length: int) -> slice:
+        """All."""
+        return slice(length)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]. The mask is bool [B, 1, S, S], true where a query may look; None: causal."""
@@ -72,21 +83,42 @@ class LanguageModelHead:
             )
 
 
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The consecutive tokens whose logits a rank has, where others have the rest, as many each."""
+
+    first: int
+    group: dist.ProcessGroup
+
+
 def chunked_cross_entropy(
-    hidden_ND: Tensor, target_N: Tensor, logits_of: Callable[[Tensor], Tensor], trained: Sequence[nn.Parameter] = ()
+    hidden_ND: Tensor,
+    target_N: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    trained: Sequence[nn.Parameter] = (),
+    part: VocabularyPart | None = None,
 ) -> Tensor:
     """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, in the hidden states and `trained`.
 
     Args:
-        logits_of: [n, D] -> [n, vocabulary].
+        logits_of: [n, D] -> [n, vocabulary], or this rank's part of the vocabulary.
         trained: the parameters that `logits_of` uses and that want gradients.
+        part: where ranks share the vocabulary. Each gives the same hidden states and gets an equal share of the sum; the gradient of the
+            hidden states is what comes through its own logits, to be added up over the group.
     """
-    return _ChunkedCrossEntropy.apply(hidden_ND, target_N, logits_of, *trained)
+    return _ChunkedCrossEntropy.apply(hidden_ND, target_N, logits_of, part, *trained)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, logits_of: Callable[[Tensor], Tensor], *trained: nn.Parameter) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        target_N: Tensor,
+        logits_of: Callable[[Tensor], Tensor],
+        part: VocabularyPart | None,
+        *trained: nn.Parameter,
+    ) -> Tensor:
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         grads = []
@@ -98,23 +130,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # softmax - onehot, in the memory of the logits: log_softmax and its backward would take three more buffers of their size,
             # and logsumexp another exponential of them all.
             grad = logits.detach().to(wide)
-            top = grad.amax(1, keepdim=True)
-            label = grad.gather(1, target[:, None])
+            top = _over_vocabulary(grad.amax(1, keepdim=True), part, dist.ReduceOp.MAX)
+            place, here = _own_labels(target[:, None], grad.shape[1], part)
+            label = grad.gather(1, place) * here
             sum_exp = grad.sub_(top).exp_().sum(1, keepdim=True)
+            label, sum_exp = _over_vocabulary(torch.stack([label, sum_exp]), part, dist.ReduceOp.SUM)
             total += (sum_exp.log() + top - label).sum()
             if any(ctx.needs_input_grad):
                 grad.mul_(sum_exp.reciprocal())
-                grad.scatter_add_(1, target[:, None], -torch.ones_like(top))
+                grad.scatter_add_(1, place, -here.to(wide))
                 of_hidden, *of_trained = torch.autograd.grad(logits, [leaf, *trained], grad.to(logits.dtype))
                 grads.append(of_hidden)
                 for one, more in zip(trained_grads, of_trained, strict=True):
                     one += more
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden_ND), *trained_grads)
-        return total
+        return total if part is None else total / dist.get_world_size(part.group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_ND, *trained_grads = ctx.saved_tensors
         factor = grads[0]
-        return grad_ND * factor.to(grad_ND.dtype), None, None, *(grad * factor.to(grad.dtype) for grad in trained_grads)
+        return grad_ND * factor.to(grad_ND.dtype), None, None, None, *(grad * factor.to(grad.dtype) for grad in trained_grads)
+
+
+def _over_vocabulary(values: Tensor, part: VocabularyPart | None, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if part is not None:
+        dist.all_reduce(values, op=op, group=part.group)
+    return values
+
+
+def _own_labels(target_N1: Tensor, width: int, part: VocabularyPart | None) -> tuple[Tensor, Tensor]:
+    """Each label's column among this rank's, and whether it is there at all."""
+    if part is None:
+        return target_N1, torch.ones_like(target_N1, dtype=torch.bool)
+    place = target_N1 - part.first
+    here = (place >= 0) & (place < width)
+    return place.clamp(0, width - 1), here

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hecate.errors import UserError
 from hecate.kernels.backend import Backend
 from hecate.kernels.mixlora_inputs import PROJECTIONS
 from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.lora import LoraLinear
+from hecate.model.tensor_parts import TensorParts
 from hecate.moe.context import MicroStep
 from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
 from hecate.moe.layer import MoeLayer
@@ -34,6 +35,8 @@ class MoeModel:
     """(layer, module name) -> adapter, such as (3, "self_attn.q_proj")"""
     others: dict[str, nn.Parameter] = field(default_factory=dict)
     """the model's own parameters that train, by their names in it"""
+    parts: TensorParts | None = None
+    """those of them of which this rank has only a part"""
 
     @property
     def routers(self) -> dict[int, nn.Parameter]:
@@ -49,7 +52,14 @@ class MoeModel:
         for (layer, module), lora in sorted(self.attention.items()):
             named[f"layers.{layer}.{module}.A"] = lora.lora_A
             named[f"layers.{layer}.{module}.B"] = lora.lora_B
-        return named | self.others
+        alike = self.others if self.parts is None else {name: p for name, p in self.others.items() if name not in self.parts.parameters}
+        return named | alike
+
+    def whole_others(self) -> Iterator[tuple[str, Tensor]]:
+        """`others`, one by one, each all of it. Every rank of a tensor group must go through them."""
+        for name, parameter in self.others.items():
+            partial = self.parts is not None and name in self.parts.parameters
+            yield name, self.parts.whole(name, parameter) if partial and self.parts else parameter.detach()
 
 
 @dataclass(frozen=True)

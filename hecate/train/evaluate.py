@@ -54,12 +54,12 @@ def _loss_and_loads(
     rows = eval_rows(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
     counts = {layer: torch.zeros(moe.engine.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
-    for share in share_of_rank(rows, ranks.rank, ranks.world_size, config.micro_batch_size):
+    for share in share_of_rank(rows, ranks.copy, ranks.num_copies, config.micro_batch_size):
         if not together and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
-        batch = collate(share, pad_id=0, seq_len=config.data.seq_len).to(ranks.device)
+        batch = collate(share, pad_id=0, seq_len=config.data.seq_len, parts=ranks.tensor_size).to(ranks.device)
         totals[0] += forward_loss(moe, base.head, batch, step=0, recording=True).cpu()
-        totals[1] += (batch.targets != IGNORED).sum().cpu()
+        totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.counts_rows
         for layer, stats in moe.micro_step.stats.items():
             counts[layer] += stats.count_KE.sum(0).cpu()
     moe.micro_step.clear()

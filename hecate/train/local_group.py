@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,19 +13,17 @@ import torch.distributed as dist
 from hecate.config import Config
 from hecate.errors import UserError
 from hecate.local_store import (
-    LAUNCHED_VARIABLE,
     MEMBER_VARIABLE,
     STORE_VARIABLE,
     Generation,
     here_file,
     read_generation,
-    read_turn,
     ready_file,
     store_of,
 )
 from hecate.train.build import whole_topology
 from hecate.train.elastic import Group
-from hecate.train.ranks import connect, die_with_launcher
+from hecate.train.ranks import connect
 
 _GRACE = 5.0
 """seconds in which a launcher that has lost a rank will have said so"""
@@ -38,16 +35,6 @@ _POLL = 0.005
 def local_controller(config: Config) -> LocalController | None:
     """For a rank whose launcher survives losses; else None."""
     return LocalController(config) if MEMBER_VARIABLE in os.environ else None
-
-
-def wait_for_turn() -> None:
-    """For a process that is to join a run under way, when it has imported what that takes: until one is lost whose place it takes."""
-    die_with_launcher(int(os.environ[LAUNCHED_VARIABLE]))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    store, member = Path(os.environ[STORE_VARIABLE]), int(os.environ[MEMBER_VARIABLE])
-    while (device := read_turn(store, member)) is None:
-        time.sleep(_POLL)
-    os.environ["LOCAL_RANK"] = str(device)
 
 
 class LocalController:

@@ -26,7 +26,7 @@ from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
-from hecate.parallel.token_shares import dense_seconds, rows_by_speed
+from hecate.parallel.token_shares import dense_seconds, rows_by_speed, slowest_of_each
 from hecate.parallel.topology import Topology, local_topology
 from hecate.train.build import BaseModel, build_moe, encode_sources, front_end, settled
 from hecate.train.elastic import Controller, rebuild
@@ -76,7 +76,7 @@ class Run:
             sources,
             seq_len=config.data.seq_len,
             packing=config.data.packing,
-            rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.world_size,
+            rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.num_copies,
             seed=config.seed,
         )
         self.moe: MoeModel = build_moe(config, self.base, ranks, topology)
@@ -92,9 +92,10 @@ class Run:
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             schedule=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
+            parts=self.moe.parts,
         )
         self.shares: tuple[int, ...] = ()
-        """rows of each micro-step, by rank"""
+        """rows of each micro-step, by rank, or by tensor group, whose ranks have the same rows"""
         self._dense_flops = self.moe.engine.config.non_moe_flops / config.micro_batch_size
         """that hide a layer's gather, for each row"""
         self.step, self.tokens = 0, 0
@@ -114,22 +115,24 @@ class Run:
         """Plan with these devices from the next step on, and deal the rows of a micro-step: by speed, or as given. The links stay as
         they are. Every rank must call it, with the same values."""
         size = self.stream.rows_per_step // self.config.gradient_accumulation_steps
-        self.shares = tuple(rows or rows_by_speed(size, topology.flops))
+        speeds = slowest_of_each(topology.flops, self.ranks.tensor_size)
+        self.shares = tuple(rows or rows_by_speed(size, speeds))
         assert sum(self.shares) == size, (self.shares, size)
         # Experts travel while the last rank is through with its attention; the planner takes that for the slowest device's time.
-        flops = self._dense_flops * dense_seconds(self.shares, topology.flops) * min(topology.flops)
+        flops = self._dense_flops * dense_seconds(self.shares, speeds) * min(topology.flops)
         self.moe.engine.config = replace(self.moe.engine.config, topology=topology, non_moe_flops=flops)
 
     def micro_batches(self, rows: list[Row]) -> list[Batch]:
-        """This rank's share of a global step: micro-step m takes the m-th part of the rows, rank r the r-th part of that.
+        """This rank's share of a global step: micro-step m takes the m-th part of the rows, rank or tensor group r the r-th part
+        of that.
 
         A run has as many rows in a micro-step as it had ranks when it began times `micro_batch_size`, however many ranks it has now.
         """
         size = len(rows) // self.config.gradient_accumulation_steps
-        mine = row_ranges(size, self.shares)[self.ranks.rank]
+        mine = row_ranges(size, self.shares)[self.ranks.copy]
         pad_id = self.base.tokenizer.pad_token_id or 0
         parts = [rows[start + mine.start : start + mine.stop] or [empty_row()] for start in range(0, len(rows), size)]
-        return [collate(part, pad_id, self.config.data.seq_len).to(self.ranks.device) for part in parts]
+        return [collate(part, pad_id, self.config.data.seq_len, self.ranks.tensor_size).to(self.ranks.device) for part in parts]
 
     def train_one(self) -> tuple[StepResult, int]:
         """One optimizer step; its result and its number of tokens over all ranks."""

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from hecate.model.tensor_parts import TensorGroups
 from hecate.moe.engine import ExpertGroups
 from hecate.parallel.mesh import Mesh
 
@@ -25,6 +26,13 @@ def expert_groups(mesh: Mesh) -> ExpertGroups:
         return ExpertGroups(experts=default, tokens=own_group([list(range(mesh.world_size))]))
     shards = mesh.sharding_groups()
     return ExpertGroups(experts=own_group(shards), tokens=own_group(shards), replicas=own_group(mesh.replicate_groups()), everyone=default)
+
+
+def tensor_groups(mesh: Mesh) -> TensorGroups | None:
+    """As `expert_groups`; None: every rank has all of the model outside its experts."""
+    if mesh.tensor_size == 1:
+        return None
+    return TensorGroups(tensor=own_group(mesh.tensor_groups()), data=own_group(mesh.data_groups()))
 
 
 def own_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup:

@@ -1,18 +1,20 @@
 """AdamW over owned expert chunks and replicated parameters, with one global gradient norm.
 
 An expert's master parameters and moments exist on its owner alone, or as a *shadow* on a second rank as well (`fssdp.redundancy`), which
-steps it with the owner's gradient. Replicated parameters (routers, attention adapters) are stepped by every rank alike.
+steps it with the owner's gradient. Replicated parameters (routers, attention adapters) are stepped by every rank alike, and of those under
+tensor parallelism each rank steps its part.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate.model.tensor_parts import TensorParts
 from hecate.parallel.reshard import RowSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -30,16 +32,18 @@ class ExpertOptimizer:
         learning_rate: float,
         weight_decay: float,
         schedule: Callable[[int], float],
+        parts: TensorParts | None = None,
     ) -> None:
         self.owned = owned
         self.shadows: dict[str, nn.Parameter] = {}
         """second copies of experts that other ranks own, by the same names; stepped, but counted in no norm and saved nowhere"""
         self.replicated = replicated
+        self.parts = parts
         self.gradients_complete = False
         """every gradient of the step under way is what the job's ranks have summed: only the norm is missing"""
         self.last_norm = math.nan
         """the global norm that the last step was taken, or skipped, with"""
-        parameters = [*owned.values(), *replicated.values()]
+        parameters = self._parameters()
         # On the CPU the fused step is one pass instead of ten; on a GPU it would keep the count of steps there.
         self._fused = bool(parameters) and all(p.device.type == "cpu" for p in parameters)
         self._adamw = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=self._fused)
@@ -50,15 +54,10 @@ class ExpertOptimizer:
         return float(self._scheduler.get_last_lr()[0])
 
     def reduce_replicated(self, group: dist.ProcessGroup) -> None:
-        """Sum the replicated parameters' gradients over all ranks. Every rank must call it."""
-        parameters = list(self.replicated.values())
-        if not parameters:
-            return
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat, group=group)
-        for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = total.view_as(parameter)
+        """Sum the replicated parameters' gradients over all ranks, and each part's over those that have it. Every rank must call it."""
+        _sum_gradients(list(self.replicated.values()), group)
+        if self.parts:
+            _sum_gradients(list(self.parts.parameters.values()), self.parts.groups.data)
 
     def global_grad_norm(self, group: dist.ProcessGroup) -> float:
         """The norm of all gradients, each sharded and each replicated parameter counted once. Every rank must call it."""
@@ -66,6 +65,8 @@ class ExpertOptimizer:
         self.gradients_complete = True
         device = next((parameter.device for parameter in self._parameters()), torch.device("cpu"))
         total = _sum_of_squares(self.owned, device)
+        if self.parts and self.parts.groups.in_first_copy:
+            total += _sum_of_squares(self.parts.parameters, device)
         dist.all_reduce(total, group=group)
         return math.sqrt((total + _sum_of_squares(self.replicated, device)).item())
 
@@ -102,7 +103,8 @@ class ExpertOptimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by stable names: `owned/NAME` and `replicated/NAME`, each with its moments.
 
-        A parameter that was never stepped has no moments, here as in torch.
+        A parameter that was never stepped has no moments, here as in torch. Parts are put together, as `replicated/NAME`: a checkpoint
+        knows nothing of them. Every rank must call it then, and the first of each tensor group gets them.
         """
         tensors: dict[str, Tensor] = {}
         for kind, parameters in (("owned", self.owned), ("replicated", self.replicated)):
@@ -111,6 +113,12 @@ class ExpertOptimizer:
                 for key in MOMENTS:
                     if parameter in self._adamw.state:
                         tensors[f"{kind}/{name}/{key}"] = self._adamw.state[parameter][key]
+        for name, parameter in self.parts.parameters.items() if self.parts else ():
+            state = {f"replicated/{name}/{key}": self._adamw.state[parameter][key] for key in MOMENTS if parameter in self._adamw.state}
+            for key, tensor in {f"replicated/{name}": parameter, **state}.items():
+                whole = self.parts.whole(name, tensor) if self.parts and tensor.dim() else tensor
+                if self.parts and self.parts.groups.part == 0:
+                    tensors[key] = whole
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor], schedule_position: int) -> None:
@@ -121,7 +129,20 @@ class ExpertOptimizer:
                     parameter.copy_(tensors[f"{kind}/{name}"])
                     stepped = f"{kind}/{name}/step" in tensors
                     self.set_moments(parameter, {key: tensors[f"{kind}/{name}/{key}"].clone() for key in MOMENTS} if stepped else {})
+            for name, parameter in self.parts.parameters.items() if self.parts else ():
+                self._load_part(name, parameter, tensors)
         self.set_position(schedule_position)
+
+    def _load_part(self, name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor]) -> None:
+        assert self.parts is not None
+        mine = {key: tensors.get(f"replicated/{name}{key and '/'}{key}") for key in ("", *MOMENTS)}
+        cut = {
+            key: self.parts.part_of(name, value).contiguous() if value.dim() else value.clone()
+            for key, value in mine.items()
+            if value is not None
+        }
+        parameter.copy_(cut.pop(""))
+        self.set_moments(parameter, cut)
 
     def set_position(self, schedule_position: int) -> None:
         """Be so many steps into the schedule."""
@@ -175,7 +196,17 @@ class ExpertOptimizer:
             self._adamw.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()}
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [*self.owned.values(), *self.replicated.values(), *self.shadows.values()]
+        parts = self.parts.parameters if self.parts else {}
+        return [*self.owned.values(), *self.replicated.values(), *parts.values(), *self.shadows.values()]
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    if not parameters:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat, group=group)
+    for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = total.view_as(parameter)
 
 
 def _sum_of_squares(parameters: dict[str, nn.Parameter], device: torch.device) -> Tensor:

@@ -71,6 +71,6 @@ def _mixtral_of_megatron(config: Config, base: BaseModel) -> TrainedOutput:
     description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype)
 
     def write(folder: Path, moe: MoeModel, ranks: Ranks) -> None:
-        export_mixtral(folder, description, mixtral_weights(shape, moe.others), moe, ranks)
+        export_mixtral(folder, description, mixtral_weights(shape, dict(moe.whole_others())), moe, ranks)
 
     return TrainedOutput("model", write)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hecate.errors import UserError
 from hecate.local_store import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
+from hecate.model.tensor_parts import TensorGroups
 from hecate.moe.engine import ExpertGroups
 from hecate.parallel.mesh import make_mesh
-from hecate.train.mesh_groups import TIMEOUT, expert_groups, own_group
+from hecate.train.mesh_groups import TIMEOUT, expert_groups, own_group, tensor_groups
 from hecate.train.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
 
 _PR_SET_PDEATHSIG = 1
@@ -34,10 +35,31 @@ class Ranks:
     groups: ExpertGroups
     connections: frozenset[Connection] = frozenset()
     """with which gloo has joined this rank to the others"""
+    tensor: TensorGroups | None = None
+    """None: every rank has all of the model outside its experts"""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def tensor_size(self) -> int:
+        """Neighbouring ranks that compute the same rows, each with a part of the model outside its experts."""
+        return self.tensor.size if self.tensor else 1
+
+    @property
+    def copy(self) -> int:
+        """Of such groups this rank's, which has rows of its own."""
+        return self.rank // self.tensor_size
+
+    @property
+    def num_copies(self) -> int:
+        return self.world_size // self.tensor_size
+
+    @property
+    def counts_rows(self) -> bool:
+        """On one rank of each copy, for sums over all ranks of what those of a copy see alike."""
+        return self.rank % self.tensor_size == 0
 
     def all_max(self, value: float) -> float:
         """The largest value of any rank. Every rank must call it."""
@@ -72,11 +94,12 @@ class Ranks:
 
         From any thread. Nothing more can be sent among these ranks.
         """
-        for group in self.groups.all():
+        groups = self.groups.all() + ([self.tensor.tensor, self.tensor.data] if self.tensor else [])
+        for group in groups:
             _keep_for_good(group)
         shut_down(self.connections)
         if self.device.type == "cuda":
-            for group in self.groups.all():
+            for group in groups:
                 group.abort()
 
     def leave(self) -> None:
@@ -127,7 +150,7 @@ def ranks_from_environment() -> tuple[int, int] | None:
 
 
 @contextmanager
-def join_ranks(shard_size: int | None = None) -> Iterator[Ranks]:
+def join_ranks(shard_size: int | None = None, tensor_size: int = 1) -> Iterator[Ranks]:
     """Join the process group that the environment describes; a process outside any launcher becomes a world of one.
 
     Leaves the group at the end whatever happened, or the one that has taken its place, so that a peer that waits for this rank fails at
@@ -135,9 +158,10 @@ def join_ranks(shard_size: int | None = None) -> Iterator[Ranks]:
 
     Args:
         shard_size: `fssdp.shard_size`.
+        tensor_size: `model.tensor_parallel`.
 
     Raises:
-        UserError: the environment makes no sense, or there is another number of ranks than `shard_size` divides.
+        UserError: the environment makes no sense, or there is another number of ranks than the two sizes divide.
     """
     # One that is to join a run under way is alone until it is let in.
     place = None if JOIN_VARIABLE in os.environ else ranks_from_environment()
@@ -152,7 +176,7 @@ def join_ranks(shard_size: int | None = None) -> Iterator[Ranks]:
     if LAUNCHED_VARIABLE in os.environ:
         die_with_launcher(int(os.environ[LAUNCHED_VARIABLE]))
     try:
-        ranks = connect(store, rank, world_size, shard_size)
+        ranks = connect(store, rank, world_size, shard_size, tensor_size)
         try:
             yield ranks
         except BaseException:
@@ -180,14 +204,14 @@ def restarts() -> int:
     return int(count) if count.isdigit() else 0
 
 
-def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: int | None = None) -> Ranks:
+def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: int | None = None, tensor_size: int = 1) -> Ranks:
     """Make this process one of `world_size` ranks. It must belong to no process group, or have left it.
 
     Args:
         store: where the ranks meet, used by none before; None: where torchrun's environment says.
-        shard_size: as `join_ranks` has it.
+        shard_size, tensor_size: as `join_ranks` has them.
     """
-    mesh = make_mesh(world_size, shard_size)
+    mesh = make_mesh(world_size, shard_size, tensor_size)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -198,7 +222,7 @@ def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: in
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    ranks = Ranks(rank, world_size, device, expert_groups(mesh))
+    ranks = Ranks(rank, world_size, device, expert_groups(mesh), tensor=tensor_groups(mesh))
     if cuda:
         return ranks
     connections = _of_gloo(ranks, tcp_sockets() - before)

@@ -185,8 +185,12 @@ def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
         if name in moe.others:
             continue
         rows.append(TrainableRow(name, 1, parameter.numel(), parameter.numel() * parameter.element_size(), EVERY_RANK))
-    if moe.others:
-        numel = sum(parameter.numel() for parameter in moe.others.values())
-        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in moe.others.values())
-        rows.append(TrainableRow(NON_EXPERTS, 1, numel, num_bytes, EVERY_RANK))
+    parts = moe.parts.parameters if moe.parts else {}
+    sizes = {EVERY_RANK: 1} | ({f"{moe.parts.groups.size} ranks, a part on each": moe.parts.groups.size} if moe.parts else {})
+    for owner, size in sizes.items():
+        parameters = [parameter for name, parameter in moe.others.items() if (name in parts) == (owner != EVERY_RANK)]
+        if parameters:
+            numel = size * sum(parameter.numel() for parameter in parameters)
+            num_bytes = size * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+            rows.append(TrainableRow(NON_EXPERTS, 1, numel, num_bytes, owner))
     return rows

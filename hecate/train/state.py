@@ -128,7 +128,8 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
 
 
 def _wanted(optimizer: ExpertOptimizer) -> list[str]:
-    return [f"owned/{name}" for name in optimizer.owned] + [f"replicated/{name}" for name in optimizer.replicated]
+    parts = optimizer.parts.parameters if optimizer.parts else {}
+    return [f"owned/{name}" for name in optimizer.owned] + [f"replicated/{name}" for name in (*optimizer.replicated, *parts)]
 
 
 def _mine(tensor_name: str, optimizer: ExpertOptimizer) -> bool:

@@ -44,10 +44,11 @@ class StepResult:
 
 
 def forward_loss(moe: MoeModel, head: CausalHead, batch: Batch, *, step: int, recording: bool) -> Tensor:
-    """Summed cross-entropy of this rank's label tokens in one micro-batch."""
-    segment = batch.segment_ids.flatten()
+    """Summed cross-entropy of this rank's label tokens in one micro-batch; of a tensor group's ranks each has a share of the sum."""
+    own = head.own_positions(batch.segment_ids.shape[1])
+    segment = batch.segment_ids[:, own].flatten()
     valid = None if bool((segment > 0).all()) else (segment > 0).nonzero().squeeze(1)
-    moe.micro_step.start(valid, batch.token_ids.flatten(), step=step, recording=recording)
+    moe.micro_step.start(valid, batch.token_ids[:, own].flatten(), step=step, recording=recording)
     # One sample a row, padded behind: causal attention alone, which is faster than any mask, cannot look where it must not.
     one_sample_a_row = bool((batch.segment_ids <= 1).all())
     mask = None if one_sample_a_row else block_diagonal_mask(batch.segment_ids)

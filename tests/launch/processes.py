@@ -68,7 +68,7 @@ def descendants(pid: int) -> list[int]:
 
 def rank_process(launcher: int, rank: int) -> int:
     for pid in descendants(launcher):
-        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        if Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() == f"hecate-rank-{rank}":
             return pid
     raise AssertionError(f"no rank {rank} below {launcher}")
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.launch.processes import wait_until_gone
 
-# A stand-in for `python -m hecate`: what a rank does is the first argument.
+# A stand-in for `hecate`: what a rank does is the first argument.
 RANK = """
 import os, sys, time, pathlib
 what, folder = sys.argv[1:3]
@@ -38,9 +38,9 @@ def launch(folder: Path, what: str) -> subprocess.Popen[str]:
     program = folder / "rank.py"
     program.write_text(RANK, encoding="utf-8")
     code = (
-        "import sys\n"
+        "import contextlib, sys\n"
         "from hecate.launch import local\n"
-        f"local.RANK_COMMAND = (sys.executable, {str(program)!r})\n"
+        f"local.forking = lambda *_: contextlib.nullcontext((sys.executable, {str(program)!r}))\n"
         f"sys.exit(local.launch_local([{what!r}, {str(folder)!r}], 2))\n"
     )
     (folder / "tmp").mkdir()
@@ -91,13 +91,13 @@ def test_killing_the_launcher_leaves_no_rank_and_no_file(tmp_path: Path) -> None
 
 
 CYCLES = """
-import os, sys
+import contextlib, os, sys
 from pathlib import Path
 from hecate.launch import local
 def held():
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(children), os.listdir(os.environ["TMPDIR"])
-local.RANK_COMMAND = ("/bin/true",)
+local.forking = lambda *_: contextlib.nullcontext(("/bin/true",))
 before = held()
 for cycle in range(int(sys.argv[1])):
     assert local.launch_local([], 2, survives=cycle % 2 == 1) == 0

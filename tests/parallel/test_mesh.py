@@ -30,6 +30,11 @@ def test_a_size_that_does_not_divide_the_ranks_is_refused(size: int) -> None:
         make_mesh(6, size)
 
 
+def test_tensor_groups_must_fill_the_world() -> None:
+    with pytest.raises(UserError, match=r"model\.tensor_parallel: must divide the number of ranks, which is 6, got 4"):
+        make_mesh(6, tensor_size=4)
+
+
 def test_owners_are_decided_for_the_weakest_device_of_each_place() -> None:
     whole = uniform_topology(2, 2, flops=4.0, memory=8.0, intra_node=Link(10.0, 0.0), inter_node=Link(1.0, 0.1))
     whole = replace(whole, flops=(4.0, 3.0, 2.0, 5.0), memory=(8.0, 6.0, 9.0, 5.0))

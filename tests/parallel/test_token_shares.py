@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hecate.parallel.token_shares import dense_seconds, rows_by_speed
+from hecate.parallel.token_shares import dense_seconds, rows_by_speed, slowest_of_each
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,8 @@ def test_no_other_deal_is_through_earlier(num_rows: int, speed_D: list[float]) -
     assert sum(dealt) == num_rows
     others = (deal for deal in itertools.product(range(num_rows + 1), repeat=len(speed_D)) if sum(deal) == num_rows)
     assert dense_seconds(dealt, speed_D) <= min(dense_seconds(deal, speed_D) for deal in others) * (1 + 1e-12)
+
+
+def test_a_group_is_as_fast_as_its_slowest() -> None:
+    assert slowest_of_each([4.0, 3.0, 2.0, 5.0], 2) == [3.0, 2.0]
+    assert slowest_of_each([4.0, 3.0], 1) == [4.0, 3.0]

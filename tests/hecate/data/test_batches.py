@@ -22,6 +22,11 @@ def test_collate_by_hand() -> None:
     assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
 
 
+def test_rows_are_padded_to_equal_parts() -> None:
+    rows = [empty_row()]
+    assert [collate(rows, 0, 100, parts).input_ids.shape[1] for parts in (1, 2, 3, 16)] == [8, 8, 24, 16]
+
+
 @pytest.mark.parametrize(
     ("rows", "shares", "sizes"),
     [(8, (1, 1), [4, 4]), (8, (1, 1, 1), [3, 2, 3]), (8, (3, 3, 1, 1), [3, 3, 1, 1]), (2, (1, 1, 1), [1, 0, 1]), (5, (0, 1), [0, 5])],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ import torch.distributed as dist
 
 from hecate.config import Config, load_config
 from hecate.moe.engine import ExpertGroups
+from hecate.parallel.mesh import make_mesh
+from hecate.train.mesh_groups import tensor_groups
 from hecate.train.ranks import Ranks
 from tests.hecate.data.conftest import build_byte_tokenizer
 
@@ -44,3 +47,8 @@ def ranks_of(rank: int, world: int) -> Ranks:
     group = dist.group.WORLD
     assert group is not None
     return Ranks(rank, world, torch.device("cpu"), ExpertGroups(group, dist.new_group()))
+
+
+def tensor_ranks_of(rank: int, world: int, tensor: int) -> Ranks:
+    """Over the default group, with tensor groups of so many ranks. Every rank must call it."""
+    return replace(ranks_of(rank, world), tensor=tensor_groups(make_mesh(world, None, tensor)))

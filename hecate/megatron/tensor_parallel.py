@@ -1,0 +1,37 @@
+"""What Megatron's sharded layers take for granted of its own initialisation, which makes process groups itself and asks for CUDA."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch.distributed as dist
+
+from hecate.megatron.without_cuda import answer_for_cuda
+
+_COLLECTIVES = {"dist_all_gather_func": "all_gather_single", "dist_reduce_scatter_func": "reduce_scatter_single"}
+"""as Megatron calls them, and torch's newest names, for the older ones warn at each call"""
+
+
+def prepare_sharded_layers() -> None:
+    """Make Megatron's tensor and sequence parallel layers run in this process. Does nothing a second time."""
+    answer_for_cuda()
+    state: Any = import_module("megatron.core.parallel_state")
+    if state._GLOBAL_MEMORY_BUFFER is None:
+        state._set_global_memory_buffer()
+    random: Any = import_module("megatron.core.tensor_parallel.random")
+    random.get_cuda_rng_tracker().fork = _fork
+    layers: Any = import_module("megatron.core.tensor_parallel.layers")
+    mappings: Any = import_module("megatron.core.tensor_parallel.mappings")
+    for ours, name in _COLLECTIVES.items():
+        if hasattr(dist, name):
+            setattr(layers, ours, getattr(dist, name))
+            setattr(mappings, ours, getattr(dist, name))
+    # It would advise a single connection to the GPU, but experts travel beside these layers.
+    layers.linear_with_grad_accumulation_and_async_allreduce.warned = True
+
+
+def _fork(*_: Any) -> AbstractContextManager[None]:
+    """Of random states, one for each rank of a tensor group, from which nothing is drawn: weights begin on the CPU, and dropout is 0."""
+    return nullcontext()

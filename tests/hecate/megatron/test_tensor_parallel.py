@@ -1,0 +1,222 @@
+"""Tensor parallelism against one rank: what a model begins with, gradients, losses, checkpoints, the folder that is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from hecate.config import ConfigError
+from hecate.errors import UserError
+from hecate.forecast.run_shape import run_shape
+from hecate.parallel.cost_model import LayerCost
+from hecate.train.evaluate import evaluate
+from hecate.train.loop import Run
+from hecate.train.ranks import Ranks
+from tests.hecate.megatron.making import config_of, tensor_ranks_of, write_parts
+from tests.ranks import run_ranks
+
+SHAPE = "{kind: full, hidden: 32, ffn: 48, layers: 2, seq: 32, experts: 4, top_k: 2, query_width: 256, key_value_width: 128}\n"
+"""four heads of 64 for queries, two for keys"""
+STEPS, SAVED = 5, 2
+COMMON = ("model.dtype=float64", f"max_steps={STEPS}", "max_grad_norm=0.5")
+
+Steps = list[tuple[float, ...]]
+"""loss, aux loss and gradient norm of each step; at last the held-out loss"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """By one rank."""
+
+    gradients: dict[str, np.ndarray]
+    """of the first step, before clipping; of parts the whole, of experts those that the rank owns"""
+    steps: Steps
+    resumed: Steps
+    loads: list[list[int]]
+    """by layer and expert, over all ranks, in the first step"""
+    parameters: tuple[int, int]
+    """outside experts: alike on every rank, and of this rank's parts"""
+    cost: LayerCost
+
+
+def _numpy(tensor: Tensor | None) -> np.ndarray:
+    assert tensor is not None
+    return tensor.detach().numpy().copy()
+
+
+def _watch_gradients(run: Run) -> dict[str, np.ndarray]:
+    """They are there when the first step was taken."""
+    found: dict[str, np.ndarray] = {}
+    optimizer, step = run.optimizer, run.optimizer.step
+
+    def watched(norm: float, most: float | None) -> bool:
+        if not found:
+            named = {**optimizer.owned, **optimizer.replicated}
+            found.update({name: _numpy(parameter.grad) for name, parameter in named.items() if parameter.grad is not None})
+            for name, parameter in optimizer.parts.parameters.items() if optimizer.parts else ():
+                assert optimizer.parts is not None
+                assert parameter.grad is not None
+                found[name] = _numpy(optimizer.parts.whole(name, parameter.grad))
+        return step(norm, most)
+
+    optimizer.step = watched  # type: ignore[method-assign]
+    return found
+
+
+def _go_on(run: Run, save_at: int | None = None) -> tuple[Steps, list[list[int]]]:
+    steps: Steps = []
+    loads: list[list[int]] = []
+    while run.step < run.config.max_steps:
+        result, _ = run.train_one()
+        steps.append((result.loss, result.aux_loss, result.grad_norm))
+        loads = loads or [result.loads[layer].sum(0).tolist() for layer in sorted(result.loads)]
+        if run.step == save_at:
+            run.save()
+    (held_out,) = evaluate(run.config, run.ranks, run.base, run.moe, run.eval_sources).scores.values()
+    return [*steps, (held_out.loss,)], loads
+
+
+def _train(ranks: Ranks, folder: Path, *overrides: str) -> Found:
+    run = Run(config_of(folder, *COMMON, *overrides), ranks)
+    run.output.replace(run.folder, run.moe, ranks)
+    parts = run.moe.parts.parameters.values() if run.moe.parts else ()
+    numbers = tuple(sum(p.numel() for p in some) for some in (run.moe.replicated_parameters().values(), parts))
+    ((_, given),) = run.moe.engine.plan_inputs()
+    gradients = _watch_gradients(run)
+    steps, loads = _go_on(run, SAVED)
+    resumed, _ = _go_on(Run(config_of(folder, *COMMON, *overrides, "resume=true"), ranks))
+    return Found(gradients, steps, resumed, loads, (numbers[0], numbers[1]), given.cost)
+
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": ("fssdp.policy=static_ep",),
+    "checkpointed": ("fssdp.policy=full", "fssdp.rematerialize=true", "gradient_checkpointing=true"),
+}
+
+
+def _job(rank: int, world: int, folder: str, tensor: int, variants: tuple[str, ...], rows: int) -> dict[str, Found]:
+    ranks = tensor_ranks_of(rank, world, tensor)
+    own = (f"model.tensor_parallel={tensor}", f"micro_batch_size={rows}")
+    return {name: _train(ranks, Path(folder), *own, *VARIANTS[name], f"output_dir={folder}/{world}-{tensor}-{name}") for name in variants}
+
+
+def _elsewhere(rank: int, world: int, folder: str, tensor: int, rows: int, checkpoint_of: str) -> Steps:
+    own = (f"model.tensor_parallel={tensor}", f"micro_batch_size={rows}", f"output_dir={folder}/{checkpoint_of}", "resume=true")
+    return _go_on(Run(config_of(Path(folder), *COMMON, *own, *VARIANTS["plain"]), tensor_ranks_of(rank, world, tensor)))[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("tensor")
+    write_parts(made)
+    (made / "tiny.yaml").write_text(SHAPE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Found:
+    (found,) = run_ranks(1, _job, str(folder), 1, ("plain",), 4)
+    return found["plain"]
+
+
+@pytest.fixture(scope="module")
+def one_copy(folder: Path) -> tuple[str, list[dict[str, Found]]]:
+    return "2-2", run_ranks(2, _job, str(folder), 2, tuple(VARIANTS), 4)
+
+
+@pytest.fixture(scope="module")
+def two_copies(folder: Path) -> tuple[str, list[dict[str, Found]]]:
+    return "4-2", run_ranks(4, _job, str(folder), 2, ("plain",), 2)
+
+
+@pytest.fixture(scope="module", params=["one_copy", "two_copies"])
+def job(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Found]]]:
+    """WORLD-PARTS, and what each rank found by variant."""
+    found: tuple[str, list[dict[str, Found]]] = request.getfixturevalue(request.param)
+    return found
+
+
+def test_losses_and_norms_are_those_of_one_rank(alone: Found, job: tuple[str, list[dict[str, Found]]]) -> None:
+    assert alone.steps[STEPS - 1][0] < alone.steps[0][0] - 0.3
+    for rank in job[1]:
+        for name, found in rank.items():
+            assert found.loads == alone.loads, "routed otherwise, or a token more than once"
+            for got, wanted in zip(found.steps, alone.steps, strict=True):
+                assert got == pytest.approx(wanted, rel=1e-9), name
+
+
+def test_gradients_are_those_of_one_rank(alone: Found, job: tuple[str, list[dict[str, Found]]]) -> None:
+    for name in job[1][0]:
+        together: dict[str, np.ndarray] = {}
+        for rank in job[1]:
+            for key, gradient in rank[name].gradients.items():
+                np.testing.assert_array_equal(together.setdefault(key, gradient), gradient, err_msg=f"ranks differ in {key}")
+        assert together.keys() == alone.gradients.keys()
+        for key, wanted in alone.gradients.items():
+            np.testing.assert_allclose(together[key], wanted, rtol=1e-8, atol=1e-10 * np.abs(wanted).max(), err_msg=f"{name}: {key}")
+
+
+def test_the_model_begins_and_is_left_whole(folder: Path, alone: Found, job: tuple[str, list[dict[str, Found]]]) -> None:
+    def tensors(name: str) -> dict[str, Any]:
+        files = sorted((folder / name / "model").glob("*.safetensors"))
+        return {key: value for file in files for key, value in load_file(file).items()}
+
+    wanted, got = tensors("1-1-plain"), tensors(f"{job[0]}-plain")
+    assert wanted.keys() == got.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(job: tuple[str, list[dict[str, Found]]]) -> None:
+    for rank in job[1]:
+        for found in rank.values():
+            assert found.resumed == found.steps[SAVED:]
+
+
+@pytest.mark.parametrize(("world", "tensor", "rows", "of"), [(1, 1, 4, "2-2-plain"), (2, 2, 4, "1-1-plain")])
+def test_a_checkpoint_knows_nothing_of_parts(
+    folder: Path, alone: Found, one_copy: tuple[str, list[dict[str, Found]]], world: int, tensor: int, rows: int, of: str
+) -> None:
+    assert one_copy  # has left its checkpoints
+    for steps in run_ranks(world, _elsewhere, str(folder), tensor, rows, of):
+        for got, wanted in zip(steps, alone.steps[SAVED:], strict=True):
+            assert got == pytest.approx(wanted, rel=1e-9)
+
+
+def test_each_rank_holds_what_is_planned(folder: Path, job: tuple[str, list[dict[str, Found]]]) -> None:
+    world, tensor = map(int, job[0].split("-"))
+    found = job[1][0]["plain"]
+    planned = run_shape(
+        config_of(folder, *COMMON, f"model.tensor_parallel={tensor}", f"micro_batch_size={4 * tensor // world}"), None, world
+    )
+    assert (planned.replicated_parameters, planned.parts_parameters) == found.parameters
+    assert planned.groups[0].cost == found.cost
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("model.tensor_parallel=4",), "must divide the model's 2 heads of keys and values"),
+        (("model.tensor_parallel=3",), "must divide the model's 4 attention heads"),
+        (("model.tensor_parallel=2", "nproc=3"), "must divide the number of ranks, which is 3"),
+        (("model.tensor_parallel=2", "fssdp.redundancy=1"), "does not go together with model.tensor_parallel"),
+        (("model.tensor_parallel=0",), "must be >= 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(folder: Path, overrides: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config_of(folder, *overrides)
+
+
+def test_a_vocabulary_that_cannot_be_shared_out_is_refused(folder: Path) -> None:
+    from hecate.megatron.tokenizer import vocabulary_of
+
+    config = config_of(folder, "model.tensor_parallel=2")
+    with pytest.raises(UserError, match=r"must divide the 259 tokens of the vocabulary, got 2\n  give one of 1, 7, 37"):
+        vocabulary_of(config, range(259))

@@ -1,0 +1,109 @@
+"""The fork server: a forked rank is to its launcher what a process of its own would be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hecate.launch import fork_server
+from tests.launch.processes import wait_until_gone
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere ranks are started plainly")
+
+# A server that imports nothing, whose ranks run their first argument.
+SERVER = """
+import os, signal, socket, sys, time
+from hecate.launch.fork_server import wait_for_orders
+order = wait_for_orders(socket.socket(fileno=int(sys.argv[1])))
+exec(order.arguments[0])
+"""
+WAIT = "print(os.getpid(), flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(fork_server, "_SERVER", (sys.executable, "-c", SERVER))
+    return tmp_path
+
+
+@pytest.fixture
+def command(folder: Path) -> Iterator[tuple[str, ...]]:
+    with fork_server.forking(folder, os.environ) as command:
+        yield command
+
+
+def start(command: tuple[str, ...], *arguments: str, **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def pid_of(process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    return int(process.stdout.readline())
+
+
+def test_arguments_environment_folder_output_and_status_are_the_commands(command: tuple[str, ...], folder: Path) -> None:
+    what = "print(order.arguments[1:], os.environ['WHO'], 'PATH' in os.environ, os.getcwd()); sys.exit(7)"
+    (folder / "below").mkdir()
+    both = [start(command, what, "a", "b c", env={"WHO": who}, cwd=folder / "below") for who in ("first", "second")]
+    for who, process in zip(("first", "second"), both, strict=True):
+        assert process.communicate(timeout=60)[0] == f"['a', 'b c'] {who} False {folder}/below\n"
+        assert process.returncode == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_rank(command: tuple[str, ...], number: signal.Signals) -> None:
+    process = start(command, f"signal.signal({int(number)}, lambda *_: sys.exit(5)); {WAIT}")
+    pid_of(process)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGABRT])
+def test_a_killed_rank_looks_like_one(command: tuple[str, ...], number: signal.Signals) -> None:
+    process = start(command, WAIT)
+    os.kill(pid_of(process), number)
+    assert process.wait(timeout=60) == -number
+
+
+def test_killing_whoever_stands_for_a_rank_kills_it_and_no_other(command: tuple[str, ...], tmp_path: Path) -> None:
+    doomed, other = start(command, WAIT), start(command, WAIT)
+    pid = pid_of(doomed)
+    doomed.kill()
+    assert wait_until_gone([pid], tmp_path / "none") == []
+    assert other.poll() is None
+    os.kill(pid_of(other), signal.SIGKILL)
+    assert other.wait(timeout=60) == -signal.SIGKILL
+
+
+def test_nothing_outlives_the_block(folder: Path) -> None:
+    with fork_server.forking(folder, os.environ) as command:
+        process = start(command, f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {WAIT}")
+        pid = pid_of(process)
+    assert process.wait(timeout=60) == 1
+    assert wait_until_gone([pid], folder / "none") == []
+
+
+def test_without_a_server_ranks_start_plainly(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fork_server.forking(folder, os.environ) as command:
+        pass
+    assert "Usage" in start(command, "--help").communicate(timeout=60)[0]
+    deep = folder / ("x" * 100)
+    deep.mkdir()
+    with fork_server.forking(deep, os.environ) as command:
+        assert command == (sys.executable, "-m", "hecate")
+
+
+def test_preloading_leaves_a_process_that_can_be_forked() -> None:
+    """One thread, no GPU touched; and nothing that a rank imports is left to import."""
+    code = (
+        "import os\nfrom hecate.train.preload import preload\npreload()\nimport sys, torch\n"
+        "assert len(os.listdir('/proc/self/task')) == 1\nassert not torch.cuda.is_initialized()\n"
+        "assert {'hecate.train.build', 'transformers.modeling_utils'} <= sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
