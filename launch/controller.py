@@ -320,6 +320,7 @@ class Controller:
                 self._topology = parse_topology(self._begun[self._members[0].index]["topology"], "the measured topology")
                 self._topology_of = [place.index for place in self._members]
             self._enter(State.RUNNING)
+            self._group.keep_spares()
             shares = ", ".join(f"{_name(p)} {rows}" for p, rows in zip(self._members, self._rows, strict=True))
             self._note(f"generation {self._generation}: {len(self._members)} ranks from step {self._latest['step']}; rows: {shares}")
             return

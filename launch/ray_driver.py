@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from hecate.config import Config, load_config, to_yaml
+from hecate.config.schema import MEGATRON_EP
 from hecate.data.syntax import check_syntax
 from hecate.errors import UserError
 from hecate.launch.ray_cluster import connected, private_cluster
@@ -33,8 +34,7 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
         UserError: configuration, cluster or devices are not as they must be.
     """
     config = load_config(config_path, overrides)
-    if config.model.tensor_parallel > 1:
-        raise UserError("model.tensor_parallel: is not there on Ray, which deals rows to single ranks; set it to 1, or use hecate launch")
+    check_for_ray(config)
     check_syntax([*config.data.train, *config.data.eval], config.data.on_bad_sample)
     topology = _configured_topology(config)
     import torch  # noqa: F401 - later than this the folder we are in may be gone for a moment
@@ -51,6 +51,16 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
                 "  set ray.workers, or let the ranks measure: topology: auto"
             )
         return _drive(ray, config, devices, topology, metrics_port)
+
+
+def check_for_ray(config: Config) -> None:
+    """Raises UserError: it asks for what is not there on Ray."""
+    if config.model.tensor_parallel > 1:
+        raise UserError("model.tensor_parallel: is not there on Ray, which deals rows to single ranks; set it to 1, or use hecate launch")
+    if config.fssdp.policy == MEGATRON_EP:
+        raise UserError(
+            "fssdp.policy: megatron_ep is not there on Ray, where the number of ranks may change\n  take another, or use hecate launch"
+        )
 
 
 def _return_to(folder: Path) -> None:

@@ -55,16 +55,23 @@ class Worker:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
     def facts(self) -> dict[str, Any]:
-        """Who and what this process is; loads torch."""
+        """Who and what this process is; imports all that the training needs."""
         import torch
 
         import hecate
+        from hecate.train.preload import preload
 
+        preload()
         return {
+            "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "versions": {"hecate": hecate.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
+
+    def take(self, gpus: str) -> None:
+        """Be the worker of these GPUs, by their numbers on the node; of a process that has touched none yet."""
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
 
     def begin(self, assignment: dict[str, Any]) -> None:
         """Begin a run as this rank, from the last checkpoint or from nothing, in a new thread."""

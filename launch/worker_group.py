@@ -1,7 +1,8 @@
 """The workers of a job on a Ray cluster: one actor a device, all in one placement group, and one stream of what happens to them.
 
 A place keeps its number for the life of the job. When its actor is lost, another is asked for at once; Ray starts it as soon as a device
-with the same labels is free, which may be now or when a node returns.
+with the same labels is free, which may be now or when a node returns. Once the job runs, each node has a spare: a process that has imported
+what a worker needs and holds no device. It becomes the next worker there that is asked for in the place of a lost one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Place:
     """a reference to the facts of an actor that was asked for and has not answered yet"""
     facts: dict[str, Any] = field(default_factory=dict)
     stream: Any = None
+    gpus: str | None = None
+    """of its last actor, by their numbers on the node"""
     ping: Any = None
     ping_sent: float = 0.0
     ping_answered: float = 0.0
@@ -54,6 +57,8 @@ class WorkerGroup:
         self._ray, self._config, self._report_steps, self._address = ray, config, report_steps, address
         self.places = [Place(index, device) for index, device in enumerate(devices)]
         self._placement: Any = None
+        self._spares: dict[str, tuple[Any, Any]] = {}
+        """id of a node -> actor, and a reference to its facts"""
 
     def place(self, timeout: float) -> None:
         """Reserve all devices.
@@ -82,21 +87,43 @@ class WorkerGroup:
         """An actor for a place that has none. It comes up in its own time; `poll` tells."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        spare = self._spares.pop(place.device.node_id, None)
+        if spare is not None and self.node_lives(place):
+            place.actor, place.coming = spare
+            if place.gpus is not None:
+                place.actor.take.remote(place.gpus)
+            return
         resources = dict(place.device.resources)
-        environment = {**ALLOCATOR_SETTINGS, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(max(1, int(resources.get("CPU", 1))))}
-        place.actor = (
-            self._ray.remote(Worker)
-            .options(
-                num_cpus=resources.get("CPU", 0),
-                num_gpus=resources.get("GPU", 0),
-                max_concurrency=_THREADS,
-                max_restarts=0,
-                runtime_env={"env_vars": environment},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=place.index),
-            )
-            .remote(self._config, self._report_steps, self._address or place.device.address)
+        place.actor = self._actor(
+            place,
+            num_cpus=resources.get("CPU", 0),
+            num_gpus=resources.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=place.index),
         )
         place.coming = place.actor.facts.remote()
+
+    def keep_spares(self) -> None:
+        """A spare for each node that has a worker and no spare. A lost worker's devices stay the job's, so that a spare may take them."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        for place in self.places:
+            if place.alive and place.device.node_id not in self._spares:
+                strategy = NodeAffinitySchedulingStrategy(place.device.node_id, soft=False)
+                actor = self._actor(place, num_cpus=0, num_gpus=0, scheduling_strategy=strategy)
+                self._spares[place.device.node_id] = actor, actor.facts.remote()
+
+    def _actor(self, place: Place, **options: Any) -> Any:
+        cpus = int(dict(place.device.resources).get("CPU", 1))
+        environment = {
+            **ALLOCATOR_SETTINGS,
+            "TQDM_DISABLE": "1",
+            "OMP_NUM_THREADS": str(max(1, cpus)),
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # else asking whether there is a GPU would settle, for a spare, that there is none
+        }
+        described = self._ray.remote(Worker).options(
+            max_concurrency=_THREADS, max_restarts=0, runtime_env={"env_vars": environment}, **options
+        )
+        return described.remote(self._config, self._report_steps, self._address or place.device.address)
 
     def poll(self, timeout: float) -> list[tuple[Place, Event]]:
         """What has happened; waits `timeout` seconds at most. Beside what workers tell: `up` with their facts; `down`, with the cause as
@@ -136,6 +163,8 @@ class WorkerGroup:
 
         for place in self.places:
             self.kill(place)
+        for actor, _ in self._spares.values():
+            self._ray.kill(actor, no_restart=True)
         if self._placement is not None:
             remove_placement_group(self._placement)
 
@@ -143,6 +172,7 @@ class WorkerGroup:
         try:
             if reference is place.coming:
                 place.facts = self._ray.get(reference)
+                place.gpus = place.gpus or place.facts["gpus"]
                 place.coming = None
                 place.stream = place.actor.events.options(num_returns="streaming").remote()
                 self._read_nodes()

@@ -182,6 +182,11 @@ class LayerStore:
         self.bytes_sent += self._reducing.bytes_sent
         self.drop()
 
+    def bring(self, grad_nC: Tensor) -> None:
+        """Add gradients of the owned experts, by expert ascending, that were summed elsewhere: no replicas were gathered. Kept."""
+        self.settle()
+        self._sum_nC = grad_nC if self._sum_nC is None else self._sum_nC.add_(grad_nC)
+
     def settle(self) -> None:
         """Wait for the reduction under way, so that nothing is left of the gradients it was made from but the owners' sums."""
         if self._reducing is not None:

@@ -8,10 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from hecate.config.model_path import find_model
 from hecate.config.problems import Add, shorten
+from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
 
 if TYPE_CHECKING:
     from hecate.megatron.shape import GptShape
+
+_OF_OUR_LAYERS = {
+    "fssdp.plan": "history",
+    "fssdp.rematerialize": False,
+    "fssdp.prefetch": 1,
+    "fssdp.max_imbalance": None,
+    "fssdp.memory_slots": None,
+    "fssdp.redundancy": 0,
+    "fssdp.reshard_interval": None,
+    "model.tensor_parallel": 1,
+    "kernels": "auto",
+}
+"""keys, and their only values with Megatron's layers"""
 
 
 def check_megatron(values: Mapping[str, Any], add: Add) -> None:
@@ -44,6 +58,18 @@ def check_megatron(values: Mapping[str, Any], add: Add) -> None:
             if (experts is None or top_k is None) and choices > fewest:
                 add("moe.top_k", f"must be from 1 to {fewest}, the experts of a layer, got {choices}", "")
     _check_tokenizer(values, add)
+
+
+def check_megatron_ep(values: Mapping[str, Any], add: Add) -> None:
+    """Note what does not go together with Megatron's own layers."""
+    if values.get("fssdp.policy") != MEGATRON_EP:
+        return
+    if values.get("model.front_end") == "transformers":
+        add("fssdp.policy", "megatron_ep needs model.front_end=megatron: its layers stand in no other model", "static_ep is the like of it")
+    why = "is of our own layers, which fssdp.policy=megatron_ep replaces"
+    for key, default in _OF_OUR_LAYERS.items():
+        if key in values and values[key] != default:
+            add(key, why, "leave it out")
 
 
 def _check_tensor_parallel(values: Mapping[str, Any], shape: GptShape, add: Add) -> None:

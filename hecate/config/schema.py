@@ -136,12 +136,19 @@ class MoeConfig:
         return self.num_experts
 
 
+MEGATRON_EP = "megatron_ep"
+"""the policy under which Megatron's layers are in the place of ours"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FssdpConfig:
-    policy: Literal["static_ep", "full", "fastermoe", "smartmoe", "flexmoe", "eplb", "llep", "echo", "laer", "hecate", "auto"] = "auto"
+    policy: Literal[
+        "static_ep", "full", "fastermoe", "smartmoe", "flexmoe", "eplb", "llep", "echo", "laer", "hecate", "auto", "megatron_ep"
+    ] = "auto"
     """Where experts are materialized in each step, and who serves which tokens. auto: whatever is predicted to be fastest on the
     topology. static_ep: at their owners only. full: everywhere. hecate: sparse materialization, Algorithm 1 of the Hecate paper. The
-    others are the placement rules of the systems they are named after."""
+    others are the placement rules of the systems they are named after. megatron_ep, with front_end megatron: Megatron's own MoELayer with
+    expert parallelism in the place of ours, to compare with; `hecate plan` reckons it as static_ep."""
     plan: Literal["history", "calibrated", "exact"] = "history"
     """Which loads a layer is planned from. history: the mean of past steps. exact: those of the micro-step, which the ranks exchange
     after the layer's gate; its experts then travel when nothing hides them. calibrated: history's plan, and after the gate a better
@@ -164,6 +171,11 @@ class FssdpConfig:
     reshard_interval: int | None = None
     """Every so many steps, move experts with their optimizer states to new owners, balanced over all layers by the predicted
     loads, if that is predicted to pay by the next time. null: never."""
+
+    @property
+    def planner(self) -> str:
+        """The name of the placement rule: Megatron's experts are at home, as static_ep's."""
+        return "static_ep" if self.policy == MEGATRON_EP else self.policy
 
     @property
     def per_micro_step(self) -> bool:

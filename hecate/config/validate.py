@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hecate.config.megatron import check_megatron
+from hecate.config.megatron import check_megatron, check_megatron_ep
 from hecate.config.model_path import find_model
 from hecate.config.problems import Add, shorten
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K
@@ -106,6 +106,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
         check_megatron(values, add)
     else:
         _check_model(values, add)
+    check_megatron_ep(values, add)
     _check_kernels(values, add)
     _check_topology(values, add)
     _check_workers(values, add)

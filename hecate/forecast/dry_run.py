@@ -57,7 +57,7 @@ class Forecast:
             "topology": run.topology_name,
             "ranks": run.topology.world_size,
             "workload": self.workload,
-            "policy": run.config.fssdp.policy,
+            "policy": run.config.fssdp.planner,
             "device_memory_bytes": list(run.topology.memory),
             "policies": [
                 {
@@ -78,7 +78,7 @@ class Forecast:
 
 def forecast(run: RunShape, workload: str) -> Forecast:
     """Every policy under synthetic loads; an optimizer step of all its micro-steps. `fssdp.plan: calibrated` counts as history."""
-    chosen = run.config.fssdp.policy
+    chosen = run.config.fssdp.planner
     names = [chosen, *(name for name in POLICIES if name != chosen)]
     by_group = [_simulate_group(run, group, workload, names) for group in run.groups]
     return Forecast(run, workload, [_policy_forecast(run, name, [rows[index] for rows in by_group]) for index, name in enumerate(names)])

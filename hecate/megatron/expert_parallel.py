@@ -6,7 +6,6 @@ Experts stand in order, as many on each rank, and every (token, choice) pair tra
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,12 +62,22 @@ def expert_parallel_spec(micro_step: MicroStep | None = None) -> ModuleSpec:
     return spec
 
 
-def build_layer(config: TransformerConfig, groups: ProcessGroupCollection, layer: int, micro_step: MicroStep | None = None) -> MoELayer:
+def build_layer(
+    config: TransformerConfig, groups: ProcessGroupCollection, layer: int, micro_step: MicroStep | None = None
+) -> ExpertParallelLayer:
     """One layer by itself. Every rank must call it."""
     spec = expert_parallel_spec(micro_step)
-    made = MoELayer(config, spec.submodules, layer_number=layer + 1, pg_collection=groups)
+    made = ExpertParallelLayer(config, spec.submodules, layer_number=layer + 1, pg_collection=groups)
     made.set_layer_number(layer + 1)
     return made
+
+
+class ExpertParallelLayer(MoELayer):
+    """Megatron's, among the layers of a `MoeModel`."""
+
+    @property
+    def trained_router(self) -> nn.Parameter:
+        return self.router.weight
 
 
 class RecordingRouter(TopKRouter):
@@ -85,10 +94,12 @@ class RecordingRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         prob_TE, map_TE = super().routing(logits, padding_mask)
         micro = self._micro_step
-        if micro is not None and micro.recording:
+        if micro is not None:
             # Padding is routed, too, here, but its outputs and gradients go nowhere; ours does not count it.
             by_rows = [tensor.view_as(logits).transpose(0, 1).flatten(0, 1) for tensor in (logits, prob_TE, map_TE)]
-            micro.stats[self.layer_number - 1] = self._stats(*(part if micro.valid is None else part[micro.valid] for part in by_rows))
+            stats = self._stats(*(part if micro.valid is None else part[micro.valid] for part in by_rows))
+            if micro.recording:  # a checkpointed layer that runs again must save the same tensors, and so makes them again
+                micro.stats[self.layer_number - 1] = stats
         return prob_TE, map_TE
 
     def _stats(self, logits_TE: Tensor, prob_TE: Tensor, map_TE: Tensor) -> RouterStats:
@@ -109,14 +120,22 @@ def flat_expert(layer: MoELayer, expert: int, *, grad: bool) -> Tensor:
     return torch.cat([part.flatten() for part in parts if part is not None])
 
 
-def expert_parameters(layers: Iterable[MoELayer]) -> dict[str, nn.Parameter]:
-    """`LAYER.EXPERT.MATRIX` -> the parameters of the experts that this rank has."""
-    named = {}
-    for layer in layers:
-        for expert in layer.local_expert_indices:
-            for name, parameter in zip(("fc1", "fc2"), _weights(layer, expert), strict=True):
-                named[f"{layer.layer_number - 1}.{expert}.{name}"] = parameter
-    return named
+def put_experts(layer: MoELayer, chunks_nC: Tensor) -> None:
+    """Have the local experts compute with views of their rows of `chunks_nC`, as `FfnShape` lays them out, and without gradients."""
+    for expert, chunk in zip(layer.local_expert_indices, chunks_nC.detach(), strict=True):
+        for parameter, part in zip(_weights(layer, expert), _split(layer, expert, chunk), strict=True):
+            parameter.data, parameter.grad = part.view_as(parameter), None
+
+
+def write_gradients(layer: MoELayer, grad_nC: Tensor) -> None:
+    """Move the local experts' gradients to their rows of `grad_nC`: zeros where there are none."""
+    for expert, row in zip(layer.local_expert_indices, grad_nC, strict=True):
+        for parameter, part in zip(_weights(layer, expert), _split(layer, expert, row), strict=True):
+            if parameter.grad is None:
+                part.zero_()
+            else:
+                part.copy_(parameter.grad.flatten())
+            parameter.grad = None
 
 
 def _weights(layer: MoELayer, expert: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.config import Config
+from hecate.config.schema import MEGATRON_EP
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.megatron.imports import quietly
 from hecate.megatron.shape import GptShape, gpt_shape
@@ -23,7 +25,7 @@ from hecate.model.head import VocabularyPart, chunked_cross_entropy
 from hecate.model.surgery import MoeModel, adapter_dtype, prefetch_during_attention
 from hecate.model.tensor_parts import TensorGroups, TensorParts
 from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine
+from hecate.moe.engine import Engine, EngineConfig
 from hecate.moe.full_experts import FullExperts
 from hecate.moe.layer import MoeLayer
 from hecate.moe.router import TopKRouter
@@ -37,7 +39,7 @@ with quietly():
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from hecate.megatron.gpt import INIT_STD, build_gpt, process_groups, transformer_config
-    from hecate.megatron.layer import FssdpMoeLayer
+    from hecate.megatron.layer import FssdpMoeLayer, OwnMoeLayer
     from hecate.megatron.tensor_parallel import prepare_sharded_layers
 
 
@@ -108,19 +110,20 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len / ranks.tensor_size
     families = {layer: _family(shape, layer, config.seed, dtype, ranks.device) for layer in range(shape.layers)}
-    engine = Engine(dict(families), engine_config(config, ranks, non_moe_flops, topology), ranks.groups)
-    micro_step = MicroStep()
-    layers = {
-        layer: MoeLayer(
-            layer,
-            TopKRouter(
-                shape.hidden, shape.experts, shape.top_k, layer=layer, seed=config.seed, dtype=adapter_dtype(dtype), device=ranks.device
-            ),
-            engine,
-            micro_step,
+    settings, micro_step = engine_config(config, ranks, non_moe_flops, topology), MicroStep()
+    routers = {
+        layer: TopKRouter(
+            shape.hidden, shape.experts, shape.top_k, layer=layer, seed=config.seed, dtype=adapter_dtype(dtype), device=ranks.device
         )
         for layer in families
     }
+    engine: Engine
+    layers: dict[int, Any]
+    if config.fssdp.policy == MEGATRON_EP:
+        engine, layers = _megatrons(shape, families, routers, settings, ranks, micro_step, dtype)
+    else:
+        engine = Engine(dict(families), settings, ranks.groups)
+        layers = {layer: MoeLayer(layer, router, engine, micro_step) for layer, router in routers.items()}
     model = gpt_with(shape, vocabulary, layers, ranks, dtype=dtype, seed=config.seed)
     prefetch_during_attention(model.decoder.layers, engine, layers, config.fssdp.prefetch)
     parts = tensor_parts(model, ranks.tensor) if ranks.tensor else None
@@ -128,7 +131,34 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
     return MegatronModel(model, GptHead(model, ranks.tensor), tokenizer, vocabulary, moe, shape)
 
 
-def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[int, MoeLayer], ranks: Ranks, *, dtype: torch.dtype, seed: int) -> Any:
+def _megatrons(
+    shape: GptShape,
+    families: dict[int, FullExperts],
+    routers: dict[int, TopKRouter],
+    settings: EngineConfig,
+    ranks: Ranks,
+    micro_step: MicroStep,
+    dtype: torch.dtype,
+) -> tuple[Engine, dict[int, Any]]:
+    """Megatron's own MoE layers, and the engine for them, with the weights that ours would begin with. Every rank must call it.
+
+    Raises:
+        UserError: the experts cannot be shared out equally.
+    """
+    with quietly():
+        from hecate.megatron.expert_parallel import build_layer, expert_parallel_config
+        from hecate.megatron.expert_parallel_engine import ExpertParallelEngine, check_fit
+
+        check_fit(shape.experts, ranks.groups)
+        config = expert_parallel_config(shape, dtype, dist.get_world_size(ranks.groups.experts))
+        groups = process_groups(ranks.groups)
+        layers = {layer: build_layer(config, groups, layer, micro_step).to(ranks.device) for layer in families}
+    for layer, router in routers.items():
+        layers[layer].router.weight.data.copy_(router.weight.detach())
+    return ExpertParallelEngine(families, settings, ranks.groups, layers, micro_step), layers
+
+
+def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[int, nn.Module], ranks: Ranks, *, dtype: torch.dtype, seed: int) -> Any:
     """A GPTModel whose FFNs are `layers`, on this rank's device. Every rank must call it.
 
     Each rank draws all weights and keeps its parts, so what the model begins with does not depend on their number.
@@ -137,12 +167,13 @@ def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[int, MoeLayer], r
     if ranks.tensor is not None:
         prepare_sharded_layers()
         parallel = {"tensor_model_parallel_size": ranks.tensor_size, "sequence_parallel": True}
+    module = FssdpMoeLayer if all(isinstance(layer, MoeLayer) for layer in layers.values()) else OwnMoeLayer
     with quietly():
         model = build_gpt(
             shape,
             vocabulary,
             transformer_config(shape, dtype, **parallel),
-            ModuleSpec(module=FssdpMoeLayer, params={"layers": layers}),
+            ModuleSpec(module=module, params={"layers": layers}),
             process_groups(ranks.groups, ranks.tensor),
             seed=seed,
         )

@@ -14,8 +14,6 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from hecate.moe.layer import MoeLayer
-
 
 class FssdpMoeLayer(MegatronModule):
     """A transformer layer's `mlp`: router and engine of the transformers path, `hecate.moe.layer.MoeLayer`.
@@ -23,7 +21,7 @@ class FssdpMoeLayer(MegatronModule):
     It is built by a ModuleSpec with the parameter `layers`, and takes its own when Megatron says which layer it is in.
     """
 
-    def __init__(self, config: Any, *, layers: Mapping[int, MoeLayer], submodules: Any = None, **_: Any) -> None:
+    def __init__(self, config: Any, *, layers: Mapping[int, nn.Module], submodules: Any = None, **_: Any) -> None:
         """Args:
         layers: by the layer's number, from 0.
         """
@@ -37,6 +35,13 @@ class FssdpMoeLayer(MegatronModule):
     def forward(self, hidden_SBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """The experts' output, and no bias. Tokens are numbered by rows elsewhere, and here, too."""
         return self.moe(hidden_SBD.transpose(0, 1)).transpose(0, 1), None
+
+
+class OwnMoeLayer(FssdpMoeLayer):
+    """Where the layers are Megatron's own (`hecate.megatron.expert_parallel`)."""
+
+    def forward(self, hidden_SBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return self.moe(hidden_SBD)
 
 
 class TorchAttention(nn.Module):

@@ -30,7 +30,7 @@ from hecate.moe.planning import LayerPlan, PlanMode, calibration_gain, exchange_
 from hecate.parallel.dispatch import combine, dispatch
 from hecate.parallel.frozen_store import FrozenStore
 from hecate.parallel.loads import LoadHistory, imbalance
-from hecate.parallel.placement import Placement, everything_everywhere, owners_by_memory, owners_only
+from hecate.parallel.placement import Placement, everything_everywhere, owners_by_memory, owners_only, redealt_owners
 from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.store import LayerStore, gather_together
 from hecate.parallel.topology import Topology
@@ -91,8 +91,15 @@ class Engine:
     def __init__(self, families: dict[int, ExpertFamily], config: EngineConfig, groups: ExpertGroups) -> None:
         self.families = families
         self.history = LoadHistory(config.load_window)
-        owners = {layer: owners_by_memory(family.num_experts, config.topology.memory) for layer, family in families.items()}
-        self._join(config, groups, owners, {})
+        self._join(config, groups, self.first_owners(config, groups), {})
+
+    def first_owners(self, config: EngineConfig, groups: ExpertGroups) -> dict[int, np.ndarray]:
+        """int64 [experts] of each layer, of a run that begins."""
+        return {layer: owners_by_memory(family.num_experts, config.topology.memory) for layer, family in self.families.items()}
+
+    def redealt(self, owners: Mapping[int, np.ndarray], world_size: int) -> dict[int, np.ndarray]:
+        """Each layer's owners on another number of ranks."""
+        return dict(zip(owners, redealt_owners(list(owners.values()), world_size), strict=True))
 
     def _join(
         self, config: EngineConfig, groups: ExpertGroups, owners: dict[int, np.ndarray], chunks: Mapping[int, Mapping[int, Tensor]]
@@ -156,6 +163,11 @@ class Engine:
             for layer, store in self.stores.items()
             for expert, parameter in zip(store.experts, store.parameters, strict=True)
         }
+
+    @property
+    def goes_together(self) -> bool:
+        """Must ranks run the same forward passes at the same time outside training, too?"""
+        return bool(self.frozen) and self.world_size > 1
 
     @property
     def bytes_sent(self) -> int:

@@ -125,7 +125,7 @@ def engine_config(config: Config, ranks: Ranks, non_moe_flops: float, topology: 
         topology: of whoever started the ranks and knows better than the configuration.
     """
     return EngineConfig(
-        planner=POLICIES[config.fssdp.policy],
+        planner=POLICIES[config.fssdp.planner],
         topology=topology or build_topology(config, ranks),
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,

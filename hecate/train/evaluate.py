@@ -32,10 +32,10 @@ class Evaluation:
 def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource]) -> Evaluation:
     """Evaluate all sources. Every rank must call it; rows and prompts are shared out.
 
-    Experts are everywhere meanwhile, unless they have heavy frozen parts: those stay with their owners, and ranks go forward together.
+    Experts are everywhere meanwhile, unless they stay with their owners (`Engine.goes_together`): ranks then go forward together.
     """
     scores, loads = {}, {}
-    together = bool(moe.engine.frozen) and ranks.world_size > 1
+    together = moe.engine.goes_together
     with moe.engine.evaluating(together=together), torch.no_grad():
         for index, source in enumerate(sources):
             loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, sources, index, together)

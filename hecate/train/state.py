@@ -27,7 +27,6 @@ from hecate.config import Config, config_hash, to_yaml
 from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.surgery import MoeModel
-from hecate.parallel.placement import redealt_owners
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.ranks import Ranks
 from hecate.train.resharding import adopt_owners
@@ -102,7 +101,7 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
         _refuse_other_run(folder, meta, config)
         owners = {int(layer): np.array(owner_E) for layer, owner_E in meta["owners"].items()}
         if manifest.world_size != ranks.world_size:
-            owners = dict(zip(owners, redealt_owners(list(owners.values()), ranks.world_size), strict=True))
+            owners = moe.engine.redealt(owners, ranks.world_size)
         adopt_owners(moe.engine, optimizer, owners)
         names = [name for name in manifest.tensors if _mine(name, optimizer)]
         try:

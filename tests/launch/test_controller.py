@@ -55,6 +55,9 @@ class Scripted:
     def ask_for(self, place: Place) -> None:
         self.calls.append((place.index, "ask_for", ()))
 
+    def keep_spares(self) -> None:
+        self.calls.append((-1, "keep_spares", ()))
+
     def poll(self, timeout: float) -> list[tuple[Place, Event]]:
         assert self.script, "the job goes on after the end of the script"
         happened = self.script.pop(0)(self)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
         shown = subprocess.run([sys.executable, "-m", "hecate", "status", str(run)], capture_output=True, text=True, check=True, cwd=ROOT)
         assert "running" in shown.stdout
 
+        spares = wait_for_spares(status)
         os.kill(status["devices"][2]["pid"], signal.SIGKILL)
         step = status["step"]
         status = job.wait_for(lambda s: s["generation"] == 1 and training(s) == [0, 1, 2, 3] and s["step"] > step)
+        assert status["devices"][2]["pid"] in spares
         assert "device 2" in job.output
         assert "the worker's process died" in job.output
 
@@ -96,6 +99,21 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
     assert len(set(range(1, steps[-1] + 1)) - set(steps)) <= 2, steps
     assert (run / f"checkpoint-{steps[-1]}" / "COMMIT").is_file()
     assert json.loads((run / "status.json").read_text(encoding="utf-8"))["state"] == "stopped"
+
+
+def wait_for_spares(status: dict[str, Any]) -> set[int]:
+    """Workers' processes beside those of the devices: one on each of the four nodes."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = set()
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended meanwhile
+                if path.read_bytes().startswith(b"ray::Worker"):
+                    found.add(int(path.parent.name))
+        if len(spares := found - {device["pid"] for device in status["devices"]}) == len(KINDS):
+            return spares
+        time.sleep(0.1)
+    raise AssertionError(f"no spares: {found}")
 
 
 def scraped(job: Job) -> str:

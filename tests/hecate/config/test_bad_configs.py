@@ -30,6 +30,8 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"model": "{}"}, "model.name_or_path", "must be given"),
     ({"data": "{train: [{name: x}]}"}, "data.train[0].path", "must be given"),
     ({"data": "{train: [{path: a.jsonl, wieght: 2}]}"}, "data.train[0].wieght", "did you mean data.train[0].weight?"),
+    # Megatron's layers
+    ({"fssdp": "{policy: megatron_ep}"}, "fssdp.policy", "needs model.front_end=megatron"),
     # kernels
     ({"kernels": "cuda"}, "kernels", "must be one of auto, triton, torch, reference"),
     ({"kernels": "triton", "model": "{name_or_path: model, dtype: float64}"}, "kernels", "model.dtype is float64"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hecate.config import Config, ConfigError
+from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.cost_model import LayerCost
 from hecate.train.evaluate import evaluate
@@ -21,10 +22,17 @@ from tests.ranks import run_ranks
 
 Losses = list[tuple[float, ...]]
 """loss, aux loss and gradient norm of each step; at last the held-out loss"""
+MEGATRONS = "fssdp.policy=megatron_ep"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "checkpointed": ("fssdp.policy=static_ep", "gradient_checkpointing=true"),
+    "Megatron's layers": (MEGATRONS,),
+    "Megatron's layers, checkpointed": (MEGATRONS, "gradient_checkpointing=true"),
     "rematerialized": ("fssdp.policy=full", "fssdp.rematerialize=true"),
 }
+
+
+IN_TWO_PARTS = ("gradient_accumulation_steps=2", "micro_batch_size=1")
+"""micro-steps have aux losses of their own, so this is another run"""
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,21 @@ def _export(folder: Path, ranks: Ranks) -> tuple[np.ndarray, int, LayerCost]:
 def _two_ranks(rank: int, world: int, folder: str) -> Found:
     ranks = ranks_of(rank, world)
     losses = {name: _train(config_of(Path(folder), *overrides), ranks) for name, overrides in VARIANTS.items()}
+    for policy in ("static_ep", "megatron_ep"):
+        losses[f"{policy}, accumulating"] = _train(config_of(Path(folder), f"fssdp.policy={policy}", *IN_TWO_PARTS), ranks)
     losses["whole"] = _train(config_of(Path(folder)), ranks, save_at=1)
     losses["resumed"] = _train(config_of(Path(folder), "resume=true"), ranks)
+    megatrons = [f"output_dir={folder}/megatrons", MEGATRONS]
+    losses["whole, Megatron's layers"] = _train(config_of(Path(folder), *megatrons), ranks, save_at=1)
+    losses["resumed, Megatron's layers"] = _train(config_of(Path(folder), *megatrons, "resume=true"), ranks)
     return Found(losses, *_export(Path(folder), ranks))
 
 
-def _one_rank(rank: int, world: int, folder: str) -> Losses:
-    return _train(config_of(Path(folder), "micro_batch_size=4"), ranks_of(rank, world))
+def _one_rank(rank: int, world: int, folder: str) -> tuple[Losses, Losses]:
+    """A whole run; and the end of one that two ranks with Megatron's layers began, a step of which keeps its rows."""
+    ranks = ranks_of(rank, world)
+    whole = _train(config_of(Path(folder), "micro_batch_size=4", f"output_dir={folder}/alone"), ranks)
+    return whole, _train(config_of(Path(folder), f"output_dir={folder}/megatrons", MEGATRONS, "resume=true"), ranks)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +109,23 @@ def found(folder: Path) -> Found:
 
 
 def test_the_losses_do_not_depend_on_ranks_policies_or_checkpointing(folder: Path, found: Found) -> None:
-    (alone,) = run_ranks(1, _one_rank, str(folder))
+    ((alone, resumed),) = run_ranks(1, _one_rank, str(folder))
     assert alone[-2][0] < alone[0][0] - 0.3
     for name in VARIANTS:
         for got, wanted in zip(found.losses[name], alone, strict=True):
             assert got == pytest.approx(wanted, rel=2e-4), name
+    for got, wanted in zip(resumed, alone[1:], strict=True):
+        assert got == pytest.approx(wanted, rel=2e-4), "Megatron's layers, on another number of ranks from a checkpoint on"
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(found: Found) -> None:
-    assert found.losses["resumed"] == found.losses["whole"][1:]
+def test_megatrons_layers_accumulate_as_ours_do(found: Found) -> None:
+    for got, wanted in zip(found.losses["megatron_ep, accumulating"], found.losses["static_ep, accumulating"], strict=True):
+        assert got == pytest.approx(wanted, rel=2e-4)
+
+
+@pytest.mark.parametrize("whose", ["", ", Megatron's layers"])
+def test_a_resumed_run_goes_on_bit_for_bit(found: Found, whose: str) -> None:
+    assert found.losses[f"resumed{whose}"] == found.losses[f"whole{whose}"][1:]
 
 
 def test_the_model_comes_out_as_a_mixtral_of_the_sizes_planned(folder: Path, found: Found) -> None:
@@ -135,6 +159,35 @@ def test_what_cannot_be_is_refused(folder: Path, override: str, words: str) -> N
     with pytest.raises(ConfigError, match=words) as error:
         config_of(folder, override)
     assert [problem.key for problem in error.value.problems] == [override.partition("=")[0]]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "fssdp.plan=exact",
+        "fssdp.rematerialize=true",
+        "fssdp.prefetch=2",
+        "fssdp.max_imbalance=1.5",
+        "fssdp.memory_slots=1",
+        "fssdp.redundancy=1",
+        "fssdp.reshard_interval=2",
+        "model.tensor_parallel=2",
+        "kernels=torch",
+    ],
+)
+def test_what_is_of_our_layers_is_refused_with_megatrons(folder: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="is of our own layers") as error:
+        config_of(folder, MEGATRONS, override)
+    assert {problem.key for problem in error.value.problems} == {override.partition("=")[0]}
+
+
+def _three_experts(rank: int, world: int, folder: str) -> None:
+    with pytest.raises(UserError, match="3 experts are on 2 ranks"):
+        Run(config_of(Path(folder), MEGATRONS, "moe.num_experts=3"), ranks_of(rank, world))
+
+
+def test_megatrons_layers_want_equally_many_experts_on_each_rank(folder: Path) -> None:
+    run_ranks(2, _three_experts, str(folder))
 
 
 @pytest.mark.parametrize("name", ["gpt-moe-s", "gpt-moe-l", "bert-moe", "bert-moe-deep"])
