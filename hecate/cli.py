@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.local_store import JOIN_VARIABLE, STORE_VARIABLE, error_file
+from hecate.local_store import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, error_file, mistakes
 
 if TYPE_CHECKING:
     from hecate.config import Config
@@ -35,10 +35,10 @@ def main() -> None:
 
 
 def _report(error: UserError) -> None:
-    store = os.environ.get(STORE_VARIABLE)
-    if store:
+    folder = os.environ.get(ERRORS_VARIABLE)
+    if folder:
         # The launcher shows it if rank 0 had nothing to say: usually all ranks meet the same mistake.
-        error_file(Path(store), int(os.environ["RANK"])).write_text(f"hecate: {error}", encoding="utf-8")
+        error_file(Path(folder), int(os.environ["RANK"])).write_text(f"hecate: {error}", encoding="utf-8")
         if os.environ["RANK"] != "0":
             return
     print(f"hecate: {error}", file=sys.stderr)
@@ -62,8 +62,8 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         _check_tensor_parallel(loaded, count)
         status = launch_local(["train", str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0)
         raise typer.Exit(status)
-    store = os.environ.get(STORE_VARIABLE)
-    if store and any(Path(store).parent.glob("error-*")):
+    errors = os.environ.get(ERRORS_VARIABLE)
+    if errors and mistakes(Path(errors)):
         sys.exit(USER_ERROR_EXIT)  # an agent starts ranks again whatever ended them; a mistake stays one
     from hecate.config import load_config
 
@@ -101,6 +101,8 @@ def launch(
     max_restarts: Annotated[int, typer.Option(min=0, help="times that all ranks are started again after one has died")] = 3,
 ) -> None:
     """Train as CONFIG says, on one or several nodes: run it on each. When a rank or a node dies it goes on from its last checkpoint."""
+    # Read when torch is imported. What the agent's store warns of, at length, we say in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from hecate.config import load_config
     from hecate.data.syntax import check_syntax
     from hecate.launch.torchrun import check_fit, node_range
@@ -168,26 +170,26 @@ def status(run: Annotated[Path, typer.Argument(help="output_dir of a run that `h
 def evaluate(
     config: Annotated[Path, typer.Argument(help="the run's YAML file, or the config.yaml in its folder")],
     overrides: _Overrides = None,
-    adapter: Annotated[Path | None, typer.Option(help="adapter folder; left out: the one in output_dir")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter or model folder; left out: the one in output_dir")] = None,
 ) -> None:
-    """Held-out loss and exact accuracy of an adapter on data.eval, in one process."""
+    """Held-out loss and exact accuracy of what a run has left, adapter or model, on data.eval, in one process."""
     from hecate.config import load_config
 
     loaded = load_config(config, overrides or (), claim_output=False)
-    from hecate.train.inference import evaluate_adapter
+    from hecate.train.inference import evaluate_trained
 
-    evaluate_adapter(loaded, adapter or Path(loaded.output_dir) / "adapter")
+    evaluate_trained(loaded, adapter or Path(loaded.output_dir) / ("model" if loaded.moe.family == "full" else "adapter"))
 
 
 @app.command()
 def generate(
-    adapter: Annotated[Path, typer.Argument(help="adapter folder, such as runs/quickstart/adapter")],
+    adapter: Annotated[Path, typer.Argument(help="adapter or model folder, such as runs/quickstart/adapter")],
     prompt: Annotated[str, typer.Argument(help="what the user says")],
     system: Annotated[str | None, typer.Option(help="system message")] = None,
     model: Annotated[str | None, typer.Option(help="base model; left out: the one the adapter names")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
-    """Answer one prompt, greedily, with an adapter over its base model."""
+    """Answer one prompt, greedily, with an adapter over its base model, or with the model that a run has left."""
     from hecate.train.inference import answer
 
     print(answer(adapter, prompt, system=system, model=model, max_new_tokens=max_new_tokens))

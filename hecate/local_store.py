@@ -13,6 +13,8 @@ from pathlib import Path
 
 STORE_VARIABLE = "HECATE_STORE"
 """path of the file store; set for the ranks, never by a user"""
+ERRORS_VARIABLE = "HECATE_ERRORS"
+"""the folder in which ranks leave the texts of a user's mistakes for their launcher"""
 LAUNCHED_VARIABLE = "HECATE_LAUNCHED"
 """process id of the launcher; set for ranks that die with it"""
 MEMBER_VARIABLE = "HECATE_MEMBER"
@@ -21,9 +23,14 @@ JOIN_VARIABLE = "HECATE_JOIN"
 """set for a member that is to join a run under way"""
 
 
-def error_file(store: Path, rank: int) -> Path:
+def error_file(folder: Path, rank: int) -> Path:
     """Where a rank leaves the text of a user's mistake that rank 0 may not have met."""
-    return store.with_name(f"error-{rank}")
+    return folder / f"error-{rank}"
+
+
+def mistakes(folder: Path) -> list[Path]:
+    """What ranks have left, by rank."""
+    return sorted(folder.glob("error-*"), key=lambda path: int(path.name.removeprefix("error-")))
 
 
 def ready_file(store: Path, member: int) -> Path:

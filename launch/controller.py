@@ -156,6 +156,7 @@ class Controller:
             **{key: self._latest[key] for key in ("step", "loss", "tokens_per_s", "imbalance")},
             "last_checkpoint": self._checkpoint,
             "devices": devices,
+            "topology": None if self._topology is None else topology_text(self._topology),
             "notes": self._notes,
             "updated": time.time(),
         }

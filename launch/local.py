@@ -19,6 +19,7 @@ from hecate.errors import USER_ERROR_EXIT
 from hecate.launch.fork_server import forking
 from hecate.launch.run_folder import run_folder
 from hecate.local_store import (
+    ERRORS_VARIABLE,
     JOIN_VARIABLE,
     LAUNCHED_VARIABLE,
     MEMBER_VARIABLE,
@@ -145,6 +146,7 @@ def _start(command: Sequence[str], rank: int, num_ranks: int, store: Path, *, su
     environment = {
         **_environment(num_ranks),
         STORE_VARIABLE: str(store),
+        ERRORS_VARIABLE: str(store.parent),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank if takes is None else takes),
         "WORLD_SIZE": str(num_ranks),
@@ -186,7 +188,7 @@ def _wait(ranks: dict[int, Process], store: Path, crew: Crew | None) -> int:
     number = failed[0] if first_failure is None else first_failure
     if codes[number] == USER_ERROR_EXIT:
         if codes.get(0) != USER_ERROR_EXIT:  # rank 0 has printed its own
-            print(error_file(store, number).read_text(encoding="utf-8"), file=sys.stderr)
+            print(error_file(store.parent, number).read_text(encoding="utf-8"), file=sys.stderr)
         return USER_ERROR_EXIT
     print(
         f"hecate: rank {list(codes).index(number)} of {len(codes)} {_cause(codes[number])}; the run is stopped; "

@@ -10,6 +10,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_fo
 from hecate.launch.fork_server import forking
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.launch.run_folder import run_folder
-from hecate.local_store import LAUNCHED_VARIABLE, STORE_VARIABLE
+from hecate.local_store import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
 from hecate.parallel.mesh import make_mesh
+from hecate.train.sockets import notice_lost_machines, tcp_sockets
 
 _QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 3}
 """seconds: a dead node is noticed in half of the time that torch's own settings take"""
+_LOOK_SECONDS = 5.0
 
 
 def node_range(text: str) -> tuple[int, int]:
@@ -93,10 +97,10 @@ def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int
     # With it, torch 2.13 hands workers the agents' own store, whose keys of before a restart break the ranks' meeting after it.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[LAUNCHED_VARIABLE] = str(os.getpid())
+    os.environ[ERRORS_VARIABLE] = str(folder)
     defaults = {
         **ALLOCATOR_SETTINGS,
         "TQDM_DISABLE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks_per_node)),
     }
     if meeting is None:
@@ -120,15 +124,16 @@ def _run(
 ) -> int:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    _listen_to_the_agent()
+    _listen_to_the_agent(folder)
     settings: dict[str, Any] = dict(_QUICK)
     if meeting is None:
         settings["store_type"] = "file"
     else:
         settings["is_host"] = meeting.is_here
+        threading.Thread(target=_notice_lost_meeting_point, args=(meeting,), daemon=True).start()
     launch_config = LaunchConfig(
         min_nodes=nodes[0],
         max_nodes=nodes[1],
@@ -144,8 +149,19 @@ def _run(
     try:
         with forking(folder, os.environ) as (program, *options):
             elastic_launch(launch_config, program)(*options, *arguments)
-    except ChildFailedError as error:
-        return _report(error.failures, folder, max_restarts)
+    except (ChildFailedError, RendezvousConnectionError) as error:
+        if found := mistakes(folder):
+            if found[0].name != "error-0":  # rank 0 has printed its own
+                print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
+            return USER_ERROR_EXIT
+        if isinstance(error, ChildFailedError):
+            return _report(error.failures, max_restarts)
+        print(
+            f"hecate: {launch_config.rdzv_endpoint} is lost, where the nodes meet, and no node goes on without it\n"
+            "  when its node is back, start all again with resume=true",
+            file=sys.stderr,
+        )
+        return 1
     except SignalException as stopped:
         print(f"hecate: stopped by {signal.Signals(stopped.sigval).name}; resume=true goes on from the last checkpoint", file=sys.stderr)
         return 128 + int(stopped.sigval)
@@ -158,13 +174,17 @@ def _run(
     return 0
 
 
-def _report(failures: dict[int, Any], folder: Path, max_restarts: int) -> int:
+def _notice_lost_meeting_point(meeting: Endpoint) -> None:
+    """The agent's store waits without end for an answer of a machine that is gone, and makes its connections itself."""
+    while True:
+        notice_lost_machines({c for c in tcp_sockets() if c.peer is not None and c.peer[1] == meeting.port})
+        time.sleep(_LOOK_SECONDS)
+
+
+def _report(failures: dict[int, Any], max_restarts: int) -> int:
     """Say what the first rank to fail has failed of; the exit status."""
-    mistakes = sorted(folder.glob("error-*"))
     first = min(failures.values(), key=lambda failure: failure.timestamp)
-    if any(failure.exitcode == USER_ERROR_EXIT for failure in failures.values()):
-        if mistakes and mistakes[0].name != "error-0":  # rank 0 has printed its own
-            print(mistakes[0].read_text(encoding="utf-8"), file=sys.stderr)
+    if any(failure.exitcode == USER_ERROR_EXIT for failure in failures.values()):  # a wrong argument, say
         return USER_ERROR_EXIT
     rank = next(rank for rank, failure in failures.items() if failure is first)
     code = first.exitcode
@@ -179,17 +199,23 @@ def _report(failures: dict[int, Any], folder: Path, max_restarts: int) -> int:
 class _Restarts(logging.Handler):
     """Turns what the agent logs about restarts into a line for the user; all else it logs is for developers of torch."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
+        if "attempts left" in text and mistakes(self._folder):
+            return  # it starts them, but they end at once
         if "attempts left" in text:
             print("hecate: a rank was lost; all start again from the last checkpoint", file=sys.stderr, flush=True)
         elif "new nodes" in text:
             print("hecate: a node has come; all start again from the last checkpoint", file=sys.stderr, flush=True)
 
 
-def _listen_to_the_agent() -> None:
+def _listen_to_the_agent(folder: Path) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
     agent.setLevel(logging.INFO)
     agent.propagate = False
-    agent.handlers = [_Restarts()]
+    agent.handlers = [_Restarts(folder)]

@@ -38,7 +38,11 @@ def check_megatron(values: Mapping[str, Any], add: Add) -> None:
     if values.get("model.dtype") == "bfloat16":
         add("model.dtype", f"must be float32 or float64 {where}: the whole model is stepped in it", "leave it at auto")
     if values.get("eval.generate"):
-        add("eval.generate", f"is not there {where}", "set it to false; the model folder that a run leaves generates in transformers")
+        add(
+            "eval.generate",
+            f"is not there {where}",
+            "set it to false; hecate generate takes the model folder that a run leaves",
+        )
     experts, top_k = values.get("moe.num_experts"), values.get("moe.top_k")
     if isinstance(experts, tuple):
         add("moe.num_experts", f"must be one number {where}: every layer has experts", "")

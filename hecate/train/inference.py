@@ -1,4 +1,4 @@
-"""Using a trained adapter: evaluation and answers, in one process."""
+"""Using what a run has left, an adapter or a whole model: evaluation and answers, in one process."""
 
 from __future__ import annotations
 
@@ -18,41 +18,52 @@ from hecate.train.build import BaseModel, build_base, encode_sources
 from hecate.train.evaluate import evaluate
 from hecate.train.export import load_into
 from hecate.train.generate import generate
+from hecate.train.model_folder import is_model_folder, load_model_folder
 from hecate.train.peft_adapter import with_peft_adapter
 from hecate.train.ranks import Ranks, join_ranks
 from hecate.train.summary import print_summary
 
 
-def evaluate_adapter(config: Config, adapter: Path) -> None:
+def evaluate_trained(config: Config, trained: Path) -> None:
     """Print held-out loss and, with eval.generate, exact accuracy of each source of data.eval.
 
     Raises:
-        UserError: no data.eval, or the adapter does not fit the model.
+        UserError: no data.eval, no such folder, the adapter does not fit the model, or there is no room for the model.
     """
     if not config.data.eval:
         raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on")
-    if config.moe.family == "full":
-        raise UserError("hecate eval: reads adapters, but moe.family=full leaves a whole model in output_dir/model, for transformers")
     with join_ranks() as ranks:
-        base, moe = _with_adapter(adapter, ranks, config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers)
+        base, moe = _trained(trained, ranks, config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers)
         sources = encode_sources(config.data.eval, config, base, ranks)
         found = evaluate(config, ranks, base, moe, sources)
         if ranks.is_first:
-            print_summary(None, found.scores, [("adapter", str(adapter))])
+            print_summary(None, found.scores, [("model" if is_model_folder(trained) else "adapter", str(trained))])
 
 
-def answer(adapter: Path, prompt: str, *, system: str | None, model: str | None, max_new_tokens: int) -> str:
-    """The greedy answer to one prompt in the tokenizer's chat template."""
+def answer(trained: Path, prompt: str, *, system: str | None, model: str | None, max_new_tokens: int) -> str:
+    """The greedy answer to one prompt in the tokenizer's chat template; a model without one goes on with the prompt as plain text.
+
+    Raises:
+        UserError: as `evaluate_trained`; or there is a system message and no chat template.
+    """
     from hecate.data.chat import render_prompt, require_chat_template
 
     with join_ranks() as ranks:
-        base, moe = _with_adapter(adapter, ranks, model, "auto", None)
-        require_chat_template(base.tokenizer, str(adapter))
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        text = render_prompt(base.tokenizer, [*messages, {"role": "user", "content": prompt}])
+        base, moe = _trained(trained, ranks, model, "auto", None)
+        text = prompt
+        if system is not None or base.tokenizer.chat_template or not is_model_folder(trained):
+            require_chat_template(base.tokenizer, str(trained))
+            messages = [{"role": "system", "content": system}] if system is not None else []
+            text = render_prompt(base.tokenizer, [*messages, {"role": "user", "content": prompt}])
         ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
         with moe.engine.evaluating():
             return generate(base, [ids], max_new_tokens=max_new_tokens, batch_size=1)[0]
+
+
+def _trained(folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None) -> tuple[BaseModel, MoeModel]:
+    if is_model_folder(folder):
+        return load_model_folder(folder, ranks, dtype)
+    return _with_adapter(folder, ranks, model, dtype, num_hidden_layers)
 
 
 def _with_adapter(folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None) -> tuple[BaseModel, MoeModel]:

@@ -23,7 +23,9 @@ from hecate.config import Config
 from hecate.errors import UserError
 from hecate.kernels.mixlora_inputs import PROJECTIONS
 from hecate.model.gated_ffn import decoder_layers
+from hecate.model.load import pick_dtype, resolve_model
 from hecate.model.moe_surgery import AdaptedLayer, MoeLoraPlan, adapt_experts, expert_projections
+from hecate.model.room import require_room
 from hecate.model.surgery import MoeModel
 from hecate.moe.engine import EngineConfig
 from hecate.moe.frozen_moe import FrozenMoeLora
@@ -132,10 +134,14 @@ def with_peft_adapter(
     """The base model with an adapter in it, for evaluation.
 
     Raises:
-        UserError: the adapter or the model cannot be read, or one does not fit the other.
+        UserError: the adapter or the model cannot be read, one does not fit the other, or there is no room for the model.
     """
     tensors, description = load_peft_adapter(folder)
-    base = build_base(model or description.base_model_name_or_path, dtype, num_hidden_layers, ranks, "moe_lora")
+    name = model or description.base_model_name_or_path
+    source = resolve_model(name)
+    if source.gguf_file is None and num_hidden_layers is None:
+        require_room(source.folder, pick_dtype(dtype, ranks.device), ranks.device)
+    base = build_base(name, dtype, num_hidden_layers, ranks, "moe_lora")
     plan = peft_plan(description, base.adapted, folder)
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
     moe = adapt_experts(base.model, base.adapted, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)

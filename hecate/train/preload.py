@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 
 
@@ -19,3 +20,4 @@ def preload() -> None:
     finally:
         gc.enable()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else what stays frozen to the end is taken for leaked by nanobind, which says so at length

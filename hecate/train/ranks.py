@@ -19,7 +19,7 @@ from hecate.model.tensor_parts import TensorGroups
 from hecate.moe.engine import ExpertGroups
 from hecate.parallel.mesh import make_mesh
 from hecate.train.mesh_groups import TIMEOUT, expert_groups, own_group, tensor_groups
-from hecate.train.sockets import Connection, ports, shut_down, tcp_sockets
+from hecate.train.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
 
 _PR_SET_PDEATHSIG = 1
 _MOST_PORTS = 8
@@ -223,7 +223,11 @@ def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: in
     else:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     ranks = Ranks(rank, world_size, device, expert_groups(mesh), tensor=tensor_groups(mesh))
-    return ranks if cuda else replace(ranks, connections=_of_gloo(ranks, tcp_sockets() - before))
+    if cuda:
+        return ranks
+    connections = _of_gloo(ranks, tcp_sockets() - before)
+    notice_lost_machines(connections)
+    return replace(ranks, connections=connections)
 
 
 def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from hecate.checkpoint import good_checkpoints
 from hecate.config import Config
 from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.local_store import ERRORS_VARIABLE, error_file
 from hecate.train.ranks import Ranks, restarts
 
 
@@ -33,5 +35,8 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
     if ranks.all_max(float(taken is not None)):
         if taken is not None:
             raise taken
-        sys.exit(USER_ERROR_EXIT)  # the rank that asked says why
+        # The rank that asked says why. This one's launcher must know, too, or it would start the ranks again.
+        if errors := os.environ.get(ERRORS_VARIABLE):
+            error_file(Path(errors), ranks.rank).write_text("hecate: rank 0 has met a mistake, and says which", encoding="utf-8")
+        sys.exit(USER_ERROR_EXIT)
     return config

@@ -2,7 +2,7 @@
 
 gloo's own `abort` frees nobody: a rank that waits for a living peer goes on waiting until its timeout, and so do those that wait for it.
 A connection that is shut down fails at once, on both of its ends. (Linux; elsewhere nothing is found, and a lost rank is seen by its
-direct peers alone.)
+direct peers alone.) Nor does gloo ask whether a silent peer's machine still runs: the kernel is told to.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _FOLDER = "/proc/self/fd"
+_IDLE_SECONDS, _PROBE_SECONDS, _GIVE_UP_SECONDS = 5, 2, 12
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,25 @@ def shut_down(connections: Iterable[Connection]) -> None:
             if handle is not None and connection.peer is not None and _describe(connection.descriptor, handle) == connection:
                 with contextlib.suppress(OSError):
                     handle.shutdown(socket.SHUT_RDWR)
+
+
+def notice_lost_machines(connections: Iterable[Connection]) -> None:
+    """Have the kernel break off those whose other machine answers nothing, as without power or network, after some twelve seconds. A
+    process that is only slow, or stopped, is none of these: its kernel answers."""
+    options = (
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", _IDLE_SECONDS),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", _PROBE_SECONDS),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1000 * _GIVE_UP_SECONDS),
+    )
+    for connection in connections:
+        with _opened(connection.descriptor) as handle:
+            if handle is None or connection.peer is None or _describe(connection.descriptor, handle) != connection:
+                continue
+            for level, name, value in options:
+                if hasattr(socket, name):  # Linux has them all
+                    with contextlib.suppress(OSError):
+                        handle.setsockopt(level, getattr(socket, name), value)
 
 
 def ports(connections: Iterable[Connection]) -> set[int]:

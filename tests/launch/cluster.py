@@ -19,7 +19,7 @@ from hecate.errors import UserError
 from hecate.launch.status import read_status
 
 ROOT = Path(__file__).parents[2]
-_ENVIRONMENT = {
+OF_RAYLETS = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback stays loopback
@@ -76,21 +76,34 @@ class Job:
         self.lines.extend(self.process.stdout)
 
 
+def make_token(folder: Path) -> Path:
+    """A file with a new one, for the owner alone."""
+    file = folder / "token"
+    file.touch(mode=0o600)
+    file.write_text(secrets.token_hex(32), encoding="utf-8")
+    return file
+
+
+def environment(token_file: Path, **changes: str) -> dict[str, str]:
+    """For a process that is to use a cluster."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    given = {"RAY_AUTH_TOKEN_PATH": str(token_file), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**kept, **given, **changes}
+
+
 class RayCluster:
     """A head without devices, and nodes that have one each, known by their ids; in a process of its own (`cluster_host`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.token_file = folder / "token"
-        self.token_file.touch(mode=0o600)
-        self.token_file.write_text(secrets.token_hex(32), encoding="utf-8")
+        self.token_file = make_token(folder)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self._host = subprocess.Popen(
             [sys.executable, "-m", "tests.launch.cluster_host"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=self.environment(**_ENVIRONMENT, PATH=path),
+            env=self.environment(**OF_RAYLETS, PATH=path),
             cwd=ROOT,
         )
         addresses = self._answer()
@@ -111,10 +124,7 @@ class RayCluster:
         return next(node for node in self.nodes if node.startswith(device["node"].split()[1]))
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """For a process that is to use the cluster."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        given = {"RAY_AUTH_TOKEN_PATH": str(self.token_file), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        return {**kept, **given, **changes}
+        return environment(self.token_file, **changes)
 
     @contextmanager
     def job(self, command: str, run: Path, *arguments: object, **changes: str) -> Iterator[Job]:

@@ -1,12 +1,10 @@
-"""`hecate launch`: mistakes found before anything is started, and two nodes."""
+"""`hecate launch`: mistakes found before anything is started."""
 
 from __future__ import annotations
 
 import socket
 import subprocess
 import sys
-import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,7 @@ import pytest
 from hecate.errors import UserError
 from hecate.launch.addresses import check_free, find_endpoint, interface_of, wait_for
 from hecate.launch.torchrun import node_range
-from tests.launch.processes import OVERRIDES, hecate, kill_rank, losses, read_rest, wait_until_gone
-from tests.namespaces import missing_for_slow_link, slow_link
 from tests.tiny_run import make_workshop
-
-LACKING = missing_for_slow_link()
 
 
 @pytest.fixture(scope="module")
@@ -80,34 +74,3 @@ def test_a_mistake_is_found_before_anything_is_started(workshop: Path, name: str
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 8
     assert not (workshop / "runs/bad").exists()
-
-
-@pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
-def test_two_nodes_and_a_rank_killed_on_the_one_without_the_meeting_point(workshop: Path) -> None:
-    temporary = workshop / "tmp"
-    with slow_link() as names, ExitStack() as stack:
-        processes = []
-        for namespace in names:
-            options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", "10.201.77.1:29433"]
-            given = [str(workshop / "config.yaml"), *OVERRIDES, f"output_dir={workshop}/runs/two", "max_steps=60", "save_steps=5"]
-            command = ["ip", "netns", "exec", namespace]
-            processes.append(stack.enter_context(hecate("launch", *options, *given, temporary=temporary, command=command)))
-        # Which node has rank 0, and with it the terminal, is not known before.
-        for node, rank in ((1, 0), (1, 1)):
-            _wait_for_checkpoint(workshop / "runs/two")
-            try:
-                kill_rank(processes[node].pid, rank)
-                break
-            except AssertionError:
-                continue
-        printed = "".join(read_rest(process) for process in processes)
-    assert "all start again from the last checkpoint" in printed
-    assert "resumed after step" in printed
-    assert sorted(losses(workshop / "runs/two")) == list(range(1, 61))
-    assert wait_until_gone([], temporary) == []
-
-
-def _wait_for_checkpoint(folder: Path) -> None:
-    deadline = time.monotonic() + 200
-    while not list(folder.glob("checkpoint-[0-9]*/COMMIT")) and time.monotonic() < deadline:
-        time.sleep(0.01)

@@ -14,6 +14,7 @@ from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.cost_model import LayerCost
 from hecate.train.evaluate import evaluate
+from hecate.train.inference import answer, evaluate_trained
 from hecate.train.loop import Run
 from hecate.train.ranks import Ranks
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
@@ -46,6 +47,8 @@ class Found:
     """parameters outside experts"""
     cost: LayerCost
     """what the engine plans with"""
+    held_out: float
+    """loss of the model whose logits those are"""
 
 
 def _train(config: Config, ranks: Ranks, save_at: int | None = None) -> Losses:
@@ -56,11 +59,15 @@ def _train(config: Config, ranks: Ranks, save_at: int | None = None) -> Losses:
         losses.append((result.loss, result.aux_loss, result.grad_norm))
         if run.step == save_at:
             run.save()
-    (held_out,) = evaluate(run.config, run.ranks, run.base, run.moe, run.eval_sources).scores.values()
-    return [*losses, (held_out.loss,)]
+    return [*losses, (_held_out(run),)]
 
 
-def _export(folder: Path, ranks: Ranks) -> tuple[np.ndarray, int, LayerCost]:
+def _held_out(run: Run) -> float:
+    (score,) = evaluate(run.config, run.ranks, run.base, run.moe, run.eval_sources).scores.values()
+    return score.loss
+
+
+def _export(folder: Path, ranks: Ranks) -> tuple[np.ndarray, int, LayerCost, float]:
     run = Run(config_of(folder), ranks)
     ((_, given),) = run.moe.engine.plan_inputs()
     for parameter in run.moe.replicated_parameters().values():
@@ -71,7 +78,8 @@ def _export(folder: Path, ranks: Ranks) -> tuple[np.ndarray, int, LayerCost]:
         hidden = run.base.head.hidden(token_ids(), None, token_ids())
         assert torch.equal(run.base.head.logits(hidden.flatten(0, 1)), logits.flatten(0, 1))  # type: ignore[attr-defined]
     run.output.replace(folder, run.moe, ranks)
-    return logits.numpy(), sum(parameter.numel() for parameter in run.moe.replicated_parameters().values()), given.cost
+    replicated = sum(parameter.numel() for parameter in run.moe.replicated_parameters().values())
+    return logits.numpy(), replicated, given.cost, _held_out(run)
 
 
 def _two_ranks(rank: int, world: int, folder: str) -> Found:
@@ -141,6 +149,20 @@ def test_the_model_comes_out_as_a_mixtral_of_the_sizes_planned(folder: Path, fou
     assert not info["unexpected_keys"]
     with torch.no_grad():
         torch.testing.assert_close(model(token_ids(), use_cache=False).logits, torch.from_numpy(found.logits), rtol=1e-4, atol=1e-4)
+
+
+def test_that_mixtral_is_evaluated_and_goes_on_with_a_text(folder: Path, found: Found, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    evaluate_trained(config_of(folder), folder / "model")
+    assert f"{found.held_out:.3f}" in capsys.readouterr().out
+    (folder / "model" / "chat_template.jinja").unlink()  # as a tokenizer for pretraining
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    ids = tokenizer("In the", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    wanted = tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer(folder / "model", "In the", system=None, model=None, max_new_tokens=4) == wanted.strip()
+    with pytest.raises(UserError, match="no chat template"):
+        answer(folder / "model", "In the", system="Be brief", model=None, max_new_tokens=4)
 
 
 @pytest.mark.parametrize(

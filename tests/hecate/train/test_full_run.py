@@ -10,8 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import hecate.cli
+import hecate.model.room
 from hecate.config import DataSource
 from hecate.data.encode import encode_source
+from hecate.errors import UserError
+from hecate.train.inference import answer
 from tests.hecate.train.test_run import kill_rank_1_after, losses, records, run, train_arguments, workshop
 
 __all__ = ["workshop"]  # a fixture
@@ -42,6 +46,26 @@ def test_a_run_learns_and_leaves_a_mixtral(workshop: Path, whole: Path) -> None:
     assert held_out_loss(model, workshop) == pytest.approx(last["sources"]["up.eval"]["loss"], rel=1e-4)
     report = json.loads((whole / "trainable.json").read_text(encoding="utf-8"))
     assert sum(row["count"] * row["numel"] for row in report["rows"]) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_model_that_a_run_leaves_is_evaluated_and_answers(workshop: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hecate.cli.evaluate(workshop / "config.yaml", [f"output_dir={whole}", *FULL[:-1]])
+    shown = capsys.readouterr().out
+    for name, score in records(workshop, "full", "eval")[-1]["sources"].items():
+        assert f"{score['loss']:.3f}" in next(line for line in shown.splitlines() if name in line)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(whole / "model"), AutoTokenizer.from_pretrained(whole / "model")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "w1x1"}], tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    wanted = tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answer(whole / "model", "w1x1", system=None, model=None, max_new_tokens=4) == wanted.strip()
+
+
+def test_a_model_that_does_not_fit_is_not_loaded(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hecate.model.room, "free_bytes", lambda _: 1000)
+    with pytest.raises(UserError, match="the whole model in one process"):
+        answer(whole / "model", "w1x1", system=None, model=None, max_new_tokens=4)
 
 
 def held_out_loss(model: Any, workshop: Path) -> float:

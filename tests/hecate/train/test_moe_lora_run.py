@@ -11,10 +11,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import hecate.model.room
 from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
-from hecate.train.inference import _with_adapter, answer, evaluate_adapter
+from hecate.train.inference import _with_adapter, answer, evaluate_trained
 from hecate.train.loop import Run
 from hecate.train.ranks import join_ranks
 from tests.hecate.data.conftest import build_byte_tokenizer
@@ -85,11 +86,17 @@ def test_evaluation_and_answers_come_from_the_adapter(workshop: Path, trained: P
     """Here in one process with every expert; the run had evaluated on two ranks, experts staying with their owners."""
     after = records(workshop, "whole", "eval")[-1]["sources"]["up.eval"]
     config = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/whole"], claim_output=False)
-    evaluate_adapter(config, trained)
+    evaluate_trained(config, trained)
     shown = capsys.readouterr().out
     assert f"{after['loss']:.3f}" in shown
     assert f"{after['accuracy']:.3f}" in shown
     assert isinstance(answer(trained, "w1x1", system=None, model=None, max_new_tokens=4), str)
+
+
+def test_a_base_that_does_not_fit_is_not_loaded(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hecate.model.room, "free_bytes", lambda _: 1000)
+    with pytest.raises(UserError, match="the whole model in one process"):
+        answer(trained, "w1x1", system=None, model=None, max_new_tokens=4)
 
 
 def logits_of_peft(model: Any) -> torch.Tensor:

@@ -1,0 +1,44 @@
+"""Is there memory for a whole model in this process?"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from hecate.errors import UserError
+from hecate.model.tensor_files import tensor_entries
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def require_room(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model that cannot be held whole, before any of it is loaded. What running it takes comes on top.
+
+    Args:
+        folder: with the model's safetensors files.
+        dtype: in which it will be held.
+
+    Raises:
+        UserError: the device has less memory free than the weights take, or a file is damaged.
+    """
+    needed, free = sum(entry.numel for entry in tensor_entries(folder).values()) * dtype.itemsize, free_bytes(device)
+    if free is not None and needed > free:
+        held_as = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"{folder}: its weights take {needed / 1e9:.1f} GB as {held_as}, but {device} has {free / 1e9:.1f} GB free\n"
+            "  hecate eval and hecate generate hold the whole model in one process\n"
+            "  use a machine with more memory, or evaluate at the end of training (data.eval), where each rank has its share of the experts"
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that can be taken; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

@@ -1,0 +1,213 @@
+"""Two network namespaces as two nodes, a slow link between them: torchrun and Ray train across. Needs root."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from hecate.parallel.topology import Topology
+from hecate.parallel.topology_file import parse_topology
+from hecate.profile.fit import topology_from
+from hecate.profile.probe import ProbeSizes
+from hecate.profile.run import measure
+from hecate.train.ranks import connect, lost_a_peer
+from tests.hecate.profile.ranks import ranks_of
+from tests.launch.cluster import OF_RAYLETS, Job, environment, make_token
+from tests.launch.processes import OVERRIDES, descendants, hecate, losses, rank_process, read_rest, read_until, wait_until_gone
+from tests.namespaces import INTERFACE, missing_for_slow_link, slow_link
+from tests.ranks import run_ranks
+from tests.tiny_run import make_workshop
+
+LACKING = missing_for_slow_link()
+pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(LACKING is not None, reason=str(LACKING))]
+HOSTS = ("10.201.77.1", "10.201.77.2")
+RATE, BYTES_PER_SECOND = "500mbit", 62.5e6
+SIZES = ProbeSizes(matmul=64, copy_bytes=1 << 16, small_bytes=64, large_bytes=1 << 22, seconds=0.05)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def probed(rank: int, world_size: int) -> Topology:
+    ranks = ranks_of(rank, world_size)
+    return topology_from(measure(ranks, (0, 0, 1, 1), ("CPU",) * 4, SIZES))
+
+
+def test_the_probe_finds_the_rate_of_the_link() -> None:
+    with slow_link(RATE) as names:
+        topology = run_ranks(4, probed, namespaces=[names[0], names[0], names[1], names[1]])[0]
+    assert 0.6 * BYTES_PER_SECOND < topology.inter_node.bandwidth < 1.05 * BYTES_PER_SECOND
+    assert topology.intra_node.bandwidth > 3 * topology.inter_node.bandwidth
+
+
+def cut_off(rank: int, _world_size: int, store: str) -> bool:
+    """Does a rank learn that nothing comes from the other any more, of whose end no packet tells?"""
+    dist.destroy_process_group()
+    ranks = connect(dist.FileStore(store, 2), rank, 2)
+    ranks.barrier()
+    if rank == 0:
+        subprocess.run(["ip", "link", "set", INTERFACE, "down"], check=True)
+    try:
+        ranks.barrier()
+    except RuntimeError as error:
+        return lost_a_peer(error)
+    return False
+
+
+def test_a_node_without_power_is_noticed(tmp_path: Path) -> None:
+    with slow_link() as names:
+        assert run_ranks(2, cut_off, str(tmp_path / "store"), timeout=60, namespaces=names) == [True, True]
+
+
+def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Path) -> None:
+    """A rank is killed on either node, and all start again; a node is lost and the other goes on alone, until it is back; the node where
+    they meet is lost, and the other one ends with a clear word."""
+    temporary, run = workshop / "tmp", workshop / "runs" / "two"
+    given = [str(workshop / "config.yaml"), *OVERRIDES, "fssdp.policy=hecate", f"output_dir={run}", "max_steps=100000", "save_steps=5"]
+    options = ["--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{HOSTS[0]}:29433"]
+    with slow_link() as names, ExitStack() as stack:
+
+        def node(number: int) -> subprocess.Popen[str]:
+            command = ["ip", "netns", "exec", names[number]]
+            return stack.enter_context(hecate("launch", *options, *given, temporary=temporary, command=command))
+
+        nodes = [node(0), node(1)]
+        wait_for_checkpoint(run, of_ranks=2)
+        for launcher in nodes:
+            kill_any_rank(launcher)
+            wait_for_checkpoint(run, of_ranks=2)
+        nodes[1].kill()
+        wait_for_checkpoint(run, of_ranks=1)
+        nodes[1] = node(1)
+        wait_for_checkpoint(run, of_ranks=2)
+        below = [*descendants(nodes[0].pid), *descendants(nodes[1].pid)]
+        nodes[0].kill()
+        printed = read_rest(nodes[1], 1)
+        assert wait_until_gone(below, temporary) == []
+    assert f"{HOSTS[0]}:29433 is lost, where the nodes meet" in printed
+    assert "Traceback" not in printed
+    assert "frame #" not in printed
+    steps = losses(run)
+    assert sorted(steps) == list(range(1, len(steps) + 1))
+
+
+def test_a_mistake_on_two_nodes_is_not_tried_again(workshop: Path) -> None:
+    """An agent starts its ranks again whatever ended them; again, they would go on with the run that is in the folder."""
+    run = workshop / "runs" / "taken"
+    (run / "checkpoint-5").mkdir(parents=True)
+    (run / "checkpoint-5" / "COMMIT").touch()
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{HOSTS[0]}:29434"]
+    with slow_link() as names, ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                hecate(
+                    "launch",
+                    *options,
+                    str(workshop / "config.yaml"),
+                    f"output_dir={run}",
+                    temporary=workshop / "tmp-taken",
+                    command=["ip", "netns", "exec", name],
+                )
+            )
+            for name in names
+        ]
+        printed = "".join(read_rest(process, 2) for process in processes)
+    assert "exists and is not empty" in printed
+    assert "resumed" not in printed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra `ray`)")
+def test_ray_trains_across_and_replaces_a_rank_on_either_node(workshop: Path) -> None:
+    run = workshop / "runs" / "ray"
+    overrides = ["data.eval=[]", "eval.generate=false", "fssdp.policy=hecate", "fssdp.redundancy=1", "ray.report_steps=1"]
+    command = [sys.executable, "-m", "hecate", "ray", "config.yaml", f"output_dir={run}", "max_steps=100000", *overrides]
+    with slow_link(RATE) as names, raylets(names, make_token(workshop)) as variables:
+        command = ["ip", "netns", "exec", names[0], *command, "--address", f"{HOSTS[0]}:6379"]
+        job = Job(command, variables, workshop, run)
+        try:
+            status = job.wait_for(lambda s: s["state"] == "running" and s["step"] >= 2, 120)
+            assert sorted(device["node"].split()[0] for device in status["devices"]) == list(HOSTS)
+            rate = parse_topology(status["topology"], "status").inter_node.bandwidth
+            # Where two ranks exchange alone, gloo's all-to-all sends one way after the other.
+            assert 0.4 * BYTES_PER_SECOND < rate < 1.05 * BYTES_PER_SECOND
+            for device in (0, 1):
+                os.kill(status["devices"][device]["pid"], signal.SIGKILL)
+                step, generation = status["step"], device + 1
+                status = job.wait_for(all_train(generation, after=step))
+            job.process.send_signal(signal.SIGTERM)
+            assert job.end() == 0, job.output[-3000:]
+        finally:
+            job.close()
+    assert job.output.count("the worker's process died") == 2
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [record["step"] for record in records if record["kind"] == "step"]
+    assert steps == sorted(set(steps)), "a step was done twice"
+
+
+def all_train(generation: int, after: int) -> Callable[[dict[str, Any]], bool]:
+    return lambda status: (
+        status["generation"] == generation
+        and status["step"] > after
+        and [device["state"] for device in status["devices"]] == ["training"] * len(HOSTS)
+    )
+
+
+@contextmanager
+def raylets(names: tuple[str, str], token: Path) -> Iterator[dict[str, str]]:
+    """A Ray cluster of one processor in each namespace, the head in the first; the environment of who uses it."""
+    variables = environment(token, **{name: value for name, value in OF_RAYLETS.items() if "WINDOWS" not in name})
+    folder = tempfile.mkdtemp(prefix="hecate-ray-", dir="/tmp")  # the path of a socket has room for 107 characters
+    common = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus", "1"]
+    common += ["--object-store-memory", str(80 << 20), "--include-log-monitor"]
+    head = ["true", "--head", "--port", "6379", "--include-dashboard", "false", "--temp-dir", folder]
+    other = ["false", "--address", f"{HOSTS[0]}:6379"]
+    nodes = []
+    try:
+        for name, host, rest in zip(names, HOSTS, (head, other), strict=True):
+            command = ["ip", "netns", "exec", name, *common, *rest, "--node-ip-address", host]
+            node = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            nodes.append(node)
+            read_until(node, "Ray runtime started")
+        yield variables
+    finally:
+        for node in nodes:
+            node.terminate()
+        for node in nodes:
+            node.communicate(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_any_rank(launcher: subprocess.Popen[str]) -> None:
+    """Which node has rank 0 is not known before."""
+    for rank in (0, 1):
+        try:
+            os.kill(rank_process(launcher.pid, rank), signal.SIGKILL)
+        except AssertionError:
+            continue
+        return
+    raise AssertionError("no rank runs there")
+
+
+def wait_for_checkpoint(folder: Path, of_ranks: int, seconds: float = 90) -> None:
+    """One that so many ranks write from now on."""
+    pattern, deadline = f"checkpoint-*[0-9]/rank-*-of-{of_ranks:05}.safetensors", time.monotonic() + seconds
+    before = set(folder.glob(pattern))
+    while not set(folder.glob(pattern)) - before:
+        assert time.monotonic() < deadline, f"no checkpoint of {of_ranks} ranks"
+        time.sleep(0.02)
