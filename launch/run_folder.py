@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_REMOVE = 'trap "" INT TERM HUP; read _; for _ in 1 2 3 4 5 6 7 8 9; do rm -rf -- "$1" && break; sleep 1; done 2> /dev/null'
-"""again, while processes that are about to die still write there"""
+_ORPHANS = "orphans"
+_REMOVE = (
+    f'trap "" INT TERM HUP; read _; exec 2> /dev/null; kill -KILL $(cat "$1/{_ORPHANS}"); '
+    'for _ in 1 2 3 4 5 6 7 8 9; do rm -rf -- "$1" && break; sleep 1; done'
+)
+"""several times, while processes that are about to end still write there"""
 
 
 @contextmanager
@@ -29,3 +33,24 @@ def run_folder(within: str | None = None) -> Iterator[Path]:
         finally:
             assert janitor.stdin is not None
             janitor.stdin.close()
+
+
+@contextmanager
+def ending_with_launcher(folder: Path, pids: Iterable[int]) -> Iterator[None]:
+    """Processes that whoever removes the folder kills if this one dies inside the block."""
+    orphans = folder / _ORPHANS
+    orphans.write_text(" ".join(map(str, pids)), encoding="ascii")
+    try:
+        yield
+    finally:
+        orphans.unlink()
+
+
+def processes_below(pid: int) -> list[int]:
+    """Children, their children, and so on; on Linux, elsewhere none are found."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):  # it has ended meanwhile
+            for child in map(int, (task / "children").read_text(encoding="ascii").split()):
+                found += [child, *processes_below(child)]
+    return found

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hecate.launch.run_folder import processes_below
+
 OVERRIDES = (
     "model.dtype=float64",
     "data.eval=[]",
@@ -60,12 +62,11 @@ def read_rest(process: subprocess.Popen[str], status: int = 0) -> str:
     return rest
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        for child in (task / "children").read_text(encoding="utf-8").split():
-            found += [int(child), *descendants(int(child))]
-    return found
+def command_line(pid: int) -> str:
+    """Empty if there is no such process any more."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ")
+    return ""
 
 
 def listening(pids: Sequence[int]) -> set[str]:
@@ -86,7 +87,7 @@ def listening(pids: Sequence[int]) -> set[str]:
 
 
 def rank_process(launcher: int, rank: int) -> int:
-    for pid in descendants(launcher):
+    for pid in processes_below(launcher):
         if Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() == f"hecate-rank-{rank}":
             return pid
     raise AssertionError(f"no rank {rank} below {launcher}")

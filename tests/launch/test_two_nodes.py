@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from hecate.launch.run_folder import processes_below
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import parse_topology
 from hecate.profile.fit import topology_from
@@ -27,7 +28,7 @@ from hecate.profile.run import measure
 from hecate.train.ranks import connect, lost_a_peer
 from tests.hecate.profile.ranks import ranks_of
 from tests.launch.cluster import OF_RAYLETS, Job, environment, make_token
-from tests.launch.processes import OVERRIDES, descendants, hecate, losses, rank_process, read_rest, read_until, wait_until_gone
+from tests.launch.processes import OVERRIDES, hecate, losses, rank_process, read_rest, read_until, wait_until_gone
 from tests.namespaces import INTERFACE, missing_for_slow_link, slow_link
 from tests.ranks import run_ranks
 from tests.tiny_run import make_workshop
@@ -96,7 +97,7 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
         wait_for_checkpoint(run, of_ranks=1)
         nodes[1] = node(1)
         wait_for_checkpoint(run, of_ranks=2)
-        below = [*descendants(nodes[0].pid), *descendants(nodes[1].pid)]
+        below = [*processes_below(nodes[0].pid), *processes_below(nodes[1].pid)]
         nodes[0].kill()
         printed = read_rest(nodes[1], 1)
         assert wait_until_gone(below, temporary) == []
