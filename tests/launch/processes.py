@@ -27,17 +27,23 @@ OVERRIDES = (
 
 @contextmanager
 def hecate(*arguments: str, temporary: Path, command: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
-    """A running `hecate`, with its temporary files in a folder of its own; killed in the end, if it still runs."""
+    """A running `hecate`; see `running`.
+
+    Args:
+        command: that runs it.
+    """
+    with running([*command, sys.executable, "-m", "hecate", *arguments], temporary) as process:
+        yield process
+
+
+@contextmanager
+def running(command: Sequence[str], temporary: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A process with its temporary files in a folder of its own, and `hecate` on its path; killed in the end, if it still runs."""
     temporary.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PATH": path, **variables}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch sets it, in the process of the tests too, and a user's is without
-    with subprocess.Popen(
-        [*command, sys.executable, "-m", "hecate", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
         try:
             yield process
         finally:
