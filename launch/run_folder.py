@@ -11,10 +11,11 @@ from pathlib import Path
 
 _ORPHANS = "orphans"
 _REMOVE = (
-    f'trap "" INT TERM HUP; read _; exec 2> /dev/null; kill -KILL $(cat "$1/{_ORPHANS}"); '
-    'for _ in 1 2 3 4 5 6 7 8 9; do rm -rf -- "$1" && break; sleep 1; done'
+    'trap "" INT TERM HUP; exec 2> /dev/null; if read _; then rm -rf -- "$1"; exit; fi; '
+    f'kill -KILL $(cat "$1/{_ORPHANS}"); '
+    'for _ in 1 2 3 4 5; do rm -rf -- "$1"; sleep 2; [ -e "$1" ] || break; done'
 )
-"""several times, while processes that are about to end still write there"""
+"""without a word from the launcher several times: processes that are about to end may make files once more"""
 
 
 @contextmanager
@@ -32,7 +33,9 @@ def run_folder(within: str | None = None) -> Iterator[Path]:
             yield Path(folder)
         finally:
             assert janitor.stdin is not None
-            janitor.stdin.close()
+            with suppress(BrokenPipeError):  # it is gone
+                janitor.stdin.write(b"done\n")
+                janitor.stdin.close()
 
 
 @contextmanager

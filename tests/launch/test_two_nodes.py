@@ -156,9 +156,9 @@ def test_ray_trains_across_and_replaces_a_rank_on_either_node_and_goes_on_withou
                 step, generation = status["step"], device + 1
                 status = job.wait_for(all_train(generation, after=step))
             set_link(names[1], "down")
-            step, left = status["step"], HOSTS[0]
-            status = job.wait_for(lambda s: s["generation"] == 3 and s["step"] > step)
-            assert [device["node"].split()[0] for device in status["devices"] if device["state"] == "training"] == [left]
+            step = status["step"]
+            status = job.wait_for(lambda s: s["generation"] == 3 and s["state"] == "running" and s["step"] > step)
+            assert [device["node"].split()[0] for device in status["devices"] if device["state"] == "training"] == [HOSTS[0]]
             job.process.send_signal(signal.SIGTERM)
             assert job.end() == 0, job.output[-3000:]
         finally:
