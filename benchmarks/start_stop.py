@@ -100,6 +100,7 @@ def measure(command: str, cycles: int, json_file: Path | None) -> int:
             after = settled(before, temporary)
             seconds = {"seconds": ended - start, "settled_after": time.perf_counter() - ended}
             rows.append({"command": command, "cycle": number + 1, "ended_by": way, **seconds, **asdict(after)})
+            print(f"{number + 1} of {cycles}: {after}", file=sys.stderr, flush=True)
     left = {f"left_{kind}": float(count - asdict(before)[kind]) for kind, count in asdict(after).items()}
     finish("start_stop", rows, {"cycles": float(cycles), **left}, json_file)
     return int(any(left.values()))
