@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.report import arguments, finish
+from tests.launch.processes import OVERRIDES, hecate, paths_below, read_rest, read_until
+from tests.tiny_run import make_workshop
 
 COMMANDS = {"train": ("train", "nproc=2"), "launch": ("launch", "nproc=2")}
 WAYS = ("itself", "SIGTERM", "SIGKILL")
@@ -48,13 +50,11 @@ def held(temporary: Path) -> Held:
     for pid in pids:
         with suppress(OSError):  # it has ended meanwhile
             files += len(os.listdir(f"/proc/{pid}/fd"))
-    return Held(len(pids), sockets, files, len(os.listdir("/dev/shm")), sum(1 for _ in temporary.rglob("*")))
+    return Held(len(pids), sockets, files, len(os.listdir("/dev/shm")), len(paths_below(temporary)))
 
 
 def one_cycle(command: tuple[str, ...], workshop: Path, temporary: Path, number: int) -> str:
     """Start a run and end it; how."""
-    from tests.launch.processes import OVERRIDES, hecate, read_rest, read_until
-
     way = WAYS[number % len(WAYS)]
     name, *overrides = command
     steps = "max_steps=3" if way == "itself" else "max_steps=100000"
@@ -85,8 +85,6 @@ def measure(command: str, cycles: int, json_file: Path | None) -> int:
     """In the namespaces; the exit status."""
     subprocess.run(["mount", "-t", "tmpfs", "none", "/dev/shm"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    from tests.tiny_run import make_workshop
-
     with tempfile.TemporaryDirectory() as name:
         (workshop := Path(name) / "workshop").mkdir()
         (temporary := Path(name) / "temporary").mkdir()

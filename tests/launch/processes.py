@@ -64,7 +64,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 def read_rest(process: subprocess.Popen[str], status: int = 0) -> str:
     assert process.stdout is not None
     rest = process.stdout.read()
-    assert process.wait(timeout=60) == status, rest
+    assert (ended := process.wait(timeout=60)) == status, f"exit status {ended}\n{rest}"
     return rest
 
 
@@ -106,9 +106,14 @@ def kill_rank(launcher: int, rank: int) -> None:
 def wait_until_gone(pids: Sequence[int], temporary: Path, seconds: float = 20.0) -> list[str]:
     """What is left after that time: processes, and files in the temporary folder."""
     deadline = time.monotonic() + seconds
-    while (left := [*(str(pid) for pid in pids if _runs(pid)), *map(str, temporary.rglob("*"))]) and time.monotonic() < deadline:
+    while (left := [*(str(pid) for pid in pids if _runs(pid)), *paths_below(temporary)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+def paths_below(folder: Path) -> list[str]:
+    """Of all files and folders, though some may vanish meanwhile."""
+    return [os.path.join(where, name) for where, folders, files in os.walk(folder) for name in (*folders, *files)]
 
 
 def losses(folder: Path) -> dict[int, tuple[float, float]]:
