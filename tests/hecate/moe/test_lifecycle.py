@@ -117,7 +117,7 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     assert all(given.tokens_LED.sum() == 2 * TOKENS * world for given in alone), "the micro-step's own choices"
     loads = {layer: sum(given.loads_LSE[0] for given in alone[layer::4]) for layer in LAYERS}  # type: ignore[misc, index]
     home = [loads[layer].sum(0)[[0, 1, 2]] @ np.eye(world)[made.owners[layer]] for layer in LAYERS]
-    assert made.plans.imbalance(loads) == pytest.approx(np.mean([one.max() / one.mean() for one in home])), "all serve the same, one rank on"
+    assert made.plans.imbalance(loads) == pytest.approx(np.mean([one.max() / one.mean() for one in home])), "all serve as one rank on"
     calibrations = made.plans.calibrations
     made.begin_step(1, 2)
     if mode == "calibrated":
