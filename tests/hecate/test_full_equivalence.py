@@ -14,7 +14,7 @@ import torch
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, upcycle
-from hecate.moe.engine import EngineConfig
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.mesh import make_mesh
 from hecate.train.mesh_groups import expert_groups
 from hecate.train.optimizer import ExpertOptimizer

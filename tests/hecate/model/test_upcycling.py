@@ -16,7 +16,8 @@ from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.load import load_model, one_gguf_reader, resolve_model
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, noisy_copies, upcycle
-from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.engine import ExpertGroups
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from tests.hecate.model.tiny import tiny, token_ids
