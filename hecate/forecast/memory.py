@@ -111,7 +111,7 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
         trained = 2 * b * (layer.hidden + plain * layer.ffn)
     key_value = sum(outputs for name, outputs, _ in layer.linears if name in ("k_proj", "v_proj"))
     if run.config.model.front_end == "megatron":  # one product, which its part with the values keeps whole, though the rest is turned
-        key_value += layer.query_width + key_value / 2
+        key_value += layer.query_width + key_value // 2
     low_rank = 0
     if run.config.moe.family != "full":
         low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
