@@ -58,8 +58,8 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
         _check_kernels(loaded.kernels)
         check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
         count = loaded.nproc or _default_ranks()
-        make_mesh(count, loaded.fssdp.shard_size)
-        _check_tensor_parallel(loaded, count)
+        make_mesh(count, loaded.fssdp.shard_size, loaded.model.tensor_parallel)
+        _check_vocabulary(loaded)
         status = launch_local(["train", str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0)
         raise typer.Exit(status)
     errors = os.environ.get(ERRORS_VARIABLE)
@@ -114,7 +114,7 @@ def launch(
     check_syntax([*loaded.data.train, *loaded.data.eval], loaded.data.on_bad_sample)
     ranks = nproc_per_node or loaded.nproc or _default_ranks()
     check_fit(loaded, nodes, ranks)
-    _check_tensor_parallel(loaded, ranks * nodes[0] if nodes[0] == nodes[1] else ranks)
+    _check_vocabulary(loaded)
     arguments = ["train", str(config), *(overrides or ())]
     status = launch_torchrun(arguments, nodes=nodes, ranks_per_node=ranks, endpoint=rdzv_endpoint, job=rdzv_id, max_restarts=max_restarts)
     raise typer.Exit(status)
@@ -324,14 +324,12 @@ def _check_kernels(kernels: str) -> None:
         raise UserError(problem)
 
 
-def _check_tensor_parallel(config: Config, ranks: int) -> None:
-    """Refuse before any process starts what only the tokenizer and the number of ranks, of a node or of all, can tell."""
+def _check_vocabulary(config: Config) -> None:
+    """Refuse before any process starts parts that only the tokenizer can tell do not fit."""
     if config.model.tensor_parallel == 1:
         return
     from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
-    from hecate.parallel.mesh import make_mesh
 
-    make_mesh(ranks, tensor_size=config.model.tensor_parallel)
     vocabulary_of(config, tokenizer_of(config))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from hecate.launch.failure_policy import Cause, Decision, FailurePolicy
 from hecate.launch.job_states import ENDED, NEXT, State
 from hecate.launch.rendezvous import Rendezvous
 from hecate.launch.scaling_policy import Scaling, ScalingPolicy
-from hecate.launch.stragglers import MIN_SECONDS, Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
-from hecate.launch.worker_group import Event, Place, WorkerGroup
-from hecate.parallel.token_shares import rows_by_speed
+from hecate.launch.shares import Shares
+from hecate.launch.worker_group import Event, Place, WorkerGroup, check_versions
 from hecate.parallel.topology import Topology
-from hecate.parallel.topology_file import parse_topology, topology_text
+from hecate.parallel.topology_file import topology_text
 
 _PING_SECONDS, _SETTLE_SECONDS = 10.0, 15.0
 """after which a worker that does not answer, and one that goes on training though its peers could not, is taken for hung"""
@@ -76,16 +74,7 @@ class Controller:
         self._awaited: set[int] = set()
         """places without which the next generation does not begin"""
         self._failures: list[str] = []
-        self._topology = topology
-        self._topology_of = [place.index for place in group.places] if topology else []
-        """places that it describes, in its order"""
-        self._speeds: dict[int, float] = {}
-        self._windows: list[dict[int, float]] = []
-        self._paces: dict[int, Pace] = {}
-        """of the window that is not full yet, by rank"""
-        self._reports: dict[int, dict[int, Event]] = {}
-        self._orders = 0
-        self._rows: list[int] = []
+        self._shares = Shares(topology, [place.index for place in group.places])
         self._latest: Event = {"step": 0, "loss": None, "tokens_per_s": None, "imbalance": None}
         self._checkpoint: str | None = None
         self._shown = 0.0
@@ -140,9 +129,9 @@ class Controller:
                     "device": place.index,
                     "rank": rank,
                     "state": self._state_of(place),
-                    "rows": self._rows[rank] if rank is not None and self._rows else None,
+                    "rows": self._shares.rows[rank] if rank is not None and self._shares.rows else None,
                     "experts": begun["owned"][rank] if begun and rank is not None else None,
-                    "speed": self._speeds.get(place.index),
+                    "speed": self._shares.speeds.get(place.index),
                     "kind": place.device.kind,
                     "node": f"{place.device.address} {place.device.node_id[:8]}",
                     "pid": place.facts.get("pid"),
@@ -158,7 +147,7 @@ class Controller:
             "last_checkpoint": self._checkpoint,
             "devices": devices,
             "spares": self._group.ready_spares(),
-            "topology": None if self._topology is None else topology_text(self._topology),
+            "topology": None if self._shares.topology is None else topology_text(self._shares.topology),
             "notes": self._notes,
             "updated": time.time(),
         }
@@ -168,7 +157,7 @@ class Controller:
     def _handle(self, place: Place, event: Event) -> None:
         kind = event["kind"]
         if kind == "up":
-            self._check_versions(place)
+            check_versions(self._group.places)
             if self._generation >= 0:
                 place.actor.prepare.remote()
         elif kind == "prepared":
@@ -192,22 +181,10 @@ class Controller:
         elif event["generation"] < 0 and kind in ("failed", "mistake") and "was not needed" not in event["text"]:
             self._lost(place, event["text"].strip().splitlines()[-1])  # it could not even load
 
-    def _check_versions(self, place: Place) -> None:
-        """Raises UserError unless all workers run the same versions."""
-        for other in self._group.places:
-            if not other.facts or other.facts["versions"] == place.facts["versions"]:
-                continue
-            ours, theirs = place.facts["versions"], other.facts["versions"]
-            name = next(name for name in ours if ours[name] != theirs[name])
-            raise UserError(
-                f"the nodes have different versions of {name}: {ours[name]} on {_name(place)}, {theirs[name]} on {_name(other)}\n"
-                "  install the same on all nodes"
-            )
-
     def _lost(self, place: Place, text: str) -> None:
         if text.startswith(("ModuleNotFoundError:", "ImportError:")):
             raise UserError(
-                f"{_name(place)}: hecate cannot be imported there: {text}\n"
+                f"{place.name}: hecate cannot be imported there: {text}\n"
                 "  install it on all nodes, in the Python that runs Ray, in the same version"
             )
         if place in self._members and self._idle.get(place.index) == "finished":
@@ -223,7 +200,7 @@ class Controller:
         left = sum(p.alive for p in self._group.places)
         copied = self._config.fssdp.redundancy > 0 and "lost" not in self._idle.values()
         decision, self._policy = self._policy.decide(cause, left, copied=copied)
-        who = "the workers" if place is None else f"{_name(place)} (rank {self._rank(place)})"
+        who = "the workers" if place is None else f"{place.name} (rank {self._rank(place)})"
         self._note(f"{who}: {cause.value} ({text[:160]}); {decision.value}")
         if decision is Decision.RAISE:
             raise JobFailed(f"{who}: {cause.value}, {self._policy.counts[cause]} times in a row without a finished step: {text[:200]}")
@@ -244,46 +221,19 @@ class Controller:
         self._policy = self._policy.after_progress()
         if "loss" in event:
             self._latest = event
-        waiting = self._reports.setdefault(event["step"], {})
-        waiting[self._members.index(place)] = event
-        if len(waiting) < len(self._members):
-            return
-        self._reports = {step: found for step, found in self._reports.items() if step > event["step"]}
-        topology = self._topology_of_members()
-        if topology is None:
-            return
-        for rank, found in waiting.items():
-            if self._rows[rank]:
-                self._paces[rank] = self._paces.get(rank, Pace()) + Pace(found["dense_tokens"], found["dense_seconds"])
-        if min(pace.seconds for pace in self._paces.values()) < MIN_SECONDS:
-            return
-        self._windows.append(relative_speeds(self._paces, topology))
-        self._paces = {}
-        self._speeds = {self._members[rank].index: speed for rank, speed in self._windows[-1].items()}
-        changed = changed_ranks(self._windows)
+        changed = self._shares.hear(self._members.index(place), event)
         if changed and self._state is State.RUNNING:
-            self._replan(topology, changed)
+            self._replan(changed)
 
-    def _replan(self, topology: Topology, changed: dict[int, float]) -> None:
-        """Deal rows, and experts if that pays, by the speeds that devices have now."""
-        topology = with_speeds(topology, changed)
-        rows = rows_by_speed(sum(self._rows), topology.flops)
-        assert self._topology is not None
-        flops = list(self._topology.flops)
-        for rank, place in enumerate(self._members):
-            flops[self._topology_of.index(place.index)] = topology.flops[rank]
-        self._topology = replace(self._topology, flops=tuple(flops))
-        self._windows.clear()
-        self._paces.clear()
+    def _replan(self, changed: dict[int, float]) -> None:
+        before = self._shares.rows
+        order = self._shares.deal_anew(changed)
         for rank, factor in changed.items():
             word = "straggler" if factor < 1 else "faster than planned"
             self._note(
-                f"{word}: {_name(self._members[rank])} (rank {rank}) computes at {factor:.2f} of its planned speed; "
-                f"rows {_text(self._rows)} become {_text(rows)}"
+                f"{word}: {self._members[rank].name} (rank {rank}) computes at {factor:.2f} of its planned speed; "
+                f"rows {_text(before)} become {_text(self._shares.rows)}"
             )
-        self._rows = rows
-        self._orders += 1
-        order = {"number": self._orders, "flops": list(topology.flops), "rows": rows, "reshard": True}
         self._members[0].actor.order.remote(self._generation, order)
 
     # From state to state
@@ -319,13 +269,11 @@ class Controller:
             if all(self._group.places[index].alive for index in self._awaited):
                 self._begin_generation()
         elif all(place.index in self._begun for place in self._members):
-            self._rows = self._begun[self._members[0].index]["rows"]
-            if self._topology is None or not self._knows(self._members):
-                self._topology = parse_topology(self._begun[self._members[0].index]["topology"], "the measured topology")
-                self._topology_of = [place.index for place in self._members]
+            of_first = self._begun[self._members[0].index]
+            self._shares.begun(of_first["rows"], of_first["topology"])
             self._enter(State.RUNNING)
             self._group.keep_spares()
-            shares = ", ".join(f"{_name(p)} {rows}" for p, rows in zip(self._members, self._rows, strict=True))
+            shares = ", ".join(f"{p.name} {rows}" for p, rows in zip(self._members, self._shares.rows, strict=True))
             self._note(f"generation {self._generation}: {len(self._members)} ranks from step {self._latest['step']}; rows: {shares}")
             return
         else:
@@ -334,7 +282,7 @@ class Controller:
             late = [p for p in self._members or self._group.places if p.index not in self._begun and not (self._generation < 0 and p.alive)]
             if self._generation < 0:
                 raise UserError(
-                    f"{_name(late[0])}: its worker did not come up within {self._config.ray.start_timeout} s (ray.start_timeout)\n"
+                    f"{late[0].name}: its worker did not come up within {self._config.ray.start_timeout} s (ray.start_timeout)\n"
                     "  `ray list actors` tells what it waits for"
                 )
             self._answer(Cause.HUNG, late[0], "its part of the run was not built in time (ray.start_timeout)")
@@ -393,8 +341,7 @@ class Controller:
         self._members = [p for p in ready if p in standing or p.index in self._prepared] if warm else ready
         self._idle, self._begun, self._awaited, self._failures = {}, {}, set(), []
         self._prepared -= {place.index for place in self._members}
-        self._windows, self._reports, self._rows, self._speeds, self._paces = [], {}, [], {}, {}
-        topology = self._topology_of_members()
+        topology = self._shares.begin([place.index for place in self._members])
         assignment = {
             "generation": self._generation,
             "world_size": len(self._members),
@@ -432,12 +379,7 @@ class Controller:
     # Small things
 
     def _knows(self, places: Sequence[Place]) -> bool:
-        return all(place.index in self._topology_of for place in places)
-
-    def _topology_of_members(self) -> Topology | None:
-        if self._topology is None or not self._knows(self._members):
-            return None
-        return without_ranks(self._topology, [self._topology_of.index(place.index) for place in self._members])
+        return self._shares.knows([place.index for place in places])
 
     def _rank(self, place: Place) -> int | str:
         return self._members.index(place) if place in self._members else "none yet"
@@ -463,10 +405,6 @@ class Controller:
     def _show_status(self) -> None:
         self._shown = time.monotonic()
         self._show(self.status())
-
-
-def _name(place: Place) -> str:
-    return f"device {place.index} ({place.device.kind} on {place.device.address} {place.device.node_id[:8]})"
 
 
 def _text(rows: list[int]) -> str:

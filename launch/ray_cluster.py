@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError
+from hecate.launch.run_folder import run_folder
 
 _CONNECT_SECONDS = 5.0
 _CONNECT_TRIES = "3"
 """of Ray, a second apart"""
 _DEFAULT_TOKEN = Path("~/.ray/auth_token")
+_LONGEST_FOLDER = 40
+"""bytes: below it Ray has sockets, whose paths have room for 107"""
 WRONG_TOKEN = f"the cluster does not take this token\n  give its own in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or {_DEFAULT_TOKEN}"
 
 
@@ -113,12 +116,18 @@ def private_cluster(num_cpus: int) -> Iterator[Any]:
     """Ray on this machine alone, on loopback, with a token that nobody else has; gone at the end of the block."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Else, when this process is killed, agents of Ray's look for its head for a minute.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3")
     ray = import_ray()
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=True)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    short = len(os.fsencode(tempfile.gettempdir())) + len("/hecate-") + 8 <= _LONGEST_FOLDER
+    with run_folder(None if short else "/tmp") as folder:
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=True, _temp_dir=str(folder)
+        )
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

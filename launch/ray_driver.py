@@ -56,7 +56,7 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
 def check_for_ray(config: Config) -> None:
     """Raises UserError: it asks for what is not there on Ray."""
     if config.model.tensor_parallel > 1:
-        raise UserError("model.tensor_parallel: is not there on Ray, which deals rows to single ranks; set it to 1, or use hecate launch")
+        raise UserError("model.tensor_parallel: is not there on Ray, which deals rows to single ranks\n  set it to 1, or use hecate launch")
     if config.fssdp.shard_size is not None:
         raise UserError(
             "fssdp.shard_size: is not there on Ray, where the number of ranks may change\n  set it to null, or use hecate launch"

@@ -44,17 +44,19 @@ def node_range(text: str) -> tuple[int, int]:
 
 
 def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> None:
-    """Raises UserError: the ranks do not fit this node's GPUs, the topology or the sharding groups."""
+    """Raises UserError: the ranks do not fit this node's GPUs, the topology, the sharding groups or the tensor groups."""
     import torch
 
-    shard_size = config.fssdp.shard_size
+    shard_size, tensor_size = config.fssdp.shard_size, config.model.tensor_parallel
     if nodes[0] == nodes[1]:
-        make_mesh(nodes[0] * ranks_per_node, shard_size)
-    elif shard_size is not None and ranks_per_node % shard_size:
-        raise UserError(
-            f"fssdp.shard_size: must divide the ranks of a node, which are {ranks_per_node}, got {shard_size}\n"
-            "  for the job may shrink and grow by nodes (--nnodes)"
-        )
+        make_mesh(nodes[0] * ranks_per_node, shard_size, tensor_size)
+    else:
+        for key, size in (("fssdp.shard_size", shard_size), ("model.tensor_parallel", tensor_size)):
+            if size is not None and ranks_per_node % size:
+                raise UserError(
+                    f"{key}: must divide the ranks of a node, which are {ranks_per_node}, got {size}\n"
+                    "  for the job may shrink and grow by nodes (--nnodes); give another --nproc-per-node"
+                )
     gpus = torch.cuda.device_count()
     if gpus and ranks_per_node > gpus:
         raise UserError(f"--nproc-per-node {ranks_per_node}: this node has {gpus} GPUs, and each rank takes one")

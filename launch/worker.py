@@ -3,12 +3,10 @@ plain JSON values."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import queue
 import socket
-import struct
 import threading
 import traceback
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_SIOCGIFADDR = 0x8915
+from hecate.launch.addresses import interface_of
 
 
 @dataclass(frozen=True)
@@ -268,16 +266,3 @@ def _measured(ranks: Any, nodes: tuple[str, ...]) -> Any:
 
     kinds = tuple(all_texts(device_name(ranks.device), ranks))
     return topology_from(measure(ranks, nodes_of_hosts(nodes), kinds, quick_sizes(ranks.device)))
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has this IPv4 address; None if there is none, or no way to tell."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None

@@ -45,6 +45,11 @@ class Place:
     def alive(self) -> bool:
         return self.stream is not None
 
+    @property
+    def name(self) -> str:
+        """For the user."""
+        return f"device {self.index} ({self.device.kind} on {self.device.address} {self.device.node_id[:8]})"
+
 
 class WorkerGroup:
     """Asks Ray for workers and listens to them. Decides nothing."""
@@ -203,6 +208,19 @@ class WorkerGroup:
             node_id = nodes.get(place.index)
             if node_id:
                 place.device = replace(place.device, node_id=node_id, address=address.get(node_id, place.device.address))
+
+
+def check_versions(places: Sequence[Place]) -> None:
+    """Raises UserError unless all workers that are up run the same versions."""
+    up = [place for place in places if place.facts]
+    for place in up[1:]:
+        versions, others = up[0].facts["versions"], place.facts["versions"]
+        for name in versions:
+            if versions[name] != others[name]:
+                raise UserError(
+                    f"the nodes have different versions of {name}: {versions[name]} on {up[0].name}, {others[name]} on {place.name}\n"
+                    "  install the same on all nodes"
+                )
 
 
 def _counted(places: Sequence[Place]) -> dict[str, int]:

@@ -51,13 +51,15 @@ def make_mesh(world_size: int, shard_size: int | None = None, tensor_size: int =
     Raises:
         UserError: the groups do not fill the world.
     """
+    divisors = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
     if world_size % tensor_size:
-        raise UserError(f"model.tensor_parallel: must divide the number of ranks, which is {world_size}, got {tensor_size}")
+        raise UserError(
+            f"model.tensor_parallel: must divide the number of ranks, which is {world_size}, got {tensor_size}\n  give one of {divisors}"
+        )
     if shard_size is not None and world_size % shard_size:
-        divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
         raise UserError(
             f"fssdp.shard_size: must divide the number of ranks, which is {world_size}, got {shard_size}\n"
-            f"  give one of {', '.join(map(str, divisors))}, or null for all ranks"
+            f"  give one of {divisors}, or null for all ranks"
         )
     return Mesh(world_size, shard_size or world_size, tensor_size)
 

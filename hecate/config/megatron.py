@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from hecate.config.model_path import find_model
@@ -81,12 +82,14 @@ def _check_tensor_parallel(values: Mapping[str, Any], shape: GptShape, add: Add)
     size, ranks = values.get(key, 1), values.get("nproc")
     if size < 2:
         return
+    whole = gcd(shape.heads, shape.key_value_heads, ranks or 0)
+    hint = f"give one of {', '.join(str(number) for number in range(1, whole + 1) if whole % number == 0)}: each rank has whole heads"
     for what, number in (("attention heads", shape.heads), ("heads of keys and values", shape.key_value_heads)):
         if number % size:
-            add(key, f"must divide the model's {number} {what}, got {size}", "each rank has whole heads")
+            add(key, f"must divide the model's {number} {what}, got {size}", hint)
             break
     if ranks is not None and ranks % size:
-        add(key, f"must divide the number of ranks, which is {ranks} (nproc), got {size}", "")
+        add(key, f"must divide the number of ranks, which is {ranks} (nproc), got {size}", hint)
     if values.get("fssdp.redundancy"):
         hint = "after a loss go on from the last checkpoint"
         add("fssdp.redundancy", f"does not go together with {key} yet: the parts of a lost rank are nowhere else", hint)

@@ -22,10 +22,10 @@ from hecate.data.batches import Batch
 from hecate.kernels.backend import Backend
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
-from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
 from hecate.moe.planning import PlanMode
 from hecate.moe.router import TopKRouter
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
@@ -305,7 +305,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             max_grad_norm=MAX_NORM,
             step=step,
         )
-        calibrations += moe.engine.calibrations
+        calibrations += moe.engine.plans.calibrations
         loss, norm, idle = reference.gradients(step, empty_rows)
         assert abs(result.loss - loss) <= tolerance * max(1, abs(loss)), f"step {step}: loss {result.loss} against {loss}"
         assert abs(result.grad_norm - norm) <= tolerance * max(1, norm), f"step {step}: norm {result.grad_norm} against {norm}"

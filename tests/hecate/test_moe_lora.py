@@ -23,8 +23,8 @@ from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
-from hecate.moe.engine import EngineConfig
 from hecate.moe.lora_pairs import LoraShape
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.mesh import make_mesh
 from hecate.train.mesh_groups import expert_groups, own_group
 from hecate.train.optimizer import ExpertOptimizer

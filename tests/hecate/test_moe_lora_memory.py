@@ -29,8 +29,9 @@ from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts, non_moe_flops_p
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
 from hecate.model.tensor_files import tensor_entries
-from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.engine import ExpertGroups
 from hecate.moe.lora_pairs import LoraShape
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.build import moe_lora_plan

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 OVERRIDES = (
@@ -27,6 +28,7 @@ def hecate(*arguments: str, temporary: Path, command: Sequence[str] = ()) -> Ite
     """A running `hecate`, with its temporary files in a folder of its own; killed in the end, if it still runs."""
     temporary.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch sets it, in the process of the tests too, and a user's is without
     with subprocess.Popen(
         [*command, sys.executable, "-m", "hecate", *arguments],
         stdout=subprocess.PIPE,
@@ -63,6 +65,23 @@ def descendants(pid: int) -> list[int]:
     for task in Path(f"/proc/{pid}/task").glob("*"):
         for child in (task / "children").read_text(encoding="utf-8").split():
             found += [int(child), *descendants(int(child))]
+    return found
+
+
+def listening(pids: Sequence[int]) -> set[str]:
+    """Addresses, without ports, at which the processes accept TCP connections."""
+    mine = set()
+    for pid in pids:
+        with suppress(OSError):  # it has ended meanwhile
+            mine |= {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    found = set()
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in mine:
+                words = bytes.fromhex(local.partition(":")[0])
+                address = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+                found.add(socket.inet_ntop(family, address).removeprefix("::ffff:"))
     return found
 
 

@@ -264,7 +264,7 @@ def test_a_mistake_ends_the_job_with_its_text(config: Config) -> None:
 
 
 def test_a_node_with_another_version_is_named(config: Config) -> None:
-    with pytest.raises(UserError, match=r"different versions of torch: 3 on device 2 .*, 2 on device 0"):
+    with pytest.raises(UserError, match=r"different versions of torch: 2 on device 0 .*, 3 on device 2"):
         play(config, each([0, 1], kind="up"), one(2, kind="up", versions={**VERSIONS, "torch": "3"}))
 
 

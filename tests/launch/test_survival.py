@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch.processes import OVERRIDES, descendants, hecate, kill_rank, losses, read_rest, read_until, wait_until_gone
+from tests.launch.processes import OVERRIDES, descendants, hecate, kill_rank, listening, losses, read_rest, read_until, wait_until_gone
 from tests.tiny_run import make_workshop
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc, and a parent's death signal")
@@ -71,14 +72,32 @@ def test_those_left_go_on_and_another_takes_the_place(workshop: Path, whole: dic
     assert wait_until_gone([], temporary) == []
 
 
-def test_a_killed_launcher_leaves_nothing(workshop: Path) -> None:
-    """For the launcher of local ranks see test_local."""
-    temporary = workshop / "tmp-killed"
-    given = arguments(workshop, "killed", "max_steps=100000")
-    with hecate("launch", "--nproc-per-node", "1", *given, temporary=temporary) as process:
+PLAIN_TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+
+
+def test_plain_torchrun_trains_and_goes_on_after_a_restart(workshop: Path, whole: dict[int, tuple[float, float]]) -> None:
+    given = arguments(workshop, "plain", f"max_steps={STEPS}", "save_steps=3")
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [*PLAIN_TORCHRUN, "-m", "hecate", "train", *given]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
+        read_until(process, "step 5/")
+        (second,) = (pid for pid in descendants(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(second, signal.SIGKILL)
+        printed = read_rest(process)
+    assert "resumed after step " in printed
+    assert losses(workshop / "runs/plain") == whole
+
+
+@pytest.mark.parametrize(("command", "overrides"), [("train", ["nproc=2"]), ("launch", ["nproc=1"])])
+def test_a_killed_launcher_leaves_nothing(workshop: Path, command: str, overrides: list[str]) -> None:
+    """Nor does anybody beyond this machine reach its processes while they run. For `hecate ray` see test_ray."""
+    temporary = workshop / f"tmp-killed-{command}"
+    given = arguments(workshop, f"killed-{command}", "max_steps=100000", *overrides)
+    with hecate(command, *given, temporary=temporary) as process:
         read_until(process, "step 2/")
         below = descendants(process.pid)
         assert len(below) >= 2
         assert any(temporary.iterdir()), "there is nothing that could be left"
+        assert listening([process.pid, *below]) == {"127.0.0.1"}
         os.kill(process.pid, signal.SIGKILL)
     assert wait_until_gone(below, temporary) == []

@@ -13,6 +13,9 @@ BASE = {
     "max_steps": "10",
 }
 
+GPT = "name_or_path: gpt-moe-s, front_end: megatron, tokenizer: model"
+"""12 attention heads"""
+
 # What is put over BASE in the file (top-level key to YAML; None leaves it out), the problem's key, words of its text.
 IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     # unknown and missing keys
@@ -32,6 +35,25 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"data": "{train: [{path: a.jsonl, wieght: 2}]}"}, "data.train[0].wieght", "did you mean data.train[0].weight?"),
     # Megatron's layers
     ({"fssdp": "{policy: megatron_ep}"}, "fssdp.policy", "needs model.front_end=megatron"),
+    # tensor parallelism
+    ({"model": "{name_or_path: model, tensor_parallel: 2}"}, "model.tensor_parallel", "needs model.front_end=megatron, whose layers"),
+    ({"model": f"{{{GPT}, tensor_parallel: 0}}", "moe": "{family: full}"}, "model.tensor_parallel", "must be >= 1"),
+    ({"model": f"{{{GPT}, tensor_parallel: 8}}", "moe": "{family: full}"}, "model.tensor_parallel", "give one of 1, 2, 3, 4, 6, 12: each"),
+    (
+        {"model": f"{{{GPT}, tensor_parallel: 2}}", "moe": "{family: full}", "nproc": "3"},
+        "model.tensor_parallel",
+        "must divide the number of ranks, which is 3 (nproc), got 2\n    hint: give one of 1, 3: each",
+    ),
+    (
+        {"model": f"{{{GPT}, tensor_parallel: 2}}", "moe": "{family: full}", "fssdp": "{redundancy: 1}"},
+        "fssdp.redundancy",
+        "does not go together with model.tensor_parallel yet",
+    ),
+    (
+        {"model": f"{{{GPT}, tensor_parallel: 2}}", "moe": "{family: full}", "fssdp": "{policy: megatron_ep}"},
+        "model.tensor_parallel",
+        "is of our own layers",
+    ),
     # kernels
     ({"kernels": "cuda"}, "kernels", "must be one of auto, triton, torch, reference"),
     ({"kernels": "triton", "model": "{name_or_path: model, dtype: float64}"}, "kernels", "model.dtype is float64"),

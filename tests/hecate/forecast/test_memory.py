@@ -18,8 +18,9 @@ from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import insert_experts, non_moe_flops_per_token
-from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.engine import ExpertGroups
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.build import surgery_plan
