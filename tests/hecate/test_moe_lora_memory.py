@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from hecate.train.build import moe_lora_plan
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.resharding import owned_parameters
 from hecate.train.step import forward_loss, train_step
+from tests.hecate.forecast.making import num_bytes
 from tests.plain_moe_lora import save_tiny
 from tests.ranks import run_ranks
 
@@ -105,12 +105,6 @@ def write_run(folder: Path, kind: str, **sizes: Any) -> None:
 
 def config_of(folder: Path, *overrides: str) -> Config:
     return load_config(folder / "config.yaml", overrides, claim_output=False)
-
-
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
 
 
 def _measured(rank: int, world: int, folder: str, policy: str) -> dict[str, Any]:
