@@ -14,6 +14,7 @@ import torch
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, upcycle
+from hecate.moe.planning import PlanMode
 from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.mesh import make_mesh
 from hecate.train.mesh_groups import expert_groups
@@ -39,6 +40,9 @@ class Case:
     num_experts: int = 5
     rematerialize: bool = False
     shard_size: int | None = None
+    checkpointing: bool = False
+    plan: PlanMode = "history"
+    prefetch: int = 1
 
     @property
     def routed(self) -> suite.Case:
@@ -60,12 +64,18 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
         top_k=TOP_K,
         non_moe_flops=1e6,
         rematerialize=case.rematerialize,
+        plan=case.plan,
+        prefetch=case.prefetch,
     )
     groups = expert_groups(make_mesh(world, case.shard_size))
     plan = UpcyclingPlan((case.num_experts,) * 2, TOP_K, noise=0.1, seed=5, train_non_experts=case.train_non_experts)
     moe = upcycle(model, plan, config, groups, suite.biased_router(suite.router_bias(case.routed)))
     for (layer, expert), chunk in moe.engine.named_parameters().items():
         chunk.data.copy_(values(layer, expert, len(chunk)))
+    if case.checkpointing:
+        from hecate.model.checkpointing import checkpoint_activations
+
+        checkpoint_activations(moe)
     return moe, head
 
 
@@ -189,7 +199,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
 def _check_cases(rank: int, world: int, cases: list[Case]) -> None:
     for case in cases:
         try:
-            check_case(rank, world, case)
+            with suite.calibrating_at_whim():
+                check_case(rank, world, case)
         except BaseException as error:
             raise AssertionError(f"{case}: {error}") from error
 
@@ -202,6 +213,18 @@ def test_upcycled_training_equals_one_process(world: int) -> None:
         Case("hecate", "hot expert", False),
         Case("random 4", "empty rank", True, rematerialize=True),
         Case("auto", "idle experts", False, num_experts=3),
+    ]
+    run_ranks(world, _check_cases, cases[:3] if world == 1 else cases, timeout=240)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None:
+    cases = [
+        Case("full", "idle experts", True, checkpointing=True),
+        Case("llep", "empty rank", True, plan="exact", prefetch=0),
+        Case("random 5", "empty rank", True, plan="calibrated", checkpointing=True),
+        Case("random 6", "idle experts", False, plan="calibrated", rematerialize=True, prefetch=2),
+        Case("random 3", "empty rank", True, plan="exact", rematerialize=True, checkpointing=True),
     ]
     run_ranks(world, _check_cases, cases[:3] if world == 1 else cases, timeout=240)
 

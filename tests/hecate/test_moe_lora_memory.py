@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from hecate.train.build import moe_lora_plan
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.resharding import owned_parameters
 from hecate.train.step import forward_loss, train_step
+from tests.hecate.forecast.making import num_bytes
 from tests.plain_moe_lora import save_tiny
 from tests.ranks import run_ranks
 
@@ -54,7 +54,7 @@ def build(folder: Path, plan: MoeLoraPlan, policy: str, world: int) -> tuple[Moe
 
 
 def resident(key: str) -> int:
-    """Bytes: VmRSS, or VmHWM, its highest since the last reset."""
+    """Bytes: VmRSS, RssAnon of it that is not of files, or VmHWM, the highest VmRSS since the last reset."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
@@ -86,6 +86,33 @@ def test_no_rank_loads_more_than_its_share(tmp_path: Path) -> None:
         assert 0.9 * share < peak <= 1.2 * share, f"peak {peak / 1e6:.1f} MB for a share of {share / 1e6:.1f} MB"
 
 
+def _loaded_in_parts(rank: int, world: int, folder: str, warm_up: str) -> tuple[int, int, int]:
+    """(bytes of its own that loading and sharding has cost this rank, bytes of its share, bytes of all that is outside experts)"""
+    plan = MoeLoraPlan(LoraShape(2, 1.0, 0.0), ("down_proj",), train_router=False, seed=0)
+    moe, _, _ = build(Path(warm_up), plan, "static_ep", world)
+    shard_frozen_layers(moe, dist.new_group())
+    gc.collect()
+    before = resident("RssAnon")
+    moe, _, _ = build(Path(folder), plan, "static_ep", world)
+    shard_frozen_layers(moe, dist.new_group())
+    gc.collect()
+    own = resident("RssAnon") - before
+    experts = [store.owned for store in moe.engine.stores.values()]
+    experts += [chunk for store in moe.engine.frozen.values() for chunk in store._held.values()]
+    parts = [p.to_local() for p in moe.model.parameters() if isinstance(p, DTensor)]
+    return own, num_bytes([*experts, *parts]), sum(p.numel() * p.element_size() for p in moe.model.parameters())
+
+
+def test_no_rank_has_more_of_its_own_than_its_share_of_sharded_layers(tmp_path: Path) -> None:
+    """What is read from files in the type they have stays the files' memory, which ranks share and the kernel takes back at will."""
+    sizes = {"hidden_size": 512, "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "moe_intermediate_size": 64}
+    save_tiny("qwen3_moe", tmp_path / "model", torch.float32, **sizes, num_experts=16, num_hidden_layers=4)
+    save_tiny("qwen3_moe", tmp_path / "tiny", torch.float32)
+    for own, share, outside in run_ranks(4, _loaded_in_parts, str(tmp_path / "model"), str(tmp_path / "tiny")):
+        assert outside > 2 * share, "the model is too small outside its experts to say anything"
+        assert 0.9 * share < own <= 1.2 * share, f"{own / 1e6:.1f} MB for a share of {share / 1e6:.1f} MB"
+
+
 CONFIG = """
 model: {{name_or_path: {folder}/model, dtype: float32}}
 data: {{train: {folder}/train.jsonl, seq_len: 96, packing: false}}
@@ -105,12 +132,6 @@ def write_run(folder: Path, kind: str, **sizes: Any) -> None:
 
 def config_of(folder: Path, *overrides: str) -> Config:
     return load_config(folder / "config.yaml", overrides, claim_output=False)
-
-
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
 
 
 def _measured(rank: int, world: int, folder: str, policy: str) -> dict[str, Any]:

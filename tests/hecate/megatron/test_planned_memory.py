@@ -16,6 +16,7 @@ from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
 from hecate.train.loop import Run
 from hecate.train.step import forward_loss
+from tests.hecate.forecast.making import num_bytes
 from tests.hecate.megatron.making import config_of, tensor_ranks_of, write_parts
 from tests.ranks import run_ranks
 
@@ -27,12 +28,6 @@ ROWS, LENGTH = 8, 96
 def overrides(tensor: int, shard: int, world: int, policy: str) -> tuple[str, ...]:
     own = (f"model.tensor_parallel={tensor}", f"fssdp.shard_size={shard}", f"fssdp.policy={policy}", f"nproc={world}")
     return (*own, f"micro_batch_size={ROWS}", f"data.seq_len={LENGTH}", "data.eval=[]")
-
-
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
 
 
 def full_rows(copy: int) -> Batch:
