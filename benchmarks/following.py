@@ -29,8 +29,8 @@ class Job:
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, output: Path) -> None:
         self.process, self.folder = process, folder
-        self._output = _Tail(output)
-        self._metrics = _Tail(folder / "metrics.jsonl")
+        self._output = Tail(output)
+        self._metrics = Tail(folder / "metrics.jsonl")
 
     def until_said(self, text: str) -> float:
         """When the launcher, or a rank that shares its terminal, said this."""
@@ -62,7 +62,7 @@ class Job:
                     return found
         raise AssertionError
 
-    def _until(self, tail: _Tail, is_it: Callable[[str], bool]) -> tuple[float, str]:
+    def _until(self, tail: Tail, is_it: Callable[[str], bool]) -> tuple[float, str]:
         for _ in self._waiting(tail.path.name):
             for line in tail.read():
                 now = time.perf_counter()
@@ -80,7 +80,7 @@ class Job:
             time.sleep(_POLL)
 
 
-class _Tail:
+class Tail:
     """The lines of a file that grows, and that is replaced when a run goes back, by its own beginning and what comes then."""
 
     def __init__(self, path: Path) -> None:
