@@ -28,12 +28,13 @@ from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts, non_moe_flops_p
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
 from hecate.model.tensor_files import tensor_entries
-from hecate.moe.engine import ExpertGroups
 from hecate.moe.lora_pairs import LoraShape
 from hecate.moe.step_plans import EngineConfig
+from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.build import moe_lora_plan
+from hecate.train.mesh_groups import expert_groups
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.resharding import owned_parameters
 from hecate.train.step import forward_loss, train_step
@@ -44,13 +45,13 @@ from tests.ranks import run_ranks
 CPU = torch.device("cpu")
 
 
-def build(folder: Path, plan: MoeLoraPlan, policy: str, world: int) -> tuple[MoeModel, LanguageModelHead, Any]:
+def build(
+    folder: Path, plan: MoeLoraPlan, policy: str, world: int, shard_size: int | None = None
+) -> tuple[MoeModel, LanguageModelHead, Any]:
     model, layers = load_moe_model(ModelSource(folder, None), torch.float32, CPU)
     head = LanguageModelHead(model)
-    group = dist.group.WORLD
-    assert group is not None
     config = EngineConfig(POLICIES[policy], local_topology(world, cuda=False), top_k=2)
-    return adapt_experts(model, layers, plan, config, ExpertGroups(group, dist.new_group())), head, layers
+    return adapt_experts(model, layers, plan, config, expert_groups(make_mesh(world, shard_size))), head, layers
 
 
 def resident(key: str) -> int:
@@ -134,10 +135,10 @@ def config_of(folder: Path, *overrides: str) -> Config:
     return load_config(folder / "config.yaml", overrides, claim_output=False)
 
 
-def _measured(rank: int, world: int, folder: str, policy: str) -> dict[str, Any]:
+def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) -> dict[str, Any]:
     """Bytes of this rank after a step and in the midst of the next."""
     config = config_of(Path(folder))
-    moe, head, layers = build(Path(folder) / "model", moe_lora_plan(config), policy, world)
+    moe, head, layers = build(Path(folder) / "model", moe_lora_plan(config), policy, world, shard_size)
     model = moe.model
     optimizer = ExpertOptimizer(
         owned_parameters(moe.engine), moe.replicated_parameters(), learning_rate=1e-2, weight_decay=0.0, schedule=lambda _: 1.0
@@ -175,16 +176,17 @@ def _measured(rank: int, world: int, folder: str, policy: str) -> dict[str, Any]
 
 @pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral"])
 def test_every_rank_holds_what_was_planned(tmp_path: Path, kind: str) -> None:
-    """Of 5 experts in two layers rank 0 owns 6 and rank 1 four; under policy full each holds the other's as well."""
+    """Of 5 experts in two layers rank 0 owns 6 and rank 1 four; under policy full each holds the other's as well. In sharding groups of
+    one each owns all."""
     sizes = {"hidden_size": 64, "intermediate_size": 136, "head_dim": 32, "vocab_size": 64, "max_position_embeddings": 256}
     write_run(tmp_path, kind, **sizes)
-    run = run_shape(config_of(tmp_path), None, 2)
-    assert [(group.experts, group.number) for group in run.groups] == [(5, 2)]
-    for policy, others in (("full", [4.0, 6.0]), ("static_ep", [0.0, 0.0])):
+    for policy, shard_size, others in (("full", 2, [4.0, 6.0]), ("static_ep", 2, [0.0, 0.0]), ("full", 1, [0.0, 0.0])):
+        run = run_shape(config_of(tmp_path, f"fssdp.shard_size={shard_size}"), None, 2)
+        assert [(group.experts, group.number) for group in run.groups] == [(5, 2)]
         parts = {part.name: part.bytes_PD for part in memory_parts(run, [torch.tensor(others).numpy()], torch.full((2,), 96.0).numpy())}
-        for rank, measured in enumerate(run_ranks(2, _measured, str(tmp_path), policy)):
+        for rank, measured in enumerate(run_ranks(2, _measured, str(tmp_path), policy, shard_size)):
             for name in ("base weights", "frozen experts", "owned experts, moments", "routers, adapters, moments", "replicas"):
-                assert measured[name] == parts[name][PHASES.index("forward"), rank], f"{name}, rank {rank}, {policy}"
+                assert measured[name] == parts[name][PHASES.index("forward"), rank], f"{name}, rank {rank}, {policy}, {shard_size}"
             assert measured["cost"] == run.groups[0].cost, "the engine plans with another cost"
             if policy == "full" and kind == "mixtral":  # with tokens at home; shared experts are not in the estimate
                 estimate = parts["activations (estimate)"][PHASES.index("forward"), rank] - 96 * 64 * 8
