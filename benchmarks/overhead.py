@@ -3,8 +3,8 @@
 
 While one trains, all processes of the other are stopped, Ray's own with it. They take turns in the order ABBA; a pair of turns covers
 the same steps of both, so the same work. A turn's time is the mean of its steps, so that what Ray does only now and then counts; the figure
-is the median over the pairs. Wants a quiet
-machine: the controller may take a worker that stood still for ten seconds for hung and go on without it. Losses that differ give no figures.
+is the median over the pairs. It wants a quiet machine: the controller may take a worker that stood still for ten seconds for hung and go on
+without it. Where losses differ there are no figures.
 """
 
 from __future__ import annotations
