@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase
-from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.engine import Engine, ExpertGroups
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.loads import LoadHistory
 from hecate.parallel.planners import Planner
 from hecate.parallel.topology import Topology
 
@@ -101,7 +101,7 @@ class Stack:
 
     def forget_loads(self) -> None:
         """As at the start of a training run."""
-        self.engine.history = LoadHistory(self.engine.config.load_window)
+        self.engine.history.restore([])
 
     def step(self, number: int, x_TD: Tensor, routing: list[tuple[Tensor, Tensor]]) -> None:
         """Plan, forward, backward, finish, owners' AdamW.

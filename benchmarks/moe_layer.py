@@ -118,7 +118,7 @@ def bench_rank(
                     if step >= WARM_UP:
                         found[name]["ms_all"].append(ms[0].item())
                         found[name]["cpu_ms_all"].append(ms[1].item())
-                    found[name].update(bytes_sent=int(total), imbalance=engine.imbalance(loads))
+                    found[name].update(bytes_sent=int(total), imbalance=engine.plans.imbalance(loads))
             rows += [row(kind, name, routing, **result) for name, result in found.items()]
     return rows, topology
 

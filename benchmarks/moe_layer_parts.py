@@ -14,12 +14,13 @@ from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
 from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase
 from hecate.kernels.mixlora_reference import mixlora_ffn_reference
-from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.engine import Engine, ExpertGroups
 from hecate.moe.family import ExpertFamily
 from hecate.moe.frozen_moe import FrozenMoeLora
 from hecate.moe.full_experts import FullExperts
 from hecate.moe.lora_pairs import LoraShape
 from hecate.moe.mixlora import MixLoraExperts
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 

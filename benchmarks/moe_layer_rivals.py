@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from benchmarks.moe_layer_parts import Formula, Shape, make_family, one_step, route
 from hecate.kernels.expert_ffn import full_expert_ffn
-from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.engine import Engine, ExpertGroups
 from hecate.moe.family import ExpertFamily
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 

@@ -1,56 +1,90 @@
-"""What Ray costs a step: the same run of two ranks under `hecate ray` (a private cluster of this machine) and under torchrun, in turn."""
+"""What Ray costs a step: one run of two ranks under `hecate ray` (a private cluster of this machine) and the same under `hecate launch`
+(torch's elastic agent), alive together, and in turn stopped.
+
+While one trains, all processes of the other are stopped, Ray's own with it. They take turns in the order ABBA; a pair of turns covers
+the same steps of both, so the same work. A turn's time is the mean of its steps, so that what Ray does only now and then counts; the figure
+is the median over the pairs. It wants a quiet machine: the controller may take a worker that stood still for ten seconds for hung and go on
+without it. Where losses differ there are no figures.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import statistics
-import subprocess
-import sys
 import tempfile
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
+from benchmarks.following import Job, job
 from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
+from tests.launch.processes import descendants
 
-_FIRST_STEPS = 5
-"""left out: they compile, allocate, connect"""
+LAUNCHERS = {"torchrun": ["launch", "--nproc-per-node", "2"], "ray": ["ray", "--address", "local"]}
+COMMON = ("topology=two-cpu-ranks", "ray.workers=2", "micro_batch_size=2")
+_FIRST_STEPS = 10
+"""of a run: they compile, allocate, connect"""
+_FIRST_OF_TURN = 3
+"""that may have been stopped in their middle, or begun in the turn before"""
+_STEPS_OF_TURN = 10
+
+
+class Racer:
+    """A job that trains and stands still as it is told."""
+
+    def __init__(self, run: Job) -> None:
+        self._run = run
+        self.losses: list[float] = []
+
+    def go(self, steps: int) -> list[float]:
+        """Train so many steps and stop; the seconds of each."""
+        self.signal(signal.SIGCONT)
+        records = [self._run.next_step()[1] for _ in range(steps)]
+        self.signal(signal.SIGSTOP)
+        self.losses += [record["loss"] for record in records]
+        return [record["step_seconds"] for record in records]
+
+    def signal(self, number: int) -> None:
+        """To all of its processes."""
+        for pid in [self._run.process.pid, *descendants(self._run.process.pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def race(workshop: Path, pairs: int) -> dict[str, list[float]]:
+    """Launcher -> the mean seconds of a step in each of its turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
+    with ExitStack() as stack:
+        racers = {}
+        for name, command in LAUNCHERS.items():
+            racers[name] = Racer(stack.enter_context(job(workshop, name, command, *COMMON)))
+            stack.callback(racers[name].signal, signal.SIGCONT)
+            racers[name].go(_FIRST_STEPS)
+        for pair in range(pairs):
+            for name in list(racers)[:: -1 if pair % 2 else 1]:
+                steps = racers[name].go(_FIRST_OF_TURN + _STEPS_OF_TURN)
+                seconds[name].append(statistics.mean(steps[_FIRST_OF_TURN:]))
+        differences = [abs(a - b) for a, b in zip(*(racer.losses for racer in racers.values()), strict=True)]
+        if max(differences) > 1e-3:
+            raise SystemExit(f"overhead: the losses differ by {max(differences):.1e}: it is not the same training; no figures")
+    return seconds
 
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    pairs, steps = (1, 15) if options.quick else (3, 40)
-    launchers = {
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hecate", "train"],
-        "ray": [sys.executable, "-m", "hecate", "ray"],
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in launchers}
-    losses: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="hecate-") as name:
-        config = make_folder(Path(name))
-        for pair in range(pairs):
-            for launcher, command in launchers.items():
-                run = Path(name) / "runs" / f"{launcher}-{pair}"
-                overrides = [f"output_dir={run}", f"max_steps={steps}", "topology=two-cpu-ranks", "ray.workers=2"]
-                address = ["--address", "local"] if launcher == "ray" else []
-                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                done = subprocess.run(
-                    [*command, str(config), *overrides, *address], env=environment, capture_output=True, text=True, timeout=280, check=False
-                )
-                assert done.returncode == 0, done.stdout + done.stderr
-                records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-                of_steps = [record for record in records if record["kind"] == "step"]
-                losses[launcher] = [record["loss"] for record in of_steps]
-                seconds[launcher] += [record["step_seconds"] for record in of_steps[_FIRST_STEPS:]]
-    assert len(losses["ray"]) == steps
-    assert max(abs(a - b) for a, b in zip(losses["ray"], losses["torchrun"], strict=True)) < 1e-3, "not the same training"
-    rows: list[dict[str, Any]] = [
-        {"launcher": launcher, "step_ms_median": 1e3 * statistics.median(values), "step_ms_min": 1e3 * min(values), "all": values}
-        for launcher, values in seconds.items()
-    ]
-    ratio = statistics.median(seconds["ray"]) / statistics.median(seconds["torchrun"])
-    finish("overhead", rows, {"ray_over_torchrun": ratio}, options.json)
+    with tempfile.TemporaryDirectory(prefix="hecate-") as folder:
+        workshop = Path(folder)
+        make_folder(workshop)
+        seconds = race(workshop, 4 if options.quick else 40)
+    rows = [{"launcher": name, "step_ms_median": 1e3 * statistics.median(values), "all": values} for name, values in seconds.items()]
+    ratios = sorted(ray / torchrun for torchrun, ray in zip(seconds["torchrun"], seconds["ray"], strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    error = 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5  # of the median, as of a normal distribution
+    print(f"{len(ratios)} pairs of turns of {_STEPS_OF_TURN} steps; half of their ratios within {low:.3f} .. {high:.3f}; +- {error:.3f}")
+    finish(
+        "overhead", rows, {"ray_over_torchrun": middle, "standard_error": error, "quartile_low": low, "quartile_high": high}, options.json
+    )
 
 
 if __name__ == "__main__":

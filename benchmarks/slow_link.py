@@ -123,7 +123,7 @@ def bench_rank(
                     "bytes_sent": int(left[0]),
                     "bytes_across": int(left[1]),
                     "replicas": int(engine.placements[0].where_ED.sum()) - shape.experts,
-                    "imbalance": engine.imbalance(loads),
+                    "imbalance": engine.plans.imbalance(loads),
                 }
         rows += [
             {

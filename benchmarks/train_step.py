@@ -66,8 +66,8 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
     from hecate.model.head import LanguageModelHead
     from hecate.model.load import ModelSource, load_model
     from hecate.model.surgery import SurgeryPlan, insert_experts
-    from hecate.moe.engine import EngineConfig
     from hecate.moe.mixlora import LoraShape
+    from hecate.moe.step_plans import EngineConfig
     from hecate.parallel.planners import POLICIES
     from hecate.parallel.topology import local_topology
     from hecate.train.optimizer import ExpertOptimizer

@@ -8,6 +8,7 @@ the ranks' business; nothing here is on their way.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ class Controller:
         self._policy = FailurePolicy(config.ray.max_failures, config.ray.min_workers)
         self._scaling = ScalingPolicy(_PAUSE_SECONDS)
         self._state, self._detail, self._notes = State.INITIALIZING, "", list[dict[str, str]]()
-        self._deadline, self._changed_at = 0.0, time.monotonic()
+        self._deadline, self._changed_at, self._grown_at = 0.0, time.monotonic(), -math.inf
         self._generation = -1
         self._members: list[Place] = []
         """of the generation, by rank"""
@@ -145,6 +146,7 @@ class Controller:
             **{key: self._latest[key] for key in ("step", "loss", "tokens_per_s", "imbalance")},
             "last_checkpoint": self._checkpoint,
             "devices": devices,
+            "spares": self._group.ready_spares(),
             "topology": None if self._shares.topology is None else topology_text(self._shares.topology),
             "notes": self._notes,
             "updated": time.time(),
@@ -196,7 +198,8 @@ class Controller:
     def _answer(self, cause: Cause, place: Place | None, text: str) -> None:
         """Decide on a failure, and begin to carry it out."""
         left = sum(p.alive for p in self._group.places)
-        decision, self._policy = self._policy.decide(cause, left)
+        copied = self._config.fssdp.redundancy > 0 and "lost" not in self._idle.values()
+        decision, self._policy = self._policy.decide(cause, left, copied=copied)
         who = "the workers" if place is None else f"{place.name} (rank {self._rank(place)})"
         self._note(f"{who}: {cause.value} ({text[:160]}); {decision.value}")
         if decision is Decision.RAISE:
@@ -248,6 +251,7 @@ class Controller:
             if self._state is State.RESIZING and idle:
                 self._begin_generation()
             elif self._state is State.RUNNING and self._may_grow():
+                self._grown_at = time.monotonic()
                 self._note("a device has returned and joins")
                 for place in self._members:
                     place.actor.regroup.remote()
@@ -323,8 +327,8 @@ class Controller:
             self._enter(State.WAITING, self._config.ray.start_timeout)
 
     def _may_grow(self) -> bool:
-        since = time.monotonic() - self._changed_at
-        decision = self._scaling.decide(working=len(self._members), ready=len(self._prepared), seconds_since_change=since)
+        since = time.monotonic() - self._grown_at
+        decision = self._scaling.decide(working=len(self._members), ready=len(self._prepared), seconds_since_growth=since)
         return decision is Scaling.GROW and self._knows(self._group.places)
 
     def _begin_generation(self) -> None:

@@ -41,19 +41,21 @@ class FailurePolicy:
         """A step was finished: no failure is in a row with those before."""
         return replace(self, counts={}) if self.counts else self
 
-    def decide(self, cause: Cause, left: int) -> tuple[Decision, FailurePolicy]:
+    def decide(self, cause: Cause, left: int, *, copied: bool = False) -> tuple[Decision, FailurePolicy]:
         """What to do after a failure.
 
-        A process that died on a living node is replaced: its place is free, and a new one is there in seconds. A device that is gone,
-        or does not answer, is left out as long as enough remain.
+        A process that died on a living node is replaced: its place is free, and a new one is there in seconds. Where the others have
+        all that it had, they do not wait for it. A device that is gone, or does not answer, is left out as long as enough remain.
 
         Args:
             left: workers that still live.
+            copied: they have copies of what the lost one alone owned.
         """
         counts = {**self.counts, cause: self.counts.get(cause, 0) + 1}
         after = replace(self, counts=counts)
         if counts[cause] > self.max_failures:
             return Decision.RAISE, after
-        if cause in (Cause.ACTOR_DIED, Cause.ERROR, Cause.START):
+        waits = not copied or left < self.fewest
+        if cause in (Cause.ERROR, Cause.START) or (cause is Cause.ACTOR_DIED and waits):
             return Decision.REPLACE, after
         return (Decision.SHRINK if left >= self.fewest else Decision.WAIT), after

@@ -13,15 +13,15 @@ class Scaling(Enum):
 
 @dataclass(frozen=True)
 class ScalingPolicy:
-    """Grow back when devices return, but not before the step under way and the pause have passed."""
+    """Grow back when devices return, after the step under way, but not before the pause has passed."""
 
     pause_seconds: float
-    """between two changes, so that a device that comes and goes does not keep the others from training"""
+    """from one growth to the next, so that a device that comes and goes does not keep the others from training"""
 
-    def decide(self, *, working: int, ready: int, seconds_since_change: float) -> Scaling:
+    def decide(self, *, working: int, ready: int, seconds_since_growth: float) -> Scaling:
         """
         Args:
             working: workers that train now.
             ready: further ones that have come up in a place that was lost.
         """
-        return Scaling.GROW if ready and working and seconds_since_change >= self.pause_seconds else Scaling.KEEP
+        return Scaling.GROW if ready and working and seconds_since_growth >= self.pause_seconds else Scaling.KEEP

@@ -117,6 +117,11 @@ class WorkerGroup:
                 actor = self._actor(place, num_cpus=0, num_gpus=0, scheduling_strategy=strategy)
                 self._spares[place.device.node_id] = actor, actor.facts.remote()
 
+    def ready_spares(self) -> int:
+        """That have imported all and only wait."""
+        coming = [reference for _, reference in self._spares.values()]
+        return len(self._ray.wait(coming, num_returns=len(coming), timeout=0)[0]) if coming else 0
+
     def _actor(self, place: Place, **options: Any) -> Any:
         cpus = int(dict(place.device.resources).get("CPU", 1))
         environment = {

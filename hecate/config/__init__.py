@@ -1,6 +1,6 @@
 """The trainer's configuration: typed, checked as a whole before any process starts, frozen. No torch, no numpy."""
 
-from hecate.config.effective import config_hash, to_yaml
+from hecate.config.effective import computation, config_hash, to_yaml
 from hecate.config.load import load_config
 from hecate.config.model_path import find_model
 from hecate.config.problems import ConfigError, Problem
@@ -28,6 +28,7 @@ __all__ = [
     "MoeConfig",
     "Problem",
     "RayConfig",
+    "computation",
     "config_hash",
     "find_model",
     "load_config",

@@ -1,7 +1,9 @@
 """The effective configuration as text, and the digest of what it computes."""
 
+import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -41,12 +43,17 @@ def config_hash(config: Config) -> str:
     Left out: where the run writes and runs (output_dir, resume, nproc, topology, ray), with what (kernels), how often it logs, evaluates
     and saves, whether it records a trace, what it evaluates, whether experts are kept twice, and how many ranks share a copy of them.
     """
-    values: dict[str, Any] = asdict(config)
+    text = json.dumps(computation(asdict(config)), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def computation(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a configuration's values, sections within sections as in its YAML, those that `config_hash` counts."""
+    left = copy.deepcopy(dict(values))
     for key in _NOT_COMPUTATION:
         section, _, name = key.rpartition(".")
-        del (values[section] if section else values)[name]
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+        (left.get(section, {}) if section else left).pop(name, None)
+    return left
 
 
 _LINE_BREAKS = "\n\r\x85\u2028\u2029"

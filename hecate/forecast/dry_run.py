@@ -141,12 +141,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         "tokens": dispatch,
         "exposed": times * sum(one.seconds.exposed for one in groups),
         **({"tensor": tensor.seconds} if run.tensor_parallel > 1 else {}),
-        "head": (6.0 if run.trains_non_experts else 4.0)
-        * run.base.layers[0].hidden
-        * run.base.vocabulary
-        * run.tokens
-        * micro_steps
-        / min(topology.flops),
+        "head": _head_seconds(run),
         "all-reduce": sum_seconds
         + (reduced_bytes / topology.slowest_link.bandwidth + topology.slowest_link.latency if reduced_bytes else 0.0),
         "optimizer": sum(one.seconds.optimizer for one in groups)

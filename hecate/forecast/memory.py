@@ -110,7 +110,11 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
         plain = not run.config.moe.experts_per_layer(len(run.base.layers))[index]
         trained = 2 * b * (layer.hidden + plain * layer.ffn)
     key_value = sum(outputs for name, outputs, _ in layer.linears if name in ("k_proj", "v_proj"))
-    low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
+    if run.config.model.front_end == "megatron":  # one product, which its part with the values keeps whole, though the rest is turned
+        key_value += layer.query_width + key_value // 2
+    low_rank = 0
+    if run.config.moe.family != "full":
+        low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
     wide = 3 if b < 4 else 2
     per_token = b * (layer.hidden + 2 * layer.query_width + key_value + low_rank) + 4 * wide * layer.hidden
     return np.asarray(run.tokens * (per_token + trained) + b * (rows_D * layer.hidden + choices_D * 2 * layer.ffn))

@@ -18,8 +18,9 @@ from torch import Tensor
 from hecate.errors import UserError
 from hecate.megatron.expert_parallel import ExpertParallelLayer, put_experts, write_gradients
 from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.engine import Engine, ExpertGroups
 from hecate.moe.full_experts import FullExperts
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.placement import contiguous_owners
 
 

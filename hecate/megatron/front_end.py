@@ -25,11 +25,12 @@ from hecate.model.head import VocabularyPart, chunked_cross_entropy
 from hecate.model.surgery import MoeModel, adapter_dtype, prefetch_during_attention
 from hecate.model.tensor_parts import TensorGroups, TensorParts
 from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine, EngineConfig
+from hecate.moe.engine import Engine
 from hecate.moe.full_experts import FullExperts
 from hecate.moe.layer import MoeLayer
 from hecate.moe.router import TopKRouter
 from hecate.moe.seeding import generator
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.topology import Topology
 from hecate.train.build import BaseModel, engine_config
 from hecate.train.ranks import Ranks

@@ -17,10 +17,11 @@ from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_blocks import MoeBlock
 from hecate.model.surgery import MoeModel, adapt_attention, adapter_dtype, find_attention_targets, prefetch_during_attention
 from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.engine import Engine, ExpertGroups
 from hecate.moe.frozen_moe import FrozenMoeLora
 from hecate.moe.lora_pairs import GATE_UP, LoraShape
 from hecate.moe.routed_experts import RoutedExperts
+from hecate.moe.step_plans import EngineConfig
 
 _DOWN = "down_proj"
 

@@ -16,11 +16,12 @@ from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.lora import LoraLinear
 from hecate.model.tensor_parts import TensorParts
 from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.engine import Engine, ExpertGroups
 from hecate.moe.layer import MoeLayer
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
 from hecate.moe.routed_experts import RoutedExperts
 from hecate.moe.router import TopKRouter
+from hecate.moe.step_plans import EngineConfig
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.surgery import MoeModel, adapter_dtype, put_layers
 from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.engine import Engine, ExpertGroups
 from hecate.moe.full_experts import FullExperts
 from hecate.moe.router import TopKRouter
 from hecate.moe.seeding import generator
+from hecate.moe.step_plans import EngineConfig
 
 
 @dataclass(frozen=True)

@@ -27,43 +27,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.moe.family import ExpertFamily
-from hecate.moe.planning import LayerPlan, PlanMode, calibration_gain, exchange_counts, layer_plan, one_layer
+from hecate.moe.planning import exchange_counts
+from hecate.moe.step_plans import EngineConfig, StepPlans
 from hecate.parallel.dispatch import combine, dispatch
 from hecate.parallel.frozen_store import FrozenStore
-from hecate.parallel.loads import LoadHistory, imbalance
+from hecate.parallel.loads import LoadHistory
 from hecate.parallel.mesh import Mesh, make_mesh, owners_topology
-from hecate.parallel.placement import Placement, everything_everywhere, owners_by_memory, owners_only, redealt_owners
-from hecate.parallel.planners import Plan, PlanInput, Planner
+from hecate.parallel.placement import Placement, owners_by_memory, redealt_owners
+from hecate.parallel.planners import PlanInput
 from hecate.parallel.store import LayerStore, gather_together
 from hecate.parallel.topology import Topology
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """What the engine plans with."""
-
-    planner: Planner
-    topology: Topology
-    """of all ranks of the job"""
-    load_window: int = 5
-    memory_slots: int | None = None
-    """free replica slots per device and layer; None: as many as there are experts"""
-    max_imbalance: float | None = None
-    """see `PlanInput.max_imbalance`"""
-    top_k: int = 1
-    non_moe_flops: float = 0.0
-    """forward FLOPs per rank and micro-step of what hides a layer's gather (its attention)"""
-    plan: PlanMode = "history"
-    """from which loads layers are planned: see `hecate.moe.planning`"""
-    rematerialize: bool = False
-    """free a layer's replicas after its forward pass and gather them again before its backward pass (Hecate-RM)"""
-    prefetch: int = 1
-    """forward: decoder layers, a layer's own included, ahead of whose end its gather starts; backward: layers gathered ahead"""
-
-    @property
-    def per_micro_step(self) -> bool:
-        """Does each micro-step gather and reduce for itself?"""
-        return self.rematerialize or self.plan != "history"
 
 
 @dataclass(frozen=True)
@@ -119,35 +92,22 @@ class Engine:
         self.world_size = dist.get_world_size(groups.experts)
         """ranks of the sharding group"""
         self.mesh = _mesh_of(groups)
-        self._members = self.mesh.sharding_groups()[dist.get_rank(groups.world) // self.world_size]
-        self.config = config
-        self.owners = owners
+        group = dist.get_rank(groups.world) // self.world_size
+        self.plans = StepPlans(self.families, config, owners, self.history, self.mesh, group, self.rank)
         self.stores = {
             layer: LayerStore(
-                owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), groups.experts, self.topology, groups.replicas
+                owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), groups.experts, self.plans.topology, groups.replicas
             )
             for layer, family in self.families.items()
         }
         self.frozen = {
-            layer: FrozenStore(owners[layer], self._slots(family), family.frozen_chunk, groups.experts)
+            layer: FrozenStore(owners[layer], self.plans.slots(family), family.frozen_chunk, groups.experts)
             for layer, family in self.families.items()
             if family.layout().frozen
         }
         """of the layers whose experts have frozen parts"""
-        self.placements: dict[int, Placement] = {}
         self.peak_replica_bytes = 0
         """most bytes of replicas that were here or on their way at once, since the step began"""
-        self.calibrations = 0
-        """plans of this step's micro-steps and layers that gave way to better ones after the gate"""
-        self._plans: dict[int, LayerPlan] = {}
-        self._from_history: dict[int, LayerPlan] = {}
-        self._given: dict[int, tuple[PlanInput, int]] = {}
-        """what the step's plan was made from, and a layer's place in it"""
-        self._splits: dict[int, np.ndarray] = {}
-        self._served: dict[int, np.ndarray] = {}
-        """float64 [ranks]: choices served so far in this step, where plans follow the true loads"""
-        self._most_served: dict[int, float] = {}
-        """with several sharding groups: choices that the busiest rank of any has served in the last step"""
         self._reduced_last: int | None = None
         """the layer whose reduction was started last in the step's last backward pass"""
         self._awaiting_backward: list[int] = []
@@ -160,19 +120,26 @@ class Engine:
 
     @property
     def config(self) -> EngineConfig:
-        return self._config
+        return self.plans.config
 
     @config.setter
     def config(self, config: EngineConfig) -> None:
-        assert config.topology.world_size == self.mesh.world_size, (config.topology.world_size, self.mesh.world_size)
-        self._config = config
-        self.topology = config.topology.take(self._members) if self.mesh.num_replicas > 1 else config.topology
-        """of the sharding group's ranks"""
+        self.plans.config = config
+
+    @property
+    def owners(self) -> dict[int, np.ndarray]:
+        """int64 [experts] of each layer."""
+        return self.plans.owners
+
+    @property
+    def placements(self) -> dict[int, Placement]:
+        """Of each layer, as it is gathered next."""
+        return self.plans.placements
 
     @property
     def in_first_group(self) -> bool:
         """Is this the sharding group that speaks for all: saves, exports, is counted?"""
-        return self._members[0] == 0
+        return self.plans.members[0] == 0
 
     def rejoin(
         self, topology: Topology, groups: ExpertGroups, owners: dict[int, np.ndarray], chunks: Mapping[int, Mapping[int, Tensor]]
@@ -226,48 +193,15 @@ class Engine:
             micro_steps: in which the step's tokens come.
         """
         self._step, self._training, self._last_micro_step, self._reduced_last = step, True, False, None
-        self.peak_replica_bytes, self.calibrations = self.replica_bytes, 0
+        self.peak_replica_bytes = self.replica_bytes
         self._awaiting_backward.clear()
-        self._served.clear()
-        for layers, given in self.plan_inputs():
-            if self.config.per_micro_step and given.loads_LSE is not None:
-                given = replace(given, loads_LSE=given.loads_LSE / micro_steps)  # a plan serves one of them
-            plan = None if self.config.plan == "exact" else self._planned(given)
-            for index, layer in enumerate(layers):
-                self._given[layer] = given, index
-                self._counts[layer] = torch.zeros(given.num_experts, dtype=torch.int64, device=self._device())
-                if plan is not None:
-                    self._from_history[layer] = layer_plan(plan, given, index)
-                    self._place(layer, self._from_history[layer])
+        for layer, family in self.families.items():
+            self._counts[layer] = torch.zeros(family.num_experts, dtype=torch.int64, device=self._device())
+        self.plans.begin(self._resident(), micro_steps)
 
     def plan_inputs(self, *, for_owners: bool = False) -> list[tuple[list[int], PlanInput]]:
-        """What a planner is given for the next step: the layers of one shape together, each with its number.
-
-        Args:
-            for_owners: the same in every sharding group, to decide owners by: the mean of all groups' loads on `owners_topology`. What
-                frozen parts are held besides differs between groups, and does not count if there are several.
-        """
-        inputs = []
-        common = for_owners and self.mesh.num_replicas > 1
-        for layers in self._alike():
-            family = self.families[layers[0]]
-            predicted = [self.history.predict(layer) for layer in layers]
-            known = [self._loads_of_groups(loads_WE, common=common) for loads_WE in predicted if loads_WE is not None]
-            knows_resident = layers[0] in self.frozen and not common
-            topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
-            # As long as the whole job's: rows are dealt by speed, and all groups are through with their attention together.
-            hiding = self.config.non_moe_flops * min(topology.flops) / min(self.config.topology.flops)
-            given = PlanInput(
-                np.stack([self.owners[layer] for layer in layers]),
-                np.stack(known) if known else None,
-                topology,
-                family.cost(self.config.top_k, hiding),
-                self._slots(family),
-                resident_LED=np.stack([self.frozen[layer].resident_ED for layer in layers]) if knows_resident else None,
-                max_imbalance=self.config.max_imbalance,
-            )
-            inputs.append((layers, given))
-        return inputs
+        """See `StepPlans.inputs`."""
+        return self.plans.inputs(self._resident(), for_owners=for_owners)
 
     def change_owners(self, layer: int, owner_E: np.ndarray, chunks: Mapping[int, Tensor]) -> int:
         """Put a layer's experts on new owners, between two steps. The layer's parameters are new ones afterwards.
@@ -282,8 +216,7 @@ class Engine:
         """
         self.stores[layer].change_owners(owner_E.tolist(), chunks)
         frozen_bytes = self.frozen[layer].change_owners(owner_E) if layer in self.frozen else 0
-        self.owners[layer] = owner_E
-        self.placements.pop(layer, None)  # made for the owners of before
+        self.plans.change_owners(layer, owner_E)
         return frozen_bytes
 
     def last_micro_step(self) -> None:
@@ -327,8 +260,8 @@ class Engine:
         expert_S = torch.from_numpy(placement.experts_on(self.rank))
         family = self.families[layer]
         here = None
-        if layer in self._splits:
-            here = dispatch(x_TD, expert_TK, weight_TK, token_T, placement, self._splits[layer], self.groups.tokens)
+        if layer in self.plans.splits:
+            here = dispatch(x_TD, expert_TK, weight_TK, token_T, placement, self.plans.splits[layer], self.groups.tokens)
         y_RD = family.compute(
             replicas_SC,
             x_TD if here is None else here.x_RD,
@@ -369,10 +302,10 @@ class Engine:
         self.history.record(loads)
         self._training = False
         if self.mesh.num_replicas > 1:
-            most = torch.tensor([self._served_here(layer, loads_WE).max() for layer, loads_WE in loads.items()], dtype=torch.float64)
-            most = most.to(self._device())
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.world)
-            self._most_served = dict(zip(loads, most.tolist(), strict=True))
+            most = self.plans.most_served(loads)
+            most_L = torch.tensor(list(most.values()), dtype=torch.float64).to(self._device())
+            dist.all_reduce(most_L, op=dist.ReduceOp.MAX, group=self.groups.world)
+            self.plans.note_most_served(dict(zip(most, most_L.tolist(), strict=True)))
         return loads
 
     @contextmanager
@@ -385,13 +318,12 @@ class Engine:
             together: experts stay with their owners and tokens go to them, so that no rank holds what it has no room for; ranks must then
                 run the same forward passes at the same time.
         """
-        for layer in self.families:
-            everywhere = everything_everywhere(self.owners[layer], self.world_size)
-            placement = owners_only(self.owners[layer], self.world_size) if together else everywhere
-            # Some tokens of every rank for every expert: what must travel may.
-            self._place(layer, LayerPlan(placement, np.ones((self.world_size, placement.num_experts)), None))
-            if layer in self.frozen:
-                self.frozen[layer].borrow(placement)
+        if together:
+            self.plans.place_on_owners()
+        else:
+            self.plans.place_everywhere()
+        for layer, frozen in self.frozen.items():
+            frozen.borrow(self.placements[layer])
         self.prefetch(*self.families)
         for store in self.stores.values():
             store.replicas()
@@ -405,72 +337,23 @@ class Engine:
             for frozen in self.frozen.values():
                 frozen.trim()
 
-    def imbalance(self, loads: dict[int, np.ndarray]) -> float:
-        """Largest over mean choices computed per rank, averaged over the layers: what the last plans made of a step's loads.
-
-        Where plans follow the true loads, or there are several sharding groups, it is what they made of the last step's own.
-        """
-        skews = []
-        for layer, loads_WE in loads.items():
-            if self.mesh.num_replicas == 1:
-                skews.append(imbalance(self._served_here(layer, loads_WE)))
-            else:
-                total = loads_WE.sum()
-                skews.append(self._most_served[layer] * len(loads_WE) / total if total else 1.0)
-        return float(np.mean(skews)) if skews else 1.0
-
-    def _served_here(self, layer: int, loads_WE: np.ndarray) -> np.ndarray:
-        """float64 [ranks]: choices that each has computed of a step's loads."""
-        served_D = self._served.get(layer)
-        return self._plans[layer].served(self._loads_of_groups(loads_WE), self.topology) if served_D is None else served_D
-
-    def _loads_of_groups(self, loads_WE: np.ndarray, *, common: bool = False) -> np.ndarray:
-        """[ranks, experts]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
-        if common:
-            return loads_WE.reshape(self.mesh.num_replicas, self.world_size, -1).mean(0)
-        return loads_WE[self._members]
-
-    def _slots(self, family: ExpertFamily) -> np.ndarray:
-        """int64 [ranks]: free replica slots of each device in a layer."""
-        return np.full(self.world_size, family.num_experts if self.config.memory_slots is None else self.config.memory_slots)
-
-    def _alike(self) -> list[list[int]]:
-        """The layers, those of one shape together."""
-        alike: dict[tuple[int, object], list[int]] = {}
-        for layer, family in self.families.items():
-            key = (family.num_experts, family.cost(self.config.top_k, self.config.non_moe_flops))
-            alike.setdefault(key, []).append(layer)
-        return list(alike.values())
-
-    def _planned(self, given: PlanInput) -> Plan:
-        plan = self.config.planner(given)
-        assert np.array_equal(plan.owner_LE, given.owner_LE), "a planner moved owners, which only re-sharding does"
-        return plan
-
-    def _place(self, layer: int, plan: LayerPlan) -> None:
-        self._plans[layer], self.placements[layer] = plan, plan.placement
-        self._splits.pop(layer, None)
-        if plan.dispatches(self.topology):
-            self._splits[layer] = plan.split(self.topology, self.rank)
-
     def _plan_after_gate(self, layer: int, count_E: Tensor) -> None:
         """Plan a layer's micro-step from what all ranks have chosen."""
         # Through the tokens' group: the layer's own gather may be under way in the other one.
         loads_SE = exchange_counts(count_E, self.groups.tokens)
-        resident_ED = self.frozen[layer].resident_ED if layer in self.frozen else None
-        given = one_layer(*self._given[layer], loads_SE, resident_ED)
-        plan = layer_plan(self._planned(given), given, 0)
-        if self.config.plan == "exact":
-            self._place(layer, plan)
-        elif calibration_gain(given, self._plans[layer], plan, rematerialize=self.config.rematerialize) > 0:
-            self._gather(layer)
-            store = self.stores[layer]
-            self._note_peak(store.placement_bytes(plan.placement))
-            store.exchange(plan.placement)
-            self._place(layer, plan)
-            self.calibrations += 1
-        served_D = self._plans[layer].served(loads_SE, self.topology)
-        self._served[layer] = self._served.get(layer, 0.0) + served_D
+        plan = self.plans.after_gate(layer, loads_SE, self.frozen[layer].resident_ED if layer in self.frozen else None)
+        if plan is not None:
+            if self.config.plan == "calibrated":
+                self._gather(layer)
+                store = self.stores[layer]
+                self._note_peak(store.placement_bytes(plan.placement))
+                store.exchange(plan.placement)
+            self.plans.place(layer, plan)
+        self.plans.note_served(layer, loads_SE)
+
+    def _resident(self) -> dict[int, np.ndarray]:
+        """bool [experts, ranks]: who holds which frozen parts, of the layers that have any."""
+        return {layer: frozen.resident_ED for layer, frozen in self.frozen.items()}
 
     def _gather(self, *layers: int) -> None:
         gather_together([(self.stores[layer], self.placements[layer]) for layer in layers])
@@ -513,7 +396,7 @@ class Engine:
                 self.stores[self._reduced_last].sum_over_groups()
             self._reduced_last = layer
         if self.config.plan == "calibrated":
-            self._place(layer, self._from_history[layer])
+            self.plans.place_from_history(layer)
 
     def _exchange_loads(self) -> dict[int, np.ndarray]:
         layers = list(self.families)

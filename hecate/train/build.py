@@ -23,8 +23,8 @@ from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
 from hecate.model.tensor_files import tensor_entries
 from hecate.model.upcycling import UpcyclingPlan, upcycle
-from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology, local_topology
 from hecate.parallel.topology_file import load_topology

@@ -10,8 +10,8 @@ from hecate.config import Config
 from hecate.errors import UserError
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
-from hecate.moe.engine import EngineConfig
 from hecate.moe.mixlora import LoraShape
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.build import BaseModel, build_base, encode_sources

@@ -12,7 +12,8 @@ from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtyp
 from hecate.model.room import require_room
 from hecate.model.surgery import MoeModel
 from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine, EngineConfig
+from hecate.moe.engine import Engine
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.build import BaseModel

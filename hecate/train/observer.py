@@ -121,7 +121,7 @@ class Watched:
                 dense_seconds=dense_seconds,
                 loss=result.loss,
                 tokens=tokens,
-                imbalance=self._run.moe.engine.imbalance(result.loads),
+                imbalance=self._run.moe.engine.plans.imbalance(result.loads),
                 bytes_sent=bytes_sent,
                 loads={layer: loads_SE.sum(0).tolist() for layer, loads_SE in result.loads.items()},
             )

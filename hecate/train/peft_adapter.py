@@ -27,9 +27,9 @@ from hecate.model.load import pick_dtype, resolve_model
 from hecate.model.moe_surgery import AdaptedLayer, MoeLoraPlan, adapt_experts, expert_projections
 from hecate.model.room import require_room
 from hecate.model.surgery import MoeModel
-from hecate.moe.engine import EngineConfig
 from hecate.moe.frozen_moe import FrozenMoeLora
 from hecate.moe.lora_pairs import LoraShape
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.build import BaseModel, build_base

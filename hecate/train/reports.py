@@ -68,7 +68,7 @@ class Reports:
             self._trace.append(run.step, result.loads)
         if not (self._progress and self._metrics) or run.step % run.config.logging_steps:
             return
-        skew = run.moe.engine.imbalance(result.loads)
+        skew = run.moe.engine.plans.imbalance(result.loads)
         self._metrics.write(
             step_record(
                 step=run.step,
@@ -81,7 +81,7 @@ class Reports:
                 step_seconds=seconds,
                 imbalance=skew,
                 bytes_sent=bytes_sent,
-                calibrations=run.moe.engine.calibrations,
+                calibrations=run.moe.engine.plans.calibrations,
                 loads=result.loads,
             )
         )

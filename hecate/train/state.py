@@ -23,7 +23,7 @@ from hecate.checkpoint import (
     staging_folder,
     write_shard,
 )
-from hecate.config import Config, config_hash, to_yaml
+from hecate.config import Config, computation, config_hash, to_yaml
 from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from hecate.model.surgery import MoeModel
@@ -141,7 +141,7 @@ def _mine(tensor_name: str, optimizer: ExpertOptimizer) -> bool:
 def _refuse_other_run(folder: Path, meta: dict[str, Any], config: Config) -> None:
     if meta["config_hash"] == config_hash(config):
         return
-    then, now = _flat(yaml.safe_load(meta["config"])), _flat(yaml.safe_load(to_yaml(config)))
+    then, now = (_flat(computation(yaml.safe_load(text))) for text in (meta["config"], to_yaml(config)))
     changed = [f"  {key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     raise UserError(
         f"{folder}: belongs to a run with another configuration; resume continues the same training.\n" + "\n".join(changed[:6])

@@ -7,6 +7,8 @@ everything, from the same values. Then each compares: losses, gradient norms, ev
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,10 +24,11 @@ from hecate.data.batches import Batch
 from hecate.kernels.backend import Backend
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
-from hecate.moe.engine import EngineConfig
+from hecate.moe import step_plans
 from hecate.moe.mixlora import LoraShape
 from hecate.moe.planning import PlanMode
 from hecate.moe.router import TopKRouter
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
@@ -305,7 +308,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             max_grad_norm=MAX_NORM,
             step=step,
         )
-        calibrations += moe.engine.calibrations
+        calibrations += moe.engine.plans.calibrations
         loss, norm, idle = reference.gradients(step, empty_rows)
         assert abs(result.loss - loss) <= tolerance * max(1, abs(loss)), f"step {step}: loss {result.loss} against {loss}"
         assert abs(result.grad_norm - norm) <= tolerance * max(1, norm), f"step {step}: norm {result.grad_norm} against {norm}"
@@ -335,13 +338,19 @@ def check_case(rank: int, world: int, case: Case) -> None:
         assert idle, "the scenario did not leave any expert idle"
 
 
+@contextmanager
+def calibrating_at_whim() -> Iterator[None]:
+    """Any plan in place of any other, not only where that pays; the same on every rank."""
+    whims = itertools.cycle((1.0, 0.0, 1.0, 1.0, 0.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_plans, "calibration_gain", lambda *_, rematerialize: next(whims))
+        yield
+
+
 def _check_cases(rank: int, world: int, cases: list[Case]) -> None:
     for case in cases:
-        # Any plan in place of any other, not only where that pays; the same on every rank.
-        whims = itertools.cycle((1.0, 0.0, 1.0, 1.0, 0.0))
         try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("hecate.moe.engine.calibration_gain", lambda *_, rematerialize, whims=whims: next(whims))
+            with calibrating_at_whim():
                 check_case(rank, world, case)
         except BaseException as error:
             raise AssertionError(f"{case}: {error}") from error

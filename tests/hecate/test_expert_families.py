@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from hecate.kernels.dropout import Dropout, dropout_key
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
-from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+from hecate.moe.engine import Engine, ExpertGroups
 from hecate.moe.family import ExpertFamily
 from hecate.moe.frozen_moe import FrozenMoeLora
 from hecate.moe.full_experts import FullExperts
 from hecate.moe.lora_pairs import LoraShape
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.resharding import move_experts, owned_parameters

@@ -14,7 +14,8 @@ import torch
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, upcycle
-from hecate.moe.engine import EngineConfig
+from hecate.moe.planning import PlanMode
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.mesh import make_mesh
 from hecate.train.mesh_groups import expert_groups
 from hecate.train.optimizer import ExpertOptimizer
@@ -39,6 +40,9 @@ class Case:
     num_experts: int = 5
     rematerialize: bool = False
     shard_size: int | None = None
+    checkpointing: bool = False
+    plan: PlanMode = "history"
+    prefetch: int = 1
 
     @property
     def routed(self) -> suite.Case:
@@ -60,12 +64,18 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
         top_k=TOP_K,
         non_moe_flops=1e6,
         rematerialize=case.rematerialize,
+        plan=case.plan,
+        prefetch=case.prefetch,
     )
     groups = expert_groups(make_mesh(world, case.shard_size))
     plan = UpcyclingPlan((case.num_experts,) * 2, TOP_K, noise=0.1, seed=5, train_non_experts=case.train_non_experts)
     moe = upcycle(model, plan, config, groups, suite.biased_router(suite.router_bias(case.routed)))
     for (layer, expert), chunk in moe.engine.named_parameters().items():
         chunk.data.copy_(values(layer, expert, len(chunk)))
+    if case.checkpointing:
+        from hecate.model.checkpointing import checkpoint_activations
+
+        checkpoint_activations(moe)
     return moe, head
 
 
@@ -94,8 +104,8 @@ class Reference:
         self.parameters = [p for parts in self.chunks.values() for p in parts] + list(self.replicated.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
-    def step(self, step: int, empty_rows: range) -> tuple[float, float, set[tuple[int, int]]]:
-        """(cross-entropy, gradient norm, idle experts)"""
+    def gradients(self, step: int, empty_rows: range) -> tuple[float, float, set[tuple[int, int]]]:
+        """(cross-entropy, gradient norm, idle experts); gradients of idle experts are None."""
         batches = [micro_batch(step, micro, empty_rows) for micro in range(MICRO_STEPS)]
         num_labels = sum(int((b.targets != -100).sum()) for b in batches)
         total, reached = 0.0, set()
@@ -108,13 +118,17 @@ class Reference:
         for key in idle:
             for parameter in self.chunks[key]:
                 parameter.grad = None
-        norm = clip(self.parameters, MAX_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total, norm, idle
+        return total, clip(self.parameters, MAX_NORM), idle
+
+    def flat(self, key: tuple[int, int], *, grad: bool) -> torch.Tensor | None:
+        parts = [part.grad if grad else part.detach() for part in self.chunks[key]]
+        return None if parts[0] is None else torch.cat([part.flatten() for part in parts if part is not None])
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+def close(got: torch.Tensor | None, wanted: torch.Tensor | None, what: str) -> None:
+    assert (got is None) == (wanted is None), f"{what} is {'missing' if got is None else 'not expected'}"
+    if got is None or wanted is None:
+        return
     error = float((got - wanted).detach().abs().max() / wanted.detach().abs().max().clamp(min=1.0))
     assert error <= TOLERANCE, f"{what} is off by {error:.1e}"
 
@@ -128,8 +142,23 @@ def check_case(rank: int, world: int, case: Case) -> None:
         owned, moe.replicated_parameters(), learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, schedule=lambda _: 1.0
     )
     empty_rows = range((world - 1) * ROWS // world, ROWS) if case.scenario == "empty rank" and world > 1 else range(0)
+    seen: dict[str, torch.Tensor | None] = {}
+    clip_and_step = optimizer.step
+
+    def step_and_look(grad_norm: float, limit: float | None) -> None:
+        # The gradients as the optimizer sees them, after clipping; step() frees them.
+        scale = min(1.0, MAX_NORM / (grad_norm + 1e-6))
+        for name, parameter in {**owned, **moe.replicated_parameters()}.items():
+            seen[name] = None if parameter.grad is None else parameter.grad.detach() * scale
+        clip_and_step(grad_norm, limit)
+
+    def moments_of(name: str) -> dict[str, torch.Tensor]:
+        return {key: value.clone() for key, value in optimizer.state_tensors().items() if key.startswith(f"owned/{name}/")}
+
+    optimizer.step = step_and_look  # type: ignore[method-assign]
     some_idle = False
     for step in range(STEPS):
+        moments = {name: moments_of(name) for name in owned}
         before = {name: parameter.detach().clone() for name, parameter in owned.items()}
         batches = [micro_batch(step, micro, empty_rows) for micro in range(MICRO_STEPS)]
         result = train_step(
@@ -142,15 +171,25 @@ def check_case(rank: int, world: int, case: Case) -> None:
             max_grad_norm=MAX_NORM,
             step=step,
         )
-        loss, norm, idle = reference.step(step, empty_rows)
+        loss, norm, idle = reference.gradients(step, empty_rows)
         some_idle |= bool(idle)
         assert result.loss == pytest.approx(loss, rel=TOLERANCE)
         assert result.grad_norm == pytest.approx(norm, rel=TOLERANCE)
+        for layer, expert in moe.engine.named_parameters():
+            name = f"{layer}.{expert}"
+            close(seen[name], reference.flat((layer, expert), grad=True), f"step {step}, gradient of expert {name}")
+        for name, parameter in reference.replicated.items():
+            close(seen[name], parameter.grad, f"step {step}, gradient of {name}")
+        reference.optimizer.step()
+        reference.optimizer.zero_grad()
         for (layer, expert), parameter in moe.engine.named_parameters().items():
-            wanted = torch.cat([part.flatten() for part in reference.chunks[layer, expert]])
-            close(parameter, wanted, f"step {step}, expert {layer}.{expert}")
+            name = f"{layer}.{expert}"
+            close(parameter, reference.flat((layer, expert), grad=False), f"step {step}, expert {name}")
             if (layer, expert) in idle:
-                assert torch.equal(parameter.detach(), before[f"{layer}.{expert}"]), f"idle expert {layer}.{expert} moved"
+                assert torch.equal(parameter.detach(), before[name]), f"idle expert {name} moved"
+                after = moments_of(name)
+                assert after.keys() == moments[name].keys(), f"idle expert {name} got moments"
+                assert all(torch.equal(after[key], moments[name][key]) for key in after), f"moments of idle expert {name} moved"
         for name, parameter in moe.replicated_parameters().items():
             close(parameter, reference.replicated[name], f"step {step}, {name}")
         suite.assert_groups_equal(moe, optimizer)
@@ -160,7 +199,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
 def _check_cases(rank: int, world: int, cases: list[Case]) -> None:
     for case in cases:
         try:
-            check_case(rank, world, case)
+            with suite.calibrating_at_whim():
+                check_case(rank, world, case)
         except BaseException as error:
             raise AssertionError(f"{case}: {error}") from error
 
@@ -173,6 +213,18 @@ def test_upcycled_training_equals_one_process(world: int) -> None:
         Case("hecate", "hot expert", False),
         Case("random 4", "empty rank", True, rematerialize=True),
         Case("auto", "idle experts", False, num_experts=3),
+    ]
+    run_ranks(world, _check_cases, cases[:3] if world == 1 else cases, timeout=240)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None:
+    cases = [
+        Case("full", "idle experts", True, checkpointing=True),
+        Case("llep", "empty rank", True, plan="exact", prefetch=0),
+        Case("random 5", "empty rank", True, plan="calibrated", checkpointing=True),
+        Case("random 6", "idle experts", False, plan="calibrated", rematerialize=True, prefetch=2),
+        Case("random 3", "empty rank", True, plan="exact", rematerialize=True, checkpointing=True),
     ]
     run_ranks(world, _check_cases, cases[:3] if world == 1 else cases, timeout=240)
 

@@ -23,14 +23,26 @@ from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
-from hecate.moe.engine import EngineConfig
 from hecate.moe.lora_pairs import LoraShape
+from hecate.moe.planning import PlanMode
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.mesh import make_mesh
 from hecate.train.mesh_groups import expert_groups, own_group
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.resharding import owned_parameters
 from hecate.train.step import train_step
-from tests.hecate.test_equivalence import LENGTH, MICRO_STEPS, ROWS, STEPS, assert_groups_equal, micro_batch, planner_of, rows_of, topology
+from tests.hecate.test_equivalence import (
+    LENGTH,
+    MICRO_STEPS,
+    ROWS,
+    STEPS,
+    assert_groups_equal,
+    calibrating_at_whim,
+    micro_batch,
+    planner_of,
+    rows_of,
+    topology,
+)
 from tests.plain_mixlora import clip
 from tests.plain_moe_lora import EXPERTS, KINDS, PlainMoeLora, biased_routers, peft_model, save_tiny
 from tests.ranks import run_ranks
@@ -159,13 +171,22 @@ class Case:
     rematerialize: bool = False
     shard_layers: bool = False
     shard_size: int | None = None
+    plan: PlanMode = "history"
+    prefetch: int = 1
 
 
 def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModelHead]:
     model, layers = load_moe_model(ModelSource(base, None), torch.float64, torch.device("cpu"))
     head = LanguageModelHead(model)
     config = EngineConfig(
-        planner_of(case.policy), topology(world), memory_slots=case.slots, top_k=2, non_moe_flops=1e6, rematerialize=case.rematerialize
+        planner_of(case.policy),
+        topology(world),
+        memory_slots=case.slots,
+        top_k=2,
+        non_moe_flops=1e6,
+        rematerialize=case.rematerialize,
+        plan=case.plan,
+        prefetch=case.prefetch,
     )
     mesh = make_mesh(world, case.shard_size)
     plan = MoeLoraPlan(LoraShape(RANK, ALPHA / RANK, 0.0), TARGETS, case.model.train_router, seed=5)
@@ -246,7 +267,8 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
 def _check_cases(rank: int, world: int, cases: list[Case], folder: Path) -> None:
     for case in cases:
         try:
-            check_case(rank, world, case, folder)
+            with calibrating_at_whim():
+                check_case(rank, world, case, folder)
         except BaseException as error:
             raise AssertionError(f"{case}: {error}") from error
 
@@ -260,6 +282,17 @@ def test_sharded_training_equals_peft_in_one_process(peft_runs: Path, world: int
         cases += [Case(MODELS[2], "static_ep", checkpointing=True, shard_layers=True), Case(MODELS[4], "full", shard_layers=True)]
         cases += [Case(MODELS[0], "hecate", slots=1, rematerialize=True)]
     run_ranks(world, _check_cases, cases, peft_runs, timeout=240)
+
+
+def test_whenever_replicas_come_and_go_it_equals_peft(peft_runs: Path) -> None:
+    """With idle experts, and with ranks that have no tokens."""
+    cases = [
+        Case(MODELS[1], "llep", slots=2, plan="exact", prefetch=0),
+        Case(MODELS[1], "random 5", plan="calibrated", checkpointing=True),
+        Case(MODELS[2], "random 6", slots=1, plan="calibrated", rematerialize=True, prefetch=2),
+        Case(MODELS[4], "random 3", slots=2, plan="exact", rematerialize=True, checkpointing=True),
+    ]
+    run_ranks(3, _check_cases, cases, peft_runs, timeout=240)
 
 
 @pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 1), (4, 2)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +28,34 @@ from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts, non_moe_flops_p
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
 from hecate.model.tensor_files import tensor_entries
-from hecate.moe.engine import EngineConfig, ExpertGroups
 from hecate.moe.lora_pairs import LoraShape
+from hecate.moe.step_plans import EngineConfig
+from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.build import moe_lora_plan
+from hecate.train.mesh_groups import expert_groups
 from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.resharding import owned_parameters
 from hecate.train.step import forward_loss, train_step
+from tests.hecate.forecast.making import num_bytes
 from tests.plain_moe_lora import save_tiny
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
 
-def build(folder: Path, plan: MoeLoraPlan, policy: str, world: int) -> tuple[MoeModel, LanguageModelHead, Any]:
+def build(
+    folder: Path, plan: MoeLoraPlan, policy: str, world: int, shard_size: int | None = None
+) -> tuple[MoeModel, LanguageModelHead, Any]:
     model, layers = load_moe_model(ModelSource(folder, None), torch.float32, CPU)
     head = LanguageModelHead(model)
-    group = dist.group.WORLD
-    assert group is not None
     config = EngineConfig(POLICIES[policy], local_topology(world, cuda=False), top_k=2)
-    return adapt_experts(model, layers, plan, config, ExpertGroups(group, dist.new_group())), head, layers
+    return adapt_experts(model, layers, plan, config, expert_groups(make_mesh(world, shard_size))), head, layers
 
 
 def resident(key: str) -> int:
-    """Bytes: VmRSS, or VmHWM, its highest since the last reset."""
+    """Bytes: VmRSS, RssAnon of it that is not of files, or VmHWM, the highest VmRSS since the last reset."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
@@ -85,6 +87,33 @@ def test_no_rank_loads_more_than_its_share(tmp_path: Path) -> None:
         assert 0.9 * share < peak <= 1.2 * share, f"peak {peak / 1e6:.1f} MB for a share of {share / 1e6:.1f} MB"
 
 
+def _loaded_in_parts(rank: int, world: int, folder: str, warm_up: str) -> tuple[int, int, int]:
+    """(bytes of its own that loading and sharding has cost this rank, bytes of its share, bytes of all that is outside experts)"""
+    plan = MoeLoraPlan(LoraShape(2, 1.0, 0.0), ("down_proj",), train_router=False, seed=0)
+    moe, _, _ = build(Path(warm_up), plan, "static_ep", world)
+    shard_frozen_layers(moe, dist.new_group())
+    gc.collect()
+    before = resident("RssAnon")
+    moe, _, _ = build(Path(folder), plan, "static_ep", world)
+    shard_frozen_layers(moe, dist.new_group())
+    gc.collect()
+    own = resident("RssAnon") - before
+    experts = [store.owned for store in moe.engine.stores.values()]
+    experts += [chunk for store in moe.engine.frozen.values() for chunk in store._held.values()]
+    parts = [p.to_local() for p in moe.model.parameters() if isinstance(p, DTensor)]
+    return own, num_bytes([*experts, *parts]), sum(p.numel() * p.element_size() for p in moe.model.parameters())
+
+
+def test_no_rank_has_more_of_its_own_than_its_share_of_sharded_layers(tmp_path: Path) -> None:
+    """What is read from files in the type they have stays the files' memory, which ranks share and the kernel takes back at will."""
+    sizes = {"hidden_size": 512, "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "moe_intermediate_size": 64}
+    save_tiny("qwen3_moe", tmp_path / "model", torch.float32, **sizes, num_experts=16, num_hidden_layers=4)
+    save_tiny("qwen3_moe", tmp_path / "tiny", torch.float32)
+    for own, share, outside in run_ranks(4, _loaded_in_parts, str(tmp_path / "model"), str(tmp_path / "tiny")):
+        assert outside > 2 * share, "the model is too small outside its experts to say anything"
+        assert 0.9 * share < own <= 1.2 * share, f"{own / 1e6:.1f} MB for a share of {share / 1e6:.1f} MB"
+
+
 CONFIG = """
 model: {{name_or_path: {folder}/model, dtype: float32}}
 data: {{train: {folder}/train.jsonl, seq_len: 96, packing: false}}
@@ -106,16 +135,10 @@ def config_of(folder: Path, *overrides: str) -> Config:
     return load_config(folder / "config.yaml", overrides, claim_output=False)
 
 
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def _measured(rank: int, world: int, folder: str, policy: str) -> dict[str, Any]:
+def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) -> dict[str, Any]:
     """Bytes of this rank after a step and in the midst of the next."""
     config = config_of(Path(folder))
-    moe, head, layers = build(Path(folder) / "model", moe_lora_plan(config), policy, world)
+    moe, head, layers = build(Path(folder) / "model", moe_lora_plan(config), policy, world, shard_size)
     model = moe.model
     optimizer = ExpertOptimizer(
         owned_parameters(moe.engine), moe.replicated_parameters(), learning_rate=1e-2, weight_decay=0.0, schedule=lambda _: 1.0
@@ -153,16 +176,17 @@ def _measured(rank: int, world: int, folder: str, policy: str) -> dict[str, Any]
 
 @pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral"])
 def test_every_rank_holds_what_was_planned(tmp_path: Path, kind: str) -> None:
-    """Of 5 experts in two layers rank 0 owns 6 and rank 1 four; under policy full each holds the other's as well."""
+    """Of 5 experts in two layers rank 0 owns 6 and rank 1 four; under policy full each holds the other's as well. In sharding groups of
+    one each owns all."""
     sizes = {"hidden_size": 64, "intermediate_size": 136, "head_dim": 32, "vocab_size": 64, "max_position_embeddings": 256}
     write_run(tmp_path, kind, **sizes)
-    run = run_shape(config_of(tmp_path), None, 2)
-    assert [(group.experts, group.number) for group in run.groups] == [(5, 2)]
-    for policy, others in (("full", [4.0, 6.0]), ("static_ep", [0.0, 0.0])):
+    for policy, shard_size, others in (("full", 2, [4.0, 6.0]), ("static_ep", 2, [0.0, 0.0]), ("full", 1, [0.0, 0.0])):
+        run = run_shape(config_of(tmp_path, f"fssdp.shard_size={shard_size}"), None, 2)
+        assert [(group.experts, group.number) for group in run.groups] == [(5, 2)]
         parts = {part.name: part.bytes_PD for part in memory_parts(run, [torch.tensor(others).numpy()], torch.full((2,), 96.0).numpy())}
-        for rank, measured in enumerate(run_ranks(2, _measured, str(tmp_path), policy)):
+        for rank, measured in enumerate(run_ranks(2, _measured, str(tmp_path), policy, shard_size)):
             for name in ("base weights", "frozen experts", "owned experts, moments", "routers, adapters, moments", "replicas"):
-                assert measured[name] == parts[name][PHASES.index("forward"), rank], f"{name}, rank {rank}, {policy}"
+                assert measured[name] == parts[name][PHASES.index("forward"), rank], f"{name}, rank {rank}, {policy}, {shard_size}"
             assert measured["cost"] == run.groups[0].cost, "the engine plans with another cost"
             if policy == "full" and kind == "mixtral":  # with tokens at home; shared experts are not in the estimate
                 estimate = parts["activations (estimate)"][PHASES.index("forward"), rank] - 96 * 64 * 8

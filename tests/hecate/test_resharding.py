@@ -164,7 +164,7 @@ def _decided(rank: int, world: int, shard_size: int | None) -> tuple[Resharding 
     first = reshard_if_it_pays(engine, training.optimizer, 100)
     second = reshard_if_it_pays(engine, training.optimizer, 100)
     engine.begin_step(2)
-    return first, second, [len(training.optimizer.owned), engine.imbalance(before.loads)]
+    return first, second, [len(training.optimizer.owned), engine.plans.imbalance(before.loads)]
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,6 +58,9 @@ class Scripted:
 
     def keep_spares(self) -> None:
         self.calls.append((-1, "keep_spares", ()))
+
+    def ready_spares(self) -> int:
+        return 0
 
     def poll(self, timeout: float) -> list[tuple[Place, Event]]:
         assert self.script, "the job goes on after the end of the script"
@@ -148,7 +152,22 @@ def test_a_job_from_its_first_worker_to_its_end(config: Config) -> None:
     assert [(a["rank"], a["world_size"], a["resume"], a["topology"]) for _, (a,) in begun] == [(rank, 3, False, None) for rank in range(3)]
 
 
-def test_a_dead_process_is_replaced_and_the_others_wait_with_their_state(config: Config) -> None:
+def test_a_dead_process_is_left_out_where_others_have_copies_until_another_has_loaded(config: Config) -> None:
+    smaller = (each([0, 2], kind="regrouping", generation=0), begins([0, 2], 5))
+    back = (one(1, kind="up"), one(1, kind="prepared", generation=-1))
+    larger = (each([0, 2], kind="regrouping", generation=1), begins([0, 1, 2], 7))
+    end = each([0, 1, 2], kind="finished", generation=2)
+    status, group, _, said = play(config, UP, begins([0, 1, 2]), one(1, kind="down", text="gone"), *smaller, *back, *larger, end)
+    assert status == 0
+    assert [(index, a["generation"], a["world_size"]) for index, (a,) in group.told("join")] == [
+        (0, 1, 2), (2, 1, 2), (0, 2, 3), (1, 2, 3), (2, 2, 3),
+    ]  # fmt: skip
+    assert any("the worker's process died" in line and "shrink" in line for line in said)
+
+
+def test_a_dead_process_is_waited_for_where_nobody_has_copies(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(under_test, "latest_good", lambda _: Path("checkpoint-3"))
+    config = replace(config, fssdp=replace(config.fssdp, redundancy=0))
     waits = each([0, 2], kind="regrouping", generation=0)
     back = (one(1, kind="up"), one(1, kind="prepared", generation=-1))
     end = each([0, 1, 2], kind="finished", generation=1)
@@ -161,6 +180,19 @@ def test_a_dead_process_is_replaced_and_the_others_wait_with_their_state(config:
     assert [index for index, _ in group.told("join")] == [0, 1, 2]
     assert group.told("prepare") == [(1, ())]
     assert any("the worker's process died" in line and "replace" in line for line in said)
+
+
+def test_a_second_loss_at_once_is_waited_for(config: Config) -> None:
+    """It may have had the only copies of what the first owned."""
+    config = replace(config, ray=replace(config.ray, min_workers=1, max_failures=2))
+    both = lambda _: [(1, {"kind": "down", "text": "gone"}), (2, {"kind": "down", "text": "gone"})]  # noqa: E731
+    waits = one(0, kind="regrouping", generation=0)
+    back = (one(2, kind="up"), one(2, kind="prepared", generation=-1))
+    end = each([0, 2], kind="finished", generation=1)
+    status, group, _, said = play(config, UP, begins([0, 1, 2]), both, waits, *back, begins([0, 2], 5), end)
+    assert status == 0
+    assert [(index, a["world_size"]) for index, (a,) in group.told("join")] == [(0, 2), (2, 2)]
+    assert [word for line in said for word in ("shrink", "replace") if word in line] == ["shrink", "replace"]
 
 
 def test_a_lost_node_is_left_out_and_another_joins_when_it_comes(config: Config) -> None:
@@ -188,8 +220,6 @@ def test_too_few_are_left_and_the_job_waits(config: Config) -> None:
 
     def second(group: Scripted) -> Sequence[tuple[int, Event]]:
         return [(2, {"kind": "down", "text": "gone"}), (0, {"kind": "regrouping", "generation": 0})]
-
-    from dataclasses import replace
 
     patient = replace(config, ray=replace(config.ray, max_failures=2))
     comes = (one(2, kind="up"), one(2, kind="prepared", generation=-1))

@@ -57,19 +57,21 @@ def test_one_machine_by_addresses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cause", "left", "decision"),
+    ("cause", "left", "copied", "decision"),
     [
-        (Cause.ACTOR_DIED, 3, Decision.REPLACE),
-        (Cause.ACTOR_DIED, 0, Decision.REPLACE),
-        (Cause.NODE_DIED, 3, Decision.SHRINK),
-        (Cause.NODE_DIED, 1, Decision.WAIT),
-        (Cause.HUNG, 2, Decision.SHRINK),
-        (Cause.ERROR, 4, Decision.REPLACE),
-        (Cause.START, 4, Decision.REPLACE),
+        (Cause.ACTOR_DIED, 3, False, Decision.REPLACE),
+        (Cause.ACTOR_DIED, 3, True, Decision.SHRINK),
+        (Cause.ACTOR_DIED, 1, True, Decision.REPLACE),
+        (Cause.ACTOR_DIED, 0, False, Decision.REPLACE),
+        (Cause.NODE_DIED, 3, False, Decision.SHRINK),
+        (Cause.NODE_DIED, 1, True, Decision.WAIT),
+        (Cause.HUNG, 2, False, Decision.SHRINK),
+        (Cause.ERROR, 4, True, Decision.REPLACE),
+        (Cause.START, 4, True, Decision.REPLACE),
     ],
 )
-def test_what_follows_a_failure(cause: Cause, left: int, decision: Decision) -> None:
-    assert FailurePolicy(max_failures=3, fewest=2).decide(cause, left)[0] is decision
+def test_what_follows_a_failure(cause: Cause, left: int, copied: bool, decision: Decision) -> None:
+    assert FailurePolicy(max_failures=3, fewest=2).decide(cause, left, copied=copied)[0] is decision
 
 
 @pytest.mark.parametrize("cause", Cause)
@@ -87,9 +89,9 @@ def test_every_cause_is_bounded_for_itself_and_a_step_forgives(cause: Cause) -> 
 
 def test_a_job_grows_when_one_is_ready_but_not_at_once() -> None:
     policy = ScalingPolicy(pause_seconds=5)
-    assert policy.decide(working=3, ready=1, seconds_since_change=6) is Scaling.GROW
-    assert policy.decide(working=3, ready=1, seconds_since_change=4) is Scaling.KEEP
-    assert policy.decide(working=3, ready=0, seconds_since_change=60) is Scaling.KEEP
+    assert policy.decide(working=3, ready=1, seconds_since_growth=6) is Scaling.GROW
+    assert policy.decide(working=3, ready=1, seconds_since_growth=4) is Scaling.KEEP
+    assert policy.decide(working=3, ready=0, seconds_since_growth=60) is Scaling.KEEP
 
 
 MACHINES = Topology(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def config_for(folder: Path, *overrides: str, dtype: str = "float32") -> Config:
     path = folder / "config.yaml"
     path.write_text(CONFIG.format(folder=folder, dtype=dtype))
     return load_config(path, overrides, claim_output=False)
+
+
+def num_bytes(tensors: Iterable[Any]) -> int:
+    """Of their storages, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def slow_node(ranks: int = 2) -> Topology:

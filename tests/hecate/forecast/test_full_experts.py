@@ -15,7 +15,8 @@ from hecate.forecast.run_shape import run_shape
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import non_moe_flops_per_token
 from hecate.model.upcycling import upcycle
-from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.engine import ExpertGroups
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.build import upcycling_plan

@@ -18,15 +18,22 @@ from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import insert_experts, non_moe_flops_per_token
-from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.engine import ExpertGroups
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.moe.step_plans import EngineConfig
+from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.build import surgery_plan
-from hecate.train.step import forward_loss
-from tests.hecate.forecast.making import config_for, slow_node, write_model
+from hecate.train.mesh_groups import expert_groups
+from hecate.train.optimizer import ExpertOptimizer
+from hecate.train.resharding import owned_parameters
+from hecate.train.step import forward_loss, train_step
+from tests.hecate.forecast.making import config_for, num_bytes, slow_node, write_model
 from tests.ranks import run_ranks
 
+EVERY_EXPERT = ("moe.num_experts=[5,0,5]", "moe.top_k=5")
+"""so that all have moments after a step"""
 MANY = {"hidden_size": 48, "intermediate_size": 136, "head_dim": 24, "vocab_size": 64}
 
 
@@ -99,6 +106,56 @@ def test_rematerialized_replicas_are_those_of_the_layers_under_way(tmp_path: Pat
     assert parts["replicas"][:2].tolist() == [[layers * 2 * 960, layers * 3 * 960]] * 2
     replicated = run.replicated_parameters * 4
     assert parts["gradients"][1].tolist() == [(2 + 6) * 960 + replicated, (3 + 6) * 960 + replicated]
+
+
+def _held(rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str, int]]) -> list[dict[str, int]]:
+    """Bytes of this rank after a step and at the beginning of the next, by policy and size of sharding groups."""
+    from transformers import AutoModelForCausalLM
+
+    config, found = config_for(Path(folder), *EVERY_EXPERT, dtype=dtype), []
+    tokens = torch.arange(16)[None]
+    batch = Batch(tokens % 32, tokens % 32, tokens, torch.ones_like(tokens), tokens + 16 * rank, torch.zeros_like(tokens))
+    for policy, shard_size in cases:
+        model: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=getattr(torch, dtype)).eval()
+        head = LanguageModelHead(model)
+        groups = expert_groups(make_mesh(world, shard_size))
+        engine = EngineConfig(POLICIES[policy], local_topology(world, cuda=False), top_k=5)
+        moe = insert_experts(model, surgery_plan(config, 3), engine, groups)
+        replicated = moe.replicated_parameters()
+        optimizer = ExpertOptimizer(owned_parameters(moe.engine), replicated, learning_rate=0.1, weight_decay=0.0, schedule=lambda _: 1.0)
+        train_step(moe, head, optimizer, [batch], num_labels=32, aux_coef=0.01, max_grad_norm=None, step=0)
+        moe.engine.begin_step(1)
+        with torch.no_grad():
+            forward_loss(moe, head, batch, step=1, recording=False)
+        state = optimizer.state_tensors()
+        bases = [family.base for family in moe.engine.families.values() if isinstance(family, MixLoraExperts)]
+        ffns = [weight for base in bases for weight in (base.gate_FD, base.up_FD, base.down_DF)]
+        trained = {id(parameter) for parameter in replicated.values()}
+        of = {kind: [t for name, t in state.items() if name.startswith(kind) and t.dim()] for kind in ("owned/", "replicated/")}
+        found.append(
+            {
+                "base weights": num_bytes([*(p for p in model.parameters() if id(p) not in trained), *ffns]),
+                "owned experts, moments": num_bytes(of["owned/"]),
+                "routers, adapters, moments": num_bytes(of["replicated/"]),
+                "replicas": moe.engine.replica_bytes,
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_rank_holds_what_was_planned(tmp_path: Path, dtype: str) -> None:
+    """Of 5 experts in two layers rank 0 owns 6 and rank 1 four, or in sharding groups of one each all ten."""
+    write_model(tmp_path)
+    cases = [("full", 2), ("static_ep", 2), ("full", 1)]
+    found = run_ranks(2, _held, str(tmp_path), dtype, cases)
+    for index, (policy, shard_size) in enumerate(cases):
+        run = shape_of(tmp_path, *EVERY_EXPERT, f"fssdp.shard_size={shard_size}", dtype=dtype)
+        others = np.array([4.0, 6.0]) if (policy, shard_size) == ("full", 2) else np.zeros(2)
+        parts = {part.name: part.bytes_PD for part in memory_parts(run, [others], np.full(2, 16.0))}
+        for rank in range(2):
+            for name, measured in found[rank][index].items():
+                assert measured == parts[name][PHASES.index("forward"), rank], f"{name}, rank {rank}, {policy}, groups of {shard_size}"
 
 
 def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: bool) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from hecate.train.evaluate import evaluate
 from hecate.train.inference import answer, evaluate_trained
 from hecate.train.loop import Run
 from hecate.train.ranks import Ranks
+from tests.hecate.data.conftest import build_byte_tokenizer
+from tests.hecate.data.test_indexed import ids_of, write_index
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 from tests.hecate.model.tiny import token_ids
 from tests.ranks import run_ranks
@@ -87,6 +90,7 @@ def _two_ranks(rank: int, world: int, folder: str) -> Found:
     losses = {name: _train(config_of(Path(folder), *overrides), ranks) for name, overrides in VARIANTS.items()}
     for policy in ("static_ep", "megatron_ep"):
         losses[f"{policy}, accumulating"] = _train(config_of(Path(folder), f"fssdp.policy={policy}", *IN_TWO_PARTS), ranks)
+    losses["indexed"] = _train(config_of(Path(folder), f"data.train={folder}/corpus"), ranks)
     losses["whole"] = _train(config_of(Path(folder)), ranks, save_at=1)
     losses["resumed"] = _train(config_of(Path(folder), "resume=true"), ranks)
     megatrons = [f"output_dir={folder}/megatrons", MEGATRONS]
@@ -106,6 +110,8 @@ def _one_rank(rank: int, world: int, folder: str) -> tuple[Losses, Losses]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("megatron")
     write_parts(made)
+    texts = [json.loads(line)["text"] for line in (made / "train.jsonl").read_text().splitlines()]
+    write_index(made / "corpus", ids_of(texts, build_byte_tokenizer()))
     return made
 
 
@@ -124,6 +130,10 @@ def test_the_losses_do_not_depend_on_ranks_policies_or_checkpointing(folder: Pat
             assert got == pytest.approx(wanted, rel=2e-4), name
     for got, wanted in zip(resumed, alone[1:], strict=True):
         assert got == pytest.approx(wanted, rel=2e-4), "Megatron's layers, on another number of ranks from a checkpoint on"
+
+
+def test_the_losses_are_the_same_on_the_text_as_token_ids(found: Found) -> None:
+    assert found.losses["indexed"] == found.losses["whole"]
 
 
 def test_megatrons_layers_accumulate_as_ours_do(found: Found) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from hecate.config import ConfigError
 from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.train.evaluate import evaluate
 from hecate.train.loop import Run
 from hecate.train.ranks import Ranks
@@ -43,6 +45,8 @@ class Found:
     parameters: tuple[int, int]
     """outside experts: alike on every rank, and of this rank's parts"""
     cost: LayerCost
+    shares: tuple[int, ...]
+    """rows of a micro-step, by copy of the model"""
 
 
 def _numpy(tensor: Tensor | None) -> np.ndarray:
@@ -91,7 +95,7 @@ def _train(ranks: Ranks, folder: Path, *overrides: str) -> Found:
     gradients = _watch_gradients(run)
     steps, loads = _go_on(run, SAVED)
     resumed, _ = _go_on(Run(config_of(folder, *COMMON, *overrides, "resume=true"), ranks))
-    return Found(gradients, steps, resumed, loads, (numbers[0], numbers[1]), given.cost)
+    return Found(gradients, steps, resumed, loads, (numbers[0], numbers[1]), given.cost, run.shares)
 
 
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -100,13 +104,48 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 ALONE: dict[str, tuple[str, ...]] = {**VARIANTS, "megatrons": ("fssdp.policy=megatron_ep",)}
 """Megatron's MoE layers do not go together with its tensor parallelism here"""
+UNEQUAL = {"unequal": (*VARIANTS["plain"], "topology={folder}/unequal.yaml")}
+UNEQUAL_NODES = """
+nodes: [{devices: 2, flops: 9e9, memory: 1e9}, {devices: 2, flops: 1e9, memory: 1e9}]
+intra_node: {bandwidth: 1e9, latency: 1e-6}
+inter_node: {bandwidth: 1e9, latency: 1e-6}
+"""
+"""so unequal that the second copy of the model gets no rows"""
 
 
 def _job(rank: int, world: int, folder: str, tensor: int, shard: int, variants: tuple[str, ...], rows: int) -> dict[str, Found]:
     ranks = tensor_ranks_of(rank, world, tensor, shard)
+    _check_process_groups(ranks, make_mesh(world, shard, tensor))
     own = (f"model.tensor_parallel={tensor}", f"fssdp.shard_size={shard}", f"micro_batch_size={rows}")
     out = f"{folder}/{world}-{tensor}-{shard}"
-    return {name: _train(ranks, Path(folder), *own, *ALONE[name], f"output_dir={out}-{name}") for name in variants}
+    found = {}
+    for name in variants:
+        given = [override.format(folder=folder) for override in {**ALONE, **UNEQUAL}[name]]
+        found[name] = _train(ranks, Path(folder), *own, *given, f"output_dir={out}-{name}")
+    return found
+
+
+def _check_process_groups(ranks: Ranks, mesh: Mesh) -> None:
+    """Megatron gets the groups of our mesh."""
+    from hecate.megatron.imports import quietly
+
+    with quietly():
+        from hecate.megatron.gpt import process_groups
+    groups = process_groups(ranks.groups, ranks.tensor)
+    alone, everyone = [[rank] for rank in range(mesh.world_size)], [list(range(mesh.world_size))]
+    wanted = {
+        "tp": mesh.tensor_groups(),
+        "dp": mesh.data_groups(),
+        "dp_cp": mesh.data_groups(),
+        "tp_dp_cp": everyone,
+        "ep": mesh.sharding_groups(),
+        "expt_dp": mesh.replicate_groups(),
+        "pp": alone,
+        "cp": alone,
+    }
+    for name, members in wanted.items():
+        (own,) = (group for group in members if ranks.rank in group)
+        assert dist.get_process_group_ranks(getattr(groups, name)) == own, name
 
 
 def _elsewhere(rank: int, world: int, folder: str, tensor: int, rows: int, checkpoint_of: str) -> Steps:
@@ -119,6 +158,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("tensor")
     write_parts(made)
     (made / "tiny.yaml").write_text(SHAPE)
+    (made / "unequal.yaml").write_text(UNEQUAL_NODES)
     return made
 
 
@@ -135,7 +175,7 @@ def one_copy(folder: Path) -> tuple[str, list[dict[str, Found]]]:
 
 @pytest.fixture(scope="module")
 def two_copies(folder: Path) -> tuple[str, list[dict[str, Found]]]:
-    return "4-2-4", run_ranks(4, _job, str(folder), 2, 4, ("plain",), 2)
+    return "4-2-4", run_ranks(4, _job, str(folder), 2, 4, ("plain", *UNEQUAL), 2)
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +185,17 @@ def two_groups(folder: Path) -> tuple[str, list[dict[str, Found]]]:
 
 
 @pytest.fixture(scope="module")
+def across_groups(folder: Path) -> tuple[str, list[dict[str, Found]]]:
+    """One copy of the model over two of the experts."""
+    return "2-2-1", run_ranks(2, _job, str(folder), 2, 1, ("plain",), 4)
+
+
+@pytest.fixture(scope="module")
 def groups_of_one(folder: Path) -> tuple[str, list[dict[str, Found]]]:
     return "2-1-1", run_ranks(2, _job, str(folder), 1, 1, tuple(ALONE), 2)
 
 
-@pytest.fixture(scope="module", params=["one_copy", "two_copies", "two_groups", "groups_of_one"])
+@pytest.fixture(scope="module", params=["one_copy", "two_copies", "two_groups", "across_groups", "groups_of_one"])
 def job(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Found]]]:
     """WORLD-PARTS-SHARD SIZE, and what each rank found by variant."""
     found: tuple[str, list[dict[str, Found]]] = request.getfixturevalue(request.param)
@@ -194,11 +240,13 @@ def test_a_resumed_run_goes_on_bit_for_bit(job: tuple[str, list[dict[str, Found]
             assert found.resumed == found.steps[SAVED:]
 
 
-@pytest.mark.parametrize(("world", "tensor", "rows", "of"), [(1, 1, 4, "2-2-2-plain"), (2, 2, 4, "1-1-1-plain")])
-def test_a_checkpoint_knows_nothing_of_parts(
-    folder: Path, alone: Found, one_copy: tuple[str, list[dict[str, Found]]], world: int, tensor: int, rows: int, of: str
-) -> None:
-    assert one_copy  # has left its checkpoints
+def test_a_copy_on_slow_devices_may_have_no_rows(two_copies: tuple[str, list[dict[str, Found]]]) -> None:
+    assert [(rank["plain"].shares, rank["unequal"].shares) for rank in two_copies[1]] == [((2, 2), (4, 0))] * 4
+
+
+@pytest.mark.usefixtures("one_copy", "two_copies")  # have left their checkpoints
+@pytest.mark.parametrize(("world", "tensor", "rows", "of"), [(1, 1, 4, "2-2-2-plain"), (2, 2, 4, "1-1-1-plain"), (2, 1, 2, "4-2-4-plain")])
+def test_a_checkpoint_knows_nothing_of_parts(folder: Path, alone: Found, world: int, tensor: int, rows: int, of: str) -> None:
     for steps in run_ranks(world, _elsewhere, str(folder), tensor, rows, of):
         for got, wanted in zip(steps, alone.steps[SAVED:], strict=True):
             assert got == pytest.approx(wanted, rel=1e-9)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
 import weakref
@@ -10,15 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.data.batches import Batch
 from hecate.errors import UserError
 from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
+from hecate.model.head import LanguageModelHead
 from hecate.model.load import load_model, one_gguf_reader, resolve_model
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, noisy_copies, upcycle
-from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.engine import ExpertGroups
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.train.step import forward_loss
 from tests.hecate.model.tiny import tiny, token_ids
 from tests.ranks import run_ranks
 
@@ -107,12 +112,14 @@ def test_upcycled_smollm2_begins_with_the_dense_models_loss(one_rank: dist.Proce
     with one_gguf_reader():
         model: Any = load_model(source, torch.float32, torch.device("cpu"), num_hidden_layers=2).eval()
     ids = torch.randint(0, 49152, (2, 33), generator=torch.Generator().manual_seed(0))
-
-    def loss() -> float:
-        with torch.no_grad():
-            return float(torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()))
-
-    dense = loss()
-    moe = make(model, one_rank, (3, 3), 2)
-    with moe.engine.evaluating():
-        assert loss() == pytest.approx(dense, rel=1e-5)
+    with torch.no_grad():
+        dense = float(torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()))
+    token = torch.arange(64).view(2, 32)
+    batch = Batch(ids[:, :-1], ids[:, 1:], token % 32, torch.ones_like(token), token, torch.zeros_like(token))
+    for experts, k in ((1, 1), (3, 2), (4, 4)):
+        upcycled = copy.deepcopy(model)
+        head = LanguageModelHead(upcycled)
+        moe = make(upcycled, one_rank, (experts, experts), k)
+        moe.engine.begin_step(0)
+        loss = float(forward_loss(moe, head, batch, step=0, recording=True).detach()) / 64
+        assert loss == pytest.approx(dense, rel=1e-5), (experts, k)

@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 
 from hecate.kernels.mixlora_inputs import FfnBase
-from hecate.moe.engine import Engine, EngineConfig
+from hecate.moe.engine import Engine
 from hecate.moe.mixlora import LoraShape, MixLoraExperts
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology

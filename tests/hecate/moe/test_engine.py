@@ -162,7 +162,7 @@ def test_an_engine_without_expert_layers_finishes_its_steps(one_rank: dist.Proce
     made.begin_step(0)
     made.last_micro_step()
     assert made.finish_step() == {}
-    assert made.imbalance({}) == 1.0
+    assert made.plans.imbalance({}) == 1.0
 
 
 THREE = {0: 3, 2: 5, 5: 3}
@@ -213,7 +213,7 @@ def _plans(rank: int, world: int) -> None:
     made.config = replace(made.config, planner=planner, top_k=2, non_moe_flops=7.0, max_imbalance=1.25)
     loads = _step(rank, made, 0)
     # Owners 0, 1, 2 of three experts and 0, 0, 1, 1, 2 of five: the chosen ones, of twelve choices each, are on two ranks of three.
-    assert made.imbalance(loads) == pytest.approx(1.5)
+    assert made.plans.imbalance(loads) == pytest.approx(1.5)
     sent = token_bytes(made)
     loads = _step(rank, made, 1)
     assert token_bytes(made) > sent, "no token left its rank"
@@ -229,9 +229,9 @@ def _plans(rank: int, world: int) -> None:
         assert given.max_imbalance == 1.25
         assert given.cost == made.families[0].cost(2, 7.0)
     # Layer 0: ranks 2 and 0 serve twelve each, 12 / 8. Layer 5: rank 0 all of 24, 24 / 8. Layer 2 has no quotas: nothing moves.
-    assert made.imbalance(loads) == pytest.approx((1.5 + 1.0 + 3.0) / 3)
+    assert made.plans.imbalance(loads) == pytest.approx((1.5 + 1.0 + 3.0) / 3)
     # What comes in is split as planned: rank 0's choice of expert 1 goes to rank 2; its 3 of expert 0, which nobody foresaw, stay.
-    assert made.imbalance({0: np.array([[3, 1, 0], [0] * 3, [0] * 3])}) == pytest.approx(3 / (4 / 3))
+    assert made.plans.imbalance({0: np.array([[3, 1, 0], [0] * 3, [0] * 3])}) == pytest.approx(3 / (4 / 3))
 
 
 def test_plans_are_made_by_shape_and_their_quotas_carried_out_by_layer() -> None:
@@ -298,7 +298,7 @@ def _grouped(rank: int, world: int) -> float:
     (parameter,) = made.named_parameters().values()
     assert parameter.grad is not None, "some group's tokens reached it"
     assert made.stores[0].bytes_sent - sent == parameter.numel() * 8, "a ring of two sends each number once"
-    return made.imbalance(loads)
+    return made.plans.imbalance(loads)
 
 
 def test_sharding_groups_plan_for_themselves_and_are_counted_together() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import hecate.moe.engine as engine_module
+import hecate.moe.step_plans as step_plans
 from hecate.moe.engine import Engine
 from hecate.parallel.planners import Plan, PlanInput
 from tests.hecate.moe.making import HIDDEN, engine, experts
@@ -106,7 +106,7 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     made, asked = engine(LAYERS), []
     made.config = replace(made.config, plan=mode, planner=moving_target(asked))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "calibration_gain", lambda *_, rematerialize: 1.0 if adopt else 0.0)
+        patch.setattr(step_plans, "calibration_gain", lambda *_, rematerialize: 1.0 if adopt else 0.0)
         got = step(made, rank)
     for key, grad in got.items():
         torch.testing.assert_close(grad, wanted[key], rtol=1e-12, atol=1e-12)
@@ -117,8 +117,8 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     assert all(given.tokens_LED.sum() == 2 * TOKENS * world for given in alone), "the micro-step's own choices"
     loads = {layer: sum(given.loads_LSE[0] for given in alone[layer::4]) for layer in LAYERS}  # type: ignore[misc, index]
     home = [loads[layer].sum(0)[[0, 1, 2]] @ np.eye(world)[made.owners[layer]] for layer in LAYERS]
-    assert made.imbalance(loads) == pytest.approx(np.mean([one.max() / one.mean() for one in home])), "all serve the same, one rank on"
-    calibrations = made.calibrations
+    assert made.plans.imbalance(loads) == pytest.approx(np.mean([one.max() / one.mean() for one in home])), "all serve as one rank on"
+    calibrations = made.plans.calibrations
     made.begin_step(1, 2)
     if mode == "calibrated":
         predicted = asked[-1]

@@ -54,7 +54,8 @@ def test_initial_chunks_depend_on_seed_layer_and_expert() -> None:
 
 
 def _initial(rank: int, world: int) -> dict[str, list[float]]:
-    from hecate.moe.engine import Engine, EngineConfig, ExpertGroups
+    from hecate.moe.engine import Engine, ExpertGroups
+    from hecate.moe.step_plans import EngineConfig
     from hecate.parallel.planners import POLICIES
     from hecate.parallel.topology import local_topology
 

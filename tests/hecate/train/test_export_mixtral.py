@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hecate.errors import UserError
 from hecate.model.upcycling import UpcyclingPlan, upcycle
-from hecate.moe.engine import EngineConfig, ExpertGroups
+from hecate.moe.engine import ExpertGroups
+from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config

@@ -12,28 +12,35 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import hecate.model.room
+from hecate.adapter.peft_moe import load_peft_adapter
 from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from hecate.train.inference import _with_adapter, answer, evaluate_trained
 from hecate.train.loop import Run
+from hecate.train.peft_adapter import export_peft_adapter
 from hecate.train.ranks import join_ranks
 from tests.hecate.data.conftest import build_byte_tokenizer
 from tests.hecate.train.test_run import records, run
-from tests.plain_moe_lora import peft_model, save_tiny
+from tests.plain_moe_lora import KINDS, peft_model, save_tiny
 from tests.tiny_run import write_samples
 
 STEPS, RANK, ALPHA = 4, 4, 8
+
+
+def save_model(kind: str, folder: Path) -> None:
+    """A tiny random model with a tokenizer."""
+    tokenizer = build_byte_tokenizer()
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
+    save_tiny(kind, folder, torch.float32, max_position_embeddings=128, **sizes)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3-MoE whose weights are in several files, data, and a configuration."""
     folder = tmp_path_factory.mktemp("moe_workshop")
-    tokenizer = build_byte_tokenizer()
-    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
-    save_tiny("qwen3_moe", folder / "model", torch.float32, max_position_embeddings=128, **sizes)
-    tokenizer.save_pretrained(folder / "model")
+    save_model("qwen3_moe", folder / "model")
     for split, first in (("train", 0), ("eval", 200)):
         write_samples(
             folder / f"up.{split}.jsonl", [f"w{n % 13}x{n}" for n in range(first, first + (80 if split == "train" else 7))], str.upper
@@ -133,6 +140,32 @@ def test_what_peft_has_trained_is_read(workshop: Path, tmp_path: Path, modules: 
             parameter.data.normal_(0, 0.3, generator=random)
     model.save_pretrained(tmp_path / "theirs")
     torch.testing.assert_close(logits_of_ours(tmp_path / "theirs"), logits_of_peft(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"qwen3_moe"}))
+def test_every_architecture_goes_to_peft_and_comes_back(tmp_path: Path, kind: str) -> None:
+    """Qwen3-MoE's adapters do above, from a run."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from transformers import AutoModelForCausalLM
+
+    save_model(kind, tmp_path / "model")
+    model = peft_model(tmp_path / "model", 3, 5, ["q_proj"], torch.float32)
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3, generator=random)
+    model.save_pretrained(tmp_path / "theirs")
+    wanted = logits_of_peft(model)
+    torch.testing.assert_close(logits_of_ours(tmp_path / "theirs"), wanted, rtol=1e-4, atol=1e-4)
+    with join_ranks() as ranks:
+        base, moe = _with_adapter(tmp_path / "theirs", ranks, None, "float32", None)
+        for parameter in (*moe.engine.named_parameters().values(), *moe.replicated_parameters().values()):
+            parameter.data.mul_(1.5)
+        export_peft_adapter(tmp_path / "ours", load_peft_adapter(tmp_path / "theirs")[1], base, moe, ranks)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    loaded = logits_of_peft(peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval())
+    assert float((loaded - wanted).abs().max()) > 1e-2, "the change was lost"
+    torch.testing.assert_close(logits_of_ours(tmp_path / "ours"), loaded, rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_begins_with_what_peft_has_trained(workshop: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from hecate.parallel.mesh import make_mesh
 from hecate.train.loop import Run
 from hecate.train.mesh_groups import expert_groups
 from hecate.train.ranks import Ranks
+from tests.hecate.data.conftest import build_byte_tokenizer
+from tests.plain_moe_lora import save_tiny
 from tests.ranks import run_ranks
 from tests.tiny_run import make_workshop
 
@@ -24,11 +26,16 @@ def ranks_of_default_group(rank: int, world: int, shard_size: int | None = None)
 
 
 Losses = list[tuple[float, float, float]]
+KINDS: dict[str, tuple[str, ...]] = {
+    "LoRA over a dense base": (),
+    "full experts": ("moe.family=full", "moe.upcycle_noise=0.1", "model.train_non_experts=true", "learning_rate=3e-3"),
+    "LoRA over frozen experts": ("moe.family=moe_lora", "moe.train_router=true", "model.name_or_path={workshop}/moe"),
+}
 
 
 def train_until(rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]) -> Losses:
     """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done."""
-    given = (*OVERRIDES, *overrides, f"output_dir={workshop}/runs/{name}")
+    given = (*OVERRIDES, *(override.format(workshop=workshop) for override in overrides), f"output_dir={workshop}/runs/{name}")
     config = load_config(f"{workshop}/config.yaml", given, claim_output=False)
     run = Run(config, ranks_of_default_group(rank, world, config.fssdp.shard_size))
     steps = []
@@ -45,17 +52,26 @@ def train_until(rank: int, world: int, workshop: str, name: str, until: int, ove
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_workshop(tmp_path_factory.mktemp("workshop")))
+    """With a dense model and one that has experts."""
+    made = make_workshop(tmp_path_factory.mktemp("workshop"))
+    tokenizer = build_byte_tokenizer()
+    ends = {"eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
+    save_tiny("qwen3_moe", made / "moe", vocab_size=len(tokenizer), **ends)
+    tokenizer.save_pretrained(made / "moe")
+    return str(made)
 
 
-def test_four_then_two_then_three_ranks(workshop: str) -> None:
-    whole = run_ranks(4, train_until, workshop, "whole", 6, ())[0]
-    parts = run_ranks(4, train_until, workshop, "parts", 2, ())[0]
-    parts += run_ranks(2, train_until, workshop, "parts", 4, ("resume=true",))[0]
-    parts += run_ranks(3, train_until, workshop, "parts", 6, ("resume=true",))[0]
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_then_two_then_three_ranks(workshop: str, kind: str) -> None:
+    """Frozen parts and everything else travel with their owners, or are the same everywhere."""
+    name, own = kind.replace(" ", "-"), KINDS[kind]
+    whole = run_ranks(4, train_until, workshop, f"{name}-whole", 6, own)[0]
+    parts = run_ranks(4, train_until, workshop, name, 2, own)[0]
+    parts += run_ranks(2, train_until, workshop, name, 4, (*own, "resume=true"))[0]
+    parts += run_ranks(3, train_until, workshop, name, 6, (*own, "resume=true"))[0]
     assert torch.tensor(parts).sub(torch.tensor(whole)).abs().max() <= 1e-10
     assert whole[0][0] - whole[-1][0] > 1e-3, "it must have learnt, or nothing was shown"
-    assert (Path(workshop) / "runs/parts/checkpoint-6/rank-00002-of-00003.safetensors").is_file()
+    assert (Path(workshop) / f"runs/{name}/checkpoint-6/rank-00002-of-00003.safetensors").is_file()
 
 
 def test_more_ranks_than_rows(workshop: str) -> None:

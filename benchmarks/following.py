@@ -1,0 +1,134 @@
+"""A run of the command line, followed while it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from hecate.errors import UserError
+from hecate.launch.status import read_status
+
+Record = dict[str, Any]
+_PATIENCE = 120.0
+"""seconds for anything to come"""
+_POLL = 0.002
+
+
+class Job:
+    """A run of the command line. What happens to it is read from the launcher's output as it comes, and from metrics.jsonl: Ray hands on
+    what ranks print with a delay."""
+
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path, output: Path) -> None:
+        self.process, self.folder = process, folder
+        self._output = Tail(output)
+        self._metrics = Tail(folder / "metrics.jsonl")
+
+    def until_said(self, text: str) -> float:
+        """When the launcher, or a rank that shares its terminal, said this."""
+        return self._until(self._output, lambda line: text in line)[0]
+
+    def next_step(self) -> tuple[float, Record]:
+        """The next step that has not been read yet: when it was finished, and its record."""
+        seen, line = self._until(self._metrics, lambda line: line.startswith('{"kind":"step"'))
+        return seen, json.loads(line)
+
+    def until_ranks(self, number: int) -> float:
+        """When so many ranks went on together."""
+        return self._until(self._metrics, lambda line: f'"text":"{number} ranks go on after step' in line)[0]
+
+    def rest(self, steps: int) -> None:
+        """Let it train for a while; what has happened until then is of no interest."""
+        self._metrics.skip()
+        for _ in range(steps):
+            self.next_step()
+        self._metrics.skip()
+        self._output.skip()
+
+    def status(self, wanted: Callable[[Record], bool]) -> Record:
+        """The first status of which it is true."""
+        for _ in self._waiting("a status"):
+            with suppress(UserError):
+                found = read_status(self.folder)
+                if wanted(found):
+                    return found
+        raise AssertionError
+
+    def _until(self, tail: Tail, is_it: Callable[[str], bool]) -> tuple[float, str]:
+        for _ in self._waiting(tail.path.name):
+            for line in tail.read():
+                now = time.perf_counter()
+                if is_it(line):
+                    return now, line
+        raise AssertionError
+
+    def _waiting(self, what: str) -> Iterator[None]:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            yield
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                said = self._output.path.read_text(encoding="utf-8")[-3000:]
+                raise SystemExit(f"{self.folder.name}: waited in vain for {what}; the job's last words:\n{said}")
+            time.sleep(_POLL)
+
+
+class Tail:
+    """The lines of a file that grows, and that is replaced when a run goes back, by its own beginning and what comes then."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._inode, self._offset = -1, 0
+        self._seen: list[str] = []
+        """of the file that is there"""
+        self._taken = 0
+
+    def read(self) -> Iterator[str]:
+        """The new lines, each once. Those that the reader does not take come first the next time."""
+        self._look()
+        while self._taken < len(self._seen):
+            self._taken += 1
+            yield self._seen[self._taken - 1]
+
+    def skip(self) -> None:
+        """What is there is not wanted."""
+        self._look()
+        self._taken = len(self._seen)
+
+    def _look(self) -> None:
+        with suppress(FileNotFoundError), open(self.path, "rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            before = self._seen
+            if inode != self._inode:
+                self._inode, self._offset, self._seen = inode, 0, []
+            file.seek(self._offset)
+            *whole, _ = file.read().split(b"\n")
+            self._offset += sum(len(line) + 1 for line in whole)
+            self._seen += [line.decode(errors="replace") for line in whole]
+            if self._seen is not before:
+                kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, self._seen, strict=False)))
+                self._taken = min(self._taken, kept)
+
+
+@contextmanager
+def job(workshop: Path, name: str, command: list[str], *overrides: str) -> Iterator[Job]:
+    """`hecate COMMAND` with the configuration of `workshop`, until the end of the block; then it is told to save and stop."""
+    folder, output = workshop / "runs" / name, workshop / f"{name}.txt"
+    words = [sys.executable, "-m", "hecate", *command, str(workshop / "config.yaml"), f"output_dir={folder}", *overrides]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    with open(output, "wb") as file, subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:
+        try:
+            yield Job(process, folder, output)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=_PATIENCE)  # until all ranks have saved and gone
+            finally:
+                process.kill()
