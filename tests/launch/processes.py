@@ -78,9 +78,9 @@ def command_line(pid: int) -> str:
 def listening(pids: Sequence[int]) -> set[str]:
     """Addresses, without ports, at which the processes accept TCP connections."""
     mine = set()
-    for pid in pids:
-        with suppress(OSError):  # it has ended meanwhile
-            mine |= {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").glob("*")):
+        with suppress(OSError):  # it was closed meanwhile
+            mine.add(os.readlink(path))
     found = set()
     for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
         for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
