@@ -88,7 +88,7 @@ def make_token(folder: Path) -> Path:
 
 def environment(token_file: Path, **changes: str) -> dict[str, str]:
     """For a process that is to use a cluster."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "TORCHINDUCTOR_"))}
     given = {"RAY_AUTH_TOKEN_PATH": str(token_file), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return {**kept, **given, **changes}
 
