@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-ray lint format clean
+.PHONY: install quickstart test lint format clean
 
 install: $(STAMP)
 
@@ -37,12 +37,9 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Clusters of four raylets take minutes of both cores: test-ray has them.
+# A module's tests stay on one worker (loadscope), so that there is one cluster of four raylets: tests/launch/test_ray.py has it.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --ignore tests/launch/test_ray.py
-
-test-ray: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launch/test_ray.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

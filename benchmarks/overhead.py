@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.following import Job, job
 from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
-from tests.launch.processes import descendants
+from hecate.launch.run_folder import processes_below
 
 LAUNCHERS = {"torchrun": ["launch", "--nproc-per-node", "2"], "ray": ["ray", "--address", "local"]}
 COMMON = ("topology=two-cpu-ranks", "ray.workers=2", "micro_batch_size=2")
@@ -48,7 +48,7 @@ class Racer:
 
     def signal(self, number: int) -> None:
         """To all of its processes."""
-        for pid in [self._run.process.pid, *descendants(self._run.process.pid)]:
+        for pid in [self._run.process.pid, *processes_below(self._run.process.pid)]:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 

@@ -10,4 +10,4 @@ set -eu
 : "${MEETING:?HOST:PORT of one of the nodes}"
 exec hecate launch \
     --nnodes "${NODES:-2}" --nproc-per-node "${RANKS:-8}" --rdzv-endpoint "$MEETING" --max-restarts 3 \
-    "${CONFIG:-configs/finetune.yaml}" save_steps=50 "$@"
+    "${CONFIG:-configs/finetune.yaml}" save_steps="${SAVE_STEPS:-50}" "$@"

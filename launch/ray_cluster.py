@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError
-from hecate.launch.run_folder import run_folder
+from hecate.launch.run_folder import ending_with_launcher, processes_below, run_folder
 
 _CONNECT_SECONDS = 5.0
 _CONNECT_TRIES = "3"
@@ -116,18 +116,19 @@ def private_cluster(num_cpus: int) -> Iterator[Any]:
     """Ray on this machine alone, on loopback, with a token that nobody else has; gone at the end of the block."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # Else, when this process is killed, agents of Ray's look for its head for a minute.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3")
     ray = import_ray()
     short = len(os.fsencode(tempfile.gettempdir())) + len("/hecate-") + 8 <= _LONGEST_FOLDER
     with run_folder(None if short else "/tmp") as folder:
+        before = processes_below(os.getpid())
         ray.init(
             address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=True, _temp_dir=str(folder)
         )
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
+        # When this process is killed, Ray's own end with it but for its agents, which look for their head for a minute.
+        with ending_with_launcher(folder, set(processes_below(os.getpid())) - set(before)):
+            try:
+                yield ray
+            finally:
+                ray.shutdown()
 
 
 @contextmanager

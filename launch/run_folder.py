@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_REMOVE = 'trap "" INT TERM HUP; read _; for _ in 1 2 3 4 5 6 7 8 9; do rm -rf -- "$1" && break; sleep 1; done 2> /dev/null'
-"""again, while processes that are about to die still write there"""
+_ORPHANS = "orphans"
+_REMOVE = (
+    'trap "" INT TERM HUP; exec 2> /dev/null; if read _; then rm -rf -- "$1"; exit; fi; '
+    f'kill -KILL $(cat "$1/{_ORPHANS}"); '
+    'for _ in 1 2 3 4 5; do rm -rf -- "$1"; sleep 2; [ -e "$1" ] || break; done'
+)
+"""without a word from the launcher several times: processes that are about to end may make files once more"""
 
 
 @contextmanager
@@ -28,4 +33,27 @@ def run_folder(within: str | None = None) -> Iterator[Path]:
             yield Path(folder)
         finally:
             assert janitor.stdin is not None
-            janitor.stdin.close()
+            with suppress(BrokenPipeError):  # it is gone
+                janitor.stdin.write(b"done\n")
+                janitor.stdin.close()
+
+
+@contextmanager
+def ending_with_launcher(folder: Path, pids: Iterable[int]) -> Iterator[None]:
+    """Processes that whoever removes the folder kills if this one dies inside the block."""
+    orphans = folder / _ORPHANS
+    orphans.write_text(" ".join(map(str, pids)), encoding="ascii")
+    try:
+        yield
+    finally:
+        orphans.unlink()
+
+
+def processes_below(pid: int) -> list[int]:
+    """Children, their children, and so on; on Linux, elsewhere none are found."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):  # it has ended meanwhile
+            for child in map(int, (task / "children").read_text(encoding="ascii").split()):
+                found += [child, *processes_below(child)]
+    return found

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError
+from hecate.launch.run_folder import processes_below
 from hecate.launch.status import read_status
+from tests.launch.processes import command_line
 
 ROOT = Path(__file__).parents[2]
 OF_RAYLETS = {
@@ -122,6 +124,10 @@ class RayCluster:
 
     def node_of(self, device: dict[str, Any]) -> str:
         return next(node for node in self.nodes if node.startswith(device["node"].split()[1]))
+
+    def workers(self) -> set[int]:
+        """Processes of all jobs' actors."""
+        return {pid for pid in processes_below(self._host.pid) if command_line(pid).startswith("ray::Worker")}
 
     def environment(self, **changes: str) -> dict[str, str]:
         return environment(self.token_file, **changes)

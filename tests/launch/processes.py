@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hecate.launch.run_folder import processes_below
+
 OVERRIDES = (
     "model.dtype=float64",
     "data.eval=[]",
@@ -25,17 +27,23 @@ OVERRIDES = (
 
 @contextmanager
 def hecate(*arguments: str, temporary: Path, command: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
-    """A running `hecate`, with its temporary files in a folder of its own; killed in the end, if it still runs."""
+    """A running `hecate`; see `running`.
+
+    Args:
+        command: that runs it.
+    """
+    with running([*command, sys.executable, "-m", "hecate", *arguments], temporary) as process:
+        yield process
+
+
+@contextmanager
+def running(command: Sequence[str], temporary: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A process with its temporary files in a folder of its own, and `hecate` on its path; killed in the end, if it still runs."""
     temporary.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PATH": path, **variables}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch sets it, in the process of the tests too, and a user's is without
-    with subprocess.Popen(
-        [*command, sys.executable, "-m", "hecate", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
         try:
             yield process
         finally:
@@ -56,16 +64,15 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 def read_rest(process: subprocess.Popen[str], status: int = 0) -> str:
     assert process.stdout is not None
     rest = process.stdout.read()
-    assert process.wait(timeout=60) == status, rest
+    assert (ended := process.wait(timeout=60)) == status, f"exit status {ended}\n{rest}"
     return rest
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        for child in (task / "children").read_text(encoding="utf-8").split():
-            found += [int(child), *descendants(int(child))]
-    return found
+def command_line(pid: int) -> str:
+    """Empty if there is no such process any more."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ")
+    return ""
 
 
 def listening(pids: Sequence[int]) -> set[str]:
@@ -86,7 +93,7 @@ def listening(pids: Sequence[int]) -> set[str]:
 
 
 def rank_process(launcher: int, rank: int) -> int:
-    for pid in descendants(launcher):
+    for pid in processes_below(launcher):
         if Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() == f"hecate-rank-{rank}":
             return pid
     raise AssertionError(f"no rank {rank} below {launcher}")
@@ -99,9 +106,14 @@ def kill_rank(launcher: int, rank: int) -> None:
 def wait_until_gone(pids: Sequence[int], temporary: Path, seconds: float = 20.0) -> list[str]:
     """What is left after that time: processes, and files in the temporary folder."""
     deadline = time.monotonic() + seconds
-    while (left := [*(str(pid) for pid in pids if _runs(pid)), *map(str, temporary.rglob("*"))]) and time.monotonic() < deadline:
+    while (left := [*(str(pid) for pid in pids if _runs(pid)), *paths_below(temporary)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+def paths_below(folder: Path) -> list[str]:
+    """Of all files and folders, though some may vanish meanwhile."""
+    return [os.path.join(where, name) for where, folders, files in os.walk(folder) for name in (*folders, *files)]
 
 
 def losses(folder: Path) -> dict[int, tuple[float, float]]:

@@ -10,15 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hecate.launch.run_folder import processes_below
 from tests.launch.cluster import ROOT, Job, RayCluster, cluster_of
+from tests.launch.processes import OVERRIDES, command_line, hecate, listening, read_until, wait_until_gone
 from tests.tiny_run import make_workshop
 
 pytestmark = [
@@ -69,7 +71,7 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
         shown = subprocess.run([sys.executable, "-m", "hecate", "status", str(run)], capture_output=True, text=True, check=True, cwd=ROOT)
         assert "running" in shown.stdout
 
-        spares = wait_for_spares(status)
+        spares = wait_for_spares(cluster, status)
         os.kill(status["devices"][2]["pid"], signal.SIGKILL)
         step = status["step"]
         status = job.wait_for(lambda s: s["generation"] == 2 and training(s) == [0, 1, 2, 3] and s["step"] > step)
@@ -103,19 +105,15 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
     assert json.loads((run / "status.json").read_text(encoding="utf-8"))["state"] == "stopped"
 
 
-def wait_for_spares(status: dict[str, Any]) -> set[int]:
+def wait_for_spares(cluster: RayCluster, status: dict[str, Any]) -> set[int]:
     """Workers' processes beside those of the devices: one on each of the four nodes."""
-    deadline = time.monotonic() + 60
+    deadline, spares = time.monotonic() + 60, set[int]()
     while time.monotonic() < deadline:
-        found = set()
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with suppress(OSError):  # it has ended meanwhile
-                if path.read_bytes().startswith(b"ray::Worker"):
-                    found.add(int(path.parent.name))
-        if len(spares := found - {device["pid"] for device in status["devices"]}) == len(KINDS):
+        spares = cluster.workers() - {device["pid"] for device in status["devices"]}
+        if len(spares) == len(KINDS):
             return spares
         time.sleep(0.1)
-    raise AssertionError(f"no spares: {found}")
+    raise AssertionError(f"no spares: {spares}")
 
 
 def scraped(job: Job) -> str:
@@ -145,31 +143,43 @@ class held_up:
 
 
 def test_a_job_is_submitted_and_its_exit_status_comes_back(cluster: RayCluster, workshop: Path) -> None:
-    run = workshop / "runs" / "submitted"
-    overrides = ["max_steps=3", "ray.workers=2", "ray.labels=['kind=in(fast,slow)']"]
-    with cluster.job("submit", run, *overrides, "--address", cluster.dashboard) as job:
-        assert job.end(150) == 0, job.output[-4000:]
-    assert "step 3/3" in job.output
+    run, taken = workshop / "runs" / "submitted", workshop / "runs" / "taken"
+    (taken / "checkpoint-1").mkdir(parents=True)
+    overrides = ["max_steps=3", "ray.workers=2", "ray.labels=['kind=in(fast,slow)']", "--address", cluster.dashboard]
+    with cluster.job("submit", run, *overrides) as good, cluster.job("submit", taken, *overrides) as bad:
+        assert bad.end(150) == 2, bad.output[-4000:]
+        assert good.end(150) == 0, good.output[-4000:]
+    assert "exists and is not empty" in bad.output
+    assert "step 3/3" in good.output
     assert steps_of(run) == [1, 2, 3]
-    with cluster.job("submit", run, *overrides, "--address", cluster.dashboard) as job:
-        assert job.end() == 2, job.output[-4000:]
-    assert "exists and is not empty" in job.output
 
 
 def test_killing_the_launcher_leaves_nothing(cluster: RayCluster, workshop: Path) -> None:
     run, temporary = workshop / "runs" / "orphaned", workshop / "temporary"
     temporary.mkdir()
-    overrides = ["max_steps=100000", "ray.workers=2", "ray.report_steps=1"]
-    with cluster.job("ray", run, *overrides, "--address", cluster.address, TMPDIR=str(temporary)) as job:
-        status = job.wait_for(lambda s: s["step"] >= 1, 150)
-        pids = [device["pid"] for device in status["devices"]]
+    overrides = ["max_steps=100000", "ray.workers=1", "ray.report_steps=1", "--address", cluster.address]
+    with cluster.job("ray", run, *overrides, TMPDIR=str(temporary)) as job:
+        job.wait_for(lambda s: s["step"] >= 1, 150)
+        workers = cluster.workers()
         job.process.kill()
         job.end()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    assert not list(temporary.iterdir())
+    assert len(workers) >= 1
+    assert wait_until_gone([*workers], temporary, 30) == []
+
+
+def test_a_private_ray_is_alone_and_ends_with_its_launcher(workshop: Path) -> None:
+    run = workshop / "runs" / "private"
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's files go to /tmp anyway where the path of a socket would get too long
+    given = [str(workshop / "config.yaml"), *OVERRIDES, f"output_dir={run}", "max_steps=100000", "ray.workers=1", "ray.report_steps=1"]
+    with hecate("ray", *given, "--address", "local", temporary=temporary) as process:
+        read_until(process, "step 1/")
+        below = processes_below(process.pid)
+        assert any("raylet" in command_line(pid) for pid in below)
+        assert listening([process.pid, *below]) == {"127.0.0.1"}
+        assert any(temporary.iterdir()), "there is nothing that could be left"
+        process.kill()
+    assert wait_until_gone(below, temporary, 30) == []
+    temporary.rmdir()
 
 
 def free_port() -> int:
@@ -229,7 +239,8 @@ def test_a_node_without_the_package_or_with_another_version(
     (package / "__init__.py").write_text(text, encoding="utf-8")
     node = cluster.add(kind, {"PYTHONPATH": str(tmp_path)})
     try:
-        found = refused(cluster, "ray", f"ray.labels=['kind=in({kind},slow)']", "ray.start_timeout=60", "--address", cluster.address)
+        overrides = [f"ray.labels=['kind=in({kind},slow)']", "ray.workers=2", "ray.start_timeout=60"]
+        found = refused(cluster, "ray", *overrides, "--address", cluster.address)
     finally:
         cluster.remove(node)
     assert wanted in found

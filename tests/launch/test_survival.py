@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.processes import OVERRIDES, descendants, hecate, kill_rank, listening, losses, read_rest, read_until, wait_until_gone
+from hecate.launch.run_folder import processes_below
+from tests.launch.processes import OVERRIDES, hecate, kill_rank, listening, losses, read_rest, read_until, wait_until_gone
 from tests.tiny_run import make_workshop
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc, and a parent's death signal")
@@ -81,7 +82,7 @@ def test_plain_torchrun_trains_and_goes_on_after_a_restart(workshop: Path, whole
     command = [*PLAIN_TORCHRUN, "-m", "hecate", "train", *given]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
         read_until(process, "step 5/")
-        (second,) = (pid for pid in descendants(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        (second,) = (pid for pid in processes_below(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
         os.kill(second, signal.SIGKILL)
         printed = read_rest(process)
     assert "resumed after step " in printed
@@ -95,7 +96,7 @@ def test_a_killed_launcher_leaves_nothing(workshop: Path, command: str, override
     given = arguments(workshop, f"killed-{command}", "max_steps=100000", *overrides)
     with hecate(command, *given, temporary=temporary) as process:
         read_until(process, "step 2/")
-        below = descendants(process.pid)
+        below = processes_below(process.pid)
         assert len(below) >= 2
         assert any(temporary.iterdir()), "there is nothing that could be left"
         assert listening([process.pid, *below]) == {"127.0.0.1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from hecate.errors import UserError
 from hecate.launch.addresses import check_free, find_endpoint, interface_of, wait_for
 from hecate.launch.torchrun import node_range
+from tests.launch.cluster import ROOT
 from tests.tiny_run import make_workshop
 
 
@@ -74,3 +76,27 @@ def test_a_mistake_is_found_before_anything_is_started(workshop: Path, name: str
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 8
     assert not (workshop / "runs/bad").exists()
+
+
+SRUN = '#!/bin/sh\nshift\nexec "$@"\n'
+SCONTROL = "#!/bin/sh\necho node17\necho node18\n"
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_slurm_script_gives_what_the_command_takes(workshop: Path, tmp_path: Path, interrupted: bool) -> None:
+    """It asks for the first node as the meeting point, and goes on with a run that has a checkpoint."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    if interrupted:
+        (tmp_path / "runs" / "checkpoint-50").mkdir(parents=True)
+        (tmp_path / "runs" / "checkpoint-50" / "COMMIT").touch()
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    variables = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[17-18]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "3"}
+    variables |= {"CONFIG": str(workshop / "config.yaml"), "OUTPUT": str(tmp_path / "runs"), "PATH": path}
+    script = ["bash", "-x", str(ROOT / "examples" / "slurm.sbatch")]
+    done = subprocess.run(script, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60, check=False)
+    # All arguments are good, so the first thing that it meets is that there is no such node.
+    assert done.returncode == 2, done.stderr
+    assert "--rdzv-endpoint node17:32345: node17 is no known host" in done.stderr
+    assert f" resume={str(interrupted).lower()} save_steps=50" in done.stderr

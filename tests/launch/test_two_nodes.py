@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from hecate.launch.run_folder import processes_below
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import parse_topology
 from hecate.profile.fit import topology_from
@@ -26,8 +27,8 @@ from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import measure
 from hecate.train.ranks import connect, lost_a_peer
 from tests.hecate.profile.ranks import ranks_of
-from tests.launch.cluster import OF_RAYLETS, Job, environment, make_token
-from tests.launch.processes import OVERRIDES, descendants, hecate, losses, rank_process, read_rest, read_until, wait_until_gone
+from tests.launch.cluster import OF_RAYLETS, ROOT, Job, environment, make_token
+from tests.launch.processes import OVERRIDES, hecate, losses, rank_process, read_rest, read_until, running, wait_until_gone
 from tests.namespaces import INTERFACE, missing_for_slow_link, slow_link
 from tests.ranks import run_ranks
 from tests.tiny_run import make_workshop
@@ -76,33 +77,37 @@ def test_a_node_without_power_is_noticed(tmp_path: Path) -> None:
 
 
 def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Path) -> None:
-    """A rank is killed on either node, and all start again; a node is lost and the other goes on alone, until it is back; the node where
-    they meet is lost, and the other one ends with a clear word."""
+    """By the example's script. A rank is killed on either node, and all start again; a node is cut off and ends, and the other goes on
+    alone, until it is back; the node where they meet is lost, and the other one ends with a clear word."""
     temporary, run = workshop / "tmp", workshop / "runs" / "two"
-    given = [str(workshop / "config.yaml"), *OVERRIDES, "fssdp.policy=hecate", f"output_dir={run}", "max_steps=100000", "save_steps=5"]
-    options = ["--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{HOSTS[0]}:29433"]
+    given = [*OVERRIDES, "fssdp.policy=hecate", f"output_dir={run}", "max_steps=100000"]
+    meeting = f"{HOSTS[0]}:29433"
     with slow_link() as names, ExitStack() as stack:
 
         def node(number: int) -> subprocess.Popen[str]:
-            command = ["ip", "netns", "exec", names[number]]
-            return stack.enter_context(hecate("launch", *options, *given, temporary=temporary, command=command))
+            command = ["ip", "netns", "exec", names[number], str(ROOT / "examples" / "two_nodes.sh")]
+            variables = {"MEETING": meeting, "NODES": "1:2", "RANKS": "1", "CONFIG": str(workshop / "config.yaml"), "SAVE_STEPS": "5"}
+            return stack.enter_context(running([*command, *given], temporary, **variables))
 
         nodes = [node(0), node(1)]
         wait_for_checkpoint(run, of_ranks=2)
         for launcher in nodes:
             kill_any_rank(launcher)
             wait_for_checkpoint(run, of_ranks=2)
-        nodes[1].kill()
+        set_link(names[1], "down")
         wait_for_checkpoint(run, of_ranks=1)
+        printed_by_cut_off = read_rest(nodes[1], 1)
+        set_link(names[1], "up")
         nodes[1] = node(1)
         wait_for_checkpoint(run, of_ranks=2)
-        below = [*descendants(nodes[0].pid), *descendants(nodes[1].pid)]
+        below = [*processes_below(nodes[0].pid), *processes_below(nodes[1].pid)]
         nodes[0].kill()
         printed = read_rest(nodes[1], 1)
         assert wait_until_gone(below, temporary) == []
-    assert f"{HOSTS[0]}:29433 is lost, where the nodes meet" in printed
-    assert "Traceback" not in printed
-    assert "frame #" not in printed
+    for text in (printed_by_cut_off, printed):
+        assert f"{meeting} is lost, where the nodes meet" in text
+        assert "Traceback" not in text
+        assert "frame #" not in text
     steps = losses(run)
     assert sorted(steps) == list(range(1, len(steps) + 1))
 
@@ -133,7 +138,7 @@ def test_a_mistake_on_two_nodes_is_not_tried_again(workshop: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra `ray`)")
-def test_ray_trains_across_and_replaces_a_rank_on_either_node(workshop: Path) -> None:
+def test_ray_trains_across_and_replaces_a_rank_on_either_node_and_goes_on_without_one(workshop: Path) -> None:
     run = workshop / "runs" / "ray"
     overrides = ["data.eval=[]", "eval.generate=false", "fssdp.policy=hecate", "fssdp.redundancy=1", "ray.report_steps=1"]
     command = [sys.executable, "-m", "hecate", "ray", "config.yaml", f"output_dir={run}", "max_steps=100000", *overrides]
@@ -150,11 +155,16 @@ def test_ray_trains_across_and_replaces_a_rank_on_either_node(workshop: Path) ->
                 os.kill(status["devices"][device]["pid"], signal.SIGKILL)
                 step, generation = status["step"], device + 1
                 status = job.wait_for(all_train(generation, after=step))
+            set_link(names[1], "down")
+            step = status["step"]
+            status = job.wait_for(lambda s: s["generation"] == 3 and s["state"] == "running" and s["step"] > step)
+            assert [device["node"].split()[0] for device in status["devices"] if device["state"] == "training"] == [HOSTS[0]]
             job.process.send_signal(signal.SIGTERM)
             assert job.end() == 0, job.output[-3000:]
         finally:
             job.close()
     assert job.output.count("the worker's process died") == 2
+    assert job.output.count("the worker's node died") == 1
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record["step"] for record in records if record["kind"] == "step"]
     assert steps == sorted(set(steps)), "a step was done twice"
@@ -191,6 +201,11 @@ def raylets(names: tuple[str, str], token: Path) -> Iterator[dict[str, str]]:
         for node in nodes:
             node.communicate(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_link(namespace: str, state: str) -> None:
+    """`down`: as if its cable had been drawn."""
+    subprocess.run(["ip", "-n", namespace, "link", "set", INTERFACE, state], check=True)
 
 
 def kill_any_rank(launcher: subprocess.Popen[str]) -> None:

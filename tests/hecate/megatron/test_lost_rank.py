@@ -1,0 +1,38 @@
+"""A rank of a run of Megatron's GPT is killed: the other goes on without losing a step, and another takes the place."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hecate.megatron.making import write_parts
+from tests.launch.processes import hecate, kill_rank, losses, read_rest, read_until, wait_until_gone
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc")
+STEPS = 12
+OVERRIDES = ("model.dtype=float64", "data.eval=[]", "lr_scheduler_type=constant", "warmup_ratio=0", "nproc=2", "logging_steps=1")
+
+
+def test_those_left_go_on_and_another_takes_the_place(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    given = [str(tmp_path / "config.yaml"), *OVERRIDES]
+    with hecate("train", *given, f"output_dir={tmp_path}/whole", f"max_steps={STEPS}", temporary=tmp_path / "tmp") as process:
+        read_rest(process)
+    whole, run = losses(tmp_path / "whole"), tmp_path / "left"
+    with hecate("train", *given, f"output_dir={run}", "max_steps=100000", "fssdp.redundancy=1", temporary=tmp_path / "tmp") as process:
+        read_until(process, "step 5/")
+        kill_rank(process.pid, 0)
+        printed = read_until(process, "2 ranks go on after step")
+        printed += read_until(process, "step ")
+        process.send_signal(signal.SIGTERM)
+        printed += read_rest(process)
+    assert "1 ranks go on" in printed
+    assert "Traceback" not in printed
+    steps = losses(run)
+    assert len(steps) > STEPS
+    for step, values in whole.items():
+        assert steps[step] == pytest.approx(values, rel=1e-9), step
+    assert wait_until_gone([], tmp_path / "tmp") == []

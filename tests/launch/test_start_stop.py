@@ -1,0 +1,19 @@
+"""Started and ended in every way, a run leaves nothing. Fifty times: `python -m benchmarks.start_stop --cycles 50`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.cluster import ROOT
+from tests.namespaces import missing_for_slow_link
+
+
+@pytest.mark.skipif((lacking := missing_for_slow_link()) is not None, reason=f"counts in namespaces of its own: {lacking}")
+def test_launched_runs_leave_nothing() -> None:
+    command = [sys.executable, "-m", "benchmarks.start_stop", "--quick", "--command", "launch"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("left_") == 5
