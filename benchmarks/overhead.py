@@ -35,14 +35,15 @@ class Racer:
 
     def __init__(self, run: Job) -> None:
         self._run = run
-        self.losses: list[float] = []
+        self.losses: list[tuple[int, float]] = []
+        """with the number of the step"""
 
     def go(self, steps: int) -> list[float]:
         """Train so many steps and stop; the seconds of each."""
         self.signal(signal.SIGCONT)
         records = [self._run.next_step()[1] for _ in range(steps)]
         self.signal(signal.SIGSTOP)
-        self.losses += [record["loss"] for record in records]
+        self.losses += [(record["step"], record["loss"]) for record in records]
         return [record["step_seconds"] for record in records]
 
     def signal(self, number: int) -> None:
@@ -65,9 +66,9 @@ def race(workshop: Path, pairs: int) -> dict[str, list[float]]:
             for name in list(racers)[:: -1 if pair % 2 else 1]:
                 steps = racers[name].go(_FIRST_OF_TURN + _STEPS_OF_TURN)
                 seconds[name].append(statistics.mean(steps[_FIRST_OF_TURN:]))
-        differences = [abs(a - b) for a, b in zip(*(racer.losses for racer in racers.values()), strict=True)]
-        if max(differences) > 1e-3:
-            raise SystemExit(f"overhead: the losses differ by {max(differences):.1e}: it is not the same training; no figures")
+        for (step, one), (also, other) in zip(*(racer.losses for racer in racers.values()), strict=True):
+            if step != also or abs(one - other) > 1e-3:
+                raise SystemExit(f"overhead: not the same training, step {step}: {one}, step {also}: {other}; no figures")
     return seconds
 
 
