@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart test test-slow lint format clean
 
 install: $(STAMP)
 
@@ -38,8 +38,12 @@ format: install
 	$(BIN)/ruff format .
 
 # A module's tests stay on one worker (loadscope), so that there is one cluster of four raylets: tests/launch/test_ray.py has it.
+# Three workers on two cores: many tests wait for processes to be noticed, to end, to come.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope -m 'not slow'
+
+test-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -11,6 +11,7 @@ from tests.launch.cluster import ROOT
 from tests.namespaces import missing_for_slow_link
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((lacking := missing_for_slow_link()) is not None, reason=f"counts in namespaces of its own: {lacking}")
 def test_launched_runs_leave_nothing() -> None:
     command = [sys.executable, "-m", "benchmarks.start_stop", "--quick", "--command", "launch"]

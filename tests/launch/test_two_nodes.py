@@ -137,6 +137,7 @@ def test_a_mistake_on_two_nodes_is_not_tried_again(workshop: Path) -> None:
     assert "resumed" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra `ray`)")
 def test_ray_trains_across_and_replaces_a_rank_on_either_node_and_goes_on_without_one(workshop: Path) -> None:
     run = workshop / "runs" / "ray"

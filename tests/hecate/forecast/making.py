@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ def write_model(folder: Path, model_type: str = "llama", **changes: Any) -> Any:
 
 def config_for(folder: Path, *overrides: str, dtype: str = "float32") -> Config:
     """The configuration of a run with the model of `write_model`."""
-    path = folder / "config.yaml"
-    path.write_text(CONFIG.format(folder=folder, dtype=dtype))
+    path, mine = folder / "config.yaml", folder / f"config-{os.getpid()}.yaml"
+    mine.write_text(CONFIG.format(folder=folder, dtype=dtype))
+    mine.replace(path)  # several ranks may do this at once
     return load_config(path, overrides, claim_output=False)
 
 

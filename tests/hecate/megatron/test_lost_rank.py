@@ -11,7 +11,7 @@ import pytest
 from tests.hecate.megatron.making import write_parts
 from tests.launch.processes import hecate, kill_rank, losses, read_rest, read_until, wait_until_gone
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc")]
 STEPS = 12
 OVERRIDES = ("model.dtype=float64", "data.eval=[]", "lr_scheduler_type=constant", "warmup_ratio=0", "nproc=2", "logging_steps=1")
 
