@@ -46,8 +46,8 @@ ONE_ROW = "micro_batch_size=1"
 _MOST_REPLACED = 3
 """by the local launcher in one job"""
 _REST_STEPS = 20
-_CHECKED_STEPS = 500
 """trained before the next kill"""
+_CHECKED_STEPS = 500
 
 
 @dataclass(frozen=True)
