@@ -37,13 +37,13 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A module's tests stay on one worker (loadscope), so that there is one cluster of four raylets: tests/launch/test_ray.py has it.
 # Three workers on two cores: many tests wait for processes to be noticed, to end, to come.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope -m 'not slow'
 
+# What else there is to be sure of, in 20 minutes: Ray clusters, two nodes in network namespaces (root), further world sizes.
 test-slow: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -13,7 +13,7 @@ _ORPHANS = "orphans"
 _REMOVE = (
     'trap "" INT TERM HUP; exec 2> /dev/null; if read _; then rm -rf -- "$1"; exit; fi; '
     f'kill -KILL $(cat "$1/{_ORPHANS}"); '
-    'for _ in 1 2 3 4 5; do rm -rf -- "$1"; sleep 2; [ -e "$1" ] || break; done'
+    'for _ in 1 2 3 4 5 6 7 8 9 10; do rm -rf -- "$1"; sleep 2; [ -e "$1" ] || break; done'
 )
 """without a word from the launcher several times: processes that are about to end may make files once more"""
 

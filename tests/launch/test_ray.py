@@ -24,6 +24,7 @@ from tests.launch.processes import OVERRIDES, command_line, hecate, listening, r
 from tests.tiny_run import make_workshop
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(300),
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra `ray`)"),
 ]

@@ -76,6 +76,7 @@ def test_those_left_go_on_and_another_takes_the_place(workshop: Path, whole: dic
 PLAIN_TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
 
 
+@pytest.mark.slow
 def test_plain_torchrun_trains_and_goes_on_after_a_restart(workshop: Path, whole: dict[int, tuple[float, float]]) -> None:
     given = arguments(workshop, "plain", f"max_steps={STEPS}", "save_steps=3")
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

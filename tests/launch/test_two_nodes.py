@@ -34,7 +34,7 @@ from tests.ranks import run_ranks
 from tests.tiny_run import make_workshop
 
 LACKING = missing_for_slow_link()
-pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(LACKING is not None, reason=str(LACKING))]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.skipif(LACKING is not None, reason=str(LACKING))]
 HOSTS = ("10.201.77.1", "10.201.77.2")
 RATE, BYTES_PER_SECOND = "500mbit", 62.5e6
 SIZES = ProbeSizes(matmul=64, copy_bytes=1 << 16, small_bytes=64, large_bytes=1 << 22, seconds=0.05)
@@ -137,7 +137,6 @@ def test_a_mistake_on_two_nodes_is_not_tried_again(workshop: Path) -> None:
     assert "resumed" not in printed
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra `ray`)")
 def test_ray_trains_across_and_replaces_a_rank_on_either_node_and_goes_on_without_one(workshop: Path) -> None:
     run = workshop / "runs" / "ray"

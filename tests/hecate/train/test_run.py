@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +166,7 @@ def test_a_signal_saves_and_stops(workshop: Path, number: signal.Signals) -> Non
     assert "resume=true" in rest
 
 
+@pytest.mark.slow
 def test_the_same_training_on_one_rank_and_under_every_policy(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
     """Same global batches, same losses within rounding, whatever the number of ranks or the policy."""
     for name, overrides in {
@@ -238,12 +238,10 @@ def test_a_mistake_is_a_short_text_and_no_traceback(bad_inputs: Path, name: str)
     overrides, wanted = BAD_RUNS[name]
     given = [override.format(workshop=bad_inputs) for override in overrides]
     where = [] if any(g.startswith("output_dir") for g in given) else [f"output_dir={bad_inputs}/runs/bad-{name.replace(' ', '-')}"]
-    started = time.monotonic()
     done = run("train", bad_inputs / "config.yaml", *where, *given, status=2)
     assert wanted in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 8, done.stderr
-    assert time.monotonic() - started < 120
 
 
 def test_help_imports_nothing_heavy() -> None:
