@@ -229,7 +229,7 @@ def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None
     run_ranks(world, _check_cases, cases[:3] if world == 1 else cases, timeout=240)
 
 
-@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)])
 def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, shard_size: int) -> None:
     cases = [
         Case("full", "idle experts", True, shard_size=shard_size),

@@ -295,7 +295,7 @@ def test_whenever_replicas_come_and_go_it_equals_peft(peft_runs: Path) -> None:
     run_ranks(3, _check_cases, cases, peft_runs, timeout=240)
 
 
-@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)])
 def test_sharding_groups_smaller_than_the_world_equal_peft(peft_runs: Path, world: int, shard_size: int) -> None:
     cases = [Case(MODELS[0], "hecate", slots=2), Case(MODELS[1], "static_ep"), Case(MODELS[2], "random 2", slots=1, rematerialize=True)]
     if shard_size > 1:

@@ -98,6 +98,7 @@ def test_a_killed_run_continues_bit_for_bit(workshop: Path, whole: subprocess.Co
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_run_that_resharded_continues_bit_for_bit(workshop: Path) -> None:
     """At first rank 0 owns two of each layer's three experts. On devices this slow it pays to share all six evenly, which is done after
     step 2; checkpoint 3 holds the new owners; a kill after step 5, and resume goes on as if nothing had happened."""
