@@ -78,6 +78,12 @@ def owners_topology(topology: Topology, mesh: Mesh) -> Topology:
     )
 
 
+def hiding_flops(non_moe_flops: float, group: Topology, job: Topology) -> float:
+    """What hides a layer's gather, in FLOPs that take a sharding group as long as `non_moe_flops` take the whole job: rows are dealt by
+    speed, and all groups are through with their attention together."""
+    return non_moe_flops * min(group.flops) / min(job.flops)
+
+
 def _runs(world_size: int, size: int) -> list[list[int]]:
     return [list(range(start, start + size)) for start in range(0, world_size, size)]
 

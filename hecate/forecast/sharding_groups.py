@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.mesh import Mesh
+from hecate.parallel.mesh import Mesh, hiding_flops
 from hecate.parallel.simulator import Simulated, StepBytes
 from hecate.parallel.topology import Topology
 
@@ -28,7 +28,7 @@ def simulate_groups(loads: np.ndarray, topology: Topology, cost: LayerCost, mesh
     by_group = []
     for ranks in groups:
         part = topology.take(ranks)
-        hiding = cost.non_moe_flops * min(part.flops) / min(topology.flops)  # as long as the whole job's, as the engine has it
+        hiding = hiding_flops(cost.non_moe_flops, part, topology)
         by_group.append(simulate(loads[:, :, ranks], part, replace(cost, non_moe_flops=hiding)))
     return [_together(of_groups, groups, topology) for of_groups in zip(*by_group, strict=True)]
 
@@ -37,8 +37,7 @@ def _together(of_groups: Sequence[Simulated], groups: list[list[int]], topology:
     slowest = max(of_groups, key=lambda one: one.step_seconds)
     rate = np.array([sum(topology.flops[rank] for rank in ranks) for ranks in groups])
     compute, skew = (np.array([value(one) for one in of_groups]) for value in (lambda one: one.seconds.compute, lambda one: one.imbalance))
-    shared = float((compute / skew) @ rate / rate.sum())
-    """seconds if all ranks of the job shared the work by their rates"""
+    shared = float((compute / skew) @ rate / rate.sum())  # seconds if all ranks of the job shared the work by their rates
     uplinks = [0.0] * topology.num_nodes
     for one, ranks in zip(of_groups, groups, strict=True):
         for node in {topology.node_of_rank[rank] for rank in ranks}:

@@ -13,7 +13,7 @@ import numpy as np
 from hecate.moe.family import ExpertFamily
 from hecate.moe.planning import LayerPlan, PlanMode, calibration_gain, layer_plan, one_layer
 from hecate.parallel.loads import LoadHistory, imbalance
-from hecate.parallel.mesh import Mesh, owners_topology
+from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.topology import Topology
@@ -138,8 +138,7 @@ class StepPlans:
             known = [self._loads_of_groups(loads_WE, common=common) for loads_WE in predicted if loads_WE is not None]
             knows_resident = layers[0] in resident and not common
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
-            # As long as the whole job's: rows are dealt by speed, and all groups are through with their attention together.
-            hiding = self.config.non_moe_flops * min(topology.flops) / min(self.config.topology.flops)
+            hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
             given = PlanInput(
                 np.stack([self.owners[layer] for layer in layers]),
                 np.stack(known) if known else None,

@@ -23,6 +23,7 @@ from hecate.train.resharding import owned_parameters
 from hecate.train.step import train_step
 from tests.hecate import test_equivalence as suite
 from tests.hecate.test_equivalence import AUX_COEF, MAX_NORM, MICRO_STEPS, ROWS, WEIGHT_DECAY, micro_batch, rows_of, topology
+from tests.hecate.watching import gradients_of, moments_of
 from tests.plain_full import PlainFull
 from tests.plain_mixlora import clip, plain_loss
 from tests.ranks import run_ranks
@@ -142,23 +143,10 @@ def check_case(rank: int, world: int, case: Case) -> None:
         owned, moe.replicated_parameters(), learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, schedule=lambda _: 1.0
     )
     empty_rows = range((world - 1) * ROWS // world, ROWS) if case.scenario == "empty rank" and world > 1 else range(0)
-    seen: dict[str, torch.Tensor | None] = {}
-    clip_and_step = optimizer.step
-
-    def step_and_look(grad_norm: float, limit: float | None) -> None:
-        # The gradients as the optimizer sees them, after clipping; step() frees them.
-        scale = min(1.0, MAX_NORM / (grad_norm + 1e-6))
-        for name, parameter in {**owned, **moe.replicated_parameters()}.items():
-            seen[name] = None if parameter.grad is None else parameter.grad.detach() * scale
-        clip_and_step(grad_norm, limit)
-
-    def moments_of(name: str) -> dict[str, torch.Tensor]:
-        return {key: value.clone() for key, value in optimizer.state_tensors().items() if key.startswith(f"owned/{name}/")}
-
-    optimizer.step = step_and_look  # type: ignore[method-assign]
+    seen = gradients_of(optimizer)
     some_idle = False
     for step in range(STEPS):
-        moments = {name: moments_of(name) for name in owned}
+        moments = {name: moments_of(optimizer, name) for name in owned}
         before = {name: parameter.detach().clone() for name, parameter in owned.items()}
         batches = [micro_batch(step, micro, empty_rows) for micro in range(MICRO_STEPS)]
         result = train_step(
@@ -187,7 +175,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             close(parameter, reference.flat((layer, expert), grad=False), f"step {step}, expert {name}")
             if (layer, expert) in idle:
                 assert torch.equal(parameter.detach(), before[name]), f"idle expert {name} moved"
-                after = moments_of(name)
+                after = moments_of(optimizer, name)
                 assert after.keys() == moments[name].keys(), f"idle expert {name} got moments"
                 assert all(torch.equal(after[key], moments[name][key]) for key in after), f"moments of idle expert {name} moved"
         for name, parameter in moe.replicated_parameters().items():

@@ -43,6 +43,7 @@ from tests.hecate.test_equivalence import (
     rows_of,
     topology,
 )
+from tests.hecate.watching import gradients_of
 from tests.plain_mixlora import clip
 from tests.plain_moe_lora import EXPERTS, KINDS, PlainMoeLora, biased_routers, peft_model, save_tiny
 from tests.ranks import run_ranks
@@ -227,15 +228,7 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
         weight_decay=WEIGHT_DECAY,
         schedule=lambda _: 1.0,
     )
-    seen: dict[str, Tensor | None] = {}
-    clip_and_step = optimizer.step
-
-    def step_and_look(grad_norm: float, limit: float | None) -> None:
-        scale = min(1.0, MAX_NORM / (grad_norm + 1e-6)) if grad_norm > MAX_NORM else 1.0
-        seen.update({name: None if p.grad is None else p.grad * scale for name, p in {**optimizer.owned, **optimizer.replicated}.items()})
-        clip_and_step(grad_norm, limit)
-
-    optimizer.step = step_and_look  # type: ignore[method-assign]
+    seen = gradients_of(optimizer)
     with ExitStack() as stack:
         stack.enter_context(biased_routers(gates, case.model.bias()))
         for together in (False, True):  # everywhere, and with their owners
