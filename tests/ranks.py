@@ -33,7 +33,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            receiver, sender = _context.Pipe(duplex=False)
+            receiver, sender = _context.Pipe()
             namespace = None if namespaces is None else namespaces[rank]
             process = _context.Process(
                 target=_rank_main, args=(rank, world_size, f"{folder}/store", timeout, namespace, sender, function, arguments), daemon=True
@@ -43,14 +43,14 @@ def run_ranks(
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, timeout)
+            return _collect(pipes, processes, timeout)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: list[tuple[int, int, str]] = []
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
@@ -66,7 +66,9 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
             try:
                 kind, when, value = pipe.recv()  # type: ignore[union-attr]
             except EOFError:
-                kind, when, value = "failed", time.monotonic_ns(), "the process died without a word"
+                processes[rank].join(timeout=5.0)
+                # Before any other: whoever dies without a word makes the others fail, and they may be heard first.
+                kind, when, value = "failed", 0, f"the process died without a word (exit code {processes[rank].exitcode})"
             if kind == "done":
                 results[rank] = value
             else:
@@ -75,7 +77,8 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
                 deadline = min(deadline, time.monotonic() + 2.0)
     if failures:
         _, rank, text = min(failures)
-        raise AssertionError(f"rank {rank} of {len(pipes)} failed first:\n{text}")
+        others = "".join(f"\nthen rank {other}: {said.strip().splitlines()[-1]}" for _, other, said in sorted(failures)[1:])
+        raise AssertionError(f"rank {rank} of {len(pipes)} failed first:\n{text}{others}")
     return [results[rank] for rank in range(len(pipes))]
 
 
@@ -101,6 +104,8 @@ def _rank_main(
         )
         value = function(rank, world_size, *arguments)
         sender.send(("done", time.monotonic_ns(), value))
+        # torch ends `new_group` without a barrier: a rank that left now would break the groups that others are still making.
+        sender.poll(None)
     except BaseException:  # noqa: BLE001 - whatever it was, the parent raises it
         sender.send(("failed", time.monotonic_ns(), traceback.format_exc()))
     finally:
