@@ -3,8 +3,11 @@
 
 While one trains, all processes of the other are stopped, Ray's own with it. They take turns in the order ABBA; a pair of turns covers
 the same steps of both, so the same work. A turn's time is the mean of its steps, so that what Ray does only now and then counts; the figure
-is the median over the pairs. It wants a quiet machine: the controller may take a worker that stood still for ten seconds for hung and go on
-without it. Where losses differ there are no figures.
+is the median over the pairs. A turn takes several seconds: what is due once in a second is then not done twice as often as in a run that
+is never stopped. Where losses differ there are no figures.
+
+Beside it, what needs no quiet machine: the processor time of all processes that are no ranks, in cores. With `--spare-core` the ranks share
+the first core and all else has the others, as on a node that has more cores than ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import signal
 import statistics
 import tempfile
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -21,13 +25,15 @@ from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
 from hecate.launch.run_folder import processes_below
 
-LAUNCHERS = {"torchrun": ["launch", "--nproc-per-node", "2"], "ray": ["ray", "--address", "local"]}
-COMMON = ("topology=two-cpu-ranks", "ray.workers=2", "micro_batch_size=2")
-_FIRST_STEPS = 10
-"""of a run: they compile, allocate, connect"""
-_FIRST_OF_TURN = 3
-"""that may have been stopped in their middle, or begun in the turn before"""
-_STEPS_OF_TURN = 10
+RANKS = 2
+LAUNCHERS = {"torchrun": ["launch", "--nproc-per-node", f"{RANKS}"], "ray": ["ray", "--address", "local"]}
+COMMON = ("topology=two-cpu-ranks", f"ray.workers={RANKS}", "micro_batch_size=2")
+_FIRST_STEPS = 100
+"""of a run: they compile, allocate, connect; Ray's spare worker imports"""
+_FIRST_OF_TURN = 10
+"""that may have been stopped in their middle, or begun in the turn before; what is overdue is done in them"""
+_STEPS_OF_TURN = 60
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Racer:
@@ -37,24 +43,53 @@ class Racer:
         self._run = run
         self.losses: list[tuple[int, float]] = []
         """with the number of the step"""
+        self.beside: list[float] = []
+        """of each turn: cores that were busy with what is no rank"""
 
     def go(self, steps: int) -> list[float]:
         """Train so many steps and stop; the seconds of each."""
         self.signal(signal.SIGCONT)
-        records = [self._run.next_step()[1] for _ in range(steps)]
+        records = [self._run.next_step()[1] for _ in range(min(steps, _FIRST_OF_TURN))]
+        before, since = self._processor_seconds(), time.perf_counter()
+        records += [self._run.next_step()[1] for _ in range(steps - len(records))]
+        after, seconds = self._processor_seconds(), time.perf_counter() - since
         self.signal(signal.SIGSTOP)
         self.losses += [(record["step"], record["loss"]) for record in records]
+        spent = sorted(after[pid] - before.get(pid, 0.0) for pid in after)
+        self.beside.append(sum(spent[:-RANKS]) / seconds)
         return [record["step_seconds"] for record in records]
+
+    def share_one_core(self) -> None:
+        """Put the ranks on the first core that this process may use, and all others on the rest."""
+        first, *rest = sorted(os.sched_getaffinity(0))
+        spent = self._processor_seconds()
+        ranks = sorted(spent, key=lambda pid: spent[pid])[-RANKS:]
+        for pid in spent:
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                with suppress(OSError):  # it has ended meanwhile
+                    os.sched_setaffinity(int(thread.name), [first] if pid in ranks else rest)
 
     def signal(self, number: int) -> None:
         """To all of its processes."""
-        for pid in [self._run.process.pid, *processes_below(self._run.process.pid)]:
+        for pid in self._processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def _processes(self) -> list[int]:
+        return [self._run.process.pid, *processes_below(self._run.process.pid)]
 
-def race(workshop: Path, pairs: int) -> dict[str, list[float]]:
-    """Launcher -> the mean seconds of a step in each of its turns."""
+    def _processor_seconds(self) -> dict[int, float]:
+        """By process; the ranks' are the largest by far."""
+        spent = {}
+        for pid in self._processes():
+            with suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+                spent[pid] = (int(fields[11]) + int(fields[12])) / _TICKS
+        return spent
+
+
+def race(workshop: Path, pairs: int, *, spare_core: bool) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Launcher -> the mean seconds of a step in each of its turns; launcher -> the median of cores busy with what is no rank."""
     seconds: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
     with ExitStack() as stack:
         racers = {}
@@ -62,6 +97,8 @@ def race(workshop: Path, pairs: int) -> dict[str, list[float]]:
             racers[name] = Racer(stack.enter_context(job(workshop, name, command, *COMMON)))
             stack.callback(racers[name].signal, signal.SIGCONT)
             racers[name].go(_FIRST_STEPS)
+            if spare_core:
+                racers[name].share_one_core()
         for pair in range(pairs):
             for name in list(racers)[:: -1 if pair % 2 else 1]:
                 steps = racers[name].go(_FIRST_OF_TURN + _STEPS_OF_TURN)
@@ -69,23 +106,27 @@ def race(workshop: Path, pairs: int) -> dict[str, list[float]]:
         for (step, one), (also, other) in zip(*(racer.losses for racer in racers.values()), strict=True):
             if step != also or abs(one - other) > 1e-3:
                 raise SystemExit(f"overhead: not the same training, step {step}: {one}, step {also}: {other}; no figures")
-    return seconds
+        return seconds, {name: statistics.median(racer.beside[1:]) for name, racer in racers.items()}
 
 
 def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--spare-core", action="store_true")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hecate-") as folder:
         workshop = Path(folder)
         make_folder(workshop)
-        seconds = race(workshop, 4 if options.quick else 40)
-    rows = [{"launcher": name, "step_ms_median": 1e3 * statistics.median(values), "all": values} for name, values in seconds.items()]
+        seconds, beside = race(workshop, 4 if options.quick else 30, spare_core=options.spare_core)
+    rows = [
+        {"launcher": name, "step_ms_median": 1e3 * statistics.median(values), "cores_beside_ranks": beside[name], "all": values}
+        for name, values in seconds.items()
+    ]
     ratios = sorted(ray / torchrun for torchrun, ray in zip(seconds["torchrun"], seconds["ray"], strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
     error = 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5  # of the median, as of a normal distribution
     print(f"{len(ratios)} pairs of turns of {_STEPS_OF_TURN} steps; half of their ratios within {low:.3f} .. {high:.3f}; +- {error:.3f}")
-    finish(
-        "overhead", rows, {"ray_over_torchrun": middle, "standard_error": error, "quartile_low": low, "quartile_high": high}, options.json
-    )
+    figures = {"ray_over_torchrun": middle, "standard_error": error, "quartile_low": low, "quartile_high": high}
+    finish("overhead", rows, {**figures, **{f"{name}_cores_beside_ranks": cores for name, cores in beside.items()}}, options.json)
 
 
 if __name__ == "__main__":

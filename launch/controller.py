@@ -17,6 +17,7 @@ from typing import Any
 from hecate.checkpoint.history import latest_good
 from hecate.config import Config
 from hecate.errors import UserError
+from hecate.launch.awake_clock import AwakeClock
 from hecate.launch.failure_policy import Cause, Decision, FailurePolicy
 from hecate.launch.job_states import ENDED, NEXT, State
 from hecate.launch.rendezvous import Rendezvous
@@ -28,6 +29,8 @@ from hecate.parallel.topology_file import topology_text
 
 _PING_SECONDS, _SETTLE_SECONDS = 10.0, 15.0
 """after which a worker that does not answer, and one that goes on training though its peers could not, is taken for hung"""
+_POLL_SECONDS = 0.5
+"""without news; news comes at once"""
 _PAUSE_SECONDS = 5.0
 _DEATH_SECONDS = 3.0
 _LAST_WORDS_SECONDS = 1.0
@@ -62,7 +65,8 @@ class Controller:
         self._policy = FailurePolicy(config.ray.max_failures, config.ray.min_workers)
         self._scaling = ScalingPolicy(_PAUSE_SECONDS)
         self._state, self._detail, self._notes = State.INITIALIZING, "", list[dict[str, str]]()
-        self._deadline, self._changed_at, self._grown_at = 0.0, time.monotonic(), -math.inf
+        self._clock = AwakeClock()
+        self._deadline, self._changed_at, self._grown_at = 0.0, self._clock(), -math.inf
         self._generation = -1
         self._members: list[Place] = []
         """of the generation, by rank"""
@@ -91,10 +95,10 @@ class Controller:
             for place in self._group.places:
                 self._group.ask_for(place)
             while self._state not in ENDED:
-                for place, event in self._group.poll(0.1):
+                for place, event in self._group.poll(_POLL_SECONDS):
                     self._handle(place, event)
                 self._advance()
-                if time.monotonic() - self._shown > 1:
+                if self._clock() - self._shown > 1:
                     self._show_status()
             time.sleep(_LAST_WORDS_SECONDS)
         except UserError as error:
@@ -251,7 +255,7 @@ class Controller:
             if self._state is State.RESIZING and idle:
                 self._begin_generation()
             elif self._state is State.RUNNING and self._may_grow():
-                self._grown_at = time.monotonic()
+                self._grown_at = self._clock()
                 self._note("a device has returned and joins")
                 for place in self._members:
                     place.actor.regroup.remote()
@@ -261,7 +265,7 @@ class Controller:
         elif self._state is State.STOPPING:
             if idle:
                 self._enter(State.STOPPED)
-            elif time.monotonic() > self._deadline:
+            elif self._clock() > self._deadline:
                 raise JobFailed("the workers did not stop in time; the last checkpoint is what is left")
 
     def _advance_start(self) -> None:
@@ -271,6 +275,7 @@ class Controller:
         elif all(place.index in self._begun for place in self._members):
             of_first = self._begun[self._members[0].index]
             self._shares.begun(of_first["rows"], of_first["topology"])
+            self._latest = {**self._latest, "step": of_first["step"]}  # it may have gone back
             self._enter(State.RUNNING)
             self._group.keep_spares()
             shares = ", ".join(f"{p.name} {rows}" for p, rows in zip(self._members, self._shares.rows, strict=True))
@@ -278,7 +283,7 @@ class Controller:
             return
         else:
             self._watch()
-        if self._state is State.STARTING and time.monotonic() > self._deadline:
+        if self._state is State.STARTING and self._clock() > self._deadline:
             late = [p for p in self._members or self._group.places if p.index not in self._begun and not (self._generation < 0 and p.alive)]
             if self._generation < 0:
                 raise UserError(
@@ -290,7 +295,7 @@ class Controller:
     def _watch(self) -> None:
         """Workers that hang, or whose training has ended while that of others goes on."""
         for place in self._members:
-            if place.alive and place.index not in self._idle and self._group.ping(place) > _PING_SECONDS:
+            if place.alive and place.index not in self._idle and self._group.ping(place, self._clock()) > _PING_SECONDS:
                 self._answer(Cause.HUNG, place, f"for {_PING_SECONDS:.0f} s")
                 return
         if "failed" in self._idle.values() or (self._state is not State.RESIZING and "regrouping" in self._idle.values()):
@@ -305,19 +310,19 @@ class Controller:
     def _recover(self, idle: bool) -> None:
         if not idle:
             # They notice a lost peer at their next message; one that does not is hung, or about to be reported dead.
-            if time.monotonic() - self._changed_at > _SETTLE_SECONDS:
+            if self._clock() - self._changed_at > _SETTLE_SECONDS:
                 place = next(p for p in self._members if p.index not in self._idle)
                 self._answer(Cause.HUNG, place, f"it went on for {_SETTLE_SECONDS:.0f} s without the others")
             return
         if "lost" not in self._idle.values():
-            if time.monotonic() - self._changed_at < _DEATH_SECONDS:
+            if self._clock() - self._changed_at < _DEATH_SECONDS:
                 return  # an error that a death has caused comes before the news of it
             text = self._failures[0] if self._failures else "a message among the ranks failed"
             self._answer(Cause.ERROR, None, text)
             self._idle[-1] = "lost"  # answered
         ready = sum(self._ready(place) for place in self._group.places)
         here = all(self._ready(self._group.places[index]) for index in self._awaited)
-        late = time.monotonic() > self._deadline
+        late = self._clock() > self._deadline
         if ready >= self._config.ray.min_workers and (here or late):
             self._begin_generation()
         elif late:
@@ -327,7 +332,7 @@ class Controller:
             self._enter(State.WAITING, self._config.ray.start_timeout)
 
     def _may_grow(self) -> bool:
-        since = time.monotonic() - self._grown_at
+        since = self._clock() - self._grown_at
         decision = self._scaling.decide(working=len(self._members), ready=len(self._prepared), seconds_since_growth=since)
         return decision is Scaling.GROW and self._knows(self._group.places)
 
@@ -393,7 +398,7 @@ class Controller:
         if state is self._state:
             return
         assert state in (State.FAILED, State.STOPPED) or state in NEXT[self._state], (self._state, state)
-        self._state, self._changed_at = state, time.monotonic()
+        self._state, self._changed_at = state, self._clock()
         self._deadline = self._changed_at + seconds
         self._show_status()
 
@@ -403,7 +408,7 @@ class Controller:
         self._show_status()
 
     def _show_status(self) -> None:
-        self._shown = time.monotonic()
+        self._shown = self._clock()
         self._show(self.status())
 
 

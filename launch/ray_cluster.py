@@ -9,8 +9,8 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ _CONNECT_TRIES = "3"
 _DEFAULT_TOKEN = Path("~/.ray/auth_token")
 _LONGEST_FOLDER = 40
 """bytes: below it Ray has sockets, whose paths have room for 107"""
+_COLLECTORS = ("/log_monitor.py", "/monitor.py", "/dashboard/dashboard.py", "/dashboard/agent.py", "ray::DashboardAgent")
 WRONG_TOKEN = f"the cluster does not take this token\n  give its own in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or {_DEFAULT_TOKEN}"
 
 
@@ -116,6 +117,7 @@ def private_cluster(num_cpus: int) -> Iterator[Any]:
     """Ray on this machine alone, on loopback, with a token that nobody else has; gone at the end of the block."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let whatever else wakes up interrupt a rank
     ray = import_ray()
     short = len(os.fsencode(tempfile.gettempdir())) + len("/hecate-") + 8 <= _LONGEST_FOLDER
     with run_folder(None if short else "/tmp") as folder:
@@ -123,12 +125,27 @@ def private_cluster(num_cpus: int) -> Iterator[Any]:
         ray.init(
             address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=True, _temp_dir=str(folder)
         )
+        started = set(processes_below(os.getpid())) - set(before)
+        _yield_to_training(started)
         # When this process is killed, Ray's own end with it but for its agents, which look for their head for a minute.
-        with ending_with_launcher(folder, set(processes_below(os.getpid())) - set(before)):
+        with ending_with_launcher(folder, started):
             try:
                 yield ray
             finally:
                 ray.shutdown()
+
+
+def _yield_to_training(pids: Iterable[int]) -> None:
+    """Let those of Ray's processes that only collect logs and figures run when nobody else wants a core: on a machine whose every core has
+    a rank they would interrupt one and make all others wait for it. Not its head and its raylet, whose silence counts as their death."""
+    if not hasattr(os, "SCHED_IDLE"):  # not Linux
+        return
+    for pid in pids:
+        with suppress(OSError):  # it has ended meanwhile
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            if any(word.strip().endswith(_COLLECTORS) for word in words):  # the raylet has the agent's command in one of its words
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
 
 
 @contextmanager

@@ -12,10 +12,13 @@ from pathlib import Path
 _ORPHANS = "orphans"
 _REMOVE = (
     'trap "" INT TERM HUP; exec 2> /dev/null; if read _; then rm -rf -- "$1"; exit; fi; '
-    f'kill -KILL $(cat "$1/{_ORPHANS}"); '
-    'for _ in 1 2 3 4 5 6 7 8 9 10; do rm -rf -- "$1"; sleep 2; [ -e "$1" ] || break; done'
+    f'kill -KILL $(cat "$1/{_ORPHANS}"); left=4; for _ in $(seq 40); do '
+    "for f in $(grep -lsa default_worker.py /proc/[0-9]*/cmdline); do "
+    'p=${f#/proc/}; p=${p%/cmdline}; [ "$p" = $$ ] || { grep -qsa -- "$1" "$f" && kill -KILL "$p"; }; done; '
+    'if [ -e "$1" ]; then rm -rf -- "$1"; left=4; fi; sleep 1; left=$((left - 1)); [ $left -gt 0 ] || break; done'
 )
-"""without a word from the launcher several times: processes that are about to end may make files once more"""
+"""Without a word from the launcher: until the folder has stayed away for a while. A worker of Ray that was about to start makes it once
+more, and waits for its raylet for half a minute."""
 
 
 @contextmanager

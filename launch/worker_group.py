@@ -7,6 +7,7 @@ what a worker needs and holds no device. It becomes the next worker there that i
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from hecate.launch.worker import Worker
 
 _THREADS = 8
 """of an actor: its stream of events takes one for good"""
+_PING_EVERY_SECONDS = 2.0
+"""an answer takes the interpreter from the training thread"""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Event = dict[str, Any]
 
@@ -38,8 +41,8 @@ class Place:
     gpus: str | None = None
     """of its last actor, by their numbers on the node"""
     ping: Any = None
-    ping_sent: float = 0.0
-    ping_answered: float = 0.0
+    """a reference to an answer that has not come yet"""
+    ping_sent: float = -math.inf
 
     @property
     def alive(self) -> bool:
@@ -148,15 +151,15 @@ class WorkerGroup:
             ready, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
         return [(waiting[reference], self._read(waiting[reference], reference)) for reference in ready]
 
-    def ping(self, place: Place) -> float:
-        """Seconds since the worker was asked something that it has not answered; 0 if it has."""
-        now = time.monotonic()
-        if place.ping is not None and self._ray.wait([place.ping], timeout=0)[0]:
+    def ping(self, place: Place, now: float) -> float:
+        """Seconds since the worker was asked something that it has not answered; 0 if it has. To be called often; it asks now and then."""
+        if place.ping is not None:
+            if not self._ray.wait([place.ping], timeout=0)[0]:
+                return now - place.ping_sent
             place.ping = None
-        if place.ping is None:
+        if now - place.ping_sent >= _PING_EVERY_SECONDS:
             place.ping, place.ping_sent = place.actor.ping.remote(), now
-            return 0.0
-        return now - place.ping_sent
+        return 0.0
 
     def kill(self, place: Place) -> None:
         """End a place's actor, or stop asking for one."""
@@ -194,7 +197,7 @@ class WorkerGroup:
 
     def _clear(self, place: Place) -> None:
         place.actor = place.coming = place.stream = place.ping = None
-        place.facts = {}
+        place.facts, place.ping_sent = {}, -math.inf
 
     def _read_nodes(self) -> None:
         """Ray decides which of several equal nodes a place is on."""

@@ -78,7 +78,7 @@ class Scripted:
                 place.facts = {}
         return [(self.places[index], event) for index, event in happened]
 
-    def ping(self, place: Place) -> float:
+    def ping(self, place: Place, now: float) -> float:
         return 100.0 if place.index in self.silent else 0.0
 
     def kill(self, place: Place) -> None:
@@ -180,6 +180,9 @@ def test_a_dead_process_is_waited_for_where_nobody_has_copies(config: Config, mo
     assert [index for index, _ in group.told("join")] == [0, 1, 2]
     assert group.told("prepare") == [(1, ())]
     assert any("the worker's process died" in line and "replace" in line for line in said)
+    assert [line.split(";")[0] for line in said if line.startswith("generation")] == [
+        "generation 0: 3 ranks from step 0", "generation 1: 3 ranks from step 5",
+    ]  # fmt: skip
 
 
 def test_a_second_loss_at_once_is_waited_for(config: Config) -> None:

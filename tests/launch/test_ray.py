@@ -177,6 +177,13 @@ def test_a_private_ray_is_alone_and_ends_with_its_launcher(workshop: Path) -> No
         below = processes_below(process.pid)
         assert any("raylet" in command_line(pid) for pid in below)
         assert listening([process.pid, *below]) == {"127.0.0.1"}
+        ranks = [pid for pid in below if command_line(pid).startswith("ray::Worker")]
+        assert ranks
+        for pid in ranks:
+            assert (os.getpriority(os.PRIO_PROCESS, pid), os.sched_getscheduler(pid)) == (0, os.SCHED_OTHER)
+        modest = {command_line(pid) for pid in below if os.sched_getscheduler(pid) == os.SCHED_IDLE}
+        assert any("log_monitor" in command for command in modest), "it interrupts the ranks"
+        assert not any("gcs_server" in command or "raylet/raylet" in command for command in modest)
         assert any(temporary.iterdir()), "there is nothing that could be left"
         process.kill()
     assert wait_until_gone(below, temporary, 30) == []
