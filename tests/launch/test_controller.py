@@ -27,15 +27,16 @@ Step = Callable[["Scripted"], Sequence[tuple[int, Event]]]
 
 
 class Actor:
-    """Writes down every call."""
+    """Writes down every order."""
 
     def __init__(self, index: int, calls: list[tuple[int, str, tuple[Any, ...]]]) -> None:
         self._index, self._calls = index, calls
 
-    def __getattr__(self, name: str) -> Any:
+    @property
+    def tell(self) -> Any:
         class Method:
-            def remote(_self: Any, *arguments: Any) -> None:
-                self._calls.append((self._index, name, arguments))
+            def remote(_self: Any, order: str, *arguments: Any) -> None:
+                self._calls.append((self._index, order, arguments))
 
         return Method()
 
