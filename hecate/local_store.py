@@ -1,5 +1,4 @@
-"""How ranks started on one machine find each other, and die with who launched them. They meet through files in a folder that their launcher
-makes and removes.
+"""How ranks started on one machine find each other: files in a folder that their launcher makes and removes.
 
 The launcher writes who is in (`Generation`), anew whenever a rank was lost or one more is ready; ranks read it. A *member* is a process,
 numbered for good as it was started; its rank is its place among the members.
@@ -7,10 +6,8 @@ numbered for good as it was started; its rank is its place among the members.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +21,6 @@ MEMBER_VARIABLE = "HECATE_MEMBER"
 """the number of this member; set where lost ranks are survived"""
 JOIN_VARIABLE = "HECATE_JOIN"
 """set for a member that is to join a run under way"""
-_PR_SET_PDEATHSIG = 1
 
 
 def error_file(folder: Path, rank: int) -> Path:
@@ -76,13 +72,3 @@ def write_generation(store: Path, generation: Generation) -> None:
 def read_generation(store: Path) -> Generation:
     raw = json.loads(store.with_name("generation").read_text(encoding="ascii"))
     return Generation(raw["number"], tuple(raw["members"]), tuple(raw["devices"]), raw["num_devices"])
-
-
-def die_with_launcher(launcher: int) -> None:
-    """Linux: be killed when the launcher, this process's parent, dies, however it dies."""
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        return
-    if os.getppid() != launcher:  # it died before we asked
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,25 +1,20 @@
-"""One rank's process under a controller: it trains in a thread, tells of it, and takes orders. Run as a program by its agent
-(`worker_agent.py`), with which it shares a socket: a line of JSON for each order, answer and event."""
+"""One rank's process under a controller: it trains in a thread, tells of it, and takes orders. Knows no Ray; its methods take and give
+plain JSON values."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import queue
 import socket
-import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hecate.launch.addresses import interface_of
-from hecate.local_store import LAUNCHED_VARIABLE, die_with_launcher
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,16 +35,16 @@ class Assignment:
 
 
 class Worker:
-    """Its methods are the orders that it takes: JSON values in and out. All but `facts` return at once."""
+    """Its methods are called from several threads: each returns at once, but for `events`."""
 
-    def __init__(self, tell: Callable[[Event], None], config: str, report_steps: int, address: str) -> None:
+    def __init__(self, config: str, report_steps: int, address: str) -> None:
         """
         Args:
-            tell: called, by several threads, with what happens.
             config: the run's configuration, as YAML.
             address: to whose interface the ranks' messages are bound.
         """
-        self._tell, self._config, self._report_steps = tell, config, report_steps
+        self._config, self._report_steps = config, report_steps
+        self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._line: _Line | None = None
         self._thread: threading.Thread | None = None
         interface = interface_of(address)
@@ -116,39 +111,43 @@ class Worker:
     def ping(self) -> bool:
         return True
 
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What happens, as it happens, without end."""
+        while (event := self._events.get()) is not None:
+            yield event
+
     def _start(self, place: Assignment | None) -> None:
-        if self._line is not None:
+        if self._line is not None and self._thread is not None:
             self._line.assignments.put(None)  # one that waits is not needed as it is
-        self._line = _Line(self._tell, self._report_steps, place)
-        self._thread = threading.Thread(target=self._train, args=(place, self._line, self._thread), daemon=True)
+            self._thread.join()
+        self._line = _Line(self._events, self._report_steps, place)
+        self._thread = threading.Thread(target=self._train, args=(place, self._line), daemon=True)
         self._thread.start()
 
-    def _train(self, place: Assignment | None, line: _Line, before: threading.Thread | None) -> None:
+    def _train(self, place: Assignment | None, line: _Line) -> None:
         from hecate.errors import UserError
 
-        if before is not None:
-            before.join()
         try:
             ended = {"kind": "finished" if _run(self._config, place, line) else "stopped"}
         except UserError as error:
             ended = {"kind": "mistake", "text": str(error)}
         except Exception:  # noqa: BLE001 - whatever it was, the controller decides what follows
             ended = {"kind": "failed", "text": traceback.format_exc(limit=-4)}
-        self._tell({**ended, "generation": line.generation})
+        self._events.put({**ended, "generation": line.generation})
 
 
 class _Line:
     """The training's line to the outside: its `Observer`, which gathers what happens into one message every so many steps, and its
     `Controller`, which waits for the next generation."""
 
-    def __init__(self, tell: Callable[[Event], None], report_steps: int, place: Assignment | None) -> None:
+    def __init__(self, events: queue.SimpleQueue[dict[str, Any] | None], report_steps: int, place: Assignment | None) -> None:
         self.newest: Any = None
         self.stopping = self.regrouping = False
         self.assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
         self.generation, self._rank = (-1, -1) if place is None else (place.generation, place.rank)
         self.ranks: Any = None
         """those of the newest generation"""
-        self._tell, self._report_steps = tell, report_steps
+        self._events, self._report_steps = events, report_steps
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
 
     def wants_regroup(self) -> bool:
@@ -172,7 +171,7 @@ class _Line:
         from hecate.train.ranks import connect
 
         while True:
-            self._tell({"kind": kind, "generation": self.generation})
+            self._events.put({"kind": kind, "generation": self.generation})
             place = self.assignments.get()
             if place is None:
                 return None
@@ -187,7 +186,7 @@ class _Line:
                 return Group(self.ranks, parse_topology(place.topology, "the controller's topology"))
 
     def begins(self, facts: dict[str, Any]) -> None:
-        self._tell({"kind": "begins", **facts})
+        self._events.put({"kind": "begins", **facts})
 
     def stepped(self, facts: Any) -> None:
         self._dense_tokens += facts.dense_tokens
@@ -212,11 +211,11 @@ class _Line:
                 "bytes_sent": facts.bytes_sent,
                 "loads": {str(layer): load_E for layer, load_E in facts.loads.items()},
             }
-        self._tell(report)
+        self._events.put(report)
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
 
     def saved(self, step: int, path: Path) -> None:
-        self._tell({"kind": "saved", "step": step, "path": str(path)})
+        self._events.put({"kind": "saved", "step": step, "path": str(path)})
 
     def order(self) -> Any:
         return self.newest
@@ -267,31 +266,3 @@ def _measured(ranks: Any, nodes: tuple[str, ...]) -> Any:
 
     kinds = tuple(all_texts(device_name(ranks.device), ranks))
     return topology_from(measure(ranks, nodes_of_hosts(nodes), kinds, quick_sizes(ranks.device)))
-
-
-def main() -> None:
-    """Take orders from the socket whose descriptor is the argument, the first of them with what a worker is made of, until it ends."""
-    die_with_launcher(int(os.environ[LAUNCHED_VARIABLE]))
-    agent, one_at_a_time = socket.socket(fileno=int(sys.argv[1])), threading.Lock()
-
-    def tell(event: Event) -> None:
-        with one_at_a_time:
-            agent.sendall(json.dumps(event).encode() + b"\n")
-
-    try:
-        with agent.makefile("r", encoding="utf-8") as orders:
-            worker = Worker(tell, **json.loads(orders.readline()))
-            for order in map(json.loads, orders):
-                answer = getattr(worker, order["method"])(*order["arguments"])
-                if answer is not None:
-                    tell({"kind": "answer", "value": answer})
-    except BaseException:
-        tell({"kind": "broken", "text": traceback.format_exc(limit=-4)})
-        raise
-    finally:
-        sys.stderr.flush()
-        os._exit(1)  # the agent is gone, or will see it: there is nobody to train for, and the training's thread would not end by itself
-
-
-if __name__ == "__main__":
-    main()

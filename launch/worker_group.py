@@ -1,5 +1,4 @@
-"""The workers of a job on a Ray cluster: one actor a device, all in one placement group, and one stream of what happens to them. An actor
-is the agent of a worker, whose process is its child.
+"""The workers of a job on a Ray cluster: one actor a device, all in one placement group, and one stream of what happens to them.
 
 A place keeps its number for the life of the job. When its actor is lost, another is asked for at once; Ray starts it as soon as a device
 with the same labels is free, which may be now or when a node returns. Once the job runs, each node has a spare: a process that has imported
@@ -18,14 +17,14 @@ from typing import Any
 from hecate.errors import UserError
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.launch.resource_pool import Device
-from hecate.launch.worker import Event
-from hecate.launch.worker_agent import WorkerAgent
+from hecate.launch.worker import Worker
 
-_EVENTS = "events"
-"""a thread of an actor for its stream alone; all else is done by another, in the order of the calls"""
+_THREADS = 8
+"""of an actor: its stream of events takes one for good"""
 _PING_EVERY_SECONDS = 2.0
 """an answer takes the interpreter from the training thread"""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+Event = dict[str, Any]
 
 
 @dataclass
@@ -100,7 +99,7 @@ class WorkerGroup:
         if spare is not None and self.node_lives(place):
             place.actor, place.coming = spare
             if place.gpus is not None:
-                place.actor.tell.remote("take", place.gpus)
+                place.actor.take.remote(place.gpus)
             return
         resources = dict(place.device.resources)
         place.actor = self._actor(
@@ -134,8 +133,8 @@ class WorkerGroup:
             "OMP_NUM_THREADS": str(max(1, cpus)),
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # else asking whether there is a GPU would settle, for a spare, that there is none
         }
-        described = self._ray.remote(concurrency_groups={_EVENTS: 1})(WorkerAgent).options(
-            max_restarts=0, runtime_env={"env_vars": environment}, **options
+        described = self._ray.remote(Worker).options(
+            max_concurrency=_THREADS, max_restarts=0, runtime_env={"env_vars": environment}, **options
         )
         return described.remote(self._config, self._report_steps, self._address or place.device.address)
 
@@ -188,13 +187,10 @@ class WorkerGroup:
                 place.facts = self._ray.get(reference)
                 place.gpus = place.gpus or place.facts["gpus"]
                 place.coming = None
-                place.stream = place.actor.events.options(num_returns="streaming", concurrency_group=_EVENTS).remote()
+                place.stream = place.actor.events.options(num_returns="streaming").remote()
                 self._read_nodes()
                 return {"kind": "up"}
-            event = dict(self._ray.get(next(reference)))
-            if event["kind"] == "down":
-                self.kill(place)
-            return event
+            return dict(self._ray.get(next(reference)))
         except (self._ray.exceptions.RayError, StopIteration, ImportError) as error:
             self._clear(place)
             return {"kind": "down", "text": _cause(error)}

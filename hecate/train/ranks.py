@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.errors import UserError
-from hecate.local_store import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, die_with_launcher
+from hecate.local_store import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
 from hecate.model.tensor_parts import TensorGroups
 from hecate.moe.engine import ExpertGroups
 from hecate.parallel.mesh import make_mesh
 from hecate.train.mesh_groups import TIMEOUT, expert_groups, own_group, tensor_groups
 from hecate.train.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
 
+_PR_SET_PDEATHSIG = 1
 _MOST_PORTS = 8
 
 
@@ -235,3 +237,13 @@ def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:
     table = ranks.all_gather(torch.tensor(mine + [0] * (_MOST_PORTS - len(mine))))
     listening = {port for port in table.flatten().tolist() if port}
     return frozenset(c for c in new if c.peer is not None and {c.local[1], c.peer[1]} & listening)
+
+
+def die_with_launcher(launcher: int) -> None:
+    """Linux: be killed when the launcher, this process's parent, dies, however it dies."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != launcher:  # it died before we asked
+        os.kill(os.getpid(), signal.SIGKILL)

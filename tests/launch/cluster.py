@@ -126,8 +126,8 @@ class RayCluster:
         return next(node for node in self.nodes if node.startswith(device["node"].split()[1]))
 
     def workers(self) -> set[int]:
-        """Processes of all jobs' workers; their parents are actors."""
-        return {pid for pid in processes_below(self._host.pid) if "-m hecate.launch.worker" in command_line(pid)}
+        """Processes of all jobs' actors."""
+        return {pid for pid in processes_below(self._host.pid) if command_line(pid).startswith("ray::Worker")}
 
     def environment(self, **changes: str) -> dict[str, str]:
         return environment(self.token_file, **changes)

@@ -27,16 +27,15 @@ Step = Callable[["Scripted"], Sequence[tuple[int, Event]]]
 
 
 class Actor:
-    """Writes down every order."""
+    """Writes down every call."""
 
     def __init__(self, index: int, calls: list[tuple[int, str, tuple[Any, ...]]]) -> None:
         self._index, self._calls = index, calls
 
-    @property
-    def tell(self) -> Any:
+    def __getattr__(self, name: str) -> Any:
         class Method:
-            def remote(_self: Any, order: str, *arguments: Any) -> None:
-                self._calls.append((self._index, order, arguments))
+            def remote(_self: Any, *arguments: Any) -> None:
+                self._calls.append((self._index, name, arguments))
 
         return Method()
 
