@@ -163,7 +163,7 @@ class Controller:
         if kind == "up":
             check_versions(self._group.places)
             if self._generation >= 0:
-                place.actor.prepare.remote()
+                self._group.tell(place, "prepare")
         elif kind == "prepared":
             self._prepared.add(place.index)
         elif kind == "down":
@@ -238,7 +238,7 @@ class Controller:
                 f"{word}: {self._members[rank].name} (rank {rank}) computes at {factor:.2f} of its planned speed; "
                 f"rows {_text(before)} become {_text(self._shares.rows)}"
             )
-        self._members[0].actor.order.remote(self._generation, order)
+        self._group.tell(self._members[0], "order", self._generation, order)
 
     # From state to state
 
@@ -258,7 +258,7 @@ class Controller:
                 self._grown_at = self._clock()
                 self._note("a device has returned and joins")
                 for place in self._members:
-                    place.actor.regroup.remote()
+                    self._group.tell(place, "regroup")
                 self._enter(State.RESIZING)
         elif self._state in (State.RECOVERING, State.WAITING):
             self._recover(idle)
@@ -305,7 +305,7 @@ class Controller:
         self._enter(State.RECOVERING, self._config.ray.start_timeout)
         for place in self._members:
             if place.alive and place.index not in self._idle:
-                place.actor.interrupt.remote(self._generation)
+                self._group.tell(place, "interrupt", self._generation)
 
     def _recover(self, idle: bool) -> None:
         if not idle:
@@ -357,8 +357,7 @@ class Controller:
             "resume": self._config.resume or self._has_checkpoint(),
         }
         for rank, place in enumerate(self._members):
-            call = place.actor.join if warm else place.actor.begin
-            call.remote({**assignment, "rank": rank})
+            self._group.tell(place, "join" if warm else "begin", {**assignment, "rank": rank})
         self._enter(State.STARTING, self._config.ray.start_timeout)
 
     def _ready(self, place: Place) -> bool:
@@ -379,7 +378,7 @@ class Controller:
             return
         self._enter(State.STOPPING, self._config.ray.start_timeout)
         for place in self._members:
-            place.actor.stop.remote()
+            self._group.tell(place, "stop")
 
     # Small things
 

@@ -23,6 +23,14 @@ _CONNECT_TRIES = "3"
 _DEFAULT_TOKEN = Path("~/.ray/auth_token")
 _LONGEST_FOLDER = 40
 """bytes: below it Ray has sockets, whose paths have room for 107"""
+_OF_PRIVATE = {
+    "RAY_worker_niceness": "0",  # its 15 would let whatever else wakes up interrupt a rank
+    # Figures that nobody will read; they are a tenth of what Ray's processes do.
+    "RAY_event_stats": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_ray_events_report_interval_ms": "60000",
+    "RAY_metrics_report_interval_ms": "60000",
+}
 _COLLECTORS = ("/log_monitor.py", "/monitor.py", "/dashboard/dashboard.py", "/dashboard/agent.py", "ray::DashboardAgent")
 WRONG_TOKEN = f"the cluster does not take this token\n  give its own in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or {_DEFAULT_TOKEN}"
 
@@ -117,7 +125,8 @@ def private_cluster(num_cpus: int) -> Iterator[Any]:
     """Ray on this machine alone, on loopback, with a token that nobody else has; gone at the end of the block."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let whatever else wakes up interrupt a rank
+    for name, value in _OF_PRIVATE.items():
+        os.environ.setdefault(name, value)
     ray = import_ray()
     short = len(os.fsencode(tempfile.gettempdir())) + len("/hecate-") + 8 <= _LONGEST_FOLDER
     with run_folder(None if short else "/tmp") as folder:

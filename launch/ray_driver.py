@@ -92,9 +92,11 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
     folder.mkdir(parents=True, exist_ok=True)
     inside = one_machine(devices)
     host = "127.0.0.1" if inside else ray.util.get_node_ip_address()
+    rendezvous = Rendezvous(host)
     group = WorkerGroup(
         ray,
         devices,
+        rendezvous,
         config=to_yaml(replace(config, topology="auto")),
         report_steps=config.ray.report_steps,
         address=host if inside else None,
@@ -108,7 +110,7 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
     def say(text: str) -> None:
         print(f"hecate: {text}", flush=True)
 
-    controller = Controller(group, config, Rendezvous(host), topology, say, show)
+    controller = Controller(group, config, rendezvous, topology, say, show)
     with ExitStack() as stack:
         if metrics_port is not None:
             shown.update(controller.status())

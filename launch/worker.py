@@ -1,5 +1,5 @@
-"""One rank's process under a controller: it trains in a thread, tells of it, and takes orders. Knows no Ray; its methods take and give
-plain JSON values."""
+"""One rank's process under a controller: it trains in a thread, tells of it, and takes orders in another. Knows no Ray; JSON values go in
+and out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hecate.launch.addresses import interface_of
+
+Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,22 @@ class Assignment:
 
 
 class Worker:
-    """Its methods are called from several threads: each returns at once, but for `events`."""
+    """Whoever has made it calls `events`, and nothing else. The other methods are orders, which come by way of the rendezvous.
 
-    def __init__(self, config: str, report_steps: int, address: str) -> None:
+    As a Ray actor it is in `events` for all of its life: between two calls Ray's main thread would ask for the interpreter a hundred
+    times a second, and each time the training thread would have to give it up.
+    """
+
+    def __init__(self, number: int, host: str, port: int, config: str, report_steps: int, address: str) -> None:
         """
         Args:
+            number: of this worker, with the host and port of the rendezvous.
             config: the run's configuration, as YAML.
             address: to whose interface the ranks' messages are bound.
         """
+        self._place_of_orders = host, port, number
         self._config, self._report_steps = config, report_steps
-        self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._line: _Line | None = None
         self._thread: threading.Thread | None = None
         interface = interface_of(address)
@@ -52,20 +60,25 @@ class Worker:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
-    def facts(self) -> dict[str, Any]:
-        """Who and what this process is; imports all that the training needs."""
+    def events(self) -> Iterator[Event]:
+        """What happens, as it happens, without end. First of all `up`, with who and what this process is, when it has imported all that the
+        training needs."""
         import torch
 
         import hecate
         from hecate.train.preload import preload
 
         preload()
-        return {
+        threading.Thread(target=self._take_orders, daemon=True).start()
+        yield {
+            "kind": "up",
             "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "versions": {"hecate": hecate.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
+        while True:
+            yield self._events.get()
 
     def take(self, gpus: str) -> None:
         """Be the worker of these GPUs, by their numbers on the node; of a process that has touched none yet."""
@@ -108,25 +121,27 @@ class Worker:
         if self._line is not None:
             self._line.stopping = True
 
-    def ping(self) -> bool:
-        return True
+    def ping(self) -> None:
+        """That it was carried out is the answer."""
 
-    def events(self) -> Iterator[dict[str, Any]]:
-        """What happens, as it happens, without end."""
-        while (event := self._events.get()) is not None:
-            yield event
+    def _take_orders(self) -> None:
+        from hecate.launch.rendezvous import orders
+
+        for method, arguments in orders(*self._place_of_orders):
+            getattr(self, method)(*arguments)
 
     def _start(self, place: Assignment | None) -> None:
-        if self._line is not None and self._thread is not None:
+        if self._line is not None:
             self._line.assignments.put(None)  # one that waits is not needed as it is
-            self._thread.join()
         self._line = _Line(self._events, self._report_steps, place)
-        self._thread = threading.Thread(target=self._train, args=(place, self._line), daemon=True)
+        self._thread = threading.Thread(target=self._train, args=(place, self._line, self._thread), daemon=True)
         self._thread.start()
 
-    def _train(self, place: Assignment | None, line: _Line) -> None:
+    def _train(self, place: Assignment | None, line: _Line, before: threading.Thread | None) -> None:
         from hecate.errors import UserError
 
+        if before is not None:
+            before.join()
         try:
             ended = {"kind": "finished" if _run(self._config, place, line) else "stopped"}
         except UserError as error:
@@ -140,7 +155,7 @@ class _Line:
     """The training's line to the outside: its `Observer`, which gathers what happens into one message every so many steps, and its
     `Controller`, which waits for the next generation."""
 
-    def __init__(self, events: queue.SimpleQueue[dict[str, Any] | None], report_steps: int, place: Assignment | None) -> None:
+    def __init__(self, events: queue.SimpleQueue[Event], report_steps: int, place: Assignment | None) -> None:
         self.newest: Any = None
         self.stopping = self.regrouping = False
         self.assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()

@@ -1,4 +1,5 @@
-"""The workers of a job on a Ray cluster: one actor a device, all in one placement group, and one stream of what happens to them.
+"""The workers of a job on a Ray cluster: one actor a device, all in one placement group, and one stream of what happens to each. Orders go
+to them by way of the rendezvous.
 
 A place keeps its number for the life of the job. When its actor is lost, another is asked for at once; Ray starts it as soon as a device
 with the same labels is free, which may be now or when a node returns. Once the job runs, each node has a spare: a process that has imported
@@ -16,15 +17,28 @@ from typing import Any
 
 from hecate.errors import UserError
 from hecate.launch.local import ALLOCATOR_SETTINGS
+from hecate.launch.rendezvous import Rendezvous
 from hecate.launch.resource_pool import Device
-from hecate.launch.worker import Worker
+from hecate.launch.worker import Event, Worker
 
-_THREADS = 8
-"""of an actor: its stream of events takes one for good"""
 _PING_EVERY_SECONDS = 2.0
 """an answer takes the interpreter from the training thread"""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-Event = dict[str, Any]
+
+
+@dataclass
+class Hired:
+    """A worker that was asked for, from its actor's beginning to its end."""
+
+    number: int
+    actor: Any
+    stream: Any
+    """of its events"""
+    orders: int = 0
+    """that it was given"""
+    pings: int = 0
+    """of its orders that it must have carried out, or it is silent"""
+    ping_sent: float = -math.inf
 
 
 @dataclass
@@ -33,20 +47,15 @@ class Place:
 
     index: int
     device: Device
-    actor: Any = None
-    coming: Any = None
-    """a reference to the facts of an actor that was asked for and has not answered yet"""
+    worker: Hired | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    stream: Any = None
+    """of its worker; empty: it has not come up yet"""
     gpus: str | None = None
-    """of its last actor, by their numbers on the node"""
-    ping: Any = None
-    """a reference to an answer that has not come yet"""
-    ping_sent: float = -math.inf
+    """of its last worker, by their numbers on the node"""
 
     @property
     def alive(self) -> bool:
-        return self.stream is not None
+        return bool(self.facts)
 
     @property
     def name(self) -> str:
@@ -57,16 +66,21 @@ class Place:
 class WorkerGroup:
     """Asks Ray for workers and listens to them. Decides nothing."""
 
-    def __init__(self, ray: Any, devices: Sequence[Device], *, config: str, report_steps: int, address: str | None) -> None:
+    def __init__(
+        self, ray: Any, devices: Sequence[Device], rendezvous: Rendezvous, *, config: str, report_steps: int, address: str | None
+    ) -> None:
         """
         Args:
+            rendezvous: through which orders go.
             address: to whose interface all workers bind their messages; None: each to its node's.
         """
-        self._ray, self._config, self._report_steps, self._address = ray, config, report_steps, address
+        self._ray, self._rendezvous = ray, rendezvous
+        self._config, self._report_steps, self._address = config, report_steps, address
+        self._hired = 0
         self.places = [Place(index, device) for index, device in enumerate(devices)]
         self._placement: Any = None
-        self._spares: dict[str, tuple[Any, Any]] = {}
-        """id of a node -> actor, and a reference to its facts"""
+        self._spares: dict[str, Hired] = {}
+        """by the id of a node"""
 
     def place(self, timeout: float) -> None:
         """Reserve all devices.
@@ -92,23 +106,28 @@ class WorkerGroup:
         self._read_nodes()
 
     def ask_for(self, place: Place) -> None:
-        """An actor for a place that has none. It comes up in its own time; `poll` tells."""
+        """A worker for a place that has none. It comes up in its own time; `poll` tells."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         spare = self._spares.pop(place.device.node_id, None)
         if spare is not None and self.node_lives(place):
-            place.actor, place.coming = spare
+            place.worker = spare
             if place.gpus is not None:
-                place.actor.take.remote(place.gpus)
+                self.tell(place, "take", place.gpus)
             return
         resources = dict(place.device.resources)
-        place.actor = self._actor(
+        place.worker = self._hire(
             place,
             num_cpus=resources.get("CPU", 0),
             num_gpus=resources.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=place.index),
         )
-        place.coming = place.actor.facts.remote()
+
+    def tell(self, place: Place, method: str, *arguments: Any) -> None:
+        """Give a place's worker an order, a method of `Worker`; it gets them in this order."""
+        assert place.worker is not None
+        self._rendezvous.order(place.worker.number, place.worker.orders, method, arguments)
+        place.worker.orders += 1
 
     def keep_spares(self) -> None:
         """A spare for each node that has a worker and no spare. A lost worker's devices stay the job's, so that a spare may take them."""
@@ -117,15 +136,14 @@ class WorkerGroup:
         for place in self.places:
             if place.alive and place.device.node_id not in self._spares:
                 strategy = NodeAffinitySchedulingStrategy(place.device.node_id, soft=False)
-                actor = self._actor(place, num_cpus=0, num_gpus=0, scheduling_strategy=strategy)
-                self._spares[place.device.node_id] = actor, actor.facts.remote()
+                self._spares[place.device.node_id] = self._hire(place, num_cpus=0, num_gpus=0, scheduling_strategy=strategy)
 
     def ready_spares(self) -> int:
         """That have imported all and only wait."""
-        coming = [reference for _, reference in self._spares.values()]
+        coming = [spare.stream for spare in self._spares.values()]
         return len(self._ray.wait(coming, num_returns=len(coming), timeout=0)[0]) if coming else 0
 
-    def _actor(self, place: Place, **options: Any) -> Any:
+    def _hire(self, place: Place, **options: Any) -> Hired:
         cpus = int(dict(place.device.resources).get("CPU", 1))
         environment = {
             **ALLOCATOR_SETTINGS,
@@ -133,16 +151,22 @@ class WorkerGroup:
             "OMP_NUM_THREADS": str(max(1, cpus)),
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # else asking whether there is a GPU would settle, for a spare, that there is none
         }
-        described = self._ray.remote(Worker).options(
-            max_concurrency=_THREADS, max_restarts=0, runtime_env={"env_vars": environment}, **options
+        described = self._ray.remote(Worker).options(max_restarts=0, runtime_env={"env_vars": environment}, **options)
+        number, self._hired = self._hired, self._hired + 1
+        actor = described.remote(
+            number,
+            self._rendezvous.host,
+            self._rendezvous.port,
+            self._config,
+            self._report_steps,
+            self._address or place.device.address,
         )
-        return described.remote(self._config, self._report_steps, self._address or place.device.address)
+        return Hired(number, actor, actor.events.options(num_returns="streaming").remote())
 
     def poll(self, timeout: float) -> list[tuple[Place, Event]]:
-        """What has happened; waits `timeout` seconds at most. Beside what workers tell: `up` with their facts; `down`, with the cause as
-        `text`, of one that was lost or could not start."""
-        waiting = {place.coming: place for place in self.places if place.coming is not None}
-        waiting |= {place.stream: place for place in self.places if place.alive}
+        """What has happened; waits `timeout` seconds at most. Beside what workers tell: `down`, with the cause as `text`, of one that was
+        lost or could not start."""
+        waiting = {place.worker.stream: place for place in self.places if place.worker is not None}
         if not waiting:
             time.sleep(timeout)
             return []
@@ -152,52 +176,55 @@ class WorkerGroup:
         return [(waiting[reference], self._read(waiting[reference], reference)) for reference in ready]
 
     def ping(self, place: Place, now: float) -> float:
-        """Seconds since the worker was asked something that it has not answered; 0 if it has. To be called often; it asks now and then."""
-        if place.ping is not None:
-            if not self._ray.wait([place.ping], timeout=0)[0]:
-                return now - place.ping_sent
-            place.ping = None
-        if now - place.ping_sent >= _PING_EVERY_SECONDS:
-            place.ping, place.ping_sent = place.actor.ping.remote(), now
+        """Seconds since a place's worker was asked something that it has not answered; 0 if it has. To be called often; it asks now and
+        then."""
+        worker = place.worker
+        assert worker is not None
+        if self._rendezvous.carried_out(worker.number) < worker.pings:
+            return now - worker.ping_sent
+        if now - worker.ping_sent >= _PING_EVERY_SECONDS:
+            self.tell(place, "ping")
+            worker.pings, worker.ping_sent = worker.orders, now
         return 0.0
 
     def kill(self, place: Place) -> None:
-        """End a place's actor, or stop asking for one."""
-        if place.actor is not None:
-            self._ray.kill(place.actor, no_restart=True)
+        """End a place's worker, or stop asking for one."""
+        if place.worker is not None:
+            self._ray.kill(place.worker.actor, no_restart=True)
         self._clear(place)
 
     def node_lives(self, place: Place) -> bool:
         return any(node["NodeID"] == place.device.node_id and node["Alive"] for node in self._ray.nodes())
 
     def close(self) -> None:
-        """End all actors and give the devices back."""
+        """End all workers and give the devices back."""
         from ray.util.placement_group import remove_placement_group
 
         for place in self.places:
             self.kill(place)
-        for actor, _ in self._spares.values():
-            self._ray.kill(actor, no_restart=True)
+        for spare in self._spares.values():
+            self._ray.kill(spare.actor, no_restart=True)
         if self._placement is not None:
             remove_placement_group(self._placement)
 
     def _read(self, place: Place, reference: Any) -> Event:
         try:
-            if reference is place.coming:
-                place.facts = self._ray.get(reference)
-                place.gpus = place.gpus or place.facts["gpus"]
-                place.coming = None
-                place.stream = place.actor.events.options(num_returns="streaming").remote()
-                self._read_nodes()
-                return {"kind": "up"}
-            return dict(self._ray.get(next(reference)))
-        except (self._ray.exceptions.RayError, StopIteration, ImportError) as error:
+            item = next(reference, None)
+            if item is None:  # the actor could not even be made; this raises why
+                assert place.worker is not None
+                item = place.worker.actor.__ray_ready__.remote()
+            event = dict(self._ray.get(item))
+        except (self._ray.exceptions.RayError, ImportError) as error:
             self._clear(place)
             return {"kind": "down", "text": _cause(error)}
+        if event["kind"] == "up":
+            place.facts = event
+            place.gpus = place.gpus or event["gpus"]
+            self._read_nodes()
+        return event
 
     def _clear(self, place: Place) -> None:
-        place.actor = place.coming = place.stream = place.ping = None
-        place.facts, place.ping_sent = {}, -math.inf
+        place.worker, place.facts = None, {}
 
     def _read_nodes(self) -> None:
         """Ray decides which of several equal nodes a place is on."""

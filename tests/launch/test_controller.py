@@ -26,22 +26,8 @@ TOPOLOGY = topology_text(local_topology(3, cuda=False))
 Step = Callable[["Scripted"], Sequence[tuple[int, Event]]]
 
 
-class Actor:
-    """Writes down every call."""
-
-    def __init__(self, index: int, calls: list[tuple[int, str, tuple[Any, ...]]]) -> None:
-        self._index, self._calls = index, calls
-
-    def __getattr__(self, name: str) -> Any:
-        class Method:
-            def remote(_self: Any, *arguments: Any) -> None:
-                self._calls.append((self._index, name, arguments))
-
-        return Method()
-
-
 class Scripted:
-    """In a WorkerGroup's place: each poll plays the next step of the script; after the last the test fails."""
+    """In a WorkerGroup's place: writes down every order; each poll plays the next step of the script; after the last the test fails."""
 
     def __init__(self, script: list[Step]) -> None:
         self.script = script
@@ -56,6 +42,10 @@ class Scripted:
     def ask_for(self, place: Place) -> None:
         self.calls.append((place.index, "ask_for", ()))
 
+    def tell(self, place: Place, method: str, *arguments: Any) -> None:
+        assert place.alive
+        self.calls.append((place.index, method, arguments))
+
     def keep_spares(self) -> None:
         self.calls.append((-1, "keep_spares", ()))
 
@@ -68,13 +58,8 @@ class Scripted:
         for index, event in happened:
             place = self.places[index]
             if event["kind"] == "up":
-                place.actor, place.stream, place.facts = (
-                    Actor(index, self.calls),
-                    object(),
-                    {"pid": 1, "versions": event.get("versions", VERSIONS)},
-                )
+                place.facts = {"pid": 1, "versions": event.get("versions", VERSIONS)}
             if event["kind"] == "down":
-                place.actor = place.stream = None
                 place.facts = {}
         return [(self.places[index], event) for index, event in happened]
 
@@ -83,7 +68,6 @@ class Scripted:
 
     def kill(self, place: Place) -> None:
         self.calls.append((place.index, "kill", ()))
-        place.actor = place.stream = None
         place.facts = {}
 
     def node_lives(self, place: Place) -> bool:

@@ -4,40 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from hecate.launch.awake_clock import AwakeClock
+from hecate.launch.rendezvous import Rendezvous, orders
 from hecate.launch.resource_pool import Device
-from hecate.launch.worker_group import WorkerGroup
-
-
-class Pinged:
-    """In the place of Ray and of an actor: every question gets a number; those in `answered` have an answer."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self.answered: set[int] = set()
-        self.ping = self
-
-    def remote(self) -> int:
-        self.asked += 1
-        return self.asked
-
-    def wait(self, references: list[int], timeout: float) -> tuple[list[int], list[int]]:
-        assert timeout == 0
-        return [r for r in references if r in self.answered], [r for r in references if r not in self.answered]
+from hecate.launch.worker_group import Hired, WorkerGroup
 
 
 def test_a_worker_is_asked_every_other_second_and_silent_until_it_answers() -> None:
-    ray: Any = Pinged()
-    group = WorkerGroup(ray, [Device("node", "127.0.0.1", "CPU", (("CPU", 1.0),), ())], config="", report_steps=1, address=None)
+    rendezvous = Rendezvous("127.0.0.1")
+    nobody: Any = None
+    group = WorkerGroup(
+        nobody, [Device("node", "127.0.0.1", "CPU", (("CPU", 1.0),), ())], rendezvous, config="", report_steps=1, address=None
+    )
     place = group.places[0]
-    place.actor = ray
+    worker = place.worker = Hired(7, nobody, nobody)
+    mine = orders(rendezvous.host, rendezvous.port, 7)
     assert group.ping(place, 100.0) == 0.0
     assert group.ping(place, 101.0) == 1.0
-    ray.answered.add(1)
-    assert [group.ping(place, now) for now in (101.1, 101.9)] == [0.0, 0.0]
-    assert ray.asked == 1, "an answer costs the training a moment"
+    assert next(mine) == ("ping", [])
+    assert group.ping(place, 101.1) == pytest.approx(1.1), "it has begun with it, no more"
+    group.tell(place, "order", 3, {"rows": None})
+    assert next(mine) == ("order", [3, {"rows": None}])
+    assert [group.ping(place, now) for now in (101.2, 101.9)] == [0.0, 0.0]
+    assert worker.orders == 2, "an answer costs the training a moment"
     assert group.ping(place, 102.0) == 0.0
-    assert ray.asked == 2
+    assert worker.orders == 3
     assert group.ping(place, 113.0) == 11.0
 
 
