@@ -22,7 +22,11 @@ from benchmarks.report import arguments, finish
 from tests.launch.processes import OVERRIDES, hecate, paths_below, read_rest, read_until
 from tests.tiny_run import make_workshop
 
-COMMANDS = {"train": ("train", "nproc=2"), "launch": ("launch", "nproc=2")}
+COMMANDS = {
+    "train": ("train", "nproc=2"),
+    "launch": ("launch", "nproc=2"),
+    "ray": ("ray", "ray.workers=2", "--address", "local"),
+}
 WAYS = ("itself", "SIGTERM", "SIGKILL")
 NAMESPACES = ("--mount", "--net", "--ipc", "--pid", "--mount-proc", "--fork", "--kill-child")
 _INSIDE = "HECATE_START_STOP"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hmac
 import json
+import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -11,6 +14,8 @@ from typing import Any
 import torch.distributed as dist
 
 _TIMEOUT, _NEVER = timedelta(seconds=60), timedelta(days=1000)
+_SIGNATURE = 64
+"""characters"""
 
 
 class Rendezvous:
@@ -19,6 +24,8 @@ class Rendezvous:
     def __init__(self, host: str) -> None:
         listening = socket.create_server((host, 0))
         self.host, self.port = host, int(listening.getsockname()[1])
+        self.secret = secrets.token_hex(32)
+        """what makes an order the controller's: whoever reaches the port could leave one"""
         # Given a host alone, the store would listen on all interfaces. It owns the descriptor from here on.
         self._store = dist.TCPStore(
             host, self.port, is_master=True, wait_for_workers=False, timeout=_TIMEOUT, master_listen_fd=listening.detach()
@@ -26,7 +33,8 @@ class Rendezvous:
 
     def order(self, worker: int, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         """Leave a worker an order, a method of `Worker`. It takes them by their numbers, from 0."""
-        self._store.set(_order_key(worker, number), json.dumps([method, arguments]))
+        text = json.dumps([method, arguments])
+        self._store.set(_order_key(worker, number), _signature(self.secret, worker, number, text) + text)
 
     def carried_out(self, worker: int) -> int:
         """Of a worker's orders the number."""
@@ -41,7 +49,7 @@ def meet(host: str, port: int, generation: int) -> dist.Store:
     )
 
 
-def orders(host: str, port: int, worker: int) -> Iterator[tuple[str, list[Any]]]:
+def orders(host: str, port: int, secret: str, worker: int) -> Iterator[tuple[str, list[Any]]]:
     """A worker's orders as they come, method and arguments; each counts as carried out when the next one is asked for. Ends when the
     controller is gone.
     """
@@ -50,13 +58,22 @@ def orders(host: str, port: int, worker: int) -> Iterator[tuple[str, list[Any]]]
     while True:
         key = _order_key(worker, number)
         try:
-            method, arguments = json.loads(store.get(key))  # the thread sleeps here, without the interpreter
+            signed = store.get(key).decode()  # the thread sleeps here, without the interpreter
             store.delete_key(key)
+            signature, text = signed[:_SIGNATURE], signed[_SIGNATURE:]
+            if not hmac.compare_digest(signature, _signature(secret, worker, number, text)):
+                print("hecate: somebody who is not the controller left an order; it is ignored", file=sys.stderr, flush=True)
+                continue
+            method, arguments = json.loads(text)
             yield method, arguments
             number += 1
             store.set(_done_key(worker), str(number))
         except dist.DistError:
             return
+
+
+def _signature(secret: str, worker: int, number: int, text: str) -> str:
+    return hmac.new(secret.encode(), f"{worker} {number} {text}".encode(), "sha256").hexdigest()
 
 
 def _order_key(worker: int, number: int) -> str:

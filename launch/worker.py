@@ -43,14 +43,14 @@ class Worker:
     times a second, and each time the training thread would have to give it up.
     """
 
-    def __init__(self, number: int, host: str, port: int, config: str, report_steps: int, address: str) -> None:
+    def __init__(self, number: int, host: str, port: int, secret: str, config: str, report_steps: int, address: str) -> None:
         """
         Args:
-            number: of this worker, with the host and port of the rendezvous.
+            number: of this worker, with the host, port and secret of the rendezvous.
             config: the run's configuration, as YAML.
             address: to whose interface the ranks' messages are bound.
         """
-        self._place_of_orders = host, port, number
+        self._place_of_orders = host, port, secret, number
         self._config, self._report_steps = config, report_steps
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._line: _Line | None = None

@@ -23,6 +23,8 @@ from hecate.launch.worker import Event, Worker
 
 _PING_EVERY_SECONDS = 2.0
 """an answer takes the interpreter from the training thread"""
+_ANSWER_SECONDS = 30.0
+"""for what Ray has said is there"""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -157,6 +159,7 @@ class WorkerGroup:
             number,
             self._rendezvous.host,
             self._rendezvous.port,
+            self._rendezvous.secret,
             self._config,
             self._report_steps,
             self._address or place.device.address,
@@ -213,7 +216,7 @@ class WorkerGroup:
             if item is None:  # the actor could not even be made; this raises why
                 assert place.worker is not None
                 item = place.worker.actor.__ray_ready__.remote()
-            event = dict(self._ray.get(item))
+            event = dict(self._ray.get(item, timeout=_ANSWER_SECONDS))
         except (self._ray.exceptions.RayError, ImportError) as error:
             self._clear(place)
             return {"kind": "down", "text": _cause(error)}

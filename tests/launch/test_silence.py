@@ -20,7 +20,7 @@ def test_a_worker_is_asked_every_other_second_and_silent_until_it_answers() -> N
     )
     place = group.places[0]
     worker = place.worker = Hired(7, nobody, nobody)
-    mine = orders(rendezvous.host, rendezvous.port, 7)
+    mine = orders(rendezvous.host, rendezvous.port, rendezvous.secret, 7)
     assert group.ping(place, 100.0) == 0.0
     assert group.ping(place, 101.0) == 1.0
     assert next(mine) == ("ping", [])

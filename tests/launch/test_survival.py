@@ -73,6 +73,21 @@ def test_those_left_go_on_and_another_takes_the_place(workshop: Path, whole: dic
     assert wait_until_gone([], temporary) == []
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_launcher_saves_the_step_it_comes_in(workshop: Path, number: signal.Signals, status: int) -> None:
+    name, temporary = f"signal-{number}", workshop / f"tmp-signal-{number}"
+    given = arguments(workshop, name, "max_steps=100000", "logging_steps=1")
+    with hecate("launch", "--nproc-per-node", "2", *given, temporary=temporary) as process:
+        read_until(process, "step 2/")
+        process.send_signal(number)
+        printed = read_rest(process, status)
+    assert "Traceback" not in printed
+    (saved,) = (workshop / "runs" / name).glob("checkpoint-*")
+    assert saved.name == f"checkpoint-{max(losses(workshop / 'runs' / name))}"
+    assert (saved / "COMMIT").is_file()
+    assert wait_until_gone([], temporary) == []
+
+
 PLAIN_TORCHRUN = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
 
 
