@@ -200,15 +200,11 @@ class WorkerGroup:
         return any(node["NodeID"] == place.device.node_id and node["Alive"] for node in self._ray.nodes())
 
     def close(self) -> None:
-        """End all workers and give the devices back."""
-        from ray.util.placement_group import remove_placement_group
-
+        """End all workers. Their devices are free when this process leaves the cluster."""
         for place in self.places:
             self.kill(place)
         for spare in self._spares.values():
             self._ray.kill(spare.actor, no_restart=True)
-        if self._placement is not None:
-            remove_placement_group(self._placement)
 
     def _read(self, place: Place, reference: Any) -> Event:
         try:
