@@ -37,7 +37,7 @@ class Rendezvous:
         self._store.set(_order_key(worker, number), _signature(self.secret, worker, number, text) + text)
 
     def carried_out(self, worker: int) -> int:
-        """Of a worker's orders the number."""
+        """How many of its orders a worker has carried out."""
         key = _done_key(worker)
         return int(self._store.get(key)) if self._store.check([key]) else 0
 
@@ -51,8 +51,7 @@ def meet(host: str, port: int, generation: int) -> dist.Store:
 
 def orders(host: str, port: int, secret: str, worker: int) -> Iterator[tuple[str, list[Any]]]:
     """A worker's orders as they come, method and arguments; each counts as carried out when the next one is asked for. Ends when the
-    controller is gone.
-    """
+    controller is gone."""
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_NEVER)
     number = 0
     while True:

@@ -126,7 +126,7 @@ def _run(
 ) -> int:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError, RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _listen_to_the_agent(folder)
@@ -151,13 +151,19 @@ def _run(
     try:
         with forking(folder, os.environ) as (program, *options):
             elastic_launch(launch_config, program)(*options, *arguments)
-    except (ChildFailedError, RendezvousConnectionError) as error:
+    except (ChildFailedError, RendezvousConnectionError, RendezvousClosedError) as error:
         if found := mistakes(folder):
             if found[0].name != "error-0":  # rank 0 has printed its own
                 print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
             return USER_ERROR_EXIT
         if isinstance(error, ChildFailedError):
             return _report(error.failures, max_restarts)
+        if isinstance(error, RendezvousClosedError):
+            print(
+                "hecate: the job is over: another node has given up, and says why\n  when that is mended, start all again with resume=true",
+                file=sys.stderr,
+            )
+            return 1
         print(
             f"hecate: {launch_config.rdzv_endpoint} is lost, where the nodes meet, and no node goes on without it\n"
             "  when its node is back, start all again with resume=true",
@@ -170,7 +176,7 @@ def _run(
     except RendezvousError as error:
         where = "" if meeting is None else f" at {meeting.host}:{meeting.port}"
         raise UserError(
-            f"the nodes could not meet{where}: {str(error).splitlines()[0]}\n"
+            f"the nodes could not meet{where}: {(str(error) or type(error).__name__).splitlines()[0]}\n"
             f"  {nodes[0]} must be started, each with the same --nnodes, --rdzv-endpoint and --rdzv-id"
         ) from None
     return 0

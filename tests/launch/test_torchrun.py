@@ -6,13 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from hecate.errors import UserError
+from hecate.launch import torchrun
 from hecate.launch.addresses import check_free, find_endpoint, interface_of, wait_for
 from hecate.launch.torchrun import node_range
+from hecate.local_store import error_file
 from tests.launch.cluster import ROOT
 from tests.tiny_run import make_workshop
 
@@ -52,6 +55,25 @@ def test_an_endpoint_on_this_node() -> None:
     check_free(busy)
     with pytest.raises(UserError, match="nobody has answered"):
         wait_for(busy, patience=0)
+
+
+@pytest.mark.parametrize(("left", "status", "said"), [(None, 1, "another node has given up"), ("a mistake", 2, "a mistake")])
+def test_a_job_that_another_node_has_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: str | None, status: int, said: str
+) -> None:
+    """An agent whose ranks have failed asks for the next meeting; where another's have too, that one may have closed it before."""
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError
+
+    def closed(*_: object) -> None:
+        raise RendezvousClosedError
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: closed)
+    monkeypatch.setattr(torchrun, "forking", lambda *_: nullcontext(("hecate",)))
+    monkeypatch.setattr(torchrun, "_listen_to_the_agent", lambda _: None)
+    if left:
+        error_file(tmp_path, 1).write_text(left, encoding="utf-8")
+    assert torchrun._run(["train"], tmp_path, (1, 1), 1, None, "job", 0) == status
+    assert said in capsys.readouterr().err
 
 
 MISTAKES = {
