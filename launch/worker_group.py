@@ -38,8 +38,8 @@ class Hired:
     """of its events"""
     orders: int = 0
     """that it was given"""
-    pings: int = 0
-    """of its orders that it must have carried out, or it is silent"""
+    unanswered: int = 0
+    """orders that it will have carried out when it has answered the last ping; 0: it has"""
     ping_sent: float = -math.inf
 
 
@@ -183,11 +183,12 @@ class WorkerGroup:
         then."""
         worker = place.worker
         assert worker is not None
-        if self._rendezvous.carried_out(worker.number) < worker.pings:
+        if worker.unanswered and self._rendezvous.carried_out(worker.number) < worker.unanswered:
             return now - worker.ping_sent
+        worker.unanswered = 0
         if now - worker.ping_sent >= _PING_EVERY_SECONDS:
             self.tell(place, "ping")
-            worker.pings, worker.ping_sent = worker.orders, now
+            worker.unanswered, worker.ping_sent = worker.orders, now
         return 0.0
 
     def kill(self, place: Place) -> None:

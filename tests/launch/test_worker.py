@@ -57,23 +57,24 @@ class Told:
 
 
 class Crew:
+    """Workers, and the orders that a controller would give them."""
+
     def __init__(self, config: str) -> None:
         self.rendezvous = Rendezvous("127.0.0.1")
         given = [self.rendezvous.host, self.rendezvous.port, self.rendezvous.secret, config, 1, "127.0.0.1"]
         self.workers = [Told([number, *given]) for number in range(RANKS)]
         self._orders = [0] * RANKS
-        self._topology = topology_text(local_topology(RANKS, cuda=False))
 
     def tell(self, number: int, method: str, *arguments: Any) -> None:
         self.rendezvous.order(number, self._orders[number], method, arguments)
         self._orders[number] += 1
 
-    def assign(self, method: str, generation: int, numbers: list[int], **changes: Any) -> None:
+    def assign(self, method: str, generation: int, numbers: list[int]) -> None:
         """Tell these workers to be the ranks of a generation."""
-        topology = self._topology if len(numbers) == RANKS else topology_text(local_topology(len(numbers), cuda=False))
+        topology = topology_text(local_topology(len(numbers), cuda=False))
         same = {"host": self.rendezvous.host, "port": self.rendezvous.port, "nodes": ["one"] * len(numbers), "topology": topology}
         for rank, number in enumerate(numbers):
-            place = {"generation": generation, "rank": rank, "world_size": len(numbers), **same, "resume": False, **changes}
+            place = {"generation": generation, "rank": rank, "world_size": len(numbers), **same, "resume": False}
             self.tell(number, method, place)
 
 
