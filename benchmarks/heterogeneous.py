@@ -25,7 +25,7 @@ from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
 from benchmarks.throttle import Processor
 from hecate.config import load_config
-from hecate.moe.engine import ExpertGroups
+from hecate.engine.engine import ExpertGroups
 from hecate.parallel.model_shapes import load_model_shape
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import replica_slots, simulate
@@ -37,8 +37,8 @@ from hecate.presets import find_preset
 from hecate.profile.fit import topology_from
 from hecate.profile.probe import quick_sizes
 from hecate.profile.run import measure
+from hecate.ranks.ranks import Ranks
 from hecate.train.loop import Run
-from hecate.train.ranks import Ranks
 from tests.ranks import run_ranks
 
 HELD = 1

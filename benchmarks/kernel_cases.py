@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_reference import lora_expert_ffn_reference
+from hecate.kernels.expert_ffn_reference import moe_lora_ffn_reference
 from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase, Lora
 from hecate.kernels.mixlora_reference import mixlora_ffn_reference
 
@@ -137,7 +137,7 @@ def reference(inputs: Inputs) -> Layer:
         return Layer(functools.partial(mixlora_ffn_reference, x, inputs.slot_TK, weight, base, loras), leaves)
     assert inputs.frozen_EC is not None
     frozen = list(inputs.frozen_EC.float())
-    return Layer(functools.partial(lora_expert_ffn_reference, x, inputs.slot_TK, weight, frozen, loras, inputs.ffn_shape), leaves)
+    return Layer(functools.partial(moe_lora_ffn_reference, x, inputs.slot_TK, weight, frozen, loras, inputs.ffn_shape), leaves)
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def ours(inputs: Inputs, compiled: bool = False) -> Layer:
         return Layer(functools.partial(kernels.mixlora_ffn, *operands, inputs.base, loras), inputs.leaves())
     assert inputs.frozen_EC is not None
     frozen = list(inputs.frozen_EC)
-    return Layer(functools.partial(kernels.lora_expert_ffn, *operands, frozen, loras, inputs.ffn_shape), inputs.leaves())
+    return Layer(functools.partial(kernels.moe_lora_ffn, *operands, frozen, loras, inputs.ffn_shape), inputs.leaves())
 
 
 def providers(shape: LayerShape) -> dict[str, kernel_providers.Provider]:

@@ -33,13 +33,13 @@ from benchmarks import cpu_layer
 from benchmarks.moe_layer_parts import KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
 from benchmarks.moe_layer_rivals import RIVAL_KINDS, bench_kind, rival_ratios, rival_shape
 from benchmarks.report import arguments, finish
+from hecate.engine.engine import ExpertGroups
 from hecate.launch.local import ALLOCATOR_SETTINGS
-from hecate.moe.engine import ExpertGroups
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import profile
-from hecate.train.ranks import Ranks
+from hecate.ranks.ranks import Ranks
 from tests.ranks import run_ranks
 
 WORLD = 2
@@ -65,7 +65,7 @@ class Variant:
 def variants(kind: str, policies: Collection[str]) -> dict[str, Variant]:
     named = {policy: Variant(policy) for policy in policies}
     named[BALANCED] = Variant("static_ep", balanced=True)
-    if kind == "lora_dense":
+    if kind == "mixlora":
         named[PER_CHOICE] = Variant("static_ep", per_choice=True)
         named[REMATERIALIZE] = Variant("full", options={"rematerialize": True})
     named["auto, exact"] = Variant("auto", options={"plan": "exact"})
@@ -92,7 +92,7 @@ def bench_rank(
             rows += [row(kind, bytes_sent=None, imbalance=None, **one) for one in found_rows]
             continue
         family, named = make_family(kind, shape), variants(kind, policies)
-        before = Projections(shape, trained=kind == "full_experts")
+        before = Projections(shape, trained=kind == "full")
         formula = Formula(family, rank, shape, *route(ROUTINGS[0], shape, seed=rank))
         for variant in named.values():
             engine = make_engine(variant.policy, shape, groups, topology, family, **variant.options)
@@ -152,8 +152,8 @@ def _ratios(rows: Sequence[dict[str, Any]], column: str) -> dict[str, float]:
     median = {(row["kind"], row["policy"], row["routing"]): row[column] for row in rows}
     kinds = {row["kind"] for row in rows}
     summary = {}
-    if "lora_dense" in kinds:
-        dense = {key[1:]: value for key, value in median.items() if key[0] == "lora_dense"}
+    if "mixlora" in kinds:
+        dense = {key[1:]: value for key, value in median.items() if key[0] == "mixlora"}
         for routing, name in (("zipf(1.2)", "zipf"), ("balanced", "balanced")):
             summary[f"{name}_speedup_over_static_ep"] = dense["static_ep", routing] / dense["hecate", routing]
             summary[f"{name}_auto_speedup_over_static_ep"] = dense["static_ep", routing] / dense["auto", routing]
@@ -161,11 +161,11 @@ def _ratios(rows: Sequence[dict[str, Any]], column: str) -> dict[str, float]:
         if (REMATERIALIZE, "zipf(1.2)") in dense:
             summary["rematerialize_slowdown"] = dense[REMATERIALIZE, "zipf(1.2)"] / dense["full", "zipf(1.2)"]
     summary |= rival_ratios(median, sorted(kinds))
-    for kind in ("full_experts", "frozen_moe"):
+    for kind, name in (("full", "full_experts"), ("moe_lora", "frozen_moe")):
         for policy in ("auto", "auto, exact"):
             over = [median[kind, policy, r] / median[kind, BALANCED, r] for r in ROUTINGS if (kind, policy, r) in median]
             if over:
-                summary[f"{kind}_{'exact_' if 'exact' in policy else ''}worst_over_balanced_ep"] = max(over)
+                summary[f"{name}_{'exact_' if 'exact' in policy else ''}worst_over_balanced_ep"] = max(over)
     return summary
 
 

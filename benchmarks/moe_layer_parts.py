@@ -10,21 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.step_plans import EngineConfig
+from hecate.experts.family import ExpertFamily
+from hecate.experts.full import FullExperts
+from hecate.experts.mixlora import MixLoraExperts
+from hecate.experts.moe_lora import MoeLoraExperts
+from hecate.experts.pairs import LoraShape
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
+from hecate.kernels.expert_ffn_reference import full_ffn_reference, moe_lora_ffn_reference
 from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase
 from hecate.kernels.mixlora_reference import mixlora_ffn_reference
-from hecate.moe.engine import Engine, ExpertGroups
-from hecate.moe.family import ExpertFamily
-from hecate.moe.frozen_moe import FrozenMoeLora
-from hecate.moe.full_experts import FullExperts
-from hecate.moe.lora_pairs import LoraShape
-from hecate.moe.mixlora import MixLoraExperts
-from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 
-KINDS = ("lora_dense", "full_experts", "frozen_moe")
+KINDS = ("mixlora", "full", "moe_lora")
 """LoRA experts over a dense base; experts that are all trained; LoRA over the frozen experts of an MoE base"""
 ROUTINGS = ("zipf(1.2)", "balanced", "hot", "rotating")
 ROTATION = 2
@@ -98,7 +98,7 @@ def make_family(kind: str, shape: Shape) -> ExpertFamily:
 
 def _family(kind: str, shape: Shape) -> ExpertFamily:
     lora = LoraShape(shape.rank, 2.0, 0.0)
-    if kind == "lora_dense":
+    if kind == "mixlora":
         gate_up, down = shape.expert.matrices(weights(shape, 0))
         gate, up = gate_up.chunk(2)
         base = FfnBase(gate, up, down, "silu")
@@ -110,10 +110,10 @@ def _family(kind: str, shape: Shape) -> ExpertFamily:
         "master_dtype": torch.float32,
         "compute_dtype": torch.float32,
     }
-    if kind == "full_experts":
+    if kind == "full":
         return FullExperts(shape.expert, device=torch.device("cpu"), **named)
     frozen = [weights(shape, expert) for expert in range(shape.experts)]
-    return FrozenMoeLora(shape.expert, frozen.__getitem__, lora, PROJECTIONS, device=torch.device("cpu"), **named)
+    return MoeLoraExperts(shape.expert, frozen.__getitem__, lora, PROJECTIONS, device=torch.device("cpu"), **named)
 
 
 def weights(shape: Shape, expert: int) -> Tensor:
@@ -127,7 +127,7 @@ def make_engine(
     policy: str, shape: Shape, groups: ExpertGroups, topology: Topology, family: ExpertFamily | None = None, **options: Any
 ) -> Engine:
     """An engine of one layer. `options`: of the `EngineConfig`."""
-    family = family or make_family("lora_dense", shape)
+    family = family or make_family("mixlora", shape)
     config = EngineConfig(POLICIES[policy], topology, top_k=shape.top_k, non_moe_flops=shape.attention_flops, **options)
     return Engine({0: family}, config, groups)
 
@@ -194,7 +194,7 @@ def check(engine: Engine, rank: int, shape: Shape, expert: Tensor, weight: Tenso
 def _formula(family: ExpertFamily, shape: Shape, x: Tensor, expert: Tensor, weight: Tensor, chunks: Tensor) -> Tensor:
     if isinstance(family, MixLoraExperts):
         return mixlora_ffn_reference(x, expert, weight, family.base, family.pairs(chunks))
-    if isinstance(family, FrozenMoeLora):
+    if isinstance(family, MoeLoraExperts):
         frozen = [weights(shape, e) for e in range(shape.experts)]
-        return lora_expert_ffn_reference(x, expert, weight, frozen, family.pairs(chunks), shape.expert)
-    return full_expert_ffn_reference(x, expert, weight, chunks, shape.expert)
+        return moe_lora_ffn_reference(x, expert, weight, frozen, family.pairs(chunks), shape.expert)
+    return full_ffn_reference(x, expert, weight, chunks, shape.expert)

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.moe_layer_parts import Formula, Shape, make_family, one_step, route
-from hecate.kernels.expert_ffn import full_expert_ffn
-from hecate.moe.engine import Engine, ExpertGroups
-from hecate.moe.family import ExpertFamily
-from hecate.moe.step_plans import EngineConfig
+from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.step_plans import EngineConfig
+from hecate.experts.family import ExpertFamily
+from hecate.kernels.expert_ffn import full_ffn
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 
@@ -129,12 +129,12 @@ class _AllExperts(nn.Module):
         self.experts_EC = nn.Parameter(experts_EC)
 
     def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        return full_expert_ffn(x, expert, weight, self.experts_EC, self._shape)
+        return full_ffn(x, expert, weight, self.experts_EC, self._shape)
 
 
 def bench_kind(rank: int, kind: str, shape: Shape, samples: int, groups: ExpertGroups, topology: Topology) -> list[dict[str, Any]]:
     """All layers of a kind, alternating. A sample is the slowest rank's time."""
-    family = make_family("full_experts", shape)
+    family = make_family("full", shape)
     makers: dict[str, Callable[[], Layer]] = {
         policy: lambda policy=policy: Ours(policy, shape, groups, topology, family)  # type: ignore[misc]
         for policy in OURS

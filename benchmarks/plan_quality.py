@@ -42,7 +42,7 @@ def kinds() -> list[Kind]:
         Kind(
             "full experts",
             LayerCost(
-                trainable_bytes=2 * expert, state_bytes=12 * expert, top_k=TOP_K, row_bytes=row, choice_flops=2 * expert,
+                trainable_bytes=2 * expert, state_bytes=12 * expert, top_k=TOP_K, row_bytes=row, assignment_flops=2 * expert,
                 non_moe_flops=attention,
             ),
         ),
@@ -50,14 +50,14 @@ def kinds() -> list[Kind]:
             "LoRA, dense base",
             LayerCost(
                 trainable_bytes=2 * pairs, state_bytes=12 * pairs, top_k=TOP_K, row_bytes=row, row_flops=2 * expert,
-                choice_flops=2 * pairs, choice_backward=3.0, non_moe_flops=attention,
+                assignment_flops=2 * pairs, assignment_backward=3.0, non_moe_flops=attention,
             ),
         ),
         Kind(
             "LoRA, frozen MoE base",
             LayerCost(
                 trainable_bytes=2 * pairs, frozen_bytes=2 * expert, state_bytes=12 * pairs, top_k=TOP_K, row_bytes=row,
-                choice_flops=2 * (expert + pairs), choice_backward=1.0, non_moe_flops=attention,
+                assignment_flops=2 * (expert + pairs), assignment_backward=1.0, non_moe_flops=attention,
             ),
         ),
     ]  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.gloo_steps import Shape
-from hecate.parallel.dispatch import destinations
+from hecate.parallel.comm.dispatch import destinations
 from hecate.parallel.flows import token_split
 from hecate.parallel.planners import Plan, PlanInput
 

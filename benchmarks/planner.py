@@ -33,8 +33,8 @@ def plan_input(experts: int, world: int, layers: int) -> PlanInput:
         frozen_bytes=6.0 * hidden * ffn,
         top_k=8,
         row_bytes=2.0 * hidden,
-        choice_flops=6.0 * hidden * ffn,
-        choice_backward=1.1,
+        assignment_flops=6.0 * hidden * ffn,
+        assignment_backward=1.1,
         non_moe_flops=8.0 * hidden**2 * 8192,
     )
     owners = np.stack([contiguous_owners(experts, world)] * layers)

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, attention, attention_weights, draw_routing, make_experts
-from hecate.moe.engine import ExpertGroups
-from hecate.moe.mixlora import MixLoraExperts
+from hecate.engine.engine import ExpertGroups
+from hecate.experts.mixlora import MixLoraExperts
+from hecate.parallel.comm.dispatch import combine, dispatch
 from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LayerCost
-from hecate.parallel.dispatch import combine, dispatch
 from hecate.parallel.placement import contiguous_owners, everything_everywhere
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Link, Topology
@@ -111,7 +111,7 @@ def measured_cost(found: Parts, shape: Shape, topology: Topology) -> LayerCost:
         cost,
         non_moe_flops=found.attention / 3 * rate,
         row_flops=found.row * rate / (1 + cost.row_backward),
-        choice_flops=found.choice * rate / (1 + cost.choice_backward),
+        assignment_flops=found.choice * rate / (1 + cost.assignment_backward),
     )
 
 

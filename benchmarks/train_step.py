@@ -62,16 +62,16 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
     from safetensors.torch import load_file
 
     from hecate.data.batches import Batch
+    from hecate.engine.step_plans import EngineConfig
+    from hecate.experts.mixlora import LoraShape
     from hecate.model.checkpointing import checkpoint_activations
     from hecate.model.head import LanguageModelHead
     from hecate.model.load import ModelSource, load_model
     from hecate.model.surgery import SurgeryPlan, insert_experts
-    from hecate.moe.mixlora import LoraShape
-    from hecate.moe.step_plans import EngineConfig
+    from hecate.optim.optimizer import ExpertOptimizer
     from hecate.parallel.planners import POLICIES
     from hecate.parallel.topology import local_topology
-    from hecate.train.optimizer import ExpertOptimizer
-    from hecate.train.ranks import join_ranks
+    from hecate.ranks.ranks import join_ranks
     from hecate.train.step import train_step
 
     torch.set_num_threads(1)

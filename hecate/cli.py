@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.local_store import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, error_file, mistakes
+from hecate.ranks.launched import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, error_file, mistakes
 
 if TYPE_CHECKING:
     from hecate.config import Config
@@ -69,13 +69,13 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 
     loaded = load_config(config, overrides or (), claim_output=False)
     _check_kernels(loaded.kernels)
-    from hecate.train.preload import preload
+    from hecate.ranks.preload import preload
 
     preload()
-    from hecate.train.local_group import local_controller
+    from hecate.elastic.local_group import local_controller
+    from hecate.elastic.restart import begin_or_resume
+    from hecate.ranks.ranks import join_ranks, lost_a_peer
     from hecate.train.loop import train as run
-    from hecate.train.ranks import join_ranks, lost_a_peer
-    from hecate.train.restart import begin_or_resume
 
     try:
         with join_ranks(loaded.fssdp.shard_size, loaded.model.tensor_parallel) as ranks:
@@ -213,7 +213,7 @@ def profile(
     if nproc is not None:
         raise UserError("--nproc: torchrun has started the ranks already; give it --nproc-per-node instead")
     from hecate.profile.run import profile as measure
-    from hecate.train.ranks import join_ranks
+    from hecate.ranks.ranks import join_ranks
 
     with join_ranks() as ranks:
         measure(ranks, out)

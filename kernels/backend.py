@@ -22,8 +22,8 @@ class ExpertKernels:
     """The feed-forwards of the three kinds of experts, each as its fast torch version is documented."""
 
     mixlora_ffn: Callable[..., Tensor]
-    full_expert_ffn: Callable[..., Tensor]
-    lora_expert_ffn: Callable[..., Tensor]
+    full_ffn: Callable[..., Tensor]
+    moe_lora_ffn: Callable[..., Tensor]
 
 
 def expert_kernels(backend: Backend, x: Tensor, rank: int = 0) -> ExpertKernels:
@@ -66,21 +66,21 @@ def triton_problem(device: str, dtype: torch.dtype | None = None, rank: int = 0)
 
 
 def _triton() -> ExpertKernels:
-    from hecate.kernels.expert_ffn_sorted import full_expert_ffn_sorted, lora_expert_ffn_sorted
+    from hecate.kernels.expert_ffn_sorted import full_ffn_sorted, moe_lora_ffn_sorted
     from hecate.kernels.mixlora_sorted import mixlora_ffn_sorted
 
-    return ExpertKernels(mixlora_ffn_sorted, full_expert_ffn_sorted, lora_expert_ffn_sorted)
+    return ExpertKernels(mixlora_ffn_sorted, full_ffn_sorted, moe_lora_ffn_sorted)
 
 
 def _torch() -> ExpertKernels:
-    from hecate.kernels.expert_ffn import full_expert_ffn, lora_expert_ffn
+    from hecate.kernels.expert_ffn import full_ffn, moe_lora_ffn
     from hecate.kernels.mixlora import mixlora_ffn
 
-    return ExpertKernels(mixlora_ffn, full_expert_ffn, lora_expert_ffn)
+    return ExpertKernels(mixlora_ffn, full_ffn, moe_lora_ffn)
 
 
 def _reference() -> ExpertKernels:
-    from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
+    from hecate.kernels.expert_ffn_reference import full_ffn_reference, moe_lora_ffn_reference
     from hecate.kernels.mixlora_reference import mixlora_ffn_reference
 
-    return ExpertKernels(mixlora_ffn_reference, full_expert_ffn_reference, lora_expert_ffn_reference)
+    return ExpertKernels(mixlora_ffn_reference, full_ffn_reference, moe_lora_ffn_reference)

@@ -27,7 +27,7 @@ _TILE_ROWS = 512
 """pairs of a tile: a GEMM of so many rows repays reading its expert's weights, and adding to their gradients"""
 
 
-def full_expert_ffn(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, shape: FfnShape) -> Tensor:
+def full_ffn(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, shape: FfnShape) -> Tensor:
     """The weighted sum of each token's experts, gated FFNs that are trained.
 
     Works in x's dtype; the experts' gradient comes in their own. Differentiable in x, weights and experts.
@@ -45,7 +45,7 @@ def full_expert_ffn(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC
     return _FullExperts.apply(x_TD, weight_TK, experts_SC, shape, tiles)
 
 
-def lora_expert_ffn(
+def moe_lora_ffn(
     x_TD: Tensor,
     slot_TK: Tensor,
     weight_TK: Tensor,
@@ -62,7 +62,7 @@ def lora_expert_ffn(
     Works in x's dtype; gradients of the pairs come in their own. Differentiable in x, weights and pairs, not in the frozen parts.
 
     Args:
-        x_TD, slot_TK, weight_TK: as for `full_expert_ffn`.
+        x_TD, slot_TK, weight_TK: as for `full_ffn`.
         frozen_S: the flat chunk of each slot, as `FfnShape` lays it out.
         loras: by projection (`gate_proj`, `up_proj`, `down_proj`; or `gate_up_proj`, one pair whose B has the rows of both); a projection
             left out has no adapter. At least one.

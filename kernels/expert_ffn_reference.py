@@ -14,8 +14,8 @@ from hecate.kernels.mixlora_inputs import FfnBase, Lora, separate_gate_and_up
 from hecate.kernels.mixlora_reference import mixlora_ffn_reference
 
 
-def full_expert_ffn_reference(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, shape: FfnShape) -> Tensor:
-    """As `full_expert_ffn`: y = sum_k w_k W2 (act(W1 x) · W3 x), the matrices being those of the choice's expert."""
+def full_ffn_reference(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, shape: FfnShape) -> Tensor:
+    """As `full_ffn`: y = sum_k w_k W2 (act(W1 x) · W3 x), the matrices being those of the choice's expert."""
     y_TD = x_TD.new_zeros(x_TD.shape)
     for slot, flat in enumerate(experts_SC):
         tokens, choice = (slot_TK == slot).nonzero(as_tuple=True)
@@ -26,7 +26,7 @@ def full_expert_ffn_reference(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, 
     return y_TD
 
 
-def lora_expert_ffn_reference(
+def moe_lora_ffn_reference(
     x_TD: Tensor,
     slot_TK: Tensor,
     weight_TK: Tensor,
@@ -38,7 +38,7 @@ def lora_expert_ffn_reference(
     token_T: Tensor | None = None,
     expert_S: Tensor | None = None,
 ) -> Tensor:
-    """As `lora_expert_ffn`: each slot a MixLoRA expert over a base of its own."""
+    """As `moe_lora_ffn`: each slot a MixLoRA expert over a base of its own."""
     loras = separate_gate_and_up(loras)
     y_TD = x_TD.new_zeros(x_TD.shape)
     for slot, flat in enumerate(frozen_S):

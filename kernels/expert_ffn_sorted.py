@@ -15,17 +15,17 @@ from torch import Tensor
 
 from hecate.kernels.dropout import Dropout
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.full_experts_ops import full_experts
-from hecate.kernels.lora_experts_ops import lora_experts
+from hecate.kernels.full_ops import full_experts
 from hecate.kernels.mixlora_inputs import PROJECTIONS, Lora, dropout_rows, separate_gate_and_up
+from hecate.kernels.moe_lora_ops import lora_experts
 
 
-def full_expert_ffn_sorted(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, shape: FfnShape) -> Tensor:
-    """As `expert_ffn.full_expert_ffn`, in float32, bfloat16 or float16; differentiable once."""
+def full_ffn_sorted(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, shape: FfnShape) -> Tensor:
+    """As `expert_ffn.full_ffn`, in float32, bfloat16 or float16; differentiable once."""
     return full_experts(x_TD, slot_TK, weight_TK, experts_SC, shape.hidden, shape.ffn, shape.activation)[0]
 
 
-def lora_expert_ffn_sorted(
+def moe_lora_ffn_sorted(
     x_TD: Tensor,
     slot_TK: Tensor,
     weight_TK: Tensor,
@@ -37,7 +37,7 @@ def lora_expert_ffn_sorted(
     token_T: Tensor | None = None,
     expert_S: Tensor | None = None,
 ) -> Tensor:
-    """As `expert_ffn.lora_expert_ffn`, in float32, bfloat16 or float16; differentiable once."""
+    """As `expert_ffn.moe_lora_ffn`, in float32, bfloat16 or float16; differentiable once."""
     assert len(loras) > 0, "frozen experts without adapters have nothing to train"
     loras = separate_gate_and_up(loras)
     words: dict[str, Tensor] = {}

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hecate.local_store import LAUNCHED_VARIABLE
+from hecate.ranks.launched import LAUNCHED_VARIABLE
 
 _SERVER = (sys.executable, "-m", "hecate.launch.fork_server")
 _PLAIN = (sys.executable, "-m", "hecate")
@@ -184,7 +184,7 @@ def main() -> None:
     from hecate import cli
 
     with suppress(ImportError):  # the ranks meet it, too, and say so
-        from hecate.train.preload import preload
+        from hecate.ranks.preload import preload
 
         preload()
     order = wait_for_orders(listening)

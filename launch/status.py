@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hecate.checkpoint.strict_json import JsonError, parse_json
 from hecate.errors import UserError
+from hecate.io.strict_json import JsonError, parse_json
 
 FILE = "status.json"
 STALE_SECONDS = 30.0

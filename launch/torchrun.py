@@ -22,9 +22,9 @@ from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_fo
 from hecate.launch.fork_server import forking
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.launch.run_folder import run_folder
-from hecate.local_store import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
 from hecate.parallel.mesh import make_mesh
-from hecate.train.sockets import notice_lost_machines, tcp_sockets
+from hecate.ranks.launched import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
+from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
 
 _QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 3}
 """seconds: a dead node is noticed in half of the time that torch's own settings take"""
@@ -47,11 +47,11 @@ def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> No
     """Raises UserError: the ranks do not fit this node's GPUs, the topology, the sharding groups or the tensor groups."""
     import torch
 
-    shard_size, tensor_size = config.fssdp.shard_size, config.model.tensor_parallel
+    shard_size, tp_size = config.fssdp.shard_size, config.model.tensor_parallel
     if nodes[0] == nodes[1]:
-        make_mesh(nodes[0] * ranks_per_node, shard_size, tensor_size)
+        make_mesh(nodes[0] * ranks_per_node, shard_size, tp_size)
     else:
-        for key, size in (("fssdp.shard_size", shard_size), ("model.tensor_parallel", tensor_size)):
+        for key, size in (("fssdp.shard_size", shard_size), ("model.tensor_parallel", tp_size)):
             if size is not None and ranks_per_node % size:
                 raise UserError(
                     f"{key}: must divide the ranks of a node, which are {ranks_per_node}, got {size}\n"

@@ -66,7 +66,7 @@ class Worker:
         import torch
 
         import hecate
-        from hecate.train.preload import preload
+        from hecate.ranks.preload import preload
 
         preload()
         threading.Thread(target=self._take_orders, daemon=True).start()
@@ -109,8 +109,8 @@ class Worker:
             line.ranks.abort()
 
     def order(self, generation: int, order: dict[str, Any]) -> None:
-        """See `hecate.train.observer.Order`."""
-        from hecate.train.observer import Order
+        """See `hecate.elastic.observer.Order`."""
+        from hecate.elastic.observer import Order
 
         flops, rows = (None if order[key] is None else tuple(order[key]) for key in ("flops", "rows"))
         if self._line is not None and self._line.generation == generation:
@@ -180,10 +180,10 @@ class _Line:
     def _wait(self, kind: str) -> Any:
         import torch.distributed as dist
 
+        from hecate.elastic.rebuild import Group
         from hecate.launch.rendezvous import meet
         from hecate.parallel.topology_file import parse_topology
-        from hecate.train.elastic import Group
-        from hecate.train.ranks import connect
+        from hecate.ranks.ranks import connect
 
         while True:
             self._events.put({"kind": kind, "generation": self.generation})
@@ -252,8 +252,8 @@ def _run(config_text: str, place: Assignment | None, line: _Line) -> bool:
     from hecate.config import load_config
     from hecate.launch.rendezvous import meet
     from hecate.parallel.topology_file import parse_topology
+    from hecate.ranks.ranks import connect
     from hecate.train.loop import train
-    from hecate.train.ranks import connect
 
     with tempfile.TemporaryDirectory(prefix="hecate-") as folder:
         path = Path(folder, "config.yaml")

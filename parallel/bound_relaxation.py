@@ -49,7 +49,7 @@ class LayerProblem:
         self.may_have_all = bool(((~given.owned_LED[0]).sum(0) <= self.slots_D).all())
         self.rate_D = np.asarray(given.topology.flops)
         self.row_work = given.cost.row_flops * (1 + given.cost.row_backward) * unit
-        self.choice_work = given.cost.choice_flops * (1 + given.cost.choice_backward) * unit
+        self.choice_work = given.cost.assignment_flops * (1 + given.cost.assignment_backward) * unit
         self.row_bytes = 4 * given.cost.row_bytes * unit  # rows cross the network four times
         self.attention = given.cost.non_moe_flops / self.rate_D.min()
         self.balanced = self.load_E.sum() * (self.row_work / given.cost.top_k + self.choice_work) / self.rate_D.sum()

@@ -44,11 +44,11 @@ class LayerCost:
     """one token's hidden row, one way"""
     row_flops: float = 0.0
     """per distinct token on a rank, whatever number of its experts is there: a base FFN that the experts share"""
-    choice_flops: float = 0.0
+    assignment_flops: float = 0.0
     """per (token, expert)"""
     row_backward: float = 1.0
     """backward over forward FLOPs of a row; 1 for a frozen base, 2 for a trained one"""
-    choice_backward: float = 2.0
+    assignment_backward: float = 2.0
     """backward over forward FLOPs of a choice"""
     non_moe_flops: float = 0.0
     """of one rank: the attention that hides transfers; backward is twice as long"""
@@ -136,7 +136,7 @@ def layer_seconds(
     choices_D = quota_ED.sum(-2)
     rate_D = np.asarray(topology.flops)
     row_work = cost.row_flops * (1 + cost.row_backward)
-    choice_work = cost.choice_flops * (1 + cost.choice_backward)
+    choice_work = cost.assignment_flops * (1 + cost.assignment_backward)
     compute = ((rows.computed_D * row_work + choices_D * choice_work) / rate_D).max(-1)
 
     gather_ports_ = gather_ports(owner_E, where_ED, topology)

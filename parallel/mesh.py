@@ -2,7 +2,7 @@
 
     rank = replica * shard_size + place        experts: all of them are in each *sharding group* of `shard_size` neighbouring ranks; the
                                                ranks of one place own the same experts, and make a *replicate group*
-    rank = data * tensor_size + part           outside the experts: `tensor_size` neighbouring ranks share the weights of one copy
+    rank = data * tp_size + part           outside the experts: `tp_size` neighbouring ranks share the weights of one copy
 
 Neighbouring ranks sit on one node, where links are fast.
 """
@@ -22,11 +22,11 @@ class Mesh:
     world_size: int
     shard_size: int
     """ranks that share one copy of all experts"""
-    tensor_size: int = 1
+    tp_size: int = 1
     """ranks that share one copy of the rest of the model"""
 
     @property
-    def num_replicas(self) -> int:
+    def num_sharding_groups(self) -> int:
         """Sharding groups."""
         return self.world_size // self.shard_size
 
@@ -37,31 +37,31 @@ class Mesh:
         return _strides(self.world_size, self.shard_size)
 
     def tensor_groups(self) -> list[list[int]]:
-        return _runs(self.world_size, self.tensor_size)
+        return _runs(self.world_size, self.tp_size)
 
     def data_groups(self) -> list[list[int]]:
-        return _strides(self.world_size, self.tensor_size)
+        return _strides(self.world_size, self.tp_size)
 
 
-def make_mesh(world_size: int, shard_size: int | None = None, tensor_size: int = 1) -> Mesh:
+def make_mesh(world_size: int, shard_size: int | None = None, tp_size: int = 1) -> Mesh:
     """Args:
         shard_size: `fssdp.shard_size`; None: the world.
-        tensor_size: `model.tensor_parallel`.
+        tp_size: `model.tensor_parallel`.
 
     Raises:
         UserError: the groups do not fill the world.
     """
     divisors = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
-    if world_size % tensor_size:
+    if world_size % tp_size:
         raise UserError(
-            f"model.tensor_parallel: must divide the number of ranks, which is {world_size}, got {tensor_size}\n  give one of {divisors}"
+            f"model.tensor_parallel: must divide the number of ranks, which is {world_size}, got {tp_size}\n  give one of {divisors}"
         )
     if shard_size is not None and world_size % shard_size:
         raise UserError(
             f"fssdp.shard_size: must divide the number of ranks, which is {world_size}, got {shard_size}\n"
             f"  give one of {divisors}, or null for all ranks"
         )
-    return Mesh(world_size, shard_size or world_size, tensor_size)
+    return Mesh(world_size, shard_size or world_size, tp_size)
 
 
 def owners_topology(topology: Topology, mesh: Mesh) -> Topology:

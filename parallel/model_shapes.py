@@ -11,7 +11,7 @@ import yaml
 from hecate.errors import UserError
 from hecate.parallel.cost_model import LayerCost
 
-Kind = Literal["full", "lora_dense", "lora_moe"]
+Kind = Literal["full", "mixlora", "moe_lora"]
 
 _MASTER_BYTES = 4
 """master parameters, moments and adapters are float32"""
@@ -27,7 +27,7 @@ class ModelShape:
 
     name: str
     kind: Kind
-    """full: experts trained whole. lora_dense: LoRA pairs over one frozen FFN that the experts share. lora_moe: LoRA pairs over
+    """full: experts trained whole. mixlora: LoRA pairs over one frozen FFN that the experts share. moe_lora: LoRA pairs over
     frozen experts, each its own"""
     hidden: int
     ffn: int
@@ -86,7 +86,7 @@ class ModelShape:
 
     def num_params(self) -> int:
         """Of all layers: attention and FFNs, LoRA pairs included; no embeddings, no norms, no routers."""
-        ffns = 1 if self.kind == "lora_dense" else self.experts
+        ffns = 1 if self.kind == "mixlora" else self.experts
         return self.layers * (self.attention_parameters + ffns * self.ffn_parameters + self.experts * self.pair_parameters)
 
     def replicated_bytes(self) -> float:
@@ -95,7 +95,7 @@ class ModelShape:
         """
         if self.kind == "full":
             return float(self.layers * self.attention_parameters * (2 * self.dtype_bytes + 3 * _MASTER_BYTES))
-        shared = self.ffn_parameters if self.kind == "lora_dense" else 0
+        shared = self.ffn_parameters if self.kind == "mixlora" else 0
         return float(self.layers * (self.attention_parameters + shared) * self.dtype_bytes)
 
     def attention_flops(self, tokens: float) -> float:
@@ -119,11 +119,11 @@ class ModelShape:
                 state_bytes=float(3 * _MASTER_BYTES * self.ffn_parameters),
                 top_k=self.top_k,
                 row_bytes=row_bytes,
-                choice_flops=base,
+                assignment_flops=base,
                 non_moe_flops=non_moe_flops,
             )
         pair_bytes = float(_MASTER_BYTES * self.pair_parameters)
-        shared = self.kind == "lora_dense"
+        shared = self.kind == "mixlora"
         return LayerCost(
             trainable_bytes=pair_bytes,
             frozen_bytes=0.0 if shared else float(self.ffn_parameters * self.dtype_bytes),
@@ -131,8 +131,8 @@ class ModelShape:
             top_k=self.top_k,
             row_bytes=row_bytes,
             row_flops=base if shared else 0.0,
-            choice_flops=pairs if shared else base + pairs,
-            choice_backward=3.0 if shared else (base + 3 * pairs) / (base + pairs),
+            assignment_flops=pairs if shared else base + pairs,
+            assignment_backward=3.0 if shared else (base + 3 * pairs) / (base + pairs),
             non_moe_flops=non_moe_flops,
         )
 

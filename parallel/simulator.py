@@ -327,7 +327,7 @@ def _bytes(
 def _imbalance(rows: Rows, quota_LED: np.ndarray, topology: Topology, cost: LayerCost) -> float:
     rate_D = np.asarray(topology.flops)
     work_LD = rows.computed_D * cost.row_flops * (1 + cost.row_backward)
-    work_LD = work_LD + quota_LED.sum(1) * cost.choice_flops * (1 + cost.choice_backward)
+    work_LD = work_LD + quota_LED.sum(1) * cost.assignment_flops * (1 + cost.assignment_backward)
     even_L = work_LD.sum(1) / rate_D.sum()
     busiest_L = (work_LD / rate_D).max(1)
     return float(np.divide(busiest_L, even_L, out=np.ones_like(even_L), where=even_L > 0).mean())

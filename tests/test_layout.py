@@ -63,7 +63,7 @@ def under(name: str, *packages: str) -> bool:
 def test_the_sources_are_seen() -> None:
     """Otherwise everything below would pass on an empty list."""
     names = {str(path.relative_to(ROOT)) for path in ALL_SOURCES}
-    assert {"hecate/__init__.py", "parallel/planners/hecate.py", "kernels/mixlora.py", "hecate/moe/engine.py"} <= names
+    assert {"hecate/__init__.py", "parallel/planners/hecate.py", "kernels/mixlora.py", "hecate/engine/engine.py"} <= names
     assert not any(name.startswith(("hecate/parallel", "hecate/kernels")) for name in names)
 
 
@@ -146,7 +146,7 @@ def test_nothing_is_unpickled() -> None:
         names |= {name.rpartition(".")[2] for name in imported(tree)}
         wrong += [f"{path}: {name}" for name in names & OBJECT_COLLECTIVES]
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load" and not path.startswith("hecate/adapter/"):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load" and not path.startswith("hecate/adapters/"):
                 wrong.append(f"{path}:{node.lineno}: torch.load")
     assert not wrong, "\n".join(wrong)
 

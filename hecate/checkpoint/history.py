@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hecate.checkpoint.errors import CheckpointError
-from hecate.checkpoint.files import delete_files, sync_folder
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, read_manifest, step_of
+from hecate.io.durable import delete_files, sync_folder
 
 _log = logging.getLogger(__name__)
 _STAGING = re.compile(r"checkpoint-[0-9]{1,16}\.tmp-[0-9A-Za-z]{1,64}")

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from hecate.checkpoint.errors import CheckpointError
-from hecate.checkpoint.files import delete_files, read_small, sync_folder, write_durable
 from hecate.checkpoint.layout import TensorEntry, file_size, shard_file, shard_sidecar
 from hecate.checkpoint.manifest import (
     COMMIT,
@@ -30,7 +29,8 @@ from hecate.checkpoint.manifest import (
     step_of,
 )
 from hecate.checkpoint.shard import write_safetensors
-from hecate.checkpoint.strict_json import JsonError, dump_json, parse_json
+from hecate.io.durable import delete_files, read_small, sync_folder, write_durable
+from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _NONCE = re.compile(r"[0-9A-Za-z]{1,64}")
 

@@ -85,7 +85,7 @@ def owned_experts(group: ExpertLayers, run: RunShape) -> np.ndarray:
     """float64 [ranks]: experts that each rank owns, in all layers of the group."""
     memory = owners_topology(run.topology, run.mesh).memory
     owned = group.number * np.bincount(owners_by_memory(group.experts, memory), minlength=len(memory)).astype(float)
-    return np.tile(owned, run.mesh.num_replicas)
+    return np.tile(owned, run.mesh.num_sharding_groups)
 
 
 def _saved_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:

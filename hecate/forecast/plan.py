@@ -83,7 +83,7 @@ def _policy_tables(found: Forecast, width: int) -> list[Table]:
         for row in cells:
             table.add_row(row[0], *(row[column] for column in group))
         tables.append(table)
-    sharing = f" in sharding groups of {run.mesh.shard_size}" if run.mesh.num_replicas > 1 else ""
+    sharing = f" in sharding groups of {run.mesh.shard_size}" if run.mesh.num_sharding_groups > 1 else ""
     tables[0].title = f"One step on {run.topology_name}, {run.topology.world_size} ranks{sharing}, {found.workload} loads"
     tables[0].caption = "ms; port, uplink: MB through the busiest one; *: does not fit the devices' memory; first: the configured policy"
     return tables

@@ -148,16 +148,16 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
 
 
 def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> LayerCost:
-    """What the engine plans a layer with (`MixLoraExperts.cost`, `FullExperts.cost`, `FrozenMoeLora.cost`)."""
+    """What the engine plans a layer with (`MixLoraExperts.cost`, `FullExperts.cost`, `MoeLoraExperts.cost`)."""
     ffn = 3 * layer.hidden * layer.ffn
     frozen, row_flops, trained = 0, 0.0, config.lora.r * _adapted_sizes(layer, config)
-    choice_flops, choice_backward = 2.0 * trained, 3.0
+    assignment_flops, assignment_backward = 2.0 * trained, 3.0
     if config.moe.family == "full":
-        trained, choice_flops, choice_backward = ffn, 2.0 * ffn, 2.0
+        trained, assignment_flops, assignment_backward = ffn, 2.0 * ffn, 2.0
     elif config.moe.family == "moe_lora":
         frozen, frozen_flops, pair_flops = ffn, 2.0 * ffn, 2.0 * trained
-        choice_flops = frozen_flops + pair_flops
-        choice_backward = (frozen_flops + 2.5 * pair_flops) / choice_flops
+        assignment_flops = frozen_flops + pair_flops
+        assignment_backward = (frozen_flops + 2.5 * pair_flops) / assignment_flops
     else:
         row_flops = 2.0 * ffn
     return LayerCost(
@@ -167,8 +167,8 @@ def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
         top_k=config.moe.choices,
         row_bytes=float(layer.hidden * dtype_bytes),
         row_flops=row_flops,
-        choice_flops=choice_flops,
-        choice_backward=choice_backward,
+        assignment_flops=assignment_flops,
+        assignment_backward=assignment_backward,
         non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
     )
 

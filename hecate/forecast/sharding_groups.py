@@ -22,7 +22,7 @@ def simulate_groups(loads: np.ndarray, topology: Topology, cost: LayerCost, mesh
     Args:
         loads: of the whole job.
     """
-    if mesh.num_replicas == 1:
+    if mesh.num_sharding_groups == 1:
         return simulate(loads, topology, cost)
     groups = mesh.sharding_groups()
     by_group = []
@@ -67,11 +67,11 @@ def sum_over_groups(owned_D: np.ndarray, messages: int, topology: Topology, mesh
         owned_D: float64 [ranks]: bytes of the gradients of the experts that each rank owns.
         messages: all-reduces, one a layer.
     """
-    if mesh.num_replicas == 1:
+    if mesh.num_sharding_groups == 1:
         return 0.0, StepBytes(near=0.0, far=0.0, busiest_port=0.0, busiest_uplink=0.0)
     node_D = np.asarray(topology.node_of_rank)
     next_D = (np.arange(mesh.world_size) + mesh.shard_size) % mesh.world_size
-    sent_D = 2.0 * (mesh.num_replicas - 1) / mesh.num_replicas * owned_D
+    sent_D = 2.0 * (mesh.num_sharding_groups - 1) / mesh.num_sharding_groups * owned_D
     far_D = np.where(node_D != node_D[next_D], sent_D, 0.0)
     near_D, far_N = sent_D - far_D, np.bincount(node_D, weights=far_D, minlength=topology.num_nodes)
     ports = (near_D, topology.port_bandwidth), (far_D, topology.nic_bandwidth), (far_N, topology.uplink_bandwidth)

@@ -18,13 +18,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from hecate.experts.layer import stats_of
+from hecate.experts.micro_step import MicroStep, RouterStats
+from hecate.experts.router import Routing
 from hecate.megatron.gpt import transformer_config
 from hecate.megatron.shape import GptShape
 from hecate.megatron.tensor_parallel import call_newest_collectives
 from hecate.megatron.without_cuda import answer_for_cuda
-from hecate.moe.context import MicroStep, RouterStats
-from hecate.moe.layer import stats_of
-from hecate.moe.router import Routing
 
 AUX_LOSS = "global_load_balancing_loss"
 """the name under which Megatron tracks it"""

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.full import FullExperts
+from hecate.experts.micro_step import MicroStep
 from hecate.megatron.expert_parallel import ExpertParallelLayer, put_experts, write_gradients
-from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine, ExpertGroups
-from hecate.moe.full_experts import FullExperts
-from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.placement import contiguous_owners
 
 

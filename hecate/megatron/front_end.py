@@ -17,6 +17,13 @@ from torch import Tensor, nn
 
 from hecate.config import Config
 from hecate.config.schema import MEGATRON_EP
+from hecate.engine.engine import Engine
+from hecate.engine.step_plans import EngineConfig
+from hecate.experts.full import FullExperts
+from hecate.experts.layer import MoeLayer
+from hecate.experts.micro_step import MicroStep
+from hecate.experts.router import TopKRouter
+from hecate.experts.seeding import generator
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.megatron.imports import quietly
 from hecate.megatron.shape import GptShape, gpt_shape
@@ -24,16 +31,9 @@ from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 from hecate.model.head import VocabularyPart, chunked_cross_entropy
 from hecate.model.surgery import MoeModel, adapter_dtype, prefetch_during_attention
 from hecate.model.tensor_parts import TensorGroups, TensorParts
-from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine
-from hecate.moe.full_experts import FullExperts
-from hecate.moe.layer import MoeLayer
-from hecate.moe.router import TopKRouter
-from hecate.moe.seeding import generator
-from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.topology import Topology
+from hecate.ranks.ranks import Ranks
 from hecate.train.build import BaseModel, engine_config
-from hecate.train.ranks import Ranks
 
 with quietly():
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -67,9 +67,9 @@ class GptHead:
         """Of rows of so many positions, those whose tokens the layers of this rank see."""
         if self._tensor is None:
             return slice(length)
-        assert length % self._tensor.size == 0, (length, self._tensor.size)
-        each = length // self._tensor.size
-        return slice(self._tensor.part * each, (self._tensor.part + 1) * each)
+        assert length % self._tensor.tp_size == 0, (length, self._tensor.tp_size)
+        each = length // self._tensor.tp_size
+        return slice(self._tensor.tp_rank * each, (self._tensor.tp_rank + 1) * each)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]. Position numbers are not needed: rotary embeddings are relative, and no sample sees another."""
@@ -88,7 +88,7 @@ class GptHead:
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
         """Summed cross-entropy of N label tokens; of the ranks of a tensor group, which give the same ones, each has a share of the sum."""
         weight = self._model.shared_embedding_or_output_weight()
-        part = VocabularyPart(self._tensor.part * len(weight), self._tensor.tensor) if self._tensor else None
+        part = VocabularyPart(self._tensor.tp_rank * len(weight), self._tensor.tensor) if self._tensor else None
         return chunked_cross_entropy(hidden_ND, target_N, self.logits, [weight], part)
 
 
@@ -109,7 +109,7 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
     shape, tokenizer = shape_of(config), tokenizer_of(config)
     vocabulary = vocabulary_of(config, tokenizer)
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
-    non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len / ranks.tensor_size
+    non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len / ranks.tp_size
     families = {layer: _family(shape, layer, config.seed, dtype, ranks.device) for layer in range(shape.layers)}
     settings, micro_step = engine_config(config, ranks, non_moe_flops, topology), MicroStep()
     routers = {
@@ -167,7 +167,7 @@ def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[int, nn.Module], 
     parallel: dict[str, Any] = {}
     if ranks.tensor is not None:
         prepare_sharded_layers()
-        parallel = {"tensor_model_parallel_size": ranks.tensor_size, "sequence_parallel": True}
+        parallel = {"tensor_model_parallel_size": ranks.tp_size, "sequence_parallel": True}
     module = FssdpMoeLayer if all(isinstance(layer, MoeLayer) for layer in layers.values()) else OwnMoeLayer
     with quietly():
         model = build_gpt(

@@ -13,10 +13,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hecate.engine.engine import ExpertGroups
 from hecate.megatron.layer import AnyDeviceRotary, TorchAttention, TorchNorm
 from hecate.megatron.shape import GptShape
 from hecate.model.tensor_parts import TensorGroups
-from hecate.moe.engine import ExpertGroups
 
 INIT_STD, NORM_EPS, ROTARY_BASE = 0.02, 1e-5, 10_000
 
@@ -62,7 +62,7 @@ def process_groups(groups: ExpertGroups, tensor: TensorGroups | None = None) -> 
     data = dict.fromkeys(("dp", "dp_cp", "intra_dp_cp"), tensor.data if tensor else groups.world)
     model = dict.fromkeys(("tp", "mp", "tp_cp"), tensor.tensor if tensor else alone)
     sharding = dict.fromkeys(("ep", "tp_ep", "tp_ep_pp"), groups.tokens)
-    replicate = dict.fromkeys(("expt_dp", "intra_expt_dp"), groups.replicas or alone)
+    replicate = dict.fromkeys(("expt_dp", "intra_expt_dp"), groups.replicate or alone)
     own = dict.fromkeys(("pp", "cp", "embd", "pos_embd", "expt_tp"), alone)
     return ProcessGroupCollection(tp_dp_cp=groups.world, **data, **model, **sharding, **replicate, **own)
 

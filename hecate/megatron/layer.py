@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class FssdpMoeLayer(MegatronModule):
-    """A transformer layer's `mlp`: router and engine of the transformers path, `hecate.moe.layer.MoeLayer`.
+    """A transformer layer's `mlp`: router and engine of the transformers path, `hecate.experts.layer.MoeLayer`.
 
     It is built by a ModuleSpec with the parameter `layers`, and takes its own when Megatron says which layer it is in.
     """

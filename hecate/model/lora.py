@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hecate.experts.micro_step import MicroStep
+from hecate.experts.mixlora import LoraShape
+from hecate.experts.seeding import generator, kaiming_lora_a
 from hecate.kernels.dropout import Dropout, dropout_key
 from hecate.kernels.lora_linear import lora_linear
-from hecate.moe.context import MicroStep
-from hecate.moe.mixlora import LoraShape
-from hecate.moe.seeding import generator, kaiming_lora_a
 
 
 class LoraLinear(nn.Module):

@@ -9,6 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.step_plans import EngineConfig
+from hecate.experts.micro_step import MicroStep
+from hecate.experts.moe_lora import MoeLoraExperts
+from hecate.experts.pairs import GATE_UP, LoraShape
+from hecate.experts.routed_experts import RoutedExperts
 from hecate.kernels.backend import Backend
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.model.expert_files import LayerExperts
@@ -16,12 +22,6 @@ from hecate.model.expert_weights import read_expert
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_blocks import MoeBlock
 from hecate.model.surgery import MoeModel, adapt_attention, adapter_dtype, find_attention_targets, prefetch_during_attention
-from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine, ExpertGroups
-from hecate.moe.frozen_moe import FrozenMoeLora
-from hecate.moe.lora_pairs import GATE_UP, LoraShape
-from hecate.moe.routed_experts import RoutedExperts
-from hecate.moe.step_plans import EngineConfig
 
 _DOWN = "down_proj"
 
@@ -69,7 +69,7 @@ def adapt_experts(
     targets = find_attention_targets(model, plan.target_modules, _beside_attention(model, layers))
     micro_step = MicroStep()
     families = {
-        layer.block.layer: FrozenMoeLora(
+        layer.block.layer: MoeLoraExperts(
             FfnShape(layer.block.hidden, layer.block.ffn, layer.block.activation),
             _reader(layer.files, compute_dtype, device),
             plan.lora,

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.layer import MoeLayer
+from hecate.experts.micro_step import MicroStep
+from hecate.experts.mixlora import LoraShape, MixLoraExperts
+from hecate.experts.routed_experts import RoutedExperts
+from hecate.experts.router import TopKRouter
 from hecate.kernels.backend import Backend
 from hecate.kernels.mixlora_inputs import PROJECTIONS
 from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.lora import LoraLinear
 from hecate.model.tensor_parts import TensorParts
-from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine, ExpertGroups
-from hecate.moe.layer import MoeLayer
-from hecate.moe.mixlora import LoraShape, MixLoraExperts
-from hecate.moe.routed_experts import RoutedExperts
-from hecate.moe.router import TopKRouter
-from hecate.moe.step_plans import EngineConfig
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ class TensorGroups:
     """this rank and those that hold the same part, in other copies; each computes rows of its own"""
 
     @property
-    def size(self) -> int:
+    def tp_size(self) -> int:
         """Parts of a copy."""
         return dist.get_world_size(self.tensor)
 
     @property
-    def part(self) -> int:
+    def tp_rank(self) -> int:
         """Which of them this rank has."""
         return dist.get_rank(self.tensor)
 
     @property
-    def in_first_copy(self) -> bool:
-        return dist.get_rank(self.data) == 0
+    def dp_rank(self) -> int:
+        return dist.get_rank(self.data)
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class TensorParts:
     def whole(self, name: str, part: Tensor) -> Tensor:
         """All ranks' parts put together, of the parameter or of something of its shape. Every rank of the tensor group must call it."""
         mine = part.detach().contiguous()
-        parts = [torch.empty_like(mine) for _ in range(self.groups.size)]
+        parts = [torch.empty_like(mine) for _ in range(self.groups.tp_size)]
         dist.all_gather(parts, mine, group=self.groups.tensor)
         return torch.cat(parts, self.dims[name])
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
         """What this rank has of it."""
-        return whole.chunk(self.groups.size, self.dims[name])[self.groups.part]
+        return whole.chunk(self.groups.tp_size, self.dims[name])[self.groups.tp_rank]

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.full import FullExperts
+from hecate.experts.micro_step import MicroStep
+from hecate.experts.router import TopKRouter
+from hecate.experts.seeding import generator
 from hecate.kernels.backend import Backend
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.surgery import MoeModel, adapter_dtype, put_layers
-from hecate.moe.context import MicroStep
-from hecate.moe.engine import Engine, ExpertGroups
-from hecate.moe.full_experts import FullExperts
-from hecate.moe.router import TopKRouter
-from hecate.moe.seeding import generator
-from hecate.moe.step_plans import EngineConfig
 
 
 @dataclass(frozen=True)

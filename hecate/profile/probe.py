@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hecate.model.load import pick_dtype
 from hecate.profile.schedule import Rounds
-from hecate.train.ranks import Ranks
+from hecate.ranks.ranks import Ranks
 
 _FEWEST, _MOST = 3, 50
 _SMALL_MESSAGES = 20

@@ -16,7 +16,7 @@ from hecate.profile import probe
 from hecate.profile.fit import Flow, Measurements, fit_link, fit_overlap, nodes_of_hosts, topology_from
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.schedule import Rounds, alone_rounds, far_rounds, near_rounds
-from hecate.train.ranks import Ranks
+from hecate.ranks.ranks import Ranks
 
 _TEXT_BYTES = 256
 _TIMEOUT = timedelta(minutes=10)

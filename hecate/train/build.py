@@ -11,7 +11,9 @@ from torch import nn
 from hecate.config import Config, DataSource
 from hecate.config.schema import Family
 from hecate.data.sources import TokenSource, read_source
+from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.mixlora import LoraShape
 from hecate.model import moe_surgery
 from hecate.model.expert_files import refuse_experts
 from hecate.model.gated_ffn import decoder_layers
@@ -23,12 +25,10 @@ from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
 from hecate.model.tensor_files import tensor_entries
 from hecate.model.upcycling import UpcyclingPlan, upcycle
-from hecate.moe.mixlora import LoraShape
-from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology, local_topology
 from hecate.parallel.topology_file import load_topology
-from hecate.train.ranks import Ranks
+from hecate.ranks.ranks import Ranks
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "topologies"
 

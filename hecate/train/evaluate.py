@@ -13,9 +13,9 @@ from hecate.data.encode import IGNORED
 from hecate.data.evaluation import GenerationItem, eval_rows, generation_items, share_of_rank
 from hecate.data.sources import TokenSource
 from hecate.model.surgery import MoeModel
+from hecate.ranks.ranks import Ranks
 from hecate.train.build import BaseModel
 from hecate.train.generate import generate
-from hecate.train.ranks import Ranks
 from hecate.train.scores import EvalScore
 from hecate.train.step import forward_loss
 
@@ -54,12 +54,12 @@ def _loss_and_loads(
     rows = eval_rows(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
     counts = {layer: torch.zeros(moe.engine.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
-    for share in share_of_rank(rows, ranks.copy, ranks.num_copies, config.micro_batch_size):
+    for share in share_of_rank(rows, ranks.dp_rank, ranks.dp_size, config.micro_batch_size):
         if not together and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
-        batch = collate(share, pad_id=0, seq_len=config.data.seq_len, parts=ranks.tensor_size).to(ranks.device)
+        batch = collate(share, pad_id=0, seq_len=config.data.seq_len, parts=ranks.tp_size).to(ranks.device)
         totals[0] += forward_loss(moe, base.head, batch, step=0, recording=True).cpu()
-        totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.counts_rows
+        totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.is_first_of_tensor_group
         for layer, stats in moe.micro_step.stats.items():
             counts[layer] += stats.count_KE.sum(0).cpu()
     moe.micro_step.clear()

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hecate.adapter import AdapterConfig, load_adapter
-from hecate.adapter.peft_moe import is_peft_adapter
+from hecate.adapters import AdapterConfig, load_adapter
+from hecate.adapters.export import load_into
+from hecate.adapters.model_folder import is_model_folder, load_model_folder
+from hecate.adapters.peft_experts import with_peft_adapter
+from hecate.adapters.peft_moe import is_peft_adapter
 from hecate.config import Config
+from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.mixlora import LoraShape
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
-from hecate.moe.mixlora import LoraShape
-from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.ranks.ranks import Ranks, join_ranks
+from hecate.report.summary import print_summary
 from hecate.train.build import BaseModel, build_base, encode_sources
 from hecate.train.evaluate import evaluate
-from hecate.train.export import load_into
 from hecate.train.generate import generate
-from hecate.train.model_folder import is_model_folder, load_model_folder
-from hecate.train.peft_adapter import with_peft_adapter
-from hecate.train.ranks import Ranks, join_ranks
-from hecate.train.summary import print_summary
 
 
 def evaluate_trained(config: Config, trained: Path) -> None:
@@ -85,7 +85,7 @@ def _with_adapter(folder: Path, ranks: Ranks, model: str | None, dtype: str, num
 
 def _shapes(moe: MoeModel) -> dict[str, tuple[int, ...]]:
     """One tensor of each size that depends on the base model."""
-    from hecate.adapter import router_tensor_name
+    from hecate.adapters import router_tensor_name
 
     return {router_tensor_name(layer): tuple(router.shape) for layer, router in moe.routers.items()}
 

@@ -18,34 +18,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hecate.adapters.peft_experts import begin_with
+from hecate.adapters.trained_output import TrainedOutput, output_of
 from hecate.config import Config
 from hecate.data.batches import Batch, collate, row_ranges
 from hecate.data.encode import IGNORED
 from hecate.data.rows import Row, empty_row
 from hecate.data.sources import TokenSource
 from hecate.data.stream import TrainStream
+from hecate.elastic.backups import copy_to_backup_ranks
+from hecate.elastic.move_experts import check_room, owned_parameters, reshard_if_it_pays
+from hecate.elastic.observer import Observer, Order, Watched
+from hecate.elastic.rebuild import Controller, rebuild
 from hecate.errors import UserError
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
+from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.schedule import schedule
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.token_shares import dense_seconds, rows_by_speed, slowest_of_each
 from hecate.parallel.topology import Topology, local_topology
+from hecate.ranks.ranks import Ranks
+from hecate.report.heatmap import write_heatmap
+from hecate.report.run_report import Reports
+from hecate.report.summary import print_summary
 from hecate.train.build import BaseModel, build_moe, encode_sources, front_end, settled
-from hecate.train.elastic import Controller, rebuild
 from hecate.train.evaluate import Evaluation, evaluate
-from hecate.train.heatmap import write_heatmap
-from hecate.train.observer import Observer, Order, Watched
-from hecate.train.optimizer import ExpertOptimizer
-from hecate.train.output import TrainedOutput, output_of
-from hecate.train.peft_adapter import begin_with
-from hecate.train.ranks import Ranks
-from hecate.train.reports import Reports
-from hecate.train.resharding import check_room, owned_parameters, reshard_if_it_pays
-from hecate.train.schedule import schedule
-from hecate.train.shadows import copy_to_buddies
 from hecate.train.state import load_state, save_state
 from hecate.train.step import StepResult, train_step
-from hecate.train.summary import print_summary
 
 _MOST_SKIPPED_IN_A_ROW = 10
 _REGROUP, _STOP = 1.0, 2.0
@@ -80,7 +80,7 @@ class Run:
             sources,
             seq_len=config.data.seq_len,
             packing=config.data.packing,
-            rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.num_copies,
+            rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.dp_size,
             seed=config.seed,
         )
         self.moe: MoeModel = build_moe(config, self.base, ranks, topology)
@@ -113,13 +113,13 @@ class Run:
         self.settled = self.step
         """steps done whose evaluation, checkpoint and all that comes between steps are done, too"""
         if config.fssdp.redundancy:
-            copy_to_buddies(self.moe.engine, self.optimizer)
+            copy_to_backup_ranks(self.moe.engine, self.optimizer)
 
     def plan_for(self, topology: Topology, rows: Sequence[int] | None = None) -> None:
         """Plan with these devices from the next step on, and deal the rows of a micro-step: by speed, or as given. The links stay as
         they are. Every rank must call it, with the same values."""
         size = self.stream.rows_per_step // self.config.gradient_accumulation_steps
-        speeds = slowest_of_each(topology.flops, self.ranks.tensor_size)
+        speeds = slowest_of_each(topology.flops, self.ranks.tp_size)
         self.shares = tuple(rows or rows_by_speed(size, speeds))
         assert sum(self.shares) == size, (self.shares, size)
         # Experts travel while the last rank is through with its attention; the planner takes that for the slowest device's time.
@@ -133,10 +133,10 @@ class Run:
         A run has as many rows in a micro-step as it had ranks when it began times `micro_batch_size`, however many ranks it has now.
         """
         size = len(rows) // self.config.gradient_accumulation_steps
-        mine = row_ranges(size, self.shares)[self.ranks.copy]
+        mine = row_ranges(size, self.shares)[self.ranks.dp_rank]
         pad_id = self.base.tokenizer.pad_token_id or 0
         parts = [rows[start + mine.start : start + mine.stop] or [empty_row()] for start in range(0, len(rows), size)]
-        return [collate(part, pad_id, self.config.data.seq_len, self.ranks.tensor_size).to(self.ranks.device) for part in parts]
+        return [collate(part, pad_id, self.config.data.seq_len, self.ranks.tp_size).to(self.ranks.device) for part in parts]
 
     def train_one(self) -> tuple[StepResult, int]:
         """One optimizer step; its result and its number of tokens over all ranks."""
@@ -378,7 +378,7 @@ def _reshard(run: Run, interval: int, reports: Reports) -> None:
     done = reshard_if_it_pays(run.moe.engine, run.optimizer, min(interval, run.config.max_steps - run.step))
     if done:
         if run.config.fssdp.redundancy:
-            copy_to_buddies(run.moe.engine, run.optimizer)
+            copy_to_backup_ranks(run.moe.engine, run.optimizer)
         reports.resharded(done)
 
 

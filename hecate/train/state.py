@@ -25,11 +25,11 @@ from hecate.checkpoint import (
 )
 from hecate.config import Config, computation, config_hash, to_yaml
 from hecate.data.stream import TrainStream
+from hecate.elastic.move_experts import adopt_owners
 from hecate.errors import UserError
 from hecate.model.surgery import MoeModel
-from hecate.train.optimizer import ExpertOptimizer
-from hecate.train.ranks import Ranks
-from hecate.train.resharding import adopt_owners
+from hecate.optim.optimizer import ExpertOptimizer
+from hecate.ranks.ranks import Ranks
 
 _NONCE_BYTES = 8
 

@@ -2,7 +2,7 @@
 
     begin_step      plan
     per micro-step  forward; aux loss over all ranks; backward (the last one, or every one, also reduces the experts' gradients)
-    finish          experts' gradients onto their owners, and on to their shadows; the replicated gradients; one global norm; skip or step
+    finish          experts' gradients onto their owners, and on to their backups; the replicated gradients; one global norm; skip or step
 
 The loss is the sum over label tokens divided by their number in the whole step, all ranks and micro-steps together, plus the mean over
 the micro-steps of the aux loss. Each rank computes its share; gradients are summed, never averaged.
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from hecate.data.batches import Batch, block_diagonal_mask
 from hecate.data.encode import IGNORED
+from hecate.elastic.backups import send_gradients
+from hecate.experts.aux_loss import load_balancing_loss
 from hecate.model.head import CausalHead
 from hecate.model.surgery import MoeModel
-from hecate.moe.aux_loss import load_balancing_loss
-from hecate.train.optimizer import ExpertOptimizer
-from hecate.train.shadows import send_gradients
+from hecate.optim.optimizer import ExpertOptimizer
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def train_step(
 
     Args:
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
-        redundancy: 1 if the optimizers step shadows (`hecate.train.shadows`).
+        redundancy: 1 if the optimizers step backups (`hecate.elastic.backups`).
     """
     group, engine = moe.engine.groups.world, moe.engine
     engine.begin_step(step, len(micro_batches))

@@ -23,13 +23,13 @@ def plan_fastermoe(given: PlanInput) -> Plan:
     served_LED = owned_LED * sorted_LED.sum(-1, keepdims=True)
     busiest_LK = np.concatenate([np.zeros_like(served_LED[:, :1]), np.cumsum(sorted_LED - served_LED, axis=1)], axis=1)
     busiest_LK = (busiest_LK + served_LED.sum(1, keepdims=True)).max(-1)
-    compute = cost.choice_flops * (1 + cost.choice_backward) / min(topology.flops)
+    compute = cost.assignment_flops * (1 + cost.assignment_backward) / min(topology.flops)
     bandwidth = topology.slowest_link.bandwidth
-    shadows = np.arange(given.num_experts + 1)
-    latency_LK = (compute + 4 * cost.row_bytes / bandwidth) * busiest_LK + shadows * cost.expert_bytes / bandwidth
+    backups = np.arange(given.num_experts + 1)
+    latency_LK = (compute + 4 * cost.row_bytes / bandwidth) * busiest_LK + backups * cost.expert_bytes / bandwidth
     fits_LE = (np.cumsum(~owned_LED, axis=1) <= given.slots_D).all(-1)
     latency_LK[:, 1:][~fits_LE] = np.inf
-    shadowed_LE = shadows[:-1] < latency_LK.argmin(axis=1)[:, None]
+    shadowed_LE = backups[:-1] < latency_LK.argmin(axis=1)[:, None]
     where_LED = given.owned_LED
     where_LED[np.arange(given.num_layers)[:, None], order_LE] |= shadowed_LE[..., None]
     return Plan(given.owner_LE, where_LED)

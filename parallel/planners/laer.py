@@ -51,5 +51,5 @@ def _cost(given: PlanInput, tokens_LED: np.ndarray, quota_LED: np.ndarray) -> np
     flow = flows(tokens_LED, quota_LED, topology)
     near, far = flow.near_sent_ED.sum((-1, -2)), flow.far_sent_ED.sum((-1, -2))
     seconds = cost.row_bytes * (near / topology.intra_node.bandwidth + far / topology.inter_node.bandwidth)
-    compute = cost.choice_flops * (1 + cost.choice_backward) / min(topology.flops)
+    compute = cost.assignment_flops * (1 + cost.assignment_backward) / min(topology.flops)
     return np.asarray(4 * seconds + compute * quota_LED.sum(1).max(-1))

@@ -89,7 +89,7 @@ def cost_numbers(cost: LayerCost, topology: Topology) -> CostNumbers:
         int(cost.top_k),
         float(cost.row_bytes),
         float(cost.row_flops * (1 + cost.row_backward)),
-        float(cost.choice_flops * (1 + cost.choice_backward)),
+        float(cost.assignment_flops * (1 + cost.assignment_backward)),
         float(cost.non_moe_flops / min(topology.flops)),
     )
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from benchmarks.fidelity import Measured, loads_of, planned_steps, routing_of, shared_cores_seconds
 from benchmarks.gloo_steps import Shape, Stack, Wire, draw_routing
 from benchmarks.step_probes import parts, plain_cost
-from hecate.moe.engine import ExpertGroups
+from hecate.engine.engine import ExpertGroups
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from tests.ranks import run_ranks

@@ -21,20 +21,20 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.data.batches import Batch
+from hecate.engine import step_plans
+from hecate.engine.layer_plan import PlanMode
+from hecate.engine.step_plans import EngineConfig
+from hecate.experts.mixlora import LoraShape
+from hecate.experts.router import TopKRouter
 from hecate.kernels.backend import Backend
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
-from hecate.moe import step_plans
-from hecate.moe.mixlora import LoraShape
-from hecate.moe.planning import PlanMode
-from hecate.moe.router import TopKRouter
-from hecate.moe.step_plans import EngineConfig
+from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology
-from hecate.train.mesh_groups import expert_groups
-from hecate.train.optimizer import ExpertOptimizer
+from hecate.ranks.groups import expert_groups
 from hecate.train.step import train_step
 from tests import plain_mixlora
 from tests.hecate.watching import gradients_of, moments_of
@@ -262,12 +262,12 @@ def _distance(name: str, got: torch.Tensor | None, wanted: torch.Tensor | None, 
 def assert_groups_equal(moe: MoeModel, optimizer: ExpertOptimizer) -> None:
     """All sharding groups hold the same experts, moments and replicated parameters, bit for bit."""
     groups = moe.engine.groups
-    if groups.replicas is None:
+    if groups.replicate is None:
         return
     for name, tensor in sorted(optimizer.state_tensors().items()):
         bits = tensor.detach().double().reshape(-1).contiguous().view(torch.int64)
         most = torch.stack([bits, ~bits])
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups.replicas)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups.replicate)
         assert torch.equal(most[0], ~most[1]), f"the sharding groups differ in {name}"
 
 

@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate.elastic.move_experts import move_experts, owned_parameters
+from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.step_plans import EngineConfig
+from hecate.experts.family import ExpertFamily
+from hecate.experts.full import FullExperts
+from hecate.experts.moe_lora import MoeLoraExperts
+from hecate.experts.pairs import LoraShape
 from hecate.kernels.dropout import Dropout, dropout_key
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
-from hecate.moe.engine import Engine, ExpertGroups
-from hecate.moe.family import ExpertFamily
-from hecate.moe.frozen_moe import FrozenMoeLora
-from hecate.moe.full_experts import FullExperts
-from hecate.moe.lora_pairs import LoraShape
-from hecate.moe.step_plans import EngineConfig
+from hecate.kernels.expert_ffn_reference import full_ffn_reference, moe_lora_ffn_reference
+from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.planners import POLICIES
-from hecate.train.optimizer import ExpertOptimizer
-from hecate.train.resharding import move_experts, owned_parameters
 from tests.hecate.test_equivalence import random_planner, topology
 from tests.ranks import run_ranks
 
@@ -56,7 +56,7 @@ def family(kind: str, layer: int) -> ExpertFamily:
     if kind == "full":
         return FullExperts(SHAPE, **named)  # type: ignore[arg-type]
     lora, projections = LoraShape(rank=2, scale=0.7, dropout=DROPOUT), ("gate_proj", "down_proj")
-    return FrozenMoeLora(SHAPE, lambda expert: frozen(layer, expert), lora, projections, **named)  # type: ignore[arg-type]
+    return MoeLoraExperts(SHAPE, lambda expert: frozen(layer, expert), lora, projections, **named)  # type: ignore[arg-type]
 
 
 def initial(kind: str, layer: int, expert: int) -> Tensor:
@@ -112,10 +112,10 @@ class Plain:
         """`step` None: not training."""
         chunks = torch.stack([self.chunks[layer, e] for e in range(EXPERTS)])
         if self.kind == "full":
-            return full_expert_ffn_reference(x_TD, expert_TK, weight_TK, chunks, SHAPE)
+            return full_ffn_reference(x_TD, expert_TK, weight_TK, chunks, SHAPE)
         made = family("lora", layer)
-        assert isinstance(made, FrozenMoeLora)
-        return lora_expert_ffn_reference(
+        assert isinstance(made, MoeLoraExperts)
+        return moe_lora_ffn_reference(
             x_TD,
             expert_TK,
             weight_TK,

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from hecate.elastic.move_experts import owned_parameters
+from hecate.engine.layer_plan import PlanMode
+from hecate.engine.step_plans import EngineConfig
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, upcycle
-from hecate.moe.planning import PlanMode
-from hecate.moe.step_plans import EngineConfig
+from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.mesh import make_mesh
-from hecate.train.mesh_groups import expert_groups
-from hecate.train.optimizer import ExpertOptimizer
-from hecate.train.resharding import owned_parameters
+from hecate.ranks.groups import expert_groups
 from hecate.train.step import train_step
 from tests.hecate import test_equivalence as suite
 from tests.hecate.test_equivalence import AUX_COEF, MAX_NORM, MICRO_STEPS, ROWS, WEIGHT_DECAY, micro_batch, rows_of, topology

@@ -17,19 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hecate.elastic.move_experts import owned_parameters
+from hecate.engine.layer_plan import PlanMode
+from hecate.engine.step_plans import EngineConfig
+from hecate.experts.pairs import LoraShape
 from hecate.model.head import LanguageModelHead
 from hecate.model.load import ModelSource
 from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
-from hecate.moe.lora_pairs import LoraShape
-from hecate.moe.planning import PlanMode
-from hecate.moe.step_plans import EngineConfig
+from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.mesh import make_mesh
-from hecate.train.mesh_groups import expert_groups, own_group
-from hecate.train.optimizer import ExpertOptimizer
-from hecate.train.resharding import owned_parameters
+from hecate.ranks.groups import expert_groups, own_group
 from hecate.train.step import train_step
 from tests.hecate.test_equivalence import (
     LENGTH,

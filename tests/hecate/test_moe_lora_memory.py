@@ -17,6 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from hecate.config import Config, load_config
 from hecate.data.batches import Batch
+from hecate.elastic.move_experts import owned_parameters
+from hecate.engine.step_plans import EngineConfig
+from hecate.experts.pairs import LoraShape
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
 from hecate.model.expert_files import LayerExperts, expert_layers
@@ -28,15 +31,12 @@ from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts, non_moe_flops_p
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
 from hecate.model.tensor_files import tensor_entries
-from hecate.moe.lora_pairs import LoraShape
-from hecate.moe.step_plans import EngineConfig
+from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.ranks.groups import expert_groups
 from hecate.train.build import moe_lora_plan
-from hecate.train.mesh_groups import expert_groups
-from hecate.train.optimizer import ExpertOptimizer
-from hecate.train.resharding import owned_parameters
 from hecate.train.step import forward_loss, train_step
 from tests.hecate.forecast.making import num_bytes
 from tests.plain_moe_lora import save_tiny

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.elastic.move_experts import Resharding, adopt_owners, move_experts, owned_parameters, reshard_if_it_pays
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
+from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
-from hecate.train.optimizer import ExpertOptimizer
-from hecate.train.resharding import Resharding, adopt_owners, move_experts, owned_parameters, reshard_if_it_pays
 from hecate.train.step import StepResult, train_step
 from tests.hecate.test_equivalence import (
     AUX_COEF,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import hecate.parallel.store as store_module
+import hecate.parallel.comm.expert_store as store_module
+from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.topology import Link, uniform_topology
-from hecate.train.optimizer import ExpertOptimizer
 from hecate.train.step import train_step
 from tests.hecate import test_equivalence as equivalence
 from tests.hecate.test_equivalence import AUX_COEF, LEARNING_RATE, MAX_NORM, MICRO_STEPS, WEIGHT_DECAY, Case, micro_batch, rows_of, sharded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hecate.train.optimizer import ExpertOptimizer
+from hecate.optim.optimizer import ExpertOptimizer
 
 
 def gradients_of(optimizer: ExpertOptimizer) -> dict[str, Tensor | None]:

@@ -16,10 +16,10 @@ from torch import Tensor
 from hecate.kernels import expert_ffn_sorted, mixlora_sorted
 from hecate.kernels.dropout import Dropout
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.full_experts_ops import full_experts, full_experts_backward
+from hecate.kernels.full_ops import full_experts, full_experts_backward
 from hecate.kernels.kernel_launch import Launch, recorded
-from hecate.kernels.lora_experts_ops import lora_experts, lora_experts_backward
 from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase, Lora
+from hecate.kernels.moe_lora_ops import lora_experts, lora_experts_backward
 
 META = torch.device("meta")
 
@@ -143,7 +143,7 @@ def _lora_experts(case: LayerCase) -> list[Launch]:
     return _both_passes(
         (expert_ffn_sorted, "lora_experts"),
         _plain(lora_experts),
-        lambda: expert_ffn_sorted.lora_expert_ffn_sorted(x, slots, weights, frozen, case.loras(), shape, **case.dropped()),
+        lambda: expert_ffn_sorted.moe_lora_ffn_sorted(x, slots, weights, frozen, case.loras(), shape, **case.dropped()),
         backward,
     )
 
@@ -159,7 +159,7 @@ def _full_experts(case: LayerCase) -> list[Launch]:
     return _both_passes(
         (expert_ffn_sorted, "full_experts"),
         _plain(full_experts),
-        lambda: expert_ffn_sorted.full_expert_ffn_sorted(x, slots, weights, experts, shape),
+        lambda: expert_ffn_sorted.full_ffn_sorted(x, slots, weights, experts, shape),
         backward,
     )
 

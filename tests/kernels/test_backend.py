@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hecate.kernels.backend import Backend, expert_kernels, triton_problem
-from hecate.kernels.expert_ffn import full_expert_ffn, lora_expert_ffn
+from hecate.kernels.expert_ffn import full_ffn, moe_lora_ffn
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_sorted import full_expert_ffn_sorted, lora_expert_ffn_sorted
+from hecate.kernels.expert_ffn_sorted import full_ffn_sorted, moe_lora_ffn_sorted
 from hecate.kernels.mixlora import mixlora_ffn
 from hecate.kernels.mixlora_reference import mixlora_ffn_reference
 from hecate.kernels.mixlora_sorted import mixlora_ffn_sorted
@@ -27,14 +27,14 @@ def test_auto_is_torch_on_the_cpu_and_triton_on_a_gpu() -> None:
     assert expert_kernels("auto", ON_CPU).mixlora_ffn is mixlora_ffn
     on_gpu = expert_kernels("auto", ON_GPU, rank=256)
     assert on_gpu.mixlora_ffn is mixlora_ffn_sorted
-    assert on_gpu.full_expert_ffn is full_expert_ffn_sorted
-    assert on_gpu.lora_expert_ffn is lora_expert_ffn_sorted
+    assert on_gpu.full_ffn is full_ffn_sorted
+    assert on_gpu.moe_lora_ffn is moe_lora_ffn_sorted
 
 
 def test_auto_is_torch_where_triton_cannot() -> None:
-    assert expert_kernels("auto", ON_GPU, rank=257).lora_expert_ffn is lora_expert_ffn
+    assert expert_kernels("auto", ON_GPU, rank=257).moe_lora_ffn is moe_lora_ffn
     wide: Any = type("Wide", (), {"device": torch.device("cuda"), "dtype": torch.float64})()
-    assert expert_kernels("auto", wide).full_expert_ffn is full_expert_ffn
+    assert expert_kernels("auto", wide).full_ffn is full_ffn
 
 
 def test_triton_is_an_error_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_full_experts_of_every_backend(backend: Backend) -> None:
         y = function(leaves[0], slot, leaves[1], leaves[2], shape)
         return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
-    for mine, theirs in zip(*map(both, (expert_kernels(backend, ON_CPU).full_expert_ffn, full_expert_ffn)), strict=True):
+    for mine, theirs in zip(*map(both, (expert_kernels(backend, ON_CPU).full_ffn, full_ffn)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -82,5 +82,5 @@ def test_frozen_experts_of_every_backend(backend: Backend) -> None:
         y = functools.partial(function, x, slot, weight, frozen, {"down_proj": Lora(a, b, 0.5)}, shape)()
         return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, weight, a, b])]
 
-    for mine, theirs in zip(*map(both, (expert_kernels(backend, ON_CPU, 4).lora_expert_ffn, lora_expert_ffn)), strict=True):
+    for mine, theirs in zip(*map(both, (expert_kernels(backend, ON_CPU, 4).moe_lora_ffn, moe_lora_ffn)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

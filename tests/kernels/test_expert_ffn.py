@@ -13,9 +13,9 @@ import torch
 from hecate.kernels import expert_ffn
 from hecate.kernels.activation import ACTIVATIONS
 from hecate.kernels.dropout import Dropout
-from hecate.kernels.expert_ffn import full_expert_ffn, lora_expert_ffn
+from hecate.kernels.expert_ffn import full_ffn, moe_lora_ffn
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
+from hecate.kernels.expert_ffn_reference import full_ffn_reference, moe_lora_ffn_reference
 from hecate.kernels.mixlora_inputs import PROJECTIONS, Lora
 from hecate.kernels.pair_tiles import pair_tiles
 from tests.kernels.test_mixlora import compare
@@ -100,8 +100,8 @@ def lora(function: Any, case: Case, compute_in: torch.dtype | None = None) -> Re
 
 
 KINDS: dict[str, tuple[Run, Any, Any]] = {
-    "full": (full, full_expert_ffn, full_expert_ffn_reference),
-    "lora": (lora, lora_expert_ffn, lora_expert_ffn_reference),
+    "full": (full, full_ffn, full_ffn_reference),
+    "lora": (lora, moe_lora_ffn, moe_lora_ffn_reference),
 }
 CASES = {
     "plain": Case(),
@@ -143,7 +143,7 @@ def test_fp64(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", LORA_CASES)
 def test_adapters_on_some_projections_and_dropout(name: str) -> None:
-    compare(lora(lora_expert_ffn, LORA_CASES[name]), lora(lora_expert_ffn_reference, LORA_CASES[name]), 1e-12)
+    compare(lora(moe_lora_ffn, LORA_CASES[name]), lora(moe_lora_ffn_reference, LORA_CASES[name]), 1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,5 +203,5 @@ def test_tiles_hold_each_pair_that_is_here_once() -> None:
 
 
 def test_experts_that_no_pair_reaches_have_a_gradient_of_zero() -> None:
-    gradient = full(full_expert_ffn, CASES["slots with no pairs"])["d experts"]
+    gradient = full(full_ffn, CASES["slots with no pairs"])["d experts"]
     assert [bool(g.any()) for g in gradient] == [False, True, False, True]

@@ -13,8 +13,8 @@ import torch
 
 from hecate.kernels.dropout import Dropout
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
-from hecate.kernels.expert_ffn_sorted import full_expert_ffn_sorted, lora_expert_ffn_sorted
+from hecate.kernels.expert_ffn_reference import full_ffn_reference, moe_lora_ffn_reference
+from hecate.kernels.expert_ffn_sorted import full_ffn_sorted, moe_lora_ffn_sorted
 from hecate.kernels.mixlora_inputs import Lora
 from tests.kernels.conftest import INTERPRETED
 
@@ -108,8 +108,8 @@ class Layer:
         wider = torch.float64 if self.model.dtype == torch.float32 else torch.float32
         dtype = wider if reference else self.model.dtype
         if kind == "full":
-            return self.full(full_expert_ffn_reference if reference else full_expert_ffn_sorted, dtype)
-        return self.lora(lora_expert_ffn_reference if reference else lora_expert_ffn_sorted, dtype)
+            return self.full(full_ffn_reference if reference else full_ffn_sorted, dtype)
+        return self.lora(moe_lora_ffn_reference if reference else moe_lora_ffn_sorted, dtype)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

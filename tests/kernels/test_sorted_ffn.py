@@ -12,8 +12,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_reference import full_expert_ffn_reference, lora_expert_ffn_reference
-from hecate.kernels.expert_ffn_sorted import full_expert_ffn_sorted, lora_expert_ffn_sorted
+from hecate.kernels.expert_ffn_reference import full_ffn_reference, moe_lora_ffn_reference
+from hecate.kernels.expert_ffn_sorted import full_ffn_sorted, moe_lora_ffn_sorted
 from hecate.kernels.mixlora_inputs import PROJECTIONS, Lora
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.grouping import poisoned
@@ -25,8 +25,8 @@ __all__ = ["poisoned"]
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU, test_on_gpu_gemm runs the FFN instead: these inputs are on the CPU")
 
 KINDS: dict[str, tuple[Callable[..., dict[str, torch.Tensor]], Any, Any]] = {
-    "full": (full, full_expert_ffn_sorted, full_expert_ffn_reference),
-    "lora": (lora, lora_expert_ffn_sorted, lora_expert_ffn_reference),
+    "full": (full, full_ffn_sorted, full_ffn_reference),
+    "lora": (lora, moe_lora_ffn_sorted, moe_lora_ffn_reference),
 }
 WIDE = Case(tokens=29, hidden=40, ffn=72, slots=3, rank=8, elsewhere=0.2)
 """more than a tile in every direction"""
@@ -48,7 +48,7 @@ def test_float32(name: str, kind: str, poisoned: None) -> None:
 @pytest.mark.parametrize("name", [*LORA_CASES, *RANKS])
 def test_adapters_on_some_projections_dropout_and_ranks(name: str, poisoned: None) -> None:
     case = single({**LORA_CASES, **RANKS}[name])
-    compare(lora(lora_expert_ffn_sorted, case, None), lora(lora_expert_ffn_reference, case, torch.float64), 1e-6)
+    compare(lora(moe_lora_ffn_sorted, case, None), lora(moe_lora_ffn_reference, case, torch.float64), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -74,7 +74,7 @@ def test_ranks_of_gate_up_and_down_may_differ(poisoned: None) -> None:
             loras[name] = Lora(a, b, 0.7)
         return given.results(function(given.named["x"], given.slot, given.named["weight"], frozen, loras, given.shape))
 
-    compare(run(lora_expert_ffn_sorted, None), run(lora_expert_ffn_reference, torch.float64), 1e-6)
+    compare(run(moe_lora_ffn_sorted, None), run(moe_lora_ffn_reference, torch.float64), 1e-6)
 
 
 def test_no_slots_at_all() -> None:
@@ -83,8 +83,8 @@ def test_no_slots_at_all() -> None:
     experts = torch.empty(0, shape.numel, requires_grad=True)
     pair = torch.empty(0, 3, 6, requires_grad=True), torch.empty(0, 10, 3, requires_grad=True)
     outputs = {
-        "full": (full_expert_ffn_sorted(x, slot, weight, experts, shape), (experts,)),
-        "lora": (lora_expert_ffn_sorted(x, slot, weight, [], {"gate_proj": Lora(*pair, 1.0)}, shape), pair),
+        "full": (full_ffn_sorted(x, slot, weight, experts, shape), (experts,)),
+        "lora": (moe_lora_ffn_sorted(x, slot, weight, [], {"gate_proj": Lora(*pair, 1.0)}, shape), pair),
     }
     for name, (y, trained) in outputs.items():
         assert not y.any(), name
@@ -119,14 +119,14 @@ def inputs_of(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Callable[.
     x, weight = given.named["x"], given.named["weight"]
     if kind == "full":
         experts = given.normal(3, given.shape.numel)
-        return lambda x, w, e: full_expert_ffn_sorted(x, given.slot, w, e, given.shape), [x, weight, experts]
+        return lambda x, w, e: full_ffn_sorted(x, given.slot, w, e, given.shape), [x, weight, experts]
     frozen = [given.normal(given.shape.numel, grad=False) for _ in range(3)]
     sizes = {"gate_proj": (6, 10), "down_proj": (10, 6)}
     pairs = [t for wide, narrow in sizes.values() for t in (given.normal(3, 2, wide), given.normal(3, narrow, 2))]
 
     def of(x: torch.Tensor, weight: torch.Tensor, *pairs: torch.Tensor) -> torch.Tensor:
         loras = {name: Lora(*pairs[2 * i : 2 * i + 2], 0.7) for i, name in enumerate(sizes)}
-        return lora_expert_ffn_sorted(x, given.slot, weight, frozen, loras, given.shape)
+        return moe_lora_ffn_sorted(x, given.slot, weight, frozen, loras, given.shape)
 
     return of, [x, weight, *pairs]
 

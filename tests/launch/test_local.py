@@ -19,7 +19,7 @@ import os, sys, time, pathlib
 what, folder = sys.argv[1:3]
 rank = os.environ["RANK"]
 if what == "wait":
-    from hecate.train.ranks import die_with_launcher
+    from hecate.ranks.ranks import die_with_launcher
     die_with_launcher(os.getppid())
 pathlib.Path(folder, f"rank-{rank}").write_text(f"{os.getpid()} {os.environ['WORLD_SIZE']} {os.environ['GLOO_SOCKET_IFNAME']}")
 store = pathlib.Path(os.environ["HECATE_STORE"])

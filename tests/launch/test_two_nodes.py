@@ -25,7 +25,7 @@ from hecate.parallel.topology_file import parse_topology
 from hecate.profile.fit import topology_from
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import measure
-from hecate.train.ranks import connect, lost_a_peer
+from hecate.ranks.ranks import connect, lost_a_peer
 from tests.hecate.profile.ranks import ranks_of
 from tests.launch.cluster import OF_RAYLETS, ROOT, Job, environment, make_token
 from tests.launch.processes import OVERRIDES, hecate, losses, rank_process, read_rest, read_until, running, wait_until_gone

@@ -71,7 +71,7 @@ def test_computing_takes_as_long_as_the_slowest_device() -> None:
 
     140 FLOP in 14 s and 105 in 21 s; never 35 s, nor (20 + 15) · 7 / 15.
     """
-    cost = LayerCost(trainable_bytes=0.0, choice_flops=1.0, row_flops=2.0)
+    cost = LayerCost(trainable_bytes=0.0, assignment_flops=1.0, row_flops=2.0)
     machines = topology((0, 0), flops=(10.0, 5.0))
     assert seconds(machines, cost, owner=[0, 1], tokens=[[20, 0], [0, 15]])["compute"] == pytest.approx(21.0)
     # Five of rank 1's moved to rank 0: 25 · 7 / 10 and 10 · 7 / 5.
@@ -81,13 +81,13 @@ def test_computing_takes_as_long_as_the_slowest_device() -> None:
 
 def test_backward_over_forward_is_of_rows_and_choices_apart() -> None:
     """10 choices, 1 FLOP and 4 backward each; 10 rows, 3 FLOP and 2 · 3 backward each."""
-    cost = LayerCost(trainable_bytes=0.0, choice_flops=1.0, choice_backward=4.0, row_flops=3.0, row_backward=2.0)
+    cost = LayerCost(trainable_bytes=0.0, assignment_flops=1.0, assignment_backward=4.0, row_flops=3.0, row_backward=2.0)
     assert seconds(topology((0,)), cost, owner=[0], tokens=[[10]])["compute"] == pytest.approx(10 * 5 + 10 * 9)
 
 
 def test_rows_are_computed_once_whatever_number_of_their_experts_is_here() -> None:
     """Ten tokens with two choices each, all here: 20 choices of 1 + 2 FLOP, but 10 rows of 1 + 1."""
-    cost = LayerCost(trainable_bytes=0.0, top_k=2, choice_flops=1.0, row_flops=1.0)
+    cost = LayerCost(trainable_bytes=0.0, top_k=2, assignment_flops=1.0, row_flops=1.0)
     assert seconds(topology((0,)), cost, owner=[0, 0], tokens=[[12], [8]])["compute"] == pytest.approx(20 * 3 + 10 * 2)
 
 

@@ -39,7 +39,7 @@ def plan_input(
 
 def work(choice: float = 0.0, row: float = 0.0, **others: Any) -> LayerCost:
     """FLOPs of forward and backward together."""
-    return LayerCost(**{"trainable_bytes": 0.0, **others}, choice_flops=choice / 3, row_flops=row / 2)
+    return LayerCost(**{"trainable_bytes": 0.0, **others}, assignment_flops=choice / 3, row_flops=row / 2)
 
 
 def test_one_device_has_one_plan() -> None:
@@ -269,7 +269,7 @@ def test_without_scipy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 def test_what_holds_below_one_cutoff_is_not_taken_for_a_higher_one() -> None:
     # Half of 48 choices, 6 s each, on rank 0 and half on rank 2: 144 s. 40 bytes come in 8 s, of which 4 are hidden, and go in 8 s, all of
     # them hidden. Owner 0 moves 2 · (40 + 2 · 20) bytes of memory at 25 bytes/s.
-    cost = LayerCost(trainable_bytes=40.0, state_bytes=20.0, choice_flops=1.0, non_moe_flops=2.0)
+    cost = LayerCost(trainable_bytes=40.0, state_bytes=20.0, assignment_flops=1.0, non_moe_flops=2.0)
     loads_SE = [[0.0, 0.0], [0.0, 0.0], [0.0, 32.0], [0.0, 16.0]]
     given_ = plan_input(loads_SE, cost, owner=[0, 0], slots=0, nodes=(0, 0, 0, 1), rates=(0.5,) * 4)
     topology = replace(

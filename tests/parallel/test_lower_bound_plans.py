@@ -21,10 +21,10 @@ scipy_optimize = pytest.importorskip("scipy.optimize")
 
 ROUNDING = 1e-9
 COSTS = {
-    "full experts": LayerCost(trainable_bytes=40.0, state_bytes=20.0, row_bytes=2.0, choice_flops=1.0),
-    "adapters over a dense base": LayerCost(trainable_bytes=3.0, state_bytes=5.0, row_bytes=2.0, row_flops=1.0, choice_flops=0.1),
+    "full experts": LayerCost(trainable_bytes=40.0, state_bytes=20.0, row_bytes=2.0, assignment_flops=1.0),
+    "adapters over a dense base": LayerCost(trainable_bytes=3.0, state_bytes=5.0, row_bytes=2.0, row_flops=1.0, assignment_flops=0.1),
     "adapters over frozen experts": LayerCost(
-        trainable_bytes=2.0, frozen_bytes=300.0, state_bytes=5.0, row_bytes=2.0, choice_flops=1.0, choice_backward=1.0
+        trainable_bytes=2.0, frozen_bytes=300.0, state_bytes=5.0, row_bytes=2.0, assignment_flops=1.0, assignment_backward=1.0
     ),
 }
 
@@ -166,7 +166,7 @@ def best_by_brute_force(given_: PlanInput) -> float:
     assert cost.top_k == 1
     tokens_ED, owned_ED = given_.tokens_LED[0], given_.owned_LED[0]
     experts, ranks = tokens_ED.shape
-    work_D = (cost.row_flops * (1 + cost.row_backward) + cost.choice_flops * (1 + cost.choice_backward)) / np.array(topology.flops)
+    work_D = (cost.row_flops * (1 + cost.row_backward) + cost.assignment_flops * (1 + cost.assignment_backward)) / np.array(topology.flops)
     travel_D = 4 * cost.row_bytes / np.array(topology.port_bandwidth)
     least = np.inf
     free = np.argwhere(~owned_ED)

@@ -11,7 +11,7 @@ from hecate.parallel.topology import Link, uniform_topology
 
 def test_sharding_groups_are_neighbours_and_replicate_groups_cross_them() -> None:
     mesh = make_mesh(8, 2, 4)
-    assert mesh.num_replicas == 4
+    assert mesh.num_sharding_groups == 4
     assert mesh.sharding_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert mesh.replicate_groups() == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert mesh.tensor_groups() == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -32,7 +32,7 @@ def test_a_size_that_does_not_divide_the_ranks_is_refused(size: int) -> None:
 
 def test_tensor_groups_must_fill_the_world() -> None:
     with pytest.raises(UserError, match=r"model\.tensor_parallel: must divide the number of ranks, which is 6, got 4"):
-        make_mesh(6, tensor_size=4)
+        make_mesh(6, tp_size=4)
 
 
 def test_owners_are_decided_for_the_weakest_device_of_each_place() -> None:

@@ -41,7 +41,7 @@ def test_full_experts_by_hand() -> None:
     shape = ModelShape(kind="full", matrices=2, causal=False, **SMALL)
     cost = shape.layer_cost(16)
     assert (cost.trainable_bytes, cost.reduced_bytes, cost.frozen_bytes, cost.state_bytes) == (800, 800, 0, 4800)
-    assert (cost.choice_flops, cost.choice_backward, cost.row_flops, cost.row_bytes) == (800, 2, 0, 20)
+    assert (cost.assignment_flops, cost.assignment_backward, cost.row_flops, cost.row_bytes) == (800, 2, 0, 20)
     assert cost.non_moe_flops == 16 * (800 + 320)
     assert cost.top_k == 2
     assert shape.num_params() == 3 * (400 + 4 * 400)
@@ -50,20 +50,20 @@ def test_full_experts_by_hand() -> None:
 
 def test_pairs_over_a_shared_ffn_by_hand() -> None:
     """Three matrices of 10 x 20 and pairs of rank 2: 600 and 3 · 2 · 30 = 180 parameters, the pairs in float32."""
-    shape = ModelShape(kind="lora_dense", rank=2, **SMALL)
+    shape = ModelShape(kind="mixlora", rank=2, **SMALL)
     cost = shape.layer_cost(16)
     assert (cost.trainable_bytes, cost.frozen_bytes, cost.state_bytes) == (720, 0, 2160)
-    assert (cost.row_flops, cost.row_backward, cost.choice_flops, cost.choice_backward) == (1200, 1, 360, 3)
+    assert (cost.row_flops, cost.row_backward, cost.assignment_flops, cost.assignment_backward) == (1200, 1, 360, 3)
     assert shape.num_params() == 3 * (400 + 600 + 4 * 180)
     assert shape.replicated_bytes() == 3 * (400 + 600) * 2
 
 
 def test_pairs_over_frozen_experts_by_hand() -> None:
     """Backward: once the 1200 FLOPs of the frozen expert, three times the 360 of its pairs."""
-    shape = ModelShape(kind="lora_moe", rank=2, **SMALL)
+    shape = ModelShape(kind="moe_lora", rank=2, **SMALL)
     cost = shape.layer_cost(16)
-    assert (cost.trainable_bytes, cost.frozen_bytes, cost.row_flops, cost.choice_flops) == (720, 1200, 0, 1560)
-    assert cost.choice_backward * cost.choice_flops == pytest.approx(1200 + 3 * 360)
+    assert (cost.trainable_bytes, cost.frozen_bytes, cost.row_flops, cost.assignment_flops) == (720, 1200, 0, 1560)
+    assert cost.assignment_backward * cost.assignment_flops == pytest.approx(1200 + 3 * 360)
     assert shape.num_params() == 3 * (400 + 4 * (600 + 180))
     assert shape.replicated_bytes() == 3 * 400 * 2
 
@@ -81,13 +81,13 @@ def test_grouped_heads_and_the_causal_half() -> None:
         ("[1]", "a model is a mapping with the keys kind, hidden"),
         ("{kind: full}", "missing: hidden, ffn, layers, seq, experts, top_k"),
         ("{kind: full, hidden: 8, ffn: 8, layers: 1, seq: 8, experts: 4, top_k: 2, heads: 4}", "unknown: heads"),
-        ("{kind: dense, hidden: 8, ffn: 8, layers: 1, seq: 8, experts: 4, top_k: 2}", "kind must be one of full, lora_dense, lora_moe"),
+        ("{kind: dense, hidden: 8, ffn: 8, layers: 1, seq: 8, experts: 4, top_k: 2}", "kind must be one of full, mixlora, moe_lora"),
         ("{kind: full, hidden: 8.5, ffn: 8, layers: 1, seq: 8, experts: 4, top_k: 2}", "hidden must be an integer >= 1, got 8.5"),
         ("{kind: full, hidden: 8, ffn: 0, layers: 1, seq: 8, experts: 4, top_k: 2}", "ffn must be an integer >= 1, got 0"),
         ("{kind: full, hidden: 8, ffn: 8, layers: true, seq: 8, experts: 4, top_k: 2}", "layers must be an integer >= 1, got True"),
         ("{kind: full, hidden: 8, ffn: 8, layers: 1, seq: 8, experts: 4, top_k: 5}", "top_k is 5, but there are 4 experts"),
         ("{kind: full, rank: 2, hidden: 8, ffn: 8, layers: 1, seq: 8, experts: 4, top_k: 2}", "kind full has no rank"),
-        ("{kind: lora_moe, hidden: 8, ffn: 8, layers: 1, seq: 8, experts: 4, top_k: 2}", "kind lora_moe needs a rank"),
+        ("{kind: moe_lora, hidden: 8, ffn: 8, layers: 1, seq: 8, experts: 4, top_k: 2}", "kind moe_lora needs a rank"),
         ("{kind: full, matrices: 4, hidden: 8, ffn: 8, layers: 1, seq: 8, experts: 4, top_k: 2}", "matrices must be 2"),
         ("{kind: full, causal: 1, hidden: 8, ffn: 8, layers: 1, seq: 8, experts: 4, top_k: 2}", "causal must be true or false, got 1"),
         ("kind: [", "cannot be read as a model"),

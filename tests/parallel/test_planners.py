@@ -242,7 +242,7 @@ def test_the_seconds_of_a_plan_are_those_of_its_own_quotas() -> None:
     The owner's optimizer reads the byte of gradient at a byte for 150 FLOPs: 150 s.
     """
     free = plan_input([0], [[5], [7], [4]], nodes=(0, 0, 1), degree=0, memory_slots=0)
-    cost = LayerCost(trainable_bytes=1.0, choice_flops=1.0)
+    cost = LayerCost(trainable_bytes=1.0, assignment_flops=1.0)
     given_ = PlanInput(free.owner_LE, free.loads_LSE, free.topology, cost, free.slots_D)
     where_LED = np.array([[[True, True, False]]])
     assert Plan(given_.owner_LE, where_LED).seconds(given_).total.tolist() == [179.0]

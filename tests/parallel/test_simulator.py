@@ -14,7 +14,7 @@ from hecate.parallel.simulator import Mode, Simulated, replica_slots, simulate
 from hecate.parallel.topology import Link, Topology
 
 NODE = Topology((0, 0), (1.0, 1.0), (1e9, 1e9), Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1.0, 1.0))
-COST = LayerCost(trainable_bytes=4.0, row_bytes=1.0, choice_flops=1.0, non_moe_flops=5.0)
+COST = LayerCost(trainable_bytes=4.0, row_bytes=1.0, assignment_flops=1.0, non_moe_flops=5.0)
 ALL_TO_FIRST = [[10, 0], [10, 0]]
 """[source ranks, experts]: both ranks want expert 0, which rank 0 owns"""
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.parallel.collectives import Handle, sparse_all_gather, sparse_reduce_scatter
+from hecate.parallel.comm.collectives import Handle, sparse_all_gather, sparse_reduce_scatter
+from hecate.parallel.comm.two_level import two_level_all_gather, two_level_reduce_scatter
 from hecate.parallel.gather_bytes import gather_ports
 from hecate.parallel.routes import two_level_moves
-from hecate.parallel.two_level import two_level_all_gather, two_level_reduce_scatter
 from tests.namespaces import bytes_out, missing_for_slow_link, slow_link
-from tests.parallel.collective_cases import Case
-from tests.parallel.test_collectives import world_group
+from tests.parallel.comm.collective_cases import Case
+from tests.parallel.comm.test_collectives import world_group
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(missing_for_slow_link() is not None, reason=missing_for_slow_link() or "")

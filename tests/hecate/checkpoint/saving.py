@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hecate.checkpoint import checkpoint_folder, commit, read_manifest, read_tensors, staging_folder, write_shard
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, commit_line
-from hecate.checkpoint.strict_json import dump_json, parse_json
+from hecate.io.strict_json import dump_json, parse_json
 
 META = {"config": "abc", "data": {"position": 12, "rng": [1, 2.5, None, True]}, "loads": [[1, 0], [3, 4]]}
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hecate.checkpoint import CheckpointError, read_manifest
 from hecate.checkpoint.manifest import parse_manifest
-from hecate.checkpoint.strict_json import parse_json
+from hecate.io.strict_json import parse_json
 from tests.hecate.checkpoint.disk import watched_disk
 from tests.hecate.checkpoint.saving import load, rewrite_manifest, save, shards_of
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from hecate.data.batches import Batch
+from hecate.elastic.move_experts import owned_parameters
+from hecate.engine.engine import ExpertGroups
+from hecate.engine.step_plans import EngineConfig
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import non_moe_flops_per_token
 from hecate.model.upcycling import upcycle
-from hecate.moe.engine import ExpertGroups
-from hecate.moe.step_plans import EngineConfig
+from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.build import upcycling_plan
-from hecate.train.optimizer import ExpertOptimizer
-from hecate.train.resharding import owned_parameters
 from hecate.train.step import forward_loss, train_step
 from tests.hecate.forecast.making import config_for, write_model
 from tests.ranks import run_ranks

@@ -11,23 +11,23 @@ import pytest
 import torch
 
 from hecate.data.batches import Batch
+from hecate.elastic.move_experts import owned_parameters
+from hecate.engine.engine import ExpertGroups
+from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.mixlora import LoraShape, MixLoraExperts
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import RunShape, run_shape
 from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import insert_experts, non_moe_flops_per_token
-from hecate.moe.engine import ExpertGroups
-from hecate.moe.mixlora import LoraShape, MixLoraExperts
-from hecate.moe.step_plans import EngineConfig
+from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.ranks.groups import expert_groups
 from hecate.train.build import surgery_plan
-from hecate.train.mesh_groups import expert_groups
-from hecate.train.optimizer import ExpertOptimizer
-from hecate.train.resharding import owned_parameters
 from hecate.train.step import forward_loss, train_step
 from tests.hecate.forecast.making import config_for, num_bytes, slow_node, write_model
 from tests.ranks import run_ranks

@@ -17,7 +17,7 @@ from hecate.forecast.sweep import load_sweep
 from hecate.parallel.traces import Trace, save_trace
 from hecate.presets import find_preset, preset_names
 
-MODEL = "{kind: lora_dense, rank: 2, hidden: 8, ffn: 16, layers: 6, seq: 8, experts: 4, top_k: 2}"
+MODEL = "{kind: mixlora, rank: 2, hidden: 8, ffn: 16, layers: 6, seq: 8, experts: 4, top_k: 2}"
 TWO = Options(policies=("static_ep", "full"), steps=2)
 ROW_KEYS = {
     *("topology", "ranks", "model", "experts", "workload", "tokens_per_rank", "policy", "step_seconds", "seconds", "bytes", "imbalance"),

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from hecate.config import Config, load_config
-from hecate.moe.engine import ExpertGroups
+from hecate.engine.engine import ExpertGroups
 from hecate.parallel.mesh import make_mesh
-from hecate.train.mesh_groups import expert_groups, tensor_groups
-from hecate.train.ranks import Ranks
+from hecate.ranks.groups import expert_groups, tensor_groups
+from hecate.ranks.ranks import Ranks
 from tests.hecate.data.conftest import build_byte_tokenizer
 
 SHAPE = "{kind: full, hidden: 32, ffn: 48, layers: 2, seq: 32, experts: 4, top_k: 2, query_width: 128, key_value_width: 64}\n"

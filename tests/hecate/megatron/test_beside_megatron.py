@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hecate.moe.aux_loss import load_balancing_loss
+from hecate.experts.aux_loss import load_balancing_loss
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 from tests.ranks import run_ranks
 

@@ -61,7 +61,7 @@ def measured(run: Run) -> dict[str, int]:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    batch = full_rows(run.ranks.copy)
+    batch = full_rows(run.ranks.dp_rank)
     run.moe.engine.begin_step(1)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = forward_loss(run.moe, run.base.head, batch, step=1, recording=True)

@@ -14,10 +14,10 @@ from hecate.config import Config, ConfigError
 from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.cost_model import LayerCost
+from hecate.ranks.ranks import Ranks
 from hecate.train.evaluate import evaluate
 from hecate.train.inference import answer, evaluate_trained
 from hecate.train.loop import Run
-from hecate.train.ranks import Ranks
 from tests.hecate.data.conftest import build_byte_tokenizer
 from tests.hecate.data.test_indexed import ids_of, write_index
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts

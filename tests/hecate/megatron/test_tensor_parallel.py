@@ -17,9 +17,9 @@ from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import Mesh, make_mesh
+from hecate.ranks.ranks import Ranks
 from hecate.train.evaluate import evaluate
 from hecate.train.loop import Run
-from hecate.train.ranks import Ranks
 from tests.hecate.megatron.making import config_of, tensor_ranks_of, write_parts
 from tests.ranks import run_ranks
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.engine.engine import ExpertGroups
+from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.mixlora import LoraShape
 from hecate.model.lora import LoraLinear
 from hecate.model.surgery import MoeModel, SurgeryPlan, adapter_dtype, insert_experts, non_moe_flops_per_token
-from hecate.moe.engine import ExpertGroups
-from hecate.moe.mixlora import LoraShape
-from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from tests.hecate.model.tiny import tiny, token_ids

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from hecate.data.batches import Batch
+from hecate.engine.engine import ExpertGroups
+from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
@@ -19,8 +21,6 @@ from hecate.model.head import LanguageModelHead
 from hecate.model.load import load_model, one_gguf_reader, resolve_model
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, noisy_copies, upcycle
-from hecate.moe.engine import ExpertGroups
-from hecate.moe.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.train.step import forward_loss

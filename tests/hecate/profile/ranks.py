@@ -7,8 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hecate.moe.engine import ExpertGroups
-from hecate.train.ranks import Ranks
+from hecate.engine.engine import ExpertGroups
+from hecate.ranks.ranks import Ranks
 
 
 def ranks_of(rank: int, world_size: int) -> Ranks:

@@ -11,7 +11,7 @@ from hecate.profile import probe
 from hecate.profile.fit import Flow
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import find_flows
-from hecate.train.ranks import Ranks
+from hecate.ranks.ranks import Ranks
 from tests.hecate.profile.ranks import ranks_of
 from tests.ranks import run_ranks
 

@@ -17,8 +17,8 @@ from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import profile
+from hecate.ranks.ranks import Ranks
 from hecate.train.build import build_topology
-from hecate.train.ranks import Ranks
 from tests.hecate.profile.ranks import ranks_of
 from tests.ranks import run_ranks
 

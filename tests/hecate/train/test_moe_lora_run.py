@@ -12,14 +12,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import hecate.model.room
-from hecate.adapter.peft_moe import load_peft_adapter
+from hecate.adapters.peft_experts import export_peft_adapter
+from hecate.adapters.peft_moe import load_peft_adapter
 from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
+from hecate.ranks.ranks import join_ranks
 from hecate.train.inference import _with_adapter, answer, evaluate_trained
 from hecate.train.loop import Run
-from hecate.train.peft_adapter import export_peft_adapter
-from hecate.train.ranks import join_ranks
 from tests.hecate.data.conftest import build_byte_tokenizer
 from tests.hecate.train.test_run import records, run
 from tests.plain_moe_lora import KINDS, peft_model, save_tiny

@@ -9,9 +9,9 @@ import torch
 
 from hecate.config import load_config
 from hecate.parallel.mesh import make_mesh
+from hecate.ranks.groups import expert_groups
+from hecate.ranks.ranks import Ranks
 from hecate.train.loop import Run
-from hecate.train.mesh_groups import expert_groups
-from hecate.train.ranks import Ranks
 from tests.hecate.data.conftest import build_byte_tokenizer
 from tests.plain_moe_lora import save_tiny
 from tests.ranks import run_ranks

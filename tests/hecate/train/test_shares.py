@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 from hecate.config import load_config
 from hecate.data.encode import IGNORED
-from hecate.moe.engine import ExpertGroups
+from hecate.engine.engine import ExpertGroups
 from hecate.parallel.topology import Link, Topology
+from hecate.ranks.ranks import Ranks
 from hecate.train.loop import Run
-from hecate.train.ranks import Ranks
 from tests.ranks import run_ranks
 from tests.tiny_run import make_workshop
 

@@ -62,7 +62,7 @@ def test_what_cannot_be_planned_is_refused(loads: np.ndarray | None, slots: list
 
 
 @pytest.mark.parametrize(
-    "changes", [{"trainable_bytes": -1.0}, {"row_bytes": np.nan}, {"choice_flops": np.inf}, {"top_k": 0}, {"frozen_lifetime": 0.0}]
+    "changes", [{"trainable_bytes": -1.0}, {"row_bytes": np.nan}, {"assignment_flops": np.inf}, {"top_k": 0}, {"frozen_lifetime": 0.0}]
 )
 def test_a_cost_that_is_none_is_refused(changes: dict[str, float]) -> None:
     with pytest.raises(UserError, match=f"layer cost: .*{next(iter(changes))}"):

@@ -21,19 +21,19 @@ from hecate.parallel.planners.replica_lists import Replicas, add, copy_into, for
 from hecate.parallel.topology import Link, Topology
 
 KINDS = {
-    "full experts": LayerCost(trainable_bytes=4e6, state_bytes=2.4e7, top_k=2, row_bytes=4096, choice_flops=4e6, non_moe_flops=1e9),
+    "full experts": LayerCost(trainable_bytes=4e6, state_bytes=2.4e7, top_k=2, row_bytes=4096, assignment_flops=4e6, non_moe_flops=1e9),
     "dense base": LayerCost(
         trainable_bytes=1e4,
         state_bytes=6e4,
         top_k=2,
         row_bytes=4096,
         row_flops=4e6,
-        choice_flops=1e4,
-        choice_backward=3.0,
+        assignment_flops=1e4,
+        assignment_backward=3.0,
         non_moe_flops=1e9,
     ),
     "frozen base": LayerCost(
-        trainable_bytes=1e4, frozen_bytes=4e6, top_k=3, row_bytes=4096, choice_flops=4e6, choice_backward=1.0, non_moe_flops=1e8
+        trainable_bytes=1e4, frozen_bytes=4e6, top_k=3, row_bytes=4096, assignment_flops=4e6, assignment_backward=1.0, non_moe_flops=1e8
     ),
 }
 

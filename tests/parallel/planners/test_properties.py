@@ -152,7 +152,7 @@ def test_ties_go_by_index(policy: str) -> None:
     loads = np.ones((1, 4, 8))
     loads[:, :, :2] = 100.0
     place = dataclasses.replace(topology((0,) * 4), flops=(1e12,) * 4, port_bandwidth=(), nic_bandwidth=(), memory_bandwidth=())
-    cost = dataclasses.replace(KINDS["full experts"], trainable_bytes=1e5, choice_flops=1e9, row_bytes=1.0, non_moe_flops=2.5e11)
+    cost = dataclasses.replace(KINDS["full experts"], trainable_bytes=1e5, assignment_flops=1e9, row_bytes=1.0, non_moe_flops=2.5e11)
     given_ = PlanInput(contiguous_owners(8, 4)[None], loads, place, cost, np.full(4, 1, dtype=np.int64))
     first, second = (tuple(np.flatnonzero(row)) for row in POLICIES[policy](given_).where_LED[0, :2])
     assert len(first) > 1

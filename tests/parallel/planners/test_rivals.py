@@ -16,7 +16,7 @@ from hecate.parallel.planners.packing import spare_copies
 from hecate.parallel.topology import Link, Topology, uniform_topology
 
 RIVALS = ["echo", "eplb", "fastermoe", "flexmoe", "laer", "llep", "smartmoe"]
-UNIT = LayerCost(trainable_bytes=1.0, choice_flops=1.0)
+UNIT = LayerCost(trainable_bytes=1.0, assignment_flops=1.0)
 
 
 def plan_input(
@@ -92,7 +92,7 @@ def test_smartmoe_moves_nothing_that_leaves_the_busiest_device_as_busy() -> None
     ],
 )
 def test_fastermoe_shadows_what_pays(expert_bytes: float, row_bytes: float, shadowed: bool) -> None:
-    cost = LayerCost(trainable_bytes=expert_bytes, choice_flops=1.0, row_bytes=row_bytes)
+    cost = LayerCost(trainable_bytes=expert_bytes, assignment_flops=1.0, row_bytes=row_bytes)
     plan = POLICIES["fastermoe"](plan_input([0, 1], [[6, 1], [4, 1]], [2, 2], cost=cost))
     assert where(plan) == ([[0, 1], [1]] if shadowed else [[0], [1]])
     assert plan.quota_LED is None
@@ -286,7 +286,7 @@ def test_no_expert_travels_for_a_rounding_error(policy: str, owner: list[int], l
     ],
 )
 def test_laer_takes_the_cheaper_candidate(row_bytes: float, expected: list[list[float]]) -> None:
-    cost = LayerCost(trainable_bytes=1.0, choice_flops=1.0, row_bytes=row_bytes)
+    cost = LayerCost(trainable_bytes=1.0, assignment_flops=1.0, row_bytes=row_bytes)
     plan = POLICIES["laer"](plan_input([0, 1, 2], totals([12, 3, 3], 3), [2, 2, 2], cost=cost))
     assert quota(plan) == expected
 
@@ -327,7 +327,7 @@ def inputs(draw: st.DrawFn) -> PlanInput:
         owner_LE,
         loads_LSE,
         Topology(nodes, tuple(rng.choice([1e3, 3e3], size=world).tolist()), (1e9,) * world, fast, slow),
-        LayerCost(trainable_bytes=draw(st.sampled_from([1.0, 50.0])), choice_flops=1.0, row_bytes=1.0, non_moe_flops=2e3),
+        LayerCost(trainable_bytes=draw(st.sampled_from([1.0, 50.0])), assignment_flops=1.0, row_bytes=1.0, non_moe_flops=2e3),
         rng.integers(0, draw(st.integers(1, experts + 1)), size=world, endpoint=True),
         rng.random((layers, experts, world)) < 0.5 if draw(st.booleans()) else None,
         draw(st.sampled_from([None, 1.0, 1.05, 1.5])),
@@ -434,7 +434,7 @@ def skewed() -> PlanInput:
     popularity_LE /= popularity_LE.sum(-1, keepdims=True)
     loads_LSE = np.stack([rng.multinomial(8192 * 8, popularity_E, size=world) for popularity_E in popularity_LE]).astype(float)
     topology = uniform_topology(1, world, flops=11.5e12, memory=1e11, intra_node=Link(50e9 / 8, 0.0))
-    cost = LayerCost(trainable_bytes=4 * 2048**2 * 4, choice_flops=8 * 2048**2, row_bytes=2048 * 4)
+    cost = LayerCost(trainable_bytes=4 * 2048**2 * 4, assignment_flops=8 * 2048**2, row_bytes=2048 * 4)
     return PlanInput(np.tile(contiguous_owners(experts, world), (layers, 1)), loads_LSE, topology, cost, np.zeros(world, dtype=np.int64))
 
 

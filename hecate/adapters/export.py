@@ -1,0 +1,94 @@
+"""The trained adapter to and from the `mixlora` folder format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hecate.adapters import AdapterConfig, attention_tensor_name, expert_tensor_name, router_tensor_name, save_adapter
+from hecate.config import Config
+from hecate.experts.mixlora import MixLoraExperts
+from hecate.model.gated_ffn import decoder_layers, find_gated_ffns
+from hecate.model.surgery import MoeModel
+from hecate.parallel.comm.collectives import sparse_all_gather
+from hecate.parallel.placement import Placement, owners_only
+from hecate.ranks.ranks import Ranks
+from hecate.train.build import BaseModel
+
+_HF_ACTIVATION = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
+    """The adapter's description; made before training, so that what the format cannot hold is refused at once.
+
+    Raises:
+        UserError: a target module is none of the format's seven.
+    """
+    num_layers = len(decoder_layers(base.model)[1])
+    experts = config.moe.num_experts
+    return AdapterConfig(
+        base_model_name_or_path=config.model.name_or_path,
+        r=config.lora.r,
+        alpha=int(config.lora.alpha),
+        dropout=float(config.lora.dropout),
+        target_modules=config.lora.target_modules,
+        num_layers=num_layers,
+        num_experts=experts if isinstance(experts, int) else config.moe.experts_per_layer(num_layers),
+        top_k=config.moe.choices,
+        act_fn=_HF_ACTIVATION[find_gated_ffns(base.model)[0].base.activation],
+        use_rslora=config.lora.use_rslora,
+        extra={"router_aux_loss_coef": config.moe.router_aux_loss_coef, "model_dtype": config.model.dtype},
+    )
+
+
+def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, ranks: Ranks) -> None:
+    """Gather all experts on rank 0, a layer at a time, and write them there. Every rank must call it."""
+    tensors: dict[str, Tensor] = {}
+    for layer in sorted(moe.layers):
+        chunks = gather_on_first(moe, layer, ranks)
+        if chunks is None:
+            continue
+        family = moe.engine.families[layer]
+        assert isinstance(family, MixLoraExperts)
+        for projection, lora in family.pairs(chunks).items():
+            for expert in range(family.num_experts):
+                tensors[expert_tensor_name(layer, projection, expert, "A")] = lora.a_SrI[expert].detach()
+                tensors[expert_tensor_name(layer, projection, expert, "B")] = lora.b_SOr[expert].detach()
+        tensors[router_tensor_name(layer)] = moe.routers[layer].detach()
+    if ranks.is_first:
+        for (layer, module), lora_linear in moe.attention.items():
+            name = module.rpartition(".")[2]
+            tensors[attention_tensor_name(layer, name, "A")] = lora_linear.lora_A.detach()
+            tensors[attention_tensor_name(layer, name, "B")] = lora_linear.lora_B.detach()
+        save_adapter(folder, tensors, description)
+
+
+def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
+    """Set routers, adapters and this rank's owned experts from an adapter's tensors (complete: `load_adapter` has checked)."""
+    with torch.no_grad():
+        for layer, router in moe.routers.items():
+            router.copy_(tensors[router_tensor_name(layer)])
+        for (layer, expert), chunk in moe.engine.named_parameters().items():
+            specs = moe.engine.families[layer].layout().trainable
+            parts: list[Any] = [spec.name.split(".") for spec in specs]
+            flat = [tensors[expert_tensor_name(layer, projection, expert, matrix)].flatten() for projection, matrix in parts]
+            chunk.copy_(torch.cat(flat))
+        for (layer, module), lora in moe.attention.items():
+            name = module.rpartition(".")[2]
+            lora.lora_A.copy_(tensors[attention_tensor_name(layer, name, "A")])
+            lora.lora_B.copy_(tensors[attention_tensor_name(layer, name, "B")])
+
+
+def gather_on_first(moe: MoeModel, layer: int, ranks: Ranks) -> Tensor | None:
+    """All master chunks of a layer, [experts, C], on rank 0, None elsewhere. Every rank must call it."""
+    if not moe.engine.in_first_group:
+        return None
+    owner_E: np.ndarray = moe.engine.owners[layer]
+    where_ED = owners_only(owner_E, moe.engine.world_size).where_ED.copy()
+    where_ED[:, 0] = True
+    gathered = sparse_all_gather(moe.engine.stores[layer].owned, Placement(owner_E.copy(), where_ED), ranks.groups.experts).wait()
+    return gathered if ranks.is_first else None

@@ -1,0 +1,206 @@
+"""A model with full experts as a Hugging Face folder of Mixtral's layout, which transformers, vLLM and others read.
+
+Experts are fetched from their owners one at a time, as rank 0 writes: no rank ever holds a layer of them. One file a decoder layer, and one
+for what is outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hecate.checkpoint.layout import TensorEntry, file_layout
+from hecate.checkpoint.shard import DTYPES
+from hecate.errors import UserError
+from hecate.experts.layer import MoeLayer
+from hecate.io.durable import delete_files, sync_folder, write_durable
+from hecate.model.surgery import MoeModel
+from hecate.ranks.ranks import Ranks
+
+_DENSE_TYPES = ("llama", "mistral")
+"""what Mixtral is but for its experts"""
+_SAME = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+    *("sliding_window", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class MixtralFolder:
+    """What goes into the folder beside the experts and routers."""
+
+    config: Any
+    """a transformers MixtralConfig"""
+    tokenizer: Any
+    dtype: torch.dtype
+    """of all weights"""
+
+
+def mixtral_config(dense: Any, experts_per_layer: tuple[int, ...], top_k: int, aux_loss_coef: float) -> Any:
+    """The transformers MixtralConfig of a dense model's configuration with experts in it.
+
+    Raises:
+        UserError: Mixtral has no place for something of it, with the reason.
+    """
+    from transformers import MixtralConfig
+
+    reasons = []
+    if dense.model_type not in _DENSE_TYPES:
+        reasons.append(f"the base model is a {dense.model_type}, and only {' and '.join(_DENSE_TYPES)} become Mixtral")
+    if len(set(experts_per_layer)) != 1:
+        reasons.append("moe.num_experts differs between layers")
+    if getattr(dense, "attention_bias", False) or getattr(dense, "mlp_bias", False):
+        reasons.append("the base model has biases")
+    if reasons:
+        raise UserError("moe.family=full: the model could not be saved as a Mixtral: " + "; ".join(reasons))
+    same = {name: getattr(dense, name) for name in _SAME if getattr(dense, name, None) is not None or name.endswith("token_id")}
+    experts = {"num_local_experts": experts_per_layer[0], "num_experts_per_tok": top_k, "router_aux_loss_coef": aux_loss_coef}
+    return MixtralConfig(**same, **experts, architectures=["MixtralForCausalLM"])
+
+
+def dense_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights outside routers and experts by their names in the model, a tied one once."""
+    routed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MoeLayer))
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if not name.startswith(routed)}
+
+
+def export_mixtral(folder: Path, description: MixtralFolder, dense: Mapping[str, Tensor], moe: MoeModel, ranks: Ranks) -> None:
+    """Write the model to the new folder `folder`. Every rank must call it.
+
+    Args:
+        dense: the weights outside routers and experts, by Mixtral's names; only rank 0's are written.
+
+    Raises:
+        UserError: the disk fails; nothing is left then.
+    """
+    entries = _entries(description, dense, moe)
+    by_file: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in entries.items():
+        by_file.setdefault(entry.file, {})[name] = entry
+    staging = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
+    fetch = _Fetch(description.dtype, dense, moe, ranks)
+    if not ranks.is_first:
+        for inside in by_file.values():
+            for name in file_layout(inside)[1]:
+                fetch(name)
+        return
+    try:
+        staging.mkdir(parents=True)
+        for file, inside in by_file.items():
+            _write(staging / file, inside, fetch)
+        index = {
+            "metadata": {"total_size": sum(entry.num_bytes for entry in entries.values())},
+            "weight_map": {name: entry.file for name, entry in entries.items()},
+        }
+        write_durable(staging / "model.safetensors.index.json", [json.dumps(index, indent=1).encode()])
+        description.config.dtype = description.dtype
+        description.config.save_pretrained(staging)
+        description.tokenizer.save_pretrained(staging)
+        sync_folder(staging)
+        os.rename(staging, folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            delete_files(staging)
+        raise UserError(f"{folder}: the model cannot be written: {error.strerror}") from error
+
+
+def _entries(description: MixtralFolder, dense: Mapping[str, Tensor], moe: MoeModel) -> dict[str, TensorEntry]:
+    """Every tensor of the folder; the same on every rank."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
+    for layer in moe.layers:
+        family = moe.engine.families[layer]
+        prefix = f"model.layers.{layer}.block_sparse_moe"
+        shapes[f"{prefix}.gate.weight"] = tuple(moe.routers[layer].shape)
+        for expert in range(family.num_experts):
+            for spec in family.layout().trainable:
+                shapes[f"{prefix}.experts.{expert}.{_PARTS[spec.name]}.weight"] = spec.shape
+    files = 1 + len(moe.layers)
+
+    def file_of(name: str) -> str:
+        match = _LAYER.match(name)
+        number = 1 if match is None else 2 + int(match[1])
+        return f"model-{number:05d}-of-{files:05d}.safetensors"
+
+    dtype = _DTYPE_NAMES[description.dtype]
+    return {name: TensorEntry(file_of(name), dtype, shape, digest="") for name, shape in sorted(shapes.items())}
+
+
+class _Fetch:
+    """A tensor of the folder, on rank 0; None elsewhere. Every rank must ask for the same ones in the same order."""
+
+    def __init__(self, dtype: torch.dtype, dense: Mapping[str, Tensor], moe: MoeModel, ranks: Ranks) -> None:
+        self._dtype, self._dense, self._moe, self._ranks = dtype, dense, moe, ranks
+        self._chunk: tuple[tuple[int, int], Tensor | None] | None = None
+        """the expert that was asked for last"""
+
+    def __call__(self, name: str) -> Tensor | None:
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            tensor: Tensor | None = self._router_or_dense(name)
+        else:
+            key = int(match[1]), int(match[2])
+            if self._chunk is None or self._chunk[0] != key:
+                self._chunk = key, expert_on_first(self._moe, *key, self._ranks)
+            tensor = None if self._chunk[1] is None else self._part(key[0], match[3], self._chunk[1])
+        return None if tensor is None or not self._ranks.is_first else tensor.detach().to("cpu", self._dtype).contiguous()
+
+    def _router_or_dense(self, name: str) -> Tensor:
+        if name.endswith(".block_sparse_moe.gate.weight"):
+            match = _LAYER.match(name)
+            assert match is not None
+            return self._moe.routers[int(match[1])]
+        return self._dense[name]
+
+    def _part(self, layer: int, part: str, chunk: Tensor) -> Tensor:
+        specs = self._moe.engine.families[layer].layout().trainable
+        parts = dict(zip((_PARTS[spec.name] for spec in specs), chunk.split([spec.numel for spec in specs]), strict=True))
+        shapes = {_PARTS[spec.name]: spec.shape for spec in specs}
+        return parts[part].view(shapes[part])
+
+
+def expert_on_first(moe: MoeModel, layer: int, expert: int, ranks: Ranks) -> Tensor | None:
+    """[C] on rank 0: an expert's master chunk. Every rank must call it; only the owner and rank 0 have something to do."""
+    if not moe.engine.in_first_group:
+        return None
+    store, owner = moe.engine.stores[layer], int(moe.engine.owners[layer][expert])
+    mine = store.owned[store.experts.index(expert)].detach() if owner == moe.engine.rank else None
+    if owner == 0:
+        return mine
+    if mine is not None:
+        dist.send(mine.contiguous(), group_dst=0, group=ranks.groups.tokens)
+    if not ranks.is_first:
+        return None
+    chunk = store.owned.new_empty(store.chunk_numel)
+    dist.recv(chunk, group_src=owner, group=ranks.groups.tokens)
+    return chunk
+
+
+def _write(path: Path, inside: Mapping[str, TensorEntry], fetch: Callable[[str], Tensor | None]) -> None:
+    head, offsets = file_layout(inside)
+
+    def blocks() -> Any:
+        yield head
+        for name in offsets:
+            tensor = fetch(name)
+            assert tensor is not None
+            assert tuple(tensor.shape) == inside[name].shape, name
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+    write_durable(path, blocks())

@@ -1,0 +1,128 @@
+"""A `mixlora` adapter folder: adapter_config.json and adapter_model.safetensors, written whole or not at all."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hecate.adapters.config import CONFIG, AdapterConfig, config_from_json, config_to_json
+from hecate.adapters.names import layer_in, modern_name
+from hecate.adapters.tensors import checked_tensors
+from hecate.checkpoint.shard import write_safetensors
+from hecate.errors import UserError
+from hecate.io.durable import delete_files, sync_folder, write_durable
+from hecate.io.strict_json import dump_json, parse_json
+
+WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
+_MAX_CONFIG_BYTES = 2**24
+
+
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:
+    """Write an adapter of all its tensors, named as in `hecate.adapters.names`, to the new folder `folder`, in fp32.
+
+    A and B are written as they are: the readers of the format compute the scale, alpha / r or with `use_rslora` alpha /
+    sqrt(r), themselves. Raises UserError if the folder exists, a tensor is missing, unknown, of the wrong shape or not
+    finite (see `checked_tensors`), or the disk fails; nothing is left then.
+    """
+    try:
+        checked = checked_tensors(tensors, config)
+    except UserError as error:
+        raise UserError(f"the adapter cannot be saved to {folder}: {error}") from error
+    write_adapter_folder(folder, checked, config_to_json(config))
+
+
+def write_adapter_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write the two files of an adapter to the new folder `folder`, both or neither.
+
+    Raises:
+        UserError: the folder exists, or the disk fails.
+    """
+    if os.path.lexists(folder):
+        raise UserError(f"{folder}: exists already, and an adapter is never written over; remove it or name another folder")
+    staging = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        staging.mkdir(parents=True)
+        write_safetensors(staging / WEIGHTS, tensors)
+        write_durable(staging / CONFIG, [dump_json(dict(config))])
+        sync_folder(staging)
+        os.rename(staging, folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            delete_files(staging)
+        raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from error
+
+
+def load_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
+    """Read an adapter folder: ours, or one of `mixlora` or `moe-peft`, with today's tensor names or the `mixtral` ones.
+
+    Returns fp32 tensors on the CPU under today's names, and the configuration. adapter_model.safetensors is taken if it
+    is there, else adapter_model.bin. Raises UserError, naming file and tensor or key, for anything missing, unknown or
+    of the wrong shape.
+    """
+    config_path, value = folder / CONFIG, read_adapter_config(folder)
+    weights_path = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / OLD_WEIGHTS
+    if not weights_path.exists():
+        raise UserError(f"{folder}: holds neither {WEIGHTS} nor {OLD_WEIGHTS}")
+    found = read_safetensors(weights_path) if weights_path.name == WEIGHTS else _read_bin(weights_path)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        if modern_name(name) in tensors:
+            raise UserError(f"{weights_path}: tensor {modern_name(name)} is there twice, under its older name too")
+        tensors[modern_name(name)] = tensor
+    num_layers = 1 + max((layer for name in tensors if (layer := layer_in(name)) is not None), default=0)
+    try:
+        config = config_from_json(value, num_layers)
+    except UserError as error:
+        raise UserError(f"{config_path}: {error}") from error
+    try:
+        return checked_tensors(tensors, config), config
+    except UserError as error:
+        raise UserError(f"{weights_path}: {error}") from error
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """The JSON value of an adapter folder's configuration, of whatever kind.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    config_path = folder / CONFIG
+    try:
+        if config_path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise UserError(f"{config_path}: larger than any such file")
+        return parse_json(config_path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?") from error
+    except UserError as error:
+        raise UserError(f"{config_path}: {error}") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a sound safetensors file: {error}") from error
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    """The one place that opens a pickle, with torch's reader that knows tensors and containers and runs no code."""
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: refused, for it is damaged or holds more than tensors: {reason}\n"
+            f"Ask its author for {WEIGHTS}, or convert it where you trust it."
+        ) from error
+    if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+        raise UserError(f"{path}: not a flat table of tensors by name")
+    return value

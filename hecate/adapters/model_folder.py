@@ -1,0 +1,48 @@
+"""A whole model that a run has left, for evaluation and answers: what `hecate.adapters.export_mixtral` writes, read by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hecate.engine.engine import Engine
+from hecate.engine.step_plans import EngineConfig
+from hecate.errors import UserError
+from hecate.experts.micro_step import MicroStep
+from hecate.model.head import LanguageModelHead
+from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
+from hecate.model.room import require_room
+from hecate.model.surgery import MoeModel
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from hecate.ranks.ranks import Ranks
+from hecate.train.build import BaseModel
+
+
+def is_model_folder(folder: Path) -> bool:
+    """And no adapter's."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
+
+
+def load_model_folder(folder: Path, ranks: Ranks, dtype: str) -> tuple[BaseModel, MoeModel]:
+    """The model as transformers has it: its experts are no concern of the engine's, which has none.
+
+    Args:
+        dtype: auto: as it was saved.
+
+    Raises:
+        UserError: it cannot be read, or there is no room for it.
+    """
+    source = ModelSource(folder, None)
+    saved = getattr(read_config(source), "dtype", None)
+    held = saved if dtype == "auto" and isinstance(saved, torch.dtype) else pick_dtype(dtype, ranks.device)
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: has no *.safetensors; is it the model folder of a finished run?")
+    require_room(folder, held, ranks.device)
+    model = load_model(source, held, ranks.device).eval()
+    topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
+    engine = Engine({}, EngineConfig(POLICIES["full"], topology), ranks.groups)
+    vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    base = BaseModel(model, LanguageModelHead(model), load_tokenizer(source), vocab_size)
+    return base, MoeModel(model, engine, MicroStep(), {}, {})

@@ -1,0 +1,194 @@
+"""Adapted experts of MoE models to and from PEFT's folder format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hecate.adapters.export import gather_on_first
+from hecate.adapters.peft_moe import (
+    PeftMoeConfig,
+    expert_a,
+    expert_b,
+    expert_names,
+    join_a,
+    join_b,
+    linear_names,
+    load_peft_adapter,
+    save_peft_adapter,
+    saved_name,
+)
+from hecate.config import Config
+from hecate.engine.step_plans import EngineConfig
+from hecate.errors import UserError
+from hecate.experts.moe_lora import MoeLoraExperts
+from hecate.experts.pairs import LoraShape
+from hecate.kernels.mixlora_inputs import PROJECTIONS
+from hecate.model.gated_ffn import decoder_layers
+from hecate.model.load import pick_dtype, resolve_model
+from hecate.model.moe_surgery import AdaptedLayer, MoeLoraPlan, adapt_experts, expert_projections
+from hecate.model.room import require_room
+from hecate.model.surgery import MoeModel
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from hecate.ranks.ranks import Ranks
+from hecate.train.build import BaseModel, build_base
+
+
+def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
+    """The description of what a run trains; made before training."""
+    ends = {_end(base, layer.block.experts_path): None for layer in base.adapted}
+    projections = expert_projections(config.lora.target_modules)
+    routers = {_end(base, layer.block.router_path): None for layer in base.adapted if config.moe.train_router}
+    return PeftMoeConfig(
+        base_model_name_or_path=config.model.name_or_path,
+        r=config.lora.r,
+        alpha=int(config.lora.alpha),
+        use_rslora=config.lora.use_rslora,
+        target_modules=tuple(name for name in config.lora.target_modules if name not in PROJECTIONS),
+        target_parameters=tuple(f"{end}.{name}" for end in ends for name in projections),
+        modules_to_save=tuple(routers),
+        dropout=config.lora.dropout,
+        extra={"router_aux_loss_coef": config.moe.router_aux_loss_coef, "model_dtype": config.model.dtype},
+    )
+
+
+def export_peft_adapter(folder: Path, description: PeftMoeConfig, base: BaseModel, moe: MoeModel, ranks: Ranks) -> None:
+    """Gather all pairs on rank 0, a layer at a time, and write them there. Every rank must call it."""
+    tensors: dict[str, Tensor] = {}
+    for layer in base.adapted:
+        number = layer.block.layer
+        chunks_EC = gather_on_first(moe, number, ranks)
+        if chunks_EC is None:
+            continue
+        family = moe.engine.families[number]
+        assert isinstance(family, MoeLoraExperts)
+        pairs = family.pairs(chunks_EC)
+        for projection, (name_a, name_b) in expert_names(layer.block.experts_path, tuple(pairs)).items():
+            tensors[name_a] = join_a(pairs[projection].a_SrI.detach()).cpu()
+            tensors[name_b] = join_b(pairs[projection].b_SOr.detach()).cpu()
+    if not ranks.is_first:
+        return
+    for layer in base.adapted:
+        if layer.block.layer in moe.routers:
+            tensors[saved_name(layer.block.router_path)] = moe.routers[layer.block.layer].detach()
+    for key, lora in moe.attention.items():
+        name_a, name_b = linear_names(_linear_path(base, key))
+        tensors[name_a], tensors[name_b] = lora.lora_A.detach(), lora.lora_B.detach()
+    save_peft_adapter(folder, tensors, description)
+
+
+def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], where: Path) -> None:
+    """Set routers, attention adapters and this rank's owned pairs from an adapter's tensors.
+
+    Raises:
+        UserError: a tensor is missing, superfluous or of another shape than the model needs.
+    """
+    wanted = _shapes(moe, base)
+    if missing := sorted(set(wanted) - set(tensors)):
+        raise UserError(f"{where}: has no tensor {missing[0]} ({len(missing)} missing), which the base model needs")
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) has no place in the base model")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
+    blocks = {layer.block.layer: layer.block for layer in base.adapted}
+    with torch.no_grad():
+        for (layer, expert), chunk in moe.engine.named_parameters().items():
+            family, block = moe.engine.families[layer], blocks[layer]
+            assert isinstance(family, MoeLoraExperts)
+            names, flat = expert_names(block.experts_path, family.projections), []
+            for projection in family.projections:
+                name_a, name_b = names[projection]
+                flat += [expert_a(tensors[name_a], expert, block.num_experts), expert_b(tensors[name_b], expert, block.num_experts)]
+            chunk.copy_(torch.cat([part.flatten() for part in flat]))
+        for layer, router in moe.routers.items():
+            router.copy_(tensors[saved_name(blocks[layer].router_path)])
+        for key, lora in moe.attention.items():
+            name_a, name_b = linear_names(_linear_path(base, key))
+            lora.lora_A.copy_(tensors[name_a])
+            lora.lora_B.copy_(tensors[name_b])
+
+
+def begin_with(config: Config, base: BaseModel, moe: MoeModel) -> None:
+    """Set what trains to the values of the adapter that `lora.init_from` names. Every rank must call it.
+
+    Raises:
+        UserError: it cannot be read, or is not of the model, the rank, the scale or the modules that are configured.
+    """
+    assert config.lora.init_from is not None
+    folder = Path(config.lora.init_from)
+    tensors, description = load_peft_adapter(folder)
+    configured = peft_config(config, base)
+    for key, theirs, ours in (("lora.r", description.r, configured.r), ("lora.alpha, scaled", description.scale, configured.scale)):
+        if theirs != ours:
+            raise UserError(f"lora.init_from: {folder} has {key} {theirs}, but the configuration has {ours}; they must be equal")
+    load_peft_into(moe, base, tensors, folder)
+
+
+def with_peft_adapter(
+    folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None
+) -> tuple[BaseModel, MoeModel]:
+    """The base model with an adapter in it, for evaluation.
+
+    Raises:
+        UserError: the adapter or the model cannot be read, one does not fit the other, or there is no room for the model.
+    """
+    tensors, description = load_peft_adapter(folder)
+    name = model or description.base_model_name_or_path
+    source = resolve_model(name)
+    if source.gguf_file is None and num_hidden_layers is None:
+        require_room(source.folder, pick_dtype(dtype, ranks.device), ranks.device)
+    base = build_base(name, dtype, num_hidden_layers, ranks, "moe_lora")
+    plan = peft_plan(description, base.adapted, folder)
+    topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
+    moe = adapt_experts(base.model, base.adapted, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)
+    load_peft_into(moe, base, tensors, folder)
+    return base, moe
+
+
+def peft_plan(description: PeftMoeConfig, layers: tuple[AdaptedLayer, ...], where: Path) -> MoeLoraPlan:
+    """What to put into a model so that the adapter fits.
+
+    Raises:
+        UserError: the adapter has trained other modules than routers.
+    """
+    routers = description.modules_to_save
+    for name in routers:
+        if not all(layer.block.router_path.endswith(f".{name}") for layer in layers):
+            raise UserError(f"{where}: modules_to_save has {name}, which is no router of the base model; only routers are supported")
+    halves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    projections = tuple(half for name in description.projections for half in halves[name])
+    lora = LoraShape(description.r, description.scale, 0.0)
+    return MoeLoraPlan(lora, (*description.target_modules, *projections), train_router=bool(routers), seed=0)
+
+
+def _shapes(moe: MoeModel, base: BaseModel) -> dict[str, tuple[int, ...]]:
+    """Every tensor that an adapter of this model has."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in base.adapted:
+        block, family = layer.block, moe.engine.families[layer.block.layer]
+        assert isinstance(family, MoeLoraExperts)
+        sizes = {"gate_up_proj": (block.hidden, 2 * block.ffn), "down_proj": (block.ffn, block.hidden)}
+        for projection, (name_a, name_b) in expert_names(block.experts_path, family.projections).items():
+            inputs, outputs = sizes[projection]
+            rows = block.num_experts * family.rank
+            shapes[name_a], shapes[name_b] = (rows, inputs), (outputs, rows)
+        if block.layer in moe.routers:
+            shapes[saved_name(block.router_path)] = tuple(moe.routers[block.layer].shape)
+    for key, lora in moe.attention.items():
+        name_a, name_b = linear_names(_linear_path(base, key))
+        shapes[name_a], shapes[name_b] = tuple(lora.lora_A.shape), tuple(lora.lora_B.shape)
+    return shapes
+
+
+def _linear_path(base: BaseModel, key: tuple[int, str]) -> str:
+    layer, module = key
+    return f"{decoder_layers(base.model)[0]}.{layer}.{module}"
+
+
+def _end(base: BaseModel, path: str) -> str:
+    """A dotted name without what comes before it in its decoder layer, such as mlp.experts."""
+    return path.removeprefix(f"{decoder_layers(base.model)[0]}.").partition(".")[2]

@@ -1,0 +1,185 @@
+"""Adapters of an MoE model's experts as PEFT 0.21 keeps them (LoRA with `target_parameters`), read and written.
+
+PEFT wraps each parameter of an experts module, gate_up_proj first, so that its tensors lie under `base_layer` where both are adapted:
+
+    base_model.model.model.layers.3.mlp.experts.base_layer.lora_A.weight [E·r, D]   .lora_B.weight [2F, r·E]     gate_up_proj
+    base_model.model.model.layers.3.mlp.experts.lora_A.weight            [E·r, F]   .lora_B.weight [D, r·E]      down_proj
+
+A is expert-major, A.view(E, r, in); B is rank-major, B.view(out, r, E). Attention adapters and trained routers have PEFT's usual names.
+
+Shapes: E experts, r rank, D hidden, F ffn, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hecate.adapters.config import CONFIG
+from hecate.adapters.folder import WEIGHTS, read_adapter_config, read_safetensors, write_adapter_folder
+from hecate.errors import UserError
+
+PEFT_TYPE = "LORA"
+_PREFIX = "base_model.model"
+_NOT_READ = ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "exclude_modules")
+"""keys of PEFT that change what an adapter means"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftMoeConfig:
+    """What such an adapter is."""
+
+    base_model_name_or_path: str
+    r: int
+    alpha: int
+    use_rslora: bool
+    target_modules: tuple[str, ...]
+    """last names of adapted linears"""
+    target_parameters: tuple[str, ...]
+    """ends of the dotted names of adapted parameters, such as mlp.experts.gate_up_proj"""
+    modules_to_save: tuple[str, ...] = ()
+    """ends of the dotted names of routers that were trained"""
+    dropout: float = 0.0
+    """with which it was trained; PEFT has none for such adapters"""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied by."""
+        return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Last names of the adapted parameters, in the order in which PEFT wraps them."""
+        last = {name.rpartition(".")[2] for name in self.target_parameters}
+        return tuple(name for name in ("gate_up_proj", "down_proj") if name in last)
+
+
+def expert_names(experts_path: str, projections: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    """Projection -> the names of its A and B.
+
+    Args:
+        experts_path: dotted name of the experts module in the model.
+        projections: as `PeftMoeConfig.projections` has them.
+    """
+    names = {}
+    for depth, projection in enumerate(reversed(projections)):
+        module = f"{_PREFIX}.{experts_path}" + ".base_layer" * depth
+        names[projection] = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+    return names
+
+
+def linear_names(path: str) -> tuple[str, str]:
+    """The names of A and B of an adapted linear."""
+    return f"{_PREFIX}.{path}.lora_A.weight", f"{_PREFIX}.{path}.lora_B.weight"
+
+
+def saved_name(path: str) -> str:
+    """The name of a module's weight that was trained whole."""
+    return f"{_PREFIX}.{path}.weight"
+
+
+def join_a(a_ErI: Tensor) -> Tensor:
+    """[E·r, I]: of all experts."""
+    return a_ErI.flatten(0, 1)
+
+
+def join_b(b_EOr: Tensor) -> Tensor:
+    """[O, r·E]: of all experts."""
+    return b_EOr.permute(1, 2, 0).flatten(1)
+
+
+def expert_a(joined: Tensor, expert: int, experts: int) -> Tensor:
+    """[r, I]: of one expert."""
+    return joined.view(experts, -1, joined.shape[1])[expert]
+
+
+def expert_b(joined: Tensor, expert: int, experts: int) -> Tensor:
+    """[O, r]: of one expert."""
+    return joined.view(joined.shape[0], -1, experts)[:, :, expert]
+
+
+def save_peft_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> None:
+    """Write the adapter to the new folder `folder`, as PEFT's `save_pretrained` does.
+
+    Raises:
+        UserError: the folder exists, a tensor is not finite, or the disk fails.
+    """
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"the adapter cannot be saved to {folder}: {name} is not finite")
+    value = {
+        "peft_type": PEFT_TYPE,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "bias": "none",
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": config.use_rslora,
+        # A list, though it may be empty: where it is null PEFT takes the attention projections of models that it knows.
+        "target_modules": list(config.target_modules),
+        "target_parameters": list(config.target_parameters),
+        "modules_to_save": list(config.modules_to_save) or None,
+        "hecate": {"format_version": 1, "lora_dropout": config.dropout, "extra": dict(config.extra)},
+    }
+    write_adapter_folder(folder, tensors, value)
+
+
+def load_peft_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
+    """Read a folder that PEFT or `save_peft_adapter` has written. Tensors are on the CPU; whether all are there, the model tells.
+
+    Raises:
+        UserError: a file cannot be read, a key is missing or wrong, or the adapter is of another kind.
+    """
+    value = read_adapter_config(folder)
+    try:
+        config = _config_from_json(value)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+    return read_safetensors(folder / WEIGHTS), config
+
+
+def is_peft_adapter(folder: Path) -> bool:
+    """Does the folder's configuration say that PEFT reads it? Raises UserError if there is none."""
+    value = read_adapter_config(folder)
+    return isinstance(value, dict) and value.get("peft_type") == PEFT_TYPE
+
+
+def _config_from_json(value: Any) -> PeftMoeConfig:
+    for name, kind in (("base_model_name_or_path", str), ("r", int), ("lora_alpha", int)):
+        if type(value.get(name)) is not kind:
+            raise UserError(f"{name} must be {'text' if kind is str else 'a whole number'}, not {str(value.get(name))[:100]}")
+    for name in _NOT_READ:
+        if value.get(name):
+            raise UserError(f"{name}: {str(value[name])[:100]}: adapters with it are not supported")
+    if value.get("bias", "none") != "none":
+        raise UserError("bias: only none is supported")
+    lists = {}
+    for name in ("target_modules", "target_parameters", "modules_to_save"):
+        given = value.get(name) or []
+        if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+            raise UserError(f"{name} must be a list of names, not {str(given)[:100]}; patterns are not read here")
+        lists[name] = tuple(sorted(given))
+    parameters = lists["target_parameters"]
+    if not parameters or not all(name.rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in parameters):
+        raise UserError(
+            f"target_parameters are {list(parameters)}: this is no adapter of an MoE model's experts\n"
+            "  they must be an experts module's gate_up_proj, down_proj, or both"
+        )
+    ours = value.get("hecate") or {}
+    return PeftMoeConfig(
+        base_model_name_or_path=value["base_model_name_or_path"],
+        r=value["r"],
+        alpha=value["lora_alpha"],
+        use_rslora=bool(value.get("use_rslora", False)),
+        dropout=float(ours.get("lora_dropout", 0.0)),
+        extra=ours.get("extra", {}),
+        **lists,
+    )

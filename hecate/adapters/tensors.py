@@ -1,0 +1,74 @@
+"""Which tensors an adapter must have, and that it has just these, in shapes that fit each other."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from hecate.adapters.config import CONFIG, AdapterConfig
+from hecate.adapters.names import (
+    ATTENTION_MODULES,
+    FFN_MODULES,
+    attention_tensor_name,
+    expert_tensor_name,
+    router_tensor_name,
+)
+from hecate.errors import UserError
+
+
+def expected_shapes(config: AdapterConfig) -> Iterator[tuple[str, tuple[int | str, ...]]]:
+    """Name and shape of every tensor of the adapter, layer by layer.
+
+    A size that the configuration does not tell is given by a word; the same word stands for the same size: all of
+    "hidden", and of a layer "ffn" and the inputs and outputs of its attention.
+    """
+    for layer, num_experts in enumerate(config.experts_per_layer):
+        for module in ATTENTION_MODULES:
+            if module in config.target_modules:
+                inner = f"{module} of layer {layer}"
+                out, into = ("hidden", inner) if module == "o_proj" else (inner, "hidden")
+                yield attention_tensor_name(layer, module, "A"), (config.r, into)
+                yield attention_tensor_name(layer, module, "B"), (out, config.r)
+        if num_experts > 0:
+            yield router_tensor_name(layer), (num_experts, "hidden")
+        ffn = f"ffn of layer {layer}"
+        for module in FFN_MODULES:
+            if module in config.target_modules:
+                out, into = ("hidden", ffn) if module == "down_proj" else (ffn, "hidden")
+                for expert in range(num_experts):
+                    yield expert_tensor_name(layer, module, expert, "A"), (config.r, into)
+                    yield expert_tensor_name(layer, module, expert, "B"), (out, config.r)
+
+
+def checked_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
+    """The adapter's tensors as detached fp32 on the CPU, in the order of `expected_shapes`.
+
+    fp16 and bf16 become fp32 exactly, fp64 is rounded. Raises UserError naming the tensor if one is missing, unknown,
+    of the wrong shape, not of floating point, or holds NaN or infinity.
+    """
+    expected: dict[str, tuple[int | str, ...]] = {}
+    # Stops at the first missing one: a configuration may promise any number.
+    for name, shape in expected_shapes(config):
+        if name not in tensors:
+            raise UserError(f"tensor {name} is missing; {len(tensors)} tensors are there")
+        expected[name] = shape
+    for name in tensors:
+        if name not in expected:
+            raise UserError(f"tensor {name[:200]} has no place in this adapter")
+    sizes: dict[str, tuple[int, str]] = {}
+    result = {}
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise UserError(f"tensor {name} is {tensor.dtype}, not a dense tensor of floating point")
+        if tensor.dim() != 2 or 0 in tensor.shape:
+            raise UserError(f"tensor {name} has the shape {list(tensor.shape)}, not that of a matrix")
+        for found, size in zip(tensor.shape, shape, strict=True):
+            wanted, source = (size, CONFIG) if isinstance(size, int) else sizes.setdefault(size, (found, name))
+            if found != wanted:
+                raise UserError(f"tensor {name} has the shape {list(tensor.shape)}; {found} is {wanted} in {source}")
+        converted = tensor.detach().to(device="cpu", dtype=torch.float32)
+        if not torch.isfinite(converted).all():
+            raise UserError(f"tensor {name} holds NaN or infinity in fp32")
+        result[name] = converted
+    return result

@@ -1,0 +1,76 @@
+"""What a finished run leaves in its folder: an adapter over the base model, or a whole model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hecate.adapters.export import adapter_config, export_adapter
+from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
+from hecate.adapters.peft_experts import export_peft_adapter, peft_config
+from hecate.config import Config
+from hecate.model.gated_ffn import decoder_layers
+from hecate.model.surgery import MoeModel
+from hecate.ranks.ranks import Ranks
+from hecate.train.build import BaseModel
+
+
+@dataclass(frozen=True)
+class TrainedOutput:
+    """What is written, decided before training, so that what a format cannot hold is refused at once."""
+
+    name: str
+    """of the folder in output_dir, and in the summary: adapter or model"""
+    write: Callable[[Path, MoeModel, Ranks], None]
+    """writes the folder, which is new; every rank must call it"""
+
+    def replace(self, run_folder: Path, moe: MoeModel, ranks: Ranks) -> Path:
+        """Write the folder in place of what an earlier end of the same run has left. Every rank must call it."""
+        folder = run_folder / self.name
+        if ranks.is_first and folder.exists():
+            shutil.rmtree(folder)
+        self.write(folder, moe, ranks)
+        return folder
+
+
+def output_of(config: Config, base: BaseModel) -> TrainedOutput:
+    """What a run of this configuration will write; `base` as it was loaded, without experts.
+
+    Raises:
+        UserError: the format has no place for it.
+    """
+    if config.moe.family == "moe_lora":
+        peft = peft_config(config, base)
+        return TrainedOutput("adapter", lambda folder, moe, ranks: export_peft_adapter(folder, peft, base, moe, ranks))
+    if config.model.front_end == "megatron":
+        return _mixtral_of_megatron(config, base)
+    if config.moe.family == "full":
+        return _mixtral(config, base)
+    description = adapter_config(config, base)
+    return TrainedOutput("adapter", lambda folder, moe, ranks: export_adapter(folder, description, moe, ranks))
+
+
+def _mixtral(config: Config, base: BaseModel) -> TrainedOutput:
+    experts = config.moe.experts_per_layer(len(decoder_layers(base.model)[1]))
+    dense: Any = base.model.config
+    described = mixtral_config(dense, experts, config.moe.choices, config.moe.router_aux_loss_coef)
+    description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype)
+    return TrainedOutput("model", lambda folder, moe, ranks: export_mixtral(folder, description, dense_weights(base.model), moe, ranks))
+
+
+def _mixtral_of_megatron(config: Config, base: BaseModel) -> TrainedOutput:
+    from hecate.megatron.export import mixtral_config_of, mixtral_weights
+    from hecate.megatron.front_end import MegatronModel
+
+    assert isinstance(base, MegatronModel)
+    shape = base.shape
+    described = mixtral_config_of(shape, base.tokenizer, config.moe.router_aux_loss_coef)
+    description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype)
+
+    def write(folder: Path, moe: MoeModel, ranks: Ranks) -> None:
+        export_mixtral(folder, description, mixtral_weights(shape, dict(moe.whole_others())), moe, ranks)
+
+    return TrainedOutput("model", write)

@@ -1,0 +1,99 @@
+"""A rank's end of the local launcher: who is in, by the files of `hecate.ranks.launched`."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hecate.config import Config
+from hecate.elastic.rebuild import Group
+from hecate.errors import UserError
+from hecate.ranks.launched import (
+    MEMBER_VARIABLE,
+    STORE_VARIABLE,
+    Generation,
+    here_file,
+    read_generation,
+    ready_file,
+    store_of,
+)
+from hecate.ranks.ranks import connect
+from hecate.train.build import whole_topology
+
+_GRACE = 5.0
+"""seconds in which a launcher that has lost a rank will have said so"""
+_MEETING = timedelta(seconds=30)
+"""for ranks that are all there to connect"""
+_POLL = 0.005
+
+
+def local_controller(config: Config) -> LocalController | None:
+    """For a rank whose launcher survives losses; else None."""
+    return LocalController(config) if MEMBER_VARIABLE in os.environ else None
+
+
+class LocalController:
+    """See `hecate.elastic.rebuild.Controller`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._store = Path(os.environ[STORE_VARIABLE])
+        self._member = int(os.environ[MEMBER_VARIABLE])
+        self._number = 0
+        self._told = False
+
+    def wants_regroup(self) -> bool:
+        if not self._told:
+            self._told = True
+            ready_file(self._store, self._member).touch()
+        return read_generation(self._store).number > self._number
+
+    def first_group(self) -> Group:
+        ready_file(self._store, self._member).touch()
+        while True:
+            generation = read_generation(self._store)
+            if generation.number > self._number and self._member in generation.members:
+                group = self._join(generation)
+                if group is not None:
+                    return group
+            time.sleep(_POLL)
+
+    def next_group(self) -> Group | None:
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline:
+            generation = read_generation(self._store)
+            if generation.number > self._number:
+                group = self._join(generation)
+                if group is not None:
+                    return group
+                deadline = time.monotonic() + _GRACE
+            time.sleep(_POLL)
+        return None
+
+    def _join(self, generation: Generation) -> Group | None:
+        """None: somebody was lost on the way."""
+        self._number = generation.number
+        if self._member not in generation.members:
+            raise UserError("this rank was taken for dead, and the others have gone on without it")
+        here_file(self._store, generation.number, self._member).touch()
+        missing = [here_file(self._store, generation.number, member) for member in generation.members]
+        while missing := [path for path in missing if not path.exists()]:
+            if read_generation(self._store).number > generation.number:
+                return None
+            time.sleep(_POLL)
+        world_size = len(generation.members)
+        store = dist.FileStore(str(store_of(self._store, generation.number)), world_size)
+        store.set_timeout(_MEETING)
+        try:
+            ranks = connect(store, generation.members.index(self._member), world_size)
+        except RuntimeError:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return None
+        whole = whole_topology(self._config, generation.num_devices, cuda=torch.cuda.is_available())
+        return Group(ranks, whole.take(generation.devices))

@@ -1,0 +1,128 @@
+"""Re-sharding: experts with their master parameters and moments to new owners, between two steps, when that is predicted to pay."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hecate.engine.engine import Engine
+from hecate.optim.optimizer import MASTER, ExpertOptimizer
+from hecate.parallel.comm.reshard import RowSpec, reshard
+from hecate.parallel.sharding import ReshardGain, better_owners, owned_bytes, owned_slots
+
+
+@dataclass(frozen=True)
+class Move:
+    """Experts that changed their owners; the same on every rank."""
+
+    experts: int
+    num_bytes: int
+    """sent by all ranks of the job together"""
+
+
+@dataclass(frozen=True)
+class Resharding:
+    """A re-sharding that was done, and why; the same on every rank, but for `seconds`."""
+
+    move: Move
+    gain: ReshardGain
+    """as predicted"""
+    seconds: float
+    """planning and moving, on this rank"""
+
+
+def owned_parameters(engine: Engine) -> dict[str, nn.Parameter]:
+    """`LAYER.EXPERT` -> master chunk, of the experts that this rank owns now."""
+    return {f"{layer}.{expert}": parameter for (layer, expert), parameter in engine.named_parameters().items()}
+
+
+def check_room(engine: Engine) -> None:
+    """Refuse before the training what `reshard_if_it_pays` would refuse in its midst.
+
+    Raises:
+        UserError: the devices' memory in the topology does not hold the experts.
+    """
+    number: dict[float, int] = {}
+    inputs = engine.plan_inputs(for_owners=True)
+    for _, given in inputs:
+        size = owned_bytes(given.cost)
+        number[size] = number.get(size, 0) + given.owner_LE.size
+    if inputs:
+        owned_slots(number, inputs[0][1].topology.memory)
+
+
+def reshard_if_it_pays(engine: Engine, optimizer: ExpertOptimizer, steps: int) -> Resharding | None:
+    """Find better owners for the predicted loads and move the experts there, if `steps` more steps repay it.
+
+    Every rank must call it, after a step of the optimizer and before the next one begins. `check_room` must have passed.
+    """
+    started = time.monotonic()
+    inputs = engine.plan_inputs(for_owners=True)
+    better = better_owners(engine.config.planner, [given for _, given in inputs], steps)
+    owners = dict(engine.owners)
+    if better is not None:
+        for (layers, _), owner_LE in zip(inputs, better[0], strict=True):
+            owners.update(zip(layers, owner_LE, strict=True))
+    _assert_agreed(engine, owners)
+    if better is None:
+        return None
+    return Resharding(move_experts(engine, optimizer, owners), better[1], time.monotonic() - started)
+
+
+def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, np.ndarray]) -> Move:
+    """Move master parameters, moments and frozen parts to `owners`, bit for bit, a layer at a time. Every rank must call it, between
+    two steps.
+
+    An expert that was never stepped has no moments, neither before nor after. A frozen part that is on the new owner does not travel.
+
+    Args:
+        owners: int64 [experts] for each of the engine's layers.
+    """
+    experts = num_bytes = 0
+    for layer, store in engine.stores.items():
+        before, after = engine.owners[layer], owners[layer]
+        if np.array_equal(before, after):
+            continue
+        rows: dict[int, dict[str, Tensor]] = {
+            expert: optimizer.row(parameter) for expert, parameter in zip(store.experts, store.parameters, strict=True)
+        }
+        chunk = RowSpec((store.chunk_numel,), store.owned.dtype)
+        done = reshard(rows, optimizer.row_specs(chunk), before, after, engine.groups.experts, store.device)
+        frozen_bytes = engine.change_owners(layer, after, {expert: tensors.pop(MASTER) for expert, tensors in done.rows.items()})
+        moments = {f"{layer}.{expert}": tensors for expert, tensors in done.rows.items()}
+        optimizer.replace_owned(owned_parameters(engine), moments)
+        experts += done.moved
+        num_bytes += done.num_bytes + frozen_bytes
+    if engine.groups.replicate is not None:
+        # Every group moves the same rows, but not the same frozen parts: what is where they go already stays.
+        total = torch.tensor(num_bytes, device=next(iter(engine.stores.values())).device)
+        dist.all_reduce(total, group=engine.groups.replicate)
+        num_bytes = int(total)
+    return Move(experts, num_bytes)
+
+
+def adopt_owners(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, np.ndarray]) -> None:
+    """Take over the owners of a checkpoint. Every rank must call it, with the same owners.
+
+    Parameters are zero and have no moments afterwards where their layer's owners differed: the checkpoint is read into them next.
+    """
+    for layer, store in engine.stores.items():
+        if not np.array_equal(engine.owners[layer], owners[layer]):
+            mine = np.flatnonzero(owners[layer] == engine.rank).tolist()
+            engine.change_owners(layer, owners[layer], {expert: store.owned.new_zeros(store.chunk_numel) for expert in mine})
+    optimizer.replace_owned(owned_parameters(engine), {})
+
+
+def _assert_agreed(engine: Engine, owners: dict[int, np.ndarray]) -> None:
+    """A rank that came to other owners, as different processors' rounding might make it, would lose experts without a word."""
+    if dist.get_world_size(engine.groups.world) == 1 or not owners:
+        return
+    mine = torch.from_numpy(np.concatenate(list(owners.values())))
+    highest = torch.cat([mine, -mine]).to(next(iter(engine.stores.values())).device)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=engine.groups.world)
+    assert torch.equal(highest.cpu(), torch.cat([mine, -mine])), "the ranks came to different owners"

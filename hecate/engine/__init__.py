@@ -1,0 +1,1 @@
+"""The FSSDP engine: plans every MoE layer, gathers its experts, dispatches tokens, computes, and reduces gradients."""

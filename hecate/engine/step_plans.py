@@ -1,0 +1,247 @@
+"""What each layer does in a step: planned from past loads or from the step's own, and what has come of it.
+
+Nothing here sends a message or touches a tensor: all ranks of a sharding group hold the same values and come to the same plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hecate.engine.layer_plan import LayerPlan, PlanMode, calibration_gain, layer_plan, one_layer
+from hecate.experts.family import ExpertFamily
+from hecate.parallel.loads import LoadHistory, imbalance
+from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
+from hecate.parallel.placement import Placement, everything_everywhere, owners_only
+from hecate.parallel.planners import Plan, PlanInput, Planner
+from hecate.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine plans with."""
+
+    planner: Planner
+    topology: Topology
+    """of all ranks of the job"""
+    load_window: int = 5
+    memory_slots: int | None = None
+    """free replica slots per device and layer; None: as many as there are experts"""
+    max_imbalance: float | None = None
+    """see `PlanInput.max_imbalance`"""
+    top_k: int = 1
+    non_moe_flops: float = 0.0
+    """forward FLOPs per rank and micro-step of what hides a layer's gather (its attention)"""
+    plan: PlanMode = "history"
+    """from which loads layers are planned: see `hecate.engine.layer_plan`"""
+    rematerialize: bool = False
+    """free a layer's replicas after its forward pass and gather them again before its backward pass (Hecate-RM)"""
+    prefetch: int = 1
+    """forward: decoder layers, a layer's own included, ahead of whose end its gather starts; backward: layers gathered ahead"""
+
+    @property
+    def per_micro_step(self) -> bool:
+        """Does each micro-step gather and reduce for itself?"""
+        return self.rematerialize or self.plan != "history"
+
+
+class StepPlans:
+    """The plans of all MoE layers, on one rank of a sharding group.
+
+    Ranks, owners and placements are those of the group, which plans for its own loads on its own devices. Recorded loads, int64 [ranks,
+    experts], are those of the whole job.
+
+    Args:
+        owners: int64 [experts] of each layer.
+        history: of the job's loads.
+        group: which of the mesh's sharding groups this is.
+        rank: in the group.
+    """
+
+    def __init__(
+        self,
+        families: Mapping[int, ExpertFamily],
+        config: EngineConfig,
+        owners: dict[int, np.ndarray],
+        history: LoadHistory,
+        mesh: Mesh,
+        group: int,
+        rank: int,
+    ) -> None:
+        self._families, self.mesh, self._rank = families, mesh, rank
+        self.members = mesh.sharding_groups()[group]
+        """the group's ranks, in the job"""
+        self.config = config
+        self.owners, self.history = owners, history
+        self.placements: dict[int, Placement] = {}
+        self.splits: dict[int, np.ndarray] = {}
+        """see `LayerPlan.split`; of the layers whose tokens may have to travel"""
+        self.calibrations = 0
+        """plans of this step's micro-steps and layers that gave way to better ones after the gate"""
+        self._plans: dict[int, LayerPlan] = {}
+        self._from_history: dict[int, LayerPlan] = {}
+        self._given: dict[int, tuple[PlanInput, int]] = {}
+        """what the step's plan was made from, and a layer's place in it"""
+        self._served: dict[int, np.ndarray] = {}
+        """float64 [ranks]: choices served so far in this step, where plans follow the true loads"""
+        self._most_served: dict[int, float] = {}
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: EngineConfig) -> None:
+        assert config.topology.world_size == self.mesh.world_size, (config.topology.world_size, self.mesh.world_size)
+        self._config = config
+        self.topology = config.topology.take(self.members) if self.mesh.num_sharding_groups > 1 else config.topology
+        """of the group's ranks"""
+
+    def slots(self, family: ExpertFamily) -> np.ndarray:
+        """int64 [ranks]: free replica slots of each device in a layer."""
+        return np.full(self.mesh.shard_size, family.num_experts if self.config.memory_slots is None else self.config.memory_slots)
+
+    def begin(self, resident: Mapping[int, np.ndarray], micro_steps: int) -> None:
+        """Plan all layers of an optimizer step from the history, or prepare for plans after the gate.
+
+        Args:
+            resident: layer -> bool [experts, ranks]: who holds which frozen parts, of the layers that have any.
+            micro_steps: in which the step's tokens come.
+        """
+        self.calibrations = 0
+        self._served.clear()
+        for layers, given in self.inputs(resident):
+            if self.config.per_micro_step and given.loads_LSE is not None:
+                given = replace(given, loads_LSE=given.loads_LSE / micro_steps)  # a plan serves one of them
+            plan = None if self.config.plan == "exact" else self._planned(given)
+            for index, layer in enumerate(layers):
+                self._given[layer] = given, index
+                if plan is not None:
+                    self._from_history[layer] = layer_plan(plan, given, index)
+                    self.place(layer, self._from_history[layer])
+
+    def inputs(self, resident: Mapping[int, np.ndarray], *, for_owners: bool = False) -> list[tuple[list[int], PlanInput]]:
+        """What a planner is given for the next step: the layers of one shape together, each with its number.
+
+        Args:
+            resident: see `begin`.
+            for_owners: the same in every sharding group, to decide owners by: the mean of all groups' loads on `owners_topology`. What
+                frozen parts are held besides differs between groups, and does not count if there are several.
+        """
+        inputs = []
+        common = for_owners and self.mesh.num_sharding_groups > 1
+        for layers in self._alike():
+            family = self._families[layers[0]]
+            predicted = [self.history.predict(layer) for layer in layers]
+            known = [self._loads_of_groups(loads_WE, common=common) for loads_WE in predicted if loads_WE is not None]
+            knows_resident = layers[0] in resident and not common
+            topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
+            hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
+            given = PlanInput(
+                np.stack([self.owners[layer] for layer in layers]),
+                np.stack(known) if known else None,
+                topology,
+                family.cost(self.config.top_k, hiding),
+                self.slots(family),
+                resident_LED=np.stack([resident[layer] for layer in layers]) if knows_resident else None,
+                max_imbalance=self.config.max_imbalance,
+            )
+            inputs.append((layers, given))
+        return inputs
+
+    def place(self, layer: int, plan: LayerPlan) -> None:
+        """A layer goes by this plan from now on."""
+        self._plans[layer], self.placements[layer] = plan, plan.placement
+        self.splits.pop(layer, None)
+        if plan.dispatches(self.topology):
+            self.splits[layer] = plan.split(self.topology, self._rank)
+
+    def place_everywhere(self) -> None:
+        """Every expert of every layer on every rank, as evaluation has it."""
+        for layer, owner_E in self.owners.items():
+            self._place_for_any(layer, everything_everywhere(owner_E, self.mesh.shard_size))
+
+    def place_on_owners(self) -> None:
+        """Every expert of every layer on its owner alone."""
+        for layer, owner_E in self.owners.items():
+            self._place_for_any(layer, owners_only(owner_E, self.mesh.shard_size))
+
+    def place_from_history(self, layer: int) -> None:
+        """A layer goes by the step's first plan again."""
+        self.place(layer, self._from_history[layer])
+
+    def after_gate(self, layer: int, loads_SE: np.ndarray, resident_ED: np.ndarray | None) -> LayerPlan | None:
+        """What a layer's micro-step should go by, now that its loads [ranks, experts] are known; None: by what it has.
+
+        Args:
+            resident_ED: see `begin`.
+        """
+        given = one_layer(*self._given[layer], loads_SE, resident_ED)
+        plan = layer_plan(self._planned(given), given, 0)
+        if self.config.plan == "exact":
+            return plan
+        pays = calibration_gain(given, self._plans[layer], plan, rematerialize=self.config.rematerialize) > 0
+        self.calibrations += pays
+        return plan if pays else None
+
+    def note_served(self, layer: int, loads_SE: np.ndarray) -> None:
+        """A micro-step with such loads goes by the plan that the layer has now."""
+        served_D = self._plans[layer].served(loads_SE, self.topology)
+        self._served[layer] = self._served.get(layer, 0.0) + served_D
+
+    def change_owners(self, layer: int, owner_E: np.ndarray) -> None:
+        """Between two steps: int64 [experts]."""
+        self.owners[layer] = owner_E
+        self.placements.pop(layer, None)  # made for the owners of before
+
+    def most_served(self, loads: Mapping[int, np.ndarray]) -> dict[int, float]:
+        """Per layer the choices that the busiest rank of this group has computed of a step's loads."""
+        return {layer: float(self._served_here(layer, loads_WE).max()) for layer, loads_WE in loads.items()}
+
+    def note_most_served(self, most: dict[int, float]) -> None:
+        """With several sharding groups: `most_served` of the busiest group in the last step."""
+        self._most_served = most
+
+    def imbalance(self, loads: Mapping[int, np.ndarray]) -> float:
+        """Largest over mean choices computed per rank, averaged over the layers: what the last plans made of a step's loads.
+
+        Where plans follow the true loads, or there are several sharding groups, it is what they made of the last step's own.
+        """
+        skews = []
+        for layer, loads_WE in loads.items():
+            if self.mesh.num_sharding_groups == 1:
+                skews.append(imbalance(self._served_here(layer, loads_WE)))
+            else:
+                total = loads_WE.sum()
+                skews.append(self._most_served[layer] * len(loads_WE) / total if total else 1.0)
+        return float(np.mean(skews)) if skews else 1.0
+
+    def _place_for_any(self, layer: int, placement: Placement) -> None:
+        # Some tokens of every rank for every expert: what must travel may.
+        self.place(layer, LayerPlan(placement, np.ones((self.mesh.shard_size, placement.num_experts)), None))
+
+    def _planned(self, given: PlanInput) -> Plan:
+        plan = self.config.planner(given)
+        assert np.array_equal(plan.owner_LE, given.owner_LE), "a planner moved owners, which only re-sharding does"
+        return plan
+
+    def _alike(self) -> list[list[int]]:
+        """The layers, those of one shape together."""
+        alike: dict[tuple[int, object], list[int]] = {}
+        for layer, family in self._families.items():
+            key = (family.num_experts, family.cost(self.config.top_k, self.config.non_moe_flops))
+            alike.setdefault(key, []).append(layer)
+        return list(alike.values())
+
+    def _served_here(self, layer: int, loads_WE: np.ndarray) -> np.ndarray:
+        """float64 [ranks]: choices that each rank of this group has computed of a step's loads."""
+        served_D = self._served.get(layer)
+        return self._plans[layer].served(self._loads_of_groups(loads_WE), self.topology) if served_D is None else served_D
+
+    def _loads_of_groups(self, loads_WE: np.ndarray, *, common: bool = False) -> np.ndarray:
+        """[ranks, experts]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
+        if common:
+            return loads_WE.reshape(self.mesh.num_sharding_groups, self.mesh.shard_size, -1).mean(0)
+        return loads_WE[self.members]

@@ -1,0 +1,1 @@
+"""Experts and routers: what an MoE layer computes, and how its tokens choose."""

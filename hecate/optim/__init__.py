@@ -1,0 +1,1 @@
+"""The optimizer over owned and replicated parameters, and the learning-rate schedule."""

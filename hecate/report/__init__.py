@@ -1,0 +1,1 @@
+"""What a run tells people while it trains: progress, metrics.jsonl, summaries, pictures."""

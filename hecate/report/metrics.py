@@ -1,0 +1,212 @@
+"""metrics.jsonl: one JSON object a line. docs/metrics.md is its schema."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from hecate.errors import UserError
+from hecate.io.durable import sync_folder, write_durable
+from hecate.io.strict_json import JsonError, parse_json
+from hecate.parallel.loads import imbalance as max_over_mean
+from hecate.train.scores import EvalScore
+
+Record = dict[str, Any]
+
+
+def step_record(
+    *,
+    step: int,
+    loss: float,
+    aux_loss: float,
+    learning_rate: float,
+    grad_norm: float,
+    skipped: bool,
+    tokens: int,
+    step_seconds: float,
+    imbalance: float,
+    bytes_sent: int,
+    calibrations: int,
+    loads: Mapping[int, np.ndarray],
+) -> Record:
+    """What one optimizer step did. Numbers that are not finite become null.
+
+    Args:
+        step: the optimizer steps done, this one among them.
+        grad_norm: before clipping.
+        tokens: those of the whole step, padding not counted.
+        imbalance: largest over mean load of the ranks, averaged over the layers.
+        bytes_sent: by all ranks together.
+        calibrations: plans that gave way to better ones after the gate.
+        loads: layer -> int [source ranks, experts], token-slots routed.
+    """
+    totals = {layer: np.asarray(loads_RE).sum(axis=0) for layer, loads_RE in sorted(loads.items())}
+    return {
+        "kind": "step",
+        "step": int(step),
+        "loss": _finite(loss),
+        "aux_loss": _finite(aux_loss),
+        "learning_rate": _finite(learning_rate),
+        "grad_norm": _finite(grad_norm),
+        "skipped": bool(skipped),
+        "tokens": int(tokens),
+        "tokens_per_s": _finite(tokens / step_seconds) if step_seconds > 0 else None,
+        "step_seconds": _finite(step_seconds),
+        "imbalance": _finite(imbalance),
+        "bytes_sent": int(bytes_sent),
+        "calibrations": int(calibrations),
+        "loads": {str(layer): total_E.tolist() for layer, total_E in totals.items()},
+        "layer_balance": {str(layer): max_over_mean(total_E) for layer, total_E in totals.items()},
+    }
+
+
+def eval_record(step: int, scores: Mapping[str, EvalScore]) -> Record:
+    """What an evaluation after `step` optimizer steps found, by source."""
+    sources = {
+        name: {
+            "loss": _finite(score.loss),
+            "accuracy": None if score.accuracy is None else _finite(score.accuracy),
+            "samples": int(score.samples),
+        }
+        for name, score in scores.items()
+    }
+    return {"kind": "eval", "step": int(step), "sources": sources}
+
+
+def event_record(step: int, text: str) -> Record:
+    """Something that happened after `step` optimizer steps: a checkpoint, a signal, a resume."""
+    return {"kind": "event", "step": int(step), "text": text}
+
+
+def reshard_record(step: int, *, experts: int, bytes_sent: int, seconds: float, saved_seconds: float, moving_seconds: float) -> Record:
+    """A re-sharding after `step` optimizer steps.
+
+    Args:
+        experts: that changed their owners.
+        bytes_sent: by all ranks together.
+        seconds: that it took.
+        saved_seconds: predicted, in each step.
+        moving_seconds: predicted, of the move.
+    """
+    return {
+        "kind": "reshard",
+        "step": int(step),
+        "experts": int(experts),
+        "bytes_sent": int(bytes_sent),
+        "seconds": _finite(seconds),
+        "saved_seconds": _finite(saved_seconds),
+        "moving_seconds": _finite(moving_seconds),
+    }
+
+
+class MetricsWriter:
+    """Appends records to a file. One rank, 0, makes one; a context manager.
+
+    Raises UserError where the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = self._open()
+
+    def write(self, record: Record) -> None:
+        """Append one line, which a kill of this process right afterwards does not lose."""
+        line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def truncate_after(self, step: int) -> int:
+        """Remove the records of later steps than `step`, and a torn last line; returns how many lines went.
+
+        Call it once before the first write of a run that resumes at `step`. A kill on the way leaves the file as it was.
+
+        Raises:
+            UserError: a line before the last is no record, or the disk refuses.
+        """
+        self._file.close()
+        staged = self.path.with_name(self.path.name + ".tmp")
+        lines = kept = 0
+
+        def remaining() -> Iterator[bytes]:
+            nonlocal lines, kept
+            for line, its_step in self._read():
+                lines += 1
+                if its_step is not None and its_step <= step:
+                    kept += 1
+                    yield line
+
+        try:
+            staged.unlink(missing_ok=True)
+            try:
+                write_durable(staged, remaining())
+                os.replace(staged, self.path)
+            finally:
+                staged.unlink(missing_ok=True)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._refused(error) from error
+        self._file = self._open()
+        return lines - kept
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self) -> BinaryIO:
+        try:
+            return open(self.path, "ab")
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _read(self) -> Iterator[tuple[bytes, int | None]]:
+        """Each line with its newline, and its step: None for a last line that is no record."""
+        torn: tuple[int, str] | None = None
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if torn is not None:
+                    raise UserError(
+                        f"{self.path}:{torn[0]}: not a record of metrics: {torn[1]}\n"
+                        "  remove that line, or move the file away, and resume again"
+                    )
+                line = line.removesuffix(b"\n") + b"\n"
+                try:
+                    yield line, _step_of(line)
+                except JsonError as error:
+                    # A whole record never looks torn: no prefix of a JSON object is one.
+                    torn = number, str(error)
+                    yield line, None
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(f"{self.path}: metrics cannot be written: {error.strerror or error}")
+
+
+def _step_of(line: bytes) -> int:
+    record = parse_json(line)
+    step = record.get("step") if isinstance(record, dict) else None
+    if type(step) is not int:
+        raise JsonError("it has no step")
+    return step
+
+
+def _finite(value: float) -> float | None:
+    value = float(value)
+    return value if math.isfinite(value) else None

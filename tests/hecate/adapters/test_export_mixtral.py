@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
+from hecate.engine.engine import ExpertGroups
+from hecate.engine.step_plans import EngineConfig
+from hecate.errors import UserError
+from hecate.model.upcycling import UpcyclingPlan, upcycle
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from hecate.ranks.ranks import Ranks
+from tests.hecate.data.conftest import build_byte_tokenizer
+from tests.hecate.model.tiny import tiny, token_ids
+from tests.ranks import run_ranks
+
+EXPERTS = 12
+"""more than ten: names are sorted as text"""
+
+
+def _export(rank: int, world: int, folder: str, model_type: str, changes: dict[str, Any]) -> np.ndarray:
+    """Logits of the model, before it is written."""
+    group = dist.group.WORLD
+    assert group is not None
+    model = tiny(model_type, torch.float32, **changes)
+    groups = ExpertGroups(group, dist.new_group())
+    plan = UpcyclingPlan((EXPERTS,) * 3, 2, noise=0.5, seed=1)
+    config = mixtral_config(model.config, plan.experts_per_layer, 2, 0.01)
+    moe = upcycle(model, plan, EngineConfig(POLICIES["static_ep"], local_topology(world, cuda=False)), groups)
+    for parameter in moe.replicated_parameters().values():
+        parameter.data.mul_(30)  # so that weights of choices differ
+    with torch.no_grad(), moe.engine.evaluating():
+        logits = model(token_ids(), use_cache=False).logits
+    ranks = Ranks(rank, world, torch.device("cpu"), groups)
+    export_mixtral(Path(folder) / "model", MixtralFolder(config, build_byte_tokenizer(), torch.float32), dense_weights(model), moe, ranks)
+    return logits.numpy()  # a tensor would travel through shared memory, which ends with the rank
+
+
+@pytest.mark.parametrize(("model_type", "changes"), [("llama", {"tie_word_embeddings": True}), ("mistral", {"sliding_window": 4})])
+def test_transformers_computes_the_same(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
+    logits = run_ranks(3, _export, str(tmp_path), model_type, changes)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(token_ids(), use_cache=False).logits, torch.from_numpy(logits[0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "experts", "changes", "reason"),
+    [
+        ("llama", (3, 0), {}, "moe.num_experts differs between layers"),
+        ("gemma2", (3, 3), {}, "the base model is a gemma2"),
+        ("llama", (3, 3), {"attention_bias": True}, "the base model has biases"),
+    ],
+)
+def test_what_mixtral_cannot_hold_is_refused(model_type: str, experts: tuple[int, ...], changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        mixtral_config(AutoConfig.for_model(model_type, **changes), experts, 2, 0.0)

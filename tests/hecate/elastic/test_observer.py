@@ -1,0 +1,100 @@
+"""Whoever watches a run is told of its steps, and changes its course between them on all ranks alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hecate.config import load_config
+from hecate.elastic.observer import Order, StepFacts
+from hecate.engine.engine import ExpertGroups
+from hecate.io.strict_json import JsonError
+from hecate.parallel.topology_file import parse_topology
+from hecate.ranks.ranks import Ranks
+from hecate.train.loop import train
+from tests.ranks import run_ranks
+from tests.tiny_run import make_workshop
+
+
+class Recorder:
+    """Gives an order after step 2 on the first rank, another one on the second, which does not count, and wants to stop after `until`."""
+
+    def __init__(self, rank: int, order: Order | None, until: int) -> None:
+        self.rank, self.until = rank, until
+        self.to_give, self.given = order, None if rank == 0 else Order(number=7, rows=(0, 8))
+        self.begun: list[dict[str, Any]] = []
+        self.steps: list[StepFacts] = []
+        self.checkpoints: list[tuple[int, str]] = []
+
+    def begins(self, facts: dict[str, Any]) -> None:
+        self.begun.append(facts)
+
+    def stepped(self, facts: StepFacts) -> None:
+        self.steps.append(facts)
+        if self.rank == 0 and facts.step == 2:
+            self.given = self.to_give
+
+    def saved(self, step: int, path: Path) -> None:
+        self.checkpoints.append((step, path.name))
+
+    def order(self) -> Order | None:
+        return self.given
+
+    def wants_stop(self) -> bool:
+        return self.rank == 1 and len(self.steps) == self.until
+
+
+def watched(rank: int, world: int, workshop: str, name: str, order: Order | None, until: int) -> tuple[bool, Recorder]:
+    overrides = ("model.dtype=float64", "data.eval=[]", "eval.generate=false", "fssdp.policy=hecate", f"output_dir={workshop}/runs/{name}")
+    default = dist.group.WORLD
+    assert default is not None
+    ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
+    recorder = Recorder(rank, order, until)
+    ended = train(load_config(f"{workshop}/config.yaml", overrides, claim_output=False), ranks, observer=recorder)
+    return ended, recorder
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_workshop(tmp_path_factory.mktemp("workshop")))
+
+
+def test_an_order_of_the_first_rank_changes_the_shares_of_all_and_no_loss(workshop: str) -> None:
+    plain = run_ranks(2, watched, workshop, "plain", None, 99)
+    order = Order(number=1, flops=(3e10, 1e10), rows=(3, 1), reshard=True)
+    ordered = run_ranks(2, watched, workshop, "ordered", order, 99)
+    assert all(ended for ended, _ in plain + ordered)
+    for (_, before), (_, after), share in zip(plain, ordered, (1.5, 0.5), strict=True):
+        assert [facts.step for facts in after.steps] == [1, 2, 3, 4, 5, 6]
+        assert [facts.loss for facts in after.steps] == pytest.approx([facts.loss for facts in before.steps], abs=1e-10)
+        # Rows are packed to at most 64 tokens; a batch is as wide as its longest row.
+        for old, new in zip(before.steps[2:], after.steps[2:], strict=True):
+            assert new.dense_tokens / old.dense_tokens == pytest.approx(share, rel=0.3)
+        assert after.steps[:2] != after.steps[2:4]
+        assert all(facts.dense_seconds > 0 and facts.seconds > facts.dense_seconds for facts in after.steps)
+        assert all(sum(load_E) == 2 * facts.tokens for facts in after.steps for load_E in facts.loads.values())
+    first, second = ordered[0][1], ordered[1][1]
+    assert first.begun == second.begun
+    begun = first.begun[0]
+    assert (begun["step"], begun["max_steps"], begun["rows"], begun["owned"]) == (0, 6, [2, 2], [4, 2])
+    assert parse_topology(begun["topology"], "").world_size == 2
+    assert (first.checkpoints, second.checkpoints) == ([(6, "checkpoint-6")], [])
+
+
+def test_one_rank_that_wants_to_stop_stops_all_with_a_checkpoint(workshop: str) -> None:
+    results = run_ranks(2, watched, workshop, "stopped", None, 3)
+    assert [ended for ended, _ in results] == [False, False]
+    assert [len(recorder.steps) for _, recorder in results] == [3, 3]
+    assert results[0][1].checkpoints == [(3, "checkpoint-3")]
+
+
+def test_an_order_travels_as_json() -> None:
+    for order in (Order(number=1), Order(number=2, flops=(1.5e9, 2.0), rows=(3, 0), reshard=True)):
+        assert Order.from_bytes(order.to_bytes()) == order
+    for bad in (b"", b"[]", b'{"number": 1}'):
+        with pytest.raises(JsonError):
+            Order.from_bytes(bad)

@@ -1,0 +1,235 @@
+"""A run that loses a rank, or gains one, in the midst of it ends as the run that never did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hecate.config import load_config
+from hecate.elastic.rebuild import rebuild
+from hecate.parallel.backup_ranks import backup_ranks
+from hecate.parallel.topology import local_topology
+from hecate.ranks.ranks import connect
+from hecate.ranks.sockets import tcp_sockets
+from hecate.train.loop import Run
+from tests.hecate.train.test_resume_elsewhere import OVERRIDES, Losses, ranks_of_default_group
+from tests.ranks import run_ranks
+from tests.tiny_run import STEPS, make_workshop
+
+VICTIM, DEATH_STEP = 1, 2
+PHASES = ("forward", "backward", "gradients", "norm", "stepped")
+
+
+class Dead(BaseException):
+    """What a rank that dies raises, in place of a SIGKILL: it aborts its groups at once, as the system would close its sockets."""
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_workshop(tmp_path_factory.mktemp("workshop")))
+
+
+@pytest.fixture(scope="module")
+def whole(workshop: str) -> Losses:
+    return run_ranks(4, uninterrupted, workshop)[0]
+
+
+def make_run(workshop: str, name: str, rank: int, world: int, *overrides: str) -> Run:
+    given = (*OVERRIDES, f"output_dir={workshop}/runs/{name}", *overrides)
+    ranks = replace(ranks_of_default_group(rank, world), connections=frozenset(tcp_sockets()))
+    return Run(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks)
+
+
+def steps_until(run: Run, until: int, losses: dict[int, tuple[float, float, float]]) -> None:
+    while run.step < until:
+        result, _ = run.train_one()
+        losses[run.step] = (result.loss, result.aux_loss, result.grad_norm)
+
+
+def uninterrupted(rank: int, world: int, workshop: str) -> Losses:
+    losses: dict[int, tuple[float, float, float]] = {}
+    steps_until(make_run(workshop, "whole", rank, world), STEPS, losses)
+    return [losses[step] for step in sorted(losses)]
+
+
+def die_in(run: Run, phase: str) -> None:
+    """From now on the phase's function raises `Dead`, from its second call on where a step has several."""
+    engine: Any = run.moe.engine
+    where: dict[str, tuple[Any, str]] = {
+        "forward": (engine, "experts"),
+        "backward": (engine, "_gradient_complete"),
+        "gradients": (run.optimizer, "reduce_replicated"),
+        "norm": (run.optimizer, "global_grad_norm"),
+    }
+    if phase == "stepped":
+        raise Dead
+    holder, name = where[phase]
+    calls, before = 0, getattr(holder, name)
+
+    def die(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 or phase in ("gradients", "norm"):
+            raise Dead
+        return before(*arguments, **named)
+
+    setattr(holder, name, die)
+
+
+def regroup(run: Run, store: str, rank: int, world: int) -> None:
+    run.ranks.leave()
+    rebuild(run, connect(dist.FileStore(store, world), rank, world), local_topology(world, cuda=False))
+
+
+def shrinking(rank: int, world: int, workshop: str, name: str, phases: list[str], overrides: tuple[str, ...]) -> list[Any]:
+    """Per phase: the losses of the steps that rank 0 has seen, and those that this rank has done twice."""
+    found = []
+    for number, phase in enumerate(phases):
+        run = make_run(workshop, f"{name}-{phase}", rank, world, *overrides)
+        losses: dict[int, tuple[float, float, float]] = {}
+        steps_until(run, DEATH_STEP, losses)
+        if "fssdp.redundancy=0" in overrides:
+            run.save()
+            steps_until(run, DEATH_STEP + 1, losses)
+        try:
+            if rank == VICTIM:
+                die_in(run, phase)
+            steps_until(run, STEPS, losses)
+        except (Dead, RuntimeError):
+            done = run.step
+            if rank != VICTIM:
+                regroup(run, f"{workshop}/{name}-{number}", rank - (rank > VICTIM), world - 1)
+                assert len(run.optimizer.owned) in (3, 4)
+                found.append((done, run.step, losses))
+                steps_until(run, STEPS, losses)
+        run.ranks.leave()
+        # The next phase's run begins with all four again.
+        connect(dist.FileStore(f"{workshop}/{name}-again-{number}", world), rank, world)
+    return found
+
+
+def test_survivors_go_on_without_losing_a_step(workshop: str, whole: Losses) -> None:
+    results = run_ranks(4, shrinking, workshop, "shrunk", list(PHASES), ("fssdp.redundancy=1",))
+    for rank in (0, 2, 3):
+        for phase, (done, restarted, losses) in zip(PHASES, results[rank], strict=True):
+            assert done == restarted == DEATH_STEP, phase
+            assert torch.tensor([losses[step] for step in sorted(losses)]).sub(torch.tensor(whole)).abs().max() <= 1e-10, phase
+
+
+def test_without_copies_they_go_back_to_the_checkpoint(workshop: str, whole: Losses) -> None:
+    done, restarted, losses = run_ranks(4, shrinking, workshop, "back", ["backward"], ("fssdp.redundancy=0",))[0][0]
+    assert (done, restarted) == (DEATH_STEP + 1, DEATH_STEP)
+    assert torch.tensor([losses[step] for step in sorted(losses)]).sub(torch.tensor(whole)).abs().max() <= 1e-10
+
+
+def half_stepped(rank: int, world: int, workshop: str) -> tuple[int, Losses]:
+    """All ranks know the norm of step 3, and the victim dies with it; ranks 2 and 3 see the error before they have taken the step."""
+    run = make_run(workshop, "half", rank, world, "fssdp.redundancy=1")
+    losses: dict[int, tuple[float, float, float]] = {}
+    steps_until(run, DEATH_STEP, losses)
+    norm = run.optimizer.global_grad_norm
+
+    def fail(group: dist.ProcessGroup, *, counts_owned: bool) -> float:
+        value = norm(group, counts_owned=counts_owned)
+        if rank == VICTIM:
+            raise Dead
+        if rank > VICTIM:
+            raise RuntimeError("a peer is lost")
+        return value
+
+    run.optimizer.global_grad_norm = fail  # type: ignore[method-assign]
+    try:
+        steps_until(run, STEPS, losses)
+    except (Dead, RuntimeError):
+        run.optimizer.global_grad_norm = norm  # type: ignore[method-assign]
+        done = run.step
+        if rank == VICTIM:
+            run.ranks.leave()
+            return done, []
+        regroup(run, f"{workshop}/half-store", rank - (rank > VICTIM), world - 1)
+        assert run.step == DEATH_STEP + 1
+        steps_until(run, STEPS, losses)
+    return done, [losses[step] for step in sorted(losses)]
+
+
+def test_a_step_that_some_have_taken_is_taken_by_all(workshop: str, whole: Losses) -> None:
+    results = run_ranks(4, half_stepped, workshop)
+    assert [done for done, _ in results] == [DEATH_STEP + 1, DEATH_STEP, DEATH_STEP, DEATH_STEP]
+    assert torch.tensor(results[0][1]).sub(torch.tensor(whole)).abs().max() <= 1e-10
+    assert torch.tensor(results[2][1]).sub(torch.tensor(whole[:2] + whole[3:])).abs().max() <= 1e-10
+
+
+def growing(rank: int, world: int, workshop: str, redundancy: int) -> Losses:
+    """Two ranks train two steps; a third, which has loaded alone meanwhile, joins and becomes their rank 0."""
+    losses: dict[int, tuple[float, float, float]] = {}
+    name = f"grown-{redundancy}"
+    ranks_of_default_group(rank, world).leave()
+    if rank == 2:
+        connect(dist.HashStore(), 0, 1)
+        run = make_run(workshop, name, 0, 1, f"fssdp.redundancy={redundancy}")
+        run.fresh = True
+    else:
+        connect(dist.FileStore(f"{workshop}/{name}-two", 2), rank, 2)
+        # As many rows as the other runs have on four ranks.
+        run = make_run(workshop, name, rank, 2, f"fssdp.redundancy={redundancy}")
+        run.stream.rows_per_step = 8
+        steps_until(run, 2, losses)
+    regroup(run, f"{workshop}/{name}-three", (rank + 1) % 3, 3)
+    assert run.step == 2
+    assert len(run.optimizer.owned) in (3, 4)
+    steps_until(run, STEPS, losses)
+    return [losses[step] for step in sorted(losses)]
+
+
+@pytest.mark.parametrize("redundancy", [0, 1])
+def test_a_rank_that_comes_new(workshop: str, whole: Losses, redundancy: int) -> None:
+    results = run_ranks(3, growing, workshop, redundancy)
+    for losses in results:
+        assert torch.tensor(losses).sub(torch.tensor(whole[-len(losses) :])).abs().max() <= 1e-10
+    assert [len(losses) for losses in results] == [STEPS, STEPS, STEPS - 2]
+
+
+def compare_shadows(rank: int, world: int, workshop: str) -> int:
+    """Each rank sends its experts' state to its backup rank by other means, and the backup rank compares; the number compared."""
+    run = make_run(workshop, "shadowed", rank, world, "fssdp.redundancy=1")
+    steps_until(run, 3, {})
+    rows: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in range(world)]
+    dist.all_gather_object(rows, {name: run.optimizer.row(parameter) for name, parameter in run.optimizer.owned.items()})
+    ward = backup_ranks(run.moe.engine.config.topology).tolist().index(rank)
+    assert rows[ward].keys() == run.optimizer.backups.keys()
+    for name, backup in run.optimizer.backups.items():
+        ours, theirs = run.optimizer.row(backup), rows[ward][name]
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert any(len(row) == 4 for row in rows[ward].values()), "none was ever stepped"
+    assert not any(name.startswith("owned/") and name.split("/")[1] in run.optimizer.backups for name in run.optimizer.state_tensors())
+    return len(run.optimizer.backups)
+
+
+def test_a_shadow_is_its_owner_bit_for_bit(workshop: str) -> None:
+    assert sum(run_ranks(3, compare_shadows, workshop)) == 2 * 5
+
+
+def test_ranks_that_wait_are_freed_by_an_abort(tmp_path: Path) -> None:
+    """Rank 2 waits for rank 1, which waits for rank 0, which aborts: the error goes round, and nobody waits for a timeout."""
+    assert run_ranks(3, waiting_in_a_row, timeout=60)[1:] == ["lost"] * 2
+
+
+def waiting_in_a_row(rank: int, world: int) -> str:
+    ranks = replace(ranks_of_default_group(rank, world), connections=frozenset(tcp_sockets()))
+    ranks.barrier()
+    receive: Callable[[], Any] = lambda: dist.recv(torch.zeros(1), src=rank - 1, group=ranks.groups.tokens)  # noqa: E731
+    try:
+        if rank:
+            receive()
+    except RuntimeError:
+        ranks.leave()
+        return "lost"
+    ranks.leave()
+    return "left"

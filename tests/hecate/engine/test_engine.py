@@ -1,0 +1,306 @@
+"""Plans, evaluation and idle paths of the engine; training is tested as a whole by tests/hecate/test_equivalence.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from hecate.engine.engine import Engine
+from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from tests.hecate.experts.making import HIDDEN, base, chunk, engine, experts
+from tests.ranks import run_ranks
+
+LAYERS = {0: 3, 2: 5}
+
+
+def tokens(seed: int, layer: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, HIDDEN, generator=random, dtype=torch.float64)
+    expert = torch.rand(count, LAYERS[layer], generator=random).argsort(1)[:, :2]
+    return x, expert, torch.rand(count, 2, generator=random, dtype=torch.float64), torch.arange(count)
+
+
+def wanted(layer: int, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    family = experts(LAYERS[layer], layer=layer)
+    numel = family.layout().trainable_numel
+    pairs = family.pairs(torch.stack([chunk(layer, e, numel) for e in range(LAYERS[layer])]))
+    return mixlora_ffn_reference(x, expert, weight, base(), pairs)
+
+
+def _evaluate(rank: int, world: int) -> int:
+    made = engine(LAYERS)
+    with pytest.raises(ZeroDivisionError), made.evaluating():
+        raise ZeroDivisionError
+    assert made.replica_bytes == 0, "replicas outlived a failed evaluation"
+    with made.evaluating():
+        held = made.replica_bytes
+        sent = made.bytes_sent
+        # Each rank another number of times, in another order: any collective in here would hang or mix things up.
+        for layer in [*[2, 0, 2, 2][: 1 + rank], 0]:
+            x, expert, weight, token = tokens(rank, layer, 4 + rank)
+            y = made.experts(layer, x, expert, weight, token, count=False)
+            torch.testing.assert_close(y, wanted(layer, x, expert, weight), rtol=1e-12, atol=1e-12)
+        assert made.bytes_sent == sent
+    assert made.replica_bytes == 0
+    assert all(p.grad is None for p in made.named_parameters().values())
+    return held
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_evaluating_holds_everything_and_drops_it_after(world: int) -> None:
+    numel = experts(1).layout().trainable_numel
+    assert run_ranks(world, _evaluate) == [sum(LAYERS.values()) * numel * 8] * world
+
+
+def _started_at_once(rank: int, world: int) -> list[int]:
+    """All-to-alls that begin when both layers' gathers start: ahead of a forward pass, of a backward pass, of an evaluation."""
+    made = engine(LAYERS, "full")
+    made.config = replace(made.config, rematerialize=True, prefetch=2)
+    real, calls, counts = dist.all_to_all_single, 0, []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", counted)
+        made.begin_step(0)
+        made.last_micro_step()
+        made.prefetch(*LAYERS)
+        counts.append(calls)
+        total = torch.zeros((), dtype=torch.float64)
+        for layer in LAYERS:
+            x, expert, weight, token = tokens(rank, layer, 4)
+            y = made.experts(layer, x.requires_grad_(), expert, weight, token, count=True)
+            torch.testing.assert_close(y.detach(), wanted(layer, x.detach(), expert, weight), rtol=1e-12, atol=1e-12)
+            total = total + y.sum()
+        before = calls
+        made.begin_backward()
+        counts.append(calls - before)
+        total.backward()
+        made.finish_step()
+        before = calls
+        with made.evaluating():
+            counts.append(calls - before)
+    return counts
+
+
+def test_small_gathers_that_start_at_once_travel_together() -> None:
+    assert run_ranks(3, _started_at_once) == [[1, 1, 1]] * 3
+
+
+def _idle(rank: int, world: int) -> dict[int, list[list[int]]]:
+    """Rank 1 has no token, and expert 0 of each layer is chosen by nobody."""
+    made = engine(LAYERS)
+    made.begin_step(0)
+    made.last_micro_step()
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in LAYERS:
+        x, expert, weight, token = tokens(0, layer, 0 if rank == 1 else 4)
+        expert = torch.tensor([[1, 2]]).expand(len(x), 2)
+        total = total + made.experts(layer, x.requires_grad_(), expert, weight.requires_grad_(), token, count=True).sum()
+    total.backward()
+    loads = made.finish_step()
+    for (_, expert_number), parameter in made.named_parameters().items():
+        assert (parameter.grad is not None) == (expert_number in (1, 2)), f"expert {expert_number}"
+    predicted = made.history.predict(2)
+    assert predicted is not None
+    assert predicted.tolist() == loads[2].tolist()
+    assert made.replica_bytes == 0
+    return {layer: values.tolist() for layer, values in loads.items()}
+
+
+def test_idle_ranks_and_experts_take_part() -> None:
+    """Four tokens with two choices each, on rank 0 and on rank 2."""
+    busy, idle = [0, 4, 4], [0, 0, 0]
+    loads = run_ranks(3, _idle)
+    assert loads[0] == loads[1] == loads[2]
+    assert loads[0][0] == [busy, idle, busy]
+    assert loads[0][2] == [[*busy, 0, 0], [*idle, 0, 0], [*busy, 0, 0]]
+
+
+def test_a_layer_left_out_of_the_backward_pass_is_noticed(one_rank: dist.ProcessGroup) -> None:
+    made = engine(LAYERS)
+    made.begin_step(0)
+    made.last_micro_step()
+    x, expert, weight, token = tokens(0, 0, 4)
+    made.experts(0, x.requires_grad_(), expert, weight, token, count=True).sum().backward()
+    with pytest.raises(AssertionError, match="layer 2 took no part"):
+        made.finish_step()
+
+
+def test_gradients_add_up_over_micro_steps_and_loads_are_counted_when_asked(one_rank: dist.ProcessGroup) -> None:
+    """The same tokens twice, counted once (as a checkpointed layer's rerun is): twice the gradient, once the loads."""
+    gradients = []
+    for times in (1, 2):
+        made = engine({0: 3})
+        made.begin_step(0)
+        for number in range(times):
+            if number == times - 1:
+                made.last_micro_step()
+            x, expert, weight, token = tokens(0, 0, 6)
+            made.experts(0, x.requires_grad_(), expert, weight, token, count=number == 0).sum().backward()
+        assert made.finish_step()[0].sum() == 12
+        gradients.append({key: p.grad for key, p in made.named_parameters().items()})
+    for key, once in gradients[0].items():
+        twice = gradients[1][key]
+        assert once is not None
+        assert twice is not None
+        torch.testing.assert_close(twice, 2 * once, rtol=1e-12, atol=1e-12)
+
+
+def test_an_engine_without_expert_layers_finishes_its_steps(one_rank: dist.ProcessGroup) -> None:
+    """As when only attention gets adapters (lora.target_modules: [q_proj]), which surgery allows."""
+    made = engine({})
+    made.begin_step(0)
+    made.last_micro_step()
+    assert made.finish_step() == {}
+    assert made.plans.imbalance({}) == 1.0
+
+
+THREE = {0: 3, 2: 5, 5: 3}
+"""layers of two shapes, one between the others"""
+CHOSEN = {0: (1, 2), 2: (1, 2), 5: (0, 2)}
+"""both choices of every token"""
+
+
+def quotas_by_layer(given: PlanInput) -> Plan:
+    """Everything everywhere. Of layers with three experts the first is served by the rank after the owner, the other by rank 0."""
+    where_LED = np.ones(given.owned_LED.shape, dtype=bool)
+    if given.num_experts == 5:
+        return Plan(given.owner_LE, where_LED)
+    load_LE1 = given.tokens_LED.sum(-1, keepdims=True)
+    serving_L1 = np.stack([(given.owner_LE[0] + 1) % given.world_size, np.zeros(given.num_experts, dtype=np.int64)])
+    return Plan(given.owner_LE, where_LED, load_LE1 * (serving_L1[..., None] == np.arange(given.world_size)))
+
+
+def _step(rank: int, made: Engine, step: int) -> dict[int, np.ndarray]:
+    """Four tokens on each rank."""
+    made.begin_step(step)
+    made.last_micro_step()
+    total = torch.zeros((), dtype=torch.float64)
+    for layer, count in THREE.items():
+        random = torch.Generator().manual_seed(10 * rank + layer)
+        x, weight = (torch.randn(4, n, generator=random, dtype=torch.float64).requires_grad_() for n in (HIDDEN, 2))
+        expert = torch.tensor([CHOSEN[layer]]).expand(4, 2)
+        y = made.experts(layer, x, expert, weight, torch.arange(4) + 4 * rank, count=True)
+        family = experts(count, layer=layer)
+        pairs = family.pairs(torch.stack([chunk(layer, e, family.layout().trainable_numel) for e in range(count)]))
+        torch.testing.assert_close(y, mixlora_ffn_reference(x, expert, weight, base(), pairs), rtol=1e-12, atol=1e-12)
+        total = total + y.sum()
+    total.backward()
+    return made.finish_step()
+
+
+def token_bytes(made: Engine) -> int:
+    return made.bytes_sent - sum(store.bytes_sent for store in made.stores.values())
+
+
+def _plans(rank: int, world: int) -> None:
+    made, asked = engine(THREE), []
+
+    def planner(given: PlanInput) -> Plan:
+        asked.append(given)
+        return quotas_by_layer(given) if given.loads_LSE is not None else POLICIES["static_ep"](given)
+
+    made.config = replace(made.config, planner=planner, top_k=2, non_moe_flops=7.0, max_imbalance=1.25)
+    loads = _step(rank, made, 0)
+    # Owners 0, 1, 2 of three experts and 0, 0, 1, 1, 2 of five: the chosen ones, of twelve choices each, are on two ranks of three.
+    assert made.plans.imbalance(loads) == pytest.approx(1.5)
+    sent = token_bytes(made)
+    loads = _step(rank, made, 1)
+    assert token_bytes(made) > sent, "no token left its rank"
+
+    assert [given.owner_LE.tolist() for given in asked] == [[[0, 1, 2]] * 2, [[0, 0, 1, 1, 2]]] * 2
+    assert [given.loads_LSE is None for given in asked] == [True, True, False, False]
+    for given, layers in zip(asked[2:], ([0, 5], [2]), strict=True):
+        assert given.loads_LSE is not None
+        wanted_rows = [[4 * (expert in CHOSEN[layer]) for expert in range(THREE[layer])] for layer in layers]
+        assert given.loads_LSE.tolist() == [[row] * 3 for row in wanted_rows]
+    for given in asked:
+        assert given.slots_D.tolist() == [given.num_experts] * 3
+        assert given.max_imbalance == 1.25
+        assert given.cost == made.families[0].cost(2, 7.0)
+    # Layer 0: ranks 2 and 0 serve twelve each, 12 / 8. Layer 5: rank 0 all of 24, 24 / 8. Layer 2 has no quotas: nothing moves.
+    assert made.plans.imbalance(loads) == pytest.approx((1.5 + 1.0 + 3.0) / 3)
+    # What comes in is split as planned: rank 0's choice of expert 1 goes to rank 2; its 3 of expert 0, which nobody foresaw, stay.
+    assert made.plans.imbalance({0: np.array([[3, 1, 0], [0] * 3, [0] * 3])}) == pytest.approx(3 / (4 / 3))
+
+
+def test_plans_are_made_by_shape_and_their_quotas_carried_out_by_layer() -> None:
+    run_ranks(3, _plans)
+
+
+def _at_home(rank: int, world: int) -> None:
+    made = engine(THREE)
+    made.config = replace(
+        made.config, planner=lambda given: Plan(given.owner_LE, np.ones(given.owned_LED.shape, dtype=bool), given.tokens_LED)
+    )
+    for step in range(2):
+        _step(rank, made, step)
+        assert token_bytes(made) == 0, f"step {step} asked for rows"
+
+
+def test_quotas_that_leave_every_token_at_home_cost_no_message() -> None:
+    """A planner that always says quotas must not make ranks exchange the numbers of rows, all zero."""
+    run_ranks(2, _at_home)
+
+
+def _slots(rank: int, world: int) -> None:
+    made, asked = engine({0: 3}), []
+
+    def planner(given: PlanInput) -> Plan:
+        asked.append(given.slots_D.tolist())
+        return POLICIES["static_ep"](given)
+
+    made.config = replace(made.config, planner=planner, memory_slots=1)
+    made.begin_step(0)
+    assert asked == [[1] * world]
+
+
+def test_slots_are_those_of_the_configuration_on_every_device() -> None:
+    run_ranks(2, _slots)
+
+
+def _grouped(rank: int, world: int) -> float:
+    """Two groups of two: tokens of the first choose expert 0 of its place 0, those of the second expert 1 of place 1, or nothing."""
+    made, asked = engine({0: 2}, shard_size=2), []
+    slow = replace(made.config.topology, flops=(4.0, 3.0, 2.0, 5.0), memory=(8.0, 6.0, 9.0, 5.0))
+
+    def planner(given: PlanInput) -> Plan:
+        asked.append(given)
+        return POLICIES["static_ep"](given)
+
+    made.config = replace(made.config, planner=planner, topology=slow, top_k=1, non_moe_flops=6.0)
+    x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(rank), dtype=torch.float64).requires_grad_()
+    for step in range(2):
+        made.begin_step(step)
+        made.last_micro_step()
+        expert = torch.full((4 if rank < 3 else 0, 1), rank // 2)
+        weight, token = torch.ones(expert.shape, dtype=torch.float64), torch.arange(len(expert))
+        made.experts(0, x[: len(expert)], expert, weight, token, count=True).sum().backward()
+        sent = made.stores[0].bytes_sent
+        loads = made.finish_step()
+    assert loads[0].tolist() == [[4, 0], [4, 0], [0, 4], [0, 0]]
+    assert asked[1].tokens_LED[0].T.tolist() == ([[4, 0], [4, 0]] if rank < 2 else [[0, 4], [0, 0]]), "of its own group"
+    assert asked[1].topology.flops == ((4.0, 3.0) if rank < 2 else (2.0, 5.0))
+    assert asked[1].cost.non_moe_flops == (9.0 if rank < 2 else 6.0), "as long on the group's slowest device as on the job's: 3 s"
+    ((_, for_owners),) = made.plan_inputs(for_owners=True)
+    assert for_owners.tokens_LED[0].T.tolist() == [[2, 2], [2, 0]]
+    assert for_owners.topology.flops == (2.0, 3.0)
+    (parameter,) = made.named_parameters().values()
+    assert parameter.grad is not None, "some group's tokens reached it"
+    assert made.stores[0].bytes_sent - sent == parameter.numel() * 8, "a ring of two sends each number once"
+    return made.plans.imbalance(loads)
+
+
+def test_sharding_groups_plan_for_themselves_and_are_counted_together() -> None:
+    # Rank 0 computes 8 of 12 choices, a mean of 3.
+    assert run_ranks(4, _grouped) == [pytest.approx(8 / 3)] * 4

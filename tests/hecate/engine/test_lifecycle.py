@@ -1,0 +1,131 @@
+"""When replicas are held, and by whom: freed between forward and backward, exchanged after the gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import hecate.engine.step_plans as step_plans
+from hecate.engine.engine import Engine
+from hecate.parallel.planners import Plan, PlanInput
+from tests.hecate.experts.making import HIDDEN, engine, experts
+from tests.ranks import run_ranks
+
+LAYERS = dict.fromkeys(range(4), 3)
+TOKENS = 4
+
+
+def forward(made: Engine, rank: int, micro: int, *, ahead: int) -> torch.Tensor:
+    """One layer after the other, each gathered `ahead` - 1 layers before it runs."""
+    random = torch.Generator().manual_seed(10 * micro + rank)
+    x = torch.randn(TOKENS, HIDDEN, generator=random, dtype=torch.float64).requires_grad_()
+    for layer in LAYERS:
+        for coming in range(layer, min(layer + ahead, len(LAYERS))):
+            made.prefetch(coming)
+        expert = torch.rand(TOKENS, 3, generator=random).argsort(1)[:, :2]
+        weight = torch.rand(TOKENS, 2, generator=random, dtype=torch.float64).requires_grad_()
+        x = x + made.experts(layer, x, expert, weight, torch.arange(TOKENS) + TOKENS * rank, count=True)
+    return x.sum()
+
+
+def step(made: Engine, rank: int, *, ahead: int = 1, micro_steps: int = 2) -> dict[tuple[int, int], torch.Tensor | None]:
+    """Gradients of one step, by layer and expert."""
+    made.begin_step(0, micro_steps)
+    for micro in range(micro_steps):
+        if micro == micro_steps - 1:
+            made.last_micro_step()
+        loss = forward(made, rank, micro, ahead=ahead)
+        if made.config.rematerialize:
+            assert made.replica_bytes == 0, "replicas outlived the forward pass"
+        made.begin_backward()
+        loss.backward()
+        if made.config.per_micro_step:
+            assert made.replica_bytes == 0, "replicas outlived the backward pass"
+    made.finish_step()
+    return {key: parameter.grad for key, parameter in made.named_parameters().items()}
+
+
+def _peaks(rank: int, world: int) -> list[int]:
+    plain = engine(LAYERS, "full")
+    wanted = step(plain, rank)
+    peaks = [plain.peak_replica_bytes]
+    for ahead in (0, 1, 2, 3):
+        made = engine(LAYERS, "full")
+        made.config = replace(made.config, rematerialize=True, prefetch=ahead)
+        for key, grad in step(made, rank, ahead=ahead).items():
+            torch.testing.assert_close(grad, wanted[key], rtol=1e-12, atol=1e-12)
+        peaks.append(made.peak_replica_bytes)
+    return peaks
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rematerialized_replicas_are_of_one_layer_or_of_those_gathered_ahead(world: int) -> None:
+    one = 3 * experts(3).layout().trainable_numel * 8
+    assert run_ranks(world, _peaks) == [[4 * one, one, one, 2 * one, 3 * one]] * world
+
+
+def test_autograd_keeps_no_copy_of_the_replicas() -> None:
+    """Or freeing the leaf's memory would free nothing."""
+    family = experts(3)
+    replicas = torch.randn(3, family.layout().trainable_numel, dtype=torch.float64).requires_grad_()
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x, weight = (torch.randn(TOKENS, n, dtype=torch.float64).requires_grad_() for n in (HIDDEN, 2))
+    slot = torch.tensor([[0, 1]]).expand(TOKENS, 2)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        family.compute(replicas, x, slot, weight, expert_S=torch.arange(3), token_T=torch.arange(TOKENS), step=0, training=True)
+    others = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() != replicas.untyped_storage().data_ptr()]
+    assert len(others) < len(kept)
+    assert {len(tensor) for tensor in others} <= {TOKENS, 2 * TOKENS}, "of tokens and their choices; there are 3 replicas"
+
+
+def moving_target(asked: list[PlanInput]) -> object:
+    """Experts at home and, for a layer alone, also on the rank after their owner, which serves all of their choices."""
+
+    def plan(given: PlanInput) -> Plan:
+        asked.append(given)
+        where_LED = given.owned_LED
+        if given.num_layers > 1:
+            return Plan(given.owner_LE, where_LED)
+        next_LED = np.roll(where_LED, 1, axis=-1)
+        return Plan(given.owner_LE, where_LED | next_LED, given.tokens_LED.sum(-1, keepdims=True) * next_LED)
+
+    return plan
+
+
+def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
+    plain = engine(LAYERS)
+    wanted = step(plain, rank)
+    made, asked = engine(LAYERS), []
+    made.config = replace(made.config, plan=mode, planner=moving_target(asked))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_plans, "calibration_gain", lambda *_, rematerialize: 1.0 if adopt else 0.0)
+        got = step(made, rank)
+    for key, grad in got.items():
+        torch.testing.assert_close(grad, wanted[key], rtol=1e-12, atol=1e-12)
+    at_home = all((placement.where_ED.sum(1) == 1).all() for placement in made.placements.values())
+    assert at_home == (mode == "calibrated"), "the next micro-step starts from history's plan again"
+    alone = [given for given in asked if given.num_layers == 1]
+    assert len(alone) == 2 * len(LAYERS), "one plan a layer and micro-step"
+    assert all(given.tokens_LED.sum() == 2 * TOKENS * world for given in alone), "the micro-step's own choices"
+    loads = {layer: sum(given.loads_LSE[0] for given in alone[layer::4]) for layer in LAYERS}  # type: ignore[misc, index]
+    home = [loads[layer].sum(0)[[0, 1, 2]] @ np.eye(world)[made.owners[layer]] for layer in LAYERS]
+    assert made.plans.imbalance(loads) == pytest.approx(np.mean([one.max() / one.mean() for one in home])), "all serve as one rank on"
+    calibrations = made.plans.calibrations
+    made.begin_step(1, 2)
+    if mode == "calibrated":
+        predicted = asked[-1]
+        assert predicted.tokens_LED.sum() == len(LAYERS) * 2 * TOKENS * world, "half of the step's, for one of two micro-steps"
+    return calibrations
+
+
+@pytest.mark.parametrize(("mode", "adopt", "calibrations"), [("exact", False, 0), ("calibrated", True, 8), ("calibrated", False, 0)])
+def test_plans_follow_the_gate(mode: str, adopt: bool, calibrations: int) -> None:
+    assert run_ranks(3, _replanned, mode, adopt) == [calibrations] * 3

@@ -1,0 +1,58 @@
+"""Small MixLoRA layers to test with."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from hecate.engine.engine import Engine
+from hecate.engine.step_plans import EngineConfig
+from hecate.experts.mixlora import LoraShape, MixLoraExperts
+from hecate.kernels.mixlora_inputs import FfnBase
+from hecate.parallel.mesh import make_mesh
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from hecate.ranks.groups import expert_groups
+
+HIDDEN, FFN, SEED = 6, 10, 3
+
+
+def base() -> FfnBase:
+    random = torch.Generator().manual_seed(0)
+    shapes = ((FFN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN))
+    gate, up, down = (torch.randn(*shape, generator=random, dtype=torch.float64) for shape in shapes)
+    return FfnBase(gate, up, down, "silu")
+
+
+def experts(
+    num_experts: int,
+    *,
+    layer: int = 0,
+    seed: int = SEED,
+    dropout: float = 0.0,
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
+) -> MixLoraExperts:
+    return MixLoraExperts(
+        base(),
+        LoraShape(rank=2, scale=0.5, dropout=dropout),
+        projections,
+        layer=layer,
+        num_experts=num_experts,
+        seed=seed,
+        master_dtype=torch.float64,
+    )
+
+
+def engine(num_experts: dict[int, int], policy: str = "static_ep", shard_size: int | None = None) -> Engine:
+    """An engine over the default group. Its experts' chunks are random, B included."""
+    world = dist.get_world_size()
+    families = {layer: experts(count, layer=layer) for layer, count in num_experts.items()}
+    config = EngineConfig(POLICIES[policy], local_topology(world, cuda=False))
+    made = Engine(dict(families), config, expert_groups(make_mesh(world, shard_size)))
+    for (layer, expert), parameter in made.named_parameters().items():
+        parameter.data.copy_(chunk(layer, expert, len(parameter)))
+    return made
+
+
+def chunk(layer: int, expert: int, numel: int) -> torch.Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(100 * layer + expert), dtype=torch.float64)

@@ -1,0 +1,106 @@
+"""The optimizer over ranks: one norm, skipped steps, and a state that continues bit for bit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.schedule import schedule
+from tests.ranks import run_ranks
+
+
+def parameter(*values: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=torch.float64))
+
+
+def make(owned: dict[str, nn.Parameter], replicated: dict[str, nn.Parameter]) -> ExpertOptimizer:
+    return ExpertOptimizer(owned, replicated, learning_rate=0.1, weight_decay=0.01, schedule=schedule("linear", 10, 0.2))
+
+
+def _norm_over_ranks(rank: int, world: int) -> float:
+    """Rank r owns one expert with gradient (r + 1); the router's shares (2, 0) on every rank are summed before."""
+    group = dist.group.WORLD
+    assert group is not None
+    owned, router = parameter(1.0), parameter(1.0, 1.0)
+    optimizer = make({"expert": owned}, {"router": router})
+    owned.grad, router.grad = torch.full((1,), rank + 1.0, dtype=torch.float64), torch.tensor([2.0, 0.0], dtype=torch.float64)
+    optimizer.reduce_replicated(group)
+    return optimizer.global_grad_norm(group)
+
+
+def test_the_norm_counts_a_sharded_parameter_once_and_a_replicated_one_once() -> None:
+    # experts: 1 + 4 + 9; router: 3 ranks x 2 = 6, squared once.
+    assert run_ranks(3, _norm_over_ranks) == [math.sqrt(1 + 4 + 9 + 36)] * 3
+
+
+def test_a_rank_without_experts_adds_its_zero_where_the_others_sums_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SeenError(Exception):
+        pass
+
+    def all_reduce(total: Tensor, group: object) -> None:
+        raise SeenError(total.device.type)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    router = nn.Parameter(torch.zeros(2, device="meta"))  # a device that is not the CPU
+    with pytest.raises(SeenError, match="meta"):
+        make({}, {"router": router}).global_grad_norm(None)  # type: ignore[arg-type]
+
+
+def gradients(step: int) -> list[Tensor]:
+    random = torch.Generator().manual_seed(step)
+    return [torch.randn(3, generator=random, dtype=torch.float64) for _ in range(2)]
+
+
+def train(optimizer: ExpertOptimizer, parameters: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        for p, grad in zip(parameters, gradients(step), strict=True):
+            p.grad = grad
+        optimizer.step(grad_norm=1.0, max_grad_norm=None)
+
+
+def test_a_saved_state_continues_bit_for_bit() -> None:
+    whole = [parameter(1, 2, 3), parameter(4, 5, 6)]
+    train(make({"e": whole[0]}, {"r": whole[1]}), whole, range(6))
+    first = [parameter(1, 2, 3), parameter(4, 5, 6)]
+    optimizer = make({"e": first[0]}, {"r": first[1]})
+    train(optimizer, first, range(3))
+    saved = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    second = [parameter(0, 0, 0), parameter(0, 0, 0)]
+    resumed = make({"e": second[0]}, {"r": second[1]})
+    resumed.load_state_tensors(saved, schedule_position=3)
+    assert resumed.learning_rate == optimizer.learning_rate
+    train(resumed, second, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
+
+
+def test_a_skipped_step_changes_nothing_but_the_schedule() -> None:
+    parameters = [parameter(1, 2, 3), parameter(4, 5, 6)]
+    optimizer = make({"e": parameters[0]}, {"r": parameters[1]})
+    train(optimizer, parameters, range(2))
+    before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    rate = optimizer.learning_rate
+    for p in parameters:
+        p.grad = torch.full((3,), math.nan, dtype=torch.float64)
+    assert not optimizer.step(math.inf, max_grad_norm=None)
+    after = optimizer.state_tensors()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(p.grad is None for p in parameters)
+    assert optimizer.learning_rate < rate
+
+
+def test_clipping_scales_to_the_limit() -> None:
+    clipped, plain = parameter(1, 2, 3), parameter(1, 2, 3)
+    grad = torch.tensor([3.0, 0.0, 4.0], dtype=torch.float64)
+    seen: list[Tensor] = []
+    for p, scale in ((clipped, 1.0), (plain, 0.5 / (5.0 + 1e-6))):
+        optimizer = make({"e": p}, {})
+        p.grad = grad * scale
+        optimizer.step(grad_norm=5.0, max_grad_norm=0.5 if p is clipped else None)
+        seen.append(optimizer.state_tensors()["owned/e/exp_avg"])
+    assert torch.allclose(seen[0], seen[1], rtol=0, atol=1e-15)

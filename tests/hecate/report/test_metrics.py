@@ -1,0 +1,198 @@
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hecate.errors import UserError
+from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
+from hecate.train.scores import EvalScore
+
+DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
+
+
+def a_step(step: Any = 1, **changes: Any) -> Record:
+    values: dict[str, Any] = {
+        "step": step,
+        "loss": 1.5,
+        "aux_loss": 2.0,
+        "learning_rate": 1e-3,
+        "grad_norm": 0.5,
+        "skipped": False,
+        "tokens": 100,
+        "step_seconds": 4.0,
+        "imbalance": 1.25,
+        "bytes_sent": 64,
+        "calibrations": 3,
+        "loads": {0: np.array([[1, 2], [3, 4]])},
+    }
+    return step_record(**(values | changes))
+
+
+def records(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_loads_are_summed_over_source_ranks() -> None:
+    # Two ranks, layer 2: expert 0 gets 1 + 5, expert 1 gets 2 + 0, expert 2 gets 1 + 0; mean 3. Layer 10 is idle.
+    record = a_step(loads={10: np.zeros((2, 2), dtype=np.int64), 2: np.array([[1, 2, 1], [5, 0, 0]])})
+    assert record["loads"] == {"2": [6, 2, 1], "10": [0, 0]}
+    assert record["layer_balance"] == {"2": 2.0, "10": 1.0}
+    assert list(record["loads"]) == ["2", "10"]
+
+
+def test_tokens_per_second() -> None:
+    assert a_step(tokens=100, step_seconds=4.0)["tokens_per_s"] == 25.0
+    assert a_step(step_seconds=0.0)["tokens_per_s"] is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", ["loss", "aux_loss", "grad_norm", "learning_rate", "imbalance"])
+def test_what_is_not_finite_is_null(field: str, bad: float) -> None:
+    changes: dict[str, Any] = {field: bad}
+    record = a_step(**changes)
+    assert record[field] is None
+    assert [name for name, value in record.items() if value is None] == [field]
+
+
+def test_eval_record() -> None:
+    scores = {"gcd": EvalScore(1.0, 0.25, 64), "text": EvalScore(math.nan, None, 3), "odd": EvalScore(2.0, math.inf, 0)}
+    assert eval_record(7, scores) == {
+        "kind": "eval",
+        "step": 7,
+        "sources": {
+            "gcd": {"loss": 1.0, "accuracy": 0.25, "samples": 64},
+            "text": {"loss": None, "accuracy": None, "samples": 3},
+            "odd": {"loss": 2.0, "accuracy": None, "samples": 0},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("record", "nested"),
+    [
+        (a_step(), ""),
+        (eval_record(1, {"gcd": EvalScore(1.0, 0.5, 2)}), "sources"),
+        (event_record(1, "saved"), ""),
+        (reshard_record(1, experts=2, bytes_sent=8, seconds=0.5, saved_seconds=0.1, moving_seconds=0.2), ""),
+    ],
+    ids=["step", "eval", "event", "reshard"],
+)
+def test_the_documented_fields_are_those_written(record: Record, nested: str) -> None:
+    section = DOCS.read_text().split(f'## `kind: "{record["kind"]}"`')[1].split("\n## ")[0]
+    documented = set(re.findall(r"^\| `([a-z_.*]+)` \|", section, re.MULTILINE))
+    written = set(record) - {"kind", "step"}
+    if nested:
+        written |= {f"{nested}.*.{name}" for entry in record[nested].values() for name in entry}
+    assert documented == written
+
+
+def test_numpy_values_become_json(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "m") as writer:
+        writer.write(a_step(step=np.int64(3), loss=np.float32(0.5), tokens=np.int64(8), bytes_sent=np.int64(9), skipped=np.bool_(True)))
+    [record] = records(tmp_path / "m")
+    assert (record["step"], record["loss"], record["tokens"], record["bytes_sent"], record["skipped"]) == (3, 0.5, 8, 9, True)
+
+
+def test_a_line_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "m") as writer:
+        for step in (1, 2):
+            writer.write(event_record(step, "naïve\nline"))
+            assert [record["step"] for record in records(tmp_path / "m")] == list(range(1, step + 1))
+
+
+def test_opening_again_appends(tmp_path: Path) -> None:
+    for step in (1, 2):
+        with MetricsWriter(tmp_path / "m") as writer:
+            writer.write(event_record(step, "x"))
+    assert [record["step"] for record in records(tmp_path / "m")] == [1, 2]
+
+
+def test_a_killed_run_and_its_resume_read_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with MetricsWriter(path) as writer:
+        for step in (1, 2, 3, 4):
+            writer.write(a_step(step))
+        writer.write(eval_record(4, {}))
+    with open(path, "ab") as file:
+        file.write(b'{"kind":"step","step":5,"lo')
+    with MetricsWriter(path) as writer:
+        assert writer.truncate_after(2) == 4
+        writer.write(event_record(2, "resumed"))
+        writer.write(a_step(3))
+    assert [(record["kind"], record["step"]) for record in records(path)] == [("step", 1), ("step", 2), ("event", 2), ("step", 3)]
+    assert os.listdir(tmp_path) == ["m"]
+
+
+@given(steps=st.lists(st.integers(0, 9), max_size=8), cut=st.integers(0, 60), keep=st.integers(0, 9))
+def test_torn_anywhere(tmp_path_factory: pytest.TempPathFactory, steps: list[int], cut: int, keep: int) -> None:
+    path = tmp_path_factory.mktemp("torn") / "m"
+    with MetricsWriter(path) as writer:
+        for step in steps:
+            writer.write(event_record(step, "x"))
+    whole = path.read_bytes()
+    data = whole[: max(0, len(whole) - cut)]
+    path.write_bytes(data)
+    # A record is whole if all but its newline is there.
+    count = sum(1 for end in [i for i, byte in enumerate(whole) if byte == ord("\n")] if end <= len(data))
+    with MetricsWriter(path) as writer:
+        writer.truncate_after(keep)
+        writer.write(event_record(keep, "resumed"))
+    assert [record["step"] for record in records(path)] == [*(step for step in steps[:count] if step <= keep), keep]
+
+
+@pytest.mark.parametrize("torn", [b"\0\0\0", b"[1]", b"\xff", b'{"step":true}', b'{"kind":"event"}', b"\n"])
+def test_a_last_line_that_is_no_record_goes(tmp_path: Path, torn: bytes) -> None:
+    (tmp_path / "m").write_bytes(b'{"kind":"event","step":1}\n' + torn)
+    with MetricsWriter(tmp_path / "m") as writer:
+        assert writer.truncate_after(9) == 1
+    assert (tmp_path / "m").read_bytes() == b'{"kind":"event","step":1}\n'
+
+
+def test_a_bad_line_in_the_middle_is_refused_and_left(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    data = b'{"kind":"event","step":1}\nnonsense\n{"kind":"event","step":9}\n'
+    path.write_bytes(data)
+    with MetricsWriter(path) as writer, pytest.raises(UserError, match="m:2: not a record"):
+        writer.truncate_after(5)
+    assert path.read_bytes() == data
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_killed_while_truncating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m"
+    data = b"".join(b'{"kind":"event","step":%d}\n' % step for step in (1, 2, 3))
+    path.write_bytes(data)
+    (tmp_path / "m.tmp").write_bytes(b"left by a run that was killed")
+    writer = MetricsWriter(path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writer.truncate_after(1)
+    assert path.read_bytes() == data
+    with MetricsWriter(path) as again:
+        assert again.truncate_after(1) == 2
+
+
+def test_no_folder_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="metrics cannot be written: No such file"):
+        MetricsWriter(tmp_path / "missing" / "m")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_a_user_error() -> None:
+    writer = MetricsWriter(Path("/dev/full"))
+    with pytest.raises(UserError, match="/dev/full: metrics cannot be written: No space left"):
+        writer.write(event_record(1, "x"))
+    with pytest.raises(UserError, match="No space left"):
+        writer.close()

@@ -1,0 +1,210 @@
+"""Dispatch and combine against a plain formula over all tokens in one process."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hecate.parallel.comm.dispatch import combine, destinations, dispatch
+from hecate.parallel.flows import token_split
+from hecate.parallel.placement import Placement
+from hecate.parallel.topology import Link, Topology
+from tests.ranks import run_ranks
+
+PAIRS = tuple(itertools.product(range(12), (False, True)))
+"""seed of a case; split by quotas?"""
+
+
+@st.composite
+def routed_tokens(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choices [T, K] and a split [E, W] in which some ranks have no share."""
+    experts, world = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    tokens, k = draw(st.integers(0, 40)), draw(st.integers(1, 3))
+    choices = draw(st.lists(st.integers(0, experts - 1), min_size=tokens * k, max_size=tokens * k))
+    parts = st.lists(st.integers(0, 4), min_size=world, max_size=world).filter(any)
+    shares = torch.tensor([draw(parts) for _ in range(experts)], dtype=torch.float64)
+    return torch.tensor(choices, dtype=torch.int64).view(tokens, k), shares / shares.sum(1, keepdim=True)
+
+
+@given(routed_tokens())
+def test_destinations_follow_the_split(case: tuple[torch.Tensor, torch.Tensor]) -> None:
+    expert_TK, split_EW = case
+    rank_TK = destinations(expert_TK, split_EW)
+    assert rank_TK.shape == expert_TK.shape
+    assert rank_TK.dtype == torch.int64
+    for expert, shares in enumerate(split_EW.tolist()):
+        ranks = rank_TK[expert_TK == expert]
+        assert (ranks.diff() >= 0).all(), "not in runs by rank ascending"
+        for rank, share in enumerate(shares):
+            count = int((ranks == rank).sum())
+            assert abs(count - share * len(ranks)) <= 1 + 1e-9
+            assert share > 0 or count == 0, f"rank {rank} has no share of expert {expert}"
+        assert len(ranks) == sum(int((ranks == rank).sum()) for rank in range(len(shares)))
+
+
+def test_destinations_by_hand() -> None:
+    """Expert 0, four tokens in order: halves. Expert 1, three tokens, 1/4 and 3/4: 0.75 and 2.25 tokens, rounded to 1 and 2."""
+    expert_TK = torch.tensor([[0, 1], [1, 0], [0, 1], [0, 2]])
+    split_EW = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.0, 0.75], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    assert destinations(expert_TK, split_EW).tolist() == [[0, 0], [2, 0], [1, 2], [1, 1]]
+
+
+def expert_output(expert: int, x: torch.Tensor) -> torch.Tensor:
+    """Any function of the expert and the token that is not linear, so that each kind of gradient can be wrong."""
+    return torch.tanh(x * (1 + expert)) + expert
+
+
+def plain(x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+    rows = []
+    for x, experts, weights in zip(x_TD, expert_TK.tolist(), weight_TK, strict=True):
+        rows.append(sum((w * expert_output(e, x) for e, w in zip(experts, weights, strict=True)), torch.zeros_like(x)))
+    return torch.stack(rows) if rows else x_TD * 0
+
+
+class Case:
+    """Placement, quotas, tokens, choices and weights of all ranks, the same on every rank."""
+
+    def __init__(self, seed: int, world: int) -> None:
+        rng = np.random.default_rng(seed)
+        experts, self.k, hidden = int(rng.integers(1, 8)), int(rng.integers(1, 4)), int(rng.integers(1, 6))
+        self.k = min(self.k, experts)
+        owner = rng.integers(0, world, size=experts)
+        where = rng.random((experts, world)) < rng.random()
+        where[np.arange(experts), owner] = True
+        self.placement = Placement(owner, where)
+        nodes = tuple(rank * 2 // world if world > 1 else 0 for rank in range(world))
+        self.topology = Topology(nodes, (1.0,) * world, (1.0,) * world, Link(1.0, 0.0), Link(1.0, 0.0))
+        counts = rng.integers(0, 9, size=world)
+        counts[rng.integers(world)] = 0
+        if world == 1 and seed % 2:
+            counts[0] = 6
+        random = torch.Generator().manual_seed(seed)
+        self.x = [torch.randn(n, hidden, generator=random, dtype=torch.float64) for n in counts]
+        self.weight = [torch.rand(n, self.k, generator=random, dtype=torch.float64) for n in counts]
+        self.expert = [
+            torch.rand(n, experts, generator=random).argsort(1)[:, : self.k] if n else torch.zeros(0, self.k, dtype=torch.int64)
+            for n in counts
+        ]
+        # Numbers beyond 32 bits, in no order.
+        self.token = [(torch.arange(n) * 7 + 3 + 100 * rank + (1 << 40)).flip(0) for rank, n in enumerate(counts.tolist())]
+        self.loads_SE = np.stack([np.bincount(choices.flatten().numpy(), minlength=experts).astype(float) for choices in self.expert])
+        share = rng.random((experts, world)) * where * (rng.random((experts, world)) < 0.7)
+        share[share.sum(1) == 0] = where[share.sum(1) == 0]
+        self.quota_ED = self.loads_SE.sum(0)[:, None] * share / share.sum(1, keepdims=True)
+
+    def split(self, rank: int, quotas: bool) -> np.ndarray:
+        """By topology, or by random quotas, in which an owner may have none."""
+        given_ = (self.loads_SE, self.quota_ED) if quotas else (None, None)
+        return token_split(self.placement.where_ED, *given_, self.topology, rank)
+
+
+def run_experts(here: Any, experts_here: list[int]) -> torch.Tensor:
+    # Rows and weights both stay in the graph, so that a rank without experts or rows takes part in both exchanges of the backward pass.
+    y_RD = here.weight_RK.sum(1, keepdim=True) * here.x_RD * 0
+    for slot, expert in enumerate(experts_here):
+        weight_R = (here.weight_RK * (here.slot_RK == slot)).sum(1)
+        y_RD = y_RD + weight_R[:, None] * expert_output(expert, here.x_RD)
+    return y_RD
+
+
+def _against_plain(rank: int, world: int) -> int:
+    group = dist.group.WORLD
+    assert group is not None
+    for seed, quotas in PAIRS:
+        case = Case(seed, world)
+        x, weight = case.x[rank].clone().requires_grad_(), case.weight[rank].clone().requires_grad_()
+        split = case.split(rank, quotas)
+        here = dispatch(x, case.expert[rank], weight, case.token[rank], case.placement, split, group)
+        _check_received(here, case, rank, world)
+        y = combine(run_experts(here, case.placement.experts_on(rank).tolist()), here, group)
+        direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        (y * direction).sum().backward()
+
+        x_plain, weight_plain = case.x[rank].clone().requires_grad_(), case.weight[rank].clone().requires_grad_()
+        y_plain = plain(x_plain, case.expert[rank], weight_plain)
+        (y_plain * direction).sum().backward()
+        for name, got, wanted in (("y", y, y_plain), ("dx", x.grad, x_plain.grad), ("dweight", weight.grad, weight_plain.grad)):
+            if wanted is None or wanted.numel() == 0:
+                assert got is None or got.numel() == 0
+                continue
+            assert got is not None
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12, msg=f"case {seed}, {quotas}: {name}: {got} against {wanted}")
+    return len(PAIRS)
+
+
+def _check_received(here: Any, case: Case, rank: int, world: int) -> None:
+    """Rows carry the right token; a token comes once; each choice in the world is served once, where its expert is."""
+    token = torch.cat(case.token).tolist()
+    x, expert, weight = torch.cat(case.x), torch.cat(case.expert), torch.cat(case.weight)
+    assert len(set(here.token_R.tolist())) == len(here.token_R)
+    experts_here = case.placement.experts_on(rank)
+    served = torch.zeros(expert.shape)
+    for row, number in enumerate(here.token_R.tolist()):
+        index = token.index(number)
+        assert torch.equal(here.x_RD[row], x[index])
+        assert torch.equal(here.weight_RK[row], weight[index])
+        assert (here.slot_RK[row] >= 0).any(), "a token travelled for nothing"
+        for choice, slot in enumerate(here.slot_RK[row].tolist()):
+            if slot >= 0:
+                assert experts_here[slot] == expert[index, choice]
+                served[index, choice] += 1
+    dist.all_reduce(served)
+    assert (served == 1).all(), "a choice is served by no rank, or by two"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_dispatch_and_combine_equal_the_plain_formula(world: int) -> None:
+    assert run_ranks(world, _against_plain) == [len(PAIRS)] * world
+
+
+class Counting:
+    """Counts what this rank hands to all_to_all_single for other ranks."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world, self.bytes = rank, world, 0
+        self._plain = dist.all_to_all_single
+
+    def __call__(
+        self, output: torch.Tensor, sent: torch.Tensor, output_splits: Any = None, input_splits: Any = None, **keywords: Any
+    ) -> Any:
+        own = len(sent) // self.world if input_splits is None else input_splits[self.rank]
+        row_bytes = sent[0].numel() * sent.element_size() if len(sent) else 0
+        self.bytes += (len(sent) - own) * row_bytes
+        return self._plain(output, sent, output_splits, input_splits, **keywords)
+
+
+def _count_bytes(rank: int, world: int) -> list[int]:
+    group = dist.group.WORLD
+    assert group is not None
+    totals = []
+    for seed, quotas in PAIRS:
+        case = Case(seed, world)
+        for dtype in (torch.float64, torch.bfloat16):
+            x = case.x[rank].to(dtype).requires_grad_()
+            weight = case.weight[rank].float().requires_grad_()
+            split = case.split(rank, quotas)
+            counting = Counting(rank, world)
+            dist.all_to_all_single = counting  # type: ignore[assignment]
+            try:
+                here = dispatch(x, case.expert[rank], weight, case.token[rank], case.placement, split, group)
+                y = combine(here.x_RD * here.weight_RK.sum(1, keepdim=True).to(dtype), here, group)
+                assert here.bytes_sent(rank, backward=False) == counting.bytes, f"case {seed}, {quotas}, forward"
+                y.sum().backward()
+                assert here.bytes_sent(rank, backward=True) == counting.bytes, f"case {seed}, {quotas}, with backward"
+            finally:
+                dist.all_to_all_single = counting._plain
+            totals.append(counting.bytes)
+    return totals
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_bytes_sent_is_what_is_sent(world: int) -> None:
+    totals = run_ranks(world, _count_bytes)
+    assert sum(map(sum, totals)) > 0 if world > 1 else totals == [[0] * 2 * len(PAIRS)]

@@ -1,0 +1,168 @@
+"""A layer's store chooses its collectives by the topology; several layers' share one where chunks are small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from hecate.parallel.comm.expert_store import LayerStore, gather_together
+from hecate.parallel.placement import Placement
+from hecate.parallel.topology import Link, Topology, uniform_topology
+from tests.parallel.comm.test_collectives import world_group
+from tests.ranks import run_ranks
+
+OWNERS = [0, 0, 1, 3]
+NUMEL = 6
+
+
+def placement() -> Placement:
+    """Expert 0 everywhere, expert 1 at home, expert 2 of rank 1 also on 0, expert 3 of rank 3 also on 1."""
+    where = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 1]], dtype=bool)
+    return Placement(np.array(OWNERS), where)
+
+
+def topology(nodes: tuple[int, ...], near: float) -> Topology:
+    return Topology(nodes, (1.0,) * 4, (1.0,) * 4, Link(near, 0.0), Link(1.0, 0.0))
+
+
+def _iterate(rank: int, world: int, nodes: tuple[int, ...] | None, near: float, numel: int) -> tuple[int, int]:
+    """Two iterations; returns the bytes that this rank sent in the first: to gather and to reduce."""
+    store = LayerStore(OWNERS, lambda e: torch.full((numel,), float(e)), world_group(), None if nodes is None else topology(nodes, near))
+    sent = []
+    for _ in range(2):
+        where = placement()
+        store.gather(where)
+        replicas = store.replicas()
+        held = where.experts_on(rank)
+        assert torch.equal(replicas.detach(), torch.from_numpy(held)[:, None].float().expand(-1, numel))
+        sent.append(store.bytes_sent)
+        replicas.grad = torch.full_like(replicas, float(10**rank))
+        store.reduce()
+        assert not store.materialized
+        sent.append(store.bytes_sent)
+        sums = [1111.0, 1.0, 11.0, 1010.0]
+        assert store.reduced()[:, 0].tolist() == [sums[e] for e in store.experts]
+    assert sent[3] == 2 * sent[1]
+    return sent[0], sent[1] - sent[0]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "near", "numel", "gathered", "reduced"),
+    [
+        # Flat: 0 sends expert 0 to three, 1 sends expert 2 to one, 3 sends expert 3 to one; each replica's gradient
+        # leaves its rank once, whatever the way.
+        (None, 10.0, 6, [18, 6, 0, 6], [6, 12, 6, 6]),
+        # Sliced: 0 sends each third of expert 0 to another rank, which hands it to two.
+        ((0, 0, 0, 0), 10.0, 6, [6, 6 + 4, 4, 6 + 4], [6, 12, 6, 6]),
+        # A prime number of elements is not cut.
+        ((0, 0, 0, 0), 10.0, 7, [21, 7, 0, 7], [7, 14, 7, 7]),
+        # Two-level. Nodes {0, 2} and {1, 3}: 0 sends expert 0 to 2 and to leader 1, which hands it to 3.
+        ((0, 1, 0, 1), 10.0, 7, [14, 14, 0, 7], [7, 14, 7, 7]),
+        # Sliced: 1 and 3 each receive and hand on a half.
+        ((0, 1, 0, 1), 10.0, 6, [12, 6 + 3, 0, 6 + 3], [6, 12, 6, 6]),
+        # Where near is as slow as far and the chunk cannot be cut, nothing is gained by leaders.
+        ((0, 1, 0, 1), 1.0, 7, [21, 7, 0, 7], [7, 14, 7, 7]),
+    ],
+)
+def test_an_iteration(nodes: tuple[int, ...] | None, near: float, numel: int, gathered: list[int], reduced: list[int]) -> None:
+    """Elements that each rank sends."""
+    counts = run_ranks(4, _iterate, nodes, near, numel)
+    assert [gather // 4 for gather, _ in counts] == gathered
+    assert [reduce // 4 for _, reduce in counts] == reduced
+
+
+def _chunks(experts: np.ndarray, numel: int = NUMEL) -> torch.Tensor:
+    return torch.from_numpy(experts)[:, None].float().expand(-1, numel)
+
+
+def _freed(rank: int, world: int, nodes: tuple[int, ...], numel: int) -> None:
+    """A leaf that is freed between forward and backward: saved views hold good, and sums of two iterations add up."""
+    store, heard = LayerStore(OWNERS, lambda e: torch.full((numel,), float(e)), world_group(), topology(nodes, 10.0)), []
+    where = placement()
+    held = _chunks(where.experts_on(rank), numel)
+    for _ in range(2):
+        store.gather(where)
+        assert store.replica_bytes == held.numel() * 4, "on their way"
+        leaf = store.replicas(lambda: heard.append(rank))
+        y = (leaf[:, 1:] ** 2).sum()  # saves a view
+        store.free()
+        assert (store.replica_bytes, leaf.untyped_storage().nbytes(), store.materialized) == (0, 0, False)
+        with pytest.raises(AssertionError, match="freed"):
+            store.replicas()
+        store.gather(where)
+        assert store.replicas(lambda: heard.append(-1)) is leaf
+        y.backward()
+        wanted = 2 * held
+        wanted[:, 0] = 0
+        assert torch.equal(leaf.grad, wanted)  # type: ignore[arg-type]
+        store.reduce()
+        assert leaf.untyped_storage().nbytes() == 0
+        assert leaf.grad is None
+    assert heard == [rank] * 2, "the first listener of each leaf hears of it once"
+    copies = where.where_ED.sum(1)
+    assert store.reduced()[:, 1:].tolist() == [[2 * 2.0 * e * copies[e]] * (numel - 1) for e in store.experts]
+
+
+@pytest.mark.parametrize(("nodes", "numel"), [((0, 1, 0, 1), 7), ((0, 0, 0, 0), 6), ((0, 0, 0, 0), 7)], ids=["two-level", "sliced", "flat"])
+def test_freed_replicas_come_back_for_the_backward_pass(nodes: tuple[int, ...], numel: int) -> None:
+    run_ranks(4, _freed, nodes, numel)
+
+
+def _exchanged(rank: int, world: int, nodes: tuple[int, ...]) -> int:
+    """Expert 0 leaves ranks 1 and 2, expert 3 comes to rank 2, expert 2 stays on rank 0. Returns the bytes sent."""
+    store = LayerStore(OWNERS, lambda e: torch.full((NUMEL,), float(e)), world_group(), topology(nodes, 10.0))
+    store.gather(placement())
+    sent = store.bytes_sent
+    where = Placement(np.array(OWNERS), np.array([[1, 0, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]], dtype=bool))
+    store.exchange(where)
+    assert store.replica_bytes == store.placement_bytes(where) == where.where_ED[:, rank].sum() * NUMEL * 4
+    replicas = store.replicas()
+    assert torch.equal(replicas.detach(), _chunks(where.experts_on(rank)))
+    replicas.grad = torch.full_like(replicas, float(10**rank))
+    exchanged = store.bytes_sent - sent
+    store.reduce()
+    sums = [1001.0, 1.0, 11.0, 1110.0]
+    assert store.reduced()[:, 0].tolist() == [sums[e] for e in store.experts]
+    return exchanged
+
+
+@pytest.mark.parametrize("nodes", [(0, 0, 0, 0), (0, 1, 0, 1)])
+def test_only_what_another_placement_lacks_travels(nodes: tuple[int, ...]) -> None:
+    assert [sent // (NUMEL * 4) for sent in run_ranks(4, _exchanged, nodes)] == [0, 0, 0, 1]
+
+
+def _together(rank: int, world: int, latency: float) -> tuple[int, list[int]]:
+    """Three layers started at once, the second of them refilled, waited for last first; how many all-to-alls, and each layer's bytes."""
+    nodes, where, calls = uniform_topology(1, 4, flops=1.0, memory=1.0, intra_node=Link(1.0, latency)), placement(), 0
+    stores = [LayerStore(OWNERS, lambda e, n=n: torch.full((n,), float(e + n)), world_group(), nodes) for n in (7, 5, 11)]
+    stores[1].gather(where)
+    stores[1].replicas()
+    stores[1].free()
+    stores[2].gather(where)
+    real = dist.all_to_all_single
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", counted)
+        before = [store.bytes_sent for store in stores]
+        gather_together([(store, where) for store in stores])
+        gather_together([(store, where) for store in stores])
+    for store in stores[::-1]:
+        numel = store.chunk_numel
+        assert torch.equal(store.replicas().detach(), _chunks(where.experts_on(rank) + numel, numel))
+    return calls, [store.bytes_sent - sent for store, sent in zip(stores, before, strict=True)]
+
+
+@pytest.mark.parametrize(("latency", "calls"), [(100.0, 1), (0.0, 2)])
+def test_layers_that_start_together_travel_together_where_latency_counts(latency: float, calls: int) -> None:
+    """But what is under way already, which the third layer is."""
+    sent = [3, 1, 0, 1]
+    assert run_ranks(4, _together, latency) == [(calls, [sent[rank] * 7 * 4, sent[rank] * 5 * 4, 0]) for rank in range(4)]
