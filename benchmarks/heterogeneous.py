@@ -25,6 +25,7 @@ from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
 from benchmarks.throttle import Processor
 from hecate.config import load_config
+from hecate.config.presets import find_preset
 from hecate.engine.engine import ExpertGroups
 from hecate.parallel.model_shapes import load_model_shape
 from hecate.parallel.planners import POLICIES
@@ -33,7 +34,6 @@ from hecate.parallel.token_shares import dense_seconds, rows_by_speed
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
-from hecate.presets import find_preset
 from hecate.profile.fit import topology_from
 from hecate.profile.probe import quick_sizes
 from hecate.profile.run import measure

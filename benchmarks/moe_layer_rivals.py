@@ -62,8 +62,8 @@ class Megatron:
     """Its MoELayer, whose router says what it is told."""
 
     def __init__(self, shape: Shape, group: dist.ProcessGroup, family: ExpertFamily) -> None:
+        from hecate.config.gpt_shape import GptShape
         from hecate.megatron.imports import quietly
-        from hecate.megatron.shape import GptShape
 
         with quietly():
             from hecate.megatron.expert_parallel import build_layer, expert_parallel_config, flat_expert, set_expert

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import arguments, finish
+from hecate.config.presets import find_preset
 from hecate.forecast.cases import Case
 from hecate.forecast.sweep import load_sweep
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import Simulated, fullest_owner_bytes, replica_slots, simulate
 from hecate.parallel.workloads import WORKLOADS
-from hecate.presets import find_preset
 
 WORKLOAD = "lognormal"
 LAYERS = 48

@@ -128,8 +128,8 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
 def _configured_topology(config: Config) -> Any:
     if config.topology == "auto":
         return None
+    from hecate.config.presets import find_preset
     from hecate.parallel.topology_file import load_topology
-    from hecate.presets import find_preset
 
     return load_topology(find_preset("topologies", "topology", config.topology))
 

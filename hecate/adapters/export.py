@@ -38,7 +38,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
         target_modules=config.lora.target_modules,
         num_layers=num_layers,
         num_experts=experts if isinstance(experts, int) else config.moe.experts_per_layer(num_layers),
-        top_k=config.moe.choices,
+        top_k=config.moe.experts_per_token,
         act_fn=_HF_ACTIVATION[find_gated_ffns(base.model)[0].base.activation],
         use_rslora=config.lora.use_rslora,
         extra={"router_aux_loss_coef": config.moe.router_aux_loss_coef, "model_dtype": config.model.dtype},

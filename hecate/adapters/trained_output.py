@@ -56,7 +56,7 @@ def output_of(config: Config, base: BaseModel) -> TrainedOutput:
 def _mixtral(config: Config, base: BaseModel) -> TrainedOutput:
     experts = config.moe.experts_per_layer(len(decoder_layers(base.model)[1]))
     dense: Any = base.model.config
-    described = mixtral_config(dense, experts, config.moe.choices, config.moe.router_aux_loss_coef)
+    described = mixtral_config(dense, experts, config.moe.experts_per_token, config.moe.router_aux_loss_coef)
     description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype)
     return TrainedOutput("model", lambda folder, moe, ranks: export_mixtral(folder, description, dense_weights(base.model), moe, ranks))
 

@@ -1,8 +1,8 @@
 """The trainer's configuration: typed, checked as a whole before any process starts, frozen. No torch, no numpy."""
 
-from hecate.config.effective import computation, config_hash, to_yaml
+from hecate.config.effective import Change, changed_computation, to_yaml
 from hecate.config.load import load_config
-from hecate.config.model_path import find_model
+from hecate.config.paths import find_model
 from hecate.config.problems import ConfigError, Problem
 from hecate.config.schema import (
     Config,
@@ -17,6 +17,7 @@ from hecate.config.schema import (
 )
 
 __all__ = [
+    "Change",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -28,8 +29,7 @@ __all__ = [
     "MoeConfig",
     "Problem",
     "RayConfig",
-    "computation",
-    "config_hash",
+    "changed_computation",
     "find_model",
     "load_config",
     "to_yaml",

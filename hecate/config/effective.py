@@ -1,35 +1,13 @@
-"""The effective configuration as text, and the digest of what it computes."""
+"""The effective configuration as text, and what makes it another training than a saved one."""
 
-import copy
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
 
 from hecate.config.scalars import not_text
-from hecate.config.schema import Config
-
-_NOT_COMPUTATION = (
-    "output_dir",
-    "resume",
-    "nproc",
-    "topology",
-    "kernels",
-    "model.tensor_parallel",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "trace",
-    "eval",
-    "data.eval",
-    "fssdp.redundancy",
-    "fssdp.shard_size",
-    "ray",
-)
+from hecate.config.schema import LEAVES, MEGATRON_EP, Config
 
 
 def to_yaml(config: Config) -> str:
@@ -37,23 +15,45 @@ def to_yaml(config: Config) -> str:
     return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
-def config_hash(config: Config) -> str:
-    """SHA-256 (64 hex digits) of the values that define the training computation.
+@dataclass(frozen=True)
+class Change:
+    """A key that differs between two configurations."""
 
-    Left out: where the run writes and runs (output_dir, resume, nproc, topology, ray), with what (kernels), how often it logs, evaluates
-    and saves, whether it records a trace, what it evaluates, whether experts are kept twice, and how many ranks share a copy of them.
+    key: str
+    then: Any
+    now: Any
+
+
+def changed_computation(then: Mapping[str, Any], config: Config) -> list[Change]:
+    """The keys that make `config` another training than that of a saved configuration, by name ascending.
+
+    A key that the saved configuration lacks, because an earlier version wrote it, had its default. The data are not compared here: the
+    data stream compares the samples themselves.
+
+    Args:
+        then: sections within sections, as `to_yaml` writes them.
     """
-    text = json.dumps(computation(asdict(config)), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    before, now = _flat(then), _flat(asdict(config))
+    names = [name for name, leaf in LEAVES.items() if leaf.computes] + ["fssdp.policy"]
+    values = {name: (_comparable(before.get(name, LEAVES[name].default)), _comparable(now[name])) for name in names}
+    policies = values["fssdp.policy"]
+    if MEGATRON_EP not in policies:  # all others differ in where things are computed only
+        del values["fssdp.policy"]
+    return [Change(name, *pair) for name, pair in sorted(values.items()) if pair[0] != pair[1]]
 
 
-def computation(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a configuration's values, sections within sections as in its YAML, those that `config_hash` counts."""
-    left = copy.deepcopy(dict(values))
-    for key in _NOT_COMPUTATION:
-        section, _, name = key.rpartition(".")
-        (left.get(section, {}) if section else left).pop(name, None)
-    return left
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if prefix + name in LEAVES:
+            flat[prefix + name] = value
+        elif isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+    return flat
+
+
+def _comparable(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 _LINE_BREAKS = "\n\r\x85\u2028\u2029"

@@ -9,12 +9,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hecate.config.paths import indexed_prefix
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
+from hecate.config.rules import check_values
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource, MoeConfig
 from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
-from hecate.config.validate import check_values
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
-from hecate.data.indexed_path import indexed_prefix
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
@@ -50,17 +50,17 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     data = replace(config.data, train=_named(config.data.train), eval=_named(config.data.eval))
-    return replace(config, data=data, moe=_settled(config))
+    return replace(config, data=data, moe=_with_defaults(config))
 
 
-def _settled(config: Config) -> MoeConfig:
-    """With numbers of experts and choices, unless a checkpoint is to be asked for them."""
+def _with_defaults(config: Config) -> MoeConfig:
+    """The section `moe` with its numbers of experts and of experts per token, unless a checkpoint says them (family moe_lora)."""
     moe = config.moe
     if moe.family == "moe_lora":
         return moe
     experts, top_k = DEFAULT_EXPERTS, DEFAULT_TOP_K
     if config.model.front_end == "megatron":
-        from hecate.megatron.shape import gpt_shape
+        from hecate.config.gpt_shape import gpt_shape  # imports numpy, which most runs' launchers do not need
 
         shape = gpt_shape(config.model.name_or_path)
         experts, top_k = shape.experts, shape.top_k

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from hecate.config import DataSource
 from hecate.data.chat import Span, TemplateRefusal, render, require_chat_template
 from hecate.data.formats import Fault, Sample, read_lines, read_samples
 from hecate.data.quarantine import write_quarantine
@@ -30,19 +31,6 @@ IGNORED = -100  # the target where nothing is learned
 BAD_SAMPLE_POLICIES = ("error", "skip", "truncate")
 
 _SAMPLES_PER_CALL = 512  # of the tokenizer, which spreads a call over its threads
-
-
-class DataSource(Protocol):
-    """What is needed of `hecate.config.schema.DataSource`."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def format(self) -> str: ...
 
 
 @dataclass(frozen=True)

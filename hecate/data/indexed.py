@@ -10,7 +10,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from hecate.data.encode import Counts, DataSource, Encoded, end_of_sequence, report_skipped
+from hecate.config import DataSource
+from hecate.data.encode import Counts, Encoded, end_of_sequence, report_skipped
 from hecate.data.formats import Fault
 from hecate.data.indexed_files import IndexedFiles, open_indexed
 from hecate.data.syntax import bad_sample_error

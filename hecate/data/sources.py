@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from hecate.data.encode import DataSource, EncodedSource, encode_source
+from hecate.config import DataSource
+from hecate.config.paths import indexed_prefix
+from hecate.data.encode import EncodedSource, encode_source
 from hecate.data.indexed import IndexedSource, encode_indexed
-from hecate.data.indexed_path import indexed_prefix
 
 TokenSource = EncodedSource | IndexedSource
 

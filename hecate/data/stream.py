@@ -28,7 +28,8 @@ class TrainStream:
         self._mixture = Mixture([len(s) for s in sources], [s.weight for s in sources], seed)
         self._waiting: list[Piece] = []
         self._rows = 0
-        # What the order of rows depends on: a state of another identity would go on with other rows, silently.
+        # What the order of rows depends on: a state of another identity would go on with other rows, silently. Names are kept for messages:
+        # a source may be named anew, as when its file was moved.
         self._identity = {
             "seed": seed,
             "seq_len": seq_len,
@@ -93,12 +94,13 @@ def _all_pieces(sources: Sequence[TokenSource]) -> Iterator[Piece]:
 
 def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     changes = [f"{key} was {then[key]}, is {now[key]}" for key in ("seed", "seq_len", "packing") if then[key] != now[key]]
-    names_then, names_now = [[source["name"] for source in identity["sources"]] for identity in (then, now)]
-    if names_then != names_now:
-        return [*changes, f"the sources were {', '.join(names_then)}, are {', '.join(names_now)}"]
+    if len(then["sources"]) != len(now["sources"]):
+        names_then, names_now = (", ".join(source["name"] for source in identity["sources"]) for identity in (then, now))
+        return [*changes, f"the sources were {names_then}, are {names_now}"]
     for before, after in zip(then["sources"], now["sources"], strict=True):
         if before["weight"] != after["weight"]:
             changes.append(f"the weight of source {after['name']} was {before['weight']}, is {after['weight']}")
         if before["digest"] != after["digest"]:
-            changes.append(f"the samples of source {after['name']}, or how they are tokenized, have changed")
+            renamed = f" (then named {before['name']})" if before["name"] != after["name"] else ""
+            changes.append(f"the samples of source {after['name']}{renamed}, or how they are tokenized, have changed")
     return changes

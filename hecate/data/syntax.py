@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
+from hecate.config import DataSource
+from hecate.config.paths import indexed_prefix
 from hecate.data.formats import Fault, read_samples
 from hecate.data.indexed_files import open_indexed
-from hecate.data.indexed_path import indexed_prefix
 from hecate.errors import UserError
 
 
-class File(Protocol):
-    """What is needed of `hecate.config.schema.DataSource`."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def format(self) -> str: ...
-
-
-def check_syntax(files: Iterable[File], on_bad_sample: str) -> None:
+def check_syntax(files: Iterable[DataSource], on_bad_sample: str) -> None:
     """Refuse what no tokenizer is needed to see. Where bad samples are to be skipped, a file is only begun.
 
     Raises:

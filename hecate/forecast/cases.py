@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hecate.config.presets import find_preset
 from hecate.errors import UserError
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.planners import POLICIES
@@ -17,7 +18,6 @@ from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.traces import load_trace
 from hecate.parallel.workloads import WORKLOADS
-from hecate.presets import find_preset
 
 BASELINE = "static_ep"
 """what speed-ups are over"""

@@ -94,7 +94,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: li
     config, world = run.config, run.topology.world_size
     tokens = run.tokens * _micro_steps_together(run)
     sampled = min(group.number, SAMPLED_LAYERS)
-    loads = WORKLOADS[workload](STEPS, sampled, world, group.experts, tokens, config.moe.choices, config.seed)
+    loads = WORKLOADS[workload](STEPS, sampled, world, group.experts, tokens, config.moe.experts_per_token, config.seed)
     slots = group.experts if config.fssdp.memory_slots is None else config.fssdp.memory_slots
 
     def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:

@@ -125,7 +125,7 @@ def _choices_a_row(run: RunShape, index: int, rows_D: np.ndarray) -> float:
     config = run.config
     if config.moe.family == "mixlora" or not config.moe.experts_per_layer(len(run.base.layers))[index]:
         return 1.0
-    return run.tokens * run.topology.world_size * config.moe.choices / max(float(rows_D.sum()), 1.0)
+    return run.tokens * run.topology.world_size * config.moe.experts_per_token / max(float(rows_D.sum()), 1.0)
 
 
 def _backward_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:

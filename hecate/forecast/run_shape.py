@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hecate.config import Config, find_model
+from hecate.config.presets import find_preset
 from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.parallel.topology import Topology, local_topology
 from hecate.parallel.topology_file import load_topology
-from hecate.presets import find_preset
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
@@ -127,7 +127,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
     make_mesh(machines.world_size, config.fssdp.shard_size, config.model.tensor_parallel)
     base = _base_shape(config)
     if base.top_k is not None:
-        config = replace(config, moe=config.moe.settled(tuple(layer.experts for layer in base.layers), base.top_k))
+        config = replace(config, moe=config.moe.of_model(tuple(layer.experts for layer in base.layers), base.top_k))
     dtype_bytes = _DTYPE_BYTES[_dtype(config, machines)]
     master_bytes = max(4, dtype_bytes)
     experts = config.moe.experts_per_layer(len(base.layers))
@@ -164,7 +164,7 @@ def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
         trainable_bytes=float(master_bytes * trained),
         frozen_bytes=float(dtype_bytes * frozen),
         state_bytes=3.0 * master_bytes * trained,
-        top_k=config.moe.choices,
+        top_k=config.moe.experts_per_token,
         row_bytes=float(layer.hidden * dtype_bytes),
         row_flops=row_flops,
         assignment_flops=assignment_flops,
@@ -194,7 +194,7 @@ def _base_shape(config: Config) -> BaseShape:
     model = config.model
     if model.front_end == "transformers":
         return read_base_shape(find_model(model.name_or_path), model.num_hidden_layers, config.moe.family)
-    from hecate.megatron.shape import gpt_shape
+    from hecate.config.gpt_shape import gpt_shape
     from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 
     gpt = gpt_shape(model.name_or_path)

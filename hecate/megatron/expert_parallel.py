@@ -18,11 +18,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from hecate.config.gpt_shape import GptShape
 from hecate.experts.layer import stats_of
 from hecate.experts.micro_step import MicroStep, RouterStats
 from hecate.experts.router import Routing
 from hecate.megatron.gpt import transformer_config
-from hecate.megatron.shape import GptShape
 from hecate.megatron.tensor_parallel import call_newest_collectives
 from hecate.megatron.without_cuda import answer_for_cuda
 

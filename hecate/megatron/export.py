@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hecate.config.gpt_shape import GptShape
 from hecate.megatron.gpt import INIT_STD, NORM_EPS, ROTARY_BASE
-from hecate.megatron.shape import GptShape
 
 _OUTSIDE = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight"}
 _INSIDE = {

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.config import Config
+from hecate.config.gpt_shape import GptShape, gpt_shape
 from hecate.config.schema import MEGATRON_EP
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
@@ -26,7 +27,6 @@ from hecate.experts.router import TopKRouter
 from hecate.experts.seeding import generator
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.megatron.imports import quietly
-from hecate.megatron.shape import GptShape, gpt_shape
 from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 from hecate.model.head import VocabularyPart, chunked_cross_entropy
 from hecate.model.surgery import MoeModel, adapter_dtype, prefetch_during_attention
@@ -97,7 +97,7 @@ def shape_of(config: Config) -> GptShape:
     named, experts = gpt_shape(config.model.name_or_path), config.moe.num_experts
     assert isinstance(experts, int)
     layers = config.model.num_hidden_layers or named.layers
-    return replace(named, layers=layers, experts=experts, top_k=config.moe.choices, seq_len=config.data.seq_len)
+    return replace(named, layers=layers, experts=experts, top_k=config.moe.experts_per_token, seq_len=config.data.seq_len)
 
 
 def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = None) -> MegatronModel:

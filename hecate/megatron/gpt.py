@@ -13,9 +13,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hecate.config.gpt_shape import GptShape
 from hecate.engine.engine import ExpertGroups
 from hecate.megatron.layer import AnyDeviceRotary, TorchAttention, TorchNorm
-from hecate.megatron.shape import GptShape
 from hecate.model.tensor_parts import TensorGroups
 
 INIT_STD, NORM_EPS, ROTARY_BASE = 0.02, 1e-5, 10_000

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hecate.config.model_path import find_model
+from hecate.config.paths import find_model
 from hecate.errors import UserError
 
 _log = logging.getLogger(__name__)

@@ -159,7 +159,7 @@ class Reports:
         most = max(len(mine) for mine in row_ranges(rows, run.shares))
         return TraceWriter(
             run.folder / "loads.npz",
-            top_k=config.moe.choices,
+            top_k=config.moe.experts_per_token,
             tokens_per_rank=most * config.gradient_accumulation_steps * config.data.seq_len,
             model=config.model.name_or_path,
             notes={"data": [source.name for source in config.data.train], "policy": config.fssdp.policy},

@@ -77,7 +77,7 @@ def settled(config: Config, base: BaseModel) -> Config:
     blocks = {layer.block.layer: layer.block for layer in base.adapted}
     layers = len(decoder_layers(base.model)[1])
     each = tuple(blocks[layer].num_experts if layer in blocks else 0 for layer in range(layers))
-    return replace(config, moe=config.moe.settled(each, base.adapted[0].block.top_k))
+    return replace(config, moe=config.moe.of_model(each, base.adapted[0].block.top_k))
 
 
 def build_topology(config: Config, ranks: Ranks) -> Topology:
@@ -130,7 +130,7 @@ def engine_config(config: Config, ranks: Ranks, non_moe_flops: float, topology: 
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
         max_imbalance=config.fssdp.max_imbalance,
-        top_k=config.moe.choices,
+        top_k=config.moe.experts_per_token,
         non_moe_flops=non_moe_flops,
         plan=config.fssdp.plan,
         rematerialize=config.fssdp.rematerialize,
@@ -178,7 +178,7 @@ def lora_shape(config: Config) -> LoraShape:
 def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
     return SurgeryPlan(
         experts_per_layer=config.moe.experts_per_layer(num_layers),
-        top_k=config.moe.choices,
+        top_k=config.moe.experts_per_token,
         lora=lora_shape(config),
         target_modules=config.lora.target_modules,
         seed=config.seed,
@@ -189,7 +189,7 @@ def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
 def upcycling_plan(config: Config, num_layers: int) -> UpcyclingPlan:
     return UpcyclingPlan(
         experts_per_layer=config.moe.experts_per_layer(num_layers),
-        top_k=config.moe.choices,
+        top_k=config.moe.experts_per_token,
         noise=config.moe.upcycle_noise,
         seed=config.seed,
         train_non_experts=config.model.train_non_experts,

@@ -23,7 +23,7 @@ from hecate.checkpoint import (
     staging_folder,
     write_shard,
 )
-from hecate.config import Config, computation, config_hash, to_yaml
+from hecate.config import Config, changed_computation, to_yaml
 from hecate.data.stream import TrainStream
 from hecate.elastic.move_experts import adopt_owners
 from hecate.errors import UserError
@@ -53,7 +53,6 @@ def save_state(
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
     meta = {
         "config": to_yaml(config),
-        "config_hash": config_hash(config),
         "history": moe.engine.history.state_dict(),
         "rows_per_step": stream.rows_per_step,
         "owners": {str(layer): owner_E.tolist() for layer, owner_E in moe.engine.owners.items()},
@@ -139,16 +138,9 @@ def _mine(tensor_name: str, optimizer: ExpertOptimizer) -> bool:
 
 
 def _refuse_other_run(folder: Path, meta: dict[str, Any], config: Config) -> None:
-    if meta["config_hash"] == config_hash(config):
-        return
-    then, now = (_flat(computation(yaml.safe_load(text))) for text in (meta["config"], to_yaml(config)))
-    changed = [f"  {key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    raise UserError(
-        f"{folder}: belongs to a run with another configuration; resume continues the same training.\n" + "\n".join(changed[:6])
-    )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {key: leaf for name, child in value.items() for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else name).items()}
+    changes = changed_computation(yaml.safe_load(meta["config"]), config)
+    if changes:
+        raise UserError(
+            f"{folder}: belongs to a run with another configuration; resume continues the same training.\n"
+            + "\n".join(f"  {change.key}: {change.then!r} then, {change.now!r} now" for change in changes[:6])
+        )

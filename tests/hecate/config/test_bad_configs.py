@@ -52,7 +52,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     (
         {"model": f"{{{GPT}, tensor_parallel: 2}}", "moe": "{family: full}", "fssdp": "{policy: megatron_ep}"},
         "model.tensor_parallel",
-        "is of our own layers",
+        "belongs to hecate's own layers",
     ),
     # kernels
     ({"kernels": "cuda"}, "kernels", "must be one of auto, triton, torch, reference"),

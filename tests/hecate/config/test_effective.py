@@ -1,13 +1,15 @@
-import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hecate.config import Config, DataConfig, DataSource, ModelConfig, config_hash, load_config, to_yaml
+from hecate.config import Change, Config, changed_computation, load_config, to_yaml
 from hecate.config.scalars import read_text
+from hecate.config.schema import LEAVES
 from hecate.config.yaml_text import Mapping, Scalar, parse
 from tests.hecate.config.test_load import MINIMAL, load
 
@@ -64,51 +66,116 @@ def test_any_text_is_written_so_that_it_reads_back(folder: Path, text: str) -> N
     assert yaml.safe_load(to_yaml(config))["topology"] == text
 
 
-def test_hash_tells_computations_apart_and_nothing_else(folder: Path) -> None:
-    base = config_hash(load(MINIMAL))
-    assert len(base) == 64
-    elsewhere = [
-        "output_dir=runs/second",
-        "resume=true",
-        "nproc=4",
-        "topology=cluster",
-        "kernels=torch",
-        "logging_steps=7",
-        "save_steps=7",
-        "save_total_limit=2",
-        "trace=true",
-        "data.eval=b.jsonl",
-        "eval.max_samples=3",
-        "lora.r=16",
-    ]
-    assert [o for o in elsewhere if config_hash(load(MINIMAL, o)) != base] == []
-    assert config_hash(load(MINIMAL, "data.eval=b.jsonl", "eval_steps=3")) == base
-    other = ["seed=1", "max_steps=11", "lora.r=8", "moe.num_experts=[8]", "fssdp.policy=full", "data.train=b.jsonl"]
-    hashes = {config_hash(load(MINIMAL, o)) for o in other}
-    assert len(hashes) == len(other)
-    assert base not in hashes
+ELSEWHERE = (
+    "output_dir=runs/second",
+    "resume=true",
+    "nproc=4",
+    "topology=cluster",
+    "kernels=torch",
+    "logging_steps=7",
+    "save_steps=7",
+    "save_total_limit=2",
+    "trace=true",
+    "data.train=b.jsonl",
+    "data.eval=b.jsonl",
+    "eval.max_samples=3",
+    "max_steps=11",
+    "gradient_checkpointing=true",
+    "fssdp.policy=full",
+    "fssdp.prefetch=2",
+    "fssdp.memory_slots=1",
+    "fssdp.rematerialize=true",
+    "lora.r=16",
+)
+OTHER_TRAININGS = {
+    "seed=1": ("seed", 0, 1),
+    "lora.r=8": ("lora.r", 16, 8),
+    "moe.num_experts=[8]": ("moe.num_experts", 8, [8]),
+    "learning_rate=1e-3": ("learning_rate", 2e-4, 1e-3),
+    "data.seq_len=64": ("data.seq_len", 512, 64),
+}
 
 
-def test_hash_is_stable() -> None:
-    """The text is written by hand from the schema: who changes a default or a name must change it here too."""
-    config = Config(
-        model=ModelConfig(name_or_path="m"),
-        data=DataConfig(train=(DataSource(path="a", name="a"),)),
-        output_dir="o",
-        max_steps=1,
-    )
-    text = (
-        '{"data":{"on_bad_sample":"error","packing":true,"seq_len":512,'
-        '"train":[{"format":"auto","name":"a","path":"a","weight":1.0}]},'
-        '"fssdp":{"load_window":5,"max_imbalance":null,"memory_slots":null,"plan":"history","policy":"auto",'
-        '"prefetch":1,"rematerialize":false,"reshard_interval":null},'
-        '"gradient_accumulation_steps":1,"gradient_checkpointing":false,"learning_rate":0.0002,'
-        '"lora":{"alpha":32.0,"dropout":0.05,"init_from":null,"r":16,'
-        '"target_modules":["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"],"use_rslora":false},'
-        '"lr_scheduler_type":"cosine","max_grad_norm":1.0,"max_steps":1,"micro_batch_size":1,'
-        '"model":{"dtype":"auto","front_end":"transformers","name_or_path":"m","num_hidden_layers":null,"shard_non_experts":false,'
-        '"tokenizer":null,"train_non_experts":false},'
-        '"moe":{"family":"mixlora","num_experts":null,"router_aux_loss_coef":0.001,"top_k":null,"train_router":false,"upcycle_noise":0.01},'
-        '"seed":0,"warmup_ratio":0.0,"weight_decay":0.0}'
-    )
-    assert config_hash(config) == hashlib.sha256(text.encode()).hexdigest()
+def saved(config: Config) -> dict[str, Any]:
+    """The configuration as a checkpoint holds it."""
+    read: dict[str, Any] = yaml.safe_load(to_yaml(config))
+    return read
+
+
+@pytest.mark.parametrize("override", ELSEWHERE)
+def test_a_key_that_does_not_change_the_computation_may_differ(folder: Path, override: str) -> None:
+    assert changed_computation(saved(load(MINIMAL)), load(MINIMAL, override)) == []
+
+
+@pytest.mark.parametrize("override", OTHER_TRAININGS)
+def test_a_key_that_makes_it_another_training_is_named_with_both_values(folder: Path, override: str) -> None:
+    assert changed_computation(saved(load(MINIMAL)), load(MINIMAL, override)) == [Change(*OTHER_TRAININGS[override])]
+
+
+def test_every_key_says_whether_it_changes_the_computation() -> None:
+    """Written by hand: who adds a key decides on it here, too."""
+    free = {name for name, leaf in LEAVES.items() if not leaf.computes}
+    assert {name for name in LEAVES if name not in free} == {
+        "model.front_end",
+        "model.name_or_path",
+        "model.tokenizer",
+        "model.dtype",
+        "model.num_hidden_layers",
+        "model.train_non_experts",
+        "data.seq_len",
+        "data.packing",
+        "seed",
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_ratio",
+        "weight_decay",
+        "max_grad_norm",
+        "lora.r",
+        "lora.alpha",
+        "lora.dropout",
+        "lora.use_rslora",
+        "lora.target_modules",
+        "moe.family",
+        "moe.num_experts",
+        "moe.top_k",
+        "moe.train_router",
+        "moe.upcycle_noise",
+        "moe.router_aux_loss_coef",
+    }
+
+
+def test_a_configuration_of_version_0_1_is_the_same_training_as_the_defaults(folder: Path) -> None:
+    """The text is what 0.1.0 wrote. Who changes a default that changes the computation breaks the resumption of old runs."""
+    written = {
+        "model": {"front_end": "transformers", "name_or_path": "model", "tokenizer": None, "tensor_parallel": 1, "dtype": "auto"}
+        | {"num_hidden_layers": None, "shard_non_experts": False, "train_non_experts": False},
+        "data": {"train": [{"path": "a.jsonl", "name": "a", "weight": 1.0, "format": "auto"}], "eval": [], "seq_len": 512}
+        | {"packing": True, "on_bad_sample": "error"},
+        "output_dir": "runs/first",
+        "seed": 0,
+        "max_steps": 10,
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0.0002,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "lora": {"r": 16, "alpha": 32.0, "dropout": 0.05, "use_rslora": False, "init_from": None}
+        | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+        "moe": {"family": "mixlora", "num_experts": 8, "top_k": 2, "train_router": False, "upcycle_noise": 0.01}
+        | {"router_aux_loss_coef": 0.001},
+        "fssdp": {"policy": "auto", "plan": "history", "rematerialize": False, "prefetch": 1, "max_imbalance": None}
+        | {"load_window": 5, "memory_slots": None, "shard_size": None, "redundancy": 0, "reshard_interval": None},
+        "kernels": "auto",
+    }
+    assert changed_computation(written, load(MINIMAL)) == []
+
+
+def test_megatrons_own_layers_are_another_training(folder: Path) -> None:
+    then = saved(load(MINIMAL))
+    then["fssdp"]["policy"] = "megatron_ep"
+    assert changed_computation(then, load(MINIMAL)) == [Change("fssdp.policy", "megatron_ep", "auto")]

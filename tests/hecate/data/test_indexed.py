@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from hecate.config import ConfigError, load_config
+from hecate.config.paths import indexed_prefix
 from hecate.data.batches import collate
 from hecate.data.encode import encode_source
 from hecate.data.indexed import IndexedSource
 from hecate.data.indexed_files import open_indexed
-from hecate.data.indexed_path import indexed_prefix
 from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
 from hecate.data.syntax import check_syntax

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hecate.config.presets import find_preset, preset_names
 from hecate.errors import UserError
 from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
 from hecate.forecast.report import SPEEDUP, print_rows, write_bars, write_json
 from hecate.forecast.sweep import load_sweep
 from hecate.parallel.traces import Trace, save_trace
-from hecate.presets import find_preset, preset_names
 
 MODEL = "{kind: mixlora, rank: 2, hidden: 8, ffn: 16, layers: 6, seq: 8, experts: 4, top_k: 2}"
 TWO = Options(policies=("static_ep", "full"), steps=2)

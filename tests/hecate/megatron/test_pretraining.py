@@ -225,9 +225,9 @@ def test_megatrons_layers_want_equally_many_experts_on_each_rank(folder: Path) -
 @pytest.mark.parametrize("name", ["gpt-moe-s", "gpt-moe-l", "bert-moe", "bert-moe-deep"])
 def test_the_papers_models_are_configured_by_name(folder: Path, name: str) -> None:
     """As many parameters as the paper's, whose FFNs have no gate."""
-    from hecate.megatron.shape import gpt_shape
+    from hecate.config.gpt_shape import gpt_shape
+    from hecate.config.presets import find_preset
     from hecate.parallel.model_shapes import load_model_shape
-    from hecate.presets import find_preset
 
     config = config_of(folder, f"model.name_or_path={name}")
     assert (config.moe.num_experts, config.moe.top_k) == (64, 2)

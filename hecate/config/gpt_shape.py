@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hecate.config.presets import find_preset
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
-from hecate.presets import find_preset
 
 HEAD_DIM = 64
 

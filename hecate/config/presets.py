@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hecate.errors import UserError
 
-_CONFIGS = Path(__file__).resolve().parent / "configs"
+_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def preset_names(folder: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where a base model lies on this machine."""
+"""Where the base model and the data that a configuration names lie on this machine."""
 
 import importlib.util
 import os
@@ -8,6 +8,8 @@ from hecate.config.problems import shorten
 from hecate.errors import UserError
 
 PACKAGE_PREFIX = "package:"
+INDEXED_SUFFIXES = (".idx", ".bin")
+"""of the two files of an indexed data set of Megatron's"""
 
 
 def find_model(name_or_path: str) -> Path:
@@ -42,3 +44,11 @@ def _gguf_of_package(package: str) -> Path:
         names = ", ".join(file.name for file in found[:4]) or "none"
         raise UserError(f"package {package} must hold one .gguf file, found {names}\nGive the path of a .gguf file.")
     return found[0]
+
+
+def indexed_prefix(path: str) -> str | None:
+    """PREFIX, if the path means an indexed data set: PREFIX.idx, PREFIX.bin, or PREFIX where only those two files exist. Otherwise None."""
+    if path.endswith(INDEXED_SUFFIXES):
+        return path[:-4]
+    both = all(os.path.isfile(path + suffix) for suffix in INDEXED_SUFFIXES)
+    return path if both and not os.path.isfile(path) else None

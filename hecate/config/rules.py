@@ -1,83 +1,22 @@
-"""Ranges, rules between keys, and the files that a configuration names. Types are settled before (`typed.py`)."""
+"""Rules that concern several keys, and the files that a configuration names.
 
-import math
+Types are checked before (`typed.py`); the range of a number stands beside its key (`schema.py`).
+"""
+
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hecate.config.megatron import check_megatron, check_megatron_ep
-from hecate.config.model_path import find_model
+from hecate.config.megatron_rules import check_megatron, check_megatron_ep
+from hecate.config.paths import INDEXED_SUFFIXES, find_model, indexed_prefix
 from hecate.config.problems import Add, shorten
-from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K
-from hecate.data.indexed_path import SUFFIXES, indexed_prefix
+from hecate.config.ranges import COUNT, POSITIVE, WHOLE
+from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, RANGES
 from hecate.errors import UserError
 
-MAX_INT = 2**31 - 1
 SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-@dataclass(frozen=True)
-class Range:
-    low: float
-    high: float = math.inf
-    low_open: bool = False
-    high_open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        return above and below
-
-    def __str__(self) -> str:
-        low = f"{'>' if self.low_open else '>='} {self.low:g}"
-        return low if self.high == math.inf else f"{low} and {'<' if self.high_open else '<='} {self.high:.10g}"
-
-
-_COUNT = Range(1, MAX_INT)
-_POSITIVE = Range(0, low_open=True)
-RANGES: dict[str, Range] = {
-    "model.num_hidden_layers": _COUNT,
-    "model.tensor_parallel": _COUNT,
-    "data.seq_len": Range(2, MAX_INT),
-    "seed": Range(0, MAX_INT),
-    "max_steps": _COUNT,
-    "micro_batch_size": _COUNT,
-    "gradient_accumulation_steps": _COUNT,
-    "learning_rate": _POSITIVE,
-    "warmup_ratio": Range(0, 1),
-    "weight_decay": Range(0),
-    "max_grad_norm": _POSITIVE,
-    "logging_steps": _COUNT,
-    "eval_steps": _COUNT,
-    "save_steps": _COUNT,
-    "save_total_limit": _COUNT,
-    "lora.r": _COUNT,
-    "lora.alpha": _POSITIVE,
-    "lora.dropout": Range(0, 1, high_open=True),
-    "moe.top_k": _COUNT,
-    "moe.upcycle_noise": Range(0),
-    "moe.router_aux_loss_coef": Range(0),
-    "fssdp.load_window": _COUNT,
-    "fssdp.prefetch": Range(0, MAX_INT),
-    "fssdp.max_imbalance": Range(1),
-    "fssdp.memory_slots": Range(0, MAX_INT),
-    "fssdp.redundancy": Range(0, 1),
-    "fssdp.shard_size": _COUNT,
-    "fssdp.reshard_interval": _COUNT,
-    "nproc": _COUNT,
-    "ray.workers": _COUNT,
-    "ray.min_workers": _COUNT,
-    "ray.cpus_per_worker": _COUNT,
-    "ray.max_failures": Range(0, MAX_INT),
-    "ray.start_timeout": _COUNT,
-    "ray.report_steps": _COUNT,
-    "eval.max_samples": _COUNT,
-    "eval.max_new_tokens": _COUNT,
-    "eval.batch_size": _COUNT,
-}
 
 
 def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> None:
@@ -135,15 +74,15 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
         return
     if isinstance(experts, int):
         counts = (experts,)
-        if experts not in _COUNT:
-            add("moe.num_experts", f"must be {_COUNT}, got {experts}", "")
+        if experts not in COUNT:
+            add("moe.num_experts", f"must be {COUNT}, got {experts}", "")
     else:
         counts = experts
         for i, count in enumerate(experts):
-            if count not in Range(0, MAX_INT):
+            if count not in WHOLE:
                 add(
                     f"moe.num_experts[{i}]",
-                    f"must be {Range(0, MAX_INT)}, got {count}",
+                    f"must be {WHOLE}, got {count}",
                     "0 keeps the layer's plain FFN",
                 )
         if not any(experts):
@@ -218,14 +157,14 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
     for i, source in enumerate(sources):
         at = f"{key}[{i}]"
         prefix = indexed_prefix(source.path)
-        for path in [source.path] if prefix is None else [prefix + suffix for suffix in SUFFIXES]:
+        for path in [source.path] if prefix is None else [prefix + suffix for suffix in INDEXED_SUFFIXES]:
             if not os.path.exists(path):
                 hint = "~ is not expanded here" if path.startswith("~") else "relative paths start from the working directory"
                 add(f"{at}.path", f"no such file or folder: {shorten(path)}", hint)
         if prefix is not None and source.format != "auto":
             add(f"{at}.format", f"is of text files, got {source.format}", "leave it out: an indexed data set holds token ids")
-        if source.weight not in _POSITIVE:
-            add(f"{at}.weight", f"must be {_POSITIVE}, got {source.weight}", "leave the source out to give it no weight")
+        if source.weight not in POSITIVE:
+            add(f"{at}.weight", f"must be {POSITIVE}, got {source.weight}", "leave the source out to give it no weight")
         if not SLUG.fullmatch(source.name):
             what = f"must be 1 to 64 of A-Z a-z 0-9 . _ -, got {shorten(source.name)}"
             add(f"{at}.name", what, "give the source a name: {path: ..., name: ...}")

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from hecate.config.model_path import find_model
+from hecate.config.paths import find_model
 from hecate.config.problems import Add, shorten
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
 
 if TYPE_CHECKING:
-    from hecate.megatron.shape import GptShape
+    from hecate.config.gpt_shape import GptShape
 
 _OF_OUR_LAYERS = {
     "fssdp.plan": "history",
@@ -31,7 +31,7 @@ _OF_OUR_LAYERS = {
 
 def check_megatron(values: Mapping[str, Any], add: Add) -> None:
     """Note what such a run cannot do, and what it lacks."""
-    from hecate.megatron.shape import gpt_shape
+    from hecate.config.gpt_shape import gpt_shape  # imports numpy, which most runs' launchers do not need
 
     where = "with model.front_end=megatron"
     if values.get("moe.family") in ("mixlora", "moe_lora"):
@@ -59,9 +59,9 @@ def check_megatron(values: Mapping[str, Any], add: Add) -> None:
             if layers is not None and layers > shape.layers:
                 add("model.num_hidden_layers", f"{layers}, but the model has only {shape.layers}", "")
             _check_tensor_parallel(values, shape, add)
-            fewest, choices = experts or shape.experts, top_k or shape.top_k
-            if (experts is None or top_k is None) and choices > fewest:
-                add("moe.top_k", f"must be from 1 to {fewest}, the experts of a layer, got {choices}", "")
+            fewest, per_token = experts or shape.experts, top_k or shape.top_k
+            if (experts is None or top_k is None) and per_token > fewest:
+                add("moe.top_k", f"must be from 1 to {fewest}, the experts of a layer, got {per_token}", "")
     _check_tokenizer(values, add)
 
 
@@ -70,8 +70,12 @@ def check_megatron_ep(values: Mapping[str, Any], add: Add) -> None:
     if values.get("fssdp.policy") != MEGATRON_EP:
         return
     if values.get("model.front_end") == "transformers":
-        add("fssdp.policy", "megatron_ep needs model.front_end=megatron: its layers stand in no other model", "static_ep is the like of it")
-    why = "is of our own layers, which fssdp.policy=megatron_ep replaces"
+        add(
+            "fssdp.policy",
+            "megatron_ep needs model.front_end=megatron: its layers stand in no other model",
+            "use static_ep: it places experts the same way",
+        )
+    why = "belongs to hecate's own layers, which fssdp.policy=megatron_ep replaces"
     for key, default in _OF_OUR_LAYERS.items():
         if key in values and values[key] != default:
             add(key, why, "leave it out")

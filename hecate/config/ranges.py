@@ -1,0 +1,34 @@
+"""Ranges of numbers, as the configuration's keys state them."""
+
+import math
+from dataclasses import dataclass
+
+MAX_INT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included unless they are said to be open."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        low = f"{'>' if self.low_open else '>='} {self.low:g}"
+        return low if self.high == math.inf else f"{low} and {'<' if self.high_open else '<='} {self.high:.10g}"
+
+
+COUNT = Range(1, MAX_INT)
+"""whole numbers of things of which there is at least one"""
+WHOLE = Range(0, MAX_INT)
+"""whole numbers, 0 included"""
+POSITIVE = Range(0, low_open=True)
+AT_LEAST_ZERO = Range(0)
+SHARE = Range(0, 1)
