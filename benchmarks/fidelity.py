@@ -30,7 +30,6 @@ from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, Wire, draw_routing
 from benchmarks.planned_bytes import planned_traffic
 from benchmarks.report import arguments, finish
 from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topology, parts, yardstick
-from hecate.engine.engine import ExpertGroups
 from hecate.engine.layer_plan import layer_plan
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LEAST_TRAFFIC, LayerCost, rows_served
@@ -42,6 +41,7 @@ from hecate.parallel.topology import Topology
 from hecate.parallel.workloads import WORKLOADS
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import profile
+from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from tests.ranks import run_ranks
 

@@ -26,7 +26,6 @@ from benchmarks.small_run import make_folder
 from benchmarks.throttle import Processor
 from hecate.config import load_config
 from hecate.config.presets import find_preset
-from hecate.engine.engine import ExpertGroups
 from hecate.parallel.model_shapes import load_model_shape
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import replica_slots, simulate
@@ -37,6 +36,7 @@ from hecate.parallel.workloads import WORKLOADS
 from hecate.profile.fit import topology_from
 from hecate.profile.probe import quick_sizes
 from hecate.profile.run import measure
+from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.loop import Run
 from tests.ranks import run_ranks

@@ -33,12 +33,12 @@ from benchmarks import cpu_layer
 from benchmarks.moe_layer_parts import KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
 from benchmarks.moe_layer_rivals import RIVAL_KINDS, bench_kind, rival_ratios, rival_shape
 from benchmarks.report import arguments, finish
-from hecate.engine.engine import ExpertGroups
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import profile
+from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from tests.ranks import run_ranks
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
 from hecate.experts.full import FullExperts
@@ -23,6 +23,7 @@ from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase
 from hecate.kernels.mixlora_reference import mixlora_ffn_reference
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
+from hecate.ranks.groups import ExpertGroups
 
 KINDS = ("mixlora", "full", "moe_lora")
 """LoRA experts over a dense base; experts that are all trained; LoRA over the frozen experts of an MoE base"""

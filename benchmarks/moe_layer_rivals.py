@@ -16,12 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.moe_layer_parts import Formula, Shape, make_family, one_step, route
-from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
 from hecate.kernels.expert_ffn import full_ffn
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
+from hecate.ranks.groups import ExpertGroups
 
 RIVAL_KINDS = ("beside_megatron", "beside_fsdp2")
 MEGATRON, FSDP2 = "megatron_ep", "fsdp2"

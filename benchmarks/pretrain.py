@@ -26,10 +26,10 @@ import torch.distributed as dist
 from benchmarks.moe_layer import measured_topology
 from benchmarks.report import arguments, finish
 from hecate.config import Config, load_config
-from hecate.engine.engine import ExpertGroups
 from hecate.errors import UserError
 from hecate.launch.local import ALLOCATOR_SETTINGS
 from hecate.parallel.topology_file import save_topology
+from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.loop import Run
 from tests.ranks import run_ranks

@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from benchmarks.moe_layer_parts import Shape, check, make_engine, one_step, route
 from benchmarks.report import arguments, finish
-from hecate.engine.engine import ExpertGroups
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 from hecate.profile.fit import topology_from
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import measure as measure_ranks
+from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from tests.namespaces import bytes_out, missing_for_slow_link, slow_link
 from tests.ranks import run_ranks

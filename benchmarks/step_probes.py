@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, attention, attention_weights, draw_routing, make_experts
-from hecate.engine.engine import ExpertGroups
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.parallel.comm.dispatch import combine, dispatch
 from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LayerCost
 from hecate.parallel.placement import contiguous_owners, everything_everywhere
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Link, Topology
+from hecate.ranks.groups import ExpertGroups
 
 Probe = Callable[[], object]
 _MEGABYTE = 1 << 20

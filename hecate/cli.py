@@ -69,7 +69,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
 
     loaded = load_config(config, overrides or (), claim_output=False)
     _check_kernels(loaded.kernels)
-    from hecate.ranks.preload import preload
+    from hecate.train.preload import preload
 
     preload()
     from hecate.elastic.local_group import local_controller

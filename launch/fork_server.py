@@ -184,7 +184,7 @@ def main() -> None:
     from hecate import cli
 
     with suppress(ImportError):  # the ranks meet it, too, and say so
-        from hecate.ranks.preload import preload
+        from hecate.train.preload import preload
 
         preload()
     order = wait_for_orders(listening)

@@ -62,7 +62,7 @@ def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> No
         raise UserError(f"--nproc-per-node {ranks_per_node}: this node has {gpus} GPUs, and each rank takes one")
     if config.topology == "auto":
         return
-    from hecate.train.build import whole_topology
+    from hecate.config.topology import whole_topology
 
     devices = whole_topology(config, 0, cuda=False).world_size
     if nodes[0] != nodes[1]:

@@ -66,7 +66,7 @@ class Worker:
         import torch
 
         import hecate
-        from hecate.ranks.preload import preload
+        from hecate.train.preload import preload
 
         preload()
         threading.Thread(target=self._take_orders, daemon=True).start()

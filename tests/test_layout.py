@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,178 @@ def test_the_lower_folders_know_nothing_above_nor_beside_them(folder: str, other
             if foreign or name.startswith(".") or (under(name, "hecate") and not under(name, *allowed)):
                 wrong[path] = name
     assert not wrong, f"imports against the grain (file: module): {wrong}"
+
+
+ROOMS = (
+    "hecate.errors",
+    "hecate.io",
+    "hecate.parallel",
+    "hecate.parallel.comm",
+    "hecate.kernels",
+    "hecate.ranks",
+    "hecate.config",
+    "hecate.data",
+    "hecate.experts",
+    "hecate.engine",
+    "hecate.model",
+    "hecate.megatron",
+    "hecate.optim",
+    "hecate.checkpoint",
+    "hecate.adapters",
+    "hecate.report",
+    "hecate.elastic",
+    "hecate.train",
+    "hecate.profile",
+    "hecate.forecast",
+    "hecate.launch",
+    "hecate.cli",
+    "hecate.__main__",
+)
+"""All rooms, bottom up: a module imports its own room and those before it, nothing after it. The package itself, `hecate`, is below all."""
+
+UPWARDS = {
+    ("hecate.elastic.observer", "hecate.train.loop"),
+    ("hecate.elastic.rebuild", "hecate.train.loop"),
+    ("hecate.elastic.rebuild", "hecate.train.state"),
+    ("hecate.experts.layer", "hecate.engine.engine"),
+    ("hecate.experts.routed_experts", "hecate.engine.engine"),
+    ("hecate.launch.fork_server", "hecate.cli"),
+    ("hecate.report.run_report", "hecate.train.loop"),
+}
+"""Imports that still go upwards. This table only shrinks."""
+
+SHARED_CLASS_NAMES = {"Controller", "Order", "Pace", "Run", "TensorEntry", "_Input", "_Pairs"}
+"""Class names that still have two meanings. This table only shrinks."""
+
+NAMED_BY_NO_TEST: set[str] = {
+    "hecate.__main__",
+    "hecate.adapters.export",
+    "hecate.adapters.folder",
+    "hecate.adapters.model_folder",
+    "hecate.adapters.tensors",
+    "hecate.adapters.trained_output",
+    "hecate.checkpoint.files",
+    "hecate.checkpoint.history",
+    "hecate.checkpoint.save",
+    "hecate.config.effective",
+    "hecate.config.load",
+    "hecate.config.megatron_rules",
+    "hecate.config.ranges",
+    "hecate.config.rules",
+    "hecate.config.typed",
+    "hecate.data.chat",
+    "hecate.data.quarantine",
+    "hecate.elastic.backups",
+    "hecate.elastic.local_group",
+    "hecate.elastic.pace",
+    "hecate.elastic.restart",
+    "hecate.engine.from_config",
+    "hecate.experts.routed_experts",
+    "hecate.forecast.sharding_groups",
+    "hecate.io.durable",
+    "hecate.kernels.device_functions",
+    "hecate.kernels.mixlora_kernels",
+    "hecate.launch.forked_rank",
+    "hecate.launch.job_states",
+    "hecate.launch.ray_cluster",
+    "hecate.launch.shares",
+    "hecate.launch.submit",
+    "hecate.megatron.expert_parallel_engine",
+    "hecate.megatron.export",
+    "hecate.megatron.layer",
+    "hecate.megatron.tensor_parallel",
+    "hecate.megatron.without_cuda",
+    "hecate.model.base",
+    "hecate.model.moe_blocks",
+    "hecate.model.tensor_parts",
+    "hecate.parallel.bound_relaxation",
+    "hecate.parallel.compiled",
+    "hecate.parallel.layout",
+    "hecate.parallel.planners.echo",
+    "hecate.parallel.planners.eplb",
+    "hecate.parallel.planners.fastermoe",
+    "hecate.parallel.planners.flexmoe",
+    "hecate.parallel.planners.full",
+    "hecate.parallel.planners.hecate",
+    "hecate.parallel.planners.laer",
+    "hecate.parallel.planners.llep",
+    "hecate.parallel.planners.plan",
+    "hecate.parallel.planners.reach",
+    "hecate.parallel.planners.smartmoe",
+    "hecate.parallel.planners.static_ep",
+    "hecate.report.run_report",
+    "hecate.train.generate",
+}
+"""Modules that no test imports by name yet. This table only shrinks."""
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of every module of the package."""
+    found = {}
+    for path in sources("hecate", "parallel", "kernels", "launch"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "hecate" else ("hecate", *parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of_modules() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports anywhere in its file, lazy and typing-only imports included."""
+    paths = modules()
+    graph = {}
+    for name, path in paths.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+            inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {module if module in paths else str(node.module) for module in inner.values()}
+        graph[name] = {other for other in names if other in paths and other != name}
+    return graph
+
+
+def height(module: str) -> int:
+    """The number of a module's room in ROOMS; -1: the package itself."""
+    if module == "hecate":
+        return -1
+    rooms = [number for number, room in enumerate(ROOMS) if under(module, room)]
+    assert rooms, f"{module} is in no room: add its folder to ROOMS"
+    return max(rooms, key=lambda number: len(ROOMS[number]))
+
+
+def test_every_import_goes_downwards() -> None:
+    upwards = {(name, other) for name, others in imports_of_modules().items() for other in others if height(other) > height(name)}
+    assert not upwards - UPWARDS, f"imports against the order of ROOMS (module, what it imports): {sorted(upwards - UPWARDS)}"
+    assert not UPWARDS - upwards, f"mended: remove them from UPWARDS: {sorted(UPWARDS - upwards)}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {name: {other for other in others if (name, other) not in UPWARDS} for name, others in imports_of_modules().items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_class_names_are_unique() -> None:
+    places: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name)
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    assert not set(twice) - SHARED_CLASS_NAMES, f"a class name with two meanings: {twice}"
+    assert not SHARED_CLASS_NAMES - set(twice), f"mended: remove them from SHARED_CLASS_NAMES: {SHARED_CLASS_NAMES - set(twice)}"
+
+
+def test_every_module_is_named_by_a_test() -> None:
+    """In an import, or in a text that a test runs, such as `python -m hecate.launch.worker`."""
+    texts = [path.read_text(encoding="utf-8") for path in sources("tests") if path.name != Path(__file__).name]
+    named = set().union(*(imported(ast.parse(text)) for text in texts))
+    in_texts = set(re.findall(r"hecate(?:\.\w+)+", "\n".join(texts)))
+    with_code = {name for name, path in modules().items() if path.name != "__init__.py"}
+    missing = with_code - named - in_texts
+    assert not missing - NAMED_BY_NO_TEST, f"named by no test: {sorted(missing - NAMED_BY_NO_TEST)}"
+    assert not NAMED_BY_NO_TEST - missing, f"mended: remove them from NAMED_BY_NO_TEST: {sorted(NAMED_BY_NO_TEST - missing)}"
 
 
 def test_nobody_imports_the_linked_folders_bare() -> None:

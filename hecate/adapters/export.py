@@ -12,12 +12,12 @@ from torch import Tensor
 from hecate.adapters import AdapterConfig, attention_tensor_name, expert_tensor_name, router_tensor_name, save_adapter
 from hecate.config import Config
 from hecate.experts.mixlora import MixLoraExperts
+from hecate.model.base import BaseModel
 from hecate.model.gated_ffn import decoder_layers, find_gated_ffns
 from hecate.model.surgery import MoeModel
 from hecate.parallel.comm.collectives import sparse_all_gather
 from hecate.parallel.placement import Placement, owners_only
 from hecate.ranks.ranks import Ranks
-from hecate.train.build import BaseModel
 
 _HF_ACTIVATION = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 

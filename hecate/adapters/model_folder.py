@@ -10,6 +10,7 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.micro_step import MicroStep
+from hecate.model.base import BaseModel
 from hecate.model.head import LanguageModelHead
 from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
 from hecate.model.room import require_room
@@ -17,7 +18,6 @@ from hecate.model.surgery import MoeModel
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks
-from hecate.train.build import BaseModel
 
 
 def is_model_folder(folder: Path) -> bool:

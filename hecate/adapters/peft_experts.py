@@ -26,6 +26,7 @@ from hecate.errors import UserError
 from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import LoraShape
 from hecate.kernels.mixlora_inputs import PROJECTIONS
+from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.load import pick_dtype, resolve_model
 from hecate.model.moe_surgery import AdaptedLayer, MoeLoraPlan, adapt_experts, expert_projections
@@ -34,7 +35,6 @@ from hecate.model.surgery import MoeModel
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks
-from hecate.train.build import BaseModel, build_base
 
 
 def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
@@ -141,7 +141,7 @@ def with_peft_adapter(
     source = resolve_model(name)
     if source.gguf_file is None and num_hidden_layers is None:
         require_room(source.folder, pick_dtype(dtype, ranks.device), ranks.device)
-    base = build_base(name, dtype, num_hidden_layers, ranks, "moe_lora")
+    base = build_base(name, dtype, num_hidden_layers, ranks.device, "moe_lora")
     plan = peft_plan(description, base.adapted, folder)
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
     moe = adapt_experts(base.model, base.adapted, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)

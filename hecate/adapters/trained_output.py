@@ -12,10 +12,10 @@ from hecate.adapters.export import adapter_config, export_adapter
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.adapters.peft_experts import export_peft_adapter, peft_config
 from hecate.config import Config
+from hecate.model.base import BaseModel
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.surgery import MoeModel
 from hecate.ranks.ranks import Ranks
-from hecate.train.build import BaseModel
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Pure file I/O: nothing is pickled, nothing read is trusted, no process group is 
 (see `save`).
 """
 
-from hecate.checkpoint.errors import CheckpointError
+from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.history import good_checkpoints, latest_good, prune, remove_stale_staging
 from hecate.checkpoint.layout import TensorEntry
 from hecate.checkpoint.manifest import Manifest, read_manifest

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hecate.checkpoint.errors import CheckpointError
+from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, read_manifest, step_of
 from hecate.io.durable import delete_files, sync_folder
 

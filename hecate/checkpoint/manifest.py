@@ -12,9 +12,8 @@ from typing import Any
 
 import xxhash
 
-from hecate.checkpoint.errors import CheckpointError
+from hecate.checkpoint.files import CheckpointError, open_inside, read_small
 from hecate.checkpoint.layout import ITEM_SIZE, TensorEntry, file_size, is_shape, is_tensor_name, shard_file
-from hecate.io.durable import open_inside, read_small
 from hecate.io.strict_json import JsonError, parse_json
 
 FORMAT = "hecate-checkpoint"

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hecate.checkpoint.errors import CheckpointError
+from hecate.checkpoint.files import CheckpointError, read_small
 from hecate.checkpoint.layout import TensorEntry, file_size, shard_file, shard_sidecar
 from hecate.checkpoint.manifest import (
     COMMIT,
@@ -29,7 +29,7 @@ from hecate.checkpoint.manifest import (
     step_of,
 )
 from hecate.checkpoint.shard import write_safetensors
-from hecate.io.durable import delete_files, read_small, sync_folder, write_durable
+from hecate.io.durable import delete_files, sync_folder, write_durable
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _NONCE = re.compile(r"[0-9A-Za-z]{1,64}")

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hecate.checkpoint.errors import CheckpointError
+from hecate.checkpoint.files import CheckpointError, open_inside, read_at
 from hecate.checkpoint.layout import TensorEntry, file_layout, is_shape, is_tensor_name
 from hecate.checkpoint.manifest import Manifest, digest_of
-from hecate.io.durable import open_inside, read_at, write_durable
+from hecate.io.durable import write_durable
 
 DTYPES = {
     "F64": torch.float64,

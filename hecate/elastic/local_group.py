@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.config import Config
+from hecate.config.topology import whole_topology
 from hecate.elastic.rebuild import Group
 from hecate.errors import UserError
 from hecate.ranks.launched import (
@@ -23,7 +24,6 @@ from hecate.ranks.launched import (
     store_of,
 )
 from hecate.ranks.ranks import connect
-from hecate.train.build import whole_topology
 
 _GRACE = 5.0
 """seconds in which a launcher that has lost a rank will have said so"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,27 +12,8 @@ from torch import Tensor, nn
 from hecate.engine.engine import Engine
 from hecate.optim.optimizer import MASTER, ExpertOptimizer
 from hecate.parallel.comm.reshard import RowSpec, reshard
-from hecate.parallel.sharding import ReshardGain, better_owners, owned_bytes, owned_slots
-
-
-@dataclass(frozen=True)
-class Move:
-    """Experts that changed their owners; the same on every rank."""
-
-    experts: int
-    num_bytes: int
-    """sent by all ranks of the job together"""
-
-
-@dataclass(frozen=True)
-class Resharding:
-    """A re-sharding that was done, and why; the same on every rank, but for `seconds`."""
-
-    move: Move
-    gain: ReshardGain
-    """as predicted"""
-    seconds: float
-    """planning and moving, on this rank"""
+from hecate.parallel.sharding import better_owners, owned_bytes, owned_slots
+from hecate.report.events import Move, Resharding
 
 
 def owned_parameters(engine: Engine) -> dict[str, nn.Parameter]:

@@ -15,7 +15,7 @@ import numpy as np
 from hecate.elastic.pace import Pace
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.topology_file import topology_text
-from hecate.train.step import StepResult
+from hecate.report.events import StepResult
 
 if TYPE_CHECKING:
     from hecate.train.loop import Run

@@ -30,6 +30,7 @@ from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.placement import contiguous_owners, redealt_owners
 from hecate.parallel.topology import Topology
 from hecate.ranks.ranks import Ranks
+from hecate.report.events import Rebuilt
 from hecate.train.state import load_state
 
 if TYPE_CHECKING:
@@ -62,18 +63,6 @@ class Controller(Protocol):
 
         A rank that is lost on the way is the implementation's business: it joins the group after that.
         """
-
-
-@dataclass(frozen=True)
-class Rebuilt:
-    """What `rebuild` did; the same on every rank."""
-
-    step: int
-    """optimizer steps done"""
-    went_back: bool
-    """to a checkpoint, because of some experts no copy was left"""
-    moved: int
-    """experts that travelled to other owners"""
 
 
 @dataclass(frozen=True)

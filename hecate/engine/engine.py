@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,28 +37,7 @@ from hecate.parallel.mesh import Mesh, make_mesh, owners_topology
 from hecate.parallel.placement import Placement, owners_by_memory, redealt_owners
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.topology import Topology
-
-
-@dataclass(frozen=True)
-class ExpertGroups:
-    """A rank's sharding group, of ranks that share one copy of all experts, twice, so that expert chunks and tokens never queue behind each
-    other; and what there is beyond it (`hecate.parallel.mesh`)."""
-
-    experts: dist.ProcessGroup
-    tokens: dist.ProcessGroup
-    replicate: dist.ProcessGroup | None = None
-    """this rank and those that own the same experts in the other sharding groups; None: there is no other"""
-    everyone: dist.ProcessGroup | None = None
-    """all ranks of the job; None: those of the sharding group"""
-
-    @property
-    def world(self) -> dist.ProcessGroup:
-        """For what is summed over all ranks of the job."""
-        return self.everyone or self.tokens
-
-    def all(self) -> list[dist.ProcessGroup]:
-        """Each once."""
-        return [group for group in (self.experts, self.tokens, self.replicate, self.everyone) if group is not None]
+from hecate.ranks.groups import ExpertGroups
 
 
 class Engine:

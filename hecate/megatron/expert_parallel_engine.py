@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.full import FullExperts
 from hecate.experts.micro_step import MicroStep
 from hecate.megatron.expert_parallel import ExpertParallelLayer, put_experts, write_gradients
 from hecate.parallel.placement import contiguous_owners
+from hecate.ranks.groups import ExpertGroups
 
 
 class ExpertParallelEngine(Engine):

@@ -19,6 +19,7 @@ from hecate.config import Config
 from hecate.config.gpt_shape import GptShape, gpt_shape
 from hecate.config.schema import MEGATRON_EP
 from hecate.engine.engine import Engine
+from hecate.engine.from_config import engine_config
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.full import FullExperts
 from hecate.experts.layer import MoeLayer
@@ -28,12 +29,13 @@ from hecate.experts.seeding import generator
 from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.megatron.imports import quietly
 from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
+from hecate.model.base import BaseModel
 from hecate.model.head import VocabularyPart, chunked_cross_entropy
 from hecate.model.surgery import MoeModel, adapter_dtype, prefetch_during_attention
-from hecate.model.tensor_parts import TensorGroups, TensorParts
+from hecate.model.tensor_parts import TensorParts
 from hecate.parallel.topology import Topology
+from hecate.ranks.groups import TensorGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.build import BaseModel, engine_config
 
 with quietly():
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region

@@ -14,9 +14,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hecate.config.gpt_shape import GptShape
-from hecate.engine.engine import ExpertGroups
 from hecate.megatron.layer import AnyDeviceRotary, TorchAttention, TorchNorm
-from hecate.model.tensor_parts import TensorGroups
+from hecate.ranks.groups import ExpertGroups, TensorGroups
 
 INIT_STD, NORM_EPS, ROTARY_BASE = 0.02, 1e-5, 10_000
 

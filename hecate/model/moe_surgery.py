@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.micro_step import MicroStep
 from hecate.experts.moe_lora import MoeLoraExperts
@@ -22,6 +22,7 @@ from hecate.model.expert_weights import read_expert
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_blocks import MoeBlock
 from hecate.model.surgery import MoeModel, adapt_attention, adapter_dtype, find_attention_targets, prefetch_during_attention
+from hecate.ranks.groups import ExpertGroups
 
 _DOWN = "down_proj"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.layer import MoeLayer
@@ -22,6 +22,7 @@ from hecate.kernels.mixlora_inputs import PROJECTIONS
 from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.lora import LoraLinear
 from hecate.model.tensor_parts import TensorParts
+from hecate.ranks.groups import ExpertGroups
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class TensorGroups:
-    """Who holds what of the model outside its experts."""
-
-    tensor: dist.ProcessGroup
-    """this rank and those that hold the other parts of one copy; they compute the same rows"""
-    data: dist.ProcessGroup
-    """this rank and those that hold the same part, in other copies; each computes rows of its own"""
-
-    @property
-    def tp_size(self) -> int:
-        """Parts of a copy."""
-        return dist.get_world_size(self.tensor)
-
-    @property
-    def tp_rank(self) -> int:
-        """Which of them this rank has."""
-        return dist.get_rank(self.tensor)
-
-    @property
-    def dp_rank(self) -> int:
-        return dist.get_rank(self.data)
+from hecate.ranks.groups import TensorGroups
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.full import FullExperts
@@ -24,6 +24,7 @@ from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.surgery import MoeModel, adapter_dtype, put_layers
+from hecate.ranks.groups import ExpertGroups
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.engine.engine import ExpertGroups
 from hecate.errors import UserError
-from hecate.model.tensor_parts import TensorGroups
 from hecate.parallel.mesh import make_mesh
-from hecate.ranks.groups import TIMEOUT, expert_groups, own_group, tensor_groups
+from hecate.ranks.groups import TIMEOUT, ExpertGroups, TensorGroups, expert_groups, own_group, tensor_groups
 from hecate.ranks.launched import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
 from hecate.ranks.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
 

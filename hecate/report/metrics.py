@@ -16,7 +16,7 @@ from hecate.errors import UserError
 from hecate.io.durable import sync_folder, write_durable
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.loads import imbalance as max_over_mean
-from hecate.train.scores import EvalScore
+from hecate.report.events import EvalScore
 
 Record = dict[str, Any]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hecate.train.scores import EvalScore
+from hecate.report.events import EvalScore
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

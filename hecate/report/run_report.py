@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING
 
 from hecate.config import to_yaml
 from hecate.data.batches import row_ranges
-from hecate.elastic.move_experts import Resharding
-from hecate.elastic.rebuild import Rebuilt
 from hecate.io.durable import write_durable
 from hecate.model.surgery import MoeModel
 from hecate.parallel.traces import TraceWriter
+from hecate.report.events import Evaluation, Rebuilt, Resharding, StepResult
 from hecate.report.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record
 from hecate.report.progress import Progress, StepLine
 from hecate.report.summary import EVERY_RANK, NON_EXPERTS, TrainableRow, training_report
-from hecate.train.evaluate import Evaluation
-from hecate.train.step import StepResult
 
 if TYPE_CHECKING:
     from hecate.train.loop import Run

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hecate.train.scores import EvalScore
+from hecate.report.events import EvalScore
 
 EVERY_RANK = "every rank"
 """The owner of what each rank holds alike."""

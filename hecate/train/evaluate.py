@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -12,21 +11,12 @@ from hecate.data.batches import collate
 from hecate.data.encode import IGNORED
 from hecate.data.evaluation import GenerationItem, eval_rows, generation_items, share_of_rank
 from hecate.data.sources import TokenSource
+from hecate.model.base import BaseModel
 from hecate.model.surgery import MoeModel
 from hecate.ranks.ranks import Ranks
-from hecate.train.build import BaseModel
+from hecate.report.events import EvalScore, Evaluation
 from hecate.train.generate import generate
-from hecate.train.scores import EvalScore
 from hecate.train.step import forward_loss
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found, by source name; the same on every rank."""
-
-    scores: dict[str, EvalScore]
-    loads: dict[str, dict[int, list[int]]]
-    """source -> layer -> token-slots of each expert"""
 
 
 def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource]) -> Evaluation:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hecate.train.build import BaseModel
+from hecate.model.base import BaseModel
 
 
 def generate(

@@ -13,13 +13,14 @@ from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.mixlora import LoraShape
+from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks, join_ranks
 from hecate.report.summary import print_summary
-from hecate.train.build import BaseModel, build_base, encode_sources
+from hecate.train.build import encode_sources
 from hecate.train.evaluate import evaluate
 from hecate.train.generate import generate
 
@@ -70,7 +71,7 @@ def _with_adapter(folder: Path, ranks: Ranks, model: str | None, dtype: str, num
     if is_peft_adapter(folder):
         return with_peft_adapter(folder, ranks, model, dtype, num_hidden_layers)
     tensors, description = load_adapter(folder)
-    base = build_base(model or description.base_model_name_or_path, dtype, num_hidden_layers, ranks)
+    base = build_base(model or description.base_model_name_or_path, dtype, num_hidden_layers, ranks.device)
     num_layers = len(decoder_layers(base.model)[1])
     if num_layers != description.num_layers:
         raise UserError(f"{folder}: made for {description.num_layers} layers, but the base model has {num_layers}")

@@ -31,6 +31,7 @@ from hecate.elastic.move_experts import check_room, owned_parameters, reshard_if
 from hecate.elastic.observer import Observer, Order, Watched
 from hecate.elastic.rebuild import Controller, rebuild
 from hecate.errors import UserError
+from hecate.model.base import BaseModel
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
@@ -39,13 +40,14 @@ from hecate.parallel.mesh import make_mesh
 from hecate.parallel.token_shares import dense_seconds, rows_by_speed, slowest_of_each
 from hecate.parallel.topology import Topology, local_topology
 from hecate.ranks.ranks import Ranks
+from hecate.report.events import Evaluation, StepResult
 from hecate.report.heatmap import write_heatmap
 from hecate.report.run_report import Reports
 from hecate.report.summary import print_summary
-from hecate.train.build import BaseModel, build_moe, encode_sources, front_end, settled
-from hecate.train.evaluate import Evaluation, evaluate
+from hecate.train.build import build_moe, encode_sources, front_end, settled
+from hecate.train.evaluate import evaluate
 from hecate.train.state import load_state, save_state
-from hecate.train.step import StepResult, train_step
+from hecate.train.step import train_step
 
 _MOST_SKIPPED_IN_A_ROW = 10
 _REGROUP, _STOP = 1.0, 2.0

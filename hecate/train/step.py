@@ -11,9 +11,7 @@ the micro-steps of the aux loss. Each rank computes its share; gradients are sum
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,22 +23,7 @@ from hecate.experts.aux_loss import load_balancing_loss
 from hecate.model.head import CausalHead
 from hecate.model.surgery import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did; the same on every rank."""
-
-    loss: float
-    """cross-entropy per label token"""
-    aux_loss: float
-    """load-balancing loss before its coefficient; top_k when balanced"""
-    grad_norm: float
-    """before clipping"""
-    skipped: bool
-    """a gradient was not finite, so that nothing was changed"""
-    loads: dict[int, np.ndarray]
-    """per layer, int64 [ranks of the job, experts]"""
+from hecate.report.events import StepResult
 
 
 def forward_loss(moe: MoeModel, head: CausalHead, batch: Batch, *, step: int, recording: bool) -> Tensor:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from benchmarks.fidelity import Measured, loads_of, planned_steps, routing_of, shared_cores_seconds
 from benchmarks.gloo_steps import Shape, Stack, Wire, draw_routing
 from benchmarks.step_probes import parts, plain_cost
-from hecate.engine.engine import ExpertGroups
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.ranks.groups import ExpertGroups
 from tests.ranks import run_ranks
 
 SMALL = Shape(layers=2, hidden=8, ffn=12, rank=2, experts=6, top_k=2, tokens=20)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.elastic.move_experts import move_experts, owned_parameters
-from hecate.engine.engine import Engine, ExpertGroups
+from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
 from hecate.experts.full import FullExperts
@@ -27,6 +27,7 @@ from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.expert_ffn_reference import full_ffn_reference, moe_lora_ffn_reference
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.planners import POLICIES
+from hecate.ranks.groups import ExpertGroups
 from tests.hecate.test_equivalence import random_planner, topology
 from tests.ranks import run_ranks
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.elastic.move_experts import Resharding, adopt_owners, move_experts, owned_parameters, reshard_if_it_pays
+from hecate.elastic.move_experts import adopt_owners, move_experts, owned_parameters, reshard_if_it_pays
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
-from hecate.train.step import StepResult, train_step
+from hecate.report.events import Resharding, StepResult
+from hecate.train.step import train_step
 from tests.hecate.test_equivalence import (
     AUX_COEF,
     LEARNING_RATE,

@@ -102,7 +102,7 @@ def test_without_a_server_ranks_start_plainly(folder: Path, monkeypatch: pytest.
 def test_preloading_leaves_a_process_that_can_be_forked() -> None:
     """One thread, no GPU touched; and nothing that a rank imports is left to import."""
     code = (
-        "import os\nfrom hecate.ranks.preload import preload\npreload()\nimport sys, torch\n"
+        "import os\nfrom hecate.train.preload import preload\npreload()\nimport sys, torch\n"
         "assert len(os.listdir('/proc/self/task')) == 1\nassert not torch.cuda.is_initialized()\n"
         "assert {'hecate.train.build', 'transformers.modeling_utils'} <= sys.modules.keys()\n"
     )

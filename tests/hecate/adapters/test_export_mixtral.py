@@ -10,12 +10,12 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
-from hecate.engine.engine import ExpertGroups
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.model.upcycling import UpcyclingPlan, upcycle
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from tests.hecate.data.conftest import build_byte_tokenizer
 from tests.hecate.model.tiny import tiny, token_ids

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from hecate.config import load_config
 from hecate.elastic.observer import Order, StepFacts
-from hecate.engine.engine import ExpertGroups
 from hecate.io.strict_json import JsonError
 from hecate.parallel.topology_file import parse_topology
+from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.loop import train
 from tests.ranks import run_ranks

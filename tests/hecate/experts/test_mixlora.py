@@ -54,10 +54,11 @@ def test_initial_chunks_depend_on_seed_layer_and_expert() -> None:
 
 
 def _initial(rank: int, world: int) -> dict[str, list[float]]:
-    from hecate.engine.engine import Engine, ExpertGroups
+    from hecate.engine.engine import Engine
     from hecate.engine.step_plans import EngineConfig
     from hecate.parallel.planners import POLICIES
     from hecate.parallel.topology import local_topology
+    from hecate.ranks.groups import ExpertGroups
 
     group = dist.group.WORLD
     assert group is not None

@@ -11,7 +11,6 @@ import torch
 
 from hecate.data.batches import Batch
 from hecate.elastic.move_experts import owned_parameters
-from hecate.engine.engine import ExpertGroups
 from hecate.engine.step_plans import EngineConfig
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
@@ -21,6 +20,7 @@ from hecate.model.upcycling import upcycle
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.ranks.groups import ExpertGroups
 from hecate.train.build import upcycling_plan
 from hecate.train.step import forward_loss, train_step
 from tests.hecate.forecast.making import config_for, write_model

@@ -12,7 +12,6 @@ import torch
 
 from hecate.data.batches import Batch
 from hecate.elastic.move_experts import owned_parameters
-from hecate.engine.engine import ExpertGroups
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.mixlora import LoraShape, MixLoraExperts
@@ -26,7 +25,7 @@ from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
-from hecate.ranks.groups import expert_groups
+from hecate.ranks.groups import ExpertGroups, expert_groups
 from hecate.train.build import surgery_plan
 from hecate.train.step import forward_loss, train_step
 from tests.hecate.forecast.making import config_for, num_bytes, slow_node, write_model

@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 
 from hecate.config import Config, load_config
-from hecate.engine.engine import ExpertGroups
 from hecate.parallel.mesh import make_mesh
-from hecate.ranks.groups import expert_groups, tensor_groups
+from hecate.ranks.groups import ExpertGroups, expert_groups, tensor_groups
 from hecate.ranks.ranks import Ranks
 from tests.hecate.data.conftest import build_byte_tokenizer
 

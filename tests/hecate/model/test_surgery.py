@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.engine.engine import ExpertGroups
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.mixlora import LoraShape
@@ -14,6 +13,7 @@ from hecate.model.lora import LoraLinear
 from hecate.model.surgery import MoeModel, SurgeryPlan, adapter_dtype, insert_experts, non_moe_flops_per_token
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.ranks.groups import ExpertGroups
 from tests.hecate.model.tiny import tiny, token_ids
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from hecate.data.batches import Batch
-from hecate.engine.engine import ExpertGroups
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.kernels.mixlora_inputs import FfnBase
@@ -23,6 +22,7 @@ from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, noisy_copies, upcycle
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.ranks.groups import ExpertGroups
 from hecate.train.step import forward_loss
 from tests.hecate.model.tiny import tiny, token_ids
 from tests.ranks import run_ranks

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hecate.engine.engine import ExpertGroups
+from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 
 

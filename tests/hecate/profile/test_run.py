@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from hecate.cli import app
 from hecate.config import load_config
+from hecate.config.topology import build_topology
 from hecate.errors import UserError
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import profile
 from hecate.ranks.ranks import Ranks
-from hecate.train.build import build_topology
 from tests.hecate.profile.ranks import ranks_of
 from tests.ranks import run_ranks
 
@@ -53,7 +53,7 @@ def test_two_ranks_write_a_file_that_a_run_takes(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     ranks = Ranks(0, 2, torch.device("cpu"), groups=mock.Mock())
-    assert build_topology(load_config(config, claim_output=False), ranks) == topology
+    assert build_topology(load_config(config, claim_output=False), ranks.world_size, cuda=False) == topology
 
 
 def test_ranks_of_two_hosts(tmp_path: Path) -> None:

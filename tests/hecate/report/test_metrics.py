@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.errors import UserError
+from hecate.report.events import EvalScore
 from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
-from hecate.train.scores import EvalScore
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from hecate.report.events import EvalScore
 from hecate.report.progress import ETA_WINDOW, Progress, StepLine, duration_text, eval_text, step_text
-from hecate.train.scores import EvalScore
 
 LINE = StepLine(step=12, loss=1.2341, aux_loss=2.006, learning_rate=1e-3, tokens_per_s=812.4, imbalance=1.03, step_seconds=2.0)
 

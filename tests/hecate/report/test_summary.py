@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hecate.report.events import EvalScore
 from hecate.report.summary import EVERY_RANK, TrainableRow, print_summary, training_report
-from hecate.train.scores import EvalScore
 
 Rows = list[list[str]]
 

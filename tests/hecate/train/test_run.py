@@ -213,7 +213,7 @@ BAD_RUNS: dict[str, tuple[list[str], str]] = {
     "too few rows": (["data.train={workshop}/few.jsonl"], "rows"),
     "no such target": (["lora.target_modules=[gate_proj,w_proj]"], "w_proj"),
     "nothing to resume": (["resume=true"], "no checkpoint"),
-    "no such preset": (["topology=nowhere"], "no preset"),
+    "no such preset": (["topology=nowhere"], "topology nowhere: no such preset"),
 }
 
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from hecate.config import load_config
 from hecate.data.encode import IGNORED
-from hecate.engine.engine import ExpertGroups
 from hecate.parallel.topology import Link, Topology
+from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.loop import Run
 from tests.ranks import run_ranks

@@ -1,0 +1,31 @@
+"""The engine's settings, from the configuration."""
+
+from __future__ import annotations
+
+from hecate.config import Config
+from hecate.config.topology import build_topology
+from hecate.engine.step_plans import EngineConfig
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import Topology
+from hecate.ranks.ranks import Ranks
+
+
+def engine_config(config: Config, ranks: Ranks, non_moe_flops: float, topology: Topology | None = None) -> EngineConfig:
+    """What the configuration says about the engine.
+
+    Args:
+        non_moe_flops: FLOPs of a layer outside its experts, on one rank, in the forward pass of one micro-step.
+        topology: of the ranks' devices; None: the one that the configuration names.
+    """
+    return EngineConfig(
+        planner=POLICIES[config.fssdp.planner],
+        topology=topology or build_topology(config, ranks.world_size, cuda=ranks.device.type == "cuda"),
+        load_window=config.fssdp.load_window,
+        memory_slots=config.fssdp.memory_slots,
+        max_imbalance=config.fssdp.max_imbalance,
+        top_k=config.moe.experts_per_token,
+        non_moe_flops=non_moe_flops,
+        plan=config.fssdp.plan,
+        rematerialize=config.fssdp.rematerialize,
+        prefetch=config.fssdp.prefetch,
+    )
