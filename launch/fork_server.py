@@ -1,8 +1,11 @@
-"""The process that a node's ranks are forked from: it has imported what they need, once for all and before they are wanted.
+"""The process that a node's ranks are forked from: it imports what they need once, before they start.
 
-Importing torch and transformers takes seconds, and ranks that start together do it on the same processors. A launcher starts the
-server, and `forked_rank.py` where it would have started `python -m hecate`. The server runs one thread and never uses a GPU, so forking
-it is safe; a rank that finds a GPU touched all the same begins as a process of its own.
+Importing torch and transformers takes seconds, and ranks that start together would all do it on the same processors. The launcher starts
+this server, and runs `forked_rank.py` for each rank. What the ranks run is a *program*: a module with the functions `preload()`, which
+imports what the program needs, and `main(arguments)`. Without a server a rank is `python -m PROGRAM ARGUMENTS`.
+
+The server runs one thread and never uses a GPU, so forking it is safe. A rank that finds that something has used a GPU all the same
+replaces itself by a new process.
 """
 
 from __future__ import annotations
@@ -17,45 +20,46 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from hecate.ranks.launched import LAUNCHED_VARIABLE
 
 _SERVER = (sys.executable, "-m", "hecate.launch.fork_server")
-_PLAIN = (sys.executable, "-m", "hecate")
 _RANK = Path(__file__).with_name("forked_rank.py")
 _LONGEST_PATH = 100
-"""bytes that fit a Unix socket's address everywhere"""
+"""bytes that fit a Unix socket's address on every system"""
 _WAITING = 1024
-"""ranks that may ask while the server imports"""
+"""ranks that may ask before the server has imported everything"""
 
 
 @contextmanager
-def forking(folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
-    """A command that runs `hecate`, given its arguments: the process ends, and takes signals, as a rank started plainly would.
+def forking(folder: Path, environment: Mapping[str, str], program: str) -> Iterator[tuple[str, ...]]:
+    """Give the command that runs `program` when arguments are appended. Its process ends, and takes signals, as the rank itself would.
 
     At the block's end, and when this process dies, all ranks are killed.
 
     Args:
-        folder: where the server listens, closed to other users.
-        environment: of the server; ranks have that of their command, but what libraries read when they are loaded they have from here.
+        folder: where the server's socket is; other users must have no access.
+        environment: of the server. A rank has its command's environment; only what libraries read when they are loaded comes from here.
+        program: name of a module; see the head of this file.
     """
     path = folder / "ranks"
     if not sys.platform.startswith("linux") or len(os.fsencode(path)) > _LONGEST_PATH:
-        yield _PLAIN
+        yield (sys.executable, "-m", program)
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         listening.bind(str(path))
         listening.listen(_WAITING)
         server = subprocess.Popen(
-            [*_SERVER, str(listening.fileno())],
+            [*_SERVER, str(listening.fileno()), program],
             stdin=subprocess.PIPE,
             pass_fds=[listening.fileno()],
             env=dict(environment),
-            start_new_session=True,  # a terminal's signals are the launcher's business
+            start_new_session=True,  # the launcher alone answers a terminal's signals
         )
     try:
-        yield (sys.executable, "-I", "-S", str(_RANK), str(path))
+        yield (sys.executable, "-I", "-S", str(_RANK), str(path), program)
     finally:
         assert server.stdin is not None
         server.stdin.close()
@@ -63,22 +67,23 @@ def forking(folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[str,
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a forked process is to be."""
+class StartOrder:
+    """What a forked process is started with."""
 
     arguments: list[str]
     environment: dict[str, str]
     folder: str
 
 
-def wait_for_orders(listening: socket.socket) -> Order:
-    """Fork a process for each order that comes. Returns in these processes alone, each with its order carried out but for the arguments.
+def wait_for_orders(listening: socket.socket) -> StartOrder:
+    """Fork a process for each order that comes. Returns in the forked processes only, with environment, folder and output as ordered.
 
-    The server itself leaves by SystemExit when its standard input ends, after killing them.
+    Raises:
+        SystemExit: in the server, when its standard input ends and it has killed all ranks.
     """
     server = os.getpid()
     clients: dict[socket.socket, int] = {}
-    """to whoever stands for a rank -> the rank's process"""
+    """socket to a `forked_rank.py` -> the process of its rank"""
     with selectors.DefaultSelector() as selector, _ended_children() as ended:
         for source in (0, listening, ended):
             selector.register(source, selectors.EVENT_READ)
@@ -88,7 +93,7 @@ def wait_for_orders(listening: socket.socket) -> Order:
                 _end(list(clients.values()))
                 sys.exit(0)
             for client in [client for client in clients if client in ready]:
-                if not _hand_on(client, clients[client]):
+                if not _pass_on_signals(client, clients[client]):
                     selector.unregister(client)
             if ended in ready:
                 ended.recv(4096)
@@ -101,7 +106,7 @@ def wait_for_orders(listening: socket.socket) -> Order:
                 client, _ = listening.accept()
                 try:
                     order, descriptors = _read_order(client)
-                except (OSError, ValueError):  # it was killed while it asked
+                except (OSError, ValueError):  # the client was killed before it had sent its order
                     client.close()
                     continue
                 pid = os.fork()
@@ -117,14 +122,14 @@ def wait_for_orders(listening: socket.socket) -> Order:
     return order
 
 
-def _read_order(client: socket.socket) -> tuple[Order, list[int]]:
+def _read_order(client: socket.socket) -> tuple[StartOrder, list[int]]:
     size, descriptors, _, _ = socket.recv_fds(client, 8, 3)
     text = client.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL)
-    return Order(**json.loads(text)), descriptors
+    return StartOrder(**json.loads(text)), descriptors
 
 
-def _hand_on(client: socket.socket, pid: int) -> bool:
-    """The signals that have come for a rank; False: whoever stood for it is gone, and it was killed."""
+def _pass_on_signals(client: socket.socket, pid: int) -> bool:
+    """Send a rank the signals that its `forked_rank.py` was sent. False: that process is gone, and the rank was killed."""
     try:
         numbers = client.recv(16)
     except ConnectionResetError:
@@ -135,7 +140,7 @@ def _hand_on(client: socket.socket, pid: int) -> bool:
 
 
 def _report(client: socket.socket, pid: int) -> bool:
-    """How a rank has ended, to whoever stands for it; False: it has not."""
+    """Send a rank's exit status to its `forked_rank.py`. False: the rank still runs."""
     found, status = os.waitpid(pid, os.WNOHANG)
     if found == 0:
         return False
@@ -151,21 +156,21 @@ def _end(pids: list[int]) -> None:
         os.waitpid(pid, 0)
 
 
-def _become(order: Order, descriptors: list[int], server: int) -> None:
+def _become(order: StartOrder, descriptors: list[int], server: int) -> None:
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(order.folder)
     os.environ.clear()
     os.environ.update(order.environment)
-    os.environ[LAUNCHED_VARIABLE] = str(server)  # with whose death it dies
+    os.environ[LAUNCHED_VARIABLE] = str(server)  # the process dies when the server dies
     with suppress(OSError):
         Path("/proc/self/comm").write_text(f"hecate-rank-{order.environment.get('RANK')}", encoding="ascii")
 
 
 @contextmanager
 def _ended_children() -> Iterator[socket.socket]:
-    """Can be read from when a child has ended."""
+    """A socket that can be read from when a child has ended."""
     ended, wakeup = socket.socketpair()
     with ended, wakeup:
         wakeup.setblocking(False)
@@ -179,21 +184,17 @@ def _ended_children() -> Iterator[socket.socket]:
 
 
 def main() -> None:
-    listening = socket.socket(fileno=int(sys.argv[1]))
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else asking whether there is a GPU would touch it
-    from hecate import cli
-
-    with suppress(ImportError):  # the ranks meet it, too, and say so
-        from hecate.train.preload import preload
-
-        preload()
+    listening, name = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # without it, torch would use the GPUs to find out whether there are any
+    program = import_module(name)
+    with suppress(ImportError):  # each rank meets the same error and reports it
+        program.preload()
     order = wait_for_orders(listening)
     import torch
 
     if torch.cuda._is_in_bad_fork():
-        os.execv(sys.executable, [*_PLAIN, *order.arguments])
-    sys.argv = ["hecate", *order.arguments]
-    cli.main()
+        os.execv(sys.executable, [sys.executable, "-m", name, *order.arguments])
+    program.main(order.arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A rank as whoever launched it sees it: asks the fork server for the process that is the rank, hands signals on to it, ends as it ends.
+"""The process that a launcher starts for a rank: asks the fork server for the rank's process, passes signals on to it, ends as it ends.
 
-Run by path, with the standard library alone, so that it is there at once: forked_rank.py SOCKET ARGUMENTS...
+It is run by its path and imports only the standard library, so that it starts at once: forked_rank.py SOCKET PROGRAM ARGUMENTS...
 """
 
 import contextlib
@@ -10,25 +10,25 @@ import signal
 import socket
 import sys
 
-HANDED_ON = (signal.SIGINT, signal.SIGTERM)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> int:
-    path, *arguments = sys.argv[1:]
+    path, program, *arguments = sys.argv[1:]
     answer = ""
-    signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # until there is someone to hand them on to
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until the server is connected
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         try:
             server.connect(path)
-        except OSError:  # it has ended: be the rank, if a slower one
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
-            os.execv(sys.executable, [sys.executable, "-m", "hecate", *arguments])
+        except OSError:  # the server has ended: become the rank, which takes longer
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+            os.execv(sys.executable, [sys.executable, "-m", program, *arguments])
         order = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
         socket.send_fds(server, [len(order).to_bytes(8, "little")], [0, 1, 2])
         server.sendall(order)
-        for number in HANDED_ON:
+        for number in PASSED_ON:
             signal.signal(number, lambda number, _frame: server.send(bytes([number])))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         with contextlib.suppress(ConnectionError):
             answer = server.makefile("r").readline()
     if not answer:

@@ -38,8 +38,8 @@ ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRES
 """glibc gives large blocks back to the kernel at once and takes them anew, page by page: a tenth of a CPU step"""
 
 
-def launch_local(arguments: Sequence[str], num_ranks: int, *, survives: bool = False) -> int:
-    """Run `hecate ARGUMENTS` on `num_ranks` local ranks; returns the exit status of the run.
+def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, survives: bool = False) -> int:
+    """Run `python -m PROGRAM ARGUMENTS` as `num_ranks` ranks on this machine; returns the exit status of the run.
 
     Rank 0 has the terminal. SIGINT and SIGTERM are passed on once, so that ranks can save and stop; a second one kills them. When a
     rank dies, the others are stopped, and the one that died is named.
@@ -47,8 +47,8 @@ def launch_local(arguments: Sequence[str], num_ranks: int, *, survives: bool = F
     Args:
         survives: the ranks can go on without one that dies. They are told to, and a new one is started that joins them when it has loaded.
     """
-    with run_folder() as folder, forking(folder, _environment(num_ranks)) as program:
-        store, command = folder / "store", [*program, *arguments]
+    with run_folder() as folder, forking(folder, _environment(num_ranks), program) as start:
+        store, command = folder / "store", [*start, *arguments]
         ranks = {rank: _start(command, rank, num_ranks, store, survives=survives) for rank in range(num_ranks)}
         crew = Crew(command, num_ranks, store, ranks) if survives else None
         signals = 0

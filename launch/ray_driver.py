@@ -15,10 +15,10 @@ from typing import Any
 
 from hecate.config import Config, load_config, to_yaml
 from hecate.config.schema import MEGATRON_EP
-from hecate.data.syntax import check_syntax
 from hecate.errors import UserError
 from hecate.launch.ray_cluster import connected, private_cluster
 from hecate.launch.resource_pool import Device, choose_devices, devices_of, one_machine, parse_labels
+from hecate.train.preflight import check_data
 
 LOCAL = "local"
 _FOLDER_SECONDS = 10.0
@@ -35,7 +35,7 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     """
     config = load_config(config_path, overrides)
     check_for_ray(config)
-    check_syntax([*config.data.train, *config.data.eval], config.data.on_bad_sample)
+    check_data(config)
     topology = _configured_topology(config)
     import torch  # noqa: F401 - later than this the folder we are in may be gone for a moment
 

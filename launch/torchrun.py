@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +75,38 @@ def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> No
         )
 
 
-def launch(
-    arguments: Sequence[str], *, nodes: tuple[int, int], ranks_per_node: int, endpoint: str | None, job: str, max_restarts: int
-) -> int:
-    """Run this node's part of `python -m hecate ARGUMENTS`; returns the exit status. Every node must call it with the same values.
+@dataclass(frozen=True, kw_only=True)
+class TorchrunJob:
+    """What all nodes of a job must be told alike."""
+
+    name: str
+    nodes: tuple[int, int]
+    """at least and at most"""
+    ranks_per_node: int
+    endpoint: str | None
+    """HOST:PORT where the nodes meet; None: there is one node"""
+    max_restarts: int
+
+
+def launch(program: str, arguments: Sequence[str], job: TorchrunJob) -> int:
+    """Run this node's ranks, each of them `python -m PROGRAM ARGUMENTS`; returns the exit status.
+
+    Every node must call it with the same values.
 
     Raises:
         UserError: the nodes cannot meet.
     """
-    if nodes[1] > 1 and endpoint is None:
+    several = job.nodes[1] > 1
+    if several and job.endpoint is None:
         raise UserError("--rdzv-endpoint: must be given with several nodes: HOST:PORT of one of them, the same on all")
-    meeting = find_endpoint(endpoint) if endpoint is not None and nodes[1] > 1 else None
+    meeting = find_endpoint(job.endpoint) if several and job.endpoint is not None else None
     if meeting is not None and meeting.is_here:
         check_free(meeting)
     with run_folder() as folder:
-        _set_environment(folder, meeting, ranks_per_node)
+        _set_environment(folder, meeting, job.ranks_per_node)
         if meeting is not None and not meeting.is_here:
             wait_for(meeting)
-        return _run(arguments, folder, nodes, ranks_per_node, meeting, job, max_restarts)
+        return _run(program, arguments, folder, meeting, job)
 
 
 def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int) -> None:
@@ -115,15 +130,7 @@ def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int
         os.environ.setdefault(name, value)
 
 
-def _run(
-    arguments: Sequence[str],
-    folder: Path,
-    nodes: tuple[int, int],
-    ranks_per_node: int,
-    meeting: Endpoint | None,
-    job: str,
-    max_restarts: int,
-) -> int:
+def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint | None, job: TorchrunJob) -> int:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError, RendezvousError
@@ -137,27 +144,27 @@ def _run(
         settings["is_host"] = meeting.is_here
         threading.Thread(target=_notice_lost_meeting_point, args=(meeting,), daemon=True).start()
     launch_config = LaunchConfig(
-        min_nodes=nodes[0],
-        max_nodes=nodes[1],
-        nproc_per_node=ranks_per_node,
-        run_id=job,
+        min_nodes=job.nodes[0],
+        max_nodes=job.nodes[1],
+        nproc_per_node=job.ranks_per_node,
+        run_id=job.name,
         rdzv_backend="c10d",
         rdzv_endpoint=str(folder / "meeting") if meeting is None else f"{meeting.host}:{meeting.port}",
         rdzv_configs=settings,
         local_addr="127.0.0.1" if meeting is None else meeting.local_address,
-        max_restarts=max_restarts,
+        max_restarts=job.max_restarts,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
     )
     try:
-        with forking(folder, os.environ) as (program, *options):
-            elastic_launch(launch_config, program)(*options, *arguments)
+        with forking(folder, os.environ, program) as (executable, *options):
+            elastic_launch(launch_config, executable)(*options, *arguments)
     except (ChildFailedError, RendezvousConnectionError, RendezvousClosedError) as error:
         if found := mistakes(folder):
             if found[0].name != "error-0":  # rank 0 has printed its own
                 print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
             return USER_ERROR_EXIT
         if isinstance(error, ChildFailedError):
-            return _report(error.failures, max_restarts)
+            return _report(error.failures, job.max_restarts)
         if isinstance(error, RendezvousClosedError):
             print(
                 "hecate: the job is over: another node has given up, and says why\n  when that is mended, start all again with resume=true",
@@ -177,7 +184,7 @@ def _run(
         where = "" if meeting is None else f" at {meeting.host}:{meeting.port}"
         raise UserError(
             f"the nodes could not meet{where}: {(str(error) or type(error).__name__).splitlines()[0]}\n"
-            f"  {nodes[0]} must be started, each with the same --nnodes, --rdzv-endpoint and --rdzv-id"
+            f"  {job.nodes[0]} must be started, each with the same --nnodes, --rdzv-endpoint and --rdzv-id"
         ) from None
     return 0
 

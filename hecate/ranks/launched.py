@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+from hecate.errors import USER_ERROR_EXIT, UserError
 
 STORE_VARIABLE = "HECATE_STORE"
 """path of the file store; set for the ranks, never by a user"""
@@ -31,6 +35,20 @@ def error_file(folder: Path, rank: int) -> Path:
 def mistakes(folder: Path) -> list[Path]:
     """What ranks have left, by rank."""
     return sorted(folder.glob("error-*"), key=lambda path: int(path.name.removeprefix("error-")))
+
+
+def exit_with_user_error(error: UserError) -> NoReturn:
+    """End this rank with exit status 2 and the error's text.
+
+    All ranks usually meet the same mistake, so rank 0 alone prints it where a launcher watches. Every rank leaves it in a file for the
+    launcher, which prints it if rank 0 did not meet it.
+    """
+    folder, rank = os.environ.get(ERRORS_VARIABLE), os.environ.get("RANK", "0")
+    if folder:
+        error_file(Path(folder), int(rank)).write_text(f"hecate: {error}", encoding="utf-8")
+    if not folder or rank == "0":
+        print(f"hecate: {error}", file=sys.stderr)
+    sys.exit(USER_ERROR_EXIT)
 
 
 def ready_file(store: Path, member: int) -> Path:

@@ -23,6 +23,7 @@ from hecate.launch.fork_server import wait_for_orders
 order = wait_for_orders(socket.socket(fileno=int(sys.argv[1])))
 exec(order.arguments[0])
 """
+PROGRAM = "hecate.train.rank_main"
 WAIT = "print(os.getpid(), flush=True); time.sleep(600)"
 
 
@@ -34,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def command(folder: Path) -> Iterator[tuple[str, ...]]:
-    with fork_server.forking(folder, os.environ) as command:
+    with fork_server.forking(folder, os.environ, PROGRAM) as command:
         yield command
 
 
@@ -82,7 +83,7 @@ def test_killing_whoever_stands_for_a_rank_kills_it_and_no_other(command: tuple[
 
 
 def test_nothing_outlives_the_block(folder: Path) -> None:
-    with fork_server.forking(folder, os.environ) as command:
+    with fork_server.forking(folder, os.environ, PROGRAM) as command:
         process = start(command, f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {WAIT}")
         pid = pid_of(process)
     assert process.wait(timeout=60) == 1
@@ -90,13 +91,15 @@ def test_nothing_outlives_the_block(folder: Path) -> None:
 
 
 def test_without_a_server_ranks_start_plainly(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with fork_server.forking(folder, os.environ) as command:
+    with fork_server.forking(folder, os.environ, PROGRAM) as command:
         pass
-    assert "Usage" in start(command, "--help").communicate(timeout=60)[0]
+    process = start(command, stderr=subprocess.PIPE)
+    assert f"python -m {PROGRAM} CONFIG" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
     deep = folder / ("x" * 100)
     deep.mkdir()
-    with fork_server.forking(deep, os.environ) as command:
-        assert command == (sys.executable, "-m", "hecate")
+    with fork_server.forking(deep, os.environ, PROGRAM) as command:
+        assert command == (sys.executable, "-m", PROGRAM)
 
 
 def test_preloading_leaves_a_process_that_can_be_forked() -> None:

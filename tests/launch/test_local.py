@@ -41,7 +41,7 @@ def launch(folder: Path, what: str) -> subprocess.Popen[str]:
         "import contextlib, sys\n"
         "from hecate.launch import local\n"
         f"local.forking = lambda *_: contextlib.nullcontext((sys.executable, {str(program)!r}))\n"
-        f"sys.exit(local.launch_local([{what!r}, {str(folder)!r}], 2))\n"
+        f"sys.exit(local.launch_local('stand-in', [{what!r}, {str(folder)!r}], 2))\n"
     )
     (folder / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(folder / "tmp")}
@@ -100,7 +100,7 @@ def held():
 local.forking = lambda *_: contextlib.nullcontext(("/bin/true",))
 before = held()
 for cycle in range(int(sys.argv[1])):
-    assert local.launch_local([], 2, survives=cycle % 2 == 1) == 0
+    assert local.launch_local("stand-in", [], 2, survives=cycle % 2 == 1) == 0
 assert held() == before, (before, held())
 """
 

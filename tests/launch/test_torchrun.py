@@ -72,7 +72,8 @@ def test_a_job_that_another_node_has_closed(
     monkeypatch.setattr(torchrun, "_listen_to_the_agent", lambda _: None)
     if left:
         error_file(tmp_path, 1).write_text(left, encoding="utf-8")
-    assert torchrun._run(["train"], tmp_path, (1, 1), 1, None, "job", 0) == status
+    job = torchrun.TorchrunJob(name="job", nodes=(1, 1), ranks_per_node=1, endpoint=None, max_restarts=0)
+    assert torchrun._run("stand-in", [], tmp_path, None, job) == status
     assert said in capsys.readouterr().err
 
 

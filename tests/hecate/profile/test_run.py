@@ -69,11 +69,11 @@ def test_ranks_of_two_hosts(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
-    calls: list[tuple[list[str], int]] = []
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], int]]:
+    calls: list[tuple[str, list[str], int]] = []
 
-    def launch(arguments: list[str], ranks: int) -> int:
-        calls.append((arguments, ranks))
+    def launch(program: str, arguments: list[str], ranks: int) -> int:
+        calls.append((program, arguments, ranks))
         return 0
 
     monkeypatch.setattr("hecate.launch.local.launch_local", launch)
@@ -81,13 +81,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
     return calls
 
 
-def test_the_command_starts_local_ranks(tmp_path: Path, launched: list[tuple[list[str], int]]) -> None:
+def test_the_command_starts_local_ranks(tmp_path: Path, launched: list[tuple[str, list[str], int]]) -> None:
     out = tmp_path / "machine.yaml"
     assert CliRunner().invoke(app, ["profile", "--out", str(out), "--nproc", "3"]).exit_code == 0
-    assert launched == [(["profile", "--out", str(out)], 3)]
+    assert launched == [("hecate.profile.rank_main", [str(out)], 3)]
 
 
-def test_the_command_refuses_first_what_it_could_not_write_last(tmp_path: Path, launched: list[tuple[list[str], int]]) -> None:
+def test_the_command_refuses_first_what_it_could_not_write_last(tmp_path: Path, launched: list[tuple[str, list[str], int]]) -> None:
     result = CliRunner().invoke(app, ["profile", "--out", str(tmp_path)])
     assert isinstance(result.exception, UserError)
     assert str(tmp_path) in str(result.exception)

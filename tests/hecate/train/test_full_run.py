@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import hecate.cli
+import hecate.cli.models
 import hecate.model.room
 from hecate.config import DataSource
 from hecate.data.encode import encode_source
@@ -51,7 +51,7 @@ def test_a_run_learns_and_leaves_a_mixtral(workshop: Path, whole: Path) -> None:
 def test_the_model_that_a_run_leaves_is_evaluated_and_answers(workshop: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hecate.cli.evaluate(workshop / "config.yaml", [f"output_dir={whole}", *FULL[:-1]])
+    hecate.cli.models.evaluate(workshop / "config.yaml", [f"output_dir={whole}", *FULL[:-1]])
     shown = capsys.readouterr().out
     for name, score in records(workshop, "full", "eval")[-1]["sources"].items():
         assert f"{score['loss']:.3f}" in next(line for line in shown.splitlines() if name in line)

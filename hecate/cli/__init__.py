@@ -1,0 +1,53 @@
+"""The command line, `hecate`. Each verb is a function in the room of its subject; the modules it needs are imported inside it.
+
+`jobs` starts training and watches it, `forecasts` measures and predicts, `models` writes data for a model and uses what a run has trained.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+import hecate
+from hecate.cli import forecasts, jobs, models
+from hecate.errors import USER_ERROR_EXIT, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fully sharded sparse data parallel (FSSDP) training of mixtures of LoRA experts.",
+)
+_VERBS: dict[str, dict[str, Callable[..., None]]] = {
+    "Train": {"train": jobs.train, "launch": jobs.launch, "ray": jobs.ray, "submit": jobs.submit, "status": jobs.status},
+    "Predict": {"plan": forecasts.plan, "simulate": forecasts.simulate, "profile": forecasts.profile},
+    "Data and trained models": {"eval": models.evaluate, "generate": models.generate, "make-tasks": models.make_tasks},
+}
+for _panel, _functions in _VERBS.items():
+    for _name, _function in _functions.items():
+        app.command(name=_name, rich_help_panel=_panel)(_function)
+
+
+def main() -> None:
+    """Run the command line. A user's mistake ends it with a short text and exit status 2, never with a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"hecate: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR_EXIT)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hecate {hecate.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and end")] = False,
+) -> None:
+    pass

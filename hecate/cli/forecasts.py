@@ -1,0 +1,115 @@
+"""Verbs that measure a machine and predict a run: profile, plan, simulate."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hecate.cli.arguments import ConfigFile, Overrides
+from hecate.errors import UserError
+
+RANK_PROGRAM = "hecate.profile.rank_main"
+"""the module that a rank's process runs"""
+
+
+def profile(
+    out: Annotated[Path, typer.Option(help="YAML file to write; a run reads it with topology=FILE.yaml")],
+    nproc: Annotated[int | None, typer.Option(min=1, help="ranks on this machine; default: one for each GPU, or 2")] = None,
+) -> None:
+    """Measure the devices and the links between them. Starts ranks on this machine; under torchrun, becomes one of its ranks."""
+    rank = os.environ.get("RANK")
+    if rank in (None, "0"):
+        from hecate.parallel.topology_file import check_writable
+
+        check_writable(out)
+    if rank is None:
+        from hecate.launch.local import launch_local
+        from hecate.train.preflight import default_ranks
+
+        raise typer.Exit(launch_local(RANK_PROGRAM, [str(out)], nproc or default_ranks()))
+    if nproc is not None:
+        raise UserError("--nproc: torchrun has started the ranks already; give it --nproc-per-node instead")
+    from hecate.profile.rank_main import main as become_rank
+
+    become_rank([str(out)])
+
+
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str | None, typer.Option(help="replaces the configuration's topology: a preset of configs/topologies, or a YAML file")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="number of ranks with topology auto; default: as many as train would start")
+    ] = None,
+    workload: Annotated[str, typer.Option(help="synthetic expert loads to predict with")] = "dirichlet_drift",
+    json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
+) -> None:
+    """Predict memory, bytes and time of one step of CONFIG on any topology. Loads no weights, needs no GPU."""
+    # A few plans in plain Python take less time than compiling the planners' loops.
+    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+    from hecate.config import load_config
+    from hecate.forecast.plan import run_plan
+
+    loaded = load_config(config, overrides or (), claim_output=False)
+    run_plan(loaded, topology=topology, ranks=ranks, workload=workload, json_path=json_path)
+
+
+def simulate(
+    context: typer.Context,
+    topology: Annotated[str | None, typer.Option(help="preset of configs/topologies, or a YAML file")] = None,
+    model: Annotated[str | None, typer.Option(help="preset of configs/models, or a YAML file")] = None,
+    workload: Annotated[str, typer.Option(help="a name, several names separated by commas, or all")] = "zipf",
+    trace: Annotated[Path | None, typer.Option(help="file of recorded loads, in place of a workload")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens of one rank in a step")] = 8192,
+    policy: Annotated[str, typer.Option(help="a name, several names separated by commas, or all")] = "all",
+    steps: Annotated[int, typer.Option(min=1, help="number of steps")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the workload")] = 0,
+    exact: Annotated[bool, typer.Option("--exact", help="plan with the step's own loads, not with those of earlier steps")] = False,
+    rematerialize: Annotated[bool, typer.Option("--rematerialize", help="free replicas between forward and backward pass")] = False,
+    max_imbalance: Annotated[
+        float | None, typer.Option(min=1, help="bound on the ranks' largest over mean compute; default: no bound")
+    ] = None,
+    sweep: Annotated[str | None, typer.Option(help="many cases: preset of configs/experiments, or a YAML file")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="write a PNG of the step times to this file")] = None,
+) -> None:
+    """Compare placement policies on any cluster: predicted time, bytes and memory of a step. Needs no GPU."""
+    if sweep is not None:
+        _refuse_beside(context, "--sweep", "its file says all the rest", allowed=("sweep", "json_path", "plot_path"))
+        from hecate.forecast.simulate import run_sweep
+
+        run_sweep(sweep, json_path, plot_path)
+        return
+    if trace is not None:
+        others = ("workload", "tokens", "steps", "seed")
+        _refuse_beside(context, "--trace", "the trace says them", allowed=tuple(name for name in context.params if name not in others))
+    from hecate.forecast.simulate import run_simulation
+
+    run_simulation(
+        topology=topology,
+        model=model,
+        workload=workload,
+        trace=trace,
+        tokens=tokens,
+        policy=policy,
+        steps=steps,
+        seed=seed,
+        exact=exact,
+        rematerialize=rematerialize,
+        max_imbalance=max_imbalance,
+        json_path=json_path,
+        plot_path=plot_path,
+    )
+
+
+def _refuse_beside(context: typer.Context, option: str, why: str, *, allowed: tuple[str, ...]) -> None:
+    """Raises UserError: an option that `allowed` does not name was given beside `option`."""
+    option_of = {param.name: param.opts[0] for param in context.command.params if param.name is not None}
+    given = [name for name in option_of if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
+    if superfluous := [option_of[name] for name in given if name not in allowed]:
+        raise UserError(f"{option}: {why}; leave out {', '.join(superfluous)}")

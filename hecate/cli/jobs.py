@@ -1,0 +1,117 @@
+"""Verbs that start a training job, or show one: train, launch, ray, submit, status.
+
+Each checks the configuration and the data before it starts any process.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hecate.cli.arguments import ConfigFile, Overrides
+from hecate.errors import UserError
+
+RANK_PROGRAM = "hecate.train.rank_main"
+"""the module that a rank's process runs"""
+
+
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train on this machine, as CONFIG says. Under torchrun, this process becomes one rank of torchrun's job."""
+    if "RANK" in os.environ:
+        from hecate.train.rank_main import main as become_rank
+
+        become_rank([str(config), *(overrides or ())])
+        return
+    from hecate.config import load_config
+    from hecate.launch.local import launch_local
+    from hecate.parallel.mesh import make_mesh
+    from hecate.train.preflight import check_data, check_kernels, check_vocabulary, default_ranks
+
+    loaded = load_config(config, overrides or ())
+    check_kernels(loaded.kernels)
+    check_data(loaded)
+    count = loaded.nproc or default_ranks()
+    make_mesh(count, loaded.fssdp.shard_size, loaded.model.tensor_parallel)
+    check_vocabulary(loaded)
+    raise typer.Exit(launch_local(RANK_PROGRAM, [str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0))
+
+
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nnodes: Annotated[str, typer.Option(help="number of nodes, or MIN:MAX for a job that may shrink and grow")] = "1",
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="ranks on each node; default: nproc, or one for each GPU, or 2")] = None,
+    rdzv_endpoint: Annotated[str | None, typer.Option(help="HOST:PORT on one of the nodes, where all nodes meet; the same on all")] = None,
+    rdzv_id: Annotated[str, typer.Option(help="name of the job, the same on all nodes")] = "hecate",
+    max_restarts: Annotated[int, typer.Option(min=0, help="how often all ranks are restarted after one has died")] = 3,
+) -> None:
+    """Train on one or several nodes with torchrun's elastic agent: run the same command on each node.
+
+    After a rank or a node is lost, all ranks restart from the last checkpoint.
+    """
+    # torch reads this when it is imported. The agent's store writes long warnings about lost peers; hecate says the same in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from hecate.config import load_config
+    from hecate.launch.torchrun import TorchrunJob, check_fit, node_range
+    from hecate.launch.torchrun import launch as launch_torchrun
+    from hecate.train.preflight import check_data, check_kernels, check_vocabulary, default_ranks
+
+    nodes = node_range(nnodes)
+    loaded = load_config(config, overrides or (), claim_output=nodes[1] == 1)
+    check_kernels(loaded.kernels)
+    check_data(loaded)
+    ranks = nproc_per_node or loaded.nproc or default_ranks()
+    check_fit(loaded, nodes, ranks)
+    check_vocabulary(loaded)
+    job = TorchrunJob(name=rdzv_id, nodes=nodes, ranks_per_node=ranks, endpoint=rdzv_endpoint, max_restarts=max_restarts)
+    raise typer.Exit(launch_torchrun(RANK_PROGRAM, [str(config), *(overrides or ())], job))
+
+
+def ray(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_ADDRESS", help="HOST:PORT of the cluster's head, or local: a private cluster on this machine")
+    ] = "",
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="serve Prometheus metrics on 127.0.0.1 at this port; 0: any free port")
+    ] = None,
+) -> None:
+    """Train on a Ray cluster, from one of its nodes. Gives each device work by its speed, and goes on after devices are lost."""
+    if not address:
+        raise UserError("--address: give HOST:PORT of the cluster's head, or local; no cluster is joined unasked")
+    from hecate.launch.ray_driver import run_on_ray
+
+    raise typer.Exit(run_on_ray(config, overrides or (), address, metrics_port))
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, inside the working directory")],
+    overrides: Overrides = None,
+    address: Annotated[str, typer.Option(help="http://HOST:PORT of the cluster's dashboard")] = "",
+    working_dir: Annotated[
+        Path, typer.Option(help="folder whose code and configurations are uploaded; data, runs and secrets are not")
+    ] = Path(),
+) -> None:
+    """Run `hecate ray CONFIG` as a job on a Ray cluster. Waits for the job, shows its output, and ends with its exit status."""
+    if not address:
+        raise UserError("--address: give http://HOST:PORT of the cluster's dashboard; no cluster is looked for")
+    from hecate.launch.submit import submit as run
+
+    raise typer.Exit(run(config, overrides or (), address, working_dir=working_dir))
+
+
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="output_dir of a run that `hecate ray` has started, or its configuration")],
+) -> None:
+    """Show what a job started by `hecate ray` does: state, devices, shares, imbalance, last checkpoint."""
+    from hecate.launch.status import read_status, status_text
+
+    if run.is_file():
+        from hecate.config import load_config
+
+        run = Path(load_config(run, claim_output=False).output_dir)
+    print(status_text(read_status(run)))

@@ -1,0 +1,56 @@
+"""The program that one rank of `hecate profile` is: `python -m hecate.profile.rank_main FILE`.
+
+`hecate profile` starts it on this machine, and becomes it under torchrun.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hecate.errors import UserError
+from hecate.ranks.launched import exit_with_user_error
+
+
+def preload() -> None:
+    """Import what a rank needs. The fork server calls this once, for all ranks of a machine."""
+    from hecate.profile import run  # noqa: F401
+    from hecate.ranks import ranks  # noqa: F401
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure as one rank.
+
+    Args:
+        arguments: the path of the topology file to write.
+
+    Raises:
+        SystemExit: with status 2 after a user's mistake, whose text is printed.
+    """
+    try:
+        if len(arguments) != 1:
+            raise UserError("a rank needs the file to write: python -m hecate.profile.rank_main FILE")
+        profile_as_rank(Path(arguments[0]))
+    except UserError as error:
+        exit_with_user_error(error)
+
+
+def profile_as_rank(out: Path) -> None:
+    """Join the ranks that the environment describes, measure with them, and have rank 0 write and show the topology.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
+    from hecate.profile.run import profile
+    from hecate.ranks.ranks import join_ranks
+
+    with join_ranks() as ranks:
+        profile(ranks, out)
+        shows = ranks.is_first
+    if shows:
+        print(f"{out}:\n{out.read_text(encoding='utf-8')}", end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

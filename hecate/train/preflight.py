@@ -1,0 +1,59 @@
+"""What a training run is checked for before any of its processes starts.
+
+Every command that starts ranks makes these checks first, so that a mistake costs a second and not the start of a job.
+"""
+
+from __future__ import annotations
+
+from hecate.config import Config
+from hecate.errors import UserError
+
+
+def check_kernels(kernels: str) -> None:
+    """Check that this machine can run the kernels that the configuration asks for.
+
+    Only a machine that trains is checked: `hecate plan` accepts the same configuration anywhere.
+
+    Raises:
+        UserError: `kernels` is "triton", and Triton cannot run.
+    """
+    if kernels != "triton":
+        return
+    import torch
+
+    from hecate.kernels.backend import triton_problem
+
+    problem = triton_problem("cuda" if torch.cuda.is_available() else "cpu")
+    if problem is not None:
+        raise UserError(problem)
+
+
+def check_data(config: Config) -> None:
+    """Read the data files as far as that needs no tokenizer.
+
+    Raises:
+        UserError: a file cannot be read, or has a broken line.
+    """
+    from hecate.data.syntax import check_syntax
+
+    check_syntax([*config.data.train, *config.data.eval], config.data.on_bad_sample)
+
+
+def check_vocabulary(config: Config) -> None:
+    """Check that the tensor groups can split the vocabulary, whose size only the tokenizer tells.
+
+    Raises:
+        UserError: `model.tensor_parallel` does not divide it.
+    """
+    if config.model.tensor_parallel == 1:
+        return
+    from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
+
+    vocabulary_of(config, tokenizer_of(config))
+
+
+def default_ranks() -> int:
+    """The number of ranks on this machine where nobody gives one: one for each GPU, or 2."""
+    import torch
+
+    return torch.cuda.device_count() or 2

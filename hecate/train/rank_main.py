@@ -1,0 +1,78 @@
+"""The program that one rank of a training run is: `python -m hecate.train.rank_main CONFIG [KEY=VALUE ...]`.
+
+Launchers start it, and `hecate train` becomes it under torchrun. The environment says which rank the process is
+(`hecate.ranks.ranks.join_ranks`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.ranks.launched import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, exit_with_user_error, mistakes
+
+
+def preload() -> None:
+    """Import what a rank needs. The fork server calls this once, for all ranks of a machine."""
+    from hecate.train.preload import preload
+
+    preload()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train as one rank of a run.
+
+    Args:
+        arguments: the configuration's path, and key=value pairs that replace its values.
+
+    Raises:
+        SystemExit: with status 2 after a user's mistake, whose text is printed; with status 1 if another rank was lost.
+    """
+    try:
+        if not arguments:
+            raise UserError("a rank needs a configuration: python -m hecate.train.rank_main CONFIG [KEY=VALUE ...]")
+        train_as_rank(Path(arguments[0]), arguments[1:])
+    except UserError as error:
+        exit_with_user_error(error)
+
+
+def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
+    """Join the ranks that the environment describes, and train with them.
+
+    Raises:
+        UserError: the configuration, the data, the model or the disk is wrong.
+        SystemExit: with status 2 if a rank of this job has met a user's mistake before; with status 1 if another rank was lost.
+    """
+    errors = os.environ.get(ERRORS_VARIABLE)
+    if errors and mistakes(Path(errors)):
+        sys.exit(USER_ERROR_EXIT)  # torch's elastic agent restarts ranks after every exit status; a mistake would only be met again
+    from hecate.config import load_config
+    from hecate.train.preflight import check_kernels
+
+    config = load_config(config_path, overrides, claim_output=False)
+    check_kernels(config.kernels)
+    preload()
+    from hecate.elastic.local_group import local_controller
+    from hecate.elastic.restart import begin_or_resume
+    from hecate.ranks.ranks import join_ranks, lost_a_peer
+    from hecate.train.loop import train
+
+    try:
+        with join_ranks(config.fssdp.shard_size, config.model.tensor_parallel) as ranks:
+            # Only one process may check that output_dir is free: rank 0 under torchrun; a launcher has done it before it started the ranks.
+            claims = ranks.is_first and STORE_VARIABLE not in os.environ
+            config = begin_or_resume(config, ranks, claim=(lambda: load_config(config_path, overrides)) if claims else None)
+            train(config, ranks, controller=local_controller(config), joins=JOIN_VARIABLE in os.environ)
+    except RuntimeError as error:
+        if not lost_a_peer(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"hecate: rank {rank} stops because it lost another rank: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,38 @@
+"""The command line's front door, and the program that a rank is, which is not the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from typer.testing import CliRunner
+
+import hecate
+from hecate.cli import app, forecasts, jobs
+
+
+def test_the_version_is_the_packages() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"hecate {hecate.__version__}\n")
+
+
+@pytest.mark.parametrize("program", [jobs.RANK_PROGRAM, forecasts.RANK_PROGRAM])
+def test_a_rank_is_a_program_of_its_own(program: str) -> None:
+    """With everything loaded that it needs, neither the command line nor a launcher is among it."""
+    module = import_module(program)
+    assert callable(module.preload)
+    assert callable(module.main)
+    code = f"import sys, {program} as program\nprogram.preload()\nprint(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert "hecate.ranks.ranks" in loaded
+    assert not [name for name in loaded if name.startswith(("hecate.cli", "hecate.launch", "typer"))]
+
+
+@pytest.mark.parametrize("program", [jobs.RANK_PROGRAM, forecasts.RANK_PROGRAM])
+def test_a_rank_without_arguments_says_how_to_start_it(program: str) -> None:
+    done = subprocess.run([sys.executable, "-m", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"python -m {program} " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
