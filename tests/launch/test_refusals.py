@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from hecate.cli import app
 from hecate.errors import UserError
 from hecate.launch import local, ray_driver, torchrun
+from hecate.train import preflight
 from tests.hecate.megatron.making import write_parts
 
 TENSOR = "model.tensor_parallel=2"
@@ -70,7 +71,7 @@ def test_a_mistake_starts_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(torchrun, "launch", started)
     monkeypatch.setattr(ray_driver, "connected", started)
     monkeypatch.setattr(subprocess.Popen, "__init__", started)
-    monkeypatch.setattr("hecate.train.preflight.default_ranks", lambda: 3 if "ranks" in given else 2)
+    monkeypatch.setattr(preflight, "default_ranks", lambda: 3 if "ranks" in given else 2)
     monkeypatch.delenv("RANK", raising=False)
     for name in ("NUMBA_DISABLE_JIT", "TORCH_CPP_LOG_LEVEL"):  # what commands set is not to last
         monkeypatch.setenv(name, "0")

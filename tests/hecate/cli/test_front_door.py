@@ -5,17 +5,27 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import import_module
+from typing import get_type_hints
 
 import pytest
 from typer.testing import CliRunner
 
 import hecate
 from hecate.cli import app, forecasts, jobs
+from hecate.cli.arguments import ConfigFile
 
 
 def test_the_version_is_the_packages() -> None:
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.output) == (0, f"hecate {hecate.__version__}\n")
+
+
+def test_verbs_that_take_a_configuration_show_it_alike() -> None:
+    hints = {command.name: get_type_hints(command.callback, include_extras=True) for command in app.registered_commands}
+    takers = [name for name, of_verb in hints.items() if ConfigFile in of_verb.values()]
+    assert takers == ["train", "launch", "ray", "plan", "eval"]
+    for name in takers:
+        assert "{CONFIG} [KEY=VALUE]..." in CliRunner().invoke(app, [str(name), "--help"]).output
 
 
 @pytest.mark.parametrize("program", [jobs.RANK_PROGRAM, forecasts.RANK_PROGRAM])
