@@ -1,6 +1,6 @@
 """Does this checkout train as another does, bit for bit? Small runs of both on this machine, compared step by step and tensor by tensor.
 
-    python -m benchmarks.same_training OTHER_CHECKOUT [--quick] [--only NAME,...] [--keep FOLDER] [--json FILE]
+    python -m benchmarks.same_training OTHER_CHECKOUT [--quick] [--only NAME,...] [--keep FOLDER] [--reuse FOLDER] [--json FILE]
 
 Each run (`same_training_cases.RUNS`) is a `hecate train` of a few steps, on one to four ranks over gloo, started in each checkout as a user
 would start it; both checkouts run at once, with one thread a rank. Compared are every step's loss, balance loss, gradient norm, learning
@@ -12,6 +12,9 @@ policies, plans, ways of travelling and changes of ranks of those runs. What it 
 speed or memory; command lines, texts and files other than those named; larger models, where plans and block sizes may be others;
 what either does with a mistake. `plans` says whether both also sent the same bytes at the same imbalance in every step: better plans
 may differ there, and still leave losses equal only by luck.
+
+With `--keep FOLDER` models, data and all that the runs leave stay in that folder. `--reuse FOLDER`, of such an earlier call on this
+machine, saves half of the time: the other checkout's results are read from it where that is at the same commit as then.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -37,8 +41,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.report import arguments, finish
-from benchmarks.same_training_cases import RUNS, SPELLINGS, Records, Training, environment_of, make_folder
+from benchmarks.same_training_cases import RUNS, Records, Training, description, environment_of, make_folder
 
+SPELLINGS: tuple[dict[str, str], ...] = ({},)
+"""Settings that checkouts spell in different ways, the newest way first: each dict maps a setting of `RUNS` to what stands in its place. A
+checkout that refuses a run's settings (exit status 2) is tried with the next dict."""
 TENSOR_NAMES: tuple[tuple[str, str], ...] = ()
 """(old part of a tensor's name, new part): names of both checkouts are compared with old parts replaced"""
 METRICS: dict[str, tuple[str, ...]] = {
@@ -223,18 +230,34 @@ def _take_back(output: Path, step: int) -> None:
         shutil.rmtree(output / name, ignore_errors=True)
 
 
-def row_of(training: Training, checkouts: Sequence[Path], folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Workshop:
+    """Where the runs find their models and data, and leave what they write."""
+
+    made: Path
+    """filled by `make_folder`"""
+    runs: Path
+    reused: Path | None
+    """the runs of an earlier call, over the same models and data"""
+
+
+def row_of(training: Training, checkouts: Sequence[Path], workshop: Workshop) -> dict[str, Any]:
     """Both checkouts' runs and what came of them, as one row of the table."""
     row: dict[str, Any] = {"run": training.name, "result": "failed", "tensors": 0, "different": 0, "largest": 0.0, "first_step": "-"}
     row |= {"plans": "-", "here_s": math.nan, "there_s": math.nan, "names": []}
-    runs = folder / "runs" / training.name
+    runs = workshop.runs / training.name
     runs.mkdir(parents=True)
 
     def one(side: str, checkout: Path) -> Trained | Failure:
+        commit = commit_of(checkout)
         try:
-            return train(training, checkout, folder, runs / side)
+            if side == "there" and workshop.reused and _is_of(workshop.reused / training.name / side, commit):
+                return read_trained(workshop.reused / training.name / side, seconds=0.0)
+            trained = train(training, checkout, workshop.made, runs / side)
         except Failure as failure:
             return failure
+        (runs / f"{side}.commit").write_text(commit, encoding="utf-8")
+        return trained
 
     with ThreadPoolExecutor(2) as pool:
         here, there = pool.map(one, ("here", "there"), checkouts)
@@ -252,6 +275,20 @@ def row_of(training: Training, checkouts: Sequence[Path], folder: Path) -> dict[
     row["first_step"] = "-" if difference.first_step is None else difference.first_step
     row["plans"] = "same" if difference.same_plans else "other"
     return row
+
+
+def _is_of(output: Path, commit: str) -> bool:
+    """Was `output` left by a run of that commit, which came to its end?"""
+    note = output.with_suffix(".commit")
+    return note.is_file() and note.read_text(encoding="utf-8") == commit
+
+
+def commit_of(checkout: Path) -> str:
+    """Its commit, or a text that is never the same again if files were changed since, or if it has none."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--match=", "--dirty"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    text = done.stdout.strip()
+    return text if done.returncode == 0 and not text.endswith("-dirty") else secrets.token_hex(8)
 
 
 def check_checkout(checkout: Path) -> None:
@@ -277,6 +314,7 @@ def main() -> None:
     parser.add_argument("other", type=Path, metavar="OTHER_CHECKOUT", help="the checkout to compare with")
     parser.add_argument("--only", metavar="NAME,...", help="these runs")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in this new folder and leave it")
+    parser.add_argument("--reuse", type=Path, metavar="FOLDER", help="take the other checkout's results from what --keep has left")
     options = parser.parse_args()
     trainings = chosen(options)
     checkouts = (ROOT, options.other.resolve())
@@ -286,9 +324,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="same_training-") as temporary:
         folder = options.keep.resolve() if options.keep else Path(temporary)
         folder.mkdir(parents=True, exist_ok=not options.keep)
-        make_folder(folder)
+        reused = options.reuse.resolve() if options.reuse else None
+        if reused and (reused / "description").read_text(encoding="utf-8") != description():
+            raise SystemExit(f"same_training: --reuse: {reused} is of other runs than today's: make it anew with --keep")
+        workshop = Workshop(reused or folder, folder / "runs", reused / "runs" if reused else None)
+        if not reused:
+            make_folder(folder)
         for training in trainings:
-            rows.append(row_of(training, checkouts, folder))
+            rows.append(row_of(training, checkouts, workshop))
             print(f"{training.name}: {rows[-1]['result']}", file=sys.stderr, flush=True)
     counts = {result: float(sum(row["result"] == result for row in rows)) for result in ("equal", "DIFFERENT", "failed")}
     finish("same_training", rows, {key.lower(): number for key, number in counts.items()}, options.json)

@@ -6,6 +6,7 @@ of either checkout.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,13 +19,9 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.lost_rank import AT
+from benchmarks import lost_rank
 
 STEPS = 6
-SPELLINGS: tuple[dict[str, str], ...] = ({},)
-"""Settings that checkouts spell in different ways, the newest way first: each dict maps a setting of `RUNS` to what stands in its place. A
-checkout that refuses a run's settings (exit status 2) is tried with the next dict."""
-
 TEMPLATE = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\\n' + message['content'] + '<e>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
@@ -54,7 +51,6 @@ TOPOLOGIES = {
         "nodes: [{devices: 2, flops: 1e9, memory: 1e9}, {devices: 2, flops: 1e9, memory: 1e9}]\n"
         "intra_node: {bandwidth: 1e9, latency: 1e-6}\ninter_node: {bandwidth: 1e7, latency: 1e-5}\n"
     ),
-    "one_node": "nodes: [{devices: 4, flops: 1e9, memory: 1e9}]\nintra_node: {bandwidth: 3e7, latency: 0.0}\n",
     "unequal": "nodes: [{devices: 3, flops: [1e9, 2e9, 1e9], memory: 1e9}]\nintra_node: {bandwidth: 1e8, latency: 1e-5}\n",
 }
 
@@ -158,7 +154,20 @@ RUNS = (
         shards=2,
         shows=experts_move,
     ),
-    Training("mixlora-resumed", ("nproc=2", "fssdp.policy=hecate", "save_steps=2", "fssdp.load_window=3"), shards=2, resumes_at=2),
+    Training(
+        "mixlora-resumed",
+        (
+            "nproc=4",
+            "fssdp.policy=hecate",
+            "moe.num_experts=8",
+            "save_steps=2",
+            "fssdp.load_window=3",
+            "micro_batch_size=1",
+            "topology={folder}/two_nodes.yaml",
+        ),
+        shards=4,
+        resumes_at=2,
+    ),
     Training("mixlora-lost-rank", ("nproc=3", "fssdp.redundancy=1", "fssdp.policy=hecate"), quick=True, shards=2, loses_rank_at=6),
     # whole FFNs as experts
     Training(
@@ -182,8 +191,16 @@ RUNS = (
         shows=plans_are_calibrated,
     ),
     Training(
-        "full-sliced",
-        (*FULL, "nproc=4", "fssdp.policy=full", "gradient_checkpointing=true", "topology={folder}/one_node.yaml", "micro_batch_size=1"),
+        "full-two-nodes",
+        (
+            *FULL,
+            "nproc=4",
+            "fssdp.policy=full",
+            "moe.num_experts=8",
+            "gradient_checkpointing=true",
+            "micro_batch_size=1",
+            "topology={folder}/two_nodes.yaml",
+        ),
         shards=4,
     ),
     # LoRA on the experts of an MoE model
@@ -210,8 +227,10 @@ RUNS = (
             "fssdp.policy=hecate",
             "fssdp.plan=calibrated",
             "fssdp.memory_slots=1",
+            "topology={folder}/unequal.yaml",
         ),
         shards=3,
+        shows=plans_are_calibrated,
     ),
     Training(
         "moe_lora-exact-groups",
@@ -238,6 +257,12 @@ RUNS = (
 )
 
 
+def description() -> str:
+    """A digest of all that this file and `lost_rank.py` say: of the runs and of what `make_folder` makes for them."""
+    files = (Path(__file__), Path(lost_rank.__file__))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def make_folder(folder: Path) -> None:
     """Fill the empty `folder` with the models, data, topologies and the configuration, config.yaml, of all runs."""
     tokenizer = byte_tokenizer()
@@ -247,7 +272,7 @@ def make_folder(folder: Path) -> None:
         model.save_pretrained(folder / kind)
         tokenizer.save_pretrained(folder / kind)
     (folder / "hooks").mkdir()
-    shutil.copy(Path(__file__).with_name("lost_rank.py"), folder / "hooks" / "sitecustomize.py")
+    shutil.copy(lost_rank.__file__, folder / "hooks" / "sitecustomize.py")
     (folder / "gpt.yaml").write_text(GPT, encoding="utf-8")
     for name, text in TOPOLOGIES.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
@@ -257,6 +282,7 @@ def make_folder(folder: Path) -> None:
         _write_lines(
             folder / f"text.{split}.jsonl", ({"text": f"In the beginning there were {n} sheep and {n * n} wolves."} for n in numbers)
         )
+    (folder / "description").write_text(description(), encoding="utf-8")
     (folder / "config.yaml").write_text(yaml.safe_dump(_config(folder)), encoding="utf-8")
 
 
@@ -306,4 +332,4 @@ def environment_of(training: Training, hooks: Path, marker: Path) -> dict[str, s
     """
     if training.loses_rank_at is None:
         return {}
-    return {"PYTHONPATH": str(hooks), AT: str(training.loses_rank_at), "LOST_RANK_MARKER": str(marker)}
+    return {"PYTHONPATH": str(hooks), lost_rank.AT: str(training.loses_rank_at), lost_rank.MARKER: str(marker)}
