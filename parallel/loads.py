@@ -6,48 +6,50 @@ from collections import deque
 
 import numpy as np
 
+from hecate.parallel.units import Unit, parse_unit
+
 
 class LoadHistory:
     """The last `window` iterations' loads of every layer; predicts the next by their mean (Hecate §3.2, w = 5).
 
-    A layer's loads are a LoadMatrix: int64 [source ranks, experts], token-slots routed from each rank to each expert.
+    A unit's loads are a LoadMatrix: int64 [source ranks, experts], token-slots routed from each rank to each expert.
     """
 
     def __init__(self, window: int) -> None:
         assert window >= 1, window
-        self._steps: deque[dict[int, np.ndarray]] = deque(maxlen=window)
+        self._steps: deque[dict[Unit, np.ndarray]] = deque(maxlen=window)
 
-    def record(self, loads: dict[int, np.ndarray]) -> None:
-        """Append one iteration: layer -> int64 [source ranks, experts]."""
+    def record(self, loads: dict[Unit, np.ndarray]) -> None:
+        """Append one iteration: unit -> int64 [source ranks, experts]."""
         self._steps.append(loads)
 
-    def predict(self, layer: int) -> np.ndarray | None:
+    def predict(self, unit: Unit) -> np.ndarray | None:
         """float64 [source ranks, experts], or None before the first iteration."""
         if not self._steps:
             return None
-        return np.mean([step[layer] for step in self._steps], axis=0)
+        return np.mean([step[unit] for step in self._steps], axis=0)
 
-    def snapshot(self) -> list[dict[int, np.ndarray]]:
+    def snapshot(self) -> list[dict[Unit, np.ndarray]]:
         """The iterations held now, for `restore`; loads are never changed in place."""
         return list(self._steps)
 
-    def restore(self, steps: list[dict[int, np.ndarray]]) -> None:
+    def restore(self, steps: list[dict[Unit, np.ndarray]]) -> None:
         """Be as at a `snapshot`."""
         self._steps.clear()
         self._steps.extend(steps)
 
     def redeal(self, world_size: int) -> None:
         """Of loads that other ranks have sent, say that each of `world_size` ranks sent the same share: totals stay."""
-        self.restore([{layer: _redealt(loads_SE, world_size) for layer, loads_SE in step.items()} for step in self._steps])
+        self.restore([{unit: _redealt(loads_SE, world_size) for unit, loads_SE in step.items()} for step in self._steps])
 
     def state_dict(self) -> list[dict[str, list[list[int]]]]:
-        """JSON-able; layers as decimal strings."""
-        return [{str(layer): loads.tolist() for layer, loads in step.items()} for step in self._steps]
+        """JSON-able; units as their texts."""
+        return [{str(unit): loads.tolist() for unit, loads in step.items()} for step in self._steps]
 
     def load_state_dict(self, state: list[dict[str, list[list[int]]]]) -> None:
         self._steps.clear()
         for step in state:
-            self.record({int(layer): np.asarray(loads, dtype=np.int64) for layer, loads in step.items()})
+            self.record({parse_unit(text): np.asarray(loads, dtype=np.int64) for text, loads in step.items()})
 
 
 def _redealt(loads_SE: np.ndarray, world_size: int) -> np.ndarray:

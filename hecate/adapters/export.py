@@ -17,6 +17,7 @@ from hecate.model.gated_ffn import decoder_layers, find_gated_ffns
 from hecate.model.surgery import MoeModel
 from hecate.parallel.comm.collectives import sparse_all_gather
 from hecate.parallel.placement import Placement, owners_only
+from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 
 _HF_ACTIVATION = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -48,17 +49,17 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
 def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, ranks: Ranks) -> None:
     """Gather all experts on rank 0, a layer at a time, and write them there. Every rank must call it."""
     tensors: dict[str, Tensor] = {}
-    for layer in sorted(moe.layers):
-        chunks = gather_on_first(moe, layer, ranks)
+    for unit in sorted(moe.layers):
+        chunks = gather_on_first(moe, unit, ranks)
         if chunks is None:
             continue
-        family = moe.engine.families[layer]
+        family = moe.engine.families[unit]
         assert isinstance(family, MixLoraExperts)
         for projection, lora in family.pairs(chunks).items():
             for expert in range(family.num_experts):
-                tensors[expert_tensor_name(layer, projection, expert, "A")] = lora.a_SrI[expert].detach()
-                tensors[expert_tensor_name(layer, projection, expert, "B")] = lora.b_SOr[expert].detach()
-        tensors[router_tensor_name(layer)] = moe.routers[layer].detach()
+                tensors[expert_tensor_name(unit.layer, projection, expert, "A")] = lora.a_SrI[expert].detach()
+                tensors[expert_tensor_name(unit.layer, projection, expert, "B")] = lora.b_SOr[expert].detach()
+        tensors[router_tensor_name(unit.layer)] = moe.routers[unit].detach()
     if ranks.is_first:
         for (layer, module), lora_linear in moe.attention.items():
             name = module.rpartition(".")[2]
@@ -70,12 +71,12 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
 def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
     """Set routers, adapters and this rank's owned experts from an adapter's tensors (complete: `load_adapter` has checked)."""
     with torch.no_grad():
-        for layer, router in moe.routers.items():
-            router.copy_(tensors[router_tensor_name(layer)])
-        for (layer, expert), chunk in moe.engine.named_parameters().items():
-            specs = moe.engine.families[layer].layout().trainable
+        for unit, router in moe.routers.items():
+            router.copy_(tensors[router_tensor_name(unit.layer)])
+        for (unit, expert), chunk in moe.engine.named_parameters().items():
+            specs = moe.engine.families[unit].layout().trainable
             parts: list[Any] = [spec.name.split(".") for spec in specs]
-            flat = [tensors[expert_tensor_name(layer, projection, expert, matrix)].flatten() for projection, matrix in parts]
+            flat = [tensors[expert_tensor_name(unit.layer, projection, expert, matrix)].flatten() for projection, matrix in parts]
             chunk.copy_(torch.cat(flat))
         for (layer, module), lora in moe.attention.items():
             name = module.rpartition(".")[2]
@@ -83,12 +84,12 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
             lora.lora_B.copy_(tensors[attention_tensor_name(layer, name, "B")])
 
 
-def gather_on_first(moe: MoeModel, layer: int, ranks: Ranks) -> Tensor | None:
+def gather_on_first(moe: MoeModel, unit: Unit, ranks: Ranks) -> Tensor | None:
     """All master chunks of a layer, [experts, C], on rank 0, None elsewhere. Every rank must call it."""
     if not moe.engine.in_first_group:
         return None
-    owner_E: np.ndarray = moe.engine.owners[layer]
+    owner_E: np.ndarray = moe.engine.owners[unit]
     where_ED = owners_only(owner_E, moe.engine.world_size).where_ED.copy()
     where_ED[:, 0] = True
-    gathered = sparse_all_gather(moe.engine.stores[layer].owned, Placement(owner_E.copy(), where_ED), ranks.groups.experts).wait()
+    gathered = sparse_all_gather(moe.engine.stores[unit].owned, Placement(owner_E.copy(), where_ED), ranks.groups.experts).wait()
     return gathered if ranks.is_first else None

@@ -26,6 +26,7 @@ from hecate.errors import UserError
 from hecate.experts.layer import MoeLayer
 from hecate.io.durable import delete_files, sync_folder, write_durable
 from hecate.model.surgery import MoeModel
+from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 
 _DENSE_TYPES = ("llama", "mistral")
@@ -124,10 +125,10 @@ def export_mixtral(folder: Path, description: MixtralFolder, dense: Mapping[str,
 def _entries(description: MixtralFolder, dense: Mapping[str, Tensor], moe: MoeModel) -> dict[str, TensorEntry]:
     """Every tensor of the folder; the same on every rank."""
     shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
-    for layer in moe.layers:
-        family = moe.engine.families[layer]
-        prefix = f"model.layers.{layer}.block_sparse_moe"
-        shapes[f"{prefix}.gate.weight"] = tuple(moe.routers[layer].shape)
+    for unit in moe.layers:
+        family = moe.engine.families[unit]
+        prefix = f"model.layers.{unit.layer}.block_sparse_moe"
+        shapes[f"{prefix}.gate.weight"] = tuple(moe.routers[unit].shape)
         for expert in range(family.num_experts):
             for spec in family.layout().trainable:
                 shapes[f"{prefix}.experts.{expert}.{_PARTS[spec.name]}.weight"] = spec.shape
@@ -147,7 +148,7 @@ class _Fetch:
 
     def __init__(self, dtype: torch.dtype, dense: Mapping[str, Tensor], moe: MoeModel, ranks: Ranks) -> None:
         self._dtype, self._dense, self._moe, self._ranks = dtype, dense, moe, ranks
-        self._chunk: tuple[tuple[int, int], Tensor | None] | None = None
+        self._chunk: tuple[tuple[Unit, int], Tensor | None] | None = None
         """the expert that was asked for last"""
 
     def __call__(self, name: str) -> Tensor | None:
@@ -155,7 +156,7 @@ class _Fetch:
         if match is None:
             tensor: Tensor | None = self._router_or_dense(name)
         else:
-            key = int(match[1]), int(match[2])
+            key = Unit(int(match[1])), int(match[2])
             if self._chunk is None or self._chunk[0] != key:
                 self._chunk = key, expert_on_first(self._moe, *key, self._ranks)
             tensor = None if self._chunk[1] is None else self._part(key[0], match[3], self._chunk[1])
@@ -165,21 +166,21 @@ class _Fetch:
         if name.endswith(".block_sparse_moe.gate.weight"):
             match = _LAYER.match(name)
             assert match is not None
-            return self._moe.routers[int(match[1])]
+            return self._moe.routers[Unit(int(match[1]))]
         return self._dense[name]
 
-    def _part(self, layer: int, part: str, chunk: Tensor) -> Tensor:
-        specs = self._moe.engine.families[layer].layout().trainable
+    def _part(self, unit: Unit, part: str, chunk: Tensor) -> Tensor:
+        specs = self._moe.engine.families[unit].layout().trainable
         parts = dict(zip((_PARTS[spec.name] for spec in specs), chunk.split([spec.numel for spec in specs]), strict=True))
         shapes = {_PARTS[spec.name]: spec.shape for spec in specs}
         return parts[part].view(shapes[part])
 
 
-def expert_on_first(moe: MoeModel, layer: int, expert: int, ranks: Ranks) -> Tensor | None:
+def expert_on_first(moe: MoeModel, unit: Unit, expert: int, ranks: Ranks) -> Tensor | None:
     """[C] on rank 0: an expert's master chunk. Every rank must call it; only the owner and rank 0 have something to do."""
     if not moe.engine.in_first_group:
         return None
-    store, owner = moe.engine.stores[layer], int(moe.engine.owners[layer][expert])
+    store, owner = moe.engine.stores[unit], int(moe.engine.owners[unit][expert])
     mine = store.owned[store.experts.index(expert)].detach() if owner == moe.engine.rank else None
     if owner == 0:
         return mine

@@ -34,6 +34,7 @@ from hecate.model.room import require_room
 from hecate.model.surgery import MoeModel
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 
 
@@ -59,11 +60,11 @@ def export_peft_adapter(folder: Path, description: PeftMoeConfig, base: BaseMode
     """Gather all pairs on rank 0, a layer at a time, and write them there. Every rank must call it."""
     tensors: dict[str, Tensor] = {}
     for layer in base.adapted:
-        number = layer.block.layer
-        chunks_EC = gather_on_first(moe, number, ranks)
+        unit = Unit(layer.block.layer)
+        chunks_EC = gather_on_first(moe, unit, ranks)
         if chunks_EC is None:
             continue
-        family = moe.engine.families[number]
+        family = moe.engine.families[unit]
         assert isinstance(family, MoeLoraExperts)
         pairs = family.pairs(chunks_EC)
         for projection, (name_a, name_b) in expert_names(layer.block.experts_path, tuple(pairs)).items():
@@ -72,8 +73,8 @@ def export_peft_adapter(folder: Path, description: PeftMoeConfig, base: BaseMode
     if not ranks.is_first:
         return
     for layer in base.adapted:
-        if layer.block.layer in moe.routers:
-            tensors[saved_name(layer.block.router_path)] = moe.routers[layer.block.layer].detach()
+        if (router := moe.routers.get(Unit(layer.block.layer))) is not None:
+            tensors[saved_name(layer.block.router_path)] = router.detach()
     for key, lora in moe.attention.items():
         name_a, name_b = linear_names(_linear_path(base, key))
         tensors[name_a], tensors[name_b] = lora.lora_A.detach(), lora.lora_B.detach()
@@ -94,18 +95,18 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
-    blocks = {layer.block.layer: layer.block for layer in base.adapted}
+    blocks = {Unit(layer.block.layer): layer.block for layer in base.adapted}
     with torch.no_grad():
-        for (layer, expert), chunk in moe.engine.named_parameters().items():
-            family, block = moe.engine.families[layer], blocks[layer]
+        for (unit, expert), chunk in moe.engine.named_parameters().items():
+            family, block = moe.engine.families[unit], blocks[unit]
             assert isinstance(family, MoeLoraExperts)
             names, flat = expert_names(block.experts_path, family.projections), []
             for projection in family.projections:
                 name_a, name_b = names[projection]
                 flat += [expert_a(tensors[name_a], expert, block.num_experts), expert_b(tensors[name_b], expert, block.num_experts)]
             chunk.copy_(torch.cat([part.flatten() for part in flat]))
-        for layer, router in moe.routers.items():
-            router.copy_(tensors[saved_name(blocks[layer].router_path)])
+        for unit, router in moe.routers.items():
+            router.copy_(tensors[saved_name(blocks[unit].router_path)])
         for key, lora in moe.attention.items():
             name_a, name_b = linear_names(_linear_path(base, key))
             lora.lora_A.copy_(tensors[name_a])
@@ -169,15 +170,15 @@ def _shapes(moe: MoeModel, base: BaseModel) -> dict[str, tuple[int, ...]]:
     """Every tensor that an adapter of this model has."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in base.adapted:
-        block, family = layer.block, moe.engine.families[layer.block.layer]
+        block, family = layer.block, moe.engine.families[Unit(layer.block.layer)]
         assert isinstance(family, MoeLoraExperts)
         sizes = {"gate_up_proj": (block.hidden, 2 * block.ffn), "down_proj": (block.ffn, block.hidden)}
         for projection, (name_a, name_b) in expert_names(block.experts_path, family.projections).items():
             inputs, outputs = sizes[projection]
             rows = block.num_experts * family.rank
             shapes[name_a], shapes[name_b] = (rows, inputs), (outputs, rows)
-        if block.layer in moe.routers:
-            shapes[saved_name(block.router_path)] = tuple(moe.routers[block.layer].shape)
+        if (router := moe.routers.get(Unit(block.layer))) is not None:
+            shapes[saved_name(block.router_path)] = tuple(router.shape)
     for key, lora in moe.attention.items():
         name_a, name_b = linear_names(_linear_path(base, key))
         shapes[name_a], shapes[name_b] = tuple(lora.lora_A.shape), tuple(lora.lora_B.shape)

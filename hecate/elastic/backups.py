@@ -18,6 +18,7 @@ from hecate.engine.engine import Engine
 from hecate.optim.optimizer import MASTER, ExpertOptimizer
 from hecate.parallel.backup_ranks import backup_ranks
 from hecate.parallel.comm.reshard import RowSpec, reshard
+from hecate.parallel.units import Unit, expert_name
 
 
 def copy_to_backup_ranks(engine: Engine, optimizer: ExpertOptimizer) -> int:
@@ -38,8 +39,8 @@ def copy_to_backup_ranks(engine: Engine, optimizer: ExpertOptimizer) -> int:
             owner_E = engine.owners[layer]
             done = reshard(rows, specs, owner_E, backup_rank_D[owner_E], engine.groups.experts, store.device)
             for expert, row in done.rows.items():
-                backups[f"{layer}.{expert}"] = nn.Parameter(row.pop(MASTER))
-                moments[f"{layer}.{expert}"] = row
+                backups[expert_name(layer, expert)] = nn.Parameter(row.pop(MASTER))
+                moments[expert_name(layer, expert)] = row
             num_bytes += done.num_bytes
     optimizer.replace_backups(backups, moments)
     return num_bytes
@@ -65,7 +66,7 @@ class GradientsOnTheirWay:
             backup.grad = grad
 
 
-def send_gradients(engine: Engine, optimizer: ExpertOptimizer, loads: dict[int, np.ndarray]) -> GradientsOnTheirWay:
+def send_gradients(engine: Engine, optimizer: ExpertOptimizer, loads: dict[Unit, np.ndarray]) -> GradientsOnTheirWay:
     """Start sending the summed gradients of owned experts to their backup_ranks, in one all-to-all of all layers. Every rank must call it.
 
     An expert that no token has reached has no gradient, there as here.
@@ -86,7 +87,7 @@ def send_gradients(engine: Engine, optimizer: ExpertOptimizer, loads: dict[int, 
                 leaving[backup_rank_D[rank]].append(parameter)
         owner_E = engine.owners[layer]
         for expert in np.flatnonzero(reached_E & (backup_rank_D[owner_E] == rank)).tolist():
-            arriving[owner_E[expert]].append(optimizer.backups[f"{layer}.{expert}"])
+            arriving[owner_E[expert]].append(optimizer.backups[expert_name(layer, expert)])
     some = next(iter(engine.stores.values())).owned
     parts = [parameter.grad.flatten() for peer in leaving for parameter in peer if parameter.grad is not None]
     sent = torch.cat([some.new_empty(0), *parts])

@@ -13,12 +13,13 @@ from hecate.engine.engine import Engine
 from hecate.optim.optimizer import MASTER, ExpertOptimizer
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.sharding import better_owners, owned_bytes, owned_slots
+from hecate.parallel.units import Unit, expert_name
 from hecate.report.events import Move, Resharding
 
 
 def owned_parameters(engine: Engine) -> dict[str, nn.Parameter]:
     """`LAYER.EXPERT` -> master chunk, of the experts that this rank owns now."""
-    return {f"{layer}.{expert}": parameter for (layer, expert), parameter in engine.named_parameters().items()}
+    return {expert_name(layer, expert): parameter for (layer, expert), parameter in engine.named_parameters().items()}
 
 
 def check_room(engine: Engine) -> None:
@@ -54,7 +55,7 @@ def reshard_if_it_pays(engine: Engine, optimizer: ExpertOptimizer, steps: int) -
     return Resharding(move_experts(engine, optimizer, owners), better[1], time.monotonic() - started)
 
 
-def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, np.ndarray]) -> Move:
+def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> Move:
     """Move master parameters, moments and frozen parts to `owners`, bit for bit, a layer at a time. Every rank must call it, between
     two steps.
 
@@ -74,7 +75,7 @@ def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, n
         chunk = RowSpec((store.chunk_numel,), store.owned.dtype)
         done = reshard(rows, optimizer.row_specs(chunk), before, after, engine.groups.experts, store.device)
         frozen_bytes = engine.change_owners(layer, after, {expert: tensors.pop(MASTER) for expert, tensors in done.rows.items()})
-        moments = {f"{layer}.{expert}": tensors for expert, tensors in done.rows.items()}
+        moments = {expert_name(layer, expert): tensors for expert, tensors in done.rows.items()}
         optimizer.replace_owned(owned_parameters(engine), moments)
         experts += done.moved
         num_bytes += done.num_bytes + frozen_bytes
@@ -86,7 +87,7 @@ def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, n
     return Move(experts, num_bytes)
 
 
-def adopt_owners(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, np.ndarray]) -> None:
+def adopt_owners(engine: Engine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> None:
     """Take over the owners of a checkpoint. Every rank must call it, with the same owners.
 
     Parameters are zero and have no moments afterwards where their layer's owners differed: the checkpoint is read into them next.
@@ -98,7 +99,7 @@ def adopt_owners(engine: Engine, optimizer: ExpertOptimizer, owners: dict[int, n
     optimizer.replace_owned(owned_parameters(engine), {})
 
 
-def _assert_agreed(engine: Engine, owners: dict[int, np.ndarray]) -> None:
+def _assert_agreed(engine: Engine, owners: dict[Unit, np.ndarray]) -> None:
     """A rank that came to other owners, as different processors' rounding might make it, would lose experts without a word."""
     if dist.get_world_size(engine.groups.world) == 1 or not owners:
         return

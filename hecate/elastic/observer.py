@@ -15,6 +15,7 @@ import numpy as np
 from hecate.elastic.pace import Pace
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.topology_file import topology_text
+from hecate.parallel.units import Unit
 from hecate.report.events import StepResult
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class StepFacts:
     """largest over mean load of the ranks"""
     bytes_sent: int
     """by all ranks"""
-    loads: dict[int, list[int]]
-    """layer -> choices of each expert, all ranks together"""
+    loads: dict[Unit, list[int]]
+    """unit -> choices of each expert, all ranks together"""
 
 
 class Observer(Protocol):

@@ -24,8 +24,8 @@ class Pace:
         self._spans: list[tuple[Any, Any]] = []
         self._seconds, self._tokens = 0.0, 0
         layers = decoder_layers(moe.model)[1]
-        for index, experts in moe.layers.items():
-            layers[index].register_forward_pre_hook(self._begin)
+        for unit, experts in moe.layers.items():
+            layers[unit.layer].register_forward_pre_hook(self._begin)
             experts.register_forward_pre_hook(self._end)
 
     def take(self) -> tuple[int, float]:

@@ -29,6 +29,7 @@ from hecate.optim.optimizer import MASTER, MOMENTS
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.placement import contiguous_owners, redealt_owners
 from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit, expert_name
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import Rebuilt
 from hecate.train.state import load_state
@@ -137,13 +138,13 @@ def _finish_or_rewind(run: Run, standings: list[_Standing]) -> bool:
     return in_step
 
 
-def _holders(run: Run) -> dict[int, np.ndarray]:
+def _holders(run: Run) -> dict[Unit, np.ndarray]:
     """Per layer int64 [experts]: the lowest rank that owns it, else the lowest that has its backup, else -1."""
     mine = []
     for layer, family in run.moe.engine.families.items():
         held_E = np.zeros(family.num_experts, dtype=np.int64)
         for expert in range(0 if run.fresh else family.num_experts):
-            name = f"{layer}.{expert}"
+            name = expert_name(layer, expert)
             held_E[expert] = _OWNED if name in run.optimizer.owned else _BACKUP if name in run.optimizer.backups else 0
         mine.append(held_E)
     if not mine:
@@ -154,13 +155,13 @@ def _holders(run: Run) -> dict[int, np.ndarray]:
     return dict(zip(run.moe.engine.families, np.split(holder_E, cuts), strict=True))
 
 
-def _deal(run: Run, holders: dict[int, np.ndarray], owners: dict[int, np.ndarray]) -> dict[int, dict[int, dict[str, Tensor]]]:
+def _deal(run: Run, holders: dict[Unit, np.ndarray], owners: dict[Unit, np.ndarray]) -> dict[Unit, dict[int, dict[str, Tensor]]]:
     """Layer -> expert -> all there is of it, of the experts that this rank is to own."""
     optimizer, ranks = run.optimizer, run.ranks
     dealt = {}
     for layer, store in run.moe.engine.stores.items():
         mine = np.flatnonzero(holders[layer] == ranks.rank).tolist()
-        names = {expert: f"{layer}.{expert}" for expert in mine}
+        names = {expert: expert_name(layer, expert) for expert in mine}
         held = {expert: optimizer.owned[name] if name in optimizer.owned else optimizer.backups[name] for expert, name in names.items()}
         rows = {expert: optimizer.row(parameter) for expert, parameter in held.items()}
         specs = optimizer.row_specs(RowSpec((store.chunk_numel,), store.owned.dtype))
@@ -168,10 +169,10 @@ def _deal(run: Run, holders: dict[int, np.ndarray], owners: dict[int, np.ndarray
     return dealt
 
 
-def _install(run: Run, topology: Topology, owners: dict[int, np.ndarray], rows: dict[int, dict[int, dict[str, Tensor]]]) -> None:
+def _install(run: Run, topology: Topology, owners: dict[Unit, np.ndarray], rows: dict[Unit, dict[int, dict[str, Tensor]]]) -> None:
     chunks = {layer: {expert: row[MASTER] for expert, row in experts.items()} for layer, experts in rows.items()}
     moments = {
-        f"{layer}.{expert}": {key: value for key, value in row.items() if key != MASTER}
+        expert_name(layer, expert): {key: value for key, value in row.items() if key != MASTER}
         for layer, experts in rows.items()
         for expert, row in experts.items()
     }

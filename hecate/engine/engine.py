@@ -37,6 +37,7 @@ from hecate.parallel.mesh import Mesh, make_mesh, owners_topology
 from hecate.parallel.placement import Placement, owners_by_memory, redealt_owners
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 
@@ -47,22 +48,22 @@ class Engine:
     every group, and recorded loads are those of the whole job.
     """
 
-    def __init__(self, families: dict[int, ExpertFamily], config: EngineConfig, groups: ExpertGroups) -> None:
+    def __init__(self, families: dict[Unit, ExpertFamily], config: EngineConfig, groups: ExpertGroups) -> None:
         self.families = families
         self.history = LoadHistory(config.load_window)
         self._join(config, groups, self.first_owners(config, groups), {})
 
-    def first_owners(self, config: EngineConfig, groups: ExpertGroups) -> dict[int, np.ndarray]:
+    def first_owners(self, config: EngineConfig, groups: ExpertGroups) -> dict[Unit, np.ndarray]:
         """int64 [experts] of each layer, of a run that begins."""
         memory = owners_topology(config.topology, _mesh_of(groups)).memory
         return {layer: owners_by_memory(family.num_experts, memory) for layer, family in self.families.items()}
 
-    def redealt(self, owners: Mapping[int, np.ndarray], world_size: int) -> dict[int, np.ndarray]:
+    def redealt(self, owners: Mapping[Unit, np.ndarray], world_size: int) -> dict[Unit, np.ndarray]:
         """Each layer's owners on another number of ranks, of a sharding group."""
         return dict(zip(owners, redealt_owners(list(owners.values()), world_size), strict=True))
 
     def _join(
-        self, config: EngineConfig, groups: ExpertGroups, owners: dict[int, np.ndarray], chunks: Mapping[int, Mapping[int, Tensor]]
+        self, config: EngineConfig, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]
     ) -> None:
         """All that depends on which ranks there are, as at the beginning of a step."""
         self.groups = groups
@@ -87,11 +88,11 @@ class Engine:
         """of the layers whose experts have frozen parts"""
         self.peak_replica_bytes = 0
         """most bytes of replicas that were here or on their way at once, since the step began"""
-        self._reduced_last: int | None = None
+        self._reduced_last: Unit | None = None
         """the layer whose reduction was started last in the step's last backward pass"""
-        self._awaiting_backward: list[int] = []
+        self._awaiting_backward: list[Unit] = []
         """layers whose replicas were freed after their forward pass, in its order"""
-        self._counts: dict[int, Tensor] = {}
+        self._counts: dict[Unit, Tensor] = {}
         self._step = 0
         self._training = False
         self._last_micro_step = False
@@ -106,12 +107,12 @@ class Engine:
         self.plans.config = config
 
     @property
-    def owners(self) -> dict[int, np.ndarray]:
+    def owners(self) -> dict[Unit, np.ndarray]:
         """int64 [experts] of each layer."""
         return self.plans.owners
 
     @property
-    def placements(self) -> dict[int, Placement]:
+    def placements(self) -> dict[Unit, Placement]:
         """Of each layer, as it is gathered next."""
         return self.plans.placements
 
@@ -121,7 +122,7 @@ class Engine:
         return self.plans.members[0] == 0
 
     def rejoin(
-        self, topology: Topology, groups: ExpertGroups, owners: dict[int, np.ndarray], chunks: Mapping[int, Mapping[int, Tensor]]
+        self, topology: Topology, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]
     ) -> None:
         """Go on with other ranks, in other process groups, from the beginning of a step; what was under way among the old ones is
         forgotten. The parameters are new ones afterwards. Frozen parts come anew from where they came at first.
@@ -136,7 +137,7 @@ class Engine:
         self._join(replace(self.config, topology=topology), groups, owners, chunks)
         self.history.redeal(topology.world_size)
 
-    def named_parameters(self) -> dict[tuple[int, int], nn.Parameter]:
+    def named_parameters(self) -> dict[tuple[Unit, int], nn.Parameter]:
         """(layer, expert) -> flat chunk, of the experts that this rank owns."""
         return {
             (layer, expert): parameter
@@ -178,11 +179,11 @@ class Engine:
             self._counts[layer] = torch.zeros(family.num_experts, dtype=torch.int64, device=self._device())
         self.plans.begin(self._resident(), micro_steps)
 
-    def plan_inputs(self, *, for_owners: bool = False) -> list[tuple[list[int], PlanInput]]:
+    def plan_inputs(self, *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
         """See `StepPlans.inputs`."""
         return self.plans.inputs(self._resident(), for_owners=for_owners)
 
-    def change_owners(self, layer: int, owner_E: np.ndarray, chunks: Mapping[int, Tensor]) -> int:
+    def change_owners(self, layer: Unit, owner_E: np.ndarray, chunks: Mapping[int, Tensor]) -> int:
         """Put a layer's experts on new owners, between two steps. The layer's parameters are new ones afterwards.
 
         Every rank must call it, for the same layers in the same order: frozen parts travel.
@@ -202,7 +203,7 @@ class Engine:
         """The next backward pass is the step's last: reduce gradients as they come."""
         self._last_micro_step = True
 
-    def prefetch(self, *layers: int) -> None:
+    def prefetch(self, *layers: Unit) -> None:
         """Start materializing layers, in the order in which they are needed; every rank must call it in the same order.
 
         Does nothing for those for which that has happened, and where plans must wait for the gate.
@@ -214,7 +215,7 @@ class Engine:
         """A micro-step's backward pass comes next. Every rank must call it."""
         self._prefetch_backward()
 
-    def experts(self, layer: int, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, *, count: bool) -> Tensor:
+    def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, *, count: bool) -> Tensor:
         """The weighted sum of each token's experts: [T, D].
 
         Every rank must call it for the same layers in the same order, also with no tokens.
@@ -262,7 +263,7 @@ class Engine:
         self._token_bytes_sent += here.bytes_sent(self.rank, backward=count and torch.is_grad_enabled())
         return combine(y_RD, here, self.groups.tokens)
 
-    def finish_step(self) -> dict[int, np.ndarray]:
+    def finish_step(self) -> dict[Unit, np.ndarray]:
         """Complete the step: gradients summed onto the owners' parameters, loads recorded. Every rank must call it.
 
         An expert that no token of any rank reached gets no gradient (None), so that its optimizer leaves it untouched.
@@ -316,7 +317,7 @@ class Engine:
             for frozen in self.frozen.values():
                 frozen.trim()
 
-    def _plan_after_gate(self, layer: int, count_E: Tensor) -> None:
+    def _plan_after_gate(self, layer: Unit, count_E: Tensor) -> None:
         """Plan a layer's micro-step from what all ranks have chosen."""
         # Through the tokens' group: the layer's own gather may be under way in the other one.
         loads_SE = exchange_counts(count_E, self.groups.tokens)
@@ -330,11 +331,11 @@ class Engine:
             self.plans.place(layer, plan)
         self.plans.note_served(layer, loads_SE)
 
-    def _resident(self) -> dict[int, np.ndarray]:
+    def _resident(self) -> dict[Unit, np.ndarray]:
         """bool [experts, ranks]: who holds which frozen parts, of the layers that have any."""
         return {layer: frozen.resident_ED for layer, frozen in self.frozen.items()}
 
-    def _gather(self, *layers: int) -> None:
+    def _gather(self, *layers: Unit) -> None:
         gather_together([(self.stores[layer], self.placements[layer]) for layer in layers])
         for layer in layers:
             if layer in self.frozen:
@@ -344,10 +345,10 @@ class Engine:
     def _note_peak(self, more: int = 0) -> None:
         self.peak_replica_bytes = max(self.peak_replica_bytes, self.replica_bytes + more)
 
-    def _replicas(self, layer: int) -> Tensor:
+    def _replicas(self, layer: Unit) -> Tensor:
         return self.stores[layer].replicas((lambda: self._gradient_complete(layer)) if self._training else None)
 
-    def _bring_back(self, layer: int) -> None:
+    def _bring_back(self, layer: Unit) -> None:
         """The backward pass has come to a layer whose replicas were freed; a checkpointed layer may have brought them back itself."""
         self._gather(layer)
         self._replicas(layer)
@@ -357,7 +358,7 @@ class Engine:
         if count:
             self._gather(*self._awaiting_backward[-count:][::-1])
 
-    def _gradient_complete(self, layer: int) -> None:
+    def _gradient_complete(self, layer: Unit) -> None:
         """The backward pass is through with a layer's experts."""
         if not (self.config.per_micro_step or self._last_micro_step):
             return
@@ -377,7 +378,7 @@ class Engine:
         if self.config.plan == "calibrated":
             self.plans.place_from_history(layer)
 
-    def _exchange_loads(self) -> dict[int, np.ndarray]:
+    def _exchange_loads(self) -> dict[Unit, np.ndarray]:
         layers = list(self.families)
         if not layers:
             return {}

@@ -17,6 +17,7 @@ from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class StepPlans:
 
     def __init__(
         self,
-        families: Mapping[int, ExpertFamily],
+        families: Mapping[Unit, ExpertFamily],
         config: EngineConfig,
-        owners: dict[int, np.ndarray],
+        owners: dict[Unit, np.ndarray],
         history: LoadHistory,
         mesh: Mesh,
         group: int,
@@ -75,18 +76,18 @@ class StepPlans:
         """the group's ranks, in the job"""
         self.config = config
         self.owners, self.history = owners, history
-        self.placements: dict[int, Placement] = {}
-        self.splits: dict[int, np.ndarray] = {}
+        self.placements: dict[Unit, Placement] = {}
+        self.splits: dict[Unit, np.ndarray] = {}
         """see `LayerPlan.split`; of the layers whose tokens may have to travel"""
         self.calibrations = 0
         """plans of this step's micro-steps and layers that gave way to better ones after the gate"""
-        self._plans: dict[int, LayerPlan] = {}
-        self._from_history: dict[int, LayerPlan] = {}
-        self._given: dict[int, tuple[PlanInput, int]] = {}
+        self._plans: dict[Unit, LayerPlan] = {}
+        self._from_history: dict[Unit, LayerPlan] = {}
+        self._given: dict[Unit, tuple[PlanInput, int]] = {}
         """what the step's plan was made from, and a layer's place in it"""
-        self._served: dict[int, np.ndarray] = {}
+        self._served: dict[Unit, np.ndarray] = {}
         """float64 [ranks]: choices served so far in this step, where plans follow the true loads"""
-        self._most_served: dict[int, float] = {}
+        self._most_served: dict[Unit, float] = {}
 
     @property
     def config(self) -> EngineConfig:
@@ -103,7 +104,7 @@ class StepPlans:
         """int64 [ranks]: free replica slots of each device in a layer."""
         return np.full(self.mesh.shard_size, family.num_experts if self.config.memory_slots is None else self.config.memory_slots)
 
-    def begin(self, resident: Mapping[int, np.ndarray], micro_steps: int) -> None:
+    def begin(self, resident: Mapping[Unit, np.ndarray], micro_steps: int) -> None:
         """Plan all layers of an optimizer step from the history, or prepare for plans after the gate.
 
         Args:
@@ -122,7 +123,7 @@ class StepPlans:
                     self._from_history[layer] = layer_plan(plan, given, index)
                     self.place(layer, self._from_history[layer])
 
-    def inputs(self, resident: Mapping[int, np.ndarray], *, for_owners: bool = False) -> list[tuple[list[int], PlanInput]]:
+    def inputs(self, resident: Mapping[Unit, np.ndarray], *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
         """What a planner is given for the next step: the layers of one shape together, each with its number.
 
         Args:
@@ -151,7 +152,7 @@ class StepPlans:
             inputs.append((layers, given))
         return inputs
 
-    def place(self, layer: int, plan: LayerPlan) -> None:
+    def place(self, layer: Unit, plan: LayerPlan) -> None:
         """A layer goes by this plan from now on."""
         self._plans[layer], self.placements[layer] = plan, plan.placement
         self.splits.pop(layer, None)
@@ -168,11 +169,11 @@ class StepPlans:
         for layer, owner_E in self.owners.items():
             self._place_for_any(layer, owners_only(owner_E, self.mesh.shard_size))
 
-    def place_from_history(self, layer: int) -> None:
+    def place_from_history(self, layer: Unit) -> None:
         """A layer goes by the step's first plan again."""
         self.place(layer, self._from_history[layer])
 
-    def after_gate(self, layer: int, loads_SE: np.ndarray, resident_ED: np.ndarray | None) -> LayerPlan | None:
+    def after_gate(self, layer: Unit, loads_SE: np.ndarray, resident_ED: np.ndarray | None) -> LayerPlan | None:
         """What a layer's micro-step should go by, now that its loads [ranks, experts] are known; None: by what it has.
 
         Args:
@@ -186,25 +187,25 @@ class StepPlans:
         self.calibrations += pays
         return plan if pays else None
 
-    def note_served(self, layer: int, loads_SE: np.ndarray) -> None:
+    def note_served(self, layer: Unit, loads_SE: np.ndarray) -> None:
         """A micro-step with such loads goes by the plan that the layer has now."""
         served_D = self._plans[layer].served(loads_SE, self.topology)
         self._served[layer] = self._served.get(layer, 0.0) + served_D
 
-    def change_owners(self, layer: int, owner_E: np.ndarray) -> None:
+    def change_owners(self, layer: Unit, owner_E: np.ndarray) -> None:
         """Between two steps: int64 [experts]."""
         self.owners[layer] = owner_E
         self.placements.pop(layer, None)  # made for the owners of before
 
-    def most_served(self, loads: Mapping[int, np.ndarray]) -> dict[int, float]:
+    def most_served(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, float]:
         """Per layer the choices that the busiest rank of this group has computed of a step's loads."""
         return {layer: float(self._served_here(layer, loads_WE).max()) for layer, loads_WE in loads.items()}
 
-    def note_most_served(self, most: dict[int, float]) -> None:
+    def note_most_served(self, most: dict[Unit, float]) -> None:
         """With several sharding groups: `most_served` of the busiest group in the last step."""
         self._most_served = most
 
-    def imbalance(self, loads: Mapping[int, np.ndarray]) -> float:
+    def imbalance(self, loads: Mapping[Unit, np.ndarray]) -> float:
         """Largest over mean choices computed per rank, averaged over the layers: what the last plans made of a step's loads.
 
         Where plans follow the true loads, or there are several sharding groups, it is what they made of the last step's own.
@@ -218,7 +219,7 @@ class StepPlans:
                 skews.append(self._most_served[layer] * len(loads_WE) / total if total else 1.0)
         return float(np.mean(skews)) if skews else 1.0
 
-    def _place_for_any(self, layer: int, placement: Placement) -> None:
+    def _place_for_any(self, layer: Unit, placement: Placement) -> None:
         # Some tokens of every rank for every expert: what must travel may.
         self.place(layer, LayerPlan(placement, np.ones((self.mesh.shard_size, placement.num_experts)), None))
 
@@ -227,15 +228,15 @@ class StepPlans:
         assert np.array_equal(plan.owner_LE, given.owner_LE), "a planner moved owners, which only re-sharding does"
         return plan
 
-    def _alike(self) -> list[list[int]]:
+    def _alike(self) -> list[list[Unit]]:
         """The layers, those of one shape together."""
-        alike: dict[tuple[int, object], list[int]] = {}
+        alike: dict[tuple[int, object], list[Unit]] = {}
         for layer, family in self._families.items():
             key = (family.num_experts, family.cost(self.config.top_k, self.config.non_moe_flops))
             alike.setdefault(key, []).append(layer)
         return list(alike.values())
 
-    def _served_here(self, layer: int, loads_WE: np.ndarray) -> np.ndarray:
+    def _served_here(self, layer: Unit, loads_WE: np.ndarray) -> np.ndarray:
         """float64 [ranks]: choices that each rank of this group has computed of a step's loads."""
         served_D = self._served.get(layer)
         return self._plans[layer].served(self._loads_of_groups(loads_WE), self.topology) if served_D is None else served_D

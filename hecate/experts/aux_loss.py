@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.experts.micro_step import RouterStats
+from hecate.parallel.units import Unit
 
 
-def load_balancing_loss(stats: dict[int, RouterStats], group: dist.ProcessGroup) -> Tensor:
+def load_balancing_loss(stats: dict[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor:
     """This rank's share of E · sum_{k,e} f_{k,e} · P_e; the shares of all ranks add up to the loss. Balanced routing gives top_k.
 
     f is the share of tokens whose k-th choice is e, P the mean probability of e, both over the tokens of all ranks and the layers
@@ -17,8 +18,8 @@ def load_balancing_loss(stats: dict[int, RouterStats], group: dist.ProcessGroup)
     must call it with the same layers; a rank without tokens, too. Source: HF Mixtral's `load_balancing_loss_func`.
     """
     by_shape: dict[tuple[int, ...], list[RouterStats]] = {}
-    for layer in sorted(stats):
-        by_shape.setdefault(tuple(stats[layer].count_KE.shape), []).append(stats[layer])
+    for unit in sorted(stats):
+        by_shape.setdefault(tuple(stats[unit].count_KE.shape), []).append(stats[unit])
     counts = [torch.stack([s.count_KE for s in group_stats]).sum(0) for group_stats in by_shape.values()]
     flat = torch.cat([count.flatten() for count in counts])
     if dist.get_world_size(group) > 1:

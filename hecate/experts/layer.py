@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from hecate.engine.engine import Engine
 from hecate.experts.micro_step import MicroStep, RouterStats
 from hecate.experts.router import Routing, TopKRouter
+from hecate.parallel.units import Unit
 
 
 class MoeLayer(nn.Module):
     """[B, S, D] -> [B, S, D]. Padding tokens (see `MicroStep.valid`) are not routed and come out as zeros."""
 
-    def __init__(self, layer: int, router: TopKRouter, engine: Engine, micro_step: MicroStep) -> None:
+    def __init__(self, unit: Unit, router: TopKRouter, engine: Engine, micro_step: MicroStep) -> None:
         super().__init__()
-        self.layer = layer
+        self.unit = unit
         self.router = router
         self._engine = engine
         self._micro_step = micro_step
@@ -33,8 +34,8 @@ class MoeLayer(nn.Module):
             x_TD, token_T = x_TD[micro.valid], token_T[micro.valid]
         routing = self.router(x_TD)
         if micro.recording:
-            micro.stats[self.layer] = stats_of(routing)
-        y_TD = self._engine.experts(self.layer, x_TD, routing.expert_TK, routing.weight_TK, token_T, count=micro.recording)
+            micro.stats[self.unit] = stats_of(routing)
+        y_TD = self._engine.experts(self.unit, x_TD, routing.expert_TK, routing.weight_TK, token_T, count=micro.recording)
         if micro.valid is not None:
             y_TD = y_TD.new_zeros((hidden[..., 0].numel(), hidden.shape[-1])).index_copy(0, micro.valid, y_TD)
         return y_TD.view_as(hidden)

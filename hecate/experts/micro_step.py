@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from hecate.parallel.units import Unit
+
 
 @dataclass
 class RouterStats:
@@ -34,7 +36,7 @@ class MicroStep:
     """the optimizer step it belongs to"""
     recording: bool = False
     """keep router statistics; off outside training and while a checkpointed layer runs again"""
-    stats: dict[int, RouterStats] = field(default_factory=dict)
+    stats: dict[Unit, RouterStats] = field(default_factory=dict)
 
     def start(self, valid: Tensor | None, token: Tensor | None, *, step: int, recording: bool) -> None:
         self.valid, self.token, self.step, self.recording = valid, token, step, recording

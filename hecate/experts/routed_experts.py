@@ -11,6 +11,7 @@ from hecate.engine.engine import Engine
 from hecate.experts.layer import stats_of
 from hecate.experts.micro_step import MicroStep
 from hecate.experts.router import Routing
+from hecate.parallel.units import Unit
 
 
 class RoutedExperts(nn.Module):
@@ -19,13 +20,13 @@ class RoutedExperts(nn.Module):
     Tokens that are padding (see `MicroStep.valid`) have been routed like the others, but go nowhere, do not count, and come out as zeros.
     """
 
-    def __init__(self, layer: int, router: nn.Module, engine: Engine, micro_step: MicroStep, trained: nn.Parameter | None = None) -> None:
+    def __init__(self, unit: Unit, router: nn.Module, engine: Engine, micro_step: MicroStep, trained: nn.Parameter | None = None) -> None:
         """Args:
         router: the model's own; its first output are the logits [T, E].
         trained: its weight, if that is trained.
         """
         super().__init__()
-        self.layer = layer
+        self.unit = unit
         self._engine = engine
         self._micro_step = micro_step
         self._trained = (trained,)  # not this module's parameter, but the router's
@@ -48,8 +49,8 @@ class RoutedExperts(nn.Module):
         # Also when a checkpointed layer runs again: autograd wants the same tensors as in the first run.
         prob_TE = torch.softmax(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)), dim=-1)
         if micro.recording:
-            micro.stats[self.layer] = stats_of(Routing(prob_TE, expert_TK, weight_TK))
-        y_TD = self._engine.experts(self.layer, x_TD, expert_TK, weight_TK, token_T, count=micro.recording)
+            micro.stats[self.unit] = stats_of(Routing(prob_TE, expert_TK, weight_TK))
+        y_TD = self._engine.experts(self.unit, x_TD, expert_TK, weight_TK, token_T, count=micro.recording)
         if micro.valid is None:
             return y_TD
         return y_TD.new_zeros((num_tokens, y_TD.shape[1])).index_copy(0, micro.valid, y_TD)

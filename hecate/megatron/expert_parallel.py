@@ -25,6 +25,7 @@ from hecate.experts.router import Routing
 from hecate.megatron.gpt import transformer_config
 from hecate.megatron.tensor_parallel import call_newest_collectives
 from hecate.megatron.without_cuda import answer_for_cuda
+from hecate.parallel.units import Unit
 
 AUX_LOSS = "global_load_balancing_loss"
 """the name under which Megatron tracks it"""
@@ -101,7 +102,7 @@ class RecordingRouter(TopKRouter):
             by_rows = [tensor.view_as(logits).transpose(0, 1).flatten(0, 1) for tensor in (logits, prob_TE, map_TE)]
             stats = self._stats(*(part if micro.valid is None else part[micro.valid] for part in by_rows))
             if micro.recording:  # a checkpointed layer that runs again must save the same tensors, and so makes them again
-                micro.stats[self.layer_number - 1] = stats
+                micro.stats[Unit(self.layer_number - 1)] = stats
         return prob_TE, map_TE
 
     def _stats(self, logits_TE: Tensor, prob_TE: Tensor, map_TE: Tensor) -> RouterStats:

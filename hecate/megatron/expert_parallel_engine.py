@@ -22,6 +22,7 @@ from hecate.experts.full import FullExperts
 from hecate.experts.micro_step import MicroStep
 from hecate.megatron.expert_parallel import ExpertParallelLayer, put_experts, write_gradients
 from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 
@@ -30,10 +31,10 @@ class ExpertParallelEngine(Engine):
 
     def __init__(
         self,
-        families: Mapping[int, FullExperts],
+        families: Mapping[Unit, FullExperts],
         config: EngineConfig,
         groups: ExpertGroups,
-        layers: Mapping[int, ExpertParallelLayer],
+        layers: Mapping[Unit, ExpertParallelLayer],
         micro_step: MicroStep,
     ) -> None:
         """Args:
@@ -46,10 +47,10 @@ class ExpertParallelEngine(Engine):
         for layer in layers.values() if self.world_size > 1 else ():
             layer.register_forward_hook(self._count_bytes)
 
-    def first_owners(self, config: EngineConfig, groups: ExpertGroups) -> dict[int, np.ndarray]:
+    def first_owners(self, config: EngineConfig, groups: ExpertGroups) -> dict[Unit, np.ndarray]:
         return self.redealt({}, dist.get_world_size(groups.experts))
 
-    def redealt(self, owners: Mapping[int, np.ndarray], world_size: int) -> dict[int, np.ndarray]:
+    def redealt(self, owners: Mapping[Unit, np.ndarray], world_size: int) -> dict[Unit, np.ndarray]:
         return {layer: contiguous_owners(family.num_experts, world_size) for layer, family in self.families.items()}
 
     @property
@@ -60,14 +61,14 @@ class ExpertParallelEngine(Engine):
         super().begin_step(step, micro_steps)
         self._put_experts()
 
-    def prefetch(self, *layers: int) -> None:
+    def prefetch(self, *layers: Unit) -> None:
         """Nothing travels but tokens."""
 
     def begin_backward(self) -> None:
         for layer, stats in self._micro_step.stats.items():
             self._counts[layer] += stats.count_KE.sum(0)
 
-    def finish_step(self) -> dict[int, np.ndarray]:
+    def finish_step(self) -> dict[Unit, np.ndarray]:
         for layer, store in self.stores.items():
             grad_nC = torch.empty_like(store.owned)
             write_gradients(self._layers[layer], grad_nC)

@@ -34,6 +34,7 @@ from hecate.model.head import VocabularyPart, chunked_cross_entropy
 from hecate.model.surgery import MoeModel, adapter_dtype, prefetch_during_attention
 from hecate.model.tensor_parts import TensorParts
 from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import TensorGroups
 from hecate.ranks.ranks import Ranks
 
@@ -112,21 +113,21 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
     vocabulary = vocabulary_of(config, tokenizer)
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len / ranks.tp_size
-    families = {layer: _family(shape, layer, config.seed, dtype, ranks.device) for layer in range(shape.layers)}
+    families = {Unit(layer): _family(shape, layer, config.seed, dtype, ranks.device) for layer in range(shape.layers)}
     settings, micro_step = engine_config(config, ranks, non_moe_flops, topology), MicroStep()
     routers = {
-        layer: TopKRouter(
-            shape.hidden, shape.experts, shape.top_k, layer=layer, seed=config.seed, dtype=adapter_dtype(dtype), device=ranks.device
+        unit: TopKRouter(
+            shape.hidden, shape.experts, shape.top_k, layer=unit.layer, seed=config.seed, dtype=adapter_dtype(dtype), device=ranks.device
         )
-        for layer in families
+        for unit in families
     }
     engine: Engine
-    layers: dict[int, Any]
+    layers: dict[Unit, Any]
     if config.fssdp.policy == MEGATRON_EP:
         engine, layers = _megatrons(shape, families, routers, settings, ranks, micro_step, dtype)
     else:
         engine = Engine(dict(families), settings, ranks.groups)
-        layers = {layer: MoeLayer(layer, router, engine, micro_step) for layer, router in routers.items()}
+        layers = {unit: MoeLayer(unit, router, engine, micro_step) for unit, router in routers.items()}
     model = gpt_with(shape, vocabulary, layers, ranks, dtype=dtype, seed=config.seed)
     prefetch_during_attention(model.decoder.layers, engine, layers, config.fssdp.prefetch)
     parts = tensor_parts(model, ranks.tensor) if ranks.tensor else None
@@ -136,13 +137,13 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
 
 def _megatrons(
     shape: GptShape,
-    families: dict[int, FullExperts],
-    routers: dict[int, TopKRouter],
+    families: dict[Unit, FullExperts],
+    routers: dict[Unit, TopKRouter],
     settings: EngineConfig,
     ranks: Ranks,
     micro_step: MicroStep,
     dtype: torch.dtype,
-) -> tuple[Engine, dict[int, Any]]:
+) -> tuple[Engine, dict[Unit, Any]]:
     """Megatron's own MoE layers, and the engine for them, with the weights that ours would begin with. Every rank must call it.
 
     Raises:
@@ -155,13 +156,13 @@ def _megatrons(
         check_fit(shape.experts, ranks.groups)
         config = expert_parallel_config(shape, dtype, dist.get_world_size(ranks.groups.experts))
         groups = process_groups(ranks.groups)
-        layers = {layer: build_layer(config, groups, layer, micro_step).to(ranks.device) for layer in families}
-    for layer, router in routers.items():
-        layers[layer].router.weight.data.copy_(router.weight.detach())
+        layers = {unit: build_layer(config, groups, unit.layer, micro_step).to(ranks.device) for unit in families}
+    for unit, router in routers.items():
+        layers[unit].router.weight.data.copy_(router.weight.detach())
     return ExpertParallelEngine(families, settings, ranks.groups, layers, micro_step), layers
 
 
-def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[int, nn.Module], ranks: Ranks, *, dtype: torch.dtype, seed: int) -> Any:
+def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[Unit, nn.Module], ranks: Ranks, *, dtype: torch.dtype, seed: int) -> Any:
     """A GPTModel whose FFNs are `layers`, on this rank's device. Every rank must call it.
 
     Each rank draws all weights and keeps its parts, so what the model begins with does not depend on their number.

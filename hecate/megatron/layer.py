@@ -14,6 +14,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from hecate.parallel.units import Unit
+
 
 class FssdpMoeLayer(MegatronModule):
     """A transformer layer's `mlp`: router and engine of the transformers path, `hecate.experts.layer.MoeLayer`.
@@ -21,16 +23,16 @@ class FssdpMoeLayer(MegatronModule):
     It is built by a ModuleSpec with the parameter `layers`, and takes its own when Megatron says which layer it is in.
     """
 
-    def __init__(self, config: Any, *, layers: Mapping[int, nn.Module], submodules: Any = None, **_: Any) -> None:
+    def __init__(self, config: Any, *, layers: Mapping[Unit, nn.Module], submodules: Any = None, **_: Any) -> None:
         """Args:
-        layers: by the layer's number, from 0.
+        layers: by their units.
         """
         super().__init__(config=config)
         self._layers = layers
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron counts from 1."""
-        self.moe = self._layers[layer_number - 1]
+        self.moe = self._layers[Unit(layer_number - 1)]
 
     def forward(self, hidden_SBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """The experts' output, and no bias. Tokens are numbered by rows elsewhere, and here, too."""

@@ -22,6 +22,7 @@ from hecate.model.expert_weights import read_expert
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_blocks import MoeBlock
 from hecate.model.surgery import MoeModel, adapt_attention, adapter_dtype, find_attention_targets, prefetch_during_attention
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 _DOWN = "down_proj"
@@ -70,7 +71,7 @@ def adapt_experts(
     targets = find_attention_targets(model, plan.target_modules, _beside_attention(model, layers))
     micro_step = MicroStep()
     families = {
-        layer.block.layer: MoeLoraExperts(
+        Unit(layer.block.layer): MoeLoraExperts(
             FfnShape(layer.block.hidden, layer.block.ffn, layer.block.activation),
             _reader(layer.files, compute_dtype, device),
             plan.lora,
@@ -88,10 +89,11 @@ def adapt_experts(
     engine = Engine(dict(families), engine_config, groups)
     modules = {}
     for block in (layer.block for layer in layers):
+        unit = Unit(block.layer)
         router = model.get_submodule(block.router_path)
         trained = _train(router, dtype) if plan.train_router else None
-        modules[block.layer] = RoutedExperts(block.layer, router, engine, micro_step, trained)
-        model.set_submodule(block.experts_path, modules[block.layer])
+        modules[unit] = RoutedExperts(unit, router, engine, micro_step, trained)
+        model.set_submodule(block.experts_path, modules[unit])
     attention = adapt_attention(model, targets, plan.lora, seed=plan.seed, dtype=dtype, micro_step=micro_step)
     prefetch_during_attention(decoder_layers(model)[1], engine, modules, engine_config.prefetch)
     return MoeModel(model, engine, micro_step, modules, attention)

@@ -22,6 +22,7 @@ from hecate.kernels.mixlora_inputs import PROJECTIONS
 from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.lora import LoraLinear
 from hecate.model.tensor_parts import TensorParts
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 
@@ -32,7 +33,7 @@ class MoeModel:
     model: nn.Module
     engine: Engine
     micro_step: MicroStep
-    layers: Mapping[int, MoeLayer | RoutedExperts]
+    layers: Mapping[Unit, MoeLayer | RoutedExperts]
     attention: dict[tuple[int, str], LoraLinear]
     """(layer, module name) -> adapter, such as (3, "self_attn.q_proj")"""
     others: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -41,16 +42,16 @@ class MoeModel:
     """those of them of which this rank has only a part"""
 
     @property
-    def routers(self) -> dict[int, nn.Parameter]:
-        """By layer, the weights of those that are trained."""
-        trained = {layer: module.trained_router for layer, module in sorted(self.layers.items())}
-        return {layer: router for layer, router in trained.items() if router is not None}
+    def routers(self) -> dict[Unit, nn.Parameter]:
+        """By unit, the weights of those that are trained."""
+        trained = {unit: module.trained_router for unit, module in sorted(self.layers.items())}
+        return {unit: router for unit, router in trained.items() if router is not None}
 
     def replicated_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters that every rank holds alike: routers, attention adapters and the model's own, by stable names."""
         named: dict[str, nn.Parameter] = {}
-        for layer, router in self.routers.items():
-            named[f"layers.{layer}.router"] = router
+        for unit, router in self.routers.items():
+            named[f"layers.{unit}.router"] = router
         for (layer, module), lora in sorted(self.attention.items()):
             named[f"layers.{layer}.{module}.A"] = lora.lora_A
             named[f"layers.{layer}.{module}.B"] = lora.lora_B
@@ -112,7 +113,7 @@ def insert_experts(
     dtype = adapter_dtype(next(model.parameters()).dtype)
     micro_step = MicroStep()
     families = {
-        ffn.layer: MixLoraExperts(
+        Unit(ffn.layer): MixLoraExperts(
             ffn.base,
             plan.lora,
             projections,
@@ -151,22 +152,22 @@ def put_layers(
     top_k: int,
     seed: int,
     router_class: type[TopKRouter] = TopKRouter,
-) -> dict[int, MoeLayer]:
+) -> dict[Unit, MoeLayer]:
     """Put routers and the engine's experts in the place of FFNs, and hooks that start each layer's gather ahead of its attention."""
     layers = {}
     for ffn in ffns:
-        base = ffn.base.gate_FD
+        unit, base = Unit(ffn.layer), ffn.base.gate_FD
         router = router_class(
             base.shape[1],
-            engine.families[ffn.layer].num_experts,
+            engine.families[unit].num_experts,
             top_k,
             layer=ffn.layer,
             seed=seed,
             dtype=adapter_dtype(base.dtype),
             device=base.device,
         )
-        layers[ffn.layer] = MoeLayer(ffn.layer, router, engine, micro_step)
-        model.set_submodule(ffn.path, layers[ffn.layer])
+        layers[unit] = MoeLayer(unit, router, engine, micro_step)
+        model.set_submodule(ffn.path, layers[unit])
     prefetch_during_attention(decoder_layers(model)[1], engine, layers, engine.config.prefetch)
     return layers
 
@@ -201,17 +202,17 @@ def find_attention_targets(model: nn.Module, target_modules: Sequence[str], excl
     return targets
 
 
-def prefetch_during_attention(decoder: nn.ModuleList, engine: Engine, layers: Collection[int], ahead: int) -> None:
+def prefetch_during_attention(decoder: nn.ModuleList, engine: Engine, layers: Collection[Unit], ahead: int) -> None:
     """Start a layer's gather when its decoder layer begins, so that its attention hides it, or `ahead` - 1 decoder layers earlier."""
 
-    def hook_for(coming: list[int]) -> Any:
+    def hook_for(coming: list[Unit]) -> Any:
         def start(*_: Any) -> None:
             engine.prefetch(*coming)
 
         return start
 
     for index, module in enumerate(decoder):
-        coming = [layer for layer in range(index, index + ahead) if layer in layers]
+        coming = [unit for unit in sorted(layers) if index <= unit.layer < index + ahead]
         if coming:
             module.register_forward_pre_hook(hook_for(coming))
 

@@ -24,6 +24,7 @@ from hecate.kernels.expert_ffn_inputs import FfnShape
 from hecate.kernels.mixlora_inputs import FfnBase
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.surgery import MoeModel, adapter_dtype, put_layers
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 
@@ -66,7 +67,7 @@ def upcycle(
         name = str(model_dtype).removeprefix("torch.")
         raise UserError(f"model.train_non_experts: the model is held in {name}, whose steps would be lost\n  set model.dtype=float32")
     changed = [ffn for ffn in ffns if plan.experts_per_layer[ffn.layer] > 0]
-    families = {ffn.layer: _family(ffn, plan) for ffn in changed}
+    families = {Unit(ffn.layer): _family(ffn, plan) for ffn in changed}
     micro_step = MicroStep()
     engine = Engine(dict(families), engine_config, groups)
     for family in families.values():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hecate.parallel.sharding import ReshardGain
+from hecate.parallel.units import Unit
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class StepResult:
     """before clipping"""
     skipped: bool
     """a gradient was not finite, so that nothing was changed"""
-    loads: dict[int, np.ndarray]
-    """per layer, int64 [ranks of the job, experts]"""
+    loads: dict[Unit, np.ndarray]
+    """per unit, int64 [ranks of the job, experts]"""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Evaluation:
     """What an evaluation found, by source name; the same on every rank."""
 
     scores: dict[str, EvalScore]
-    loads: dict[str, dict[int, list[int]]]
-    """source -> layer -> assignments of each expert"""
+    loads: dict[str, dict[Unit, list[int]]]
+    """source -> unit -> assignments of each expert"""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from hecate.errors import UserError
 from hecate.io.durable import sync_folder, write_durable
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.loads import imbalance as max_over_mean
+from hecate.parallel.units import Unit
 from hecate.report.events import EvalScore
 
 Record = dict[str, Any]
@@ -34,7 +35,7 @@ def step_record(
     imbalance: float,
     bytes_sent: int,
     calibrations: int,
-    loads: Mapping[int, np.ndarray],
+    loads: Mapping[Unit, np.ndarray],
 ) -> Record:
     """What one optimizer step did. Numbers that are not finite become null.
 
@@ -45,7 +46,7 @@ def step_record(
         imbalance: largest over mean load of the ranks, averaged over the layers.
         bytes_sent: by all ranks together.
         calibrations: plans that gave way to better ones after the gate.
-        loads: layer -> int [source ranks, experts], token-slots routed.
+        loads: unit -> int [source ranks, experts], token-slots routed.
     """
     totals = {layer: np.asarray(loads_RE).sum(axis=0) for layer, loads_RE in sorted(loads.items())}
     return {

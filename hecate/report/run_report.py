@@ -64,7 +64,7 @@ class Reports:
     def step(self, result: StepResult, *, tokens: int, seconds: float, learning_rate: float, bytes_sent: int) -> None:
         run = self._run
         if self._trace:
-            self._trace.append(run.step, result.loads)
+            self._trace.append(run.step, {unit.layer: loads for unit, loads in result.loads.items()})
         if not (self._progress and self._metrics) or run.step % run.config.logging_steps:
             return
         skew = run.moe.engine.plans.imbalance(result.loads)

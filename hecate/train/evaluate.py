@@ -13,6 +13,7 @@ from hecate.data.evaluation import GenerationItem, eval_rows, generation_items, 
 from hecate.data.sources import TokenSource
 from hecate.model.base import BaseModel
 from hecate.model.surgery import MoeModel
+from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import EvalScore, Evaluation
 from hecate.train.generate import generate
@@ -40,7 +41,7 @@ def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sourc
 
 def _loss_and_loads(
     config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource], index: int, together: bool
-) -> tuple[float, dict[int, list[int]]]:
+) -> tuple[float, dict[Unit, list[int]]]:
     rows = eval_rows(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
     counts = {layer: torch.zeros(moe.engine.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}

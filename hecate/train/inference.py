@@ -88,7 +88,7 @@ def _shapes(moe: MoeModel) -> dict[str, tuple[int, ...]]:
     """One tensor of each size that depends on the base model."""
     from hecate.adapters import router_tensor_name
 
-    return {router_tensor_name(layer): tuple(router.shape) for layer, router in moe.routers.items()}
+    return {router_tensor_name(unit.layer): tuple(router.shape) for unit, router in moe.routers.items()}
 
 
 def _plan(description: AdapterConfig) -> SurgeryPlan:

@@ -39,6 +39,7 @@ from hecate.optim.schedule import schedule
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.token_shares import dense_seconds, rows_by_speed, slowest_of_each
 from hecate.parallel.topology import Topology, local_topology
+from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import Evaluation, StepResult
 from hecate.report.heatmap import write_heatmap
@@ -61,7 +62,7 @@ class StepUnderWay:
     tokens: int
     """its own, over all ranks"""
     stream: dict[str, Any]
-    history: list[dict[int, np.ndarray]]
+    history: list[dict[Unit, np.ndarray]]
 
 
 class Run:

@@ -29,6 +29,7 @@ from hecate.elastic.move_experts import adopt_owners
 from hecate.errors import UserError
 from hecate.model.surgery import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
+from hecate.parallel.units import parse_unit
 from hecate.ranks.ranks import Ranks
 
 _NONCE_BYTES = 8
@@ -100,7 +101,7 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
         manifest = read_manifest(folder)
         meta: dict[str, Any] = manifest.meta
         _refuse_other_run(folder, meta, config)
-        owners = {int(layer): np.array(owner_E) for layer, owner_E in meta["owners"].items()}
+        owners = {parse_unit(text): np.array(owner_E) for text, owner_E in meta["owners"].items()}
         if manifest.world_size != moe.engine.world_size:
             owners = moe.engine.redealt(owners, moe.engine.world_size)
         adopt_owners(moe.engine, optimizer, owners)

@@ -34,6 +34,7 @@ from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.step import train_step
 from tests import plain_mixlora
@@ -184,7 +185,8 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
     for name, parameter in moe.replicated_parameters().items():
         if name.endswith(".B"):  # zero at the start, where half of the gradients vanish
             parameter.data.copy_(torch.randn(parameter.shape, generator=random, dtype=torch.float64) * 0.1)
-    for (layer, expert), chunk in moe.engine.named_parameters().items():
+    for (unit, expert), chunk in moe.engine.named_parameters().items():
+        layer = unit.layer
         values = torch.Generator().manual_seed(1000 + 50 * layer + expert)
         chunk.data.copy_(torch.randn(chunk.shape, generator=values, dtype=torch.float64) * 0.2)
     if case.checkpointing:
@@ -203,7 +205,7 @@ class Reference:
         self.layers: list[plain_mixlora.PlainMixlora] = []
         self.chunks: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.replicated: dict[str, torch.Tensor] = {}
-        specs = moe.engine.families[0].layout().trainable
+        specs = moe.engine.families[Unit(0)].layout().trainable
         values = moe.replicated_parameters()
         for index, layer in enumerate(self.model.model.layers):
             experts = []
@@ -275,7 +277,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
     tolerance = TOLERANCE[case.dtype]
     moe, head = sharded(case, world)
     reference = Reference(case, moe)
-    owned = {f"{layer}.{expert}": p for (layer, expert), p in moe.engine.named_parameters().items()}
+    owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.named_parameters().items()}
     optimizer = ExpertOptimizer(
         owned, moe.replicated_parameters(), learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY, schedule=lambda _: 1.0
     )
@@ -300,7 +302,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
         loss, norm, idle = reference.gradients(step, empty_rows)
         assert abs(result.loss - loss) <= tolerance * max(1, abs(loss)), f"step {step}: loss {result.loss} against {loss}"
         assert abs(result.grad_norm - norm) <= tolerance * max(1, norm), f"step {step}: norm {result.grad_norm} against {norm}"
-        for layer, expert in moe.engine.named_parameters():
+        for unit, expert in moe.engine.named_parameters():
+            layer = unit.layer
             _distance(
                 f"step {step}, expert {layer}.{expert}", seen[f"{layer}.{expert}"], reference.flat((layer, expert), grad=True), tolerance
             )
@@ -308,7 +311,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
             _distance(f"step {step}, {name}", seen[name], parameter.grad, tolerance)
         reference.optimizer.step()
         reference.optimizer.zero_grad()
-        for (layer, expert), parameter in moe.engine.named_parameters().items():
+        for (unit, expert), parameter in moe.engine.named_parameters().items():
+            layer = unit.layer
             name = f"{layer}.{expert}"
             _distance(f"step {step}, expert {name} after", parameter.detach(), reference.flat((layer, expert), grad=False), tolerance)
             if (layer, expert) in idle:

@@ -19,6 +19,7 @@ from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, upcycle
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.mesh import make_mesh
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.step import train_step
 from tests.hecate import test_equivalence as suite
@@ -71,7 +72,8 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
     groups = expert_groups(make_mesh(world, case.shard_size))
     plan = UpcyclingPlan((case.num_experts,) * 2, TOP_K, noise=0.1, seed=5, train_non_experts=case.train_non_experts)
     moe = upcycle(model, plan, config, groups, suite.biased_router(suite.router_bias(case.routed)))
-    for (layer, expert), chunk in moe.engine.named_parameters().items():
+    for (unit, expert), chunk in moe.engine.named_parameters().items():
+        layer = unit.layer
         chunk.data.copy_(values(layer, expert, len(chunk)))
     if case.checkpointing:
         from hecate.model.checkpointing import checkpoint_activations
@@ -85,7 +87,7 @@ class Reference:
 
     def __init__(self, case: Case, moe: MoeModel) -> None:
         self.model = suite.tiny_llama(torch.float64).requires_grad_(case.train_non_experts)
-        specs = moe.engine.families[0].layout().trainable
+        specs = moe.engine.families[Unit(0)].layout().trainable
         self.chunks: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.replicated: dict[str, torch.Tensor] = {}
         self.layers = []
@@ -163,14 +165,16 @@ def check_case(rank: int, world: int, case: Case) -> None:
         some_idle |= bool(idle)
         assert result.loss == pytest.approx(loss, rel=TOLERANCE)
         assert result.grad_norm == pytest.approx(norm, rel=TOLERANCE)
-        for layer, expert in moe.engine.named_parameters():
+        for unit, expert in moe.engine.named_parameters():
+            layer = unit.layer
             name = f"{layer}.{expert}"
             close(seen[name], reference.flat((layer, expert), grad=True), f"step {step}, gradient of expert {name}")
         for name, parameter in reference.replicated.items():
             close(seen[name], parameter.grad, f"step {step}, gradient of {name}")
         reference.optimizer.step()
         reference.optimizer.zero_grad()
-        for (layer, expert), parameter in moe.engine.named_parameters().items():
+        for (unit, expert), parameter in moe.engine.named_parameters().items():
+            layer = unit.layer
             name = f"{layer}.{expert}"
             close(parameter, reference.flat((layer, expert), grad=False), f"step {step}, expert {name}")
             if (layer, expert) in idle:

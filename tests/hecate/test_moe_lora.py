@@ -192,7 +192,8 @@ def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModel
     mesh = make_mesh(world, case.shard_size)
     plan = MoeLoraPlan(LoraShape(RANK, ALPHA / RANK, 0.0), TARGETS, case.model.train_router, seed=5)
     moe = adapt_experts(model, layers, plan, config, expert_groups(mesh))
-    for (layer, expert), chunk in moe.engine.named_parameters().items():
+    for (unit, expert), chunk in moe.engine.named_parameters().items():
+        layer = unit.layer
         chunk.data.copy_(initial(len(chunk), layer, expert))
     for (layer, module), lora in moe.attention.items():
         for matrix, parameter in (("A", lora.lora_A), ("B", lora.lora_B)):

@@ -35,6 +35,7 @@ from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.build import moe_lora_plan
 from hecate.train.step import forward_loss, train_step
@@ -168,7 +169,7 @@ def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) 
         "routers, adapters, moments": num_bytes(t for name, t in state.items() if name.startswith("replicated/") and t.dim()),
         "replicas": num_bytes(replicas),
         "activations": num_bytes(tensor for pointer, tensor in kept.items() if pointer not in pointers),
-        "cost": moe.engine.families[0].cost(2, non_moe_flops_per_token(model, layers) * 96),
+        "cost": moe.engine.families[Unit(0)].cost(2, non_moe_flops_per_token(model, layers) * 96),
     }
     del loss
     return measured

@@ -186,7 +186,9 @@ def test_experts_move_when_it_pays_and_then_stay(groups: int) -> None:
 
 def _disagreeing(rank: int, world: int) -> str:
     training = Training(Case("static_ep", EXPERTS, 2, "balanced"), rank, world)
-    move_experts(training.moe.engine, training.optimizer, {layer: np.zeros(EXPERTS, dtype=np.int64) for layer in (0, 1)})
+    move_experts(
+        training.moe.engine, training.optimizer, {layer: np.zeros(EXPERTS, dtype=np.int64) for layer in training.moe.engine.families}
+    )
     training.step(0)
     try:
         reshard_if_it_pays(training.moe.engine, training.optimizer, steps=10**9 * rank)  # so that it pays on rank 1 alone

@@ -43,7 +43,7 @@ def _train(
         if flat:
             patch.setattr(store_module, "choose_collective", lambda *_: "flat")
         moe, head = sharded(case, world)
-        owned = {f"{layer}.{expert}": p for (layer, expert), p in moe.engine.named_parameters().items()}
+        owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.named_parameters().items()}
         optimizer = ExpertOptimizer(
             owned, moe.replicated_parameters(), learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY, schedule=lambda _: 1.0
         )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hecate.parallel.loads import LoadHistory, imbalance
+from hecate.parallel.units import Unit
 
 
 def loads(*rows: list[int]) -> np.ndarray:
@@ -13,18 +14,18 @@ def loads(*rows: list[int]) -> np.ndarray:
 
 
 def test_nothing_is_predicted_before_the_first_iteration() -> None:
-    assert LoadHistory(3).predict(0) is None
+    assert LoadHistory(3).predict(Unit(0)) is None
 
 
 def test_the_prediction_is_the_mean_of_the_last_iterations() -> None:
     history = LoadHistory(2)
-    history.record({0: loads([9, 9], [9, 9]), 4: loads([1, 0])})
-    history.record({0: loads([1, 2], [3, 4]), 4: loads([0, 3])})
-    predicted = history.predict(4)
+    history.record({Unit(0): loads([9, 9], [9, 9]), Unit(4): loads([1, 0])})
+    history.record({Unit(0): loads([1, 2], [3, 4]), Unit(4): loads([0, 3])})
+    predicted = history.predict(Unit(4))
     assert predicted is not None
     assert predicted.tolist() == [[0.5, 1.5]]
-    history.record({0: loads([2, 0], [0, 1]), 4: loads([0, 0])})
-    predicted = history.predict(0)
+    history.record({Unit(0): loads([2, 0], [0, 1]), Unit(4): loads([0, 0])})
+    predicted = history.predict(Unit(0))
     assert predicted is not None
     assert predicted.dtype == np.float64
     assert predicted.tolist() == [[1.5, 1.0], [1.5, 2.5]]
@@ -33,36 +34,36 @@ def test_the_prediction_is_the_mean_of_the_last_iterations() -> None:
 def test_the_state_survives_json_and_goes_on_alike() -> None:
     history, resumed = LoadHistory(3), LoadHistory(3)
     for step in range(5):
-        history.record({2: loads([step, 1], [0, 7 * step]), 11: loads([step * step, 3], [2, 2])})
-    resumed.record({2: loads([100, 100])})
+        history.record({Unit(2): loads([step, 1], [0, 7 * step]), Unit(11): loads([step * step, 3], [2, 2])})
+    resumed.record({Unit(2): loads([100, 100])})
     resumed.load_state_dict(json.loads(json.dumps(history.state_dict())))
     for _ in range(2):
-        for layer in (2, 11):
-            before, after = history.predict(layer), resumed.predict(layer)
+        for unit in (Unit(2), Unit(11)):
+            before, after = history.predict(unit), resumed.predict(unit)
             assert before is not None
             assert after is not None
             np.testing.assert_array_equal(before, after)
         for h in (history, resumed):
-            h.record({2: loads([1, 2], [3, 4]), 11: loads([0, 0], [0, 5])})
+            h.record({Unit(2): loads([1, 2], [3, 4]), Unit(11): loads([0, 0], [0, 5])})
 
 
 def test_an_empty_state() -> None:
     history = LoadHistory(3)
-    history.record({0: loads([1])})
+    history.record({Unit(0): loads([1])})
     history.load_state_dict(LoadHistory(3).state_dict())
-    assert history.predict(0) is None
+    assert history.predict(Unit(0)) is None
 
 
 def test_loads_dealt_to_other_ranks_keep_their_sums() -> None:
     history = LoadHistory(3)
-    history.record({0: loads([5, 1], [2, 3])})
+    history.record({Unit(0): loads([5, 1], [2, 3])})
     before = history.snapshot()
     history.redeal(3)
-    predicted = history.predict(0)
+    predicted = history.predict(Unit(0))
     assert predicted is not None
     np.testing.assert_array_equal(predicted, [[3, 2], [2, 1], [2, 1]])
     history.restore(before)
-    np.testing.assert_array_equal(history.snapshot()[0][0], [[5, 1], [2, 3]])
+    np.testing.assert_array_equal(history.snapshot()[0][Unit(0)], [[5, 1], [2, 3]])
 
 
 def test_a_window_of_nothing_is_our_mistake() -> None:

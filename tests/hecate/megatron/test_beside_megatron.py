@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.experts.aux_loss import load_balancing_loss
+from hecate.parallel.units import Unit
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 from tests.ranks import run_ranks
 
@@ -51,10 +52,10 @@ def _compare(rank: int, world: int, folder: str, policy: str) -> None:
     for name, parameter in others.items():
         parameter.data.copy_(moe.others[name])
     for index, layer in enumerate(layers):
-        moe.layers[index].router.weight.data.mul_(20)  # the init alone is nearly uniform
-        layer.router.weight.data.copy_(moe.layers[index].router.weight)
+        moe.layers[Unit(index)].router.weight.data.mul_(20)  # the init alone is nearly uniform
+        layer.router.weight.data.copy_(moe.layers[Unit(index)].router.weight)
         for expert in range(shape.experts):
-            set_expert(layer, expert, moe.engine.families[index].init_chunk(expert))
+            set_expert(layer, expert, moe.engine.families[Unit(index)].init_chunk(expert))
 
     ids, targets = _tokens(rank, world)
     maps: list[Tensor] = []
@@ -75,7 +76,7 @@ def _compare(rank: int, world: int, folder: str, policy: str) -> None:
     moe.micro_step.start(None, token, step=0, recording=True)
     our_logits = ours.model(ids, None, None)
     # Ours is k times Megatron's of a layer.
-    aux = [load_balancing_loss({index: stats}, group) / shape.top_k for index, stats in sorted(moe.micro_step.stats.items())]
+    aux = [load_balancing_loss({unit: stats}, group) / shape.top_k for unit, stats in sorted(moe.micro_step.stats.items())]
     stats = dict(moe.micro_step.stats)
     moe.engine.begin_backward()
     (loss_of(our_logits) + AUX_COEF * sum(aux)).backward()
@@ -85,16 +86,17 @@ def _compare(rank: int, world: int, folder: str, policy: str) -> None:
     our_aux = torch.stack(aux).detach()
     dist.all_reduce(our_aux)
     _close(our_aux, their_aux, "the aux loss")
-    for index, one in stats.items():
+    for unit, one in stats.items():
         # Positions come first in Megatron, rows in ours: counts do not care.
-        assert torch.equal(one.count_KE.sum(0), maps[index].sum(0)), "routed otherwise"
+        assert torch.equal(one.count_KE.sum(0), maps[unit.layer].sum(0)), "routed otherwise"
         assert len(set(one.count_KE.sum(0).tolist())) > 1, "the routing is too even to say anything"
-    for (index, expert), parameter in moe.engine.named_parameters().items():
+    for (unit, expert), parameter in moe.engine.named_parameters().items():
+        index = unit.layer
         assert parameter.grad is not None
-        _close(parameter.grad, flat_expert(layers[index], expert, grad=True), f"the gradient of expert {index}.{expert}")
+        _close(parameter.grad, flat_expert(layers[index], expert, grad=True), f"the gradient of expert {unit}.{expert}")
     for index, layer in enumerate(layers):
-        assert moe.layers[index].router.weight.grad is not None
-        _close(moe.layers[index].router.weight.grad, layer.router.weight.grad, f"the gradient of router {index}")
+        assert moe.layers[Unit(index)].router.weight.grad is not None
+        _close(moe.layers[Unit(index)].router.weight.grad, layer.router.weight.grad, f"the gradient of router {index}")
     for name, parameter in moe.others.items():
         assert parameter.grad is not None
         assert others[name].grad is not None

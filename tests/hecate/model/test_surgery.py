@@ -13,6 +13,7 @@ from hecate.model.lora import LoraLinear
 from hecate.model.surgery import MoeModel, SurgeryPlan, adapter_dtype, insert_experts, non_moe_flops_per_token
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from tests.hecate.model.tiny import tiny, token_ids
 
@@ -59,15 +60,15 @@ def test_experts_take_part(one_rank: dist.ProcessGroup) -> None:
 def test_only_what_was_put_in_trains(one_rank: dist.ProcessGroup) -> None:
     model = tiny("llama")
     moe = insert(model, one_rank, (3, 0, 2), 2, ("q_proj", "up_proj"))
-    assert sorted(moe.layers) == [0, 2]
+    assert sorted(moe.layers) == [Unit(0), Unit(2)]
     assert sorted(moe.attention) == [(layer, "self_attn.q_proj") for layer in range(3)]
-    assert sorted(moe.engine.named_parameters()) == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
+    assert sorted(moe.engine.named_parameters()) == [(Unit(layer), expert) for layer, expert in ((0, 0), (0, 1), (0, 2), (2, 0), (2, 1))]
     replicated = moe.replicated_parameters()
     adapters = {f"layers.{layer}.self_attn.q_proj.{matrix}" for layer in range(3) for matrix in "AB"}
     assert set(replicated) == {"layers.0.router", "layers.2.router", *adapters}
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in replicated.values()}
     assert type(model.model.layers[1].mlp).__name__ == "LlamaMLP"
-    assert [spec.name for spec in moe.engine.families[0].layout().trainable] == ["up_proj.A", "up_proj.B"]
+    assert [spec.name for spec in moe.engine.families[Unit(0)].layout().trainable] == ["up_proj.A", "up_proj.B"]
 
 
 def test_attention_alone(one_rank: dist.ProcessGroup) -> None:
@@ -135,7 +136,7 @@ def test_gathers_start_so_many_decoder_layers_ahead(one_rank: dist.ProcessGroup,
     moe = insert_experts(model, plan, config, ExpertGroups(one_rank, one_rank))
     seen: list[tuple[int, int]] = []
     begun: list[int] = []
-    moe.engine.prefetch = lambda *layers: seen.extend((begun[-1], layer) for layer in layers)  # type: ignore[method-assign]
+    moe.engine.prefetch = lambda *units: seen.extend((begun[-1], unit.layer) for unit in units)  # type: ignore[method-assign]
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: begun.append(index), prepend=True)
     moe.engine.begin_step(0)

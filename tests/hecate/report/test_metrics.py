@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.errors import UserError
+from hecate.parallel.units import Unit
 from hecate.report.events import EvalScore
 from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
 
@@ -30,7 +31,7 @@ def a_step(step: Any = 1, **changes: Any) -> Record:
         "imbalance": 1.25,
         "bytes_sent": 64,
         "calibrations": 3,
-        "loads": {0: np.array([[1, 2], [3, 4]])},
+        "loads": {Unit(0): np.array([[1, 2], [3, 4]])},
     }
     return step_record(**(values | changes))
 
@@ -41,7 +42,7 @@ def records(path: Path) -> list[Record]:
 
 def test_loads_are_summed_over_source_ranks() -> None:
     # Two ranks, layer 2: expert 0 gets 1 + 5, expert 1 gets 2 + 0, expert 2 gets 1 + 0; mean 3. Layer 10 is idle.
-    record = a_step(loads={10: np.zeros((2, 2), dtype=np.int64), 2: np.array([[1, 2, 1], [5, 0, 0]])})
+    record = a_step(loads={Unit(10): np.zeros((2, 2), dtype=np.int64), Unit(2): np.array([[1, 2, 1], [5, 0, 0]])})
     assert record["loads"] == {"2": [6, 2, 1], "10": [0, 0]}
     assert record["layer_balance"] == {"2": 2.0, "10": 1.0}
     assert list(record["loads"]) == ["2", "10"]
