@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_cases import TOLERANCE, Layer, LayerShape, errors, expected, make_inputs
-from hecate.kernels.mixlora import mixlora_ffn
-from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+from hecate.kernels.mixlora.reference import mixlora_ffn_reference
+from hecate.kernels.mixlora.torch_path import mixlora_ffn
 
 SHAPE = LayerShape("cpu", hidden=512, ffn=1024, rank=8, experts=8, k=2, tokens=4096)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -27,7 +27,7 @@ def rows(samples: int) -> list[dict[str, Any]]:
     found = []
     for dtype in DTYPES:
         inputs = make_inputs(SHAPE, torch.device("cpu"), dtype)
-        operands = (inputs.x_TD, inputs.slot_TK, inputs.weight_TK, inputs.base, dict(inputs.loras))
+        operands = (inputs.routed, inputs.base, dict(inputs.loras))
         functions = {"naive": mixlora_ffn_reference, "ours": mixlora_ffn}
         layers = {name: Layer(functools.partial(function, *operands), inputs.leaves()) for name, function in functions.items()}
         wanted = expected(inputs)

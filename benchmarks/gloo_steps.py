@@ -23,7 +23,7 @@ from torch import Tensor
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.mixlora import LoraShape, MixLoraExperts
-from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase
+from hecate.kernels.common.ffn import PROJECTIONS, FfnBase
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.planners import Planner
 from hecate.parallel.topology import Topology

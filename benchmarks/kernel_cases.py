@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_reference import moe_lora_ffn_reference
-from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase, Lora
-from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
+from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.experts.reference import moe_lora_ffn_reference
+from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 
 TOLERANCE = 0.02
 """of a result in bfloat16 from the reference's in float32, relative, in the Frobenius norm; errors of formulas are far above it"""
@@ -55,8 +56,12 @@ class Inputs:
     base: FfnBase | None
     frozen_EC: Tensor | None
     """chunks as `FfnShape` lays them out"""
-    loras: Mapping[str, Lora]
+    loras: Mapping[str, LowRankPairs]
     dy_TD: Tensor
+
+    @property
+    def routed(self) -> RoutedTokens:
+        return RoutedTokens(self.x_TD, self.slot_TK, self.weight_TK)
 
     @property
     def ffn_shape(self) -> FfnShape:
@@ -91,7 +96,7 @@ def make_inputs(shape: LayerShape, device: torch.device, dtype: torch.dtype = to
             normal(shape.experts, shape.rank, wide, std=wide**-0.5),
             normal(shape.experts, narrow, shape.rank, std=0.2 * shape.rank**-0.5),
         )
-        loras[name] = Lora(a.requires_grad_(), b.requires_grad_(), LORA_SCALE)
+        loras[name] = LowRankPairs(a.requires_grad_(), b.requires_grad_(), LORA_SCALE)
     logits = torch.randn(shape.tokens, shape.experts, generator=random, device=device)
     weight, slot = logits.softmax(1).topk(shape.k)
     return Inputs(
@@ -130,14 +135,14 @@ class Layer:
 def reference(inputs: Inputs) -> Layer:
     """The formula, in float32 of the same values."""
     leaves = {name: leaf.detach().float().requires_grad_() for name, leaf in inputs.leaves().items()}
-    loras = {name: Lora(leaves[f"{name}.A"], leaves[f"{name}.B"], lora.scale) for name, lora in inputs.loras.items()}
-    x, weight = leaves["x"], leaves["weight"]
+    loras = {name: LowRankPairs(leaves[f"{name}.A"], leaves[f"{name}.B"], lora.scale) for name, lora in inputs.loras.items()}
+    routed = RoutedTokens(leaves["x"], inputs.slot_TK, leaves["weight"])
     if inputs.base is not None:
         base = FfnBase(inputs.base.gate_FD.float(), inputs.base.up_FD.float(), inputs.base.down_DF.float(), inputs.base.activation)
-        return Layer(functools.partial(mixlora_ffn_reference, x, inputs.slot_TK, weight, base, loras), leaves)
+        return Layer(functools.partial(mixlora_ffn_reference, routed, base, loras), leaves)
     assert inputs.frozen_EC is not None
     frozen = list(inputs.frozen_EC.float())
-    return Layer(functools.partial(moe_lora_ffn_reference, x, inputs.slot_TK, weight, frozen, loras, inputs.ffn_shape), leaves)
+    return Layer(functools.partial(moe_lora_ffn_reference, routed, frozen, loras, inputs.ffn_shape), leaves)
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernel_cases import Inputs, Layer
-from hecate.kernels.mixlora_inputs import PROJECTIONS
+from hecate.kernels.common.ffn import PROJECTIONS
 
 Provider = Callable[[Inputs, bool], Layer]
 

@@ -55,12 +55,12 @@ RUNS = 20
 def ours(inputs: Inputs, compiled: bool = False) -> Layer:
     """Our layer over these inputs, as a trainer calls it; torch has nothing to compile in it."""
     kernels = expert_kernels("triton", inputs.x_TD, inputs.shape.rank)
-    operands, loras = (inputs.x_TD, inputs.slot_TK, inputs.weight_TK), dict(inputs.loras)
+    loras = dict(inputs.loras)
     if inputs.base is not None:
-        return Layer(functools.partial(kernels.mixlora_ffn, *operands, inputs.base, loras), inputs.leaves())
+        return Layer(functools.partial(kernels.mixlora_ffn, inputs.routed, inputs.base, loras), inputs.leaves())
     assert inputs.frozen_EC is not None
     frozen = list(inputs.frozen_EC)
-    return Layer(functools.partial(kernels.moe_lora_ffn, *operands, frozen, loras, inputs.ffn_shape), inputs.leaves())
+    return Layer(functools.partial(kernels.moe_lora_ffn, inputs.routed, frozen, loras, inputs.ffn_shape), inputs.leaves())
 
 
 def providers(shape: LayerShape) -> dict[str, kernel_providers.Provider]:

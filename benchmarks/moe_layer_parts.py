@@ -17,10 +17,10 @@ from hecate.experts.full import FullExperts
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import LoraShape
-from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_reference import full_ffn_reference, moe_lora_ffn_reference
-from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase
-from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
+from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
+from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 from hecate.ranks.groups import ExpertGroups
@@ -193,9 +193,10 @@ def check(engine: Engine, rank: int, shape: Shape, expert: Tensor, weight: Tenso
 
 
 def _formula(family: ExpertFamily, shape: Shape, x: Tensor, expert: Tensor, weight: Tensor, chunks: Tensor) -> Tensor:
+    routed = RoutedTokens(x, expert, weight)
     if isinstance(family, MixLoraExperts):
-        return mixlora_ffn_reference(x, expert, weight, family.base, family.pairs(chunks))
+        return mixlora_ffn_reference(routed, family.base, family.pairs(chunks))
     if isinstance(family, MoeLoraExperts):
         frozen = [weights(shape, e) for e in range(shape.experts)]
-        return moe_lora_ffn_reference(x, expert, weight, frozen, family.pairs(chunks), shape.expert)
-    return full_ffn_reference(x, expert, weight, chunks, shape.expert)
+        return moe_lora_ffn_reference(routed, frozen, family.pairs(chunks), shape.expert)
+    return full_ffn_reference(routed, chunks, shape.expert)

@@ -19,7 +19,8 @@ from benchmarks.moe_layer_parts import Formula, Shape, make_family, one_step, ro
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
-from hecate.kernels.expert_ffn import full_ffn
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.experts.torch_path import full_ffn
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 from hecate.ranks.groups import ExpertGroups
@@ -130,7 +131,7 @@ class _AllExperts(nn.Module):
         self.experts_EC = nn.Parameter(experts_EC)
 
     def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        return full_ffn(x, expert, weight, self.experts_EC, self._shape)
+        return full_ffn(RoutedTokens(x, expert, weight), self.experts_EC, self._shape)
 
 
 def bench_kind(rank: int, kind: str, shape: Shape, samples: int, groups: ExpertGroups, topology: Topology) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.kernel_cases import SHAPES, LayerShape, make_inputs
 from benchmarks.kernels import ours
-from hecate.kernels.autotune import save, tune
+from hecate.kernels.common.autotune import save, tune
 
 
 def main() -> None:

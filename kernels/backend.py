@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hecate.kernels.common.low_rank import MAX_RANK
+
 Backend = Literal["auto", "triton", "torch", "reference"]
 """auto: Triton on CUDA tensors, where it can, and torch elsewhere. triton: Triton or an error; on CPU tensors its interpreter, for tests.
 torch: the fast path in plain torch. reference: the formula, slot by slot."""
-MAX_RANK = 256
-"""of a LoRA pair in Triton"""
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,22 @@ def triton_problem(device: str, dtype: torch.dtype | None = None, rank: int = 0)
 
 
 def _triton() -> ExpertKernels:
-    from hecate.kernels.expert_ffn_sorted import full_ffn_sorted, moe_lora_ffn_sorted
-    from hecate.kernels.mixlora_sorted import mixlora_ffn_sorted
+    from hecate.kernels.experts.full_operators import full_ffn_triton
+    from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
+    from hecate.kernels.mixlora.operators import mixlora_ffn_triton
 
-    return ExpertKernels(mixlora_ffn_sorted, full_ffn_sorted, moe_lora_ffn_sorted)
+    return ExpertKernels(mixlora_ffn_triton, full_ffn_triton, moe_lora_ffn_triton)
 
 
 def _torch() -> ExpertKernels:
-    from hecate.kernels.expert_ffn import full_ffn, moe_lora_ffn
-    from hecate.kernels.mixlora import mixlora_ffn
+    from hecate.kernels.experts.torch_path import full_ffn, moe_lora_ffn
+    from hecate.kernels.mixlora.torch_path import mixlora_ffn
 
     return ExpertKernels(mixlora_ffn, full_ffn, moe_lora_ffn)
 
 
 def _reference() -> ExpertKernels:
-    from hecate.kernels.expert_ffn_reference import full_ffn_reference, moe_lora_ffn_reference
-    from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+    from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
+    from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 
     return ExpertKernels(mixlora_ffn_reference, full_ffn_reference, moe_lora_ffn_reference)

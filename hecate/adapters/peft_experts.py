@@ -25,7 +25,7 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import LoraShape
-from hecate.kernels.mixlora_inputs import PROJECTIONS
+from hecate.kernels.common.ffn import PROJECTIONS
 from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.load import pick_dtype, resolve_model

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.backend import Backend, expert_kernels
-from hecate.kernels.expert_ffn_inputs import FfnShape
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.ffn import FfnShape
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.layout import ExpertLayout, TensorSpec
 
@@ -100,4 +101,4 @@ class FullExperts:
         step: int,
         training: bool,
     ) -> Tensor:
-        return expert_kernels(self._kernels, x_TD).full_ffn(x_TD, slot_TK, weight_TK, replicas_SC, self.shape)
+        return expert_kernels(self._kernels, x_TD).full_ffn(RoutedTokens(x_TD, slot_TK, weight_TK), replicas_SC, self.shape)

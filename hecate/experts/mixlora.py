@@ -9,8 +9,10 @@ from torch import Tensor
 
 from hecate.experts.pairs import LoraPairs, LoraShape
 from hecate.kernels.backend import Backend, expert_kernels
-from hecate.kernels.dropout import Dropout, dropout_key
-from hecate.kernels.mixlora_inputs import FfnBase, Lora
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.dropout import Dropout, dropout_key
+from hecate.kernels.common.ffn import FfnBase
+from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.layout import ExpertLayout
 
@@ -71,7 +73,7 @@ class MixLoraExperts:
             non_moe_flops=non_moe_flops,
         )
 
-    def pairs(self, replicas_SC: Tensor) -> dict[str, Lora]:
+    def pairs(self, replicas_SC: Tensor) -> dict[str, LowRankPairs]:
         """The chunks as stacked pairs by projection; views, differentiable."""
         return self._pairs.stacked(replicas_SC)
 
@@ -91,13 +93,5 @@ class MixLoraExperts:
         dropout = None
         if training and self.lora.dropout > 0:
             dropout = Dropout(self.lora.dropout, dropout_key(self._seed, step, self._layer))
-        return expert_kernels(self._kernels, x_TD, self.lora.rank).mixlora_ffn(
-            x_TD,
-            slot_TK,
-            weight_TK,
-            self.base,
-            self.pairs(replicas_SC),
-            dropout=dropout,
-            token_T=token_T,
-            expert_S=expert_S,
-        )
+        routed = RoutedTokens(x_TD, slot_TK, weight_TK, token_T, expert_S)
+        return expert_kernels(self._kernels, x_TD, self.lora.rank).mixlora_ffn(routed, self.base, self.pairs(replicas_SC), dropout=dropout)

@@ -10,9 +10,10 @@ from torch import Tensor
 from hecate.experts.full import ffn_specs
 from hecate.experts.pairs import LoraPairs, LoraShape
 from hecate.kernels.backend import Backend, expert_kernels
-from hecate.kernels.dropout import Dropout, dropout_key
-from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.mixlora_inputs import Lora
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.dropout import Dropout, dropout_key
+from hecate.kernels.common.ffn import FfnShape
+from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.layout import ExpertLayout
 
@@ -91,7 +92,7 @@ class MoeLoraExperts:
             non_moe_flops=non_moe_flops,
         )
 
-    def pairs(self, replicas_SC: Tensor) -> dict[str, Lora]:
+    def pairs(self, replicas_SC: Tensor) -> dict[str, LowRankPairs]:
         """The chunks as stacked pairs by projection; views, differentiable."""
         return self._pairs.stacked(replicas_SC)
 
@@ -111,14 +112,7 @@ class MoeLoraExperts:
         dropout = None
         if training and self._lora.dropout > 0:
             dropout = Dropout(self._lora.dropout, dropout_key(self._seed, step, self._layer))
+        routed = RoutedTokens(x_TD, slot_TK, weight_TK, token_T, expert_S)
         return expert_kernels(self._kernels, x_TD, self._lora.rank).moe_lora_ffn(
-            x_TD,
-            slot_TK,
-            weight_TK,
-            frozen_S,
-            self.pairs(replicas_SC),
-            self.shape,
-            dropout=dropout,
-            token_T=token_T,
-            expert_S=expert_S,
+            routed, frozen_S, self.pairs(replicas_SC), self.shape, dropout=dropout
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hecate.experts.seeding import generator, kaiming_lora_a
-from hecate.kernels.mixlora_inputs import Lora
+from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.layout import TensorSpec
 
 
@@ -59,13 +59,13 @@ class LoraPairs:
             parts += [torch.zeros(outputs * self.lora.rank, dtype=torch.float64)]
         return torch.cat(parts)
 
-    def stacked(self, replicas_SC: Tensor) -> dict[str, Lora]:
+    def stacked(self, replicas_SC: Tensor) -> dict[str, LowRankPairs]:
         """The chunks as stacked pairs by projection; views, differentiable."""
         specs = self.specs()
         # One split, whose backward is one concatenation, and not a slice each, whose backward zero-fills the whole chunk.
         parts = replicas_SC.split([spec.numel for spec in specs], dim=1)
         stacked = {spec.name: part.view(-1, *spec.shape) for spec, part in zip(specs, parts, strict=True)}
-        return {name: Lora(stacked[f"{name}.A"], stacked[f"{name}.B"], self.lora.scale) for name in self.projections}
+        return {name: LowRankPairs(stacked[f"{name}.A"], stacked[f"{name}.B"], self.lora.scale) for name in self.projections}
 
     @property
     def flops(self) -> float:

@@ -26,7 +26,7 @@ from hecate.experts.layer import MoeLayer
 from hecate.experts.micro_step import MicroStep
 from hecate.experts.router import TopKRouter
 from hecate.experts.seeding import generator
-from hecate.kernels.expert_ffn_inputs import FfnShape
+from hecate.kernels.common.ffn import FfnShape
 from hecate.megatron.imports import quietly
 from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 from hecate.model.base import BaseModel

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hecate.errors import UserError
-from hecate.kernels.activation import ACTIVATIONS, activation
-from hecate.kernels.mixlora_inputs import FfnBase
+from hecate.kernels.common.ffn import ACTIVATIONS, FfnBase, activation
 
 
 @dataclass(frozen=True)

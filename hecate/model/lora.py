@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from hecate.experts.micro_step import MicroStep
 from hecate.experts.mixlora import LoraShape
 from hecate.experts.seeding import generator, kaiming_lora_a
-from hecate.kernels.dropout import Dropout, dropout_key
-from hecate.kernels.lora_linear import lora_linear
+from hecate.kernels.common.dropout import Dropout, dropout_key
+from hecate.kernels.common.low_rank import lora_linear
 
 
 class LoraLinear(nn.Module):
@@ -29,19 +29,10 @@ class LoraLinear(nn.Module):
         self._micro_step = micro_step
 
     def forward(self, x: Tensor) -> Tensor:
-        token, dropout = self._micro_step.token, None
+        token, rows = self._micro_step.token, None
         if self.shape.dropout > 0 and torch.is_grad_enabled() and token is not None:
             dropout = Dropout(self.shape.dropout, dropout_key(self._seed, self._micro_step.step))
+            rows = dropout.rows(token, self._stream)
         base = self.base
-        y = lora_linear(
-            x.flatten(0, -2),
-            base.weight,
-            base.bias,
-            self.lora_A,
-            self.lora_B,
-            self.shape.scale,
-            dropout=dropout,
-            token_T=token,
-            stream=self._stream,
-        )
+        y = lora_linear(x.flatten(0, -2), base.weight, base.bias, self.lora_A, self.lora_B, self.shape.scale, rows)
         return y.unflatten(0, x.shape[:-1])

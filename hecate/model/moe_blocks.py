@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.errors import UserError
-from hecate.kernels.activation import ACTIVATIONS, activation
+from hecate.kernels.common.ffn import ACTIVATIONS, activation
 from hecate.model.gated_ffn import decoder_layers
 
 _SMALL_HIDDEN, _SMALL_FFN, _TOKENS = 4, 3, 5

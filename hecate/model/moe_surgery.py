@@ -16,7 +16,7 @@ from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import GATE_UP, LoraShape
 from hecate.experts.routed_experts import RoutedExperts
 from hecate.kernels.backend import Backend
-from hecate.kernels.expert_ffn_inputs import FfnShape
+from hecate.kernels.common.ffn import FfnShape
 from hecate.model.expert_files import LayerExperts
 from hecate.model.expert_weights import read_expert
 from hecate.model.gated_ffn import decoder_layers

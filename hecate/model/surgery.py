@@ -18,7 +18,7 @@ from hecate.experts.mixlora import LoraShape, MixLoraExperts
 from hecate.experts.routed_experts import RoutedExperts
 from hecate.experts.router import TopKRouter
 from hecate.kernels.backend import Backend
-from hecate.kernels.mixlora_inputs import PROJECTIONS
+from hecate.kernels.common.ffn import PROJECTIONS
 from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.lora import LoraLinear
 from hecate.model.tensor_parts import TensorParts

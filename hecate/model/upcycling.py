@@ -20,8 +20,7 @@ from hecate.experts.micro_step import MicroStep
 from hecate.experts.router import TopKRouter
 from hecate.experts.seeding import generator
 from hecate.kernels.backend import Backend
-from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.mixlora_inputs import FfnBase
+from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.surgery import MoeModel, adapter_dtype, put_layers
 from hecate.parallel.units import Unit

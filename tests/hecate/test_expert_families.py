@@ -22,9 +22,10 @@ from hecate.experts.family import ExpertFamily
 from hecate.experts.full import FullExperts
 from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import LoraShape
-from hecate.kernels.dropout import Dropout, dropout_key
-from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_reference import full_ffn_reference, moe_lora_ffn_reference
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.dropout import Dropout, dropout_key
+from hecate.kernels.common.ffn import FfnShape
+from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.planners import POLICIES
 from hecate.ranks.groups import ExpertGroups
@@ -112,21 +113,14 @@ class Plain:
     def experts(self, layer: int, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, step: int | None) -> Tensor:
         """`step` None: not training."""
         chunks = torch.stack([self.chunks[layer, e] for e in range(EXPERTS)])
+        routed = RoutedTokens(x_TD, expert_TK, weight_TK, token_T, torch.arange(EXPERTS))
         if self.kind == "full":
-            return full_ffn_reference(x_TD, expert_TK, weight_TK, chunks, SHAPE)
+            return full_ffn_reference(routed, chunks, SHAPE)
         made = family("lora", layer)
         assert isinstance(made, MoeLoraExperts)
-        return moe_lora_ffn_reference(
-            x_TD,
-            expert_TK,
-            weight_TK,
-            [frozen(layer, e) for e in range(EXPERTS)],
-            made.pairs(chunks),
-            SHAPE,
-            dropout=None if step is None else Dropout(DROPOUT, dropout_key(SEED, step, layer)),
-            token_T=token_T,
-            expert_S=torch.arange(EXPERTS),
-        )
+        dropout = None if step is None else Dropout(DROPOUT, dropout_key(SEED, step, layer))
+        frozen_E = [frozen(layer, e) for e in range(EXPERTS)]
+        return moe_lora_ffn_reference(routed, frozen_E, made.pairs(chunks), SHAPE, dropout=dropout)
 
     def step(self, step: int) -> None:
         self.optimizer.zero_grad()

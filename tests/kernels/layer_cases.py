@@ -13,13 +13,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from hecate.kernels import expert_ffn_sorted, mixlora_sorted
-from hecate.kernels.dropout import Dropout
-from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.full_ops import full_experts, full_experts_backward
-from hecate.kernels.kernel_launch import Launch, recorded
-from hecate.kernels.mixlora_inputs import PROJECTIONS, FfnBase, Lora
-from hecate.kernels.moe_lora_ops import lora_experts, lora_experts_backward
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.dropout import Dropout
+from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
+from hecate.kernels.common.kernel_launch import Launch, recorded
+from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.experts import full_operators, moe_lora_operators
+from hecate.kernels.mixlora import operators as mixlora_operators
 
 META = torch.device("meta")
 
@@ -35,7 +35,7 @@ class LayerCase:
     k: int
     tokens: int
     kind: str = "mixlora"
-    """mixlora, lora_experts or full_experts"""
+    """mixlora, moe_lora or full"""
     dtype: torch.dtype = torch.bfloat16
     pair_dtype: torch.dtype | None = None
     """of the pairs, or of trained experts; None: `dtype`"""
@@ -50,32 +50,32 @@ class LayerCase:
     def tensor(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(size, dtype=dtype or self.dtype, device=META)
 
-    def choices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x, slots and weights."""
+    def routed(self) -> RoutedTokens:
         slots = self.tensor(self.tokens, self.k, dtype=torch.int64)
-        return self.tensor(self.tokens, self.hidden), slots, self.tensor(self.tokens, self.k, dtype=torch.float32)
+        tokens, experts = self.tensor(self.tokens, dtype=torch.int64), self.tensor(self.experts, dtype=torch.int64)
+        weights = self.tensor(self.tokens, self.k, dtype=torch.float32)
+        return RoutedTokens(self.tensor(self.tokens, self.hidden), slots, weights, tokens, experts)
 
-    def loras(self) -> dict[str, Lora]:
+    def shape(self) -> FfnShape:
+        return FfnShape(self.hidden, self.ffn, self.activation)
+
+    def low_rank_pairs(self) -> dict[str, LowRankPairs]:
         pairs = {}
         for name in self.projections:
             wide, narrow = (self.ffn, self.hidden) if name == "down_proj" else (self.hidden, self.ffn)
             a, b = (self.experts, self.rank, wide), (self.experts, narrow, self.rank)
-            pairs[name] = Lora(self.tensor(*a, dtype=self.pair_dtype), self.tensor(*b, dtype=self.pair_dtype), 2.0)
+            pairs[name] = LowRankPairs(self.tensor(*a, dtype=self.pair_dtype), self.tensor(*b, dtype=self.pair_dtype), 2.0)
         return pairs
 
-    def dropped(self) -> dict[str, Any]:
-        """The arguments about dropout."""
-        if not self.dropout:
-            return {}
-        of = {"token_T": self.tensor(self.tokens, dtype=torch.int64), "expert_S": self.tensor(self.experts, dtype=torch.int64)}
-        return {"dropout": Dropout(self.dropout, key=1), **of}
+    def dropout_or_none(self) -> Dropout | None:
+        return Dropout(self.dropout, key=1) if self.dropout else None
 
 
 _7B = LayerCase(hidden=4096, ffn=14336, rank=16, experts=8, k=2, tokens=8192)
 _1B = LayerCase(hidden=2048, ffn=5632, rank=8, experts=8, k=2, tokens=16384)
 _135M = LayerCase(hidden=576, ffn=1536, rank=8, experts=8, k=2, tokens=8192)
-_FINE = LayerCase(hidden=2048, ffn=768, rank=16, experts=128, k=8, tokens=8192, kind="lora_experts")
-_MIXTRAL = replace(_7B, kind="lora_experts")
+_FINE = LayerCase(hidden=2048, ffn=768, rank=16, experts=128, k=8, tokens=8192, kind="moe_lora")
+_MIXTRAL = replace(_7B, kind="moe_lora")
 
 CASES: Mapping[str, LayerCase] = {
     "7B": _7B,
@@ -107,86 +107,58 @@ CASES: Mapping[str, LayerCase] = {
     "Mixtral, rank 256": replace(_MIXTRAL, rank=256),
     "Mixtral, down": replace(_MIXTRAL, projections=("down_proj",)),
     "OLMoE, float16": replace(_FINE, ffn=1024, experts=64, dtype=torch.float16),
-    "full experts": replace(_FINE, kind="full_experts", experts=64),
-    "full experts, float32 masters": replace(_FINE, kind="full_experts", experts=64, pair_dtype=torch.float32),
-    "full experts, float32": replace(_135M, kind="full_experts", dtype=torch.float32),
+    "full experts": replace(_FINE, kind="full", experts=64),
+    "full experts, float32 masters": replace(_FINE, kind="full", experts=64, pair_dtype=torch.float32),
+    "full experts, float32": replace(_135M, kind="full", dtype=torch.float32),
 }
 SPREAD: Mapping[int, tuple[str, ...]] = {90: ("7B", "fine-grained"), 80: ("1B, down, dropout", "full experts")}
 """layers that every test run compiles, by sm number; the others are compiled when the table is written"""
 
 
 def _mixlora(case: LayerCase) -> list[Launch]:
-    x, slots, weights = case.choices()
     base = FfnBase(
         case.tensor(case.ffn, case.hidden), case.tensor(case.ffn, case.hidden), case.tensor(case.hidden, case.ffn), case.activation
     )
 
-    def backward(given: Sequence[Any], kept: Sequence[Tensor]) -> None:
-        mixlora_sorted.backward_passes(torch.empty_like(x), *given[:2], *kept, *given[2:])
+    def layer() -> Tensor:
+        return mixlora_operators.mixlora_ffn_triton(case.routed(), base, case.low_rank_pairs(), dropout=case.dropout_or_none())
 
-    return _both_passes(
-        (mixlora_sorted, "mixlora_forward"),
-        mixlora_sorted.forward_passes,
-        lambda: mixlora_sorted.mixlora_ffn_sorted(x, slots, weights, base, case.loras(), **case.dropped()),
-        backward,
-    )
+    return _both_passes(mixlora_operators, "mixlora", layer)
 
 
-def _lora_experts(case: LayerCase) -> list[Launch]:
-    x, slots, weights = case.choices()
-    shape = FfnShape(case.hidden, case.ffn, case.activation)
-    frozen = list(case.tensor(case.experts, shape.numel))
+def _moe_lora(case: LayerCase) -> list[Launch]:
+    frozen = list(case.tensor(case.experts, case.shape().numel))
 
-    def backward(given: Sequence[Any], kept: Sequence[Tensor]) -> None:
-        _plain(lora_experts_backward)(torch.empty_like(x), x, *given[2:7], *kept, *given[7:])
+    def layer() -> Tensor:
+        pairs, dropout = case.low_rank_pairs(), case.dropout_or_none()
+        return moe_lora_operators.moe_lora_ffn_triton(case.routed(), frozen, pairs, case.shape(), dropout=dropout)
 
-    return _both_passes(
-        (expert_ffn_sorted, "lora_experts"),
-        _plain(lora_experts),
-        lambda: expert_ffn_sorted.moe_lora_ffn_sorted(x, slots, weights, frozen, case.loras(), shape, **case.dropped()),
-        backward,
-    )
+    return _both_passes(moe_lora_operators, "moe_lora", layer)
 
 
-def _full_experts(case: LayerCase) -> list[Launch]:
-    x, slots, weights = case.choices()
-    shape = FfnShape(case.hidden, case.ffn, case.activation)
-    experts = case.tensor(case.experts, shape.numel, dtype=case.pair_dtype)
-
-    def backward(given: Sequence[Any], kept: Sequence[Tensor]) -> None:
-        _plain(full_experts_backward)(torch.empty_like(x), x, *given[2:4], *kept, *given[4:])
-
-    return _both_passes(
-        (expert_ffn_sorted, "full_experts"),
-        _plain(full_experts),
-        lambda: expert_ffn_sorted.full_ffn_sorted(x, slots, weights, experts, shape),
-        backward,
-    )
+def _full(case: LayerCase) -> list[Launch]:
+    experts = case.tensor(case.experts, case.shape().numel, dtype=case.pair_dtype)
+    return _both_passes(full_operators, "full", lambda: full_operators.full_ffn_triton(case.routed(), experts, case.shape()))
 
 
-def _both_passes(
-    operator: tuple[Any, str],
-    forward: Callable[..., tuple[Tensor, ...]],
-    layer: Callable[[], Tensor],
-    backward: Callable[[Sequence[Any], Sequence[Tensor]], None],
-) -> list[Launch]:
-    """What a layer launches whose forward pass is one operator.
+def _both_passes(module: Any, kind: str, layer: Callable[[], Tensor]) -> list[Launch]:
+    """What a layer launches whose forward pass is one operator, `KIND_forward` of its module, and the backward pass another.
 
-    Args:
-        operator: where the layer looks it up. It would itself give meta tensors their shapes and launch nothing.
-        forward: the function under it.
-        backward: takes the operator's arguments, and its results but for the first.
+    The operators would themselves give meta tensors their shapes and launch nothing, so the functions under them are called: the backward
+    one with the arguments that autograd's registration gives it.
     """
+    forward, backward = (_plain(getattr(module, f"{kind}_{which}")) for which in ("forward", "backward"))
     calls: list[tuple[Sequence[Any], tuple[Tensor, ...]]] = []
 
     def noted(*given: Any) -> tuple[Tensor, ...]:
         calls.append((given, forward(*given)))
         return calls[-1][1]
 
-    with recorded() as launches, mock.patch.object(*operator, noted), torch.no_grad():
+    with recorded() as launches, mock.patch.object(module, f"{kind}_forward", noted), torch.no_grad():
         layer()
-        for given, results in calls:
-            backward(given, results[1:])
+        for given, (y, *kept) in calls:
+            without_slots = given if kind == "mixlora" else (given[0], *given[2:])
+            backward(torch.empty_like(y), kept, *without_slots)
     return launches
 
 
@@ -195,8 +167,4 @@ def _plain(operator: Any) -> Callable[..., Any]:
     return operator._init_fn
 
 
-_OF_KIND: Mapping[str, Callable[[LayerCase], list[Launch]]] = {
-    "mixlora": _mixlora,
-    "lora_experts": _lora_experts,
-    "full_experts": _full_experts,
-}
+_OF_KIND: Mapping[str, Callable[[LayerCase], list[Launch]]] = {"mixlora": _mixlora, "moe_lora": _moe_lora, "full": _full}

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from hecate.kernels.backend import Backend, expert_kernels, triton_problem
-from hecate.kernels.expert_ffn import full_ffn, moe_lora_ffn
-from hecate.kernels.expert_ffn_inputs import FfnShape
-from hecate.kernels.expert_ffn_sorted import full_ffn_sorted, moe_lora_ffn_sorted
-from hecate.kernels.mixlora import mixlora_ffn
-from hecate.kernels.mixlora_reference import mixlora_ffn_reference
-from hecate.kernels.mixlora_sorted import mixlora_ffn_sorted
-from tests.kernels.test_mixlora import Case, compare, results
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.ffn import FfnShape
+from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.experts.full_operators import full_ffn_triton
+from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
+from hecate.kernels.experts.torch_path import full_ffn, moe_lora_ffn
+from hecate.kernels.mixlora.operators import mixlora_ffn_triton
+from hecate.kernels.mixlora.reference import mixlora_ffn_reference
+from hecate.kernels.mixlora.torch_path import mixlora_ffn
+from tests.kernels.mixlora.test_torch_path import Case, compare, results
 
 ON_CPU = torch.empty(0)
 ON_GPU: Any = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.bfloat16})()
@@ -26,9 +29,9 @@ ON_GPU: Any = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.
 def test_auto_is_torch_on_the_cpu_and_triton_on_a_gpu() -> None:
     assert expert_kernels("auto", ON_CPU).mixlora_ffn is mixlora_ffn
     on_gpu = expert_kernels("auto", ON_GPU, rank=256)
-    assert on_gpu.mixlora_ffn is mixlora_ffn_sorted
-    assert on_gpu.full_ffn is full_ffn_sorted
-    assert on_gpu.moe_lora_ffn is moe_lora_ffn_sorted
+    assert on_gpu.mixlora_ffn is mixlora_ffn_triton
+    assert on_gpu.full_ffn is full_ffn_triton
+    assert on_gpu.moe_lora_ffn is moe_lora_ffn_triton
 
 
 def test_auto_is_torch_where_triton_cannot() -> None:
@@ -62,7 +65,7 @@ def test_full_experts_of_every_backend(backend: Backend) -> None:
     slot = torch.randint(-1, 3, (9, 2), generator=random)
 
     def both(function: Any) -> list[torch.Tensor]:
-        y = function(leaves[0], slot, leaves[1], leaves[2], shape)
+        y = function(RoutedTokens(leaves[0], slot, leaves[1]), leaves[2], shape)
         return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
     for mine, theirs in zip(*map(both, (expert_kernels(backend, ON_CPU).full_ffn, full_ffn)), strict=True):
@@ -71,15 +74,13 @@ def test_full_experts_of_every_backend(backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_frozen_experts_of_every_backend(backend: Backend) -> None:
-    from hecate.kernels.mixlora_inputs import Lora
-
     random, shape = torch.Generator().manual_seed(0), FfnShape(6, 10, "silu")
     x, weight, a, b = (torch.randn(size, generator=random).requires_grad_() for size in ((9, 6), (9, 2), (3, 4, 10), (3, 6, 4)))
     frozen = [torch.randn(shape.numel, generator=random) for _ in range(3)]
     slot = torch.randint(-1, 3, (9, 2), generator=random)
 
     def both(function: Any) -> list[torch.Tensor]:
-        y = functools.partial(function, x, slot, weight, frozen, {"down_proj": Lora(a, b, 0.5)}, shape)()
+        y = functools.partial(function, RoutedTokens(x, slot, weight), frozen, {"down_proj": LowRankPairs(a, b, 0.5)}, shape)()
         return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, weight, a, b])]
 
     for mine, theirs in zip(*map(both, (expert_kernels(backend, ON_CPU, 4).moe_lora_ffn, moe_lora_ffn)), strict=True):

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from hecate.engine.engine import Engine
-from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from tests.hecate.experts.making import HIDDEN, base, chunk, engine, experts
 from tests.ranks import run_ranks
@@ -30,7 +31,7 @@ def wanted(layer: int, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tens
     family = experts(LAYERS[layer], layer=layer)
     numel = family.layout().trainable_numel
     pairs = family.pairs(torch.stack([chunk(layer, e, numel) for e in range(LAYERS[layer])]))
-    return mixlora_ffn_reference(x, expert, weight, base(), pairs)
+    return mixlora_ffn_reference(RoutedTokens(x, expert, weight), base(), pairs)
 
 
 def _evaluate(rank: int, world: int) -> int:
@@ -193,7 +194,7 @@ def _step(rank: int, made: Engine, step: int) -> dict[int, np.ndarray]:
         y = made.experts(layer, x, expert, weight, torch.arange(4) + 4 * rank, count=True)
         family = experts(count, layer=layer)
         pairs = family.pairs(torch.stack([chunk(layer, e, family.layout().trainable_numel) for e in range(count)]))
-        torch.testing.assert_close(y, mixlora_ffn_reference(x, expert, weight, base(), pairs), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(y, mixlora_ffn_reference(RoutedTokens(x, expert, weight), base(), pairs), rtol=1e-12, atol=1e-12)
         total = total + y.sum()
     total.backward()
     return made.finish_step()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.mixlora import LoraShape, MixLoraExperts
-from hecate.kernels.mixlora_inputs import FfnBase
+from hecate.kernels.common.ffn import FfnBase
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology

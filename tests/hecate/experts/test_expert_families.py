@@ -10,7 +10,7 @@ import torch
 from hecate.experts.full import FullExperts
 from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import LoraShape
-from hecate.kernels.expert_ffn_inputs import FfnShape
+from hecate.kernels.common.ffn import FfnShape
 
 SHAPE = FfnShape(hidden=6, ffn=10, activation="silu")
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.kernels.dropout import Dropout, dropout_key
-from hecate.kernels.mixlora_reference import mixlora_ffn_reference
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.dropout import Dropout, dropout_key
+from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from tests.hecate.experts.making import FFN, HIDDEN, SEED, base, experts
 from tests.ranks import run_ranks
 
@@ -102,7 +103,7 @@ def test_dropout_is_keyed_by_seed_step_and_layer_and_only_for_training(training:
     got = family.compute(replicas, x, slot, weight, expert_S=here, token_T=token, step=6, training=training)
     dropout = Dropout(0.5, dropout_key(SEED, 6, 4)) if training else None
     pairs = family.pairs(replicas)
-    wanted = mixlora_ffn_reference(x, slot, weight, base(), pairs, dropout=dropout, token_T=token, expert_S=here)
+    wanted = mixlora_ffn_reference(RoutedTokens(x, slot, weight, token, here), base(), pairs, dropout=dropout)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 

@@ -17,7 +17,7 @@ from hecate.errors import UserError
 from hecate.experts.mixlora import LoraShape, MixLoraExperts
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import RunShape, run_shape
-from hecate.kernels.mixlora_inputs import FfnBase
+from hecate.kernels.common.ffn import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import insert_experts, non_moe_flops_per_token

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.kernels.mixlora_inputs import FfnBase
+from hecate.kernels.common.ffn import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
 from hecate.model.load import load_model, one_gguf_reader, resolve_model

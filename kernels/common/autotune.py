@@ -1,0 +1,144 @@
+"""Which launch configurations are fastest on the GPU at hand: a layer is run, forward and backward, under each candidate of each kernel.
+
+Whole layers are timed, since kernels share caches and maps; one kernel is changed at a time and its best kept, in the order in which
+they are launched. What is found goes to `kernels/tuned/NAME.json`, which `launch_config.choose` reads; without that file the tables decide.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hecate.kernels.common.launch_config import Key, LaunchConfig, Rule, Tuned, by_rule, from_json, to_json, trying, tuned_for, tuned_path
+
+logger = logging.getLogger(__name__)
+
+WARPS = (4, 8)
+STAGES = (1, 2, 3, 4)
+MIN_BLOCK, MAX_BLOCK = 16, 256
+GAIN = 0.99
+"""a candidate that does not take at most this share of the best time so far is noise"""
+SAMPLES = 7
+
+
+def tune(step: Callable[[], Sequence[Tensor]], device: torch.device, *, tolerance: float = 0.01) -> Tuned:
+    """The configurations, other than those in force, that make `step` faster, found by trying.
+
+    Args:
+        step: runs a layer and returns its results, the same each time.
+        tolerance: how far, relatively in the Frobenius norm, a candidate's results may be from those of the configurations in force.
+
+    Raises:
+        RuntimeError: `device` is no GPU.
+    """
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"kernels can be tuned on a GPU only, not on {device.type}: elsewhere the tables of launch configurations decide"
+        )
+    with trying({}) as asking:
+        wanted = [result.clone() for result in step()]
+    best: dict[Key, LaunchConfig] = {}
+    with torch.cuda.device(device):
+        for key, (rules, sm) in asking.asked.items():
+            in_force = _in_force(key, rules, sm, device)
+            timed = _timed(step, wanted, tolerance, best, key, candidates(in_force, rules, sm))
+            chosen = fastest(timed)
+            if chosen is not None and chosen != in_force:
+                best[key] = chosen
+    return tuned(best)
+
+
+def candidates(in_force: LaunchConfig, rules: Iterable[Rule], sm: int) -> list[LaunchConfig]:
+    """The configuration in force, the table's others for this kind of GPU, then each neighbour of the one in force: one thing changed."""
+    found = [in_force, *(rule.config for rule in rules if 0 < rule.min_sm <= sm)]
+    found += [replace(in_force, num_warps=warps) for warps in WARPS]
+    found += [replace(in_force, num_stages=stages) for stages in STAGES]
+    for name, size in in_force.blocks.items():
+        for other in (size // 2, size * 2):
+            # Blocks of one or two rows belong to kernels without products, which take any.
+            if min(MIN_BLOCK, size) <= other <= max(MAX_BLOCK, size):
+                found.append(replace(in_force, blocks={**in_force.blocks, name: other}))
+    return [config for index, config in enumerate(found) if config not in found[:index]]
+
+
+def fastest(timed: Iterable[tuple[LaunchConfig, float]]) -> LaunchConfig | None:
+    """The first, unless another beats it, and any between, clearly; None of none."""
+    best: tuple[LaunchConfig, float] | None = None
+    for config, ms in timed:
+        if best is None or ms < GAIN * best[1]:
+            best = config, ms
+    return None if best is None else best[0]
+
+
+def tuned(configs: Mapping[Key, LaunchConfig]) -> Tuned:
+    """As `launch_config` keeps them."""
+    found: dict[str, dict[tuple[int, int], LaunchConfig]] = {}
+    for (name, rank, itemsize), config in configs.items():
+        found.setdefault(name, {})[rank, itemsize] = config
+    return Tuned(found)
+
+
+def save(found: Tuned, device_name: str, path: Path | None = None) -> Path:
+    """Add to what was tuned on this kind of device, or replace it; returns the file."""
+    path = path or tuned_path(device_name)
+    known = dict(from_json(json.loads(path.read_text(encoding="utf-8"))).configs) if path.is_file() else {}
+    for name, configs in found.configs.items():
+        known[name] = {**known.get(name, {}), **configs}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(to_json(Tuned(known)), indent=1) + "\n", encoding="utf-8")
+    tuned_for.cache_clear()
+    return path
+
+
+def _in_force(key: Key, rules: tuple[Rule, ...], sm: int, device: torch.device) -> LaunchConfig:
+    name, rank, itemsize = key
+    known = tuned_for(torch.cuda.get_device_name(device)).configs.get(name, {}).get((rank, itemsize))
+    return known or by_rule(name, rules, rank=rank, itemsize=itemsize, sm=sm)
+
+
+def _timed(
+    step: Callable[[], Sequence[Tensor]],
+    wanted: Sequence[Tensor],
+    tolerance: float,
+    best: Mapping[Key, LaunchConfig],
+    key: Key,
+    configs: Iterable[LaunchConfig],
+) -> Iterator[tuple[LaunchConfig, float]]:
+    """Milliseconds of each configuration that compiles, fits, and gives the right results."""
+    for config in configs:
+        with trying({**best, key: config}):
+            try:
+                off = max((_distance(result, right) for result, right in zip(step(), wanted, strict=True)), default=0.0)
+                if not off <= tolerance:
+                    logger.warning("%s: %s is wrong by %.2g", key[0], config, off)
+                    continue
+                ms = _milliseconds(step)
+            # A candidate may be more than the compiler or the GPU can do; then it is none.
+            except Exception as error:  # noqa: BLE001
+                logger.info("%s: %s does not run: %s", key[0], config, str(error).strip()[:200])
+                continue
+        logger.info("%s: %s takes %.3f ms", key[0], config, ms)
+        yield config, ms
+
+
+def _distance(result: Tensor, right: Tensor) -> float:
+    norm = float(right.float().norm())
+    return float((result.float() - right.float()).norm()) / (norm or 1.0)
+
+
+def _milliseconds(step: Callable[[], Sequence[Tensor]]) -> float:
+    times = []
+    for _ in range(SAMPLES):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times)

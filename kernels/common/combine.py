@@ -1,0 +1,82 @@
+"""Pairs' results brought back to their tokens: a weighted gather, each token's choices summed in their order.
+
+Shapes: P pairs sorted by slot (`AssignmentOrder`), T tokens, K choices, D width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hecate.kernels.common.assignments import AssignmentOrder
+from hecate.kernels.common.kernel_launch import Launch
+from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose
+
+RULES = (
+    Rule(LaunchConfig({"BM": 1, "BD": 1024}, num_warps=4, num_stages=1), min_sm=80),
+    Rule(LaunchConfig({"BM": 16, "BD": 64}), min_sm=0),
+)
+
+
+@triton.jit
+def combine_kernel(
+    v,
+    weight_TK,
+    place_TK,
+    base,
+    y,
+    num_tokens,
+    D: tl.constexpr,
+    CHOICES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BASED: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """y[t] = base[t] + sum_k weight[t, k] v[place[t, k]], choices elsewhere (-1) left out."""
+    o_t = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_t = o_t < num_tokens
+    m_d = (o_d < D)[None, :]
+    at = o_t.to(tl.int64)[:, None] * D + o_d[None, :]
+    if BASED:
+        acc = tl.load(base + at, mask=m_t[:, None] & m_d, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros((BM, BD), dtype=tl.float32)
+    for k in tl.static_range(CHOICES):
+        place_M = tl.load(place_TK + o_t * CHOICES + k, mask=m_t, other=-1)
+        here = (place_M >= 0)[:, None]
+        b_v = tl.load(v + place_M.to(tl.int64)[:, None] * D + o_d[None, :], mask=here & m_d, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            b_v *= tl.load(weight_TK + o_t * CHOICES + k, mask=m_t, other=0.0).to(tl.float32)[:, None]
+        acc += b_v
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=m_t[:, None] & m_d)
+
+
+def combine(v_PD: Tensor, weight_TK: Tensor | None, order: AssignmentOrder, base_TD: Tensor | None = None) -> Tensor:
+    """[T, D] of v's type: each token's weighted sum of its pairs' rows; without weights, their sum. Zero where none is here, or `base_TD`.
+
+    Sums in float32, in the order of the choices. Not differentiable.
+    """
+    assert v_PD.is_contiguous()
+    assert weight_TK is None or weight_TK.is_contiguous()
+    assert base_TD is None or base_TD.is_contiguous()
+    config = choose("combine", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
+    num_tokens, choices = order.place_TK.shape
+    y_TD = v_PD.new_empty((num_tokens, v_PD.shape[1]))
+    Launch(
+        kernel=combine_kernel,
+        grid=(triton.cdiv(num_tokens, config.blocks["BM"]), triton.cdiv(v_PD.shape[1], config.blocks["BD"])),
+        args={"v": v_PD, "weight_TK": weight_TK, "place_TK": order.place_TK, "base": base_TD, "y": y_TD, "num_tokens": num_tokens},
+        constants={
+            "D": v_PD.shape[1],
+            "CHOICES": choices,
+            "WEIGHTED": weight_TK is not None,
+            "BASED": base_TD is not None,
+            **config.blocks,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    ).run()
+    return y_TD

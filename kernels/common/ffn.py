@@ -1,0 +1,69 @@
+"""The gated feed-forward network (FFN) that every expert is, down(act(gate(x)) · up(x)) without biases: its activation and its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+"""SiLU; GELU by the error function; GELU by its tanh approximation (Gemma)."""
+
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+@dataclass(frozen=True)
+class FfnBase:
+    """The frozen FFN that all experts of a MixLoRA layer share."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
+    activation: str
+
+
+@dataclass(frozen=True)
+class FfnShape:
+    """The sizes of an FFN whose weights lie in one flat chunk: gate [F, D], up [F, D], down [D, F]."""
+
+    hidden: int
+    """D"""
+    ffn: int
+    """F"""
+    activation: str
+
+    @property
+    def numel(self) -> int:
+        return 3 * self.hidden * self.ffn
+
+    def matrices(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of a chunk: gate and up as one matrix [2F, D], down [D, F]."""
+        gate_up, down = flat.split((2 * self.hidden * self.ffn, self.hidden * self.ffn))
+        return gate_up.view(2 * self.ffn, self.hidden), down.view(self.hidden, self.ffn)
+
+    def stacked_matrices(self, flat_SC: Tensor) -> tuple[Tensor, Tensor]:
+        """As `matrices`, of a chunk per slot: [S, 2F, D] and [S, D, F]."""
+        gate_up, down = flat_SC.split((2 * self.hidden * self.ffn, self.hidden * self.ffn), dim=1)
+        return gate_up.unflatten(1, (2 * self.ffn, self.hidden)), down.unflatten(1, (self.hidden, self.ffn))
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """act(x), differentiable by autograd."""
+    return F.silu(x) if name == "silu" else F.gelu(x, approximate=_APPROXIMATE[name])
+
+
+def activation_into(name: str, x: Tensor, out: Tensor) -> Tensor:
+    """act(x), written into `out`; no autograd."""
+    if name == "silu":
+        return torch.ops.aten.silu.out(x, out=out)
+    return torch.ops.aten.gelu.out(x, approximate=_APPROXIMATE[name], out=out)
+
+
+def activation_backward_into(name: str, grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """grad · act'(x), written into `out`."""
+    if name == "silu":
+        return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
+    return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=_APPROXIMATE[name], grad_input=out)

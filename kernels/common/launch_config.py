@@ -1,0 +1,182 @@
+"""In what blocks each kernel runs: a table by rank, element size and device, and over it what was tuned on the device at hand.
+
+Triton's own `@autotune` measures on the first call, differently on each rank, and cannot run without a GPU; a table is the same
+everywhere and can be compiled ahead of time. `kernels/tuned/NAME.json` is written by `benchmarks/kernels` on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hecate.kernels.common.low_rank import MAX_RANK
+
+TUNED = Path(__file__).resolve().parents[1] / "tuned"
+NARROW = 64
+"""results up to this width, as wide as a low-rank pair's rank is at most in practice, are tuned apart from wide ones"""
+INTERPRETER = 0
+"""stands in the place of an sm number where kernels are interpreted on the CPU"""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    blocks: Mapping[str, int]
+    """the kernel's block sizes, by `tl.constexpr` parameter"""
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A configuration and when it serves."""
+
+    config: LaunchConfig
+    min_sm: int = 80
+    max_rank: int = MAX_RANK
+    """rank as padded for tl.dot; of kernels without LoRA it is 0"""
+    itemsizes: tuple[int, ...] = (2, 4)
+    """bytes of an element of the activations"""
+
+    def serves(self, rank: int, itemsize: int, sm: int) -> bool:
+        return sm >= self.min_sm and rank <= self.max_rank and itemsize in self.itemsizes
+
+
+Key = tuple[str, int, int]
+"""kernel, rank as padded, bytes of an element"""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured on one kind of device: kernel -> (rank, itemsize) -> configuration."""
+
+    configs: Mapping[str, Mapping[tuple[int, int], LaunchConfig]] = field(default_factory=dict)
+
+
+def choose(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, device: torch.device) -> LaunchConfig:
+    """The configuration of kernel `name` on a device: the tuned one if there is one, else that of the first rule that serves.
+
+    Args:
+        rank: as padded by `padded_rank`; 0 for kernels without LoRA.
+        itemsize: bytes of an element of the activations.
+    """
+    if _trial is not None:
+        config = _trial.config(name, rules, rank, itemsize, sm_of(device))
+        if config is not None:
+            return config
+    if device.type == "cuda":
+        tuned = tuned_for(torch.cuda.get_device_name(device)).configs.get(name, {}).get((rank, itemsize))
+        if tuned is not None:
+            return tuned
+    return by_rule(name, rules, rank=rank, itemsize=itemsize, sm=sm_of(device))
+
+
+def by_rule(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, sm: int) -> LaunchConfig:
+    """The configuration of the first rule that serves."""
+    for rule in rules:
+        if rule.serves(rank, itemsize, sm):
+            return rule.config
+    raise ValueError(f"kernel {name}: no launch configuration for rank {rank}, {itemsize}-byte elements, sm_{sm}; add a rule to its table")
+
+
+@dataclass
+class Trial:
+    """Under `trying`, the configurations to take, and a note of what was asked for."""
+
+    configs: Mapping[Key, LaunchConfig]
+    asked: dict[Key, tuple[tuple[Rule, ...], int]] = field(default_factory=dict)
+    """the rules that a kernel may be configured by, and the sm number, in the order of the first asking"""
+
+    def config(self, name: str, rules: tuple[Rule, ...], rank: int, itemsize: int, sm: int) -> LaunchConfig | None:
+        self.asked.setdefault((name, rank, itemsize), (rules, sm))
+        return self.configs.get((name, rank, itemsize))
+
+
+_trial: Trial | None = None
+
+
+@contextlib.contextmanager
+def trying(configs: Mapping[Key, LaunchConfig]) -> Iterator[Trial]:
+    """Inside, `choose` gives these, in all threads of the process (a backward pass has its own). For a tuner."""
+    global _trial
+    before, _trial = _trial, Trial(configs)
+    try:
+        yield _trial
+    finally:
+        _trial = before
+
+
+_sm_of_meta: contextvars.ContextVar[int] = contextvars.ContextVar("sm_of_meta", default=INTERPRETER)
+
+
+@contextlib.contextmanager
+def meta_tensors_are_on(sm: int) -> Iterator[None]:
+    """Inside, launches of meta tensors get the configurations of this kind of GPU."""
+    token = _sm_of_meta.set(sm)
+    try:
+        yield
+    finally:
+        _sm_of_meta.reset(token)
+
+
+def sm_of(device: torch.device) -> int:
+    """90 for an H100, and so on; INTERPRETER where there is no GPU; what `meta_tensors_are_on` says of meta tensors."""
+    if device.type == "meta":
+        return _sm_of_meta.get()
+    if device.type != "cuda":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def padded_rank(rank: int) -> int:
+    """To a power of two of at least 16, the least that tensor cores multiply."""
+    return max(16, 1 << (rank - 1).bit_length()) if rank > 0 else 0
+
+
+def tuned_path(device_name: str) -> Path:
+    """Where the configurations tuned on a kind of device lie."""
+    return TUNED / f"{re.sub(r'[^A-Za-z0-9]+', '_', device_name).strip('_')}.json"
+
+
+@functools.cache
+def tuned_for(device_name: str) -> Tuned:
+    """What was tuned on this kind of device; nothing if no file is there."""
+    path = tuned_path(device_name)
+    return from_json(json.loads(path.read_text())) if path.is_file() else Tuned()
+
+
+def from_json(data: Mapping[str, Any]) -> Tuned:
+    """As `to_json` wrote it."""
+    return Tuned(
+        {
+            name: {(row["rank"], row["itemsize"]): LaunchConfig(row["blocks"], row["num_warps"], row["num_stages"]) for row in rows}
+            for name, rows in data["kernels"].items()
+        }
+    )
+
+
+def to_json(tuned: Tuned) -> dict[str, Any]:
+    return {
+        "kernels": {
+            name: [
+                {
+                    "rank": rank,
+                    "itemsize": itemsize,
+                    "blocks": dict(config.blocks),
+                    "num_warps": config.num_warps,
+                    "num_stages": config.num_stages,
+                }
+                for (rank, itemsize), config in sorted(configs.items())
+            ]
+            for name, configs in sorted(tuned.configs.items())
+        }
+    }

@@ -1,0 +1,129 @@
+"""Low-rank pairs, W + scale · B A: the records that kernels take, and a frozen linear layer with one pair."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hecate.kernels.common.dropout import RowDropout
+
+MAX_RANK = 256
+"""the largest rank that the Triton kernels take, and for which there are launch configurations"""
+
+
+@dataclass(frozen=True)
+class LowRankPairs:
+    """The pairs of one projection, one for each slot: slot s adds scale · B_s A_s to the projection's weight."""
+
+    a_SrI: Tensor
+    """[slots, rank, inputs]"""
+    b_SOr: Tensor
+    """[slots, outputs, rank]"""
+    scale: float
+
+
+@dataclass(frozen=True)
+class LowRankTerm:
+    """The second half of a low-rank product: rows that one matrix of a pair has shrunk to the rank, and the matrix that expands them."""
+
+    low_PR: Tensor
+    """[P, R], a row for each assignment in its place"""
+    matrix_SNR: Tensor
+    """[S, N, R], a view of any strides: B, or A transposed in a backward pass"""
+
+
+@dataclass(frozen=True)
+class ShrunkInput:
+    """How one pair uses the input that gate and up share: one GEMM shrinks it by the A of all their pairs, side by side."""
+
+    output: slice
+    """the pair's columns of the gate and up outputs, which lie side by side [2F]"""
+    low: slice
+    """the pair's columns of the shrunk input"""
+    scale: float
+    """of the pair, dropout's included"""
+
+
+def shrunk_inputs(pairs: dict[str, LowRankPairs], ffn: int, dropout_scale: float) -> dict[str, ShrunkInput]:
+    """Of those projections among gate, up and both as one that have a pair, in this order."""
+    outputs = {"gate_proj": slice(0, ffn), "up_proj": slice(ffn, None), "gate_up_proj": slice(0, None)}
+    names = [name for name in outputs if name in pairs]
+    ends = list(itertools.accumulate(pairs[name].a_SrI.shape[1] for name in names))
+    return {
+        name: ShrunkInput(outputs[name], slice(start, end), pairs[name].scale * dropout_scale)
+        for name, start, end in zip(names, [0, *ends], ends, strict=False)
+    }
+
+
+def separate_gate_and_up(pairs: dict[str, LowRankPairs]) -> dict[str, LowRankPairs]:
+    """A pair of `gate_up_proj`, whose B has the rows of both, as a pair of each with one A; the others as they are."""
+    if "gate_up_proj" not in pairs:
+        return pairs
+    both = pairs["gate_up_proj"]
+    gate, up = (LowRankPairs(both.a_SrI, b, both.scale) for b in both.b_SOr.chunk(2, dim=1))
+    return {"gate_proj": gate, "up_proj": up, **{name: of for name, of in pairs.items() if name != "gate_up_proj"}}
+
+
+def lora_linear(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    a_rI: Tensor,
+    b_Or: Tensor,
+    scale: float,
+    dropout: RowDropout | None = None,
+) -> Tensor:
+    """W x + bias + scale · B A dropout(x): [tokens, outputs], in x's dtype, without temporaries of the output's size.
+
+    Differentiable in x and the pair, whose gradients come in their own dtype; not in the frozen weight.
+
+    Args:
+        dropout: of x's rows.
+    """
+    if dropout is not None:
+        scale *= dropout.scale
+    return _LoraLinear.apply(x_TI, weight_OI, bias_O, a_rI, b_Or, scale, dropout)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_rI: Tensor,
+        b_Or: Tensor,
+        scale: float,
+        dropout: RowDropout | None,
+    ) -> Tensor:
+        y_TO = F.linear(x_TI, weight_OI, bias_O)
+        keep_TI = None if dropout is None else dropout.keep(x_TI.shape[1], x_TI.dtype)
+        low_Tr = (x_TI if keep_TI is None else keep_TI.mul_(x_TI)) @ a_rI.to(x_TI.dtype).T
+        y_TO.addmm_(low_Tr, b_Or.to(x_TI.dtype).T, alpha=scale)
+        ctx.scale, ctx.dropped_levels = scale, None if dropout is None else dropout.dropped_levels
+        ctx.save_for_backward(x_TI, weight_OI, a_rI, b_Or, low_Tr, None if dropout is None else dropout.word_R)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TO,) = grads
+        x_TI, weight_OI, a_rI, b_Or, low_Tr, word_T = ctx.saved_tensors
+        dlow_Tr = (dy_TO @ b_Or.to(dy_TO.dtype)).mul_(ctx.scale)
+        keep_TI = None if word_T is None else RowDropout(word_T, ctx.dropped_levels).keep(x_TI.shape[1], x_TI.dtype)
+        da_rI = (dlow_Tr.T @ (x_TI if keep_TI is None else keep_TI * x_TI)).to(a_rI.dtype)
+        db_Or = (dy_TO.T @ low_Tr).mul_(ctx.scale).to(b_Or.dtype)
+        dx_TI = None
+        if ctx.needs_input_grad[0]:
+            dx_TI = dy_TO @ weight_OI
+            a = a_rI.to(dy_TO.dtype)
+            if keep_TI is None:
+                dx_TI.addmm_(dlow_Tr, a)
+            else:
+                dx_TI.addcmul_(dlow_Tr @ a, keep_TI)
+        return dx_TI, None, None, da_rI, db_Or, None, None

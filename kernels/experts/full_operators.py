@@ -1,0 +1,108 @@
+"""The feed-forward of trained experts on grouped Triton kernels: two operators, forward and backward, that torch.compile takes as they are.
+
+What `torch_path.full_ffn` computes, on assignments sorted by slot: nothing waits for the device, and a layer has a dozen launches whatever
+the number of experts. A layer keeps x, and of each assignment the gate and up outputs. Sums have one order, without atomics.
+
+Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, S slots, C elements of an expert's chunk, P places of the sorted
+assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens, assignment_order, fake_order
+from hecate.kernels.common.combine import combine
+from hecate.kernels.common.ffn import FfnShape
+from hecate.kernels.common.operators import keep_for_backward, kept_for_backward
+from hecate.kernels.experts.gated import gate, gate_backward
+from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
+from hecate.kernels.experts.grouped_wgrad import grouped_wgrad
+from hecate.kernels.experts.slot_weights import SlotWeights, stacked_weights
+
+
+def full_ffn_triton(routed: RoutedTokens, experts_SC: Tensor, shape: FfnShape) -> Tensor:
+    """As `torch_path.full_ffn`, in float32, bfloat16 or float16; differentiable once."""
+    y_TD, *_ = full_forward(routed.x_TD, routed.slot_TK, routed.weight_TK, experts_SC, shape.hidden, shape.ffn, shape.activation)
+    return y_TD
+
+
+@torch.library.custom_op("hecate::full_ffn", mutates_args=())
+def full_forward(
+    x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [T, D], and what the backward pass needs: gate and up of each assignment [P, 2F], and the four tensors of the `AssignmentOrder`."""
+    order = assignment_order(slot_TK, len(experts_SC))
+    gate_up, down = _expert_weights(experts_SC, x_TD.dtype, FfnShape(hidden, ffn, activation))
+    gate_up_P = grouped_gemm(x_TD.contiguous(), gate_up, order, GemmOptions(gather=True))
+    y_PD = grouped_gemm(gate(gate_up_P, order, activation), down, order)
+    return combine(y_PD, weight_TK.contiguous(), order), gate_up_P, *order.tensors()
+
+
+@full_forward.register_fake
+def _(
+    x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((slot_TK.numel(), 2 * ffn)), *fake_order(slot_TK, experts_SC.shape[0]))
+
+
+@torch.library.custom_op("hecate::full_ffn_backward", mutates_args=())
+def full_backward(
+    dy_TD: Tensor,
+    kept: Sequence[Tensor],
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    experts_SC: Tensor,
+    hidden: int,
+    ffn: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of the weights and of the experts.
+
+    Args:
+        kept: what the forward operator returned but for y.
+    """
+    gate_up_P, *order_tensors = kept
+    order = AssignmentOrder.of_tensors(order_tensors)
+    shape = FfnShape(hidden, ffn, activation)
+    x_TD, dy_TD = x_TD.contiguous(), dy_TD.contiguous()
+    gate_up, down = _expert_weights(experts_SC, x_TD.dtype, shape)
+    dexperts_SC = experts_SC.new_empty(experts_SC.shape)
+    dgate_up_S, ddown_S = shape.stacked_matrices(dexperts_SC)
+    dh_PF = grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True))
+    dgate_up_P, weighted_h_PF, dweight_TK = gate_backward(gate_up_P, dh_PF, weight_TK.contiguous(), order, activation)
+    grouped_wgrad(dy_TD, weighted_h_PF, order, ddown_S, gather="left")
+    grouped_wgrad(dgate_up_P, x_TD, order, dgate_up_S, gather="right")
+    dx_PD = grouped_gemm(dgate_up_P, gate_up, order, GemmOptions(transposed=True))
+    return combine(dx_PD, None, order), dweight_TK, dexperts_SC
+
+
+@full_backward.register_fake
+def _(
+    dy_TD: Tensor, kept: Sequence[Tensor], x_TD: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x_TD.new_empty(x_TD.shape), weight_TK.new_empty(weight_TK.shape), experts_SC.new_empty(experts_SC.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, _, *rest = inputs
+    keep_for_backward(ctx, [list(output[1:]), x_TD, *rest])
+
+
+def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy_TD is None:
+        return (None,) * 7
+    dx_TD, dweight_TK, dexperts_SC = full_backward(dy_TD, *kept_for_backward(ctx))
+    return dx_TD, None, dweight_TK, dexperts_SC, None, None, None
+
+
+full_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def _expert_weights(experts_SC: Tensor, dtype: torch.dtype, shape: FfnShape) -> tuple[SlotWeights, SlotWeights]:
+    gate_up_S, down_S = shape.stacked_matrices(experts_SC.to(dtype))
+    return stacked_weights(gate_up_S), stacked_weights(down_S)

@@ -1,0 +1,284 @@
+"""The feed-forward of frozen experts under low-rank pairs, on grouped Triton kernels: two operators that torch.compile takes as they are.
+
+What `torch_path.moe_lora_ffn` computes, on assignments sorted by slot: nothing waits for the device, and a layer has a dozen launches
+whatever the number of experts. A layer keeps x, and of each assignment the gate and up outputs and the shrunk x. Sums have one order,
+without atomics.
+
+Ranks are padded to what tensor cores multiply, and the pairs of gate and up lie side by side, in copies that last one pass: the pairs
+themselves are the experts' replicas, which come and go between passes.
+
+Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, S slots, P places of the sorted assignments, r rank, R as padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens, assignment_order, fake_order
+from hecate.kernels.common.combine import combine
+from hecate.kernels.common.dropout import Dropout, FfnDropout, RowDropout, ffn_dropout
+from hecate.kernels.common.ffn import FfnShape
+from hecate.kernels.common.launch_config import padded_rank
+from hecate.kernels.common.low_rank import LowRankPairs, LowRankTerm, separate_gate_and_up
+from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_dropout, pack_pairs, unpack_dropout, unpack_pairs
+from hecate.kernels.experts.gated import gate, gate_backward
+from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
+from hecate.kernels.experts.grouped_wgrad import grouped_wgrad
+from hecate.kernels.experts.slot_weights import SlotWeights, separate_weights, stacked_weights
+
+
+def moe_lora_ffn_triton(
+    routed: RoutedTokens,
+    frozen_S: Sequence[Tensor],
+    pairs: dict[str, LowRankPairs],
+    shape: FfnShape,
+    *,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """As `torch_path.moe_lora_ffn`, in float32, bfloat16 or float16; differentiable once."""
+    assert len(pairs) > 0, "frozen experts without adapters have nothing to train"
+    of_rows = None
+    if frozen_S:
+        # An assignment that is computed elsewhere takes the last slot's stream; its row is not used.
+        slot_TK = routed.slot_TK
+        of_rows = ffn_dropout(dropout, routed, torch.arange(slot_TK.numel(), device=slot_TK.device))
+    y_TD, *_ = moe_lora_forward(
+        routed.x_TD,
+        routed.slot_TK,
+        routed.weight_TK,
+        list(frozen_S),
+        shape.hidden,
+        shape.ffn,
+        shape.activation,
+        *pack_pairs(separate_gate_and_up(pairs), of_rows),
+        *pack_dropout(of_rows),
+    )
+    return y_TD
+
+
+@torch.library.custom_op("hecate::moe_lora_ffn", mutates_args=())
+def moe_lora_forward(
+    x_TD: Tensor,
+    slot_TK: Tensor,
+    weight_TK: Tensor,
+    frozen_S: Sequence[Tensor],
+    hidden: int,
+    ffn: int,
+    activation: str,
+    matrices: Sequence[Tensor],
+    projections: str,
+    scales: Sequence[float],
+    words: Sequence[Tensor],
+    dropped_levels: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [T, D], and what the backward pass needs: gate and up of each assignment [P, 2F], its shrunk x, and its order's tensors.
+
+    Args:
+        matrices, projections, scales: of `pack_pairs`.
+        words, dropped_levels: of `pack_dropout`, with a row for each assignment in the order of [T, K].
+    """
+    order = assignment_order(slot_TK, len(frozen_S))
+    inputs, down_pair = _padded(unpack_pairs(matrices, projections, scales), x_TD.dtype)
+    if not frozen_S:
+        gate_up_P, low_P = x_TD.new_empty((order.num_assignments, 2 * ffn)), x_TD.new_empty((order.num_assignments, _low_width(inputs)))
+        return torch.zeros_like(x_TD), gate_up_P, low_P, *order.tensors()
+    x_TD = x_TD.contiguous()
+    gate_up, down = _frozen_weights(frozen_S, FfnShape(hidden, ffn, activation))
+    drop_in, drop_down = _sorted(unpack_dropout(words, dropped_levels), order)
+    if inputs is None:
+        low_P = x_TD.new_empty((order.num_assignments, 0))
+        gate_up_P = grouped_gemm(x_TD, gate_up, order, GemmOptions(gather=True))
+    else:
+        low_P = grouped_gemm(x_TD, stacked_weights(inputs.a), order, GemmOptions(gather=True, drop_x=drop_in))
+        term = LowRankTerm(low_P, inputs.b)
+        gate_up_P = grouped_gemm(x_TD, gate_up, order, GemmOptions(gather=True, halves=2, low_rank=term, scales=inputs.scales))
+    h_PF = gate(gate_up_P, order, activation)
+    if down_pair is None:
+        y_PD = grouped_gemm(h_PF, down, order)
+    else:
+        low_h_P = grouped_gemm(h_PF, stacked_weights(down_pair.a), order, GemmOptions(drop_x=drop_down))
+        y_PD = grouped_gemm(h_PF, down, order, GemmOptions(low_rank=LowRankTerm(low_h_P, down_pair.b), scales=down_pair.scales))
+    return combine(y_PD, weight_TK.contiguous(), order), gate_up_P, low_P, *order.tensors()
+
+
+@moe_lora_forward.register_fake
+def _(
+    x_TD: Tensor,
+    slot_TK: Tensor,
+    weight_TK: Tensor,
+    frozen_S: Sequence[Tensor],
+    hidden: int,
+    ffn: int,
+    activation: str,
+    matrices: Sequence[Tensor],
+    projections: str,
+    scales: Sequence[float],
+    words: Sequence[Tensor],
+    dropped_levels: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pairs = unpack_pairs(matrices, projections, scales)
+    ranks = [of.a_SrI.shape[1] for name, of in pairs.items() if name != "down_proj"]
+    low = x_TD.new_empty((slot_TK.numel(), 2 * padded_rank(max(ranks)) if ranks else 0))
+    return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((slot_TK.numel(), 2 * ffn)), low, *fake_order(slot_TK, len(frozen_S)))
+
+
+@torch.library.custom_op("hecate::moe_lora_ffn_backward", mutates_args=())
+def moe_lora_backward(
+    dy_TD: Tensor,
+    kept: Sequence[Tensor],
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    frozen_S: Sequence[Tensor],
+    hidden: int,
+    ffn: int,
+    activation: str,
+    matrices: Sequence[Tensor],
+    projections: str,
+    scales: Sequence[float],
+    words: Sequence[Tensor],
+    dropped_levels: int,
+) -> list[Tensor]:
+    """The gradients of x, of the weights and of `matrices` in their order.
+
+    Args:
+        kept: what the forward operator returned but for y.
+    """
+    if not frozen_S:
+        return [torch.zeros_like(x_TD), torch.zeros_like(weight_TK), *(torch.zeros_like(matrix) for matrix in matrices)]
+    gate_up_P, low_P, *order_tensors = kept
+    order = AssignmentOrder.of_tensors(order_tensors)
+    inputs, down_pair = _padded(unpack_pairs(matrices, projections, scales), x_TD.dtype)
+    x_TD, dy_TD = x_TD.contiguous(), dy_TD.contiguous()
+    gate_up, down = _frozen_weights(frozen_S, FfnShape(hidden, ffn, activation))
+    drop_in, drop_down = _sorted(unpack_dropout(words, dropped_levels), order)
+    gradients = [matrix.new_empty(matrix.shape) for matrix in matrices]
+    of = unpack_pairs(gradients, projections, scales)
+
+    if down_pair is None:
+        dh_PF = grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True))
+    else:
+        low_dy_P = grouped_gemm(
+            dy_TD, stacked_weights(down_pair.b), order, GemmOptions(gather=True, transposed=True, scales=down_pair.scales)
+        )
+        term = LowRankTerm(low_dy_P, down_pair.a.transpose(1, 2))
+        dh_PF = grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True, low_rank=term, drop_low=drop_down))
+    dgate_up_P, weighted_h_PF, dweight_TK = gate_backward(gate_up_P, dh_PF, weight_TK.contiguous(), order, activation)
+    del dh_PF
+    if down_pair is not None:
+        da, db = of["down_proj"].a_SrI, of["down_proj"].b_SOr
+        grouped_wgrad(low_dy_P[:, : da.shape[1]], weighted_h_PF, order, da, drop_right=drop_down)
+        low_h_P = grouped_gemm(weighted_h_PF, stacked_weights(down_pair.a), order, GemmOptions(drop_x=drop_down, scales=down_pair.scales))
+        grouped_wgrad(dy_TD, low_h_P[:, : db.shape[2]], order, db, gather="left")
+    del weighted_h_PF
+
+    if inputs is None:
+        dx_PD = grouped_gemm(dgate_up_P, gate_up, order, GemmOptions(transposed=True))
+    else:
+        dlow_P = grouped_gemm(dgate_up_P, stacked_weights(inputs.b), order, GemmOptions(transposed=True, halves=2, scales=inputs.scales))
+        term = LowRankTerm(dlow_P, inputs.a.transpose(1, 2))
+        dx_PD = grouped_gemm(dgate_up_P, gate_up, order, GemmOptions(transposed=True, low_rank=term, drop_low=drop_in))
+        # One pass over x for both.
+        da_in = torch.empty_like(inputs.a, dtype=matrices[0].dtype)
+        grouped_wgrad(dlow_P, x_TD, order, da_in, gather="right", drop_right=drop_in)
+        for half, name in enumerate(_HALVES):
+            if name in of:
+                da, db = of[name].a_SrI, of[name].b_SOr
+                span = slice(half * inputs.rank, half * inputs.rank + da.shape[1])
+                da.copy_(da_in[:, span])
+                dout_PF = dgate_up_P[:, half * ffn : (half + 1) * ffn]
+                grouped_wgrad(dout_PF, low_P[:, span], order, db, scale=inputs.scales[half])
+    return [combine(dx_PD, None, order), dweight_TK, *gradients]
+
+
+@moe_lora_backward.register_fake
+def _(
+    dy_TD: Tensor,
+    kept: Sequence[Tensor],
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    frozen_S: Sequence[Tensor],
+    hidden: int,
+    ffn: int,
+    activation: str,
+    matrices: Sequence[Tensor],
+    *_: Any,
+) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in (x_TD, weight_TK, *matrices)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, _, *rest = inputs
+    keep_for_backward(ctx, [list(output[1:]), x_TD, *rest])
+
+
+def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    kept, *arguments = kept_for_backward(ctx)
+    frozen_S, matrices, words = arguments[2], arguments[6], arguments[9]
+    dx_TD, dweight_TK, dmatrices = None, None, [None] * len(matrices)
+    if dy_TD is not None:
+        dx_TD, dweight_TK, *dmatrices = moe_lora_backward(dy_TD, kept, *arguments)
+    # The gradient of an argument that is a list is a list.
+    no_frozen, no_words = [None] * len(frozen_S), [None] * len(words)
+    return dx_TD, None, dweight_TK, no_frozen, None, None, None, dmatrices, None, None, no_words, None
+
+
+moe_lora_forward.register_autograd(_backward, setup_context=_setup)
+
+_HALVES = ("gate_proj", "up_proj")
+"""the halves of the gate and up outputs"""
+
+
+@dataclass(frozen=True)
+class _PaddedPairs:
+    """Low-rank pairs that share their input, padded and side by side, in the type that is computed in."""
+
+    a: Tensor
+    """[S, H·R, inputs]"""
+    b: Tensor
+    """[S, H·outputs, R]"""
+    rank: int
+    """R"""
+    halves: int
+    """H"""
+    scales: tuple[float, float]
+
+
+def _frozen_weights(frozen_S: Sequence[Tensor], shape: FfnShape) -> tuple[SlotWeights, SlotWeights]:
+    gate_up_S, down_S = zip(*(shape.matrices(flat) for flat in frozen_S), strict=True)
+    return separate_weights(gate_up_S), separate_weights(down_S)
+
+
+def _sorted(dropout: FfnDropout | None, order: AssignmentOrder) -> tuple[RowDropout | None, RowDropout | None]:
+    """The dropout of both inputs, rows in the order of the assignments' places."""
+    return (None, None) if dropout is None else (dropout.gate_up.of(order.order_P), dropout.down.of(order.order_P))
+
+
+def _padded(pairs: dict[str, LowRankPairs], dtype: torch.dtype) -> tuple[_PaddedPairs | None, _PaddedPairs | None]:
+    """Those of gate and up, and that of down; None without any."""
+    return _side_by_side([pairs.get(name) for name in _HALVES], dtype), _side_by_side([pairs.get("down_proj")], dtype)
+
+
+def _side_by_side(pairs: Sequence[LowRankPairs | None], dtype: torch.dtype) -> _PaddedPairs | None:
+    present = [of for of in pairs if of is not None]
+    if not present:
+        return None
+    rank = padded_rank(max(of.a_SrI.shape[1] for of in present))
+    num_slots, _, num_inputs = present[0].a_SrI.shape
+    num_outputs = present[0].b_SOr.shape[1]
+    a_SHRI = present[0].a_SrI.new_zeros((num_slots, len(pairs), rank, num_inputs), dtype=dtype)
+    b_SHOR = present[0].a_SrI.new_zeros((num_slots, len(pairs), num_outputs, rank), dtype=dtype)
+    for half, of in enumerate(pairs):
+        if of is not None:
+            a_SHRI[:, half, : of.a_SrI.shape[1]] = of.a_SrI
+            b_SHOR[:, half, :, : of.a_SrI.shape[1]] = of.b_SOr
+    first, *_, last = [0.0 if of is None else of.scale for of in pairs] * 2
+    return _PaddedPairs(a_SHRI.flatten(1, 2), b_SHOR.flatten(1, 2), rank, len(pairs), (first, last))
+
+
+def _low_width(inputs: _PaddedPairs | None) -> int:
+    return 0 if inputs is None else 2 * inputs.rank

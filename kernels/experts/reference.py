@@ -1,0 +1,46 @@
+"""The feed-forward of experts with weights of their own, written as its formula. The faster versions are tested against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.dropout import Dropout
+from hecate.kernels.common.ffn import FfnBase, FfnShape, activation
+from hecate.kernels.common.low_rank import LowRankPairs, separate_gate_and_up
+from hecate.kernels.mixlora.reference import mixlora_ffn_reference
+
+
+def full_ffn_reference(routed: RoutedTokens, experts_SC: Tensor, shape: FfnShape) -> Tensor:
+    """As `full_ffn`: y = sum_k w_k W2 (act(W1 x) · W3 x), the matrices being those of the assignment's expert."""
+    y_TD = routed.x_TD.new_zeros(routed.x_TD.shape)
+    for slot, flat in enumerate(experts_SC):
+        tokens, k = (routed.slot_TK == slot).nonzero(as_tuple=True)
+        gate_up, down = shape.matrices(flat.to(routed.x_TD.dtype))
+        gate, up = F.linear(routed.x_TD[tokens], gate_up).chunk(2, dim=1)
+        y = F.linear(activation(shape.activation, gate) * up, down)
+        y_TD = y_TD.index_add(0, tokens, routed.weight_TK[tokens, k].to(y.dtype)[:, None] * y)
+    return y_TD
+
+
+def moe_lora_ffn_reference(
+    routed: RoutedTokens,
+    frozen_S: Sequence[Tensor],
+    pairs: dict[str, LowRankPairs],
+    shape: FfnShape,
+    *,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """As `moe_lora_ffn`: each slot a MixLoRA expert over a base of its own."""
+    pairs = separate_gate_and_up(pairs)
+    y_TD = routed.x_TD.new_zeros(routed.x_TD.shape)
+    for slot, flat in enumerate(frozen_S):
+        gate_up, down = shape.matrices(flat)
+        gate, up = gate_up.chunk(2)
+        only = replace(routed, slot_TK=routed.slot_TK.where(routed.slot_TK == slot, -1))
+        y_TD = y_TD + mixlora_ffn_reference(only, FfnBase(gate, up, down, shape.activation), pairs, dropout=dropout)
+    return y_TD

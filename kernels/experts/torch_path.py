@@ -1,0 +1,281 @@
+"""The feed-forward of experts that each have weights of their own, forward and backward: all of them trained, or frozen under LoRA pairs.
+
+Assignments are sorted by expert and worked off in tiles of one expert, large enough for GEMMs at full speed and small enough for buffers
+that are allocated once a call. Gate and up lie side by side in a chunk, so they are one GEMM. What a layer keeps for its backward pass is
+x and each assignment's gate and up outputs; gradients of trained experts are written where they belong in their chunk.
+
+Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P assignments on this rank, S slots, C elements of an expert's chunk,
+m assignments of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
+from hecate.kernels.common.dropout import Dropout, DropoutMasks, FfnDropout, ffn_dropout, masked
+from hecate.kernels.common.ffn import FfnShape, activation_backward_into, activation_into
+from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
+
+_TILE_ROWS = 512
+"""assignments of a tile: a GEMM of so many rows repays reading its expert's weights, and adding to their gradients"""
+
+
+def full_ffn(routed: RoutedTokens, experts_SC: Tensor, shape: FfnShape) -> Tensor:
+    """The weighted sum of each token's experts, gated FFNs that are trained.
+
+    Works in x's dtype; the experts' gradient comes in their own. Differentiable in x, weights and experts.
+
+    Args:
+        experts_SC: [slots, C], chunks as `FfnShape` lays them out.
+
+    Returns:
+        [tokens, hidden]; zero where no assignment of a token is computed on this rank.
+    """
+    tiles, _ = assignment_tiles(routed.slot_TK, _TILE_ROWS)
+    return _FullFfn.apply(routed.x_TD, routed.weight_TK, experts_SC, shape, tiles)
+
+
+def moe_lora_ffn(
+    routed: RoutedTokens,
+    frozen_S: Sequence[Tensor],
+    pairs: dict[str, LowRankPairs],
+    shape: FfnShape,
+    *,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """The weighted sum of each token's experts, each a frozen gated FFN of its own plus low-rank pairs.
+
+    Works in x's dtype; gradients of the pairs come in their own. Differentiable in x, weights and pairs, not in the frozen parts.
+
+    Args:
+        frozen_S: the flat chunk of each slot, as `FfnShape` lays it out.
+        pairs: by projection (`gate_proj`, `up_proj`, `down_proj`; or `gate_up_proj`, one pair whose B has the rows of both); a projection
+            left out has no pair. At least one.
+        dropout: on the pairs' inputs; then `routed` must have `token_T` and `expert_S`. Gate and up see the same dropped input.
+
+    Returns:
+        [tokens, hidden]; zero where no assignment of a token is computed on this rank.
+    """
+    assert pairs, "frozen experts without adapters have nothing to train"
+    tiles, order_P = assignment_tiles(routed.slot_TK, _TILE_ROWS)
+    of_rows = ffn_dropout(dropout, routed, order_P)
+    grow = 1.0 if of_rows is None else of_rows.scale
+    inputs, down = shrunk_inputs(pairs, shape.ffn, grow), pairs.get("down_proj")
+    down_scale = 0.0 if down is None else down.scale * grow
+    context = _MoeLoraContext(shape, tuple(frozen_S), tiles, tuple(inputs.values()), down_scale, of_rows)
+    # Gate and up share their input, so one GEMM shrinks it for both.
+    a_each = [pairs[name].a_SrI for name in inputs]
+    a_in = None if not a_each else a_each[0] if len(a_each) == 1 else torch.cat(a_each, dim=1)
+    a_down, b_down = (None, None) if down is None else (down.a_SrI, down.b_SOr)
+    b_in = [pairs[name].b_SOr for name in inputs]
+    return _MoeLoraFfn.apply(routed.x_TD, routed.weight_TK, context, a_in, a_down, b_down, *b_in)
+
+
+@dataclass(frozen=True)
+class _MoeLoraContext:
+    """What both passes need, but for the tensors that are differentiated."""
+
+    shape: FfnShape
+    frozen_S: tuple[Tensor, ...]
+    tiles: list[Tile]
+    inputs: tuple[ShrunkInput, ...]
+    down_scale: float
+    dropout: FfnDropout | None
+    """a row for each assignment, in the order of the tiles"""
+
+    def masks(self, like_TD: Tensor) -> DropoutMasks:
+        """Room for the masks of a tile."""
+        return DropoutMasks(self.dropout, _largest(self.tiles), self.shape.hidden, self.shape.ffn, like_TD)
+
+
+class _ExpertBuffers:
+    """Room for one tile, allocated once a call: fresh memory costs more than the arithmetic on it."""
+
+    def __init__(self, shape: FfnShape, tiles: list[Tile], like_TD: Tensor, *, double: int, wide: int, narrow: int) -> None:
+        sizes = ((double, 2 * shape.ffn), (wide, shape.ffn), (narrow, shape.hidden))
+        self._kinds = [like_TD.new_empty((count, _largest(tiles), width)) for count, width in sizes]
+
+    def take(self, rows: int) -> tuple[Tensor, ...]:
+        """Buffers [rows, 2F], then [rows, F], then [rows, D]."""
+        return tuple(buffer for kind in self._kinds for buffer in kind[:, :rows].unbind())
+
+
+class _FullFfn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, experts_SC: Tensor, shape: FfnShape, tiles: list[Tile]) -> Tensor:
+        weight = weight_TK.detach().flatten().to(x_TD.dtype)
+        gate_up_P = x_TD.new_empty((_num_assignments(tiles), 2 * shape.ffn))
+        y_TD = torch.zeros_like(x_TD)
+        buffers = _ExpertBuffers(shape, tiles, x_TD, double=0, wide=1, narrow=2)
+        for tile in tiles:
+            gate_up_weight, down_weight = shape.matrices(experts_SC[tile.slot].detach().to(x_TD.dtype))
+            h, x, y = buffers.take(len(tile.token))
+            gate_up = torch.mm(torch.index_select(x_TD, 0, tile.token, out=x), gate_up_weight.T, out=gate_up_P[tile.span])
+            _gate(shape, gate_up, act=h, out=h)
+            y_TD.index_add_(0, tile.token, torch.mm(h, down_weight.T, out=y).mul_(weight[tile.assignment, None]))
+        ctx.shape, ctx.tiles = shape, tiles
+        ctx.save_for_backward(x_TD, weight_TK, experts_SC, gate_up_P)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        shape: FfnShape = ctx.shape
+        tiles: list[Tile] = ctx.tiles
+        x_TD, weight_TK, experts_SC, gate_up_P = ctx.saved_tensors
+        dy_TD = grads[0].contiguous()
+        weight, dweight = weight_TK.flatten().to(x_TD.dtype), _weight_gradient(weight_TK, x_TD)
+        dx_TD = torch.zeros_like(x_TD)
+        dexperts_SC = torch.empty_like(experts_SC, memory_format=torch.contiguous_format)
+        for slot in set(range(len(experts_SC))) - {tile.slot for tile in tiles}:
+            dexperts_SC[slot].zero_()
+        buffers = _ExpertBuffers(shape, tiles, x_TD, double=1, wide=3, narrow=3)
+        for tile in tiles:
+            gate_up_weight, down_weight = shape.matrices(experts_SC[tile.slot].to(x_TD.dtype))
+            dgate_up_weight, ddown_weight = shape.matrices(dexperts_SC[tile.slot])
+            dgate_up, act, h, dh, x, dy, dx = buffers.take(len(tile.token))
+            gate_up, w = gate_up_P[tile.span], weight[tile.assignment, None]
+            _gate(shape, gate_up, act=act, out=h)
+            torch.mm(torch.index_select(dy_TD, 0, tile.token, out=dy), down_weight, out=dh)
+            dweight[tile.assignment] = _row_products(dh, h, scratch=dgate_up)
+            _ungate(shape, gate_up, act, dh.mul_(w), out=dgate_up)
+            _product_into(ddown_weight, dy.mul_(w).T, h, add=not tile.first)
+            _product_into(dgate_up_weight, dgate_up.T, torch.index_select(x_TD, 0, tile.token, out=x), add=not tile.first)
+            dx_TD.index_add_(0, tile.token, torch.mm(dgate_up, gate_up_weight, out=dx))
+        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), dexperts_SC, None, None
+
+
+class _MoeLoraFfn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, context: _MoeLoraContext, *pairs: Tensor | None) -> Tensor:
+        shape, tiles = context.shape, context.tiles
+        a_in, a_down, b_down, *b_in = _converted(pairs, x_TD.dtype)
+        weight = weight_TK.detach().flatten().to(x_TD.dtype)
+        gate_up_P = x_TD.new_empty((_num_assignments(tiles), 2 * shape.ffn))
+        y_TD = torch.zeros_like(x_TD)
+        buffers, masks = _ExpertBuffers(shape, tiles, x_TD, double=0, wide=2, narrow=3), context.masks(x_TD)
+        for tile in tiles:
+            s = tile.slot
+            gate_up_weight, down_weight = shape.matrices(context.frozen_S[s])
+            h, h_dropped, x, x_dropped, y = buffers.take(len(tile.token))
+            gate_up = torch.mm(torch.index_select(x_TD, 0, tile.token, out=x), gate_up_weight.T, out=gate_up_P[tile.span])
+            if a_in is not None:
+                low = masked(x, masks.gate_up(tile.span), out=x_dropped) @ a_in[s].T
+                for part, b in zip(context.inputs, b_in, strict=True):
+                    gate_up[:, part.output].addmm_(low[:, part.low], b[s].T, alpha=part.scale)
+            _gate(shape, gate_up, act=h, out=h)
+            torch.mm(h, down_weight.T, out=y)
+            if a_down is not None:
+                low = masked(h, masks.down(tile.span), out=h_dropped) @ a_down[s].T
+                y.addmm_(low, b_down[s].T, alpha=context.down_scale)
+            y_TD.index_add_(0, tile.token, y.mul_(weight[tile.assignment, None]))
+        ctx.context = context
+        ctx.save_for_backward(x_TD, weight_TK, gate_up_P, *pairs)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        context: _MoeLoraContext = ctx.context
+        shape, tiles = context.shape, context.tiles
+        x_TD, weight_TK, gate_up_P, *pairs = ctx.saved_tensors
+        a_in, a_down, b_down, *b_in = _converted(pairs, x_TD.dtype)
+        d_pairs: list[Any] = [None if p is None else torch.zeros_like(p) for p in pairs]
+        da_in, da_down, db_down, *db_in = d_pairs
+        dy_TD = grads[0].contiguous()
+        weight, dweight = weight_TK.flatten().to(x_TD.dtype), _weight_gradient(weight_TK, x_TD)
+        dx_TD = torch.zeros_like(x_TD)
+        buffers, masks = _ExpertBuffers(shape, tiles, x_TD, double=1, wide=3, narrow=3), context.masks(x_TD)
+        for tile in tiles:
+            s = tile.slot
+            gate_up_weight, down_weight = shape.matrices(context.frozen_S[s])
+            dgate_up, act, h, dh, x, dy, dx = buffers.take(len(tile.token))
+            gate_up, w = gate_up_P[tile.span], weight[tile.assignment, None]
+            scratch = dgate_up[:, : shape.ffn]
+            _gate(shape, gate_up, act=act, out=h)
+            torch.mm(torch.index_select(dy_TD, 0, tile.token, out=dy), down_weight, out=dh)
+            if a_down is None:
+                dweight[tile.assignment] = _row_products(dh, h, scratch=dgate_up)
+            else:
+                keep = masks.down(tile.span)
+                low_dy = (dy @ b_down[s]).mul_(context.down_scale)
+                if keep is None:
+                    dh.addmm_(low_dy, a_down[s])
+                else:
+                    dh.addcmul_(torch.mm(low_dy, a_down[s], out=scratch), keep)
+                dweight[tile.assignment] = _row_products(dh, h, scratch=dgate_up)
+                h_dropped = masked(h, keep, out=h)
+                low_h = (h_dropped @ a_down[s].T).mul_(w).mul_(context.down_scale)
+                _product_into(da_down[s], low_dy.mul_(w).T, h_dropped, add=True)
+                _product_into(db_down[s], dy.T, low_h, add=True)
+            _ungate(shape, gate_up, act, dh.mul_(w), out=dgate_up)
+            torch.mm(dgate_up, gate_up_weight, out=dx)
+            if a_in is not None:
+                keep = masks.gate_up(tile.span)
+                x_dropped = masked(torch.index_select(x_TD, 0, tile.token, out=x), keep, out=x)
+                low_x = x_dropped @ a_in[s].T
+                dlow = torch.empty_like(low_x)
+                for part, b, db in zip(context.inputs, b_in, db_in, strict=True):
+                    dout = dgate_up[:, part.output]
+                    dlow[:, part.low] = torch.mm(dout, b[s]).mul_(part.scale)
+                    _product_into(db[s], dout.T, low_x[:, part.low] * part.scale, add=True)
+                _product_into(da_in[s], dlow.T, x_dropped, add=True)
+                if keep is None:
+                    dx.addmm_(dlow, a_in[s])
+                else:
+                    dx.addcmul_(torch.mm(dlow, a_in[s], out=dy), keep)
+            dx_TD.index_add_(0, tile.token, dx)
+        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, *d_pairs
+
+
+def _num_assignments(tiles: list[Tile]) -> int:
+    return tiles[-1].span.stop if tiles else 0
+
+
+def _largest(tiles: list[Tile]) -> int:
+    """Rows of the largest tile."""
+    return max((len(tile.token) for tile in tiles), default=0)
+
+
+def _weight_gradient(weight_TK: Tensor, x_TD: Tensor) -> Tensor:
+    """Zeros [T·K], which stay for assignments that are computed elsewhere."""
+    dtype = torch.float32 if x_TD.dtype.itemsize < 4 else x_TD.dtype
+    return torch.zeros(weight_TK.numel(), dtype=dtype, device=x_TD.device)
+
+
+def _gate(shape: FfnShape, gate_up: Tensor, *, act: Tensor, out: Tensor) -> None:
+    """act = act(gate), out = act · up; the two may be one."""
+    gate, up = gate_up.split(shape.ffn, dim=1)
+    torch.mul(activation_into(shape.activation, gate, act), up, out=out)
+
+
+def _ungate(shape: FfnShape, gate_up: Tensor, act: Tensor, dh: Tensor, *, out: Tensor) -> None:
+    """Gradients of gate and up from that of their gated product; `act` is lost."""
+    gate, up = gate_up.split(shape.ffn, dim=1)
+    dgate, dup = out.split(shape.ffn, dim=1)
+    torch.mul(dh, act, out=dup)
+    activation_backward_into(shape.activation, torch.mul(dh, up, out=act), gate, dgate)
+
+
+def _row_products(left: Tensor, right: Tensor, *, scratch: Tensor) -> Tensor:
+    """[m]: the dot products of rows, summed in float32 or wider."""
+    dtype = torch.float32 if left.dtype.itemsize < 4 else left.dtype
+    return torch.mul(left, right, out=scratch[:, : left.shape[1]]).sum(dim=1, dtype=dtype)
+
+
+def _converted(pairs: Iterable[Tensor | None], dtype: torch.dtype) -> list[Any]:
+    return [None if p is None else p.detach().to(dtype) for p in pairs]
+
+
+def _product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+    """out = left @ right, or added to what is there; sums in out's type."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right, beta=1 if add else 0)
+    elif add:
+        out += left @ right
+    else:
+        out.copy_(left @ right)

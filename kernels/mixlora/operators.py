@@ -1,0 +1,230 @@
+"""The MixLoRA feed-forward over a shared frozen base in Triton, as two operators, forward and backward, for autograd and torch.compile.
+
+The six large GEMMs have T rows and are torch's; between them lie the passes of `hecate.kernels.mixlora.passes`, on assignments sorted by
+slot. The backward pass computes everything of an assignment again from G = x Wg', U = x Wu' and its shrunk inputs. Nothing waits for the
+device.
+
+Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P = T·K places of the sorted assignments, S slots, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hecate.kernels.common.assignments import AssignmentBlocks, RoutedTokens, assignment_blocks, assignment_order
+from hecate.kernels.common.combine import combine
+from hecate.kernels.common.dropout import Dropout, FfnDropout, ffn_dropout
+from hecate.kernels.common.ffn import FfnBase
+from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm
+from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_dropout, pack_pairs, unpack_dropout, unpack_pairs
+from hecate.kernels.mixlora import passes
+from hecate.kernels.mixlora.passes import GatedInputs, config_for
+
+INPUTS = ("gate_proj", "up_proj")
+"""the projections of x"""
+
+
+def mixlora_ffn_triton(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs], *, dropout: Dropout | None = None) -> Tensor:
+    """As `hecate.kernels.mixlora.torch_path.mixlora_ffn`, on CUDA tensors, or on the CPU under TRITON_INTERPRET=1; not in float64.
+
+    Ranks are 1 to 256 and may differ by projection. Slots whose ranks differ share matrices of the largest, the rest zeros: such rows of A
+    and columns of B stay zero, since the gradient of either is a product with the other.
+    """
+    y_TD, *_ = mixlora_forward(*forward_arguments(routed, base, pairs, dropout))
+    return y_TD
+
+
+def forward_arguments(
+    routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs], dropout: Dropout | None = None
+) -> tuple[Any, ...]:
+    """What the forward operator is given: assignments sorted, maps made, dropout's rows hashed."""
+    assert len(pairs) > 0, "a MixLoRA layer without adapters is its base FFN"
+    assert routed.x_TD.dtype.itemsize <= 4, routed.x_TD.dtype
+    num_slots = next(iter(pairs.values())).a_SrI.shape[0]
+    rank = max(of.a_SrI.shape[1] for of in pairs.values())
+    assert rank <= MAX_RANK, f"the kernels take ranks to {MAX_RANK}"
+    order, config = assignment_order(routed.slot_TK, num_slots), config_for("mixlora_rows", rank, routed.x_TD).blocks
+    blocks = assignment_blocks(order, config["ROWS"], config["CHUNK_ROWS"])
+    of_rows = ffn_dropout(dropout, routed, order.order_P)
+    return (
+        routed.x_TD.contiguous(),
+        routed.weight_TK.contiguous(),
+        [base.gate_FD, base.up_FD, base.down_DF],
+        base.activation,
+        *pack_pairs(pairs, of_rows),
+        *pack_dropout(of_rows),
+        list(blocks.tensors()),
+        blocks.rows,
+    )
+
+
+def forward_passes(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    base: Sequence[Tensor],
+    activation: str,
+    matrices: Sequence[Tensor],
+    projections: str,
+    scales: Sequence[float],
+    words: Sequence[Tensor],
+    dropped_levels: int,
+    order: Sequence[Tensor],
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [T, D], and what the backward pass needs: G and U [T, F], the shrunk inputs of gate, up and down [P, R]."""
+    (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales)
+    dropout, blocks = unpack_dropout(words, dropped_levels), AssignmentBlocks.of_tensors(rows, order)
+    gate_TF, up_TF = x_TD @ gate_FD.T, x_TD @ up_FD.T
+    low_gate, low_up = _shrink_inputs(x_TD, blocks, pairs, dropout)
+    inputs = _gated_inputs(gate_TF, up_TF, blocks, (low_gate, low_up), pairs, dropout, activation)
+    down = pairs.get("down_proj")
+    h_PF, low_down = passes.gated(inputs, 0.0 if down is None else down.scale)
+    y_TD = combine(h_PF, weight_TK, blocks.order) @ down_DF.T
+    if low_down is not None and down is not None:
+        y_TD = combine(passes.expand((LowRankTerm(low_down, down.b_SOr),), blocks, None), weight_TK, blocks.order, y_TD)
+    return y_TD, gate_TF, up_TF, low_gate, low_up, _no_rank(x_TD, blocks) if low_down is None else low_down
+
+
+mixlora_forward = torch.library.custom_op("hecate::mixlora_ffn", forward_passes, mutates_args=())
+
+
+@mixlora_forward.register_fake
+def _(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    base: Sequence[Tensor],
+    activation: str,
+    matrices: Sequence[Tensor],
+    projections: str,
+    scales: Sequence[float],
+    words: Sequence[Tensor],
+    dropped_levels: int,
+    order: Sequence[Tensor],
+    rows: int,
+) -> tuple[Tensor, ...]:
+    pairs = unpack_pairs(matrices, projections, scales)
+    wide = [x_TD.new_empty((x_TD.shape[0], base[0].shape[0])) for _ in range(2)]
+    ranks = [pairs[name].a_SrI.shape[1] if name in pairs else 0 for name in (*INPUTS, "down_proj")]
+    return torch.empty_like(x_TD), *wide, *(x_TD.new_empty((order[0].shape[0], rank)) for rank in ranks)
+
+
+def backward_passes(
+    dy_TD: Tensor,
+    kept: Sequence[Tensor],
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    base: Sequence[Tensor],
+    activation: str,
+    matrices: Sequence[Tensor],
+    projections: str,
+    scales: Sequence[float],
+    words: Sequence[Tensor],
+    dropped_levels: int,
+    order: Sequence[Tensor],
+    rows: int,
+) -> list[Tensor]:
+    """Gradients of x and the weights, then of A and B of each projection that has a pair, in the order of `matrices`.
+
+    Args:
+        kept: what the forward operator returned but for y.
+    """
+    (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales)
+    dropout, blocks = unpack_dropout(words, dropped_levels), AssignmentBlocks.of_tensors(rows, order)
+    gate_TF, up_TF, low_gate, low_up, low_down = kept
+    inputs, pair_dtype = _gated_inputs(gate_TF, up_TF, blocks, (low_gate, low_up), pairs, dropout, activation), matrices[0].dtype
+    gradients: dict[str, tuple[Tensor, Tensor]] = {}
+    low_dy, db_down, down = None, None, pairs.get("down_proj")
+    if down is not None:
+        (low_dy,) = passes.shrink(dy_TD, blocks, (down.b_SOr,), (down.scale,), None, gather=True)
+        (db_down,) = passes.outer(dy_TD, blocks, (low_down,), weight_TK, None, pair_dtype, transposed=False)
+    of_gated = passes.gated_backward(inputs, dy_TD @ down_DF, weight_TK, low_dy, pair_dtype)
+    dx_TD = torch.mm(combine(of_gated.gate_PF, None, blocks.order), gate_FD)
+    dx_TD.addmm_(combine(of_gated.up_PF, None, blocks.order), up_FD)
+    of_input = {"gate_proj": (of_gated.gate_PF, of_gated.b_gate_SFR), "up_proj": (of_gated.up_PF, of_gated.b_up_SFR)}
+    names = [name for name in INPUTS if name in pairs]
+    if names:
+        keep = None if dropout is None else dropout.gate_up
+        dlows = tuple(
+            passes.shrink(of_input[name][0], blocks, (pairs[name].b_SOr,), (pairs[name].scale,), None, gather=False)[0] for name in names
+        )
+        da_in = passes.outer(x_TD, blocks, dlows, None, keep, pair_dtype, transposed=True)
+        terms = tuple(LowRankTerm(dlow, pairs[name].a_SrI.transpose(1, 2)) for dlow, name in zip(dlows, names, strict=True))
+        dx_TD = combine(passes.expand(terms, blocks, keep), None, blocks.order, dx_TD)
+        for name, da in zip(names, da_in, strict=True):
+            db = of_input[name][1]
+            assert db is not None
+            gradients[name] = da, db
+    if of_gated.a_down_SRF is not None and db_down is not None:
+        gradients["down_proj"] = of_gated.a_down_SRF, db_down
+    return [dx_TD, of_gated.weight_TK.to(weight_TK.dtype), *(each for name in pairs for each in gradients[name])]
+
+
+mixlora_backward = torch.library.custom_op("hecate::mixlora_ffn_backward", backward_passes, mutates_args=())
+
+
+@mixlora_backward.register_fake
+def _(
+    dy_TD: Tensor,
+    kept: Sequence[Tensor],
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    base: Sequence[Tensor],
+    activation: str,
+    matrices: Sequence[Tensor],
+    *_: Any,
+) -> list[Tensor]:
+    return [torch.empty_like(x_TD), torch.empty_like(weight_TK), *(matrix.new_empty(matrix.shape) for matrix in matrices)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    keep_for_backward(ctx, [list(output[1:]), *inputs])
+
+
+def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    assert dy_TD is not None, "the operator's other results are not differentiable"
+    kept, *arguments = kept_for_backward(ctx)
+    dx_TD, dweight_TK, *dmatrices = mixlora_backward(dy_TD.contiguous(), kept, *arguments)
+    base, words, order = arguments[2], arguments[7], arguments[9]
+    # The gradient of an argument that is a list is a list.
+    nothing = [[None] * len(each) for each in (base, words, order)]
+    return dx_TD, dweight_TK, nothing[0], None, dmatrices, None, None, nothing[1], None, nothing[2], None
+
+
+mixlora_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _gated_inputs(
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    blocks: AssignmentBlocks,
+    lows: tuple[Tensor, Tensor],
+    pairs: dict[str, LowRankPairs],
+    dropout: FfnDropout | None,
+    activation: str,
+) -> GatedInputs:
+    gate, up = (LowRankTerm(low, pairs[name].b_SOr) if name in pairs else None for low, name in zip(lows, INPUTS, strict=True))
+    a_down_SFR = pairs["down_proj"].a_SrI.transpose(1, 2) if "down_proj" in pairs else None
+    return GatedInputs(gate_TF, up_TF, blocks, gate, up, a_down_SFR, None if dropout is None else dropout.down, activation)
+
+
+def _no_rank(x_TD: Tensor, blocks: AssignmentBlocks) -> Tensor:
+    return x_TD.new_empty((blocks.order.num_assignments, 0))
+
+
+def _shrink_inputs(
+    x_TD: Tensor, blocks: AssignmentBlocks, pairs: dict[str, LowRankPairs], dropout: FfnDropout | None
+) -> tuple[Tensor, Tensor]:
+    """The shrunk inputs of gate and up; of rank 0 for one without a pair."""
+    of = {name: pairs[name] for name in INPUTS if name in pairs}
+    lows: dict[str, Tensor] = {}
+    if of:
+        matrices, scales = tuple(each.a_SrI.transpose(1, 2) for each in of.values()), tuple(each.scale for each in of.values())
+        keep = None if dropout is None else dropout.gate_up
+        lows = dict(zip(of, passes.shrink(x_TD, blocks, matrices, scales, keep, gather=True), strict=True))
+    low_gate, low_up = (lows[name] if name in lows else _no_rank(x_TD, blocks) for name in INPUTS)
+    return low_gate, low_up

@@ -1,0 +1,428 @@
+"""The passes of the MixLoRA feed-forward in Triton: each allocates what it returns and launches its kernel.
+
+Between the passes lie GEMMs over tokens. Rows of assignments that are computed elsewhere are left unwritten.
+
+Shapes: T tokens, K assignments of a token, P places of the sorted assignments, S slots, F ffn hidden, C columns summed over, N other
+columns, R rank. Matrices [S, N, R] are views of any strides; they are cast to the activations' type when they are loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hecate.kernels.common.assignments import AssignmentBlocks
+from hecate.kernels.common.dropout import RowDropout
+from hecate.kernels.common.kernel_launch import Launch
+from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, padded_rank
+from hecate.kernels.common.low_rank import MAX_RANK, LowRankTerm
+from hecate.kernels.mixlora.triton_kernels import (
+    expand_kernel,
+    gated_backward_kernel,
+    gated_kernel,
+    outer_kernel,
+    shrink_kernel,
+    sum_chunks_kernel,
+)
+
+
+def _rule(
+    num_warps: int, num_stages: int, *, min_sm: int = 80, max_rank: int = MAX_RANK, itemsizes: tuple[int, ...] = (2, 4), **blocks: int
+) -> Rule:
+    return Rule(LaunchConfig(blocks, num_warps, num_stages), min_sm=min_sm, max_rank=max_rank, itemsizes=itemsizes)
+
+
+def _interpreter(**blocks: int) -> Rule:
+    return Rule(LaunchConfig(blocks, 4, 1), min_sm=0)
+
+
+# Products of float32 run on no tensor core and hold more in registers: smaller blocks.
+_FP32 = (4,)
+RULES: dict[str, tuple[Rule, ...]] = {
+    # Rows of a tile and of a chunk, for all kernels of a layer: they share the maps.
+    "mixlora_rows": (
+        _rule(4, 1, max_rank=64, itemsizes=_FP32, ROWS=32, CHUNK_ROWS=1024),
+        _rule(4, 1, itemsizes=_FP32, ROWS=16, CHUNK_ROWS=1024),
+        _rule(4, 1, max_rank=128, ROWS=64, CHUNK_ROWS=1024),
+        _rule(4, 1, ROWS=32, CHUNK_ROWS=1024),
+        _interpreter(ROWS=16, CHUNK_ROWS=32),
+    ),
+    "mixlora_shrink": (
+        _rule(4, 3, max_rank=64, itemsizes=_FP32, BC=32),
+        _rule(8, 2, itemsizes=_FP32, BC=32),
+        _rule(4, 3, max_rank=64, BC=64),
+        _rule(8, 3, max_rank=128, BC=32),
+        _rule(8, 2, BC=32),
+        _interpreter(BC=32),
+    ),
+    "mixlora_expand": (
+        _rule(4, 1, max_rank=16, itemsizes=_FP32, BN=64),
+        _rule(8, 1, itemsizes=_FP32, BN=64),
+        _rule(4, 1, max_rank=64, BN=128),
+        _rule(8, 1, BN=64),
+        _interpreter(BN=32),
+    ),
+    "mixlora_gated": (
+        _rule(4, 2, itemsizes=_FP32, BN=32, STEPS=32),
+        _rule(4, 2, max_rank=64, BN=64, STEPS=16),
+        _rule(8, 1, max_rank=128, BN=32, STEPS=32),
+        _rule(4, 2, BN=32, STEPS=32),
+        _interpreter(BN=32, STEPS=2),
+    ),
+    "mixlora_gated_backward": (
+        _rule(4, 1, max_rank=16, itemsizes=_FP32, BM=16, BN=32),
+        _rule(8, 1, max_rank=32, itemsizes=_FP32, BM=32, BN=32),
+        _rule(8, 1, itemsizes=_FP32, BM=16, BN=16),
+        _rule(4, 2, min_sm=90, max_rank=32, BM=32, BN=64),
+        _rule(8, 1, min_sm=90, max_rank=64, BM=32, BN=64),
+        _rule(8, 1, max_rank=128, BM=32, BN=32),
+        _rule(8, 1, BM=16, BN=16),
+        _interpreter(BM=16, BN=32),
+    ),
+    "mixlora_outer": (
+        _rule(4, 2, max_rank=16, itemsizes=_FP32, BM=32, BN=64),
+        _rule(8, 2, max_rank=64, itemsizes=_FP32, BM=32, BN=32),
+        _rule(8, 2, itemsizes=_FP32, BM=16, BN=32),
+        _rule(4, 3, max_rank=64, BM=64, BN=64),
+        _rule(8, 2, max_rank=128, BM=32, BN=64),
+        _rule(8, 2, BM=32, BN=32),
+        _interpreter(BM=16, BN=32),
+    ),
+    "mixlora_sum_chunks": (_rule(4, 1, max_rank=32, BN=128), _rule(4, 1, BN=16), _interpreter(BN=64)),
+}
+"""By kernel; the first that serves. Those of sm 0 are the interpreter's, small so that tests see several blocks."""
+
+
+def config_for(name: str, rank: int, like: Tensor) -> LaunchConfig:
+    """The configuration of a kernel for this (largest) rank, and the type and device of the activations `like`."""
+    return choose(name, RULES[name], rank=padded_rank(rank), itemsize=like.element_size(), device=like.device)
+
+
+def shrink(
+    x: Tensor,
+    blocks: AssignmentBlocks,
+    matrices: tuple[Tensor, ...],
+    scales: tuple[float, ...],
+    dropout: RowDropout | None,
+    *,
+    gather: bool,
+) -> tuple[Tensor, ...]:
+    """scale_j · drop(x) A_j for one or two matrices [S, C, R], in one read of x: each [P, R] in x's type.
+
+    Args:
+        x: [T, C], of which each assignment reads its token's row (gather), or [P, C].
+    """
+    lows = tuple(x.new_empty((blocks.order.num_assignments, matrix.shape[2])) for matrix in matrices)
+    config = config_for("mixlora_shrink", _rank_of(*matrices), x)
+    first, second = matrices[0], matrices[-1]
+    Launch(
+        shrink_kernel,
+        (len(blocks.tiles),),
+        {
+            "p_x": x,
+            "p_source": blocks.order.token_P,
+            "p_tile": blocks.tiles,
+            "p_keep": _words(dropout),
+            "p_a1": first,
+            "p_a2": second,
+            "p_low1": lows[0],
+            "p_low2": lows[-1],
+            "C": x.shape[1],
+            "R1": first.shape[2],
+            "R2": second.shape[2],
+            **_strides(first, "s_slot1", "s_c1", "s_r1"),
+            **_strides(second, "s_slot2", "s_c2", "s_r2"),
+            "scale1": scales[0],
+            "scale2": scales[-1],
+            "dropped_levels": _levels(dropout),
+        },
+        {
+            "GATHER": gather,
+            "DROPOUT": dropout is not None,
+            "TWO": len(matrices) == 2,
+            "BM": blocks.rows,
+            "BR1": padded_rank(first.shape[2]),
+            "BR2": padded_rank(second.shape[2]),
+            **config.blocks,
+        },
+        config.num_warps,
+        config.num_stages,
+    ).run()
+    return lows
+
+
+def expand(terms: tuple[LowRankTerm, ...], blocks: AssignmentBlocks, dropout: RowDropout | None) -> Tensor:
+    """drop(sum_j low_j M_j'), [P, N], of one or two terms; dropout without its scale."""
+    first, second = terms[0], terms[-1]
+    out_PN = first.low_PR.new_empty((blocks.order.num_assignments, first.matrix_SNR.shape[1]))
+    config = config_for("mixlora_expand", _rank_of(*terms), first.low_PR)
+    Launch(
+        expand_kernel,
+        (len(blocks.tiles), _blocks(out_PN.shape[1], config.blocks["BN"])),
+        {
+            "p_tile": blocks.tiles,
+            "p_keep": _words(dropout),
+            "p_low1": first.low_PR,
+            "p_low2": second.low_PR,
+            "p_b1": first.matrix_SNR,
+            "p_b2": second.matrix_SNR,
+            "p_out": out_PN,
+            "N": out_PN.shape[1],
+            "R1": first.low_PR.shape[1],
+            "R2": second.low_PR.shape[1],
+            **_strides(first.matrix_SNR, "s_slot1", "s_n1", "s_r1"),
+            **_strides(second.matrix_SNR, "s_slot2", "s_n2", "s_r2"),
+            "dropped_levels": _levels(dropout),
+        },
+        {
+            "DROPOUT": dropout is not None,
+            "TWO": len(terms) == 2,
+            "BM": blocks.rows,
+            "BR1": padded_rank(first.low_PR.shape[1]),
+            "BR2": padded_rank(second.low_PR.shape[1]),
+            **config.blocks,
+        },
+        config.num_warps,
+        config.num_stages,
+    ).run()
+    return out_PN
+
+
+@dataclass(frozen=True)
+class GatedInputs:
+    """What the gated hidden state of each assignment is made from, h = act(G + low_gate B_gate') · (U + low_up B_up'), and goes into."""
+
+    gate_TF: Tensor
+    """G, the base's gate projection of each token"""
+    up_TF: Tensor
+    """U, the base's up projection of each token"""
+    blocks: AssignmentBlocks
+    gate: LowRankTerm | None
+    """None: the projection has no pair"""
+    up: LowRankTerm | None
+    a_down_SFR: Tensor | None
+    """A of the down projection's pairs, transposed"""
+    dropout: RowDropout | None
+    """of h, as input of the down projection's pairs"""
+    activation: str
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return _rank_of(self.gate, self.up, self.a_down_SFR)
+
+    def pointers(self) -> dict[str, Tensor | None]:
+        """Arguments of both gated kernels."""
+        return {
+            "p_gate": self.gate_TF,
+            "p_up": self.up_TF,
+            "p_token": self.blocks.order.token_P,
+            "p_keep": _words(self.dropout),
+            "p_low_gate": None if self.gate is None else self.gate.low_PR,
+            "p_low_up": None if self.up is None else self.up.low_PR,
+            "p_b_gate": None if self.gate is None else self.gate.matrix_SNR,
+            "p_b_up": None if self.up is None else self.up.matrix_SNR,
+            "p_a_down": self.a_down_SFR,
+        }
+
+    def sizes(self) -> dict[str, int]:
+        """Arguments of both gated kernels."""
+        sizes = {"P": self.blocks.order.num_assignments, "F": self.gate_TF.shape[1], "dropped_levels": _levels(self.dropout)}
+        for name, matrix in self._matrices().items():
+            sizes[f"R_{name.upper()}"] = 0 if matrix is None else matrix.shape[2]
+            for stride, value in zip(("s_slot", "s_n", "s_r"), (0, 0, 0) if matrix is None else matrix.stride(), strict=True):
+                sizes[f"{stride}_{name}"] = value
+        return sizes
+
+    def constants(self) -> dict[str, object]:
+        """Of both gated kernels."""
+        ranks = {f"BR_{name.upper()}": 0 if matrix is None else padded_rank(matrix.shape[2]) for name, matrix in self._matrices().items()}
+        return {"ACTIVATION": self.activation, "DROPOUT": self.dropout is not None and self.a_down_SFR is not None, **ranks}
+
+    def _matrices(self) -> dict[str, Tensor | None]:
+        gate, up = (None if term is None else term.matrix_SNR for term in (self.gate, self.up))
+        return {"gate": gate, "up": up, "down": self.a_down_SFR}
+
+
+def gated(inputs: GatedInputs, down_scale: float) -> tuple[Tensor, Tensor | None]:
+    """h of each assignment, [P, F], and down_scale · drop(h) A_down, [P, R]."""
+    rows, ffn = inputs.blocks.order.num_assignments, inputs.gate_TF.shape[1]
+    config = config_for("mixlora_gated", inputs.rank, inputs.gate_TF)
+    # So many programs share the columns of a tile, and each has its own share of drop(h) A_down.
+    programs = _blocks(ffn, config.blocks["BN"] * config.blocks["STEPS"])
+    h_PF, partial = inputs.gate_TF.new_empty((rows, ffn)), None
+    if inputs.a_down_SFR is not None:
+        partial = h_PF.new_empty((programs, rows, inputs.a_down_SFR.shape[2]), dtype=torch.float32)
+    Launch(
+        gated_kernel,
+        (len(inputs.blocks.tiles), programs),
+        {**inputs.pointers(), "p_tile": inputs.blocks.tiles, "p_h": h_PF, "p_partial": partial, **inputs.sizes()},
+        {**inputs.constants(), "BM": inputs.blocks.rows, **config.blocks},
+        config.num_warps,
+        config.num_stages,
+    ).run()
+    return h_PF, None if partial is None else partial.sum(0).mul_(down_scale).to(h_PF.dtype)
+
+
+class GatedGradients(NamedTuple):
+    """What the backward pass of `gated` and of the weighted sum after it gives."""
+
+    gate_PF: Tensor
+    """of each assignment's gate output, its weight included"""
+    up_PF: Tensor
+    weight_TK: Tensor
+    """float32, of the router's weights; zero for assignments that are computed elsewhere"""
+    b_gate_SFR: Tensor | None
+    """in the pairs' type; None for a projection without a pair"""
+    b_up_SFR: Tensor | None
+    a_down_SRF: Tensor | None
+
+
+def gated_backward(
+    inputs: GatedInputs, dhidden_TF: Tensor, weight_TK: Tensor, low_dy_PR: Tensor | None, pair_dtype: torch.dtype
+) -> GatedGradients:
+    """The backward pass of `gated` and of the weighted sum after it.
+
+    Args:
+        dhidden_TF: the gradient of the tokens' weighted hidden states.
+        low_dy_PR: down_scale · dy B_down of each assignment; None without a pair of the down projection.
+        pair_dtype: of the pairs' gradients.
+    """
+    blocks, ffn, rows = inputs.blocks, inputs.gate_TF.shape[1], inputs.blocks.order.num_assignments
+    config = config_for("mixlora_gated_backward", inputs.rank, inputs.gate_TF)
+    dgate_PF, dup_PF = inputs.gate_TF.new_empty((rows, ffn)), inputs.gate_TF.new_empty((rows, ffn))
+    dweight = inputs.gate_TF.new_empty((_blocks(ffn, config.blocks["BN"]), rows), dtype=torch.float32)
+    lows = (None if inputs.gate is None else inputs.gate.low_PR, None if inputs.up is None else inputs.up.low_PR, low_dy_PR)
+    part_gate, part_up, part_down = (None if low is None else _partial_sums(blocks.chunks, ffn, low.shape[1]) for low in lows)
+    Launch(
+        gated_backward_kernel,
+        (len(blocks.chunks), _blocks(ffn, config.blocks["BN"])),
+        {
+            **inputs.pointers(),
+            "p_dhidden": dhidden_TF,
+            "p_order": blocks.order.order_P,
+            "p_chunk": blocks.chunks,
+            "p_weight": weight_TK,
+            "p_low_dy": low_dy_PR,
+            "p_dgate": dgate_PF,
+            "p_dup": dup_PF,
+            "p_dweight": dweight,
+            "p_db_gate": part_gate,
+            "p_db_up": part_up,
+            "p_da_down": part_down,
+            **inputs.sizes(),
+        },
+        {**inputs.constants(), **config.blocks},
+        config.num_warps,
+        config.num_stages,
+    ).run()
+    place_TK = blocks.order.place_TK
+    dweight_TK = dweight.sum(0)[place_TK.clamp(min=0)].masked_fill(place_TK < 0, 0.0) if rows else dweight.new_zeros(place_TK.shape)
+    db_gate, db_up = (None if part is None else _summed(part, blocks, pair_dtype) for part in (part_gate, part_up))
+    da_down = None if part_down is None else _summed(part_down, blocks, pair_dtype, transposed=True)
+    return GatedGradients(dgate_PF, dup_PF, dweight_TK, db_gate, db_up, da_down)
+
+
+def outer(
+    x_TN: Tensor,
+    blocks: AssignmentBlocks,
+    lows: tuple[Tensor, ...],
+    weight_TK: Tensor | None,
+    dropout: RowDropout | None,
+    pair_dtype: torch.dtype,
+    *,
+    transposed: bool,
+) -> tuple[Tensor, ...]:
+    """The sum over each slot's assignments of drop(x)[token] and weight · low_j: [S, N, R] in `pair_dtype`, or [S, R, N] if transposed.
+
+    One or two lows; weights with one only.
+    """
+    assert weight_TK is None or len(lows) == 1
+    partials = tuple(_partial_sums(blocks.chunks, x_TN.shape[1], low.shape[1]) for low in lows)
+    config = config_for("mixlora_outer", _rank_of(*lows), x_TN)
+    Launch(
+        outer_kernel,
+        (len(blocks.chunks), _blocks(x_TN.shape[1], config.blocks["BN"])),
+        {
+            "p_x": x_TN,
+            "p_source": blocks.order.token_P,
+            "p_order": blocks.order.order_P,
+            "p_chunk": blocks.chunks,
+            "p_weight": weight_TK,
+            "p_keep": _words(dropout),
+            "p_low1": lows[0],
+            "p_low2": lows[-1],
+            "p_out1": partials[0],
+            "p_out2": partials[-1],
+            "N": x_TN.shape[1],
+            "R1": lows[0].shape[1],
+            "R2": lows[-1].shape[1],
+            "dropped_levels": _levels(dropout),
+        },
+        {
+            "WEIGHTED": weight_TK is not None,
+            "DROPOUT": dropout is not None,
+            "TWO": len(lows) == 2,
+            "BR1": padded_rank(lows[0].shape[1]),
+            "BR2": padded_rank(lows[-1].shape[1]),
+            **config.blocks,
+        },
+        config.num_warps,
+        config.num_stages,
+    ).run()
+    return tuple(_summed(partial, blocks, pair_dtype, transposed=transposed) for partial in partials)
+
+
+def _summed(partial_CNR: Tensor, blocks: AssignmentBlocks, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
+    """[S, N, R], or [S, R, N]: the sums over each slot's chunks, one after another."""
+    _, width, rank = partial_CNR.shape
+    shape = (blocks.order.num_slots, rank, width) if transposed else (blocks.order.num_slots, width, rank)
+    out = partial_CNR.new_empty(shape, dtype=dtype)
+    out_SNR = out.transpose(1, 2) if transposed else out
+    config = config_for("mixlora_sum_chunks", rank, partial_CNR)
+    Launch(
+        sum_chunks_kernel,
+        (blocks.order.num_slots, _blocks(width, config.blocks["BN"])),
+        {
+            "p_partial": partial_CNR,
+            "p_first": blocks.first_chunk,
+            "p_out": out_SNR,
+            "N": width,
+            "R": rank,
+            "s_n": out_SNR.stride(1),
+            "s_r": out_SNR.stride(2),
+        },
+        {"BR": padded_rank(rank), **config.blocks},
+        config.num_warps,
+        config.num_stages,
+    ).run()
+    return out
+
+
+def _partial_sums(chunks: Tensor, width: int, rank: int) -> Tensor:
+    """float32 [chunks, width, rank], to be written by a kernel."""
+    return torch.empty((len(chunks), width, rank), dtype=torch.float32, device=chunks.device)
+
+
+def _rank_of(*matrices: Tensor | LowRankTerm | None) -> int:
+    """The largest rank, of matrices [.., R] and terms."""
+    return max((m.low_PR.shape[1] if isinstance(m, LowRankTerm) else m.shape[-1] for m in matrices if m is not None), default=0)
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _words(dropout: RowDropout | None) -> Tensor | None:
+    return None if dropout is None else dropout.word_R
+
+
+def _levels(dropout: RowDropout | None) -> int:
+    return 0 if dropout is None else dropout.dropped_levels
+
+
+def _strides(matrix: Tensor, *names: str) -> dict[str, int]:
+    return dict(zip(names, matrix.stride(), strict=True))

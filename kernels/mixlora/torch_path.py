@@ -1,0 +1,234 @@
+"""The MixLoRA feed-forward over a shared frozen base, forward and backward.
+
+Two exact savings: the base gate and up projections run once per token, not once per assignment; the base down projection is linear, so
+it runs once per token, after the weighted hidden states of the token's experts have been summed. All six large GEMMs have T rows. The
+rest runs in tiles of assignments of one expert, small enough to stay in the cache; the backward pass computes them again from the saved
+G = x Wg' and U = x Wu' and the shrunk inputs, so what a layer keeps is x, G, U and r numbers an assignment and projection. The router's
+weights are applied where tensors are narrow, and else while a token's assignments are summed.
+
+Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P assignments on this rank, S slots, r LoRA rank, m assignments of a
+tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
+from hecate.kernels.common.dropout import Dropout, DropoutMasks, FfnDropout, ffn_dropout, masked
+from hecate.kernels.common.ffn import FfnBase, activation_backward_into, activation_into
+from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
+
+_TILE_BYTES = 1 << 20
+"""bytes of one [m, F] buffer of a tile; three to six of them are in use at a time"""
+
+
+def mixlora_ffn(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs], *, dropout: Dropout | None = None) -> Tensor:
+    """The weighted sum of each token's experts, each being the base FFN plus its low-rank pairs.
+
+    Works in x's dtype; gradients of the pairs come in their own dtype. Differentiable in x, weights and pairs, not in the base.
+    On CUDA it reads the group sizes back to the host once a call.
+
+    Args:
+        pairs: by projection (`gate_proj`, `up_proj`, `down_proj`); a projection left out has no pair. At least one.
+        dropout: on the pairs' inputs; then `routed` must have `token_T` and `expert_S`. Gate and up see the same dropped input.
+
+    Returns:
+        [tokens, hidden]; zero where no assignment of a token is computed on this rank. Source: MixLoRA (arXiv 2404.15159) §3.
+    """
+    assert pairs, "a MixLoRA layer without adapters is its base FFN"
+    rows = max(16, _TILE_BYTES // (base.gate_FD.shape[0] * routed.x_TD.element_size()))
+    tiles, order_P = assignment_tiles(routed.slot_TK, rows)
+    of_rows = ffn_dropout(dropout, routed, order_P)
+    grow = 1.0 if of_rows is None else of_rows.scale
+    inputs = shrunk_inputs(pairs, base.gate_FD.shape[0], grow)
+    down = pairs.get("down_proj")
+    a_down, b_down = (down.a_SrI, down.b_SOr) if down is not None else (None, None)
+    down_scale, place_TK = 0.0 if down is None else down.scale * grow, _places(order_P, routed.slot_TK)
+    context = _MixloraContext(base, tuple(inputs.values()), down_scale, tiles, order_P, place_TK, of_rows)
+    a_in, b_in = [pairs[name].a_SrI for name in inputs], [pairs[name].b_SOr for name in inputs]
+    return _MixloraFfn.apply(routed.x_TD, routed.weight_TK, context, a_down, b_down, *a_in, *b_in)
+
+
+def _places(order_P: Tensor, slot_TK: Tensor) -> Tensor:
+    """int64 [T, K]: where each assignment lies in the order; P if it is computed elsewhere."""
+    places = torch.arange(len(order_P), device=order_P.device)
+    return torch.full_like(slot_TK, len(order_P)).view(-1).index_copy_(0, order_P, places).view_as(slot_TK)
+
+
+@dataclass(frozen=True)
+class _MixloraContext:
+    """What both passes need, but for the tensors that are differentiated."""
+
+    base: FfnBase
+    inputs: tuple[ShrunkInput, ...]
+    down_scale: float
+    tiles: list[Tile]
+    order_P: Tensor
+    """int64: the assignments that are computed on this rank, as indices into the flattened [T, K], in the order of the tiles"""
+    place_TK: Tensor
+    """int64: where an assignment lies in that order; P if it is computed elsewhere"""
+    dropout: FfnDropout | None
+    """a row for each assignment, in the order of the tiles"""
+
+    def per_assignment(self, like: Tensor, width: int) -> Tensor:
+        """[P + 1, width] to be filled, but for the last row, which is zero: that of assignments that are computed elsewhere."""
+        rows = like.new_empty((len(self.order_P) + 1, width))
+        rows[-1].zero_()
+        return rows
+
+    def combine(self, value_PW: Tensor, weight_TK: Tensor) -> Tensor:
+        """The weighted sums over each token's assignments, [T, width], of what `per_assignment` gave.
+
+        One pass; weighting the rows, clearing the sums and adding would be four.
+        """
+        return F.embedding_bag(self.place_TK, value_PW, mode="sum", per_sample_weights=weight_TK)
+
+
+class _MixloraBuffers:
+    """The buffers of a tile, allocated once a call: fresh memory costs more than the arithmetic on it."""
+
+    def __init__(self, context: _MixloraContext, like_TD: Tensor, *, wide: int, narrow: int) -> None:
+        rows = max((len(tile.token) for tile in context.tiles), default=0)
+        ffn, hidden = context.base.gate_FD.shape
+        self._gate_up = like_TD.new_empty((rows, 2 * ffn))
+        self._wide = like_TD.new_empty((wide, rows, ffn))
+        self._narrow = like_TD.new_empty((narrow, rows, hidden))
+        self.masks = DropoutMasks(context.dropout, rows, hidden, ffn, like_TD)
+
+    def take(self, rows: int) -> tuple[Tensor, ...]:
+        """Buffers [rows, 2 F], [rows, F] and [rows, D]."""
+        return self._gate_up[:rows], *self._wide[:, :rows].unbind(), *self._narrow[:, :rows].unbind()
+
+
+class _MixloraFfn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, context: _MixloraContext, *pairs: Tensor | None) -> Tensor:
+        base, dtype = context.base, x_TD.dtype
+        a_in, a_down, b_down, b_in = _converted(context, pairs, dtype)
+        ffn, hidden = base.gate_FD.shape
+        num_assignments = len(context.order_P)
+        gate_up_TF = x_TD.new_empty((len(x_TD), 2 * ffn))
+        torch.mm(x_TD, base.gate_FD.T, out=gate_up_TF[:, :ffn])
+        torch.mm(x_TD, base.up_FD.T, out=gate_up_TF[:, ffn:])
+        h_PF = context.per_assignment(x_TD, ffn)
+        y_PD = context.per_assignment(x_TD, hidden) if a_down is not None else None
+        low_in_Pr = x_TD.new_empty((num_assignments, a_in.shape[1])) if a_in is not None else None
+        low_down_Pr = x_TD.new_empty((num_assignments, a_down.shape[1])) if a_down is not None else None
+        work = _MixloraBuffers(context, x_TD, wide=1, narrow=1)
+        for tile in context.tiles:
+            s, rows, span = tile.slot, tile.token, tile.span
+            gate_up, h_in, x = work.take(len(rows))
+            torch.index_select(gate_up_TF, 0, rows, out=gate_up)
+            if low_in_Pr is not None:
+                torch.index_select(x_TD, 0, rows, out=x)
+                torch.mm(masked(x, work.masks.gate_up(span), out=x), a_in[s].T, out=low_in_Pr[span])
+                _expand(context, gate_up, low_in_Pr[span], b_in, s)
+            h = activation_into(base.activation, gate_up[:, :ffn], h_PF[span]).mul_(gate_up[:, ffn:])
+            if y_PD is not None and low_down_Pr is not None:
+                torch.mm(masked(h, work.masks.down(span), out=h_in), a_down[s].T, out=low_down_Pr[span])
+                torch.mm(low_down_Pr[span], b_down[s].T, out=y_PD[span])
+        weight = weight_TK.detach().to(dtype)
+        hidden_TF = context.combine(h_PF, weight)
+        y_TD = hidden_TF @ base.down_DF.T if y_PD is None else context.combine(y_PD, weight).addmm_(hidden_TF, base.down_DF.T)
+        ctx.context = context
+        ctx.save_for_backward(x_TD, weight_TK, gate_up_TF, low_in_Pr, low_down_Pr, *pairs)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        context: _MixloraContext = ctx.context
+        x_TD, weight_TK, gate_up_TF, low_in_Pr, low_down_Pr, *pairs = ctx.saved_tensors
+        base, dtype = context.base, x_TD.dtype
+        a_in, a_down, b_down, b_in = _converted(context, pairs, dtype)
+        d_down: list[Any] = [None if p is None else torch.zeros_like(p) for p in pairs[:2]]
+        da_down, db_down = d_down
+        da_in: Any = None if a_in is None else torch.zeros_like(a_in, dtype=pairs[2].dtype)
+        db_in = [torch.zeros_like(b) for b in pairs[2 + len(b_in) :]]
+        ffn, hidden = base.gate_FD.shape
+        dy_TD = grads[0].contiguous()
+        dhidden_TF = dy_TD @ base.down_DF
+        dgate_up_PF = context.per_assignment(x_TD, 2 * ffn)
+        dx_PD = context.per_assignment(x_TD, hidden) if a_in is not None else None
+        dweight_P = torch.empty(len(context.order_P), dtype=torch.float32 if dtype.itemsize < 4 else dtype, device=dy_TD.device)
+        weight = weight_TK.detach().to(dtype)
+        weight_P1 = weight.flatten()[context.order_P, None]
+        # Every product with an assignment's weight is taken where it is narrow; the wide ones are left to `combine`.
+        weighted_in_Pr, weighted_down_Pr = (None if low is None else low * weight_P1 for low in (low_in_Pr, low_down_Pr))
+        work = _MixloraBuffers(context, x_TD, wide=4, narrow=2)
+        for tile in context.tiles:
+            s, rows, span = tile.slot, tile.token, tile.span
+            gate_up, act, h, h_in, dh, x, dy = work.take(len(rows))
+            gate, up = gate_up[:, :ffn], gate_up[:, ffn:]
+            torch.index_select(gate_up_TF, 0, rows, out=gate_up)
+            if low_in_Pr is not None:
+                _expand(context, gate_up, low_in_Pr[span], b_in, s)
+            activation_into(base.activation, gate, act)
+            torch.mul(act, up, out=h)
+
+            torch.index_select(dhidden_TF, 0, rows, out=dh)
+            if weighted_down_Pr is not None:
+                torch.index_select(dy_TD, 0, rows, out=dy)
+                keep = work.masks.down(span)
+                low_dy = dy @ b_down[s]
+                if keep is None:
+                    dh.addmm_(low_dy, a_down[s])
+                else:
+                    dh.addcmul_(torch.mm(low_dy, a_down[s], out=h_in), keep)
+                _add_product(da_down[s], low_dy.mul_(weight_P1[span]).T, masked(h, keep, out=h_in))
+                _add_product(db_down[s], dy.T, weighted_down_Pr[span])
+            torch.sum(h.mul_(dh), dim=1, dtype=dweight_P.dtype, out=dweight_P[span])
+
+            dgate, dup = dgate_up_PF[span, :ffn], dgate_up_PF[span, ffn:]
+            torch.mul(act, dh, out=dup)
+            activation_backward_into(base.activation, dh.mul_(up), gate, dgate)
+            if weighted_in_Pr is not None and dx_PD is not None:
+                dlow = torch.empty_like(weighted_in_Pr[span])
+                for part, b, db in zip(context.inputs, b_in, db_in, strict=True):
+                    dout = dgate_up_PF[span, part.output]
+                    torch.mm(dout, b[s], out=dlow[:, part.low])
+                    _add_product(db[s], dout.T, weighted_in_Pr[span, part.low])
+                torch.index_select(x_TD, 0, rows, out=x)
+                keep = work.masks.gate_up(span)
+                masked(torch.mm(dlow, a_in[s], out=dx_PD[span]), keep, out=dx_PD[span])
+                _add_product(da_in[s], dlow.mul_(weight_P1[span]).T, masked(x, keep, out=x))
+        dgate_up_TF = context.combine(dgate_up_PF, weight)
+        dx_TD = torch.zeros_like(x_TD) if dx_PD is None else context.combine(dx_PD, weight)
+        dx_TD.addmm_(dgate_up_TF[:, :ffn], base.gate_FD).addmm_(dgate_up_TF[:, ffn:], base.up_FD)
+        dweight = torch.zeros(weight_TK.numel(), dtype=dweight_P.dtype, device=dy_TD.device).index_copy_(0, context.order_P, dweight_P)
+        # Of the scaled A, so far.
+        da_down = None if da_down is None else da_down.mul_(context.down_scale)
+        da_each = [] if da_in is None else [da_in[:, part.low].mul_(part.scale) for part in context.inputs]
+        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, da_down, db_down, *da_each, *db_in
+
+
+def _converted(context: _MixloraContext, pairs: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, Any, Any, list[Any]]:
+    """A of gate and up side by side, A and B of down, and the B of gate and up, in `dtype`.
+
+    Gate and up share their input, so one GEMM shrinks it for both. A takes the scale: nothing else is as small. These copies are made anew
+    in the backward pass: what is saved for that are views of the replicas, so that the engine can free them between the passes.
+    """
+    converted: list[Any] = [None if p is None else p.detach().to(dtype) for p in pairs]
+    a_down, b_down, *rest = converted
+    a_each, b_in = rest[: len(context.inputs)], rest[len(context.inputs) :]
+    a_in = torch.cat([a * part.scale for a, part in zip(a_each, context.inputs, strict=True)], dim=1) if a_each else None
+    return a_in, None if a_down is None else a_down * context.down_scale, b_down, b_in
+
+
+def _expand(context: _MixloraContext, gate_up: Tensor, low: Tensor, b_in: list[Tensor], slot: int) -> None:
+    for part, b in zip(context.inputs, b_in, strict=True):
+        gate_up[:, part.output].addmm_(low[:, part.low], b[slot].T)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left @ right, summed over tiles in out's type."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right)
+    else:
+        out += left @ right

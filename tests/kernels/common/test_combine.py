@@ -1,0 +1,106 @@
+"""Gating and combining of sorted pairs against autograd in float64, into memory that is NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from hecate.kernels.common.assignments import AssignmentOrder, assignment_order
+from hecate.kernels.common.combine import combine
+from hecate.kernels.common.ffn import ACTIVATIONS, activation
+from hecate.kernels.experts.gated import gate, gate_backward
+from tests.kernels.grouping import GROUPS, TOLERANCE, assert_close, grouped, poisoned
+
+__all__ = ["poisoned"]
+
+
+@dataclass(frozen=True)
+class Case:
+    sizes: tuple[int, ...] = GROUPS["uneven"]
+    elsewhere: int = 5
+    k: int = 2
+    width: int = 70
+    activation: str = "silu"
+    dtype: torch.dtype = torch.float32
+
+
+CASES = {
+    **{f"groups: {name}": Case(sizes=sizes, elsewhere=0) for name, sizes in GROUPS.items()},
+    **{name: Case(activation=name) for name in ACTIVATIONS},
+    "k 1": Case(k=1),
+    "k 4": Case(k=4),
+    "width 1": Case(width=1),
+    "a full block": Case(width=64),
+    "bfloat16": Case(dtype=torch.bfloat16),
+    "float16": Case(dtype=torch.float16),
+}
+
+
+class Given:
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self._random = torch.Generator().manual_seed(7)
+        self._case, self._device = case, device
+        slot_TK = grouped(case.sizes, case.elsewhere, case.k).to(device)
+        self.order: AssignmentOrder = assignment_order(slot_TK, len(case.sizes))
+        self.weight = self.normal(*slot_TK.shape)
+        self.here = int(self.order.starts[-1])
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._random).to(self._case.dtype).to(self._device)
+
+    def of_pairs(self, width: int) -> torch.Tensor:
+        """As a kernel leaves them: what it does not write is NaN."""
+        values = self.normal(self.order.num_assignments, width)
+        values[self.here :] = torch.nan
+        return values
+
+    def wide(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Those pairs that are here, or a weight of each, differentiable."""
+        return [t[: self.here].double().requires_grad_() if t is not self.weight else t.double().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_combine(name: str, device: torch.device, poisoned: None) -> None:
+    case = CASES[name]
+    given = Given(case, device)
+    order, v = given.order, given.of_pairs(case.width)
+    wide_v, zeros = v[: given.here].double(), torch.zeros(len(given.weight), case.width, dtype=torch.float64, device=device)
+    token, pair = order.token_P[: given.here].long(), order.order_P[: given.here]
+
+    weighted = zeros.index_add(0, token, given.weight.double().flatten()[pair, None] * wide_v)
+    assert_close(combine(v, given.weight, order), weighted, TOLERANCE[case.dtype], "y")
+    assert_close(combine(v, None, order), zeros.index_add(0, token, wide_v), TOLERANCE[case.dtype], "sum")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gate(name: str, device: torch.device, poisoned: None) -> None:
+    case = CASES[name]
+    given = Given(case, device)
+    order, gate_up, dh = given.order, given.of_pairs(2 * case.width), given.of_pairs(case.width)
+    wide_gate_up, wide_weight = given.wide(gate_up, given.weight)
+    gate_part, up = wide_gate_up.chunk(2, dim=1)
+    h = activation(case.activation, gate_part) * up
+    weighted = wide_weight.flatten()[order.order_P[: given.here], None] * h
+    dgate_up, dweight = torch.autograd.grad((weighted * dh[: given.here].double()).sum(), (wide_gate_up, wide_weight))
+
+    got_h = gate(gate_up, order, case.activation)
+    got_dgate_up, got_weighted, got_dweight = gate_backward(gate_up, dh, given.weight, order, case.activation)
+    for what, got, want in (("h", got_h, h), ("dgate_up", got_dgate_up, dgate_up), ("w h", got_weighted, weighted)):
+        assert_close(got[: given.here], want.detach(), TOLERANCE[case.dtype], what)
+        assert got[given.here :].isnan().all(), what
+    assert_close(got_dweight, dweight, TOLERANCE[case.dtype], "dweight")
+
+
+def test_choices_are_added_in_their_order(device: torch.device) -> None:
+    """Whatever slots they went to. Weights are powers of two: products are exact, so fused or not makes no difference."""
+    case = replace(Case(), k=4)
+    given = Given(case, device)
+    v = given.normal(given.order.num_assignments, case.width)
+    weight = torch.exp2(given.weight.round())
+    want = torch.zeros(len(weight), case.width, device=device)
+    for k in range(case.k):
+        place = given.order.place_TK[:, k].long()
+        want += torch.where((place >= 0)[:, None], weight[:, k, None] * v[place.clamp(min=0)], 0.0)
+    assert torch.equal(combine(v, weight, given.order), want)

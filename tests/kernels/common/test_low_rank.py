@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hecate.kernels.common.dropout import Dropout
+from hecate.kernels.common.low_rank import lora_linear
+
+TOKENS, INPUTS, OUTPUTS, RANK, STREAM, SCALE = 11, 7, 5, 3, 4, 1.5
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, TOKENS])
+@pytest.mark.parametrize(("dtype", "pair_dtype", "tolerance"), [
+    (torch.float64, torch.float64, 1e-12), (torch.float32, torch.float32, 1e-5), (torch.bfloat16, torch.float32, 0.05),
+])  # fmt: skip
+def test_against_autograd(p: float, biased: bool, tokens: int, dtype: torch.dtype, pair_dtype: torch.dtype, tolerance: float) -> None:
+    random = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(of)
+
+    x, a, b = normal(tokens, INPUTS), normal(RANK, INPUTS, of=pair_dtype), normal(OUTPUTS, RANK, of=pair_dtype)
+    weight, bias = normal(OUTPUTS, INPUTS), normal(OUTPUTS) if biased else None
+    dy = normal(tokens, OUTPUTS)
+    number = torch.randperm(tokens, generator=random) + 50
+    dropout = Dropout(p, key=9) if p else None
+    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+    y = lora_linear(leaves[0], weight, bias, leaves[1], leaves[2], SCALE, dropout.rows(number, STREAM) if dropout else None)
+    got = [y, *torch.autograd.grad(y, leaves, dy)]
+
+    wide = [t.double().requires_grad_() for t in (x, a, b)]
+    dropped = wide[0] * dropout.mask(number, STREAM, INPUTS, torch.float64) if dropout else wide[0]
+    plain = F.linear(wide[0], weight.double(), None if bias is None else bias.double())
+    plain = plain + SCALE * F.linear(F.linear(dropped, wide[1]), wide[2])
+    wanted = [plain, *torch.autograd.grad(plain, wide, dy.double())]
+    assert [g.dtype for g in got] == [dtype, dtype, pair_dtype, pair_dtype]
+    for mine, reference in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=tolerance, atol=tolerance * 4)
+
+
+def test_an_input_that_needs_no_gradient() -> None:
+    a, b = torch.ones(RANK, INPUTS).requires_grad_(), torch.ones(OUTPUTS, RANK).requires_grad_()
+    lora_linear(torch.ones(2, INPUTS), torch.ones(OUTPUTS, INPUTS), None, a, b, SCALE).sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None

@@ -1,0 +1,200 @@
+"""The fast FFN of experts with their own weights against its reference: output and every gradient, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from hecate.kernels.common.assignments import RoutedTokens, assignment_tiles
+from hecate.kernels.common.dropout import Dropout
+from hecate.kernels.common.ffn import ACTIVATIONS, PROJECTIONS, FfnShape
+from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.experts import torch_path as expert_ffn
+from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
+from hecate.kernels.experts.torch_path import full_ffn, moe_lora_ffn
+from tests.kernels.mixlora.test_torch_path import compare
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int = 23
+    hidden: int = 6
+    ffn: int = 10
+    k: int = 2
+    slots: int = 4
+    projections: tuple[str, ...] = PROJECTIONS
+    activation: str = "silu"
+    rank: int = 3
+    spread: float = 1.0
+    """standard deviation of all values"""
+    dropout: float = 0.0
+    absent: tuple[int, ...] = ()
+    """slots that no pair goes to"""
+    elsewhere: float = 0.0
+    """share of choices that are computed elsewhere"""
+    dtype: torch.dtype = torch.float64
+    master_dtype: torch.dtype | None = None
+    """of what is trained and of the weights; None: `dtype`"""
+
+
+Results = dict[str, torch.Tensor]
+Run = Callable[[Any, Case, torch.dtype | None], Results]
+
+
+class Inputs:
+    """Random values of a case. `compute_in`: the same values (rounded to the case's types), widened."""
+
+    def __init__(self, case: Case, compute_in: torch.dtype | None) -> None:
+        self.case, self._compute_in = case, compute_in
+        self.random = torch.Generator().manual_seed(3)
+        self.master = case.master_dtype or case.dtype
+        self.shape = FfnShape(case.hidden, case.ffn, case.activation)
+        present = torch.tensor([s for s in range(case.slots) if s not in case.absent])
+        self.slot = present[torch.randint(len(present), (case.tokens, case.k), generator=self.random)]
+        self.slot[torch.rand(self.slot.shape, generator=self.random) < case.elsewhere] = -1
+        self.named = {"x": self.normal(case.tokens, case.hidden), "weight": self.normal(case.tokens, case.k, dtype=self.master)}
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = True) -> torch.Tensor:
+        value = (self.case.spread * torch.randn(*shape, generator=self.random, dtype=torch.float64)).to(dtype or self.case.dtype)
+        return value.to(self._compute_in or value.dtype).requires_grad_(grad)
+
+    def routed(self, token: torch.Tensor | None = None, expert: torch.Tensor | None = None) -> RoutedTokens:
+        return RoutedTokens(self.named["x"], self.slot, self.named["weight"], token, expert)
+
+    def results(self, y: torch.Tensor) -> Results:
+        direction = torch.randn(y.shape, generator=self.random, dtype=torch.float64).to(self.case.dtype).to(y.dtype)
+        gradients = torch.autograd.grad((y * direction).sum(), list(self.named.values()))
+        return {"y": y.detach(), **{f"d {name}": g for name, g in zip(self.named, gradients, strict=True)}}
+
+
+def full(function: Any, case: Case, compute_in: torch.dtype | None = None) -> Results:
+    given = Inputs(case, compute_in)
+    given.named["experts"] = given.normal(case.slots, given.shape.numel, dtype=given.master)
+    return given.results(function(given.routed(), given.named["experts"], given.shape))
+
+
+def lora(function: Any, case: Case, compute_in: torch.dtype | None = None) -> Results:
+    given = Inputs(case, compute_in)
+    frozen = [given.normal(given.shape.numel, grad=False) for _ in range(case.slots)]
+    loras = {}
+    for name in case.projections:
+        wide, narrow = (case.ffn, case.hidden) if name == "down_proj" else (case.hidden, case.ffn * (1 + (name == "gate_up_proj")))
+        a = given.named[f"{name}.A"] = given.normal(case.slots, case.rank, wide, dtype=given.master)
+        b = given.named[f"{name}.B"] = given.normal(case.slots, narrow, case.rank, dtype=given.master)
+        loras[name] = LowRankPairs(a, b, 0.5 + 0.25 * len(name))
+    token, expert = torch.randperm(case.tokens, generator=given.random) + 1000, torch.arange(case.slots) * 3 + 1
+    dropout = Dropout(case.dropout, key=77) if case.dropout else None
+    return given.results(function(given.routed(token, expert), frozen, loras, given.shape, dropout=dropout))
+
+
+KINDS: dict[str, tuple[Run, Any, Any]] = {
+    "full": (full, full_ffn, full_ffn_reference),
+    "lora": (lora, moe_lora_ffn, moe_lora_ffn_reference),
+}
+CASES = {
+    "plain": Case(),
+    "gelu": Case(activation="gelu"),
+    "gelu_tanh": Case(activation="gelu_tanh"),
+    "slots with no pairs": Case(absent=(0, 2)),
+    "last slot with no pairs": Case(absent=(3,)),
+    "some choices elsewhere": Case(elsewhere=0.5),
+    "all choices elsewhere": Case(elsewhere=1.1),
+    "no tokens": Case(tokens=0),
+    "a single token": Case(tokens=1),
+    "k 1": Case(k=1),
+    "odd sizes": Case(tokens=17, hidden=7, ffn=13, slots=5, k=3, elsewhere=0.2),
+    "everything of size 1": Case(tokens=3, hidden=1, ffn=1, slots=1, k=1),
+}
+LORA_CASES = {
+    "gate only": Case(projections=("gate_proj",)),
+    "gate and up as one": Case(projections=("gate_up_proj", "down_proj"), dropout=0.3, absent=(1,)),
+    "down only": Case(projections=("down_proj",)),
+    "no gate": Case(projections=("up_proj", "down_proj")),
+    "no down": Case(projections=("gate_proj", "up_proj")),
+    "dropout": Case(dropout=0.3),
+    "dropout, choices elsewhere": Case(dropout=0.5, elsewhere=0.4, k=3),
+    "dropout, no down": Case(dropout=0.5, projections=("up_proj",)),
+    "dropout, no tokens": Case(dropout=0.5, tokens=0),
+}
+
+
+def test_the_cases_cover_every_activation() -> None:
+    assert {case.activation for case in CASES.values()} == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CASES)
+def test_fp64(name: str, kind: str) -> None:
+    run, fast, reference = KINDS[kind]
+    compare(run(fast, CASES[name], None), run(reference, CASES[name], None), 1e-12)
+
+
+@pytest.mark.parametrize("name", LORA_CASES)
+def test_adapters_on_some_projections_and_dropout(name: str) -> None:
+    compare(lora(moe_lora_ffn, LORA_CASES[name]), lora(moe_lora_ffn_reference, LORA_CASES[name]), 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_smaller_than_a_group(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_ffn, "_TILE_ROWS", 7)
+    run, fast, reference = KINDS[kind]
+    for case in (Case(tokens=75), Case(tokens=75, elsewhere=0.3, dropout=0.3 * (kind == "lora"))):
+        compare(run(fast, case, None), run(reference, case, None), 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp32_and_bf16_with_fp32_masters(kind: str) -> None:
+    """bf16 keeps 8 bits, an error of 2^-9 a rounding; a handful of roundings on the way of each element."""
+    run, fast, reference = KINDS[kind]
+    single = Case(dtype=torch.float32, elsewhere=0.3)
+    compare(run(fast, single, None), run(reference, single, torch.float64), 2e-6)
+    half = dataclasses.replace(single, dtype=torch.bfloat16, master_dtype=torch.float32, tokens=75)
+    got = run(fast, half, None)
+    assert got["y"].dtype == got["d x"].dtype == torch.bfloat16
+    assert {gradient.dtype for name, gradient in got.items() if name not in ("y", "d x")} == {torch.float32}
+    compare(got, run(reference, half, torch.float64), 8 * 2**-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_formula_by_finite_differences(kind: str) -> None:
+    """The references' gradients are autograd's; the fast versions' are written by hand, and checked here without either."""
+    _, fast, _ = KINDS[kind]
+    given = Inputs(Case(tokens=3, hidden=2, ffn=3, slots=2, elsewhere=0.2), None)
+    if kind == "full":
+        inputs = (given.named["x"], given.named["weight"], given.normal(2, given.shape.numel))
+        assert torch.autograd.gradcheck(lambda x, w, e: fast(RoutedTokens(x, given.slot, w), e, given.shape), inputs)
+        return
+    frozen = [given.normal(given.shape.numel, grad=False) for _ in range(2)]
+    sizes = {"gate_proj": (2, 3), "up_proj": (2, 3), "down_proj": (3, 2)}
+    pairs = [t for wide, narrow in sizes.values() for t in (given.normal(2, 1, wide), given.normal(2, narrow, 1))]
+
+    def of(x: torch.Tensor, weight: torch.Tensor, *pairs: torch.Tensor) -> torch.Tensor:
+        loras = {name: LowRankPairs(*pairs[2 * i : 2 * i + 2], 0.7) for i, name in enumerate(sizes)}
+        return fast(RoutedTokens(x, given.slot, weight), frozen, loras, given.shape)
+
+    assert torch.autograd.gradcheck(of, (given.named["x"], given.named["weight"], *pairs))
+
+
+def test_tiles_hold_each_pair_that_is_here_once() -> None:
+    slot_TK = torch.randint(-1, 3, (75, 2), generator=torch.Generator().manual_seed(0))
+    tiles, order_P = assignment_tiles(slot_TK, 20)
+    assert max(len(tile.assignment) for tile in tiles) == 20
+    seen = set()
+    for tile in tiles:
+        assert (slot_TK.flatten()[tile.assignment] == tile.slot).all()
+        assert torch.equal(tile.token, tile.assignment // 2)
+        assert torch.equal(tile.assignment, order_P[tile.span])
+        assert tile.first == (tile.slot not in seen)
+        seen.add(tile.slot)
+    pairs = [pair for tile in tiles for pair in tile.assignment.tolist()]
+    assert sorted(pairs) == (slot_TK.flatten() >= 0).nonzero().flatten().tolist()
+
+
+def test_experts_that_no_pair_reaches_have_a_gradient_of_zero() -> None:
+    gradient = full(full_ffn, CASES["slots with no pairs"])["d experts"]
+    assert [bool(g.any()) for g in gradient] == [False, True, False, True]

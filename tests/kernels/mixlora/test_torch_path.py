@@ -1,0 +1,181 @@
+"""The fast MixLoRA FFN against its reference: output and every gradient, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.dropout import Dropout
+from hecate.kernels.common.ffn import ACTIVATIONS, PROJECTIONS, FfnBase
+from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.mixlora import torch_path as mixlora
+from hecate.kernels.mixlora.reference import mixlora_ffn_reference
+from hecate.kernels.mixlora.torch_path import mixlora_ffn
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int = 23
+    hidden: int = 6
+    ffn: int = 10
+    k: int = 2
+    slots: int = 4
+    rank: int = 3
+    projections: tuple[str, ...] = PROJECTIONS
+    activation: str = "silu"
+    dropout: float = 0.0
+    absent: tuple[int, ...] = ()
+    """slots that no pair goes to"""
+    elsewhere: float = 0.0
+    """share of choices that are computed elsewhere"""
+    dtype: torch.dtype = torch.float64
+    pair_dtype: torch.dtype | None = None
+    """of the pairs and weights; None: `dtype`"""
+
+
+def results(function: Any, case: Case, compute_in: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Output and gradients by name. `compute_in`: the same values (rounded to the case's types), widened."""
+    random = torch.Generator().manual_seed(3)
+    pair_dtype = case.pair_dtype or case.dtype
+
+    def normal(*shape: int, dtype: torch.dtype = case.dtype, grad: bool = True) -> torch.Tensor:
+        value = torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
+        return value.to(compute_in or dtype).requires_grad_(grad)
+
+    inputs = {"x": normal(case.tokens, case.hidden)}
+    inputs["weight"] = normal(case.tokens, case.k, dtype=pair_dtype)
+    base = FfnBase(
+        normal(case.ffn, case.hidden, grad=False),
+        normal(case.ffn, case.hidden, grad=False),
+        normal(case.hidden, case.ffn, grad=False),
+        case.activation,
+    )
+    loras = {}
+    for name in case.projections:
+        wide, narrow = (case.ffn, case.hidden) if name == "down_proj" else (case.hidden, case.ffn)
+        inputs[f"{name}.A"] = normal(case.slots, case.rank, wide, dtype=pair_dtype)
+        inputs[f"{name}.B"] = normal(case.slots, narrow, case.rank, dtype=pair_dtype)
+        loras[name] = LowRankPairs(inputs[f"{name}.A"], inputs[f"{name}.B"], 0.5 + 0.25 * len(name))
+    present = torch.tensor([s for s in range(case.slots) if s not in case.absent])
+    slot = present[torch.randint(len(present), (case.tokens, case.k), generator=random)]
+    slot[torch.rand(slot.shape, generator=random) < case.elsewhere] = -1
+    token, expert = torch.randperm(case.tokens, generator=random) + 1000, torch.arange(case.slots) * 3 + 1
+    routed = RoutedTokens(inputs["x"], slot, inputs["weight"], token, expert)
+    y = function(routed, base, loras, dropout=Dropout(case.dropout, key=77) if case.dropout else None)
+    direction = torch.randn(y.shape, generator=random, dtype=torch.float64).to(case.dtype).to(y.dtype)
+    gradients = torch.autograd.grad((y * direction).sum(), list(inputs.values()))
+    return {"y": y.detach(), **{f"d {name}": g for name, g in zip(inputs, gradients, strict=True)}}
+
+
+def compare(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Largest error relative to the largest entry, by name."""
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert got[name].shape == wanted[name].shape, name
+        if got[name].numel():
+            assert got[name].isfinite().all(), f"{name} is not finite"
+            scale = wanted[name].double().abs().max().clamp(min=1e-30)
+            error = float((got[name].double() - wanted[name].double()).abs().max() / scale)
+            assert error <= tolerance, f"{name} is off by {error:.1e}"
+
+
+CASES = {
+    "plain": Case(),
+    "gelu": Case(activation="gelu"),
+    "gelu_tanh": Case(activation="gelu_tanh"),
+    "gate only": Case(projections=("gate_proj",)),
+    "up only": Case(projections=("up_proj",)),
+    "down only": Case(projections=("down_proj",)),
+    "no gate": Case(projections=("up_proj", "down_proj"), activation="gelu"),
+    "no down": Case(projections=("gate_proj", "up_proj")),
+    "slots with no pairs": Case(absent=(0, 2)),
+    "last slot with no pairs": Case(absent=(3,)),
+    "some choices elsewhere": Case(elsewhere=0.5),
+    "all choices elsewhere": Case(elsewhere=1.1),
+    "no tokens": Case(tokens=0),
+    "no tokens, dropout": Case(tokens=0, dropout=0.3),
+    "a single token": Case(tokens=1),
+    "a single token, a single slot": Case(tokens=1, slots=1, k=1),
+    "k 1": Case(k=1),
+    "k 4": Case(k=4, elsewhere=0.2),
+    "rank 1 and odd sizes": Case(tokens=17, hidden=7, ffn=13, rank=1, slots=5, k=3),
+    "everything of size 1": Case(tokens=3, hidden=1, ffn=1, rank=1, slots=1, k=1),
+    "dropout": Case(dropout=0.3),
+    "dropout, choices elsewhere": Case(dropout=0.5, elsewhere=0.4, k=3, activation="gelu_tanh"),
+    "dropout, down only": Case(dropout=0.5, projections=("down_proj",)),
+}
+
+
+def test_the_cases_cover_every_activation() -> None:
+    assert {case.activation for case in CASES.values()} == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fp64(name: str) -> None:
+    compare(results(mixlora_ffn, CASES[name]), results(mixlora_ffn_reference, CASES[name]), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["plain", "some choices elsewhere", "dropout", "k 4", "rank 1 and odd sizes"])
+def test_tiles_smaller_than_a_group(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 rows, the least, and groups of more than twice that, not a multiple of it."""
+    monkeypatch.setattr(mixlora, "_TILE_BYTES", 1)
+    case = dataclasses.replace(CASES[name], tokens=75)
+    compare(results(mixlora_ffn, case), results(mixlora_ffn_reference, case), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["plain", "dropout", "gelu_tanh", "some choices elsewhere"])
+def test_fp32(name: str) -> None:
+    case = dataclasses.replace(CASES[name], dtype=torch.float32)
+    compare(results(mixlora_ffn, case), results(mixlora_ffn_reference, case, compute_in=torch.float64), 2e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "gelu_tanh", "some choices elsewhere"])
+def test_bf16_with_fp32_pairs(name: str) -> None:
+    """bf16 keeps 8 bits, an error of 2^-9 a rounding; a handful of roundings on the way of each element."""
+    case = dataclasses.replace(CASES[name], dtype=torch.bfloat16, pair_dtype=torch.float32)
+    got = results(mixlora_ffn, case)
+    assert got["y"].dtype == got["d x"].dtype == torch.bfloat16
+    assert {g.dtype for key, g in got.items() if key not in ("y", "d x")} == {torch.float32}
+    compare(got, results(mixlora_ffn_reference, case, compute_in=torch.float64), 8 * 2**-9)
+
+
+def test_gradients_of_slots_with_no_pairs_are_zero() -> None:
+    got = results(mixlora_ffn, CASES["slots with no pairs"])
+    for name, gradient in got.items():
+        if name.endswith((".A", ".B")):
+            assert [bool(g.any()) for g in gradient] == [False, True, False, True], name
+
+
+def test_choices_elsewhere_add_nothing() -> None:
+    got = results(mixlora_ffn, CASES["all choices elsewhere"])
+    assert all(not value.any() for value in got.values())
+
+
+def test_a_layer_without_adapters_is_our_mistake() -> None:
+    one = torch.ones(1, 1)
+    with pytest.raises(AssertionError, match="without adapters"):
+        mixlora_ffn(RoutedTokens(one, torch.zeros(1, 1, dtype=torch.int64), one), FfnBase(one, one, one, "silu"), {})
+
+
+def test_tensors_that_are_not_contiguous() -> None:
+    """x is a transpose, and the gradient of a sum an expanded scalar."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    wide, base = normal(4, 9), FfnBase(normal(5, 4), normal(5, 4), normal(4, 5), "silu")
+    loras = {"up_proj": LowRankPairs(normal(2, 3, 4), normal(2, 5, 3), 1.0)}
+    slot, weight = torch.randint(2, (9, 1), generator=random), torch.ones(9, 1, dtype=torch.float64)
+
+    def both(function: Any) -> dict[str, torch.Tensor]:
+        x = wide.clone().requires_grad_()
+        y = function(RoutedTokens(x.T, slot, weight), base, loras)
+        return {"y": y.detach(), "d x": torch.autograd.grad(y.sum(), x)[0]}
+
+    compare(both(mixlora_ffn), both(mixlora_ffn_reference), 1e-12)
