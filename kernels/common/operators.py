@@ -47,23 +47,29 @@ def keep_for_backward(ctx: Any, values: Sequence[Any]) -> None:
     """Keep tensors, lists of tensors and other values for `kept_for_backward`."""
     # Without this, a missing gradient of what is only kept would be made up of zeros.
     ctx.set_materialize_grads(False)
-    flat: list[Tensor] = []
+    tensors: list[Tensor] = []
     ctx.kept = []
     for value in values:
-        tensors = [value] if isinstance(value, Tensor) else list(value) if _is_tensors(value) else None
-        # How many tensors, or None and the value itself.
-        ctx.kept.append((isinstance(value, Tensor), None, value) if tensors is None else (isinstance(value, Tensor), len(tensors), None))
-        flat += tensors or []
-    ctx.save_for_backward(*flat)
+        if isinstance(value, Tensor):
+            ctx.kept.append(("tensor", None))
+            tensors.append(value)
+        elif _is_tensors(value):
+            ctx.kept.append(("tensors", len(value)))
+            tensors += value
+        else:
+            ctx.kept.append(("value", value))
+    ctx.save_for_backward(*tensors)
 
 
 def kept_for_backward(ctx: Any) -> list[Any]:
     """The values that `keep_for_backward` was given."""
     tensors = iter(ctx.saved_tensors)
     values: list[Any] = []
-    for single, number, value in ctx.kept:
-        several = None if number is None else [next(tensors) for _ in range(number)]
-        values.append(value if several is None else several[0] if single else several)
+    for kind, value in ctx.kept:
+        if kind == "value":
+            values.append(value)
+        else:
+            values.append(next(tensors) if kind == "tensor" else [next(tensors) for _ in range(value)])
     return values
 
 

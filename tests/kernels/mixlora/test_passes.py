@@ -14,9 +14,10 @@ from torch import Tensor
 from hecate.kernels.common.assignments import AssignmentBlocks, assignment_blocks, assignment_order
 from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.low_rank import LowRankTerm
-from hecate.kernels.mixlora import passes
+from hecate.kernels.mixlora import passes, triton_kernels
 from hecate.kernels.mixlora.passes import RULES, GatedInputs
 from tests.kernels.grouping import GROUPS, assert_close, grouped, poisoned
+from tests.kernels.layer_cases import CASES as LAYERS
 from tests.kernels.mixlora import passes_reference
 
 __all__ = ["poisoned"]
@@ -164,3 +165,10 @@ def test_chunks_survive_being_taken_apart(device: torch.device) -> None:
     again = AssignmentBlocks.of_tensors(blocks.rows, blocks.tensors())
     assert all(a is b for a, b in zip(again.tensors(), blocks.tensors(), strict=True))
     assert again.rows == blocks.rows
+
+
+def test_a_layer_launches_every_kernel() -> None:
+    launched = [launch.kernel for launch in LAYERS["7B"].launches()]
+    for name in ("shrink", "expand", "gated", "gated_backward", "outer", "sum_chunks"):
+        kernel = getattr(triton_kernels, f"{name}_kernel")
+        assert any(each is kernel for each in launched), name

@@ -1,0 +1,65 @@
+"""Records taken apart for operators and put together again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.dropout import Dropout, ffn_dropout
+from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_dropout, pack_pairs, unpack_dropout, unpack_pairs
+
+
+def pair(seed: int, scale: float) -> LowRankPairs:
+    random = torch.Generator().manual_seed(seed)
+    return LowRankPairs(torch.randn(2, 3, 5, generator=random), torch.randn(2, 7, 3, generator=random), scale)
+
+
+def test_pairs_come_back_in_the_order_of_projections_with_dropout_in_their_scales() -> None:
+    pairs = {"down_proj": pair(0, 2.0), "gate_proj": pair(1, 0.5)}
+    routed = RoutedTokens(torch.ones(3, 5), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), torch.arange(3), torch.arange(2))
+    dropout = ffn_dropout(Dropout(0.5, key=1), routed, torch.arange(3))
+    matrices, projections, scales = pack_pairs(pairs, dropout)
+    assert (projections, scales) == ("gate_proj down_proj", [1.0, 4.0])
+    again = unpack_pairs(matrices, projections, scales)
+    assert list(again) == ["gate_proj", "down_proj"]
+    assert all(again[name].a_SrI is pairs[name].a_SrI and again[name].b_SOr is pairs[name].b_SOr for name in pairs)
+
+
+def test_dropout_comes_back() -> None:
+    routed = RoutedTokens(torch.ones(3, 5), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), torch.arange(3), torch.arange(2))
+    dropout = ffn_dropout(Dropout(0.3, key=1), routed, torch.arange(3))
+    again = unpack_dropout(*pack_dropout(dropout))
+    assert dropout is not None
+    assert again is not None
+    assert again.gate_up.word_R is dropout.gate_up.word_R
+    assert again.down.word_R is dropout.down.word_R
+    assert again.scale == dropout.scale
+    assert unpack_dropout(*pack_dropout(None)) is None
+
+
+def test_what_is_kept_for_the_backward_pass_comes_back_in_its_form() -> None:
+    x = torch.ones(2)
+    values: list[Any] = [[x, x + 1], x + 2, [], "silu", [0.5, 2.0], 7, (x,)]
+
+    class Context:
+        """As autograd's, as far as it is used."""
+
+        saved_tensors: tuple[torch.Tensor, ...] = ()
+
+        def set_materialize_grads(self, value: bool) -> None:
+            assert not value
+
+        def save_for_backward(self, *tensors: torch.Tensor) -> None:
+            self.saved_tensors = tensors
+
+    context = Context()
+    keep_for_backward(context, values)
+    back = kept_for_backward(context)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in context.saved_tensors)
+    assert torch.equal(torch.stack(back[0]), torch.stack(values[0]))
+    assert torch.equal(back[1], values[1])
+    assert back[2:6] == [[], "silu", [0.5, 2.0], 7]
+    assert torch.equal(back[6][0], x)
