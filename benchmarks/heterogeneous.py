@@ -28,8 +28,8 @@ from hecate.config import load_config
 from hecate.config.presets import find_preset
 from hecate.parallel.model_shapes import load_model_shape
 from hecate.parallel.planners import POLICIES
+from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed
 from hecate.parallel.simulator import replica_slots, simulate
-from hecate.parallel.token_shares import dense_seconds, rows_by_speed
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
@@ -131,7 +131,7 @@ def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     equal_loads = WORKLOADS["zipf"](steps, layers, world, model.experts, ROWS_PER_RANK * model.seq, model.top_k, 0)
     fractions = [total * rate / sum(topology.flops) for rate in topology.flops]
     seconds = {}
-    shares: dict[str, Any] = {"equal": [ROWS_PER_RANK] * world, "planned": rows_by_speed(total, topology.flops), "ideal": fractions}
+    shares: dict[str, Any] = {"equal": [ROWS_PER_RANK] * world, "planned": sequences_by_speed(total, topology.flops), "ideal": fractions}
     for name, rows_D in shares.items():
         loads = np.rint(equal_loads * (np.asarray(rows_D) / ROWS_PER_RANK)[None, None, :, None]).astype(np.int64)
         cost = model.layer_cost(model.seq)  # of one row

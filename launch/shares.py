@@ -11,7 +11,7 @@ from typing import Any
 
 from hecate.launch.stragglers import MIN_SECONDS, Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
 from hecate.launch.worker_group import Event
-from hecate.parallel.token_shares import rows_by_speed
+from hecate.parallel.sequence_shares import sequences_by_speed
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import parse_topology
 
@@ -92,7 +92,7 @@ class Shares:
             flops[self._described.index(place)] = ours.flops[rank]
         self.topology = replace(known, flops=tuple(flops))
         self._windows, self._paces = [], {}
-        self.rows = rows_by_speed(sum(self.rows), ours.flops)
+        self.rows = sequences_by_speed(sum(self.rows), ours.flops)
         self._orders += 1
         return {"number": self._orders, "flops": list(ours.flops), "rows": self.rows, "reshard": True}
 

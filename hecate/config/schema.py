@@ -36,7 +36,7 @@ class ModelConfig:
     tokenizer: str | None = None
     """With front_end megatron: a folder with a tokenizer's files, or a model as in name_or_path to take it from."""
     tensor_parallel: int = field(default=1, metadata=key(COUNT, computes=False))
-    """With front_end megatron: neighbouring ranks that share one copy of the model outside its experts. They compute the same rows, so
+    """With front_end megatron: neighbouring ranks that share one copy of the model outside its experts. They compute the same sequences, so
     micro_batch_size is theirs together; experts are spread over all ranks as ever. Must divide the number of ranks."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """The type in which the frozen base is held and computed. auto: the trainer chooses by model and device."""
@@ -70,9 +70,9 @@ class DataConfig:
     eval: tuple[DataSource, ...] = field(default=(), metadata=key(computes=False))
     """What to evaluate on, in the same form. Empty: no evaluation."""
     seq_len: int = field(default=512, metadata=key(Range(2, MAX_INT)))
-    """Tokens in one row of a batch."""
+    """Tokens in one sequence of a batch."""
     packing: bool = True
-    """Put several samples into one row; none attends to another."""
+    """Put several samples into one sequence; none attends to another."""
     on_bad_sample: Literal["error", "skip", "truncate"] = field(default="error", metadata=key(computes=False))
     """What to do with a sample that cannot be read or is longer than seq_len. error: stop. skip: leave it out, count it and
     write it to quarantine-NAME.jsonl in output_dir. truncate: cut an over-long one to seq_len and count it, stop at others."""
@@ -246,7 +246,7 @@ class Config:
     max_steps: int = field(metadata=key(COUNT, computes=False))
     """Optimizer steps to train for."""
     micro_batch_size: int = field(default=1, metadata=key(COUNT))
-    """Rows per rank in one forward and backward."""
+    """Sequences per rank in one forward and backward."""
     gradient_accumulation_steps: int = field(default=1, metadata=key(COUNT))
     """Forwards and backwards per optimizer step."""
     learning_rate: float = field(default=2e-4, metadata=key(POSITIVE))

@@ -1,1 +1,1 @@
-"""Training data: JSONL files to encoded samples, their mixture, packed rows and batches."""
+"""Training data: JSONL files to encoded samples, their mixture, packed sequences and batches."""

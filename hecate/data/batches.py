@@ -1,4 +1,4 @@
-"""Rows to the tensors of one forward pass."""
+"""Sequences to the tensors of one forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from hecate.data.encode import IGNORED
-from hecate.data.rows import Row
+from hecate.data.sequences import PackedSequence
 
 
-# Shapes: B rows, S positions
+# Shapes: B sequences, S positions
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch. S is the longest row's length rounded up to a multiple of 8, or more (`collate`); all tensors are int64."""
+    """One micro-batch. S is the longest sequence's length rounded up to a multiple of 8, or more (`collate`); all tensors are int64."""
 
     input_ids: Tensor  # [B, S]; the pad id at padding
     targets: Tensor  # [B, S]; what position t is to predict, not to be shifted again; -100: nothing
     position_ids: Tensor  # [B, S]; from 0 in each sample; 0 at padding
     segment_ids: Tensor  # [B, S]; from 1, one a sample; 0 at padding
-    token_ids: Tensor  # [B, S]; row number * seq_len + position in the row: unique over the run; -1 at padding
+    token_ids: Tensor  # [B, S]; sequence number * seq_len + position in the sequence: unique over the run; -1 at padding
     task: Tensor  # [B, S]; index of the source; -1 at padding
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -29,26 +29,26 @@ class Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
-def row_ranges(num_rows: int, shares: Sequence[float]) -> list[range]:
-    """Consecutive rows for each rank, as many as its share of the whole says: rounded where they end, so within one row of it.
+def sequence_ranges(num_sequences: int, shares: Sequence[float]) -> list[range]:
+    """Consecutive sequences for each rank, as many as its share of the whole says: rounded where they end, so within one sequence of it.
 
-    Some ranks get none where there are fewer rows than ranks. A pure function: all ranks divide alike.
+    Some ranks get none where there are fewer sequences than ranks. A pure function: all ranks divide alike.
     """
     total = sum(shares)
     assert total > 0, shares
     assert min(shares) >= 0, shares
-    ends = [round(num_rows * part / total) for part in accumulate(shares)]
+    ends = [round(num_sequences * part / total) for part in accumulate(shares)]
     return [range(start, end) for start, end in pairwise([0, *ends])]
 
 
-def collate(rows: Sequence[Row], pad_id: int, seq_len: int, parts: int = 1) -> Batch:
-    """Pad rows to one length, which `parts` divides. `seq_len` is the run's, not the batch's: it spaces the token ids."""
-    assert rows, "a batch needs rows; a rank without any takes empty_row()"
-    longest = max(len(row.input_ids) for row in rows)
+def collate(sequences: Sequence[PackedSequence], pad_id: int, seq_len: int, parts: int = 1) -> Batch:
+    """Pad sequences to one length, which `parts` divides. `seq_len` is the run's, not the batch's: it spaces the token ids."""
+    assert sequences, "a batch needs sequences; a rank without any takes empty_sequence()"
+    longest = max(len(sequence.input_ids) for sequence in sequences)
     assert longest <= seq_len, (longest, seq_len)
     step = lcm(8, parts)
     width = max(step, -(-longest // step) * step)
-    shape = (len(rows), width)
+    shape = (len(sequences), width)
     batch = Batch(
         input_ids=torch.full(shape, pad_id),
         targets=torch.full(shape, IGNORED),
@@ -57,11 +57,11 @@ def collate(rows: Sequence[Row], pad_id: int, seq_len: int, parts: int = 1) -> B
         token_ids=torch.full(shape, -1),
         task=torch.full(shape, -1),
     )
-    for b, row in enumerate(rows):
-        length = len(row.input_ids)
-        batch.token_ids[b, :length] = row.number * seq_len + torch.arange(length)
+    for b, sequence in enumerate(sequences):
+        length = len(sequence.input_ids)
+        batch.token_ids[b, :length] = sequence.number * seq_len + torch.arange(length)
         for name in ("input_ids", "targets", "position_ids", "segment_ids", "task"):
-            getattr(batch, name)[b, :length] = torch.from_numpy(getattr(row, name))
+            getattr(batch, name)[b, :length] = torch.from_numpy(getattr(sequence, name))
     return batch
 
 

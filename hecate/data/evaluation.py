@@ -8,7 +8,7 @@ from hecate.data.chat import render_prompt, require_chat_template
 from hecate.data.formats import Sample, read_samples
 from hecate.data.indexed import IndexedSource
 from hecate.data.pack import pack
-from hecate.data.rows import Row, build_row, empty_row, piece_of
+from hecate.data.sequences import PackedSequence, build_sequence, empty_sequence, piece_of
 from hecate.data.sources import TokenSource
 from hecate.errors import UserError
 
@@ -23,26 +23,28 @@ class GenerationItem:
     line: int
 
 
-def eval_rows(sources: Sequence[TokenSource], source: int, *, seq_len: int, packing: bool, max_samples: int | None = None) -> list[Row]:
-    """All samples, or the first `max_samples`, of `sources[source]` in rows numbered from 0; the same in every call."""
+def eval_sequences(
+    sources: Sequence[TokenSource], source: int, *, seq_len: int, packing: bool, max_samples: int | None = None
+) -> list[PackedSequence]:
+    """All samples, or the first `max_samples`, of `sources[source]` in sequences numbered from 0; the same in every call."""
     count = len(sources[source])
     if max_samples is not None:
         count = min(count, max_samples)
     pieces = (piece_of(sources, source, sample) for sample in range(count))
-    return [build_row(number, row, sources) for number, row in enumerate(pack(pieces, seq_len, packing))]
+    return [build_sequence(number, sequence, sources) for number, sequence in enumerate(pack(pieces, seq_len, packing))]
 
 
-def share_of_rank(rows: Sequence[Row], rank: int, world_size: int, rows_per_batch: int) -> list[list[Row]]:
-    """Batches of this rank: rows rank, rank + world_size, ..., filled up with empty rows.
+def share_of_rank(sequences: Sequence[PackedSequence], rank: int, world_size: int, sequences_per_batch: int) -> list[list[PackedSequence]]:
+    """Batches of this rank: sequences rank, rank + world_size, ..., filled up with empty sequences.
 
-    Every rank gets the same number of batches of exactly rows_per_batch rows, so that all take part in the same
+    Every rank gets the same number of batches of exactly sequences_per_batch sequences, so that all take part in the same
     collectives.
     """
-    per_rank = -(-len(rows) // world_size)
-    batches = -(-per_rank // rows_per_batch)
-    mine = list(rows[rank::world_size])
-    mine += [empty_row()] * (batches * rows_per_batch - len(mine))
-    return [mine[start : start + rows_per_batch] for start in range(0, len(mine), rows_per_batch)]
+    per_rank = -(-len(sequences) // world_size)
+    batches = -(-per_rank // sequences_per_batch)
+    mine = list(sequences[rank::world_size])
+    mine += [empty_sequence()] * (batches * sequences_per_batch - len(mine))
+    return [mine[start : start + sequences_per_batch] for start in range(0, len(mine), sequences_per_batch)]
 
 
 def generation_items(source: TokenSource, format: str, tokenizer: Any, max_items: int | None = None) -> list[GenerationItem]:

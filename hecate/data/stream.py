@@ -1,6 +1,6 @@
-"""The rows of a training run, step by step.
+"""The sequences of a training run, step by step.
 
-Every rank runs the same stream and picks its rows out of each global step, so that a step is the same at every world
+Every rank runs the same stream and picks its sequences out of each global step, so that a step is the same at every world
 size.
 """
 
@@ -8,28 +8,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hecate.data.mixture import Mixture
-from hecate.data.pack import Piece, pack, take_row
-from hecate.data.rows import Row, build_row, piece_of
+from hecate.data.pack import Piece, pack, take_sequence
+from hecate.data.sequences import PackedSequence, build_sequence, piece_of
 from hecate.data.sources import TokenSource
 from hecate.errors import UserError
 
 
 class TrainStream:
-    """Endless global steps of `rows_per_step` rows each."""
+    """Endless global steps of `sequences_per_step` sequences each."""
 
-    def __init__(self, sources: Sequence[TokenSource], *, seq_len: int, packing: bool, rows_per_step: int, seed: int) -> None:
-        """Raises UserError if all sources together, each sample once, make fewer rows than one step needs."""
+    def __init__(self, sources: Sequence[TokenSource], *, seq_len: int, packing: bool, sequences_per_step: int, seed: int) -> None:
+        """Raises UserError if all sources together, each sample once, make fewer sequences than one step needs."""
         assert sources, "no sources"
-        assert rows_per_step > 0, rows_per_step
+        assert sequences_per_step > 0, sequences_per_step
         self.sources = tuple(sources)
         self.seq_len = seq_len
         self.packing = packing
-        self.rows_per_step = rows_per_step
+        self.sequences_per_step = sequences_per_step
         self._mixture = Mixture([len(s) for s in sources], [s.weight for s in sources], seed)
         self._waiting: list[Piece] = []
-        self._rows = 0
-        # What the order of rows depends on: a state of another identity would go on with other rows, silently. Names are kept for messages:
-        # a source may be named anew, as when its file was moved.
+        self._sequences = 0
+        # What the order of sequences depends on: a state of another identity would go on with other sequences, silently. Names are kept
+        # for messages: a source may be named anew, as when its file was moved.
         self._identity = {
             "seed": seed,
             "seq_len": seq_len,
@@ -38,17 +38,17 @@ class TrainStream:
         }
         self._refuse_too_little_data()
 
-    def next_step(self) -> list[Row]:
-        """The next global step, exactly rows_per_step rows; the same for every caller with the same arguments."""
-        return [self._next_row() for _ in range(self.rows_per_step)]
+    def next_step(self) -> list[PackedSequence]:
+        """The next global step, exactly sequences_per_step sequences; the same for every caller with the same arguments."""
+        return [self._next_sequence() for _ in range(self.sequences_per_step)]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the following rows depend on, as plain JSON values; at most two rows' samples or 64 wait."""
+        """All that the following sequences depend on, as plain JSON values; at most two sequences' samples or 64 wait."""
         return {
             "identity": self._identity,
             "mixture": self._mixture.state_dict(),
             "waiting": [[piece.source, piece.sample] for piece in self._waiting],
-            "rows": self._rows,
+            "rows": self._sequences,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -61,25 +61,25 @@ class TrainStream:
             )
         self._mixture.load_state_dict(state["mixture"])
         self._waiting = [piece_of(self.sources, source, sample) for source, sample in state["waiting"]]
-        self._rows = state["rows"]
+        self._sequences = state["rows"]
 
-    def _next_row(self) -> Row:
+    def _next_sequence(self) -> PackedSequence:
         pieces = (piece_of(self.sources, source, sample) for source, sample in self._mixture)
-        chosen = take_row(self._waiting, pieces, self.seq_len) if self.packing else [next(pieces)]
-        row = build_row(self._rows, chosen, self.sources)
-        self._rows += 1
-        return row
+        chosen = take_sequence(self._waiting, pieces, self.seq_len) if self.packing else [next(pieces)]
+        sequence = build_sequence(self._sequences, chosen, self.sources)
+        self._sequences += 1
+        return sequence
 
     def _refuse_too_little_data(self) -> None:
-        rows = 0
+        sequences = 0
         for _ in pack(_all_pieces(self.sources), self.seq_len, self.packing):
-            rows += 1
-            if rows == self.rows_per_step:
+            sequences += 1
+            if sequences == self.sequences_per_step:
                 return
         samples, packed = sum(len(source) for source in self.sources), " packed" if self.packing else ""
         raise UserError(
-            f"too little data for one step: {samples} samples make {rows}{packed} rows of {self.seq_len} tokens, "
-            f"one optimizer step needs {self.rows_per_step}\n"
+            f"too little data for one step: {samples} samples make {sequences}{packed} sequences of {self.seq_len} tokens, "
+            f"one optimizer step needs {self.sequences_per_step}\n"
             "give more data, a smaller micro_batch_size, gradient_accumulation_steps or number of ranks"
             + (", or a smaller data.seq_len" if self.packing else "")
         )

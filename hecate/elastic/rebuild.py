@@ -210,7 +210,7 @@ def _exchange_replicated(run: Run, source: int) -> tuple[dict[str, Any], dict[st
             "tokens": run.tokens,
             "skipped": run.skipped,
             "skipped_in_a_row": run.skipped_in_a_row,
-            "rows_per_step": run.stream.rows_per_step,
+            "rows_per_step": run.stream.sequences_per_step,
             "stream": run.stream.state_dict(),
             "history": run.moe.engine.history.state_dict(),
             "stepped": [name for name in rows if len(rows[name]) > 1],
@@ -240,6 +240,6 @@ def _take_over(run: Run, facts: dict[str, Any], tensors: dict[str, Tensor]) -> N
     run.skipped, run.skipped_in_a_row = facts["skipped"], facts["skipped_in_a_row"]
     run.optimizer.set_position(run.step)
     run.stream.load_state_dict(facts["stream"])
-    run.stream.rows_per_step = facts["rows_per_step"]
+    run.stream.sequences_per_step = facts["rows_per_step"]
     run.moe.engine.history.load_state_dict(facts["history"])
     run.moe.engine.history.redeal(run.ranks.world_size)

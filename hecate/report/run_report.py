@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hecate.config import to_yaml
-from hecate.data.batches import row_ranges
+from hecate.data.batches import sequence_ranges
 from hecate.io.durable import write_durable
 from hecate.model.surgery import MoeModel
 from hecate.parallel.traces import TraceWriter
@@ -152,8 +152,8 @@ class Reports:
         run, config = self._run, self._run.config
         if not config.trace:
             return None
-        rows = run.stream.rows_per_step // config.gradient_accumulation_steps
-        most = max(len(mine) for mine in row_ranges(rows, run.shares))
+        rows = run.stream.sequences_per_step // config.gradient_accumulation_steps
+        most = max(len(mine) for mine in sequence_ranges(rows, run.shares))
         return TraceWriter(
             run.folder / "loads.npz",
             top_k=config.moe.experts_per_token,

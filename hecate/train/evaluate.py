@@ -9,7 +9,7 @@ import torch
 from hecate.config import Config
 from hecate.data.batches import collate
 from hecate.data.encode import IGNORED
-from hecate.data.evaluation import GenerationItem, eval_rows, generation_items, share_of_rank
+from hecate.data.evaluation import GenerationItem, eval_sequences, generation_items, share_of_rank
 from hecate.data.sources import TokenSource
 from hecate.model.base import BaseModel
 from hecate.model.surgery import MoeModel
@@ -42,7 +42,7 @@ def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sourc
 def _loss_and_loads(
     config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource], index: int, together: bool
 ) -> tuple[float, dict[Unit, list[int]]]:
-    rows = eval_rows(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
+    rows = eval_sequences(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
     counts = {layer: torch.zeros(moe.engine.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
     for share in share_of_rank(rows, ranks.dp_rank, ranks.dp_size, config.micro_batch_size):

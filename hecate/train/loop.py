@@ -21,9 +21,9 @@ import torch.distributed as dist
 from hecate.adapters.peft_experts import begin_with
 from hecate.adapters.trained_output import TrainedOutput, output_of
 from hecate.config import Config
-from hecate.data.batches import Batch, collate, row_ranges
+from hecate.data.batches import Batch, collate, sequence_ranges
 from hecate.data.encode import IGNORED
-from hecate.data.rows import Row, empty_row
+from hecate.data.sequences import PackedSequence, empty_sequence
 from hecate.data.sources import TokenSource
 from hecate.data.stream import TrainStream
 from hecate.elastic.backups import copy_to_backup_ranks
@@ -37,7 +37,7 @@ from hecate.model.surgery import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.optim.schedule import schedule
 from hecate.parallel.mesh import make_mesh
-from hecate.parallel.token_shares import dense_seconds, rows_by_speed, slowest_of_each
+from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
 from hecate.parallel.topology import Topology, local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
@@ -83,7 +83,7 @@ class Run:
             sources,
             seq_len=config.data.seq_len,
             packing=config.data.packing,
-            rows_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.dp_size,
+            sequences_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.dp_size,
             seed=config.seed,
         )
         self.moe: MoeModel = build_moe(config, self.base, ranks, topology)
@@ -121,24 +121,24 @@ class Run:
     def plan_for(self, topology: Topology, rows: Sequence[int] | None = None) -> None:
         """Plan with these devices from the next step on, and deal the rows of a micro-step: by speed, or as given. The links stay as
         they are. Every rank must call it, with the same values."""
-        size = self.stream.rows_per_step // self.config.gradient_accumulation_steps
+        size = self.stream.sequences_per_step // self.config.gradient_accumulation_steps
         speeds = slowest_of_each(topology.flops, self.ranks.tp_size)
-        self.shares = tuple(rows or rows_by_speed(size, speeds))
+        self.shares = tuple(rows or sequences_by_speed(size, speeds))
         assert sum(self.shares) == size, (self.shares, size)
         # Experts travel while the last rank is through with its attention; the planner takes that for the slowest device's time.
         flops = self._dense_flops * dense_seconds(self.shares, speeds) * min(topology.flops)
         self.moe.engine.config = replace(self.moe.engine.config, topology=topology, non_moe_flops=flops)
 
-    def micro_batches(self, rows: list[Row]) -> list[Batch]:
+    def micro_batches(self, rows: list[PackedSequence]) -> list[Batch]:
         """This rank's share of a global step: micro-step m takes the m-th part of the rows, rank or tensor group r the r-th part
         of that.
 
         A run has as many rows in a micro-step as it had ranks when it began times `micro_batch_size`, however many ranks it has now.
         """
         size = len(rows) // self.config.gradient_accumulation_steps
-        mine = row_ranges(size, self.shares)[self.ranks.dp_rank]
+        mine = sequence_ranges(size, self.shares)[self.ranks.dp_rank]
         pad_id = self.base.tokenizer.pad_token_id or 0
-        parts = [rows[start + mine.start : start + mine.stop] or [empty_row()] for start in range(0, len(rows), size)]
+        parts = [rows[start + mine.start : start + mine.stop] or [empty_sequence()] for start in range(0, len(rows), size)]
         return [collate(part, pad_id, self.config.data.seq_len, self.ranks.tp_size).to(self.ranks.device) for part in parts]
 
     def train_one(self) -> tuple[StepResult, int]:

@@ -55,7 +55,7 @@ def save_state(
     meta = {
         "config": to_yaml(config),
         "history": moe.engine.history.state_dict(),
-        "rows_per_step": stream.rows_per_step,
+        "rows_per_step": stream.sequences_per_step,
         "owners": {str(layer): owner_E.tolist() for layer, owner_E in moe.engine.owners.items()},
         "stream": stream.state_dict(),
         "tokens": tokens,
@@ -122,7 +122,7 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
         moe.engine.history.load_state_dict(meta["history"])
         moe.engine.history.redeal(ranks.world_size)
         stream.load_state_dict(meta["stream"])
-        stream.rows_per_step = int(meta["rows_per_step"])
+        stream.sequences_per_step = int(meta["rows_per_step"])
         return manifest.step, int(meta["tokens"])
     detail = "\n".join(f"  {reason}" for reason in reasons[:4])
     raise UserError(f"resume=true, but {root} has no checkpoint that can be read; start a new run with resume=false\n{detail}".rstrip())

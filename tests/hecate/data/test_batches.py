@@ -3,16 +3,16 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hecate.data.batches import Batch, block_diagonal_mask, collate, row_ranges
-from hecate.data.rows import Row, build_row, empty_row, piece_of
+from hecate.data.batches import Batch, block_diagonal_mask, collate, sequence_ranges
+from hecate.data.sequences import PackedSequence, build_sequence, empty_sequence, piece_of
 from hecate.data.stream import TrainStream
 from tests.hecate.data.files import source_of_lengths
 
 
 def test_collate_by_hand() -> None:
     source = [source_of_lengths([2, 3, 6])]
-    rows = [build_row(5, [piece_of(source, 0, 0), piece_of(source, 0, 1)], source), empty_row()]
-    batch = collate(rows, pad_id=99, seq_len=100)
+    sequences = [build_sequence(5, [piece_of(source, 0, 0), piece_of(source, 0, 1)], source), empty_sequence()]
+    batch = collate(sequences, pad_id=99, seq_len=100)
     assert batch.input_ids.tolist() == [[0, 1, 1000, 1001, 1002, 99, 99, 99], [99] * 8]
     assert batch.targets.tolist() == [[1, 2, 1001, 1002, 1003, -100, -100, -100], [-100] * 8]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 0, 0, 0], [0] * 8]
@@ -23,29 +23,29 @@ def test_collate_by_hand() -> None:
 
 
 def test_rows_are_padded_to_equal_parts() -> None:
-    rows = [empty_row()]
-    assert [collate(rows, 0, 100, parts).input_ids.shape[1] for parts in (1, 2, 3, 16)] == [8, 8, 24, 16]
+    sequences = [empty_sequence()]
+    assert [collate(sequences, 0, 100, parts).input_ids.shape[1] for parts in (1, 2, 3, 16)] == [8, 8, 24, 16]
 
 
 @pytest.mark.parametrize(
-    ("rows", "shares", "sizes"),
+    ("sequences", "shares", "sizes"),
     [(8, (1, 1), [4, 4]), (8, (1, 1, 1), [3, 2, 3]), (8, (3, 3, 1, 1), [3, 3, 1, 1]), (2, (1, 1, 1), [1, 0, 1]), (5, (0, 1), [0, 5])],
 )
-def test_rows_are_shared_out(rows: int, shares: tuple[float, ...], sizes: list[int]) -> None:
-    ranges = row_ranges(rows, shares)
+def test_rows_are_shared_out(sequences: int, shares: tuple[float, ...], sizes: list[int]) -> None:
+    ranges = sequence_ranges(sequences, shares)
     assert [len(mine) for mine in ranges] == sizes
-    assert [row for mine in ranges for row in mine] == list(range(rows))
+    assert [sequence for mine in ranges for sequence in mine] == list(range(sequences))
 
 
 @pytest.mark.parametrize(("longest", "width"), [(1, 8), (8, 8), (9, 16), (13, 16), (30, 32)])
 def test_batch_is_as_wide_as_its_longest_row(longest: int, width: int) -> None:
     source = [source_of_lengths([1, longest])]
-    rows = [build_row(i, [piece_of(source, 0, i)], source) for i in range(2)]
-    assert collate(rows, pad_id=0, seq_len=30).input_ids.shape == (2, width)
+    sequences = [build_sequence(i, [piece_of(source, 0, i)], source) for i in range(2)]
+    assert collate(sequences, pad_id=0, seq_len=30).input_ids.shape == (2, width)
 
 
 def test_token_ids_are_unique_over_a_run() -> None:
-    stream = TrainStream([source_of_lengths([3, 5, 9, 13] * 20)], seq_len=13, packing=True, rows_per_step=4, seed=0)
+    stream = TrainStream([source_of_lengths([3, 5, 9, 13] * 20)], seq_len=13, packing=True, sequences_per_step=4, seed=0)
     batches = [collate(stream.next_step(), pad_id=0, seq_len=13) for _ in range(30)]
     ids = torch.cat([batch.token_ids[batch.segment_ids > 0] for batch in batches])
     assert len(ids) > 1000
@@ -54,7 +54,7 @@ def test_token_ids_are_unique_over_a_run() -> None:
 
 def test_to_moves_every_tensor() -> None:
     source = [source_of_lengths([2])]
-    moved = collate([build_row(0, [piece_of(source, 0, 0)], source)], pad_id=0, seq_len=8).to("meta")
+    moved = collate([build_sequence(0, [piece_of(source, 0, 0)], source)], pad_id=0, seq_len=8).to("meta")
     assert isinstance(moved, Batch)
     assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
 
@@ -72,9 +72,9 @@ def test_mask_by_hand() -> None:
     ]
 
 
-def losses_by_sample(model: LlamaForCausalLM, rows: list[Row]) -> dict[tuple[int, int], float]:
-    """Summed loss of each sample in the rows."""
-    batch = collate(rows, pad_id=0, seq_len=64)
+def losses_by_sample(model: LlamaForCausalLM, sequences: list[PackedSequence]) -> dict[tuple[int, int], float]:
+    """Summed loss of each sample in the sequences."""
+    batch = collate(sequences, pad_id=0, seq_len=64)
     logits = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -84,8 +84,8 @@ def losses_by_sample(model: LlamaForCausalLM, rows: list[Row]) -> dict[tuple[int
     losses = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
     return {
         sample: losses[b][batch.segment_ids[b] == segment].sum().item()
-        for b, row in enumerate(rows)
-        for segment, sample in enumerate(row.samples, start=1)
+        for b, sequence in enumerate(sequences)
+        for segment, sample in enumerate(sequence.samples, start=1)
     }
 
 
@@ -101,11 +101,11 @@ def test_packed_loss_equals_unpacked_loss() -> None:
     )
     model = LlamaForCausalLM(config).double().eval()
     sources = [source_of_lengths([5, 17, 30, 3, 9, 21]), source_of_lengths([8, 11, 40, 6])]
-    options = {"seq_len": 64, "rows_per_step": 2, "seed": 0}
-    packed_rows = TrainStream(sources, packing=True, **options).next_step()
-    assert all(len(row.samples) > 1 for row in packed_rows)
+    options = {"seq_len": 64, "sequences_per_step": 2, "seed": 0}
+    packed_sequences = TrainStream(sources, packing=True, **options).next_step()
+    assert all(len(sequence.samples) > 1 for sequence in packed_sequences)
     with torch.no_grad():
-        packed = losses_by_sample(model, [*packed_rows, empty_row()])
+        packed = losses_by_sample(model, [*packed_sequences, empty_sequence()])
         for (source, sample), loss in packed.items():
             # The plain way: alone, unpadded, causal attention and positions by the model itself.
             tokens = sources[source][sample]

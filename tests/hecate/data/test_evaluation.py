@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from hecate.data.evaluation import eval_rows, generation_items, share_of_rank
+from hecate.data.evaluation import eval_sequences, generation_items, share_of_rank
 from hecate.errors import UserError
 from tests.hecate.data.files import chat, encode_records, source_of_lengths
 
@@ -14,23 +14,23 @@ LENGTHS = [5, 7, 4, 3, 6, 1, 9, 2]
 @pytest.mark.parametrize("packing", [True, False])
 def test_rows_hold_the_first_samples_once(packing: bool, max_samples: int | None, count: int) -> None:
     sources = [source_of_lengths([2]), source_of_lengths(LENGTHS)]
-    rows = eval_rows(sources, 1, seq_len=10, packing=packing, max_samples=max_samples)
-    assert sorted(sample for row in rows for sample in row.samples) == [(1, i) for i in range(count)]
-    assert [row.number for row in rows] == list(range(len(rows)))
+    sequences = eval_sequences(sources, 1, seq_len=10, packing=packing, max_samples=max_samples)
+    assert sorted(sample for sequence in sequences for sample in sequence.samples) == [(1, i) for i in range(count)]
+    assert [sequence.number for sequence in sequences] == list(range(len(sequences)))
     if not packing:
-        assert [row.samples for row in rows] == [((1, i),) for i in range(count)]
+        assert [sequence.samples for sequence in sequences] == [((1, i),) for i in range(count)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 11])
-@pytest.mark.parametrize("rows_per_batch", [1, 3])
-def test_ranks_share_all_rows_in_equally_many_batches(world_size: int, rows_per_batch: int) -> None:
-    rows = eval_rows([source_of_lengths(LENGTHS)], 0, seq_len=10, packing=False)
-    shares = [share_of_rank(rows, rank, world_size, rows_per_batch) for rank in range(world_size)]
+@pytest.mark.parametrize("sequences_per_batch", [1, 3])
+def test_ranks_share_all_rows_in_equally_many_batches(world_size: int, sequences_per_batch: int) -> None:
+    sequences = eval_sequences([source_of_lengths(LENGTHS)], 0, seq_len=10, packing=False)
+    shares = [share_of_rank(sequences, rank, world_size, sequences_per_batch) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
-    assert all(len(batch) == rows_per_batch for share in shares for batch in share)
+    assert all(len(batch) == sequences_per_batch for share in shares for batch in share)
     for rank, share in enumerate(shares):
-        numbers = [row.number for batch in share for row in batch]
-        mine = list(range(rank, len(rows), world_size))
+        numbers = [sequence.number for batch in share for sequence in batch]
+        mine = list(range(rank, len(sequences), world_size))
         assert numbers == mine + [-1] * (len(numbers) - len(mine))
 
 

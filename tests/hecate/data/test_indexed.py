@@ -64,7 +64,7 @@ def test_the_batches_are_those_of_the_same_text(
     indexed = read(prefix, byte_tokenizer)
     assert isinstance(indexed, IndexedSource)
     text = encode_source(Source(str(lines)), byte_tokenizer, seq_len=SEQ_LEN, vocab_size=VOCABULARY)
-    streams = [TrainStream([source], seq_len=SEQ_LEN, packing=packing, rows_per_step=8, seed=5) for source in (indexed, text)]
+    streams = [TrainStream([source], seq_len=SEQ_LEN, packing=packing, sequences_per_step=8, seed=5) for source in (indexed, text)]
     assert len(indexed) == len(text) > len(TEXTS)
     assert indexed.lines.tolist() == text.lines.tolist()
     for step in range(12):
@@ -72,9 +72,9 @@ def test_the_batches_are_those_of_the_same_text(
         for name, tensor in vars(ours).items():
             assert tensor.equal(getattr(theirs, name)), f"{name} of step {step}"
     state = json.loads(json.dumps(streams[0].state_dict()))
-    again = TrainStream([read(prefix + ".idx", byte_tokenizer)], seq_len=SEQ_LEN, packing=packing, rows_per_step=8, seed=5)
+    again = TrainStream([read(prefix + ".idx", byte_tokenizer)], seq_len=SEQ_LEN, packing=packing, sequences_per_step=8, seed=5)
     again.load_state_dict(state)
-    assert [row.samples for row in again.next_step()] == [row.samples for row in streams[0].next_step()]
+    assert [sequence.samples for sequence in again.next_step()] == [sequence.samples for sequence in streams[0].next_step()]
 
 
 def test_other_ids_of_the_same_lengths_are_other_data(tmp_path: Path, byte_tokenizer: Any) -> None:

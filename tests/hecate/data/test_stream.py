@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.data.rows import Row
+from hecate.data.sequences import PackedSequence
 from hecate.data.stream import TrainStream
 from hecate.errors import UserError
 from tests.hecate.data.files import source_of_lengths
@@ -21,11 +21,14 @@ def build(**changes: Any) -> TrainStream:
         source_of_lengths(LENGTHS_A, "a", 3.0),
         source_of_lengths(LENGTHS_B, "b", 1.0),
     ]
-    return TrainStream(sources, **{"seq_len": 32, "packing": True, "rows_per_step": 4, "seed": 0} | changes)
+    return TrainStream(sources, **{"seq_len": 32, "packing": True, "sequences_per_step": 4, "seed": 0} | changes)
 
 
-def plain(rows: list[Row]) -> list[Any]:
-    return [(row.number, row.samples, row.input_ids.tolist(), row.targets.tolist(), row.position_ids.tolist()) for row in rows]
+def plain(sequences: list[PackedSequence]) -> list[Any]:
+    return [
+        (sequence.number, sequence.samples, sequence.input_ids.tolist(), sequence.targets.tolist(), sequence.position_ids.tolist())
+        for sequence in sequences
+    ]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -44,14 +47,16 @@ def test_resume_after_every_step(packing: bool) -> None:
 
 
 def test_steps_have_exactly_their_rows_numbered_through() -> None:
-    stream = build(rows_per_step=7)
-    numbers = [row.number for _ in range(5) for row in stream.next_step()]
+    stream = build(sequences_per_step=7)
+    numbers = [sequence.number for _ in range(5) for sequence in stream.next_step()]
     assert numbers == list(range(35))
 
 
 def test_rows_do_not_depend_on_how_they_are_cut_into_steps() -> None:
-    few, many = build(rows_per_step=2), build(rows_per_step=6)
-    assert plain([row for _ in range(9) for row in few.next_step()]) == plain([row for _ in range(3) for row in many.next_step()])
+    few, many = build(sequences_per_step=2), build(sequences_per_step=6)
+    assert plain([sequence for _ in range(9) for sequence in few.next_step()]) == plain(
+        [sequence for _ in range(3) for sequence in many.next_step()]
+    )
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -61,33 +66,33 @@ def test_each_sample_once_an_epoch(packing: bool, seed: int) -> None:
     stream = build(sources=[source_of_lengths(LENGTHS_A)], packing=packing, seed=seed)
     seen: Counter[tuple[int, int]] = Counter()
     while sum(seen.values()) < 3 * len(LENGTHS_A):
-        seen.update(sample for row in stream.next_step() for sample in row.samples)
+        seen.update(sample for sequence in stream.next_step() for sample in sequence.samples)
     seen.update((source, sample) for source, sample in stream.state_dict()["waiting"])
     assert set(seen.values()) <= {min(seen.values()), min(seen.values()) + 1}
 
 
 def test_packed_rows_are_full() -> None:
     stream = build()
-    rows = [row for _ in range(50) for row in stream.next_step()]
-    assert np.mean([len(row.input_ids) for row in rows]) > 0.97 * 32
+    sequences = [sequence for _ in range(50) for sequence in stream.next_step()]
+    assert np.mean([len(sequence.input_ids) for sequence in sequences]) > 0.97 * 32
 
 
 def test_sources_follow_their_weights() -> None:
     stream = build()
-    drawn = Counter(source for _ in range(100) for row in stream.next_step() for source, _ in row.samples)
+    drawn = Counter(source for _ in range(100) for sequence in stream.next_step() for source, _ in sequence.samples)
     assert drawn[0] / drawn[1] == pytest.approx(3, rel=0.1)
 
 
 def test_too_little_data_for_one_step() -> None:
     sources = [source_of_lengths([30, 30]), source_of_lengths([30])]
-    TrainStream(sources, seq_len=32, packing=True, rows_per_step=3, seed=0)
-    with pytest.raises(UserError, match=r"3 samples make 3 packed rows of 32 tokens, one optimizer step needs 4") as error:
-        TrainStream(sources, seq_len=32, packing=True, rows_per_step=4, seed=0)
+    TrainStream(sources, seq_len=32, packing=True, sequences_per_step=3, seed=0)
+    with pytest.raises(UserError, match=r"3 samples make 3 packed sequences of 32 tokens, one optimizer step needs 4") as error:
+        TrainStream(sources, seq_len=32, packing=True, sequences_per_step=4, seed=0)
     assert "smaller data.seq_len" in str(error.value)
-    with pytest.raises(UserError, match="make 3 rows"):
-        TrainStream(sources, seq_len=100, packing=False, rows_per_step=4, seed=0)
-    with pytest.raises(UserError, match="make 1 packed rows"):
-        TrainStream(sources, seq_len=100, packing=True, rows_per_step=2, seed=0)
+    with pytest.raises(UserError, match="make 3 sequences"):
+        TrainStream(sources, seq_len=100, packing=False, sequences_per_step=4, seed=0)
+    with pytest.raises(UserError, match="make 1 packed sequences"):
+        TrainStream(sources, seq_len=100, packing=True, sequences_per_step=2, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +118,8 @@ def test_state_of_another_run_is_refused(changes: Any, words: str) -> None:
 
 
 def test_rows_per_step_may_change_at_a_resume() -> None:
-    whole = build(rows_per_step=4)
+    whole = build(sequences_per_step=4)
     whole.next_step()
-    resumed = build(rows_per_step=2)
+    resumed = build(sequences_per_step=2)
     resumed.load_state_dict(whole.state_dict())
     assert plain(resumed.next_step() + resumed.next_step()) == plain(whole.next_step())

@@ -178,7 +178,7 @@ def growing(rank: int, world: int, workshop: str, redundancy: int) -> Losses:
         connect(dist.FileStore(f"{workshop}/{name}-two", 2), rank, 2)
         # As many rows as the other runs have on four ranks.
         run = make_run(workshop, name, rank, 2, f"fssdp.redundancy={redundancy}")
-        run.stream.rows_per_step = 8
+        run.stream.sequences_per_step = 8
         steps_until(run, 2, losses)
     regroup(run, f"{workshop}/{name}-three", (rank + 1) % 3, 3)
     assert run.step == 2

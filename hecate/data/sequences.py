@@ -1,4 +1,4 @@
-"""A row: the samples that share one line of a batch, laid end to end."""
+"""A sequence: the samples that share one line of a batch, laid end to end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from hecate.data.sources import TokenSource
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class PackedSequence:
     """n <= seq_len tokens of whole samples; padding comes with the batch."""
 
-    number: int  # counts the rows of the whole run, whatever the number of ranks; -1: an empty row
+    number: int  # counts the sequences of the whole run, whatever the number of ranks; -1: an empty sequence
     input_ids: NDArray[np.int64]  # [n]
     targets: NDArray[np.int64]  # [n]
     position_ids: NDArray[np.int64]  # [n], from 0 in each sample
@@ -29,12 +29,12 @@ def piece_of(sources: Sequence[TokenSource], source: int, sample: int) -> Piece:
     return Piece(source, sample, int(starts[sample + 1] - starts[sample]))
 
 
-def build_row(number: int, pieces: Sequence[Piece], sources: Sequence[TokenSource]) -> Row:
-    """Fetch the tokens of `pieces`; no pieces make an empty row."""
+def build_sequence(number: int, pieces: Sequence[Piece], sources: Sequence[TokenSource]) -> PackedSequence:
+    """Fetch the tokens of `pieces`; no pieces make an empty sequence."""
     parts = [sources[piece.source][piece.sample] for piece in pieces]
     lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int64)
     nothing = np.zeros(0, dtype=np.int64)
-    return Row(
+    return PackedSequence(
         number=number,
         input_ids=np.concatenate([nothing, *(part.input_ids for part in parts)]),
         targets=np.concatenate([nothing, *(part.targets for part in parts)]),
@@ -45,6 +45,6 @@ def build_row(number: int, pieces: Sequence[Piece], sources: Sequence[TokenSourc
     )
 
 
-def empty_row() -> Row:
-    """All padding: for a rank that has no row left where others have one."""
-    return build_row(-1, (), ())
+def empty_sequence() -> PackedSequence:
+    """All padding: for a rank that has no sequence left where others have one."""
+    return build_sequence(-1, (), ())
