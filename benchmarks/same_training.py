@@ -63,7 +63,7 @@ METRICS: dict[str, tuple[str, ...]] = {
 COMPARED = ("loss", "aux_loss", "grad_norm", "learning_rate", "tokens", "loads")
 PLANNED = ("bytes_sent", "imbalance", "calibrations")
 """of the plans, not of the result: said, but no failure"""
-_SECONDS = 400
+_SECONDS = 900
 """that a run may take; the first one in a fresh checkout compiles the planner's loops"""
 _REFUSED = 2
 """exit status for a setting that the checkout does not have"""

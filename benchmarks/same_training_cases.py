@@ -47,6 +47,11 @@ GPT = "{kind: full, hidden: 32, ffn: 48, layers: 2, seq: 32, experts: 4, top_k: 
 """for the Megatron front end: four heads of 64 for queries, two for keys"""
 TOPOLOGIES = {
     "slow_devices": "nodes: [{devices: 2, flops: 1e6, memory: 1e9}]\nintra_node: {bandwidth: 1e9, latency: 1e-6}\n",
+    "three_slow_devices": "nodes: [{devices: 3, flops: 2e8, memory: 1e9}]\nintra_node: {bandwidth: 1e9, latency: 1e-6}\n",
+    "two_slow_nodes": (
+        "nodes: [{devices: 2, flops: 1e8, memory: 1e9}, {devices: 2, flops: 1e8, memory: 1e9}]\n"
+        "intra_node: {bandwidth: 1e9, latency: 1e-6}\ninter_node: {bandwidth: 1e8, latency: 1e-5}\n"
+    ),
     "two_nodes": (
         "nodes: [{devices: 2, flops: 1e9, memory: 1e9}, {devices: 2, flops: 1e9, memory: 1e9}]\n"
         "intra_node: {bandwidth: 1e9, latency: 1e-6}\ninter_node: {bandwidth: 1e7, latency: 1e-5}\n"
@@ -162,13 +167,26 @@ RUNS = (
             "moe.num_experts=8",
             "save_steps=2",
             "fssdp.load_window=3",
-            "micro_batch_size=1",
-            "topology={folder}/two_nodes.yaml",
+            "fssdp.memory_slots=2",  # so that each step's plan depends on the loads of those before it
+            "topology={folder}/two_slow_nodes.yaml",
         ),
         shards=4,
         resumes_at=2,
     ),
-    Training("mixlora-lost-rank", ("nproc=3", "fssdp.redundancy=1", "fssdp.policy=hecate"), quick=True, shards=2, loses_rank_at=6),
+    Training(
+        "mixlora-lost-rank",
+        (
+            "nproc=3",
+            "fssdp.redundancy=1",
+            "fssdp.policy=hecate",
+            "moe.num_experts=6",
+            "fssdp.memory_slots=2",
+            "topology={folder}/three_slow_devices.yaml",
+        ),
+        quick=True,
+        shards=2,
+        loses_rank_at=6,
+    ),
     # whole FFNs as experts
     Training(
         "full-static_ep",
