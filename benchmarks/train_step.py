@@ -68,7 +68,7 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
     from hecate.model.head import LanguageModelHead
     from hecate.model.load import ModelSource, load_model
     from hecate.model.surgery import SurgeryPlan, insert_experts
-    from hecate.optim.optimizer import ExpertOptimizer
+    from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
     from hecate.parallel.planners import POLICIES
     from hecate.parallel.topology import local_topology
     from hecate.ranks.ranks import join_ranks
@@ -92,7 +92,9 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
             checkpoint_activations(moe)
         owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.named_parameters().items()}
         optimizer = ExpertOptimizer(
-            owned, moe.replicated_parameters(), learning_rate=LEARNING_RATE, weight_decay=0.01, schedule=lambda _: 1.0
+            Trainables(owned, moe.replicated_parameters()),
+            AdamWSettings(learning_rate=LEARNING_RATE, weight_decay=0.01),
+            torch.device("cpu"),
         )
         seconds, losses = [], []
         for step in range(steps + warmup):

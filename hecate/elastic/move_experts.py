@@ -7,19 +7,14 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hecate.engine.engine import Engine
-from hecate.optim.optimizer import MASTER, ExpertOptimizer
+from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.sharding import better_owners, owned_bytes, owned_slots
 from hecate.parallel.units import Unit, expert_name
 from hecate.report.events import Move, Resharding
-
-
-def owned_parameters(engine: Engine) -> dict[str, nn.Parameter]:
-    """`LAYER.EXPERT` -> master chunk, of the experts that this rank owns now."""
-    return {expert_name(layer, expert): parameter for (layer, expert), parameter in engine.named_parameters().items()}
 
 
 def check_room(engine: Engine) -> None:

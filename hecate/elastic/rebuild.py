@@ -24,8 +24,7 @@ from torch import Tensor
 
 from hecate.checkpoint import remove_stale_staging
 from hecate.elastic.backups import copy_to_backup_ranks
-from hecate.elastic.move_experts import owned_parameters
-from hecate.optim.optimizer import MASTER, MOMENTS
+from hecate.optim.optimizer import MASTER, MOMENTS, owned_parameters
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.placement import contiguous_owners, redealt_owners
 from hecate.parallel.topology import Topology
@@ -238,7 +237,7 @@ def _take_over(run: Run, facts: dict[str, Any], tensors: dict[str, Tensor]) -> N
             run.optimizer.set_moments(parameter, moments)
     run.step, run.tokens = facts["step"], facts["tokens"]
     run.skipped, run.skipped_in_a_row = facts["skipped"], facts["skipped_in_a_row"]
-    run.optimizer.set_position(run.step)
+    run.optimizer.steps_done = run.step
     run.stream.load_state_dict(facts["stream"])
     run.stream.sequences_per_step = facts["rows_per_step"]
     run.moe.engine.history.load_state_dict(facts["history"])

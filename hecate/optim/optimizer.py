@@ -1,57 +1,108 @@
-"""AdamW over owned expert chunks and replicated parameters, with one global gradient norm.
+"""AdamW over owned expert chunks and replicated parameters, with one global gradient norm; and the learning rate of each step.
 
-An expert's master parameters and moments exist on its owner alone, or as a *backup* on a second rank as well (`fssdp.redundancy`), which
-steps it with the owner's gradient. Replicated parameters (routers, attention adapters) are stepped by every rank alike, and of those under
-tensor parallelism each rank steps its part.
+An expert's master parameters and moments exist on its owner alone, or also as a *backup* on a second rank (`fssdp.redundancy`), which
+steps the backup with the owner's gradient. Replicated parameters (routers, attention adapters) are stepped by every rank alike; of those
+that tensor parallelism cuts, each rank steps its part.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate.engine.engine import Engine
 from hecate.model.tensor_parts import TensorParts
 from hecate.parallel.comm.reshard import RowSpec
+from hecate.parallel.units import expert_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 MASTER = "master"
 
 
-class ExpertOptimizer:
-    """torch's AdamW and its schedule, over both kinds of parameters."""
+def schedule(kind: str, max_steps: int, warmup_ratio: float) -> Callable[[int], float]:
+    """The factor of the peak learning rate in step 0, 1, ...
 
-    def __init__(
-        self,
-        owned: dict[str, nn.Parameter],
-        replicated: dict[str, nn.Parameter],
-        *,
-        learning_rate: float,
-        weight_decay: float,
-        schedule: Callable[[int], float],
-        parts: TensorParts | None = None,
-    ) -> None:
-        self.owned = owned
+    Linear warm-up lasts ceil(warmup_ratio * max_steps) steps, as in transformers, and its first step is not zero; cosine and linear
+    reach zero after the last step.
+
+    Args:
+        kind: cosine, linear or constant: what follows the warm-up.
+    """
+    warmup = math.ceil(warmup_ratio * max_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+        if kind == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1 - done if kind == "linear" else 1.0
+
+    return factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWSettings:
+    """What the configuration says about the optimizer."""
+
+    learning_rate: float
+    """at its peak"""
+    weight_decay: float
+    factor: Callable[[int], float] = lambda _: 1.0
+    """of the peak learning rate in step 0, 1, ... (`schedule`)"""
+
+
+@dataclass(frozen=True)
+class Trainables:
+    """The parameters that one rank steps when it begins; owned experts change with `ExpertOptimizer.replace_owned`."""
+
+    owned: dict[str, nn.Parameter]
+    """LAYER.EXPERT -> master chunk, of the experts that this rank owns"""
+    replicated: dict[str, nn.Parameter]
+    """the same on every rank"""
+    parts: TensorParts | None = None
+    """what tensor parallelism cuts"""
+
+
+def owned_parameters(engine: Engine) -> dict[str, nn.Parameter]:
+    """LAYER.EXPERT -> master chunk, of the experts that this rank owns now."""
+    return {expert_name(unit, expert): parameter for (unit, expert), parameter in engine.named_parameters().items()}
+
+
+class ExpertOptimizer:
+    """torch's AdamW over owned experts, replicated parameters, parts and backups."""
+
+    def __init__(self, trainables: Trainables, settings: AdamWSettings, device: torch.device) -> None:
+        """A rank may have nothing that trains; `device` says where its share of the norm is summed."""
+        self.owned = trainables.owned
         self.backups: dict[str, nn.Parameter] = {}
         """second copies of experts that other ranks own, by the same names; stepped, but counted in no norm and saved nowhere"""
-        self.replicated = replicated
-        self.parts = parts
+        self.replicated = trainables.replicated
+        self.parts = trainables.parts
         self.gradients_complete = False
         """every gradient of the step under way is what the job's ranks have summed: only the norm is missing"""
         self.last_norm = math.nan
         """the global norm that the last step was taken, or skipped, with"""
-        parameters = self._parameters()
+        self.steps_done = 0
+        """steps taken or skipped: the position in the schedule"""
+        self._settings = settings
+        self._device = device
         # On the CPU the fused step is one pass instead of ten; on a GPU it would keep the count of steps there.
-        self._fused = bool(parameters) and all(p.device.type == "cpu" for p in parameters)
-        self._adamw = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=self._fused)
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._adamw, schedule)
+        self._fused = device.type == "cpu"
+        # A group, and not a list: torch refuses an empty list.
+        self._adamw = torch.optim.AdamW(
+            [{"params": self._parameters()}], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=self._fused
+        )
 
     @property
     def learning_rate(self) -> float:
-        return float(self._scheduler.get_last_lr()[0])
+        """Of the next step."""
+        return self._settings.learning_rate * self._settings.factor(self.steps_done)
 
     def reduce_replicated(self, group: dist.ProcessGroup) -> None:
         """Sum the replicated parameters' gradients over all ranks, and each part's over those that have it. Every rank must call it."""
@@ -66,29 +117,30 @@ class ExpertOptimizer:
             group: of all ranks, so that all get the same bits.
             counts_owned: false in all sharding groups but one, which own the same.
         """
-        # A rank may own no expert; its zero must be on the device where the others' sums are.
         self.gradients_complete = True
-        device = next((parameter.device for parameter in self._parameters()), torch.device("cpu"))
-        total = _sum_of_squares(self.owned if counts_owned else {}, device)
+        total = _sum_of_squares(self.owned if counts_owned else {}, self._device)
         if self.parts and self.parts.groups.dp_rank == 0:
-            total += _sum_of_squares(self.parts.parameters, device)
+            total += _sum_of_squares(self.parts.parameters, self._device)
         dist.all_reduce(total, group=group)
-        return math.sqrt((total + _sum_of_squares(self.replicated, device)).item())
+        return math.sqrt((total + _sum_of_squares(self.replicated, self._device)).item())
 
     def step(self, grad_norm: float, max_grad_norm: float | None) -> bool:
-        """Clip by the global norm and step. If that is not finite, let the step pass: parameters and moments stay, the schedule goes on.
+        """Clip by the global norm and step. With a norm that is not finite nothing is changed, but the schedule moves on.
 
         Parameters without a gradient (idle experts) are left untouched.
 
         Returns:
-            Was a step taken?
+            Whether a step was taken.
         """
         taken = math.isfinite(grad_norm)
         if taken:
-            self._clipped_step(grad_norm, max_grad_norm)
+            if max_grad_norm is not None and grad_norm > max_grad_norm:
+                nn.utils.clip_grads_with_norm_(self._parameters(), max_grad_norm, torch.tensor(grad_norm, dtype=torch.float64))
+            for group in self._adamw.param_groups:
+                group["lr"] = self.learning_rate
+            self._adamw.step()
         self.last_norm = grad_norm
-        self._adamw._opt_called = True  # type: ignore[attr-defined]  # a skipped step is no mistake in the order of calls
-        self._scheduler.step()
+        self.steps_done += 1
         self.abandon()
         return taken
 
@@ -97,19 +149,11 @@ class ExpertOptimizer:
         self._adamw.zero_grad(set_to_none=True)
         self.gradients_complete = False
 
-    def _clipped_step(self, grad_norm: float, max_grad_norm: float | None) -> None:
-        if max_grad_norm is not None and grad_norm > max_grad_norm:
-            scale = max_grad_norm / (grad_norm + 1e-6)
-            for parameter in self._parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-        self._adamw.step()
-
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by stable names: `owned/NAME` and `replicated/NAME`, each with its moments.
 
-        A parameter that was never stepped has no moments, here as in torch. Parts are put together, as `replicated/NAME`: a checkpoint
-        knows nothing of them. Every rank must call it then, and the first of each tensor group gets them.
+        A parameter that was never stepped has no moments. Parts are put together as `replicated/NAME`, so that a checkpoint does not
+        depend on the tensor group's size; every rank must then call it, and the first of each tensor group gets them.
         """
         tensors: dict[str, Tensor] = {}
         for kind, parameters in (("owned", self.owned), ("replicated", self.replicated)):
@@ -126,8 +170,8 @@ class ExpertOptimizer:
                     tensors[key] = whole
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor], schedule_position: int) -> None:
-        """Continue from `state_tensors`, `schedule_position` steps into the schedule."""
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], steps_done: int) -> None:
+        """Continue from `state_tensors`, after so many steps."""
         with torch.no_grad():
             for kind, parameters in (("owned", self.owned), ("replicated", self.replicated)):
                 for name, parameter in parameters.items():
@@ -136,7 +180,7 @@ class ExpertOptimizer:
                     self.set_moments(parameter, {key: tensors[f"{kind}/{name}/{key}"].clone() for key in MOMENTS} if stepped else {})
             for name, parameter in self.parts.parameters.items() if self.parts else ():
                 self._load_part(name, parameter, tensors)
-        self.set_position(schedule_position)
+        self.steps_done = steps_done
 
     def _load_part(self, name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor]) -> None:
         assert self.parts is not None
@@ -149,14 +193,8 @@ class ExpertOptimizer:
         parameter.copy_(cut.pop(""))
         self.set_moments(parameter, cut)
 
-    def set_position(self, schedule_position: int) -> None:
-        """Be so many steps into the schedule."""
-        self._scheduler.last_epoch = schedule_position - 1
-        self._adamw._opt_called = True  # type: ignore[attr-defined]  # LambdaLR warns about its order of calls otherwise
-        self._scheduler.step()
-
     def row(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """All there is of an expert where it is owned or shadowed: `MASTER`, and the moments if it was ever stepped."""
+        """An expert's state on its owner or backup rank: `MASTER`, and the moments if it was ever stepped."""
         state = self._adamw.state.get(parameter, {})
         return {MASTER: parameter.detach(), **{key: state[key] for key in MOMENTS if key in state}}
 
@@ -194,7 +232,7 @@ class ExpertOptimizer:
                 self.set_moments(parameter, moments[name])
 
     def set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
-        """Go on from `moments`, which may be none at all."""
+        """Replace a parameter's moments; an empty mapping means that it was never stepped."""
         self._adamw.state.pop(parameter, None)
         if moments:
             # torch keeps the count of steps on the CPU.
@@ -215,7 +253,7 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup)
 
 
 def _sum_of_squares(parameters: dict[str, nn.Parameter], device: torch.device) -> Tensor:
-    """float64 scalar."""
+    """float64 scalar. torch's own norms add up float32 squares in float32, which rounds otherwise."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for parameter in parameters.values():
         if parameter.grad is not None:

@@ -27,15 +27,14 @@ from hecate.data.sequences import PackedSequence, empty_sequence
 from hecate.data.sources import TokenSource
 from hecate.data.stream import TrainStream
 from hecate.elastic.backups import copy_to_backup_ranks
-from hecate.elastic.move_experts import check_room, owned_parameters, reshard_if_it_pays
+from hecate.elastic.move_experts import check_room, reshard_if_it_pays
 from hecate.elastic.observer import Observer, Order, Watched
 from hecate.elastic.rebuild import Controller, rebuild
 from hecate.errors import UserError
 from hecate.model.base import BaseModel
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.surgery import MoeModel
-from hecate.optim.optimizer import ExpertOptimizer
-from hecate.optim.schedule import schedule
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters, schedule
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
 from hecate.parallel.topology import Topology, local_topology
@@ -94,12 +93,13 @@ class Run:
         if config.fssdp.reshard_interval:
             check_room(self.moe.engine)
         self.optimizer = ExpertOptimizer(
-            owned_parameters(self.moe.engine),
-            self.moe.replicated_parameters(),
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            schedule=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
-            parts=self.moe.parts,
+            Trainables(owned_parameters(self.moe.engine), self.moe.replicated_parameters(), self.moe.parts),
+            AdamWSettings(
+                learning_rate=config.learning_rate,
+                weight_decay=config.weight_decay,
+                factor=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
+            ),
+            ranks.device,
         )
         self.shares: tuple[int, ...] = ()
         """rows of each micro-step, by rank, or by tensor group, whose ranks have the same rows"""

@@ -118,7 +118,7 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
         missing = [name for name in _wanted(optimizer) if name not in tensors]
         if missing:
             raise CheckpointError(f"{folder}: has no tensor {missing[0]} ({len(missing)} missing)")
-        optimizer.load_state_tensors(tensors, schedule_position=manifest.step)
+        optimizer.load_state_tensors(tensors, steps_done=manifest.step)
         moe.engine.history.load_state_dict(meta["history"])
         moe.engine.history.redeal(ranks.world_size)
         stream.load_state_dict(meta["stream"])

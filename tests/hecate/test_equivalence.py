@@ -29,7 +29,7 @@ from hecate.experts.router import TopKRouter
 from hecate.kernels.backend import Backend
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
-from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
@@ -279,7 +279,9 @@ def check_case(rank: int, world: int, case: Case) -> None:
     reference = Reference(case, moe)
     owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.named_parameters().items()}
     optimizer = ExpertOptimizer(
-        owned, moe.replicated_parameters(), learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY, schedule=lambda _: 1.0
+        Trainables(owned, moe.replicated_parameters()),
+        AdamWSettings(learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY),
+        torch.device("cpu"),
     )
     empty_rows = range((world - 1) * ROWS // world, ROWS) if case.scenario == "empty rank" and world > 1 else range(0)
     seen = gradients_of(optimizer)

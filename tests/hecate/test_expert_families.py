@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hecate.elastic.move_experts import move_experts, owned_parameters
+from hecate.elastic.move_experts import move_experts
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
@@ -26,7 +26,7 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
-from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.planners import POLICIES
 from hecate.ranks.groups import ExpertGroups
 from tests.hecate.test_equivalence import random_planner, topology
@@ -151,7 +151,9 @@ class Sharded:
             parameter.data.copy_(initial(case.kind, layer, expert))
         self.routers = routers()
         self.optimizer = ExpertOptimizer(
-            owned_parameters(self.engine), self.routers, learning_rate=1e-2, weight_decay=0.1, schedule=lambda _: 1.0
+            Trainables(owned_parameters(self.engine), self.routers),
+            AdamWSettings(learning_rate=1e-2, weight_decay=0.1),
+            torch.device("cpu"),
         )
         self.group, self.mine = group, share(rank, world)
 

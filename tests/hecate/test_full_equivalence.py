@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from hecate.elastic.move_experts import owned_parameters
 from hecate.engine.layer_plan import PlanMode
 from hecate.engine.step_plans import EngineConfig
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, upcycle
-from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
@@ -142,7 +141,9 @@ def check_case(rank: int, world: int, case: Case) -> None:
     assert moe.replicated_parameters().keys() == reference.replicated.keys()
     owned = owned_parameters(moe.engine)
     optimizer = ExpertOptimizer(
-        owned, moe.replicated_parameters(), learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, schedule=lambda _: 1.0
+        Trainables(owned, moe.replicated_parameters()),
+        AdamWSettings(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        torch.device("cpu"),
     )
     empty_rows = range((world - 1) * ROWS // world, ROWS) if case.scenario == "empty rank" and world > 1 else range(0)
     seen = gradients_of(optimizer)

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hecate.elastic.move_experts import owned_parameters
 from hecate.engine.layer_plan import PlanMode
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.pairs import LoraShape
@@ -27,7 +26,7 @@ from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
-from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups, own_group
 from hecate.train.step import train_step
@@ -223,11 +222,9 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
     moe, head = sharded(case, folder / case.model.kind, world)
     gates: list[Any] = [layer.mlp.gate for layer in moe.model.model.layers]  # type: ignore[union-attr]
     optimizer = ExpertOptimizer(
-        owned_parameters(moe.engine),
-        moe.replicated_parameters(),
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        schedule=lambda _: 1.0,
+        Trainables(owned_parameters(moe.engine), moe.replicated_parameters()),
+        AdamWSettings(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        torch.device("cpu"),
     )
     seen = gradients_of(optimizer)
     with ExitStack() as stack:

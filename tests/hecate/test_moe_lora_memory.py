@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from hecate.config import Config, load_config
 from hecate.data.batches import Batch
-from hecate.elastic.move_experts import owned_parameters
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.pairs import LoraShape
 from hecate.forecast.memory import PHASES, memory_parts
@@ -31,7 +30,7 @@ from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts, non_moe_flops_p
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
 from hecate.model.tensor_files import tensor_entries
-from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -142,7 +141,9 @@ def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) 
     moe, head, layers = build(Path(folder) / "model", moe_lora_plan(config), policy, world, shard_size)
     model = moe.model
     optimizer = ExpertOptimizer(
-        owned_parameters(moe.engine), moe.replicated_parameters(), learning_rate=1e-2, weight_decay=0.0, schedule=lambda _: 1.0
+        Trainables(owned_parameters(moe.engine), moe.replicated_parameters()),
+        AdamWSettings(learning_rate=1e-2, weight_decay=0.0),
+        torch.device("cpu"),
     )
     tokens = torch.arange(96)[None] + 96 * rank
     batch = Batch(tokens % 64, tokens % 64, tokens % 96, torch.ones_like(tokens), tokens, torch.zeros_like(tokens))

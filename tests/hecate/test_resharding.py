@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.elastic.move_experts import adopt_owners, move_experts, owned_parameters, reshard_if_it_pays
+from hecate.elastic.move_experts import adopt_owners, move_experts, reshard_if_it_pays
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
-from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
 from hecate.report.events import Resharding, StepResult
@@ -43,11 +43,9 @@ class Training:
         self.head: LanguageModelHead
         self.moe, self.head = sharded(case, world)
         self.optimizer = ExpertOptimizer(
-            owned_parameters(self.moe.engine),
-            self.moe.replicated_parameters(),
-            learning_rate=LEARNING_RATE[case.dtype],
-            weight_decay=WEIGHT_DECAY,
-            schedule=lambda step: 1 / (1 + step),
+            Trainables(owned_parameters(self.moe.engine), self.moe.replicated_parameters()),
+            AdamWSettings(learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY, factor=lambda step: 1 / (1 + step)),
+            torch.device("cpu"),
         )
 
     def step(self, number: int) -> StepResult:
@@ -137,7 +135,7 @@ def _resumed(rank: int, world: int) -> None:
 
     resumed = Training(case, rank, world)
     adopt_owners(resumed.moe.engine, resumed.optimizer, owners)
-    resumed.optimizer.load_state_tensors(saved, schedule_position=2)
+    resumed.optimizer.load_state_tensors(saved, steps_done=2)
     resumed.moe.engine.history.load_state_dict(history)
     for step in range(2, STEPS):
         wanted, got = whole.step(step), resumed.step(step)

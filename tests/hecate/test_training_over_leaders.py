@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hecate.parallel.comm.expert_store as store_module
-from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
 from hecate.parallel.topology import Link, uniform_topology
 from hecate.train.step import train_step
 from tests.hecate import test_equivalence as equivalence
@@ -45,7 +45,9 @@ def _train(
         moe, head = sharded(case, world)
         owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.named_parameters().items()}
         optimizer = ExpertOptimizer(
-            owned, moe.replicated_parameters(), learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY, schedule=lambda _: 1.0
+            Trainables(owned, moe.replicated_parameters()),
+            AdamWSettings(learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY),
+            torch.device("cpu"),
         )
         losses = []
         for step in range(STEPS):

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from hecate.data.batches import Batch
-from hecate.elastic.move_experts import owned_parameters
 from hecate.engine.step_plans import EngineConfig
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import non_moe_flops_per_token
 from hecate.model.upcycling import upcycle
-from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
@@ -51,7 +50,9 @@ def _measure(rank: int, world: int, folder: str, overrides: tuple[str, ...]) -> 
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     tokens = torch.arange(96)[None]
     batch = Batch(tokens % 64, (tokens + rank) % 64, tokens, torch.ones_like(tokens), tokens + 96 * rank, torch.zeros_like(tokens))
-    optimizer = ExpertOptimizer(owned_parameters(moe.engine), replicated, learning_rate=1e-3, weight_decay=0.0, schedule=lambda _: 1.0)
+    optimizer = ExpertOptimizer(
+        Trainables(owned_parameters(moe.engine), replicated), AdamWSettings(learning_rate=1e-3, weight_decay=0.0), torch.device("cpu")
+    )
     train_step(moe, head, optimizer, [batch], num_labels=192, aux_coef=0.01, max_grad_norm=None, step=0)
 
     moe.engine.begin_step(1)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from hecate.data.batches import Batch
-from hecate.elastic.move_experts import owned_parameters
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.mixlora import LoraShape, MixLoraExperts
@@ -21,7 +20,7 @@ from hecate.kernels.common.ffn import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import insert_experts, non_moe_flops_per_token
-from hecate.optim.optimizer import ExpertOptimizer
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -121,7 +120,9 @@ def _held(rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str,
         engine = EngineConfig(POLICIES[policy], local_topology(world, cuda=False), top_k=5)
         moe = insert_experts(model, surgery_plan(config, 3), engine, groups)
         replicated = moe.replicated_parameters()
-        optimizer = ExpertOptimizer(owned_parameters(moe.engine), replicated, learning_rate=0.1, weight_decay=0.0, schedule=lambda _: 1.0)
+        optimizer = ExpertOptimizer(
+            Trainables(owned_parameters(moe.engine), replicated), AdamWSettings(learning_rate=0.1, weight_decay=0.0), torch.device("cpu")
+        )
         train_step(moe, head, optimizer, [batch], num_labels=32, aux_coef=0.01, max_grad_norm=None, step=0)
         moe.engine.begin_step(1)
         with torch.no_grad():

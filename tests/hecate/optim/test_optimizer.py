@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hecate.optim.optimizer import ExpertOptimizer
-from hecate.optim.schedule import schedule
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, schedule
 from tests.ranks import run_ranks
 
 
@@ -19,7 +18,11 @@ def parameter(*values: float) -> nn.Parameter:
 
 
 def make(owned: dict[str, nn.Parameter], replicated: dict[str, nn.Parameter]) -> ExpertOptimizer:
-    return ExpertOptimizer(owned, replicated, learning_rate=0.1, weight_decay=0.01, schedule=schedule("linear", 10, 0.2))
+    return ExpertOptimizer(
+        Trainables(owned, replicated),
+        AdamWSettings(learning_rate=0.1, weight_decay=0.01, factor=schedule("linear", 10, 0.2)),
+        torch.device("cpu"),
+    )
 
 
 def _norm_over_ranks(rank: int, world: int) -> float:
@@ -46,9 +49,34 @@ def test_a_rank_without_experts_adds_its_zero_where_the_others_sums_are(monkeypa
         raise SeenError(total.device.type)
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    router = nn.Parameter(torch.zeros(2, device="meta"))  # a device that is not the CPU
-    with pytest.raises(SeenError, match="meta"):
-        make({}, {"router": router}).global_grad_norm(None)  # type: ignore[arg-type]
+    optimizer = ExpertOptimizer(Trainables({}, {}), AdamWSettings(learning_rate=0.1, weight_decay=0.0), torch.device("meta"))
+    with pytest.raises(SeenError, match="meta"):  # a device that is not the CPU
+        optimizer.global_grad_norm(None)  # type: ignore[arg-type]
+
+
+def test_a_rank_without_anything_that_trains_steps_with_the_others_and_may_own_an_expert_later() -> None:
+    optimizer = make({}, {})
+    assert optimizer.step(1.0, max_grad_norm=0.5)
+    assert optimizer.state_tensors() == {}
+    received, owned = parameter(1, 2, 3), parameter(1, 2, 3)
+    optimizer.replace_owned({"e": received}, {})
+    other = make({"e": owned}, {})
+    other.steps_done = 1
+    for p, stepped in ((received, optimizer), (owned, other)):
+        p.grad = torch.ones(3, dtype=torch.float64)
+        stepped.step(1.0, max_grad_norm=0.5)
+    assert torch.equal(received, owned)
+
+
+def test_the_learning_rate_follows_the_schedule() -> None:
+    p = parameter(1, 2, 3)
+    optimizer, factor = make({"e": p}, {}), schedule("linear", 10, 0.2)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.learning_rate)
+        p.grad = torch.ones(3, dtype=torch.float64)
+        optimizer.step(1.0, max_grad_norm=None)
+    assert rates == [0.1 * factor(step) for step in range(4)]
 
 
 def gradients(step: int) -> list[Tensor]:
@@ -72,7 +100,7 @@ def test_a_saved_state_continues_bit_for_bit() -> None:
     saved = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
     second = [parameter(0, 0, 0), parameter(0, 0, 0)]
     resumed = make({"e": second[0]}, {"r": second[1]})
-    resumed.load_state_tensors(saved, schedule_position=3)
+    resumed.load_state_tensors(saved, steps_done=3)
     assert resumed.learning_rate == optimizer.learning_rate
     train(resumed, second, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hecate.optim.schedule import schedule
+from hecate.optim.optimizer import schedule
 
 
 def test_warm_up_rises_in_equal_parts_to_the_peak() -> None:
