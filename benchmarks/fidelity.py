@@ -80,7 +80,7 @@ class Measured:
 
 
 def loads_of(workload: str, world: int, shape: Shape) -> np.ndarray:
-    """int64 [steps, layers, source ranks, experts]"""
+    """int64 [steps, layers, experts, source ranks]"""
     return WORKLOADS[workload](STEPS, shape.layers, world, shape.experts, shape.tokens, shape.top_k, 0)
 
 
@@ -105,8 +105,8 @@ def measure(rank: int, world: int, shape: Shape, workloads: Sequence[str], repea
         for workload in workloads:
             for stack in stacks.values():
                 stack.forget_loads()
-            for number, loads_LSE in enumerate(loads_of(workload, world, shape)):
-                drawn = [routing_of(loads_SE[rank], shape, number, layer, rank) for layer, loads_SE in enumerate(loads_LSE)]
+            for number, loads_LED in enumerate(loads_of(workload, world, shape)):
+                drawn = [routing_of(loads_ED[:, rank], shape, number, layer, rank) for layer, loads_ED in enumerate(loads_LED)]
                 weights = [torch.full(expert_TK.shape, 1 / shape.top_k).requires_grad_() for expert_TK in drawn]
                 routing = list(zip(map(torch.from_numpy, drawn), weights, strict=True))
                 for policy, stack in stacks.items():
@@ -151,17 +151,17 @@ def planned_steps(loads: np.ndarray, policy: str, shape: Shape, measured: Measur
     """The steps of a run, as the engine plans them.
 
     Args:
-        loads: int64 [steps, layers, source ranks, experts].
+        loads: int64 [steps, layers, experts, source ranks].
     """
-    _, num_layers, world, num_experts = loads.shape
+    _, num_layers, num_experts, world = loads.shape
     owner_LE = np.tile(contiguous_owners(num_experts, world), (num_layers, 1))
-    for number, loads_LSE in enumerate(loads):
+    for number, loads_LED in enumerate(loads):
         known = loads[max(number - HISTORY_STEPS, 0) : number].mean(0) if number else None
         given = PlanInput(owner_LE, known, measured.topologies[0], measured.planning, np.full(world, num_experts))
         plan = POLICIES[policy](given)
         drawn = [
-            [routing_of(load_E, shape, number, layer, rank) for rank, load_E in enumerate(loads_SE)]
-            for layer, loads_SE in enumerate(loads_LSE)
+            [routing_of(load_E, shape, number, layer, rank) for rank, load_E in enumerate(loads_ED.T)]
+            for layer, loads_ED in enumerate(loads_LED)
         ]
         yield Planned(plan, given, *planned_traffic(given, plan, drawn, shape))
 
@@ -199,13 +199,13 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
 
     (simulated,) = simulate(loads, topology, cost, {policy: planner}, slots_D=np.full(world, shape.experts))
     sent, errors, compute, busy = [], [0.0], [], []
-    for loads_LSE, planned in zip(loads, planned_steps(loads, policy, shape, measured), strict=True):
+    for loads_LED, planned in zip(loads, planned_steps(loads, policy, shape, measured), strict=True):
         plan = planned.plan
-        tokens_LED = np.swapaxes(loads_LSE, 1, 2).astype(np.float64)
-        flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.tokens_LED, tokens_LED, topology)
-        rows, choices_LED = rows_served(flow, tokens_LED, cost), served(flow)
+        loads_LED = loads_LED.astype(np.float64)
+        flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.expected_LED, loads_LED, topology)
+        rows, choices_LED = rows_served(flow, loads_LED, cost), served(flow)
         rows_LD = rows.computed_D
-        passed_L = np.array([layer_plan(plan, planned.given, layer).dispatches(topology) for layer in range(len(loads_LSE))])
+        passed_L = np.array([layer_plan(plan, planned.given, layer).dispatches(topology) for layer in range(len(loads_LED))])
         work = partial(_work, rows_LD=rows_LD, choices_LED=choices_LED, passed_L=passed_L)
         # Everything is everywhere and the plan sends rows, but the step's loads are others and all rows stay.
         unpriced = (passed_L & plan.where_LED.all((1, 2)) & (rows.near[0].sum(1) <= LEAST_TRAFFIC)).sum()

@@ -133,7 +133,7 @@ def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     seconds = {}
     shares: dict[str, Any] = {"equal": [ROWS_PER_RANK] * world, "planned": sequences_by_speed(total, topology.flops), "ideal": fractions}
     for name, rows_D in shares.items():
-        loads = np.rint(equal_loads * (np.asarray(rows_D) / ROWS_PER_RANK)[None, None, :, None]).astype(np.int64)
+        loads = np.rint(equal_loads * (np.asarray(rows_D) / ROWS_PER_RANK)[None, None, None, :]).astype(np.int64)
         cost = model.layer_cost(model.seq)  # of one row
         flops = cost.non_moe_flops * dense_seconds(rows_D, topology.flops) * min(topology.flops)
         slots_D = replica_slots(topology, cost, num_layers=model.layers, num_experts=model.experts, other_bytes=model.replicated_bytes())

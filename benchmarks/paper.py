@@ -45,7 +45,7 @@ class Run:
 
     case: Case
     loads: np.ndarray
-    """int64 [steps, layers, source ranks, experts]"""
+    """int64 [steps, layers, experts, source ranks]"""
 
     def policy(
         self, name: str, *, reshard_interval: int | None = None, rematerialize: bool = False, loads: np.ndarray | None = None

@@ -63,10 +63,10 @@ def kinds() -> list[Kind]:
     ]  # fmt: skip
 
 
-def plan_input(topology: Topology, cost: LayerCost, loads_SE: np.ndarray, most_slots: int = EXPERTS) -> PlanInput:
+def plan_input(topology: Topology, cost: LayerCost, loads_ED: np.ndarray, most_slots: int = EXPERTS) -> PlanInput:
     slots = np.minimum((MEMORY_SHARE * np.asarray(topology.memory) / cost.replica_bytes).astype(np.int64), most_slots)
     owners = contiguous_owners(EXPERTS, topology.world_size)
-    return PlanInput(owners[None], loads_SE[None].astype(np.float64), topology, cost, slots)
+    return PlanInput(owners[None], loads_ED[None].astype(np.float64), topology, cost, slots)
 
 
 def main() -> None:

@@ -38,8 +38,8 @@ def planned_traffic(
                 sent_WW[owner_E[expert], rank] += int(given.cost.trainable_bytes)
                 sent_WW[rank, owner_E[expert]] += int(given.cost.reduced_bytes)
         quota_ED = None if plan.quota_LED is None else plan.quota_LED[layer]
-        known_SE = None if given.loads_LSE is None else given.loads_LSE[layer]
-        splits = [token_split(where_ED, known_SE, quota_ED, given.topology, source) for source in range(world)]
+        known_ED = None if given.loads_LED is None else given.loads_LED[layer]
+        splits = [token_split(where_ED, known_ED, quota_ED, given.topology, source) for source in range(world)]
         if all((split_EW[:, source] == 1).all() for source, split_EW in enumerate(splits)):  # nothing leaves its rank, and no rank asks
             rows_LW[layer] = [len(expert_TK) for expert_TK in expert_WTK]
             continue

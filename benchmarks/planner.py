@@ -25,7 +25,7 @@ SIZES = ((64, 32, 16), (256, 320, 2), (256, 1024, 1))
 def plan_input(experts: int, world: int, layers: int) -> PlanInput:
     rng = np.random.default_rng(0)
     odds = np.arange(1, experts + 1) ** -1.2
-    loads = np.stack([rng.multinomial(8192, rng.permutation(odds) / odds.sum(), size=world) for _ in range(layers)]).astype(float)
+    loads = np.stack([rng.multinomial(8192, rng.permutation(odds) / odds.sum(), size=world).T for _ in range(layers)]).astype(float)
     topology = uniform_topology(world // 8, 8, flops=6e14, memory=8e10, intra_node=Link(3e11, 1e-5), inter_node=Link(5e10, 2e-5))
     hidden, ffn, rank = 2048, 768, 16
     cost = LayerCost(
@@ -48,8 +48,8 @@ def main() -> None:
         given = plan_input(experts, world, layers)
         for policy, planner in POLICIES.items():
             plan = planner(given)
-            quota = plan.quotas(given.tokens_LED, given.topology)
-            assert np.allclose(quota.sum(-1), given.tokens_LED.sum(-1)), policy
+            quota = plan.quotas(given.expected_LED, given.topology)
+            assert np.allclose(quota.sum(-1), given.expected_LED.sum(-1)), policy
             times: list[float] = []
             while len(times) < (1 if options.quick else 5) or (sum(times) < 2 and len(times) < 50 and not options.quick):
                 start = time.perf_counter()

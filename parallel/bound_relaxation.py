@@ -28,23 +28,23 @@ class LayerProblem:
     """
 
     def __init__(self, given: PlanInput) -> None:
-        at_owner_LED = np.where(given.owned_LED, given.tokens_LED.sum(-1, keepdims=True), 0.0)
+        at_owner_LED = np.where(given.owned_LED, given.expected_LED.sum(-1, keepdims=True), 0.0)
         parts = Plan(given.owner_LE, given.owned_LED, at_owner_LED).seconds(given)
         self.static = float(parts.total[0])  # of the one plan without replicas
         self.optimizer = float(parts.optimizer[0])
-        loaded = given.tokens_LED[0].any(1)
-        tokens_ED = given.tokens_LED[0][loaded]
-        unit = tokens_ED.sum() / max(len(tokens_ED), 1)
+        loaded = given.expected_LED[0].any(1)
+        loads_ED = given.expected_LED[0][loaded]
+        unit = loads_ED.sum() / max(len(loads_ED), 1)
         self.topology, self.cost, self.slots_D = given.topology, given.cost, given.slots_D
         self.node_D, self.member_DN = node_index(given.topology), node_membership(given.topology)
-        self.tokens_ED = tokens_ED / unit
-        self.load_E, self.load_D = self.tokens_ED.sum(1), self.tokens_ED.sum(0)
-        self.tokens_EN = self.tokens_ED @ self.member_DN
+        self.loads_ED = loads_ED / unit
+        self.load_E, self.load_D = self.loads_ED.sum(1), self.loads_ED.sum(0)
+        self.tokens_EN = self.loads_ED @ self.member_DN
         self.owner_E, self.owned_ED = given.owner_LE[0][loaded], given.owned_LED[0][loaded]
         self.home_ED = self.node_D[self.owner_E][:, None] == self.node_D
         self.home_EN = self.node_D[self.owner_E][:, None] == np.arange(given.topology.num_nodes)
         self.fresh_ED = ~self.owned_ED if given.resident_LED is None else ~self.owned_ED & ~given.resident_LED[0][loaded]
-        self.needed_ED = self.owned_ED | (self.tokens_ED > 0)  # without these replicas some token travels
+        self.needed_ED = self.owned_ED | (self.loads_ED > 0)  # without these replicas some token travels
         self.may_stay = bool(((self.needed_ED & ~self.owned_ED).sum(0) <= self.slots_D).all())
         self.may_have_all = bool(((~given.owned_LED[0]).sum(0) <= self.slots_D).all())
         self.rate_D = np.asarray(given.topology.flops)
@@ -105,13 +105,13 @@ class Relaxation:
         """Choices served on each rank, by where they come from: there, its node, elsewhere; and those that leave each node."""
         p, lp, far = self.problem, self.program, self.reach == "far"
         inside_ED = p.tokens_EN[:, p.node_D]
-        in_node_ED, elsewhere_ED = inside_ED - p.tokens_ED, far * (p.load_E[:, None] - inside_ED)
+        in_node_ED, elsewhere_ED = inside_ED - p.loads_ED, far * (p.load_E[:, None] - inside_ED)
 
         def most(there_are_ED: np.ndarray, cap_D: np.ndarray) -> np.ndarray:
             # Owners have no cap, or there might be nobody to serve what is left; all caps hold through the seconds anyway.
             return np.maximum(np.where(p.owned_ED, there_are_ED, np.minimum(there_are_ED, cap_D)), 0.0)
 
-        local, near, far_ = (most(p.tokens_ED, caps.local_D), most(in_node_ED, caps.remote_D), most(elsewhere_ED, caps.remote_D))
+        local, near, far_ = (most(p.loads_ED, caps.local_D), most(in_node_ED, caps.remote_D), most(elsewhere_ED, caps.remote_D))
         self.local_ED, self.near_ED, self.far_ED = (lp.variables(0.0, m) for m in (local, near, far_))
         self.sent_EN = lp.variables(0.0, far * p.tokens_EN)
         # A rank serves an expert's choices if it has a replica, and at most those that there are and that it has time for.
@@ -289,8 +289,8 @@ class _Caps:
             return (seconds(rows_D, choices_D) + travel_D <= compute) & (travel_D <= dispatch)
 
         # What a rank serves is of its own experts, and of the slots' worth of others of which there are most choices.
-        self.local_D = _largest(local_fits, _held(p, p.tokens_ED))
-        self.remote_D = _largest(remote_fits, np.minimum(k * others_D, _held(p, p.load_E[:, None] - p.tokens_ED)))
+        self.local_D = _largest(local_fits, _held(p, p.loads_ED))
+        self.remote_D = _largest(remote_fits, np.minimum(k * others_D, _held(p, p.load_E[:, None] - p.loads_ED)))
         self.local_rows_D = _chord(self.local_D, tokens_D, k)
         self.remote_rows_D = _chord(self.remote_D, others_D, k)
 

@@ -109,7 +109,7 @@ def layer_seconds(
     owner_E: np.ndarray,
     where_ED: np.ndarray,
     quota_ED: np.ndarray,
-    tokens_ED: np.ndarray,
+    loads_ED: np.ndarray,
     topology: Topology,
     cost: LayerCost,
     *,
@@ -124,15 +124,15 @@ def layer_seconds(
         owner_E: int64 [..., experts].
         where_ED: bool [..., experts, ranks].
         quota_ED: float64 [..., experts, ranks]: choices served (see `hecate.parallel.flows`).
-        tokens_ED: float64 [..., experts, source ranks]: choices routed.
+        loads_ED: float64 [..., experts, source ranks]: choices routed.
         flow: how the choices travel; None: as `flows` matches them with the quotas.
         resident_ED: bool [..., experts, ranks]: frozen parts that are there already; None: only the owners'.
         rematerialize: a second SparseAllGather before the backward pass.
         prefetched: attention hides the forward pass's gather; not if the plan was made after the gate.
     """
     if flow is None:
-        flow = flows(tokens_ED, quota_ED, topology)
-    rows = rows_served(flow, tokens_ED, cost)
+        flow = flows(loads_ED, quota_ED, topology)
+    rows = rows_served(flow, loads_ED, cost)
     choices_D = quota_ED.sum(-2)
     rate_D = np.asarray(topology.flops)
     row_work = cost.row_flops * (1 + cost.row_backward)
@@ -156,7 +156,7 @@ def layer_seconds(
     exposed = forward + exposed_seconds(2 * attention, backward_transfer, slowdown)
     owned_D = (owner_E[..., None] == np.arange(where_ED.shape[-1])).sum(-2)
     optimizer = (owned_D * (cost.reduced_bytes + 2 * cost.state_bytes) / np.asarray(topology.memory_bandwidth)).max(-1)
-    asked = np.asarray(~where_ED.all((-2, -1)) & tokens_ED.any((-2, -1)))
+    asked = np.asarray(~where_ED.all((-2, -1)) & loads_ED.any((-2, -1)))
     return LayerSeconds(compute, dispatch_seconds(rows, topology, cost, asked), gather, reduce, exposed, optimizer)
 
 
@@ -171,14 +171,14 @@ class Rows:
     """sent to and received from other nodes"""
 
 
-def rows_served(flow: Flows, tokens_ED: np.ndarray, cost: LayerCost) -> Rows:
+def rows_served(flow: Flows, loads_ED: np.ndarray, cost: LayerCost) -> Rows:
     """Distinct tokens behind the choices. A token travels once to a rank however many of its experts are there.
 
     Loads do not say which choices belong to one token; they are taken as drawn independently: c of the k·T choices of T tokens touch
     T·(1 - (1 - c/(kT))^k) tokens.
     """
     k = cost.top_k
-    tokens_D = tokens_ED.sum(-2) / k
+    tokens_D = loads_ED.sum(-2) / k
     others_D = tokens_D.sum(-1, keepdims=True) - tokens_D
     near_served, far_served = flow.near_served_ED.sum(-2), flow.far_served_ED.sum(-2)
     near_sent, far_sent = flow.near_sent_ED.sum(-2), flow.far_sent_ED.sum(-2)

@@ -1,7 +1,7 @@
 """What a plan does to loads it was not made for: the executed quotas.
 
-A plan splits each source's choices of an expert into shares (`hecate.parallel.flows.token_split`). When the step's true loads differ from
-the predicted ones, the shares stay. Here that is done for all sources at once, without a [sources, experts, ranks] array.
+A plan splits each source's assignments of an expert into shares (`hecate.parallel.flows.token_split`). When the step's true loads differ
+from the predicted ones, the shares stay. This module works that out for all sources at once, without a [sources, experts, ranks] array.
 
 Shapes: ... any leading dimensions (layers), E experts, D ranks as destinations or sources, N nodes.
 """
@@ -15,20 +15,20 @@ from hecate.parallel.topology import Topology
 
 
 def executed_flows(
-    where_ED: np.ndarray, quota_ED: np.ndarray | None, planned_ED: np.ndarray, tokens_ED: np.ndarray, topology: Topology
+    where_ED: np.ndarray, quota_ED: np.ndarray | None, planned_ED: np.ndarray, loads_ED: np.ndarray, topology: Topology
 ) -> Flows:
-    """How `tokens_ED` travel when every source keeps to the shares of its choices that the plan gave to each rank.
+    """How `loads_ED` travel when every source keeps to the shares of its assignments that the plan gave to each rank.
 
-    A source of which the plan expected no choice of an expert follows topology-aware dispatch with those it has.
+    A source of which the plan expected no assignment of an expert follows topology-aware dispatch with those it has.
 
     Args:
         where_ED: bool [..., experts, ranks].
         quota_ED: float64 [..., experts, ranks], made for `planned_ED`; None: topology-aware dispatch.
         planned_ED: float64 [..., experts, source ranks]: the loads that the quotas were made for.
-        tokens_ED: float64 [..., experts, source ranks]: the loads that came.
+        loads_ED: float64 [..., experts, source ranks]: the loads that came.
     """
     if quota_ED is None:
-        return flows(tokens_ED, even_quota(where_ED, tokens_ED, topology), topology)
+        return flows(loads_ED, even_quota(where_ED, loads_ED, topology), topology)
     member_DN, node_D = node_membership(topology), node_index(topology)
     plan = flows(planned_ED, quota_ED, topology)
     near_served_EN = plan.near_served_ED @ member_DN
@@ -36,7 +36,7 @@ def executed_flows(
     near_sent_ED = np.where(near_served_EN[..., node_D] > 0, plan.near_sent_ED, 0.0)
     far_sent_ED = np.where(far_served_E > 0, plan.far_sent_ED, 0.0)
     known_ED = plan.local_ED + near_sent_ED + far_sent_ED
-    scale_ED = _ratio(tokens_ED, known_ED)
+    scale_ED = _ratio(loads_ED, known_ED)
 
     near_sent_ED = near_sent_ED * scale_ED
     far_sent_ED = far_sent_ED * scale_ED
@@ -48,7 +48,7 @@ def executed_flows(
         far_sent_ED,
         plan.far_served_ED * _ratio(far_sent_ED.sum(-1, keepdims=True), far_served_E),
     )
-    unforeseen_ED = np.where(known_ED > 0, 0.0, tokens_ED)
+    unforeseen_ED = np.where(known_ED > 0, 0.0, loads_ED)
     if not unforeseen_ED.any():
         return executed
     even = flows(unforeseen_ED, even_quota(where_ED, unforeseen_ED, topology), topology)
@@ -62,7 +62,7 @@ def executed_flows(
 
 
 def served(flow: Flows) -> np.ndarray:
-    """float64 [..., experts, ranks]: choices that each rank serves."""
+    """float64 [..., experts, ranks]: assignments that each rank serves."""
     return flow.local_ED + flow.near_served_ED + flow.far_served_ED
 
 

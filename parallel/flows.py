@@ -1,7 +1,7 @@
-"""Who serves which token, and through which ports it travels. Tokens are counted in choices: a token's k experts are k of them.
+"""Who serves which token, and through which ports it travels. Tokens are counted as assignments (see `hecate.parallel.loads`).
 
-A *quota* says how many choices of an expert each rank serves. Which source's choices those are follows from it: a rank serves its own
-first, then those of its node, then the others', each in proportion. Sums are exact, and every rank computes its own row.
+A *quota* says how many assignments of an expert each rank serves. It decides whose those are: a rank serves its own first, then those of
+its node, then the others', each in proportion. Sums are exact, and every rank computes its own row.
 
 Shapes: ... any leading dimensions (layers), E experts, D ranks as destinations or sources, N nodes.
 """
@@ -15,20 +15,20 @@ import numpy as np
 from hecate.parallel.topology import Topology
 
 
-def even_quota(where_ED: np.ndarray, tokens_ED: np.ndarray, topology: Topology) -> np.ndarray:
-    """Quotas of topology-aware dispatch (Hecate §3.3): a choice stays on its rank where the expert is there; else it goes evenly over
+def even_quota(where_ED: np.ndarray, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
+    """Quotas of topology-aware dispatch (Hecate §3.3): an assignment stays on its rank where the expert is there; else it goes evenly over
     the replicas of the rank's node; else evenly over all replicas.
 
     Args:
         where_ED: bool [..., experts, ranks], each expert somewhere.
-        tokens_ED: float64 [..., experts, source ranks].
+        loads_ED: float64 [..., experts, source ranks].
 
     Returns:
         float64 [..., experts, ranks].
     """
     member_DN = node_membership(topology)
-    local_ED = np.where(where_ED, tokens_ED, 0.0)
-    rest_EN = (tokens_ED - local_ED) @ member_DN
+    local_ED = np.where(where_ED, loads_ED, 0.0)
+    rest_EN = (loads_ED - local_ED) @ member_DN
     copies_EN = where_ED @ member_DN
     within_EN = np.divide(rest_EN, copies_EN, out=np.zeros_like(rest_EN), where=copies_EN > 0)
     far_E = np.where(copies_EN > 0, 0.0, rest_EN).sum(-1) / copies_EN.sum(-1)
@@ -37,7 +37,7 @@ def even_quota(where_ED: np.ndarray, tokens_ED: np.ndarray, topology: Topology) 
 
 @dataclass(frozen=True, eq=False)
 class Flows:
-    """How the choices of each expert travel, under given quotas."""
+    """How the assignments of each expert travel, under given quotas."""
 
     local_ED: np.ndarray
     """served where they are"""
@@ -51,10 +51,10 @@ class Flows:
     """served at a rank for another node"""
 
 
-def flows(tokens_ED: np.ndarray, quota_ED: np.ndarray, topology: Topology) -> Flows:
-    """Match the choices of all sources with the quotas of all ranks: own first, then the node's, then the rest."""
-    local, load_E = np.minimum(tokens_ED, quota_ED), tokens_ED.sum(-1, keepdims=True)
-    sent, served = _above_rounding(tokens_ED - local, load_E), _above_rounding(quota_ED - local, load_E)
+def flows(loads_ED: np.ndarray, quota_ED: np.ndarray, topology: Topology) -> Flows:
+    """Match the assignments of all sources with the quotas of all ranks: own first, then the node's, then the rest."""
+    local, load_E = np.minimum(loads_ED, quota_ED), loads_ED.sum(-1, keepdims=True)
+    sent, served = _above_rounding(loads_ED - local, load_E), _above_rounding(quota_ED - local, load_E)
     if topology.num_nodes == 1:
         zero = np.zeros_like(local)
         return Flows(local, sent, served, zero, zero)
@@ -67,23 +67,23 @@ def flows(tokens_ED: np.ndarray, quota_ED: np.ndarray, topology: Topology) -> Fl
 
 
 def token_split(
-    where_ED: np.ndarray, loads_SE: np.ndarray | None, quota_ED: np.ndarray | None, topology: Topology, source: int
+    where_ED: np.ndarray, loads_ED: np.ndarray | None, quota_ED: np.ndarray | None, topology: Topology, source: int
 ) -> np.ndarray:
-    """Shares of `source`'s choices of each expert that go to each rank.
+    """Shares of `source`'s assignments of each expert that go to each rank.
 
     Args:
         where_ED: bool [experts, ranks].
-        loads_SE: float64 [source ranks, experts], the loads that the quotas were made for; None with `quota_ED` None.
+        loads_ED: float64 [experts, source ranks], the loads that the quotas were made for; None with `quota_ED` None.
         quota_ED: float64 [experts, ranks], only where replicas are, each row summing to the expert's load; None: topology-aware dispatch.
 
     Returns:
-        float64 [experts, ranks]; rows sum to 1. An expert of which the source was expected to have no choice has the shares of
+        float64 [experts, ranks]; rows sum to 1. An expert of which the source was expected to have no assignment has the shares of
         topology-aware dispatch.
     """
     even_ED = _even_split(where_ED, topology, source)
-    if quota_ED is None or loads_SE is None:
+    if quota_ED is None or loads_ED is None:
         return even_ED
-    flow = flows(loads_SE.T, quota_ED, topology)
+    flow = flows(loads_ED, quota_ED, topology)
     near_D = topology.same_node()[source]
     planned_ED = flow.near_sent_ED[:, source, None] * _normalized(flow.near_served_ED * near_D)
     planned_ED += flow.far_sent_ED[:, source, None] * _normalized(flow.far_served_ED)
@@ -92,13 +92,13 @@ def token_split(
     return np.where(total_E > 0, _normalized(planned_ED), even_ED)
 
 
-def nothing_travels(where_ED: np.ndarray, loads_SE: np.ndarray | None, quota_ED: np.ndarray | None, topology: Topology) -> bool:
-    """Does `token_split` leave every choice of every source where it is, so that no rank need ask the others what they send?"""
+def nothing_travels(where_ED: np.ndarray, loads_ED: np.ndarray | None, quota_ED: np.ndarray | None, topology: Topology) -> bool:
+    """Does `token_split` leave every assignment of every source where it is, so that no rank need ask the others what they send?"""
     if not where_ED.all():
         return False
-    if quota_ED is None or loads_SE is None:
+    if quota_ED is None or loads_ED is None:
         return True
-    flow = flows(loads_SE.T, quota_ED, topology)
+    flow = flows(loads_ED, quota_ED, topology)
     return not (flow.near_sent_ED.any() or flow.far_sent_ED.any())
 
 

@@ -1,4 +1,11 @@
-"""Expert loads: how many tokens each rank sent to each expert, and what the next iteration will probably bring."""
+"""Expert loads: how many assignments each rank sent to each expert, and what the next iteration will probably bring.
+
+An *assignment* is a token together with one of its top-k experts, so a token makes k of them. Loads count assignments, never tokens.
+A layer's loads are [experts, source ranks] everywhere in memory: in the history, in `PlanInput`, in flows and cost model; files that
+keep another order (docs/traces.md, the history in a checkpoint) are converted where they are read and written.
+
+Shapes: E experts, D ranks as sources.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,7 @@ from hecate.parallel.units import Unit, parse_unit
 class LoadHistory:
     """The last `window` iterations' loads of every layer; predicts the next by their mean (Hecate §3.2, w = 5).
 
-    A unit's loads are a LoadMatrix: int64 [source ranks, experts], token-slots routed from each rank to each expert.
+    A unit's loads of an iteration are int64 [experts, source ranks].
     """
 
     def __init__(self, window: int) -> None:
@@ -20,11 +27,11 @@ class LoadHistory:
         self._steps: deque[dict[Unit, np.ndarray]] = deque(maxlen=window)
 
     def record(self, loads: dict[Unit, np.ndarray]) -> None:
-        """Append one iteration: unit -> int64 [source ranks, experts]."""
+        """Append one iteration: unit -> int64 [experts, source ranks]."""
         self._steps.append(loads)
 
     def predict(self, unit: Unit) -> np.ndarray | None:
-        """float64 [source ranks, experts], or None before the first iteration."""
+        """float64 [experts, source ranks], or None before the first iteration."""
         if not self._steps:
             return None
         return np.mean([step[unit] for step in self._steps], axis=0)
@@ -34,29 +41,30 @@ class LoadHistory:
         return list(self._steps)
 
     def restore(self, steps: list[dict[Unit, np.ndarray]]) -> None:
-        """Be as at a `snapshot`."""
+        """Hold the iterations of a `snapshot` again."""
         self._steps.clear()
         self._steps.extend(steps)
 
     def redeal(self, world_size: int) -> None:
-        """Of loads that other ranks have sent, say that each of `world_size` ranks sent the same share: totals stay."""
-        self.restore([{unit: _redealt(loads_SE, world_size) for unit, loads_SE in step.items()} for step in self._steps])
+        """Spread each expert's loads evenly over `world_size` source ranks, in place of those that sent them: totals stay."""
+        self.restore([{unit: _redealt(loads_ED, world_size) for unit, loads_ED in step.items()} for step in self._steps])
 
     def state_dict(self) -> list[dict[str, list[list[int]]]]:
-        """JSON-able; units as their texts."""
-        return [{str(unit): loads.tolist() for unit, loads in step.items()} for step in self._steps]
+        """JSON-able: units as their texts, a unit's loads as one list a source rank."""
+        return [{str(unit): loads_ED.T.tolist() for unit, loads_ED in step.items()} for step in self._steps]
 
     def load_state_dict(self, state: list[dict[str, list[list[int]]]]) -> None:
+        """Hold the iterations of a `state_dict`."""
         self._steps.clear()
         for step in state:
-            self.record({parse_unit(text): np.asarray(loads, dtype=np.int64) for text, loads in step.items()})
+            self.record({parse_unit(text): np.array(loads, dtype=np.int64).T.copy() for text, loads in step.items()})
 
 
-def _redealt(loads_SE: np.ndarray, world_size: int) -> np.ndarray:
-    if len(loads_SE) == world_size:
-        return loads_SE
-    share_E, rest_E = np.divmod(loads_SE.sum(0), world_size)
-    return share_E + (np.arange(world_size)[:, None] < rest_E)
+def _redealt(loads_ED: np.ndarray, world_size: int) -> np.ndarray:
+    if loads_ED.shape[1] == world_size:
+        return loads_ED
+    share_E1, rest_E1 = np.divmod(loads_ED.sum(1, keepdims=True), world_size)
+    return share_E1 + (np.arange(world_size) < rest_E1)
 
 
 def imbalance(loads_D: np.ndarray) -> float:

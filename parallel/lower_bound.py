@@ -47,7 +47,7 @@ def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -
     alone = replace(
         given,
         owner_LE=given.owner_LE[[layer]],
-        loads_LSE=None if given.loads_LSE is None else given.loads_LSE[[layer]],
+        loads_LED=None if given.loads_LED is None else given.loads_LED[[layer]],
         resident_LED=None if given.resident_LED is None else given.resident_LED[[layer]],
     )
     problem = LayerProblem(alone)

@@ -63,9 +63,9 @@ def load_megatron_trace(path: Path, num_experts: int, *, model: str = "") -> Tra
         raise UserError(f"{path}: has no record of a decoder layer")
     _refuse_gaps(found, path)
     steps, layers, ranks = (sorted({triple[axis] for triple in found}) for axis in range(3))
-    loads = np.empty((len(steps), len(layers), len(ranks), num_experts), dtype=np.int64)
-    for index in np.ndindex(loads.shape[:3]):
-        loads[index] = found[steps[index[0]], layers[index[1]], ranks[index[2]]].loads_E
+    loads = np.empty((len(steps), len(layers), num_experts, len(ranks)), dtype=np.int64)
+    for at_step, at_layer, at_rank in np.ndindex(len(steps), len(layers), len(ranks)):
+        loads[at_step, at_layer, :, at_rank] = found[steps[at_step], layers[at_layer], ranks[at_rank]].loads_E
     most = max(1, *(entry.tokens for entry in found.values()))
     return Trace(loads, tuple(steps), tuple(layers), (num_experts,) * len(layers), top_k, most, model, {"source": f"Megatron, {path.name}"})
 

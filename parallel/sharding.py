@@ -177,9 +177,9 @@ def better_owners(planner: Planner, given: Sequence[PlanInput], steps: int) -> t
         UserError: the experts do not fit into the devices' memory.
     """
     found: tuple[list[np.ndarray], ReshardGain] | None = None
-    if any(one.loads_LSE is None for one in given):
+    if any(one.loads_LED is None for one in given):
         return None
-    loads_LE = [load_E for one in given for load_E in one.tokens_LED.sum(-1)]
+    loads_LE = [load_E for one in given for load_E in one.expected_LED.sum(-1)]
     sizes = [owned_bytes(one.cost) for one in given for _ in range(one.num_layers)]
     overlap = [min(overlap_degree(one.cost, one.topology), one.num_experts) for one in given for _ in range(one.num_layers)]
     cuts = np.cumsum([one.num_layers for one in given])[:-1]

@@ -119,7 +119,7 @@ def simulate(
     The first step, which `history` plans without loads, is counted only if it is the only one.
 
     Args:
-        loads: int64 [steps, layers, source ranks, experts]: choices.
+        loads: int64 [steps, layers, experts, source ranks]: assignments (see `hecate.parallel.loads`).
         policies: name -> planner, such as `hecate.parallel.planners.POLICIES`.
         slots_D: int64 [ranks]: see `PlanInput.slots_D`.
         history_steps: whose loads are averaged to predict the next.
@@ -132,7 +132,7 @@ def simulate(
         UserError: a load is negative or not finite.
     """
     assert loads.ndim == 4, loads.shape
-    assert loads.shape[2] == topology.world_size, (loads.shape, topology.world_size)
+    assert loads.shape[3] == topology.world_size, (loads.shape, topology.world_size)
     check_loads(loads, loads.shape)
     setting = _Setting(
         topology, cost, slots_D, mode, history_steps, rematerialize, max_imbalance, reshard_interval, num_layers or loads.shape[1]
@@ -188,7 +188,7 @@ def fullest_owner_bytes(topology: Topology, cost: LayerCost, *, num_layers: int,
 
 
 def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _Setting) -> Simulated:
-    num_steps, num_layers, world_size, num_experts = loads.shape
+    num_steps, num_layers, num_experts, world_size = loads.shape
     exact = setting.mode == "exact"
     first_known = 0 if exact else 1
     prefetched = not exact or name in _WITHOUT_LOADS
@@ -219,7 +219,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
             started = time.perf_counter()
             plan = planner(given)
             planner_seconds.append(time.perf_counter() - started)
-        steps.append(_execute(plan, given.tokens_LED, loads[step], owner_before_LE, resident_LED, setting, prefetched))
+        steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, resident_LED, setting, prefetched))
         owner_LE, resident_LED = plan.owner_LE, plan.where_LED
     counted = steps[1:] or steps
     scale = setting.num_layers / num_layers
@@ -246,25 +246,25 @@ class _Step:
 def _execute(
     plan: Plan,
     planned_LED: np.ndarray,
-    loads_LSE: np.ndarray,
+    true_LED: np.ndarray,
     owner_before_LE: np.ndarray,
     resident_LED: np.ndarray | None,
     setting: _Setting,
     prefetched: bool,
 ) -> _Step:
-    """The step's true loads under a plan made for `planned_LED`."""
+    """What the step's true loads come to under a plan made for `planned_LED`."""
     topology = setting.topology
     # Planners pay a frozen part over its lifetime; here it is paid in the step in which it travels.
     cost = replace(setting.cost, frozen_lifetime=1.0)
-    tokens_LED = np.swapaxes(loads_LSE, 1, 2).astype(np.float64)
-    flow = executed_flows(plan.where_LED, plan.quota_LED, planned_LED, tokens_LED, topology)
+    loads_LED = true_LED.astype(np.float64)
+    flow = executed_flows(plan.where_LED, plan.quota_LED, planned_LED, loads_LED, topology)
     quota_LED = served(flow)
-    rows = rows_served(flow, tokens_LED, cost)
+    rows = rows_served(flow, loads_LED, cost)
     seconds = layer_seconds(
         plan.owner_LE,
         plan.where_LED,
         quota_LED,
-        tokens_LED,
+        loads_LED,
         topology,
         cost,
         flow=flow,
@@ -274,7 +274,7 @@ def _execute(
     )
     moved = (plan.owner_LE != owner_before_LE).any()
     step_seconds = StepSeconds(
-        attention=3 * cost.non_moe_flops / min(topology.flops) * len(loads_LSE),
+        attention=3 * cost.non_moe_flops / min(topology.flops) * len(loads_LED),
         reshard=reshard_seconds(owner_before_LE, plan.owner_LE, topology, cost) if moved else 0.0,
         **{field.name: float(getattr(seconds, field.name).sum()) for field in fields(seconds)},
     )

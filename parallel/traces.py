@@ -1,4 +1,7 @@
-"""Recorded expert loads: a value, its file (docs/traces.md), and a writer that a training run feeds step by step."""
+"""Recorded expert loads: a value, its file (docs/traces.md), and a writer that a training run feeds step by step.
+
+In memory loads are [..., experts, source ranks], as everywhere; in the file they are [..., source ranks, experts].
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ _HEADER = ("steps", "layers", "num_experts", "top_k", "tokens_per_rank", "model"
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Loads of some steps and layers of a run. Loads count choices: a token's k experts are k of them.
+    """Loads of some steps and layers of a run: assignments (see `hecate.parallel.loads`).
 
     Raises:
         UserError: the parts do not fit together.
     """
 
     loads: np.ndarray
-    """int32 or int64 [steps, layers, source ranks, experts]; 0 beyond a layer's own number of experts"""
+    """int32 or int64 [steps, layers, experts, source ranks]; 0 beyond a layer's own number of experts"""
     steps: tuple[int, ...]
     """numbers of the steps, ascending, gaps allowed"""
     layers: tuple[int, ...]
@@ -39,7 +42,7 @@ class Trace:
     """experts of each layer"""
     top_k: int
     tokens_per_rank: int
-    """most tokens that a rank may have in a step; what it had is `loads.sum(-1) / top_k`"""
+    """most tokens that a rank may have in a step; what it had is `loads.sum(-2) / top_k`"""
     model: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
     """whatever else is worth knowing, JSON-able"""
@@ -47,7 +50,7 @@ class Trace:
     def __post_init__(self) -> None:
         shape = self.loads.shape
         if self.loads.dtype not in (np.int32, np.int64) or len(shape) != 4 or 0 in shape:
-            raise UserError(f"loads must be int32 or int64 [steps, layers, sources, experts], got {self.loads.dtype} {list(shape)}")
+            raise UserError(f"loads must be int32 or int64 [steps, layers, experts, sources], got {self.loads.dtype} {list(shape)}")
         for name in ("steps", "layers", "num_experts"):
             if not all(type(number) is int and number >= 0 for number in getattr(self, name)):
                 raise UserError(f"{name} must be numbers >= 0, got {_short(getattr(self, name))}")
@@ -56,7 +59,7 @@ class Trace:
             if any(later <= earlier for earlier, later in pairwise(numbers)):
                 raise UserError(f"{name} must ascend, got {_short(numbers)}")
         expected = (len(self.steps), len(self.layers), len(self.num_experts), max(self.num_experts, default=0))
-        if expected != (*shape[:2], shape[1], shape[3]):
+        if expected != (*shape[:2], shape[1], shape[2]):
             sizes = f"{expected[0]} steps, {expected[1]} layers and experts {_short(self.num_experts)}"
             raise UserError(f"loads {list(shape)} do not fit {sizes}")
         for name in ("top_k", "tokens_per_rank"):
@@ -64,14 +67,14 @@ class Trace:
                 raise UserError(f"{name} must be a number >= 1, got {getattr(self, name)!r}")
         if type(self.model) is not str or type(self.notes) is not dict:
             raise UserError("model must be text and notes a mapping")
-        beyond_LE = np.arange(shape[3]) >= np.array(self.num_experts)[:, None]
-        most = np.where(beyond_LE, 0, self.tokens_per_rank)[None, :, None]
-        if ((self.loads < 0) | (self.loads > most)).any() or (self.loads.sum(-1) > self.tokens_per_rank * self.top_k).any():
+        beyond_LE = np.arange(shape[2]) >= np.array(self.num_experts)[:, None]
+        most = np.where(beyond_LE, 0, self.tokens_per_rank)[None, :, :, None]
+        if ((self.loads < 0) | (self.loads > most)).any() or (self.loads.sum(-2) > self.tokens_per_rank * self.top_k).any():
             raise UserError(f"loads exceed top_k {self.top_k} experts for each of {self.tokens_per_rank} tokens a rank, or are negative")
 
     def of_layer(self, index: int) -> np.ndarray:
-        """int [steps, source ranks, the layer's experts], the `index`-th of `layers`."""
-        return self.loads[:, index, :, : self.num_experts[index]]
+        """int [steps, the layer's experts, source ranks], the `index`-th of `layers`."""
+        return self.loads[:, index, : self.num_experts[index]]
 
 
 def save_trace(trace: Trace, path: Path) -> None:
@@ -82,10 +85,11 @@ def save_trace(trace: Trace, path: Path) -> None:
     """
     header = {"version": _VERSION} | {name: getattr(trace, name) for name in _HEADER}
     text = json.dumps(header, allow_nan=False).encode("ascii")
+    loads = np.ascontiguousarray(np.swapaxes(trace.loads, 2, 3))
     staged = path.with_name(path.name + ".tmp")
     try:
         with open(staged, "wb") as file:
-            np.savez_compressed(file, header=np.frombuffer(text, dtype=np.uint8), loads=trace.loads)
+            np.savez_compressed(file, header=np.frombuffer(text, dtype=np.uint8), loads=loads)
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, path)
@@ -116,7 +120,7 @@ def load_trace(path: Path) -> Trace:
         raise UserError(f"{path}: damaged: its header must have the lists {', '.join(_HEADER[:3])} and {', '.join(_HEADER[3:])}")
     facts: dict[str, Any] = {name: tuple(header[name]) if name in _HEADER[:3] else header[name] for name in _HEADER}
     try:
-        return Trace(loads, **facts)
+        return Trace(np.swapaxes(loads, 2, 3) if loads.ndim == 4 else loads, **facts)
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}") from error
 
@@ -148,26 +152,26 @@ class TraceWriter:
                     self._layers, self._num_experts = before.layers, before.num_experts
 
     def append(self, step: int, loads: Mapping[int, np.ndarray]) -> None:
-        """Add a step, later than all before: layer -> int [source ranks, experts], with as many experts as each layer has."""
+        """Add a step, later than all before: layer -> int [experts, source ranks], with as many experts as each layer has."""
         layers = tuple(sorted(loads))
-        num_experts = tuple(loads[layer].shape[1] for layer in layers)
-        loads_LSE = np.zeros((len(layers), len(loads[layers[0]]), max(num_experts)), dtype=self._dtype)
+        num_experts = tuple(len(loads[layer]) for layer in layers)
+        loads_LED = np.zeros((len(layers), max(num_experts), loads[layers[0]].shape[1]), dtype=self._dtype)
         for index, layer in enumerate(layers):
-            loads_LSE[index, :, : num_experts[index]] = loads[layer]
+            loads_LED[index, : num_experts[index]] = loads[layer]
         if self._steps:
             assert step > self._steps[-1], (step, self._steps[-1])
             if (self._layers, self._num_experts) != (layers, num_experts):
                 raise UserError(f"{self.path}: holds loads of other layers or experts than this run's; move it away, resume again")
         self._layers, self._num_experts = layers, num_experts
         self._steps.append(step)
-        self._loads.append(loads_LSE)
+        self._loads.append(loads_LED)
 
     def save(self) -> None:
         """Write all steps so far. Does nothing before the first."""
         if self._steps:
             # A run may go on with more or fewer ranks; one that is not there sends nothing.
-            ranks = max(loads_LSE.shape[1] for loads_LSE in self._loads)
-            padded = [np.pad(loads_LSE, ((0, 0), (0, ranks - loads_LSE.shape[1]), (0, 0))) for loads_LSE in self._loads]
+            ranks = max(loads_LED.shape[2] for loads_LED in self._loads)
+            padded = [np.pad(loads_LED, ((0, 0), (0, 0), (0, ranks - loads_LED.shape[2]))) for loads_LED in self._loads]
             save_trace(Trace(np.stack(padded), tuple(self._steps), self._layers, self._num_experts, **self._facts), self.path)
 
 

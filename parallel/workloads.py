@@ -33,7 +33,7 @@ _WEIGHTS, _COUNTS, _TOKENS = range(3)
 
 
 class Workload(Protocol):
-    """Loads of a kind, int64 [steps, layers, source ranks, experts]: choices that each rank's tokens make.
+    """Loads of a kind, int64 [steps, layers, experts, source ranks]: assignments (see `hecate.parallel.loads`) of each rank's tokens.
 
     A rank has at most `tokens_per_rank` tokens, the same number in every layer of a step; its choices sum to `top_k` times that.
 
@@ -85,12 +85,12 @@ def _drawn(profile: _Profile, tokens: Callable[[_Size, int], np.ndarray] | None 
         num_steps: int, num_layers: int, world_size: int, num_experts: int, tokens_per_rank: int, top_k: int, seed: int
     ) -> np.ndarray:
         size = _Size(num_steps, num_layers, world_size, num_experts, tokens_per_rank, top_k, seed)
-        loads = np.empty((num_steps, num_layers, world_size, num_experts), dtype=np.int64)
+        loads = np.empty((num_steps, num_layers, num_experts, world_size), dtype=np.int64)
         for layer in range(num_layers):
             for step, weight in enumerate(islice(profile(size, layer), num_steps)):
                 tokens_S = tokens(size, step) if tokens else np.full(world_size, tokens_per_rank)
                 weight_SE = np.broadcast_to(weight, (world_size, num_experts))
-                loads[step, layer] = _choose(size.random(_COUNTS, layer, step), weight_SE, tokens_S, top_k)
+                loads[step, layer] = _choose(size.random(_COUNTS, layer, step), weight_SE, tokens_S, top_k).T
         return loads
 
     return workload
@@ -116,10 +116,10 @@ def _balanced(
     size = _Size(num_steps, num_layers, world_size, num_experts, tokens_per_rank, top_k, seed)
     each, extra = divmod(tokens_per_rank * top_k, num_experts)
     first_S = np.arange(world_size) * extra
-    loads = np.empty((num_steps, num_layers, world_size, num_experts), dtype=np.int64)
+    loads = np.empty((num_steps, num_layers, num_experts, world_size), dtype=np.int64)
     for step, layer in np.ndindex(num_steps, num_layers):
-        place_SE = np.arange(num_experts) - first_S[:, None] - size.hot_expert(step + layer)
-        loads[step, layer] = each + (place_SE % num_experts < extra)
+        place_ED = np.arange(num_experts)[:, None] - first_S - size.hot_expert(step + layer)
+        loads[step, layer] = each + (place_ED % num_experts < extra)
     return loads
 
 

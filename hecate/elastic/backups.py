@@ -72,7 +72,7 @@ def send_gradients(engine: Engine, optimizer: ExpertOptimizer, loads: dict[Unit,
     An expert that no token has reached has no gradient, there as here.
 
     Args:
-        loads: per layer, int64 [source ranks, experts], the same on every rank.
+        loads: per layer, int64 [experts, source ranks], the same on every rank.
     """
     rank, world = engine.rank, engine.world_size
     if world == 1 or not engine.stores:
@@ -81,7 +81,7 @@ def send_gradients(engine: Engine, optimizer: ExpertOptimizer, loads: dict[Unit,
     leaving: list[list[nn.Parameter]] = [[] for _ in range(world)]
     arriving: list[list[nn.Parameter]] = [[] for _ in range(world)]
     for layer, store in engine.stores.items():
-        reached_E = loads[layer].sum(0) > 0
+        reached_E = loads[layer].sum(1) > 0
         for expert, parameter in zip(store.experts, store.parameters, strict=True):
             if reached_E[expert]:
                 leaving[backup_rank_D[rank]].append(parameter)

@@ -124,7 +124,7 @@ class Watched:
                 tokens=tokens,
                 imbalance=self._run.moe.engine.plans.imbalance(result.loads),
                 bytes_sent=bytes_sent,
-                loads={layer: loads_SE.sum(0).tolist() for layer, loads_SE in result.loads.items()},
+                loads={layer: loads_ED.sum(1).tolist() for layer, loads_ED in result.loads.items()},
             )
         )
 

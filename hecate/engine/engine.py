@@ -269,7 +269,7 @@ class Engine:
         An expert that no token of any rank reached gets no gradient (None), so that its optimizer leaves it untouched.
 
         Returns:
-            Per layer the step's loads, int64 [ranks of the job, experts].
+            Per layer the step's loads, int64 [experts, ranks of the job].
         """
         for layer, store in reversed(self.stores.items()):
             assert store.reduce_started, f"layer {layer} took no part in the step's last backward pass"
@@ -278,7 +278,7 @@ class Engine:
         for layer, store in self.stores.items():
             grad_nC = store.reduced()
             for expert, parameter, grad in zip(store.experts, store.parameters, grad_nC, strict=True):
-                parameter.grad = grad if loads[layer][:, expert].sum() > 0 else None
+                parameter.grad = grad if loads[layer][expert].sum() > 0 else None
         self.history.record(loads)
         self._training = False
         if self.mesh.num_sharding_groups > 1:
@@ -320,8 +320,8 @@ class Engine:
     def _plan_after_gate(self, layer: Unit, count_E: Tensor) -> None:
         """Plan a layer's micro-step from what all ranks have chosen."""
         # Through the tokens' group: the layer's own gather may be under way in the other one.
-        loads_SE = exchange_counts(count_E, self.groups.tokens)
-        plan = self.plans.after_gate(layer, loads_SE, self.frozen[layer].resident_ED if layer in self.frozen else None)
+        loads_ED = exchange_counts(count_E, self.groups.tokens)
+        plan = self.plans.after_gate(layer, loads_ED, self.frozen[layer].resident_ED if layer in self.frozen else None)
         if plan is not None:
             if self.config.plan == "calibrated":
                 self._gather(layer)
@@ -329,7 +329,7 @@ class Engine:
                 self._note_peak(store.placement_bytes(plan.placement))
                 store.exchange(plan.placement)
             self.plans.place(layer, plan)
-        self.plans.note_served(layer, loads_SE)
+        self.plans.note_served(layer, loads_ED)
 
     def _resident(self) -> dict[Unit, np.ndarray]:
         """bool [experts, ranks]: who holds which frozen parts, of the layers that have any."""
@@ -385,7 +385,7 @@ class Engine:
         mine = torch.cat([self._counts[layer] for layer in layers])
         table = exchange_counts(mine, self.groups.world)
         cuts = np.cumsum([self.families[layer].num_experts for layer in layers])[:-1]
-        return dict(zip(layers, np.split(table, cuts, axis=1), strict=True))
+        return dict(zip(layers, np.split(table, cuts), strict=True))
 
     def _device(self) -> torch.device:
         return next(iter(self.stores.values())).device

@@ -4,7 +4,7 @@ Until the gate has spoken, the loads are predicted from past steps. Afterwards t
 integers, and plan the layer from what is true (*exact*), or mend a plan made from the prediction where that pays (*calibrated*, Hecate,
 arXiv 2502.02581, §3.2). Every function here but the exchange is pure, and all ranks come to the same.
 
-Shapes: E experts, S = D ranks as sources and as destinations.
+Shapes: E experts, D ranks as sources and as destinations.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ class LayerPlan:
     """One layer's part of a plan, and the loads it was made for."""
 
     placement: Placement
-    loads_SE: np.ndarray
-    """float64 [source ranks, experts]"""
+    loads_ED: np.ndarray
+    """float64 [experts, source ranks]"""
     quota_ED: np.ndarray | None
     """see `Plan.quota_LED`"""
 
     def dispatches(self, topology: Topology) -> bool:
         """May a token have to leave its rank?"""
-        return not nothing_travels(self.placement.where_ED, self.loads_SE, self.quota_ED, topology)
+        return not nothing_travels(self.placement.where_ED, self.loads_ED, self.quota_ED, topology)
 
     def split(self, topology: Topology, source: int) -> np.ndarray:
         """float64 [experts, ranks]: see `token_split`."""
-        return token_split(self.placement.where_ED, self.loads_SE, self.quota_ED, topology, source)
+        return token_split(self.placement.where_ED, self.loads_ED, self.quota_ED, topology, source)
 
-    def flow(self, loads_SE: np.ndarray, topology: Topology) -> Flows:
+    def flow(self, loads_ED: np.ndarray, topology: Topology) -> Flows:
         """How choices travel that are not those it was made for."""
-        return executed_flows(self.placement.where_ED, self.quota_ED, self.loads_SE.T, loads_SE.T.astype(np.float64), topology)
+        return executed_flows(self.placement.where_ED, self.quota_ED, self.loads_ED, loads_ED.astype(np.float64), topology)
 
-    def served(self, loads_SE: np.ndarray, topology: Topology) -> np.ndarray:
+    def served(self, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
         """float64 [ranks]: choices that each rank serves when such loads come."""
-        return served(self.flow(loads_SE, topology)).sum(0)
+        return served(self.flow(loads_ED, topology)).sum(0)
 
 
 def layer_plan(plan: Plan, given: PlanInput, index: int) -> LayerPlan:
     """A layer's part of a plan; `index` is its place in the input."""
     quota_ED = None if plan.quota_LED is None else plan.quota_LED[index]
-    return LayerPlan(plan.placement(index), given.tokens_LED[index].T, quota_ED)
+    return LayerPlan(plan.placement(index), given.expected_LED[index], quota_ED)
 
 
-def one_layer(given: PlanInput, index: int, loads_SE: np.ndarray, resident_ED: np.ndarray | None = None) -> PlanInput:
+def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: np.ndarray | None = None) -> PlanInput:
     """What a planner is given for one of several layers, whose loads are known.
 
     Args:
@@ -72,7 +72,7 @@ def one_layer(given: PlanInput, index: int, loads_SE: np.ndarray, resident_ED: n
     return replace(
         given,
         owner_LE=given.owner_LE[index : index + 1],
-        loads_LSE=loads_SE[None].astype(np.float64),
+        loads_LED=loads_ED[None].astype(np.float64),
         resident_LED=None if resident_ED is None else resident_ED[None],
     )
 
@@ -99,13 +99,13 @@ def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan, *,
 
 
 def _after_gate(given: PlanInput, plan: LayerPlan, rematerialize: bool) -> float:
-    assert given.loads_LSE is not None
-    flow = plan.flow(given.loads_LSE[0], given.topology)
+    assert given.loads_LED is not None
+    flow = plan.flow(given.loads_LED[0], given.topology)
     seconds: LayerSeconds = layer_seconds(
         given.owner_LE[0],
         plan.placement.where_ED,
         served(flow),
-        given.tokens_LED[0],
+        given.expected_LED[0],
         given.topology,
         replace(given.cost, frozen_bytes=0.0),
         flow=flow,
@@ -117,9 +117,9 @@ def _after_gate(given: PlanInput, plan: LayerPlan, rematerialize: bool) -> float
 
 
 def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> np.ndarray:
-    """int64 [ranks, n]: every rank's counts [n]. Every rank must call it."""
+    """int64 [n, ranks]: every rank's counts [n]. Every rank must call it."""
     if dist.get_world_size(group) == 1:
-        return count[None].cpu().numpy()
+        return count[:, None].cpu().numpy()
     gathered = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, count, group=group)
-    return torch.stack(gathered).cpu().numpy()
+    return torch.stack(gathered, dim=1).cpu().numpy()

@@ -51,8 +51,8 @@ class EngineConfig:
 class StepPlans:
     """The plans of all MoE layers, on one rank of a sharding group.
 
-    Ranks, owners and placements are those of the group, which plans for its own loads on its own devices. Recorded loads, int64 [ranks,
-    experts], are those of the whole job.
+    Ranks, owners and placements are those of the group, which plans for its own loads on its own devices. Recorded loads, int64 [experts,
+    ranks], are those of the whole job.
 
     Args:
         owners: int64 [experts] of each layer.
@@ -114,8 +114,8 @@ class StepPlans:
         self.calibrations = 0
         self._served.clear()
         for layers, given in self.inputs(resident):
-            if self.config.per_micro_step and given.loads_LSE is not None:
-                given = replace(given, loads_LSE=given.loads_LSE / micro_steps)  # a plan serves one of them
+            if self.config.per_micro_step and given.loads_LED is not None:
+                given = replace(given, loads_LED=given.loads_LED / micro_steps)  # a plan serves one of them
             plan = None if self.config.plan == "exact" else self._planned(given)
             for index, layer in enumerate(layers):
                 self._given[layer] = given, index
@@ -136,7 +136,7 @@ class StepPlans:
         for layers in self._alike():
             family = self._families[layers[0]]
             predicted = [self.history.predict(layer) for layer in layers]
-            known = [self._loads_of_groups(loads_WE, common=common) for loads_WE in predicted if loads_WE is not None]
+            known = [self._loads_of_groups(loads_EW, common=common) for loads_EW in predicted if loads_EW is not None]
             knows_resident = layers[0] in resident and not common
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
@@ -173,13 +173,13 @@ class StepPlans:
         """A layer goes by the step's first plan again."""
         self.place(layer, self._from_history[layer])
 
-    def after_gate(self, layer: Unit, loads_SE: np.ndarray, resident_ED: np.ndarray | None) -> LayerPlan | None:
-        """What a layer's micro-step should go by, now that its loads [ranks, experts] are known; None: by what it has.
+    def after_gate(self, layer: Unit, loads_ED: np.ndarray, resident_ED: np.ndarray | None) -> LayerPlan | None:
+        """What a layer's micro-step should go by, now that its loads [experts, ranks] are known; None: by what it has.
 
         Args:
             resident_ED: see `begin`.
         """
-        given = one_layer(*self._given[layer], loads_SE, resident_ED)
+        given = one_layer(*self._given[layer], loads_ED, resident_ED)
         plan = layer_plan(self._planned(given), given, 0)
         if self.config.plan == "exact":
             return plan
@@ -187,9 +187,9 @@ class StepPlans:
         self.calibrations += pays
         return plan if pays else None
 
-    def note_served(self, layer: Unit, loads_SE: np.ndarray) -> None:
+    def note_served(self, layer: Unit, loads_ED: np.ndarray) -> None:
         """A micro-step with such loads goes by the plan that the layer has now."""
-        served_D = self._plans[layer].served(loads_SE, self.topology)
+        served_D = self._plans[layer].served(loads_ED, self.topology)
         self._served[layer] = self._served.get(layer, 0.0) + served_D
 
     def change_owners(self, layer: Unit, owner_E: np.ndarray) -> None:
@@ -199,7 +199,7 @@ class StepPlans:
 
     def most_served(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, float]:
         """Per layer the choices that the busiest rank of this group has computed of a step's loads."""
-        return {layer: float(self._served_here(layer, loads_WE).max()) for layer, loads_WE in loads.items()}
+        return {layer: float(self._served_here(layer, loads_EW).max()) for layer, loads_EW in loads.items()}
 
     def note_most_served(self, most: dict[Unit, float]) -> None:
         """With several sharding groups: `most_served` of the busiest group in the last step."""
@@ -211,12 +211,12 @@ class StepPlans:
         Where plans follow the true loads, or there are several sharding groups, it is what they made of the last step's own.
         """
         skews = []
-        for layer, loads_WE in loads.items():
+        for layer, loads_EW in loads.items():
             if self.mesh.num_sharding_groups == 1:
-                skews.append(imbalance(self._served_here(layer, loads_WE)))
+                skews.append(imbalance(self._served_here(layer, loads_EW)))
             else:
-                total = loads_WE.sum()
-                skews.append(self._most_served[layer] * len(loads_WE) / total if total else 1.0)
+                total = loads_EW.sum()
+                skews.append(self._most_served[layer] * loads_EW.shape[1] / total if total else 1.0)
         return float(np.mean(skews)) if skews else 1.0
 
     def _place_for_any(self, layer: Unit, placement: Placement) -> None:
@@ -236,13 +236,13 @@ class StepPlans:
             alike.setdefault(key, []).append(layer)
         return list(alike.values())
 
-    def _served_here(self, layer: Unit, loads_WE: np.ndarray) -> np.ndarray:
+    def _served_here(self, layer: Unit, loads_EW: np.ndarray) -> np.ndarray:
         """float64 [ranks]: choices that each rank of this group has computed of a step's loads."""
         served_D = self._served.get(layer)
-        return self._plans[layer].served(self._loads_of_groups(loads_WE), self.topology) if served_D is None else served_D
+        return self._plans[layer].served(self._loads_of_groups(loads_EW), self.topology) if served_D is None else served_D
 
-    def _loads_of_groups(self, loads_WE: np.ndarray, *, common: bool = False) -> np.ndarray:
-        """[ranks, experts]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
+    def _loads_of_groups(self, loads_EW: np.ndarray, *, common: bool = False) -> np.ndarray:
+        """[experts, ranks]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
         if common:
-            return loads_WE.reshape(self.mesh.num_sharding_groups, self.mesh.shard_size, -1).mean(0)
-        return loads_WE[self.members]
+            return loads_EW.reshape(-1, self.mesh.num_sharding_groups, self.mesh.shard_size).mean(1)
+        return loads_EW[:, self.members]

@@ -48,7 +48,7 @@ class Case:
     """of `WORKLOADS`, or what a trace is called"""
     tokens_per_rank: int
     recorded: np.ndarray | None = None
-    """loads of a trace, int64 [steps, layers, source ranks, experts]; None: the workload makes them"""
+    """loads of a trace, int64 [steps, layers, experts, source ranks]; None: the workload makes them"""
 
     def run(self, options: Options, begins: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
         """One JSON-able row a policy; see docs/simulator.md.
@@ -140,7 +140,7 @@ def trace_case(topology: str, model: str, trace_path: Path) -> Case:
     trace = load_trace(trace_path)
     machines = load_topology(find_preset("topologies", "topology", topology))
     shape = load_model_shape(find_preset("models", "model", model))
-    sources = trace.loads.shape[2]
+    sources = trace.loads.shape[3]
     if sources != machines.world_size:
         raise UserError(f"{trace_path}: recorded on {sources} ranks, but topology {topology} has {machines.world_size} devices")
     if len(set(trace.num_experts)) > 1:

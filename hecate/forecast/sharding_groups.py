@@ -13,7 +13,7 @@ from hecate.parallel.simulator import Simulated, StepBytes
 from hecate.parallel.topology import Topology
 
 SimulateGroup = Callable[[np.ndarray, Topology, LayerCost], list[Simulated]]
-"""(loads int64 [steps, layers, source ranks, experts], topology, cost) -> a result for each policy"""
+"""(loads int64 [steps, layers, experts, source ranks], topology, cost) -> a result for each policy"""
 
 
 def simulate_groups(loads: np.ndarray, topology: Topology, cost: LayerCost, mesh: Mesh, simulate: SimulateGroup) -> list[Simulated]:
@@ -29,7 +29,7 @@ def simulate_groups(loads: np.ndarray, topology: Topology, cost: LayerCost, mesh
     for ranks in groups:
         part = topology.take(ranks)
         hiding = hiding_flops(cost.non_moe_flops, part, topology)
-        by_group.append(simulate(loads[:, :, ranks], part, replace(cost, non_moe_flops=hiding)))
+        by_group.append(simulate(loads[..., ranks], part, replace(cost, non_moe_flops=hiding)))
     return [_together(of_groups, groups, topology) for of_groups in zip(*by_group, strict=True)]
 
 

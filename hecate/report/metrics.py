@@ -46,9 +46,9 @@ def step_record(
         imbalance: largest over mean load of the ranks, averaged over the layers.
         bytes_sent: by all ranks together.
         calibrations: plans that gave way to better ones after the gate.
-        loads: unit -> int [source ranks, experts], token-slots routed.
+        loads: unit -> int [experts, source ranks]: assignments.
     """
-    totals = {layer: np.asarray(loads_RE).sum(axis=0) for layer, loads_RE in sorted(loads.items())}
+    totals = {layer: np.asarray(loads_ED).sum(axis=1) for layer, loads_ED in sorted(loads.items())}
     return {
         "kind": "step",
         "step": int(step),

@@ -54,7 +54,8 @@ def plan_auto(given: PlanInput) -> Plan:
     first, so that more slots for everyone never cost seconds. Of plans that are equally fast the first, everything everywhere before all
     others.
     """
-    tokens_LSE = np.ascontiguousarray(given.tokens_LED.swapaxes(1, 2), dtype=np.float64)
+    # The compiled loops read a source's loads of all experts one after the other.
+    tokens_LSE = np.ascontiguousarray(given.expected_LED.swapaxes(1, 2), dtype=np.float64)
     shape = (given.num_layers, given.num_experts, given.world_size)
     where_LED, quota_LED = np.zeros(shape, np.bool_), np.zeros(shape)
     slots_D = np.minimum(np.asarray(given.slots_D, dtype=np.int64), given.num_experts)

@@ -15,7 +15,7 @@ def plan_echo(given: PlanInput) -> Plan:
     largest; the others stay at home. ECHO also says which sources' tokens a chunk holds; here that follows from the quotas. For exact
     loads. Devices count as equally fast.
     """
-    load_LE, owned_LED, owner_LE = given.tokens_LED.sum(-1), given.owned_LED, given.owner_LE
+    load_LE, owned_LED, owner_LE = given.expected_LED.sum(-1), given.owned_LED, given.owner_LE
     home_LD = (owned_LED * load_LE[..., None]).sum(1)
     mean_L1 = load_LE.sum(-1, keepdims=True) / given.world_size
     spill_LE = _spill(load_LE, owner_LE, home_LD, mean_L1)

@@ -16,7 +16,7 @@ def plan_eplb(given: PlanInput) -> Plan:
     know no expert groups, so each expert is one. EPLB leaves the choice between this and the global variant to its user: here each
     layer takes the one whose busiest device has less. Devices and nodes count as equally fast and large.
     """
-    load_LE = given.tokens_LED.sum(-1)
+    load_LE = given.expected_LED.sum(-1)
     where_LED = _pack(given, load_LE)
     if given.topology.num_nodes > 1:
         in_node_LED = _pack_in_nodes(given, load_LE)

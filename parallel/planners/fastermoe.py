@@ -15,9 +15,9 @@ def plan_fastermoe(given: PlanInput) -> Plan:
     while the latency falls, with B the load of the hottest expert left; that of the busiest device stays the same for some k, and
     stopping there would be a straw man. For FasterMoE all devices are alike: B counts choices, whatever the devices' rates.
     """
-    tokens_LED, cost, topology = given.tokens_LED, given.cost, given.topology
-    order_LE = np.argsort(-tokens_LED.sum(-1), axis=1, kind="stable")
-    sorted_LED = np.take_along_axis(tokens_LED, order_LE[..., None], axis=1)
+    loads_LED, cost, topology = given.expected_LED, given.cost, given.topology
+    order_LE = np.argsort(-loads_LED.sum(-1), axis=1, kind="stable")
+    sorted_LED = np.take_along_axis(loads_LED, order_LE[..., None], axis=1)
     owned_LED = np.take_along_axis(given.owned_LED, order_LE[..., None], axis=1)
     # Shadowing an expert takes its choices off its owner and puts each rank's own on it.
     served_LED = owned_LED * sorted_LED.sum(-1, keepdims=True)

@@ -23,16 +23,16 @@ def plan_flexmoe(given: PlanInput) -> Plan:
     `resident_LED` is None nothing is known of the steps before, and changes go on from the owners alone, up to one for each expert.
     Choices are split evenly over the replicas in their own node, else over all. Devices count as equally fast.
     """
-    tokens_LED, owned_LED = given.tokens_LED, given.owned_LED
-    where_LED = _present(given, tokens_LED.sum(-1))
+    loads_LED, owned_LED = given.expected_LED, given.owned_LED
+    where_LED = _present(given, loads_LED.sum(-1))
     rounds = given.num_experts if given.resident_LED is None else ROUNDS
     for layer in range(given.num_layers):
         for _ in range(rounds):
-            changed_ED = _change(tokens_LED[layer], owned_LED[layer], where_LED[layer], given.slots_D, given.topology)
+            changed_ED = _change(loads_LED[layer], owned_LED[layer], where_LED[layer], given.slots_D, given.topology)
             if changed_ED is None:
                 break
             where_LED[layer] = changed_ED
-    return Plan(given.owner_LE, where_LED, even_split_in_node(where_LED, tokens_LED, given.topology))
+    return Plan(given.owner_LE, where_LED, even_split_in_node(where_LED, loads_LED, given.topology))
 
 
 def _present(given: PlanInput, load_LE: np.ndarray) -> np.ndarray:
@@ -46,19 +46,17 @@ def _present(given: PlanInput, load_LE: np.ndarray) -> np.ndarray:
     return given.owned_LED | foreign_LED
 
 
-def _change(
-    tokens_ED: np.ndarray, owned_ED: np.ndarray, where_ED: np.ndarray, slots_D: np.ndarray, topology: Topology
-) -> np.ndarray | None:
+def _change(loads_ED: np.ndarray, owned_ED: np.ndarray, where_ED: np.ndarray, slots_D: np.ndarray, topology: Topology) -> np.ndarray | None:
     """The placement after one more change; None if none helps."""
-    quota_ED = even_split_in_node(where_ED, tokens_ED, topology)
-    busy_D, per_copy_E = quota_ED.sum(0), tokens_ED.sum(1) / where_ED.sum(1)
+    quota_ED = even_split_in_node(where_ED, loads_ED, topology)
+    busy_D, per_copy_E = quota_ED.sum(0), loads_ED.sum(1) / where_ED.sum(1)
     foreign_ED = where_ED & ~owned_ED
     room_ED = ~where_ED & (foreign_ED.sum(0) < slots_D)
     experts, target_E = np.arange(len(where_ED)), np.where(room_ED, busy_D, np.inf).argmin(1)
     expanded_ED = where_ED.copy()
     expanded_ED[experts, target_E] |= room_ED.any(1)
     # Row e: the devices' loads if expert e alone expands.
-    helps_E = _better(busy_D - quota_ED + even_split_in_node(expanded_ED, tokens_ED, topology), busy_D) & room_ED.any(1)
+    helps_E = _better(busy_D - quota_ED + even_split_in_node(expanded_ED, loads_ED, topology), busy_D) & room_ED.any(1)
     changed_ED = where_ED.copy()
     if helps_E.any():
         hot = _least(-per_copy_E, helps_E)
@@ -66,7 +64,7 @@ def _change(
         return changed_ED
     if not _exchange(per_copy_E, foreign_ED, busy_D, changed_ED):
         return None
-    return changed_ED if _better(even_split_in_node(changed_ED, tokens_ED, topology).sum(0), busy_D) else None
+    return changed_ED if _better(even_split_in_node(changed_ED, loads_ED, topology).sum(0), busy_D) else None
 
 
 def _exchange(per_copy_E: np.ndarray, foreign_ED: np.ndarray, busy_D: np.ndarray, where_ED: np.ndarray) -> bool:

@@ -16,7 +16,7 @@ def plan_hecate(given: PlanInput) -> Plan:
     copies of it, then with the most free slots), then over the devices with the most free slots of the node. Ties by index. Before any
     load is known every expert counts as equally hot.
     """
-    load_LE = given.tokens_LED.sum(-1)
+    load_LE = given.expected_LED.sum(-1)
     degree = min(overlap_degree(given.cost, given.topology), given.num_experts)
     where_LED = given.owned_LED.copy()
     for layer, load_E in enumerate(load_LE):

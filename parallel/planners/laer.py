@@ -17,13 +17,13 @@ def plan_laer(given: PlanInput) -> Plan:
     Choices are split evenly over the replicas in their own node, else over all. The cost sums the devices' communication, where the
     slowest would decide, knows one speed of devices, and leaves out what it takes to bring the replicas.
     """
-    tokens_LED, node_D = given.tokens_LED, node_index(given.topology)
-    load_LE = tokens_LED.sum(-1)
+    loads_LED, node_D = given.expected_LED, node_index(given.topology)
+    load_LE = loads_LED.sum(-1)
     candidates = []
     for copies_LE in (_even_numbers(given, load_LE), _numbers_by_load(given, load_LE)):
         where_LED = pack_copies(load_LE, copies_LE, given.owner_LE, given.slots_D, node_B=node_D)
-        quota_LED = even_split_in_node(where_LED, tokens_LED, given.topology)
-        candidates.append((where_LED, quota_LED, _cost(given, tokens_LED, quota_LED)))
+        quota_LED = even_split_in_node(where_LED, loads_LED, given.topology)
+        candidates.append((where_LED, quota_LED, _cost(given, loads_LED, quota_LED)))
     (even_LED, even_quota_LED, even_cost_L), (by_load_LED, by_load_quota_LED, by_load_cost_L) = candidates
     by_load = (by_load_cost_L < even_cost_L)[:, None, None]
     where_LED = np.where(by_load, by_load_LED, even_LED) | given.owned_LED
@@ -45,10 +45,10 @@ def _numbers_by_load(given: PlanInput, load_LE: np.ndarray) -> np.ndarray:
     return spare_copies(load_LE, spare, given.world_size)
 
 
-def _cost(given: PlanInput, tokens_LED: np.ndarray, quota_LED: np.ndarray) -> np.ndarray:
+def _cost(given: PlanInput, loads_LED: np.ndarray, quota_LED: np.ndarray) -> np.ndarray:
     """float64 [layers], seconds: 4 · all devices' communication + the busiest one's computation."""
     cost, topology = given.cost, given.topology
-    flow = flows(tokens_LED, quota_LED, topology)
+    flow = flows(loads_LED, quota_LED, topology)
     near, far = flow.near_sent_ED.sum((-1, -2)), flow.far_sent_ED.sum((-1, -2))
     seconds = cost.row_bytes * (near / topology.intra_node.bandwidth + far / topology.inter_node.bandwidth)
     compute = cost.assignment_flops * (1 + cost.assignment_backward) / min(topology.flops)

@@ -17,7 +17,7 @@ def plan_llep(given: PlanInput) -> Plan:
     the least load, their own experts still to come included, each chunk as large as fits but no smaller than `MIN_CHUNK` or an eighth
     of the capacity, for small batches. What finds no slot stays at the owner. For exact loads. Devices count as equally fast.
     """
-    load_LE = given.tokens_LED.sum(-1)
+    load_LE = given.expected_LED.sum(-1)
     factor = 1.1 if given.max_imbalance is None else given.max_imbalance
     quota_LED = given.owned_LED * load_LE[..., None]
     for layer, load_E in enumerate(load_LE):

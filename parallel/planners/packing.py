@@ -99,20 +99,20 @@ def even_split(load_LE: np.ndarray, where_LED: np.ndarray) -> np.ndarray:
     return where_LED * (load_LE / where_LED.sum(-1))[..., None]
 
 
-def even_split_in_node(where_ED: np.ndarray, tokens_ED: np.ndarray, topology: Topology) -> np.ndarray:
+def even_split_in_node(where_ED: np.ndarray, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
     """Quotas when choices go evenly over the replicas in their own node, else over all (LAER-MoE's and its FlexMoE's routing).
 
     Unlike `even_quota`, a rank does not keep its own choices, so the replicas of one node serve the same.
 
     Args:
         where_ED: bool [..., experts, ranks], each expert somewhere.
-        tokens_ED: float64 [..., experts, source ranks].
+        loads_ED: float64 [..., experts, source ranks].
 
     Returns:
         float64 [..., experts, ranks].
     """
     member_DN = node_membership(topology)
-    tokens_EN, copies_EN = tokens_ED @ member_DN, where_ED @ member_DN
+    tokens_EN, copies_EN = loads_ED @ member_DN, where_ED @ member_DN
     near_EN = np.divide(tokens_EN, copies_EN, out=np.zeros_like(tokens_EN), where=copies_EN > 0)
     far_E = np.where(copies_EN > 0, 0.0, tokens_EN).sum(-1) / copies_EN.sum(-1)
     return np.where(where_ED, near_EN[..., node_index(topology)] + far_E[..., None], 0.0)

@@ -15,13 +15,13 @@ from hecate.parallel.topology import Topology
 
 
 def check_loads(loads: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Loads are choices, [..., source ranks, experts].
+    """Check loads, [..., experts, source ranks]: counts of assignments (see `hecate.parallel.loads`).
 
     Raises:
         UserError: they are of another shape, negative or not finite.
     """
     if loads.shape != shape:
-        raise UserError(f"loads must be [..., source ranks, experts] of shape {shape}, got {loads.shape}")
+        raise UserError(f"loads must be [..., experts, source ranks] of shape {shape}, got {loads.shape}")
     if loads.size and not (loads.min() >= 0 and loads.max() < np.inf):  # neither holds of NaN
         raise UserError(f"loads must be finite and >= 0, got numbers from {loads.min()} to {loads.max()}")
 
@@ -38,8 +38,8 @@ class PlanInput:
 
     owner_LE: np.ndarray
     """int64 [layers, experts]"""
-    loads_LSE: np.ndarray | None
-    """float64 [layers, source ranks, experts]: choices, predicted or exact; None before the first iteration"""
+    loads_LED: np.ndarray | None
+    """float64 [layers, experts, source ranks]: assignments, predicted or exact; None before the first iteration"""
     topology: Topology
     cost: LayerCost
     slots_D: np.ndarray
@@ -53,8 +53,8 @@ class PlanInput:
         layers, experts = self.owner_LE.shape
         if self.slots_D.shape != (self.world_size,) or self.slots_D.min() < 0:
             raise UserError(f"slots_D must be {self.world_size} numbers >= 0, one a device, got {self.slots_D}")
-        if self.loads_LSE is not None:
-            check_loads(self.loads_LSE, (layers, self.world_size, experts))
+        if self.loads_LED is not None:
+            check_loads(self.loads_LED, (layers, experts, self.world_size))
 
     @property
     def num_layers(self) -> int:
@@ -69,11 +69,11 @@ class PlanInput:
         return self.topology.world_size
 
     @property
-    def tokens_LED(self) -> np.ndarray:
-        """float64 [layers, experts, source ranks]; ones before any load is known."""
-        if self.loads_LSE is None:
+    def expected_LED(self) -> np.ndarray:
+        """float64 [layers, experts, source ranks]: the loads, or ones before any are known."""
+        if self.loads_LED is None:
             return np.ones((self.num_layers, self.num_experts, self.world_size))
-        return np.swapaxes(self.loads_LSE, 1, 2)
+        return self.loads_LED
 
     @property
     def owned_LED(self) -> np.ndarray:
@@ -95,18 +95,18 @@ class Plan:
     def placement(self, layer: int) -> Placement:
         return Placement(self.owner_LE[layer].copy(), self.where_LED[layer].copy())
 
-    def quotas(self, tokens_LED: np.ndarray, topology: Topology) -> np.ndarray:
+    def quotas(self, loads_LED: np.ndarray, topology: Topology) -> np.ndarray:
         """The quotas, those of topology-aware dispatch spelled out."""
-        return even_quota(self.where_LED, tokens_LED, topology) if self.quota_LED is None else self.quota_LED
+        return even_quota(self.where_LED, loads_LED, topology) if self.quota_LED is None else self.quota_LED
 
     def seconds(self, given: PlanInput, *, rematerialize: bool = False) -> LayerSeconds:
         """What the plan would cost under the loads it was made for."""
-        tokens_LED = given.tokens_LED
+        loads_LED = given.expected_LED
         return layer_seconds(
             self.owner_LE,
             self.where_LED,
-            self.quotas(tokens_LED, given.topology),
-            tokens_LED,
+            self.quotas(loads_LED, given.topology),
+            loads_LED,
             given.topology,
             given.cost,
             resident_ED=given.resident_LED,

@@ -15,7 +15,7 @@ def plan_smartmoe(given: PlanInput) -> Plan:
     it stays. A layer's new places are taken up only if its busiest device gets less. SmartMoE replans every 10 iterations from the
     loads of the last 2, which is the caller's affair. Devices count as equally fast.
     """
-    load_LE, owned_LED = given.tokens_LED.sum(-1), given.owned_LED
+    load_LE, owned_LED = given.expected_LED.sum(-1), given.owned_LED
     room = -(-given.num_experts // given.world_size)
     packed_LED = pack_copies(load_LE, np.ones_like(given.owner_LE), given.owner_LE, given.slots_D, room=room)
     before_LED, after_LED = even_split(load_LE, owned_LED), even_split(load_LE, packed_LED)

@@ -92,8 +92,10 @@ def counted_rank(rank: int, world: int) -> list[list[list[int]]]:
     for policy, workload in CASES:
         stack = Stack(SMALL, POLICIES[policy], topology, plain_cost(SMALL), groups)
         steps = []
-        for number, loads_LSE in enumerate(loads_of(workload, world, SMALL)[FIRST]):
-            drawn = [torch.from_numpy(routing_of(loads_SE[rank], SMALL, number, layer, rank)) for layer, loads_SE in enumerate(loads_LSE)]
+        for number, loads_LED in enumerate(loads_of(workload, world, SMALL)[FIRST]):
+            drawn = [
+                torch.from_numpy(routing_of(loads_ED[:, rank], SMALL, number, layer, rank)) for layer, loads_ED in enumerate(loads_LED)
+            ]
             routing = [(expert_TK, torch.ones(expert_TK.shape, requires_grad=True)) for expert_TK in drawn]
             wire, before = Wire(world, rank), stack.engine.bytes_sent
             with wire.counting():

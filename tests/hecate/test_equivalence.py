@@ -144,7 +144,7 @@ def random_planner(seed: int) -> Planner:
         share_LED = where_LED * rng.random(shape) * (rng.random(shape) < 0.6)
         last_LED = where_LED & (np.cumsum(where_LED[..., ::-1], axis=-1)[..., ::-1] == 1)
         share_LED += np.where(share_LED.sum(-1, keepdims=True) > 0, 0.0, last_LED)
-        quota_LED = given.tokens_LED.sum(-1, keepdims=True) * share_LED / share_LED.sum(-1, keepdims=True)
+        quota_LED = given.expected_LED.sum(-1, keepdims=True) * share_LED / share_LED.sum(-1, keepdims=True)
         return Plan(given.owner_LE, where_LED, quota_LED if rng.random() < 0.8 else None)
 
     return plan
@@ -154,7 +154,7 @@ def plan_elsewhere(given: PlanInput) -> Plan:
     """Every expert everywhere, and all of its choices served by the rank after its owner."""
     world = given.topology.world_size
     next_LED = (given.owner_LE[..., None] + 1) % world == np.arange(world)
-    return Plan(given.owner_LE, np.ones(next_LED.shape, dtype=bool), given.tokens_LED.sum(-1, keepdims=True) * next_LED)
+    return Plan(given.owner_LE, np.ones(next_LED.shape, dtype=bool), given.expected_LED.sum(-1, keepdims=True) * next_LED)
 
 
 def planner_of(policy: str) -> Planner:
@@ -450,15 +450,15 @@ def test_random_plans_leave_owners_and_tokens_where_they_are_without_service() -
     found = {"no quotas": 0, "idle owner": 0, "everywhere, served elsewhere": 0}
     for seed in range(20):
         plan = random_planner(seed)
-        for loads_LSE in (None, random.integers(0, 9, size=(2, 4, 8)).astype(float)):
-            given_ = PlanInput(np.tile(np.repeat(np.arange(4), 2), (2, 1)), loads_LSE, topology(4), cost, np.full(4, 2))
+        for loads_LED in (None, random.integers(0, 9, size=(2, 8, 4)).astype(float)):
+            given_ = PlanInput(np.tile(np.repeat(np.arange(4), 2), (2, 1)), loads_LED, topology(4), cost, np.full(4, 2))
             made = plan(given_)
             if made.quota_LED is None:
                 found["no quotas"] += 1
                 continue
-            np.testing.assert_allclose(made.quota_LED.sum(-1), given_.tokens_LED.sum(-1))
+            np.testing.assert_allclose(made.quota_LED.sum(-1), given_.expected_LED.sum(-1))
             assert not made.quota_LED[~made.where_LED].any()
             found["idle owner"] += int((made.quota_LED[given_.owned_LED] == 0).sum())
-            not_at_home = (made.quota_LED == 0) & (given_.tokens_LED > 0)
+            not_at_home = (made.quota_LED == 0) & (given_.expected_LED > 0)
             found["everywhere, served elsewhere"] += int(not_at_home[made.where_LED.all((1, 2))].sum())
     assert min(found.values()) >= 5, found

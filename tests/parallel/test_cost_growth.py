@@ -18,13 +18,13 @@ from hecate.parallel.topology import Link, Topology
 class Case:
     owner_E: np.ndarray
     where_ED: np.ndarray
-    tokens_ED: np.ndarray
+    loads_ED: np.ndarray
     quota_ED: np.ndarray
     machines: Topology
     cost: LayerCost
 
     def seconds(self, **arguments: object) -> LayerSeconds:
-        given_ = (self.owner_E, self.where_ED, self.quota_ED, self.tokens_ED, self.machines, self.cost)
+        given_ = (self.owner_E, self.where_ED, self.quota_ED, self.loads_ED, self.machines, self.cost)
         return layer_seconds(*given_, **arguments)  # type: ignore[arg-type]
 
 
@@ -120,7 +120,7 @@ def test_more_latency_or_a_slower_device_never_takes_less_time(case: Case, facto
 @settings(max_examples=40)
 @given(case=cases(), factor=st.floats(1.0, 10.0))
 def test_more_tokens_of_the_same_kind_never_take_less_time(case: Case, factor: float) -> None:
-    more = replace(case, tokens_ED=case.tokens_ED * factor, quota_ED=case.quota_ED * factor)
+    more = replace(case, loads_ED=case.loads_ED * factor, quota_ED=case.quota_ED * factor)
     assert_no_part_falls(case.seconds(), more.seconds())
 
 
@@ -156,7 +156,7 @@ def test_rows_grow_with_the_choices_behind_them(case: Case, move: float) -> None
     world = case.where_ED.shape[1]
     if world == 1:
         return
-    tokens = case.tokens_ED
+    tokens = case.loads_ED
     quota = tokens.copy()
     quota[:, 0] -= move * tokens[:, 0]
     quota[:, -1] += move * tokens[:, 0]
@@ -170,11 +170,11 @@ def test_rows_grow_with_the_choices_behind_them(case: Case, move: float) -> None
 @settings(max_examples=40)
 @given(cases())
 def test_rows_that_leave_arrive_and_are_no_more_than_choices_or_tokens(case: Case) -> None:
-    flow = flows(case.tokens_ED, case.quota_ED, case.machines)
-    found = rows_served(flow, case.tokens_ED, case.cost)
+    flow = flows(case.loads_ED, case.quota_ED, case.machines)
+    found = rows_served(flow, case.loads_ED, case.cost)
     sent, received = found.near[0] + found.far[0], found.near[1] + found.far[1]
     np.testing.assert_allclose(sent.sum(), received.sum(), rtol=1e-9, atol=1e-9)
-    tokens_D = case.tokens_ED.sum(0) / case.cost.top_k
+    tokens_D = case.loads_ED.sum(0) / case.cost.top_k
     for rank, received_rows in enumerate(received.tolist()):
         choices = (flow.near_served_ED + flow.far_served_ED)[:, rank].sum()
         assert choices / case.cost.top_k * (1 - 1e-9) <= received_rows <= min(choices, tokens_D.sum() - tokens_D[rank]) * (1 + 1e-9) + 1e-9
@@ -186,9 +186,9 @@ def test_rows_that_leave_arrive_and_are_no_more_than_choices_or_tokens(case: Cas
 def test_layers_are_priced_one_by_one(case: Case, rematerialize: bool) -> None:
     """A layer and one with half the loads and no replicas, stacked."""
     own = case.owner_E[:, None] == np.arange(case.where_ED.shape[1])
-    half = case.tokens_ED / 2
-    other = replace(case, where_ED=own, tokens_ED=half, quota_ED=half.sum(1, keepdims=True) * own)
-    stacked = {name: np.stack([getattr(case, name), getattr(other, name)]) for name in ("owner_E", "where_ED", "tokens_ED", "quota_ED")}
+    half = case.loads_ED / 2
+    other = replace(case, where_ED=own, loads_ED=half, quota_ED=half.sum(1, keepdims=True) * own)
+    stacked = {name: np.stack([getattr(case, name), getattr(other, name)]) for name in ("owner_E", "where_ED", "loads_ED", "quota_ED")}
     together = replace(case, **stacked).seconds(rematerialize=rematerialize)
     alone = [one.seconds(rematerialize=rematerialize) for one in (case, other)]
     for name in (*PARTS, "total"):

@@ -59,10 +59,10 @@ def seconds(
     owner_E = np.array(owner)
     world = machines.world_size
     where_ED = owner_E[:, None] == np.arange(world) if where is None else np.array(where, dtype=bool)
-    tokens_ED = np.zeros(where_ED.shape) if tokens is None else np.array(tokens, dtype=np.float64)
-    quota_ED = tokens_ED if quota is None else np.array(quota, dtype=np.float64)
+    loads_ED = np.zeros(where_ED.shape) if tokens is None else np.array(tokens, dtype=np.float64)
+    quota_ED = loads_ED if quota is None else np.array(quota, dtype=np.float64)
     resident_ED = None if resident is None else np.array(resident, dtype=bool)
-    found = layer_seconds(owner_E, where_ED, quota_ED, tokens_ED, machines, cost, resident_ED=resident_ED, rematerialize=rematerialize)
+    found = layer_seconds(owner_E, where_ED, quota_ED, loads_ED, machines, cost, resident_ED=resident_ED, rematerialize=rematerialize)
     return {name: float(getattr(found, name)) for name in ("compute", "dispatch", "gather", "reduce", "exposed", "optimizer", "total")}
 
 
@@ -282,9 +282,9 @@ def test_bytes_of_an_expert() -> None:
 
 
 def rows(tokens: list[list[float]], quota: list[list[float]], top_k: int, nodes: tuple[int, ...]) -> Rows:
-    tokens_ED = np.array(tokens, dtype=np.float64)
-    flow = flows(tokens_ED, np.array(quota, dtype=np.float64), topology(nodes))
-    return rows_served(flow, tokens_ED, LayerCost(trainable_bytes=0.0, top_k=top_k))
+    loads_ED = np.array(tokens, dtype=np.float64)
+    flow = flows(loads_ED, np.array(quota, dtype=np.float64), topology(nodes))
+    return rows_served(flow, loads_ED, LayerCost(trainable_bytes=0.0, top_k=top_k))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

@@ -44,7 +44,7 @@ def test_all_sources_at_once_are_each_source_after_the_other(
     for layer in range(LAYERS):
         want = {name: np.zeros((EXPERTS, world)) for name in ("local", "near_sent", "near_served", "far_sent", "far_served")}
         for source in range(world):
-            split_ED = token_split(where_LED[layer], planned_LED[layer].T, None if quota_LED is None else quota_LED[layer], topo, source)
+            split_ED = token_split(where_LED[layer], planned_LED[layer], None if quota_LED is None else quota_LED[layer], topo, source)
             for expert in range(EXPERTS):
                 for rank in range(world):
                     choices = true_LED[layer, expert, source] * split_ED[expert, rank]

@@ -24,7 +24,7 @@ def topology(*node_of_rank: int) -> Topology:
 class Case:
     nodes: tuple[int, ...]
     where_ED: np.ndarray
-    tokens_ED: np.ndarray
+    loads_ED: np.ndarray
     quota_ED: np.ndarray
     """any convex split over the replicas"""
 
@@ -68,8 +68,8 @@ def test_even_quotas_are_the_choices_of_all_sources_added_up(case: Case) -> None
     for expert in range(len(wanted)):
         for source in case.ranks:
             for rank, share in even_shares(case, expert, source).items():
-                wanted[expert, rank] += case.tokens_ED[expert, source] * share
-    np.testing.assert_allclose(even_quota(case.where_ED, case.tokens_ED, case.topology), wanted, **CLOSE)
+                wanted[expert, rank] += case.loads_ED[expert, source] * share
+    np.testing.assert_allclose(even_quota(case.where_ED, case.loads_ED, case.topology), wanted, **CLOSE)
 
 
 def test_even_quotas_by_hand() -> None:
@@ -86,7 +86,7 @@ def test_even_quotas_by_hand() -> None:
 @given(cases())
 def test_layers_are_treated_one_by_one(case: Case) -> None:
     """A layer and its mirror image, stacked, give what each gives alone."""
-    where, tokens = (np.stack([table, table[:, ::-1]]) for table in (case.where_ED, case.tokens_ED))
+    where, tokens = (np.stack([table, table[:, ::-1]]) for table in (case.where_ED, case.loads_ED))
     quota = even_quota(where, tokens, case.topology)
     together = flows(tokens, quota, case.topology)
     for layer in range(2):
@@ -100,11 +100,11 @@ def test_layers_are_treated_one_by_one(case: Case) -> None:
 @given(case=cases())
 def test_flows_conserve_tokens(even: bool, case: Case) -> None:
     """What a rank has stays, goes near or goes far; what it serves is its own or comes from near or far; what leaves arrives."""
-    quota = even_quota(case.where_ED, case.tokens_ED, case.topology) if even else case.quota_ED
-    flow = flows(case.tokens_ED, quota, case.topology)
+    quota = even_quota(case.where_ED, case.loads_ED, case.topology) if even else case.quota_ED
+    flow = flows(case.loads_ED, quota, case.topology)
     for name in flow.__dataclass_fields__:
         assert getattr(flow, name).min() >= 0, name
-    np.testing.assert_allclose(flow.local_ED + flow.near_sent_ED + flow.far_sent_ED, case.tokens_ED, **CLOSE)
+    np.testing.assert_allclose(flow.local_ED + flow.near_sent_ED + flow.far_sent_ED, case.loads_ED, **CLOSE)
     np.testing.assert_allclose(flow.local_ED + flow.near_served_ED + flow.far_served_ED, quota, **CLOSE)
     np.testing.assert_allclose(flow.far_sent_ED.sum(1), flow.far_served_ED.sum(1), **CLOSE)
     for node in set(case.nodes):
@@ -119,11 +119,11 @@ def test_near_goes_before_far(even: bool, case: Case) -> None:
 
     Exactly, not nearly: a trace of far traffic left over by rounding would cost the latency of a whole exchange between nodes.
     """
-    quota = even_quota(case.where_ED, case.tokens_ED, case.topology) if even else case.quota_ED
-    flow = flows(case.tokens_ED, quota, case.topology)
+    quota = even_quota(case.where_ED, case.loads_ED, case.topology) if even else case.quota_ED
+    flow = flows(case.loads_ED, quota, case.topology)
     for expert in range(len(quota)):
         for rank in case.ranks:
-            assert flow.local_ED[expert, rank] == pytest.approx(min(case.tokens_ED[expert, rank], quota[expert, rank]), rel=1e-9)
+            assert flow.local_ED[expert, rank] == pytest.approx(min(case.loads_ED[expert, rank], quota[expert, rank]), rel=1e-9)
             sends = flow.near_sent_ED[expert, rank] + flow.far_sent_ED[expert, rank]
             serves = flow.near_served_ED[expert, rank] + flow.far_served_ED[expert, rank]
             assert sends == 0 or serves == 0
@@ -186,7 +186,7 @@ def split_of(case: Case, source: int, loads: np.ndarray | None, quota: np.ndarra
 def test_rows_of_a_token_split_sum_to_one_over_the_replicas(quotas: bool, case: Case) -> None:
     """Also for experts of which the source, or nobody, was expected to have a choice."""
     for source in case.ranks:
-        split = split_of(case, source, case.tokens_ED.T, case.quota_ED) if quotas else split_of(case, source, None, None)
+        split = split_of(case, source, case.loads_ED, case.quota_ED) if quotas else split_of(case, source, None, None)
         assert split.dtype == np.float64
         assert split.min() >= 0
         np.testing.assert_allclose(split.sum(axis=1), 1.0, rtol=1e-12)
@@ -204,17 +204,17 @@ def test_the_split_without_quotas_is_that_of_topology_aware_dispatch(case: Case)
 
 @given(cases())
 def test_even_quotas_give_the_even_split(case: Case) -> None:
-    quota = even_quota(case.where_ED, case.tokens_ED, case.topology)
+    quota = even_quota(case.where_ED, case.loads_ED, case.topology)
     for source in case.ranks:
-        got, wanted = split_of(case, source, case.tokens_ED.T, quota), split_of(case, source, None, None)
+        got, wanted = split_of(case, source, case.loads_ED, quota), split_of(case, source, None, None)
         np.testing.assert_allclose(got, wanted, **CLOSE)
 
 
 @given(cases(), st.sampled_from(["any", "even", None]), st.booleans())
 def test_nothing_travels_exactly_when_every_source_keeps_all(case: Case, kind: str | None, everywhere: bool) -> None:
     case.where_ED = case.where_ED | everywhere
-    even_ED = even_quota(case.where_ED, case.tokens_ED, case.topology)
-    planned = (None, None) if kind is None else (case.tokens_ED.T, even_ED if kind == "even" else case.quota_ED)
+    even_ED = even_quota(case.where_ED, case.loads_ED, case.topology)
+    planned = (None, None) if kind is None else (case.loads_ED, even_ED if kind == "even" else case.quota_ED)
     kept = all((split_of(case, source, *planned)[:, source] == 1).all() for source in case.ranks)
     assert nothing_travels(case.where_ED, *planned, case.topology) == kept
 
@@ -223,17 +223,17 @@ def test_nothing_travels_exactly_when_every_source_keeps_all(case: Case, kind: s
 def test_the_splits_of_all_sources_reproduce_the_quotas(case: Case) -> None:
     served = np.zeros(case.quota_ED.shape)
     for source in case.ranks:
-        split = split_of(case, source, case.tokens_ED.T, case.quota_ED)
+        split = split_of(case, source, case.loads_ED, case.quota_ED)
         for expert in range(len(split)):
-            served[expert] += case.tokens_ED[expert, source] * split[expert]
+            served[expert] += case.loads_ED[expert, source] * split[expert]
     np.testing.assert_allclose(served, case.quota_ED, **CLOSE)
 
 
 @given(cases())
 def test_a_source_sends_near_and_far_what_flows_say(case: Case) -> None:
-    flow = flows(case.tokens_ED, case.quota_ED, case.topology)
+    flow = flows(case.loads_ED, case.quota_ED, case.topology)
     for source in case.ranks:
-        sent_ED = split_of(case, source, case.tokens_ED.T, case.quota_ED) * case.tokens_ED[:, source, None]
+        sent_ED = split_of(case, source, case.loads_ED, case.quota_ED) * case.loads_ED[:, source, None]
         near = [rank for rank in case.ranks if case.nodes[rank] == case.nodes[source] and rank != source]
         far = [rank for rank in case.ranks if case.nodes[rank] != case.nodes[source]]
         np.testing.assert_allclose(sent_ED[:, source], flow.local_ED[:, source], **CLOSE)
@@ -245,8 +245,8 @@ def test_a_source_sends_near_and_far_what_flows_say(case: Case) -> None:
 def test_an_expert_without_expected_choices_has_the_even_split(case: Case) -> None:
     """Of the source: the quotas were made for others' choices. Of all: quotas are zero."""
     for source in case.ranks:
-        split, even = split_of(case, source, case.tokens_ED.T, case.quota_ED), split_of(case, source, None, None)
-        none = case.tokens_ED[:, source] == 0
+        split, even = split_of(case, source, case.loads_ED, case.quota_ED), split_of(case, source, None, None)
+        none = case.loads_ED[:, source] == 0
         np.testing.assert_array_equal(split[none], even[none])
 
 
@@ -272,7 +272,7 @@ def test_token_split_with_quotas_by_hand() -> None:
 
     Rank 3's 6 are 2 here and 4 near, at rank 1. Rank 4 was expected to have none: over the replicas of its node as it is itself one.
     """
-    where, loads, quota = np.ones((1, 5), dtype=bool), np.array([[10.0], [2], [4], [6], [0]]), np.array([[4.0, 12, 1, 2, 3]])
+    where, loads, quota = np.ones((1, 5), dtype=bool), np.array([[10.0, 2, 4, 6, 0]]), np.array([[4.0, 12, 1, 2, 3]])
     wanted = {0: [0.4, 0.4, 0, 0, 0.2], 3: [0, 2 / 3, 0, 1 / 3, 0], 4: [0, 0, 0, 0, 1]}
     for source, row in wanted.items():
         np.testing.assert_allclose(token_split(where, loads, quota, topology(0, 1, 0, 1, 0), source), [row])

@@ -47,6 +47,15 @@ def test_the_state_survives_json_and_goes_on_alike() -> None:
             h.record({Unit(2): loads([1, 2], [3, 4]), Unit(11): loads([0, 0], [0, 5])})
 
 
+def test_the_state_has_a_row_a_source_rank() -> None:
+    """Two experts, three ranks: the form in checkpoints, which is not that in memory."""
+    history = LoadHistory(3)
+    history.record({Unit(4): loads([1, 2, 3], [4, 5, 6])})
+    assert history.state_dict() == [{"4": [[1, 4], [2, 5], [3, 6]]}]
+    history.load_state_dict(history.state_dict())
+    assert history.snapshot()[0][Unit(4)].tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
 def test_an_empty_state() -> None:
     history = LoadHistory(3)
     history.record({Unit(0): loads([1])})
@@ -56,14 +65,14 @@ def test_an_empty_state() -> None:
 
 def test_loads_dealt_to_other_ranks_keep_their_sums() -> None:
     history = LoadHistory(3)
-    history.record({Unit(0): loads([5, 1], [2, 3])})
+    history.record({Unit(0): loads([5, 2], [1, 3])})
     before = history.snapshot()
     history.redeal(3)
     predicted = history.predict(Unit(0))
     assert predicted is not None
-    np.testing.assert_array_equal(predicted, [[3, 2], [2, 1], [2, 1]])
+    np.testing.assert_array_equal(predicted, [[3, 2, 2], [2, 1, 1]])
     history.restore(before)
-    np.testing.assert_array_equal(history.snapshot()[0][Unit(0)], [[5, 1], [2, 3]])
+    np.testing.assert_array_equal(history.snapshot()[0][Unit(0)], [[5, 2], [1, 3]])
 
 
 def test_a_window_of_nothing_is_our_mistake() -> None:

@@ -21,7 +21,7 @@ ONE = Link(1.0, 0.0)
 
 
 def plan_input(
-    loads_SE: list[list[float]],
+    loads: list[list[float]],
     cost: LayerCost,
     *,
     owner: list[int],
@@ -31,10 +31,13 @@ def plan_input(
     inter: Link = ONE,
     rates: tuple[float, ...] | None = None,
 ) -> PlanInput:
-    """Devices of 1 FLOP/s and links of 1 byte/s without latency, unless told otherwise; memories so fast that optimizers take no time."""
-    world = len(loads_SE)
+    """Devices of 1 FLOP/s and links of 1 byte/s without latency, unless told otherwise; memories so fast that optimizers take no time.
+
+    `loads`: a row a source rank.
+    """
+    world = len(loads)
     topology = Topology(nodes or (0,) * world, rates or (1.0,) * world, (1.0,) * world, intra, inter, memory_bandwidth=(1e15,) * world)
-    return PlanInput(np.array([owner]), np.array([loads_SE], dtype=float), topology, cost, np.full(world, slots))
+    return PlanInput(np.array([owner]), np.array([loads], dtype=float).swapaxes(1, 2), topology, cost, np.full(world, slots))
 
 
 def work(choice: float = 0.0, row: float = 0.0, **others: Any) -> LayerCost:
@@ -194,7 +197,7 @@ def test_resident_frozen_parts_are_free(row_bytes: float) -> None:
     both = replace(
         absent,
         owner_LE=np.zeros((2, 1), dtype=np.int64),
-        loads_LSE=np.full((2, 2, 1), 10.0),
+        loads_LED=np.full((2, 1, 2), 10.0),
         resident_LED=np.array([[[True, False]], [[True, True]]]),
     )
     # A replica of 100 bytes, once in 20 steps, takes 5 s; both serve 10 choices, and no row travels.
@@ -242,13 +245,13 @@ def test_rows_travel_once_for_all_choices_at_a_rank() -> None:
 
 def test_each_layer_has_its_own_bound() -> None:
     one = plan_input([[10.0], [10.0]], work(1.0, trainable_bytes=1.0), owner=[0], slots=0, rates=(1.0, 3.0))
-    two = replace(one, owner_LE=np.array([[0], [1]]), loads_LSE=np.array([[[10.0], [10.0]], [[1.0], [2.0]]]))
+    two = replace(one, owner_LE=np.array([[0], [1]]), loads_LED=np.array([[[10.0, 10.0]], [[1.0, 2.0]]]))
     assert lower_bound(two, 0) == pytest.approx(20.0, rel=1e-5)
     assert lower_bound(two, 1) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_loads_unknown_count_as_ones() -> None:
-    given_ = replace(plan_input([[0.0], [0.0]], work(1.0), owner=[0], slots=0), loads_LSE=None)
+    given_ = replace(plan_input([[0.0], [0.0]], work(1.0), owner=[0], slots=0), loads_LED=None)
     assert lower_bound(given_, 0) == pytest.approx(2.0, rel=1e-5)
 
 
@@ -270,8 +273,8 @@ def test_what_holds_below_one_cutoff_is_not_taken_for_a_higher_one() -> None:
     # Half of 48 choices, 6 s each, on rank 0 and half on rank 2: 144 s. 40 bytes come in 8 s, of which 4 are hidden, and go in 8 s, all of
     # them hidden. Owner 0 moves 2 · (40 + 2 · 20) bytes of memory at 25 bytes/s.
     cost = LayerCost(trainable_bytes=40.0, state_bytes=20.0, assignment_flops=1.0, non_moe_flops=2.0)
-    loads_SE = [[0.0, 0.0], [0.0, 0.0], [0.0, 32.0], [0.0, 16.0]]
-    given_ = plan_input(loads_SE, cost, owner=[0, 0], slots=0, nodes=(0, 0, 0, 1), rates=(0.5,) * 4)
+    loads = [[0.0, 0.0], [0.0, 0.0], [0.0, 32.0], [0.0, 16.0]]
+    given_ = plan_input(loads, cost, owner=[0, 0], slots=0, nodes=(0, 0, 0, 1), rates=(0.5,) * 4)
     topology = replace(
         given_.topology,
         port_bandwidth=(5.0,) * 4,

@@ -66,12 +66,12 @@ def inputs(draw: st.DrawFn) -> PlanInput:
     heat = np.array(draw(st.lists(st.sampled_from([0, 1, 1, 2, 8]), min_size=experts, max_size=experts)))
     sources = np.array(draw(st.lists(st.sampled_from([0, 1, 1, 3]), min_size=world, max_size=world)))
     seed = draw(st.integers(0, 2**31))
-    loads_SE = np.random.default_rng(seed).poisson(5.0 * np.outer(sources, heat)).astype(float)
+    loads_ED = np.random.default_rng(seed).poisson(5.0 * np.outer(sources, heat)).T.astype(float)
     pairs = (1, experts, world)
     resident = draw(st.none() | st.just(np.random.default_rng(seed + 1).random(pairs) < 0.4))
     return PlanInput(
         np.array([draw(st.lists(st.integers(0, world - 1), min_size=experts, max_size=experts))]),
-        loads_SE[None],
+        loads_ED[None],
         topology,
         cost,
         np.array(draw(st.lists(st.integers(0, experts), min_size=world, max_size=world))),
@@ -85,7 +85,7 @@ def copies(given_: PlanInput, count: int) -> PlanInput:
     return replace(
         given_,
         owner_LE=np.repeat(given_.owner_LE[:1], count, 0),
-        loads_LSE=np.repeat(given_.tokens_LED[:1].swapaxes(1, 2), count, 0),
+        loads_LED=np.repeat(given_.expected_LED[:1], count, 0),
         resident_LED=None if resident is None else np.repeat(resident[:1], count, 0),
     )
 
@@ -100,10 +100,10 @@ def within_slots(given_: PlanInput, wish_LED: np.ndarray, random: np.random.Gene
 
 def quotas(given_: PlanInput, where_LED: np.ndarray, weight_LED: np.ndarray, local_L11: np.ndarray) -> np.ndarray:
     """Some of the choices where they are, if their expert is; the rest over the replicas in proportion to the weights."""
-    tokens_LED = given_.tokens_LED
-    local_LED = np.where(where_LED, tokens_LED, 0.0) * local_L11
+    loads_LED = given_.expected_LED
+    local_LED = np.where(where_LED, loads_LED, 0.0) * local_L11
     share_LED = np.where(where_LED, weight_LED + 1e-9, 0.0)
-    rest_LE1 = (tokens_LED - local_LED).sum(-1, keepdims=True)
+    rest_LE1 = (loads_LED - local_LED).sum(-1, keepdims=True)
     return local_LED + rest_LE1 * share_LED / share_LED.sum(-1, keepdims=True)
 
 
@@ -164,8 +164,8 @@ def best_by_brute_force(given_: PlanInput) -> float:
     topology, cost = given_.topology, given_.cost
     assert topology.num_nodes == 1
     assert cost.top_k == 1
-    tokens_ED, owned_ED = given_.tokens_LED[0], given_.owned_LED[0]
-    experts, ranks = tokens_ED.shape
+    loads_ED, owned_ED = given_.expected_LED[0], given_.owned_LED[0]
+    experts, ranks = loads_ED.shape
     work_D = (cost.row_flops * (1 + cost.row_backward) + cost.assignment_flops * (1 + cost.assignment_backward)) / np.array(topology.flops)
     travel_D = 4 * cost.row_bytes / np.array(topology.port_bandwidth)
     least = np.inf
@@ -177,9 +177,9 @@ def best_by_brute_force(given_: PlanInput) -> float:
             continue
         parts = Plan(given_.owner_LE, where_ED[None]).seconds(given_)  # of which exposed and optimizer know no quotas
         other = float(parts.exposed[0] + parts.optimizer[0])
-        if (where_ED | (tokens_ED == 0)).all():
+        if (where_ED | (loads_ED == 0)).all():
             asks = 0.0 if where_ED.all() else 8 * topology.intra_node.latency
-            least = min(least, other + asks + float((tokens_ED.sum(0) * work_D).max()))
+            least = min(least, other + asks + float((loads_ED.sum(0) * work_D).max()))
         # x: local [E, D], remote [E, D], compute, dispatch
         size = experts * ranks
         local, remote = np.arange(size).reshape(experts, ranks), size + np.arange(size).reshape(experts, ranks)
@@ -188,7 +188,7 @@ def best_by_brute_force(given_: PlanInput) -> float:
             for columns, factor, last, constant in (
                 ([*local[:, d], *remote[:, d]], work_D[d], 2 * size, 0.0),
                 (list(remote[:, d]), travel_D[d], 2 * size + 1, 0.0),
-                (list(local[:, d]), -travel_D[d], 2 * size + 1, -travel_D[d] * tokens_ED[:, d].sum()),
+                (list(local[:, d]), -travel_D[d], 2 * size + 1, -travel_D[d] * loads_ED[:, d].sum()),
             ):
                 row = np.zeros(2 * size + 2)
                 row[columns], row[last] = factor, -1.0
@@ -198,17 +198,17 @@ def best_by_brute_force(given_: PlanInput) -> float:
             row = np.zeros(2 * size + 2)
             row[local[e]] = row[remote[e]] = 1.0
             B.append(row)
-        upper = [*np.where(where_ED, tokens_ED, 0.0).ravel(), *np.where(where_ED, tokens_ED.sum(), 0.0).ravel(), np.inf, np.inf]
+        upper = [*np.where(where_ED, loads_ED, 0.0).ravel(), *np.where(where_ED, loads_ED.sum(), 0.0).ravel(), np.inf, np.inf]
         costs = np.zeros(2 * size + 2)
         costs[-2:] = 1.0
-        result = scipy_optimize.linprog(costs, np.array(A), a, np.array(B), tokens_ED.sum(1), [(0, u) for u in upper])
+        result = scipy_optimize.linprog(costs, np.array(A), a, np.array(B), loads_ED.sum(1), [(0, u) for u in upper])
         least = min(least, other + result.fun + 8 * topology.intra_node.latency)
     return least
 
 
 @st.composite
 def small_inputs(draw: st.DrawFn) -> PlanInput:
-    given_ = draw(inputs().filter(lambda g: g.world_size in (2, 3) and g.num_experts <= 3 and g.tokens_LED.any()))
+    given_ = draw(inputs().filter(lambda g: g.world_size in (2, 3) and g.num_experts <= 3 and g.expected_LED.any()))
     topology = replace(given_.topology, node_of_rank=(0,) * given_.world_size, uplink_bandwidth=())
     return replace(given_, topology=topology, cost=replace(given_.cost, top_k=1))
 
@@ -226,17 +226,17 @@ PARTS = 4
 
 def every_plan(given_: PlanInput) -> Plan:
     """A layer for each plan: every placement within the slots; choices where they are as far as may be, or in quarters in every way."""
-    owned_ED, tokens_ED = given_.owned_LED[0], given_.tokens_LED[0]
+    owned_ED, loads_ED = given_.owned_LED[0], given_.expected_LED[0]
     experts, ranks = owned_ED.shape
     choices: list[list[tuple[np.ndarray, np.ndarray]]] = []
     for e in range(experts):
         mine = []
         for others in product([False, True], repeat=ranks - 1):
             where_D = np.insert(np.array(others, dtype=bool), given_.owner_LE[0, e], True)
-            mine.append((where_D, even_quota(where_D[None], tokens_ED[[e]], given_.topology)[0]))
+            mine.append((where_D, even_quota(where_D[None], loads_ED[[e]], given_.topology)[0]))
             for ranks_of_parts in combinations_with_replacement(np.flatnonzero(where_D), PARTS):
                 parts_D = np.bincount(np.array(ranks_of_parts), minlength=ranks)
-                mine.append((where_D, parts_D * tokens_ED[e].sum() / PARTS))
+                mine.append((where_D, parts_D * loads_ED[e].sum() / PARTS))
         choices.append(mine)
     plans = list(product(*choices))
     where_LED = np.array([[where_D for where_D, _ in plan] for plan in plans])

@@ -16,7 +16,10 @@ plan_hecate = POLICIES["hecate"]
 def plan_input(
     owner: list[int], loads: list[list[int]] | None, *, nodes: tuple[int, ...], degree: int, memory_slots: int | list[int]
 ) -> PlanInput:
-    """One layer; a device of 1 FLOP/s, links of 1 byte/s without latency, experts of 1 byte: as many FLOPs as experts are hidden."""
+    """One layer; a device of 1 FLOP/s, links of 1 byte/s without latency, experts of 1 byte: as many FLOPs as experts are hidden.
+
+    `loads`: a row a source rank.
+    """
     return layers_input([owner], None if loads is None else [loads], nodes=nodes, degree=degree, memory_slots=memory_slots)
 
 
@@ -26,9 +29,9 @@ def layers_input(
     world = len(nodes)
     link = Link(1.0, 0.0)
     topology = Topology(nodes, (1.0,) * world, (1e9,) * world, link, link)
-    loads_LSE = None if loads is None else np.array(loads, dtype=np.float64)
+    loads_LED = None if loads is None else np.array(loads, dtype=np.float64).swapaxes(1, 2)
     slots_D = np.broadcast_to(np.array(memory_slots), world).copy()
-    return PlanInput(np.array(owners), loads_LSE, topology, LayerCost(trainable_bytes=1.0, non_moe_flops=degree), slots_D)
+    return PlanInput(np.array(owners), loads_LED, topology, LayerCost(trainable_bytes=1.0, non_moe_flops=degree), slots_D)
 
 
 def where(given_: PlanInput) -> list[list[int]]:
@@ -52,14 +55,14 @@ def inputs(draw: st.DrawFn) -> PlanInput:
 def hotness(given_: PlanInput, layer: int) -> list[int]:
     """Experts of a layer, hottest first, ties by index."""
     experts = range(given_.owner_LE.shape[1])
-    load = [0.0] * len(experts) if given_.loads_LSE is None else given_.loads_LSE[layer].sum(axis=0).tolist()
+    load = [0.0] * len(experts) if given_.loads_LED is None else given_.loads_LED[layer].sum(axis=1).tolist()
     return sorted(experts, key=lambda e: (-load[e], e))
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @given(given_=inputs())
 def test_every_policy_keeps_owners_and_is_deterministic(policy: str, given_: PlanInput) -> None:
-    loads = None if given_.loads_LSE is None else given_.loads_LSE.copy()
+    loads = None if given_.loads_LED is None else given_.loads_LED.copy()
     owner, slots = given_.owner_LE.copy(), given_.slots_D.copy()
     first, second = POLICIES[policy](given_), POLICIES[policy](given_)
     np.testing.assert_array_equal(first.where_LED, second.where_LED)
@@ -70,8 +73,8 @@ def test_every_policy_keeps_owners_and_is_deterministic(policy: str, given_: Pla
     np.testing.assert_array_equal(given_.owner_LE, owner)
     np.testing.assert_array_equal(given_.slots_D, slots)
     assert given_.owner_LE.flags.writeable
-    if loads is not None and given_.loads_LSE is not None:
-        np.testing.assert_array_equal(given_.loads_LSE, loads)
+    if loads is not None and given_.loads_LED is not None:
+        np.testing.assert_array_equal(given_.loads_LED, loads)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -87,7 +90,7 @@ def test_every_plan_can_be_carried_out(policy: str, given_: PlanInput) -> None:
         where_D = plan.where_LED[layer, expert]
         assert where_D[given_.owner_LE[layer, expert]]
         if plan.quota_LED is not None:
-            load = float(world) if given_.loads_LSE is None else given_.loads_LSE[layer, :, expert].sum()
+            load = float(world) if given_.loads_LED is None else given_.loads_LED[layer, expert].sum()
             quota_D = plan.quota_LED[layer, expert]
             assert quota_D.min() >= 0
             assert not quota_D[~where_D].any(), "tokens are sent where their expert is not"
@@ -104,7 +107,7 @@ def test_policies_without_quotas_leave_tokens_to_topology_aware_dispatch(policy:
 def test_hecate_plans_each_layer_by_itself(given_: PlanInput) -> None:
     together = plan_hecate(given_).where_LED
     for layer in range(len(together)):
-        loads = None if given_.loads_LSE is None else given_.loads_LSE[layer : layer + 1]
+        loads = None if given_.loads_LED is None else given_.loads_LED[layer : layer + 1]
         alone = PlanInput(given_.owner_LE[layer : layer + 1], loads, given_.topology, given_.cost, given_.slots_D)
         np.testing.assert_array_equal(plan_hecate(alone).where_LED[0], together[layer])
 
@@ -146,7 +149,7 @@ def test_hecate_never_gives_a_device_more_replicas_than_fit(given_: PlanInput) -
 def test_hecate_without_loads_counts_every_expert_as_equally_hot(given_: PlanInput) -> None:
     (layers, experts), world = given_.owner_LE.shape, given_.topology.world_size
     unknown = PlanInput(given_.owner_LE, None, given_.topology, given_.cost, given_.slots_D)
-    equal = PlanInput(given_.owner_LE, np.full((layers, world, experts), 3.0), given_.topology, given_.cost, given_.slots_D)
+    equal = PlanInput(given_.owner_LE, np.full((layers, experts, world), 3.0), given_.topology, given_.cost, given_.slots_D)
     np.testing.assert_array_equal(plan_hecate(unknown).where_LED, plan_hecate(equal).where_LED)
 
 
@@ -215,13 +218,12 @@ def test_devices_with_more_room_take_more() -> None:
     assert where(given_) == [[0, 3], [0, 3], [0, 2], [0, 3]]
 
 
-def test_loads_of_sources_become_tokens_by_expert() -> None:
-    """[layer, source, expert] in, [layer, expert, source] out; ones where nothing is known."""
+def test_loads_before_any_are_known_are_ones() -> None:
     loads = [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]
     known = layers_input([[0, 1, 0], [1, 1, 0]], loads, nodes=(0, 0), degree=0, memory_slots=0)
-    assert known.tokens_LED.tolist() == [[[1, 4], [2, 5], [3, 6]], [[7, 10], [8, 11], [9, 12]]]
+    assert known.expected_LED.tolist() == [[[1, 4], [2, 5], [3, 6]], [[7, 10], [8, 11], [9, 12]]]
     unknown = layers_input([[0, 1, 0], [1, 1, 0]], None, nodes=(0, 0), degree=0, memory_slots=0)
-    assert unknown.tokens_LED.tolist() == [[[1, 1]] * 3] * 2
+    assert unknown.expected_LED.tolist() == [[[1, 1]] * 3] * 2
     assert known.owned_LED.tolist() == [[[1, 0], [0, 1], [1, 0]], [[0, 1], [0, 1], [1, 0]]]
 
 
@@ -230,9 +232,9 @@ def test_a_plan_spells_out_its_quotas() -> None:
     given_ = plan_input([0], [[5], [7], [4]], nodes=(0, 0, 1), degree=0, memory_slots=0)
     where_LED = np.array([[[True, True, False]]])
     even = Plan(given_.owner_LE, where_LED)
-    assert even.quotas(given_.tokens_LED, given_.topology).tolist() == [[[7, 9, 0]]]
+    assert even.quotas(given_.expected_LED, given_.topology).tolist() == [[[7, 9, 0]]]
     own = Plan(given_.owner_LE, where_LED, np.array([[[0.0, 16.0, 0.0]]]))
-    assert own.quotas(given_.tokens_LED, given_.topology).tolist() == [[[0, 16, 0]]]
+    assert own.quotas(given_.expected_LED, given_.topology).tolist() == [[[0, 16, 0]]]
 
 
 def test_the_seconds_of_a_plan_are_those_of_its_own_quotas() -> None:
@@ -243,7 +245,7 @@ def test_the_seconds_of_a_plan_are_those_of_its_own_quotas() -> None:
     """
     free = plan_input([0], [[5], [7], [4]], nodes=(0, 0, 1), degree=0, memory_slots=0)
     cost = LayerCost(trainable_bytes=1.0, assignment_flops=1.0)
-    given_ = PlanInput(free.owner_LE, free.loads_LSE, free.topology, cost, free.slots_D)
+    given_ = PlanInput(free.owner_LE, free.loads_LED, free.topology, cost, free.slots_D)
     where_LED = np.array([[[True, True, False]]])
     assert Plan(given_.owner_LE, where_LED).seconds(given_).total.tolist() == [179.0]
     assert Plan(given_.owner_LE, where_LED, np.array([[[0.0, 16.0, 0.0]]])).seconds(given_).total.tolist() == [200.0]

@@ -157,7 +157,7 @@ def two_ranks(loads: list[float], *, hidden: float = 0.0) -> PlanInput:
     """One layer of four experts, two a rank; 3 s of compute a choice, 100 s to move an expert, nothing else takes time."""
     cost = LayerCost(trainable_bytes=1e-9, state_bytes=100.0, assignment_flops=1.0, non_moe_flops=hidden)
     on = Topology((0, 0), (1.0, 1.0), (1e9, 1e9), Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1e30, 1e30))
-    return PlanInput(np.array([[0, 0, 1, 1]]), np.array([[loads, [0.0] * 4]]), on, cost, np.array([4, 4]))
+    return PlanInput(np.array([[0, 0, 1, 1]]), np.array([[loads, [0.0] * 4]]).swapaxes(1, 2), on, cost, np.array([4, 4]))
 
 
 def test_resharding_pays_when_the_steps_repay_the_move() -> None:
@@ -197,7 +197,7 @@ def test_layers_of_two_shapes_are_placed_together() -> None:
     for size in (10.0, 20.0):
         one = two_ranks([4, 4, 1, 1])
         cost = LayerCost(trainable_bytes=1e-9, state_bytes=size, assignment_flops=1.0)
-        given_.append(PlanInput(np.zeros((1, 4), dtype=np.int64), one.loads_LSE, one.topology, cost, one.slots_D))
+        given_.append(PlanInput(np.zeros((1, 4), dtype=np.int64), one.loads_LED, one.topology, cost, one.slots_D))
     found = better_owners(POLICIES["static_ep"], given_, 1000)
     assert found is not None
     owned = [sum(size * int((owner_LE == rank).sum()) for size, owner_LE in zip((10, 20), found[0], strict=True)) for rank in (0, 1)]

@@ -16,7 +16,7 @@ from hecate.parallel.topology import Link, Topology
 NODE = Topology((0, 0), (1.0, 1.0), (1e9, 1e9), Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1.0, 1.0))
 COST = LayerCost(trainable_bytes=4.0, row_bytes=1.0, assignment_flops=1.0, non_moe_flops=5.0)
 ALL_TO_FIRST = [[10, 0], [10, 0]]
-"""[source ranks, experts]: both ranks want expert 0, which rank 0 owns"""
+"""a row a source rank: both ranks choose expert 0, which rank 0 owns"""
 
 
 def run(
@@ -30,8 +30,8 @@ def run(
     rematerialize: bool = False,
     topology: Topology = NODE,
 ) -> Simulated:
-    loads = np.repeat(np.array(steps)[:, None], layers, axis=1)
-    slots_D = np.full(topology.world_size, loads.shape[-1])
+    loads = np.repeat(np.array(steps).swapaxes(1, 2)[:, None], layers, axis=1)
+    slots_D = np.full(topology.world_size, loads.shape[2])
     (row,) = simulate(
         loads, topology, cost, {"tried": planner}, mode=mode, slots_D=slots_D, rematerialize=rematerialize, num_layers=num_layers
     )
@@ -107,7 +107,7 @@ def test_a_frozen_part_travels_once() -> None:
 def halves(given: PlanInput) -> Plan:
     """Everything everywhere, each expert's choices dealt evenly."""
     where = np.ones((given.num_layers, given.num_experts, given.world_size), dtype=bool)
-    return Plan(given.owner_LE, where, np.broadcast_to(given.tokens_LED.sum(-1, keepdims=True) / given.world_size, where.shape))
+    return Plan(given.owner_LE, where, np.broadcast_to(given.expected_LED.sum(-1, keepdims=True) / given.world_size, where.shape))
 
 
 def test_history_meets_other_loads_than_it_planned_for() -> None:
@@ -127,7 +127,7 @@ def test_attention_hides_no_gather_of_a_plan_made_after_the_gate() -> None:
     assert (history.seconds.gather, exact.seconds.gather) == (4, 4)
     assert (history.seconds.exposed, exact.seconds.exposed) == (0, 4)
     assert exact.step_seconds - history.step_seconds == 4
-    (full,) = simulate(np.array(steps)[:, None], NODE, COST, {"full": halves}, mode="exact", slots_D=np.full(2, 2))
+    (full,) = simulate(np.array(steps).swapaxes(1, 2)[:, None], NODE, COST, {"full": halves}, mode="exact", slots_D=np.full(2, 2))
     assert full.seconds.exposed == 0
 
 
@@ -143,7 +143,7 @@ def test_history_is_the_mean_of_five_steps() -> None:
     seen: list[list[float]] = []
 
     def planner(given: PlanInput) -> Plan:
-        seen.append([] if given.loads_LSE is None else given.loads_LSE[0, :, 0].tolist())
+        seen.append([] if given.loads_LED is None else given.loads_LED[0, 0].tolist())
         return POLICIES["static_ep"](given)
 
     run([[[n, 0], [2 * n, 0]] for n in (0, 5, 10, 15, 20, 35, 0)], planner)
@@ -154,7 +154,7 @@ def test_new_owners_are_paid_for() -> None:
     """Expert 0 moves from rank 0 to rank 1 after the first step: 20 bytes of state and two messages, here without latency."""
 
     def planner(given: PlanInput) -> Plan:
-        owner = given.owner_LE if given.loads_LSE is None else np.array([[1, 1]])
+        owner = given.owner_LE if given.loads_LED is None else np.array([[1, 1]])
         return Plan(owner, owner[..., None] == np.arange(2))
 
     steps = [ALL_TO_FIRST] * 3
@@ -166,7 +166,7 @@ def test_new_owners_are_paid_for() -> None:
 
 def test_resharding_happens_when_it_is_asked_for() -> None:
     """Both of rank 0's experts are hot and cannot be replicated; once they have been moved, each rank serves one."""
-    loads = np.array([[[[50, 50, 0, 0], [50, 50, 0, 0]]]] * 6)
+    loads = np.array([[[[50, 50], [50, 50], [0, 0], [0, 0]]]] * 6)
     cost = replace(COST, trainable_bytes=0.001, non_moe_flops=0.0)
     policies = {"hecate": POLICIES["hecate"], "static_ep": POLICIES["static_ep"]}
     stay = simulate(loads, NODE, cost, policies, slots_D=np.zeros(2, dtype=int))
@@ -179,22 +179,22 @@ def test_bytes_between_nodes_are_those_of_each_source_alone() -> None:
     """With top-1 every choice is a row: rows near and far by a plain loop over sources, experts and ranks."""
     topology = Topology((0, 1, 0, 1), (1.0,) * 4, (1e9,) * 4, Link(1.0, 0.0), Link(0.5, 0.0))
     rng = np.random.default_rng(0)
-    loads = rng.integers(0, 30, (2, 1, 4, 6))
+    loads = rng.integers(0, 30, (2, 1, 6, 4))
     owner_E = np.array([0, 0, 1, 2, 2, 3])
     where_ED = (owner_E[:, None] == np.arange(4)) | (rng.random((6, 4)) < 0.3)
     share_ED = where_ED * rng.random((6, 4))
-    quota_ED = loads[0, 0].sum(0)[:, None] * share_ED / share_ED.sum(1, keepdims=True)
+    quota_ED = loads[0, 0].sum(1, keepdims=True) * share_ED / share_ED.sum(1, keepdims=True)
 
     def planner(given: PlanInput) -> Plan:
-        return Plan(given.owner_LE, where_ED[None], None if given.loads_LSE is None else quota_ED[None])
+        return Plan(given.owner_LE, where_ED[None], None if given.loads_LED is None else quota_ED[None])
 
-    row = run([step[0].tolist() for step in loads], planner, cost=replace(COST, trainable_bytes=0.0), topology=topology)
+    row = run([step[0].T.tolist() for step in loads], planner, cost=replace(COST, trainable_bytes=0.0), topology=topology)
     near = far = 0.0
     for source in range(4):
         split_ED = token_split(where_ED, loads[0, 0], quota_ED, topology, source)
         for expert in range(6):
             for rank in range(4):
-                rows = loads[1, 0, source, expert] * split_ED[expert, rank] * 4
+                rows = loads[1, 0, expert, source] * split_ED[expert, rank] * 4
                 near += rows * (rank != source and rank % 2 == source % 2)
                 far += rows * (rank % 2 != source % 2)
     assert row.bytes.near == pytest.approx(near)
@@ -222,7 +222,7 @@ def test_smartmoe_plans_every_tenth_step_from_the_last_two() -> None:
     seen: list[float] = []
 
     def planner(given: PlanInput) -> Plan:
-        seen.append(0.0 if given.loads_LSE is None else given.loads_LSE[0, 0, 0])
+        seen.append(0.0 if given.loads_LED is None else given.loads_LED[0, 0, 0])
         return POLICIES["static_ep"](given)
 
     loads = np.zeros((24, 1, 2, 2), dtype=int)

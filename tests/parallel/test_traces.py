@@ -19,7 +19,7 @@ def a_trace(**changes: Any) -> Trace:
     """Steps 3 and 5 of layers 0 (2 experts) and 4 (3 experts), two ranks of at most 4 tokens, one expert a token."""
     loads = [[[[1, 2, 0], [3, 0, 0]], [[1, 1, 1], [0, 0, 3]]], [[[4, 0, 0], [0, 0, 0]], [[0, 2, 2], [0, 0, 0]]]]
     values: dict[str, Any] = {
-        "loads": np.array(loads),
+        "loads": np.array(loads).swapaxes(2, 3),
         "steps": (3, 5),
         "layers": (0, 4),
         "num_experts": (2, 3),
@@ -51,7 +51,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     save_trace(a_trace(), path)
     assert same(load_trace(path), a_trace())
     assert list(tmp_path.iterdir()) == [path]
-    assert a_trace().of_layer(0).tolist() == [[[1, 2], [3, 0]], [[4, 0], [0, 0]]]
+    assert a_trace().of_layer(0).tolist() == [[[1, 3], [2, 0]], [[4, 0], [0, 0]]]
     first = path.read_bytes()
     save_trace(a_trace(), path)
     assert path.read_bytes() == first
@@ -63,6 +63,7 @@ def test_the_file_is_as_documented(tmp_path: Path) -> None:
         assert sorted(arrays) == ["header", "loads"]
         header = json.loads(arrays["header"].tobytes())
         assert (arrays["header"].dtype, arrays["loads"].shape) == (np.uint8, (2, 2, 2, 3))
+        assert arrays["loads"][0].tolist() == [[[1, 2, 0], [3, 0, 0]], [[1, 1, 1], [0, 0, 3]]], "[layers, source ranks, experts]"
     assert header == {
         "version": 1,
         "steps": [3, 5],
@@ -168,7 +169,7 @@ def writer(path: Path, after: int = 0) -> TraceWriter:
 
 def loads_of(step: int) -> dict[int, np.ndarray]:
     """Layer 7 before layer 2, which has an expert less."""
-    return {7: np.array([[0, 1, step % 4], [0, 0, 0]]), 2: np.array([[step % 3, 0], [0, 2]])}
+    return {7: np.array([[0, 0], [1, 0], [step % 4, 0]]), 2: np.array([[step % 3, 0], [0, 2]])}
 
 
 def test_a_writer_keeps_all_steps(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_a_writer_keeps_all_steps(tmp_path: Path) -> None:
     trace = load_trace(path)
     assert (trace.steps, trace.layers, trace.num_experts, trace.top_k, trace.model) == ((1, 2, 4), (2, 7), (2, 3), 1, "tiny")
     assert trace.loads.dtype == np.int32
-    assert trace.loads.tolist()[1] == [[[2, 0, 0], [0, 2, 0]], [[0, 1, 2], [0, 0, 0]]]
+    assert trace.loads.tolist()[1] == [[[2, 0], [0, 2], [0, 0]], [[0, 0], [1, 0], [2, 0]]]
     with pytest.raises(AssertionError):
         ours.append(4, loads_of(4))
 
@@ -220,8 +221,8 @@ def test_a_new_run_does_not_read_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {2: np.zeros((2, 2)), 8: np.zeros((2, 3))},
-        {2: np.zeros((2, 3)), 7: np.zeros((2, 3))},
+        {2: np.zeros((2, 2)), 8: np.zeros((3, 2))},
+        {2: np.zeros((3, 2)), 7: np.zeros((3, 2))},
     ],
     ids=["layers", "experts"],
 )
@@ -240,11 +241,11 @@ def test_a_run_that_goes_on_with_more_ranks(tmp_path: Path) -> None:
     first = writer(path)
     first.append(1, loads_of(1))
     first.save()
-    on_three = {layer: np.concatenate([loads_SE, loads_SE[:1]]) for layer, loads_SE in loads_of(2).items()}
+    on_three = {layer: np.concatenate([loads_ED, loads_ED[:, :1]], axis=1) for layer, loads_ED in loads_of(2).items()}
     later = writer(path, after=1)
     later.append(2, on_three)
     later.save()
     trace = load_trace(path)
     for index, layer in enumerate(trace.layers):
-        assert (trace.of_layer(index)[0] == np.pad(loads_of(1)[layer], ((0, 1), (0, 0)))).all()
+        assert (trace.of_layer(index)[0] == np.pad(loads_of(1)[layer], ((0, 0), (0, 1)))).all()
         assert (trace.of_layer(index)[1] == on_three[layer]).all()

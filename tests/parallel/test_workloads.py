@@ -37,7 +37,7 @@ def make(name: str, steps: int, layers: int, ranks: int, experts: int, tokens: i
 
 def totals(name: str, *sizes: int, seed: int = 0) -> np.ndarray:
     """[steps, layers, experts], all ranks together."""
-    return make(name, *sizes, seed=seed).sum(2)
+    return make(name, *sizes, seed=seed).sum(-1)
 
 
 def hot_experts(total_E: np.ndarray) -> list[int]:
@@ -60,13 +60,13 @@ def test_every_token_has_as_many_different_experts(name: str, data: st.DataObjec
         return
     loads = make(name, steps, layers, ranks, experts, tokens, top_k, data.draw(st.integers(0, 2**40)))
     assert loads.dtype == np.int64
-    assert loads.shape == (steps, layers, ranks, experts)
+    assert loads.shape == (steps, layers, experts, ranks)
     assert loads.min() >= 0
-    choices = loads.sum(-1)
+    choices = loads.sum(2)
     assert (choices % top_k == 0).all()
     tokens_of = choices // top_k
     # No expert twice for a token; with that, any loads with these sums can be dealt to tokens.
-    assert (loads <= tokens_of[..., None]).all()
+    assert (loads <= tokens_of[:, :, None]).all()
     assert (tokens_of == tokens_of[:, :1]).all(), "a step's tokens pass through all layers"
     assert (tokens_of == tokens).all() if name in FULL else tokens_of.max() <= tokens
 
@@ -82,25 +82,25 @@ def test_a_pure_function_whose_beginning_does_not_depend_on_the_end(name: str) -
 
 def test_balanced_by_hand() -> None:
     # Two ranks of 3 tokens with 2 choices: 6 choices to 4 experts, so 2 experts get 2; the next rank's 2 are the other ones.
-    loads_SE = make("balanced", 1, 1, 2, 4, 3, 2)[0, 0]
-    assert loads_SE.tolist() == [[2, 2, 1, 1], [1, 1, 2, 2]]
+    loads_ED = make("balanced", 1, 1, 2, 4, 3, 2)[0, 0]
+    assert loads_ED.T.tolist() == [[2, 2, 1, 1], [1, 1, 2, 2]]
 
 
 @given(ranks=st.integers(1, 9), experts=st.integers(2, 9), tokens=st.integers(1, 30))
 def test_balanced_to_one_choice(ranks: int, experts: int, tokens: int) -> None:
     loads = make("balanced", 2, 2, ranks, experts, tokens, 2)
-    assert np.ptp(loads, axis=-1).max() <= 1
-    assert np.ptp(loads.sum(2), axis=-1).max() <= 1
+    assert np.ptp(loads, axis=2).max() <= 1
+    assert np.ptp(loads.sum(3), axis=-1).max() <= 1
 
 
 def test_one_hot_expert() -> None:
     # 2 of 64 experts: alike, 1/32 of the tokens would choose it; half of the other 31/32 do, too: 0.516 of all.
     loads = make("one_hot_expert", 2, 3, 4, 64, 4000, 2)
-    hot = [hot_experts(total_E) for total_E in loads[0].sum(1)]
+    hot = [hot_experts(total_E) for total_E in loads[0].sum(2)]
     assert all(len(experts) == 1 for experts in hot)
     assert len({experts[0] for experts in hot}) == 3
-    assert [hot_experts(total_E) for total_E in loads[1].sum(1)] == hot
-    np.testing.assert_allclose(loads[0, 0][:, hot[0][0]] / 4000, 0.516, atol=0.03)
+    assert [hot_experts(total_E) for total_E in loads[1].sum(2)] == hot
+    np.testing.assert_allclose(loads[0, 0][hot[0][0]] / 4000, 0.516, atol=0.03)
 
 
 def test_a_hot_rank_and_as_many_hot_experts_spread() -> None:
@@ -116,13 +116,13 @@ def test_a_hot_rank_and_as_many_hot_experts_spread() -> None:
 
 
 def test_ragged_sources() -> None:
-    tokens = make("ragged_sources", 6, 2, 8, 16, 64, 4)[:, 0].sum(-1) // 4
+    tokens = make("ragged_sources", 6, 2, 8, 16, 64, 4)[:, 0].sum(1) // 4
     assert np.sort(tokens, axis=1).tolist() == [[8, 16, 24, 32, 40, 48, 56, 64]] * 6
     assert len({tuple(step) for step in tokens.tolist()}) > 1
 
 
 def test_an_empty_rank() -> None:
-    choices = make("empty_rank", 3, 2, 5, 8, 10, 2, seed=7).sum(-1)
+    choices = make("empty_rank", 3, 2, 5, 8, 10, 2, seed=7).sum(2)
     assert choices.tolist() == [[[20, 20, 0, 20, 20]] * 2] * 3
 
 
@@ -137,12 +137,12 @@ def test_an_idle_expert() -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 8])
 def test_all_to_one(top_k: int) -> None:
     loads = make("all_to_one", 2, 3, 4, 8, 100, top_k)
-    full = (loads == 100).all(2)
+    full = (loads == 100).all(3)
     assert (full.sum(-1) == (8 if top_k == 8 else 1)).all()
     assert (full[:, 0] == full[:, 1]).all() == (top_k == 8)
-    rest = np.where(full[:, :, None], 0, loads)
+    rest = np.where(full[..., None], 0, loads)
     if top_k == 2:  # the other choice, of 7 experts
-        np.testing.assert_allclose(rest.sum(2)[~full] / 400, 1 / 7, atol=0.06)
+        np.testing.assert_allclose(rest.sum(3)[~full] / 400, 1 / 7, atol=0.06)
 
 
 def test_rotating_visits_all_and_never_stays() -> None:
@@ -178,13 +178,13 @@ def test_zipf() -> None:
 
 def test_dirichlet_drift() -> None:
     loads = make("dirichlet_drift", 36, 1, 2, 2048, 2_000_000, 1)[:, 0].astype(float)
-    ordered = np.sort(loads[0, 0])
+    ordered = np.sort(loads[0, :, 0])
     gini = (2 * np.arange(1, 2049) - 2049) @ ordered / (2048 * ordered.sum())
     assert gini == pytest.approx(0.375, abs=0.02)  # a Gamma(a) variable's is G(a + 1/2) / (G(a + 1) sqrt(pi))
     # Squares of normals correlate by the square of the normals' correlation.
-    assert np.corrcoef(loads[0])[0, 1] == pytest.approx(0.5**2, abs=0.06)
+    assert np.corrcoef(loads[0].T)[0, 1] == pytest.approx(0.5**2, abs=0.06)
     for steps in (1, 35):
-        assert np.corrcoef(loads[0, 0], loads[steps, 0])[0, 1] == pytest.approx(0.98 ** (2 * steps), abs=0.06)
+        assert np.corrcoef(loads[0, :, 0], loads[steps, :, 0])[0, 1] == pytest.approx(0.98 ** (2 * steps), abs=0.06)
 
 
 @pytest.mark.parametrize(

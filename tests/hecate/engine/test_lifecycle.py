@@ -95,7 +95,7 @@ def moving_target(asked: list[PlanInput]) -> object:
         if given.num_layers > 1:
             return Plan(given.owner_LE, where_LED)
         next_LED = np.roll(where_LED, 1, axis=-1)
-        return Plan(given.owner_LE, where_LED | next_LED, given.tokens_LED.sum(-1, keepdims=True) * next_LED)
+        return Plan(given.owner_LE, where_LED | next_LED, given.expected_LED.sum(-1, keepdims=True) * next_LED)
 
     return plan
 
@@ -114,15 +114,15 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     assert at_home == (mode == "calibrated"), "the next micro-step starts from history's plan again"
     alone = [given for given in asked if given.num_layers == 1]
     assert len(alone) == 2 * len(LAYERS), "one plan a layer and micro-step"
-    assert all(given.tokens_LED.sum() == 2 * TOKENS * world for given in alone), "the micro-step's own choices"
-    loads = {layer: sum(given.loads_LSE[0] for given in alone[layer::4]) for layer in LAYERS}  # type: ignore[misc, index]
-    home = [loads[layer].sum(0)[[0, 1, 2]] @ np.eye(world)[made.owners[layer]] for layer in LAYERS]
+    assert all(given.expected_LED.sum() == 2 * TOKENS * world for given in alone), "the micro-step's own choices"
+    loads = {layer: sum(given.loads_LED[0] for given in alone[layer::4]) for layer in LAYERS}  # type: ignore[misc, index]
+    home = [loads[layer].sum(1)[[0, 1, 2]] @ np.eye(world)[made.owners[layer]] for layer in LAYERS]
     assert made.plans.imbalance(loads) == pytest.approx(np.mean([one.max() / one.mean() for one in home])), "all serve as one rank on"
     calibrations = made.plans.calibrations
     made.begin_step(1, 2)
     if mode == "calibrated":
         predicted = asked[-1]
-        assert predicted.tokens_LED.sum() == len(LAYERS) * 2 * TOKENS * world, "half of the step's, for one of two micro-steps"
+        assert predicted.expected_LED.sum() == len(LAYERS) * 2 * TOKENS * world, "half of the step's, for one of two micro-steps"
     return calibrations
 
 

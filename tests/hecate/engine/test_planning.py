@@ -21,12 +21,12 @@ TWO = Topology((0, 0), (1.0, 1.0), (1e9, 1e9), Link(1.0, 0.0), Link(1.0, 0.0))
 """two ranks of one FLOP and one byte a second"""
 COST = LayerCost(trainable_bytes=10.0, gradient_bytes=8.0, assignment_flops=1.0)
 """a choice takes one second forward and two backward"""
-HOT_SE = np.array([[100.0, 0.0], [0.0, 0.0]])
+HOT_ED = np.array([[100.0, 0.0], [0.0, 0.0]])
 """all choices are of expert 0, and on its owner"""
 
 
-def layer(cost: LayerCost = COST, loads_SE: np.ndarray = HOT_SE) -> PlanInput:
-    return PlanInput(OWNERS[None], loads_SE[None], TWO, cost, np.full(2, 2))
+def layer(cost: LayerCost = COST, loads_ED: np.ndarray = HOT_ED) -> PlanInput:
+    return PlanInput(OWNERS[None], loads_ED[None], TWO, cost, np.full(2, 2))
 
 
 def at_home() -> LayerPlan:
@@ -35,7 +35,7 @@ def at_home() -> LayerPlan:
 
 def shared() -> LayerPlan:
     """Expert 0 on both ranks, which serve half of its choices each."""
-    return LayerPlan(Placement(OWNERS.copy(), np.array([[True, True], [False, True]])), HOT_SE, np.array([[50.0, 50.0], [0.0, 0.0]]))
+    return LayerPlan(Placement(OWNERS.copy(), np.array([[True, True], [False, True]])), HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
 
 
 @pytest.mark.parametrize(
@@ -57,26 +57,26 @@ def test_gain_by_hand(cost: LayerCost, rematerialize: bool, gain: float) -> None
 
 def test_what_is_there_already_costs_nothing() -> None:
     everywhere = LayerPlan(everything_everywhere(OWNERS, 2), np.ones((2, 2)), None)
-    better = LayerPlan(everywhere.placement, HOT_SE, np.array([[50.0, 50.0], [0.0, 0.0]]))
+    better = LayerPlan(everywhere.placement, HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
     assert calibration_gain(layer(), everywhere, better, rematerialize=False) == pytest.approx(150)
 
 
 def test_what_is_there_and_not_wanted_need_not_be_reduced() -> None:
     """Both experts' gradients go different ways, side by side: one expert fewer there is nothing gained."""
-    everywhere = LayerPlan(everything_everywhere(OWNERS, 2), HOT_SE, np.array([[50.0, 50.0], [0.0, 0.0]]))
+    everywhere = LayerPlan(everything_everywhere(OWNERS, 2), HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
     assert calibration_gain(layer(), everywhere, shared(), rematerialize=False) == pytest.approx(0)
     assert calibration_gain(layer(), everywhere, at_home(), rematerialize=False) == pytest.approx(8 - 150)
 
 
 def test_present_shares_meet_the_true_loads() -> None:
     """The plan at hand sent half of rank 0's choices of expert 0 away; of twice as many it still does."""
-    plan = LayerPlan(shared().placement, HOT_SE, np.array([[50.0, 50.0], [0.0, 0.0]]))
-    assert plan.served(2 * HOT_SE, TWO).tolist() == [100, 100]
+    plan = LayerPlan(shared().placement, HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
+    assert plan.served(2 * HOT_ED, TWO).tolist() == [100, 100]
     assert plan.split(TWO, 0)[0].tolist() == [0.5, 0.5]
     assert plan.dispatches(TWO)
-    assert not LayerPlan(everything_everywhere(OWNERS, 2), HOT_SE, None).dispatches(TWO)
-    at_home_ED = np.where(HOT_SE.T > 0, HOT_SE.T, 0.0)
-    assert not LayerPlan(everything_everywhere(OWNERS, 2), HOT_SE, at_home_ED).dispatches(TWO), "each rank serves its own"
+    assert not LayerPlan(everything_everywhere(OWNERS, 2), HOT_ED, None).dispatches(TWO)
+    at_home_ED = np.where(HOT_ED > 0, HOT_ED, 0.0)
+    assert not LayerPlan(everything_everywhere(OWNERS, 2), HOT_ED, at_home_ED).dispatches(TWO), "each rank serves its own"
 
 
 def test_a_layer_among_several() -> None:
@@ -85,7 +85,7 @@ def test_a_layer_among_several() -> None:
     )
     alone = one_layer(both, 1, np.array([[3, 4], [5, 6]]))
     assert alone.owner_LE.tolist() == [[1, 0]]
-    assert alone.tokens_LED.tolist() == [[[3, 5], [4, 6]]]
+    assert alone.expected_LED.tolist() == [[[3, 4], [5, 6]]]
     assert alone.resident_LED is not None
     assert both.resident_LED is not None
     assert alone.resident_LED.tolist() == both.resident_LED[1:].tolist()

@@ -33,8 +33,8 @@ def model(tmp_path: Path) -> str:
 
 
 def trace_file(folder: Path, num_experts: tuple[int, ...] = (4, 4), ranks: int = 2) -> Path:
-    loads = np.zeros((3, len(num_experts), ranks, max(num_experts)), dtype=np.int32)
-    loads[..., :2] = 5
+    loads = np.zeros((3, len(num_experts), max(num_experts), ranks), dtype=np.int32)
+    loads[:, :, :2] = 5
     save_trace(Trace(loads, (1, 2, 3), tuple(range(len(num_experts))), num_experts, top_k=2, tokens_per_rank=5), folder / "loads.npz")
     return folder / "loads.npz"
 

@@ -79,7 +79,7 @@ def _go_on(run: Run, save_at: int | None = None) -> tuple[Steps, list[list[int]]
     while run.step < run.config.max_steps:
         result, _ = run.train_one()
         steps.append((result.loss, result.aux_loss, result.grad_norm))
-        loads = loads or [result.loads[layer].sum(0).tolist() for layer in sorted(result.loads)]
+        loads = loads or [result.loads[layer].sum(1).tolist() for layer in sorted(result.loads)]
         if run.step == save_at:
             run.save()
     (held_out,) = evaluate(run.config, run.ranks, run.base, run.moe, run.eval_sources).scores.values()

@@ -42,7 +42,7 @@ def records(path: Path) -> list[Record]:
 
 def test_loads_are_summed_over_source_ranks() -> None:
     # Two ranks, layer 2: expert 0 gets 1 + 5, expert 1 gets 2 + 0, expert 2 gets 1 + 0; mean 3. Layer 10 is idle.
-    record = a_step(loads={Unit(10): np.zeros((2, 2), dtype=np.int64), Unit(2): np.array([[1, 2, 1], [5, 0, 0]])})
+    record = a_step(loads={Unit(10): np.zeros((2, 2), dtype=np.int64), Unit(2): np.array([[1, 5], [2, 0], [1, 0]])})
     assert record["loads"] == {"2": [6, 2, 1], "10": [0, 0]}
     assert record["layer_balance"] == {"2": 2.0, "10": 1.0}
     assert list(record["loads"]) == ["2", "10"]

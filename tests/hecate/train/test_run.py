@@ -64,9 +64,9 @@ def test_a_run_learns_and_leaves_everything_behind(workshop: Path, whole: subpro
         # Two choices of every token, padding left out, in both layers.
         assert {layer: sum(load) for layer, load in record["loads"].items()} == {"0": 2 * record["tokens"], "1": 2 * record["tokens"]}
     trace = load_trace(folder / "loads.npz")
-    assert trace.loads.shape == (STEPS, 2, 2, 3)  # steps, layers, ranks, experts
-    for step, loads_LSE in zip(trace.steps, trace.loads, strict=True):
-        assert {str(layer): loads_SE.sum(0).tolist() for layer, loads_SE in enumerate(loads_LSE)} == steps[step - 1]["loads"]
+    assert trace.loads.shape == (STEPS, 2, 3, 2)  # steps, layers, experts, ranks
+    for step, loads_LED in zip(trace.steps, trace.loads, strict=True):
+        assert {str(layer): loads_ED.sum(1).tolist() for layer, loads_ED in enumerate(loads_LED)} == steps[step - 1]["loads"]
     before, after = records(workshop, "whole", "eval")
     assert set(after["sources"]) == {"up.eval", "echo.eval"}
     assert all(after["sources"][name]["loss"] < before["sources"][name]["loss"] for name in after["sources"])

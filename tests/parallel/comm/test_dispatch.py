@@ -94,14 +94,16 @@ class Case:
         ]
         # Numbers beyond 32 bits, in no order.
         self.token = [(torch.arange(n) * 7 + 3 + 100 * rank + (1 << 40)).flip(0) for rank, n in enumerate(counts.tolist())]
-        self.loads_SE = np.stack([np.bincount(choices.flatten().numpy(), minlength=experts).astype(float) for choices in self.expert])
+        self.loads_ED = np.stack(
+            [np.bincount(choices.flatten().numpy(), minlength=experts).astype(float) for choices in self.expert], axis=1
+        )
         share = rng.random((experts, world)) * where * (rng.random((experts, world)) < 0.7)
         share[share.sum(1) == 0] = where[share.sum(1) == 0]
-        self.quota_ED = self.loads_SE.sum(0)[:, None] * share / share.sum(1, keepdims=True)
+        self.quota_ED = self.loads_ED.sum(1, keepdims=True) * share / share.sum(1, keepdims=True)
 
     def split(self, rank: int, quotas: bool) -> np.ndarray:
         """By topology, or by random quotas, in which an owner may have none."""
-        given_ = (self.loads_SE, self.quota_ED) if quotas else (None, None)
+        given_ = (self.loads_ED, self.quota_ED) if quotas else (None, None)
         return token_split(self.placement.where_ED, *given_, self.topology, rank)
 
 

@@ -28,8 +28,8 @@ def test_every_planner_gives_a_plan_where_there_is_little_to_plan(policy: str, n
     place, experts = topology(nodes), 4
     fitting = replica_slots(place, cost, num_layers=1, num_experts=experts)
     assert cost.trainable_bytes < 1e30 or not fitting.any()
-    one = np.zeros((1, len(nodes), experts))
-    one[0, 0, -1] = 1.0
+    one = np.zeros((1, experts, len(nodes)))
+    one[0, -1, 0] = 1.0
     for loads in (None, 0 * one, one, 1e15 * one):
         for slots in (np.zeros(len(nodes), dtype=np.int64), fitting):
             given = PlanInput(contiguous_owners(experts, len(nodes))[None], loads, place, cost, slots)
@@ -39,19 +39,19 @@ def test_every_planner_gives_a_plan_where_there_is_little_to_plan(policy: str, n
                 total = plan.seconds(given).total
             assert (plan.where_LED | ~given.owned_LED).all()
             assert np.isfinite(total).all()
-            quota_LED = plan.quotas(given.tokens_LED, place)
+            quota_LED = plan.quotas(given.expected_LED, place)
             assert not quota_LED[~plan.where_LED].any()
-            np.testing.assert_allclose(quota_LED.sum(-1), given.tokens_LED.sum(-1))
+            np.testing.assert_allclose(quota_LED.sum(-1), given.expected_LED.sum(-1))
 
 
 @pytest.mark.parametrize(
     ("loads", "slots", "message"),
     [
-        (np.full((1, 2, 3), np.nan), [1, 1], "loads must be finite and >= 0, got numbers from nan"),
-        (np.full((1, 2, 3), np.inf), [1, 1], "loads must be finite"),
-        (np.full((1, 2, 3), -1.0), [1, 1], "got numbers from -1.0 to -1.0"),
-        (np.ones((1, 3, 2)), [1, 1], r"shape \(1, 2, 3\), got \(1, 3, 2\)"),
-        (np.ones((2, 2, 3)), [1, 1], r"shape \(1, 2, 3\), got \(2, 2, 3\)"),
+        (np.full((1, 3, 2), np.nan), [1, 1], "loads must be finite and >= 0, got numbers from nan"),
+        (np.full((1, 3, 2), np.inf), [1, 1], "loads must be finite"),
+        (np.full((1, 3, 2), -1.0), [1, 1], "got numbers from -1.0 to -1.0"),
+        (np.ones((1, 2, 3)), [1, 1], r"shape \(1, 3, 2\), got \(1, 2, 3\)"),
+        (np.ones((2, 3, 2)), [1, 1], r"shape \(1, 3, 2\), got \(2, 3, 2\)"),
         (None, [1, -1], "slots_D must be 2 numbers >= 0"),
         (None, [1], "slots_D must be 2 numbers >= 0"),
     ],
@@ -82,7 +82,7 @@ def test_links_that_carry_nothing_are_refused(bandwidth: float) -> None:
 def test_the_simulator_bears_steps_without_tokens(nodes: tuple[int, ...]) -> None:
     place = topology(nodes)
     slots = replica_slots(place, COST, num_layers=1, num_experts=3)
-    rows = simulate(np.zeros((3, 1, len(nodes), 3), dtype=np.int64), place, COST, POLICIES, slots_D=slots)
+    rows = simulate(np.zeros((3, 1, 3, len(nodes)), dtype=np.int64), place, COST, POLICIES, slots_D=slots)
     for row in rows:
         assert (row.seconds.compute, row.seconds.dispatch, row.imbalance) == (0, 0, 1)
         assert np.isfinite(row.step_seconds)
@@ -91,4 +91,4 @@ def test_the_simulator_bears_steps_without_tokens(nodes: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("load", [-1.0, np.nan])
 def test_the_simulator_refuses_loads_that_are_none(load: float) -> None:
     with pytest.raises(UserError, match="loads must be finite and >= 0"):
-        simulate(np.full((3, 1, 2, 3), load), PAIR, COST, POLICIES, slots_D=np.ones(2, dtype=np.int64))
+        simulate(np.full((3, 1, 3, 2), load), PAIR, COST, POLICIES, slots_D=np.ones(2, dtype=np.int64))

@@ -62,7 +62,7 @@ def inputs(draw: st.DrawFn) -> PlanInput:
     owners = random.integers(0, world, (layers, experts)) if draw(st.booleans()) else np.stack([contiguous_owners(experts, world)] * layers)
     return PlanInput(
         owners,
-        loads.astype(np.float64) if draw(st.booleans()) else None,
+        np.swapaxes(loads, 1, 2).astype(np.float64) if draw(st.booleans()) else None,
         topology(nodes, draw(st.integers(0, 99)), draw(st.floats(1, 2))),
         KINDS[draw(st.sampled_from(sorted(KINDS)))],
         random.integers(0, experts + 1, world),
@@ -75,7 +75,7 @@ def inputs(draw: st.DrawFn) -> PlanInput:
 @given(inputs(), st.integers(0, 10**6))
 def test_the_loops_compute_what_the_cost_model_does(given_: PlanInput, seed: int) -> None:
     random = np.random.default_rng(seed)
-    tokens, owner = given_.tokens_LED[0], given_.owner_LE[0]
+    tokens, owner = given_.expected_LED[0], given_.owner_LE[0]
     where = given_.owned_LED[0] | (random.random(tokens.shape) < 0.4)
     share = random.random(tokens.shape) * where + 1e-9 * given_.owned_LED[0]
     quota = share / share.sum(1, keepdims=True) * tokens.sum(1, keepdims=True)
@@ -131,7 +131,7 @@ def test_every_plan_is_one(given_: PlanInput) -> None:
     assert ((plan.where_LED & ~given_.owned_LED).sum(1) <= given_.slots_D).all()
     assert (plan.quota_LED >= 0).all()
     assert not plan.quota_LED[~plan.where_LED].any(), "choices where there is no replica"
-    np.testing.assert_allclose(plan.quota_LED.sum(-1), given_.tokens_LED.sum(-1), rtol=1e-9, atol=1e-6)
+    np.testing.assert_allclose(plan.quota_LED.sum(-1), given_.expected_LED.sum(-1), rtol=1e-9, atol=1e-6)
     again = plan_auto(given_)
     assert np.array_equal(plan.where_LED, again.where_LED)
     assert np.array_equal(plan.quota_LED, again.quota_LED)
@@ -152,7 +152,7 @@ def test_no_slower_than_any_policy_that_fits(given_: PlanInput) -> None:
 def test_each_layer_is_planned_by_itself() -> None:
     random = np.random.default_rng(1)
     place = topology((0, 0, 1, 1))
-    loads = random.integers(0, 300, (3, 4, 6)).astype(np.float64)
+    loads = random.integers(0, 300, (3, 6, 4)).astype(np.float64)
     owners = np.stack([contiguous_owners(6, 4)] * 3)
     together = plan_auto(PlanInput(owners, loads, place, KINDS["full experts"], np.full(4, 2)))
     assert together.quota_LED is not None
@@ -168,18 +168,18 @@ def equal_devices(world: int) -> Topology:
 
 def test_small_experts_over_a_dense_base_go_everywhere_and_no_token_travels() -> None:
     random = np.random.default_rng(0)
-    loads = np.stack([random.permutation(np.arange(8.0) * 20) for _ in range(4)])[None]
+    loads = np.stack([random.permutation(np.arange(8.0) * 20) for _ in range(4)], axis=1)[None]
     given_ = PlanInput(contiguous_owners(8, 4)[None], loads, equal_devices(4), KINDS["dense base"], np.full(4, 8))
     plan = plan_auto(given_)
     assert plan.where_LED.all()
     assert plan.quota_LED is not None
-    np.testing.assert_array_equal(plan.quota_LED, given_.tokens_LED)
+    np.testing.assert_array_equal(plan.quota_LED, given_.expected_LED)
 
 
 def test_a_hot_expert_is_shared_by_those_with_time() -> None:
     """Expert 0 has 400 choices, the other three 0: with cheap transfers each of four equal ranks serves its own 100."""
     loads = np.zeros((1, 4, 4))
-    loads[:, :, 0] = 100
+    loads[:, 0] = 100
     plan = plan_auto(PlanInput(contiguous_owners(4, 4)[None], loads, equal_devices(4), KINDS["full experts"], np.full(4, 1)))
     assert plan.quota_LED is not None
     np.testing.assert_allclose(plan.quota_LED[0, 0], [100, 100, 100, 100])
@@ -195,7 +195,7 @@ def test_a_slow_device_serves_less() -> None:
 
 
 def test_without_slots_it_is_expert_parallelism() -> None:
-    loads = np.random.default_rng(2).integers(0, 99, (1, 3, 5)).astype(np.float64)
+    loads = np.random.default_rng(2).integers(0, 99, (1, 5, 3)).astype(np.float64)
     plan = plan_auto(PlanInput(contiguous_owners(5, 3)[None], loads, equal_devices(3), KINDS["dense base"], np.zeros(3, dtype=np.int64)))
     assert plan.where_LED.sum() == 5
 
@@ -204,7 +204,7 @@ def test_without_slots_it_is_expert_parallelism() -> None:
 def test_the_bound_on_imbalance_is_kept_even_where_that_is_slower(bound: float) -> None:
     """Transfers are so dear here that the fastest plan moves nothing."""
     slow = Topology((0,) * 4, (1e12,) * 4, (1e10,) * 4, Link(1e6, 0.0), Link(1e6, 0.0))
-    loads = np.array([[[400.0, 100.0, 50.0, 50.0]] * 4])
+    loads = np.array([[[400.0] * 4, [100.0] * 4, [50.0] * 4, [50.0] * 4]])
     cost = dataclasses.replace(KINDS["full experts"], top_k=1, row_bytes=1.0)
     free = PlanInput(contiguous_owners(4, 4)[None], loads, slow, cost, np.full(4, 4))
     assert np.array_equal(plan_auto(free).where_LED, free.owned_LED)
@@ -232,7 +232,7 @@ sys.stdout.buffer.write(planned_for_comparison().tobytes())
 def planned_for_comparison() -> np.ndarray:
     random = np.random.default_rng(5)
     place = topology((0, 1, 0, 1))
-    loads = random.integers(0, 300, (2, 4, 6)).astype(np.float64)
+    loads = random.integers(0, 300, (2, 6, 4)).astype(np.float64)
     quotas = []
     for cost in KINDS.values():
         plan = plan_auto(PlanInput(np.stack([contiguous_owners(6, 4)] * 2), loads, place, cost, np.array([1, 2, 0, 4])))
@@ -248,12 +248,12 @@ def test_absurd_inputs_give_a_plan(kind: str, slots: int) -> None:
     for world, experts in ((1, 1), (1, 5), (6, 1), (6, 9)):
         place = topology(tuple(r % 2 for r in range(world)) if world > 1 else (0,))
         owners = contiguous_owners(experts, world)[None]
-        for loads in (np.zeros((1, world, experts)), np.eye(world, experts)[None] * 1e9, None):
+        for loads in (np.zeros((1, experts, world)), np.eye(experts, world)[None] * 1e9, None):
             for cost in (KINDS[kind], LayerCost(trainable_bytes=0.0)):
                 given_ = PlanInput(owners, loads, place, cost, np.full(world, slots))
                 plan = plan_auto(given_)
                 assert plan.quota_LED is not None
-                np.testing.assert_allclose(plan.quota_LED.sum(-1), given_.tokens_LED.sum(-1))
+                np.testing.assert_allclose(plan.quota_LED.sum(-1), given_.expected_LED.sum(-1))
                 assert ((plan.where_LED & ~given_.owned_LED).sum(1) <= slots).all()
                 assert (plan.where_LED | ~given_.owned_LED).all()
 
@@ -261,7 +261,7 @@ def test_absurd_inputs_give_a_plan(kind: str, slots: int) -> None:
 def test_few_slots_bring_one_copy_to_each_node() -> None:
     """Two nodes of two ranks, eight equal experts, a slow link between: with two slots a rank no token need cross it."""
     place = Topology((0, 0, 1, 1), (1e12,) * 4, (1e10,) * 4, Link(1e12, 0.0), Link(1e8, 0.0))
-    given_ = PlanInput(contiguous_owners(8, 4)[None], np.full((1, 4, 8), 1000.0), place, KINDS["dense base"], np.full(4, 2, dtype=np.int64))
+    given_ = PlanInput(contiguous_owners(8, 4)[None], np.full((1, 8, 4), 1000.0), place, KINDS["dense base"], np.full(4, 2, dtype=np.int64))
     plan = plan_auto(given_)
     assert plan.where_LED[0, :, :2].any(1).all()
     assert plan.where_LED[0, :, 2:].any(1).all()

@@ -85,22 +85,23 @@ def large_input(nodes: tuple[int, ...], cost: object) -> PlanInput:
 def test_ranks_may_report_in_any_order(policy: str, given_: PlanInput, seed: int) -> None:
     """Two iterations' counts, by rank, come in and are recorded in another order each time."""
     random = np.random.default_rng(seed)
-    counts_KLSE = random.integers(0, 50, (2, given_.num_layers, given_.world_size, given_.num_experts))
+    counts_KLED = random.integers(0, 50, (2, given_.num_layers, given_.num_experts, given_.world_size))
 
     def planned(arrivals: np.random.Generator | None) -> bytes:
         history = LoadHistory(window=5)
-        for counts_LSE in counts_KLSE:
+        for counts_LED in counts_KLED:
             reports = [(rank, layer) for rank in range(given_.world_size) for layer in range(given_.num_layers)]
             if arrivals is not None:
                 arrivals.shuffle(reports)
             loads: dict[int, np.ndarray] = {}
             for rank, layer in reports:
-                shape = (given_.world_size, given_.num_experts)
+                shape = (given_.num_experts, given_.world_size)
                 # An array laid out the other way round must make no difference, either.
-                loads.setdefault(layer, np.zeros(shape, np.int64, order="C" if arrivals is None else "F"))[rank] = counts_LSE[layer, rank]
+                loads_ED = loads.setdefault(layer, np.zeros(shape, np.int64, order="C" if arrivals is None else "F"))
+                loads_ED[:, rank] = counts_LED[layer, :, rank]
             history.record(loads)
         predicted = np.stack([history.predict(layer) for layer in range(given_.num_layers)])  # type: ignore[misc]
-        return plan_bytes(policy, dataclasses.replace(given_, loads_LSE=predicted))
+        return plan_bytes(policy, dataclasses.replace(given_, loads_LED=predicted))
 
     assert planned(None) == planned(random)
 
@@ -124,7 +125,7 @@ def plan_bytes(policy: str, given_: PlanInput) -> bytes:
 def digests() -> dict[str, str]:
     """Each policy's plan for loads full of ties."""
     random = np.random.default_rng(7)
-    loads = random.integers(0, 3, (2, 6, 12)) * 100.0
+    loads = random.integers(0, 3, (2, 12, 6)) * 100.0
     place = Topology((0, 1, 0, 1, 0, 1), (1e12,) * 6, (1e10,) * 6, topology((0,)).intra_node, topology((0,)).inter_node)
     given_ = PlanInput(np.stack([contiguous_owners(12, 6)] * 2), loads, place, KINDS["full experts"], np.full(6, 3))
     return {policy: hashlib.sha256(plan_bytes(policy, given_)).hexdigest() for policy in POLICIES}
@@ -149,8 +150,8 @@ def test_ties_go_by_index(policy: str) -> None:
 
     Whoever gets copies of one only, copies the first; whoever copies both, gives the first its copies on the first ranks, or more of them.
     """
-    loads = np.ones((1, 4, 8))
-    loads[:, :, :2] = 100.0
+    loads = np.ones((1, 8, 4))
+    loads[:, :2] = 100.0
     place = dataclasses.replace(topology((0,) * 4), flops=(1e12,) * 4, port_bandwidth=(), nic_bandwidth=(), memory_bandwidth=())
     cost = dataclasses.replace(KINDS["full experts"], trainable_bytes=1e5, assignment_flops=1e9, row_bytes=1.0, non_moe_flops=2.5e11)
     given_ = PlanInput(contiguous_owners(8, 4)[None], loads, place, cost, np.full(4, 1, dtype=np.int64))

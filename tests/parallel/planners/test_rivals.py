@@ -29,12 +29,15 @@ def plan_input(
     resident: list[list[int]] | None = None,
     max_imbalance: float | None = None,
 ) -> PlanInput:
-    """One layer; devices of 1 FLOP/s, links of 1 byte/s without latency. `resident`: ranks of each expert."""
+    """One layer; devices of 1 FLOP/s, links of 1 byte/s without latency.
+
+    `loads`: a row a source rank. `resident`: ranks of each expert.
+    """
     world, link = len(slots), Link(1.0, 0.0)
     topology = Topology(nodes or (0,) * world, (1.0,) * world, (1e9,) * world, link, link)
-    loads_LSE = None if loads is None else np.array([loads], dtype=np.float64)
+    loads_LED = None if loads is None else np.array([loads], dtype=np.float64).swapaxes(1, 2)
     resident_LED = None if resident is None else np.array([[[rank in ranks for rank in range(world)] for ranks in resident]])
-    return PlanInput(np.array([owner]), loads_LSE, topology, cost, np.array(slots), resident_LED, max_imbalance)
+    return PlanInput(np.array([owner]), loads_LED, topology, cost, np.array(slots), resident_LED, max_imbalance)
 
 
 def totals(loads: list[float], world: int) -> list[list[float]]:
@@ -317,15 +320,15 @@ def inputs(draw: st.DrawFn) -> PlanInput:
     owner_LE = np.tile(contiguous_owners(experts, world), (layers, 1))
     if draw(st.booleans()):
         owner_LE = rng.integers(0, world, size=(layers, experts))
-    loads_LSE = None
+    loads_LED = None
     if draw(st.integers(0, 4)):
         # Thirds: means of iterations are fractions. Some entries, some experts, perhaps all, are without load.
-        loads_LSE = rng.integers(0, draw(st.sampled_from([1, 5, 5000])), size=(layers, world, experts), endpoint=True) / 3
-        loads_LSE *= (rng.random((layers, world, experts)) < 0.8) & (rng.random((layers, 1, experts)) < 0.8)
+        loads_LED = rng.integers(0, draw(st.sampled_from([1, 5, 5000])), size=(layers, experts, world), endpoint=True) / 3
+        loads_LED *= (rng.random((layers, experts, world)) < 0.8) & (rng.random((layers, experts, 1)) < 0.8)
     fast, slow = Link(100.0, 0.01), Link(10.0, 0.1)
     return PlanInput(
         owner_LE,
-        loads_LSE,
+        loads_LED,
         Topology(nodes, tuple(rng.choice([1e3, 3e3], size=world).tolist()), (1e9,) * world, fast, slow),
         LayerCost(trainable_bytes=draw(st.sampled_from([1.0, 50.0])), assignment_flops=1.0, row_bytes=1.0, non_moe_flops=2e3),
         rng.integers(0, draw(st.integers(1, experts + 1)), size=world, endpoint=True),
@@ -346,11 +349,11 @@ def check(given_: PlanInput, plan: Plan, *, within_slots: bool = True) -> np.nda
         for rank in range(world):
             held = set(np.flatnonzero(plan.where_LED[layer, :, rank])) - set(np.flatnonzero(given_.owner_LE[layer] == rank))
             assert not within_slots or len(held) <= given_.slots_D[rank], f"rank {rank} has no room for {held}"
-    quota_LED = plan.quotas(given_.tokens_LED, given_.topology)
+    quota_LED = plan.quotas(given_.expected_LED, given_.topology)
     assert quota_LED.dtype == np.float64
     assert (quota_LED >= 0).all()
     assert (quota_LED[~plan.where_LED] == 0).all(), "choices are sent where the expert is not"
-    np.testing.assert_allclose(quota_LED.sum(-1), given_.tokens_LED.sum(-1), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(quota_LED.sum(-1), given_.expected_LED.sum(-1), rtol=1e-9, atol=1e-9)
     return np.asarray(quota_LED.sum(1))
 
 
@@ -363,11 +366,11 @@ def test_every_policy_returns_a_plan_that_can_be_carried_out(policy: str, given_
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @given(given_=inputs())
 def test_every_policy_is_a_pure_function(policy: str, given_: PlanInput) -> None:
-    arrays = ("owner_LE", "loads_LSE", "slots_D", "resident_LED")
+    arrays = ("owner_LE", "loads_LED", "slots_D", "resident_LED")
     before = {name: None if getattr(given_, name) is None else getattr(given_, name).copy() for name in arrays}
     first, second = POLICIES[policy](given_), POLICIES[policy](given_)
     np.testing.assert_array_equal(first.where_LED, second.where_LED)
-    np.testing.assert_array_equal(first.quotas(given_.tokens_LED, given_.topology), second.quotas(given_.tokens_LED, given_.topology))
+    np.testing.assert_array_equal(first.quotas(given_.expected_LED, given_.topology), second.quotas(given_.expected_LED, given_.topology))
     for name, array in before.items():
         np.testing.assert_array_equal(getattr(given_, name), array, err_msg=f"{name} was changed")
 
@@ -382,7 +385,7 @@ def test_layers_do_not_depend_on_each_other(policy: str, given_: PlanInput) -> N
             replace(
                 given_,
                 owner_LE=given_.owner_LE[part],
-                loads_LSE=None if given_.loads_LSE is None else given_.loads_LSE[part],
+                loads_LED=None if given_.loads_LED is None else given_.loads_LED[part],
                 resident_LED=None if given_.resident_LED is None else given_.resident_LED[part],
             )
         )
@@ -403,7 +406,7 @@ def test_llep_and_echo_with_room_for_everything(given_: PlanInput) -> None:
     """LLEP keeps to its bound but for the last chunk, an eighth of it at most; ECHO balances exactly."""
     given_ = replace(given_, slots_D=np.full(given_.world_size, given_.num_experts))
     bound = 1.1 if given_.max_imbalance is None else given_.max_imbalance
-    mean_L = given_.tokens_LED.sum((-1, -2)) / given_.world_size
+    mean_L = given_.expected_LED.sum((-1, -2)) / given_.world_size
     assert (check(given_, POLICIES["llep"](given_)).max(-1) <= mean_L * bound * 1.125 * (1 + 1e-9)).all()
     np.testing.assert_allclose(check(given_, POLICIES["echo"](given_)).max(-1), mean_L, rtol=1e-6)
 
@@ -432,10 +435,10 @@ def skewed() -> PlanInput:
     rng = np.random.default_rng(0)
     popularity_LE = rng.lognormal(size=(layers, experts))
     popularity_LE /= popularity_LE.sum(-1, keepdims=True)
-    loads_LSE = np.stack([rng.multinomial(8192 * 8, popularity_E, size=world) for popularity_E in popularity_LE]).astype(float)
+    loads_LED = np.stack([rng.multinomial(8192 * 8, popularity_E, size=world).T for popularity_E in popularity_LE]).astype(float)
     topology = uniform_topology(1, world, flops=11.5e12, memory=1e11, intra_node=Link(50e9 / 8, 0.0))
     cost = LayerCost(trainable_bytes=4 * 2048**2 * 4, assignment_flops=8 * 2048**2, row_bytes=2048 * 4)
-    return PlanInput(np.tile(contiguous_owners(experts, world), (layers, 1)), loads_LSE, topology, cost, np.zeros(world, dtype=np.int64))
+    return PlanInput(np.tile(contiguous_owners(experts, world), (layers, 1)), loads_LED, topology, cost, np.zeros(world, dtype=np.int64))
 
 
 @pytest.mark.parametrize(
