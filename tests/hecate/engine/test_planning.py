@@ -106,4 +106,4 @@ def _exchanged(rank: int, world: int) -> list[list[int]]:
 
 
 def test_every_rank_gets_every_ranks_counts() -> None:
-    assert run_ranks(3, _exchanged) == [[[0, 0], [1, 10], [2, 20]]] * 3
+    assert run_ranks(3, _exchanged) == [[[0, 1, 2], [0, 10, 20]]] * 3
