@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
 
 from hecate.errors import UserError
 from hecate.parallel.cost_model import LayerCost
-
-Kind = Literal["full", "mixlora", "moe_lora"]
+from hecate.parallel.expert_cost import NumberBytes, expert_layer_cost
+from hecate.parallel.expert_kinds import KINDS, ExpertKind, Family
 
 _MASTER_BYTES = 4
 """master parameters, moments and adapters are float32"""
@@ -26,7 +26,7 @@ class ModelShape:
     """
 
     name: str
-    kind: Kind
+    kind: Family
     """full: experts trained whole. mixlora: LoRA pairs over one frozen FFN that the experts share. moe_lora: LoRA pairs over
     frozen experts, each its own"""
     hidden: int
@@ -51,8 +51,8 @@ class ModelShape:
     """half of the attention is masked and not computed"""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise UserError(f"{self.name}: kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        if self.kind not in sorted(KINDS):
+            raise UserError(f"{self.name}: kind must be one of {', '.join(sorted(KINDS))}, got {self.kind!r}")
         for field in fields(self):
             value = getattr(self, field.name)
             optional = field.default is None and value is None
@@ -64,8 +64,13 @@ class ModelShape:
             raise UserError(f"{self.name}: matrices must be 2 (no gate) or 3 (gated), got {self.matrices}")
         if self.top_k > self.experts:
             raise UserError(f"{self.name}: top_k is {self.top_k}, but there are {self.experts} experts")
-        if (self.rank is None) != (self.kind == "full"):
+        if (self.rank is not None) != self.of_kind.has_pairs:
             raise UserError(f"{self.name}: {'kind full has no rank' if self.rank else f'kind {self.kind} needs a rank'}")
+
+    @property
+    def of_kind(self) -> ExpertKind:
+        """What is known of the kind."""
+        return KINDS[self.kind]
 
     @property
     def ffn_parameters(self) -> int:
@@ -86,16 +91,16 @@ class ModelShape:
 
     def num_params(self) -> int:
         """Of all layers: attention and FFNs, LoRA pairs included; no embeddings, no norms, no routers."""
-        ffns = 1 if self.kind == "mixlora" else self.experts
+        ffns = 1 if self.of_kind.shares_ffn else self.experts
         return self.layers * (self.attention_parameters + ffns * self.ffn_parameters + self.experts * self.pair_parameters)
 
     def replicated_bytes(self) -> float:
         """What every rank holds of all layers beside its experts: attention, and the FFN that LoRA experts share, frozen; for full experts
         attention with gradients, float32 master parameters and moments.
         """
-        if self.kind == "full":
+        if not self.of_kind.has_pairs:
             return float(self.layers * self.attention_parameters * (2 * self.dtype_bytes + 3 * _MASTER_BYTES))
-        shared = self.ffn_parameters if self.kind == "mixlora" else 0
+        shared = self.ffn_parameters if self.of_kind.shares_ffn else 0
         return float(self.layers * (self.attention_parameters + shared) * self.dtype_bytes)
 
     def attention_flops(self, tokens: float) -> float:
@@ -107,33 +112,15 @@ class ModelShape:
     def layer_cost(self, tokens_per_rank: float) -> LayerCost:
         """What planners must know of a layer.
 
-        The frozen base of LoRA passes gradients on and gets none (backward as long as forward); its pairs run again in the backward pass
-        and twice for their gradients.
+        Weights that train whole travel in the type in which they are computed with; pairs travel as float32 master parameters.
         """
-        base, pairs = 2.0 * self.ffn_parameters, 2.0 * self.pair_parameters
-        row_bytes = float(self.hidden * self.dtype_bytes)
-        non_moe_flops = self.attention_flops(tokens_per_rank)
-        if self.kind == "full":
-            return LayerCost(
-                trainable_bytes=float(self.ffn_parameters * self.dtype_bytes),
-                state_bytes=float(3 * _MASTER_BYTES * self.ffn_parameters),
-                top_k=self.top_k,
-                row_bytes=row_bytes,
-                assignment_flops=base,
-                non_moe_flops=non_moe_flops,
-            )
-        pair_bytes = float(_MASTER_BYTES * self.pair_parameters)
-        shared = self.kind == "mixlora"
-        return LayerCost(
-            trainable_bytes=pair_bytes,
-            frozen_bytes=0.0 if shared else float(self.ffn_parameters * self.dtype_bytes),
-            state_bytes=3 * pair_bytes,
+        trained = _MASTER_BYTES if self.of_kind.has_pairs else self.dtype_bytes
+        return expert_layer_cost(
+            self.of_kind.parameters(self.ffn_parameters, self.pair_parameters),
+            hidden=self.hidden,
             top_k=self.top_k,
-            row_bytes=row_bytes,
-            row_flops=base if shared else 0.0,
-            assignment_flops=pairs if shared else base + pairs,
-            assignment_backward=3.0 if shared else (base + 3 * pairs) / (base + pairs),
-            non_moe_flops=non_moe_flops,
+            number=NumberBytes(trained, _MASTER_BYTES, self.dtype_bytes),
+            non_moe_flops=self.attention_flops(tokens_per_rank),
         )
 
 

@@ -32,6 +32,7 @@ from hecate.model.load import pick_dtype, resolve_model
 from hecate.model.moe_surgery import AdaptedLayer, MoeLoraPlan, adapt_experts, expert_projections
 from hecate.model.room import require_room
 from hecate.model.surgery import MoeModel
+from hecate.parallel.expert_kinds import kind_written_as
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
@@ -42,7 +43,7 @@ def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
     """The description of what a run trains; made before training."""
     ends = {_end(base, layer.block.experts_path): None for layer in base.adapted}
     projections = expert_projections(config.lora.target_modules)
-    routers = {_end(base, layer.block.router_path): None for layer in base.adapted if config.moe.train_router}
+    routers = {_end(base, layer.block.router_path): None for layer in base.adapted if config.moe.trains_routers}
     return PeftMoeConfig(
         base_model_name_or_path=config.model.name_or_path,
         r=config.lora.r,
@@ -142,7 +143,7 @@ def with_peft_adapter(
     source = resolve_model(name)
     if source.gguf_file is None and num_hidden_layers is None:
         require_room(source.folder, pick_dtype(dtype, ranks.device), ranks.device)
-    base = build_base(name, dtype, num_hidden_layers, ranks.device, "moe_lora")
+    base = build_base(name, dtype, num_hidden_layers, ranks.device, kind_written_as("peft"))
     plan = peft_plan(description, base.adapted, folder)
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
     moe = adapt_experts(base.model, base.adapted, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)

@@ -42,15 +42,19 @@ def output_of(config: Config, base: BaseModel) -> TrainedOutput:
     Raises:
         UserError: the format has no place for it.
     """
-    if config.moe.family == "moe_lora":
-        peft = peft_config(config, base)
-        return TrainedOutput("adapter", lambda folder, moe, ranks: export_peft_adapter(folder, peft, base, moe, ranks))
     if config.model.front_end == "megatron":
         return _mixtral_of_megatron(config, base)
-    if config.moe.family == "full":
-        return _mixtral(config, base)
+    return _FORMATS[config.moe.kind.output](config, base)
+
+
+def _mixlora(config: Config, base: BaseModel) -> TrainedOutput:
     description = adapter_config(config, base)
     return TrainedOutput("adapter", lambda folder, moe, ranks: export_adapter(folder, description, moe, ranks))
+
+
+def _peft(config: Config, base: BaseModel) -> TrainedOutput:
+    description = peft_config(config, base)
+    return TrainedOutput("adapter", lambda folder, moe, ranks: export_peft_adapter(folder, description, base, moe, ranks))
 
 
 def _mixtral(config: Config, base: BaseModel) -> TrainedOutput:
@@ -74,3 +78,7 @@ def _mixtral_of_megatron(config: Config, base: BaseModel) -> TrainedOutput:
         export_mixtral(folder, description, mixtral_weights(shape, dict(moe.whole_others())), moe, ranks)
 
     return TrainedOutput("model", write)
+
+
+_FORMATS: dict[str, Callable[[Config, BaseModel], TrainedOutput]] = {"mixlora": _mixlora, "peft": _peft, "mixtral": _mixtral}
+"""by the name that a kind of experts gives (`ExpertKind.output`)"""

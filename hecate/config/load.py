@@ -54,9 +54,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
 
 
 def _with_defaults(config: Config) -> MoeConfig:
-    """The section `moe` with its numbers of experts and of experts per token, unless a checkpoint says them (family moe_lora)."""
+    """The section `moe` with its numbers of experts and of experts per token, unless the base model says them."""
     moe = config.moe
-    if moe.family == "moe_lora":
+    if moe.kind.of_moe_base:
         return moe
     experts, top_k = DEFAULT_EXPERTS, DEFAULT_TOP_K
     if config.model.front_end == "megatron":

@@ -11,6 +11,7 @@ from hecate.config.paths import find_model
 from hecate.config.problems import Add, shorten
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
+from hecate.parallel.expert_kinds import KINDS
 
 if TYPE_CHECKING:
     from hecate.config.gpt_shape import GptShape
@@ -34,8 +35,10 @@ def check_megatron(values: Mapping[str, Any], add: Add) -> None:
     from hecate.config.gpt_shape import gpt_shape  # imports numpy, which most runs' launchers do not need
 
     where = "with model.front_end=megatron"
-    if values.get("moe.family") in ("mixlora", "moe_lora"):
-        add("moe.family", f"must be full {where}: nothing of the model is there to be adapted", "")
+    kind = KINDS.get(values.get("moe.family", ""))
+    if kind is not None and kind.has_pairs:
+        fitting = " or ".join(other.name for other in KINDS.values() if not other.has_pairs)
+        add("moe.family", f"must be {fitting} {where}: nothing of the model is there to be adapted", "")
     if values.get("model.dtype") == "bfloat16":
         add("model.dtype", f"must be float32 or float64 {where}: the whole model is stepped in it", "leave it at auto")
     if values.get("eval.generate"):

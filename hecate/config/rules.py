@@ -15,6 +15,7 @@ from hecate.config.problems import Add, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, RANGES
 from hecate.errors import UserError
+from hecate.parallel.expert_kinds import KINDS
 
 SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -30,7 +31,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     if alpha is not None and alpha > 0 and not float(alpha).is_integer():
         add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files hold no other")
     _check_experts(values, add)
-    _check_moe_lora(values, add)
+    _check_kind(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
     _check_shard_size(values, add)
@@ -68,7 +69,8 @@ def _check_model(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _check_experts(values: Mapping[str, Any], add: Add) -> None:
-    own = values.get("moe.family") == "moe_lora" or values.get("model.front_end") == "megatron"
+    kind = KINDS.get(values.get("moe.family", ""))
+    own = (kind is not None and kind.of_moe_base) or values.get("model.front_end") == "megatron"
     experts = _or_default(values, "moe.num_experts", None if own else DEFAULT_EXPERTS)
     if experts is None:
         return
@@ -97,20 +99,21 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
         add("moe.top_k", f"must be from 1 to {fewest}, the fewest experts of a layer (moe.num_experts), got {top_k}", "")
 
 
-def _check_moe_lora(values: Mapping[str, Any], add: Add) -> None:
+def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     folder = values.get("lora.init_from")
     if folder is not None and not os.path.isfile(Path(folder) / "adapter_config.json"):
         add("lora.init_from", f"no adapter_config.json in {shorten(folder)}", "give the folder of an adapter")
-    family = values.get("moe.family")
-    if family is None:
+    kind = KINDS.get(values.get("moe.family", ""))
+    if kind is None:
         return
-    given = [key for key in ("moe.train_router", "model.shard_non_experts", "lora.init_from") if values.get(key)]
-    for key in given if family != "moe_lora" else ():
-        add(key, f"is of moe.family=moe_lora only, but the family is {family}", "leave it out")
+    for other in KINDS.values():
+        for key in other.keys if other is not kind else ():
+            if values.get(key):
+                add(key, f"is of moe.family={other.name} only, but the family is {kind.name}", "leave it out")
     if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):
         add("fssdp.redundancy", "cannot bring back what model.shard_non_experts has on a lost rank alone", "set one of the two only")
     targets = set(values.get("lora.target_modules") or ())
-    if family == "moe_lora" and len(targets & {"gate_proj", "up_proj"}) == 1:
+    if kind.joins_gate_and_up and len(targets & {"gate_proj", "up_proj"}) == 1:
         hint = "experts of MoE models hold gate and up as one matrix with one adapter: name both, or neither"
         add("lora.target_modules", f"names {(targets & {'gate_proj', 'up_proj'}).pop()} alone", hint)
 

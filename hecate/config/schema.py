@@ -11,6 +11,7 @@ from typing import Any, Literal, get_type_hints
 
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range
 from hecate.errors import UserError
+from hecate.parallel.expert_kinds import KINDS, ExpertKind, Family
 
 
 def key(allowed: Range | None = None, *, computes: bool = True) -> dict[str, Any]:
@@ -99,9 +100,6 @@ DEFAULT_EXPERTS, DEFAULT_TOP_K = 8, 2
 """where the model does not say"""
 
 
-Family = Literal["mixlora", "full", "moe_lora"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
     family: Family = "mixlora"
@@ -120,6 +118,16 @@ class MoeConfig:
     """Weight of the load-balancing loss in the training loss. 0: none."""
 
     @property
+    def kind(self) -> ExpertKind:
+        """What is known of the family."""
+        return KINDS[self.family]
+
+    @property
+    def trains_routers(self) -> bool:
+        """Do routers train? New ones always do, a model's own ones only by `train_router`."""
+        return self.train_router or not self.kind.of_moe_base
+
+    @property
     def experts_per_token(self) -> int:
         """`top_k`, once `load_config` has filled in the default or `of_model` the model's own number."""
         assert self.top_k is not None, "moe.top_k is the model's own, which has not been read yet"
@@ -133,7 +141,7 @@ class MoeConfig:
             if given is not None and given != own and given != experts_per_layer:
                 shown = list(given) if isinstance(given, tuple) else given
                 raise UserError(
-                    f"moe.{key}: {shown}, but the model has {own}, which moe.family moe_lora cannot change\n  leave moe.{key} out"
+                    f"moe.{key}: {shown}, but the model has {own}, which moe.family {self.family} cannot change\n  leave moe.{key} out"
                 )
         return replace(self, num_experts=experts, top_k=top_k)
 

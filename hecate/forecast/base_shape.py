@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hecate.config.schema import Family
 from hecate.errors import UserError
 from hecate.forecast.tensor_shapes import numel, tensor_shapes
 from hecate.model.expert_files import LayerExperts, expert_layers, refuse_experts
 from hecate.model.tensor_files import tensor_entries
+from hecate.parallel.expert_kinds import ExpertKind, kinds_for
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
@@ -52,18 +52,18 @@ class BaseShape:
     """of a model that has experts: how many a token goes to"""
 
 
-def read_base_shape(path: Path, num_hidden_layers: int | None = None, family: Family = "mixlora") -> BaseShape:
+def read_base_shape(path: Path, kind: ExpertKind, num_hidden_layers: int | None = None) -> BaseShape:
     """The shape of the model at `path` (see `hecate.config.find_model`), from file headers.
 
     Args:
         num_hidden_layers: keep the first layers only.
-        family: with moe_lora the model must have experts, with the others it must have none.
+        kind: of the experts to be put in, which says whether the model must have experts of its own or must have none.
 
     Raises:
         UserError: a file is damaged, the architecture is not one that experts can be put into, or there are fewer layers.
     """
     shapes = tensor_shapes(path)
-    experts = _own_experts(path, shapes, family)
+    experts = _own_experts(path, shapes, kind)
     by_layer: dict[int, dict[str, tuple[int, ...]]] = {}
     rest: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
@@ -88,16 +88,18 @@ def read_base_shape(path: Path, num_hidden_layers: int | None = None, family: Fa
     return BaseShape(layers, max(shape[0] for shape in embeddings), parameters, _top_k(path) if experts else None)
 
 
-def _own_experts(path: Path, names: Iterable[str], family: Family) -> dict[int, LayerExperts]:
+def _own_experts(path: Path, names: Iterable[str], kind: ExpertKind) -> dict[int, LayerExperts]:
     """The model's own experts, by layer."""
-    if family != "moe_lora":
-        refuse_experts(names, path, family)
+    if not kind.of_moe_base:
+        refuse_experts(names, path, kind)
         return {}
     if not path.is_dir():
-        raise UserError(f"{path}: moe.family moe_lora does not read GGUF files\n  give a folder with config.json and *.safetensors")
+        raise UserError(f"{path}: moe.family {kind.name} does not read GGUF files\n  give a folder with config.json and *.safetensors")
     experts = expert_layers(tensor_entries(path), path)
     if not experts:
-        raise UserError(f"{path}: the model has no experts, but moe.family is moe_lora\n  for a dense model take mixlora or full")
+        raise UserError(
+            f"{path}: the model has no experts, but moe.family is {kind.name}\n  for a dense model take {kinds_for(moe_base=False)}"
+        )
     return experts
 
 

@@ -113,7 +113,7 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
     if run.config.model.front_end == "megatron":  # one product, which its part with the values keeps whole, though the rest is turned
         key_value += layer.query_width + key_value // 2
     low_rank = 0
-    if run.config.moe.family != "full":
+    if run.config.moe.kind.has_pairs:
         low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
     wide = 3 if b < 4 else 2
     per_token = b * (layer.hidden + 2 * layer.query_width + key_value + low_rank) + 4 * wide * layer.hidden
@@ -123,7 +123,7 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
 def _choices_a_row(run: RunShape, index: int, rows_D: np.ndarray) -> float:
     """Gate and up products that are kept of a row: one where experts share the base's."""
     config = run.config
-    if config.moe.family == "mixlora" or not config.moe.experts_per_layer(len(run.base.layers))[index]:
+    if config.moe.kind.shares_ffn or not config.moe.experts_per_layer(len(run.base.layers))[index]:
         return 1.0
     return run.tokens * run.topology.world_size * config.moe.experts_per_token / max(float(rows_D.sum()), 1.0)
 

@@ -10,11 +10,12 @@ from hecate.config.presets import find_preset
 from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.expert_cost import NumberBytes, expert_layer_cost
+from hecate.parallel.expert_kinds import PROJECTIONS, FfnSizes, plain_pairs
 from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.parallel.topology import Topology, local_topology
 from hecate.parallel.topology_file import load_topology
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _GPU_FLOPS = 1e13
 """a device this fast computes in bfloat16"""
@@ -68,9 +69,7 @@ class RunShape:
     @property
     def replicated_parameters(self) -> int:
         """Routers, attention adapters, and the model's own where it trains: which every rank has."""
-        routers = self._routers
-        if self.config.moe.family == "moe_lora" and not self.config.moe.train_router:
-            routers = 0
+        routers = self._routers if self.config.moe.trains_routers else 0
         if self.trains_non_experts:
             return routers + self._outside_experts - self.tensor_parallel * self.parts_parameters
         return routers + sum(adapter_parameters(layer, self.config) for layer in self.base.layers)
@@ -78,14 +77,15 @@ class RunShape:
     @property
     def trains_non_experts(self) -> bool:
         model = self.config.model
-        return self.config.moe.family == "full" and (model.train_non_experts or model.front_end == "megatron")
+        return not self.config.moe.kind.has_pairs and (model.train_non_experts or model.front_end == "megatron")
 
     @property
     def frozen_parameters(self) -> int:
         """What every rank holds of the model without training it."""
-        if self.config.moe.family == "mixlora":
+        kind = self.config.moe.kind
+        if kind.shares_ffn:
             return self.base.parameters
-        if self.config.moe.family == "moe_lora" and self.config.moe.train_router:
+        if kind.of_moe_base and self.config.moe.trains_routers:
             return self._outside_experts - self._routers
         return 0 if self.trains_non_experts else self._outside_experts
 
@@ -95,7 +95,7 @@ class RunShape:
         if not self.config.model.shard_non_experts:
             return ()
         layers = self.base.layers
-        routers = [layer.hidden * layer.experts if self.config.moe.train_router else 0 for layer in layers]
+        routers = [layer.hidden * layer.experts if self.config.moe.trains_routers else 0 for layer in layers]
         experts = [3 * layer.hidden * layer.ffn * layer.experts for layer in layers]
         return tuple(layer.parameters - e - r for layer, e, r in zip(layers, experts, routers, strict=True))
 
@@ -148,43 +148,21 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
 
 
 def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> LayerCost:
-    """What the engine plans a layer with (`MixLoraExperts.cost`, `FullExperts.cost`, `MoeLoraExperts.cost`)."""
-    ffn = 3 * layer.hidden * layer.ffn
-    frozen, row_flops, trained = 0, 0.0, config.lora.r * _adapted_sizes(layer, config)
-    assignment_flops, assignment_backward = 2.0 * trained, 3.0
-    if config.moe.family == "full":
-        trained, assignment_flops, assignment_backward = ffn, 2.0 * ffn, 2.0
-    elif config.moe.family == "moe_lora":
-        frozen, frozen_flops, pair_flops = ffn, 2.0 * ffn, 2.0 * trained
-        assignment_flops = frozen_flops + pair_flops
-        assignment_backward = (frozen_flops + 2.5 * pair_flops) / assignment_flops
-    else:
-        row_flops = 2.0 * ffn
-    return LayerCost(
-        trainable_bytes=float(master_bytes * trained),
-        frozen_bytes=float(dtype_bytes * frozen),
-        state_bytes=3.0 * master_bytes * trained,
+    """What the engine plans a layer with (`hecate.experts.family.ExpertFamily.cost`)."""
+    kind, sizes = config.moe.kind, FfnSizes(layer.hidden, layer.ffn)
+    pairs = plain_pairs(sizes, kind.projections(config.lora.target_modules), config.lora.r)
+    return expert_layer_cost(
+        kind.parameters(sum(spec.numel for spec in sizes.specs()), sum(spec.numel for spec in pairs)),
+        hidden=layer.hidden,
         top_k=config.moe.experts_per_token,
-        row_bytes=float(layer.hidden * dtype_bytes),
-        row_flops=row_flops,
-        assignment_flops=assignment_flops,
-        assignment_backward=assignment_backward,
+        number=NumberBytes(master_bytes, master_bytes, dtype_bytes),
         non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
     )
 
 
-def _adapted_sizes(layer: LayerShape, config: Config) -> int:
-    """Inputs plus outputs of an expert's projections that get a pair; gate and up of an MoE model share one."""
-    targets = set(config.lora.target_modules)
-    if config.moe.family != "moe_lora":
-        return len(targets & set(PROJECTIONS)) * (layer.hidden + layer.ffn)
-    both = (layer.hidden + 2 * layer.ffn) * ({"gate_proj", "up_proj"} <= targets)
-    return both + (layer.hidden + layer.ffn) * ("down_proj" in targets)
-
-
 def adapter_parameters(layer: LayerShape, config: Config) -> int:
-    """Of the LoRA pairs on a layer's attention, which full experts do without."""
-    if config.moe.family == "full":
+    """Of the LoRA pairs on a layer's attention, which experts without pairs do without."""
+    if not config.moe.kind.has_pairs:
         return 0
     targets = set(config.lora.target_modules) - (set(PROJECTIONS) if layer.experts else set())  # shared experts have none
     return sum(config.lora.r * (outputs + inputs) for name, outputs, inputs in layer.linears if name in targets)
@@ -193,7 +171,7 @@ def adapter_parameters(layer: LayerShape, config: Config) -> int:
 def _base_shape(config: Config) -> BaseShape:
     model = config.model
     if model.front_end == "transformers":
-        return read_base_shape(find_model(model.name_or_path), model.num_hidden_layers, config.moe.family)
+        return read_base_shape(find_model(model.name_or_path), config.moe.kind, model.num_hidden_layers)
     from hecate.config.gpt_shape import gpt_shape
     from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 

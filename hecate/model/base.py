@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hecate.config.schema import Family
 from hecate.model.expert_files import refuse_experts
 from hecate.model.head import CausalHead, LanguageModelHead
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_surgery import AdaptedLayer
 from hecate.model.tensor_files import tensor_entries
+from hecate.parallel.expert_kinds import ExpertKind
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,24 @@ class BaseModel:
     tokenizer: Any
     vocab_size: int
     adapted: tuple[AdaptedLayer, ...] = field(default=(), kw_only=True)
-    """with moe.family moe_lora: the layers whose experts were left out when the model was loaded"""
+    """with experts over an MoE base: the layers whose experts were left out when the model was loaded"""
 
 
-def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, device: torch.device, family: Family = "mixlora") -> BaseModel:
+def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, device: torch.device, kind: ExpertKind) -> BaseModel:
     """Load model and tokenizer. The model stays in eval mode: dropout of a frozen base would only be noise that depends on ranks.
 
     Raises:
-        UserError: the model cannot be read, or is not of the kind that the family needs.
+        UserError: the model cannot be read, or has experts of its own where this kind of experts needs a model without, or the reverse.
     """
     source = resolve_model(name_or_path)
     adapted: tuple[AdaptedLayer, ...] = ()
     model: Any
     with one_gguf_reader():
-        if family == "moe_lora":
-            model, adapted = load_moe_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
+        if kind.of_moe_base:
+            model, adapted = load_moe_model(source, pick_dtype(dtype, device), device, kind, num_hidden_layers)
         else:
             if source.gguf_file is None:
-                refuse_experts(tensor_entries(source.folder), source.folder, family)
+                refuse_experts(tensor_entries(source.folder), source.folder, kind)
             model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
         model.eval()
         tokenizer = load_tokenizer(source)

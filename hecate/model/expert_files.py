@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hecate.errors import UserError
 from hecate.model.tensor_files import DTYPE_BYTES, TensorEntry
+from hecate.parallel.expert_kinds import ExpertKind, kinds_for
 
 _EXPERTS = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)*?experts\.(.+)$")
 _FUSED = ("gate_up_proj", "down_proj")
@@ -76,7 +77,7 @@ def expert_layers(entries: Mapping[str, TensorEntry], folder: Path) -> dict[int,
     return {layer: _layer(tensors, f"{folder}: layer {layer}") for layer, tensors in sorted(by_layer.items())}
 
 
-def refuse_experts(names: Iterable[str], where: Path, family: str) -> None:
+def refuse_experts(names: Iterable[str], where: Path, kind: ExpertKind) -> None:
     """Refuse an MoE model where a dense one is wanted, before anything is loaded.
 
     Args:
@@ -87,8 +88,8 @@ def refuse_experts(names: Iterable[str], where: Path, family: str) -> None:
     """
     if any(_EXPERTS.search(name) for name in names):
         raise UserError(
-            f"{where}: the model has experts already, but moe.family {family} puts experts in the place of a dense FFN\n"
-            "  take moe.family=moe_lora, which adapts the model's own experts, or give a dense model"
+            f"{where}: the model has experts already, but moe.family {kind.name} puts experts in the place of a dense FFN\n"
+            f"  take {kinds_for(moe_base=True)}, or give a dense model"
         )
 
 

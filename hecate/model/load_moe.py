@@ -11,10 +11,11 @@ from hecate.model.load import ModelSource, load_without, read_config
 from hecate.model.moe_blocks import find_moe_blocks
 from hecate.model.moe_surgery import AdaptedLayer
 from hecate.model.tensor_files import tensor_entries
+from hecate.parallel.expert_kinds import ExpertKind, kinds_for
 
 
 def load_moe_model(
-    source: ModelSource, dtype: torch.dtype, device: torch.device, num_hidden_layers: int | None = None
+    source: ModelSource, dtype: torch.dtype, device: torch.device, kind: ExpertKind, num_hidden_layers: int | None = None
 ) -> tuple[nn.Module, tuple[AdaptedLayer, ...]]:
     """The causal language model, frozen, on `device`, with `LeftOut` in the place of its experts; and its layers that have experts.
 
@@ -25,13 +26,13 @@ def load_moe_model(
 
     if source.gguf_file is not None:
         raise UserError(
-            f"model.name_or_path: {source.gguf_file} is a GGUF file, which moe.family moe_lora does not read\n"
+            f"model.name_or_path: {source.gguf_file} is a GGUF file, which moe.family {kind.name} does not read\n"
             "  give a folder with config.json and *.safetensors"
         )
     config = read_config(source, num_hidden_layers)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"{source.folder}: config.json has a quantization_config: quantised models are not supported by moe.family moe_lora\n"
+            f"{source.folder}: config.json has a quantization_config: quantised models are not supported by moe.family {kind.name}\n"
             "  take a checkpoint in bfloat16 or float32, or dequantise this one and save it anew"
         )
     if hasattr(config, "output_router_logits"):
@@ -44,8 +45,8 @@ def load_moe_model(
     blocks = find_moe_blocks(outline)
     if not blocks:
         raise UserError(
-            f"{source.folder}: {type(outline).__name__} has no experts, but moe.family is moe_lora\n"
-            "  for a dense model take moe.family=mixlora (LoRA experts over its FFNs) or full (its FFNs copied to experts)"
+            f"{source.folder}: {type(outline).__name__} has no experts, but moe.family is {kind.name}\n"
+            f"  for a dense model take {kinds_for(moe_base=False)}"
         )
     if len({block.top_k for block in blocks}) > 1:
         raise UserError(f"{source.folder}: layers whose routers choose different numbers of experts are not supported")

@@ -39,7 +39,7 @@ def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) ->
         from hecate.megatron.front_end import build_megatron
 
         return build_megatron(config, ranks, topology)
-    return build_base(config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks.device, config.moe.family)
+    return build_base(config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks.device, config.moe.kind)
 
 
 def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology | None = None) -> MoeModel:

@@ -16,6 +16,7 @@ from hecate.experts.mixlora import LoraShape
 from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
+from hecate.parallel.expert_kinds import kind_written_as
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks, join_ranks
@@ -71,7 +72,7 @@ def _with_adapter(folder: Path, ranks: Ranks, model: str | None, dtype: str, num
     if is_peft_adapter(folder):
         return with_peft_adapter(folder, ranks, model, dtype, num_hidden_layers)
     tensors, description = load_adapter(folder)
-    base = build_base(model or description.base_model_name_or_path, dtype, num_hidden_layers, ranks.device)
+    base = build_base(model or description.base_model_name_or_path, dtype, num_hidden_layers, ranks.device, kind_written_as("mixlora"))
     num_layers = len(decoder_layers(base.model)[1])
     if num_layers != description.num_layers:
         raise UserError(f"{folder}: made for {description.num_layers} layers, but the base model has {num_layers}")

@@ -27,6 +27,7 @@ from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
+from hecate.parallel.expert_kinds import MOE_LORA
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups, own_group
 from hecate.train.step import train_step
@@ -176,7 +177,7 @@ class Case:
 
 
 def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModelHead]:
-    model, layers = load_moe_model(ModelSource(base, None), torch.float64, torch.device("cpu"))
+    model, layers = load_moe_model(ModelSource(base, None), torch.float64, torch.device("cpu"), MOE_LORA)
     head = LanguageModelHead(model)
     config = EngineConfig(
         planner_of(case.policy),

