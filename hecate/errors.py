@@ -1,7 +1,21 @@
-"""The one error class for what a user can do wrong."""
+"""The error class for a user's mistakes, and what several of its texts share."""
+
+from hecate import __version__
 
 USER_ERROR_EXIT = 2
 """exit status of the command line after such an error"""
+
+
+def install_hint(extra: str) -> str:
+    """How to install what an optional part of hecate needs, for the text of a UserError.
+
+    hecate is installed from its checkout or a wheel built of it: the name `hecate` on the package index is another project's.
+
+    Args:
+        extra: a key of `[project.optional-dependencies]` in pyproject.toml.
+    """
+    wheel = f"hecate_moe-{__version__}-py3-none-any.whl"
+    return f"in hecate's checkout: pip install '.[{extra}]'; with its wheel: pip install '{wheel}[{extra}]'"
 
 
 class UserError(ValueError):

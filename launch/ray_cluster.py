@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hecate.errors import UserError
+from hecate.errors import UserError, install_hint
 from hecate.launch.run_folder import ending_with_launcher, processes_below, run_folder
 
 _CONNECT_SECONDS = 5.0
@@ -47,7 +47,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError("Ray is not installed here; install hecate with its extra: pip install 'hecate[ray]'") from None
+        raise UserError(f"Ray is not installed on this machine\n  {install_hint('ray')}") from None
     return ray
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hecate.errors import UserError
+from hecate.errors import UserError, install_hint
 
 Term = tuple[Any, Any, Any]
 """variables, coefficients and rows, broadcast against each other: row r has the sum of coefficient·variable over all places where r is"""
@@ -59,7 +59,7 @@ class LinearProgram:
             from scipy.optimize import linprog
             from scipy.sparse import csr_array, hstack
         except ImportError as error:
-            raise UserError("the lower bound needs scipy; install it: pip install 'hecate[bench]'") from error
+            raise UserError(f"the lower bound needs scipy, which is not installed\n  {install_hint('bench')}") from error
         cost = np.zeros(self._count)
         for columns, values in self._cost:
             np.add.at(cost, columns, values)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hecate.errors import UserError
+from hecate.errors import UserError, install_hint
 
 # A generator that shows no new prompt so many times in a row is taken to have no more.
 _PATIENCE = 2000
@@ -89,7 +89,7 @@ def _draw(task: Task, seed: int) -> Iterator[tuple[str, str]]:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise UserError("the synthetic tasks need reasoning-gym, which is not installed: pip install 'hecate[quickstart]'") from error
+        raise UserError(f"the synthetic tasks need reasoning-gym, which is not installed\n  {install_hint('quickstart')}") from error
     dataset = reasoning_gym.create_dataset(task.generator, seed=seed, size=2**31, **task.settings)
     for index in range(len(dataset)):
         entry = dataset[index]

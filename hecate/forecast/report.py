@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hecate.errors import UserError
+from hecate.errors import UserError, install_hint
 from hecate.forecast.cases import BASELINE
 
 Row = dict[str, Any]
@@ -68,7 +68,7 @@ def write_bars(path: Path, rows: Sequence[Row]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError(f"--plot needs matplotlib ({error})\n  install it: pip install 'hecate[report]'") from error
+        raise UserError(f"--plot needs matplotlib ({error})\n  {install_hint('report')}") from error
     panels = _grouped(rows, ("topology", "model", "experts", "tokens_per_rank"))
     across = min(len(panels), 4)
     down = math.ceil(len(panels) / across)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import util
 
-from hecate.errors import UserError
+from hecate.errors import UserError, install_hint
 
 _WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated")
 _LAYER_LOGGER = "megatron.core.transformer.transformer_layer"
@@ -22,7 +22,7 @@ def quietly() -> Iterator[None]:
         UserError: it is not installed.
     """
     if util.find_spec("megatron") is None or util.find_spec("megatron.core") is None:
-        raise UserError("model.front_end=megatron: the package megatron-core is not installed\n  pip install 'hecate[megatron]'")
+        raise UserError(f"model.front_end=megatron: the package megatron-core is not installed\n  {install_hint('megatron')}")
     logger = logging.getLogger(_LAYER_LOGGER)
     with warnings.catch_warnings():
         for message in _WARNINGS:

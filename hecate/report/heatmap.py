@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hecate.errors import UserError
+from hecate.errors import UserError, install_hint
 
 BLANK = "#d9d9d9"
 DOTS_PER_INCH = 130
@@ -34,7 +34,7 @@ def write_heatmap(path: Path, shares: dict[str, list[list[float]]], title: str) 
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
     except ImportError as error:
-        raise UserError(f"the heatmap needs matplotlib ({error})\n  install it: pip install 'hecate[report]'") from error
+        raise UserError(f"the heatmap needs matplotlib ({error})\n  {install_hint('report')}") from error
 
     grids = {task: _grid(layers) for task, layers in shares.items()}
     num_layers = max(grid.shape[0] for grid in grids.values())

@@ -96,7 +96,7 @@ def test_a_task_whose_layers_had_no_token(drawn: Callable[[Shares, str], Any]) -
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.ticker"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"pip install 'hecate\[report\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[report\]'"):
         write_heatmap(tmp_path / "heat.png", even(1, [2]), "load")
 
 

@@ -1,0 +1,110 @@
+"""The distribution `hecate-moe`: its name, its version, how error texts say to install it, and its wheel, used outside the checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import hecate
+from hecate.errors import install_hint
+from tests.test_layout import ALL_SOURCES, ROOT, sources
+from tests.tiny_run import STEPS, make_workshop
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PAGES = [
+    ROOT / "Makefile",
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
+    *(ROOT / "configs").rglob("*.yaml"),
+    *(ROOT / "examples").iterdir(),
+]
+
+
+def test_another_project_has_the_name_hecate_on_the_package_index() -> None:
+    assert PROJECT["name"] == "hecate-moe"
+    assert PROJECT["scripts"] == {"hecate": "hecate.cli:main"}
+    assert PROJECT["optional-dependencies"]["quickstart"][-1] == "hecate-moe[report]"
+
+
+def test_nothing_says_to_install_that_project() -> None:
+    named = re.compile(r"pip install[^\n]*?['\" ]hecate(-moe)?(\[|['\"]| |$)", re.MULTILINE)
+    wrong = [str(path) for path in [*ALL_SOURCES, *PAGES] if named.search(path.read_text(encoding="utf-8"))]
+    assert not wrong, f"hecate is installed from its checkout or its wheel: {wrong}"
+
+
+def test_every_extra_that_an_error_names_is_there() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in sources("hecate", "parallel", "kernels", "launch")]
+    named = {extra for text in texts for extra in re.findall(r"install_hint\(['\"](\w+)['\"]\)", text)}
+    assert {"ray", "megatron", "report"} <= named <= set(PROJECT["optional-dependencies"])
+    assert "pip install '.[ray]'" in install_hint("ray")
+    assert len(install_hint("megatron")) <= 140
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built of a copy of the checkout: setuptools would leave a folder in it, and take what an earlier build left there."""
+    folder = tmp_path_factory.mktemp("build")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(lambda name: os.path.lexists(ROOT / name), listed.splitlines()):
+        (folder / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / "checkout" / name, follow_symlinks=False)
+    isolation = [] if importlib.util.find_spec("setuptools") is None else ["--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *isolation, "-w", str(folder), str(folder / "checkout")]
+    subprocess.run(command, check=True, timeout=300)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Runs a program of an environment that has the wheel, and takes what the wheel needs from the environment of the tests."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
+    python = folder / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, timeout=120)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # Folders that such a file adds come after the environment's own, and their own .pth files, as of an editable install, are not read.
+    (packages / "of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    # Compiling the planners' loops anew, as an installation does once, would be most of the test.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"NUMBA_DISABLE_JIT": "1"}
+
+    def run(program: str, *arguments: str, cwd: Path) -> str:
+        command = [str(folder / "bin" / program), *arguments]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_plans_and_simulates_outside_the_checkout(installed: Callable[..., str], wheel: Path, tmp_path: Path) -> None:
+    assert wheel.name == f"hecate_moe-{hecate.__version__}-py3-none-any.whl"
+    assert wheel.name in install_hint("ray")
+    where = "import hecate, importlib.metadata as m; print(hecate.__file__, m.version('hecate-moe'))"
+    file, version = installed("python", "-c", where, cwd=tmp_path).split()
+    assert "site-packages" in file
+    assert not file.startswith((str(ROOT), sysconfig.get_path("purelib")))
+    assert version == hecate.__version__
+    assert installed("hecate", "--version", cwd=tmp_path) == f"hecate {hecate.__version__}\n"
+
+    make_workshop(tmp_path)
+    shown = installed("hecate", "train", "config.yaml", "nproc=2", "output_dir=runs/installed", cwd=tmp_path)
+    assert f"step {STEPS}/{STEPS}" in shown
+    assert (tmp_path / "runs" / "installed" / "adapter").is_dir()
+    assert "One step on h100-node" in installed("hecate", "plan", "config.yaml", "--topology", "h100-node", cwd=tmp_path)
+    case = ["--topology", "two-cpu-ranks", "--model", "gpt-moe-s", "--policy", "static_ep,hecate", "--steps", "2"]
+    installed("hecate", "simulate", *case, "--json", "simulated.json", cwd=tmp_path)
+    assert json.loads((tmp_path / "simulated.json").read_text(encoding="utf-8"))
