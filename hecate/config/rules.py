@@ -11,7 +11,7 @@ from typing import Any
 
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.paths import INDEXED_SUFFIXES, find_model, indexed_prefix
-from hecate.config.problems import Add, shorten
+from hecate.config.problems import Add, did_you_mean, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, RANGES
 from hecate.errors import UserError
@@ -38,6 +38,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     _check_sources("data.train", values, add)
     _check_sources("data.eval", values, add)
     _check_target_modules(values, add)
+    _check_weight_decay_exclude(values, add)
     if values.get("data.packing") and 2 <= values.get("data.seq_len", 8) < 8:
         add(
             "data.seq_len",
@@ -192,6 +193,13 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
     well_named = len(set(modules)) == len(modules) and all(re.fullmatch(r"[A-Za-z0-9_.]+", module) for module in modules)
     if modules and well_named and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
         add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")
+
+
+def _check_weight_decay_exclude(values: Mapping[str, Any], add: Add) -> None:
+    key, kinds = "weight_decay_exclude", ("norms", "biases", "routers")
+    for i, kind in enumerate(values.get(key, ())):
+        if kind not in kinds:
+            add(f"{key}[{i}]", f"must be one of {', '.join(kinds)}, got {shorten(kind)}", did_you_mean(kind, kinds))
 
 
 def _check_kernels(values: Mapping[str, Any], add: Add) -> None:

@@ -265,6 +265,15 @@ class Config:
     """Share of max_steps over which the learning rate rises linearly to its peak."""
     weight_decay: float = field(default=0.0, metadata=key(AT_LEAST_ZERO))
     """AdamW's decoupled weight decay."""
+    weight_decay_exclude: tuple[str, ...] = ()
+    """Kinds of parameters without weight decay: any of norms, biases, routers. Many other trainers exclude norms and biases; to compare with
+    them, give [norms, biases]. Norms and biases are trained only with model.train_non_experts or front_end megatron."""
+    adam_beta1: float = field(default=0.9, metadata=key(Range(0, 1, high_open=True)))
+    """AdamW's decay rate of the mean of the gradients."""
+    adam_beta2: float = field(default=0.999, metadata=key(Range(0, 1, high_open=True)))
+    """AdamW's decay rate of the mean of the squared gradients."""
+    adam_epsilon: float = field(default=1e-8, metadata=key(POSITIVE))
+    """What AdamW adds to the root of the mean of the squared gradients before it divides by it."""
     max_grad_norm: float | None = field(default=1.0, metadata=key(POSITIVE))
     """Clip the global norm of all gradients to this. null: no clipping."""
     logging_steps: int = field(default=1, metadata=key(COUNT, computes=False))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,22 @@ class AdamWSettings:
     learning_rate: float
     """at its peak"""
     weight_decay: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    exclude: tuple[str, ...] = ()
+    """kinds of parameters without weight decay: norms, biases, routers (`kind_of_parameter`)"""
     factor: Callable[[int], float] = lambda _: 1.0
     """of the peak learning rate in step 0, 1, ... (`schedule`)"""
+
+
+def kind_of_parameter(name: str, parameter: Tensor) -> str | None:
+    """`routers`, `biases` or `norms`, or None for another matrix. `name` is what checkpoints call a replicated parameter."""
+    if name.endswith(".router"):
+        return "routers"
+    if name.endswith(".bias"):
+        return "biases"
+    return "norms" if parameter.dim() == 1 else None
 
 
 @dataclass(frozen=True)
@@ -94,9 +109,15 @@ class ExpertOptimizer:
         self._device = device
         # On the CPU the fused step is one pass instead of ten; on a GPU it would keep the count of steps there.
         self._fused = device.type == "cpu"
-        # A group, and not a list: torch refuses an empty list.
+        # Groups, and not a list: torch refuses an empty list.
+        groups: list[dict[str, Any]] = [{"params": self._decayed()}, {"params": self._undecayed(), "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
-            [{"params": self._parameters()}], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=self._fused
+            groups,
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            fused=self._fused,
         )
 
     @property
@@ -212,13 +233,13 @@ class ExpertOptimizer:
         """
         self._replace(self.owned, owned, moments)
         self.owned = owned
-        self._adamw.param_groups[0]["params"] = self._parameters()
+        self._adamw.param_groups[0]["params"] = self._decayed()
 
     def replace_backups(self, backups: dict[str, nn.Parameter], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """`replace_owned` for backups."""
         self._replace(self.backups, backups, moments)
         self.backups = backups
-        self._adamw.param_groups[0]["params"] = self._parameters()
+        self._adamw.param_groups[0]["params"] = self._decayed()
 
     def _replace(
         self, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter], moments: Mapping[str, Mapping[str, Tensor]]
@@ -241,6 +262,15 @@ class ExpertOptimizer:
     def _parameters(self) -> list[nn.Parameter]:
         parts = self.parts.parameters if self.parts else {}
         return [*self.owned.values(), *self.replicated.values(), *parts.values(), *self.backups.values()]
+
+    def _undecayed(self) -> list[nn.Parameter]:
+        """Parameters without weight decay. An expert's chunk holds matrices only, so none of them is an expert's."""
+        named = self.replicated | (self.parts.parameters if self.parts else {})
+        return [parameter for name, parameter in named.items() if kind_of_parameter(name, parameter) in self._settings.exclude]
+
+    def _decayed(self) -> list[nn.Parameter]:
+        undecayed = {id(parameter) for parameter in self._undecayed()}
+        return [parameter for parameter in self._parameters() if id(parameter) not in undecayed]
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:

@@ -97,6 +97,10 @@ class Run:
             AdamWSettings(
                 learning_rate=config.learning_rate,
                 weight_decay=config.weight_decay,
+                beta1=config.adam_beta1,
+                beta2=config.adam_beta2,
+                epsilon=config.adam_epsilon,
+                exclude=config.weight_decay_exclude,
                 factor=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
             ),
             ranks.device,

@@ -23,6 +23,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"lora_alpha": "8"}, "lora_alpha", "did you mean lora.alpha?"),
     ({"num_experts": "8"}, "num_experts", "did you mean moe.num_experts?"),
     ({"lroa": "{r: 8}"}, "lroa", "unknown key"),
+    ({"weight_decay_exclude": "[norms, bias]"}, "weight_decay_exclude[1]", "did you mean biases?"),
     ({"moe": "{topk: 1}"}, "moe.topk", "did you mean moe.top_k?"),
     ({"moe.top_k": "1"}, "moe.top_k", "nest it: moe: {top_k: ...}"),
     ({"1": "2"}, "1", "unknown key"),

@@ -132,3 +132,36 @@ def test_clipping_scales_to_the_limit() -> None:
         optimizer.step(grad_norm=5.0, max_grad_norm=0.5 if p is clipped else None)
         seen.append(optimizer.state_tensors()["owned/e/exp_avg"])
     assert torch.allclose(seen[0], seen[1], rtol=0, atol=1e-15)
+
+
+def test_weight_decay_leaves_out_the_kinds_that_are_excluded_and_the_betas_are_the_configured_ones() -> None:
+    """Held to AdamW's formula by hand, over two steps with another gradient each."""
+    names = ["layers.0.router", "model.norm.weight", "model.proj.bias", "model.proj.weight"]
+    shapes = [(2, 2), (2,), (2,), (2, 2)]
+    replicated = {name: nn.Parameter(torch.full(shape, 1.0, dtype=torch.float64)) for name, shape in zip(names, shapes, strict=True)}
+    owned = {"0.0": parameter(1.0, 2.0)}
+    rate, decay, beta1, beta2, epsilon = 0.1, 0.5, 0.8, 0.95, 1e-3
+    settings = AdamWSettings(
+        learning_rate=rate, weight_decay=decay, beta1=beta1, beta2=beta2, epsilon=epsilon, exclude=("norms", "biases", "routers")
+    )
+    optimizer = ExpertOptimizer(Trainables(owned, replicated), settings, torch.device("cpu"))
+    decayed = {"0.0", "model.proj.weight"}
+    expected = {name: value.detach().clone() for name, value in (owned | replicated).items()}
+    mean = {name: torch.zeros_like(value) for name, value in expected.items()}
+    square = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for step, size in ((1, 1.0), (2, -3.0)):
+        for name, value in (owned | replicated).items():
+            value.grad = torch.full_like(value, size)
+            mean[name] = beta1 * mean[name] + (1 - beta1) * size
+            square[name] = beta2 * square[name] + (1 - beta2) * size**2
+            expected[name] *= 1 - rate * decay * (name in decayed)
+            expected[name] -= rate * mean[name] / (1 - beta1**step) / ((square[name] / (1 - beta2**step)).sqrt() + epsilon)
+        optimizer.step(1.0, max_grad_norm=None)
+    for name, value in (owned | replicated).items():
+        torch.testing.assert_close(value.detach(), expected[name], rtol=1e-12, atol=0)
+    # Owners that change keep their decay.
+    new = {"0.1": parameter(1.0)}
+    optimizer.replace_owned(new, {})
+    new["0.1"].grad = torch.zeros(1, dtype=torch.float64)
+    optimizer.step(1.0, max_grad_norm=None)
+    assert new["0.1"].item() == 1 - rate * decay
