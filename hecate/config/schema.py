@@ -266,8 +266,8 @@ class Config:
     weight_decay: float = field(default=0.0, metadata=key(AT_LEAST_ZERO))
     """AdamW's decoupled weight decay."""
     weight_decay_exclude: tuple[str, ...] = ()
-    """Kinds of parameters without weight decay: any of norms, biases, routers. Many other trainers exclude norms and biases; to compare with
-    them, give [norms, biases]. Norms and biases are trained only with model.train_non_experts or front_end megatron."""
+    """Kinds of parameters without weight decay: any of norms, biases, routers. Many other trainers exclude norms and biases, which are
+    trained only with model.train_non_experts or front_end megatron; to compare with them, give [norms, biases]."""
     adam_beta1: float = field(default=0.9, metadata=key(Range(0, 1, high_open=True)))
     """AdamW's decay rate of the mean of the gradients."""
     adam_beta2: float = field(default=0.999, metadata=key(Range(0, 1, high_open=True)))
