@@ -1,6 +1,6 @@
 """The layers that `benchmarks.kernels` times, the inputs of each, and the check that what is timed is right.
 
-Shapes: T tokens, D hidden, F ffn hidden, E experts, K choices, r rank, C elements of an expert's chunk.
+Shapes: T tokens, D hidden, F ffn hidden, E experts, K assignments of a token, r rank, C elements of an expert's chunk.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Each is a function of `Inputs` and of `compiled`: whether torch.compile may have it (on a GPU; a check of its formula does without).
 
-Shapes: T tokens, D hidden, F ffn hidden, E experts, K choices, r rank, P pairs sorted by expert.
+Shapes: T tokens, D hidden, F ffn hidden, E experts, K assignments of a token, r rank, P assignments sorted by expert.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def stock_torch(inputs: Inputs, compiled: bool) -> Layer:
 
 
 def grouped_mm(inputs: Inputs, compiled: bool) -> Layer:
-    """Every choice through its expert's whole FFN, by torch's grouped GEMM; each expert has a copy of a shared base, made beforehand."""
+    """Every assignment through its expert's whole FFN, by torch's grouped GEMM; each expert has its copy of a shared base."""
     operands = (inputs.x_TD, inputs.slot_TK, inputs.weight_TK, *frozen_experts(inputs))
     layer = functools.partial(_maybe(_grouped, compiled), *operands, *_pairs(inputs))
     return Layer(layer, inputs.leaves())
@@ -79,7 +79,7 @@ def _masked_dense(
 ) -> Tensor:
     a_gate, b_gate, a_up, b_up, a_down, b_down = pairs
     num_experts, rank, _ = a_gate.shape
-    # [T, K, E·r]: 1 where a column belongs to the choice's expert.
+    # [T, K, E·r]: 1 where a column belongs to the assignment's expert.
     mask = F.one_hot(slot_TK, num_experts).to(x_TD.dtype).repeat_interleave(rank, dim=2)
     low_gate, low_up = (x_TD @ torch.cat([a_gate, a_up]).flatten(0, 1).T).chunk(2, dim=1)
     b_gate, b_up, b_down = (b.permute(0, 2, 1).flatten(0, 1) for b in (b_gate, b_up, b_down))

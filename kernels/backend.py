@@ -1,4 +1,4 @@
-"""The one place where it is decided which implementation computes a layer's experts: Triton, the fast torch path, or the formula."""
+"""Chooses which implementation computes a layer's experts: Triton, the fast torch path, or the formula."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class ExpertKernels:
 
 
 def expert_kernels(backend: Backend, x: Tensor, rank: int = 0) -> ExpertKernels:
-    """What computes experts on tensors as `x`.
+    """The implementation for tensors of the device and type of `x`.
 
     Args:
-        rank: the largest of the experts' LoRA pairs.
+        rank: the largest of the experts' low-rank pairs.
 
     Raises:
         ValueError: `backend` is triton and Triton cannot compute this.
     """
     if backend == "auto":
-        # torch for want of Triton on the CPU, in float64 and for ranks whose blocks would not fit.
+        # Triton has no kernels for the CPU, for float64 and for ranks whose blocks would not fit.
         return _triton() if x.device.type == "cuda" and triton_problem(x.device.type, x.dtype, rank) is None else _torch()
     if backend == "torch":
         return _torch()
@@ -49,10 +49,10 @@ def expert_kernels(backend: Backend, x: Tensor, rank: int = 0) -> ExpertKernels:
 
 
 def triton_problem(device: str, dtype: torch.dtype | None = None, rank: int = 0) -> str | None:
-    """Why Triton's kernels cannot compute on a kind of device, in `dtype` (None: any) and with LoRA pairs of this rank; None: they can."""
+    """Why Triton's kernels cannot compute on a kind of device, in `dtype` (None: any) and with this LoRA rank; None if they can."""
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return (
-            "kernels: triton needs a CUDA GPU, and there is none here.\n"
+            "kernels: triton needs a CUDA GPU, and this machine has none.\n"
             "Use auto or torch; for tests, TRITON_INTERPRET=1 runs the kernels on a CPU, slowly."
         )
     if dtype is not None and dtype.itemsize > 4:

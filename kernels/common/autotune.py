@@ -1,7 +1,8 @@
-"""Which launch configurations are fastest on the GPU at hand: a layer is run, forward and backward, under each candidate of each kernel.
+"""Finds the launch configurations that are fastest on this GPU: runs a layer, forward and backward, with each candidate of each kernel.
 
 Whole layers are timed, since kernels share caches and maps; one kernel is changed at a time and its best kept, in the order in which
-they are launched. What is found goes to `kernels/tuned/NAME.json`, which `launch_config.choose` reads; without that file the tables decide.
+they are launched. `save` writes what was found to `kernels/tuned/DEVICE.json`, which `launch_config.choose` reads; without that file it
+uses the tables.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def fastest(timed: Iterable[tuple[LaunchConfig, float]]) -> LaunchConfig | None:
 
 
 def tuned(configs: Mapping[Key, LaunchConfig]) -> Tuned:
-    """As `launch_config` keeps them."""
+    """The configurations in the form that `launch_config` reads."""
     found: dict[str, dict[tuple[int, int], LaunchConfig]] = {}
     for (name, rank, itemsize), config in configs.items():
         found.setdefault(name, {})[rank, itemsize] = config

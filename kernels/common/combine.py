@@ -1,6 +1,6 @@
-"""Pairs' results brought back to their tokens: a weighted gather, each token's choices summed in their order.
+"""Assignments' results brought back to their tokens: a weighted gather, each token's assignments summed in their order.
 
-Shapes: P pairs sorted by slot (`AssignmentOrder`), T tokens, K choices, D width.
+Shapes: P places of the assignments sorted by slot (`AssignmentOrder`), T tokens, K assignments of a token, D width.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def combine_kernel(
     y,
     num_tokens,
     D: tl.constexpr,
-    CHOICES: tl.constexpr,
+    TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BASED: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """y[t] = base[t] + sum_k weight[t, k] v[place[t, k]], choices elsewhere (-1) left out."""
+    """y[t] = base[t] + sum_k weight[t, k] v[place[t, k]], assignments that are computed elsewhere (-1) left out."""
     o_t = tl.program_id(0) * BM + tl.arange(0, BM)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_t = o_t < num_tokens
@@ -44,26 +44,26 @@ def combine_kernel(
         acc = tl.load(base + at, mask=m_t[:, None] & m_d, other=0.0).to(tl.float32)
     else:
         acc = tl.zeros((BM, BD), dtype=tl.float32)
-    for k in tl.static_range(CHOICES):
-        place_M = tl.load(place_TK + o_t * CHOICES + k, mask=m_t, other=-1)
+    for k in tl.static_range(TOP_K):
+        place_M = tl.load(place_TK + o_t * TOP_K + k, mask=m_t, other=-1)
         here = (place_M >= 0)[:, None]
         b_v = tl.load(v + place_M.to(tl.int64)[:, None] * D + o_d[None, :], mask=here & m_d, other=0.0).to(tl.float32)
         if WEIGHTED:
-            b_v *= tl.load(weight_TK + o_t * CHOICES + k, mask=m_t, other=0.0).to(tl.float32)[:, None]
+            b_v *= tl.load(weight_TK + o_t * TOP_K + k, mask=m_t, other=0.0).to(tl.float32)[:, None]
         acc += b_v
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=m_t[:, None] & m_d)
 
 
 def combine(v_PD: Tensor, weight_TK: Tensor | None, order: AssignmentOrder, base_TD: Tensor | None = None) -> Tensor:
-    """[T, D] of v's type: each token's weighted sum of its pairs' rows; without weights, their sum. Zero where none is here, or `base_TD`.
+    """[T, D] of v's type: each token's weighted sum of its assignments' rows; without weights, their sum; plus `base_TD`, if given.
 
-    Sums in float32, in the order of the choices. Not differentiable.
+    Sums in float32, in the order of the token's assignments. Not differentiable.
     """
     assert v_PD.is_contiguous()
     assert weight_TK is None or weight_TK.is_contiguous()
     assert base_TD is None or base_TD.is_contiguous()
     config = choose("combine", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
-    num_tokens, choices = order.place_TK.shape
+    num_tokens, top_k = order.place_TK.shape
     y_TD = v_PD.new_empty((num_tokens, v_PD.shape[1]))
     Launch(
         kernel=combine_kernel,
@@ -71,7 +71,7 @@ def combine(v_PD: Tensor, weight_TK: Tensor | None, order: AssignmentOrder, base
         args={"v": v_PD, "weight_TK": weight_TK, "place_TK": order.place_TK, "base": base_TD, "y": y_TD, "num_tokens": num_tokens},
         constants={
             "D": v_PD.shape[1],
-            "CHOICES": choices,
+            "TOP_K": top_k,
             "WEIGHTED": weight_TK is not None,
             "BASED": base_TD is not None,
             **config.blocks,

@@ -1,4 +1,4 @@
-"""What several Triton kernels need on the device: activations with their derivatives, and dropout's mask."""
+"""Device functions that several Triton kernels call: activations with their derivatives, and dropout's mask."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def dropout_keep(row_M, o_N, dropped_levels):
     """Which elements [M, N] dropout keeps: as `RowDropout.keep_into`, bit for bit.
 
     Args:
-        row_M: int32 [M], of `Dropout.rows`.
+        row_M: int32 [M], `RowDropout.word_R`.
         o_N: int [N], the columns.
-        dropped_levels: of 65536, `Dropout.dropped_levels`.
+        dropped_levels: of 65536, `RowDropout.dropped_levels`.
     """
     word_N = (mix64((o_N // 2).to(tl.int64) + 1) | 1).to(tl.int32)
     bits = row_M[:, None] * word_N[None, :]

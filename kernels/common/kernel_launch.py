@@ -1,4 +1,4 @@
-"""One launch of a Triton kernel as a value: what the wrapper runs is what a test compiles ahead of time and a tuner times."""
+"""One launch of a Triton kernel as a value, so that a test compiles ahead of time, and a tuner times, exactly what the wrapper runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Launch:
     num_stages: int = 2
 
     def run(self) -> None:
-        """Launch it on the tensors' device; nothing if the grid is empty. Under `recorded` it is noted instead."""
+        """Launch the kernel on the tensors' device, unless the grid is empty. Inside `recorded` the launch is only put on its list."""
         if math.prod(self.grid) == 0:
             return
         record = _record.get()
@@ -44,10 +44,6 @@ class Launch:
     def compiled(self) -> Any:
         """Compile it for the active Triton driver without running it: Triton's compiled kernel. Needs no GPU, nor tensors with storage."""
         return self.kernel.warmup(**self.args, **self.constants, grid=self.grid, num_warps=self.num_warps, num_stages=self.num_stages)
-
-    def with_constants(self, num_warps: int, num_stages: int, grid: tuple[int, ...], **constants: Any) -> Launch:
-        """The same launch in other blocks."""
-        return replace(self, grid=grid, num_warps=num_warps, num_stages=num_stages, constants={**self.constants, **constants})
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         device = next(value.device for value in self.args.values() if isinstance(value, Tensor))
@@ -64,7 +60,7 @@ _record: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("r
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Inside, kernels are not launched: what would have been is in the list. For code on meta tensors, whose results nobody reads."""
+    """Inside, kernels are not launched, and the list has their launches. For code on meta tensors, whose results are not read."""
     launches: list[Launch] = []
     token = _record.set(launches)
     try:

@@ -1,7 +1,8 @@
-"""In what blocks each kernel runs: a table by rank, element size and device, and over it what was tuned on the device at hand.
+"""In what blocks each kernel runs: a table by rank, element size and device, and over it what was tuned on this kind of device.
 
 Triton's own `@autotune` measures on the first call, differently on each rank, and cannot run without a GPU; a table is the same
-everywhere and can be compiled ahead of time. `kernels/tuned/NAME.json` is written by `benchmarks/kernels` on a GPU.
+everywhere and can be compiled ahead of time. `python -m benchmarks.tune_kernels` writes `kernels/tuned/DEVICE.json` on
+a GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The gating of a feed-forward, act(gate) · up, and its backward pass, over sorted pairs: memory-bound passes between grouped GEMMs.
+"""The gating of a feed-forward, act(gate) · up, and its backward pass, over sorted assignments: memory-bound passes between grouped GEMMs.
 
-Shapes: P pairs sorted by slot, F ffn hidden, T tokens, K choices.
+Shapes: P places of the assignments sorted by slot, F ffn hidden, T tokens, K assignments of a token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RULES = (
 
 @triton.jit
 def gate_kernel(gate_up, h, starts, num_slots, F: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr):
-    """h[p] = act(gate[p]) · up[p] of the pairs that are here."""
+    """h[p] = act(gate[p]) · up[p] of the assignments that are computed on this rank."""
     here = tl.load(starts + num_slots)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_f = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -51,12 +51,12 @@ def gate_backward_kernel(
     BM: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """Of each pair here, w its weight and dh the gradient of h before weighting: gate's and up's, w · h, and dw = <dh, h>."""
+    """Of each assignment on this rank, w its weight and dh the gradient of h before weighting: gate's and up's, w · h, and dw = <dh, h>."""
     here = tl.load(starts + num_slots)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < here
-    pair_M = tl.load(order_P + o_m, mask=m_m, other=0)
-    w = tl.load(weight_TK + pair_M, mask=m_m, other=0.0).to(tl.float32)[:, None]
+    assignment_M = tl.load(order_P + o_m, mask=m_m, other=0)
+    w = tl.load(weight_TK + assignment_M, mask=m_m, other=0.0).to(tl.float32)[:, None]
     row = o_m.to(tl.int64)[:, None]
     dweight_M = tl.zeros((BM,), dtype=tl.float32)
     for f0 in range(0, F, BF):
@@ -71,11 +71,11 @@ def gate_backward_kernel(
         tl.store(dgate_up + row * (2 * F) + o_f, (b_dh * up * derivative).to(dgate_up.dtype.element_ty), mask=mask)
         tl.store(dgate_up + row * (2 * F) + F + o_f, (b_dh * act).to(dgate_up.dtype.element_ty), mask=mask)
         tl.store(weighted_h + row * F + o_f, (w * act * up).to(weighted_h.dtype.element_ty), mask=mask)
-    tl.store(dweight_TK + pair_M, dweight_M.to(dweight_TK.dtype.element_ty), mask=m_m)
+    tl.store(dweight_TK + assignment_M, dweight_M.to(dweight_TK.dtype.element_ty), mask=m_m)
 
 
 def gate(gate_up_P: Tensor, order: AssignmentOrder, activation: str) -> Tensor:
-    """[P, F]: act(gate) · up, from [P, 2F] with gate before up. Rows of pairs that are computed elsewhere are not written."""
+    """[P, F]: act(gate) · up, from [P, 2F] with gate before up. Rows of assignments that are computed elsewhere are not written."""
     assert gate_up_P.is_contiguous()
     h_PF = gate_up_P.new_empty((gate_up_P.shape[0], gate_up_P.shape[1] // 2))
     config = choose("gate", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
@@ -97,12 +97,12 @@ def gate_backward(
     """The backward pass of sum_p w_p <dh_p, act(gate_p) · up_p>, h not having been kept.
 
     Args:
-        dh_PF: [P, F], the gradient of each pair's h before the router's weight.
+        dh_PF: [P, F], the gradient of each assignment's h before the router's weight.
         weight_TK: [T, K], contiguous.
 
     Returns:
-        [P, 2F] the gradients of gate and up; [P, F] w · h; [T, K] the gradient of the weights, zero of choices computed elsewhere.
-        Rows of such pairs are not written in the others.
+        [P, 2F] the gradients of gate and up; [P, F] w · h; [T, K] the gradient of the weights. Of assignments that are computed elsewhere
+        the last is zero, and rows are not written in the others.
     """
     assert all(tensor.is_contiguous() for tensor in (gate_up_P, dh_PF, weight_TK))
     dgate_up_P, weighted_h_PF = torch.empty_like(gate_up_P), torch.empty_like(dh_PF)

@@ -71,6 +71,10 @@ class GemmOptions:
     drop_low: RowDropout | None = None
     """dropout of the low-rank term alone, without its scale"""
 
+    def __post_init__(self) -> None:
+        assert self.drop_x is None or self.drop_low is None
+        assert self.low_rank is None or self.halves == 1 or not self.transposed
+
 
 _PLAIN = GemmOptions()
 
@@ -87,7 +91,7 @@ def grouped_gemm_kernel(
     y,
     tiles,
     num_tiles,
-    num_pairs,
+    num_assignments,
     stride_x,
     stride_w_slot,
     stride_w,
@@ -181,7 +185,7 @@ def grouped_gemm_kernel(
             acc = tl.where(dropout_keep(keep_M, o_n, dropped_levels), acc, 0.0)
 
     if X_DESCRIPTOR:
-        x_rows = tl.make_tensor_descriptor(x, shape=[num_pairs, K], strides=[stride_x, 1], block_shape=[BM, BK])
+        x_rows = tl.make_tensor_descriptor(x, shape=[num_assignments, K], strides=[stride_x, 1], block_shape=[BM, BK])
     if W_DESCRIPTOR:
         if TRANSPOSED:
             w_slot = tl.make_tensor_descriptor(w, shape=[K, N], strides=[stride_w, 1], block_shape=[BK, BN])
@@ -249,16 +253,28 @@ def _configured(width: int, rank: int, x: Tensor, options: GemmOptions) -> Launc
     return replace(config, blocks={**config.blocks, "BN": min(config.blocks["BN"], max(16, triton.next_power_of_2(width)))})
 
 
+def _low_rank_arguments(options: GemmOptions, rank: int) -> dict[str, Tensor | int | None]:
+    term = options.low_rank
+    if term is None:
+        return {"low": None, "b": None, "stride_low": 0, "stride_b_slot": 0, "stride_b": 0, "half_low": 0}
+    return {
+        "low": term.low_PR,
+        "b": term.matrix_SNR,
+        "stride_low": term.low_PR.stride(0),
+        "stride_b_slot": term.matrix_SNR.stride(0),
+        "stride_b": term.matrix_SNR.stride(2 if options.transposed else 1),
+        "half_low": rank,
+    }
+
+
 def gemm_launch(
     x: Tensor, weights: SlotWeights, order: AssignmentOrder, y: Tensor, options: GemmOptions = _PLAIN, *, sm: int | None = None
 ) -> Launch:
     """The launch of `grouped_gemm` into `y`; `sm` stands in for the number of its device."""
     halves, transposed, term = options.halves, options.transposed, options.low_rank
-    assert x.stride(1) == 1 or x.shape[1] == 1
     assert x.dtype == weights.base.dtype == y.dtype, (x.dtype, weights.base.dtype, y.dtype)
-    assert options.drop_x is None or options.drop_low is None
-    assert term is None or halves == 1 or not transposed
     width, inner = _half_width(weights, options), weights.rows // halves if transposed else weights.columns
+    assert x.stride(1) == 1 or x.shape[1] == 1
     assert x.shape[1] == inner * (halves if transposed else 1), (x.shape, weights.rows, weights.columns, halves)
     rank = 0 if term is None else term.low_PR.shape[1] // halves
     config = _configured(width, rank, x, options)
@@ -277,24 +293,19 @@ def gemm_launch(
             "token_P": order.token_P if options.gather else None,
             "w": weights.base,
             "w_offset_S": weights.offset_S,
-            "low": None if term is None else term.low_PR,
-            "b": None if term is None else term.matrix_SNR,
             "keep_P": None if drop is None else drop.word_R,
             "y": y,
             "tiles": tiles,
             "num_tiles": len(tiles),
-            "num_pairs": order.num_assignments,
+            "num_assignments": order.num_assignments,
             "stride_x": x.stride(0),
             "stride_w_slot": weights.stride,
             "stride_w": weights.row_stride,
-            "stride_low": 0 if term is None else term.low_PR.stride(0),
-            "stride_b_slot": 0 if term is None else term.matrix_SNR.stride(0),
-            "stride_b": 0 if term is None else term.matrix_SNR.stride(2 if transposed else 1),
             "stride_y": y.stride(0),
             "half_x": inner if transposed else 0,
             "half_w": half_rows,
-            "half_low": rank,
             "half_b": width * rank,
+            **_low_rank_arguments(options, rank),
             "half_y": width,
             "scale_0": scale_0,
             "scale_1": scale_1,

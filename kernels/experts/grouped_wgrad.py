@@ -112,13 +112,11 @@ def grouped_wgrad(
         out_SNK: [S, N, K] of any type and strides, the last of them 1.
         drop_right: dropout of the right operand, without its scale.
     """
-    for operand in (left, right):
-        assert operand.stride(1) == 1 or operand.shape[1] == 1
-    assert out_SNK.stride(2) == 1 or out_SNK.shape[2] == 1
+    assert all(operand.stride(-1) == 1 or operand.shape[-1] == 1 for operand in (left, right, out_SNK))
     assert left.dtype == right.dtype
     num_slots, rows, columns = out_SNK.shape
     assert (left.shape[1], right.shape[1]) == (rows, columns), (left.shape, right.shape, out_SNK.shape)
-    name = "grouped_wgrad" if min(rows, columns) > NARROW else "grouped_wgrad_narrow"
+    name = f"grouped_wgrad{'' if min(rows, columns) > NARROW else '_narrow'}"
     config = choose(name, RULES, rank=0, itemsize=left.element_size(), device=left.device)
     blocks = dict(config.blocks)
     blocks["BN"] = min(blocks["BN"], max(16, triton.next_power_of_2(rows)))

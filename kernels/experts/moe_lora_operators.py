@@ -159,17 +159,10 @@ def moe_lora_backward(
     gradients = [matrix.new_empty(matrix.shape) for matrix in matrices]
     of = unpack_pairs(gradients, projections, scales)
 
-    if down_pair is None:
-        dh_PF = grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True))
-    else:
-        low_dy_P = grouped_gemm(
-            dy_TD, stacked_weights(down_pair.b), order, GemmOptions(gather=True, transposed=True, scales=down_pair.scales)
-        )
-        term = LowRankTerm(low_dy_P, down_pair.a.transpose(1, 2))
-        dh_PF = grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True, low_rank=term, drop_low=drop_down))
+    dh_PF, low_dy_P = _hidden_gradient(dy_TD, down, down_pair, order, drop_down)
     dgate_up_P, weighted_h_PF, dweight_TK = gate_backward(gate_up_P, dh_PF, weight_TK.contiguous(), order, activation)
     del dh_PF
-    if down_pair is not None:
+    if down_pair is not None and low_dy_P is not None:
         da, db = of["down_proj"].a_SrI, of["down_proj"].b_SOr
         grouped_wgrad(low_dy_P[:, : da.shape[1]], weighted_h_PF, order, da, drop_right=drop_down)
         low_h_P = grouped_gemm(weighted_h_PF, stacked_weights(down_pair.a), order, GemmOptions(drop_x=drop_down, scales=down_pair.scales))
@@ -193,6 +186,17 @@ def moe_lora_backward(
                 dout_PF = dgate_up_P[:, half * ffn : (half + 1) * ffn]
                 grouped_wgrad(dout_PF, low_P[:, span], order, db, scale=inputs.scales[half])
     return [combine(dx_PD, None, order), dweight_TK, *gradients]
+
+
+def _hidden_gradient(
+    dy_TD: Tensor, down: SlotWeights, pair: _PaddedPairs | None, order: AssignmentOrder, dropout: RowDropout | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of each assignment's hidden state before the router's weight, [P, F], and with a pair scale · dy B_down, [P, R]."""
+    if pair is None:
+        return grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True)), None
+    low_dy_P = grouped_gemm(dy_TD, stacked_weights(pair.b), order, GemmOptions(gather=True, transposed=True, scales=pair.scales))
+    term = LowRankTerm(low_dy_P, pair.a.transpose(1, 2))
+    return grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True, low_rank=term, drop_low=dropout)), low_dy_P
 
 
 @moe_lora_backward.register_fake

@@ -191,16 +191,14 @@ class _MixloraFfn(torch.autograd.Function):
             if weighted_in_Pr is not None and dx_PD is not None:
                 dlow = torch.empty_like(weighted_in_Pr[span])
                 for part, b, db in zip(context.inputs, b_in, db_in, strict=True):
-                    dout = dgate_up_PF[span, part.output]
-                    torch.mm(dout, b[s], out=dlow[:, part.low])
-                    _add_product(db[s], dout.T, weighted_in_Pr[span, part.low])
+                    _shrink_gradient(part, dgate_up_PF[span], b[s], weighted_in_Pr[span], dlow, db[s])
                 torch.index_select(x_TD, 0, rows, out=x)
                 keep = work.masks.gate_up(span)
                 masked(torch.mm(dlow, a_in[s], out=dx_PD[span]), keep, out=dx_PD[span])
                 _add_product(da_in[s], dlow.mul_(weight_P1[span]).T, masked(x, keep, out=x))
-        dgate_up_TF = context.combine(dgate_up_PF, weight)
+        dgate_TF, dup_TF = context.combine(dgate_up_PF, weight).split(ffn, dim=1)
         dx_TD = torch.zeros_like(x_TD) if dx_PD is None else context.combine(dx_PD, weight)
-        dx_TD.addmm_(dgate_up_TF[:, :ffn], base.gate_FD).addmm_(dgate_up_TF[:, ffn:], base.up_FD)
+        dx_TD.addmm_(dgate_TF, base.gate_FD).addmm_(dup_TF, base.up_FD)
         dweight = torch.zeros(weight_TK.numel(), dtype=dweight_P.dtype, device=dy_TD.device).index_copy_(0, context.order_P, dweight_P)
         # Of the scaled A, so far.
         da_down = None if da_down is None else da_down.mul_(context.down_scale)
@@ -224,6 +222,13 @@ def _converted(context: _MixloraContext, pairs: Sequence[Tensor | None], dtype: 
 def _expand(context: _MixloraContext, gate_up: Tensor, low: Tensor, b_in: list[Tensor], slot: int) -> None:
     for part, b in zip(context.inputs, b_in, strict=True):
         gate_up[:, part.output].addmm_(low[:, part.low], b[slot].T)
+
+
+def _shrink_gradient(part: ShrunkInput, dgate_up: Tensor, b: Tensor, weighted_low: Tensor, dlow: Tensor, db: Tensor) -> None:
+    """A pair's columns of the gradient of the shrunk input, and what a tile adds to the gradient of its B."""
+    dout = dgate_up[:, part.output]
+    torch.mm(dout, b, out=dlow[:, part.low])
+    _add_product(db, dout.T, weighted_low[:, part.low])
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:

@@ -269,7 +269,8 @@ def gated_backward_kernel(
 ):
     """A block of F columns of a chunk of a slot's rows, recomputed from G, U and the shrunk inputs, and all that comes of it.
 
-    dh = D[token] + drop(low_dy A_down); dweight[program, p] = <dh, h>, its share of these columns; dgate and dup, times the pair's weight;
+    dh = D[token] + drop(low_dy A_down); dweight[program, p] = <dh, h>, its share of these columns; dgate and dup, times the weight of
+    the assignment;
     this chunk's shares [chunks, F, R] of dB_gate = dgate' low_gate, of dB_up, and of dA_down' = drop(h)' (weight · low_dy).
     """
     i_chunk, i_columns = tl.program_id(0), tl.program_id(1)
@@ -363,7 +364,7 @@ def outer_kernel(
     BR1: tl.constexpr,
     BR2: tl.constexpr,
 ):
-    """out_j[chunk, n, r] = sum_p drop(x)[source[p], n] · low_j[p, r] (· weight[pair]) over a chunk of a slot's rows."""
+    """out_j[chunk, n, r] = sum_p drop(x)[source[p], n] · low_j[p, r] (· weight[assignment]) over a chunk of a slot's rows."""
     i_chunk = tl.program_id(0)
     first, rows = tl.load(p_chunk + 3 * i_chunk + 1), tl.load(p_chunk + 3 * i_chunk + 2)
     if rows > 0:

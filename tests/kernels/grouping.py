@@ -17,7 +17,7 @@ GROUPS = {
     "full tiles": (16, 32),
     "one each, so that no tile is left over": (1, 1, 1),
 }
-"""pairs of each slot; tiles have 16 rows in the interpreter"""
+"""assignments of each slot; tiles have 16 rows in the interpreter"""
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """relative to the largest value: float32 by the order of its sums, the others by half a unit of their last place twice"""
 
@@ -33,11 +33,11 @@ def poisoned() -> Iterator[None]:
 
 
 def grouped(sizes: tuple[int, ...], elsewhere: int, k: int) -> torch.Tensor:
-    """int64 [T, K]: choices, in a random order, of which `sizes[s]` go to slot s and at least `elsewhere` to none."""
-    pairs = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    missing = elsewhere + (-len(pairs) - elsewhere) % k
-    pairs = torch.cat([pairs, torch.full((missing,), -1)])
-    return pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))].view(-1, k)
+    """int64 [T, K]: slots of assignments, in a random order, of which `sizes[s]` go to slot s and at least `elsewhere` to none."""
+    assignments = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    missing = elsewhere + (-len(assignments) - elsewhere) % k
+    assignments = torch.cat([assignments, torch.full((missing,), -1)])
+    return assignments[torch.randperm(len(assignments), generator=torch.Generator().manual_seed(1))].view(-1, k)
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float, what: str = "result") -> None:

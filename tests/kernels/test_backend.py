@@ -23,7 +23,7 @@ from tests.kernels.mixlora.test_torch_path import Case, compare, results
 
 ON_CPU = torch.empty(0)
 ON_GPU: Any = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.bfloat16})()
-"""what the choice looks at of a tensor on a GPU, which need not be here"""
+"""what `expert_kernels` looks at of a tensor on a GPU, which need not be here"""
 
 
 def test_auto_is_torch_on_the_cpu_and_triton_on_a_gpu() -> None:

@@ -1,4 +1,4 @@
-"""Gating and combining of sorted pairs against autograd in float64, into memory that is NaN."""
+"""Combining of sorted assignments against float64 sums, into memory that is NaN."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 from hecate.kernels.common.assignments import AssignmentOrder, assignment_order
 from hecate.kernels.common.combine import combine
-from hecate.kernels.common.ffn import ACTIVATIONS, activation
-from hecate.kernels.experts.gated import gate, gate_backward
+from hecate.kernels.common.ffn import ACTIVATIONS
 from tests.kernels.grouping import GROUPS, TOLERANCE, assert_close, grouped, poisoned
 
 __all__ = ["poisoned"]
@@ -50,14 +49,14 @@ class Given:
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self._random).to(self._case.dtype).to(self._device)
 
-    def of_pairs(self, width: int) -> torch.Tensor:
+    def rows(self, width: int) -> torch.Tensor:
         """As a kernel leaves them: what it does not write is NaN."""
         values = self.normal(self.order.num_assignments, width)
         values[self.here :] = torch.nan
         return values
 
     def wide(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Those pairs that are here, or a weight of each, differentiable."""
+        """The rows of assignments on this rank, or all weights, differentiable."""
         return [t[: self.here].double().requires_grad_() if t is not self.weight else t.double().requires_grad_() for t in tensors]
 
 
@@ -65,35 +64,16 @@ class Given:
 def test_combine(name: str, device: torch.device, poisoned: None) -> None:
     case = CASES[name]
     given = Given(case, device)
-    order, v = given.order, given.of_pairs(case.width)
+    order, v = given.order, given.rows(case.width)
     wide_v, zeros = v[: given.here].double(), torch.zeros(len(given.weight), case.width, dtype=torch.float64, device=device)
-    token, pair = order.token_P[: given.here].long(), order.order_P[: given.here]
+    token, assignment = order.token_P[: given.here].long(), order.order_P[: given.here]
 
-    weighted = zeros.index_add(0, token, given.weight.double().flatten()[pair, None] * wide_v)
+    weighted = zeros.index_add(0, token, given.weight.double().flatten()[assignment, None] * wide_v)
     assert_close(combine(v, given.weight, order), weighted, TOLERANCE[case.dtype], "y")
     assert_close(combine(v, None, order), zeros.index_add(0, token, wide_v), TOLERANCE[case.dtype], "sum")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gate(name: str, device: torch.device, poisoned: None) -> None:
-    case = CASES[name]
-    given = Given(case, device)
-    order, gate_up, dh = given.order, given.of_pairs(2 * case.width), given.of_pairs(case.width)
-    wide_gate_up, wide_weight = given.wide(gate_up, given.weight)
-    gate_part, up = wide_gate_up.chunk(2, dim=1)
-    h = activation(case.activation, gate_part) * up
-    weighted = wide_weight.flatten()[order.order_P[: given.here], None] * h
-    dgate_up, dweight = torch.autograd.grad((weighted * dh[: given.here].double()).sum(), (wide_gate_up, wide_weight))
-
-    got_h = gate(gate_up, order, case.activation)
-    got_dgate_up, got_weighted, got_dweight = gate_backward(gate_up, dh, given.weight, order, case.activation)
-    for what, got, want in (("h", got_h, h), ("dgate_up", got_dgate_up, dgate_up), ("w h", got_weighted, weighted)):
-        assert_close(got[: given.here], want.detach(), TOLERANCE[case.dtype], what)
-        assert got[given.here :].isnan().all(), what
-    assert_close(got_dweight, dweight, TOLERANCE[case.dtype], "dweight")
-
-
-def test_choices_are_added_in_their_order(device: torch.device) -> None:
+def test_a_token_s_assignments_are_added_in_their_order(device: torch.device) -> None:
     """Whatever slots they went to. Weights are powers of two: products are exact, so fused or not makes no difference."""
     case = replace(Case(), k=4)
     given = Given(case, device)

@@ -109,7 +109,7 @@ def moved(matrix: torch.Tensor, by: int) -> torch.Tensor:
 
 
 def expected(case: Case, given: Operands) -> torch.Tensor:
-    """Of the pairs that are here, in float64."""
+    """Of the assignments on this rank, in float64."""
     order, x, matrices = given.order, given.x.double(), given.matrices.double()
     x = x[order.token_P.long()] if case.gather else x
     drop, low = given.options.drop_x or given.options.drop_low, given.options.low_rank
@@ -147,7 +147,7 @@ def test_float32(name: str, device: torch.device, poisoned: None) -> None:
     want = expected(case, given)
     y = grouped_gemm(given.x, given.weights, given.order, given.options)
     assert_close(y[: len(want)], want, TOLERANCE[case.dtype])
-    assert y[len(want) :].isnan().all(), "rows of pairs elsewhere were written"
+    assert y[len(want) :].isnan().all(), "rows of assignments elsewhere were written"
 
 
 @pytest.mark.parametrize("name", ["gather", "transposed, rank", "halves, rank", "dropout of x"])

@@ -54,7 +54,7 @@ Results = dict[str, torch.Tensor]
 
 
 class Layer:
-    """Random inputs of a layer whose routing is uneven: the first expert is hot, the last idle, some choices are elsewhere."""
+    """Random inputs of a layer whose routing is uneven: the first expert is hot, the last idle, some assignments are elsewhere."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.shape = model, FfnShape(model.hidden, model.ffn, "silu")

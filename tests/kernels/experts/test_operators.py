@@ -145,8 +145,8 @@ def test_torch_compile_without_a_break(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_registration(kind: str) -> None:
-    """opcheck of the operators with the arguments that the public functions give them. It compares what is kept, and rows of pairs
-    elsewhere are not written: there are none."""
+    """opcheck of the operators with the arguments that the public functions give them. It compares what is kept, and rows of
+    assignments elsewhere are not written: there are none."""
     function, inputs = inputs_of(kind)
     forward = {"full": torch.ops.hecate.full_ffn, "lora": torch.ops.hecate.moe_lora_ffn}[kind].default
     calls = []

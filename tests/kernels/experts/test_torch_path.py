@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hecate.kernels.common.assignments import RoutedTokens, assignment_tiles
+from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.ffn import ACTIVATIONS, PROJECTIONS, FfnShape
 from hecate.kernels.common.low_rank import LowRankPairs
@@ -34,9 +34,9 @@ class Case:
     """standard deviation of all values"""
     dropout: float = 0.0
     absent: tuple[int, ...] = ()
-    """slots that no pair goes to"""
+    """slots without assignments"""
     elsewhere: float = 0.0
-    """share of choices that are computed elsewhere"""
+    """share of assignments that are computed elsewhere"""
     dtype: torch.dtype = torch.float64
     master_dtype: torch.dtype | None = None
     """of what is trained and of the weights; None: `dtype`"""
@@ -100,10 +100,10 @@ CASES = {
     "plain": Case(),
     "gelu": Case(activation="gelu"),
     "gelu_tanh": Case(activation="gelu_tanh"),
-    "slots with no pairs": Case(absent=(0, 2)),
-    "last slot with no pairs": Case(absent=(3,)),
-    "some choices elsewhere": Case(elsewhere=0.5),
-    "all choices elsewhere": Case(elsewhere=1.1),
+    "slots with no assignments": Case(absent=(0, 2)),
+    "last slot with no assignments": Case(absent=(3,)),
+    "some assignments elsewhere": Case(elsewhere=0.5),
+    "all assignments elsewhere": Case(elsewhere=1.1),
     "no tokens": Case(tokens=0),
     "a single token": Case(tokens=1),
     "k 1": Case(k=1),
@@ -117,7 +117,7 @@ LORA_CASES = {
     "no gate": Case(projections=("up_proj", "down_proj")),
     "no down": Case(projections=("gate_proj", "up_proj")),
     "dropout": Case(dropout=0.3),
-    "dropout, choices elsewhere": Case(dropout=0.5, elsewhere=0.4, k=3),
+    "dropout, assignments elsewhere": Case(dropout=0.5, elsewhere=0.4, k=3),
     "dropout, no down": Case(dropout=0.5, projections=("up_proj",)),
     "dropout, no tokens": Case(dropout=0.5, tokens=0),
 }
@@ -180,21 +180,6 @@ def test_the_formula_by_finite_differences(kind: str) -> None:
     assert torch.autograd.gradcheck(of, (given.named["x"], given.named["weight"], *pairs))
 
 
-def test_tiles_hold_each_pair_that_is_here_once() -> None:
-    slot_TK = torch.randint(-1, 3, (75, 2), generator=torch.Generator().manual_seed(0))
-    tiles, order_P = assignment_tiles(slot_TK, 20)
-    assert max(len(tile.assignment) for tile in tiles) == 20
-    seen = set()
-    for tile in tiles:
-        assert (slot_TK.flatten()[tile.assignment] == tile.slot).all()
-        assert torch.equal(tile.token, tile.assignment // 2)
-        assert torch.equal(tile.assignment, order_P[tile.span])
-        assert tile.first == (tile.slot not in seen)
-        seen.add(tile.slot)
-    pairs = [pair for tile in tiles for pair in tile.assignment.tolist()]
-    assert sorted(pairs) == (slot_TK.flatten() >= 0).nonzero().flatten().tolist()
-
-
-def test_experts_that_no_pair_reaches_have_a_gradient_of_zero() -> None:
-    gradient = full(full_ffn, CASES["slots with no pairs"])["d experts"]
+def test_experts_that_no_assignment_reaches_have_a_gradient_of_zero() -> None:
+    gradient = full(full_ffn, CASES["slots with no assignments"])["d experts"]
     assert [bool(g.any()) for g in gradient] == [False, True, False, True]

@@ -69,7 +69,7 @@ def gated_backward(
 
 
 def _gate_and_up(inputs: GatedInputs) -> tuple[Tensor, Tensor]:
-    """[P, F] each, the pairs included."""
+    """[P, F] each, with the low-rank terms."""
     token_P = inputs.blocks.order.token_P.long()
     gate_PF = inputs.gate_TF[token_P] + (0 if inputs.gate is None else _expanded(inputs.gate, inputs.blocks))
     return gate_PF, inputs.up_TF[token_P] + (0 if inputs.up is None else _expanded(inputs.up, inputs.blocks))
@@ -93,7 +93,7 @@ def outer(
 
 
 def _slot_P(blocks: AssignmentBlocks) -> Tensor:
-    """int64 [P]: the slot of each pair in its place; the last one's for pairs that are elsewhere."""
+    """int64 [P]: the slot of each assignment in its place; the last slot for assignments that are computed elsewhere."""
     place_P = torch.arange(blocks.order.num_assignments, device=blocks.order.starts.device)
     slot_P = torch.searchsorted(blocks.order.starts.long(), place_P, right=True) - 1
     return slot_P.clamp(max=blocks.order.num_slots - 1)
@@ -114,7 +114,7 @@ def _expanded(term: LowRankTerm, blocks: AssignmentBlocks) -> Tensor:
 
 
 def _by_slot(left_PN: Tensor, right_PR: Tensor, blocks: AssignmentBlocks) -> Tensor:
-    """[S, N, R], the sums over each slot's pairs."""
+    """[S, N, R], the sums over each slot's assignments."""
     slot_P, here_P = _slot_P(blocks), _here(blocks)
     out = [left_PN[here_P & (slot_P == s)].T @ right_PR[here_P & (slot_P == s)] for s in range(blocks.order.num_slots)]
     return torch.stack(out)

@@ -42,13 +42,13 @@ class Layer:
     activation: str = "silu"
     dropout: float = 0.0
     hot: float = 0.0
-    """share of choices that all go to slot 1"""
+    """share of assignments that all go to slot 1"""
     elsewhere: float = 0.0
 
 
 LAYERS = {
     "bf16": Layer(),
-    "bf16, dropout, choices elsewhere": Layer(dropout=0.1, elsewhere=0.3),
+    "bf16, dropout, assignments elsewhere": Layer(dropout=0.1, elsewhere=0.3),
     "bf16, a hot slot": Layer(hot=0.9),
     "bf16, k 8 of 64": Layer(slots=64, k=8, tokens=1024),
     "bf16, rank 1": Layer(rank=1),
@@ -115,7 +115,7 @@ def test_against_the_formula_in_fp64(name: str) -> None:
         assert float(error.abs().max() / want[what].abs().max().clamp(min=1e-30)) <= 16 * unit, f"{what}: one element is off"
 
 
-@pytest.mark.parametrize("name", ["bf16, dropout, choices elsewhere", "bf16, a hot slot", "fp32"])
+@pytest.mark.parametrize("name", ["bf16, dropout, assignments elsewhere", "bf16, a hot slot", "fp32"])
 def test_twenty_runs_are_equal_bit_for_bit(name: str) -> None:
     inputs = Inputs(LAYERS[name])
     first = inputs.results(mixlora_ffn_triton)

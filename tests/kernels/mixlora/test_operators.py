@@ -19,7 +19,7 @@ from tests.kernels.mixlora.test_torch_path import CASES, Case, compare, results
 __all__ = ["poisoned"]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-HARD = ("plain", "gelu_tanh", "slots with no pairs", "some choices elsewhere", "dropout, choices elsewhere", "no down")
+HARD = ("plain", "gelu_tanh", "slots with no assignments", "some assignments elsewhere", "dropout, assignments elsewhere", "no down")
 RANKS = {
     "rank 16": Case(tokens=40, hidden=17, ffn=70, rank=16, slots=3),
     "rank 64, dropout": Case(tokens=12, hidden=9, ffn=20, rank=64, slots=2, dropout=0.2),
@@ -45,7 +45,7 @@ def test_16_bits_with_fp32_pairs(name: str, dtype: torch.dtype, unit: float) -> 
 
 
 def test_two_runs_are_equal_bit_for_bit() -> None:
-    case = dataclasses.replace(CASES["dropout, choices elsewhere"], dtype=torch.float32)
+    case = dataclasses.replace(CASES["dropout, assignments elsewhere"], dtype=torch.float32)
     first, second = results(mixlora_ffn_triton, case), results(mixlora_ffn_triton, case)
     assert all(torch.equal(first[name], second[name]) for name in first)
 

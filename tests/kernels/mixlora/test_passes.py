@@ -131,7 +131,7 @@ def widened(value: Any) -> Any:
 
 
 def results(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], blocks: AssignmentBlocks) -> list[Tensor | None]:
-    """What a pass returns, of pairs only those that are here."""
+    """What a pass returns, of assignments only those on this rank."""
     found = function(*args, **kwargs)
     here, rows = int(blocks.order.starts[-1]), blocks.order.num_assignments
     return [
@@ -154,7 +154,7 @@ def test_passes(name: str, device: torch.device) -> None:
 
 
 def test_a_hot_slot_has_several_chunks(device: torch.device) -> None:
-    """70 pairs in chunks of 32 at most: three; 33: two; none for a slot with no pairs."""
+    """70 assignments in chunks of 32 at most: three; 33: two; none for a slot with no assignments."""
     blocks = assignment_blocks(assignment_order(grouped((70, 0, 33), 0, 1).to(device), 3), 16, 32)
     assert blocks.first_chunk.tolist() == [0, 3, 3, 5]
     assert blocks.chunks[:5].tolist() == [[0, 0, 32], [0, 32, 32], [0, 64, 6], [2, 70, 32], [2, 102, 1]]

@@ -22,7 +22,7 @@ BY_HAND: dict[str, Callable[[float], float]] = {
 
 def test_one_number_each_by_hand() -> None:
     """x = 2; gate 0.5 and scale 2 · (0.25 · 1): 1 + 1 = 2; up 3, no adapter: 6; h = silu(2) · 6 = 10.5695645;
-    down 4 and 2 · (-0.5 · 1) = -1: 3 h = 31.7086935; router weight 0.25: 7.9271734. The second choice is elsewhere.
+    down 4 and 2 · (-0.5 · 1) = -1: 3 h = 31.7086935; router weight 0.25: 7.9271734. The first assignment is elsewhere.
     """
 
     def one(value: float) -> torch.Tensor:
@@ -69,8 +69,8 @@ def test_the_formula_token_by_token(name: str) -> None:
 
     for t in range(tokens):
         expected = [0.0] * hidden
-        for choice in range(2):
-            s = int(slot[t, choice])
+        for k in range(2):
+            s = int(slot[t, k])
             if s < 0:
                 continue
             inputs = x[t].tolist()
@@ -80,5 +80,5 @@ def test_the_formula_token_by_token(name: str) -> None:
             h = [BY_HAND[name](g) * u for g, u in zip(gate, lifted, strict=True)]
             delta = times(down.b_SOr[s], times(down.a_SrI[s], h))
             y = [d + scale * e for d, e in zip(times(base.down_DF, h), delta, strict=True)]
-            expected = [e + float(weight[t, choice]) * v for e, v in zip(expected, y, strict=True)]
+            expected = [e + float(weight[t, k]) * v for e, v in zip(expected, y, strict=True)]
         assert got[t].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12), f"token {t}"

@@ -30,9 +30,9 @@ class Case:
     activation: str = "silu"
     dropout: float = 0.0
     absent: tuple[int, ...] = ()
-    """slots that no pair goes to"""
+    """slots without assignments"""
     elsewhere: float = 0.0
-    """share of choices that are computed elsewhere"""
+    """share of assignments that are computed elsewhere"""
     dtype: torch.dtype = torch.float64
     pair_dtype: torch.dtype | None = None
     """of the pairs and weights; None: `dtype`"""
@@ -93,10 +93,10 @@ CASES = {
     "down only": Case(projections=("down_proj",)),
     "no gate": Case(projections=("up_proj", "down_proj"), activation="gelu"),
     "no down": Case(projections=("gate_proj", "up_proj")),
-    "slots with no pairs": Case(absent=(0, 2)),
-    "last slot with no pairs": Case(absent=(3,)),
-    "some choices elsewhere": Case(elsewhere=0.5),
-    "all choices elsewhere": Case(elsewhere=1.1),
+    "slots with no assignments": Case(absent=(0, 2)),
+    "last slot with no assignments": Case(absent=(3,)),
+    "some assignments elsewhere": Case(elsewhere=0.5),
+    "all assignments elsewhere": Case(elsewhere=1.1),
     "no tokens": Case(tokens=0),
     "no tokens, dropout": Case(tokens=0, dropout=0.3),
     "a single token": Case(tokens=1),
@@ -106,7 +106,7 @@ CASES = {
     "rank 1 and odd sizes": Case(tokens=17, hidden=7, ffn=13, rank=1, slots=5, k=3),
     "everything of size 1": Case(tokens=3, hidden=1, ffn=1, rank=1, slots=1, k=1),
     "dropout": Case(dropout=0.3),
-    "dropout, choices elsewhere": Case(dropout=0.5, elsewhere=0.4, k=3, activation="gelu_tanh"),
+    "dropout, assignments elsewhere": Case(dropout=0.5, elsewhere=0.4, k=3, activation="gelu_tanh"),
     "dropout, down only": Case(dropout=0.5, projections=("down_proj",)),
 }
 
@@ -120,7 +120,7 @@ def test_fp64(name: str) -> None:
     compare(results(mixlora_ffn, CASES[name]), results(mixlora_ffn_reference, CASES[name]), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["plain", "some choices elsewhere", "dropout", "k 4", "rank 1 and odd sizes"])
+@pytest.mark.parametrize("name", ["plain", "some assignments elsewhere", "dropout", "k 4", "rank 1 and odd sizes"])
 def test_tiles_smaller_than_a_group(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 rows, the least, and groups of more than twice that, not a multiple of it."""
     monkeypatch.setattr(mixlora, "_TILE_BYTES", 1)
@@ -128,13 +128,13 @@ def test_tiles_smaller_than_a_group(name: str, monkeypatch: pytest.MonkeyPatch) 
     compare(results(mixlora_ffn, case), results(mixlora_ffn_reference, case), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["plain", "dropout", "gelu_tanh", "some choices elsewhere"])
+@pytest.mark.parametrize("name", ["plain", "dropout", "gelu_tanh", "some assignments elsewhere"])
 def test_fp32(name: str) -> None:
     case = dataclasses.replace(CASES[name], dtype=torch.float32)
     compare(results(mixlora_ffn, case), results(mixlora_ffn_reference, case, compute_in=torch.float64), 2e-6)
 
 
-@pytest.mark.parametrize("name", ["plain", "gelu_tanh", "some choices elsewhere"])
+@pytest.mark.parametrize("name", ["plain", "gelu_tanh", "some assignments elsewhere"])
 def test_bf16_with_fp32_pairs(name: str) -> None:
     """bf16 keeps 8 bits, an error of 2^-9 a rounding; a handful of roundings on the way of each element."""
     case = dataclasses.replace(CASES[name], dtype=torch.bfloat16, pair_dtype=torch.float32)
@@ -145,14 +145,14 @@ def test_bf16_with_fp32_pairs(name: str) -> None:
 
 
 def test_gradients_of_slots_with_no_pairs_are_zero() -> None:
-    got = results(mixlora_ffn, CASES["slots with no pairs"])
+    got = results(mixlora_ffn, CASES["slots with no assignments"])
     for name, gradient in got.items():
         if name.endswith((".A", ".B")):
             assert [bool(g.any()) for g in gradient] == [False, True, False, True], name
 
 
-def test_choices_elsewhere_add_nothing() -> None:
-    got = results(mixlora_ffn, CASES["all choices elsewhere"])
+def test_assignments_elsewhere_add_nothing() -> None:
+    got = results(mixlora_ffn, CASES["all assignments elsewhere"])
     assert all(not value.any() for value in got.values())
 
 
