@@ -1,6 +1,6 @@
 """The FFN of experts with their own weights on a real card, at the sizes of models: results, determinism, no waiting for the device.
 
-TRITON_INTERPRET=0 python -m pytest tests/kernels/test_on_gpu_gemm.py
+TRITON_INTERPRET=0 python -m pytest tests/kernels/experts/test_on_gpu.py
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.ffn import ACTIVATIONS, PROJECTIONS, FfnShape
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.kernels.experts import torch_path as expert_ffn
+from hecate.kernels.experts import torch_path
 from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
 from hecate.kernels.experts.torch_path import full_ffn, moe_lora_ffn
 from tests.kernels.mixlora.test_torch_path import compare
@@ -141,7 +141,7 @@ def test_adapters_on_some_projections_and_dropout(name: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_smaller_than_a_group(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_ffn, "_TILE_ROWS", 7)
+    monkeypatch.setattr(torch_path, "_TILE_ROWS", 7)
     run, fast, reference = KINDS[kind]
     for case in (Case(tokens=75), Case(tokens=75, elsewhere=0.3, dropout=0.3 * (kind == "lora"))):
         compare(run(fast, case, None), run(reference, case, None), 1e-12)

@@ -1,6 +1,6 @@
 """The MixLoRA layer on a card at real sizes: against the formula, and against itself.
 
-TRITON_INTERPRET=0 python -m pytest tests/kernels/test_on_gpu.py
+TRITON_INTERPRET=0 python -m pytest tests/kernels/mixlora/test_on_gpu.py
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.ffn import ACTIVATIONS, PROJECTIONS, FfnBase
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.kernels.mixlora import torch_path as mixlora
+from hecate.kernels.mixlora import torch_path
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.kernels.mixlora.torch_path import mixlora_ffn
 
@@ -123,7 +123,7 @@ def test_fp64(name: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "some assignments elsewhere", "dropout", "k 4", "rank 1 and odd sizes"])
 def test_tiles_smaller_than_a_group(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 rows, the least, and groups of more than twice that, not a multiple of it."""
-    monkeypatch.setattr(mixlora, "_TILE_BYTES", 1)
+    monkeypatch.setattr(torch_path, "_TILE_BYTES", 1)
     case = dataclasses.replace(CASES[name], tokens=75)
     compare(results(mixlora_ffn, case), results(mixlora_ffn_reference, case), 1e-12)
 
