@@ -31,7 +31,7 @@ from benchmarks.planned_bytes import planned_traffic
 from benchmarks.report import arguments, finish
 from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topology, parts, yardstick
 from hecate.engine.layer_plan import layer_plan
-from hecate.launch.local import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LEAST_TRAFFIC, LayerCost, rows_served
 from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.placement import contiguous_owners

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError
-from hecate.launch.status import read_status
+from hecate.launch.ray_job.status import read_status
 
 Record = dict[str, Any]
 _PATIENCE = 120.0

@@ -33,7 +33,7 @@ from benchmarks import cpu_layer
 from benchmarks.moe_layer_parts import KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
 from benchmarks.moe_layer_rivals import RIVAL_KINDS, bench_kind, rival_ratios, rival_shape
 from benchmarks.report import arguments, finish
-from hecate.launch.local import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 from hecate.profile.probe import ProbeSizes

@@ -27,7 +27,7 @@ from benchmarks.moe_layer import measured_topology
 from benchmarks.report import arguments, finish
 from hecate.config import Config, load_config
 from hecate.errors import UserError
-from hecate.launch.local import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.parallel.topology_file import save_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.peers.venv import peer_python
 from benchmarks.report import arguments, finish
-from hecate.launch.local import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 
 MODEL = {"hidden": 256, "ffn": 704, "layers": 6, "heads": 4, "vocab": 4096}
 BATCH, LENGTH = 4, 256

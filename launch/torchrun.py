@@ -21,7 +21,7 @@ from hecate.config import Config
 from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_for
 from hecate.launch.fork_server import forking
-from hecate.launch.local import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.launch.run_folder import run_folder
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.launched import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes

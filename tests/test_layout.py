@@ -195,10 +195,10 @@ NAMED_BY_NO_TEST: set[str] = {
     "hecate.forecast.sharding_groups",
     "hecate.io.durable",
     "hecate.launch.forked_rank",
-    "hecate.launch.job_states",
-    "hecate.launch.ray_cluster",
-    "hecate.launch.shares",
-    "hecate.launch.submit",
+    "hecate.launch.policy.job_states",
+    "hecate.launch.ray_job.cluster",
+    "hecate.launch.policy.work_shares",
+    "hecate.launch.ray_job.submit",
     "hecate.megatron.expert_parallel_engine",
     "hecate.megatron.export",
     "hecate.megatron.layer",
@@ -287,7 +287,7 @@ def test_class_names_are_unique() -> None:
 
 
 def test_every_module_is_named_by_a_test() -> None:
-    """In an import, or in a text that a test runs, such as `python -m hecate.launch.worker`."""
+    """In an import, or in a text that a test runs, such as `python -m hecate.launch.ray_job.worker`."""
     texts = [path.read_text(encoding="utf-8") for path in sources("tests") if path.name != Path(__file__).name]
     named = set().union(*(imported(ast.parse(text)) for text in texts))
     in_texts = set(re.findall(r"hecate(?:\.\w+)+", "\n".join(texts)))

@@ -26,7 +26,7 @@ def profile(
 
         check_writable(out)
     if rank is None:
-        from hecate.launch.local import launch_local
+        from hecate.launch.local_launcher import launch_local
         from hecate.train.preflight import default_ranks
 
         raise typer.Exit(launch_local(RANK_PROGRAM, [str(out)], nproc or default_ranks()))

@@ -26,7 +26,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         become_rank([str(config), *(overrides or ())])
         return
     from hecate.config import load_config
-    from hecate.launch.local import launch_local
+    from hecate.launch.local_launcher import launch_local
     from hecate.parallel.mesh import make_mesh
     from hecate.train.preflight import check_data, check_kernels, check_vocabulary, default_ranks
 
@@ -83,7 +83,7 @@ def ray(
     """Train on a Ray cluster, from one of its nodes. Gives each device work by its speed, and goes on after devices are lost."""
     if not address:
         raise UserError("--address: give HOST:PORT of the cluster's head, or local; no cluster is joined unasked")
-    from hecate.launch.ray_driver import run_on_ray
+    from hecate.launch.ray_job.driver import run_on_ray
 
     raise typer.Exit(run_on_ray(config, overrides or (), address, metrics_port))
 
@@ -99,7 +99,7 @@ def submit(
     """Run `hecate ray CONFIG` as a job on a Ray cluster. Waits for the job, shows its output, and ends with its exit status."""
     if not address:
         raise UserError("--address: give http://HOST:PORT of the cluster's dashboard; no cluster is looked for")
-    from hecate.launch.submit import submit as run
+    from hecate.launch.ray_job.submit import submit as run
 
     raise typer.Exit(run(config, overrides or (), address, working_dir=working_dir))
 
@@ -108,7 +108,7 @@ def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="output_dir of a run that `hecate ray` has started, or its configuration")],
 ) -> None:
     """Show what a job started by `hecate ray` does: state, devices, shares, imbalance, last checkpoint."""
-    from hecate.launch.status import read_status, status_text
+    from hecate.launch.ray_job.status import read_status, status_text
 
     if run.is_file():
         from hecate.config import load_config

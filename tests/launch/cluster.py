@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError
+from hecate.launch.ray_job.status import read_status
 from hecate.launch.run_folder import processes_below
-from hecate.launch.status import read_status
 from tests.launch.processes import command_line
 
 ROOT = Path(__file__).parents[2]

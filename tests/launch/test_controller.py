@@ -12,11 +12,11 @@ import pytest
 
 from hecate.config import Config, load_config
 from hecate.errors import UserError
-from hecate.launch import controller as under_test
-from hecate.launch.controller import Controller
-from hecate.launch.rendezvous import Rendezvous
-from hecate.launch.resource_pool import Device
-from hecate.launch.worker_group import Event, Place, WorkerGroup
+from hecate.launch.policy.devices import Device
+from hecate.launch.ray_job import controller as under_test
+from hecate.launch.ray_job.controller import Controller
+from hecate.launch.ray_job.order_store import Rendezvous
+from hecate.launch.ray_job.worker_group import Event, Place, WorkerGroup
 from hecate.parallel.topology import local_topology
 from hecate.parallel.topology_file import topology_text
 from tests.tiny_run import make_workshop

@@ -39,9 +39,9 @@ def launch(folder: Path, what: str) -> subprocess.Popen[str]:
     program.write_text(RANK, encoding="utf-8")
     code = (
         "import contextlib, sys\n"
-        "from hecate.launch import local\n"
-        f"local.forking = lambda *_: contextlib.nullcontext((sys.executable, {str(program)!r}))\n"
-        f"sys.exit(local.launch_local('stand-in', [{what!r}, {str(folder)!r}], 2))\n"
+        "from hecate.launch import local_launcher\n"
+        f"local_launcher.forking = lambda *_: contextlib.nullcontext((sys.executable, {str(program)!r}))\n"
+        f"sys.exit(local_launcher.launch_local('stand-in', [{what!r}, {str(folder)!r}], 2))\n"
     )
     (folder / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(folder / "tmp")}
@@ -93,14 +93,14 @@ def test_killing_the_launcher_leaves_no_rank_and_no_file(tmp_path: Path) -> None
 CYCLES = """
 import contextlib, os, sys
 from pathlib import Path
-from hecate.launch import local
+from hecate.launch import local_launcher
 def held():
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(children), os.listdir(os.environ["TMPDIR"])
-local.forking = lambda *_: contextlib.nullcontext(("/bin/true",))
+local_launcher.forking = lambda *_: contextlib.nullcontext(("/bin/true",))
 before = held()
 for cycle in range(int(sys.argv[1])):
-    assert local.launch_local("stand-in", [], 2, survives=cycle % 2 == 1) == 0
+    assert local_launcher.launch_local("stand-in", [], 2, survives=cycle % 2 == 1) == 0
 assert held() == before, (before, held())
 """
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from hecate.errors import UserError
-from hecate.launch.failure_policy import Cause, Decision, FailurePolicy
-from hecate.launch.resource_pool import ACCELERATOR_LABEL, choose_devices, devices_of, one_machine, parse_labels
-from hecate.launch.scaling_policy import Scaling, ScalingPolicy
-from hecate.launch.stragglers import Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
+from hecate.launch.policy.devices import ACCELERATOR_LABEL, choose_devices, devices_of, one_machine, parse_labels
+from hecate.launch.policy.failures import Cause, Decision, FailurePolicy
+from hecate.launch.policy.scaling import Scaling, ScalingPolicy
+from hecate.launch.policy.stragglers import Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
 from hecate.parallel.topology import Link, Topology
 
 

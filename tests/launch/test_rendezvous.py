@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from hecate.launch.rendezvous import Rendezvous, orders
+from hecate.launch.ray_job.order_store import Rendezvous, orders
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from hecate.launch.awake_clock import AwakeClock
-from hecate.launch.rendezvous import Rendezvous, orders
-from hecate.launch.resource_pool import Device
-from hecate.launch.worker_group import Hired, WorkerGroup
+from hecate.launch.policy.devices import Device
+from hecate.launch.ray_job.awake_clock import AwakeClock
+from hecate.launch.ray_job.order_store import Rendezvous, orders
+from hecate.launch.ray_job.worker_group import Hired, WorkerGroup
 
 
 def test_a_worker_is_asked_every_other_second_and_silent_until_it_answers() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from hecate.errors import UserError
-from hecate.launch.prometheus import exposition, serving
-from hecate.launch.status import read_status, status_text, write_status
+from hecate.launch.ray_job.prometheus import exposition, serving
+from hecate.launch.ray_job.status import read_status, status_text, write_status
 
 DEVICE = {
     "device": 0,

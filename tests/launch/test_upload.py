@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hecate.errors import UserError
-from hecate.launch import upload
-from hecate.launch.upload import stage, uploaded_files
+from hecate.launch.ray_job import upload
+from hecate.launch.ray_job.upload import stage, uploaded_files
 
 TAKEN = ("config.yaml", "my/family.py", "pyproject.toml", "my/nested/deep.yml")
 LEFT = (
@@ -51,10 +51,12 @@ def test_only_code_and_configurations_are_taken(tmp_path: Path) -> None:
 
 def test_a_linked_package_is_taken_where_it_is_linked_and_circles_end(tmp_path: Path) -> None:
     """As in a checkout of hecate: hecate/launch is a link to launch."""
-    filled(tmp_path, ("launch/worker.py", "hecate/__init__.py"))
+    filled(tmp_path, ("launch/ray_job/worker.py", "hecate/__init__.py"))
     (tmp_path / "hecate" / "launch").symlink_to("../launch")
     (tmp_path / "launch" / "again").symlink_to("..")
-    assert {"launch/worker.py", "hecate/launch/worker.py", "hecate/__init__.py"} <= {str(path) for path in uploaded_files(tmp_path)}
+    assert {"launch/ray_job/worker.py", "hecate/launch/ray_job/worker.py", "hecate/__init__.py"} <= {
+        str(path) for path in uploaded_files(tmp_path)
+    }
 
 
 def test_a_copy_is_staged_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

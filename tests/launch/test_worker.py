@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from hecate.config import load_config, to_yaml
-from hecate.launch.rendezvous import Rendezvous
+from hecate.launch.ray_job.order_store import Rendezvous
 from hecate.parallel.topology import local_topology
 from hecate.parallel.topology_file import topology_text
 from tests.launch.processes import OVERRIDES, losses
@@ -25,7 +25,7 @@ from tests.tiny_run import make_workshop
 
 PROGRAM = """
 import json, sys
-from hecate.launch.worker import Worker
+from hecate.launch.ray_job.worker import Worker
 for event in Worker(*json.loads(sys.argv[1])).events():
     print("event", json.dumps(event), flush=True)
 """

@@ -76,7 +76,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], int]
         calls.append((program, arguments, ranks))
         return 0
 
-    monkeypatch.setattr("hecate.launch.local.launch_local", launch)
+    monkeypatch.setattr("hecate.launch.local_launcher.launch_local", launch)
     monkeypatch.delenv("RANK", raising=False)
     return calls
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from hecate.launch.stragglers import MIN_SECONDS, Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
-from hecate.launch.worker_group import Event
+from hecate.launch.policy.stragglers import MIN_SECONDS, Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
+from hecate.launch.ray_job.worker_group import Event
 from hecate.parallel.sequence_shares import sequences_by_speed
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import parse_topology

@@ -16,8 +16,8 @@ from typing import Any
 from hecate.config import Config, load_config, to_yaml
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
-from hecate.launch.ray_cluster import connected, private_cluster
-from hecate.launch.resource_pool import Device, choose_devices, devices_of, one_machine, parse_labels
+from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
+from hecate.launch.ray_job.cluster import connected, private_cluster
 from hecate.train.preflight import check_data
 
 LOCAL = "local"
@@ -82,11 +82,11 @@ def _return_to(folder: Path) -> None:
 
 
 def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metrics_port: int | None) -> int:
-    from hecate.launch.controller import Controller
-    from hecate.launch.prometheus import serving
-    from hecate.launch.rendezvous import Rendezvous
-    from hecate.launch.status import FILE, write_status
-    from hecate.launch.worker_group import WorkerGroup
+    from hecate.launch.ray_job.controller import Controller
+    from hecate.launch.ray_job.order_store import Rendezvous
+    from hecate.launch.ray_job.prometheus import serving
+    from hecate.launch.ray_job.status import FILE, write_status
+    from hecate.launch.ray_job.worker_group import WorkerGroup
 
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,13 +17,13 @@ from typing import Any
 from hecate.checkpoint.history import latest_good
 from hecate.config import Config
 from hecate.errors import UserError
-from hecate.launch.awake_clock import AwakeClock
-from hecate.launch.failure_policy import Cause, Decision, FailurePolicy
-from hecate.launch.job_states import ENDED, NEXT, State
-from hecate.launch.rendezvous import Rendezvous
-from hecate.launch.scaling_policy import Scaling, ScalingPolicy
-from hecate.launch.shares import Shares
-from hecate.launch.worker_group import Event, Place, WorkerGroup, check_versions
+from hecate.launch.policy.failures import Cause, Decision, FailurePolicy
+from hecate.launch.policy.job_states import ENDED, NEXT, State
+from hecate.launch.policy.scaling import Scaling, ScalingPolicy
+from hecate.launch.policy.work_shares import Shares
+from hecate.launch.ray_job.awake_clock import AwakeClock
+from hecate.launch.ray_job.order_store import Rendezvous
+from hecate.launch.ray_job.worker_group import Event, Place, WorkerGroup, check_versions
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import topology_text
 

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 from hecate.config import load_config
 from hecate.errors import UserError
-from hecate.launch.ray_cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
-from hecate.launch.ray_driver import check_for_ray
-from hecate.launch.upload import stage
+from hecate.launch.ray_job.cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
+from hecate.launch.ray_job.driver import check_for_ray
+from hecate.launch.ray_job.upload import stage
 
 _STOP_SECONDS = "120"
 """between asking a job to stop and killing it: its ranks save meanwhile"""
@@ -28,7 +28,7 @@ def submit(config: Path, overrides: Sequence[str], address: str, *, working_dir:
     """Run `hecate ray CONFIG` on the cluster whose dashboard is at `address`, http://HOST:PORT.
 
     Args:
-        working_dir: whose code and configurations are uploaded (`hecate.launch.upload`); the job starts in the copy.
+        working_dir: whose code and configurations are uploaded (`hecate.launch.ray_job.upload`); the job starts in the copy.
 
     Returns:
         The job's exit status.

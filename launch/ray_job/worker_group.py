@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hecate.errors import UserError
-from hecate.launch.local import ALLOCATOR_SETTINGS
-from hecate.launch.rendezvous import Rendezvous
-from hecate.launch.resource_pool import Device
-from hecate.launch.worker import Event, Worker
+from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
+from hecate.launch.policy.devices import Device
+from hecate.launch.ray_job.order_store import Rendezvous
+from hecate.launch.ray_job.worker import Event, Worker
 
 _PING_EVERY_SECONDS = 2.0
 """an answer takes the interpreter from the training thread"""

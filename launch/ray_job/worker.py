@@ -125,7 +125,7 @@ class Worker:
         """That it was carried out is the answer."""
 
     def _take_orders(self) -> None:
-        from hecate.launch.rendezvous import orders
+        from hecate.launch.ray_job.order_store import orders
 
         for method, arguments in orders(*self._place_of_orders):
             getattr(self, method)(*arguments)
@@ -181,7 +181,7 @@ class _Line:
         import torch.distributed as dist
 
         from hecate.elastic.rebuild import Group
-        from hecate.launch.rendezvous import meet
+        from hecate.launch.ray_job.order_store import meet
         from hecate.parallel.topology_file import parse_topology
         from hecate.ranks.ranks import connect
 
@@ -250,7 +250,7 @@ def _run(config_text: str, place: Assignment | None, line: _Line) -> bool:
     import torch.distributed as dist
 
     from hecate.config import load_config
-    from hecate.launch.rendezvous import meet
+    from hecate.launch.ray_job.order_store import meet
     from hecate.parallel.topology_file import parse_topology
     from hecate.ranks.ranks import connect
     from hecate.train.loop import train

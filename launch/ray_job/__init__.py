@@ -1,0 +1,1 @@
+"""A job on a Ray cluster: the controller, its workers, the messages between them, and what a person sees of the job."""
