@@ -253,10 +253,10 @@ def _configured(width: int, rank: int, x: Tensor, options: GemmOptions) -> Launc
     return replace(config, blocks={**config.blocks, "BN": min(config.blocks["BN"], max(16, triton.next_power_of_2(width)))})
 
 
-def _low_rank_arguments(options: GemmOptions, rank: int) -> dict[str, Tensor | int | None]:
+def _low_rank_arguments(options: GemmOptions, rank: int, width: int) -> dict[str, Tensor | int | None]:
     term = options.low_rank
     if term is None:
-        return {"low": None, "b": None, "stride_low": 0, "stride_b_slot": 0, "stride_b": 0, "half_low": 0}
+        return {"low": None, "b": None, "stride_low": 0, "stride_b_slot": 0, "stride_b": 0, "half_low": 0, "half_b": 0}
     return {
         "low": term.low_PR,
         "b": term.matrix_SNR,
@@ -264,7 +264,14 @@ def _low_rank_arguments(options: GemmOptions, rank: int) -> dict[str, Tensor | i
         "stride_b_slot": term.matrix_SNR.stride(0),
         "stride_b": term.matrix_SNR.stride(2 if options.transposed else 1),
         "half_low": rank,
+        "half_b": width * rank,
     }
+
+
+def _takes_descriptors(x: Tensor, inner: int, halves: int) -> bool:
+    """Whether TMA can address x's rows, and each half of them."""
+    itemsize = x.element_size()
+    return x.data_ptr() % 16 == 0 and x.stride(0) * itemsize % 16 == 0 and (halves == 1 or inner * itemsize % 16 == 0)
 
 
 def gemm_launch(
@@ -281,9 +288,7 @@ def gemm_launch(
     tiles = tile_map(order, config.blocks["BM"])
     # In float32, products without tensor cores take all the time there is, and the registers that descriptors would need.
     descriptors = (sm_of(x.device) if sm is None else sm) >= 90 and x.element_size() == 2
-    x_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and (inner * x.element_size() % 16 == 0 or halves == 1)
     half_rows = weights.rows // halves * weights.row_stride
-    scale_0, scale_1 = options.scales or (1.0, 1.0)
     drop = options.drop_x or options.drop_low
     return Launch(
         kernel=grouped_gemm_kernel,
@@ -304,11 +309,9 @@ def gemm_launch(
             "stride_y": y.stride(0),
             "half_x": inner if transposed else 0,
             "half_w": half_rows,
-            "half_b": width * rank,
-            **_low_rank_arguments(options, rank),
             "half_y": width,
-            "scale_0": scale_0,
-            "scale_1": scale_1,
+            **_low_rank_arguments(options, rank, width),
+            **dict(zip(("scale_0", "scale_1"), options.scales or (1.0, 1.0), strict=True)),
             "dropped_levels": 0 if drop is None else drop.dropped_levels,
         },
         constants={
@@ -323,7 +326,7 @@ def gemm_launch(
             "SCALE_RESULT": options.scales is not None and term is None,
             "DROP_X": options.drop_x is not None,
             "DROP_LOW": options.drop_low is not None,
-            "X_DESCRIPTOR": descriptors and not options.gather and x_aligned,
+            "X_DESCRIPTOR": descriptors and not options.gather and _takes_descriptors(x, inner, halves),
             "W_DESCRIPTOR": descriptors and weights.takes_descriptors and half_rows * x.element_size() % 16 == 0,
             "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
             **config.blocks,

@@ -147,10 +147,8 @@ class _MixloraFfn(torch.autograd.Function):
         x_TD, weight_TK, gate_up_TF, low_in_Pr, low_down_Pr, *pairs = ctx.saved_tensors
         base, dtype = context.base, x_TD.dtype
         a_in, a_down, b_down, b_in = _converted(context, pairs, dtype)
-        d_down: list[Any] = [None if p is None else torch.zeros_like(p) for p in pairs[:2]]
-        da_down, db_down = d_down
+        da_down, db_down, *db_in = _zeros_like([*pairs[:2], *pairs[2 + len(b_in) :]])
         da_in: Any = None if a_in is None else torch.zeros_like(a_in, dtype=pairs[2].dtype)
-        db_in = [torch.zeros_like(b) for b in pairs[2 + len(b_in) :]]
         ffn, hidden = base.gate_FD.shape
         dy_TD = grads[0].contiguous()
         dhidden_TF = dy_TD @ base.down_DF
@@ -222,6 +220,10 @@ def _converted(context: _MixloraContext, pairs: Sequence[Tensor | None], dtype: 
 def _expand(context: _MixloraContext, gate_up: Tensor, low: Tensor, b_in: list[Tensor], slot: int) -> None:
     for part, b in zip(context.inputs, b_in, strict=True):
         gate_up[:, part.output].addmm_(low[:, part.low], b[slot].T)
+
+
+def _zeros_like(pairs: Sequence[Tensor | None]) -> list[Any]:
+    return [None if matrix is None else torch.zeros_like(matrix) for matrix in pairs]
 
 
 def _shrink_gradient(part: ShrunkInput, dgate_up: Tensor, b: Tensor, weighted_low: Tensor, dlow: Tensor, db: Tensor) -> None:
