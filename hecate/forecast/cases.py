@@ -89,6 +89,7 @@ class Case:
             "ranks": topology.world_size,
             "model": model.name,
             "experts": model.experts,
+            "kind": model.kind,
             "workload": self.workload,
             "tokens_per_rank": self.tokens_per_rank,
         }

@@ -1,4 +1,4 @@
-"""Simulated rows as tables, JSON and bars."""
+"""Simulated rows as tables and JSON. `hecate.forecast.bars` draws them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hecate.errors import UserError, install_hint
+from hecate.errors import UserError
 from hecate.forecast.cases import BASELINE
 
 Row = dict[str, Any]
 
 SPEEDUP = f"speedup_over_{BASELINE}"
-BARS = {
-    "attention": "attention",
-    "compute": "experts",
-    "dispatch": "tokens",
-    "exposed": "parameters and gradients, exposed",
-    "optimizer": "optimizer",
-    "reshard": "re-sharding",
-}
-"""parts of a step that add up to it -> what they are called"""
 _WIDTH = 160
 """columns of a table that does not go to a terminal"""
 
@@ -33,15 +24,15 @@ _WIDTH = 160
 def print_rows(rows: Sequence[Row]) -> None:
     """One case: its policies in detail. Several: speed-ups, a line a case; many models or clusters: a line each, over their workloads."""
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
-    cases = _grouped(rows, ("topology", "model", "experts", "tokens_per_rank", "workload"))
+    cases = grouped(rows, ("topology", "model", "experts", "tokens_per_rank", "workload"))
     if len(cases) == 1:
         console.print(_detail(rows))
         return
-    pairs = _grouped(rows, ("topology", "model", "experts", "tokens_per_rank"))
+    pairs = grouped(rows, ("topology", "model", "experts", "tokens_per_rank"))
     if len(pairs) == 1:
         console.print(_speedups(rows, ("workload",), f"Speed-up over {BASELINE}\n{_title(rows[0])}"))
     else:
-        workloads = len(_grouped(rows, ("workload",)))
+        workloads = len(grouped(rows, ("workload",)))
         title = f"Speed-up over {BASELINE}, geometric mean over {workloads} workload{'s' * (workloads > 1)}"
         console.print(_speedups(rows, ("topology", "model", "experts"), title))
 
@@ -57,42 +48,6 @@ def write_json(path: Path, settings: dict[str, Any], rows: Sequence[Row]) -> Non
         path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def write_bars(path: Path, rows: Sequence[Row]) -> None:
-    """A PNG: a panel for each model and cluster, in it a bar for each policy, its step time in parts, mean over the workloads.
-
-    Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"--plot needs matplotlib ({error})\n  {install_hint('report')}") from error
-    panels = _grouped(rows, ("topology", "model", "experts", "tokens_per_rank"))
-    across = min(len(panels), 4)
-    down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(max(6.0, 4.5 * across), 3.6 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).flatten()
-    for panel, axis in zip(panels, axes, strict=False):
-        policies = _grouped(panel, ("policy",))
-        bottom = [0.0] * len(policies)
-        for part, label in BARS.items():
-            height = [1e3 * sum(row["seconds"][part] for row in group) / len(group) for group in policies]
-            axis.bar([group[0]["policy"] for group in policies], height, bottom=bottom, label=label)
-            bottom = [below + more for below, more in zip(bottom, height, strict=True)]
-        axis.set_ylim(0, 1.05 * max(bottom))
-        axis.set_title(_title(panel[0]).replace(" on ", "\non "), fontsize=9)
-        axis.set_ylabel("ms a step")
-        axis.tick_params(axis="x", rotation=60)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def _detail(rows: Sequence[Row]) -> Table:
@@ -136,7 +91,7 @@ def _speedups(rows: Sequence[Row], keys: tuple[str, ...], title: str) -> Table:
         marks = [_mark([row for row in group if row["policy"] == policy]) for policy in policies]
         return [(_times(mean) if relative else f"{mean:.1f}") + mark for mean, mark in zip(means, marks, strict=True)]
 
-    groups = _grouped(rows, keys)
+    groups = grouped(rows, keys)
     for group in groups:
         table.add_row(*(str(group[0][key]) for key in keys), *cells(group), end_section=group is groups[-1])
     table.add_row("geo-mean", *[""] * (len(keys) - 1), *cells(rows))
@@ -155,7 +110,7 @@ def _value(row: Row, relative: bool) -> float:
     return float(row[SPEEDUP] if relative else 1e3 * row["step_seconds"])
 
 
-def _grouped(rows: Sequence[Row], keys: tuple[str, ...]) -> list[list[Row]]:
+def grouped(rows: Sequence[Row], keys: tuple[str, ...]) -> list[list[Row]]:
     """Rows with the same values of `keys`, in the order in which they first come."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:

@@ -10,8 +10,9 @@ from typing import Any
 
 from hecate.config.presets import find_preset
 from hecate.errors import UserError
+from hecate.forecast.bars import write_bars
 from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
-from hecate.forecast.report import print_rows, write_bars, write_json
+from hecate.forecast.report import print_rows, write_json
 from hecate.forecast.sweep import load_sweep
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.workloads import WORKLOADS

@@ -13,14 +13,27 @@ import pytest
 from hecate.config.presets import find_preset, preset_names
 from hecate.errors import UserError
 from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
-from hecate.forecast.report import SPEEDUP, print_rows, write_bars, write_json
+from hecate.forecast.report import SPEEDUP, print_rows, write_json
 from hecate.forecast.sweep import load_sweep
 from hecate.parallel.traces import Trace, save_trace
 
 MODEL = "{kind: mixlora, rank: 2, hidden: 8, ffn: 16, layers: 6, seq: 8, experts: 4, top_k: 2}"
 TWO = Options(policies=("static_ep", "full"), steps=2)
 ROW_KEYS = {
-    *("topology", "ranks", "model", "experts", "workload", "tokens_per_rank", "policy", "step_seconds", "seconds", "bytes", "imbalance"),
+    *(
+        "topology",
+        "ranks",
+        "model",
+        "kind",
+        "experts",
+        "workload",
+        "tokens_per_rank",
+        "policy",
+        "step_seconds",
+        "seconds",
+        "bytes",
+        "imbalance",
+    ),
     *("replica_bytes", "memory_bytes", "fits_memory", "planner_ms_per_layer", SPEEDUP),
 }
 
@@ -177,6 +190,7 @@ def rows(**changes: Any) -> list[dict[str, Any]]:
         "topology": "here",
         "ranks": 2,
         "model": "small",
+        "kind": "mixlora",
         "experts": 4,
         "workload": "zipf",
         "tokens_per_rank": 64,
@@ -231,15 +245,9 @@ def test_files_are_written(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "new" / "rows.json").read_text())
     assert record["settings"] == {"steps": 2}
     assert len(record["rows"]) == 2
-    pytest.importorskip("matplotlib")
-    write_bars(tmp_path / "bars.png", [*rows(), *rows(model="large")])
-    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_files_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_json(tmp_path / "file" / "rows.json", {}, rows())
-    pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match="cannot be written"):
-        write_bars(tmp_path / "file" / "bars.png", rows())

@@ -1,0 +1,147 @@
+"""Simulated step times as a picture: for each model and cluster a panel, in it for each policy a bar of the parts of its step.
+
+The picture is opaque with dark text, so that it reads on light and on dark pages, at a width of 800 pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hecate.errors import UserError, install_hint
+from hecate.forecast.cases import BASELINE
+from hecate.forecast.report import SPEEDUP, Row, grouped
+from hecate.parallel.expert_kinds import KINDS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PARTS = {
+    "attention": ("attention", "#9aa5b1"),
+    "compute": ("experts compute", "#2f6db5"),
+    "dispatch": ("tokens travel", "#e3a008"),
+    "exposed": ("parameters and gradients travel (not hidden)", "#c2410c"),
+    "optimizer": ("optimizer", "#6b4c9a"),
+    "reshard": ("re-sharding", "#1b7f5c"),
+}
+"""parts of a step that add up to it -> what they are called, and their colours"""
+NAMES = {BASELINE: f"{BASELINE}\n(expert parallelism)", "full": "full\n(every expert on every rank)", "auto": "auto\n(the default)"}
+"""policies that a newcomer is told more of"""
+LOADS = {
+    "balanced": "every expert is equally popular",
+    "zipf": "few experts are very popular",
+    "dirichlet_drift": "skewed like real text",
+}
+"""workloads that a newcomer is told more of"""
+EXPERTS = {"trained": "fully trained experts", "frozen": "LoRA on frozen experts", "shared": "LoRA experts over one frozen FFN"}
+"""`ExpertKind.ffn` -> what a kind of experts is called"""
+_VISIBLE = 0.002
+"""share of the longest bar from which a part is worth a line in the legend"""
+_WIDTH, _DPI = 8.0, 140
+
+
+def write_bars(path: Path, rows: Sequence[Row]) -> None:
+    """Draw the rows of a simulation (docs/simulator.md) into a PNG.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = draw_bars(rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=_DPI, pil_kwargs={"optimize": True})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+
+
+def draw_bars(rows: Sequence[Row]) -> Figure:
+    """A panel for each model and cluster; a bar's length is the mean over the panel's workloads.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"--plot needs matplotlib ({error})\n  {install_hint('report')}") from error
+    panels = grouped(rows, ("topology", "model", "experts", "tokens_per_rank"))
+    across = min(len(panels), 2)
+    down = math.ceil(len(panels) / across)
+    policies = max(len(grouped(panel, ("policy",))) for panel in panels)
+    figure = Figure(figsize=(_WIDTH, 1.0 + down * (0.9 + 0.36 * policies)), layout="constrained", facecolor="white")
+    figure.suptitle("Predicted time of one training step under each placement policy", fontsize=11.5, fontweight="bold")
+    axes = figure.subplots(down, across, squeeze=False, sharey="row").flatten()  # all panels have the same policies
+    shown: dict[str, Any] = {}
+    for panel, axis in zip(panels, axes, strict=False):
+        shown |= _draw(axis, panel)
+    names = [group[0]["policy"] for group in grouped(rows, ("policy",))]
+    for axis in axes[: len(panels) : across]:
+        axis.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names], fontsize=8)
+        for name, tick in zip(names, axis.get_yticklabels(), strict=True):
+            tick.set_fontweight("bold" if name == "auto" else "normal")
+        axis.invert_yaxis()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    beside = f"speed-up over {BASELINE}" if all(row[SPEEDUP] is not None for row in rows) else "time"
+    caption = f"milliseconds; beside each bar: {beside}, and memory of the fullest rank without activations"
+    order = [part for part in PARTS if part in shown]
+    called = [PARTS[part][0] for part in order]
+    figure.legend(
+        [shown[part] for part in order],
+        called,
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8.5,
+        frameon=False,
+        title=caption,
+        title_fontsize=8.5,
+    )
+    return figure
+
+
+def _draw(axis: Axes, panel: Sequence[Row]) -> Mapping[str, Any]:
+    """One panel; returns the bars of each part that can be seen."""
+    policies = grouped(panel, ("policy",))
+    names = [group[0]["policy"] for group in policies]
+    totals = [_mean_ms(group, tuple(PARTS)) for group in policies]
+    shown, ends = {}, [0.0] * len(policies)
+    for part, (_, colour) in PARTS.items():
+        lengths = [_mean_ms(group, (part,)) for group in policies]
+        bars = axis.barh(range(len(policies)), lengths, left=ends, color=colour, height=0.72)
+        ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+        if max(lengths) > _VISIBLE * max(totals):
+            shown[part] = bars
+    for place, (group, total) in enumerate(zip(policies, totals, strict=True)):
+        weight = "bold" if names[place] == "auto" else "normal"
+        axis.text(total + 0.015 * max(totals), place, _label(group, total), va="center", fontsize=8, fontweight=weight)
+    axis.set_xlim(0, 1.33 * max(totals))
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(_title(panel), fontsize=9, loc="left", wrap=True)
+    return shown
+
+
+def _label(group: Sequence[Row], total: float) -> str:
+    """What stands at the end of a bar: the speed-up over the baseline, or the time if there is none; the memory of the fullest rank."""
+    over = [row["step_seconds"] * row[SPEEDUP] for row in group if row[SPEEDUP] is not None]
+    first = f"{1e3 * sum(over) / len(over) / total:.2f}x" if len(over) == len(group) else f"{total:.0f} ms"
+    fits = all(row["fits_memory"] for row in group)
+    return f"{first}, {max(row['memory_bytes'] for row in group) / 1e9:.0f} GB{'' if fits else ': too much'}"
+
+
+def _mean_ms(group: Sequence[Row], parts: tuple[str, ...]) -> float:
+    return 1e3 * sum(row["seconds"][part] for row in group for part in parts) / len(group)
+
+
+def _title(panel: Sequence[Row]) -> str:
+    row, workloads = panel[0], list(dict.fromkeys(row["workload"] for row in panel))
+    loads = f"mean of the workloads {', '.join(workloads)}" if len(workloads) > 1 else f"workload {workloads[0]}"
+    if len(workloads) == 1 and workloads[0] in LOADS:
+        loads += f": {LOADS[workloads[0]]}"
+    return (
+        f"{row['model']}: {EXPERTS[KINDS[row['kind']].ffn]}\n{row['experts']} experts a layer, "
+        f"{row['tokens_per_rank']:,} tokens a rank\n{row['topology']} ({row['ranks']} ranks)\n{loads}"
+    )
