@@ -110,10 +110,10 @@ def measure(rank: int, world: int, shape: Shape, workloads: Sequence[str], repea
                 weights = [torch.full(expert_TK.shape, 1 / shape.top_k).requires_grad_() for expert_TK in drawn]
                 routing = list(zip(map(torch.from_numpy, drawn), weights, strict=True))
                 for policy, stack in stacks.items():
-                    before, wire = stack.engine.bytes_sent, Wire(world, rank)
+                    before, wire = stack.engine.shards.bytes_sent, Wire(world, rank)
                     with wire.counting():
                         taken = clock.time(partial(stack.step, number, x_TD, routing))
-                    steps.append(Step(workload, policy, number, taken, wire.bytes_to, stack.engine.bytes_sent - before))
+                    steps.append(Step(workload, policy, number, taken, wire.bytes_to, stack.engine.shards.bytes_sent - before))
             seconds.append(probes.run(clock))
         topologies.append(_profiled(Ranks(rank, world, torch.device("cpu"), groups)))
     return Measured(topologies, planning, seconds, steps)

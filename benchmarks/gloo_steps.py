@@ -98,11 +98,11 @@ class Stack:
         self.shape = shape
         self.engine = Engine(dict(families), EngineConfig(planner, topology, top_k=shape.top_k), groups)
         self.projections = [attention_weights(shape) for _ in range(shape.layers)]
-        self.adamw = torch.optim.AdamW(list(self.engine.named_parameters().values()), lr=1e-4)
+        self.adamw = torch.optim.AdamW(list(self.engine.shards.named_parameters().values()), lr=1e-4)
 
     def forget_loads(self) -> None:
         """As at the start of a training run."""
-        self.engine.history.restore([])
+        self.engine.shards.history.restore([])
 
     def step(self, number: int, x_TD: Tensor, routing: list[tuple[Tensor, Tensor]]) -> None:
         """Plan, forward, backward, finish, owners' AdamW.
@@ -112,17 +112,17 @@ class Stack:
             routing: per layer (experts, weights), [T, K] each.
         """
         engine = self.engine
-        engine.begin_step(number)
-        engine.last_micro_step()
+        step = engine.begin_step(number)
+        micro = step.begin_micro_step()
         hidden = x_TD
         for layer, (expert_TK, weight_TK) in enumerate(routing):
-            engine.prefetch(layer)
+            micro.prefetch(layer)
             hidden = attention(hidden, self.projections[layer])
             real = len(expert_TK)
-            y_TD = engine.experts(layer, hidden[:real], expert_TK, weight_TK, torch.arange(real), count=True)
+            y_TD = micro.experts(layer, hidden[:real], expert_TK, weight_TK, torch.arange(real))
             hidden = hidden + (y_TD if real == len(hidden) else torch.cat([y_TD, hidden[real:]]))
-        hidden.backward(torch.ones_like(hidden))
-        engine.finish_step()
+        micro.backward(hidden, torch.ones_like(hidden))
+        step.finish()
         self.adamw.step()
         for weights in self.projections:
             for weight in weights:

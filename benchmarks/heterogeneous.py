@@ -63,7 +63,7 @@ def bench_rank(rank: int, world: int, config: str, samples: int) -> tuple[list[d
     assert default is not None
     ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
     run = Run(load_config(config, claim_output=False), ranks)
-    equal = run.moe.engine.config.topology
+    equal = run.moe.engine.shards.config.topology
     processor = Processor(os.getpid())
 
     def held(on: bool) -> None:
@@ -113,12 +113,14 @@ def check(run: Run, equal: Any, planned: Any) -> None:
         state = run.stream.state_dict()
         rows = run.stream.next_step()
         run.stream.load_state_dict(state)
-        with run.moe.engine.evaluating(), torch.no_grad():
-            from hecate.train.step import forward_loss
+        with run.moe.engine.evaluation() as evaluation, torch.no_grad():
+            from hecate.train.step import forward_loss, pass_tokens
 
-            loss = sum(forward_loss(run.moe, run.base.head, batch, step=0, recording=False) for batch in run.micro_batches(rows))
-        run.moe.micro_step.clear()
-        losses.append(float(run.ranks.all_sum(torch.as_tensor(loss).double())))
+            loss = torch.zeros((), dtype=torch.float64)
+            for batch in run.micro_batches(rows):
+                with evaluation.forward(pass_tokens(run.base.head, batch)):
+                    loss += forward_loss(run.base.head, batch)
+        losses.append(float(run.ranks.all_sum(loss)))
     assert abs(losses[0] - losses[1]) <= 1e-4 * abs(losses[0]), losses
 
 

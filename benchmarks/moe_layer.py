@@ -105,7 +105,7 @@ def bench_rank(
             for step in range(WARM_UP + samples):
                 for name, engine in engines.items():
                     expert, weight = route("balanced" if named[name].balanced else routing, shape, seed=rank, step=step)
-                    sent = engine.bytes_sent
+                    sent = engine.shards.bytes_sent
                     dist.barrier()
                     start, cpu_start = time.perf_counter(), time.process_time()
                     _, loads = one_step(engine, step, x, expert, weight.requires_grad_(), per_choice=named[name].per_choice, before=before)
@@ -113,12 +113,12 @@ def bench_rank(
                     dist.all_reduce(ms, op=dist.ReduceOp.MAX)
                     before.zero_grad(set_to_none=True)
                     x.grad = None
-                    total = torch.tensor(engine.bytes_sent - sent)
+                    total = torch.tensor(engine.shards.bytes_sent - sent)
                     dist.all_reduce(total)
                     if step >= WARM_UP:
                         found[name]["ms_all"].append(ms[0].item())
                         found[name]["cpu_ms_all"].append(ms[1].item())
-                    found[name].update(bytes_sent=int(total), imbalance=engine.plans.imbalance(loads))
+                    found[name].update(bytes_sent=int(total), imbalance=engine.shards.plans.imbalance(loads))
             rows += [row(kind, name, routing, **result) for name, result in found.items()]
     return rows, topology
 

@@ -144,21 +144,20 @@ def one_step(
     before: Projections | None = None,
 ) -> tuple[Tensor, dict[int, np.ndarray]]:
     """Forward and backward. `per_choice`: as if each choice were a token of its own. `before`: runs while the gather does."""
-    engine.begin_step(step)
-    engine.last_micro_step()
-    engine.prefetch(0)
+    this_step = engine.begin_step(step)
+    micro = this_step.begin_micro_step()
+    micro.prefetch(0)
     if before is not None:
         x = before(x)
     if per_choice:
         tokens, k = expert.shape
         token = torch.arange(tokens).repeat_interleave(k)
-        y = engine.experts(0, x.repeat_interleave(k, 0), expert.reshape(-1, 1), weight.reshape(-1, 1), token, count=True)
+        y = micro.experts(0, x.repeat_interleave(k, 0), expert.reshape(-1, 1), weight.reshape(-1, 1), token)
         y = y.view(tokens, k, -1).sum(1)
     else:
-        y = engine.experts(0, x, expert, weight, torch.arange(len(x)), count=True)
-    engine.begin_backward()
-    y.backward(torch.ones_like(y))
-    return y, engine.finish_step()
+        y = micro.experts(0, x, expert, weight, torch.arange(len(x)))
+    micro.backward(y, torch.ones_like(y))
+    return y, this_step.finish()
 
 
 class Formula:
@@ -181,7 +180,7 @@ class Formula:
         y, _ = one_step(engine, 0, x, *self.routed, per_choice=per_choice)
         torch.testing.assert_close(y, self.y, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(x.grad, self.dx, rtol=1e-3, atol=1e-3)
-        for (_, number), parameter in engine.named_parameters().items():
+        for (_, number), parameter in engine.shards.named_parameters().items():
             assert parameter.grad is not None
             error = float((parameter.grad - self.dchunks[number]).norm() / self.dchunks[number].norm())
             assert error < 1e-5, f"gradient of expert {number} is off by {error:.1e}"
@@ -189,7 +188,7 @@ class Formula:
 
 def check(engine: Engine, rank: int, shape: Shape, expert: Tensor, weight: Tensor, *, per_choice: bool) -> None:
     """The layer's output and gradients against the plain formula. Every rank must call it. Raises AssertionError."""
-    Formula(engine.families[0], rank, shape, expert, weight).check(engine, per_choice=per_choice)
+    Formula(engine.shards.families[0], rank, shape, expert, weight).check(engine, per_choice=per_choice)
 
 
 def _formula(family: ExpertFamily, shape: Shape, x: Tensor, expert: Tensor, weight: Tensor, chunks: Tensor) -> Tensor:

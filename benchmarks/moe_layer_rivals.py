@@ -57,7 +57,7 @@ class Ours:
         return one_step(self.engine, number, x, expert, weight)[0]
 
     def gradients(self) -> dict[int, Tensor]:
-        return {expert: p.grad for (_, expert), p in self.engine.named_parameters().items() if p.grad is not None}
+        return {expert: p.grad for (_, expert), p in self.engine.shards.named_parameters().items() if p.grad is not None}
 
 
 class Megatron:

@@ -98,20 +98,20 @@ def bench_rank(
         x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         weight.requires_grad_()
         for policy, engine in engines.items():
-            engine.history.load_state_dict([])  # the loads that the next plans are made from are this routing's only
+            engine.shards.history.load_state_dict([])  # the loads that the next plans are made from are this routing's only
             check(engine, rank, shape, expert, weight, per_choice=policy == PER_CHOICE)
         times: dict[str, list[float]] = {policy: [] for policy in engines}
         cpu: dict[str, list[float]] = {policy: [] for policy in engines}
         facts: dict[str, dict[str, Any]] = {}
         for sample in range(samples + 1):
             for policy, engine in engines.items():
-                sent, across = engine.bytes_sent, bytes_out()
+                sent, across = engine.shards.bytes_sent, bytes_out()
                 dist.barrier()
                 start, cpu_start = time.perf_counter(), time.process_time()
                 _, loads = one_step(engine, sample, x, expert, weight, per_choice=policy == PER_CHOICE)
                 seconds = torch.tensor([time.perf_counter() - start, time.process_time() - cpu_start])
                 dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-                left = torch.tensor([engine.bytes_sent - sent, (bytes_out() - across) * first_of_node])
+                left = torch.tensor([engine.shards.bytes_sent - sent, (bytes_out() - across) * first_of_node])
                 busier = left[1].clone()
                 dist.all_reduce(left)
                 dist.all_reduce(busier, op=dist.ReduceOp.MAX)
@@ -122,8 +122,8 @@ def bench_rank(
                     "link_ms": 1e3 * int(busier) / RATE_BYTES,
                     "bytes_sent": int(left[0]),
                     "bytes_across": int(left[1]),
-                    "replicas": int(engine.placements[0].where_ED.sum()) - shape.experts,
-                    "imbalance": engine.plans.imbalance(loads),
+                    "replicas": int(engine.shards.placements[0].where_ED.sum()) - shape.experts,
+                    "imbalance": engine.shards.plans.imbalance(loads),
                 }
         rows += [
             {

@@ -90,7 +90,7 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
         moe = insert_experts(model, plan, EngineConfig(POLICIES["hecate"], local_topology(1, cuda=False)), ranks.groups)
         if checkpoint:
             checkpoint_activations(moe)
-        owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.named_parameters().items()}
+        owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
         optimizer = ExpertOptimizer(
             Trainables(owned, moe.replicated_parameters()),
             AdamWSettings(learning_rate=LEARNING_RATE, weight_decay=0.01),

@@ -159,8 +159,6 @@ UPWARDS = {
     ("hecate.elastic.observer", "hecate.train.loop"),
     ("hecate.elastic.rebuild", "hecate.train.loop"),
     ("hecate.elastic.rebuild", "hecate.train.state"),
-    ("hecate.experts.layer", "hecate.engine.engine"),
-    ("hecate.experts.routed_experts", "hecate.engine.engine"),
     ("hecate.report.run_report", "hecate.train.loop"),
 }
 """Imports that still go upwards. This table only shrinks."""

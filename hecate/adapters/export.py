@@ -53,7 +53,7 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
         chunks = gather_on_first(moe, unit, ranks)
         if chunks is None:
             continue
-        family = moe.engine.families[unit]
+        family = moe.engine.shards.families[unit]
         assert isinstance(family, MixLoraExperts)
         for projection, lora in family.pairs(chunks).items():
             for expert in range(family.num_experts):
@@ -73,8 +73,8 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for unit, router in moe.routers.items():
             router.copy_(tensors[router_tensor_name(unit.layer)])
-        for (unit, expert), chunk in moe.engine.named_parameters().items():
-            specs = moe.engine.families[unit].layout().trainable
+        for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
+            specs = moe.engine.shards.families[unit].layout().trainable
             parts: list[Any] = [spec.name.split(".") for spec in specs]
             flat = [tensors[expert_tensor_name(unit.layer, projection, expert, matrix)].flatten() for projection, matrix in parts]
             chunk.copy_(torch.cat(flat))
@@ -86,10 +86,10 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
 
 def gather_on_first(moe: MoeModel, unit: Unit, ranks: Ranks) -> Tensor | None:
     """All master chunks of a layer, [experts, C], on rank 0, None elsewhere. Every rank must call it."""
-    if not moe.engine.in_first_group:
+    if not moe.engine.shards.in_first_group:
         return None
-    owner_E: np.ndarray = moe.engine.owners[unit]
-    where_ED = owners_only(owner_E, moe.engine.world_size).where_ED.copy()
+    owner_E: np.ndarray = moe.engine.shards.owners[unit]
+    where_ED = owners_only(owner_E, moe.engine.shards.world_size).where_ED.copy()
     where_ED[:, 0] = True
-    gathered = sparse_all_gather(moe.engine.stores[unit].owned, Placement(owner_E.copy(), where_ED), ranks.groups.experts).wait()
+    gathered = sparse_all_gather(moe.engine.shards.stores[unit].owned, Placement(owner_E.copy(), where_ED), ranks.groups.experts).wait()
     return gathered if ranks.is_first else None

@@ -126,7 +126,7 @@ def _entries(description: MixtralFolder, dense: Mapping[str, Tensor], moe: MoeMo
     """Every tensor of the folder; the same on every rank."""
     shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
     for unit in moe.layers:
-        family = moe.engine.families[unit]
+        family = moe.engine.shards.families[unit]
         prefix = f"model.layers.{unit.layer}.block_sparse_moe"
         shapes[f"{prefix}.gate.weight"] = tuple(moe.routers[unit].shape)
         for expert in range(family.num_experts):
@@ -170,7 +170,7 @@ class _Fetch:
         return self._dense[name]
 
     def _part(self, unit: Unit, part: str, chunk: Tensor) -> Tensor:
-        specs = self._moe.engine.families[unit].layout().trainable
+        specs = self._moe.engine.shards.families[unit].layout().trainable
         parts = dict(zip((_PARTS[spec.name] for spec in specs), chunk.split([spec.numel for spec in specs]), strict=True))
         shapes = {_PARTS[spec.name]: spec.shape for spec in specs}
         return parts[part].view(shapes[part])
@@ -178,10 +178,10 @@ class _Fetch:
 
 def expert_on_first(moe: MoeModel, unit: Unit, expert: int, ranks: Ranks) -> Tensor | None:
     """[C] on rank 0: an expert's master chunk. Every rank must call it; only the owner and rank 0 have something to do."""
-    if not moe.engine.in_first_group:
+    if not moe.engine.shards.in_first_group:
         return None
-    store, owner = moe.engine.stores[unit], int(moe.engine.owners[unit][expert])
-    mine = store.owned[store.experts.index(expert)].detach() if owner == moe.engine.rank else None
+    store, owner = moe.engine.shards.stores[unit], int(moe.engine.shards.owners[unit][expert])
+    mine = store.owned[store.experts.index(expert)].detach() if owner == moe.engine.shards.rank else None
     if owner == 0:
         return mine
     if mine is not None:

@@ -9,7 +9,6 @@ import torch
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.micro_step import MicroStep
 from hecate.model.base import BaseModel
 from hecate.model.head import LanguageModelHead
 from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
@@ -45,4 +44,4 @@ def load_model_folder(folder: Path, ranks: Ranks, dtype: str) -> tuple[BaseModel
     engine = Engine({}, EngineConfig(POLICIES["full"], topology), ranks.groups)
     vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     base = BaseModel(model, LanguageModelHead(model), load_tokenizer(source), vocab_size)
-    return base, MoeModel(model, engine, MicroStep(), {}, {})
+    return base, MoeModel(model, engine, {}, {})

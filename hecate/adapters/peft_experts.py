@@ -65,7 +65,7 @@ def export_peft_adapter(folder: Path, description: PeftMoeConfig, base: BaseMode
         chunks_EC = gather_on_first(moe, unit, ranks)
         if chunks_EC is None:
             continue
-        family = moe.engine.families[unit]
+        family = moe.engine.shards.families[unit]
         assert isinstance(family, MoeLoraExperts)
         pairs = family.pairs(chunks_EC)
         for projection, (name_a, name_b) in expert_names(layer.block.experts_path, tuple(pairs)).items():
@@ -98,8 +98,8 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
             raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
     blocks = {Unit(layer.block.layer): layer.block for layer in base.adapted}
     with torch.no_grad():
-        for (unit, expert), chunk in moe.engine.named_parameters().items():
-            family, block = moe.engine.families[unit], blocks[unit]
+        for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
+            family, block = moe.engine.shards.families[unit], blocks[unit]
             assert isinstance(family, MoeLoraExperts)
             names, flat = expert_names(block.experts_path, family.projections), []
             for projection in family.projections:
@@ -171,7 +171,7 @@ def _shapes(moe: MoeModel, base: BaseModel) -> dict[str, tuple[int, ...]]:
     """Every tensor that an adapter of this model has."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in base.adapted:
-        block, family = layer.block, moe.engine.families[Unit(layer.block.layer)]
+        block, family = layer.block, moe.engine.shards.families[Unit(layer.block.layer)]
         assert isinstance(family, MoeLoraExperts)
         sizes = {"gate_up_proj": (block.hidden, 2 * block.ffn), "down_proj": (block.ffn, block.hidden)}
         for projection, (name_a, name_b) in expert_names(block.experts_path, family.projections).items():

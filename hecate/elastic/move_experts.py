@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.engine.engine import Engine
+from hecate.engine.protocol import ExpertEngine
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.sharding import better_owners, owned_bytes, owned_slots
@@ -17,14 +17,14 @@ from hecate.parallel.units import Unit, expert_name
 from hecate.report.events import Move, Resharding
 
 
-def check_room(engine: Engine) -> None:
+def check_room(engine: ExpertEngine) -> None:
     """Refuse before the training what `reshard_if_it_pays` would refuse in its midst.
 
     Raises:
         UserError: the devices' memory in the topology does not hold the experts.
     """
     number: dict[float, int] = {}
-    inputs = engine.plan_inputs(for_owners=True)
+    inputs = engine.shards.plan_inputs(for_owners=True)
     for _, given in inputs:
         size = owned_bytes(given.cost)
         number[size] = number.get(size, 0) + given.owner_LE.size
@@ -32,15 +32,15 @@ def check_room(engine: Engine) -> None:
         owned_slots(number, inputs[0][1].topology.memory)
 
 
-def reshard_if_it_pays(engine: Engine, optimizer: ExpertOptimizer, steps: int) -> Resharding | None:
+def reshard_if_it_pays(engine: ExpertEngine, optimizer: ExpertOptimizer, steps: int) -> Resharding | None:
     """Find better owners for the predicted loads and move the experts there, if `steps` more steps repay it.
 
     Every rank must call it, after a step of the optimizer and before the next one begins. `check_room` must have passed.
     """
     started = time.monotonic()
-    inputs = engine.plan_inputs(for_owners=True)
-    better = better_owners(engine.config.planner, [given for _, given in inputs], steps)
-    owners = dict(engine.owners)
+    inputs = engine.shards.plan_inputs(for_owners=True)
+    better = better_owners(engine.shards.config.planner, [given for _, given in inputs], steps)
+    owners = dict(engine.shards.owners)
     if better is not None:
         for (layers, _), owner_LE in zip(inputs, better[0], strict=True):
             owners.update(zip(layers, owner_LE, strict=True))
@@ -50,7 +50,7 @@ def reshard_if_it_pays(engine: Engine, optimizer: ExpertOptimizer, steps: int) -
     return Resharding(move_experts(engine, optimizer, owners), better[1], time.monotonic() - started)
 
 
-def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> Move:
+def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> Move:
     """Move master parameters, moments and frozen parts to `owners`, bit for bit, a layer at a time. Every rank must call it, between
     two steps.
 
@@ -60,45 +60,45 @@ def move_experts(engine: Engine, optimizer: ExpertOptimizer, owners: dict[Unit, 
         owners: int64 [experts] for each of the engine's layers.
     """
     experts = num_bytes = 0
-    for layer, store in engine.stores.items():
-        before, after = engine.owners[layer], owners[layer]
+    for layer, store in engine.shards.stores.items():
+        before, after = engine.shards.owners[layer], owners[layer]
         if np.array_equal(before, after):
             continue
         rows: dict[int, dict[str, Tensor]] = {
             expert: optimizer.row(parameter) for expert, parameter in zip(store.experts, store.parameters, strict=True)
         }
         chunk = RowSpec((store.chunk_numel,), store.owned.dtype)
-        done = reshard(rows, optimizer.row_specs(chunk), before, after, engine.groups.experts, store.device)
-        frozen_bytes = engine.change_owners(layer, after, {expert: tensors.pop(MASTER) for expert, tensors in done.rows.items()})
+        done = reshard(rows, optimizer.row_specs(chunk), before, after, engine.shards.groups.experts, store.device)
+        frozen_bytes = engine.shards.change_owners(layer, after, {expert: tensors.pop(MASTER) for expert, tensors in done.rows.items()})
         moments = {expert_name(layer, expert): tensors for expert, tensors in done.rows.items()}
         optimizer.replace_owned(owned_parameters(engine), moments)
         experts += done.moved
         num_bytes += done.num_bytes + frozen_bytes
-    if engine.groups.replicate is not None:
+    if engine.shards.groups.replicate is not None:
         # Every group moves the same rows, but not the same frozen parts: what is where they go already stays.
-        total = torch.tensor(num_bytes, device=next(iter(engine.stores.values())).device)
-        dist.all_reduce(total, group=engine.groups.replicate)
+        total = torch.tensor(num_bytes, device=next(iter(engine.shards.stores.values())).device)
+        dist.all_reduce(total, group=engine.shards.groups.replicate)
         num_bytes = int(total)
     return Move(experts, num_bytes)
 
 
-def adopt_owners(engine: Engine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> None:
+def adopt_owners(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> None:
     """Take over the owners of a checkpoint. Every rank must call it, with the same owners.
 
     Parameters are zero and have no moments afterwards where their layer's owners differed: the checkpoint is read into them next.
     """
-    for layer, store in engine.stores.items():
-        if not np.array_equal(engine.owners[layer], owners[layer]):
-            mine = np.flatnonzero(owners[layer] == engine.rank).tolist()
-            engine.change_owners(layer, owners[layer], {expert: store.owned.new_zeros(store.chunk_numel) for expert in mine})
+    for layer, store in engine.shards.stores.items():
+        if not np.array_equal(engine.shards.owners[layer], owners[layer]):
+            mine = np.flatnonzero(owners[layer] == engine.shards.rank).tolist()
+            engine.shards.change_owners(layer, owners[layer], {expert: store.owned.new_zeros(store.chunk_numel) for expert in mine})
     optimizer.replace_owned(owned_parameters(engine), {})
 
 
-def _assert_agreed(engine: Engine, owners: dict[Unit, np.ndarray]) -> None:
+def _assert_agreed(engine: ExpertEngine, owners: dict[Unit, np.ndarray]) -> None:
     """A rank that came to other owners, as different processors' rounding might make it, would lose experts without a word."""
-    if dist.get_world_size(engine.groups.world) == 1 or not owners:
+    if dist.get_world_size(engine.shards.groups.world) == 1 or not owners:
         return
     mine = torch.from_numpy(np.concatenate(list(owners.values())))
-    highest = torch.cat([mine, -mine]).to(next(iter(engine.stores.values())).device)
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=engine.groups.world)
+    highest = torch.cat([mine, -mine]).to(next(iter(engine.shards.stores.values())).device)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=engine.shards.groups.world)
     assert torch.equal(highest.cpu(), torch.cat([mine, -mine])), "the ranks came to different owners"

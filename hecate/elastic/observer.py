@@ -101,14 +101,14 @@ class Watched:
     def begins(self) -> None:
         run = self._run
         self._pace.take()
-        owners = np.concatenate([*run.moe.engine.owners.values(), []]).astype(int)
+        owners = np.concatenate([*run.moe.engine.shards.owners.values(), []]).astype(int)
         self._observer.begins(
             {
                 "step": run.step,
                 "max_steps": run.config.max_steps,
                 "rows": list(run.shares),
                 "owned": np.bincount(owners, minlength=len(run.shares)).tolist(),
-                "topology": topology_text(run.moe.engine.config.topology),
+                "topology": topology_text(run.moe.engine.shards.config.topology),
             }
         )
 
@@ -122,7 +122,7 @@ class Watched:
                 dense_seconds=dense_seconds,
                 loss=result.loss,
                 tokens=tokens,
-                imbalance=self._run.moe.engine.plans.imbalance(result.loads),
+                imbalance=self._run.moe.engine.shards.plans.imbalance(result.loads),
                 bytes_sent=bytes_sent,
                 loads={layer: loads_ED.sum(1).tolist() for layer, loads_ED in result.loads.items()},
             )

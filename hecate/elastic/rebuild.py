@@ -140,7 +140,7 @@ def _finish_or_rewind(run: Run, standings: list[_Standing]) -> bool:
 def _holders(run: Run) -> dict[Unit, np.ndarray]:
     """Per layer int64 [experts]: the lowest rank that owns it, else the lowest that has its backup, else -1."""
     mine = []
-    for layer, family in run.moe.engine.families.items():
+    for layer, family in run.moe.engine.shards.families.items():
         held_E = np.zeros(family.num_experts, dtype=np.int64)
         for expert in range(0 if run.fresh else family.num_experts):
             name = expert_name(layer, expert)
@@ -151,14 +151,14 @@ def _holders(run: Run) -> dict[Unit, np.ndarray]:
     held_DE = run.ranks.all_gather(torch.from_numpy(np.concatenate(mine))).numpy()
     holder_E = np.where(held_DE.max(0) > 0, held_DE.argmax(0), -1)
     cuts = np.cumsum([len(held_E) for held_E in mine])[:-1]
-    return dict(zip(run.moe.engine.families, np.split(holder_E, cuts), strict=True))
+    return dict(zip(run.moe.engine.shards.families, np.split(holder_E, cuts), strict=True))
 
 
 def _deal(run: Run, holders: dict[Unit, np.ndarray], owners: dict[Unit, np.ndarray]) -> dict[Unit, dict[int, dict[str, Tensor]]]:
     """Layer -> expert -> all there is of it, of the experts that this rank is to own."""
     optimizer, ranks = run.optimizer, run.ranks
     dealt = {}
-    for layer, store in run.moe.engine.stores.items():
+    for layer, store in run.moe.engine.shards.stores.items():
         mine = np.flatnonzero(holders[layer] == ranks.rank).tolist()
         names = {expert: expert_name(layer, expert) for expert in mine}
         held = {expert: optimizer.owned[name] if name in optimizer.owned else optimizer.backups[name] for expert, name in names.items()}
@@ -184,9 +184,9 @@ def _go_back(run: Run, topology: Topology) -> None:
     engine, ranks = run.moe.engine, run.ranks
     run.fresh = True  # what it holds until it is through counts for nothing
     run.optimizer.replace_backups({}, {})
-    owners = {layer: contiguous_owners(family.num_experts, ranks.world_size) for layer, family in engine.families.items()}
+    owners = {layer: contiguous_owners(family.num_experts, ranks.world_size) for layer, family in engine.shards.families.items()}
     chunks = {
-        layer: {int(expert): engine.families[layer].init_chunk(int(expert)) for expert in np.flatnonzero(owner_E == ranks.rank)}
+        layer: {int(expert): engine.shards.families[layer].init_chunk(int(expert)) for expert in np.flatnonzero(owner_E == ranks.rank)}
         for layer, owner_E in owners.items()
     }
     engine.rejoin(topology, ranks.groups, owners, chunks)
@@ -211,7 +211,7 @@ def _exchange_replicated(run: Run, source: int) -> tuple[dict[str, Any], dict[st
             "skipped_in_a_row": run.skipped_in_a_row,
             "rows_per_step": run.stream.sequences_per_step,
             "stream": run.stream.state_dict(),
-            "history": run.moe.engine.history.state_dict(),
+            "history": run.moe.engine.shards.history.state_dict(),
             "stepped": [name for name in rows if len(rows[name]) > 1],
         }
         text = json.dumps(facts).encode()
@@ -240,5 +240,5 @@ def _take_over(run: Run, facts: dict[str, Any], tensors: dict[str, Tensor]) -> N
     run.optimizer.steps_done = run.step
     run.stream.load_state_dict(facts["stream"])
     run.stream.sequences_per_step = facts["rows_per_step"]
-    run.moe.engine.history.load_state_dict(facts["history"])
-    run.moe.engine.history.redeal(run.ranks.world_size)
+    run.moe.engine.shards.history.load_state_dict(facts["history"])
+    run.moe.engine.shards.history.redeal(run.ranks.world_size)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.experts.micro_step import RouterStats
+from hecate.experts.forward_pass import RouterStats
 from hecate.parallel.units import Unit
 
 
-def load_balancing_loss(stats: dict[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor:
+def load_balancing_loss(stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor:
     """This rank's share of E · sum_{k,e} f_{k,e} · P_e; the shares of all ranks add up to the loss. Balanced routing gives top_k.
 
     f is the share of tokens whose k-th choice is e, P the mean probability of e, both over the tokens of all ranks and the layers

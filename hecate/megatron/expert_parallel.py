@@ -19,8 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from hecate.config.gpt_shape import GptShape
-from hecate.experts.layer import stats_of
-from hecate.experts.micro_step import MicroStep, RouterStats
+from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.router import Routing
 from hecate.megatron.gpt import transformer_config
 from hecate.megatron.tensor_parallel import call_newest_collectives
@@ -52,24 +51,24 @@ def expert_parallel_config(shape: GptShape, dtype: torch.dtype, world_size: int,
     )
 
 
-def expert_parallel_spec(micro_step: MicroStep | None = None) -> ModuleSpec:
+def expert_parallel_spec(current: CurrentPass | None = None) -> ModuleSpec:
     """What stands in the place of a layer's FFN.
 
     Args:
-        micro_step: where routers note what they did, as ours do; None: nowhere.
+        current: whose passes routers note their routing in, as ours do; None: they note it nowhere.
     """
     answer_for_cuda()
     call_newest_collectives()
     spec = get_moe_module_spec(use_te=False, num_experts=1, moe_grouped_gemm=False)  # the number is asked for, and not used
-    spec.submodules.router = functools.partial(RecordingRouter, micro_step=micro_step)
+    spec.submodules.router = functools.partial(RecordingRouter, current=current)
     return spec
 
 
 def build_layer(
-    config: TransformerConfig, groups: ProcessGroupCollection, layer: int, micro_step: MicroStep | None = None
+    config: TransformerConfig, groups: ProcessGroupCollection, layer: int, current: CurrentPass | None = None
 ) -> ExpertParallelLayer:
     """One layer by itself. Every rank must call it."""
-    spec = expert_parallel_spec(micro_step)
+    spec = expert_parallel_spec(current)
     made = ExpertParallelLayer(config, spec.submodules, layer_number=layer + 1, pg_collection=groups)
     made.set_layer_number(layer + 1)
     return made
@@ -86,9 +85,9 @@ class ExpertParallelLayer(MoELayer):
 class RecordingRouter(TopKRouter):
     """Megatron's, on any device, that notes probabilities and counts for our load-balancing loss."""
 
-    def __init__(self, *, micro_step: MicroStep | None, **named: Any) -> None:
+    def __init__(self, *, current: CurrentPass | None, **named: Any) -> None:
         super().__init__(**named)
-        self._micro_step = micro_step
+        self._current = current
 
     def gating(self, input: Tensor) -> Tensor:
         wide = torch.promote_types(input.dtype, torch.float32)
@@ -96,18 +95,18 @@ class RecordingRouter(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         prob_TE, map_TE = super().routing(logits, padding_mask)
-        micro = self._micro_step
-        if micro is not None:
+        if self._current is not None:
+            current = self._current.required()
             # Padding is routed, too, here, but its outputs and gradients go nowhere; ours does not count it.
             by_rows = [tensor.view_as(logits).transpose(0, 1).flatten(0, 1) for tensor in (logits, prob_TE, map_TE)]
-            stats = self._stats(*(part if micro.valid is None else part[micro.valid] for part in by_rows))
-            if micro.recording:  # a checkpointed layer that runs again must save the same tensors, and so makes them again
-                micro.stats[Unit(self.layer_number - 1)] = stats
+            valid = current.tokens.valid
+            routing = self._routing(*(part if valid is None else part[valid] for part in by_rows))
+            current.note_routing(Unit(self.layer_number - 1), routing)
         return prob_TE, map_TE
 
-    def _stats(self, logits_TE: Tensor, prob_TE: Tensor, map_TE: Tensor) -> RouterStats:
+    def _routing(self, logits_TE: Tensor, prob_TE: Tensor, map_TE: Tensor) -> Routing:
         weight_TK, expert_TK = torch.where(map_TE, prob_TE, -1).topk(self.topk)
-        return stats_of(Routing(logits_TE.softmax(-1), expert_TK, weight_TK))
+        return Routing(logits_TE.softmax(-1), expert_TK, weight_TK)
 
 
 def set_expert(layer: MoELayer, expert: int, chunk: Tensor) -> None:

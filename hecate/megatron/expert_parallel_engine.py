@@ -1,6 +1,6 @@
 """`fssdp.policy: megatron_ep`: Megatron's MoE layers do the work, under the trainer that drives our engine.
 
-The engine keeps master weights, owners and gradients as it does for our own layers, so that optimizer, checkpoints and export are the same.
+The shards keep master weights, owners and gradients as they do for our own layers, so that optimizer, checkpoints and export are the same.
 Megatron's experts compute with views of the master weights; nothing is materialized elsewhere.
 """
 
@@ -8,26 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.engine.engine import Engine
+from hecate.engine.shards import ExpertShards
+from hecate.engine.step import StepLedger, require_nothing_under_way
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.forward_pass import CurrentPass, PassTokens, RouterStats, stats_of
 from hecate.experts.full import FullExperts
-from hecate.experts.micro_step import MicroStep
+from hecate.experts.router import Routing
 from hecate.megatron.expert_parallel import ExpertParallelLayer, put_experts, write_gradients
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 
-class ExpertParallelEngine(Engine):
-    """Experts at home in order, equally many on each rank, as Megatron's layers have them."""
+class ExpertParallelEngine:
+    """Has experts compute in Megatron's layers: an `ExpertEngine`, whose methods are described there.
+
+    Each rank owns equally many experts, in their order, as those layers have them.
+    """
 
     def __init__(
         self,
@@ -35,63 +41,158 @@ class ExpertParallelEngine(Engine):
         config: EngineConfig,
         groups: ExpertGroups,
         layers: Mapping[Unit, ExpertParallelLayer],
-        micro_step: MicroStep,
+        current: CurrentPass,
     ) -> None:
         """Args:
         families: what Megatron's layers begin with.
         layers: with as many experts, in the same sharding group.
+        current: that the layers' routers were built with.
         """
-        super().__init__(dict(families), config, groups)
+        self.shards = ExpertShards(dict(families), config, groups, contiguous=True)
+        self.current = current
         self._layers = layers
-        self._micro_step = micro_step
-        for layer in layers.values() if self.world_size > 1 else ():
+        self._step: ExpertParallelStep | None = None
+        for layer in layers.values() if self.shards.world_size > 1 else ():
             layer.register_forward_hook(self._count_bytes)
-
-    def first_owners(self, config: EngineConfig, groups: ExpertGroups) -> dict[Unit, np.ndarray]:
-        return self.redealt({}, dist.get_world_size(groups.experts))
-
-    def redealt(self, owners: Mapping[Unit, np.ndarray], world_size: int) -> dict[Unit, np.ndarray]:
-        return {layer: contiguous_owners(family.num_experts, world_size) for layer, family in self.families.items()}
 
     @property
     def goes_together(self) -> bool:
-        return self.world_size > 1
+        return self.shards.world_size > 1
 
-    def begin_step(self, step: int, micro_steps: int = 1) -> None:
-        super().begin_step(step, micro_steps)
+    def begin_step(self, number: int, micro_steps: int = 1) -> ExpertParallelStep:
+        require_nothing_under_way(self._step, self.current)
+        self._step = ExpertParallelStep(self.shards, self.current, self._layers, number, micro_steps)
         self._put_experts()
-
-    def prefetch(self, *layers: Unit) -> None:
-        """Nothing travels but tokens."""
-
-    def begin_backward(self) -> None:
-        for layer, stats in self._micro_step.stats.items():
-            self._counts[layer] += stats.count_KE.sum(0)
-
-    def finish_step(self) -> dict[Unit, np.ndarray]:
-        for layer, store in self.stores.items():
-            grad_nC = torch.empty_like(store.owned)
-            write_gradients(self._layers[layer], grad_nC)
-            store.bring(grad_nC)
-        return super().finish_step()
+        return self._step
 
     @contextmanager
-    def evaluating(self, *, together: bool = False) -> Iterator[None]:
+    def evaluation(self, *, together: bool = False) -> Iterator[ExpertParallelPass]:
         """Ranks must run the same forward passes at the same time, whatever `together` says."""
+        require_nothing_under_way(self._step, self.current)
         self._put_experts()
-        yield
+        one = ExpertParallelPass(self.current)
+        with self.current.set_to(one):
+            yield one
+
+    def rejoin(
+        self, topology: Topology, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]
+    ) -> None:
+        self._step, self.current.now = None, None
+        self.shards.rejoin(topology, groups, owners, chunks)
 
     def _put_experts(self) -> None:
-        for layer, store in self.stores.items():
+        for layer, store in self.shards.stores.items():
             put_experts(self._layers[layer], store.owned)
 
     def _count_bytes(self, layer: Any, _inputs: Any, outputs: tuple[Tensor, None]) -> None:
         dispatcher = layer.token_dispatcher
-        away = [int(sum(splits) - splits[self.rank]) for splits in (dispatcher.input_splits, dispatcher.output_splits)]
+        away = [int(sum(splits) - splits[self.shards.rank]) for splits in (dispatcher.input_splits, dispatcher.output_splits)]
         row = layer.config.hidden_size * outputs[0].element_size()
         passes = 2 if outputs[0].requires_grad else 1
         weights = [layer.config.params_dtype.itemsize * pairs for pairs in away[:passes]]
-        self._token_bytes_sent += passes * row * sum(away) + sum(weights)
+        self.shards.token_bytes_sent += passes * row * sum(away) + sum(weights)
+
+
+class ExpertParallelStep:
+    """One optimizer step; as `hecate.engine.step.Step`."""
+
+    def __init__(
+        self, shards: ExpertShards, current: CurrentPass, layers: Mapping[Unit, ExpertParallelLayer], number: int, micro_steps: int
+    ) -> None:
+        self.ledger = StepLedger(shards, number, micro_steps)
+        self._shards, self._current, self._layers = shards, current, layers
+        shards.plans.begin(shards.resident, micro_steps)
+
+    def begin_micro_step(self, tokens: PassTokens | None = None) -> ExpertParallelMicroStep:
+        """The model's next forward pass is of these tokens; None: of any, without padding."""
+        micro = ExpertParallelMicroStep(self._current, tokens or PassTokens(), {}, self.ledger, self.ledger.begin_micro_step())
+        self._current.now = micro
+        return micro
+
+    def finish(self) -> dict[Unit, np.ndarray]:
+        """See `hecate.engine.step.Step.finish`."""
+        self.ledger.require_complete()
+        for layer, store in reversed(self._shards.stores.items()):
+            grad_nC = torch.empty_like(store.owned)
+            write_gradients(self._layers[layer], grad_nC)
+            store.bring(grad_nC)
+            store.sum_over_groups()
+        loads = self.ledger.exchange_loads()
+        self.ledger.close({layer: store.reduced() for layer, store in self._shards.stores.items()}, loads)
+        return loads
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertParallelPass:
+    """A `ForwardPass` outside training, of which Megatron's layers need no more than its tokens."""
+
+    current: CurrentPass
+    tokens: PassTokens = field(default_factory=PassTokens)
+    stats: dict[Unit, RouterStats] | None = None
+    """what the routers of the layers that have run have done; None: it is not kept"""
+
+    @property
+    def step(self) -> int:
+        return 0
+
+    @contextmanager
+    def forward(self, tokens: PassTokens) -> Iterator[dict[Unit, RouterStats]]:
+        """Until the end of the block, the model's forward passes are of these tokens; yields what routers do in them."""
+        stats: dict[Unit, RouterStats] = {}
+        with self.current.set_to(replace(self, tokens=tokens, stats=stats)):
+            yield stats
+
+    def prefetch(self, *layers: Unit) -> None:
+        """Does nothing: only tokens travel."""
+
+    def note_routing(self, layer: Unit, routing: Routing) -> None:
+        if self.stats is not None:
+            self.stats[layer] = stats_of(routing)
+
+    def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> NoReturn:
+        raise NotImplementedError("Megatron's layers compute their experts themselves")
+
+    def again(self) -> ExpertParallelPass:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertParallelMicroStep:
+    """A `ForwardPass` of a step, for its backward pass; as `hecate.engine.step.MicroStep`."""
+
+    current: CurrentPass
+    tokens: PassTokens
+    stats: dict[Unit, RouterStats]
+    ledger: StepLedger
+    number: int
+    counts: bool = True
+    """False: a checkpointed layer runs again, and what it does has been counted"""
+
+    @property
+    def step(self) -> int:
+        return self.ledger.number
+
+    def prefetch(self, *layers: Unit) -> None:
+        """Does nothing: only tokens travel."""
+
+    def note_routing(self, layer: Unit, routing: Routing) -> None:
+        self.ledger.require(self.number)
+        if self.counts:
+            self.stats[layer] = stats_of(routing)
+            self.ledger.add(layer, self.stats[layer].count_KE.sum(0))
+
+    def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> NoReturn:
+        raise NotImplementedError("Megatron's layers compute their experts themselves")
+
+    def again(self) -> ExpertParallelMicroStep:
+        return replace(self, counts=False)
+
+    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+        """See `hecate.engine.step.MicroStep.backward`."""
+        self.ledger.require(self.number)
+        torch.autograd.backward(loss, gradient)
+        self.ledger.end_micro_step()
+        self.current.now = None
 
 
 def check_fit(num_experts: int, groups: ExpertGroups) -> None:

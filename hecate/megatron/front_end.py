@@ -20,10 +20,11 @@ from hecate.config.gpt_shape import GptShape, gpt_shape
 from hecate.config.schema import MEGATRON_EP
 from hecate.engine.engine import Engine
 from hecate.engine.from_config import engine_config
+from hecate.engine.protocol import ExpertEngine
 from hecate.engine.step_plans import EngineConfig
+from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.full import FullExperts
 from hecate.experts.layer import MoeLayer
-from hecate.experts.micro_step import MicroStep
 from hecate.experts.router import TopKRouter
 from hecate.experts.seeding import generator
 from hecate.kernels.common.ffn import FfnShape
@@ -114,24 +115,24 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len / ranks.tp_size
     families = {Unit(layer): _family(shape, layer, config.seed, dtype, ranks.device) for layer in range(shape.layers)}
-    settings, micro_step = engine_config(config, ranks, non_moe_flops, topology), MicroStep()
+    settings = engine_config(config, ranks, non_moe_flops, topology)
     routers = {
         unit: TopKRouter(
             shape.hidden, shape.experts, shape.top_k, layer=unit.layer, seed=config.seed, dtype=adapter_dtype(dtype), device=ranks.device
         )
         for unit in families
     }
-    engine: Engine
+    engine: ExpertEngine
     layers: dict[Unit, Any]
     if config.fssdp.policy == MEGATRON_EP:
-        engine, layers = _megatrons(shape, families, routers, settings, ranks, micro_step, dtype)
+        engine, layers = _megatrons(shape, families, routers, settings, ranks, dtype)
     else:
         engine = Engine(dict(families), settings, ranks.groups)
-        layers = {unit: MoeLayer(unit, router, engine, micro_step) for unit, router in routers.items()}
+        layers = {unit: MoeLayer(unit, router, engine.current) for unit, router in routers.items()}
     model = gpt_with(shape, vocabulary, layers, ranks, dtype=dtype, seed=config.seed)
-    prefetch_during_attention(model.decoder.layers, engine, layers, config.fssdp.prefetch)
+    prefetch_during_attention(model.decoder.layers, engine.current, layers, config.fssdp.prefetch)
     parts = tensor_parts(model, ranks.tensor) if ranks.tensor else None
-    moe = MoeModel(model, engine, micro_step, layers, {}, outside_experts(model), parts=parts)
+    moe = MoeModel(model, engine, layers, {}, outside_experts(model), parts=parts)
     return MegatronModel(model, GptHead(model, ranks.tensor), tokenizer, vocabulary, moe, shape)
 
 
@@ -141,9 +142,8 @@ def _megatrons(
     routers: dict[Unit, TopKRouter],
     settings: EngineConfig,
     ranks: Ranks,
-    micro_step: MicroStep,
     dtype: torch.dtype,
-) -> tuple[Engine, dict[Unit, Any]]:
+) -> tuple[ExpertEngine, dict[Unit, Any]]:
     """Megatron's own MoE layers, and the engine for them, with the weights that ours would begin with. Every rank must call it.
 
     Raises:
@@ -156,10 +156,11 @@ def _megatrons(
         check_fit(shape.experts, ranks.groups)
         config = expert_parallel_config(shape, dtype, dist.get_world_size(ranks.groups.experts))
         groups = process_groups(ranks.groups)
-        layers = {unit: build_layer(config, groups, unit.layer, micro_step).to(ranks.device) for unit in families}
+        current = CurrentPass()
+        layers = {unit: build_layer(config, groups, unit.layer, current).to(ranks.device) for unit in families}
     for unit, router in routers.items():
         layers[unit].router.weight.data.copy_(router.weight.detach())
-    return ExpertParallelEngine(families, settings, ranks.groups, layers, micro_step), layers
+    return ExpertParallelEngine(families, settings, ranks.groups, layers, current), layers
 
 
 def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[Unit, nn.Module], ranks: Ranks, *, dtype: torch.dtype, seed: int) -> Any:

@@ -19,8 +19,11 @@ def checkpoint_activations(moe: MoeModel) -> None:
     at the last tensor that is needed could leave out a collective on one rank that another still waits in.
     """
 
+    current = moe.engine.current
+
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), moe.micro_step.recomputing()
+        # Asked for in the first run of a layer, so that the second one belongs to the same forward pass.
+        return nullcontext(), current.set_to(current.required().again())
 
     for layer in decoder_layers(moe.model)[1]:
         plain = layer.forward

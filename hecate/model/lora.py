@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hecate.experts.micro_step import MicroStep
+from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.mixlora import LoraShape
 from hecate.experts.seeding import generator, kaiming_lora_a
 from hecate.kernels.common.dropout import Dropout, dropout_key
@@ -15,7 +15,7 @@ from hecate.kernels.common.low_rank import lora_linear
 class LoraLinear(nn.Module):
     """W x + s · B A dropout(x), W frozen. A and B are kept in `dtype` and computed with in x's."""
 
-    def __init__(self, base: nn.Linear, shape: LoraShape, *, path: str, seed: int, dtype: torch.dtype, micro_step: MicroStep) -> None:
+    def __init__(self, base: nn.Linear, shape: LoraShape, *, path: str, seed: int, dtype: torch.dtype, current: CurrentPass) -> None:
         super().__init__()
         self.base = base
         self.shape = shape
@@ -26,13 +26,13 @@ class LoraLinear(nn.Module):
         # One stream a module: a hash of its name, since all modules of a step share the key.
         self._stream = int(torch.randint(1 << 30, (), generator=generator("dropout stream", path)))
         self._seed = seed
-        self._micro_step = micro_step
+        self._current = current
 
     def forward(self, x: Tensor) -> Tensor:
-        token, rows = self._micro_step.token, None
-        if self.shape.dropout > 0 and torch.is_grad_enabled() and token is not None:
-            dropout = Dropout(self.shape.dropout, dropout_key(self._seed, self._micro_step.step))
-            rows = dropout.rows(token, self._stream)
+        forward, rows = self._current.now, None
+        if self.shape.dropout > 0 and torch.is_grad_enabled() and forward is not None and forward.tokens.number is not None:
+            dropout = Dropout(self.shape.dropout, dropout_key(self._seed, forward.step))
+            rows = dropout.rows(forward.tokens.number, self._stream)
         base = self.base
         y = lora_linear(x.flatten(0, -2), base.weight, base.bias, self.lora_A, self.lora_B, self.shape.scale, rows)
         return y.unflatten(0, x.shape[:-1])

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.micro_step import MicroStep
 from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import GATE_UP, LoraShape
 from hecate.experts.routed_experts import RoutedExperts
@@ -69,7 +68,6 @@ def adapt_experts(
     dtype, compute_dtype, device = adapter_dtype(like.dtype), like.dtype, like.device
     projections = expert_projections(plan.target_modules)
     targets = find_attention_targets(model, plan.target_modules, _beside_attention(model, layers))
-    micro_step = MicroStep()
     families = {
         Unit(layer.block.layer): MoeLoraExperts(
             FfnShape(layer.block.hidden, layer.block.ffn, layer.block.activation),
@@ -92,11 +90,11 @@ def adapt_experts(
         unit = Unit(block.layer)
         router = model.get_submodule(block.router_path)
         trained = _train(router, dtype) if plan.train_router else None
-        modules[unit] = RoutedExperts(unit, router, engine, micro_step, trained)
+        modules[unit] = RoutedExperts(unit, router, engine.current, trained)
         model.set_submodule(block.experts_path, modules[unit])
-    attention = adapt_attention(model, targets, plan.lora, seed=plan.seed, dtype=dtype, micro_step=micro_step)
-    prefetch_during_attention(decoder_layers(model)[1], engine, modules, engine_config.prefetch)
-    return MoeModel(model, engine, micro_step, modules, attention)
+    attention = adapt_attention(model, targets, plan.lora, seed=plan.seed, dtype=dtype, current=engine.current)
+    prefetch_during_attention(decoder_layers(model)[1], engine.current, modules, engine_config.prefetch)
+    return MoeModel(model, engine, modules, attention)
 
 
 def _reader(files: LayerExperts, dtype: torch.dtype, device: torch.device) -> Any:

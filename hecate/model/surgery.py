@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hecate.engine.engine import Engine
+from hecate.engine.protocol import ExpertEngine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.layer import MoeLayer
-from hecate.experts.micro_step import MicroStep
 from hecate.experts.mixlora import LoraShape, MixLoraExperts
 from hecate.experts.routed_experts import RoutedExperts
 from hecate.experts.router import TopKRouter
@@ -31,8 +32,7 @@ class MoeModel:
     """A model with experts in it, and the parts that the trainer drives."""
 
     model: nn.Module
-    engine: Engine
-    micro_step: MicroStep
+    engine: ExpertEngine
     layers: Mapping[Unit, MoeLayer | RoutedExperts]
     attention: dict[tuple[int, str], LoraLinear]
     """(layer, module name) -> adapter, such as (3, "self_attn.q_proj")"""
@@ -111,7 +111,6 @@ def insert_experts(
         )
 
     dtype = adapter_dtype(next(model.parameters()).dtype)
-    micro_step = MicroStep()
     families = {
         Unit(ffn.layer): MixLoraExperts(
             ffn.base,
@@ -126,20 +125,20 @@ def insert_experts(
         for ffn in expert_layers
     }
     engine = Engine(dict(families), engine_config, groups)
-    layers = put_layers(model, expert_layers, engine, micro_step, plan.top_k, plan.seed, router_class)
-    attention = adapt_attention(model, attention_targets, plan.lora, seed=plan.seed, dtype=dtype, micro_step=micro_step)
-    return MoeModel(model, engine, micro_step, layers, attention)
+    layers = put_layers(model, expert_layers, engine, plan.top_k, plan.seed, router_class)
+    attention = adapt_attention(model, attention_targets, plan.lora, seed=plan.seed, dtype=dtype, current=engine.current)
+    return MoeModel(model, engine, layers, attention)
 
 
 def adapt_attention(
-    model: nn.Module, targets: list[tuple[int, str, str]], lora: LoraShape, *, seed: int, dtype: torch.dtype, micro_step: MicroStep
+    model: nn.Module, targets: list[tuple[int, str, str]], lora: LoraShape, *, seed: int, dtype: torch.dtype, current: CurrentPass
 ) -> dict[tuple[int, str], LoraLinear]:
     """Put adapters around linears that `find_attention_targets` has found; (layer, module name) -> adapter."""
     attention = {}
     for layer, module, path in targets:
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        attention[layer, module] = LoraLinear(linear, lora, path=f"{layer}.{module}", seed=seed, dtype=dtype, micro_step=micro_step)
+        attention[layer, module] = LoraLinear(linear, lora, path=f"{layer}.{module}", seed=seed, dtype=dtype, current=current)
         model.set_submodule(path, attention[layer, module])
     return attention
 
@@ -147,8 +146,7 @@ def adapt_attention(
 def put_layers(
     model: nn.Module,
     ffns: Sequence[GatedFfn],
-    engine: Engine,
-    micro_step: MicroStep,
+    engine: ExpertEngine,
     top_k: int,
     seed: int,
     router_class: type[TopKRouter] = TopKRouter,
@@ -159,16 +157,16 @@ def put_layers(
         unit, base = Unit(ffn.layer), ffn.base.gate_FD
         router = router_class(
             base.shape[1],
-            engine.families[unit].num_experts,
+            engine.shards.families[unit].num_experts,
             top_k,
             layer=ffn.layer,
             seed=seed,
             dtype=adapter_dtype(base.dtype),
             device=base.device,
         )
-        layers[unit] = MoeLayer(unit, router, engine, micro_step)
+        layers[unit] = MoeLayer(unit, router, engine.current)
         model.set_submodule(ffn.path, layers[unit])
-    prefetch_during_attention(decoder_layers(model)[1], engine, layers, engine.config.prefetch)
+    prefetch_during_attention(decoder_layers(model)[1], engine.current, layers, engine.shards.config.prefetch)
     return layers
 
 
@@ -202,12 +200,12 @@ def find_attention_targets(model: nn.Module, target_modules: Sequence[str], excl
     return targets
 
 
-def prefetch_during_attention(decoder: nn.ModuleList, engine: Engine, layers: Collection[Unit], ahead: int) -> None:
+def prefetch_during_attention(decoder: nn.ModuleList, current: CurrentPass, layers: Collection[Unit], ahead: int) -> None:
     """Start a layer's gather when its decoder layer begins, so that its attention hides it, or `ahead` - 1 decoder layers earlier."""
 
     def hook_for(coming: list[Unit]) -> Any:
         def start(*_: Any) -> None:
-            engine.prefetch(*coming)
+            current.required().prefetch(*coming)
 
         return start
 

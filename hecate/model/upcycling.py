@@ -16,7 +16,6 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.full import FullExperts
-from hecate.experts.micro_step import MicroStep
 from hecate.experts.router import TopKRouter
 from hecate.experts.seeding import generator
 from hecate.kernels.backend import Backend
@@ -67,18 +66,17 @@ def upcycle(
         raise UserError(f"model.train_non_experts: the model is held in {name}, whose steps would be lost\n  set model.dtype=float32")
     changed = [ffn for ffn in ffns if plan.experts_per_layer[ffn.layer] > 0]
     families = {Unit(ffn.layer): _family(ffn, plan) for ffn in changed}
-    micro_step = MicroStep()
     engine = Engine(dict(families), engine_config, groups)
     for family in families.values():
         family.forget_initial()
-    layers = put_layers(model, changed, engine, micro_step, plan.top_k, plan.seed, router_class)
+    layers = put_layers(model, changed, engine, plan.top_k, plan.seed, router_class)
     others: dict[str, nn.Parameter] = {}
     if plan.train_non_experts:
         routed = tuple(f"{ffn.path}." for ffn in changed)
         others = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(routed)}
     for parameter in others.values():
         parameter.requires_grad_()
-    return MoeModel(model, engine, micro_step, layers, {}, others)
+    return MoeModel(model, engine, layers, {}, others)
 
 
 def noisy_copies(base: FfnBase, noise: float, *, layer: int, seed: int) -> Callable[[int], Tensor]:

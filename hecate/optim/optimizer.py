@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hecate.engine.engine import Engine
+from hecate.engine.protocol import ExpertEngine
 from hecate.model.tensor_parts import TensorParts
 from hecate.parallel.comm.reshard import RowSpec
 from hecate.parallel.units import expert_name
@@ -84,9 +84,9 @@ class Trainables:
     """what tensor parallelism cuts"""
 
 
-def owned_parameters(engine: Engine) -> dict[str, nn.Parameter]:
+def owned_parameters(engine: ExpertEngine) -> dict[str, nn.Parameter]:
     """LAYER.EXPERT -> master chunk, of the experts that this rank owns now."""
-    return {expert_name(unit, expert): parameter for (unit, expert), parameter in engine.named_parameters().items()}
+    return {expert_name(unit, expert): parameter for (unit, expert), parameter in engine.shards.named_parameters().items()}
 
 
 class ExpertOptimizer:

@@ -44,7 +44,7 @@ class Reports:
         if self._progress is None:
             return
         self._progress.note(self._write_description())
-        mesh = self._run.moe.engine.mesh
+        mesh = self._run.moe.engine.shards.mesh
         if mesh.num_sharding_groups > 1:
             self._progress.note(
                 f"{mesh.num_sharding_groups} sharding groups of {mesh.shard_size} ranks, each with all experts owned like this"
@@ -67,7 +67,7 @@ class Reports:
             self._trace.append(run.step, {unit.layer: loads for unit, loads in result.loads.items()})
         if not (self._progress and self._metrics) or run.step % run.config.logging_steps:
             return
-        skew = run.moe.engine.plans.imbalance(result.loads)
+        skew = run.moe.engine.shards.plans.imbalance(result.loads)
         self._metrics.write(
             step_record(
                 step=run.step,
@@ -80,7 +80,7 @@ class Reports:
                 step_seconds=seconds,
                 imbalance=skew,
                 bytes_sent=bytes_sent,
-                calibrations=run.moe.engine.plans.calibrations,
+                calibrations=run.moe.engine.shards.plans.calibrations,
                 loads=result.loads,
             )
         )
@@ -177,9 +177,9 @@ class Reports:
 def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
     """What trains, by owner."""
     rows = []
-    for layer, owner_E in moe.engine.owners.items():
-        store = moe.engine.stores[layer]
-        for rank in range(moe.engine.world_size):
+    for layer, owner_E in moe.engine.shards.owners.items():
+        store = moe.engine.shards.stores[layer]
+        for rank in range(moe.engine.shards.world_size):
             count = int((owner_E == rank).sum())
             if count:
                 rows.append(TrainableRow(f"layers.{layer}.experts", count, store.chunk_numel, store.chunk_bytes, f"rank {rank}"))

@@ -11,13 +11,14 @@ from hecate.data.batches import collate
 from hecate.data.encode import IGNORED
 from hecate.data.evaluation import GenerationItem, eval_sequences, generation_items, share_of_rank
 from hecate.data.sources import TokenSource
+from hecate.engine.protocol import EvaluationPasses
 from hecate.model.base import BaseModel
 from hecate.model.surgery import MoeModel
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import EvalScore, Evaluation
 from hecate.train.generate import generate
-from hecate.train.step import forward_loss
+from hecate.train.step import forward_loss, pass_tokens
 
 
 def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource]) -> Evaluation:
@@ -27,9 +28,9 @@ def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sourc
     """
     scores, loads = {}, {}
     together = moe.engine.goes_together
-    with moe.engine.evaluating(together=together), torch.no_grad():
+    with moe.engine.evaluation(together=together) as evaluation, torch.no_grad():
         for index, source in enumerate(sources):
-            loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, sources, index, together)
+            loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, evaluation, sources, index)
             accuracy = None
             samples = len(source) if config.eval.max_samples is None else min(len(source), config.eval.max_samples)
             if config.eval.generate:
@@ -40,20 +41,20 @@ def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sourc
 
 
 def _loss_and_loads(
-    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource], index: int, together: bool
+    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, evaluation: EvaluationPasses, sources: Sequence[TokenSource], index: int
 ) -> tuple[float, dict[Unit, list[int]]]:
     rows = eval_sequences(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
-    counts = {layer: torch.zeros(moe.engine.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
+    counts = {layer: torch.zeros(moe.engine.shards.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
     for share in share_of_rank(rows, ranks.dp_rank, ranks.dp_size, config.micro_batch_size):
-        if not together and all(len(row.input_ids) == 0 for row in share):
+        if not moe.engine.goes_together and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
         batch = collate(share, pad_id=0, seq_len=config.data.seq_len, parts=ranks.tp_size).to(ranks.device)
-        totals[0] += forward_loss(moe, base.head, batch, step=0, recording=True).cpu()
+        with evaluation.forward(pass_tokens(base.head, batch)) as routed:
+            totals[0] += forward_loss(base.head, batch).cpu()
         totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.is_first_of_tensor_group
-        for layer, stats in moe.micro_step.stats.items():
+        for layer, stats in routed.items():
             counts[layer] += stats.count_KE.sum(0).cpu()
-    moe.micro_step.clear()
     loss_sum, labels = ranks.all_sum(totals).tolist()
     layers = sorted(counts)
     flat = ranks.all_sum(torch.cat([counts[layer] for layer in layers])) if layers else torch.zeros(0)

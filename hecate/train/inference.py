@@ -58,7 +58,7 @@ def answer(trained: Path, prompt: str, *, system: str | None, model: str | None,
             messages = [{"role": "system", "content": system}] if system is not None else []
             text = render_prompt(base.tokenizer, [*messages, {"role": "user", "content": prompt}])
         ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-        with moe.engine.evaluating():
+        with moe.engine.evaluation():
             return generate(base, [ids], max_new_tokens=max_new_tokens, batch_size=1)[0]
 
 

@@ -107,7 +107,7 @@ class Run:
         )
         self.shares: tuple[int, ...] = ()
         """rows of each micro-step, by rank, or by tensor group, whose ranks have the same rows"""
-        self._dense_flops = self.moe.engine.config.non_moe_flops / config.micro_batch_size
+        self._dense_flops = self.moe.engine.shards.config.non_moe_flops / config.micro_batch_size
         """that hide a layer's gather, for each row"""
         self.step, self.tokens = 0, 0
         self.under_way: StepUnderWay | None = None
@@ -116,7 +116,7 @@ class Run:
         self.skipped = self.skipped_in_a_row = 0
         if config.resume:
             self.step, self.tokens = load_state(config, ranks, self.moe, self.optimizer, self.stream)
-        self.plan_for(self.moe.engine.config.topology)
+        self.plan_for(self.moe.engine.shards.config.topology)
         self.settled = self.step
         """steps done whose evaluation, checkpoint and all that comes between steps are done, too"""
         if config.fssdp.redundancy:
@@ -131,7 +131,7 @@ class Run:
         assert sum(self.shares) == size, (self.shares, size)
         # Experts travel while the last rank is through with its attention; the planner takes that for the slowest device's time.
         flops = self._dense_flops * dense_seconds(self.shares, speeds) * min(topology.flops)
-        self.moe.engine.config = replace(self.moe.engine.config, topology=topology, non_moe_flops=flops)
+        self.moe.engine.shards.config = replace(self.moe.engine.shards.config, topology=topology, non_moe_flops=flops)
 
     def micro_batches(self, rows: list[PackedSequence]) -> list[Batch]:
         """This rank's share of a global step: micro-step m takes the m-th part of the rows, rank or tensor group r the r-th part
@@ -150,7 +150,7 @@ class Run:
         self.under_way = None
         state = self.stream.state_dict()
         rows = self.stream.next_step()
-        self.under_way = StepUnderWay(sum(len(row.input_ids) for row in rows), state, self.moe.engine.history.snapshot())
+        self.under_way = StepUnderWay(sum(len(row.input_ids) for row in rows), state, self.moe.engine.shards.history.snapshot())
         result = train_step(
             self.moe,
             self.base.head,
@@ -182,10 +182,9 @@ class Run:
     def rewind(self) -> None:
         """Be as before the step under way, if there is one: it will be done again."""
         self.optimizer.abandon()
-        self.moe.micro_step.clear()
         if self.under_way is not None:
             self.stream.load_state_dict(self.under_way.stream)
-            self.moe.engine.history.restore(self.under_way.history)
+            self.moe.engine.shards.history.restore(self.under_way.history)
             self.under_way = None
 
     def save(self) -> Path | None:
@@ -355,7 +354,7 @@ def _regroup(run: Run, controller: Controller, reports: Reports, watched: Watche
 
 def _carry_out(run: Run, order: Order, reports: Reports) -> None:
     """Change the plan as whoever watches the run wants it. Every rank must call it, with the same order."""
-    now = run.moe.engine.config.topology
+    now = run.moe.engine.shards.config.topology
     run.plan_for(now if order.flops is None else replace(now, flops=order.flops), order.rows)
     reports.event(f"re-planned after step {run.step}: rows {':'.join(map(str, run.shares))}")
     if order.reshard:
@@ -364,11 +363,11 @@ def _carry_out(run: Run, order: Order, reports: Reports) -> None:
 
 def _train_one(run: Run, reports: Reports, watched: Watched | None) -> float:
     """One optimizer step; its seconds."""
-    started, sent = time.monotonic(), run.moe.engine.bytes_sent
+    started, sent = time.monotonic(), run.moe.engine.shards.bytes_sent
     learning_rate = run.optimizer.learning_rate
     result, tokens = run.train_one()
     seconds = time.monotonic() - started
-    bytes_sent = int(run.ranks.all_sum(torch.tensor([run.moe.engine.bytes_sent - sent]))[0])
+    bytes_sent = int(run.ranks.all_sum(torch.tensor([run.moe.engine.shards.bytes_sent - sent]))[0])
     reports.step(result, tokens=tokens, seconds=seconds, learning_rate=learning_rate, bytes_sent=bytes_sent)
     if watched:
         watched.stepped(result, tokens=tokens, seconds=seconds, bytes_sent=bytes_sent)

@@ -54,16 +54,16 @@ def save_state(
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
     meta = {
         "config": to_yaml(config),
-        "history": moe.engine.history.state_dict(),
+        "history": moe.engine.shards.history.state_dict(),
         "rows_per_step": stream.sequences_per_step,
-        "owners": {str(layer): owner_E.tolist() for layer, owner_E in moe.engine.owners.items()},
+        "owners": {str(layer): owner_E.tolist() for layer, owner_E in moe.engine.shards.owners.items()},
         "stream": stream.state_dict(),
         "tokens": tokens,
     }
     failure: CheckpointError | None = None
     try:
-        if moe.engine.in_first_group:
-            write_shard(staging, moe.engine.rank, moe.engine.world_size, tensors)
+        if moe.engine.shards.in_first_group:
+            write_shard(staging, moe.engine.shards.rank, moe.engine.shards.world_size, tensors)
     except CheckpointError as error:
         failure = error
     failed = ranks.all_max(float(failure is not None))
@@ -71,7 +71,7 @@ def save_state(
         discard(staging)
     elif ranks.is_first:
         try:
-            commit(staging, final, meta, moe.engine.world_size)
+            commit(staging, final, meta, moe.engine.shards.world_size)
             if config.save_total_limit is not None:
                 prune(root, config.save_total_limit)
         except CheckpointError as error:
@@ -102,8 +102,8 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
         meta: dict[str, Any] = manifest.meta
         _refuse_other_run(folder, meta, config)
         owners = {parse_unit(text): np.array(owner_E) for text, owner_E in meta["owners"].items()}
-        if manifest.world_size != moe.engine.world_size:
-            owners = moe.engine.redealt(owners, moe.engine.world_size)
+        if manifest.world_size != moe.engine.shards.world_size:
+            owners = moe.engine.shards.redealt(owners, moe.engine.shards.world_size)
         adopt_owners(moe.engine, optimizer, owners)
         names = [name for name in manifest.tensors if _mine(name, optimizer)]
         try:
@@ -119,8 +119,8 @@ def load_state(config: Config, ranks: Ranks, moe: MoeModel, optimizer: ExpertOpt
         if missing:
             raise CheckpointError(f"{folder}: has no tensor {missing[0]} ({len(missing)} missing)")
         optimizer.load_state_tensors(tensors, steps_done=manifest.step)
-        moe.engine.history.load_state_dict(meta["history"])
-        moe.engine.history.redeal(ranks.world_size)
+        moe.engine.shards.history.load_state_dict(meta["history"])
+        moe.engine.shards.history.redeal(ranks.world_size)
         stream.load_state_dict(meta["stream"])
         stream.sequences_per_step = int(meta["rows_per_step"])
         return manifest.step, int(meta["tokens"])

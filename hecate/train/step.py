@@ -1,6 +1,6 @@
 """One optimizer step over all ranks.
 
-    begin_step      plan
+    begin           plan
     per micro-step  forward; aux loss over all ranks; backward (the last one, or every one, also reduces the experts' gradients)
     finish          experts' gradients onto their owners, and on to their backups; the replicated gradients; one global norm; skip or step
 
@@ -20,18 +20,26 @@ from hecate.data.batches import Batch, block_diagonal_mask
 from hecate.data.encode import IGNORED
 from hecate.elastic.backups import send_gradients
 from hecate.experts.aux_loss import load_balancing_loss
+from hecate.experts.forward_pass import PassTokens
 from hecate.model.head import CausalHead
 from hecate.model.surgery import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.report.events import StepResult
 
 
-def forward_loss(moe: MoeModel, head: CausalHead, batch: Batch, *, step: int, recording: bool) -> Tensor:
-    """Summed cross-entropy of this rank's label tokens in one micro-batch; of a tensor group's ranks each has a share of the sum."""
+def pass_tokens(head: CausalHead, batch: Batch) -> PassTokens:
+    """The tokens that the layers of this rank see in a forward pass of the batch."""
     own = head.own_positions(batch.segment_ids.shape[1])
     segment = batch.segment_ids[:, own].flatten()
     valid = None if bool((segment > 0).all()) else (segment > 0).nonzero().squeeze(1)
-    moe.micro_step.start(valid, batch.token_ids[:, own].flatten(), step=step, recording=recording)
+    return PassTokens(valid, batch.token_ids[:, own].flatten())
+
+
+def forward_loss(head: CausalHead, batch: Batch) -> Tensor:
+    """Summed cross-entropy of this rank's label tokens in one micro-batch; of a tensor group's ranks each has a share of the sum.
+
+    The model must be in a forward pass of the batch's tokens (`pass_tokens`).
+    """
     # One sample a row, padded behind: causal attention alone, which is faster than any mask, cannot look where it must not.
     one_sample_a_row = bool((batch.segment_ids <= 1).all())
     mask = None if one_sample_a_row else block_diagonal_mask(batch.segment_ids)
@@ -58,28 +66,25 @@ def train_step(
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
         redundancy: 1 if the optimizers step backups (`hecate.elastic.backups`).
     """
-    group, engine = moe.engine.groups.world, moe.engine
-    engine.begin_step(step, len(micro_batches))
+    group, engine = moe.engine.shards.groups.world, moe.engine
+    this_step = engine.begin_step(step, len(micro_batches))
     totals = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
-    for number, batch in enumerate(micro_batches):
-        if number == len(micro_batches) - 1:
-            engine.last_micro_step()
-        loss_sum = forward_loss(moe, head, batch, step=step, recording=True)
+    for batch in micro_batches:
+        micro = this_step.begin_micro_step(pass_tokens(head, batch))
+        loss_sum = forward_loss(head, batch)
         loss = loss_sum / max(num_labels, 1)
         if moe.layers:
-            aux = load_balancing_loss(moe.micro_step.stats, group)
+            aux = load_balancing_loss(micro.stats, group)
             totals[1] += aux.detach() / len(micro_batches)
             loss = loss + aux * (aux_coef / len(micro_batches))
         totals[0] += loss_sum.detach() / max(num_labels, 1)
-        engine.begin_backward()
-        loss.backward()
-    moe.micro_step.clear()
-    loads = engine.finish_step()
+        micro.backward(loss)
+    loads = this_step.finish()
     on_its_way = send_gradients(engine, optimizer, loads) if redundancy else None
     optimizer.reduce_replicated(group)
     dist.all_reduce(totals, group=group)
     if on_its_way:
         on_its_way.wait()
-    grad_norm = optimizer.global_grad_norm(group, counts_owned=engine.in_first_group)
+    grad_norm = optimizer.global_grad_norm(group, counts_owned=engine.shards.in_first_group)
     taken = optimizer.step(grad_norm, max_grad_norm)
     return StepResult(totals[0].item(), totals[1].item(), grad_norm, not taken, loads)

@@ -97,10 +97,10 @@ def counted_rank(rank: int, world: int) -> list[list[list[int]]]:
                 torch.from_numpy(routing_of(loads_ED[:, rank], SMALL, number, layer, rank)) for layer, loads_ED in enumerate(loads_LED)
             ]
             routing = [(expert_TK, torch.ones(expert_TK.shape, requires_grad=True)) for expert_TK in drawn]
-            wire, before = Wire(world, rank), stack.engine.bytes_sent
+            wire, before = Wire(world, rank), stack.engine.shards.bytes_sent
             with wire.counting():
                 stack.step(number, torch.ones(SMALL.tokens, SMALL.hidden, requires_grad=True), routing)
-            assert stack.engine.bytes_sent - before == sum(wire.bytes_to)
+            assert stack.engine.shards.bytes_sent - before == sum(wire.bytes_to)
             steps.append(wire.bytes_to)
         counted.append(steps)
     return counted

@@ -185,7 +185,7 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
     for name, parameter in moe.replicated_parameters().items():
         if name.endswith(".B"):  # zero at the start, where half of the gradients vanish
             parameter.data.copy_(torch.randn(parameter.shape, generator=random, dtype=torch.float64) * 0.1)
-    for (unit, expert), chunk in moe.engine.named_parameters().items():
+    for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
         layer = unit.layer
         values = torch.Generator().manual_seed(1000 + 50 * layer + expert)
         chunk.data.copy_(torch.randn(chunk.shape, generator=values, dtype=torch.float64) * 0.2)
@@ -205,7 +205,7 @@ class Reference:
         self.layers: list[plain_mixlora.PlainMixlora] = []
         self.chunks: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.replicated: dict[str, torch.Tensor] = {}
-        specs = moe.engine.families[Unit(0)].layout().trainable
+        specs = moe.engine.shards.families[Unit(0)].layout().trainable
         values = moe.replicated_parameters()
         for index, layer in enumerate(self.model.model.layers):
             experts = []
@@ -263,7 +263,7 @@ def _distance(name: str, got: torch.Tensor | None, wanted: torch.Tensor | None, 
 
 def assert_groups_equal(moe: MoeModel, optimizer: ExpertOptimizer) -> None:
     """All sharding groups hold the same experts, moments and replicated parameters, bit for bit."""
-    groups = moe.engine.groups
+    groups = moe.engine.shards.groups
     if groups.replicate is None:
         return
     for name, tensor in sorted(optimizer.state_tensors().items()):
@@ -277,7 +277,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
     tolerance = TOLERANCE[case.dtype]
     moe, head = sharded(case, world)
     reference = Reference(case, moe)
-    owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.named_parameters().items()}
+    owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
     optimizer = ExpertOptimizer(
         Trainables(owned, moe.replicated_parameters()),
         AdamWSettings(learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY),
@@ -300,11 +300,11 @@ def check_case(rank: int, world: int, case: Case) -> None:
             max_grad_norm=MAX_NORM,
             step=step,
         )
-        calibrations += moe.engine.plans.calibrations
+        calibrations += moe.engine.shards.plans.calibrations
         loss, norm, idle = reference.gradients(step, empty_rows)
         assert abs(result.loss - loss) <= tolerance * max(1, abs(loss)), f"step {step}: loss {result.loss} against {loss}"
         assert abs(result.grad_norm - norm) <= tolerance * max(1, norm), f"step {step}: norm {result.grad_norm} against {norm}"
-        for unit, expert in moe.engine.named_parameters():
+        for unit, expert in moe.engine.shards.named_parameters():
             layer = unit.layer
             _distance(
                 f"step {step}, expert {layer}.{expert}", seen[f"{layer}.{expert}"], reference.flat((layer, expert), grad=True), tolerance
@@ -313,7 +313,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             _distance(f"step {step}, {name}", seen[name], parameter.grad, tolerance)
         reference.optimizer.step()
         reference.optimizer.zero_grad()
-        for (unit, expert), parameter in moe.engine.named_parameters().items():
+        for (unit, expert), parameter in moe.engine.shards.named_parameters().items():
             layer = unit.layer
             name = f"{layer}.{expert}"
             _distance(f"step {step}, expert {name} after", parameter.detach(), reference.flat((layer, expert), grad=False), tolerance)
@@ -326,7 +326,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             _distance(f"step {step}, {name} after", parameter.detach(), reference.replicated[name].detach(), tolerance)
         assert_groups_equal(moe, optimizer)
     if case.policy == "elsewhere" and world > 1:
-        assert moe.engine.bytes_sent > sum(store.bytes_sent for store in moe.engine.stores.values()), "no token left its rank"
+        assert moe.engine.shards.bytes_sent > sum(store.bytes_sent for store in moe.engine.shards.stores.values()), "no token left its rank"
     assert (0 < calibrations < case.steps * MICRO_STEPS * 2) == (case.plan == "calibrated"), calibrations
     if case.scenario == "idle experts" and case.num_experts > case.top_k:
         assert idle, "the scenario did not leave any expert idle"

@@ -147,7 +147,7 @@ class Sharded:
         planner = random_planner(number) if case.policy.startswith("random") else POLICIES[case.policy]
         config = EngineConfig(planner, topology(world), memory_slots=case.slots, top_k=TOP_K, non_moe_flops=2e4)
         self.engine = Engine({layer: family(case.kind, layer) for layer in LAYERS}, config, ExpertGroups(group, group))
-        for (layer, expert), parameter in self.engine.named_parameters().items():
+        for (layer, expert), parameter in self.engine.shards.named_parameters().items():
             parameter.data.copy_(initial(case.kind, layer, expert))
         self.routers = routers()
         self.optimizer = ExpertOptimizer(
@@ -158,17 +158,16 @@ class Sharded:
         self.group, self.mine = group, share(rank, world)
 
     def step(self, step: int) -> None:
-        self.engine.begin_step(step)
+        begun = self.engine.begin_step(step, MICRO_STEPS)
         for micro in range(MICRO_STEPS):
-            if micro == MICRO_STEPS - 1:
-                self.engine.last_micro_step()
+            passed = begun.begin_micro_step()
             x, direction, token = (part[self.mine] for part in tokens(step, micro))
             for layer in LAYERS:
-                self.engine.prefetch(layer)
+                passed.prefetch(layer)
                 expert, weight = route(x, self.routers[f"router {layer}"], step)
-                x = x + self.engine.experts(layer, x, expert, weight, token, count=True)
-            (x * direction).sum().backward()
-        self.engine.finish_step()
+                x = x + passed.experts(layer, x, expert, weight, token)
+            passed.backward((x * direction).sum())
+        begun.finish()
         self.optimizer.reduce_replicated(self.group)
         self.optimizer.step(0.0, None)
 
@@ -182,38 +181,38 @@ def check_frozen(sharded: Sharded, case: Case, world: int) -> None:
     """Every rank knows what every other holds, and nobody holds more than it may."""
     engine = sharded.engine
     for layer in LAYERS if case.kind == "lora" else ():
-        resident_ED = engine.frozen[layer].resident_ED
+        resident_ED = engine.shards.frozen[layer].resident_ED
         everyones: list[list[list[bool]]] = [[]] * world
         dist.all_gather_object(everyones, resident_ED.tolist())
         assert all(one == everyones[0] for one in everyones)
-        foreign_ED = resident_ED & (engine.owners[layer][:, None] != np.arange(world))
-        if layer in engine.placements:
-            where_ED = engine.placements[layer].where_ED
+        foreign_ED = resident_ED & (engine.shards.owners[layer][:, None] != np.arange(world))
+        if layer in engine.shards.placements:
+            where_ED = engine.shards.placements[layer].where_ED
             assert resident_ED[where_ED].all()
             room = np.maximum(EXPERTS if case.slots is None else case.slots, (foreign_ED & where_ED).sum(0))
             assert (foreign_ED.sum(0) <= room).all()
-    for layers, given in engine.plan_inputs():
+    for layers, given in engine.shards.plan_inputs():
         if case.kind == "full":
             assert given.resident_LED is None
         else:
             assert given.resident_LED is not None
-            assert all((given.resident_LED[i] == engine.frozen[layer].resident_ED).all() for i, layer in enumerate(layers))
+            assert all((given.resident_LED[i] == engine.shards.frozen[layer].resident_ED).all() for i, layer in enumerate(layers))
 
 
 def check_evaluation(sharded: Sharded, plain: Plain, rank: int, world: int) -> None:
     """Each rank runs what it likes, without a message."""
     engine = sharded.engine
-    held = engine.frozen_replica_bytes
-    with engine.evaluating():
-        sent = engine.bytes_sent
+    held = engine.shards.frozen_replica_bytes
+    with engine.evaluation() as evaluation:
+        sent = engine.shards.bytes_sent
         for layer in LAYERS[: 1 + rank % 2]:
             x, _, token = (part[: 3 + rank] for part in tokens(99, layer))
             expert, weight = route(x, sharded.routers[f"router {layer}"].detach(), 2)
-            y = engine.experts(layer, x, expert, weight, token, count=False)
+            y = evaluation.experts(layer, x, expert, weight, token)
             close(y, plain.experts(layer, x, expert, weight, token, None), "evaluation")
-        assert engine.bytes_sent == sent
-    assert engine.replica_bytes == 0
-    assert engine.frozen_replica_bytes >= held, "what plans had brought was given up"
+        assert engine.shards.bytes_sent == sent
+    assert engine.shards.replica_bytes == 0
+    assert engine.shards.frozen_replica_bytes >= held, "what plans had brought was given up"
 
 
 def check_move(sharded: Sharded, world: int) -> None:
@@ -221,16 +220,16 @@ def check_move(sharded: Sharded, world: int) -> None:
     engine = sharded.engine
     rng = np.random.default_rng(world)
     owners = {layer: rng.integers(0, world, size=EXPERTS) for layer in LAYERS}
-    lacking = sum(int((~store.resident_ED[np.arange(EXPERTS), owners[layer]]).sum()) for layer, store in engine.frozen.items())
-    moving = sum(int((owners[layer] != engine.owners[layer]).sum()) for layer in LAYERS)
-    never_stepped = sum(int(owners[layer][4] != engine.owners[layer][4]) for layer in LAYERS)
-    chunk_bytes = engine.stores[LAYERS[0]].chunk_bytes
-    sent_before = sum(store.bytes_sent for store in engine.frozen.values())
+    lacking = sum(int((~store.resident_ED[np.arange(EXPERTS), owners[layer]]).sum()) for layer, store in engine.shards.frozen.items())
+    moving = sum(int((owners[layer] != engine.shards.owners[layer]).sum()) for layer in LAYERS)
+    never_stepped = sum(int(owners[layer][4] != engine.shards.owners[layer][4]) for layer in LAYERS)
+    chunk_bytes = engine.shards.stores[LAYERS[0]].chunk_bytes
+    sent_before = sum(store.bytes_sent for store in engine.shards.frozen.values())
     moved = move_experts(engine, sharded.optimizer, owners)
     # A master each, and two moments and a count of steps, which expert 4 has none of. Frozen parts only where they are not.
     rows = moving * (3 * chunk_bytes + 4) - never_stepped * (2 * chunk_bytes + 4)
     assert moved.num_bytes == rows + lacking * SHAPE.numel * 8
-    sent = torch.tensor(sum(store.bytes_sent for store in engine.frozen.values()) - sent_before)
+    sent = torch.tensor(sum(store.bytes_sent for store in engine.shards.frozen.values()) - sent_before)
     dist.all_reduce(sent)
     assert int(sent) == lacking * SHAPE.numel * 8
 
@@ -239,10 +238,10 @@ def check_case(rank: int, world: int, case: Case) -> None:
     plain, sharded = Plain(case.kind), Sharded(case, rank, world)
     engine = sharded.engine
     for step in range(STEPS):
-        before = {key: parameter.detach().clone() for key, parameter in engine.named_parameters().items()}
+        before = {key: parameter.detach().clone() for key, parameter in engine.shards.named_parameters().items()}
         plain.step(step)
         sharded.step(step)
-        for key, parameter in engine.named_parameters().items():
+        for key, parameter in engine.shards.named_parameters().items():
             close(parameter.detach(), plain.chunks[key].detach(), f"step {step}, expert {key}")
             assert key in plain.reached or torch.equal(parameter.detach(), before[key]), f"idle expert {key} moved"
         for name, router in sharded.routers.items():

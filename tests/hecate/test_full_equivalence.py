@@ -71,7 +71,7 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
     groups = expert_groups(make_mesh(world, case.shard_size))
     plan = UpcyclingPlan((case.num_experts,) * 2, TOP_K, noise=0.1, seed=5, train_non_experts=case.train_non_experts)
     moe = upcycle(model, plan, config, groups, suite.biased_router(suite.router_bias(case.routed)))
-    for (unit, expert), chunk in moe.engine.named_parameters().items():
+    for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
         layer = unit.layer
         chunk.data.copy_(values(layer, expert, len(chunk)))
     if case.checkpointing:
@@ -86,7 +86,7 @@ class Reference:
 
     def __init__(self, case: Case, moe: MoeModel) -> None:
         self.model = suite.tiny_llama(torch.float64).requires_grad_(case.train_non_experts)
-        specs = moe.engine.families[Unit(0)].layout().trainable
+        specs = moe.engine.shards.families[Unit(0)].layout().trainable
         self.chunks: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.replicated: dict[str, torch.Tensor] = {}
         self.layers = []
@@ -166,7 +166,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
         some_idle |= bool(idle)
         assert result.loss == pytest.approx(loss, rel=TOLERANCE)
         assert result.grad_norm == pytest.approx(norm, rel=TOLERANCE)
-        for unit, expert in moe.engine.named_parameters():
+        for unit, expert in moe.engine.shards.named_parameters():
             layer = unit.layer
             name = f"{layer}.{expert}"
             close(seen[name], reference.flat((layer, expert), grad=True), f"step {step}, gradient of expert {name}")
@@ -174,7 +174,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             close(seen[name], parameter.grad, f"step {step}, gradient of {name}")
         reference.optimizer.step()
         reference.optimizer.zero_grad()
-        for (unit, expert), parameter in moe.engine.named_parameters().items():
+        for (unit, expert), parameter in moe.engine.shards.named_parameters().items():
             layer = unit.layer
             name = f"{layer}.{expert}"
             close(parameter, reference.flat((layer, expert), grad=False), f"step {step}, expert {name}")

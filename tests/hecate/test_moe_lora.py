@@ -192,7 +192,7 @@ def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModel
     mesh = make_mesh(world, case.shard_size)
     plan = MoeLoraPlan(LoraShape(RANK, ALPHA / RANK, 0.0), TARGETS, case.model.train_router, seed=5)
     moe = adapt_experts(model, layers, plan, config, expert_groups(mesh))
-    for (unit, expert), chunk in moe.engine.named_parameters().items():
+    for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
         layer = unit.layer
         chunk.data.copy_(initial(len(chunk), layer, expert))
     for (layer, module), lora in moe.attention.items():
@@ -231,7 +231,7 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
     with ExitStack() as stack:
         stack.enter_context(biased_routers(gates, case.model.bias()))
         for together in (False, True):  # everywhere, and with their owners
-            with moe.engine.evaluating(together=together), torch.no_grad():
+            with moe.engine.evaluation(together=together), torch.no_grad():
                 batch = micro_batch(0, 0, range(0))
                 hidden = head.hidden(batch.input_ids, None, torch.arange(LENGTH).expand(ROWS, LENGTH))
                 close("logits", head.logits(hidden), wanted["logits"])

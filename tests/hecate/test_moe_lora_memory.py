@@ -38,7 +38,7 @@ from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.build import moe_lora_plan
-from hecate.train.step import forward_loss, train_step
+from hecate.train.step import forward_loss, pass_tokens, train_step
 from tests.hecate.forecast.making import num_bytes
 from tests.plain_moe_lora import save_tiny
 from tests.ranks import run_ranks
@@ -71,8 +71,8 @@ def _loaded(rank: int, world: int, folder: str, warm_up: str) -> tuple[int, int]
     before = resident("VmRSS")
     moe, _, _ = build(Path(folder), plan, "static_ep", world)
     share = sum(p.numel() * p.element_size() for p in moe.model.parameters())
-    share += sum(store.owned.numel() * store.owned.element_size() for store in moe.engine.stores.values())
-    share += sum(chunk.numel() * chunk.element_size() for store in moe.engine.frozen.values() for chunk in store._held.values())
+    share += sum(store.owned.numel() * store.owned.element_size() for store in moe.engine.shards.stores.values())
+    share += sum(chunk.numel() * chunk.element_size() for store in moe.engine.shards.frozen.values() for chunk in store._held.values())
     return resident("VmHWM") - before, share
 
 
@@ -99,8 +99,8 @@ def _loaded_in_parts(rank: int, world: int, folder: str, warm_up: str) -> tuple[
     shard_frozen_layers(moe, dist.new_group())
     gc.collect()
     own = resident("RssAnon") - before
-    experts = [store.owned for store in moe.engine.stores.values()]
-    experts += [chunk for store in moe.engine.frozen.values() for chunk in store._held.values()]
+    experts = [store.owned for store in moe.engine.shards.stores.values()]
+    experts += [chunk for store in moe.engine.shards.frozen.values() for chunk in store._held.values()]
     parts = [p.to_local() for p in moe.model.parameters() if isinstance(p, DTensor)]
     return own, num_bytes([*experts, *parts]), sum(p.numel() * p.element_size() for p in moe.model.parameters())
 
@@ -149,7 +149,7 @@ def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) 
     tokens = torch.arange(96)[None] + 96 * rank
     batch = Batch(tokens % 64, tokens % 64, tokens % 96, torch.ones_like(tokens), tokens, torch.zeros_like(tokens))
     train_step(moe, head, optimizer, [batch], num_labels=96 * world, aux_coef=0.01, max_grad_norm=None, step=0)
-    moe.engine.begin_step(1)
+    moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -157,11 +157,11 @@ def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = forward_loss(moe, head, batch, step=1, recording=True)
+        loss = forward_loss(head, batch)
     trained = set(map(id, moe.replicated_parameters().values()))
-    frozen = [chunk for store in moe.engine.frozen.values() for chunk in store._held.values()]
-    replicas = [store.replicas() for store in moe.engine.stores.values()]
-    known = [*model.parameters(), *frozen, *replicas, *(store.owned for store in moe.engine.stores.values())]
+    frozen = [chunk for store in moe.engine.shards.frozen.values() for chunk in store._held.values()]
+    replicas = [store.replicas() for store in moe.engine.shards.stores.values()]
+    known = [*model.parameters(), *frozen, *replicas, *(store.owned for store in moe.engine.shards.stores.values())]
     pointers = {tensor.untyped_storage().data_ptr() for tensor in known}
     state = optimizer.state_tensors()
     measured = {
@@ -171,7 +171,7 @@ def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) 
         "routers, adapters, moments": num_bytes(t for name, t in state.items() if name.startswith("replicated/") and t.dim()),
         "replicas": num_bytes(replicas),
         "activations": num_bytes(tensor for pointer, tensor in kept.items() if pointer not in pointers),
-        "cost": moe.engine.families[Unit(0)].cost(2, non_moe_flops_per_token(model, layers) * 96),
+        "cost": moe.engine.shards.families[Unit(0)].cost(2, non_moe_flops_per_token(model, layers) * 96),
     }
     del loss
     return measured

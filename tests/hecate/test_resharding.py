@@ -64,9 +64,9 @@ class Training:
     def state(self) -> dict[str, torch.Tensor]:
         """All parameters and moments of the job, by name; an owned one that two ranks of a sharding group have is an error."""
         assert_groups_equal(self.moe, self.optimizer)
-        parts: list[dict[str, torch.Tensor]] = [{} for _ in range(self.moe.engine.world_size)]
+        parts: list[dict[str, torch.Tensor]] = [{} for _ in range(self.moe.engine.shards.world_size)]
         mine = {name: tensor.clone() for name, tensor in self.optimizer.state_tensors().items()}
-        dist.all_gather_object(parts, mine, group=self.moe.engine.groups.tokens)
+        dist.all_gather_object(parts, mine, group=self.moe.engine.shards.groups.tokens)
         owned = [name for part in parts for name in part if name.startswith("owned/")]
         assert len(owned) == len(set(owned)), "two ranks own one expert"
         return {name: tensor for part in parts for name, tensor in part.items()}
@@ -76,7 +76,7 @@ def random_owners(training: Training, seed: int) -> dict[int, np.ndarray]:
     """Any owners; with some seeds a rank owns nothing of a layer."""
     rng = np.random.default_rng(seed)
     engine = training.moe.engine
-    return {layer: rng.integers(0, rng.integers(1, engine.world_size + 1), size=EXPERTS) for layer in engine.families}
+    return {layer: rng.integers(0, rng.integers(1, engine.shards.world_size + 1), size=EXPERTS) for layer in engine.shards.families}
 
 
 def _moved(rank: int, world: int, cases: list[Case]) -> list[int]:
@@ -91,15 +91,15 @@ def _moved(rank: int, world: int, cases: list[Case]) -> list[int]:
             if step in (1, 2):
                 owners = random_owners(moving, seed=10 * number + step + world)
                 before = moving.state()
-                changed = sum(int((owners[layer] != old).sum()) for layer, old in moving.moe.engine.owners.items())
+                changed = sum(int((owners[layer] != old).sum()) for layer, old in moving.moe.engine.shards.owners.items())
                 done = move_experts(moving.moe.engine, moving.optimizer, owners)
                 after = moving.state()
                 assert after.keys() == before.keys(), f"{case}, step {step}: moments appeared or were lost"
                 assert all(torch.equal(after[name], before[name]) for name in before), f"{case}, step {step}: changed on the way"
                 assert done.experts == changed
                 for layer, owner_E in owners.items():
-                    here = [expert for (at, expert) in moving.moe.engine.named_parameters() if at == layer]
-                    assert here == np.flatnonzero(owner_E == moving.moe.engine.rank).tolist()
+                    here = [expert for (at, expert) in moving.moe.engine.shards.named_parameters() if at == layer]
+                    assert here == np.flatnonzero(owner_E == moving.moe.engine.shards.rank).tolist()
                 masters = [f"owned/{layer}.{expert}" for layer in owners for expert in range(EXPERTS)]
                 if step == 1:
                     never_stepped.append(sum(f"{name}/step" not in after for name in masters))
@@ -131,12 +131,15 @@ def _resumed(rank: int, world: int) -> None:
         whole.step(step)
     move_experts(whole.moe.engine, whole.optimizer, random_owners(whole, seed=3))
     saved = whole.state()
-    history, owners = whole.moe.engine.history.state_dict(), {layer: owner_E.copy() for layer, owner_E in whole.moe.engine.owners.items()}
+    history, owners = (
+        whole.moe.engine.shards.history.state_dict(),
+        {layer: owner_E.copy() for layer, owner_E in whole.moe.engine.shards.owners.items()},
+    )
 
     resumed = Training(case, rank, world)
     adopt_owners(resumed.moe.engine, resumed.optimizer, owners)
     resumed.optimizer.load_state_tensors(saved, steps_done=2)
-    resumed.moe.engine.history.load_state_dict(history)
+    resumed.moe.engine.shards.history.load_state_dict(history)
     for step in range(2, STEPS):
         wanted, got = whole.step(step), resumed.step(step)
         assert (got.loss, got.aux_loss, got.grad_norm) == (wanted.loss, wanted.aux_loss, wanted.grad_norm)
@@ -154,8 +157,8 @@ def _decided(rank: int, world: int, shard_size: int | None) -> tuple[Resharding 
     training = Training(Case("static_ep", EXPERTS, 2, "balanced", shard_size=shard_size), rank, world)
     engine = training.moe.engine
     on = Topology((0,) * world, (1e6,) * world, (1e9,) * world, Link(1e9, 1e-6), Link(1e9, 1e-6))
-    engine.config = replace(engine.config, topology=on)
-    move_experts(engine, training.optimizer, {layer: np.zeros(EXPERTS, dtype=np.int64) for layer in engine.families})
+    engine.shards.config = replace(engine.shards.config, topology=on)
+    move_experts(engine, training.optimizer, {layer: np.zeros(EXPERTS, dtype=np.int64) for layer in engine.shards.families})
     assert reshard_if_it_pays(engine, training.optimizer, 100) is None, "no load is known yet"
     for step in range(2):
         before = training.step(step)
@@ -163,7 +166,7 @@ def _decided(rank: int, world: int, shard_size: int | None) -> tuple[Resharding 
     first = reshard_if_it_pays(engine, training.optimizer, 100)
     second = reshard_if_it_pays(engine, training.optimizer, 100)
     engine.begin_step(2)
-    return first, second, [len(training.optimizer.owned), engine.plans.imbalance(before.loads)]
+    return first, second, [len(training.optimizer.owned), engine.shards.plans.imbalance(before.loads)]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -185,7 +188,7 @@ def test_experts_move_when_it_pays_and_then_stay(groups: int) -> None:
 def _disagreeing(rank: int, world: int) -> str:
     training = Training(Case("static_ep", EXPERTS, 2, "balanced"), rank, world)
     move_experts(
-        training.moe.engine, training.optimizer, {layer: np.zeros(EXPERTS, dtype=np.int64) for layer in training.moe.engine.families}
+        training.moe.engine, training.optimizer, {layer: np.zeros(EXPERTS, dtype=np.int64) for layer in training.moe.engine.shards.families}
     )
     training.step(0)
     try:
@@ -206,7 +209,7 @@ def _moving_planner(given: PlanInput) -> Plan:
 
 def _refused(rank: int, world: int) -> None:
     training = Training(Case("static_ep", EXPERTS, 2, "balanced"), rank, world)
-    training.moe.engine.config = replace(training.moe.engine.config, planner=_moving_planner)
+    training.moe.engine.shards.config = replace(training.moe.engine.shards.config, planner=_moving_planner)
     with pytest.raises(AssertionError, match="moved owners"):
         training.moe.engine.begin_step(0)
 

@@ -43,7 +43,7 @@ def _train(
         if flat:
             patch.setattr(store_module, "choose_collective", lambda *_: "flat")
         moe, head = sharded(case, world)
-        owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.named_parameters().items()}
+        owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
         optimizer = ExpertOptimizer(
             Trainables(owned, moe.replicated_parameters()),
             AdamWSettings(learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY),
@@ -63,7 +63,7 @@ def _train(
                 step=step,
             )
             losses.append(result.loss)
-        return losses, {key: p.detach().clone() for key, p in moe.engine.named_parameters().items()}, calls
+        return losses, {key: p.detach().clone() for key, p in moe.engine.shards.named_parameters().items()}, calls
 
 
 def _both_ways(rank: int, world: int) -> list[dict[str, int]]:

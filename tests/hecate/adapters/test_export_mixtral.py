@@ -36,7 +36,7 @@ def _export(rank: int, world: int, folder: str, model_type: str, changes: dict[s
     moe = upcycle(model, plan, EngineConfig(POLICIES["static_ep"], local_topology(world, cuda=False)), groups)
     for parameter in moe.replicated_parameters().values():
         parameter.data.mul_(30)  # so that weights of choices differ
-    with torch.no_grad(), moe.engine.evaluating():
+    with torch.no_grad(), moe.engine.evaluation():
         logits = model(token_ids(), use_cache=False).logits
     ranks = Ranks(rank, world, torch.device("cpu"), groups)
     export_mixtral(Path(folder) / "model", MixtralFolder(config, build_byte_tokenizer(), torch.float32), dense_weights(model), moe, ranks)

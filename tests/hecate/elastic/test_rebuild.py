@@ -201,7 +201,7 @@ def compare_shadows(rank: int, world: int, workshop: str) -> int:
     steps_until(run, 3, {})
     rows: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in range(world)]
     dist.all_gather_object(rows, {name: run.optimizer.row(parameter) for name, parameter in run.optimizer.owned.items()})
-    ward = backup_ranks(run.moe.engine.config.topology).tolist().index(rank)
+    ward = backup_ranks(run.moe.engine.shards.config.topology).tolist().index(rank)
     assert rows[ward].keys() == run.optimizer.backups.keys()
     for name, backup in run.optimizer.backups.items():
         ours, theirs = run.optimizer.row(backup), rows[ward][name]

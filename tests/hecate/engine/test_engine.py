@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.engine.engine import Engine
+from hecate.experts.forward_pass import OrderError
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
@@ -36,20 +37,20 @@ def wanted(layer: int, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tens
 
 def _evaluate(rank: int, world: int) -> int:
     made = engine(LAYERS)
-    with pytest.raises(ZeroDivisionError), made.evaluating():
+    with pytest.raises(ZeroDivisionError), made.evaluation():
         raise ZeroDivisionError
-    assert made.replica_bytes == 0, "replicas outlived a failed evaluation"
-    with made.evaluating():
-        held = made.replica_bytes
-        sent = made.bytes_sent
+    assert made.shards.replica_bytes == 0, "replicas outlived a failed evaluation"
+    with made.evaluation() as evaluation:
+        held = made.shards.replica_bytes
+        sent = made.shards.bytes_sent
         # Each rank another number of times, in another order: any collective in here would hang or mix things up.
         for layer in [*[2, 0, 2, 2][: 1 + rank], 0]:
             x, expert, weight, token = tokens(rank, layer, 4 + rank)
-            y = made.experts(layer, x, expert, weight, token, count=False)
+            y = evaluation.experts(layer, x, expert, weight, token)
             torch.testing.assert_close(y, wanted(layer, x, expert, weight), rtol=1e-12, atol=1e-12)
-        assert made.bytes_sent == sent
-    assert made.replica_bytes == 0
-    assert all(p.grad is None for p in made.named_parameters().values())
+        assert made.shards.bytes_sent == sent
+    assert made.shards.replica_bytes == 0
+    assert all(p.grad is None for p in made.shards.named_parameters().values())
     return held
 
 
@@ -62,7 +63,7 @@ def test_evaluating_holds_everything_and_drops_it_after(world: int) -> None:
 def _started_at_once(rank: int, world: int) -> list[int]:
     """All-to-alls that begin when both layers' gathers start: ahead of a forward pass, of a backward pass, of an evaluation."""
     made = engine(LAYERS, "full")
-    made.config = replace(made.config, rematerialize=True, prefetch=2)
+    made.shards.config = replace(made.shards.config, rematerialize=True, prefetch=2)
     real, calls, counts = dist.all_to_all_single, 0, []
 
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -72,24 +73,23 @@ def _started_at_once(rank: int, world: int) -> list[int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_to_all_single", counted)
-        made.begin_step(0)
-        made.last_micro_step()
-        made.prefetch(*LAYERS)
+        step = made.begin_step(0)
+        micro = step.begin_micro_step()
+        micro.prefetch(*LAYERS)
         counts.append(calls)
         total = torch.zeros((), dtype=torch.float64)
         for layer in LAYERS:
             x, expert, weight, token = tokens(rank, layer, 4)
-            y = made.experts(layer, x.requires_grad_(), expert, weight, token, count=True)
+            y = micro.experts(layer, x.requires_grad_(), expert, weight, token)
             torch.testing.assert_close(y.detach(), wanted(layer, x.detach(), expert, weight), rtol=1e-12, atol=1e-12)
             total = total + y.sum()
         before = calls
-        made.begin_backward()
-        counts.append(calls - before)
-        total.backward()
-        made.finish_step()
-        before = calls
-        with made.evaluating():
-            counts.append(calls - before)
+        total.register_hook(lambda _: counts.append(calls - before))  # runs first in the backward pass
+        micro.backward(total)
+        step.finish()
+        before_evaluation = calls
+        with made.evaluation():
+            counts.append(calls - before_evaluation)
     return counts
 
 
@@ -100,21 +100,21 @@ def test_small_gathers_that_start_at_once_travel_together() -> None:
 def _idle(rank: int, world: int) -> dict[int, list[list[int]]]:
     """Rank 1 has no token, and expert 0 of each layer is chosen by nobody."""
     made = engine(LAYERS)
-    made.begin_step(0)
-    made.last_micro_step()
+    step = made.begin_step(0)
+    micro = step.begin_micro_step()
     total = torch.zeros((), dtype=torch.float64)
     for layer in LAYERS:
         x, expert, weight, token = tokens(0, layer, 0 if rank == 1 else 4)
         expert = torch.tensor([[1, 2]]).expand(len(x), 2)
-        total = total + made.experts(layer, x.requires_grad_(), expert, weight.requires_grad_(), token, count=True).sum()
-    total.backward()
-    loads = made.finish_step()
-    for (_, expert_number), parameter in made.named_parameters().items():
+        total = total + micro.experts(layer, x.requires_grad_(), expert, weight.requires_grad_(), token).sum()
+    micro.backward(total)
+    loads = step.finish()
+    for (_, expert_number), parameter in made.shards.named_parameters().items():
         assert (parameter.grad is not None) == (expert_number in (1, 2)), f"expert {expert_number}"
-    predicted = made.history.predict(2)
+    predicted = made.shards.history.predict(2)
     assert predicted is not None
     assert predicted.tolist() == loads[2].tolist()
-    assert made.replica_bytes == 0
+    assert made.shards.replica_bytes == 0
     return {layer: loads_ED.T.tolist() for layer, loads_ED in loads.items()}
 
 
@@ -128,13 +128,12 @@ def test_idle_ranks_and_experts_take_part() -> None:
 
 
 def test_a_layer_left_out_of_the_backward_pass_is_noticed(one_rank: dist.ProcessGroup) -> None:
-    made = engine(LAYERS)
-    made.begin_step(0)
-    made.last_micro_step()
+    step = engine(LAYERS).begin_step(0)
+    micro = step.begin_micro_step()
     x, expert, weight, token = tokens(0, 0, 4)
-    made.experts(0, x.requires_grad_(), expert, weight, token, count=True).sum().backward()
-    with pytest.raises(AssertionError, match="layer 2 took no part"):
-        made.finish_step()
+    micro.backward(micro.experts(0, x.requires_grad_(), expert, weight, token).sum())
+    with pytest.raises(OrderError, match="layer 2 took no part"):
+        step.finish()
 
 
 def test_gradients_add_up_over_micro_steps_and_loads_are_counted_when_asked(one_rank: dist.ProcessGroup) -> None:
@@ -142,14 +141,14 @@ def test_gradients_add_up_over_micro_steps_and_loads_are_counted_when_asked(one_
     gradients = []
     for times in (1, 2):
         made = engine({0: 3})
-        made.begin_step(0)
+        step = made.begin_step(0, times)
         for number in range(times):
-            if number == times - 1:
-                made.last_micro_step()
+            micro = step.begin_micro_step()
             x, expert, weight, token = tokens(0, 0, 6)
-            made.experts(0, x.requires_grad_(), expert, weight, token, count=number == 0).sum().backward()
-        assert made.finish_step()[0].sum() == 12
-        gradients.append({key: p.grad for key, p in made.named_parameters().items()})
+            counted = micro if number == 0 else micro.again()
+            micro.backward(counted.experts(0, x.requires_grad_(), expert, weight, token).sum())
+        assert step.finish()[0].sum() == 12
+        gradients.append({key: p.grad for key, p in made.shards.named_parameters().items()})
     for key, once in gradients[0].items():
         twice = gradients[1][key]
         assert once is not None
@@ -160,10 +159,11 @@ def test_gradients_add_up_over_micro_steps_and_loads_are_counted_when_asked(one_
 def test_an_engine_without_expert_layers_finishes_its_steps(one_rank: dist.ProcessGroup) -> None:
     """As when only attention gets adapters (lora.target_modules: [q_proj]), which surgery allows."""
     made = engine({})
-    made.begin_step(0)
-    made.last_micro_step()
-    assert made.finish_step() == {}
-    assert made.plans.imbalance({}) == 1.0
+    step = made.begin_step(0)
+    micro = step.begin_micro_step()
+    micro.backward(torch.zeros((), requires_grad=True))
+    assert step.finish() == {}
+    assert made.shards.plans.imbalance({}) == 1.0
 
 
 THREE = {0: 3, 2: 5, 5: 3}
@@ -184,24 +184,24 @@ def quotas_by_layer(given: PlanInput) -> Plan:
 
 def _step(rank: int, made: Engine, step: int) -> dict[int, np.ndarray]:
     """Four tokens on each rank."""
-    made.begin_step(step)
-    made.last_micro_step()
+    begun = made.begin_step(step)
+    micro = begun.begin_micro_step()
     total = torch.zeros((), dtype=torch.float64)
     for layer, count in THREE.items():
         random = torch.Generator().manual_seed(10 * rank + layer)
         x, weight = (torch.randn(4, n, generator=random, dtype=torch.float64).requires_grad_() for n in (HIDDEN, 2))
         expert = torch.tensor([CHOSEN[layer]]).expand(4, 2)
-        y = made.experts(layer, x, expert, weight, torch.arange(4) + 4 * rank, count=True)
+        y = micro.experts(layer, x, expert, weight, torch.arange(4) + 4 * rank)
         family = experts(count, layer=layer)
         pairs = family.pairs(torch.stack([chunk(layer, e, family.layout().trainable_numel) for e in range(count)]))
         torch.testing.assert_close(y, mixlora_ffn_reference(RoutedTokens(x, expert, weight), base(), pairs), rtol=1e-12, atol=1e-12)
         total = total + y.sum()
-    total.backward()
-    return made.finish_step()
+    micro.backward(total)
+    return begun.finish()
 
 
 def token_bytes(made: Engine) -> int:
-    return made.bytes_sent - sum(store.bytes_sent for store in made.stores.values())
+    return made.shards.bytes_sent - sum(store.bytes_sent for store in made.shards.stores.values())
 
 
 def _plans(rank: int, world: int) -> None:
@@ -211,10 +211,10 @@ def _plans(rank: int, world: int) -> None:
         asked.append(given)
         return quotas_by_layer(given) if given.loads_LED is not None else POLICIES["static_ep"](given)
 
-    made.config = replace(made.config, planner=planner, top_k=2, non_moe_flops=7.0, max_imbalance=1.25)
+    made.shards.config = replace(made.shards.config, planner=planner, top_k=2, non_moe_flops=7.0, max_imbalance=1.25)
     loads = _step(rank, made, 0)
     # Owners 0, 1, 2 of three experts and 0, 0, 1, 1, 2 of five: the chosen ones, of twelve choices each, are on two ranks of three.
-    assert made.plans.imbalance(loads) == pytest.approx(1.5)
+    assert made.shards.plans.imbalance(loads) == pytest.approx(1.5)
     sent = token_bytes(made)
     loads = _step(rank, made, 1)
     assert token_bytes(made) > sent, "no token left its rank"
@@ -228,11 +228,11 @@ def _plans(rank: int, world: int) -> None:
     for given in asked:
         assert given.slots_D.tolist() == [given.num_experts] * 3
         assert given.max_imbalance == 1.25
-        assert given.cost == made.families[0].cost(2, 7.0)
+        assert given.cost == made.shards.families[0].cost(2, 7.0)
     # Layer 0: ranks 2 and 0 serve twelve each, 12 / 8. Layer 5: rank 0 all of 24, 24 / 8. Layer 2 has no quotas: nothing moves.
-    assert made.plans.imbalance(loads) == pytest.approx((1.5 + 1.0 + 3.0) / 3)
+    assert made.shards.plans.imbalance(loads) == pytest.approx((1.5 + 1.0 + 3.0) / 3)
     # What comes in is split as planned: rank 0's choice of expert 1 goes to rank 2; its 3 of expert 0, which nobody foresaw, stay.
-    assert made.plans.imbalance({0: np.array([[3, 0, 0], [1, 0, 0], [0, 0, 0]])}) == pytest.approx(3 / (4 / 3))
+    assert made.shards.plans.imbalance({0: np.array([[3, 0, 0], [1, 0, 0], [0, 0, 0]])}) == pytest.approx(3 / (4 / 3))
 
 
 def test_plans_are_made_by_shape_and_their_quotas_carried_out_by_layer() -> None:
@@ -241,8 +241,8 @@ def test_plans_are_made_by_shape_and_their_quotas_carried_out_by_layer() -> None
 
 def _at_home(rank: int, world: int) -> None:
     made = engine(THREE)
-    made.config = replace(
-        made.config, planner=lambda given: Plan(given.owner_LE, np.ones(given.owned_LED.shape, dtype=bool), given.expected_LED)
+    made.shards.config = replace(
+        made.shards.config, planner=lambda given: Plan(given.owner_LE, np.ones(given.owned_LED.shape, dtype=bool), given.expected_LED)
     )
     for step in range(2):
         _step(rank, made, step)
@@ -261,7 +261,7 @@ def _slots(rank: int, world: int) -> None:
         asked.append(given.slots_D.tolist())
         return POLICIES["static_ep"](given)
 
-    made.config = replace(made.config, planner=planner, memory_slots=1)
+    made.shards.config = replace(made.shards.config, planner=planner, memory_slots=1)
     made.begin_step(0)
     assert asked == [[1] * world]
 
@@ -273,33 +273,33 @@ def test_slots_are_those_of_the_configuration_on_every_device() -> None:
 def _grouped(rank: int, world: int) -> float:
     """Two groups of two: tokens of the first choose expert 0 of its place 0, those of the second expert 1 of place 1, or nothing."""
     made, asked = engine({0: 2}, shard_size=2), []
-    slow = replace(made.config.topology, flops=(4.0, 3.0, 2.0, 5.0), memory=(8.0, 6.0, 9.0, 5.0))
+    slow = replace(made.shards.config.topology, flops=(4.0, 3.0, 2.0, 5.0), memory=(8.0, 6.0, 9.0, 5.0))
 
     def planner(given: PlanInput) -> Plan:
         asked.append(given)
         return POLICIES["static_ep"](given)
 
-    made.config = replace(made.config, planner=planner, topology=slow, top_k=1, non_moe_flops=6.0)
+    made.shards.config = replace(made.shards.config, planner=planner, topology=slow, top_k=1, non_moe_flops=6.0)
     x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(rank), dtype=torch.float64).requires_grad_()
     for step in range(2):
-        made.begin_step(step)
-        made.last_micro_step()
+        begun = made.begin_step(step)
+        micro = begun.begin_micro_step()
         expert = torch.full((4 if rank < 3 else 0, 1), rank // 2)
         weight, token = torch.ones(expert.shape, dtype=torch.float64), torch.arange(len(expert))
-        made.experts(0, x[: len(expert)], expert, weight, token, count=True).sum().backward()
-        sent = made.stores[0].bytes_sent
-        loads = made.finish_step()
+        micro.backward(micro.experts(0, x[: len(expert)], expert, weight, token).sum())
+        sent = made.shards.stores[0].bytes_sent
+        loads = begun.finish()
     assert loads[0].T.tolist() == [[4, 0], [4, 0], [0, 4], [0, 0]]
     assert asked[1].expected_LED[0].T.tolist() == ([[4, 0], [4, 0]] if rank < 2 else [[0, 4], [0, 0]]), "of its own group"
     assert asked[1].topology.flops == ((4.0, 3.0) if rank < 2 else (2.0, 5.0))
     assert asked[1].cost.non_moe_flops == (9.0 if rank < 2 else 6.0), "as long on the group's slowest device as on the job's: 3 s"
-    ((_, for_owners),) = made.plan_inputs(for_owners=True)
+    ((_, for_owners),) = made.shards.plan_inputs(for_owners=True)
     assert for_owners.expected_LED[0].T.tolist() == [[2, 2], [2, 0]]
     assert for_owners.topology.flops == (2.0, 3.0)
-    (parameter,) = made.named_parameters().values()
+    (parameter,) = made.shards.named_parameters().values()
     assert parameter.grad is not None, "some group's tokens reached it"
-    assert made.stores[0].bytes_sent - sent == parameter.numel() * 8, "a ring of two sends each number once"
-    return made.plans.imbalance(loads)
+    assert made.shards.stores[0].bytes_sent - sent == parameter.numel() * 8, "a ring of two sends each number once"
+    return made.shards.plans.imbalance(loads)
 
 
 def test_sharding_groups_plan_for_themselves_and_are_counted_together() -> None:

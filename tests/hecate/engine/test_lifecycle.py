@@ -10,6 +10,7 @@ import torch
 
 import hecate.engine.step_plans as step_plans
 from hecate.engine.engine import Engine
+from hecate.engine.step import MicroStep
 from hecate.parallel.planners import Plan, PlanInput
 from tests.hecate.experts.making import HIDDEN, engine, experts
 from tests.ranks import run_ranks
@@ -18,46 +19,45 @@ LAYERS = dict.fromkeys(range(4), 3)
 TOKENS = 4
 
 
-def forward(made: Engine, rank: int, micro: int, *, ahead: int) -> torch.Tensor:
+def forward(passed: MicroStep, rank: int, micro: int, *, ahead: int) -> torch.Tensor:
     """One layer after the other, each gathered `ahead` - 1 layers before it runs."""
     random = torch.Generator().manual_seed(10 * micro + rank)
     x = torch.randn(TOKENS, HIDDEN, generator=random, dtype=torch.float64).requires_grad_()
     for layer in LAYERS:
         for coming in range(layer, min(layer + ahead, len(LAYERS))):
-            made.prefetch(coming)
+            passed.prefetch(coming)
         expert = torch.rand(TOKENS, 3, generator=random).argsort(1)[:, :2]
         weight = torch.rand(TOKENS, 2, generator=random, dtype=torch.float64).requires_grad_()
-        x = x + made.experts(layer, x, expert, weight, torch.arange(TOKENS) + TOKENS * rank, count=True)
+        x = x + passed.experts(layer, x, expert, weight, torch.arange(TOKENS) + TOKENS * rank)
     return x.sum()
 
 
-def step(made: Engine, rank: int, *, ahead: int = 1, micro_steps: int = 2) -> dict[tuple[int, int], torch.Tensor | None]:
-    """Gradients of one step, by layer and expert."""
-    made.begin_step(0, micro_steps)
+def step(made: Engine, rank: int, *, ahead: int = 1, micro_steps: int = 2) -> tuple[dict[tuple[int, int], torch.Tensor | None], int]:
+    """Gradients of one step, by layer and expert; the most bytes of replicas."""
+    begun = made.begin_step(0, micro_steps)
     for micro in range(micro_steps):
-        if micro == micro_steps - 1:
-            made.last_micro_step()
-        loss = forward(made, rank, micro, ahead=ahead)
-        if made.config.rematerialize:
-            assert made.replica_bytes == 0, "replicas outlived the forward pass"
-        made.begin_backward()
-        loss.backward()
-        if made.config.per_micro_step:
-            assert made.replica_bytes == 0, "replicas outlived the backward pass"
-    made.finish_step()
-    return {key: parameter.grad for key, parameter in made.named_parameters().items()}
+        passed = begun.begin_micro_step()
+        loss = forward(passed, rank, micro, ahead=ahead)
+        if made.shards.config.rematerialize:
+            assert made.shards.replica_bytes == 0, "replicas outlived the forward pass"
+        passed.backward(loss)
+        if made.shards.config.per_micro_step:
+            assert made.shards.replica_bytes == 0, "replicas outlived the backward pass"
+    begun.finish()
+    return {key: parameter.grad for key, parameter in made.shards.named_parameters().items()}, begun.peak_replica_bytes
 
 
 def _peaks(rank: int, world: int) -> list[int]:
     plain = engine(LAYERS, "full")
-    wanted = step(plain, rank)
-    peaks = [plain.peak_replica_bytes]
+    wanted, peak = step(plain, rank)
+    peaks = [peak]
     for ahead in (0, 1, 2, 3):
         made = engine(LAYERS, "full")
-        made.config = replace(made.config, rematerialize=True, prefetch=ahead)
-        for key, grad in step(made, rank, ahead=ahead).items():
+        made.shards.config = replace(made.shards.config, rematerialize=True, prefetch=ahead)
+        got, peak = step(made, rank, ahead=ahead)
+        for key, grad in got.items():
             torch.testing.assert_close(grad, wanted[key], rtol=1e-12, atol=1e-12)
-        peaks.append(made.peak_replica_bytes)
+        peaks.append(peak)
     return peaks
 
 
@@ -102,23 +102,24 @@ def moving_target(asked: list[PlanInput]) -> object:
 
 def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     plain = engine(LAYERS)
-    wanted = step(plain, rank)
+    wanted, _ = step(plain, rank)
     made, asked = engine(LAYERS), []
-    made.config = replace(made.config, plan=mode, planner=moving_target(asked))  # type: ignore[arg-type]
+    made.shards.config = replace(made.shards.config, plan=mode, planner=moving_target(asked))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_plans, "calibration_gain", lambda *_, rematerialize: 1.0 if adopt else 0.0)
-        got = step(made, rank)
+        got, _ = step(made, rank)
     for key, grad in got.items():
         torch.testing.assert_close(grad, wanted[key], rtol=1e-12, atol=1e-12)
-    at_home = all((placement.where_ED.sum(1) == 1).all() for placement in made.placements.values())
+    at_home = all((placement.where_ED.sum(1) == 1).all() for placement in made.shards.placements.values())
     assert at_home == (mode == "calibrated"), "the next micro-step starts from history's plan again"
     alone = [given for given in asked if given.num_layers == 1]
     assert len(alone) == 2 * len(LAYERS), "one plan a layer and micro-step"
     assert all(given.expected_LED.sum() == 2 * TOKENS * world for given in alone), "the micro-step's own choices"
     loads = {layer: sum(given.loads_LED[0] for given in alone[layer::4]) for layer in LAYERS}  # type: ignore[misc, index]
-    home = [loads[layer].sum(1)[[0, 1, 2]] @ np.eye(world)[made.owners[layer]] for layer in LAYERS]
-    assert made.plans.imbalance(loads) == pytest.approx(np.mean([one.max() / one.mean() for one in home])), "all serve as one rank on"
-    calibrations = made.plans.calibrations
+    home = [loads[layer].sum(1)[[0, 1, 2]] @ np.eye(world)[made.shards.owners[layer]] for layer in LAYERS]
+    skews = [one.max() / one.mean() for one in home]
+    assert made.shards.plans.imbalance(loads) == pytest.approx(np.mean(skews)), "all serve as one rank on"
+    calibrations = made.shards.plans.calibrations
     made.begin_step(1, 2)
     if mode == "calibrated":
         predicted = asked[-1]

@@ -49,7 +49,7 @@ def engine(num_experts: dict[int, int], policy: str = "static_ep", shard_size: i
     families = {layer: experts(count, layer=layer) for layer, count in num_experts.items()}
     config = EngineConfig(POLICIES[policy], local_topology(world, cuda=False))
     made = Engine(dict(families), config, expert_groups(make_mesh(world, shard_size)))
-    for (layer, expert), parameter in made.named_parameters().items():
+    for (layer, expert), parameter in made.shards.named_parameters().items():
         parameter.data.copy_(chunk(layer, expert, len(parameter)))
     return made
 

@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.engine.engine import Engine
+from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.layer import MoeLayer
-from hecate.experts.micro_step import MicroStep
 from hecate.experts.router import TopKRouter
 from tests.hecate.experts.making import HIDDEN, engine
 
 
-def layer(micro_step: MicroStep, experts: int = 4) -> MoeLayer:
+def layer(current: CurrentPass, experts: int = 4) -> MoeLayer:
     router = TopKRouter(HIDDEN, experts, 2, layer=0, seed=1, dtype=torch.float64, device=torch.device("cpu"))
-    return MoeLayer(0, router, engine({0: experts}), micro_step)
+    return MoeLayer(0, router, current)
+
+
+def both(experts: int = 4) -> tuple[MoeLayer, Engine]:
+    made = engine({0: experts})
+    return layer(made.current, experts), made
 
 
 def hidden() -> torch.Tensor:
@@ -23,12 +30,11 @@ PADDING = torch.tensor([3, 4, 7, 8])
 
 
 def test_padding_comes_out_as_zeros_and_the_rest_as_without_it(one_rank: dist.ProcessGroup) -> None:
-    micro = MicroStep()
-    moe = layer(micro)
-    with moe._engine.evaluating():
+    moe, made = both()
+    with made.evaluation() as evaluation:
         whole = moe(hidden())
-        micro.start(VALID, torch.arange(10), step=0, recording=False)
-        got = moe(hidden())
+        with evaluation.forward(PassTokens(VALID, torch.arange(10))):
+            got = moe(hidden())
     assert got.shape == (2, 5, HIDDEN)
     assert not got.flatten(0, 1)[PADDING].any()
     assert whole.flatten(0, 1)[PADDING].any()
@@ -36,20 +42,17 @@ def test_padding_comes_out_as_zeros_and_the_rest_as_without_it(one_rank: dist.Pr
 
 
 def test_a_batch_of_padding_alone(one_rank: dist.ProcessGroup) -> None:
-    micro = MicroStep()
-    moe = layer(micro)
-    micro.start(VALID[:0], torch.arange(10), step=0, recording=True)
-    with moe._engine.evaluating():
+    moe, made = both()
+    with made.evaluation() as evaluation, evaluation.forward(PassTokens(VALID[:0], torch.arange(10))) as stats:
         assert not moe(hidden()).any()
-    assert not micro.stats[0].count_KE.any()
+    assert not stats[0].count_KE.any()
 
 
-def test_statistics_are_of_real_tokens_and_kept_only_when_recording(one_rank: dist.ProcessGroup) -> None:
-    micro = MicroStep()
-    moe = layer(micro)
-    micro.start(VALID, torch.arange(10), step=0, recording=True)
-    moe._engine.begin_step(0)
-    moe(hidden())
+def test_statistics_and_loads_are_of_real_tokens_and_counted_once(one_rank: dist.ProcessGroup) -> None:
+    moe, made = both()
+    step = made.begin_step(0)
+    micro = step.begin_micro_step(PassTokens(VALID, torch.arange(10)))
+    y = moe(hidden())
     x = hidden().flatten(0, 1)[VALID]
     prob = (x @ moe.router.weight.T).softmax(1)
     torch.testing.assert_close(micro.stats[0].prob_sum_E, prob.sum(0), rtol=1e-12, atol=1e-12)
@@ -58,17 +61,22 @@ def test_statistics_are_of_real_tokens_and_kept_only_when_recording(one_rank: di
         counts = [int((order[:, choice] == expert).sum()) for expert in range(4)]
         assert micro.stats[0].count_KE[choice].tolist() == counts
     before = micro.stats[0]
-    with micro.recomputing():
+    with made.current.set_to(micro.again()):
         moe(hidden())
+    assert made.current.now is micro
     assert micro.stats == {0: before}
     assert micro.stats[0] is before
-    assert micro.recording
-    assert int(moe._engine._counts[0].sum()) == 2 * len(VALID), "a rerun was counted again"
+    micro.backward(y.sum())
+    assert step.finish()[0].sum() == 2 * len(VALID), "a rerun was counted again"
 
 
-def test_starting_and_clearing_a_micro_step() -> None:
-    micro = MicroStep()
-    micro.start(VALID, torch.arange(10), step=4, recording=True)
-    assert micro.step == 4
-    micro.clear()
-    assert (micro.valid, micro.token, micro.recording, micro.stats) == (None, None, False, {})
+def test_a_model_is_called_in_a_step_or_an_evaluation_only(one_rank: dist.ProcessGroup) -> None:
+    moe, made = both()
+    with pytest.raises(OrderError, match="outside of a training step and of an evaluation"):
+        moe(hidden())
+    with made.evaluation() as evaluation:
+        with evaluation.forward(PassTokens(VALID, torch.arange(10))):
+            moe(hidden())
+        moe(hidden()[:, :3])  # of any tokens again: an evaluation's padding does not outlive its batch
+    with pytest.raises(OrderError):
+        moe(hidden())

@@ -65,7 +65,7 @@ def _initial(rank: int, world: int) -> dict[str, list[float]]:
     assert group is not None
     config = EngineConfig(POLICIES["static_ep"], local_topology(world, cuda=False))
     made = Engine({layer: experts(5, layer=layer) for layer in (0, 2)}, config, ExpertGroups(group, group))
-    return {f"{layer}.{expert}": p.tolist() for (layer, expert), p in made.named_parameters().items()}
+    return {f"{layer}.{expert}": p.tolist() for (layer, expert), p in made.shards.named_parameters().items()}
 
 
 def test_initial_values_do_not_depend_on_the_number_of_ranks() -> None:

@@ -21,7 +21,7 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.train.build import upcycling_plan
-from hecate.train.step import forward_loss, train_step
+from hecate.train.step import forward_loss, pass_tokens, train_step
 from tests.hecate.forecast.making import config_for, write_model
 from tests.ranks import run_ranks
 
@@ -55,7 +55,7 @@ def _measure(rank: int, world: int, folder: str, overrides: tuple[str, ...]) -> 
     )
     train_step(moe, head, optimizer, [batch], num_labels=192, aux_coef=0.01, max_grad_norm=None, step=0)
 
-    moe.engine.begin_step(1)
+    moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -63,21 +63,21 @@ def _measure(rank: int, world: int, folder: str, overrides: tuple[str, ...]) -> 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = forward_loss(moe, head, batch, step=1, recording=True)
-    known = [*model.parameters(), *(store.owned for store in moe.engine.stores.values())]
-    known += [store.replicas() for store in moe.engine.stores.values()]
+        loss = forward_loss(head, batch)
+    known = [*model.parameters(), *(store.owned for store in moe.engine.shards.stores.values())]
+    known += [store.replicas() for store in moe.engine.shards.stores.values()]
     # The head's own gradients are there already; the plan has them among the gradients.
     of_head = [t for t in kept.values() if t.shape == model.lm_head.weight.shape]
     pointers = {tensor.untyped_storage().data_ptr() for tensor in [*known, *of_head]}
     activations = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in pointers)
     del loss
     state = optimizer.state_tensors()
-    (cost,) = {moe.engine.families[layer].cost(2, flops) for layer in moe.layers}
+    (cost,) = {moe.engine.shards.families[layer].cost(2, flops) for layer in moe.layers}
     return {
         "base weights": _numel_bytes(frozen.values()),
         "owned experts, moments": _numel_bytes(t for name, t in state.items() if name.startswith("owned/") and t.dim()),
         "routers, adapters, moments": _numel_bytes(t for name, t in state.items() if name.startswith("replicated/") and t.dim()),
-        "replicas": moe.engine.replica_bytes,
+        "replicas": moe.engine.shards.replica_bytes,
         "activations": activations,
         "cost": cost,
     }

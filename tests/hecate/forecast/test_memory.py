@@ -26,7 +26,7 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups, expert_groups
 from hecate.train.build import surgery_plan
-from hecate.train.step import forward_loss, train_step
+from hecate.train.step import forward_loss, pass_tokens, train_step
 from tests.hecate.forecast.making import config_for, num_bytes, slow_node, write_model
 from tests.ranks import run_ranks
 
@@ -124,11 +124,11 @@ def _held(rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str,
             Trainables(owned_parameters(moe.engine), replicated), AdamWSettings(learning_rate=0.1, weight_decay=0.0), torch.device("cpu")
         )
         train_step(moe, head, optimizer, [batch], num_labels=32, aux_coef=0.01, max_grad_norm=None, step=0)
-        moe.engine.begin_step(1)
+        moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))
         with torch.no_grad():
-            forward_loss(moe, head, batch, step=1, recording=False)
+            forward_loss(head, batch)
         state = optimizer.state_tensors()
-        bases = [family.base for family in moe.engine.families.values() if isinstance(family, MixLoraExperts)]
+        bases = [family.base for family in moe.engine.shards.families.values() if isinstance(family, MixLoraExperts)]
         ffns = [weight for base in bases for weight in (base.gate_FD, base.up_FD, base.down_DF)]
         trained = {id(parameter) for parameter in replicated.values()}
         of = {kind: [t for name, t in state.items() if name.startswith(kind) and t.dim()] for kind in ("owned/", "replicated/")}
@@ -137,7 +137,7 @@ def _held(rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str,
                 "base weights": num_bytes([*(p for p in model.parameters() if id(p) not in trained), *ffns]),
                 "owned experts, moments": num_bytes(of["owned/"]),
                 "routers, adapters, moments": num_bytes(of["replicated/"]),
-                "replicas": moe.engine.replica_bytes,
+                "replicas": moe.engine.shards.replica_bytes,
             }
         )
     return found
@@ -173,11 +173,11 @@ def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: b
         from hecate.model.checkpointing import checkpoint_activations
 
         checkpoint_activations(moe)
-    moe.engine.begin_step(0)
     tokens = torch.arange(96)[None]
     batch = Batch(tokens % 64, tokens % 64, tokens, torch.ones_like(tokens), tokens, torch.zeros_like(tokens))
+    moe.engine.begin_step(0).begin_micro_step(pass_tokens(head, batch))
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    known |= {store.owned.untyped_storage().data_ptr() for store in moe.engine.stores.values()}
+    known |= {store.owned.untyped_storage().data_ptr() for store in moe.engine.shards.stores.values()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -185,8 +185,8 @@ def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: b
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = forward_loss(moe, head, batch, step=0, recording=True)
-    known |= {store.replicas().untyped_storage().data_ptr() for store in moe.engine.stores.values()}
+        loss = forward_loss(head, batch)
+    known |= {store.replicas().untyped_storage().data_ptr() for store in moe.engine.shards.stores.values()}
     measured = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in known)
     del loss
     run = run_shape(config, None, 1)

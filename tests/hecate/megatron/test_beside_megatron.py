@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.experts.aux_loss import load_balancing_loss
+from hecate.experts.forward_pass import PassTokens
 from hecate.parallel.units import Unit
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 from tests.ranks import run_ranks
@@ -55,7 +56,7 @@ def _compare(rank: int, world: int, folder: str, policy: str) -> None:
         moe.layers[Unit(index)].router.weight.data.mul_(20)  # the init alone is nearly uniform
         layer.router.weight.data.copy_(moe.layers[Unit(index)].router.weight)
         for expert in range(shape.experts):
-            set_expert(layer, expert, moe.engine.families[Unit(index)].init_chunk(expert))
+            set_expert(layer, expert, moe.engine.shards.families[Unit(index)].init_chunk(expert))
 
     ids, targets = _tokens(rank, world)
     maps: list[Tensor] = []
@@ -71,16 +72,14 @@ def _compare(rank: int, world: int, folder: str, policy: str) -> None:
     dist.all_reduce(their_aux)
 
     token = torch.arange(ids.numel()) + rank * ids.numel()
-    moe.engine.begin_step(0)
-    moe.engine.last_micro_step()
-    moe.micro_step.start(None, token, step=0, recording=True)
+    step = moe.engine.begin_step(0)
+    micro = step.begin_micro_step(PassTokens(None, token))
     our_logits = ours.model(ids, None, None)
     # Ours is k times Megatron's of a layer.
-    aux = [load_balancing_loss({unit: stats}, group) / shape.top_k for unit, stats in sorted(moe.micro_step.stats.items())]
-    stats = dict(moe.micro_step.stats)
-    moe.engine.begin_backward()
-    (loss_of(our_logits) + AUX_COEF * sum(aux)).backward()
-    moe.engine.finish_step()
+    aux = [load_balancing_loss({unit: stats}, group) / shape.top_k for unit, stats in sorted(micro.stats.items())]
+    stats = dict(micro.stats)
+    micro.backward(loss_of(our_logits) + AUX_COEF * sum(aux))
+    step.finish()
 
     _close(our_logits, their_logits, "the logits")
     our_aux = torch.stack(aux).detach()
@@ -90,7 +89,7 @@ def _compare(rank: int, world: int, folder: str, policy: str) -> None:
         # Positions come first in Megatron, rows in ours: counts do not care.
         assert torch.equal(one.count_KE.sum(0), maps[unit.layer].sum(0)), "routed otherwise"
         assert len(set(one.count_KE.sum(0).tolist())) > 1, "the routing is too even to say anything"
-    for (unit, expert), parameter in moe.engine.named_parameters().items():
+    for (unit, expert), parameter in moe.engine.shards.named_parameters().items():
         index = unit.layer
         assert parameter.grad is not None
         _close(parameter.grad, flat_expert(layers[index], expert, grad=True), f"the gradient of expert {unit}.{expert}")

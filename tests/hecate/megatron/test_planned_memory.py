@@ -15,7 +15,7 @@ from hecate.data.batches import Batch
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
 from hecate.train.loop import Run
-from hecate.train.step import forward_loss
+from hecate.train.step import forward_loss, pass_tokens
 from tests.hecate.forecast.making import num_bytes
 from tests.hecate.megatron.making import config_of, tensor_ranks_of, write_parts
 from tests.ranks import run_ranks
@@ -62,12 +62,12 @@ def measured(run: Run) -> dict[str, int]:
         return tensor
 
     batch = full_rows(run.ranks.dp_rank)
-    run.moe.engine.begin_step(1)
+    run.moe.engine.begin_step(1).begin_micro_step(pass_tokens(run.base.head, batch))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = forward_loss(run.moe, run.base.head, batch, step=1, recording=True)
-    replicas = [store.replicas() for store in run.moe.engine.stores.values()]
+        loss = forward_loss(run.base.head, batch)
+    replicas = [store.replicas() for store in run.moe.engine.shards.stores.values()]
     weights = {id(parameter): parameter for parameter in [*run.base.model.parameters(), *others]}.values()
-    known = [*weights, *replicas, *(store.owned for store in run.moe.engine.stores.values())]
+    known = [*weights, *replicas, *(store.owned for store in run.moe.engine.shards.stores.values())]
     # The embedding's gradient is there already; the plan has it among the gradients.
     embedding = run.base.model.embedding.word_embeddings.weight.shape
     pointers = {tensor.untyped_storage().data_ptr() for tensor in known}

@@ -72,11 +72,11 @@ def _held_out(run: Run) -> float:
 
 def _export(folder: Path, ranks: Ranks) -> tuple[np.ndarray, int, LayerCost, float]:
     run = Run(config_of(folder), ranks)
-    ((_, given),) = run.moe.engine.plan_inputs()
+    ((_, given),) = run.moe.engine.shards.plan_inputs()
     for parameter in run.moe.replicated_parameters().values():
         if parameter.dim() > 1:
             parameter.data.mul_(8)  # far from linear, and from equal routing
-    with torch.no_grad(), run.moe.engine.evaluating():
+    with torch.no_grad(), run.moe.engine.evaluation():
         logits = run.base.model(token_ids(), None, None)
         hidden = run.base.head.hidden(token_ids(), None, token_ids())
         assert torch.equal(run.base.head.logits(hidden.flatten(0, 1)), logits.flatten(0, 1))  # type: ignore[attr-defined]

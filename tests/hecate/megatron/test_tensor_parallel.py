@@ -91,7 +91,7 @@ def _train(ranks: Ranks, folder: Path, *overrides: str) -> Found:
     run.output.replace(run.folder, run.moe, ranks)
     parts = run.moe.parts.parameters.values() if run.moe.parts else ()
     numbers = tuple(sum(p.numel() for p in some) for some in (run.moe.replicated_parameters().values(), parts))
-    ((_, given),) = run.moe.engine.plan_inputs()
+    ((_, given),) = run.moe.engine.shards.plan_inputs()
     gradients = _watch_gradients(run)
     steps, loads = _go_on(run, SAVED)
     resumed, _ = _go_on(Run(config_of(folder, *COMMON, *overrides, "resume=true"), ranks))

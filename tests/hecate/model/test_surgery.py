@@ -36,7 +36,7 @@ def test_at_step_0_the_model_computes_what_the_base_does(one_rank: dist.ProcessG
     with torch.no_grad():
         wanted = model(ids, use_cache=False).logits
         moe = insert(model, one_rank, (experts,) * 3, k, (*ATTENTION, *FFN))
-        with moe.engine.evaluating():
+        with moe.engine.evaluation():
             got = model(ids, use_cache=False).logits
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
             for parameter in moe.replicated_parameters().values():
@@ -50,9 +50,9 @@ def test_experts_take_part(one_rank: dist.ProcessGroup) -> None:
     with torch.no_grad():
         outputs = []
         for _ in range(2):
-            with moe.engine.evaluating():
+            with moe.engine.evaluation():
                 outputs.append(model(ids, use_cache=False).logits)
-            for parameter in moe.engine.named_parameters().values():
+            for parameter in moe.engine.shards.named_parameters().values():
                 parameter.add_(0.1)
     assert not torch.allclose(outputs[0], outputs[1], rtol=1e-3)
 
@@ -62,13 +62,15 @@ def test_only_what_was_put_in_trains(one_rank: dist.ProcessGroup) -> None:
     moe = insert(model, one_rank, (3, 0, 2), 2, ("q_proj", "up_proj"))
     assert sorted(moe.layers) == [Unit(0), Unit(2)]
     assert sorted(moe.attention) == [(layer, "self_attn.q_proj") for layer in range(3)]
-    assert sorted(moe.engine.named_parameters()) == [(Unit(layer), expert) for layer, expert in ((0, 0), (0, 1), (0, 2), (2, 0), (2, 1))]
+    assert sorted(moe.engine.shards.named_parameters()) == [
+        (Unit(layer), expert) for layer, expert in ((0, 0), (0, 1), (0, 2), (2, 0), (2, 1))
+    ]
     replicated = moe.replicated_parameters()
     adapters = {f"layers.{layer}.self_attn.q_proj.{matrix}" for layer in range(3) for matrix in "AB"}
     assert set(replicated) == {"layers.0.router", "layers.2.router", *adapters}
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in replicated.values()}
     assert type(model.model.layers[1].mlp).__name__ == "LlamaMLP"
-    assert [spec.name for spec in moe.engine.families[Unit(0)].layout().trainable] == ["up_proj.A", "up_proj.B"]
+    assert [spec.name for spec in moe.engine.shards.families[Unit(0)].layout().trainable] == ["up_proj.A", "up_proj.B"]
 
 
 def test_attention_alone(one_rank: dist.ProcessGroup) -> None:
@@ -83,7 +85,7 @@ def test_attention_alone(one_rank: dist.ProcessGroup) -> None:
 def test_what_trains_is_kept_in_fp32_or_wider(one_rank: dist.ProcessGroup, dtype: torch.dtype, trained: torch.dtype) -> None:
     assert adapter_dtype(dtype) == trained
     moe = insert(tiny("llama", dtype), one_rank, targets=("q_proj", "up_proj"))
-    parameters = [*moe.replicated_parameters().values(), *moe.engine.named_parameters().values()]
+    parameters = [*moe.replicated_parameters().values(), *moe.engine.shards.named_parameters().values()]
     assert {p.dtype for p in parameters} == {trained}
 
 
@@ -136,10 +138,11 @@ def test_gathers_start_so_many_decoder_layers_ahead(one_rank: dist.ProcessGroup,
     moe = insert_experts(model, plan, config, ExpertGroups(one_rank, one_rank))
     seen: list[tuple[int, int]] = []
     begun: list[int] = []
-    moe.engine.prefetch = lambda *units: seen.extend((begun[-1], unit.layer) for unit in units)  # type: ignore[method-assign]
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: begun.append(index), prepend=True)
-    moe.engine.begin_step(0)
+    step = moe.engine.begin_step(0)
+    step.prefetch = lambda *units: seen.extend((begun[-1], unit.layer) for unit in units)  # type: ignore[attr-defined]
+    step.begin_micro_step()
     with torch.no_grad():
         model(token_ids(), use_cache=False)
     assert seen == started

@@ -23,7 +23,7 @@ from hecate.model.upcycling import UpcyclingPlan, noisy_copies, upcycle
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
-from hecate.train.step import forward_loss
+from hecate.train.step import forward_loss, pass_tokens
 from tests.hecate.model.tiny import tiny, token_ids
 from tests.ranks import run_ranks
 
@@ -35,7 +35,7 @@ def make(model: Any, group: dist.ProcessGroup, experts: tuple[int, ...] = (4, 4,
 
 
 def logits(model: Any, moe: MoeModel) -> torch.Tensor:
-    with torch.no_grad(), moe.engine.evaluating():
+    with torch.no_grad(), moe.engine.evaluation():
         return model(token_ids(), use_cache=False).logits
 
 
@@ -49,7 +49,7 @@ def test_without_noise_the_model_computes_what_the_dense_one_did(
         wanted = model(token_ids(), use_cache=False).logits
     moe = make(model, one_rank, (experts, 0, experts), k)
     torch.testing.assert_close(logits(model, moe), wanted, rtol=1e-12, atol=1e-12)
-    for parameter in moe.engine.named_parameters().values():
+    for parameter in moe.engine.shards.named_parameters().values():
         parameter.data.mul_(1.5)
     assert not torch.allclose(logits(model, moe), wanted, rtol=1e-3), "the experts take no part"
 
@@ -72,8 +72,8 @@ def _initial_experts(rank: int, world: int) -> dict[tuple[int, int], np.ndarray]
     group = dist.group.WORLD
     assert group is not None
     moe = make(tiny("llama", torch.float32), group, noise=0.1)
-    assert len(moe.engine.named_parameters()) < 3 * 4 or world == 1
-    return {key: parameter.detach().numpy() for key, parameter in moe.engine.named_parameters().items()}
+    assert len(moe.engine.shards.named_parameters()) < 3 * 4 or world == 1
+    return {key: parameter.detach().numpy() for key, parameter in moe.engine.shards.named_parameters().items()}
 
 
 def test_experts_do_not_depend_on_the_number_of_ranks() -> None:
@@ -90,7 +90,7 @@ def test_the_dense_ffns_are_let_go(one_rank: dist.ProcessGroup) -> None:
     moe = make(model, one_rank, (3, 0, 3))
     gc.collect()
     assert [reference() is None for reference in dense] == [True, False, True]
-    assert len(moe.engine.named_parameters()) == 6
+    assert len(moe.engine.shards.named_parameters()) == 6
 
 
 def test_the_rest_trains_if_asked(one_rank: dist.ProcessGroup) -> None:
@@ -120,6 +120,6 @@ def test_upcycled_smollm2_begins_with_the_dense_models_loss(one_rank: dist.Proce
         upcycled = copy.deepcopy(model)
         head = LanguageModelHead(upcycled)
         moe = make(upcycled, one_rank, (experts, experts), k)
-        moe.engine.begin_step(0)
-        loss = float(forward_loss(moe, head, batch, step=0, recording=True).detach()) / 64
+        moe.engine.begin_step(0).begin_micro_step(pass_tokens(head, batch))
+        loss = float(forward_loss(head, batch).detach()) / 64
         assert loss == pytest.approx(dense, rel=1e-5), (experts, k)

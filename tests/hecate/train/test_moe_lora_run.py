@@ -114,7 +114,7 @@ def logits_of_peft(model: Any) -> torch.Tensor:
 def logits_of_ours(adapter: Path) -> torch.Tensor:
     with join_ranks() as ranks:
         base, moe = _with_adapter(adapter, ranks, None, "float32", None)
-        with moe.engine.evaluating(), torch.no_grad():
+        with moe.engine.evaluation(), torch.no_grad():
             ids = torch.arange(40, 70)[None]
             return base.head.logits(base.head.hidden(ids, None, torch.arange(30)[None]))
 
@@ -159,7 +159,7 @@ def test_every_architecture_goes_to_peft_and_comes_back(tmp_path: Path, kind: st
     torch.testing.assert_close(logits_of_ours(tmp_path / "theirs"), wanted, rtol=1e-4, atol=1e-4)
     with join_ranks() as ranks:
         base, moe = _with_adapter(tmp_path / "theirs", ranks, None, "float32", None)
-        for parameter in (*moe.engine.named_parameters().values(), *moe.replicated_parameters().values()):
+        for parameter in (*moe.engine.shards.named_parameters().values(), *moe.replicated_parameters().values()):
             parameter.data.mul_(1.5)
         export_peft_adapter(tmp_path / "ours", load_peft_adapter(tmp_path / "theirs")[1], base, moe, ranks)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)

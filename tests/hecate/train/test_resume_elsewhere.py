@@ -45,7 +45,7 @@ def train_until(rank: int, world: int, workshop: str, name: str, until: int, ove
         steps.append((result.loss, result.aux_loss, result.grad_norm))
     run.save()
     if run.config.resume:
-        owned = run.moe.engine.named_parameters()
+        owned = run.moe.engine.shards.named_parameters()
         sharing = config.fssdp.shard_size or world
         assert abs(len(owned) - 2 * 5 / sharing) <= 1, f"{len(owned)} of 10 experts on one of {sharing} ranks"
     return steps

@@ -36,7 +36,7 @@ def train(rank: int, world: int, workshop: str, name: str, courses: list[Topolog
     assert default is not None
     ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
     run = Run(load_config(f"{workshop}/config.yaml", overrides, claim_output=False), ranks, courses[0])
-    owned, steps, rows = len(run.moe.engine.named_parameters()), [], []
+    owned, steps, rows = len(run.moe.engine.shards.named_parameters()), [], []
     dealt = run.micro_batches
 
     def counted(step_rows: list) -> list:  # type: ignore[type-arg]

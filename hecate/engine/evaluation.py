@@ -1,0 +1,72 @@
+"""Forward passes without training: every expert everywhere, or tokens sent to the experts' owners."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from hecate.engine.shards import ExpertShards, LayerCall
+from hecate.experts.forward_pass import CurrentPass, PassTokens, RouterStats, stats_of
+from hecate.experts.router import Routing
+from hecate.parallel.units import Unit
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationPass:
+    """A `ForwardPass` without training: any number of them, until the evaluation ends."""
+
+    shards: ExpertShards
+    current: CurrentPass
+    tokens: PassTokens = field(default_factory=PassTokens)
+    stats: dict[Unit, RouterStats] | None = None
+    """what the routers of the layers that have run have done; None: it is not kept"""
+    step: int = 0
+
+    @contextmanager
+    def forward(self, tokens: PassTokens) -> Iterator[dict[Unit, RouterStats]]:
+        """Until the end of the block, the model's forward passes are of these tokens; yields what routers do in them."""
+        stats: dict[Unit, RouterStats] = {}
+        with self.current.set_to(replace(self, tokens=tokens, stats=stats)):
+            yield stats
+
+    def prefetch(self, *layers: Unit) -> None:
+        """Does nothing: everything was gathered when the evaluation began."""
+
+    def note_routing(self, layer: Unit, routing: Routing) -> None:
+        if self.stats is not None:
+            self.stats[layer] = stats_of(routing)
+
+    def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
+        call = LayerCall(step=self.step, training=False, backward_follows=False)
+        return self.shards.compute(layer, self.shards.stores[layer].replicas(), x_TD, expert_TK, weight_TK, token_T, call)
+
+    def again(self) -> EvaluationPass:
+        return self
+
+
+@contextmanager
+def evaluation(shards: ExpertShards, current: CurrentPass, *, together: bool) -> Iterator[EvaluationPass]:
+    """See `Engine.evaluation`."""
+    if together:
+        shards.plans.place_on_owners()
+    else:
+        shards.plans.place_everywhere()
+    for layer, frozen in shards.frozen.items():
+        frozen.borrow(shards.placements[layer])
+    shards.gather(*shards.families)
+    for store in shards.stores.values():
+        store.replicas()
+    for frozen in shards.frozen.values():
+        frozen.chunks()
+    one = EvaluationPass(shards, current)
+    try:
+        with current.set_to(one):
+            yield one
+    finally:
+        for store in shards.stores.values():
+            store.drop()
+        for frozen in shards.frozen.values():
+            frozen.trim()

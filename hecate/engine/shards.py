@@ -1,0 +1,239 @@
+"""What one rank holds of a model's experts from step to step, and how one layer's experts are called.
+
+Ranks, owners and placements are those of a sharding group: each plans for its own loads on its own devices. Owners are the same in every
+group, and recorded loads are those of the whole job.
+
+Shapes: T tokens, K experts a token, D hidden, S replica slots of this rank, C elements of a chunk, R tokens that this rank computes,
+E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hecate.engine.step_plans import EngineConfig, StepPlans
+from hecate.experts.family import ExpertFamily
+from hecate.parallel.comm.dispatch import combine, dispatch
+from hecate.parallel.comm.expert_store import LayerStore, gather_together
+from hecate.parallel.comm.frozen_store import FrozenStore
+from hecate.parallel.loads import LoadHistory
+from hecate.parallel.mesh import Mesh, make_mesh, owners_topology
+from hecate.parallel.placement import Placement, contiguous_owners, owners_by_memory, redealt_owners
+from hecate.parallel.planners import PlanInput
+from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit
+from hecate.ranks.groups import ExpertGroups
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How a layer's experts are called."""
+
+    step: int
+    training: bool
+    backward_follows: bool
+    """so that the bytes of gradients that return to the tokens' ranks count"""
+    computed: Callable[[Tensor], None] = lambda _: None
+    """called with what this rank's experts return, [R, D], before it returns to the tokens' ranks"""
+
+
+class ExpertShards:
+    """All MoE layers' experts on one rank: master chunks of those that it owns, replicas while they last, loads and plans."""
+
+    def __init__(self, families: dict[Unit, ExpertFamily], config: EngineConfig, groups: ExpertGroups, *, contiguous: bool = False) -> None:
+        """Args:
+        contiguous: each rank owns as many experts as every other, in their order; else owners follow the devices' memory.
+        """
+        self.families = families
+        self.history = LoadHistory(config.load_window)
+        self._contiguous = contiguous
+        self._join(config, groups, self._first_owners(config, groups), {})
+
+    def _first_owners(self, config: EngineConfig, groups: ExpertGroups) -> dict[Unit, np.ndarray]:
+        """int64 [experts] of each layer, of a run that begins."""
+        if self._contiguous:
+            return self.redealt({}, dist.get_world_size(groups.experts))
+        memory = owners_topology(config.topology, _mesh_of(groups)).memory
+        return {layer: owners_by_memory(family.num_experts, memory) for layer, family in self.families.items()}
+
+    def redealt(self, owners: Mapping[Unit, np.ndarray], world_size: int) -> dict[Unit, np.ndarray]:
+        """Each layer's owners on another number of ranks, of a sharding group."""
+        if self._contiguous:
+            return {layer: contiguous_owners(family.num_experts, world_size) for layer, family in self.families.items()}
+        return dict(zip(owners, redealt_owners(list(owners.values()), world_size), strict=True))
+
+    def _join(
+        self, config: EngineConfig, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]
+    ) -> None:
+        """All that depends on which ranks there are, as at the beginning of a step."""
+        self.groups = groups
+        self.rank = dist.get_rank(groups.experts)
+        """in the sharding group"""
+        self.world_size = dist.get_world_size(groups.experts)
+        """ranks of the sharding group"""
+        self.mesh = _mesh_of(groups)
+        group = dist.get_rank(groups.world) // self.world_size
+        self.plans = StepPlans(self.families, config, owners, self.history, self.mesh, group, self.rank)
+        self.stores = {
+            layer: LayerStore(
+                owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), groups.experts, self.plans.topology, groups.replicate
+            )
+            for layer, family in self.families.items()
+        }
+        self.frozen = {
+            layer: FrozenStore(owners[layer], self.plans.slots(family), family.frozen_chunk, groups.experts)
+            for layer, family in self.families.items()
+            if family.layout().frozen
+        }
+        """of the layers whose experts have frozen parts"""
+        self.token_bytes_sent = 0
+        """by dispatch and combine, to other ranks"""
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.plans.config
+
+    @config.setter
+    def config(self, config: EngineConfig) -> None:
+        self.plans.config = config
+
+    @property
+    def owners(self) -> dict[Unit, np.ndarray]:
+        """int64 [experts] of each layer."""
+        return self.plans.owners
+
+    @property
+    def placements(self) -> dict[Unit, Placement]:
+        """Of each layer, as it is gathered next."""
+        return self.plans.placements
+
+    @property
+    def in_first_group(self) -> bool:
+        """Is this the sharding group that speaks for all: saves, exports, is counted?"""
+        return self.plans.members[0] == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Of the experts; there is one layer at least."""
+        return next(iter(self.stores.values())).device
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes sent to other ranks so far: chunks, gradients, frozen parts, tokens (forward and back)."""
+        chunk_bytes = sum(store.bytes_sent for store in self.stores.values())
+        return self.token_bytes_sent + chunk_bytes + sum(store.bytes_sent for store in self.frozen.values())
+
+    @property
+    def replica_bytes(self) -> int:
+        """Bytes of the trainable chunks that are materialized now."""
+        return sum(store.replica_bytes for store in self.stores.values())
+
+    @property
+    def frozen_replica_bytes(self) -> int:
+        """Bytes of others' frozen parts that are held now; they stay between steps."""
+        return sum(store.replica_bytes for store in self.frozen.values())
+
+    @property
+    def resident(self) -> dict[Unit, np.ndarray]:
+        """bool [experts, ranks]: which rank holds which frozen parts, of the layers that have any."""
+        return {layer: frozen.resident_ED for layer, frozen in self.frozen.items()}
+
+    def named_parameters(self) -> dict[tuple[Unit, int], nn.Parameter]:
+        """(layer, expert) -> flat chunk, of the experts that this rank owns."""
+        return {
+            (layer, expert): parameter
+            for layer, store in self.stores.items()
+            for expert, parameter in zip(store.experts, store.parameters, strict=True)
+        }
+
+    def plan_inputs(self, *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
+        """See `StepPlans.inputs`."""
+        return self.plans.inputs(self.resident, for_owners=for_owners)
+
+    def rejoin(
+        self, topology: Topology, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]
+    ) -> None:
+        """Go on with other ranks, in other process groups, from the beginning of a step. The parameters are new ones afterwards. Frozen
+        parts come anew from where they came at first.
+
+        Args:
+            owners: int64 [experts] of each layer, the same on every rank.
+            chunks: layer -> expert -> the master chunk of each expert that this rank owns from now on; copied.
+        """
+        for layer in self.families:
+            mine = np.flatnonzero(owners[layer] == dist.get_rank(groups.experts)).tolist()
+            assert sorted(chunks.get(layer, {})) == mine, (layer, sorted(chunks.get(layer, {})), mine)
+        self._join(replace(self.config, topology=topology), groups, owners, chunks)
+        self.history.redeal(topology.world_size)
+
+    def change_owners(self, layer: Unit, owner_E: np.ndarray, chunks: Mapping[int, Tensor]) -> int:
+        """Put a layer's experts on new owners, between two steps. The layer's parameters are new ones afterwards.
+
+        Every rank must call it, for the same layers in the same order: frozen parts travel.
+
+        Args:
+            chunks: the master chunks of the experts that this rank owns from now on.
+
+        Returns:
+            Bytes of frozen parts sent by all ranks together.
+        """
+        self.stores[layer].change_owners(owner_E.tolist(), chunks)
+        frozen_bytes = self.frozen[layer].change_owners(owner_E) if layer in self.frozen else 0
+        self.plans.change_owners(layer, owner_E)
+        return frozen_bytes
+
+    def gather(self, *layers: Unit) -> None:
+        """Start materializing layers, where their replicas have neither arrived nor are on their way."""
+        gather_together([(self.stores[layer], self.placements[layer]) for layer in layers])
+        for layer in layers:
+            if layer in self.frozen:
+                self.frozen[layer].gather(self.placements[layer])
+
+    def compute(
+        self, layer: Unit, replicas_SC: Tensor, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, call: LayerCall
+    ) -> Tensor:
+        """The weighted sum of each token's experts, [T, D]: tokens go to the ranks that serve them, and results return.
+
+        Every rank must call it for the same layers in the same order, also with no tokens.
+
+        Args:
+            replicas_SC: of the layer's present placement.
+        """
+        frozen_S = self.frozen[layer].chunks() if layer in self.frozen else ()
+        placement = self.placements[layer]
+        sent = None
+        slot_RK = expert_TK  # where no token may have to leave its rank, every expert has a slot on every rank
+        if layer in self.plans.splits:
+            sent = dispatch(x_TD, expert_TK, weight_TK, token_T, placement, self.plans.splits[layer], self.groups.tokens)
+            x_TD, slot_RK, weight_TK, token_T = sent.x_RD, sent.slot_RK, sent.weight_RK, sent.token_R
+        y_RD = self.families[layer].compute(
+            replicas_SC,
+            x_TD,
+            slot_RK,
+            weight_TK,
+            frozen_S=frozen_S,
+            expert_S=torch.from_numpy(placement.experts_on(self.rank)),
+            token_T=token_T,
+            step=call.step,
+            training=call.training,
+        )
+        call.computed(y_RD)
+        if sent is None:
+            return y_RD
+        self.token_bytes_sent += sent.bytes_sent(self.rank, backward=call.backward_follows)
+        return combine(y_RD, sent, self.groups.tokens)
+
+
+def _mesh_of(groups: ExpertGroups) -> Mesh:
+    return make_mesh(dist.get_world_size(groups.world), dist.get_world_size(groups.experts))
+
+
+def _chunk_of(family: ExpertFamily, chunks: Mapping[int, Tensor]) -> Callable[[int], Tensor]:
+    """An expert's chunk: the one given, else its initial one."""
+    return lambda expert: chunks[expert].detach() if expert in chunks else family.init_chunk(expert)

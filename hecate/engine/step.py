@@ -1,0 +1,318 @@
+"""One optimizer step of an FSSDP engine, while it lasts.
+
+    step = engine.begin_step(number, micro_steps)   plan every layer (a pure function of values that all ranks share; no message)
+    micro = step.begin_micro_step(tokens)
+    micro.prefetch(*layers)                         start the SparseAllGather of layers, before the attention that hides it
+    micro.experts(layer, ...)                       wait for the replicas; dispatch what must travel; compute; combine
+    micro.backward(loss)                            start the gathers that the backward pass needs first; run it; in the step's last one
+                                                    each layer's SparseReduceScatter starts as soon as its gradient is complete, and of
+                                                    the layer before it the sum over the sharding groups, if there are several
+    loads = step.finish()                           wait for the reductions; exchange and record the loads; hand gradients to the
+                                                    owners' parameters
+
+Parameters do not change between the micro-steps of one step, so the replicas live across them and gradients are reduced once. Not so
+where replicas are freed between forward and backward (`rematerialize`), or where plans follow each micro-step's own loads (`plan`): there
+each micro-step gathers and reduces for itself, and the owners add up.
+
+Whatever is called out of this order is refused (`OrderError`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.engine.layer_plan import exchange_counts
+from hecate.engine.shards import ExpertShards, LayerCall
+from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens, RouterStats, stats_of
+from hecate.experts.router import Routing
+from hecate.parallel.units import Unit
+
+
+class StepLedger:
+    """What every training step keeps, whoever computes its experts: its number, the order of its micro-steps, its loads."""
+
+    def __init__(self, shards: ExpertShards, number: int, micro_steps: int) -> None:
+        if micro_steps < 1:
+            raise OrderError(f"step {number} was begun with {micro_steps} micro-steps; a step has at least one")
+        self.number = number
+        """of the optimizer step, from 0"""
+        self.micro_steps = micro_steps
+        self.finished = False
+        self._shards = shards
+        self._begun = 0
+        self._present: int | None = None
+        """the micro-step under way, from 0; None: between two of them"""
+        self._counts = {
+            layer: torch.zeros(family.num_experts, dtype=torch.int64, device=shards.device) for layer, family in shards.families.items()
+        }
+
+    @property
+    def in_last_micro_step(self) -> bool:
+        return self._present == self.micro_steps - 1
+
+    def begin_micro_step(self) -> int:
+        """The number of the next micro-step, from 0, which is under way from now on."""
+        if self.finished:
+            raise OrderError(f"step {self.number} is finished; a micro-step belongs to a step that engine.begin_step has just returned")
+        if self._present is not None:
+            raise OrderError(f"micro-step {self._present} of step {self.number} has had no backward pass; call its backward(loss) first")
+        if self._begun == self.micro_steps:
+            raise OrderError(f"step {self.number} was begun with {self.micro_steps} micro-steps, and all have run; finish the step")
+        self._present, self._begun = self._begun, self._begun + 1
+        return self._present
+
+    def require(self, micro_step: int) -> None:
+        """Raises OrderError: another micro-step is under way, or none."""
+        if self._present != micro_step:
+            raise OrderError(f"micro-step {micro_step} of step {self.number} is over; its experts cannot be called any more")
+
+    def end_micro_step(self) -> None:
+        self._present = None
+
+    def add(self, layer: Unit, count_E: Tensor) -> None:
+        """So many of this rank's tokens, int64 [experts], have chosen each expert."""
+        self._counts[layer] += count_E
+
+    def require_complete(self) -> None:
+        """Raises OrderError: not every micro-step has run forward and backward."""
+        if self.finished:
+            raise OrderError(f"step {self.number} is finished already")
+        if self._present is not None or self._begun < self.micro_steps:
+            done = self._begun - (self._present is not None)
+            raise OrderError(f"step {self.number} cannot finish: {done} of its {self.micro_steps} micro-steps have had their backward pass")
+
+    def close(self, gradients: Mapping[Unit, Tensor], loads: dict[Unit, np.ndarray]) -> None:
+        """Hand gradients to the owners' parameters and record the loads. Every rank must call it.
+
+        An expert that no token of any rank reached gets no gradient (None), so that its optimizer leaves it untouched.
+
+        Args:
+            gradients: [owned experts, C] of each layer, summed over all ranks.
+            loads: of `exchange_loads`.
+        """
+        shards = self._shards
+        for layer, store in shards.stores.items():
+            for expert, parameter, grad in zip(store.experts, store.parameters, gradients[layer], strict=True):
+                parameter.grad = grad if loads[layer][expert].sum() > 0 else None
+        shards.history.record(loads)
+        self.finished = True
+        if shards.mesh.num_sharding_groups > 1 and loads:
+            most = shards.plans.most_served(loads)
+            most_L = torch.tensor(list(most.values()), dtype=torch.float64).to(shards.device)
+            dist.all_reduce(most_L, op=dist.ReduceOp.MAX, group=shards.groups.world)
+            shards.plans.note_most_served(dict(zip(most, most_L.tolist(), strict=True)))
+
+    def exchange_loads(self) -> dict[Unit, np.ndarray]:
+        """Per layer the step's loads, int64 [experts, ranks of the job]. Every rank must call it."""
+        layers = list(self._counts)
+        if not layers:
+            return {}
+        table = exchange_counts(torch.cat([self._counts[layer] for layer in layers]), self._shards.groups.world)
+        cuts = np.cumsum([len(self._counts[layer]) for layer in layers])[:-1]
+        return dict(zip(layers, np.split(table, cuts), strict=True))
+
+
+class _HasLedger(Protocol):
+    @property
+    def ledger(self) -> StepLedger: ...
+
+
+def require_nothing_under_way(step: _HasLedger | None, current: CurrentPass) -> None:
+    """Raises OrderError: a step is not finished, or an evaluation has not ended.
+
+    Args:
+        step: the last one.
+    """
+    if step is not None and not step.ledger.finished:
+        raise OrderError(
+            f"step {step.ledger.number} is not finished; neither another step nor an evaluation can begin before step.finish()\n"
+            "  after a step that failed, let the engine rejoin its ranks first"
+        )
+    if current.now is not None:
+        raise OrderError("an evaluation is under way; neither a step nor another evaluation can begin before its block ends")
+
+
+class Step:
+    """One optimizer step, from its plans to its gradients."""
+
+    def __init__(self, shards: ExpertShards, current: CurrentPass, number: int, micro_steps: int) -> None:
+        """Plans all layers from the history. Every rank must make one.
+
+        Args:
+            micro_steps: in which the step's tokens come.
+        """
+        self.ledger = StepLedger(shards, number, micro_steps)
+        self.peak_replica_bytes = shards.replica_bytes
+        """most bytes of replicas that this rank had or waited for at once since the step began"""
+        self._shards, self._current = shards, current
+        self._awaiting_backward: list[Unit] = []
+        """layers whose replicas were freed after their forward pass, in its order"""
+        self._reduced_last: Unit | None = None
+        """the layer whose reduction was started last in the step's last backward pass"""
+        shards.plans.begin(shards.resident, micro_steps)
+
+    def begin_micro_step(self, tokens: PassTokens | None = None) -> MicroStep:
+        """The model's next forward pass is of these tokens; None: of any, without padding."""
+        micro = MicroStep(self, self.ledger.begin_micro_step(), tokens or PassTokens())
+        self._current.now = micro
+        return micro
+
+    def finish(self) -> dict[Unit, np.ndarray]:
+        """Complete the step: gradients summed onto the owners' parameters, loads recorded. Every rank must call it.
+
+        An expert that no token of any rank reached gets no gradient (None), so that its optimizer leaves it untouched.
+
+        Returns:
+            Per layer the step's loads, int64 [experts, ranks of the job].
+        """
+        self.ledger.require_complete()
+        for layer, store in reversed(self._shards.stores.items()):
+            if not store.reduce_started:
+                raise OrderError(f"step {self.ledger.number} cannot finish: layer {layer} took no part in its last backward pass")
+            store.sum_over_groups()
+        loads = self.ledger.exchange_loads()
+        self.ledger.close({layer: store.reduced() for layer, store in self._shards.stores.items()}, loads)
+        return loads
+
+    def prefetch(self, *layers: Unit) -> None:
+        """See `ForwardPass.prefetch`. Does nothing where plans must wait for the gate."""
+        if self._shards.config.plan != "exact":
+            self._gather(*layers)
+
+    def experts(self, micro: MicroStep, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
+        """See `ForwardPass.experts`."""
+        shards = self._shards
+        self.ledger.require(micro.number)
+        if micro.counts:
+            # bincount and a copy to the host would each wait for a GPU.
+            chosen = expert_TK.flatten()
+            count_E = chosen.new_zeros(shards.families[layer].num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+            self.ledger.add(layer, count_E)
+            if shards.config.plan != "history":
+                self._plan_after_gate(layer, count_E)
+        self._gather(layer)
+        call = LayerCall(
+            step=self.ledger.number,
+            training=True,
+            backward_follows=micro.counts and torch.is_grad_enabled(),
+            computed=lambda y_RD: self._free_until_backward(layer, y_RD) if micro.counts else None,
+        )
+        return shards.compute(layer, self._replicas(layer), x_TD, expert_TK, weight_TK, token_T, call)
+
+    def backward(self, micro: MicroStep, loss: Tensor, gradient: Tensor | None) -> None:
+        """See `MicroStep.backward`."""
+        self.ledger.require(micro.number)
+        self._prefetch_backward()
+        torch.autograd.backward(loss, gradient)
+        self.ledger.end_micro_step()
+        self._current.now = None
+
+    def _plan_after_gate(self, layer: Unit, count_E: Tensor) -> None:
+        """Plan a layer's micro-step from what all ranks have chosen."""
+        shards = self._shards
+        # Through the tokens' group: the layer's own gather may be under way in the other one.
+        loads_ED = exchange_counts(count_E, shards.groups.tokens)
+        plan = shards.plans.after_gate(layer, loads_ED, shards.frozen[layer].resident_ED if layer in shards.frozen else None)
+        if plan is not None:
+            if shards.config.plan == "calibrated":
+                self._gather(layer)
+                store = shards.stores[layer]
+                self._note_peak(store.placement_bytes(plan.placement))
+                store.exchange(plan.placement)
+            shards.plans.place(layer, plan)
+        shards.plans.note_served(layer, loads_ED)
+
+    def _gather(self, *layers: Unit) -> None:
+        self._shards.gather(*layers)
+        self._note_peak()
+
+    def _note_peak(self, more: int = 0) -> None:
+        self.peak_replica_bytes = max(self.peak_replica_bytes, self._shards.replica_bytes + more)
+
+    def _replicas(self, layer: Unit) -> Tensor:
+        return self._shards.stores[layer].replicas(lambda: self._gradient_complete(layer))
+
+    def _free_until_backward(self, layer: Unit, y_RD: Tensor) -> None:
+        """With `rematerialize`, give the replicas' memory back now that the layer has computed."""
+        if self._shards.config.rematerialize and y_RD.requires_grad:
+            # Called before the backward of whatever has made y, and so before its saved views of the replicas are used.
+            y_RD.register_hook(lambda _: self._gather_again(layer))
+            self._shards.stores[layer].free()
+            self._awaiting_backward.append(layer)
+
+    def _gather_again(self, layer: Unit) -> None:
+        """The backward pass has come to a layer whose replicas were freed; a checkpointed layer may have gathered them itself."""
+        self._gather(layer)
+        self._replicas(layer)
+
+    def _prefetch_backward(self) -> None:
+        count = self._shards.config.prefetch
+        if count:
+            self._gather(*self._awaiting_backward[-count:][::-1])
+
+    def _gradient_complete(self, layer: Unit) -> None:
+        """The backward pass is through with a layer's experts."""
+        shards, in_last = self._shards, self.ledger.in_last_micro_step
+        if not (in_last or shards.config.per_micro_step):
+            return
+        if shards.config.rematerialize:
+            # The layer before needs its replicas sooner than the owners need gradients; of those one layer's are held at a time.
+            shards.stores[layer].free()
+            self._awaiting_backward.remove(layer)
+            self._prefetch_backward()
+            for store in shards.stores.values():
+                store.settle()
+        shards.stores[layer].reduce()
+        if in_last:
+            # The reduction before has had a layer's backward pass to arrive in; the sum over the groups has the rest of the step.
+            if self._reduced_last is not None:
+                shards.stores[self._reduced_last].sum_over_groups()
+            self._reduced_last = layer
+        if shards.config.plan == "calibrated":
+            shards.plans.place_from_history(layer)
+
+
+@dataclass(frozen=True, eq=False)
+class MicroStep:
+    """A forward pass of a step, for its backward pass: a `ForwardPass`."""
+
+    owner: Step
+    number: int
+    """in the step, from 0"""
+    tokens: PassTokens
+    counts: bool = True
+    """False: a checkpointed layer runs again, and what it does has been counted"""
+    stats: dict[Unit, RouterStats] = field(default_factory=dict)
+    """what the routers of the layers that have run have done"""
+
+    @property
+    def step(self) -> int:
+        return self.owner.ledger.number
+
+    def prefetch(self, *layers: Unit) -> None:
+        self.owner.prefetch(*layers)
+
+    def note_routing(self, layer: Unit, routing: Routing) -> None:
+        if self.counts:
+            self.stats[layer] = stats_of(routing)
+
+    def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
+        return self.owner.experts(self, layer, x_TD, expert_TK, weight_TK, token_T)
+
+    def again(self) -> MicroStep:
+        return replace(self, counts=False)
+
+    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+        """Run the micro-step's backward pass, which ends it. Every rank must call it.
+
+        Args:
+            gradient: of what is trained for by `loss`, of its shape; None: `loss` is a scalar, and its gradient 1.
+        """
+        self.owner.backward(self, loss, gradient)
