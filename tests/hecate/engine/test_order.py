@@ -12,6 +12,7 @@ from hecate.engine.protocol import ExpertEngine, TrainingPass
 from hecate.engine.shards import ExpertShards
 from hecate.engine.step import MicroStep, StepLedger
 from hecate.experts.forward_pass import ForwardPass, OrderError
+from hecate.parallel.units import Unit
 from tests.hecate.experts.making import HIDDEN, engine
 
 TOKENS, EXPERTS = 4, 3
@@ -28,22 +29,22 @@ def made(one_rank: dist.ProcessGroup) -> Engine:
     return engine({0: EXPERTS})
 
 
-def train(made: ExpertEngine, number: int, micro_steps: int) -> dict[int, list[list[int]]]:
+def train(made: ExpertEngine, number: int, micro_steps: int) -> dict[Unit, list[int]]:
     step = made.begin_step(number, micro_steps)
     for _ in range(micro_steps):
         micro: TrainingPass = step.begin_micro_step()
         micro.backward(output(micro))
-    return {layer: loads.tolist() for layer, loads in step.finish().items()}
+    return {layer: loads_ED[:, 0].tolist() for layer, loads_ED in step.finish().items()}
 
 
 def test_steps_and_evaluations_follow_each_other(made: Engine) -> None:
     assert isinstance(made.shards, ExpertShards)
-    assert train(made, 0, 2) == {0: [[2 * TOKENS, 0, 0]]}
+    assert train(made, 0, 2) == {0: [2 * TOKENS, 0, 0]}
     with made.evaluation() as evaluation:
         assert isinstance(evaluation, EvaluationPass)
         assert evaluation.again() is evaluation
         output(evaluation)
-    assert train(made, 1, 1) == {0: [[TOKENS, 0, 0]]}
+    assert train(made, 1, 1) == {0: [TOKENS, 0, 0]}
     assert made.current.now is None
 
 
@@ -59,7 +60,7 @@ def test_a_failed_step_is_forgotten_when_ranks_join_anew(made: Engine) -> None:
     made.begin_step(5).begin_micro_step()
     chunks = {0: {expert: parameter.detach() for (_, expert), parameter in made.shards.named_parameters().items()}}
     made.rejoin(made.shards.config.topology, made.shards.groups, made.shards.owners, chunks)
-    assert train(made, 5, 1) == {0: [[TOKENS, 0, 0]]}
+    assert train(made, 5, 1) == {0: [TOKENS, 0, 0]}
 
 
 def test_no_step_begins_within_an_evaluation(made: Engine) -> None:
