@@ -20,6 +20,7 @@ from typing import Any
 from hecate.config import Config
 from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_for
+from hecate.launch.foreign_texts import AgentAction, agent_action
 from hecate.launch.fork_server import forking
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.launch.run_folder import run_folder
@@ -212,20 +213,17 @@ def _report(failures: dict[int, Any], max_restarts: int) -> int:
 
 
 class _Restarts(logging.Handler):
-    """Turns what the agent logs about restarts into a line for the user; all else it logs is for developers of torch."""
+    """Prints a line for the user when the agent logs that it starts the ranks again. The rest of its log is for developers of torch."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._folder = folder
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if "attempts left" in text and mistakes(self._folder):
-            return  # it starts them, but they end at once
-        if "attempts left" in text:
-            print("hecate: a rank was lost; all start again from the last checkpoint", file=sys.stderr, flush=True)
-        elif "new nodes" in text:
-            print("hecate: a node has come; all start again from the last checkpoint", file=sys.stderr, flush=True)
+        action = agent_action(record.getMessage())
+        if action is None or (action is AgentAction.RANK_LOST and mistakes(self._folder)):
+            return  # after a user's mistake the agent starts the ranks again, too, but they end at once
+        print(f"hecate: {action.value}; all start again from the last checkpoint", file=sys.stderr, flush=True)
 
 
 def _listen_to_the_agent(folder: Path) -> None:

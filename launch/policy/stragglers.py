@@ -1,4 +1,4 @@
-"""Which devices have become slower, or faster, than the plan takes them to be. Pure functions of reports."""
+"""Which devices are slower, or faster, than the plan assumes. Pure functions of what the ranks report."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from statistics import median
 from hecate.parallel.topology import Topology
 
 CHANGED = 1.4
-"""ratio of real to planned speed, among the devices, from which on (either way) a plan no longer fits"""
+"""A device has changed if its real over its planned speed reaches this ratio, or falls to its inverse."""
 WINDOWS = 2
-"""reports in a row that must agree: one may have met an evaluation, or a neighbour's burst"""
-
-
+"""How many windows in a row must agree: a single one may contain an evaluation, or a burst of another process."""
 MIN_SECONDS = 0.1
-"""of dense work of each rank that make a window; shorter ones tell more of the operating system than of the device"""
+"""Length of a window: dense work of each rank. A shorter one measures the operating system more than the device."""
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What one rank reports: time spent in dense work that waits for nobody."""
+class DenseWork:
+    """What one rank has done of the work in which it waits for no other rank: its layers up to their experts."""
 
     tokens: int = 0
     seconds: float = 0.0
 
-    def __add__(self, other: Pace) -> Pace:
-        return Pace(self.tokens + other.tokens, self.seconds + other.seconds)
+    def __add__(self, other: DenseWork) -> DenseWork:
+        return DenseWork(self.tokens + other.tokens, self.seconds + other.seconds)
 
 
-def relative_speeds(paces: Mapping[int, Pace], topology: Topology) -> dict[int, float]:
-    """Of each rank the speed it has over the speed the topology gives it, the middle rank's taken for 1.
+def relative_speeds(work: Mapping[int, DenseWork], topology: Topology) -> dict[int, float]:
+    """Each rank's real over its planned speed, as a multiple of the median rank's.
 
-    Only ratios count: the topology's FLOP/s were measured on a large matmul, which no layer reaches.
+    Only these multiples mean something: the topology's FLOP/s were measured on a large matmul, whose speed no layer reaches.
+
+    Args:
+        work: by rank.
     """
-    raw = {rank: pace.tokens / pace.seconds / topology.flops[rank] for rank, pace in paces.items() if pace.seconds > 0 and pace.tokens}
+    raw = {rank: done.tokens / done.seconds / topology.flops[rank] for rank, done in work.items() if done.seconds > 0 and done.tokens}
     if not raw:
         return {}
-    # With two devices there is no middle: the faster one is the measure, so that a slow one is what stands out.
+    # Two devices have no median between them: the faster one is the measure, so that the slow one is found.
     middle = max(raw.values()) if len(raw) == 2 else median(raw.values())
     return {rank: value / middle for rank, value in raw.items()}
 
 
 def changed_ranks(windows: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """The ranks whose relative speed has left the plan in each of the last `WINDOWS` reports, with the median over these."""
+    """The ranks whose relative speed has left the plan in each of the last `WINDOWS` windows, with its median over these."""
     recent = windows[-WINDOWS:]
     if len(recent) < WINDOWS:
         return {}
@@ -61,7 +62,7 @@ def with_speeds(topology: Topology, factors: Mapping[int, float]) -> Topology:
 
 
 def without_ranks(topology: Topology, kept: Sequence[int]) -> Topology:
-    """The topology of some of its ranks, renumbered in the order given; nodes that have none of them are gone."""
+    """The topology of the ranks `kept`, renumbered in this order. Nodes without any of them are left out."""
     nodes = sorted({topology.node_of_rank[rank] for rank in kept})
 
     def of_kept(values: tuple[float, ...]) -> tuple[float, ...]:

@@ -1,102 +1,120 @@
-"""What each device of a job gets of a step's rows, by the speed it was planned with and the speed it shows.
+"""How many sequences of a step each device of a job computes, by the speed it was planned with and the speed that it shows.
 
-Devices are known by the number of their place, which stays; ranks are those of the generation under way.
+Devices are identified by their numbers in the job, which stay the same; ranks are those of the present generation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from hecate.launch.policy.stragglers import MIN_SECONDS, Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
-from hecate.launch.ray_job.worker_group import Event
+from hecate.launch.policy.stragglers import MIN_SECONDS, DenseWork, changed_ranks, relative_speeds, with_speeds, without_ranks
 from hecate.parallel.sequence_shares import sequences_by_speed
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import parse_topology
 
 
-class Shares:
-    """One job's, from generation to generation."""
+@dataclass(frozen=True)
+class NewShares:
+    """What all ranks are to change after a device's speed has changed."""
 
-    def __init__(self, topology: Topology | None, places: Sequence[int]) -> None:
+    number: int
+    """counts the changes of a job from 1"""
+    flops: tuple[float, ...]
+    """by rank"""
+    sequences: tuple[int, ...]
+    """of a micro-step, by rank"""
+
+
+class WorkShares:
+    """The shares of one job, from generation to generation."""
+
+    def __init__(self, topology: Topology | None, devices: Sequence[int]) -> None:
         """
         Args:
-            topology: of these places in their order; None: to be measured.
+            topology: of these devices in their order; None: the first ranks measure it.
         """
         self.topology = topology
-        self._described = list(places) if topology else []
-        """places that the topology describes, in its order"""
+        self._described = list(devices) if topology else []
+        """the devices that the topology describes, in its order"""
         self._members: list[int] = []
-        """places by rank"""
-        self.rows: list[int] = []
+        """device of each rank"""
+        self.sequences: tuple[int, ...] = ()
         """of a micro-step, by rank; empty until the ranks have begun"""
         self.speeds: dict[int, float] = {}
-        """place -> real over planned speed, of the last full window"""
+        """device -> real over planned speed, in the last full window"""
         self._windows: list[dict[int, float]] = []
-        self._paces: dict[int, Pace] = {}
-        """of the window that is not full yet, by rank"""
-        self._reports: dict[int, dict[int, Event]] = {}
-        """step -> rank -> what it has told, until all have"""
-        self._orders = 0
+        self._work: dict[int, DenseWork] = {}
+        """by rank, in the window that is not full yet"""
+        self._reports: dict[int, dict[int, DenseWork]] = {}
+        """step -> rank -> its report, until all ranks have reported"""
+        self._changes = 0
 
-    def knows(self, places: Sequence[int]) -> bool:
-        """Does the topology describe them all?"""
-        return all(place in self._described for place in places)
+    def describes(self, devices: Sequence[int]) -> bool:
+        """Whether the topology has all of these devices."""
+        return all(device in self._described for device in devices)
 
-    def begin(self, members: Sequence[int]) -> Topology | None:
-        """A generation of these places: what the one before has shown is forgotten. Returns their topology, if it is known."""
-        self._members, self.rows, self.speeds = list(members), [], {}
-        self._windows, self._paces, self._reports = [], {}, {}
+    def begin_generation(self, members: Sequence[int]) -> Topology | None:
+        """Start anew with these devices: what earlier ranks have shown is forgotten. Returns their topology, if it is known."""
+        self._members, self.sequences, self.speeds = list(members), (), {}
+        self._windows, self._work, self._reports = [], {}, {}
         return self._of_members()
 
-    def begun(self, rows: list[int], topology: str) -> None:
-        """The ranks have been built, with these rows and, if theirs was not known, the topology that they have measured."""
-        self.rows = rows
-        if self.topology is None or not self.knows(self._members):
+    def generation_begun(self, sequences: tuple[int, ...], topology: str) -> None:
+        """The ranks are built, with these shares.
+
+        Args:
+            topology: YAML of the ranks' devices, as they have measured them or as they were given them.
+        """
+        self.sequences = sequences
+        if self.topology is None or not self.describes(self._members):
             self.topology = parse_topology(topology, "the measured topology")
             self._described = list(self._members)
 
-    def hear(self, rank: int, report: Event) -> dict[int, float]:
-        """What one rank tells of its steps. Returns the ranks whose speed has left the plan, with the real over the planned one."""
-        told = self._reports.setdefault(report["step"], {})
-        told[rank] = report
-        if len(told) < len(self._members):
+    def add_report(self, rank: int, step: int, work: DenseWork) -> dict[int, float]:
+        """Take in one rank's report of its steps.
+
+        Returns:
+            The ranks whose speed has left the plan, with the real over the planned speed; empty while nothing has changed.
+        """
+        reports = self._reports.setdefault(step, {})
+        reports[rank] = work
+        if len(reports) < len(self._members):
             return {}
-        self._reports = {step: others for step, others in self._reports.items() if step > report["step"]}
+        self._reports = {later: others for later, others in self._reports.items() if later > step}
         topology = self._of_members()
         if topology is None:
             return {}
-        for its_rank, found in told.items():
-            if self.rows[its_rank]:
-                self._paces[its_rank] = self._paces.get(its_rank, Pace()) + Pace(found["dense_tokens"], found["dense_seconds"])
-        if min(pace.seconds for pace in self._paces.values()) < MIN_SECONDS:
+        for its_rank, found in reports.items():
+            if self.sequences[its_rank]:
+                self._work[its_rank] = self._work.get(its_rank, DenseWork()) + found
+        if min(work.seconds for work in self._work.values()) < MIN_SECONDS:
             return {}
-        self._windows.append(relative_speeds(self._paces, topology))
-        self._paces = {}
+        self._windows.append(relative_speeds(self._work, topology))
+        self._work = {}
         self.speeds = {self._members[its_rank]: speed for its_rank, speed in self._windows[-1].items()}
         return changed_ranks(self._windows)
 
-    def deal_anew(self, changed: dict[int, float]) -> dict[str, Any]:
-        """The order for the ranks that deals rows, and experts if that pays, by the speeds that devices have now.
+    def share_anew(self, changed: Mapping[int, float]) -> NewShares:
+        """Plan with the speeds that the devices have now.
 
         Args:
-            changed: as `hear` has returned it.
+            changed: as `add_report` has returned it.
         """
-        known, ours = self.topology, self._of_members()
-        assert known is not None
+        whole, ours = self.topology, self._of_members()
+        assert whole is not None
         assert ours is not None
         ours = with_speeds(ours, changed)
-        flops = list(known.flops)
-        for rank, place in enumerate(self._members):
-            flops[self._described.index(place)] = ours.flops[rank]
-        self.topology = replace(known, flops=tuple(flops))
-        self._windows, self._paces = [], {}
-        self.rows = sequences_by_speed(sum(self.rows), ours.flops)
-        self._orders += 1
-        return {"number": self._orders, "flops": list(ours.flops), "rows": self.rows, "reshard": True}
+        flops = list(whole.flops)
+        for rank, device in enumerate(self._members):
+            flops[self._described.index(device)] = ours.flops[rank]
+        self.topology = replace(whole, flops=tuple(flops))
+        self._windows, self._work = [], {}
+        self.sequences = tuple(sequences_by_speed(sum(self.sequences), ours.flops))
+        self._changes += 1
+        return NewShares(self._changes, ours.flops, self.sequences)
 
     def _of_members(self) -> Topology | None:
-        if self.topology is None or not self.knows(self._members):
+        if self.topology is None or not self.describes(self._members):
             return None
-        return without_ranks(self.topology, [self._described.index(place) for place in self._members])
+        return without_ranks(self.topology, [self._described.index(device) for device in self._members])

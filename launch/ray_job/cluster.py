@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError, install_hint
+from hecate.launch.foreign_texts import JoinProblem, join_problem
 from hecate.launch.run_folder import ending_with_launcher, processes_below, run_folder
 
 _CONNECT_SECONDS = 5.0
@@ -177,9 +178,9 @@ def _standard_error_in_file() -> Iterator[Callable[[], str]]:
 
 
 def _reason(error: Exception, said: str) -> str:
-    text = " ".join(str(error).split())
-    if "Unauthenticated" in said + text:
+    text, problem = " ".join(str(error).split()), join_problem(error, said)
+    if problem is JoinProblem.WRONG_TOKEN:
         return WRONG_TOKEN
-    if "ersion mismatch" in text:
+    if problem is JoinProblem.OTHER_VERSIONS:
         return f"the cluster runs other versions than this machine: {text[:300]}"
     return f"Ray could not join: {text[:300]}\n  start `hecate ray` on a node of the cluster; from elsewhere use `hecate submit`"

@@ -56,7 +56,9 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
 def check_for_ray(config: Config) -> None:
     """Raises UserError: it asks for what is not there on Ray."""
     if config.model.tensor_parallel > 1:
-        raise UserError("model.tensor_parallel: is not there on Ray, which deals rows to single ranks\n  set it to 1, or use hecate launch")
+        raise UserError(
+            "model.tensor_parallel: is not there on Ray, where each rank has its own share\n  set it to 1, or use hecate launch"
+        )
     if config.fssdp.shard_size is not None:
         raise UserError(
             "fssdp.shard_size: is not there on Ray, where the number of ranks may change\n  set it to null, or use hecate launch"
@@ -83,24 +85,20 @@ def _return_to(folder: Path) -> None:
 
 def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metrics_port: int | None) -> int:
     from hecate.launch.ray_job.controller import Controller
-    from hecate.launch.ray_job.order_store import Rendezvous
     from hecate.launch.ray_job.prometheus import serving
+    from hecate.launch.ray_job.rendezvous import Rendezvous
     from hecate.launch.ray_job.status import FILE, write_status
-    from hecate.launch.ray_job.worker_group import WorkerGroup
+    from hecate.launch.ray_job.worker_group import WorkerGroup, WorkerSettings
 
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     inside = one_machine(devices)
     host = "127.0.0.1" if inside else ray.util.get_node_ip_address()
     rendezvous = Rendezvous(host)
-    group = WorkerGroup(
-        ray,
-        devices,
-        rendezvous,
-        config=to_yaml(replace(config, topology="auto")),
-        report_steps=config.ray.report_steps,
-        address=host if inside else None,
+    settings = WorkerSettings(
+        config=to_yaml(replace(config, topology="auto")), report_steps=config.ray.report_steps, address=host if inside else None
     )
+    group = WorkerGroup(ray, devices, rendezvous, settings)
     shown: dict[str, Any] = {}
 
     def show(status: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ _GAUGES = {
     "generation": ("hecate_generation", "process groups of this job so far"),
 }
 _DEVICE_GAUGES = {
-    "rows": ("hecate_device_rows", "rows of a micro-step"),
+    "sequences": ("hecate_device_sequences", "sequences of a micro-step"),
     "experts": ("hecate_device_experts", "experts owned"),
     "speed": ("hecate_device_speed", "real over planned speed"),
 }

@@ -59,11 +59,11 @@ def status_text(status: dict[str, Any], now: float | None = None) -> str:
     known = [(name, status[name], form) for name, form in (("loss", "{:.4f}"), ("tokens_per_s", "{:.0f}"), ("imbalance", "{:.2f}"))]
     lines += [f"{name:<12} {form.format(value)}" for name, value, form in known if value is not None]
     lines.append(f"checkpoint   {status['last_checkpoint'] or 'none yet'}")
-    lines.append("device  rank  state        rows  experts  speed  kind   node")
+    lines.append("device  rank  state        sequences  experts  speed  kind   node")
     for device in status["devices"]:
-        rank, rows, owned, speed = ("-" if device[key] is None else device[key] for key in ("rank", "rows", "experts", "speed"))
+        rank, sequences, owned, speed = ("-" if device[key] is None else device[key] for key in ("rank", "sequences", "experts", "speed"))
         speed = speed if isinstance(speed, str) else f"{speed:.2f}"
-        figures = f"{device['device']:>6}  {rank:>4}  {device['state']:<11}  {rows:>4}  {owned:>7}  {speed:>5}"
+        figures = f"{device['device']:>6}  {rank:>4}  {device['state']:<11}  {sequences:>9}  {owned:>7}  {speed:>5}"
         lines.append(f"{figures}  {device['kind']:<5}  {device['node']}")
     lines += [f"{note['when']}  {note['text']}" for note in status["notes"][-8:]]
     return "\n".join(lines)

@@ -1,5 +1,5 @@
-"""One rank's process under a controller: it trains in a thread, tells of it, and takes orders in another. Knows no Ray; JSON values go in
-and out."""
+"""One rank's process under a controller: it trains in one thread, and takes orders in another. It does not import Ray; events leave it as
+JSON values."""
 
 from __future__ import annotations
 
@@ -10,37 +10,43 @@ import socket
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from hecate.launch.addresses import interface_of
+from hecate.launch.ray_job.messages import (
+    Assignment,
+    Begin,
+    Begun,
+    CheckpointSaved,
+    Interrupt,
+    Join,
+    Leave,
+    LeftGeneration,
+    Outcome,
+    Ping,
+    Prepare,
+    Prepared,
+    Replan,
+    StepsDone,
+    StepTotals,
+    Stop,
+    TakeGpus,
+    TrainingEnded,
+    WorkerEvent,
+    WorkerOrder,
+    WorkerUp,
+    to_json,
+)
 
-Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A worker's place in a generation."""
-
-    generation: int
-    rank: int
-    world_size: int
-    host: str
-    port: int
-    """of the rendezvous"""
-    nodes: tuple[str, ...]
-    """name of each rank's node"""
-    topology: str | None
-    """YAML; None: the ranks are to measure it"""
-    resume: bool
+_TRACEBACK_FRAMES = 4
 
 
 class Worker:
-    """Whoever has made it calls `events`, and nothing else. The other methods are orders, which come by way of the rendezvous.
+    """The process's Ray actor. Its owner calls `events` and nothing else; orders come by way of the rendezvous.
 
-    As a Ray actor it is in `events` for all of its life: between two calls Ray's main thread would ask for the interpreter a hundred
-    times a second, and each time the training thread would have to give it up.
+    The actor is inside `events` for all of its life. Between two calls Ray's main thread would ask for Python's interpreter lock a hundred
+    times a second, and take it from the training thread each time.
     """
 
     def __init__(self, number: int, host: str, port: int, secret: str, config: str, report_steps: int, address: str) -> None:
@@ -48,21 +54,21 @@ class Worker:
         Args:
             number: of this worker, with the host, port and secret of the rendezvous.
             config: the run's configuration, as YAML.
+            report_steps: steps between two reports.
             address: to whose interface the ranks' messages are bound.
         """
-        self._place_of_orders = host, port, secret, number
+        self._rendezvous = host, port, secret, number
         self._config, self._report_steps = config, report_steps
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._line: _Line | None = None
+        self._events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
+        self._link: TrainingLink | None = None
         self._thread: threading.Thread | None = None
         interface = interface_of(address)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
-    def events(self) -> Iterator[Event]:
-        """What happens, as it happens, without end. First of all `up`, with who and what this process is, when it has imported all that the
-        training needs."""
+    def events(self) -> Iterator[dict[str, Any]]:
+        """All events as they happen, as JSON values, without end. The first is `WorkerUp`, when all that training needs is imported."""
         import torch
 
         import hecate
@@ -70,138 +76,114 @@ class Worker:
 
         preload()
         threading.Thread(target=self._take_orders, daemon=True).start()
-        yield {
-            "kind": "up",
-            "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "versions": {"hecate": hecate.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        }
+        up = WorkerUp(
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+            versions={"hecate": hecate.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        )
+        yield to_json(up)
         while True:
-            yield self._events.get()
-
-    def take(self, gpus: str) -> None:
-        """Be the worker of these GPUs, by their numbers on the node; of a process that has touched none yet."""
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-
-    def begin(self, assignment: dict[str, Any]) -> None:
-        """Begin a run as this rank, from the last checkpoint or from nothing, in a new thread."""
-        self._start(_place(assignment))
-
-    def prepare(self) -> None:
-        """Load what a rank needs, in a new thread, to join a run under way: `join` lets it in."""
-        self._start(None)
-
-    def join(self, assignment: dict[str, Any]) -> None:
-        """Go on in the next generation, as the training thread waits to do."""
-        if self._line is not None:
-            self._line.assignments.put(_place(assignment))
-
-    def regroup(self) -> None:
-        """Leave the generation after the step under way, for the next one."""
-        if self._line is not None:
-            self._line.regrouping = True
-
-    def interrupt(self, generation: int) -> None:
-        """Break off what the training waits for: a rank of its generation is lost, of which no message may ever tell."""
-        line = self._line
-        if line is not None and line.generation == generation and line.ranks is not None:
-            line.ranks.abort()
-
-    def order(self, generation: int, order: dict[str, Any]) -> None:
-        """See `hecate.elastic.observer.Order`."""
-        from hecate.elastic.observer import Order
-
-        flops, rows = (None if order[key] is None else tuple(order[key]) for key in ("flops", "rows"))
-        if self._line is not None and self._line.generation == generation:
-            self._line.newest = Order(number=order["number"], flops=flops, rows=rows, reshard=order["reshard"])
-
-    def stop(self) -> None:
-        """Save and end after the step under way."""
-        if self._line is not None:
-            self._line.stopping = True
-
-    def ping(self) -> None:
-        """That it was carried out is the answer."""
+            yield to_json(self._events.get())
 
     def _take_orders(self) -> None:
-        from hecate.launch.ray_job.order_store import orders
+        from hecate.launch.ray_job.rendezvous import orders
 
-        for method, arguments in orders(*self._place_of_orders):
-            getattr(self, method)(*arguments)
+        for order in orders(*self._rendezvous):
+            self._carry_out(order)
 
-    def _start(self, place: Assignment | None) -> None:
-        if self._line is not None:
-            self._line.assignments.put(None)  # one that waits is not needed as it is
-        self._line = _Line(self._events, self._report_steps, place)
-        self._thread = threading.Thread(target=self._train, args=(place, self._line, self._thread), daemon=True)
+    def _carry_out(self, order: WorkerOrder) -> None:
+        link = self._link
+        match order:
+            case TakeGpus():
+                os.environ["CUDA_VISIBLE_DEVICES"] = order.gpus
+            case Begin():
+                self._start(order.assignment)
+            case Prepare():
+                self._start(None)
+            case Join():
+                if link is not None:
+                    link.assignments.put(order.assignment)
+            case Leave():
+                if link is not None:
+                    link.leaving = True
+            case Interrupt():
+                if link is not None and link.generation == order.generation and link.ranks is not None:
+                    link.ranks.abort()
+            case Replan():
+                if link is not None and link.generation == order.generation:
+                    link.replan = order
+            case Stop():
+                if link is not None:
+                    link.stopping = True
+            case Ping():
+                pass
+            case _:
+                assert_never(order)
+
+    def _start(self, assignment: Assignment | None) -> None:
+        """Train in a new thread, when the one before has ended. None: prepare to join a run under way."""
+        if self._link is not None:
+            self._link.assignments.put(None)  # ends a thread that waits to join a generation
+        self._link = TrainingLink(self._events, self._report_steps, assignment)
+        self._thread = threading.Thread(target=self._train, args=(assignment, self._link, self._thread), daemon=True)
         self._thread.start()
 
-    def _train(self, place: Assignment | None, line: _Line, before: threading.Thread | None) -> None:
+    def _train(self, assignment: Assignment | None, link: TrainingLink, before: threading.Thread | None) -> None:
         from hecate.errors import UserError
 
         if before is not None:
             before.join()
+        text = ""
         try:
-            ended = {"kind": "finished" if _run(self._config, place, line) else "stopped"}
+            outcome = Outcome.FINISHED if _run(self._config, assignment, link) else Outcome.STOPPED
+        except NotNeeded:
+            return
         except UserError as error:
-            ended = {"kind": "mistake", "text": str(error)}
-        except Exception:  # noqa: BLE001 - whatever it was, the controller decides what follows
-            ended = {"kind": "failed", "text": traceback.format_exc(limit=-4)}
-        self._events.put({**ended, "generation": line.generation})
+            outcome, text = Outcome.USER_ERROR, str(error)
+        except Exception:  # noqa: BLE001 - whatever it is, the controller decides what follows
+            outcome, text = Outcome.FAILED, traceback.format_exc(limit=-_TRACEBACK_FRAMES)
+        self._events.put(TrainingEnded(generation=link.generation, outcome=outcome, text=text))
 
 
-class _Line:
-    """The training's line to the outside: its `Observer`, which gathers what happens into one message every so many steps, and its
-    `Controller`, which waits for the next generation."""
+class NotNeeded(Exception):
+    """The controller has given this worker another task while it waited to join a run. That is no failure, and no event."""
 
-    def __init__(self, events: queue.SimpleQueue[Event], report_steps: int, place: Assignment | None) -> None:
-        self.newest: Any = None
-        self.stopping = self.regrouping = False
+
+class TrainingLink:
+    """Connects the training thread of a worker with its events and orders.
+
+    As the training's observer, it gathers what happens into one report every so many steps. As its controller, it waits for the next
+    generation.
+    """
+
+    def __init__(self, events: queue.SimpleQueue[WorkerEvent], report_steps: int, assignment: Assignment | None) -> None:
+        self.replan: Replan | None = None
+        """the newest one"""
+        self.stopping = self.leaving = False
         self.assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
-        self.generation, self._rank = (-1, -1) if place is None else (place.generation, place.rank)
+        """None: the thread is not needed any more"""
+        self.generation, self._rank = (-1, -1) if assignment is None else (assignment.generation, assignment.rank)
         self.ranks: Any = None
-        """those of the newest generation"""
+        """of the newest generation"""
         self._events, self._report_steps = events, report_steps
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
 
     def wants_regroup(self) -> bool:
-        return self.regrouping
+        return self.leaving
 
     def first_group(self) -> Any:
-        group = self._wait("prepared")
+        group = self._join(Prepared)
         if group is None:
-            raise RuntimeError("was not needed")
+            raise NotNeeded
         return group
 
     def next_group(self) -> Any:
-        return self._wait("regrouping")
-
-    def _wait(self, kind: str) -> Any:
-        import torch.distributed as dist
-
-        from hecate.elastic.rebuild import Group
-        from hecate.launch.ray_job.order_store import meet
-        from hecate.parallel.topology_file import parse_topology
-        from hecate.ranks.ranks import connect
-
-        while True:
-            self._events.put({"kind": kind, "generation": self.generation})
-            place = self.assignments.get()
-            if place is None:
-                return None
-            assert place.topology is not None
-            self.newest, self.regrouping, self.generation, self._rank = None, False, place.generation, place.rank
-            try:
-                self.ranks = connect(meet(place.host, place.port, place.generation), place.rank, place.world_size)
-            except RuntimeError:  # another was lost on the way
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-            else:
-                return Group(self.ranks, parse_topology(place.topology, "the controller's topology"))
+        return self._join(lambda: LeftGeneration(generation=self.generation))
 
     def begins(self, facts: dict[str, Any]) -> None:
-        self._events.put({"kind": "begins", **facts})
+        rows, owned = tuple(facts["rows"]), tuple(facts["owned"])
+        self._events.put(Begun(step=facts["step"], sequences=rows, owned=owned, topology=facts["topology"]))
 
     def stepped(self, facts: Any) -> None:
         self._dense_tokens += facts.dense_tokens
@@ -211,46 +193,74 @@ class _Line:
         self._steps += 1
         if facts.step % self._report_steps:
             return
-        report = {
-            "kind": "report",
-            "step": facts.step,
-            "dense_tokens": self._dense_tokens,
-            "dense_seconds": self._dense_seconds,
-            "step_seconds": self._seconds / self._steps,
-        }
-        if self._rank == 0:  # what all ranks know alike
-            report |= {
-                "loss": facts.loss,
-                "tokens_per_s": self._tokens / self._seconds,
-                "imbalance": facts.imbalance,
-                "bytes_sent": facts.bytes_sent,
-                "loads": {str(layer): load_E for layer, load_E in facts.loads.items()},
-            }
+        totals = None
+        if self._rank == 0:
+            totals = StepTotals(
+                loss=facts.loss,
+                tokens_per_s=self._tokens / self._seconds,
+                imbalance=facts.imbalance,
+                bytes_sent=facts.bytes_sent,
+                loads={str(layer): load_E for layer, load_E in facts.loads.items()},
+            )
+        report = StepsDone(
+            step=facts.step,
+            dense_tokens=self._dense_tokens,
+            dense_seconds=self._dense_seconds,
+            step_seconds=self._seconds / self._steps,
+            totals=totals,
+        )
         self._events.put(report)
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
 
     def saved(self, step: int, path: Path) -> None:
-        self._events.put({"kind": "saved", "step": step, "path": str(path)})
+        self._events.put(CheckpointSaved(step=step, path=str(path)))
 
     def order(self) -> Any:
-        return self.newest
+        from hecate.elastic.observer import Order
+
+        newest = self.replan
+        if newest is None:
+            return None
+        return Order(number=newest.number, flops=newest.flops, rows=newest.sequences, reshard=newest.reshard)
 
     def wants_stop(self) -> bool:
         return self.stopping
 
+    def _join(self, waiting: Any) -> Any:
+        """Tell the controller `waiting()`, and join the generation that it assigns; None: this thread is not needed any more."""
+        import torch.distributed as dist
 
-def _place(assignment: dict[str, Any]) -> Assignment:
-    return Assignment(**{**assignment, "nodes": tuple(assignment["nodes"])})
+        from hecate.elastic.rebuild import Group
+        from hecate.launch.ray_job.rendezvous import meet
+        from hecate.parallel.topology_file import parse_topology
+        from hecate.ranks.ranks import connect
+
+        while True:
+            self._events.put(waiting())
+            assignment = self.assignments.get()
+            if assignment is None:
+                return None
+            assert assignment.topology is not None
+            self.replan, self.leaving, self.generation, self._rank = None, False, assignment.generation, assignment.rank
+            try:
+                store = meet(assignment.host, assignment.port, assignment.generation)
+                self.ranks = connect(store, assignment.rank, assignment.world_size)
+            except RuntimeError:  # another rank was lost while the ranks connected
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+            else:
+                return Group(self.ranks, parse_topology(assignment.topology, "the controller's topology"))
 
 
-def _run(config_text: str, place: Assignment | None, line: _Line) -> bool:
+def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) -> bool:
+    """Train to the end; False: stopped before, as ordered."""
     import tempfile
     from dataclasses import replace
 
     import torch.distributed as dist
 
     from hecate.config import load_config
-    from hecate.launch.ray_job.order_store import meet
+    from hecate.launch.ray_job.rendezvous import meet
     from hecate.parallel.topology_file import parse_topology
     from hecate.ranks.ranks import connect
     from hecate.train.loop import train
@@ -260,21 +270,22 @@ def _run(config_text: str, place: Assignment | None, line: _Line) -> bool:
         path.write_text(config_text, encoding="utf-8")
         config = load_config(path, claim_output=False)
     try:
-        if place is None:
-            line.ranks = connect(dist.HashStore(), 0, 1)
-            return train(config, line.ranks, line, joins=True, observer=line)
-        ranks = line.ranks = connect(meet(place.host, place.port, place.generation), place.rank, place.world_size)
-        known = None if place.topology is None else parse_topology(place.topology, "the controller's topology")
-        topology = known or _measured(ranks, place.nodes)
-        return train(replace(config, resume=place.resume), ranks, line, topology=topology, observer=line)
+        if assignment is None:
+            link.ranks = connect(dist.HashStore(), 0, 1)
+            return train(config, link.ranks, link, joins=True, observer=link)
+        store = meet(assignment.host, assignment.port, assignment.generation)
+        ranks = link.ranks = connect(store, assignment.rank, assignment.world_size)
+        given = None if assignment.topology is None else parse_topology(assignment.topology, "the controller's topology")
+        topology = given or _measured(ranks, assignment.nodes)
+        return train(replace(config, resume=assignment.resume), ranks, link, topology=topology, observer=link)
     finally:
-        if line.ranks is not None and dist.is_initialized():
-            # Not only forgotten: a peer that waits for this rank must see it at once, though a traceback may still hold the groups.
-            line.ranks.leave()
+        if link.ranks is not None and dist.is_initialized():
+            # A peer that waits for this rank must see at once that it is gone. A traceback may hold the groups, so dropping them does not do.
+            link.ranks.leave()
 
 
 def _measured(ranks: Any, nodes: tuple[str, ...]) -> Any:
-    """The topology of the ranks. Every rank must call it."""
+    """Measure the topology of the ranks. Every rank must call it."""
     from hecate.profile.fit import nodes_of_hosts, topology_from
     from hecate.profile.probe import device_name, quick_sizes
     from hecate.profile.run import all_texts, measure

@@ -10,7 +10,7 @@ from hecate.errors import UserError
 from hecate.launch.policy.devices import ACCELERATOR_LABEL, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.policy.failures import Cause, Decision, FailurePolicy
 from hecate.launch.policy.scaling import Scaling, ScalingPolicy
-from hecate.launch.policy.stragglers import Pace, changed_ranks, relative_speeds, with_speeds, without_ranks
+from hecate.launch.policy.stragglers import DenseWork, changed_ranks, relative_speeds, with_speeds, without_ranks
 from hecate.parallel.topology import Link, Topology
 
 
@@ -100,13 +100,13 @@ MACHINES = Topology(
 
 
 def test_speeds_are_relative_to_the_plan_and_to_the_others() -> None:
-    as_planned = {rank: Pace(tokens, 2.0) for rank, tokens in enumerate((600, 600, 200, 200))}
+    as_planned = {rank: DenseWork(tokens, 2.0) for rank, tokens in enumerate((600, 600, 200, 200))}
     assert relative_speeds(as_planned, MACHINES) == {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}
-    one_slow = {**as_planned, 1: Pace(300, 2.0)}
+    one_slow = {**as_planned, 1: DenseWork(300, 2.0)}
     assert relative_speeds(one_slow, MACHINES)[1] == 0.5
     two = without_ranks(MACHINES, [0, 2])
-    assert relative_speeds({0: Pace(300, 2.0), 1: Pace(200, 2.0)}, two) == {0: 0.5, 1: 1.0}, "of two the faster is the measure"
-    assert relative_speeds({0: Pace(0, 0.0)}, MACHINES) == {}
+    assert relative_speeds({0: DenseWork(300, 2.0), 1: DenseWork(200, 2.0)}, two) == {0: 0.5, 1: 1.0}, "of two the faster is the measure"
+    assert relative_speeds({0: DenseWork(0, 0.0)}, MACHINES) == {}
 
 
 def test_a_straggler_is_one_in_every_window() -> None:

@@ -64,7 +64,7 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
     overrides = ["topology=mixed.yaml", "ray.labels=['kind=in(fast,slow)']", "ray.report_steps=2", "max_steps=100000", "fssdp.redundancy=1"]
     with cluster.job("ray", run, *overrides, "moe.num_experts=8", "--address", cluster.address, "--metrics-port", "0") as job:
         status = job.wait_for(lambda s: s["state"] == "running" and s["step"] >= 4, 150)
-        assert [device["rows"] for device in status["devices"]] == [3, 3, 1, 1]
+        assert [device["sequences"] for device in status["devices"]] == [3, 3, 1, 1]
         assert [device["experts"] for device in status["devices"]] == [6, 6, 2, 2]
         kinds = [cluster.nodes.index(cluster.node_of(device)) // 2 for device in status["devices"]]
         assert kinds == [0, 0, 1, 1], "fast nodes are devices 0 and 1"
@@ -86,15 +86,15 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
         step = status["step"]
         status = job.wait_for(lambda s: s["generation"] == 3 and training(s) == [0, 1, 2] and s["step"] > step)
         assert "the worker's node died" in job.output
-        assert sum(device["rows"] or 0 for device in status["devices"]) == 8, "a step keeps its rows"
+        assert sum(device["sequences"] or 0 for device in status["devices"]) == 8, "a step keeps its sequences"
 
         cluster.add("slow")
         step = status["step"]
         status = job.wait_for(lambda s: s["generation"] == 4 and training(s) == [0, 1, 2, 3] and s["step"] > step, 120)
 
-        rows = status["devices"][0]["rows"]
+        rows = status["devices"][0]["sequences"]
         with held_up(status["devices"][0]["pid"]):
-            job.wait_for(lambda s: "straggler: device 0" in job.output and s["devices"][0]["rows"] < rows, 120)
+            job.wait_for(lambda s: "straggler: device 0" in job.output and s["devices"][0]["sequences"] < rows, 120)
 
         job.process.send_signal(signal.SIGTERM)
         assert job.end() == 0, job.output[-3000:]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from hecate.launch.ray_job.order_store import Rendezvous, orders
+from hecate.launch.ray_job.messages import Interrupt, Ping, Stop, WorkerOrder
+from hecate.launch.ray_job.rendezvous import Rendezvous, orders
 
 
 @pytest.fixture
@@ -22,38 +23,62 @@ def stranger(rendezvous: Rendezvous) -> dist.Store:
     return dist.TCPStore(rendezvous.host, rendezvous.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
 
 
-def test_each_worker_gets_its_own_orders_by_their_numbers(rendezvous: Rendezvous) -> None:
-    for number, arguments in enumerate([(1, {"rows": None}), (), ("x",)]):
-        rendezvous.order(2, number, f"second-{number}", arguments)
-    rendezvous.order(1, 0, "first", ())
-    mine, other = (orders(rendezvous.host, rendezvous.port, rendezvous.secret, worker) for worker in (2, 1))
-    assert [next(mine) for _ in range(3)] == [("second-0", [1, {"rows": None}]), ("second-1", []), ("second-2", ["x"])]
-    assert rendezvous.carried_out(2) == 2, "the third is under way"
-    assert next(other) == ("first", [])
-    assert rendezvous.carried_out(1) == 0
-
-
-def test_an_order_of_somebody_else_is_ignored(rendezvous: Rendezvous, capfd: pytest.CaptureFixture[str]) -> None:
-    rendezvous.order(0, 0, "stop", ())
-    store = stranger(rendezvous)
-    given = store.get("worker-0/order-0")
-    found: list[Any] = []
-    store.set("worker-0/order-1", given)  # an old one once more
-    store.set("worker-1/order-0", given)  # another worker's
-    store.set("worker-2/order-0", b"0" * 64 + b'["stop", []]')
+def received(rendezvous: Rendezvous, workers: int) -> list[tuple[int, WorkerOrder]]:
+    """What so many workers receive from now on, as (worker, order); filled by threads."""
+    found: list[tuple[int, WorkerOrder]] = []
 
     def listen(worker: int) -> None:
         for order in orders(rendezvous.host, rendezvous.port, rendezvous.secret, worker):
             found.append((worker, order))
 
-    for worker in range(3):
+    for worker in range(workers):
         threading.Thread(target=listen, args=(worker,), daemon=True).start()
+    return found
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_each_worker_gets_its_own_orders_by_their_numbers(rendezvous: Rendezvous) -> None:
+    given = [Interrupt(generation=1), Ping(), Interrupt(generation=2)]
+    for number, order in enumerate(given):
+        rendezvous.send(2, number, order)
+    rendezvous.send(1, 0, Stop())
+    mine, other = (orders(rendezvous.host, rendezvous.port, rendezvous.secret, worker) for worker in (2, 1))
+    assert [next(mine) for _ in range(3)] == given
+    assert rendezvous.carried_out(2) == 2, "the third is under way"
+    assert next(other) == Stop()
+    assert rendezvous.carried_out(1) == 0
+
+
+def test_an_order_of_somebody_else_is_ignored(rendezvous: Rendezvous, capfd: pytest.CaptureFixture[str]) -> None:
+    rendezvous.send(0, 0, Stop())
+    store = stranger(rendezvous)
+    given = store.get("worker-0/order-0")
+    store.set("worker-0/order-1", given)  # an old one once more
+    store.set("worker-1/order-0", given)  # another worker's
+    store.set("worker-2/order-0", b"0" * 64 + b'{"code": "stop"}')
+    found = received(rendezvous, 3)
     deadline, said = time.monotonic() + 20, ""
-    while said.count("it is ignored") < 3 and time.monotonic() < deadline:
+    while said.count("is ignored") < 3 and time.monotonic() < deadline:
         said += capfd.readouterr().err
         time.sleep(0.02)
-    assert said.count("it is ignored") == 3
-    rendezvous.order(0, 1, "ping", ())
-    while len(found) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert found == [(0, ("stop", [])), (0, ("ping", []))]
+    assert said.count("is ignored") == 3
+    rendezvous.send(0, 1, Ping())
+    wait_until(lambda: len(found) == 2)
+    assert found == [(0, Stop()), (0, Ping())]
+
+
+def test_an_order_that_a_forged_one_has_replaced_is_sent_again(rendezvous: Rendezvous) -> None:
+    """Else the worker would wait for that number for ever, and all later orders with it."""
+    rendezvous.send(0, 0, Interrupt(generation=3))
+    stranger(rendezvous).set("worker-0/order-0", b"\xff" * 64 + b'{"code": "stop"}')
+    found = received(rendezvous, 1)
+    rendezvous.send(0, 1, Ping())
+    # The controller asks how far a worker is whenever a ping is not answered.
+    wait_until(lambda: rendezvous.carried_out(0) == 2)
+    assert found == [(0, Interrupt(generation=3)), (0, Ping())]

@@ -8,30 +8,30 @@ import pytest
 
 from hecate.launch.policy.devices import Device
 from hecate.launch.ray_job.awake_clock import AwakeClock
-from hecate.launch.ray_job.order_store import Rendezvous, orders
-from hecate.launch.ray_job.worker_group import Hired, WorkerGroup
+from hecate.launch.ray_job.messages import Interrupt, Ping
+from hecate.launch.ray_job.rendezvous import Rendezvous, orders
+from hecate.launch.ray_job.worker_group import WorkerGroup, WorkerHandle, WorkerSettings
 
 
 def test_a_worker_is_asked_every_other_second_and_silent_until_it_answers() -> None:
     rendezvous = Rendezvous("127.0.0.1")
     nobody: Any = None
-    group = WorkerGroup(
-        nobody, [Device("node", "127.0.0.1", "CPU", (("CPU", 1.0),), ())], rendezvous, config="", report_steps=1, address=None
-    )
-    place = group.places[0]
-    worker = place.worker = Hired(7, nobody, nobody)
+    settings = WorkerSettings(config="", report_steps=1, address=None)
+    group = WorkerGroup(nobody, [Device("node", "127.0.0.1", "CPU", (("CPU", 1.0),), ())], rendezvous, settings)
+    device = group.devices[0]
+    worker = device.worker = WorkerHandle(7, nobody, nobody)
     mine = orders(rendezvous.host, rendezvous.port, rendezvous.secret, 7)
-    assert group.ping(place, 100.0) == 0.0
-    assert group.ping(place, 101.0) == 1.0
-    assert next(mine) == ("ping", [])
-    assert group.ping(place, 101.1) == pytest.approx(1.1), "it has begun with it, no more"
-    group.tell(place, "order", 3, {"rows": None})
-    assert next(mine) == ("order", [3, {"rows": None}])
-    assert [group.ping(place, now) for now in (101.2, 101.9)] == [0.0, 0.0]
+    assert group.ping(device, 100.0) == 0.0
+    assert group.ping(device, 101.0) == 1.0
+    assert next(mine) == Ping()
+    assert group.ping(device, 101.1) == pytest.approx(1.1), "it has begun with it, no more"
+    group.send(device, Interrupt(generation=3))
+    assert next(mine) == Interrupt(generation=3)
+    assert [group.ping(device, now) for now in (101.2, 101.9)] == [0.0, 0.0]
     assert worker.orders == 2, "an answer costs the training a moment"
-    assert group.ping(place, 102.0) == 0.0
+    assert group.ping(device, 102.0) == 0.0
     assert worker.orders == 3
-    assert group.ping(place, 113.0) == 11.0
+    assert group.ping(device, 113.0) == 11.0
 
 
 def test_while_this_process_stands_still_nobody_is_silent() -> None:

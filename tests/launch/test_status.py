@@ -17,7 +17,7 @@ DEVICE = {
     "device": 0,
     "rank": 0,
     "state": "training",
-    "rows": 3,
+    "sequences": 3,
     "experts": 6,
     "speed": 0.5,
     "kind": 'H"100',
@@ -37,7 +37,7 @@ STATUS: dict[str, Any] = {
     "last_checkpoint": "checkpoint-20",
     "notes": [{"when": "10:00:00", "text": "straggler: device 0"}],
     "updated": 1000.0,
-    "devices": [DEVICE, {**DEVICE, "device": 1, "rank": None, "state": "coming", "rows": None, "experts": None, "speed": None}],
+    "devices": [DEVICE, {**DEVICE, "device": 1, "rank": None, "state": "coming", "sequences": None, "experts": None, "speed": None}],
 }
 
 
@@ -81,7 +81,7 @@ def test_a_scrape_on_loopback() -> None:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10)
         with pytest.raises(UserError, match="--metrics-port"), serving(port, lambda: STATUS):
             pass
-    assert 'hecate_device_rows{device="0",kind="H\\"100"} 3' in lines
+    assert 'hecate_device_sequences{device="0",kind="H\\"100"} 3' in lines
     assert "hecate_step 40" in lines
     assert 'hecate_state{state="running"} 1' in lines
     assert not [line for line in lines if line.startswith("hecate_imbalance")], "not known yet"

@@ -12,12 +12,29 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from hecate.config import load_config, to_yaml
-from hecate.launch.ray_job.order_store import Rendezvous
+from hecate.launch.ray_job.messages import (
+    Assignment,
+    Begin,
+    Begun,
+    CheckpointSaved,
+    Interrupt,
+    Join,
+    LeftGeneration,
+    Outcome,
+    StepsDone,
+    Stop,
+    TrainingEnded,
+    WorkerEvent,
+    WorkerOrder,
+    WorkerUp,
+    event_from_json,
+)
+from hecate.launch.ray_job.rendezvous import Rendezvous
 from hecate.parallel.topology import local_topology
 from hecate.parallel.topology_file import topology_text
 from tests.launch.processes import OVERRIDES, losses
@@ -33,6 +50,9 @@ RANKS = 2
 STEPS, ENDLESS = 12, 100000
 
 
+E = TypeVar("E", bound=WorkerEvent)
+
+
 class Told:
     """A worker's process, and its events in their order."""
 
@@ -40,20 +60,20 @@ class Told:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", PROGRAM, json.dumps(given)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._events: queue.Queue[WorkerEvent] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
-    def until(self, kind: str) -> dict[str, Any]:
+    def until(self, kind: type[E]) -> E:
         """The next event of the kind; those before it may be of other kinds, but for errors."""
-        while (event := self._events.get(timeout=90))["kind"] != kind:
-            assert event["kind"] not in ("failed", "mistake"), event["text"]
+        while not isinstance(event := self._events.get(timeout=90), kind):
+            assert not isinstance(event, TrainingEnded), event
         return event
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("event "):
-                self._events.put(json.loads(line.removeprefix("event ")))
+                self._events.put(event_from_json(json.loads(line.removeprefix("event "))))
 
 
 class Crew:
@@ -65,17 +85,24 @@ class Crew:
         self.workers = [Told([number, *given]) for number in range(RANKS)]
         self._orders = [0] * RANKS
 
-    def tell(self, number: int, method: str, *arguments: Any) -> None:
-        self.rendezvous.order(number, self._orders[number], method, arguments)
+    def send(self, number: int, order: WorkerOrder) -> None:
+        self.rendezvous.send(number, self._orders[number], order)
         self._orders[number] += 1
 
-    def assign(self, method: str, generation: int, numbers: list[int]) -> None:
-        """Tell these workers to be the ranks of a generation."""
-        topology = topology_text(local_topology(len(numbers), cuda=False))
-        same = {"host": self.rendezvous.host, "port": self.rendezvous.port, "nodes": ["one"] * len(numbers), "topology": topology}
+    def assign(self, kind: type[Begin] | type[Join], generation: int, numbers: list[int]) -> None:
+        """Order these workers to be the ranks of a generation."""
         for rank, number in enumerate(numbers):
-            place = {"generation": generation, "rank": rank, "world_size": len(numbers), **same, "resume": False}
-            self.tell(number, method, place)
+            assignment = Assignment(
+                generation=generation,
+                rank=rank,
+                world_size=len(numbers),
+                host=self.rendezvous.host,
+                port=self.rendezvous.port,
+                nodes=("one",) * len(numbers),
+                topology=topology_text(local_topology(len(numbers), cuda=False)),
+                resume=False,
+            )
+            self.send(number, kind(assignment=assignment))
 
 
 @pytest.fixture(scope="module")
@@ -95,42 +122,42 @@ def crew(workshop: Path, request: pytest.FixtureRequest) -> Iterator[Crew]:
 
 @pytest.mark.parametrize("crew", [STEPS], indirect=True)
 def test_ranks_begin_as_they_are_told_and_tell_of_every_step(crew: Crew) -> None:
-    pids = [worker.until("up")["pid"] for worker in crew.workers]
+    pids = [worker.until(WorkerUp).pid for worker in crew.workers]
     assert pids == [worker.process.pid for worker in crew.workers]
-    crew.assign("begin", 0, [1, 0])
+    crew.assign(Begin, 0, [1, 0])
     first, second = crew.workers[1], crew.workers[0]
-    begun = [worker.until("begins") for worker in (first, second)]
-    assert begun[0]["rows"] == [2, 2]
-    assert sum(begun[0]["owned"]) == 3 * 2, "experts times layers"
-    reports = [[worker.until("report") for _ in range(STEPS)] for worker in (first, second)]
-    assert [[report["step"] for report in told] for told in reports] == [list(range(1, STEPS + 1))] * 2
-    assert all("loss" in report for report in reports[0])
-    assert not any("loss" in report for report in reports[1]), "the first rank tells what all know"
+    begun = [worker.until(Begun) for worker in (first, second)]
+    assert begun[0].sequences == (2, 2)
+    assert sum(begun[0].owned) == 3 * 2, "experts times layers"
+    reports = [[worker.until(StepsDone) for _ in range(STEPS)] for worker in (first, second)]
+    assert [[report.step for report in told] for told in reports] == [list(range(1, STEPS + 1))] * 2
+    assert all(report.totals for report in reports[0])
+    assert not any(report.totals for report in reports[1]), "the first rank tells what all know"
     for worker in (first, second):
-        assert worker.until("finished")["generation"] == 0
+        assert worker.until(TrainingEnded) == TrainingEnded(generation=0, outcome=Outcome.FINISHED)
 
 
 @pytest.mark.parametrize("crew", [ENDLESS], indirect=True)
 def test_a_rank_left_alone_waits_with_its_state_and_goes_on(crew: Crew, workshop: Path) -> None:
     """One of two is killed. The other breaks off, tells that it waits, goes on alone without losing a step, and stops as it is told."""
     for worker in crew.workers:
-        worker.until("up")
-    crew.assign("begin", 0, [0, 1])
+        worker.until(WorkerUp)
+    crew.assign(Begin, 0, [0, 1])
     stays, dies = crew.workers
     for _ in range(3):
-        stays.until("report")
+        stays.until(StepsDone)
     os.kill(dies.process.pid, signal.SIGKILL)
-    crew.tell(0, "interrupt", 0)
-    assert stays.until("regrouping")["generation"] == 0
-    crew.assign("join", 1, [0])
-    again = stays.until("begins")
+    crew.send(0, Interrupt(generation=0))
+    assert stays.until(LeftGeneration).generation == 0
+    crew.assign(Join, 1, [0])
+    again = stays.until(Begun)
     for _ in range(3):
-        step = stays.until("report")["step"]
-    assert step > again["step"]
-    crew.tell(0, "stop")
-    saved = stays.until("saved")
-    assert stays.until("stopped")["generation"] == 1
+        step = stays.until(StepsDone).step
+    assert step > again.step
+    crew.send(0, Stop())
+    saved = stays.until(CheckpointSaved)
+    assert stays.until(TrainingEnded) == TrainingEnded(generation=1, outcome=Outcome.STOPPED)
     steps = losses(workshop / "runs" / str(ENDLESS))
-    assert saved["step"] == max(steps)
-    missing = set(range(1, saved["step"] + 1)) - set(steps)
+    assert saved.step == max(steps)
+    missing = set(range(1, saved.step + 1)) - set(steps)
     assert len(missing) <= 1, "a step that was at its end when a rank was lost is finished, without a record"

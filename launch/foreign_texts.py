@@ -1,0 +1,63 @@
+"""What torch and Ray say only in texts, read in this file alone and turned into values.
+
+Each function names the versions whose texts it was written for. Of other texts it makes the unspecific value.
+(Texts of gloo about lost peers are read by `hecate.ranks.ranks.lost_a_peer`, which training needs without a launcher.)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LONGEST = 300
+
+
+class AgentAction(Enum):
+    """Why torch's elastic agent starts all ranks of its node again."""
+
+    RANK_LOST = "a rank was lost"
+    NODE_CAME = "a node has come"
+
+
+def agent_action(log_line: str) -> AgentAction | None:
+    """What a line that the elastic agent logs announces; None: nothing of interest. torch 2.10 to 2.13."""
+    if "attempts left" in log_line:
+        return AgentAction.RANK_LOST
+    return AgentAction.NODE_CAME if "new nodes" in log_line else None
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """Why a Ray actor could not start, or has ended."""
+
+    text: str
+    """one line"""
+    cannot_import: bool
+    """its node lacks hecate or a package that hecate needs"""
+
+
+def worker_failure(error: BaseException) -> WorkerFailure:
+    """Read Ray's error about an actor, which holds the actor's traceback as a coloured text. Ray 2.50 to 2.56."""
+    lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
+    missing = [line for line in lines if line.startswith(("ModuleNotFoundError:", "ImportError:"))]
+    if missing:
+        return WorkerFailure(missing[-1][:_LONGEST], cannot_import=True)
+    text = lines[-1] if "Traceback" in str(error) and lines else " ".join(lines)
+    return WorkerFailure(text[:_LONGEST] or type(error).__name__, cannot_import=False)
+
+
+class JoinProblem(Enum):
+    """Why Ray could not join a cluster."""
+
+    WRONG_TOKEN = "wrong token"
+    OTHER_VERSIONS = "other versions"
+    OTHER = "other"
+
+
+def join_problem(error: BaseException, standard_error: str) -> JoinProblem:
+    """Read `ray.init`'s error, and what Ray's C++ part has written meanwhile. Ray 2.50 to 2.56."""
+    if "Unauthenticated" in standard_error + str(error):
+        return JoinProblem.WRONG_TOKEN
+    return JoinProblem.OTHER_VERSIONS if "ersion mismatch" in str(error) else JoinProblem.OTHER
