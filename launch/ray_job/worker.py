@@ -280,7 +280,7 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
         return train(replace(config, resume=assignment.resume), ranks, link, topology=topology, observer=link)
     finally:
         if link.ranks is not None and dist.is_initialized():
-            # A peer that waits for this rank must see at once that it is gone. A traceback may hold the groups, so dropping them does not do.
+            # A waiting peer must see at once that this rank is gone. Dropping the groups is not enough: a traceback may hold them.
             link.ranks.leave()
 
 
