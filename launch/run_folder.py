@@ -1,4 +1,4 @@
-"""A folder for what the processes of one run share while they live, gone when their launcher is gone, however that ends."""
+"""A folder for what the processes of one run share. It is removed when the run's launcher ends, in whatever way."""
 
 from __future__ import annotations
 
@@ -10,50 +10,72 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _ORPHANS = "orphans"
+"""file in the folder: a process id and its `start_time` in each line"""
 _REMOVE = (
     'trap "" INT TERM HUP; exec 2> /dev/null; if read _; then rm -rf -- "$1"; exit; fi; '
-    f'kill -KILL $(cat "$1/{_ORPHANS}"); left=4; for _ in $(seq 40); do '
+    'while read -r p begun; do s=$(cat "/proc/$p/stat") || continue; s=${s##*) }; '
+    f'[ "$(echo $s | cut -d " " -f 20)" = "$begun" ] && kill -KILL "$p"; done < "$1/{_ORPHANS}"; '
+    "left=4; for _ in $(seq 40); do "
     "for f in $(grep -lsa default_worker.py /proc/[0-9]*/cmdline); do "
     'p=${f#/proc/}; p=${p%/cmdline}; [ "$p" = $$ ] || { grep -qsa -- "$1" "$f" && kill -KILL "$p"; }; done; '
     'if [ -e "$1" ]; then rm -rf -- "$1"; left=4; fi; sleep 1; left=$((left - 1)); [ $left -gt 0 ] || break; done'
 )
-"""Without a word from the launcher: until the folder has stayed away for a while. A worker of Ray that was about to start makes it once
-more, and waits for its raylet for half a minute."""
+"""Shell program of the process that removes the folder, its first argument. A line on its input says that the launcher ends in order.
+
+Without that line, it kills the launcher's orphans, and removes the folder until it has stayed away for some seconds: a worker of Ray that
+was about to start makes the folder once more, and waits for its raylet for half a minute.
+"""
 
 
 @contextmanager
 def run_folder(within: str | None = None) -> Iterator[Path]:
-    """The folder. A small process removes it when this one leaves the block or dies, even by SIGKILL.
+    """Make the folder. A small process removes it when this one leaves the block or dies, even by SIGKILL.
 
     Args:
-        within: left out: where temporary files go.
+        within: the folder above it; None: the one for temporary files.
     """
     folder = tempfile.mkdtemp(prefix="hecate-", dir=within)
-    # Else torch leaves a folder for kernels that it compiles, of which there are none, beside this one.
+    # Without this, torch leaves a folder for compiled kernels among the temporary files, though it compiles none.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(folder, "inductor"))
     with subprocess.Popen(["/bin/sh", "-c", _REMOVE, "sh", folder], stdin=subprocess.PIPE, start_new_session=True) as janitor:
         try:
             yield Path(folder)
         finally:
             assert janitor.stdin is not None
-            with suppress(BrokenPipeError):  # it is gone
+            with suppress(BrokenPipeError):  # the process has been killed
                 janitor.stdin.write(b"done\n")
                 janitor.stdin.close()
 
 
 @contextmanager
 def ending_with_launcher(folder: Path, pids: Iterable[int]) -> Iterator[None]:
-    """Processes that whoever removes the folder kills if this one dies inside the block."""
+    """If this process dies inside the block, the process that removes the folder kills `pids`, too.
+
+    A process that has ended by then is left alone, even if another one has been given its number.
+    """
     orphans = folder / _ORPHANS
-    orphans.write_text(" ".join(map(str, pids)), encoding="ascii")
+    lines = []
+    for pid in pids:
+        with suppress(OSError):  # it has ended meanwhile
+            lines.append(f"{pid} {start_time(pid)}\n")
+    orphans.write_text("".join(lines), encoding="ascii")
     try:
         yield
     finally:
         orphans.unlink()
 
 
+def start_time(pid: int) -> str:
+    """When a process began, in clock ticks since the machine started: with its id it names one process for good. Linux.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+
+
 def processes_below(pid: int) -> list[int]:
-    """Children, their children, and so on; on Linux, elsewhere none are found."""
+    """The children of a process, their children, and so on. Empty except on Linux."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with suppress(OSError):  # it has ended meanwhile

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.engine.protocol import ExpertEngine
+from hecate.errors import UserError
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.sharding import better_owners, owned_bytes, owned_slots
@@ -18,7 +19,7 @@ from hecate.report.events import Move, Resharding
 
 
 def check_room(engine: ExpertEngine) -> None:
-    """Refuse before the training what `reshard_if_it_pays` would refuse in its midst.
+    """Check that the devices can hold the experts when they are dealt by memory, as re-sharding deals them.
 
     Raises:
         UserError: the devices' memory in the topology does not hold the experts.
@@ -35,11 +36,17 @@ def check_room(engine: ExpertEngine) -> None:
 def reshard_if_it_pays(engine: ExpertEngine, optimizer: ExpertOptimizer, steps: int) -> Resharding | None:
     """Find better owners for the predicted loads and move the experts there, if `steps` more steps repay it.
 
-    Every rank must call it, after a step of the optimizer and before the next one begins. `check_room` must have passed.
+    Every rank must call it, after a step of the optimizer and before the next one begins.
+
+    Returns:
+        What was moved; None: all experts stay, because moving does not pay or the devices' memory does not hold them (`check_room`).
     """
     started = time.monotonic()
     inputs = engine.shards.plan_inputs(for_owners=True)
-    better = better_owners(engine.shards.config.planner, [given for _, given in inputs], steps)
+    try:
+        better = better_owners(engine.shards.config.planner, [given for _, given in inputs], steps)
+    except UserError:
+        better = None  # the controller of a job may order a re-shard at any time: that must not end a training which can go on as it is
     owners = dict(engine.shards.owners)
     if better is not None:
         for (layers, _), owner_LE in zip(inputs, better[0], strict=True):

@@ -20,7 +20,6 @@ from hecate.ranks.launched import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIAB
 from hecate.ranks.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
 
 _PR_SET_PDEATHSIG = 1
-_MOST_PORTS = 8
 
 
 @dataclass(frozen=True)
@@ -229,10 +228,14 @@ def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: in
 
 
 def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:
-    """Of the sockets that are new since the groups began, those that end at a port on which some rank's gloo listens: another thread may
-    have connected to somewhere else meanwhile."""
-    mine = sorted(ports(new))[:_MOST_PORTS]
-    table = ranks.all_gather(torch.tensor(mine + [0] * (_MOST_PORTS - len(mine))))
+    """Those of the sockets that connect to a port on which some rank's gloo listens. Every rank must call it.
+
+    Args:
+        new: sockets opened since the groups began. Another thread may have connected to somewhere else meanwhile.
+    """
+    mine = sorted(ports(new))
+    most = int(ranks.all_max(len(mine)))  # one for each group and network interface, so their number has no fixed bound
+    table = ranks.all_gather(torch.tensor(mine + [0] * (most - len(mine)), dtype=torch.int64))
     listening = {port for port in table.flatten().tolist() if port}
     return frozenset(c for c in new if c.peer is not None and {c.local[1], c.peer[1]} & listening)
 

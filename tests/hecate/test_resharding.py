@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.elastic.move_experts import adopt_owners, move_experts, reshard_if_it_pays
+from hecate.elastic.move_experts import adopt_owners, check_room, move_experts, reshard_if_it_pays
+from hecate.errors import UserError
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
@@ -183,6 +184,24 @@ def test_experts_move_when_it_pays_and_then_stay(groups: int) -> None:
         layout_numel = 3 * 3 * (16 + 24)
         assert first.move.experts == EXPERTS
         assert first.move.num_bytes == groups * EXPERTS * (3 * 8 * layout_numel + 4)
+
+
+def _without_room(rank: int, world: int) -> list[bool]:
+    """As `_decided`, where it would pay, on devices whose memory holds no expert."""
+    training = Training(Case("static_ep", EXPERTS, 2, "balanced"), rank, world)
+    engine = training.moe.engine
+    on = Topology((0,) * world, (1e6,) * world, (1.0,) * world, Link(1e9, 1e-6), Link(1e9, 1e-6))
+    engine.shards.config = replace(engine.shards.config, topology=on)
+    move_experts(engine, training.optimizer, {layer: np.zeros(EXPERTS, dtype=np.int64) for layer in engine.shards.families})
+    for step in range(2):
+        training.step(step)
+    with pytest.raises(UserError, match="memory"):
+        check_room(engine)
+    return [reshard_if_it_pays(engine, training.optimizer, 100) is None, len(training.optimizer.owned) == (0 if rank else 2 * EXPERTS)]
+
+
+def test_without_room_a_re_shard_that_is_ordered_moves_nothing_and_ends_nothing() -> None:
+    assert run_ranks(2, _without_room) == [[True, True]] * 2
 
 
 def _disagreeing(rank: int, world: int) -> str:
