@@ -1,0 +1,80 @@
+"""Draw the rooms of the code: `python docs/images/draw_rooms.py` writes docs/images/rooms.png. Needs matplotlib.
+
+A test holds TIERS to the order of rooms, ROOMS in tests/test_layout.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TIERS: dict[str, dict[str, str]] = {
+    "start": {"launch": "start ranks, watch them,\nreplace lost ones", "cli": "the verbs of\nthe command line"},
+    "measure and\npredict": {"profile": "measure devices\nand links", "forecast": "memory and time\nwithout a run"},
+    "run": {
+        "optim": "AdamW over\nsharded experts",
+        "checkpoint": "files that survive\na crash",
+        "adapters": "formats of\nwhat was trained",
+        "report": "progress, metrics,\npictures",
+        "elastic": "lost, joining,\nmoved, backed up",
+        "train": "the step,\nthe loop",
+    },
+    "a model with\nexperts in it": {
+        "engine": "plan, gather, dispatch,\ncompute, reduce",
+        "model": "load a model,\nput experts in",
+        "megatron": "the same for\nMegatron's models",
+    },
+    "parts": {
+        "ranks": "this process\namong the others",
+        "config": "keys, ranges,\nrules",
+        "data": "files to\nbatches",
+        "experts": "families, pairs, routers,\nthe MoE layer",
+    },
+    "ground": {
+        "errors": "what a user\nreads",
+        "io": "durable\nfiles",
+        "parallel": "placement, cost,\nplanners (numpy)",
+        "parallel.comm": "collectives, dispatch,\nexpert store (torch)",
+        "kernels": "what computes\nexperts",
+    },
+}
+"""tiers from the top, each with its rooms (below the package `hecate`) and what is in them, from the bottom of ROOMS upwards"""
+TARGET = Path(__file__).parent / "rooms.png"
+_COLOURS = ("#e8eef7", "#e6f2ec", "#fdf3dc", "#f9e6dd", "#efe8f5", "#eceff1")
+
+
+def main() -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyBboxPatch
+
+    figure = Figure(figsize=(9.0, 5.6), facecolor="white")
+    axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+    axis.set(xlim=(0, 100), ylim=(0, 6 * len(TIERS) + 2))
+    axis.axis("off")
+    for row, ((tier, rooms), colour) in enumerate(zip(TIERS.items(), _COLOURS, strict=True)):
+        bottom = 6 * (len(TIERS) - 1 - row) + 0.6
+        axis.text(11, bottom + 2.5, tier, ha="right", va="center", fontsize=9, style="italic")
+        width = 83 / len(rooms)
+        for column, (room, about) in enumerate(rooms.items()):
+            left = 13 + column * width
+            shape = FancyBboxPatch(
+                (left, bottom), width - 1.6, 5, boxstyle="round,pad=0,rounding_size=0.6", facecolor=colour, edgecolor="#51606e"
+            )
+            axis.add_patch(shape)
+            centre = left + width / 2 - 0.8
+            axis.text(centre, bottom + 3.75, room, ha="center", va="center", fontsize=9, fontweight="bold")
+            axis.text(centre, bottom + 1.75, about, ha="center", va="center", fontsize=6.9)
+    top = 6 * len(TIERS) + 0.2
+    axis.annotate("", xy=(98.2, 1.0), xytext=(98.2, top), arrowprops={"arrowstyle": "-|>", "color": "#51606e", "lw": 1.4})
+    axis.text(99.4, top / 2, "imports point down", rotation=270, ha="center", va="center", fontsize=8)
+    axis.text(
+        13,
+        top + 0.6,
+        "Rooms of hecate: each imports only rooms of its own tier that come before it, and of the tiers below",
+        fontsize=9.5,
+        va="center",
+    )
+    figure.savefig(TARGET, dpi=130, pil_kwargs={"optimize": True})
+
+
+if __name__ == "__main__":
+    main()
