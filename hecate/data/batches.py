@@ -1,7 +1,8 @@
 """Sequences to the tensors of one forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from math import lcm
 
@@ -12,7 +13,16 @@ from hecate.data.encode import IGNORED
 from hecate.data.sequences import PackedSequence
 
 
-# Shapes: B sequences, S positions
+# Shapes: B sequences, S positions, N label tokens
+@dataclass(frozen=True, eq=False)
+class BatchLayout:
+    """Where a batch has tokens and labels: what the host must know to start a forward pass."""
+
+    is_token: Tensor  # bool [B, S], on the CPU; False at padding
+    labelled: Tensor  # int64 [N], on the batch's device: indices in [B·S] of the positions with a label
+    one_sample_each: bool  # no sequence has more than one sample
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One micro-batch. S is the longest sequence's length rounded up to a multiple of 8, or more (`collate`); all tensors are int64."""
@@ -24,9 +34,24 @@ class Batch:
     token_ids: Tensor  # [B, S]; sequence number * seq_len + position in the sequence: unique over the run; -1 at padding
     task: Tensor  # [B, S]; index of the source; -1 at padding
 
+    @cached_property
+    def layout(self) -> BatchLayout:
+        """Worked out on the CPU, before the batch moves to another device (`to`), where each of its questions would wait for the device."""
+        is_token = (self.segment_ids > 0).cpu()
+        labelled = (self.targets.flatten() != IGNORED).nonzero().squeeze(1)
+        return BatchLayout(is_token, labelled, one_sample_each=bool((self.segment_ids <= 1).all()))
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; from pinned memory without waiting."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        moved = Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        # In the place where the property keeps what it has worked out.
+        moved.__dict__["layout"] = replace(self.layout, labelled=copy_to(self.layout.labelled, torch.device(device)))
+        return moved
+
+
+def copy_to(indices: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` of a tensor that was just made on the CPU; the host does not wait for the device."""
+    return (indices.pin_memory() if device.type == "cuda" else indices).to(device, non_blocking=True)
 
 
 def sequence_ranges(num_sequences: int, shares: Sequence[float]) -> list[range]:

@@ -5,7 +5,7 @@ Nothing here sends a message or touches a tensor: all ranks of a sharding group 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,9 +15,13 @@ from hecate.experts.family import ExpertFamily
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
-from hecate.parallel.planners import Plan, PlanInput, Planner
+from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
+
+
+class PlannerError(Exception):
+    """A planner returned a plan that cannot be carried out: a mistake in the planner, not of whoever trains with it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class EngineConfig:
     rematerialize: bool = False
     """free a layer's replicas after its forward pass and gather them again before its backward pass (Hecate-RM)"""
     prefetch: int = 1
-    """forward: decoder layers, a layer's own included, ahead of whose end its gather starts; backward: layers gathered ahead"""
+    """how many decoder layers early a layer's gather starts in the forward pass (1: at the start of its own decoder layer), and, with
+    `rematerialize`, how many layers are gathered ahead in the backward pass"""
 
     @property
     def per_micro_step(self) -> bool:
@@ -116,7 +121,7 @@ class StepPlans:
         for layers, given in self.inputs(resident):
             if self.config.per_micro_step and given.loads_LED is not None:
                 given = replace(given, loads_LED=given.loads_LED / micro_steps)  # a plan serves one of them
-            plan = None if self.config.plan == "exact" else self._planned(given)
+            plan = None if self.config.plan == "exact" else self._planned(given, layers)
             for index, layer in enumerate(layers):
                 self._given[layer] = given, index
                 if plan is not None:
@@ -180,7 +185,7 @@ class StepPlans:
             resident_ED: see `begin`.
         """
         given = one_layer(*self._given[layer], loads_ED, resident_ED)
-        plan = layer_plan(self._planned(given), given, 0)
+        plan = layer_plan(self._planned(given, [layer]), given, 0)
         if self.config.plan == "exact":
             return plan
         pays = calibration_gain(given, self._plans[layer], plan, rematerialize=self.config.rematerialize) > 0
@@ -221,11 +226,13 @@ class StepPlans:
 
     def _place_for_any(self, layer: Unit, placement: Placement) -> None:
         # Some tokens of every rank for every expert: what must travel may.
-        self.place(layer, LayerPlan(placement, np.ones((self.mesh.shard_size, placement.num_experts)), None))
+        self.place(layer, LayerPlan(placement, np.ones(placement.where_ED.shape), None))
 
-    def _planned(self, given: PlanInput) -> Plan:
+    def _planned(self, given: PlanInput, layers: Sequence[Unit]) -> Plan:
+        """Raises PlannerError: the plan has other owners than were given."""
         plan = self.config.planner(given)
-        assert np.array_equal(plan.owner_LE, given.owner_LE), "a planner moved owners, which only re-sharding does"
+        if not np.array_equal(plan.owner_LE, given.owner_LE):
+            raise PlannerError(_moved_owners(self.config.planner, layers, given.owner_LE, plan.owner_LE))
         return plan
 
     def _alike(self) -> list[list[Unit]]:
@@ -246,3 +253,15 @@ class StepPlans:
         if common:
             return loads_EW.reshape(-1, self.mesh.num_sharding_groups, self.mesh.shard_size).mean(1)
         return loads_EW[:, self.members]
+
+
+def _moved_owners(planner: Planner, layers: Sequence[Unit], before_LE: np.ndarray, after_LE: np.ndarray) -> str:
+    name = next((name for name, policy in POLICIES.items() if policy is planner), getattr(planner, "__name__", type(planner).__name__))
+    if before_LE.shape != after_LE.shape:
+        return f"planner {name}: `Plan.owner_LE` has the shape {after_LE.shape}, but `PlanInput.owner_LE` has {before_LE.shape}"
+    index, expert = (int(first) for first in np.argwhere(before_LE != after_LE)[0])
+    return (
+        f"planner {name}: its plan moves expert {expert} of layer {layers[index]} from its owner, rank {before_LE[index, expert]}, "
+        f"to rank {after_LE[index, expert]}\n"
+        "  a plan keeps the owners that it is given (`Plan.owner_LE` equals `PlanInput.owner_LE`); only re-sharding changes owners"
+    )

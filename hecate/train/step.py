@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.data.batches import Batch, block_diagonal_mask
-from hecate.data.encode import IGNORED
+from hecate.data.batches import Batch, block_diagonal_mask, copy_to
 from hecate.elastic.backups import send_gradients
 from hecate.experts.aux_loss import load_balancing_loss
 from hecate.experts.forward_pass import PassTokens
@@ -28,23 +27,23 @@ from hecate.report.events import StepResult
 
 
 def pass_tokens(head: CausalHead, batch: Batch) -> PassTokens:
-    """The tokens that the layers of this rank see in a forward pass of the batch."""
+    """The tokens that the layers of this rank see in a forward pass of the batch. The host does not wait for the batch's device."""
     own = head.own_positions(batch.segment_ids.shape[1])
-    segment = batch.segment_ids[:, own].flatten()
-    valid = None if bool((segment > 0).all()) else (segment > 0).nonzero().squeeze(1)
+    is_token = batch.layout.is_token[:, own].flatten()
+    valid = None if bool(is_token.all()) else copy_to(is_token.nonzero().squeeze(1), batch.token_ids.device)
     return PassTokens(valid, batch.token_ids[:, own].flatten())
 
 
 def forward_loss(head: CausalHead, batch: Batch) -> Tensor:
     """Summed cross-entropy of this rank's label tokens in one micro-batch; of a tensor group's ranks each has a share of the sum.
 
-    The model must be in a forward pass of the batch's tokens (`pass_tokens`).
+    The model must be in a forward pass of the batch's tokens (`pass_tokens`). The host does not wait for the batch's device, unless the
+    model makes it.
     """
-    # One sample a row, padded behind: causal attention alone, which is faster than any mask, cannot look where it must not.
-    one_sample_a_row = bool((batch.segment_ids <= 1).all())
-    mask = None if one_sample_a_row else block_diagonal_mask(batch.segment_ids)
+    # One sample each, padded behind: causal attention alone, which is faster than any mask, cannot look where it must not.
+    mask = None if batch.layout.one_sample_each else block_diagonal_mask(batch.segment_ids)
     hidden = head.hidden(batch.input_ids, mask, batch.position_ids)
-    labelled = (batch.targets.flatten() != IGNORED).nonzero().squeeze(1)
+    labelled = batch.layout.labelled
     return head.loss_sum(hidden.flatten(0, 1)[labelled], batch.targets.flatten()[labelled])
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.elastic.move_experts import adopt_owners, check_room, move_experts, reshard_if_it_pays
+from hecate.engine.step_plans import PlannerError
 from hecate.errors import UserError
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
@@ -229,7 +230,8 @@ def _moving_planner(given: PlanInput) -> Plan:
 def _refused(rank: int, world: int) -> None:
     training = Training(Case("static_ep", EXPERTS, 2, "balanced"), rank, world)
     training.moe.engine.shards.config = replace(training.moe.engine.shards.config, planner=_moving_planner)
-    with pytest.raises(AssertionError, match="moved owners"):
+    moved = "planner _moving_planner: its plan moves expert 0 of layer 0 from its owner, rank 0, to rank 1"
+    with pytest.raises(PlannerError, match=moved):
         training.moe.engine.begin_step(0)
 
 

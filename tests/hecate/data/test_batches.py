@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -56,7 +58,7 @@ def test_to_moves_every_tensor() -> None:
     source = [source_of_lengths([2])]
     moved = collate([build_sequence(0, [piece_of(source, 0, 0)], source)], pad_id=0, seq_len=8).to("meta")
     assert isinstance(moved, Batch)
-    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+    assert {tensor.device.type for tensor in (*(getattr(moved, field.name) for field in fields(Batch)), moved.layout.labelled)} == {"meta"}
 
 
 def test_mask_by_hand() -> None:
