@@ -71,13 +71,13 @@ def train_step(
     for batch in micro_batches:
         micro = this_step.begin_micro_step(pass_tokens(head, batch))
         loss_sum = forward_loss(head, batch)
-        loss = loss_sum / max(num_labels, 1)
+        share = loss_sum / max(num_labels, 1)
         if moe.layers:
             aux = load_balancing_loss(micro.stats, group)
             totals[1] += aux.detach() / len(micro_batches)
-            loss = loss + aux * (aux_coef / len(micro_batches))
+            share = share + aux * (aux_coef / len(micro_batches))
         totals[0] += loss_sum.detach() / max(num_labels, 1)
-        micro.backward(loss)
+        micro.backward(share)
     loads = this_step.finish()
     on_its_way = send_gradients(engine, optimizer, loads) if redundancy else None
     optimizer.reduce_replicated(group)
@@ -86,4 +86,5 @@ def train_step(
         on_its_way.wait()
     grad_norm = optimizer.global_grad_norm(group, counts_owned=engine.shards.in_first_group)
     taken = optimizer.step(grad_norm, max_grad_norm)
-    return StepResult(totals[0].item(), totals[1].item(), grad_norm, not taken, loads)
+    loss, aux_loss = totals.tolist()
+    return StepResult(loss, aux_loss, grad_norm, not taken, loads)
