@@ -24,6 +24,7 @@ from benchmarks.report import arguments, finish
 from hecate.config.presets import find_preset
 from hecate.forecast.cases import Case
 from hecate.forecast.sweep import load_sweep
+from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import Simulated, fullest_owner_bytes, replica_slots, simulate
 from hecate.parallel.workloads import WORKLOADS
@@ -65,7 +66,7 @@ class Run:
             # The simulator re-shards for the policy of this name, whatever plans its replicas.
             {"hecate" if reshard_interval else name: POLICIES[name]},
             slots_D=slots_D,
-            rematerialize=rematerialize,
+            execution=ExecutionMode(rematerialize=rematerialize),
             reshard_interval=reshard_interval,
             num_layers=model.layers,
         )

@@ -17,7 +17,8 @@ from torch import Tensor
 from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, attention, attention_weights, draw_routing, make_experts
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.parallel.comm.dispatch import combine, dispatch
-from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LayerCost
+from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES
+from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.placement import contiguous_owners, everything_everywhere
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Link, Topology

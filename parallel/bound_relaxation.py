@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, exposed_seconds
+from hecate.parallel.cost_loops import distinct, exposed_seconds
+from hecate.parallel.cost_model import cost_numbers
 from hecate.parallel.flows import node_index, node_membership
 from hecate.parallel.linear_program import LinearProgram
 from hecate.parallel.planners.plan import Plan, PlanInput
@@ -51,7 +52,7 @@ class LayerProblem:
         self.row_work = given.cost.row_flops * (1 + given.cost.row_backward) * unit
         self.choice_work = given.cost.assignment_flops * (1 + given.cost.assignment_backward) * unit
         self.row_bytes = 4 * given.cost.row_bytes * unit  # rows cross the network four times
-        self.attention = given.cost.non_moe_flops / self.rate_D.min()
+        self.numbers = cost_numbers(given.cost, given.topology, given.execution)
         self.balanced = self.load_E.sum() * (self.row_work / given.cost.top_k + self.choice_work) / self.rate_D.sum()
 
 
@@ -66,18 +67,23 @@ class Relaxation:
         intra, inter = problem.topology.intra_node.latency, problem.topology.inter_node.latency
         waits = {"everywhere": 0.0, "stay": problem.topology.exchange_latency, "near": intra, "far": inter}
         self.stays = reach in ("everywhere", "stay")
-        self.fixed = problem.optimizer + DISPATCH_COLLECTIVES * waits[reach]
+        self.fixed = problem.optimizer + problem.numbers.dispatch_messages * waits[reach]
         latency = self._gather_latency(intra, inter)
         # Where nothing is resident, frozen parts take the same way as trainable ones, in a collective of their own.
         self.all_fresh = bool((problem.fresh_ED == ~problem.owned_ED).all())
         gathers = 2 if problem.cost.frozen_bytes and self.all_fresh else 1
-        self.hidden_by = ((problem.attention, gathers * latency), (2 * problem.attention, latency))
+        numbers = problem.numbers
+        hidden_again = numbers.second_gathers and numbers.hides_second_gather
+        self.hidden_by = [(numbers.hides_gather, gathers * latency), (numbers.hides_reduce, 2 * latency if hidden_again else latency)]
+        """what each exchange of experts hides behind, and its latency: the gather, the way back, a second gather that nothing hides"""
+        if numbers.second_gathers and not hidden_again:
+            self.hidden_by.append((0.0, latency))
 
     def least(self) -> float:
         """Seconds that none of these plans goes below; infinity if there are none."""
         p = self.problem
         possible = {"everywhere": p.may_have_all, "stay": p.may_stay, "near": self.devices_N.max() > 1, "far": len(self.devices_N) > 1}
-        exposed = sum(float(exposed_seconds(work, np.asarray(t), p.topology.overlap_slowdown)) for work, t in self.hidden_by)
+        exposed = sum(exposed_seconds(work, t, p.topology.overlap_slowdown) for work, t in self.hidden_by)
         budget = self.cutoff * (1 + MARGIN) - self.fixed - exposed
         if not possible[self.reach] or budget < p.balanced:
             return np.inf
@@ -199,7 +205,12 @@ class Relaxation:
         if cost.frozen_bytes:
             frozen = trainable if self.all_fresh else self._gather(p.fresh_ED, fastest)
             gather.append((frozen, cost.frozen_bytes / cost.frozen_lifetime))
-        for (work, latency), traffic in zip(self.hidden_by, (gather, [(trainable, cost.reduced_bytes)]), strict=True):
+        back, again = [(trainable, cost.reduced_bytes)], [(trainable, cost.trainable_bytes)]
+        if not p.numbers.second_gathers:
+            travels = [gather, back]
+        else:
+            travels = [gather, back + again] if p.numbers.hides_second_gather else [gather, back, again]
+        for (work, latency), traffic in zip(self.hidden_by, travels, strict=True):
             added = self._seconds()
             # Convex: while hidden, a transfer adds slowdown - 1 of itself; the rest of it, all.
             for slope, hidden in ((slowdown - 1, 0.0), (1.0, (2 - slowdown) * work)):
@@ -314,9 +325,7 @@ def _largest(fits: Callable[[np.ndarray], np.ndarray], most_D: np.ndarray) -> np
 
 
 def _distinct(choices_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray:
-    """Distinct tokens behind choices, as `hecate.parallel.cost_model.rows_served` counts them."""
-    share_D = np.divide(choices_D, k * tokens_D, out=np.zeros_like(choices_D), where=tokens_D > 0)
-    return tokens_D * (1 - (1 - np.minimum(share_D, 1.0)) ** k)
+    return np.array([distinct(choices, tokens, k) for choices, tokens in zip(choices_D.tolist(), tokens_D.tolist(), strict=True)])
 
 
 def _chord(choices_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray:

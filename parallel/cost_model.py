@@ -1,7 +1,7 @@
-"""Seconds and bytes of one MoE layer in one training step. What planners decide by, and what the simulator reports.
+"""Seconds and bytes of one MoE layer in one training step: what planners decide by, and what the simulator reports.
 
-Where several links or devices work side by side the slowest decides: maxima, never sums. Planning, collectives and dispatch share
-these functions, so that what is predicted is what is done.
+A price is of a plan as it is executed: `ExecutionMode` says what is gathered when, and what hides it. The arithmetic is that of
+`hecate.parallel.cost_loops`, for all who ask: planners, simulator, bound and the choice of routes.
 
 Shapes: ... any leading dimensions (layers), E experts, D ranks, N nodes.
 """
@@ -11,16 +11,58 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.parallel.flows import Flows, flows, node_membership
-from hecate.parallel.gather_bytes import PortBytes, gather_ports
+from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, CostNumbers, TopologyNumbers, exchange_seconds, price_layers
+from hecate.parallel.executed_flows import served
+from hecate.parallel.flows import Flows, flows
+from hecate.parallel.gather_bytes import PortBytes
 from hecate.parallel.placement import Placement
+from hecate.parallel.replica_lists import no_replicas
 from hecate.parallel.routes import Moves, flat_moves, most_wanting, sliced_moves, slices_of, two_level_moves
 from hecate.parallel.topology import Topology
+
+PlanMode = Literal["history", "calibrated", "exact"]
+"""from which loads layers are planned: those of past steps; the same, mended after the gate where that pays; the micro-step's own"""
+
+
+@dataclass(frozen=True)
+class ExecutionMode:
+    """How a plan will be executed, as far as its seconds depend on it.
+
+    Raises:
+        UserError: `prefetch` is negative, or there is no micro-step.
+    """
+
+    plan: PlanMode = "history"
+    """exact: the plan is made after the gate, when the attention that would hide its gather is over"""
+    rematerialize: bool = False
+    """replicas are freed after a layer's forward pass and gathered again before its backward pass"""
+    prefetch: int = 1
+    """how many decoder layers early a gather starts; 0: nothing hides it"""
+    micro_steps: int = 1
+    """of an optimizer step; without `per_micro_step` all of them share one gather and one reduction"""
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 0 or self.micro_steps < 1:
+            raise UserError(f"prefetch must be >= 0 and micro_steps >= 1, got {self.prefetch} and {self.micro_steps}")
+
+    @property
+    def per_micro_step(self) -> bool:
+        """Does each micro-step gather and reduce for itself?"""
+        return self.rematerialize or self.plan != "history"
+
+    @property
+    def hides_gather(self) -> bool:
+        """Does attention hide the forward pass's gather?"""
+        return self.plan != "exact" and self.prefetch > 0
+
+
+HISTORY = ExecutionMode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,67 +141,6 @@ class LayerSeconds:
         return self.compute + self.dispatch + self.exposed + self.optimizer
 
 
-DISPATCH_COLLECTIVES = 8
-"""all-to-alls of a layer's tokens in a step: counts, slots, rows, weights, results; backward results, rows, weights"""
-LEAST_TRAFFIC = 1e-6
-"""rows or experts; less is rounding, and pays no latency"""
-
-
-def layer_seconds(
-    owner_E: np.ndarray,
-    where_ED: np.ndarray,
-    quota_ED: np.ndarray,
-    loads_ED: np.ndarray,
-    topology: Topology,
-    cost: LayerCost,
-    *,
-    flow: Flows | None = None,
-    resident_ED: np.ndarray | None = None,
-    rematerialize: bool = False,
-    prefetched: bool = True,
-) -> LayerSeconds:
-    """Predict one step of each layer.
-
-    Args:
-        owner_E: int64 [..., experts].
-        where_ED: bool [..., experts, ranks].
-        quota_ED: float64 [..., experts, ranks]: choices served (see `hecate.parallel.flows`).
-        loads_ED: float64 [..., experts, source ranks]: choices routed.
-        flow: how the choices travel; None: as `flows` matches them with the quotas.
-        resident_ED: bool [..., experts, ranks]: frozen parts that are there already; None: only the owners'.
-        rematerialize: a second SparseAllGather before the backward pass.
-        prefetched: attention hides the forward pass's gather; not if the plan was made after the gate.
-    """
-    if flow is None:
-        flow = flows(loads_ED, quota_ED, topology)
-    rows = rows_served(flow, loads_ED, cost)
-    choices_D = quota_ED.sum(-2)
-    rate_D = np.asarray(topology.flops)
-    row_work = cost.row_flops * (1 + cost.row_backward)
-    choice_work = cost.assignment_flops * (1 + cost.assignment_backward)
-    compute = ((rows.computed_D * row_work + choices_D * choice_work) / rate_D).max(-1)
-
-    gather_ports_ = gather_ports(owner_E, where_ED, topology)
-    gather = transfer_seconds(gather_ports_, cost.trainable_bytes, topology)
-    reduce = transfer_seconds(gather_ports_.reversed(), cost.reduced_bytes, topology)
-    again = gather  # frozen parts stay
-    if cost.frozen_bytes:
-        fresh_ED = where_ED if resident_ED is None else where_ED & ~resident_ED
-        at_owner_ED = owner_E[..., None] == np.arange(where_ED.shape[-1])
-        gather = gather + transfer_seconds(
-            gather_ports(owner_E, fresh_ED | at_owner_ED, topology), cost.frozen_bytes / cost.frozen_lifetime, topology
-        )
-    attention = cost.non_moe_flops / rate_D.min()
-    slowdown = topology.overlap_slowdown
-    backward_transfer = reduce + again if rematerialize else reduce
-    forward = exposed_seconds(attention if prefetched else 0.0, gather, slowdown)
-    exposed = forward + exposed_seconds(2 * attention, backward_transfer, slowdown)
-    owned_D = (owner_E[..., None] == np.arange(where_ED.shape[-1])).sum(-2)
-    optimizer = (owned_D * (cost.reduced_bytes + 2 * cost.state_bytes) / np.asarray(topology.memory_bandwidth)).max(-1)
-    asked = np.asarray(~where_ED.all((-2, -1)) & loads_ED.any((-2, -1)))
-    return LayerSeconds(compute, dispatch_seconds(rows, topology, cost, asked), gather, reduce, exposed, optimizer)
-
-
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Distinct tokens: computed on each rank, and through its ports in one all-to-all."""
@@ -171,48 +152,158 @@ class Rows:
     """sent to and received from other nodes"""
 
 
-def rows_served(flow: Flows, loads_ED: np.ndarray, cost: LayerCost) -> Rows:
-    """Distinct tokens behind the choices. A token travels once to a rank however many of its experts are there.
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """The seconds of each layer, and what they were counted from."""
 
-    Loads do not say which choices belong to one token; they are taken as drawn independently: c of the k·T choices of T tokens touch
-    T·(1 - (1 - c/(kT))^k) tokens.
-    """
-    k = cost.top_k
-    tokens_D = loads_ED.sum(-2) / k
-    others_D = tokens_D.sum(-1, keepdims=True) - tokens_D
-    near_served, far_served = flow.near_served_ED.sum(-2), flow.far_served_ED.sum(-2)
-    near_sent, far_sent = flow.near_sent_ED.sum(-2), flow.far_sent_ED.sum(-2)
-    remote = near_served + far_served
-    received = _distinct(remote, others_D, k)
-    share = _ratio(received, remote)
-    mean_share = _ratio(received.sum(-1), remote.sum(-1))[..., None]
-    computed = _distinct(flow.local_ED.sum(-2), tokens_D, k) + received
-    return Rows(computed, (near_sent * mean_share, near_served * share), (far_sent * mean_share, far_served * share))
+    seconds: LayerSeconds
+    rows: Rows
+    gathered: PortBytes
+    """replicas through each port"""
+    gathered_frozen: PortBytes
+    """replicas through each port whose frozen part is not resident; nothing if experts have none"""
 
 
-def dispatch_seconds(rows: Rows, topology: Topology, cost: LayerCost, asked: np.ndarray) -> np.ndarray:
-    """All all-to-alls of a layer's rows in a step. Four of them carry rows, with ports in turn sending and receiving.
+def layer_seconds(
+    owner_E: np.ndarray,
+    where_ED: np.ndarray,
+    quota_ED: np.ndarray,
+    loads_ED: np.ndarray,
+    topology: Topology,
+    cost: LayerCost,
+    *,
+    execution: ExecutionMode = HISTORY,
+    flow: Flows | None = None,
+    resident_ED: np.ndarray | None = None,
+) -> LayerSeconds:
+    """Predict one step of each layer.
 
     Args:
-        asked: bool [...]: not every expert is everywhere, so ranks ask each other what they send, also where it turns out to be nothing.
+        owner_E: int64 [..., experts].
+        where_ED: bool [..., experts, ranks].
+        quota_ED: float64 [..., experts, ranks]: assignments served (see `hecate.parallel.flows`).
+        loads_ED: float64 [..., experts, source ranks]: assignments routed.
+        flow: how the assignments travel; None: as `flows` matches them with the quotas.
+        resident_ED: bool [..., experts, ranks]: frozen parts that are there already; None: only the owners'.
     """
-    ports = PortBytes(rows.near[0], rows.near[1], rows.far[0], rows.far[1])
-    once = port_seconds(ports, cost.row_bytes, topology)
-    far, near = rows.far[0].sum(-1) > LEAST_TRAFFIC, rows.near[0].sum(-1) > LEAST_TRAFFIC
-    latency = np.where(far, topology.inter_node.latency, np.where(near, topology.intra_node.latency, asked * topology.exchange_latency))
-    return 4 * once + DISPATCH_COLLECTIVES * latency
+    flow = flows(loads_ED, quota_ED, topology) if flow is None else flow
+    return price(owner_E, where_ED, flow, loads_ED, topology, cost, execution=execution, resident_ED=resident_ED).seconds
+
+
+def price(
+    owner_E: np.ndarray,
+    where_ED: np.ndarray,
+    flow: Flows,
+    loads_ED: np.ndarray,
+    topology: Topology,
+    cost: LayerCost,
+    *,
+    execution: ExecutionMode = HISTORY,
+    resident_ED: np.ndarray | None = None,
+) -> Priced:
+    """Predict one step of each layer, and what travels in it. For the arguments see `layer_seconds`."""
+    shape, (experts, ranks) = where_ED.shape[:-2], where_ED.shape[-2:]
+    layers = int(np.prod(shape))
+    assignments = np.stack([*_sums(flow), served(flow).sum(-2), loads_ED.sum(-2)], axis=-2, dtype=np.float64)
+    parts_LX, rows_LXD, copies_LXD = np.empty((layers, 6)), np.empty((layers, 5, ranks)), np.zeros((layers, 8, ranks))
+    resident = np.zeros((layers, 0, 0), np.bool_) if resident_ED is None else _contiguous(resident_ED, (layers, experts, ranks), np.bool_)
+    price_layers(
+        _contiguous(owner_E, (layers, experts), np.int64),
+        _contiguous(where_ED, (layers, experts, ranks), np.bool_),
+        resident,
+        _contiguous(assignments, (layers, 7, ranks), np.float64),
+        topology_numbers(topology),
+        cost_numbers(cost, topology, execution),
+        no_replicas(experts, ranks),
+        parts_LX,
+        rows_LXD,
+        copies_LXD,
+    )
+    near_out, near_in, far_out, far_in, computed = (rows_LXD[:, x].reshape(*shape, ranks) for x in range(5))
+    copies = [copies_LXD[:, x].reshape(*shape, ranks) for x in range(8)]
+    return Priced(
+        LayerSeconds(*(parts_LX[:, x].reshape(shape) for x in range(6))),
+        Rows(computed, (near_out, near_in), (far_out, far_in)),
+        PortBytes(*copies[:4]),
+        PortBytes(*copies[4:]),
+    )
+
+
+def rows_served(flow: Flows, loads_ED: np.ndarray, cost: LayerCost, topology: Topology) -> Rows:
+    """Distinct tokens behind the assignments of each layer."""
+    owner_E, where_ED = np.zeros(loads_ED.shape[:-1], np.int64), np.ones(loads_ED.shape, np.bool_)
+    return price(owner_E, where_ED, flow, loads_ED, topology, cost).rows
+
+
+def _sums(flow: Flows) -> list[np.ndarray]:
+    parts = flow.near_sent_ED, flow.near_served_ED, flow.far_sent_ED, flow.far_served_ED, flow.local_ED
+    return [part.sum(-2) for part in parts]
+
+
+def _contiguous(values: np.ndarray, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    # Arrays that lie otherwise, or cannot be written, would be compiled for anew.
+    array: np.ndarray = np.ascontiguousarray(values, dtype=dtype).reshape(shape)
+    return array if array.flags.writeable else array.copy()
+
+
+@lru_cache(maxsize=64)
+def topology_numbers(topology: Topology) -> TopologyNumbers:
+    """A topology for the loops, which do not change it."""
+    node_D = np.asarray(topology.node_of_rank, dtype=np.int64)
+    return TopologyNumbers(
+        node_D,
+        np.argsort(node_D, kind="stable"),
+        np.concatenate([[0], np.cumsum(np.bincount(node_D))]),
+        np.asarray(topology.flops, dtype=np.float64),
+        np.asarray(topology.port_bandwidth, dtype=np.float64),
+        np.asarray(topology.nic_bandwidth, dtype=np.float64),
+        np.asarray(topology.memory_bandwidth, dtype=np.float64),
+        np.asarray(topology.uplink_bandwidth, dtype=np.float64),
+        float(topology.intra_node.latency),
+        float(topology.inter_node.latency),
+        float(topology.exchange_latency),
+        float(topology.overlap_slowdown),
+    )
+
+
+def cost_numbers(cost: LayerCost, topology: Topology, execution: ExecutionMode) -> CostNumbers:
+    """A layer's cost, and how it is executed, for the loops."""
+    attention = float(cost.non_moe_flops / min(topology.flops))
+    return CostNumbers(
+        float(cost.trainable_bytes),
+        float(cost.reduced_bytes),
+        float(cost.frozen_bytes / cost.frozen_lifetime),
+        float(cost.reduced_bytes + 2 * cost.state_bytes),
+        int(cost.top_k),
+        float(cost.row_bytes),
+        float(cost.row_flops * (1 + cost.row_backward)),
+        float(cost.assignment_flops * (1 + cost.assignment_backward)),
+        float(DISPATCH_COLLECTIVES * (1 if execution.per_micro_step else execution.micro_steps)),
+        attention if execution.hides_gather else 0.0,
+        2 * attention,
+        execution.prefetch > 0,
+        int(execution.rematerialize),
+    )
 
 
 def port_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.ndarray:
-    """Seconds until the busiest port is done, without latency; traffic counted in units of `unit_bytes`."""
-    near = np.maximum(ports.near_out_D, ports.near_in_D) / np.asarray(topology.port_bandwidth)
-    seconds = near.max(-1)
-    if topology.num_nodes > 1:
-        member_DN = node_membership(topology)
-        nic = np.maximum(ports.far_out_D, ports.far_in_D) / np.asarray(topology.nic_bandwidth)
-        uplink = np.maximum(ports.far_out_D @ member_DN, ports.far_in_D @ member_DN) / np.asarray(topology.uplink_bandwidth)
-        seconds = np.maximum(seconds, np.maximum(nic.max(-1), uplink.max(-1)))
-    return seconds * unit_bytes
+    """Seconds [...] until the busiest port is done, without latency; traffic counted in units of `unit_bytes`."""
+    return _exchanges(ports, topology)[..., 0] * unit_bytes
+
+
+def transfer_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.ndarray:
+    """Seconds [...] of one exchange of chunks, latency included; traffic counted in units of `unit_bytes`."""
+    seconds = _exchanges(ports, topology)
+    return seconds[..., 0] * unit_bytes + seconds[..., 1]
+
+
+def _exchanges(ports: PortBytes, topology: Topology) -> np.ndarray:
+    """float64 [..., 2]: seconds of a unit through the busiest port, and latency."""
+    traffic = np.stack([ports.near_out_D, ports.near_in_D, ports.far_out_D, ports.far_in_D], axis=-2, dtype=np.float64)
+    shape = traffic.shape[:-2]
+    seconds_XP = np.empty((int(np.prod(shape)), 2))
+    exchange_seconds(np.ascontiguousarray(traffic).reshape(-1, 4, topology.world_size), topology_numbers(topology), seconds_XP)
+    return seconds_XP.reshape(*shape, 2)
 
 
 Collective = Literal["flat", "two_level", "sliced"]
@@ -276,12 +367,6 @@ def fuse_gathers(layers: Sequence[tuple[Placement, float]], topology: Topology) 
     return runs
 
 
-def exposed_seconds(compute: float | np.ndarray, transfer: np.ndarray, slowdown: float) -> np.ndarray:
-    """What a transfer beside `compute` seconds of work adds: both are slowed down while both run."""
-    both = np.minimum(compute, transfer)
-    return np.asarray(transfer - both + (slowdown - 1) * both)
-
-
 def overlap_degree(cost: LayerCost, topology: Topology) -> int:
     """How many experts can travel to a rank hidden behind the non-MoE compute: t = T_nonMoE · bw / expert_bytes (Hecate §3.2).
 
@@ -295,18 +380,3 @@ def overlap_degree(cost: LayerCost, topology: Topology) -> int:
     if cost.expert_bytes == 0:
         return sys.maxsize
     return int(hidden * topology.slowest_link.bandwidth / cost.expert_bytes)
-
-
-def transfer_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.ndarray:
-    """Seconds of one exchange of chunks, latency included; traffic counted in units of `unit_bytes`."""
-    far, near = ports.far_out_D.sum(-1) > 0, ports.near_out_D.sum(-1) > 0
-    latency = np.where(far, topology.inter_node.latency, 0.0) + np.where(near, topology.intra_node.latency, 0.0)
-    return port_seconds(ports, unit_bytes, topology) + latency
-
-
-def _distinct(choices: np.ndarray, tokens: np.ndarray, k: int) -> np.ndarray:
-    return tokens * (1 - (1 - np.minimum(_ratio(choices, k * tokens), 1.0)) ** k)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0)

@@ -35,8 +35,8 @@ UNCOUNTED = 1e-6
 def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -> float:
     """Seconds that no plan for `layer` goes below under the given loads, as `LayerSeconds.total` counts them.
 
-    It holds for every plan with the given owners and on each rank no more replicas of other ranks' experts than it has slots, with or
-    without rematerialization. The solver's tolerances do not matter.
+    It holds for every plan with the given owners and on each rank no more replicas of other ranks' experts than it has slots, executed
+    as `given.execution` says. The solver's tolerances do not matter.
 
     Args:
         plan_seconds: of some plan, a good one if there is one: the nearer to the bound, the fewer linear programs it takes.
@@ -49,6 +49,7 @@ def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -
         owner_LE=given.owner_LE[[layer]],
         loads_LED=None if given.loads_LED is None else given.loads_LED[[layer]],
         resident_LED=None if given.resident_LED is None else given.resident_LED[[layer]],
+        present_LED=None if given.present_LED is None else given.present_LED[[layer]],
     )
     problem = LayerProblem(alone)
     if not problem.load_E.size:

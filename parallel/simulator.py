@@ -2,6 +2,7 @@
 
 A policy plans a step from what it would know, the step's true loads meet that plan. In `history` mode it knows the mean of the last steps'
 loads, as in training; in `exact` mode the true loads, as after the gate: no gather hides behind the attention that has passed by then.
+A plan that would be calibrated after the gate counts as one from history.
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 """
@@ -11,11 +12,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from hecate.parallel.cost_model import LayerCost, Rows, layer_seconds, rows_served
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, Priced, Rows, price
 from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.flows import node_membership
 from hecate.parallel.gather_bytes import PortBytes, gather_ports
@@ -24,8 +25,6 @@ from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.planners.plan import check_loads
 from hecate.parallel.sharding import better_owners, owned_bytes, reshard_seconds
 from hecate.parallel.topology import Topology
-
-Mode = Literal["history", "exact"]
 
 HISTORY_STEPS = 5
 """whose loads are averaged to predict the next (Hecate §3.2)"""
@@ -107,9 +106,8 @@ def simulate(
     policies: Mapping[str, Planner],
     *,
     slots_D: np.ndarray,
-    mode: Mode = "history",
+    execution: ExecutionMode = HISTORY,
     history_steps: int = HISTORY_STEPS,
-    rematerialize: bool = False,
     max_imbalance: float | None = None,
     reshard_interval: int | None = None,
     num_layers: int | None = None,
@@ -122,8 +120,8 @@ def simulate(
         loads: int64 [steps, layers, experts, source ranks]: assignments (see `hecate.parallel.loads`).
         policies: name -> planner, such as `hecate.parallel.planners.POLICIES`.
         slots_D: int64 [ranks]: see `PlanInput.slots_D`.
+        execution: how plans are executed; see `ExecutionMode`.
         history_steps: whose loads are averaged to predict the next.
-        rematerialize: replicas are dropped after a layer's forward pass and gathered again before its backward pass.
         max_imbalance: see `PlanInput.max_imbalance`.
         reshard_interval: every so many steps `hecate` and `auto` move experts to better owners where that pays; None: never.
         num_layers: of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample.
@@ -134,9 +132,7 @@ def simulate(
     assert loads.ndim == 4, loads.shape
     assert loads.shape[3] == topology.world_size, (loads.shape, topology.world_size)
     check_loads(loads, loads.shape)
-    setting = _Setting(
-        topology, cost, slots_D, mode, history_steps, rematerialize, max_imbalance, reshard_interval, num_layers or loads.shape[1]
-    )
+    setting = _Setting(topology, cost, slots_D, execution, history_steps, max_imbalance, reshard_interval, num_layers or loads.shape[1])
     return [_simulate_policy(name, planner, loads, setting) for name, planner in policies.items()]
 
 
@@ -147,9 +143,8 @@ class _Setting:
     topology: Topology
     cost: LayerCost
     slots_D: np.ndarray
-    mode: Mode
+    execution: ExecutionMode
     history_steps: int
-    rematerialize: bool
     max_imbalance: float | None
     reshard_interval: int | None
     num_layers: int
@@ -189,13 +184,13 @@ def fullest_owner_bytes(topology: Topology, cost: LayerCost, *, num_layers: int,
 
 def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _Setting) -> Simulated:
     num_steps, num_layers, num_experts, world_size = loads.shape
-    exact = setting.mode == "exact"
+    exact = setting.execution.plan == "exact"
     first_known = 0 if exact else 1
-    prefetched = not exact or name in _WITHOUT_LOADS
+    execution = replace(setting.execution, plan="history") if name in _WITHOUT_LOADS else setting.execution
     interval, window = (1, 1) if exact else _REPLANS.get(name, (1, setting.history_steps))
     reshard_interval = setting.reshard_interval if name in _RESHARDING else None
     owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
-    resident_LED: np.ndarray | None = None
+    placed_LED: np.ndarray | None = None
     steps: list[_Step] = []
     planner_seconds: list[float] = []
     given: PlanInput | None = None
@@ -210,8 +205,10 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
                 setting.topology,
                 setting.cost,
                 setting.slots_D,
-                resident_LED=resident_LED,
+                resident_LED=placed_LED,
                 max_imbalance=setting.max_imbalance,
+                execution=execution,
+                present_LED=placed_LED,
             )
             if reshard_interval and (step - first_known) % reshard_interval == 0:
                 found = better_owners(planner, [given], reshard_interval)
@@ -219,8 +216,8 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
             started = time.perf_counter()
             plan = planner(given)
             planner_seconds.append(time.perf_counter() - started)
-        steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, resident_LED, setting, prefetched))
-        owner_LE, resident_LED = plan.owner_LE, plan.where_LED
+        steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, placed_LED, setting, execution))
+        owner_LE, placed_LED = plan.owner_LE, plan.where_LED
     counted = steps[1:] or steps
     scale = setting.num_layers / num_layers
     return Simulated(
@@ -250,66 +247,42 @@ def _execute(
     owner_before_LE: np.ndarray,
     resident_LED: np.ndarray | None,
     setting: _Setting,
-    prefetched: bool,
+    execution: ExecutionMode,
 ) -> _Step:
     """What the step's true loads come to under a plan made for `planned_LED`."""
     topology = setting.topology
-    # Planners pay a frozen part over its lifetime; here it is paid in the step in which it travels.
+    # Planners pay a frozen part over its lifetime; the simulator pays it in the step in which it travels.
     cost = replace(setting.cost, frozen_lifetime=1.0)
     loads_LED = true_LED.astype(np.float64)
     flow = executed_flows(plan.where_LED, plan.quota_LED, planned_LED, loads_LED, topology)
-    quota_LED = served(flow)
-    rows = rows_served(flow, loads_LED, cost)
-    seconds = layer_seconds(
-        plan.owner_LE,
-        plan.where_LED,
-        quota_LED,
-        loads_LED,
-        topology,
-        cost,
-        flow=flow,
-        resident_ED=resident_LED,
-        rematerialize=setting.rematerialize,
-        prefetched=prefetched,
-    )
+    priced = price(plan.owner_LE, plan.where_LED, flow, loads_LED, topology, cost, execution=execution, resident_ED=resident_LED)
     moved = (plan.owner_LE != owner_before_LE).any()
     step_seconds = StepSeconds(
         attention=3 * cost.non_moe_flops / min(topology.flops) * len(loads_LED),
         reshard=reshard_seconds(owner_before_LE, plan.owner_LE, topology, cost) if moved else 0.0,
-        **{field.name: float(getattr(seconds, field.name).sum()) for field in fields(seconds)},
+        **{field.name: float(getattr(priced.seconds, field.name).sum()) for field in fields(priced.seconds)},
     )
     return _Step(
         step_seconds,
-        _bytes(plan, rows, owner_before_LE, resident_LED, topology, cost, setting.rematerialize),
-        _imbalance(rows, quota_LED, topology, cost),
+        _bytes(plan, priced, owner_before_LE, topology, cost, setting.execution.rematerialize),
+        _imbalance(priced.rows, served(flow), topology, cost),
         _replica_bytes(plan, setting),
-        rows.computed_D.mean(0),
+        priced.rows.computed_D.mean(0),
     )
 
 
-def _bytes(
-    plan: Plan,
-    rows: Rows,
-    owner_before_LE: np.ndarray,
-    resident_LED: np.ndarray | None,
-    topology: Topology,
-    cost: LayerCost,
-    rematerialize: bool,
-) -> StepBytes:
-    gather = gather_ports(plan.owner_LE, plan.where_LED, topology)
-    row_ports = PortBytes(*rows.near, *rows.far)
+def _bytes(plan: Plan, priced: Priced, owner_before_LE: np.ndarray, topology: Topology, cost: LayerCost, rematerialize: bool) -> StepBytes:
+    gather, row_ports = priced.gathered, PortBytes(*priced.rows.near, *priced.rows.far)
     parts = [
         (gather, cost.trainable_bytes * (2 if rematerialize else 1)),
         (gather.reversed(), cost.reduced_bytes),
         # Rows go out and their gradients back, results come back and theirs go out.
         (row_ports, 2 * cost.row_bytes),
         (row_ports.reversed(), 2 * cost.row_bytes),
+        (priced.gathered_frozen, cost.frozen_bytes),
     ]
-    owned_LED = _at(plan.owner_LE, topology)
-    if cost.frozen_bytes:
-        fresh_LED = plan.where_LED if resident_LED is None else plan.where_LED & ~resident_LED
-        parts.append((gather_ports(plan.owner_LE, fresh_LED | owned_LED, topology), cost.frozen_bytes))
     if (plan.owner_LE != owner_before_LE).any():
+        owned_LED = _at(plan.owner_LE, topology)
         moved = gather_ports(owner_before_LE, owned_LED | _at(owner_before_LE, topology), topology)
         parts.append((moved, cost.state_bytes + cost.frozen_bytes))
     near_out, near_in, far_out, far_in = (
@@ -336,7 +309,7 @@ def _imbalance(rows: Rows, quota_LED: np.ndarray, topology: Topology, cost: Laye
 def _replica_bytes(plan: Plan, setting: _Setting) -> np.ndarray:
     replicas_LD = (plan.where_LED & ~_at(plan.owner_LE, setting.topology)).sum(1)
     every_D = replicas_LD.sum(0) * setting.num_layers / len(replicas_LD)
-    at_once_D = replicas_LD.max(0) if setting.rematerialize else every_D
+    at_once_D = replicas_LD.max(0) if setting.execution.rematerialize else every_D
     frozen, moving = setting.cost.frozen_bytes, setting.cost.replica_bytes - setting.cost.frozen_bytes
     return np.asarray(at_once_D * moving + every_D * frozen)
 

@@ -206,7 +206,6 @@ NAMED_BY_NO_TEST: set[str] = {
     "hecate.model.moe_blocks",
     "hecate.model.tensor_parts",
     "hecate.parallel.bound_relaxation",
-    "hecate.parallel.compiled",
     "hecate.parallel.layout",
     "hecate.parallel.planners.echo",
     "hecate.parallel.planners.eplb",

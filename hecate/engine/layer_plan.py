@@ -10,22 +10,19 @@ Shapes: E experts, D ranks as sources and as destinations.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.parallel.cost_model import LayerSeconds, exposed_seconds, layer_seconds, transfer_seconds
+from hecate.parallel.cost_loops import exposed_seconds
+from hecate.parallel.cost_model import cost_numbers, price
 from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.flows import Flows, nothing_travels, token_split
-from hecate.parallel.gather_bytes import gather_ports
 from hecate.parallel.placement import Placement
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Topology
-
-PlanMode = Literal["history", "calibrated", "exact"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +71,11 @@ def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: n
         owner_LE=given.owner_LE[index : index + 1],
         loads_LED=loads_ED[None].astype(np.float64),
         resident_LED=None if resident_ED is None else resident_ED[None],
+        present_LED=None if given.present_LED is None else given.present_LED[index : index + 1],
     )
 
 
-def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan, *, rematerialize: bool) -> float:
+def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan) -> float:
     """Seconds that a layer's micro-step is predicted to gain by `better` in place of `present`, whose replicas are here already.
 
     What is missing for it travels when the gate has spoken, with nothing left to hide it, and counts in full. Dispatch, experts and the
@@ -86,33 +84,28 @@ def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan, *,
     Args:
         given: one layer under its true loads.
     """
-    owner_E = given.owner_LE[0]
-    missing_ED, owned_ED = better.placement.where_ED & ~present.placement.where_ED, given.owned_LED[0]
-    brought = float(
-        transfer_seconds(gather_ports(owner_E, missing_ED | owned_ED, given.topology), given.cost.trainable_bytes, given.topology)
-    )
-    if given.cost.frozen_bytes:
-        fresh_ED = missing_ED if given.resident_LED is None else missing_ED & ~given.resident_LED[0]
-        ports = gather_ports(owner_E, fresh_ED | owned_ED, given.topology)
-        brought += float(transfer_seconds(ports, given.cost.frozen_bytes, given.topology))
-    return _after_gate(given, present, rematerialize) - _after_gate(given, better, rematerialize) - brought
-
-
-def _after_gate(given: PlanInput, plan: LayerPlan, rematerialize: bool) -> float:
-    assert given.loads_LED is not None
-    flow = plan.flow(given.loads_LED[0], given.topology)
-    seconds: LayerSeconds = layer_seconds(
+    missing_ED = better.placement.where_ED & ~present.placement.where_ED
+    nothing_ED = np.zeros(missing_ED.shape)
+    brought = price(
         given.owner_LE[0],
-        plan.placement.where_ED,
-        served(flow),
-        given.expected_LED[0],
+        missing_ED | given.owned_LED[0],
+        Flows(*(nothing_ED,) * 5),
+        nothing_ED,
         given.topology,
-        replace(given.cost, frozen_bytes=0.0),
-        flow=flow,
-        rematerialize=rematerialize,
-    )
-    attention = given.cost.non_moe_flops / min(given.topology.flops)
-    hidden_before = exposed_seconds(attention, seconds.gather, given.topology.overlap_slowdown)
+        replace(given.cost, frozen_lifetime=1.0),  # a frozen part that comes now is paid now
+        resident_ED=None if given.resident_LED is None else given.resident_LED[0],
+    ).seconds.gather
+    return _after_gate(given, present) - _after_gate(given, better) - float(brought)
+
+
+def _after_gate(given: PlanInput, plan: LayerPlan) -> float:
+    assert given.loads_LED is not None
+    cost = replace(given.cost, frozen_bytes=0.0)
+    flow = plan.flow(given.loads_LED[0], given.topology)
+    owner_E, where_ED = given.owner_LE[0], plan.placement.where_ED
+    seconds = price(owner_E, where_ED, flow, given.loads_LED[0], given.topology, cost, execution=given.execution).seconds
+    hides_gather = cost_numbers(cost, given.topology, given.execution).hides_gather
+    hidden_before = exposed_seconds(hides_gather, float(seconds.gather), given.topology.overlap_slowdown)
     return float(seconds.total - seconds.optimizer - hidden_before)
 
 

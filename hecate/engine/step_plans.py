@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hecate.engine.layer_plan import LayerPlan, PlanMode, calibration_gain, layer_plan, one_layer
+from hecate.engine.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
 from hecate.experts.family import ExpertFamily
+from hecate.parallel.cost_model import ExecutionMode, PlanMode
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
@@ -40,17 +41,21 @@ class EngineConfig:
     non_moe_flops: float = 0.0
     """forward FLOPs per rank and micro-step of what hides a layer's gather (its attention)"""
     plan: PlanMode = "history"
-    """from which loads layers are planned: see `hecate.engine.layer_plan`"""
+    """from which loads layers are planned: see `PlanMode`"""
     rematerialize: bool = False
     """free a layer's replicas after its forward pass and gather them again before its backward pass (Hecate-RM)"""
     prefetch: int = 1
     """how many decoder layers early a layer's gather starts in the forward pass (1: at the start of its own decoder layer), and, with
     `rematerialize`, how many layers are gathered ahead in the backward pass"""
 
+    def execution(self, micro_steps: int = 1) -> ExecutionMode:
+        """How plans are executed in a step of so many micro-steps."""
+        return ExecutionMode(plan=self.plan, rematerialize=self.rematerialize, prefetch=self.prefetch, micro_steps=micro_steps)
+
     @property
     def per_micro_step(self) -> bool:
         """Does each micro-step gather and reduce for itself?"""
-        return self.rematerialize or self.plan != "history"
+        return self.execution().per_micro_step
 
 
 class StepPlans:
@@ -87,6 +92,10 @@ class StepPlans:
         self.calibrations = 0
         """plans of this step's micro-steps and layers that gave way to better ones after the gate"""
         self._plans: dict[Unit, LayerPlan] = {}
+        self._micro_steps = 1
+        """of the last step that began"""
+        self._last_planned: dict[Unit, Placement] = {}
+        """what the planner has said last of each layer, for planners that change their last plan"""
         self._from_history: dict[Unit, LayerPlan] = {}
         self._given: dict[Unit, tuple[PlanInput, int]] = {}
         """what the step's plan was made from, and a layer's place in it"""
@@ -117,6 +126,7 @@ class StepPlans:
             micro_steps: in which the step's tokens come.
         """
         self.calibrations = 0
+        self._micro_steps = micro_steps
         self._served.clear()
         for layers, given in self.inputs(resident):
             if self.config.per_micro_step and given.loads_LED is not None:
@@ -126,6 +136,7 @@ class StepPlans:
                 self._given[layer] = given, index
                 if plan is not None:
                     self._from_history[layer] = layer_plan(plan, given, index)
+                    self._last_planned[layer] = self._from_history[layer].placement
                     self.place(layer, self._from_history[layer])
 
     def inputs(self, resident: Mapping[Unit, np.ndarray], *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
@@ -143,6 +154,7 @@ class StepPlans:
             predicted = [self.history.predict(layer) for layer in layers]
             known = [self._loads_of_groups(loads_EW, common=common) for loads_EW in predicted if loads_EW is not None]
             knows_resident = layers[0] in resident and not common
+            knows_present = not common and all(layer in self._last_planned for layer in layers)
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
             given = PlanInput(
@@ -153,6 +165,8 @@ class StepPlans:
                 self.slots(family),
                 resident_LED=np.stack([resident[layer] for layer in layers]) if knows_resident else None,
                 max_imbalance=self.config.max_imbalance,
+                execution=self.config.execution(self._micro_steps),
+                present_LED=np.stack([self._last_planned[layer].where_ED for layer in layers]) if knows_present else None,
             )
             inputs.append((layers, given))
         return inputs
@@ -187,8 +201,9 @@ class StepPlans:
         given = one_layer(*self._given[layer], loads_ED, resident_ED)
         plan = layer_plan(self._planned(given, [layer]), given, 0)
         if self.config.plan == "exact":
+            self._last_planned[layer] = plan.placement
             return plan
-        pays = calibration_gain(given, self._plans[layer], plan, rematerialize=self.config.rematerialize) > 0
+        pays = calibration_gain(given, self._plans[layer], plan) > 0
         self.calibrations += pays
         return plan if pays else None
 
@@ -201,6 +216,7 @@ class StepPlans:
         """Between two steps: int64 [experts]."""
         self.owners[layer] = owner_E
         self.placements.pop(layer, None)  # made for the owners of before
+        self._last_planned.pop(layer, None)
 
     def most_served(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, float]:
         """Per layer the choices that the busiest rank of this group has computed of a step's loads."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from hecate.config.presets import find_preset
 from hecate.errors import UserError
+from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.simulator import Mode, fullest_owner_bytes, replica_slots, simulate
+from hecate.parallel.simulator import fullest_owner_bytes, replica_slots, simulate
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.traces import load_trace
@@ -32,9 +33,14 @@ class Options:
     policies: tuple[str, ...] = tuple(POLICIES)
     steps: int = 12
     seed: int = 0
-    mode: Mode = "history"
+    mode: Literal["history", "exact"] = "history"
+    """from which loads a step is planned: those of past steps, or its own"""
     rematerialize: bool = False
     max_imbalance: float | None = None
+
+    @property
+    def execution(self) -> ExecutionMode:
+        return ExecutionMode(plan=self.mode, rematerialize=self.rematerialize)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,8 +84,7 @@ class Case:
                 cost,
                 {name: POLICIES[name]},
                 slots_D=slots_D,
-                mode=options.mode,
-                rematerialize=options.rematerialize,
+                execution=options.execution,
                 max_imbalance=options.max_imbalance,
                 num_layers=num_layers,
             )

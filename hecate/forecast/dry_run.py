@@ -10,7 +10,7 @@ import numpy as np
 from hecate.forecast.memory import PHASES, MemoryPart, memory_parts, owned_experts
 from hecate.forecast.run_shape import ExpertLayers, RunShape, adapter_parameters
 from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
-from hecate.parallel.cost_model import DISPATCH_COLLECTIVES, LayerCost
+from hecate.parallel.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import Simulated, StepBytes, simulate
 from hecate.parallel.topology import Topology
@@ -104,8 +104,12 @@ def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: li
             cost,
             {name: POLICIES[name] for name in names},
             slots_D=np.full(topology.world_size, slots),
-            mode="exact" if config.fssdp.plan == "exact" else "history",
-            rematerialize=config.fssdp.rematerialize,
+            execution=ExecutionMode(
+                plan=config.fssdp.plan,
+                rematerialize=config.fssdp.rematerialize,
+                prefetch=config.fssdp.prefetch,
+                micro_steps=config.gradient_accumulation_steps,
+            ),
             max_imbalance=config.fssdp.max_imbalance,
             history_steps=config.fssdp.load_window,
             num_layers=group.number,
@@ -124,13 +128,8 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
     topology, micro_steps = run.topology, run.config.gradient_accumulation_steps
     together = _micro_steps_together(run)
     times = micro_steps // together
-    latency = (topology.inter_node if topology.num_nodes > 1 else topology.intra_node).latency
     # A checkpointed layer runs forward twice: half as much computing and sending again, with a frozen base.
     again = 1.5 if run.config.gradient_checkpointing else 1.0
-    dispatch = 0.0
-    for group, simulated in zip(run.groups, groups, strict=True):
-        if simulated.seconds.dispatch > 0:
-            dispatch += again * times * (simulated.seconds.dispatch + (together - 1) * group.number * DISPATCH_COLLECTIVES * latency)
     reduced_bytes = _all_reduced_bytes(run)
     owned_bytes_D = sum((owned_experts(group, run) * group.cost.reduced_bytes for group in run.groups), np.zeros(topology.world_size))
     sum_seconds, summed = sum_over_groups(owned_bytes_D, sum(group.number for group in run.groups), topology, run.mesh)
@@ -138,7 +137,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
     parts = {
         "attention": _attention_seconds(run),
         "experts": again * times * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
-        "tokens": dispatch,
+        "tokens": again * times * sum(one.seconds.dispatch for one in groups),
         "exposed": times * sum(one.seconds.exposed for one in groups),
         **({"tensor": tensor.seconds} if run.tensor_parallel > 1 else {}),
         "head": _head_seconds(run),

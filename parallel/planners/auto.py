@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.compiled import compiled
-from hecate.parallel.cost_model import overlap_degree
-from hecate.parallel.planners.layer_loops import (
+from hecate.parallel import jit
+from hecate.parallel.array_loops import largest, total
+from hecate.parallel.cost_loops import (
     CostNumbers,
     TopologyNumbers,
     busy_seconds,
-    cost_numbers,
     dispatch_seconds,
     even_quota_into,
     layer_loads,
     replica_seconds,
-    topology_numbers,
 )
+from hecate.parallel.cost_model import cost_numbers, overlap_degree, topology_numbers
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.reach import HOT, NODES, OWNERS, WANTED, reach, wishes
-from hecate.parallel.planners.replica_lists import Replicas, copy_into, no_replicas, only_owners
 from hecate.parallel.planners.spill import spill
+from hecate.parallel.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners
 
 _ALL_BUDGETS = 400
 """experts x ranks x budgets: where all budgets together take no longer than the one of a layer of 64 experts on 32 ranks"""
@@ -58,29 +57,39 @@ def plan_auto(given: PlanInput) -> Plan:
     tokens_LSE = np.ascontiguousarray(given.expected_LED.swapaxes(1, 2), dtype=np.float64)
     shape = (given.num_layers, given.num_experts, given.world_size)
     where_LED, quota_LED = np.zeros(shape, np.bool_), np.zeros(shape)
-    slots_D = np.minimum(np.asarray(given.slots_D, dtype=np.int64), given.num_experts)
+    slots_D = np.minimum(np.array(given.slots_D, dtype=np.int64), given.num_experts)
     most = int(slots_D.max())
     resident_LED = np.zeros((given.num_layers, 0, 0), np.bool_) if given.resident_LED is None else given.resident_LED
-    _plan_layers(
-        # Arrays that lie otherwise would be compiled for anew, which takes half a minute.
-        np.ascontiguousarray(given.owner_LE, dtype=np.int64),
-        tokens_LSE,
-        np.ascontiguousarray(resident_LED),
-        np.ascontiguousarray(slots_D),
-        0 if given.num_experts * given.world_size * (most + 1) <= _ALL_BUDGETS else most,
-        overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts,
-        (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf,
-        np.inf if given.max_imbalance is None else float(given.max_imbalance),
-        topology_numbers(given.topology),
-        cost_numbers(given.cost, given.topology),
-        no_replicas(given.num_experts, given.world_size),
-        no_replicas(given.num_experts, given.world_size),
-        no_replicas(given.num_experts, given.world_size),
-        _REACHES,
-        _SPILLS,
-        where_LED,
-        quota_LED,
-    )
+    # Arrays that lie otherwise, or cannot be written, would be compiled for anew.
+    owner_LE, resident_LED = np.array(given.owner_LE, dtype=np.int64), np.array(resident_LED, dtype=np.bool_)
+    topology, cost = topology_numbers(given.topology), cost_numbers(given.cost, given.topology, given.execution)
+    hidden = overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts
+    worth = (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf
+    base, trial, best = (no_replicas(given.num_experts, given.world_size) for _ in range(3))
+    first = 0
+    while first < given.num_layers:
+        # Plain Python plans layer by layer, so that machine code takes over as soon as it is there.
+        some = slice(first, given.num_layers if jit.have_machine_code() else first + 1)
+        _plan_layers(
+            owner_LE[some],
+            tokens_LSE[some],
+            resident_LED[some],
+            slots_D,
+            0 if given.num_experts * given.world_size * (most + 1) <= _ALL_BUDGETS else most,
+            hidden,
+            float(worth),
+            np.inf if given.max_imbalance is None else float(given.max_imbalance),
+            topology,
+            cost,
+            base,
+            trial,
+            best,
+            _REACHES,
+            _SPILLS,
+            where_LED[some],
+            quota_LED[some],
+        )
+        first = some.stop
     return Plan(given.owner_LE, where_LED, quota_LED)
 
 
@@ -88,7 +97,7 @@ _REACHES = np.array([reach_ for reach_, _ in CANDIDATES])
 _SPILLS = np.array([(0.0, *slacks, *(0.0,) * (4 - len(slacks))) for _, slacks in CANDIDATES])
 
 
-@compiled
+@jit.entry
 def _plan_layers(
     owner_LE: np.ndarray,
     tokens_LSE: np.ndarray,
@@ -114,13 +123,15 @@ def _plan_layers(
     """
     bounded = max_imbalance < np.inf
     single, ranks = len(topology.uplink_N) == 1, len(topology.node_D)
+    room, rates = np.empty(ranks, np.int64), total(topology.rate_D)
     for layer in range(len(owner_LE)):
         owner, resident = owner_LE[layer], resident_LED[layer]
         loads = layer_loads(tokens_LSE[layer], topology)
         wish = wishes(owner, slots, loads, topology)
         best_seconds, best_uneven = np.inf, np.inf
-        for budget in range(least_slots, slots.max() + 1):
-            room = np.minimum(slots, budget)
+        for budget in range(least_slots, int(largest(slots)) + 1):
+            for d in range(ranks):
+                room[d] = min(slots[d], budget)
             for r in range(len(reaches)):
                 rule, share, factor = int(reaches[r, 0]), reaches[r, 1], reaches[r, 2]
                 if rule == NODES and single:
@@ -132,7 +143,10 @@ def _plan_layers(
                     continue
                 even_quota_into(base, loads, topology)
                 base_busy = busy_seconds(base, loads, topology, cost)
-                mean = (base_busy * topology.rate_D).sum() / topology.rate_D.sum()
+                base_busiest, mean = largest(base_busy), 0.0
+                for d in range(ranks):
+                    mean += base_busy[d] * topology.rate_D[d]
+                mean /= rates
                 sends = np.inf if bounded or best_seconds == np.inf else 4.0 * (best_seconds - fixed - mean)
                 base_dispatch = dispatch_seconds(base, loads, topology, cost, sends)
                 for degree in range(spills.shape[1]):
@@ -142,12 +156,12 @@ def _plan_layers(
                         slack, across = min(abs(spills[r, degree]), max_imbalance), spills[r, degree] > 0
                         if slack == 0 or (single and not across):
                             continue
-                        if base_busy.max() <= slack * mean or (not bounded and slack * mean * 0.9 + fixed >= best_seconds):
+                        if base_busiest <= slack * mean or (not bounded and slack * mean * 0.9 + fixed >= best_seconds):
                             continue
                         copy_into(base, trial)
                         spill(owner, base_busy, room, slack, across, topology, trial)
                     tried = base if degree == 0 else trial
-                    busy = base_busy.max() if degree == 0 else busy_seconds(tried, loads, topology, cost).max()
+                    busy = base_busiest if degree == 0 else largest(busy_seconds(tried, loads, topology, cost))
                     if busy + fixed > best_seconds and not bounded:
                         continue
                     added = fixed if degree == 0 else replica_seconds(owner, tried, resident, topology, cost)
@@ -158,7 +172,7 @@ def _plan_layers(
                     seconds = busy + added + dispatch
                     uneven = max(busy / mean, max_imbalance) if bounded and mean > 0 else 0.0
                     # Other loads than those predicted leave tokens where they are, if everything is everywhere.
-                    faster = seconds < best_seconds or (seconds == best_seconds and tried.count_E.min() == ranks)
+                    faster = seconds < best_seconds or (seconds == best_seconds and everywhere(tried))
                     if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and faster):
                         best_seconds, best_uneven = seconds, uneven
                         copy_into(tried, best)

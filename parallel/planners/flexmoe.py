@@ -19,13 +19,13 @@ def plan_flexmoe(given: PlanInput) -> Plan:
     such device (Expand). If there is none, the replicated expert with the lowest load per replica gives one up (Shrink), for the one
     with the highest to gain it; if that one is there already, a replica from elsewhere moves in to make room (Migrate).
 
-    The placement that is there is `resident_LED`, the hottest of it if the slots hold less. FlexMoE converges over the steps; where
-    `resident_LED` is None nothing is known of the steps before, and changes go on from the owners alone, up to one for each expert.
+    The placement that is there is `present_LED`, the hottest of it if the slots hold less. FlexMoE converges over the steps; where
+    `present_LED` is None nothing is known of the steps before, and changes go on from the owners alone, up to one for each expert.
     Choices are split evenly over the replicas in their own node, else over all. Devices count as equally fast.
     """
     loads_LED, owned_LED = given.expected_LED, given.owned_LED
     where_LED = _present(given, loads_LED.sum(-1))
-    rounds = given.num_experts if given.resident_LED is None else ROUNDS
+    rounds = given.num_experts if given.present_LED is None else ROUNDS
     for layer in range(given.num_layers):
         for _ in range(rounds):
             changed_ED = _change(loads_LED[layer], owned_LED[layer], where_LED[layer], given.slots_D, given.topology)
@@ -36,10 +36,10 @@ def plan_flexmoe(given: PlanInput) -> Plan:
 
 
 def _present(given: PlanInput, load_LE: np.ndarray) -> np.ndarray:
-    """bool [layers, experts, ranks]: the owners and what is resident; where that is more than the slots hold, the hottest of it."""
-    if given.resident_LED is None:
+    """bool [layers, experts, ranks]: the owners, and of the replicas of the plan before the hottest, as many as the slots hold."""
+    if given.present_LED is None:
         return given.owned_LED
-    foreign_LED = given.resident_LED & ~given.owned_LED
+    foreign_LED = given.present_LED & ~given.owned_LED
     order_LE1 = np.argsort(-load_LE, axis=1, kind="stable")[..., None]
     sorted_LED = np.take_along_axis(foreign_LED, order_LE1, axis=1)
     np.put_along_axis(foreign_LED, order_LE1, sorted_LED & (np.cumsum(sorted_LED, axis=1) <= given.slots_D), axis=1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.parallel.cost_model import LayerCost, LayerSeconds, layer_seconds
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, layer_seconds
 from hecate.parallel.flows import even_quota
 from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Topology
@@ -48,6 +48,10 @@ class PlanInput:
     """bool [layers, experts, ranks]: frozen parts that are there already; None: only the owners'"""
     max_imbalance: float | None = None
     """largest over mean expert compute of the ranks that a plan keeps to, where its planner can; None: whatever is fastest"""
+    execution: ExecutionMode = HISTORY
+    """how the plan will be executed"""
+    present_LED: np.ndarray | None = None
+    """bool [layers, experts, ranks]: replicas of the plan before, from which policies that change it go on; None: nothing is known of it"""
 
     def __post_init__(self) -> None:
         layers, experts = self.owner_LE.shape
@@ -99,8 +103,8 @@ class Plan:
         """The quotas, those of topology-aware dispatch spelled out."""
         return even_quota(self.where_LED, loads_LED, topology) if self.quota_LED is None else self.quota_LED
 
-    def seconds(self, given: PlanInput, *, rematerialize: bool = False) -> LayerSeconds:
-        """What the plan would cost under the loads it was made for."""
+    def seconds(self, given: PlanInput) -> LayerSeconds:
+        """What the plan would cost under the loads it was made for, executed as `given.execution` says."""
         loads_LED = given.expected_LED
         return layer_seconds(
             self.owner_LE,
@@ -109,8 +113,8 @@ class Plan:
             loads_LED,
             given.topology,
             given.cost,
+            execution=given.execution,
             resident_ED=given.resident_LED,
-            rematerialize=rematerialize,
         )
 
 

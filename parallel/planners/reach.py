@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from hecate.parallel.compiled import compiled
-from hecate.parallel.planners.layer_loops import LayerLoads, TopologyNumbers
-from hecate.parallel.planners.replica_lists import Replicas, add, foreign
+from hecate.parallel.array_loops import descending_order, total
+from hecate.parallel.cost_loops import LayerLoads, TopologyNumbers
+from hecate.parallel.jit import loop
+from hecate.parallel.replica_lists import Replicas, add, foreign
 
 OWNERS, WANTED, HOT, NODES = range(4)
 _WINDOW = 8
@@ -26,14 +28,18 @@ class Wishes(NamedTuple):
     """int64 [nodes, experts]"""
 
 
-@compiled
+@loop
 def wishes(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers) -> Wishes:
     ranks, experts = loads.tokens_SE.shape
     nodes = len(topology.uplink_N)
-    widest = min(max(slots.max(), 0), experts)
-    rank_DE, amount = np.full((ranks, widest), -1, np.int64), np.zeros((ranks, widest))
+    widest = 0
+    for d in range(ranks):
+        widest = max(widest, min(slots[d], experts))
+    rank_DE, amount = np.empty((ranks, widest), np.int64), np.zeros((ranks, widest))
     for d in range(ranks if widest > 0 else 0):
         tokens, first = loads.tokens_SE[d], d * experts // ranks
+        for i in range(widest):
+            rank_DE[d, i] = -1
         for i in range(experts):
             e = first + i if first + i < experts else first + i - experts
             if tokens[e] <= amount[d, widest - 1] or owner[e] == d:
@@ -49,12 +55,14 @@ def wishes(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: To
     for n in range(nodes):
         first = (n + 1) * experts // nodes
         for i in range(experts):
-            wanted[i] = -loads.tokens_NE[n, (first + i) % experts]
-        node_NE[n] = (np.argsort(wanted, kind="mergesort") + first) % experts
-    return Wishes(np.argsort(-loads.load_E, kind="mergesort"), rank_DE, node_NE)
+            wanted[i] = loads.tokens_NE[n, (first + i) % experts]
+        order = descending_order(wanted)
+        for i in range(experts):
+            node_NE[n, i] = (order[i] + first) % experts
+    return Wishes(descending_order(loads.load_E), rank_DE, node_NE)
 
 
-@compiled
+@loop
 def bring_wanted(room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads, replicas: Replicas) -> None:
     """To each rank the experts of which it has the most choices, more than `least`, as many as it has room for."""
     for d in range(len(room)):
@@ -65,12 +73,13 @@ def bring_wanted(room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads
             add(replicas, e, d)
 
 
-@compiled
+@loop
 def bring_hot(room: np.ndarray, wish: Wishes, loads: LayerLoads, replicas: Replicas) -> None:
     """To all ranks the experts that are hotter than an average rank can bear, as far as there is room."""
     ranks = len(room)
-    left, fair = room.copy(), loads.load_E.sum() / ranks
-    for e in wish.by_load_E:
+    left, fair = room.copy(), total(loads.load_E) / ranks
+    for i in range(len(wish.by_load_E)):
+        e = wish.by_load_E[i]
         if loads.load_E[e] <= fair:
             break
         for d in range(ranks):
@@ -79,7 +88,7 @@ def bring_hot(room: np.ndarray, wish: Wishes, loads: LayerLoads, replicas: Repli
                 left[d] -= 1
 
 
-@compiled
+@loop
 def bring_to_nodes(
     owner: np.ndarray, room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas
 ) -> None:
@@ -92,11 +101,13 @@ def bring_to_nodes(
         room: int64 [ranks]: replicas that each may get.
     """
     nodes, experts = loads.tokens_NE.shape
-    open_, left = np.ones((nodes, experts), np.bool_), np.zeros(nodes, np.int64)
+    open_, left = np.empty((nodes, experts), np.bool_), np.zeros(nodes, np.int64)
     free, arriving = room.copy(), np.zeros(nodes)
     for d in range(len(room)):
         left[topology.node_D[d]] += max(room[d], 0)
     for e in range(experts):
+        for n in range(nodes):
+            open_[n, e] = True
         for c in range(replicas.count_E[e]):
             open_[topology.node_D[replicas.rank_EC[e, c]], e] = False
         for n in range(nodes):
@@ -132,7 +143,7 @@ def bring_to_nodes(
     _place(owner, brought, open_, free, wish, loads, topology, replicas)
 
 
-@compiled
+@loop
 def _place(
     owner: np.ndarray,
     brought: np.ndarray,
@@ -156,7 +167,8 @@ def _place(
         if replicas.count_E[e] == 1:
             busy[owner[e]] += loads.tokens_NE[topology.node_D[owner[e]], e] + extra[e]
     for n in range(nodes):
-        for e in wish.node_NE[n]:
+        for w in range(experts):
+            e = wish.node_NE[n, w]
             if brought[n, e]:
                 best = -1
                 for i in range(topology.first_N[n], topology.first_N[n + 1]):
@@ -168,7 +180,7 @@ def _place(
                 busy[best] += loads.tokens_NE[n, e] + extra[e]
 
 
-@compiled
+@loop
 def reach(
     rule: int,
     share: float,
@@ -193,11 +205,12 @@ def reach(
     """
     ranks, experts = loads.tokens_SE.shape
     if rule == WANTED:
-        room = slots.copy()
+        room, least = slots.copy(), experts
         for d in range(ranks):
             if share < 1:
                 room[d] = min(room[d], int(hidden * share))
-        if room.min() >= experts and factor == 0:
+            least = min(least, room[d])
+        if least >= experts and factor == 0:
             for e in range(experts):
                 for d in range(ranks):
                     if d != owner[e]:
@@ -205,10 +218,13 @@ def reach(
         else:
             bring_wanted(room, worth * factor if factor > 0 else 0.0, wish, loads, replicas)
     elif rule in (HOT, NODES):
+        room = slots.copy()
         if share > 0:
-            bring_hot(np.ceil(slots * share).astype(np.int64), wish, loads, replicas)
+            for d in range(ranks):
+                room[d] = math.ceil(slots[d] * share)
+            bring_hot(room, wish, loads, replicas)
         if rule == NODES:
-            room = slots - foreign(replicas, owner)
-            if share < 0:
-                room -= np.minimum(slots, 1)
+            held = foreign(replicas, owner)
+            for d in range(ranks):
+                room[d] = slots[d] - held[d] - (min(slots[d], 1) if share < 0 else 0)
             bring_to_nodes(owner, room, worth * factor, wish, loads, topology, replicas)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.compiled import compiled
-from hecate.parallel.planners.layer_loops import TopologyNumbers
-from hecate.parallel.planners.replica_lists import Replicas, add, foreign
+from hecate.parallel.array_loops import descending_order, total, where_largest
+from hecate.parallel.cost_loops import TopologyNumbers
+from hecate.parallel.jit import loop
+from hecate.parallel.replica_lists import Replicas, add, foreign
 
 _LEAST = 1e-6
 """choices not worth moving"""
 
 
-@compiled
+@loop
 def spill(
     owner: np.ndarray, busy: np.ndarray, slots: np.ndarray, slack: float, across: bool, topology: TopologyNumbers, replicas: Replicas
 ) -> None:
@@ -28,16 +29,20 @@ def spill(
         across: move choices between nodes, too.
     """
     experts, ranks = replicas.has_ED.shape
-    free = slots - foreign(replicas, owner)
+    free = foreign(replicas, owner)
+    for d in range(ranks):
+        free[d] = slots[d] - free[d]
     choices, held_D = np.zeros(ranks), np.zeros(ranks + 1, np.int64)
     for e in range(experts):
         for c in range(replicas.count_E[e]):
             d = replicas.rank_EC[e, c]
             choices[d] += replicas.quota_ED[e, d]
             held_D[d + 1] += 1
-    rate = topology.rate_D.sum()
-    target = slack * (busy * topology.rate_D).sum() / rate
-    fair = slack * choices.sum() / rate
+    rate, work = total(topology.rate_D), 0.0
+    for d in range(ranks):
+        work += busy[d] * topology.rate_D[d]
+    target = slack * work / rate
+    fair = slack * total(choices) / rate
     excess, spare = np.zeros(ranks), np.zeros(ranks)
     for d in range(ranks):
         held_D[d + 1] += held_D[d]
@@ -48,7 +53,7 @@ def spill(
             spare[d] = max(0.0, fair * topology.rate_D[d] - choices[d])
     # The experts of each rank; those with excess get no new ones.
     experts_of = np.empty(held_D[ranks], np.int64)
-    end_D = held_D[:-1].copy()
+    end_D = held_D.copy()
     for e in range(experts):
         for c in range(replicas.count_E[e]):
             d = replicas.rank_EC[e, c]
@@ -63,7 +68,7 @@ def spill(
         _between_devices(free, held_D, experts_of, topology, False, replicas, excess, spare)
 
 
-@compiled
+@loop
 def _between_nodes(
     free: np.ndarray, fair: float, topology: TopologyNumbers, replicas: Replicas, excess: np.ndarray, spare: np.ndarray
 ) -> None:
@@ -78,19 +83,21 @@ def _between_nodes(
             d = replicas.rank_EC[e, c]
             held[topology.node_D[d], e] += replicas.quota_ED[e, d]
             over[topology.node_D[d]] += replicas.quota_ED[e, d]
-    takes = np.maximum(-over, 0.0)
+    takes = np.empty(nodes)
+    for n in range(nodes):
+        takes[n] = max(-over[n], 0.0)
     for source in range(nodes):
         if over[source] <= _LEAST:
             continue
         largest = held[source].copy()
         while over[source] > _LEAST:  # few experts: looking for each is faster than sorting all
-            e = int(np.argmax(largest))
+            e = where_largest(largest)
             largest[e] = 0.0
             piece = min(held[source, e], over[source])
             if piece <= _LEAST:
                 break
             while piece > _LEAST:
-                node = int(np.argmax(takes))
+                node = where_largest(takes)
                 amount = min(piece, takes[node])
                 if amount <= _LEAST:
                     return
@@ -107,7 +114,7 @@ def _between_nodes(
                 held[source, e] -= moved
 
 
-@compiled
+@loop
 def _fill_node(
     expert: int, node: int, amount: float, free: np.ndarray, topology: TopologyNumbers, replicas: Replicas, spare: np.ndarray
 ) -> float:
@@ -121,7 +128,7 @@ def _fill_node(
     return amount - left
 
 
-@compiled
+@loop
 def _between_devices(
     free: np.ndarray,
     held_D: np.ndarray,
@@ -132,16 +139,19 @@ def _between_devices(
     excess: np.ndarray,
     spare: np.ndarray,
 ) -> None:
-    for source in np.argsort(-excess, kind="mergesort"):
+    order = descending_order(excess)
+    for s in range(len(order)):
+        source = order[s]
         if excess[source] <= _LEAST:
             break
         node = topology.node_D[source] if same_node else -1
         held = experts_of[held_D[source] : held_D[source + 1]]
         amount = np.empty(len(held))
         for i in range(len(held)):
-            amount[i] = -replicas.quota_ED[held[i], source]
-        for i in np.argsort(amount, kind="mergesort"):
-            e = held[i]
+            amount[i] = replicas.quota_ED[held[i], source]
+        by_amount = descending_order(amount)
+        for i in range(len(held)):
+            e = held[by_amount[i]]
             left = min(replicas.quota_ED[e, source], excess[source])
             if left <= _LEAST:
                 break
@@ -155,7 +165,7 @@ def _between_devices(
                 left -= moved
 
 
-@compiled
+@loop
 def _most_spare(expert: int, node: int, free: np.ndarray, topology: TopologyNumbers, replicas: Replicas, spare: np.ndarray) -> int:
     """The device with the most time left (of a node; -1: of all) that has the expert; else of those with a free slot; -1: none."""
     best, best_fresh = -1, -1
@@ -172,7 +182,7 @@ def _most_spare(expert: int, node: int, free: np.ndarray, topology: TopologyNumb
     return best if best >= 0 else best_fresh
 
 
-@compiled
+@loop
 def _give(expert: int, device: int, amount: float, free: np.ndarray, replicas: Replicas, spare: np.ndarray) -> float:
     moved = min(amount, spare[device])
     if not replicas.has_ED[expert, device]:

@@ -22,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.data.batches import Batch
 from hecate.engine import step_plans
-from hecate.engine.layer_plan import PlanMode
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.mixlora import LoraShape
 from hecate.experts.router import TopKRouter
@@ -30,7 +29,7 @@ from hecate.kernels.backend import Backend
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
-from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.cost_model import LayerCost, PlanMode
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology

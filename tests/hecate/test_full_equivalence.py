@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from hecate.engine.layer_plan import PlanMode
 from hecate.engine.step_plans import EngineConfig
 from hecate.model.head import LanguageModelHead
 from hecate.model.surgery import MoeModel
 from hecate.model.upcycling import UpcyclingPlan, upcycle
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
+from hecate.parallel.cost_model import PlanMode
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hecate.engine.layer_plan import PlanMode
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.pairs import LoraShape
 from hecate.model.head import LanguageModelHead
@@ -27,6 +26,7 @@ from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.surgery import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
+from hecate.parallel.cost_model import PlanMode
 from hecate.parallel.expert_kinds import MOE_LORA
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups, own_group

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.parallel.cost_model import LayerCost, LayerSeconds, layer_seconds, rows_served
+from hecate.parallel.cost_model import ExecutionMode, LayerCost, LayerSeconds, layer_seconds, rows_served
 from hecate.parallel.flows import flows
 from hecate.parallel.topology import Link, Topology
 
@@ -137,7 +137,7 @@ def test_another_replica_never_takes_less_time_to_bring(case: Case, data: st.Dat
 @settings(max_examples=40)
 @given(cases())
 def test_gathering_again_never_takes_less_time(case: Case) -> None:
-    assert_no_part_falls(case.seconds(), case.seconds(rematerialize=True))
+    assert_no_part_falls(case.seconds(), case.seconds(execution=ExecutionMode(rematerialize=True)))
 
 
 @settings(max_examples=40)
@@ -160,8 +160,8 @@ def test_rows_grow_with_the_choices_behind_them(case: Case, move: float) -> None
     quota = tokens.copy()
     quota[:, 0] -= move * tokens[:, 0]
     quota[:, -1] += move * tokens[:, 0]
-    before = rows_served(flows(tokens, tokens, case.machines), tokens, case.cost)
-    after = rows_served(flows(tokens, quota, case.machines), tokens, case.cost)
+    before = rows_served(flows(tokens, tokens, case.machines), tokens, case.cost, case.machines)
+    after = rows_served(flows(tokens, quota, case.machines), tokens, case.cost, case.machines)
     assert after.computed_D[-1] >= before.computed_D[-1] * (1 - 1e-9)
     assert after.computed_D[0] <= before.computed_D[0] * (1 + 1e-9)
     assert after.computed_D.sum() >= before.computed_D.sum() * (1 - 1e-9)
@@ -171,7 +171,7 @@ def test_rows_grow_with_the_choices_behind_them(case: Case, move: float) -> None
 @given(cases())
 def test_rows_that_leave_arrive_and_are_no_more_than_choices_or_tokens(case: Case) -> None:
     flow = flows(case.loads_ED, case.quota_ED, case.machines)
-    found = rows_served(flow, case.loads_ED, case.cost)
+    found = rows_served(flow, case.loads_ED, case.cost, case.machines)
     sent, received = found.near[0] + found.far[0], found.near[1] + found.far[1]
     np.testing.assert_allclose(sent.sum(), received.sum(), rtol=1e-9, atol=1e-9)
     tokens_D = case.loads_ED.sum(0) / case.cost.top_k
@@ -189,8 +189,8 @@ def test_layers_are_priced_one_by_one(case: Case, rematerialize: bool) -> None:
     half = case.loads_ED / 2
     other = replace(case, where_ED=own, loads_ED=half, quota_ED=half.sum(1, keepdims=True) * own)
     stacked = {name: np.stack([getattr(case, name), getattr(other, name)]) for name in ("owner_E", "where_ED", "loads_ED", "quota_ED")}
-    together = replace(case, **stacked).seconds(rematerialize=rematerialize)
-    alone = [one.seconds(rematerialize=rematerialize) for one in (case, other)]
+    together = replace(case, **stacked).seconds(execution=ExecutionMode(rematerialize=rematerialize))
+    alone = [one.seconds(execution=ExecutionMode(rematerialize=rematerialize)) for one in (case, other)]
     for name in (*PARTS, "total"):
         np.testing.assert_allclose(getattr(together, name), [float(getattr(one, name)) for one in alone], rtol=1e-12)
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hecate.parallel.cost_model import LayerCost, Rows, exposed_seconds, layer_seconds, overlap_degree, rows_served
+from hecate.parallel.cost_loops import exposed_seconds
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, Rows, layer_seconds, overlap_degree, rows_served
 from hecate.parallel.flows import even_quota, flows
 from hecate.parallel.topology import Link, Topology
 
@@ -53,7 +54,7 @@ def seconds(
     tokens: list[list[float]] | None = None,
     quota: list[list[float]] | None = None,
     resident: list[list[int]] | None = None,
-    rematerialize: bool = False,
+    execution: ExecutionMode = HISTORY,
 ) -> dict[str, float]:
     """Of one layer; without `where` each expert is on its owner alone, without `tokens` there are none, without `quota` they stay."""
     owner_E = np.array(owner)
@@ -62,7 +63,7 @@ def seconds(
     loads_ED = np.zeros(where_ED.shape) if tokens is None else np.array(tokens, dtype=np.float64)
     quota_ED = loads_ED if quota is None else np.array(quota, dtype=np.float64)
     resident_ED = None if resident is None else np.array(resident, dtype=bool)
-    found = layer_seconds(owner_E, where_ED, quota_ED, loads_ED, machines, cost, resident_ED=resident_ED, rematerialize=rematerialize)
+    found = layer_seconds(owner_E, where_ED, quota_ED, loads_ED, machines, cost, resident_ED=resident_ED, execution=execution)
     return {name: float(getattr(found, name)) for name in ("compute", "dispatch", "gather", "reduce", "exposed", "optimizer", "total")}
 
 
@@ -217,7 +218,7 @@ def test_gather_between_nodes_by_hand() -> None:
     ],
 )
 def test_exposed_seconds_by_hand(compute: float, transfer: float, slowdown: float, expected: float) -> None:
-    assert float(exposed_seconds(compute, np.array(transfer), slowdown)) == pytest.approx(expected)
+    assert exposed_seconds(compute, transfer, slowdown) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("slowdown", "expected"), [(1.0, 2 + 4), (1.5, 3.5 + 7), (2.0, 5 + 10)])
@@ -235,7 +236,9 @@ def test_rematerialization_gathers_again_before_the_backward_pass() -> None:
     """As above without slowdown: 2 s forward; 10 + 5 s behind 6 s backward."""
     cost = LayerCost(trainable_bytes=5.0, gradient_bytes=10.0, non_moe_flops=6.0)
     machines = topology((0, 0), flops=(2.0, 5.0), near=Link(1.0, 0.0))
-    assert seconds(machines, cost, owner=[0], where=[[1, 1]], rematerialize=True)["exposed"] == pytest.approx(2 + 9)
+    assert seconds(machines, cost, owner=[0], where=[[1, 1]], execution=ExecutionMode(rematerialize=True))["exposed"] == pytest.approx(
+        2 + 9
+    )
 
 
 def test_the_optimizer_by_hand() -> None:
@@ -263,7 +266,9 @@ def test_frozen_bytes_are_paid_over_their_lifetime_and_once() -> None:
 def test_frozen_parts_are_not_gathered_again_before_the_backward_pass() -> None:
     """As above with nothing to hide behind: 6 + 2 s forward, 6 + 6 s backward."""
     cost = LayerCost(trainable_bytes=6.0, frozen_bytes=40.0)
-    found = seconds(topology((0, 0, 0), near=Link(2.0, 0.0)), cost, owner=[0], where=[[1, 1, 1]], rematerialize=True)
+    found = seconds(
+        topology((0, 0, 0), near=Link(2.0, 0.0)), cost, owner=[0], where=[[1, 1, 1]], execution=ExecutionMode(rematerialize=True)
+    )
     assert found["exposed"] == pytest.approx(20.0)
 
 
@@ -284,7 +289,7 @@ def test_bytes_of_an_expert() -> None:
 def rows(tokens: list[list[float]], quota: list[list[float]], top_k: int, nodes: tuple[int, ...]) -> Rows:
     loads_ED = np.array(tokens, dtype=np.float64)
     flow = flows(loads_ED, np.array(quota, dtype=np.float64), topology(nodes))
-    return rows_served(flow, loads_ED, LayerCost(trainable_bytes=0.0, top_k=top_k))
+    return rows_served(flow, loads_ED, LayerCost(trainable_bytes=0.0, top_k=top_k), topology(nodes))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.cost_model import ExecutionMode, LayerCost, PlanMode
 from hecate.parallel.flows import token_split
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
-from hecate.parallel.simulator import Mode, Simulated, replica_slots, simulate
+from hecate.parallel.simulator import Simulated, replica_slots, simulate
 from hecate.parallel.topology import Link, Topology
 
 NODE = Topology((0, 0), (1.0, 1.0), (1e9, 1e9), Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1.0, 1.0))
@@ -24,7 +24,7 @@ def run(
     planner: Planner,
     *,
     cost: LayerCost = COST,
-    mode: Mode = "history",
+    mode: PlanMode = "history",
     layers: int = 1,
     num_layers: int | None = None,
     rematerialize: bool = False,
@@ -33,7 +33,13 @@ def run(
     loads = np.repeat(np.array(steps).swapaxes(1, 2)[:, None], layers, axis=1)
     slots_D = np.full(topology.world_size, loads.shape[2])
     (row,) = simulate(
-        loads, topology, cost, {"tried": planner}, mode=mode, slots_D=slots_D, rematerialize=rematerialize, num_layers=num_layers
+        loads,
+        topology,
+        cost,
+        {"tried": planner},
+        execution=ExecutionMode(plan=mode, rematerialize=rematerialize),
+        slots_D=slots_D,
+        num_layers=num_layers,
     )
     return row
 
@@ -127,7 +133,9 @@ def test_attention_hides_no_gather_of_a_plan_made_after_the_gate() -> None:
     assert (history.seconds.gather, exact.seconds.gather) == (4, 4)
     assert (history.seconds.exposed, exact.seconds.exposed) == (0, 4)
     assert exact.step_seconds - history.step_seconds == 4
-    (full,) = simulate(np.array(steps).swapaxes(1, 2)[:, None], NODE, COST, {"full": halves}, mode="exact", slots_D=np.full(2, 2))
+    (full,) = simulate(
+        np.array(steps).swapaxes(1, 2)[:, None], NODE, COST, {"full": halves}, execution=ExecutionMode(plan="exact"), slots_D=np.full(2, 2)
+    )
     assert full.seconds.exposed == 0
 
 

@@ -11,6 +11,7 @@ import torch
 import hecate.engine.step_plans as step_plans
 from hecate.engine.engine import Engine
 from hecate.engine.step import MicroStep
+from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.planners import Plan, PlanInput
 from tests.hecate.experts.making import HIDDEN, engine, experts
 from tests.ranks import run_ranks
@@ -106,7 +107,7 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     made, asked = engine(LAYERS), []
     made.shards.config = replace(made.shards.config, plan=mode, planner=moving_target(asked))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_plans, "calibration_gain", lambda *_, rematerialize: 1.0 if adopt else 0.0)
+        patch.setattr(step_plans, "calibration_gain", lambda *_: 1.0 if adopt else 0.0)
         got, _ = step(made, rank)
     for key, grad in got.items():
         torch.testing.assert_close(grad, wanted[key], rtol=1e-12, atol=1e-12)
@@ -124,6 +125,9 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     if mode == "calibrated":
         predicted = asked[-1]
         assert predicted.expected_LED.sum() == len(LAYERS) * 2 * TOKENS * world, "half of the step's, for one of two micro-steps"
+        assert predicted.execution == ExecutionMode(plan=mode, micro_steps=2)
+        assert predicted.present_LED is not None
+        assert np.array_equal(predicted.present_LED, predicted.owned_LED), "what history's plan was in the step before"
     return calibrations
 
 

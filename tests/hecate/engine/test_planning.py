@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.engine.layer_plan import LayerPlan, calibration_gain, exchange_counts, layer_plan, one_layer
-from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
@@ -52,20 +52,21 @@ def shared() -> LayerPlan:
     ],
 )
 def test_gain_by_hand(cost: LayerCost, rematerialize: bool, gain: float) -> None:
-    assert calibration_gain(layer(cost), at_home(), shared(), rematerialize=rematerialize) == pytest.approx(gain)
+    executed = ExecutionMode(plan="calibrated", rematerialize=rematerialize)
+    assert calibration_gain(replace(layer(cost), execution=executed), at_home(), shared()) == pytest.approx(gain)
 
 
 def test_what_is_there_already_costs_nothing() -> None:
     everywhere = LayerPlan(everything_everywhere(OWNERS, 2), np.ones((2, 2)), None)
     better = LayerPlan(everywhere.placement, HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
-    assert calibration_gain(layer(), everywhere, better, rematerialize=False) == pytest.approx(150)
+    assert calibration_gain(layer(), everywhere, better) == pytest.approx(150)
 
 
 def test_what_is_there_and_not_wanted_need_not_be_reduced() -> None:
     """Both experts' gradients go different ways, side by side: one expert fewer there is nothing gained."""
     everywhere = LayerPlan(everything_everywhere(OWNERS, 2), HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
-    assert calibration_gain(layer(), everywhere, shared(), rematerialize=False) == pytest.approx(0)
-    assert calibration_gain(layer(), everywhere, at_home(), rematerialize=False) == pytest.approx(8 - 150)
+    assert calibration_gain(layer(), everywhere, shared()) == pytest.approx(0)
+    assert calibration_gain(layer(), everywhere, at_home()) == pytest.approx(8 - 150)
 
 
 def test_present_shares_meet_the_true_loads() -> None:
@@ -81,7 +82,13 @@ def test_present_shares_meet_the_true_loads() -> None:
 
 def test_a_layer_among_several() -> None:
     both = PlanInput(
-        np.array([[0, 1], [1, 0]]), np.ones((2, 2, 2)), TWO, COST, np.full(2, 2), resident_LED=np.arange(8).reshape(2, 2, 2) % 3 == 0
+        np.array([[0, 1], [1, 0]]),
+        np.ones((2, 2, 2)),
+        TWO,
+        COST,
+        np.full(2, 2),
+        resident_LED=np.arange(8).reshape(2, 2, 2) % 3 == 0,
+        present_LED=np.arange(8).reshape(2, 2, 2) % 2 == 0,
     )
     alone = one_layer(both, 1, np.array([[3, 4], [5, 6]]))
     assert alone.owner_LE.tolist() == [[1, 0]]
@@ -89,6 +96,9 @@ def test_a_layer_among_several() -> None:
     assert alone.resident_LED is not None
     assert both.resident_LED is not None
     assert alone.resident_LED.tolist() == both.resident_LED[1:].tolist()
+    assert alone.present_LED is not None
+    assert both.present_LED is not None
+    assert alone.present_LED.tolist() == both.present_LED[1:].tolist()
     assert (alone.cost, alone.slots_D.tolist()) == (COST, [2, 2])
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from hecate.parallel.cost_model import exposed_seconds
+from hecate.parallel.cost_loops import exposed_seconds
 from hecate.parallel.topology import Link, Topology
 from hecate.profile.fit import Flow, Measurements, fit_link, fit_overlap, nodes_of_hosts, port_rates, settle, topology_from, uplink_rates
 from hecate.profile.schedule import Rounds, alone_rounds, far_rounds, near_rounds
@@ -42,9 +41,7 @@ def test_a_link_whose_large_message_was_no_slower() -> None:
 def test_overlap(compute: float, transfer: float, both: float, slowdown: float) -> None:
     assert fit_overlap(compute, transfer, both) == pytest.approx(slowdown)
     if 1 < slowdown < 2:
-        assert compute + exposed_seconds(compute, np.asarray(transfer), slowdown) == pytest.approx(both), (
-            "not what the cost model means by it"
-        )
+        assert compute + exposed_seconds(compute, transfer, slowdown) == pytest.approx(both), "not what the cost model means by it"
 
 
 def flow(source: int, destination: int, bandwidth: float, latency: float = 0.0) -> Flow:

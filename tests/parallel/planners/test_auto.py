@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.parallel.cost_model import LayerCost, layer_seconds
+from hecate.parallel import cost_loops as loops
+from hecate.parallel import jit
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, cost_numbers, layer_seconds, topology_numbers, transfer_seconds
 from hecate.parallel.flows import even_quota
+from hecate.parallel.gather_bytes import PortBytes
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
-from hecate.parallel.planners import layer_loops as loops
-from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.planners.replica_lists import Replicas, add, copy_into, foreign, no_replicas, only_owners
+from hecate.parallel.planners.auto import _plan_layers, plan_auto
+from hecate.parallel.planners.spill import spill
+from hecate.parallel.replica_lists import Replicas, add, copy_into, everywhere, fill_lists, foreign, no_replicas, only_owners
 from hecate.parallel.topology import Link, Topology
+from tests.parallel.plain_cost_model import plain_layer_seconds
 
 KINDS = {
     "full experts": LayerCost(trainable_bytes=4e6, state_bytes=2.4e7, top_k=2, row_bytes=4096, assignment_flops=4e6, non_moe_flops=1e9),
@@ -68,26 +70,41 @@ def inputs(draw: st.DrawFn) -> PlanInput:
         random.integers(0, experts + 1, world),
         resident_LED=random.random((layers, experts, world)) < 0.2 if draw(st.booleans()) else None,
         max_imbalance=draw(st.none() | st.floats(1, 3)),
+        execution=draw(executions()),
+    )
+
+
+def executions() -> st.SearchStrategy[ExecutionMode]:
+    return st.builds(
+        ExecutionMode,
+        plan=st.sampled_from(["history", "calibrated", "exact"]),
+        rematerialize=st.booleans(),
+        prefetch=st.integers(0, 2),
+        micro_steps=st.integers(1, 4),
     )
 
 
 @settings(deadline=None)
 @given(inputs(), st.integers(0, 10**6))
-def test_the_loops_compute_what_the_cost_model_does(given_: PlanInput, seed: int) -> None:
+def test_the_loops_compute_what_plain_numpy_does(given_: PlanInput, seed: int) -> None:
     random = np.random.default_rng(seed)
     tokens, owner = given_.expected_LED[0], given_.owner_LE[0]
     where = given_.owned_LED[0] | (random.random(tokens.shape) < 0.4)
     share = random.random(tokens.shape) * where + 1e-9 * given_.owned_LED[0]
     quota = share / share.sum(1, keepdims=True) * tokens.sum(1, keepdims=True)
     resident = given_.owned_LED[0] if given_.resident_LED is None else given_.resident_LED[0]
-    numbers, cost = loops.topology_numbers(given_.topology), loops.cost_numbers(given_.cost, given_.topology)
+    numbers, cost = topology_numbers(given_.topology), cost_numbers(given_.cost, given_.topology, given_.execution)
     loads = loops.layer_loads(np.ascontiguousarray(tokens.T), numbers)
     replicas = lists(where, quota)
     got = loops.busy_seconds(replicas, loads, numbers, cost).max()
     got += loops.replica_seconds(owner, replicas, resident, numbers, cost)
     dispatch = loops.dispatch_seconds(replicas, loads, numbers, cost, np.inf)
-    wanted = layer_seconds(owner, where, quota, tokens, given_.topology, given_.cost, resident_ED=resident).total
-    np.testing.assert_allclose(got + dispatch, wanted, rtol=1e-9)
+    layer = (owner, where, quota, tokens, given_.topology, given_.cost)
+    wanted = plain_layer_seconds(*layer, resident_ED=resident, execution=given_.execution)
+    np.testing.assert_allclose(got + dispatch, wanted.total, rtol=1e-9)
+    priced = layer_seconds(*layer, resident_ED=resident, execution=given_.execution)
+    for part in ("compute", "dispatch", "gather", "reduce", "exposed", "optimizer"):
+        np.testing.assert_allclose(getattr(priced, part), getattr(wanted, part), rtol=1e-9, atol=1e-15, err_msg=part)
     assert enough_or_exact(loops.dispatch_seconds(replicas, loads, numbers, cost, dispatch / 2), dispatch / 2, dispatch)
     loops.even_quota_into(replicas, loads, numbers)
     np.testing.assert_allclose(np.where(where, replicas.quota_ED, 0.0), even_quota(where, tokens, given_.topology), rtol=1e-9, atol=1e-9)
@@ -119,6 +136,11 @@ def test_lists_of_replicas_are_sorted_and_forget() -> None:
     only_owners(copy, owner_E)
     assert np.argwhere(copy.has_ED).tolist() == [[e, 2] for e in range(5)]
     assert np.array_equal(replicas.has_ED, where_ED)
+    assert not everywhere(replicas)
+    assert not fill_lists(where_ED, copy)
+    assert np.array_equal(copy.count_E, replicas.count_E)
+    assert fill_lists(np.ones((5, 7), np.bool_), copy)
+    assert everywhere(copy)
 
 
 @settings(deadline=None)
@@ -160,6 +182,13 @@ def test_each_layer_is_planned_by_itself() -> None:
         alone = plan_auto(PlanInput(owners[:1], loads[layer : layer + 1], place, KINDS["full experts"], np.full(4, 2)))
         assert alone.quota_LED is not None
         assert np.array_equal(alone.quota_LED[0], together.quota_LED[layer])
+
+
+def test_spilling_hands_over_what_is_above_the_mean_as_far_as_slots_go() -> None:
+    """Expert 0 has 100 assignments on rank 0; rank 1 has a slot and takes a quarter, rank 2 has none, rank 3 a quarter."""
+    numbers, replicas = topology_numbers(equal_devices(4)), lists(np.eye(1, 4) > 0, np.full((1, 4), 100.0))
+    spill(np.zeros(1, np.int64), np.array([100.0, 0.0, 0.0, 0.0]), np.array([0, 1, 0, 1]), 1.0, True, numbers, replicas)
+    assert np.where(replicas.has_ED, replicas.quota_ED, 0.0).tolist() == [[50.0, 25.0, 0.0, 25.0]]
 
 
 def equal_devices(world: int) -> Topology:
@@ -214,31 +243,66 @@ def test_the_bound_on_imbalance_is_kept_even_where_that_is_slower(bound: float) 
     assert served.max() / served.mean() <= bound + 1e-6
 
 
-def test_compiled_and_plain_give_the_same_plan() -> None:
-    """Where numba is missing the same functions run as plain Python."""
-    if not hasattr(loops.busy_seconds, "py_func"):
-        pytest.skip("numba is not installed: there is only the plain version")
-    program = """
-import sys
-sys.modules["numba"] = None
-from tests.parallel.planners.test_auto import planned_for_comparison
-assert not hasattr(__import__("hecate.parallel.planners.spill").parallel.planners.spill.spill, "py_func")
-sys.stdout.buffer.write(planned_for_comparison().tobytes())
-"""
-    plain = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout
-    assert plain == planned_for_comparison().tobytes()
+def test_machine_code_and_plain_python_give_the_same_to_the_bit() -> None:
+    """Loads of no round numbers, so that another order of sums would show; devices, links, slots and executions that differ."""
+    if not jit.can_compile():
+        pytest.skip("numba is not installed: there is only plain Python")
+    with jit.plain_python():
+        plain = planned_and_priced()
+    with jit.compiling_here():
+        compiled = planned_and_priced()
+    assert len(plain) == len(compiled)
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.tobytes() == other.tobytes()
+    for entry in (loops.price_layers, loops.exchange_seconds, _plan_layers):
+        assert len(entry.machine_code.signatures) == 1, "compiled more than once: its calls differ in their types"
 
 
-def planned_for_comparison() -> np.ndarray:
+def planned_and_priced() -> list[np.ndarray]:
     random = np.random.default_rng(5)
-    place = topology((0, 1, 0, 1))
-    loads = random.integers(0, 300, (2, 6, 4)).astype(np.float64)
-    quotas = []
-    for cost in KINDS.values():
-        plan = plan_auto(PlanInput(np.stack([contiguous_owners(6, 4)] * 2), loads, place, cost, np.array([1, 2, 0, 4])))
-        assert plan.quota_LED is not None
-        quotas.append(plan.quota_LED)
-    return np.stack(quotas)
+    results = []
+    for number, (nodes, experts) in enumerate([((0, 1, 0, 1), 6), ((0, 0), 8), ((0, 0, 0, 1, 1, 2, 2), 33), ((0, 1), 1)]):
+        place, world = topology(nodes), len(nodes)
+        for cost in KINDS.values():
+            given_ = PlanInput(
+                np.stack([contiguous_owners(experts, world)] * 2),
+                random.lognormal(3, 2, (2, experts, world)),
+                place,
+                cost,
+                random.integers(0, experts + 1, world),
+                max_imbalance=1.1 if number % 2 else None,
+                resident_LED=random.random((2, experts, world)) < 0.2 if number > 1 else None,
+                execution=ExecutionMode(plan="exact", rematerialize=True) if number > 1 else HISTORY,
+            )
+            plan = plan_auto(given_)
+            assert plan.quota_LED is not None
+            priced = plan.seconds(given_)
+            results += [plan.where_LED, plan.quota_LED, priced.total, priced.gather, priced.dispatch]
+            ports = PortBytes(*random.lognormal(3, 2, (4, world)))
+            results.append(transfer_seconds(ports, 3.0, place))
+    return results
+
+
+def test_a_gather_that_nothing_hides_is_not_made_for_little() -> None:
+    """After the gate, attention hides nothing: an expert that would travel free before it stays at home, and its tokens go there."""
+    loads = np.array([[[60.0, 50.0], [50.0, 60.0]]])
+    cost = LayerCost(trainable_bytes=1e6, row_bytes=1e3, assignment_flops=1.0, non_moe_flops=1e12)
+    place = Topology((0, 0), (1e12,) * 2, (1e10,) * 2, Link(1e7, 1e-5), Link(1e7, 1e-5))
+    before = PlanInput(np.array([[0, 1]]), loads, place, cost, np.full(2, 2))
+    after = dataclasses.replace(before, execution=ExecutionMode(plan="exact"))
+    assert plan_auto(before).where_LED.all()
+    assert np.array_equal(plan_auto(after).where_LED, after.owned_LED)
+
+
+def test_a_second_gather_is_paid_for() -> None:
+    """One gather of 60 ms hides behind 80 ms of attention; its reduction and a second one, 120 ms, do not both behind backward's 100 ms."""
+    loads = np.array([[[60.0, 2.0], [2.0, 60.0]]])
+    cost = LayerCost(trainable_bytes=6e5, row_bytes=1e2, assignment_flops=1.0, non_moe_flops=5e10)
+    place = Topology((0, 0), (1e12,) * 2, (1e10,) * 2, Link(1e7, 1e-5), Link(1e7, 1e-5))
+    once = PlanInput(np.array([[0, 1]]), loads, place, dataclasses.replace(cost, non_moe_flops=8e10), np.full(2, 2))
+    twice = dataclasses.replace(once, cost=cost, execution=ExecutionMode(rematerialize=True))
+    assert plan_auto(once).where_LED.all()
+    assert np.array_equal(plan_auto(twice).where_LED, twice.owned_LED)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

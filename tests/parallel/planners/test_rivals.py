@@ -26,18 +26,18 @@ def plan_input(
     *,
     nodes: tuple[int, ...] | None = None,
     cost: LayerCost = UNIT,
-    resident: list[list[int]] | None = None,
+    present: list[list[int]] | None = None,
     max_imbalance: float | None = None,
 ) -> PlanInput:
     """One layer; devices of 1 FLOP/s, links of 1 byte/s without latency.
 
-    `loads`: a row a source rank. `resident`: ranks of each expert.
+    `loads`: a row a source rank. `present`: ranks of each expert in the plan before.
     """
     world, link = len(slots), Link(1.0, 0.0)
     topology = Topology(nodes or (0,) * world, (1.0,) * world, (1e9,) * world, link, link)
     loads_LED = None if loads is None else np.array([loads], dtype=np.float64).swapaxes(1, 2)
-    resident_LED = None if resident is None else np.array([[[rank in ranks for rank in range(world)] for ranks in resident]])
-    return PlanInput(np.array([owner]), loads_LED, topology, cost, np.array(slots), resident_LED, max_imbalance)
+    present_LED = None if present is None else np.array([[[rank in ranks for rank in range(world)] for ranks in present]])
+    return PlanInput(np.array([owner]), loads_LED, topology, cost, np.array(slots), max_imbalance=max_imbalance, present_LED=present_LED)
 
 
 def totals(loads: list[float], world: int) -> list[list[float]]:
@@ -135,7 +135,7 @@ def test_flexmoe_shrinks_the_cold_for_the_hot() -> None:
 
     Expert 2 gives up its slot to expert 0: 4.5, 5, 0.5. Expert 1 does: 3, 4, 3. Then there is a slot on device 0 for expert 1:
     3.5, 3.5, 3."""
-    plan = POLICIES["flexmoe"](plan_input([0, 1, 2], totals([9, 1, 0], 3), [1, 1, 1], resident=[[0], [1, 2], [1, 2]]))
+    plan = POLICIES["flexmoe"](plan_input([0, 1, 2], totals([9, 1, 0], 3), [1, 1, 1], present=[[0], [1, 2], [1, 2]]))
     assert where(plan) == [[0, 1, 2], [0, 1], [2]]
     assert quota(plan) == [[3, 3, 3], [0.5, 0.5, 0], [0, 0, 0]]
 
@@ -143,15 +143,23 @@ def test_flexmoe_shrinks_the_cold_for_the_hot() -> None:
 def test_flexmoe_migrates_a_replica_to_make_room() -> None:
     """Loads 12, 2, 0; device 1 holds experts 0 and 2, device 2 expert 1: 7, 6, 1. Expert 2 is the coldest, but where it gives up its
     slot, expert 0 is already: expert 1 moves there, and expert 0 takes its slot on device 2: 5, 5, 4."""
-    plan = POLICIES["flexmoe"](plan_input([0, 0, 2], totals([12, 2, 0], 3), [0, 2, 1], resident=[[0, 1], [0, 2], [1, 2]]))
+    plan = POLICIES["flexmoe"](plan_input([0, 0, 2], totals([12, 2, 0], 3), [0, 2, 1], present=[[0, 1], [0, 2], [1, 2]]))
     assert where(plan) == [[0, 1, 2], [0, 1], [2]]
     assert quota(plan) == [[4, 4, 4], [1, 1, 0], [0, 0, 0]]
+
+
+def test_flexmoe_does_not_take_frozen_parts_for_the_plan_before() -> None:
+    """Expert 0 was shared by both devices; its frozen part is still at its owner only. And the other way round: nothing was shared."""
+    shared = plan_input([0, 1], totals([8, 4], 2), [1, 1], present=[[0, 1], [1]])
+    assert where(POLICIES["flexmoe"](shared)) == where(POLICIES["flexmoe"](replace(shared, resident_LED=shared.owned_LED)))
+    alone = plan_input([0, 1, 2], totals([4, 4, 4], 3), [1, 1, 1])
+    assert where(POLICIES["flexmoe"](replace(alone, resident_LED=np.ones((1, 3, 3), dtype=bool)))) == [[0], [1], [2]]
 
 
 def test_flexmoe_starts_from_as_much_as_fits() -> None:
     """Both experts of device 0 are said to be on device 1, which has one slot: the hotter one, expert 1, stays. No change helps: the
     hottest per replica is on device 1 already."""
-    plan = POLICIES["flexmoe"](plan_input([0, 0, 1], totals([2, 4, 6], 2), [0, 1], resident=[[0, 1], [0, 1], [1]]))
+    plan = POLICIES["flexmoe"](plan_input([0, 0, 1], totals([2, 4, 6], 2), [0, 1], present=[[0, 1], [0, 1], [1]]))
     assert where(plan) == [[0], [0, 1], [1]]
     assert quota(plan) == [[2, 0], [2, 2], [0, 6]]
 
@@ -159,7 +167,7 @@ def test_flexmoe_starts_from_as_much_as_fits() -> None:
 def test_flexmoe_changes_at_most_ten_replicas_of_what_is_there() -> None:
     """Twenty equal experts on device 0, each of which would do better on the idle device, too."""
     owners_alone = [[0]] * 20
-    plan = POLICIES["flexmoe"](plan_input([0] * 20, totals([1] * 20, 2), [0, 20], resident=owners_alone))
+    plan = POLICIES["flexmoe"](plan_input([0] * 20, totals([1] * 20, 2), [0, 20], present=owners_alone))
     assert plan.where_LED.sum() == 20 + 10
 
 
@@ -366,7 +374,7 @@ def test_every_policy_returns_a_plan_that_can_be_carried_out(policy: str, given_
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @given(given_=inputs())
 def test_every_policy_is_a_pure_function(policy: str, given_: PlanInput) -> None:
-    arrays = ("owner_LE", "loads_LED", "slots_D", "resident_LED")
+    arrays = ("owner_LE", "loads_LED", "slots_D", "resident_LED", "present_LED")
     before = {name: None if getattr(given_, name) is None else getattr(given_, name).copy() for name in arrays}
     first, second = POLICIES[policy](given_), POLICIES[policy](given_)
     np.testing.assert_array_equal(first.where_LED, second.where_LED)
@@ -387,6 +395,7 @@ def test_layers_do_not_depend_on_each_other(policy: str, given_: PlanInput) -> N
                 owner_LE=given_.owner_LE[part],
                 loads_LED=None if given_.loads_LED is None else given_.loads_LED[part],
                 resident_LED=None if given_.resident_LED is None else given_.resident_LED[part],
+                present_LED=None if given_.present_LED is None else given_.present_LED[part],
             )
         )
         np.testing.assert_array_equal(together.where_LED[part], alone.where_LED)

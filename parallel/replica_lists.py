@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hecate.parallel.compiled import compiled
+from hecate.parallel.jit import loop
 
 
 class Replicas(NamedTuple):
@@ -30,7 +30,7 @@ def no_replicas(experts: int, ranks: int) -> Replicas:
     return Replicas(np.zeros(shape, np.bool_), np.zeros(experts, np.int64), np.zeros(shape, np.int32), np.zeros(shape))
 
 
-@compiled
+@loop
 def add(replicas: Replicas, expert: int, rank: int) -> None:
     """A new replica, without choices yet."""
     replicas.has_ED[expert, rank] = True
@@ -43,14 +43,14 @@ def add(replicas: Replicas, expert: int, rank: int) -> None:
     replicas.count_E[expert] += 1
 
 
-@compiled
+@loop
 def only_owners(replicas: Replicas, owner_E: np.ndarray) -> None:
     for e in range(len(owner_E)):
         _forget(replicas, e)
         add(replicas, e, owner_E[e])
 
 
-@compiled
+@loop
 def copy_into(source: Replicas, target: Replicas) -> None:
     for e in range(len(source.count_E)):
         _forget(target, e)
@@ -63,7 +63,32 @@ def copy_into(source: Replicas, target: Replicas) -> None:
             target.quota_ED[e, d] = source.quota_ED[e, d]
 
 
-@compiled
+@loop
+def fill_lists(where_ED: np.ndarray, replicas: Replicas) -> bool:
+    """The lists, without quotas, of a placement; returns whether every expert is everywhere."""
+    experts, ranks = where_ED.shape
+    everywhere = True
+    for e in range(experts):
+        count = 0
+        for d in range(ranks):
+            if where_ED[e, d]:
+                replicas.rank_EC[e, count] = d
+                count += 1
+        replicas.count_E[e] = count
+        everywhere = everywhere and count == ranks
+    return everywhere
+
+
+@loop
+def everywhere(replicas: Replicas) -> bool:
+    """Is every expert on every rank?"""
+    fewest = replicas.has_ED.shape[1]
+    for e in range(len(replicas.count_E)):
+        fewest = min(fewest, replicas.count_E[e])
+    return fewest == replicas.has_ED.shape[1]
+
+
+@loop
 def foreign(replicas: Replicas, owner_E: np.ndarray) -> np.ndarray:
     """int64 [ranks]: replicas of other ranks' experts."""
     count = np.zeros(replicas.has_ED.shape[1], np.int64)
@@ -74,7 +99,7 @@ def foreign(replicas: Replicas, owner_E: np.ndarray) -> np.ndarray:
     return count
 
 
-@compiled
+@loop
 def _forget(replicas: Replicas, expert: int) -> None:
     for c in range(replicas.count_E[expert]):
         replicas.has_ED[expert, replicas.rank_EC[expert, c]] = False

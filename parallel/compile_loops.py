@@ -1,0 +1,29 @@
+"""`python -m hecate.parallel.compile_loops`: compile the planner's loops for this machine (see `hecate.parallel.jit`)."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from hecate.parallel import jit
+from hecate.parallel.cost_model import LayerCost, transfer_seconds
+from hecate.parallel.gather_bytes import PortBytes
+from hecate.parallel.planners import PlanInput
+from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.topology import local_topology
+
+
+def compile_all() -> None:
+    """Call every entry once, with the smallest of inputs."""
+    owners = np.zeros((1, 1), dtype=np.int64)
+    cost = LayerCost(trainable_bytes=1.0, row_bytes=1.0)
+    with jit.compiling_here():
+        given = PlanInput(owners, None, local_topology(1, cuda=False), cost, np.ones(1, dtype=np.int64))
+        plan_auto(given).seconds(given)
+        transfer_seconds(PortBytes(*np.zeros((4, 1))), 1.0, given.topology)
+
+
+if __name__ == "__main__":
+    os.nice(5)  # what trains meanwhile goes first
+    compile_all()

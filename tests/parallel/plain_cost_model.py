@@ -1,0 +1,132 @@
+"""The cost model of a layer in plain numpy, over arrays of all experts and ranks: what `hecate.parallel.cost_loops` is held to.
+
+Shapes: ... any leading dimensions (layers), E experts, D ranks, N nodes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Rows
+from hecate.parallel.flows import Flows, flows, node_membership
+from hecate.parallel.gather_bytes import PortBytes, gather_ports
+from hecate.parallel.topology import Topology
+
+
+def plain_layer_seconds(
+    owner_E: np.ndarray,
+    where_ED: np.ndarray,
+    quota_ED: np.ndarray,
+    loads_ED: np.ndarray,
+    topology: Topology,
+    cost: LayerCost,
+    *,
+    execution: ExecutionMode = HISTORY,
+    flow: Flows | None = None,
+    resident_ED: np.ndarray | None = None,
+) -> LayerSeconds:
+    """As `hecate.parallel.cost_model.layer_seconds`."""
+    if flow is None:
+        flow = flows(loads_ED, quota_ED, topology)
+    rows = plain_rows_served(flow, loads_ED, cost)
+    choices_D = quota_ED.sum(-2)
+    rate_D = np.asarray(topology.flops)
+    row_work = cost.row_flops * (1 + cost.row_backward)
+    choice_work = cost.assignment_flops * (1 + cost.assignment_backward)
+    compute = ((rows.computed_D * row_work + choices_D * choice_work) / rate_D).max(-1)
+
+    gather_ports_ = gather_ports(owner_E, where_ED, topology)
+    gather = transfer_seconds(gather_ports_, cost.trainable_bytes, topology)
+    reduce = transfer_seconds(gather_ports_.reversed(), cost.reduced_bytes, topology)
+    again = gather  # frozen parts stay
+    if cost.frozen_bytes:
+        fresh_ED = where_ED if resident_ED is None else where_ED & ~resident_ED
+        at_owner_ED = owner_E[..., None] == np.arange(where_ED.shape[-1])
+        gather = gather + transfer_seconds(
+            gather_ports(owner_E, fresh_ED | at_owner_ED, topology), cost.frozen_bytes / cost.frozen_lifetime, topology
+        )
+    attention = cost.non_moe_flops / rate_D.min()
+    slowdown = topology.overlap_slowdown
+    exposed = exposed_seconds(attention if execution.hides_gather else 0.0, gather, slowdown)
+    if execution.rematerialize and execution.prefetch:
+        exposed = exposed + exposed_seconds(2 * attention, reduce + again, slowdown)
+    else:
+        exposed = exposed + exposed_seconds(2 * attention, reduce, slowdown) + (again if execution.rematerialize else 0.0)
+    owned_D = (owner_E[..., None] == np.arange(where_ED.shape[-1])).sum(-2)
+    optimizer = (owned_D * (cost.reduced_bytes + 2 * cost.state_bytes) / np.asarray(topology.memory_bandwidth)).max(-1)
+    asked = np.asarray(~where_ED.all((-2, -1)) & loads_ED.any((-2, -1)))
+    return LayerSeconds(
+        compute,
+        dispatch_seconds(rows, topology, cost, asked, 1 if execution.per_micro_step else execution.micro_steps),
+        gather,
+        reduce,
+        exposed,
+        optimizer,
+    )
+
+
+def plain_rows_served(flow: Flows, loads_ED: np.ndarray, cost: LayerCost) -> Rows:
+    """Distinct tokens behind the choices. A token travels once to a rank however many of its experts are there.
+
+    Loads do not say which choices belong to one token; they are taken as drawn independently: c of the k·T choices of T tokens touch
+    T·(1 - (1 - c/(kT))^k) tokens.
+    """
+    k = cost.top_k
+    tokens_D = loads_ED.sum(-2) / k
+    others_D = tokens_D.sum(-1, keepdims=True) - tokens_D
+    near_served, far_served = flow.near_served_ED.sum(-2), flow.far_served_ED.sum(-2)
+    near_sent, far_sent = flow.near_sent_ED.sum(-2), flow.far_sent_ED.sum(-2)
+    remote = near_served + far_served
+    received = _distinct(remote, others_D, k)
+    share = _ratio(received, remote)
+    mean_share = _ratio(received.sum(-1), remote.sum(-1))[..., None]
+    computed = _distinct(flow.local_ED.sum(-2), tokens_D, k) + received
+    return Rows(computed, (near_sent * mean_share, near_served * share), (far_sent * mean_share, far_served * share))
+
+
+def dispatch_seconds(rows: Rows, topology: Topology, cost: LayerCost, asked: np.ndarray, times: int) -> np.ndarray:
+    """All all-to-alls of a layer's rows in a step. Four of them carry rows, with ports in turn sending and receiving.
+
+    Args:
+        times: micro-steps whose all-to-alls pay their latencies.
+        asked: bool [...]: not every expert is everywhere, so ranks ask each other what they send, also where it turns out to be nothing.
+    """
+    ports = PortBytes(rows.near[0], rows.near[1], rows.far[0], rows.far[1])
+    once = port_seconds(ports, cost.row_bytes, topology)
+    far, near = rows.far[0].sum(-1) > LEAST_TRAFFIC, rows.near[0].sum(-1) > LEAST_TRAFFIC
+    latency = np.where(far, topology.inter_node.latency, np.where(near, topology.intra_node.latency, asked * topology.exchange_latency))
+    return 4 * once + DISPATCH_COLLECTIVES * times * latency
+
+
+def port_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.ndarray:
+    """Seconds until the busiest port is done, without latency; traffic counted in units of `unit_bytes`."""
+    near = np.maximum(ports.near_out_D, ports.near_in_D) / np.asarray(topology.port_bandwidth)
+    seconds = near.max(-1)
+    if topology.num_nodes > 1:
+        member_DN = node_membership(topology)
+        nic = np.maximum(ports.far_out_D, ports.far_in_D) / np.asarray(topology.nic_bandwidth)
+        uplink = np.maximum(ports.far_out_D @ member_DN, ports.far_in_D @ member_DN) / np.asarray(topology.uplink_bandwidth)
+        seconds = np.maximum(seconds, np.maximum(nic.max(-1), uplink.max(-1)))
+    return seconds * unit_bytes
+
+
+def exposed_seconds(compute: float | np.ndarray, transfer: np.ndarray, slowdown: float) -> np.ndarray:
+    """What a transfer beside `compute` seconds of work adds: both are slowed down while both run."""
+    both = np.minimum(compute, transfer)
+    return np.asarray(transfer - both + (slowdown - 1) * both)
+
+
+def transfer_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.ndarray:
+    """Seconds of one exchange of chunks, latency included; traffic counted in units of `unit_bytes`."""
+    far, near = ports.far_out_D.sum(-1) > 0, ports.near_out_D.sum(-1) > 0
+    latency = np.where(far, topology.inter_node.latency, 0.0) + np.where(near, topology.intra_node.latency, 0.0)
+    return port_seconds(ports, unit_bytes, topology) + latency
+
+
+def _distinct(choices: np.ndarray, tokens: np.ndarray, k: int) -> np.ndarray:
+    return tokens * (1 - (1 - np.minimum(_ratio(choices, k * tokens), 1.0)) ** k)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0)

@@ -1,0 +1,21 @@
+"""Stands in for `hecate.parallel.compile_loops` in tests: it takes its time, and leaves the mark of one that is done."""
+
+import time
+
+from hecate.parallel import jit
+
+
+@jit.loop
+def double(x: float) -> float:
+    return 2.0 * x
+
+
+@jit.entry
+def twice(x: float) -> float:
+    return double(x) + 0.5
+
+
+if __name__ == "__main__":
+    time.sleep(1.5)
+    with jit.compiling_here():
+        pass
