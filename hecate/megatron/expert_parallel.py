@@ -97,10 +97,10 @@ class RecordingRouter(TopKRouter):
         prob_TE, map_TE = super().routing(logits, padding_mask)
         if self._current is not None:
             current = self._current.required()
-            # Padding is routed, too, here, but its outputs and gradients go nowhere; ours does not count it.
-            by_rows = [tensor.view_as(logits).transpose(0, 1).flatten(0, 1) for tensor in (logits, prob_TE, map_TE)]
+            # Megatron's layers route padding, too; its outputs and gradients reach no label, and it is not counted.
+            by_sequence = [tensor.view_as(logits).transpose(0, 1).flatten(0, 1) for tensor in (logits, prob_TE, map_TE)]
             valid = current.tokens.valid
-            routing = self._routing(*(part if valid is None else part[valid] for part in by_rows))
+            routing = self._routing(*(part if valid is None else part[valid] for part in by_sequence))
             current.note_routing(Unit(self.layer_number - 1), routing)
         return prob_TE, map_TE
 
@@ -130,7 +130,7 @@ def put_experts(layer: MoELayer, chunks_nC: Tensor) -> None:
 
 
 def write_gradients(layer: MoELayer, grad_nC: Tensor) -> None:
-    """Move the local experts' gradients to their rows of `grad_nC`: zeros where there are none."""
+    """Copy the local experts' gradients to their rows of `grad_nC`, zeros where an expert has none, and forget them in the layer."""
     for expert, row in zip(layer.local_expert_indices, grad_nC, strict=True):
         for parameter, part in zip(_weights(layer, expert), _split(layer, expert, row), strict=True):
             if parameter.grad is None:

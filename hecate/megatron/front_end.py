@@ -44,7 +44,7 @@ with quietly():
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from hecate.megatron.gpt import INIT_STD, build_gpt, process_groups, transformer_config
-    from hecate.megatron.layer import FssdpMoeLayer, OwnMoeLayer
+    from hecate.megatron.layer import MoeMlp
     from hecate.megatron.tensor_parallel import prepare_sharded_layers
 
 
@@ -172,13 +172,13 @@ def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[Unit, nn.Module],
     if ranks.tensor is not None:
         prepare_sharded_layers()
         parallel = {"tensor_model_parallel_size": ranks.tp_size, "sequence_parallel": True}
-    module = FssdpMoeLayer if all(isinstance(layer, MoeLayer) for layer in layers.values()) else OwnMoeLayer
+    ours = all(isinstance(layer, MoeLayer) for layer in layers.values())
     with quietly():
         model = build_gpt(
             shape,
             vocabulary,
             transformer_config(shape, dtype, **parallel),
-            ModuleSpec(module=module, params={"layers": layers}),
+            ModuleSpec(module=MoeMlp, params={"layers": layers, "sequences_first": ours}),
             process_groups(ranks.groups, ranks.tensor),
             seed=seed,
         )

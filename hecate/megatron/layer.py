@@ -1,6 +1,6 @@
 """What stands in a Megatron layer in the place of its own: our experts, torch's attention and norms, rotary embeddings of any device.
 
-Shapes: S positions, B rows, N heads, G key-value heads, H of a head, D hidden.
+Shapes: S positions, B sequences, N heads, G key-value heads, H of a head, D hidden.
 """
 
 from __future__ import annotations
@@ -17,32 +17,31 @@ from torch import Tensor, nn
 from hecate.parallel.units import Unit
 
 
-class FssdpMoeLayer(MegatronModule):
-    """A transformer layer's `mlp`: router and engine of the transformers path, `hecate.experts.layer.MoeLayer`.
+class MoeMlp(MegatronModule):
+    """A transformer layer's `mlp`. It calls the MoE layer of its unit: hecate's (`hecate.experts.layer.MoeLayer`) or Megatron's own.
 
-    It is built by a ModuleSpec with the parameter `layers`, and takes its own when Megatron says which layer it is in.
+    A ModuleSpec builds it with the parameters `layers` and `sequences_first`. It takes its MoE layer when Megatron says which transformer
+    layer it is in.
     """
 
-    def __init__(self, config: Any, *, layers: Mapping[Unit, nn.Module], submodules: Any = None, **_: Any) -> None:
+    def __init__(self, config: Any, *, layers: Mapping[Unit, nn.Module], sequences_first: bool, submodules: Any = None, **_: Any) -> None:
         """Args:
-        layers: by their units.
+        layers: the MoE layers by their units.
+        sequences_first: they map [B, S, D] to [B, S, D], and tokens are numbered in that order; False: as Megatron's own, they map
+            [S, B, D] to an output like it and a bias, which is None.
         """
         super().__init__(config=config)
         self._layers = layers
+        self._sequences_first = sequences_first
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron counts from 1."""
         self.moe = self._layers[Unit(layer_number - 1)]
 
     def forward(self, hidden_SBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        """The experts' output, and no bias. Tokens are numbered by rows elsewhere, and here, too."""
-        return self.moe(hidden_SBD.transpose(0, 1)).transpose(0, 1), None
-
-
-class OwnMoeLayer(FssdpMoeLayer):
-    """Where the layers are Megatron's own (`hecate.megatron.expert_parallel`)."""
-
-    def forward(self, hidden_SBD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """The experts' output, [S, B, D], and no bias."""
+        if self._sequences_first:
+            return self.moe(hidden_SBD.transpose(0, 1)).transpose(0, 1), None
         return self.moe(hidden_SBD)
 
 
@@ -59,7 +58,7 @@ class TorchAttention(nn.Module):
         """[S, B, N, H], [S, B, G, H] twice -> [S, B, N · H].
 
         Args:
-            attention_mask: bool [B, 1, S, S], true where a query may look, as everywhere here and other than in Megatron; None: causal.
+            attention_mask: bool [B, 1, S, S], true where a query may attend, which is the opposite of Megatron's masks; None: causal.
         """
         q_BNSH, k_BGSH, v_BGSH = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         y_BNSH = F.scaled_dot_product_attention(

@@ -208,7 +208,7 @@ def test_what_cannot_be_is_refused(folder: Path, override: str, words: str) -> N
     ],
 )
 def test_what_is_of_our_layers_is_refused_with_megatrons(folder: Path, override: str) -> None:
-    with pytest.raises(ConfigError, match="is of our own layers") as error:
+    with pytest.raises(ConfigError, match="belongs to hecate.s own layers") as error:
         config_of(folder, MEGATRONS, override)
     assert {problem.key for problem in error.value.problems} == {override.partition("=")[0]}
 
@@ -218,7 +218,7 @@ def _three_experts(rank: int, world: int, folder: str) -> None:
         Run(config_of(Path(folder), MEGATRONS, "moe.num_experts=3"), ranks_of(rank, world))
 
 
-def test_megatrons_layers_want_equally_many_experts_on_each_rank(folder: Path) -> None:
+def test_megatrons_layers_need_equally_many_experts_on_each_rank(folder: Path) -> None:
     run_ranks(2, _three_experts, str(folder))
 
 
