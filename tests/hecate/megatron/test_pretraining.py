@@ -208,7 +208,7 @@ def test_what_cannot_be_is_refused(folder: Path, override: str, words: str) -> N
     ],
 )
 def test_what_is_of_our_layers_is_refused_with_megatrons(folder: Path, override: str) -> None:
-    with pytest.raises(ConfigError, match="belongs to hecate.s own layers") as error:
+    with pytest.raises(ConfigError, match="belongs to hecate's own layers") as error:
         config_of(folder, MEGATRONS, override)
     assert {problem.key for problem in error.value.problems} == {override.partition("=")[0]}
 
