@@ -22,11 +22,15 @@ from torch import Tensor
 
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.mixlora import LoraShape, MixLoraExperts
-from hecate.kernels.common.ffn import PROJECTIONS, FfnBase
+from hecate.experts.family import Site
+from hecate.experts.mixlora import MixLoraExperts
+from hecate.experts.pairs import LoraShape, PlainPairs
+from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
 from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.expert_kinds import FfnSizes
 from hecate.parallel.planners import Planner
 from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 
@@ -84,15 +88,16 @@ def make_experts(shape: Shape, layer: int) -> MeasuredExperts:
         torch.randn(shape.hidden, shape.ffn, generator=random) / shape.ffn**0.5,
         "silu",
     )
-    lora = LoraShape(shape.rank, 2.0, 0.0)
-    return MeasuredExperts(base, lora, PROJECTIONS, layer=layer, num_experts=shape.experts, seed=0, master_dtype=torch.float32)
+    pairs = PlainPairs(LoraShape(shape.rank, 2.0, 0.0), PROJECTIONS, FfnSizes(shape.hidden, shape.ffn))
+    ffn, cpu = FfnShape(shape.hidden, shape.ffn, "silu"), torch.device("cpu")
+    return MeasuredExperts(Site(Unit(layer), shape.experts, ffn, 0, torch.float32, torch.float32, cpu), base, pairs)
 
 
 class Stack:
     """The layers of one policy on this rank, with their optimizer."""
 
     def __init__(self, shape: Shape, planner: Planner, topology: Topology, cost: LayerCost, groups: ExpertGroups) -> None:
-        families = {layer: make_experts(shape, layer) for layer in range(shape.layers)}
+        families = {Unit(layer): make_experts(shape, layer) for layer in range(shape.layers)}
         for family in families.values():
             family.measured = cost
         self.shape = shape
@@ -116,10 +121,10 @@ class Stack:
         micro = step.begin_micro_step()
         hidden = x_TD
         for layer, (expert_TK, weight_TK) in enumerate(routing):
-            micro.prefetch(layer)
+            micro.prefetch(Unit(layer))
             hidden = attention(hidden, self.projections[layer])
             real = len(expert_TK)
-            y_TD = micro.experts(layer, hidden[:real], expert_TK, weight_TK, torch.arange(real))
+            y_TD = micro.experts(Unit(layer), hidden[:real], expert_TK, weight_TK, torch.arange(real))
             hidden = hidden + (y_TD if real == len(hidden) else torch.cat([y_TD, hidden[real:]]))
         micro.backward(hidden, torch.ones_like(hidden))
         step.finish()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.family import ExpertFamily
-from hecate.experts.full import FullExperts
+from hecate.experts.families import make_experts
+from hecate.experts.family import ExpertChoices, ExpertFamily, FfnExperts, FfnSource, Site
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import LoraShape
@@ -21,12 +21,12 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
 from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
+from hecate.parallel.expert_kinds import KINDS, Family
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
-KINDS = ("mixlora", "full", "moe_lora")
-"""LoRA experts over a dense base; experts that are all trained; LoRA over the frozen experts of an MoE base"""
 ROUTINGS = ("zipf(1.2)", "balanced", "hot", "rotating")
 ROTATION = 2
 """steps between two moves of the rotating hot expert: fewer than the history that a plan is made from"""
@@ -88,7 +88,7 @@ def route(routing: str, shape: Shape, seed: int, step: int = 0) -> tuple[Tensor,
     return torch.from_numpy(expert), torch.from_numpy(weight / weight.sum(1, keepdims=True)).float()
 
 
-def make_family(kind: str, shape: Shape) -> ExpertFamily:
+def make_family(kind: Family, shape: Shape) -> ExpertFamily:
     """A family whose chunks are random, B included, and made once for all engines."""
     family = _family(kind, shape)
     numel = family.layout().trainable_numel
@@ -97,24 +97,16 @@ def make_family(kind: str, shape: Shape) -> ExpertFamily:
     return family
 
 
-def _family(kind: str, shape: Shape) -> ExpertFamily:
-    lora = LoraShape(shape.rank, 2.0, 0.0)
-    if kind == "mixlora":
-        gate_up, down = shape.expert.matrices(weights(shape, 0))
-        gate, up = gate_up.chunk(2)
-        base = FfnBase(gate, up, down, "silu")
-        return MixLoraExperts(base, lora, PROJECTIONS, layer=0, num_experts=shape.experts, seed=0, master_dtype=torch.float32)
-    named: dict[str, Any] = {
-        "layer": 0,
-        "num_experts": shape.experts,
-        "seed": 0,
-        "master_dtype": torch.float32,
-        "compute_dtype": torch.float32,
-    }
-    if kind == "full":
-        return FullExperts(shape.expert, device=torch.device("cpu"), **named)
-    frozen = [weights(shape, expert) for expert in range(shape.experts)]
-    return MoeLoraExperts(shape.expert, frozen.__getitem__, lora, PROJECTIONS, device=torch.device("cpu"), **named)
+def _family(kind: Family, shape: Shape) -> FfnExperts:
+    cpu = torch.device("cpu")
+    site = Site(Unit(0), shape.experts, shape.expert, 0, torch.float32, torch.float32, cpu)
+    gate_up, down = shape.expert.matrices(weights(shape, 0))
+    gate, up = gate_up.chunk(2)
+    frozen = [weights(shape, expert) for expert in range(shape.experts)] if KINDS[kind].of_moe_base else []
+    lora = LoraShape(shape.rank, 2.0, 0.0) if KINDS[kind].has_pairs else None
+    # Of experts of an MoE base gate and up get a pair each, other than in a model, so that all kinds compute alike.
+    choices = ExpertChoices(lora, PROJECTIONS)
+    return make_experts(KINDS[kind], site, FfnSource(FfnBase(gate, up, down, "silu"), frozen.__getitem__), choices)
 
 
 def weights(shape: Shape, expert: int) -> Tensor:
@@ -130,7 +122,7 @@ def make_engine(
     """An engine of one layer. `options`: of the `EngineConfig`."""
     family = family or make_family("mixlora", shape)
     config = EngineConfig(POLICIES[policy], topology, top_k=shape.top_k, non_moe_flops=shape.attention_flops, **options)
-    return Engine({0: family}, config, groups)
+    return Engine({Unit(0): family}, config, groups)
 
 
 def one_step(
@@ -146,16 +138,16 @@ def one_step(
     """Forward and backward. `per_choice`: as if each choice were a token of its own. `before`: runs while the gather does."""
     this_step = engine.begin_step(step)
     micro = this_step.begin_micro_step()
-    micro.prefetch(0)
+    micro.prefetch(Unit(0))
     if before is not None:
         x = before(x)
     if per_choice:
         tokens, k = expert.shape
         token = torch.arange(tokens).repeat_interleave(k)
-        y = micro.experts(0, x.repeat_interleave(k, 0), expert.reshape(-1, 1), weight.reshape(-1, 1), token)
+        y = micro.experts(Unit(0), x.repeat_interleave(k, 0), expert.reshape(-1, 1), weight.reshape(-1, 1), token)
         y = y.view(tokens, k, -1).sum(1)
     else:
-        y = micro.experts(0, x, expert, weight, torch.arange(len(x)))
+        y = micro.experts(Unit(0), x, expert, weight, torch.arange(len(x)))
     micro.backward(y, torch.ones_like(y))
     return y, this_step.finish()
 
@@ -188,7 +180,7 @@ class Formula:
 
 def check(engine: Engine, rank: int, shape: Shape, expert: Tensor, weight: Tensor, *, per_choice: bool) -> None:
     """The layer's output and gradients against the plain formula. Every rank must call it. Raises AssertionError."""
-    Formula(engine.shards.families[0], rank, shape, expert, weight).check(engine, per_choice=per_choice)
+    Formula(engine.shards.families[Unit(0)], rank, shape, expert, weight).check(engine, per_choice=per_choice)
 
 
 def _formula(family: ExpertFamily, shape: Shape, x: Tensor, expert: Tensor, weight: Tensor, chunks: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.experts.torch_path import full_ffn
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 RIVAL_KINDS = ("beside_megatron", "beside_fsdp2")
@@ -51,7 +52,7 @@ class Layer(Protocol):
 
 class Ours:
     def __init__(self, policy: str, shape: Shape, groups: ExpertGroups, topology: Topology, family: ExpertFamily) -> None:
-        self.engine = Engine({0: family}, EngineConfig(POLICIES[policy], topology, top_k=shape.top_k), groups)
+        self.engine = Engine({Unit(0): family}, EngineConfig(POLICIES[policy], topology, top_k=shape.top_k), groups)
 
     def step(self, number: int, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         return one_step(self.engine, number, x, expert, weight)[0]

@@ -20,6 +20,7 @@ from benchmarks.moe_layer_parts import Shape, check, make_engine, one_step, rout
 from benchmarks.report import arguments, finish
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit
 from hecate.profile.fit import topology_from
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import measure as measure_ranks
@@ -122,7 +123,7 @@ def bench_rank(
                     "link_ms": 1e3 * int(busier) / RATE_BYTES,
                     "bytes_sent": int(left[0]),
                     "bytes_across": int(left[1]),
-                    "replicas": int(engine.shards.placements[0].where_ED.sum()) - shape.experts,
+                    "replicas": int(engine.shards.placements[Unit(0)].where_ED.sum()) - shape.experts,
                     "imbalance": engine.shards.plans.imbalance(loads),
                 }
         rows += [

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, attention, attention_weights, draw_routing, make_experts
+from hecate.experts.family import ExpertReplicas
 from hecate.experts.mixlora import MixLoraExperts
+from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.comm.dispatch import combine, dispatch
 from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES
 from hecate.parallel.cost_model import LayerCost
@@ -154,16 +156,8 @@ def _experts(shape: Shape, tokens: int, choices: int) -> Probe:
     slot_TK = torch.where(torch.arange(shape.top_k) < choices, expert_TK, -1)
 
     def run() -> None:
-        y_TD = family.compute(
-            chunks_SC,
-            x_TD,
-            slot_TK,
-            weight_TK,
-            expert_S=torch.arange(shape.experts),
-            token_T=torch.arange(tokens),
-            step=0,
-            training=True,
-        )
+        routed = RoutedTokens(x_TD, slot_TK, weight_TK, torch.arange(tokens), torch.arange(shape.experts))
+        y_TD = family.compute(routed, ExpertReplicas(chunks_SC), step=0)
         y_TD.backward(torch.ones_like(y_TD))
         chunks_SC.grad = None
 

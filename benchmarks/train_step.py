@@ -63,12 +63,14 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
 
     from hecate.data.batches import Batch
     from hecate.engine.step_plans import EngineConfig
-    from hecate.experts.mixlora import LoraShape
+    from hecate.experts.pairs import LoraShape
     from hecate.model.checkpointing import checkpoint_activations
+    from hecate.model.gated_ffn import find_gated_ffns
     from hecate.model.head import LanguageModelHead
+    from hecate.model.insert import InsertionPlan, insert_experts
     from hecate.model.load import ModelSource, load_model
-    from hecate.model.surgery import SurgeryPlan, insert_experts
     from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
+    from hecate.parallel.expert_kinds import MIXLORA
     from hecate.parallel.planners import POLICIES
     from hecate.parallel.topology import local_topology
     from hecate.ranks.ranks import join_ranks
@@ -85,9 +87,17 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
         model = load_model(ModelSource(folder, None), torch.float32, ranks.device).eval()
         head = LanguageModelHead(model)
         _reset_peak()
-        plan = SurgeryPlan((EXPERTS,) * MODEL["layers"], TOP_K, LoraShape(RANK, ALPHA / RANK, dropout if dropout > 1e-6 else 0.0), (
-            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), seed=0)  # fmt: skip
-        moe = insert_experts(model, plan, EngineConfig(POLICIES["hecate"], local_topology(1, cuda=False)), ranks.groups)
+        plan = InsertionPlan(
+            kind=MIXLORA,
+            experts_per_layer=(EXPERTS,) * MODEL["layers"],
+            top_k=TOP_K,
+            lora=LoraShape(RANK, ALPHA / RANK, dropout if dropout > 1e-6 else 0.0),
+            target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            seed=0,
+        )
+        moe = insert_experts(
+            model, find_gated_ffns(model), plan, EngineConfig(POLICIES["hecate"], local_topology(1, cuda=False)), ranks.groups
+        )
         if checkpoint:
             checkpoint_activations(moe)
         owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}

@@ -189,7 +189,6 @@ NAMED_BY_NO_TEST: set[str] = {
     "hecate.elastic.pace",
     "hecate.elastic.restart",
     "hecate.engine.from_config",
-    "hecate.experts.routed_experts",
     "hecate.forecast.sharding_groups",
     "hecate.io.durable",
     "hecate.launch.forked_rank",

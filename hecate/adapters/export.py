@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from hecate.adapters import AdapterConfig, attention_tensor_name, expert_tensor_name, router_tensor_name, save_adapter
 from hecate.config import Config
-from hecate.experts.mixlora import MixLoraExperts
 from hecate.model.base import BaseModel
-from hecate.model.gated_ffn import decoder_layers, find_gated_ffns
-from hecate.model.surgery import MoeModel
+from hecate.model.gated_ffn import decoder_layers
+from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.collectives import sparse_all_gather
 from hecate.parallel.placement import Placement, owners_only
 from hecate.parallel.units import Unit
@@ -40,7 +38,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
         num_layers=num_layers,
         num_experts=experts if isinstance(experts, int) else config.moe.experts_per_layer(num_layers),
         top_k=config.moe.experts_per_token,
-        act_fn=_HF_ACTIVATION[find_gated_ffns(base.model)[0].base.activation],
+        act_fn=_HF_ACTIVATION[base.ffns[0].shape.activation],
         use_rslora=config.lora.use_rslora,
         extra={"router_aux_loss_coef": config.moe.router_aux_loss_coef, "model_dtype": config.model.dtype},
     )
@@ -54,8 +52,7 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
         if chunks is None:
             continue
         family = moe.engine.shards.families[unit]
-        assert isinstance(family, MixLoraExperts)
-        for projection, lora in family.pairs(chunks).items():
+        for projection, lora in family.pair_source.stacked(chunks).items():
             for expert in range(family.num_experts):
                 tensors[expert_tensor_name(unit.layer, projection, expert, "A")] = lora.a_SrI[expert].detach()
                 tensors[expert_tensor_name(unit.layer, projection, expert, "B")] = lora.b_SOr[expert].detach()
@@ -74,10 +71,9 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
         for unit, router in moe.routers.items():
             router.copy_(tensors[router_tensor_name(unit.layer)])
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
-            specs = moe.engine.shards.families[unit].layout().trainable
-            parts: list[Any] = [spec.name.split(".") for spec in specs]
-            flat = [tensors[expert_tensor_name(unit.layer, projection, expert, matrix)].flatten() for projection, matrix in parts]
-            chunk.copy_(torch.cat(flat))
+            pairs = moe.engine.shards.families[unit].pair_source
+            names = {name: [expert_tensor_name(unit.layer, name, expert, matrix) for matrix in ("A", "B")] for name in pairs.projections}
+            chunk.copy_(pairs.chunk_of({name: (tensors[name_a], tensors[name_b]) for name, (name_a, name_b) in names.items()}))
         for (layer, module), lora in moe.attention.items():
             name = module.rpartition(".")[2]
             lora.lora_A.copy_(tensors[attention_tensor_name(layer, name, "A")])

@@ -25,7 +25,7 @@ from hecate.checkpoint.shard import DTYPES
 from hecate.errors import UserError
 from hecate.experts.layer import MoeLayer
 from hecate.io.durable import delete_files, sync_folder, write_durable
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 

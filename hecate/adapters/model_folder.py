@@ -12,8 +12,8 @@ from hecate.errors import UserError
 from hecate.model.base import BaseModel
 from hecate.model.head import LanguageModelHead
 from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
+from hecate.model.moe_model import MoeModel
 from hecate.model.room import require_room
-from hecate.model.surgery import MoeModel
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks

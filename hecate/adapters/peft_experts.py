@@ -23,15 +23,15 @@ from hecate.adapters.peft_moe import (
 from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import LoraShape
 from hecate.kernels.common.ffn import PROJECTIONS
 from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
+from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.load import pick_dtype, resolve_model
-from hecate.model.moe_surgery import AdaptedLayer, MoeLoraPlan, adapt_experts, expert_projections
+from hecate.model.load_moe import OwnExperts
+from hecate.model.moe_model import MoeModel
 from hecate.model.room import require_room
-from hecate.model.surgery import MoeModel
 from hecate.parallel.expert_kinds import kind_written_as
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -41,9 +41,9 @@ from hecate.ranks.ranks import Ranks
 
 def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
     """The description of what a run trains; made before training."""
-    ends = {_end(base, layer.block.experts_path): None for layer in base.adapted}
-    projections = expert_projections(config.lora.target_modules)
-    routers = {_end(base, layer.block.router_path): None for layer in base.adapted if config.moe.trains_routers}
+    ends = {_end(base, layer.block.experts_path): None for layer in base.own_experts}
+    projections = config.moe.kind.projections(config.lora.target_modules)
+    routers = {_end(base, layer.block.router_path): None for layer in base.own_experts if config.moe.trains_routers}
     return PeftMoeConfig(
         base_model_name_or_path=config.model.name_or_path,
         r=config.lora.r,
@@ -60,20 +60,18 @@ def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
 def export_peft_adapter(folder: Path, description: PeftMoeConfig, base: BaseModel, moe: MoeModel, ranks: Ranks) -> None:
     """Gather all pairs on rank 0, a layer at a time, and write them there. Every rank must call it."""
     tensors: dict[str, Tensor] = {}
-    for layer in base.adapted:
+    for layer in base.own_experts:
         unit = Unit(layer.block.layer)
         chunks_EC = gather_on_first(moe, unit, ranks)
         if chunks_EC is None:
             continue
-        family = moe.engine.shards.families[unit]
-        assert isinstance(family, MoeLoraExperts)
-        pairs = family.pairs(chunks_EC)
+        pairs = moe.engine.shards.families[unit].pair_source.stacked(chunks_EC)
         for projection, (name_a, name_b) in expert_names(layer.block.experts_path, tuple(pairs)).items():
             tensors[name_a] = join_a(pairs[projection].a_SrI.detach()).cpu()
             tensors[name_b] = join_b(pairs[projection].b_SOr.detach()).cpu()
     if not ranks.is_first:
         return
-    for layer in base.adapted:
+    for layer in base.own_experts:
         if (router := moe.routers.get(Unit(layer.block.layer))) is not None:
             tensors[saved_name(layer.block.router_path)] = router.detach()
     for key, lora in moe.attention.items():
@@ -96,16 +94,15 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
-    blocks = {Unit(layer.block.layer): layer.block for layer in base.adapted}
+    blocks = {Unit(layer.block.layer): layer.block for layer in base.own_experts}
     with torch.no_grad():
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
-            family, block = moe.engine.shards.families[unit], blocks[unit]
-            assert isinstance(family, MoeLoraExperts)
-            names, flat = expert_names(block.experts_path, family.projections), []
-            for projection in family.projections:
-                name_a, name_b = names[projection]
-                flat += [expert_a(tensors[name_a], expert, block.num_experts), expert_b(tensors[name_b], expert, block.num_experts)]
-            chunk.copy_(torch.cat([part.flatten() for part in flat]))
+            source, block = moe.engine.shards.families[unit].pair_source, blocks[unit]
+            pairs = {
+                projection: (expert_a(tensors[name_a], expert, block.num_experts), expert_b(tensors[name_b], expert, block.num_experts))
+                for projection, (name_a, name_b) in expert_names(block.experts_path, source.projections).items()
+            }
+            chunk.copy_(source.chunk_of(pairs))
         for unit, router in moe.routers.items():
             router.copy_(tensors[saved_name(blocks[unit].router_path)])
         for key, lora in moe.attention.items():
@@ -144,14 +141,14 @@ def with_peft_adapter(
     if source.gguf_file is None and num_hidden_layers is None:
         require_room(source.folder, pick_dtype(dtype, ranks.device), ranks.device)
     base = build_base(name, dtype, num_hidden_layers, ranks.device, kind_written_as("peft"))
-    plan = peft_plan(description, base.adapted, folder)
+    plan = peft_plan(description, base.own_experts, folder)
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
-    moe = adapt_experts(base.model, base.adapted, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)
+    moe = insert_experts(base.model, base.own_experts, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)
     load_peft_into(moe, base, tensors, folder)
     return base, moe
 
 
-def peft_plan(description: PeftMoeConfig, layers: tuple[AdaptedLayer, ...], where: Path) -> MoeLoraPlan:
+def peft_plan(description: PeftMoeConfig, layers: tuple[OwnExperts, ...], where: Path) -> InsertionPlan:
     """What to put into a model so that the adapter fits.
 
     Raises:
@@ -164,19 +161,24 @@ def peft_plan(description: PeftMoeConfig, layers: tuple[AdaptedLayer, ...], wher
     halves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     projections = tuple(half for name in description.projections for half in halves[name])
     lora = LoraShape(description.r, description.scale, 0.0)
-    return MoeLoraPlan(lora, (*description.target_modules, *projections), train_router=bool(routers), seed=0)
+    return InsertionPlan(
+        kind=kind_written_as("peft"),
+        lora=lora,
+        target_modules=(*description.target_modules, *projections),
+        train_router=bool(routers),
+        seed=0,
+    )
 
 
 def _shapes(moe: MoeModel, base: BaseModel) -> dict[str, tuple[int, ...]]:
     """Every tensor that an adapter of this model has."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer in base.adapted:
-        block, family = layer.block, moe.engine.shards.families[Unit(layer.block.layer)]
-        assert isinstance(family, MoeLoraExperts)
+    for layer in base.own_experts:
+        block, source = layer.block, moe.engine.shards.families[layer.unit].pair_source
         sizes = {"gate_up_proj": (block.hidden, 2 * block.ffn), "down_proj": (block.ffn, block.hidden)}
-        for projection, (name_a, name_b) in expert_names(block.experts_path, family.projections).items():
+        for projection, (name_a, name_b) in expert_names(block.experts_path, source.projections).items():
             inputs, outputs = sizes[projection]
-            rows = block.num_experts * family.rank
+            rows = block.num_experts * source.lora.rank
             shapes[name_a], shapes[name_b] = (rows, inputs), (outputs, rows)
         if (router := moe.routers.get(Unit(block.layer))) is not None:
             shapes[saved_name(block.router_path)] = tuple(router.shape)

@@ -14,7 +14,7 @@ from hecate.adapters.peft_experts import export_peft_adapter, peft_config
 from hecate.config import Config
 from hecate.model.base import BaseModel
 from hecate.model.gated_ffn import decoder_layers
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 from hecate.ranks.ranks import Ranks
 
 

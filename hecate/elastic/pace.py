@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hecate.model.gated_ffn import decoder_layers
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 
 
 class Pace:

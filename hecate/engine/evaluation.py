@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from hecate.engine.shards import ExpertShards, LayerCall
-from hecate.experts.forward_pass import CurrentPass, PassTokens, RouterStats, stats_of
-from hecate.experts.router import Routing
+from hecate.experts.forward_pass import CurrentPass, PassTokens
+from hecate.experts.router import RouterStats, Routing
 from hecate.parallel.units import Unit
 
 
@@ -37,7 +37,7 @@ class EvaluationPass:
 
     def note_routing(self, layer: Unit, routing: Routing) -> None:
         if self.stats is not None:
-            self.stats[layer] = stats_of(routing)
+            self.stats[layer] = routing.stats()
 
     def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
         call = LayerCall(step=self.step, training=False, backward_follows=False)

@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from hecate.engine.shards import ExpertShards
-from hecate.experts.forward_pass import CurrentPass, ForwardPass, PassTokens, RouterStats
+from hecate.experts.forward_pass import CurrentPass, ForwardPass, PassTokens
+from hecate.experts.router import RouterStats
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups

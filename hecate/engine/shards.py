@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.engine.step_plans import EngineConfig, StepPlans
-from hecate.experts.family import ExpertFamily
+from hecate.experts.family import ExpertFamily, ExpertReplicas
+from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.comm.dispatch import combine, dispatch
 from hecate.parallel.comm.expert_store import LayerStore, gather_together
 from hecate.parallel.comm.frozen_store import FrozenStore
@@ -212,17 +213,8 @@ class ExpertShards:
         if layer in self.plans.splits:
             sent = dispatch(x_TD, expert_TK, weight_TK, token_T, placement, self.plans.splits[layer], self.groups.tokens)
             x_TD, slot_RK, weight_TK, token_T = sent.x_RD, sent.slot_RK, sent.weight_RK, sent.token_R
-        y_RD = self.families[layer].compute(
-            replicas_SC,
-            x_TD,
-            slot_RK,
-            weight_TK,
-            frozen_S=frozen_S,
-            expert_S=torch.from_numpy(placement.experts_on(self.rank)),
-            token_T=token_T,
-            step=call.step,
-            training=call.training,
-        )
+        routed = RoutedTokens(x_TD, slot_RK, weight_TK, token_T, torch.from_numpy(placement.experts_on(self.rank)))
+        y_RD = self.families[layer].compute(routed, ExpertReplicas(replicas_SC, frozen_S), call.step if call.training else None)
         call.computed(y_RD)
         if sent is None:
             return y_RD

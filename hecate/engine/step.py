@@ -30,8 +30,8 @@ from torch import Tensor
 
 from hecate.engine.layer_plan import exchange_counts
 from hecate.engine.shards import ExpertShards, LayerCall
-from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens, RouterStats, stats_of
-from hecate.experts.router import Routing
+from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
+from hecate.experts.router import RouterStats, Routing
 from hecate.parallel.units import Unit
 
 
@@ -301,7 +301,7 @@ class MicroStep:
 
     def note_routing(self, layer: Unit, routing: Routing) -> None:
         if self.counts:
-            self.stats[layer] = stats_of(routing)
+            self.stats[layer] = routing.stats()
 
     def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
         return self.owner.experts(self, layer, x_TD, expert_TK, weight_TK, token_T)

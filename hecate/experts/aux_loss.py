@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.experts.forward_pass import RouterStats
+from hecate.experts.router import RouterStats
 from hecate.parallel.units import Unit
 
 

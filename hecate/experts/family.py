@@ -1,18 +1,43 @@
-"""What an expert computes: the seam between the engine and an expert family."""
+"""Expert families: what a unit's experts are made of and what they compute, behind one protocol that the engine drives.
+
+Shapes: T tokens, D hidden, S slots (experts that are materialized on this rank), C elements of a chunk.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from hecate.experts.pairs import LoraShape, PairSource
+from hecate.kernels.backend import Backend, ExpertKernels, expert_kernels
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.dropout import Dropout, dropout_key
+from hecate.kernels.common.ffn import FfnBase, FfnShape
+from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.expert_cost import NumberBytes, expert_layer_cost
+from hecate.parallel.expert_kinds import ExpertKind, FfnSizes
 from hecate.parallel.layout import ExpertLayout
+from hecate.parallel.units import Unit
+
+
+@dataclass(frozen=True)
+class ExpertReplicas:
+    """The experts that are materialized on this rank for one layer's tokens, by slot. Which they are, `RoutedTokens.expert_S` says."""
+
+    chunks_SC: Tensor
+    """their trainable chunks"""
+    frozen_S: Sequence[Tensor] = ()
+    """the frozen chunk of each; nothing for a family without frozen parts"""
 
 
 class ExpertFamily(Protocol):
-    """One layer's experts of some kind. The engine moves their chunks and tokens and never looks inside."""
+    """One unit's experts of some kind. The engine moves their chunks and tokens and never looks inside."""
 
     num_experts: int
 
@@ -21,7 +46,7 @@ class ExpertFamily(Protocol):
         ...
 
     def init_chunk(self, expert: int) -> Tensor:
-        """The initial flat chunk of one expert, [C] in master precision; a function of (seed, layer, expert) alone."""
+        """The initial flat chunk of one expert, [C] in master precision; a function of (seed, unit, expert) alone."""
         ...
 
     def frozen_chunk(self, expert: int) -> Tensor:
@@ -35,29 +60,121 @@ class ExpertFamily(Protocol):
         """What a planner must know of the layer; `non_moe_flops` is of what hides transfers, of one rank, forward."""
         ...
 
-    def compute(
-        self,
-        replicas_SC: Tensor,
-        x_TD: Tensor,
-        slot_TK: Tensor,
-        weight_TK: Tensor,
-        *,
-        frozen_S: Sequence[Tensor] = (),
-        expert_S: Tensor,
-        token_T: Tensor,
-        step: int,
-        training: bool,
-    ) -> Tensor:
-        """The weighted sum of each token's experts that are here, [T, D]; differentiable in replicas, x and weights.
+    @property
+    def pair_source(self) -> PairSource:
+        """Where its pairs come from: adapters are written and read through it. Only for a family that has pairs."""
+        ...
 
-        The result must depend on `replicas_SC` in autograd's eyes even if there is no token. What is saved of the replicas for the
+    def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
+        """The weighted sum of each token's experts that are in the slots, [T, D]; differentiable in chunks, tokens and weights.
+
+        The result must depend on `replicas.chunks_SC` in autograd's eyes even if there is no token. What is saved of the chunks for the
         backward pass must be views of them: their memory may be freed in between, and filled again.
 
         Args:
-            replicas_SC: the chunks materialized here.
-            slot_TK: int64, the slot of each choice; -1: computed elsewhere.
-            frozen_S: the frozen chunk of each slot; nothing for a family without frozen parts.
-            expert_S: int64, the experts in the slots.
-            token_T: int64, global token numbers, for whatever must not depend on ranks.
+            step: the optimizer step, which keys dropout; None outside training.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the experts of a unit are, how many, and in which types."""
+
+    unit: Unit
+    num_experts: int
+    shape: FfnShape
+    """of an expert's FFN, or of the one that all share"""
+    seed: int
+    master_dtype: torch.dtype
+    """of what trains"""
+    compute_dtype: torch.dtype
+    """of frozen weights and hidden states"""
+    device: torch.device
+    kernels: Backend = "auto"
+
+
+@dataclass(frozen=True)
+class FfnSource:
+    """What the base model has where experts are to be. A family takes what it needs."""
+
+    base: FfnBase | None = None
+    """the dense FFN"""
+    own_expert: Callable[[int], Tensor] | None = None
+    """the flat weights of one of the model's own experts, as `FfnShape` lays them out, on the device and in the dtype of computation"""
+
+
+@dataclass(frozen=True)
+class ExpertChoices:
+    """What is chosen for the experts of a whole model: values only."""
+
+    lora: LoraShape | None = None
+    """None: a family without pairs"""
+    projections: tuple[str, ...] = ()
+    """those that get a pair"""
+    upcycle_noise: float = 0.0
+    """see `hecate.experts.full.noisy_copies`"""
+
+
+class FfnExperts(ABC):
+    """What families over gated FFNs have in common: layout, cost and dropout follow from the kind and the pair source."""
+
+    def __init__(self, kind: ExpertKind, site: Site, pairs: PairSource | None) -> None:
+        self.kind = kind
+        self.site = site
+        self.num_experts = site.num_experts
+        self._pairs = pairs
+        sizes = FfnSizes(site.shape.hidden, site.shape.ffn)
+        self._layout = kind.layout(sizes, () if pairs is None else pairs.trained())
+
+    @property
+    def pair_source(self) -> PairSource:
+        assert self._pairs is not None, f"experts of kind {self.kind.name} have no pairs"
+        return self._pairs
+
+    @abstractmethod
+    def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
+        """See `ExpertFamily.compute`."""
+
+    def layout(self) -> ExpertLayout:
+        return self._layout
+
+    def init_chunk(self, expert: int) -> Tensor:
+        """An expert starts as the base: its pairs add nothing at first."""
+        chunk = self.pair_source.initial(*self._name(expert))
+        return chunk.to(device=self.site.device, dtype=self.site.master_dtype)
+
+    def frozen_chunk(self, expert: int) -> Tensor:
+        """Nothing."""
+        return torch.empty(0, dtype=self.site.compute_dtype, device=self.site.device)
+
+    def forget_initial(self) -> None:  # noqa: B027 - most families keep nothing
+        """Let go of whatever initial chunks were made from, once there is an engine; later ones may begin otherwise."""
+
+    def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
+        master = self.site.master_dtype.itemsize
+        pairs = 0 if self._pairs is None else sum(spec.numel for spec in self._pairs.trained())
+        return expert_layer_cost(
+            self.kind.parameters(self.site.shape.numel, pairs),
+            hidden=self.site.shape.hidden,
+            top_k=top_k,
+            number=NumberBytes(master, master, self.site.compute_dtype.itemsize),
+            non_moe_flops=non_moe_flops,
+        )
+
+    def pairs(self, chunks_SC: Tensor) -> dict[str, LowRankPairs]:
+        """The pairs of stacked chunks by projection, differentiable."""
+        return self.pair_source.stacked(chunks_SC)
+
+    def _name(self, expert: int) -> tuple[int | str, ...]:
+        """What an expert's random numbers are named by."""
+        return self.site.seed, "expert", str(self.site.unit), expert
+
+    def _dropout(self, step: int | None) -> Dropout | None:
+        rate = self.pair_source.lora.dropout
+        if step is None or rate == 0:
+            return None
+        return Dropout(rate, dropout_key(self.site.seed, step, self.site.unit.layer))
+
+    def _kernels(self, x_TD: Tensor) -> ExpertKernels:
+        return expert_kernels(self.site.kernels, x_TD, 0 if self._pairs is None else self._pairs.lora.rank)

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from hecate.experts.router import Routing
@@ -37,16 +36,6 @@ class PassTokens:
     """int64: indices of the tokens that are no padding; None: no token is padding"""
     number: Tensor | None = None
     """int64 [B·S]: each token's number, unique over the run; None outside training"""
-
-
-@dataclass(frozen=True)
-class RouterStats:
-    """One layer's routing of the valid tokens of one forward pass on this rank."""
-
-    prob_sum_E: Tensor
-    """probabilities summed over tokens; differentiable"""
-    count_KE: Tensor
-    """int64: tokens whose k-th choice is expert e"""
 
 
 class ForwardPass(Protocol):
@@ -111,11 +100,3 @@ class CurrentPass:
             yield
         finally:
             self.now = before
-
-
-def stats_of(routing: Routing) -> RouterStats:
-    """What the load-balancing loss needs of some tokens' routing."""
-    num_experts = routing.prob_TE.shape[1]
-    count_KE = torch.zeros((routing.expert_TK.shape[1], num_experts), dtype=torch.int64, device=routing.expert_TK.device)
-    count_KE.scatter_add_(1, routing.expert_TK.T, torch.ones_like(routing.expert_TK.T))
-    return RouterStats(routing.prob_TE.sum(0), count_KE)

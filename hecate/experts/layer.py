@@ -1,4 +1,4 @@
-"""The module that stands where a model's FFN stood: router, then experts."""
+"""The module that stands where a model's FFN stood, or the experts of an MoE model: router, then experts."""
 
 from __future__ import annotations
 
@@ -6,32 +6,36 @@ import torch
 from torch import Tensor, nn
 
 from hecate.experts.forward_pass import CurrentPass
-from hecate.experts.router import TopKRouter
+from hecate.experts.router import Router, TokenFeatures
 from hecate.parallel.units import Unit
 
 
 class MoeLayer(nn.Module):
-    """[B, S, D] -> [B, S, D]. Padding tokens (see `PassTokens.valid`) are not routed and come out as zeros."""
+    """[..., D] -> [..., D]. Padding tokens (see `PassTokens.valid`) go to no expert, do not count, and come out as zeros.
 
-    def __init__(self, unit: Unit, router: TopKRouter, current: CurrentPass) -> None:
+    In the place of a dense FFN it is called with hidden states [B, S, D], and its router decides. In the place of an MoE model's own
+    experts it is called as experts(x [T, D], expert [T, K], weight [T, K]), as transformers 5 does when the model's router has decided.
+    """
+
+    def __init__(self, unit: Unit, router: Router, current: CurrentPass) -> None:
         super().__init__()
         self.unit = unit
         self.router = router
         self._current = current
 
     @property
-    def trained_router(self) -> nn.Parameter:
-        """The router's weight, which is always trained."""
-        return self.router.weight
+    def trained_router(self) -> nn.Parameter | None:
+        """The router's weight, if that is trained."""
+        return self.router.trained
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *decided: Tensor) -> Tensor:
         current = self._current.required()
         valid, number = current.tokens.valid, current.tokens.number
         x_TD = hidden.flatten(0, -2)
         token_T = number if number is not None else torch.arange(len(x_TD), device=x_TD.device)
         if valid is not None:
-            x_TD, token_T = x_TD[valid], token_T[valid]
-        routing = self.router(x_TD)
+            x_TD, token_T, decided = x_TD[valid], token_T[valid], tuple(part[valid] for part in decided)
+        routing = self.router.route(x_TD, TokenFeatures(valid, decided))
         current.note_routing(self.unit, routing)
         y_TD = current.experts(self.unit, x_TD, routing.expert_TK, routing.weight_TK, token_T)
         if valid is not None:

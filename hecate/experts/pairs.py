@@ -1,14 +1,19 @@
-"""The low-rank pairs of one expert: how they lie in its chunk, how they begin, what they cost."""
+"""Pair sources: where the low-rank pairs of an expert come from, and what of them is trained, stored frozen or drawn anew from names.
+
+Shapes: S slots, C elements of a chunk, r rank, I inputs and O outputs of a projection.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hecate.experts.seeding import generator, kaiming_lora_a
+from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.parallel.expert_kinds import FfnSizes, plain_pairs
 from hecate.parallel.layout import TensorSpec
 
 
@@ -22,52 +27,62 @@ class LoraShape:
     dropout: float
 
 
-GATE_UP = "gate_up_proj"
-"""gate and up as one projection [2F, D]: they share A"""
-_ORDER = ("gate_proj", "up_proj", GATE_UP, "down_proj")
+class PairSource(Protocol):
+    """The pairs of a layer's experts. Families, kernels and exports see pairs only, so each source works in every family with pairs.
 
+    A source may draw tensors anew from names (`initial`'s key) instead of storing them: they take no room in a chunk and never travel.
+    """
 
-class LoraPairs:
-    """A and B for some projections of a gated FFN; a chunk holds them by projection, A before B."""
+    lora: LoraShape
+    projections: tuple[str, ...]
+    """those with a pair, in the order of the chunk"""
 
-    def __init__(self, lora: LoraShape, projections: tuple[str, ...], *, hidden: int, ffn: int) -> None:
-        assert projections, "an expert needs an adapter on at least one projection"
-        assert set(projections) <= set(_ORDER), projections
-        self.lora = lora
-        self.projections = tuple(name for name in _ORDER if name in projections)
-        self._hidden, self._ffn = hidden, ffn
-
-    def _sizes(self, projection: str) -> tuple[int, int]:
-        """Inputs and outputs of a projection."""
-        if projection == GATE_UP:
-            return self._hidden, 2 * self._ffn
-        return (self._ffn, self._hidden) if projection == "down_proj" else (self._hidden, self._ffn)
-
-    def specs(self) -> tuple[TensorSpec, ...]:
-        specs = []
-        for name in self.projections:
-            inputs, outputs = self._sizes(name)
-            specs += [TensorSpec(f"{name}.A", (self.lora.rank, inputs)), TensorSpec(f"{name}.B", (outputs, self.lora.rank))]
-        return tuple(specs)
+    def trained(self) -> tuple[TensorSpec, ...]:
+        """What of an expert's pairs is trained: owned, gathered and reduced as the pairs' part of the expert's chunk."""
+        ...
 
     def initial(self, *key: int | str) -> Tensor:
-        """float64 [C]: A by Kaiming uniform, B zero. `key` names the expert, as (seed, "expert", layer, expert)."""
+        """float64 [C]: the pairs' part of an expert's initial chunk. `key` names the expert, as (seed, "expert", unit, expert)."""
+        ...
+
+    def stacked(self, replicas_SC: Tensor) -> dict[str, LowRankPairs]:
+        """The pairs' part of the chunks in the slots as A [S, r, I] and B [S, O, r] by projection, differentiable in `replicas_SC`."""
+        ...
+
+    def chunk_of(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """[C]: the chunk whose pairs are these (A, B) by projection: how a saved adapter is read."""
+        ...
+
+
+class PlainPairs:
+    """Plain LoRA (a `PairSource`): A and B of each projection are trained. A chunk holds them by projection, A before B."""
+
+    def __init__(self, lora: LoraShape, projections: tuple[str, ...], sizes: FfnSizes) -> None:
+        assert projections, "an expert needs an adapter on at least one projection"
+        self.lora = lora
+        self._specs = plain_pairs(sizes, projections, lora.rank)
+        self.projections = tuple(spec.name.removesuffix(".A") for spec in self._specs[::2])
+
+    def trained(self) -> tuple[TensorSpec, ...]:
+        return self._specs
+
+    def initial(self, *key: int | str) -> Tensor:
+        """A by Kaiming uniform, as a linear layer of its own; B zero."""
         parts = []
-        for name in self.projections:
-            inputs, outputs = self._sizes(name)
-            parts += [kaiming_lora_a(self.lora.rank, inputs, generator(*key, name)).flatten()]
-            parts += [torch.zeros(outputs * self.lora.rank, dtype=torch.float64)]
+        for projection, a, b in zip(self.projections, self._specs[::2], self._specs[1::2], strict=True):
+            parts += [
+                linear_weight(a.shape[0], a.shape[1], generator(*key, projection)).flatten(),
+                torch.zeros(b.numel, dtype=torch.float64),
+            ]
         return torch.cat(parts)
 
     def stacked(self, replicas_SC: Tensor) -> dict[str, LowRankPairs]:
-        """The chunks as stacked pairs by projection; views, differentiable."""
-        specs = self.specs()
+        """Views of the chunks."""
         # One split, whose backward is one concatenation, and not a slice each, whose backward zero-fills the whole chunk.
-        parts = replicas_SC.split([spec.numel for spec in specs], dim=1)
-        stacked = {spec.name: part.view(-1, *spec.shape) for spec, part in zip(specs, parts, strict=True)}
-        return {name: LowRankPairs(stacked[f"{name}.A"], stacked[f"{name}.B"], self.lora.scale) for name in self.projections}
+        parts = replicas_SC.split([spec.numel for spec in self._specs], dim=1)
+        views = [part.view(-1, *spec.shape) for part, spec in zip(parts, self._specs, strict=True)]
+        pairs = zip(self.projections, views[::2], views[1::2], strict=True)
+        return {projection: LowRankPairs(a_SrI, b_SOr, self.lora.scale) for projection, a_SrI, b_SOr in pairs}
 
-    @property
-    def flops(self) -> float:
-        """Of one token forward."""
-        return 2.0 * sum(self.lora.rank * sum(self._sizes(name)) for name in self.projections)
+    def chunk_of(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        return torch.cat([matrix.flatten() for projection in self.projections for matrix in pairs[projection]])

@@ -1,14 +1,30 @@
-"""Who goes where: the top-k softmax router of Mixtral and MixLoRA."""
+"""Routers: which experts each token goes to, and with which weights. Softmax over all experts, the k largest, as in Mixtral and MixLoRA.
+
+Shapes: N tokens of a micro-step with padding among them, T tokens without padding, D hidden, E experts, K experts of a token.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.experts.seeding import generator
+from hecate.parallel.units import Unit
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """One layer's routing of the valid tokens of one forward pass on this rank."""
+
+    prob_sum_E: Tensor
+    """probabilities summed over tokens; differentiable"""
+    count_KE: Tensor
+    """int64: tokens whose k-th expert is expert e"""
 
 
 @dataclass(frozen=True)
@@ -20,27 +36,56 @@ class Routing:
     expert_TK: Tensor
     """int64: the chosen experts, best first"""
     weight_TK: Tensor
-    """their probabilities, renormalized to sum to 1"""
+    """what each expert's result is multiplied by; new routers renormalize the chosen probabilities to sum to 1"""
+
+    def stats(self) -> RouterStats:
+        """What the load-balancing loss needs of it."""
+        count_KE = torch.zeros((self.expert_TK.shape[1], self.prob_TE.shape[1]), dtype=torch.int64, device=self.expert_TK.device)
+        count_KE.scatter_add_(1, self.expert_TK.T, torch.ones_like(self.expert_TK.T))
+        return RouterStats(self.prob_TE.sum(0), count_KE)
 
 
-class TopKRouter(nn.Module):
+@dataclass(frozen=True)
+class TokenFeatures:
+    """What a router may need of the tokens beside their hidden states."""
+
+    valid_T: Tensor | None = None
+    """int64 indices of the T tokens among all N; None: all are"""
+    decided: tuple[Tensor, ...] = ()
+    """what the model itself has decided for the T tokens: experts [T, K] and weights [T, K]; nothing where the router is to decide"""
+
+
+class Router(nn.Module, ABC):
+    """One unit's router."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> nn.Parameter | None:
+        """Its weight, if that is trained: alike on every rank, in checkpoints, and exported."""
+
+    @abstractmethod
+    def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
+        """The decision for T tokens; differentiable in the weights, the probabilities and the tokens."""
+
+
+class TopKRouter(Router):
     """p = softmax(x W'), the k largest renormalized. Works in its own dtype (float32 or wider) whatever x comes in."""
 
     def __init__(
-        self,
-        hidden: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        layer: int,
-        seed: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, hidden: int, num_experts: int, top_k: int, *, unit: Unit, seed: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
         self.top_k = top_k
-        weight = torch.empty(num_experts, hidden, dtype=torch.float64).normal_(0, 0.02, generator=generator(seed, "router", layer))
+        random = generator(seed, "router", str(unit))
+        weight = torch.empty(num_experts, hidden, dtype=torch.float64).normal_(0, 0.02, generator=random)
         self.weight = nn.Parameter(weight.to(device=device, dtype=dtype))
+
+    @property
+    def trained(self) -> nn.Parameter:
+        return self.weight
+
+    def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
+        return self(x_TD)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD.to(self.weight.dtype), self.weight)
@@ -49,3 +94,43 @@ class TopKRouter(nn.Module):
         prob_TE = F.softmax(self.logits(x_TD), dim=-1)
         top_TK, expert_TK = prob_TE.topk(self.top_k, dim=-1)
         return Routing(prob_TE, expert_TK, top_TK / top_TK.sum(dim=-1, keepdim=True))
+
+
+class ModelRouter(Router):
+    """The router of an MoE model, which stays in its place in the model: frozen as it was loaded, or trained in float32 or wider.
+
+    The model's block calls its router, and then its experts with what was decided. The logits, which the block keeps to itself, are noted
+    at the first call for the second one: the load-balancing loss needs their probabilities.
+    """
+
+    def __init__(self, own: nn.Module, trained_dtype: torch.dtype | None) -> None:
+        """Args:
+        own: the model's module with the one weight [E, D]; its first output are the logits [N, E].
+        trained_dtype: the dtype to train it in, whatever its input comes in; None: it stays frozen.
+        """
+        super().__init__()
+        (weight,) = own.parameters()
+        self._trained: tuple[nn.Parameter, ...] = ()  # in a tuple, for it is the model's parameter and not this module's
+        self._logits_NE: Tensor | None = None
+        if trained_dtype is not None:
+            own.to(trained_dtype)
+            own.register_forward_pre_hook(lambda _, inputs: tuple(x.to(trained_dtype) if isinstance(x, Tensor) else x for x in inputs))
+            weight.requires_grad_()
+            self._trained = (weight,)
+        own.register_forward_hook(self._note_logits)
+
+    @property
+    def trained(self) -> nn.Parameter | None:
+        return self._trained[0] if self._trained else None
+
+    def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
+        logits_TE, self._logits_NE = self._logits_NE, None
+        assert logits_TE is not None, "experts were called without their router"
+        logits_TE = logits_TE if features.valid_T is None else logits_TE[features.valid_T]
+        # Also when a checkpointed layer runs again: autograd wants the same tensors as in the first run.
+        prob_TE = torch.softmax(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)), dim=-1)
+        expert_TK, weight_TK = features.decided
+        return Routing(prob_TE, expert_TK, weight_TK)
+
+    def _note_logits(self, _own: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+        self._logits_NE = outputs[0]

@@ -15,11 +15,6 @@ def generator(*name: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def kaiming_lora_a(rank: int, inputs: int, source: torch.Generator) -> Tensor:
-    """float64 [rank, inputs]: LoRA's A, as a linear layer of its own."""
-    return linear_weight(rank, inputs, source)
-
-
 def linear_weight(outputs: int, inputs: int, source: torch.Generator) -> Tensor:
     """float64 [outputs, inputs]: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(inputs), 1/sqrt(inputs)), as torch's nn.Linear."""
     bound = 1 / math.sqrt(inputs)

@@ -20,9 +20,9 @@ from hecate.engine.shards import ExpertShards
 from hecate.engine.step import StepLedger, require_nothing_under_way
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.forward_pass import CurrentPass, PassTokens, RouterStats, stats_of
+from hecate.experts.forward_pass import CurrentPass, PassTokens
 from hecate.experts.full import FullExperts
-from hecate.experts.router import Routing
+from hecate.experts.router import RouterStats, Routing
 from hecate.megatron.expert_parallel import ExpertParallelLayer, put_experts, write_gradients
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
@@ -147,7 +147,7 @@ class ExpertParallelPass:
 
     def note_routing(self, layer: Unit, routing: Routing) -> None:
         if self.stats is not None:
-            self.stats[layer] = stats_of(routing)
+            self.stats[layer] = routing.stats()
 
     def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> NoReturn:
         raise NotImplementedError("Megatron's layers compute their experts themselves")
@@ -178,7 +178,7 @@ class ExpertParallelMicroStep:
     def note_routing(self, layer: Unit, routing: Routing) -> None:
         self.ledger.require(self.number)
         if self.counts:
-            self.stats[layer] = stats_of(routing)
+            self.stats[layer] = routing.stats()
             self.ledger.add(layer, self.stats[layer].count_KE.sum(0))
 
     def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> NoReturn:

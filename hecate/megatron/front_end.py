@@ -22,6 +22,7 @@ from hecate.engine.engine import Engine
 from hecate.engine.from_config import engine_config
 from hecate.engine.protocol import ExpertEngine
 from hecate.engine.step_plans import EngineConfig
+from hecate.experts.family import Site
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.full import FullExperts
 from hecate.experts.layer import MoeLayer
@@ -32,7 +33,8 @@ from hecate.megatron.imports import quietly
 from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 from hecate.model.base import BaseModel
 from hecate.model.head import VocabularyPart, chunked_cross_entropy
-from hecate.model.surgery import MoeModel, adapter_dtype, prefetch_during_attention
+from hecate.model.insert import prefetch_during_attention
+from hecate.model.moe_model import MoeModel, adapter_dtype
 from hecate.model.tensor_parts import TensorParts
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
@@ -114,11 +116,11 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
     vocabulary = vocabulary_of(config, tokenizer)
     dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
     non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len / ranks.tp_size
-    families = {Unit(layer): _family(shape, layer, config.seed, dtype, ranks.device) for layer in range(shape.layers)}
+    families = {Unit(layer): _family(shape, Unit(layer), config.seed, dtype, ranks.device) for layer in range(shape.layers)}
     settings = engine_config(config, ranks, non_moe_flops, topology)
     routers = {
         unit: TopKRouter(
-            shape.hidden, shape.experts, shape.top_k, layer=unit.layer, seed=config.seed, dtype=adapter_dtype(dtype), device=ranks.device
+            shape.hidden, shape.experts, shape.top_k, unit=unit, seed=config.seed, dtype=adapter_dtype(dtype), device=ranks.device
         )
         for unit in families
     }
@@ -197,20 +199,12 @@ def tensor_parts(model: nn.Module, groups: TensorGroups) -> TensorParts:
     return TensorParts(cut, {name: parameter.partition_dim for name, parameter in cut.items()}, groups)
 
 
-def _family(shape: GptShape, layer: int, seed: int, dtype: torch.dtype, device: torch.device) -> FullExperts:
-    return FullExperts(
-        FfnShape(shape.hidden, shape.ffn, "silu"),
-        layer=layer,
-        num_experts=shape.experts,
-        seed=seed,
-        master_dtype=adapter_dtype(dtype),
-        compute_dtype=dtype,
-        device=device,
-        initial=_initial(shape, layer, seed),
-    )
+def _family(shape: GptShape, unit: Unit, seed: int, dtype: torch.dtype, device: torch.device) -> FullExperts:
+    site = Site(unit, shape.experts, FfnShape(shape.hidden, shape.ffn, "silu"), seed, adapter_dtype(dtype), dtype, device)
+    return FullExperts(site, _initial(shape, unit, seed))
 
 
-def _initial(shape: GptShape, layer: int, seed: int) -> Callable[[int], Tensor]:
+def _initial(shape: GptShape, unit: Unit, seed: int) -> Callable[[int], Tensor]:
     """As Megatron's layers begin: normal, and narrower where a layer's output is added to the stream."""
     size = shape.hidden * shape.ffn
     stds = {"gate_proj": INIT_STD, "up_proj": INIT_STD, "down_proj": INIT_STD / math.sqrt(2 * shape.layers)}
@@ -218,7 +212,7 @@ def _initial(shape: GptShape, layer: int, seed: int) -> Callable[[int], Tensor]:
     def initial(expert: int) -> Tensor:
         parts = []
         for name, std in stds.items():
-            random = generator(seed, "expert", layer, expert, name)
+            random = generator(seed, "expert", str(unit), expert, name)
             parts.append(torch.randn(size, generator=random, dtype=torch.float64) * std)
         return torch.cat(parts)
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from hecate.model.expert_files import refuse_experts
+from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.head import CausalHead, LanguageModelHead
+from hecate.model.insert import FoundUnit
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
-from hecate.model.load_moe import load_moe_model
-from hecate.model.moe_surgery import AdaptedLayer
+from hecate.model.load_moe import OwnExperts, load_moe_model
 from hecate.model.tensor_files import tensor_entries
 from hecate.parallel.expert_kinds import ExpertKind
 
@@ -25,8 +26,15 @@ class BaseModel:
     head: CausalHead
     tokenizer: Any
     vocab_size: int
-    adapted: tuple[AdaptedLayer, ...] = field(default=(), kw_only=True)
-    """with experts over an MoE base: the layers whose experts were left out when the model was loaded"""
+    ffns: tuple[GatedFfn, ...] = field(default=(), kw_only=True)
+    """the FFNs of a dense model, found once, when it was loaded"""
+    own_experts: tuple[OwnExperts, ...] = field(default=(), kw_only=True)
+    """the experts of an MoE model, which were left out when it was loaded"""
+
+    @property
+    def found(self) -> tuple[FoundUnit, ...]:
+        """Where experts may be put."""
+        return self.own_experts or self.ffns
 
 
 def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, device: torch.device, kind: ExpertKind) -> BaseModel:
@@ -36,15 +44,18 @@ def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, dev
         UserError: the model cannot be read, or has experts of its own where this kind of experts needs a model without, or the reverse.
     """
     source = resolve_model(name_or_path)
-    adapted: tuple[AdaptedLayer, ...] = ()
+    ffns: tuple[GatedFfn, ...] = ()
+    own_experts: tuple[OwnExperts, ...] = ()
     model: Any
     with one_gguf_reader():
         if kind.of_moe_base:
-            model, adapted = load_moe_model(source, pick_dtype(dtype, device), device, kind, num_hidden_layers)
+            model, own_experts = load_moe_model(source, pick_dtype(dtype, device), device, kind, num_hidden_layers)
         else:
             if source.gguf_file is None:
                 refuse_experts(tensor_entries(source.folder), source.folder, kind)
             model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
+            ffns = tuple(find_gated_ffns(model))
         model.eval()
         tokenizer = load_tokenizer(source)
-    return BaseModel(model, LanguageModelHead(model), tokenizer, model.get_input_embeddings().num_embeddings, adapted=adapted)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    return BaseModel(model, LanguageModelHead(model), tokenizer, vocab_size, ffns=ffns, own_experts=own_experts)

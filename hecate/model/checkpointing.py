@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from hecate.model.gated_ffn import decoder_layers
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 
 
 def checkpoint_activations(moe: MoeModel) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hecate.errors import UserError
-from hecate.kernels.common.ffn import ACTIVATIONS, FfnBase, activation
+from hecate.experts.family import FfnSource
+from hecate.kernels.common.ffn import ACTIVATIONS, PROJECTIONS, FfnBase, FfnShape, activation
+from hecate.parallel.units import Unit
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,36 @@ class GatedFfn:
     layer: int
     path: str
     """dotted name of the module, such as model.layers.3.mlp"""
-    base: FfnBase
+    shape: FfnShape
     projection_names: dict[str, str]
     """gate_proj, up_proj, down_proj -> the names that this model gives them"""
+
+    @property
+    def unit(self) -> Unit:
+        return Unit(self.layer)
+
+    @property
+    def block_path(self) -> str:
+        """The FFN is all that is no attention."""
+        return self.path
+
+    @property
+    def router_path(self) -> None:
+        """A dense FFN has no router."""
+
+    @property
+    def own_experts(self) -> int:
+        """None."""
+        return 0
+
+    def base(self, model: nn.Module) -> FfnBase:
+        """Its weights in the model."""
+        gate, up, down = (model.get_submodule(f"{self.path}.{self.projection_names[name]}") for name in PROJECTIONS)
+        return FfnBase(gate.weight, up.weight, down.weight, self.shape.activation)  # type: ignore[arg-type]
+
+    def source(self, model: nn.Module) -> FfnSource:
+        """The FFN as the model holds it."""
+        return FfnSource(base=self.base(model))
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -61,8 +90,8 @@ def find_gated_ffns(model: nn.Module) -> list[GatedFfn]:
                 f"unsupported architecture: {where} has {count}; exactly one is needed.\n  why: {detail}\n"
                 f"  a gated FFN computes down(act(gate(x)) * up(x)) with bias-free linears and act one of {', '.join(ACTIVATIONS)}"
             )
-        path, (base, names) = fits[0]
-        found.append(GatedFfn(index, f"{name}.{index}.{path}", base, names))
+        path, (shape, names) = fits[0]
+        found.append(GatedFfn(index, f"{name}.{index}.{path}", shape, names))
     return found
 
 
@@ -70,7 +99,7 @@ def _linear_children(module: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, child) for name, child in module.named_children() if type(child) is nn.Linear]
 
 
-def _describe(module: nn.Module) -> tuple[FfnBase, dict[str, str]] | str:
+def _describe(module: nn.Module) -> tuple[FfnShape, dict[str, str]] | str:
     """The module as a gated FFN, or why it is none."""
     linears = _linear_children(module)
     if any(linear.bias is not None for _, linear in linears):
@@ -92,8 +121,8 @@ def _describe(module: nn.Module) -> tuple[FfnBase, dict[str, str]] | str:
             with torch.no_grad():
                 got = down(activation(act, gate(x_TD)) * up(x_TD))
             if got.shape == expected.shape and torch.equal(got, expected):
-                base = FfnBase(gate.weight, up.weight, down.weight, act)
-                return base, {"gate_proj": gate_name, "up_proj": up_name, "down_proj": down_name}
+                shape = FfnShape(gate.in_features, gate.out_features, act)
+                return shape, {"gate_proj": gate_name, "up_proj": up_name, "down_proj": down_name}
     if x_TD is None:
         return "its three linears do not have the shapes [F, D], [F, D], [D, F]"
     return "it does not compute down(act(gate(x)) * up(x)) for any known activation"

@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from hecate.errors import UserError
-from hecate.model.expert_files import expert_layers
+from hecate.experts.family import FfnSource
+from hecate.kernels.common.ffn import FfnShape
+from hecate.model.expert_files import LayerExperts, expert_layers
+from hecate.model.expert_weights import read_expert
 from hecate.model.load import ModelSource, load_without, read_config
-from hecate.model.moe_blocks import find_moe_blocks
-from hecate.model.moe_surgery import AdaptedLayer
+from hecate.model.moe_blocks import MoeBlock, find_moe_blocks
 from hecate.model.tensor_files import tensor_entries
 from hecate.parallel.expert_kinds import ExpertKind, kinds_for
+from hecate.parallel.units import Unit
+
+
+@dataclass(frozen=True)
+class OwnExperts:
+    """A layer's router and experts in an MoE model, which was loaded without them, and where the experts' weights are."""
+
+    block: MoeBlock
+    files: LayerExperts
+
+    @property
+    def unit(self) -> Unit:
+        return Unit(self.block.layer)
+
+    @property
+    def path(self) -> str:
+        return self.block.experts_path
+
+    @property
+    def block_path(self) -> str:
+        """The block that holds both, and shared experts."""
+        return self.block.path
+
+    @property
+    def router_path(self) -> str:
+        return self.block.router_path
+
+    @property
+    def own_experts(self) -> int:
+        return self.block.num_experts
+
+    @property
+    def shape(self) -> FfnShape:
+        return FfnShape(self.block.hidden, self.block.ffn, self.block.activation)
+
+    def source(self, model: nn.Module) -> FfnSource:
+        """Each expert as it is read from the files by its owner, in the model's dtype and on its device."""
+        like = next(model.parameters())
+        dtype, device = like.dtype, like.device
+        return FfnSource(own_expert=lambda expert: read_expert(self.files, expert, dtype, device))
 
 
 def load_moe_model(
     source: ModelSource, dtype: torch.dtype, device: torch.device, kind: ExpertKind, num_hidden_layers: int | None = None
-) -> tuple[nn.Module, tuple[AdaptedLayer, ...]]:
+) -> tuple[nn.Module, tuple[OwnExperts, ...]]:
     """The causal language model, frozen, on `device`, with `LeftOut` in the place of its experts; and its layers that have experts.
 
     Raises:
@@ -62,6 +106,6 @@ def load_moe_model(
                 f"{source.folder}: layer {block.layer}: config.json says {wanted[0]} experts of hidden size {wanted[1]} and ffn size "
                 f"{wanted[2]}, but the files have {here}; is the download complete?"
             )
-        layers.append(AdaptedLayer(block, stored))
+        layers.append(OwnExperts(block, stored))
     model = load_without([block.experts_path for block in blocks], type(outline), config, source, dtype, device)
     return model, tuple(layers)

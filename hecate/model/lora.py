@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hecate.experts.forward_pass import CurrentPass
-from hecate.experts.mixlora import LoraShape
-from hecate.experts.seeding import generator, kaiming_lora_a
+from hecate.experts.pairs import LoraShape
+from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.low_rank import lora_linear
 
@@ -20,7 +20,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.shape = shape
         device = base.weight.device
-        a_rI = kaiming_lora_a(shape.rank, base.in_features, generator(seed, "lora", path))
+        a_rI = linear_weight(shape.rank, base.in_features, generator(seed, "lora", path))
         self.lora_A = nn.Parameter(a_rI.to(device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, shape.rank, device=device, dtype=dtype))
         # One stream a module: a hash of its name, since all modules of a step share the key.

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from hecate.model.gated_ffn import decoder_layers
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 
 
 def shard_frozen_layers(moe: MoeModel, group: dist.ProcessGroup) -> None:

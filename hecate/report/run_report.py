@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hecate.config import to_yaml
 from hecate.data.batches import sequence_ranges
 from hecate.io.durable import write_durable
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 from hecate.parallel.traces import TraceWriter
 from hecate.report.events import Evaluation, Rebuilt, Resharding, StepResult
 from hecate.report.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record

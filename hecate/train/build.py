@@ -8,13 +8,12 @@ from pathlib import Path
 from hecate.config import Config, DataSource
 from hecate.data.sources import TokenSource, read_source
 from hecate.engine.from_config import engine_config
-from hecate.experts.mixlora import LoraShape
-from hecate.model import moe_surgery
+from hecate.experts.pairs import LoraShape
 from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
+from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
+from hecate.model.moe_model import MoeModel
 from hecate.model.sharded_layers import shard_frozen_layers
-from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts, non_moe_flops_per_token
-from hecate.model.upcycling import UpcyclingPlan, upcycle
 from hecate.parallel.topology import Topology
 from hecate.ranks.ranks import Ranks
 
@@ -25,12 +24,12 @@ def settled(config: Config, base: BaseModel) -> Config:
     Raises:
         UserError: it gives other ones.
     """
-    if not base.adapted:
+    if not base.own_experts:
         return config
-    blocks = {layer.block.layer: layer.block for layer in base.adapted}
+    blocks = {layer.block.layer: layer.block for layer in base.own_experts}
     layers = len(decoder_layers(base.model)[1])
     each = tuple(blocks[layer].num_experts if layer in blocks else 0 for layer in range(layers))
-    return replace(config, moe=config.moe.of_model(each, base.adapted[0].block.top_k))
+    return replace(config, moe=config.moe.of_model(each, base.own_experts[0].block.top_k))
 
 
 def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) -> BaseModel:
@@ -49,29 +48,12 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
 
         assert isinstance(base, MegatronModel)
         return base.moe
-    tokens = config.micro_batch_size * config.data.seq_len
-    if base.adapted:
-        flops = moe_surgery.non_moe_flops_per_token(base.model, base.adapted)
-        for_engine = engine_config(config, ranks, flops * tokens, topology)
-        moe = moe_surgery.adapt_experts(base.model, base.adapted, moe_lora_plan(config), for_engine, ranks.groups)
-        if config.model.shard_non_experts:
-            shard_frozen_layers(moe, ranks.new_sharding_group())
-        return moe
-    for_engine = engine_config(config, ranks, non_moe_flops_per_token(base.model) * tokens, topology)
-    num_layers = len(decoder_layers(base.model)[1])
-    if config.moe.family == "full":
-        return upcycle(base.model, upcycling_plan(config, num_layers), for_engine, ranks.groups)
-    return insert_experts(base.model, surgery_plan(config, num_layers), for_engine, ranks.groups)
-
-
-def moe_lora_plan(config: Config) -> moe_surgery.MoeLoraPlan:
-    return moe_surgery.MoeLoraPlan(
-        lora_shape(config),
-        config.lora.target_modules,
-        train_router=config.moe.train_router,
-        seed=config.seed,
-        kernels=config.kernels,
-    )
+    flops = non_moe_flops_per_token(base.model, base.found) * config.micro_batch_size * config.data.seq_len
+    plan = insertion_plan(config, len(base.found))
+    moe = insert_experts(base.model, base.found, plan, engine_config(config, ranks, flops, topology), ranks.groups)
+    if config.model.shard_non_experts:
+        shard_frozen_layers(moe, ranks.new_sharding_group())
+    return moe
 
 
 def lora_shape(config: Config) -> LoraShape:
@@ -79,24 +61,19 @@ def lora_shape(config: Config) -> LoraShape:
     return LoraShape(config.lora.r, scale, config.lora.dropout)
 
 
-def surgery_plan(config: Config, num_layers: int) -> SurgeryPlan:
-    return SurgeryPlan(
-        experts_per_layer=config.moe.experts_per_layer(num_layers),
-        top_k=config.moe.experts_per_token,
-        lora=lora_shape(config),
-        target_modules=config.lora.target_modules,
-        seed=config.seed,
-        kernels=config.kernels,
-    )
-
-
-def upcycling_plan(config: Config, num_layers: int) -> UpcyclingPlan:
-    return UpcyclingPlan(
-        experts_per_layer=config.moe.experts_per_layer(num_layers),
-        top_k=config.moe.experts_per_token,
-        noise=config.moe.upcycle_noise,
-        seed=config.seed,
+def insertion_plan(config: Config, num_units: int) -> InsertionPlan:
+    """What the configuration puts into a model with so many places for experts."""
+    kind = config.moe.kind
+    return InsertionPlan(
+        kind=kind,
+        experts_per_layer=None if kind.of_moe_base else config.moe.experts_per_layer(num_units),
+        top_k=1 if kind.of_moe_base else config.moe.experts_per_token,
+        lora=lora_shape(config) if kind.has_pairs else None,
+        target_modules=config.lora.target_modules if kind.has_pairs else (),
+        upcycle_noise=config.moe.upcycle_noise,
+        train_router=config.moe.train_router,
         train_non_experts=config.model.train_non_experts,
+        seed=config.seed,
         kernels=config.kernels,
     )
 

@@ -13,7 +13,7 @@ from hecate.data.evaluation import GenerationItem, eval_sequences, generation_it
 from hecate.data.sources import TokenSource
 from hecate.engine.protocol import EvaluationPasses
 from hecate.model.base import BaseModel
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import EvalScore, Evaluation

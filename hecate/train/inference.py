@@ -12,10 +12,11 @@ from hecate.adapters.peft_moe import is_peft_adapter
 from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.mixlora import LoraShape
+from hecate.experts.pairs import LoraShape
 from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
-from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
+from hecate.model.insert import InsertionPlan, insert_experts
+from hecate.model.moe_model import MoeModel
 from hecate.parallel.expert_kinds import kind_written_as
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -77,7 +78,7 @@ def _with_adapter(folder: Path, ranks: Ranks, model: str | None, dtype: str, num
     if num_layers != description.num_layers:
         raise UserError(f"{folder}: made for {description.num_layers} layers, but the base model has {num_layers}")
     planner = EngineConfig(POLICIES["full"], local_topology(ranks.world_size, cuda=ranks.device.type == "cuda"))
-    moe = insert_experts(base.model, _plan(description), planner, ranks.groups)
+    moe = insert_experts(base.model, base.found, _plan(description), planner, ranks.groups)
     for name, wanted in _shapes(moe).items():
         if tuple(tensors[name].shape) != wanted:
             raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {wanted}")
@@ -92,6 +93,13 @@ def _shapes(moe: MoeModel) -> dict[str, tuple[int, ...]]:
     return {router_tensor_name(unit.layer): tuple(router.shape) for unit, router in moe.routers.items()}
 
 
-def _plan(description: AdapterConfig) -> SurgeryPlan:
+def _plan(description: AdapterConfig) -> InsertionPlan:
     lora = LoraShape(description.r, description.scale, 0.0)
-    return SurgeryPlan(description.experts_per_layer, description.top_k, lora, description.target_modules, seed=0)
+    return InsertionPlan(
+        kind=kind_written_as("mixlora"),
+        experts_per_layer=description.experts_per_layer,
+        top_k=description.top_k,
+        lora=lora,
+        target_modules=description.target_modules,
+        seed=0,
+    )

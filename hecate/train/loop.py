@@ -33,7 +33,7 @@ from hecate.elastic.rebuild import Controller, rebuild
 from hecate.errors import UserError
 from hecate.model.base import BaseModel
 from hecate.model.checkpointing import checkpoint_activations
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters, schedule
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each

@@ -27,7 +27,7 @@ from hecate.config import Config, changed_computation, to_yaml
 from hecate.data.stream import TrainStream
 from hecate.elastic.move_experts import adopt_owners
 from hecate.errors import UserError
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.units import parse_unit
 from hecate.ranks.ranks import Ranks

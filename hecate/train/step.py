@@ -21,7 +21,7 @@ from hecate.elastic.backups import send_gradients
 from hecate.experts.aux_loss import load_balancing_loss
 from hecate.experts.forward_pass import PassTokens
 from hecate.model.head import CausalHead
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.report.events import StepResult
 

@@ -23,13 +23,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hecate.data.batches import Batch
 from hecate.engine import step_plans
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.mixlora import LoraShape
+from hecate.experts.pairs import LoraShape
 from hecate.experts.router import TopKRouter
 from hecate.kernels.backend import Backend
+from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
-from hecate.model.surgery import MoeModel, SurgeryPlan, insert_experts
+from hecate.model.insert import InsertionPlan, insert_experts
+from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
 from hecate.parallel.cost_model import LayerCost, PlanMode
+from hecate.parallel.expert_kinds import MIXLORA
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology
@@ -77,12 +80,15 @@ def router_bias(case: Case) -> torch.Tensor:
     return bias.to(case.dtype)
 
 
-def biased_router(bias: torch.Tensor) -> type[TopKRouter]:
-    class BiasedRouter(TopKRouter):
-        def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-            return F.linear(x_TD.to(self.weight.dtype), self.weight * 50) + bias  # * 50: the init alone is nearly uniform
+def bias_routers(moe: MoeModel, bias: torch.Tensor) -> None:
+    for layer in moe.layers.values():
+        router = layer.router
+        assert isinstance(router, TopKRouter)
 
-    return BiasedRouter
+        def logits(x_TD: torch.Tensor, router: TopKRouter = router) -> torch.Tensor:
+            return F.linear(x_TD.to(router.weight.dtype), router.weight * 50) + bias  # * 50: the init alone is nearly uniform
+
+        router.logits = logits  # type: ignore[method-assign]
 
 
 def tiny_llama(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -177,9 +183,18 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
         prefetch=case.prefetch,
     )
     lora = LoraShape(rank=3, scale=0.7, dropout=0.0)
-    plan = SurgeryPlan((case.num_experts,) * 2, case.top_k, lora, TARGETS, seed=5, kernels=case.kernels)
+    plan = InsertionPlan(
+        kind=MIXLORA,
+        experts_per_layer=(case.num_experts,) * 2,
+        top_k=case.top_k,
+        lora=lora,
+        target_modules=TARGETS,
+        seed=5,
+        kernels=case.kernels,
+    )
     groups = expert_groups(make_mesh(world, case.shard_size))
-    moe = insert_experts(model, plan, config, groups, biased_router(router_bias(case)))
+    moe = insert_experts(model, find_gated_ffns(model), plan, config, groups)
+    bias_routers(moe, router_bias(case))
     random = torch.Generator().manual_seed(11)
     for name, parameter in moe.replicated_parameters().items():
         if name.endswith(".B"):  # zero at the start, where half of the gradients vanish

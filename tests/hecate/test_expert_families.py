@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from hecate.elastic.move_experts import move_experts
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.family import ExpertFamily
+from hecate.experts.family import ExpertFamily, Site
 from hecate.experts.full import FullExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs import LoraShape
+from hecate.experts.pairs import LoraShape, PlainPairs
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
+from hecate.parallel.expert_kinds import FfnSizes
 from hecate.parallel.planners import POLICIES
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from tests.hecate.test_equivalence import random_planner, topology
 from tests.ranks import run_ranks
@@ -53,12 +55,11 @@ def frozen(layer: int, expert: int) -> Tensor:
 
 
 def family(kind: str, layer: int) -> ExpertFamily:
-    named = {"layer": layer, "num_experts": EXPERTS, "seed": SEED, "master_dtype": torch.float64, "compute_dtype": torch.float64}
-    named["device"] = torch.device("cpu")
+    site = Site(Unit(layer), EXPERTS, SHAPE, SEED, torch.float64, torch.float64, torch.device("cpu"))
     if kind == "full":
-        return FullExperts(SHAPE, **named)  # type: ignore[arg-type]
-    lora, projections = LoraShape(rank=2, scale=0.7, dropout=DROPOUT), ("gate_proj", "down_proj")
-    return MoeLoraExperts(SHAPE, lambda expert: frozen(layer, expert), lora, projections, **named)  # type: ignore[arg-type]
+        return FullExperts(site)
+    pairs = PlainPairs(LoraShape(rank=2, scale=0.7, dropout=DROPOUT), ("gate_proj", "down_proj"), FfnSizes(SHAPE.hidden, SHAPE.ffn))
+    return MoeLoraExperts(site, lambda expert: frozen(layer, expert), pairs)
 
 
 def initial(kind: str, layer: int, expert: int) -> Tensor:

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from hecate.engine.step_plans import EngineConfig
+from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
-from hecate.model.surgery import MoeModel
-from hecate.model.upcycling import UpcyclingPlan, upcycle
+from hecate.model.insert import InsertionPlan, insert_experts
+from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.cost_model import PlanMode
+from hecate.parallel.expert_kinds import FULL
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
@@ -69,8 +71,16 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
         prefetch=case.prefetch,
     )
     groups = expert_groups(make_mesh(world, case.shard_size))
-    plan = UpcyclingPlan((case.num_experts,) * 2, TOP_K, noise=0.1, seed=5, train_non_experts=case.train_non_experts)
-    moe = upcycle(model, plan, config, groups, suite.biased_router(suite.router_bias(case.routed)))
+    plan = InsertionPlan(
+        kind=FULL,
+        experts_per_layer=(case.num_experts,) * 2,
+        top_k=TOP_K,
+        upcycle_noise=0.1,
+        seed=5,
+        train_non_experts=case.train_non_experts,
+    )
+    moe = insert_experts(model, find_gated_ffns(model), plan, config, groups)
+    suite.bias_routers(moe, suite.router_bias(case.routed))
     for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
         layer = unit.layer
         chunk.data.copy_(values(layer, expert, len(chunk)))

@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.pairs import LoraShape
 from hecate.model.head import LanguageModelHead
+from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.load import ModelSource
 from hecate.model.load_moe import load_moe_model
-from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts
+from hecate.model.moe_model import MoeModel
 from hecate.model.sharded_layers import shard_frozen_layers
-from hecate.model.surgery import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.cost_model import PlanMode
 from hecate.parallel.expert_kinds import MOE_LORA
@@ -190,8 +190,14 @@ def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModel
         prefetch=case.prefetch,
     )
     mesh = make_mesh(world, case.shard_size)
-    plan = MoeLoraPlan(LoraShape(RANK, ALPHA / RANK, 0.0), TARGETS, case.model.train_router, seed=5)
-    moe = adapt_experts(model, layers, plan, config, expert_groups(mesh))
+    plan = InsertionPlan(
+        kind=MOE_LORA,
+        lora=LoraShape(RANK, ALPHA / RANK, 0.0),
+        target_modules=TARGETS,
+        train_router=case.model.train_router,
+        seed=5,
+    )
+    moe = insert_experts(model, layers, plan, config, expert_groups(mesh))
     for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
         layer = unit.layer
         chunk.data.copy_(initial(len(chunk), layer, expert))

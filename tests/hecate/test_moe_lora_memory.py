@@ -24,11 +24,11 @@ from hecate.forecast.run_shape import run_shape
 from hecate.model.expert_files import LayerExperts, expert_layers
 from hecate.model.expert_weights import read_expert
 from hecate.model.head import LanguageModelHead
+from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
 from hecate.model.load import ModelSource
 from hecate.model.load_moe import load_moe_model
-from hecate.model.moe_surgery import MoeLoraPlan, adapt_experts, non_moe_flops_per_token
+from hecate.model.moe_model import MoeModel
 from hecate.model.sharded_layers import shard_frozen_layers
-from hecate.model.surgery import MoeModel
 from hecate.model.tensor_files import tensor_entries
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.expert_kinds import MOE_LORA
@@ -37,7 +37,7 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
-from hecate.train.build import moe_lora_plan
+from hecate.train.build import insertion_plan
 from hecate.train.step import forward_loss, pass_tokens, train_step
 from tests.hecate.forecast.making import num_bytes
 from tests.plain_moe_lora import save_tiny
@@ -47,12 +47,12 @@ CPU = torch.device("cpu")
 
 
 def build(
-    folder: Path, plan: MoeLoraPlan, policy: str, world: int, shard_size: int | None = None
+    folder: Path, plan: InsertionPlan, policy: str, world: int, shard_size: int | None = None
 ) -> tuple[MoeModel, LanguageModelHead, Any]:
     model, layers = load_moe_model(ModelSource(folder, None), torch.float32, CPU, MOE_LORA)
     head = LanguageModelHead(model)
     config = EngineConfig(POLICIES[policy], local_topology(world, cuda=False), top_k=2)
-    return adapt_experts(model, layers, plan, config, expert_groups(make_mesh(world, shard_size))), head, layers
+    return insert_experts(model, layers, plan, config, expert_groups(make_mesh(world, shard_size))), head, layers
 
 
 def resident(key: str) -> int:
@@ -63,7 +63,7 @@ def resident(key: str) -> int:
 
 def _loaded(rank: int, world: int, folder: str, warm_up: str) -> tuple[int, int]:
     """(bytes by which the peak of loading was over what was there before, bytes of this rank's share)."""
-    plan = MoeLoraPlan(LoraShape(2, 1.0, 0.0), ("down_proj",), train_router=False, seed=0)
+    plan = InsertionPlan(kind=MOE_LORA, lora=LoraShape(2, 1.0, 0.0), target_modules=("down_proj",), seed=0)
     build(Path(warm_up), plan, "static_ep", world)  # modules and buffers of libraries
     gc.collect()
     dist.barrier()
@@ -90,7 +90,7 @@ def test_no_rank_loads_more_than_its_share(tmp_path: Path) -> None:
 
 def _loaded_in_parts(rank: int, world: int, folder: str, warm_up: str) -> tuple[int, int, int]:
     """(bytes of its own that loading and sharding has cost this rank, bytes of its share, bytes of all that is outside experts)"""
-    plan = MoeLoraPlan(LoraShape(2, 1.0, 0.0), ("down_proj",), train_router=False, seed=0)
+    plan = InsertionPlan(kind=MOE_LORA, lora=LoraShape(2, 1.0, 0.0), target_modules=("down_proj",), seed=0)
     moe, _, _ = build(Path(warm_up), plan, "static_ep", world)
     shard_frozen_layers(moe, dist.new_group())
     gc.collect()
@@ -139,7 +139,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
 def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) -> dict[str, Any]:
     """Bytes of this rank after a step and in the midst of the next."""
     config = config_of(Path(folder))
-    moe, head, layers = build(Path(folder) / "model", moe_lora_plan(config), policy, world, shard_size)
+    moe, head, layers = build(Path(folder) / "model", insertion_plan(config, 2), policy, world, shard_size)
     model = moe.model
     optimizer = ExpertOptimizer(
         Trainables(owned_parameters(moe.engine), moe.replicated_parameters()),
@@ -197,7 +197,7 @@ def test_every_rank_holds_what_was_planned(tmp_path: Path, kind: str) -> None:
 
 
 def _sharded_bytes(rank: int, world: int, folder: str) -> int:
-    moe, _, _ = build(Path(folder) / "model", moe_lora_plan(config_of(Path(folder))), "static_ep", world)
+    moe, _, _ = build(Path(folder) / "model", insertion_plan(config_of(Path(folder)), 2), "static_ep", world)
     shard_frozen_layers(moe, dist.new_group())
     trained = set(map(id, moe.replicated_parameters().values()))
     here = [p.to_local() if isinstance(p, DTensor) else p for p in moe.model.parameters() if id(p) not in trained]

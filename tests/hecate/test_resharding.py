@@ -13,7 +13,7 @@ from hecate.elastic.move_experts import adopt_owners, check_room, move_experts, 
 from hecate.engine.step_plans import PlannerError
 from hecate.errors import UserError
 from hecate.model.head import LanguageModelHead
-from hecate.model.surgery import MoeModel
+from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology

@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.model.upcycling import UpcyclingPlan, upcycle
+from hecate.model.gated_ffn import find_gated_ffns
+from hecate.model.insert import InsertionPlan, insert_experts
+from hecate.parallel.expert_kinds import FULL
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
@@ -31,9 +33,11 @@ def _export(rank: int, world: int, folder: str, model_type: str, changes: dict[s
     assert group is not None
     model = tiny(model_type, torch.float32, **changes)
     groups = ExpertGroups(group, dist.new_group())
-    plan = UpcyclingPlan((EXPERTS,) * 3, 2, noise=0.5, seed=1)
+    plan = InsertionPlan(kind=FULL, experts_per_layer=(EXPERTS,) * 3, top_k=2, upcycle_noise=0.5, seed=1)
     config = mixtral_config(model.config, plan.experts_per_layer, 2, 0.01)
-    moe = upcycle(model, plan, EngineConfig(POLICIES["static_ep"], local_topology(world, cuda=False)), groups)
+    moe = insert_experts(
+        model, find_gated_ffns(model), plan, EngineConfig(POLICIES["static_ep"], local_topology(world, cuda=False)), groups
+    )
     for parameter in moe.replicated_parameters().values():
         parameter.data.mul_(30)  # so that weights of choices differ
     with torch.no_grad(), moe.engine.evaluation():

@@ -11,6 +11,8 @@ import torch
 import hecate.engine.step_plans as step_plans
 from hecate.engine.engine import Engine
 from hecate.engine.step import MicroStep
+from hecate.experts.family import ExpertReplicas
+from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.planners import Plan, PlanInput
 from tests.hecate.experts.making import HIDDEN, engine, experts
@@ -81,7 +83,7 @@ def test_autograd_keeps_no_copy_of_the_replicas() -> None:
     x, weight = (torch.randn(TOKENS, n, dtype=torch.float64).requires_grad_() for n in (HIDDEN, 2))
     slot = torch.tensor([[0, 1]]).expand(TOKENS, 2)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        family.compute(replicas, x, slot, weight, expert_S=torch.arange(3), token_T=torch.arange(TOKENS), step=0, training=True)
+        family.compute(RoutedTokens(x, slot, weight, torch.arange(TOKENS), torch.arange(3)), ExpertReplicas(replicas), step=0)
     others = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() != replicas.untyped_storage().data_ptr()]
     assert len(others) < len(kept)
     assert {len(tensor) for tensor in others} <= {TOKENS, 2 * TOKENS}, "of tokens and their choices; there are 3 replicas"

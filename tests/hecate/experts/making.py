@@ -7,11 +7,15 @@ import torch.distributed as dist
 
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.mixlora import LoraShape, MixLoraExperts
-from hecate.kernels.common.ffn import FfnBase
+from hecate.experts.family import Site
+from hecate.experts.mixlora import MixLoraExperts
+from hecate.experts.pairs import LoraShape, PlainPairs
+from hecate.kernels.common.ffn import FfnBase, FfnShape
+from hecate.parallel.expert_kinds import FfnSizes
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 
 HIDDEN, FFN, SEED = 6, 10, 3
@@ -32,15 +36,9 @@ def experts(
     dropout: float = 0.0,
     projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
 ) -> MixLoraExperts:
-    return MixLoraExperts(
-        base(),
-        LoraShape(rank=2, scale=0.5, dropout=dropout),
-        projections,
-        layer=layer,
-        num_experts=num_experts,
-        seed=seed,
-        master_dtype=torch.float64,
-    )
+    shape, double = FfnShape(HIDDEN, FFN, "silu"), torch.float64
+    site = Site(Unit(layer), num_experts, shape, seed, double, double, torch.device("cpu"))
+    return MixLoraExperts(site, base(), PlainPairs(LoraShape(rank=2, scale=0.5, dropout=dropout), projections, FfnSizes(HIDDEN, FFN)))
 
 
 def engine(num_experts: dict[int, int], policy: str = "static_ep", shard_size: int | None = None) -> Engine:

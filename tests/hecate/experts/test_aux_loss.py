@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from hecate.experts.aux_loss import load_balancing_loss
-from hecate.experts.forward_pass import RouterStats
+from hecate.experts.router import RouterStats
 from tests.ranks import run_ranks
 
 EXPERTS = {0: 4, 1: 6, 2: 4, 5: 6, 6: 6}

@@ -7,28 +7,31 @@ import math
 import pytest
 import torch
 
+from hecate.experts.family import Site
 from hecate.experts.full import FullExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs import LoraShape
+from hecate.experts.pairs import LoraShape, PlainPairs
 from hecate.kernels.common.ffn import FfnShape
+from hecate.parallel.expert_kinds import FfnSizes
+from hecate.parallel.units import Unit
 
 SHAPE = FfnShape(hidden=6, ffn=10, activation="silu")
 
 
+def site(master: torch.dtype, compute: torch.dtype, *, layer: int = 0, seed: int = 3) -> Site:
+    return Site(Unit(layer), 4, SHAPE, seed, master, compute, torch.device("cpu"))
+
+
 def full(*, layer: int = 0, seed: int = 3) -> FullExperts:
-    double = torch.float64
-    return FullExperts(
-        SHAPE, layer=layer, num_experts=4, seed=seed, master_dtype=double, compute_dtype=torch.float32, device=torch.device("cpu")
-    )
+    return FullExperts(site(torch.float64, torch.float32, layer=layer, seed=seed))
 
 
 def moe_lora(dtype: torch.dtype = torch.bfloat16) -> MoeLoraExperts:
     def weights(expert: int) -> torch.Tensor:
         return torch.full((SHAPE.numel,), float(expert), dtype=torch.bfloat16)
 
-    lora, projections = LoraShape(rank=2, scale=0.5, dropout=0.0), ("gate_proj", "down_proj")
-    named = {"layer": 0, "num_experts": 4, "seed": 3, "device": torch.device("cpu")}
-    return MoeLoraExperts(SHAPE, weights, lora, projections, master_dtype=torch.float32, compute_dtype=dtype, **named)  # type: ignore[arg-type]
+    pairs = PlainPairs(LoraShape(rank=2, scale=0.5, dropout=0.0), ("gate_proj", "down_proj"), FfnSizes(6, 10))
+    return MoeLoraExperts(site(torch.float32, dtype), weights, pairs)
 
 
 def test_layouts() -> None:

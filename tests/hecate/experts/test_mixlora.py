@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.experts.family import ExpertReplicas
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
@@ -100,7 +101,7 @@ def test_dropout_is_keyed_by_seed_step_and_layer_and_only_for_training(training:
     replicas = torch.randn(2, family.layout().trainable_numel, generator=random, dtype=torch.float64)
     x, weight = torch.randn(5, HIDDEN, generator=random, dtype=torch.float64), torch.ones(5, 1, dtype=torch.float64)
     slot, token, here = torch.tensor([[0], [1], [1], [0], [-1]]), torch.arange(5) + 50, torch.tensor([3, 8])
-    got = family.compute(replicas, x, slot, weight, expert_S=here, token_T=token, step=6, training=training)
+    got = family.compute(RoutedTokens(x, slot, weight, token, here), ExpertReplicas(replicas), 6 if training else None)
     dropout = Dropout(0.5, dropout_key(SEED, 6, 4)) if training else None
     pairs = family.pairs(replicas)
     wanted = mixlora_ffn_reference(RoutedTokens(x, slot, weight, token, here), base(), pairs, dropout=dropout)
@@ -111,16 +112,8 @@ def test_the_result_depends_on_the_replicas_without_a_token() -> None:
     family = experts(2)
     replicas = torch.zeros(2, family.layout().trainable_numel, dtype=torch.float64, requires_grad=True)
     none = torch.zeros(0, 1, dtype=torch.int64)
-    y = family.compute(
-        replicas,
-        torch.zeros(0, HIDDEN, dtype=torch.float64),
-        none,
-        none.double(),
-        expert_S=torch.arange(2),
-        token_T=none[:, 0],
-        step=0,
-        training=True,
-    )
+    routed = RoutedTokens(torch.zeros(0, HIDDEN, dtype=torch.float64), none, none.double(), none[:, 0], torch.arange(2))
+    y = family.compute(routed, ExpertReplicas(replicas), step=0)
     y.sum().backward()
     assert replicas.grad is not None
     assert not replicas.grad.any()

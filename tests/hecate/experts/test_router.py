@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from hecate.experts.router import TopKRouter
+from hecate.parallel.units import Unit
 
 
 def router(hidden: int, experts: int, k: int, *, layer: int = 0, seed: int = 0, dtype: torch.dtype = torch.float64) -> TopKRouter:
-    return TopKRouter(hidden, experts, k, layer=layer, seed=seed, dtype=dtype, device=torch.device("cpu"))
+    return TopKRouter(hidden, experts, k, unit=Unit(layer), seed=seed, dtype=dtype, device=torch.device("cpu"))
 
 
 def test_a_token_by_hand() -> None:

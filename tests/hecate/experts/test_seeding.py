@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hecate.experts.seeding import generator, kaiming_lora_a
+from hecate.experts.seeding import generator, linear_weight
 
 
 def draw(*name: int | str) -> list[int]:
@@ -48,7 +48,7 @@ def test_the_global_generator_neither_matters_nor_moves() -> None:
 
 
 def test_kaiming_is_uniform_within_one_over_the_root_of_the_inputs() -> None:
-    a = kaiming_lora_a(64, 100, generator(0, "a"))
+    a = linear_weight(64, 100, generator(0, "a"))
     assert a.shape == (64, 100)
     assert a.dtype == torch.float64
     bound = 1 / math.sqrt(100)

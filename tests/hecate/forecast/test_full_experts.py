@@ -13,14 +13,14 @@ from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
+from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
-from hecate.model.surgery import non_moe_flops_per_token
-from hecate.model.upcycling import upcycle
+from hecate.model.insert import insert_experts, non_moe_flops_per_token
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
-from hecate.train.build import upcycling_plan
+from hecate.train.build import insertion_plan
 from hecate.train.step import forward_loss, pass_tokens, train_step
 from tests.hecate.forecast.making import config_for, write_model
 from tests.ranks import run_ranks
@@ -43,9 +43,9 @@ def _measure(rank: int, world: int, folder: str, overrides: tuple[str, ...]) -> 
     head = LanguageModelHead(model)
     group = torch.distributed.group.WORLD
     assert group is not None
-    flops = non_moe_flops_per_token(model) * 96
+    flops = non_moe_flops_per_token(model, find_gated_ffns(model)) * 96
     engine_config = EngineConfig(POLICIES["full"], local_topology(world, cuda=False), top_k=2, non_moe_flops=flops)
-    moe = upcycle(model, upcycling_plan(config, 3), engine_config, ExpertGroups(group, group))
+    moe = insert_experts(model, find_gated_ffns(model), insertion_plan(config, 3), engine_config, ExpertGroups(group, group))
     replicated = moe.replicated_parameters()
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     tokens = torch.arange(96)[None]

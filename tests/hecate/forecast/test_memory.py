@@ -13,19 +13,22 @@ import torch
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.mixlora import LoraShape, MixLoraExperts
+from hecate.experts.family import Site
+from hecate.experts.mixlora import MixLoraExperts
+from hecate.experts.pairs import LoraShape, PlainPairs
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import RunShape, run_shape
-from hecate.kernels.common.ffn import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
-from hecate.model.surgery import insert_experts, non_moe_flops_per_token
+from hecate.model.insert import insert_experts, non_moe_flops_per_token
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
+from hecate.parallel.expert_kinds import FfnSizes
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups, expert_groups
-from hecate.train.build import surgery_plan
+from hecate.train.build import insertion_plan
 from hecate.train.step import forward_loss, pass_tokens, train_step
 from tests.hecate.forecast.making import config_for, num_bytes, slow_node, write_model
 from tests.ranks import run_ranks
@@ -44,12 +47,14 @@ def shape_of(folder: Path, *overrides: str, ranks: int = 2, dtype: str = "float3
 def test_the_engine_reckons_with_the_same_cost(tmp_path: Path, dtype: str, targets: str) -> None:
     model = write_model(tmp_path).to(getattr(torch, dtype))
     run = shape_of(tmp_path, f"lora.target_modules={targets}", "micro_batch_size=3", dtype=dtype)
-    base: FfnBase = find_gated_ffns(model)[0].base
+    (ffn, *_) = found = find_gated_ffns(model)
     names = tuple(name for name in ("gate_proj", "up_proj", "down_proj") if name in targets)
     master = torch.float64 if dtype == "float64" else torch.float32
-    family = MixLoraExperts(base, LoraShape(2, 1.0, 0.0), names, layer=0, num_experts=4, seed=0, master_dtype=master)
+    site = Site(Unit(0), 4, ffn.shape, 0, master, getattr(torch, dtype), torch.device("cpu"))
+    pairs = PlainPairs(LoraShape(2, 1.0, 0.0), names, FfnSizes(ffn.shape.hidden, ffn.shape.ffn))
+    family = MixLoraExperts(site, ffn.base(model), pairs)
     (group,) = run.groups
-    assert group.cost == family.cost(2, non_moe_flops_per_token(model) * 3 * 16)
+    assert group.cost == family.cost(2, non_moe_flops_per_token(model, found) * 3 * 16)
     assert (group.experts, group.number) == (4, 3)
 
 
@@ -118,7 +123,7 @@ def _held(rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str,
         head = LanguageModelHead(model)
         groups = expert_groups(make_mesh(world, shard_size))
         engine = EngineConfig(POLICIES[policy], local_topology(world, cuda=False), top_k=5)
-        moe = insert_experts(model, surgery_plan(config, 3), engine, groups)
+        moe = insert_experts(model, find_gated_ffns(model), insertion_plan(config, 3), engine, groups)
         replicated = moe.replicated_parameters()
         optimizer = ExpertOptimizer(
             Trainables(owned_parameters(moe.engine), replicated), AdamWSettings(learning_rate=0.1, weight_decay=0.0), torch.device("cpu")
@@ -168,7 +173,7 @@ def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: b
     group = torch.distributed.group.WORLD
     assert group is not None
     engine = EngineConfig(POLICIES["full"], local_topology(1, cuda=False), top_k=2)
-    moe = insert_experts(model, surgery_plan(config, 3), engine, ExpertGroups(group, group))
+    moe = insert_experts(model, find_gated_ffns(model), insertion_plan(config, 3), engine, ExpertGroups(group, group))
     if checkpointing:
         from hecate.model.checkpointing import checkpoint_activations
 

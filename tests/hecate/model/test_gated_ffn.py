@@ -24,10 +24,10 @@ def test_ffns_are_found(model_type: str, dtype: torch.dtype) -> None:
     for ffn in ffns:
         assert ffn.path == f"model.layers.{ffn.layer}.mlp"
         mlp = model.model.layers[ffn.layer].mlp
-        assert ffn.base.gate_FD is mlp.gate_proj.weight
-        assert ffn.base.up_FD is mlp.up_proj.weight
-        assert ffn.base.down_DF is mlp.down_proj.weight
-        assert ffn.base.activation == FOUND[model_type]
+        assert ffn.base(model).gate_FD is mlp.gate_proj.weight
+        assert ffn.base(model).up_FD is mlp.up_proj.weight
+        assert ffn.base(model).down_DF is mlp.down_proj.weight
+        assert ffn.shape.activation == FOUND[model_type]
         assert ffn.projection_names == {name: name for name in ("gate_proj", "up_proj", "down_proj")}
 
 
@@ -63,10 +63,10 @@ def test_an_oddly_named_ffn_is_found_by_what_it_does() -> None:
     assert [ffn.path for ffn in ffns] == ["blocks.0.ff", "blocks.1.ff"]
     for layer, ffn in zip(model.blocks, ffns, strict=True):
         assert isinstance(layer.ff, OddFfn)
-        assert ffn.base.gate_FD is layer.ff.w2.weight
-        assert ffn.base.up_FD is layer.ff.w1.weight
-        assert ffn.base.down_DF is layer.ff.w3.weight
-        assert ffn.base.activation == "gelu"
+        assert ffn.base(model).gate_FD is layer.ff.w2.weight
+        assert ffn.base(model).up_FD is layer.ff.w1.weight
+        assert ffn.base(model).down_DF is layer.ff.w3.weight
+        assert ffn.shape.activation == "gelu"
         assert ffn.projection_names == {"gate_proj": "w2", "up_proj": "w1", "down_proj": "w3"}
 
 

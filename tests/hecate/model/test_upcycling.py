@@ -14,14 +14,17 @@ import torch.distributed as dist
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.full import noisy_copies
 from hecate.kernels.common.ffn import FfnBase
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.head import LanguageModelHead
+from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.load import load_model, one_gguf_reader, resolve_model
-from hecate.model.surgery import MoeModel
-from hecate.model.upcycling import UpcyclingPlan, noisy_copies, upcycle
+from hecate.model.moe_model import MoeModel
+from hecate.parallel.expert_kinds import FULL
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from hecate.train.step import forward_loss, pass_tokens
 from tests.hecate.model.tiny import tiny, token_ids
@@ -29,9 +32,9 @@ from tests.ranks import run_ranks
 
 
 def make(model: Any, group: dist.ProcessGroup, experts: tuple[int, ...] = (4, 4, 4), k: int = 2, **changes: Any) -> MoeModel:
-    plan = UpcyclingPlan(experts, k, **{"noise": 0.0, "seed": 1, **changes})
+    plan = InsertionPlan(kind=FULL, experts_per_layer=experts, top_k=k, **{"seed": 1, **changes})
     topology = local_topology(dist.get_world_size(group), cuda=False)
-    return upcycle(model, plan, EngineConfig(POLICIES["full"], topology), ExpertGroups(group, group))
+    return insert_experts(model, find_gated_ffns(model), plan, EngineConfig(POLICIES["full"], topology), ExpertGroups(group, group))
 
 
 def logits(model: Any, moe: MoeModel) -> torch.Tensor:
@@ -57,21 +60,21 @@ def test_without_noise_the_model_computes_what_the_dense_one_did(
 def test_noise_is_as_large_as_asked_and_every_experts_own() -> None:
     random = torch.Generator().manual_seed(0)
     base = FfnBase(*(torch.randn(size, generator=random) * 3 for size in ((40, 30), (40, 30), (30, 40))), "silu")
-    dense = noisy_copies(base, 0.0, layer=2, seed=7)(0)
-    initial = noisy_copies(base, 0.02, layer=2, seed=7)
+    dense = noisy_copies(base, 0.0, unit=Unit(2), seed=7)(0)
+    initial = noisy_copies(base, 0.02, unit=Unit(2), seed=7)
     noise_EC = torch.stack([initial(expert) - dense for expert in range(4)])
     assert noise_EC.view(4, 3, -1).std(-1).flatten().tolist() == pytest.approx([0.02 * 3] * 12, rel=0.06)
     # Independent of each other: of 3600 numbers, correlations are about 0.017.
     assert (np.abs(np.corrcoef(noise_EC) - np.eye(4)) < 0.08).all()
-    assert torch.equal(initial(3), noisy_copies(base, 0.02, layer=2, seed=7)(3))
-    assert not torch.equal(initial(3), noisy_copies(base, 0.02, layer=1, seed=7)(3))
-    assert not torch.equal(initial(3), noisy_copies(base, 0.02, layer=2, seed=8)(3))
+    assert torch.equal(initial(3), noisy_copies(base, 0.02, unit=Unit(2), seed=7)(3))
+    assert not torch.equal(initial(3), noisy_copies(base, 0.02, unit=Unit(1), seed=7)(3))
+    assert not torch.equal(initial(3), noisy_copies(base, 0.02, unit=Unit(2), seed=8)(3))
 
 
 def _initial_experts(rank: int, world: int) -> dict[tuple[int, int], np.ndarray]:
     group = dist.group.WORLD
     assert group is not None
-    moe = make(tiny("llama", torch.float32), group, noise=0.1)
+    moe = make(tiny("llama", torch.float32), group, upcycle_noise=0.1)
     assert len(moe.engine.shards.named_parameters()) < 3 * 4 or world == 1
     return {key: parameter.detach().numpy() for key, parameter in moe.engine.shards.named_parameters().items()}
 
@@ -86,7 +89,7 @@ def test_experts_do_not_depend_on_the_number_of_ranks() -> None:
 
 def test_the_dense_ffns_are_let_go(one_rank: dist.ProcessGroup) -> None:
     model = tiny("llama")
-    dense = [weakref.ref(ffn.base.gate_FD) for ffn in find_gated_ffns(model)]
+    dense = [weakref.ref(ffn.base(model).gate_FD) for ffn in find_gated_ffns(model)]
     moe = make(model, one_rank, (3, 0, 3))
     gc.collect()
     assert [reference() is None for reference in dense] == [True, False, True]

@@ -8,9 +8,12 @@ import torch.distributed as dist
 
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.mixlora import LoraShape
+from hecate.experts.pairs import LoraShape
+from hecate.model.gated_ffn import find_gated_ffns
+from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
 from hecate.model.lora import LoraLinear
-from hecate.model.surgery import MoeModel, SurgeryPlan, adapter_dtype, insert_experts, non_moe_flops_per_token
+from hecate.model.moe_model import MoeModel, adapter_dtype
+from hecate.parallel.expert_kinds import MIXLORA
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
@@ -24,8 +27,11 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 def insert(
     model: Any, group: dist.ProcessGroup, experts: tuple[int, ...] = (3, 3, 3), k: int = 2, targets: tuple[str, ...] = FFN
 ) -> MoeModel:
-    plan = SurgeryPlan(experts, k, LoraShape(rank=2, scale=2.0, dropout=0.0), targets, seed=1)
-    return insert_experts(model, plan, EngineConfig(POLICIES["full"], local_topology(1, cuda=False)), ExpertGroups(group, group))
+    lora = LoraShape(rank=2, scale=2.0, dropout=0.0)
+    plan = InsertionPlan(kind=MIXLORA, experts_per_layer=experts, top_k=k, lora=lora, target_modules=targets, seed=1)
+    return insert_experts(
+        model, find_gated_ffns(model), plan, EngineConfig(POLICIES["full"], local_topology(1, cuda=False)), ExpertGroups(group, group)
+    )
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
@@ -123,7 +129,8 @@ def test_attention_adapters_by_their_formula(one_rank: dist.ProcessGroup) -> Non
 
 def test_flops_outside_the_ffn_by_hand() -> None:
     """q and o 16 x 16, k and v 8 x 16: 768 multiply-adds."""
-    assert non_moe_flops_per_token(tiny("llama")) == 2 * 768
+    model = tiny("llama")
+    assert non_moe_flops_per_token(model, find_gated_ffns(model)) == 2 * 768
 
 
 @pytest.mark.parametrize(
@@ -133,9 +140,10 @@ def test_flops_outside_the_ffn_by_hand() -> None:
 def test_gathers_start_so_many_decoder_layers_ahead(one_rank: dist.ProcessGroup, ahead: int, started: list[tuple[int, int]]) -> None:
     """By decoder layers, the middle one without experts; starting again what is under way does nothing."""
     model = tiny("llama")
-    plan = SurgeryPlan((3, 0, 3), 2, LoraShape(rank=2, scale=2.0, dropout=0.0), FFN, seed=1)
+    lora = LoraShape(rank=2, scale=2.0, dropout=0.0)
+    plan = InsertionPlan(kind=MIXLORA, experts_per_layer=(3, 0, 3), top_k=2, lora=lora, target_modules=FFN, seed=1)
     config = EngineConfig(POLICIES["full"], local_topology(1, cuda=False), prefetch=ahead)
-    moe = insert_experts(model, plan, config, ExpertGroups(one_rank, one_rank))
+    moe = insert_experts(model, find_gated_ffns(model), plan, config, ExpertGroups(one_rank, one_rank))
     seen: list[tuple[int, int]] = []
     begun: list[int] = []
     for index, layer in enumerate(model.model.layers):

@@ -1,0 +1,40 @@
+"""The one place where a kind's name becomes the family that computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hecate.experts.family import ExpertChoices, FfnExperts, FfnSource, Site
+from hecate.experts.full import FullExperts, noisy_copies
+from hecate.experts.mixlora import MixLoraExperts
+from hecate.experts.moe_lora import MoeLoraExperts
+from hecate.experts.pairs import PairSource, PlainPairs
+from hecate.parallel.expert_kinds import ExpertKind, Family, FfnSizes
+
+
+def make_experts(kind: ExpertKind, site: Site, source: FfnSource, choices: ExpertChoices) -> FfnExperts:
+    """The experts of a unit."""
+    return _MAKERS[kind.name](site, source, choices)
+
+
+def _mixlora(site: Site, source: FfnSource, choices: ExpertChoices) -> FfnExperts:
+    assert source.base is not None
+    return MixLoraExperts(site, source.base, _pairs(site, choices))
+
+
+def _full(site: Site, source: FfnSource, choices: ExpertChoices) -> FfnExperts:
+    assert source.base is not None
+    return FullExperts(site, noisy_copies(source.base, choices.upcycle_noise, unit=site.unit, seed=site.seed))
+
+
+def _moe_lora(site: Site, source: FfnSource, choices: ExpertChoices) -> FfnExperts:
+    assert source.own_expert is not None
+    return MoeLoraExperts(site, source.own_expert, _pairs(site, choices))
+
+
+def _pairs(site: Site, choices: ExpertChoices) -> PairSource:
+    assert choices.lora is not None
+    return PlainPairs(choices.lora, choices.projections, FfnSizes(site.shape.hidden, site.shape.ffn))
+
+
+_MAKERS: dict[Family, Callable[[Site, FfnSource, ExpertChoices], FfnExperts]] = {"mixlora": _mixlora, "full": _full, "moe_lora": _moe_lora}

@@ -1,0 +1,240 @@
+"""Putting experts, routers and adapters into a loaded model, where its units were found.
+
+Units are found elsewhere: dense gated FFNs by `hecate.model.gated_ffn`, the experts of MoE models by `hecate.model.load_moe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hecate.engine.engine import Engine
+from hecate.engine.step_plans import EngineConfig
+from hecate.errors import UserError
+from hecate.experts.families import make_experts
+from hecate.experts.family import ExpertChoices, FfnExperts, FfnSource, Site
+from hecate.experts.forward_pass import CurrentPass
+from hecate.experts.layer import MoeLayer
+from hecate.experts.pairs import LoraShape
+from hecate.experts.router import ModelRouter, Router, TopKRouter
+from hecate.kernels.backend import Backend
+from hecate.kernels.common.ffn import FfnShape
+from hecate.model.gated_ffn import decoder_layers
+from hecate.model.lora import LoraLinear
+from hecate.model.moe_model import MoeModel, adapter_dtype
+from hecate.parallel.expert_kinds import PROJECTIONS, ExpertKind
+from hecate.parallel.units import Unit
+from hecate.ranks.groups import ExpertGroups
+
+
+class FoundUnit(Protocol):
+    """A place of a base model where experts may be put."""
+
+    @property
+    def unit(self) -> Unit: ...
+
+    @property
+    def path(self) -> str:
+        """Dotted name of the module whose place the experts take: a dense FFN, or a model's own experts."""
+        ...
+
+    @property
+    def block_path(self) -> str:
+        """Dotted name of the module that is no attention: the FFN, or the block with router and experts."""
+        ...
+
+    @property
+    def router_path(self) -> str | None:
+        """Dotted name of the model's own router, if it has one."""
+        ...
+
+    @property
+    def own_experts(self) -> int:
+        """Experts that the model has itself; 0: none."""
+        ...
+
+    @property
+    def shape(self) -> FfnShape: ...
+
+    def source(self, model: nn.Module) -> FfnSource:
+        """What families are made from, in the model's dtype and on its device."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertionPlan:
+    """What to put in: values only."""
+
+    kind: ExpertKind
+    experts_per_layer: tuple[int, ...] | None = None
+    """in the order of the found units; 0: the layer keeps its plain FFN; None: as many as the model has itself"""
+    top_k: int = 1
+    """of new routers; a model's own ones choose as they did"""
+    lora: LoraShape | None = None
+    target_modules: tuple[str, ...] = ()
+    upcycle_noise: float = 0.0
+    """standard deviation of what is added to a copied weight, as a share of its matrix's own"""
+    train_router: bool = False
+    """train the model's own routers, too"""
+    train_non_experts: bool = False
+    """train the rest of the model, too, alike on every rank"""
+    seed: int
+    kernels: Backend = "auto"
+
+    @property
+    def choices(self) -> ExpertChoices:
+        return ExpertChoices(self.lora, self.kind.projections(self.target_modules), self.upcycle_noise)
+
+
+def insert_experts(
+    model: nn.Module, found: Sequence[FoundUnit], plan: InsertionPlan, engine_config: EngineConfig, groups: ExpertGroups
+) -> MoeModel:
+    """Freeze the model, put routers and experts in the found places and adapters around its attention projections.
+
+    Every rank of the groups must call it. Nothing of it depends on their number: a rank makes the experts that it owns.
+
+    Raises:
+        UserError: the list of experts is not as long as the model has layers, a target module matches nothing, nothing would train, what is
+            to train is held in a type too narrow for an optimizer, or a file cannot be read.
+    """
+    model.requires_grad_(False)
+    counts = _experts_of(found, plan)
+    changed = [one for one in found if counts[one.unit] > 0 and (plan.choices.projections or not plan.kind.has_pairs)]
+    targets = _attention_targets(model, found, plan)
+    if not changed and not targets:
+        raise UserError(
+            "nothing would train: no layer gets experts and no attention module gets an adapter.\n"
+            f"  lora.target_modules: {', '.join(plan.target_modules)}; moe.num_experts: {sorted(set(counts.values()))}"
+        )
+    if plan.train_non_experts:
+        _refuse_narrow(model)
+    families = {one.unit: _experts(model, one, counts[one.unit], plan) for one in changed}
+    engine = Engine(dict(families), engine_config, groups)
+    for family in families.values():
+        family.forget_initial()
+    layers = {}
+    for one in changed:
+        layers[one.unit] = MoeLayer(one.unit, _router(model, one, families[one.unit], plan), engine.current)
+        model.set_submodule(one.path, layers[one.unit])
+    dtype = adapter_dtype(next(model.parameters()).dtype)
+    attention = _adapt_attention(model, targets, plan, dtype, engine.current)
+    prefetch_during_attention(decoder_layers(model)[1], engine.current, layers, engine_config.prefetch)
+    others = _train_others(model, changed) if plan.train_non_experts else {}
+    return MoeModel(model, engine, layers, attention, others)
+
+
+def _experts_of(found: Sequence[FoundUnit], plan: InsertionPlan) -> dict[Unit, int]:
+    if plan.experts_per_layer is None:
+        return {one.unit: one.own_experts for one in found}
+    if len(plan.experts_per_layer) != len(found):
+        raise UserError(f"moe.num_experts lists {len(plan.experts_per_layer)} layers, but the model has {len(found)}")
+    return dict(zip((one.unit for one in found), plan.experts_per_layer, strict=True))
+
+
+def _refuse_narrow(model: nn.Module) -> None:
+    dtype = next(model.parameters()).dtype
+    if dtype.itemsize < 4:
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"model.train_non_experts: the model is held in {name}, whose steps would be lost\n  set model.dtype=float32")
+
+
+def _experts(model: nn.Module, one: FoundUnit, num_experts: int, plan: InsertionPlan) -> FfnExperts:
+    like = next(model.parameters())
+    site = Site(one.unit, num_experts, one.shape, plan.seed, adapter_dtype(like.dtype), like.dtype, like.device, plan.kernels)
+    return make_experts(plan.kind, site, one.source(model), plan.choices)
+
+
+def _router(model: nn.Module, one: FoundUnit, family: FfnExperts, plan: InsertionPlan) -> Router:
+    """A new router, or the model's own with what is kept of its decisions."""
+    site = family.site
+    if one.router_path is None:
+        return TopKRouter(
+            site.shape.hidden, site.num_experts, plan.top_k, unit=site.unit, seed=site.seed, dtype=site.master_dtype, device=site.device
+        )
+    return ModelRouter(model.get_submodule(one.router_path), site.master_dtype if plan.train_router else None)
+
+
+def _train_others(model: nn.Module, changed: Sequence[FoundUnit]) -> dict[str, nn.Parameter]:
+    """The model's own parameters outside experts and routers, which train from now on."""
+    routed = tuple(f"{one.path}." for one in changed)
+    others = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(routed)}
+    for parameter in others.values():
+        parameter.requires_grad_()
+    return others
+
+
+def _attention_targets(model: nn.Module, found: Sequence[FoundUnit], plan: InsertionPlan) -> list[tuple[int, str, str]]:
+    """(layer, name inside the layer, dotted path) of the decoder layers' linears whose last name is a target.
+
+    Blocks where units were found are no attention, in the layers without units either.
+
+    Raises:
+        UserError: a target matches neither a linear nor a projection of the experts.
+    """
+    name, layers = decoder_layers(model)
+    inside = {one.block_path.removeprefix(f"{name}.{one.unit.layer}.") for one in found}
+    targets, seen = [], {target for target in plan.target_modules if target in PROJECTIONS}
+    available = set(PROJECTIONS)
+    for index, layer in enumerate(layers):
+        excluded = tuple(f"{block}." for block in inside)
+        for module, child in layer.named_modules():
+            if type(child) is not nn.Linear or module.startswith(excluded):
+                continue
+            last = module.rpartition(".")[2]
+            available.add(last)
+            if last in plan.target_modules:
+                targets.append((index, module, f"{name}.{index}.{module}"))
+                seen.add(last)
+    missing = [target for target in plan.target_modules if target not in seen]
+    if missing:
+        raise UserError(
+            f"lora.target_modules: {', '.join(missing)} matches no module of {type(model).__name__}; it has {', '.join(sorted(available))}"
+        )
+    return targets
+
+
+def _adapt_attention(
+    model: nn.Module, targets: list[tuple[int, str, str]], plan: InsertionPlan, dtype: torch.dtype, current: CurrentPass
+) -> dict[tuple[int, str], LoraLinear]:
+    """Put adapters around linears; (layer, module name) -> adapter."""
+    attention = {}
+    for layer, module, path in targets:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        assert plan.lora is not None
+        adapter = LoraLinear(linear, plan.lora, path=f"{layer}.{module}", seed=plan.seed, dtype=dtype, current=current)
+        attention[layer, module] = adapter
+        model.set_submodule(path, adapter)
+    return attention
+
+
+def prefetch_during_attention(decoder: nn.ModuleList, current: CurrentPass, layers: Collection[Unit], ahead: int) -> None:
+    """Start a layer's gather when its decoder layer begins, so that its attention hides it, or `ahead` - 1 decoder layers earlier."""
+
+    def hook_for(coming: list[Unit]) -> Any:
+        def start(*_: Any) -> None:
+            current.required().prefetch(*coming)
+
+        return start
+
+    for index, module in enumerate(decoder):
+        coming = [unit for unit in sorted(layers) if index <= unit.layer < index + ahead]
+        if coming:
+            module.register_forward_pre_hook(hook_for(coming))
+
+
+def non_moe_flops_per_token(model: nn.Module, found: Sequence[FoundUnit]) -> float:
+    """Forward FLOPs of one token in the first decoder layer that has a unit, outside its experts (projections only).
+
+    Of a model with experts, before they are put in, their place is empty; of a dense model the FFN is left out.
+    """
+    name, layers = decoder_layers(model)
+    first = found[0]
+    inside = first.path.removeprefix(f"{name}.{first.unit.layer}.")
+    named = layers[first.unit.layer].named_modules()
+    linears = [module for path, module in named if isinstance(module, nn.Linear) and not path.startswith(f"{inside}.")]
+    return 2.0 * sum(module.weight.numel() for module in linears)

@@ -1,0 +1,58 @@
+"""A model with experts in it, and the parts of it that the trainer drives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hecate.engine.protocol import ExpertEngine
+from hecate.experts.layer import MoeLayer
+from hecate.model.lora import LoraLinear
+from hecate.model.tensor_parts import TensorParts
+from hecate.parallel.units import Unit
+
+
+@dataclass(frozen=True)
+class MoeModel:
+    """A model with experts in it, and the parts that the trainer drives."""
+
+    model: nn.Module
+    engine: ExpertEngine
+    layers: Mapping[Unit, MoeLayer]
+    attention: dict[tuple[int, str], LoraLinear]
+    """(layer, module name) -> adapter, such as (3, "self_attn.q_proj")"""
+    others: dict[str, nn.Parameter] = field(default_factory=dict)
+    """the model's own parameters that train, by their names in it"""
+    parts: TensorParts | None = None
+    """those of them of which this rank has only a part"""
+
+    @property
+    def routers(self) -> dict[Unit, nn.Parameter]:
+        """By unit, the weights of those that are trained."""
+        trained = {unit: module.trained_router for unit, module in sorted(self.layers.items())}
+        return {unit: router for unit, router in trained.items() if router is not None}
+
+    def replicated_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters that every rank holds alike: routers, attention adapters and the model's own, by stable names."""
+        named: dict[str, nn.Parameter] = {}
+        for unit, router in self.routers.items():
+            named[f"layers.{unit}.router"] = router
+        for (layer, module), lora in sorted(self.attention.items()):
+            named[f"layers.{layer}.{module}.A"] = lora.lora_A
+            named[f"layers.{layer}.{module}.B"] = lora.lora_B
+        alike = self.others if self.parts is None else {name: p for name, p in self.others.items() if name not in self.parts.parameters}
+        return named | alike
+
+    def whole_others(self) -> Iterator[tuple[str, Tensor]]:
+        """`others`, one by one, each all of it. Every rank of a tensor group must go through them."""
+        for name, parameter in self.others.items():
+            partial = self.parts is not None and name in self.parts.parameters
+            yield name, self.parts.whole(name, parameter) if partial and self.parts else parameter.detach()
+
+
+def adapter_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """Adapters, routers and their optimizer states: float32, or the model's own where that is wider."""
+    return model_dtype if model_dtype.itemsize > 4 else torch.float32

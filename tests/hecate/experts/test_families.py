@@ -1,0 +1,68 @@
+"""Every kind has its family in one registry, and nothing else asks of which kind experts are."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hecate.experts.families import make_experts
+from hecate.experts.family import ExpertChoices, FfnSource, Site
+from hecate.experts.pairs import LoraShape
+from hecate.kernels.common.ffn import FfnShape
+from hecate.parallel.expert_kinds import KINDS, MOE_LORA, ExpertKind
+from hecate.parallel.units import Unit
+from tests.hecate.experts.making import base
+from tests.test_layout import sources
+
+FAMILIES = {"MixLoraExperts", "FullExperts", "MoeLoraExperts", "FfnExperts"}
+CONSTANTS = {kind.name.upper() for kind in KINDS.values()}
+ROOT = Path(__file__).resolve().parents[3]
+OWN = ("hecate/experts/", "parallel/expert_kinds.py")
+"""where kinds are told apart"""
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+def test_each_kind_is_made_by_its_name(kind: ExpertKind) -> None:
+    shape, double = FfnShape(6, 10, "silu"), torch.float64
+    site = Site(Unit(1), 4, shape, 3, double, double, torch.device("cpu"))
+    lora = LoraShape(2, 0.5, 0.0) if kind.has_pairs else None
+    source = FfnSource(base(), lambda expert: torch.full((shape.numel,), float(expert), dtype=double))
+    family = make_experts(kind, site, source, ExpertChoices(lora, kind.projections(("gate_proj", "up_proj", "down_proj"))))
+    assert family.kind is kind
+    assert len(family.init_chunk(2)) == family.layout().trainable_numel
+    assert len(family.frozen_chunk(2)) == family.layout().frozen_numel
+    assert bool(family.layout().frozen) == (kind is MOE_LORA)
+
+
+def questions(tree: ast.AST) -> Iterator[ast.AST]:
+    """Comparisons of a kind or family with one of them, and questions for a family's class."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            if {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & FAMILIES:
+                yield node
+        elif isinstance(node, ast.Compare):
+            sides = ast.unparse(node)
+            names = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            known = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+            if known & CONSTANTS or (names & set(KINDS) and ("family" in sides or "kind" in sides)):
+                yield node
+
+
+@pytest.mark.parametrize(
+    "text", ['config.moe.family == "full"', 'family in ("mixlora", "x")', "kind is MOE_LORA", "isinstance(experts, FullExperts)"]
+)
+def test_a_question_is_noticed(text: str) -> None:
+    assert list(questions(ast.parse(text)))
+
+
+def test_nothing_else_asks_which_kind_it_is() -> None:
+    asked = []
+    for path in sources("hecate", "parallel", "kernels", "launch"):
+        name = str(path.relative_to(ROOT))
+        if not name.startswith(OWN):
+            asked += [f"{name}:{node.lineno}: {ast.unparse(node)}" for node in questions(ast.parse(path.read_text(encoding="utf-8")))]  # type: ignore[attr-defined]
+    assert not asked, "\n".join(asked)
