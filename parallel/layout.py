@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class ChunkSize(NamedTuple):
+    """How large the flat chunk of one expert is."""
+
+    numel: int
+    element_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.element_bytes
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,3 @@ class ExpertLayout:
     @property
     def frozen_numel(self) -> int:
         return sum(spec.numel for spec in self.frozen)
-
-    def offsets(self) -> dict[str, tuple[int, int]]:
-        """Start and end of each trainable tensor in the chunk, in elements."""
-        result, start = {}, 0
-        for spec in self.trainable:
-            result[spec.name] = (start, start + spec.numel)
-            start += spec.numel
-        return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -38,11 +39,6 @@ class Placement:
     def world_size(self) -> int:
         return self.where_ED.shape[1]
 
-    @property
-    def everywhere(self) -> bool:
-        """Is every expert on every rank, so that no token has to travel?"""
-        return bool(self.where_ED.all())
-
     def owned_by(self, rank: int) -> np.ndarray:
         """Experts that `rank` owns, ascending."""
         return np.flatnonzero(self.owner_E == rank)
@@ -56,11 +52,19 @@ class Placement:
         here = self.where_ED[:, rank]
         return np.where(here, np.cumsum(here) - 1, -1)
 
-    def sent(self, source: int, destination: int) -> np.ndarray:
-        """Experts whose parameters `source` sends to `destination` in a SparseAllGather, ascending."""
-        if source == destination:
-            return np.empty(0, dtype=np.int64)
-        return np.flatnonzero((self.owner_E == source) & self.where_ED[:, destination])
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Placement) and self._value == other._value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _value(self) -> tuple[bytes, bytes, tuple[int, ...]]:
+        return self.owner_E.tobytes(), self.where_ED.tobytes(), self.where_ED.shape
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._value)
 
 
 def contiguous_owners(num_experts: int, world_size: int) -> np.ndarray:

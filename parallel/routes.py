@@ -1,8 +1,10 @@
-"""Which copy of an expert goes from which rank to which, in each exchange of a collective.
+"""The routes of the two collectives over the chunks of experts: which copy goes from which rank to which, in each exchange.
 
-A SparseAllGather sends along the moves; a SparseReduceScatter sends against them. `hecate.parallel.gather_bytes` counts the same moves.
+Flat: each owner sends a copy to each replica. Two-level: each owner sends one copy to each node that needs the expert, to a *leader* in
+that node, which sends it on. Sliced: the same with every chunk cut into slices, each with a leader of its own. A SparseAllGather sends
+along the moves; a SparseReduceScatter sends against them. `hecate.parallel.gather_bytes` counts the same moves.
 
-Shapes: E experts, D ranks, M copies that one rank sends or receives.
+Shapes: E experts, D ranks, M chunks that one rank sends or receives.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from hecate.parallel.topology import Topology
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """The copies that one rank sends, or receives, in one exchange: by peer, then by expert, ascending."""
+class PeerChunks:
+    """The chunks that one rank sends, or receives, in one exchange: by peer, then by expert, ascending."""
 
     expert_M: np.ndarray
     """int64"""
     count_D: list[int]
-    """copies for, or from, each peer"""
+    """chunks for, or from, each peer"""
 
     @cached_property
     def pieces(self) -> list[tuple[int, slice]]:
-        """The peers with any copies, ascending, and where theirs are among the M."""
+        """The peers with any chunks, ascending, and where theirs are among the M."""
         ends = np.cumsum(self.count_D).tolist()
         return [(peer, slice(end - count, end)) for peer, (end, count) in enumerate(zip(ends, self.count_D, strict=True)) if count]
 
@@ -45,15 +47,15 @@ class Moves:
     def any(self) -> bool:
         return bool((self.source_ED >= 0).any())
 
-    def sent(self, rank: int) -> Run:
+    def sent(self, rank: int) -> PeerChunks:
         peer_M, expert_M = np.nonzero((self.source_ED == rank).T)
-        return Run(expert_M, np.bincount(peer_M, minlength=self.source_ED.shape[1]).tolist())
+        return PeerChunks(expert_M, np.bincount(peer_M, minlength=self.source_ED.shape[1]).tolist())
 
-    def received(self, rank: int) -> Run:
+    def received(self, rank: int) -> PeerChunks:
         source_E = self.source_ED[:, rank]
         experts = np.flatnonzero(source_E >= 0)
         source_M = source_E[experts]
-        return Run(experts[np.argsort(source_M, kind="stable")], np.bincount(source_M, minlength=self.source_ED.shape[1]).tolist())
+        return PeerChunks(experts[np.argsort(source_M, kind="stable")], np.bincount(source_M, minlength=self.source_ED.shape[1]).tolist())
 
     def ports(self, topology: Topology) -> PortBytes:
         """Copies through each port, along the moves."""
@@ -67,8 +69,8 @@ class Moves:
 
 def flat_moves(placement: Placement) -> Moves:
     """Each owner sends a copy to each replica."""
-    wanted_ED = placement.where_ED & ~_own(placement)
-    return Moves(np.where(wanted_ED, placement.owner_E[:, None], -1))
+    needed_ED = placement.where_ED & ~_own(placement)
+    return Moves(np.where(needed_ED, placement.owner_E[:, None], -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,23 +84,23 @@ class TwoLevelMoves:
 
 
 def two_level_moves(placement: Placement, topology: Topology, *, at_home: bool = False) -> TwoLevelMoves:
-    """Each owner sends one copy to each other node that wants the expert, to its leader, which hands it on (see `leaders`).
+    """Each owner sends one copy to each other node that needs the expert, to its leader, which sends it on (see `leaders`).
 
     Args:
-        at_home: in the owner's own node, too, one receives and hands on; otherwise the owner serves its node itself.
+        at_home: in the owner's own node, too, a leader receives and sends on; otherwise the owner serves its node itself.
     """
     assert placement.world_size == topology.world_size, (placement.world_size, topology.world_size)
     node_D = node_index(topology)
     owner_E1 = placement.owner_E[:, None]
-    wanted_ED = placement.where_ED & ~_own(placement)
-    led_ED = wanted_ED if at_home else wanted_ED & (node_D[owner_E1] != node_D)
+    needed_ED = placement.where_ED & ~_own(placement)
+    led_ED = needed_ED if at_home else needed_ED & (node_D[owner_E1] != node_D)
     leader_ED = leaders(led_ED, topology)
     by_node = np.argsort(node_D, kind="stable")
     starts = np.searchsorted(node_D[by_node], np.arange(topology.num_nodes))
     leader_of_EN = np.maximum.reduceat(np.where(leader_ED, np.arange(topology.world_size), -1)[:, by_node], starts, axis=1)
     copies_EN = np.add.reduceat(led_ED[:, by_node].astype(np.int64), starts, axis=1)
     inside_ED = led_ED & ~leader_ED
-    direct_ED = wanted_ED & ~led_ED
+    direct_ED = needed_ED & ~led_ED
     source_ED = np.where(inside_ED, leader_of_EN[:, node_D], owner_E1)
 
     def moves(chosen_ED: np.ndarray) -> Moves:
@@ -124,19 +126,19 @@ class SlicedMoves:
 
 
 def sliced_moves(placement: Placement, topology: Topology, slices: int) -> SlicedMoves:
-    """An owner sends each slice to each node that wants the expert, its own included, once: to the slice's leader there.
+    """An owner sends each slice once to each node that needs the expert, its own included: to the leader of that slice in the node.
 
-    So its port carries a replicated expert once a node, and the ranks that want it share the work of handing it on. Between nodes the bytes
-    are those of the two-level way.
+    So its port carries a replicated expert once a node, and the ranks that need it share the work of sending it on. Between nodes the bytes
+    are those of the two-level route.
     """
     of_slices = Placement(placement.owner_E.repeat(slices), placement.where_ED.repeat(slices, axis=0))
     return SlicedMoves(slices, of_slices, two_level_moves(of_slices, topology, at_home=True))
 
 
 def most_wanting(placement: Placement, topology: Topology) -> int:
-    """The most ranks of one node that want one expert from elsewhere; with one at most, a leader has nobody to hand on to."""
-    wanted_EN = (placement.where_ED & ~_own(placement)) @ node_membership(topology)
-    return int(wanted_EN.max(initial=0))
+    """The most ranks of one node that need one expert of another rank; with one at most, a leader has nobody to send on to."""
+    needed_EN = (placement.where_ED & ~_own(placement)) @ node_membership(topology)
+    return int(needed_EN.max(initial=0))
 
 
 def slices_of(chunk_numel: int, most: int) -> int:

@@ -1,9 +1,10 @@
 """Tokens to the replicas that serve them, and the results back. No token is dropped and no capacity is set.
 
-A token travels once to each rank that serves any of its choices, not once per choice: the rank computes all of the token's choices
-that it was given and returns their weighted sum.
+A token travels once to each rank that serves any of its assignments, not once for each of them: the rank computes all of the token's
+assignments that it serves and returns their weighted sum.
 
-Shapes: T tokens here, M rows sent (tokens times the ranks that serve them), R rows received, D hidden, K choices, E experts, W ranks.
+Shapes: T tokens of this rank, M rows sent (tokens times the ranks that serve them), R rows received, D hidden, K assignments of a token,
+E experts, N = T · K, B bounds between ranks.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.parallel.placement import Placement
+from hecate.parallel.comm.device_tables import token_tables
+from hecate.parallel.transfer_plan import TokenPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Dispatched:
 
     x_RD: Tensor
     slot_RK: Tensor
-    """int64: the slot here of each choice, -1: served elsewhere"""
+    """int64: the slot on this rank of each assignment, -1: another rank serves it"""
     weight_RK: Tensor
     token_R: Tensor
     """int64: global token numbers"""
@@ -33,7 +34,9 @@ class Dispatched:
     """int64: the row of x_TD that each sent row was"""
     num_tokens: int
     send_rows: list[int]
+    """per rank"""
     recv_rows: list[int]
+    """per rank"""
 
     def bytes_sent(self, rank: int, *, backward: bool) -> int:
         """Bytes that `rank`, this rank, sends to others in dispatch and combine; with `backward`, in their backward passes, too."""
@@ -47,83 +50,85 @@ class Dispatched:
         return forward + (back * (hidden + weight) + away * hidden if backward else 0)
 
 
-def destinations(expert_TK: Tensor, split_EW: Tensor) -> Tensor:
-    """int64 [T, K]: the rank that serves each choice.
+def destinations(expert_TK: Tensor, bound_EB: Tensor) -> Tensor:
+    """int64 [T, K]: the rank that serves each assignment. On CUDA the host does not wait.
 
-    The n tokens of an expert, in order, are cut into runs proportional to the expert's row of `split_EW` (float64, rows sum to 1), by
-    rank ascending, each rounded to within one token.
+    The n assignments of an expert, in order, are cut into runs proportional to the ranks' shares, by rank ascending, each rounded to within
+    one assignment.
+
+    Args:
+        bound_EB: float64 [experts, ranks - 1]: cumulative shares (see `TokenPlan`).
     """
     expert = expert_TK.flatten()
     order = torch.argsort(expert, stable=True)
-    count_E = torch.bincount(expert, minlength=len(split_EW))
+    count_E = expert.new_zeros(len(bound_EB)).scatter_add_(0, expert, torch.ones_like(expert))
     first_E = torch.cumsum(count_E, 0) - count_E
     ordinal = torch.empty_like(expert)
     ordinal[order] = torch.arange(len(expert), device=expert.device)
     position = (ordinal - first_E[expert] + 0.5) / count_E[expert]
-    bounds_EW = torch.cumsum(split_EW, 1)[:, :-1]
-    return (position[:, None] >= bounds_EW[expert]).sum(1).view_as(expert_TK)
+    return (position[:, None] >= bound_EB[expert]).sum(1).view_as(expert_TK)
 
 
-def dispatch(
-    x_TD: Tensor,
-    expert_TK: Tensor,
-    weight_TK: Tensor,
-    token_T: Tensor,
-    placement: Placement,
-    split_EW: np.ndarray,
-    group: dist.ProcessGroup,
-) -> Dispatched:
-    """Send each token to the ranks that serve its choices. Differentiable in x and weights.
+def dispatch(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, plan: TokenPlan, group: dist.ProcessGroup) -> Dispatched:
+    """Send each token to the ranks that serve its assignments, rows by rank and then by token. Differentiable in x and weights.
 
-    Every rank of the group must call it, in the same order; a rank may have no tokens, and may receive none. On CUDA it reads the row
-    counts back to the host.
-
-    Args:
-        split_EW: float64 [experts, ranks]: shares of *this* rank's tokens of each expert (see `token_split`).
+    Every rank of the group must call it, in the same order, with its own plan of the same placement; a rank may have no tokens, and may
+    receive none. On CUDA the host waits once, for the counts of rows.
     """
-    world = dist.get_world_size(group)
-    device = x_TD.device
-    rank_TK = destinations(expert_TK, torch.from_numpy(split_EW).to(device))
-    present_WT = (rank_TK[None] == torch.arange(world, device=device)[:, None, None]).any(2)
-    rank_M, source_M = present_WT.nonzero(as_tuple=True)
-    slot_WE = torch.from_numpy(np.stack([placement.slot_of_expert(peer) for peer in range(world)])).to(device)
-    expert_MK = expert_TK[source_M]
-    slot_MK = torch.where(rank_TK[source_M] == rank_M[:, None], slot_WE[rank_M[:, None], expert_MK], -1)
+    tables = token_tables(plan, x_TD.device)
+    rank_TK = destinations(expert_TK, tables.bound_EB)
+    row_N, place_N, send_D = _rows_to_send(rank_TK, len(tables.slot_DE))
+    recv_D = torch.empty_like(send_D)
+    dist.all_to_all_single(recv_D, send_D, group=group)
+    send_rows, recv_rows = torch.stack([send_D, recv_D]).tolist()
 
-    send_W = present_WT.sum(1)
-    recv_W = torch.empty_like(send_W)
-    dist.all_to_all_single(recv_W, send_W, group=group)
-    send_rows, recv_rows = send_W.tolist(), recv_W.tolist()
-    meta_RN = _exchange(torch.cat([slot_MK, token_T[source_M, None]], dim=1), send_rows, recv_rows, group)
+    num_tokens = len(x_TD)
+    row_M = torch.empty_like(row_N).scatter_(0, place_N, row_N)[: sum(send_rows)]  # equal rows have one place
+    rank_M, source_M = row_M // max(num_tokens, 1), row_M % max(num_tokens, 1)
+    slot_MK = torch.where(rank_TK[source_M] == rank_M[:, None], tables.slot_DE[rank_M[:, None], expert_TK[source_M]], -1)
+    meta_RN = _exchange_rows(torch.cat([slot_MK, token_T[source_M, None]], dim=1), send_rows, recv_rows, group)
     # index_select: its backward pass adds rows up, that of an index sorts them first.
     rows_MD, weight_MK = x_TD.index_select(0, source_M), weight_TK.index_select(0, source_M)
-    x_RD, weight_RK = _Exchange.apply(send_rows, recv_rows, group, rows_MD, weight_MK)
+    x_RD, weight_RK = _RowExchange.apply(send_rows, recv_rows, group, rows_MD, weight_MK)
     return Dispatched(
         x_RD=x_RD,
         slot_RK=meta_RN[:, :-1],
         weight_RK=weight_RK,
         token_R=meta_RN[:, -1],
         source_M=source_M,
-        num_tokens=len(x_TD),
+        num_tokens=num_tokens,
         send_rows=send_rows,
         recv_rows=recv_rows,
     )
 
 
+def _rows_to_send(rank_TK: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of a rank and a token, one an assignment, sorted: int64 [N] rank · T + token; int64 [N] the place of each among the
+    different ones; int64 [ranks] how many different ones each rank has.
+    """
+    num_tokens = max(len(rank_TK), 1)
+    token_T1 = torch.arange(len(rank_TK), device=rank_TK.device)[:, None]
+    row_N = torch.sort((rank_TK * num_tokens + token_T1).flatten()).values
+    different_N = torch.ones_like(row_N)
+    different_N[1:] = row_N[1:] != row_N[:-1]
+    send_D = row_N.new_zeros(num_ranks).scatter_add_(0, row_N // num_tokens, different_N)
+    return row_N, torch.cumsum(different_N, 0) - 1, send_D
+
+
 def combine(y_RD: Tensor, dispatched: Dispatched, group: dist.ProcessGroup) -> Tensor:
     """Return the results to the tokens' ranks and add them up there: [T, D]. Differentiable. Every rank must call it."""
-    (y_MD,) = _Exchange.apply(dispatched.recv_rows, dispatched.send_rows, group, y_RD)
+    (y_MD,) = _RowExchange.apply(dispatched.recv_rows, dispatched.send_rows, group, y_RD)
     y_TD = y_MD.new_zeros((dispatched.num_tokens, y_MD.shape[1]))
     return y_TD.index_add_(0, dispatched.source_M, y_MD)
 
 
-def _exchange(rows: Tensor, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup) -> Tensor:
+def _exchange_rows(rows: Tensor, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup) -> Tensor:
     received = rows.new_empty((sum(recv_rows), *rows.shape[1:]))
     dist.all_to_all_single(received, rows.contiguous(), recv_rows, send_rows, group=group)
     return received
 
 
-class _Exchange(torch.autograd.Function):
+class _RowExchange(torch.autograd.Function):
     """Rows to their ranks; gradients take the same way back.
 
     All tensors of one dispatch go through one node, so that every rank runs the same collectives backward, whatever its experts used.
@@ -132,8 +137,8 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup, *rows: Tensor) -> tuple[Tensor, ...]:
         ctx.send_rows, ctx.recv_rows, ctx.group = send_rows, recv_rows, group
-        return tuple(_exchange(tensor, send_rows, recv_rows, group) for tensor in rows)
+        return tuple(_exchange_rows(tensor, send_rows, recv_rows, group) for tensor in rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(_exchange(grad, ctx.recv_rows, ctx.send_rows, ctx.group) for grad in grads)
+        return None, None, None, *(_exchange_rows(grad, ctx.recv_rows, ctx.send_rows, ctx.group) for grad in grads)

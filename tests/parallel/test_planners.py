@@ -117,7 +117,7 @@ def test_static_ep_makes_no_replica_and_full_makes_all(given_: PlanInput) -> Non
     static = POLICIES["static_ep"](given_)
     assert (static.where_LED.sum(axis=2) == 1).all()
     full = POLICIES["full"](given_)
-    assert all(full.placement(layer).everywhere for layer in range(len(given_.owner_LE)))
+    assert full.where_LED.all()
 
 
 @given(inputs())

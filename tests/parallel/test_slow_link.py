@@ -13,9 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.parallel.comm.collectives import Handle, sparse_all_gather, sparse_reduce_scatter
-from hecate.parallel.comm.two_level import two_level_all_gather, two_level_reduce_scatter
 from hecate.parallel.gather_bytes import gather_ports
-from hecate.parallel.routes import two_level_moves
 from tests.namespaces import bytes_out, missing_for_slow_link, slow_link
 from tests.parallel.comm.collective_cases import Case
 from tests.parallel.comm.test_collectives import world_group
@@ -39,15 +37,14 @@ def _counted(start: Callable[[], Handle[torch.Tensor]]) -> tuple[int, torch.Tens
 
 
 def _crossing(rank: int, world: int) -> list[int]:
-    group, placement = world_group(), CASE.placement
-    moves = two_level_moves(placement, CASE.topology)
+    group, plan, leaders = world_group(), CASE.plan(rank), CASE.plan(rank, "two_level")
     owned, gradients = CASE.chunks(CASE.owned(rank)), CASE.gradients(rank)
-    _counted(lambda: sparse_all_gather(owned, placement, group))  # opens the connections
-    flat, replicas = _counted(lambda: sparse_all_gather(owned, placement, group))
-    over_leaders, same = _counted(lambda: two_level_all_gather(owned, placement, moves, group))
+    _counted(lambda: sparse_all_gather(owned, plan, group))  # opens the connections
+    flat, replicas = _counted(lambda: sparse_all_gather(owned, plan, group))
+    over_leaders, same = _counted(lambda: sparse_all_gather(owned, leaders, group))
     assert torch.equal(replicas, same)
-    flat_back, total = _counted(lambda: sparse_reduce_scatter(gradients, placement, group))
-    back_over_leaders, same = _counted(lambda: two_level_reduce_scatter(gradients, placement, moves, group))
+    flat_back, total = _counted(lambda: sparse_reduce_scatter(gradients, plan, group))
+    back_over_leaders, same = _counted(lambda: sparse_reduce_scatter(gradients, leaders, group))
     torch.testing.assert_close(same, total, rtol=0, atol=1e-12)
     return [flat, over_leaders, flat_back, back_over_leaders]
 

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from hecate.parallel.cost_model import Collective
 from hecate.parallel.gather_bytes import PortBytes
+from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks_by
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -37,6 +40,9 @@ class Case:
     def topology(self) -> Topology:
         world = len(self.nodes)
         return Topology(self.nodes, (1.0,) * world, (1.0,) * world, Link(1.0, 0.0), Link(1.0, 0.0))
+
+    def plan(self, rank: int, route: Collective = "flat") -> ChunkPlan:
+        return plan_chunks_by(route, self.placement, ChunkSize(self.numel, self.dtype.itemsize), self.topology, rank)
 
     @property
     def chunk_bytes(self) -> int:

@@ -13,10 +13,11 @@ from hecate.parallel.comm.collectives import (
     sparse_all_gather,
     sparse_all_gather_many,
     sparse_reduce_scatter,
-    sparse_reduce_scatter_many,
 )
 from hecate.parallel.gather_bytes import gather_ports
+from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement, owners_only
+from hecate.parallel.transfer_plan import plan_chunks
 from tests.parallel.comm.collective_cases import Case, in_bytes, many_cases, ports_of
 from tests.ranks import run_ranks
 
@@ -34,10 +35,10 @@ def _each_alone(rank: int, world: int, cases: list[Case]) -> Counts:
     group = world_group()
     counts = []
     for case in cases:
-        gather = sparse_all_gather(case.chunks(case.owned(rank)), case.placement, group)
+        gather = sparse_all_gather(case.chunks(case.owned(rank)), case.plan(rank), group)
         assert torch.equal(gather.wait(), case.chunks(case.held(rank)))
         assert gather.wait() is gather.wait()
-        reduce = sparse_reduce_scatter(case.gradients(rank), case.placement, group)
+        reduce = sparse_reduce_scatter(case.gradients(rank), case.plan(rank), group)
         total = reduce.wait()
         assert total.shape == (len(case.owned(rank)), case.numel)
         for row, expert in zip(total, case.owned(rank), strict=True):
@@ -64,13 +65,10 @@ def _many_at_once(rank: int, world: int, cases: list[Case]) -> None:
     group = world_group()
     for dtype in sorted({case.dtype for case in cases}, key=str):
         layers = [case for case in cases if case.dtype == dtype]
-        gathers = sparse_all_gather_many([(case.chunks(case.owned(rank)), case.placement, None) for case in layers], group)
+        gathers = sparse_all_gather_many([(case.chunks(case.owned(rank)), case.plan(rank), None) for case in layers], group)
         for case, gather in list(zip(layers, gathers, strict=True))[::-1]:
             assert torch.equal(gather.wait(), case.chunks(case.held(rank)))
-        reduce = sparse_reduce_scatter_many([(case.gradients(rank), case.placement) for case in layers], group)
-        for case, total in zip(layers, reduce.wait(), strict=True):
-            assert torch.equal(total, case.rows([case.plain_sum(expert) for expert in case.owned(rank)]))
-        alone = [sparse_all_gather(case.chunks(case.owned(rank)), case.placement, group) for case in layers]
+        alone = [sparse_all_gather(case.chunks(case.owned(rank)), case.plan(rank), group) for case in layers]
         assert [gather.bytes_to for gather in gathers] == [handle.bytes_to for handle in alone]
         assert all(handle.wait() is not None for handle in alone)
     assert sparse_all_gather_many([], group) == []
@@ -87,10 +85,11 @@ def test_many_layers_at_once_are_as_one_by_one(world: int, data: st.DataObject) 
 def _bytes_by_hand(rank: int, world: int) -> None:
     """Rank 0 owns two experts of three floats, rank 1 one of them; expert 0 goes to all, expert 2 to rank 0."""
     placement = Placement(np.array([0, 0, 1]), np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=bool))
+    plan = plan_chunks(placement, ChunkSize(3, 4), None, rank)
     owned = torch.ones(2 if rank == 0 else 1 if rank == 1 else 0, 3)
-    assert sparse_all_gather(owned, placement, world_group()).bytes_to == [[0, 12, 12], [12, 0, 0], [0, 0, 0]][rank]
+    assert sparse_all_gather(owned, plan, world_group()).bytes_to == [[0, 12, 12], [12, 0, 0], [0, 0, 0]][rank]
     grads = torch.ones(len(placement.experts_on(rank)), 3)
-    assert sparse_reduce_scatter(grads, placement, world_group()).bytes_to == [[0, 12, 0], [12, 0, 0], [12, 0, 0]][rank]
+    assert sparse_reduce_scatter(grads, plan, world_group()).bytes_to == [[0, 12, 0], [12, 0, 0], [12, 0, 0]][rank]
 
 
 def test_bytes_by_hand() -> None:
@@ -103,7 +102,8 @@ def _nothing_moves(rank: int, world: int) -> None:
     done = dist.new_group()
     if rank == 1:
         dist.barrier(group=done)
-    handle = sparse_all_gather(torch.full((1, 4), float(rank)), placement, world_group())
+    plan = plan_chunks(placement, ChunkSize(4, 4), None, rank)
+    handle = sparse_all_gather(torch.full((1, 4), float(rank)), plan, world_group())
     assert torch.equal(handle.wait(), torch.full((1, 4), float(rank)))
     assert handle.bytes_to == [0, 0]
     if rank == 0:
@@ -122,7 +122,7 @@ def _overlapping(rank: int, world: int) -> None:
     for _ in range(4):
         replicas = tuple(map(tuple, (rng.random((6, world)) < 0.6).tolist()))
         cases.append(Case((0,) * world, tuple(rng.integers(0, world, 6).tolist()), replicas, 33, torch.float32))
-    handles = [sparse_all_gather(case.chunks(case.owned(rank)), case.placement, group) for case in cases]
+    handles = [sparse_all_gather(case.chunks(case.owned(rank)), case.plan(rank), group) for case in cases]
     for number in np.random.default_rng(rank).permutation(len(cases)):
         assert torch.equal(handles[number].wait(), cases[number].chunks(cases[number].held(rank)))
 

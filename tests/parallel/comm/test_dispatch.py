@@ -16,6 +16,7 @@ from hecate.parallel.comm.dispatch import combine, destinations, dispatch
 from hecate.parallel.flows import token_split
 from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.transfer_plan import TokenPlan, plan_tokens
 from tests.ranks import run_ranks
 
 PAIRS = tuple(itertools.product(range(12), (False, True)))
@@ -36,7 +37,7 @@ def routed_tokens(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 @given(routed_tokens())
 def test_destinations_follow_the_split(case: tuple[torch.Tensor, torch.Tensor]) -> None:
     expert_TK, split_EW = case
-    rank_TK = destinations(expert_TK, split_EW)
+    rank_TK = destinations(expert_TK, torch.cumsum(split_EW, 1)[:, :-1])
     assert rank_TK.shape == expert_TK.shape
     assert rank_TK.dtype == torch.int64
     for expert, shares in enumerate(split_EW.tolist()):
@@ -53,7 +54,7 @@ def test_destinations_by_hand() -> None:
     """Expert 0, four tokens in order: halves. Expert 1, three tokens, 1/4 and 3/4: 0.75 and 2.25 tokens, rounded to 1 and 2."""
     expert_TK = torch.tensor([[0, 1], [1, 0], [0, 1], [0, 2]])
     split_EW = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.0, 0.75], [0.0, 1.0, 0.0]], dtype=torch.float64)
-    assert destinations(expert_TK, split_EW).tolist() == [[0, 0], [2, 0], [1, 2], [1, 1]]
+    assert destinations(expert_TK, torch.cumsum(split_EW, 1)[:, :-1]).tolist() == [[0, 0], [2, 0], [1, 2], [1, 1]]
 
 
 def expert_output(expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -101,10 +102,10 @@ class Case:
         share[share.sum(1) == 0] = where[share.sum(1) == 0]
         self.quota_ED = self.loads_ED.sum(1, keepdims=True) * share / share.sum(1, keepdims=True)
 
-    def split(self, rank: int, quotas: bool) -> np.ndarray:
+    def plan(self, rank: int, quotas: bool) -> TokenPlan:
         """By topology, or by random quotas, in which an owner may have none."""
         given_ = (self.loads_ED, self.quota_ED) if quotas else (None, None)
-        return token_split(self.placement.where_ED, *given_, self.topology, rank)
+        return plan_tokens(self.placement, token_split(self.placement.where_ED, *given_, self.topology, rank))
 
 
 def run_experts(here: Any, experts_here: list[int]) -> torch.Tensor:
@@ -122,8 +123,7 @@ def _against_plain(rank: int, world: int) -> int:
     for seed, quotas in PAIRS:
         case = Case(seed, world)
         x, weight = case.x[rank].clone().requires_grad_(), case.weight[rank].clone().requires_grad_()
-        split = case.split(rank, quotas)
-        here = dispatch(x, case.expert[rank], weight, case.token[rank], case.placement, split, group)
+        here = dispatch(x, case.expert[rank], weight, case.token[rank], case.plan(rank, quotas), group)
         _check_received(here, case, rank, world)
         y = combine(run_experts(here, case.placement.experts_on(rank).tolist()), here, group)
         direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -191,11 +191,10 @@ def _count_bytes(rank: int, world: int) -> list[int]:
         for dtype in (torch.float64, torch.bfloat16):
             x = case.x[rank].to(dtype).requires_grad_()
             weight = case.weight[rank].float().requires_grad_()
-            split = case.split(rank, quotas)
             counting = Counting(rank, world)
             dist.all_to_all_single = counting  # type: ignore[assignment]
             try:
-                here = dispatch(x, case.expert[rank], weight, case.token[rank], case.placement, split, group)
+                here = dispatch(x, case.expert[rank], weight, case.token[rank], case.plan(rank, quotas), group)
                 y = combine(here.x_RD * here.weight_RK.sum(1, keepdim=True).to(dtype), here, group)
                 assert here.bytes_sent(rank, backward=False) == counting.bytes, f"case {seed}, {quotas}, forward"
                 y.sum().backward()

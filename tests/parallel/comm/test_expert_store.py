@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.parallel.comm.expert_store import LayerStore, gather_together
+from hecate.parallel.comm.expert_store import ExpertStore, gather_together
+from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Link, Topology, uniform_topology
+from hecate.parallel.transfer_plan import TransferPlan, plan_change, plan_chunks
 from tests.parallel.comm.test_collectives import world_group
 from tests.ranks import run_ranks
 
@@ -29,20 +31,27 @@ def topology(nodes: tuple[int, ...], near: float) -> Topology:
     return Topology(nodes, (1.0,) * 4, (1.0,) * 4, Link(near, 0.0), Link(1.0, 0.0))
 
 
+def store_of(numel: int, first: int = 0) -> ExpertStore:
+    return ExpertStore(OWNERS, lambda e: torch.full((numel,), float(e + first)), world_group())
+
+
+def plan(rank: int, where: Placement, on: Topology | None, numel: int) -> TransferPlan:
+    return TransferPlan(plan_chunks(where, ChunkSize(numel, 4), on, rank), None)
+
+
 def _iterate(rank: int, world: int, nodes: tuple[int, ...] | None, near: float, numel: int) -> tuple[int, int]:
     """Two iterations; returns the bytes that this rank sent in the first: to gather and to reduce."""
-    store = LayerStore(OWNERS, lambda e: torch.full((numel,), float(e)), world_group(), None if nodes is None else topology(nodes, near))
-    sent = []
+    store, on, sent = store_of(numel), None if nodes is None else topology(nodes, near), []
     for _ in range(2):
         where = placement()
-        store.gather(where)
+        store.gather(plan(rank, where, on, numel))
         replicas = store.replicas()
         held = where.experts_on(rank)
         assert torch.equal(replicas.detach(), torch.from_numpy(held)[:, None].float().expand(-1, numel))
         sent.append(store.bytes_sent)
         replicas.grad = torch.full_like(replicas, float(10**rank))
         store.reduce()
-        assert not store.materialized
+        assert store.replica_bytes == 0
         sent.append(store.bytes_sent)
         sums = [1111.0, 1.0, 11.0, 1010.0]
         assert store.reduced()[:, 0].tolist() == [sums[e] for e in store.experts]
@@ -81,19 +90,19 @@ def _chunks(experts: np.ndarray, numel: int = NUMEL) -> torch.Tensor:
 
 def _freed(rank: int, world: int, nodes: tuple[int, ...], numel: int) -> None:
     """A leaf that is freed between forward and backward: saved views hold good, and sums of two iterations add up."""
-    store, heard = LayerStore(OWNERS, lambda e: torch.full((numel,), float(e)), world_group(), topology(nodes, 10.0)), []
-    where = placement()
+    store, heard, where = store_of(numel), [], placement()
+    on = topology(nodes, 10.0)
     held = _chunks(where.experts_on(rank), numel)
     for _ in range(2):
-        store.gather(where)
+        store.gather(plan(rank, where, on, numel))
         assert store.replica_bytes == held.numel() * 4, "on their way"
         leaf = store.replicas(lambda: heard.append(rank))
         y = (leaf[:, 1:] ** 2).sum()  # saves a view
         store.free()
-        assert (store.replica_bytes, leaf.untyped_storage().nbytes(), store.materialized) == (0, 0, False)
+        assert (store.replica_bytes, leaf.untyped_storage().nbytes()) == (0, 0)
         with pytest.raises(AssertionError, match="freed"):
             store.replicas()
-        store.gather(where)
+        store.gather(plan(rank, placement(), on, numel))  # an equal plan of an equal placement, in new objects
         assert store.replicas(lambda: heard.append(-1)) is leaf
         y.backward()
         wanted = 2 * held
@@ -114,12 +123,14 @@ def test_freed_replicas_come_back_for_the_backward_pass(nodes: tuple[int, ...], 
 
 def _exchanged(rank: int, world: int, nodes: tuple[int, ...]) -> int:
     """Expert 0 leaves ranks 1 and 2, expert 3 comes to rank 2, expert 2 stays on rank 0. Returns the bytes sent."""
-    store = LayerStore(OWNERS, lambda e: torch.full((NUMEL,), float(e)), world_group(), topology(nodes, 10.0))
-    store.gather(placement())
+    store, on = store_of(NUMEL), topology(nodes, 10.0)
+    before = plan(rank, placement(), on, NUMEL)
+    store.gather(before)
     sent = store.bytes_sent
     where = Placement(np.array(OWNERS), np.array([[1, 0, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]], dtype=bool))
-    store.exchange(where)
-    assert store.replica_bytes == store.placement_bytes(where) == where.where_ED[:, rank].sum() * NUMEL * 4
+    after = plan(rank, where, on, NUMEL)
+    store.exchange(after, plan_change(before.chunks, after.chunks))
+    assert store.replica_bytes == after.chunks.replica_bytes == where.where_ED[:, rank].sum() * NUMEL * 4
     replicas = store.replicas()
     assert torch.equal(replicas.detach(), _chunks(where.experts_on(rank)))
     replicas.grad = torch.full_like(replicas, float(10**rank))
@@ -138,11 +149,12 @@ def test_only_what_another_placement_lacks_travels(nodes: tuple[int, ...]) -> No
 def _together(rank: int, world: int, latency: float) -> tuple[int, list[int]]:
     """Three layers started at once, the second of them refilled, waited for last first; how many all-to-alls, and each layer's bytes."""
     nodes, where, calls = uniform_topology(1, 4, flops=1.0, memory=1.0, intra_node=Link(1.0, latency)), placement(), 0
-    stores = [LayerStore(OWNERS, lambda e, n=n: torch.full((n,), float(e + n)), world_group(), nodes) for n in (7, 5, 11)]
-    stores[1].gather(where)
+    stores = [store_of(n, n) for n in (7, 5, 11)]
+    plans = [plan(rank, where, nodes, n) for n in (7, 5, 11)]
+    stores[1].gather(plans[1])
     stores[1].replicas()
     stores[1].free()
-    stores[2].gather(where)
+    stores[2].gather(plans[2])
     real = dist.all_to_all_single
 
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -153,8 +165,8 @@ def _together(rank: int, world: int, latency: float) -> tuple[int, list[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_to_all_single", counted)
         before = [store.bytes_sent for store in stores]
-        gather_together([(store, where) for store in stores])
-        gather_together([(store, where) for store in stores])
+        gather_together(list(zip(stores, plans, strict=True)))
+        gather_together(list(zip(stores, plans, strict=True)))
     for store in stores[::-1]:
         numel = store.chunk_numel
         assert torch.equal(store.replicas().detach(), _chunks(where.experts_on(rank) + numel, numel))

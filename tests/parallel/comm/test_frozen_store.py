@@ -36,23 +36,23 @@ def test_the_most_recently_wanted_stay_while_there_is_room() -> None:
         ("10 10 10 10 01", "00 00 00 00 00", "10 11 11 10 01"),  # of three wanted equally lately the highest index goes
     ]
     for number, (where, fresh, held) in enumerate(steps):
-        assert (places.want(rows(where)) == rows(fresh)).all(), f"step {number}"
+        assert (places.need(rows(where)) == rows(fresh)).all(), f"step {number}"
         assert (places.held_ED == rows(held)).all(), f"step {number}"
 
 
 def test_borrowing_everything_leaves_what_was_wanted_last() -> None:
     places = residency([1, 2])
-    places.want(rows("10 10 10 11 01"))
-    places.want(rows("10 11 10 10 01"))
-    assert (places.borrow(np.ones((5, 2), dtype=bool)) == rows("01 00 01 00 10")).all()
+    places.need(rows("10 10 10 11 01"))
+    places.need(rows("10 11 10 10 01"))
+    assert (places.hold_for_now(np.ones((5, 2), dtype=bool)) == rows("01 00 01 00 10")).all()
     assert places.held_ED.all()
-    places.trim()
+    places.evict()
     assert (places.held_ED == rows("10 11 10 11 11")).all(), "rank 0 has room for one, rank 1 for two"
 
 
 def test_an_expert_that_leaves_its_rank_stays_as_a_replica() -> None:
     places = residency([1, 1])
-    places.want(rows("11 10 10 10 01"))
+    places.need(rows("11 10 10 10 01"))
     fresh_ED = places.change_owners(np.array([1, 1, 0, 0, 1]))
     assert (fresh_ED == rows("00 01 00 00 00")).all(), "0 was there already"
     assert (places.held_ED == rows("11 01 10 10 01")).all(), "rank 0 keeps one of the two that left it"
@@ -79,9 +79,9 @@ def _any_placements(rank: int, world: int, seed: int) -> list[int]:
             where_ED = (owner_E[:, None] == np.arange(world)) | (rng.random((experts, world)) < 0.3)
             placement = Placement(owner_E, where_ED)
             if step == 5:
-                store.borrow(everything_everywhere(owner_E, world))
+                store.gather_for_now(everything_everywhere(owner_E, world))
                 assert [int(c[0]) for c in store.chunks()] == list(range(experts))
-                store.trim()
+                store.evict()
                 continue
             if step == 3:
                 new_E = rng.integers(0, world, size=experts)

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.parallel.comm.collectives import sparse_reduce_scatter
-from hecate.parallel.comm.sliced import sliced_all_gather, sliced_reduce_scatter
+from hecate.parallel.comm.collectives import sparse_all_gather, sparse_reduce_scatter
 from hecate.parallel.routes import most_wanting, sliced_moves, slices_of
 from tests.parallel.comm.collective_cases import Case, in_bytes, many_cases, ports_of
 from tests.parallel.comm.test_collectives import Counts, world_group
@@ -59,18 +58,19 @@ def _in_slices(rank: int, world: int, cases: list[Case]) -> Counts:
     group = world_group()
     counts = []
     for case in cases:
-        moves = sliced_moves(case.placement, case.topology, slices_for(case))
-        gather = sliced_all_gather(case.chunks(case.owned(rank)), moves, group)
+        plan = case.plan(rank, "sliced")
+        assert plan.slices == slices_for(case)
+        gather = sparse_all_gather(case.chunks(case.owned(rank)), plan, group)
         assert torch.equal(gather.wait(), case.chunks(case.held(rank)))
         into = torch.full_like(gather.wait(), torch.nan)
-        assert sliced_all_gather(case.chunks(case.owned(rank)), moves, group, into).wait() is into
+        assert sparse_all_gather(case.chunks(case.owned(rank)), plan, group, into).wait() is into
         assert torch.equal(into, gather.wait())
-        reduce = sliced_reduce_scatter(case.gradients(rank), moves, group)
+        reduce = sparse_reduce_scatter(case.gradients(rank), plan, group)
         total = reduce.wait()
         assert torch.equal(total, case.rows([sum_in_slices(case, expert) for expert in case.owned(rank)]))
-        assert torch.equal(total, sliced_reduce_scatter(case.gradients(rank), moves, group).wait())
+        assert torch.equal(total, sparse_reduce_scatter(case.gradients(rank), plan, group).wait())
         if case.dtype == torch.float64:
-            flat = sparse_reduce_scatter(case.gradients(rank), case.placement, group).wait()
+            flat = sparse_reduce_scatter(case.gradients(rank), case.plan(rank), group).wait()
             assert torch.allclose(total, flat, rtol=0, atol=1e-12)
         counts.append((gather.bytes_to, reduce.bytes_to))
     return counts

@@ -11,10 +11,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.parallel.comm.collectives import sparse_reduce_scatter
-from hecate.parallel.comm.two_level import two_level_all_gather, two_level_reduce_scatter
+from hecate.parallel.comm.collectives import sparse_all_gather, sparse_reduce_scatter
 from hecate.parallel.gather_bytes import gather_ports
-from hecate.parallel.routes import two_level_moves
 from tests.parallel.comm.collective_cases import Case, in_bytes, many_cases, ports_of
 from tests.parallel.comm.test_collectives import Counts, world_group
 from tests.ranks import run_ranks
@@ -28,15 +26,15 @@ def _over_leaders(rank: int, world: int, cases: list[Case]) -> Counts:
     group = world_group()
     counts = []
     for case in cases:
-        moves = two_level_moves(case.placement, case.topology)
-        gather = two_level_all_gather(case.chunks(case.owned(rank)), case.placement, moves, group)
+        plan = case.plan(rank, "two_level")
+        gather = sparse_all_gather(case.chunks(case.owned(rank)), plan, group)
         assert torch.equal(gather.wait(), case.chunks(case.held(rank)))
-        reduce = two_level_reduce_scatter(case.gradients(rank), case.placement, moves, group)
+        reduce = sparse_reduce_scatter(case.gradients(rank), plan, group)
         total = reduce.wait()
         assert torch.equal(total, case.rows([case.sum_over_leaders(expert) for expert in case.owned(rank)]))
-        assert torch.equal(total, two_level_reduce_scatter(case.gradients(rank), case.placement, moves, group).wait())
+        assert torch.equal(total, sparse_reduce_scatter(case.gradients(rank), plan, group).wait())
         if case.dtype == torch.float64:
-            flat = sparse_reduce_scatter(case.gradients(rank), case.placement, group).wait()
+            flat = sparse_reduce_scatter(case.gradients(rank), case.plan(rank), group).wait()
             assert torch.allclose(total, flat, rtol=0, atol=1e-12)
         counts.append((gather.bytes_to, reduce.bytes_to))
     return counts
@@ -67,14 +65,14 @@ def _leaders_do_something_else(rank: int, world: int) -> None:
     """Ranks 0 and 1 wait for their collectives only when the others have theirs, which need 0 and 1 as leaders."""
     group, others = world_group(), dist.new_group(timeout=timedelta(seconds=20))
     case = TWO_NODES
-    moves = two_level_moves(case.placement, case.topology)
-    gather = two_level_all_gather(case.chunks(case.owned(rank)), case.placement, moves, group)
+    plan = case.plan(rank, "two_level")
+    gather = sparse_all_gather(case.chunks(case.owned(rank)), plan, group)
     if rank in (0, 1):
         dist.barrier(group=others)
     assert torch.equal(gather.wait(), case.chunks(case.held(rank)))
     if rank in (2, 3):
         dist.barrier(group=others)
-    reduce = two_level_reduce_scatter(case.gradients(rank), case.placement, moves, group)
+    reduce = sparse_reduce_scatter(case.gradients(rank), plan, group)
     if rank in (0, 1):
         dist.barrier(group=others)
     assert torch.equal(reduce.wait(), case.rows([case.sum_over_leaders(expert) for expert in case.owned(rank)]))
@@ -94,11 +92,11 @@ def _in_any_order(rank: int, world: int) -> None:
     for numel in rng.integers(1, 20_000, size=12).tolist():
         replicas = tuple(map(tuple, (rng.random((6, world)) < 0.8).tolist()))
         cases.append(Case((1, 0, 0, 1), tuple(rng.integers(0, world, 6).tolist()), replicas, numel, torch.float32))
-    moves = [two_level_moves(case.placement, case.topology) for case in cases]
+    plans = [case.plan(rank, "two_level") for case in cases]
     gathers, reductions = [], []
-    for case, way in zip(cases, moves, strict=True):
-        gathers.append(two_level_all_gather(case.chunks(case.owned(rank)), case.placement, way, group))
-        reductions.append(two_level_reduce_scatter(case.gradients(rank), case.placement, way, group))
+    for case, plan in zip(cases, plans, strict=True):
+        gathers.append(sparse_all_gather(case.chunks(case.owned(rank)), plan, group))
+        reductions.append(sparse_reduce_scatter(case.gradients(rank), plan, group))
     for number in np.random.default_rng(rank).permutation(len(cases)):
         case = cases[number]
         assert torch.equal(reductions[number].wait(), case.rows([case.sum_over_leaders(e) for e in case.owned(rank)]))
@@ -111,11 +109,11 @@ def test_many_under_way_at_once_may_be_waited_for_in_any_order() -> None:
 
 def _one_leaves(rank: int, world: int) -> bool:
     case = TWO_NODES
-    moves = two_level_moves(case.placement, case.topology)
+    plan = case.plan(rank, "two_level")
     if rank == 0:
         dist.destroy_process_group()
         return True
-    gather = two_level_all_gather(case.chunks(case.owned(rank)), case.placement, moves, world_group())
+    gather = sparse_all_gather(case.chunks(case.owned(rank)), plan, world_group())
     with pytest.raises(RuntimeError):
         gather.wait()
     return True

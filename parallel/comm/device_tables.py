@@ -1,0 +1,48 @@
+"""The tables of a plan as tensors on a device, copied once for each plan and device and then kept with it.
+
+The caches hold as many plans as those of `hecate.parallel.transfer_plan`, and tell plans apart by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hecate.parallel.transfer_plan import CACHED, ChunkPlan, ChunkTables, TokenPlan
+
+
+@dataclass(frozen=True)
+class TokenTables:
+    """A `TokenPlan` on a device."""
+
+    bound_EB: Tensor
+    """float64"""
+    slot_DE: Tensor
+    """int64"""
+
+
+@lru_cache(maxsize=CACHED)
+def chunk_tables(plan: ChunkPlan, device: torch.device) -> ChunkTables[Tensor]:
+    """The plan's tables on the device, in one copy that the host does not wait for."""
+    arrays: list[np.ndarray] = []
+    plan.tables.map(arrays.append)
+    on_device = iter(to_device(arrays, device))
+    return plan.tables.map(lambda _: next(on_device))
+
+
+@lru_cache(maxsize=CACHED)
+def token_tables(plan: TokenPlan, device: torch.device) -> TokenTables:
+    """The plan's tables on the device."""
+    (slot,) = to_device([plan.slot_DE.ravel()], device)
+    return TokenTables(torch.from_numpy(plan.bound_EB).to(device, non_blocking=True), slot.view(plan.slot_DE.shape))
+
+
+def to_device(rows: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """int64 rows to index with, on the device, in one copy that the host does not wait for."""
+    flat = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
+    return list(flat.to(device, non_blocking=True).split([len(row) for row in rows]))

@@ -1,0 +1,140 @@
+"""The exchanges that collectives are made of: an uneven all-to-all, and messages between pairs of ranks that follow it.
+
+A collective over leaders is both. The second exchange starts by itself as soon as the first has arrived on this rank, in a callback of the
+first one's future: on gloo in one of its threads, on NCCL at once and on a stream of its own, so neither needs the caller. The callbacks of
+two collectives may run in another order on another rank; the messages of a second exchange therefore carry a tag that belongs to the
+collective. NCCL has no tags and needs none: its callbacks run in the order of the calls.
+
+Shapes: M chunks sent or received by this rank, C elements of a chunk.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.parallel.routes import PeerChunks
+from hecate.parallel.transfer_plan import Exchange
+
+
+class FirstExchange:
+    """One uneven all-to-all of the chunks of one or more layers. Every rank must start it, in the same order, with the same layers."""
+
+    def __init__(self, layers: Sequence[Exchange], group: dist.ProcessGroup) -> None:
+        world = dist.get_world_size(group)
+        assert all(len(exchange.sent.count_D) == world for exchange in layers), world
+        self._layers = layers
+        self._idle = all(exchange.idle for exchange in layers)
+        self._group = group
+        self._widths: list[int] = []
+        self._buffer: Tensor | None = None
+        self.bytes_to = [0] * world
+        self.work: dist.Work | None = None
+        """of the all-to-all; None where no rank sends anything"""
+
+    def start(self, rows: Sequence[Tensor]) -> None:
+        """Args:
+        rows: per layer [M, C], the chunks to be sent.
+        """
+        assert len({(r.dtype, r.device) for r in rows}) <= 1, [(r.dtype, r.device) for r in rows]
+        self._widths = [r.shape[1] for r in rows]
+        if not rows:
+            return
+        send_counts = [sum(lengths) for lengths in self._lengths([exchange.sent for exchange in self._layers])]
+        recv_counts = [sum(lengths) for lengths in self._lengths([exchange.received for exchange in self._layers])]
+        self.bytes_to = [count * rows[0].element_size() for count in send_counts]
+        self._buffer = rows[0].new_empty(sum(recv_counts))
+        if not self._idle:
+            self.work = dist.all_to_all_single(
+                self._buffer, self._by_peer(rows), recv_counts, send_counts, group=self._group, async_op=True
+            )
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+
+    def arrived(self, layer: int = 0) -> Tensor:
+        """[M, C]: the chunks of a layer that have arrived; after `wait`."""
+        assert self._buffer is not None, "arrived() before start()"
+        width, layers = self._widths[layer], len(self._widths)
+        if layers == 1:
+            return self._buffer.view(-1, width)
+        lengths = itertools.chain.from_iterable(self._lengths([exchange.received for exchange in self._layers]))
+        return torch.cat(self._buffer.split(list(lengths))[layer::layers]).view(-1, width)
+
+    def _lengths(self, layers: Sequence[PeerChunks]) -> list[list[int]]:
+        """[peer][layer]: elements for, or from, each peer."""
+        by_peer = zip(*(chunks.count_D for chunks in layers), strict=True)
+        return [[count * width for count, width in zip(counts, self._widths, strict=True)] for counts in by_peer]
+
+    def _by_peer(self, rows: Sequence[Tensor]) -> Tensor:
+        """The chunks of all layers in one flat buffer: by peer, then by layer, then by expert."""
+        if len(rows) == 1:
+            return rows[0].flatten()
+        split = [layer_rows.split(exchange.sent.count_D) for layer_rows, exchange in zip(rows, self._layers, strict=True)]
+        return torch.cat([piece.flatten() for pieces in zip(*split, strict=True) for piece in pieces])
+
+
+_tags: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
+
+
+def _next_tag(group: dist.ProcessGroup) -> int:
+    """The same on every rank, as all call the collectives of a group in the same order; it comes back after 65536 of them."""
+    return next(_tags.setdefault(group, itertools.cycle(range(2**16))))
+
+
+class SecondExchange:
+    """Messages between pairs of ranks; a rank without any does nothing. Every rank must make it, in the same order."""
+
+    def __init__(self, exchange: Exchange, group: dist.ProcessGroup, like_nC: Tensor) -> None:
+        self._exchange = exchange
+        self.buffer_MC = like_nC.new_empty((len(exchange.received.expert_M), like_nC.shape[1]))
+        """what has arrived"""
+        chunk_bytes = like_nC.shape[1] * like_nC.element_size()
+        self.bytes_to = [count * chunk_bytes for count in exchange.sent.count_D]
+        self._group = group
+        self._tag = _next_tag(group)
+        self._works: list[dist.Work] = []
+
+    def follow(self, first: FirstExchange, rows: Callable[[], Tensor]) -> Callable[[], None]:
+        """Have it started when `first` has arrived, with the chunks [M, C] that `rows` makes then; returns what waits for both.
+
+        On CUDA `rows` runs on another stream, which has waited for what was queued before `first` was started, and for `first`.
+        """
+        messages = bool(self._exchange.sent.pieces or self._exchange.received.pieces)
+        if first.work is None:
+            assert not messages
+            return lambda: None
+        if not messages:
+            return first.wait
+
+        def start(done: torch.futures.Future) -> None:
+            done.value()  # raises if the first exchange failed
+            self._start(rows())
+
+        started = first.work.get_future().then(start)
+
+        def arrive() -> None:
+            started.wait()
+            for work in self._works:
+                work.wait()
+
+        return arrive
+
+    def _start(self, rows_MC: Tensor) -> None:
+        directions = ((dist.isend, rows_MC, self._exchange.sent), (dist.irecv, self.buffer_MC, self._exchange.received))
+        operations = [
+            dist.P2POp(operation, rows[piece], group=self._group, tag=self._tag, group_peer=peer)
+            for operation, rows, chunks in directions
+            for peer, piece in chunks.pieces
+        ]
+        self._works = dist.batch_isend_irecv(operations)
+        if rows_MC.is_cuda:
+            # Waits nowhere but on the callback's stream, whose memory may be used again only after the sends.
+            for work in self._works:
+                work.wait()
