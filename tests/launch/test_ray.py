@@ -64,7 +64,9 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
     overrides = ["topology=mixed.yaml", "ray.labels=['kind=in(fast,slow)']", "ray.report_steps=2", "max_steps=100000", "fssdp.redundancy=1"]
     with cluster.job("ray", run, *overrides, "moe.num_experts=8", "--address", cluster.address, "--metrics-port", "0") as job:
         status = job.wait_for(lambda s: s["state"] == "running" and s["step"] >= 4, 150)
-        assert [device["sequences"] for device in status["devices"]] == [3, 3, 1, 1]
+        # As the job began: beside other work a device may have been slow since, and have been given less.
+        (begun,) = re.findall(r"generation 0: 4 ranks from step 0; sequences: (.*)", job.output)
+        assert re.findall(r"device (\d) \(.*?\) (\d)", begun) == [("0", "3"), ("1", "3"), ("2", "1"), ("3", "1")]
         assert [device["experts"] for device in status["devices"]] == [6, 6, 2, 2]
         kinds = [cluster.nodes.index(cluster.node_of(device)) // 2 for device in status["devices"]]
         assert kinds == [0, 0, 1, 1], "fast nodes are devices 0 and 1"
@@ -92,9 +94,11 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
         step = status["step"]
         status = job.wait_for(lambda s: s["generation"] == 4 and training(s) == [0, 1, 2, 3] and s["step"] > step, 120)
 
-        rows = status["devices"][0]["sequences"]
-        with held_up(status["devices"][0]["pid"]):
-            job.wait_for(lambda s: "straggler: device 0" in job.output and s["devices"][0]["sequences"] < rows, 120)
+        busiest = max(status["devices"], key=lambda device: device["sequences"])
+        number, named = busiest["device"], f"straggler: device {busiest['device']} "
+        before = job.output.count(named)
+        with held_up(busiest["pid"]):
+            job.wait_for(lambda s: job.output.count(named) > before and s["devices"][number]["sequences"] < busiest["sequences"], 120)
 
         job.process.send_signal(signal.SIGTERM)
         assert job.end() == 0, job.output[-3000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,20 @@ def kill_any_rank(launcher: subprocess.Popen[str]) -> None:
 
 def wait_for_checkpoint(folder: Path, of_ranks: int, seconds: float = 90) -> None:
     """One that so many ranks write from now on."""
-    pattern, deadline = f"checkpoint-*[0-9]/rank-*-of-{of_ranks:05}.safetensors", time.monotonic() + seconds
-    before = set(folder.glob(pattern))
-    while not set(folder.glob(pattern)) - before:
+    deadline = time.monotonic() + seconds
+    before = checkpoints_of(folder, of_ranks)
+    while not checkpoints_of(folder, of_ranks) - before:
         assert time.monotonic() < deadline, f"no checkpoint of {of_ranks} ranks"
         time.sleep(0.02)
+
+
+def checkpoints_of(folder: Path, ranks: int) -> set[str]:
+    """Names of the complete checkpoints that so many ranks have written. The run renames one folder when it completes it, and removes
+    another when it prunes, while this lists them."""
+    found = set()
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        if re.fullmatch(r"checkpoint-\d+", name):
+            with suppress(FileNotFoundError):
+                if any(file.endswith(f"-of-{ranks:05}.safetensors") for file in os.listdir(folder / name)):
+                    found.add(name)
+    return found
