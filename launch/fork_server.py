@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from hecate.ranks.launched import LAUNCHED_VARIABLE
+from hecate.ranks.launcher_files import LAUNCHED_VARIABLE
 
 _SERVER = (sys.executable, "-m", "hecate.launch.fork_server")
 _RANK = Path(__file__).with_name("forked_rank.py")

@@ -18,7 +18,7 @@ from types import FrameType
 from hecate.errors import USER_ERROR_EXIT
 from hecate.launch.fork_server import forking
 from hecate.launch.run_folder import run_folder
-from hecate.ranks.launched import (
+from hecate.ranks.launcher_files import (
     ERRORS_VARIABLE,
     JOIN_VARIABLE,
     LAUNCHED_VARIABLE,

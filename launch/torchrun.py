@@ -25,7 +25,7 @@ from hecate.launch.fork_server import forking
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.launch.run_folder import run_folder
 from hecate.parallel.mesh import make_mesh
-from hecate.ranks.launched import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
 from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
 
 _QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 3}

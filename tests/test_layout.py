@@ -185,7 +185,7 @@ NAMED_BY_NO_TEST: set[str] = {
     "hecate.data.chat",
     "hecate.data.quarantine",
     "hecate.elastic.backups",
-    "hecate.elastic.local_group",
+    "hecate.elastic.local_membership",
     "hecate.elastic.pace",
     "hecate.elastic.restart",
     "hecate.engine.from_config",

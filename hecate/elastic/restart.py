@@ -1,4 +1,4 @@
-"""A run that torch's elastic agent has started again goes on by itself."""
+"""Makes a run that torch's elastic agent has restarted go on from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from hecate.checkpoint import good_checkpoints
 from hecate.config import Config
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.ranks.launched import ERRORS_VARIABLE, error_file
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, error_file
 from hecate.ranks.ranks import Ranks, restarts
 
 
 def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | None) -> Config:
-    """The configuration to train with: after a restart, with `resume` where there is a checkpoint. Every rank must call it.
+    """The configuration to train with; after a restart it says `resume` if there is a checkpoint. Every rank must call it.
 
-    A rank cannot tell alone: an agent counts its own restarts, and one on a node that has come new has none.
+    The ranks must agree on whether there was a restart: each node's agent counts its own, and the agent of a new node has counted none.
 
     Args:
-        claim: raises UserError if the output folder is taken; called on the ranks that have one, before a run's beginning only.
+        claim: raises UserError if the output folder is taken. It is called on the ranks that have one, and only at the beginning of a run.
     """
     if ranks.all_max(float(restarts())):
         there = next(good_checkpoints(Path(config.output_dir)), None) if ranks.is_first else None
@@ -35,8 +35,8 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
     if ranks.all_max(float(taken is not None)):
         if taken is not None:
             raise taken
-        # The rank that asked says why. This one's launcher must know, too, or it would start the ranks again.
+        # The rank that checked prints why. This rank's launcher must learn of the error, too, or it would start the ranks again.
         if errors := os.environ.get(ERRORS_VARIABLE):
-            error_file(Path(errors), ranks.rank).write_text("hecate: rank 0 has met a mistake, and says which", encoding="utf-8")
+            error_file(Path(errors), ranks.rank).write_text("hecate: rank 0 found an error; see its message above", encoding="utf-8")
         sys.exit(USER_ERROR_EXIT)
     return config

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hecate.errors import UserError
-from hecate.ranks.launched import exit_with_user_error
+from hecate.ranks.launcher_files import exit_with_user_error
 
 
 def preload() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hecate.errors import UserError
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import TIMEOUT, ExpertGroups, TensorGroups, expert_groups, own_group, tensor_groups
-from hecate.ranks.launched import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
+from hecate.ranks.launcher_files import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
 from hecate.ranks.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
 
 _PR_SET_PDEATHSIG = 1

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.ranks.launched import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, exit_with_user_error, mistakes
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, exit_with_user_error, mistakes
 
 
 def preload() -> None:
@@ -55,7 +55,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
     config = load_config(config_path, overrides, claim_output=False)
     check_kernels(config.kernels)
     preload()
-    from hecate.elastic.local_group import local_controller
+    from hecate.elastic.local_membership import local_controller
     from hecate.elastic.restart import begin_or_resume
     from hecate.ranks.ranks import join_ranks, lost_a_peer
     from hecate.train.loop import train

@@ -15,7 +15,7 @@ from hecate.errors import UserError
 from hecate.launch import torchrun
 from hecate.launch.addresses import check_free, find_endpoint, interface_of, wait_for
 from hecate.launch.torchrun import node_range
-from hecate.ranks.launched import error_file
+from hecate.ranks.launcher_files import error_file
 from tests.launch.cluster import ROOT
 from tests.tiny_run import make_workshop
 

@@ -1,7 +1,7 @@
-"""How ranks started on one machine find each other: files in a folder that their launcher makes and removes.
+"""The files by which a launcher and its ranks on one machine find each other, in a folder that the launcher makes and removes.
 
-The launcher writes who is in (`Generation`), anew whenever a rank was lost or one more is ready; ranks read it. A *member* is a process,
-numbered for good as it was started; its rank is its place among the members.
+The launcher writes which processes train together (`Generation`), and writes it anew when a rank was lost or one more is ready; the ranks
+read it. A *member* is a process with a number that it keeps; its rank is its position among the members.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import NoReturn
 from hecate.errors import USER_ERROR_EXIT, UserError
 
 STORE_VARIABLE = "HECATE_STORE"
-"""path of the file store; set for the ranks, never by a user"""
+"""Path of the file store where the ranks meet. The launcher sets it, never a user."""
 ERRORS_VARIABLE = "HECATE_ERRORS"
-"""the folder in which ranks leave the texts of a user's mistakes for their launcher"""
+"""Folder in which ranks leave the texts of a user's mistakes for their launcher."""
 LAUNCHED_VARIABLE = "HECATE_LAUNCHED"
-"""process id of the launcher; set for ranks that die with it"""
+"""Process id of the launcher. Ranks that have it die with the launcher."""
 MEMBER_VARIABLE = "HECATE_MEMBER"
-"""the number of this member; set where lost ranks are survived"""
+"""Number of this member. Set where the other ranks go on after a loss."""
 JOIN_VARIABLE = "HECATE_JOIN"
-"""set for a member that is to join a run under way"""
+"""Set for a member that joins a run under way."""
 
 
 def error_file(folder: Path, rank: int) -> Path:
-    """Where a rank leaves the text of a user's mistake that rank 0 may not have met."""
+    """The file in which a rank leaves the text of a user's mistake."""
     return folder / f"error-{rank}"
 
 
 def mistakes(folder: Path) -> list[Path]:
-    """What ranks have left, by rank."""
+    """The files that ranks have left, by rank."""
     return sorted(folder.glob("error-*"), key=lambda path: int(path.name.removeprefix("error-")))
 
 
@@ -52,12 +52,12 @@ def exit_with_user_error(error: UserError) -> NoReturn:
 
 
 def ready_file(store: Path, member: int) -> Path:
-    """What a member makes when it has loaded: when it could join, or has trained its first step."""
+    """The file that a member makes when it has loaded: when it can join, or has trained its first step."""
     return store.with_name(f"ready-{member}")
 
 
 def here_file(store: Path, generation: int, member: int) -> Path:
-    """What a member makes when it is about to meet the others of a generation."""
+    """The file that a member makes when it is about to meet the others of a generation."""
     return store.with_name(f"here-{generation}-{member}")
 
 
@@ -68,20 +68,20 @@ def store_of(store: Path, generation: int) -> Path:
 
 @dataclass(frozen=True)
 class Generation:
-    """Who is in."""
+    """The processes that train together."""
 
     number: int
     """from 0, one more each time"""
     members: tuple[int, ...]
     """by rank"""
     devices: tuple[int, ...]
-    """by rank, each one's number in the topology that the run began with"""
+    """by rank: its device's number in the topology that the run began with"""
     num_devices: int
     """of that topology"""
 
 
 def write_generation(store: Path, generation: Generation) -> None:
-    """Readers see the old one or the new one, whole."""
+    """Replace the generation at once: a reader sees the old one or the new one, never a part."""
     staged = store.with_name("generation.tmp")
     staged.write_text(json.dumps(vars(generation)), encoding="ascii")
     os.replace(staged, store.with_name("generation"))

@@ -1,4 +1,4 @@
-"""A rank's end of the local launcher: who is in, by the files of `hecate.ranks.launched`."""
+"""How a rank learns from its launcher on this machine with which ranks it goes on, by the files of `hecate.ranks.launcher_files`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hecate.config import Config
 from hecate.config.topology import whole_topology
 from hecate.elastic.rebuild import Group
 from hecate.errors import UserError
-from hecate.ranks.launched import (
+from hecate.ranks.launcher_files import (
     MEMBER_VARIABLE,
     STORE_VARIABLE,
     Generation,
@@ -26,14 +26,14 @@ from hecate.ranks.launched import (
 from hecate.ranks.ranks import connect
 
 _GRACE = 5.0
-"""seconds in which a launcher that has lost a rank will have said so"""
+"""seconds within which a launcher that has lost a rank writes the next generation"""
 _MEETING = timedelta(seconds=30)
-"""for ranks that are all there to connect"""
+"""limit for ranks that have all arrived to connect"""
 _POLL = 0.005
 
 
 def local_controller(config: Config) -> LocalController | None:
-    """For a rank whose launcher survives losses; else None."""
+    """The controller of a rank whose launcher goes on after losses; None under any other launcher."""
     return LocalController(config) if MEMBER_VARIABLE in os.environ else None
 
 
@@ -76,10 +76,10 @@ class LocalController:
         return None
 
     def _join(self, generation: Generation) -> Group | None:
-        """None: somebody was lost on the way."""
+        """Join a generation; None: a rank was lost before all had joined."""
         self._number = generation.number
         if self._member not in generation.members:
-            raise UserError("this rank was taken for dead, and the others have gone on without it")
+            raise UserError("the launcher removed this rank, and the other ranks have gone on without it")
         here_file(self._store, generation.number, self._member).touch()
         missing = [here_file(self._store, generation.number, member) for member in generation.members]
         while missing := [path for path in missing if not path.exists()]:
