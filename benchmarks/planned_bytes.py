@@ -44,7 +44,7 @@ def planned_traffic(
             rows_LW[layer] = [len(expert_TK) for expert_TK in expert_WTK]
             continue
         for source, (expert_TK, split_EW) in enumerate(zip(expert_WTK, splits, strict=True)):
-            rank_TK = destinations(torch.from_numpy(expert_TK), torch.from_numpy(split_EW)).numpy()
+            rank_TK = destinations(torch.from_numpy(expert_TK), torch.from_numpy(np.cumsum(split_EW, 1)[:, :-1])).numpy()
             for rank in range(world):
                 rows = int((rank_TK == rank).any(1).sum())
                 rows_LW[layer, rank] += rows

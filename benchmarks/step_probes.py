@@ -24,6 +24,7 @@ from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.placement import contiguous_owners, everything_everywhere
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.transfer_plan import plan_tokens
 from hecate.ranks.groups import ExpertGroups
 
 Probe = Callable[[], object]
@@ -168,11 +169,11 @@ def _dispatch(shape: Shape, tokens: int, groups: ExpertGroups, rank: int) -> Pro
     """There and back, forward and backward, of rows that stay on their rank."""
     world = groups.tokens.size()
     placement = everything_everywhere(contiguous_owners(shape.experts, world), world)
-    split_EW = np.tile(np.arange(world) == rank, (shape.experts, 1)).astype(np.float64)
+    plan = plan_tokens(placement, np.tile(np.arange(world) == rank, (shape.experts, 1)).astype(np.float64))
     x_TD, expert_TK, weight_TK = _rows(tokens, shape.hidden), _even_routing(shape, tokens), _rows(tokens, shape.top_k)
 
     def run() -> None:
-        here = dispatch(x_TD, expert_TK, weight_TK, torch.arange(tokens), placement, split_EW, groups.tokens)
+        here = dispatch(x_TD, expert_TK, weight_TK, torch.arange(tokens), plan, groups.tokens)
         y_TD = combine(here.x_RD + 0 * here.weight_RK.sum(), here, groups.tokens)
         y_TD.backward(torch.ones_like(y_TD))
 

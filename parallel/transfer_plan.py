@@ -81,6 +81,8 @@ class SumTables(Generic[Table]):
 class ChunkTables(Generic[Table]):
     """The rows that the collectives read and write, int64: arrays in a plan, tensors on a device (`hecate.parallel.comm.device_tables`)."""
 
+    expert_S: Table
+    """the expert in each slot"""
     own_slot_n: Table
     """the slot of each owned chunk"""
     owned_row_M: Table
@@ -101,6 +103,7 @@ class ChunkTables(Generic[Table]):
     def map(self, convert: Callable[[Table], OnDevice]) -> ChunkTables[OnDevice]:
         """The same tables, each converted, always in the same order."""
         return ChunkTables(
+            convert(self.expert_S),
             convert(self.own_slot_n),
             convert(self.owned_row_M),
             tuple(convert(slot_M) for slot_M in self.arrived_slot_M),
@@ -129,14 +132,9 @@ class ChunkPlan:
     reduce: tuple[Exchange, ...] = field(compare=False, repr=False)
     tables: ChunkTables[np.ndarray] = field(compare=False, repr=False)
 
-    @cached_property
-    def expert_S(self) -> np.ndarray:
-        """int64 [slots]: the expert in each slot of this rank, ascending."""
-        return self.placement.experts_on(self.rank)
-
     @property
     def num_slots(self) -> int:
-        return len(self.expert_S)
+        return len(self.tables.expert_S)
 
     @property
     def num_owned(self) -> int:
@@ -248,7 +246,7 @@ def plan_chunks_by(route: Collective, placement: Placement, chunk: ChunkSize, to
         gather, reduce = moves.gather, moves.reduce
     along = tuple(_exchange(moves, rank) for moves in gather)
     against = tuple(_exchange(moves, rank, back=True) for moves in reduce)
-    tables = _tables(sliced, rank, along, against)
+    tables = _tables(placement.experts_on(rank), sliced, rank, along, against)
     return ChunkPlan(placement, rank, chunk, topology, route, slices, along, against, tables)
 
 
@@ -298,8 +296,10 @@ def _exchange(moves: Moves, rank: int, *, back: bool = False) -> Exchange:
     return Exchange(against, along, not moves.any) if back else Exchange(along, against, not moves.any)
 
 
-def _tables(placement: Placement, rank: int, gather: tuple[Exchange, ...], reduce: tuple[Exchange, ...]) -> ChunkTables[np.ndarray]:
-    """Of the slices' placement, where chunks are cut."""
+def _tables(
+    expert_S: np.ndarray, placement: Placement, rank: int, gather: tuple[Exchange, ...], reduce: tuple[Exchange, ...]
+) -> ChunkTables[np.ndarray]:
+    """`placement` is that of the slices, where chunks are cut; `expert_S` counts whole experts."""
     owned, slot_E = placement.owned_by(rank), placement.slot_of_expert(rank)
     none_M = np.empty(0, dtype=np.int64)
     sent_on_M, leader_row_M, led = none_M, none_M, none_M
@@ -311,6 +311,7 @@ def _tables(placement: Placement, rank: int, gather: tuple[Exchange, ...], reduc
         led = np.sort(reduce[1].sent.expert_M)
         leader_row_M = np.searchsorted(led, reduce[1].sent.expert_M)
     return ChunkTables(
+        expert_S=expert_S,
         own_slot_n=slot_E[owned],
         owned_row_M=np.searchsorted(owned, gather[0].sent.expert_M),
         arrived_slot_M=tuple(slot_E[exchange.received.expert_M] for exchange in gather),

@@ -15,6 +15,7 @@ from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.collectives import sparse_all_gather
 from hecate.parallel.placement import Placement, owners_only
+from hecate.parallel.transfer_plan import plan_chunks
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 
@@ -87,5 +88,7 @@ def gather_on_first(moe: MoeModel, unit: Unit, ranks: Ranks) -> Tensor | None:
     owner_E: np.ndarray = moe.engine.shards.owners[unit]
     where_ED = owners_only(owner_E, moe.engine.shards.world_size).where_ED.copy()
     where_ED[:, 0] = True
-    gathered = sparse_all_gather(moe.engine.shards.stores[unit].owned, Placement(owner_E.copy(), where_ED), ranks.groups.experts).wait()
+    store, placement = moe.engine.shards.stores[unit], Placement(owner_E.copy(), where_ED)
+    plan = plan_chunks(placement, store.chunk, None, moe.engine.shards.rank)
+    gathered = sparse_all_gather(store.owned, plan, ranks.groups.experts).wait()
     return gathered if ranks.is_first else None

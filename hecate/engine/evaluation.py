@@ -55,7 +55,7 @@ def evaluation(shards: ExpertShards, current: CurrentPass, *, together: bool) ->
     else:
         shards.plans.place_everywhere()
     for layer, frozen in shards.frozen.items():
-        frozen.borrow(shards.placements[layer])
+        frozen.gather_for_now(shards.plans.transfers[layer].placement)
     shards.gather(*shards.families)
     for store in shards.stores.values():
         store.replicas()
@@ -69,4 +69,4 @@ def evaluation(shards: ExpertShards, current: CurrentPass, *, together: bool) ->
         for store in shards.stores.values():
             store.drop()
         for frozen in shards.frozen.values():
-            frozen.trim()
+            frozen.evict()

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from hecate.engine.step_plans import EngineConfig, StepPlans
 from hecate.experts.family import ExpertFamily, ExpertReplicas
 from hecate.kernels.common.assignments import RoutedTokens
+from hecate.parallel.comm.device_tables import chunk_tables
 from hecate.parallel.comm.dispatch import combine, dispatch
-from hecate.parallel.comm.expert_store import LayerStore, gather_together
+from hecate.parallel.comm.expert_store import ExpertStore, gather_together
 from hecate.parallel.comm.frozen_store import FrozenStore
 from hecate.parallel.loads import LoadHistory
 from hecate.parallel.mesh import Mesh, make_mesh, owners_topology
@@ -82,9 +83,7 @@ class ExpertShards:
         group = dist.get_rank(groups.world) // self.world_size
         self.plans = StepPlans(self.families, config, owners, self.history, self.mesh, group, self.rank)
         self.stores = {
-            layer: LayerStore(
-                owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), groups.experts, self.plans.topology, groups.replicate
-            )
+            layer: ExpertStore(owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), groups.experts, groups.replicate)
             for layer, family in self.families.items()
         }
         self.frozen = {
@@ -191,10 +190,11 @@ class ExpertShards:
 
     def gather(self, *layers: Unit) -> None:
         """Start materializing layers, where their replicas have neither arrived nor are on their way."""
-        gather_together([(self.stores[layer], self.placements[layer]) for layer in layers])
+        transfers = self.plans.transfers
+        gather_together([(self.stores[layer], transfers[layer]) for layer in layers])
         for layer in layers:
             if layer in self.frozen:
-                self.frozen[layer].gather(self.placements[layer])
+                self.frozen[layer].gather(transfers[layer].placement)
 
     def compute(
         self, layer: Unit, replicas_SC: Tensor, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, call: LayerCall
@@ -207,13 +207,14 @@ class ExpertShards:
             replicas_SC: of the layer's present placement.
         """
         frozen_S = self.frozen[layer].chunks() if layer in self.frozen else ()
-        placement = self.placements[layer]
+        plan = self.plans.transfers[layer]
         sent = None
         slot_RK = expert_TK  # where no token may have to leave its rank, every expert has a slot on every rank
-        if layer in self.plans.splits:
-            sent = dispatch(x_TD, expert_TK, weight_TK, token_T, placement, self.plans.splits[layer], self.groups.tokens)
+        if plan.tokens is not None:
+            sent = dispatch(x_TD, expert_TK, weight_TK, token_T, plan.tokens, self.groups.tokens)
             x_TD, slot_RK, weight_TK, token_T = sent.x_RD, sent.slot_RK, sent.weight_RK, sent.token_R
-        routed = RoutedTokens(x_TD, slot_RK, weight_TK, token_T, torch.from_numpy(placement.experts_on(self.rank)))
+        expert_S = chunk_tables(plan.chunks, x_TD.device).expert_S
+        routed = RoutedTokens(x_TD, slot_RK, weight_TK, token_T, expert_S)
         y_RD = self.families[layer].compute(routed, ExpertReplicas(replicas_SC, frozen_S), call.step if call.training else None)
         call.computed(y_RD)
         if sent is None:

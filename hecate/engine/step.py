@@ -32,6 +32,7 @@ from hecate.engine.layer_plan import exchange_counts
 from hecate.engine.shards import ExpertShards, LayerCall
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.router import RouterStats, Routing
+from hecate.parallel.transfer_plan import plan_change
 from hecate.parallel.units import Unit
 
 
@@ -221,12 +222,14 @@ class Step:
         loads_ED = exchange_counts(count_E, shards.groups.tokens)
         plan = shards.plans.after_gate(layer, loads_ED, shards.frozen[layer].resident_ED if layer in shards.frozen else None)
         if plan is not None:
-            if shards.config.plan == "calibrated":
+            calibrated = shards.config.plan == "calibrated"
+            if calibrated:
                 self._gather(layer)
-                store = shards.stores[layer]
-                self._note_peak(store.placement_bytes(plan.placement))
-                store.exchange(plan.placement)
-            shards.plans.place(layer, plan)
+                before = shards.plans.transfers[layer]
+            transfer = shards.plans.place(layer, plan)
+            if calibrated:
+                self._note_peak(transfer.chunks.replica_bytes)
+                shards.stores[layer].exchange(transfer, plan_change(before.chunks, transfer.chunks))
         shards.plans.note_served(layer, loads_ED)
 
     def _gather(self, *layers: Unit) -> None:

@@ -13,11 +13,13 @@ import numpy as np
 from hecate.engine.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
 from hecate.experts.family import ExpertFamily
 from hecate.parallel.cost_model import ExecutionMode, PlanMode
+from hecate.parallel.layout import ChunkSize
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Topology
+from hecate.parallel.transfer_plan import TransferPlan, plan_transfer
 from hecate.parallel.units import Unit
 
 
@@ -86,9 +88,9 @@ class StepPlans:
         """the group's ranks, in the job"""
         self.config = config
         self.owners, self.history = owners, history
-        self.placements: dict[Unit, Placement] = {}
-        self.splits: dict[Unit, np.ndarray] = {}
-        """see `LayerPlan.split`; of the layers whose tokens may have to travel"""
+        self.transfers: dict[Unit, TransferPlan] = {}
+        """how each layer's plan is carried out on this rank"""
+        self._chunks = {layer: _chunk_size(family) for layer, family in families.items()}
         self.calibrations = 0
         """plans of this step's micro-steps and layers that gave way to better ones after the gate"""
         self._plans: dict[Unit, LayerPlan] = {}
@@ -171,12 +173,17 @@ class StepPlans:
             inputs.append((layers, given))
         return inputs
 
-    def place(self, layer: Unit, plan: LayerPlan) -> None:
-        """A layer goes by this plan from now on."""
-        self._plans[layer], self.placements[layer] = plan, plan.placement
-        self.splits.pop(layer, None)
-        if plan.dispatches(self.topology):
-            self.splits[layer] = plan.split(self.topology, self._rank)
+    @property
+    def placements(self) -> dict[Unit, Placement]:
+        """Of each layer, as it is gathered next."""
+        return {layer: transfer.placement for layer, transfer in self.transfers.items()}
+
+    def place(self, layer: Unit, plan: LayerPlan) -> TransferPlan:
+        """A layer goes by this plan from now on; returns how it is carried out."""
+        split_ED = plan.split(self.topology, self._rank) if plan.dispatches(self.topology) else None
+        self._plans[layer] = plan
+        self.transfers[layer] = plan_transfer(plan.placement, split_ED, self._chunks[layer], self.topology, self._rank)
+        return self.transfers[layer]
 
     def place_everywhere(self) -> None:
         """Every expert of every layer on every rank, as evaluation has it."""
@@ -215,7 +222,7 @@ class StepPlans:
     def change_owners(self, layer: Unit, owner_E: np.ndarray) -> None:
         """Between two steps: int64 [experts]."""
         self.owners[layer] = owner_E
-        self.placements.pop(layer, None)  # made for the owners of before
+        self.transfers.pop(layer, None)  # made for the owners of before
         self._last_planned.pop(layer, None)
 
     def most_served(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, float]:
@@ -281,3 +288,8 @@ def _moved_owners(planner: Planner, layers: Sequence[Unit], before_LE: np.ndarra
         f"to rank {after_LE[index, expert]}\n"
         "  a plan keeps the owners that it is given (`Plan.owner_LE` equals `PlanInput.owner_LE`); only re-sharding changes owners"
     )
+
+
+def _chunk_size(family: ExpertFamily) -> ChunkSize:
+    numel = family.layout().trainable_numel
+    return ChunkSize(numel, int(family.cost(1, 0.0).trainable_bytes) // numel)

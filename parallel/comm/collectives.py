@@ -63,7 +63,7 @@ def sparse_all_gather(owned_nC: Tensor, plan: ChunkPlan, group: dist.ProcessGrou
         into_SC: [slots, C], contiguous, filled by `wait()` and returned by it; None: a new tensor.
 
     Returns:
-        A handle whose result is [slots, C], slot s holding expert `plan.expert_S[s]`.
+        A handle whose result is [slots, C], slot s holding expert `plan.tables.expert_S[s]`.
     """
     _check_rows(owned_nC, plan.num_owned, plan)
     tables, owned_rows = chunk_tables(plan, owned_nC.device), _in_slices(owned_nC, plan)

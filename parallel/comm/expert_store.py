@@ -116,7 +116,7 @@ class ExpertStore:
         gather_together([(self, plan)])
 
     def replicas(self, when_complete: Callable[[], None] | None = None) -> Tensor:
-        """[slots, C], a leaf that requires grad: slot s holds expert `plan.chunks.expert_S[s]`.
+        """[slots, C], a leaf that requires grad: slot s holds expert `plan.chunks.tables.expert_S[s]`.
 
         Args:
             when_complete: called in each backward pass as soon as the leaf's gradient is complete; the first one given counts.

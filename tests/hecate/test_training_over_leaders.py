@@ -1,13 +1,17 @@
-"""Training where the stores take a way over leaders, as it is predicted to be faster: they learn what flat ones learn."""
+"""Training where the stores take a route over leaders, as it is predicted to be faster: they learn what flat ones learn."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import hecate.parallel.comm.expert_store as store_module
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
+from hecate.parallel import transfer_plan
 from hecate.parallel.topology import Link, uniform_topology
+from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks
 from hecate.train.step import train_step
 from tests.hecate import test_equivalence as equivalence
 from tests.hecate.test_equivalence import AUX_COEF, LEARNING_RATE, MAX_NORM, MICRO_STEPS, WEIGHT_DECAY, Case, micro_batch, rows_of, sharded
@@ -24,24 +28,29 @@ CASES = [
 """with the number of nodes"""
 
 
+def counting(real: Callable[..., object], way: str, calls: dict[str, int]) -> Callable[..., object]:
+    def counted(rows: torch.Tensor, plan: ChunkPlan, *others: object) -> object:
+        if plan.route != "flat":
+            calls[f"{plan.route}_{way}"] += 1
+        return real(rows, plan, *others)
+
+    return counted
+
+
 def _train(
     rank: int, world: int, nodes: int, case: Case, *, flat: bool
 ) -> tuple[list[float], dict[tuple[int, int], torch.Tensor], dict[str, int]]:
-    """Losses, owned chunks after the last step, and how often each collective over leaders was called."""
-    calls = dict.fromkeys(("two_level_all_gather", "two_level_reduce_scatter", "sliced_all_gather", "sliced_reduce_scatter"), 0)
+    """Losses, owned chunks after the last step, and how often each collective took each route over leaders."""
+    calls = {f"{route}_{way}": 0 for route in ("two_level", "sliced") for way in ("all_gather", "reduce_scatter")}
+    plan_chunks.cache_clear()  # plans of the other route would be equal in value
     with pytest.MonkeyPatch.context() as patch:
         if nodes == 1:
             near = Link(3e7, 0.0)
             patch.setattr(equivalence, "topology", lambda world: uniform_topology(1, world, flops=1e9, memory=1e9, intra_node=near))
-        for name in calls:
-
-            def counted(*arguments: object, name: str = name, real: object = getattr(store_module, name)) -> object:
-                calls[name] += 1
-                return real(*arguments)  # type: ignore[operator]
-
-            patch.setattr(store_module, name, counted)
+        for way in ("all_gather", "reduce_scatter"):
+            patch.setattr(store_module, f"sparse_{way}", counting(getattr(store_module, f"sparse_{way}"), way, calls))
         if flat:
-            patch.setattr(store_module, "choose_collective", lambda *_: "flat")
+            patch.setattr(transfer_plan, "choose_collective", lambda *_: "flat")
         moe, head = sharded(case, world)
         owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
         optimizer = ExpertOptimizer(

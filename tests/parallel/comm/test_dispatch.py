@@ -124,6 +124,7 @@ def _against_plain(rank: int, world: int) -> int:
         case = Case(seed, world)
         x, weight = case.x[rank].clone().requires_grad_(), case.weight[rank].clone().requires_grad_()
         here = dispatch(x, case.expert[rank], weight, case.token[rank], case.plan(rank, quotas), group)
+        _check_sent(here, case, rank, quotas)
         _check_received(here, case, rank, world)
         y = combine(run_experts(here, case.placement.experts_on(rank).tolist()), here, group)
         direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -139,6 +140,14 @@ def _against_plain(rank: int, world: int) -> int:
             assert got is not None
             torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12, msg=f"case {seed}, {quotas}: {name}: {got} against {wanted}")
     return len(PAIRS)
+
+
+def _check_sent(here: Any, case: Case, rank: int, quotas: bool) -> None:
+    """Rows leave by rank and then by token, and a token once for all of its assignments that a rank serves."""
+    rank_TK = destinations(case.expert[rank], torch.from_numpy(case.plan(rank, quotas).bound_EB))
+    by_peer = [[t for t, ranks in enumerate(rank_TK.tolist()) if peer in ranks] for peer in range(case.placement.world_size)]
+    assert here.source_M.tolist() == [token for tokens in by_peer for token in tokens]
+    assert here.send_rows == [len(tokens) for tokens in by_peer]
 
 
 def _check_received(here: Any, case: Case, rank: int, world: int) -> None:
