@@ -1,4 +1,4 @@
-"""Which address and which network interface this node is reached by."""
+"""By which address and network interface other nodes reach this one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hecate.errors import UserError
 DEFAULT_PORT = 29400
 _SIOCGIFADDR = 0x8915
 _PATIENCE = 300.0
-"""seconds for the node that hosts the meeting point to be started"""
+"""seconds to wait until the node that hosts the meeting point is started"""
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class Endpoint:
     host: str
     port: int
     local_address: str
-    """this node's own, on the way there"""
+    """address of this node on the route to it"""
     interface: str | None
-    """that has this address; None: unknown"""
+    """interface with this address; None: unknown"""
     is_here: bool
-    """on this node"""
+    """whether it is on this node"""
 
 
 def find_endpoint(text: str) -> Endpoint:
     """`HOST:PORT` (or HOST) as given by the user.
 
     Raises:
-        UserError: it is no such thing, the name is unknown, or there is no way there.
+        UserError: the text has another form, the name is unknown, or no route leads to it.
     """
     host, colon, number = text.rpartition(":")
     if not colon:
@@ -52,7 +52,7 @@ def find_endpoint(text: str) -> Endpoint:
             probe.connect((address, int(number)))  # sends nothing; asks the routing table
             local = probe.getsockname()[0]
     except OSError as error:
-        raise UserError(f"--rdzv-endpoint {text}: there is no way to {address} from this node: {error.strerror}") from None
+        raise UserError(f"--rdzv-endpoint {text}: no route leads to {address} from this node: {error.strerror}") from None
     return Endpoint(address, int(number), local, interface_of(local), _is_local(address))
 
 
@@ -83,10 +83,10 @@ def check_free(endpoint: Endpoint) -> None:
 
 
 def wait_for(endpoint: Endpoint, patience: float = _PATIENCE) -> None:
-    """Until the node there answers.
+    """Wait until the node at the meeting point answers.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not in time.
     """
     deadline, told, reason = time.monotonic() + patience, False, ""
     while True:
@@ -97,7 +97,7 @@ def wait_for(endpoint: Endpoint, patience: float = _PATIENCE) -> None:
             reason = error.strerror or str(error)
         if time.monotonic() > deadline:
             raise UserError(
-                f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: nobody has answered for {patience:.0f} s ({reason})\n"
+                f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: no answer for {patience:.0f} s ({reason})\n"
                 "  start the same command on the node that has this address; if it runs, a firewall may be between them"
             )
         if not told:

@@ -1,4 +1,4 @@
-"""Start the ranks of a run on this machine: one process each, the same command under other environment variables.
+"""Starts the ranks of a run on this machine: one process for each, with the same command and different environment variables.
 
 Nothing listens beyond loopback: ranks meet through a file, and gloo is told to use the loopback interface.
 """
@@ -33,60 +33,60 @@ from hecate.ranks.launcher_files import (
 Process = subprocess.Popen[bytes]
 
 _MOST_REPLACED = 3
-"""ranks started in the place of lost ones in a run"""
+"""largest number of ranks that are started to replace lost ones, in a run"""
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-"""glibc gives large blocks back to the kernel at once and takes them anew, page by page: a tenth of a CPU step"""
+"""By default glibc returns large blocks to the kernel at once and gets them back page by page, which takes a tenth of a CPU step."""
 
 
 def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, survives: bool = False) -> int:
     """Run `python -m PROGRAM ARGUMENTS` as `num_ranks` ranks on this machine; returns the exit status of the run.
 
-    Rank 0 has the terminal. SIGINT and SIGTERM are passed on once, so that ranks can save and stop; a second one kills them. When a
-    rank dies, the others are stopped, and the one that died is named.
+    Rank 0 prints to the terminal. The first SIGINT or SIGTERM is passed on, so that ranks can save and stop; a second one kills
+    them. When a rank dies, the others are stopped, and a message names the one that died.
 
     Args:
-        survives: the ranks can go on without one that dies. They are told to, and a new one is started that joins them when it has loaded.
+        survives: the ranks can go on without one that dies. They do, and a new rank is started, which joins them when it has loaded.
     """
     with run_folder() as folder, forking(folder, _environment(num_ranks), program) as start:
         store, command = folder / "store", [*start, *arguments]
         ranks = {rank: _start(command, rank, num_ranks, store, survives=survives) for rank in range(num_ranks)}
-        crew = Crew(command, num_ranks, store, ranks) if survives else None
+        surviving = SurvivingRanks(command, num_ranks, store, ranks) if survives else None
         signals = 0
 
         def pass_on(_number: int, _frame: FrameType | None) -> None:
             nonlocal signals
             signals += 1
-            if crew:
-                crew.stopping = True
+            if surviving:
+                surviving.stopping = True
             for process in ranks.values():
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
 
         previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return _wait(ranks, store, crew)
+            return _wait(ranks, store, surviving)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             _stop(ranks)
 
 
-class Crew:
-    """The ranks of a run that outlives some of them: tells those that are left with whom to go on, and starts others in their place."""
+class SurvivingRanks:
+    """The ranks of a run that goes on when some of them die: writes with which members the others go on, and starts replacements."""
 
     def __init__(self, command: Sequence[str], num_ranks: int, store: Path, processes: dict[int, Process]) -> None:
         """Args:
         command: what a rank runs.
-        processes: of all members, by number; those that are started later are added.
+        processes: of all members, by number. Members that are started later are added to it.
         """
         self._command, self._store, self._processes = command, store, processes
         everyone = tuple(range(num_ranks))
         self._now = Generation(0, everyone, everyone, num_ranks)
         self._loading: dict[int, int] = {}
-        """member that was started later and is not in yet -> the device that it takes"""
+        """member that has not joined yet -> the device that it will use"""
         self._replaced = 0
         self.stopping = False
-        """nobody is replaced any more"""
+        """True: lost ranks are not replaced any more"""
         write_generation(store, self._now)
 
     @property
@@ -94,7 +94,7 @@ class Crew:
         return self._now.members
 
     def look(self) -> None:
-        """Let in who has loaded; go on without who has died, if anyone is left."""
+        """Add members that have loaded, and remove those that have died, if any is left."""
         if not self.stopping:
             self._fill_up()
         dead = [member for member in self._now.members if self._processes[member].poll() not in (None, 0, USER_ERROR_EXIT)]
@@ -129,11 +129,11 @@ class Crew:
 
 
 def _environment(num_ranks: int) -> dict[str, str]:
-    """What all ranks have of it."""
+    """The environment variables that all ranks have alike."""
     environment = {**os.environ, LAUNCHED_VARIABLE: str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
     for name, value in ALLOCATOR_SETTINGS.items():
         environment.setdefault(name, value)
-    # Bars of several ranks would be written over each other, and the run shows its own progress.
+    # Progress bars of several ranks would overwrite each other, and the run prints its own progress.
     environment.setdefault("TQDM_DISABLE", "1")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     return environment
@@ -141,7 +141,7 @@ def _environment(num_ranks: int) -> dict[str, str]:
 
 def _start(command: Sequence[str], rank: int, num_ranks: int, store: Path, *, survives: bool, takes: int | None = None) -> Process:
     """Args:
-    takes: the device of a rank that joins a run under way when it has loaded; left out: it begins the run, on the device of its number.
+    takes: device of a rank that joins a run under way; None: the rank begins the run, on the device with its own number.
     """
     environment = {
         **_environment(num_ranks),
@@ -158,30 +158,32 @@ def _start(command: Sequence[str], rank: int, num_ranks: int, store: Path, *, su
     return subprocess.Popen(command, env=environment)
 
 
-def _wait(ranks: dict[int, Process], store: Path, crew: Crew | None) -> int:
-    """Args:
-    ranks: by their number, or the member's with a `crew`.
+def _wait(ranks: dict[int, Process], store: Path, surviving: SurvivingRanks | None) -> int:
+    """Wait for the end of the run; its exit status.
+
+    Args:
+        ranks: by rank; with a `surviving`, by member.
     """
     first_failure: int | None = None
     deadline = 0.0
 
     def running() -> list[int]:
-        return [number for number in (crew.members if crew else ranks) if ranks[number].poll() is None]
+        return [number for number in (surviving.members if surviving else ranks) if ranks[number].poll() is None]
 
     while running():
-        if crew:
-            crew.look()
-        for number in crew.members if crew else ranks:
+        if surviving:
+            surviving.look()
+        for number in surviving.members if surviving else ranks:
             if first_failure is not None or ranks[number].poll() in (None, 0):
                 continue
-            if crew is None or ranks[number].returncode == USER_ERROR_EXIT or not running():
+            if surviving is None or ranks[number].returncode == USER_ERROR_EXIT or not running():
                 first_failure = number
-                # A user's mistake is found by every rank at about the same time; let them end by themselves.
+                # All ranks find a user's mistake at about the same time, so they have time to end by themselves.
                 deadline = time.monotonic() + (5.0 if ranks[number].returncode == USER_ERROR_EXIT else 0.5)
         if first_failure is not None and time.monotonic() > deadline:
             _stop(ranks)
         time.sleep(0.02)
-    codes = {number: ranks[number].wait() for number in (crew.members if crew else ranks)}
+    codes = {number: ranks[number].wait() for number in (surviving.members if surviving else ranks)}
     failed = [number for number, code in codes.items() if code != 0]
     if not failed:
         return 0
@@ -203,7 +205,7 @@ def _cause(code: int) -> str:
 
 
 def _stop(ranks: dict[int, Process]) -> None:
-    """Kill what still runs: ranks that have lost a peer cannot finish a step, and have nothing to save."""
+    """Kill all ranks that still run: without their peers they cannot finish a step, and have nothing to save."""
     for process in ranks.values():
         if process.poll() is None:
             process.kill()

@@ -1,4 +1,4 @@
-"""What a Ray cluster has to train on: its nodes and their devices, as values. Knows no Ray but the form of `ray.nodes()`."""
+"""The devices of a Ray cluster that a job can use, as values, read from what `ray.nodes()` returns. It does not import Ray."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Device:
     kind: str
     """accelerator type, or CPU"""
     resources: tuple[tuple[str, float], ...]
-    """what Ray is asked for"""
+    """what the job requests of Ray"""
     selector: tuple[tuple[str, str], ...]
-    """labels of the node that one taking its place must have, too"""
+    """labels of its node; a device that replaces it must be on a node with the same"""
 
 
 def parse_labels(labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -71,7 +71,7 @@ def devices_of(nodes: Sequence[Mapping[str, Any]], labels: Mapping[str, tuple[st
 
 
 def choose_devices(devices: Sequence[Device], wanted: int | None, fewest: int) -> list[Device]:
-    """As many as wanted, or all; fewer if there are no more, down to `fewest`.
+    """The first `wanted` devices, or all; fewer if there are no more, down to `fewest`.
 
     Raises:
         UserError: there are not enough.
@@ -86,7 +86,7 @@ def choose_devices(devices: Sequence[Device], wanted: int | None, fewest: int) -
 
 
 def one_machine(devices: Sequence[Device]) -> bool:
-    """Do all nodes have one address, so that nothing needs to leave the machine?"""
+    """Whether all devices are on one machine, so that nothing needs to listen beyond loopback."""
     return len({device.address for device in devices}) == 1
 
 

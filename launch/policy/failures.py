@@ -1,4 +1,4 @@
-"""What to do when a worker is lost: replace it, go on without it, wait, or give up. Pure: the controller carries it out."""
+"""What follows the loss of a worker: replace it, go on without it, wait, or give up. Pure; the controller carries it out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Cause(Enum):
-    """Why a worker, or the start of all of them, failed. Each is counted for itself."""
+    """Why a worker, or the start of all of them, failed. Failures of each cause are counted separately."""
 
     ACTOR_DIED = "the worker's process died"
     NODE_DIED = "the worker's node died"
@@ -18,9 +18,9 @@ class Cause(Enum):
 
 class Decision(Enum):
     REPLACE = "replace"
-    """start a new worker in its place, all go on when it is there"""
+    """start a new worker; all go on when it has loaded"""
     SHRINK = "shrink"
-    """go on with those that are left, take it back when it returns"""
+    """go on with the workers that are left; a new one joins later"""
     WAIT = "wait"
     """too few are left: wait for a device"""
     RAISE = "raise"
@@ -29,12 +29,12 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class FailurePolicy:
-    """Bounds on failures, and what happened so far. A value: each failure gives a new one."""
+    """Bounds on failures, and the failures so far. A value: each failure gives a new one."""
 
     max_failures: int
-    """of one cause in a row, without a finished step in between"""
+    """of one cause in a row, with no finished step between them"""
     fewest: int
-    """workers that the job must have"""
+    """smallest number of workers that the job can have"""
     counts: dict[Cause, int] = field(default_factory=dict)
 
     def after_progress(self) -> FailurePolicy:
@@ -44,12 +44,13 @@ class FailurePolicy:
     def decide(self, cause: Cause, left: int, *, copied: bool = False) -> tuple[Decision, FailurePolicy]:
         """What to do after a failure.
 
-        A process that died on a living node is replaced: its place is free, and a new one is there in seconds. Where the others have
-        all that it had, they do not wait for it. A device that is gone, or does not answer, is left out as long as enough remain.
+        A process that died on a living node is replaced, since its device is free and a new process loads in seconds. If the other workers
+        have copies of all that it owned, they go on meanwhile. A device that is gone, or does not answer, is left out if enough others
+        remain.
 
         Args:
-            left: workers that still live.
-            copied: they have copies of what the lost one alone owned.
+            left: number of workers that still live.
+            copied: whether they have copies of what the lost worker owned.
         """
         counts = {**self.counts, cause: self.counts.get(cause, 0) + 1}
         after = replace(self, counts=counts)

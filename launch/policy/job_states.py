@@ -8,12 +8,12 @@ from enum import Enum
 class State(Enum):
     INITIALIZING = "initializing"
     PLACING = "placing"
-    """devices are asked for"""
+    """devices are requested of the cluster"""
     STARTING = "starting"
-    """workers come up, or build their part of a generation"""
+    """workers start, or build their part of a generation"""
     RUNNING = "running"
     RECOVERING = "recovering"
-    """somebody was lost, or failed: the others end their steps, a replacement comes up"""
+    """a worker was lost, or training failed: the other ranks end their steps, and a replacement starts"""
     WAITING = "waiting"
     """too few devices are left"""
     RESIZING = "resizing"
@@ -35,4 +35,4 @@ NEXT = {
     State.RESIZING: (State.STARTING, State.RECOVERING, State.STOPPING, State.FINISHED),
     State.STOPPING: (),
 }
-"""beside the three ends: FAILED and STOPPED are open to all"""
+"""state -> the states that may follow it; FAILED and STOPPED may follow any state"""

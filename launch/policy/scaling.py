@@ -1,4 +1,4 @@
-"""How many workers a job should have now. Pure: the controller carries it out."""
+"""How many workers a job should have now. Pure; the controller carries it out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Scaling(Enum):
 
 @dataclass(frozen=True)
 class ScalingPolicy:
-    """Grow back when devices return, after the step under way, but not before the pause has passed."""
+    """Grow when devices return, after the step under way, but not before the pause has passed."""
 
     pause_seconds: float
     """from one growth to the next, so that a device that comes and goes does not keep the others from training"""
@@ -22,6 +22,6 @@ class ScalingPolicy:
         """
         Args:
             working: workers that train now.
-            ready: further ones that have come up in a place that was lost.
+            ready: further workers that have loaded.
         """
         return Scaling.GROW if ready and working and seconds_since_growth >= self.pause_seconds else Scaling.KEEP
