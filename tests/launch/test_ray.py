@@ -63,11 +63,12 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
     run = workshop / "runs" / "life"
     overrides = ["topology=mixed.yaml", "ray.labels=['kind=in(fast,slow)']", "ray.report_steps=2", "max_steps=100000", "fssdp.redundancy=1"]
     with cluster.job("ray", run, *overrides, "moe.num_experts=8", "--address", cluster.address, "--metrics-port", "0") as job:
-        status = job.wait_for(lambda s: s["state"] == "running" and s["step"] >= 4, 150)
-        # As the job began: beside other work a device may have been slow since, and have been given less.
+        # As the job began: beside other work a device may soon be slow, and be given less, or hang.
+        status = job.wait_for(lambda s: s["state"] == "running" and s["generation"] == 0, 150)
         (begun,) = re.findall(r"generation 0: 4 ranks from step 0; sequences: (.*)", job.output)
         assert re.findall(r"device (\d) \(.*?\) (\d)", begun) == [("0", "3"), ("1", "3"), ("2", "1"), ("3", "1")]
         assert [device["experts"] for device in status["devices"]] == [6, 6, 2, 2]
+        status = job.wait_for(lambda s: training(s) == [0, 1, 2, 3] and s["step"] >= 4, 150)
         kinds = [cluster.nodes.index(cluster.node_of(device)) // 2 for device in status["devices"]]
         assert kinds == [0, 0, 1, 1], "fast nodes are devices 0 and 1"
         assert f'hecate_state{{state="{status["state"]}"}} 1' in scraped(job)

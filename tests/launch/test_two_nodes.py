@@ -220,7 +220,7 @@ def kill_any_rank(launcher: subprocess.Popen[str]) -> None:
     raise AssertionError("no rank runs there")
 
 
-def wait_for_checkpoint(folder: Path, of_ranks: int, seconds: float = 90) -> None:
+def wait_for_checkpoint(folder: Path, of_ranks: int, seconds: float = 180) -> None:
     """One that so many ranks write from now on."""
     deadline = time.monotonic() + seconds
     before = checkpoints_of(folder, of_ranks)
