@@ -6,7 +6,7 @@ low-rank pairs train beside it. What computes it is registered by the same name 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +45,10 @@ def plain_pairs(sizes: FfnSizes, projections: Iterable[str], rank: int) -> tuple
         inputs, outputs = sizes.of_projection(name)
         specs += [TensorSpec(f"{name}.A", (rank, inputs)), TensorSpec(f"{name}.B", (outputs, rank))]
     return tuple(specs)
+
+
+PAIR_SPECS: dict[str, Callable[[FfnSizes, Iterable[str], int], tuple[TensorSpec, ...]]] = {"plain": plain_pairs}
+"""pair source -> what it trains of an expert's pairs, from sizes, projections and rank"""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ MIXLORA = ExpertKind(
     has_pairs=True,
     pair_backward=3.0,  # the pairs run once more
     output="mixlora",
+    keys=("moe.router",),
 )
 FULL = ExpertKind(
     name="full",

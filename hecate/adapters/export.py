@@ -41,7 +41,11 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
         top_k=config.moe.experts_per_token,
         act_fn=_HF_ACTIVATION[base.ffns[0].shape.activation],
         use_rslora=config.lora.use_rslora,
-        extra={"router_aux_loss_coef": config.moe.router_aux_loss_coef, "model_dtype": config.model.dtype},
+        extra={
+            "router": config.moe.router,
+            "router_aux_loss_coef": config.moe.router_aux_loss_coef,
+            "model_dtype": config.model.dtype,
+        },
     )
 
 

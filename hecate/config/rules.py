@@ -13,7 +13,7 @@ from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.paths import INDEXED_SUFFIXES, find_model, indexed_prefix
 from hecate.config.problems import Add, did_you_mean, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
-from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, RANGES
+from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, RANGES
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import KINDS
 
@@ -109,7 +109,7 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
         return
     for other in KINDS.values():
         for key in other.keys if other is not kind else ():
-            if values.get(key):
+            if key in values and values[key] != LEAVES[key].default:
                 add(key, f"is of moe.family={other.name} only, but the family is {kind.name}", "leave it out")
     if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):
         add("fssdp.redundancy", "cannot bring back what model.shard_non_experts has on a lost rank alone", "set one of the two only")

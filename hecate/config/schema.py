@@ -87,6 +87,8 @@ class LoraConfig:
     """The adapter's output is scaled by alpha / r."""
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
+    pairs: Literal["plain"] = "plain"
+    """What of an expert's pair is trained; see docs/extend/pair-source.md. plain: A and B."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) in place of alpha / r."""
     init_from: str | None = field(default=None, metadata=key(computes=False))
@@ -110,6 +112,9 @@ class MoeConfig:
     or front_end megatron, what the model has."""
     top_k: int | None = field(default=None, metadata=key(COUNT))
     """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it."""
+    router: Literal["softmax"] = "softmax"
+    """Family mixlora: how routers choose (docs/extend/router.md). softmax: the top_k largest of a softmax over all experts, renormalized.
+    The other families have softmax routers, or the model's own."""
     train_router: bool = False
     """Family moe_lora: train the model's routers, too. The other families always train theirs."""
     upcycle_noise: float = field(default=0.01, metadata=key(AT_LEAST_ZERO))

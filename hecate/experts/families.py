@@ -1,4 +1,4 @@
-"""The one place where a kind's name becomes the family that computes it."""
+"""The one place where names of the configuration become classes: kinds of experts, pair sources, routers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from hecate.experts.family import ExpertChoices, FfnExperts, FfnSource, Site
 from hecate.experts.full import FullExperts, noisy_copies
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs import PairSource, PlainPairs
+from hecate.experts.pairs import LoraShape, PairSource, PlainPairs
+from hecate.experts.router import TopKRouter
 from hecate.parallel.expert_kinds import ExpertKind, Family, FfnSizes
 
 
@@ -34,7 +35,18 @@ def _moe_lora(site: Site, source: FfnSource, choices: ExpertChoices) -> FfnExper
 
 def _pairs(site: Site, choices: ExpertChoices) -> PairSource:
     assert choices.lora is not None
-    return PlainPairs(choices.lora, choices.projections, FfnSizes(site.shape.hidden, site.shape.ffn))
+    return PAIR_SOURCES[choices.lora.source](site, choices.lora, choices.projections)
+
+
+def _plain(site: Site, lora: LoraShape, projections: tuple[str, ...]) -> PairSource:
+    return PlainPairs(lora, projections, FfnSizes(site.shape.hidden, site.shape.ffn))
+
+
+PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]] = {"plain": _plain}
+"""by the name that `lora.pairs` gives; what each trains is in `hecate.parallel.expert_kinds.PAIR_SPECS`"""
 
 
 _MAKERS: dict[Family, Callable[[Site, FfnSource, ExpertChoices], FfnExperts]] = {"mixlora": _mixlora, "full": _full, "moe_lora": _moe_lora}
+
+ROUTERS: dict[str, type[TopKRouter]] = {"softmax": TopKRouter}
+"""new routers, by the name that `moe.router` gives"""

@@ -25,6 +25,8 @@ class LoraShape:
     scale: float
     """alpha / r, or alpha / sqrt(r) with rsLoRA"""
     dropout: float
+    source: str = "plain"
+    """one of `hecate.experts.families.PAIR_SOURCES`"""
 
 
 class PairSource(Protocol):

@@ -15,12 +15,12 @@ from torch import nn
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.families import make_experts
+from hecate.experts.families import ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnExperts, FfnSource, Site
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.layer import MoeLayer
 from hecate.experts.pairs import LoraShape
-from hecate.experts.router import ModelRouter, Router, TopKRouter
+from hecate.experts.router import ModelRouter, Router
 from hecate.kernels.backend import Backend
 from hecate.kernels.common.ffn import FfnShape
 from hecate.model.gated_ffn import decoder_layers
@@ -74,6 +74,8 @@ class InsertionPlan:
     """in the order of the found units; 0: the layer keeps its plain FFN; None: as many as the model has itself"""
     top_k: int = 1
     """of new routers; a model's own ones choose as they did"""
+    router: str = "softmax"
+    """which of `hecate.experts.families.ROUTERS` new routers are"""
     lora: LoraShape | None = None
     target_modules: tuple[str, ...] = ()
     upcycle_noise: float = 0.0
@@ -152,7 +154,7 @@ def _router(model: nn.Module, one: FoundUnit, family: FfnExperts, plan: Insertio
     """A new router, or the model's own with what is kept of its decisions."""
     site = family.site
     if one.router_path is None:
-        return TopKRouter(
+        return ROUTERS[plan.router](
             site.shape.hidden, site.num_experts, plan.top_k, unit=site.unit, seed=site.seed, dtype=site.master_dtype, device=site.device
         )
     return ModelRouter(model.get_submodule(one.router_path), site.master_dtype if plan.train_router else None)

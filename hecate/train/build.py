@@ -58,7 +58,7 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
 
 def lora_shape(config: Config) -> LoraShape:
     scale = config.lora.alpha / (config.lora.r**0.5 if config.lora.use_rslora else config.lora.r)
-    return LoraShape(config.lora.r, scale, config.lora.dropout)
+    return LoraShape(config.lora.r, scale, config.lora.dropout, config.lora.pairs)
 
 
 def insertion_plan(config: Config, num_units: int) -> InsertionPlan:
@@ -68,6 +68,7 @@ def insertion_plan(config: Config, num_units: int) -> InsertionPlan:
         kind=kind,
         experts_per_layer=None if kind.of_moe_base else config.moe.experts_per_layer(num_units),
         top_k=1 if kind.of_moe_base else config.moe.experts_per_token,
+        router=config.moe.router,
         lora=lora_shape(config) if kind.has_pairs else None,
         target_modules=config.lora.target_modules if kind.has_pairs else (),
         upcycle_noise=config.moe.upcycle_noise,

@@ -12,6 +12,7 @@ from hecate.adapters.peft_moe import is_peft_adapter
 from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.families import ROUTERS
 from hecate.experts.pairs import LoraShape
 from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
@@ -73,6 +74,8 @@ def _with_adapter(folder: Path, ranks: Ranks, model: str | None, dtype: str, num
     if is_peft_adapter(folder):
         return with_peft_adapter(folder, ranks, model, dtype, num_hidden_layers)
     tensors, description = load_adapter(folder)
+    if description.extra.get("router", "softmax") not in ROUTERS:
+        raise UserError(f"{folder}: made with the router {description.extra['router']!r}; this version has {', '.join(ROUTERS)}")
     base = build_base(model or description.base_model_name_or_path, dtype, num_hidden_layers, ranks.device, kind_written_as("mixlora"))
     num_layers = len(decoder_layers(base.model)[1])
     if num_layers != description.num_layers:
@@ -99,6 +102,7 @@ def _plan(description: AdapterConfig) -> InsertionPlan:
         kind=kind_written_as("mixlora"),
         experts_per_layer=description.experts_per_layer,
         top_k=description.top_k,
+        router=description.extra.get("router", "softmax"),
         lora=lora,
         target_modules=description.target_modules,
         seed=0,

@@ -86,7 +86,7 @@ def run(command: str, root: Path) -> subprocess.CompletedProcess[str]:
     # Without numba's compiler, which takes longer than the planning of the few small layers here.
     variables = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1"}
     return subprocess.run(
-        [*programs[words[0]], *words[1:]], cwd=root, env=variables, capture_output=True, text=True, timeout=180, check=False
+        [*programs[words[0]], *words[1:]], cwd=root, env=variables, capture_output=True, text=True, timeout=900, check=False
     )
 
 

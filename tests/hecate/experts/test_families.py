@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from hecate.experts.families import make_experts
+from hecate.config.schema import LEAVES
+from hecate.experts.families import PAIR_SOURCES, ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site
 from hecate.experts.pairs import LoraShape
 from hecate.kernels.common.ffn import FfnShape
-from hecate.parallel.expert_kinds import KINDS, MOE_LORA, ExpertKind
+from hecate.parallel.expert_kinds import KINDS, MOE_LORA, PAIR_SPECS, ExpertKind, FfnSizes
 from hecate.parallel.units import Unit
 from tests.hecate.experts.making import base
 from tests.test_layout import sources
@@ -36,6 +38,21 @@ def test_each_kind_is_made_by_its_name(kind: ExpertKind) -> None:
     assert len(family.init_chunk(2)) == family.layout().trainable_numel
     assert len(family.frozen_chunk(2)) == family.layout().frozen_numel
     assert bool(family.layout().frozen) == (kind is MOE_LORA)
+
+
+def test_each_name_of_the_configuration_is_there() -> None:
+    assert set(ROUTERS) == set(get_args(LEAVES["moe.router"].type))
+    assert set(PAIR_SOURCES) == set(PAIR_SPECS) == set(get_args(LEAVES["lora.pairs"].type))
+
+
+@pytest.mark.parametrize("name", PAIR_SOURCES)
+def test_a_pair_source_trains_what_the_dry_run_counts(name: str) -> None:
+    shape, double = FfnShape(6, 10, "silu"), torch.float64
+    site = Site(Unit(1), 4, shape, 3, double, double, torch.device("cpu"))
+    projections = ("gate_proj", "down_proj")
+    made = PAIR_SOURCES[name](site, LoraShape(2, 0.5, 0.0, name), projections)
+    assert made.trained() == PAIR_SPECS[name](FfnSizes(6, 10), projections, 2)
+    assert len(made.initial(3, "expert", "1", 0)) == sum(spec.numel for spec in made.trained())
 
 
 def questions(tree: ast.AST) -> Iterator[ast.AST]:
