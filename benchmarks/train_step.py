@@ -64,9 +64,9 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
     from hecate.data.batches import Batch
     from hecate.engine.step_plans import EngineConfig
     from hecate.experts.pairs import LoraShape
+    from hecate.model.causal_head import LanguageModelHead
     from hecate.model.checkpointing import checkpoint_activations
     from hecate.model.gated_ffn import find_gated_ffns
-    from hecate.model.head import LanguageModelHead
     from hecate.model.insert import InsertionPlan, insert_experts
     from hecate.model.load import ModelSource, load_model
     from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables

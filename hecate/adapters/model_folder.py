@@ -10,10 +10,10 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.model.base import BaseModel
-from hecate.model.head import LanguageModelHead
+from hecate.model.causal_head import LanguageModelHead
 from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
+from hecate.model.memory_check import require_room
 from hecate.model.moe_model import MoeModel
-from hecate.model.room import require_room
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks

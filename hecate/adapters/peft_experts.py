@@ -30,8 +30,8 @@ from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.load import pick_dtype, resolve_model
 from hecate.model.load_moe import OwnExperts
+from hecate.model.memory_check import require_room
 from hecate.model.moe_model import MoeModel
-from hecate.model.room import require_room
 from hecate.parallel.expert_kinds import kind_written_as
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology

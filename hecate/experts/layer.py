@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hecate.experts.forward_pass import CurrentPass
-from hecate.experts.router import Router, TokenFeatures
+from hecate.experts.router import BalanceLoss, Router, TokenFeatures
 from hecate.parallel.units import Unit
 
 
@@ -27,6 +27,11 @@ class MoeLayer(nn.Module):
     def trained_router(self) -> nn.Parameter | None:
         """The router's weight, if that is trained."""
         return self.router.trained
+
+    @property
+    def balance(self) -> BalanceLoss:
+        """What balances its experts."""
+        return self.router.loss
 
     def forward(self, hidden: Tensor, *decided: Tensor) -> Tensor:
         current = self._current.required()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from hecate.errors import UserError
 from hecate.forecast.tensor_shapes import numel, tensor_shapes
-from hecate.model.expert_files import LayerExperts, expert_layers, refuse_experts
-from hecate.model.tensor_files import tensor_entries
+from hecate.model.safetensors_headers import stored_tensors
+from hecate.model.stored_experts import LayerExperts, expert_layers, refuse_experts
 from hecate.parallel.expert_kinds import ExpertKind, kinds_for
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
@@ -95,7 +95,7 @@ def _own_experts(path: Path, names: Iterable[str], kind: ExpertKind) -> dict[int
         return {}
     if not path.is_dir():
         raise UserError(f"{path}: moe.family {kind.name} does not read GGUF files\n  give a folder with config.json and *.safetensors")
-    experts = expert_layers(tensor_entries(path), path)
+    experts = expert_layers(stored_tensors(path), path)
     if not experts:
         raise UserError(
             f"{path}: the model has no experts, but moe.family is {kind.name}\n  for a dense model take {kinds_for(moe_base=False)}"

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 
 from hecate.errors import UserError
-from hecate.model.tensor_files import tensor_entries
+from hecate.model.safetensors_headers import stored_tensors
 
 _GGUF_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -35,7 +35,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     if not path.is_dir():
         return _of_gguf(path)
-    return {name: entry.shape for name, entry in tensor_entries(path).items()}
+    return {name: entry.shape for name, entry in stored_tensors(path).items()}
 
 
 def _of_gguf(path: Path) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hecate.config.gpt_shape import GptShape
 from hecate.experts.forward_pass import CurrentPass
-from hecate.experts.router import Routing
+from hecate.experts.router import Routing, load_balancing_loss
 from hecate.megatron.gpt import transformer_config
 from hecate.megatron.tensor_parallel import call_newest_collectives
 from hecate.megatron.without_cuda import answer_for_cuda
@@ -76,6 +76,8 @@ def build_layer(
 
 class ExpertParallelLayer(MoELayer):
     """Megatron's, among the layers of a `MoeModel`."""
+
+    balance = staticmethod(load_balancing_loss)
 
     @property
     def trained_router(self) -> nn.Parameter:

@@ -32,10 +32,10 @@ from hecate.kernels.common.ffn import FfnShape
 from hecate.megatron.imports import quietly
 from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 from hecate.model.base import BaseModel
-from hecate.model.head import VocabularyPart, chunked_cross_entropy
+from hecate.model.causal_head import VocabularyPart, chunked_cross_entropy
 from hecate.model.insert import prefetch_during_attention
 from hecate.model.moe_model import MoeModel, adapter_dtype
-from hecate.model.tensor_parts import TensorParts
+from hecate.model.parameter_parts import TensorParts
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import TensorGroups

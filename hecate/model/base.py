@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hecate.model.expert_files import refuse_experts
+from hecate.model.causal_head import CausalHead, LanguageModelHead
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
-from hecate.model.head import CausalHead, LanguageModelHead
 from hecate.model.insert import FoundUnit
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.load_moe import OwnExperts, load_moe_model
-from hecate.model.tensor_files import tensor_entries
+from hecate.model.safetensors_headers import stored_tensors
+from hecate.model.stored_experts import refuse_experts
 from hecate.parallel.expert_kinds import ExpertKind
 
 
@@ -52,7 +52,7 @@ def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, dev
             model, own_experts = load_moe_model(source, pick_dtype(dtype, device), device, kind, num_hidden_layers)
         else:
             if source.gguf_file is None:
-                refuse_experts(tensor_entries(source.folder), source.folder, kind)
+                refuse_experts(stored_tensors(source.folder), source.folder, kind)
             model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
             ffns = tuple(find_gated_ffns(model))
         model.eval()

@@ -10,11 +10,11 @@ from torch import nn
 from hecate.errors import UserError
 from hecate.experts.family import FfnSource
 from hecate.kernels.common.ffn import FfnShape
-from hecate.model.expert_files import LayerExperts, expert_layers
-from hecate.model.expert_weights import read_expert
 from hecate.model.load import ModelSource, load_without, read_config
 from hecate.model.moe_blocks import MoeBlock, find_moe_blocks
-from hecate.model.tensor_files import tensor_entries
+from hecate.model.read_experts import read_expert
+from hecate.model.safetensors_headers import stored_tensors
+from hecate.model.stored_experts import LayerExperts, expert_layers
 from hecate.parallel.expert_kinds import ExpertKind, kinds_for
 from hecate.parallel.units import Unit
 
@@ -94,7 +94,7 @@ def load_moe_model(
         )
     if len({block.top_k for block in blocks}) > 1:
         raise UserError(f"{source.folder}: layers whose routers choose different numbers of experts are not supported")
-    files = expert_layers(tensor_entries(source.folder), source.folder)
+    files = expert_layers(stored_tensors(source.folder), source.folder)
     layers = []
     for block in blocks:
         stored = files.get(block.layer)

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.engine.protocol import ExpertEngine
 from hecate.experts.layer import MoeLayer
+from hecate.experts.router import BalanceLoss, RouterStats
 from hecate.model.lora import LoraLinear
-from hecate.model.tensor_parts import TensorParts
+from hecate.model.parameter_parts import TensorParts
 from hecate.parallel.units import Unit
 
 
@@ -34,6 +36,18 @@ class MoeModel:
         """By unit, the weights of those that are trained."""
         trained = {unit: module.trained_router for unit, module in sorted(self.layers.items())}
         return {unit: router for unit, router in trained.items() if router is not None}
+
+    def balance_loss(self, stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor:
+        """This rank's share of the load-balancing loss, over the units that share a loss together. Every rank of the group must call it.
+
+        Args:
+            stats: of all units in one forward pass.
+        """
+        by_loss: dict[BalanceLoss, dict[Unit, RouterStats]] = {}
+        for unit, layer in self.layers.items():
+            by_loss.setdefault(layer.balance, {})[unit] = stats[unit]
+        first, *more = (loss(of_units, group) for loss, of_units in by_loss.items())
+        return sum(more, first)
 
     def replicated_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters that every rank holds alike: routers, attention adapters and the model's own, by stable names."""

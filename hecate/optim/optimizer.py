@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.engine.protocol import ExpertEngine
-from hecate.model.tensor_parts import TensorParts
+from hecate.model.parameter_parts import TensorParts
 from hecate.parallel.comm.reshard import RowSpec
 from hecate.parallel.units import expert_name
 

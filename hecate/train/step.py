@@ -18,9 +18,8 @@ from torch import Tensor
 
 from hecate.data.batches import Batch, block_diagonal_mask, copy_to
 from hecate.elastic.backups import send_gradients
-from hecate.experts.aux_loss import load_balancing_loss
 from hecate.experts.forward_pass import PassTokens
-from hecate.model.head import CausalHead
+from hecate.model.causal_head import CausalHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.report.events import StepResult
@@ -73,7 +72,7 @@ def train_step(
         loss_sum = forward_loss(head, batch)
         share = loss_sum / max(num_labels, 1)
         if moe.layers:
-            aux = load_balancing_loss(micro.stats, group)
+            aux = moe.balance_loss(micro.stats, group)
             totals[1] += aux.detach() / len(micro_batches)
             share = share + aux * (aux_coef / len(micro_batches))
         totals[0] += loss_sum.detach() / max(num_labels, 1)

@@ -26,8 +26,8 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.experts.pairs import LoraShape
 from hecate.experts.router import TopKRouter
 from hecate.kernels.backend import Backend
+from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
-from hecate.model.head import LanguageModelHead
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hecate.engine.step_plans import EngineConfig
+from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
-from hecate.model.head import LanguageModelHead
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters

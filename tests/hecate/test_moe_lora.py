@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.pairs import LoraShape
-from hecate.model.head import LanguageModelHead
+from hecate.model.causal_head import LanguageModelHead
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.load import ModelSource
 from hecate.model.load_moe import load_moe_model

@@ -21,15 +21,15 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.experts.pairs import LoraShape
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
-from hecate.model.expert_files import LayerExperts, expert_layers
-from hecate.model.expert_weights import read_expert
-from hecate.model.head import LanguageModelHead
+from hecate.model.causal_head import LanguageModelHead
 from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
 from hecate.model.load import ModelSource
 from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_model import MoeModel
+from hecate.model.read_experts import read_expert
+from hecate.model.safetensors_headers import stored_tensors
 from hecate.model.sharded_layers import shard_frozen_layers
-from hecate.model.tensor_files import tensor_entries
+from hecate.model.stored_experts import LayerExperts, expert_layers
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.expert_kinds import MOE_LORA
 from hecate.parallel.mesh import make_mesh
@@ -238,7 +238,7 @@ def test_every_layout_gives_the_same_experts(tmp_path: Path, kind: str) -> None:
         experts = layer.mlp.experts
         expected += [torch.cat([experts.gate_up_proj[e].flatten(), experts.down_proj[e].flatten()]) for e in range(5)]
     for name in ("single", "many", "fused"):
-        layers = expert_layers(tensor_entries(tmp_path / name), tmp_path / name)
+        layers = expert_layers(stored_tensors(tmp_path / name), tmp_path / name)
         for dtype in (torch.float32, torch.bfloat16):
             for got, wanted in zip(chunks_of(layers, dtype), expected, strict=True):
                 assert torch.equal(got, wanted.detach().to(dtype)), name

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hecate.elastic.move_experts import adopt_owners, check_room, move_experts, reshard_if_it_pays
 from hecate.engine.step_plans import PlannerError
 from hecate.errors import UserError
-from hecate.model.head import LanguageModelHead
+from hecate.model.causal_head import LanguageModelHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.planners import Plan, PlanInput

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from hecate.experts.aux_loss import load_balancing_loss
-from hecate.experts.router import RouterStats
+from hecate.experts.router import RouterStats, load_balancing_loss
+from hecate.model.moe_model import MoeModel
+from hecate.parallel.units import Unit
 from tests.ranks import run_ranks
 
 EXPERTS = {0: 4, 1: 6, 2: 4, 5: 6, 6: 6}
@@ -95,3 +100,18 @@ def test_the_shares_of_the_ranks_add_up(world: int, empty: int | None) -> None:
 def test_no_tokens_anywhere_give_zero(one_rank: dist.ProcessGroup) -> None:
     logits = torch.zeros(0, 4, dtype=torch.float64)
     assert load_balancing_loss({0: stats_of(logits)}, one_rank).item() == 0
+
+
+def test_units_are_balanced_together_by_loss(one_rank: dist.ProcessGroup) -> None:
+    """Units 0 and 2 share the usual loss; unit 1 has one of its own, which counts it."""
+    stats = {Unit(layer): stats_of(torch.randn(9, 4, dtype=torch.float64)) for layer in range(3)}
+
+    def seven(of_units: Mapping[Unit, RouterStats], _group: dist.ProcessGroup) -> torch.Tensor:
+        assert list(of_units) == [Unit(1)]
+        return torch.tensor(7.0, dtype=torch.float64)
+
+    layers: Any = {unit: SimpleNamespace(balance=seven if unit == Unit(1) else load_balancing_loss) for unit in stats}
+    nothing: Any = None
+    got = MoeModel(nothing, nothing, layers, {}).balance_loss(stats, one_rank)
+    usual = load_balancing_loss({unit: stats[unit] for unit in (Unit(0), Unit(2))}, one_rank)
+    assert got.item() == pytest.approx(usual.item() + 7.0, rel=1e-14)

@@ -13,8 +13,8 @@ from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
+from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
-from hecate.model.head import LanguageModelHead
 from hecate.model.insert import insert_experts, non_moe_flops_per_token
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.planners import POLICIES

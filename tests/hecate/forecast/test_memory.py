@@ -18,8 +18,8 @@ from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.pairs import LoraShape, PlainPairs
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import RunShape, run_shape
+from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
-from hecate.model.head import LanguageModelHead
 from hecate.model.insert import insert_experts, non_moe_flops_per_token
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
 from hecate.parallel.expert_kinds import FfnSizes

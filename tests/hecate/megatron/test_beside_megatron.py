@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hecate.experts.aux_loss import load_balancing_loss
 from hecate.experts.forward_pass import PassTokens
+from hecate.experts.router import load_balancing_loss
 from hecate.parallel.units import Unit
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 from tests.ranks import run_ranks

@@ -16,8 +16,8 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.full import noisy_copies
 from hecate.kernels.common.ffn import FfnBase
+from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
-from hecate.model.head import LanguageModelHead
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.load import load_model, one_gguf_reader, resolve_model
 from hecate.model.moe_model import MoeModel

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import hecate.model.room
+import hecate.model.memory_check
 from hecate.adapters.peft_experts import export_peft_adapter
 from hecate.adapters.peft_moe import load_peft_adapter
 from hecate.config import load_config
@@ -101,7 +101,7 @@ def test_evaluation_and_answers_come_from_the_adapter(workshop: Path, trained: P
 
 
 def test_a_base_that_does_not_fit_is_not_loaded(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hecate.model.room, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(hecate.model.memory_check, "free_bytes", lambda _: 1000)
     with pytest.raises(UserError, match="the whole model in one process"):
         answer(trained, "w1x1", system=None, model=None, max_new_tokens=4)
 

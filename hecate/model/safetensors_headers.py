@@ -17,7 +17,7 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True)
-class TensorEntry:
+class StoredTensor:
     """One tensor in a file."""
 
     file: Path
@@ -32,7 +32,7 @@ class TensorEntry:
         return math.prod(self.shape)
 
 
-def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model's folder by its name.
 
     As transformers does, model.safetensors is taken if it is there, else the files that model.safetensors.index.json names, so that copies
@@ -41,7 +41,7 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     Raises:
         UserError: a file cannot be read, is damaged, or is named by the index and missing.
     """
-    entries: dict[str, TensorEntry] = {}
+    entries: dict[str, StoredTensor] = {}
     for file in _files(folder):
         entries |= _read_header(file)
     return entries
@@ -65,7 +65,7 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_header(file: Path) -> dict[str, TensorEntry]:
+def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         length = file.stat().st_size
         with open(file, "rb") as opened:
@@ -77,7 +77,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
                 continue
             shape = tuple(map(int, entry["shape"]))
             first, last = entry.get("data_offsets", (0, 0))
-            entries[name] = TensorEntry(file, str(entry["dtype"]), shape, 8 + size + int(first))
+            entries[name] = StoredTensor(file, str(entry["dtype"]), shape, 8 + size + int(first))
             if 8 + size + int(last) > length:
                 raise UserError(f"{file}: ends before its tensor {name}; is the download complete?")
         return entries

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hecate.errors import UserError
-from hecate.model.tensor_files import tensor_entries
+from hecate.model.safetensors_headers import stored_tensors
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -23,7 +23,7 @@ def require_room(folder: Path, dtype: torch.dtype, device: torch.device) -> None
     Raises:
         UserError: the device has less memory free than the weights take, or a file is damaged.
     """
-    needed, free = sum(entry.numel for entry in tensor_entries(folder).values()) * dtype.itemsize, free_bytes(device)
+    needed, free = sum(entry.numel for entry in stored_tensors(folder).values()) * dtype.itemsize, free_bytes(device)
     if free is not None and needed > free:
         held_as = str(dtype).removeprefix("torch.")
         raise UserError(

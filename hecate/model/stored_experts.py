@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hecate.errors import UserError
-from hecate.model.tensor_files import DTYPE_BYTES, TensorEntry
+from hecate.model.safetensors_headers import DTYPE_BYTES, StoredTensor
 from hecate.parallel.expert_kinds import ExpertKind, kinds_for
 
 _EXPERTS = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)*?experts\.(.+)$")
@@ -31,10 +31,10 @@ _ROLES = {
 
 
 @dataclass(frozen=True)
-class TensorPart:
+class StoredPart:
     """`numel` elements of a tensor, in the order in which they are stored."""
 
-    entry: TensorEntry
+    entry: StoredTensor
     first: int
     """element of the tensor"""
     numel: int
@@ -51,7 +51,7 @@ class LayerExperts:
 
     hidden: int
     ffn: int
-    parts: tuple[tuple[TensorPart, ...], ...]
+    parts: tuple[tuple[StoredPart, ...], ...]
     """for each expert what makes up its flat chunk: gate [F, D], up [F, D], down [D, F]"""
 
     @property
@@ -63,13 +63,13 @@ class LayerExperts:
         return 3 * self.hidden * self.ffn
 
 
-def expert_layers(entries: Mapping[str, TensorEntry], folder: Path) -> dict[int, LayerExperts]:
+def expert_layers(entries: Mapping[str, StoredTensor], folder: Path) -> dict[int, LayerExperts]:
     """The layers that have experts, by number; none for a dense model.
 
     Raises:
         UserError: an expert is quantised, has biases or tensors of unknown meaning, lacks one, or has another shape than its neighbours.
     """
-    by_layer: dict[int, dict[str, TensorEntry]] = {}
+    by_layer: dict[int, dict[str, StoredTensor]] = {}
     for name, entry in entries.items():
         match = _EXPERTS.search(name)
         if match is not None:
@@ -93,12 +93,12 @@ def refuse_experts(names: Iterable[str], where: Path, kind: ExpertKind) -> None:
         )
 
 
-def _layer(tensors: dict[str, TensorEntry], where: str) -> LayerExperts:
+def _layer(tensors: dict[str, StoredTensor], where: str) -> LayerExperts:
     for name, entry in tensors.items():
         _check_kind(name, entry, where)
     if set(tensors) == set(_FUSED):
         return _fused(tensors[_FUSED[0]], tensors[_FUSED[1]], where)
-    found: dict[int, dict[str, TensorEntry]] = {}
+    found: dict[int, dict[str, StoredTensor]] = {}
     for name, entry in tensors.items():
         number, _, rest = name.partition(".")
         if not number.isdecimal() or rest not in _ROLES:
@@ -117,11 +117,11 @@ def _layer(tensors: dict[str, TensorEntry], where: str) -> LayerExperts:
         shapes = tuple(found[expert][role].shape for role in ("gate", "up", "down"))
         if shapes != ((ffn, hidden), (ffn, hidden), (hidden, ffn)):
             raise UserError(f"{where}: expert {expert} has shapes {shapes}, but expert 0 has {ffn} x {hidden}; all must be alike")
-        parts.append(tuple(TensorPart(found[expert][role], 0, ffn * hidden) for role in ("gate", "up", "down")))
+        parts.append(tuple(StoredPart(found[expert][role], 0, ffn * hidden) for role in ("gate", "up", "down")))
     return LayerExperts(hidden, ffn, tuple(parts))
 
 
-def _fused(gate_up: TensorEntry, down: TensorEntry, where: str) -> LayerExperts:
+def _fused(gate_up: StoredTensor, down: StoredTensor, where: str) -> LayerExperts:
     three = len(gate_up.shape) == len(down.shape) == 3
     if not three or gate_up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
         raise UserError(
@@ -131,11 +131,11 @@ def _fused(gate_up: TensorEntry, down: TensorEntry, where: str) -> LayerExperts:
     experts, hidden, ffn = down.shape
     half = hidden * ffn
     return LayerExperts(
-        hidden, ffn, tuple((TensorPart(gate_up, 2 * e * half, 2 * half), TensorPart(down, e * half, half)) for e in range(experts))
+        hidden, ffn, tuple((StoredPart(gate_up, 2 * e * half, 2 * half), StoredPart(down, e * half, half)) for e in range(experts))
     )
 
 
-def _check_kind(name: str, entry: TensorEntry, where: str) -> None:
+def _check_kind(name: str, entry: StoredTensor, where: str) -> None:
     if entry.dtype not in DTYPE_BYTES:
         raise UserError(
             f"{where}: experts.{name} is stored as {entry.dtype}: quantised experts are not supported\n"
@@ -145,7 +145,7 @@ def _check_kind(name: str, entry: TensorEntry, where: str) -> None:
         raise UserError(f"{where}: experts.{name}: experts with biases are not supported; they must be plain gated FFNs")
 
 
-def _two_sizes(entry: TensorEntry, where: str) -> tuple[int, int]:
+def _two_sizes(entry: StoredTensor, where: str) -> tuple[int, int]:
     if len(entry.shape) != 2:
         raise UserError(f"{where}: the gate projection of expert 0 is {list(entry.shape)}, not [ffn, hidden]")
     return entry.shape[0], entry.shape[1]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from hecate.errors import UserError
-from hecate.model import head as head_module
-from hecate.model.head import LanguageModelHead
+from hecate.model import causal_head as head_module
+from hecate.model.causal_head import LanguageModelHead
 from tests.hecate.model.tiny import tiny, token_ids
 
 MODELS: dict[str, dict[str, Any]] = {"llama": {}, "gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}}

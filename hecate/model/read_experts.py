@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hecate.errors import UserError
-from hecate.model.expert_files import LayerExperts, TensorPart
+from hecate.model.stored_experts import LayerExperts, StoredPart
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BLOCK = 1 << 22
@@ -32,7 +32,7 @@ def read_expert(layer: LayerExperts, expert: int, dtype: torch.dtype, device: to
     return chunk
 
 
-def _read_into(out: Tensor, part: TensorPart) -> None:
+def _read_into(out: Tensor, part: StoredPart) -> None:
     stored = _DTYPES[part.entry.dtype]
     try:
         opened = os.open(part.entry.file, os.O_RDONLY)
