@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 import torch.distributed as dist
 
@@ -12,6 +14,7 @@ from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.pairs import LoraShape, PlainPairs
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.parallel.expert_kinds import FfnSizes
+from hecate.parallel.layout import ExpertLayout
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -54,3 +57,9 @@ def engine(num_experts: dict[int, int], policy: str = "static_ep", shard_size: i
 
 def chunk(layer: int, expert: int, numel: int) -> torch.Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(100 * layer + expert), dtype=torch.float64)
+
+
+def offsets(layout: ExpertLayout) -> dict[str, tuple[int, int]]:
+    """Start and end of each trainable tensor in a chunk, in elements: one after the other."""
+    ends = list(accumulate(spec.numel for spec in layout.trainable))
+    return {spec.name: (end - spec.numel, end) for spec, end in zip(layout.trainable, ends, strict=True)}

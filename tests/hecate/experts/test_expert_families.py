@@ -14,6 +14,7 @@ from hecate.experts.pairs import LoraShape, PlainPairs
 from hecate.kernels.common.ffn import FfnShape
 from hecate.parallel.expert_kinds import FfnSizes
 from hecate.parallel.units import Unit
+from tests.hecate.experts.making import offsets
 
 SHAPE = FfnShape(hidden=6, ffn=10, activation="silu")
 
@@ -48,7 +49,7 @@ def test_the_kernels_views_of_a_chunk_are_the_layouts() -> None:
     layout, flat = full().layout(), torch.arange(SHAPE.numel)
     gate_up, down = SHAPE.matrices(flat)
     for spec, view in zip(layout.trainable, (gate_up[:10], gate_up[10:], down), strict=True):
-        start, end = layout.offsets()[spec.name]
+        start, end = offsets(layout)[spec.name]
         assert torch.equal(view, flat[start:end].view(spec.shape)), spec.name
 
 

@@ -10,7 +10,7 @@ from hecate.experts.family import ExpertReplicas
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
-from tests.hecate.experts.making import FFN, HIDDEN, SEED, base, experts
+from tests.hecate.experts.making import FFN, HIDDEN, SEED, base, experts, offsets
 from tests.ranks import run_ranks
 
 
@@ -24,7 +24,7 @@ def test_the_layout_of_a_chunk() -> None:
         ("down_proj.B", (HIDDEN, 2)),
     ]
     assert layout.frozen == ()
-    assert layout.offsets() == {"gate_proj.A": (0, 12), "gate_proj.B": (12, 32), "down_proj.A": (32, 52), "down_proj.B": (52, 64)}
+    assert offsets(layout) == {"gate_proj.A": (0, 12), "gate_proj.B": (12, 32), "down_proj.A": (32, 52), "down_proj.B": (52, 64)}
 
 
 def test_chunks_are_cut_as_the_layout_says() -> None:
@@ -33,7 +33,7 @@ def test_chunks_are_cut_as_the_layout_says() -> None:
     pairs = family.pairs(replicas)
     for spec in family.layout().trainable:
         name, matrix = spec.name.split(".")
-        start, end = family.layout().offsets()[spec.name]
+        start, end = offsets(family.layout())[spec.name]
         got = pairs[name].a_SrI if matrix == "A" else pairs[name].b_SOr
         assert torch.equal(got, torch.stack([row[start:end].view(spec.shape) for row in replicas])), spec.name
 
