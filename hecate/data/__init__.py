@@ -1,1 +1,1 @@
-"""Training data: JSONL files to encoded samples, their mixture, packed sequences and batches."""
+"""Training data: read files into encoded samples, mix the sources, pack samples into sequences and sequences into batches."""

@@ -1,4 +1,4 @@
-"""Sequences to the tensors of one forward pass."""
+"""Turn sequences into the padded tensors of one forward pass, and share a step's sequences out among the ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,7 +16,7 @@ from hecate.data.sequences import PackedSequence
 # Shapes: B sequences, S positions, N label tokens
 @dataclass(frozen=True, eq=False)
 class BatchLayout:
-    """Where a batch has tokens and labels: what the host must know to start a forward pass."""
+    """The positions of tokens and labels in a batch, which the host needs to start a forward pass."""
 
     is_token: Tensor  # bool [B, S], on the CPU; False at padding
     labelled: Tensor  # int64 [N], on the batch's device: indices in [B·S] of the positions with a label
@@ -25,39 +25,40 @@ class BatchLayout:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch. S is the longest sequence's length rounded up to a multiple of 8, or more (`collate`); all tensors are int64."""
+    """The int64 tensors of one micro-batch. `collate` pads every sequence to the same length S."""
 
     input_ids: Tensor  # [B, S]; the pad id at padding
-    targets: Tensor  # [B, S]; what position t is to predict, not to be shifted again; -100: nothing
-    position_ids: Tensor  # [B, S]; from 0 in each sample; 0 at padding
-    segment_ids: Tensor  # [B, S]; from 1, one a sample; 0 at padding
-    token_ids: Tensor  # [B, S]; sequence number * seq_len + position in the sequence: unique over the run; -1 at padding
-    task: Tensor  # [B, S]; index of the source; -1 at padding
+    targets: Tensor  # [B, S]; the token that each position is to predict, already shifted; -100: none
+    position_ids: Tensor  # [B, S]; the position within the sample, from 0; 0 at padding
+    segment_ids: Tensor  # [B, S]; the sample's number within the sequence, from 1; 0 at padding
+    token_ids: Tensor  # [B, S]; sequence number * seq_len + position in the sequence, unique in the run; -1 at padding
+    task: Tensor  # [B, S]; the index of the sample's source; -1 at padding
 
     @cached_property
     def layout(self) -> BatchLayout:
-        """Worked out on the CPU, before the batch moves to another device (`to`), where each of its questions would wait for the device."""
+        """The layout, computed on the CPU before `to` moves the batch, because the host would have to wait for a GPU's answers."""
         is_token = (self.segment_ids > 0).cpu()
         labelled = (self.targets.flatten() != IGNORED).nonzero().squeeze(1)
         return BatchLayout(is_token, labelled, one_sample_each=bool((self.segment_ids <= 1).all()))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`; from pinned memory without waiting."""
+        """Return the same batch on `device`. From pinned memory the copy is asynchronous."""
         moved = Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
-        # In the place where the property keeps what it has worked out.
+        # `cached_property` stores its value here, so the device copy is not computed from device tensors.
         moved.__dict__["layout"] = replace(self.layout, labelled=copy_to(self.layout.labelled, torch.device(device)))
         return moved
 
 
 def copy_to(indices: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device` of a tensor that was just made on the CPU; the host does not wait for the device."""
+    """Copy a new CPU tensor to `device` without making the host wait for the device."""
     return (indices.pin_memory() if device.type == "cuda" else indices).to(device, non_blocking=True)
 
 
 def sequence_ranges(num_sequences: int, shares: Sequence[float]) -> list[range]:
-    """Consecutive sequences for each rank, as many as its share of the whole says: rounded where they end, so within one sequence of it.
+    """Divide `num_sequences` sequences into one consecutive range per rank, in proportion to `shares`.
 
-    Some ranks get none where there are fewer sequences than ranks. A pure function: all ranks divide alike.
+    The ends of the ranges are rounded, so each range is within one sequence of its share; where there are fewer sequences than
+    ranks, some ranges are empty. All ranks compute the same division.
     """
     total = sum(shares)
     assert total > 0, shares
@@ -67,8 +68,11 @@ def sequence_ranges(num_sequences: int, shares: Sequence[float]) -> list[range]:
 
 
 def collate(sequences: Sequence[PackedSequence], pad_id: int, seq_len: int, parts: int = 1) -> Batch:
-    """Pad sequences to one length, which `parts` divides. `seq_len` is the run's, not the batch's: it spaces the token ids."""
-    assert sequences, "a batch needs sequences; a rank without any takes empty_sequence()"
+    """Stack sequences into a batch, padded to one length S that is a multiple of 8 and of `parts`.
+
+    `seq_len` is the run's maximum, not this batch's: it spaces the token ids.
+    """
+    assert sequences, "a batch needs sequences; a rank without any passes empty_sequence()"
     longest = max(len(sequence.input_ids) for sequence in sequences)
     assert longest <= seq_len, (longest, seq_len)
     step = lcm(8, parts)
@@ -91,10 +95,11 @@ def collate(sequences: Sequence[PackedSequence], pad_id: int, seq_len: int, part
 
 
 def block_diagonal_mask(segment_ids: Tensor) -> Tensor:
-    """Who may attend to whom, bool [B, 1, S, S] (True: may): earlier positions of the same sample, and itself.
+    """Return the causal attention mask of packed samples, bool [B, 1, S, S]; True: the query may attend to the key.
 
-    Padding attends to itself only, so that its softmax stays finite. For scaled_dot_product_attention: transformers'
-    eager attention adds its mask and needs 0 and -inf instead.
+    A position attends to itself and to earlier positions of its own sample. Padding attends to itself only, which keeps its
+    softmax finite. The mask is for `scaled_dot_product_attention`; transformers' eager attention adds its mask to the scores and
+    needs 0 and -inf instead.
     """
     _, length = segment_ids.shape
     position = torch.arange(length, device=segment_ids.device)

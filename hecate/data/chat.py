@@ -1,4 +1,4 @@
-"""Render conversations with the tokenizer's chat template, and find which characters the assistant wrote."""
+"""Render conversations with the tokenizer's chat template, and find which characters belong to the assistant's turns."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +10,13 @@ from hecate.errors import UserError
 Message = dict[str, str]
 Span = tuple[int, int]
 
-# A template that prints today's date (Llama 3.1, 3.2) would give another data set tomorrow; this is the date it prints
-# where there is no clock.
+# A template that prints today's date (Llama 3.1, 3.2) would make another data set tomorrow. This is the date that those templates
+# print by default.
 _DATE = "26 Jul 2024"
 
 
 class TemplateRefusal(Exception):
-    """The template itself refuses a conversation (roles that do not alternate, say)."""
+    """The chat template refused a conversation, for example because its roles do not alternate."""
 
 
 def require_chat_template(tokenizer: Any, where: str) -> None:
@@ -29,12 +29,14 @@ def require_chat_template(tokenizer: Any, where: str) -> None:
 
 
 def render(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[str, list[Span]]:
-    """The conversation as one string, and the span of each assistant turn in it: content and end-of-turn mark.
+    """Return the conversation as one string, and the character span of each assistant turn: its content and end-of-turn mark.
 
-    A turn begins where the generation prompt of the messages before it ends, and ends with the last character of its
-    own rendering that is not white space: the line break that many templates put between turns is not the assistant's.
-    Raises UserError, naming `where`, for a template under which earlier turns look different once later ones follow;
-    TemplateRefusal if it refuses this conversation.
+    A turn begins where the generation prompt of the messages before it ends. It ends with the last character of its own
+    rendering that is not white space, because the line break that many templates put between turns is not part of the answer.
+
+    Raises:
+        UserError: the template rewrites earlier turns once later ones follow; the text names `where`.
+        TemplateRefusal: the template refuses this conversation.
     """
     whole = _apply(tokenizer, messages)
     spans = []
@@ -46,16 +48,16 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[str
         if not (whole.startswith(upto) and upto.startswith(prompt)):
             raise UserError(
                 f"{where}: the tokenizer's chat template cannot be used for training on this conversation\n"
-                f"the rendering up to message {turn + 1} is no prefix of the whole conversation's: the template "
+                f"the rendering up to message {turn + 1} is not a prefix of the whole conversation's: the template "
                 "rewrites earlier turns, so the assistant's tokens cannot be found\n"
-                "use a template that appends only, or conversations with one assistant turn"
+                "use a template that only appends, or conversations with one assistant turn"
             )
         spans.append((len(prompt), len(prompt) + len(upto[len(prompt) :].rstrip())))
     return whole, spans
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """The messages followed by what makes the assistant speak. Raises TemplateRefusal."""
+    """Return the messages followed by the template's generation prompt. Raises TemplateRefusal."""
     return _apply(tokenizer, messages, add_generation_prompt=True)
 
 

@@ -1,8 +1,7 @@
-"""Turn samples into token ids and targets.
+"""Turn the samples of a JSONL file into token ids and targets.
 
-Targets are already shifted: `targets[t]` is the token that position t should predict, `input_ids[t + 1]`, if that token
-is to be learned, and -100 otherwise. So the loss at t needs nothing but logits[t] and targets[t], and packed neighbours
-cannot leak into each other.
+Targets are already shifted: `targets[t]` is `input_ids[t + 1]` if that token is to be learned, and -100 otherwise. The loss at
+position t therefore needs only logits[t] and targets[t], and no sample predicts the first token of the next one in its sequence.
 """
 
 import logging
@@ -26,25 +25,25 @@ from hecate.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the target where nothing is learned
+IGNORED = -100  # the target of a position that adds nothing to the loss
 
 BAD_SAMPLE_POLICIES = ("error", "skip", "truncate")
 
-_SAMPLES_PER_CALL = 512  # of the tokenizer, which spreads a call over its threads
+_SAMPLES_PER_CALL = 512  # samples per tokenizer call; the tokenizer spreads one call over its threads
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample, or one piece of a long document: its tokens up to the last one that has a target."""
+    """One sample, or one piece of a long document, up to its last token that has a target."""
 
     input_ids: NDArray[np.int32]  # [n]
     targets: NDArray[np.int32]  # [n]
-    line: int
+    line: int  # the line of the file, from 1
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of a file's lines: each was kept (some of them truncated) or skipped."""
+    """How many lines of a file were kept, how many of those were truncated, and how many lines were skipped."""
 
     kept: int
     truncated: int
@@ -53,15 +52,15 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class EncodedSource(Sequence[Encoded]):
-    """All encoded samples of one file, in file order, end to end in flat arrays."""
+    """All encoded samples of one file, in file order, stored end to end in flat arrays."""
 
     name: str
     path: str
     weight: float
     input_ids: NDArray[np.int32]  # [tokens]
     targets: NDArray[np.int32]  # [tokens]
-    starts: NDArray[np.int64]  # [samples + 1]
-    lines: NDArray[np.int64]  # [samples], from 1; the pieces of a document share one
+    starts: NDArray[np.int64]  # [samples + 1]; sample i is input_ids[starts[i]:starts[i + 1]]
+    lines: NDArray[np.int64]  # [samples], each sample's line in the file, from 1; the pieces of one document have the same line
     counts: Counts
 
     def __len__(self) -> int:
@@ -79,7 +78,7 @@ class EncodedSource(Sequence[Encoded]):
         return Encoded(self.input_ids[part], self.targets[part], int(self.lines[index]))
 
     def digest(self) -> str:
-        """xxh3-64 of all that is trained on, to notice at a resume that the data or the tokenizer changed."""
+        """Return the xxh3-64 hash of all tokens and targets, by which a resume detects that the data or the tokenizer changed."""
         digest = xxhash.xxh3_64()
         for array in (self.input_ids, self.targets, self.starts):
             digest.update(array.tobytes())
@@ -87,7 +86,7 @@ class EncodedSource(Sequence[Encoded]):
 
 
 class _BadSample(Exception):
-    """Why one sample cannot be trained on."""
+    """One sample cannot be trained on; the text says why."""
 
 
 def encode_source(
@@ -99,24 +98,30 @@ def encode_source(
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
 ) -> EncodedSource:
-    """Read and encode one file.
+    """Read and encode one JSONL file.
 
-    Conversations are rendered by the tokenizer's chat template; learned are the assistant's tokens and the marks that
-    end its turns. Documents get the tokenizer's own special tokens and an end of sequence, are learned throughout, and
-    are cut into pieces of seq_len tokens. Tokens after the last target are left out: nothing is learned from them.
+    Conversations are rendered by the tokenizer's chat template, and the targets are the assistant's tokens and the marks that
+    end its turns. Documents get the tokenizer's special tokens and an end-of-sequence token, every token is a target, and they
+    are cut into pieces of seq_len tokens. Tokens after the last target are dropped, because nothing is learned from them.
 
-    tokenizer: a fast transformers tokenizer. vocab_size: rows of the model's embedding. on_bad_sample: `error` stops at
-    the first line that is broken, empty, too long, beyond the vocabulary or without a token to learn; `skip` leaves
-    such lines out, logs how many, and writes them to the JSONL file `quarantine` if given (one rank only gives it);
-    `truncate` cuts what is too long and stops at the rest.
-    Raises UserError; whatever the policy, for an unusable file, tokenizer or template, and if no sample is left.
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        seq_len: the most tokens of a sample.
+        vocab_size: the number of entries of the model's embedding.
+        on_bad_sample: `error` stops at the first line that is broken, empty, too long, beyond the vocabulary or without a token
+            to learn. `skip` leaves such lines out and logs how many. `truncate` shortens samples that are too long and stops at
+            the other faults.
+        quarantine: a JSONL file for the skipped lines, or None. Only one rank passes it.
+
+    Raises:
+        UserError: a bad sample, as `on_bad_sample` says; an unusable file, tokenizer or template; no sample is left.
     """
     if on_bad_sample not in BAD_SAMPLE_POLICIES:
         raise UserError(f"data.on_bad_sample is {on_bad_sample!r}: it must be one of {', '.join(BAD_SAMPLE_POLICIES)}")
     if not (math.isfinite(source.weight) and source.weight > 0):
         raise UserError(f"data source {source.name!r} has weight {source.weight}: it must be a positive number")
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError("the model's tokenizer is a slow one: a fast one (tokenizer.json) is needed for its offsets")
+        raise UserError("the model's tokenizer is a slow one: a fast one (tokenizer.json) is needed, because it returns character offsets")
 
     pieces: list[Encoded] = []
     faults: list[Fault] = []
@@ -154,9 +159,9 @@ def encode_source(
 
 
 def report_skipped(path: str, faults: Sequence[Fault], kept: int, quarantine: str | Path | None, lines: Iterable[bytes]) -> None:
-    """Tell of the samples left out and write them to `quarantine`, if that is given. Raises UserError if none was kept.
+    """Log how many samples were skipped and write them to the file `quarantine`, if given. Raises UserError if none was kept.
 
-    lines: all samples as they are, the first one first; read only if some are written.
+    `lines` are all samples of the file, unchanged and in order; they are read only if skipped ones are written.
     """
     if not faults:
         return
@@ -169,7 +174,7 @@ def report_skipped(path: str, faults: Sequence[Fault], kept: int, quarantine: st
 
 
 def end_of_sequence(tokenizer: Any) -> int:
-    """The id that ends a document. Raises UserError if the tokenizer has none."""
+    """Return the token id that ends a document. Raises UserError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise UserError("the model's tokenizer has no end-of-sequence token, which documents need")
     return int(tokenizer.eos_token_id)
@@ -184,7 +189,7 @@ class _Tokenized:
 
 
 def _tokenized(source: DataSource, tokenizer: Any) -> Iterator[_Tokenized | Fault]:
-    """Each line of the file, tokenized; up to the last token that has a target, and at least one has."""
+    """Yield each line of the file, tokenized up to its last target, or a Fault if it is broken or has no target."""
     samples = read_samples(source.path, source.format)
     while group := list(islice(samples, _SAMPLES_PER_CALL)):
         ready: list[tuple[Sample, str, list[Span] | None] | Fault] = [
@@ -224,7 +229,7 @@ def _tokenized(source: DataSource, tokenizer: Any) -> Iterator[_Tokenized | Faul
 
 
 def _text_to_tokenize(sample: Sample, tokenizer: Any) -> tuple[Sample, str, list[Span] | None] | Fault:
-    """The sample's text, and the spans to learn (None: all of it)."""
+    """Return the sample, its text, and the character spans to learn (None: the whole text)."""
     if sample.text is not None:
         if not sample.text.strip():
             return Fault(sample.file, sample.line, "the text is empty")
@@ -250,7 +255,7 @@ def _ended(ids: NDArray[np.int32], tokenizer: Any) -> NDArray[np.int32]:
 
 
 def _inside(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which tokens, [n], have a character in one of the spans; offsets [n, 2]."""
+    """Return which tokens, bool [n], have a character in one of the spans. `offsets` are the tokens' character ranges, [n, 2]."""
     inside = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:
         inside |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
@@ -263,7 +268,7 @@ def _end_of_targets(targets: NDArray[np.int32]) -> int:
 
 
 def _pieces(item: _Tokenized, seq_len: int) -> list[Encoded]:
-    """Pieces of at most seq_len tokens; the last target of a piece is the first token of the next."""
+    """Cut a sample into pieces of at most seq_len tokens. The last target of a piece is the first token of the next."""
     cuts = [slice(start, start + seq_len) for start in range(0, len(item.input_ids), seq_len)]
     return [Encoded(item.input_ids[cut], item.targets[cut], item.line) for cut in cuts]
 

@@ -1,4 +1,4 @@
-"""Held-out data: fixed batches for the loss, and prompts for generation."""
+"""Prepare held-out data: fixed batches for the evaluation loss, and prompts for generation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from hecate.errors import UserError
 
 @dataclass(frozen=True)
 class GenerationItem:
-    """A prompt to continue, and the answer that the file gives."""
+    """A prompt for generation, the expected answer, and the line of the file they come from."""
 
     prompt_ids: list[int]
     answer_text: str
@@ -26,7 +26,7 @@ class GenerationItem:
 def eval_sequences(
     sources: Sequence[TokenSource], source: int, *, seq_len: int, packing: bool, max_samples: int | None = None
 ) -> list[PackedSequence]:
-    """All samples, or the first `max_samples`, of `sources[source]` in sequences numbered from 0; the same in every call."""
+    """Pack the samples of `sources[source]`, or its first `max_samples`, into sequences numbered from 0. Every call returns the same."""
     count = len(sources[source])
     if max_samples is not None:
         count = min(count, max_samples)
@@ -35,9 +35,9 @@ def eval_sequences(
 
 
 def share_of_rank(sequences: Sequence[PackedSequence], rank: int, world_size: int, sequences_per_batch: int) -> list[list[PackedSequence]]:
-    """Batches of this rank: sequences rank, rank + world_size, ..., filled up with empty sequences.
+    """Return the batches of one rank: sequences rank, rank + world_size, ..., filled up with empty sequences.
 
-    Every rank gets the same number of batches of exactly sequences_per_batch sequences, so that all take part in the same
+    Every rank gets the same number of batches, each of exactly `sequences_per_batch` sequences, so that all ranks call the same
     collectives.
     """
     per_rank = -(-len(sequences) // world_size)
@@ -48,10 +48,10 @@ def share_of_rank(sequences: Sequence[PackedSequence], rank: int, world_size: in
 
 
 def generation_items(source: TokenSource, format: str, tokenizer: Any, max_items: int | None = None) -> list[GenerationItem]:
-    """A prompt for each conversation that read_source kept, or for the first `max_items`, in file order.
+    """Return a prompt for each conversation that `read_source` kept, or for the first `max_items`, in file order.
 
-    The prompt is everything before the last assistant turn, ready for the assistant to speak; the answer is that turn's
-    content. Reads the file again. Raises UserError if it holds documents.
+    The prompt is everything before the last assistant turn, followed by the generation prompt; the answer is that turn's content.
+    The file is read again. Raises UserError if it holds documents.
     """
     documents = UserError(f"{source.path} holds documents, which have no answers to generate: use conversations")
     if isinstance(source, IndexedSource):

@@ -1,7 +1,7 @@
-"""Read JSONL training files: `messages`, `alpaca`, `sharegpt` or `text`, one JSON object a line.
+"""Read JSONL training files of the formats `messages`, `alpaca`, `sharegpt` and `text`, with one JSON object per line.
 
-A line that cannot be used becomes a `Fault` in its place, so that the reader may stop at it or count it; what is wrong
-with the file as a whole is a UserError at once.
+A line that cannot be used is returned as a `Fault`, so that the caller can stop at it or skip it. A file that cannot be used as a
+whole raises UserError.
 """
 
 import json
@@ -28,18 +28,18 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One usable line: a conversation (`messages`, each {"role", "content"}) or a document (`text`), never both."""
+    """One usable line of a file: a conversation (`messages`, each {"role", "content"}) or a document (`text`), never both."""
 
     file: str
     line: int  # from 1
     messages: tuple[dict[str, str], ...] | None = None
     text: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # the record's other keys, not trained on
+    extra: dict[str, Any] = field(default_factory=dict)  # the record's other keys, which are not trained on
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One line that cannot be used, and why."""
+    """One line of a file that cannot be used, and the reason."""
 
     file: str
     line: int
@@ -47,14 +47,14 @@ class Fault:
 
 
 class _BadRecord(Exception):
-    """Why one record cannot be used."""
+    """One record cannot be used; the text says why."""
 
 
 def read_samples(path: str | Path, format: str = "auto") -> Iterator[Sample | Fault]:
-    """Every line of a JSONL file in order, as a `Sample` or a `Fault`.
+    """Yield every line of a JSONL file in order, as a `Sample` or a `Fault`.
 
-    `auto` takes the format from the first line that is a JSON object; a later line of another format is a Fault.
-    Raises UserError for an unknown format, a file that cannot be read or is empty, a first record of no known format.
+    With `auto` the first line that is a JSON object decides the format, and a later line of another format is a Fault.
+    Raises UserError if `format` is unknown, the file cannot be read or is empty, or its first record is of no known format.
     """
     if format not in FORMATS:
         raise UserError(f"data format {format!r} is unknown: it must be one of {', '.join(FORMATS)}")
@@ -72,11 +72,11 @@ def read_samples(path: str | Path, format: str = "auto") -> Iterator[Sample | Fa
         else:
             yield Sample(str(path), number, **sample)
     if number == 0:
-        raise UserError(f"{path} is empty: a data file needs at least one JSON object, one a line")
+        raise UserError(f"{path} is empty: a data file needs at least one line, with one JSON object per line")
 
 
 def read_lines(path: str | Path) -> Iterator[bytes]:
-    """The file's lines as they are, with their ends. Raises UserError if it cannot be read."""
+    """Yield the file's lines as bytes, line ends included. Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             yield from file
@@ -114,7 +114,7 @@ def _detect(record: dict[str, Any], place: str) -> str:
             return format
     raise UserError(
         f"{place}: no known data format has the keys {', '.join(sorted(record)) or '(none)'}\n"
-        'known are: messages {"messages"}, sharegpt {"conversations"}, alpaca {"instruction", "output"}, text {"text"}'
+        'the known ones: messages {"messages"}, sharegpt {"conversations"}, alpaca {"instruction", "output"}, text {"text"}'
     )
 
 
@@ -168,7 +168,7 @@ _PARSERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def _turns(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """The record's list of turns, taken out of it; refuses what a turn holds that would change what is learned."""
+    """Remove the list of turns from the record and return it. Refuse turns with keys that would change what is to be learned."""
     if key not in record:
         raise _BadRecord(f"no {key!r} in the record (its keys: {', '.join(sorted(record)) or 'none'})")
     turns = record.pop(key)
@@ -203,7 +203,7 @@ def _string(record: dict[str, Any], key: str, where: str = "") -> str:
 
 
 def _refuse_lone_surrogates(sample: dict[str, Any]) -> None:
-    """JSON may spell half a surrogate pair (`\\ud800`), which is no text and which no tokenizer accepts."""
+    """Refuse half a surrogate pair (`\\ud800`), which JSON can spell but no tokenizer accepts."""
     texts = [message["content"] for message in sample.get("messages", ())] + [sample.get("text", "")]
     for text in texts:
         try:

@@ -1,4 +1,7 @@
-"""Documents that are token ids already, on disk: trained on as documents of the `text` format are."""
+"""Read samples from an indexed data set, whose documents are already token ids on disk.
+
+They are cut and trained on in the same way as documents of the `text` format.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,18 +25,18 @@ _TOKENS_AT_A_TIME = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class IndexedSource(Sequence[Encoded]):
-    """All samples of an indexed data set, in its order, as `EncodedSource` has those of a file. A long document makes several."""
+    """All samples of an indexed data set, in its order; the counterpart of `EncodedSource`. A long document makes several samples."""
 
     name: str
     path: str
     weight: float
     files: IndexedFiles
-    end: int  # the id that ends a sequence, seen behind every document whose own last id is another
-    firsts: NDArray[np.int64]  # [samples]; where each begins in files.ids
-    starts: NDArray[np.int64]  # [samples + 1]; where each would begin if they lay end to end
-    lines: NDArray[np.int64]  # [samples], from 1; the number of its document
+    end: int  # the end-of-sequence id, appended to every document that does not end with it
+    firsts: NDArray[np.int64]  # [samples]; the index in files.ids at which each sample begins
+    starts: NDArray[np.int64]  # [samples + 1]; the total length of the samples before each one, in tokens
+    lines: NDArray[np.int64]  # [samples]; the number of each sample's document, from 1
     counts: Counts
-    content: str  # xxh3-64 of all ids
+    content: str  # the xxh3-64 hash of all ids
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -54,7 +57,7 @@ class IndexedSource(Sequence[Encoded]):
         return Encoded(ids[:-1], ids[1:], document)
 
     def digest(self) -> str:
-        """Of all that is trained on, to notice at a resume that the data or the tokenizer changed."""
+        """Return the xxh3-64 hash of all tokens and cuts, by which a resume detects that the data or the tokenizer changed."""
         digest = xxhash.xxh3_64(f"{self.content} {self.end}".encode())
         for array in (self.firsts, self.starts):
             digest.update(array.tobytes())
@@ -71,10 +74,13 @@ def encode_indexed(
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
 ) -> IndexedSource:
-    """Cut the documents at `prefix` as `encode_source` cuts those of a text file, its ids being those of `tokenizer`.
+    """Cut the documents of the indexed data set `prefix` into samples of at most seq_len tokens.
 
-    What is given is as there; a bad sample is a document without a token to learn.
-    Raises UserError, whatever the policy, for unusable files and for ids that the model has not.
+    Documents are cut as `encode_source` cuts those of a text file, and its other arguments mean the same. The ids must be those
+    of `tokenizer`, which is only asked for its end-of-sequence id. A bad sample is a document without a token to learn.
+
+    Raises:
+        UserError: a bad sample, as `on_bad_sample` says; an unusable file; an id outside the model's vocabulary.
     """
     files = open_indexed(prefix)
     content = _check_ids(prefix, files, vocab_size)
@@ -82,7 +88,7 @@ def encode_indexed(
     lengths = np.diff(bounds)
     last = files.ids[np.maximum(bounds[1:] - 1, 0)] if len(files.ids) else lengths
     end = end_of_sequence(tokenizer)
-    # As many targets as ids with the end of sequence, but for the first.
+    # A document with its end-of-sequence id has one target fewer than ids: nothing predicts the first id.
     learned = lengths - ((lengths > 0) & (last == end))
     bad = np.flatnonzero(learned < 1)
     faults = [Fault(f"{prefix}.bin", int(document) + 1, "the document has no token to learn") for document in bad]
@@ -108,7 +114,7 @@ def encode_indexed(
 
 
 def _check_ids(prefix: str, files: IndexedFiles, vocab_size: int) -> str:
-    """Digest of all ids, each of which the model has."""
+    """Return the hash of all ids. Raises UserError if one is outside the model's vocabulary."""
     digest = xxhash.xxh3_64(str(files.ids.dtype).encode())
     for first in range(0, len(files.ids), _TOKENS_AT_A_TIME):
         part = files.ids[first : first + _TOKENS_AT_A_TIME]
@@ -118,7 +124,7 @@ def _check_ids(prefix: str, files: IndexedFiles, vocab_size: int) -> str:
                 document = int(np.searchsorted(files.bounds, first + extreme, side="right"))
                 raise UserError(
                     f"{prefix}.bin: document {document} has token id {part[extreme]}, but the model's vocabulary is 0 to {vocab_size - 1}\n"
-                    "it was made with another tokenizer: train with that one, or make the data set anew"
+                    "the data set was made with another tokenizer: train a model that uses that one, or make the data set again"
                 )
     return digest.hexdigest()
 

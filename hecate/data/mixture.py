@@ -1,6 +1,6 @@
-"""Which sample comes next: an endless, seeded, resumable order over weighted sources.
+"""Choose the next sample of a run: an endless, seeded, resumable order over weighted data sources.
 
-The order is a pure function of (seed, sizes, weights): it knows neither ranks nor batches.
+The order is a pure function of (seed, sizes, weights). It does not depend on ranks or batches.
 """
 
 import math
@@ -12,37 +12,37 @@ from numpy.typing import NDArray
 
 
 def permutation(seed: int, source: int, epoch: int, size: int) -> NDArray[np.int64]:
-    """The order of a source's samples in one of its epochs, int64 [size].
+    """Return the order of a source's samples in one of its epochs, int64 [size].
 
-    Sorts raw Philox draws, whose stream NumPy keeps for ever; `Generator.permutation` gives no such promise, and a run
-    must resume under another NumPy.
+    The order sorts raw Philox draws, whose stream NumPy guarantees never to change. `Generator.permutation` has no such
+    guarantee, and a run must resume with the same order under another version of NumPy.
     """
     draws = np.random.Philox(np.random.SeedSequence([seed, source, epoch])).random_raw(size)
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 
 class Mixture:
-    """Endless iterator of (source, sample) indices.
+    """An endless iterator of (source index, sample index).
 
-    Every source is shuffled anew in every epoch of its own. After any number n of draws, each source is less than one
-    draw from its share n * weight / sum(weights) (R. Tijdeman, The chairman assignment problem, 1980).
+    Each source is shuffled again at the start of each of its epochs. After any number n of draws, each source is less than one
+    draw away from its share n * weight / sum(weights) (R. Tijdeman, The chairman assignment problem, 1980).
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        """`sizes`: samples of each source, at least 1. `weights`: shares of the draws, finite and positive."""
+        """`sizes`: the number of samples of each source, at least 1. `weights`: each source's share of the draws, finite and positive."""
         assert len(sizes) == len(weights) > 0, (sizes, weights)
         assert all(size > 0 for size in sizes), sizes
         assert all(weight > 0 and math.isfinite(weight) for weight in weights), weights
         assert seed >= 0, seed
         self.sizes = tuple(sizes)
         self.seed = seed
-        # Exact shares from the decimal digits the user wrote: 0.1 means one tenth, so that ties are ties.
+        # The shares are exact fractions of the decimal digits that the user wrote (0.1 is one tenth), so that equal shares tie exactly.
         shares = [Fraction(repr(float(weight))) for weight in weights]
         common = math.lcm(*(share.denominator for share in shares))
         self._weights = [int(share * common) for share in shares]
         self._total = sum(self._weights)
         self._drawn = [0] * len(sizes)
-        self._order: dict[int, tuple[int, NDArray[np.int64]]] = {}  # source: (epoch, its permutation)
+        self._order: dict[int, tuple[int, NDArray[np.int64]]] = {}  # source: (epoch, permutation of that epoch)
 
     def __iter__(self) -> "Mixture":
         return self
@@ -56,7 +56,7 @@ class Mixture:
         return source, int(self._order[source][1][position])
 
     def _next_source(self) -> int:
-        """Of the sources behind their share far enough to be due, the one that must be drawn soonest; ties by index."""
+        """Return the source that must be drawn soonest, among those far enough behind their share. Ties go to the lower index."""
         count = len(self.sizes)
         if count == 1:
             return 0
@@ -68,7 +68,7 @@ class Mixture:
         return min(due, key=lambda source: Fraction(slack * (self._drawn[source] + 1) - 1, self._weights[source]))
 
     def state_dict(self) -> dict[str, list[int]]:
-        """Draws so far from each source: all there is to know."""
+        """Return the number of draws from each source so far, which is the whole state."""
         return {"drawn": list(self._drawn)}
 
     def load_state_dict(self, state: dict[str, list[int]]) -> None:

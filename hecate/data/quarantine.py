@@ -1,4 +1,4 @@
-"""Write the lines that were left out to a file of their own, so that they can be mended."""
+"""Write the samples that were skipped to a file of their own, so that the user can correct them."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,9 +9,10 @@ from hecate.errors import UserError
 
 
 def write_quarantine(path: str | Path, faults: Sequence[Fault], lines: Iterable[bytes]) -> None:
-    """Write {"file", "line", "reason", "raw"} for each fault, all of one file whose lines are `lines`, to the JSONL file `path`.
+    """Write one JSON object {"file", "line", "reason", "raw"} per fault to the JSONL file `path`, replacing it.
 
-    Replaces `path`; bytes that are no UTF-8 stand in `raw` as \\xNN. Raises UserError if it cannot be written.
+    All faults are of one file, whose lines are `lines`. Bytes that are not UTF-8 are written in `raw` as \\xNN.
+    Raises UserError if `path` cannot be written.
     """
     wanted = {fault.line: fault for fault in faults}
     assert len({fault.file for fault in faults}) == 1, faults

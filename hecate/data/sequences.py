@@ -1,4 +1,4 @@
-"""A sequence: the samples that share one line of a batch, laid end to end."""
+"""A sequence is one line of a batch: one or more whole samples laid end to end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from hecate.data.sources import TokenSource
 
 @dataclass(frozen=True, eq=False)
 class PackedSequence:
-    """n <= seq_len tokens of whole samples; padding comes with the batch."""
+    """The n <= seq_len tokens of whole samples, without padding; `collate` adds the padding."""
 
-    number: int  # counts the sequences of the whole run, whatever the number of ranks; -1: an empty sequence
+    number: int  # the sequence's number in the whole run, from 0, the same at every world size; -1 for an empty sequence
     input_ids: NDArray[np.int64]  # [n]
-    targets: NDArray[np.int64]  # [n]
-    position_ids: NDArray[np.int64]  # [n], from 0 in each sample
-    segment_ids: NDArray[np.int64]  # [n], from 1, one a sample
-    task: NDArray[np.int64]  # [n], index of the source
-    samples: tuple[tuple[int, int], ...]  # (source, sample) of each segment
+    targets: NDArray[np.int64]  # [n], the token that each position is to predict; -100: none
+    position_ids: NDArray[np.int64]  # [n], the position within the sample, from 0
+    segment_ids: NDArray[np.int64]  # [n], the sample's number within the sequence, from 1
+    task: NDArray[np.int64]  # [n], the index of the sample's source
+    samples: tuple[tuple[int, int], ...]  # the (source index, sample index) of each segment
 
 
 def piece_of(sources: Sequence[TokenSource], source: int, sample: int) -> Piece:
-    """The sample as the packer sees it."""
+    """Return what the packer needs of a sample: its indices and its length in tokens."""
     starts = sources[source].starts
     return Piece(source, sample, int(starts[sample + 1] - starts[sample]))
 
 
 def build_sequence(number: int, pieces: Sequence[Piece], sources: Sequence[TokenSource]) -> PackedSequence:
-    """Fetch the tokens of `pieces`; no pieces make an empty sequence."""
+    """Fetch the tokens of `pieces` and lay them end to end. Without pieces the sequence is empty."""
     parts = [sources[piece.source][piece.sample] for piece in pieces]
     lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int64)
     nothing = np.zeros(0, dtype=np.int64)
@@ -46,5 +46,5 @@ def build_sequence(number: int, pieces: Sequence[Piece], sources: Sequence[Token
 
 
 def empty_sequence() -> PackedSequence:
-    """All padding: for a rank that has no sequence left where others have one."""
+    """Return a sequence without tokens, for a rank that has none left while other ranks still have one."""
     return build_sequence(-1, (), ())

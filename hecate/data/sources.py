@@ -1,4 +1,4 @@
-"""What a run reads: text that is tokenized as it is read, or token ids."""
+"""Open one data source of a run: a JSONL file, which is tokenized, or an indexed data set, which holds token ids already."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ def read_source(
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
 ) -> TokenSource:
-    """`encode_source`, or `encode_indexed` where the path means an indexed data set."""
+    """Read and encode one data source, by `encode_indexed` if its path names an indexed data set and by `encode_source` otherwise.
+
+    Arguments and errors are those of the two functions.
+    """
     prefix = indexed_prefix(source.path)
     options: dict[str, Any] = {
         "seq_len": seq_len,

@@ -1,7 +1,7 @@
-"""The sequences of a training run, step by step.
+"""The endless stream of a training run's sequences, one global step at a time.
 
-Every rank runs the same stream and picks its sequences out of each global step, so that a step is the same at every world
-size.
+Every rank runs the same stream and picks its own sequences out of each global step, so a step holds the same sequences at every
+world size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,10 @@ from hecate.errors import UserError
 
 
 class TrainStream:
-    """Endless global steps of `sequences_per_step` sequences each."""
+    """An endless, resumable series of global steps, each of `sequences_per_step` sequences."""
 
     def __init__(self, sources: Sequence[TokenSource], *, seq_len: int, packing: bool, sequences_per_step: int, seed: int) -> None:
-        """Raises UserError if all sources together, each sample once, make fewer sequences than one step needs."""
+        """Raise UserError if all samples of all sources together make fewer sequences than one step needs."""
         assert sources, "no sources"
         assert sequences_per_step > 0, sequences_per_step
         self.sources = tuple(sources)
@@ -28,8 +28,8 @@ class TrainStream:
         self._mixture = Mixture([len(s) for s in sources], [s.weight for s in sources], seed)
         self._waiting: list[Piece] = []
         self._sequences = 0
-        # What the order of sequences depends on: a state of another identity would go on with other sequences, silently. Names are kept
-        # for messages: a source may be named anew, as when its file was moved.
+        # The order of sequences depends on these values. A state saved under other values would silently continue with other sequences,
+        # so `load_state_dict` refuses it. Names only serve error messages: a source may be renamed, as when its file was moved.
         self._identity = {
             "seed": seed,
             "seq_len": seq_len,
@@ -39,11 +39,14 @@ class TrainStream:
         self._refuse_too_little_data()
 
     def next_step(self) -> list[PackedSequence]:
-        """The next global step, exactly sequences_per_step sequences; the same for every caller with the same arguments."""
+        """Return the next global step: exactly `sequences_per_step` sequences, the same on every rank."""
         return [self._next_sequence() for _ in range(self.sequences_per_step)]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the following sequences depend on, as plain JSON values; at most two sequences' samples or 64 wait."""
+        """Return all that the following sequences depend on, as plain JSON values.
+
+        The waiting samples are at most 64, or as many as have the tokens of two sequences.
+        """
         return {
             "identity": self._identity,
             "mixture": self._mixture.state_dict(),
@@ -52,12 +55,12 @@ class TrainStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the step at which `state` was taken. Raises UserError if data or settings have changed."""
+        """Continue after the step at which `state` was saved. Raises UserError if data or settings have changed since."""
         if changes := _changes(state["identity"], self._identity):
             raise UserError(
                 "the checkpoint's data order cannot be continued:\n"
                 + "\n".join(changes[:5])
-                + "\nuse the data, tokenizer and settings of then, or start a new run"
+                + "\nuse the data, tokenizer and settings that the checkpoint was saved with, or start a new run"
             )
         self._mixture.load_state_dict(state["mixture"])
         self._waiting = [piece_of(self.sources, source, sample) for source, sample in state["waiting"]]
@@ -80,19 +83,20 @@ class TrainStream:
         raise UserError(
             f"too little data for one step: {samples} samples make {sequences}{packed} sequences of {self.seq_len} tokens, "
             f"one optimizer step needs {self.sequences_per_step}\n"
-            "give more data, a smaller micro_batch_size, gradient_accumulation_steps or number of ranks"
+            "add data, or use a smaller micro_batch_size, fewer gradient_accumulation_steps or fewer ranks"
             + (", or a smaller data.seq_len" if self.packing else "")
         )
 
 
 def _all_pieces(sources: Sequence[TokenSource]) -> Iterator[Piece]:
-    """Every sample of every source once, in file order."""
+    """Yield every sample of every source once, in file order."""
     for index, source in enumerate(sources):
         for sample in range(len(source)):
             yield piece_of(sources, index, sample)
 
 
 def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a sentence for each value in which the saved identity differs from this run's."""
     changes = [f"{key} was {then[key]}, is {now[key]}" for key in ("seed", "seq_len", "packing") if then[key] != now[key]]
     if len(then["sources"]) != len(now["sources"]):
         names_then, names_now = (", ".join(source["name"] for source in identity["sources"]) for identity in (then, now))

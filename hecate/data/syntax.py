@@ -1,4 +1,4 @@
-"""Read data files before any process is started: a broken line is then found in a second, not after the model is loaded."""
+"""Check data files before any rank is started, so that a broken line is reported within seconds, not after the model is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hecate.errors import UserError
 
 
 def check_syntax(files: Iterable[DataSource], on_bad_sample: str) -> None:
-    """Refuse what no tokenizer is needed to see. Where bad samples are to be skipped, a file is only begun.
+    """Check every line of every file as far as that needs no tokenizer. If bad samples are to be skipped, check only that a file opens.
 
     Raises:
         UserError: a file cannot be read, is empty or of no known format, or has a broken line.
@@ -30,6 +30,8 @@ def check_syntax(files: Iterable[DataSource], on_bad_sample: str) -> None:
 
 
 def bad_sample_error(path: str | Path, line: int, reason: str) -> UserError:
+    """Return the error that stops a run at a bad sample, with what the user can do about it."""
     return UserError(
-        f"{path}:{line}: {reason}\nmend it, or set data.on_bad_sample: skip leaves bad samples out, truncate cuts too long ones"
+        f"{path}:{line}: {reason}\n"
+        "correct the line, or set data.on_bad_sample: skip leaves bad samples out, truncate shortens those that are too long"
     )

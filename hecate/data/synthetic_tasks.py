@@ -1,7 +1,7 @@
-"""Small tasks with exact answers, from reasoning-gym's generators, as `messages` files with short prompts.
+"""Write small tasks with exact answers as `messages` files with short prompts; the tasks come from reasoning-gym's generators.
 
-A task is told by a system message of a word or two, and the generator's wording is cut down to what varies, so that a
-sample has some 30 tokens, of which most matter.
+A system message of a word or two names the task, and the prompt keeps only the part of the generator's wording that varies. A
+sample then has some 30 tokens, most of which carry information.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from hecate.errors import UserError, install_hint
 
-# A generator that shows no new prompt so many times in a row is taken to have no more.
+# A generator that repeats known prompts this many times in a row counts as exhausted.
 _PATIENCE = 2000
 
 Meta = Mapping[str, Any]  # an entry's metadata
@@ -20,18 +20,18 @@ Meta = Mapping[str, Any]  # an entry's metadata
 
 @dataclass(frozen=True)
 class Task:
-    """How one task is drawn from reasoning-gym and written down."""
+    """How the samples of one task are made from a reasoning-gym generator."""
 
     generator: str
     system: str
     prompt: Callable[[Meta], str]
-    answer: Callable[[Meta], str] | None = None  # None: the generator's own answer as it is
+    answer: Callable[[Meta], str] | None = None  # None: the generator's own answer, unchanged
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WrittenTask:
-    """What was written for one task: two files, all of whose prompts are different."""
+    """The two files that were written for one task. No prompt occurs twice in them."""
 
     task: str
     train_path: Path
@@ -39,14 +39,14 @@ class WrittenTask:
     train_samples: int
     eval_samples: int
     exhausted: bool
-    """there are no more different prompts than these, though more were asked for"""
+    """The task has no more different prompts than these, although more were requested."""
 
 
 def write_tasks(folder: str | Path, tasks: Sequence[str], train_size: int, eval_size: int, seed: int) -> list[WrittenTask]:
-    """Write `{task}.train.jsonl` and `{task}.eval.jsonl` of each task into `folder`, the same for the same seed.
+    """Write `{task}.train.jsonl` and `{task}.eval.jsonl` of each task into `folder`. The same seed writes the same files.
 
-    No prompt occurs twice in a task, neither in one file nor in both. A task with fewer prompts than asked for holds
-    out a quarter of them at most, and trains on the rest; what is returned says so.
+    No prompt occurs twice in a task, neither in one file nor in both. If a task has fewer prompts than requested, at most a
+    quarter of them go to the evaluation file and the rest to the training file, and `WrittenTask.exhausted` is set.
     Raises UserError for an unknown task and if reasoning-gym is not installed.
     """
     assert train_size > 0, train_size
@@ -78,14 +78,14 @@ def _write_task(folder: Path, task: str, train_size: int, eval_size: int, seed: 
         eval_samples=held_out,
         exhausted=len(records) < train_size + eval_size,
     )
-    # Held out are the first drawn, so that a larger training set leaves them as they are.
+    # The first prompts are the held-out ones, so that a larger training set does not change the evaluation file.
     _write(written.eval_path, records[:held_out])
     _write(written.train_path, records[held_out : held_out + written.train_samples])
     return written
 
 
 def _draw(task: Task, seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, answer) pairs, with repetitions."""
+    """Yield endless (prompt, answer) tuples, with repetitions."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -186,7 +186,7 @@ TASKS: Mapping[str, Task] = {
         prompt=lambda meta: _listed(meta["sequence"][:-1]),
         settings={"min_terms": 4, "max_terms": 4, "max_complexity": 1, "min_value": 0, "max_value": 20},
     ),
-    # Letter by letter: a tokenizer of word pieces hides the letters of a word.
+    # The letters are separated by spaces, because a word-piece tokenizer hides the letters of a word.
     "spell_backward": Task(
         generator="spell_backward",
         system="spell backward",
