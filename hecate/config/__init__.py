@@ -1,4 +1,4 @@
-"""The trainer's configuration: typed, checked as a whole before any process starts, frozen. No torch, no numpy."""
+"""The configuration of a run: typed, checked as a whole before any process starts, and frozen. Importing it needs no torch or numpy."""
 
 from hecate.config.effective import Change, changed_computation, to_yaml
 from hecate.config.load import load_config

@@ -1,4 +1,4 @@
-"""The effective configuration as text, and what makes it another training than a saved one."""
+"""Write the effective configuration as YAML, and compare it with a saved one."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,13 +11,13 @@ from hecate.config.schema import LEAVES, MEGATRON_EP, Config
 
 
 def to_yaml(config: Config) -> str:
-    """Every key with its value, defaults included, as YAML that `load_config` reads back to an equal Config."""
+    """Return every key with its value, defaults included, as YAML that `load_config` reads back to an equal Config."""
     return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key that differs between two configurations."""
+    """A key whose value differs between a saved configuration and this one."""
 
     key: str
     then: Any
@@ -25,19 +25,19 @@ class Change:
 
 
 def changed_computation(then: Mapping[str, Any], config: Config) -> list[Change]:
-    """The keys that make `config` another training than that of a saved configuration, by name ascending.
+    """Return the keys whose values make `config` compute something else than a saved configuration, sorted by name.
 
-    A key that the saved configuration lacks, because an earlier version wrote it, had its default. The data are not compared here: the
-    data stream compares the samples themselves.
+    A key that the saved configuration lacks, because an earlier version wrote it, counts as its default. Data paths are not
+    compared: the data stream compares the samples themselves.
 
     Args:
-        then: sections within sections, as `to_yaml` writes them.
+        then: the saved configuration as nested mappings, as `to_yaml` writes them.
     """
     before, now = _flat(then), _flat(asdict(config))
     names = [name for name, leaf in LEAVES.items() if leaf.computes] + ["fssdp.policy"]
     values = {name: (_comparable(before.get(name, LEAVES[name].default)), _comparable(now[name])) for name in names}
     policies = values["fssdp.policy"]
-    if MEGATRON_EP not in policies:  # all others differ in where things are computed only
+    if MEGATRON_EP not in policies:  # all other policies compute the same and differ only in where
         del values["fssdp.policy"]
     return [Change(name, *pair) for name, pair in sorted(values.items()) if pair[0] != pair[1]]
 
@@ -57,11 +57,11 @@ def _comparable(value: Any) -> Any:
 
 
 _LINE_BREAKS = "\n\r\x85\u2028\u2029"
-"""what YAML 1.1 takes for one"""
+"""the characters that YAML 1.1 reads as line breaks"""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `scalars` would not take for text, and what any YAML 1.1 reader would not."""
+    """A dumper that quotes every text that `scalars` or a YAML 1.1 reader would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""The sizes of a GPT with experts in every layer: values only, without torch."""
+"""The sizes of a GPT with experts in every layer, which the Megatron front end builds from scratch. Importing it needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class GptShape:
-    """Llama's architecture, RMSNorm, RoPE, gated FFNs with SiLU, no biases, tied embeddings, with experts in every layer."""
+    """The sizes of a model of Llama's architecture with experts in every layer.
+
+    That is RMSNorm, RoPE, gated FFNs with SiLU, no biases and tied embeddings.
+    """
 
     layers: int
     hidden: int
@@ -20,22 +23,22 @@ class GptShape:
     key_value_heads: int
     head_dim: int
     ffn: int
-    """inner size of an expert"""
+    """the inner size of an expert"""
     experts: int
     top_k: int
     seq_len: int
 
     @property
     def attention_parameters(self) -> int:
-        """Of one layer's projections."""
+        """The number of parameters of one layer's attention projections."""
         return 2 * self.hidden * self.head_dim * (self.heads + self.key_value_heads)
 
 
 def gpt_shape(name_or_path: str) -> GptShape:
-    """The GPT of a model of configs/models, or of a YAML file like them (`ModelShape`).
+    """Return the sizes of a GPT like a model in configs/models, or in a YAML file of the same form (`ModelShape`).
 
-    An FFN without a gate (`matrices: 2`) becomes one with a gate and as many parameters: two thirds as wide. A model that is not causal
-    becomes a causal one. Heads are of 64 each, one at least.
+    An FFN without a gate (`matrices: 2`) becomes a gated one of two thirds of its width, which has as many parameters. A model that
+    is not causal becomes causal. Each head has 64 channels, and there is at least one head.
 
     Raises:
         UserError: there is no such model, or the file is wrong.

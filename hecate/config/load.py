@@ -1,4 +1,4 @@
-"""From a YAML file and command-line overrides to a Config, or to one error with every problem."""
+"""Load a configuration from a YAML file and command-line overrides, or raise one error with every problem."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -22,11 +22,16 @@ _SOURCES = ("data.train", "data.eval")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True) -> Config:
-    """The configuration of a run: the YAML file at `path`, with `overrides` ("section.key=value", the value in YAML).
+    """Load the configuration of a run from the YAML file at `path`.
 
-    An override takes the place of the file's value. `${key}` repeats another key's value. Everything is checked, also
-    that the files named exist and that output_dir is free (not with `claim_output` off: another rank has claimed it).
-    Raises ConfigError, a UserError, with all problems.
+    `${key}` repeats another key's value. Everything is checked, also that the named files exist and that output_dir is free.
+
+    Args:
+        overrides: "section.key=value", with the value in YAML. An override replaces the file's value.
+        claim_output: False on a rank that is not the first, whose output_dir is already in use by its own run.
+
+    Raises:
+        ConfigError: a UserError with all problems.
     """
     file = os.fspath(path)
     report = Report(file)
@@ -54,7 +59,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
 
 
 def _with_defaults(config: Config) -> MoeConfig:
-    """The section `moe` with its numbers of experts and of experts per token, unless the base model says them."""
+    """Return the section `moe` with num_experts and top_k filled in, unless the base model will provide them."""
     moe = config.moe
     if moe.kind.of_moe_base:
         return moe
@@ -105,7 +110,7 @@ def _read_file(file: str) -> Mapping:
 
 
 def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple[Node, str]]:
-    """Leaf key to the node of its value. Problems are noted, and their override left out."""
+    """Map each overridden key to the node of its value and its source. Overrides with problems are reported and left out."""
 
     def refuse(key: str, what: str, hint: str = "") -> None:
         report.problems.append(Problem(COMMAND_LINE, key, what, hint))
@@ -141,7 +146,7 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
 
 
 def _flatten(node: Mapping, prefix: str, source: str, report: Report) -> Iterator[tuple[str, Node]]:
-    """(key, node) of every known key below a section; unknown ones are noted."""
+    """Yield (key, node) for every known key below a section. Unknown keys are reported."""
     for name, value in unique_pairs(node, prefix, source, report):
         key = f"{prefix}.{name}" if prefix else name
         line = value.line if source == report.file else None
@@ -159,7 +164,7 @@ def _flatten(node: Mapping, prefix: str, source: str, report: Report) -> Iterato
 
 
 def _as_omegaconf(values: dict[str, Any]) -> DictConfig:
-    """The valid values in the structured config, references unresolved."""
+    """Return the valid values as OmegaConf's structured config, with references unresolved."""
     tree: dict[str, Any] = {section: {} for section in SECTIONS}
     for key, value in values.items():
         if value is INVALID:
@@ -174,7 +179,7 @@ def _as_omegaconf(values: dict[str, Any]) -> DictConfig:
 
 
 def _resolve(tree: DictConfig, values: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Every key's value with references resolved; keys with a problem, or that refer to one, are left out."""
+    """Return every key's value with references resolved. Keys with a problem, or that refer to one, are left out."""
     bad = {key for key in REQUIRED if key not in values} | {key for key, value in values.items() if value is INVALID}
     targets = {key: REFERENCE.findall(str(value)) for key, value in values.items() if key not in bad}
     while more := {key for key, names in targets.items() if key not in bad and bad.intersection(names)}:
@@ -190,7 +195,7 @@ def _resolve(tree: DictConfig, values: dict[str, Any], report: Report) -> dict[s
     for key, names in targets.items():
         for name in names:
             if key in resolved and resolved.get(name) is None and resolved[key] is not None:
-                report.add(key, f"${{{name}}} is null, which is no text", "give the value itself")
+                report.add(key, f"${{{name}}} is null, which is not text", "give the value itself")
     for key in _SOURCES:
         if key in resolved:
             resolved[key] = _named(resolved[key])

@@ -1,4 +1,4 @@
-"""Rules for `model.front_end: megatron`."""
+"""Check the rules of configurations with `model.front_end: megatron`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hecate.parallel.expert_kinds import KINDS
 if TYPE_CHECKING:
     from hecate.config.gpt_shape import GptShape
 
-_OF_OUR_LAYERS = {
+_HECATE_LAYERS_ONLY = {
     "fssdp.plan": "history",
     "fssdp.rematerialize": False,
     "fssdp.prefetch": 1,
@@ -27,25 +27,25 @@ _OF_OUR_LAYERS = {
     "model.tensor_parallel": 1,
     "kernels": "auto",
 }
-"""keys, and their only values with Megatron's layers"""
+"""the keys that only hecate's layers use, with the values that Megatron's layers accept"""
 
 
 def check_megatron(values: Mapping[str, Any], add: Add) -> None:
-    """Note what such a run cannot do, and what it lacks."""
+    """Add the problems of a run with the Megatron front end: values that it does not support and keys that it needs."""
     from hecate.config.gpt_shape import gpt_shape  # imports numpy, which most runs' launchers do not need
 
     where = "with model.front_end=megatron"
     kind = KINDS.get(values.get("moe.family", ""))
     if kind is not None and kind.has_pairs:
         fitting = " or ".join(other.name for other in KINDS.values() if not other.has_pairs)
-        add("moe.family", f"must be {fitting} {where}: nothing of the model is there to be adapted", "")
+        add("moe.family", f"must be {fitting} {where}: the model is built from scratch, so there are no weights to adapt", "")
     if values.get("model.dtype") == "bfloat16":
-        add("model.dtype", f"must be float32 or float64 {where}: the whole model is stepped in it", "leave it at auto")
+        add("model.dtype", f"must be float32 or float64 {where}: the optimizer updates the whole model in it", "leave it at auto")
     if values.get("eval.generate"):
         add(
             "eval.generate",
-            f"is not there {where}",
-            "set it to false; hecate generate takes the model folder that a run leaves",
+            f"is not supported {where}",
+            "set it to false, and run hecate generate on the model folder that the run writes",
         )
     experts, top_k = values.get("moe.num_experts"), values.get("moe.top_k")
     if isinstance(experts, tuple):
@@ -69,17 +69,17 @@ def check_megatron(values: Mapping[str, Any], add: Add) -> None:
 
 
 def check_megatron_ep(values: Mapping[str, Any], add: Add) -> None:
-    """Note what does not go together with Megatron's own layers."""
+    """Add the problems of `fssdp.policy: megatron_ep`: keys that Megatron's own layers do not use."""
     if values.get("fssdp.policy") != MEGATRON_EP:
         return
     if values.get("model.front_end") == "transformers":
         add(
             "fssdp.policy",
-            "megatron_ep needs model.front_end=megatron: its layers stand in no other model",
+            "megatron_ep needs model.front_end=megatron: no other model has its layers",
             "use static_ep: it places experts the same way",
         )
     why = "belongs to hecate's own layers, which fssdp.policy=megatron_ep replaces"
-    for key, default in _OF_OUR_LAYERS.items():
+    for key, default in _HECATE_LAYERS_ONLY.items():
         if key in values and values[key] != default:
             add(key, why, "leave it out")
 
@@ -98,8 +98,8 @@ def _check_tensor_parallel(values: Mapping[str, Any], shape: GptShape, add: Add)
     if ranks is not None and ranks % size:
         add(key, f"must divide the number of ranks, which is {ranks} (nproc), got {size}", hint)
     if values.get("fssdp.redundancy"):
-        hint = "after a loss go on from the last checkpoint"
-        add("fssdp.redundancy", f"does not go together with {key} yet: the parts of a lost rank are nowhere else", hint)
+        hint = "leave it at 0: after a loss the run resumes from the last checkpoint"
+        add("fssdp.redundancy", f"does not work together with {key} yet: no other rank has a lost rank's part of the weights", hint)
 
 
 def _check_tokenizer(values: Mapping[str, Any], add: Add) -> None:

@@ -1,4 +1,4 @@
-"""Where the base model and the data that a configuration names lie on this machine."""
+"""Find the files of the base model and of the data sets that a configuration names."""
 
 import importlib.util
 import os
@@ -9,13 +9,13 @@ from hecate.errors import UserError
 
 PACKAGE_PREFIX = "package:"
 INDEXED_SUFFIXES = (".idx", ".bin")
-"""of the two files of an indexed data set of Megatron's"""
+"""the endings of the two files of one of Megatron's indexed data sets"""
 
 
 def find_model(name_or_path: str) -> Path:
-    """The .gguf file or the folder (config.json, *.safetensors) that `model.name_or_path` means.
+    """Return the .gguf file or the folder (with config.json and *.safetensors) that `model.name_or_path` names.
 
-    Raises UserError if there is none. A package is searched, not imported.
+    A package is searched without importing it. Raises UserError if there is no such file or folder.
     """
     if name_or_path.startswith(PACKAGE_PREFIX):
         return _gguf_of_package(name_or_path.removeprefix(PACKAGE_PREFIX))
@@ -47,7 +47,10 @@ def _gguf_of_package(package: str) -> Path:
 
 
 def indexed_prefix(path: str) -> str | None:
-    """PREFIX, if the path means an indexed data set: PREFIX.idx, PREFIX.bin, or PREFIX where only those two files exist. Otherwise None."""
+    """Return PREFIX if the path names an indexed data set, and None otherwise.
+
+    The path may be PREFIX.idx, PREFIX.bin, or PREFIX itself if those two files exist and no file PREFIX does.
+    """
     if path.endswith(INDEXED_SUFFIXES):
         return path[:-4]
     both = all(os.path.isfile(path + suffix) for suffix in INDEXED_SUFFIXES)

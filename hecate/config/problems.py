@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, and the one error that reports all of it."""
+"""The problems of a configuration, and the error that reports all of them at once."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -9,21 +9,23 @@ from hecate.errors import UserError
 MAX_PRINTED = 20
 MAX_SHOWN = 60
 Add = Callable[[str, str, str], None]
-"""Notes a problem: key, what is wrong, hint."""
+"""A function that adds a problem: its key, what is wrong, and a hint."""
 
 
 @dataclass(frozen=True)
 class Problem:
+    """One thing that is wrong with a configuration."""
+
     source: str
     """The config file's path, or "command line"."""
     key: str
-    """Dotted key, with [i] for an item of a list. Empty where the file as a whole is meant."""
+    """The dotted key, with [i] for an item of a list. Empty for a problem of the file as a whole."""
     what: str
     """What is wrong, with the allowed range."""
     hint: str = ""
-    """How to mend it."""
+    """How to correct it."""
     line: int | None = None
-    """Line in the file, from 1; None on the command line and for what is missing."""
+    """The line in the file, from 1. None on the command line and for a missing key."""
 
     def __str__(self) -> str:
         place = self.source if self.line is None else f"{self.source}:{self.line}"
@@ -32,7 +34,7 @@ class Problem:
 
 
 class ConfigError(UserError):
-    """All that is wrong with a configuration: `problems`, sorted by key. The text prints the first 20."""
+    """The configuration has the `problems`, sorted by key. The text shows the first 20 of them."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda p: (p.key, p.line or 0, p.what)))
@@ -46,7 +48,7 @@ class ConfigError(UserError):
 
 
 class Refused(Exception):
-    """A value that cannot be taken. Caught where its key and line are known, and made a Problem there."""
+    """A value is refused. The caller that has the key and line turns this into a Problem."""
 
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what)
@@ -55,13 +57,13 @@ class Refused(Exception):
 
 
 def shorten(text: str) -> str:
-    """The text on one line of at most 60 characters, unprintable characters escaped, the middle left out."""
+    """Return the text on one line of at most 60 characters, with unprintable characters escaped and the middle left out."""
     safe = text if text.isprintable() else repr(text)[1:-1]
     return safe if len(safe) <= MAX_SHOWN else f"{safe[:40]}...{safe[-17:]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest of `known`, also by the last part of a dotted key; "" where nothing is near."""
+    """Return a hint at the name in `known` nearest to `word`, or to its last dotted part. Returns "" if none is near."""
     known = list(known)
     found = difflib.get_close_matches(word[:MAX_SHOWN], known, n=1, cutoff=0.6)
     if not found:

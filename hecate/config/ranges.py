@@ -1,4 +1,4 @@
-"""Ranges of numbers, as the configuration's keys state them."""
+"""The ranges of numbers that configuration keys allow."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ MAX_INT = 2**31 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, both included unless they are said to be open."""
+    """The numbers from `low` to `high`. Each end is included unless it is marked open."""
 
     low: float
     high: float = math.inf

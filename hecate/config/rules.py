@@ -1,6 +1,6 @@
-"""Rules that concern several keys, and the files that a configuration names.
+"""Check the rules that concern several keys of a configuration, and that the files it names exist.
 
-Types are checked before (`typed.py`); the range of a number stands beside its key (`schema.py`).
+`typed.py` checks types before this; `schema.py` gives each number's range.
 """
 
 import os
@@ -21,15 +21,17 @@ SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> None:
-    """Note everything wrong with `values` (dotted key to typed value). A key that is absent has a problem already: what
-    depends on it is not checked."""
+    """Add every problem of `values`, which maps dotted keys to typed values.
+
+    A key that is absent already has a problem, so rules that depend on it are skipped.
+    """
     for key, allowed in RANGES.items():
         value = values.get(key)
         if value is not None and value not in allowed:
             add(key, f"must be {allowed}, got {value}", "")
     alpha = values.get("lora.alpha")
     if alpha is not None and alpha > 0 and not float(alpha).is_integer():
-        add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files hold no other")
+        add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files can store no other")
     _check_experts(values, add)
     _check_kind(values, add)
     _check_evaluation(values, add)
@@ -58,9 +60,9 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
 
 def _check_model(values: Mapping[str, Any], add: Add) -> None:
     if values.get("model.tokenizer") is not None:
-        add("model.tokenizer", "is read with model.front_end=megatron only", "a checkpoint brings its own")
+        add("model.tokenizer", "is read with model.front_end=megatron only", "leave it out: a checkpoint has its own tokenizer")
     if values.get("model.tensor_parallel", 1) > 1:
-        add("model.tensor_parallel", "needs model.front_end=megatron, whose layers can be cut", "leave it at 1")
+        add("model.tensor_parallel", "needs model.front_end=megatron, whose layers can be split", "leave it at 1")
     if "model.name_or_path" in values:
         try:
             find_model(values["model.name_or_path"])
@@ -112,7 +114,8 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
             if key in values and values[key] != LEAVES[key].default:
                 add(key, f"is of moe.family={other.name} only, but the family is {kind.name}", "leave it out")
     if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):
-        add("fssdp.redundancy", "cannot bring back what model.shard_non_experts has on a lost rank alone", "set one of the two only")
+        what = "cannot restore the weights that model.shard_non_experts stores on a lost rank only"
+        add("fssdp.redundancy", what, "set only one of the two")
     targets = set(values.get("lora.target_modules") or ())
     if kind.joins_gate_and_up and len(targets & {"gate_proj", "up_proj"}) == 1:
         hint = "experts of MoE models hold gate and up as one matrix with one adapter: name both, or neither"
@@ -120,7 +123,7 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _or_default(values: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The default for a null; None for a key with a problem."""
+    """Return the key's value, `default` if it is null, and None if the key has a problem."""
     return default if key in values and values[key] is None else values.get(key)
 
 
@@ -136,10 +139,10 @@ def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:
 def _check_prefetch(values: Mapping[str, Any], add: Add) -> None:
     plan, ahead = values.get("fssdp.plan"), values.get("fssdp.prefetch", 1)
     if plan == "exact" and ahead > 1 and values.get("fssdp.rematerialize") is False:
-        what = f"{ahead} has no use with fssdp.plan=exact: nothing can travel before the layer's gate"
-        add("fssdp.prefetch", what, "leave it at 1, or set fssdp.rematerialize, whose backward pass gathers ahead")
+        what = f"{ahead} has no effect with fssdp.plan=exact: no gather can start before the layer's router"
+        add("fssdp.prefetch", what, "leave it at 1, or set fssdp.rematerialize, whose backward pass gathers early")
     if plan == "calibrated" and ahead == 0:
-        add("fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated, got 0", "with nothing ahead of the gate use exact")
+        add("fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated, got 0", "use exact if nothing is to be gathered before the router")
 
 
 def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:
@@ -149,8 +152,8 @@ def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:
     if ranks is not None and size > 0 and ranks % size:
         add("fssdp.shard_size", f"must divide the number of ranks, which is {ranks} (nproc), got {size}", "null: all ranks")
     if values.get("fssdp.redundancy"):
-        hint = "every other sharding group holds each expert already; after a loss go on from the last checkpoint"
-        add("fssdp.redundancy", "does not go together with fssdp.shard_size yet", hint)
+        hint = "leave it at 0: every other sharding group already holds each expert, and after a loss the run resumes from the last checkpoint"
+        add("fssdp.redundancy", "does not work together with fssdp.shard_size yet", hint)
 
 
 def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
@@ -163,10 +166,10 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
         prefix = indexed_prefix(source.path)
         for path in [source.path] if prefix is None else [prefix + suffix for suffix in INDEXED_SUFFIXES]:
             if not os.path.exists(path):
-                hint = "~ is not expanded here" if path.startswith("~") else "relative paths start from the working directory"
+                hint = "~ is not expanded" if path.startswith("~") else "relative paths start from the working directory"
                 add(f"{at}.path", f"no such file or folder: {shorten(path)}", hint)
         if prefix is not None and source.format != "auto":
-            add(f"{at}.format", f"is of text files, got {source.format}", "leave it out: an indexed data set holds token ids")
+            add(f"{at}.format", f"applies to text files only, got {source.format}", "leave it out: an indexed data set holds token ids")
         if source.weight not in POSITIVE:
             add(f"{at}.weight", f"must be {POSITIVE}, got {source.weight}", "leave the source out to give it no weight")
         if not SLUG.fullmatch(source.name):
@@ -189,7 +192,7 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
         if module in modules[:i]:
             add(f"{key}[{i}]", f"{shorten(module)} is listed twice", "keep one of the two")
         elif not re.fullmatch(r"[A-Za-z0-9_.]+", module):
-            add(f"{key}[{i}]", f"must be a module's name, got {shorten(module)}", "patterns are not read here")
+            add(f"{key}[{i}]", f"must be a module's name, got {shorten(module)}", "patterns are not supported")
     well_named = len(set(modules)) == len(modules) and all(re.fullmatch(r"[A-Za-z0-9_.]+", module) for module in modules)
     if modules and well_named and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
         add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")

@@ -1,4 +1,4 @@
-"""How an unquoted YAML scalar is read: one meaning under YAML 1.1, YAML 1.2 and OmegaConf, or refused."""
+"""Read YAML scalars. An unquoted one is accepted only if YAML 1.1, YAML 1.2 and OmegaConf all read it as the same value."""
 
 import math
 import re
@@ -24,14 +24,14 @@ _ODD_NUMBERS = (
 
 
 def odd_number(text: str) -> str:
-    """What the unquoted text is if it is a number under some YAML version but no plain decimal one; else ""."""
+    """Return what kind of number an unquoted text is in some YAML version, or "" if it is a plain decimal number or none at all."""
     if _INT.fullmatch(text) or (_FLOAT.fullmatch(text) and not re.fullmatch(r"[-+]?0[0-9]+", text)):
         return ""
     return next((meaning for pattern, meaning in _ODD_NUMBERS if pattern.fullmatch(text)), "")
 
 
 def not_text(text: str) -> str:
-    """What the unquoted text may be taken for if not for text ("true or false", ...); "" if it is only text."""
+    """Return what a YAML reader may read an unquoted text as, if not as text ("null", "a number", ...), or "" if only as text."""
     if text in NULLS:
         return "null"
     if _BOOL_WORD.fullmatch(text):
@@ -85,7 +85,7 @@ def read_bool(text: str, plain: bool) -> bool:
 
 
 def shown(text: str, plain: bool) -> str:
-    """The scalar as it stood in the file, shortened."""
+    """Return the scalar as it was written, shortened."""
     return (shorten(text) if text else "nothing (null)") if plain else f'"{shorten(text)}"'
 
 

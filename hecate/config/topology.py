@@ -1,4 +1,4 @@
-"""The topology that a configuration names: a preset, a file, or this machine."""
+"""Build the topology that a configuration names: a preset, a file, or this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hecate.parallel.topology_file import load_topology
 
 
 def build_topology(config: Config, world_size: int, *, cuda: bool) -> Topology:
-    """The topology that the configuration names, for a job of `world_size` ranks.
+    """Return the topology that the configuration names, for a job of `world_size` ranks.
 
     Raises:
         UserError: there is no such preset, or it has another number of devices than there are ranks.
@@ -22,7 +22,9 @@ def build_topology(config: Config, world_size: int, *, cuda: bool) -> Topology:
 
 
 def whole_topology(config: Config, num_devices: int, *, cuda: bool) -> Topology:
-    """The topology that the configuration names, whatever its number of devices; `auto` means `num_devices` devices of this machine.
+    """Return the topology that the configuration names, whatever its number of devices.
+
+    `auto` is `num_devices` devices of this machine.
 
     Raises:
         UserError: there is no such preset.

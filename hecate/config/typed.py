@@ -1,4 +1,4 @@
-"""YAML nodes to typed values, by the type that the schema gives their key. Every problem is noted, none raised."""
+"""Convert YAML nodes to values of the types that the schema gives their keys. Problems are collected in a `Report`, none is raised."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from hecate.config.yaml_text import Mapping, Node, Scalar, Sequence
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.]*)\}")
 INVALID: Final = object()
-"""Stands for a value that has a problem."""
+"""A marker in place of a value that has a problem."""
 
 _SCALARS: dict[type, tuple[str, Callable[[str, bool], Any]]] = {
     int: ("an integer", scalars.read_int),
@@ -21,20 +21,20 @@ _SCALARS: dict[type, tuple[str, Callable[[str, bool], Any]]] = {
     bool: ("true or false", scalars.read_bool),
     str: ("text", scalars.read_text),
 }
-_MAX_HINTED = 50  # difflib is slow; a file with more problems than this is not a config with typos
+_MAX_HINTED = 50  # difflib is slow, and a file with more problems than this is no config with typos
 
 
 @dataclass
 class Report:
-    """The problems found so far, and where each key was given."""
+    """The problems found so far, and the source and line at which each key was given."""
 
     file: str
     problems: list[Problem] = field(default_factory=list)
     places: dict[str, tuple[str, int | None]] = field(default_factory=dict)
-    """Key (also of list items) to source and line."""
+    """Each key, items of lists included, to its source and line."""
 
     def add(self, key: str, what: str, hint: str = "") -> None:
-        """Note a problem at the place where `key`, or the nearest value around it, was given."""
+        """Add a problem, located where `key`, or the nearest value that encloses it, was given."""
         at = key
         while at and at not in self.places:
             at = at[: max(at.rfind("."), at.rfind("["), 0)]
@@ -42,6 +42,7 @@ class Report:
         self.problems.append(Problem(source, key, what, hint, line))
 
     def add_unknown(self, key: str, known: list[str]) -> None:
+        """Add the problem that `key` is not a key, with a hint at the nearest of the `known` ones."""
         hint = did_you_mean(key, known) if len(self.problems) < _MAX_HINTED else ""
         if key in LEAF_TYPES or key in SECTIONS:
             hint = f"in a file, nest it: {key.replace('.', ': {', 1)}: ...}}"
@@ -49,13 +50,13 @@ class Report:
 
 
 def read_value(node: Node, hint: Any, key: str, source: str, report: Report) -> Any:
-    """The value of `node` as type `hint` (a field's annotation), or INVALID with its problems noted under `key`.
+    """Return the value of `node` as type `hint` (a field's annotation), or INVALID after adding its problems under `key`.
 
-    Text with ${key} stays as it is, for OmegaConf to resolve, once it is known to refer to a scalar key.
+    Text with ${key} is checked to refer to a scalar key and returned unchanged; OmegaConf resolves it later.
     """
     report.places[key] = (source, node.line if source == report.file else None)
     if node.flaw:
-        report.add(key, f"{shorten(node.flaw)} is not read here", "write the value out, or use ${key} to repeat one")
+        report.add(key, f"{shorten(node.flaw)} is not supported", "write the value out, or use ${key} to repeat one")
         return INVALID
     if isinstance(node, Scalar):
         try:
@@ -71,12 +72,12 @@ def read_value(node: Node, hint: Any, key: str, source: str, report: Report) -> 
         if isinstance(node, Mapping) and is_dataclass(arm):
             return _read_record(node, arm, key, source, report)
     got = "a list" if isinstance(node, Sequence) else "a mapping"
-    report.add(key, f"must be {describe(hint)}, got {got}", "quote it, if it is text" if str in _arms(hint) else "")
+    report.add(key, f"must be {describe(hint)}, got {got}", "quote it if it is text" if str in _arms(hint) else "")
     return INVALID
 
 
 def read_sources(node: Node, key: str, source: str, report: Report) -> Any:
-    """data.train or data.eval, a path or a list of paths and mappings, as a tuple of dicts of DataSource's fields."""
+    """Return data.train or data.eval, which is a path or a list of paths and mappings, as a tuple of dicts of DataSource's fields."""
     if not isinstance(node, Sequence) and not (isinstance(node, Scalar) and node.plain and node.text in scalars.NULLS):
         node = Sequence([node], node.line)
     if isinstance(node, Sequence):
@@ -86,10 +87,10 @@ def read_sources(node: Node, key: str, source: str, report: Report) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """A type in a user's words."""
+    """Return a type in words for an error text."""
     if get_origin(hint) is Literal:
         first, *more = get_args(hint)
-        return f"one of {', '.join([first, *more])}" if more else f"{first} (the only choice)"
+        return f"one of {', '.join([first, *more])}" if more else f"{first} (the only value)"
     if get_origin(hint) is tuple:
         return "a list"
     if is_dataclass(hint):
@@ -144,7 +145,7 @@ def _read_record(node: Mapping, cls: Any, key: str, source: str, report: Report)
 
 
 def unique_pairs(node: Mapping, key: str, source: str, report: Report) -> list[tuple[str, Node]]:
-    """The mapping's keys as text, with their values. Keys given twice or that are no names are noted and left out."""
+    """Return the mapping's keys as text, with their values. Keys given twice or that are not names are reported and left out."""
     first: dict[str, int] = {}
     pairs = []
     for name, value in node.pairs:
@@ -152,7 +153,7 @@ def unique_pairs(node: Mapping, key: str, source: str, report: Report) -> list[t
         full = f"{key}.{text}" if key else text
         line = name.line if source == report.file else None
         if not isinstance(name, Scalar) or name.flaw or not text or text == "<<":
-            hint = "keys are plain names; merge keys, tags and aliases are not read here"
+            hint = "keys are plain names; merge keys, tags and aliases are not supported"
             report.problems.append(Problem(source, full, "is not the name of a key", hint, line))
         elif text in first:
             what = "given twice" if line is None else f"given twice, first in line {first[text]}"
@@ -174,10 +175,10 @@ def _arms(hint: Any) -> tuple[Any, ...]:
 def _check_references(text: str, whole: bool) -> None:
     names = REFERENCE.findall(text)
     if "${oc.env:" in text or "${env:" in text:
-        what = "environment variables are not read here: a secret would end up in the saved config"
+        what = "environment variables are not supported: a secret would end up in the saved config"
         raise Refused(what, "write the value itself")
     if len(names) != text.count("${") or "\\$" in text:
-        hint = "only ${key} with a key of this config is read: no resolver, no nesting, no escape"
+        hint = "only ${key} with a key of this config is supported: no resolver, no nesting, no escape"
         raise Refused(f"cannot read {shorten(text)}", hint)
     for name in names:
         if name not in LEAF_TYPES:

@@ -1,7 +1,7 @@
-"""YAML text to a tree of nodes that remember their line and whether they were quoted, without giving scalars a type.
+"""Parse YAML text into a tree of nodes with their lines and quoting, but without types.
 
-Types come later, from the key that a scalar belongs to (`typed.py`), so that YAML 1.1's readings (NO is false, 012 is
-10) never happen unseen. Anchors, aliases and tags are marked on their node, to be refused with the key.
+A scalar's type comes later, from the key that it belongs to (`typed.py`), so that YAML 1.1 never silently reads NO as false or 012
+as 10. Anchors, aliases and tags are marked on their node, and `typed.py` refuses them with the key.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ MAX_DEPTH = 8
 class Scalar:
     text: str
     plain: bool
-    """Written without quotes, and not as a block."""
+    """Whether the text was written without quotes and not as a block."""
     line: int
     flaw: str = ""
-    """An anchor, alias or tag, which we do not read."""
+    """The anchor, alias or tag of the node, which is not supported; "" if it has none."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ Node = Scalar | Sequence | Mapping
 
 
 class BadYaml(Exception):
-    """Text that is no YAML document of ours. `line` counts from 1."""
+    """The text is not a YAML document that a configuration may be. `line` counts from 1."""
 
     def __init__(self, line: int, what: str, hint: str = "") -> None:
         super().__init__(what)
@@ -49,7 +49,7 @@ class BadYaml(Exception):
 
 
 def parse(text: str) -> Node | None:
-    """The document in `text`, or None. Raises BadYaml: bad syntax, more than 8 levels, a second document."""
+    """Return the document in `text`, or None if it is empty. Raises BadYaml for bad syntax, over 8 levels, or a second document."""
     root: Node | None = None
     open_nodes: list[Sequence | Mapping] = []
     keys: list[Node | None] = []  # for each open node, the key that waits for its value

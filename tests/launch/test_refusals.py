@@ -22,8 +22,8 @@ SHARD_RANKS = r"fssdp\.shard_size: must divide the number of ranks, which is 3, 
 NODE = r"{key}: must divide the ranks of a node, which are 3, got 2\n  .* give another --nproc-per-node"
 VOCABULARY = r"model\.tensor_parallel: must divide the 258 tokens of the vocabulary, got 4\n  give one of 1, 2, 3, 6, 43, or add tokens"
 OTHER_MODEL = ["model.front_end=transformers", "model.name_or_path={folder}", "model.tokenizer=null", TENSOR]
-NO_PARTS = r"model\.tensor_parallel: needs model\.front_end=megatron, whose layers can be cut\n    hint: leave it at 1"
-TWICE = r"fssdp\.redundancy: does not go together with model\.tensor_parallel yet: .*\n    hint: after a loss"
+NO_PARTS = r"model\.tensor_parallel: needs model\.front_end=megatron, whose layers can be split\n    hint: leave it at 1"
+TWICE = r"fssdp\.redundancy: does not work together with model\.tensor_parallel yet: .*\n    hint: leave it at 0: after a loss"
 ON_RAY = r"{key}: is not there on Ray, .*\n  set it to .*, or use hecate launch"
 NOWHERE = ["--address", "127.0.0.1:9"]
 NO_DASHBOARD = ["--address", "http://127.0.0.1:9", "--working-dir", "{folder}"]

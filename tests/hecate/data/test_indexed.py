@@ -161,7 +161,7 @@ def test_the_configuration_takes_and_refuses_paths(tmp_path: Path, byte_tokenize
         f"data: {{train: {prefix}}}\noutput_dir: {tmp_path}/run\nmax_steps: 1\nmoe: {{family: full}}\n"
     )
     assert [source.name for source in load_config(config).data.train] == ["wiki.v2"]
-    with pytest.raises(ConfigError, match="is of text files"):
+    with pytest.raises(ConfigError, match="applies to text files only"):
         load_config(config, [f"data.train=[{{path: {prefix}, format: text}}]"])
     (tmp_path / "wiki.v2.bin").unlink()
     for path in (prefix, prefix + ".idx"):

@@ -126,7 +126,7 @@ def test_unknown_names_are_refused(names: str, message: str) -> None:
 def test_presets() -> None:
     assert {"gpt-moe-s", "mixtral-8x7b"} <= set(preset_names("models"))
     assert find_preset("experiments", "sweep", "paper").name == "paper.yaml"
-    with pytest.raises(UserError, match=r"model nope: no such preset\n  there are bert-moe, .*; or give the path of a YAML file"):
+    with pytest.raises(UserError, match=r"model nope: no such preset\n  use one of bert-moe, .*, or the path of a YAML file"):
         find_preset("models", "model", "nope")
     with pytest.raises(UserError, match=r"model \./nope\.yaml: no such file"):
         find_preset("models", "model", "./nope.yaml")
