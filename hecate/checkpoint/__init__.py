@@ -1,9 +1,9 @@
-"""Checkpoints: safetensors per rank, a JSON manifest with a digest of every tensor, committed by one rename.
+"""Checkpoints: one safetensors file per rank and a JSON manifest with a digest of every tensor, committed by a single rename.
 
     checkpoint-40/  rank-00000-of-00002.safetensors  rank-00001-of-00002.safetensors  manifest.json  COMMIT
 
-Pure file I/O: nothing is pickled, nothing read is trusted, no process group is known; the caller coordinates the ranks
-(see `save`).
+The functions of this package only read and write files. Nothing is pickled, and everything read is checked. They use no process
+group: the caller coordinates the ranks (see `save`).
 """
 
 from hecate.checkpoint.files import CheckpointError

@@ -1,4 +1,4 @@
-"""Reads of a checkpoint's files that never leave its folder, and the error for all that can be wrong with them."""
+"""Read a checkpoint's files without ever leaving its folder, and the error for everything that can be wrong with a checkpoint."""
 
 import contextlib
 import os
@@ -10,16 +10,16 @@ from hecate.errors import UserError
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, or cannot be trusted when read. Names the file, and the tensor if any."""
+    """A checkpoint cannot be written, or what was read is not sound. The text names the file, and the tensor if there is one."""
 
 
 @contextlib.contextmanager
 def open_inside(folder: Path, name: str) -> Iterator[int]:
-    """Descriptor of the plain file `name` in `folder`; CheckpointError for a link, pipe or folder in its place."""
+    """Open the plain file `name` in `folder` and yield its descriptor. Raises CheckpointError if it is a link, a pipe or a folder."""
     path = folder / name
     assert Path(name).name == name, f"{name!r} is not a bare file name"
     try:
-        # O_NONBLOCK: opening a pipe that someone left there must not wait for a writer.
+        # O_NONBLOCK: if the name is a pipe, opening it must not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing") from None
@@ -36,7 +36,7 @@ def open_inside(folder: Path, name: str) -> Iterator[int]:
 
 
 def read_small(folder: Path, name: str, limit: int) -> bytes:
-    """The bytes of the plain file `name` in `folder`, which may hold at most `limit` bytes."""
+    """Return the bytes of the plain file `name` in `folder`. Raises CheckpointError if it is larger than `limit` bytes."""
     with open_inside(folder, name) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > limit:
@@ -47,7 +47,7 @@ def read_small(folder: Path, name: str, limit: int) -> bytes:
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> int:
-    """Fill `into` from the file's `offset` on. Returns the bytes read: fewer only at the end of the file."""
+    """Read from the file's `offset` until `into` is full. Returns the number of bytes read, which is smaller only at the file's end."""
     done = 0
     while done < len(into):
         count = os.preadv(descriptor, [into[done:]], offset + done)

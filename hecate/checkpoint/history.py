@@ -1,4 +1,4 @@
-"""The checkpoints under one root folder: which can be trusted, which may go."""
+"""List the sound checkpoints in a run's folder, and delete old ones and what failed saves left behind."""
 
 import itertools
 import logging
@@ -17,9 +17,9 @@ _OUR_FILE = re.compile(r"rank-[0-9]{5}-of-[0-9]{5}\.(safetensors|json)|" + re.es
 
 
 def good_checkpoints(root: Path) -> Iterator[Path]:
-    """Committed checkpoints under `root` whose manifest is sound, newest step first.
+    """Yield the committed checkpoints in `root` whose manifests are sound, newest step first.
 
-    A warning gives the reason for each other one. Tensors are not read: if `read_tensors` of the first fails, go on to
+    Each damaged one is logged as a warning with the reason. Tensors are not read: if `read_tensors` fails for one checkpoint, try
     the next.
     """
     for folder in _committed(root):
@@ -32,16 +32,15 @@ def good_checkpoints(root: Path) -> Iterator[Path]:
 
 
 def latest_good(root: Path) -> Path | None:
-    """The first of `good_checkpoints`; None if there is none, or no such folder."""
+    """Return the first of `good_checkpoints`, or None if there is none or `root` does not exist."""
     return next(good_checkpoints(root), None)
 
 
 def prune(root: Path, keep: int) -> list[Path]:
-    """Delete the checkpoints older than the `keep` newest good ones. Returns what was deleted, oldest last.
+    """Delete the checkpoints older than the `keep` newest good ones. Returns the deleted folders, oldest last.
 
-    A damaged checkpoint newer than those is left for a look; one that holds any file that we do not write is never
-    touched. With `keep` = 1 a flipped bit in a tensor leaves nothing to fall back to. Raises CheckpointError if the
-    disk refuses.
+    A damaged checkpoint newer than those is kept for inspection, and a folder with any file that a save does not write is never
+    deleted. With `keep` = 1, a flipped bit in a tensor leaves no sound checkpoint. Raises CheckpointError if the deletion fails.
     """
     assert keep >= 1, keep
     kept = list(itertools.islice(good_checkpoints(root), keep))
@@ -53,7 +52,7 @@ def prune(root: Path, keep: int) -> list[Path]:
         if not _is_ours(folder) or not {MANIFEST, COMMIT} <= set(os.listdir(folder)):
             _log.warning("%s holds files that no save wrote, or lacks some: not deleted", folder)
             continue
-        # First out of the readers' sight in one step, so that a kill leaves no half of a checkpoint under its name.
+        # The rename comes first, so that a process killed while deleting leaves no incomplete checkpoint under this name.
         doomed = folder.with_name(f"{folder.name}.tmp-pruned")
         try:
             delete_files(doomed)
@@ -67,9 +66,10 @@ def prune(root: Path, keep: int) -> list[Path]:
 
 
 def remove_stale_staging(root: Path) -> list[Path]:
-    """Delete the staging folders of saves that died; returns them. One rank calls it, with no save under way in `root`.
+    """Delete the staging folders of saves that did not finish, and return them.
 
-    A folder of that name with anything in it that no save writes, or a link, is left, with a warning.
+    One rank calls it, while no save in `root` is running. A staging folder with a link, or with a file that a save does not write,
+    is kept and logged as a warning. Raises CheckpointError if the deletion fails.
     """
     deleted = []
     for folder in _folders(root):
@@ -81,19 +81,19 @@ def remove_stale_staging(root: Path) -> list[Path]:
         try:
             delete_files(folder)
         except OSError as error:
-            raise CheckpointError(f"{folder}: the leftover of a dead save cannot be deleted: {error.strerror}") from error
+            raise CheckpointError(f"{folder}: the leftover of an unfinished save cannot be deleted: {error.strerror}") from error
         deleted.append(folder)
     return deleted
 
 
 def _committed(root: Path) -> list[Path]:
-    """The folders named `checkpoint-{step}`, newest first."""
+    """Return the folders named `checkpoint-{step}`, newest first."""
     steps = [(step_of(folder.name), folder) for folder in _folders(root)]
     return [folder for step, folder in sorted(((s, f) for s, f in steps if s is not None), reverse=True)]
 
 
 def _folders(root: Path) -> list[Path]:
-    """Folders under `root`, not links to folders."""
+    """Return the folders in `root`, without links to folders."""
     try:
         with os.scandir(root) as entries:
             return sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
@@ -102,6 +102,6 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether the folder holds nothing but plain files with names that a save writes."""
+    """Return whether the folder holds only plain files with names that a save writes."""
     with os.scandir(folder) as entries:
         return all(entry.is_file(follow_symlinks=False) and _OUR_FILE.fullmatch(entry.name) for entry in entries)

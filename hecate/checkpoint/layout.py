@@ -1,8 +1,7 @@
-"""Where a tensor lies in a rank's file: the safetensors layout as a pure function of names, dtypes and shapes.
+"""The layout of a rank's safetensors file, as a pure function of its tensors' names, dtypes and shapes.
 
-A safetensors file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes end to end. Because
-ours is a pure function of what the manifest lists, a reader never parses a file's header: it builds the one that must
-be there and compares.
+A safetensors file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes end to end. The layout depends
+only on what the manifest lists, so a reader never parses a file's header: it builds the expected header and compares.
 """
 
 import json
@@ -31,35 +30,39 @@ _TENSOR_NAME = re.compile(r"[\x21-\x7e]{1,512}")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a checkpoint. `dtype`: safetensors' name; `digest`: xxh3_128 of the bytes, 32 hex digits."""
+    """The description of one tensor of a checkpoint."""
 
     file: str
+    """the name of the safetensors file that holds it"""
     dtype: str
+    """safetensors' name of the dtype"""
     shape: tuple[int, ...]
     digest: str
+    """the xxh3_128 hash of the bytes, 32 hex digits"""
 
     @property
     def num_bytes(self) -> int:
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
 def shard_file(rank: int, world_size: int) -> str:
-    """Name of a rank's safetensors file."""
+    """Return the name of a rank's safetensors file."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def shard_sidecar(rank: int, world_size: int) -> str:
-    """Name of the JSON file that tells the committing rank what a rank has written; in staging folders only."""
+    """Return the name of the JSON file in a staging folder that lists what a rank has written, for the committing rank."""
     return f"rank-{rank:05d}-of-{world_size:05d}.json"
 
 
 def is_tensor_name(name: object) -> bool:
-    """Printable ASCII without blanks, 1 to 512 characters, not the name that safetensors keeps for itself."""
+    """Return whether `name` can name a tensor: 1 to 512 printable ASCII characters, no blanks, not safetensors' reserved name."""
     return isinstance(name, str) and name != "__metadata__" and _TENSOR_NAME.fullmatch(name) is not None
 
 
 def is_shape(shape: object, dtype: str) -> bool:
-    """Whether a tensor of `dtype` can have this shape; the strides of an empty one must fit in 64 bits too."""
+    """Return whether a tensor of `dtype` can have this shape. The strides of an empty tensor must fit in 64 bits, too."""
     return (
         isinstance(shape, list | tuple)
         and len(shape) <= MAX_DIMS
@@ -69,9 +72,9 @@ def is_shape(shape: object, dtype: str) -> bool:
 
 
 def file_layout(tensors: Mapping[str, TensorEntry]) -> tuple[bytes, dict[str, int]]:
-    """The head (length and header) of the file that holds exactly `tensors`, and each one's offset in the file.
+    """Return the head (header length and header) of the file that holds exactly `tensors`, and each tensor's offset in the file.
 
-    Largest items first and then by name, so that every tensor is aligned to its item size.
+    Tensors are sorted by item size, largest first, and then by name, so that each is aligned to its item size.
     """
     order = sorted(tensors, key=lambda name: (-ITEM_SIZE[tensors[name].dtype], name))
     header, offsets, end = {}, {}, 0
@@ -86,5 +89,5 @@ def file_layout(tensors: Mapping[str, TensorEntry]) -> tuple[bytes, dict[str, in
 
 
 def file_size(tensors: Mapping[str, TensorEntry]) -> int:
-    """Bytes of the file that holds exactly `tensors`."""
+    """Return the size in bytes of the file that holds exactly `tensors`."""
     return len(file_layout(tensors)[0]) + sum(entry.num_bytes for entry in tensors.values())

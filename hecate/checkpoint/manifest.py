@@ -1,6 +1,6 @@
-"""The manifest: what a checkpoint folder must hold, and the checks that let a reader believe it.
+"""The manifest of a checkpoint: which tensors its files hold, and the checks that a reader makes before using them.
 
-xxh3 finds damage, not forgery: a manifest may have been written by anyone, so every field is checked before it is used.
+The xxh3 digests detect damage but not forgery. Anyone may have written a manifest, so every field is checked before it is used.
 """
 
 import os
@@ -29,20 +29,24 @@ _STEP_FOLDER = re.compile(r"checkpoint-(0|[1-9][0-9]{0,15})")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed checkpoint holds. `meta` is the JSON value that the trainer gave to `commit`."""
+    """The content of a committed checkpoint."""
 
     step: int
+    """the number of finished optimizer steps"""
     world_size: int
+    """the number of ranks that wrote the checkpoint"""
     tensors: Mapping[str, TensorEntry]
+    """every tensor by name"""
     meta: Any
+    """the JSON value that the trainer passed to `commit`"""
 
     @property
     def files(self) -> list[str]:
-        """Names of the safetensors files, one per rank that wrote the checkpoint."""
+        """The names of the safetensors files, one for each rank that wrote the checkpoint."""
         return [shard_file(rank, self.world_size) for rank in range(self.world_size)]
 
     def by_file(self) -> dict[str, dict[str, TensorEntry]]:
-        """The tensors that lie in each file; a rank may have written none."""
+        """Return the tensors of each file. A file may have none."""
         files: dict[str, dict[str, TensorEntry]] = {file: {} for file in self.files}
         for name, entry in self.tensors.items():
             files[entry.file][name] = entry
@@ -50,18 +54,18 @@ class Manifest:
 
 
 def step_of(name: str) -> int | None:
-    """The step in a folder name `checkpoint-{step}`, None for any other name."""
+    """Return the step in a folder name `checkpoint-{step}`, or None for any other name."""
     match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def digest_of(data: bytes | memoryview) -> str:
-    """xxh3_128 in 32 hex digits."""
+    """Return the xxh3_128 hash as 32 hex digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def manifest_value(manifest: Manifest) -> dict[str, Any]:
-    """The JSON value of manifest.json."""
+    """Return the JSON value of manifest.json."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -74,16 +78,16 @@ def manifest_value(manifest: Manifest) -> dict[str, Any]:
 
 
 def entry_value(entry: TensorEntry) -> dict[str, Any]:
-    """The JSON value of one tensor's entry."""
+    """Return the JSON value of one tensor's entry."""
     return {"file": entry.file, "dtype": entry.dtype, "shape": list(entry.shape), "xxh3_128": entry.digest}
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check `folder`'s COMMIT and manifest.json, and the size of every file that it names; no tensor is read.
+    """Read and check COMMIT and manifest.json of `folder`, and check the size of every file that the manifest names.
 
-    Raises CheckpointError if the folder is not a whole checkpoint of ours: not committed, damaged, of a newer version,
-    a field of the wrong type or range, a file other than the ranks' own, a file missing, a link, or of another size
-    than its tensors need.
+    Tensors are not read. Raises CheckpointError if the folder is not a complete checkpoint: it is not committed, is damaged or of a
+    newer version, a field has the wrong type or range, or a file is unexpected, missing, a link, or of another size than its
+    tensors need.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
@@ -96,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (JsonError, CheckpointError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
     if step_of(folder.name) not in (None, manifest.step):
-        raise CheckpointError(f"{folder}: the manifest is of step {manifest.step}; give the folder its own name back")
+        raise CheckpointError(f"{folder}: the manifest is of step {manifest.step}; rename the folder back to checkpoint-{manifest.step}")
     for file, size in sizes.items():
         with open_inside(folder, file) as descriptor:
             found = os.fstat(descriptor).st_size
@@ -106,17 +110,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def commit_line(manifest: bytes) -> bytes:
-    """What COMMIT holds for these bytes of manifest.json."""
+    """Return the content of COMMIT for these bytes of manifest.json."""
     return digest_of(manifest).encode("ascii") + b"\n"
 
 
 def parse_manifest(value: Any) -> tuple[Manifest, dict[str, int]]:
-    """The manifest in a JSON value, and the bytes of each file; CheckpointError if anything is odd."""
+    """Return the manifest in a JSON value, and the size of each file in bytes. Raises CheckpointError if a field is wrong."""
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise CheckpointError(f"not a manifest of the format {FORMAT!r}")
     version = _whole(value, "version", 1, _MAX_STEP)
     if version > VERSION:
-        raise CheckpointError(f"format version {version} is newer than the {VERSION} known here; use a newer hecate")
+        raise CheckpointError(f"format version {version} is newer than {VERSION}, the newest that this hecate reads; use a newer hecate")
     _same_names(value, {"format", "version", "step", "world_size", "files", "tensors", "meta"}, "the manifest")
     step = _whole(value, "step", 0, _MAX_STEP)
     world_size = _whole(value, "world_size", 1, MAX_WORLD_SIZE)
@@ -136,7 +140,7 @@ def parse_manifest(value: Any) -> tuple[Manifest, dict[str, int]]:
 
 
 def parse_entries(value: Any) -> dict[str, TensorEntry]:
-    """The tensor entries in a JSON value {name: entry}; CheckpointError for a wrong name, dtype, shape or digest."""
+    """Return the tensor entries in a JSON value {name: entry}. Raises CheckpointError for a wrong name, dtype, shape or digest."""
     if not isinstance(value, dict):
         raise CheckpointError("'tensors' must be a JSON object")
     entries = {}

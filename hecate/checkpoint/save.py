@@ -1,8 +1,8 @@
-"""Saving: every rank writes its shard into a staging folder, then one rank commits the folder with a single rename.
+"""Save a checkpoint: every rank writes its shard into a staging folder, then one rank commits the folder with a single rename.
 
-Order of a save, by the caller: all ranks `write_shard`; a barrier; one rank `commit`; a barrier. If any rank fails
-before the rename, one rank calls `discard` once all have stopped writing. A reader never sees a folder named
-`checkpoint-{step}` that is not whole, wherever the process dies.
+The caller runs a save in this order: all ranks call `write_shard`; a barrier; one rank calls `commit`; a barrier. If any rank fails
+before the rename, one rank calls `discard` after all have stopped writing. A folder named `checkpoint-{step}` is always complete,
+whenever a process dies.
 """
 
 import contextlib
@@ -36,25 +36,25 @@ _NONCE = re.compile(r"[0-9A-Za-z]{1,64}")
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` stands once it is committed."""
+    """Return the folder of the committed checkpoint of `step`."""
     return root / f"checkpoint-{step}"
 
 
 def staging_folder(root: Path, step: int, nonce: str) -> Path:
-    """Where a save of `step` is written until it is committed.
+    """Return the folder into which a save of `step` is written until it is committed.
 
-    `nonce`: letters and digits, the same on all ranks, another one for each attempt.
+    `nonce` is made of letters and digits, the same on all ranks and different for each attempt.
     """
     assert _NONCE.fullmatch(nonce), nonce
     return root / f"checkpoint-{step}.tmp-{nonce}"
 
 
 def write_shard(staging: Path, rank: int, world_size: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write this rank's tensors, and a small JSON file that tells the committing rank their digests.
+    """Write this rank's tensors, and a small JSON file with their digests for the committing rank.
 
-    Both are on disk when it returns. Every rank calls it, with no tensors if it owns none; a name may come from one
-    rank only. The folder is made if it is not there. Raises CheckpointError if the disk is full or fails; this rank's
-    files are then removed, and the folder too if nothing else is in it.
+    Both are durable when it returns. Every rank calls it, with no tensors if it owns none; each tensor name may come from one rank
+    only. The folder is created if it does not exist. Raises CheckpointError if the disk is full or fails; this rank's files are
+    then removed, and so is the folder if it is empty.
     """
     assert 0 <= rank < world_size <= MAX_WORLD_SIZE, (rank, world_size)
     shard, sidecar = staging / shard_file(rank, world_size), staging / shard_sidecar(rank, world_size)
@@ -74,12 +74,12 @@ def write_shard(staging: Path, rank: int, world_size: int, tensors: Mapping[str,
 
 
 def commit(staging: Path, final: Path, meta: Any, world_size: int) -> None:
-    """Turn the shards in `staging` into the checkpoint `final` (see `checkpoint_folder`), beside it. One rank calls it.
+    """Turn the shards in `staging` into the checkpoint `final` (see `checkpoint_folder`), which must be in the same folder.
 
-    All ranks' `write_shard` must have returned. `meta` is any JSON value; read back it is equal. When it returns, the
-    checkpoint survives a power cut. Raises CheckpointError if `final` exists, a rank's shard is missing or of another
-    size than it said, two ranks wrote one name, or the disk fails; `staging` is then removed if that is possible, and
-    older checkpoints are as they were.
+    One rank calls it, after every rank's `write_shard` has returned. `meta` is any JSON value and is read back equal. When it
+    returns, the checkpoint survives a power cut. Raises CheckpointError if `final` exists, if a rank's shard is missing or differs in
+    size from its JSON file, if two ranks wrote the same name, or if the disk fails. `staging` is then removed if possible, and older
+    checkpoints are unchanged.
     """
     step = step_of(final.name)
     assert step is not None, final
@@ -111,13 +111,13 @@ def commit(staging: Path, final: Path, meta: Any, world_size: int) -> None:
 
 
 def discard(staging: Path) -> None:
-    """Remove a staging folder as far as the disk lets us; `remove_stale_staging` takes what is left."""
+    """Remove a staging folder as far as possible. `remove_stale_staging` deletes the rest later."""
     with contextlib.suppress(OSError):
         delete_files(staging)
 
 
 def _gather_entries(staging: Path, world_size: int) -> dict[str, TensorEntry]:
-    """The entries of all ranks' sidecars, checked against the files; CheckpointError for any missing or given twice."""
+    """Return the tensor entries of all ranks' JSON files, checked against the shards. Raises CheckpointError for missing or double ones."""
     tensors: dict[str, TensorEntry] = {}
     for rank in range(world_size):
         file, sidecar = shard_file(rank, world_size), shard_sidecar(rank, world_size)

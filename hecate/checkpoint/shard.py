@@ -1,4 +1,4 @@
-"""One rank's tensors on disk: hashed as they are written, read back against the digests."""
+"""Write one rank's tensors to a safetensors file and hash them, and read tensors back with their digests checked."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,16 +28,16 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
-    """Write `tensors`, of any device, to the new safetensors file `path` and fsync it. Returns each one's entry.
+    """Write `tensors`, of any device, to the new safetensors file `path` and fsync it. Returns the entry of each tensor.
 
-    Tensors are brought to the CPU one at a time, so host memory peaks at one tensor, two if it is not contiguous. They
-    must not change meanwhile. Raises OSError; what it has written is then left to the caller.
+    Tensors are copied to the CPU one at a time, so host memory peaks at one tensor, or two if it is not contiguous. They must not
+    change meanwhile. Raises OSError; the caller then removes what has been written.
     """
     digests: dict[str, str] = {}
     layout = {}
     for name, tensor in tensors.items():
         assert is_tensor_name(name), f"{name!r} is not a tensor name of a checkpoint"
-        assert tensor.dtype in _DTYPE_NAMES, f"{name}: {tensor.dtype} has no place in a checkpoint"
+        assert tensor.dtype in _DTYPE_NAMES, f"{name}: {tensor.dtype} cannot be stored in a checkpoint"
         assert is_shape(list(tensor.shape), _DTYPE_NAMES[tensor.dtype]), f"{name}: shape {list(tensor.shape)}"
         layout[name] = TensorEntry(path.name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), digest="")
     head, offsets = file_layout(layout)
@@ -54,36 +54,35 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def read_tensors(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint (None: all), on the CPU, in the order of `names`, every digest verified.
+    """Return the named tensors of a checkpoint (None: all) on the CPU, in the order of `names`, with every digest verified.
 
-    A rank may ask for any names, whoever wrote them. Raises CheckpointError, naming file and tensor, for a name that
-    the checkpoint does not hold, a file whose header is not the one that the manifest implies, and a tensor whose bytes
-    have changed.
+    Any rank may read any tensor, whichever rank wrote it. Raises CheckpointError, naming file and tensor, if the checkpoint lacks a
+    name, if a file's header is not the one that the manifest implies, or if a tensor's bytes have changed.
     """
-    wanted = list(manifest.tensors if names is None else names)
-    # With all tensors asked for, the headers of files without any are checked too.
-    wanted_in: dict[str, list[str]] = {file: [] for file in manifest.files} if names is None else {}
-    for name in wanted:
+    requested = list(manifest.tensors if names is None else names)
+    # If all tensors are requested, the headers of files without tensors are checked, too.
+    requested_in: dict[str, list[str]] = {file: [] for file in manifest.files} if names is None else {}
+    for name in requested:
         if name not in manifest.tensors:
             raise CheckpointError(f"{folder}: the checkpoint holds no tensor {name!r}")
-        wanted_in.setdefault(manifest.tensors[name].file, []).append(name)
+        requested_in.setdefault(manifest.tensors[name].file, []).append(name)
     found = {}
     by_file = manifest.by_file()
-    for file in wanted_in:
+    for file in requested_in:
         head, offsets = file_layout(by_file[file])
         with open_inside(folder, file) as descriptor:
             on_disk = bytearray(len(head))
             read_at(descriptor, memoryview(on_disk), 0)
             if on_disk != head:
                 raise CheckpointError(f"{folder / file}: its header is not the one in the manifest: the file is damaged")
-            for name in wanted_in[file]:
+            for name in requested_in[file]:
                 found[name] = _read_tensor(folder, name, manifest.tensors[name], descriptor, offsets[name])
-    return {name: found[name] for name in wanted}
+    return {name: found[name] for name in requested}
 
 
 def _read_tensor(folder: Path, name: str, entry: TensorEntry, descriptor: int, offset: int) -> Tensor:
     path = folder / entry.file
-    # A manifest may promise more than memory can hold, and a file with holes seems to keep the promise.
+    # A forged manifest may list more bytes than memory can hold, and a sparse file can have that size.
     if entry.num_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise CheckpointError(f"{path}: tensor {name}: no memory for {entry.num_bytes} bytes")
     tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
@@ -98,7 +97,7 @@ def _read_tensor(folder: Path, name: str, entry: TensorEntry, descriptor: int, o
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as bytes, not a copy."""
+    """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
     if tensor.numel() == 0:
         return memoryview(b"")
     return tensor.reshape(-1).view(torch.uint8).numpy().data

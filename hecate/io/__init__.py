@@ -1,1 +1,1 @@
-"""Writing files durably and reading JSON strictly."""
+"""Write files durably and read JSON strictly."""

@@ -1,7 +1,7 @@
-"""Durable writes: what a function here has written survives a power cut once it has returned.
+"""Durable file operations: after a function of this module has returned, its changes survive a power cut.
 
-Everything goes through `os` calls one by one, so that a test can stop the process before each of them. The functions raise OSError as it
-comes; their callers can say what was being saved.
+Each change is one call of `os`, so that a test can kill the process before any of them. Functions raise OSError unchanged, because
+only their callers can say what was being saved.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def write_durable(path: Path, blocks: Iterable[memoryview | bytes]) -> int:
-    """Create `path`, which must not exist, write the blocks into it, fsync, close. Returns the bytes written."""
+    """Create `path`, which must not exist, write the blocks to it, fsync and close it. Returns the number of bytes written."""
     size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -27,7 +27,7 @@ def write_durable(path: Path, blocks: Iterable[memoryview | bytes]) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """fsync a folder: the names in it survive a power cut afterwards."""
+    """Call fsync on a folder, so that the names of its files survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def delete_files(folder: Path) -> None:
-    """Delete the files and links of `folder`, then `folder`. A subfolder in it is an OSError."""
+    """Delete the files and links in `folder`, then `folder` itself. Raises OSError if it has a subfolder. No error if it does not exist."""
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(folder):
             os.unlink(folder / name)

@@ -1,4 +1,4 @@
-"""JSON that either says exactly one thing or is refused."""
+"""Read and write JSON strictly: text that could be read in more than one way is refused."""
 
 import json
 import math
@@ -8,11 +8,11 @@ from hecate.errors import UserError
 
 
 class JsonError(UserError):
-    """Not strict JSON: bad UTF-8 or syntax, NaN, a name given twice, nested too deep, a number too long."""
+    """The text is not strict JSON: bad UTF-8 or syntax, NaN, a name given twice, nested too deep, or a number too long."""
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of `data`. Refuses (JsonError) what `json.loads` lets through: duplicate names and NaN or Infinity."""
+    """Return the JSON value in `data`. Raises JsonError also where `json.loads` does not: for duplicate names, NaN and Infinity."""
     try:
         text = data.decode("utf-8")
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
@@ -23,7 +23,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def dump_json(value: Any) -> bytes:
-    """`value` as indented ASCII JSON. Refuses what would not come back equal: tuples, names that are not text, NaN."""
+    """Return `value` as indented ASCII JSON. Values that would not be read back equal are refused: tuples, names that are not text, NaN."""
     data = json.dumps(value, indent=1, allow_nan=False).encode("ascii") + b"\n"
     assert json.loads(data) == value, "a value that JSON would change: tuples must be lists, names must be text"
     return data
