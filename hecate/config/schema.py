@@ -78,8 +78,8 @@ class DataConfig:
     packing: bool = True
     """Put several samples into one sequence; none attends to another."""
     on_bad_sample: Literal["error", "skip", "truncate"] = field(default="error", metadata=key(computes=False))
-    """What to do with a sample that cannot be read or is longer than seq_len. error: stop. skip: leave it out, count it and
-    write it to quarantine-NAME.jsonl in output_dir. truncate: shorten one that is too long to seq_len and count it; stop at other faults."""
+    """What to do with a sample that cannot be read or is longer than seq_len. error: stop. skip: leave it out, count it and write it to
+    quarantine-NAME.jsonl in output_dir. truncate: shorten a sample that is too long to seq_len and count it; stop at other faults."""
 
 
 @dataclass(frozen=True, kw_only=True)
