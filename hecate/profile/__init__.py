@@ -1,1 +1,1 @@
-"""`hecate profile`: measure the devices and links of a job and write them down as a topology."""
+"""`hecate profile`: measure the devices and links of a job and write them to a topology file."""

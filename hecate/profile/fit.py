@@ -1,4 +1,4 @@
-"""From what was measured to a topology: pure functions of seconds and bytes."""
+"""Compute a topology from measured seconds and bytes. All functions are pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import median, median_low
 from hecate.parallel.topology import Link, Topology
 
 ALIKE = 0.1
-"""equal devices whose figures differ by less than this share are taken for equally fast: plans should not follow noise"""
+"""devices of one kind whose speeds differ by less than this share count as equally fast, so that plans do not follow noise"""
 
 
 @dataclass(frozen=True)
@@ -24,51 +24,60 @@ class Flow:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What all ranks found out together."""
+    """The measurements of all ranks. Tuples are indexed by rank."""
 
     node_of_rank: tuple[int, ...]
     kind_of_rank: tuple[str, ...]
-    """name of each rank's device"""
+    """the name of each rank's device"""
     flops: tuple[float, ...]
+    """each rank's FLOP/s"""
     memory: tuple[float, ...]
+    """each rank's free memory in bytes"""
     memory_bandwidth: tuple[float, ...]
+    """each rank's memory bandwidth in bytes/s"""
     near: Sequence[Flow]
-    """ranks of a node, every pair both ways"""
+    """both directions between every two ranks of the same node"""
     alone: Sequence[Flow]
-    """ranks of two nodes, one pair of these nodes at a time"""
+    """flows between ranks of two nodes while no other ranks of these nodes exchange"""
     together: Sequence[Sequence[Flow]]
-    """rounds in which all ranks of two nodes exchange at once"""
+    """the flows of each round in which all ranks of two nodes exchange at the same time"""
     overlap_slowdown: float = 1.0
+    """see `Topology.overlap_slowdown`"""
 
 
 def nodes_of_hosts(hosts: Sequence[str]) -> tuple[int, ...]:
-    """Node of each rank: one for each host name, numbered by their first rank."""
+    """Return the node of each rank: ranks with one host name share a node, and nodes are numbered in the order of their first ranks."""
     order = list(dict.fromkeys(hosts))
     return tuple(order.index(host) for host in hosts)
 
 
 def fit_link(small_bytes: float, small_seconds: float, large_bytes: float, large_seconds: float) -> Link:
-    """The link on which messages of two sizes take latency + bytes / bandwidth."""
+    """Return the link that explains the seconds of a small and a large message as latency + bytes / bandwidth."""
     if large_seconds > small_seconds:
         bandwidth = (large_bytes - small_bytes) / (large_seconds - small_seconds)
-    else:  # too noisy, or too fast, to tell
+    else:  # noise exceeds the difference between the two sizes
         bandwidth = large_bytes / large_seconds
     return Link(bandwidth, max(0.0, small_seconds - small_bytes / bandwidth))
 
 
 def fit_overlap(compute: float, transfer: float, both: float) -> float:
-    """Topology.overlap_slowdown, from the seconds of some work, of a transfer, and of the two at the same time.
+    """Return `Topology.overlap_slowdown`, between 1 and 2.
 
-    Where they overlap, min(compute, transfer) seconds of it, both are slowed down: both = max + (slowdown - 1) · min.
+    While the two overlap, for min(compute, transfer) seconds, both are slowed down: both = max + (slowdown - 1) · min.
+
+    Args:
+        compute: seconds of some computation alone.
+        transfer: seconds of a transfer alone.
+        both: seconds of the two started together.
     """
     return min(2.0, max(1.0, 1 + (both - max(compute, transfer)) / min(compute, transfer)))
 
 
 def port_rates(flows: Iterable[Flow]) -> dict[int, float]:
-    """bytes/s of the port of each rank that took part.
+    """Return the port bandwidth, in bytes/s, of each rank that occurs in `flows`.
 
-    A flow is as fast as the slower of its two ports, so a port is as fast as the fastest flow through it; both directions count,
-    and the slower one is the port's.
+    A flow is as fast as the slower of its two ports, so a port's rate in one direction is that of its fastest flow. The port's
+    bandwidth is the lower of its two directions' rates.
     """
     out: dict[int, float] = {}
     into: dict[int, float] = {}
@@ -79,10 +88,11 @@ def port_rates(flows: Iterable[Flow]) -> dict[int, float]:
 
 
 def uplink_rates(rounds: Iterable[Sequence[Flow]], node_of_rank: Sequence[int]) -> dict[int, float]:
-    """bytes/s of each node's uplink, from rounds in which all its ranks sent equal messages to ranks of other nodes.
+    """Return the uplink bandwidth of each node, in bytes/s.
 
-    In a round two nodes exchange all their messages in the time of the slowest one. Of the rounds of two nodes the median counts;
-    then a node's uplink is as fast as the fastest other node showed it to be, as with ports.
+    In each round all ranks of a node send messages of equal size to ranks of another node. A round's rate between two nodes is the
+    number of messages times the rate of the slowest one, and the median over the rounds of these two nodes counts. A node's uplink is
+    then found from its rates to all other nodes, as `port_rates` finds a port's.
     """
     seen: dict[tuple[int, int], list[float]] = {}
     for flows in rounds:
@@ -95,31 +105,31 @@ def uplink_rates(rounds: Iterable[Sequence[Flow]], node_of_rank: Sequence[int]) 
 
 
 def topology_from(found: Measurements) -> Topology:
-    """The topology that explains the measurements, in figures of two or three digits."""
+    """Return the topology that explains the measurements, with numbers rounded to two or three digits."""
     node_of_rank, kinds = found.node_of_rank, found.kind_of_rank
     nodes = range(max(node_of_rank) + 1)
-    memory_bandwidth = settle(found.memory_bandwidth, kinds)
+    memory_bandwidth = median_per_kind(found.memory_bandwidth, kinds)
     inter: Link | None = None
     uplink: tuple[float, ...] = ()
     nic: tuple[float, ...] = ()
     if len(nodes) > 1:
         nics, uplinks = port_rates(found.alone), uplink_rates(found.together, node_of_rank)
-        for rank, rate in nics.items():  # what one rank gets through goes through its node's uplink
+        for rank, rate in nics.items():  # one rank's traffic passes its node's uplink, which is at least as fast
             uplinks[node_of_rank[rank]] = max(uplinks[node_of_rank[rank]], rate)
-        uplink = settle([uplinks[node] for node in nodes], [_kinds_of_node(found, node) for node in nodes])
-        nic = settle([nics[rank] for rank in range(len(kinds))], kinds)
+        uplink = median_per_kind([uplinks[node] for node in nodes], [_kinds_of_node(found, node) for node in nodes])
+        nic = median_per_kind([nics[rank] for rank in range(len(kinds))], kinds)
         own = [uplink[node] for node in node_of_rank]
         nic = tuple(limit if rate > (1 - ALIKE) * limit else rate for rate, limit in zip(nic, own, strict=True))
         inter = Link(median_low(uplink), _latency(found.alone))
     ports = port_rates(found.near)
-    port_of = dict(zip(ports, settle(list(ports.values()), [kinds[rank] for rank in ports]), strict=True))
+    port_of = dict(zip(ports, median_per_kind(list(ports.values()), [kinds[rank] for rank in ports]), strict=True))
     if ports:
         intra = Link(median_low(port_of.values()), _latency(found.near))
-    else:  # no two ranks share a node: nothing will ever travel over this link
+    else:  # no two ranks share a node, so this link is never used
         intra = inter or Link(memory_bandwidth[0], 0.0)
     return Topology(
         node_of_rank,
-        flops=settle(found.flops, kinds),
+        flops=median_per_kind(found.flops, kinds),
         memory=tuple(_rounded_down(value) for value in found.memory),
         intra_node=intra,
         inter_node=inter or intra,
@@ -131,8 +141,8 @@ def topology_from(found: Measurements) -> Topology:
     )
 
 
-def settle(values: Sequence[float], kinds: Sequence[Hashable]) -> tuple[float, ...]:
-    """Give all of one kind their median, but for those that differ from it by more than `ALIKE`; three digits of each."""
+def median_per_kind(values: Sequence[float], kinds: Sequence[Hashable]) -> tuple[float, ...]:
+    """Replace each value by the median of its kind unless it differs from that by more than `ALIKE`, and round to three digits."""
     middle = {kind: median(v for v, k in zip(values, kinds, strict=True) if k == kind) for kind in dict.fromkeys(kinds)}
     return tuple(_rounded(middle[k] if abs(v - middle[k]) <= ALIKE * middle[k] else v) for v, k in zip(values, kinds, strict=True))
 
@@ -150,6 +160,6 @@ def _rounded(value: float) -> float:
 
 
 def _rounded_down(value: float) -> float:
-    """To two digits: memory that is not there must not be planned with."""
+    """Round down to two digits, because a plan must not use memory that does not exist."""
     exponent = math.floor(math.log10(value)) - 1
     return float(f"{math.floor(value / 10.0**exponent)}e{exponent}")

@@ -1,4 +1,4 @@
-"""Time this rank's device, and messages between ranks. All ranks measure at the same time, as they train at the same time."""
+"""Measure this rank's device and the messages between ranks. All ranks measure at the same time, as they train at the same time."""
 
 from __future__ import annotations
 
@@ -19,64 +19,66 @@ from hecate.ranks.ranks import Ranks
 
 _FEWEST, _MOST = 3, 50
 _SMALL_MESSAGES = 20
-_IN_A_ROW = 4
-"""at least"""
-_ROW_SHARE = 0.5
-"""of `ProbeSizes.seconds`"""
+_FEWEST_CALLS = 4
+"""the fewest calls in one series of calls that is timed as a whole"""
+_SERIES_SHARE = 0.5
+"""the length of such a series, as a share of `ProbeSizes.seconds`"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSizes:
-    """How much is computed, copied and sent."""
+    """How much a measurement computes, copies and sends, and for how long."""
 
     matmul: int
-    """side of the square matrices"""
+    """the side of the square matrices that are multiplied"""
     copy_bytes: int
-    """well above what the caches hold"""
+    """the bytes of a copy, well above the size of the caches"""
     small_bytes: int
+    """the bytes of a small message"""
     large_bytes: int
-    """of messages"""
+    """the bytes of a large message"""
     seconds: float
-    """for which each measurement of a device, and the messages of all pairs together, are repeated; three times at least"""
+    """how long each measurement of a device is repeated, and the messages of all pairs together; but at least three times"""
 
 
 def sizes_for(device: torch.device) -> ProbeSizes:
+    """Return the sizes with which `hecate profile` measures."""
     if device.type == "cuda":
         return ProbeSizes(matmul=8192, copy_bytes=1 << 30, small_bytes=1 << 10, large_bytes=1 << 26, seconds=1.0)
     return ProbeSizes(matmul=1024, copy_bytes=1 << 27, small_bytes=1 << 10, large_bytes=1 << 24, seconds=1.0)
 
 
 def quick_sizes(device: torch.device) -> ProbeSizes:
-    """For a job that waits to begin: a second or two in all, good enough to tell devices and links apart."""
+    """Return sizes for a job that measures before it starts: a second or two in all, enough to distinguish devices and links."""
     if device.type == "cuda":
         return ProbeSizes(matmul=8192, copy_bytes=1 << 29, small_bytes=1 << 10, large_bytes=1 << 25, seconds=0.2)
     return ProbeSizes(matmul=512, copy_bytes=1 << 25, small_bytes=1 << 10, large_bytes=1 << 22, seconds=0.25)
 
 
 def measure_flops(ranks: Ranks, sizes: ProbeSizes) -> float:
-    """Sustained FLOP/s of a matmul in the dtype that training would choose."""
+    """Return the sustained FLOP/s of a matmul in the dtype that training would use. Every rank must call it."""
     multiply = _matmul(ranks.device, sizes)
     return 2 * sizes.matmul**3 / _seconds_side_by_side(multiply, sizes, ranks)
 
 
 def measure_memory_bandwidth(ranks: Ranks, sizes: ProbeSizes) -> float:
-    """bytes/s that a large copy reads and writes."""
+    """Return the bytes/s that a large copy reads and writes together. Every rank must call it."""
     source = torch.ones(sizes.copy_bytes, dtype=torch.uint8, device=ranks.device)
     target = torch.empty_like(source)
     return 2 * sizes.copy_bytes / _seconds_side_by_side(lambda: target.copy_(source), sizes, ranks)
 
 
 def measure_rounds(rounds: Rounds, ranks: Ranks, group: dist.ProcessGroup, sizes: ProbeSizes) -> list[tuple[float, float]]:
-    """Exchange messages as `rounds` say; every rank must call it, with as many rounds.
+    """Exchange messages with the partners that `rounds` give. Every rank must call it, with the same number of rounds.
 
-    A message travels in an all-to-all of `group`, as experts and tokens do, and both partners send at the same time. Ranks without
-    a partner in a round take part with nothing.
+    A message is sent by an all-to-all of `group`, as experts and tokens are, and both partners send at the same time. A rank without
+    a partner in a round sends nothing.
 
     Args:
-        rounds: pairs of ranks of the whole job; only those of `group` matter here.
+        rounds: pairs of ranks of the whole job; pairs outside `group` are ignored.
 
     Returns:
-        [rounds] median seconds of a small and of a large message to arrive here; meaningless where this rank had no partner.
+        [rounds] the median seconds in which this rank received a small and a large message; meaningless in rounds without a partner.
     """
     partner_of_round = [partner_of(ranks.rank, pairs) for pairs in rounds]
     send = torch.ones(sizes.large_bytes, dtype=torch.uint8, device=ranks.device)
@@ -105,9 +107,9 @@ def measure_rounds(rounds: Rounds, ranks: Ranks, group: dist.ProcessGroup, sizes
 
 
 def measure_overlap(ranks: Ranks, sizes: ProbeSizes) -> tuple[float, float, float]:
-    """Median seconds, on the slowest rank, of some matmuls, of an all-to-all of all ranks, and of the two at the same time.
+    """Return the median seconds, on the slowest rank, of some matmuls, of an all-to-all of all ranks, and of the two together.
 
-    Their amounts are chosen such that they take about equally long.
+    Their sizes are chosen so that the two take about equally long. Every rank must call it.
     """
     multiply = _matmul(ranks.device, sizes)
     world = ranks.world_size
@@ -140,7 +142,7 @@ def measure_overlap(ranks: Ranks, sizes: ProbeSizes) -> tuple[float, float, floa
 
 
 def free_memory(device: torch.device, ranks_on_node: int) -> float:
-    """bytes that this rank may use: free on its GPU, or its share of what is available to all ranks of a CPU machine."""
+    """Return the bytes that this rank may use: those free on its GPU, or on a CPU machine an equal share of the available memory."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -149,6 +151,7 @@ def free_memory(device: torch.device, ranks_on_node: int) -> float:
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of a CPU with this rank's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -158,14 +161,14 @@ def device_name(device: torch.device) -> str:
 
 
 def available_memory(meminfo: str, limit: str | None) -> float:
-    """bytes, from the text of /proc/meminfo, which is the whole machine's, and of a container's memory.max."""
+    """Return the available bytes, from the text of the machine's /proc/meminfo and, if there is one, of the container's memory.max."""
     line = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
     available = float(line.split()[1]) * 1024
     return available if limit is None or limit.strip() == "max" else min(available, float(limit))
 
 
 def _matmul(device: torch.device, sizes: ProbeSizes) -> Callable[[], object]:
-    # Random numbers: a GPU draws less power on constant ones and keeps a clock that no training sees.
+    # The numbers are random: with constant ones a GPU draws less power and keeps a higher clock than in training.
     numbers = torch.randn(sizes.matmul, sizes.matmul, generator=torch.Generator(device).manual_seed(0), device=device)
     factor = numbers.to(pick_dtype("auto", device))
     product = torch.empty_like(factor)
@@ -173,26 +176,32 @@ def _matmul(device: torch.device, sizes: ProbeSizes) -> Callable[[], object]:
 
 
 def partner_of(rank: int, pairs: Sequence[tuple[int, int]]) -> int | None:
-    """Whom `rank` meets in a round, if anyone."""
+    """Return the partner of `rank` in a round, or None if it has none."""
     return next((a + b - rank for a, b in pairs if rank in (a, b)), None)
 
 
 def _seconds_side_by_side(action: Callable[[], object], sizes: ProbeSizes, ranks: Ranks) -> float:
-    """Median seconds of a call while all ranks make it. In long rows: ranks that share cores start one after the other, and single calls
-    of the first would be over before the last begins; and a device that a quota or its heat holds back would not show it in short ones."""
-    action()
-    count = max(_IN_A_ROW, math.ceil(_ROW_SHARE * sizes.seconds / _timed(action, ranks.device)))
+    """Return the median seconds of a call while all ranks make it.
 
-    def row() -> None:
+    Calls are timed in long series, for two reasons: ranks that share cores do not start at the same moment, so a single call of one
+    could end before that of another begins; and a CPU quota or heat slows a device down only after a while.
+    """
+    action()
+    count = max(_FEWEST_CALLS, math.ceil(_SERIES_SHARE * sizes.seconds / _timed(action, ranks.device)))
+
+    def series() -> None:
         for _ in range(count):
             action()
 
-    return median(_repeat(row, sizes.seconds, ranks)) / count
+    return median(_repeat(series, sizes.seconds, ranks)) / count
 
 
 def _repeat(action: Callable[[], object], budget: float, ranks: Ranks) -> list[float]:
-    """Seconds of each of several calls, about `budget` seconds of them. Every rank must call it; all start each call together."""
-    action()  # the first one allocates, connects, picks kernels
+    """Return the seconds of each of several calls, about `budget` seconds in all.
+
+    Every rank must call it, and all ranks start each call together.
+    """
+    action()  # the first call allocates memory, opens connections and selects kernels
     first = ranks.all_max(_timed(action, ranks.device))
     count = min(_MOST, max(_FEWEST, int(budget / first)))
     seconds = []

@@ -1,6 +1,6 @@
-"""The program that one rank of `hecate profile` is: `python -m hecate.profile.rank_main FILE`.
+"""The program of one rank of `hecate profile`: `python -m hecate.profile.rank_main FILE`.
 
-`hecate profile` starts it on this machine, and becomes it under torchrun.
+`hecate profile` starts one process of it for each rank. Under torchrun, `hecate profile` runs it in its own process.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from hecate.ranks.launcher_files import exit_with_user_error
 
 
 def preload() -> None:
-    """Import what a rank needs. The fork server calls this once, for all ranks of a machine."""
+    """Import the modules that a rank needs. The fork server calls this once, for all ranks of a machine."""
     from hecate.profile import run  # noqa: F401
     from hecate.ranks import ranks  # noqa: F401
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure as one rank.
+    """Run the measurements of one rank.
 
     Args:
         arguments: the path of the topology file to write.
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def profile_as_rank(out: Path) -> None:
-    """Join the ranks that the environment describes, measure with them, and have rank 0 write and show the topology.
+    """Join the ranks that the environment describes and measure with them. Rank 0 writes the topology to `out` and prints it.
 
     Raises:
         UserError: `out` cannot be written.

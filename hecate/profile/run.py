@@ -1,4 +1,4 @@
-"""All of `hecate profile`: measure, agree, write."""
+"""The steps of `hecate profile`: measure on every rank, gather the results, fit a topology and write it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def profile(ranks: Ranks, out: Path, sizes: ProbeSizes | None = None) -> Topolog
         UserError: `out` cannot be written.
     """
     sizes = sizes or probe.sizes_for(ranks.device)
-    hosts = all_texts(socket.gethostname(), ranks)
-    kinds = all_texts(probe.device_name(ranks.device), ranks)
+    hosts = gather_texts(socket.gethostname(), ranks)
+    kinds = gather_texts(probe.device_name(ranks.device), ranks)
     topology = topology_from(measure(ranks, nodes_of_hosts(hosts), tuple(kinds), sizes))
     if ranks.is_first:
         save_topology(topology, out, _comment(hosts, kinds, ranks.device))
@@ -38,10 +38,11 @@ def profile(ranks: Ranks, out: Path, sizes: ProbeSizes | None = None) -> Topolog
 
 
 def measure(ranks: Ranks, node_of_rank: tuple[int, ...], kinds: tuple[str, ...], sizes: ProbeSizes) -> Measurements:
-    """Time the devices and links of a job whose nodes are known. Every rank must call it.
+    """Measure the devices and links of a job. Every rank must call it.
 
     Args:
-        kinds: name of each rank's device.
+        node_of_rank: the node of each rank.
+        kinds: the name of each rank's device.
     """
     ranks_of_node = [[r for r, n in enumerate(node_of_rank) if n == node] for node in range(max(node_of_rank) + 1)]
     own = (
@@ -49,11 +50,11 @@ def measure(ranks: Ranks, node_of_rank: tuple[int, ...], kinds: tuple[str, ...],
         probe.measure_flops(ranks, sizes),
         probe.measure_memory_bandwidth(ranks, sizes),
     )
-    memory, flops, memory_bandwidth = zip(*_all_rows(list(own), ranks), strict=True)
+    memory, flops, memory_bandwidth = zip(*_gather_numbers(list(own), ranks), strict=True)
 
     near_group = ranks.groups.tokens
     if len(ranks_of_node) > 1:
-        # An all-to-all of all ranks waits for other nodes even where it carries nothing from them.
+        # An all-to-all of all ranks waits for other nodes even if they send nothing.
         groups = [dist.new_group(members, timeout=_TIMEOUT) for members in ranks_of_node]
         near_group = groups[node_of_rank[ranks.rank]]
     near = find_flows(near_rounds(ranks_of_node), ranks, near_group, sizes)
@@ -73,31 +74,31 @@ def measure(ranks: Ranks, node_of_rank: tuple[int, ...], kinds: tuple[str, ...],
 
 
 def find_flows(rounds: Rounds, ranks: Ranks, group: dist.ProcessGroup, sizes: ProbeSizes) -> list[list[Flow]]:
-    """Both directions of every pair of every round, as their receivers saw them."""
+    """Return both directions of every pair in every round, with links fitted to the receivers' times. Every rank must call it."""
     if not rounds:
         return []
     own = probe.measure_rounds(rounds, ranks, group, sizes)
-    rows = _all_rows([seconds for pair in own for seconds in pair], ranks)
+    seconds_of_rank = _gather_numbers([seconds for pair in own for seconds in pair], ranks)
 
     def flow(source: int, destination: int, round_: int) -> Flow:
-        small, large = rows[destination][2 * round_ : 2 * round_ + 2]
+        small, large = seconds_of_rank[destination][2 * round_ : 2 * round_ + 2]
         return Flow(source, destination, fit_link(sizes.small_bytes, small, sizes.large_bytes, large))
 
     return [[f for a, b in pairs for f in (flow(a, b, number), flow(b, a, number))] for number, pairs in enumerate(rounds)]
 
 
-def _all_rows(values: list[float], ranks: Ranks) -> list[list[float]]:
-    """[ranks][values] from every rank, all of equal length."""
-    row = torch.tensor(values, dtype=torch.float64, device=ranks.device)
-    rows = [torch.empty_like(row) for _ in range(ranks.world_size)]
-    dist.all_gather(rows, row, group=ranks.groups.tokens)
-    return [row.tolist() for row in rows]
+def _gather_numbers(values: list[float], ranks: Ranks) -> list[list[float]]:
+    """Return every rank's values, [ranks][values]. Every rank must call it, with the same number of values."""
+    own = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+    gathered = [torch.empty_like(own) for _ in range(ranks.world_size)]
+    dist.all_gather(gathered, own, group=ranks.groups.tokens)
+    return [numbers.tolist() for numbers in gathered]
 
 
-def all_texts(text: str, ranks: Ranks) -> list[str]:
-    """Every rank's text, cut off after 256 bytes. Every rank must call it."""
-    codes = list(text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"))
-    return [bytes(map(int, row)).rstrip(b"\0").decode(errors="replace") for row in _all_rows([float(c) for c in codes], ranks)]
+def gather_texts(text: str, ranks: Ranks) -> list[str]:
+    """Return every rank's text, cut off after 256 bytes. Every rank must call it."""
+    codes = [float(code) for code in text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")]
+    return [bytes(map(int, numbers)).rstrip(b"\0").decode(errors="replace") for numbers in _gather_numbers(codes, ranks)]
 
 
 def _comment(hosts: list[str], kinds: list[str], device: torch.device) -> str:

@@ -288,7 +288,7 @@ def _measured(ranks: Any, nodes: tuple[str, ...]) -> Any:
     """Measure the topology of the ranks. Every rank must call it."""
     from hecate.profile.fit import nodes_of_hosts, topology_from
     from hecate.profile.probe import device_name, quick_sizes
-    from hecate.profile.run import all_texts, measure
+    from hecate.profile.run import gather_texts, measure
 
-    kinds = tuple(all_texts(device_name(ranks.device), ranks))
+    kinds = tuple(gather_texts(device_name(ranks.device), ranks))
     return topology_from(measure(ranks, nodes_of_hosts(nodes), kinds, quick_sizes(ranks.device)))

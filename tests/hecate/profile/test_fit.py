@@ -8,7 +8,17 @@ import pytest
 
 from hecate.parallel.cost_loops import exposed_seconds
 from hecate.parallel.topology import Link, Topology
-from hecate.profile.fit import Flow, Measurements, fit_link, fit_overlap, nodes_of_hosts, port_rates, settle, topology_from, uplink_rates
+from hecate.profile.fit import (
+    Flow,
+    Measurements,
+    fit_link,
+    fit_overlap,
+    median_per_kind,
+    nodes_of_hosts,
+    port_rates,
+    topology_from,
+    uplink_rates,
+)
 from hecate.profile.schedule import Rounds, alone_rounds, far_rounds, near_rounds
 
 
@@ -77,9 +87,9 @@ def test_a_fast_node_is_not_blamed_for_a_slow_one() -> None:
 
 
 def test_equal_devices_get_equal_figures() -> None:
-    assert settle([100.0, 104.0, 97.0, 60.0], ["gpu"] * 4) == (98.5, 98.5, 98.5, 60.0)
-    assert settle([100.0, 104.0, 50.0], ["fast", "fast", "slow"]) == (102.0, 102.0, 50.0)
-    assert settle([1234.0, 98765.0], ["a", "b"]) == (1230.0, 98800.0)
+    assert median_per_kind([100.0, 104.0, 97.0, 60.0], ["gpu"] * 4) == (98.5, 98.5, 98.5, 60.0)
+    assert median_per_kind([100.0, 104.0, 50.0], ["fast", "fast", "slow"]) == (102.0, 102.0, 50.0)
+    assert median_per_kind([1234.0, 98765.0], ["a", "b"]) == (1230.0, 98800.0)
 
 
 def flows_over(rounds: Rounds, truth: Topology) -> list[list[Flow]]:
