@@ -1,4 +1,4 @@
-"""Adapters in the `mixlora` format: the folder that a run leaves, and that other programs write and read."""
+"""Write what a finished run has trained, and read adapters: the `mixlora` and PEFT adapter formats and whole Mixtral models."""
 
 from hecate.adapters.config import AdapterConfig
 from hecate.adapters.folder import load_adapter, save_adapter

@@ -1,4 +1,4 @@
-"""The configuration of a `mixlora` adapter, and its two-way translation to adapter_config.json."""
+"""The configuration of a `mixlora` adapter, and its translation to and from adapter_config.json."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from hecate.errors import UserError
 _log = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
 FORMAT_VERSION = 1
-# Dropout for other readers: theirs stays on at inference, and they crash on 0.0.
+# The dropout written for other programs, which apply dropout at inference, too, and crash on 0.0.
 _READERS_DROPOUT = 1e-9
 _READ_KEYS = {
     "bias",
@@ -35,24 +35,24 @@ _HECATE_KEYS = {"format_version", "lora_dropout", "num_layers", "num_experts", "
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What an adapter is. Raises UserError, naming the field and its range, for a value that no adapter can have."""
+    """The description of an adapter. Raises UserError, naming the field and its range, for a value out of range."""
 
     base_model_name_or_path: str
     r: int
     alpha: int
     dropout: float
-    """The true one, 0 to below 1; other readers are told 1e-9."""
+    """The dropout that training used, from 0 to below 1. The key that other programs read says 1e-9 instead."""
     target_modules: tuple[str, ...]
     num_layers: int
     num_experts: int | tuple[int, ...]
-    """For all layers, or one number for each layer."""
+    """The number of experts of every layer, or one number for each layer."""
     top_k: int
     act_fn: str
-    """Activation between gate and down, transformers' name: "silu", "gelu_pytorch_tanh", ..."""
+    """The activation of the gate, by transformers' name: "silu", "gelu_pytorch_tanh", ..."""
     use_rslora: bool = False
-    """The scale is alpha / sqrt(r), not alpha / r. Readers know the key: B is saved as it was trained, bit for bit."""
+    """Whether the scale is alpha / sqrt(r) instead of alpha / r. Other programs read this key, so B is saved unchanged, bit for bit."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further JSON to keep with the adapter (family, router, aux-loss settings, ...); other readers do not see it."""
+    """Further JSON values to save with the adapter (family, router, aux-loss settings, ...); other programs do not read them."""
 
     def __post_init__(self) -> None:
         _check_text("base_model_name_or_path", self.base_model_name_or_path)
@@ -77,20 +77,20 @@ class AdapterConfig:
 
     @property
     def experts_per_layer(self) -> tuple[int, ...]:
-        """Number of experts of each layer; 0: it keeps its plain FFN."""
+        """Return the number of experts of each layer. 0: the layer keeps its plain FFN."""
         return self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,) * self.num_layers
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by."""
+        """The factor of B A x."""
         return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
 
 
 def config_to_json(config: AdapterConfig) -> dict[str, Any]:
-    """adapter_config.json as `mixlora` and `moe-peft` read it; what they cannot hold stands under "hecate".
+    """Return adapter_config.json as `mixlora` and `moe-peft` read it, with further values under the key "hecate".
 
-    Experts per layer go there too, and `num_experts` is then their maximum: `mixlora` refuses such an adapter for the
-    tensors it lacks, `moe-peft` adds experts that no router row leads to.
+    If layers differ in their number of experts, the list is under "hecate" and `num_experts` is its maximum. `mixlora` then refuses
+    the adapter because tensors are missing; `moe-peft` adds experts to which no router sends tokens.
     """
     ours: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -120,11 +120,15 @@ def config_to_json(config: AdapterConfig) -> dict[str, Any]:
 
 
 def config_from_json(value: Any, num_layers_seen: int) -> AdapterConfig:
-    """The configuration in adapter_config.json, ours or another writer's.
+    """Return the configuration in adapter_config.json, written by hecate or by another program.
 
-    `num_layers_seen` serves where the file does not say the number of layers, as only ours does. Raises UserError for a
-    missing or wrong key, and for a kind of adapter whose meaning would be lost: DoRA, a bias, another routing strategy,
-    experts with settings of their own. Keys that are not used are named in a warning.
+    Args:
+        value: the JSON value of the file.
+        num_layers_seen: the number of layers, if the file does not give it; only hecate writes it.
+
+    Raises:
+        UserError: a key is missing or wrong, or the adapter is of a kind that is not supported: DoRA, a bias, another routing
+            strategy, or experts with settings of their own. Keys that are not used are only named in a warning.
     """
     if not isinstance(value, dict):
         raise UserError("not a JSON object")
@@ -164,7 +168,7 @@ def config_from_json(value: Any, num_layers_seen: int) -> AdapterConfig:
 
 
 def _hecate_part(value: dict[str, Any]) -> dict[str, Any]:
-    """What stands under "hecate", {} if another program wrote the adapter."""
+    """Return the value of the key "hecate", or {} if another program wrote the adapter."""
     if "hecate" not in value:
         return {}
     ours = value["hecate"]
@@ -182,7 +186,7 @@ def _hecate_part(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _target_modules(value: Any) -> tuple[str, ...]:
-    """From a list of names, or {name: whether} as older adapters have it; older names mapped, in our own order."""
+    """Return the target modules in hecate's order and names, from a list of names or, in older adapters, a mapping {name: bool}."""
     if isinstance(value, dict):
         if not all(type(chosen) is bool for chosen in value.values()):
             raise UserError("target_modules must say true or false for each name")

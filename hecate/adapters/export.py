@@ -1,4 +1,4 @@
-"""The trained adapter to and from the `mixlora` folder format."""
+"""Gather a trained adapter from all ranks into the `mixlora` folder format, and load such an adapter into a model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _HF_ACTIVATION = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tan
 
 
 def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
-    """The adapter's description; made before training, so that what the format cannot hold is refused at once.
+    """Return the adapter's description. It is made before training, so that what the format cannot hold is refused early.
 
     Raises:
-        UserError: a target module is none of the format's seven.
+        UserError: a target module is not one of the format's seven.
     """
     num_layers = len(decoder_layers(base.model)[1])
     experts = config.moe.num_experts
@@ -50,7 +50,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
 
 
 def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, ranks: Ranks) -> None:
-    """Gather all experts on rank 0, a layer at a time, and write them there. Every rank must call it."""
+    """Gather all experts on rank 0, one layer at a time, and write the adapter there. Every rank must call it."""
     tensors: dict[str, Tensor] = {}
     for unit in sorted(moe.layers):
         chunks = gather_on_first(moe, unit, ranks)
@@ -71,7 +71,7 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
 
 
 def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
-    """Set routers, adapters and this rank's owned experts from an adapter's tensors (complete: `load_adapter` has checked)."""
+    """Set routers, attention adapters and this rank's owned experts from the tensors of an adapter that `load_adapter` has checked."""
     with torch.no_grad():
         for unit, router in moe.routers.items():
             router.copy_(tensors[router_tensor_name(unit.layer)])
@@ -86,7 +86,7 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
 
 
 def gather_on_first(moe: MoeModel, unit: Unit, ranks: Ranks) -> Tensor | None:
-    """All master chunks of a layer, [experts, C], on rank 0, None elsewhere. Every rank must call it."""
+    """Return all master chunks of a unit, [experts, C], on rank 0 and None on other ranks. Every rank must call it."""
     if not moe.engine.shards.in_first_group:
         return None
     owner_E: np.ndarray = moe.engine.shards.owners[unit]

@@ -1,7 +1,7 @@
-"""A model with full experts as a Hugging Face folder of Mixtral's layout, which transformers, vLLM and others read.
+"""Write a model with full experts as a Hugging Face folder of Mixtral's layout, which transformers, vLLM and others read.
 
-Experts are fetched from their owners one at a time, as rank 0 writes: no rank ever holds a layer of them. One file a decoder layer, and one
-for what is outside.
+While rank 0 writes, it fetches one expert at a time from its owner, so no rank ever holds all experts of a layer. The folder has one
+file per decoder layer, and one for the other weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 
 _DENSE_TYPES = ("llama", "mistral")
-"""what Mixtral is but for its experts"""
+"""the dense model types whose layers, apart from the experts, are the same as Mixtral's"""
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
@@ -44,20 +44,20 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class MixtralFolder:
-    """What goes into the folder beside the experts and routers."""
+    """The description of the folder: the model's configuration and the type of its weights."""
 
     config: Any
     """a transformers MixtralConfig"""
     tokenizer: Any
     dtype: torch.dtype
-    """of all weights"""
+    """the type of all weights"""
 
 
 def mixtral_config(dense: Any, experts_per_layer: tuple[int, ...], top_k: int, aux_loss_coef: float) -> Any:
-    """The transformers MixtralConfig of a dense model's configuration with experts in it.
+    """Return the transformers MixtralConfig of a dense model with experts in its layers.
 
     Raises:
-        UserError: Mixtral has no place for something of it, with the reason.
+        UserError: the model cannot be written as a Mixtral; the text gives the reasons.
     """
     from transformers import MixtralConfig
 
@@ -76,7 +76,7 @@ def mixtral_config(dense: Any, experts_per_layer: tuple[int, ...], top_k: int, a
 
 
 def dense_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights outside routers and experts by their names in the model, a tied one once."""
+    """Return the weights outside routers and experts by their names in the model. A tied weight is returned once."""
     routed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MoeLayer))
     return {name: parameter.detach() for name, parameter in model.named_parameters() if not name.startswith(routed)}
 
@@ -85,10 +85,10 @@ def export_mixtral(folder: Path, description: MixtralFolder, dense: Mapping[str,
     """Write the model to the new folder `folder`. Every rank must call it.
 
     Args:
-        dense: the weights outside routers and experts, by Mixtral's names; only rank 0's are written.
+        dense: the weights outside routers and experts, by Mixtral's names; rank 0's are written.
 
     Raises:
-        UserError: the disk fails; nothing is left then.
+        UserError: the disk fails; the folder is then removed.
     """
     entries = _entries(description, dense, moe)
     by_file: dict[str, dict[str, TensorEntry]] = {}
@@ -123,7 +123,7 @@ def export_mixtral(folder: Path, description: MixtralFolder, dense: Mapping[str,
 
 
 def _entries(description: MixtralFolder, dense: Mapping[str, Tensor], moe: MoeModel) -> dict[str, TensorEntry]:
-    """Every tensor of the folder; the same on every rank."""
+    """Return the entry of every tensor of the folder. It is the same on every rank."""
     shapes = {name: tuple(tensor.shape) for name, tensor in dense.items()}
     for unit in moe.layers:
         family = moe.engine.shards.families[unit]
@@ -144,12 +144,15 @@ def _entries(description: MixtralFolder, dense: Mapping[str, Tensor], moe: MoeMo
 
 
 class _Fetch:
-    """A tensor of the folder, on rank 0; None elsewhere. Every rank must ask for the same ones in the same order."""
+    """A function that returns a named tensor of the folder on rank 0, and None on other ranks.
+
+    Every rank must call it for the same names in the same order.
+    """
 
     def __init__(self, dtype: torch.dtype, dense: Mapping[str, Tensor], moe: MoeModel, ranks: Ranks) -> None:
         self._dtype, self._dense, self._moe, self._ranks = dtype, dense, moe, ranks
         self._chunk: tuple[tuple[Unit, int], Tensor | None] | None = None
-        """the expert that was asked for last"""
+        """the last requested expert and its chunk"""
 
     def __call__(self, name: str) -> Tensor | None:
         match = _EXPERT.fullmatch(name)
@@ -177,7 +180,7 @@ class _Fetch:
 
 
 def expert_on_first(moe: MoeModel, unit: Unit, expert: int, ranks: Ranks) -> Tensor | None:
-    """[C] on rank 0: an expert's master chunk. Every rank must call it; only the owner and rank 0 have something to do."""
+    """Return an expert's master chunk, [C], on rank 0 and None on other ranks. Every rank must call it."""
     if not moe.engine.shards.in_first_group:
         return None
     store, owner = moe.engine.shards.stores[unit], int(moe.engine.shards.owners[unit][expert])

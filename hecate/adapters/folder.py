@@ -1,4 +1,4 @@
-"""A `mixlora` adapter folder: adapter_config.json and adapter_model.safetensors, written whole or not at all."""
+"""Write and read adapter folders: adapter_config.json and adapter_model.safetensors, written both or neither."""
 
 import contextlib
 import os
@@ -26,11 +26,11 @@ _MAX_CONFIG_BYTES = 2**24
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:
-    """Write an adapter of all its tensors, named as in `hecate.adapters.names`, to the new folder `folder`, in fp32.
+    """Write a `mixlora` adapter in fp32 to the new folder `folder`.
 
-    A and B are written as they are: the readers of the format compute the scale, alpha / r or with `use_rslora` alpha /
-    sqrt(r), themselves. Raises UserError if the folder exists, a tensor is missing, unknown, of the wrong shape or not
-    finite (see `checked_tensors`), or the disk fails; nothing is left then.
+    `tensors` are all of the adapter's, named as in `hecate.adapters.names`. A and B are written unscaled: readers of the format
+    multiply by alpha / r, or with `use_rslora` by alpha / sqrt(r). Raises UserError if the folder exists, a tensor is missing,
+    unknown, of the wrong shape or not finite (see `checked_tensors`), or the disk fails; the folder is then removed.
     """
     try:
         checked = checked_tensors(tensors, config)
@@ -62,11 +62,11 @@ def write_adapter_folder(folder: Path, tensors: Mapping[str, Tensor], config: Ma
 
 
 def load_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
-    """Read an adapter folder: ours, or one of `mixlora` or `moe-peft`, with today's tensor names or the `mixtral` ones.
+    """Read an adapter folder that hecate, `mixlora` or `moe-peft` has written, with current tensor names or the older `mixtral` ones.
 
-    Returns fp32 tensors on the CPU under today's names, and the configuration. adapter_model.safetensors is taken if it
-    is there, else adapter_model.bin. Raises UserError, naming file and tensor or key, for anything missing, unknown or
-    of the wrong shape.
+    Returns fp32 tensors on the CPU under current names, and the configuration. The file adapter_model.safetensors is read if it
+    exists, otherwise adapter_model.bin. Raises UserError, naming the file and the tensor or key, for anything missing, unknown or of
+    the wrong shape.
     """
     config_path, value = folder / CONFIG, read_adapter_config(folder)
     weights_path = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / OLD_WEIGHTS
@@ -90,10 +90,10 @@ def load_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
 
 
 def read_adapter_config(folder: Path) -> Any:
-    """The JSON value of an adapter folder's configuration, of whatever kind.
+    """Return the JSON value of an adapter folder's adapter_config.json, of any kind of adapter.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     config_path = folder / CONFIG
     try:
@@ -114,14 +114,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
-    """The one place that opens a pickle, with torch's reader that knows tensors and containers and runs no code."""
+    """Read adapter_model.bin. Only this function opens a pickle, with torch's `weights_only` reader, which runs no code."""
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
-            f"{path}: refused, for it is damaged or holds more than tensors: {reason}\n"
-            f"Ask its author for {WEIGHTS}, or convert it where you trust it."
+            f"{path}: refused, because it is damaged or holds more than tensors: {reason}\n"
+            f"Ask its author for {WEIGHTS}, or convert it yourself on a machine where that is safe."
         ) from error
     if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
         raise UserError(f"{path}: not a flat table of tensors by name")

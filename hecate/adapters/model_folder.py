@@ -1,4 +1,4 @@
-"""A whole model that a run has left, for evaluation and answers: what `hecate.adapters.export_mixtral` writes, read by transformers."""
+"""Load the model folder that `hecate.adapters.export_mixtral` has written with transformers, for evaluation and generation."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hecate.ranks.ranks import Ranks
 
 
 def is_model_folder(folder: Path) -> bool:
-    """And no adapter's."""
+    """Return whether `folder` holds a whole model and not an adapter."""
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
 
 
 def load_model_folder(folder: Path, ranks: Ranks, dtype: str) -> tuple[BaseModel, MoeModel]:
-    """The model as transformers has it: its experts are no concern of the engine's, which has none.
+    """Load the folder as a plain transformers model. The returned MoeModel has no experts, because transformers computes them.
 
     Args:
-        dtype: auto: as it was saved.
+        dtype: the type to load the weights in; auto: the type they were saved in.
 
     Raises:
-        UserError: it cannot be read, or there is no room for it.
+        UserError: the model cannot be read, or memory is too small for it.
     """
     source = ModelSource(folder, None)
     saved = getattr(read_config(source), "dtype", None)

@@ -1,4 +1,4 @@
-"""Names of the tensors in a `mixlora` adapter, and the older `mixtral` names of the same tensors."""
+"""The names of the tensors in a `mixlora` adapter, and the older `mixtral` names of the same tensors."""
 
 import re
 from typing import Literal
@@ -16,24 +16,24 @@ Matrix = Literal["A", "B"]
 
 
 def router_tensor_name(layer: int) -> str:
-    """Name of a layer's router weight (experts, hidden)."""
+    """Return the name of a layer's router weight, [experts, hidden]."""
     return f"mixlora.layers.{layer}.mlp.moe_gate.weight"
 
 
 def expert_tensor_name(layer: int, projection: str, expert: int, matrix: Matrix) -> str:
-    """Name of an expert's A (r, in) or B (out, r) on gate_proj, up_proj or down_proj."""
+    """Return the name of an expert's A, [r, inputs], or B, [outputs, r], of gate_proj, up_proj or down_proj."""
     assert projection in FFN_MODULES, projection
     return f"mixlora.layers.{layer}.mlp.{projection}.experts.{expert}.lora_{matrix}.weight"
 
 
 def attention_tensor_name(layer: int, module: str, matrix: Matrix) -> str:
-    """Name of the plain LoRA's A (r, in) or B (out, r) on q_proj, k_proj, v_proj or o_proj."""
+    """Return the name of an attention adapter's A, [r, inputs], or B, [outputs, r], of q_proj, k_proj, v_proj or o_proj."""
     assert module in ATTENTION_MODULES, module
     return f"mixlora.layers.{layer}.self_attn.{module}.lora_{matrix}.weight"
 
 
 def modern_name(name: str) -> str:
-    """Today's name of an older router or expert name (w1 gate, w2 down, w3 up); any other name as it is."""
+    """Return the current name for an older router or expert name (w1 gate, w2 down, w3 up), and any other name unchanged."""
     if match := _OLD_ROUTER.fullmatch(name):
         return f"mixlora.layers.{match[1]}.mlp.moe_gate.weight"
     if match := _OLD_EXPERT.fullmatch(name):
@@ -43,6 +43,6 @@ def modern_name(name: str) -> str:
 
 
 def layer_in(name: str) -> int | None:
-    """The layer that a tensor's name speaks of; None if it is no adapter's name."""
+    """Return the layer in a tensor's name, or None if it is not the name of an adapter's tensor."""
     match = _LAYER.match(name)
     return int(match[1]) if match else None

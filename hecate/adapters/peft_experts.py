@@ -1,4 +1,4 @@
-"""Adapted experts of MoE models to and from PEFT's folder format."""
+"""Gather the trained pairs of an MoE model's experts into PEFT's adapter format, and load such an adapter into a model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
 
 
 def export_peft_adapter(folder: Path, description: PeftMoeConfig, base: BaseModel, moe: MoeModel, ranks: Ranks) -> None:
-    """Gather all pairs on rank 0, a layer at a time, and write them there. Every rank must call it."""
+    """Gather all pairs on rank 0, one layer at a time, and write the adapter there. Every rank must call it."""
     tensors: dict[str, Tensor] = {}
     for layer in base.own_experts:
         unit = Unit(layer.block.layer)
@@ -90,7 +90,7 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
     if missing := sorted(set(wanted) - set(tensors)):
         raise UserError(f"{where}: has no tensor {missing[0]} ({len(missing)} missing), which the base model needs")
     if unknown := sorted(set(tensors) - set(wanted)):
-        raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) has no place in the base model")
+        raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) belongs to no weight of the base model")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
@@ -112,10 +112,10 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
 
 
 def begin_with(config: Config, base: BaseModel, moe: MoeModel) -> None:
-    """Set what trains to the values of the adapter that `lora.init_from` names. Every rank must call it.
+    """Set all trained pairs and routers to the values of the adapter that `lora.init_from` names. Every rank must call it.
 
     Raises:
-        UserError: it cannot be read, or is not of the model, the rank, the scale or the modules that are configured.
+        UserError: the adapter cannot be read, or differs from the configured model, LoRA rank, scale or target modules.
     """
     assert config.lora.init_from is not None
     folder = Path(config.lora.init_from)
@@ -130,10 +130,10 @@ def begin_with(config: Config, base: BaseModel, moe: MoeModel) -> None:
 def with_peft_adapter(
     folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None
 ) -> tuple[BaseModel, MoeModel]:
-    """The base model with an adapter in it, for evaluation.
+    """Return the base model with an adapter applied, for evaluation.
 
     Raises:
-        UserError: the adapter or the model cannot be read, one does not fit the other, or there is no room for the model.
+        UserError: the adapter or the model cannot be read, one does not fit the other, or memory is too small for the model.
     """
     tensors, description = load_peft_adapter(folder)
     name = model or description.base_model_name_or_path
@@ -152,12 +152,12 @@ def peft_plan(description: PeftMoeConfig, layers: tuple[OwnExperts, ...], where:
     """What to put into a model so that the adapter fits.
 
     Raises:
-        UserError: the adapter has trained other modules than routers.
+        UserError: the adapter has trained modules other than routers.
     """
     routers = description.modules_to_save
     for name in routers:
         if not all(layer.block.router_path.endswith(f".{name}") for layer in layers):
-            raise UserError(f"{where}: modules_to_save has {name}, which is no router of the base model; only routers are supported")
+            raise UserError(f"{where}: modules_to_save has {name}, which is not a router of the base model; only routers are supported")
     halves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     projections = tuple(half for name in description.projections for half in halves[name])
     lora = LoraShape(description.r, description.scale, 0.0)
@@ -171,7 +171,7 @@ def peft_plan(description: PeftMoeConfig, layers: tuple[OwnExperts, ...], where:
 
 
 def _shapes(moe: MoeModel, base: BaseModel) -> dict[str, tuple[int, ...]]:
-    """Every tensor that an adapter of this model has."""
+    """Return the name and shape of every tensor of this model's adapter."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in base.own_experts:
         block, source = layer.block, moe.engine.shards.families[layer.unit].pair_source
@@ -194,5 +194,5 @@ def _linear_path(base: BaseModel, key: tuple[int, str]) -> str:
 
 
 def _end(base: BaseModel, path: str) -> str:
-    """A dotted name without what comes before it in its decoder layer, such as mlp.experts."""
+    """Return the part of a dotted name that follows its decoder layer, such as mlp.experts."""
     return path.removeprefix(f"{decoder_layers(base.model)[0]}.").partition(".")[2]

@@ -1,4 +1,4 @@
-"""Adapters of an MoE model's experts as PEFT 0.21 keeps them (LoRA with `target_parameters`), read and written.
+"""Read and write adapters of an MoE model's experts in the format of PEFT 0.21 (LoRA with `target_parameters`).
 
 PEFT wraps each parameter of an experts module, gate_up_proj first, so that its tensors lie under `base_layer` where both are adapted:
 
@@ -27,45 +27,45 @@ from hecate.errors import UserError
 PEFT_TYPE = "LORA"
 _PREFIX = "base_model.model"
 _NOT_READ = ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "exclude_modules")
-"""keys of PEFT that change what an adapter means"""
+"""PEFT's keys that change what an adapter computes and are not supported"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftMoeConfig:
-    """What such an adapter is."""
+    """The description of an adapter in PEFT's format."""
 
     base_model_name_or_path: str
     r: int
     alpha: int
     use_rslora: bool
     target_modules: tuple[str, ...]
-    """last names of adapted linears"""
+    """the last names of the adapted linear layers"""
     target_parameters: tuple[str, ...]
-    """ends of the dotted names of adapted parameters, such as mlp.experts.gate_up_proj"""
+    """the ends of the dotted names of the adapted parameters, such as mlp.experts.gate_up_proj"""
     modules_to_save: tuple[str, ...] = ()
-    """ends of the dotted names of routers that were trained"""
+    """the ends of the dotted names of the trained routers"""
     dropout: float = 0.0
-    """with which it was trained; PEFT has none for such adapters"""
+    """the dropout that training used; PEFT has no dropout for such adapters"""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by."""
+        """The factor of B A x."""
         return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Last names of the adapted parameters, in the order in which PEFT wraps them."""
+        """The last names of the adapted parameters, in the order in which PEFT wraps them."""
         last = {name.rpartition(".")[2] for name in self.target_parameters}
         return tuple(name for name in ("gate_up_proj", "down_proj") if name in last)
 
 
 def expert_names(experts_path: str, projections: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    """Projection -> the names of its A and B.
+    """Return the names of A and B of each projection.
 
     Args:
-        experts_path: dotted name of the experts module in the model.
-        projections: as `PeftMoeConfig.projections` has them.
+        experts_path: the dotted name of the experts module in the model.
+        projections: the value of `PeftMoeConfig.projections`.
     """
     names = {}
     for depth, projection in enumerate(reversed(projections)):
@@ -75,32 +75,32 @@ def expert_names(experts_path: str, projections: tuple[str, ...]) -> dict[str, t
 
 
 def linear_names(path: str) -> tuple[str, str]:
-    """The names of A and B of an adapted linear."""
+    """Return the names of A and B of an adapted linear layer."""
     return f"{_PREFIX}.{path}.lora_A.weight", f"{_PREFIX}.{path}.lora_B.weight"
 
 
 def saved_name(path: str) -> str:
-    """The name of a module's weight that was trained whole."""
+    """Return the name of the weight of a fully trained module."""
     return f"{_PREFIX}.{path}.weight"
 
 
 def join_a(a_ErI: Tensor) -> Tensor:
-    """[E·r, I]: of all experts."""
+    """Join the A of all experts into PEFT's [E·r, I]."""
     return a_ErI.flatten(0, 1)
 
 
 def join_b(b_EOr: Tensor) -> Tensor:
-    """[O, r·E]: of all experts."""
+    """Join the B of all experts into PEFT's [O, r·E]."""
     return b_EOr.permute(1, 2, 0).flatten(1)
 
 
 def expert_a(joined: Tensor, expert: int, experts: int) -> Tensor:
-    """[r, I]: of one expert."""
+    """Return the A of one expert, [r, I], from PEFT's [E·r, I]."""
     return joined.view(experts, -1, joined.shape[1])[expert]
 
 
 def expert_b(joined: Tensor, expert: int, experts: int) -> Tensor:
-    """[O, r]: of one expert."""
+    """Return the B of one expert, [O, r], from PEFT's [O, r·E]."""
     return joined.view(joined.shape[0], -1, experts)[:, :, expert]
 
 
@@ -123,7 +123,7 @@ def save_peft_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PeftM
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,
         "use_rslora": config.use_rslora,
-        # A list, though it may be empty: where it is null PEFT takes the attention projections of models that it knows.
+        # An empty list is written as one: for null, PEFT would adapt the attention projections of model types that it supports.
         "target_modules": list(config.target_modules),
         "target_parameters": list(config.target_parameters),
         "modules_to_save": list(config.modules_to_save) or None,
@@ -133,7 +133,9 @@ def save_peft_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PeftM
 
 
 def load_peft_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
-    """Read a folder that PEFT or `save_peft_adapter` has written. Tensors are on the CPU; whether all are there, the model tells.
+    """Read a folder that PEFT or `save_peft_adapter` has written. Tensors are on the CPU.
+
+    Whether any is missing is checked against the model, in `hecate.adapters.peft_experts`.
 
     Raises:
         UserError: a file cannot be read, a key is missing or wrong, or the adapter is of another kind.
@@ -147,7 +149,7 @@ def load_peft_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
 
 
 def is_peft_adapter(folder: Path) -> bool:
-    """Does the folder's configuration say that PEFT reads it? Raises UserError if there is none."""
+    """Return whether the folder's configuration is of PEFT's format. Raises UserError if there is none."""
     value = read_adapter_config(folder)
     return isinstance(value, dict) and value.get("peft_type") == PEFT_TYPE
 
@@ -165,12 +167,12 @@ def _config_from_json(value: Any) -> PeftMoeConfig:
     for name in ("target_modules", "target_parameters", "modules_to_save"):
         given = value.get(name) or []
         if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
-            raise UserError(f"{name} must be a list of names, not {str(given)[:100]}; patterns are not read here")
+            raise UserError(f"{name} must be a list of names, not {str(given)[:100]}; patterns are not supported")
         lists[name] = tuple(sorted(given))
     parameters = lists["target_parameters"]
     if not parameters or not all(name.rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in parameters):
         raise UserError(
-            f"target_parameters are {list(parameters)}: this is no adapter of an MoE model's experts\n"
+            f"target_parameters are {list(parameters)}: this is not an adapter of an MoE model's experts\n"
             "  they must be an experts module's gate_up_proj, down_proj, or both"
         )
     ours = value.get("hecate") or {}

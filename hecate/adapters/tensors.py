@@ -1,4 +1,4 @@
-"""Which tensors an adapter must have, and that it has just these, in shapes that fit each other."""
+"""List the tensors that a `mixlora` adapter must have, and check that it has exactly these, in matching shapes."""
 
 from collections.abc import Iterator, Mapping
 
@@ -17,10 +17,10 @@ from hecate.errors import UserError
 
 
 def expected_shapes(config: AdapterConfig) -> Iterator[tuple[str, tuple[int | str, ...]]]:
-    """Name and shape of every tensor of the adapter, layer by layer.
+    """Yield the name and shape of every tensor of the adapter, layer by layer.
 
-    A size that the configuration does not tell is given by a word; the same word stands for the same size: all of
-    "hidden", and of a layer "ffn" and the inputs and outputs of its attention.
+    A size that the configuration does not give is a text, and equal texts mean equal sizes: "hidden" is the same in all layers; "ffn"
+    and the inputs and outputs of attention are the same within a layer.
     """
     for layer, num_experts in enumerate(config.experts_per_layer):
         for module in ATTENTION_MODULES:
@@ -41,20 +41,20 @@ def expected_shapes(config: AdapterConfig) -> Iterator[tuple[str, tuple[int | st
 
 
 def checked_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
-    """The adapter's tensors as detached fp32 on the CPU, in the order of `expected_shapes`.
+    """Return the adapter's tensors as detached fp32 tensors on the CPU, in the order of `expected_shapes`.
 
-    fp16 and bf16 become fp32 exactly, fp64 is rounded. Raises UserError naming the tensor if one is missing, unknown,
-    of the wrong shape, not of floating point, or holds NaN or infinity.
+    fp16 and bf16 become fp32 exactly; fp64 is rounded. Raises UserError, naming the tensor, if one is missing, unknown, of the wrong
+    shape, not of floating point, or holds NaN or infinity.
     """
     expected: dict[str, tuple[int | str, ...]] = {}
-    # Stops at the first missing one: a configuration may promise any number.
+    # The loop stops at the first missing tensor, because a forged configuration may list any number.
     for name, shape in expected_shapes(config):
         if name not in tensors:
-            raise UserError(f"tensor {name} is missing; {len(tensors)} tensors are there")
+            raise UserError(f"tensor {name} is missing; the adapter has {len(tensors)} tensors")
         expected[name] = shape
     for name in tensors:
         if name not in expected:
-            raise UserError(f"tensor {name[:200]} has no place in this adapter")
+            raise UserError(f"tensor {name[:200]} does not belong to an adapter of this configuration")
     sizes: dict[str, tuple[int, str]] = {}
     result = {}
     for name, shape in expected.items():

@@ -1,4 +1,4 @@
-"""What a finished run leaves in its folder: an adapter over the base model, or a whole model."""
+"""The output of a finished run: an adapter for the base model, or a whole model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from hecate.ranks.ranks import Ranks
 
 @dataclass(frozen=True)
 class TrainedOutput:
-    """What is written, decided before training, so that what a format cannot hold is refused at once."""
+    """The output that a run will write. It is decided before training, so that what a format cannot hold is refused early."""
 
     name: str
-    """of the folder in output_dir, and in the summary: adapter or model"""
+    """the name of the folder in output_dir and of the summary's key: adapter or model"""
     write: Callable[[Path, MoeModel, Ranks], None]
-    """writes the folder, which is new; every rank must call it"""
+    """a function that writes the new folder; every rank must call it"""
 
     def replace(self, run_folder: Path, moe: MoeModel, ranks: Ranks) -> Path:
-        """Write the folder in place of what an earlier end of the same run has left. Every rank must call it."""
+        """Write the folder, replacing the one that an earlier end of the same run wrote. Every rank must call it."""
         folder = run_folder / self.name
         if ranks.is_first and folder.exists():
             shutil.rmtree(folder)
@@ -37,10 +37,10 @@ class TrainedOutput:
 
 
 def output_of(config: Config, base: BaseModel) -> TrainedOutput:
-    """What a run of this configuration will write; `base` as it was loaded, without experts.
+    """Return the output that a run of this configuration will write. `base` is the loaded model, before experts are inserted.
 
     Raises:
-        UserError: the format has no place for it.
+        UserError: the format cannot hold the trained model.
     """
     if config.model.front_end == "megatron":
         return _mixtral_of_megatron(config, base)
@@ -81,4 +81,4 @@ def _mixtral_of_megatron(config: Config, base: BaseModel) -> TrainedOutput:
 
 
 _FORMATS: dict[str, Callable[[Config, BaseModel], TrainedOutput]] = {"mixlora": _mixlora, "peft": _peft, "mixtral": _mixtral}
-"""by the name that a kind of experts gives (`ExpertKind.output`)"""
+"""the formats by the name in `ExpertKind.output`"""
