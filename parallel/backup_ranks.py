@@ -1,4 +1,4 @@
-"""Which rank keeps the second copy of a rank's experts."""
+"""Choose each rank's backup rank, which holds the backups of its experts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from hecate.parallel.topology import Topology
 
 
 def backup_ranks(topology: Topology) -> np.ndarray:
-    """int64 [ranks]: of each rank another one, on another node where there is one, so that a node's loss leaves a copy.
+    """Return the backup rank of each rank, int64 [ranks].
 
-    Ranks in turn take the candidate with the fewest wards so far; ties: the next one after them, round and round. Alone, a rank is its
-    own backup rank: there is no copy.
+    It is on another node if there are several, so that the backups survive the loss of a node. Each rank in turn gets the candidate
+    that is the backup rank of the fewest ranks so far; ties go to the next rank in cyclic order. A single rank is its own backup rank,
+    which means that there is no backup.
     """
     world = topology.world_size
     near = topology.same_node()

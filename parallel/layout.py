@@ -1,4 +1,4 @@
-"""The tensors of one expert, and where each lies in the flat chunk that travels."""
+"""The tensors of one expert, and the position of each in the flat chunk that is sent between ranks."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """The tensors of one expert, split into the trainable ones and the frozen ones.
+    """The trainable and the frozen tensors of one expert.
 
-    Trainable tensors are laid out one after the other in a flat *chunk* of `trainable_numel` elements: the unit that is owned,
-    gathered, reduced and stepped. Frozen tensors are never reduced nor stepped, and never go stale.
+    The trainable tensors are laid out one after the other in a flat *chunk* of `trainable_numel` elements, which is owned, gathered,
+    reduced and stepped as a whole. The frozen tensors never change, so a copy of them never becomes stale.
     """
 
     trainable: tuple[TensorSpec, ...]

@@ -1,4 +1,4 @@
-"""Linear programs over boxes, with lower bounds on their minimum that do not depend on a solver's tolerances."""
+"""Linear programs with bounded variables, and lower bounds on their minimum that do not depend on a solver's tolerances."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import numpy as np
 from hecate.errors import UserError, install_hint
 
 Term = tuple[Any, Any, Any]
-"""variables, coefficients and rows, broadcast against each other: row r has the sum of coefficient·variable over all places where r is"""
+"""arrays of variables, coefficients and rows, broadcast against each other; row r is the sum of coefficient·variable where the row is r"""
 
 
 class LinearProgram:
-    """min c·x with A x <= a, B x = b and x in a box, put together block by block. Variables and rows are named by arrays of integers."""
+    """The program min c·x with A x <= a, B x = b and every x between two bounds, built block by block.
+
+    Variables and rows are identified by integers, in arrays of any shape.
+    """
 
     def __init__(self) -> None:
         self._lower: list[np.ndarray] = []
@@ -24,7 +27,7 @@ class LinearProgram:
         self._equal = _Rows()
 
     def variables(self, lower: Any, upper: Any) -> np.ndarray:
-        """New variables, one for each entry of `lower` and `upper`, broadcast; both finite. Returns their indices, in that shape."""
+        """Add a variable for each entry of `lower` and `upper`, broadcast and finite. Returns the variables' indices in that shape."""
         low, high = np.broadcast_arrays(np.asarray(lower, dtype=float), np.asarray(upper, dtype=float))
         assert (low <= high).all(), (low, high)
         indices = self._count + np.arange(low.size).reshape(low.shape)
@@ -39,18 +42,19 @@ class LinearProgram:
         self._cost.append((columns.ravel(), values.ravel()))
 
     def at_most(self, bounds: Any, *terms: Term) -> None:
-        """Rows, one for each entry of the flattened `bounds`: the terms' sum is at most the bound."""
+        """Add a row for each entry of the flattened `bounds`: the sum of the terms is at most the bound."""
         self._at_most.add(bounds, terms)
 
     def equal(self, bounds: Any, *terms: Term) -> None:
-        """Rows, one for each entry of the flattened `bounds`: the terms' sum is the bound."""
+        """Add a row for each entry of the flattened `bounds`: the sum of the terms equals the bound."""
         self._equal.add(bounds, terms)
 
     def least(self, enough: float) -> float:
-        """A number that the objective is nowhere below: its minimum within the solver's tolerance; `enough` or more if nothing is feasible.
+        """Return a lower bound on the objective. It is close to the minimum, or at least `enough` if no x is feasible.
 
-        For multipliers y >= 0 of the inequalities and any v of the equations, c·x >= (c + yA + vB)·x - y·a - v·b wherever x is feasible,
-        and over the box the right side's minimum is plain to see. The solver's multipliers make it the best.
+        For any multipliers y >= 0 of the inequalities and v of the equations, c·x >= (c + yA + vB)·x - y·a - v·b for every feasible x
+        (Lagrangian duality). The minimum of the right side over the variables' bounds is found entry by entry, so the bound holds
+        exactly for any y and v; the solver's multipliers make it tight.
 
         Raises:
             UserError: scipy is not installed.
@@ -67,12 +71,13 @@ class LinearProgram:
         (A, a), (B, b) = ((csr_array(r.entries(), shape=(r.count, self._count)), r.bounds()) for r in (self._at_most, self._equal))
         result = linprog(cost, A, a, B, b, np.column_stack([lower, upper]), method="highs-ipm")
         if result.status == 2:
-            # One more variable, dear, which at 1 lets x = lower pass: infeasible becomes expensive, with multipliers to show it.
+            # An additional variable with a high cost makes x = lower feasible when it is 1. An infeasible program then has an
+            # expensive solution, with multipliers that prove it.
             A = hstack([A, np.minimum(a - A @ lower, 0.0)[:, None]], format="csr")
             B = hstack([B, (b - B @ lower)[:, None]], format="csr")
             cost, lower, upper = np.append(cost, 10 * enough), np.append(lower, 0.0), np.append(upper, 1.0)
             result = linprog(cost, A, a, B, b, np.column_stack([lower, upper]), method="highs-ipm")
-        if result.status != 0:  # numerical trouble: the box alone
+        if result.status != 0:  # on a numerical failure the variables' bounds alone give the lower bound
             return float(np.minimum(cost * lower, cost * upper).sum())
         y, v = np.minimum(result.ineqlin.marginals, 0.0), result.eqlin.marginals
         reduced = cost - A.T @ y - B.T @ v
@@ -99,7 +104,7 @@ class _Rows:
         return np.concatenate([np.zeros(0), *self._bounds])
 
     def entries(self) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-        """Values, and their rows and columns."""
+        """Return the matrix's values, and their rows and columns."""
         if not self._entries:
             return np.zeros(0), (np.zeros(0, dtype=int), np.zeros(0, dtype=int))
         values, places, columns = (np.concatenate(part) for part in zip(*self._entries, strict=True))

@@ -1,16 +1,18 @@
-"""What no plan can beat: a lower bound on the seconds of one MoE layer, by linear programming.
+"""Compute a lower bound on the seconds of one MoE layer, which no plan can beat, by linear programming.
 
-The bound is on the very model that plans are judged by (`hecate.parallel.cost_model`), for all plans with the given owners, any replicas
-within the slots and any quotas. `hecate.parallel.bound_relaxation` relaxes three things, each downwards only:
+The bound is on the predictions of `hecate.parallel.cost_model`, by which plans are compared, and holds for all plans with the given
+owners, any replicas within the slots and any quotas. `hecate.parallel.bound_relaxation` makes three relaxations, each of which can
+only lower the bound:
 
-- A replica may be a fraction. A rank serves at most that fraction of what it could serve with the whole.
-- The distinct tokens behind c choices are a concave function of c, from 0. On [0, cap] it is nowhere below its chord, which is linear.
-- Which choices of a rank leave its node, and which rank leads, is free: only the sums over experts must fit.
+- A rank may hold a fraction of a replica. It then serves at most that fraction of what it could serve with the whole replica.
+- The number of distinct tokens of c assignments is a concave function of c that is 0 at 0. On [0, cap] it is replaced by its chord,
+  which is linear and nowhere above it.
+- Which assignments of a rank leave its node, and which rank is the leader, is free: only the sums over experts must agree.
 
-*Cutoff*: plans slower than some number of seconds need no relaxation, for they are above that number. Of the others much is known, e.g.
-that no rank serves more choices than it can compute in that time. So min(cutoff, relaxation of the plans below it) is a bound at any
-cutoff, and best where both are equal. Without it an expert ten times as hot as a rank can bear would be cured by a tenth of a replica on
-each of ten ranks.
+Plans slower than a *cutoff* need no relaxation, because the cutoff bounds them. The other plans obey further limits; for example, no
+rank serves more assignments than it can compute in that time. So min(cutoff, relaxation of the plans below the cutoff) is a bound for
+any cutoff, and it is best where the two are equal. Without a cutoff, an expert with ten times the load that one rank can serve would be
+balanced by a tenth of a replica on each of ten ranks.
 """
 
 from __future__ import annotations
@@ -25,21 +27,21 @@ from hecate.parallel.planners.hecate import plan_hecate
 from hecate.parallel.planners.plan import PlanInput
 
 ROUNDS = 6
-"""cutoffs to try"""
+"""the number of cutoffs to try"""
 CLOSE = 4e-3
-"""relative distance from the best that this relaxation can give at which to stop before that"""
+"""the search stops early when the bound is within this relative distance of the best one that this relaxation can give"""
 UNCOUNTED = 1e-6
-"""share of the seconds by which the cost model may miss what it takes for rounding"""
+"""the share of the seconds that the cost model may neglect as rounding"""
 
 
 def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -> float:
-    """Seconds that no plan for `layer` goes below under the given loads, as `LayerSeconds.total` counts them.
+    """Return seconds that no plan for `layer` is faster than under the given loads, as `LayerSeconds.total` counts them.
 
-    It holds for every plan with the given owners and on each rank no more replicas of other ranks' experts than it has slots, executed
-    as `given.execution` says. The solver's tolerances do not matter.
+    The bound holds for every plan with the given owners and with at most as many replicas of other ranks' experts on each rank as it
+    has slots, executed as `given.execution` says. It does not depend on the solver's tolerances.
 
     Args:
-        plan_seconds: of some plan, a good one if there is one: the nearer to the bound, the fewer linear programs it takes.
+        plan_seconds: the seconds of some plan. The nearer they are to the bound, the fewer linear programs are solved.
 
     Raises:
         UserError: scipy is not installed.
@@ -54,11 +56,11 @@ def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -
     problem = LayerProblem(alone)
     if not problem.load_E.size:
         return problem.static
-    known: dict[Reach, float] = dict.fromkeys(get_args(Reach), 0.0)  # at `high`; what holds of all plans below it holds of fewer
-    cutoff = min(problem.static, plan_seconds)  # a start; the bound would hold with any
+    known: dict[Reach, float] = dict.fromkeys(get_args(Reach), 0.0)  # limits of plans below `high`, and so below any lower cutoff
+    cutoff = min(problem.static, plan_seconds)  # the first cutoff; the bound holds with any
     if given.cost.expert_bytes and (replicated := float(plan_hecate(alone).seconds(alone).total[0])):
         cutoff = min(cutoff, replicated)
-    low, high = 0.0, cutoff  # there is a plan of so many seconds
+    low, high = 0.0, cutoff  # a plan of `high` seconds exists
     points: list[tuple[float, float]] = []
     for _ in range(ROUNDS):
         found = known | {reach: max(v, Relaxation(problem, cutoff, reach).least()) for reach, v in known.items() if v < cutoff}
@@ -74,11 +76,11 @@ def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -
 
 
 def _crossing(points: list[tuple[float, float]], low: float, high: float) -> float:
-    """Where bound and cutoff will probably be equal, between `low` and `high`, by one or two points (cutoff, bound)."""
+    """Estimate the cutoff between `low` and `high` at which it equals the bound, from one or two known points (cutoff, bound)."""
     (x, v), (y, w) = points[0], points[-1]
-    least = (high - low) / 16  # so that each round learns something
+    least = (high - low) / 16  # the smallest step, so that each round narrows the interval
     if x != y and np.isfinite(v + w):
-        # Replicas are at least served choices over caps, and those are about as the cutoff: bounds go as p + q / cutoff.
+        # Replicas are at least the served assignments divided by the caps, which grow with the cutoff: the bound is about p + q / cutoff.
         q = (v - w) / (1 / x - 1 / y)
         p = v - q / x
         guess = (p + np.sqrt(max(p * p + 4 * q, 0.0))) / 2

@@ -1,8 +1,9 @@
-"""Megatron's routing traces (`--moe-routing-trace-path`) as ours: one JSON object a line for every forward of a router.
+"""Read Megatron's routing traces (`--moe-routing-trace-path`) as a `Trace`. A line is a JSON object for one forward pass of a router:
 
     {"step": 0, "layer": 3, "rank": 0, "num_tokens": 2, "topk": 2, "top_indices": [[12, 45], [3, 12]]}
 
-Source: megatron/core/transformer/moe/router_trace.py. Several micro-batches of a step are several records of the same step, layer and rank.
+Several micro-batches of a step are several records of the same step, layer and rank.
+Source of the format: megatron/core/transformer/moe/router_trace.py.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from hecate.parallel.traces import Trace
 
 _NUMBERS = ("step", "layer", "rank", "num_tokens", "topk")
 _Triple = tuple[int, int, int]
-"""step, layer, rank"""
+"""a step, a layer and a rank"""
 
 
 @dataclass
 class _Found:
-    """What the records of a triple have said so far."""
+    """The sum over the records of one triple read so far."""
 
     loads_E: np.ndarray
     records: int = 0
@@ -34,16 +35,16 @@ class _Found:
 
 
 def load_megatron_trace(path: Path, num_experts: int, *, model: str = "") -> Trace:
-    """Read one file, or all *.jsonl files of a folder, as Megatron leaves one per rank. Records of a step's micro-batches are summed.
+    """Read one file, or all *.jsonl files of a folder (Megatron writes one per rank). The micro-batches of a step are summed.
 
-    Steps, layers and ranks keep their numbers. Layers of multi-token prediction (`block` is not `decoder`) are left out, as their numbers
-    are also those of other layers.
+    Steps, layers and ranks keep their numbers. Layers of multi-token prediction (whose `block` is not `decoder`) are left out, because
+    decoder layers have the same numbers.
 
     Args:
-        num_experts: of each layer; the records do not tell it.
+        num_experts: the number of experts of each layer, which the records do not contain.
 
     Raises:
-        UserError: a line is no such record (file:line), or a step lacks records of some layer and rank.
+        UserError: a line is not such a record (the text gives file:line), or a step lacks records of some layer and rank.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
@@ -56,7 +57,7 @@ def load_megatron_trace(path: Path, num_experts: int, *, model: str = "") -> Tra
             raise UserError(f"{where}: topk is {record['topk']}, but {top_k} in the records before; a trace has one")
         triple = (record["step"], record["layer"], record["rank"])
         entry = found.setdefault(triple, _Found(np.zeros(num_experts, dtype=np.int64)))
-        entry.loads_E += np.bincount(_choices(record, num_experts, where), minlength=num_experts)
+        entry.loads_E += np.bincount(_experts_of_tokens(record, num_experts, where), minlength=num_experts)
         entry.records += 1
         entry.tokens += record["num_tokens"]
     if not found:
@@ -71,7 +72,7 @@ def load_megatron_trace(path: Path, num_experts: int, *, model: str = "") -> Tra
 
 
 def _records(files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, record) of the decoder's layers, whose numbers are numbers."""
+    """Yield (file:line, record) for the decoder's layers, with the types of numbers checked."""
     for path in files:
         try:
             with open(path, "rb") as file:
@@ -98,8 +99,8 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _choices(record: dict[str, Any], num_experts: int, where: str) -> np.ndarray:
-    """The experts of all tokens, flat."""
+def _experts_of_tokens(record: dict[str, Any], num_experts: int, where: str) -> np.ndarray:
+    """Return the experts of all tokens as a flat array."""
     tokens, top_k = record["num_tokens"], record["topk"]
     try:
         chosen = np.array(record.get("top_indices"))
@@ -120,12 +121,12 @@ def _choices(record: dict[str, Any], num_experts: int, where: str) -> np.ndarray
 
 
 def _refuse_gaps(found: dict[_Triple, _Found], path: Path) -> None:
-    """Every layer and rank must have as many records in a step as any other: one a micro-batch."""
+    """Raise UserError unless every layer and rank has the same number of records in a step, one per micro-batch."""
     steps, layers, ranks = (sorted({triple[axis] for triple in found}) for axis in range(3))
     wanted = dict.fromkeys(steps, 0)
     for (step, _, _), entry in found.items():
         wanted[step] = max(wanted[step], entry.records)
-    triples = product(steps, layers, range(len(ranks)))  # if the ranks are others than these, one of these is missing
+    triples = product(steps, layers, range(len(ranks)))  # if ranks are not numbered 0..n-1, one of these is missing
     gaps = ((t, found[t].records if t in found else 0) for t in triples)
     short = list(islice(((t, have) for t, have in gaps if have < wanted[t[0]]), 4))
     if short:

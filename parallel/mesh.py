@@ -1,10 +1,16 @@
-"""How the ranks of a job are arranged, as numbers: torch's HSDP dimensions for the experts, tensor and data parallel for the rest.
+"""The arrangement of a job's ranks into groups, as numbers: one for the experts, and one for the weights outside the experts.
 
-    rank = replica * shard_size + place        experts: all of them are in each *sharding group* of `shard_size` neighbouring ranks; the
-                                               ranks of one place own the same experts, and make a *replicate group*
-    rank = data * tp_size + part           outside the experts: `tp_size` neighbouring ranks share the weights of one copy
+Experts. Each *sharding group* of `shard_size` neighbouring ranks holds one copy of all experts. The ranks with the same index in
+their sharding groups own the same experts and form a *replicate group*. These are the two dimensions of torch's HSDP:
 
-Neighbouring ranks sit on one node, where links are fast.
+    rank = sharding_group * shard_size + shard_rank
+
+Weights outside the experts. Each *tensor group* of `tp_size` neighbouring ranks splits one copy of these weights; the tensor groups
+compute different data:
+
+    rank = dp_rank * tp_size + tp_rank
+
+Groups are made of neighbouring ranks, because these are usually on one node, where links are fast.
 """
 
 from __future__ import annotations
@@ -21,13 +27,13 @@ class Mesh:
 
     world_size: int
     shard_size: int
-    """ranks that share one copy of all experts"""
+    """the number of ranks that share one copy of all experts"""
     tp_size: int = 1
-    """ranks that share one copy of the rest of the model"""
+    """the number of ranks that split one copy of the weights outside the experts"""
 
     @property
     def num_sharding_groups(self) -> int:
-        """Sharding groups."""
+        """The number of sharding groups."""
         return self.world_size // self.shard_size
 
     def sharding_groups(self) -> list[list[int]]:
@@ -44,12 +50,14 @@ class Mesh:
 
 
 def make_mesh(world_size: int, shard_size: int | None = None, tp_size: int = 1) -> Mesh:
-    """Args:
-        shard_size: `fssdp.shard_size`; None: the world.
+    """Return the arrangement of `world_size` ranks.
+
+    Args:
+        shard_size: `fssdp.shard_size`; None: all ranks are one sharding group.
         tp_size: `model.tensor_parallel`.
 
     Raises:
-        UserError: the groups do not fill the world.
+        UserError: a group size does not divide the number of ranks.
     """
     divisors = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
     if world_size % tp_size:
@@ -65,8 +73,11 @@ def make_mesh(world_size: int, shard_size: int | None = None, tp_size: int = 1) 
 
 
 def owners_topology(topology: Topology, mesh: Mesh) -> Topology:
-    """What all sharding groups, which must come to the same owners, decide them with: the first group's nodes and links; in each place the
-    slowest device and the least memory of any group."""
+    """Return the topology with which owners are chosen, which must be the same in all sharding groups.
+
+    It has the first group's nodes and links. Each of its ranks has the lowest speed and the least memory among the ranks of one
+    replicate group.
+    """
     first, *others = (topology.take(group) for group in mesh.sharding_groups())
     if not others:
         return topology
@@ -79,8 +90,11 @@ def owners_topology(topology: Topology, mesh: Mesh) -> Topology:
 
 
 def hiding_flops(non_moe_flops: float, group: Topology, job: Topology) -> float:
-    """What hides a layer's gather, in FLOPs that take a sharding group as long as `non_moe_flops` take the whole job: rows are dealt by
-    speed, and all groups are through with their attention together."""
+    """Return the FLOPs that one sharding group can overlap with a layer's gather.
+
+    They take the group as long as `non_moe_flops` take the whole job, because sequences are shared out by speed and all groups finish
+    their attention at the same time.
+    """
     return non_moe_flops * min(group.flops) / min(job.flops)
 
 

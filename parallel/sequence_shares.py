@@ -1,4 +1,4 @@
-"""How many sequences of a micro-step each rank computes: by its speed, so that no rank waits long for a slower one outside the experts."""
+"""Share the sequences of a micro-step out by the ranks' speeds, so that no rank waits long for a slower one outside the experts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 
 
 def sequences_by_speed(num_sequences: int, speed_D: Sequence[float]) -> list[int]:
-    """How many sequences each rank gets, such that the slowest rank finishes as early as whole sequences allow. Ties: the lowest rank.
+    """Return how many sequences each rank gets, so that the last rank finishes as early as whole sequences allow.
 
-    Each sequence in turn goes to the rank that would finish it first, which is optimal for sequences of equal cost. A rank that one
-    sequence would make the slowest gets none. A pure function: all ranks compute the same.
+    Each sequence in turn goes to the rank that would finish it first, which is optimal for sequences of equal cost; ties go to the
+    lowest rank. A rank so slow that a single sequence would make it the last one gets none. All ranks compute the same result.
 
     Args:
-        speed_D: sequences per second of each rank, in any unit, all positive.
+        speed_D: the relative speed of each rank, positive.
     """
     speed = np.asarray(speed_D, dtype=np.float64)
     assert len(speed), "no ranks"
@@ -26,10 +26,10 @@ def sequences_by_speed(num_sequences: int, speed_D: Sequence[float]) -> list[int
 
 
 def slowest_of_each(speed_D: Sequence[float], size: int) -> list[float]:
-    """The slowest speed in each group of `size` neighbouring ranks, whose ranks wait for one another."""
+    """Return the lowest speed in each group of `size` neighbouring ranks, which wait for each other."""
     return [min(speed_D[first : first + size]) for first in range(0, len(speed_D), size)]
 
 
 def dense_seconds(sequences_D: Sequence[int], speed_D: Sequence[float]) -> float:
-    """Seconds until the last rank has computed its sequences; `speed_D` in sequences per second."""
+    """Return the seconds until the last rank has computed its sequences. `speed_D` is in sequences per second."""
     return float((np.asarray(sequences_D) / np.asarray(speed_D)).max())

@@ -1,6 +1,7 @@
-"""Who owns which expert: Hecate's heterogeneous sharding (arXiv 2502.02581, Algorithm 2), and whether moving the experts there pays.
+"""Choose the owner of each expert by Hecate's heterogeneous sharding (arXiv 2502.02581, Algorithm 2), and price a re-shard.
 
-All layers are placed together. A rank may own any number of a layer's experts while every rank owns the same bytes in all.
+All layers are placed together: a rank may own any number of one layer's experts, while over all layers every rank owns bytes in
+proportion to its memory.
 
 Shapes: L layers, E experts, D ranks, N nodes.
 """
@@ -20,7 +21,7 @@ from hecate.parallel.planners.plan import PlanInput, Planner
 from hecate.parallel.topology import Topology
 
 RESHARD_COLLECTIVES = 2
-"""messages of a layer that is re-sharded: which moments there are, and the rows"""
+"""the number of collectives per layer that is re-sharded: one says which moments exist, one sends the experts"""
 
 
 def heterogeneous_owners(
@@ -30,21 +31,22 @@ def heterogeneous_owners(
     expert_bytes_L: Sequence[float],
     memory_D: Sequence[float],
 ) -> list[np.ndarray]:
-    """Owners of all layers' experts.
+    """Choose the owners of all layers' experts (Algorithm 2).
 
-    Per layer the `degree` hottest experts are set aside, for materialization will bring them everywhere. The others are placed first,
-    layers with the hottest leftovers first, experts by load descending: to the node with the least load of this layer for its rate,
-    then to such a device in it. Then the hot ones fill the slots left, a layer's spread over the nodes' uplinks and the devices' ports.
-    Ties: fewer free slots, then by index.
+    The `degree` hottest experts of each layer are held back, because materialization will replicate them on all ranks. The other
+    experts are placed first: layers in descending order of their hottest such expert, and within a layer experts by descending load.
+    An expert goes to the node with the lowest load of this layer relative to its speed, and in it to the device with the lowest. The
+    hottest experts then fill the remaining slots, spread over the nodes' uplinks and the devices' ports. Ties go to the candidate with
+    fewer free slots, then to the lower index.
 
     Args:
-        loads_LE: per layer the predicted choices of each expert, [experts]; layers may differ in their number.
-        degree_L: experts of each layer that travel hidden (`overlap_degree`); 0: none is set aside.
-        expert_bytes_L: what one expert of the layer takes on its owner.
-        memory_D: bytes for owned experts on each device; each owns its share of them in proportion (see `owned_slots`).
+        loads_LE: for each layer the predicted assignments of each expert, [experts]; layers may have different numbers of experts.
+        degree_L: for each layer the number of experts that can be gathered without delay (`overlap_degree`); 0: none is held back.
+        expert_bytes_L: for each layer the bytes of one expert on its owner.
+        memory_D: the bytes for owned experts on each device, in proportion to which it owns experts (see `owned_slots`).
 
     Returns:
-        int64 [experts] per layer.
+        For each layer the owner of each expert, int64 [experts].
 
     Raises:
         UserError: the experts do not fit.
@@ -66,32 +68,32 @@ def heterogeneous_owners(
         _place(owners[layer], cold[layer], loads[layer], free_LD[layer], rate_N, rate_D, topology)
     uplink_N, port_D = np.asarray(topology.uplink_bandwidth), np.asarray(topology.port_bandwidth)
     for layer, degree in enumerate(degree_L):
-        # An expert that goes everywhere costs its owner the same transfers whatever its load.
+        # An expert that is replicated on all ranks costs its owner the same transfers, whatever its load.
         _place(owners[layer], ranked[layer][:degree], np.ones(len(loads[layer])), free_LD[layer], uplink_N, port_D, topology)
     return owners
 
 
 def owned_slots(number: Mapping[float, int], memory_D: Sequence[float]) -> dict[float, np.ndarray]:
-    """How many experts of each size every device owns, so that its bytes are proportional to its memory.
+    """Return how many experts of each size every device owns, so that its bytes are proportional to its memory.
 
-    They are so within one expert of the largest size, unless a device has no memory for the one that would round up.
+    The proportion is exact within one expert of the largest size, unless a device has no memory for the one that would round up.
 
     Args:
-        number: size of an expert in bytes -> how many there are.
-        memory_D: bytes of each device.
+        number: the number of experts of each size in bytes.
+        memory_D: the bytes of each device.
 
     Returns:
-        size -> int64 [ranks].
+        For each size the number of experts on each rank, int64 [ranks].
 
     Raises:
-        UserError: they do not fit.
+        UserError: the experts do not fit into the devices' memory.
     """
     memory = np.asarray(memory_D, dtype=np.float64)
     total = sum(size * count for size, count in number.items())
     target_D = total * memory / memory.sum()
     owned_D = np.zeros(len(memory))
     slots = {}
-    for size in sorted(number, reverse=True):  # the largest first: the smaller ones even out what they leave
+    for size in sorted(number, reverse=True):  # the largest first, so that smaller ones even out the differences that these leave
         slots[size] = np.zeros(len(memory), dtype=np.int64)
         for _ in range(number[size]):
             over_D = np.where(owned_D + size <= memory, owned_D - target_D, np.inf)
@@ -116,7 +118,7 @@ def _place(
     rate_D: np.ndarray,
     topology: Topology,
 ) -> None:
-    """Give each of `experts` in turn its owner; takes the slots from `free_D`."""
+    """Write the owner of each of `experts` in turn into `owner_E`, and subtract the used slots from `free_D`."""
     node_D = node_index(topology)
     load_N, load_D = np.zeros(len(rate_N)), np.zeros(len(rate_D))
     free_N = np.bincount(node_D, weights=free_D, minlength=len(rate_N))
@@ -130,33 +132,34 @@ def _place(
 
 
 def _least(load: np.ndarray, free: np.ndarray, allowed: np.ndarray) -> int:
-    """The allowed one with the least load, then with the fewest free slots, then the first."""
+    """Return the allowed index with the least load. Ties go to the fewest free slots, then to the lowest index."""
     candidates = np.flatnonzero(allowed)
     return int(candidates[np.lexsort((candidates, free[candidates], load[candidates]))[0]])
 
 
 @dataclass(frozen=True)
 class ReshardGain:
-    """What re-sharding is predicted to bring, in seconds."""
+    """The predicted gain of a re-shard."""
 
     saved: float
-    """in each step"""
+    """the seconds saved in each step"""
     moving: float
-    """once"""
+    """the seconds of moving the experts, once"""
     steps: int
-    """for which the owners will stay"""
+    """the number of steps for which the new owners will stay"""
 
     @property
     def net(self) -> float:
+        """The seconds saved over all `steps`, less those of moving."""
         return self.saved * self.steps - self.moving
 
 
 def reshard_pays(planner: Planner, given: Sequence[PlanInput], owners: Sequence[np.ndarray], steps: int) -> ReshardGain | None:
-    """The gain if `owners` save more over `steps` steps than moving there costs, under the loads of `given`; else None.
+    """Return the gain of moving to `owners`, under the loads of `given`, or None if moving costs more than `steps` steps save.
 
     Args:
-        given: what the planner is given now, layers of one shape together.
-        owners: int64 [layers, experts] for each of `given`.
+        given: the planner's current inputs, one for all layers of the same shape.
+        owners: for each of `given` the new owners, int64 [layers, experts].
     """
     saved = moving = 0.0
     for now, owner_LE in zip(given, owners, strict=True):
@@ -168,10 +171,13 @@ def reshard_pays(planner: Planner, given: Sequence[PlanInput], owners: Sequence[
 
 
 def better_owners(planner: Planner, given: Sequence[PlanInput], steps: int) -> tuple[list[np.ndarray], ReshardGain] | None:
-    """The owners to move to, int64 [layers, experts] for each of `given`, and what that brings; None: stay, or no load is known yet.
+    """Return the owners to move to and the gain, or None if no move pays or no loads are known yet.
 
-    Tried are Algorithm 2 with the overlap degree and with none, for planners that replicate as Hecate's does and for those that do not;
-    the one with the larger gain wins, the former if they are equal.
+    Algorithm 2 is run twice: with the overlap degree, for planners that replicate hot experts as Hecate's does, and with a degree of 0,
+    for those that do not. The result with the larger gain is returned; the former if they are equal.
+
+    Returns:
+        For each of `given` the new owners, int64 [layers, experts], and their gain.
 
     Raises:
         UserError: the experts do not fit into the devices' memory.
@@ -193,16 +199,16 @@ def better_owners(planner: Planner, given: Sequence[PlanInput], steps: int) -> t
 
 
 def owned_bytes(cost: LayerCost) -> float:
-    """What one expert takes on its owner: master parameters and moments, gradient, frozen part."""
+    """Return the bytes of one expert on its owner: master parameters, moments, gradient and frozen part."""
     return cost.state_bytes + cost.reduced_bytes + cost.frozen_bytes
 
 
 def reshard_seconds(old_LE: np.ndarray, new_LE: np.ndarray, topology: Topology, cost: LayerCost) -> float:
-    """Seconds of moving the experts from old to new owners, layer after layer: what they own but their gradients.
+    """Return the seconds of moving experts from old to new owners, one layer after the other. Gradients are not moved.
 
     Args:
-        old_LE: int64 [layers, experts].
-        new_LE: int64 [layers, experts].
+        old_LE: the old owners, int64 [layers, experts].
+        new_LE: the new owners, int64 [layers, experts].
     """
     ranks, node_D = np.arange(topology.world_size), node_index(topology)
     near_LE = (old_LE != new_LE) & (node_D[old_LE] == node_D[new_LE])

@@ -1,4 +1,4 @@
-"""The machines a job runs on, as a value: devices, their speed and memory, the links between them."""
+"""The topology of a job as a value: its nodes and devices, their speed and memory, and the links between them."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ class Link:
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks, grouped into nodes. Rank r is device r; ranks of one node need not be adjacent.
+    """The devices of a job, one per rank, grouped into nodes. Rank r uses device r; the ranks of a node need not be adjacent.
 
-    Devices, nodes and links may all differ. Traffic is limited where it enters and leaves: at a rank's port inside its node, at a
-    rank's NIC and its node's uplink between nodes; each direction on its own.
+    Devices, nodes and links may all differ. Traffic inside a node is limited by the ports of the sending and the receiving rank;
+    traffic between nodes by the NICs of the two ranks and the uplinks of the two nodes. The two directions do not limit each other.
     """
 
     node_of_rank: tuple[int, ...]
-    """node index of each rank, nodes numbered 0..N-1"""
+    """the node of each rank; nodes are numbered 0..N-1"""
     flops: tuple[float, ...]
-    """sustained FLOP/s of each rank's device in the training dtype"""
+    """the sustained FLOP/s of each rank's device in the training dtype"""
     memory: tuple[float, ...]
-    """bytes each rank's device may use"""
+    """the bytes that each rank's device may use"""
     intra_node: Link
     inter_node: Link
     port_bandwidth: tuple[float, ...] = ()
-    """bytes/s of each rank inside its node; empty: `intra_node`'s"""
+    """the bytes/s of each rank inside its node; empty: the bandwidth of `intra_node`"""
     uplink_bandwidth: tuple[float, ...] = ()
-    """bytes/s of each node to the others, shared by its ranks; empty: `inter_node`'s"""
+    """the bytes/s of each node to other nodes, shared by its ranks; empty: the bandwidth of `inter_node`"""
     nic_bandwidth: tuple[float, ...] = ()
-    """bytes/s of each rank to other nodes; empty: its node's uplink's"""
+    """the bytes/s of each rank to other nodes; empty: the bandwidth of its node's uplink"""
     memory_bandwidth: tuple[float, ...] = ()
-    """bytes/s of each device's memory; empty: one byte for 150 FLOPs, as on the GPUs of the last ten years"""
+    """the bytes/s of each device's memory; empty: one byte per 150 FLOPs, as on the GPUs of the last ten years"""
     overlap_slowdown: float = 1.0
-    """factor by which computing and communicating slow each other down while both run; 2: nothing is gained by overlapping"""
+    """the factor by which computation and communication slow each other down while both run; 2: overlapping gains nothing"""
 
     def __post_init__(self) -> None:
         world = len(self.node_of_rank)
@@ -97,7 +97,7 @@ class Topology:
 
     @property
     def exchange_latency(self) -> float:
-        """Seconds for which all ranks wait in an exchange in which nothing leaves a rank: those inside the nodes, if a node has several."""
+        """Return the seconds that an exchange takes even if no rank sends anything: the latency inside nodes with several ranks."""
         if self.world_size > self.num_nodes:
             return self.intra_node.latency
         return self.inter_node.latency if self.num_nodes > 1 else 0.0
@@ -106,7 +106,7 @@ class Topology:
         return [rank for rank, n in enumerate(self.node_of_rank) if n == node]
 
     def take(self, ranks: Sequence[int]) -> Topology:
-        """The topology of some of the devices: rank r of it is device `ranks[r]` here. Nodes without any are left out."""
+        """Return the topology of some of the devices. Its rank r is this topology's rank `ranks[r]`. Nodes without ranks are left out."""
         nodes = sorted({self.node_of_rank[rank] for rank in ranks})
 
         def of_ranks(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -124,7 +124,7 @@ class Topology:
         )
 
     def same_node(self) -> np.ndarray:
-        """bool [ranks, ranks]: do two ranks share a node?"""
+        """Return whether two ranks share a node, bool [ranks, ranks]."""
         node = np.asarray(self.node_of_rank)
         return node[:, None] == node[None, :]
 
@@ -138,7 +138,7 @@ def uniform_topology(
     intra_node: Link,
     inter_node: Link | None = None,
 ) -> Topology:
-    """`nodes` x `devices_per_node` equal devices; ranks fill node 0 first."""
+    """Return a topology of `nodes` x `devices_per_node` equal devices. Ranks fill node 0 first."""
     world = nodes * devices_per_node
     return Topology(
         node_of_rank=tuple(rank // devices_per_node for rank in range(world)),
@@ -150,7 +150,7 @@ def uniform_topology(
 
 
 def local_topology(world_size: int, *, cuda: bool) -> Topology:
-    """This machine, one node, with round figures: enough to plan with when nobody has measured."""
+    """Return this machine as one node with round numbers, which are good enough to plan with if it has not been measured."""
     if cuda:
         return uniform_topology(1, world_size, flops=4e14, memory=80e9, intra_node=Link(2e11, 1e-5))
     return uniform_topology(1, world_size, flops=5e10, memory=8e9, intra_node=Link(1e9, 2e-4))

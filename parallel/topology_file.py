@@ -1,4 +1,4 @@
-"""Topologies as YAML files. Keys and units: docs/topology.md; presets: configs/topologies/."""
+"""Read and write topologies as YAML files. docs/topology.md gives their keys and units; configs/topologies/ has presets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_topology(path: Path) -> Topology:
 
 
 def parse_topology(text: str, path: str) -> Topology:
-    """A topology from YAML text; `path` says in errors where it comes from.
+    """Return the topology in a YAML text. Error texts name `path` as its file.
 
     Raises:
         UserError: a key is missing, unknown or out of range.
@@ -63,7 +63,7 @@ def parse_topology(text: str, path: str) -> Topology:
     world = sum(node["devices"] for node in nodes)
 
     def by_rank(key: str, default: Sequence[float] = ()) -> tuple[float, ...]:
-        """[ranks]; `default` stands in where a node has no such key."""
+        """Return the values of a node's key by rank, [ranks], with `default` for nodes that lack it."""
         values = list(default) or [0.0] * world
         for number, (node, ranks) in enumerate(zip(nodes, ranks_of_node, strict=True)):
             if key in node:
@@ -93,7 +93,7 @@ def parse_topology(text: str, path: str) -> Topology:
 
 
 def save_topology(topology: Topology, path: Path, comment: str = "") -> None:
-    """Write `topology` so that `load_topology` reads back an equal one, `comment` above it. A file that is there is replaced.
+    """Write `topology`, with `comment` above it, so that `load_topology` reads back an equal one. An existing file is replaced.
 
     Raises:
         UserError: the file cannot be written.
@@ -106,21 +106,21 @@ def save_topology(topology: Topology, path: Path, comment: str = "") -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of `path` and see that a file can be written there: before the work is done whose result it is to hold.
+    """Create the folder of `path` and check that a file can be written in it, before a long computation whose result goes there.
 
     Raises:
-        UserError: it cannot.
+        UserError: the folder cannot be created, or the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: its folder cannot be made: {error}") from error
+        raise UserError(f"{path}: its folder cannot be created: {error}") from error
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{path}: cannot be written: {'it is a folder' if path.is_dir() else 'permission denied'}")
 
 
 def topology_text(topology: Topology, comment: str = "") -> str:
-    """`topology` as YAML. Keys that say what holds anyway are left out; numbers are exact."""
+    """Return `topology` as YAML. Keys with their default value are left out. Numbers are exact."""
     plain = Topology(topology.node_of_rank, topology.flops, topology.memory, topology.intra_node, topology.inter_node)
     plain_nic = tuple(topology.uplink_bandwidth[node] for node in topology.node_of_rank)
     default = {field: getattr(plain, field) for field in _FIELD_OF_KEY.values()} | {"nic_bandwidth": plain_nic}
@@ -157,7 +157,7 @@ def _check_node(node: Any, where: str) -> None:
 
 
 def _ranks_of_nodes(nodes: Sequence[Mapping[str, Any]], path: str) -> list[list[int]]:
-    """The ranks of each node: the next ones, unless the file gives them."""
+    """Return the ranks of each node. Unless the file lists them, ranks are numbered in the order of the nodes."""
     given = [node["ranks"] for node in nodes if "ranks" in node]
     world = sum(node["devices"] for node in nodes)
     if not given:
@@ -168,12 +168,14 @@ def _ranks_of_nodes(nodes: Sequence[Mapping[str, Any]], path: str) -> list[list[
         for node, ranks in zip(nodes, given, strict=True)
     )
     if not lists_fit or sorted(rank for ranks in given for rank in ranks) != list(range(world)):
-        raise UserError(f"{path}: `ranks`, where nodes have it, lists one rank a device, in every node, each of 0..{world - 1} once")
+        raise UserError(
+            f"{path}: `ranks` must list one rank per device in every node, and each of 0..{world - 1} once; or leave it out of all nodes"
+        )
     return given
 
 
 def _number(value: Any, where: str, *, positive: bool = True) -> float:
-    # PyYAML reads 1e9 (no dot, no sign) as a string, which users rightly expect to be a number.
+    # PyYAML reads 1e9 (without a dot or a sign) as a string, but users expect a number.
     try:
         number = float("no number" if isinstance(value, bool) else value)
     except (TypeError, ValueError):
@@ -205,10 +207,10 @@ def _link_text(link: Link) -> str:
 
 
 def _texts(values: Sequence[float]) -> str:
-    """One number for all devices of a node if they agree."""
+    """Return one number if all devices of a node have the same, and a list otherwise."""
     return _text(values[0]) if len(set(values)) == 1 else "[" + ", ".join(map(_text, values)) + "]"
 
 
 def _text(value: float) -> str:
-    """The shortest text that is read back as the same float, in the one scientific form that YAML takes for a number."""
+    """Return the shortest text that is read back as the same float, in the only scientific notation that YAML reads as a number."""
     return np.format_float_scientific(value, trim="0", exp_digits=1)

@@ -1,4 +1,4 @@
-"""Recorded expert loads: a value, its file (docs/traces.md), and a writer that a training run feeds step by step.
+"""Record the expert loads of a training run: a value, its file (docs/traces.md), and a writer that adds one step at a time.
 
 In memory loads are [..., experts, source ranks], as everywhere; in the file they are [..., source ranks, experts].
 """
@@ -26,26 +26,26 @@ _HEADER = ("steps", "layers", "num_experts", "top_k", "tokens_per_rank", "model"
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Loads of some steps and layers of a run: assignments (see `hecate.parallel.loads`).
+    """The loads (see `hecate.parallel.loads`) of some steps and layers of a run.
 
     Raises:
-        UserError: the parts do not fit together.
+        UserError: the fields do not fit together.
     """
 
     loads: np.ndarray
     """int32 or int64 [steps, layers, experts, source ranks]; 0 beyond a layer's own number of experts"""
     steps: tuple[int, ...]
-    """numbers of the steps, ascending, gaps allowed"""
+    """the numbers of the steps, ascending; gaps are allowed"""
     layers: tuple[int, ...]
-    """numbers of the layers in the model, ascending"""
+    """the numbers of the layers in the model, ascending"""
     num_experts: tuple[int, ...]
-    """experts of each layer"""
+    """the number of experts of each layer"""
     top_k: int
     tokens_per_rank: int
-    """most tokens that a rank may have in a step; what it had is `loads.sum(-2) / top_k`"""
+    """the most tokens that a rank may have in a step; its actual number is `loads.sum(-2) / top_k`"""
     model: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
-    """whatever else is worth knowing, JSON-able"""
+    """further information about the run, as JSON values"""
 
     def __post_init__(self) -> None:
         shape = self.loads.shape
@@ -78,10 +78,10 @@ class Trace:
 
 
 def save_trace(trace: Trace, path: Path) -> None:
-    """Write the file, or leave the old one as it was.
+    """Write the file, replacing an existing one in a single step.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the file cannot be written; an existing one is then unchanged.
     """
     header = {"version": _VERSION} | {name: getattr(trace, name) for name in _HEADER}
     text = json.dumps(header, allow_nan=False).encode("ascii")
@@ -100,10 +100,10 @@ def save_trace(trace: Trace, path: Path) -> None:
 
 
 def load_trace(path: Path) -> Trace:
-    """Read a file of `save_trace`.
+    """Read a file that `save_trace` has written.
 
     Raises:
-        UserError: it cannot be read, is no trace, or was written by a later version.
+        UserError: the file cannot be read, is not a trace, or was written by a later version.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -126,9 +126,9 @@ def load_trace(path: Path) -> Trace:
 
 
 class TraceWriter:
-    """Collects a run's loads and writes them. One rank, 0, makes one.
+    """A writer that collects a run's loads and writes them to a file. Only rank 0 has one.
 
-    A run that resumes after step `after` goes on with the file that is there, without its later steps.
+    If the run resumes after step `after`, the steps of the existing file up to `after` are kept, and later ones are dropped.
 
     Raises:
         UserError: the file cannot be read, or is another run's.
@@ -161,15 +161,17 @@ class TraceWriter:
         if self._steps:
             assert step > self._steps[-1], (step, self._steps[-1])
             if (self._layers, self._num_experts) != (layers, num_experts):
-                raise UserError(f"{self.path}: holds loads of other layers or experts than this run's; move it away, resume again")
+                raise UserError(
+                    f"{self.path}: holds loads of other layers or experts than this run's; move it to another folder and resume again"
+                )
         self._layers, self._num_experts = layers, num_experts
         self._steps.append(step)
         self._loads.append(loads_LED)
 
     def save(self) -> None:
-        """Write all steps so far. Does nothing before the first."""
+        """Write all steps so far. Before the first step nothing is written."""
         if self._steps:
-            # A run may go on with more or fewer ranks; one that is not there sends nothing.
+            # The number of ranks may have changed during the run. A rank that does not exist in a step has no loads.
             ranks = max(loads_LED.shape[2] for loads_LED in self._loads)
             padded = [np.pad(loads_LED, ((0, 0), (0, 0), (0, ranks - loads_LED.shape[2]))) for loads_LED in self._loads]
             save_trace(Trace(np.stack(padded), tuple(self._steps), self._layers, self._num_experts, **self._facts), self.path)

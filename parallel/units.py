@@ -1,16 +1,16 @@
-"""Where a model's experts sit: the key of whatever is kept by layer, in the engine, in checkpoints, in traces and in metrics."""
+"""A unit is a part of the model that has experts. Units are the keys of all values per MoE layer: in the engine, checkpoints and metrics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 FFN = "ffn"
-"""the place of experts that stand for a layer's feed-forward network"""
+"""the place of experts that replace a layer's feed-forward network"""
 
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """One place of a model that has a router and experts of its own. Its text is `LAYER`, or `LAYER.PLACE` elsewhere than in the FFN."""
+    """A part of the model with its own router and experts. Its text is `LAYER` for a layer's FFN and `LAYER.PLACE` otherwise."""
 
     layer: int
     """the decoder layer, from 0"""
@@ -22,10 +22,10 @@ class Unit:
 
 
 def parse_unit(text: str) -> Unit:
-    """The unit whose text this is.
+    """Return the unit with this text.
 
     Raises:
-        ValueError: it is no unit's.
+        ValueError: the text is not that of a unit.
     """
     layer, _, place = text.partition(".")
     unit = Unit(int(layer), place or FFN)
@@ -35,5 +35,5 @@ def parse_unit(text: str) -> Unit:
 
 
 def expert_name(unit: Unit, expert: int) -> str:
-    """An expert's name in checkpoints: LAYER.EXPERT, or LAYER.PLACE.EXPERT."""
+    """Return an expert's name in checkpoints: LAYER.EXPERT, or LAYER.PLACE.EXPERT."""
     return f"{unit}.{expert}"

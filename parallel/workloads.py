@@ -1,8 +1,8 @@
-"""Synthetic expert loads that every planner is tried on: thirteen kinds of skew, each a pure function of its sizes and a seed.
+"""Synthetic expert loads on which planners are compared: thirteen kinds of skew, each a pure function of its sizes and a seed.
 
-Loads count choices: a token's k experts are k of them, all different, so that no expert gets more choices from a rank than the rank has
-tokens. Homes are those of expert parallelism (`contiguous_owners`). A layer's hot experts are others than its neighbours'. Fewer steps or
-layers are the first ones of more.
+Loads count assignments. A token's k experts are all different, so no expert gets more assignments from a rank than the rank has tokens.
+Owners are those of expert parallelism (`contiguous_owners`). Neighbouring layers have different hot experts. With fewer steps or layers,
+the loads are the first ones of a longer run.
 
 Shapes: E experts, S source ranks.
 """
@@ -21,24 +21,24 @@ from hecate.errors import UserError
 from hecate.parallel.placement import contiguous_owners
 
 _HEAT = 8.0
-"""how many times as popular as another an expert of a hot rank is"""
+"""how many times as popular a hot expert is as another one"""
 _ZIPF_EXPONENT = 1.2
 _NORMALS = 4
-"""halved sums of squares of 2a normals are Gamma(a), and these over their sum are Dirichlet(a): here a = 2, a Gini of 0.375 a source"""
+"""half the sum of squares of 2a normals is Gamma(a), and such numbers over their sum are Dirichlet(a); a is 2, with a Gini of 0.375"""
 _MEMORY = 0.98
-"""correlation of a drifting normal with itself one step before: half forgotten in 35 steps"""
+"""the correlation of a drifting normal with its value one step before, which halves in 35 steps"""
 _BURST_PERIOD, _BURST_START, _BURST_STEPS = 8, 4, 2
 _WEIGHTS, _COUNTS, _TOKENS = range(3)
-"""streams of random numbers"""
+"""the streams of random numbers"""
 
 
 class Workload(Protocol):
-    """Loads of a kind, int64 [steps, layers, experts, source ranks]: assignments (see `hecate.parallel.loads`) of each rank's tokens.
+    """A function that returns the loads (see `hecate.parallel.loads`) of a kind, int64 [steps, layers, experts, source ranks].
 
-    A rank has at most `tokens_per_rank` tokens, the same number in every layer of a step; its choices sum to `top_k` times that.
+    A rank has at most `tokens_per_rank` tokens, the same number in every layer of a step, and `top_k` assignments for each of them.
 
     Raises:
-        UserError: a size is below 1, the seed is negative, top_k exceeds the experts, or they leave the kind no room.
+        UserError: a size is below 1, the seed is negative, top_k exceeds the experts, or there are too few experts for the kind.
     """
 
     def __call__(
@@ -68,18 +68,22 @@ class _Size:
         return np.random.default_rng([self.seed, stream, layer, step])
 
     def hot_expert(self, turn: int) -> int:
-        """Another expert each turn until all had theirs, and mostly another rank's."""
+        """Return a different expert each turn until all have had one, and usually one of a different rank."""
         least = max(self.num_experts // self.world_size, 1)
         stride = next(s for s in count(least) if gcd(s, self.num_experts) == 1)
         return (self.seed + turn * stride) % self.num_experts
 
 
 _Profile = Callable[[_Size, int], Iterator[np.ndarray]]
-"""(sizes, layer) -> step after step, how popular each expert is: weights float64 [experts] or [source ranks, experts], 0 for never"""
+"""a function of sizes and layer that yields, for each step, the popularity of each expert: float64 [experts] or [source ranks, experts]"""
 
 
 def _drawn(profile: _Profile, tokens: Callable[[_Size, int], np.ndarray] | None = None) -> Workload:
-    """The workload of a profile; `tokens`: (sizes, step) -> int64 [source ranks], left out: all that a rank may have."""
+    """Return the workload that draws from a profile.
+
+    Args:
+        tokens: a function of sizes and step that returns each rank's tokens, int64 [source ranks]; None: the most that a rank may have.
+    """
 
     def workload(
         num_steps: int, num_layers: int, world_size: int, num_experts: int, tokens_per_rank: int, top_k: int, seed: int
@@ -97,11 +101,14 @@ def _drawn(profile: _Profile, tokens: Callable[[_Size, int], np.ndarray] | None 
 
 
 def _choose(rng: np.random.Generator, weight_SE: np.ndarray, tokens_S: np.ndarray, top_k: int) -> np.ndarray:
-    """Choices int64 [S, E]: drawn by weight; what an expert cannot take, having all of a rank's tokens, is drawn again for the others."""
+    """Draw each rank's assignments by the experts' weights, int64 [S, E].
+
+    An expert cannot get more assignments from a rank than the rank has tokens. The excess is drawn again among the other experts.
+    """
     most_SE = np.where(weight_SE > 0, tokens_S[:, None], 0)
     total_S = tokens_S * top_k
     count_SE = np.zeros(weight_SE.shape, dtype=np.int64)
-    while len(rows := np.flatnonzero(count_SE.sum(1) < total_S)):  # each time round a row is done or one more of its experts is full
+    while len(rows := np.flatnonzero(count_SE.sum(1) < total_S)):  # in each round a rank is finished, or one more of its experts is full
         have, most = count_SE[rows], most_SE[rows]
         open_weight = np.where(have < most, weight_SE[rows], 0.0)
         drawn = rng.multinomial(total_S[rows] - have.sum(1), open_weight / open_weight.sum(1, keepdims=True))
@@ -112,7 +119,7 @@ def _choose(rng: np.random.Generator, weight_SE: np.ndarray, tokens_S: np.ndarra
 def _balanced(
     num_steps: int, num_layers: int, world_size: int, num_experts: int, tokens_per_rank: int, top_k: int, seed: int
 ) -> np.ndarray:
-    """No skew and no chance: each rank deals its choices round, the next goes on where it stopped; loads differ by 1 at most."""
+    """No skew and no randomness: assignments are dealt to the experts in turn, rank after rank, so that loads differ by at most 1."""
     size = _Size(num_steps, num_layers, world_size, num_experts, tokens_per_rank, top_k, seed)
     each, extra = divmod(tokens_per_rank * top_k, num_experts)
     first_S = np.arange(world_size) * extra
@@ -128,7 +135,10 @@ def _flat(size: _Size, layer: int) -> Iterator[np.ndarray]:
 
 
 def _one_hot(size: _Size, expert: int, share: float) -> np.ndarray:
-    """`share` of the tokens that would pass `expert` by if all were alike choose it, too; the other experts are alike."""
+    """Popularities by which `expert` also gets `share` of the tokens that it would not get if all experts were equal.
+
+    The other experts are equal.
+    """
     alike = size.top_k / size.num_experts
     hot = (alike + share * (1 - alike)) / size.top_k
     weight_E = np.full(size.num_experts, (1 - hot) / max(size.num_experts - 1, 1))
@@ -137,18 +147,18 @@ def _one_hot(size: _Size, expert: int, share: float) -> np.ndarray:
 
 
 def _one_hot_expert(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """One expert for about half of all tokens."""
+    """One expert gets about half of all tokens."""
     return repeat(_one_hot(size, size.hot_expert(layer), 0.5))
 
 
 def _hot_rank(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """All experts at home on one rank are hot."""
+    """All experts owned by one rank are hot."""
     owner_E = contiguous_owners(size.num_experts, size.world_size)
     return repeat(np.where(owner_E == owner_E[size.hot_expert(layer)], _HEAT, 1.0))
 
 
 def _hot_spread(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """As many hot experts as in a hot rank, at equal distances."""
+    """As many experts are hot as in `hot_rank`, but at equal distances."""
     owner_E = contiguous_owners(size.num_experts, size.world_size)
     hot = size.hot_expert(layer)
     num_hot = int((owner_E == owner_E[hot]).sum())
@@ -158,25 +168,25 @@ def _hot_spread(size: _Size, layer: int) -> Iterator[np.ndarray]:
 
 
 def _idle_expert(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """One expert without a token."""
+    """One expert gets no token."""
     if size.top_k == size.num_experts:
         raise UserError(f"workload idle_expert: with top_k {size.top_k} of {size.num_experts} experts none can be idle")
     return repeat(np.where(np.arange(size.num_experts) == size.hot_expert(layer), 0.0, 1.0))
 
 
 def _all_to_one(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """One expert gets a choice of every token; all others alike."""
-    # So much more that chance does not count: the first draw fills the expert, the second deals the rest evenly.
+    """One expert gets an assignment of every token; the others are equal."""
+    # The weight is so large that the first draw always fills the expert; the second draw shares the rest evenly.
     return repeat(np.where(np.arange(size.num_experts) == size.hot_expert(layer), 1e30, 1.0))
 
 
 def _rotating(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """One hot expert, another in each step: what the history foretells is always stale."""
+    """One expert is hot, a different one in each step, so that a prediction from past steps is always wrong."""
     return (_one_hot(size, size.hot_expert(layer + step), 0.5) for step in count())
 
 
 def _burst(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """Flat, but for two steps in eight, from the fifth on, nearly all tokens want one expert, another each time."""
+    """Loads are even, except that in two of every eight steps, from the fifth on, nearly all tokens go to one expert, a new one each time."""
     for step in count():
         number, phase = divmod(step, _BURST_PERIOD)
         bursting = _BURST_START <= phase < _BURST_START + _BURST_STEPS
@@ -184,19 +194,19 @@ def _burst(size: _Size, layer: int) -> Iterator[np.ndarray]:
 
 
 def _lognormal(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """Popularities lognormal with s = 1."""
+    """Popularities are lognormal with s = 1."""
     return repeat(size.random(_WEIGHTS, layer).lognormal(0.0, 1.0, size.num_experts))
 
 
 def _zipf(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """The n-th most popular expert has 1 / n^1.2 of the first one's popularity."""
+    """The n-th most popular expert has 1 / n^1.2 of the popularity of the first."""
     return repeat(size.random(_WEIGHTS, layer).permutation(np.arange(1.0, size.num_experts + 1) ** -_ZIPF_EXPONENT))
 
 
 def _dirichlet_drift(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """Each rank has its own Dirichlet(2) popularities, half in common with the others', that drift without ever settling."""
+    """Each rank has its own Dirichlet(2) popularities, half of which are shared with the other ranks, and they drift all the time."""
     rng = size.random(_WEIGHTS, layer)
-    shape = (size.world_size + 1, size.num_experts, _NORMALS)  # the last source stands for what all have in common
+    shape = (size.world_size + 1, size.num_experts, _NORMALS)  # the last source is the part that all ranks share
     normals = rng.standard_normal(shape)
     while True:
         yield np.square(normals[:-1] + normals[-1]).sum(-1)
@@ -204,13 +214,13 @@ def _dirichlet_drift(size: _Size, layer: int) -> Iterator[np.ndarray]:
 
 
 def _ragged(size: _Size, step: int) -> np.ndarray:
-    """Token counts at equal distances from an eighth of a rank's most to the whole, in another order in each step."""
+    """Return token counts spaced evenly from an eighth of the most to the most that a rank may have, in a new order in each step."""
     most = size.tokens_per_rank
     return size.random(_TOKENS, step=step).permutation(np.ceil(np.linspace(most / 8, most, size.world_size)).astype(np.int64))
 
 
 def _one_empty(size: _Size, step: int) -> np.ndarray:
-    """One rank, always the same, has no tokens."""
+    """Return the token counts when one rank, always the same, has none."""
     return np.where(np.arange(size.world_size) == size.seed % size.world_size, 0, size.tokens_per_rank)
 
 
@@ -229,4 +239,4 @@ WORKLOADS: dict[str, Workload] = {
     "zipf": _drawn(_zipf),
     "dirichlet_drift": _drawn(_dirichlet_drift),
 }
-"""by name, in a fixed order"""
+"""the workloads by name, in a fixed order"""

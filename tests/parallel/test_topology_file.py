@@ -189,7 +189,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     topology = load_topology(write(tmp_path, GOOD))
     with pytest.raises(UserError, match=r"taken.*folder"):
         save_topology(topology, tmp_path / "taken")
-    with pytest.raises(UserError, match=r"inside.*folder cannot be made"):
+    with pytest.raises(UserError, match=r"inside.*folder cannot be created"):
         save_topology(topology, tmp_path / "machines.yaml" / "inside")
 
 

@@ -88,7 +88,7 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
         "mixlora.layers.0.mlp.up_proj.experts.0.lora_A.weight",
         "x",
     ):
-        with pytest.raises(UserError, match=f"tensor {stranger} has no place"):
+        with pytest.raises(UserError, match=f"tensor {stranger} does not belong"):
             save_adapter(tmp_path / "adapter", tensors_of() | {stranger: torch.zeros(3, 6)}, config_of())
     router = "mixlora.layers.1.mlp.moe_gate.weight"
     for value in (float("nan"), float("inf"), 1e300):
