@@ -1,4 +1,4 @@
-"""What a layer of experts costs, from the parameters of one expert: the one formula behind the engine, `hecate plan` and the simulator."""
+"""Compute the cost of an MoE layer from the parameters of one expert. The engine, `hecate plan` and the simulator all use this formula."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from hecate.parallel.expert_kinds import ExpertParameters
 
 @dataclass(frozen=True)
 class NumberBytes:
-    """Bytes of one number."""
+    """The bytes of one number, by what it is."""
 
     trained: int
-    """of a trained parameter as it is gathered, and of its gradient"""
+    """the bytes of a trained parameter as it is gathered, and of its gradient"""
     master: int
-    """of a trained parameter, and of each of its two moments, on the expert's owner"""
+    """the bytes of a trained parameter, and of each of its two moments, on the expert's owner"""
     computed: int
-    """of a frozen weight and of a hidden state"""
+    """the bytes of a frozen weight and of a hidden state"""
 
 
 def expert_layer_cost(expert: ExpertParameters, *, hidden: int, top_k: int, number: NumberBytes, non_moe_flops: float) -> LayerCost:
-    """What a planner must know of a layer.
+    """Return the cost of a layer, as planners need it.
 
-    Backward over forward: a trained FFN takes twice as long (gradients of its inputs and of its weights), a frozen one as long, and pairs
-    as their kind says.
+    The backward pass of a trained FFN takes twice as long as its forward pass (gradients of its inputs and of its weights), that of a
+    frozen FFN as long, and that of pairs `ExpertParameters.pair_backward` times as long.
 
     Args:
-        non_moe_flops: of what hides transfers, of one rank, forward.
+        non_moe_flops: the forward FLOPs, on one rank, of the computation that can overlap with transfers.
     """
     own_ffn, pairs = 2.0 * (expert.trained_ffn + expert.frozen_ffn), 2.0 * expert.pairs
     backward = 2.0 * (2.0 * expert.trained_ffn) + 2.0 * expert.frozen_ffn + expert.pair_backward * pairs

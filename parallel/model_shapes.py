@@ -1,4 +1,4 @@
-"""Models as a few numbers: enough to say what a layer's experts weigh and compute, without the model."""
+"""Describe a model by a few numbers, from which the bytes and FLOPs of its layers follow without building it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MASTER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A transformer in which every layer is attention and a mixture of experts.
+    """The sizes of a transformer in which every layer has attention and a mixture of experts.
 
     Raises:
         UserError: a value is out of range, or missing or superfluous for the kind.
@@ -27,28 +27,28 @@ class ModelShape:
 
     name: str
     kind: Family
-    """full: experts trained whole. mixlora: LoRA pairs over one frozen FFN that the experts share. moe_lora: LoRA pairs over
-    frozen experts, each its own"""
+    """the kind of experts. full: fully trained. mixlora: LoRA pairs over one frozen FFN that a layer's experts share. moe_lora: LoRA
+    pairs over frozen experts, each with its own FFN"""
     hidden: int
     ffn: int
-    """inner size of one expert's FFN, or of the shared one"""
+    """the inner size of one expert's FFN, or of the shared one"""
     layers: int
     seq: int
-    """tokens of a sequence"""
+    """the tokens of a sequence"""
     experts: int
     top_k: int
     matrices: int = 3
-    """of an FFN: 3 with a gate, 2 without"""
+    """the number of matrices of an FFN: 3 with a gate, 2 without"""
     rank: int | None = None
-    """of the LoRA pairs"""
+    """the rank of the LoRA pairs"""
     dtype_bytes: int = 2
-    """of a weight and of an activation"""
+    """the bytes of a weight and of an activation"""
     query_width: int | None = None
-    """heads times their size; None: as `hidden`"""
+    """the number of heads times their size; None: `hidden`"""
     key_value_width: int | None = None
-    """key heads times their size; None: as `query_width`"""
+    """the number of key heads times their size; None: `query_width`"""
     causal: bool = True
-    """half of the attention is masked and not computed"""
+    """whether half of the attention is masked and not computed"""
 
     def __post_init__(self) -> None:
         if self.kind not in sorted(KINDS):
@@ -69,22 +69,22 @@ class ModelShape:
 
     @property
     def of_kind(self) -> ExpertKind:
-        """What is known of the kind."""
+        """The facts about the kind of experts."""
         return KINDS[self.kind]
 
     @property
     def ffn_parameters(self) -> int:
-        """Of one FFN: an expert's own, or the one that all share."""
+        """The parameters of one FFN: an expert's own, or the one that all share."""
         return self.matrices * self.hidden * self.ffn
 
     @property
     def pair_parameters(self) -> int:
-        """Of one expert's LoRA pairs."""
+        """The parameters of one expert's LoRA pairs."""
         return 0 if self.rank is None else self.matrices * self.rank * (self.hidden + self.ffn)
 
     @property
     def attention_parameters(self) -> int:
-        """Of one layer's projections."""
+        """The parameters of one layer's attention projections."""
         query = self.hidden if self.query_width is None else self.query_width
         key_value = query if self.key_value_width is None else self.key_value_width
         return 2 * self.hidden * (query + key_value)
@@ -95,8 +95,10 @@ class ModelShape:
         return self.layers * (self.attention_parameters + ffns * self.ffn_parameters + self.experts * self.pair_parameters)
 
     def replicated_bytes(self) -> float:
-        """What every rank holds of all layers beside its experts: attention, and the FFN that LoRA experts share, frozen; for full experts
-        attention with gradients, float32 master parameters and moments.
+        """The bytes that every rank holds of all layers, apart from experts.
+
+        With LoRA experts that is the frozen attention and the FFN that the experts share; with full experts it is the attention with
+        gradients, float32 master parameters and moments.
         """
         if not self.of_kind.has_pairs:
             return float(self.layers * self.attention_parameters * (2 * self.dtype_bytes + 3 * _MASTER_BYTES))
@@ -104,15 +106,18 @@ class ModelShape:
         return float(self.layers * (self.attention_parameters + shared) * self.dtype_bytes)
 
     def attention_flops(self, tokens: float) -> float:
-        """Forward FLOPs of one layer's attention over `tokens` tokens in whole sequences: projections, scores and their use."""
+        """Return the forward FLOPs of one layer's attention over `tokens` tokens in whole sequences.
+
+        These are the projections, the scores, and the products of scores and values.
+        """
         query = self.hidden if self.query_width is None else self.query_width
         scores = 4.0 * self.seq * query * (0.5 if self.causal else 1.0)
         return tokens * (2.0 * self.attention_parameters + scores)
 
     def layer_cost(self, tokens_per_rank: float) -> LayerCost:
-        """What planners must know of a layer.
+        """Return the cost of a layer, as planners need it.
 
-        Weights that train whole travel in the type in which they are computed with; pairs travel as float32 master parameters.
+        Fully trained weights are sent in the type that they are computed in; pairs are sent as float32 master parameters.
         """
         trained = _MASTER_BYTES if self.of_kind.has_pairs else self.dtype_bytes
         return expert_layer_cost(
@@ -125,7 +130,7 @@ class ModelShape:
 
 
 def load_model_shape(path: Path) -> ModelShape:
-    """Read a model from YAML: the fields of `ModelShape` but `name`, which is the file's. See configs/models/.
+    """Read a model from YAML, with the fields of `ModelShape` except `name`, which is the file's name. See configs/models/.
 
     Raises:
         UserError: the file cannot be read, or a key is missing, unknown or out of range.

@@ -1,4 +1,4 @@
-"""A unit is a part of the model that has experts. Units are the keys of all values per MoE layer: in the engine, checkpoints and metrics."""
+"""A unit is a part of the model that has experts. Values per MoE layer, in the engine, checkpoints and metrics, have units as keys."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def _rotating(size: _Size, layer: int) -> Iterator[np.ndarray]:
 
 
 def _burst(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """Loads are even, except that in two of every eight steps, from the fifth on, nearly all tokens go to one expert, a new one each time."""
+    """Loads are even, but in two of every eight steps, from the fifth on, nearly all tokens go to one expert, a new one each time."""
     for step in count():
         number, phase = divmod(step, _BURST_PERIOD)
         bursting = _BURST_START <= phase < _BURST_START + _BURST_STEPS
