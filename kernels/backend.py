@@ -1,4 +1,4 @@
-"""Chooses which implementation computes a layer's experts: Triton, the fast torch path, or the formula."""
+"""Choose the implementation that computes a layer's experts: Triton kernels, the fast torch path, or the plain formula."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from hecate.kernels.common.low_rank import MAX_RANK
 
 Backend = Literal["auto", "triton", "torch", "reference"]
-"""auto: Triton on CUDA tensors, where it can, and torch elsewhere. triton: Triton or an error; on CPU tensors its interpreter, for tests.
-torch: the fast path in plain torch. reference: the formula, slot by slot."""
+"""auto: Triton on CUDA tensors if it supports them, torch otherwise. triton: Triton or an error; on CPU tensors its interpreter, for
+tests. torch: the fast path in plain torch. reference: the formula, slot by slot."""
 
 
 @dataclass(frozen=True)
 class ExpertKernels:
-    """The feed-forwards of the three kinds of experts, each as its fast torch version is documented."""
+    """The feed-forward functions of the three kinds of experts. The fast torch versions document their arguments and results."""
 
     mixlora_ffn: Callable[..., Tensor]
     full_ffn: Callable[..., Tensor]
@@ -27,10 +27,10 @@ class ExpertKernels:
 
 
 def expert_kernels(backend: Backend, x: Tensor, rank: int = 0) -> ExpertKernels:
-    """The implementation for tensors of the device and type of `x`.
+    """Return the implementation for tensors of the device and type of `x`.
 
     Args:
-        rank: the largest of the experts' low-rank pairs.
+        rank: the largest rank of the experts' low-rank pairs.
 
     Raises:
         ValueError: `backend` is triton and Triton cannot compute this.
@@ -49,7 +49,7 @@ def expert_kernels(backend: Backend, x: Tensor, rank: int = 0) -> ExpertKernels:
 
 
 def triton_problem(device: str, dtype: torch.dtype | None = None, rank: int = 0) -> str | None:
-    """Why Triton's kernels cannot compute on a kind of device, in `dtype` (None: any) and with this LoRA rank; None if they can."""
+    """Return why the Triton kernels cannot run on a kind of device, in `dtype` (None: any) and with this LoRA rank; None if they can."""
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return (
             "kernels: triton needs a CUDA GPU, and this machine has none.\n"
@@ -62,7 +62,7 @@ def triton_problem(device: str, dtype: torch.dtype | None = None, rank: int = 0)
     return None
 
 
-# Triton is imported where it is used: it is there on Linux only, and whether it interprets is fixed by the first kernel's import.
+# Triton is imported inside functions: it exists on Linux only, and the import of the first kernel decides whether it interprets.
 
 
 def _triton() -> ExpertKernels:

@@ -1,9 +1,9 @@
-"""Kernels compiled for GPUs that this machine does not have: exactly what a wrapper would launch, down to the cubin, and what that costs.
+"""Compile kernels for GPUs that this machine does not have, and read the registers, memory and instructions of the machine code.
 
-with compiling_for(90):
-    code = machine_code(launch_of_meta_tensors)
+    with compiling_for(90):
+        code = machine_code(launch_of_meta_tensors)
 
-Triton's own compiler makes the cubin; the tools in Triton's wheel read it. No GPU is needed.
+The launch is exactly the one that a wrapper makes. Triton's own compiler produces the cubin, and the tools in Triton's wheel read it.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ KINDS = {
     "LDGSTS": "asynchronous copies into shared memory",
     "LDG": "other loads of global memory",
     "STG": "stores to global memory",
-    "LDL": "loads of local memory: what was spilled comes back",
+    "LDL": "loads of local memory: reloads of spilled registers",
     "STL": "stores to local memory: spills",
-    "ATOM": "atomics with a result, but for exchanges",
-    "RED": "atomics without: a kernel with either may sum in any order",
+    "ATOM": "atomics with a result, except exchanges",
+    "RED": "atomics without a result; a kernel with either kind may sum in any order",
 }
-"""Instructions that are counted, by the beginning of their names."""
+"""the instructions that are counted, by the beginning of their names"""
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 MAX_SHARED = {80: 163 << 10, 90: 227 << 10}
-"""bytes of shared memory that one program may have, by sm number (CUDA C++ Programming Guide, technical specifications)"""
+"""the bytes of shared memory that one program may have, by sm number (CUDA C++ Programming Guide, technical specifications)"""
 
 
 class _AbsentGpu:
-    """What triton asks of a driver before it compiles. A device's number is its sm number, so that triton keeps their kernels apart."""
+    """The part of a GPU driver that Triton calls before it compiles. A device's number is its sm number, so that caches differ."""
 
     def __init__(self, sm: int) -> None:
         self._sm = sm
@@ -67,7 +67,7 @@ class _AbsentGpu:
 
 @contextlib.contextmanager
 def compiling_for(sm: int) -> Iterator[None]:
-    """Inside, `Launch.compiled` compiles for this kind of GPU, and launches of meta tensors get its configurations."""
+    """A context in which `Launch.compiled` compiles for this kind of GPU, and launches of meta tensors get its configurations."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError(
             "TRITON_INTERPRET=1: kernels are interpreted in this process and cannot be compiled; unset it before importing any"
@@ -82,9 +82,9 @@ def compiling_for(sm: int) -> Iterator[None]:
 
 
 def machine_code(launch: Launch) -> MachineCode:
-    """Compile a launch under `compiling_for` and read what came out.
+    """Compile a launch inside `compiling_for` and read the machine code.
 
-    Raises whatever triton does of a kernel that it cannot compile.
+    Raises the errors of Triton for a kernel that it cannot compile.
     """
     compiled = launch.compiled()
     return read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
@@ -93,13 +93,13 @@ def machine_code(launch: Launch) -> MachineCode:
 @dataclass(frozen=True)
 class MachineCode:
     registers: int
-    """of each thread"""
+    """the registers of each thread"""
     stack: int
-    """bytes of local memory of each thread: spilled registers, and arrays that could not be kept in registers"""
+    """the bytes of local memory of each thread, for spilled registers and for arrays that do not fit into registers"""
     shared: int
-    """bytes of each program, the dynamic ones included"""
+    """the bytes of shared memory of each program, dynamic ones included"""
     instructions: Mapping[str, int]
-    """how often each of KINDS stands in the code; none of them: left out"""
+    """how often each of KINDS occurs in the code; those that do not occur are left out"""
 
     @property
     def spills(self) -> bool:
@@ -107,7 +107,10 @@ class MachineCode:
 
 
 def read_cubin(cubin: bytes, dynamic_shared: int) -> MachineCode:
-    """Registers, stack, shared memory and instructions of a cubin's one kernel; `dynamic_shared`: bytes that its launch asks for."""
+    """Return the registers, stack, shared memory and instructions of the only kernel in a cubin.
+
+    `dynamic_shared` is the number of bytes of dynamic shared memory of its launch.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
@@ -120,13 +123,16 @@ def read_cubin(cubin: bytes, dynamic_shared: int) -> MachineCode:
 
 
 def count_instructions(code: str) -> dict[str, int]:
-    """How often each of KINDS stands in what nvdisasm printed."""
+    """Return how often each of KINDS occurs in the output of nvdisasm."""
     counts = collections.Counter(_kind(name) for name in _INSTRUCTION.findall(code))
     return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
 
 def _kind(instruction: str) -> str:
-    """The kind of "ATOMS.ADD" is ATOM; LDGSTS is no LDG, REDUX no RED, and an exchange, by which descriptors are published, no sum."""
+    """Return the kind of an instruction, such as ATOM for "ATOMS.ADD".
+
+    LDGSTS is not an LDG, REDUX is not a RED, and an atomic exchange, which publishes descriptors, is not a sum.
+    """
     name, _, how = instruction.partition(".")
     if name in ("ATOM", "ATOMG", "ATOMS"):
         return "exchange" if "EXCH" in how else "ATOM"

@@ -1,8 +1,8 @@
-"""Assignments: which expert each token is routed to, and in what order and pieces kernels work on them.
+"""Sort the assignments of tokens to experts, and cut them into the tiles that kernels work on.
 
-An assignment is a token with one of its top-k experts, so a token has k of them. Kernels take them sorted by slot, the place of an
-expert's weights on this rank, so that neighbouring rows are multiplied by the same weights. `assignment_order` sorts on the device without
-waiting for it, so every size known to the host is an upper bound; `assignment_tiles` reads the group sizes back, for the torch path.
+An assignment is a token with one of its top-k experts, so a token has k of them. Kernels take assignments sorted by slot, the index of
+an expert's weights on this rank, so that neighbouring rows are multiplied by the same weights. `assignment_order` sorts on the device
+without waiting for it, so all sizes on the host are upper bounds; `assignment_tiles`, for the torch path, reads the group sizes back.
 
 Shapes: T tokens, K assignments of a token, P = T·K places of the sorted assignments, S slots, D hidden, m assignments of a tile.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """The tokens of one layer that are on this rank, and the slots and weights that the router gave them."""
+    """The tokens of one layer on this rank, and the slots and weights that the router has assigned to them."""
 
     x_TD: Tensor
     slot_TK: Tensor
@@ -33,7 +33,10 @@ class RoutedTokens:
 
     @property
     def expert_TK(self) -> Tensor:
-        """int64, the expert of each assignment; of the last slot where it is computed elsewhere. Needs `expert_S`."""
+        """Return the expert of each assignment, int64 [T, K]; that of the last slot for an assignment that another rank computes.
+
+        Needs `expert_S`.
+        """
         assert self.expert_S is not None, "the experts in the slots are not given"
         return self.expert_S.to(self.slot_TK.device)[self.slot_TK]
 
@@ -46,19 +49,19 @@ class AssignmentOrder:
     """
 
     order_P: Tensor
-    """int64 [P], the assignment at each place, an index into the flattened [T, K]"""
+    """int64 [P], the assignment at each place, as an index into the flattened [T, K]"""
     token_P: Tensor
-    """int32 [P], its token"""
+    """int32 [P], the token at each place"""
     place_TK: Tensor
     """int32 [T, K], the place of each assignment; -1 where it is computed elsewhere"""
     starts: Tensor
-    """int32 [S + 1], the first place of each slot, then the number of assignments that are computed on this rank"""
+    """int32 [S + 1], the first place of each slot, and last the number of assignments that are computed on this rank"""
     tile_maps: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    """what `tile_map` made of it, by rows of a tile"""
+    """the results of `tile_map` for this order, by the number of rows of a tile"""
 
     @property
     def num_assignments(self) -> int:
-        """P, those elsewhere included."""
+        """P, the number of all assignments, also of those that other ranks compute."""
         return self.order_P.numel()
 
     @property
@@ -67,7 +70,7 @@ class AssignmentOrder:
 
     @property
     def sizes_S(self) -> Tensor:
-        """int32 [S], the number of assignments of each slot."""
+        """Return the number of assignments of each slot, int32 [S]."""
         return self.starts.diff()
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,7 +85,7 @@ class AssignmentOrder:
 
 
 def assignment_order(slot_TK: Tensor, num_slots: int) -> AssignmentOrder:
-    """The assignments of `slot_TK` (integers [T, K], each in -1 … num_slots - 1) in the order of their slots."""
+    """Return the assignments of `slot_TK` (integers [T, K], each in -1 … num_slots - 1) sorted by slot."""
     slot = slot_TK.flatten()
     # A radix sort takes a pass for each few bits of its keys.
     key = torch.where(slot < 0, num_slots, slot).to(torch.int16 if num_slots < 2**15 else torch.int32)
@@ -96,7 +99,7 @@ def assignment_order(slot_TK: Tensor, num_slots: int) -> AssignmentOrder:
 
 
 def fake_order(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tensors of the shapes and types of an `AssignmentOrder`'s, for an operator's fake implementation."""
+    """Return tensors of the shapes and types of an `AssignmentOrder`, for an operator's fake implementation."""
     num_assignments = slot_TK.numel()
     return (
         slot_TK.new_empty(num_assignments, dtype=torch.int64),
@@ -107,10 +110,13 @@ def fake_order(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor,
 
 
 def tile_map(order: AssignmentOrder, rows: int) -> Tensor:
-    """int32 [tiles, 3]: slot, first row (a place of the order) and number of rows of each tile, which has one slot and at most `rows` rows.
+    """Cut an order into tiles of at most `rows` rows of one slot. A program of a grouped kernel works on one tile.
 
-    A program of a grouped kernel works on the rows of one tile. Tiles come in the order of their rows. There are as many as any group
-    sizes could need; the surplus tiles at the end have slot 0 and no rows. A map is made once for an order.
+    There are as many tiles as the least favourable group sizes would need; surplus tiles, at the end, have slot 0 and no rows. The map
+    of an order is made once and then reused.
+
+    Returns:
+        int32 [tiles, 3]: each tile's slot, its first row (a place of the order) and its number of rows, in the order of the rows.
     """
     if rows not in order.tile_maps:
         order.tile_maps[rows] = _tile_map(order, rows)
@@ -118,7 +124,7 @@ def tile_map(order: AssignmentOrder, rows: int) -> Tensor:
 
 
 def num_tiles_bound(num_assignments: int, num_slots: int, rows: int) -> int:
-    """Tiles of `rows` rows that so many assignments in `num_slots` groups may need: only a group's last tile may not be full."""
+    """Return the most tiles of `rows` rows that the assignments of `num_slots` groups can need: only a group's last tile is not full."""
     return num_assignments // rows + min(num_slots, num_assignments) if num_slots else 0
 
 
@@ -140,11 +146,11 @@ def _tile_map(order: AssignmentOrder, rows: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AssignmentBlocks:
-    """An order with the two maps (see `tile_map`) of what programs work on: tiles, and chunks over which gradients are summed first."""
+    """An order with two maps (see `tile_map`): the tiles that programs work on, and the chunks over which gradients are summed first."""
 
     order: AssignmentOrder
     rows: int
-    """of a tile at most"""
+    """the most rows of a tile"""
     tiles: Tensor
     """int32 [tiles, 3]"""
     chunks: Tensor
@@ -164,7 +170,7 @@ class AssignmentBlocks:
 
 
 def assignment_blocks(order: AssignmentOrder, rows: int, chunk_rows: int) -> AssignmentBlocks:
-    """Cut into tiles of at most `rows` and chunks of at most `chunk_rows` assignments, without waiting for the device."""
+    """Cut an order into tiles of at most `rows` and chunks of at most `chunk_rows` assignments, without waiting for the device."""
     chunks_S = (order.sizes_S + (chunk_rows - 1)).div(chunk_rows, rounding_mode="floor")
     first_chunk = F.pad(chunks_S.cumsum(0, dtype=torch.int32), (1, 0))
     return AssignmentBlocks(order, rows, tile_map(order, rows), tile_map(order, chunk_rows), first_chunk)
@@ -180,15 +186,15 @@ class Tile:
     assignment: Tensor
     """int64 [m], index into the flattened [T, K]"""
     span: slice
-    """where they lie among all assignments of the tiles"""
+    """the range of these assignments among those of all tiles"""
     first: bool
     """whether it is the first tile of its slot"""
 
 
 def assignment_tiles(slot_TK: Tensor, rows: int) -> tuple[list[Tile], Tensor]:
-    """The tiles, of at most `rows` assignments, and the assignments (int64, indices into the flattened [T, K]) in their order.
+    """Return tiles of at most `rows` assignments, and the assignments in their order, int64 indices into the flattened [T, K].
 
-    Slot -1 is left out. On CUDA it reads the group sizes back to the host.
+    Assignments of slot -1 are left out. On CUDA the group sizes are read back to the host.
     """
     slot = slot_TK.flatten()
     elsewhere, *sizes = torch.bincount(slot + 1, minlength=1).tolist()

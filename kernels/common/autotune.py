@@ -1,8 +1,8 @@
-"""Finds the launch configurations that are fastest on this GPU: runs a layer, forward and backward, with each candidate of each kernel.
+"""Find the launch configurations that are fastest on this GPU, by timing a layer with each candidate of each kernel.
 
-Whole layers are timed, since kernels share caches and maps; one kernel is changed at a time and its best kept, in the order in which
-they are launched. `save` writes what was found to `kernels/tuned/DEVICE.json`, which `launch_config.choose` reads; without that file it
-uses the tables.
+Whole layers are timed, forward and backward, because kernels share caches and maps. One kernel is varied at a time, in the order of the
+launches, and its best configuration is kept. `save` writes the result to `kernels/tuned/DEVICE.json`, which `launch_config.choose` reads;
+without that file the tables are used.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ WARPS = (4, 8)
 STAGES = (1, 2, 3, 4)
 MIN_BLOCK, MAX_BLOCK = 16, 256
 GAIN = 0.99
-"""a candidate that does not take at most this share of the best time so far is noise"""
+"""a candidate counts as faster only if it takes at most this share of the best time so far; smaller gains may be noise"""
 SAMPLES = 7
 
 
 def tune(step: Callable[[], Sequence[Tensor]], device: torch.device, *, tolerance: float = 0.01) -> Tuned:
-    """The configurations, other than those in force, that make `step` faster, found by trying.
+    """Time candidates and return the configurations, other than the current ones, that make `step` faster.
 
     Args:
-        step: runs a layer and returns its results, the same each time.
-        tolerance: how far, relatively in the Frobenius norm, a candidate's results may be from those of the configurations in force.
+        step: a function that runs a layer and returns its results, the same each time.
+        tolerance: the largest relative difference, in the Frobenius norm, of a candidate's results from the current ones.
 
     Raises:
-        RuntimeError: `device` is no GPU.
+        RuntimeError: `device` is not a GPU.
     """
     if device.type != "cuda":
         raise RuntimeError(
@@ -56,7 +56,7 @@ def tune(step: Callable[[], Sequence[Tensor]], device: torch.device, *, toleranc
 
 
 def candidates(in_force: LaunchConfig, rules: Iterable[Rule], sm: int) -> list[LaunchConfig]:
-    """The configuration in force, the table's others for this kind of GPU, then each neighbour of the one in force: one thing changed."""
+    """Return the current configuration, the table's others for this kind of GPU, and each variant of the current one with one change."""
     found = [in_force, *(rule.config for rule in rules if 0 < rule.min_sm <= sm)]
     found += [replace(in_force, num_warps=warps) for warps in WARPS]
     found += [replace(in_force, num_stages=stages) for stages in STAGES]
@@ -69,7 +69,7 @@ def candidates(in_force: LaunchConfig, rules: Iterable[Rule], sm: int) -> list[L
 
 
 def fastest(timed: Iterable[tuple[LaunchConfig, float]]) -> LaunchConfig | None:
-    """The first, unless another beats it, and any between, clearly; None of none."""
+    """Return the first configuration, or the last one that was clearly faster than the best before it; None if there is none."""
     best: tuple[LaunchConfig, float] | None = None
     for config, ms in timed:
         if best is None or ms < GAIN * best[1]:
@@ -78,7 +78,7 @@ def fastest(timed: Iterable[tuple[LaunchConfig, float]]) -> LaunchConfig | None:
 
 
 def tuned(configs: Mapping[Key, LaunchConfig]) -> Tuned:
-    """The configurations in the form that `launch_config` reads."""
+    """Return the configurations in the form that `launch_config` reads."""
     found: dict[str, dict[tuple[int, int], LaunchConfig]] = {}
     for (name, rank, itemsize), config in configs.items():
         found.setdefault(name, {})[rank, itemsize] = config
@@ -86,7 +86,7 @@ def tuned(configs: Mapping[Key, LaunchConfig]) -> Tuned:
 
 
 def save(found: Tuned, device_name: str, path: Path | None = None) -> Path:
-    """Add to what was tuned on this kind of device, or replace it; returns the file."""
+    """Add the configurations to the file of this kind of device, replacing those of the same kernels. Returns the file's path."""
     path = path or tuned_path(device_name)
     known = dict(from_json(json.loads(path.read_text(encoding="utf-8"))).configs) if path.is_file() else {}
     for name, configs in found.configs.items():
@@ -111,7 +111,7 @@ def _timed(
     key: Key,
     configs: Iterable[LaunchConfig],
 ) -> Iterator[tuple[LaunchConfig, float]]:
-    """Milliseconds of each configuration that compiles, fits, and gives the right results."""
+    """Yield each configuration that compiles, fits and gives the right results, with its milliseconds."""
     for config in configs:
         with trying({**best, key: config}):
             try:
@@ -120,7 +120,7 @@ def _timed(
                     logger.warning("%s: %s is wrong by %.2g", key[0], config, off)
                     continue
                 ms = _milliseconds(step)
-            # A candidate may be more than the compiler or the GPU can do; then it is none.
+            # A candidate may exceed what the compiler or the GPU supports; it is then skipped.
             except Exception as error:  # noqa: BLE001
                 logger.info("%s: %s does not run: %s", key[0], config, str(error).strip()[:200])
                 continue

@@ -1,4 +1,4 @@
-"""Assignments' results brought back to their tokens: a weighted gather, each token's assignments summed in their order.
+"""Combine the results of the assignments: the weighted sum of each token's rows, in the order of its assignments.
 
 Shapes: P places of the assignments sorted by slot (`AssignmentOrder`), T tokens, K assignments of a token, D width.
 """
@@ -55,9 +55,9 @@ def combine_kernel(
 
 
 def combine(v_PD: Tensor, weight_TK: Tensor | None, order: AssignmentOrder, base_TD: Tensor | None = None) -> Tensor:
-    """[T, D] of v's type: each token's weighted sum of its assignments' rows; without weights, their sum; plus `base_TD`, if given.
+    """Return each token's weighted sum of its assignments' rows, plus `base_TD` if given, [T, D] of v's type.
 
-    Sums in float32, in the order of the token's assignments. Not differentiable.
+    Without weights, rows are summed unweighted. Sums are in float32, in the order of the token's assignments. Not differentiable.
     """
     assert v_PD.is_contiguous()
     assert weight_TK is None or weight_TK.is_contiguous()

@@ -1,7 +1,7 @@
-"""Dropout from a counter: whether an element is kept depends on its names, not on where or when it is computed.
+"""Counter-based dropout: the mask is a pure function of (key, stream, token, column).
 
-The mask is a pure function of (key, stream, token, column), so it is the same on any rank, in any order of tokens, and when the
-forward pass is run again for a checkpoint. Streams tell apart the masks that one token needs in one layer (expert and matrix).
+It is therefore the same on any rank, in any order of tokens, and when a checkpointed forward pass is recomputed. The stream
+distinguishes the masks that one token needs in one layer, by expert and matrix.
 """
 
 from __future__ import annotations
@@ -22,81 +22,82 @@ _LEVELS = 1 << 16
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout with probability `p` (to the next 65536th); `key` names the seed, step and layer (see `dropout_key`)."""
+    """Dropout with probability `p`, rounded to a multiple of 1/65536. `key` identifies the seed, step and layer (see `dropout_key`)."""
 
     p: float
     key: int
 
     def rows(self, token_T: Tensor, stream: int | Tensor) -> RowDropout:
-        """The dropout of one row for each token.
+        """Return the dropout of one row for each token.
 
         Args:
             token_T: int64 [tokens], the global number of each token.
-            stream: one for all rows, or int64 [tokens].
+            stream: one stream for all rows, or int64 [tokens].
         """
         word_T = (_mix64(_mix64(token_T ^ self.key) ^ stream) | 1).to(torch.int32)
         return RowDropout(word_T, min(round(self.p * _LEVELS), _LEVELS - 1))
 
     def mask(self, token_T: Tensor, stream: int | Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """[tokens, width]: the scale where an element is kept, 0 where it is dropped."""
+        """Return the mask, [tokens, width]: the scale where an element is kept, 0 where it is dropped."""
         rows = self.rows(token_T, stream)
         return rows.keep(width, dtype).mul_(rows.scale)
 
 
 @dataclass(frozen=True)
 class RowDropout:
-    """Which elements of some rows are dropped, without the mask in memory: kernels compute it from one word a row."""
+    """The dropout of some rows, without a mask in memory: kernels compute the mask from one word per row."""
 
     word_R: Tensor
     """int32 [rows]"""
     dropped_levels: int
-    """of 65536 equally likely words of an element, those that drop it"""
+    """how many of the 65536 equally likely words of an element drop it"""
 
     @property
     def scale(self) -> float:
-        """What kept elements are multiplied by, so that the mean stays."""
+        """The factor of kept elements, which preserves the mean."""
         return _LEVELS / (_LEVELS - self.dropped_levels)
 
     def of(self, rows: Tensor | slice) -> RowDropout:
-        """The same for some of the rows."""
+        """Return the dropout of some of the rows."""
         return RowDropout(self.word_R[rows], self.dropped_levels)
 
     def keep_into(self, scratch: Tensor, out: Tensor) -> Tensor:
-        """Writes 1 into `out` [rows, width] where an element is kept and 0 where it is dropped.
+        """Write 1 into `out` [rows, width] where an element is kept and 0 where it is dropped.
 
         Args:
-            scratch: from `dropout_scratch(out)` or of a larger `out`; its contents are lost. Fresh memory would cost more than the hash.
+            scratch: a buffer from `dropout_scratch` for this or a larger `out`, which is overwritten. Allocating it on each call would
+                cost more than the hash.
         """
         rows, width = out.shape
         words = (width + 1) // 2
         bits, shifted = scratch[: 2 * rows * words].view(2, rows, words)
-        # A product of two odd random words and one more round, in 32 bits, which processors multiply in vectors: a sixth of a full
-        # hash. Each word decides two elements.
+        # The hash is a product of two odd random words and one more round, in 32 bits, which processors multiply in vectors. That costs
+        # a sixth of a full hash. Each word decides two elements.
         torch.mul(self.word_R[:, None], _columns(words, self.word_R.device)[None, :], out=bits)
         torch.bitwise_right_shift(bits, 15, out=shifted)
         bits.bitwise_xor_(shifted).mul_(_ODD)
         return torch.ge(bits.view(torch.int16)[:, :width], self.dropped_levels - _LEVELS // 2, out=out)
 
     def keep(self, width: int, dtype: torch.dtype) -> Tensor:
-        """[rows, width]: 1 where an element is kept, 0 where it is dropped."""
+        """Return the mask without scale, [rows, width]: 1 where an element is kept, 0 where it is dropped."""
         out = torch.empty((len(self.word_R), width), dtype=dtype, device=self.word_R.device)
         return self.keep_into(dropout_scratch(out), out)
 
 
 def dropout_scratch(out: Tensor) -> Tensor:
-    """A buffer for `RowDropout.keep_into` with this `out` or a smaller one."""
+    """Return a buffer for `RowDropout.keep_into` with this `out` or a smaller one."""
     rows, width = out.shape
     return torch.empty(rows * (width + 1), dtype=torch.int32, device=out.device)
 
 
 @dataclass(frozen=True)
 class FfnDropout:
-    """The dropout of an expert's two inputs to low-rank pairs, with a row for each assignment."""
+    """The dropout of the two inputs of an expert's low-rank pairs, with a row for each assignment."""
 
     gate_up: RowDropout
-    """of x, which gate and up share"""
+    """the dropout of x, which gate and up share"""
     down: RowDropout
-    """of the gated hidden state"""
+    """the dropout of the gated hidden state"""
 
     @property
     def scale(self) -> float:
@@ -104,7 +105,7 @@ class FfnDropout:
 
 
 def ffn_dropout(dropout: Dropout | None, routed: RoutedTokens, order_P: Tensor) -> FfnDropout | None:
-    """The dropout of the assignments `order_P` (int64, indices into the flattened [tokens, k]); None without dropout.
+    """Return the dropout of the assignments `order_P` (int64, indices into the flattened [tokens, k]); None without dropout.
 
     With dropout, `routed` must have `token_T` and `expert_S`.
     """
@@ -120,26 +121,26 @@ def ffn_dropout(dropout: Dropout | None, routed: RoutedTokens, order_P: Tensor) 
 
 
 def dropout_stream(expert: int | Tensor, projection: str) -> int | Tensor:
-    """The dropout stream of an expert's projection (see `Dropout.rows`); gate and up have one dropped input."""
+    """Return the dropout stream of an expert's projection (see `Dropout.rows`). Gate and up have the same, because they share an input."""
     return expert * 2 + int(projection == "down_proj")
 
 
 class DropoutMasks:
-    """The masks of one tile of assignments at a time, in buffers that are allocated once a call."""
+    """The dropout masks of one tile of assignments at a time, in buffers that are allocated once per call."""
 
     def __init__(self, dropout: FfnDropout | None, rows: int, gate_up: int, down: int, like: Tensor) -> None:
-        """Room for `rows` rows of `gate_up` and of `down` columns, of the type and on the device of `like`."""
+        """Allocate buffers of `rows` rows and of `gate_up` and `down` columns, of the type and on the device of `like`."""
         self._dropout = dropout
         if dropout is not None:
             self._gate_up, self._down = like.new_empty((rows, gate_up)), like.new_empty((rows, down))
             self._scratch = dropout_scratch(max(self._gate_up, self._down, key=Tensor.numel))
 
     def gate_up(self, span: slice) -> Tensor | None:
-        """1 where dropout keeps an element of x and 0 where it drops it; None without dropout. The next call overwrites it."""
+        """Return 1 where dropout keeps an element of x and 0 where it drops it; None without dropout. The next call overwrites it."""
         return None if self._dropout is None else self._mask(self._dropout.gate_up.of(span), self._gate_up)
 
     def down(self, span: slice) -> Tensor | None:
-        """The same for the gated hidden state."""
+        """Return the mask of the gated hidden state, as `gate_up` does that of x."""
         return None if self._dropout is None else self._mask(self._dropout.down.of(span), self._down)
 
     def _mask(self, rows: RowDropout, out: Tensor) -> Tensor:
@@ -147,18 +148,18 @@ class DropoutMasks:
 
 
 def masked(values: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
-    """values · mask, written into `out`; without a mask the values themselves."""
+    """Return values · mask, written into `out`, or the values themselves if there is no mask."""
     return values if mask is None else torch.mul(values, mask, out=out)
 
 
 @functools.lru_cache(maxsize=64)
 def _columns(width: int, device: torch.device) -> Tensor:
-    """int32 [width]: odd random words, each for two columns."""
+    """Return odd random words, int32 [width], each for two columns."""
     return (_mix64(torch.arange(width, device=device) + 1) | 1).to(torch.int32)
 
 
 def dropout_key(*parts: int) -> int:
-    """One key from the seed, the step, the layer, ..."""
+    """Hash the seed, the step, the layer and so on into one key."""
     key = torch.tensor(0x2545F4914F6CDD1D)
     for part in parts:
         key = _mix64(key ^ part)

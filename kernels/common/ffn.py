@@ -1,4 +1,4 @@
-"""The gated feed-forward network (FFN) that every expert is, down(act(gate(x)) · up(x)) without biases: its activation and its weights."""
+"""The activation and the weights of the gated feed-forward network (FFN) of an expert, down(act(gate(x)) · up(x)) without biases."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FfnBase:
 
 @dataclass(frozen=True)
 class FfnShape:
-    """The sizes of an FFN whose weights lie in one flat chunk: gate [F, D], up [F, D], down [D, F]."""
+    """The sizes of an FFN whose weights are stored in one flat chunk: gate [F, D], up [F, D], down [D, F]."""
 
     hidden: int
     """D"""
@@ -40,30 +40,30 @@ class FfnShape:
         return 3 * self.hidden * self.ffn
 
     def matrices(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of a chunk: gate and up as one matrix [2F, D], down [D, F]."""
+        """Return views of a chunk: gate and up as one matrix [2F, D], and down [D, F]."""
         gate_up, down = flat.split((2 * self.hidden * self.ffn, self.hidden * self.ffn))
         return gate_up.view(2 * self.ffn, self.hidden), down.view(self.hidden, self.ffn)
 
     def stacked_matrices(self, flat_SC: Tensor) -> tuple[Tensor, Tensor]:
-        """As `matrices`, of a chunk per slot: [S, 2F, D] and [S, D, F]."""
+        """Return the views of `matrices` for a chunk per slot: [S, 2F, D] and [S, D, F]."""
         gate_up, down = flat_SC.split((2 * self.hidden * self.ffn, self.hidden * self.ffn), dim=1)
         return gate_up.unflatten(1, (2 * self.ffn, self.hidden)), down.unflatten(1, (self.hidden, self.ffn))
 
 
 def activation(name: str, x: Tensor) -> Tensor:
-    """act(x), differentiable by autograd."""
+    """Return act(x), differentiable by autograd."""
     return F.silu(x) if name == "silu" else F.gelu(x, approximate=_APPROXIMATE[name])
 
 
 def activation_into(name: str, x: Tensor, out: Tensor) -> Tensor:
-    """act(x), written into `out`; no autograd."""
+    """Write act(x) into `out` and return it, without autograd."""
     if name == "silu":
         return torch.ops.aten.silu.out(x, out=out)
     return torch.ops.aten.gelu.out(x, approximate=_APPROXIMATE[name], out=out)
 
 
 def activation_backward_into(name: str, grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """grad · act'(x), written into `out`."""
+    """Write grad · act'(x) into `out` and return it."""
     if name == "silu":
         return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
     return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=_APPROXIMATE[name], grad_input=out)

@@ -1,4 +1,4 @@
-"""One launch of a Triton kernel as a value, so that a test compiles ahead of time, and a tuner times, exactly what the wrapper runs."""
+"""One launch of a Triton kernel as a value, so that tests compile ahead of time, and the tuner times, exactly what the wrapper runs."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and everything it is launched with. Made from meta tensors as well as from real ones."""
+    """A kernel and all its arguments. It can be made from meta tensors as well as from real ones."""
 
     kernel: Any
-    """what `@triton.jit` made"""
+    """the kernel that `@triton.jit` returned"""
     grid: tuple[int, ...]
     args: Mapping[str, Any]
-    """tensors and numbers by parameter; None for a tensor that a constant switches off"""
+    """the tensors and numbers by parameter; None for a tensor that a constant switches off"""
     constants: Mapping[str, Any]
-    """the `tl.constexpr` parameters"""
+    """the values of the `tl.constexpr` parameters"""
     num_warps: int = 4
     num_stages: int = 2
 
     def run(self) -> None:
-        """Launch the kernel on the tensors' device, unless the grid is empty. Inside `recorded` the launch is only put on its list."""
+        """Launch the kernel on the tensors' device, unless the grid is empty. Inside `recorded` the launch is only added to its list."""
         if math.prod(self.grid) == 0:
             return
         record = _record.get()
         if record is not None:
             record.append(self)
             return
-        # Per thread: the backward pass has its own.
+        # Triton keeps the allocator per thread, and the backward pass runs in a thread of its own.
         triton.set_allocator(_scratch)
         with self._on_device():
             self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 
     def compiled(self) -> Any:
-        """Compile it for the active Triton driver without running it: Triton's compiled kernel. Needs no GPU, nor tensors with storage."""
+        """Compile the kernel for the active Triton driver and return Triton's compiled kernel. Needs no GPU and no tensors with storage."""
         return self.kernel.warmup(**self.args, **self.constants, grid=self.grid, num_warps=self.num_warps, num_stages=self.num_stages)
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
@@ -51,7 +51,7 @@ class Launch:
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Device memory, 512 bytes aligned, for tensor descriptors that a kernel makes; freed in the order of the stream, as all of torch's."""
+    """Allocate device memory for tensor descriptors that a kernel makes. Like all of torch's memory it is freed in stream order."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -60,7 +60,7 @@ _record: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("r
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Inside, kernels are not launched, and the list has their launches. For code on meta tensors, whose results are not read."""
+    """A context in which kernels are not launched but added to a list, for code on meta tensors whose results are not read."""
     launches: list[Launch] = []
     token = _record.set(launches)
     try:

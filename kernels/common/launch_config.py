@@ -1,8 +1,7 @@
-"""In what blocks each kernel runs: a table by rank, element size and device, and over it what was tuned on this kind of device.
+"""Choose each kernel's launch configuration: from the file tuned on this kind of device, or from a table by rank, element size and device.
 
-Triton's own `@autotune` measures on the first call, differently on each rank, and cannot run without a GPU; a table is the same
-everywhere and can be compiled ahead of time. `python -m benchmarks.tune_kernels` writes `kernels/tuned/DEVICE.json` on
-a GPU.
+Triton's own `@autotune` measures on the first call, differently on each rank, and cannot run without a GPU. A table is the same
+everywhere and can be compiled ahead of time. `python -m benchmarks.tune_kernels` writes `kernels/tuned/DEVICE.json` on a GPU.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from hecate.kernels.common.low_rank import MAX_RANK
 
 TUNED = Path(__file__).resolve().parents[1] / "tuned"
 NARROW = 64
-"""results up to this width, as wide as a low-rank pair's rank is at most in practice, are tuned apart from wide ones"""
+"""results up to this width, the largest usual rank of a low-rank pair, are tuned separately from wide ones"""
 INTERPRETER = 0
-"""stands in the place of an sm number where kernels are interpreted on the CPU"""
+"""the value used for the sm number when kernels are interpreted on the CPU"""
 
 
 @dataclass(frozen=True)
@@ -38,36 +37,36 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Rule:
-    """A configuration and when it serves."""
+    """A configuration and the cases that it is for."""
 
     config: LaunchConfig
     min_sm: int = 80
     max_rank: int = MAX_RANK
-    """rank as padded for tl.dot; of kernels without LoRA it is 0"""
+    """the largest rank, padded for tl.dot; the rank of kernels without LoRA is 0"""
     itemsizes: tuple[int, ...] = (2, 4)
-    """bytes of an element of the activations"""
+    """the bytes of an element of the activations"""
 
     def serves(self, rank: int, itemsize: int, sm: int) -> bool:
         return sm >= self.min_sm and rank <= self.max_rank and itemsize in self.itemsizes
 
 
 Key = tuple[str, int, int]
-"""kernel, rank as padded, bytes of an element"""
+"""a kernel, its padded rank, and the bytes of an element"""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured on one kind of device: kernel -> (rank, itemsize) -> configuration."""
+    """The configurations tuned on one kind of device, by kernel and by (rank, itemsize)."""
 
     configs: Mapping[str, Mapping[tuple[int, int], LaunchConfig]] = field(default_factory=dict)
 
 
 def choose(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, device: torch.device) -> LaunchConfig:
-    """The configuration of kernel `name` on a device: the tuned one if there is one, else that of the first rule that serves.
+    """Return the configuration of kernel `name` on a device: the tuned one if there is one, else that of the first matching rule.
 
     Args:
-        rank: as padded by `padded_rank`; 0 for kernels without LoRA.
-        itemsize: bytes of an element of the activations.
+        rank: the rank padded by `padded_rank`; 0 for kernels without LoRA.
+        itemsize: the bytes of an element of the activations.
     """
     if _trial is not None:
         config = _trial.config(name, rules, rank, itemsize, sm_of(device))
@@ -81,7 +80,7 @@ def choose(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, devi
 
 
 def by_rule(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, sm: int) -> LaunchConfig:
-    """The configuration of the first rule that serves."""
+    """Return the configuration of the first matching rule. Raises ValueError if none matches."""
     for rule in rules:
         if rule.serves(rank, itemsize, sm):
             return rule.config
@@ -90,11 +89,11 @@ def by_rule(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, sm:
 
 @dataclass
 class Trial:
-    """Under `trying`, the configurations to take, and a note of what was asked for."""
+    """The configurations that `choose` returns inside `trying`, and a record of the kernels that it was called for."""
 
     configs: Mapping[Key, LaunchConfig]
     asked: dict[Key, tuple[tuple[Rule, ...], int]] = field(default_factory=dict)
-    """the rules that a kernel may be configured by, and the sm number, in the order of the first asking"""
+    """the rules and the sm number of each kernel, in the order of the first calls"""
 
     def config(self, name: str, rules: tuple[Rule, ...], rank: int, itemsize: int, sm: int) -> LaunchConfig | None:
         self.asked.setdefault((name, rank, itemsize), (rules, sm))
@@ -106,7 +105,7 @@ _trial: Trial | None = None
 
 @contextlib.contextmanager
 def trying(configs: Mapping[Key, LaunchConfig]) -> Iterator[Trial]:
-    """Inside, `choose` gives these, in all threads of the process (a backward pass has its own). For a tuner."""
+    """A context, for a tuner, in which `choose` returns these configurations in all threads (a backward pass has its own thread)."""
     global _trial
     before, _trial = _trial, Trial(configs)
     try:
@@ -120,7 +119,7 @@ _sm_of_meta: contextvars.ContextVar[int] = contextvars.ContextVar("sm_of_meta", 
 
 @contextlib.contextmanager
 def meta_tensors_are_on(sm: int) -> Iterator[None]:
-    """Inside, launches of meta tensors get the configurations of this kind of GPU."""
+    """A context in which launches of meta tensors get the configurations of this kind of GPU."""
     token = _sm_of_meta.set(sm)
     try:
         yield
@@ -129,7 +128,7 @@ def meta_tensors_are_on(sm: int) -> Iterator[None]:
 
 
 def sm_of(device: torch.device) -> int:
-    """90 for an H100, and so on; INTERPRETER where there is no GPU; what `meta_tensors_are_on` says of meta tensors."""
+    """Return a GPU's sm number, such as 90 for an H100. It is INTERPRETER on a CPU; `meta_tensors_are_on` sets that of meta tensors."""
     if device.type == "meta":
         return _sm_of_meta.get()
     if device.type != "cuda":
@@ -139,24 +138,24 @@ def sm_of(device: torch.device) -> int:
 
 
 def padded_rank(rank: int) -> int:
-    """To a power of two of at least 16, the least that tensor cores multiply."""
+    """Return the rank rounded up to a power of two of at least 16, the smallest size that tensor cores multiply."""
     return max(16, 1 << (rank - 1).bit_length()) if rank > 0 else 0
 
 
 def tuned_path(device_name: str) -> Path:
-    """Where the configurations tuned on a kind of device lie."""
+    """Return the file of the configurations tuned on a kind of device."""
     return TUNED / f"{re.sub(r'[^A-Za-z0-9]+', '_', device_name).strip('_')}.json"
 
 
 @functools.cache
 def tuned_for(device_name: str) -> Tuned:
-    """What was tuned on this kind of device; nothing if no file is there."""
+    """Return the configurations tuned on this kind of device; none if there is no file."""
     path = tuned_path(device_name)
     return from_json(json.loads(path.read_text())) if path.is_file() else Tuned()
 
 
 def from_json(data: Mapping[str, Any]) -> Tuned:
-    """As `to_json` wrote it."""
+    """Return the configurations in a value that `to_json` has made."""
     return Tuned(
         {
             name: {(row["rank"], row["itemsize"]): LaunchConfig(row["blocks"], row["num_warps"], row["num_stages"]) for row in rows}

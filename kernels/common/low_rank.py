@@ -18,7 +18,7 @@ MAX_RANK = 256
 
 @dataclass(frozen=True)
 class LowRankPairs:
-    """The pairs of one projection, one for each slot: slot s adds scale · B_s A_s to the projection's weight."""
+    """The pairs of one projection, one for each slot. Slot s adds scale · B_s A_s to the projection's weight."""
 
     a_SrI: Tensor
     """[slots, rank, inputs]"""
@@ -29,28 +29,28 @@ class LowRankPairs:
 
 @dataclass(frozen=True)
 class LowRankTerm:
-    """The second half of a low-rank product: rows that one matrix of a pair has shrunk to the rank, and the matrix that expands them."""
+    """The second half of a low-rank product: rows already multiplied by one matrix of a pair, and the matrix that expands them."""
 
     low_PR: Tensor
-    """[P, R], a row for each assignment in its place"""
+    """[P, R], a row for each of the sorted assignments"""
     matrix_SNR: Tensor
-    """[S, N, R], a view of any strides: B, or A transposed in a backward pass"""
+    """[S, N, R], B, or in a backward pass A transposed; a view of any strides"""
 
 
 @dataclass(frozen=True)
 class ShrunkInput:
-    """How one pair uses the input that gate and up share: one GEMM shrinks it by the A of all their pairs, side by side."""
+    """The columns of one pair in the input that gate and up share: one GEMM multiplies it by the A of all their pairs, side by side."""
 
     output: slice
     """the pair's columns of the gate and up outputs, which lie side by side [2F]"""
     low: slice
     """the pair's columns of the shrunk input"""
     scale: float
-    """of the pair, dropout's included"""
+    """the pair's scale, times that of dropout"""
 
 
 def shrunk_inputs(pairs: dict[str, LowRankPairs], ffn: int, dropout_scale: float) -> dict[str, ShrunkInput]:
-    """Of those projections among gate, up and both as one that have a pair, in this order."""
+    """Return the columns of each pair of gate, up, or both as one projection, in this order."""
     outputs = {"gate_proj": slice(0, ffn), "up_proj": slice(ffn, None), "gate_up_proj": slice(0, None)}
     names = [name for name in outputs if name in pairs]
     ends = list(itertools.accumulate(pairs[name].a_SrI.shape[1] for name in names))
@@ -61,7 +61,7 @@ def shrunk_inputs(pairs: dict[str, LowRankPairs], ffn: int, dropout_scale: float
 
 
 def separate_gate_and_up(pairs: dict[str, LowRankPairs]) -> dict[str, LowRankPairs]:
-    """A pair of `gate_up_proj`, whose B has the rows of both, as a pair of each with one A; the others as they are."""
+    """Split a pair of `gate_up_proj`, whose B has the rows of both, into pairs of gate and up with the same A. Others are unchanged."""
     if "gate_up_proj" not in pairs:
         return pairs
     both = pairs["gate_up_proj"]
@@ -78,12 +78,12 @@ def lora_linear(
     scale: float,
     dropout: RowDropout | None = None,
 ) -> Tensor:
-    """W x + bias + scale · B A dropout(x): [tokens, outputs], in x's dtype, without temporaries of the output's size.
+    """Return W x + bias + scale · B A dropout(x), [tokens, outputs] in x's dtype, without temporaries of the output's size.
 
-    Differentiable in x and the pair, whose gradients come in their own dtype; not in the frozen weight.
+    It is differentiable in x and the pair, whose gradients have their own dtype, but not in the frozen weight.
 
     Args:
-        dropout: of x's rows.
+        dropout: the dropout of x's rows.
     """
     if dropout is not None:
         scale *= dropout.scale

@@ -1,4 +1,4 @@
-"""How records become the arguments of a `torch.library` operator and are put together again inside it.
+"""Convert records to the arguments of a `torch.library` operator and back.
 
 An operator takes tensors, lists of tensors, numbers and strings, in one flat list. Both kinds of low-rank experts pack their pairs and
 their dropout in the same way, and all operators keep tensors for their backward pass in the same way.
@@ -17,7 +17,7 @@ from hecate.kernels.common.low_rank import LowRankPairs
 
 
 def pack_pairs(pairs: dict[str, LowRankPairs], dropout: FfnDropout | None) -> tuple[list[Tensor], str, list[float]]:
-    """A and B of each projection that has a pair, in the order of `PROJECTIONS`; the names; the scales, dropout's included."""
+    """Return the A and B of each projection with a pair, in the order of `PROJECTIONS`, their names, and their scales times dropout's."""
     grow = 1.0 if dropout is None else dropout.scale
     names = [name for name in PROJECTIONS if name in pairs]
     matrices = [matrix for name in names for matrix in (pairs[name].a_SrI, pairs[name].b_SOr)]
@@ -25,18 +25,18 @@ def pack_pairs(pairs: dict[str, LowRankPairs], dropout: FfnDropout | None) -> tu
 
 
 def unpack_pairs(matrices: Sequence[Tensor], projections: str, scales: Sequence[float]) -> dict[str, LowRankPairs]:
-    """What `pack_pairs` took apart, or gradients in the same order; scales have dropout's in them."""
+    """Return the pairs that `pack_pairs` has packed, or gradients in the same order. The scales include dropout's."""
     each = zip(projections.split(), matrices[0::2], matrices[1::2], scales, strict=True)
     return {name: LowRankPairs(a, b, scale) for name, a, b, scale in each}
 
 
 def pack_dropout(dropout: FfnDropout | None) -> tuple[list[Tensor], int]:
-    """The words of both inputs' rows, none without dropout, and how many levels are dropped."""
+    """Return the words of both inputs' rows (none without dropout) and `dropped_levels`."""
     return ([], 0) if dropout is None else ([dropout.gate_up.word_R, dropout.down.word_R], dropout.down.dropped_levels)
 
 
 def unpack_dropout(words: Sequence[Tensor], dropped_levels: int) -> FfnDropout | None:
-    """What `pack_dropout` took apart."""
+    """Return the dropout that `pack_dropout` has packed."""
     if not words:
         return None
     gate_up, down = words
@@ -45,7 +45,7 @@ def unpack_dropout(words: Sequence[Tensor], dropped_levels: int) -> FfnDropout |
 
 def keep_for_backward(ctx: Any, values: Sequence[Any]) -> None:
     """Keep tensors, lists of tensors and other values for `kept_for_backward`."""
-    # Without this, a missing gradient of what is only kept would be made up of zeros.
+    # Without this, autograd would fill in zeros for the gradients of outputs that are only kept.
     ctx.set_materialize_grads(False)
     tensors: list[Tensor] = []
     ctx.kept = []
@@ -62,7 +62,7 @@ def keep_for_backward(ctx: Any, values: Sequence[Any]) -> None:
 
 
 def kept_for_backward(ctx: Any) -> list[Any]:
-    """The values that `keep_for_backward` was given."""
+    """Return the values that were passed to `keep_for_backward`."""
     tensors = iter(ctx.saved_tensors)
     values: list[Any] = []
     for kind, value in ctx.kept:

@@ -1,7 +1,8 @@
-"""The feed-forward of trained experts on grouped Triton kernels: two operators, forward and backward, that torch.compile takes as they are.
+"""The feed-forward of fully trained experts on grouped Triton kernels, as a forward and a backward operator for torch.compile.
 
-What `torch_path.full_ffn` computes, on assignments sorted by slot: nothing waits for the device, and a layer has a dozen launches whatever
-the number of experts. A layer keeps x, and of each assignment the gate and up outputs. Sums have one order, without atomics.
+It computes what `torch_path.full_ffn` does, on assignments sorted by slot. Nothing waits for the device, and a layer has about a dozen
+launches, whatever the number of experts. A layer keeps x and the gate and up outputs of each assignment. Sums always have the same order
+and use no atomics.
 
 Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, S slots, C elements of an expert's chunk, P places of the sorted
 assignments.
@@ -35,7 +36,7 @@ def full_ffn_triton(routed: RoutedTokens, experts_SC: Tensor, shape: FfnShape) -
 def full_forward(
     x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [T, D], and what the backward pass needs: gate and up of each assignment [P, 2F], and the four tensors of the `AssignmentOrder`."""
+    """Return y [T, D], and for the backward pass gate and up of each assignment [P, 2F] and the four tensors of the `AssignmentOrder`."""
     order = assignment_order(slot_TK, len(experts_SC))
     gate_up, down = _expert_weights(experts_SC, x_TD.dtype, FfnShape(hidden, ffn, activation))
     gate_up_P = grouped_gemm(x_TD.contiguous(), gate_up, order, GemmOptions(gather=True))
@@ -61,10 +62,10 @@ def full_backward(
     ffn: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of the weights and of the experts.
+    """Return the gradients of x, of the weights and of the experts.
 
     Args:
-        kept: what the forward operator returned but for y.
+        kept: the results of the forward operator other than y.
     """
     gate_up_P, *order_tensors = kept
     order = AssignmentOrder.of_tensors(order_tensors)

@@ -1,4 +1,4 @@
-"""The gating of a feed-forward, act(gate) · up, and its backward pass, over sorted assignments: memory-bound passes between grouped GEMMs.
+"""The gating of a feed-forward, act(gate) · up, and its backward pass over sorted assignments. Both are bound by memory bandwidth.
 
 Shapes: P places of the assignments sorted by slot, F ffn hidden, T tokens, K assignments of a token.
 """
@@ -75,7 +75,7 @@ def gate_backward_kernel(
 
 
 def gate(gate_up_P: Tensor, order: AssignmentOrder, activation: str) -> Tensor:
-    """[P, F]: act(gate) · up, from [P, 2F] with gate before up. Rows of assignments that are computed elsewhere are not written."""
+    """Return act(gate) · up, [P, F], from [P, 2F] with gate before up. Rows of assignments that other ranks compute are not written."""
     assert gate_up_P.is_contiguous()
     h_PF = gate_up_P.new_empty((gate_up_P.shape[0], gate_up_P.shape[1] // 2))
     config = choose("gate", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
@@ -94,15 +94,15 @@ def gate(gate_up_P: Tensor, order: AssignmentOrder, activation: str) -> Tensor:
 def gate_backward(
     gate_up_P: Tensor, dh_PF: Tensor, weight_TK: Tensor, order: AssignmentOrder, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass of sum_p w_p <dh_p, act(gate_p) · up_p>, h not having been kept.
+    """Run the backward pass of sum_p w_p <dh_p, act(gate_p) · up_p>, computing h again because it was not kept.
 
     Args:
         dh_PF: [P, F], the gradient of each assignment's h before the router's weight.
         weight_TK: [T, K], contiguous.
 
     Returns:
-        [P, 2F] the gradients of gate and up; [P, F] w · h; [T, K] the gradient of the weights. Of assignments that are computed elsewhere
-        the last is zero, and rows are not written in the others.
+        [P, 2F] the gradients of gate and up; [P, F] w · h; [T, K] the gradient of the weights. For assignments that other ranks compute,
+        the last is zero, and the rows of the other two are not written.
     """
     assert all(tensor.is_contiguous() for tensor in (gate_up_P, dh_PF, weight_TK))
     dgate_up_P, weighted_h_PF = torch.empty_like(gate_up_P), torch.empty_like(dh_PF)

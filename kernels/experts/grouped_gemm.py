@@ -1,8 +1,8 @@
-"""Grouped GEMM: rows sorted by slot times their slot's weights, plus a low-rank term.
+"""A grouped GEMM: rows sorted by slot, each multiplied by its slot's weights, plus a low-rank term.
 
-One kernel serves every product of an expert's feed-forward whose result has a row for each assignment: forward, transposed for the
-gradients of inputs, and the narrow ones that shrink to a low-rank pair's rank. Each program owns one tile of the result and sums in a
-fixed order. A result may have two halves (gate and up), each with its own part of the inputs, weights and low-rank columns.
+One kernel computes every product of an expert's feed-forward whose result has a row for each assignment: the forward products, the
+transposed ones for the gradients of inputs, and the narrow ones with A of a low-rank pair. Each program computes one tile of the result
+and sums in a fixed order. A result may have two halves (gate and up), each with its own part of the inputs, weights and low-rank columns.
 
 Shapes: P places of the sorted assignments (`AssignmentOrder`), S slots, N outputs and K inputs of a half, R rank as padded, H halves.
 """
@@ -31,45 +31,45 @@ WIDE_RULES: tuple[Rule, ...] = (
     Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BM": 16, "BN": 32, "BK": 32, "GROUP": 2}), min_sm=0),
 )
-"""of results as wide as a layer"""
+"""the configurations for results as wide as a layer"""
 DROPOUT_RULES: tuple[Rule, ...] = (
     Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=90, itemsizes=(2,)),
     Rule(LaunchConfig({"BM": 128, "BN": 128, "BK": 32, "GROUP": 8}, num_warps=8, num_stages=3), min_sm=80, itemsizes=(2,)),
     Rule(LaunchConfig({"BM": 64, "BN": 32, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
     WIDE_RULES[-1],
 )
-"""of wide results with dropout: its mask of a wider block would not fit the registers"""
+"""the configurations for wide results with dropout, whose mask would not fit the registers in a wider block"""
 NARROW_RULES: tuple[Rule, ...] = (
     Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 128, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=90, itemsizes=(2,)),
     Rule(LaunchConfig({"BM": 64, "BN": 64, "BK": 64, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80, itemsizes=(2,)),
     Rule(LaunchConfig({"BM": 64, "BN": 32, "BK": 16, "GROUP": 8}, num_warps=4, num_stages=3), min_sm=80),
     Rule(LaunchConfig({"BM": 16, "BN": 32, "BK": 32, "GROUP": 2}), min_sm=0),
 )
-"""of results as wide as a LoRA pair's rank"""
+"""the configurations for results as wide as a LoRA pair's rank"""
 
 
 @dataclass(frozen=True)
 class GemmOptions:
-    """What a grouped product is besides x times weights.
+    """The options of a grouped product beyond x times weights.
 
-    With two halves, the weights' outputs are split in two, each with its own columns of the low-rank term; transposed, each half of x's
-    columns meets its half of the weights' rows: y_p = [W_0' x_p0, W_1' x_p1].
+    With two halves, the weights' outputs are split in two, each with its own columns of the low-rank term. With two transposed halves,
+    each half of x's columns is multiplied by its half of the weights' rows: y_p = [W_0' x_p0, W_1' x_p1].
     """
 
     gather: bool = False
-    """each assignment takes its token's row of x"""
+    """whether each assignment uses its token's row of x"""
     transposed: bool = False
-    """W_s' x_p in place of W_s x_p"""
+    """whether to compute W_s' x_p instead of W_s x_p"""
     halves: int = 1
     low_rank: LowRankTerm | None = None
-    """added to the product: low [P, H·R], R as padded; matrix [S, H·N, R], its last stride 1, or if transposed the one before; a transposed
-    term has no halves"""
+    """the term added to the product: low [P, H·R], with R padded, and matrix [S, H·N, R], whose last stride is 1, or the one before it if
+    transposed; a transposed term has no halves"""
     scales: tuple[float, float] | None = None
-    """of each half: of its low-rank term if there is one, else of its product; None: 1"""
+    """the scale of each half's low-rank term, or of its product if there is no term; None: 1"""
     drop_x: RowDropout | None = None
-    """dropout of x before the product, without its scale, a row for each place"""
+    """the dropout of x before the product, without its scale, with a row for each of the sorted assignments"""
     drop_low: RowDropout | None = None
-    """dropout of the low-rank term alone, without its scale"""
+    """the dropout of only the low-rank term, without its scale"""
 
     def __post_init__(self) -> None:
         assert self.drop_x is None or self.drop_low is None
@@ -222,14 +222,14 @@ def grouped_gemm_kernel(
 
 
 def grouped_gemm(x: Tensor, weights: SlotWeights, order: AssignmentOrder, options: GemmOptions = _PLAIN) -> Tensor:
-    """Each assignment's row of x times its slot's weights: y_p = W_s x_p, or W_s' x_p.
+    """Multiply each assignment's row of x by its slot's weights: y_p = W_s x_p, or W_s' x_p.
 
     Args:
-        x: [P, H·K or K], or with `gather` [T, ...]. Rows contiguous, elements of W's type.
+        x: [P, H·K or K], or with `gather` [T, ...], with contiguous rows and of W's type.
         weights: [N·H, K] per slot; transposed [K·H, N].
 
     Returns:
-        [P, H·N], x's type. Rows of assignments that are computed elsewhere are not written.
+        [P, H·N] of x's type. Rows of assignments that other ranks compute are not written.
     """
     y = x.new_empty((order.num_assignments, options.halves * _half_width(weights, options)))
     gemm_launch(x, weights, order, y, options).run()
@@ -241,14 +241,14 @@ def _half_width(weights: SlotWeights, options: GemmOptions) -> int:
 
 
 def _configured(width: int, rank: int, x: Tensor, options: GemmOptions) -> LaunchConfig:
-    """The configuration for a result of this width, its blocks no wider than the result needs."""
+    """Return the configuration for a result of this width, with blocks no wider than the result needs."""
     if width <= NARROW and options.low_rank is None:
         name, rules = "grouped_gemm_narrow", NARROW_RULES
     elif options.drop_x is None and options.drop_low is None:
         name, rules = "grouped_gemm", WIDE_RULES
     else:
         name, rules = "grouped_gemm_dropout", DROPOUT_RULES
-    # The low-rank term is added BK columns at a time, so blocks need not fear ranks above the tables'.
+    # The low-rank term is added BK columns at a time, so ranks above those of the tables need no other blocks.
     config = choose(name, rules, rank=min(rank, MAX_RANK), itemsize=x.element_size(), device=x.device)
     return replace(config, blocks={**config.blocks, "BN": min(config.blocks["BN"], max(16, triton.next_power_of_2(width)))})
 
@@ -269,7 +269,7 @@ def _low_rank_arguments(options: GemmOptions, rank: int, width: int) -> dict[str
 
 
 def _takes_descriptors(x: Tensor, inner: int, halves: int) -> bool:
-    """Whether TMA can address x's rows, and each half of them."""
+    """Return whether TMA can address x's rows, and each half of them."""
     itemsize = x.element_size()
     return x.data_ptr() % 16 == 0 and x.stride(0) * itemsize % 16 == 0 and (halves == 1 or inner * itemsize % 16 == 0)
 
@@ -277,7 +277,7 @@ def _takes_descriptors(x: Tensor, inner: int, halves: int) -> bool:
 def gemm_launch(
     x: Tensor, weights: SlotWeights, order: AssignmentOrder, y: Tensor, options: GemmOptions = _PLAIN, *, sm: int | None = None
 ) -> Launch:
-    """The launch of `grouped_gemm` into `y`; `sm` stands in for the number of its device."""
+    """Return the launch of `grouped_gemm` into `y`. `sm` replaces the sm number of y's device."""
     halves, transposed, term = options.halves, options.transposed, options.low_rank
     assert x.dtype == weights.base.dtype == y.dtype, (x.dtype, weights.base.dtype, y.dtype)
     width, inner = _half_width(weights, options), weights.rows // halves if transposed else weights.columns
@@ -286,7 +286,7 @@ def gemm_launch(
     rank = 0 if term is None else term.low_PR.shape[1] // halves
     config = _configured(width, rank, x, options)
     tiles = tile_map(order, config.blocks["BM"])
-    # In float32, products without tensor cores take all the time there is, and the registers that descriptors would need.
+    # In float32, products without tensor cores take most of the time, and the registers that descriptors would need.
     descriptors = (sm_of(x.device) if sm is None else sm) >= 90 and x.element_size() == 2
     half_rows = weights.rows // halves * weights.row_stride
     drop = options.drop_x or options.drop_low

@@ -1,7 +1,7 @@
-"""Gradients of per-slot weights: dW_s = sum over the slot's assignments of the outer products of two rows.
+"""The gradients of per-slot weights: dW_s is the sum over the slot's assignments of the outer products of two rows.
 
-Each program owns one tile of the result and walks its slot's rows in their order: deterministic, without atomics, and a slot without
-assignments gets zeros.
+Each program computes one tile of the result and adds its slot's rows in their order, so the result is deterministic and needs no atomics.
+A slot without assignments gets zeros.
 
 Shapes: P places of the sorted assignments (`AssignmentOrder`), S slots, N x K a slot's gradient, M rows of a step.
 """
@@ -103,14 +103,14 @@ def grouped_wgrad(
     scale: float = 1.0,
     drop_right: RowDropout | None = None,
 ) -> Tensor:
-    """Writes each slot's sum of the outer products of its assignments' rows into `out_SNK`, which it returns.
+    """Write each slot's sum of the outer products of its assignments' rows into `out_SNK`, and return it.
 
     Args:
-        left: [P, N], rows contiguous.
-        right: [P, K], likewise.
-        gather: the operand that is [T, ...], and of which each assignment takes its token's row.
-        out_SNK: [S, N, K] of any type and strides, the last of them 1.
-        drop_right: dropout of the right operand, without its scale.
+        left: [P, N] with contiguous rows.
+        right: [P, K] with contiguous rows.
+        gather: the operand that is [T, ...], of which each assignment uses its token's row.
+        out_SNK: [S, N, K] of any type and strides; the last stride is 1.
+        drop_right: the dropout of the right operand, without its scale.
     """
     assert all(operand.stride(-1) == 1 or operand.shape[-1] == 1 for operand in (left, right, out_SNK))
     assert left.dtype == right.dtype

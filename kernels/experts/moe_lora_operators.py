@@ -1,11 +1,11 @@
-"""The feed-forward of frozen experts under low-rank pairs, on grouped Triton kernels: two operators that torch.compile takes as they are.
+"""The feed-forward of frozen experts with low-rank pairs on grouped Triton kernels, as a forward and a backward operator for torch.compile.
 
-What `torch_path.moe_lora_ffn` computes, on assignments sorted by slot: nothing waits for the device, and a layer has a dozen launches
-whatever the number of experts. A layer keeps x, and of each assignment the gate and up outputs and the shrunk x. Sums have one order,
-without atomics.
+It computes what `torch_path.moe_lora_ffn` does, on assignments sorted by slot. Nothing waits for the device, and a layer has about a
+dozen launches, whatever the number of experts. A layer keeps x and, for each assignment, the gate and up outputs and A x. Sums always
+have the same order and use no atomics.
 
-Ranks are padded to what tensor cores multiply, and the pairs of gate and up lie side by side, in copies that last one pass: the pairs
-themselves are the experts' replicas, which come and go between passes.
+Ranks are padded to sizes that tensor cores multiply. The padded pairs of gate and up are adjacent, in copies that live for one pass only,
+because the pairs themselves are replicas, which are freed and gathered between passes.
 
 Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, S slots, P places of the sorted assignments, r rank, R as padded.
 """
@@ -76,11 +76,11 @@ def moe_lora_forward(
     words: Sequence[Tensor],
     dropped_levels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [T, D], and what the backward pass needs: gate and up of each assignment [P, 2F], its shrunk x, and its order's tensors.
+    """Return y [T, D], and for the backward pass gate and up of each assignment [P, 2F], its A x, and the order's tensors.
 
     Args:
-        matrices, projections, scales: of `pack_pairs`.
-        words, dropped_levels: of `pack_dropout`, with a row for each assignment in the order of [T, K].
+        matrices, projections, scales: the results of `pack_pairs`.
+        words, dropped_levels: the results of `pack_dropout`, with a row for each assignment in the order of [T, K].
     """
     order = assignment_order(slot_TK, len(frozen_S))
     inputs, down_pair = _padded(unpack_pairs(matrices, projections, scales), x_TD.dtype)
@@ -143,10 +143,10 @@ def moe_lora_backward(
     words: Sequence[Tensor],
     dropped_levels: int,
 ) -> list[Tensor]:
-    """The gradients of x, of the weights and of `matrices` in their order.
+    """Return the gradients of x, of the weights and of `matrices` in their order.
 
     Args:
-        kept: what the forward operator returned but for y.
+        kept: the results of the forward operator other than y.
     """
     if not frozen_S:
         return [torch.zeros_like(x_TD), torch.zeros_like(weight_TK), *(torch.zeros_like(matrix) for matrix in matrices)]
@@ -175,7 +175,7 @@ def moe_lora_backward(
         dlow_P = grouped_gemm(dgate_up_P, stacked_weights(inputs.b), order, GemmOptions(transposed=True, halves=2, scales=inputs.scales))
         term = LowRankTerm(dlow_P, inputs.a.transpose(1, 2))
         dx_PD = grouped_gemm(dgate_up_P, gate_up, order, GemmOptions(transposed=True, low_rank=term, drop_low=drop_in))
-        # One pass over x for both.
+        # One pass over x computes both.
         da_in = torch.empty_like(inputs.a, dtype=matrices[0].dtype)
         grouped_wgrad(dlow_P, x_TD, order, da_in, gather="right", drop_right=drop_in)
         for half, name in enumerate(_HALVES):
@@ -191,7 +191,7 @@ def moe_lora_backward(
 def _hidden_gradient(
     dy_TD: Tensor, down: SlotWeights, pair: _PaddedPairs | None, order: AssignmentOrder, dropout: RowDropout | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of each assignment's hidden state before the router's weight, [P, F], and with a pair scale · dy B_down, [P, R]."""
+    """Return the gradient of each hidden state before the router's weight, [P, F], and with a pair scale · dy B_down, [P, R]."""
     if pair is None:
         return grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True)), None
     low_dy_P = grouped_gemm(dy_TD, stacked_weights(pair.b), order, GemmOptions(gather=True, transposed=True, scales=pair.scales))
@@ -239,7 +239,7 @@ _HALVES = ("gate_proj", "up_proj")
 
 @dataclass(frozen=True)
 class _PaddedPairs:
-    """Low-rank pairs that share their input, padded and side by side, in the type that is computed in."""
+    """Low-rank pairs that share their input, padded and side by side, in the type of the computation."""
 
     a: Tensor
     """[S, H·R, inputs]"""
@@ -258,12 +258,12 @@ def _frozen_weights(frozen_S: Sequence[Tensor], shape: FfnShape) -> tuple[SlotWe
 
 
 def _sorted(dropout: FfnDropout | None, order: AssignmentOrder) -> tuple[RowDropout | None, RowDropout | None]:
-    """The dropout of both inputs, rows in the order of the assignments' places."""
+    """Return the dropout of both inputs, with rows in the order of the sorted assignments."""
     return (None, None) if dropout is None else (dropout.gate_up.of(order.order_P), dropout.down.of(order.order_P))
 
 
 def _padded(pairs: dict[str, LowRankPairs], dtype: torch.dtype) -> tuple[_PaddedPairs | None, _PaddedPairs | None]:
-    """Those of gate and up, and that of down; None without any."""
+    """Return the padded pairs of gate and up, and the padded pair of down; None for a part without pairs."""
     return _side_by_side([pairs.get(name) for name in _HALVES], dtype), _side_by_side([pairs.get("down_proj")], dtype)
 
 

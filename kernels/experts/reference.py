@@ -1,4 +1,4 @@
-"""The feed-forward of experts with weights of their own, written as its formula. The faster versions are tested against it."""
+"""The plain formula of the feed-forward of experts that have their own weights. The faster versions are tested against it."""
 
 from __future__ import annotations
 

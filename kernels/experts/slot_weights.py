@@ -1,4 +1,4 @@
-"""The weights of a layer's slots as a grouped kernel addresses them: one tensor with a stride, or tensors that lie anywhere.
+"""The addresses of the weights of a layer's slots for grouped kernels: one tensor with a stride, or separate tensors in memory.
 
 Shapes: S slots, N rows and K columns of a slot's matrix.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SlotWeights:
-    """A matrix [N, K] per slot, rows contiguous: slot s starts s · `stride` elements behind `base`'s first, or `offset_S[s]` elements."""
+    """A matrix [N, K] per slot, with contiguous rows. Slot s starts s · `stride` elements after the start of `base`, or `offset_S[s]`."""
 
     base: Tensor
     rows: int
@@ -26,7 +26,7 @@ class SlotWeights:
     aligned: bool = True
     """whether all of `offset_S` are multiples of 16 bytes"""
     others: tuple[Tensor, ...] = ()
-    """what `offset_S` leads to, which lives as long as this"""
+    """the tensors that `offset_S` points to, which must live as long as this record"""
 
     @property
     def takes_descriptors(self) -> bool:
@@ -37,16 +37,16 @@ class SlotWeights:
 
 
 def stacked_weights(matrices_SNK: Tensor) -> SlotWeights:
-    """Of one tensor, or a view of it, whose last stride is 1."""
+    """Return the addresses in one tensor, [S, N, K], or in a view of it, whose last stride is 1."""
     assert matrices_SNK.stride(2) == 1 or matrices_SNK.shape[2] == 1, matrices_SNK.stride()
     _, rows, columns = matrices_SNK.shape
     return SlotWeights(matrices_SNK, rows, columns, matrices_SNK.stride(1), matrices_SNK.stride(0))
 
 
 def separate_weights(matrix_S: Sequence[Tensor]) -> SlotWeights:
-    """Of one matrix [N, K] per slot, contiguous, of one type and shape, each anywhere in the device's memory.
+    """Return the addresses of one contiguous matrix [N, K] per slot, all of one type and shape, anywhere in the device's memory.
 
-    The table of places goes to the device without waiting for it. If the places are equally far apart, no table is needed.
+    The table of addresses is sent to the device without waiting for it. If the addresses are equally far apart, no table is needed.
     """
     base = matrix_S[0]
     rows, columns = base.shape
@@ -55,7 +55,7 @@ def separate_weights(matrix_S: Sequence[Tensor]) -> SlotWeights:
         assert matrix.is_contiguous()
     places = [(matrix.data_ptr() - base.data_ptr()) // base.element_size() for matrix in matrix_S]
     stride = places[1] if len(places) > 1 else base.numel()
-    # Meta tensors all lie at 0, and are taken to lie apart.
+    # Meta tensors all have the address 0; they are treated as separate.
     if (stride > 0 or len(places) == 1) and places == [slot * stride for slot in range(len(places))]:
         return SlotWeights(base, rows, columns, columns, stride)
     aligned = all(place * base.element_size() % 16 == 0 for place in places)

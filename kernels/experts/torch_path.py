@@ -1,8 +1,8 @@
-"""The feed-forward of experts that each have weights of their own, forward and backward: all of them trained, or frozen under LoRA pairs.
+"""The feed-forward, in plain torch, of experts that have their own weights: fully trained ones, or frozen ones with LoRA pairs.
 
-Assignments are sorted by expert and worked off in tiles of one expert, large enough for GEMMs at full speed and small enough for buffers
-that are allocated once a call. Gate and up lie side by side in a chunk, so they are one GEMM. What a layer keeps for its backward pass is
-x and each assignment's gate and up outputs; gradients of trained experts are written where they belong in their chunk.
+Assignments are sorted by expert and computed in tiles of one expert, large enough for GEMMs at full speed and small enough for buffers
+that are allocated once per call. Gate and up are adjacent in a chunk, so one GEMM computes both. A layer keeps x and each assignment's
+gate and up outputs for its backward pass, which writes gradients of trained experts directly into their chunk.
 
 Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P assignments on this rank, S slots, C elements of an expert's chunk,
 m assignments of a tile.
@@ -23,13 +23,13 @@ from hecate.kernels.common.ffn import FfnShape, activation_backward_into, activa
 from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
 
 _TILE_ROWS = 512
-"""assignments of a tile: a GEMM of so many rows repays reading its expert's weights, and adding to their gradients"""
+"""the assignments of a tile: enough rows to make reading an expert's weights, and adding to their gradients, cheap"""
 
 
 def full_ffn(routed: RoutedTokens, experts_SC: Tensor, shape: FfnShape) -> Tensor:
-    """The weighted sum of each token's experts, gated FFNs that are trained.
+    """Return the weighted sum of each token's experts, which are fully trained gated FFNs.
 
-    Works in x's dtype; the experts' gradient comes in their own. Differentiable in x, weights and experts.
+    It computes in x's dtype; the experts' gradient has their own dtype. It is differentiable in x, weights and experts.
 
     Args:
         experts_SC: [slots, C], chunks as `FfnShape` lays them out.
@@ -49,15 +49,16 @@ def moe_lora_ffn(
     *,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """The weighted sum of each token's experts, each a frozen gated FFN of its own plus low-rank pairs.
+    """Return the weighted sum of each token's experts, each of which is its own frozen gated FFN plus low-rank pairs.
 
-    Works in x's dtype; gradients of the pairs come in their own. Differentiable in x, weights and pairs, not in the frozen parts.
+    It computes in x's dtype; gradients of the pairs have their own dtype. It is differentiable in x, weights and pairs, but not in the
+    frozen parts.
 
     Args:
         frozen_S: the flat chunk of each slot, as `FfnShape` lays it out.
-        pairs: by projection (`gate_proj`, `up_proj`, `down_proj`; or `gate_up_proj`, one pair whose B has the rows of both); a projection
-            left out has no pair. At least one.
-        dropout: on the pairs' inputs; then `routed` must have `token_T` and `expert_S`. Gate and up see the same dropped input.
+        pairs: the pairs by projection (`gate_proj`, `up_proj`, `down_proj`; or `gate_up_proj`, one pair whose B has the rows of both). A
+            projection that is left out has no pair. At least one must be given.
+        dropout: the dropout of the pairs' inputs; `routed` must then have `token_T` and `expert_S`. Gate and up have the same input.
 
     Returns:
         [tokens, hidden]; zero where no assignment of a token is computed on this rank.
@@ -79,7 +80,7 @@ def moe_lora_ffn(
 
 @dataclass(frozen=True)
 class _MoeLoraContext:
-    """What both passes need, but for the tensors that are differentiated."""
+    """The values that both passes need, apart from the tensors that are differentiated."""
 
     shape: FfnShape
     frozen_S: tuple[Tensor, ...]
@@ -87,22 +88,22 @@ class _MoeLoraContext:
     inputs: tuple[ShrunkInput, ...]
     down_scale: float
     dropout: FfnDropout | None
-    """a row for each assignment, in the order of the tiles"""
+    """the dropout of each assignment, in the order of the tiles"""
 
     def masks(self, like_TD: Tensor) -> DropoutMasks:
-        """Room for the masks of a tile."""
+        """Allocate the buffers for the masks of a tile."""
         return DropoutMasks(self.dropout, _largest(self.tiles), self.shape.hidden, self.shape.ffn, like_TD)
 
 
 class _ExpertBuffers:
-    """Room for one tile, allocated once a call: fresh memory costs more than the arithmetic on it."""
+    """The buffers of one tile, allocated once per call, because allocating memory costs more than the arithmetic on it."""
 
     def __init__(self, shape: FfnShape, tiles: list[Tile], like_TD: Tensor, *, double: int, wide: int, narrow: int) -> None:
         sizes = ((double, 2 * shape.ffn), (wide, shape.ffn), (narrow, shape.hidden))
         self._kinds = [like_TD.new_empty((count, _largest(tiles), width)) for count, width in sizes]
 
     def take(self, rows: int) -> tuple[Tensor, ...]:
-        """Buffers [rows, 2F], then [rows, F], then [rows, D]."""
+        """Return buffers of [rows, 2F], of [rows, F] and of [rows, D], in this order."""
         return tuple(buffer for kind in self._kinds for buffer in kind[:, :rows].unbind())
 
 
@@ -237,24 +238,24 @@ def _num_assignments(tiles: list[Tile]) -> int:
 
 
 def _largest(tiles: list[Tile]) -> int:
-    """Rows of the largest tile."""
+    """Return the number of rows of the largest tile."""
     return max((len(tile.token) for tile in tiles), default=0)
 
 
 def _weight_gradient(weight_TK: Tensor, x_TD: Tensor) -> Tensor:
-    """Zeros [T·K], which stay for assignments that are computed elsewhere."""
+    """Return zeros [T·K] for the weights' gradients, which stay zero for assignments that other ranks compute."""
     dtype = torch.float32 if x_TD.dtype.itemsize < 4 else x_TD.dtype
     return torch.zeros(weight_TK.numel(), dtype=dtype, device=x_TD.device)
 
 
 def _gate(shape: FfnShape, gate_up: Tensor, *, act: Tensor, out: Tensor) -> None:
-    """act = act(gate), out = act · up; the two may be one."""
+    """Write act(gate) into `act` and act(gate) · up into `out`. The two may be the same tensor."""
     gate, up = gate_up.split(shape.ffn, dim=1)
     torch.mul(activation_into(shape.activation, gate, act), up, out=out)
 
 
 def _ungate(shape: FfnShape, gate_up: Tensor, act: Tensor, dh: Tensor, *, out: Tensor) -> None:
-    """Gradients of gate and up from that of their gated product; `act` is lost."""
+    """Write the gradients of gate and up into `out`, from the gradient of their gated product. `act` is overwritten."""
     gate, up = gate_up.split(shape.ffn, dim=1)
     dgate, dup = out.split(shape.ffn, dim=1)
     torch.mul(dh, act, out=dup)
@@ -262,7 +263,7 @@ def _ungate(shape: FfnShape, gate_up: Tensor, act: Tensor, dh: Tensor, *, out: T
 
 
 def _row_products(left: Tensor, right: Tensor, *, scratch: Tensor) -> Tensor:
-    """[m]: the dot products of rows, summed in float32 or wider."""
+    """Return the dot products of rows, [m], summed in float32 or wider."""
     dtype = torch.float32 if left.dtype.itemsize < 4 else left.dtype
     return torch.mul(left, right, out=scratch[:, : left.shape[1]]).sum(dim=1, dtype=dtype)
 
@@ -272,7 +273,7 @@ def _converted(pairs: Iterable[Tensor | None], dtype: torch.dtype) -> list[Any]:
 
 
 def _product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """out = left @ right, or added to what is there; sums in out's type."""
+    """Write left @ right into `out`, or add it to `out`. Sums have out's type."""
     if out.dtype == left.dtype:
         out.addmm_(left, right, beta=1 if add else 0)
     elif add:

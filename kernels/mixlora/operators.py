@@ -1,8 +1,8 @@
-"""The MixLoRA feed-forward over a shared frozen base in Triton, as two operators, forward and backward, for autograd and torch.compile.
+"""The MixLoRA feed-forward over a shared frozen FFN in Triton, as a forward and a backward operator for autograd and torch.compile.
 
-The six large GEMMs have T rows and are torch's; between them lie the passes of `hecate.kernels.mixlora.passes`, on assignments sorted by
-slot. The backward pass computes everything of an assignment again from G = x Wg', U = x Wu' and its shrunk inputs. Nothing waits for the
-device.
+torch computes the six large GEMMs, which have T rows. Between them run the passes of `hecate.kernels.mixlora.passes`, on assignments
+sorted by slot. The backward pass recomputes all values of an assignment from G = x Wg', U = x Wu' and its inputs multiplied by A. Nothing
+waits for the device.
 
 Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P = T·K places of the sorted assignments, S slots, R rank.
 """
@@ -41,7 +41,7 @@ def mixlora_ffn_triton(routed: RoutedTokens, base: FfnBase, pairs: dict[str, Low
 def forward_arguments(
     routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs], dropout: Dropout | None = None
 ) -> tuple[Any, ...]:
-    """What the forward operator is given: assignments sorted, maps made, dropout's rows hashed."""
+    """Return the arguments of the forward operator, with assignments sorted, tiles cut and dropout's rows hashed."""
     assert len(pairs) > 0, "a MixLoRA layer without adapters is its base FFN"
     assert routed.x_TD.dtype.itemsize <= 4, routed.x_TD.dtype
     num_slots = next(iter(pairs.values())).a_SrI.shape[0]
@@ -75,7 +75,7 @@ def forward_passes(
     order: Sequence[Tensor],
     rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [T, D], and what the backward pass needs: G and U [T, F], the shrunk inputs of gate, up and down [P, R]."""
+    """Return y [T, D], and for the backward pass G and U [T, F], and the inputs of gate, up and down multiplied by A, [P, R]."""
     (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales)
     dropout, blocks = unpack_dropout(words, dropped_levels), AssignmentBlocks.of_tensors(rows, order)
     gate_TF, up_TF = x_TD @ gate_FD.T, x_TD @ up_FD.T
@@ -127,10 +127,10 @@ def backward_passes(
     order: Sequence[Tensor],
     rows: int,
 ) -> list[Tensor]:
-    """Gradients of x and the weights, then of A and B of each projection that has a pair, in the order of `matrices`.
+    """Return the gradients of x and the weights, then those of A and B of each projection with a pair, in the order of `matrices`.
 
     Args:
-        kept: what the forward operator returned but for y.
+        kept: the results of the forward operator other than y.
     """
     (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales)
     dropout, blocks = unpack_dropout(words, dropped_levels), AssignmentBlocks.of_tensors(rows, order)
@@ -219,7 +219,7 @@ def _no_rank(x_TD: Tensor, blocks: AssignmentBlocks) -> Tensor:
 def _shrink_inputs(
     x_TD: Tensor, blocks: AssignmentBlocks, pairs: dict[str, LowRankPairs], dropout: FfnDropout | None
 ) -> tuple[Tensor, Tensor]:
-    """The shrunk inputs of gate and up; of rank 0 for one without a pair."""
+    """Return the inputs of gate and up multiplied by A; a tensor of rank 0 for a projection without a pair."""
     of = {name: pairs[name] for name in INPUTS if name in pairs}
     lows: dict[str, Tensor] = {}
     if of:

@@ -1,6 +1,6 @@
-"""The passes of the MixLoRA feed-forward in Triton: each allocates what it returns and launches its kernel.
+"""The passes of the MixLoRA feed-forward in Triton. Each function allocates its result and launches its kernel.
 
-Between the passes lie GEMMs over tokens. Rows of assignments that are computed elsewhere are left unwritten.
+Between the passes run GEMMs over tokens. Rows of assignments that other ranks compute are not written.
 
 Shapes: T tokens, K assignments of a token, P places of the sorted assignments, S slots, F ffn hidden, C columns summed over, N other
 columns, R rank. Matrices [S, N, R] are views of any strides; they are cast to the activations' type when they are loaded.
@@ -39,10 +39,10 @@ def _interpreter(**blocks: int) -> Rule:
     return Rule(LaunchConfig(blocks, 4, 1), min_sm=0)
 
 
-# Products of float32 run on no tensor core and hold more in registers: smaller blocks.
+# Products of float32 use no tensor cores and more registers, so their blocks are smaller.
 _FP32 = (4,)
 RULES: dict[str, tuple[Rule, ...]] = {
-    # Rows of a tile and of a chunk, for all kernels of a layer: they share the maps.
+    # The rows of a tile and of a chunk are the same for all kernels of a layer, because they share the maps.
     "mixlora_rows": (
         _rule(4, 1, max_rank=64, itemsizes=_FP32, ROWS=32, CHUNK_ROWS=1024),
         _rule(4, 1, itemsizes=_FP32, ROWS=16, CHUNK_ROWS=1024),
@@ -93,11 +93,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "mixlora_sum_chunks": (_rule(4, 1, max_rank=32, BN=128), _rule(4, 1, BN=16), _interpreter(BN=64)),
 }
-"""By kernel; the first that serves. Those of sm 0 are the interpreter's, small so that tests see several blocks."""
+"""the rules of each kernel, of which the first that matches counts. Those of sm 0 are for the interpreter: small, so that tests have
+several blocks"""
 
 
 def config_for(name: str, rank: int, like: Tensor) -> LaunchConfig:
-    """The configuration of a kernel for this (largest) rank, and the type and device of the activations `like`."""
+    """Return the configuration of a kernel for the largest rank of its pairs, and the type and device of the activations `like`."""
     return choose(name, RULES[name], rank=padded_rank(rank), itemsize=like.element_size(), device=like.device)
 
 
@@ -110,10 +111,10 @@ def shrink(
     *,
     gather: bool,
 ) -> tuple[Tensor, ...]:
-    """scale_j · drop(x) A_j for one or two matrices [S, C, R], in one read of x: each [P, R] in x's type.
+    """Return scale_j · drop(x) A_j for one or two matrices [S, C, R], reading x once. Each result is [P, R] in x's type.
 
     Args:
-        x: [T, C], of which each assignment reads its token's row (gather), or [P, C].
+        x: with `gather` [T, C], of which each assignment reads its token's row; otherwise [P, C].
     """
     lows = tuple(x.new_empty((blocks.order.num_assignments, matrix.shape[2])) for matrix in matrices)
     config = config_for("mixlora_shrink", _rank_of(*matrices), x)
@@ -155,7 +156,7 @@ def shrink(
 
 
 def expand(terms: tuple[LowRankTerm, ...], blocks: AssignmentBlocks, dropout: RowDropout | None) -> Tensor:
-    """drop(sum_j low_j M_j'), [P, N], of one or two terms; dropout without its scale."""
+    """Return drop(sum_j low_j M_j'), [P, N], of one or two terms. Dropout is applied without its scale."""
     first, second = terms[0], terms[-1]
     out_PN = first.low_PR.new_empty((blocks.order.num_assignments, first.matrix_SNR.shape[1]))
     config = config_for("mixlora_expand", _rank_of(*terms), first.low_PR)
@@ -193,7 +194,7 @@ def expand(terms: tuple[LowRankTerm, ...], blocks: AssignmentBlocks, dropout: Ro
 
 @dataclass(frozen=True)
 class GatedInputs:
-    """What the gated hidden state of each assignment is made from, h = act(G + low_gate B_gate') · (U + low_up B_up'), and goes into."""
+    """The inputs of each assignment's gated hidden state h = act(G + low_gate B_gate') · (U + low_up B_up'), and of its product with A."""
 
     gate_TF: Tensor
     """G, the base's gate projection of each token"""
@@ -201,21 +202,21 @@ class GatedInputs:
     """U, the base's up projection of each token"""
     blocks: AssignmentBlocks
     gate: LowRankTerm | None
-    """None: the projection has no pair"""
+    """the low-rank term of gate; None if the projection has no pair"""
     up: LowRankTerm | None
     a_down_SFR: Tensor | None
     """A of the down projection's pairs, transposed"""
     dropout: RowDropout | None
-    """of h, as input of the down projection's pairs"""
+    """the dropout of h as the input of the down projection's pairs"""
     activation: str
 
     @property
     def rank(self) -> int:
-        """The largest."""
+        """The largest rank of the pairs."""
         return _rank_of(self.gate, self.up, self.a_down_SFR)
 
     def pointers(self) -> dict[str, Tensor | None]:
-        """Arguments of both gated kernels."""
+        """Return the tensor arguments of both gated kernels."""
         return {
             "p_gate": self.gate_TF,
             "p_up": self.up_TF,
@@ -229,7 +230,7 @@ class GatedInputs:
         }
 
     def sizes(self) -> dict[str, int]:
-        """Arguments of both gated kernels."""
+        """Return the integer arguments of both gated kernels."""
         sizes = {"P": self.blocks.order.num_assignments, "F": self.gate_TF.shape[1], "dropped_levels": _levels(self.dropout)}
         for name, matrix in self._matrices().items():
             sizes[f"R_{name.upper()}"] = 0 if matrix is None else matrix.shape[2]
@@ -238,7 +239,7 @@ class GatedInputs:
         return sizes
 
     def constants(self) -> dict[str, object]:
-        """Of both gated kernels."""
+        """Return the constants of both gated kernels."""
         ranks = {f"BR_{name.upper()}": 0 if matrix is None else padded_rank(matrix.shape[2]) for name, matrix in self._matrices().items()}
         return {"ACTIVATION": self.activation, "DROPOUT": self.dropout is not None and self.a_down_SFR is not None, **ranks}
 
@@ -248,10 +249,10 @@ class GatedInputs:
 
 
 def gated(inputs: GatedInputs, down_scale: float) -> tuple[Tensor, Tensor | None]:
-    """h of each assignment, [P, F], and down_scale · drop(h) A_down, [P, R]."""
+    """Return h of each assignment, [P, F], and down_scale · drop(h) A_down, [P, R]."""
     rows, ffn = inputs.blocks.order.num_assignments, inputs.gate_TF.shape[1]
     config = config_for("mixlora_gated", inputs.rank, inputs.gate_TF)
-    # So many programs share the columns of a tile, and each has its own share of drop(h) A_down.
+    # This many programs share the columns of a tile, and each computes its own partial sum of drop(h) A_down.
     programs = _blocks(ffn, config.blocks["BN"] * config.blocks["STEPS"])
     h_PF, partial = inputs.gate_TF.new_empty((rows, ffn)), None
     if inputs.a_down_SFR is not None:
@@ -268,15 +269,15 @@ def gated(inputs: GatedInputs, down_scale: float) -> tuple[Tensor, Tensor | None
 
 
 class GatedGradients(NamedTuple):
-    """What the backward pass of `gated` and of the weighted sum after it gives."""
+    """The gradients from the backward pass of `gated` and of the weighted sum after it."""
 
     gate_PF: Tensor
-    """of each assignment's gate output, its weight included"""
+    """the gradient of each assignment's gate output, times its weight"""
     up_PF: Tensor
     weight_TK: Tensor
-    """float32, of the router's weights; zero for assignments that are computed elsewhere"""
+    """float32, the gradient of the router's weights; zero for assignments that other ranks compute"""
     b_gate_SFR: Tensor | None
-    """in the pairs' type; None for a projection without a pair"""
+    """the gradient of gate's B, in the pairs' type; None if the projection has no pair"""
     b_up_SFR: Tensor | None
     a_down_SRF: Tensor | None
 
@@ -284,12 +285,12 @@ class GatedGradients(NamedTuple):
 def gated_backward(
     inputs: GatedInputs, dhidden_TF: Tensor, weight_TK: Tensor, low_dy_PR: Tensor | None, pair_dtype: torch.dtype
 ) -> GatedGradients:
-    """The backward pass of `gated` and of the weighted sum after it.
+    """Run the backward pass of `gated` and of the weighted sum after it.
 
     Args:
         dhidden_TF: the gradient of the tokens' weighted hidden states.
-        low_dy_PR: down_scale · dy B_down of each assignment; None without a pair of the down projection.
-        pair_dtype: of the pairs' gradients.
+        low_dy_PR: down_scale · dy B_down of each assignment; None if the down projection has no pair.
+        pair_dtype: the type of the pairs' gradients.
     """
     blocks, ffn, rows = inputs.blocks, inputs.gate_TF.shape[1], inputs.blocks.order.num_assignments
     config = config_for("mixlora_gated_backward", inputs.rank, inputs.gate_TF)
@@ -336,9 +337,9 @@ def outer(
     *,
     transposed: bool,
 ) -> tuple[Tensor, ...]:
-    """The sum over each slot's assignments of drop(x)[token] and weight · low_j: [S, N, R] in `pair_dtype`, or [S, R, N] if transposed.
+    """Return the sum over each slot's assignments of the outer products of drop(x)[token] and weight · low_j.
 
-    One or two lows; weights with one only.
+    Each result is [S, N, R] in `pair_dtype`, or [S, R, N] if transposed. There are one or two lows; weights only with one.
     """
     assert weight_TK is None or len(lows) == 1
     partials = tuple(_partial_sums(blocks.chunks, x_TN.shape[1], low.shape[1]) for low in lows)
@@ -377,7 +378,7 @@ def outer(
 
 
 def _summed(partial_CNR: Tensor, blocks: AssignmentBlocks, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
-    """[S, N, R], or [S, R, N]: the sums over each slot's chunks, one after another."""
+    """Return the sums over each slot's chunks, in their order, [S, N, R] or transposed [S, R, N]."""
     _, width, rank = partial_CNR.shape
     shape = (blocks.order.num_slots, rank, width) if transposed else (blocks.order.num_slots, width, rank)
     out = partial_CNR.new_empty(shape, dtype=dtype)
@@ -403,12 +404,12 @@ def _summed(partial_CNR: Tensor, blocks: AssignmentBlocks, dtype: torch.dtype, *
 
 
 def _partial_sums(chunks: Tensor, width: int, rank: int) -> Tensor:
-    """float32 [chunks, width, rank], to be written by a kernel."""
+    """Allocate the sums of each chunk, float32 [chunks, width, rank], which a kernel writes."""
     return torch.empty((len(chunks), width, rank), dtype=torch.float32, device=chunks.device)
 
 
 def _rank_of(*matrices: Tensor | LowRankTerm | None) -> int:
-    """The largest rank, of matrices [.., R] and terms."""
+    """Return the largest rank of the matrices [.., R] and terms."""
     return max((m.low_PR.shape[1] if isinstance(m, LowRankTerm) else m.shape[-1] for m in matrices if m is not None), default=0)
 
 

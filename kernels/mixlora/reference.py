@@ -1,4 +1,4 @@
-"""The MixLoRA feed-forward, written as its formula. The faster versions are tested against it."""
+"""The plain formula of the MixLoRA feed-forward. The faster versions are tested against it."""
 
 from __future__ import annotations
 

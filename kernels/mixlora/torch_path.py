@@ -1,10 +1,11 @@
-"""The MixLoRA feed-forward over a shared frozen base, forward and backward.
+"""The MixLoRA feed-forward over a shared frozen FFN, in plain torch.
 
-Two exact savings: the base gate and up projections run once per token, not once per assignment; the base down projection is linear, so
-it runs once per token, after the weighted hidden states of the token's experts have been summed. All six large GEMMs have T rows. The
-rest runs in tiles of assignments of one expert, small enough to stay in the cache; the backward pass computes them again from the saved
-G = x Wg' and U = x Wu' and the shrunk inputs, so what a layer keeps is x, G, U and r numbers an assignment and projection. The router's
-weights are applied where tensors are narrow, and else while a token's assignments are summed.
+It makes two exact savings. The FFN's gate and up projections run once per token, not once per assignment. Its down projection is linear,
+so it also runs once per token, after the weighted hidden states of the token's experts have been summed. All six large GEMMs have T rows.
+
+The rest runs in tiles of assignments of one expert, small enough to stay in the cache. The backward pass recomputes it from G = x Wg',
+U = x Wu' and the inputs multiplied by A, so a layer keeps x, G, U and r numbers per assignment and projection. The router's weights are
+applied where tensors are narrow, or else while a token's assignments are summed.
 
 Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P assignments on this rank, S slots, r LoRA rank, m assignments of a
 tile.
@@ -26,18 +27,19 @@ from hecate.kernels.common.ffn import FfnBase, activation_backward_into, activat
 from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
 
 _TILE_BYTES = 1 << 20
-"""bytes of one [m, F] buffer of a tile; three to six of them are in use at a time"""
+"""the bytes of one [m, F] buffer of a tile, of which three to six are in use at a time"""
 
 
 def mixlora_ffn(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs], *, dropout: Dropout | None = None) -> Tensor:
-    """The weighted sum of each token's experts, each being the base FFN plus its low-rank pairs.
+    """Return the weighted sum of each token's experts, each of which is the base FFN plus its low-rank pairs.
 
-    Works in x's dtype; gradients of the pairs come in their own dtype. Differentiable in x, weights and pairs, not in the base.
-    On CUDA it reads the group sizes back to the host once a call.
+    It computes in x's dtype; gradients of the pairs have their own dtype. It is differentiable in x, weights and pairs, but not in the
+    base. On CUDA it reads the group sizes back to the host once per call.
 
     Args:
-        pairs: by projection (`gate_proj`, `up_proj`, `down_proj`); a projection left out has no pair. At least one.
-        dropout: on the pairs' inputs; then `routed` must have `token_T` and `expert_S`. Gate and up see the same dropped input.
+        pairs: the pairs by projection (`gate_proj`, `up_proj`, `down_proj`). A projection that is left out has no pair. At least one
+            must be given.
+        dropout: the dropout of the pairs' inputs; `routed` must then have `token_T` and `expert_S`. Gate and up have the same input.
 
     Returns:
         [tokens, hidden]; zero where no assignment of a token is computed on this rank. Source: MixLoRA (arXiv 2404.15159) §3.
@@ -57,14 +59,14 @@ def mixlora_ffn(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPai
 
 
 def _places(order_P: Tensor, slot_TK: Tensor) -> Tensor:
-    """int64 [T, K]: where each assignment lies in the order; P if it is computed elsewhere."""
+    """Return the index of each assignment in the order, int64 [T, K]; P if another rank computes it."""
     places = torch.arange(len(order_P), device=order_P.device)
     return torch.full_like(slot_TK, len(order_P)).view(-1).index_copy_(0, order_P, places).view_as(slot_TK)
 
 
 @dataclass(frozen=True)
 class _MixloraContext:
-    """What both passes need, but for the tensors that are differentiated."""
+    """The values that both passes need, apart from the tensors that are differentiated."""
 
     base: FfnBase
     inputs: tuple[ShrunkInput, ...]
@@ -73,26 +75,26 @@ class _MixloraContext:
     order_P: Tensor
     """int64: the assignments that are computed on this rank, as indices into the flattened [T, K], in the order of the tiles"""
     place_TK: Tensor
-    """int64: where an assignment lies in that order; P if it is computed elsewhere"""
+    """int64: the index of each assignment in that order; P if another rank computes it"""
     dropout: FfnDropout | None
-    """a row for each assignment, in the order of the tiles"""
+    """the dropout of each assignment, in the order of the tiles"""
 
     def per_assignment(self, like: Tensor, width: int) -> Tensor:
-        """[P + 1, width] to be filled, but for the last row, which is zero: that of assignments that are computed elsewhere."""
+        """Return an unfilled tensor [P + 1, width] whose last row, for assignments that other ranks compute, is zero."""
         rows = like.new_empty((len(self.order_P) + 1, width))
         rows[-1].zero_()
         return rows
 
     def combine(self, value_PW: Tensor, weight_TK: Tensor) -> Tensor:
-        """The weighted sums over each token's assignments, [T, width], of what `per_assignment` gave.
+        """Return the weighted sums over each token's assignments, [T, width], of a tensor that `per_assignment` has returned.
 
-        One pass; weighting the rows, clearing the sums and adding would be four.
+        This takes one pass; weighting the rows, clearing the sums and adding would take four.
         """
         return F.embedding_bag(self.place_TK, value_PW, mode="sum", per_sample_weights=weight_TK)
 
 
 class _MixloraBuffers:
-    """The buffers of a tile, allocated once a call: fresh memory costs more than the arithmetic on it."""
+    """The buffers of a tile, allocated once per call, because allocating memory costs more than the arithmetic on it."""
 
     def __init__(self, context: _MixloraContext, like_TD: Tensor, *, wide: int, narrow: int) -> None:
         rows = max((len(tile.token) for tile in context.tiles), default=0)
@@ -103,7 +105,7 @@ class _MixloraBuffers:
         self.masks = DropoutMasks(context.dropout, rows, hidden, ffn, like_TD)
 
     def take(self, rows: int) -> tuple[Tensor, ...]:
-        """Buffers [rows, 2 F], [rows, F] and [rows, D]."""
+        """Return buffers of [rows, 2 F], of [rows, F] and of [rows, D], in this order."""
         return self._gate_up[:rows], *self._wide[:, :rows].unbind(), *self._narrow[:, :rows].unbind()
 
 
@@ -157,7 +159,7 @@ class _MixloraFfn(torch.autograd.Function):
         dweight_P = torch.empty(len(context.order_P), dtype=torch.float32 if dtype.itemsize < 4 else dtype, device=dy_TD.device)
         weight = weight_TK.detach().to(dtype)
         weight_P1 = weight.flatten()[context.order_P, None]
-        # Every product with an assignment's weight is taken where it is narrow; the wide ones are left to `combine`.
+        # Products with an assignment's weight are computed where tensors are narrow; `combine` applies the weight to wide ones.
         weighted_in_Pr, weighted_down_Pr = (None if low is None else low * weight_P1 for low in (low_in_Pr, low_down_Pr))
         work = _MixloraBuffers(context, x_TD, wide=4, narrow=2)
         for tile in context.tiles:
@@ -198,17 +200,17 @@ class _MixloraFfn(torch.autograd.Function):
         dx_TD = torch.zeros_like(x_TD) if dx_PD is None else context.combine(dx_PD, weight)
         dx_TD.addmm_(dgate_TF, base.gate_FD).addmm_(dup_TF, base.up_FD)
         dweight = torch.zeros(weight_TK.numel(), dtype=dweight_P.dtype, device=dy_TD.device).index_copy_(0, context.order_P, dweight_P)
-        # Of the scaled A, so far.
+        # So far these are the gradients of the scaled A.
         da_down = None if da_down is None else da_down.mul_(context.down_scale)
         da_each = [] if da_in is None else [da_in[:, part.low].mul_(part.scale) for part in context.inputs]
         return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, da_down, db_down, *da_each, *db_in
 
 
 def _converted(context: _MixloraContext, pairs: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, Any, Any, list[Any]]:
-    """A of gate and up side by side, A and B of down, and the B of gate and up, in `dtype`.
+    """Return A of gate and up side by side, A and B of down, and the B of gate and up, in `dtype`.
 
-    Gate and up share their input, so one GEMM shrinks it for both. A takes the scale: nothing else is as small. These copies are made anew
-    in the backward pass: what is saved for that are views of the replicas, so that the engine can free them between the passes.
+    Gate and up share their input, so one GEMM computes A x for both. A is multiplied by the scale, because it is the smallest operand. The
+    backward pass makes these copies again: only views of the replicas are saved for it, so the engine can free replicas between passes.
     """
     converted: list[Any] = [None if p is None else p.detach().to(dtype) for p in pairs]
     a_down, b_down, *rest = converted
@@ -227,14 +229,14 @@ def _zeros_like(pairs: Sequence[Tensor | None]) -> list[Any]:
 
 
 def _shrink_gradient(part: ShrunkInput, dgate_up: Tensor, b: Tensor, weighted_low: Tensor, dlow: Tensor, db: Tensor) -> None:
-    """A pair's columns of the gradient of the shrunk input, and what a tile adds to the gradient of its B."""
+    """Write a pair's columns of the gradient of A x, and add a tile's part to the gradient of B."""
     dout = dgate_up[:, part.output]
     torch.mm(dout, b, out=dlow[:, part.low])
     _add_product(db, dout.T, weighted_low[:, part.low])
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right, summed over tiles in out's type."""
+    """Add left @ right to `out`. Sums over tiles have out's type."""
     if out.dtype == left.dtype:
         out.addmm_(left, right)
     else:
