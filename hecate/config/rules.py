@@ -152,7 +152,7 @@ def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:
     if ranks is not None and size > 0 and ranks % size:
         add("fssdp.shard_size", f"must divide the number of ranks, which is {ranks} (nproc), got {size}", "null: all ranks")
     if values.get("fssdp.redundancy"):
-        hint = "leave it at 0: other sharding groups already hold each expert, and after a loss the run resumes from the last checkpoint"
+        hint = "leave it at 0: every other sharding group holds each expert already; after a loss resume from the last checkpoint"
         add("fssdp.redundancy", "does not work together with fssdp.shard_size yet", hint)
 
 
