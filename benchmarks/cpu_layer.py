@@ -1,6 +1,6 @@
-"""One MixLoRA layer on one core, forward and backward: ours beside the naive loop over experts (`benchmarks.moe_layer --kernels`).
+"""Time one MixLoRA layer on one core, forward and backward, against a naive loop over experts (`benchmarks.moe_layer --kernels`).
 
-Both have the allocator's settings that our launcher gives ranks; without them fresh memory is a third of the time.
+Both run with the allocator settings that hecate's launcher gives ranks. Without them, allocating memory takes a third of the time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def rows(samples: int) -> list[dict[str, Any]]:
-    """Naive and ours alternate, `samples` times after a warm-up, in each type. Raises RuntimeError if either is wrong."""
+    """Time the naive layer and ours alternately, `samples` times after a warm-up, in each type. Raises RuntimeError if one is wrong."""
     assert torch.get_num_threads() == 1, torch.get_num_threads()
     found = []
     for dtype in DTYPES:
@@ -50,7 +50,7 @@ def rows(samples: int) -> list[dict[str, Any]]:
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How much longer the naive loop takes, by type and at least."""
+    """Return how many times as long the naive loop takes, by type, and the smallest of these ratios."""
     median = {(row["dtype"], row["provider"]): row["ms_median"] for row in rows}
     ratios = {f"cpu_naive_over_ours_{dtype}": median[dtype, "naive"] / ms for (dtype, provider), ms in median.items() if provider == "ours"}
     return {"cpu_naive_over_ours": min(ratios.values()), **ratios}

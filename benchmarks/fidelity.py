@@ -1,13 +1,13 @@
-"""How far the simulator can be trusted: predicted against measured seconds and bytes of real steps on 2 and 4 gloo ranks of one thread.
+"""Compare the simulator's predictions with real steps: seconds and bytes on 2 and 4 gloo ranks of one thread each.
 
-A run is a few steps from an empty history, under a synthetic workload and a policy, repeated; routings have exactly the workload's loads.
-Predicted are the same steps by `hecate.parallel.simulator`, from a topology that `hecate profile` measures and from probes of single
-parts (`step_probes`), never from a run. The error of a run is max(predicted / measured, measured / predicted) - 1; over several runs the
-geometric mean of these ratios counts. Bytes are counted where they are given to torch.distributed, and must be what the plan says, for
+A run is a few steps from an empty history, under a synthetic workload and a policy, and is repeated. Its routing has exactly the loads of
+the workload. `hecate.parallel.simulator` predicts the same steps from a topology that `hecate profile` measures and from probes of single
+parts (`step_probes`), never from a run. The error of a run is max(predicted / measured, measured / predicted) - 1; over several runs it is
+that of the geometric mean of these ratios. Bytes are counted where they are passed to torch.distributed, and must equal the plan's, for
 every two ranks in every step.
 
-Runs and probes alternate, each beside a yardstick (`gloo_steps.Clock`). On a machine that others use, what a rank waits for is theirs;
-`busy` holds the CPU seconds of the busiest rank against the same parts in CPU seconds, which does not see them.
+Runs and probes alternate, each next to a yardstick (`gloo_steps.Clock`). On a shared machine, waiting times contain the work of others.
+`busy` therefore compares CPU seconds of the busiest rank with the same parts in CPU seconds, which do not.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from tests.ranks import run_ranks
 TRIED = ("static_ep", "full", "hecate", "auto")
 CASES = ("balanced", "one_hot_expert", "hot_rank", "ragged_sources", "empty_rank", "rotating", "burst", "zipf", "dirichlet_drift")
 SHAPES = {2: Shape(tokens=256), 4: Shape(tokens=128)}
-"""by number of ranks"""
+"""the layer's shape by the number of ranks"""
 STEPS = 6
-"""of a run; the first one, which nothing is known for, is not counted. The fifth and sixth are burst's bursts"""
+"""the steps of a run. The first one has no history and is not counted; in the workload burst the fifth and sixth are the bursts"""
 PROFILE = ProbeSizes(matmul=1024, copy_bytes=1 << 26, small_bytes=1 << 10, large_bytes=1 << 22, seconds=0.3)
 
 
@@ -64,24 +64,24 @@ class Step:
     number: int
     taken: Taken
     bytes_to: list[int]
-    """on the wire to each other rank"""
+    """the bytes passed to torch.distributed for each other rank"""
     counted: int
-    """bytes that the engine says it sent"""
+    """the bytes sent according to the engine"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank brings home."""
+    """The measurements of one rank."""
 
     topologies: list[Topology]
     planning: LayerCost
-    """what the engine planned with, beside the first topology"""
+    """the cost that the engine planned with, next to the first topology"""
     probes: list[dict[str, Taken]]
     steps: list[Step]
 
 
 def loads_of(workload: str, world: int, shape: Shape) -> np.ndarray:
-    """int64 [steps, layers, experts, source ranks]"""
+    """Return the loads of a workload, int64 [steps, layers, experts, source ranks]."""
     return WORKLOADS[workload](STEPS, shape.layers, world, shape.experts, shape.tokens, shape.top_k, 0)
 
 
@@ -90,7 +90,7 @@ def routing_of(load_E: np.ndarray, shape: Shape, step: int, layer: int, rank: in
 
 
 def measure(rank: int, world: int, shape: Shape, workloads: Sequence[str], repeats: int) -> Measured:
-    """On every rank."""
+    """Run probes and steps on this rank. Every rank must call it."""
     default = dist.group.WORLD
     assert default is not None
     groups = ExpertGroups(default, dist.new_group())
@@ -122,15 +122,15 @@ def measure(rank: int, world: int, shape: Shape, workloads: Sequence[str], repea
 
 @dataclass(frozen=True)
 class Found:
-    """The parts of a step by either clock."""
+    """The parts of a step by both clocks."""
 
     seconds: Parts
     busy: Parts
-    """CPU seconds of this rank"""
+    """the parts in CPU seconds of this rank"""
 
 
 def parts_of(probes: Sequence[Mapping[str, Taken]], shape: Shape) -> Found:
-    """From the medians of repeated probes."""
+    """Return the parts of a step from the medians of repeated probes."""
     seconds = {name: median(sample[name].seconds for sample in probes) for name in probes[0]}
     busy = {name: median(sample[name].busy for sample in probes) for name in probes[0]}
     return Found(parts(seconds, shape), parts(busy, shape))
@@ -138,18 +138,18 @@ def parts_of(probes: Sequence[Mapping[str, Taken]], shape: Shape) -> Found:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A step's plan, and what it must come to under the step's true routing."""
+    """A step's plan, and the bytes and rows that it must lead to under the step's actual routing."""
 
     plan: Plan
     given: PlanInput
     sent_WW: np.ndarray
-    """bytes from each rank to each other"""
+    """the bytes from each rank to each other rank"""
     rows_LW: np.ndarray
-    """distinct rows computed"""
+    """the distinct tokens that each rank computes in each layer"""
 
 
 def planned_steps(loads: np.ndarray, policy: str, shape: Shape, measured: Measured) -> Iterator[Planned]:
-    """The steps of a run, as the engine plans them.
+    """Yield the steps of a run with the plans that the engine makes.
 
     Args:
         loads: int64 [steps, layers, experts, source ranks].
@@ -169,23 +169,24 @@ def planned_steps(loads: np.ndarray, policy: str, shape: Shape, measured: Measur
 
 @dataclass(frozen=True)
 class Foretold:
-    """What follows from the loads, the plans and the probes."""
+    """The predictions of a run, from the loads, the plans and the probes."""
 
     seconds: float
-    """of the mean counted step"""
+    """the seconds of the mean counted step"""
     busy: float
-    """CPU seconds of its busiest rank"""
+    """the CPU seconds of its busiest rank"""
     simulated: Simulated
-    """what the simulator alone says"""
+    """the simulator's result alone"""
     sent: list[np.ndarray]
-    """bytes [ranks, ranks] of each step"""
+    """the bytes of each step, [ranks, ranks]"""
     rows_error: float
-    """of the estimate of distinct rows that all ranks together compute, in the worst layer of any step"""
+    """the error of the estimated number of distinct tokens that all ranks compute, in the worst layer of any step"""
 
 
 def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores: int) -> Foretold:
-    """The simulator's steps, with what its cost model leaves out: experts are launched one by one, dispatch copies rows, a step has
-    work of its own, and ranks may share cores.
+    """Predict a run by the simulator, and add what its cost model leaves out.
+
+    That is: experts are launched one by one, dispatch copies tokens, a step has work of its own, and ranks may share cores.
     """
     world = measured.topologies[0].world_size
     clocks = parts_of(measured.probes, shape)
@@ -195,7 +196,7 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
     loads = loads_of(workload, world, shape)
 
     def planner(given: PlanInput) -> Plan:
-        """As the engine planned, whatever was measured later."""
+        """Return the plan that the engine made, whatever was measured later."""
         return POLICIES[policy](replace(given, topology=measured.topologies[0], cost=measured.planning))
 
     (simulated,) = simulate(loads, topology, cost, {policy: planner}, slots_D=np.full(world, shape.experts))
@@ -208,7 +209,7 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
         rows_LD = rows.computed_D
         passed_L = np.array([layer_plan(plan, planned.given, layer).dispatches(topology) for layer in range(len(loads_LED))])
         work = partial(_work, rows_LD=rows_LD, choices_LED=choices_LED, passed_L=passed_L)
-        # Everything is everywhere and the plan sends rows, but the step's loads are others and all rows stay.
+        # Every rank has every expert and the plan sends tokens, but under the step's actual loads all tokens stay on their ranks.
         unpriced = (passed_L & plan.where_LED.all((1, 2)) & (rows.near[0].sum(1) <= LEAST_TRAFFIC)).sum()
         compute.append(
             sum(shared_cores_seconds(work_D, cores) for work_D in work(found)) + unpriced * DISPATCH_COLLECTIVES * found.exchange
@@ -224,20 +225,20 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
 
 
 def _work(by: Parts, *, rows_LD: np.ndarray, choices_LED: np.ndarray, passed_L: np.ndarray) -> np.ndarray:
-    """float64 [layers, ranks]: seconds of each rank with its experts, of one step.
+    """Return the seconds that each rank computes its experts in one step, float64 [layers, ranks].
 
     Args:
-        passed_L: bool, rows go through dispatch.
+        passed_L: bool [layers], whether the layer's tokens go through dispatch.
     """
     row_L1 = by.row + by.passed_row * passed_L[:, None]
     return np.asarray(rows_LD * row_L1 + choices_LED.sum(1) * by.choice + (choices_LED > 0).sum(1) * by.slot)
 
 
 def shared_cores_seconds(work_D: np.ndarray, cores: int) -> float:
-    """Until all ranks are done that share `cores` fairly, none of them using more than one.
+    """Return the seconds until all ranks are done if they share `cores` fairly and each uses at most one.
 
     Args:
-        work_D: seconds that each rank would take if all were busy all the time.
+        work_D: the seconds that each rank would take on a core of its own.
     """
     left, done, seconds = len(work_D), 0.0, 0.0
     busy = max(1.0, left / cores)
@@ -248,10 +249,10 @@ def shared_cores_seconds(work_D: np.ndarray, cores: int) -> float:
 
 
 def rows_of(world: int, shape: Shape, workloads: Sequence[str], measured: Sequence[Measured], cores: int) -> list[dict[str, Any]]:
-    """A row for each workload and policy.
+    """Return a row of results for each workload and policy.
 
     Args:
-        measured: by rank.
+        measured: the measurements of each rank.
     """
     rows = []
     for workload, policy in product(workloads, TRIED):
@@ -285,7 +286,7 @@ def rows_of(world: int, shape: Shape, workloads: Sequence[str], measured: Sequen
 
 
 def _mean_step(steps: Sequence[Step], clock: str) -> float:
-    """Mean over the counted steps of the median over their repetitions."""
+    """Return the mean over the counted steps of the median over their repetitions."""
     return float(np.mean([median(getattr(step.taken, clock) for step in steps if step.number == number) for number in range(1, STEPS)]))
 
 

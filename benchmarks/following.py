@@ -1,4 +1,4 @@
-"""A run of the command line, followed while it goes."""
+"""Start a `hecate` command and wait for events in its output and metrics while it runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from hecate.launch.ray_job.status import read_status
 
 Record = dict[str, Any]
 _PATIENCE = 120.0
-"""seconds for anything to come"""
+"""the longest wait for any event, in seconds"""
 _POLL = 0.002
 
 
 class Job:
-    """A run of the command line. What happens to it is read from the launcher's output as it comes, and from metrics.jsonl: Ray hands on
-    what ranks print with a delay."""
+    """A running `hecate` command. Its events are read from the launcher's output and from metrics.jsonl.
+
+    Both are needed, because Ray forwards what ranks print with a delay.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, output: Path) -> None:
         self.process, self.folder = process, folder
@@ -33,20 +35,20 @@ class Job:
         self._metrics = Tail(folder / "metrics.jsonl")
 
     def until_said(self, text: str) -> float:
-        """When the launcher, or a rank that shares its terminal, said this."""
+        """Wait until the launcher, or a rank that shares its terminal, prints `text`, and return the time."""
         return self._until(self._output, lambda line: text in line)[0]
 
     def next_step(self) -> tuple[float, Record]:
-        """The next step that has not been read yet: when it was finished, and its record."""
+        """Wait for the next step that has not been read yet. Returns the time at which it was finished, and its record."""
         seen, line = self._until(self._metrics, lambda line: line.startswith('{"kind":"step"'))
         return seen, json.loads(line)
 
     def until_ranks(self, number: int) -> float:
-        """When so many ranks went on together."""
+        """Wait until `number` ranks continue together, and return the time."""
         return self._until(self._metrics, lambda line: f'"text":"{number} ranks go on after step' in line)[0]
 
     def rest(self, steps: int) -> None:
-        """Let it train for a while; what has happened until then is of no interest."""
+        """Let the job train for `steps` steps, and skip all events until then."""
         self._metrics.skip()
         for _ in range(steps):
             self.next_step()
@@ -54,7 +56,7 @@ class Job:
         self._output.skip()
 
     def status(self, wanted: Callable[[Record], bool]) -> Record:
-        """The first status of which it is true."""
+        """Return the first status for which `wanted` is true."""
         for _ in self._waiting("a status"):
             with suppress(UserError):
                 found = read_status(self.folder)
@@ -76,29 +78,29 @@ class Job:
             yield
             if self.process.poll() is not None or time.monotonic() > deadline:
                 said = self._output.path.read_text(encoding="utf-8")[-3000:]
-                raise SystemExit(f"{self.folder.name}: waited in vain for {what}; the job's last words:\n{said}")
+                raise SystemExit(f"{self.folder.name}: waited {_PATIENCE:.0f} s for {what}; the end of the job's output:\n{said}")
             time.sleep(_POLL)
 
 
 class Tail:
-    """The lines of a file that grows, and that is replaced when a run goes back, by its own beginning and what comes then."""
+    """The lines of a growing file. When a run goes back to a checkpoint, the file is replaced by its own beginning and new lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._inode, self._offset = -1, 0
         self._seen: list[str] = []
-        """of the file that is there"""
+        """the lines of the current file that have been read"""
         self._taken = 0
 
     def read(self) -> Iterator[str]:
-        """The new lines, each once. Those that the reader does not take come first the next time."""
+        """Yield the new lines, each once. Lines that the caller does not consume are yielded first by the next call."""
         self._look()
         while self._taken < len(self._seen):
             self._taken += 1
             yield self._seen[self._taken - 1]
 
     def skip(self) -> None:
-        """What is there is not wanted."""
+        """Mark all current lines as read."""
         self._look()
         self._taken = len(self._seen)
 
@@ -119,7 +121,7 @@ class Tail:
 
 @contextmanager
 def job(workshop: Path, name: str, command: list[str], *overrides: str) -> Iterator[Job]:
-    """`hecate COMMAND` with the configuration of `workshop`, until the end of the block; then it is told to save and stop."""
+    """Run `hecate COMMAND` with the configuration in `workshop`. At the end of the block it is stopped by a signal and saves."""
     folder, output = workshop / "runs" / name, workshop / f"{name}.txt"
     words = [sys.executable, "-m", "hecate", *command, str(workshop / "config.yaml"), f"output_dir={folder}", *overrides]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
@@ -129,6 +131,6 @@ def job(workshop: Path, name: str, command: list[str], *overrides: str) -> Itera
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=_PATIENCE)  # until all ranks have saved and gone
+                process.wait(timeout=_PATIENCE)  # until all ranks have saved and exited
             finally:
                 process.kill()

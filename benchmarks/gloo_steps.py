@@ -1,9 +1,9 @@
-"""Whole steps of a stack of MixLoRA layers on gloo ranks, under given expert loads: the engine's real collectives, every byte counted.
+"""Run whole steps of a stack of MixLoRA layers on gloo ranks, under given expert loads, with the engine's collectives and counted bytes.
 
-A layer is four trained hidden x hidden projections (they stand for its attention and hide its gather) and then its experts. Attention
-computes every rank's full number of rows, experts only the routed tokens among them: what padding is to a trainer.
+A layer has four trained hidden x hidden projections, in place of attention, which overlap with its gather, and then its experts. The
+projections compute the full number of tokens on every rank; experts compute only the routed ones, as a trainer's layers do with padding.
 
-Shapes: T tokens of a rank, D hidden, E experts, K choices, W ranks.
+Shapes: T tokens of a rank, D hidden, E experts, K assignments of a token, W ranks.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ class Shape:
     experts: int = 8
     top_k: int = 2
     tokens: int = 512
-    """per rank"""
+    """the tokens of each rank"""
 
     @property
     def attention_flops(self) -> float:
-        """Of one rank and layer, forward."""
+        """The forward FLOPs of the projections of one layer on one rank."""
         return 8.0 * self.hidden**2 * self.tokens
 
 
 def draw_routing(load_E: np.ndarray, top_k: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [T, K]: choices of each token, all different, expert e chosen exactly `load_E[e]` times, and otherwise by chance.
+    """Draw K different experts for each token, int64 [T, K], such that expert e is drawn exactly `load_E[e]` times.
 
     Args:
-        load_E: int64 [experts], none above T, summing to K · T.
+        load_E: int64 [experts], none above T, with the sum K · T.
     """
     tokens = int(load_E.sum()) // top_k
     assert load_E.sum() == tokens * top_k, load_E
     assert load_E.max(initial=0) <= tokens, load_E
-    # Dealt round, an expert comes to a token twice only if it has more choices than there are tokens.
+    # Dealing the assignments round gives a token the same expert twice only if the expert has more assignments than there are tokens.
     expert_TK = np.repeat(np.arange(len(load_E)), load_E).reshape(top_k, tokens).T.copy()
-    for _ in range(64):  # then tokens meet in pairs and swap a choice wherever neither would have one twice: a symmetric walk
+    for _ in range(64):  # then pairs of tokens swap an expert where neither would get one twice: a symmetric random walk
         first, second = rng.permutation(tokens)[: tokens - tokens % 2].reshape(2, -1)
         mine, theirs = rng.integers(top_k, size=(2, len(first)))
         given, taken = expert_TK[first, mine], expert_TK[second, theirs]
@@ -72,7 +72,7 @@ def draw_routing(load_E: np.ndarray, top_k: int, rng: np.random.Generator) -> np
 
 
 class MeasuredExperts(MixLoraExperts):
-    """MixLoRA experts whose cost was measured, so that planners decide by the same figures as the prediction."""
+    """MixLoRA experts with a measured cost, so that planners use the same numbers as the prediction."""
 
     measured: LayerCost
 
@@ -106,15 +106,15 @@ class Stack:
         self.adamw = torch.optim.AdamW(list(self.engine.shards.named_parameters().values()), lr=1e-4)
 
     def forget_loads(self) -> None:
-        """As at the start of a training run."""
+        """Clear the history, as at the start of a training run."""
         self.engine.shards.history.restore([])
 
     def step(self, number: int, x_TD: Tensor, routing: list[tuple[Tensor, Tensor]]) -> None:
-        """Plan, forward, backward, finish, owners' AdamW.
+        """Run a step: plan, forward and backward pass, finish, and the owners' AdamW.
 
         Args:
-            x_TD: [tokens of a full rank, hidden]; the first of them are routed.
-            routing: per layer (experts, weights), [T, K] each.
+            x_TD: [tokens of a full rank, hidden], of which the first ones are routed.
+            routing: for each layer its (experts, weights), both [T, K].
         """
         engine = self.engine
         step = engine.begin_step(number)
@@ -141,14 +141,14 @@ def attention_weights(shape: Shape) -> list[Tensor]:
 
 
 def attention(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
-    """As much work as the projections of an attention."""
+    """Compute as much as the projections of an attention layer do."""
     for weight in weights:
         x_TD = x_TD @ weight
     return x_TD
 
 
 class Wire:
-    """Bytes that this rank gave to `all_to_all_single` for each other rank of the world."""
+    """A counter of the bytes that this rank passes to `all_to_all_single` for each other rank of the world."""
 
     def __init__(self, world: int, rank: int) -> None:
         self.bytes_to = [0] * world
@@ -175,19 +175,19 @@ class Wire:
 
 @dataclass(frozen=True)
 class Taken:
-    """What an action took."""
+    """The time that an action took."""
 
     seconds: float
-    """until the slowest rank was done"""
+    """the seconds until the slowest rank was done"""
     busy: float
-    """CPU seconds of this rank, all its threads: the same however many others share the machine"""
+    """the CPU seconds of all threads of this rank, which do not depend on other programs on the machine"""
 
 
 class Clock:
-    """Times actions beside a yardstick: work of fixed size, timed before and after.
+    """A clock that times actions relative to a yardstick, which is work of fixed size, timed before and after each action.
 
-    Where a machine is shared, what others leave of it changes from second to second, for the yardstick as for the action. Their ratio
-    stays, and counts in units of the yardstick's time when the clock was made. On a quiet machine that changes nothing.
+    On a shared machine, other programs slow down the yardstick and the action alike, so their ratio stays the same. It is converted to
+    seconds by the yardstick's time when the clock was made. On a quiet machine this changes nothing.
     """
 
     def __init__(self, yardstick: Callable[[], object]) -> None:
@@ -197,7 +197,7 @@ class Clock:
         self._before = self.unit
 
     def time(self, action: Callable[[], object]) -> Taken:
-        """Every rank must call it; all start together."""
+        """Time an action. Every rank must call it, and all ranks start together."""
         taken = _time(action)
         after = _time(self._yardstick).seconds
         before, self._before = self._before, after

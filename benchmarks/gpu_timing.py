@@ -1,4 +1,4 @@
-"""Times on a GPU, by its own clock, and the two ceilings that any layer is under."""
+"""Time steps on a GPU by its own clock, and measure its two ceilings: memory bandwidth and matrix products."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ WARM_UP = 3
 
 
 def alternate(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round; in a round every step runs once, so that all see the same clocks and temperatures.
+    """Return the milliseconds of each step in each round. In a round every step runs once, at the same clocks and temperatures.
 
-    A step's work is enqueued behind some milliseconds of other work, so that the host is never what is timed: what a layer costs in a model
-    whose other layers keep the GPU busy.
+    A step is enqueued behind some milliseconds of other work, so that the host's time is never measured. This is what a layer costs in a
+    model whose other layers keep the GPU busy.
     """
     for _ in range(WARM_UP):
         for step in steps.values():
@@ -35,7 +35,7 @@ def alternate(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by copies of 2 GiB inside the GPU's memory; the best of several."""
+    """Return the bytes/s read and written by copies of 2 GiB inside the GPU's memory, the best of several."""
     source = torch.empty(1 << 31, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     ms = min(alternate({"copy": lambda: target.copy_(source)}, rounds=10)["copy"])
@@ -43,7 +43,7 @@ def copy_bandwidth() -> float:
 
 
 def matmul_rate() -> float:
-    """FLOP/s of 8192 x 8192 x 8192 products of random bfloat16 numbers; the best of several."""
+    """Return the FLOP/s of 8192 x 8192 x 8192 products of random bfloat16 numbers, the best of several."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     ms = min(alternate({"product": lambda: a @ b}, rounds=10)["product"])
     return 2 * 8192**3 / ms * 1e3

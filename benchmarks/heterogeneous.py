@@ -1,9 +1,9 @@
-"""Devices of different speed: equal shares of tokens, shares planned by speed, and the ideal.
+"""Compare equal shares of tokens, shares planned by speed, and the ideal, on devices of different speeds.
 
-Measured: two ranks train, one of them held to half of a processor. Free and held, equal and planned alternate in the same processes;
-the planned shares come from the probe that a Ray job begins with, run while the rank is held. The ideal is three quarters of the
-tokens a second of two free ranks. Simulated: a mixed cluster of 20 GPUs of three kinds (`rows`: of a device of each kind); there the
-ideal has the dense part shared to fractions of a row.
+Measured: two ranks train, one of them limited to half of a processor. Free and limited, equal and planned alternate in the same
+processes. The planned shares come from the probe that a Ray job starts with, run while the rank is limited. The ideal is three quarters
+of the tokens/s of two free ranks. Simulated: a mixed cluster of 20 GPUs of three kinds (`rows` are the sequences of a device of each
+kind). Its ideal shares out the dense part in fractions of a sequence.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from hecate.train.loop import Run
 from tests.ranks import run_ranks
 
 HELD = 1
-"""the rank that is held to half of a core"""
+"""the rank that is limited to half of a core"""
 MODES = ("free", "equal", "planned")
 ROWS_PER_RANK = 8
-"""in the simulated cluster"""
+"""the sequences of each rank in the simulated cluster, on average"""
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def bench_rank(rank: int, world: int, config: str, samples: int) -> tuple[list[d
 
 
 def check(run: Run, equal: Any, planned: Any) -> None:
-    """The same step, whoever computes which rows."""
+    """Check that a step has the same result, whichever rank computes which sequences."""
     losses = []
     for topology in (equal, planned):
         run.plan_for(topology)
@@ -125,7 +125,7 @@ def check(run: Run, equal: Any, planned: Any) -> None:
 
 
 def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """MixLoRA over Llama-7B on the mixed cluster, `auto`, Zipf loads."""
+    """Simulate MixLoRA on Llama-7B on the mixed cluster, with `auto` and Zipf loads."""
     topology = load_topology(find_preset("topologies", "topology", "mixed"))
     model = load_model_shape(find_preset("models", "model", "llama-7b-mixlora"))
     world, layers = topology.world_size, 4
@@ -136,7 +136,7 @@ def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     shares: dict[str, Any] = {"equal": [ROWS_PER_RANK] * world, "planned": sequences_by_speed(total, topology.flops), "ideal": fractions}
     for name, rows_D in shares.items():
         loads = np.rint(equal_loads * (np.asarray(rows_D) / ROWS_PER_RANK)[None, None, None, :]).astype(np.int64)
-        cost = model.layer_cost(model.seq)  # of one row
+        cost = model.layer_cost(model.seq)  # of one sequence
         flops = cost.non_moe_flops * dense_seconds(rows_D, topology.flops) * min(topology.flops)
         slots_D = replica_slots(topology, cost, num_layers=model.layers, num_experts=model.experts, other_bytes=model.replicated_bytes())
         found = simulate(
@@ -156,7 +156,7 @@ def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 
 def _text(rows_D: Sequence[float], topology: Topology) -> str:
-    """Of the first rank of each node."""
+    """Return the sequences of the first rank of each node as text."""
     return ":".join(f"{rows_D[topology.ranks_of_node(node)[0]]:.3g}" for node in range(topology.num_nodes))
 
 

@@ -1,4 +1,4 @@
-"""The layers that `benchmarks.kernels` times, the inputs of each, and the check that what is timed is right.
+"""The layers that `benchmarks.kernels` times, the inputs of each, and the check that a layer's results are right.
 
 Shapes: T tokens, D hidden, F ffn hidden, E experts, K assignments of a token, r rank, C elements of an expert's chunk.
 """
@@ -19,7 +19,7 @@ from hecate.kernels.experts.reference import moe_lora_ffn_reference
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 
 TOLERANCE = 0.02
-"""of a result in bfloat16 from the reference's in float32, relative, in the Frobenius norm; errors of formulas are far above it"""
+"""the largest relative difference, in the Frobenius norm, of a bfloat16 result from the float32 reference; a wrong formula has far more"""
 LORA_SCALE = 2.0
 
 
@@ -33,7 +33,7 @@ class LayerShape:
     k: int
     tokens: int
     shared_base: bool = True
-    """one frozen FFN under all experts; else each has frozen weights of its own"""
+    """whether all experts share one frozen FFN; otherwise each has its own frozen weights"""
 
 
 SHAPES = (
@@ -46,16 +46,16 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """A layer's inputs and parameters. Tensors that are differentiated are leaves."""
+    """The inputs and parameters of a layer. Tensors that are differentiated are leaves."""
 
     shape: LayerShape
     x_TD: Tensor
     slot_TK: Tensor
     weight_TK: Tensor
-    """float32, positive, each row's sum is 1 and its largest comes first"""
+    """float32, positive; each token's weights sum to 1, and the largest comes first"""
     base: FfnBase | None
     frozen_EC: Tensor | None
-    """chunks as `FfnShape` lays them out"""
+    """the chunks of the frozen experts, in the layout of `FfnShape`"""
     loras: Mapping[str, LowRankPairs]
     dy_TD: Tensor
 
@@ -68,13 +68,13 @@ class Inputs:
         return FfnShape(self.shape.hidden, self.shape.ffn, "silu")
 
     def leaves(self) -> dict[str, Tensor]:
-        """x, weight, and A and B of each projection."""
+        """Return x, weight, and A and B of each projection, by name."""
         pairs = {f"{name}.{part}": tensor for name, lora in self.loras.items() for part, tensor in (("A", lora.a_SrI), ("B", lora.b_SOr))}
         return {"x": self.x_TD, "weight": self.weight_TK, **pairs}
 
 
 def make_inputs(shape: LayerShape, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Inputs:
-    """The same for the same arguments; values are of the size that a trained layer's have, and no LoRA pair is zero."""
+    """Return the same inputs for the same arguments. Values are as large as in a trained layer, and no LoRA pair is zero."""
     random = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -117,23 +117,23 @@ class Layer:
 
     forward: Callable[[], Tensor]
     leaves: Mapping[str, Tensor]
-    """what it differentiates"""
+    """the tensors that it differentiates"""
     gradients: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda found: found
-    """its gradients, by the names and in the layout of `Inputs.leaves`; some may be missing"""
+    """a function that returns its gradients by the names and in the layout of `Inputs.leaves`; some may be missing"""
 
     def step(self, dy_TD: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Forward and backward; what is timed."""
+        """Run the forward and the backward pass. This is what is timed."""
         y_TD = self.forward()
         return y_TD, torch.autograd.grad(y_TD, list(self.leaves.values()), dy_TD)
 
     def results(self, dy_TD: Tensor) -> dict[str, Tensor]:
-        """The output and the gradients, by name."""
+        """Return the output and the gradients by name."""
         y_TD, found = self.step(dy_TD)
         return {"y": y_TD.detach(), **self.gradients(dict(zip(self.leaves, found, strict=True)))}
 
 
 def reference(inputs: Inputs) -> Layer:
-    """The formula, in float32 of the same values."""
+    """Return the layer of the plain formula, in float32 and with the same values."""
     leaves = {name: leaf.detach().float().requires_grad_() for name, leaf in inputs.leaves().items()}
     loras = {name: LowRankPairs(leaves[f"{name}.A"], leaves[f"{name}.B"], lora.scale) for name, lora in inputs.loras.items()}
     routed = RoutedTokens(leaves["x"], inputs.slot_TK, leaves["weight"])
@@ -146,12 +146,12 @@ def reference(inputs: Inputs) -> Layer:
 
 
 def expected(inputs: Inputs) -> dict[str, Tensor]:
-    """What every layer over these inputs should give: `reference`'s results."""
+    """Return the results that every layer over these inputs must have: those of `reference`."""
     return reference(inputs).results(inputs.dy_TD.float())
 
 
 def errors(results: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of each result, the relative error in the Frobenius norm; infinite if it is not finite or of another shape."""
+    """Return the relative error of each result in the Frobenius norm; infinite if it is not finite or of another shape."""
     found = {}
     for name, result in results.items():
         right = wanted[name].float()

@@ -1,6 +1,6 @@
-"""The layers that `benchmarks.kernels` sets beside ours and that need nothing but torch.
+"""The layers that `benchmarks.kernels` compares with hecate's and that need only torch.
 
-Each is a function of `Inputs` and of `compiled`: whether torch.compile may have it (on a GPU; a check of its formula does without).
+Each is a function of `Inputs` and of `compiled`, which says whether torch.compile compiles it (on a GPU; checks of its formula do not).
 
 Shapes: T tokens, D hidden, F ffn hidden, E experts, K assignments of a token, r rank, P assignments sorted by expert.
 """
@@ -21,9 +21,9 @@ Provider = Callable[[Inputs, bool], Layer]
 
 
 def frozen_ffn(inputs: Inputs, compiled: bool) -> Layer:
-    """What no layer over these inputs goes without: the frozen FFN, once per token (or, of experts with weights of their own, per pair).
+    """Compute only the frozen FFN, which every layer needs: once per token, or once per assignment if experts have their own weights.
 
-    Differentiates x alone. Its output is none of the MoE layer's.
+    It is differentiated in x only. Its output is not that of the MoE layer.
     """
     leaves = {"x": inputs.x_TD}
     if inputs.base is None:
@@ -36,9 +36,9 @@ def frozen_ffn(inputs: Inputs, compiled: bool) -> Layer:
 
 
 def stock_torch(inputs: Inputs, compiled: bool) -> Layer:
-    """What one writes who knows the layer but no kernels: the base once per token, all experts' LoRA in dense GEMMs under a mask, compiled.
+    """Compute the layer in the way that is natural without kernels: the base once per token, all experts' LoRA in masked dense GEMMs.
 
-    Experts with weights of their own have no such form; theirs are `grouped_mm`'s.
+    This form does not exist for experts with their own weights; for those see `grouped_mm`.
     """
     assert inputs.base is not None
     base = (inputs.base.gate_FD, inputs.base.up_FD, inputs.base.down_DF)
@@ -47,14 +47,14 @@ def stock_torch(inputs: Inputs, compiled: bool) -> Layer:
 
 
 def grouped_mm(inputs: Inputs, compiled: bool) -> Layer:
-    """Every assignment through its expert's whole FFN, by torch's grouped GEMM; each expert has its copy of a shared base."""
+    """Compute every assignment with its expert's whole FFN by torch's grouped GEMM. Each expert has a copy of a shared base."""
     operands = (inputs.x_TD, inputs.slot_TK, inputs.weight_TK, *frozen_experts(inputs))
     layer = functools.partial(_maybe(_grouped, compiled), *operands, *_pairs(inputs))
     return Layer(layer, inputs.leaves())
 
 
 def _pairs(inputs: Inputs) -> tuple[list[Tensor], list[float]]:
-    """A and B of gate, up and down, and their scales."""
+    """Return A and B of gate, up and down, and their scales."""
     loras = [inputs.loras[name] for name in PROJECTIONS]
     return [tensor for lora in loras for tensor in (lora.a_SrI, lora.b_SOr)], [lora.scale for lora in loras]
 
@@ -96,7 +96,7 @@ def _masked_dense(
 
 
 def frozen_experts(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Frozen weights stacked for grouped GEMMs: gate and up as [E, D, 2F], down as [E, F, D], strided as linears are."""
+    """Return frozen weights stacked for grouped GEMMs: gate and up as [E, D, 2F], down as [E, F, D], with the strides of linear layers."""
     shape = inputs.shape
     if inputs.base is not None:
         gate_up = torch.cat([inputs.base.gate_FD, inputs.base.up_FD]).repeat(shape.experts, 1, 1)
@@ -109,7 +109,7 @@ def frozen_experts(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _sorted_pairs(slot_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The order of pairs by expert, their tokens, and (int32) each expert's end."""
+    """Return the assignments sorted by expert, their tokens, and the end of each expert's range (int32)."""
     sorted_P, order_P = slot_TK.flatten().sort(stable=True)
     ends_E = torch.searchsorted(sorted_P, torch.arange(num_experts, device=slot_TK.device), right=True)
     return order_P, order_P // slot_TK.shape[1], ends_E.to(torch.int32)

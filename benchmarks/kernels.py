@@ -1,14 +1,15 @@
-"""One MoE-LoRA layer on a GPU, forward and backward in bfloat16: ours beside what else there is, on one card, in one run.
+"""Time one MoE-LoRA layer on a GPU, forward and backward in bfloat16, against other implementations on the same card in the same run.
 
     python -m benchmarks.peers.wheels                       once, where there is a network
     python -m benchmarks.kernels --json kernels.json        needs no network; some minutes
 
-First the card's two ceilings. Then, for each shape, what every provider computes is held to the reference in float32, and only if ours is
-right are the clocks looked at. Peers from wheels run in processes of their own, each beside ours, which is timed again there: a peer's
-ratio is one within a process. A peer that cannot run, or is wrong, is a row that says why.
+The card's two ceilings are measured first. Then, for each shape, the results of every provider are compared with the float32 reference,
+and nothing is timed unless ours are right. Peers from wheels run in processes of their own, in which our layer is timed again, so that a
+peer's ratio is taken within one process. The row of a peer that cannot run, or is wrong, says why.
 
-`--determinism`: ours 20 times over, every bit of every result compared. `--check`: the check alone, on small layers; without a GPU under
-TRITON_INTERPRET=1. `cpu_naive_over_ours` in the summary is `python -m benchmarks.moe_layer --kernels`'s, if `--cpu-json` names its result.
+`--determinism` runs our layer 20 times and compares every bit of every result. `--check` only runs the check, on small layers; without a
+GPU it needs TRITON_INTERPRET=1. `cpu_naive_over_ours` in the summary is copied from the result of `python -m benchmarks.moe_layer
+--kernels` that `--cpu-json` names.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ PEERS: Mapping[str, Sequence[str]] = {
     # Tuning its kernels takes a minute a shape.
     "scattermoe_layer": ("7B", "fine-grained"),
 }
-"""Peers from wheels, by their module in `benchmarks.peers`, and the shapes each is timed at."""
+"""the peers from wheels, by their module in `benchmarks.peers`, and the shapes at which each is timed"""
 NOT_RELEASED = {"axolotl_mixlora": "in no released wheel: axolotl-ai-cloud/axolotl pull request 3535 is open"}
 PEER_SECONDS = 150
-"""of a peer at a shape, at most"""
+"""the most seconds of a peer at one shape"""
 RUN_SECONDS = 540
-"""of a whole run: peers get what is left of it"""
+"""the most seconds of a whole run; peers get the rest of it"""
 RUNS = 20
-"""of `--determinism`"""
+"""the number of runs of `--determinism`"""
 
 
 def ours(inputs: Inputs, compiled: bool = False) -> Layer:
-    """Our layer over these inputs, as a trainer calls it; torch has nothing to compile in it."""
+    """Return our layer over these inputs, called as a trainer calls it. torch.compile has nothing to compile in it."""
     kernels = expert_kernels("triton", inputs.x_TD, inputs.shape.rank)
     loras = dict(inputs.loras)
     if inputs.base is not None:
@@ -64,13 +65,13 @@ def ours(inputs: Inputs, compiled: bool = False) -> Layer:
 
 
 def providers(shape: LayerShape) -> dict[str, kernel_providers.Provider]:
-    """Those that need nothing but torch."""
+    """Return the providers that need only torch."""
     stock = {"stock_torch": kernel_providers.stock_torch} if shape.shared_base else {}
     return {"ours": ours, "frozen_ffn": kernel_providers.frozen_ffn, **stock, "grouped_mm": kernel_providers.grouped_mm}
 
 
 def checked(inputs: Inputs, layers: Mapping[str, Layer]) -> dict[str, str]:
-    """Why each layer is wrong; empty if it is right. A layer that raises is one that is wrong. Clears what the check held of memory."""
+    """Return why each layer is wrong, or "" if it is right. A layer that raises is wrong. The memory of the check is freed."""
     wanted = expected(inputs)
     verdicts = {}
     for name, layer in layers.items():
@@ -85,7 +86,7 @@ def checked(inputs: Inputs, layers: Mapping[str, Layer]) -> dict[str, str]:
 
 
 def compare(inputs: Inputs, rounds: int, compiled: bool = True) -> list[dict[str, Any]]:
-    """Rows of the providers that need nothing but torch, compiled by it or not. Raises RuntimeError if ours is wrong."""
+    """Return the rows of the providers that need only torch, compiled or not. Raises RuntimeError if our layer is wrong."""
     shape = inputs.shape
     layers = {name: provider(inputs, compiled) for name, provider in providers(shape).items()}
     verdicts = checked(inputs, layers)
@@ -97,7 +98,7 @@ def compare(inputs: Inputs, rounds: int, compiled: bool = True) -> list[dict[str
 
 
 def compare_peer(module: str, inputs: Inputs, rounds: int) -> dict[str, Any]:
-    """Of one peer beside ours, in a process that has nothing else to do: their times, or why there are none."""
+    """Time one peer and our layer, in a process of their own. Returns their times, or the reason why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             layer = importlib.import_module(f"benchmarks.peers.{module}").make(inputs, Path(folder))
@@ -111,13 +112,13 @@ def compare_peer(module: str, inputs: Inputs, rounds: int) -> dict[str, Any]:
 
 
 def peer_rows(module: str, shape: LayerShape, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """`compare_peer` in a process of its own, as rows: the peer's, and ours as timed beside it."""
+    """Run `compare_peer` in a process of its own, and return the peer's row and that of our layer in the same process."""
     command = [sys.executable, "-m", "benchmarks.kernels", "--peer", module, "--shape", shape.name, "--rounds", str(rounds)]
     name = module.removesuffix("_layer")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(seconds, 0.0))
     except subprocess.TimeoutExpired:
-        return [row(shape, name, [], f"not through after {max(seconds, 0.0):.0f} s")]
+        return [row(shape, name, [], f"not finished after {max(seconds, 0.0):.0f} s")]
     if done.returncode:
         return [row(shape, name, [], f"exit {done.returncode}: {done.stderr.strip()[-300:]}")]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -139,7 +140,7 @@ def row(shape: LayerShape, provider: str, ms_all: list[float], reason: str) -> d
 
 
 def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Ratios of medians; those that nothing was measured for are left out."""
+    """Return the ratios of medians. Ratios without measurements are left out."""
     median = {(row["shape"], row["provider"]): row["ms_median"] for row in rows if row["ms_median"]}
 
     def ratios(provider: str, over: str) -> list[float]:
@@ -160,7 +161,7 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def differing_runs(layer: Layer, dy_TD: torch.Tensor, runs: int = RUNS) -> list[str]:
-    """Results whose bits are not the same in each of `runs` runs."""
+    """Return the names of results whose bits differ between `runs` runs."""
     first = {name: value.clone() for name, value in layer.results(dy_TD).items()}
     differing = set()
     for _ in range(runs - 1):
@@ -169,7 +170,7 @@ def differing_runs(layer: Layer, dy_TD: torch.Tensor, runs: int = RUNS) -> list[
 
 
 def check_small(device: torch.device) -> dict[str, dict[str, str]]:
-    """`checked` of small layers of both kinds, nothing compiled by torch; by shape."""
+    """Return `checked` for small layers of both kinds, by shape, with nothing compiled by torch."""
     small = dataclasses.replace(SHAPES[0], name="small", hidden=64, ffn=96, rank=8, experts=4, tokens=48)
     verdicts = {}
     for shape in (small, dataclasses.replace(small, name="small, own weights", k=3, shared_base=False)):

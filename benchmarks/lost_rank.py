@@ -1,4 +1,4 @@
-"""Kills rank 1 of a run in a chosen backward pass, without a change to the code that trains.
+"""Kill rank 1 of a run in a chosen backward pass, without changing the code that trains.
 
 `same_training` copies this file, as `sitecustomize.py`, into a folder that stands first on the PYTHONPATH of the run: Python imports it in
 each process at its start. It imports nothing of hecate, so that it works beside any version. A rank that the launcher starts in the place

@@ -1,17 +1,17 @@
-"""One MoE layer, forward and backward, on 2 gloo ranks of one thread: policies side by side under balanced and skewed routing.
+"""Time one MoE layer, forward and backward, on 2 gloo ranks of one thread, under every policy and under balanced and skewed routing.
 
-Three kinds of experts: LoRA over a dense base, full experts, LoRA over the frozen experts of an MoE base. The layer is the engine's own,
-with the collectives of a real step: gather, dispatch where the placement asks for it, combine, reduce. Before the experts, for all policies
-alike, run four hidden x hidden projections, the GEMMs of an attention (trained with full experts, else frozen): the gather starts before
-them and the reduction ends behind their backward pass, as in a step. All policies alternate in the same processes; a sample is the slowest
-rank's time. Plans are made for this machine as measured at the start.
+There are three kinds of experts: LoRA over a dense base, full experts, and LoRA over the frozen experts of an MoE base. The layer is the
+engine's, with the collectives of a real step: gather, dispatch if the placement needs it, combine, reduce. Before the experts run four
+hidden x hidden projections, the GEMMs of attention (trained with full experts, otherwise frozen). As in a step, the gather starts before
+them and the reduction ends after their backward pass. All policies alternate in the same processes, and a sample is the slowest rank's
+time. Plans are made for this machine as measured at the start.
 
-`static_ep` is ours: a token travels once per rank and pays one base FFN there, whatever number of its experts is there.
-`ep_per_choice` is expert parallelism as the textbook (and Megatron's dispatcher) has it: every (token, choice) pair travels and pays a
-base FFN of its own. `static_ep, balanced` has equal odds for all experts whatever the routing of the others: what a perfectly balanced
-layer takes, measured in the same minutes.
+`static_ep` is ours: a token is sent once to each rank and computed by one base FFN on it, whatever the number of its experts there.
+`ep_per_choice` is expert parallelism as in the textbook and in Megatron's dispatcher: every assignment is sent separately and computed by
+a base FFN of its own. `static_ep, balanced` draws all experts with equal odds, whatever the routing of the other rows: it is the time of
+a perfectly balanced layer, measured in the same minutes.
 
-Two more kinds have full experts beside Megatron's MoELayer and torch's FSDP2: see `benchmarks.moe_layer_rivals`.
+Two further kinds compare full experts with Megatron's MoELayer and torch's FSDP2: see `benchmarks.moe_layer_rivals`.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ BALANCED = "static_ep, balanced"
 REMATERIALIZE = "full, rematerialize"
 EVERY_KIND = (*KINDS, *RIVAL_KINDS)
 WARM_UP = 1
-"""steps before the first sample: that without history"""
+"""the number of steps before the first sample: the one without history"""
 PROBES = ProbeSizes(matmul=1024, copy_bytes=1 << 26, small_bytes=1 << 10, large_bytes=1 << 24, seconds=0.5)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy, and how it is run."""
+    """A policy and the options that it is run with."""
 
     policy: str
     per_choice: bool = False
@@ -73,7 +73,7 @@ def variants(kind: str, policies: Collection[str]) -> dict[str, Variant]:
 
 
 def measured_topology(rank: int, groups: ExpertGroups) -> Topology:
-    """This machine, the same on every rank."""
+    """Measure this machine. All ranks return the same topology."""
     with tempfile.TemporaryDirectory() as folder:
         return profile(Ranks(rank, WORLD, torch.device("cpu"), groups), Path(folder) / "topology.yaml", PROBES)
 
@@ -126,8 +126,11 @@ def bench_rank(
 def row(
     kind: str, policy: str, routing: str, *, ms_all: list[float], cpu_ms_all: list[float], bytes_sent: int | None, imbalance: float | None
 ) -> dict[str, Any]:
-    """`cpu_ms`: the busier rank's processor time, which says more than the clock on a crowded machine. Bytes and imbalance are the last
-    step's; of rivals they are not known."""
+    """Return a row of results.
+
+    `cpu_ms` is the busier rank's processor time, which says more than the clock on a crowded machine. Bytes and imbalance are those of the
+    last step, and None for rivals.
+    """
     return {
         "kind": kind,
         "policy": policy,
@@ -143,7 +146,7 @@ def row(
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The clock's ratios; `_cpu`: those of processor times."""
+    """Return the ratios of times, and under keys with `_cpu` those of processor times."""
     by_cpu = {f"{key}_cpu": value for key, value in _ratios(rows, "cpu_ms_median").items()}
     return {**_ratios(rows, "ms_median"), **by_cpu}
 
@@ -182,8 +185,8 @@ def main() -> None:
         found = cpu_layer.rows(samples=3 if options.quick else 15)
         finish("moe_layer", found, cpu_layer.summary_of(found), options.json)
         return
-    os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as our launcher has it
-    # Two of three samples come after the rotating expert has moved.
+    os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as hecate's launcher sets them
+    # In two of three samples the rotating hot expert has just changed.
     shape, samples = (Shape(hidden=256, ffn=704, tokens=512), 2) if options.quick else (Shape(), 3)
     kinds = options.kind or EVERY_KIND
     rows, topology = run_ranks(WORLD, bench_rank, shape, kinds, list(POLICIES), samples, options.quick, timeout=1800)[0]
@@ -193,7 +196,7 @@ def main() -> None:
 
 
 def _start_again_as_ranks_are_started() -> None:
-    """Read when a process starts, so this one becomes another."""
+    """Replace this process by a new one, because allocator settings are read when a process starts."""
     if not ALLOCATOR_SETTINGS.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.moe_layer", *sys.argv[1:]], {**os.environ, **ALLOCATOR_SETTINGS})
 

@@ -1,4 +1,4 @@
-"""What the layer of `moe_layer` is made of: three kinds of experts, the routings, one step, and the check against the formula."""
+"""The parts of the `moe_layer` benchmark: three kinds of experts, the routings, one step, and the check against the formula."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hecate.ranks.groups import ExpertGroups
 
 ROUTINGS = ("zipf(1.2)", "balanced", "hot", "rotating")
 ROTATION = 2
-"""steps between two moves of the rotating hot expert: fewer than the history that a plan is made from"""
+"""the steps between two changes of the rotating hot expert, fewer than the history from which a plan is made"""
 _HOT_SHARE = 0.5
 
 
@@ -41,7 +41,7 @@ class Shape:
     experts: int = 8
     top_k: int = 2
     tokens: int = 2048
-    """per rank"""
+    """the tokens of each rank"""
 
     @property
     def expert(self) -> FfnShape:
@@ -49,12 +49,12 @@ class Shape:
 
     @property
     def attention_flops(self) -> float:
-        """Of `Projections`, forward."""
+        """The forward FLOPs of `Projections`."""
         return 8.0 * self.hidden**2 * self.tokens
 
 
 class Projections(nn.Module):
-    """Four hidden x hidden matrices before the experts, the GEMMs of an attention: what a step has to hide transfers behind."""
+    """Four hidden x hidden matrices before the experts, the GEMMs of attention, which a step can overlap with transfers."""
 
     def __init__(self, shape: Shape, *, trained: bool) -> None:
         super().__init__()
@@ -70,10 +70,10 @@ class Projections(nn.Module):
 
 
 def route(routing: str, shape: Shape, seed: int, step: int = 0) -> tuple[Tensor, Tensor]:
-    """(experts, weights) of each token: k different experts, drawn anew for each seed and step.
+    """Draw k different experts and their weights for each token, anew for each seed and step.
 
-    balanced: with equal odds. zipf(1.2): Zipf odds, expert 0 the hottest. hot: one expert is the first choice of half of the tokens, all
-    else equal. rotating: hot, and the hot expert another one every `ROTATION` steps, in turn of either rank.
+    balanced: all experts have equal odds. zipf(1.2): Zipf odds, with expert 0 the hottest. hot: one expert is the first of half of the
+    tokens, and all others are equal. rotating: as hot, but the hot expert changes every `ROTATION` steps, alternating between the ranks.
     """
     rng = np.random.default_rng([seed, step])
     odds = np.arange(1, shape.experts + 1, dtype=np.float64) ** (-1.2 if routing.startswith("zipf") else 0.0)
@@ -110,7 +110,7 @@ def _family(kind: Family, shape: Shape) -> FfnExperts:
 
 
 def weights(shape: Shape, expert: int) -> Tensor:
-    """The weights of a gated FFN, flat."""
+    """Return the weights of a gated FFN as a flat tensor."""
     random = torch.Generator().manual_seed(1000 + expert)
     sizes = (shape.hidden, shape.hidden, shape.ffn)
     return torch.cat([torch.randn(shape.hidden * shape.ffn, generator=random) / size**0.5 for size in sizes])
@@ -119,7 +119,7 @@ def weights(shape: Shape, expert: int) -> Tensor:
 def make_engine(
     policy: str, shape: Shape, groups: ExpertGroups, topology: Topology, family: ExpertFamily | None = None, **options: Any
 ) -> Engine:
-    """An engine of one layer. `options`: of the `EngineConfig`."""
+    """Return an engine with one layer. `options` are fields of `EngineConfig`."""
     family = family or make_family("mixlora", shape)
     config = EngineConfig(POLICIES[policy], topology, top_k=shape.top_k, non_moe_flops=shape.attention_flops, **options)
     return Engine({Unit(0): family}, config, groups)
@@ -135,7 +135,12 @@ def one_step(
     per_choice: bool = False,
     before: Projections | None = None,
 ) -> tuple[Tensor, dict[int, np.ndarray]]:
-    """Forward and backward. `per_choice`: as if each choice were a token of its own. `before`: runs while the gather does."""
+    """Run a forward and a backward pass.
+
+    Args:
+        per_choice: whether each assignment is treated as a token of its own.
+        before: the projections that run while experts are gathered.
+    """
     this_step = engine.begin_step(step)
     micro = this_step.begin_micro_step()
     micro.prefetch(Unit(0))
@@ -153,9 +158,9 @@ def one_step(
 
 
 class Formula:
-    """The layer by its plain formula, over the experts of all ranks: the output for this rank's tokens, and gradients.
+    """The output for this rank's tokens and the gradients, by the plain formula over the experts of all ranks.
 
-    Every rank must make one.
+    Every rank must construct one.
     """
 
     def __init__(self, family: ExpertFamily, rank: int, shape: Shape, expert: Tensor, weight: Tensor) -> None:
@@ -167,7 +172,7 @@ class Formula:
         dist.all_reduce(self.dchunks)
 
     def check(self, engine: Engine, *, per_choice: bool = False) -> None:
-        """Raises AssertionError where the engine's first step comes to something else."""
+        """Raise AssertionError if the engine's first step has another result."""
         x = self.x.detach().clone().requires_grad_()
         y, _ = one_step(engine, 0, x, *self.routed, per_choice=per_choice)
         torch.testing.assert_close(y, self.y, rtol=1e-4, atol=1e-4)

@@ -1,8 +1,9 @@
-"""One layer of full experts beside others' ways to spread it over ranks: Megatron's MoELayer, and torch's FSDP2.
+"""Compare one layer of full experts with Megatron's MoELayer and with torch's FSDP2.
 
-beside_megatron: expert parallelism by Megatron's alltoall dispatcher, 8 experts. beside_fsdp2: all 64 experts gathered before each pass,
-each rank computing its own tokens by our kernel. Routing is given to both sides, in the form in which each has it. The layer stands by
-itself, without an attention in front; both sides start from the same weights and are held to the plain formula before they are timed.
+beside_megatron: expert parallelism by Megatron's alltoall dispatcher, with 8 experts. beside_fsdp2: all 64 experts are gathered before
+each pass, and each rank computes its own tokens with our kernel. Both sides get the same routing, each in its own form. There is no
+attention before the layer. Both sides start from the same weights, and their results are checked against the plain formula before they
+are timed.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ def rival_shape(kind: str, *, quick: bool) -> Shape:
 
 
 class Layer(Protocol):
-    """A layer under test: forward, backward, and whatever sums its gradients."""
+    """A layer under test: its forward and backward pass, and the reduction of its gradients."""
 
     def step(self, number: int, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor: ...
 
     def gradients(self) -> dict[int, Tensor]:
-        """Of some experts, flat; all ranks' together cover them all."""
+        """Return the flat gradients of some experts. Those of all ranks together cover all experts."""
         ...
 
 
@@ -62,7 +63,7 @@ class Ours:
 
 
 class Megatron:
-    """Its MoELayer, whose router says what it is told."""
+    """Megatron's MoELayer with a router that returns the given routing."""
 
     def __init__(self, shape: Shape, group: dist.ProcessGroup, family: ExpertFamily) -> None:
         from hecate.config.gpt_shape import GptShape
@@ -102,7 +103,7 @@ class _Told(nn.Module):
 
 
 class Fsdp2:
-    """All experts as one parameter, of which each rank keeps its part."""
+    """All experts as one parameter, of which each rank holds a part, by torch's FSDP2."""
 
     def __init__(self, shape: Shape, family: ExpertFamily) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -136,7 +137,7 @@ class _AllExperts(nn.Module):
 
 
 def bench_kind(rank: int, kind: str, shape: Shape, samples: int, groups: ExpertGroups, topology: Topology) -> list[dict[str, Any]]:
-    """All layers of a kind, alternating. A sample is the slowest rank's time."""
+    """Time all layers of a kind alternately. A sample is the slowest rank's time."""
     family = make_family("full", shape)
     makers: dict[str, Callable[[], Layer]] = {
         policy: lambda policy=policy: Ours(policy, shape, groups, topology, family)  # type: ignore[misc]
@@ -171,7 +172,7 @@ def bench_kind(rank: int, kind: str, shape: Shape, samples: int, groups: ExpertG
 
 
 def _check(rank: int, shape: Shape, family: ExpertFamily, makers: dict[str, Callable[[], Layer]]) -> None:
-    """Raises AssertionError where a layer comes to something else than the plain formula."""
+    """Raise AssertionError if a layer's results differ from the plain formula's."""
     expert, weight = route(ROUTINGS[1], shape, seed=rank)
     formula = Formula(family, rank, shape, expert, weight)
     for name, make in makers.items():
@@ -187,10 +188,10 @@ def _check(rank: int, shape: Shape, family: ExpertFamily, makers: dict[str, Call
 
 
 def rival_ratios(median: dict[tuple[str, str, str], float], kinds: Sequence[str]) -> dict[str, float]:
-    """How many times faster `auto` is.
+    """Return how many times as fast `auto` is.
 
     Args:
-        median: by (kind, policy, routing).
+        median: the median times by (kind, policy, routing).
     """
     summary = {}
     for kind, rival in (("beside_megatron", MEGATRON), ("beside_fsdp2", FSDP2)):

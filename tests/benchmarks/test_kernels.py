@@ -29,7 +29,7 @@ def test_the_summary_is_the_worst_ratio_of_medians_over_shapes() -> None:
             "fine-grained": {"ours": 4, "frozen_ffn": 4, "grouped_mm": 10},
         }
     )
-    rows.append(kernels.row(SHAPES[3], "scattermoe", [], "not through after 150 s"))
+    rows.append(kernels.row(SHAPES[3], "scattermoe", [], "not finished after 150 s"))
     assert kernels.summary_of(rows) == pytest.approx(
         {"over_frozen_ffn_worst": 1.25, "stock_torch_over_ours_min": 1.3, "grouped_mm_over_ours_min": 2.5, "moe_peft_over_ours_min": 2.5}
     )
