@@ -1,13 +1,13 @@
-"""What Ray costs a step: one run of two ranks under `hecate ray` (a private cluster of this machine) and the same under `hecate launch`
-(torch's elastic agent), alive together, and in turn stopped.
+"""Measure what Ray adds to a step: the same run of two ranks under `hecate ray` (a private cluster of this machine) and `hecate launch`.
 
-While one trains, all processes of the other are stopped, Ray's own with it. They take turns in the order ABBA; a pair of turns covers
-the same steps of both, so the same work. A turn's time is the mean of its steps, so that what Ray does only now and then counts; the figure
-is the median over the pairs. A turn takes several seconds: what is due once in a second is then not done twice as often as in a run that
-is never stopped. Where losses differ there are no figures.
+`hecate launch` uses torch's elastic agent. Both runs exist at the same time. While one trains, all processes of the other are stopped,
+Ray's own included. They alternate in the order ABBA, and a pair of turns covers the same steps of both runs, so the same work. A turn's
+time is the mean of its steps, so that Ray's occasional work counts; the result is the median over the pairs. A turn takes several seconds,
+because work that is due every second would otherwise be done more often than in a run that is never stopped. If losses differ, there is
+no result.
 
-Beside it, what needs no quiet machine: the processor time of all processes that are no ranks, in cores. With `--spare-core` the ranks share
-the first core and all else has the others, as on a node that has more cores than ranks.
+A second figure does not need a quiet machine: the processor time of all processes other than ranks, in cores. With `--spare-core` the
+ranks share the first core and all other processes have the rest, as on a node with more cores than ranks.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ RANKS = 2
 LAUNCHERS = {"torchrun": ["launch", "--nproc-per-node", f"{RANKS}"], "ray": ["ray", "--address", "local"]}
 COMMON = ("topology=two-cpu-ranks", f"ray.workers={RANKS}", "micro_batch_size=2")
 _FIRST_STEPS = 100
-"""of a run: they compile, allocate, connect; Ray's spare worker imports"""
+"""the first steps of a run, which compile, allocate and connect, while Ray's spare worker imports"""
 _FIRST_OF_TURN = 10
-"""that may have been stopped in their middle, or begun in the turn before; what is overdue is done in them"""
+"""the first steps of a turn, which may have been interrupted or started in the turn before, and in which overdue work is done"""
 _STEPS_OF_TURN = 60
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Racer:
-    """A job that trains and stands still as it is told."""
+    """A job that trains for some steps at a time and is stopped in between."""
 
     def __init__(self, run: Job) -> None:
         self._run = run
         self.losses: list[tuple[int, float]] = []
-        """with the number of the step"""
+        """each step's number and loss"""
         self.beside: list[float] = []
-        """of each turn: cores that were busy with what is no rank"""
+        """for each turn the cores that were busy with processes other than ranks"""
 
     def go(self, steps: int) -> list[float]:
-        """Train so many steps and stop; the seconds of each."""
+        """Train for `steps` steps, stop, and return the seconds of each."""
         self.signal(signal.SIGCONT)
         records = [self._run.next_step()[1] for _ in range(min(steps, _FIRST_OF_TURN))]
         before, since = self._processor_seconds(), time.perf_counter()
@@ -66,11 +66,11 @@ class Racer:
         ranks = sorted(spent, key=lambda pid: spent[pid])[-RANKS:]
         for pid in spent:
             for thread in Path(f"/proc/{pid}/task").iterdir():
-                with suppress(OSError):  # it has ended meanwhile
+                with suppress(OSError):  # the process has ended meanwhile
                     os.sched_setaffinity(int(thread.name), [first] if pid in ranks else rest)
 
     def signal(self, number: int) -> None:
-        """To all of its processes."""
+        """Send a signal to all processes of the job."""
         for pid in self._processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -79,7 +79,7 @@ class Racer:
         return [self._run.process.pid, *processes_below(self._run.process.pid)]
 
     def _processor_seconds(self) -> dict[int, float]:
-        """By process; the ranks' are the largest by far."""
+        """Return the processor seconds of each process. Those of the ranks are the largest by far."""
         spent = {}
         for pid in self._processes():
             with suppress(OSError):
@@ -89,7 +89,7 @@ class Racer:
 
 
 def race(workshop: Path, pairs: int, *, spare_core: bool) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Launcher -> the mean seconds of a step in each of its turns; launcher -> the median of cores busy with what is no rank."""
+    """Return for each launcher the mean seconds of a step in each of its turns, and the median cores busy with processes beside ranks."""
     seconds: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
     with ExitStack() as stack:
         racers = {}
@@ -105,7 +105,7 @@ def race(workshop: Path, pairs: int, *, spare_core: bool) -> tuple[dict[str, lis
                 seconds[name].append(statistics.mean(steps[_FIRST_OF_TURN:]))
         for (step, one), (also, other) in zip(*(racer.losses for racer in racers.values()), strict=True):
             if step != also or abs(one - other) > 1e-3:
-                raise SystemExit(f"overhead: not the same training, step {step}: {one}, step {also}: {other}; no figures")
+                raise SystemExit(f"overhead: the two runs differ: loss {one} in step {step}, loss {other} in step {also}; no result")
         return seconds, {name: statistics.median(racer.beside[1:]) for name, racer in racers.items()}
 
 

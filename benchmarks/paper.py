@@ -1,15 +1,15 @@
-"""What the Hecate paper (arXiv 2502.02581, figures 9 to 15) measured, beside what the simulator says of the same models and clusters.
+"""Compare the measurements of the Hecate paper (arXiv 2502.02581, figures 9 to 15) with simulations of the same models and clusters.
 
-The paper, as we have it, states neither its loads nor its tokens a GPU. One setting stands for all figures: popularities lognormal with
-s = 1 (the skew at which rival systems are compared elsewhere), 8192 tokens a GPU (4 sequences of 2048, 16 of 512), seed 0. These are this
-project's defaults, but other settings were looked at before they were kept. One model's dozen layers, drawn once, say little: by the seed
-6 to 12 of the 12 speed-ups fall into the published ranges. So 48 layers are drawn and their mean is scaled to the model. Rows
-`sensitivity` say what other loads and tokens would give.
+The paper states neither its loads nor its tokens per GPU. All figures are simulated with one setting: popularities lognormal with s = 1
+(the skew with which rival systems are compared elsewhere), 8192 tokens per GPU (4 sequences of 2048, or 16 of 512), and seed 0. These are
+this project's defaults, but other settings were looked at before they were kept. A dozen layers of one model, drawn once, are too few:
+depending on the seed, 6 to 12 of the 12 speed-ups fall into the published ranges. So 48 layers are drawn, and their mean is scaled to the
+model. The `sensitivity` rows give the results of other loads and tokens.
 
-`hecate` is the paper's whole system: Algorithm 1 in every step and Algorithm 2 in every tenth. All policies use the same collectives,
-beside attention; whatever rivals' own implementations lose is not in these figures. The published numbers do not all go together:
-1.645 to 2.945 over the best baseline lie above 1.26 to 1.78 over EP, itself a baseline, and 3.32 over sharding alone, which has 1.34
-to 1.42 over EP, makes 4.4 to 4.7. No single setting can meet both.
+`hecate` is the paper's whole system: Algorithm 1 in every step and Algorithm 2 in every tenth. All policies use the same collectives, and
+the losses of the rivals' own implementations are not in these figures. The published numbers contradict each other: 1.645 to 2.945 over
+the best baseline is more than 1.26 to 1.78 over EP, which is a baseline, too; and 3.32 over sharding alone, which has 1.34 to 1.42 over
+EP, makes 4.4 to 4.7 over EP. No single setting can reproduce both.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from hecate.parallel.workloads import WORKLOADS
 
 WORKLOAD = "lognormal"
 LAYERS = 48
-"""drawn for every model"""
+"""the number of layers drawn for every model"""
 INTERVAL = 10
-"""steps between two times of re-sharding: the shortest that the paper tried, so the one that costs most"""
+"""the steps between two re-shards: the shortest interval in the paper, which costs most"""
 BASELINES = ("static_ep", "fastermoe", "smartmoe", "flexmoe")
 OVER_EP = {"paper-cluster-a-16": (1.40, 1.58), "paper-cluster-a": (1.34, 1.78), "paper-cluster-b": (1.26, 1.70)}
 OVER_BEST = {"paper-cluster-a-16": 1.645, "paper-cluster-a": 2.05, "paper-cluster-b": 2.945}
@@ -46,7 +46,7 @@ class Run:
 
     case: Case
     loads: np.ndarray
-    """int64 [steps, layers, experts, source ranks]"""
+    """the loads, int64 [steps, layers, experts, source ranks]"""
 
     def policy(
         self, name: str, *, reshard_interval: int | None = None, rematerialize: bool = False, loads: np.ndarray | None = None
@@ -63,7 +63,7 @@ class Run:
             self.loads if loads is None else loads,
             case.topology,
             cost,
-            # The simulator re-shards for the policy of this name, whatever plans its replicas.
+            # The simulator re-shards for the policy of this name, whichever planner chooses its replicas.
             {"hecate" if reshard_interval else name: POLICIES[name]},
             slots_D=slots_D,
             execution=ExecutionMode(rematerialize=rematerialize),
@@ -73,23 +73,23 @@ class Run:
         return found
 
     def hecate(self, *, rematerialize: bool = False, loads: np.ndarray | None = None) -> Simulated:
-        """The paper's whole system."""
+        """Simulate the paper's whole system."""
         return self.policy("hecate", reshard_interval=INTERVAL, rematerialize=rematerialize, loads=loads)
 
     @property
     def held_bytes(self) -> float:
-        """On the fullest rank, but for replicas and activations."""
+        """Return the bytes on the fullest rank, without replicas and activations."""
         model = self.case.model
         cost, sizes = model.layer_cost(self.case.tokens_per_rank), {"num_layers": model.layers, "num_experts": model.experts}
         return model.replicated_bytes() + fullest_owner_bytes(self.case.topology, cost, **sizes)
 
 
 def paper_runs(workload: str, layers: int, tokens: int | None = None, steps: int = INTERVAL + 1) -> list[Run]:
-    """The sweep's models and clusters. By default the steps counted are those from one re-sharding to the next.
+    """Return the models and clusters of the sweep. By default the counted steps are those from one re-shard to the next.
 
     Args:
-        layers: how many are drawn, whatever number the model has.
-        tokens: a rank; None: as the sweep says.
+        layers: the number of layers to draw, whatever number the model has.
+        tokens: the tokens of each rank; None: those of the sweep.
     """
     cases, options = load_sweep(find_preset("experiments", "sweep", "paper"))
     runs = []
@@ -102,7 +102,7 @@ def paper_runs(workload: str, layers: int, tokens: int | None = None, steps: int
 
 
 def moe_seconds(simulated: Simulated) -> float:
-    """A step but for its attention."""
+    """Return the seconds of a step without its attention."""
     return simulated.step_seconds - simulated.seconds.attention
 
 
@@ -111,7 +111,7 @@ def geomean(values: Sequence[float]) -> float:
 
 
 def compare(layers: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """(rows, summary) of every comparison for which fssdp.md §6 has a number."""
+    """Return the rows and the summary of every comparison with a published number."""
     rows: list[dict[str, Any]] = []
 
     def row(what: str, cluster: str, model: str, paper: str, ours: float, inside: bool | None, reproducible: str) -> None:
@@ -205,7 +205,7 @@ def compare(layers: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 
 def _slowdown_by_imbalance(run: Run) -> float:
-    """Of expert parallelism's most slowed layer: its seconds under the run's loads over those under balanced ones."""
+    """Return the seconds of a layer under the run's loads over those under balanced loads, for expert parallelism's slowest layer."""
     model, steps = run.case.model, 2
     sizes = (run.case.topology.world_size, model.experts, run.case.tokens_per_rank, model.top_k, 0)
     even = moe_seconds(run.policy("static_ep", loads=WORKLOADS["balanced"](steps, 1, *sizes)))
@@ -214,7 +214,10 @@ def _slowdown_by_imbalance(run: Run) -> float:
 
 
 def _interval_ratio() -> float:
-    """Sharding alone with 100 steps from one time to the next over 10, under loads that drift: of others the interval says nothing."""
+    """Return the step time of sharding alone with an interval of 100 steps over that with 10, under drifting loads.
+
+    Under other loads the interval has no effect.
+    """
     runs = paper_runs("dirichlet_drift", 2, steps=101)
     run = next(r for r in runs if (r.case.topology_name, r.case.model.name) == ("paper-cluster-b", "gpt-moe-s"))
     often, rarely = (run.policy("static_ep", reshard_interval=interval).step_seconds for interval in (10, 100))
@@ -222,7 +225,10 @@ def _interval_ratio() -> float:
 
 
 def sensitivity(workload: str, tokens: int) -> tuple[list[dict[str, Any]], float]:
-    """`hecate` over EP under other loads: a row a cluster, and the share of models and clusters inside the published ranges."""
+    """Compare `hecate` with EP under other loads.
+
+    Returns a row for each cluster, and the share of models and clusters inside the published ranges.
+    """
     runs = paper_runs(workload, LAYERS, tokens)
     rows, hits = [], []
     for cluster, (low, high) in OVER_EP.items():

@@ -1,7 +1,8 @@
-"""Predicted layer time of every policy over what no plan can beat: 13 workloads on 4 clusters for 3 kinds of experts.
+"""Compare the predicted layer time of every policy with a lower bound, for 13 workloads on 4 clusters and 3 kinds of experts.
 
-Loads are exact: this measures planners, not the prediction of loads. `hecate_over_auto` and `auto_over_best_policy` compare the plans by
-the cost model; `over_bound` is against the linear-programming bound of `hecate.parallel.lower_bound`.
+Planners are given the exact loads, so this measures the planners and not the prediction of loads. `hecate_over_auto` and
+`auto_over_best_policy` compare the plans by the cost model; `over_bound` compares them with the linear-programming bound of
+`hecate.parallel.lower_bound`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hecate.parallel.workloads import WORKLOADS
 TOPOLOGIES = {"8x1": "h100-node", "4x8 A": "paper-cluster-a", "4x8 B": "paper-cluster-b", "mixed": "mixed"}
 EXPERTS, TOKENS, TOP_K, HIDDEN, FFN, RANK = 64, 4096, 2, 2048, 4096, 16
 MEMORY_SHARE = 0.02
-"""of each device's memory that one layer's replicas may take"""
+"""the share of each device's memory that one layer's replicas may take"""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def plan_input(topology: Topology, cost: LayerCost, loads_ED: np.ndarray, most_s
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--slots", type=int, default=EXPERTS, help="at most so many replicas on a device; left out: what memory gives")
+    parser.add_argument("--slots", type=int, default=EXPERTS, help="the most replicas on a device (default: as many as fit into memory)")
     options = parser.parse_args()
     presets = Path(__file__).resolve().parent.parent / "configs" / "topologies"
     rows: list[dict[str, Any]] = []
@@ -85,7 +86,7 @@ def main() -> None:
                 for policy, planner in POLICIES.items():
                     plan = planner(given)
                     replicas_D = (plan.where_LED[0] & ~given.owned_LED[0]).sum(0)
-                    # `full` and the like may want more than there is room for: such a plan does not count.
+                    # `full` and some others may need more replicas than a device has room for; such a plan does not count.
                     fits = bool((replicas_D <= given.slots_D).all())
                     row[policy] = 1e3 * float(plan.seconds(given).total[0]) if fits else math.inf
                 row["bound_ms"] = 1e3 * lower_bound(given, 0, plan_seconds=min(row[policy] for policy in POLICIES) / 1e3)

@@ -1,8 +1,8 @@
-"""What a step must send, from its plan and its true routing alone: bytes between every two ranks, and rows that each rank computes.
+"""Compute what a step must send, from its plan and its actual routing: bytes between every two ranks, and tokens that each rank computes.
 
-Written down a second time, apart from the collectives, so that it can be held against what they count.
+This is independent of the collectives, so that their counts can be checked against it.
 
-Shapes: L layers, E experts, W ranks, T tokens of a rank, K choices.
+Shapes: L layers, E experts, W ranks, T tokens of a rank, K assignments of a token.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from hecate.parallel.flows import token_split
 from hecate.parallel.planners import Plan, PlanInput
 
 INDEX = 8
-"""bytes of a slot, a token's number, a count of rows"""
+"""the bytes of a slot, of a token's number and of a count of tokens"""
 FLOAT = 4
 
 
 def planned_traffic(
     given: PlanInput, plan: Plan, expert_LWTK: Sequence[Sequence[np.ndarray]], shape: Shape
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns:
-    int64 [W, W], bytes from each rank to each other: experts, gradients, tokens forward and back. int64 [L, W]: distinct rows computed.
+    """Compute the traffic of a step.
+
+    Returns:
+        int64 [W, W], the bytes of experts, gradients and tokens, forward and backward, from each rank to each other; and int64 [L, W], the
+        distinct tokens that each rank computes in each layer.
     """
     world = given.world_size
     sent_WW = np.zeros((world, world), dtype=np.int64)
@@ -40,7 +43,7 @@ def planned_traffic(
         quota_ED = None if plan.quota_LED is None else plan.quota_LED[layer]
         known_ED = None if given.loads_LED is None else given.loads_LED[layer]
         splits = [token_split(where_ED, known_ED, quota_ED, given.topology, source) for source in range(world)]
-        if all((split_EW[:, source] == 1).all() for source, split_EW in enumerate(splits)):  # nothing leaves its rank, and no rank asks
+        if all((split_EW[:, source] == 1).all() for source, split_EW in enumerate(splits)):  # no token leaves its rank
             rows_LW[layer] = [len(expert_TK) for expert_TK in expert_WTK]
             continue
         for source, (expert_TK, split_EW) in enumerate(zip(expert_WTK, splits, strict=True)):
@@ -55,7 +58,7 @@ def planned_traffic(
 
 
 def _row(shape: Shape) -> int:
-    """Of a token, of a result, of the gradient of either."""
+    """Return the bytes of a token, which are also those of a result and of their gradients."""
     return shape.hidden * FLOAT
 
 

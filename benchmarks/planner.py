@@ -1,4 +1,4 @@
-"""Planning time of every policy, per layer, on one core, at three sizes. Loads are Zipf(1.2) with noise; LoRA over a frozen MoE base."""
+"""Time the planning of every policy, per layer, on one core, at three sizes, with Zipf(1.2) loads and LoRA over a frozen MoE base."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.topology import Link, uniform_topology
 
 SIZES = ((64, 32, 16), (256, 320, 2), (256, 1024, 1))
-"""experts, ranks, layers planned at once"""
+"""the experts, the ranks, and the layers that are planned together"""
 
 
 def plan_input(experts: int, world: int, layers: int) -> PlanInput:

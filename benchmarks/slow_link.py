@@ -1,9 +1,10 @@
-"""The MixLoRA layer of `moe_layer` over a link of 1 Gbit/s between two network namespaces: two nodes, of one and of two ranks each.
+"""Time the MixLoRA layer of `moe_layer` over a link of 1 Gbit/s between two network namespaces, as two nodes of one or two ranks each.
 
-The topology that policies plan with is measured first, on the same ranks: matmuls side by side and all-to-alls across. All policies
-alternate in the same processes; a sample is the slowest rank's time. Where it goes: `cpu_ms_min` is the CPU time of the rank that
-computed most, `link_ms` the least that the link's busier direction needs at its rate. `bytes_sent` is what the engines count, between all
-ranks; `bytes_across` what the link's two ends counted, with headers, acknowledgements and the exchange of loads. Needs root.
+The topology for planning is measured first, on the same ranks, by simultaneous matmuls and all-to-alls over the link. All policies
+alternate in the same processes, and a sample is the slowest rank's time. Two columns explain it: `cpu_ms_min` is the CPU time of the rank
+that computed most, and `link_ms` the least time that the link's busier direction needs at its rate. `bytes_sent` is counted by the
+engines, between all ranks; `bytes_across` is counted at the two ends of the link, with headers, acknowledgements and the exchange of
+loads. This needs root.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from tests.ranks import run_ranks
 
 RATE = "1gbit"
 RATE_BYTES = 1e9 / 8
-"""the same per second"""
+"""the rate in bytes per second"""
 SETTINGS = {"2 nodes x 1": (0, 1), "2 nodes x 2": (0, 0, 1, 1)}
-"""name -> node of each rank"""
+"""the node of each rank, by the name of the setting"""
 ROUTINGS = ("zipf(1.2)", "balanced")
 PER_CHOICE = "ep_per_choice"
-"""expert parallelism as the textbook has it: see `benchmarks.moe_layer`"""
+"""expert parallelism as in the textbook; see `benchmarks.moe_layer`"""
 QUICK_POLICIES = ("static_ep", "full", "hecate", "auto")
 _SIZES = ProbeSizes(matmul=1024, copy_bytes=1 << 27, small_bytes=1 << 10, large_bytes=1 << 23, seconds=1.0)
 
 
 def measure(*, quick: bool = False) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """(rows, summary) of all settings. Call `missing_for_slow_link` before.
+    """Return the rows and the summary of all settings. Call `missing_for_slow_link` before.
 
     Raises:
         AssertionError: the layer's output or a gradient is wrong, or a rank failed.
-        OSError: the link cannot be made.
+        OSError: the link cannot be created.
     """
     policies = QUICK_POLICIES if quick else tuple(POLICIES)
     rows: list[dict[str, Any]] = []
@@ -60,9 +61,9 @@ def measure(*, quick: bool = False) -> tuple[list[dict[str, Any]], dict[str, flo
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """`auto`'s speed-ups, the worst of the settings.
+    """Return `auto`'s speed-ups, each the lowest of the settings.
 
-    `..._cpu_and_link_...` is of `cpu_ms_min` + `link_ms`: what would be left if each rank had a core, and the link nothing else to carry.
+    `..._cpu_and_link_...` is the ratio of `cpu_ms_min` + `link_ms`: the time if each rank had a core and the link carried nothing else.
     """
     median = {(row["setting"], row["routing"], row["policy"]): row["ms_median"] for row in rows}
     least = {(row["setting"], row["routing"], row["policy"]): row["cpu_ms_min"] + row["link_ms"] for row in rows}
@@ -99,7 +100,7 @@ def bench_rank(
         x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         weight.requires_grad_()
         for policy, engine in engines.items():
-            engine.shards.history.load_state_dict([])  # the loads that the next plans are made from are this routing's only
+            engine.shards.history.load_state_dict([])  # so that the next plans are made from the loads of this routing only
             check(engine, rank, shape, expert, weight, per_choice=policy == PER_CHOICE)
         times: dict[str, list[float]] = {policy: [] for policy in engines}
         cpu: dict[str, list[float]] = {policy: [] for policy in engines}
@@ -145,7 +146,7 @@ def bench_rank(
 
 
 def measured_topology(ranks: Ranks, node_of_rank: tuple[int, ...]) -> Topology:
-    """Ranks are taken for equally fast, as their cores are: a plan must not follow what other programs took from one during the probe."""
+    """Measure the topology, with all ranks equally fast, as their cores are, so that plans do not follow other programs' load."""
     topology = topology_from(measure_ranks(ranks, node_of_rank, ("cpu",) * ranks.world_size, _SIZES))
     return replace(topology, flops=(statistics.median(topology.flops),) * ranks.world_size)
 

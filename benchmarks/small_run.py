@@ -1,4 +1,4 @@
-"""A folder with a run that computes for most of its time: a random Llama of a few million parameters, and short conversations."""
+"""Make a folder with a small run that mostly computes: a random Llama of a few million parameters, and short conversations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.hecate.data.conftest import build_byte_tokenizer
 
 
 def make_folder(folder: Path) -> Path:
-    """Fill the empty `folder`; the path of its configuration. 12 rows of 128 tokens a step on two ranks."""
+    """Fill the empty `folder` and return the path of its configuration. A step has 12 sequences of 128 tokens on two ranks."""
     tokenizer = build_byte_tokenizer()
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}

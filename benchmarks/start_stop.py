@@ -1,9 +1,9 @@
-"""Runs are started and ended again and again: what is left of them?
+"""Start and end runs repeatedly, and check that they leave no processes, sockets or files behind.
 
-A run of two ranks with a tiny model ends by itself, by SIGTERM to its launcher, or by SIGKILL to it, in turn. Before the first and after
-each one there are counted: processes, sockets (TCP in any state but TIME_WAIT, and Unix), open files of all processes, files in /dev/shm
-and in the folder for temporary files. All of them are the run's alone: they are counted in namespaces of their own, which needs root.
-The exit status is 1 if the last counts are not the first ones.
+A run of two ranks with a tiny model ends, in turn, by itself, by SIGTERM to its launcher, or by SIGKILL to it. Before the first run and
+after each one, this program counts processes, sockets (TCP in any state but TIME_WAIT, and Unix), open files of all processes, and files
+in /dev/shm and in the folder for temporary files. It runs in namespaces of its own, which needs root, so only those of the runs are
+counted. The exit status is 1 if the last counts differ from the first ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Held:
 
 
 def held(temporary: Path) -> Held:
-    """Of everything in this process's namespaces."""
+    """Count everything in this process's namespaces."""
     pids = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if not _is_zombie(pid)]
     sockets = 0
     for table in ("tcp", "tcp6"):
@@ -52,13 +52,13 @@ def held(temporary: Path) -> Held:
     sockets += len(Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()[1:])
     files = 0
     for pid in pids:
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             files += len(os.listdir(f"/proc/{pid}/fd"))
     return Held(len(pids), sockets, files, len(os.listdir("/dev/shm")), len(paths_below(temporary)))
 
 
 def one_cycle(command: tuple[str, ...], workshop: Path, temporary: Path, number: int) -> str:
-    """Start a run and end it; how."""
+    """Start a run and end it. Returns how it was ended."""
     way = WAYS[number % len(WAYS)]
     name, *overrides = command
     steps = "max_steps=3" if way == "itself" else "max_steps=100000"
@@ -74,11 +74,11 @@ def one_cycle(command: tuple[str, ...], workshop: Path, temporary: Path, number:
     return way
 
 
-def settled(before: Held, temporary: Path) -> Held:
-    """The counts as soon as they are those of before, else after some time."""
+def counts_after_end(before: Held, temporary: Path) -> Held:
+    """Return the counts as soon as they equal those of before, or else after some time."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     while (now := held(temporary)) != before and time.monotonic() < deadline:
-        with suppress(ChildProcessError):  # whoever has lost its parent is a child of the first process of a namespace
+        with suppress(ChildProcessError):  # a process whose parent has ended becomes a child of the namespace's first process
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.05)
@@ -86,7 +86,7 @@ def settled(before: Held, temporary: Path) -> Held:
 
 
 def measure(command: str, cycles: int, json_file: Path | None) -> int:
-    """In the namespaces; the exit status."""
+    """Run the cycles inside the namespaces and return the exit status."""
     subprocess.run(["mount", "-t", "tmpfs", "none", "/dev/shm"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     with tempfile.TemporaryDirectory() as name:
@@ -99,7 +99,7 @@ def measure(command: str, cycles: int, json_file: Path | None) -> int:
             start = time.perf_counter()
             way = one_cycle(COMMANDS[command], workshop, temporary, number)
             ended = time.perf_counter()
-            after = settled(before, temporary)
+            after = counts_after_end(before, temporary)
             seconds = {"seconds": ended - start, "settled_after": time.perf_counter() - ended}
             rows.append({"command": command, "cycle": number + 1, "ended_by": way, **seconds, **asdict(after)})
             print(f"{number + 1} of {cycles}: {after}", file=sys.stderr, flush=True)

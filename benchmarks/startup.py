@@ -1,4 +1,4 @@
-"""What a person waits for before anything happens: `hecate --help`, and a refused configuration, beside an empty interpreter."""
+"""Time what a user waits for before anything happens: `hecate --help` and a refused configuration, next to an empty interpreter."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a prediction may know: seconds of single parts of a step, measured apart from any run, all ranks at once.
+"""Measure the single parts of a step outside any run, on all ranks at once. These times are all that a prediction may use.
 
-Work is told to the cost model in FLOPs at the topology's rate, so work that runs below that rate counts as more of them.
+The cost model counts work in FLOPs at the topology's rate, so work that runs below that rate is passed to it as more FLOPs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MEGABYTE = 1 << 20
 
 
 class Probes:
-    """The parts of a step on this rank, each ready to be run once more."""
+    """The parts of a step on this rank, each of which can be run repeatedly."""
 
     def __init__(self, shape: Shape, topology: Topology, groups: ExpertGroups, rank: int) -> None:
         self.actions: dict[str, Probe] = {
@@ -49,12 +49,12 @@ class Probes:
             action()
 
     def run(self, clock: Clock) -> dict[str, Taken]:
-        """Every rank must call it."""
+        """Time every part once. Every rank must call it."""
         return {name: clock.time(action) for name, action in self.actions.items()}
 
 
 def yardstick(shape: Shape) -> Probe:
-    """Attention and experts of a quarter of the tokens, nothing sent."""
+    """Return the yardstick of `Clock`: attention and experts for a quarter of the tokens, without sending anything."""
     attend, compute = _attention(replace(shape, tokens=shape.tokens // 4)), _experts(shape, shape.tokens // 4, shape.top_k)
 
     def run() -> None:
@@ -65,34 +65,34 @@ def yardstick(shape: Shape) -> Probe:
 
 
 def plain_cost(shape: Shape) -> LayerCost:
-    """As the engine's family states it, before anything is measured."""
+    """Return the cost that the engine's family gives, before anything is measured."""
     return MixLoraExperts.cost(make_experts(shape, 0), shape.top_k, shape.attention_flops)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of single parts, forward and backward."""
+    """The seconds of single parts of a step, forward and backward."""
 
     attention: float
-    """of a layer"""
+    """the seconds of a layer's attention"""
     row: float
-    """of a distinct token that a rank computes,"""
+    """the seconds of a distinct token that a rank computes"""
     choice: float
-    """of a (token, expert),"""
+    """the seconds of an assignment"""
     slot: float
-    """and of an expert that has any tokens on a rank: its tiles are launched apart from others'"""
+    """the seconds of an expert with any tokens on a rank, whose tiles are launched separately"""
     exchange: float
-    """one of dispatch's collectives, with nothing to carry"""
+    """the seconds of one of dispatch's collectives with nothing to send"""
     passed_row: float
-    """copies of a row on its way through dispatch and back, also if it stays on its rank"""
+    """the seconds of copying a token through dispatch and back, also if it stays on its rank"""
     byte: float
-    """sent and received at the same time"""
+    """the seconds of a byte that is sent while another is received"""
     rest: float
-    """of a step: planning, loads, whatever else is the same with no token at all"""
+    """the seconds of a step without tokens: planning, loads and the like"""
 
 
 def parts(seconds: Mapping[str, float], shape: Shape) -> Parts:
-    """From the seconds of the probes."""
+    """Return the parts from the seconds of the probes."""
     tokens, k = shape.tokens, shape.top_k
     choice = (seconds["experts"] - seconds["experts_half_choices"]) / (tokens * (k - k // 2))
     row = (seconds["experts"] - seconds["experts_quarter"]) / (tokens - tokens // 4) - k * choice
@@ -109,7 +109,7 @@ def parts(seconds: Mapping[str, float], shape: Shape) -> Parts:
 
 
 def measured_cost(found: Parts, shape: Shape, topology: Topology) -> LayerCost:
-    """The layer's cost, its work such that the topology's rate gives the seconds of the parts."""
+    """Return the layer's cost, with FLOPs that take the seconds of the parts at the topology's rate."""
     rate, cost = min(topology.flops), plain_cost(shape)
     return replace(
         cost,
@@ -120,7 +120,7 @@ def measured_cost(found: Parts, shape: Shape, topology: Topology) -> LayerCost:
 
 
 def measured_topology(profiled: Sequence[Topology], found: Parts) -> Topology:
-    """The first of the topologies with the median bandwidths of all, and the latency of dispatch's collectives."""
+    """Return the first topology with the median bandwidths of all, and the latency of dispatch's collectives."""
     first = profiled[0]
     latency = found.exchange
     return replace(
@@ -150,7 +150,7 @@ def _attention(shape: Shape) -> Probe:
 
 
 def _experts(shape: Shape, tokens: int, choices: int) -> Probe:
-    """All experts here, alike in load, and all tokens' `choices`."""
+    """Return the probe of all experts on one rank with equal loads, and `choices` assignments of each token."""
     family = make_experts(shape, 0)
     chunks_SC = torch.stack([family.init_chunk(expert) for expert in range(shape.experts)]).requires_grad_()
     x_TD, expert_TK, weight_TK = _rows(tokens, shape.hidden), _even_routing(shape, tokens), _rows(tokens, shape.top_k)
@@ -166,7 +166,7 @@ def _experts(shape: Shape, tokens: int, choices: int) -> Probe:
 
 
 def _dispatch(shape: Shape, tokens: int, groups: ExpertGroups, rank: int) -> Probe:
-    """There and back, forward and backward, of rows that stay on their rank."""
+    """Return the probe of dispatch and combine, forward and backward, of tokens that stay on their rank."""
     world = groups.tokens.size()
     placement = everything_everywhere(contiguous_owners(shape.experts, world), world)
     plan = plan_tokens(placement, np.tile(np.arange(world) == rank, (shape.experts, 1)).astype(np.float64))
@@ -181,7 +181,7 @@ def _dispatch(shape: Shape, tokens: int, groups: ExpertGroups, rank: int) -> Pro
 
 
 def _megabyte(groups: ExpertGroups) -> Probe:
-    """To other ranks and from them, in equal parts."""
+    """Return the probe that sends a megabyte to the other ranks and receives as much, in equal parts."""
     world, rank = groups.tokens.size(), groups.tokens.rank()
     splits = [0 if peer == rank else _MEGABYTE // (world - 1) for peer in range(world)]
     send = torch.zeros(sum(splits), dtype=torch.uint8)
@@ -190,7 +190,7 @@ def _megabyte(groups: ExpertGroups) -> Probe:
 
 
 def _empty_step(shape: Shape, topology: Topology, groups: ExpertGroups) -> Probe:
-    """A step of expert parallelism without a token, and without attention."""
+    """Return the probe of a step of expert parallelism without tokens and without attention."""
     stack = Stack(shape, POLICIES["static_ep"], topology, plain_cost(shape), groups)
     stack.projections = [[] for _ in range(shape.layers)]
     none = [(_even_routing(shape, 0), _rows(0, shape.top_k)) for _ in range(shape.layers)]

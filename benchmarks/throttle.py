@@ -1,5 +1,7 @@
-"""Give a process a processor of its own, or half of one: by a cgroup's weight and quota, or, where none can be made, by stopping it half
-of the time."""
+"""Give a process a whole processor, or half of one.
+
+A cgroup's weight and quota do this, or, if none can be created, signals that stop the process half of the time.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from pathlib import Path
 
 _PERIOD_US = 10_000
 _WEIGHT = {"cpu.shares": "100000", "cpu.weight": "10000"}
-"""against whatever else runs on the machine"""
+"""the weight relative to other programs on the machine"""
 
 
 class Processor:
-    """A process's. `halve` and `free` as often as wanted, then `close`."""
+    """The processor share of a process. Call `halve` and `free` any number of times, then `close`."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid

@@ -1,9 +1,9 @@
-"""The whole trainer against moe-peft 2.0.2: full training steps of MixLoRA on the same small Llama, the same batch, one rank, one thread.
+"""Compare the whole trainer with moe-peft 2.0.2: training steps of MixLoRA on the same small Llama and batch, one rank, one thread.
 
-Each side runs in processes of its own, in turn; a sample is one step. Ours has the allocator settings that `hecate train` gives its
-ranks. Beside both stands the frozen model alone, forward and backward to its embeddings: no trainer of adapters can go below it.
+Each side runs in processes of its own, alternating, and a sample is one step. Ours has the allocator settings that `hecate train` gives
+its ranks. The frozen model alone, forward and backward to its embeddings, is timed as well, because no trainer of adapters can be faster.
 Memory is the growth of resident memory from the imported libraries to the peak of training: model, adapters, moments, activations.
-moe-peft recomputes activations unless told not to; both sides are measured with and without.
+moe-peft recomputes activations by default, so both sides are measured with and without recomputing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PEER = ("moe-peft", ["torch", "transformers>=4.44,<4.47", "accelerate", "dataset
 
 
 def make_inputs(folder: Path) -> None:
-    """A random Llama and one batch without padding, both on disk for both sides."""
+    """Write a random Llama and one batch without padding to disk, for both sides."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,11 +54,11 @@ def make_inputs(folder: Path) -> None:
 
 
 def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, checkpoint: bool) -> None:
-    """Our side, in a process of its own."""
+    """Run our side, in a process of its own."""
     import time
 
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401 - libraries are not counted as memory of the training
+    import transformers.models.llama.modeling_llama  # noqa: F401 - so that libraries do not count as memory of the training
     from safetensors.torch import load_file
 
     from hecate.data.batches import Batch
@@ -82,7 +82,7 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
     targets[:, :-1] = ids[:, 1:]
     position = torch.arange(LENGTH).expand(BATCH, LENGTH)
     with join_ranks() as ranks:
-        torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # pulls in what the first optimizer of a process imports
+        torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports what the first optimizer of a process imports
         start_bytes = _resident()
         model = load_model(ModelSource(folder, None), torch.float32, ranks.device).eval()
         head = LanguageModelHead(model)
@@ -151,7 +151,7 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
 
 
 def _base_step(model: Any, head: Any, ids: Any, targets: Any, position: Any) -> float:
-    """Seconds of a forward and backward pass through the frozen model."""
+    """Return the seconds of a forward and backward pass through the frozen model."""
     import time
 
     hook = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
@@ -240,11 +240,11 @@ def main() -> None:
     find = {(row["side"], row["dropout"], row["recompute"]): row for row in rows}
     plain, drop = DROPOUTS
     summary = {
-        # Both without recomputing, without dropout: the fastest setting of both.
+        # The fastest setting of both: without recomputing and without dropout.
         "tokens_per_s_over_moe_peft": find["hecate", plain, False]["tokens_per_s"] / find["moe-peft", plain, False]["tokens_per_s"],
         "tokens_per_s_over_moe_peft_dropout": find["hecate", drop, False]["tokens_per_s"] / find["moe-peft", drop, False]["tokens_per_s"],
         "tokens_per_s_over_moe_peft_recompute": find["hecate", drop, True]["tokens_per_s"] / find["moe-peft", drop, True]["tokens_per_s"],
-        # As each is shipped: its trainer always recomputes, ours does not unless told to.
+        # The defaults of both: its trainer always recomputes, ours only on request.
         "tokens_per_s_over_moe_peft_as_shipped": find["hecate", drop, False]["tokens_per_s"] / find["moe-peft", drop, True]["tokens_per_s"],
         "peak_memory_over_moe_peft_as_shipped": find["hecate", drop, False]["growth_mb"] / find["moe-peft", drop, True]["growth_mb"],
         "peak_memory_over_moe_peft": find["hecate", plain, False]["growth_mb"] / find["moe-peft", plain, False]["growth_mb"],
@@ -254,7 +254,7 @@ def main() -> None:
 
 
 def _check(last: dict[str, dict[str, Any]]) -> None:
-    """The two sides must train as many parameters and begin at the same loss (B is zero, so it is the base model's)."""
+    """Check that both sides train as many parameters and start at the same loss, that of the base model, because B is zero."""
     mine, peer = last["hecate"], last["moe-peft"]
     assert mine["trainable_parameters"] == peer["trainable_parameters"], (mine["trainable_parameters"], peer["trainable_parameters"])
     assert abs(mine["loss"][0] - peer["loss"][0]) < 1e-3, (mine["loss"][0], peer["loss"][0])

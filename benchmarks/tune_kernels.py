@@ -1,4 +1,4 @@
-"""Tune our kernels for the GPU at hand, over the layers of `benchmarks.kernels`, and keep what is found in `kernels/tuned`.
+"""Tune our kernels for this machine's GPU on the layers of `benchmarks.kernels`, and write the result to `kernels/tuned`.
 
 python -m benchmarks.tune_kernels [--shape 7B ...]
 """
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", choices=[shape.name for shape in SHAPES], help="only this one; may be repeated")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.tune_kernels: no GPU here; the tables of launch configurations are what runs without tuning")
+        raise SystemExit("benchmarks.tune_kernels: this machine has no GPU; without tuning, kernels use the tables of configurations")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for shape in SHAPES:
         if options.shape is None or shape.name in options.shape:
@@ -38,7 +38,7 @@ def _tune(shape: LayerShape) -> str:
 
     found = tune(step, inputs.x_TD.device)
     if not found.configs:
-        return "nothing is faster than what is in force"
+        return "nothing is faster than the current configurations"
     return f"{', '.join(found.configs)} in {save(found, torch.cuda.get_device_name())}"
 
 

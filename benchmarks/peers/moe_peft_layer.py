@@ -1,7 +1,7 @@
-"""MoE-PEFT's MixLoRA feed-forward (moe-peft 2.0.2) over the inputs of `benchmarks.kernels`.
+"""Run MoE-PEFT's MixLoRA feed-forward (moe-peft 2.0.2) on the inputs of `benchmarks.kernels`.
 
-Its own modules: `LlamaMLP` with `Lora` pairs, through `MixtralSparseMoe` and its efficient path. Of its router the linear layer is left
-out: the logits are given, so that it picks the experts and weights that all others have. Pairs are float32, as it has them.
+Its own modules are used: `LlamaMLP` with `Lora` pairs, through `MixtralSparseMoe` and its efficient path. Only the linear layer of its
+router is replaced by given logits, so that it selects the same experts and weights as all others. Pairs are float32, as in MoE-PEFT.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _ADAPTER = "bench"
 
 
 def make(inputs: Inputs, folder: Path) -> Layer:
-    """Its layer; the wheel is unpacked into `folder`. Raises ValueError for inputs that it has no layer for, ImportError, UserError."""
+    """Return its layer, from the wheel unpacked into `folder`. Raises ValueError for unsupported inputs, ImportError, UserError."""
     if inputs.base is None:
         raise ValueError("MoE-PEFT's MixLoRA has one base FFN under all experts")
-    # Read when its executors are imported.
+    # This is read when its executors are imported.
     os.environ["MOE_PEFT_EXECUTOR_TYPE"] = "CUDA" if inputs.x_TD.is_cuda else "CPU"
     pass_over_init(PACKAGE, f"{PACKAGE}.models", under=unpack(PACKAGE, folder))
     from moe_peft.adapters.mixlora.config import MixLoraConfig  # type: ignore[import-not-found]
@@ -41,7 +41,7 @@ def make(inputs: Inputs, folder: Path) -> Layer:
             "routing_strategy": "mixlora",
             "r": shape.rank,
             "lora_alpha": LORA_SCALE * shape.rank,
-            # It refuses 0; this drops nothing, at the same cost.
+            # It refuses 0; this value drops nothing, at the same cost.
             "lora_dropout": 1e-9,
             "target_modules": list(NAMES),
             "num_experts": shape.experts,

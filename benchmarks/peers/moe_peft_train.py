@@ -1,9 +1,9 @@
-"""MoE-PEFT's side of `benchmarks.train_step`: MixLoRA steps on one fixed batch, in MoE-PEFT's own virtual environment.
+"""Run MoE-PEFT's side of `benchmarks.train_step`: MixLoRA steps on one fixed batch, in MoE-PEFT's own virtual environment.
 
     .venv-peers/moe-peft/bin/python -I benchmarks/peers/moe_peft_train.py --model FOLDER --batch FILE.safetensors --out FILE.json
 
-Each step is one turn of `moe_peft.trainer.train`'s loop, through its own functions; only its dispatcher (tokens as Python
-lists) is left out, which favours it. Nothing here comes from hecate: its requirements clash with this environment's.
+Each step is one iteration of `moe_peft.trainer.train`'s loop, through its own functions. Only its dispatcher (tokens as Python lists) is
+left out, which makes it faster. This file imports nothing of hecate, whose requirements conflict with this environment's.
 """
 
 import argparse
@@ -85,14 +85,14 @@ def main() -> None:
 
 
 def _import_the_rest() -> None:
-    """Take an optimizer step on nothing: torch imports 70 MB of itself at the first one, which are not the model's."""
+    """Take an optimizer step without parameters: the first one makes torch import 70 MB, which should not count as the model's."""
     nothing = torch.nn.Parameter(torch.zeros(1))
     nothing.sum().backward()
     torch.optim.AdamW([nothing]).step()
 
 
 def _check_rope(folder: Path, theta_read: float) -> None:
-    """transformers 5 writes `rope_parameters`, which this environment's transformers passes over without a word."""
+    """Refuse a configuration with `rope_parameters` only: transformers 5 writes it, and this environment's transformers ignores it."""
     rope = json.loads((folder / "config.json").read_text()).get("rope_parameters")
     if rope and (rope.get("rope_type", "default") != "default" or rope["rope_theta"] != theta_read):
         raise SystemExit(f"{folder}/config.json: {rope} is read as theta {theta_read}. Add the keys rope_theta and rope_scaling")

@@ -1,10 +1,11 @@
-"""axolotl's scattermoe_lora (axolotl 0.19.0) over the inputs of `benchmarks.kernels`: fused Triton kernels of expert GEMM and LoRA.
+"""Run axolotl's scattermoe_lora (axolotl 0.19.0), fused Triton kernels of expert GEMM and LoRA, on the inputs of `benchmarks.kernels`.
 
-Each expert has a copy of a shared base, made beforehand. Gate and up are one product, as in its own layers; their LoRA pairs one of twice
-the rank whose B is block-diagonal, which is the same formula. It needs a GPU.
+Each expert has a copy of a shared base, made beforehand. Gate and up are one product, as in its own layers; their LoRA pairs are one pair
+of twice the rank whose B is block-diagonal, which is the same formula. It needs a GPU.
 
-Its kernels are tuned on their first call, over some hundred configurations each, compiled one after another: too long for a benchmark of
-ten minutes. Those with three stages and no block below 64 are kept, about eight of each kernel: large tiles win where there is much to do.
+Its kernels are tuned on their first call, over about a hundred configurations each, compiled one after another, which takes too long for a
+benchmark of ten minutes. Only configurations with three stages and no block below 64 are kept, about eight for each kernel, because large
+tiles are fastest for large inputs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _LIBRARY = "axolotl.integrations.kernels.libs.scattermoe_lora"
 
 
 def make(inputs: Inputs, folder: Path) -> Layer:
-    """Its layer; the wheel is unpacked into `folder`. Raises ImportError, UserError."""
+    """Return its layer, from the wheel unpacked into `folder`. Raises ImportError, UserError."""
     parents = ("axolotl", "axolotl.integrations", "axolotl.integrations.kernels", "axolotl.integrations.kernels.libs")
     pass_over_init(*parents, under=unpack(PACKAGE, folder))
     library = importlib.import_module(_LIBRARY)
@@ -76,7 +77,7 @@ def make(inputs: Inputs, folder: Path) -> Layer:
 
 
 def _pairs(inputs: Inputs) -> dict[str, Tensor]:
-    """The LoRA pairs in its layout: A [E·R, inputs] and B [outputs, E·R]."""
+    """Return the LoRA pairs in its layout: A [E·R, inputs] and B [outputs, E·R]."""
     shape = inputs.shape
     a = {name: lora.a_SrI.detach() for name, lora in inputs.loras.items()}
     b = {name: lora.b_SOr.detach() for name, lora in inputs.loras.items()}

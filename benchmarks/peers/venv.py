@@ -1,4 +1,4 @@
-"""Virtual environments of the peers whose requirements clash with ours."""
+"""Make virtual environments for peers whose requirements conflict with hecate's."""
 
 import fcntl
 import json
@@ -16,11 +16,11 @@ _HOME = Path(__file__).resolve().parents[2] / ".venv-peers"
 
 
 def peer_python(name: str, requirements: list[str], no_deps: list[str]) -> Path:
-    """The python of the virtual environment `.venv-peers/NAME` of this clone, made at the first call and kept.
+    """Return the python of the virtual environment `.venv-peers/NAME` of this checkout, which is made by the first call and kept.
 
-    `requirements` are installed in one pip call, so that pip weighs them together; `no_deps` after them, without theirs.
-    An environment made of other requirements, by another Python, or left half made is made anew. Processes that ask
-    for the same name at once wait for one another. Raises UserError when pip or venv fails.
+    `requirements` are installed in one pip call, so that pip resolves them together, and `no_deps` after them without dependencies. An
+    environment with other requirements, of another Python, or incomplete, is made again. Processes that call this for the same name at
+    the same time wait for each other. Raises UserError if pip or venv fails.
     """
     assert re.fullmatch(r"[a-z0-9-]+", name), name
     _HOME.mkdir(exist_ok=True)

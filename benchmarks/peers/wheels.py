@@ -1,8 +1,8 @@
-"""Peers that run from their wheels, unpacked beside this process's own packages: no install, and no network once they are here.
+"""Run peers from their unpacked wheels, without installing them. The network is needed only to download the wheels:
 
     python -m benchmarks.peers.wheels        downloads them into .peer-wheels
 
-Only the modules that hold a peer's layer are imported. Its packages' `__init__` modules, which pull in all of a trainer, are passed over.
+Only the modules of a peer's layer are imported. The `__init__` modules of its packages, which import a whole trainer, are skipped.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hecate.errors import UserError
 
 WHEELS = Path(__file__).resolve().parents[2] / ".peer-wheels"
 PINNED = {"moe_peft": "moe-peft==2.0.2", "axolotl": "axolotl==0.19.0"}
-"""package -> requirement"""
+"""the requirement of each package"""
 
 
 def download() -> None:
-    """Fetch the wheels that are not here yet, without what they depend on. Raises UserError if pip fails."""
+    """Download the missing wheels, without their dependencies. Raises UserError if pip fails."""
     WHEELS.mkdir(exist_ok=True)
     (WHEELS / ".gitignore").write_text("*\n")
     for package, requirement in PINNED.items():
@@ -46,10 +46,10 @@ def download() -> None:
 
 
 def unpack(package: str, folder: Path) -> Path:
-    """Unpack a peer's wheel into `folder`, which is returned. Raises UserError if the wheel is not here."""
+    """Unpack a peer's wheel into `folder` and return it. Raises UserError if the wheel has not been downloaded."""
     wheel = _wheel(package)
     if wheel is None:
-        raise UserError(f"no wheel of {PINNED[package]} in {WHEELS}; run `python -m benchmarks.peers.wheels` where there is a network")
+        raise UserError(f"no wheel of {PINNED[package]} in {WHEELS}; run `python -m benchmarks.peers.wheels` with a network connection")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     return folder
