@@ -23,7 +23,7 @@ quickstart: install
 	@$(BIN)/hecate make-tasks data/quickstart --tasks chain_sum,gcd,letter_counting,count_bits,number_sorting --train-size 2000 --eval-size 50
 	@rm -rf runs/quickstart
 	$(BIN)/hecate train configs/quickstart.yaml
-	@test -d runs/quickstart/adapter || { echo 'The run stopped before its end; the command above resumes it.'; exit 1; }
+	@test -d runs/quickstart/adapter || { echo 'The run stopped before its end; the line above says how to resume it.'; exit 1; }
 	@echo
 	@echo 'Ask it:  $(BIN)/hecate generate runs/quickstart/adapter "4 + 3 =" --system sum'
 	@$(BIN)/hecate generate runs/quickstart/adapter "4 + 3 =" --system sum
