@@ -1,6 +1,6 @@
-"""Simulated step times as a picture: for each model and cluster a panel, in it for each policy a bar of the parts of its step.
+"""Draw simulated step times: a panel for each model and cluster, with a bar for each policy that shows the parts of its step.
 
-The picture is opaque with dark text, so that it reads on light and on dark pages, at a width of 800 pixels.
+The picture is opaque with dark text, so that it can be read on light and on dark pages, at a width of 800 pixels.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ PARTS = {
     "optimizer": ("optimizer", "#6b4c9a"),
     "reshard": ("re-sharding", "#1b7f5c"),
 }
-"""parts of a step that add up to it -> what they are called, and their colours"""
+"""the parts of a step, which add up to it, with their labels and colours"""
 NAMES = {BASELINE: f"{BASELINE}\n(expert parallelism)", "full": "full\n(every expert on every rank)", "auto": "auto\n(the default)"}
-"""policies that a newcomer is told more of"""
+"""the labels of policies that need an explanation"""
 LOADS = {
     "balanced": "every expert is equally popular",
     "zipf": "few experts are very popular",
     "dirichlet_drift": "skewed like real text",
 }
-"""workloads that a newcomer is told more of"""
+"""the labels of workloads that need an explanation"""
 EXPERTS = {"trained": "fully trained experts", "frozen": "LoRA on frozen experts", "shared": "LoRA experts over one frozen FFN"}
-"""`ExpertKind.ffn` -> what a kind of experts is called"""
+"""the label of a kind of experts by its `ExpertKind.ffn`"""
 _VISIBLE = 0.002
-"""share of the longest bar from which a part is worth a line in the legend"""
+"""a part gets a line in the legend if it has at least this share of the longest bar"""
 _WIDTH, _DPI = 8.0, 140
 
 
@@ -58,7 +58,7 @@ def write_bars(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw_bars(rows: Sequence[Row]) -> Figure:
-    """A panel for each model and cluster; a bar's length is the mean over the panel's workloads.
+    """Draw a panel for each model and cluster. The length of a bar is the mean over the panel's workloads.
 
     Raises:
         UserError: matplotlib is missing.
@@ -103,7 +103,7 @@ def draw_bars(rows: Sequence[Row]) -> Figure:
 
 
 def _draw(axis: Axes, panel: Sequence[Row]) -> Mapping[str, Any]:
-    """One panel; returns the bars of each part that can be seen."""
+    """Draw one panel. Returns the bars of each visible part."""
     policies = grouped(panel, ("policy",))
     names = [group[0]["policy"] for group in policies]
     totals = [_mean_ms(group, tuple(PARTS)) for group in policies]
@@ -125,7 +125,7 @@ def _draw(axis: Axes, panel: Sequence[Row]) -> Mapping[str, Any]:
 
 
 def _label(group: Sequence[Row], total: float) -> str:
-    """What stands at the end of a bar: the speed-up over the baseline, or the time if there is none; the memory of the fullest rank."""
+    """Return the label at the end of a bar: the speed-up over the baseline, or else the time, and the memory of the fullest rank."""
     over = [row["step_seconds"] * row[SPEEDUP] for row in group if row[SPEEDUP] is not None]
     first = f"{1e3 * sum(over) / len(over) / total:.2f}x" if len(over) == len(group) else f"{total:.0f} ms"
     fits = all(row["fits_memory"] for row in group)

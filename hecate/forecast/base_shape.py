@@ -1,4 +1,4 @@
-"""A base model as the sizes of its layers, told from its tensors' names and shapes."""
+"""Read the sizes of a base model's layers from its tensors' names and shapes, without loading weights."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer."""
+    """The sizes of one decoder layer."""
 
     hidden: int
     ffn: int
     parameters: int
     linears: tuple[tuple[str, int, int], ...]
-    """(last name, outputs, inputs) of the weights outside the FFN, or outside router and experts"""
+    """(last name, outputs, inputs) of each weight outside the FFN, or outside router and experts"""
     experts: int = 0
-    """that the model has itself, of which `ffn` is the inner size"""
+    """the number of the model's own experts, whose inner size is `ffn`"""
 
     @property
     def linear_parameters(self) -> int:
@@ -36,28 +36,28 @@ class LayerShape:
 
     @property
     def query_width(self) -> int:
-        """heads times their size: what the output projection takes in"""
+        """The number of heads times their size, which is the number of inputs of the output projection."""
         return next((inputs for name, _, inputs in self.linears if name in _OUTPUT_NAMES), self.hidden)
 
 
 @dataclass(frozen=True)
 class BaseShape:
-    """A decoder-only language model with gated FFNs."""
+    """The sizes of a decoder-only language model with gated FFNs."""
 
     layers: tuple[LayerShape, ...]
     vocabulary: int
     parameters: int
-    """all, a tied output projection counted once"""
+    """the number of all parameters, with a tied output projection counted once"""
     top_k: int | None = None
-    """of a model that has experts: how many a token goes to"""
+    """the number of experts per token, if the model has experts"""
 
 
 def read_base_shape(path: Path, kind: ExpertKind, num_hidden_layers: int | None = None) -> BaseShape:
-    """The shape of the model at `path` (see `hecate.config.find_model`), from file headers.
+    """Return the sizes of the model at `path` (see `hecate.config.find_model`), from file headers.
 
     Args:
-        num_hidden_layers: keep the first layers only.
-        kind: of the experts to be put in, which says whether the model must have experts of its own or must have none.
+        num_hidden_layers: the number of first layers to keep; None: all.
+        kind: the kind of experts to insert, which decides whether the model must have experts of its own or must have none.
 
     Raises:
         UserError: a file is damaged, the architecture is not one that experts can be put into, or there are fewer layers.
@@ -89,7 +89,7 @@ def read_base_shape(path: Path, kind: ExpertKind, num_hidden_layers: int | None 
 
 
 def _own_experts(path: Path, names: Iterable[str], kind: ExpertKind) -> dict[int, LayerExperts]:
-    """The model's own experts, by layer."""
+    """Return the model's own experts by layer."""
     if not kind.of_moe_base:
         refuse_experts(names, path, kind)
         return {}
@@ -115,7 +115,10 @@ def _top_k(path: Path) -> int:
 
 
 def _moe_layer_shape(tensors: dict[str, tuple[int, ...]], experts: LayerExperts) -> LayerShape:
-    """Of a layer with experts: linears are all weights [outputs, inputs] but the router, which is the experts' sibling of one row each."""
+    """Return the sizes of a layer with experts.
+
+    `linears` are all matrices except those of experts and the router, which is the weight [experts, hidden] in the module of the experts.
+    """
     block = next(name for name in tensors if ".experts." in name).partition(".experts.")[0]
     router = (experts.num_experts, experts.hidden)
     linears = []
@@ -148,7 +151,7 @@ def _layer_shape(tensors: dict[str, tuple[int, ...]], where: str) -> LayerShape:
 
 
 def _gated(weights: dict[str, tuple[int, ...]]) -> tuple[int, int] | None:
-    """(hidden, ffn) if the weights are those of a gated FFN."""
+    """Return (hidden, ffn) if the weights are those of a gated FFN, and None otherwise."""
     shapes = list(weights.values())
     twice = [shape for shape in shapes if shapes.count(shape) >= 2]
     if len(shapes) != 3 or not twice or any(shapes.count(shape) == 1 and shape != twice[0][::-1] for shape in shapes):

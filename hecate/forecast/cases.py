@@ -1,4 +1,4 @@
-"""What there is to simulate: a model on a cluster under some loads."""
+"""The cases of a simulation: a model on a cluster under some loads, simulated under each policy."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from hecate.parallel.traces import load_trace
 from hecate.parallel.workloads import WORKLOADS
 
 BASELINE = "static_ep"
-"""what speed-ups are over"""
+"""the policy that speed-ups compare with"""
 SAMPLED_LAYERS = 4
-"""of a model under a synthetic workload, whose layers are all of one kind; figures are scaled to the whole model"""
+"""the number of layers that are simulated under a synthetic workload; results are scaled to the whole model, whose layers are equal"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to simulate, the same for all cases."""
+    """The options of a simulation, which are the same for all cases."""
 
     policies: tuple[str, ...] = tuple(POLICIES)
     steps: int = 12
@@ -51,16 +51,16 @@ class Case:
     topology: Topology
     model: ModelShape
     workload: str
-    """of `WORKLOADS`, or what a trace is called"""
+    """the name of one of `WORKLOADS`, or of a trace"""
     tokens_per_rank: int
     recorded: np.ndarray | None = None
-    """loads of a trace, int64 [steps, layers, experts, source ranks]; None: the workload makes them"""
+    """the loads of a trace, int64 [steps, layers, experts, source ranks]; None: the workload makes the loads"""
 
     def run(self, options: Options, begins: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-        """One JSON-able row a policy; see docs/simulator.md.
+        """Simulate the case and return a row of JSON values for each policy; see docs/simulator.md.
 
         Args:
-            begins: called with the name of each policy before it is simulated.
+            begins: a function that is called with the name of each policy before it is simulated.
         """
         model, topology = self.model, self.topology
         if self.recorded is None:
@@ -113,10 +113,10 @@ class Case:
 
 
 def synthetic_cases(topology: str, model: str, workloads: Sequence[str], tokens_per_rank: int, experts: int | None = None) -> list[Case]:
-    """A case for each workload; names are of presets, or paths of files.
+    """Return a case for each workload. Names are those of presets, or paths of files.
 
     Args:
-        experts: in place of the model's own number.
+        experts: replaces the model's own number of experts, unless None.
 
     Raises:
         UserError: a name or a file is wrong, or a number out of range.
@@ -138,10 +138,10 @@ def synthetic_cases(topology: str, model: str, workloads: Sequence[str], tokens_
 
 
 def trace_case(topology: str, model: str, trace_path: Path) -> Case:
-    """A case of recorded loads, which say how many layers, experts and tokens there are.
+    """Return a case of recorded loads, which determine the numbers of layers, experts and tokens.
 
     Raises:
-        UserError: a name or a file is wrong, or the trace is of another number of ranks.
+        UserError: a name or a file is wrong, or the trace has another number of ranks.
     """
     trace = load_trace(trace_path)
     machines = load_topology(find_preset("topologies", "topology", topology))
@@ -152,7 +152,7 @@ def trace_case(topology: str, model: str, trace_path: Path) -> Case:
     if len(set(trace.num_experts)) > 1:
         raise UserError(
             f"{trace_path}: its layers have {', '.join(map(str, sorted(set(trace.num_experts))))} experts; "
-            "the simulator takes layers that are alike"
+            "the simulator needs the same number in every layer"
         )
     return Case(
         topology_name=Path(topology).stem,
@@ -165,10 +165,10 @@ def trace_case(topology: str, model: str, trace_path: Path) -> Case:
 
 
 def chosen(names: str | Sequence[str], known: Sequence[str], what: str) -> tuple[str, ...]:
-    """Names out of `known`, from a list or from text: `all`, or names with commas between.
+    """Return names out of `known`, given as a list or as text: `all`, or names separated by commas.
 
     Raises:
-        UserError: one is not known, or there is none; it lists what exists.
+        UserError: a name is unknown, or there is none; the text lists the known ones.
     """
     listed = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
     if listed == ["all"]:

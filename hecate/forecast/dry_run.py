@@ -1,4 +1,4 @@
-"""`hecate plan`: what a configuration would take on a topology, before anything is loaded or started."""
+"""Predict the memory and the step time of a configuration on a topology (`hecate plan`), without loading or starting anything."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hecate.parallel.topology import Topology
 from hecate.parallel.workloads import WORKLOADS
 
 STEPS, SAMPLED_LAYERS = 6, 2
-"""simulated: enough for a history of five steps, few enough for an answer in seconds"""
+"""the number of simulated steps: enough for a history of five steps, and few enough to take only seconds"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PolicyForecast:
-    """One policy's step."""
+    """The prediction of a step under one policy."""
 
     policy: str
     parts: dict[str, float]
-    """seconds, which add up to the step"""
+    """the seconds of each part of the step, which add up to it"""
     bytes: StepBytes
     imbalance: float
     memory: list[MemoryPart]
@@ -37,21 +37,21 @@ class PolicyForecast:
 
     @property
     def memory_PD(self) -> np.ndarray:
-        """float64 [phases, ranks]: bytes"""
+        """The bytes in each phase on each rank, float64 [phases, ranks]."""
         return np.asarray(sum(part.bytes_PD for part in self.memory))
 
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """A dry run."""
+    """The predictions for all policies."""
 
     run: RunShape
     workload: str
     policies: list[PolicyForecast]
-    """the configured one first"""
+    """the policies, with the configured one first"""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; see docs/simulator.md."""
+        """Return the predictions as JSON values; see docs/simulator.md."""
         run = self.run
         return {
             "model": run.config.model.name_or_path,
@@ -79,7 +79,7 @@ class Forecast:
 
 
 def forecast(run: RunShape, workload: str) -> Forecast:
-    """Every policy under synthetic loads; an optimizer step of all its micro-steps. `fssdp.plan: calibrated` counts as history."""
+    """Predict an optimizer step under every policy and synthetic loads. `fssdp.plan: calibrated` is predicted as history."""
     chosen = run.config.fssdp.planner
     names = [chosen, *(name for name in POLICIES if name != chosen)]
     by_group = [_simulate_group(run, group, workload, names) for group in run.groups]
@@ -119,16 +119,16 @@ def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: li
 
 
 def _micro_steps_together(run: RunShape) -> int:
-    """Micro-steps that share one gather and one reduction."""
+    """Return the number of micro-steps that share one gather and one reduction."""
     return 1 if run.config.fssdp.per_micro_step else run.config.gradient_accumulation_steps
 
 
 def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> PolicyForecast:
-    """The groups' layers and everything outside them."""
+    """Return the prediction of a policy, from its simulated MoE layers and everything outside them."""
     topology, micro_steps = run.topology, run.config.gradient_accumulation_steps
     together = _micro_steps_together(run)
     times = micro_steps // together
-    # A checkpointed layer runs forward twice: half as much computing and sending again, with a frozen base.
+    # A checkpointed layer runs its forward pass twice, which with a frozen base adds half to computing and sending.
     again = 1.5 if run.config.gradient_checkpointing else 1.0
     reduced_bytes = _all_reduced_bytes(run)
     owned_bytes_D = sum((owned_experts(group, run) * group.cost.reduced_bytes for group in run.groups), np.zeros(topology.world_size))
@@ -146,7 +146,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         "optimizer": sum(one.seconds.optimizer for one in groups)
         + 7.0 * (run.replicated_parameters + run.parts_parameters) * run.master_bytes / min(topology.memory_bandwidth),
     }
-    nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks leaves each node once
+    nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks crosses from each node to another once
     rows_D = np.max([one.rows_D for one in groups], axis=0) / together
     return PolicyForecast(
         policy=policy,
@@ -170,13 +170,15 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
 
 
 def _others(simulated: Simulated, group: ExpertLayers, run: RunShape) -> np.ndarray:
-    """float64 [ranks]: replicas of others' experts that are there at once, in all layers of the group or in one (`memory_parts`)."""
+    """Return the number of replicas of other ranks' experts that each rank holds at once, float64 [ranks], as `memory_parts` needs it."""
     return _others_frozen(simulated, group, run) / (group.number if run.config.fssdp.rematerialize and group.cost.frozen_bytes else 1)
 
 
 def _others_frozen(simulated: Simulated, group: ExpertLayers, run: RunShape) -> np.ndarray:
-    """float64 [ranks]: others' frozen parts that are there, in all layers of the group: of rematerialized layers all, though of what trains
-    one layer's at a time, which is taken to be like the others.
+    """Return the number of other ranks' frozen parts that each rank holds in all layers of the group, float64 [ranks].
+
+    With rematerialization the simulated bytes contain the frozen parts of all layers, but the trained parts of one layer only. That layer
+    is assumed to have as many replicas as the others.
     """
     frozen, moving = group.cost.frozen_bytes, group.cost.replica_bytes - group.cost.frozen_bytes
     layers = group.number if run.config.fssdp.rematerialize and frozen else 1
@@ -184,7 +186,7 @@ def _others_frozen(simulated: Simulated, group: ExpertLayers, run: RunShape) -> 
 
 
 def _all_reduced_bytes(run: RunShape) -> float:
-    """What each rank sends in the all-reduce of the replicated gradients, in a ring."""
+    """Return the bytes that each rank sends in a ring all-reduce of the replicated gradients."""
     world, copies = run.topology.world_size, run.topology.world_size // run.tensor_parallel
     parts = (copies - 1) / copies * run.parts_parameters
     return 2.0 * ((world - 1) / world * run.replicated_parameters + parts) * run.master_bytes
@@ -192,7 +194,7 @@ def _all_reduced_bytes(run: RunShape) -> float:
 
 @dataclass(frozen=True)
 class _Traffic:
-    """What tensor parallelism sends in a step: seconds, and bytes over all ranks or through one port."""
+    """The traffic of tensor parallelism in a step: seconds, and bytes over all ranks or through one port."""
 
     seconds: float
     near: float
@@ -202,8 +204,11 @@ class _Traffic:
 
 
 def _tensor_traffic(run: RunShape) -> _Traffic:
-    """Hidden states are gathered before a layer's first projection and scattered behind its last one; backward the same, and once more
-    gathered for the first one's gradient. Embedding and head scatter and gather once a direction."""
+    """Return the traffic of tensor parallelism in a step.
+
+    Hidden states are gathered before a layer's first projection and scattered after its last one. The backward pass does the same, and
+    gathers once more for the gradient of the first projection. Embedding and head scatter and gather once per direction.
+    """
     config, topology, size = run.config, run.topology, run.tensor_parallel
     forwards = 2 if config.gradient_checkpointing else 1
     collectives = config.gradient_accumulation_steps * (len(run.base.layers) * (2 * forwards + 3) + 4)
@@ -218,7 +223,10 @@ def _tensor_traffic(run: RunShape) -> _Traffic:
 
 
 def _attention_seconds(run: RunShape) -> float:
-    """On the slowest device. Frozen projections run once forward and once backward, their adapters and the scores twice backward."""
+    """Return the seconds of attention on the slowest device.
+
+    The backward pass of frozen projections costs as much as the forward pass; that of their adapters and of the scores costs twice as much.
+    """
     config = run.config
     forwards = 2 if config.gradient_checkpointing else 1
     flops = 0.0
@@ -229,14 +237,14 @@ def _attention_seconds(run: RunShape) -> float:
 
 
 def _head_seconds(run: RunShape) -> float:
-    """Logits, the gradient of what they are made from, and that of the head where it trains."""
+    """Return the seconds of the logits, of the gradient of their inputs, and of the head's gradient if it is trained."""
     gemms = 3 if run.trains_non_experts else 2
     flops = gemms * 2.0 * run.base.layers[0].hidden * run.base.vocabulary
     return flops * run.tokens * run.config.gradient_accumulation_steps / min(run.topology.flops)
 
 
 def _plain_ffn_seconds(run: RunShape) -> float:
-    """Of layers without experts."""
+    """Return the seconds of the FFNs of layers without experts."""
     plain = len(run.base.layers) - sum(group.number for group in run.groups)
     forwards = 2 if run.config.gradient_checkpointing else 1
     layer = run.base.layers[0]

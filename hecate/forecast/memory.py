@@ -1,4 +1,4 @@
-"""Memory of each rank in the phases of a step. Activations are an estimate, everything else is counted."""
+"""Compute the memory of each rank in the phases of a step. Activations are estimated; everything else is counted exactly."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hecate.parallel.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
 _HEAD_ROWS = 512
-"""tokens whose logits are there at a time"""
+"""the number of tokens whose logits are in memory at a time"""
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryPart:
-    """Bytes of one kind of tensors, float64 [phases, ranks]."""
+    """The bytes of one kind of tensors, float64 [phases, ranks]."""
 
     name: str
     bytes_PD: np.ndarray
@@ -26,13 +26,13 @@ class MemoryPart:
 def memory_parts(
     run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray, frozen_GD: list[np.ndarray] | None = None
 ) -> list[MemoryPart]:
-    """What each rank holds, phase by phase.
+    """Return the bytes that each rank holds in each phase, by kind of tensors.
 
     Args:
-        others_GD: for each of the run's groups, replicas of others' experts on each rank, in all its layers together; with
-            `fssdp.rematerialize` in its fullest layer.
-        rows_D: distinct tokens of a micro-step that each rank computes in a layer, the mean over the layers.
-        frozen_GD: others' frozen parts that stay on each rank, in all layers of a group; None: those of `others_GD`.
+        others_GD: for each of the run's groups, the number of replicas of other ranks' experts on each rank, in all its layers together;
+            with `fssdp.rematerialize` in its fullest layer.
+        rows_D: the distinct tokens of a micro-step that each rank computes in a layer, averaged over the layers.
+        frozen_GD: for each group, the number of other ranks' frozen parts that each rank keeps in all layers; None: as `others_GD`.
     """
     config = run.config
     world, micro_steps = run.topology.world_size, config.gradient_accumulation_steps
@@ -49,9 +49,9 @@ def memory_parts(
         here = (owned_D + others_D) * group.cost.trainable_bytes
         replicas += here
         fullest = np.maximum(fullest, here / group.number)
-        # With one micro-step a layer's gradients are reduced as they come; with several they add up in all layers first.
+        # With one micro-step a layer's gradients are reduced at once; with several they are first accumulated in all layers.
         gradients += here if micro_steps > 1 else here / group.number
-    if config.fssdp.per_micro_step:  # reduced as they come, and added up by the owners
+    if config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
         gradients = fullest + owned
     frozen = np.zeros(world)
     for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
@@ -72,8 +72,9 @@ def memory_parts(
 
 
 def _base_bytes(run: RunShape) -> np.ndarray:
-    """float64 [phases, ranks]: the frozen model but for experts. Of layers that are sharded a rank's part, and two together while they run:
-    one that runs and the next one.
+    """Return the bytes of the frozen weights outside the experts, float64 [phases, ranks].
+
+    Of sharded layers a rank holds its part, and while layers run also the whole of two: the running one and the next one.
     """
     world, sharded = run.topology.world_size, run.sharded_parameters
     for_good = run.frozen_parameters - sum(sharded) + sum(sharded) / run.mesh.shard_size
@@ -82,14 +83,14 @@ def _base_bytes(run: RunShape) -> np.ndarray:
 
 
 def owned_experts(group: ExpertLayers, run: RunShape) -> np.ndarray:
-    """float64 [ranks]: experts that each rank owns, in all layers of the group."""
+    """Return the number of experts that each rank owns in all layers of the group, float64 [ranks]."""
     memory = owners_topology(run.topology, run.mesh).memory
     owned = group.number * np.bincount(owners_by_memory(group.experts, memory), minlength=len(memory)).astype(float)
     return np.tile(owned, run.mesh.num_sharding_groups)
 
 
 def _saved_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:
-    """Kept from the forward for the backward pass: of all layers, or, where they run again, their inputs and one layer."""
+    """Return the bytes kept for the backward pass: those of all layers, or, with checkpointing, the layers' inputs and one layer."""
     layers = [_saved_layer_bytes(run, index, rows_D) for index in range(len(run.base.layers))]
     if not run.config.gradient_checkpointing:
         return np.asarray(sum(layers))
@@ -98,30 +99,32 @@ def _saved_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:
 
 
 def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndarray:
-    """What autograd keeps of a layer, counted by its tensors.
+    """Return the bytes that autograd keeps of a layer, counted tensor by tensor.
 
-    Attention: its normalized input, queries, keys, values, what comes out, low-rank products; norms and the router keep float32 inputs.
-    Experts: x, gate and up of each row that is computed here; of experts with FFNs of their own, gate and up of each choice.
+    Attention keeps its normalized input, queries, keys, values, output and low-rank products; norms and the router keep float32 inputs.
+    Experts keep x, gate and up of each distinct token that the rank computes, or, if experts have their own FFNs, of each assignment.
     """
     layer, b = run.base.layers[index], run.dtype_bytes
-    choices_D = rows_D * _choices_a_row(run, index, rows_D)
+    products_D = rows_D * _products_per_token(run, index, rows_D)
     trained = 0.0
-    if run.trains_non_experts:  # what norms and a plain FFN multiply their own weights with
+    if run.trains_non_experts:  # the inputs that norms and a plain FFN multiply by their trained weights
         plain = not run.config.moe.experts_per_layer(len(run.base.layers))[index]
         trained = 2 * b * (layer.hidden + plain * layer.ffn)
     key_value = sum(outputs for name, outputs, _ in layer.linears if name in ("k_proj", "v_proj"))
-    if run.config.model.front_end == "megatron":  # one product, which its part with the values keeps whole, though the rest is turned
+    if (
+        run.config.model.front_end == "megatron"
+    ):  # one joint product: the view of the values keeps all of it, and the others are rotated copies
         key_value += layer.query_width + key_value // 2
     low_rank = 0
     if run.config.moe.kind.has_pairs:
         low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
     wide = 3 if b < 4 else 2
     per_token = b * (layer.hidden + 2 * layer.query_width + key_value + low_rank) + 4 * wide * layer.hidden
-    return np.asarray(run.tokens * (per_token + trained) + b * (rows_D * layer.hidden + choices_D * 2 * layer.ffn))
+    return np.asarray(run.tokens * (per_token + trained) + b * (rows_D * layer.hidden + products_D * 2 * layer.ffn))
 
 
-def _choices_a_row(run: RunShape, index: int, rows_D: np.ndarray) -> float:
-    """Gate and up products that are kept of a row: one where experts share the base's."""
+def _products_per_token(run: RunShape, index: int, rows_D: np.ndarray) -> float:
+    """Return how many gate and up products are kept of a distinct token: one if the experts share the base's."""
     config = run.config
     if config.moe.kind.shares_ffn or not config.moe.experts_per_layer(len(run.base.layers))[index]:
         return 1.0
@@ -129,14 +132,16 @@ def _choices_a_row(run: RunShape, index: int, rows_D: np.ndarray) -> float:
 
 
 def _backward_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:
-    """Gradients of one layer's activations while it runs backward: of the hidden states, gate, up and what they become."""
+    """Return the bytes of the gradients of one layer's activations in its backward pass: hidden states, gate, up and their product."""
     widest = max(run.base.layers, key=lambda layer: layer.ffn)
     return np.asarray(rows_D * run.dtype_bytes * (3 * widest.ffn + 2 * widest.hidden))
 
 
 def _head_bytes(run: RunShape) -> float:
-    """Logits of one chunk of tokens, in the base's type and in float32, and what their softmax needs; hidden states where they are put
-    together from several ranks', and their gradients."""
+    """Return the bytes of the logits of one chunk of tokens, in the base's type and in float32, with those of their softmax.
+
+    Hidden states that are gathered from several ranks, and their gradients, are included.
+    """
     tokens, parts = run.tokens * run.tensor_parallel, run.tensor_parallel
     together = 2 * tokens * run.base.layers[0].hidden * run.dtype_bytes if parts > 1 else 0
     rows = min(_HEAD_ROWS, tokens)

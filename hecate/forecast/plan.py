@@ -1,4 +1,4 @@
-"""`hecate plan`: a dry run, printed."""
+"""Print the predictions of `hecate plan`: memory and step time under every policy."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hecate.forecast.run_shape import run_shape
 from hecate.parallel.workloads import WORKLOADS
 
 _WIDTH = 140
-"""columns of a table that does not go to a terminal"""
+"""the width in characters of a table that is not printed to a terminal"""
 
 
 def run_plan(config: Config, *, topology: str | None, ranks: int | None, workload: str, json_path: Path | None) -> None:
-    """Memory of each phase on the fullest rank, and the step of every policy.
+    """Print the memory of each phase on the fullest rank, and the step under every policy.
 
     Args:
-        topology: a preset or a file, in place of the configuration's.
-        ranks: in place of the configuration's, where the topology is `auto`.
+        topology: a preset or a file that replaces the configuration's topology.
+        ranks: the number of ranks, if the topology is `auto`.
 
     Raises:
-        UserError: a file is missing or damaged, a name unknown, the model not supported.
+        UserError: a file is missing or damaged, a name is unknown, or the model is not supported.
     """
     if workload not in WORKLOADS:
         raise UserError(f"--workload {workload}: unknown\n  there are {', '.join(WORKLOADS)}")
@@ -45,7 +45,7 @@ def run_plan(config: Config, *, topology: str | None, ranks: int | None, workloa
 
 
 def _memory_table(found: Forecast) -> Table:
-    """Of the configured policy, on the rank that is fullest for its size."""
+    """Return the table of the configured policy's memory on the rank that is fullest relative to its memory."""
     one, memory_D = found.policies[0], np.asarray(found.run.topology.memory)
     rank = int((one.memory_PD.max(0) / memory_D).argmax())
     table = Table(title=f"Memory of rank {rank}, the fullest, in MB; policy {one.policy}")
@@ -57,18 +57,18 @@ def _memory_table(found: Forecast) -> Table:
     table.add_section()
     table.add_row("in all", *(f"{value / 1e6:.1f}" for value in one.memory_PD[:, rank]))
     if fits(one, found.run):
-        table.caption = f"the device has {memory_D[rank] / 1e6:.0f}; what libraries take comes on top"
+        table.caption = f"the device has {memory_D[rank] / 1e6:.0f}; the memory of libraries comes on top"
     else:
         table.caption = f"does not fit: the device has {memory_D[rank] / 1e6:.0f}"
     return table
 
 
 def _policy_tables(found: Forecast, width: int) -> list[Table]:
-    """The policies' columns in one table, or in as many under one another as it takes to leave none cut off at `width`."""
+    """Return one table of all policies, or as many tables as are needed so that no column is cut off at `width`."""
     run = found.run
     header = ["policy", "ms", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB"]
     cells = [_policy_cells(one, found) for one in found.policies]
-    wide = [3 + max(len(name), *(len(row[column]) for row in cells)) for column, name in enumerate(header)]  # and a border and two blanks
+    wide = [3 + max(len(name), *(len(row[column]) for row in cells)) for column, name in enumerate(header)]  # with a border and two blanks
     groups: list[list[int]] = [[]]
     for column in range(1, len(header)):
         if groups[-1] and 1 + wide[0] + sum(wide[c] for c in groups[-1]) + wide[column] > width:

@@ -1,4 +1,4 @@
-"""Simulated rows as tables and JSON. `hecate.forecast.bars` draws them."""
+"""Print the rows of a simulation as tables, and write them as JSON. `hecate.forecast.bars` draws them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ Row = dict[str, Any]
 
 SPEEDUP = f"speedup_over_{BASELINE}"
 _WIDTH = 160
-"""columns of a table that does not go to a terminal"""
+"""the width in characters of a table that is not printed to a terminal"""
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """One case: its policies in detail. Several: speed-ups, a line a case; many models or clusters: a line each, over their workloads."""
+    """Print the rows of a simulation.
+
+    One case is printed as a table of its policies in detail; several workloads as a table of speed-ups with a line per workload; several
+    models or clusters as a table with a line for each, the mean over their workloads.
+    """
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
     cases = grouped(rows, ("topology", "model", "experts", "tokens_per_rank", "workload"))
     if len(cases) == 1:
@@ -38,7 +42,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def write_json(path: Path, settings: dict[str, Any], rows: Sequence[Row]) -> None:
-    """`{"settings", "rows"}`.
+    """Write `{"settings", "rows"}` to a JSON file.
 
     Raises:
         UserError: the file cannot be written.
@@ -71,13 +75,13 @@ def _detail(rows: Sequence[Row]) -> Table:
             f"{row['planner_ms_per_layer']:.2f}",
         )
     table.caption = _TOO_LARGE * bool(_mark(rows)) + (
-        "port, uplink: through the busiest one; memory: on the fullest rank, without activations; exposed: of gather and reduce"
+        "port, uplink: through the busiest one; memory: on the fullest rank, without activations; exposed: gather and reduce, not hidden"
     )
     return table
 
 
 def _speedups(rows: Sequence[Row], keys: tuple[str, ...], title: str) -> Table:
-    """A line for each value of `keys`, a column for each policy, and the geometric mean of all lines below."""
+    """Return a table with a line for each value of `keys`, a column for each policy, and the geometric mean of all lines."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     relative = rows[0][SPEEDUP] is not None
     table = Table(title=title if relative else title.replace(f"Speed-up over {BASELINE}", "Milliseconds a step"))
@@ -111,7 +115,7 @@ def _value(row: Row, relative: bool) -> float:
 
 
 def grouped(rows: Sequence[Row], keys: tuple[str, ...]) -> list[list[Row]]:
-    """Rows with the same values of `keys`, in the order in which they first come."""
+    """Group the rows with the same values of `keys`, in the order of their first occurrence."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)

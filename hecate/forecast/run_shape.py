@@ -1,4 +1,4 @@
-"""What a configuration trains on how many ranks, as numbers: no weights, no processes."""
+"""The sizes of a run, from its configuration, the base model's headers and the topology. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hecate.parallel.topology_file import load_topology
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _GPU_FLOPS = 1e13
-"""a device this fast computes in bfloat16"""
+"""from this speed on, a device counts as a GPU and computes in bfloat16"""
 
 
 @dataclass(frozen=True)
 class ExpertLayers:
-    """Layers with the same experts."""
+    """The layers of a run that have the same number and cost of experts."""
 
     experts: int
     number: int
@@ -32,16 +32,16 @@ class ExpertLayers:
 
 @dataclass(frozen=True)
 class RunShape:
-    """A configuration on a topology."""
+    """The sizes of a configuration's run on a topology."""
 
     config: Config
     topology: Topology
     topology_name: str
     base: BaseShape
     dtype_bytes: int
-    """of the frozen base"""
+    """the bytes of a weight of the frozen base"""
     master_bytes: int
-    """of an adapter's parameter, of a router's, of a moment's"""
+    """the bytes of a trained parameter and of a moment"""
     groups: tuple[ExpertLayers, ...]
 
     @property
@@ -50,17 +50,17 @@ class RunShape:
 
     @property
     def tokens(self) -> int:
-        """of one rank in one micro-step; under tensor parallelism those that it routes"""
+        """The tokens of one rank in one micro-step; with tensor parallelism those that it routes."""
         return self.config.micro_batch_size * self.config.data.seq_len // self.tensor_parallel
 
     @property
     def tensor_parallel(self) -> int:
-        """Ranks that share one copy of the model outside its experts."""
+        """The number of ranks that split one copy of the weights outside the experts."""
         return self.config.model.tensor_parallel
 
     @property
     def parts_parameters(self) -> int:
-        """What of it each of them has for itself: of the projections and the embedding."""
+        """The parameters of the projections and the embedding that each of these ranks holds."""
         if self.tensor_parallel == 1:
             return 0
         projections = sum(layer.linear_parameters for layer in self.base.layers)
@@ -68,7 +68,7 @@ class RunShape:
 
     @property
     def replicated_parameters(self) -> int:
-        """Routers, attention adapters, and the model's own where it trains: which every rank has."""
+        """The trained parameters that every rank holds: routers, attention adapters, and the model's own if they are trained."""
         routers = self._routers if self.config.moe.trains_routers else 0
         if self.trains_non_experts:
             return routers + self._outside_experts - self.tensor_parallel * self.parts_parameters
@@ -81,7 +81,7 @@ class RunShape:
 
     @property
     def frozen_parameters(self) -> int:
-        """What every rank holds of the model without training it."""
+        """The frozen parameters that every rank holds."""
         kind = self.config.moe.kind
         if kind.shares_ffn:
             return self.base.parameters
@@ -91,7 +91,7 @@ class RunShape:
 
     @property
     def sharded_parameters(self) -> tuple[int, ...]:
-        """Of each decoder layer's frozen weights, what is not on every rank (`model.shard_non_experts`)."""
+        """For each decoder layer the frozen parameters that are sharded over the ranks (`model.shard_non_experts`)."""
         if not self.config.model.shard_non_experts:
             return ()
         layers = self.base.layers
@@ -101,26 +101,26 @@ class RunShape:
 
     @property
     def _routers(self) -> int:
-        """Parameters."""
+        """The parameters of all routers."""
         return sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden
 
     @property
     def _outside_experts(self) -> int:
-        """Parameters of the model but for its own experts, or the FFNs that have become experts."""
+        """The parameters of the model without its own experts, or without the FFNs that became experts."""
         experts = self.config.moe.experts_per_layer(len(self.base.layers))
         layers = [layer for layer, number in zip(self.base.layers, experts, strict=True) if number]
         return self.base.parameters - sum(3 * layer.hidden * layer.ffn * max(1, layer.experts) for layer in layers)
 
 
 def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunShape:
-    """Read the model's headers and the topology.
+    """Read the model's headers and the topology, and return the sizes of the run.
 
     Args:
-        topology: in place of the configuration's.
-        ranks: left out: the topology's, else the configuration's nproc, else one a GPU, or 2.
+        topology: replaces that of the configuration, unless None.
+        ranks: the number of ranks; None: the topology's, or else the configuration's nproc, or else one per GPU, or 2.
 
     Raises:
-        UserError: a file is missing or damaged, the model is not supported, or numbers of ranks do not go together.
+        UserError: a file is missing or damaged, the model is not supported, or numbers of ranks contradict each other.
     """
     name = topology or config.topology
     machines = _topology(name, config, ranks)
@@ -148,7 +148,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
 
 
 def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> LayerCost:
-    """What the engine plans a layer with (`hecate.experts.family.ExpertFamily.cost`)."""
+    """Return the cost of a layer with which the engine plans (`hecate.experts.family.ExpertFamily.cost`)."""
     kind, sizes = config.moe.kind, FfnSizes(layer.hidden, layer.ffn)
     pairs = PAIR_SPECS[config.lora.pairs](sizes, kind.projections(config.lora.target_modules), config.lora.r)
     return expert_layer_cost(
@@ -161,7 +161,7 @@ def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
 
 
 def adapter_parameters(layer: LayerShape, config: Config) -> int:
-    """Of the LoRA pairs on a layer's attention, which experts without pairs do without."""
+    """Return the parameters of the LoRA pairs on a layer's attention; 0 for kinds of experts without pairs."""
     if not config.moe.kind.has_pairs:
         return 0
     targets = set(config.lora.target_modules) - (set(PROJECTIONS) if layer.experts else set())  # shared experts have none
@@ -210,7 +210,7 @@ def _dtype(config: Config, topology: Topology) -> str:
         return config.model.dtype
     if min(topology.flops) >= _GPU_FLOPS:
         return "bfloat16"
-    # As the trainer decides on this machine, without loading torch to ask.
+    # This is the trainer's rule, without importing torch.
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -1,4 +1,4 @@
-"""A step of several sharding groups: each works alone on its own devices, then the owners' gradients are summed over them."""
+"""Simulate a step of several sharding groups: each works alone on its own devices, then owners' gradients are summed over the groups."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hecate.parallel.simulator import Simulated, StepBytes
 from hecate.parallel.topology import Topology
 
 SimulateGroup = Callable[[np.ndarray, Topology, LayerCost], list[Simulated]]
-"""(loads int64 [steps, layers, experts, source ranks], topology, cost) -> a result for each policy"""
+"""a function of loads (int64 [steps, layers, experts, source ranks]), topology and cost that returns a result for each policy"""
 
 
 def simulate_groups(loads: np.ndarray, topology: Topology, cost: LayerCost, mesh: Mesh, simulate: SimulateGroup) -> list[Simulated]:
-    """Each policy's step on all ranks: the slowest group's seconds, all groups' bytes.
+    """Return each policy's step on all ranks: the slowest group's seconds and the bytes of all groups.
 
     Args:
-        loads: of the whole job.
+        loads: the loads of the whole job.
     """
     if mesh.num_sharding_groups == 1:
         return simulate(loads, topology, cost)
@@ -37,11 +37,11 @@ def _together(of_groups: Sequence[Simulated], groups: list[list[int]], topology:
     slowest = max(of_groups, key=lambda one: one.step_seconds)
     rate = np.array([sum(topology.flops[rank] for rank in ranks) for ranks in groups])
     compute, skew = (np.array([value(one) for one in of_groups]) for value in (lambda one: one.seconds.compute, lambda one: one.imbalance))
-    shared = float((compute / skew) @ rate / rate.sum())  # seconds if all ranks of the job shared the work by their rates
+    shared = float((compute / skew) @ rate / rate.sum())  # the seconds if all ranks of the job shared the work in proportion to their rates
     uplinks = [0.0] * topology.num_nodes
     for one, ranks in zip(of_groups, groups, strict=True):
         for node in {topology.node_of_rank[rank] for rank in ranks}:
-            uplinks[node] += one.bytes.busiest_uplink  # of groups that share a node's uplink the sum is a bound
+            uplinks[node] += one.bytes.busiest_uplink  # if groups share a node's uplink, the sum is an upper bound
     return Simulated(
         policy=slowest.policy,
         seconds=slowest.seconds,
@@ -59,13 +59,13 @@ def _together(of_groups: Sequence[Simulated], groups: list[list[int]], topology:
 
 
 def sum_over_groups(owned_D: np.ndarray, messages: int, topology: Topology, mesh: Mesh) -> tuple[float, StepBytes]:
-    """Seconds and bytes of summing the owners' gradients over the sharding groups, in a ring over each replicate group.
+    """Return the seconds and bytes of summing the owners' gradients over the sharding groups, in a ring over each replicate group.
 
-    The seconds count in full, though some hide behind the backward pass.
+    All seconds are counted, although some overlap with the backward pass.
 
     Args:
-        owned_D: float64 [ranks]: bytes of the gradients of the experts that each rank owns.
-        messages: all-reduces, one a layer.
+        owned_D: float64 [ranks], the gradient bytes of the experts that each rank owns.
+        messages: the number of all-reduces, one per layer.
     """
     if mesh.num_sharding_groups == 1:
         return 0.0, StepBytes(near=0.0, far=0.0, busiest_port=0.0, busiest_uplink=0.0)

@@ -1,4 +1,4 @@
-"""`hecate simulate`: what is asked for, run and shown."""
+"""Run the cases of `hecate simulate`, print their results and write them to files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_simulation(
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
-    """One model on one cluster, under synthetic workloads or a trace; names are of presets, or paths of files.
+    """Simulate one model on one cluster, under synthetic workloads or a trace. Names are those of presets, or paths of files.
 
     Raises:
         UserError: a name, a file or a number is wrong.
@@ -61,7 +61,7 @@ def run_simulation(
 
 
 def run_sweep(sweep: str, json_path: Path | None, plot_path: Path | None) -> None:
-    """All cases of a sweep, which is a preset's name or a file.
+    """Simulate all cases of a sweep, given as a preset's name or a file.
 
     Raises:
         UserError: the file, or a name in it, is wrong.
@@ -71,7 +71,7 @@ def run_sweep(sweep: str, json_path: Path | None, plot_path: Path | None) -> Non
 
 
 def _show(*texts: str) -> None:
-    """In place of the terminal's last line."""
+    """Replace the last line of the terminal."""
     print(f"\r\033[K{''.join(texts)}", end="", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: many models on many clusters under many workloads, from one YAML file. See docs/simulator.md."""
+"""Read a sweep, which lists many models, clusters and workloads to simulate, from a YAML file. See docs/simulator.md."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _RUN = ("topologies", "models", "workloads", "tokens_per_rank", "experts")
 
 
 def load_sweep(path: Path) -> tuple[list[Case], Options]:
-    """The cases of a sweep, every topology of a run with each of its models and workloads.
+    """Return the cases of a sweep, which combine every topology of a run with each of its models and workloads, and its options.
 
     Raises:
-        UserError: the file cannot be read, a key is missing or unknown, a value out of range, or a name not known.
+        UserError: the file cannot be read, a key is missing or unknown, a value is out of range, or a name is unknown.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))

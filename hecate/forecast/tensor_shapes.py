@@ -1,4 +1,4 @@
-"""Names and shapes of a base model's tensors, from file headers alone: safetensors folders and GGUF files. Nothing is loaded."""
+"""Read the names and shapes of a base model's tensors from the headers of safetensors folders and GGUF files. Nothing is loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GGUF_STRING, _GGUF_ARRAY = 8, 9
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, outputs first, under the names of transformers.
+    """Return the shape of each tensor, outputs first, by the names of transformers.
 
     Args:
         path: a folder with *.safetensors, or a .gguf file (see `hecate.config.find_model`).
@@ -39,12 +39,12 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _of_gguf(path: Path) -> dict[str, tuple[int, ...]]:
-    """The header of version 2 or 3: keys and values, which are stepped over, then the tensors' names and sizes."""
+    """Read a header of version 2 or 3: keys and values, which are skipped, then the tensors' names and sizes."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             magic, version, num_tensors, num_keys = struct.unpack_from("<4sIQQ", data)
             if magic != b"GGUF" or version not in (2, 3):
-                raise UserError(f"{path}: no GGUF file of version 2 or 3")
+                raise UserError(f"{path}: not a GGUF file of version 2 or 3")
             at = 24
             for _ in range(num_keys):
                 at = _after_value(data, *_after_type(data, _after_string(data, at)))
@@ -62,7 +62,7 @@ def _of_gguf(path: Path) -> dict[str, tuple[int, ...]]:
     except (ValueError, struct.error, KeyError, UnicodeDecodeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: no GGUF file, or damaged: {error}") from error
+        raise UserError(f"{path}: not a GGUF file, or damaged: {error}") from error
 
 
 def _after_string(data: mmap.mmap, at: int) -> int:
