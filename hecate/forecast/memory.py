@@ -113,7 +113,7 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
     key_value = sum(outputs for name, outputs, _ in layer.linears if name in ("k_proj", "v_proj"))
     if (
         run.config.model.front_end == "megatron"
-    ):  # one joint product: the view of the values keeps all of it, and the others are rotated copies
+    ):  # the view of the values keeps the joint product; the rest are copies
         key_value += layer.query_width + key_value // 2
     low_rank = 0
     if run.config.moe.kind.has_pairs:
