@@ -111,9 +111,7 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
         plain = not run.config.moe.experts_per_layer(len(run.base.layers))[index]
         trained = 2 * b * (layer.hidden + plain * layer.ffn)
     key_value = sum(outputs for name, outputs, _ in layer.linears if name in ("k_proj", "v_proj"))
-    if (
-        run.config.model.front_end == "megatron"
-    ):  # the view of the values keeps the joint product; the rest are copies
+    if run.config.model.front_end == "megatron":  # the view of the values keeps the joint product; the rest are copies
         key_value += layer.query_width + key_value // 2
     low_rank = 0
     if run.config.moe.kind.has_pairs:
