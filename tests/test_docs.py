@@ -16,13 +16,13 @@ from tests.test_layout import ROOMS
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 HISTORY = {"docs/log.md", "CHANGELOG.md"}
-"""pages that name what there was"""
+"""the pages about the past, which may name what no longer exists"""
 MAX_TERMS = 40
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-_MODULE = re.compile(r"(?:hecate|benchmarks|tests)(?:\.[a-z_][a-z0-9_]*)+")
-_ROOMS = ("hecate/", "parallel/", "kernels/", "launch/", "tests/", "benchmarks/", "docs/", "configs/", "examples/")
+_MODULE = re.compile(r"(?:hecate|benchmarks|testing|tests)(?:\.[a-z_][a-z0-9_]*)+")
+_ROOMS = ("hecate/", "parallel/", "kernels/", "launch/", "testing/", "tests/", "benchmarks/", "docs/", "configs/", "examples/")
 _SUFFIXES = (".py", ".md", ".yaml", ".json", ".sh", ".sbatch", ".toml", ".png", "/")
 _ELSEWHERE = ("kernels/tuned/DEVICE.json",)
 """paths that a program makes"""

@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.fidelity` that its figures rest on; no clock is read."""
+"""Test the parts of `benchmarks.fidelity` on which its results rest, without timing anything."""
 
 from __future__ import annotations
 

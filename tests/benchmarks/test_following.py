@@ -1,4 +1,4 @@
-"""How `benchmarks.following` reads a job's files; no job runs."""
+"""Test how `benchmarks.following` reads a job's files, without running a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peers from their wheels compute what ours does: small, in float32, on the CPU, in a process of their own."""
+"""Peers from their wheels compute the same as our layer: small, in float32, on the CPU, in a process of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.kernels` does around its clocks."""
+"""Test everything in `benchmarks.kernels` except the timing."""
 
 from __future__ import annotations
 

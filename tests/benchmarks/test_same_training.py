@@ -1,4 +1,4 @@
-"""How `benchmarks.same_training` compares what two runs have left; nothing is trained."""
+"""Test how `benchmarks.same_training` compares the files of two runs, without training anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer is given, and what it keeps, for tests that hold a run to a reference."""
+"""Record the gradients that an optimizer is given and the state that it keeps, for tests that compare a run with a reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a module that compiles kernels in a process of its own: the tests' own processes interpret them."""
+"""Run a module that compiles kernels in a process of its own, because the tests' processes interpret kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of grouped kernels share: groups, tolerances, and memory that is NaN until it is written."""
+"""Helpers of the tests of grouped kernels: groups, tolerances, and memory that is NaN until it is written."""
 
 from __future__ import annotations
 

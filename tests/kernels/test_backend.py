@@ -1,4 +1,4 @@
-"""Who computes the experts, by switch, device, type and rank; and that whoever does computes the same."""
+"""Which implementation computes the experts, by setting, device, type and rank; and that all of them compute the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray cluster of several raylets on this machine, on loopback, one a test session."""
+"""A Ray cluster of several raylets on this machine's loopback interface, one for a test session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Ray controller without Ray: workers are scripted, and what they are told is written down."""
+"""The Ray controller without Ray: workers are scripted, and the orders that they receive are recorded."""
 
 from __future__ import annotations
 

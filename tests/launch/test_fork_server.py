@@ -1,4 +1,4 @@
-"""The fork server: a forked rank is to its launcher what a process of its own would be."""
+"""A rank forked by the fork server behaves, for its launcher, like a process started directly."""
 
 from __future__ import annotations
 

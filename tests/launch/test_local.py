@@ -1,4 +1,4 @@
-"""The local launcher: exit codes, who is blamed, nothing left behind."""
+"""The local launcher: exit codes, which rank is reported as the cause, and that nothing is left behind."""
 
 from __future__ import annotations
 

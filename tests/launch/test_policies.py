@@ -1,4 +1,4 @@
-"""Decisions of the Ray controller, on paper: which devices, what after a failure, when to grow, who straggles."""
+"""The decisions of the Ray controller, without processes: which devices to use, what to do after a failure, when to grow, who straggles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster of four raylets on this machine, whose labels call two of them fast and two slow."""
+"""Jobs on a Ray cluster of four raylets on this machine, two of them labelled fast and two slow."""
 
 from __future__ import annotations
 

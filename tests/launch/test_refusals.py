@@ -1,4 +1,4 @@
-"""Groups that the ranks, the model or the launcher do not allow: every command says so before it has started or written anything."""
+"""Group sizes that the ranks, the model or the launcher do not support are refused by every command before it starts or writes anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orders through the store: in their order, the controller's alone."""
+"""Orders through the store arrive in their order, and only the controller's are accepted."""
 
 from __future__ import annotations
 

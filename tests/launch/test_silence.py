@@ -1,4 +1,4 @@
-"""How long a worker has been silent: asked now and then, and not counted while nobody was there to hear it."""
+"""How long a worker has been silent: checked at intervals, without counting times in which the controller itself was stopped."""
 
 from __future__ import annotations
 

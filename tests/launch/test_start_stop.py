@@ -1,4 +1,4 @@
-"""Started and ended in every way, a run leaves nothing. Fifty times: `python -m benchmarks.start_stop --cycles 50`."""
+"""A run leaves nothing behind, however it is started and ended. `python -m benchmarks.start_stop --cycles 50` does it fifty times."""
 
 from __future__ import annotations
 

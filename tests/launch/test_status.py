@@ -1,4 +1,4 @@
-"""The status file of a job, what a person sees of it, and what Prometheus does."""
+"""The status file of a job, how it is shown to a person, and how to Prometheus."""
 
 from __future__ import annotations
 

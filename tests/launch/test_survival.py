@@ -1,4 +1,4 @@
-"""Ranks and launchers killed: the run goes on or starts again and ends as if nothing had been, and nothing is left behind."""
+"""When ranks or launchers are killed, the run continues or restarts, ends with the same result, and leaves nothing behind."""
 
 from __future__ import annotations
 

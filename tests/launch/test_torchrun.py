@@ -1,4 +1,4 @@
-"""`hecate launch`: mistakes found before anything is started."""
+"""`hecate launch` reports mistakes before anything is started."""
 
 from __future__ import annotations
 

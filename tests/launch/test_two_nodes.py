@@ -1,4 +1,4 @@
-"""Two network namespaces as two nodes, a slow link between them: torchrun and Ray train across. Needs root."""
+"""Two network namespaces act as two nodes with a slow link: torchrun and Ray train across them. Needs root."""
 
 from __future__ import annotations
 

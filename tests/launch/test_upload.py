@@ -1,4 +1,4 @@
-"""What a submitted job brings along: code and configurations, and nothing that could be a secret."""
+"""A submitted job uploads code and configurations, and nothing that could be a secret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers without Ray: two processes, orders through the store, and what they tell of it."""
+"""Workers without Ray: two processes receive orders through the store and report events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flat, two-level or sliced, alone or together: by hand, on topologies with round numbers."""
+"""The choice between flat, two-level and sliced collectives, for one layer and for several, computed by hand on simple topologies."""
 
 from __future__ import annotations
 

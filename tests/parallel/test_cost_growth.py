@@ -1,4 +1,4 @@
-"""What must cost more when what grows, on any machines; and that nothing is lost on the way."""
+"""Costs grow with the quantities that cause them, on any machines, and no tokens are lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seconds by hand on small machines."""
+"""The cost model's seconds, computed by hand on small machines."""
 
 from __future__ import annotations
 

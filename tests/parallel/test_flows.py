@@ -1,4 +1,4 @@
-"""Quotas, flows and token splits against plain loops over tokens' choices, and by hand."""
+"""Quotas, flows and token splits against plain loops over the assignments, and by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bound where it can be reckoned by hand."""
+"""The lower bound in cases that can be computed by hand."""
 
 from __future__ import annotations
 

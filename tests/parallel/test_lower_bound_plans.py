@@ -1,4 +1,4 @@
-"""The bound is below every plan, random or improved or a policy's; and near the best, which brute force finds where plans are few."""
+"""The bound is below every plan (random, improved, or a policy's), and near the best one, found by brute force if there are few plans."""
 
 from __future__ import annotations
 

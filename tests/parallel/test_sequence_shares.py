@@ -1,4 +1,4 @@
-"""Sequences by speed: worked cases, and no other deal is through earlier."""
+"""Sequences shared out by speed: worked examples, and no other division finishes earlier."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Topology files: what is read, what is refused, that what is written is read back; and the presets."""
+"""Topology files: what is read, what is refused, and that written files are read back; and the presets."""
 
 from __future__ import annotations
 

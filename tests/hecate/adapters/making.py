@@ -1,4 +1,4 @@
-"""A small adapter, its tensors listed by hand: 2 layers, hidden 6, FFN 10, r 2, q (out 8), gate and down, 3 experts."""
+"""Make a small adapter whose tensors are listed by hand: 2 layers, hidden 6, FFN 10, r 2, q (8 outputs), gate and down, 3 experts."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""adapter_config.json as other readers need it, and back without loss; what it cannot mean is refused."""
+"""adapter_config.json is what other programs need, is read back without loss, and is refused if its meaning would be lost."""
 
 import logging
 import math

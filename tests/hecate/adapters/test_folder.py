@@ -1,4 +1,4 @@
-"""An adapter folder comes back bit for bit, is complete or refused, and never runs code."""
+"""An adapter folder is read back bit for bit, is complete or refused, and never runs code."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A disk that fails when told to: every file operation passes through here, counted, and may be the last."""
+"""A disk whose operations are counted, and that can be made to fail, or to stop the process, at any of them."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Which checkpoints are trusted, which are deleted, and what is left alone."""
+"""Which checkpoints are listed as sound, which are deleted, and which are never touched."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""A manifest may come from anyone: hostile ones are refused, and nothing outside the folder is opened (drill R9)."""
+"""Forged manifests are refused, and no file outside the checkpoint's folder is opened (drill R9)."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A save that stops anywhere leaves whole checkpoints only (drills R5 to R7)."""
+"""A save that is interrupted at any operation leaves only complete checkpoints (drills R5 to R7)."""
 
 import errno
 import os

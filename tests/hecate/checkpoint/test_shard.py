@@ -1,4 +1,4 @@
-"""What is written comes back bit for bit, is safetensors to others, and no changed bit passes."""
+"""Tensors are read back bit for bit, other safetensors readers accept the files, and every changed bit is detected."""
 
 import random
 import struct

@@ -1,4 +1,4 @@
-"""The command line's front door, and the program that a rank is, which is not the command line."""
+"""The `hecate` command: its version and its help, and that a rank's program is not the command-line module."""
 
 from __future__ import annotations
 

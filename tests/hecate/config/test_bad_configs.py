@@ -1,4 +1,4 @@
-"""One bad configuration each: the key, the line and the words of the problem it must give, and no other problem."""
+"""Each bad configuration is refused with one problem: its key, its line and the words of its text."""
 
 from pathlib import Path
 

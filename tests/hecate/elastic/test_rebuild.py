@@ -1,4 +1,4 @@
-"""A run that loses a rank, or gains one, in the midst of it ends as the run that never did."""
+"""A run that loses or gains a rank ends with the same result as a run that never did."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When replicas are held, and by whom: freed between forward and backward, exchanged after the gate."""
+"""When replicas exist and on which ranks: freed between the forward and the backward pass, replaced after the router."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans made after the gate: what they are made from, and when a better one is worth what it brings."""
+"""Plans made after the router: the loads they are made from, and when a better plan is worth its transfers."""
 
 from __future__ import annotations
 

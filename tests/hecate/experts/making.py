@@ -1,4 +1,4 @@
-"""Small MixLoRA layers to test with."""
+"""Make small MixLoRA layers for tests."""
 
 from __future__ import annotations
 

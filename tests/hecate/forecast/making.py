@@ -1,4 +1,4 @@
-"""A tiny model on disk, a configuration for it, topologies worked with by hand."""
+"""Make a tiny model on disk, a configuration for it, and topologies for calculations by hand."""
 
 from __future__ import annotations
 

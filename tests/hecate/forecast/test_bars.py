@@ -1,4 +1,4 @@
-"""The picture of simulated step times: what a reader who has seen nothing else finds on it."""
+"""The picture of simulated step times names its models, clusters and workloads, and its bars have the right lengths and labels."""
 
 from __future__ import annotations
 

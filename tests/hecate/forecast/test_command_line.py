@@ -1,4 +1,4 @@
-"""The commands as a user calls them: what they load, how they end."""
+"""The commands `plan` and `simulate` as a user calls them: what they print and refuse, and that they import no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dry run of full experts: costs against the engine's own, memory against what two ranks really hold."""
+"""A dry run of full experts: its costs equal the engine's, and its memory is what two ranks really hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dry run's costs against the engine's own, its activations against what autograd keeps, its counts by hand."""
+"""A dry run's costs equal the engine's, its activations are what autograd keeps, and its counts equal calculations by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases, sweeps and what is written of them."""
+"""Cases and sweeps of `hecate simulate`, and the tables and files that it writes."""
 
 from __future__ import annotations
 

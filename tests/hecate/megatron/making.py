@@ -1,4 +1,4 @@
-"""A tiny GPT's sizes, a tokenizer and text on disk, and the configuration of a run with them."""
+"""Make a tiny GPT's sizes, a tokenizer and text on disk, and the configuration of a run with them."""
 
 from __future__ import annotations
 

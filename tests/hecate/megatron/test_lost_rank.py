@@ -1,4 +1,4 @@
-"""A rank of a run of Megatron's GPT is killed: the other goes on without losing a step, and another takes the place."""
+"""When a rank of a Megatron run is killed, the other one continues without losing a step, and a new rank replaces the lost one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks hold of a GPT of Megatron's, alone, in tensor groups and in sharding groups, is what the dry run has planned."""
+"""The dry run predicts the memory of Megatron's GPT on one rank, in tensor groups and in sharding groups."""
 
 from __future__ import annotations
 

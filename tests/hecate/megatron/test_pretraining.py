@@ -1,4 +1,4 @@
-"""Runs of a GPT that Megatron builds, by the trainer that trains everything else."""
+"""Runs of a GPT that Megatron builds, with the same trainer as all other runs."""
 
 from __future__ import annotations
 

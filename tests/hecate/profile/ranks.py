@@ -1,4 +1,4 @@
-"""The ranks of a test as a run knows them."""
+"""The ranks of a test, in the form that a run has them."""
 
 from __future__ import annotations
 

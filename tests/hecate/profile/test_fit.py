@@ -1,4 +1,4 @@
-"""Figures from measurements, by hand-made numbers."""
+"""Topologies computed from hand-made measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the probe that can be checked without a clock, and who is asked about a flow."""
+"""The parts of the probe that can be checked without timing, and which rank's times count for a flow."""
 
 from __future__ import annotations
 

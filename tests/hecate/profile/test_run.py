@@ -1,4 +1,4 @@
-"""Profiles of real ranks, with small messages; and the command around them."""
+"""Profiles of real ranks with small messages, and the `hecate profile` command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds of pairs: everyone once, nobody twice at a time."""
+"""In the rounds of pairs every two ranks meet once, and no rank has two partners at a time."""
 
 from __future__ import annotations
 

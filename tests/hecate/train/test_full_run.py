@@ -1,4 +1,4 @@
-"""Whole runs of family full through the command line: an upcycled model trains, is killed, goes on, and comes out as a Mixtral."""
+"""Whole runs of full experts through the command line: an upcycled model trains, is killed, resumes, and is exported as a Mixtral."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs of LoRA on an MoE model's experts through the command line: a checkpoint, an adapter that PEFT reads, and the way back."""
+"""Whole runs of LoRA on an MoE model's experts through the command line: checkpoints, and adapters that PEFT and hecate read."""
 
 from __future__ import annotations
 

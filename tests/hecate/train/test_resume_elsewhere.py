@@ -1,4 +1,4 @@
-"""A run that is continued on other numbers of ranks is the run that never stopped."""
+"""A run that is resumed on another number of ranks ends with the same result as a run that never stopped."""
 
 from __future__ import annotations
 

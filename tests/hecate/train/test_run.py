@@ -1,4 +1,4 @@
-"""Whole runs through the command line, with a tiny model in a folder: two ranks, checkpoints, a kill, a signal, an adapter."""
+"""Whole runs of a tiny model through the command line: two ranks, checkpoints, a kill, a signal, and an adapter."""
 
 from __future__ import annotations
 

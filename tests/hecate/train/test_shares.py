@@ -1,4 +1,4 @@
-"""Ranks of different speed and memory get different shares of tokens and experts; the training is that of equal ranks."""
+"""Ranks of different speed and memory get different shares of tokens and experts, and training equals that of equal ranks."""
 
 from __future__ import annotations
 

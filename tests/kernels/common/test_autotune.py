@@ -1,4 +1,4 @@
-"""The tuner, but for its clocks: what it tries, which it takes, and what becomes of that."""
+"""The tuner without timing: which candidates it tries, which one it selects, and what it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of blocks: the first rule that serves, what was tuned over it, and the way to a file and back."""
+"""The tables of launch configurations: the first matching rule, tuned configurations above it, and the file of tuned ones."""
 
 from __future__ import annotations
 

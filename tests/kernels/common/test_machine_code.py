@@ -1,4 +1,4 @@
-"""Costs of compiled kernels: what spills is seen to spill."""
+"""The costs of compiled kernels: a kernel that spills registers is reported as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records taken apart for operators and put together again."""
+"""Records are packed for operators and unpacked without loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random cases for the collectives, and what must come out: chunks and gradients by number, plain sums, walks over every copy."""
+"""Random cases for the collectives, and their expected results: chunks and gradients by number, plain sums, simulations of every copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen parts are brought once, stay while there is room, and arrive as they are."""
+"""Frozen parts are fetched once, stay while slots are free, and arrive unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs that make no sense, or hardly any: every planner and the simulator give a plan or say what is wrong."""
+"""Inputs without sense, or at its limits: every planner and the simulator return a plan or report what is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`auto` against what no plan can beat, on small cases of the families of `benchmarks.plan_quality`."""
+"""`auto` is close to the lower bound, on small cases like those of `benchmarks.plan_quality`."""
 
 from __future__ import annotations
 

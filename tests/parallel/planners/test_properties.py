@@ -1,4 +1,4 @@
-"""What every planner keeps to: the same plan in any process, from loads put together in any order; and what slots do to `auto`."""
+"""Properties of every planner: its plan is the same in any process and for any order of summation; and how slots change `auto`'s plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rivals' policies by hand-computed cases, by what every policy must keep to, and by published figures."""
+"""The rivals' policies: cases computed by hand, properties of every policy, and published figures."""
 
 from __future__ import annotations
 
