@@ -6,11 +6,8 @@ file per decoder layer, and one for the other weights.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +21,7 @@ from hecate.checkpoint.layout import TensorEntry, file_layout
 from hecate.checkpoint.shard import DTYPES
 from hecate.errors import UserError
 from hecate.experts.layer import MoeLayer
-from hecate.io.durable import delete_files, sync_folder, write_durable
+from hecate.io.durable import new_folder, write_durable
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
@@ -94,31 +91,25 @@ def export_mixtral(folder: Path, description: MixtralFolder, dense: Mapping[str,
     by_file: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in entries.items():
         by_file.setdefault(entry.file, {})[name] = entry
-    staging = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
     fetch = _Fetch(description.dtype, dense, moe, ranks)
     if not ranks.is_first:
         for inside in by_file.values():
             for name in file_layout(inside)[1]:
                 fetch(name)
         return
+    index = {
+        "metadata": {"total_size": sum(entry.num_bytes for entry in entries.values())},
+        "weight_map": {name: entry.file for name, entry in entries.items()},
+    }
     try:
-        staging.mkdir(parents=True)
-        for file, inside in by_file.items():
-            _write(staging / file, inside, fetch)
-        index = {
-            "metadata": {"total_size": sum(entry.num_bytes for entry in entries.values())},
-            "weight_map": {name: entry.file for name, entry in entries.items()},
-        }
-        write_durable(staging / "model.safetensors.index.json", [json.dumps(index, indent=1).encode()])
-        description.config.dtype = description.dtype
-        description.config.save_pretrained(staging)
-        description.tokenizer.save_pretrained(staging)
-        sync_folder(staging)
-        os.rename(staging, folder)
-        sync_folder(folder.parent)
+        with new_folder(folder) as staging:
+            for file, inside in by_file.items():
+                _write(staging / file, inside, fetch)
+            write_durable(staging / "model.safetensors.index.json", [json.dumps(index, indent=1).encode()])
+            description.config.dtype = description.dtype
+            description.config.save_pretrained(staging)
+            description.tokenizer.save_pretrained(staging)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            delete_files(staging)
         raise UserError(f"{folder}: the model cannot be written: {error.strerror}") from error
 
 

@@ -1,8 +1,6 @@
 """Write and read adapter folders: adapter_config.json and adapter_model.safetensors, written both or neither."""
 
-import contextlib
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from hecate.adapters.names import layer_in, modern_name
 from hecate.adapters.tensors import checked_tensors
 from hecate.checkpoint.shard import write_safetensors
 from hecate.errors import UserError
-from hecate.io.durable import delete_files, sync_folder, write_durable
+from hecate.io.durable import new_folder, write_durable
 from hecate.io.strict_json import dump_json, parse_json
 
 WEIGHTS = "adapter_model.safetensors"
@@ -47,17 +45,11 @@ def write_adapter_folder(folder: Path, tensors: Mapping[str, Tensor], config: Ma
     """
     if os.path.lexists(folder):
         raise UserError(f"{folder}: exists already, and an adapter is never written over; remove it or name another folder")
-    staging = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
     try:
-        staging.mkdir(parents=True)
-        write_safetensors(staging / WEIGHTS, tensors)
-        write_durable(staging / CONFIG, [dump_json(dict(config))])
-        sync_folder(staging)
-        os.rename(staging, folder)
-        sync_folder(folder.parent)
+        with new_folder(folder) as staging:
+            write_safetensors(staging / WEIGHTS, tensors)
+            write_durable(staging / CONFIG, [dump_json(dict(config))])
     except OSError as error:
-        with contextlib.suppress(OSError):
-            delete_files(staging)
         raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from error
 
 

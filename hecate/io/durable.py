@@ -6,7 +6,8 @@ only their callers can say what was being saved.
 
 import contextlib
 import os
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -41,3 +42,23 @@ def delete_files(folder: Path) -> None:
         for name in os.listdir(folder):
             os.unlink(folder / name)
         os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Create `folder` with all its files or not at all.
+
+    Yields a staging folder beside it, into which the block writes durably. After the block it is renamed to `folder`; if the block, or
+    the rename, raises OSError, it is deleted.
+    """
+    staging = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        sync_folder(staging)
+        os.rename(staging, folder)
+        sync_folder(folder.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            delete_files(staging)
+        raise
