@@ -50,8 +50,29 @@ class Counts:
     skipped: int
 
 
+class Samples(Sequence[Encoded]):
+    """A sequence of samples that are cut out of larger arrays on access. Subclasses have `lines` and implement `sample`."""
+
+    lines: NDArray[np.int64]  # [samples]
+
+    def sample(self, index: int) -> Encoded:
+        """Return the sample with this index, from 0."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        found = range(len(self))[index]
+        return self.sample(found) if isinstance(found, int) else [self.sample(i) for i in found]
+
+
 @dataclass(frozen=True, eq=False)
-class EncodedSource(Sequence[Encoded]):
+class EncodedSource(Samples):
     """All encoded samples of one file, in file order, stored end to end in flat arrays."""
 
     name: str
@@ -63,17 +84,7 @@ class EncodedSource(Sequence[Encoded]):
     lines: NDArray[np.int64]  # [samples], each sample's line in the file, from 1; the pieces of one document have the same line
     counts: Counts
 
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def sample(self, index: int) -> Encoded:
         part = slice(self.starts[index], self.starts[index + 1])
         return Encoded(self.input_ids[part], self.targets[part], int(self.lines[index]))
 

@@ -3,18 +3,18 @@
 They are cut and trained on in the same way as documents of the `text` format.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from hecate.config import DataSource
-from hecate.data.encode import Counts, Encoded, end_of_sequence, report_skipped
+from hecate.data.encode import Counts, Encoded, Samples, end_of_sequence, report_skipped
 from hecate.data.formats import Fault
 from hecate.data.indexed_files import IndexedFiles, open_indexed
 from hecate.data.syntax import bad_sample_error
@@ -24,7 +24,7 @@ _TOKENS_AT_A_TIME = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
-class IndexedSource(Sequence[Encoded]):
+class IndexedSource(Samples):
     """All samples of an indexed data set, in its order; the counterpart of `EncodedSource`. A long document makes several samples."""
 
     name: str
@@ -38,17 +38,7 @@ class IndexedSource(Sequence[Encoded]):
     counts: Counts
     content: str  # the xxh3-64 hash of all ids
 
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def sample(self, index: int) -> Encoded:
         first, document = self.firsts[index], int(self.lines[index])
         behind = first + self.starts[index + 1] - self.starts[index] + 1
         ids = self.files.ids[first : min(behind, self.files.bounds[document])].astype(np.int32)
