@@ -148,7 +148,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     (
         {"model": "{name_or_path: model, shard_non_experts: true}", "moe": "{family: moe_lora}", "fssdp": "{redundancy: 1}"},
         "fssdp.redundancy",
-        "on a lost rank alone",
+        "on a lost rank only",
     ),
     ({"moe": "{family: moe_lora}", "lora": "{init_from: model}"}, "lora.init_from", "no adapter_config.json in model"),
     ({"moe": "{family: moe_lora}", "lora": "{target_modules: [up_proj, down_proj]}"}, "lora.target_modules", "names up_proj alone"),

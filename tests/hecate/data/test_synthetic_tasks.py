@@ -108,5 +108,5 @@ def test_unknown_task_and_missing_package(tmp_path: Path, monkeypatch: Any) -> N
     with pytest.raises(UserError, match=r"task 'sums' is unknown: it must be one of chain_sum"):
         write_tasks(tmp_path, ["sums"], 10, 10, 0)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(UserError, match=r"hecate\[quickstart\]"):
+    with pytest.raises(UserError, match=r"\[quickstart\]"):
         write_tasks(tmp_path, ["gcd"], 10, 10, 0)
