@@ -112,7 +112,7 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     for other in KINDS.values():
         for key in other.keys if other is not kind else ():
             if key in values and values[key] != LEAVES[key].default:
-                add(key, f"is of moe.family={other.name} only, but the family is {kind.name}", "leave it out")
+                add(key, f"applies to moe.family={other.name} only, but the family is {kind.name}", "leave it out")
     if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):
         what = "cannot restore the weights that model.shard_non_experts stores on a lost rank only"
         add("fssdp.redundancy", what, "set only one of the two")
