@@ -82,6 +82,13 @@ def test_paths_that_are_named_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_files_that_are_named_without_their_folder_exist(page: Path) -> None:
+    names = {path.name for folder in _ROOMS for path in (ROOT / folder).rglob("*.py")}
+    named = {code.rpartition("/")[2] for code in _CODE.findall(prose(page)) if re.fullmatch(r"[\w/]+\.py", code)}
+    assert named <= names, f"{name_of(page)}: no such files: {named - names}"
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
 def test_modules_that_are_named_exist(page: Path) -> None:
     """`hecate.parallel.traces`, also with a name of the module at its end, and `python -m benchmarks.NAME`."""
     missing = [name for name in _MODULE.findall(prose(page)) if not module_exists(name) and not module_exists(name.rpartition(".")[0])]
