@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hecate.engine.evaluation import EvaluationPass, evaluation
 from hecate.engine.shards import ExpertShards
-from hecate.engine.step import Step, require_nothing_under_way
+from hecate.engine.step import Step, StepLedger, require_nothing_under_way
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
 from hecate.experts.forward_pass import CurrentPass
@@ -25,23 +25,25 @@ class Engine:
     def __init__(self, families: dict[Unit, ExpertFamily], config: EngineConfig, groups: ExpertGroups) -> None:
         self.shards = ExpertShards(families, config, groups)
         self.current = CurrentPass()
-        self._step: Step | None = None
+        self._last: StepLedger | None = None
+        """of the step that began last"""
 
     @property
     def goes_together(self) -> bool:
         return bool(self.shards.frozen) and self.shards.world_size > 1
 
     def begin_step(self, number: int, micro_steps: int = 1) -> Step:
-        require_nothing_under_way(self._step, self.current)
-        self._step = Step(self.shards, self.current, number, micro_steps)
-        return self._step
+        require_nothing_under_way(self._last, self.current)
+        step = Step(self.shards, self.current, number, micro_steps)
+        self._last = step.ledger
+        return step
 
     def evaluation(self, *, together: bool = False) -> AbstractContextManager[EvaluationPass]:
-        require_nothing_under_way(self._step, self.current)
+        require_nothing_under_way(self._last, self.current)
         return evaluation(self.shards, self.current, together=together)
 
     def rejoin(
         self, topology: Topology, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]
     ) -> None:
-        self._step, self.current.now = None, None
+        self._last, self.current.now = None, None
         self.shards.rejoin(topology, groups, owners, chunks)

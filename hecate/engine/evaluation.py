@@ -11,6 +11,7 @@ from torch import Tensor
 from hecate.engine.shards import ExpertShards, LayerCall
 from hecate.experts.forward_pass import CurrentPass, PassTokens
 from hecate.experts.router import RouterStats, Routing
+from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.units import Unit
 
 
@@ -40,8 +41,8 @@ class EvaluationPass:
             self.stats[layer] = routing.stats()
 
     def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
-        call = LayerCall(step=self.step, training=False, backward_follows=False)
-        return self.shards.compute(layer, self.shards.stores[layer].replicas(), x_TD, expert_TK, weight_TK, token_T, call)
+        routed = RoutedTokens(x_TD, expert_TK, weight_TK, token_T)
+        return self.shards.compute(layer, self.shards.stores[layer].replicas(), routed, LayerCall(step=None, backward_follows=False))
 
     def again(self) -> EvaluationPass:
         return self

@@ -1,8 +1,8 @@
-"""Plans from what the routers have chosen, made after a layer's gate and before its tokens travel.
+"""One layer's part of a plan, and plans that are made after a layer's router has decided and before its tokens travel.
 
-Until the gate has spoken, the loads are predicted from past steps. Afterwards the ranks can exchange them, one all-gather of [experts]
-integers, and plan the layer from what is true (*exact*), or mend a plan made from the prediction where that pays (*calibrated*, Hecate,
-arXiv 2502.02581, §3.2). Every function here but the exchange is pure, and all ranks come to the same.
+Before the router decides, loads are predicted from past steps. Afterwards the ranks can exchange the true loads, in one all-gather of
+[experts] integers, and plan the layer from them (*exact*), or change a plan that was made from the prediction where that pays
+(*calibrated*, Hecate, arXiv 2502.02581, §3.2). Every function in this file is pure, so all ranks reach the same result.
 
 Shapes: E experts, D ranks as sources and as destinations.
 """
@@ -12,9 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from hecate.parallel.cost_loops import exposed_seconds
 from hecate.parallel.cost_model import cost_numbers, price
@@ -76,10 +73,10 @@ def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: n
 
 
 def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan) -> float:
-    """Seconds that a layer's micro-step is predicted to gain by `better` in place of `present`, whose replicas are here already.
+    """Seconds that a layer's micro-step is predicted to gain by `better` in place of `present`, whose replicas have been gathered.
 
-    What is missing for it travels when the gate has spoken, with nothing left to hide it, and counts in full. Dispatch, experts and the
-    backward pass count on both sides; the gather that was hidden behind attention is done and counts on neither.
+    The replicas that `better` needs besides travel after the router has decided. Nothing hides that gather, so it counts in full. Dispatch,
+    experts and the backward pass count for both plans; the gather that attention has hidden is done and counts for neither.
 
     Args:
         given: one layer under its true loads.
@@ -107,12 +104,3 @@ def _after_gate(given: PlanInput, plan: LayerPlan) -> float:
     hides_gather = cost_numbers(cost, given.topology, given.execution).hides_gather
     hidden_before = exposed_seconds(hides_gather, float(seconds.gather), given.topology.overlap_slowdown)
     return float(seconds.total - seconds.optimizer - hidden_before)
-
-
-def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> np.ndarray:
-    """int64 [n, ranks]: every rank's counts [n]. Every rank must call it."""
-    if dist.get_world_size(group) == 1:
-        return count[:, None].cpu().numpy()
-    gathered = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, count, group=group)
-    return torch.stack(gathered, dim=1).cpu().numpy()

@@ -37,8 +37,8 @@ from hecate.ranks.groups import ExpertGroups
 class LayerCall:
     """How a layer's experts are called."""
 
-    step: int
-    training: bool
+    step: int | None
+    """the optimizer step; None: outside training"""
     backward_follows: bool
     """so that the bytes of gradients that return to the tokens' ranks count"""
     computed: Callable[[Tensor], None] = lambda _: None
@@ -196,26 +196,25 @@ class ExpertShards:
             if layer in self.frozen:
                 self.frozen[layer].gather(transfers[layer].placement)
 
-    def compute(
-        self, layer: Unit, replicas_SC: Tensor, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, call: LayerCall
-    ) -> Tensor:
+    def compute(self, layer: Unit, replicas_SC: Tensor, routed: RoutedTokens, call: LayerCall) -> Tensor:
         """The weighted sum of each token's experts, [T, D]: tokens go to the ranks that serve them, and results return.
 
         Every rank must call it for the same layers in the same order, also with no tokens.
 
         Args:
             replicas_SC: of the layer's present placement.
+            routed: this rank's tokens with their token numbers; `slot_TK` holds the chosen experts, whose slots are not known yet.
         """
-        frozen_S = self.frozen[layer].chunks() if layer in self.frozen else ()
         plan = self.plans.transfers[layer]
         sent = None
-        slot_RK = expert_TK  # where no token may have to leave its rank, every expert has a slot on every rank
         if plan.tokens is not None:
-            sent = dispatch(x_TD, expert_TK, weight_TK, token_T, plan.tokens, self.groups.tokens)
-            x_TD, slot_RK, weight_TK, token_T = sent.x_RD, sent.slot_RK, sent.weight_RK, sent.token_R
-        expert_S = chunk_tables(plan.chunks, x_TD.device).expert_S
-        routed = RoutedTokens(x_TD, slot_RK, weight_TK, token_T, expert_S)
-        y_RD = self.families[layer].compute(routed, ExpertReplicas(replicas_SC, frozen_S), call.step if call.training else None)
+            assert routed.token_T is not None
+            sent = dispatch(routed.x_TD, routed.slot_TK, routed.weight_TK, routed.token_T, plan.tokens, self.groups.tokens)
+            routed = RoutedTokens(sent.x_RD, sent.slot_RK, sent.weight_RK, sent.token_R)
+        # Where no token may have to leave its rank, every expert has a slot on every rank, and its slot is its number.
+        routed = replace(routed, expert_S=chunk_tables(plan.chunks, routed.x_TD.device).expert_S)
+        frozen_S = self.frozen[layer].chunks() if layer in self.frozen else ()
+        y_RD = self.families[layer].compute(routed, ExpertReplicas(replicas_SC, frozen_S), call.step)
         call.computed(y_RD)
         if sent is None:
             return y_RD

@@ -21,17 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.engine.layer_plan import exchange_counts
 from hecate.engine.shards import ExpertShards, LayerCall
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.router import RouterStats, Routing
+from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.transfer_plan import plan_change
 from hecate.parallel.units import Unit
 
@@ -120,20 +119,24 @@ class StepLedger:
         return dict(zip(layers, np.split(table, cuts), strict=True))
 
 
-class _HasLedger(Protocol):
-    @property
-    def ledger(self) -> StepLedger: ...
+def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> np.ndarray:
+    """int64 [n, ranks]: every rank's counts [n]. Every rank of the group must call it."""
+    if dist.get_world_size(group) == 1:
+        return count[:, None].cpu().numpy()
+    gathered = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, count, group=group)
+    return torch.stack(gathered, dim=1).cpu().numpy()
 
 
-def require_nothing_under_way(step: _HasLedger | None, current: CurrentPass) -> None:
+def require_nothing_under_way(last: StepLedger | None, current: CurrentPass) -> None:
     """Raises OrderError: a step is not finished, or an evaluation has not ended.
 
     Args:
-        step: the last one.
+        last: of the step that began last; None: none has begun.
     """
-    if step is not None and not step.ledger.finished:
+    if last is not None and not last.finished:
         raise OrderError(
-            f"step {step.ledger.number} is not finished; neither another step nor an evaluation can begin before step.finish()\n"
+            f"step {last.number} is not finished; neither another step nor an evaluation can begin before step.finish()\n"
             "  after a step that failed, let the engine rejoin its ranks first"
         )
     if current.now is not None:
@@ -192,7 +195,7 @@ class Step:
         shards = self._shards
         self.ledger.require(micro.number)
         if micro.counts:
-            # bincount and a copy to the host would each wait for a GPU.
+            # scatter_add_, because bincount would make the host wait for a GPU.
             chosen = expert_TK.flatten()
             count_E = chosen.new_zeros(shards.families[layer].num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
             self.ledger.add(layer, count_E)
@@ -201,11 +204,10 @@ class Step:
         self._gather(layer)
         call = LayerCall(
             step=self.ledger.number,
-            training=True,
             backward_follows=micro.counts and torch.is_grad_enabled(),
             computed=lambda y_RD: self._free_until_backward(layer, y_RD) if micro.counts else None,
         )
-        return shards.compute(layer, self._replicas(layer), x_TD, expert_TK, weight_TK, token_T, call)
+        return shards.compute(layer, self._replicas(layer), RoutedTokens(x_TD, expert_TK, weight_TK, token_T), call)
 
     def backward(self, micro: MicroStep, loss: Tensor, gradient: Tensor | None) -> None:
         """See `MicroStep.backward`."""
@@ -271,7 +273,7 @@ class Step:
             self._awaiting_backward.remove(layer)
             self._prefetch_backward()
             for store in shards.stores.values():
-                store.settle()
+                store.wait_for_reduction()
         shards.stores[layer].reduce()
         if in_last:
             # The reduction before has had a layer's backward pass to arrive in; the sum over the groups has the rest of the step.

@@ -51,7 +51,8 @@ class ExpertParallelEngine:
         self.shards = ExpertShards(dict(families), config, groups, contiguous=True)
         self.current = current
         self._layers = layers
-        self._step: ExpertParallelStep | None = None
+        self._last: StepLedger | None = None
+        """of the step that began last"""
         for layer in layers.values() if self.shards.world_size > 1 else ():
             layer.register_forward_hook(self._count_bytes)
 
@@ -60,15 +61,16 @@ class ExpertParallelEngine:
         return self.shards.world_size > 1
 
     def begin_step(self, number: int, micro_steps: int = 1) -> ExpertParallelStep:
-        require_nothing_under_way(self._step, self.current)
-        self._step = ExpertParallelStep(self.shards, self.current, self._layers, number, micro_steps)
+        require_nothing_under_way(self._last, self.current)
+        step = ExpertParallelStep(self.shards, self.current, self._layers, number, micro_steps)
+        self._last = step.ledger
         self._put_experts()
-        return self._step
+        return step
 
     @contextmanager
     def evaluation(self, *, together: bool = False) -> Iterator[ExpertParallelPass]:
         """Ranks must run the same forward passes at the same time, whatever `together` says."""
-        require_nothing_under_way(self._step, self.current)
+        require_nothing_under_way(self._last, self.current)
         self._put_experts()
         one = ExpertParallelPass(self.current)
         with self.current.set_to(one):
@@ -77,7 +79,7 @@ class ExpertParallelEngine:
     def rejoin(
         self, topology: Topology, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]
     ) -> None:
-        self._step, self.current.now = None, None
+        self._last, self.current.now = None, None
         self.shards.rejoin(topology, groups, owners, chunks)
 
     def _put_experts(self) -> None:
@@ -115,7 +117,7 @@ class ExpertParallelStep:
         for layer, store in reversed(self._shards.stores.items()):
             grad_nC = torch.empty_like(store.owned)
             write_gradients(self._layers[layer], grad_nC)
-            store.bring(grad_nC)
+            store.add_gradients(grad_nC)
             store.sum_over_groups()
         loads = self.ledger.exchange_loads()
         self.ledger.close({layer: store.reduced() for layer, store in self._shards.stores.items()}, loads)

@@ -168,17 +168,17 @@ class ExpertStore:
         assert self._plan is not None
         assert self._replicas_SC is not None
         assert self._replicas_SC.grad is not None
-        self.settle()
+        self.wait_for_reduction()
         self._reducing = sparse_reduce_scatter(self._replicas_SC.grad, self._plan.chunks, self._group)
         self.bytes_sent += self._reducing.bytes_sent
         self.drop()
 
-    def bring(self, grad_nC: Tensor) -> None:
+    def add_gradients(self, grad_nC: Tensor) -> None:
         """Add gradients of the owned experts, by expert ascending, that were summed elsewhere: no replicas were gathered. Kept."""
-        self.settle()
+        self.wait_for_reduction()
         self._sum_nC = grad_nC if self._sum_nC is None else self._sum_nC.add_(grad_nC)
 
-    def settle(self) -> None:
+    def wait_for_reduction(self) -> None:
         """Wait for the reduction under way, so that nothing is left of the gradients it was made from but the owners' sums."""
         if self._reducing is not None:
             grad_nC = self._reducing.wait()
@@ -192,7 +192,7 @@ class ExpertStore:
         """
         if self._replicate_group is None or self._summing is not None or not self.experts:
             return
-        self.settle()
+        self.wait_for_reduction()
         assert self._sum_nC is not None, "sum_over_groups() before reduce()"
         self._summing = dist.all_reduce(self._sum_nC, group=self._replicate_group, async_op=True)
         groups = dist.get_world_size(self._replicate_group)
@@ -201,7 +201,7 @@ class ExpertStore:
     def reduced(self) -> Tensor:
         """[owned experts, C]: the summed gradients, by expert ascending."""
         self.sum_over_groups()
-        self.settle()
+        self.wait_for_reduction()
         if self._summing is not None:
             self._summing.wait()
             self._summing = None
