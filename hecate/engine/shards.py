@@ -83,11 +83,13 @@ class ExpertShards:
         group = dist.get_rank(groups.world) // self.world_size
         self.plans = StepPlans(self.families, config, owners, self.history, self.mesh, group, self.rank)
         self.stores = {
-            layer: ExpertStore(owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), groups.experts, groups.replicate)
+            layer: ExpertStore(
+                owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), family.no_chunks(), groups.experts, groups.replicate
+            )
             for layer, family in self.families.items()
         }
         self.frozen = {
-            layer: FrozenStore(owners[layer], self.plans.slots(family), family.frozen_chunk, groups.experts)
+            layer: FrozenStore(owners[layer], self.plans.slots(family), family.frozen_chunk, family.no_frozen_chunks(), groups.experts)
             for layer, family in self.families.items()
             if family.layout().frozen
         }

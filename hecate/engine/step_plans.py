@@ -291,5 +291,5 @@ def _moved_owners(planner: Planner, layers: Sequence[Unit], before_LE: np.ndarra
 
 
 def _chunk_size(family: ExpertFamily) -> ChunkSize:
-    numel = family.layout().trainable_numel
-    return ChunkSize(numel, int(family.cost(1, 0.0).trainable_bytes) // numel)
+    none_nC = family.no_chunks()
+    return ChunkSize(none_nC.shape[1], none_nC.element_size())

@@ -52,8 +52,16 @@ class ExpertFamily(Protocol):
     def frozen_chunk(self, expert: int) -> Tensor:
         """The flat frozen chunk of one expert, in the dtype it is computed in; empty for a family without frozen parts.
 
-        It is asked for on the expert's first owner; a rank that owns none asks for expert 0 to learn its dtype and device.
+        It is asked for on the expert's first owner only.
         """
+        ...
+
+    def no_chunks(self) -> Tensor:
+        """[0, C], of the dtype and on the device that `init_chunk` has: what a rank holds that owns no expert."""
+        ...
+
+    def no_frozen_chunks(self) -> Tensor:
+        """[0, C], of the dtype and on the device that `frozen_chunk` has."""
         ...
 
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
@@ -147,6 +155,12 @@ class FfnExperts(ABC):
     def frozen_chunk(self, expert: int) -> Tensor:
         """Nothing."""
         return torch.empty(0, dtype=self.site.compute_dtype, device=self.site.device)
+
+    def no_chunks(self) -> Tensor:
+        return torch.empty((0, self._layout.trainable_numel), dtype=self.site.master_dtype, device=self.site.device)
+
+    def no_frozen_chunks(self) -> Tensor:
+        return torch.empty((0, self._layout.frozen_numel), dtype=self.site.compute_dtype, device=self.site.device)
 
     def forget_initial(self) -> None:  # noqa: B027 - most families keep nothing
         """Let go of whatever initial chunks were made from, once there is an engine; later ones may begin otherwise."""

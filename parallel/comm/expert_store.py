@@ -33,12 +33,14 @@ class ExpertStore:
         self,
         owner_E: list[int],
         init: Callable[[int], Tensor],
+        none_nC: Tensor,
         group: dist.ProcessGroup,
         replicate_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Args:
         owner_E: the owner rank of each expert.
         init: the initial flat chunk of an expert; called for owned experts only.
+        none_nC: [0, C]: what a rank that owns nothing has, whose collectives need a chunk's size, dtype and device.
         group: the ranks that share one copy of all experts.
         replicate_group: the owners of the same experts in all sharding groups; None: there is one sharding group.
         """
@@ -46,9 +48,7 @@ class ExpertStore:
         self._group, self._replicate_group = group, replicate_group
         self.experts = [expert for expert, owner in enumerate(owner_E) if owner == rank]
         """owned experts, ascending"""
-        # A rank that owns nothing still needs the chunk's size and dtype to take part in the collectives.
-        chunks = [init(expert) for expert in self.experts] or [init(0)[None][:0]]
-        self._owned_nC = torch.stack(chunks) if self.experts else chunks[0]
+        self._owned_nC = torch.stack([init(expert) for expert in self.experts]) if self.experts else none_nC
         self.parameters = [nn.Parameter(chunk) for chunk in self._owned_nC]
         """one parameter an owned expert, views of one tensor"""
         self.bytes_sent = 0

@@ -99,9 +99,12 @@ class FrozenStore:
     arguments. A transfer that no rank needs is no collective.
     """
 
-    def __init__(self, owner_E: np.ndarray, slots_D: np.ndarray, frozen: Callable[[int], Tensor], group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, owner_E: np.ndarray, slots_D: np.ndarray, frozen: Callable[[int], Tensor], none_MC: Tensor, group: dist.ProcessGroup
+    ) -> None:
         """Args:
-        frozen: the flat frozen chunk of an expert; called for owned experts, and for expert 0 where there are none.
+        frozen: the flat frozen chunk of an expert; called for owned experts only.
+        none_MC: [0, C]: no chunks, of the size, dtype and device that chunks have.
         """
         self._group = group
         self._rank = dist.get_rank(group)
@@ -109,8 +112,7 @@ class FrozenStore:
         self._residency = Residency(owner_E, slots_D)
         owned = np.flatnonzero(owner_E == self._rank).tolist()
         self._held = {expert: frozen(expert) for expert in owned}
-        like = self._held[owned[0]] if owned else frozen(0)
-        self._none_MC = like.new_empty((0, like.numel()))
+        self._none_MC = none_MC
         self._placement: Placement | None = None
         self._under_way: tuple[FirstExchange, Exchange] | None = None
         self.bytes_sent = 0

@@ -53,6 +53,14 @@ def test_the_kernels_views_of_a_chunk_are_the_layouts() -> None:
         assert torch.equal(view, flat[start:end].view(spec.shape)), spec.name
 
 
+def test_no_chunks_have_the_form_of_chunks() -> None:
+    """What a rank holds that owns no expert."""
+    for family in (full(), moe_lora()):
+        for none, one in ((family.no_chunks(), family.init_chunk(0)), (family.no_frozen_chunks(), family.frozen_chunk(0))):
+            assert none.shape == (0, one.numel())
+            assert (none.dtype, none.device) == (one.dtype, one.device)
+
+
 def test_initial_chunks_depend_on_seed_layer_and_expert() -> None:
     first = full().init_chunk(1)
     assert torch.equal(full().init_chunk(1), first)

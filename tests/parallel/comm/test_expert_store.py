@@ -32,7 +32,7 @@ def topology(nodes: tuple[int, ...], near: float) -> Topology:
 
 
 def store_of(numel: int, first: int = 0) -> ExpertStore:
-    return ExpertStore(OWNERS, lambda e: torch.full((numel,), float(e + first)), world_group())
+    return ExpertStore(OWNERS, lambda e: torch.full((numel,), float(e + first)), torch.empty(0, numel), world_group())
 
 
 def plan(rank: int, where: Placement, on: Topology | None, numel: int) -> TransferPlan:

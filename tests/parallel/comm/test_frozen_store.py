@@ -12,6 +12,7 @@ from hecate.parallel.placement import Placement, everything_everywhere
 from tests.ranks import run_ranks
 
 NUMEL = 5
+NONE = torch.empty(0, NUMEL)
 
 
 def rows(text: str) -> np.ndarray:
@@ -72,8 +73,8 @@ def _any_placements(rank: int, world: int, seed: int) -> list[int]:
         owner_E = rng.integers(0, world, size=experts)
         slots_D = rng.integers(0, experts, size=world)
         asked: list[int] = []
-        store = FrozenStore(owner_E, slots_D, lambda expert, asked=asked: asked.append(expert) or frozen(expert), group)
-        assert asked == (np.flatnonzero(owner_E == rank).tolist() or [0])
+        store = FrozenStore(owner_E, slots_D, lambda expert, asked=asked: asked.append(expert) or frozen(expert), NONE, group)
+        assert asked == np.flatnonzero(owner_E == rank).tolist(), "no expert is made that the rank does not own"
         for step in range(8):
             before, sent = store.resident_ED, store.bytes_sent
             where_ED = (owner_E[:, None] == np.arange(world)) | (rng.random((experts, world)) < 0.3)
@@ -119,7 +120,7 @@ def _no_collective(rank: int, world: int) -> None:
     """Only rank 0 asks for what all have: a collective would hang."""
     group = dist.group.WORLD
     assert group is not None
-    store = FrozenStore(np.array([0, 1]), np.array([2, 2]), frozen, group)
+    store = FrozenStore(np.array([0, 1]), np.array([2, 2]), frozen, NONE, group)
     everywhere = everything_everywhere(np.array([0, 1]), world)
     store.gather(everywhere)
     store.chunks()
@@ -137,10 +138,31 @@ def _owned_are_not_copied(rank: int, world: int) -> None:
     group = dist.group.WORLD
     assert group is not None
     own = frozen(rank)
-    store = FrozenStore(np.array([0, 1]), np.array([2, 2]), lambda _: own, group)
+    store = FrozenStore(np.array([0, 1]), np.array([2, 2]), lambda _: own, NONE, group)
     store.gather(everything_everywhere(np.array([0, 1]), world))
     assert store.chunks()[rank].data_ptr() == own.data_ptr()
 
 
 def test_an_owners_replica_is_its_owned_part() -> None:
     run_ranks(2, _owned_are_not_copied)
+
+
+def _an_equal_placement(rank: int, world: int) -> None:
+    """Each step brings a new object for the same placement; only rank 0 goes on to a last one, which a collective would not survive."""
+    group = dist.group.WORLD
+    assert group is not None
+    owner_E = np.array([0, 1, 1])
+    store = FrozenStore(owner_E, np.array([1, 1]), frozen, NONE, group)
+    needed = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = Residency.need
+        patch.setattr(Residency, "need", lambda self, where_ED: needed.append(1) or real(self, where_ED))
+        for _ in range(3 if rank else 4):
+            store.gather(Placement(owner_E.copy(), np.array([[True, True], [False, True], [False, True]])))
+            store.chunks()
+    assert len(needed) == 1, "the placement was taken for another one"
+    assert store.bytes_sent == (4 * NUMEL if rank == 0 else 0)
+
+
+def test_an_equal_placement_in_a_new_object_changes_nothing() -> None:
+    run_ranks(2, _an_equal_placement, timeout=20)
