@@ -1,8 +1,8 @@
 """Loops that numba compiles to machine code: once for each machine, in the background, while plain Python does the same work.
 
 Compiling takes about ten seconds. So the first call that finds no machine code starts a process that compiles, and goes on as plain Python,
-which gives the same results to the bit. Once plain Python has taken `PLAIN_SECONDS`, calls wait for the machine code instead. Without numba
-everything stays plain Python.
+which gives the same results to the bit. Where plain Python takes long, and a large share of the time, calls wait for the machine code
+instead. Without numba everything stays plain Python.
 
     @loop                    a function that compiled functions call; from Python it runs as plain Python
     @entry                   a function that Python calls: machine code where there is some, else plain Python
@@ -34,8 +34,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-PLAIN_SECONDS = 5.0
-"""of plain Python in one process, after which it waits for the machine code"""
+PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.3
+"""of one process: with more processor seconds of plain Python, and a larger share of the time, it waits for the machine code"""
 _PATIENCE = 300.0
 """seconds to wait for machine code before doing without"""
 _COMPILER_MODULE = "hecate.parallel.compile_loops"
@@ -49,6 +49,8 @@ class _Process:
 
     state: State = "unknown"
     plain_seconds = 0.0
+    """processor time"""
+    compiling_since = 0.0
     waited_seconds = 0.0
     compiler: subprocess.Popen[bytes] | None = None
     say: Callable[[str], None] = staticmethod(lambda text: None)
@@ -75,9 +77,9 @@ class Entry(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if have_machine_code():
             return self.machine_code(*args, **kwargs)
-        started = time.perf_counter()
+        started = time.thread_time()
         result = self.plain(*args, **kwargs)
-        _process.plain_seconds += time.perf_counter() - started
+        _process.plain_seconds += time.thread_time() - started
         return result
 
     @property
@@ -94,12 +96,14 @@ def entry(function: Callable[P, R]) -> Entry[P, R]:
 
 
 def have_machine_code() -> bool:
-    """Is there machine code now? Starts a compiler if there is none, and waits for it after `PLAIN_SECONDS` of plain Python."""
+    """Is there machine code now? Starts a compiler if there is none, and waits for it where plain Python takes too long."""
     if _process.state == "ready":
         return True
     start_compiling()
-    if _process.state == "compiling" and _process.plain_seconds > PLAIN_SECONDS:
-        _wait()
+    if _process.state == "compiling":
+        share = PLAIN_SHARE * (time.perf_counter() - _process.compiling_since)
+        if _process.plain_seconds > max(PLAIN_SECONDS, share):
+            _wait()
     return _process.state == "ready"
 
 
@@ -111,12 +115,15 @@ def start_compiling() -> State:
     if folder is None:
         _process.state = "plain"
     elif _marker(folder).exists():
-        _process.state = "ready"
+        if _process.compiler is not None:
+            _process.compiler.wait()  # it has nothing left to do but end
+        _process.state, _process.compiler = "ready", None
     elif _process.compiler is not None and _process.compiler.poll():
         _process.state = "plain"
         _process.say(f"planner: its loops could not be compiled and stay plain Python; see {folder / 'compiler.log'}")
     else:
-        _process.state = "compiling"
+        if _process.state == "unknown":
+            _process.state, _process.compiling_since = "compiling", time.perf_counter()
         if _process.compiler is None:
             _process.compiler = _start_compiler(folder)
     return _process.state

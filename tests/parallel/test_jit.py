@@ -17,17 +17,16 @@ PROGRAM = """
 import sys
 from hecate.parallel import jit
 jit._COMPILER_MODULE = "{compiler}"
-jit.PLAIN_SECONDS = {plain_seconds}
 said = []
 from tests.parallel.slow_compiler import twice
 jit.say_with(said.append)
 """
 
 
-def run(program: str, cache: Path, *, compiler: str = "tests.parallel.slow_compiler", plain_seconds: float = 5.0) -> str:
+def run(program: str, cache: Path, *, compiler: str = "tests.parallel.slow_compiler") -> str:
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": root}
-    whole = PROGRAM.format(compiler=compiler, plain_seconds=plain_seconds) + program
+    whole = PROGRAM.format(compiler=compiler) + program
     done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=False, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -38,6 +37,9 @@ def test_plain_python_goes_on_while_another_process_compiles(tmp_path: Path) -> 
 assert twice(3.0) == 6.5 and jit._process.state == "compiling", jit._process.state
 assert len(said) == 1 and "in the background" in said[0], said
 assert jit.waited_seconds() == 0.0
+jit._process.plain_seconds = 6.0  # much, but little of the time
+jit._process.compiling_since -= 60.0
+assert twice(3.0) == 6.5 and jit._process.state == "compiling" and jit.waited_seconds() == 0.0
 jit._process.compiler.wait()
 assert twice(3.0) == 6.5 and jit._process.state == "ready"
 assert twice.machine_code.signatures
@@ -57,27 +59,27 @@ import subprocess
 other = subprocess.run([sys.executable, "-c", OTHER], check=True)
 jit._process.compiler.wait()
 """
-    other = PROGRAM.format(compiler="tests.parallel.slow_compiler", plain_seconds=5.0)
+    other = PROGRAM.format(compiler="tests.parallel.slow_compiler")
     other += "twice(1.0); assert jit._process.state == 'compiling' and jit._process.compiler is None"
     run(f"OTHER = {other!r}" + program, tmp_path)
 
 
 def test_who_has_done_enough_in_plain_python_waits_and_says_so(tmp_path: Path) -> None:
     program = """
-jit._process.plain_seconds = 0.2
+jit._process.plain_seconds = 1e9
 assert twice(3.0) == 6.5 and jit._process.state == "ready"
 assert jit.waited_seconds() > 0 and "waiting" in said[-1], said
 """
-    run(program, tmp_path, plain_seconds=0.1)
+    run(program, tmp_path)
 
 
 def test_a_compiler_that_fails_leaves_plain_python_and_says_where_to_look(tmp_path: Path) -> None:
     program = """
-jit._process.plain_seconds = 0.2
+jit._process.plain_seconds = 1e9
 assert twice(3.0) == 6.5 and jit._process.state == "plain"
 assert "compiler.log" in said[-1], said
 """
-    run(program, tmp_path, compiler="tests.parallel.no_such_module", plain_seconds=0.1)
+    run(program, tmp_path, compiler="tests.parallel.no_such_module")
 
 
 def test_without_numba_all_is_plain(tmp_path: Path) -> None:
