@@ -23,9 +23,9 @@ MARGIN = 1e-9
 
 
 class LayerProblem:
-    """The only layer of a plan's input: what plans choose from, and what they all pay. Experts without choices count for optimizers alone.
+    """The only layer of a plan's input: what plans choose from and all pay. Experts without assignments count for optimizers only.
 
-    Choices are counted in units of an expert's mean load, and so are works and bytes per choice: solvers like numbers near 1.
+    Assignments are counted in units of an expert's mean load, and so are works and bytes per assignment: solvers like numbers near 1.
     """
 
     def __init__(self, given: PlanInput) -> None:
@@ -108,7 +108,7 @@ class Relaxation:
         lp.at_most(p.slots_D, (self.z_ED, ~p.owned_ED, self.r_D))
 
     def _choices(self, caps: _Caps) -> None:
-        """Choices served on each rank, by where they come from: there, its node, elsewhere; and those that leave each node."""
+        """Assignments served on each rank, by where they come from: there, its node, elsewhere; and those that leave each node."""
         p, lp, far = self.problem, self.program, self.reach == "far"
         inside_ED = p.tokens_EN[:, p.node_D]
         in_node_ED, elsewhere_ED = inside_ED - p.loads_ED, far * (p.load_E[:, None] - inside_ED)
@@ -120,7 +120,7 @@ class Relaxation:
         local, near, far_ = (most(p.loads_ED, caps.local_D), most(in_node_ED, caps.remote_D), most(elsewhere_ED, caps.remote_D))
         self.local_ED, self.near_ED, self.far_ED = (lp.variables(0.0, m) for m in (local, near, far_))
         self.sent_EN = lp.variables(0.0, far * p.tokens_EN)
-        # A rank serves an expert's choices if it has a replica, and at most those that there are and that it has time for.
+        # A rank serves an expert's assignments if it has a replica, and at most those that there are and that it has time for.
         z_ED, replica_ED = self.z_ED, ~p.owned_ED
         self._each(replica_ED & (local > 0), (self.local_ED, 1.0), (z_ED, -local))
         self._each(replica_ED & (near > 0), (self.near_ED, 1.0), (z_ED, -near))
@@ -131,7 +131,7 @@ class Relaxation:
         lp.equal(p.tokens_EN, (self.local_ED, 1.0, row_ED), (self.near_ED, 1.0, row_ED), (self.sent_EN, 1.0, row_EN))
         lp.equal(0 * p.load_E, (self.sent_EN, 1.0, self.e_E[:, None]), (self.far_ED, -1.0, self.e_E[:, None]))
         if far:
-            # Without a replica in a node all choices leave it.
+            # Without a replica in a node all assignments leave it.
             keep_EN = p.tokens_EN * ~p.home_EN
             lp.at_most(-keep_EN, (self.sent_EN, -1.0 * ~p.home_EN, row_EN), (self.y_EN, -keep_EN, row_EN))
             # And it serves nobody else's.
@@ -146,7 +146,7 @@ class Relaxation:
         served = (self.local_ED, local_D, self.r_D), (self.near_ED, remote_D, self.r_D), (self.far_ED, remote_D, self.r_D)
         slowest = self._seconds()
         self.program.at_most(0 * p.rate_D, *served, (slowest, -1.0, self.r_D))
-        # With R copies beside its owner's, an expert's choices take at least load / (rates of the R + 1 ranks). That is convex in R, so
+        # With R copies beside its owner's, an expert's assignments take at least load / (rates of the R + 1 ranks). That is convex in R, so
         # the line through two neighbouring whole numbers is nowhere above it at any whole number. The same holds of several experts of one
         # owner, and of those of one node with copies in others.
         work = p.choice_work + p.row_work * min(caps.local_rows_D.min(), caps.remote_rows_D.min())
@@ -185,7 +185,7 @@ class Relaxation:
         in_D = caps.remote_rows_D
         out = in_D.min()  # rows leave at the mean of what they arrive at
         busiest = self._seconds()
-        # Choices that leave each rank's node: those that leave the node, all told.
+        # Assignments that leave each rank's node: those that leave the node, all told.
         sent_D = lp.variables(0.0, (self.reach == "far") * p.load_D)
         lp.equal(0.0 * n_N, (sent_D, 1.0, p.node_D), (self.sent_EN, -1.0, n_N))
         lp.at_most(-out * p.load_D * port_D, (self.local_ED, -out * port_D, r_D), (sent_D, -out * port_D, r_D), (busiest, -1.0, r_D))
@@ -279,7 +279,7 @@ class Relaxation:
 
 
 class _Caps:
-    """The most choices that each rank can serve within a time, and the distinct tokens per choice that follow at least."""
+    """The most assignments that each rank can serve within a time, and the distinct tokens per assignment that follow at least."""
 
     def __init__(self, problem: LayerProblem, compute: float, dispatch: float, reach: Reach) -> None:
         """`compute` seconds of work, or of work and rows received; `dispatch` seconds of rows alone."""
@@ -299,7 +299,7 @@ class _Caps:
             travel_D = p.row_bytes * rows_D / port_D
             return (seconds(rows_D, choices_D) + travel_D <= compute) & (travel_D <= dispatch)
 
-        # What a rank serves is of its own experts, and of the slots' worth of others of which there are most choices.
+        # What a rank serves is of its own experts, and of the slots' worth of others of which there are most assignments.
         self.local_D = _largest(local_fits, _held(p, p.loads_ED))
         self.remote_D = _largest(remote_fits, np.minimum(k * others_D, _held(p, p.load_E[:, None] - p.loads_ED)))
         self.local_rows_D = _chord(self.local_D, tokens_D, k)
@@ -307,7 +307,7 @@ class _Caps:
 
 
 def _held(problem: LayerProblem, choices_ED: np.ndarray) -> np.ndarray:
-    """float64 [ranks]: the most of the choices that belong to experts which a rank can have."""
+    """float64 [ranks]: the most of the assignments that belong to experts which a rank can have."""
     p = problem
     lent_ED = -np.sort(-np.where(p.owned_ED, 0.0, choices_ED), axis=0)
     lent_ED[np.arange(len(lent_ED))[:, None] >= p.slots_D] = 0.0
@@ -329,5 +329,5 @@ def _distinct(choices_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray
 
 
 def _chord(choices_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray:
-    """Distinct tokens per choice at `choices_D`; with fewer choices there are no fewer of them per choice."""
+    """Distinct tokens per assignment at `choices_D`; with fewer assignments there are no fewer of them per assignment."""
     return np.divide(_distinct(choices_D, tokens_D, k), choices_D, out=np.ones_like(choices_D), where=choices_D > 0)

@@ -70,7 +70,7 @@ class CostNumbers(NamedTuple):
 
 
 class LayerLoads(NamedTuple):
-    """The choices of one layer, float64, and their sums."""
+    """The assignments of one layer, float64, and their sums."""
 
     tokens_SE: np.ndarray
     tokens_NE: np.ndarray
@@ -289,7 +289,7 @@ def dispatch_latency(near: float, far: float, asked: bool, topology: TopologyNum
 
 @loop
 def _leave_nodes(replicas: Replicas, loads: LayerLoads, far_share: np.ndarray, topology: TopologyNumbers, far_out: np.ndarray) -> None:
-    """Adds to `far_out` [ranks] the choices of each that leave its node; `far_share` [nodes, experts] of what leaves a rank does."""
+    """Adds to `far_out` [ranks] the assignments of each that leave its node; `far_share` [nodes, experts] of what leaves a rank does."""
     ranks, experts = loads.tokens_SE.shape
     fours = experts - experts % 4
     for d in range(ranks):

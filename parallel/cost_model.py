@@ -91,7 +91,7 @@ class LayerCost:
     row_backward: float = 1.0
     """backward over forward FLOPs of a row; 1 for a frozen base, 2 for a trained one"""
     assignment_backward: float = 2.0
-    """backward over forward FLOPs of a choice"""
+    """backward over forward FLOPs of an assignment"""
     non_moe_flops: float = 0.0
     """of one rank: the attention that hides transfers; backward is twice as long"""
     frozen_lifetime: float = 20.0

@@ -22,7 +22,7 @@ class Replicas(NamedTuple):
     rank_EC: np.ndarray
     """int32 [experts, ranks]: the first `count_E[e]` are those that have expert e, ascending"""
     quota_ED: np.ndarray
-    """float64 [experts, ranks]: choices served at each replica"""
+    """float64 [experts, ranks]: assignments served at each replica"""
 
 
 def no_replicas(experts: int, ranks: int) -> Replicas:
@@ -32,7 +32,7 @@ def no_replicas(experts: int, ranks: int) -> Replicas:
 
 @loop
 def add(replicas: Replicas, expert: int, rank: int) -> None:
-    """A new replica, without choices yet."""
+    """A new replica, without assignments yet."""
     replicas.has_ED[expert, rank] = True
     replicas.quota_ED[expert, rank] = 0.0
     place = replicas.count_E[expert]

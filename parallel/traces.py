@@ -72,10 +72,6 @@ class Trace:
         if ((self.loads < 0) | (self.loads > most)).any() or (self.loads.sum(-2) > self.tokens_per_rank * self.top_k).any():
             raise UserError(f"loads exceed top_k {self.top_k} experts for each of {self.tokens_per_rank} tokens a rank, or are negative")
 
-    def of_layer(self, index: int) -> np.ndarray:
-        """int [steps, the layer's experts, source ranks], the `index`-th of `layers`."""
-        return self.loads[:, index, : self.num_experts[index]]
-
 
 def save_trace(trace: Trace, path: Path) -> None:
     """Write the file, replacing an existing one in a single step.

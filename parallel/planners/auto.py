@@ -1,9 +1,10 @@
-"""Ours: replicas and token shares planned together, for devices and links that may all differ, chosen by predicted seconds.
+"""The default planner. It chooses replicas and token shares together, for any mix of devices and links, and keeps the candidate with the
+lowest predicted time.
 
-A plan is made in two moves. *Reach* brings replicas to where tokens want them, by one of a few rules. *Spill*: where devices are still too
-busy, they hand choices of their largest experts to those with time left, which get a replica for it. The candidates below are what was
-left of some hundreds of rules with degrees of spill, after those that made little difference to 312 layers had been dropped
-(`benchmarks.plan_quality`, with the slots that memory gives and with four); the cost model picks the best for each layer.
+A candidate is made in two moves. *Reach* brings replicas to the ranks that hold an expert's tokens, by one of a few rules. *Spill* then
+lets devices that are still too busy hand assignments of their largest experts to devices with time left, which get replicas of them.
+`CANDIDATES` is what was left of some hundreds of rules with degrees of spill, after those that made little difference to 312 layers had
+been dropped (`benchmarks.plan_quality`, with the slots that memory gives and with four).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CANDIDATES = (
     ((HOT, 1.0, 0.0), (1.0,)),
 )
 """`reach`'s rule, share and factor; and degrees of spill, beside none: how far above the mean a device's compute may stay; negative: no
-choice leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
+assignment leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
 
 
 def plan_auto(given: PlanInput) -> Plan:

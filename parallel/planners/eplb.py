@@ -10,7 +10,7 @@ from hecate.parallel.planners.plan import Plan, PlanInput
 
 
 def plan_eplb(given: PlanInput) -> Plan:
-    """Spare copies to the highest load per copy, then all copies packed by load; each copy serves the same number of choices.
+    """Spare copies to the highest load per copy, then all copies packed by load; each copy serves the same number of assignments.
 
     With several nodes experts are first packed to nodes and get their spares there, so that an expert is in one node only; our routers
     know no expert groups, so each expert is one. EPLB leaves the choice between this and the global variant to its user: here each

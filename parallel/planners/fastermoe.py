@@ -10,16 +10,16 @@ from hecate.parallel.planners.plan import Plan, PlanInput
 def plan_fastermoe(given: PlanInput) -> Plan:
     """The k hottest experts go to all ranks, with the k of the lowest latency among those that fit in the slots.
 
-    latency(k) = 3·comp·B + 4·feat·B + k·model, with B the choices on the busiest device once each rank computes its own choices of the
-    k hottest, and the seconds of a choice's forward pass, of a row and of an expert on the slowest device and link. FasterMoE counts up
+    latency(k) = 3·comp·B + 4·feat·B + k·model, with B the assignments on the busiest device once each rank computes its own of the k
+    hottest, and the seconds of an assignment's forward pass, of a row and of an expert on the slowest device and link. FasterMoE counts up
     while the latency falls, with B the load of the hottest expert left; that of the busiest device stays the same for some k, and
-    stopping there would be a straw man. For FasterMoE all devices are alike: B counts choices, whatever the devices' rates.
+    stopping there would be a straw man. For FasterMoE all devices are alike: B counts assignments, whatever the devices' rates.
     """
     loads_LED, cost, topology = given.expected_LED, given.cost, given.topology
     order_LE = np.argsort(-loads_LED.sum(-1), axis=1, kind="stable")
     sorted_LED = np.take_along_axis(loads_LED, order_LE[..., None], axis=1)
     owned_LED = np.take_along_axis(given.owned_LED, order_LE[..., None], axis=1)
-    # Shadowing an expert takes its choices off its owner and puts each rank's own on it.
+    # Shadowing an expert takes its assignments off its owner and puts each rank's own on it.
     served_LED = owned_LED * sorted_LED.sum(-1, keepdims=True)
     busiest_LK = np.concatenate([np.zeros_like(served_LED[:, :1]), np.cumsum(sorted_LED - served_LED, axis=1)], axis=1)
     busiest_LK = (busiest_LK + served_LED.sum(1, keepdims=True)).max(-1)

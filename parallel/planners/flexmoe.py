@@ -21,7 +21,7 @@ def plan_flexmoe(given: PlanInput) -> Plan:
 
     The placement that is there is `present_LED`, the hottest of it if the slots hold less. FlexMoE converges over the steps; where
     `present_LED` is None nothing is known of the steps before, and changes go on from the owners alone, up to one for each expert.
-    Choices are split evenly over the replicas in their own node, else over all. Devices count as equally fast.
+    Assignments are split evenly over the replicas in their own node, else over all. Devices count as equally fast.
     """
     loads_LED, owned_LED = given.expected_LED, given.owned_LED
     where_LED = _present(given, loads_LED.sum(-1))

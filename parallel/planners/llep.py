@@ -7,7 +7,7 @@ import numpy as np
 from hecate.parallel.planners.plan import Plan, PlanInput
 
 MIN_CHUNK = 1024
-"""choices: spilling fewer is not worth an expert's transfer"""
+"""assignments: spilling fewer is not worth an expert's transfer"""
 
 
 def plan_llep(given: PlanInput) -> Plan:

@@ -100,9 +100,9 @@ def even_split(load_LE: np.ndarray, where_LED: np.ndarray) -> np.ndarray:
 
 
 def even_split_in_node(where_ED: np.ndarray, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
-    """Quotas when choices go evenly over the replicas in their own node, else over all (LAER-MoE's and its FlexMoE's routing).
+    """Quotas when assignments go evenly over the replicas in their own node, else over all (LAER-MoE's and its FlexMoE's routing).
 
-    Unlike `even_quota`, a rank does not keep its own choices, so the replicas of one node serve the same.
+    Unlike `even_quota`, a rank does not keep its own assignments, so the replicas of one node serve the same.
 
     Args:
         where_ED: bool [..., experts, ranks], each expert somewhere.

@@ -87,14 +87,14 @@ class PlanInput:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Where the experts of each layer are in this step, and who serves how many of their choices."""
+    """Where the experts of each layer are in this step, and who serves how many of their assignments."""
 
     owner_LE: np.ndarray
     """int64 [layers, experts]; other than the input's where the planner wants experts re-sharded"""
     where_LED: np.ndarray
     """bool [layers, experts, ranks]: replicas, always one at the owner"""
     quota_LED: np.ndarray | None = field(default=None)
-    """float64 [layers, experts, ranks]: choices served at each replica, summing to the expert's load; None: topology-aware dispatch"""
+    """float64 [layers, experts, ranks]: assignments served at each replica, summing to the expert's load; None: topology-aware dispatch"""
 
     def placement(self, layer: int) -> Placement:
         return Placement(self.owner_LE[layer].copy(), self.where_LED[layer].copy())

@@ -64,7 +64,7 @@ def wishes(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: To
 
 @loop
 def bring_wanted(room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads, replicas: Replicas) -> None:
-    """To each rank the experts of which it has the most choices, more than `least`, as many as it has room for."""
+    """To each rank the experts of which it has the most assignments, more than `least`, as many as it has room for."""
     for d in range(len(room)):
         for i in range(min(room[d], wish.rank_DE.shape[1])):
             e = wish.rank_DE[d, i]
@@ -163,7 +163,7 @@ def _place(
                 far += loads.tokens_NE[n, e]
             else:
                 nodes_with += 1.0
-        extra[e] = far / nodes_with  # choices from nodes without the expert go evenly over those with it
+        extra[e] = far / nodes_with  # assignments from nodes without the expert go evenly over those with it
         if replicas.count_E[e] == 1:
             busy[owner[e]] += loads.tokens_NE[topology.node_D[owner[e]], e] + extra[e]
     for n in range(nodes):

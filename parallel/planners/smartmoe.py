@@ -11,7 +11,7 @@ from hecate.parallel.planners.plan import Plan, PlanInput
 def plan_smartmoe(given: PlanInput) -> Plan:
     """Experts by load descending, each to the least-loaded device with room for it, its owner on ties; E/D experts on a device.
 
-    Nothing is replicated: an expert that moves takes a slot on its new device, and its owner serves none of its choices. Without slots
+    Nothing is replicated: an expert that moves takes a slot on its new device, and its owner serves none of its assignments. Without slots
     it stays. A layer's new places are taken up only if its busiest device gets less. SmartMoE replans every 10 iterations from the
     loads of the last 2, which is the caller's affair. Devices count as equally fast.
     """

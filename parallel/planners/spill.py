@@ -1,4 +1,4 @@
-"""Handing choices from busy devices to those with time left."""
+"""Handing assignments from busy devices to those with time left."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hecate.parallel.jit import loop
 from hecate.parallel.replica_lists import Replicas, add, foreign
 
 _LEAST = 1e-6
-"""choices not worth moving"""
+"""assignments not worth moving"""
 
 
 @loop
 def spill(
     owner: np.ndarray, busy: np.ndarray, slots: np.ndarray, slack: float, across: bool, topology: TopologyNumbers, replicas: Replicas
 ) -> None:
-    """Move choices from devices above `slack` times the mean compute time to those below it; changes `replicas`.
+    """Move assignments from devices above `slack` times the mean compute time to those below it; changes `replicas`.
 
     Nodes first: whole nodes hand over few large experts, so that few copies cross the slow links. Then the devices of each node among
     themselves, then whatever did not fit. Largest piece to the one with the most time left; ties by index.
@@ -26,7 +26,7 @@ def spill(
         owner: int64 [experts].
         busy: float64 [ranks]: seconds of expert compute under the quotas.
         slots: int64 [ranks]: replicas of other ranks' experts that fit.
-        across: move choices between nodes, too.
+        across: move assignments between nodes, too.
     """
     experts, ranks = replicas.has_ED.shape
     free = foreign(replicas, owner)
@@ -49,7 +49,7 @@ def spill(
         if busy[d] > target:
             excess[d] = (busy[d] - target) * choices[d] / busy[d]
         else:
-            # A device with little work takes choices at the average work of a choice.
+            # A device with little work takes assignments at the average work of an assignment.
             spare[d] = max(0.0, fair * topology.rate_D[d] - choices[d])
     # The experts of each rank; those with excess get no new ones.
     experts_of = np.empty(held_D[ranks], np.int64)
@@ -118,7 +118,7 @@ def _between_nodes(
 def _fill_node(
     expert: int, node: int, amount: float, free: np.ndarray, topology: TopologyNumbers, replicas: Replicas, spare: np.ndarray
 ) -> float:
-    """Give choices of an expert to the devices of a node; returns how many found room."""
+    """Give assignments of an expert to the devices of a node; returns how many found room."""
     left = amount
     while left > _LEAST:
         best = _most_spare(expert, node, free, topology, replicas, spare)
