@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.parallel import jit
 from hecate.ranks.launcher_files import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, exit_with_user_error, mistakes
 
 
@@ -54,6 +55,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
 
     config = load_config(config_path, overrides, claim_output=False)
     check_kernels(config.kernels)
+    jit.start_compiling()  # beside the loading of torch and of the model
     preload()
     from hecate.elastic.local_membership import local_controller
     from hecate.elastic.restart import begin_or_resume
@@ -62,6 +64,8 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
 
     try:
         with join_ranks(config.fssdp.shard_size, config.model.tensor_parallel) as ranks:
+            if ranks.is_first:
+                jit.say_with(lambda text: print(text, file=sys.stderr, flush=True))
             # Only one process may check that output_dir is free: rank 0 under torchrun; a launcher has done it before it started the ranks.
             claims = ranks.is_first and STORE_VARIABLE not in os.environ
             config = begin_or_resume(config, ranks, claim=(lambda: load_config(config_path, overrides)) if claims else None)
