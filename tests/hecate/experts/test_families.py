@@ -11,13 +11,20 @@ import pytest
 import torch
 
 from hecate.config.schema import LEAVES
+from hecate.engine.engine import Engine
+from hecate.engine.step_plans import EngineConfig
 from hecate.experts.families import PAIR_SOURCES, ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site
 from hecate.experts.pairs import LoraShape
 from hecate.kernels.common.ffn import FfnShape
 from hecate.parallel.expert_kinds import KINDS, MOE_LORA, PAIR_SPECS, ExpertKind, FfnSizes
+from hecate.parallel.mesh import make_mesh
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
-from tests.hecate.experts.making import base
+from hecate.ranks.groups import expert_groups
+from tests.hecate.experts.making import base, experts
+from tests.ranks import run_ranks
 from tests.test_layout import sources
 
 FAMILIES = {"MixLoraExperts", "FullExperts", "MoeLoraExperts", "FfnExperts"}
@@ -83,3 +90,16 @@ def test_nothing_else_asks_which_kind_it_is() -> None:
         if not name.startswith(OWN):
             asked += [f"{name}:{node.lineno}: {ast.unparse(node)}" for node in questions(ast.parse(path.read_text(encoding="utf-8")))]  # type: ignore[attr-defined]
     assert not asked, "\n".join(asked)
+
+
+def _asked_for(rank: int, world: int) -> list[int]:
+    """The experts that this rank makes of a layer that has one expert."""
+    family, asked = experts(1), []
+    made = family.init_chunk
+    family.init_chunk = lambda expert: asked.append(expert) or made(expert)  # type: ignore[method-assign, func-returns-value]
+    Engine({Unit(0): family}, EngineConfig(POLICIES["static_ep"], local_topology(world, cuda=False)), expert_groups(make_mesh(world)))
+    return asked
+
+
+def test_a_rank_that_owns_nothing_makes_no_expert() -> None:
+    assert run_ranks(2, _asked_for) == [[0], []]
