@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted(path.name for path in (ROOT / "docs" / "extend").glob("*.md") if path.name != "README.md")
-COPIED = ("hecate", "parallel", "kernels", "launch", "configs", "examples", "tests", "pyproject.toml")
+COPIED = ("hecate", "parallel", "kernels", "launch", "configs", "examples", "tests", "testing", "pyproject.toml")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _NEW_FILE = re.compile(r"# file: (\S+)\n")
 _DIFF_HEAD = re.compile(r"--- (\S+)\n\+\+\+ (\S+)\n")
@@ -72,6 +72,8 @@ def checkout(tmp_path: Path) -> Path:
     """A copy of the sources and tests, links kept."""
     for name in COPIED:
         source, target = ROOT / name, tmp_path / name
+        if not source.exists():
+            continue
         if source.is_dir():
             shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc"))
         else:
