@@ -38,7 +38,7 @@ from hecate.profile.probe import quick_sizes
 from hecate.profile.run import measure
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.loop import Run
+from hecate.train.training import Training
 from tests.ranks import run_ranks
 
 HELD = 1
@@ -62,8 +62,8 @@ def bench_rank(rank: int, world: int, config: str, samples: int) -> tuple[list[d
     default = dist.group.WORLD
     assert default is not None
     ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
-    run = Run(load_config(config, claim_output=False), ranks)
-    equal = run.moe.engine.shards.config.topology
+    run = Training(load_config(config, claim_output=False), ranks)
+    equal = run.parts.moe.engine.shards.config.topology
     processor = Processor(os.getpid())
 
     def held(on: bool) -> None:
@@ -85,7 +85,7 @@ def bench_rank(rank: int, world: int, config: str, samples: int) -> tuple[list[d
                 shares[mode] = run.shares
                 dist.barrier()
                 started = time.perf_counter()
-                tokens = sum(run.train_one()[1] for _ in range(2))
+                tokens = sum(run.train_one().tokens for _ in range(2))
                 dist.barrier()
                 tokens_per_s[mode].append(tokens / (time.perf_counter() - started))
     finally:
@@ -105,21 +105,21 @@ def bench_rank(rank: int, world: int, config: str, samples: int) -> tuple[list[d
     return rows, {"share_of_ideal": median["planned"] / ideal, "speedup_over_equal_shares": median["planned"] / median["equal"]}
 
 
-def check(run: Run, equal: Any, planned: Any) -> None:
+def check(run: Training, equal: Any, planned: Any) -> None:
     """Check that a step has the same result, whichever rank computes which sequences."""
     losses = []
     for topology in (equal, planned):
         run.plan_for(topology)
-        state = run.stream.state_dict()
-        rows = run.stream.next_step()
-        run.stream.load_state_dict(state)
-        with run.moe.engine.evaluation() as evaluation, torch.no_grad():
+        state = run.parts.stream.state_dict()
+        rows = run.parts.stream.next_step()
+        run.parts.stream.load_state_dict(state)
+        with run.parts.moe.engine.evaluation() as evaluation, torch.no_grad():
             from hecate.train.step import forward_loss, pass_tokens
 
             loss = torch.zeros((), dtype=torch.float64)
             for batch in run.micro_batches(rows):
-                with evaluation.forward(pass_tokens(run.base.head, batch)):
-                    loss += forward_loss(run.base.head, batch)
+                with evaluation.forward(pass_tokens(run.parts.base.head, batch)):
+                    loss += forward_loss(run.parts.base.head, batch)
         losses.append(float(run.ranks.all_sum(loss)))
     assert abs(losses[0] - losses[1]) <= 1e-4 * abs(losses[0]), losses
 

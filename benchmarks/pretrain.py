@@ -31,7 +31,7 @@ from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.parallel.topology_file import save_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.loop import Run
+from hecate.train.training import Training
 from tests.ranks import run_ranks
 
 WORLD = 2
@@ -109,18 +109,18 @@ def bench_rank(rank: int, world: int, folder: str, size: Size) -> dict[str, Any]
     if rank == 0:
         save_topology(topology, Path(folder) / "topology.yaml")
     dist.barrier()
-    runs = {policy: Run(config_of(Path(folder), size, policy, rank), ranks) for policy in POLICIES}
+    runs = {policy: Training(config_of(Path(folder), size, policy, rank), ranks) for policy in POLICIES}
     found: dict[str, Any] = {name: {"seconds": [], "losses": [], "tokens": 0} for name in runs}
     for step in range(WARM_UP + size.samples):
         for name, run in runs.items():
             dist.barrier()
             start = time.perf_counter()
-            result, tokens = run.train_one()
+            event = run.train_one()
             seconds = ranks.all_max(time.perf_counter() - start)
-            found[name]["losses"].append(result.loss)
+            found[name]["losses"].append(event.result.loss)
             if step >= WARM_UP:
                 found[name]["seconds"].append(seconds)
-                found[name]["tokens"] = tokens
+                found[name]["tokens"] = event.tokens
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hecate.checkpoint.files import CheckpointError
-from hecate.checkpoint.manifest import COMMIT, MANIFEST, read_manifest, step_of
+from hecate.checkpoint.manifest import COMMIT, MANIFEST, Manifest, read_manifest, step_of
 from hecate.io.durable import delete_files, sync_folder
 
 _log = logging.getLogger(__name__)
@@ -22,13 +22,19 @@ def good_checkpoints(root: Path) -> Iterator[Path]:
     Each damaged one is logged as a warning with the reason. Tensors are not read: if `read_tensors` fails for one checkpoint, try
     the next.
     """
+    for folder, _ in sound_manifests(root):
+        yield folder
+
+
+def sound_manifests(root: Path) -> Iterator[tuple[Path, Manifest]]:
+    """`good_checkpoints` with their manifests, each read once."""
     for folder in _committed(root):
         try:
-            read_manifest(folder)
+            manifest = read_manifest(folder)
         except CheckpointError as error:
             _log.warning("checkpoint passed over: %s", error)
         else:
-            yield folder
+            yield folder, manifest
 
 
 def latest_good(root: Path) -> Path | None:

@@ -32,24 +32,24 @@ _MEETING = timedelta(seconds=30)
 _POLL = 0.005
 
 
-def local_controller(config: Config) -> LocalController | None:
-    """The controller of a rank whose launcher goes on after losses; None under any other launcher."""
-    return LocalController(config) if MEMBER_VARIABLE in os.environ else None
+def local_membership(config: Config) -> LocalMembership | None:
+    """The membership of a rank whose launcher goes on after losses; None under any other launcher."""
+    return LocalMembership(config) if MEMBER_VARIABLE in os.environ else None
 
 
-class LocalController:
-    """See `hecate.elastic.rebuild.Controller`."""
+class LocalMembership:
+    """See `hecate.elastic.rebuild.Membership`."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._store = Path(os.environ[STORE_VARIABLE])
         self._member = int(os.environ[MEMBER_VARIABLE])
         self._number = 0
-        self._told = False
+        self._announced = False
 
-    def wants_regroup(self) -> bool:
-        if not self._told:
-            self._told = True
+    def regroup_requested(self) -> bool:
+        if not self._announced:
+            self._announced = True
             ready_file(self._store, self._member).touch()
         return read_generation(self._store).number > self._number
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def reshard_if_it_pays(engine: ExpertEngine, optimizer: ExpertOptimizer, steps: 
     if better is not None:
         for (layers, _), owner_LE in zip(inputs, better[0], strict=True):
             owners.update(zip(layers, owner_LE, strict=True))
-    _assert_agreed(engine, owners)
+    refuse_different_owners(engine, owners)
     if better is None:
         return None
     return Resharding(move_experts(engine, optimizer, owners), better[1], time.monotonic() - started)
@@ -89,23 +90,24 @@ def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
     return Move(experts, num_bytes)
 
 
-def adopt_owners(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> None:
-    """Take over the owners of a checkpoint. Every rank must call it, with the same owners.
+def refuse_different_owners(engine: ExpertEngine, owners: Mapping[Unit, np.ndarray]) -> None:
+    """Check that all ranks came to the same owners: otherwise experts would be lost when they move. Every rank must call it.
 
-    Parameters are zero and have no moments afterwards where their layer's owners differed: the checkpoint is read into them next.
+    Raises:
+        UserError: it names the layers. Every rank raises it.
     """
-    for layer, store in engine.shards.stores.items():
-        if not np.array_equal(engine.shards.owners[layer], owners[layer]):
-            mine = np.flatnonzero(owners[layer] == engine.shards.rank).tolist()
-            engine.shards.change_owners(layer, owners[layer], {expert: store.owned.new_zeros(store.chunk_numel) for expert in mine})
-    optimizer.replace_owned(owned_parameters(engine), {})
-
-
-def _assert_agreed(engine: ExpertEngine, owners: dict[Unit, np.ndarray]) -> None:
-    """A rank that came to other owners, as different processors' rounding might make it, would lose experts without a word."""
     if dist.get_world_size(engine.shards.groups.world) == 1 or not owners:
         return
-    mine = torch.from_numpy(np.concatenate(list(owners.values())))
-    highest = torch.cat([mine, -mine]).to(next(iter(engine.shards.stores.values())).device)
+    own = torch.from_numpy(np.concatenate(list(owners.values())))
+    highest = torch.cat([own, -own]).to(next(iter(engine.shards.stores.values())).device)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=engine.shards.groups.world)
-    assert torch.equal(highest.cpu(), torch.cat([mine, -mine])), "the ranks came to different owners"
+    upper, lower = highest.cpu().chunk(2)
+    sizes = [len(owner_E) for owner_E in owners.values()]
+    differ = [str(unit) for unit, part in zip(owners, (upper != -lower).split(sizes), strict=True) if bool(part.any())]
+    if differ:
+        layers = ", ".join(differ[:8]) + (f" and {len(differ) - 8} more" if len(differ) > 8 else "")
+        raise UserError(
+            f"the ranks planned different owners for the experts of layer {layers}, so no expert was moved\n"
+            "  all ranks must run the same versions of hecate, numpy and numba, on processors that round alike\n"
+            "  resume from the last checkpoint without fssdp.reshard_interval, or on machines of one kind"
+        )

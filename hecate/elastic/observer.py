@@ -1,56 +1,57 @@
-"""Who watches a run from outside and may ask it to change course: the whole protocol between training and whatever started it.
+"""Whoever watches a run from outside, and may ask it to re-plan or to stop: the protocol between training and whatever started it.
 
-Training calls it between steps, on every rank, and never waits for an answer. It knows nothing of who listens.
+Training calls its `Observer` between steps, on every rank, and never waits for an answer.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
-from hecate.elastic.pace import Pace
+from hecate.elastic.layer_timer import LayerTimer
+from hecate.engine.protocol import ExpertEngine
 from hecate.io.strict_json import JsonError, parse_json
+from hecate.model.moe_model import MoeModel
 from hecate.parallel.topology_file import topology_text
-from hecate.parallel.units import Unit
-from hecate.report.events import StepResult
-
-if TYPE_CHECKING:
-    from hecate.train.loop import Run
+from hecate.ranks.ranks import Ranks
+from hecate.report.events import StepEvent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class ReplanOrder:
     """What all ranks are to change after the step under way; None leaves a thing as it is."""
 
     number: int
     """counts the orders of a run from 1; the ranks carry out the newest"""
     flops: tuple[float, ...] | None = None
     """of each rank's device, for the plans from now on"""
-    rows: tuple[int, ...] | None = None
+    sequences: tuple[int, ...] | None = None
     """of each micro-step, by rank"""
     reshard: bool = False
     """move experts to better owners, if that pays under the new speeds"""
 
     def to_bytes(self) -> bytes:
-        return json.dumps({"number": self.number, "flops": self.flops, "rows": self.rows, "reshard": self.reshard}).encode()
+        return json.dumps(asdict(self)).encode()
 
     @staticmethod
-    def from_bytes(data: bytes) -> Order:
+    def from_bytes(data: bytes) -> ReplanOrder:
         """Raises JsonError."""
         raw = parse_json(data)
-        if not isinstance(raw, dict) or set(raw) != {"number", "flops", "rows", "reshard"}:
+        if not isinstance(raw, dict) or set(raw) != {"number", "flops", "sequences", "reshard"}:
             raise JsonError("not an order")
-        flops, rows = (None if raw[key] is None else tuple(raw[key]) for key in ("flops", "rows"))
-        return Order(number=raw["number"], flops=flops, rows=rows, reshard=raw["reshard"])
+        flops, sequences = (None if raw[key] is None else tuple(raw[key]) for key in ("flops", "sequences"))
+        return ReplanOrder(number=raw["number"], flops=flops, sequences=sequences, reshard=raw["reshard"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
-    """What one rank knows of a step that has ended."""
+    """What one rank tells its observer about a step that has ended."""
 
     step: int
     """optimizer steps done"""
@@ -66,16 +67,20 @@ class StepFacts:
     """largest over mean load of the ranks"""
     bytes_sent: int
     """by all ranks"""
-    loads: dict[Unit, list[int]]
-    """unit -> choices of each expert, all ranks together"""
+    loads: dict[str, list[int]]
+    """unit, as text -> assignments of each expert, all ranks together"""
 
 
 class Observer(Protocol):
     """Every method must return at once and must not fail; it is called on every rank, between steps."""
 
     def begins(self, facts: dict[str, Any]) -> None:
-        """The run is built, or goes on with other ranks. `facts`, JSON values: step, max_steps, rows, owned (experts of each rank),
-        topology (YAML text)."""
+        """The run is built, or goes on with other ranks.
+
+        Args:
+            facts: JSON values: step, max_steps, rows (sequences of each micro-step, by rank), owned (experts of each rank), topology (YAML
+                text).
+        """
 
     def stepped(self, facts: StepFacts) -> None:
         """A step has ended."""
@@ -83,59 +88,69 @@ class Observer(Protocol):
     def saved(self, step: int, path: Path) -> None:
         """A checkpoint is complete. On rank 0."""
 
-    def order(self) -> Order | None:
+    def replan_order(self) -> ReplanOrder | None:
         """The newest order, carried out or not. Only rank 0's counts."""
 
-    def wants_stop(self) -> bool:
-        """Save after this step and return? One rank that wants it suffices."""
+    def stop_requested(self) -> bool:
+        """Whether the run is to save after this step and return. One rank that says so suffices."""
 
 
-class Watched:
-    """A run as its observer sees it."""
+class ObserverLink:
+    """Tells an observer about a run, and brings its orders from the first rank to all."""
 
-    def __init__(self, run: Run, observer: Observer) -> None:
-        self._run, self._observer = run, observer
-        self._pace = Pace(run.moe, run.ranks.device)
-        self._done = 0
+    def __init__(self, observer: Observer, moe: MoeModel, device: torch.device) -> None:
+        self._observer = observer
+        self._timer = LayerTimer(moe, device)
+        self._carried_out = 0
+        """number of the last order"""
 
-    def begins(self) -> None:
-        run = self._run
-        self._pace.take()
-        owners = np.concatenate([*run.moe.engine.shards.owners.values(), []]).astype(int)
+    def begins(self, *, step: int, max_steps: int, shares: Sequence[int], engine: ExpertEngine) -> None:
+        """See `Observer.begins`."""
+        self._timer.take()
+        owners = np.concatenate([*engine.shards.owners.values(), []]).astype(int)
         self._observer.begins(
             {
-                "step": run.step,
-                "max_steps": run.config.max_steps,
-                "rows": list(run.shares),
-                "owned": np.bincount(owners, minlength=len(run.shares)).tolist(),
-                "topology": topology_text(run.moe.engine.shards.config.topology),
+                "step": step,
+                "max_steps": max_steps,
+                "rows": list(shares),
+                "owned": np.bincount(owners, minlength=len(shares)).tolist(),
+                "topology": topology_text(engine.shards.config.topology),
             }
         )
 
-    def stepped(self, result: StepResult, *, tokens: int, seconds: float, bytes_sent: int) -> None:
-        dense_tokens, dense_seconds = self._pace.take()
+    def stepped(self, event: StepEvent) -> None:
+        """See `Observer.stepped`."""
+        dense_tokens, dense_seconds = self._timer.take()
         self._observer.stepped(
             StepFacts(
-                step=self._run.step,
-                seconds=seconds,
+                step=event.step,
+                seconds=event.seconds,
                 dense_tokens=dense_tokens,
                 dense_seconds=dense_seconds,
-                loss=result.loss,
-                tokens=tokens,
-                imbalance=self._run.moe.engine.shards.plans.imbalance(result.loads),
-                bytes_sent=bytes_sent,
-                loads={layer: loads_ED.sum(1).tolist() for layer, loads_ED in result.loads.items()},
+                loss=event.result.loss,
+                tokens=event.tokens,
+                imbalance=event.imbalance,
+                bytes_sent=event.bytes_sent,
+                loads={str(unit): loads_ED.sum(1).tolist() for unit, loads_ED in event.result.loads.items()},
             )
         )
 
-    def has_order(self) -> bool:
-        """Is there one on this rank, the first, that is not carried out yet?"""
-        order = self._observer.order() if self._run.ranks.is_first else None
-        return order is not None and order.number > self._done
+    def saved(self, step: int, path: Path) -> None:
+        """See `Observer.saved`."""
+        self._observer.saved(step, path)
 
-    def take_order(self) -> Order:
-        """The first rank's order, to be carried out now. Every rank must call it, when the first one has one."""
-        newest = self._observer.order() if self._run.ranks.is_first else None
-        order = Order.from_bytes(self._run.ranks.broadcast_from(0, None if newest is None else newest.to_bytes()))
-        self._done = order.number
+    def stop_requested(self) -> bool:
+        """See `Observer.stop_requested`."""
+        return self._observer.stop_requested()
+
+    def has_new_order(self) -> bool:
+        """Whether this rank's observer has an order that is not carried out yet."""
+        order = self._observer.replan_order()
+        return order is not None and order.number > self._carried_out
+
+    def receive_order(self, ranks: Ranks) -> ReplanOrder:
+        """The first rank's order, to be carried out now. Every rank must call it, when the first rank has a new one."""
+        newest = self._observer.replan_order() if ranks.is_first else None
+        order = ReplanOrder.from_bytes(ranks.broadcast_from(0, None if newest is None else newest.to_bytes()))
+        self._carried_out = order.number
         return order

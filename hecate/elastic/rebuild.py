@@ -1,47 +1,48 @@
-"""Going on with other ranks in the same processes: some were lost, or new ones have come.
+"""Going on with other ranks in the same processes, after some were lost or new ones have come.
 
-A rank whose collective has failed aborts its groups, so that no other waits for it, and asks whoever watches over the job (`Controller`)
-who is in the next group. Then all of them call `rebuild`:
+A rank whose collective has failed aborts its groups, so that no other waits for it, and asks its `Membership` who is in the next group.
+Then all ranks of that group go through the same phases (`hecate.train.training` calls them in this order):
 
-1. Who had the norm of the step under way has taken it; then the others have all gradients of it and take it now with the same norm.
-   Otherwise nobody has changed anything, and the step is done again from its beginning.
-2. Each expert is taken from its owner, or else from the backup on its backup rank, and dealt anew. If one has neither, all ranks go back to
-   the last checkpoint.
-3. A rank that comes new receives the replicated parameters and where the run stands.
+1. `exchange_standings`: each rank says where it stands.
+2. `catch_up`: if some rank has taken the step under way, the others have all of its gradients and take it now, with the same norm.
+   Otherwise nobody has changed anything, and the step will be done again from its beginning.
+3. `redeal`: each expert is taken from its owner, or else from the backup on its backup rank, and dealt anew. A rank that comes new
+   receives the replicated parameters and the `TrainState`. If an expert has no copy left, all ranks go back to the last checkpoint
+   (`go_back`).
 
-Until everything has arrived no rank gives anything up, so one that is lost meanwhile is lost like any other: the survivors call it again.
+Until everything has arrived no rank gives anything up, so a rank that is lost meanwhile is lost like any other: the survivors begin again.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hecate.checkpoint import remove_stale_staging
-from hecate.elastic.backups import copy_to_backup_ranks
-from hecate.optim.optimizer import MASTER, MOMENTS, owned_parameters
+from hecate.checkpoint.train_state import NoCheckpointError, TrainedParts, TrainState, load_state
+from hecate.config import Config
+from hecate.errors import UserError
+from hecate.optim.optimizer import MASTER, MOMENTS, ExpertOptimizer, owned_parameters
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.placement import contiguous_owners, redealt_owners
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit, expert_name
 from hecate.ranks.ranks import Ranks
-from hecate.report.events import Rebuilt
-from hecate.train.state import load_state
-
-if TYPE_CHECKING:
-    from hecate.train.loop import Run
 
 _OWNED, _BACKUP = 2, 1
+
+ExpertStates = dict[Unit, dict[int, dict[str, Tensor]]]
+"""unit -> expert -> master chunk and moments (`ExpertOptimizer.row`)"""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Who goes on together, as one of them is told."""
+    """The ranks that go on together, as one of them sees them."""
 
     ranks: Ranks
     """connected already (`hecate.ranks.ranks.connect`)"""
@@ -49,174 +50,174 @@ class Group:
     """of the ranks' devices"""
 
 
-class Controller(Protocol):
-    """Whoever watches over the job's processes. Each rank has its own end of it."""
+class Membership(Protocol):
+    """One rank's connection to whatever starts and watches the job's processes: it says who is in the job."""
 
-    def wants_regroup(self) -> bool:
-        """Does a new group wait for the ranks to come, as when one more is ready? Asked between steps; must return at once."""
+    def regroup_requested(self) -> bool:
+        """Whether a new group waits for this rank, as when one more rank is ready. Asked between steps; must return at once."""
 
     def first_group(self) -> Group:
-        """This process has loaded and could join; wait until it is let in, and join. It has left the group that it was alone in."""
+        """Wait until this process, which has loaded the model alone, is let in, and join. It has left the group that it was alone in."""
 
     def next_group(self) -> Group | None:
-        """Wait for the next group and join it; None if nobody was lost and nobody has come. This process has left its old one.
+        """Wait for the next group and join it; None if no rank was lost and none has come. This process has left its old group.
 
-        A rank that is lost on the way is the implementation's business: it joins the group after that.
+        If a rank is lost while the group forms, the implementation waits for the group after that.
         """
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """What one rank brings."""
+class Standing:
+    """Where one rank of a new group stands."""
 
-    known: bool
-    """has it a state at all?"""
+    has_state: bool
+    """false: it comes new, or lost its state on the way back to a checkpoint"""
     step: int
-    settled: int
+    completed: int
+    tokens: int
     gradients_complete: bool
+    """it has the summed gradients of the step after `step`, and the step only has to be taken"""
     norm: float
+    """the global gradient norm of its last step"""
 
 
-def rebuild(run: Run, ranks: Ranks, topology: Topology) -> Rebuilt:
-    """Go on with `ranks`, from the beginning of a step. Every one of them must call it; they have left their old groups.
+def exchange_standings(ranks: Ranks, state: TrainState | None, optimizer: ExpertOptimizer) -> list[Standing]:
+    """Where each rank stands, by rank. Every rank must call it; `state` is None on a rank that has none."""
+    own = [0.0] * 4 if state is None else [1.0, float(state.step), float(state.completed), float(state.tokens)]
+    own += [float(optimizer.gradients_complete), optimizer.last_norm]
+    table = ranks.all_gather(torch.tensor(own, dtype=torch.float64)).tolist()
+    return [
+        Standing(bool(has_state), int(step), int(completed), int(tokens), bool(complete), norm)
+        for has_state, step, completed, tokens, complete, norm in table
+    ]
 
-    Args:
-        run: with `fresh` set if this rank has come new, so that what it holds is only its beginning.
-        topology: of the ranks' devices.
+
+def can_catch_up(standings: Sequence[Standing]) -> bool:
+    """Whether the ranks with a state are at most one step apart, and those behind can take that step. False, for example, if one rank
+    alone has gone back to a checkpoint."""
+    known = [standing for standing in standings if standing.has_state]
+    last = max((standing.step for standing in known), default=0)
+    return len(known) > 0 and all(s.step == last or (s.step == last - 1 and s.gradients_complete) for s in known)
+
+
+def catch_up(parts: TrainedParts, state: TrainState, standings: Sequence[Standing], max_grad_norm: float | None) -> TrainState:
+    """Bring this rank to the beginning of the step that the most advanced rank is at (`can_catch_up`), and return where it stands then."""
+    ahead = max((standing for standing in standings if standing.has_state), key=lambda standing: standing.step)
+    if state.step < ahead.step:
+        taken = parts.optimizer.step(ahead.norm, max_grad_norm)
+        # Stream and history have moved with the step's forward and backward passes.
+        state = state.after_step(parts, tokens=ahead.tokens - state.tokens, skipped=not taken)
+    state.put_back(parts)
+    return state
+
+
+def redeal(parts: TrainedParts, state: TrainState | None, standings: Sequence[Standing], group: Group) -> tuple[TrainState, int] | None:
+    """Deal all experts anew over the group, and give ranks without a state everything else. Every rank must call it.
+
+    Returns:
+        Where the run stands, and the number of experts that travelled; None if an expert has no copy left, and then nothing is changed.
+    """
+    ranks = group.ranks
+    holders = _holders(parts, ranks, has_state=state is not None)
+    if any((holder_E < 0).any() for holder_E in holders.values()):
+        return None
+    owners = dict(zip(holders, redealt_owners(list(holders.values()), ranks.world_size), strict=True))
+    dealt = _deal(parts, ranks, holders, owners)
+    source = next(rank for rank, standing in enumerate(standings) if standing.has_state)
+    everyone_has_state = all(standing.has_state for standing in standings)
+    received = None if everyone_has_state else _send_replicated(parts, ranks, source, state)
+    ranks.barrier()  # now every rank has everything: from here on nothing is given up that another rank still needs
+    _install(parts, group, owners, dealt)
+    if state is None:
+        assert received is not None
+        state = _take_over(parts, *received)
+        parts.engine.shards.history.redeal(ranks.world_size)
+    completed = min(standing.completed for standing in standings if standing.has_state)
+    moved = sum(int((owners[unit] != holder_E).sum()) for unit, holder_E in holders.items())
+    return replace(state.with_positions_of(parts), completed=completed), moved
+
+
+def go_back(parts: TrainedParts, config: Config, group: Group) -> TrainState:
+    """Load the last checkpoint on all ranks of the group. Every rank must call it; until it returns, what `parts` hold counts for nothing.
 
     Raises:
-        RuntimeError: a rank was lost meanwhile. The run can be rebuilt again.
-        UserError: there is no copy of some experts, and no checkpoint to go back to.
+        UserError: there is no checkpoint.
     """
-    run.ranks = ranks
-    standings = _exchange_standings(run)
-    if ranks.is_first:
-        remove_stale_staging(run.folder)
-    in_step = _finish_or_rewind(run, standings)
-    holders = _holders(run)
-    went_back = not in_step or any((holder_E < 0).any() for holder_E in holders.values())
-    moved = 0
-    if went_back:
-        _go_back(run, topology)
-    else:
-        owners = dict(zip(holders, redealt_owners(list(holders.values()), ranks.world_size), strict=True))
-        rows = _deal(run, holders, owners)
-        source = next(rank for rank, standing in enumerate(standings) if standing.known)
-        replicated = _exchange_replicated(run, source) if not all(standing.known for standing in standings) else None
-        ranks.barrier()  # now every rank has everything: from here on nothing is given up that another still needs
-        _install(run, topology, owners, rows)
-        if run.fresh:
-            assert replicated is not None
-            _take_over(run, *replicated)
-        run.settled = min(standing.settled for standing in standings if standing.known)
-        moved = sum(int((owners[layer] != holder_E).sum()) for layer, holder_E in holders.items())
-    run.fresh = False
-    if run.config.fssdp.redundancy:
-        copy_to_backup_ranks(run.moe.engine, run.optimizer)
-    run.plan_for(topology)
-    return Rebuilt(run.step, went_back, moved)
+    engine, ranks = parts.engine, group.ranks
+    parts.optimizer.replace_backups({}, {})
+    owners = {unit: contiguous_owners(family.num_experts, ranks.world_size) for unit, family in engine.shards.families.items()}
+    chunks = {
+        unit: {int(expert): engine.shards.families[unit].init_chunk(int(expert)) for expert in np.flatnonzero(owner_E == ranks.rank)}
+        for unit, owner_E in owners.items()
+    }
+    engine.rejoin(group.topology, ranks.groups, owners, chunks)
+    parts.optimizer.replace_owned(owned_parameters(engine), {})
+    try:
+        return load_state(config, ranks, parts)
+    except NoCheckpointError as error:
+        raise UserError(
+            f"ranks were lost with the only copy of some experts, and {error}\n"
+            "  start the run anew; fssdp.redundancy=1 keeps a second copy of each expert, save_steps a way back"
+        ) from error
 
 
-def _exchange_standings(run: Run) -> list[_Standing]:
-    mine = [float(not run.fresh), float(run.step), float(run.settled), float(run.optimizer.gradients_complete), run.optimizer.last_norm]
-    table = run.ranks.all_gather(torch.tensor(mine, dtype=torch.float64)).tolist()
-    return [_Standing(bool(known), int(step), int(settled), bool(complete), norm) for known, step, settled, complete, norm in table]
-
-
-def _finish_or_rewind(run: Run, standings: list[_Standing]) -> bool:
-    """Bring all ranks to the beginning of the same step; False: they are too far apart, as if one had gone back to a checkpoint alone."""
-    known = [standing for standing in standings if standing.known]
-    last = max((standing.step for standing in known), default=0)
-    in_step = all(s.step == last or (s.step == last - 1 and s.gradients_complete) for s in known) and len(known) > 0
-    if in_step and not run.fresh and run.step < last:
-        assert run.under_way is not None
-        norm = next(standing.norm for standing in known if standing.step == last)
-        taken = run.optimizer.step(norm, run.config.max_grad_norm)
-        run.count(run.under_way.tokens, skipped=not taken)
-    run.rewind()
-    return in_step
-
-
-def _holders(run: Run) -> dict[Unit, np.ndarray]:
-    """Per layer int64 [experts]: the lowest rank that owns it, else the lowest that has its backup, else -1."""
-    mine = []
-    for layer, family in run.moe.engine.shards.families.items():
+def _holders(parts: TrainedParts, ranks: Ranks, *, has_state: bool) -> dict[Unit, np.ndarray]:
+    """Per unit int64 [experts]: the lowest rank that owns the expert, else the lowest that has its backup, else -1."""
+    optimizer, families = parts.optimizer, parts.engine.shards.families
+    own = []
+    for unit, family in families.items():
         held_E = np.zeros(family.num_experts, dtype=np.int64)
-        for expert in range(0 if run.fresh else family.num_experts):
-            name = expert_name(layer, expert)
-            held_E[expert] = _OWNED if name in run.optimizer.owned else _BACKUP if name in run.optimizer.backups else 0
-        mine.append(held_E)
-    if not mine:
+        for expert in range(family.num_experts if has_state else 0):
+            name = expert_name(unit, expert)
+            held_E[expert] = _OWNED if name in optimizer.owned else _BACKUP if name in optimizer.backups else 0
+        own.append(held_E)
+    if not own:
         return {}
-    held_DE = run.ranks.all_gather(torch.from_numpy(np.concatenate(mine))).numpy()
+    held_DE = ranks.all_gather(torch.from_numpy(np.concatenate(own))).numpy()
     holder_E = np.where(held_DE.max(0) > 0, held_DE.argmax(0), -1)
-    cuts = np.cumsum([len(held_E) for held_E in mine])[:-1]
-    return dict(zip(run.moe.engine.shards.families, np.split(holder_E, cuts), strict=True))
+    cuts = np.cumsum([len(held_E) for held_E in own])[:-1]
+    return dict(zip(families, np.split(holder_E, cuts), strict=True))
 
 
-def _deal(run: Run, holders: dict[Unit, np.ndarray], owners: dict[Unit, np.ndarray]) -> dict[Unit, dict[int, dict[str, Tensor]]]:
-    """Layer -> expert -> all there is of it, of the experts that this rank is to own."""
-    optimizer, ranks = run.optimizer, run.ranks
+def _deal(parts: TrainedParts, ranks: Ranks, holders: Mapping[Unit, np.ndarray], owners: Mapping[Unit, np.ndarray]) -> ExpertStates:
+    """The states of the experts that this rank is to own."""
+    optimizer = parts.optimizer
     dealt = {}
-    for layer, store in run.moe.engine.shards.stores.items():
-        mine = np.flatnonzero(holders[layer] == ranks.rank).tolist()
-        names = {expert: expert_name(layer, expert) for expert in mine}
+    for unit, store in parts.engine.shards.stores.items():
+        own = np.flatnonzero(holders[unit] == ranks.rank).tolist()
+        names = {expert: expert_name(unit, expert) for expert in own}
         held = {expert: optimizer.owned[name] if name in optimizer.owned else optimizer.backups[name] for expert, name in names.items()}
         rows = {expert: optimizer.row(parameter) for expert, parameter in held.items()}
         specs = optimizer.row_specs(RowSpec((store.chunk_numel,), store.owned.dtype))
-        dealt[layer] = reshard(rows, specs, holders[layer], owners[layer], ranks.groups.experts, store.device).rows
+        dealt[unit] = reshard(rows, specs, holders[unit], owners[unit], ranks.groups.experts, store.device).rows
     return dealt
 
 
-def _install(run: Run, topology: Topology, owners: dict[Unit, np.ndarray], rows: dict[Unit, dict[int, dict[str, Tensor]]]) -> None:
-    chunks = {layer: {expert: row[MASTER] for expert, row in experts.items()} for layer, experts in rows.items()}
+def _install(parts: TrainedParts, group: Group, owners: dict[Unit, np.ndarray], dealt: ExpertStates) -> None:
+    chunks = {unit: {expert: row[MASTER] for expert, row in experts.items()} for unit, experts in dealt.items()}
     moments = {
-        expert_name(layer, expert): {key: value for key, value in row.items() if key != MASTER}
-        for layer, experts in rows.items()
+        expert_name(unit, expert): {key: value for key, value in row.items() if key != MASTER}
+        for unit, experts in dealt.items()
         for expert, row in experts.items()
     }
-    run.moe.engine.rejoin(topology, run.ranks.groups, owners, chunks)
-    run.optimizer.replace_owned(owned_parameters(run.moe.engine), moments)
+    parts.engine.rejoin(group.topology, group.ranks.groups, owners, chunks)
+    parts.optimizer.replace_owned(owned_parameters(parts.engine), moments)
 
 
-def _go_back(run: Run, topology: Topology) -> None:
-    """To the last checkpoint, with all ranks."""
-    engine, ranks = run.moe.engine, run.ranks
-    run.fresh = True  # what it holds until it is through counts for nothing
-    run.optimizer.replace_backups({}, {})
-    owners = {layer: contiguous_owners(family.num_experts, ranks.world_size) for layer, family in engine.shards.families.items()}
-    chunks = {
-        layer: {int(expert): engine.shards.families[layer].init_chunk(int(expert)) for expert in np.flatnonzero(owner_E == ranks.rank)}
-        for layer, owner_E in owners.items()
-    }
-    engine.rejoin(topology, ranks.groups, owners, chunks)
-    run.optimizer.replace_owned(owned_parameters(engine), {})
-    run.step, run.tokens = load_state(run.config, ranks, run.moe, run.optimizer, run.stream)
-    run.settled = run.step
-
-
-def _exchange_replicated(run: Run, source: int) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Where the run stands, and the replicated parameters with their moments, from rank `source`; None for who knows them."""
-    ranks = run.ranks
-    optimizer = run.optimizer
+def _send_replicated(
+    parts: TrainedParts, ranks: Ranks, source: int, state: TrainState | None
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Where the run stands, and the replicated parameters with their moments, from rank `source`; None on a rank that has a state."""
+    optimizer = parts.optimizer
     text = tensors = None
     if ranks.rank == source:
+        assert state is not None
         rows = {name: optimizer.row(parameter) for name, parameter in optimizer.replicated.items()}
-        parts = [rows[name][key] for name in rows for key in rows[name]]
-        tensors = torch.cat([part.detach().cpu().contiguous().view(-1).view(torch.uint8) for part in parts]).numpy().tobytes()
-        facts = {
-            "step": run.step,
-            "tokens": run.tokens,
-            "skipped": run.skipped,
-            "skipped_in_a_row": run.skipped_in_a_row,
-            "rows_per_step": run.stream.sequences_per_step,
-            "stream": run.stream.state_dict(),
-            "history": run.moe.engine.shards.history.state_dict(),
-            "stepped": [name for name in rows if len(rows[name]) > 1],
-        }
-        text = json.dumps(facts).encode()
+        flat = [rows[name][key] for name in rows for key in rows[name]]
+        tensors = torch.cat([part.detach().cpu().contiguous().view(-1).view(torch.uint8) for part in flat]).numpy().tobytes()
+        text = json.dumps({"state": state.to_json(), "stepped": [name for name in rows if len(rows[name]) > 1]}).encode()
     text, tensors = ranks.broadcast_from(source, text), ranks.broadcast_from(source, tensors)
-    if not run.fresh:
+    if state is not None:
         return None
     facts = json.loads(text)
     received, start = {}, 0
@@ -226,19 +227,16 @@ def _exchange_replicated(run: Run, source: int) -> tuple[dict[str, Any], dict[st
             end = start + specs[key].num_bytes
             part = torch.frombuffer(bytearray(tensors[start:end]), dtype=specs[key].dtype)
             received[f"{name}/{key}"], start = part.view(specs[key].shape), end
-    return facts, received
+    return facts["state"], received
 
 
-def _take_over(run: Run, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _take_over(parts: TrainedParts, state_value: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainState:
+    optimizer = parts.optimizer
     with torch.no_grad():
-        for name, parameter in run.optimizer.replicated.items():
+        for name, parameter in optimizer.replicated.items():
             parameter.copy_(tensors[f"{name}/{MASTER}"])
-            moments = {key: tensors[f"{name}/{key}"] for key in MOMENTS if f"{name}/{key}" in tensors}
-            run.optimizer.set_moments(parameter, moments)
-    run.step, run.tokens = facts["step"], facts["tokens"]
-    run.skipped, run.skipped_in_a_row = facts["skipped"], facts["skipped_in_a_row"]
-    run.optimizer.steps_done = run.step
-    run.stream.load_state_dict(facts["stream"])
-    run.stream.sequences_per_step = facts["rows_per_step"]
-    run.moe.engine.shards.history.load_state_dict(facts["history"])
-    run.moe.engine.shards.history.redeal(run.ranks.world_size)
+            optimizer.set_moments(parameter, {key: tensors[f"{name}/{key}"] for key in MOMENTS if f"{name}/{key}" in tensors})
+    state = TrainState.from_json(state_value)
+    optimizer.steps_done = state.step
+    state.put_back(parts)
+    return state

@@ -23,7 +23,27 @@ class StepResult:
     skipped: bool
     """a gradient was not finite, so that nothing was changed"""
     loads: dict[Unit, np.ndarray]
-    """per unit, int64 [ranks of the job, experts]"""
+    """per unit, int64 [experts, ranks of the job]"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEvent:
+    """One optimizer step that has ended, and what it took; the same on every rank, but for `seconds`."""
+
+    step: int
+    """optimizer steps done, this one among them"""
+    result: StepResult
+    tokens: int
+    """of the whole step, padding not counted"""
+    seconds: float
+    """on this rank"""
+    learning_rate: float
+    imbalance: float
+    """largest over mean load of the ranks, averaged over the units"""
+    calibrations: int
+    """plans so far that gave way to better ones after the gate"""
+    bytes_sent: int
+    """by all ranks together"""
 
 
 @dataclass(frozen=True)

@@ -16,55 +16,31 @@ from hecate.errors import UserError
 from hecate.io.durable import sync_folder, write_durable
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.loads import imbalance as max_over_mean
-from hecate.parallel.units import Unit
-from hecate.report.events import EvalScore
+from hecate.report.events import EvalScore, Resharding, StepEvent
 
 Record = dict[str, Any]
 
 
-def step_record(
-    *,
-    step: int,
-    loss: float,
-    aux_loss: float,
-    learning_rate: float,
-    grad_norm: float,
-    skipped: bool,
-    tokens: int,
-    step_seconds: float,
-    imbalance: float,
-    bytes_sent: int,
-    calibrations: int,
-    loads: Mapping[Unit, np.ndarray],
-) -> Record:
-    """What one optimizer step did. Numbers that are not finite become null.
-
-    Args:
-        step: the optimizer steps done, this one among them.
-        grad_norm: before clipping.
-        tokens: those of the whole step, padding not counted.
-        imbalance: largest over mean load of the ranks, averaged over the layers.
-        bytes_sent: by all ranks together.
-        calibrations: plans that gave way to better ones after the gate.
-        loads: unit -> int [experts, source ranks]: assignments.
-    """
-    totals = {layer: np.asarray(loads_ED).sum(axis=1) for layer, loads_ED in sorted(loads.items())}
+def step_record(event: StepEvent) -> Record:
+    """What one optimizer step did. Numbers that are not finite become null."""
+    result = event.result
+    totals = {unit: np.asarray(loads_ED).sum(axis=1) for unit, loads_ED in sorted(result.loads.items())}
     return {
         "kind": "step",
-        "step": int(step),
-        "loss": _finite(loss),
-        "aux_loss": _finite(aux_loss),
-        "learning_rate": _finite(learning_rate),
-        "grad_norm": _finite(grad_norm),
-        "skipped": bool(skipped),
-        "tokens": int(tokens),
-        "tokens_per_s": _finite(tokens / step_seconds) if step_seconds > 0 else None,
-        "step_seconds": _finite(step_seconds),
-        "imbalance": _finite(imbalance),
-        "bytes_sent": int(bytes_sent),
-        "calibrations": int(calibrations),
-        "loads": {str(layer): total_E.tolist() for layer, total_E in totals.items()},
-        "layer_balance": {str(layer): max_over_mean(total_E) for layer, total_E in totals.items()},
+        "step": int(event.step),
+        "loss": _finite(result.loss),
+        "aux_loss": _finite(result.aux_loss),
+        "learning_rate": _finite(event.learning_rate),
+        "grad_norm": _finite(result.grad_norm),
+        "skipped": bool(result.skipped),
+        "tokens": int(event.tokens),
+        "tokens_per_s": _finite(event.tokens / event.seconds) if event.seconds > 0 else None,
+        "step_seconds": _finite(event.seconds),
+        "imbalance": _finite(event.imbalance),
+        "bytes_sent": int(event.bytes_sent),
+        "calibrations": int(event.calibrations),
+        "loads": {str(unit): total_E.tolist() for unit, total_E in totals.items()},
+        "layer_balance": {str(unit): max_over_mean(total_E) for unit, total_E in totals.items()},
     }
 
 
@@ -86,24 +62,16 @@ def event_record(step: int, text: str) -> Record:
     return {"kind": "event", "step": int(step), "text": text}
 
 
-def reshard_record(step: int, *, experts: int, bytes_sent: int, seconds: float, saved_seconds: float, moving_seconds: float) -> Record:
-    """A re-sharding after `step` optimizer steps.
-
-    Args:
-        experts: that changed their owners.
-        bytes_sent: by all ranks together.
-        seconds: that it took.
-        saved_seconds: predicted, in each step.
-        moving_seconds: predicted, of the move.
-    """
+def reshard_record(step: int, done: Resharding) -> Record:
+    """A re-sharding after `step` optimizer steps."""
     return {
         "kind": "reshard",
         "step": int(step),
-        "experts": int(experts),
-        "bytes_sent": int(bytes_sent),
-        "seconds": _finite(seconds),
-        "saved_seconds": _finite(saved_seconds),
-        "moving_seconds": _finite(moving_seconds),
+        "experts": int(done.move.experts),
+        "bytes_sent": int(done.move.num_bytes),
+        "seconds": _finite(done.seconds),
+        "saved_seconds": _finite(done.gain.saved),
+        "moving_seconds": _finite(done.gain.moving),
     }
 
 

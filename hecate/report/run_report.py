@@ -1,39 +1,52 @@
-"""What a run tells of itself while it trains: the terminal, metrics.jsonl, the recorded loads. The first rank alone speaks."""
+"""What a run reports while it trains: the terminal, metrics.jsonl, the recorded loads. Only the first rank reports."""
 
 from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-from hecate.config import to_yaml
-from hecate.data.batches import sequence_ranges
+from hecate.config import Config, to_yaml
 from hecate.io.durable import write_durable
 from hecate.model.moe_model import MoeModel
+from hecate.parallel.mesh import Mesh
 from hecate.parallel.traces import TraceWriter
-from hecate.report.events import Evaluation, Rebuilt, Resharding, StepResult
+from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
 from hecate.report.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record
 from hecate.report.progress import Progress, StepLine
 from hecate.report.summary import EVERY_RANK, NON_EXPERTS, TrainableRow, training_report
 
-if TYPE_CHECKING:
-    from hecate.train.loop import Run
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What reports need of a run when it begins, or goes on with other ranks."""
+
+    step: int
+    """optimizer steps done"""
+    is_first: bool
+    """whether this rank reports"""
+    mesh: Mesh
+    trainable: tuple[TrainableRow, ...]
+    tokens_per_rank: int
+    """most tokens that a rank may have in a step, padding among them"""
 
 
 class Reports:
     """Every rank has one; those of other ranks than the first do nothing. Which rank is the first may change (`regrouped`)."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, config: Config, facts: RunFacts) -> None:
+        self._config = config
+        self._folder = Path(config.output_dir)
         self._stack = ExitStack()
         self._progress: Progress | None = None
         self._metrics: MetricsWriter | None = None
         self._trace: TraceWriter | None = None
+        self._facts = facts
 
     def __enter__(self) -> Reports:
-        self._open()
+        self._open(self._facts)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -43,132 +56,118 @@ class Reports:
         """Save the effective configuration and the report of what trains, and show the latter."""
         if self._progress is None:
             return
-        self._progress.note(self._write_description())
-        mesh = self._run.moe.engine.shards.mesh
+        self._progress.note(self._write_description(self._facts))
+        mesh = self._facts.mesh
         if mesh.num_sharding_groups > 1:
             self._progress.note(
                 f"{mesh.num_sharding_groups} sharding groups of {mesh.shard_size} ranks, each with all experts owned like this"
             )
-        if self._run.step:
-            self._progress.note(f"resumed after step {self._run.step}")
+        if self._facts.step:
+            self._progress.note(f"resumed after step {self._facts.step}")
 
     def note(self, text: str) -> None:
+        """Show a line."""
         if self._progress:
             self._progress.note(text)
 
-    def event(self, text: str) -> None:
+    def event(self, step: int, text: str) -> None:
+        """Show a line, and record it."""
         if self._progress and self._metrics:
-            self._metrics.write(event_record(self._run.step, text))
+            self._metrics.write(event_record(step, text))
             self._progress.note(text)
 
-    def step(self, result: StepResult, *, tokens: int, seconds: float, learning_rate: float, bytes_sent: int) -> None:
-        run = self._run
+    def step(self, event: StepEvent) -> None:
+        """Record a step, and show it if it is one of every `logging_steps`."""
+        result = event.result
         if self._trace:
-            self._trace.append(run.step, {unit.layer: loads for unit, loads in result.loads.items()})
-        if not (self._progress and self._metrics) or run.step % run.config.logging_steps:
+            self._trace.append(event.step, {unit.layer: loads_ED for unit, loads_ED in result.loads.items()})
+        if not (self._progress and self._metrics) or event.step % self._config.logging_steps:
             return
-        skew = run.moe.engine.shards.plans.imbalance(result.loads)
-        self._metrics.write(
-            step_record(
-                step=run.step,
-                loss=result.loss,
-                aux_loss=result.aux_loss,
-                learning_rate=learning_rate,
-                grad_norm=result.grad_norm,
-                skipped=result.skipped,
-                tokens=tokens,
-                step_seconds=seconds,
-                imbalance=skew,
-                bytes_sent=bytes_sent,
-                calibrations=run.moe.engine.shards.plans.calibrations,
-                loads=result.loads,
+        self._metrics.write(step_record(event))
+        self._progress.step(
+            StepLine(
+                event.step,
+                result.loss,
+                result.aux_loss,
+                event.learning_rate,
+                event.tokens / event.seconds,
+                event.imbalance,
+                event.seconds,
+                result.skipped,
             )
         )
-        self._progress.step(
-            StepLine(run.step, result.loss, result.aux_loss, learning_rate, tokens / seconds, skew, seconds, result.skipped)
-        )
 
-    def evaluated(self, found: Evaluation) -> None:
+    def evaluated(self, step: int, found: Evaluation) -> None:
+        """Record and show an evaluation."""
         if self._progress and self._metrics:
-            self._metrics.write(eval_record(self._run.step, found.scores))
-            self._progress.evaluated(self._run.step, found.scores)
+            self._metrics.write(eval_record(step, found.scores))
+            self._progress.evaluated(step, found.scores)
 
-    def resharded(self, done: Resharding) -> None:
+    def resharded(self, step: int, done: Resharding) -> None:
+        """Record and show a re-sharding."""
         if not (self._progress and self._metrics):
             return
-        move, gain, step = done.move, done.gain, self._run.step
-        self._metrics.write(
-            reshard_record(
-                step,
-                experts=move.experts,
-                bytes_sent=move.num_bytes,
-                seconds=done.seconds,
-                saved_seconds=gain.saved,
-                moving_seconds=gain.moving,
-            )
-        )
+        move, gain = done.move, done.gain
+        self._metrics.write(reshard_record(step, done))
         self._progress.note(
             f"re-sharded after step {step}: {move.experts} experts moved, {move.num_bytes} bytes, {done.seconds:.3f} s; "
             f"predicted to save {gain.saved:.2g} s a step and to cost {gain.moving:.2g} s"
         )
 
     def saving(self) -> None:
-        """Before a checkpoint, so that a run that resumes from it finds the recorded loads up to it."""
+        """Write the recorded loads, before a checkpoint: a run that resumes from it finds them up to its step."""
         if self._trace:
             self._trace.save()
 
-    def saved(self, path: Path) -> None:
+    def saved(self, step: int, path: Path) -> None:
+        """Record and show that a checkpoint is complete."""
         if self._progress and self._metrics:
-            self._metrics.write(event_record(self._run.step, f"saved {path.name}"))
+            self._metrics.write(event_record(step, f"saved {path.name}"))
             self._progress.note(f"saved {path}")
 
-    def regrouped(self, done: Rebuilt, seconds: float) -> None:
-        """The run goes on with other ranks; this one may have become the first, or another has."""
-        if self._run.ranks.is_first and self._progress is None:
-            self._open()
-        elif not self._run.ranks.is_first:
+    def regrouped(self, done: Rebuilt, facts: RunFacts, seconds: float) -> None:
+        """Record and show that the run goes on with other ranks; this rank may have become the first, or another has."""
+        if facts.is_first and self._progress is None:
+            self._open(facts)
+        elif not facts.is_first:
             self._stack.close()
             self._progress = self._metrics = self._trace = None
         if not (self._progress and self._metrics):
             return
         if done.went_back:
             self._metrics.truncate_after(done.step)
-            self._trace = self._open_trace()
-        self._write_description()
-        text = f"{self._run.ranks.world_size} ranks go on after step {done.step}, {done.moved} experts moved, {seconds:.3f} s"
+            self._trace = self._open_trace(facts)
+        self._write_description(facts)
+        text = f"{facts.mesh.world_size} ranks go on after step {done.step}, {done.moved} experts moved, {seconds:.3f} s"
         self._metrics.write(event_record(done.step, text + (", back at the last checkpoint" if done.went_back else "")))
-        self._progress.note(text + ("; back at the last checkpoint, for some experts have no copy left" if done.went_back else ""))
+        self._progress.note(text + ("; back at the last checkpoint, because some experts have no copy left" if done.went_back else ""))
 
-    def _open(self) -> None:
-        run = self._run
-        if not run.ranks.is_first:
+    def _open(self, facts: RunFacts) -> None:
+        if not facts.is_first:
             return
-        self._progress = self._stack.enter_context(Progress(run.config.max_steps, run.step))
-        self._metrics = self._stack.enter_context(MetricsWriter(run.folder / "metrics.jsonl"))
-        self._metrics.truncate_after(run.step)
-        self._trace = self._open_trace()
+        self._progress = self._stack.enter_context(Progress(self._config.max_steps, facts.step))
+        self._metrics = self._stack.enter_context(MetricsWriter(self._folder / "metrics.jsonl"))
+        self._metrics.truncate_after(facts.step)
+        self._trace = self._open_trace(facts)
 
-    def _open_trace(self) -> TraceWriter | None:
-        run, config = self._run, self._run.config
+    def _open_trace(self, facts: RunFacts) -> TraceWriter | None:
+        config = self._config
         if not config.trace:
             return None
-        rows = run.stream.sequences_per_step // config.gradient_accumulation_steps
-        most = max(len(mine) for mine in sequence_ranges(rows, run.shares))
         return TraceWriter(
-            run.folder / "loads.npz",
+            self._folder / "loads.npz",
             top_k=config.moe.experts_per_token,
-            tokens_per_rank=most * config.gradient_accumulation_steps * config.data.seq_len,
+            tokens_per_rank=facts.tokens_per_rank,
             model=config.model.name_or_path,
             notes={"data": [source.name for source in config.data.train], "policy": config.fssdp.policy},
-            after=run.step,
+            after=facts.step,
         )
 
-    def _write_description(self) -> str:
-        """The report of what trains, as text."""
-        run = self._run
-        text, report = training_report(trainable_rows(run.moe))
-        (run.folder / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
-        path = run.folder / "trainable.json"
+    def _write_description(self, facts: RunFacts) -> str:
+        """Write the configuration and the report of what trains; returns that report as text."""
+        text, report = training_report(facts.trainable)
+        (self._folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
+        path = self._folder / "trainable.json"
         path.unlink(missing_ok=True)
         write_durable(path, [json.dumps(report, indent=1).encode()])
         return text

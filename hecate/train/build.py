@@ -18,11 +18,11 @@ from hecate.parallel.topology import Topology
 from hecate.ranks.ranks import Ranks
 
 
-def settled(config: Config, base: BaseModel) -> Config:
-    """The configuration with the numbers that the model has brought.
+def config_of_model(config: Config, base: BaseModel) -> Config:
+    """The configuration with the numbers of layers and experts that the base model brings.
 
     Raises:
-        UserError: it gives other ones.
+        UserError: the configuration gives other numbers.
     """
     if not base.own_experts:
         return config

@@ -57,7 +57,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
     check_kernels(config.kernels)
     jit.start_compiling()  # beside the loading of torch and of the model
     preload()
-    from hecate.elastic.local_membership import local_controller
+    from hecate.elastic.local_membership import local_membership
     from hecate.elastic.restart import begin_or_resume
     from hecate.ranks.ranks import join_ranks, lost_a_peer
     from hecate.train.loop import train
@@ -69,7 +69,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
             # Only one process may check that output_dir is free: rank 0 under torchrun; a launcher has done it before it started the ranks.
             claims = ranks.is_first and STORE_VARIABLE not in os.environ
             config = begin_or_resume(config, ranks, claim=(lambda: load_config(config_path, overrides)) if claims else None)
-            train(config, ranks, controller=local_controller(config), joins=JOIN_VARIABLE in os.environ)
+            train(config, ranks, membership=local_membership(config), joins=JOIN_VARIABLE in os.environ)
     except RuntimeError as error:
         if not lost_a_peer(error):
             raise

@@ -169,7 +169,7 @@ class TrainingLink:
         self._events, self._report_steps = events, report_steps
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
 
-    def wants_regroup(self) -> bool:
+    def regroup_requested(self) -> bool:
         return self.leaving
 
     def first_group(self) -> Any:
@@ -215,15 +215,15 @@ class TrainingLink:
     def saved(self, step: int, path: Path) -> None:
         self._events.put(CheckpointSaved(step=step, path=str(path)))
 
-    def order(self) -> Any:
-        from hecate.elastic.observer import Order
+    def replan_order(self) -> Any:
+        from hecate.elastic.observer import ReplanOrder
 
         newest = self.replan
         if newest is None:
             return None
-        return Order(number=newest.number, flops=newest.flops, rows=newest.sequences, reshard=newest.reshard)
+        return ReplanOrder(number=newest.number, flops=newest.flops, sequences=newest.sequences, reshard=newest.reshard)
 
-    def wants_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.stopping
 
     def _join(self, waiting: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hecate.adapters import load_adapter, save_adapter
+from hecate.adapters.folder import load_adapter, save_adapter
 from hecate.errors import UserError
 from tests.hecate.adapters.making import config_of, tensors_of
 from tests.hecate.checkpoint.disk import Killed, watched_disk

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hecate.checkpoint import CheckpointError, good_checkpoints, latest_good, prune, remove_stale_staging, write_shard
+from hecate.checkpoint.files import CheckpointError
+from hecate.checkpoint.history import good_checkpoints, latest_good, prune, remove_stale_staging
+from hecate.checkpoint.save import write_shard
 from tests.hecate.checkpoint.disk import OPERATIONS, Killed, watched_disk
 from tests.hecate.checkpoint.saving import holds, save, shards_of
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.config import load_config
-from hecate.elastic.observer import Order, StepFacts
+from hecate.elastic.observer import ReplanOrder, StepFacts
 from hecate.io.strict_json import JsonError
 from hecate.parallel.topology_file import parse_topology
 from hecate.ranks.groups import ExpertGroups
@@ -23,9 +23,9 @@ from tests.tiny_run import make_workshop
 class Recorder:
     """Gives an order after step 2 on the first rank, another one on the second, which does not count, and wants to stop after `until`."""
 
-    def __init__(self, rank: int, order: Order | None, until: int) -> None:
+    def __init__(self, rank: int, order: ReplanOrder | None, until: int) -> None:
         self.rank, self.until = rank, until
-        self.to_give, self.given = order, None if rank == 0 else Order(number=7, rows=(0, 8))
+        self.to_give, self.given = order, None if rank == 0 else ReplanOrder(number=7, sequences=(0, 8))
         self.begun: list[dict[str, Any]] = []
         self.steps: list[StepFacts] = []
         self.checkpoints: list[tuple[int, str]] = []
@@ -41,14 +41,14 @@ class Recorder:
     def saved(self, step: int, path: Path) -> None:
         self.checkpoints.append((step, path.name))
 
-    def order(self) -> Order | None:
+    def replan_order(self) -> ReplanOrder | None:
         return self.given
 
-    def wants_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.rank == 1 and len(self.steps) == self.until
 
 
-def watched(rank: int, world: int, workshop: str, name: str, order: Order | None, until: int) -> tuple[bool, Recorder]:
+def watched(rank: int, world: int, workshop: str, name: str, order: ReplanOrder | None, until: int) -> tuple[bool, Recorder]:
     overrides = ("model.dtype=float64", "data.eval=[]", "eval.generate=false", "fssdp.policy=hecate", f"output_dir={workshop}/runs/{name}")
     default = dist.group.WORLD
     assert default is not None
@@ -65,7 +65,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_an_order_of_the_first_rank_changes_the_shares_of_all_and_no_loss(workshop: str) -> None:
     plain = run_ranks(2, watched, workshop, "plain", None, 99)
-    order = Order(number=1, flops=(3e10, 1e10), rows=(3, 1), reshard=True)
+    order = ReplanOrder(number=1, flops=(3e10, 1e10), sequences=(3, 1), reshard=True)
     ordered = run_ranks(2, watched, workshop, "ordered", order, 99)
     assert all(ended for ended, _ in plain + ordered)
     for (_, before), (_, after), share in zip(plain, ordered, (1.5, 0.5), strict=True):
@@ -93,8 +93,8 @@ def test_one_rank_that_wants_to_stop_stops_all_with_a_checkpoint(workshop: str) 
 
 
 def test_an_order_travels_as_json() -> None:
-    for order in (Order(number=1), Order(number=2, flops=(1.5e9, 2.0), rows=(3, 0), reshard=True)):
-        assert Order.from_bytes(order.to_bytes()) == order
+    for order in (ReplanOrder(number=1), ReplanOrder(number=2, flops=(1.5e9, 2.0), sequences=(3, 0), reshard=True)):
+        assert ReplanOrder.from_bytes(order.to_bytes()) == order
     for bad in (b"", b"[]", b'{"number": 1}'):
         with pytest.raises(JsonError):
-            Order.from_bytes(bad)
+            ReplanOrder.from_bytes(bad)

@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 
 from hecate.config import load_config
-from hecate.elastic.rebuild import rebuild
+from hecate.elastic.backups import copy_to_backup_ranks
+from hecate.elastic.rebuild import Group
+from hecate.engine.step import Step
 from hecate.parallel.backup_ranks import backup_ranks
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import connect
 from hecate.ranks.sockets import tcp_sockets
-from hecate.train.loop import Run
+from hecate.train.training import Training
 from tests.hecate.train.test_resume_elsewhere import OVERRIDES, Losses, ranks_of_default_group
 from tests.ranks import run_ranks
 from tests.tiny_run import STEPS, make_workshop
@@ -40,16 +42,16 @@ def whole(workshop: str) -> Losses:
     return run_ranks(4, uninterrupted, workshop)[0]
 
 
-def make_run(workshop: str, name: str, rank: int, world: int, *overrides: str) -> Run:
+def make_run(workshop: str, name: str, rank: int, world: int, *overrides: str) -> Training:
     given = (*OVERRIDES, f"output_dir={workshop}/runs/{name}", *overrides)
     ranks = replace(ranks_of_default_group(rank, world), connections=frozenset(tcp_sockets()))
-    return Run(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks)
+    return Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks)
 
 
-def steps_until(run: Run, until: int, losses: dict[int, tuple[float, float, float]]) -> None:
-    while run.step < until:
-        result, _ = run.train_one()
-        losses[run.step] = (result.loss, result.aux_loss, result.grad_norm)
+def steps_until(run: Training, until: int, losses: dict[int, tuple[float, float, float]]) -> None:
+    while run.standing.step < until:
+        result = run.train_one().result
+        losses[run.standing.step] = (result.loss, result.aux_loss, result.grad_norm)
 
 
 def uninterrupted(rank: int, world: int, workshop: str) -> Losses:
@@ -58,14 +60,13 @@ def uninterrupted(rank: int, world: int, workshop: str) -> Losses:
     return [losses[step] for step in sorted(losses)]
 
 
-def die_in(run: Run, phase: str) -> None:
+def die_in(run: Training, phase: str) -> None:
     """From now on the phase's function raises `Dead`, from its second call on where a step has several."""
-    engine: Any = run.moe.engine
     where: dict[str, tuple[Any, str]] = {
-        "forward": (engine, "experts"),
-        "backward": (engine, "_gradient_complete"),
-        "gradients": (run.optimizer, "reduce_replicated"),
-        "norm": (run.optimizer, "global_grad_norm"),
+        "forward": (Step, "experts"),
+        "backward": (Step, "_gradient_complete"),
+        "gradients": (run.parts.optimizer, "reduce_replicated"),
+        "norm": (run.parts.optimizer, "global_grad_norm"),
     }
     if phase == "stepped":
         raise Dead
@@ -76,15 +77,16 @@ def die_in(run: Run, phase: str) -> None:
         nonlocal calls
         calls += 1
         if calls == 2 or phase in ("gradients", "norm"):
+            setattr(holder, name, before)
             raise Dead
         return before(*arguments, **named)
 
     setattr(holder, name, die)
 
 
-def regroup(run: Run, store: str, rank: int, world: int) -> None:
+def regroup(run: Training, store: str, rank: int, world: int) -> None:
     run.ranks.leave()
-    rebuild(run, connect(dist.FileStore(store, world), rank, world), local_topology(world, cuda=False))
+    run.join(Group(connect(dist.FileStore(store, world), rank, world), local_topology(world, cuda=False)))
 
 
 def shrinking(rank: int, world: int, workshop: str, name: str, phases: list[str], overrides: tuple[str, ...]) -> list[Any]:
@@ -102,11 +104,11 @@ def shrinking(rank: int, world: int, workshop: str, name: str, phases: list[str]
                 die_in(run, phase)
             steps_until(run, STEPS, losses)
         except (Dead, RuntimeError):
-            done = run.step
+            done = run.standing.step
             if rank != VICTIM:
                 regroup(run, f"{workshop}/{name}-{number}", rank - (rank > VICTIM), world - 1)
-                assert len(run.optimizer.owned) in (3, 4)
-                found.append((done, run.step, losses))
+                assert len(run.parts.optimizer.owned) in (3, 4)
+                found.append((done, run.standing.step, losses))
                 steps_until(run, STEPS, losses)
         run.ranks.leave()
         # The next phase's run begins with all four again.
@@ -133,7 +135,7 @@ def half_stepped(rank: int, world: int, workshop: str) -> tuple[int, Losses]:
     run = make_run(workshop, "half", rank, world, "fssdp.redundancy=1")
     losses: dict[int, tuple[float, float, float]] = {}
     steps_until(run, DEATH_STEP, losses)
-    norm = run.optimizer.global_grad_norm
+    norm = run.parts.optimizer.global_grad_norm
 
     def fail(group: dist.ProcessGroup, *, counts_owned: bool) -> float:
         value = norm(group, counts_owned=counts_owned)
@@ -143,17 +145,17 @@ def half_stepped(rank: int, world: int, workshop: str) -> tuple[int, Losses]:
             raise RuntimeError("a peer is lost")
         return value
 
-    run.optimizer.global_grad_norm = fail  # type: ignore[method-assign]
+    run.parts.optimizer.global_grad_norm = fail  # type: ignore[method-assign]
     try:
         steps_until(run, STEPS, losses)
     except (Dead, RuntimeError):
-        run.optimizer.global_grad_norm = norm  # type: ignore[method-assign]
-        done = run.step
+        run.parts.optimizer.global_grad_norm = norm  # type: ignore[method-assign]
+        done = run.standing.step
         if rank == VICTIM:
             run.ranks.leave()
             return done, []
         regroup(run, f"{workshop}/half-store", rank - (rank > VICTIM), world - 1)
-        assert run.step == DEATH_STEP + 1
+        assert run.standing.step == DEATH_STEP + 1
         steps_until(run, STEPS, losses)
     return done, [losses[step] for step in sorted(losses)]
 
@@ -173,16 +175,16 @@ def growing(rank: int, world: int, workshop: str, redundancy: int) -> Losses:
     if rank == 2:
         connect(dist.HashStore(), 0, 1)
         run = make_run(workshop, name, 0, 1, f"fssdp.redundancy={redundancy}")
-        run.fresh = True
+        run.state = None
     else:
         connect(dist.FileStore(f"{workshop}/{name}-two", 2), rank, 2)
         # As many rows as the other runs have on four ranks.
         run = make_run(workshop, name, rank, 2, f"fssdp.redundancy={redundancy}")
-        run.stream.sequences_per_step = 8
+        run.parts.stream.sequences_per_step = 8
         steps_until(run, 2, losses)
     regroup(run, f"{workshop}/{name}-three", (rank + 1) % 3, 3)
-    assert run.step == 2
-    assert len(run.optimizer.owned) in (3, 4)
+    assert run.standing.step == 2
+    assert len(run.parts.optimizer.owned) in (3, 4)
     steps_until(run, STEPS, losses)
     return [losses[step] for step in sorted(losses)]
 
@@ -200,16 +202,22 @@ def compare_shadows(rank: int, world: int, workshop: str) -> int:
     run = make_run(workshop, "shadowed", rank, world, "fssdp.redundancy=1")
     steps_until(run, 3, {})
     rows: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in range(world)]
-    dist.all_gather_object(rows, {name: run.optimizer.row(parameter) for name, parameter in run.optimizer.owned.items()})
-    ward = backup_ranks(run.moe.engine.shards.config.topology).tolist().index(rank)
-    assert rows[ward].keys() == run.optimizer.backups.keys()
-    for name, backup in run.optimizer.backups.items():
-        ours, theirs = run.optimizer.row(backup), rows[ward][name]
+    dist.all_gather_object(rows, {name: run.parts.optimizer.row(parameter) for name, parameter in run.parts.optimizer.owned.items()})
+    ward = backup_ranks(run.parts.moe.engine.shards.config.topology).tolist().index(rank)
+    assert rows[ward].keys() == run.parts.optimizer.backups.keys()
+    for name, backup in run.parts.optimizer.backups.items():
+        ours, theirs = run.parts.optimizer.row(backup), rows[ward][name]
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
     assert any(len(row) == 4 for row in rows[ward].values()), "none was ever stepped"
-    assert not any(name.startswith("owned/") and name.split("/")[1] in run.optimizer.backups for name in run.optimizer.state_tensors())
-    return len(run.optimizer.backups)
+    saved = [name.split("/")[1] for name in run.parts.optimizer.state_tensors() if name.startswith("owned/")]
+    assert not set(saved) & run.parts.optimizer.backups.keys()
+    before = {name: run.parts.optimizer.row(backup) for name, backup in run.parts.optimizer.backups.items()}
+    assert copy_to_backup_ranks(run.parts.moe.engine, run.parts.optimizer) > 0
+    for name, backup in run.parts.optimizer.backups.items():
+        again = run.parts.optimizer.row(backup)
+        assert all(torch.equal(again[key], before[name][key]) for key in again), name
+    return len(run.parts.optimizer.backups)
 
 
 def test_a_shadow_is_its_owner_bit_for_bit(workshop: str) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hecate.data.batches import Batch
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
-from hecate.train.loop import Run
 from hecate.train.step import forward_loss, pass_tokens
+from hecate.train.training import Training
 from tests.hecate.forecast.making import num_bytes
 from tests.hecate.megatron.making import config_of, tensor_ranks_of, write_parts
 from tests.ranks import run_ranks
@@ -37,11 +37,11 @@ def full_rows(copy: int) -> Batch:
     return Batch(token * 7 % 256, token * 11 % 256, position, torch.ones_like(token), token, torch.zeros_like(token))
 
 
-def measured(run: Run) -> dict[str, int]:
+def measured(run: Training) -> dict[str, int]:
     """Bytes of this rank, in a step and in the forward pass of the next."""
-    optimizer, step = run.optimizer, run.optimizer.step
-    parts = run.moe.parts.parameters if run.moe.parts else {}
-    others: list[nn.Parameter] = [*run.moe.replicated_parameters().values(), *parts.values()]
+    optimizer, step = run.parts.optimizer, run.parts.optimizer.step
+    parts = run.parts.moe.parts.parameters if run.parts.moe.parts else {}
+    others: list[nn.Parameter] = [*run.parts.moe.replicated_parameters().values(), *parts.values()]
     found: dict[str, int] = {}
 
     def watched(norm: float, most: float | None) -> bool:
@@ -62,14 +62,14 @@ def measured(run: Run) -> dict[str, int]:
         return tensor
 
     batch = full_rows(run.ranks.dp_rank)
-    run.moe.engine.begin_step(1).begin_micro_step(pass_tokens(run.base.head, batch))
+    run.parts.moe.engine.begin_step(1).begin_micro_step(pass_tokens(run.parts.base.head, batch))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = forward_loss(run.base.head, batch)
-    replicas = [store.replicas() for store in run.moe.engine.shards.stores.values()]
-    weights = {id(parameter): parameter for parameter in [*run.base.model.parameters(), *others]}.values()
-    known = [*weights, *replicas, *(store.owned for store in run.moe.engine.shards.stores.values())]
+        loss = forward_loss(run.parts.base.head, batch)
+    replicas = [store.replicas() for store in run.parts.moe.engine.shards.stores.values()]
+    weights = {id(parameter): parameter for parameter in [*run.parts.base.model.parameters(), *others]}.values()
+    known = [*weights, *replicas, *(store.owned for store in run.parts.moe.engine.shards.stores.values())]
     # The embedding's gradient is there already; the plan has it among the gradients.
-    embedding = run.base.model.embedding.word_embeddings.weight.shape
+    embedding = run.parts.base.model.embedding.word_embeddings.weight.shape
     pointers = {tensor.untyped_storage().data_ptr() for tensor in known}
     pointers |= {pointer for pointer, tensor in kept.items() if tensor.shape == embedding}
     del loss
@@ -88,7 +88,7 @@ def _job(rank: int, world: int, folder: str, cases: list[tuple[int, int, str]]) 
     for tensor, shard, policy in cases:
         name = f"output_dir={folder}/{world}-{tensor}-{shard}-{policy}"
         config = config_of(Path(folder), *overrides(tensor, shard, world, policy), name)
-        found.append(measured(Run(config, tensor_ranks_of(rank, world, tensor, shard))))
+        found.append(measured(Training(config, tensor_ranks_of(rank, world, tensor, shard))))
     return found
 
 
@@ -109,7 +109,7 @@ def test_every_rank_holds_what_was_planned(tmp_path: Path) -> None:
             for name in ("base weights", "owned experts, moments", "routers, adapters, moments", "replicas"):
                 assert got[name] == parts[name][PHASES.index("forward"), rank], f"{name}, {what}"
             assert got["gradients"] == parts["gradients"][PHASES.index("optimizer"), rank], f"gradients, {what}"
-            logits = min(512, ROWS * LENGTH) * run.base.vocabulary // tensor * 8
+            logits = min(512, ROWS * LENGTH) * run.parts.base.vocabulary // tensor * 8
             if policy == "full":  # with tokens at home
                 estimate = parts["activations (estimate)"][PHASES.index("forward"), rank] - logits
                 assert estimate == pytest.approx(got["activations"], rel=0.1), what

@@ -17,7 +17,7 @@ from hecate.parallel.cost_model import LayerCost
 from hecate.ranks.ranks import Ranks
 from hecate.train.evaluate import evaluate
 from hecate.train.inference import answer, evaluate_trained
-from hecate.train.loop import Run
+from hecate.train.training import Training
 from tests.hecate.data.conftest import build_byte_tokenizer
 from tests.hecate.data.test_indexed import ids_of, write_index
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
@@ -55,33 +55,33 @@ class Found:
 
 
 def _train(config: Config, ranks: Ranks, save_at: int | None = None) -> Losses:
-    run = Run(config, ranks)
+    run = Training(config, ranks)
     losses: Losses = []
-    while run.step < run.config.max_steps:
-        result, _ = run.train_one()
+    while run.standing.step < run.parts.config.max_steps:
+        result = run.train_one().result
         losses.append((result.loss, result.aux_loss, result.grad_norm))
-        if run.step == save_at:
+        if run.standing.step == save_at:
             run.save()
     return [*losses, (_held_out(run),)]
 
 
-def _held_out(run: Run) -> float:
-    (score,) = evaluate(run.config, run.ranks, run.base, run.moe, run.eval_sources).scores.values()
+def _held_out(run: Training) -> float:
+    (score,) = evaluate(run.parts.config, run.ranks, run.parts.base, run.parts.moe, run.parts.eval_sources).scores.values()
     return score.loss
 
 
 def _export(folder: Path, ranks: Ranks) -> tuple[np.ndarray, int, LayerCost, float]:
-    run = Run(config_of(folder), ranks)
-    ((_, given),) = run.moe.engine.shards.plan_inputs()
-    for parameter in run.moe.replicated_parameters().values():
+    run = Training(config_of(folder), ranks)
+    ((_, given),) = run.parts.moe.engine.shards.plan_inputs()
+    for parameter in run.parts.moe.replicated_parameters().values():
         if parameter.dim() > 1:
             parameter.data.mul_(8)  # far from linear, and from equal routing
-    with torch.no_grad(), run.moe.engine.evaluation():
-        logits = run.base.model(token_ids(), None, None)
-        hidden = run.base.head.hidden(token_ids(), None, token_ids())
-        assert torch.equal(run.base.head.logits(hidden.flatten(0, 1)), logits.flatten(0, 1))  # type: ignore[attr-defined]
-    run.output.replace(folder, run.moe, ranks)
-    replicated = sum(parameter.numel() for parameter in run.moe.replicated_parameters().values())
+    with torch.no_grad(), run.parts.moe.engine.evaluation():
+        logits = run.parts.base.model(token_ids(), None, None)
+        hidden = run.parts.base.head.hidden(token_ids(), None, token_ids())
+        assert torch.equal(run.parts.base.head.logits(hidden.flatten(0, 1)), logits.flatten(0, 1))  # type: ignore[attr-defined]
+    run.parts.output.replace(folder, run.parts.moe, ranks)
+    replicated = sum(parameter.numel() for parameter in run.parts.moe.replicated_parameters().values())
     return logits.numpy(), replicated, given.cost, _held_out(run)
 
 
@@ -215,7 +215,7 @@ def test_what_is_of_our_layers_is_refused_with_megatrons(folder: Path, override:
 
 def _three_experts(rank: int, world: int, folder: str) -> None:
     with pytest.raises(UserError, match="3 experts are on 2 ranks"):
-        Run(config_of(Path(folder), MEGATRONS, "moe.num_experts=3"), ranks_of(rank, world))
+        Training(config_of(Path(folder), MEGATRONS, "moe.num_experts=3"), ranks_of(rank, world))
 
 
 def test_megatrons_layers_need_equally_many_experts_on_each_rank(folder: Path) -> None:

@@ -19,7 +19,7 @@ from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.ranks.ranks import Ranks
 from hecate.train.evaluate import evaluate
-from hecate.train.loop import Run
+from hecate.train.training import Training
 from tests.hecate.megatron.making import config_of, tensor_ranks_of, write_parts
 from tests.ranks import run_ranks
 
@@ -54,10 +54,10 @@ def _numpy(tensor: Tensor | None) -> np.ndarray:
     return tensor.detach().numpy().copy()
 
 
-def _watch_gradients(run: Run) -> dict[str, np.ndarray]:
+def _watch_gradients(run: Training) -> dict[str, np.ndarray]:
     """They are there when the first step was taken."""
     found: dict[str, np.ndarray] = {}
-    optimizer, step = run.optimizer, run.optimizer.step
+    optimizer, step = run.parts.optimizer, run.parts.optimizer.step
 
     def watched(norm: float, most: float | None) -> bool:
         if not found:
@@ -73,28 +73,28 @@ def _watch_gradients(run: Run) -> dict[str, np.ndarray]:
     return found
 
 
-def _go_on(run: Run, save_at: int | None = None) -> tuple[Steps, list[list[int]]]:
+def _go_on(run: Training, save_at: int | None = None) -> tuple[Steps, list[list[int]]]:
     steps: Steps = []
     loads: list[list[int]] = []
-    while run.step < run.config.max_steps:
-        result, _ = run.train_one()
+    while run.standing.step < run.parts.config.max_steps:
+        result = run.train_one().result
         steps.append((result.loss, result.aux_loss, result.grad_norm))
         loads = loads or [result.loads[layer].sum(1).tolist() for layer in sorted(result.loads)]
-        if run.step == save_at:
+        if run.standing.step == save_at:
             run.save()
-    (held_out,) = evaluate(run.config, run.ranks, run.base, run.moe, run.eval_sources).scores.values()
+    (held_out,) = evaluate(run.parts.config, run.ranks, run.parts.base, run.parts.moe, run.parts.eval_sources).scores.values()
     return [*steps, (held_out.loss,)], loads
 
 
 def _train(ranks: Ranks, folder: Path, *overrides: str) -> Found:
-    run = Run(config_of(folder, *COMMON, *overrides), ranks)
-    run.output.replace(run.folder, run.moe, ranks)
-    parts = run.moe.parts.parameters.values() if run.moe.parts else ()
-    numbers = tuple(sum(p.numel() for p in some) for some in (run.moe.replicated_parameters().values(), parts))
-    ((_, given),) = run.moe.engine.shards.plan_inputs()
+    run = Training(config_of(folder, *COMMON, *overrides), ranks)
+    run.parts.output.replace(Path(run.parts.config.output_dir), run.parts.moe, ranks)
+    parts = run.parts.moe.parts.parameters.values() if run.parts.moe.parts else ()
+    numbers = tuple(sum(p.numel() for p in some) for some in (run.parts.moe.replicated_parameters().values(), parts))
+    ((_, given),) = run.parts.moe.engine.shards.plan_inputs()
     gradients = _watch_gradients(run)
     steps, loads = _go_on(run, SAVED)
-    resumed, _ = _go_on(Run(config_of(folder, *COMMON, *overrides, "resume=true"), ranks))
+    resumed, _ = _go_on(Training(config_of(folder, *COMMON, *overrides, "resume=true"), ranks))
     return Found(gradients, steps, resumed, loads, (numbers[0], numbers[1]), given.cost, run.shares)
 
 
@@ -150,7 +150,7 @@ def _check_process_groups(ranks: Ranks, mesh: Mesh) -> None:
 
 def _elsewhere(rank: int, world: int, folder: str, tensor: int, rows: int, checkpoint_of: str) -> Steps:
     own = (f"model.tensor_parallel={tensor}", f"micro_batch_size={rows}", f"output_dir={folder}/{checkpoint_of}", "resume=true")
-    return _go_on(Run(config_of(Path(folder), *COMMON, *own, *VARIANTS["plain"]), tensor_ranks_of(rank, world, tensor)))[0]
+    return _go_on(Training(config_of(Path(folder), *COMMON, *own, *VARIANTS["plain"]), tensor_ranks_of(rank, world, tensor)))[0]
 
 
 @pytest.fixture(scope="module")

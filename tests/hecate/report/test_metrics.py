@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.errors import UserError
+from hecate.parallel.sharding import ReshardGain
 from hecate.parallel.units import Unit
-from hecate.report.events import EvalScore
+from hecate.report.events import EvalScore, Move, Resharding, StepEvent, StepResult
 from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -33,7 +34,10 @@ def a_step(step: Any = 1, **changes: Any) -> Record:
         "calibrations": 3,
         "loads": {Unit(0): np.array([[1, 2], [3, 4]])},
     }
-    return step_record(**(values | changes))
+    values |= changes
+    result = StepResult(*(values[name] for name in ("loss", "aux_loss", "grad_norm", "skipped", "loads")))
+    measured = {name: values[name] for name in ("step", "tokens", "learning_rate", "imbalance", "calibrations", "bytes_sent")}
+    return step_record(StepEvent(result=result, seconds=values["step_seconds"], **measured))
 
 
 def records(path: Path) -> list[Record]:
@@ -81,7 +85,7 @@ def test_eval_record() -> None:
         (a_step(), ""),
         (eval_record(1, {"gcd": EvalScore(1.0, 0.5, 2)}), "sources"),
         (event_record(1, "saved"), ""),
-        (reshard_record(1, experts=2, bytes_sent=8, seconds=0.5, saved_seconds=0.1, moving_seconds=0.2), ""),
+        (reshard_record(1, Resharding(Move(2, 8), ReshardGain(saved=0.1, moving=0.2, steps=10), seconds=0.5)), ""),
     ],
     ids=["step", "eval", "event", "reshard"],
 )

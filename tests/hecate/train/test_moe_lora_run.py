@@ -19,7 +19,7 @@ from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from hecate.ranks.ranks import join_ranks
 from hecate.train.inference import _with_adapter, answer, evaluate_trained
-from hecate.train.loop import Run
+from hecate.train.training import Training
 from tests.hecate.data.conftest import build_byte_tokenizer
 from tests.hecate.train.test_run import records, run
 from tests.plain_moe_lora import KINDS, peft_model, save_tiny
@@ -179,8 +179,8 @@ def test_a_run_begins_with_what_peft_has_trained(workshop: Path, tmp_path: Path)
     targets = "lora.target_modules=[q_proj,gate_proj,up_proj,down_proj]"
     begin = [targets, f"lora.init_from={tmp_path}/theirs", "moe.train_router=false"]
     with join_ranks() as ranks:
-        begun = Run(load_config(workshop / "config.yaml", [*begin, f"output_dir={tmp_path}/run"], claim_output=False), ranks)
-        begun.output.replace(tmp_path / "run", begun.moe, ranks)
+        begun = Training(load_config(workshop / "config.yaml", [*begin, f"output_dir={tmp_path}/run"], claim_output=False), ranks)
+        begun.parts.output.replace(tmp_path / "run", begun.parts.moe, ranks)
     theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "theirs", tmp_path / "run" / "adapter"))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
@@ -202,7 +202,7 @@ def refusal(workshop: Path, *overrides: str) -> str:
     """What a run says that is refused before its first step."""
     config = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/refused", *overrides], claim_output=False)
     with join_ranks() as ranks, pytest.raises(UserError) as caught:
-        Run(config, ranks)
+        Training(config, ranks)
     assert len(str(caught.value).splitlines()) <= 8
     return str(caught.value)
 

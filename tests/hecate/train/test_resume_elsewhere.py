@@ -12,7 +12,7 @@ from hecate.config import load_config
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups
 from hecate.ranks.ranks import Ranks
-from hecate.train.loop import Run
+from hecate.train.training import Training
 from tests.hecate.data.conftest import build_byte_tokenizer
 from tests.plain_moe_lora import save_tiny
 from tests.ranks import run_ranks
@@ -38,14 +38,14 @@ def train_until(rank: int, world: int, workshop: str, name: str, until: int, ove
     """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done."""
     given = (*OVERRIDES, *(override.format(workshop=workshop) for override in overrides), f"output_dir={workshop}/runs/{name}")
     config = load_config(f"{workshop}/config.yaml", given, claim_output=False)
-    run = Run(config, ranks_of_default_group(rank, world, config.fssdp.shard_size))
+    run = Training(config, ranks_of_default_group(rank, world, config.fssdp.shard_size))
     steps = []
-    while run.step < until:
-        result, _ = run.train_one()
+    while run.standing.step < until:
+        result = run.train_one().result
         steps.append((result.loss, result.aux_loss, result.grad_norm))
     run.save()
-    if run.config.resume:
-        owned = run.moe.engine.shards.named_parameters()
+    if run.parts.config.resume:
+        owned = run.parts.moe.engine.shards.named_parameters()
         sharing = config.fssdp.shard_size or world
         assert abs(len(owned) - 2 * 5 / sharing) <= 1, f"{len(owned)} of 10 experts on one of {sharing} ranks"
     return steps

@@ -11,7 +11,7 @@ from hecate.data.encode import IGNORED
 from hecate.parallel.topology import Link, Topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.loop import Run
+from hecate.train.training import Training
 from tests.ranks import run_ranks
 from tests.tiny_run import make_workshop
 
@@ -35,8 +35,8 @@ def train(rank: int, world: int, workshop: str, name: str, courses: list[Topolog
     default = dist.group.WORLD
     assert default is not None
     ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
-    run = Run(load_config(f"{workshop}/config.yaml", overrides, claim_output=False), ranks, courses[0])
-    owned, steps, rows = len(run.moe.engine.shards.named_parameters()), [], []
+    run = Training(load_config(f"{workshop}/config.yaml", overrides, claim_output=False), ranks, courses[0])
+    owned, steps, rows = len(run.parts.moe.engine.shards.named_parameters()), [], []
     dealt = run.micro_batches
 
     def counted(step_rows: list) -> list:  # type: ignore[type-arg]
@@ -47,7 +47,7 @@ def train(rank: int, world: int, workshop: str, name: str, courses: list[Topolog
     run.micro_batches = counted  # type: ignore[method-assign]
     for topology in courses:
         run.plan_for(topology)
-        result, _ = run.train_one()
+        result = run.train_one().result
         steps.append((result.loss, result.aux_loss, result.grad_norm))
     return steps, rows, owned
 

@@ -12,10 +12,11 @@ from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
 
 
-class Pace:
-    """Times each decoder layer from its beginning to its experts: norms and attention, which wait for no other rank.
+class LayerTimer:
+    """Times each decoder layer of a training step from its beginning to its experts: norms and attention, which wait for no other rank.
 
-    On a GPU by events, read when asked for: nothing waits for the device meanwhile.
+    Evaluation and generation, which run without gradients, are not timed. On a GPU the times come from events that are read when they are
+    asked for, so nothing waits for the device meanwhile.
     """
 
     def __init__(self, moe: MoeModel, device: torch.device) -> None:
@@ -29,7 +30,7 @@ class Pace:
             experts.register_forward_pre_hook(self._end)
 
     def take(self) -> tuple[int, float]:
-        """(tokens, seconds) since the last call: tokens are counted once a layer, padding among them."""
+        """(tokens, seconds) since the last call. Tokens are counted once a layer, padding among them."""
         if self._spans:
             self._spans[-1][1].synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
@@ -39,10 +40,10 @@ class Pace:
         return taken
 
     def _begin(self, _module: nn.Module, _inputs: Any) -> None:
-        self._started = self._now()
+        self._started = self._now() if torch.is_grad_enabled() else None
 
     def _end(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if self._started is None or torch.is_inference_mode_enabled():
+        if self._started is None:
             return
         ended = self._now()
         if self._cuda:

@@ -1,0 +1,273 @@
+"""Where a run stands between two optimizer steps, as a value; and how a checkpoint of it is saved and loaded over all ranks.
+
+A checkpoint holds each owner's experts with their moments, the replicated parameters once, and the `TrainState`. A rank that joins a run
+under way receives the same `TrainState` from another rank (`hecate.elastic.rebuild`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from torch import Tensor
+
+from hecate.checkpoint.files import CheckpointError
+from hecate.checkpoint.history import prune, remove_stale_staging, sound_manifests
+from hecate.checkpoint.manifest import Manifest, read_manifest
+from hecate.checkpoint.save import checkpoint_folder, commit, discard, staging_folder, write_shard
+from hecate.checkpoint.shard import read_tensors
+from hecate.config import Config, changed_computation, to_yaml
+from hecate.data.stream import TrainStream
+from hecate.engine.protocol import ExpertEngine
+from hecate.errors import UserError
+from hecate.optim.optimizer import ExpertOptimizer, owned_parameters
+from hecate.parallel.loads import LoadHistory
+from hecate.parallel.units import Unit, parse_unit
+from hecate.ranks.ranks import Ranks
+
+_NONCE_BYTES = 8
+
+
+@dataclass(frozen=True)
+class TrainedParts:
+    """The objects of one rank whose contents make up a run's state."""
+
+    engine: ExpertEngine
+    optimizer: ExpertOptimizer
+    stream: TrainStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a run stands between two optimizer steps; the same on every rank, parameters and moments aside."""
+
+    step: int
+    """optimizer steps done"""
+    completed: int
+    """optimizer steps after which evaluation, checkpoint and all else that comes between two steps are done, too; `step`, or one less"""
+    tokens: int
+    """tokens trained so far, padding not counted"""
+    skipped: int
+    """steps so far whose gradients were not finite"""
+    skipped_in_a_row: int
+    stream: Mapping[str, Any]
+    """position in the data: `TrainStream.state_dict`"""
+    sequences_per_step: int
+    history: list[dict[Unit, np.ndarray]]
+    """loads of the last steps: `LoadHistory.snapshot`"""
+
+    @staticmethod
+    def at_start(parts: TrainedParts) -> TrainState:
+        """The state of a run that begins."""
+        counts = dict.fromkeys(("step", "completed", "tokens", "skipped", "skipped_in_a_row"), 0)
+        return TrainState(**counts, stream={}, sequences_per_step=0, history=[]).with_positions_of(parts)
+
+    def after_step(self, parts: TrainedParts, *, tokens: int, skipped: bool) -> TrainState:
+        """The state when one more step is done, of so many tokens."""
+        counted = replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + tokens,
+            skipped=self.skipped + skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
+        )
+        return counted.with_positions_of(parts)
+
+    def with_positions_of(self, parts: TrainedParts) -> TrainState:
+        """The state with the positions that stream and history have now."""
+        return replace(
+            self,
+            stream=parts.stream.state_dict(),
+            sequences_per_step=parts.stream.sequences_per_step,
+            history=parts.engine.shards.history.snapshot(),
+        )
+
+    def put_back(self, parts: TrainedParts) -> None:
+        """Set stream and history to the positions of this state, and forget the gradients of a step under way."""
+        parts.optimizer.abandon()
+        parts.stream.load_state_dict(dict(self.stream))
+        parts.stream.sequences_per_step = self.sequences_per_step
+        parts.engine.shards.history.restore(self.history)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; `from_json` reads them."""
+        history = LoadHistory(max(1, len(self.history)))
+        history.restore(self.history)
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "rows_per_step": self.sequences_per_step,
+            "stream": dict(self.stream),
+            "history": history.state_dict(),
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> TrainState:
+        """The state that `to_json` gave. Checkpoints of early versions do not count skipped steps."""
+        history = LoadHistory(max(1, len(value["history"])))
+        history.load_state_dict(value["history"])
+        return TrainState(
+            step=int(value["step"]),
+            completed=int(value["step"]),
+            tokens=int(value["tokens"]),
+            skipped=int(value.get("skipped", 0)),
+            skipped_in_a_row=int(value.get("skipped_in_a_row", 0)),
+            stream=value["stream"],
+            sequences_per_step=int(value["rows_per_step"]),
+            history=history.snapshot(),
+        )
+
+
+class NoCheckpointError(UserError):
+    """There is no checkpoint that all ranks can read; the text says where, and why each one was passed over."""
+
+
+def save_state(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainState) -> Path | None:
+    """Write the checkpoint of `state.step`; None if it exists already.
+
+    Every rank must call it. The first sharding group, which has a whole copy of the state, writes.
+
+    Raises:
+        CheckpointError: a rank could not write; no rank then has a checkpoint of this step, older ones are untouched.
+    """
+    root = Path(config.output_dir)
+    final = checkpoint_folder(root, state.step)
+    if ranks.all_max(float(final.exists())):
+        return None
+    staging = staging_folder(root, state.step, ranks.broadcast_bytes(secrets.token_bytes(_NONCE_BYTES)).hex())
+    engine = parts.engine
+    tensors = parts.optimizer.state_tensors()
+    if not ranks.is_first:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
+    owners = {str(unit): owner_E.tolist() for unit, owner_E in engine.shards.owners.items()}
+    meta = {"config": to_yaml(config), "owners": owners, **state.to_json()}
+
+    def write() -> None:
+        if engine.shards.in_first_group:
+            write_shard(staging, engine.shards.rank, engine.shards.world_size, tensors)
+
+    def finish() -> None:
+        commit(staging, final, meta, engine.shards.world_size)
+        if config.save_total_limit is not None:
+            prune(root, config.save_total_limit)
+
+    failure = _failure_of(write)
+    failed = ranks.all_max(float(failure is not None))
+    if ranks.is_first:
+        if failed:
+            discard(staging)
+        else:
+            failure = _failure_of(finish)
+    failed = max(failed, ranks.all_max(float(failure is not None)))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise CheckpointError(f"{final}: another rank could not write its part; its own message says why")
+    return final
+
+
+def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> TrainState:
+    """Load the newest checkpoint that all ranks can read into `parts`, and return where it stands. Every rank must call it.
+
+    Any number of ranks may have written the checkpoint: experts are dealt anew where a sharding group had another number of ranks. A step
+    keeps its number of sequences.
+
+    Raises:
+        NoCheckpointError: there is none.
+        UserError: the checkpoint is of another run (other configuration, other data).
+    """
+    root = Path(config.output_dir)
+    if ranks.is_first:
+        remove_stale_staging(root)
+    reasons: list[str] = []
+    # Rank 0 says which checkpoint is tried next: each rank's own listing of the folder might name others, and then ranks would wait for
+    # each other in different collectives.
+    candidates = sound_manifests(root) if ranks.is_first else None
+    while True:
+        found = next(candidates, None) if candidates else None
+        own_name = found[0].name.encode() if found else b""
+        name = ranks.broadcast_from(0, own_name if ranks.is_first else None).decode()
+        if not name:
+            raise NoCheckpointError("\n".join([f"{root} has no checkpoint that can be read", *(f"  {reason}" for reason in reasons[:4])]))
+        folder = root / name
+        read: tuple[Manifest, dict[str, Tensor]] | CheckpointError
+        try:
+            manifest = found[1] if found else read_manifest(folder)
+            read = manifest, _read_own_tensors(folder, manifest, config, parts)
+        except CheckpointError as error:
+            read = error
+        # A checkpoint that any rank cannot read is passed over by all.
+        if ranks.all_max(float(isinstance(read, CheckpointError))):
+            reasons.append(str(read) if isinstance(read, CheckpointError) else f"{folder}: another rank cannot read its part")
+            continue
+        assert not isinstance(read, CheckpointError)
+        return _install(*read, ranks, parts)
+
+
+def adopt_owners(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> None:
+    """Take over the owners of a checkpoint. Every rank must call it, with the same owners.
+
+    Parameters are zero and have no moments afterwards where their unit's owners differed: the checkpoint is read into them next.
+    """
+    for unit, store in engine.shards.stores.items():
+        if not np.array_equal(engine.shards.owners[unit], owners[unit]):
+            mine = np.flatnonzero(owners[unit] == engine.shards.rank).tolist()
+            engine.shards.change_owners(unit, owners[unit], {expert: store.owned.new_zeros(store.chunk_numel) for expert in mine})
+    optimizer.replace_owned(owned_parameters(engine), {})
+
+
+def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config) -> None:
+    """Refuse to continue a run whose computation the configuration would change.
+
+    Raises:
+        UserError: it names the keys.
+    """
+    if changes := changed_computation(yaml.safe_load(meta["config"]), config):
+        raise UserError(
+            f"{folder}: belongs to a run with another configuration; resume continues the same training.\n"
+            + "\n".join(f"  {change.key}: {change.then!r} then, {change.now!r} now" for change in changes[:6])
+        )
+
+
+def _read_own_tensors(folder: Path, manifest: Manifest, config: Config, parts: TrainedParts) -> dict[str, Tensor]:
+    """The tensors that this rank needs of a checkpoint. The owners of the checkpoint are adopted on the way, on every rank alike."""
+    refuse_other_run(folder, manifest.meta, config)
+    engine, optimizer = parts.engine, parts.optimizer
+    owners = {parse_unit(text): np.array(owner_E) for text, owner_E in manifest.meta["owners"].items()}
+    if manifest.world_size != engine.shards.world_size:
+        owners = engine.shards.redealt(owners, engine.shards.world_size)
+    adopt_owners(engine, optimizer, owners)
+    tensor_parts = optimizer.parts.parameters if optimizer.parts else {}
+    needed = [f"owned/{name}" for name in optimizer.owned] + [f"replicated/{name}" for name in (*optimizer.replicated, *tensor_parts)]
+    missing = [name for name in needed if name not in manifest.tensors]
+    if missing:
+        raise UserError(f"{folder}: has no tensor {missing[0]} ({len(missing)} missing)")
+    return read_tensors(folder, manifest, [name for name in manifest.tensors if _is_needed(name, optimizer)])
+
+
+def _is_needed(tensor_name: str, optimizer: ExpertOptimizer) -> bool:
+    kind, name = tensor_name.split("/")[:2]
+    return kind == "replicated" or name in optimizer.owned
+
+
+def _install(manifest: Manifest, tensors: Mapping[str, Tensor], ranks: Ranks, parts: TrainedParts) -> TrainState:
+    state = TrainState.from_json({"step": manifest.step, **manifest.meta})
+    parts.optimizer.load_state_tensors(tensors, steps_done=manifest.step)
+    state.put_back(parts)
+    parts.engine.shards.history.redeal(ranks.world_size)
+    return state.with_positions_of(parts)
+
+
+def _failure_of(action: Callable[[], None]) -> CheckpointError | None:
+    try:
+        action()
+    except CheckpointError as error:
+        return error
+    return None

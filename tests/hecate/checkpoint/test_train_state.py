@@ -1,0 +1,126 @@
+"""A run's state: what it holds, how all ranks save and load it, and what must be as it was for a run to go on."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hecate.checkpoint.train_state import NoCheckpointError, TrainedParts, TrainState, load_state, refuse_other_run, save_state
+from hecate.config import Config, to_yaml
+from hecate.errors import UserError
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
+from hecate.parallel.loads import LoadHistory
+from hecate.parallel.units import Unit
+from tests.hecate.megatron.making import config_of, ranks_of, write_parts
+from tests.ranks import run_ranks
+
+
+def meta_of(config: Config) -> dict[str, str]:
+    return {"config": to_yaml(config)}
+
+
+def test_what_makes_it_another_run_is_named_and_nothing_else(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    elsewhere = ("nproc=4", "fssdp.shard_size=2", "resume=true", "save_steps=7", "data.eval=[]", "max_steps=9", "fssdp.prefetch=2")
+    before = meta_of(config_of(tmp_path))
+    refuse_other_run(Path("checkpoint-1"), before, config_of(tmp_path, *elsewhere))
+    with pytest.raises(UserError) as caught:
+        refuse_other_run(Path("checkpoint-1"), before, config_of(tmp_path, *elsewhere, "seed=9", "moe.top_k=1"))
+    assert str(caught.value).splitlines()[1:] == ["  moe.top_k: 2 then, 1 now", "  seed: 0 then, 9 now"]
+
+
+def stepped_parts(rank: int, world: int, device: str = "cpu") -> TrainedParts:
+    """A run without experts: one replicated parameter, two data sources' worth of nothing."""
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = ExpertOptimizer(Trainables({}, {"r": parameter}), AdamWSettings(learning_rate=0.1, weight_decay=0.0), torch.device(device))
+    stream = mock.Mock(sequences_per_step=4)
+    stream.state_dict.return_value = {"rows": 8}
+    history = LoadHistory(2)
+    shards = mock.Mock(named_parameters=dict, stores={}, owners={}, world_size=world, rank=rank, in_first_group=True, history=history)
+    return TrainedParts(mock.Mock(shards=shards), optimizer, stream)
+
+
+def state_of(parts: TrainedParts, steps: int) -> TrainState:
+    state = TrainState.at_start(parts)
+    for _ in range(steps):
+        for parameter in parts.optimizer.replicated.values():
+            parameter.grad = torch.ones(3, dtype=torch.float64)
+        parts.optimizer.step(1.0, None)
+        parts.engine.shards.history.record({Unit(0): np.array([[1, 2], [3, 4]])})
+        state = state.after_step(parts, tokens=10, skipped=False)
+    return state
+
+
+def saved_and_loaded(rank: int, world: int, folder: str, hidden: bool) -> tuple[int, int, list[float], list[float]]:
+    """Save steps 1 and 2; rank 1 then lists no checkpoint (`hidden`), as where folders are seen late; load on new parts."""
+    ranks = ranks_of(rank, world)
+    config = config_of(Path(folder))
+    parts = stepped_parts(rank, world)
+    assert save_state(config, ranks, parts, state_of(parts, 1)) is not None
+    state = replace(state_of(parts, 1), step=2)
+    assert save_state(config, ranks, parts, state) is not None
+    assert save_state(config, ranks, parts, state) is None
+    loaded = stepped_parts(rank, world)
+    with mock.patch("hecate.checkpoint.history._committed", return_value=[]) if hidden and rank == 1 else nullcontext():
+        found = load_state(config, ranks, loaded)
+    values = [part.optimizer.replicated["r"].tolist() for part in (parts, loaded)]
+    return found.step, found.tokens, values[0], values[1]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_ranks_load_the_checkpoint_that_rank_0_names_though_listings_differ(tmp_path: Path, hidden: bool) -> None:
+    write_parts(tmp_path)
+    for step, tokens, saved, loaded in run_ranks(2, saved_and_loaded, str(tmp_path), hidden, timeout=60):
+        assert (step, tokens) == (2, 10)
+        assert saved == loaded
+
+
+def nothing_to_load(rank: int, world: int, folder: str) -> str:
+    try:
+        load_state(config_of(Path(folder)), ranks_of(rank, world), stepped_parts(rank, world))
+    except NoCheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_that_there_is_no_checkpoint_is_said_without_a_guess_who_asked(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    bad = tmp_path / "out" / "checkpoint-3"
+    bad.mkdir(parents=True)
+    for text in run_ranks(2, nothing_to_load, str(tmp_path)):
+        assert text.startswith(f"{tmp_path}/out has no checkpoint that can be read")
+        assert "resume" not in text
+
+
+def test_a_state_travels_as_json_and_steps_are_counted(tmp_path: Path) -> None:
+    parts = stepped_parts(0, 1)
+    state = state_of(parts, 2)
+    assert (state.step, state.completed, state.tokens, len(state.history)) == (2, 0, 20, 2)
+    again = TrainState.from_json(json.loads(json.dumps(state.to_json())))
+    assert again.to_json() == state.to_json()
+    assert (again.completed, again.sequences_per_step) == (2, 4)
+    skipped = state.after_step(parts, tokens=5, skipped=True).after_step(parts, tokens=5, skipped=True)
+    assert (skipped.skipped, skipped.skipped_in_a_row) == (2, 2)
+    assert skipped.after_step(parts, tokens=5, skipped=False).skipped_in_a_row == 0
+    # A checkpoint of an early version: no count of skipped steps.
+    early = {key: value for key, value in state.to_json().items() if not key.startswith("skipped")}
+    assert TrainState.from_json(early).to_json() == state.to_json()
+
+
+def test_a_step_under_way_is_undone(tmp_path: Path) -> None:
+    parts = stepped_parts(0, 1)
+    state = state_of(parts, 1)
+    parts.engine.shards.history.record({Unit(0): np.array([[9, 9], [9, 9]])})
+    parts.optimizer.replicated["r"].grad = torch.ones(3, dtype=torch.float64)
+    state.put_back(parts)
+    assert len(parts.engine.shards.history.snapshot()) == 1
+    assert parts.optimizer.replicated["r"].grad is None
+    parts.stream.load_state_dict.assert_called_with({"rows": 8})  # type: ignore[attr-defined]

@@ -1,0 +1,53 @@
+"""A rank that a local launcher started asks files who is in the job."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hecate.elastic.local_membership import LocalMembership, local_membership
+from hecate.errors import UserError
+from hecate.ranks.launcher_files import MEMBER_VARIABLE, STORE_VARIABLE, Generation, ready_file, write_generation
+from tests.hecate.megatron.making import config_of, write_parts
+
+
+def member(folder: Path, monkeypatch: pytest.MonkeyPatch) -> LocalMembership:
+    """Member 1 of a job that began with members 0 and 1."""
+    write_parts(folder)
+    assert local_membership(config_of(folder)) is None
+    monkeypatch.setenv(MEMBER_VARIABLE, "1")
+    monkeypatch.setenv(STORE_VARIABLE, str(folder / "store"))
+    write_generation(folder / "store", Generation(0, (0, 1), (0, 1), 2))
+    made = local_membership(config_of(folder))
+    assert made is not None
+    return made
+
+
+def test_a_new_generation_is_a_request_to_regroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    membership = member(tmp_path, monkeypatch)
+    assert not membership.regroup_requested()
+    assert ready_file(tmp_path / "store", 1).exists()
+    write_generation(tmp_path / "store", Generation(1, (0, 1, 2), (0, 1, 2), 3))
+    assert membership.regroup_requested()
+
+
+def test_without_a_new_generation_there_is_no_next_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hecate.elastic.local_membership._GRACE", 0.05)
+    assert member(tmp_path, monkeypatch).next_group() is None
+
+
+def test_a_rank_that_the_launcher_left_out_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    membership = member(tmp_path, monkeypatch)
+
+    def leave_out() -> None:
+        time.sleep(0.05)
+        write_generation(tmp_path / "store", Generation(1, (0,), (0,), 2))
+
+    thread = threading.Thread(target=leave_out)
+    thread.start()
+    with pytest.raises(UserError, match="the launcher removed this rank"):
+        membership.next_group()
+    thread.join()

@@ -1,0 +1,48 @@
+"""Ranks that an elastic agent starts again go on from a checkpoint; a taken output folder stops all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from hecate.elastic.restart import begin_or_resume
+from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, error_file
+from tests.hecate.checkpoint.saving import save, shards_of
+from tests.hecate.megatron.making import config_of, write_parts
+
+
+def ranks_of(*others: float, rank: int = 0) -> Any:
+    """One rank of several; `others`: what the rest gives to each maximum in turn."""
+    given = iter(others)
+    return mock.Mock(is_first=rank == 0, rank=rank, all_max=lambda value: max(value, next(given)))
+
+
+def test_a_run_that_begins_claims_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parts(tmp_path)
+    config, claim = config_of(tmp_path), mock.Mock()
+    assert begin_or_resume(config, ranks_of(0.0, 0.0), claim) == config
+    claim.assert_called_once()
+    with pytest.raises(UserError, match="taken"):
+        begin_or_resume(config, ranks_of(0.0, 0.0), mock.Mock(side_effect=UserError("output_dir is taken")))
+    # A rank that only hears of it leaves a text for its launcher, and ends with the status of a user's mistake.
+    monkeypatch.setenv(ERRORS_VARIABLE, str(tmp_path))
+    with pytest.raises(SystemExit) as caught:
+        begin_or_resume(config, ranks_of(0.0, 1.0, rank=1), None)
+    assert caught.value.code == USER_ERROR_EXIT
+    assert "rank 0 found an error" in error_file(tmp_path, 1).read_text()
+
+
+def test_after_a_restart_anywhere_all_ranks_resume_if_there_is_a_checkpoint(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    config, claim = config_of(tmp_path), mock.Mock()
+    assert begin_or_resume(config, ranks_of(1.0, 0.0), claim) == replace(config, resume=False)
+    Path(config.output_dir).mkdir(exist_ok=True)
+    save(Path(config.output_dir), 2, shards_of(1.0))
+    assert begin_or_resume(config, ranks_of(1.0, 0.0), claim) == replace(config, resume=True)
+    assert begin_or_resume(config, ranks_of(1.0, 1.0, rank=1), None) == replace(config, resume=True)
+    claim.assert_not_called()

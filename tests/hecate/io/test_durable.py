@@ -1,0 +1,32 @@
+"""Durable files are new files, whole or not there; folders are deleted with what a save left in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hecate.io.durable import delete_files, sync_folder, write_durable
+
+
+def test_blocks_become_one_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    assert write_durable(path, [b"ab", memoryview(b"cde")]) == 5
+    sync_folder(tmp_path)
+    assert path.read_bytes() == b"abcde"
+    with pytest.raises(FileExistsError):
+        write_durable(path, [b"x"])
+    assert path.read_bytes() == b"abcde"
+
+
+def test_a_folder_is_deleted_with_its_files_but_never_with_a_subfolder(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"x")
+    delete_files(folder)
+    delete_files(folder)
+    assert not folder.exists()
+    (folder / "inner").mkdir(parents=True)
+    with pytest.raises(OSError):
+        delete_files(folder)
+    assert (folder / "inner").exists()
