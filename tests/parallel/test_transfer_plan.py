@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hecate.parallel import transfer_plan
@@ -48,6 +48,12 @@ class Layer:
 def topology(nodes: tuple[int, ...], near: float = 10.0, latency: float = 0.0) -> Topology:
     world = len(nodes)
     return Topology(nodes, (1.0,) * world, (1e9,) * world, Link(near, latency), Link(1.0, latency))
+
+
+def everywhere_on_two_nodes() -> Layer:
+    """Each leader sends on several chunks, and makes several sums."""
+    owner_E = np.array([0, 0, 1, 2, 3])
+    return Layer(topology((0, 0, 1, 1)), everything_everywhere(owner_E, 4), np.ones((5, 4)), None)
 
 
 @st.composite
@@ -98,6 +104,8 @@ def exchanged(plans: list[ChunkPlan], rows: list[np.ndarray], number: int, *, ba
 
 @settings(max_examples=150)
 @given(layers(), st.sampled_from(ROUTES))
+@example(everywhere_on_two_nodes(), "two_level")
+@example(everywhere_on_two_nodes(), "sliced")
 def test_a_gather_brings_every_chunk_to_its_slot(layer: Layer, route: Collective) -> None:
     plans = plans_of(layer, route)
     owned = [in_slices([chunk(e) for e in layer.placement.owned_by(plan.rank)], plan.slices) for plan in plans]
@@ -130,6 +138,8 @@ def summed(sums: SumTables[np.ndarray], replicas: np.ndarray, arrived: list[np.n
 
 @settings(max_examples=150)
 @given(layers(), st.sampled_from(ROUTES))
+@example(everywhere_on_two_nodes(), "two_level")
+@example(everywhere_on_two_nodes(), "sliced")
 def test_a_reduction_brings_every_gradient_to_its_owner_once(layer: Layer, route: Collective) -> None:
     plans = plans_of(layer, route)
     replicas = [in_slices([gradient(e, plan.rank) for e in plan.tables.expert_S.tolist()], plan.slices) for plan in plans]
