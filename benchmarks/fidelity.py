@@ -44,7 +44,7 @@ from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import profile
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 TRIED = ("static_ep", "full", "hecate", "auto")
 CASES = ("balanced", "one_hot_expert", "hot_rank", "ragged_sources", "empty_rank", "rotating", "burst", "zipf", "dirichlet_drift")

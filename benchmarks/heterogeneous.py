@@ -39,7 +39,7 @@ from hecate.profile.run import measure
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 HELD = 1
 """the rank that is limited to half of a core"""

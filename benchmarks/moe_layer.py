@@ -40,7 +40,7 @@ from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import profile
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 WORLD = 2
 PER_CHOICE = "ep_per_choice"

@@ -89,7 +89,7 @@ def route(routing: str, shape: Shape, seed: int, step: int = 0) -> tuple[Tensor,
 
 
 def make_family(kind: Family, shape: Shape) -> ExpertFamily:
-    """A family whose chunks are random, B included, and made once for all engines."""
+    """Return a family with random chunks, B included, which are made once for all engines."""
     family = _family(kind, shape)
     numel = family.layout().trainable_numel
     chunks = [torch.randn(numel, generator=torch.Generator().manual_seed(expert)) * 0.02 for expert in range(shape.experts)]
@@ -184,7 +184,7 @@ class Formula:
 
 
 def check(engine: Engine, rank: int, shape: Shape, expert: Tensor, weight: Tensor, *, per_choice: bool) -> None:
-    """The layer's output and gradients against the plain formula. Every rank must call it. Raises AssertionError."""
+    """Compare the layer's output and gradients with the plain formula. Every rank must call it. Raises AssertionError if they differ."""
     Formula(engine.shards.families[Unit(0)], rank, shape, expert, weight).check(engine, per_choice=per_choice)
 
 

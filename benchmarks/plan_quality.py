@@ -8,66 +8,17 @@ Planners are given the exact loads, so this measures the planners and not the pr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.report import arguments, finish
-from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.lower_bound import lower_bound
-from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import POLICIES, PlanInput
-from hecate.parallel.topology import Topology
+from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
-
-TOPOLOGIES = {"8x1": "h100-node", "4x8 A": "paper-cluster-a", "4x8 B": "paper-cluster-b", "mixed": "mixed"}
-EXPERTS, TOKENS, TOP_K, HIDDEN, FFN, RANK = 64, 4096, 2, 2048, 4096, 16
-MEMORY_SHARE = 0.02
-"""the share of each device's memory that one layer's replicas may take"""
-
-
-@dataclass(frozen=True)
-class Kind:
-    name: str
-    cost: LayerCost
-
-
-def kinds() -> list[Kind]:
-    expert, pairs = 3.0 * HIDDEN * FFN, 3.0 * RANK * (HIDDEN + FFN)
-    attention = 8.0 * HIDDEN**2 * TOKENS
-    row = 2.0 * HIDDEN
-    return [
-        Kind(
-            "full experts",
-            LayerCost(
-                trainable_bytes=2 * expert, state_bytes=12 * expert, top_k=TOP_K, row_bytes=row, assignment_flops=2 * expert,
-                non_moe_flops=attention,
-            ),
-        ),
-        Kind(
-            "LoRA, dense base",
-            LayerCost(
-                trainable_bytes=2 * pairs, state_bytes=12 * pairs, top_k=TOP_K, row_bytes=row, row_flops=2 * expert,
-                assignment_flops=2 * pairs, assignment_backward=3.0, non_moe_flops=attention,
-            ),
-        ),
-        Kind(
-            "LoRA, frozen MoE base",
-            LayerCost(
-                trainable_bytes=2 * pairs, frozen_bytes=2 * expert, state_bytes=12 * pairs, top_k=TOP_K, row_bytes=row,
-                assignment_flops=2 * (expert + pairs), assignment_backward=1.0, non_moe_flops=attention,
-            ),
-        ),
-    ]  # fmt: skip
-
-
-def plan_input(topology: Topology, cost: LayerCost, loads_ED: np.ndarray, most_slots: int = EXPERTS) -> PlanInput:
-    slots = np.minimum((MEMORY_SHARE * np.asarray(topology.memory) / cost.replica_bytes).astype(np.int64), most_slots)
-    owners = contiguous_owners(EXPERTS, topology.world_size)
-    return PlanInput(owners[None], loads_ED[None].astype(np.float64), topology, cost, slots)
+from testing.plan_cases import EXPERTS, TOKENS, TOP_K, TOPOLOGIES, kinds, plan_input
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from hecate.parallel.topology_file import save_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 WORLD = 2
 MEGATRON = "megatron_ep"

@@ -26,17 +26,12 @@ from typing import Any
 
 from benchmarks.following import Job, job
 from benchmarks.report import arguments, finish
-from tests.launch.processes import kill_rank
-from tests.tiny_run import make_workshop
+from testing.processes import OVERRIDES, kill_rank
+from testing.tiny_run import make_workshop
 
 RANKS = 4
 COMMON = (
-    "model.dtype=float64",
-    "data.eval=[]",
-    "eval.generate=false",
-    "eval.on_start=false",
-    "lr_scheduler_type=constant",
-    "warmup_ratio=0",
+    *OVERRIDES,
     "moe.num_experts=8",
     "learning_rate=1e-4",  # at 1e-2 the order of sums alone would change a loss by 1e-3 within a hundred steps
     "max_steps=1000000",

@@ -27,8 +27,8 @@ from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import measure as measure_ranks
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from tests.namespaces import bytes_out, missing_for_slow_link, slow_link
-from tests.ranks import run_ranks
+from testing.namespaces import bytes_out, missing_for_slow_link, slow_link
+from testing.ranks import run_ranks
 
 RATE = "1gbit"
 RATE_BYTES = 1e9 / 8

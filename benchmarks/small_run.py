@@ -5,20 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from tests.hecate.data.conftest import build_byte_tokenizer
+from testing.tiny_run import save_random_llama
 
 
 def make_folder(folder: Path) -> Path:
     """Fill the empty `folder` and return the path of its configuration. A step has 12 sequences of 128 tokens on two ranks."""
-    tokenizer = build_byte_tokenizer()
-    torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), eos_token_id=257, bos_token_id=256, pad_token_id=257, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_random_llama(folder / "model", **sizes)
     turns = [
         [{"role": "user", "content": f"w{n % 13}x{n}" * 4}, {"role": "assistant", "content": f"W{n % 13}X{n}" * 4}] for n in range(600)
     ]

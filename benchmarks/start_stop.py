@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.report import arguments, finish
-from tests.launch.processes import OVERRIDES, hecate, paths_below, read_rest, read_until
-from tests.tiny_run import make_workshop
+from testing.processes import OVERRIDES, hecate, paths_below, read_rest, read_until
+from testing.tiny_run import make_workshop
 
 COMMANDS = {
     "train": ("train", "nproc=2"),

@@ -287,6 +287,30 @@ def test_the_trainer_does_not_import_what_launches_it() -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize(
+    ("folder", "barred"),
+    [("hecate", ("testing", "tests", "benchmarks")), ("testing", ("tests", "benchmarks")), ("benchmarks", ("tests",))],
+)
+def test_tests_and_benchmarks_share_only_testing(folder: str, barred: tuple[str, ...]) -> None:
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sources(*((folder, *LINKED) if folder == "hecate" else (folder,)))
+        for name in sorted(imported(ast.parse(path.read_text(encoding="utf-8"))))
+        if under(name, *barred)
+    ]
+    assert not found
+
+
+def test_only_tests_of_benchmarks_import_them() -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for path in sources("tests")
+        if not path.is_relative_to(ROOT / "tests" / "benchmarks")
+        and any(under(name, "benchmarks") for name in imported(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert not found
+
+
 def test_nothing_is_unpickled() -> None:
     wrong = []
     for path, tree in trees(ALL_SOURCES):

@@ -40,7 +40,7 @@ from hecate.ranks.ranks import Ranks
 
 
 def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
-    """The description of what a run trains; made before training."""
+    """Return the description of the adapter that a run trains. It is made before training."""
     ends = {_end(base, layer.block.experts_path): None for layer in base.own_experts}
     projections = config.moe.kind.projections(config.lora.target_modules)
     routers = {_end(base, layer.block.router_path): None for layer in base.own_experts if config.moe.trains_routers}
@@ -149,7 +149,7 @@ def with_peft_adapter(
 
 
 def peft_plan(description: PeftMoeConfig, layers: tuple[OwnExperts, ...], where: Path) -> InsertionPlan:
-    """What to put into a model so that the adapter fits.
+    """Return the plan of the pairs and routers that a model needs for the adapter to be loaded into it.
 
     Raises:
         UserError: the adapter has trained modules other than routers.

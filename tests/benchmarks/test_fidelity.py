@@ -15,7 +15,7 @@ from benchmarks.step_probes import parts, plain_cost
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 SMALL = Shape(layers=2, hidden=8, ffn=12, rank=2, experts=6, top_k=2, tokens=20)
 

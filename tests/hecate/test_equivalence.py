@@ -39,9 +39,9 @@ from hecate.parallel.topology import Link, Topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.step import train_step
+from testing.ranks import run_ranks
 from tests import plain_mixlora
 from tests.hecate.watching import gradients_of, moments_of
-from tests.ranks import run_ranks
 
 EVERY_CASE = ("full", "hecate", "static_ep")
 """policies that go through every case: all replicas, some, none; the others' plans are of a kind with the random ones"""

@@ -31,8 +31,8 @@ from hecate.parallel.expert_kinds import FfnSizes
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
+from testing.ranks import run_ranks
 from tests.hecate.test_equivalence import random_planner, topology
-from tests.ranks import run_ranks
 
 SHAPE = FfnShape(hidden=6, ffn=10, activation="silu")
 LAYERS, EXPERTS, TOP_K, TOKENS = (0, 3), 5, 2, 18

@@ -23,12 +23,12 @@ from hecate.parallel.mesh import make_mesh
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.step import train_step
+from testing.ranks import run_ranks
 from tests.hecate import test_equivalence as suite
 from tests.hecate.test_equivalence import AUX_COEF, MAX_NORM, MICRO_STEPS, ROWS, WEIGHT_DECAY, micro_batch, rows_of, topology
 from tests.hecate.watching import gradients_of, moments_of
 from tests.plain_full import PlainFull
 from tests.plain_mixlora import clip, plain_loss
-from tests.ranks import run_ranks
 
 STEPS, TOP_K, LOGIT_SCALE = 4, 2, 50
 LEARNING_RATE = 1e-2

@@ -31,6 +31,7 @@ from hecate.parallel.expert_kinds import MOE_LORA
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups, own_group
 from hecate.train.step import train_step
+from testing.ranks import run_ranks
 from tests.hecate.test_equivalence import (
     LENGTH,
     MICRO_STEPS,
@@ -46,7 +47,6 @@ from tests.hecate.test_equivalence import (
 from tests.hecate.watching import gradients_of
 from tests.plain_mixlora import clip
 from tests.plain_moe_lora import EXPERTS, KINDS, PlainMoeLora, biased_routers, peft_model, save_tiny
-from tests.ranks import run_ranks
 
 RANK, ALPHA, MAX_NORM, AUX_COEF = 3, 6, 0.5, 0.05
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1

@@ -39,9 +39,9 @@ from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.build import insertion_plan
 from hecate.train.step import forward_loss, pass_tokens, train_step
+from testing.ranks import run_ranks
 from tests.hecate.forecast.making import num_bytes
 from tests.plain_moe_lora import save_tiny
-from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 

@@ -20,6 +20,7 @@ from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
 from hecate.report.events import Resharding, StepResult
 from hecate.train.step import train_step
+from testing.ranks import run_ranks
 from tests.hecate.test_equivalence import (
     AUX_COEF,
     LEARNING_RATE,
@@ -32,7 +33,6 @@ from tests.hecate.test_equivalence import (
     rows_of,
     sharded,
 )
-from tests.ranks import run_ranks
 
 STEPS, EXPERTS = 4, 6
 

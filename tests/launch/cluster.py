@@ -18,7 +18,7 @@ from typing import Any
 from hecate.errors import UserError
 from hecate.launch.ray_job.status import read_status
 from hecate.launch.run_folder import processes_below
-from tests.launch.processes import command_line
+from testing.processes import command_line
 
 ROOT = Path(__file__).parents[2]
 OF_RAYLETS = {

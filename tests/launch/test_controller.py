@@ -37,7 +37,7 @@ from hecate.launch.ray_job.rendezvous import Rendezvous
 from hecate.launch.ray_job.worker_group import JobDevice, WorkerGroup
 from hecate.parallel.topology import local_topology
 from hecate.parallel.topology_file import topology_text
-from tests.tiny_run import make_workshop
+from testing.tiny_run import make_workshop
 
 VERSIONS = {"hecate": "1", "torch": "2", "python": "3"}
 TOPOLOGY = topology_text(local_topology(3, cuda=False))

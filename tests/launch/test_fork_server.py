@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hecate.launch import fork_server
-from tests.launch.processes import wait_until_gone
+from testing.processes import wait_until_gone
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere ranks are started plainly")
 

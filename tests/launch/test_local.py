@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.processes import wait_until_gone
+from testing.processes import wait_until_gone
 
 # A stand-in for `hecate`: what a rank does is the first argument.
 RANK = """

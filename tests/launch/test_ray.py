@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from hecate.launch.run_folder import processes_below
+from testing.processes import OVERRIDES, command_line, hecate, listening, read_until, wait_until_gone
+from testing.tiny_run import make_workshop
 from tests.launch.cluster import ROOT, Job, RayCluster, cluster_of
-from tests.launch.processes import OVERRIDES, command_line, hecate, listening, read_until, wait_until_gone
-from tests.tiny_run import make_workshop
 
 pytestmark = [
     pytest.mark.slow,

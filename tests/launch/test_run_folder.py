@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hecate.launch.run_folder import start_time
-from tests.launch.processes import command_line, wait_until_gone
+from testing.processes import command_line, wait_until_gone
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from testing.namespaces import missing_for_slow_link
 from tests.launch.cluster import ROOT
-from tests.namespaces import missing_for_slow_link
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hecate.launch.run_folder import processes_below
-from tests.launch.processes import OVERRIDES, hecate, kill_rank, listening, losses, read_rest, read_until, wait_until_gone
-from tests.tiny_run import make_workshop
+from testing.processes import OVERRIDES, hecate, kill_rank, listening, losses, read_rest, read_until, wait_until_gone
+from testing.tiny_run import make_workshop
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc, and a parent's death signal")
 STEPS = 40

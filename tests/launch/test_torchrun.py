@@ -1,4 +1,4 @@
-"""`hecate launch` reports mistakes before anything is started."""
+"""`hecate launch`: mistakes found before anything is started."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hecate.launch import torchrun
 from hecate.launch.addresses import check_free, find_endpoint, interface_of, wait_for
 from hecate.launch.torchrun import node_range
 from hecate.ranks.launcher_files import error_file
+from testing.tiny_run import make_workshop
 from tests.launch.cluster import ROOT
-from tests.tiny_run import make_workshop
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,12 @@ from hecate.profile.fit import topology_from
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import measure
 from hecate.ranks.ranks import connect, lost_a_peer
+from testing.namespaces import INTERFACE, missing_for_slow_link, slow_link
+from testing.processes import OVERRIDES, hecate, losses, rank_process, read_rest, read_until, running, wait_until_gone
+from testing.ranks import run_ranks
+from testing.tiny_run import make_workshop
 from tests.hecate.profile.ranks import ranks_of
 from tests.launch.cluster import OF_RAYLETS, ROOT, Job, environment, make_token
-from tests.launch.processes import OVERRIDES, hecate, losses, rank_process, read_rest, read_until, running, wait_until_gone
-from tests.namespaces import INTERFACE, missing_for_slow_link, slow_link
-from tests.ranks import run_ranks
-from tests.tiny_run import make_workshop
 
 LACKING = missing_for_slow_link()
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.skipif(LACKING is not None, reason=str(LACKING))]

@@ -37,8 +37,8 @@ from hecate.launch.ray_job.messages import (
 from hecate.launch.ray_job.rendezvous import Rendezvous
 from hecate.parallel.topology import local_topology
 from hecate.parallel.topology_file import topology_text
-from tests.launch.processes import OVERRIDES, losses
-from tests.tiny_run import make_workshop
+from testing.processes import OVERRIDES, losses
+from testing.tiny_run import make_workshop
 
 PROGRAM = """
 import json, sys

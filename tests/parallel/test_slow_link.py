@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from hecate.parallel.comm.collectives import Handle, sparse_all_gather, sparse_reduce_scatter
 from hecate.parallel.gather_bytes import gather_ports
-from tests.namespaces import bytes_out, missing_for_slow_link, slow_link
+from testing.namespaces import bytes_out, missing_for_slow_link, slow_link
+from testing.ranks import run_ranks
 from tests.parallel.comm.collective_cases import Case
 from tests.parallel.comm.test_collectives import world_group
-from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(missing_for_slow_link() is not None, reason=missing_for_slow_link() or "")
 
@@ -62,7 +62,7 @@ def test_the_link_carries_what_the_plan_says() -> None:
 
 
 def test_a_terminated_program_leaves_no_namespace() -> None:
-    program = "import tests.namespaces as n, time\nwith n.slow_link() as names: print(*names, flush=True); time.sleep(60)"
+    program = "import testing.namespaces as n, time\nwith n.slow_link() as names: print(*names, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         names = process.stdout.readline().split()

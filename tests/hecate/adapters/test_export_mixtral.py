@@ -19,9 +19,9 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from tests.hecate.data.conftest import build_byte_tokenizer
+from testing.byte_tokenizer import build_byte_tokenizer
+from testing.ranks import run_ranks
 from tests.hecate.model.tiny import tiny, token_ids
-from tests.ranks import run_ranks
 
 EXPERTS = 12
 """more than ten: names are sorted as text"""

@@ -19,8 +19,8 @@ from hecate.errors import UserError
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
 from hecate.parallel.loads import LoadHistory
 from hecate.parallel.units import Unit
+from testing.ranks import run_ranks
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
-from tests.ranks import run_ranks
 
 
 def meta_of(config: Config) -> dict[str, str]:

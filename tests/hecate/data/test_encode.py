@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from hecate.data.encode import IGNORED, encode_source
 from hecate.errors import UserError
-from tests.hecate.data.conftest import TEMPLATE, build_byte_tokenizer
+from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
 from tests.hecate.data.files import Source, chat, encode_records, write_jsonl
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hecate.elastic.move_experts import refuse_different_owners
 from hecate.errors import UserError
 from hecate.parallel.units import Unit
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 
 def planned(rank: int, _world: int, differ: bool) -> str:

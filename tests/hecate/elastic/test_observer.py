@@ -16,8 +16,8 @@ from hecate.parallel.topology_file import parse_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.loop import train
-from tests.ranks import run_ranks
-from tests.tiny_run import make_workshop
+from testing.ranks import run_ranks
+from testing.tiny_run import make_workshop
 
 
 class Recorder:

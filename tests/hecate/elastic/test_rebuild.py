@@ -20,9 +20,9 @@ from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import connect
 from hecate.ranks.sockets import tcp_sockets
 from hecate.train.training import Training
+from testing.ranks import run_ranks
+from testing.tiny_run import STEPS, make_workshop
 from tests.hecate.train.test_resume_elsewhere import OVERRIDES, Losses, ranks_of_default_group
-from tests.ranks import run_ranks
-from tests.tiny_run import STEPS, make_workshop
 
 VICTIM, DEATH_STEP = 1, 2
 PHASES = ("forward", "backward", "gradients", "norm", "stepped")

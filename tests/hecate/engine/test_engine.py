@@ -15,8 +15,8 @@ from hecate.experts.forward_pass import OrderError
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from testing.ranks import run_ranks
 from tests.hecate.experts.making import HIDDEN, base, chunk, engine, experts
-from tests.ranks import run_ranks
 
 LAYERS = {0: 3, 2: 5}
 

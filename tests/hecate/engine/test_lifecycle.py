@@ -15,8 +15,8 @@ from hecate.experts.family import ExpertReplicas
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.planners import Plan, PlanInput
+from testing.ranks import run_ranks
 from tests.hecate.experts.making import HIDDEN, engine, experts
-from tests.ranks import run_ranks
 
 LAYERS = dict.fromkeys(range(4), 3)
 TOKENS = 4

@@ -15,7 +15,7 @@ from hecate.parallel.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 OWNERS = np.array([0, 1])
 TWO = Topology((0, 0), (1.0, 1.0), (1e9, 1e9), Link(1.0, 0.0), Link(1.0, 0.0))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hecate.experts.router import RouterStats, load_balancing_loss
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.units import Unit
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 EXPERTS = {0: 4, 1: 6, 2: 4, 5: 6, 6: 6}
 """of each layer: two groups"""

@@ -23,8 +23,8 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
+from testing.ranks import run_ranks
 from tests.hecate.experts.making import base, experts
-from tests.ranks import run_ranks
 from tests.test_layout import sources
 
 FAMILIES = {"MixLoraExperts", "FullExperts", "MoeLoraExperts", "FfnExperts"}

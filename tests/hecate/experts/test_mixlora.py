@@ -10,8 +10,8 @@ from hecate.experts.family import ExpertReplicas
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
+from testing.ranks import run_ranks
 from tests.hecate.experts.making import FFN, HIDDEN, SEED, base, experts, offsets
-from tests.ranks import run_ranks
 
 
 def test_the_layout_of_a_chunk() -> None:

@@ -22,8 +22,8 @@ from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.train.build import insertion_plan
 from hecate.train.step import forward_loss, pass_tokens, train_step
+from testing.ranks import run_ranks
 from tests.hecate.forecast.making import config_for, write_model
-from tests.ranks import run_ranks
 
 SIZES = {"hidden_size": 48, "intermediate_size": 136, "head_dim": 24, "vocab_size": 64}
 FULL = ("moe.family=full", "moe.num_experts=[5,0,5]", "data.seq_len=96")

@@ -30,8 +30,8 @@ from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups, expert_groups
 from hecate.train.build import insertion_plan
 from hecate.train.step import forward_loss, pass_tokens, train_step
+from testing.ranks import run_ranks
 from tests.hecate.forecast.making import config_for, num_bytes, slow_node, write_model
-from tests.ranks import run_ranks
 
 EVERY_EXPERT = ("moe.num_experts=[5,0,5]", "moe.top_k=5")
 """so that all have moments after a step"""

@@ -12,7 +12,7 @@ from hecate.config import Config, load_config
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import ExpertGroups, expert_groups, tensor_groups
 from hecate.ranks.ranks import Ranks
-from tests.hecate.data.conftest import build_byte_tokenizer
+from testing.byte_tokenizer import build_byte_tokenizer
 
 SHAPE = "{kind: full, hidden: 32, ffn: 48, layers: 2, seq: 32, experts: 4, top_k: 2, query_width: 128, key_value_width: 64}\n"
 """two heads of 64 for queries, one for keys"""

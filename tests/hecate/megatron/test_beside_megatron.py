@@ -14,8 +14,8 @@ from torch import Tensor
 from hecate.experts.forward_pass import PassTokens
 from hecate.experts.router import load_balancing_loss
 from hecate.parallel.units import Unit
+from testing.ranks import run_ranks
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
-from tests.ranks import run_ranks
 
 ROWS, AUX_COEF = 4, 0.03
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from testing.processes import hecate, kill_rank, losses, read_rest, read_until, wait_until_gone
 from tests.hecate.megatron.making import write_parts
-from tests.launch.processes import hecate, kill_rank, losses, read_rest, read_until, wait_until_gone
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc")]
 STEPS = 12

@@ -16,9 +16,9 @@ from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
 from hecate.train.step import forward_loss, pass_tokens
 from hecate.train.training import Training
+from testing.ranks import run_ranks
 from tests.hecate.forecast.making import num_bytes
 from tests.hecate.megatron.making import config_of, tensor_ranks_of, write_parts
-from tests.ranks import run_ranks
 
 SHAPE = "{kind: full, hidden: 64, ffn: 136, layers: 2, seq: 96, experts: 5, top_k: 2, query_width: 256, key_value_width: 128}\n"
 """four heads of 64 for queries, two for keys"""

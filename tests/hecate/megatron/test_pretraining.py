@@ -18,11 +18,11 @@ from hecate.ranks.ranks import Ranks
 from hecate.train.evaluate import evaluate
 from hecate.train.inference import answer, evaluate_trained
 from hecate.train.training import Training
-from tests.hecate.data.conftest import build_byte_tokenizer
+from testing.byte_tokenizer import build_byte_tokenizer
+from testing.ranks import run_ranks
 from tests.hecate.data.test_indexed import ids_of, write_index
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 from tests.hecate.model.tiny import token_ids
-from tests.ranks import run_ranks
 
 Losses = list[tuple[float, ...]]
 """loss, aux loss and gradient norm of each step; at last the held-out loss"""

@@ -20,8 +20,8 @@ from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.ranks.ranks import Ranks
 from hecate.train.evaluate import evaluate
 from hecate.train.training import Training
+from testing.ranks import run_ranks
 from tests.hecate.megatron.making import config_of, tensor_ranks_of, write_parts
-from tests.ranks import run_ranks
 
 SHAPE = "{kind: full, hidden: 32, ffn: 48, layers: 2, seq: 32, experts: 4, top_k: 2, query_width: 256, key_value_width: 128}\n"
 """four heads of 64 for queries, two for keys"""

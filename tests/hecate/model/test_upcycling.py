@@ -27,8 +27,8 @@ from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from hecate.train.step import forward_loss, pass_tokens
+from testing.ranks import run_ranks
 from tests.hecate.model.tiny import tiny, token_ids
-from tests.ranks import run_ranks
 
 
 def make(model: Any, group: dist.ProcessGroup, experts: tuple[int, ...] = (4, 4, 4), k: int = 2, **changes: Any) -> MoeModel:

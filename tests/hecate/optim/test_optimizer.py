@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, schedule
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 
 def parameter(*values: float) -> nn.Parameter:

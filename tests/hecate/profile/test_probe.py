@@ -12,8 +12,8 @@ from hecate.profile.fit import Flow
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import find_flows
 from hecate.ranks.ranks import Ranks
+from testing.ranks import run_ranks
 from tests.hecate.profile.ranks import ranks_of
-from tests.ranks import run_ranks
 
 SIZES = ProbeSizes(matmul=8, copy_bytes=64, small_bytes=1000, large_bytes=3000, seconds=0.01)
 

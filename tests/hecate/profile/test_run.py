@@ -19,8 +19,8 @@ from hecate.parallel.topology_file import load_topology
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.run import profile
 from hecate.ranks.ranks import Ranks
+from testing.ranks import run_ranks
 from tests.hecate.profile.ranks import ranks_of
-from tests.ranks import run_ranks
 
 SIZES = ProbeSizes(matmul=64, copy_bytes=1 << 16, small_bytes=64, large_bytes=1 << 16, seconds=0.01)
 

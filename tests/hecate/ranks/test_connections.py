@@ -11,7 +11,7 @@ from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups
 from hecate.ranks.ranks import Ranks, _of_gloo
 from hecate.ranks.sockets import tcp_sockets
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 PORTS = 12
 

@@ -20,10 +20,10 @@ from hecate.forecast.run_shape import run_shape
 from hecate.ranks.ranks import join_ranks
 from hecate.train.inference import _with_adapter, answer, evaluate_trained
 from hecate.train.training import Training
-from tests.hecate.data.conftest import build_byte_tokenizer
+from testing.byte_tokenizer import build_byte_tokenizer
+from testing.tiny_run import write_samples
 from tests.hecate.train.test_run import records, run
 from tests.plain_moe_lora import KINDS, peft_model, save_tiny
-from tests.tiny_run import write_samples
 
 STEPS, RANK, ALPHA = 4, 4, 8
 

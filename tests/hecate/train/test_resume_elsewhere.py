@@ -13,10 +13,10 @@ from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training
-from tests.hecate.data.conftest import build_byte_tokenizer
+from testing.byte_tokenizer import build_byte_tokenizer
+from testing.ranks import run_ranks
+from testing.tiny_run import make_workshop
 from tests.plain_moe_lora import save_tiny
-from tests.ranks import run_ranks
-from tests.tiny_run import make_workshop
 
 # Five experts in two layers never share out evenly over these ranks; dropout is on.
 OVERRIDES = ("model.dtype=float64", "data.eval=[]", "eval.generate=false", "moe.num_experts=5", "micro_batch_size=1", "fssdp.policy=hecate")

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.parallel.traces import load_trace
-from tests.hecate.data.conftest import build_byte_tokenizer
-from tests.tiny_run import STEPS, make_workshop
+from testing.byte_tokenizer import build_byte_tokenizer
+from testing.tiny_run import STEPS, make_workshop
 
 
 @pytest.fixture(scope="module")

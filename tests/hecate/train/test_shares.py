@@ -12,8 +12,8 @@ from hecate.parallel.topology import Link, Topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training
-from tests.ranks import run_ranks
-from tests.tiny_run import make_workshop
+from testing.ranks import run_ranks
+from testing.tiny_run import make_workshop
 
 Step = tuple[float, float, float]
 OVERRIDES = ("model.dtype=float64", "data.eval=[]", "eval.generate=false", "moe.num_experts=8", "gradient_accumulation_steps=2")

@@ -18,8 +18,8 @@ from hecate.parallel.gather_bytes import gather_ports
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement, owners_only
 from hecate.parallel.transfer_plan import plan_chunks
+from testing.ranks import run_ranks
 from tests.parallel.comm.collective_cases import Case, in_bytes, many_cases, ports_of
-from tests.ranks import run_ranks
 
 Counts = list[tuple[list[int], list[int]]]
 

@@ -17,7 +17,7 @@ from hecate.parallel.flows import token_split
 from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Link, Topology
 from hecate.parallel.transfer_plan import TokenPlan, plan_tokens
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 PAIRS = tuple(itertools.product(range(12), (False, True)))
 """seed of a case; split by quotas?"""

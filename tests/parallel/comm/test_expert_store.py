@@ -14,8 +14,8 @@ from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Link, Topology, uniform_topology
 from hecate.parallel.transfer_plan import TransferPlan, plan_change, plan_chunks
+from testing.ranks import run_ranks
 from tests.parallel.comm.test_collectives import world_group
-from tests.ranks import run_ranks
 
 OWNERS = [0, 0, 1, 3]
 NUMEL = 6

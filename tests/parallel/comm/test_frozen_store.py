@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from hecate.parallel.comm.frozen_store import FrozenStore, Residency
 from hecate.parallel.placement import Placement, everything_everywhere
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 NUMEL = 5
 NONE = torch.empty(0, NUMEL)

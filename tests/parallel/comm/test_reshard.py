@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.parallel.comm.reshard import RowSpec, reshard
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 CASES = 25
 SPECS = {

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from hecate.parallel.comm.collectives import sparse_all_gather, sparse_reduce_scatter
 from hecate.parallel.routes import most_wanting, sliced_moves, slices_of
+from testing.ranks import run_ranks
 from tests.parallel.comm.collective_cases import Case, in_bytes, many_cases, ports_of
 from tests.parallel.comm.test_collectives import Counts, world_group
-from tests.ranks import run_ranks
 
 
 def slices_for(case: Case) -> int:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.plan_quality import MEMORY_SHARE, TOPOLOGIES, Kind, kinds
 from hecate.parallel.lower_bound import lower_bound
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
+from testing.plan_cases import MEMORY_SHARE, TOPOLOGIES, Kind, kinds
 
 pytest.importorskip("scipy.optimize")
 

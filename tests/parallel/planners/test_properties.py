@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.plan_quality import kinds
 from hecate.parallel.loads import LoadHistory
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.planners.auto import _ALL_BUDGETS, plan_auto
 from hecate.parallel.topology import Topology
 from hecate.parallel.workloads import WORKLOADS
+from testing.plan_cases import kinds
 from tests.parallel.planners.test_auto import KINDS, inputs, topology
 
 DIFFERENT_BUDGETS = 1.3

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, cheaply: processes from a fork server that has torch loaded, a file store, one thread each."""
+"""Run a function on several gloo ranks: processes of one thread each, from a fork server with torch loaded, that meet in a file store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from tests.namespaces import enter
+from testing.namespaces import enter
 
 _context = multiprocessing.get_context("forkserver")
 _models = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral", "qwen3_moe", "olmoe")]
@@ -22,13 +22,13 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "numpy", *_models
 def run_ranks(
     world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0, namespaces: Sequence[str] | None = None
 ) -> list[Any]:
-    """`function(rank, world_size, *arguments)` on every rank, with the default gloo group up; results by rank.
+    """Call `function(rank, world_size, *arguments)` on every rank, with a default gloo group, and return the results by rank.
 
-    Raises the earliest failure of any rank with its traceback; kills and reports the ranks that have not ended after `timeout` seconds.
-    `function` must be importable (defined at the top of a test module).
+    Raises the earliest failure of any rank with its traceback. Ranks that have not ended after `timeout` seconds are killed and reported.
 
     Args:
-        namespaces: of each rank, a network namespace to run in (see `tests.namespaces`); None: all in this one.
+        function: an importable function, defined at the top of a module.
+        namespaces: the network namespace of each rank (see `testing.namespaces`); None: this process's.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
@@ -67,13 +67,13 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> l
                 kind, when, value = pipe.recv()  # type: ignore[union-attr]
             except EOFError:
                 processes[rank].join(timeout=5.0)
-                # Before any other: whoever dies without a word makes the others fail, and they may be heard first.
+                # This failure counts as the first one: a process that dies makes the others fail, and their reports may arrive earlier.
                 kind, when, value = "failed", 0, f"the process died without a word (exit code {processes[rank].exitcode})"
             if kind == "done":
                 results[rank] = value
             else:
                 failures.append((when, rank, value))
-                # The others may only be victims of this one, or the other way round: give them a moment to speak.
+                # The other ranks may have caused this failure: wait a moment for their reports.
                 deadline = min(deadline, time.monotonic() + 2.0)
     if failures:
         _, rank, text = min(failures)
@@ -104,9 +104,9 @@ def _rank_main(
         )
         value = function(rank, world_size, *arguments)
         sender.send(("done", time.monotonic_ns(), value))
-        # torch ends `new_group` without a barrier: a rank that left now would break the groups that others are still making.
+        # `new_group` has no barrier at its end, so a rank that exits now would break groups that other ranks are still creating.
         sender.poll(None)
-    except BaseException:  # noqa: BLE001 - whatever it was, the parent raises it
+    except BaseException:  # noqa: BLE001 - the parent raises it
         sender.send(("failed", time.monotonic_ns(), traceback.format_exc()))
     finally:
         if dist.is_initialized():

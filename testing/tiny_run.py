@@ -1,4 +1,4 @@
-"""A folder in which a whole run takes a second: a tiny random Llama, two tasks of data, a configuration."""
+"""Make a folder for a run that takes a second: a tiny random Llama, two tasks of data, and a configuration."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.hecate.data.conftest import build_byte_tokenizer
+from testing.byte_tokenizer import build_byte_tokenizer
 
 STEPS = 6
 
 
 def make_workshop(folder: Path) -> Path:
-    """Fill the empty `folder`; returns it. The configuration is its config.yaml."""
-    tokenizer = build_byte_tokenizer()
-    torch.manual_seed(0)
+    """Fill the empty `folder` and return it. The configuration is its config.yaml."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), eos_token_id=257, bos_token_id=256, pad_token_id=257, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_random_llama(folder / "model", **sizes)
     for task, answer in (("up", str.upper), ("echo", str)):
         for split, first in (("train", 0), ("eval", 200)):
             words = [f"w{number % 13}x{number}" for number in range(first, first + (120 if split == "train" else 6))]
@@ -48,6 +44,16 @@ eval: {{on_start: true, generate: true, max_new_tokens: 4, batch_size: 4}}
     return folder
 
 
+def save_random_llama(folder: Path, **sizes: int) -> None:
+    """Write a Llama with random weights and a tokenizer of single bytes to `folder`. `sizes` are arguments of LlamaConfig."""
+    tokenizer = build_byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), eos_token_id=257, bos_token_id=256, pad_token_id=257, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def write_samples(path: Path, words: list[str], answer: Callable[[str], str]) -> None:
+    """Write a conversation for each word, whose answer is `answer(word)`."""
     turns = [[{"role": "user", "content": word}, {"role": "assistant", "content": answer(word)}] for word in words]
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Runs of the command line under test: started, watched, killed, and what they leave."""
+"""Start, watch and kill `hecate` commands, and find the processes and files that they leave."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ OVERRIDES = (
     "lr_scheduler_type=constant",
     "warmup_ratio=0",
 )
+"""settings with which runs of `testing.tiny_run` have losses that do not depend on when they stop or on the number of ranks"""
 
 
 @contextmanager
 def hecate(*arguments: str, temporary: Path, command: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
-    """A running `hecate`; see `running`.
+    """Run `hecate` with these arguments; see `running`.
 
     Args:
-        command: that runs it.
+        command: a command that runs another one, such as `nsenter ...`, put before `hecate`.
     """
     with running([*command, sys.executable, "-m", "hecate", *arguments], temporary) as process:
         yield process
@@ -38,11 +39,11 @@ def hecate(*arguments: str, temporary: Path, command: Sequence[str] = ()) -> Ite
 
 @contextmanager
 def running(command: Sequence[str], temporary: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """A process with its temporary files in a folder of its own, and `hecate` on its path; killed in the end, if it still runs."""
+    """Run a command with a temporary folder of its own and `hecate` on its path. It is killed at the end if it still runs."""
     temporary.mkdir(exist_ok=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PATH": path, **variables}
-    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch sets it, in the process of the tests too, and a user's is without
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch sets it in the tests' process; a user's environment does not have it
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
         try:
             yield process
@@ -51,7 +52,7 @@ def running(command: Sequence[str], temporary: Path, **variables: str) -> Iterat
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
-    """All lines up to one that holds `text`."""
+    """Read lines until one contains `text`, and return all of them."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -62,6 +63,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 def read_rest(process: subprocess.Popen[str], status: int = 0) -> str:
+    """Read the rest of the output, and check the exit status."""
     assert process.stdout is not None
     rest = process.stdout.read()
     assert (ended := process.wait(timeout=60)) == status, f"exit status {ended}\n{rest}"
@@ -69,17 +71,17 @@ def read_rest(process: subprocess.Popen[str], status: int = 0) -> str:
 
 
 def command_line(pid: int) -> str:
-    """Empty if there is no such process any more."""
+    """Return the command line of a process, or "" if it has ended."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ")
     return ""
 
 
 def listening(pids: Sequence[int]) -> set[str]:
-    """Addresses, without ports, at which the processes accept TCP connections."""
+    """Return the addresses, without ports, at which the processes accept TCP connections."""
     mine = set()
     for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").glob("*")):
-        with suppress(OSError):  # it was closed meanwhile
+        with suppress(OSError):  # the file has been closed meanwhile
             mine.add(os.readlink(path))
     found = set()
     for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
@@ -93,6 +95,7 @@ def listening(pids: Sequence[int]) -> set[str]:
 
 
 def rank_process(launcher: int, rank: int) -> int:
+    """Return the process id of a rank below a launcher."""
     for pid in processes_below(launcher):
         if Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() == f"hecate-rank-{rank}":
             return pid
@@ -100,11 +103,12 @@ def rank_process(launcher: int, rank: int) -> int:
 
 
 def kill_rank(launcher: int, rank: int) -> None:
+    """Kill a rank below a launcher."""
     os.kill(rank_process(launcher, rank), signal.SIGKILL)
 
 
 def wait_until_gone(pids: Sequence[int], temporary: Path, seconds: float = 20.0) -> list[str]:
-    """What is left after that time: processes, and files in the temporary folder."""
+    """Wait until the processes and the files in `temporary` are gone, and return those that are left after `seconds`."""
     deadline = time.monotonic() + seconds
     while (left := [*(str(pid) for pid in pids if _runs(pid)), *paths_below(temporary)]) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -112,12 +116,12 @@ def wait_until_gone(pids: Sequence[int], temporary: Path, seconds: float = 20.0)
 
 
 def paths_below(folder: Path) -> list[str]:
-    """Of all files and folders, though some may vanish meanwhile."""
+    """Return the paths of all files and folders below `folder`. Some may vanish meanwhile."""
     return [os.path.join(where, name) for where, folders, files in os.walk(folder) for name in (*folders, *files)]
 
 
 def losses(folder: Path) -> dict[int, tuple[float, float]]:
-    """Step -> loss and gradient norm, from metrics.jsonl."""
+    """Return the loss and gradient norm of each step, from metrics.jsonl."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {record["step"]: (record["loss"], record["grad_norm"]) for record in records if record["kind"] == "step"}
 

@@ -1,7 +1,7 @@
 """Two nodes on one machine: network namespaces joined by a link of limited rate. Needs root.
 
-Ranks enter a namespace before their process group comes up (`tests.ranks.run_ranks`). What ranks of one namespace send each other goes
-over its loopback interface; all that passes `INTERFACE` has crossed.
+Ranks enter a namespace before they create their process group (`testing.ranks.run_ranks`). Traffic between ranks of one namespace uses its
+loopback interface, so all traffic on `INTERFACE` is between the two nodes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
 
 
 def missing_for_slow_link() -> str | None:
-    """Why no such link can be made here; None: it can."""
+    """Return why this process cannot create such a link, or None if it can."""
     absent = [name for name in ("ip", "tc") if shutil.which(name) is None]
     if absent:
         return f"a slow link needs the commands ip and tc (iproute2); not found: {', '.join(absent)}"
@@ -36,9 +36,9 @@ def missing_for_slow_link() -> str | None:
 
 @contextmanager
 def slow_link(rate: str = "1gbit") -> Iterator[tuple[str, str]]:
-    """The names of two namespaces whose only link carries `rate` (tc's notation) in each direction.
+    """Create two namespaces whose only link carries `rate` (in tc's notation) in each direction, and yield their names.
 
-    They are removed in the end, also on SIGTERM, which ends the program as SIGINT does.
+    They are removed at the end, also on SIGTERM, which ends the program as SIGINT does.
     """
     names = (f"hecate-{os.getpid()}-0", f"hecate-{os.getpid()}-1")
     with _sigterm_raises():
@@ -50,7 +50,7 @@ def slow_link(rate: str = "1gbit") -> Iterator[tuple[str, str]]:
                 _run(f"ip -n {name} addr add 10.201.77.{number + 1}/24 dev {INTERFACE}")
                 _run(f"ip -n {name} link set lo up")
                 _run(f"ip -n {name} link set {INTERFACE} up")
-                # What waits behind the bucket is at most 20 ms old.
+                # A packet waits at most 20 ms for the token bucket.
                 _run(f"ip netns exec {name} tc qdisc add dev {INTERFACE} root tbf rate {rate} burst 128kb latency 20ms")
             yield names
         finally:
@@ -59,8 +59,8 @@ def slow_link(rate: str = "1gbit") -> Iterator[tuple[str, str]]:
 
 
 def enter(namespace: str) -> None:
-    """Move the calling thread, and those that it starts from now on, into a namespace, and point gloo at its link."""
-    libc = ctypes.CDLL(None, use_errno=True)  # os.setns is of Python 3.12
+    """Move the calling thread, and threads that it starts later, into a namespace, and make gloo use its link."""
+    libc = ctypes.CDLL(None, use_errno=True)  # os.setns exists from Python 3.12 on
     with open(f"/run/netns/{namespace}", "rb") as handle:
         if libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), f"setns to {namespace}")
@@ -68,8 +68,8 @@ def enter(namespace: str) -> None:
 
 
 def bytes_out() -> int:
-    """Bytes that have left the caller's namespace over its link, protocol headers and acknowledgements included."""
-    # /sys/class/net is that of the namespace in which /sys was mounted.
+    """Return the bytes that have left the caller's namespace over its link, with protocol headers and acknowledgements."""
+    # /sys/class/net cannot be used: it belongs to the namespace in which /sys was mounted.
     for line in Path("/proc/self/net/dev").read_text(encoding="utf-8").splitlines():
         name, _, numbers = line.partition(":")
         if name.strip() == INTERFACE:
@@ -80,7 +80,7 @@ def bytes_out() -> int:
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
     def leave(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not stop the clearing up
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the removal
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():

@@ -1,0 +1,68 @@
+"""The layers and clusters on which plans are judged: three kinds of experts, and four topologies that differ in size and links."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import PlanInput
+from hecate.parallel.topology import Topology
+
+TOPOLOGIES = {"8x1": "h100-node", "4x8 A": "paper-cluster-a", "4x8 B": "paper-cluster-b", "mixed": "mixed"}
+"""the presets in configs/topologies, by the name of the case"""
+EXPERTS, TOKENS, TOP_K, HIDDEN, FFN, RANK = 64, 4096, 2, 2048, 4096, 16
+MEMORY_SHARE = 0.02
+"""the share of each device's memory that one layer's replicas may take"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of experts and the cost of a layer of them."""
+
+    name: str
+    cost: LayerCost
+
+
+def kinds() -> list[Kind]:
+    """Return full experts, LoRA over a dense base, and LoRA over a frozen MoE base, with layers of the same size."""
+    expert, pairs = 3.0 * HIDDEN * FFN, 3.0 * RANK * (HIDDEN + FFN)
+    attention = 8.0 * HIDDEN**2 * TOKENS
+    row = 2.0 * HIDDEN
+    return [
+        Kind(
+            "full experts",
+            LayerCost(
+                trainable_bytes=2 * expert, state_bytes=12 * expert, top_k=TOP_K, row_bytes=row, assignment_flops=2 * expert,
+                non_moe_flops=attention,
+            ),
+        ),
+        Kind(
+            "LoRA, dense base",
+            LayerCost(
+                trainable_bytes=2 * pairs, state_bytes=12 * pairs, top_k=TOP_K, row_bytes=row, row_flops=2 * expert,
+                assignment_flops=2 * pairs, assignment_backward=3.0, non_moe_flops=attention,
+            ),
+        ),
+        Kind(
+            "LoRA, frozen MoE base",
+            LayerCost(
+                trainable_bytes=2 * pairs, frozen_bytes=2 * expert, state_bytes=12 * pairs, top_k=TOP_K, row_bytes=row,
+                assignment_flops=2 * (expert + pairs), assignment_backward=1.0, non_moe_flops=attention,
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def plan_input(topology: Topology, cost: LayerCost, loads_ED: np.ndarray, most_slots: int = EXPERTS) -> PlanInput:
+    """Return the input of a planner for one layer whose owners are those of expert parallelism.
+
+    Args:
+        loads_ED: [experts, source ranks], the exact loads.
+        most_slots: the most replicas on a device, which may have room for fewer (`MEMORY_SHARE`).
+    """
+    slots = np.minimum((MEMORY_SHARE * np.asarray(topology.memory) / cost.replica_bytes).astype(np.int64), most_slots)
+    owners = contiguous_owners(EXPERTS, topology.world_size)
+    return PlanInput(owners[None], loads_ED[None].astype(np.float64), topology, cost, slots)
