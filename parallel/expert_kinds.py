@@ -146,7 +146,7 @@ MIXLORA = ExpertKind(
     has_pairs=True,
     pair_backward=3.0,  # the pairs run once more
     output="mixlora",
-    keys=("moe.router",),
+    keys=("moe.router_type",),
 )
 FULL = ExpertKind(
     name="full",

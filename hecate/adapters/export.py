@@ -42,7 +42,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
         act_fn=_HF_ACTIVATION[base.ffns[0].shape.activation],
         use_rslora=config.lora.use_rslora,
         extra={
-            "router": config.moe.router,
+            "router": config.moe.router_type,
             "router_aux_loss_coef": config.moe.router_aux_loss_coef,
             "model_dtype": config.model.dtype,
         },

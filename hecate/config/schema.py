@@ -115,7 +115,7 @@ class MoeConfig:
     moe_lora or front_end megatron, the model's own number."""
     top_k: int | None = field(default=None, metadata=key(COUNT))
     """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it."""
-    router: Literal["softmax"] = "softmax"
+    router_type: Literal["softmax"] = "softmax"
     """Family mixlora: how routers choose (docs/extend/router.md). softmax: the top_k largest of a softmax over all experts, renormalized.
     The other families have softmax routers, or the model's own."""
     train_router: bool = False

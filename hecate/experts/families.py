@@ -49,4 +49,4 @@ PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]
 _MAKERS: dict[Family, Callable[[Site, FfnSource, ExpertChoices], FfnExperts]] = {"mixlora": _mixlora, "full": _full, "moe_lora": _moe_lora}
 
 ROUTERS: dict[str, type[TopKRouter]] = {"softmax": TopKRouter}
-"""new routers, by the name that `moe.router` gives"""
+"""new routers, by the name that `moe.router_type` gives"""

@@ -145,7 +145,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "moe.family",
         "moe.num_experts",
         "moe.top_k",
-        "moe.router",
+        "moe.router_type",
         "moe.train_router",
         "moe.upcycle_noise",
         "moe.router_aux_loss_coef",

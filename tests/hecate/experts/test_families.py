@@ -48,7 +48,7 @@ def test_each_kind_is_made_by_its_name(kind: ExpertKind) -> None:
 
 
 def test_each_name_of_the_configuration_is_there() -> None:
-    assert set(ROUTERS) == set(get_args(LEAVES["moe.router"].type))
+    assert set(ROUTERS) == set(get_args(LEAVES["moe.router_type"].type))
     assert set(PAIR_SOURCES) == set(PAIR_SPECS) == set(get_args(LEAVES["lora.pairs"].type))
 
 
