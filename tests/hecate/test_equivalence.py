@@ -351,7 +351,7 @@ def calibrating_at_whim() -> Iterator[None]:
     """Any plan in place of any other, not only where that pays; the same on every rank."""
     whims = itertools.cycle((1.0, 0.0, 1.0, 1.0, 0.0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_plans, "calibration_gain", lambda *_, rematerialize: next(whims))
+        patch.setattr(step_plans, "calibration_gain", lambda *_: next(whims))
         yield
 
 

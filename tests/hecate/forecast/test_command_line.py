@@ -84,7 +84,7 @@ def test_what_simulate_refuses(model: str) -> None:
     assert "--policy: unknown: best" in refused("simulate", "--topology", "h100-node", "--model", model, "--policy", "best")
     assert "leave out --model, --steps" in refused("simulate", "--sweep", "paper", "--model", model, "--steps", "3")
     assert "leave out --workload" in refused("simulate", "--trace", "x", "--workload", "zipf", *SMALL[:2], "--model", model)
-    assert "sweep papers: no such preset\n  there are paper" in refused("simulate", "--sweep", "papers")
+    assert "sweep papers: no such preset\n  use one of paper" in refused("simulate", "--sweep", "papers")
 
 
 def test_a_dry_run_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_every_rank_holds_what_was_planned(tmp_path: Path) -> None:
             for name in ("base weights", "owned experts, moments", "routers, adapters, moments", "replicas"):
                 assert got[name] == parts[name][PHASES.index("forward"), rank], f"{name}, {what}"
             assert got["gradients"] == parts["gradients"][PHASES.index("optimizer"), rank], f"gradients, {what}"
-            logits = min(512, ROWS * LENGTH) * run.parts.base.vocabulary // tensor * 8
+            logits = min(512, ROWS * LENGTH) * run.base.vocabulary // tensor * 8
             if policy == "full":  # with tokens at home
                 estimate = parts["activations (estimate)"][PHASES.index("forward"), rank] - logits
                 assert estimate == pytest.approx(got["activations"], rel=0.1), what
