@@ -34,7 +34,7 @@ class Routing:
     """The router's decision for some tokens."""
 
     prob_TE: Tensor
-    """softmax over all experts, in the router's dtype"""
+    """the score of each expert, such as a softmax over all, in the router's dtype; the load-balancing loss is made of it"""
     expert_TK: Tensor
     """int64: the chosen experts, best first"""
     weight_TK: Tensor
