@@ -41,10 +41,12 @@ from testing.processes import OVERRIDES, losses
 from testing.tiny_run import make_workshop
 
 PROGRAM = """
-import json, sys
+import json, os, sys
+events = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # so that what the training prints meanwhile does not get between an event and its line's end
 from hecate.launch.ray_job.worker import Worker
 for event in Worker(*json.loads(sys.argv[1])).events():
-    print("event", json.dumps(event), flush=True)
+    events.write(json.dumps(event) + "\\n")
 """
 RANKS = 2
 STEPS, ENDLESS = 12, 100000
@@ -72,8 +74,7 @@ class Told:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("event "):
-                self._events.put(event_from_json(json.loads(line.removeprefix("event "))))
+            self._events.put(event_from_json(json.loads(line)))
 
 
 class Crew:
