@@ -1,4 +1,4 @@
-"""By which address and network interface other nodes reach this one."""
+"""Where the nodes of a job meet, and by which address and network interface other nodes reach this one."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from hecate.errors import UserError
 
 DEFAULT_PORT = 29400
 _SIOCGIFADDR = 0x8915
-_PATIENCE = 300.0
-"""seconds to wait until the node that hosts the meeting point is started"""
+_START_SECONDS = 300.0
+"""how long a node waits for the node that hosts the meeting point to be started"""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the nodes meet, seen from one of them."""
+    """The meeting point of a job's nodes, seen from one of them."""
 
     host: str
     port: int
     local_address: str
-    """address of this node on the route to it"""
+    """address of this node on the route to the meeting point"""
     interface: str | None
-    """interface with this address; None: unknown"""
-    is_here: bool
-    """whether it is on this node"""
+    """name of this node's interface with that address; None: unknown"""
+    on_this_node: bool
+    """whether this node hosts the meeting point"""
 
 
 def find_endpoint(text: str) -> Endpoint:
-    """`HOST:PORT` (or HOST) as given by the user.
+    """Find the meeting point that a user has named as HOST:PORT, or as HOST with the usual port.
 
     Raises:
-        UserError: the text has another form, the name is unknown, or no route leads to it.
+        UserError: the text has another form, the host is unknown, or no route leads to it.
     """
     host, colon, number = text.rpartition(":")
     if not colon:
@@ -45,11 +45,11 @@ def find_endpoint(text: str) -> Endpoint:
     try:
         address = socket.getaddrinfo(host, int(number), socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
-        raise UserError(f"--rdzv-endpoint {text}: {host} is no known host: {error.strerror}\n  give its address in numbers") from None
+        raise UserError(f"--rdzv-endpoint {text}: the host {host} is unknown: {error.strerror}\n  give its numerical address") from None
     assert isinstance(address, str)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, int(number)))  # sends nothing; asks the routing table
+            probe.connect((address, int(number)))  # this reads the routing table and sends nothing
             local = probe.getsockname()[0]
     except OSError as error:
         raise UserError(f"--rdzv-endpoint {text}: no route leads to {address} from this node: {error.strerror}") from None
@@ -57,12 +57,12 @@ def find_endpoint(text: str) -> Endpoint:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the interface with this IPv4 address."""
+    """The name of this node's network interface with an IPv4 address; None: there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
             try:
                 reply = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has none
+            except OSError:  # the interface has no IPv4 address
                 continue
             if socket.inet_ntoa(reply[20:24]) == address:
                 return name
@@ -70,25 +70,29 @@ def interface_of(address: str) -> str | None:
 
 
 def check_free(endpoint: Endpoint) -> None:
-    """Raises UserError if something listens there already."""
+    """Check that this node can listen at the meeting point.
+
+    Raises:
+        UserError: it cannot, for example because something listens there already.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             trial.bind((endpoint.host, endpoint.port))
         except OSError as error:
             raise UserError(
-                f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: this node cannot listen there: {error.strerror}\n"
-                "  another job may use the port: give another one on all nodes"
+                f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: this node cannot listen at this address: {error.strerror}\n"
+                "  another job may use the port: give all nodes another one"
             ) from None
 
 
-def wait_for(endpoint: Endpoint, patience: float = _PATIENCE) -> None:
+def wait_for(endpoint: Endpoint, limit_seconds: float = _START_SECONDS) -> None:
     """Wait until the node at the meeting point answers.
 
     Raises:
-        UserError: it does not in time.
+        UserError: it does not answer within the limit.
     """
-    deadline, told, reason = time.monotonic() + patience, False, ""
+    deadline, printed, reason = time.monotonic() + limit_seconds, False, ""
     while True:
         try:
             socket.create_connection((endpoint.host, endpoint.port), timeout=2.0).close()
@@ -97,12 +101,12 @@ def wait_for(endpoint: Endpoint, patience: float = _PATIENCE) -> None:
             reason = error.strerror or str(error)
         if time.monotonic() > deadline:
             raise UserError(
-                f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: no answer for {patience:.0f} s ({reason})\n"
-                "  start the same command on the node that has this address; if it runs, a firewall may be between them"
+                f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: no answer for {limit_seconds:.0f} s ({reason})\n"
+                "  start the same command on the node that has this address; if it runs, a firewall may be between the two nodes"
             )
-        if not told:
+        if not printed:
             print(f"hecate: waiting for {endpoint.host}:{endpoint.port}", flush=True)
-            told = True
+            printed = True
         time.sleep(0.5)
 
 

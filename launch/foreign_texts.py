@@ -1,7 +1,7 @@
-"""What torch and Ray say only in texts, read in this file alone and turned into values.
+"""Turns the log lines and error texts of torch and Ray into values. No other file of the launchers reads such texts.
 
-Each function names the versions whose texts it was written for. Of other texts it makes the unspecific value.
-(Texts of gloo about lost peers are read by `hecate.ranks.ranks.lost_a_peer`, which training needs without a launcher.)
+Each function names the versions whose texts it was written for, and returns its least specific value for any other text.
+(`hecate.ranks.ranks.lost_a_peer` reads gloo's texts about lost peers, because training without a launcher needs it, too.)
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class AgentAction(Enum):
     """Why torch's elastic agent starts all ranks of its node again."""
 
     RANK_LOST = "a rank was lost"
-    NODE_CAME = "a node has come"
+    NODE_CAME = "a node has joined"
 
 
 def agent_action(log_line: str) -> AgentAction | None:
-    """What a line that the elastic agent logs announces; None: nothing of interest. torch 2.10 to 2.13."""
+    """The restart that a line of the elastic agent's log announces; None: the line announces none. torch 2.10 to 2.13."""
     if "attempts left" in log_line:
         return AgentAction.RANK_LOST
     return AgentAction.NODE_CAME if "new nodes" in log_line else None
@@ -35,11 +35,11 @@ class WorkerFailure:
     text: str
     """one line"""
     cannot_import: bool
-    """its node lacks hecate or a package that hecate needs"""
+    """whether its node lacks hecate or a package that hecate needs"""
 
 
 def worker_failure(error: BaseException) -> WorkerFailure:
-    """Read Ray's error about an actor, which holds the actor's traceback as a coloured text. Ray 2.50 to 2.56."""
+    """Read Ray's error about an actor. The error contains the actor's traceback as a coloured text. Ray 2.50 to 2.56."""
     lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
     missing = [line for line in lines if line.startswith(("ModuleNotFoundError:", "ImportError:"))]
     if missing:
@@ -57,7 +57,7 @@ class JoinProblem(Enum):
 
 
 def join_problem(error: BaseException, standard_error: str) -> JoinProblem:
-    """Read `ray.init`'s error, and what Ray's C++ part has written meanwhile. Ray 2.50 to 2.56."""
+    """Read the error of `ray.init`, and what Ray's C++ part has written to standard error meanwhile. Ray 2.50 to 2.56."""
     if "Unauthenticated" in standard_error + str(error):
         return JoinProblem.WRONG_TOKEN
     return JoinProblem.OTHER_VERSIONS if "ersion mismatch" in str(error) else JoinProblem.OTHER

@@ -1,11 +1,11 @@
-"""The process that a node's ranks are forked from: it imports what they need once, before they start.
+"""The process that a node's ranks are forked from: it imports once, before they start, what all of them need.
 
 Importing torch and transformers takes seconds, and ranks that start together would all do it on the same processors. The launcher starts
-this server, and runs `forked_rank.py` for each rank. What the ranks run is a *program*: a module with the functions `preload()`, which
-imports what the program needs, and `main(arguments)`. Without a server a rank is `python -m PROGRAM ARGUMENTS`.
+this server, and runs `forked_rank.py` for each rank. The ranks run a *program*: a module with the functions `preload()`, which
+imports what the program needs, and `main(arguments)`. Without a server a rank runs `python -m PROGRAM ARGUMENTS`.
 
-The server runs one thread and never uses a GPU, so forking it is safe. A rank that finds that something has used a GPU all the same
-replaces itself by a new process.
+The server runs one thread and never uses a GPU, so forking it is safe. If an import has used a GPU all the same, the rank replaces itself
+by a new process.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ from hecate.ranks.launcher_files import LAUNCHED_VARIABLE
 _SERVER = (sys.executable, "-m", "hecate.launch.fork_server")
 _RANK = Path(__file__).with_name("forked_rank.py")
 _LONGEST_PATH = 100
-"""bytes that fit a Unix socket's address on every system"""
+"""largest number of bytes in the address of a Unix socket that every system takes"""
 _WAITING = 1024
-"""ranks that may ask before the server has imported everything"""
+"""number of ranks that can connect before the server has imported everything"""
 
 
 @contextmanager
 def forking(folder: Path, environment: Mapping[str, str], program: str) -> Iterator[tuple[str, ...]]:
-    """Give the command that runs `program` when arguments are appended. Its process ends, and takes signals, as the rank itself would.
+    """Run a fork server during the block. Gives the command that starts a rank when the arguments of `program` are appended to it.
 
-    At the block's end, and when this process dies, all ranks are killed.
+    The command's process ends as its rank ends, and passes signals on to it. At the block's end, and when this process dies, all ranks are
+    killed.
 
     Args:
-        folder: where the server's socket is; other users must have no access.
-        environment: of the server. A rank has its command's environment; only what libraries read when they are loaded comes from here.
-        program: name of a module; see the head of this file.
+        folder: the folder for the server's socket; other users must have no access.
+        environment: the environment of the server. A rank gets the environment of its command; libraries that read their variables while
+            they are loaded have read those of the server.
+        program: the name of a module; see the head of this file.
     """
     path = folder / "ranks"
     if not sys.platform.startswith("linux") or len(os.fsencode(path)) > _LONGEST_PATH:
@@ -56,7 +58,7 @@ def forking(folder: Path, environment: Mapping[str, str], program: str) -> Itera
             stdin=subprocess.PIPE,
             pass_fds=[listening.fileno()],
             env=dict(environment),
-            start_new_session=True,  # the launcher alone answers a terminal's signals
+            start_new_session=True,  # a terminal's signals go to the launcher alone
         )
     try:
         yield (sys.executable, "-I", "-S", str(_RANK), str(path), program)
@@ -68,7 +70,7 @@ def forking(folder: Path, environment: Mapping[str, str], program: str) -> Itera
 
 @dataclass(frozen=True)
 class StartOrder:
-    """What a forked process is started with."""
+    """The arguments, environment and working folder that a forked process is started with."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -76,14 +78,14 @@ class StartOrder:
 
 
 def wait_for_orders(listening: socket.socket) -> StartOrder:
-    """Fork a process for each order that comes. Returns in the forked processes only, with environment, folder and output as ordered.
+    """Fork a process for each order that arrives. It returns in the forked processes only, with environment, folder and output as ordered.
 
     Raises:
-        SystemExit: in the server, when its standard input ends and it has killed all ranks.
+        SystemExit: in the server, when its standard input has ended and it has killed all ranks.
     """
     server = os.getpid()
     clients: dict[socket.socket, int] = {}
-    """socket to a `forked_rank.py` -> the process of its rank"""
+    """socket to a `forked_rank.py` -> process id of its rank"""
     with selectors.DefaultSelector() as selector, _ended_children() as ended:
         for source in (0, listening, ended):
             selector.register(source, selectors.EVENT_READ)
@@ -129,7 +131,7 @@ def _read_order(client: socket.socket) -> tuple[StartOrder, list[int]]:
 
 
 def _pass_on_signals(client: socket.socket, pid: int) -> bool:
-    """Send a rank the signals that its `forked_rank.py` was sent. False: that process is gone, and the rank was killed."""
+    """Send a rank the signals that its `forked_rank.py` has received. False: that process is gone, so the rank was killed."""
     try:
         numbers = client.recv(16)
     except ConnectionResetError:
@@ -163,14 +165,14 @@ def _become(order: StartOrder, descriptors: list[int], server: int) -> None:
     os.chdir(order.folder)
     os.environ.clear()
     os.environ.update(order.environment)
-    os.environ[LAUNCHED_VARIABLE] = str(server)  # the process dies when the server dies
+    os.environ[LAUNCHED_VARIABLE] = str(server)  # the rank dies when the server dies
     with suppress(OSError):
         Path("/proc/self/comm").write_text(f"hecate-rank-{order.environment.get('RANK')}", encoding="ascii")
 
 
 @contextmanager
 def _ended_children() -> Iterator[socket.socket]:
-    """A socket that can be read from when a child has ended."""
+    """Give a socket that can be read from when a child process has ended."""
     ended, wakeup = socket.socketpair()
     with ended, wakeup:
         wakeup.setblocking(False)
@@ -185,9 +187,9 @@ def _ended_children() -> Iterator[socket.socket]:
 
 def main() -> None:
     listening, name = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # without it, torch would use the GPUs to find out whether there are any
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # otherwise torch would use the GPUs to find out whether there are any
     program = import_module(name)
-    with suppress(ImportError):  # each rank meets the same error and reports it
+    with suppress(ImportError):  # each rank raises the same error and reports it
         program.preload()
     order = wait_for_orders(listening)
     import torch

@@ -1,4 +1,4 @@
-"""The process that a launcher starts for a rank: asks the fork server for the rank's process, passes signals on to it, ends as it ends.
+"""The process that a launcher starts for a rank. It has the fork server fork the rank, passes signals on to it, and ends as the rank ends.
 
 It is run by its path and imports only the standard library, so that it starts at once: forked_rank.py SOCKET PROGRAM ARGUMENTS...
 """
@@ -20,7 +20,7 @@ def main() -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         try:
             server.connect(path)
-        except OSError:  # the server has ended: become the rank, which takes longer
+        except OSError:  # the server has ended, so this process becomes the rank, which takes longer
             signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
             os.execv(sys.executable, [sys.executable, "-m", program, *arguments])
         order = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
@@ -32,7 +32,7 @@ def main() -> int:
         with contextlib.suppress(ConnectionError):
             answer = server.makefile("r").readline()
     if not answer:
-        print("hecate: the process that ranks are forked from has ended", file=sys.stderr)
+        print("hecate: the process that the ranks are forked from has ended", file=sys.stderr)
         return 1
     status = int(answer)
     if status < 0:

@@ -1,6 +1,6 @@
-"""Starts the ranks of a run on this machine: one process for each, with the same command and different environment variables.
+"""Starts the ranks of a run on this machine: one process for each rank, with the same command and different environment variables.
 
-Nothing listens beyond loopback: ranks meet through a file, and gloo is told to use the loopback interface.
+Nothing listens beyond loopback: the ranks meet through a file, and gloo is set to the loopback interface.
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ from hecate.ranks.launcher_files import (
 Process = subprocess.Popen[bytes]
 
 _MOST_REPLACED = 3
-"""largest number of ranks that are started to replace lost ones, in a run"""
+"""largest number of ranks that a run starts in place of lost ones"""
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-"""By default glibc returns large blocks to the kernel at once and gets them back page by page, which takes a tenth of a CPU step."""
+"""Variables with which glibc keeps freed memory. By default it returns large blocks to the kernel at once and gets them back page by page,
+which takes a tenth of a step on a CPU."""
 
 
 def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, survives: bool = False) -> int:
-    """Run `python -m PROGRAM ARGUMENTS` as `num_ranks` ranks on this machine; returns the exit status of the run.
+    """Run `python -m PROGRAM ARGUMENTS` as `num_ranks` ranks on this machine, and return the exit status of the run.
 
-    Rank 0 prints to the terminal. The first SIGINT or SIGTERM is passed on, so that ranks can save and stop; a second one kills
+    Rank 0 prints to the terminal. The first SIGINT or SIGTERM is passed on to the ranks, which save and stop; a second one kills
     them. When a rank dies, the others are stopped, and a message names the one that died.
 
     Args:
-        survives: the ranks can go on without one that dies. They do, and a new rank is started, which joins them when it has loaded.
+        survives: whether the ranks can go on without one that dies. If so they go on, and a new rank is started, which joins them when it
+            has loaded.
     """
     with run_folder() as folder, forking(folder, _environment(num_ranks), program) as start:
         store, command = folder / "store", [*start, *arguments]
@@ -72,12 +74,16 @@ def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, surv
 
 
 class SurvivingRanks:
-    """The ranks of a run that goes on when some of them die: writes with which members the others go on, and starts replacements."""
+    """The ranks of a run that goes on when some of them die.
+
+    After a loss it writes the file from which the remaining ranks read who goes on (`Generation`), and starts a replacement.
+    """
 
     def __init__(self, command: Sequence[str], num_ranks: int, store: Path, processes: dict[int, Process]) -> None:
         """Args:
-        command: what a rank runs.
-        processes: of all members, by number. Members that are started later are added to it.
+        command: the command line of a rank.
+        store: the path that the files between launcher and ranks are named after (`hecate.ranks.launcher_files`).
+        processes: the process of each member, by number. Members that are started later are added to it.
         """
         self._command, self._store, self._processes = command, store, processes
         everyone = tuple(range(num_ranks))
@@ -94,7 +100,7 @@ class SurvivingRanks:
         return self._now.members
 
     def look(self) -> None:
-        """Add members that have loaded, and remove those that have died, if any is left."""
+        """Let members that have loaded join, and let the living members go on without those that have died. It returns at once."""
         if not self.stopping:
             self._fill_up()
         dead = [member for member in self._now.members if self._processes[member].poll() not in (None, 0, USER_ERROR_EXIT)]
@@ -113,7 +119,7 @@ class SurvivingRanks:
         for member in [m for m in self._loading if ready_file(self._store, m).exists()]:
             self._regroup((*self._now.members, member), (*self._now.devices, self._loading.pop(member)))
         for member in [m for m in self._loading if self._processes[m].poll() is not None]:
-            print(f"hecate: the rank that was to join {_cause(self._processes[member].returncode)}", file=sys.stderr)
+            print(f"hecate: a rank that was to join the run {_cause(self._processes[member].returncode)}", file=sys.stderr)
             self._replace(self._loading.pop(member))
 
     def _regroup(self, members: tuple[int, ...], devices: tuple[int, ...]) -> None:
@@ -129,7 +135,7 @@ class SurvivingRanks:
 
 
 def _environment(num_ranks: int) -> dict[str, str]:
-    """The environment variables that all ranks have alike."""
+    """The environment variables that are the same for all ranks."""
     environment = {**os.environ, LAUNCHED_VARIABLE: str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
     for name, value in ALLOCATOR_SETTINGS.items():
         environment.setdefault(name, value)
@@ -140,8 +146,10 @@ def _environment(num_ranks: int) -> dict[str, str]:
 
 
 def _start(command: Sequence[str], rank: int, num_ranks: int, store: Path, *, survives: bool, takes: int | None = None) -> Process:
-    """Args:
-    takes: device of a rank that joins a run under way; None: the rank begins the run, on the device with its own number.
+    """Start the process of one rank.
+
+    Args:
+        takes: the device of a rank that joins a run under way; None: the rank begins the run, on the device with its own number.
     """
     environment = {
         **_environment(num_ranks),
@@ -159,10 +167,10 @@ def _start(command: Sequence[str], rank: int, num_ranks: int, store: Path, *, su
 
 
 def _wait(ranks: dict[int, Process], store: Path, surviving: SurvivingRanks | None) -> int:
-    """Wait for the end of the run; its exit status.
+    """Wait for the end of the run, and return its exit status.
 
     Args:
-        ranks: by rank; with a `surviving`, by member.
+        ranks: the processes, by rank; by member where `surviving` is given.
     """
     first_failure: int | None = None
     deadline = 0.0
@@ -178,7 +186,7 @@ def _wait(ranks: dict[int, Process], store: Path, surviving: SurvivingRanks | No
                 continue
             if surviving is None or ranks[number].returncode == USER_ERROR_EXIT or not running():
                 first_failure = number
-                # All ranks find a user's mistake at about the same time, so they have time to end by themselves.
+                # All ranks find a user's mistake at about the same time, so they get a few seconds to end by themselves.
                 deadline = time.monotonic() + (5.0 if ranks[number].returncode == USER_ERROR_EXIT else 0.5)
         if first_failure is not None and time.monotonic() > deadline:
             _stop(ranks)
@@ -189,7 +197,7 @@ def _wait(ranks: dict[int, Process], store: Path, surviving: SurvivingRanks | No
         return 0
     number = failed[0] if first_failure is None else first_failure
     if codes[number] == USER_ERROR_EXIT:
-        if codes.get(0) != USER_ERROR_EXIT:  # rank 0 has printed its own
+        if codes.get(0) != USER_ERROR_EXIT:  # rank 0 prints its own error
             print(error_file(store.parent, number).read_text(encoding="utf-8"), file=sys.stderr)
         return USER_ERROR_EXIT
     print(
@@ -205,7 +213,7 @@ def _cause(code: int) -> str:
 
 
 def _stop(ranks: dict[int, Process]) -> None:
-    """Kill all ranks that still run: without their peers they cannot finish a step, and have nothing to save."""
+    """Kill all ranks that still run. Without their peers they cannot finish a step, so there is nothing new that they could save."""
     for process in ranks.values():
         if process.poll() is None:
             process.kill()

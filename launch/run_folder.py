@@ -1,4 +1,4 @@
-"""A folder for what the processes of one run share. It is removed when the run's launcher ends, in whatever way."""
+"""A folder for the files that the processes of one run share. It is removed when the run's launcher ends, however the launcher ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _ORPHANS = "orphans"
-"""file in the folder: a process id and its `start_time` in each line"""
+"""name of a file in the folder; each line has a process id and its `start_time`"""
 _REMOVE = (
     'trap "" INT TERM HUP; exec 2> /dev/null; if read _; then rm -rf -- "$1"; exit; fi; '
     'while read -r p begun; do s=$(cat "/proc/$p/stat") || continue; s=${s##*) }; '
@@ -20,22 +20,23 @@ _REMOVE = (
     'p=${f#/proc/}; p=${p%/cmdline}; [ "$p" = $$ ] || { grep -qsa -- "$1" "$f" && kill -KILL "$p"; }; done; '
     'if [ -e "$1" ]; then rm -rf -- "$1"; left=4; fi; sleep 1; left=$((left - 1)); [ $left -gt 0 ] || break; done'
 )
-"""Shell program of the process that removes the folder, its first argument. A line on its input says that the launcher ends in order.
+"""Shell program of the process that removes the folder, whose path is its first argument.
 
-Without that line, it kills the launcher's orphans, and removes the folder until it has stayed away for some seconds: a worker of Ray that
-was about to start makes the folder once more, and waits for its raylet for half a minute.
+If its input ends with a line, the launcher has ended in order, and the program removes the folder once. If its input ends without one, the
+launcher was killed: the program kills the processes of the orphans file, and removes the folder again until it has stayed away for some
+seconds, because a worker of Ray that was about to start makes the folder once more and waits for its raylet for half a minute.
 """
 
 
 @contextmanager
 def run_folder(within: str | None = None) -> Iterator[Path]:
-    """Make the folder. A small process removes it when this one leaves the block or dies, even by SIGKILL.
+    """Make a folder. A small process removes it when this process leaves the block or dies, even by SIGKILL.
 
     Args:
-        within: the folder above it; None: the one for temporary files.
+        within: the folder in which it is made; None: the system's folder for temporary files.
     """
     folder = tempfile.mkdtemp(prefix="hecate-", dir=within)
-    # Without this, torch leaves a folder for compiled kernels among the temporary files, though it compiles none.
+    # Otherwise torch leaves a folder for compiled kernels among the temporary files, though it compiles none.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(folder, "inductor"))
     with subprocess.Popen(["/bin/sh", "-c", _REMOVE, "sh", folder], stdin=subprocess.PIPE, start_new_session=True) as janitor:
         try:
@@ -56,7 +57,7 @@ def ending_with_launcher(folder: Path, pids: Iterable[int]) -> Iterator[None]:
     orphans = folder / _ORPHANS
     lines = []
     for pid in pids:
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             lines.append(f"{pid} {start_time(pid)}\n")
     orphans.write_text("".join(lines), encoding="ascii")
     try:
@@ -66,7 +67,7 @@ def ending_with_launcher(folder: Path, pids: Iterable[int]) -> Iterator[None]:
 
 
 def start_time(pid: int) -> str:
-    """When a process began, in clock ticks since the machine started: with its id it names one process for good. Linux.
+    """When a process began, in clock ticks since the machine started. Id and start time together identify a process for good. Linux only.
 
     Raises:
         OSError: there is no such process.
@@ -78,7 +79,7 @@ def processes_below(pid: int) -> list[int]:
     """The children of a process, their children, and so on. Empty except on Linux."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             for child in map(int, (task / "children").read_text(encoding="ascii").split()):
                 found += [child, *processes_below(child)]
     return found

@@ -1,7 +1,8 @@
-"""`hecate launch`: torch's elastic agent with the settings that a run survives restarts with.
+"""`hecate launch`: start the ranks of a node with torch's elastic agent, which starts them again after a failure.
 
-One agent a node starts the node's ranks, watches them, and starts all anew when one dies or a node comes or goes; the run then goes on from
-its last checkpoint, on as many ranks as there are. On one node nothing listens but on loopback: agent and ranks meet through files.
+Each node runs one agent. It starts the node's ranks and watches them. When a rank dies or a node comes or goes, the agents start all ranks
+again, and the run goes on from its last checkpoint, on as many ranks as there are then. A job on one node listens on loopback only: its
+agent and its ranks meet through files.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from hecate.ranks.launcher_files import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STOR
 from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
 
 _QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 3}
-"""seconds: a dead node is noticed in half of the time that torch's own settings take"""
+"""Seconds. With these a dead node is noticed in half of the time that torch's own settings take."""
 _LOOK_SECONDS = 5.0
+"""how often the connections to the meeting point are looked at"""
 
 
 def node_range(text: str) -> tuple[int, int]:
-    """`N` or `MIN:MAX`.
+    """Read the value of --nnodes, `N` or `MIN:MAX`, as the smallest and the largest number of nodes.
 
     Raises:
-        UserError: it is neither.
+        UserError: the text has neither form.
     """
     low, colon, high = text.partition(":")
     if not low.isdigit() or (colon and not high.isdigit()) or not 1 <= int(low) <= int(high or low):
@@ -46,7 +48,11 @@ def node_range(text: str) -> tuple[int, int]:
 
 
 def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> None:
-    """Raises UserError: the ranks do not fit this node's GPUs, the topology, the sharding groups or the tensor groups."""
+    """Check that the job's ranks fit this node's GPUs, the configured topology, the sharding groups and the tensor groups.
+
+    Raises:
+        UserError: they do not fit one of these.
+    """
     import torch
 
     shard_size, tp_size = config.fssdp.shard_size, config.model.tensor_parallel
@@ -56,8 +62,8 @@ def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> No
         for key, size in (("fssdp.shard_size", shard_size), ("model.tensor_parallel", tp_size)):
             if size is not None and ranks_per_node % size:
                 raise UserError(
-                    f"{key}: must divide the ranks of a node, which are {ranks_per_node}, got {size}\n"
-                    "  for the job may shrink and grow by nodes (--nnodes); give another --nproc-per-node"
+                    f"{key}: must divide the number of ranks on a node, which is {ranks_per_node}, got {size}\n"
+                    "  The job may shrink and grow by whole nodes (--nnodes). Give another --nproc-per-node"
                 )
     gpus = torch.cuda.device_count()
     if gpus and ranks_per_node > gpus:
@@ -78,19 +84,20 @@ def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class TorchrunJob:
-    """What all nodes of a job must be told alike."""
+    """The settings of a job. They must be the same on all of its nodes."""
 
     name: str
     nodes: tuple[int, int]
-    """at least and at most"""
+    """smallest and largest number of nodes"""
     ranks_per_node: int
     endpoint: str | None
     """HOST:PORT where the nodes meet; None: there is one node"""
     max_restarts: int
+    """how often the ranks may be started again after a failure"""
 
 
 def launch(program: str, arguments: Sequence[str], job: TorchrunJob) -> int:
-    """Run this node's ranks, each of them `python -m PROGRAM ARGUMENTS`; returns the exit status.
+    """Run this node's ranks, each of them `python -m PROGRAM ARGUMENTS`, and return the exit status.
 
     Every node must call it with the same values.
 
@@ -101,18 +108,18 @@ def launch(program: str, arguments: Sequence[str], job: TorchrunJob) -> int:
     if several and job.endpoint is None:
         raise UserError("--rdzv-endpoint: must be given with several nodes: HOST:PORT of one of them, the same on all")
     meeting = find_endpoint(job.endpoint) if several and job.endpoint is not None else None
-    if meeting is not None and meeting.is_here:
+    if meeting is not None and meeting.on_this_node:
         check_free(meeting)
     with run_folder() as folder:
         _set_environment(folder, meeting, job.ranks_per_node)
-        if meeting is not None and not meeting.is_here:
+        if meeting is not None and not meeting.on_this_node:
             wait_for(meeting)
         return _run(program, arguments, folder, meeting, job)
 
 
 def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int) -> None:
-    """Of this process, and of the ranks with it."""
-    # With it, torch 2.13 hands workers the agents' own store, whose keys of before a restart break the ranks' meeting after it.
+    """Set the environment variables of this process, which the ranks inherit."""
+    # Otherwise torch 2.13 gives the ranks the agents' own store, and its keys from before a restart break the ranks' meeting after it.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[LAUNCHED_VARIABLE] = str(os.getpid())
     os.environ[ERRORS_VARIABLE] = str(folder)
@@ -125,7 +132,7 @@ def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int
         os.environ[STORE_VARIABLE] = str(folder / "store")
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
     elif meeting.interface:
-        # Left alone, gloo takes the interface of the host's own name, which on many machines is loopback.
+        # By default gloo takes the interface of the host's own name, which on many machines is loopback.
         defaults |= {"GLOO_SOCKET_IFNAME": meeting.interface, "NCCL_SOCKET_IFNAME": meeting.interface}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -142,7 +149,7 @@ def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint
     if meeting is None:
         settings["store_type"] = "file"
     else:
-        settings["is_host"] = meeting.is_here
+        settings["is_host"] = meeting.on_this_node
         threading.Thread(target=_notice_lost_meeting_point, args=(meeting,), daemon=True).start()
     launch_config = LaunchConfig(
         min_nodes=job.nodes[0],
@@ -161,20 +168,21 @@ def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint
             elastic_launch(launch_config, executable)(*options, *arguments)
     except (ChildFailedError, RendezvousConnectionError, RendezvousClosedError) as error:
         if found := mistakes(folder):
-            if found[0].name != "error-0":  # rank 0 has printed its own
+            if found[0].name != "error-0":  # rank 0 prints its own error
                 print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
             return USER_ERROR_EXIT
         if isinstance(error, ChildFailedError):
             return _report(error.failures, job.max_restarts)
         if isinstance(error, RendezvousClosedError):
             print(
-                "hecate: the job is over: another node has given up, and says why\n  when that is mended, start all again with resume=true",
+                "hecate: the job is over, because another node has given up; its own output has the reason\n"
+                "  when the cause is mended, start all nodes again with resume=true",
                 file=sys.stderr,
             )
             return 1
         print(
-            f"hecate: {launch_config.rdzv_endpoint} is lost, where the nodes meet, and no node goes on without it\n"
-            "  when its node is back, start all again with resume=true",
+            f"hecate: the meeting point of the nodes, {launch_config.rdzv_endpoint}, is lost, and no node goes on without it\n"
+            "  when the node that hosts it is back, start all nodes again with resume=true",
             file=sys.stderr,
         )
         return 1
@@ -185,22 +193,25 @@ def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint
         where = "" if meeting is None else f" at {meeting.host}:{meeting.port}"
         raise UserError(
             f"the nodes could not meet{where}: {(str(error) or type(error).__name__).splitlines()[0]}\n"
-            f"  {job.nodes[0]} must be started, each with the same --nnodes, --rdzv-endpoint and --rdzv-id"
+            f"  {job.nodes[0]} nodes must be started, each with the same --nnodes, --rdzv-endpoint and --rdzv-id"
         ) from None
     return 0
 
 
 def _notice_lost_meeting_point(meeting: Endpoint) -> None:
-    """The agent's store waits without end for an answer of a machine that is gone, and makes its connections itself."""
+    """Break the connections to the meeting point when its machine is gone. Without that, the agent's store waits for an answer for ever.
+
+    The store opens its connections itself, at times that are not announced, so this function looks for new ones again and again.
+    """
     while True:
         notice_lost_machines({c for c in tcp_sockets() if c.peer is not None and c.peer[1] == meeting.port})
         time.sleep(_LOOK_SECONDS)
 
 
 def _report(failures: dict[int, Any], max_restarts: int) -> int:
-    """Say what the first rank to fail has failed of; the exit status."""
+    """Print why the first rank that failed did so, and return the exit status."""
     first = min(failures.values(), key=lambda failure: failure.timestamp)
-    if any(failure.exitcode == USER_ERROR_EXIT for failure in failures.values()):  # a wrong argument, say
+    if any(failure.exitcode == USER_ERROR_EXIT for failure in failures.values()):  # for example a wrong argument
         return USER_ERROR_EXIT
     rank = next(rank for rank, failure in failures.items() if failure is first)
     code = first.exitcode
@@ -213,7 +224,7 @@ def _report(failures: dict[int, Any], max_restarts: int) -> int:
 
 
 class _Restarts(logging.Handler):
-    """Prints a line for the user when the agent logs that it starts the ranks again. The rest of its log is for developers of torch."""
+    """Prints a line for the user when the agent logs that it starts the ranks again. The rest of its log is for torch's developers."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -222,7 +233,7 @@ class _Restarts(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         action = agent_action(record.getMessage())
         if action is None or (action is AgentAction.RANK_LOST and mistakes(self._folder)):
-            return  # after a user's mistake the agent starts the ranks again, too, but they end at once
+            return  # after a user's mistake the agent starts the ranks again, too, but these end at once
         print(f"hecate: {action.value}; all start again from the last checkpoint", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The devices of a Ray cluster that a job can use, as values, read from what `ray.nodes()` returns. It does not import Ray."""
+"""The devices of a Ray cluster that a job can use, as values, read from what `ray.nodes()` returns. This module does not import Ray."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _ONE_OF = re.compile(r"in\((.*)\)")
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, or the processors of one rank on a machine without."""
+    """One GPU, or the processors of one rank on a machine without GPUs."""
 
     node_id: str
     address: str
-    """of the node"""
+    """address of the node"""
     kind: str
     """accelerator type, or CPU"""
     resources: tuple[tuple[str, float], ...]
-    """what the job requests of Ray"""
+    """resources that the job requests from Ray for this device"""
     selector: tuple[tuple[str, str], ...]
-    """labels of its node; a device that replaces it must be on a node with the same"""
+    """labels of its node; a device that replaces it must be on a node with the same labels"""
 
 
 def parse_labels(labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """`KEY=VALUE` or `KEY=in(A,B)` to key -> allowed values.
+    """Read labels of the form KEY=VALUE or KEY=in(A,B), as key -> allowed values.
 
     Raises:
-        UserError: one has another form.
+        UserError: a label has another form.
     """
     wanted: dict[str, tuple[str, ...]] = {}
     for label in labels:
@@ -47,10 +47,10 @@ def parse_labels(labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def devices_of(nodes: Sequence[Mapping[str, Any]], labels: Mapping[str, tuple[str, ...]], cpus_per_worker: int) -> list[Device]:
     """The devices of all living nodes that have the labels, in the order of the ranks: equal nodes together, a node's devices together.
 
-    Where any of these nodes has a GPU, only GPUs count.
+    If one of these nodes has a GPU, only GPUs are devices.
 
     Args:
-        nodes: as `ray.nodes()` gives them.
+        nodes: what `ray.nodes()` returns.
     """
     fitting = [node for node in nodes if node["Alive"] and _has_labels(node, labels)]
     on_gpus = any(node["Resources"].get("GPU", 0) >= 1 for node in fitting)
@@ -71,16 +71,16 @@ def devices_of(nodes: Sequence[Mapping[str, Any]], labels: Mapping[str, tuple[st
 
 
 def choose_devices(devices: Sequence[Device], wanted: int | None, fewest: int) -> list[Device]:
-    """The first `wanted` devices, or all; fewer if there are no more, down to `fewest`.
+    """Choose the first `wanted` devices, or all if it is None. If there are fewer, choose those that there are, but at least `fewest`.
 
     Raises:
-        UserError: there are not enough.
+        UserError: there are fewer than `fewest`.
     """
     if len(devices) < max(1, fewest):
         kinds = ", ".join(f"{sum(d.kind == kind for d in devices)} {kind}" for kind in sorted({d.kind for d in devices})) or "none"
         raise UserError(
-            f"not enough devices: the job needs {max(1, fewest)}, the cluster has {len(devices)} that fit ({kinds}).\n"
-            "  add nodes, lower ray.min_workers or ray.cpus_per_worker, or ask for fewer labels (ray.labels)"
+            f"not enough devices: the job needs {max(1, fewest)}, the cluster has {len(devices)} that fit ({kinds})\n"
+            "  add nodes, lower ray.min_workers or ray.cpus_per_worker, or require fewer labels (ray.labels)"
         )
     return list(devices[: wanted or len(devices)])
 

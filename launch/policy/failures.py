@@ -1,4 +1,4 @@
-"""What follows the loss of a worker: replace it, go on without it, wait, or give up. Pure; the controller carries it out."""
+"""Decides what follows the loss of a worker: replace it, go on without it, wait, or give up. The controller acts on the decision."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ class Decision(Enum):
     REPLACE = "replace"
     """start a new worker; all go on when it has loaded"""
     SHRINK = "shrink"
-    """go on with the workers that are left; a new one joins later"""
+    """go on with the workers that are left; a new worker joins later"""
     WAIT = "wait"
-    """too few are left: wait for a device"""
+    """too few workers are left: wait for a device"""
     RAISE = "raise"
     """give up"""
 
 
 @dataclass(frozen=True)
 class FailurePolicy:
-    """Bounds on failures, and the failures so far. A value: each failure gives a new one."""
+    """Bounds on failures, and the failures so far. It is a value: each failure gives a new one."""
 
     max_failures: int
-    """of one cause in a row, with no finished step between them"""
+    """largest number of failures of one cause in a row, with no finished step between them"""
     fewest: int
     """smallest number of workers that the job can have"""
     counts: dict[Cause, int] = field(default_factory=dict)
+    """cause -> failures in a row so far"""
 
     def after_progress(self) -> FailurePolicy:
-        """A step was finished: no failure is in a row with those before."""
+        """The policy after a finished step: failures are counted from 0 again."""
         return replace(self, counts={}) if self.counts else self
 
     def decide(self, cause: Cause, left: int, *, copied: bool = False) -> tuple[Decision, FailurePolicy]:
-        """What to do after a failure.
+        """Decide what to do after a failure, and return the policy with this failure counted.
 
         A process that died on a living node is replaced, since its device is free and a new process loads in seconds. If the other workers
         have copies of all that it owned, they go on meanwhile. A device that is gone, or does not answer, is left out if enough others
@@ -50,7 +51,7 @@ class FailurePolicy:
 
         Args:
             left: number of workers that still live.
-            copied: whether they have copies of what the lost worker owned.
+            copied: whether the other workers have copies of what the lost worker owned.
         """
         counts = {**self.counts, cause: self.counts.get(cause, 0) + 1}
         after = replace(self, counts=counts)

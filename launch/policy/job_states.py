@@ -1,4 +1,4 @@
-"""The states of a job on a Ray cluster, and which may follow which."""
+"""The states of a job on a Ray cluster, and which state may follow which."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from enum import Enum
 class State(Enum):
     INITIALIZING = "initializing"
     PLACING = "placing"
-    """devices are requested of the cluster"""
+    """devices are requested from the cluster"""
     STARTING = "starting"
     """workers start, or build their part of a generation"""
     RUNNING = "running"
     RECOVERING = "recovering"
-    """a worker was lost, or training failed: the other ranks end their steps, and a replacement starts"""
+    """a worker was lost, or training failed: the other ranks end the step under way, and a replacement starts"""
     WAITING = "waiting"
-    """too few devices are left"""
+    """too few devices are left, so the job waits for one"""
     RESIZING = "resizing"
     """a device has returned: the ranks leave their generation for one with it"""
     STOPPING = "stopping"

@@ -1,4 +1,4 @@
-"""How many workers a job should have now. Pure; the controller carries it out."""
+"""Decides when a job takes in further workers. The controller acts on the decision."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Scaling(Enum):
 
 @dataclass(frozen=True)
 class ScalingPolicy:
-    """Grow when devices return, after the step under way, but not before the pause has passed."""
+    """A job grows when devices return, after the step under way, unless the last growth was too short a time ago."""
 
     pause_seconds: float
-    """from one growth to the next, so that a device that comes and goes does not keep the others from training"""
+    """shortest time between two growths, so that a device that comes and goes does not keep the others from training"""
 
     def decide(self, *, working: int, ready: int, seconds_since_growth: float) -> Scaling:
         """
         Args:
-            working: workers that train now.
-            ready: further workers that have loaded.
+            working: number of workers that train now.
+            ready: number of further workers that have loaded.
         """
         return Scaling.GROW if ready and working and seconds_since_growth >= self.pause_seconds else Scaling.KEEP

@@ -1,4 +1,4 @@
-"""Which devices are slower, or faster, than the plan assumes. Pure functions of what the ranks report."""
+"""Finds devices that are slower, or faster, than the plan assumes. Pure functions of what the ranks report."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from statistics import median
 from hecate.parallel.topology import Topology
 
 CHANGED = 1.4
-"""A device has changed if its real over its planned speed reaches this ratio, or falls to its inverse."""
+"""A device has changed if its real over its planned speed reaches this ratio, or falls to the ratio's inverse."""
 WINDOWS = 2
-"""How many windows in a row must agree: a single one may contain an evaluation, or a burst of another process."""
+"""How many windows in a row must agree. A single one may contain an evaluation, or a burst of work of another process."""
 MIN_SECONDS = 0.1
-"""Length of a window: dense work of each rank. A shorter one measures the operating system more than the device."""
+"""Shortest window, in seconds of each rank's dense work. A shorter one would measure the operating system more than the device."""
 
 
 @dataclass(frozen=True)
 class DenseWork:
-    """What one rank has done of the work in which it waits for no other rank: its layers up to their experts."""
+    """Work that one rank has done in its layers up to their experts, where it waits for no other rank."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -30,21 +30,21 @@ class DenseWork:
 def relative_speeds(work: Mapping[int, DenseWork], topology: Topology) -> dict[int, float]:
     """Each rank's real over its planned speed, as a multiple of the median rank's.
 
-    Only these multiples mean something: the topology's FLOP/s were measured on a large matmul, whose speed no layer reaches.
+    Only these multiples have a meaning. The topology's FLOP/s were measured on a large matmul, whose speed no layer reaches.
 
     Args:
-        work: by rank.
+        work: rank -> its work.
     """
     raw = {rank: done.tokens / done.seconds / topology.flops[rank] for rank, done in work.items() if done.seconds > 0 and done.tokens}
     if not raw:
         return {}
-    # Two devices have no median between them: the faster one is the measure, so that the slow one is found.
+    # Of two devices the faster one takes the median's place, so that the slower one is found.
     middle = max(raw.values()) if len(raw) == 2 else median(raw.values())
     return {rank: value / middle for rank, value in raw.items()}
 
 
 def changed_ranks(windows: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """The ranks whose relative speed has left the plan in each of the last `WINDOWS` windows, with its median over these."""
+    """The ranks whose relative speed differed from the plan in each of the last `WINDOWS` windows, with the median of these speeds."""
     recent = windows[-WINDOWS:]
     if len(recent) < WINDOWS:
         return {}
@@ -57,12 +57,12 @@ def changed_ranks(windows: Sequence[Mapping[int, float]]) -> dict[int, float]:
 
 
 def with_speeds(topology: Topology, factors: Mapping[int, float]) -> Topology:
-    """The topology with the FLOP/s of some ranks multiplied."""
+    """The topology with the FLOP/s of some ranks multiplied by factors."""
     return replace(topology, flops=tuple(rate * factors.get(rank, 1.0) for rank, rate in enumerate(topology.flops)))
 
 
 def without_ranks(topology: Topology, kept: Sequence[int]) -> Topology:
-    """The topology of the ranks `kept`, renumbered in this order. Nodes without any of them are left out."""
+    """The topology of the ranks `kept`, renumbered in this order. Nodes without any of these ranks are left out."""
     nodes = sorted({topology.node_of_rank[rank] for rank in kept})
 
     def of_kept(values: tuple[float, ...]) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
-"""How many sequences of a step each device of a job computes, by the speed it was planned with and the speed that it shows.
+"""Decides how many sequences of a step each device of a job computes, from its planned speed and the speed that is measured.
 
-Devices are identified by their numbers in the job, which stay the same; ranks are those of the present generation.
+A device has a number that stays the same for the whole job; a rank is its number in the present generation.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from hecate.parallel.topology_file import parse_topology
 
 @dataclass(frozen=True)
 class NewShares:
-    """What all ranks are to change after a device's speed has changed."""
+    """The speeds and shares that all ranks are to use after a device's speed has changed."""
 
     number: int
-    """counts the changes of a job from 1"""
+    """numbers the changes of a job from 1"""
     flops: tuple[float, ...]
-    """by rank"""
+    """FLOP/s of each rank's device"""
     sequences: tuple[int, ...]
-    """of a micro-step, by rank"""
+    """number of sequences in a micro-step, by rank"""
 
 
 class WorkShares:
-    """The shares of one job, from generation to generation."""
+    """Each device's share of the sequences, from one generation of a job to the next."""
 
     def __init__(self, topology: Topology | None, devices: Sequence[int]) -> None:
         """
         Args:
-            topology: of these devices in their order; None: the first ranks measure it.
+            topology: the topology of these devices, in their order; None: the first ranks measure it.
+            devices: the numbers of the devices that the job begins with.
         """
         self.topology = topology
         self._described = list(devices) if topology else []
@@ -40,12 +41,12 @@ class WorkShares:
         self._members: list[int] = []
         """device of each rank"""
         self.sequences: tuple[int, ...] = ()
-        """of a micro-step, by rank; empty until the ranks have begun"""
+        """number of sequences in a micro-step, by rank; empty until the ranks have begun"""
         self.speeds: dict[int, float] = {}
         """device -> real over planned speed, in the last full window"""
         self._windows: list[dict[int, float]] = []
         self._work: dict[int, DenseWork] = {}
-        """by rank, in the window that is not full yet"""
+        """rank -> its work in the window that is not full yet"""
         self._reports: dict[int, dict[int, DenseWork]] = {}
         """step -> rank -> its report, until all ranks have reported"""
         self._changes = 0
@@ -55,16 +56,17 @@ class WorkShares:
         return all(device in self._described for device in devices)
 
     def begin_generation(self, members: Sequence[int]) -> Topology | None:
-        """Start anew with these devices: what earlier ranks have shown is forgotten. Returns their topology, if it is known."""
+        """Begin a generation with these devices, and forget earlier measurements. Returns the devices' topology, if it is known."""
         self._members, self.sequences, self.speeds = list(members), (), {}
         self._windows, self._work, self._reports = [], {}, {}
         return self._of_members()
 
     def generation_begun(self, sequences: tuple[int, ...], topology: str) -> None:
-        """The ranks are built, with these shares.
+        """Take in what the ranks of a new generation have reported.
 
         Args:
-            topology: YAML of the ranks' devices, as they have measured them or as they were given them.
+            sequences: number of sequences in a micro-step, by rank.
+            topology: the topology of the ranks' devices as YAML, measured by the ranks or given to them.
         """
         self.sequences = sequences
         if self.topology is None or not self.describes(self._members):
@@ -75,7 +77,7 @@ class WorkShares:
         """Take in one rank's report of its steps.
 
         Returns:
-            The ranks whose speed has left the plan, with the real over the planned speed; empty while nothing has changed.
+            The ranks whose speed differs from the plan, with the real over the planned speed; empty while nothing has changed.
         """
         reports = self._reports.setdefault(step, {})
         reports[rank] = work
@@ -96,10 +98,10 @@ class WorkShares:
         return changed_ranks(self._windows)
 
     def share_anew(self, changed: Mapping[int, float]) -> NewShares:
-        """Plan with the speeds that the devices have now.
+        """Share out the sequences by the speeds that the devices have now.
 
         Args:
-            changed: as `add_report` has returned it.
+            changed: what `add_report` has returned.
         """
         whole, ours = self.topology, self._of_members()
         assert whole is not None

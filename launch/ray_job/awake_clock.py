@@ -1,4 +1,4 @@
-"""A clock for the silence of other processes, which stands still while this process does."""
+"""A clock that measures how long other processes are silent. It stands still while this process is stopped."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ _LONGEST_SECONDS = 2.0
 
 
 class AwakeClock:
-    """Counts the seconds in which this process runs. While it is stopped by a signal, or its machine is suspended, it can receive no
-    answer, so that time must not count as silence of others. Between two calls at most two seconds count."""
+    """Counts the seconds in which this process runs.
+
+    While a signal stops this process, or its machine is suspended, it receives no answers, so this time must not count as silence of
+    other processes. At most two seconds count between two calls.
+    """
 
     def __init__(self, read: Callable[[], float] = time.monotonic) -> None:
         self._read, self._last, self._seconds = read, read(), 0.0

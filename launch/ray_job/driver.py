@@ -1,4 +1,4 @@
-"""`hecate ray`: one job on a Ray cluster, from this process, which is its controller."""
+"""`hecate ray`: run one job on a Ray cluster, with its controller in this process."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from hecate.train.preflight import check_data
 
 LOCAL = "local"
 _FOLDER_SECONDS = 10.0
+"""how long the working folder may be missing while Ray copies it"""
 
 
 def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metrics_port: int | None) -> int:
-    """Train as configured on the cluster at `address`, HOST:PORT, or on a private one of this machine alone ("local").
+    """Train as configured on the cluster at `address` (HOST:PORT), or on a private cluster of this machine alone ("local").
 
     Returns:
         The job's exit status.
 
     Raises:
-        UserError: configuration, cluster or devices are not as they must be.
+        UserError: something is wrong with the configuration, the cluster or its devices.
     """
     config = load_config(config_path, overrides)
     check_for_ray(config)
     check_data(config)
     topology = _configured_topology(config)
-    import torch  # noqa: F401 - later than this the folder we are in may be gone for a moment
+    import torch  # noqa: F401 - must come first: once Ray runs, the working folder may be gone for a moment
 
     here = Path.cwd()
     cluster = private_cluster((config.ray.workers or 2) * config.ray.cpus_per_worker) if address == LOCAL else connected(address)
@@ -54,23 +55,32 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
 
 
 def check_for_ray(config: Config) -> None:
-    """Raises UserError: it asks for what is not there on Ray."""
+    """Check that a configuration asks for nothing that is unsupported on Ray.
+
+    Raises:
+        UserError: it does.
+    """
     if config.model.tensor_parallel > 1:
         raise UserError(
-            "model.tensor_parallel: is not there on Ray, where each rank has its own share\n  set it to 1, or use hecate launch"
+            "model.tensor_parallel: is not supported on Ray, where each rank computes its own sequences\n"
+            "  set it to 1, or use hecate launch"
         )
     if config.fssdp.shard_size is not None:
         raise UserError(
-            "fssdp.shard_size: is not there on Ray, where the number of ranks may change\n  set it to null, or use hecate launch"
+            "fssdp.shard_size: is not supported on Ray, where the number of ranks may change\n  set it to null, or use hecate launch"
         )
     if config.fssdp.policy == MEGATRON_EP:
         raise UserError(
-            "fssdp.policy: megatron_ep is not there on Ray, where the number of ranks may change\n  take another, or use hecate launch"
+            "fssdp.policy: megatron_ep is not supported on Ray, where the number of ranks may change\n"
+            "  choose another policy, or use hecate launch"
         )
 
 
 def _return_to(folder: Path) -> None:
-    """Raylets that share a machine put a job's files in their place once more each, and leave us in a folder that is gone."""
+    """Change into the working folder, and wait until it exists.
+
+    Each raylet of a machine unpacks the job's files into the same folder again, so the folder may be replaced under a running process.
+    """
     deadline = time.monotonic() + _FOLDER_SECONDS
     while True:
         try:
@@ -134,7 +144,7 @@ def _configured_topology(config: Config) -> Any:
 
 @contextmanager
 def _stop_on_signals(controller: Any) -> Iterator[None]:
-    """SIGINT and SIGTERM: save and stop. The second one ends everything at once."""
+    """Let the job save and stop at the first SIGINT or SIGTERM, and end at once at the second one."""
 
     def ask(_number: int, _frame: FrameType | None) -> None:
         if controller.stop_wanted:

@@ -1,4 +1,4 @@
-"""What the controller of a Ray job and its workers tell each other: events and orders, as frozen values, and their form as JSON.
+"""The messages between the controller of a Ray job and its workers, as frozen values, and their form as JSON.
 
 A worker sends *events*; the controller sends *orders*. Each class has a `code`, which names it in JSON.
 """
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerUp:
-    """The process has imported what training needs, and takes orders. Its first event."""
+    """A worker's first event: its process has imported what training needs, and takes orders."""
 
     code: ClassVar[str] = "up"
     pid: int
@@ -27,29 +27,29 @@ class WorkerUp:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The worker has loaded alone what a rank needs, and waits for the order `Join`."""
+    """The worker has loaded by itself what a rank needs, and waits for the order `Join`."""
 
     code: ClassVar[str] = "prepared"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """The rank's part of the run is built, or goes on with other ranks."""
+    """The rank has built its part of the run, or goes on with other ranks."""
 
     code: ClassVar[str] = "begun"
     step: int
-    """optimizer steps done"""
+    """number of optimizer steps done"""
     sequences: tuple[int, ...]
-    """of a micro-step, by rank"""
+    """number of sequences in a micro-step, by rank"""
     owned: tuple[int, ...]
     """number of experts owned, by rank"""
     topology: str
-    """of the ranks' devices, as YAML"""
+    """topology of the ranks' devices, as YAML"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTotals:
-    """What all ranks know alike of the newest reported step; rank 0 reports it."""
+    """Figures of the newest reported step that are the same on all ranks. Rank 0 reports them."""
 
     loss: float
     tokens_per_s: float
@@ -61,15 +61,15 @@ class StepTotals:
 
 @dataclass(frozen=True, kw_only=True)
 class StepsDone:
-    """Further steps have ended."""
+    """The rank has done further steps since its last report."""
 
     code: ClassVar[str] = "steps"
     step: int
-    """optimizer steps done"""
+    """number of optimizer steps done"""
     dense_tokens: int
-    """tokens, with padding, that the rank took through its layers up to the experts since its last report"""
+    """number of tokens, with padding, that the rank took through its layers up to the experts since its last report"""
     dense_seconds: float
-    """how long that took; it contains no waiting for other ranks"""
+    """how long that took; this contains no waiting for other ranks"""
     step_seconds: float
     """mean duration of a step since the last report"""
     totals: StepTotals | None
@@ -78,7 +78,7 @@ class StepsDone:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved:
-    """A checkpoint is complete. From rank 0."""
+    """A checkpoint is complete. Rank 0 sends this."""
 
     code: ClassVar[str] = "saved"
     step: int
@@ -87,7 +87,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True, kw_only=True)
 class LeftGeneration:
-    """The rank has left its generation, and waits with its state for the order `Join`."""
+    """The rank has left its generation with its state, and waits for the order `Join`."""
 
     code: ClassVar[str] = "left"
     generation: int
@@ -112,10 +112,10 @@ class TrainingEnded:
 
     code: ClassVar[str] = "ended"
     generation: int
-    """-1: it was still preparing to join one"""
+    """-1: the worker was still preparing to join one"""
     outcome: Outcome
     text: str = ""
-    """what went wrong, for a person"""
+    """what went wrong, in words"""
 
     @property
     def reason(self) -> str:
@@ -145,13 +145,13 @@ class Assignment:
     world_size: int
     host: str
     port: int
-    """of the store where the ranks meet"""
+    """port, on `host`, of the store where the ranks meet"""
     nodes: tuple[str, ...]
     """name of each rank's node"""
     topology: str | None
-    """of the ranks' devices, as YAML; None: the ranks measure it"""
+    """topology of the ranks' devices, as YAML; None: the ranks measure it"""
     resume: bool
-    """begin from the last checkpoint"""
+    """whether to begin from the last checkpoint"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,14 +172,14 @@ class Begin:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
-    """Load alone what a rank needs. The order `Join` follows."""
+    """Load by itself what a rank needs. The order `Join` follows."""
 
     code: ClassVar[str] = "prepare"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Join:
-    """Go on in the next generation, with the state that the waiting rank has or receives."""
+    """Go on in the next generation, with the state that the waiting rank has kept or receives from another rank."""
 
     code: ClassVar[str] = "join"
     assignment: Assignment
@@ -194,7 +194,7 @@ class Leave:
 
 @dataclass(frozen=True, kw_only=True)
 class Interrupt:
-    """Break off the messages under way: a rank of the generation is lost, and nothing else may show it to this rank."""
+    """Break off the collectives under way, because a rank of the generation is lost and this rank may not notice it by itself."""
 
     code: ClassVar[str] = "interrupt"
     generation: int
@@ -202,18 +202,18 @@ class Interrupt:
 
 @dataclass(frozen=True, kw_only=True)
 class Replan:
-    """Change speeds and shares after the step under way. Sent to rank 0, which tells the others."""
+    """Change the planned speeds and the ranks' shares after the step under way. Rank 0 receives this order and broadcasts it."""
 
     code: ClassVar[str] = "replan"
     generation: int
     number: int
-    """counts the job's orders of this kind from 1; the newest counts"""
+    """numbers the job's orders of this kind from 1; only the newest is valid"""
     flops: tuple[float, ...]
-    """of each rank's device, for the plans from now on"""
+    """FLOP/s of each rank's device, for the plans from now on"""
     sequences: tuple[int, ...]
-    """of each micro-step, by rank"""
+    """number of sequences in a micro-step, by rank"""
     reshard: bool
-    """move experts to better owners if that pays"""
+    """whether to move experts to better owners if that pays"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,7 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class Ping:
-    """Does nothing: a worker that has carried it out is alive."""
+    """Do nothing. A worker that has carried this out is alive."""
 
     code: ClassVar[str] = "ping"
 
@@ -240,26 +240,26 @@ def to_json(message: WorkerEvent | WorkerOrder) -> dict[str, Any]:
 
 
 def event_from_json(raw: Mapping[str, Any]) -> WorkerEvent:
-    """The event that `to_json` was given.
+    """Read an event that `to_json` has written.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is no event.
     """
     message = _from_json(raw)
     if not isinstance(message, WorkerEvent):
-        raise ValueError(f"{raw.get('code')}: is no event")
+        raise ValueError(f"the message {raw.get('code')!r} is no event")
     return message
 
 
 def order_from_json(raw: Mapping[str, Any]) -> WorkerOrder:
-    """The order that `to_json` was given.
+    """Read an order that `to_json` has written.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is no order.
     """
     message = _from_json(raw)
     if not isinstance(message, WorkerOrder):
-        raise ValueError(f"{raw.get('code')}: is no order")
+        raise ValueError(f"the message {raw.get('code')!r} is no order")
     return message
 
 
@@ -275,9 +275,9 @@ def _from_json(raw: Mapping[str, Any]) -> Any:
 
 
 def _value(kind: Any, raw: Any) -> Any:
-    """A field's value of type `kind`: JSON knows neither tuples, nor enums, nor these classes."""
+    """A field's value of type `kind`. JSON has no tuples, enums or classes, so they are made from what JSON has."""
     if get_origin(kind) in (Union, types.UnionType):
-        (inner,) = (choice for choice in get_args(kind) if choice is not type(None))
+        (inner,) = (member for member in get_args(kind) if member is not type(None))
         return None if raw is None else _value(inner, raw)
     if is_dataclass(kind) and isinstance(kind, type):
         hints, names = get_type_hints(kind), {field.name for field in fields(kind)}

@@ -1,4 +1,4 @@
-"""Where the workers of a job meet and receive their orders: a store in the controller's process, so that no rank's death takes it away."""
+"""Where the workers of a job meet and receive their orders: a key-value store in the controller's process, which outlives any rank."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from hecate.launch.ray_job.messages import WorkerOrder, order_from_json, to_json
 
 _TIMEOUT, _NEVER = timedelta(seconds=60), timedelta(days=1000)
 _SIGNATURE = 64
-"""characters"""
+"""number of characters of a signature, which stand before the order's text"""
 
 
 class Rendezvous:
-    """The store's server, listening at one address only. Each generation of ranks has a part of it to itself."""
+    """The store's server, which listens at one address only. Each generation of ranks uses its own part of the store."""
 
     def __init__(self, host: str) -> None:
         listening = socket.create_server((host, 0))
         self.host, self.port = host, int(listening.getsockname()[1])
         self.secret = secrets.token_hex(32)
-        """the key that orders are signed with: anybody who reaches the port could write one"""
-        # Given a host alone, the store would listen on all interfaces. It owns the descriptor from now on.
+        """The key that orders are signed with. Without signatures, anybody who reaches the port could write an order."""
+        # With a host alone, the store would listen on all interfaces. The store owns the descriptor from now on.
         self._store = dist.TCPStore(
             host, self.port, is_master=True, wait_for_workers=False, timeout=_TIMEOUT, master_listen_fd=listening.detach()
         )
         self._not_carried_out: dict[int, dict[int, str]] = {}
-        """worker -> number of an order -> the order, signed"""
+        """worker -> number of an order -> the signed order"""
 
     def send(self, worker: int, number: int, order: WorkerOrder) -> None:
         """Leave an order for a worker, which takes its orders by their numbers, from 0."""
@@ -55,17 +55,17 @@ class Rendezvous:
 
 
 def meet(host: str, port: int, generation: int) -> dist.Store:
-    """The store of one generation, as a rank sees it. A rank of an earlier generation that comes back meets nobody in it."""
+    """Connect to the part of the store that one generation uses. A late rank of an earlier generation, in another part, meets nobody."""
     return dist.PrefixStore(
         f"generation-{generation}", dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
     )
 
 
 def orders(host: str, port: int, secret: str, worker: int) -> Iterator[WorkerOrder]:
-    """A worker's orders as they come. An order counts as carried out when the next one is asked for. Ends when the controller is gone.
+    """Yield a worker's orders as they arrive, until the controller is gone.
 
-    An order with a wrong signature is reported and ignored. It may have replaced the controller's order of that number, so the worker asks
-    the controller to send that one again.
+    An order counts as carried out when the next one is requested from this iterator. An order with a wrong signature is reported and
+    ignored. It may have replaced the controller's order with the same number, so the worker requests that order again.
     """
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_NEVER)
     number = 0
@@ -76,7 +76,7 @@ def orders(host: str, port: int, secret: str, worker: int) -> Iterator[WorkerOrd
             store.delete_key(key)
             signature, text = signed[:_SIGNATURE], signed[_SIGNATURE:]
             if not hmac.compare_digest(signature.encode(), _signature(secret, worker, number, text).encode()):
-                print("hecate: an order that the controller did not sign is ignored", file=sys.stderr, flush=True)
+                print("hecate: ignored an order that the controller did not sign", file=sys.stderr, flush=True)
                 store.set(_again_key(worker), str(number))
                 continue
             yield order_from_json(json.loads(text))

@@ -1,6 +1,6 @@
-"""What a job brings to the cluster: code and configurations of the working directory, and nothing else.
+"""Chooses the files of the working directory that `hecate submit` uploads to the cluster: code and configurations, and nothing else.
 
-Files are taken by what they are, not left out by what they might be: a secret in a file of a kind that nobody thought of stays at home.
+A file is uploaded only if its kind is on a list. So a secret in a file of a kind that nobody thought of is not uploaded.
 """
 
 from __future__ import annotations
@@ -20,13 +20,20 @@ _FOLDERS_LEFT_OUT = re.compile(r"\..*|__pycache__|checkpoint-.*|runs|data|node_m
 
 
 def uploaded_files(root: Path) -> list[Path]:
-    """Paths below `root`, relative, sorted: Python, YAML and TOML files outside hidden folders, environments, data, runs and checkpoints,
-    whose names do not speak of secrets. Links to folders are followed, but for those that lead back to where they are."""
+    """The files below `root` that are uploaded, as sorted relative paths.
+
+    They are the Python, YAML and TOML files outside hidden folders, environments, data, runs and checkpoints, except files whose names
+    contain a word such as `secret` or `token`. Links to folders are followed, unless they lead back to a folder that contains them.
+    """
     return sorted(path.relative_to(root) for path in _below(root, (os.path.realpath(root),)))
 
 
 def _below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
-    """`above`: the real paths of this folder and of those that hold it."""
+    """The uploaded files in a folder and below it.
+
+    Args:
+        above: the real paths of this folder and of the folders that contain it.
+    """
     for path in folder.iterdir():
         real = os.path.realpath(path)
         if path.is_dir():
@@ -37,10 +44,10 @@ def _below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
 
 
 def stage(root: Path, target: Path) -> int:
-    """Copy what is uploaded of `root` into the empty folder `target`; returns its bytes.
+    """Copy the uploaded files of `root` into the empty folder `target`, and return their size in bytes.
 
     Raises:
-        UserError: it is more than code would be.
+        UserError: they have more than `MAX_BYTES`, which is too much for code.
     """
     total = 0
     for path in uploaded_files(root):
@@ -48,7 +55,7 @@ def stage(root: Path, target: Path) -> int:
         if total > MAX_BYTES:
             raise UserError(
                 f"{root}: more than {MAX_BYTES >> 20} MiB of {', '.join(SUFFIXES)} files would be uploaded\n"
-                "  start `hecate submit` in a folder that holds the configuration and the code that the job needs, no more"
+                "  start `hecate submit` in a folder that holds only the configuration and the code that the job needs"
             )
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / path, target / path)
@@ -56,5 +63,5 @@ def stage(root: Path, target: Path) -> int:
 
 
 def _is_left_out(folder: Path) -> bool:
-    """Is it an environment, a run or a checkpoint?"""
+    """Whether a folder is an environment, a run or a checkpoint."""
     return any((folder / name).exists() for name in ("pyvenv.cfg", "metrics.jsonl", "manifest.json"))

@@ -1,5 +1,7 @@
-"""One rank's process under a controller: it trains in one thread, and takes orders in another. It does not import Ray; events leave it as
-JSON values."""
+"""The process of one rank under a controller. It trains in one thread and receives orders in another.
+
+This module does not import Ray. Events leave the process as JSON values.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +45,22 @@ _TRACEBACK_FRAMES = 4
 
 
 class Worker:
-    """The process's Ray actor. Its owner calls `events` and nothing else; orders come by way of the rendezvous.
+    """The Ray actor of one rank. The worker group calls `events` and nothing else; orders arrive by way of the rendezvous.
 
-    The actor is inside `events` for all of its life. Between two calls Ray's main thread would ask for Python's interpreter lock a hundred
-    times a second, and take it from the training thread each time.
+    The actor stays inside `events` for all of its life. Between two calls, Ray's main thread would take Python's interpreter lock from the
+    training thread a hundred times a second.
     """
 
     def __init__(self, number: int, host: str, port: int, secret: str, config: str, report_steps: int, address: str) -> None:
         """
         Args:
-            number: of this worker, with the host, port and secret of the rendezvous.
+            number: this worker's number in the job.
+            host: the address of the rendezvous.
+            port: the port of the rendezvous.
+            secret: the key that the controller signs orders with.
             config: the run's configuration, as YAML.
-            report_steps: steps between two reports.
-            address: to whose interface the ranks' messages are bound.
+            report_steps: number of steps between two reports.
+            address: the ranks exchange messages on the interface with this address.
         """
         self._rendezvous = host, port, secret, number
         self._config, self._report_steps = config, report_steps
@@ -68,7 +73,7 @@ class Worker:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """All events as they happen, as JSON values, without end. The first is `WorkerUp`, when all that training needs is imported."""
+        """Yield all events as they happen, as JSON values. The first is `WorkerUp`, once everything that training needs is imported."""
         import torch
 
         import hecate
@@ -122,9 +127,13 @@ class Worker:
                 assert_never(order)
 
     def _start(self, assignment: Assignment | None) -> None:
-        """Train in a new thread, when the one before has ended. None: prepare to join a run under way."""
+        """Train in a new thread, which begins when the thread before it has ended.
+
+        Args:
+            assignment: None: prepare to join a run under way.
+        """
         if self._link is not None:
-            self._link.assignments.put(None)  # ends a thread that waits to join a generation
+            self._link.assignments.put(None)  # this ends a thread that waits to join a generation
         self._link = TrainingLink(self._events, self._report_steps, assignment)
         self._thread = threading.Thread(target=self._train, args=(assignment, self._link, self._thread), daemon=True)
         self._thread.start()
@@ -141,31 +150,31 @@ class Worker:
             return
         except UserError as error:
             outcome, text = Outcome.USER_ERROR, str(error)
-        except Exception:  # noqa: BLE001 - whatever it is, the controller decides what follows
+        except Exception:  # noqa: BLE001 - the controller decides what follows, whatever the error is
             outcome, text = Outcome.FAILED, traceback.format_exc(limit=-_TRACEBACK_FRAMES)
         self._events.put(TrainingEnded(generation=link.generation, outcome=outcome, text=text))
 
 
 class NotNeeded(Exception):
-    """The controller has given this worker another task while it waited to join a run. That is no failure, and no event."""
+    """The controller has given this worker another task while it waited to join a run. This is no failure, and makes no event."""
 
 
 class TrainingLink:
     """Connects the training thread of a worker with its events and orders.
 
-    As the training's observer, it gathers what happens into one report every so many steps. As its controller, it waits for the next
-    generation.
+    It is the training's observer, which sums up what happens in one report every few steps, and the training's membership, which waits for
+    the next generation.
     """
 
     def __init__(self, events: queue.SimpleQueue[WorkerEvent], report_steps: int, assignment: Assignment | None) -> None:
         self.replan: Replan | None = None
-        """the newest one"""
+        """the newest order to re-plan; None: there was none in this generation"""
         self.stopping = self.leaving = False
         self.assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
-        """None: the thread is not needed any more"""
+        """generations to join; None: the thread is not needed any more"""
         self.generation, self._rank = (-1, -1) if assignment is None else (assignment.generation, assignment.rank)
         self.ranks: Any = None
-        """of the newest generation"""
+        """this process's `Ranks` in the newest generation; None: it has joined none"""
         self._events, self._report_steps = events, report_steps
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
 
@@ -227,7 +236,7 @@ class TrainingLink:
         return self.stopping
 
     def _join(self, waiting: Any) -> Any:
-        """Tell the controller `waiting()`, and join the generation that it assigns; None: this thread is not needed any more."""
+        """Send the event `waiting()`, and join the generation that the controller assigns; None: this thread is not needed any more."""
         import torch.distributed as dist
 
         from hecate.elastic.rebuild import Group
@@ -253,7 +262,7 @@ class TrainingLink:
 
 
 def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) -> bool:
-    """Train to the end; False: stopped before, as ordered."""
+    """Train to the end, and return True; False: training stopped before the end, as ordered."""
     import tempfile
     from dataclasses import replace
 
@@ -280,7 +289,7 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
         return train(replace(config, resume=assignment.resume), ranks, link, topology=topology, observer=link)
     finally:
         if link.ranks is not None and dist.is_initialized():
-            # A waiting peer must see at once that this rank is gone. Dropping the groups is not enough: a traceback may hold them.
+            # A waiting peer must see at once that this rank is gone. Dropping the groups is not enough: a traceback may keep them alive.
             link.ranks.leave()
 
 

@@ -1,9 +1,10 @@
-"""The workers of a job on a Ray cluster: one actor for each device, all in one placement group, and one stream of each worker's events.
-Orders go to the workers by way of the rendezvous.
+"""The workers of a job on a Ray cluster: one actor for each device, all in one placement group.
 
-A device keeps its number for the life of the job. When its worker is lost, another is requested at once; Ray starts it as soon as a device
-with the same labels is free: now, or when a node returns. Once the job runs, each node has a spare worker: a process that has imported
-what a worker needs and holds no device. It replaces the next worker of its node that is lost.
+Each worker has a stream of events to the controller. Orders go to the workers by way of the rendezvous (`rendezvous.py`).
+
+A device keeps its number for the life of the job. When its worker is lost, another one is requested at once. Ray starts it as soon as a
+device with the same labels is free, which may be when a node returns. Once the job runs, each node has a spare worker: a process that has
+imported everything that a worker needs and holds no device. It replaces the next worker of its node that is lost.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hecate.launch.ray_job.rendezvous import Rendezvous
 from hecate.launch.ray_job.worker import Worker
 
 _PING_EVERY_SECONDS = 2.0
-"""Each answer takes Python's interpreter lock from the training thread."""
+"""Pings are rare because each answer takes Python's interpreter lock from the training thread."""
 _ANSWER_SECONDS = 30.0
 """limit for reading an event that Ray reports as ready"""
 
@@ -35,11 +36,11 @@ class WorkerHandle:
     number: int
     actor: Any
     stream: Any
-    """of its events"""
+    """stream of the worker's events, as Ray gives it"""
     orders: int = 0
-    """number of orders sent to it"""
+    """number of orders sent to the worker"""
     unanswered: int = 0
-    """number of orders that it has carried out once it has answered the last ping; 0: it has answered"""
+    """number of orders that the worker has carried out once it has answered the last ping; 0: it has answered"""
     ping_sent: float = -math.inf
 
 
@@ -51,9 +52,9 @@ class JobDevice:
     spec: Device
     worker: WorkerHandle | None = None
     up: WorkerUp | None = None
-    """what the worker has told about itself; None: it has not started yet"""
+    """the worker's first event; None: the worker has not started yet"""
     gpus: str | None = None
-    """of its last worker, by their numbers on the node"""
+    """the GPUs of its last worker, by their numbers on the node"""
 
     @property
     def alive(self) -> bool:
@@ -61,24 +62,24 @@ class JobDevice:
 
     @property
     def name(self) -> str:
-        """For a person."""
+        """The device in words, for messages."""
         return f"device {self.index} ({self.spec.kind} on {self.spec.address} {self.spec.node_id[:8]})"
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What every worker of a job is started with."""
+    """The settings that every worker of a job is started with."""
 
     config: str
     """the run's configuration, as YAML"""
     report_steps: int
-    """steps between two reports"""
+    """number of steps between two reports"""
     address: str | None
-    """to whose interface all workers bind their messages; None: each to its node's"""
+    """all workers send and receive on the interface with this address; None: each uses the interface with its node's address"""
 
 
 class WorkerGroup:
-    """Requests workers of Ray, sends them orders and receives their events. It decides nothing."""
+    """Requests workers from Ray, sends them orders and receives their events. What to order is the controller's decision."""
 
     def __init__(self, ray: Any, devices: Sequence[Device], rendezvous: Rendezvous, settings: WorkerSettings) -> None:
         self._ray, self._rendezvous, self._settings = ray, rendezvous, settings
@@ -86,13 +87,13 @@ class WorkerGroup:
         self.devices = [JobDevice(index, device) for index, device in enumerate(devices)]
         self._placement: Any = None
         self._spares: dict[str, WorkerHandle] = {}
-        """by the id of a node"""
+        """node id -> its spare worker"""
 
     def reserve(self, timeout: float) -> None:
         """Reserve all devices.
 
         Raises:
-            UserError: the cluster does not give them in time.
+            UserError: the cluster does not provide them in time.
         """
         from ray.util.placement_group import placement_group
 
@@ -106,13 +107,13 @@ class WorkerGroup:
         except self._ray.exceptions.GetTimeoutError:
             needed = ", ".join(f"{count} x {what}" for what, count in _counted(self.devices).items())
             raise UserError(
-                f"the cluster did not give the devices within {timeout:.0f} s (ray.start_timeout): {needed}.\n"
-                "  does another job hold them? `ray status` shows it"
+                f"the cluster did not provide the devices within {timeout:.0f} s (ray.start_timeout): {needed}\n"
+                "  another job may hold them; `ray status` shows it"
             ) from None
         self._read_nodes()
 
     def request_worker(self, device: JobDevice) -> None:
-        """Request a worker for a device that has none. Its first event, `WorkerUp`, comes when it has started."""
+        """Request a worker for a device that has none. The worker's first event, `WorkerUp`, arrives when it has started."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         spare = self._spares.pop(device.spec.node_id, None)
@@ -150,20 +151,24 @@ class WorkerGroup:
         return len(self._ray.wait(streams, num_returns=len(streams), timeout=0)[0]) if streams else 0
 
     def poll(self, timeout: float) -> list[tuple[JobDevice, WorkerEvent]]:
-        """The events since the last call; waits for one for `timeout` seconds at most. A worker that was lost or could not start gives
-        `WorkerLost`."""
+        """The events since the last call, each with its device. If there is none, wait for one for at most `timeout` seconds.
+
+        A worker that was lost or could not start gives the event `WorkerLost`.
+        """
         waiting = {device.worker.stream: device for device in self.devices if device.worker is not None}
         if not waiting:
             time.sleep(timeout)
             return []
         ready, _ = self._ray.wait(list(waiting), num_returns=1, timeout=timeout, fetch_local=False)
-        if ready:  # take whatever else is ready, too
+        if ready:  # one is ready: take all that are
             ready, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
         return [(waiting[reference], self._read(waiting[reference], reference)) for reference in ready]
 
     def ping(self, device: JobDevice, now: float) -> float:
-        """Seconds since a device's worker was sent a ping that it has not answered; 0 if it has answered all. To be called often: it sends
-        a new ping only every other second."""
+        """Seconds since a device's worker was sent a ping that it has not answered; 0 if it has answered all pings.
+
+        It must be called often. It sends a new ping at most every other second.
+        """
         worker = device.worker
         assert worker is not None
         if worker.unanswered and self._rendezvous.carried_out(worker.number) < worker.unanswered:
@@ -196,7 +201,7 @@ class WorkerGroup:
             **ALLOCATOR_SETTINGS,
             "TQDM_DISABLE": "1",
             "OMP_NUM_THREADS": str(max(1, cpus)),
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # without it, a spare that asks whether there is a GPU would never see one afterwards
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # otherwise a spare that asks whether there is a GPU would never see one afterwards
         }
         described = self._ray.remote(Worker).options(max_restarts=0, runtime_env={"env_vars": environment}, **options)
         number, self._requested = self._requested, self._requested + 1
@@ -214,7 +219,7 @@ class WorkerGroup:
     def _read(self, device: JobDevice, reference: Any) -> WorkerEvent:
         try:
             item = next(reference, None)
-            if item is None:  # the actor could not even be made; asking whether it is ready raises the reason
+            if item is None:  # the actor could not be made; this call raises the reason
                 assert device.worker is not None
                 item = device.worker.actor.__ray_ready__.remote()
             event = event_from_json(self._ray.get(item, timeout=_ANSWER_SECONDS))
@@ -229,7 +234,7 @@ class WorkerGroup:
         return event
 
     def _read_nodes(self) -> None:
-        """Ray decides which of several equal nodes a device is on."""
+        """Read the node and address of each device from Ray, which decides on which of several equal nodes a device is."""
         from ray.util.placement_group import placement_group_table
 
         nodes = placement_group_table(self._placement)["bundles_to_node_id"]
@@ -241,7 +246,11 @@ class WorkerGroup:
 
 
 def check_versions(devices: Sequence[JobDevice]) -> None:
-    """Raises UserError unless all workers that have started run the same versions."""
+    """Check that all workers that have started run the same versions of hecate, torch and Python.
+
+    Raises:
+        UserError: two workers differ.
+    """
     started = [(device, device.up.versions) for device in devices if device.up is not None]
     for device, versions in started[1:]:
         first, expected = started[0]
@@ -249,7 +258,7 @@ def check_versions(devices: Sequence[JobDevice]) -> None:
             if versions[name] != expected[name]:
                 raise UserError(
                     f"the nodes have different versions of {name}: {expected[name]} on {first.name}, {versions[name]} on {device.name}\n"
-                    "  install the same on all nodes"
+                    "  install the same version on all nodes"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Events and orders as JSON; and what is read of texts of torch and Ray."""
+"""Events and orders survive a way through JSON, and the texts of torch and Ray are turned into values."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_reason_of_an_end_is_its_last_line() -> None:
 
 
 def test_texts_of_torchs_agent() -> None:
-    """The formats stand in torch itself: a version that changes them fails here."""
+    """The words stand in torch's own source, so this test fails with a torch that has changed them."""
     import inspect
 
     from torch.distributed.elastic.agent.server import api

@@ -231,7 +231,7 @@ def test_a_wrong_token_and_none_and_one_for_all_to_read(cluster: RayCluster, tmp
     wrong.chmod(0o600)
     assert "does not take this token" in refused(cluster, "ray", "--address", cluster.address, RAY_AUTH_TOKEN_PATH=str(wrong))
     assert "does not take this token" in refused(cluster, "submit", "--address", cluster.dashboard, RAY_AUTH_TOKEN_PATH=str(wrong))
-    assert "no Ray token" in refused(cluster, "ray", "--address", cluster.address, RAY_AUTH_TOKEN_PATH=str(tmp_path / "none"))
+    assert "there is no Ray token" in refused(cluster, "ray", "--address", cluster.address, RAY_AUTH_TOKEN_PATH=str(tmp_path / "none"))
     wrong.chmod(0o644)
     assert "chmod 600" in refused(cluster, "ray", "--address", cluster.address, RAY_AUTH_TOKEN_PATH=str(wrong))
 

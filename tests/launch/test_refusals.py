@@ -19,12 +19,12 @@ from tests.hecate.megatron.making import write_parts
 TENSOR = "model.tensor_parallel=2"
 TENSOR_RANKS = r"model\.tensor_parallel: must divide the number of ranks, which is 3, got 2\n  give one of 1, 3"
 SHARD_RANKS = r"fssdp\.shard_size: must divide the number of ranks, which is 3, got 2\n  give one of 1, 3, or null for all ranks"
-NODE = r"{key}: must divide the ranks of a node, which are 3, got 2\n  .* give another --nproc-per-node"
+NODE = r"{key}: must divide the number of ranks on a node, which is 3, got 2\n  .* Give another --nproc-per-node"
 VOCABULARY = r"model\.tensor_parallel: must divide the 258 tokens of the vocabulary, got 4\n  give one of 1, 2, 3, 6, 43, or add tokens"
 OTHER_MODEL = ["model.front_end=transformers", "model.name_or_path={folder}", "model.tokenizer=null", TENSOR]
 NO_PARTS = r"model\.tensor_parallel: needs model\.front_end=megatron, whose layers can be split\n    hint: leave it at 1"
 TWICE = r"fssdp\.redundancy: does not work together with model\.tensor_parallel yet: .*\n    hint: leave it at 0: after a loss"
-ON_RAY = r"{key}: is not there on Ray, .*\n  set it to .*, or use hecate launch"
+ON_RAY = r"{key}: is not supported on Ray, .*\n  set it to .*, or use hecate launch"
 NOWHERE = ["--address", "127.0.0.1:9"]
 NO_DASHBOARD = ["--address", "http://127.0.0.1:9", "--working-dir", "{folder}"]
 
@@ -74,7 +74,7 @@ def test_a_mistake_starts_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(subprocess.Popen, "__init__", started)
     monkeypatch.setattr(preflight, "default_ranks", lambda: 3 if "ranks" in given else 2)
     monkeypatch.delenv("RANK", raising=False)
-    for name in ("NUMBA_DISABLE_JIT", "TORCH_CPP_LOG_LEVEL"):  # what commands set is not to last
+    for name in ("NUMBA_DISABLE_JIT", "TORCH_CPP_LOG_LEVEL"):  # commands set these; monkeypatch sets them back
         monkeypatch.setenv(name, "0")
     options = [option.format(folder=folder) for option in given if option != "ranks"]
     result = CliRunner().invoke(app, [command, str(folder / "config.yaml"), f"output_dir={folder}/runs/bad", *options])

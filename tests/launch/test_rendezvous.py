@@ -24,7 +24,7 @@ def stranger(rendezvous: Rendezvous) -> dist.Store:
 
 
 def received(rendezvous: Rendezvous, workers: int) -> list[tuple[int, WorkerOrder]]:
-    """What so many workers receive from now on, as (worker, order); filled by threads."""
+    """A list of (worker, order), to which threads add what each of the workers receives from now on."""
     found: list[tuple[int, WorkerOrder]] = []
 
     def listen(worker: int) -> None:
@@ -59,22 +59,22 @@ def test_an_order_of_somebody_else_is_ignored(rendezvous: Rendezvous, capfd: pyt
     rendezvous.send(0, 0, Stop())
     store = stranger(rendezvous)
     given = store.get("worker-0/order-0")
-    store.set("worker-0/order-1", given)  # an old one once more
-    store.set("worker-1/order-0", given)  # another worker's
+    store.set("worker-0/order-1", given)  # an old order, once more
+    store.set("worker-1/order-0", given)  # an order of another worker
     store.set("worker-2/order-0", b"0" * 64 + b'{"code": "stop"}')
     found = received(rendezvous, 3)
     deadline, said = time.monotonic() + 20, ""
-    while said.count("is ignored") < 3 and time.monotonic() < deadline:
+    while said.count("ignored an order") < 3 and time.monotonic() < deadline:
         said += capfd.readouterr().err
         time.sleep(0.02)
-    assert said.count("is ignored") == 3
+    assert said.count("ignored an order") == 3
     rendezvous.send(0, 1, Ping())
     wait_until(lambda: len(found) == 2)
     assert found == [(0, Stop()), (0, Ping())]
 
 
 def test_an_order_that_a_forged_one_has_replaced_is_sent_again(rendezvous: Rendezvous) -> None:
-    """Else the worker would wait for that number for ever, and all later orders with it."""
+    """Otherwise the worker would wait for this order for ever, and would carry out none of the later ones."""
     rendezvous.send(0, 0, Interrupt(generation=3))
     stranger(rendezvous).set("worker-0/order-0", b"\xff" * 64 + b'{"code": "stop"}')
     found = received(rendezvous, 1)

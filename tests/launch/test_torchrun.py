@@ -44,17 +44,17 @@ def test_other_endpoints_are_refused(text: str) -> None:
 
 def test_an_endpoint_on_this_node() -> None:
     found = find_endpoint("127.0.0.1:29477")
-    assert (found.host, found.port, found.local_address, found.is_here) == ("127.0.0.1", 29477, "127.0.0.1", True)
+    assert (found.host, found.port, found.local_address, found.on_this_node) == ("127.0.0.1", 29477, "127.0.0.1", True)
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.7") is None
     with socket.create_server(("127.0.0.1", 0)) as taken:
         busy = find_endpoint(f"127.0.0.1:{taken.getsockname()[1]}")
-        wait_for(busy, patience=0)
+        wait_for(busy, limit_seconds=0)
         with pytest.raises(UserError, match="cannot listen"):
             check_free(busy)
     check_free(busy)
     with pytest.raises(UserError, match="no answer for"):
-        wait_for(busy, patience=0)
+        wait_for(busy, limit_seconds=0)
 
 
 @pytest.mark.parametrize(("left", "status", "said"), [(None, 1, "another node has given up"), ("a mistake", 2, "a mistake")])
@@ -121,5 +121,5 @@ def test_the_slurm_script_gives_what_the_command_takes(workshop: Path, tmp_path:
     done = subprocess.run(script, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60, check=False)
     # All arguments are good, so the first thing that it meets is that there is no such node.
     assert done.returncode == 2, done.stderr
-    assert "--rdzv-endpoint node17:32345: node17 is no known host" in done.stderr
+    assert "--rdzv-endpoint node17:32345: the host node17 is unknown" in done.stderr
     assert f" resume={str(interrupted).lower()} save_steps=50" in done.stderr

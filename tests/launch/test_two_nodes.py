@@ -106,7 +106,7 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
         printed = read_rest(nodes[1], 1)
         assert wait_until_gone(below, temporary) == []
     for text in (printed_by_cut_off, printed):
-        assert f"{meeting} is lost, where the nodes meet" in text
+        assert f"the meeting point of the nodes, {meeting}, is lost" in text
         assert "Traceback" not in text
         assert "frame #" not in text
     steps = losses(run)
