@@ -1,1 +1,1 @@
-"""Which ranks are in the job: lost and joining ranks, second copies of experts, experts that move to other owners."""
+"""Changes of the ranks of a job: ranks that are lost or join, backups of experts, and experts that move to other owners."""

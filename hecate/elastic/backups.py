@@ -1,8 +1,8 @@
-"""Second copies of owned experts on another rank (`fssdp.redundancy`), so that no step is lost with a rank.
+"""Keeps a second copy of every owned expert on another rank (`fssdp.redundancy`), so that no step is lost when a rank dies.
 
-A backup holds what its owner holds, bit for bit: the owner sends each step's summed gradient, and both take the same optimizer step. That
-is a third of what sending master and moments would take, and it hides behind the all-reduce of the replicated gradients.
-(MoE-LoRA can afford it: of a frozen base nothing has to be kept twice.)
+A backup equals the expert on its owner bit for bit: the owner sends each step's summed gradient, and both ranks take the same optimizer
+step. This sends a third of the bytes of master parameters and moments, and it is hidden behind the all-reduce of the replicated gradients.
+(MoE-LoRA can afford backups, because the frozen base need not be kept twice.)
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from hecate.parallel.units import Unit, expert_name
 
 
 def copy_to_backup_ranks(engine: ExpertEngine, optimizer: ExpertOptimizer) -> int:
-    """Make the backups of all owned experts anew, with their moments. Every rank must call it, between two steps, after owners have
-    changed.
+    """Make the backups of all owned experts anew, with their moments.
+
+    Every rank must call it, between two steps, after owners have changed.
 
     Returns:
-        Bytes sent by all ranks together.
+        Number of bytes sent by all ranks together.
     """
     backup_rank_D = backup_ranks(engine.shards.config.topology)
     backups: dict[str, nn.Parameter] = {}
     moments: dict[str, dict[str, Tensor]] = {}
     num_bytes = 0
     if engine.shards.world_size > 1:
-        for layer, store in engine.shards.stores.items():
+        for unit, store in engine.shards.stores.items():
             rows = {expert: optimizer.row(parameter) for expert, parameter in zip(store.experts, store.parameters, strict=True)}
             specs = optimizer.row_specs(RowSpec((store.chunk_numel,), store.owned.dtype))
-            owner_E = engine.shards.owners[layer]
+            owner_E = engine.shards.owners[unit]
             done = reshard(rows, specs, owner_E, backup_rank_D[owner_E], engine.shards.groups.experts, store.device)
             for expert, row in done.rows.items():
-                backups[expert_name(layer, expert)] = nn.Parameter(row.pop(MASTER))
-                moments[expert_name(layer, expert)] = row
+                backups[expert_name(unit, expert)] = nn.Parameter(row.pop(MASTER))
+                moments[expert_name(unit, expert)] = row
             num_bytes += done.num_bytes
     optimizer.replace_backups(backups, moments)
     return num_bytes
@@ -48,17 +49,18 @@ def copy_to_backup_ranks(engine: ExpertEngine, optimizer: ExpertOptimizer) -> in
 
 @dataclass(frozen=True)
 class GradientsOnTheirWay:
-    """What `send_gradients` has started."""
+    """A message of gradients that `send_gradients` has started."""
 
     work: dist.Work | None
+    """None: this rank sends and receives nothing"""
     sent: Tensor
-    """kept until it is sent"""
+    """must live until it is sent"""
     arriving: Tensor
     backups: list[nn.Parameter]
     """in the order in which their gradients arrive"""
 
     def wait(self) -> None:
-        """The backups have their gradients afterwards."""
+        """Wait for the gradients and give them to the backups."""
         if self.work is None:
             return
         self.work.wait()
@@ -67,12 +69,12 @@ class GradientsOnTheirWay:
 
 
 def send_gradients(engine: ExpertEngine, optimizer: ExpertOptimizer, loads: dict[Unit, np.ndarray]) -> GradientsOnTheirWay:
-    """Start sending the summed gradients of owned experts to their backup_ranks, in one all-to-all of all layers. Every rank must call it.
+    """Start sending the summed gradients of owned experts to their backup ranks, in one all-to-all for all units. Every rank must call it.
 
-    An expert that no token has reached has no gradient, there as here.
+    An expert that no token has reached has no gradient, neither on its owner nor on its backup rank.
 
     Args:
-        loads: per layer, int64 [experts, source ranks], the same on every rank.
+        loads: per unit, int64 [experts, source ranks], the same on every rank.
     """
     rank, world = engine.shards.rank, engine.shards.world_size
     if world == 1 or not engine.shards.stores:
@@ -80,14 +82,14 @@ def send_gradients(engine: ExpertEngine, optimizer: ExpertOptimizer, loads: dict
     backup_rank_D = backup_ranks(engine.shards.config.topology)
     leaving: list[list[nn.Parameter]] = [[] for _ in range(world)]
     arriving: list[list[nn.Parameter]] = [[] for _ in range(world)]
-    for layer, store in engine.shards.stores.items():
-        reached_E = loads[layer].sum(1) > 0
+    for unit, store in engine.shards.stores.items():
+        reached_E = loads[unit].sum(1) > 0
         for expert, parameter in zip(store.experts, store.parameters, strict=True):
             if reached_E[expert]:
                 leaving[backup_rank_D[rank]].append(parameter)
-        owner_E = engine.shards.owners[layer]
+        owner_E = engine.shards.owners[unit]
         for expert in np.flatnonzero(reached_E & (backup_rank_D[owner_E] == rank)).tolist():
-            arriving[owner_E[expert]].append(optimizer.backups[expert_name(layer, expert)])
+            arriving[owner_E[expert]].append(optimizer.backups[expert_name(unit, expert)])
     some = next(iter(engine.shards.stores.values())).owned
     parts = [parameter.grad.flatten() for peer in leaving for parameter in peer if parameter.grad is not None]
     sent = torch.cat([some.new_empty(0), *parts])

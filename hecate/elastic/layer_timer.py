@@ -1,4 +1,4 @@
-"""How fast this rank's device is in the training itself, whatever the other ranks do."""
+"""Measures how fast this rank's device is during training, independently of the other ranks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hecate.model.moe_model import MoeModel
 class LayerTimer:
     """Times each decoder layer of a training step from its beginning to its experts: norms and attention, which wait for no other rank.
 
-    Evaluation and generation, which run without gradients, are not timed. On a GPU the times come from events that are read when they are
-    asked for, so nothing waits for the device meanwhile.
+    Evaluation and generation, which run without gradients, are not timed. On a GPU the times come from events that are read by `take`
+    only, so a layer does not wait for the device.
     """
 
     def __init__(self, moe: MoeModel, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class LayerTimer:
             experts.register_forward_pre_hook(self._end)
 
     def take(self) -> tuple[int, float]:
-        """(tokens, seconds) since the last call. Tokens are counted once a layer, padding among them."""
+        """Return (tokens, seconds) since the last call. A token counts once for each layer; padding counts, too."""
         if self._spans:
             self._spans[-1][1].synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000

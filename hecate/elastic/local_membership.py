@@ -1,4 +1,4 @@
-"""How a rank learns from its launcher on this machine with which ranks it goes on, by the files of `hecate.ranks.launcher_files`."""
+"""Reads from the files of the local launcher with which ranks a rank goes on (`hecate.ranks.launcher_files`)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from hecate.ranks.ranks import connect
 
 _GRACE = 5.0
 """seconds within which a launcher that has lost a rank writes the next generation"""
-_MEETING = timedelta(seconds=30)
-"""limit for ranks that have all arrived to connect"""
-_POLL = 0.005
+_CONNECT_LIMIT = timedelta(seconds=30)
+"""how long ranks that have all arrived may take to connect"""
+_POLL_SECONDS = 0.005
 
 
 def local_membership(config: Config) -> LocalMembership | None:
@@ -38,7 +38,7 @@ def local_membership(config: Config) -> LocalMembership | None:
 
 
 class LocalMembership:
-    """See `hecate.elastic.rebuild.Membership`."""
+    """The `hecate.elastic.rebuild.Membership` of a rank that the local launcher has started."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -61,7 +61,7 @@ class LocalMembership:
                 group = self._join(generation)
                 if group is not None:
                     return group
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
 
     def next_group(self) -> Group | None:
         deadline = time.monotonic() + _GRACE
@@ -72,11 +72,11 @@ class LocalMembership:
                 if group is not None:
                     return group
                 deadline = time.monotonic() + _GRACE
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
         return None
 
     def _join(self, generation: Generation) -> Group | None:
-        """Join a generation; None: a rank was lost before all had joined."""
+        """Join a generation and return its group; None: a rank was lost before all had joined."""
         self._number = generation.number
         if self._member not in generation.members:
             raise UserError("the launcher removed this rank, and the other ranks have gone on without it")
@@ -85,10 +85,10 @@ class LocalMembership:
         while missing := [path for path in missing if not path.exists()]:
             if read_generation(self._store).number > generation.number:
                 return None
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
         world_size = len(generation.members)
         store = dist.FileStore(str(store_of(self._store, generation.number)), world_size)
-        store.set_timeout(_MEETING)
+        store.set_timeout(_CONNECT_LIMIT)
         try:
             ranks = connect(store, generation.members.index(self._member), world_size)
         except RuntimeError:

@@ -1,4 +1,4 @@
-"""Re-sharding: experts with their master parameters and moments to new owners, between two steps, when that is predicted to pay."""
+"""Re-sharding: moves experts, with their master parameters and moments, to new owners between two steps, if this is predicted to pay."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from hecate.report.events import Move, Resharding
 
 
 def check_room(engine: ExpertEngine) -> None:
-    """Check that the devices can hold the experts when they are dealt by memory, as re-sharding deals them.
+    """Check that the devices can hold the experts when these are dealt by memory, as re-sharding deals them.
 
     Raises:
-        UserError: the devices' memory in the topology does not hold the experts.
+        UserError: the memory that the topology gives the devices is too small for the experts.
     """
     number: dict[float, int] = {}
     inputs = engine.shards.plan_inputs(for_owners=True)
@@ -40,18 +40,18 @@ def reshard_if_it_pays(engine: ExpertEngine, optimizer: ExpertOptimizer, steps: 
     Every rank must call it, after a step of the optimizer and before the next one begins.
 
     Returns:
-        What was moved; None: all experts stay, because moving does not pay or the devices' memory does not hold them (`check_room`).
+        What was moved; None: all experts stay, because moving does not pay or the devices' memory is too small (`check_room`).
     """
     started = time.monotonic()
     inputs = engine.shards.plan_inputs(for_owners=True)
     try:
         better = better_owners(engine.shards.config.planner, [given for _, given in inputs], steps)
     except UserError:
-        better = None  # the controller of a job may order a re-shard at any time: that must not end a training which can go on as it is
+        better = None  # a job's controller may order a re-shard at any time, and this must not end a run that can go on as it is
     owners = dict(engine.shards.owners)
     if better is not None:
-        for (layers, _), owner_LE in zip(inputs, better[0], strict=True):
-            owners.update(zip(layers, owner_LE, strict=True))
+        for (units, _), owner_LE in zip(inputs, better[0], strict=True):
+            owners.update(zip(units, owner_LE, strict=True))
     refuse_different_owners(engine, owners)
     if better is None:
         return None
@@ -59,17 +59,17 @@ def reshard_if_it_pays(engine: ExpertEngine, optimizer: ExpertOptimizer, steps: 
 
 
 def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> Move:
-    """Move master parameters, moments and frozen parts to `owners`, bit for bit, a layer at a time. Every rank must call it, between
-    two steps.
+    """Move master parameters, moments and frozen parts to `owners`, bit for bit, one unit at a time.
 
-    An expert that was never stepped has no moments, neither before nor after. A frozen part that is on the new owner does not travel.
+    Every rank must call it, between two steps. An expert that was never stepped has no moments, neither before nor after. A frozen part
+    that the new owner holds already does not travel.
 
     Args:
-        owners: int64 [experts] for each of the engine's layers.
+        owners: int64 [experts] for each of the engine's units.
     """
     experts = num_bytes = 0
-    for layer, store in engine.shards.stores.items():
-        before, after = engine.shards.owners[layer], owners[layer]
+    for unit, store in engine.shards.stores.items():
+        before, after = engine.shards.owners[unit], owners[unit]
         if np.array_equal(before, after):
             continue
         rows: dict[int, dict[str, Tensor]] = {
@@ -77,13 +77,13 @@ def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
         }
         chunk = RowSpec((store.chunk_numel,), store.owned.dtype)
         done = reshard(rows, optimizer.row_specs(chunk), before, after, engine.shards.groups.experts, store.device)
-        frozen_bytes = engine.shards.change_owners(layer, after, {expert: tensors.pop(MASTER) for expert, tensors in done.rows.items()})
-        moments = {expert_name(layer, expert): tensors for expert, tensors in done.rows.items()}
+        frozen_bytes = engine.shards.change_owners(unit, after, {expert: tensors.pop(MASTER) for expert, tensors in done.rows.items()})
+        moments = {expert_name(unit, expert): tensors for expert, tensors in done.rows.items()}
         optimizer.replace_owned(owned_parameters(engine), moments)
         experts += done.moved
         num_bytes += done.num_bytes + frozen_bytes
     if engine.shards.groups.replicate is not None:
-        # Every group moves the same rows, but not the same frozen parts: what is where they go already stays.
+        # Every sharding group moves the same experts, but not the same frozen parts: one that its new owner holds already stays.
         total = torch.tensor(num_bytes, device=next(iter(engine.shards.stores.values())).device)
         dist.all_reduce(total, group=engine.shards.groups.replicate)
         num_bytes = int(total)
@@ -91,10 +91,10 @@ def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
 
 
 def refuse_different_owners(engine: ExpertEngine, owners: Mapping[Unit, np.ndarray]) -> None:
-    """Check that all ranks came to the same owners: otherwise experts would be lost when they move. Every rank must call it.
+    """Check that all ranks have planned the same owners; otherwise experts would be lost when they move. Every rank must call it.
 
     Raises:
-        UserError: it names the layers. Every rank raises it.
+        UserError: they have not. Every rank raises it, and its text names the layers.
     """
     if dist.get_world_size(engine.shards.groups.world) == 1 or not owners:
         return

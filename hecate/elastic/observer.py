@@ -1,4 +1,4 @@
-"""Whoever watches a run from outside, and may ask it to re-plan or to stop: the protocol between training and whatever started it.
+"""The protocol between a training run and an observer outside it, which follows the run and may order it to re-plan or to stop.
 
 Training calls its `Observer` between steps, on every rank, and never waits for an answer.
 """
@@ -25,23 +25,27 @@ from hecate.report.events import StepEvent
 
 @dataclass(frozen=True, kw_only=True)
 class ReplanOrder:
-    """What all ranks are to change after the step under way; None leaves a thing as it is."""
+    """An order to change speeds, shares or owners after the step under way."""
 
     number: int
-    """counts the orders of a run from 1; the ranks carry out the newest"""
+    """numbers the orders of a run from 1; the ranks carry out the newest"""
     flops: tuple[float, ...] | None = None
-    """of each rank's device, for the plans from now on"""
+    """FLOP/s of each rank's device, for the plans from now on; None: as before"""
     sequences: tuple[int, ...] | None = None
-    """of each micro-step, by rank"""
+    """number of sequences in a micro-step, by rank; None: as before"""
     reshard: bool = False
-    """move experts to better owners, if that pays under the new speeds"""
+    """whether to move experts to better owners, if that pays under the new speeds"""
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
     @staticmethod
     def from_bytes(data: bytes) -> ReplanOrder:
-        """Raises JsonError."""
+        """Read what `to_bytes` has written.
+
+        Raises:
+            JsonError: the data are no order.
+        """
         raw = parse_json(data)
         if not isinstance(raw, dict) or set(raw) != {"number", "flops", "sequences", "reshard"}:
             raise JsonError("not an order")
@@ -51,58 +55,59 @@ class ReplanOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
-    """What one rank tells its observer about a step that has ended."""
+    """What one rank reports to its observer about a step that has ended."""
 
     step: int
-    """optimizer steps done"""
+    """number of optimizer steps done"""
     seconds: float
+    """duration of the step on this rank"""
     dense_tokens: int
+    """number of tokens, with padding, that this rank took through its decoder layers up to their experts"""
     dense_seconds: float
-    """tokens, padding among them, that this rank took through its decoder layers up to their experts, and how long that took: no
-    collective is waited for in it, so it tells one device's speed from another's"""
+    """how long that took; this contains no waiting for other ranks, so it measures the speed of this rank's device alone"""
     loss: float
     tokens: int
-    """of the whole step"""
+    """number of tokens of the whole step"""
     imbalance: float
     """largest over mean load of the ranks"""
     bytes_sent: int
-    """by all ranks"""
+    """number of bytes sent by all ranks together"""
     loads: dict[str, list[int]]
     """unit, as text -> assignments of each expert, all ranks together"""
 
 
 class Observer(Protocol):
-    """Every method must return at once and must not fail; it is called on every rank, between steps."""
+    """An observer of a run. Training calls these methods on every rank, between steps; they must return at once and must not raise."""
 
     def begins(self, facts: dict[str, Any]) -> None:
-        """The run is built, or goes on with other ranks.
+        """Called when the run is built, and again when it goes on with other ranks.
 
         Args:
-            facts: JSON values: step, max_steps, rows (sequences of each micro-step, by rank), owned (experts of each rank), topology (YAML
-                text).
+            facts: JSON values: `step`, `max_steps`, `rows` (number of sequences in a micro-step, by rank), `owned` (number of experts
+                owned, by rank) and `topology` (as YAML).
         """
 
     def stepped(self, facts: StepFacts) -> None:
-        """A step has ended."""
+        """Called when a step has ended."""
 
     def saved(self, step: int, path: Path) -> None:
-        """A checkpoint is complete. On rank 0."""
+        """Called on rank 0 when a checkpoint is complete."""
 
     def replan_order(self) -> ReplanOrder | None:
-        """The newest order, carried out or not. Only rank 0's counts."""
+        """The newest order, whether it was carried out or not. Training follows the observer of rank 0."""
 
     def stop_requested(self) -> bool:
-        """Whether the run is to save after this step and return. One rank that says so suffices."""
+        """Whether the run is to save after this step and return. It does so if the observer of any rank returns True."""
 
 
 class ObserverLink:
-    """Tells an observer about a run, and brings its orders from the first rank to all."""
+    """Reports a run to an observer, and sends the observer's orders from the first rank to all."""
 
     def __init__(self, observer: Observer, moe: MoeModel, device: torch.device) -> None:
         self._observer = observer
         self._timer = LayerTimer(moe, device)
         self._carried_out = 0
-        """number of the last order"""
+        """number of the last order that was carried out"""
 
     def begins(self, *, step: int, max_steps: int, shares: Sequence[int], engine: ExpertEngine) -> None:
         """See `Observer.begins`."""

@@ -1,16 +1,15 @@
-"""Going on with other ranks in the same processes, after some were lost or new ones have come.
+"""Lets a run go on with other ranks in the same processes, after ranks were lost or new ones have joined.
 
-A rank whose collective has failed aborts its groups, so that no other waits for it, and asks its `Membership` who is in the next group.
+A rank whose collective has failed aborts its groups, so that no other rank waits for it, and gets the next group from its `Membership`.
 Then all ranks of that group go through the same phases (`hecate.train.training` calls them in this order):
 
-1. `exchange_standings`: each rank says where it stands.
-2. `catch_up`: if some rank has taken the step under way, the others have all of its gradients and take it now, with the same norm.
-   Otherwise nobody has changed anything, and the step will be done again from its beginning.
-3. `redeal`: each expert is taken from its owner, or else from the backup on its backup rank, and dealt anew. A rank that comes new
-   receives the replicated parameters and the `TrainState`. If an expert has no copy left, all ranks go back to the last checkpoint
-   (`go_back`).
+1. `exchange_standings`: the ranks exchange how far each of them is.
+2. `catch_up`: if some rank has taken the step under way, the others have all gradients of that step, and take it now with the same norm.
+   Otherwise no rank has changed anything, and the step is done again from its beginning.
+3. `redeal`: each expert is taken from its owner, or else from its backup, and dealt anew. A new rank receives the replicated parameters
+   and the `TrainState`. If an expert has no copy left, all ranks go back to the last checkpoint (`go_back`).
 
-Until everything has arrived no rank gives anything up, so a rank that is lost meanwhile is lost like any other: the survivors begin again.
+No rank frees anything until everything has arrived. So if another rank is lost meanwhile, the remaining ranks begin these phases again.
 """
 
 from __future__ import annotations
@@ -42,47 +41,53 @@ ExpertStates = dict[Unit, dict[int, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that go on together, as one of them sees them."""
+    """The ranks that go on together, as values of one of them."""
 
     ranks: Ranks
-    """connected already (`hecate.ranks.ranks.connect`)"""
+    """these ranks, already connected (`hecate.ranks.ranks.connect`)"""
     topology: Topology
-    """of the ranks' devices"""
+    """topology of the ranks' devices"""
 
 
 class Membership(Protocol):
-    """One rank's connection to whatever starts and watches the job's processes: it says who is in the job."""
+    """One rank's connection to the launcher or controller of its job, which decides which ranks are in the job."""
 
     def regroup_requested(self) -> bool:
-        """Whether a new group waits for this rank, as when one more rank is ready. Asked between steps; must return at once."""
+        """Whether a new group waits for this rank, for example because one more rank is ready.
+
+        It is called between steps and must return at once.
+        """
 
     def first_group(self) -> Group:
-        """Wait until this process, which has loaded the model alone, is let in, and join. It has left the group that it was alone in."""
+        """Join a run under way: wait until this process is let in, and return its group.
+
+        The process has loaded the model by itself, and has left the group of one that it did this in.
+        """
 
     def next_group(self) -> Group | None:
-        """Wait for the next group and join it; None if no rank was lost and none has come. This process has left its old group.
+        """Wait for the next group and join it; None: no rank was lost and none has joined. The process has left its old group.
 
-        If a rank is lost while the group forms, the implementation waits for the group after that.
+        If a rank is lost while the group forms, the implementation waits for the group after it.
         """
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where one rank of a new group stands."""
+    """How far one rank of a new group is."""
 
     has_state: bool
-    """false: it comes new, or lost its state on the way back to a checkpoint"""
+    """false: the rank is new, or has lost its state on the way back to a checkpoint"""
     step: int
     completed: int
     tokens: int
     gradients_complete: bool
-    """it has the summed gradients of the step after `step`, and the step only has to be taken"""
+    """whether the rank has the summed gradients of the step after `step`, so that only the optimizer's step is missing"""
     norm: float
     """the global gradient norm of its last step"""
 
 
 def exchange_standings(ranks: Ranks, state: TrainState | None, optimizer: ExpertOptimizer) -> list[Standing]:
-    """Where each rank stands, by rank. Every rank must call it; `state` is None on a rank that has none."""
+    """Exchange how far each rank is, and return this by rank. Every rank must call it; `state` is None on a rank that has none."""
     own = [0.0] * 4 if state is None else [1.0, float(state.step), float(state.completed), float(state.tokens)]
     own += [float(optimizer.gradients_complete), optimizer.last_norm]
     table = ranks.all_gather(torch.tensor(own, dtype=torch.float64)).tolist()
@@ -93,29 +98,31 @@ def exchange_standings(ranks: Ranks, state: TrainState | None, optimizer: Expert
 
 
 def can_catch_up(standings: Sequence[Standing]) -> bool:
-    """Whether the ranks with a state are at most one step apart, and those behind can take that step. False, for example, if one rank
-    alone has gone back to a checkpoint."""
-    known = [standing for standing in standings if standing.has_state]
-    last = max((standing.step for standing in known), default=0)
-    return len(known) > 0 and all(s.step == last or (s.step == last - 1 and s.gradients_complete) for s in known)
+    """Whether the ranks with a state are at most one step apart, and the ranks that are behind can take that step.
+
+    This is false, for example, if only one of the ranks has gone back to a checkpoint.
+    """
+    with_state = [standing for standing in standings if standing.has_state]
+    last = max((standing.step for standing in with_state), default=0)
+    return len(with_state) > 0 and all(s.step == last or (s.step == last - 1 and s.gradients_complete) for s in with_state)
 
 
 def catch_up(parts: TrainedParts, state: TrainState, standings: Sequence[Standing], max_grad_norm: float | None) -> TrainState:
-    """Bring this rank to the beginning of the step that the most advanced rank is at (`can_catch_up`), and return where it stands then."""
+    """Take this rank to the beginning of the step that the most advanced rank is at (`can_catch_up`), and return its state there."""
     ahead = max((standing for standing in standings if standing.has_state), key=lambda standing: standing.step)
     if state.step < ahead.step:
         taken = parts.optimizer.step(ahead.norm, max_grad_norm)
-        # Stream and history have moved with the step's forward and backward passes.
+        # The step's forward and backward passes have already advanced the stream and the history.
         state = state.after_step(parts, tokens=ahead.tokens - state.tokens, skipped=not taken)
     state.put_back(parts)
     return state
 
 
 def redeal(parts: TrainedParts, state: TrainState | None, standings: Sequence[Standing], group: Group) -> tuple[TrainState, int] | None:
-    """Deal all experts anew over the group, and give ranks without a state everything else. Every rank must call it.
+    """Deal all experts anew over the group, and send everything else to ranks without a state. Every rank must call it.
 
     Returns:
-        Where the run stands, and the number of experts that travelled; None if an expert has no copy left, and then nothing is changed.
+        The state of the run, and the number of experts that moved; None: an expert has no copy left, and nothing was changed.
     """
     ranks = group.ranks
     holders = _holders(parts, ranks, has_state=state is not None)
@@ -126,7 +133,7 @@ def redeal(parts: TrainedParts, state: TrainState | None, standings: Sequence[St
     source = next(rank for rank, standing in enumerate(standings) if standing.has_state)
     everyone_has_state = all(standing.has_state for standing in standings)
     received = None if everyone_has_state else _send_replicated(parts, ranks, source, state)
-    ranks.barrier()  # now every rank has everything: from here on nothing is given up that another rank still needs
+    ranks.barrier()  # every rank has received everything, so no rank needs what the next lines free
     _install(parts, group, owners, dealt)
     if state is None:
         assert received is not None
@@ -138,7 +145,7 @@ def redeal(parts: TrainedParts, state: TrainState | None, standings: Sequence[St
 
 
 def go_back(parts: TrainedParts, config: Config, group: Group) -> TrainState:
-    """Load the last checkpoint on all ranks of the group. Every rank must call it; until it returns, what `parts` hold counts for nothing.
+    """Load the last checkpoint on all ranks of the group. Every rank must call it; until it returns, the values in `parts` are undefined.
 
     Raises:
         UserError: there is no checkpoint.
@@ -157,12 +164,12 @@ def go_back(parts: TrainedParts, config: Config, group: Group) -> TrainState:
     except NoCheckpointError as error:
         raise UserError(
             f"ranks were lost with the only copy of some experts, and {error}\n"
-            "  start the run anew; fssdp.redundancy=1 keeps a second copy of each expert, save_steps a way back"
+            "  start the run anew; fssdp.redundancy=1 keeps a second copy of each expert, save_steps writes checkpoints to go back to"
         ) from error
 
 
 def _holders(parts: TrainedParts, ranks: Ranks, *, has_state: bool) -> dict[Unit, np.ndarray]:
-    """Per unit int64 [experts]: the lowest rank that owns the expert, else the lowest that has its backup, else -1."""
+    """Per unit int64 [experts]: the lowest rank that owns the expert, else the lowest rank that has its backup, else -1."""
     optimizer, families = parts.optimizer, parts.engine.shards.families
     own = []
     for unit, family in families.items():
@@ -207,7 +214,11 @@ def _install(parts: TrainedParts, group: Group, owners: dict[Unit, np.ndarray], 
 def _send_replicated(
     parts: TrainedParts, ranks: Ranks, source: int, state: TrainState | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Where the run stands, and the replicated parameters with their moments, from rank `source`; None on a rank that has a state."""
+    """Send the run's state, and the replicated parameters with their moments, from rank `source` to all ranks.
+
+    Returns:
+        On a rank without a state: what it has received. On others: None.
+    """
     optimizer = parts.optimizer
     text = tensors = None
     if ranks.rank == source:

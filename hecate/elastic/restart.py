@@ -1,4 +1,4 @@
-"""Makes a run that torch's elastic agent has restarted go on from its last checkpoint."""
+"""Lets a run that torch's elastic agent has started again go on from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from hecate.ranks.ranks import Ranks, restarts
 
 
 def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | None) -> Config:
-    """The configuration to train with; after a restart it says `resume` if there is a checkpoint. Every rank must call it.
+    """The configuration to train with. After a restart it has `resume=true` if there is a checkpoint. Every rank must call it.
 
-    The ranks must agree on whether there was a restart: each node's agent counts its own, and the agent of a new node has counted none.
+    The ranks must agree on whether there was a restart: each node's agent counts its own restarts, and the agent of a new node has counted
+    none.
 
     Args:
-        claim: raises UserError if the output folder is taken. It is called on the ranks that have one, and only at the beginning of a run.
+        claim: a function that raises UserError if the output folder is taken; None on ranks that do not check this. It is called only at
+            the beginning of a run.
     """
     if ranks.all_max(float(restarts())):
         there = next(good_checkpoints(Path(config.output_dir)), None) if ranks.is_first else None
@@ -35,7 +37,7 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
     if ranks.all_max(float(taken is not None)):
         if taken is not None:
             raise taken
-        # The rank that checked prints why. This rank's launcher must learn of the error, too, or it would start the ranks again.
+        # The rank that checked prints the reason. This rank's launcher needs the error, too, or it would start the ranks again.
         if errors := os.environ.get(ERRORS_VARIABLE):
             error_file(Path(errors), ranks.rank).write_text("hecate: rank 0 found an error; see its message above", encoding="utf-8")
         sys.exit(USER_ERROR_EXIT)

@@ -1,1 +1,1 @@
-"""This process among the ranks of the job: its numbers, its device, its process groups."""
+"""What this process is among the ranks of its job: its rank, its device and its process groups."""

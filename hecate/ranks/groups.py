@@ -1,4 +1,4 @@
-"""The process groups of a mesh. All that talk among fewer ranks than the world are made here, by every rank in the same order."""
+"""Makes the process groups of a mesh. No other file makes groups of fewer ranks than the world; every rank makes them in the same order."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch.distributed as dist
 
 from hecate.parallel.mesh import Mesh
 
-# Long enough for one rank to evaluate while the others wait, short against gloo's half hour.
+# This is long enough for one rank to evaluate while the others wait, and shorter than gloo's half hour.
 TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The process groups of one rank that have to do with experts (`hecate.parallel.mesh`).
+    """The process groups in which one rank exchanges experts and tokens (`hecate.parallel.mesh`).
 
-    A sharding group is made of ranks that share one copy of all experts. This rank's sharding group exists twice, so that expert chunks
-    and tokens never queue behind each other.
+    The ranks of a sharding group share one copy of all experts. This rank's sharding group exists twice, so that expert chunks and tokens
+    never queue behind each other.
     """
 
     experts: dist.ProcessGroup
@@ -27,7 +27,7 @@ class ExpertGroups:
     tokens: dist.ProcessGroup
     """the sharding group, for tokens"""
     replicate: dist.ProcessGroup | None = None
-    """the replicate group: this rank and those that own the same experts in the other sharding groups; None: there is no other"""
+    """the replicate group: this rank and the ranks that own the same experts in other sharding groups; None: there are none"""
     everyone: dist.ProcessGroup | None = None
     """all ranks of the job; None: the job is one sharding group"""
 
@@ -43,21 +43,21 @@ class ExpertGroups:
 
 @dataclass(frozen=True)
 class TensorGroups:
-    """Who holds what of the model outside its experts."""
+    """The process groups of one rank for the part of the model outside its experts, where tensor parallelism splits it."""
 
     tensor: dist.ProcessGroup
-    """this rank and those that hold the other parts of one copy; they compute the same rows"""
+    """the tensor group: this rank and the ranks with the other parts of the same copy; they compute the same sequences"""
     data: dist.ProcessGroup
-    """this rank and those that hold the same part, in other copies; each computes rows of its own"""
+    """this rank and the ranks with the same part of other copies; each of them computes sequences of its own"""
 
     @property
     def tp_size(self) -> int:
-        """Parts of a copy."""
+        """Number of ranks in the tensor group."""
         return dist.get_world_size(self.tensor)
 
     @property
     def tp_rank(self) -> int:
-        """Which of them this rank has."""
+        """This rank's number in its tensor group."""
         return dist.get_rank(self.tensor)
 
     @property
@@ -66,9 +66,9 @@ class TensorGroups:
 
 
 def expert_groups(mesh: Mesh) -> ExpertGroups:
-    """The groups of this rank, which has joined the default group of `mesh.world_size` ranks. Every rank must call it.
+    """Make the expert groups of this rank, which has joined the default group of `mesh.world_size` ranks. Every rank must call it.
 
-    Not torch's DeviceMesh, which makes one group for a dimension, where experts and tokens need one each.
+    They are not made with torch's DeviceMesh, because it makes one group for a dimension, and experts and tokens need one each.
     """
     default = dist.group.WORLD
     assert default is not None
@@ -79,18 +79,22 @@ def expert_groups(mesh: Mesh) -> ExpertGroups:
 
 
 def tensor_groups(mesh: Mesh) -> TensorGroups | None:
-    """As `expert_groups`; None: every rank has all of the model outside its experts."""
+    """Make the tensor groups of this rank; None: every rank has all of the model outside its experts. Every rank must call it."""
     if mesh.tp_size == 1:
         return None
     return TensorGroups(tensor=own_group(mesh.tensor_groups()), data=own_group(mesh.data_groups()))
 
 
 def own_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup:
-    """A new process group for each of `groups`, which share out all ranks; the one that this rank is in. Every rank must call it."""
+    """Make a process group of each of `groups`, and return the one that this rank is in. Every rank must call it.
+
+    Args:
+        groups: lists of ranks. Each rank of the job is in exactly one of them.
+    """
     own = None
     for ranks in groups:
         group = dist.new_group(list(ranks), timeout=TIMEOUT)
         if dist.get_rank() in ranks:
             own = group
-    assert isinstance(own, dist.ProcessGroup)  # a rank outside all groups would get a number
+    assert isinstance(own, dist.ProcessGroup)  # torch gives a rank outside all groups a number
     return own

@@ -1,7 +1,8 @@
-"""The files by which a launcher and its ranks on one machine find each other, in a folder that the launcher makes and removes.
+"""The files and environment variables by which a launcher and its ranks on one machine exchange messages.
 
-The launcher writes which processes train together (`Generation`), and writes it anew when a rank was lost or one more is ready; the ranks
-read it. A *member* is a process with a number that it keeps; its rank is its position among the members.
+The files are in a folder that the launcher makes and removes. The launcher writes which processes train together (`Generation`), and writes
+this anew when a rank was lost or one more is ready; the ranks read it. A *member* is a process with a number that stays the same; its rank
+is its position among the members.
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ from typing import NoReturn
 from hecate.errors import USER_ERROR_EXIT, UserError
 
 STORE_VARIABLE = "HECATE_STORE"
-"""Path of the file store where the ranks meet. The launcher sets it, never a user."""
+"""Path of the file store where the ranks meet. The launcher sets this variable, never a user."""
 ERRORS_VARIABLE = "HECATE_ERRORS"
-"""Folder in which ranks leave the texts of a user's mistakes for their launcher."""
+"""Folder in which ranks leave the texts of user errors for their launcher."""
 LAUNCHED_VARIABLE = "HECATE_LAUNCHED"
-"""Process id of the launcher. Ranks that have it die with the launcher."""
+"""Process id of the launcher. A rank with this variable dies when the launcher dies."""
 MEMBER_VARIABLE = "HECATE_MEMBER"
-"""Number of this member. Set where the other ranks go on after a loss."""
+"""Number of this member. It is set if the other ranks go on after a loss."""
 JOIN_VARIABLE = "HECATE_JOIN"
 """Set for a member that joins a run under way."""
 
 
 def error_file(folder: Path, rank: int) -> Path:
-    """The file in which a rank leaves the text of a user's mistake."""
+    """The file in which a rank leaves the text of a user error."""
     return folder / f"error-{rank}"
 
 
 def mistakes(folder: Path) -> list[Path]:
-    """The files that ranks have left, by rank."""
+    """The error files that ranks have left, sorted by rank."""
     return sorted(folder.glob("error-*"), key=lambda path: int(path.name.removeprefix("error-")))
 
 
 def exit_with_user_error(error: UserError) -> NoReturn:
     """End this rank with exit status 2 and the error's text.
 
-    All ranks usually meet the same mistake, so rank 0 alone prints it where a launcher watches. Every rank leaves it in a file for the
-    launcher, which prints it if rank 0 did not meet it.
+    All ranks usually find the same mistake, so under a launcher only rank 0 prints it. Every rank leaves the text in a file, and the
+    launcher prints it if rank 0 has not.
     """
     folder, rank = os.environ.get(ERRORS_VARIABLE), os.environ.get("RANK", "0")
     if folder:
@@ -52,12 +53,12 @@ def exit_with_user_error(error: UserError) -> NoReturn:
 
 
 def ready_file(store: Path, member: int) -> Path:
-    """The file that a member makes when it has loaded: when it can join, or has trained its first step."""
+    """The file that a member makes when it can join a run, or has trained its first step."""
     return store.with_name(f"ready-{member}")
 
 
 def here_file(store: Path, generation: int, member: int) -> Path:
-    """The file that a member makes when it is about to meet the others of a generation."""
+    """The file that a member makes just before it connects to the other members of a generation."""
     return store.with_name(f"here-{generation}-{member}")
 
 
@@ -71,17 +72,17 @@ class Generation:
     """The processes that train together."""
 
     number: int
-    """from 0, one more each time"""
+    """counts the generations of a run from 0"""
     members: tuple[int, ...]
-    """by rank"""
+    """member of each rank"""
     devices: tuple[int, ...]
-    """by rank: its device's number in the topology that the run began with"""
+    """device of each rank, as its number in the topology that the run began with"""
     num_devices: int
-    """of that topology"""
+    """number of devices in that topology"""
 
 
 def write_generation(store: Path, generation: Generation) -> None:
-    """Replace the generation at once: a reader sees the old one or the new one, never a part."""
+    """Replace the file with the generation in one operation: a reader sees the old one or the new one, never a part of one."""
     staged = store.with_name("generation.tmp")
     staged.write_text(json.dumps(vars(generation)), encoding="ascii")
     os.replace(staged, store.with_name("generation"))

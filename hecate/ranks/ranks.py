@@ -1,4 +1,4 @@
-"""This process among the ranks of the job: its number, its device, its process groups."""
+"""Joins a process to the other ranks of its job, and gives its rank, its device and its process groups as a value."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands."""
+    """This process among the ranks of its job, with the collectives that training needs besides those of experts and tokens."""
 
     rank: int
     world_size: int
     device: torch.device
     groups: ExpertGroups
     connections: frozenset[Connection] = frozenset()
-    """with which gloo has joined this rank to the others"""
+    """the connections that gloo has made to the other ranks; empty with NCCL"""
     tensor: TensorGroups | None = None
     """None: every rank has all of the model outside its experts"""
 
@@ -41,12 +41,12 @@ class Ranks:
 
     @property
     def tp_size(self) -> int:
-        """Neighbouring ranks that compute the same rows, each with a part of the model outside its experts."""
+        """Number of ranks in a tensor group: they compute the same sequences, each with a part of the model outside its experts."""
         return self.tensor.tp_size if self.tensor else 1
 
     @property
     def dp_rank(self) -> int:
-        """Of such groups this rank's, which has rows of its own."""
+        """The number of this rank's tensor group, which is the number of its share of the data."""
         return self.rank // self.tp_size
 
     @property
@@ -55,7 +55,7 @@ class Ranks:
 
     @property
     def is_first_of_tensor_group(self) -> bool:
-        """On one rank of each copy, for sums over all ranks of what those of a copy see alike."""
+        """True on one rank of each tensor group. Sums over all ranks use it to count once what is the same on all ranks of a group."""
         return self.rank % self.tp_size == 0
 
     def all_max(self, value: float) -> float:
@@ -69,14 +69,14 @@ class Ranks:
         return total
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """[ranks, ...]: every rank's values, of one shape. Every rank must call it."""
+        """[ranks, ...]: the values of every rank, which must all have one shape. Every rank must call it."""
         mine = values.to(self.device)
         parts = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(parts, mine, group=self.groups.world)
         return torch.stack(parts).cpu()
 
     def broadcast_from(self, source: int, data: bytes | None) -> bytes:
-        """The bytes of rank `source`, of any length; others give None. Every rank must call it."""
+        """The bytes of rank `source`, of any length. Every rank must call it; the other ranks pass None."""
         length = torch.tensor(len(data or b""), device=self.device)
         dist.broadcast(length, src=source, group=self.groups.world)
         buffer = torch.empty(int(length), dtype=torch.uint8, device=self.device)
@@ -87,9 +87,9 @@ class Ranks:
         return buffer.cpu().numpy().tobytes()
 
     def abort(self) -> None:
-        """Break off every collective under way, here and, because it loses this peer, on every rank that waits for this one.
+        """Break off every collective under way on this rank, and so on every rank that waits for this one.
 
-        From any thread. Nothing more can be sent among these ranks.
+        Any thread may call it. Nothing more can be sent among these ranks afterwards.
         """
         groups = self.groups.all() + ([self.tensor.tensor, self.tensor.data] if self.tensor else [])
         for group in groups:
@@ -105,7 +105,7 @@ class Ranks:
         dist.destroy_process_group()
 
     def all_most(self, values: Sequence[float]) -> list[float]:
-        """The largest of each of several values of any rank, in one message. Every rank must call it, with as many values."""
+        """The largest value of any rank, for each of several values in one message. Every rank must call it, with equally many values."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.world)
         return [float(value) for value in tensor.tolist()]
@@ -114,11 +114,11 @@ class Ranks:
         self.all_max(0.0)
 
     def new_sharding_group(self) -> dist.ProcessGroup:
-        """This rank's sharding group once more, for messages that must not queue behind others. Every rank must call it."""
+        """Another process group of this rank's sharding group, for messages that must not queue behind others. Every rank must call it."""
         return own_group(make_mesh(self.world_size, dist.get_world_size(self.groups.experts)).sharding_groups())
 
     def broadcast_bytes(self, data: bytes) -> bytes:
-        """Rank 0's bytes, of a length that all ranks know."""
+        """The bytes of rank 0. Every rank must call it, with data of the same length."""
         tensor = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
         dist.broadcast(tensor, src=0, group=self.groups.world)
         return bytes(tensor.tolist())
@@ -130,10 +130,10 @@ class Ranks:
 
 
 def ranks_from_environment() -> tuple[int, int] | None:
-    """(rank, world size) that torchrun or our own launcher has given this process, or None.
+    """(rank, world size) from the environment variables of torchrun or hecate's launcher; None: no launcher has started this process.
 
     Raises:
-        UserError: the variables are there but make no sense.
+        UserError: the variables are set, but are not a rank and a world size.
     """
     if "RANK" not in os.environ:
         return None
@@ -148,25 +148,25 @@ def ranks_from_environment() -> tuple[int, int] | None:
 
 @contextmanager
 def join_ranks(shard_size: int | None = None, tp_size: int = 1) -> Iterator[Ranks]:
-    """Join the process group that the environment describes; a process outside any launcher becomes a world of one.
+    """Join the process group that the environment describes. A process that no launcher has started becomes a world of one rank.
 
-    Leaves the group at the end whatever happened, or the one that has taken its place, so that a peer that waits for this rank fails at
-    once.
+    At the end of the block the process leaves the group, or the group that has replaced it, whatever happened. So a peer that waits for
+    this rank fails at once.
 
     Args:
         shard_size: `fssdp.shard_size`.
         tp_size: `model.tensor_parallel`.
 
     Raises:
-        UserError: the environment makes no sense, or there is another number of ranks than the two sizes divide.
+        UserError: the environment variables are no rank and world size, or the two sizes do not divide the number of ranks.
     """
-    # One that is to join a run under way is alone until it is let in.
-    place = None if JOIN_VARIABLE in os.environ else ranks_from_environment()
-    rank, world_size = place or (0, 1)
-    if place is None:
+    # A process that is to join a run under way is a world of one rank until it is let in.
+    given = None if JOIN_VARIABLE in os.environ else ranks_from_environment()
+    rank, world_size = given or (0, 1)
+    if given is None:
         store: dist.Store | None = dist.HashStore()
     elif STORE_VARIABLE in os.environ:
-        # A file of its own for each time that an agent starts all ranks anew.
+        # Each time that an agent starts all ranks anew, they meet in a new file.
         store = dist.FileStore(f"{os.environ[STORE_VARIABLE]}-{restarts()}", world_size)
     else:
         store = None
@@ -177,7 +177,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1) -> Iterator[Rank
         try:
             yield ranks
         except BaseException:
-            ranks.abort()  # whoever waits for this rank is to fail now, not at its timeout
+            ranks.abort()  # ranks that wait for this one fail now, not at their timeout
             raise
     finally:
         if dist.is_initialized():
@@ -185,28 +185,34 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1) -> Iterator[Rank
 
 
 def _keep_for_good(group: dist.ProcessGroup) -> None:
-    """Never destroy it: gloo's destructor waits for the operations under way, some of which only their timeout ends, and stops all of
-    Python meanwhile. What is left of a broken group are a few idle threads."""
+    """Keep a process group alive until the process ends.
+
+    gloo's destructor waits for the operations under way, some of which end only by their timeout, and stops all of Python meanwhile. A
+    broken group that is kept costs a few idle threads.
+    """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Is this what a collective says when another rank has died or broken off?"""
+    """Whether an error is what a collective raises when another rank has died or broken off."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def restarts() -> int:
-    """How often torch's elastic agent on this node has started its ranks anew. Another node's may have another number."""
+    """How often torch's elastic agent on this node has started its ranks anew. The number may differ from node to node."""
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return int(count) if count.isdigit() else 0
 
 
 def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: int | None = None, tp_size: int = 1) -> Ranks:
-    """Make this process one of `world_size` ranks. It must belong to no process group, or have left it.
+    """Make this process one of `world_size` ranks. It must belong to no process group.
 
     Args:
-        store: where the ranks meet, used by none before; None: where torchrun's environment says.
-        shard_size, tp_size: as `join_ranks` has them.
+        store: the unused store where the ranks meet; None: torchrun's environment variables name it.
+        rank: this process's rank.
+        world_size: the number of ranks that connect.
+        shard_size: `fssdp.shard_size`.
+        tp_size: `model.tensor_parallel`.
     """
     mesh = make_mesh(world_size, shard_size, tp_size)
     cuda = torch.cuda.is_available()
@@ -228,23 +234,23 @@ def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: in
 
 
 def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:
-    """Those of the sockets that connect to a port on which some rank's gloo listens. Every rank must call it.
+    """The sockets that connect to a port on which the gloo of some rank listens. Every rank must call it.
 
     Args:
-        new: sockets opened since the groups began. Another thread may have connected to somewhere else meanwhile.
+        new: sockets opened since the groups were begun. Some may be connections that another thread has made meanwhile.
     """
     mine = sorted(ports(new))
-    most = int(ranks.all_max(len(mine)))  # one for each group and network interface, so their number has no fixed bound
+    most = int(ranks.all_max(len(mine)))  # there is one port for each group and network interface, so their number has no fixed bound
     table = ranks.all_gather(torch.tensor(mine + [0] * (most - len(mine)), dtype=torch.int64))
     listening = {port for port in table.flatten().tolist() if port}
     return frozenset(c for c in new if c.peer is not None and {c.local[1], c.peer[1]} & listening)
 
 
 def die_with_launcher(launcher: int) -> None:
-    """Linux: be killed when the launcher, this process's parent, dies, however it dies."""
+    """Have the kernel kill this process when its parent, the launcher, dies in any way. Linux only; elsewhere it does nothing."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):
         return
-    if os.getppid() != launcher:  # it died before we asked
+    if os.getppid() != launcher:  # the launcher died before the call
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""The TCP connections of this process, and how to break those that a process group has made.
+"""Finds the TCP connections of this process, and breaks those that a process group has made.
 
-gloo's own `abort` frees nobody: a rank that waits for a living peer goes on waiting until its timeout, and so do those that wait for it.
-A connection that is shut down fails at once, on both of its ends. (Linux; elsewhere nothing is found, and a lost rank is seen by its
-direct peers alone.) Nor does gloo ask whether a silent peer's machine still runs: the kernel is told to.
+gloo's own `abort` ends no wait: a rank that waits for a living peer waits until its timeout, and so do the ranks that wait for it.
+A connection that is shut down fails at once, on both of its ends. gloo does not check either whether a silent peer's machine still runs, so
+the kernel is set to check it. (Linux only. Elsewhere no connection is found, and only the direct peers of a lost rank notice the loss.)
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ _IDLE_SECONDS, _PROBE_SECONDS, _GIVE_UP_SECONDS = 5, 2, 12
 
 @dataclass(frozen=True)
 class Connection:
-    """A socket of this process, by which its descriptor is told from another that has taken its number since."""
+    """A socket of this process, with its addresses. By these it differs from a later socket with the same descriptor."""
 
     descriptor: int
     local: Any
+    """address of its own end"""
     peer: Any
-    """None: it listens"""
+    """address of its other end; None: the socket listens"""
 
 
 def tcp_sockets() -> set[Connection]:
@@ -39,7 +40,7 @@ def tcp_sockets() -> set[Connection]:
 
 
 def shut_down(connections: Iterable[Connection]) -> None:
-    """Break connections off, those that are still there; from any thread."""
+    """Break the connections that still exist. Any thread may call it."""
     for connection in connections:
         with _opened(connection.descriptor) as handle:
             if handle is not None and connection.peer is not None and _describe(connection.descriptor, handle) == connection:
@@ -48,8 +49,10 @@ def shut_down(connections: Iterable[Connection]) -> None:
 
 
 def notice_lost_machines(connections: Iterable[Connection]) -> None:
-    """Have the kernel break off those whose other machine answers nothing, as without power or network, after some twelve seconds. A
-    process that is only slow, or stopped, is none of these: its kernel answers."""
+    """Have the kernel break connections whose other machine has not answered for about twelve seconds, as without power or network.
+
+    Connections to a process that is only slow or stopped stay, because the kernel of its machine answers.
+    """
     options = (
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", _IDLE_SECONDS),
@@ -67,13 +70,13 @@ def notice_lost_machines(connections: Iterable[Connection]) -> None:
 
 
 def ports(connections: Iterable[Connection]) -> set[int]:
-    """On which they listen."""
+    """The ports on which sockets listen."""
     return {connection.local[1] for connection in connections if connection.peer is None}
 
 
 @contextlib.contextmanager
 def _opened(descriptor: int) -> Iterator[socket.socket | None]:
-    """A second handle of a descriptor's socket; None if it is none, or gone."""
+    """Give a second handle of a descriptor's socket until the end of the block; None: the descriptor is no socket, or is closed."""
     try:
         copy = os.dup(descriptor)
     except OSError:

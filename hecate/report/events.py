@@ -1,4 +1,4 @@
-"""What happens in a run, as values: written by training and elasticity, read by reports and by whoever watches the run."""
+"""The events of a run, as values. Training and elasticity make them; reports and observers of the run read them."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ class StepResult:
     aux_loss: float
     """load-balancing loss before its coefficient; top_k when balanced"""
     grad_norm: float
-    """before clipping"""
+    """norm of all gradients before clipping"""
     skipped: bool
-    """a gradient was not finite, so that nothing was changed"""
+    """whether a gradient was not finite, so that no parameter was changed"""
     loads: dict[Unit, np.ndarray]
     """per unit, int64 [experts, ranks of the job]"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
-    """One optimizer step that has ended, and what it took; the same on every rank, but for `seconds`."""
+    """One optimizer step that has ended, with its figures; the same on every rank, except `seconds`."""
 
     step: int
-    """optimizer steps done, this one among them"""
+    """number of optimizer steps done, this one included"""
     result: StepResult
     tokens: int
-    """of the whole step, padding not counted"""
+    """number of tokens of the whole step, without padding"""
     seconds: float
-    """on this rank"""
+    """duration of the step on this rank"""
     learning_rate: float
     imbalance: float
     """largest over mean load of the ranks, averaged over the units"""
     calibrations: int
-    """plans so far that gave way to better ones after the gate"""
+    """number of plans of this run that were replaced by better ones once the routers had chosen (plan source `calibrated`)"""
     bytes_sent: int
-    """by all ranks together"""
+    """number of bytes sent by all ranks together"""
 
 
 @dataclass(frozen=True)
 class EvalScore:
-    """What an evaluation found for one held-out source, all ranks together."""
+    """The result of an evaluation for one held-out source, over all ranks."""
 
     loss: float
     """cross-entropy per label token"""
@@ -59,9 +59,10 @@ class EvalScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found, by source name; the same on every rank."""
+    """The results of an evaluation; the same on every rank."""
 
     scores: dict[str, EvalScore]
+    """source -> its result"""
     loads: dict[str, dict[Unit, list[int]]]
     """source -> unit -> assignments of each expert"""
 
@@ -77,22 +78,22 @@ class Move:
 
 @dataclass(frozen=True)
 class Resharding:
-    """A re-sharding that was done, and why; the same on every rank, but for `seconds`."""
+    """A re-sharding that was done, and the predicted gain; the same on every rank, except `seconds`."""
 
     move: Move
     gain: ReshardGain
-    """as predicted"""
+    """the gain that was predicted"""
     seconds: float
-    """planning and moving, on this rank"""
+    """duration of planning and moving on this rank"""
 
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A run that goes on with other ranks; the same on every rank."""
+    """A change of ranks after which the run goes on; the same on every rank."""
 
     step: int
-    """optimizer steps done"""
+    """number of optimizer steps done"""
     went_back: bool
-    """to a checkpoint, because no copy of some experts was left"""
+    """whether the run went back to a checkpoint, because some experts had no copy left"""
     moved: int
-    """experts that travelled to other owners"""
+    """number of experts that moved to other owners"""

@@ -1,4 +1,4 @@
-"""A picture of who serves what: the share of each task's tokens at each expert of each layer."""
+"""Draws which experts serve which task: for each task, the share of its assignments at each expert of each layer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from hecate.errors import UserError, install_hint
 BLANK = "#d9d9d9"
 DOTS_PER_INCH = 130
 LETTERS_AN_INCH = 9
-"""Of the widest letters, in a panel's title."""
+"""How many of the widest letters fit an inch of a panel's title."""
 
 MAX_WIDTH, MAX_HEIGHT = 14.0, 9.0
-"""Inches of all panels side by side, and one below the other."""
+"""Largest width and height, in inches, of all panels together."""
 
 
 def write_heatmap(path: Path, shares: dict[str, list[list[float]]], title: str) -> None:
-    """Write a PNG with one panel a task, all on one colour scale.
+    """Write a PNG with one panel for each task, all on one colour scale.
 
     Args:
-        shares: task -> layer -> expert, the share of the task's token-slots; a layer's shares sum to 1. Layers may have
+        path: where the PNG is written.
+        shares: task -> layer -> expert, the share of the task's assignments; a layer's shares sum to 1. Layers may have
             different numbers of experts, or none: the rest of their row stays blank.
+        title: stands above all panels.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -77,7 +79,7 @@ def write_heatmap(path: Path, shares: dict[str, list[list[float]]], title: str) 
 
 
 def _grid(layers: list[list[float]]) -> np.ndarray:
-    """float64 [layers, most experts]; NaN where a layer has no such expert."""
+    """The shares of one task as float64 [layers, largest number of experts]; NaN where a layer has no such expert."""
     grid = np.full((max(len(layers), 1), max((len(layer) for layer in layers), default=0) or 1), np.nan)
     for row, layer in zip(grid, layers, strict=False):
         row[: len(layer)] = layer
@@ -85,7 +87,7 @@ def _grid(layers: list[list[float]]) -> np.ndarray:
 
 
 def _columns(num_panels: int, width: float, height: float) -> int:
-    """How many panels stand side by side, so that the picture comes nearest to 3:2 without a lone panel in the last row."""
+    """How many panels stand side by side: the number that brings the picture nearest to 3:2, with few empty places in the last row."""
 
     def unlikeness(columns: int) -> float:
         rows = math.ceil(num_panels / columns)
@@ -96,6 +98,6 @@ def _columns(num_panels: int, width: float, height: float) -> int:
 
 
 def _ticks(count: int, most: int) -> range:
-    """0, s, 2s, ... below `count`, at most about `most` of them, s being 1, 2, 5, 10, 20, ..."""
+    """The marks of an axis: 0, s, 2s, ... below `count`, about `most` of them at most, where s is one of 1, 2, 5, 10, 20, ..."""
     steps = (digit * 10**power for power in range(12) for digit in (1, 2, 5))
     return range(0, count, next(step for step in steps if count <= step * most))

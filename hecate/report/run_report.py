@@ -1,4 +1,4 @@
-"""What a run reports while it trains: the terminal, metrics.jsonl, the recorded loads. Only the first rank reports."""
+"""Writes what a run reports while it trains, to the terminal, to metrics.jsonl and to the file of loads. Only the first rank reports."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from hecate.report.summary import EVERY_RANK, NON_EXPERTS, TrainableRow, trainin
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What reports need of a run when it begins, or goes on with other ranks."""
+    """The facts about a run that reports need when it begins, or goes on with other ranks."""
 
     step: int
-    """optimizer steps done"""
+    """number of optimizer steps done"""
     is_first: bool
     """whether this rank reports"""
     mesh: Mesh
     trainable: tuple[TrainableRow, ...]
     tokens_per_rank: int
-    """most tokens that a rank may have in a step, padding among them"""
+    """largest number of tokens, with padding, that a rank may have in a step"""
 
 
 class Reports:
-    """Every rank has one; those of other ranks than the first do nothing. Which rank is the first may change (`regrouped`)."""
+    """The reports of one rank. Only the first rank's do anything; which rank is the first may change (`regrouped`)."""
 
     def __init__(self, config: Config, facts: RunFacts) -> None:
         self._config = config
@@ -53,7 +53,7 @@ class Reports:
         self._stack.__exit__(kind, error, trace)
 
     def begin(self) -> None:
-        """Save the effective configuration and the report of what trains, and show the latter."""
+        """Write the effective configuration and the table of what trains to the run's folder, and show the table."""
         if self._progress is None:
             return
         self._progress.note(self._write_description(self._facts))
@@ -66,12 +66,12 @@ class Reports:
             self._progress.note(f"resumed after step {self._facts.step}")
 
     def note(self, text: str) -> None:
-        """Show a line."""
+        """Show a line on the terminal."""
         if self._progress:
             self._progress.note(text)
 
     def event(self, step: int, text: str) -> None:
-        """Show a line, and record it."""
+        """Show a line on the terminal, and record it in metrics.jsonl."""
         if self._progress and self._metrics:
             self._metrics.write(event_record(step, text))
             self._progress.note(text)
@@ -115,7 +115,7 @@ class Reports:
         )
 
     def saving(self) -> None:
-        """Write the recorded loads, before a checkpoint: a run that resumes from it finds them up to its step."""
+        """Write the recorded loads. It is called before a checkpoint, so that a run that resumes from it finds the loads up to its step."""
         if self._trace:
             self._trace.save()
 
@@ -126,7 +126,7 @@ class Reports:
             self._progress.note(f"saved {path}")
 
     def regrouped(self, done: Rebuilt, facts: RunFacts, seconds: float) -> None:
-        """Record and show that the run goes on with other ranks; this rank may have become the first, or another has."""
+        """Record and show that the run goes on with other ranks. This rank may have become the first, or may no longer be the first."""
         if facts.is_first and self._progress is None:
             self._open(facts)
         elif not facts.is_first:
@@ -164,7 +164,7 @@ class Reports:
         )
 
     def _write_description(self, facts: RunFacts) -> str:
-        """Write the configuration and the report of what trains; returns that report as text."""
+        """Write the configuration and the table of what trains, and return the table as text."""
         text, report = training_report(facts.trainable)
         (self._folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
         path = self._folder / "trainable.json"
@@ -174,14 +174,14 @@ class Reports:
 
 
 def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
-    """What trains, by owner."""
+    """What a model trains, as one row for each group of equal tensors with the same owner."""
     rows = []
-    for layer, owner_E in moe.engine.shards.owners.items():
-        store = moe.engine.shards.stores[layer]
+    for unit, owner_E in moe.engine.shards.owners.items():
+        store = moe.engine.shards.stores[unit]
         for rank in range(moe.engine.shards.world_size):
             count = int((owner_E == rank).sum())
             if count:
-                rows.append(TrainableRow(f"layers.{layer}.experts", count, store.chunk_numel, store.chunk_bytes, f"rank {rank}"))
+                rows.append(TrainableRow(f"layers.{unit}.experts", count, store.chunk_numel, store.chunk_bytes, f"rank {rank}"))
     for name, parameter in moe.replicated_parameters().items():
         if name in moe.others:
             continue

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run."""
+"""Builds the parts of a run from its configuration: the base model, its experts and adapters, and the tokenized data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hecate.ranks.ranks import Ranks
 
 
 def config_of_model(config: Config, base: BaseModel) -> Config:
-    """The configuration with the numbers of layers and experts that the base model brings.
+    """The configuration with the numbers of layers and experts that an MoE base model already has.
 
     Raises:
         UserError: the configuration gives other numbers.
@@ -33,7 +33,11 @@ def config_of_model(config: Config, base: BaseModel) -> Config:
 
 
 def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) -> BaseModel:
-    """The model that the configuration names, by whoever is to build it. Every rank must call it; `topology` as for `engine_config`."""
+    """Build the model that the configuration names, with the configured front end (transformers or Megatron). Every rank must call it.
+
+    Args:
+        topology: see `engine_config`.
+    """
     if config.model.front_end == "megatron":
         from hecate.megatron.front_end import build_megatron
 
@@ -42,7 +46,11 @@ def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) ->
 
 
 def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology | None = None) -> MoeModel:
-    """Put the configured experts and adapters into the model, if they are not there already; `topology` as for `engine_config`."""
+    """Insert the configured experts and adapters into the model, unless its front end has done so.
+
+    Args:
+        topology: see `engine_config`.
+    """
     if config.model.front_end == "megatron":
         from hecate.megatron.front_end import MegatronModel
 
@@ -57,12 +65,13 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
 
 
 def lora_shape(config: Config) -> LoraShape:
+    """Rank, scale and dropout of the LoRA pairs that the configuration asks for."""
     scale = config.lora.alpha / (config.lora.r**0.5 if config.lora.use_rslora else config.lora.r)
     return LoraShape(config.lora.r, scale, config.lora.dropout, config.lora.pairs)
 
 
 def insertion_plan(config: Config, num_units: int) -> InsertionPlan:
-    """What the configuration puts into a model with so many places for experts."""
+    """What the configuration inserts into a model with `num_units` units that experts can go into."""
     kind = config.moe.kind
     return InsertionPlan(
         kind=kind,
@@ -80,7 +89,7 @@ def insertion_plan(config: Config, num_units: int) -> InsertionPlan:
 
 
 def encode_sources(sources: tuple[DataSource, ...], config: Config, base: BaseModel, ranks: Ranks) -> list[TokenSource]:
-    """Tokenize data sources; rank 0 writes what was left out beside the run."""
+    """Tokenize data sources. Rank 0 writes the samples that were left out to quarantine files in the run's folder."""
     return [
         read_source(
             source,

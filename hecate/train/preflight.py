@@ -1,4 +1,4 @@
-"""What a training run is checked for before any of its processes starts.
+"""Checks a training run before any of its processes starts.
 
 Every command that starts ranks makes these checks first, so that a mistake costs a second and not the start of a job.
 """
@@ -29,7 +29,7 @@ def check_kernels(kernels: str) -> None:
 
 
 def check_data(config: Config) -> None:
-    """Read the data files as far as that needs no tokenizer.
+    """Check the data files, except for what only a tokenizer can find.
 
     Raises:
         UserError: a file cannot be read, or has a broken line.
@@ -40,7 +40,7 @@ def check_data(config: Config) -> None:
 
 
 def check_vocabulary(config: Config) -> None:
-    """Check that the tensor groups can split the vocabulary, whose size only the tokenizer tells.
+    """Check that the tensor groups can split the vocabulary, whose size is known from the tokenizer only.
 
     Raises:
         UserError: `model.tensor_parallel` does not divide it.
@@ -53,7 +53,7 @@ def check_vocabulary(config: Config) -> None:
 
 
 def default_ranks() -> int:
-    """The number of ranks on this machine where nobody gives one: one for each GPU, or 2."""
+    """The number of ranks on this machine when no number is given: one for each GPU, or 2 without GPUs."""
     import torch
 
     return torch.cuda.device_count() or 2

@@ -1,4 +1,4 @@
-"""The decisions of the Ray controller, without processes: which devices to use, what to do after a failure, when to grow, which are slow."""
+"""The decisions of the Ray controller, without processes: which devices to use, what follows a failure, when to grow, what is slow."""
 
 from __future__ import annotations
 
