@@ -1,17 +1,20 @@
-"""Record the expert loads of a training run: a value, its file (docs/traces.md), and a writer that adds one step at a time.
+"""Record the expert loads of a training run: a value, its files (docs/traces.md), and a writer that adds steps while the run lasts.
 
-In memory loads are [..., experts, source ranks], as everywhere; in the file they are [..., source ranks, experts].
+A trace is stored as one file, or as a folder of such files (chunks), each of which holds some consecutive steps. In memory loads are
+[..., experts, source ranks], as everywhere; in files they are [..., source ranks, experts].
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,14 @@ from typing import Any
 import numpy as np
 
 from hecate.errors import UserError
+from hecate.io.durable import sync_folder, write_durable
 
 _VERSION = 1
 _HEADER = ("steps", "layers", "num_experts", "top_k", "tokens_per_rank", "model", "notes")
+_SAME_IN_ALL_CHUNKS = ("layers", "num_experts", "top_k")
+_CHUNK = re.compile(r"step-([0-9]{8,16})\.npz")
+MOST_WAITING_BYTES = 64 << 20
+"""a writer writes a chunk at the latest when the loads that wait in memory are this large"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,21 +82,22 @@ class Trace:
 
 
 def save_trace(trace: Trace, path: Path) -> None:
-    """Write the file, replacing an existing one in a single step.
+    """Write one file, replacing an existing one in a single step.
 
     Raises:
         UserError: the file cannot be written; an existing one is then unchanged.
     """
     header = {"version": _VERSION} | {name: getattr(trace, name) for name in _HEADER}
     text = json.dumps(header, allow_nan=False).encode("ascii")
+    data = io.BytesIO()
     loads = np.ascontiguousarray(np.swapaxes(trace.loads, 2, 3))
+    np.savez_compressed(data, header=np.frombuffer(text, dtype=np.uint8), loads=loads)
     staged = path.with_name(path.name + ".tmp")
     try:
-        with open(staged, "wb") as file:
-            np.savez_compressed(file, header=np.frombuffer(text, dtype=np.uint8), loads=loads)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
+        staged.unlink(missing_ok=True)
+        write_durable(staged, [data.getbuffer()])
+        os.rename(staged, path)
+        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)
@@ -96,11 +105,41 @@ def save_trace(trace: Trace, path: Path) -> None:
 
 
 def load_trace(path: Path) -> Trace:
-    """Read a file that `save_trace` has written.
+    """Read a file that `save_trace` has written, or a folder of a `TraceWriter`, whose chunks are put together.
+
+    Where the number of ranks changed during the run, a rank that does not exist in a step has no loads in it.
 
     Raises:
-        UserError: the file cannot be read, is not a trace, or was written by a later version.
+        UserError: a file cannot be read, is not a trace, or was written by a later version; or the chunks do not fit together.
     """
+    if not path.is_dir():
+        return _load_file(path)
+    chunks = [_load_file(file) for file in chunk_files(path).values()]
+    if not chunks:
+        raise UserError(f"{path}: cannot be read: the folder has no recorded loads (files such as step-00000001.npz) in it")
+    for chunk in chunks:
+        for name in _SAME_IN_ALL_CHUNKS:
+            if getattr(chunk, name) != getattr(chunks[0], name):
+                raise UserError(f"{path}: damaged: its files have different {name}, so they are not of one run")
+    ranks = max(chunk.loads.shape[3] for chunk in chunks)
+    try:
+        return replace(
+            chunks[-1],
+            loads=np.concatenate([_padded(chunk.loads, ranks) for chunk in chunks]),
+            steps=tuple(step for chunk in chunks for step in chunk.steps),
+            tokens_per_rank=max(chunk.tokens_per_rank for chunk in chunks),
+        )
+    except UserError as error:
+        raise UserError(f"{path}: damaged: {error}") from error
+
+
+def chunk_files(folder: Path) -> dict[int, Path]:
+    """Return the files of a folder of a `TraceWriter` by the first step that each holds, ascending."""
+    found = ((_CHUNK.fullmatch(path.name), path) for path in folder.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def _load_file(path: Path) -> Trace:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             header, loads = json.loads(arrays["header"].tobytes()), arrays["loads"]
@@ -122,55 +161,128 @@ def load_trace(path: Path) -> Trace:
 
 
 class TraceWriter:
-    """A writer that collects a run's loads and writes them to a file. Only rank 0 has one.
+    """A writer that records a run's loads into a folder while the run lasts. Only rank 0 has one.
 
-    If the run resumes after step `after`, the steps of the existing file up to `after` are kept, and later ones are dropped.
+    Each `save` writes the steps since the last one to a file of their own, so a step is written once however long the run is, and only
+    steps that are not written yet are in memory. The folder can be read at any time, whatever the writer was killed in.
+
+    If the run resumes after step `after`, the steps of the folder up to `after` are kept, and later ones are deleted before the first new
+    one is written. A file `FOLDER.npz`, which earlier versions wrote, becomes the folder's first chunk.
 
     Raises:
-        UserError: the file cannot be read, or is another run's.
+        UserError: the last file that is kept cannot be read.
     """
 
-    def __init__(self, path: Path, *, top_k: int, tokens_per_rank: int, model: str, notes: dict[str, Any], after: int) -> None:
-        self.path = path
-        self._facts: dict[str, Any] = {"top_k": top_k, "tokens_per_rank": tokens_per_rank, "model": model, "notes": notes}
+    def __init__(self, folder: Path, *, top_k: int, tokens_per_rank: int, model: str, notes: dict[str, Any], after: int) -> None:
+        self.folder = folder
+        self._facts: dict[str, Any] = {"top_k": top_k, "model": model, "notes": notes}
+        self._tokens_per_rank = tokens_per_rank
         self._dtype = np.int32 if tokens_per_rank < 2**31 else np.int64
+        self._after = after
+        self._last_step = after
+        """later steps alone may be appended"""
         self._steps: list[int] = []
         self._loads: list[np.ndarray] = []
-        self._layers: tuple[int, ...] = ()
-        self._num_experts: tuple[int, ...] = ()
-        if after and path.exists():
-            before = load_trace(path)
-            self._facts["tokens_per_rank"] = max(tokens_per_rank, before.tokens_per_rank)
-            for step, loads in zip(before.steps, before.loads, strict=True):
-                if step <= after:
-                    self._steps.append(step)
-                    self._loads.append(loads.astype(self._dtype))
-                    self._layers, self._num_experts = before.layers, before.num_experts
+        self._waiting_bytes = 0
+        kept = self._last_kept()
+        self._kind = (kept.layers, kept.num_experts) if kept else None
+        """layers and their numbers of experts, the same in every step; None: no step yet"""
+        self._is_cut = False
+        """whether steps of before that do not belong to this run are deleted"""
 
     def append(self, step: int, loads: Mapping[int, np.ndarray]) -> None:
-        """Add a step, later than all before: layer -> int [experts, source ranks], with as many experts as each layer has."""
+        """Add a step, later than all before: layer -> int [experts, source ranks], with as many experts as each layer has.
+
+        Raises:
+            UserError: the folder holds loads of other layers or experts; or it had to be written to, and that failed.
+        """
+        assert step > self._last_step, (step, self._last_step)
         layers = tuple(sorted(loads))
-        num_experts = tuple(len(loads[layer]) for layer in layers)
-        loads_LED = np.zeros((len(layers), max(num_experts), loads[layers[0]].shape[1]), dtype=self._dtype)
+        kind = layers, tuple(len(loads[layer]) for layer in layers)
+        if self._kind not in (None, kind):
+            raise UserError(
+                f"{self.folder}: holds loads of other layers or experts than this run's; move it to another folder and resume again"
+            )
+        self._kind = kind
+        loads_LED = np.zeros((len(layers), max(kind[1]), loads[layers[0]].shape[1]), dtype=self._dtype)
         for index, layer in enumerate(layers):
-            loads_LED[index, : num_experts[index]] = loads[layer]
-        if self._steps:
-            assert step > self._steps[-1], (step, self._steps[-1])
-            if (self._layers, self._num_experts) != (layers, num_experts):
-                raise UserError(
-                    f"{self.path}: holds loads of other layers or experts than this run's; move it to another folder and resume again"
-                )
-        self._layers, self._num_experts = layers, num_experts
+            loads_LED[index, : kind[1][index]] = loads[layer]
+        self._last_step = step
         self._steps.append(step)
         self._loads.append(loads_LED)
+        self._waiting_bytes += loads_LED.nbytes
+        if self._waiting_bytes >= MOST_WAITING_BYTES:
+            self.save()
 
     def save(self) -> None:
-        """Write all steps so far. Before the first step nothing is written."""
-        if self._steps:
-            # The number of ranks may have changed during the run. A rank that does not exist in a step has no loads.
-            ranks = max(loads_LED.shape[2] for loads_LED in self._loads)
-            padded = [np.pad(loads_LED, ((0, 0), (0, 0), (0, ranks - loads_LED.shape[2]))) for loads_LED in self._loads]
-            save_trace(Trace(np.stack(padded), tuple(self._steps), self._layers, self._num_experts, **self._facts), self.path)
+        """Write the steps since the last call. Before the first step nothing is written.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        if not self._steps:
+            return
+        self._cut()
+        ranks = max(loads_LED.shape[2] for loads_LED in self._loads)
+        loads_SLED = np.stack([_padded(loads_LED, ranks) for loads_LED in self._loads])
+        # Ranks may have been given more tokens since the writer was made: others were lost, or a slow one was relieved.
+        each = -(-loads_SLED.sum(2).max() // self._facts["top_k"])
+        most = max(self._tokens_per_rank, int(each), int(loads_SLED.max()))
+        assert self._kind is not None
+        layers, num_experts = self._kind
+        chunk = Trace(loads_SLED, tuple(self._steps), layers, num_experts, tokens_per_rank=most, **self._facts)
+        save_trace(chunk, self._file_of(self._steps[0]))
+        self._steps.clear()
+        self._loads.clear()
+        self._waiting_bytes = 0
+
+    def _file_of(self, first_step: int) -> Path:
+        return self.folder / f"step-{first_step:08d}.npz"
+
+    @property
+    def _old_file(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".npz")
+
+    def _kept_files(self) -> dict[int, Path]:
+        """By first step, the files with steps up to `after`; a run that begins keeps none."""
+        if not self._after or not self.folder.is_dir():
+            return {}
+        return {first: file for first, file in chunk_files(self.folder).items() if first <= self._after}
+
+    def _last_kept(self) -> Trace | None:
+        """Read the last of the files that are kept, or the file of an earlier version."""
+        if files := self._kept_files():
+            return _load_file(files[max(files)])
+        return _load_file(self._old_file) if self._after and self._old_file.exists() else None
+
+    def _cut(self) -> None:
+        """Once: leave the steps up to `after` in the folder, and no others.
+
+        Each file is deleted or replaced in a single step, the last one first, so a kill leaves the beginning of the old trace.
+        """
+        if self._is_cut:
+            return
+        last, kept_files = self._last_kept(), self._kept_files()
+        try:
+            self.folder.mkdir(exist_ok=True)
+            for first, file in reversed(chunk_files(self.folder).items()):
+                if first not in kept_files:
+                    file.unlink()
+            sync_folder(self.folder)
+        except OSError as error:
+            raise UserError(f"{self.folder}: the trace cannot be written: {error.strerror or error}") from error
+        if last is not None and (not kept_files or last.steps[-1] > self._after):
+            count = sum(step <= self._after for step in last.steps)
+            if count:
+                save_trace(replace(last, loads=last.loads[:count], steps=last.steps[:count]), self._file_of(last.steps[0]))
+        with contextlib.suppress(OSError):
+            self._old_file.unlink(missing_ok=True)
+        self._is_cut = True
+
+
+def _padded(loads: np.ndarray, ranks: int) -> np.ndarray:
+    """The loads [..., source ranks] with as many source ranks; those that are added have none."""
+    return np.pad(loads, [(0, 0)] * (loads.ndim - 1) + [(0, ranks - loads.shape[-1])])
 
 
 def _short(numbers: tuple[Any, ...]) -> str:

@@ -118,7 +118,7 @@ def test_the_planners_need_no_torch() -> None:
 
 @pytest.mark.parametrize(("folder", "other"), [("parallel", "kernels"), ("kernels", "parallel")])
 def test_the_lower_folders_know_nothing_above_nor_beside_them(folder: str, other: str) -> None:
-    allowed = ("hecate.errors", f"hecate.{folder}")
+    allowed = ("hecate.errors", "hecate.io", f"hecate.{folder}")
     wrong = {}
     for path, tree in trees(sources(folder)):
         for name in imported(tree):

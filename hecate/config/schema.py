@@ -295,7 +295,7 @@ class Config:
     save_total_limit: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """How many of the latest checkpoints to keep. null: all."""
     trace: bool = field(default=False, metadata=key(computes=False))
-    """Record each step's loads per rank, layer and expert into loads.npz in output_dir (docs/traces.md)."""
+    """Record each step's loads per rank, layer and expert into the folder loads in output_dir (docs/traces.md)."""
     resume: bool = field(default=False, metadata=key(computes=False))
     """Continue from the latest checkpoint in output_dir."""
     gradient_checkpointing: bool = field(default=False, metadata=key(computes=False))

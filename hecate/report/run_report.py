@@ -115,7 +115,7 @@ class Reports:
         )
 
     def saving(self) -> None:
-        """Write the recorded loads. It is called before a checkpoint, so that a run that resumes from it finds the loads up to its step."""
+        """Write the loads recorded since the last call. It is called before a checkpoint: a run that resumes from it finds them up to its step."""
         if self._trace:
             self._trace.save()
 
@@ -155,7 +155,7 @@ class Reports:
         if not config.trace:
             return None
         return TraceWriter(
-            self._folder / "loads.npz",
+            self._folder / "loads",
             top_k=config.moe.experts_per_token,
             tokens_per_rank=facts.tokens_per_rank,
             model=config.model.name_or_path,

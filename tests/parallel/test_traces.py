@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from hecate.errors import UserError
+from hecate.parallel import traces
 from hecate.parallel.traces import Trace, TraceWriter, load_trace, save_trace
+from tests.hecate.checkpoint.disk import Killed, watched_disk, write_half
 
 DOCS = Path(__file__).parents[2] / "docs" / "traces.md"
 
@@ -178,7 +180,7 @@ def loads_of(step: int) -> dict[int, np.ndarray]:
 
 
 def test_a_writer_keeps_all_steps(tmp_path: Path) -> None:
-    path = tmp_path / "loads.npz"
+    path = tmp_path / "loads"
     ours = writer(path)
     ours.save()
     assert not path.exists(), "nothing to write"
@@ -198,7 +200,7 @@ def test_a_writer_keeps_all_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [2, 3, 9])
 def test_a_resumed_writer_goes_on_after_its_step(tmp_path: Path, after: int) -> None:
-    path = tmp_path / "loads.npz"
+    path = tmp_path / "loads"
     first = writer(path)
     for step in (1, 2, 3, 4):
         first.append(step, loads_of(9))
@@ -213,14 +215,18 @@ def test_a_resumed_writer_goes_on_after_its_step(tmp_path: Path, after: int) -> 
 
 
 def test_a_new_run_does_not_read_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "loads.npz"
-    path.write_bytes(b"garbage")
+    path = tmp_path / "loads"
+    path.mkdir()
+    (path / "step-00000001.npz").write_bytes(b"garbage")
+    (path / "step-00000007.npz").write_bytes(b"garbage")
+    (tmp_path / "loads.npz").write_bytes(b"an earlier version's")
     with pytest.raises(UserError, match="not a trace"):
         writer(path, after=1)
     fresh = writer(path)
-    fresh.append(1, loads_of(1))
+    fresh.append(2, loads_of(1))
     fresh.save()
-    assert load_trace(path).steps == (1,)
+    assert load_trace(path).steps == (2,)
+    assert sorted(tmp_path.rglob("*.npz")) == [path / "step-00000002.npz"]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +238,7 @@ def test_a_new_run_does_not_read_the_old_file(tmp_path: Path) -> None:
     ids=["layers", "experts"],
 )
 def test_another_runs_file_is_not_gone_on_with(tmp_path: Path, other: dict[int, np.ndarray]) -> None:
-    path = tmp_path / "loads.npz"
+    path = tmp_path / "loads"
     first = writer(path)
     first.append(1, loads_of(1))
     first.save()
@@ -242,7 +248,7 @@ def test_another_runs_file_is_not_gone_on_with(tmp_path: Path, other: dict[int, 
 
 def test_a_run_that_goes_on_with_more_ranks(tmp_path: Path) -> None:
     """A rank that was not there has sent nothing."""
-    path = tmp_path / "loads.npz"
+    path = tmp_path / "loads"
     first = writer(path)
     first.append(1, loads_of(1))
     first.save()
@@ -254,3 +260,139 @@ def test_a_run_that_goes_on_with_more_ranks(tmp_path: Path) -> None:
     for index, layer in enumerate(trace.layers):
         assert (of_layer(trace, index)[0] == np.pad(loads_of(1)[layer], ((0, 0), (0, 1)))).all()
         assert (of_layer(trace, index)[1] == on_three[layer]).all()
+
+
+def recorded(path: Path, saves: list[list[int]], after: int = 0) -> TraceWriter:
+    """A writer that has appended the steps of each list, and saved after each."""
+    ours = writer(path, after)
+    for steps in saves:
+        for step in steps:
+            ours.append(step, loads_of(step))
+        ours.save()
+    return ours
+
+
+def content(path: Path) -> dict[int, list[Any]]:
+    """step -> loads"""
+    trace = load_trace(path)
+    return dict(zip(trace.steps, trace.loads.tolist(), strict=True))
+
+
+def bytes_of_each_save(folder: Path, saves: int) -> list[int]:
+    """The bytes of the files that each save has made or replaced, of one step each."""
+    ours, seen, written = writer(folder / "loads"), set(), []
+    for step in range(1, saves + 1):
+        ours.append(step, loads_of(step))
+        ours.save()
+        files = {(path.stat().st_ino, path.stat().st_mtime_ns): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        written.append(sum(size for key, size in files.items() if key not in seen))
+        seen |= files.keys()
+    return written
+
+
+def test_a_save_writes_the_steps_since_the_last_one_alone(tmp_path: Path) -> None:
+    """However long a run is, its hundredth checkpoint writes as many bytes of loads as its first."""
+    written = bytes_of_each_save(tmp_path, 100)
+    assert max(written) <= 1.1 * written[0], written
+    assert len(content(tmp_path / "loads")) == 100
+
+
+def test_what_is_written_is_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that saves at its end alone writes, too, when so many loads wait: here those of three steps."""
+    monkeypatch.setattr(traces, "MOST_WAITING_BYTES", 3 * 2 * 3 * 2 * 4)
+    ours, kept = writer(tmp_path / "loads"), []
+    for step in range(1, 11):
+        ours.append(step, loads_of(step))
+        kept.append(
+            sum(one.nbytes for value in vars(ours).values() if isinstance(value, list) for one in value if isinstance(one, np.ndarray))
+        )
+    assert 0 < max(kept) < 3 * 2 * 3 * 2 * 4, kept
+    ours.save()
+    assert list(content(tmp_path / "loads")) == list(range(1, 11))
+
+
+def test_a_run_that_goes_back_has_no_step_twice(tmp_path: Path) -> None:
+    """Back from step 6 to a checkpoint in the middle of a chunk, and to the end of one."""
+    path = tmp_path / "loads"
+    before = content(recorded(path, [[1, 2], [3, 4], [5, 6]]).folder)
+    recorded(path, [[4, 9]], after=3)
+    after = content(path)
+    assert list(after) == [1, 2, 3, 4, 9]
+    assert all(after[step] == before[step] for step in after if step < 9)
+    recorded(path, [[5]], after=4)
+    assert list(content(path)) == [1, 2, 3, 4, 5]
+    with pytest.raises(AssertionError):
+        writer(path, after=4).append(4, loads_of(4))
+
+
+def test_a_file_of_an_earlier_version_goes_on_as_a_folder(tmp_path: Path) -> None:
+    path, old = tmp_path / "loads", tmp_path / "loads.npz"
+    save_trace(load_trace(recorded(tmp_path / "other", [[1, 2, 3]]).folder), old)
+    wanted = content(old)
+    recorded(path, [[3]], after=2)
+    assert content(path) == wanted
+    assert not old.exists()
+    save_trace(a_trace(steps=(8, 9)), old)
+    recorded(tmp_path / "loads", [[1]], after=0)
+    assert (list(content(path)), old.exists()) == ([1], False), "a new run"
+
+
+@pytest.mark.parametrize("old_file", [False, True], ids=["folder", "an earlier version's file"])
+def test_whatever_a_save_is_killed_in_the_trace_is_the_beginning_of_a_run(tmp_path: Path, old_file: bool) -> None:
+    """A run went back from step 6 to 3, and its next save is killed before each operation of the disk, or in the middle of a write. What is
+    left is read, and a run that goes back to 3 once more has all of it."""
+    before, after = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5]
+    for fatal in range(1, 200):
+        folder = tmp_path / str(fatal)
+        folder.mkdir()
+        path = folder / "loads"
+        if old_file:
+            save_trace(load_trace(recorded(folder / "other", [before]).folder), folder / "loads.npz")
+        else:
+            recorded(path, [[1], [2, 3, 4], [5], [6]])
+        ours = writer(path, after=3)
+        ours.append(4, loads_of(4))
+        ours.append(5, loads_of(5))
+
+        def die(number: int, operation: str, args: tuple[Any, ...], fatal: int = fatal) -> None:
+            if number == fatal:
+                if operation == "write":
+                    write_half(args)
+                raise Killed
+
+        try:
+            with watched_disk(die):
+                ours.save()
+        except Killed:
+            readable = path if not (folder / "loads.npz").exists() else folder / "loads.npz"
+            left = list(content(readable))
+            assert left in (before[: len(left)], after), left
+            assert left[:3] == [1, 2, 3]
+            recorded(path, [[4, 5]], after=3)
+        else:
+            break
+        assert list(content(path)) == after
+        assert not list(folder.rglob("*.tmp"))
+    assert list(content(path)) == after
+    assert 8 < fatal < 199
+
+
+def test_a_rank_with_more_tokens_than_there_were_to_be(tmp_path: Path) -> None:
+    """Shares change while a run lasts, when a rank is lost or is slow; a rank then has more tokens than the 4 that the writer was told."""
+    ours = writer(tmp_path / "loads")
+    ours.append(1, {0: np.array([[5, 0], [1, 1]])})
+    ours.save()
+    assert load_trace(tmp_path / "loads").tokens_per_rank == 6
+    ours.append(2, {0: np.array([[1, 0], [1, 1]])})
+    ours.save()
+    assert load_trace(tmp_path / "loads").tokens_per_rank == 6
+
+
+def test_a_folder_that_is_no_trace_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no recorded loads"):
+        load_trace(tmp_path)
+    save_trace(a_trace(), tmp_path / "step-00000003.npz")
+    for changes, message in (({"steps": (4, 6)}, "steps must ascend"), ({"steps": (6, 7), "top_k": 2}, "different top_k")):
+        save_trace(a_trace(**changes), tmp_path / "step-00000006.npz")
+        with pytest.raises(UserError, match=f"{tmp_path}: damaged: .*{message}"):
+            load_trace(tmp_path)

@@ -159,9 +159,16 @@ def test_weight_decay_leaves_out_the_kinds_that_are_excluded_and_the_betas_are_t
         optimizer.step(1.0, max_grad_norm=None)
     for name, value in (owned | replicated).items():
         torch.testing.assert_close(value.detach(), expected[name], rtol=1e-12, atol=0)
-    # Owners that change keep their decay.
-    new = {"0.1": parameter(1.0)}
-    optimizer.replace_owned(new, {})
-    new["0.1"].grad = torch.zeros(1, dtype=torch.float64)
-    optimizer.step(1.0, max_grad_norm=None)
-    assert new["0.1"].item() == 1 - rate * decay
+
+
+def test_who_decays_stays_the_same_when_owners_and_backups_change() -> None:
+    settings = AdamWSettings(learning_rate=0.1, weight_decay=0.5, exclude=("routers",))
+    router, expert, backup = parameter(1.0), parameter(1.0), parameter(1.0)
+    optimizer = ExpertOptimizer(Trainables({}, {"layers.0.router": router}), settings, torch.device("cpu"))
+    for replace, parameters in ((optimizer.replace_owned, {"0.1": expert}), (optimizer.replace_backups, {"0.2": backup})):
+        replace(parameters, {})
+        for trained in (router, *parameters.values()):
+            trained.grad = torch.zeros(1, dtype=torch.float64)
+        optimizer.step(1.0, max_grad_norm=None)
+        assert router.item() == 1.0
+        assert all(trained.item() == 1 - 0.1 * 0.5 for trained in parameters.values())

@@ -44,7 +44,7 @@ def test_the_first_rank_writes_and_shows(tmp_path: Path, capsys: pytest.CaptureF
     assert kinds(folder) == ["step", "event", "step"]
     assert (folder / "config.yaml").exists()
     assert (folder / "trainable.json").exists()
-    assert load_trace(folder / "loads.npz").steps == (1, 2)
+    assert load_trace(folder / "loads").steps == (1, 2)
     shown = capsys.readouterr().out
     assert "step 1/3" in shown
     assert "trains 128 parameters" in shown

@@ -63,7 +63,7 @@ def test_a_run_learns_and_leaves_everything_behind(workshop: Path, whole: subpro
     for record in steps:
         # Two choices of every token, padding left out, in both layers.
         assert {layer: sum(load) for layer, load in record["loads"].items()} == {"0": 2 * record["tokens"], "1": 2 * record["tokens"]}
-    trace = load_trace(folder / "loads.npz")
+    trace = load_trace(folder / "loads")
     assert trace.loads.shape == (STEPS, 2, 3, 2)  # steps, layers, experts, ranks
     for step, loads_LED in zip(trace.steps, trace.loads, strict=True):
         assert {str(layer): loads_ED.sum(1).tolist() for layer, loads_ED in enumerate(loads_LED)} == steps[step - 1]["loads"]
@@ -90,7 +90,7 @@ def test_a_killed_run_continues_bit_for_bit(workshop: Path, whole: subprocess.Co
     assert (workshop / "runs/killed/checkpoint-2/COMMIT").is_file()
     run(*arguments, "resume=true")
     assert losses(workshop, "killed") == losses(workshop, "whole")
-    again, once = (load_trace(workshop / "runs" / name / "loads.npz") for name in ("killed", "whole"))
+    again, once = (load_trace(workshop / "runs" / name / "loads") for name in ("killed", "whole"))
     assert again.steps == once.steps == tuple(range(1, STEPS + 1))
     assert (again.loads == once.loads).all()
     ours = load_file(workshop / "runs/killed/adapter/adapter_model.safetensors")
@@ -163,7 +163,7 @@ def test_a_signal_saves_and_stops(workshop: Path, number: signal.Signals) -> Non
         assert process.wait(timeout=60) == 0, rest
     saved = [int(path.name.partition("-")[2]) for path in (workshop / "runs" / name).glob("checkpoint-*")]
     assert len(saved) == 1
-    assert saved[0] == records(workshop, name, "step")[-1]["step"] == load_trace(workshop / "runs" / name / "loads.npz").steps[-1]
+    assert saved[0] == records(workshop, name, "step")[-1]["step"] == load_trace(workshop / "runs" / name / "loads").steps[-1]
     assert "resume=true" in rest
 
 
