@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from hecate.checkpoint.manifest import read_manifest
 from hecate.checkpoint.train_state import NoCheckpointError, TrainedParts, TrainState, load_state, refuse_other_run, save_state
 from hecate.config import Config, to_yaml
 from hecate.errors import UserError
@@ -81,6 +82,21 @@ def test_ranks_load_the_checkpoint_that_rank_0_names_though_listings_differ(tmp_
     for step, tokens, saved, loaded in run_ranks(2, saved_and_loaded, str(tmp_path), hidden, timeout=60):
         assert (step, tokens) == (2, 10)
         assert saved == loaded
+
+
+def manifests_read(rank: int, world: int, folder: str) -> int:
+    """How often a rank reads, and hashes, a manifest to load the only checkpoint."""
+    ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder))
+    assert save_state(config, ranks, parts, state_of(parts, 1)) is not None
+    read = mock.Mock(wraps=read_manifest)
+    with mock.patch("hecate.checkpoint.history.read_manifest", read), mock.patch("hecate.checkpoint.train_state.read_manifest", read):
+        load_state(config, ranks, parts)
+    return read.call_count
+
+
+def test_a_rank_reads_a_manifest_once(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    assert run_ranks(2, manifests_read, str(tmp_path)) == [1, 1]
 
 
 def nothing_to_load(rank: int, world: int, folder: str) -> str:

@@ -1,0 +1,69 @@
+"""What a whole run on one rank does once, and which of its errors count as the loss of another rank."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hecate.config import load_config
+from hecate.elastic.rebuild import Membership
+from hecate.model import gated_ffn
+from hecate.optim.optimizer import ExpertOptimizer
+from hecate.ranks.ranks import lost_a_peer
+from hecate.train.loop import train
+from testing.ranks import run_ranks
+from testing.tiny_run import make_workshop
+from tests.hecate.train.test_resume_elsewhere import ranks_of_default_group
+
+ONE_STEP = ("max_steps=1", "data.eval=[]", "eval.generate=false")
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_workshop(tmp_path_factory.mktemp("workshop")))
+
+
+def fail_in_step_one(rank: int, world: int, workshop: str, text: str) -> tuple[str, int]:
+    """Train one step, in which such an error is raised; what `train` raises, and how often it has asked for the next group."""
+    membership = mock.create_autospec(Membership, instance=True)
+    membership.next_group.return_value = None
+    name = "".join(filter(str.isalnum, text))[:8]
+    config = load_config(f"{workshop}/config.yaml", [*ONE_STEP, f"output_dir={workshop}/runs/{name}"], claim_output=False)
+    with mock.patch.object(ExpertOptimizer, "global_grad_norm", side_effect=RuntimeError(text)):
+        try:
+            train(config, ranks_of_default_group(rank, world), membership)
+        except RuntimeError as error:
+            return str(error), membership.next_group.call_count
+    return "", membership.next_group.call_count
+
+
+@pytest.mark.parametrize(("text", "asked"), [(GLOO, 1), ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", 0)])
+def test_only_the_loss_of_a_peer_makes_a_run_ask_for_another_group(workshop: str, text: str, asked: int) -> None:
+    """A mistake of this rank's own, such as a wrong shape, ends the run with its own text."""
+    assert run_ranks(1, fail_in_step_one, workshop, text) == [(text, asked)]
+
+
+def test_what_says_that_a_peer_is_lost() -> None:
+    assert lost_a_peer(RuntimeError(GLOO))
+    assert lost_a_peer(dist.DistNetworkError("Connection reset"))
+    assert not lost_a_peer(RuntimeError("CUDA error: device-side assert triggered"))
+    assert not lost_a_peer(torch.OutOfMemoryError("out of memory"))
+    assert not lost_a_peer(ValueError(GLOO))
+
+
+def modules_tried(rank: int, world: int, workshop: str, family: str) -> int:
+    """Modules of which a whole run, from loading to export, has tried whether they are gated FFNs."""
+    overrides = [*ONE_STEP, f"moe.family={family}", f"output_dir={workshop}/runs/{family}"]
+    config = load_config(f"{workshop}/config.yaml", overrides, claim_output=False)
+    with mock.patch.object(gated_ffn, "_describe", wraps=gated_ffn._describe) as describe:
+        assert train(config, ranks_of_default_group(rank, world))
+    return describe.call_count
+
+
+@pytest.mark.parametrize("family", ["mixlora", "full"])
+def test_a_run_looks_for_a_models_ffns_once(workshop: str, family: str) -> None:
+    assert run_ranks(1, modules_tried, workshop, family) == [2], "the model has two layers with one FFN each"
