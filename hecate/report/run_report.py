@@ -115,7 +115,7 @@ class Reports:
         )
 
     def saving(self) -> None:
-        """Write the loads recorded since the last call. It is called before a checkpoint: a run that resumes from it finds them up to its step."""
+        """Write the loads recorded since the last call. A run that resumes from the checkpoint that follows finds them up to its step."""
         if self._trace:
             self._trace.save()
 
