@@ -6,7 +6,8 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -48,6 +49,25 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+@contextmanager
+def counted_all_to_alls() -> Iterator[list[None]]:
+    """Yield a list that gets an entry for each all-to-all that this rank starts in the block."""
+    import torch.distributed as dist
+
+    real: Any = dist.all_to_all_single
+    calls: list[None] = []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(None)
+        return real(*arguments, **named)
+
+    dist.all_to_all_single = counted
+    try:
+        yield calls
+    finally:
+        dist.all_to_all_single = real
 
 
 def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> list[Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hecate.launch import fork_server
+from hecate.launch import fork_server, forked_rank
 from testing.processes import wait_until_gone
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere ranks are started plainly")
@@ -100,6 +103,41 @@ def test_without_a_server_ranks_start_plainly(folder: Path, monkeypatch: pytest.
     deep.mkdir()
     with fork_server.forking(deep, os.environ, PROGRAM) as command:
         assert command == (sys.executable, "-m", PROGRAM)
+
+
+def answered(folder: Path, answer: bytes) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """What a rank's process does when a server, played by the test, gives this answer; and the order that it has sent."""
+    path = folder / "socket"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        command = [sys.executable, forked_rank.__file__, str(path), PROGRAM, "a", "b c"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={"WHO": "me"}, cwd=folder) as process:
+            client, _ = server.accept()
+            with client:
+                size, descriptors, _, _ = socket.recv_fds(client, 8, 3)
+                order = json.loads(client.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL))
+                assert len(descriptors) == 3
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                client.sendall(answer)
+            _, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, "", errors), order
+
+
+def test_an_order_says_what_the_rank_is_to_be_and_the_answer_how_it_ended(tmp_path: Path) -> None:
+    done, order = answered(tmp_path, b"7\n")
+    assert order["arguments"] == ["a", "b c"]
+    assert order["environment"]["WHO"] == "me"
+    assert order["folder"] == str(tmp_path)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.parametrize(("answer", "status"), [(b"-9\n", -9), (b"-15\n", -15), (b"", 1)])
+def test_a_killed_rank_and_a_lost_server_are_told_apart(tmp_path: Path, answer: bytes, status: int) -> None:
+    done, _ = answered(tmp_path, answer)
+    lost = "hecate: the process that ranks are forked from has ended\n"
+    assert (done.returncode, done.stderr) == (status, "" if answer else lost)
 
 
 def test_preloading_leaves_a_process_that_can_be_forked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ import pytest
 from hecate.errors import UserError
 from hecate.launch.policy.devices import ACCELERATOR_LABEL, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.policy.failures import Cause, Decision, FailurePolicy
+from hecate.launch.policy.job_states import ENDED, NEXT, State
 from hecate.launch.policy.scaling import Scaling, ScalingPolicy
 from hecate.launch.policy.stragglers import DenseWork, changed_ranks, relative_speeds, with_speeds, without_ranks
+from hecate.launch.policy.work_shares import NewShares, WorkShares
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.topology_file import topology_text
 
 
 def node(name: str, *, cpus: float = 4, gpus: float = 0, address: str = "10.0.0.1", alive: bool = True, **labels: str) -> dict[str, Any]:
@@ -98,6 +102,8 @@ MACHINES = Topology(
     (0, 0, 1, 2), (3e9, 3e9, 1e9, 1e9), (4.0, 3.0, 2.0, 1.0), Link(1e9, 0.0), Link(1e8, 0.0), uplink_bandwidth=(3e8, 2e8, 1e8)
 )
 
+TWO_ALIKE = Topology((0, 0), (3e9, 3e9), (4.0, 4.0), Link(1e9, 0.0), Link(1e9, 0.0))
+
 
 def test_speeds_are_relative_to_the_plan_and_to_the_others() -> None:
     as_planned = {rank: DenseWork(tokens, 2.0) for rank, tokens in enumerate((600, 600, 200, 200))}
@@ -121,3 +127,64 @@ def test_a_topology_follows_speeds_and_losses() -> None:
     assert with_speeds(MACHINES, {1: 0.5}).flops == (3e9, 1.5e9, 1e9, 1e9)
     left = without_ranks(MACHINES, [1, 3])
     assert (left.node_of_rank, left.flops, left.memory, left.uplink_bandwidth) == ((0, 1), (3e9, 1e9), (3.0, 1.0), (3e8, 1e8))
+
+
+def test_two_slow_windows_give_a_slow_device_fewer_sequences() -> None:
+    """Devices 4 and 7 are planned alike and share 12 sequences. Device 7 shows half its speed in two windows: 8 and 4."""
+    shares = WorkShares(TWO_ALIKE, [4, 7])
+    assert shares.begin_generation([4, 7]) == TWO_ALIKE
+    shares.generation_begun((6, 6), "")
+    for step, found in ((1, {}), (2, {1: 0.5})):
+        assert shares.add_report(0, step, DenseWork(600, 0.2)) == {}, "one report is missing"
+        assert shares.add_report(1, step, DenseWork(600, 0.4)) == found
+        assert shares.speeds == {4: 1.0, 7: 0.5}
+    assert shares.share_anew({1: 0.5}) == NewShares(1, (3e9, 1.5e9), (8, 4))
+    assert shares.topology == with_speeds(TWO_ALIKE, {1: 0.5})
+    # With the new plan device 7 is as fast as planned.
+    for step in (3, 4):
+        assert shares.add_report(0, step, DenseWork(800, 0.2)) == {}
+        assert shares.add_report(1, step, DenseWork(400, 0.2)) == {}
+
+
+def test_windows_too_short_to_mean_anything_are_added_up() -> None:
+    shares = WorkShares(TWO_ALIKE, [0, 1])
+    shares.begin_generation([0, 1])
+    shares.generation_begun((1, 1), "")
+    for step in (1, 2):
+        for rank in (0, 1):
+            assert shares.add_report(rank, step, DenseWork(10, 0.06)) == {}
+        assert shares.speeds == ({} if step == 1 else {0: 1.0, 1: 1.0}), "0.06 s are less than a window, 0.12 s are one"
+
+
+def test_a_generation_with_fewer_devices_has_their_part_of_the_topology() -> None:
+    shares = WorkShares(MACHINES, [0, 1, 2, 3])
+    assert shares.begin_generation([3, 1]) == without_ranks(MACHINES, [3, 1])
+    assert not shares.describes([1, 4])
+    assert shares.begin_generation([1, 4]) is None, "device 4 is not described: the ranks are to measure"
+    shares.generation_begun((1, 1), topology_text(TWO_ALIKE))
+    assert shares.describes([1, 4])
+    assert shares.topology == TWO_ALIKE
+
+
+def follows(*states: State) -> bool:
+    return all(after in (*NEXT[before], State.FAILED, State.STOPPED) for before, after in pairwise(states))
+
+
+def test_the_states_of_jobs_that_go_well_and_badly() -> None:
+    begin = (State.INITIALIZING, State.PLACING, State.STARTING, State.RUNNING)
+    assert follows(*begin, State.FINISHED)
+    assert follows(*begin, State.RECOVERING, State.WAITING, State.STARTING, State.RUNNING, State.RESIZING, State.STARTING)
+    assert follows(*begin, State.STOPPING, State.STOPPED)
+    assert follows(State.INITIALIZING, State.FAILED)
+    assert not follows(State.RUNNING, State.STARTING), "a generation ends before the next one starts"
+    assert not follows(State.WAITING, State.RUNNING)
+    assert not follows(State.STOPPING, State.RUNNING)
+
+
+def test_every_state_can_be_reached_and_only_ended_jobs_stay() -> None:
+    reached, found = {State.INITIALIZING}, set(NEXT[State.INITIALIZING])
+    while found - reached:
+        reached |= found
+        found = {after for state in reached for after in NEXT.get(state, ())}
+    assert reached == set(State) - {State.FAILED, State.STOPPED}
+    assert set(NEXT) == set(State) - set(ENDED)

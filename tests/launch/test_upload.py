@@ -8,6 +8,7 @@ import pytest
 
 from hecate.errors import UserError
 from hecate.launch.ray_job import upload
+from hecate.launch.ray_job.submit import submit
 from hecate.launch.ray_job.upload import stage, uploaded_files
 
 TAKEN = ("config.yaml", "my/family.py", "pyproject.toml", "my/nested/deep.yml")
@@ -67,3 +68,24 @@ def test_a_copy_is_staged_and_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(upload, "MAX_BYTES", 2)
     with pytest.raises(UserError, match="would be uploaded"):
         stage(root, tmp_path / "other")
+
+
+CONFIG = "model: {{name_or_path: model}}\ndata: {{train: {train}}}\noutput_dir: {out}\nmax_steps: 1\n"
+
+
+def test_what_the_copy_on_the_cluster_would_not_have_is_refused_before_it_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside.yaml"
+    filled(inside, ("a.jsonl", "model/config.json", "model/model.safetensors", "model/tokenizer.json"))
+    monkeypatch.chdir(inside)
+    outside.write_text(CONFIG.format(train=inside / "a.jsonl", out=tmp_path / "runs"))
+    with pytest.raises(UserError, match=rf"^{outside}: lies outside {inside}, which is uploaded; give --working-dir"):
+        submit(outside, [], "http://127.0.0.1:9", working_dir=inside)
+    (inside / "run.yaml").write_text(CONFIG.format(train="a.jsonl", out="runs/first"))
+    with pytest.raises(UserError, match=r"must be absolute paths .*\n  output_dir: runs/first\n  data: a: a\.jsonl$"):
+        submit(inside / "run.yaml", [], "http://127.0.0.1:9", working_dir=inside)
+    for address in ("127.0.0.1:8265", "http://127.0.0.1"):
+        (inside / "run.yaml").write_text(CONFIG.format(train=inside / "a.jsonl", out=tmp_path / "runs"))
+        with pytest.raises(UserError, match=rf"^--address: must be http://HOST:PORT .*, got '{address}'$"):
+            submit(inside / "run.yaml", [], address, working_dir=inside)

@@ -7,12 +7,13 @@ import pytest
 
 from hecate.parallel.cost_model import choose_collective, fuse_gathers
 from hecate.parallel.placement import Placement, everything_everywhere
-from hecate.parallel.topology import Link, Topology, uniform_topology
+from hecate.parallel.topology import Link, Topology
+from testing.unit_cases import unit_topology
 
 
 def topology(near: Link) -> Topology:
     """Ranks 0 and 2 in a node, 1 and 3 in the other; 1 byte/s between them."""
-    return Topology((0, 1, 0, 1), (1.0,) * 4, (1.0,) * 4, near, Link(1.0, 0.0))
+    return unit_topology((0, 1, 0, 1), near=near)
 
 
 def where(*ranks: int) -> np.ndarray:
@@ -49,15 +50,13 @@ def test_flat_where_no_leader_would_hand_anything_on(ranks: tuple[int, ...]) -> 
 
 
 def test_flat_on_one_node_where_a_chunk_cannot_be_cut() -> None:
-    one = uniform_topology(1, 4, flops=1.0, memory=1.0, intra_node=Link(1.0, 1.0))
+    one = one_node(1.0)
     assert choose_collective(placed(0, 1, 2, 3), 1, 1.0, one) == "flat"
 
 
 def test_flat_where_the_busiest_port_is_no_better_off() -> None:
     """Expert 10 of rank 2 for both of the other node, over its NIC in 2 s or over leader 1 in 1.1 s; but rank 1 also gets ten others."""
-    nodes = Topology(
-        (0, 1, 0, 1), (1.0,) * 4, (1.0,) * 4, Link(10.0, 0.0), Link(1.0, 0.0), uplink_bandwidth=(100.0,) * 2, nic_bandwidth=(1.0,) * 4
-    )
+    nodes = unit_topology((0, 1, 0, 1), near=Link(10.0, 0.0), uplink_bandwidth=(100.0,) * 2, nic_bandwidth=(1.0,) * 4)
     owners = np.array([0] * 10 + [2])
     experts = np.concatenate([np.repeat(where(0, 1), 10, axis=0), where(2, 1, 3)])
     assert choose_collective(Placement(owners, experts), 1, 1.0, nodes) == "flat"  # 11 s, and 11 + 0.1 s
@@ -67,7 +66,7 @@ def test_flat_where_the_busiest_port_is_no_better_off() -> None:
 
 
 def one_node(latency: float) -> Topology:
-    return uniform_topology(1, 4, flops=1.0, memory=1.0, intra_node=Link(1.0, latency))
+    return unit_topology((0,) * 4, near=Link(1.0, latency))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_slices_where_leaders_of_two_nodes_share_the_work() -> None:
 
 
 def test_two_ranks_have_nobody_to_hand_on_to() -> None:
-    pair = uniform_topology(1, 2, flops=1.0, memory=1.0, intra_node=Link(1.0, 0.0))
+    pair = unit_topology((0, 0))
     assert choose_collective(Placement(np.array([0]), np.ones((1, 2), dtype=bool)), 12, 1.0, pair) == "flat"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,37 +13,14 @@ from hecate.parallel.cost_loops import exposed_seconds
 from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, Rows, layer_seconds, overlap_degree, rows_served
 from hecate.parallel.flows import even_quota, flows
 from hecate.parallel.topology import Link, Topology
+from testing.unit_cases import unit_topology
 
 FAST = 1e30
 """a rate at which nothing takes any time"""
 NO_LINK = Link(FAST, 0.0)
 
 
-def topology(
-    nodes: tuple[int, ...],
-    *,
-    flops: tuple[float, ...] | None = None,
-    near: Link = NO_LINK,
-    far: Link = NO_LINK,
-    ports: tuple[float, ...] = (),
-    uplinks: tuple[float, ...] = (),
-    nics: tuple[float, ...] = (),
-    memory_bandwidth: tuple[float, ...] = (),
-    slowdown: float = 1.0,
-) -> Topology:
-    world = len(nodes)
-    return Topology(
-        nodes,
-        flops or (1.0,) * world,
-        (1.0,) * world,
-        near,
-        far,
-        port_bandwidth=ports,
-        uplink_bandwidth=uplinks,
-        nic_bandwidth=nics,
-        memory_bandwidth=memory_bandwidth or (FAST,) * world,
-        overlap_slowdown=slowdown,
-    )
+topology = partial(unit_topology, near=NO_LINK, far=NO_LINK, memory_bandwidth=FAST)
 
 
 def seconds(
@@ -102,22 +80,32 @@ ALL_RANKS = [[1, 1, 1, 1]]
         # Nothing travels: no bytes, no latency.
         ({"near": Link(1.0, 0.5)}, [[5, 6, 7, 8]], [[5, 6, 7, 8]], 0.0),
         # Six rows from rank 0 to 1, 60 bytes at 100 and at 50 B/s: 1.2 s, four times; eight latencies of half a second.
-        ({"near": Link(1.0, 0.5), "ports": (100.0, 50.0, FAST, FAST)}, [[6, 0, 0, 0]], [[0, 6, 0, 0]], 4 * 1.2 + 4.0),
+        ({"near": Link(1.0, 0.5), "port_bandwidth": (100.0, 50.0, FAST, FAST)}, [[6, 0, 0, 0]], [[0, 6, 0, 0]], 4 * 1.2 + 4.0),
         # In both directions at once: six of one expert this way, four of another that way. The longer decides, not the sum.
-        ({"ports": (100.0, 50.0, FAST, FAST)}, [[6, 0, 0, 0], [0, 4, 0, 0]], [[0, 6, 0, 0], [4, 0, 0, 0]], 4 * 1.2),
+        ({"port_bandwidth": (100.0, 50.0, FAST, FAST)}, [[6, 0, 0, 0], [0, 4, 0, 0]], [[0, 6, 0, 0], [4, 0, 0, 0]], 4 * 1.2),
         # Two pairs side by side: the slower decides.
-        ({"ports": (100.0, 50.0, 20.0, 20.0)}, [[6, 0, 3, 0]], [[0, 6, 0, 3]], 4 * 1.5),
+        ({"port_bandwidth": (100.0, 50.0, 20.0, 20.0)}, [[6, 0, 3, 0]], [[0, 6, 0, 3]], 4 * 1.5),
         # Between nodes, through NICs of 30 and 60 B/s: 60 bytes in 2 s.
-        ({"far": Link(FAST, 1.0), "nics": (30.0, FAST, 60.0, FAST)}, [[6, 0, 0, 0]], [[0, 0, 6, 0]], 4 * 2.0 + 8.0),
+        ({"far": Link(FAST, 1.0), "nic_bandwidth": (30.0, FAST, 60.0, FAST)}, [[6, 0, 0, 0]], [[0, 0, 6, 0]], 4 * 2.0 + 8.0),
         # Two ranks share an uplink of 60 B/s: 120 bytes in 2 s, though each NIC would need no time.
-        ({"far": Link(FAST, 1.0), "uplinks": (60.0, FAST), "nics": (FAST,) * 4}, [[6, 6, 0, 0]], [[0, 0, 6, 6]], 4 * 2.0 + 8.0),
+        (
+            {"far": Link(FAST, 1.0), "uplink_bandwidth": (60.0, FAST), "nic_bandwidth": (FAST,) * 4},
+            [[6, 6, 0, 0]],
+            [[0, 0, 6, 6]],
+            4 * 2.0 + 8.0,
+        ),
         # ... and it is full when it comes in, too.
-        ({"far": Link(FAST, 1.0), "uplinks": (FAST, 40.0), "nics": (FAST,) * 4}, [[6, 6, 0, 0]], [[0, 0, 6, 6]], 4 * 3.0 + 8.0),
+        (
+            {"far": Link(FAST, 1.0), "uplink_bandwidth": (FAST, 40.0), "nic_bandwidth": (FAST,) * 4},
+            [[6, 6, 0, 0]],
+            [[0, 0, 6, 6]],
+            4 * 3.0 + 8.0,
+        ),
         # Each of two ranks sends half through its own NIC of 30 B/s: 1 s, not 2.
-        ({"far": Link(FAST, 1.0), "nics": (30.0, 30.0, FAST, FAST)}, [[3, 3, 0, 0]], [[0, 0, 6, 0]], 4 * 1.0 + 8.0),
+        ({"far": Link(FAST, 1.0), "nic_bandwidth": (30.0, 30.0, FAST, FAST)}, [[3, 3, 0, 0]], [[0, 0, 6, 0]], 4 * 1.0 + 8.0),
         # Near traffic beside far: 60 bytes at 20 B/s hide the 30 at 60; the latency of an exchange between nodes covers both.
         (
-            {"near": Link(FAST, 0.5), "far": Link(FAST, 1.0), "ports": (20.0,) * 4, "nics": (60.0,) * 4},
+            {"near": Link(FAST, 0.5), "far": Link(FAST, 1.0), "port_bandwidth": (20.0,) * 4, "nic_bandwidth": (60.0,) * 4},
             [[9, 0, 0, 0]],
             [[0, 6, 3, 0]],
             4 * 3.0 + 8.0,
@@ -175,7 +163,7 @@ def test_gather_and_reduce_inside_a_node_by_hand() -> None:
     found = seconds(topology((0, 0, 0), near=Link(4.0, 0.25)), cost, owner=[0, 1], where=[[1, 1, 1], [1, 1, 1]])
     assert (found["gather"], found["reduce"]) == pytest.approx((4.25, 1.25))
     # One slow port holds all up: rank 2 takes one copy at 1 B/s.
-    found = seconds(topology((0, 0, 0), near=Link(4.0, 0.0), ports=(4.0, 4.0, 1.0)), cost, owner=[0], where=[[1, 1, 1]])
+    found = seconds(topology((0, 0, 0), near=Link(4.0, 0.0), port_bandwidth=(4.0, 4.0, 1.0)), cost, owner=[0], where=[[1, 1, 1]])
     assert (found["gather"], found["reduce"]) == pytest.approx((8.0, 2.0))
 
 
@@ -192,9 +180,9 @@ def test_gather_between_nodes_by_hand() -> None:
     assert seconds(machines, cost, owner=[1])["gather"] == 0.0
     # A NIC slower than its node's uplink, and the other way round: ranks 1 and 2 of node 1 send an expert each to rank 0.
     both = {"owner": [1, 2], "where": [[1, 1, 0, 0, 0], [1, 0, 1, 0, 0]]}
-    machines = topology((0, 1, 1, 1, 2), uplinks=(FAST, 4.0, FAST), nics=(FAST, 1.0, 4.0, FAST, FAST))
+    machines = topology((0, 1, 1, 1, 2), uplink_bandwidth=(FAST, 4.0, FAST), nic_bandwidth=(FAST, 1.0, 4.0, FAST, FAST))
     assert seconds(machines, cost, **both)["gather"] == pytest.approx(8.0)  # type: ignore[arg-type]
-    machines = topology((0, 1, 1, 1, 2), uplinks=(FAST, 4.0, FAST), nics=(FAST,) * 5)
+    machines = topology((0, 1, 1, 1, 2), uplink_bandwidth=(FAST, 4.0, FAST), nic_bandwidth=(FAST,) * 5)
     assert seconds(machines, cost, **both)["gather"] == pytest.approx(4.0)  # type: ignore[arg-type]
 
 
@@ -225,7 +213,7 @@ def test_exposed_seconds_by_hand(compute: float, transfer: float, slowdown: floa
 def test_attention_hides_gathers_forward_and_reductions_backward(slowdown: float, expected: float) -> None:
     """A gather of 5 s behind 3 s of attention, a reduction of 10 s behind its backward pass of 6 s; on the slowest device."""
     cost = LayerCost(trainable_bytes=5.0, gradient_bytes=10.0, non_moe_flops=6.0)
-    machines = topology((0, 0), flops=(2.0, 5.0), near=Link(1.0, 0.0), slowdown=slowdown)
+    machines = topology((0, 0), flops=(2.0, 5.0), near=Link(1.0, 0.0), overlap_slowdown=slowdown)
     found = seconds(machines, cost, owner=[0], where=[[1, 1]])
     assert (found["gather"], found["reduce"]) == pytest.approx((5.0, 10.0))
     assert found["exposed"] == pytest.approx(expected)

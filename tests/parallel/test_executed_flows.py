@@ -8,13 +8,10 @@ from hypothesis import strategies as st
 
 from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.flows import token_split
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.topology import Topology
+from testing.unit_cases import unit_topology
 
 LAYERS, EXPERTS = 2, 3
-
-
-def topology(nodes: tuple[int, ...]) -> Topology:
-    return Topology(nodes, (1.0,) * len(nodes), (1.0,) * len(nodes), Link(1.0, 0.0), Link(1.0, 0.0))
 
 
 @st.composite
@@ -31,7 +28,7 @@ def cases(draw: st.DrawFn) -> tuple[Topology, np.ndarray, np.ndarray | None, np.
     if draw(st.booleans()):
         share = where * rng.random(shape) * (rng.random(shape) < 0.7) + where * 1e-3
         quota = planned.sum(-1, keepdims=True) * share / share.sum(-1, keepdims=True)
-    return topology(nodes), where, quota, planned.astype(float), true.astype(float)
+    return unit_topology(nodes), where, quota, planned.astype(float), true.astype(float)
 
 
 @given(cases())
@@ -66,7 +63,7 @@ def test_shares_stay_when_loads_change_by_hand() -> None:
     It comes to 20 and 10: rank 0 keeps 8 and sends 12, rank 1 keeps its own.
     """
     planned, true = np.array([[10.0, 0.0]]), np.array([[20.0, 10.0]])
-    flow = executed_flows(np.ones((1, 2), dtype=bool), np.array([[4.0, 6.0]]), planned, true, topology((0, 0)))
+    flow = executed_flows(np.ones((1, 2), dtype=bool), np.array([[4.0, 6.0]]), planned, true, unit_topology((0, 0)))
     assert served(flow).tolist() == [[8.0, 22.0]]
     assert flow.near_sent_ED.tolist() == [[12.0, 0.0]]
     assert flow.local_ED.tolist() == [[8.0, 10.0]]

@@ -10,14 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.parallel.flows import even_quota, flows, nothing_travels, token_split
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.topology import Topology
+from testing.unit_cases import unit_topology
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-
-def topology(*node_of_rank: int) -> Topology:
-    world = len(node_of_rank)
-    return Topology(node_of_rank, (1e9,) * world, (1e9,) * world, Link(1e9, 0.0), Link(1e8, 0.0))
 
 
 @dataclass
@@ -30,7 +26,7 @@ class Case:
 
     @property
     def topology(self) -> Topology:
-        return topology(*self.nodes)
+        return unit_topology(self.nodes)
 
     @property
     def ranks(self) -> range:
@@ -79,7 +75,7 @@ def test_even_quotas_by_hand() -> None:
     expert 2 on 0 and 2: each keeps its own; the 8 of the other node go half and half.  expert 3: everywhere.
     """
     where = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]], dtype=bool)
-    quota = even_quota(where, np.array([[6.0, 5.0, 4.0, 3.0]] * 4), topology(0, 1, 0, 1))
+    quota = even_quota(where, np.array([[6.0, 5.0, 4.0, 3.0]] * 4), unit_topology((0, 1, 0, 1)))
     assert quota.tolist() == [[18, 0, 0, 0], [10, 8, 0, 0], [10, 0, 8, 0], [6, 5, 4, 3]]
 
 
@@ -138,7 +134,7 @@ def test_flows_by_hand() -> None:
     Local 4, 2, 1, 2, 0. Left to send 6, 0, 3, 4, 0; left to serve 0, 10, 0, 0, 3. Node 0 has 9 to send and serves 3 itself, a third of
     each: 2 and 1 near, 4 and 2 far. Node 1 has 4 and serves 10: all 4 near, and 6 from afar.
     """
-    flow = flows(np.array([[10.0, 2, 4, 6, 0]]), np.array([[4.0, 12, 1, 2, 3]]), topology(0, 1, 0, 1, 0))
+    flow = flows(np.array([[10.0, 2, 4, 6, 0]]), np.array([[4.0, 12, 1, 2, 3]]), unit_topology((0, 1, 0, 1, 0)))
     np.testing.assert_allclose(flow.local_ED, [[4, 2, 1, 2, 0]])
     np.testing.assert_allclose(flow.near_sent_ED, [[2, 0, 1, 4, 0]])
     np.testing.assert_allclose(flow.near_served_ED, [[0, 4, 0, 0, 3]])
@@ -148,7 +144,7 @@ def test_flows_by_hand() -> None:
 
 def test_on_one_node_nothing_is_far() -> None:
     """Ranks have 9, 1, 2 choices and serve 3, 8, 1."""
-    flow = flows(np.array([[9.0, 1, 2]]), np.array([[3.0, 8, 1]]), topology(0, 0, 0))
+    flow = flows(np.array([[9.0, 1, 2]]), np.array([[3.0, 8, 1]]), unit_topology((0, 0, 0)))
     assert flow.local_ED.tolist() == [[3, 1, 1]]
     assert flow.near_sent_ED.tolist() == [[6, 0, 1]]
     assert flow.near_served_ED.tolist() == [[0, 7, 0]]
@@ -159,7 +155,7 @@ def test_on_one_node_nothing_is_far() -> None:
 def test_even_quotas_inside_nodes_leave_no_trace_of_far_traffic() -> None:
     """A copy of each expert in each node, so that no choice has to leave one; thirds and sevenths, which no float64 holds, included."""
     rng = np.random.default_rng(0)
-    nodes = topology(*(rank // 8 for rank in range(16)))
+    nodes = unit_topology([rank // 8 for rank in range(16)])
     for _ in range(20):
         where = rng.random((6, 16)) < 0.5
         where[:, [0, 8]] = True
@@ -172,7 +168,7 @@ def test_even_quotas_inside_nodes_leave_no_trace_of_far_traffic() -> None:
 def test_quotas_off_by_a_rounding_cause_no_traffic() -> None:
     """Each rank of two nodes serves its own choices, but for an error of a planner's arithmetic."""
     tokens = np.array([[30.0, 20, 10, 5]])
-    flow = flows(tokens, tokens + np.array([[1e-14, -1e-13, -1e-14, 1.1e-13]]), topology(0, 0, 1, 1))
+    flow = flows(tokens, tokens + np.array([[1e-14, -1e-13, -1e-14, 1.1e-13]]), unit_topology((0, 0, 1, 1)))
     for travelling in (flow.near_sent_ED, flow.near_served_ED, flow.far_sent_ED, flow.far_served_ED):
         assert not travelling.any()
 
@@ -257,14 +253,14 @@ def test_token_split_by_hand() -> None:
     expert 2 on 0, 2: its node has one;  expert 3 on 0, 2, 3: it is here;  expert 4 on all: it is here.
     """
     where = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1]], dtype=bool)
-    split = token_split(where, None, None, topology(0, 0, 1, 1), source=3)
+    split = token_split(where, None, None, unit_topology((0, 0, 1, 1)), source=3)
     assert split.tolist() == [[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
 
 
 def test_token_split_spreads_over_the_replicas_of_its_own_node() -> None:
     """Rank 0 shares node 0 with ranks 2 and 4; the replicas on 2 and 4 share its tokens, the one on 1 gets none."""
     where = np.array([[False, True, True, False, True]])
-    assert token_split(where, None, None, topology(0, 1, 0, 1, 0), source=0).tolist() == [[0, 0, 0.5, 0, 0.5]]
+    assert token_split(where, None, None, unit_topology((0, 1, 0, 1, 0)), source=0).tolist() == [[0, 0, 0.5, 0, 0.5]]
 
 
 def test_token_split_with_quotas_by_hand() -> None:
@@ -275,4 +271,4 @@ def test_token_split_with_quotas_by_hand() -> None:
     where, loads, quota = np.ones((1, 5), dtype=bool), np.array([[10.0, 2, 4, 6, 0]]), np.array([[4.0, 12, 1, 2, 3]])
     wanted = {0: [0.4, 0.4, 0, 0, 0.2], 3: [0, 2 / 3, 0, 1 / 3, 0], 4: [0, 0, 0, 0, 1]}
     for source, row in wanted.items():
-        np.testing.assert_allclose(token_split(where, loads, quota, topology(0, 1, 0, 1, 0), source), [row])
+        np.testing.assert_allclose(token_split(where, loads, quota, unit_topology((0, 1, 0, 1, 0)), source), [row])

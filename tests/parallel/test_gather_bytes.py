@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.parallel.gather_bytes import PortBytes, gather_ports, leaders
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.topology import Topology
+from testing.unit_cases import unit_topology
 
 PORTS = tuple(field.name for field in fields(PortBytes))
 
@@ -24,8 +25,7 @@ class Case:
 
     @property
     def topology(self) -> Topology:
-        world = len(self.nodes)
-        return Topology(self.nodes, (1.0,) * world, (1.0,) * world, Link(1.0, 0.0), Link(1.0, 0.0))
+        return unit_topology(self.nodes)
 
     def ports(self, *, two_level: bool) -> dict[str, list[float]]:
         got = gather_ports(self.owner_E, self.where_ED, self.topology, two_level=two_level)

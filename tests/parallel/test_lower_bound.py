@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from hecate.errors import UserError
+from hecate.parallel.bound_relaxation import LayerProblem, Reach, Relaxation
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.lower_bound import lower_bound
 from hecate.parallel.planners import PlanInput
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.topology import Link
+from testing.unit_cases import UNIT_LINK, layer_input, unit_topology
 
 pytest.importorskip("scipy.optimize")
-
-ONE = Link(1.0, 0.0)
 
 
 def plan_input(
@@ -27,17 +27,16 @@ def plan_input(
     owner: list[int],
     slots: int,
     nodes: tuple[int, ...] | None = None,
-    intra: Link = ONE,
-    inter: Link = ONE,
+    intra: Link = UNIT_LINK,
+    inter: Link = UNIT_LINK,
     rates: tuple[float, ...] | None = None,
 ) -> PlanInput:
     """Devices of 1 FLOP/s and links of 1 byte/s without latency, unless told otherwise; memories so fast that optimizers take no time.
 
     `loads`: a row a source rank.
     """
-    world = len(loads)
-    topology = Topology(nodes or (0,) * world, rates or (1.0,) * world, (1.0,) * world, intra, inter, memory_bandwidth=(1e15,) * world)
-    return PlanInput(np.array([owner]), np.array([loads], dtype=float).swapaxes(1, 2), topology, cost, np.full(world, slots))
+    on = unit_topology(nodes or (0,) * len(loads), flops=rates or (), near=intra, far=inter, memory_bandwidth=1e15)
+    return layer_input(owner, loads, slots, on=on, cost=cost)
 
 
 def work(choice: float = 0.0, row: float = 0.0, **others: Any) -> LayerCost:
@@ -292,3 +291,35 @@ def test_what_costs_nothing_takes_no_time() -> None:
         assert lower_bound(given_, 0) == 0
     # Tokens that would travel need not.
     assert lower_bound(replace(given_, cost=replace(given_.cost, row_bytes=1.0, non_moe_flops=1.0)), 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("reach", "nodes", "seconds"),
+    [
+        # Nothing travels but the replica: 10 s of choices on each rank, and a second for it and for its gradient.
+        ("everywhere", (0, 0), 12.0),
+        ("stay", (0, 0), 12.0),
+        # Half a replica serves half of what a whole one does: 5 of rank 1's choices, which makes 15 s, and half a second each way.
+        ("near", (0, 0), None),
+        ("near", (0, 1), np.inf),
+        ("far", (0, 0), np.inf),
+    ],
+)
+def test_each_way_for_tokens_to_reach_their_experts_has_its_own_limit(reach: Reach, nodes: tuple[int, ...], seconds: float | None) -> None:
+    given_ = plan_input([[10.0], [10.0]], work(1.0, trainable_bytes=1.0), owner=[0], slots=1, nodes=nodes)
+    problem = LayerProblem(given_)
+    assert (problem.static, problem.optimizer, problem.may_stay) == (20.0, pytest.approx(0.0, abs=1e-9), True)
+    least = Relaxation(problem, 20.0, reach).least()
+    if seconds is None:
+        assert problem.balanced <= least <= 12.0 * (1 + 1e-6)
+    else:
+        assert least == pytest.approx(seconds, rel=1e-6)
+
+
+def test_no_plan_is_faster_than_a_cutoff_below_the_balanced_work() -> None:
+    given_ = plan_input([[10.0], [10.0]], work(1.0, trainable_bytes=1.0), owner=[0], slots=1)
+    assert LayerProblem(given_).balanced == pytest.approx(10.0)
+    assert Relaxation(LayerProblem(given_), 9.0, "everywhere").least() == np.inf
+    without_room = LayerProblem(replace(given_, slots_D=np.zeros(2, dtype=np.int64)))
+    assert (without_room.may_stay, without_room.may_have_all) == (False, False)
+    assert Relaxation(without_room, 20.0, "everywhere").least() == np.inf

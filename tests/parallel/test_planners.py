@@ -7,31 +7,24 @@ from hypothesis import strategies as st
 
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import POLICIES, Plan, PlanInput
-from hecate.parallel.topology import Link, Topology
-
-plan_hecate = POLICIES["hecate"]
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.planners.full import plan_full
+from hecate.parallel.planners.hecate import plan_hecate
+from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.static_ep import plan_static_ep
+from testing.unit_cases import layer_input, layers_input, unit_topology
 
 
 def plan_input(
     owner: list[int], loads: list[list[int]] | None, *, nodes: tuple[int, ...], degree: int, memory_slots: int | list[int]
 ) -> PlanInput:
-    """One layer; a device of 1 FLOP/s, links of 1 byte/s without latency, experts of 1 byte: as many FLOPs as experts are hidden.
-
-    `loads`: a row a source rank.
-    """
-    return layers_input([owner], None if loads is None else [loads], nodes=nodes, degree=degree, memory_slots=memory_slots)
+    """One layer of experts of 1 byte, of which `degree` travel hidden. `loads`: a row a source rank."""
+    return layer_input(owner, loads, memory_slots, on=unit_topology(nodes), cost=hiding(degree))
 
 
-def layers_input(
-    owners: list[list[int]], loads: list[list[list[int]]] | None, *, nodes: tuple[int, ...], degree: int, memory_slots: int | list[int]
-) -> PlanInput:
-    world = len(nodes)
-    link = Link(1.0, 0.0)
-    topology = Topology(nodes, (1.0,) * world, (1e9,) * world, link, link)
-    loads_LED = None if loads is None else np.array(loads, dtype=np.float64).swapaxes(1, 2)
-    slots_D = np.broadcast_to(np.array(memory_slots), world).copy()
-    return PlanInput(np.array(owners), loads_LED, topology, LayerCost(trainable_bytes=1.0, non_moe_flops=degree), slots_D)
+def hiding(degree: int) -> LayerCost:
+    """As many FLOPs of attention as experts are to be hidden."""
+    return LayerCost(trainable_bytes=1.0, non_moe_flops=degree)
 
 
 def where(given_: PlanInput) -> list[list[int]]:
@@ -49,7 +42,7 @@ def inputs(draw: st.DrawFn) -> PlanInput:
     table = st.lists(row, min_size=world, max_size=world)
     loads = draw(st.none() | st.lists(table, min_size=layers, max_size=layers))
     slots = draw(st.integers(0, 11) | st.lists(st.integers(0, 11), min_size=world, max_size=world))
-    return layers_input(owners, loads, nodes=nodes, degree=draw(st.integers(0, 12)), memory_slots=slots)
+    return layers_input(owners, loads, slots, on=unit_topology(nodes), cost=hiding(draw(st.integers(0, 12))))
 
 
 def hotness(given_: PlanInput, layer: int) -> list[int]:
@@ -57,6 +50,10 @@ def hotness(given_: PlanInput, layer: int) -> list[int]:
     experts = range(given_.owner_LE.shape[1])
     load = [0.0] * len(experts) if given_.loads_LED is None else given_.loads_LED[layer].sum(axis=1).tolist()
     return sorted(experts, key=lambda e: (-load[e], e))
+
+
+def test_each_policy_is_found_by_its_name() -> None:
+    assert {name: planner.__name__ for name, planner in POLICIES.items()} == {name: f"plan_{name}" for name in POLICIES}
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -114,9 +111,9 @@ def test_hecate_plans_each_layer_by_itself(given_: PlanInput) -> None:
 
 @given(inputs())
 def test_static_ep_makes_no_replica_and_full_makes_all(given_: PlanInput) -> None:
-    static = POLICIES["static_ep"](given_)
+    static = plan_static_ep(given_)
     assert (static.where_LED.sum(axis=2) == 1).all()
-    full = POLICIES["full"](given_)
+    full = plan_full(given_)
     assert full.where_LED.all()
 
 
@@ -220,9 +217,9 @@ def test_devices_with_more_room_take_more() -> None:
 
 def test_loads_before_any_are_known_are_ones() -> None:
     loads = [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]
-    known = layers_input([[0, 1, 0], [1, 1, 0]], loads, nodes=(0, 0), degree=0, memory_slots=0)
+    known = layers_input([[0, 1, 0], [1, 1, 0]], loads, 0, on=unit_topology((0, 0)))
     assert known.expected_LED.tolist() == [[[1, 4], [2, 5], [3, 6]], [[7, 10], [8, 11], [9, 12]]]
-    unknown = layers_input([[0, 1, 0], [1, 1, 0]], None, nodes=(0, 0), degree=0, memory_slots=0)
+    unknown = layers_input([[0, 1, 0], [1, 1, 0]], None, 0, on=unit_topology((0, 0)))
     assert unknown.expected_LED.tolist() == [[[1, 1]] * 3] * 2
     assert known.owned_LED.tolist() == [[[1, 0], [0, 1], [1, 0]], [[0, 1], [0, 1], [1, 0]]]
 

@@ -13,12 +13,7 @@ from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.sharding import better_owners, heterogeneous_owners, owned_slots, reshard_pays, reshard_seconds
 from hecate.parallel.topology import Link, Topology
-
-
-def topology(*nodes: int, flops: Sequence[float] = (), memory: float = 1e9) -> Topology:
-    """Devices of 1 FLOP/s, links of 1 byte/s without latency."""
-    world = len(nodes)
-    return Topology(nodes, tuple(flops) or (1.0,) * world, (memory,) * world, Link(1.0, 0.0), Link(1.0, 0.0))
+from testing.unit_cases import layer_input, unit_topology
 
 
 def owners(loads: list[list[float]], on: Topology, degree: list[int], memory: Sequence[float] = ()) -> list[list[int]]:
@@ -33,7 +28,7 @@ def test_the_least_loaded_node_then_its_least_loaded_device() -> None:
     10: all empty, rank 0. 9: node 1, rank 2. 8: nodes 10 : 9, rank 3. 7: 10 : 17, rank 1. 4: 17 : 17, node 0, devices 10 : 7, rank 1,
     full. 3: 21 : 17, devices 9 : 8, rank 3, full. 2: 21 : 20, rank 2, node 1 full. 1: rank 0.
     """
-    assert owners([[10, 9, 8, 7, 4, 3, 2, 1]], topology(0, 0, 1, 1), [0]) == [[0, 2, 3, 1, 1, 3, 2, 0]]
+    assert owners([[10, 9, 8, 7, 4, 3, 2, 1]], unit_topology((0, 0, 1, 1)), [0]) == [[0, 2, 3, 1, 1, 3, 2, 0]]
 
 
 def test_hot_experts_are_set_aside_and_fill_what_is_left() -> None:
@@ -41,7 +36,7 @@ def test_hot_experts_are_set_aside_and_fill_what_is_left() -> None:
 
     Layer 1: 7 to rank 0, 2 to rank 1. Layer 0 anew: 5 to rank 0, 1 to rank 1. A slot each is left: 9 to rank 0, 8 to rank 1.
     """
-    assert owners([[9, 5, 1], [2, 8, 7]], topology(0, 0), [1, 1]) == [[0, 0, 1], [1, 1, 0]]
+    assert owners([[9, 5, 1], [2, 8, 7]], unit_topology((0, 0)), [1, 1]) == [[0, 0, 1], [1, 1, 0]]
 
 
 def test_the_layer_with_the_hottest_leftover_chooses_first() -> None:
@@ -49,17 +44,17 @@ def test_the_layer_with_the_hottest_leftover_chooses_first() -> None:
 
     6: rank 0 has fewer free slots, and is full. 1, 5: rank 1. The 9 takes what is left, on rank 1.
     """
-    assert owners([[9, 5], [6, 1]], topology(0, 0), [1, 0], memory=[1, 3]) == [[1, 1], [0, 1]]
+    assert owners([[9, 5], [6, 1]], unit_topology((0, 0)), [1, 0], memory=[1, 3]) == [[1, 1], [0, 1]]
 
 
 def test_of_equally_loaded_devices_the_one_with_fewer_free_slots() -> None:
     """Slots 3 and 1: the first of four equal experts goes to rank 1, which is then full."""
-    assert owners([[1, 1, 1, 1]], topology(0, 0), [0], memory=[3, 1]) == [[1, 0, 0, 0]]
+    assert owners([[1, 1, 1, 1]], unit_topology((0, 0)), [0], memory=[3, 1]) == [[1, 0, 0, 0]]
 
 
 def test_a_fast_device_gets_more_load() -> None:
     """Rank 0 twice as fast, two slots each: 6 to rank 0, 3 to rank 1, both busy for 3 s; 2 to rank 0; 1 to rank 1, for rank 0 is full."""
-    assert owners([[6, 3, 2, 1]], topology(0, 0, flops=(2.0, 1.0)), [0]) == [[0, 1, 0, 1]]
+    assert owners([[6, 3, 2, 1]], unit_topology((0, 0), flops=(2.0, 1.0)), [0]) == [[0, 1, 0, 1]]
 
 
 def test_a_node_counts_by_the_rate_of_all_its_devices() -> None:
@@ -68,7 +63,7 @@ def test_a_node_counts_by_the_rate_of_all_its_devices() -> None:
     6: node 1 has fewer free slots, rank 3. Node 1 is now at 6 a device, node 0 stays below it until it is full, at 11 : 3.
     5: rank 0. 3: rank 1. 1, 1: rank 2. 1: devices 5 : 3, rank 1. 1: rank 0. The last: rank 3.
     """
-    assert owners([[6, 5, 3, 1, 1, 1, 1, 1]], topology(0, 0, 0, 1), [0]) == [[3, 0, 1, 2, 2, 1, 0, 3]]
+    assert owners([[6, 5, 3, 1, 1, 1, 1, 1]], unit_topology((0, 0, 0, 1)), [0]) == [[3, 0, 1, 2, 2, 1, 0, 3]]
 
 
 def test_hot_experts_of_a_layer_spread_over_the_uplinks() -> None:
@@ -76,7 +71,7 @@ def test_hot_experts_of_a_layer_spread_over_the_uplinks() -> None:
 
     With an uplink twice as fast at node 1: the first to node 0, the second and third to node 1, and the fourth where a slot is left.
     """
-    on = topology(0, 1)
+    on = unit_topology((0, 1))
     assert owners([[9, 1], [5, 4]], on, [2, 2]) == [[0, 1], [0, 1]]
     assert owners([[9, 8, 7, 6]], replace(on, uplink_bandwidth=(1.0, 2.0)), [4]) == [[0, 1, 1, 0]]
 
@@ -94,7 +89,7 @@ def test_no_device_owns_more_than_its_memory() -> None:
     with pytest.raises(UserError, match="no device has memory left for one more expert of 2 bytes"):
         owned_slots({2.0: 3}, [3.0, 3.0])
     with pytest.raises(UserError, match="no device has memory left"):
-        owners([[1, 1], [1, 1]], topology(0, 0, memory=1.5), [0, 0])
+        owners([[1, 1], [1, 1]], unit_topology((0, 0), memory=1.5), [0, 0])
 
 
 @st.composite
@@ -108,7 +103,7 @@ def layers(draw: st.DrawFn) -> tuple[list[list[int]], list[int], list[float], To
     flops = draw(st.lists(st.integers(1, 3), min_size=world, max_size=world))
     scale = draw(st.sampled_from([1, 4, 1000]))
     memory = [float(scale * m) for m in draw(st.lists(st.integers(1, 9), min_size=world, max_size=world))]
-    return loads, degree, sizes, topology(*nodes, flops=[float(f) for f in flops]), memory
+    return loads, degree, sizes, unit_topology(nodes, flops=[float(f) for f in flops]), memory
 
 
 @given(layers())
@@ -146,7 +141,7 @@ def test_moving_takes_as_long_as_the_busiest_port_of_each_layer() -> None:
     Layer 0: one expert leaves rank 0 for rank 1 and one for rank 2, one leaves 3 for 2: near 2 s, far 5 s, two messages 1 s.
     Layer 1: two experts leave rank 3 for rank 2, near 4 s and 0.5 s. Layer 2: nothing.
     """
-    on = Topology((0, 0, 1, 1), (1.0,) * 4, (1.0,) * 4, Link(10.0, 0.25), Link(4.0, 0.5))
+    on = unit_topology((0, 0, 1, 1), near=Link(10.0, 0.25), far=Link(4.0, 0.5))
     cost = LayerCost(trainable_bytes=1.0, state_bytes=12.0, frozen_bytes=8.0)
     old = np.array([[0, 0, 3, 1], [3, 3, 0, 1], [0, 1, 2, 3]])
     new = np.array([[1, 2, 2, 1], [2, 2, 0, 1], [0, 1, 2, 3]])
@@ -156,8 +151,8 @@ def test_moving_takes_as_long_as_the_busiest_port_of_each_layer() -> None:
 def two_ranks(loads: list[float], *, hidden: float = 0.0) -> PlanInput:
     """One layer of four experts, two a rank; 3 s of compute a choice, 100 s to move an expert, nothing else takes time."""
     cost = LayerCost(trainable_bytes=1e-9, state_bytes=100.0, assignment_flops=1.0, non_moe_flops=hidden)
-    on = Topology((0, 0), (1.0, 1.0), (1e9, 1e9), Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1e30, 1e30))
-    return PlanInput(np.array([[0, 0, 1, 1]]), np.array([[loads, [0.0] * 4]]).swapaxes(1, 2), on, cost, np.array([4, 4]))
+    on = unit_topology((0, 0), memory_bandwidth=1e30)
+    return layer_input([0, 0, 1, 1], [loads, [0.0] * 4], 4, on=on, cost=cost)
 
 
 def test_resharding_pays_when_the_steps_repay_the_move() -> None:

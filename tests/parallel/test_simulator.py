@@ -12,8 +12,9 @@ from hecate.parallel.flows import token_split
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.simulator import Simulated, replica_slots, simulate
 from hecate.parallel.topology import Link, Topology
+from testing.unit_cases import unit_topology
 
-NODE = Topology((0, 0), (1.0, 1.0), (1e9, 1e9), Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1.0, 1.0))
+NODE = unit_topology((0, 0), memory_bandwidth=1.0)
 COST = LayerCost(trainable_bytes=4.0, row_bytes=1.0, assignment_flops=1.0, non_moe_flops=5.0)
 ALL_TO_FIRST = [[10, 0], [10, 0]]
 """a row a source rank: both ranks choose expert 0, which rank 0 owns"""
@@ -185,7 +186,7 @@ def test_resharding_happens_when_it_is_asked_for() -> None:
 
 def test_bytes_between_nodes_are_those_of_each_source_alone() -> None:
     """With top-1 every choice is a row: rows near and far by a plain loop over sources, experts and ranks."""
-    topology = Topology((0, 1, 0, 1), (1.0,) * 4, (1e9,) * 4, Link(1.0, 0.0), Link(0.5, 0.0))
+    topology = unit_topology((0, 1, 0, 1), far=Link(0.5, 0.0))
     rng = np.random.default_rng(0)
     loads = rng.integers(0, 30, (2, 1, 6, 4))
     owner_E = np.array([0, 0, 1, 2, 2, 3])

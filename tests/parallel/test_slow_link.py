@@ -16,8 +16,7 @@ from hecate.parallel.comm.collectives import Handle, sparse_all_gather, sparse_r
 from hecate.parallel.gather_bytes import gather_ports
 from testing.namespaces import bytes_out, missing_for_slow_link, slow_link
 from testing.ranks import run_ranks
-from tests.parallel.comm.collective_cases import Case
-from tests.parallel.comm.test_collectives import world_group
+from tests.parallel.comm.collective_cases import Case, world_group
 
 pytestmark = pytest.mark.skipif(missing_for_slow_link() is not None, reason=missing_for_slow_link() or "")
 

@@ -31,6 +31,7 @@ from hecate.parallel.transfer_plan import (
     plan_tokens,
     plan_transfer,
 )
+from testing.unit_cases import unit_topology
 
 ROUTES: tuple[Collective, ...] = ("flat", "two_level", "sliced")
 NUMEL = 12
@@ -46,8 +47,7 @@ class Layer:
 
 
 def topology(nodes: tuple[int, ...], near: float = 10.0, latency: float = 0.0) -> Topology:
-    world = len(nodes)
-    return Topology(nodes, (1.0,) * world, (1e9,) * world, Link(near, latency), Link(1.0, latency))
+    return unit_topology(nodes, near=Link(near, latency), far=Link(1.0, latency))
 
 
 def everywhere_on_two_nodes() -> Layer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from importlib import import_module
@@ -18,6 +19,15 @@ from hecate.cli.arguments import ConfigFile
 def test_the_version_is_the_packages() -> None:
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.output) == (0, f"hecate {hecate.__version__}\n")
+
+
+def test_the_module_is_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m hecate`."""
+    monkeypatch.setattr(sys, "argv", ["hecate", "no-such-verb"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("hecate.__main__", run_name="__main__")
+    assert ended.value.code == 2
+    assert "no-such-verb" in capsys.readouterr().err
 
 
 def test_verbs_that_take_a_configuration_show_it_alike() -> None:

@@ -7,7 +7,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hecate.config import Change, Config, changed_computation, load_config, to_yaml
+from hecate.config import Config, load_config
+from hecate.config.effective import Change, changed_computation, to_yaml
 from hecate.config.scalars import read_text
 from hecate.config.schema import LEAVES
 from hecate.config.yaml_text import Mapping, Scalar, parse
@@ -110,6 +111,18 @@ def test_a_key_that_does_not_change_the_computation_may_differ(folder: Path, ove
 @pytest.mark.parametrize("override", OTHER_TRAININGS)
 def test_a_key_that_makes_it_another_training_is_named_with_both_values(folder: Path, override: str) -> None:
     assert changed_computation(saved(load(MINIMAL)), load(MINIMAL, override)) == [Change(*OTHER_TRAININGS[override])]
+
+
+def test_changes_are_named_in_the_order_of_keys_and_what_is_no_key_is_passed_over(folder: Path) -> None:
+    then = saved(load(MINIMAL, "seed=3", "lora.r=8"))
+    then |= {"gone": 1, "fssdp": {"retired": {"r": 2}}}
+    assert changed_computation(then, load(MINIMAL)) == [Change("lora.r", 8, 16), Change("seed", 3, 0)]
+
+
+def test_text_with_line_breaks_stays_on_one_line(folder: Path) -> None:
+    """So that a reader of YAML 1.1, which folds lines between single quotes, finds the same text."""
+    lines = to_yaml(replace(load(MINIMAL), topology="a\nb\u2028c")).splitlines()
+    assert [line for line in lines if line.startswith("topology")] == ['topology: "a\\nb\\Lc"']
 
 
 def test_every_key_says_whether_it_changes_the_computation() -> None:

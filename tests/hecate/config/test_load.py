@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hecate.config import Config, ConfigError, DataSource, load_config
+from hecate.config import Config, ConfigError, DataSource
+from hecate.config.load import MAX_BYTES, load_config
 from hecate.config.schema import LEAF_TYPES, RANGES, REQUIRED, SECTIONS
 
 MINIMAL = "model: {name_or_path: model}\ndata: {train: a.jsonl}\noutput_dir: runs/first\nmax_steps: 10\n"
@@ -107,6 +108,20 @@ def test_a_used_output_folder_may_be_resumed(folder: Path) -> None:
     assert load(MINIMAL.replace("runs/first", "used"), "resume=true").resume is True
     (folder / "fresh").mkdir()
     assert load(MINIMAL.replace("runs/first", "fresh")).output_dir == "fresh"
+
+
+def test_later_ranks_find_the_output_folder_in_use(folder: Path) -> None:
+    Path("run.yaml").write_text(MINIMAL.replace("runs/first", "used"))
+    assert load_config("run.yaml", claim_output=False).output_dir == "used"
+    with pytest.raises(ConfigError, match="output_dir: used exists and is not empty"):
+        load_config("run.yaml")
+
+
+def test_a_file_may_be_as_large_as_the_limit_and_no_larger(folder: Path) -> None:
+    filling = "#" * (MAX_BYTES - len(MINIMAL))
+    assert load(MINIMAL + filling).max_steps == 10
+    with pytest.raises(ConfigError, match="is larger than 256 KiB"):
+        load(MINIMAL + filling + "#")
 
 
 def test_a_byte_order_mark_and_a_document_start_are_no_matter(folder: Path) -> None:

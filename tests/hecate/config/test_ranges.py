@@ -7,9 +7,27 @@ from hypothesis import strategies as st
 
 from hecate.config import ConfigError
 from hecate.config.problems import Refused
+from hecate.config.ranges import COUNT, POSITIVE, SHARE, WHOLE, Range
 from hecate.config.scalars import not_text, read_float, read_int
 from tests.hecate.config.test_effective import reuse_folder
 from tests.hecate.config.test_load import MINIMAL, load
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside", "outside", "text"),
+    [
+        (COUNT, (1, 2**31 - 1), (0, 0.5, 2**31), ">= 1 and <= 2147483647"),
+        (WHOLE, (0, 2**31 - 1), (-1, 2**31), ">= 0 and <= 2147483647"),
+        (POSITIVE, (1e-300, 1e300), (0, -1.0, math.nan), "> 0"),
+        (SHARE, (0, 0.5, 1), (-1e-9, 1 + 1e-9), ">= 0 and <= 1"),
+        (Range(0, 1, high_open=True), (0, 0.999), (1, math.inf), ">= 0 and < 1"),
+        (Range(1, 2, low_open=True, high_open=True), (1.5,), (1, 2), "> 1 and < 2"),
+    ],
+)
+def test_what_a_range_holds_and_how_it_is_said(allowed: Range, inside: tuple[float, ...], outside: tuple[float, ...], text: str) -> None:
+    assert all(value in allowed for value in inside)
+    assert not any(value in allowed for value in outside)
+    assert str(allowed) == text
 
 
 @reuse_folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from hecate.experts.forward_pass import OrderError
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
-from testing.ranks import run_ranks
+from testing.ranks import counted_all_to_alls, run_ranks
 from tests.hecate.experts.making import HIDDEN, base, chunk, engine, experts
 
 LAYERS = {0: 3, 2: 5}
@@ -64,32 +63,25 @@ def _started_at_once(rank: int, world: int) -> list[int]:
     """All-to-alls that begin when both layers' gathers start: ahead of a forward pass, of a backward pass, of an evaluation."""
     made = engine(LAYERS, "full")
     made.shards.config = replace(made.shards.config, rematerialize=True, prefetch=2)
-    real, calls, counts = dist.all_to_all_single, 0, []
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return real(*arguments, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_to_all_single", counted)
+    counts = []
+    with counted_all_to_alls() as calls:
         step = made.begin_step(0)
         micro = step.begin_micro_step()
         micro.prefetch(*LAYERS)
-        counts.append(calls)
+        counts.append(len(calls))
         total = torch.zeros((), dtype=torch.float64)
         for layer in LAYERS:
             x, expert, weight, token = tokens(rank, layer, 4)
             y = micro.experts(layer, x.requires_grad_(), expert, weight, token)
             torch.testing.assert_close(y.detach(), wanted(layer, x.detach(), expert, weight), rtol=1e-12, atol=1e-12)
             total = total + y.sum()
-        before = calls
-        total.register_hook(lambda _: counts.append(calls - before))  # runs first in the backward pass
+        before = len(calls)
+        total.register_hook(lambda _: counts.append(len(calls) - before))  # runs first in the backward pass
         micro.backward(total)
         step.finish()
-        before_evaluation = calls
+        before_evaluation = len(calls)
         with made.evaluation():
-            counts.append(calls - before_evaluation)
+            counts.append(len(calls) - before_evaluation)
     return counts
 
 

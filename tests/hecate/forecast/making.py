@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hecate.config import Config, load_config
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.topology import Topology
+from testing.unit_cases import unit_topology
 
 CONFIG = """
 model: {{name_or_path: {folder}/model, dtype: {dtype}}}
@@ -46,6 +48,21 @@ def num_bytes(tensors: Iterable[Any]) -> int:
     return sum(storages.values())
 
 
+@contextmanager
+def saved_for_backward() -> Iterator[dict[int, Any]]:
+    """Yield the tensors that autograd keeps in the block, by the addresses of their storages."""
+    import torch
+
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Any) -> Any:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
 def slow_node(ranks: int = 2) -> Topology:
     """One FLOP, one byte and one byte of memory per second; no latency."""
-    return Topology((0,) * ranks, (1.0,) * ranks, (1e9,) * ranks, Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1.0,) * ranks)
+    return unit_topology((0,) * ranks, memory_bandwidth=1.0)

@@ -23,7 +23,7 @@ from hecate.ranks.groups import ExpertGroups
 from hecate.train.build import insertion_plan
 from hecate.train.step import forward_loss, pass_tokens, train_step
 from testing.ranks import run_ranks
-from tests.hecate.forecast.making import config_for, write_model
+from tests.hecate.forecast.making import config_for, saved_for_backward, write_model
 
 SIZES = {"hidden_size": 48, "intermediate_size": 136, "head_dim": 24, "vocab_size": 64}
 FULL = ("moe.family=full", "moe.num_experts=[5,0,5]", "data.seq_len=96")
@@ -56,13 +56,7 @@ def _measure(rank: int, world: int, folder: str, overrides: tuple[str, ...]) -> 
     train_step(moe, head, optimizer, [batch], num_labels=192, aux_coef=0.01, max_grad_norm=None, step=0)
 
     moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_for_backward() as kept:
         loss = forward_loss(head, batch)
     known = [*model.parameters(), *(store.owned for store in moe.engine.shards.stores.values())]
     known += [store.replicas() for store in moe.engine.shards.stores.values()]

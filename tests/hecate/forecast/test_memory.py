@@ -31,7 +31,7 @@ from hecate.ranks.groups import ExpertGroups, expert_groups
 from hecate.train.build import insertion_plan
 from hecate.train.step import forward_loss, pass_tokens, train_step
 from testing.ranks import run_ranks
-from tests.hecate.forecast.making import config_for, num_bytes, slow_node, write_model
+from tests.hecate.forecast.making import config_for, num_bytes, saved_for_backward, slow_node, write_model
 
 EVERY_EXPERT = ("moe.num_experts=[5,0,5]", "moe.top_k=5")
 """so that all have moments after a step"""
@@ -183,13 +183,7 @@ def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: b
     moe.engine.begin_step(0).begin_micro_step(pass_tokens(head, batch))
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     known |= {store.owned.untyped_storage().data_ptr() for store in moe.engine.shards.stores.values()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_for_backward() as kept:
         loss = forward_loss(head, batch)
     known |= {store.replicas().untyped_storage().data_ptr() for store in moe.engine.shards.stores.values()}
     measured = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in known)

@@ -7,16 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from hypothesis import strategies as st
 
+from hecate.parallel.comm.collectives import sparse_reduce_scatter
 from hecate.parallel.cost_model import Collective
 from hecate.parallel.gather_bytes import PortBytes
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.topology import Topology
 from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks_by
+from testing.unit_cases import unit_topology
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+Counts = list[tuple[list[int], list[int]]]
+"""for each case, the bytes that a rank has sent to each rank in a gather and in a reduction"""
+
+
+def world_group() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,7 @@ class Case:
 
     @property
     def topology(self) -> Topology:
-        world = len(self.nodes)
-        return Topology(self.nodes, (1.0,) * world, (1.0,) * world, Link(1.0, 0.0), Link(1.0, 0.0))
+        return unit_topology(self.nodes)
 
     def plan(self, rank: int, route: Collective = "flat") -> ChunkPlan:
         return plan_chunks_by(route, self.placement, ChunkSize(self.numel, self.dtype.itemsize), self.topology, rank)
@@ -136,3 +146,18 @@ def _added(terms: list[torch.Tensor]) -> torch.Tensor:
     for term in terms:
         total += term
     return total
+
+
+def reduced(case: Case, rank: int, plan: ChunkPlan, sums: list[torch.Tensor]) -> list[int]:
+    """Reduce by the plan's route, and return the bytes sent to each rank. Every rank must call it.
+
+    The result is `sums`, the same a second time, and what the flat route gives within rounding.
+    """
+    reduce = sparse_reduce_scatter(case.gradients(rank), plan, world_group())
+    total = reduce.wait()
+    assert torch.equal(total, case.rows(sums))
+    assert torch.equal(total, sparse_reduce_scatter(case.gradients(rank), plan, world_group()).wait())
+    if case.dtype == torch.float64:
+        flat = sparse_reduce_scatter(case.gradients(rank), case.plan(rank), world_group()).wait()
+        assert torch.allclose(total, flat, rtol=0, atol=1e-12)
+    return reduce.bytes_to

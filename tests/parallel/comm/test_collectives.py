@@ -19,15 +19,7 @@ from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement, owners_only
 from hecate.parallel.transfer_plan import plan_chunks
 from testing.ranks import run_ranks
-from tests.parallel.comm.collective_cases import Case, in_bytes, many_cases, ports_of
-
-Counts = list[tuple[list[int], list[int]]]
-
-
-def world_group() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group
+from tests.parallel.comm.collective_cases import Case, Counts, in_bytes, many_cases, ports_of, world_group
 
 
 def _each_alone(rank: int, world: int, cases: list[Case]) -> Counts:

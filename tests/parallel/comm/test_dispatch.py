@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hecate.parallel.comm.dispatch import combine, destinations, dispatch
 from hecate.parallel.flows import token_split
 from hecate.parallel.placement import Placement
-from hecate.parallel.topology import Link, Topology
 from hecate.parallel.transfer_plan import TokenPlan, plan_tokens
 from testing.ranks import run_ranks
+from testing.unit_cases import unit_topology
 
 PAIRS = tuple(itertools.product(range(12), (False, True)))
 """seed of a case; split by quotas?"""
@@ -81,7 +81,7 @@ class Case:
         where[np.arange(experts), owner] = True
         self.placement = Placement(owner, where)
         nodes = tuple(rank * 2 // world if world > 1 else 0 for rank in range(world))
-        self.topology = Topology(nodes, (1.0,) * world, (1.0,) * world, Link(1.0, 0.0), Link(1.0, 0.0))
+        self.topology = unit_topology(nodes)
         counts = rng.integers(0, 9, size=world)
         counts[rng.integers(world)] = 0
         if world == 1 and seed % 2:

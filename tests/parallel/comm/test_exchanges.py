@@ -8,7 +8,7 @@ import torch
 from hecate.parallel.comm.exchanges import FirstExchange, SecondExchange
 from hecate.parallel.transfer_plan import exchange_of
 from testing.ranks import run_ranks
-from tests.parallel.comm.test_collectives import world_group
+from tests.parallel.comm.collective_cases import world_group
 
 
 def _two_layers(rank: int, world: int) -> None:

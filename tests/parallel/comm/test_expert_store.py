@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from hecate.parallel.comm.expert_store import ExpertStore, gather_together
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
-from hecate.parallel.topology import Link, Topology, uniform_topology
+from hecate.parallel.topology import Link, Topology
 from hecate.parallel.transfer_plan import TransferPlan, plan_change, plan_chunks
-from testing.ranks import run_ranks
-from tests.parallel.comm.test_collectives import world_group
+from testing.ranks import counted_all_to_alls, run_ranks
+from testing.unit_cases import unit_topology
+from tests.parallel.comm.collective_cases import world_group
 
 OWNERS = [0, 0, 1, 3]
 NUMEL = 6
@@ -25,10 +23,6 @@ def placement() -> Placement:
     """Expert 0 everywhere, expert 1 at home, expert 2 of rank 1 also on 0, expert 3 of rank 3 also on 1."""
     where = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 1]], dtype=bool)
     return Placement(np.array(OWNERS), where)
-
-
-def topology(nodes: tuple[int, ...], near: float) -> Topology:
-    return Topology(nodes, (1.0,) * 4, (1.0,) * 4, Link(near, 0.0), Link(1.0, 0.0))
 
 
 def store_of(numel: int, first: int = 0) -> ExpertStore:
@@ -41,7 +35,7 @@ def plan(rank: int, where: Placement, on: Topology | None, numel: int) -> Transf
 
 def _iterate(rank: int, world: int, nodes: tuple[int, ...] | None, near: float, numel: int) -> tuple[int, int]:
     """Two iterations; returns the bytes that this rank sent in the first: to gather and to reduce."""
-    store, on, sent = store_of(numel), None if nodes is None else topology(nodes, near), []
+    store, on, sent = store_of(numel), None if nodes is None else unit_topology(nodes, near=Link(near, 0.0)), []
     for _ in range(2):
         where = placement()
         store.gather(plan(rank, where, on, numel))
@@ -91,7 +85,7 @@ def _chunks(experts: np.ndarray, numel: int = NUMEL) -> torch.Tensor:
 def _freed(rank: int, world: int, nodes: tuple[int, ...], numel: int) -> None:
     """A leaf that is freed between forward and backward: saved views hold good, and sums of two iterations add up."""
     store, heard, where = store_of(numel), [], placement()
-    on = topology(nodes, 10.0)
+    on = unit_topology(nodes, near=Link(10.0, 0.0))
     held = _chunks(where.experts_on(rank), numel)
     for _ in range(2):
         store.gather(plan(rank, where, on, numel))
@@ -123,7 +117,7 @@ def test_freed_replicas_come_back_for_the_backward_pass(nodes: tuple[int, ...], 
 
 def _exchanged(rank: int, world: int, nodes: tuple[int, ...]) -> int:
     """Expert 0 leaves ranks 1 and 2, expert 3 comes to rank 2, expert 2 stays on rank 0. Returns the bytes sent."""
-    store, on = store_of(NUMEL), topology(nodes, 10.0)
+    store, on = store_of(NUMEL), unit_topology(nodes, near=Link(10.0, 0.0))
     before = plan(rank, placement(), on, NUMEL)
     store.gather(before)
     sent = store.bytes_sent
@@ -148,29 +142,21 @@ def test_only_what_another_placement_lacks_travels(nodes: tuple[int, ...]) -> No
 
 def _together(rank: int, world: int, latency: float) -> tuple[int, list[int]]:
     """Three layers started at once, the second of them refilled, waited for last first; how many all-to-alls, and each layer's bytes."""
-    nodes, where, calls = uniform_topology(1, 4, flops=1.0, memory=1.0, intra_node=Link(1.0, latency)), placement(), 0
+    nodes, where = unit_topology((0,) * 4, near=Link(1.0, latency)), placement()
     stores = [store_of(n, n) for n in (7, 5, 11)]
     plans = [plan(rank, where, nodes, n) for n in (7, 5, 11)]
     stores[1].gather(plans[1])
     stores[1].replicas()
     stores[1].free()
     stores[2].gather(plans[2])
-    real = dist.all_to_all_single
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return real(*arguments, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_to_all_single", counted)
+    with counted_all_to_alls() as calls:
         before = [store.bytes_sent for store in stores]
         gather_together(list(zip(stores, plans, strict=True)))
         gather_together(list(zip(stores, plans, strict=True)))
     for store in stores[::-1]:
         numel = store.chunk_numel
         assert torch.equal(store.replicas().detach(), _chunks(where.experts_on(rank) + numel, numel))
-    return calls, [store.bytes_sent - sent for store, sent in zip(stores, before, strict=True)]
+    return len(calls), [store.bytes_sent - sent for store, sent in zip(stores, before, strict=True)]
 
 
 @pytest.mark.parametrize(("latency", "calls"), [(100.0, 1), (0.0, 2)])

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hecate.parallel.comm.collectives import sparse_all_gather, sparse_reduce_scatter
 from hecate.parallel.gather_bytes import gather_ports
 from testing.ranks import run_ranks
-from tests.parallel.comm.collective_cases import Case, in_bytes, many_cases, ports_of
-from tests.parallel.comm.test_collectives import Counts, world_group
+from tests.parallel.comm.collective_cases import Case, Counts, in_bytes, many_cases, ports_of, reduced, world_group
 
 EVERYWHERE = ((True,) * 4,) * 5
 TWO_NODES = Case((0, 1, 0, 1), (0, 1, 2, 3, 0), EVERYWHERE, 7, torch.float64)
@@ -29,14 +28,8 @@ def _over_leaders(rank: int, world: int, cases: list[Case]) -> Counts:
         plan = case.plan(rank, "two_level")
         gather = sparse_all_gather(case.chunks(case.owned(rank)), plan, group)
         assert torch.equal(gather.wait(), case.chunks(case.held(rank)))
-        reduce = sparse_reduce_scatter(case.gradients(rank), plan, group)
-        total = reduce.wait()
-        assert torch.equal(total, case.rows([case.sum_over_leaders(expert) for expert in case.owned(rank)]))
-        assert torch.equal(total, sparse_reduce_scatter(case.gradients(rank), plan, group).wait())
-        if case.dtype == torch.float64:
-            flat = sparse_reduce_scatter(case.gradients(rank), case.plan(rank), group).wait()
-            assert torch.allclose(total, flat, rtol=0, atol=1e-12)
-        counts.append((gather.bytes_to, reduce.bytes_to))
+        sums = [case.sum_over_leaders(expert) for expert in case.owned(rank)]
+        counts.append((gather.bytes_to, reduced(case, rank, plan, sums)))
     return counts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,19 @@ from hypothesis import strategies as st
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.planners.echo import plan_echo
+from hecate.parallel.planners.eplb import plan_eplb
+from hecate.parallel.planners.fastermoe import plan_fastermoe
+from hecate.parallel.planners.flexmoe import plan_flexmoe
+from hecate.parallel.planners.laer import plan_laer
+from hecate.parallel.planners.llep import plan_llep
 from hecate.parallel.planners.packing import spare_copies
+from hecate.parallel.planners.smartmoe import plan_smartmoe
+from hecate.parallel.planners.static_ep import plan_static_ep
 from hecate.parallel.topology import Link, Topology, uniform_topology
+from testing.unit_cases import layer_input, unit_topology
 
 RIVALS = ["echo", "eplb", "fastermoe", "flexmoe", "laer", "llep", "smartmoe"]
-UNIT = LayerCost(trainable_bytes=1.0, assignment_flops=1.0)
 
 
 def plan_input(
@@ -25,19 +34,13 @@ def plan_input(
     slots: list[int],
     *,
     nodes: tuple[int, ...] | None = None,
-    cost: LayerCost = UNIT,
     present: list[list[int]] | None = None,
-    max_imbalance: float | None = None,
+    **others: Any,
 ) -> PlanInput:
-    """One layer; devices of 1 FLOP/s, links of 1 byte/s without latency.
-
-    `loads`: a row a source rank. `present`: ranks of each expert in the plan before.
-    """
-    world, link = len(slots), Link(1.0, 0.0)
-    topology = Topology(nodes or (0,) * world, (1.0,) * world, (1e9,) * world, link, link)
-    loads_LED = None if loads is None else np.array([loads], dtype=np.float64).swapaxes(1, 2)
+    """One layer. `loads`: a row a source rank. `present`: ranks of each expert in the plan before."""
+    world = len(slots)
     present_LED = None if present is None else np.array([[[rank in ranks for rank in range(world)] for ranks in present]])
-    return PlanInput(np.array([owner]), loads_LED, topology, cost, np.array(slots), max_imbalance=max_imbalance, present_LED=present_LED)
+    return layer_input(owner, loads, slots, on=unit_topology(nodes or (0,) * world), present_LED=present_LED, **others)
 
 
 def totals(loads: list[float], world: int) -> list[list[float]]:
@@ -62,21 +65,21 @@ def quota(plan: Plan) -> list[list[float]]:
 def test_smartmoe_moves_whole_experts(slots: list[int]) -> None:
     """Loads 6, 4 | 1, 1. Expert 0: device 1 has 2, its home 4 besides: it moves. 1: home has nothing else. 2: home has 6 + 1, device 0
     has 4: it moves. 3: home has 6, device 0 has 5, but its slot is taken, and with two slots its two places (E/D) are."""
-    plan = POLICIES["smartmoe"](plan_input([0, 0, 1, 1], totals([6, 4, 1, 1], 2), slots))
+    plan = plan_smartmoe(plan_input([0, 0, 1, 1], totals([6, 4, 1, 1], 2), slots))
     assert where(plan) == [[0, 1], [0], [0, 1], [1]]
     assert quota(plan) == [[0, 6], [4, 0], [1, 0], [0, 1]]
 
 
 def test_smartmoe_rounds_the_number_of_experts_on_a_device_up() -> None:
     """Five on device 0, three a device: the hottest leaves, three of the others fill their home, and the last must leave, too."""
-    plan = POLICIES["smartmoe"](plan_input([0] * 5, totals([5, 1, 1, 1, 1], 2), [5, 5]))
+    plan = plan_smartmoe(plan_input([0] * 5, totals([5, 1, 1, 1, 1], 2), [5, 5]))
     assert where(plan) == [[0, 1], [0], [0], [0], [0, 1]]
     assert quota(plan) == [[0, 5], [1, 0], [1, 0], [1, 0], [0, 1]]
 
 
 def test_smartmoe_moves_nothing_that_leaves_the_busiest_device_as_busy() -> None:
     """Expert 0 alone makes its device the busiest; to move one of the others to the idle device is of no use."""
-    plan = POLICIES["smartmoe"](plan_input([0, 1, 1], totals([10, 3, 3], 3), [1, 1, 1]))
+    plan = plan_smartmoe(plan_input([0, 1, 1], totals([10, 3, 3], 3), [1, 1, 1]))
     assert where(plan) == [[0], [1], [1]]
     assert quota(plan) == [[10, 0, 0], [0, 3, 0], [0, 3, 0]]
 
@@ -96,7 +99,7 @@ def test_smartmoe_moves_nothing_that_leaves_the_busiest_device_as_busy() -> None
 )
 def test_fastermoe_shadows_what_pays(expert_bytes: float, row_bytes: float, shadowed: bool) -> None:
     cost = LayerCost(trainable_bytes=expert_bytes, assignment_flops=1.0, row_bytes=row_bytes)
-    plan = POLICIES["fastermoe"](plan_input([0, 1], [[6, 1], [4, 1]], [2, 2], cost=cost))
+    plan = plan_fastermoe(plan_input([0, 1], [[6, 1], [4, 1]], [2, 2], cost=cost))
     assert where(plan) == ([[0, 1], [1]] if shadowed else [[0], [1]])
     assert plan.quota_LED is None
 
@@ -104,7 +107,7 @@ def test_fastermoe_shadows_what_pays(expert_bytes: float, row_bytes: float, shad
 @pytest.mark.parametrize(("slots", "both"), [([1, 1, 2], True), ([1, 1, 1], False), ([0, 1, 2], False)])
 def test_fastermoe_looks_beyond_a_hot_expert_that_alone_does_not_help(slots: list[int], both: bool) -> None:
     """Experts 0 and 1 have 3 choices of each rank. Busiest: 9; expert 0 shadowed: 9 + 3 on device 1; both shadowed: 6 everywhere."""
-    plan = POLICIES["fastermoe"](plan_input([0, 1, 2], [[3, 3, 0]] * 3, slots))
+    plan = plan_fastermoe(plan_input([0, 1, 2], [[3, 3, 0]] * 3, slots))
     assert where(plan) == ([[0, 1, 2], [0, 1, 2], [2]] if both else [[0], [1], [2]])
 
 
@@ -113,7 +116,7 @@ def test_fastermoe_looks_beyond_a_hot_expert_that_alone_does_not_help(slots: lis
 
 def test_flexmoe_expands_while_it_helps() -> None:
     """Loads 9, 3, 0: expert 0 to the idle device: 4.5, 3, 4.5. To device 1 as well: 3, 6, 3, no better; nor is expert 1 on device 0."""
-    plan = POLICIES["flexmoe"](plan_input([0, 1, 2], totals([9, 3, 0], 3), [1, 1, 1]))
+    plan = plan_flexmoe(plan_input([0, 1, 2], totals([9, 3, 0], 3), [1, 1, 1]))
     assert where(plan) == [[0, 2], [1], [2]]
     assert quota(plan) == [[4.5, 0, 4.5], [0, 3, 0], [0, 0, 0]]
 
@@ -126,7 +129,7 @@ def test_flexmoe_expands_while_it_helps() -> None:
     ],
 )
 def test_flexmoe_needs_a_lower_maximum_or_a_lower_ratio(load: list[float], world: int) -> None:
-    plan = POLICIES["flexmoe"](plan_input([0, 1], totals(load, world), [0] * (world - 1) + [1]))
+    plan = plan_flexmoe(plan_input([0, 1], totals(load, world), [0] * (world - 1) + [1]))
     assert where(plan) == [[0, world - 1], [1]]
 
 
@@ -135,7 +138,7 @@ def test_flexmoe_shrinks_the_cold_for_the_hot() -> None:
 
     Expert 2 gives up its slot to expert 0: 4.5, 5, 0.5. Expert 1 does: 3, 4, 3. Then there is a slot on device 0 for expert 1:
     3.5, 3.5, 3."""
-    plan = POLICIES["flexmoe"](plan_input([0, 1, 2], totals([9, 1, 0], 3), [1, 1, 1], present=[[0], [1, 2], [1, 2]]))
+    plan = plan_flexmoe(plan_input([0, 1, 2], totals([9, 1, 0], 3), [1, 1, 1], present=[[0], [1, 2], [1, 2]]))
     assert where(plan) == [[0, 1, 2], [0, 1], [2]]
     assert quota(plan) == [[3, 3, 3], [0.5, 0.5, 0], [0, 0, 0]]
 
@@ -143,7 +146,7 @@ def test_flexmoe_shrinks_the_cold_for_the_hot() -> None:
 def test_flexmoe_migrates_a_replica_to_make_room() -> None:
     """Loads 12, 2, 0; device 1 holds experts 0 and 2, device 2 expert 1: 7, 6, 1. Expert 2 is the coldest, but where it gives up its
     slot, expert 0 is already: expert 1 moves there, and expert 0 takes its slot on device 2: 5, 5, 4."""
-    plan = POLICIES["flexmoe"](plan_input([0, 0, 2], totals([12, 2, 0], 3), [0, 2, 1], present=[[0, 1], [0, 2], [1, 2]]))
+    plan = plan_flexmoe(plan_input([0, 0, 2], totals([12, 2, 0], 3), [0, 2, 1], present=[[0, 1], [0, 2], [1, 2]]))
     assert where(plan) == [[0, 1, 2], [0, 1], [2]]
     assert quota(plan) == [[4, 4, 4], [1, 1, 0], [0, 0, 0]]
 
@@ -151,15 +154,15 @@ def test_flexmoe_migrates_a_replica_to_make_room() -> None:
 def test_flexmoe_does_not_take_frozen_parts_for_the_plan_before() -> None:
     """Expert 0 was shared by both devices; its frozen part is still at its owner only. And the other way round: nothing was shared."""
     shared = plan_input([0, 1], totals([8, 4], 2), [1, 1], present=[[0, 1], [1]])
-    assert where(POLICIES["flexmoe"](shared)) == where(POLICIES["flexmoe"](replace(shared, resident_LED=shared.owned_LED)))
+    assert where(plan_flexmoe(shared)) == where(plan_flexmoe(replace(shared, resident_LED=shared.owned_LED)))
     alone = plan_input([0, 1, 2], totals([4, 4, 4], 3), [1, 1, 1])
-    assert where(POLICIES["flexmoe"](replace(alone, resident_LED=np.ones((1, 3, 3), dtype=bool)))) == [[0], [1], [2]]
+    assert where(plan_flexmoe(replace(alone, resident_LED=np.ones((1, 3, 3), dtype=bool)))) == [[0], [1], [2]]
 
 
 def test_flexmoe_starts_from_as_much_as_fits() -> None:
     """Both experts of device 0 are said to be on device 1, which has one slot: the hotter one, expert 1, stays. No change helps: the
     hottest per replica is on device 1 already."""
-    plan = POLICIES["flexmoe"](plan_input([0, 0, 1], totals([2, 4, 6], 2), [0, 1], present=[[0, 1], [0, 1], [1]]))
+    plan = plan_flexmoe(plan_input([0, 0, 1], totals([2, 4, 6], 2), [0, 1], present=[[0, 1], [0, 1], [1]]))
     assert where(plan) == [[0], [0, 1], [1]]
     assert quota(plan) == [[2, 0], [2, 2], [0, 6]]
 
@@ -167,7 +170,7 @@ def test_flexmoe_starts_from_as_much_as_fits() -> None:
 def test_flexmoe_changes_at_most_ten_replicas_of_what_is_there() -> None:
     """Twenty equal experts on device 0, each of which would do better on the idle device, too."""
     owners_alone = [[0]] * 20
-    plan = POLICIES["flexmoe"](plan_input([0] * 20, totals([1] * 20, 2), [0, 20], present=owners_alone))
+    plan = plan_flexmoe(plan_input([0] * 20, totals([1] * 20, 2), [0, 20], present=owners_alone))
     assert plan.where_LED.sum() == 20 + 10
 
 
@@ -200,7 +203,7 @@ def test_spare_copies_are_those_handed_out_one_by_one(load: list[int], spare: in
 
 def test_eplb_copies_the_hottest() -> None:
     """Loads 8, 2 | 1, 1; of two slots one is for a spare: expert 0, 4 a copy. Then each device has 6, and no move helps."""
-    plan = POLICIES["eplb"](plan_input([0, 0, 1, 1], totals([8, 2, 1, 1], 2), [1, 1]))
+    plan = plan_eplb(plan_input([0, 0, 1, 1], totals([8, 2, 1, 1], 2), [1, 1]))
     assert where(plan) == [[0, 1], [0], [1], [1]]
     assert quota(plan) == [[4, 4], [2, 0], [0, 1], [0, 1]]
 
@@ -211,14 +214,14 @@ def test_eplb_keeps_an_expert_in_one_node_where_that_is_better() -> None:
     To nodes: expert 0 goes to node 1, which has less. Two spares in each node: both experts on both ranks of their node, 4 each.
     Globally: four spares, three copies each, 8/3 a copy; two of them meet on ranks 0 and 2: 16/3.
     """
-    plan = POLICIES["eplb"](plan_input([0, 1, 2, 3], totals([8, 8, 0, 0], 4), [2] * 4, nodes=(0, 0, 1, 1)))
+    plan = plan_eplb(plan_input([0, 1, 2, 3], totals([8, 8, 0, 0], 4), [2] * 4, nodes=(0, 0, 1, 1)))
     assert where(plan) == [[0, 2, 3], [0, 1], [2], [3]]
     assert quota(plan) == [[0, 0, 4, 4], [4, 4, 0, 0], [0] * 4, [0] * 4]
 
 
 def test_eplb_leaves_the_node_where_that_is_better() -> None:
     """Expert 0 has all the load: in its node two ranks share it; globally two of four slots hold spares, so three ranks do."""
-    plan = POLICIES["eplb"](plan_input([0, 1, 2, 3], totals([12, 0, 0, 0], 4), [1] * 4, nodes=(0, 0, 1, 1)))
+    plan = plan_eplb(plan_input([0, 1, 2, 3], totals([12, 0, 0, 0], 4), [1] * 4, nodes=(0, 0, 1, 1)))
     assert quota(plan)[0] == [4, 4, 4, 0]
 
 
@@ -230,14 +233,14 @@ def test_eplb_leaves_the_node_where_that_is_better() -> None:
     [(1.0, 4000), (1.5, 1000), (None, 3400), (2.0, 0)],  # under 6000, 9000, 6600, 12000
 )
 def test_llep_spills_what_exceeds_the_bound(max_imbalance: float | None, spilled: float) -> None:
-    plan = POLICIES["llep"](plan_input([0, 1], totals([10000, 2000], 2), [1, 1], max_imbalance=max_imbalance))
+    plan = plan_llep(plan_input([0, 1], totals([10000, 2000], 2), [1, 1], max_imbalance=max_imbalance))
     assert quota(plan) == [[10000 - spilled, spilled], [0, 2000]]
     assert where(plan) == [[0, 1] if spilled else [0], [1]]
 
 
 def test_llep_counts_what_is_still_to_come() -> None:
     """6000 and 4000 at home on device 0, 6000 a device: expert 0 leaves room for expert 1, and one transfer does."""
-    plan = POLICIES["llep"](plan_input([0, 0, 1], totals([6000, 4000, 2000], 2), [2, 2], max_imbalance=1.0))
+    plan = plan_llep(plan_input([0, 0, 1], totals([6000, 4000, 2000], 2), [2, 2], max_imbalance=1.0))
     assert quota(plan) == [[2000, 4000], [4000, 0], [0, 2000]]
 
 
@@ -250,7 +253,7 @@ def test_llep_counts_what_is_still_to_come() -> None:
     ],
 )
 def test_llep_chunks(load: list[float], expected: list[float]) -> None:
-    plan = POLICIES["llep"](plan_input([0, 1, 2], totals(load, 3), [1, 1, 1], max_imbalance=1.0))
+    plan = plan_llep(plan_input([0, 1, 2], totals(load, 3), [1, 1, 1], max_imbalance=1.0))
     assert quota(plan)[0] == expected
 
 
@@ -259,7 +262,7 @@ def test_llep_chunks(load: list[float], expected: list[float]) -> None:
 
 def test_echo_spills_the_hottest_of_a_rank() -> None:
     """Loads 6, 4 | 1, 1, mean 6: device 0 keeps expert 1 and 2 of expert 0, device 1 has room for the other 4."""
-    plan = POLICIES["echo"](plan_input([0, 0, 1, 1], totals([6, 4, 1, 1], 2), [1, 1]))
+    plan = plan_echo(plan_input([0, 0, 1, 1], totals([6, 4, 1, 1], 2), [1, 1]))
     assert quota(plan) == [[2, 4], [4, 0], [0, 1], [0, 1]]
     assert where(plan) == [[0, 1], [0], [1], [1]]
 
@@ -268,7 +271,7 @@ def test_echo_spills_the_hottest_of_a_rank() -> None:
 def test_echo_keeps_the_largest_chunks(slots: int, expected: list[float]) -> None:
     """Loads 10, 8, 1, 1, mean 5. Spills 5 and 3 over spares 4 and 4: expert 0's 4 on device 2 and 1 on device 3, expert 1's 3 on
     device 3."""
-    plan = POLICIES["echo"](plan_input([0, 1, 2, 3], totals([10, 8, 1, 1], 4), [slots] * 4))
+    plan = plan_echo(plan_input([0, 1, 2, 3], totals([10, 8, 1, 1], 4), [slots] * 4))
     assert quota(plan)[:2] == [expected, [0, 5, 0, 3] if slots else [0, 8, 0, 0]]
 
 
@@ -298,21 +301,21 @@ def test_no_expert_travels_for_a_rounding_error(policy: str, owner: list[int], l
 )
 def test_laer_takes_the_cheaper_candidate(row_bytes: float, expected: list[list[float]]) -> None:
     cost = LayerCost(trainable_bytes=1.0, assignment_flops=1.0, row_bytes=row_bytes)
-    plan = POLICIES["laer"](plan_input([0, 1, 2], totals([12, 3, 3], 3), [2, 2, 2], cost=cost))
+    plan = plan_laer(plan_input([0, 1, 2], totals([12, 3, 3], 3), [2, 2, 2], cost=cost))
     assert quota(plan) == expected
 
 
 def test_laer_starts_with_a_replica_in_each_node() -> None:
     """Ranks 0, 1 | 2, 3, experts on ranks 0 and 2, two spares: each to the idle rank of the other node, though the one beside the
     owner is as idle."""
-    plan = POLICIES["laer"](plan_input([0, 2], [[1, 1]] * 4, [1] * 4, nodes=(0, 0, 1, 1)))
+    plan = plan_laer(plan_input([0, 2], [[1, 1]] * 4, [1] * 4, nodes=(0, 0, 1, 1)))
     assert quota(plan) == [[2, 0, 0, 2], [0, 2, 2, 0]]
 
 
 def test_laer_gives_every_node_a_replica_before_any_gets_two() -> None:
     """Two nodes of three; loads 24 and 6, three spares: copies 3 and 2, not 4 and 1. Expert 0, from rank 0, goes to the idle ranks 4
     and 1, expert 1, from rank 3, to the idle rank 2. Each node's choices of an expert are half of them."""
-    plan = POLICIES["laer"](plan_input([0, 3], [[4, 1]] * 6, [1] * 6, nodes=(0, 0, 0, 1, 1, 1)))
+    plan = plan_laer(plan_input([0, 3], [[4, 1]] * 6, [1] * 6, nodes=(0, 0, 0, 1, 1, 1)))
     assert quota(plan) == [[6, 6, 0, 0, 12, 0], [0, 0, 3, 3, 0, 0]]
 
 
@@ -406,7 +409,7 @@ def test_layers_do_not_depend_on_each_other(policy: str, given_: PlanInput) -> N
 @pytest.mark.parametrize("policy", ["echo", "llep", "smartmoe"])
 @given(given_=inputs())
 def test_no_device_ends_up_busier_than_the_busiest_was(policy: str, given_: PlanInput) -> None:
-    static_LD, planned_LD = check(given_, POLICIES["static_ep"](given_)), check(given_, POLICIES[policy](given_))
+    static_LD, planned_LD = check(given_, plan_static_ep(given_)), check(given_, POLICIES[policy](given_))
     assert (planned_LD.max(-1) <= static_LD.max(-1) * (1 + 1e-9)).all()
 
 
@@ -416,8 +419,8 @@ def test_llep_and_echo_with_room_for_everything(given_: PlanInput) -> None:
     given_ = replace(given_, slots_D=np.full(given_.world_size, given_.num_experts))
     bound = 1.1 if given_.max_imbalance is None else given_.max_imbalance
     mean_L = given_.expected_LED.sum((-1, -2)) / given_.world_size
-    assert (check(given_, POLICIES["llep"](given_)).max(-1) <= mean_L * bound * 1.125 * (1 + 1e-9)).all()
-    np.testing.assert_allclose(check(given_, POLICIES["echo"](given_)).max(-1), mean_L, rtol=1e-6)
+    assert (check(given_, plan_llep(given_)).max(-1) <= mean_L * bound * 1.125 * (1 + 1e-9)).all()
+    np.testing.assert_allclose(check(given_, plan_echo(given_)).max(-1), mean_L, rtol=1e-6)
 
 
 @pytest.mark.parametrize("policy", RIVALS)
@@ -478,5 +481,5 @@ def test_llep_needs_as_few_transfers_as_published(skewed: PlanInput) -> None:
     """Elsewhere 34 for a bound of 1.0 and 15 for 1.1."""
     given_ = replace(skewed, slots_D=np.full(skewed.world_size, 8))
     for max_imbalance, most in ((1.0, 40), (1.1, 18)):
-        plan = POLICIES["llep"](replace(given_, max_imbalance=max_imbalance))
+        plan = plan_llep(replace(given_, max_imbalance=max_imbalance))
         assert plan.where_LED.sum() / given_.num_layers - given_.num_experts <= most

@@ -1,0 +1,113 @@
+"""Rules over several keys, given typed values and no file: what is wrong is said once, and what has a problem already is passed over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hecate.config import DataSource
+from hecate.config.megatron_rules import check_megatron, check_megatron_ep
+from hecate.config.rules import check_values
+
+Problems = list[tuple[str, str, str]]
+
+
+def found(values: dict[str, Any], *, claim: bool = True) -> Problems:
+    problems: Problems = []
+    check_values(values, lambda *problem: problems.append(problem), claim_output=claim)
+    return problems
+
+
+def test_keys_that_are_absent_have_their_problem_elsewhere() -> None:
+    assert found({}) == []
+    assert found({"moe.top_k": 3, "moe.family": "mixlora"}) == [], "the number of experts is unknown"
+    assert found({"moe.num_experts": None, "moe.top_k": 9, "moe.family": "mixlora"}) == [
+        ("moe.top_k", "must be from 1 to 8, the fewest experts of a layer (moe.num_experts), got 9", "")
+    ]
+    assert found({"moe.num_experts": None, "moe.top_k": 9, "moe.family": "moe_lora"}) == [], "the base model says how many"
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"lora.alpha": 2.5}, ("lora.alpha", "must be a whole number, got 2.5", "adapter files can store no other")),
+        (
+            {"moe.num_experts": (4, 0), "model.num_hidden_layers": 3},
+            ("moe.num_experts", "lists 2 layers, but model.num_hidden_layers is 3", "give one number for all layers, or 3 of them"),
+        ),
+        (
+            {"fssdp.plan": "calibrated", "fssdp.prefetch": 0},
+            (
+                "fssdp.prefetch",
+                "must be >= 1 with fssdp.plan=calibrated, got 0",
+                "use exact if nothing is to be gathered before the router",
+            ),
+        ),
+        (
+            {"data.packing": True, "data.seq_len": 7},
+            ("data.seq_len", "must be >= 8 with data.packing, got 7", "or set data.packing to false"),
+        ),
+        (
+            {"fssdp.shard_size": 3, "nproc": 4},
+            ("fssdp.shard_size", "must divide the number of ranks, which is 4 (nproc), got 3", "null: all ranks"),
+        ),
+        ({"ray.workers": 2, "ray.min_workers": 3}, ("ray.min_workers", "must be from 1 to 2 (ray.workers), got 3", "")),
+        ({"data.train": ()}, ("data.train", "must name at least one source", "")),
+    ],
+)
+def test_a_rule_over_two_keys_is_said_once(values: dict[str, Any], problem: tuple[str, str, str]) -> None:
+    assert found(values) == [problem]
+
+
+def test_two_sources_of_one_name_and_a_source_that_is_not_there(folder: Path) -> None:
+    sources = tuple(DataSource(path=f"{file}.jsonl", name=name) for file, name in ("aa", "ba", "cc"))
+    assert [(key, what) for key, what, _ in found({"data.eval": sources})] == [
+        ("data.eval[1].name", "a is already the name of data.eval[0]"),
+        ("data.eval[2].path", "no such file or folder: c.jsonl"),
+    ]
+
+
+@pytest.mark.parametrize(("resume", "claim", "problems"), [(False, True, 1), (True, True, 0), (False, False, 0)])
+def test_a_used_output_folder_is_for_who_resumes_or_joins(folder: Path, resume: bool, claim: bool, problems: int) -> None:
+    assert [key for key, *_ in found({"output_dir": "used", "resume": resume}, claim=claim)] == ["output_dir"] * problems
+
+
+GPT = {"model.name_or_path": "gpt-moe-s", "model.tokenizer": "model", "moe.num_experts": None, "moe.top_k": None}
+"""12 layers, 12 heads, 64 experts"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"moe.family": "mixlora"}, "moe.family", "must be full with model.front_end=megatron: the model is built from scratch"),
+        ({"model.dtype": "bfloat16"}, "model.dtype", "must be float32 or float64"),
+        ({"moe.num_experts": (4, 4)}, "moe.num_experts", "must be one number with model.front_end=megatron"),
+        ({"model.num_hidden_layers": 99}, "model.num_hidden_layers", "99, but the model has only 12"),
+        ({"moe.top_k": 65}, "moe.top_k", "must be from 1 to 64, the experts of a layer, got 65"),
+        ({"model.tensor_parallel": 5}, "model.tensor_parallel", "must divide the model's 12 attention heads, got 5"),
+        ({"model.tokenizer": None}, "model.tokenizer", "must be given with model.front_end=megatron"),
+        ({"model.tokenizer": "used"}, "model.tokenizer", "no tokenizer.json in the folder used"),
+    ],
+)
+def test_what_the_megatron_front_end_does_not_take(folder: Path, changes: dict[str, Any], key: str, words: str) -> None:
+    problems: Problems = []
+    check_megatron(GPT, lambda *problem: problems.append(problem))
+    assert not problems
+    check_megatron({**GPT, **changes}, lambda *problem: problems.append(problem))
+    ((found_key, what, _),) = problems
+    assert (found_key, what[: len(words)]) == (key, words)
+
+
+def test_megatrons_own_layers_take_none_of_what_belongs_to_ours() -> None:
+    problems: Problems = []
+    given = {"fssdp.policy": "megatron_ep", "fssdp.prefetch": 2, "fssdp.redundancy": 0, "kernels": "torch"}
+    check_megatron_ep({**given, "fssdp.policy": "auto"}, lambda *problem: problems.append(problem))
+    assert not problems
+    check_megatron_ep({**given, "model.front_end": "transformers"}, lambda *problem: problems.append(problem))
+    assert [(key, hint) for key, _, hint in problems] == [
+        ("fssdp.policy", "use static_ep: it places experts the same way"),
+        ("fssdp.prefetch", "leave it out"),
+        ("kernels", "leave it out"),
+    ]

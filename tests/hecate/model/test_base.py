@@ -1,0 +1,53 @@
+"""The base model of a run as it is loaded: what a run finds in it, and which kinds of experts it is no base for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hecate.errors import UserError
+from hecate.model.base import build_base
+from hecate.parallel.expert_kinds import FULL, MIXLORA, MOE_LORA
+from testing.byte_tokenizer import build_byte_tokenizer
+from tests.hecate.model.tiny import tiny
+
+CPU = torch.device("cpu")
+
+
+def saved(folder: Path, model_type: str, **changes: Any) -> str:
+    tiny(model_type, torch.float32, **changes).save_pretrained(folder)
+    build_byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_dense_model_is_found_with_its_ffns_and_without_dropout(tmp_path: Path) -> None:
+    base = build_base(saved(tmp_path, "llama", attention_dropout=0.5), "float64", 2, CPU, MIXLORA)
+    assert [(unit.unit.layer, unit.path, unit.shape.ffn) for unit in base.found] == [
+        (0, "model.layers.0.mlp", 24),
+        (1, "model.layers.1.mlp", 24),
+    ]
+    assert (base.vocab_size, len(base.tokenizer), base.own_experts) == (32, 258, ())
+    assert not any(module.training for module in base.model.modules())
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float64}
+
+
+def test_an_moe_model_is_found_with_its_own_experts(tmp_path: Path) -> None:
+    base = build_base(saved(tmp_path, "mixtral", num_local_experts=5), "float32", None, CPU, MOE_LORA)
+    assert [(unit.block_path, unit.own_experts) for unit in base.found] == [(f"model.layers.{layer}.mlp", 5) for layer in range(3)]
+    assert base.ffns == ()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "words"),
+    [
+        ("llama", MOE_LORA, "LlamaForCausalLM has no experts, but moe.family is moe_lora"),
+        ("mixtral", MIXLORA, "the model has experts already, but moe.family mixlora puts experts in the place of a dense FFN"),
+        ("mixtral", FULL, "the model has experts already, but moe.family full puts experts in the place of a dense FFN"),
+    ],
+)
+def test_experts_of_another_kind_are_refused(tmp_path: Path, model_type: str, kind: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build_base(saved(tmp_path, model_type), "float32", None, CPU, kind)
