@@ -19,7 +19,7 @@ from hecate.kernels.experts.torch_path import full_ffn, moe_lora_ffn
 from hecate.kernels.mixlora.operators import mixlora_ffn_triton
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.kernels.mixlora.torch_path import mixlora_ffn
-from tests.kernels.mixlora.test_torch_path import Case, compare, results
+from tests.kernels.mixlora.cases import Case, compare, results
 
 ON_CPU = torch.empty(0)
 ON_GPU: Any = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.bfloat16})()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hecate.config import Config, load_config
@@ -12,9 +12,7 @@ from hecate.config.effective import Change, changed_computation, to_yaml
 from hecate.config.scalars import read_text
 from hecate.config.schema import LEAVES
 from hecate.config.yaml_text import Mapping, Scalar, parse
-from tests.hecate.config.test_load import MINIMAL, load
-
-reuse_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+from tests.hecate.config.making import MINIMAL, load, reuse_folder
 
 
 def again(config: Config) -> Config:

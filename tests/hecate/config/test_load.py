@@ -8,16 +8,10 @@ from typing import Any
 
 import pytest
 
-from hecate.config import Config, ConfigError, DataSource
+from hecate.config import ConfigError, DataSource
 from hecate.config.load import MAX_BYTES, load_config
 from hecate.config.schema import LEAF_TYPES, RANGES, REQUIRED, SECTIONS
-
-MINIMAL = "model: {name_or_path: model}\ndata: {train: a.jsonl}\noutput_dir: runs/first\nmax_steps: 10\n"
-
-
-def load(text: str, *overrides: str) -> Config:
-    Path("run.yaml").write_text(text)
-    return load_config("run.yaml", list(overrides))
+from tests.hecate.config.making import MINIMAL, load
 
 
 def test_defaults_are_those_documented(folder: Path) -> None:

@@ -9,8 +9,7 @@ from hecate.config import ConfigError
 from hecate.config.problems import Refused
 from hecate.config.ranges import COUNT, POSITIVE, SHARE, WHOLE, Range
 from hecate.config.scalars import not_text, read_float, read_int
-from tests.hecate.config.test_effective import reuse_folder
-from tests.hecate.config.test_load import MINIMAL, load
+from tests.hecate.config.making import MINIMAL, load, reuse_folder
 
 
 @pytest.mark.parametrize(

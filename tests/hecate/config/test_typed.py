@@ -71,10 +71,15 @@ def test_sources_are_records_however_they_are_written() -> None:
 
 
 def test_a_problem_is_placed_at_the_nearest_value_that_encloses_it() -> None:
-    report = Report("run.yaml", places={"data": ("run.yaml", 2), "data.train[1]": ("command line", None)})
-    for key in ("data.train[0].path", "data.train[1].path", "model.dtype"):
+    report = Report("run.yaml", places={"data": ("run.yaml", 2), "data.train": ("run.yaml", 3), "data.train[1]": ("command line", None)})
+    for key in ("data.seq_len", "data.train[0].path", "data.train[1].path", "model.dtype"):
         report.add(key, "is wrong")
-    assert [(problem.source, problem.line) for problem in report.problems] == [("run.yaml", 2), ("command line", None), ("run.yaml", None)]
+    assert [(problem.source, problem.line) for problem in report.problems] == [
+        ("run.yaml", 2),
+        ("run.yaml", 3),
+        ("command line", None),
+        ("run.yaml", None),
+    ]
 
 
 def test_of_two_equal_keys_the_first_counts_and_the_second_is_reported() -> None:

@@ -1,11 +1,13 @@
-"""Write and encode small JSONL files in tests."""
+"""Write and encode small files of samples and of token ids."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from hecate.data.encode import Counts, EncodedSource, encode_source
 
@@ -50,3 +52,22 @@ def source_of_lengths(lengths: list[int], name: str = "source", weight: float = 
         lines=np.arange(1, len(lengths) + 1),
         counts=Counts(kept=len(lengths), truncated=0, skipped=0),
     )
+
+
+def write_index(prefix: Path, documents: Sequence[Sequence[int]], dtype: Any = np.uint16, pieces: int = 1) -> str:
+    """By Megatron's own builder; each document in so many sequences."""
+    pytest.importorskip("megatron.core")
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        for part in np.array_split(np.array(document, dtype=np.int64), pieces):
+            builder.add_item(torch.from_numpy(part))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def ids_of(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    return [tokenizer(text)["input_ids"] for text in texts]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,10 @@ from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
 from hecate.data.syntax import check_syntax
 from hecate.errors import UserError
-from tests.hecate.data.files import Source, write_jsonl
+from tests.hecate.data.files import Source, ids_of, write_index, write_jsonl
 
 EOS, VOCABULARY, SEQ_LEN = 257, 258, 24
 TEXTS = ["a", "The first.", "x" * 200, *(f"Document {number} is {'very ' * (number % 9)}long." for number in range(40))]
-
-
-def write_index(prefix: Path, documents: Sequence[Sequence[int]], dtype: Any = np.uint16, pieces: int = 1) -> str:
-    """By Megatron's own builder; each document in so many sequences."""
-    pytest.importorskip("megatron.core")
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        for part in np.array_split(np.array(document, dtype=np.int64), pieces):
-            builder.add_item(torch.from_numpy(part))
-        builder.end_document()
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
-
-
-def ids_of(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    return [tokenizer(text)["input_ids"] for text in texts]
 
 
 def read(path: str, tokenizer: Any, **options: Any) -> TokenSource:

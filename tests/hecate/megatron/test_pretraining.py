@@ -20,7 +20,7 @@ from hecate.train.inference import answer, evaluate_trained
 from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.ranks import run_ranks
-from tests.hecate.data.test_indexed import ids_of, write_index
+from tests.hecate.data.files import ids_of, write_index
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 from tests.hecate.model.tiny import token_ids
 

@@ -18,9 +18,9 @@ from hecate.kernels.experts.full_operators import full_ffn_triton
 from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
 from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
 from tests.kernels.conftest import INTERPRETED
-from tests.kernels.experts.test_torch_path import CASES, LORA_CASES, Case, Inputs, full, lora
+from tests.kernels.experts.cases import CASES, LORA_CASES, Case, Inputs, full, lora
 from tests.kernels.grouping import poisoned
-from tests.kernels.mixlora.test_torch_path import compare
+from tests.kernels.mixlora.cases import compare
 
 __all__ = ["poisoned"]
 

@@ -14,7 +14,7 @@ from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.kernels.mixlora.operators import forward_arguments, mixlora_ffn_triton, mixlora_forward
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from tests.kernels.grouping import poisoned
-from tests.kernels.mixlora.test_torch_path import CASES, Case, compare, results
+from tests.kernels.mixlora.cases import CASES, Case, compare, results
 
 __all__ = ["poisoned"]
 
