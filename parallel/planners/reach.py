@@ -197,7 +197,8 @@ def reach(
     """Add to `replicas`, of owners only, what a rule says.
 
     - OWNERS: nothing.
-    - WANTED: `bring_wanted` into all slots, or with a `share` below 1 as many as travel hidden, times the share.
+    - WANTED: `bring_wanted` into all slots, or with a `share` below 1 as many as travel hidden, times the share. Where `factor` is 0 and
+      all experts of other owners fit in, all of them, wanted or not: nothing is dispatched then.
     - HOT: `bring_hot` into that share of the slots.
     - NODES: `bring_hot` into that share of the slots, then `bring_to_nodes` into the rest; with a negative share into all but one.
 
@@ -205,12 +206,15 @@ def reach(
     """
     ranks, experts = loads.tokens_SE.shape
     if rule == WANTED:
-        room, least = slots.copy(), experts
+        room, lacking = slots.copy(), np.full(ranks, experts)
+        for e in range(experts):
+            lacking[owner[e]] -= 1
+        room_for_all = True
         for d in range(ranks):
             if share < 1:
                 room[d] = min(room[d], int(hidden * share))
-            least = min(least, room[d])
-        if least >= experts and factor == 0:
+            room_for_all = room_for_all and room[d] >= lacking[d]
+        if room_for_all and factor == 0:
             for e in range(experts):
                 for d in range(ranks):
                     if d != owner[e]:
