@@ -13,7 +13,9 @@ class NumberBytes:
     """The bytes of one number, by what it is."""
 
     trained: int
-    """the bytes of a trained parameter as it is gathered, and of its gradient"""
+    """the bytes of a trained parameter as it is gathered"""
+    gradient: int
+    """the bytes of a gradient as it is reduced"""
     master: int
     """the bytes of a trained parameter, and of each of its two moments, on the expert's owner"""
     computed: int
@@ -34,6 +36,7 @@ def expert_layer_cost(expert: ExpertParameters, *, hidden: int, top_k: int, numb
     flops = own_ffn + pairs
     return LayerCost(
         trainable_bytes=float(number.trained * expert.trained),
+        gradient_bytes=float(number.gradient * expert.trained),
         frozen_bytes=float(number.computed * expert.frozen_ffn),
         state_bytes=float(3 * number.master * expert.trained),
         top_k=top_k,

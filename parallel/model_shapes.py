@@ -89,11 +89,6 @@ class ModelShape:
         key_value = query if self.key_value_width is None else self.key_value_width
         return 2 * self.hidden * (query + key_value)
 
-    def num_params(self) -> int:
-        """Of all layers: attention and FFNs, LoRA pairs included; no embeddings, no norms, no routers."""
-        ffns = 1 if self.of_kind.shares_ffn else self.experts
-        return self.layers * (self.attention_parameters + ffns * self.ffn_parameters + self.experts * self.pair_parameters)
-
     def replicated_bytes(self) -> float:
         """The bytes that every rank holds of all layers, apart from experts.
 
@@ -124,7 +119,7 @@ class ModelShape:
             self.of_kind.parameters(self.ffn_parameters, self.pair_parameters),
             hidden=self.hidden,
             top_k=self.top_k,
-            number=NumberBytes(trained, _MASTER_BYTES, self.dtype_bytes),
+            number=NumberBytes(trained=trained, gradient=trained, master=_MASTER_BYTES, computed=self.dtype_bytes),
             non_moe_flops=self.attention_flops(tokens_per_rank),
         )
 

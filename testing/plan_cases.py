@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.model_shapes import ModelShape
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.topology import Topology
@@ -66,3 +67,9 @@ def plan_input(topology: Topology, cost: LayerCost, loads_ED: np.ndarray, most_s
     slots = np.minimum((MEMORY_SHARE * np.asarray(topology.memory) / cost.replica_bytes).astype(np.int64), most_slots)
     owners = contiguous_owners(EXPERTS, topology.world_size)
     return PlanInput(owners[None], loads_ED[None].astype(np.float64), topology, cost, slots)
+
+
+def num_params(shape: ModelShape) -> int:
+    """Return the parameters of all layers: attention and FFNs, LoRA pairs included, without embeddings, norms and routers."""
+    ffns = 1 if shape.of_kind.shares_ffn else shape.experts
+    return shape.layers * (shape.attention_parameters + ffns * shape.ffn_parameters + shape.experts * shape.pair_parameters)

@@ -64,7 +64,9 @@ def simulate(
     topology: Annotated[str | None, typer.Option(help="preset of configs/topologies, or a YAML file")] = None,
     model: Annotated[str | None, typer.Option(help="preset of configs/models, or a YAML file")] = None,
     workload: Annotated[str, typer.Option(help="a name, several names separated by commas, or all")] = "zipf",
-    trace: Annotated[Path | None, typer.Option(help="recorded loads, a folder or a file, in place of a workload")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="recorded loads (a run's folder loads, or Megatron's routing trace), in place of a workload")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="tokens of one rank in a step")] = 8192,
     policy: Annotated[str, typer.Option(help="a name, several names separated by commas, or all")] = "all",
     steps: Annotated[int, typer.Option(min=1, help="number of steps")] = 12,

@@ -172,7 +172,7 @@ class FfnExperts(ABC):
             self.kind.parameters(self.site.shape.numel, pairs),
             hidden=self.site.shape.hidden,
             top_k=top_k,
-            number=NumberBytes(master, master, self.site.compute_dtype.itemsize),
+            number=NumberBytes(trained=master, gradient=master, master=master, computed=self.site.compute_dtype.itemsize),
             non_moe_flops=non_moe_flops,
         )
 

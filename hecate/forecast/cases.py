@@ -12,12 +12,13 @@ import numpy as np
 from hecate.config.presets import find_preset
 from hecate.errors import UserError
 from hecate.parallel.cost_model import ExecutionMode
+from hecate.parallel.megatron_traces import load_megatron_trace
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import fullest_owner_bytes, replica_slots, simulate
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
-from hecate.parallel.traces import load_trace
+from hecate.parallel.traces import Trace, load_trace
 from hecate.parallel.workloads import WORKLOADS
 
 BASELINE = "static_ep"
@@ -143,9 +144,9 @@ def trace_case(topology: str, model: str, trace_path: Path) -> Case:
     Raises:
         UserError: a name or a file is wrong, or the trace has another number of ranks.
     """
-    trace = load_trace(trace_path)
     machines = load_topology(find_preset("topologies", "topology", topology))
     shape = load_model_shape(find_preset("models", "model", model))
+    trace = _recorded(trace_path, shape)
     sources = trace.loads.shape[3]
     if sources != machines.world_size:
         raise UserError(f"{trace_path}: recorded on {sources} ranks, but topology {topology} has {machines.world_size} devices")
@@ -162,6 +163,12 @@ def trace_case(topology: str, model: str, trace_path: Path) -> Case:
         tokens_per_rank=trace.tokens_per_rank,
         recorded=trace.loads.astype(np.int64),
     )
+
+
+def _recorded(path: Path, shape: ModelShape) -> Trace:
+    """A trace of a run of hecate's, or of Megatron's, which says nothing of the number of experts."""
+    is_megatron = path.suffix == ".jsonl" or (path.is_dir() and any(path.glob("*.jsonl")))
+    return load_megatron_trace(path, shape.experts, model=shape.name) if is_megatron else load_trace(path)
 
 
 def chosen(names: str | Sequence[str], known: Sequence[str], what: str) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
         kind.parameters(sum(spec.numel for spec in sizes.specs()), sum(spec.numel for spec in pairs)),
         hidden=layer.hidden,
         top_k=config.moe.experts_per_token,
-        number=NumberBytes(master_bytes, master_bytes, dtype_bytes),
+        number=NumberBytes(trained=master_bytes, gradient=master_bytes, master=master_bytes, computed=dtype_bytes),
         non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
     )
 

@@ -60,9 +60,11 @@ def test_layouts() -> None:
     [(MIXLORA, 64, 0, 360, 128, 3 * 128), (FULL, 180, 0, 0, 360, 2 * 360), (MOE_LORA, 64, 180, 0, 360 + 128, 360 + 2.5 * 128)],
 )
 def test_costs(kind: ExpertKind, trained: int, frozen: int, row: int, assignment: int, backward: float) -> None:
-    """Parameters of 8 bytes travel, their masters and moments take 4 each, weights are computed with in 2 bytes."""
-    cost = expert_layer_cost(kind.parameters(180, 64), hidden=6, top_k=2, number=NumberBytes(8, 4, 2), non_moe_flops=7.0)
-    assert (cost.trainable_bytes, cost.frozen_bytes, cost.state_bytes) == (8 * trained, 2 * frozen, 3 * 4 * trained)
+    """Parameters of 8 bytes and gradients of 5 travel, masters and moments take 4 each, weights are computed with in 2 bytes."""
+    number = NumberBytes(trained=8, gradient=5, master=4, computed=2)
+    cost = expert_layer_cost(kind.parameters(180, 64), hidden=6, top_k=2, number=number, non_moe_flops=7.0)
+    assert (cost.trainable_bytes, cost.reduced_bytes) == (8 * trained, 5 * trained)
+    assert (cost.frozen_bytes, cost.state_bytes) == (2 * frozen, 3 * 4 * trained)
     assert (cost.row_bytes, cost.row_flops, cost.assignment_flops) == (12, row, assignment)
     assert cost.assignment_backward * cost.assignment_flops == backward
     assert (cost.top_k, cost.non_moe_flops) == (2, 7.0)

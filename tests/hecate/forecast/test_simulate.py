@@ -87,6 +87,20 @@ def test_a_trace_says_how_many_layers_and_experts_there_are(model: str, tmp_path
     assert case.model.layers == 2
 
 
+def test_megatrons_traces_are_simulated_with_the_models_number_of_experts(model: str, tmp_path: Path) -> None:
+    """One step of a layer on two ranks of two tokens: a file with both ranks, and a folder with that file."""
+    ranks = [{"step": 0, "layer": 1, "rank": rank, "num_tokens": 2, "topk": 2, "top_indices": [[0, 1], [0, 3]]} for rank in (0, 1)]
+    (tmp_path / "trace").mkdir()
+    path = tmp_path / "trace" / "trace.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in ranks), encoding="utf-8")
+    for given in (path, path.parent):
+        case = trace_case("two-cpu-ranks", model, given)
+        assert case.recorded is not None
+        assert case.recorded.tolist() == [[[[2, 2], [1, 1], [0, 0], [1, 1]]]]
+        assert (case.model.layers, case.model.experts, case.model.top_k) == (1, 4, 2)
+        assert case.run(TWO)[0]["workload"] == "trace"
+
+
 def test_what_is_wrong_with_a_trace(model: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="recorded on 2 ranks, but topology h100-node has 8 devices"):
         trace_case("h100-node", model, trace_file(tmp_path))
