@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from hecate.config import load_config
 from hecate.elastic.rebuild import Membership
@@ -67,3 +68,18 @@ def modules_tried(rank: int, world: int, workshop: str, family: str) -> int:
 @pytest.mark.parametrize("family", ["mixlora", "full"])
 def test_a_run_looks_for_a_models_ffns_once(workshop: str, family: str) -> None:
     assert run_ranks(1, modules_tried, workshop, family) == [2], "the model has two layers with one FFN each"
+
+
+def adapter_without_decay_of(rank: int, world: int, workshop: str, kinds: str) -> dict[str, torch.Tensor]:
+    """The adapter after one step with weight decay, of which such kinds of parameters are excluded."""
+    folder = f"{workshop}/runs/decay-{len(kinds)}"
+    overrides = [*ONE_STEP, "weight_decay=0.5", f"weight_decay_exclude={kinds}", f"output_dir={folder}"]
+    assert train(load_config(f"{workshop}/config.yaml", overrides, claim_output=False), ranks_of_default_group(rank, world))
+    return load_file(f"{folder}/adapter/adapter_model.safetensors")
+
+
+def test_the_configuration_says_what_does_not_decay(workshop: str) -> None:
+    (none,), (routers,) = (run_ranks(1, adapter_without_decay_of, workshop, kinds) for kinds in ("[]", "[routers]"))
+    changed = {name for name in none if not torch.equal(none[name], routers[name])}
+    assert len(changed) == 2, changed  # one router a layer
+    assert all("moe_gate" in name for name in changed), changed
