@@ -174,7 +174,7 @@ def test_no_slower_than_any_policy_that_fits(given_: PlanInput) -> None:
 def test_everything_is_everywhere_where_it_fits_and_spares_the_dispatch() -> None:
     """Rank 1 has no tokens and wants no expert; with expert 0 on it, too, no rank takes part in a dispatch that has nothing to send."""
     loads_LED = np.array([[[425.0, 0.0], [318.0, 0.0]]])
-    plan = plan_auto(PlanInput(np.array([[0, 1]]), loads_LED, equal_devices(2), KINDS["dense base"], np.array([1, 1])))
+    plan = plan_auto(PlanInput(np.array([[0, 1]]), loads_LED, topology((0, 0)), KINDS["dense base"], np.array([1, 1])))
     assert plan.where_LED.all()
 
 
