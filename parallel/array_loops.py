@@ -37,14 +37,23 @@ def where_largest(values: np.ndarray) -> int:
     return best
 
 
+_RUN = 8
+"""entries that are sorted by insertion, which is faster than merging so few"""
+
+
 @loop
 def descending_order(keys: np.ndarray) -> np.ndarray:
-    """int64: the indices by key, the largest first, equals by index. A merge sort."""
+    """int64: the indices by key, the largest first, equals by index. A merge sort of short runs that insertion has sorted."""
     count = len(keys)
     order, merged = np.empty(count, np.int64), np.empty(count, np.int64)
-    for i in range(count):
-        order[i] = i
-    width = 1
+    for start in range(0, count, _RUN):
+        for i in range(start, min(start + _RUN, count)):
+            key, place = keys[i], i
+            while place > start and keys[order[place - 1]] < key:
+                order[place] = order[place - 1]
+                place -= 1
+            order[place] = i
+    width = _RUN
     while width < count:
         for start in range(0, count, 2 * width):
             middle, end = min(start + width, count), min(start + 2 * width, count)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from hecate.parallel.cost_loops import distinct, exposed_seconds
+from hecate.parallel.cost_loops import FASTEST, SLICED, distinct, exposed_seconds
 from hecate.parallel.cost_model import cost_numbers
 from hecate.parallel.flows import node_index, node_membership
 from hecate.parallel.linear_program import LinearProgram
@@ -69,7 +69,8 @@ class Relaxation:
         self.stays = reach in ("everywhere", "stay")
         self.fixed = problem.optimizer + problem.numbers.dispatch_messages * waits[reach]
         latency = self._gather_latency(intra, inter)
-        # Where nothing is resident, frozen parts take the same way as trainable ones, in a collective of their own.
+        # Where nothing is resident, frozen parts go where trainable ones do, in a collective of their own; the busiest port is bounded for
+        # any route, and so for both.
         self.all_fresh = bool((problem.fresh_ED == ~problem.owned_ED).all())
         gathers = 2 if problem.cost.frozen_bytes and self.all_fresh else 1
         numbers = problem.numbers
@@ -218,13 +219,18 @@ class Relaxation:
                 self.program.at_most([(hidden - slope * latency) / self.cutoff], *terms, (added, -1.0, 0))
 
     def _gather(self, counted_ED: np.ndarray, fastest: float) -> np.ndarray:
-        """Experts through the busiest port, for the replicas in `counted_ED`; a slow port counts as more experts on a `fastest` one."""
+        """Experts through the busiest port, for the replicas in `counted_ED`, by any route; a slow port counts as more on a `fastest` one.
+
+        Two exchanges that follow each other take no less than all that goes through one port in both of them.
+        """
         p, lp, r_D, n_N = self.problem, self.program, self.r_D, self.n_N
         port_D, nic_D = (np.asarray(b) / fastest for b in (p.topology.port_bandwidth, p.topology.nic_bandwidth))
         uplink_N = np.asarray(p.topology.uplink_bandwidth) / fastest
         busiest = lp.variables(0.0, counted_ED.sum() / min(*port_D, *nic_D, *uplink_N))
         home_ED, away_ED, owner_E1 = counted_ED & p.home_ED, counted_ED & ~p.home_ED, p.owner_E[:, None]
-        out = [(self.z_ED, home_ED / port_D[owner_E1], owner_E1)]
+        cuts = p.cost.chunk_numel > 1 and len(r_D) > 2 and p.numbers.route in (FASTEST, SLICED)
+        # Whole experts leave their owner once for each replica inside its node, but slices are sent on inside it, too.
+        out = [] if cuts else [(self.z_ED, home_ED / port_D[owner_E1], owner_E1)]
         into = [(self.z_ED, counted_ED / port_D, r_D)]
         if len(n_N) > 1:
             away_EN = ~p.home_EN & ((away_ED @ p.member_DN) > 0)
@@ -232,21 +238,25 @@ class Relaxation:
             if (counted_ED != ~p.owned_ED).any():
                 any_EN = lp.variables(0.0, away_EN)
                 self._each(away_ED, (self.z_ED, 1.0), (any_EN[:, p.node_D], -1.0))
-            # Leaders: of the experts that a node wants, each has one, among those who want it; it hands the expert on to the others.
+            # Experts come into a node to leaders, each at least once if the node has any replica; flat, each replica comes by itself. What
+            # does not come so is handed on inside the node.
             lead_D = lp.variables(0.0, away_ED.sum(0))
-            pass_D = lp.variables(0.0, np.broadcast_to(away_ED.sum(), r_D.shape))
-            lp.equal(0.0 * n_N, (lead_D, 1.0, p.node_D), (any_EN, -1.0 * away_EN, n_N))
+            lp.at_most(0.0 * n_N, (self.z_ED, 1.0 * away_ED, p.node_D), (any_EN, -1.0 * away_EN * self.devices_N, n_N))
+            lp.at_most(0.0 * n_N, (any_EN, 1.0 * away_EN, n_N), (lead_D, -1.0, p.node_D))
             lp.at_most(0.0 * r_D, (lead_D, 1.0, r_D), (self.z_ED, -1.0 * away_ED, r_D))
-            lp.equal(0.0 * n_N, (pass_D, 1.0, p.node_D), (any_EN, away_EN, n_N), (self.z_ED, -1.0 * away_ED, p.node_D))
-            lp.at_most(0.0 * r_D, (pass_D, 1.0, r_D), (lead_D, 1.0 - self.devices_N[p.node_D], r_D))
-            out.append((pass_D, 1 / port_D, r_D))
             into.append((lead_D, -1 / port_D, r_D))
+            if not cuts:
+                pass_D = lp.variables(0.0, np.broadcast_to(away_ED.sum(), r_D.shape))
+                lp.equal(0.0 * n_N, (pass_D, 1.0, p.node_D), (lead_D, 1.0, p.node_D), (self.z_ED, -1.0 * away_ED, p.node_D))
+                lp.at_most(0.0 * r_D, (pass_D, 1.0, r_D), (lead_D, 1.0 - self.devices_N[p.node_D], r_D))
+                out.append((pass_D, 1 / port_D, r_D))
             lp.at_most(0.0 * r_D, (any_EN, away_EN / nic_D[owner_E1], owner_E1), (busiest, -1.0, r_D))
             lp.at_most(0.0 * r_D, (lead_D, 1 / nic_D, r_D), (busiest, -1.0, r_D))
             home_E1 = p.node_D[owner_E1]
             lp.at_most(0.0 * n_N, (any_EN, away_EN / uplink_N[home_E1], home_E1), (busiest, -1.0, n_N))
             lp.at_most(0.0 * n_N, (any_EN, away_EN / uplink_N, n_N), (busiest, -1.0, n_N))
-        lp.at_most(0.0 * r_D, *out, (busiest, -1.0, r_D))
+        if out:
+            lp.at_most(0.0 * r_D, *out, (busiest, -1.0, r_D))
         lp.at_most(0.0 * r_D, *into, (busiest, -1.0, r_D))
         return busiest
 
@@ -267,8 +277,7 @@ class Relaxation:
         p = self.problem
         if self.stays:
             wanted_ED = ~p.owned_ED & (p.needed_ED | (self.reach == "everywhere"))
-            copies_EN = (wanted_ED & ~p.home_ED) @ p.member_DN
-            far, near = copies_EN.any(), (wanted_ED & p.home_ED).any() or (copies_EN > 1).any()
+            far, near = (wanted_ED & ~p.home_ED).any(), (wanted_ED & p.home_ED).any()
         else:
             # Tokens that stay in their node want a replica there of each expert that they chose.
             far, near = self.reach == "near" and (p.tokens_EN[~p.home_EN] > 0).any(), False

@@ -9,9 +9,11 @@ import numpy as np
 from hecate.parallel import jit
 from hecate.parallel.cost_model import LayerCost, transfer_seconds
 from hecate.parallel.gather_bytes import PortBytes
+from hecate.parallel.layout import ChunkSize
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.topology import local_topology
+from hecate.parallel.transfer_plan import choose_route
 
 
 def compile_all() -> None:
@@ -20,7 +22,9 @@ def compile_all() -> None:
     cost = LayerCost(trainable_bytes=1.0, row_bytes=1.0)
     with jit.compiling_here():
         given = PlanInput(owners, None, local_topology(1, cuda=False), cost, np.ones(1, dtype=np.int64))
-        plan_auto(given).seconds(given)
+        plan = plan_auto(given)
+        plan.seconds(given)
+        choose_route(plan.placement(0), ChunkSize(1, 1), given.topology)
         transfer_seconds(PortBytes(*np.zeros((4, 1))), 1.0, given.topology)
 
 

@@ -25,6 +25,14 @@ ROUNDING = 1e-9
 """share of an expert's load; less is no traffic"""
 NEAR_OUT, NEAR_IN, FAR_OUT, FAR_IN = range(4)
 """rows of an array [4, ranks]: traffic through each rank's ports inside its node, and to and from other nodes"""
+FLAT, TWO_LEVEL, SLICED = range(3)
+"""the routes of the collectives over experts, simplest first (see `hecate.parallel.routes`)"""
+FASTEST = -1
+"""instead of a route: for each placement the fastest of them"""
+CLEARLY_LESS = 1 - 1e-9
+"""of the seconds of two routes; a smaller difference is rounding, and the simpler route is taken"""
+COPY_ROWS = 17
+"""rows of the copies of a placement's replicas that `count_copies` and `count_slices` count, [17, ranks] (see there)"""
 
 
 class TopologyNumbers(NamedTuple):
@@ -67,6 +75,10 @@ class CostNumbers(NamedTuple):
     """the gather before the backward pass travels beside that work, too"""
     second_gathers: int
     """gathers before the backward pass: 1 where replicas were freed after the forward pass"""
+    route: int
+    """of gather and reduction: FLAT, TWO_LEVEL, SLICED or FASTEST"""
+    chunk_numel: int
+    """elements of an expert's trainable parameters, which can be cut into as many equal slices as divide this number"""
 
 
 class LayerLoads(NamedTuple):
@@ -82,11 +94,22 @@ class LayerLoads(NamedTuple):
 def layer_loads(tokens_SE: np.ndarray, topology: TopologyNumbers) -> LayerLoads:
     ranks, experts = tokens_SE.shape
     tokens_NE, load_E, load_D = np.zeros((len(topology.uplink_N), experts)), np.zeros(experts), np.zeros(ranks)
-    for d in range(ranks):
-        n = topology.node_D[d]
+    fours = ranks - ranks % 4
+    for d in range(0, fours, 4):  # four sums run side by side
+        own, second, third, fourth = tokens_SE[d], tokens_SE[d + 1], tokens_SE[d + 2], tokens_SE[d + 3]
+        a, b, c, f = 0.0, 0.0, 0.0, 0.0
         for e in range(experts):
-            tokens_NE[n, e] += tokens_SE[d, e]
-            load_D[d] += tokens_SE[d, e]
+            a += own[e]
+            b += second[e]
+            c += third[e]
+            f += fourth[e]
+        load_D[d], load_D[d + 1], load_D[d + 2], load_D[d + 3] = a, b, c, f
+    for d in range(fours, ranks):
+        load_D[d] = total(tokens_SE[d])
+    for d in range(ranks):
+        tokens, of_node = tokens_SE[d], tokens_NE[topology.node_D[d]]
+        for e in range(experts):
+            of_node[e] += tokens[e]
     for n in range(len(tokens_NE)):
         for e in range(experts):
             load_E[e] += tokens_NE[n, e]
@@ -158,9 +181,9 @@ def replica_seconds(owner: np.ndarray, replicas: Replicas, resident: np.ndarray,
 
     `resident` is bool [experts, ranks], or [0, 0] where nothing is.
     """
-    ranks = len(topology.node_D)
-    trainable, frozen = np.zeros((4, ranks)), np.zeros((4, ranks))
-    return replica_parts(owner, replicas, resident, topology, cost, trainable, frozen)[2] + optimizer_seconds(owner, topology, cost)
+    trainable, frozen = np.empty((4, len(topology.node_D))), np.empty((4, len(topology.node_D)))
+    added = replica_parts(owner, replicas, resident, topology, cost, trainable, frozen)[2]
+    return added + optimizer_seconds(owner, topology, cost)
 
 
 @loop
@@ -175,15 +198,22 @@ def replica_parts(
 ) -> tuple[float, float, float]:
     """Seconds of the gather, of the reduction, and what both add to the step.
 
-    Fills `trainable` and `frozen`, zeros [4, ranks]: the experts through each port, as `count_copies` does.
+    Fills `trainable` and `frozen` [4, ranks]: the experts through each port, in all exchanges of a gather.
     """
-    count_copies(owner, replicas, resident, False, topology, trainable)
-    latency, busiest = transfer_latency(trainable, topology), port_seconds(trainable, topology)
-    gather, reduce = busiest * cost.trainable_bytes + latency, busiest * cost.reduced_bytes + latency
-    again = gather  # frozen parts stay
+    copies = np.zeros((COPY_ROWS, len(topology.node_D)))
+    most = count_copies(owner, replicas, topology, copies)
+    route, slices = choose_route(owner, replicas, most, topology, cost, copies, trainable)
+    again = route_seconds(route, slices, False, cost.trainable_bytes, topology, copies, trainable)
+    reduce = again
+    if route != FLAT or cost.reduced_bytes != cost.trainable_bytes:
+        reduce = route_seconds(route, slices, True, cost.reduced_bytes, topology, copies, trainable)
+    _all_exchanges(route, slices, copies, trainable)
+    gather = again  # frozen parts stay, and so `again` is without them
     if cost.frozen_bytes_a_step > 0:
-        count_copies(owner, replicas, resident, True, topology, frozen)
+        count_frozen(owner, replicas, resident, topology, frozen)
         gather += port_seconds(frozen, topology) * cost.frozen_bytes_a_step + transfer_latency(frozen, topology)
+    else:
+        _clear(frozen)
     added = exposed_seconds(cost.hides_gather, gather, topology.slowdown)
     if cost.second_gathers == 0:
         added += exposed_seconds(cost.hides_reduce, reduce, topology.slowdown)
@@ -192,6 +222,117 @@ def replica_parts(
     else:
         added += exposed_seconds(cost.hides_reduce, reduce, topology.slowdown) + again
     return gather, reduce, added
+
+
+@loop
+def choose_route(
+    owner: np.ndarray,
+    replicas: Replicas,
+    most: int,
+    topology: TopologyNumbers,
+    cost: CostNumbers,
+    copies: np.ndarray,
+    ports: np.ndarray,
+) -> tuple[int, int]:
+    """The route of the gather and of the reduction, and into how many slices chunks are cut.
+
+    The fastest for the gather, the simpler one of equals; where no leader would have anyone to send on to, the flat one.
+
+    Args:
+        most: see `count_copies`.
+        copies: as `count_copies` has filled them; the slices' rows are filled where chunks may be sliced.
+        ports: room to work in, [4, ranks].
+    """
+    slices = 1
+    if cost.route in (FASTEST, SLICED):
+        for number in range(2, most + 1):
+            if cost.chunk_numel % number == 0:
+                slices = number
+        if slices > 1 or cost.route == SLICED:
+            count_slices(owner, replicas, slices, topology, copies)
+    if cost.route != FASTEST:
+        return cost.route, slices
+    if most < 2:
+        return FLAT, 1
+    best, least = FLAT, route_seconds(FLAT, 1, False, cost.trainable_bytes, topology, copies, ports)
+    if len(topology.uplink_N) > 1:
+        seconds = route_seconds(TWO_LEVEL, 1, False, cost.trainable_bytes, topology, copies, ports)
+        if seconds < CLEARLY_LESS * least:
+            best, least = TWO_LEVEL, seconds
+    if slices > 1:
+        seconds = route_seconds(SLICED, slices, False, cost.trainable_bytes, topology, copies, ports)
+        if seconds < CLEARLY_LESS * least:
+            best = SLICED
+    return best, slices if best == SLICED else 1
+
+
+@loop
+def route_seconds(
+    route: int, slices: int, back: bool, chunk_bytes: float, topology: TopologyNumbers, copies: np.ndarray, ports: np.ndarray
+) -> float:
+    """Seconds of a gather by a route, or with `back` of a reduction: its one exchange, or two that follow each other.
+
+    A port's two directions are equally fast, so a reduction takes as long as copies along its moves would.
+    """
+    unit_bytes = chunk_bytes / slices if route == SLICED else chunk_bytes
+    _exchange(route, slices, back, 0, copies, ports)
+    seconds = port_seconds(ports, topology) * unit_bytes + transfer_latency(ports, topology)
+    if route != FLAT:
+        _exchange(route, slices, back, 1, copies, ports)
+        seconds += port_seconds(ports, topology) * unit_bytes + transfer_latency(ports, topology)
+    return seconds
+
+
+@loop
+def _exchange(route: int, slices: int, back: bool, number: int, copies: np.ndarray, ports: np.ndarray) -> None:
+    """Fill `ports` [4, ranks] with the copies through each port in one exchange of a route; of slices where chunks are sliced.
+
+    A reduction's first exchange is inside the nodes, and for those that have no leader; in its second, leaders send to the owners.
+    """
+    for side in range(2):  # sent, received
+        near, far = ports[side], ports[2 + side]
+        direct, away = copies[side], copies[2 + side]
+        if route == FLAT:
+            for d in range(len(near)):
+                near[d], far[d] = direct[d], away[d]
+        elif route == TWO_LEVEL:
+            led, lead, on = copies[6 + side], copies[8 + side], copies[10 + side]
+            for d in range(len(near)):
+                if number == 0:
+                    near[d] = direct[d] + on[d] if back else direct[d]
+                    far[d] = away[d] - led[d] if back else away[d] - led[d] + lead[d]
+                else:
+                    near[d], far[d] = (0.0, lead[d]) if back else (on[d], 0.0)
+        else:
+            led_home, led, lead_home = copies[4 + side], copies[6 + side], copies[12 + side]
+            on = copies[14 + side]
+            lead, each = (copies[8], float(slices)) if side == 0 else (copies[16], 1.0)
+            for d in range(len(near)):
+                if number == 0:
+                    near[d] = (direct[d] - led_home[d]) * slices + (on[d] if back else lead_home[d])
+                    far[d] = (away[d] - led[d]) * slices + (0.0 if back else lead[d] * each)
+                else:
+                    near[d], far[d] = (lead_home[d], lead[d] * each) if back else (on[d], 0.0)
+
+
+@loop
+def _all_exchanges(route: int, slices: int, copies: np.ndarray, ports: np.ndarray) -> None:
+    """Fill `ports` [4, ranks] with the experts through each port in all exchanges of a gather."""
+    second = np.empty(ports.shape)
+    _exchange(route, slices, False, 0, copies, ports)
+    if route != FLAT:
+        _exchange(route, slices, False, 1, copies, second)
+        each = 1.0 / slices if route == SLICED else 1.0
+        for port in range(4):
+            for d in range(ports.shape[1]):
+                ports[port, d] = (ports[port, d] + second[port, d]) * each
+
+
+@loop
+def _clear(ports: np.ndarray) -> None:
+    for port in range(len(ports)):
+        for d in range(ports.shape[1]):
+            ports[port, d] = 0.0
 
 
 @loop
@@ -351,43 +492,115 @@ def transfer_latency(ports: np.ndarray, topology: TopologyNumbers) -> float:
 
 
 @loop
-def count_copies(
-    owner: np.ndarray, replicas: Replicas, resident: np.ndarray, fresh_only: bool, topology: TopologyNumbers, ports: np.ndarray
-) -> None:
-    """Add to `ports` [4, ranks] the experts through each port when replicas come by way of one leader a node.
+def count_copies(owner: np.ndarray, replicas: Replicas, topology: TopologyNumbers, copies: np.ndarray) -> int:
+    """Count the copies of replicas on the flat and on the two-level route; returns the most ranks of one node that lack one expert.
 
     Args:
-        resident: bool [experts, ranks], or [0, 0] where nothing is.
-        fresh_only: without the replicas that are resident.
+        copies: zeros [17, ranks], of which the first 12 are filled; two rows each, of copies sent and of copies received by each rank:
+            0 from owners inside their node, 4 those of them that a leader could send on, 2 from owners to other nodes, 6 those of them
+            that a leader sends on, 8 from owners to leaders in other nodes, 10 from these to their node.
     """
     nodes = len(topology.uplink_N)
     wanted, turn = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
+    most = 0
+    for e in range(len(owner)):
+        count, home = replicas.count_E[e], owner[e]
+        if count == 1:
+            continue
+        home_node = topology.node_D[home]
+        for c in range(count):
+            wanted[topology.node_D[replicas.rank_EC[e, c]]] += 1
+        wanted[home_node] -= 1
+        for c in range(count):
+            d = replicas.rank_EC[e, c]
+            if d == home:
+                continue
+            n = topology.node_D[d]
+            several = wanted[n]
+            most = max(most, several)
+            if n == home_node:
+                copies[0, home] += 1
+                copies[1, d] += 1
+                if several > 1:
+                    copies[4, home] += 1
+                    copies[5, d] += 1
+                continue
+            copies[2, home] += 1
+            copies[3, d] += 1
+            if several > 1:
+                copies[6, home] += 1
+                copies[7, d] += 1
+                if turn[n] == e % several:
+                    copies[8, home] += 1
+                    copies[9, d] += 1
+                    copies[10, d] += several - 1
+                else:
+                    copies[11, d] += 1
+                turn[n] += 1
+        for c in range(count):
+            n = topology.node_D[replicas.rank_EC[e, c]]
+            wanted[n] = 0
+            turn[n] = 0
+    return most
+
+
+@loop
+def count_slices(owner: np.ndarray, replicas: Replicas, slices: int, topology: TopologyNumbers, copies: np.ndarray) -> None:
+    """Count what leaders carry on the sliced route, in slices: those of an expert take turns among the ranks of a node that lack it.
+
+    Args:
+        copies: [17, ranks], of which rows 12 to 16 are zeros and are filled: 12 and 13 from owners to leaders in their node, sent and
+            received; 14 and 15 from leaders to the other ranks of their node; 16 what leaders in other nodes receive.
+    """
+    nodes = len(topology.uplink_N)
+    wanted, turn = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
+    for e in range(len(owner)):
+        count, home = replicas.count_E[e], owner[e]
+        if count < 3:
+            continue
+        for c in range(count):
+            wanted[topology.node_D[replicas.rank_EC[e, c]]] += 1
+        wanted[topology.node_D[home]] -= 1
+        for c in range(count):
+            d = replicas.rank_EC[e, c]
+            n = topology.node_D[d]
+            several = wanted[n]
+            if d == home or several < 2:
+                continue
+            # The first slice of the expert has the leader e * slices modulo their number.
+            place = (turn[n] - e * slices) % several
+            led = slices // several + (1 if place < slices % several else 0)
+            if n == topology.node_D[home]:
+                copies[12, home] += led
+                copies[13, d] += led
+            else:
+                copies[16, d] += led
+            copies[14, d] += led * (several - 1)
+            copies[15, d] += slices - led
+            turn[n] += 1
+        for c in range(count):
+            n = topology.node_D[replicas.rank_EC[e, c]]
+            wanted[n] = 0
+            turn[n] = 0
+
+
+@loop
+def count_frozen(owner: np.ndarray, replicas: Replicas, resident: np.ndarray, topology: TopologyNumbers, ports: np.ndarray) -> None:
+    """Fill `ports` [4, ranks] with the frozen parts that ranks lack, through each port: their owners send each to each.
+
+    `resident` is bool [experts, ranks], or [0, 0] where nothing is.
+    """
+    _clear(ports)
     for e in range(len(owner)):
         count, home = replicas.count_E[e], owner[e]
         if count == 1:
             continue
         for c in range(count):
             d = replicas.rank_EC[e, c]
-            if d != home and not (fresh_only and len(resident) > 0 and resident[e, d]):
-                wanted[topology.node_D[d]] += 1
-        for c in range(count):
-            d = replicas.rank_EC[e, c]
-            if d != home and not (fresh_only and len(resident) > 0 and resident[e, d]):
-                n = topology.node_D[d]
-                if n == topology.node_D[home]:
-                    ports[NEAR_IN, d] += 1
-                    ports[NEAR_OUT, home] += 1
-                elif turn[n] == e % wanted[n]:
-                    ports[FAR_IN, d] += 1
-                    ports[FAR_OUT, home] += 1
-                    ports[NEAR_OUT, d] += wanted[n] - 1
-                else:
-                    ports[NEAR_IN, d] += 1
-                turn[n] += 1
-        for c in range(count):
-            n = topology.node_D[replicas.rank_EC[e, c]]
-            wanted[n] = 0
-            turn[n] = 0
+            if d != home and not (len(resident) > 0 and resident[e, d]):
+                near = topology.node_D[d] == topology.node_D[home]
+                ports[NEAR_OUT if near else FAR_OUT, home] += 1
+                ports[NEAR_IN if near else FAR_IN, d] += 1
 
 
 @loop
@@ -419,7 +632,7 @@ def price_layers(
         replicas: room to work in.
         parts_LX: filled, float64 [layers, 6]: compute, dispatch, gather, reduce, exposed, optimizer.
         rows_LXD: filled, float64 [layers, 5, ranks]: rows through the four ports in one all-to-all, and computed.
-        copies_LXD: filled, zeros [layers, 8, ranks]: experts through the four ports, of trainable and of frozen parts.
+        copies_LXD: filled, [layers, 8, ranks]: experts through the four ports, of trainable and of frozen parts.
     """
     for layer in range(len(owner_LE)):
         owner, assignments, parts = owner_LE[layer], assignments_LXD[layer], parts_LX[layer]
@@ -452,3 +665,16 @@ def exchange_seconds(ports_XPD: np.ndarray, topology: TopologyNumbers, seconds_X
     for x in range(len(ports_XPD)):
         seconds_XP[x, 0] = port_seconds(ports_XPD[x], topology)
         seconds_XP[x, 1] = transfer_latency(ports_XPD[x], topology)
+
+
+@entry
+def fastest_routes(
+    owner_LE: np.ndarray, where_LED: np.ndarray, topology: TopologyNumbers, cost: CostNumbers, replicas: Replicas, route_L: np.ndarray
+) -> None:
+    """Fill `route_L`, int64 [layers]: the route of each placement (see `choose_route`); `replicas` is room to work in."""
+    ports = np.empty((4, len(topology.node_D)))
+    for layer in range(len(owner_LE)):
+        fill_lists(where_LED[layer], replicas)
+        copies = np.zeros((COPY_ROWS, len(topology.node_D)))
+        most = count_copies(owner_LE[layer], replicas, topology, copies)
+        route_L[layer] = choose_route(owner_LE[layer], replicas, most, topology, cost, copies, ports)[0]

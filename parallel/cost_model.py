@@ -9,7 +9,6 @@ Shapes: ... any leading dimensions (layers), E experts, D ranks, N nodes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -17,17 +16,31 @@ from typing import Literal
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, CostNumbers, TopologyNumbers, exchange_seconds, price_layers
+from hecate.parallel.cost_loops import (
+    DISPATCH_COLLECTIVES,
+    FASTEST,
+    FLAT,
+    SLICED,
+    TWO_LEVEL,
+    CostNumbers,
+    TopologyNumbers,
+    exchange_seconds,
+    price_layers,
+)
 from hecate.parallel.executed_flows import served
 from hecate.parallel.flows import Flows, flows
 from hecate.parallel.gather_bytes import PortBytes
-from hecate.parallel.placement import Placement
 from hecate.parallel.replica_lists import no_replicas
-from hecate.parallel.routes import Moves, flat_moves, most_wanting, sliced_moves, slices_of, two_level_moves
 from hecate.parallel.topology import Topology
 
 PlanMode = Literal["history", "calibrated", "exact"]
 """from which loads layers are planned: those of past steps; the same, mended after the gate where that pays; the micro-step's own"""
+Route = Literal["flat", "two_level", "sliced"]
+"""how the replicas of a placement travel (see `hecate.parallel.routes`), simplest first"""
+RouteChoice = Literal["fastest", "flat", "two_level", "sliced"]
+"""always the same route, or for each placement the fastest"""
+ROUTE_NUMBERS: dict[str, int] = {"flat": FLAT, "two_level": TWO_LEVEL, "sliced": SLICED, "fastest": FASTEST}
+"""by which the compiled loops name routes"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,9 @@ class ExecutionMode:
     """how many decoder layers early a gather starts; 0: nothing hides it"""
     micro_steps: int = 1
     """of an optimizer step; without `per_micro_step` all of them share one gather and one reduction"""
+    route: RouteChoice = "fastest"
+    """of each gather of trainable parameters and of its reduction. fastest: for each placement the one that `plan_transfer` chooses.
+    Frozen parts always travel flat"""
 
     def __post_init__(self) -> None:
         if self.prefetch < 0 or self.micro_steps < 1:
@@ -75,6 +91,8 @@ class LayerCost:
 
     trainable_bytes: float
     """parameters of one expert that a SparseAllGather moves in every step"""
+    chunk_numel: int = 1
+    """elements of these parameters, which a sliced gather cuts into equal slices of whole elements; 1: they are never cut"""
     gradient_bytes: float | None = None
     """of one expert, moved back by a SparseReduceScatter; None: as `trainable_bytes`"""
     frozen_bytes: float = 0.0
@@ -101,8 +119,11 @@ class LayerCost:
         for name, value in vars(self).items():
             if value is not None and not 0 <= value < np.inf:
                 raise UserError(f"layer cost: {name} must be finite and not negative, got {value}")
-        if self.top_k < 1 or self.frozen_lifetime == 0:
-            raise UserError(f"layer cost: top_k must be >= 1 and frozen_lifetime > 0, got {self.top_k} and {self.frozen_lifetime}")
+        if self.top_k < 1 or self.frozen_lifetime == 0 or self.chunk_numel < 1:
+            raise UserError(
+                "layer cost: top_k and chunk_numel must be >= 1 and frozen_lifetime > 0, "
+                f"got {self.top_k}, {self.chunk_numel} and {self.frozen_lifetime}"
+            )
 
     @property
     def reduced_bytes(self) -> float:
@@ -159,7 +180,7 @@ class Priced:
     seconds: LayerSeconds
     rows: Rows
     gathered: PortBytes
-    """replicas through each port"""
+    """replicas through each port, in all exchanges of a gather by the route that was priced"""
     gathered_frozen: PortBytes
     """replicas through each port whose frozen part is not resident; nothing if experts have none"""
 
@@ -205,7 +226,7 @@ def price(
     shape, (experts, ranks) = where_ED.shape[:-2], where_ED.shape[-2:]
     layers = int(np.prod(shape))
     assignments = np.stack([*_sums(flow), served(flow).sum(-2), loads_ED.sum(-2)], axis=-2, dtype=np.float64)
-    parts_LX, rows_LXD, copies_LXD = np.empty((layers, 6)), np.empty((layers, 5, ranks)), np.zeros((layers, 8, ranks))
+    parts_LX, rows_LXD, copies_LXD = np.empty((layers, 6)), np.empty((layers, 5, ranks)), np.empty((layers, 8, ranks))
     resident = np.zeros((layers, 0, 0), np.bool_) if resident_ED is None else _contiguous(resident_ED, (layers, experts, ranks), np.bool_)
     price_layers(
         _contiguous(owner_E, (layers, experts), np.int64),
@@ -283,6 +304,8 @@ def cost_numbers(cost: LayerCost, topology: Topology, execution: ExecutionMode) 
         2 * attention,
         execution.prefetch > 0,
         int(execution.rematerialize),
+        ROUTE_NUMBERS[execution.route],
+        int(cost.chunk_numel),
     )
 
 
@@ -304,67 +327,6 @@ def _exchanges(ports: PortBytes, topology: Topology) -> np.ndarray:
     seconds_XP = np.empty((int(np.prod(shape)), 2))
     exchange_seconds(np.ascontiguousarray(traffic).reshape(-1, 4, topology.world_size), topology_numbers(topology), seconds_XP)
     return seconds_XP.reshape(*shape, 2)
-
-
-Collective = Literal["flat", "two_level", "sliced"]
-CLEARLY_LESS = 1 - 1e-9
-"""of the seconds of two ways; a smaller difference is rounding"""
-
-
-def choose_collective(placement: Placement, chunk_numel: int, element_bytes: float, topology: Topology) -> Collective:
-    """The fastest way for a layer's SparseAllGather and, as it takes the same way back, its SparseReduceScatter; the simpler one if equal.
-
-    The two exchanges of a collective over leaders follow one another, so their seconds add up. A pure function: all ranks choose alike.
-
-    Args:
-        chunk_numel: elements of a chunk, on which depends into how many slices it can be cut.
-    """
-    most = most_wanting(placement, topology)
-    if most < 2:
-        return "flat"
-
-    chunk_bytes = chunk_numel * element_bytes
-
-    def seconds(exchanges: Sequence[Moves], unit_bytes: float) -> float:
-        return sum(float(transfer_seconds(moves.ports(topology), unit_bytes, topology)) for moves in exchanges)
-
-    ways: dict[Collective, float] = {"flat": seconds([flat_moves(placement)], chunk_bytes)}
-    if topology.num_nodes > 1:
-        ways["two_level"] = seconds(two_level_moves(placement, topology).gather, chunk_bytes)
-    slices = slices_of(chunk_numel, most)
-    if slices > 1:
-        ways["sliced"] = seconds(sliced_moves(placement, topology, slices).moves.gather, chunk_bytes / slices)
-    best: Collective = "flat"
-    for way in ways:
-        if ways[way] < CLEARLY_LESS * ways[best]:
-            best = way
-    return best
-
-
-def fuse_gathers(layers: Sequence[tuple[Placement, float]], topology: Topology) -> list[list[int]]:
-    """Which flat gathers that start at one moment travel in one exchange: the layers' numbers in runs, in order.
-
-    One exchange pays its latency once, but no layer has its experts before all have. So a layer joins a run while all that joined it takes
-    no longer than one latency: then the run's first layer waits at most that much longer than alone, and every other one no longer than it
-    would after those before it. This also bounds the bytes in flight. A pure function: all ranks fuse alike.
-
-    Args:
-        layers: placement and bytes of a chunk of each, in the order in which they are needed.
-    """
-    runs: list[list[int]] = []
-    total_PD, first, latency = np.zeros((4, topology.world_size)), 0.0, 0.0
-    for layer, (placement, chunk_bytes) in enumerate(layers):
-        ports = flat_moves(placement).ports(topology)
-        bytes_PD = chunk_bytes * np.stack([ports.near_out_D, ports.near_in_D, ports.far_out_D, ports.far_in_D])
-        together = PortBytes(*(total_PD + bytes_PD))
-        if runs and float(port_seconds(together, 1.0, topology)) - first <= latency:
-            runs[-1].append(layer)
-            total_PD = total_PD + bytes_PD
-        else:
-            runs.append([layer])
-            total_PD, first = bytes_PD, float(port_seconds(ports, chunk_bytes, topology))
-            latency = float(transfer_seconds(ports, chunk_bytes, topology)) - first
-    return runs
 
 
 def overlap_degree(cost: LayerCost, topology: Topology) -> int:

@@ -36,6 +36,7 @@ def expert_layer_cost(expert: ExpertParameters, *, hidden: int, top_k: int, numb
     flops = own_ffn + pairs
     return LayerCost(
         trainable_bytes=float(number.trained * expert.trained),
+        chunk_numel=max(1, expert.trained),
         gradient_bytes=float(number.gradient * expert.trained),
         frozen_bytes=float(number.computed * expert.frozen_ffn),
         state_bytes=float(3 * number.master * expert.trained),

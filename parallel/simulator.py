@@ -2,6 +2,7 @@
 
 A policy plans a step from what it would know, the step's true loads meet that plan. In `history` mode it knows the mean of the last steps'
 loads, as in training; in `exact` mode the true loads, as after the gate: no gather hides behind the attention that has passed by then.
+That holds for every policy, also for `full`, which needs no loads: in exact mode the engine plans and gathers each layer after its gate.
 A plan that would be calibrated after the gate counts as one from history.
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
@@ -151,8 +152,6 @@ class _Setting:
 
 
 _RESHARDING = ("hecate", "auto")
-_WITHOUT_LOADS = ("static_ep", "full")
-"""their plans are there before the gate, also in `exact` mode, and attention hides their gathers"""
 _REPLANS = {"smartmoe": (10, 2)}
 """policy -> it plans every so many steps only, from the loads of the last so many"""
 
@@ -186,7 +185,6 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
     num_steps, num_layers, num_experts, world_size = loads.shape
     exact = setting.execution.plan == "exact"
     first_known = 0 if exact else 1
-    execution = replace(setting.execution, plan="history") if name in _WITHOUT_LOADS else setting.execution
     interval, window = (1, 1) if exact else _REPLANS.get(name, (1, setting.history_steps))
     reshard_interval = setting.reshard_interval if name in _RESHARDING else None
     owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
@@ -207,7 +205,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
                 setting.slots_D,
                 resident_LED=placed_LED,
                 max_imbalance=setting.max_imbalance,
-                execution=execution,
+                execution=setting.execution,
                 present_LED=placed_LED,
             )
             if reshard_interval and (step - first_known) % reshard_interval == 0:
@@ -216,7 +214,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
             started = time.perf_counter()
             plan = planner(given)
             planner_seconds.append(time.perf_counter() - started)
-        steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, placed_LED, setting, execution))
+        steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, placed_LED, setting))
         owner_LE, placed_LED = plan.owner_LE, plan.where_LED
     counted = steps[1:] or steps
     scale = setting.num_layers / num_layers
@@ -247,7 +245,6 @@ def _execute(
     owner_before_LE: np.ndarray,
     resident_LED: np.ndarray | None,
     setting: _Setting,
-    execution: ExecutionMode,
 ) -> _Step:
     """What the step's true loads come to under a plan made for `planned_LED`."""
     topology = setting.topology
@@ -255,7 +252,7 @@ def _execute(
     cost = replace(setting.cost, frozen_lifetime=1.0)
     loads_LED = true_LED.astype(np.float64)
     flow = executed_flows(plan.where_LED, plan.quota_LED, planned_LED, loads_LED, topology)
-    priced = price(plan.owner_LE, plan.where_LED, flow, loads_LED, topology, cost, execution=execution, resident_ED=resident_LED)
+    priced = price(plan.owner_LE, plan.where_LED, flow, loads_LED, topology, cost, execution=setting.execution, resident_ED=resident_LED)
     moved = (plan.owner_LE != owner_before_LE).any()
     step_seconds = StepSeconds(
         attention=3 * cost.non_moe_flops / min(topology.flops) * len(loads_LED),

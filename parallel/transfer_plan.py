@@ -15,13 +15,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, get_args
 
 import numpy as np
 
-from hecate.parallel.cost_model import Collective, choose_collective, fuse_gathers
+from hecate.parallel.cost_loops import fastest_routes
+from hecate.parallel.cost_model import (
+    HISTORY,
+    ROUTE_NUMBERS,
+    LayerCost,
+    Route,
+    cost_numbers,
+    port_seconds,
+    topology_numbers,
+    transfer_seconds,
+)
+from hecate.parallel.gather_bytes import PortBytes
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
+from hecate.parallel.replica_lists import no_replicas
 from hecate.parallel.routes import Moves, PeerChunks, flat_moves, most_wanting, sliced_moves, slices_of, two_level_moves
 from hecate.parallel.topology import Topology
 
@@ -124,7 +136,7 @@ class ChunkPlan:
     chunk: ChunkSize
     topology: Topology | None
     """of the group's ranks; None: nothing is known of them, and the route is flat"""
-    route: Collective
+    route: Route
     slices: int
     """into which every chunk is cut; 1 unless the route is sliced"""
     gather: tuple[Exchange, ...] = field(compare=False, repr=False)
@@ -227,10 +239,10 @@ def plan_chunks(placement: Placement, chunk: ChunkSize, topology: Topology | Non
     """Where the chunks of a placement go, by the fastest route; see `plan_transfer`."""
     if topology is None or topology.world_size == 2:  # a leader would have nobody to send on to
         return plan_chunks_by("flat", placement, chunk, topology, rank)
-    return plan_chunks_by(choose_collective(placement, *chunk, topology), placement, chunk, topology, rank)
+    return plan_chunks_by(choose_route(placement, chunk, topology), placement, chunk, topology, rank)
 
 
-def plan_chunks_by(route: Collective, placement: Placement, chunk: ChunkSize, topology: Topology | None, rank: int) -> ChunkPlan:
+def plan_chunks_by(route: Route, placement: Placement, chunk: ChunkSize, topology: Topology | None, rank: int) -> ChunkPlan:
     """Where the chunks of a placement go by the given route; those over leaders need a topology."""
     slices, sliced = 1, placement
     gather: tuple[Moves, ...] = (flat_moves(placement),)
@@ -248,6 +260,26 @@ def plan_chunks_by(route: Collective, placement: Placement, chunk: ChunkSize, to
     against = tuple(_exchange(moves, rank, back=True) for moves in reduce)
     tables = _tables(placement.experts_on(rank), sliced, rank, along, against)
     return ChunkPlan(placement, rank, chunk, topology, route, slices, along, against, tables)
+
+
+def choose_route(placement: Placement, chunk: ChunkSize, topology: Topology) -> Route:
+    """The fastest route of a layer's SparseAllGather, and of its SparseReduceScatter, which takes the same way back.
+
+    The simpler one of equals.
+    The two exchanges of a route over leaders follow one another, so their seconds add up. The cost model asks the same loops, so a plan is
+    priced by the route that it takes. A pure function: all ranks choose alike.
+    """
+    cost = LayerCost(trainable_bytes=float(chunk.num_bytes), chunk_numel=chunk.numel)
+    route_L = np.empty(1, np.int64)
+    fastest_routes(
+        np.array(placement.owner_E[None], dtype=np.int64),
+        placement.where_ED[None].copy(),
+        topology_numbers(topology),
+        cost_numbers(cost, topology, HISTORY),
+        no_replicas(placement.num_experts, placement.world_size),
+        route_L,
+    )
+    return next(route for route in get_args(Route) if ROUTE_NUMBERS[route] == route_L[0])
 
 
 def exchange_of(source_ED: np.ndarray, rank: int) -> Exchange:
@@ -273,6 +305,32 @@ def _cached_fused(plans: tuple[ChunkPlan, ...]) -> tuple[tuple[int, ...], ...]:
         return (*over_leaders, *((number,) for number in flat))
     runs = fuse_gathers([(plans[number].placement, plans[number].chunk.num_bytes) for number in flat], topology)
     return (*over_leaders, *(tuple(flat[place] for place in run) for run in runs))
+
+
+def fuse_gathers(layers: Sequence[tuple[Placement, float]], topology: Topology) -> list[list[int]]:
+    """Which flat gathers that start at one moment travel in one exchange: the layers' numbers in runs, in order.
+
+    One exchange pays its latency once, but no layer has its experts before all have. So a layer joins a run while all that joined it takes
+    no longer than one latency: then the run's first layer waits at most that much longer than alone, and every other one no longer than it
+    would after those before it. This also bounds the bytes in flight. A pure function: all ranks fuse alike.
+
+    Args:
+        layers: placement and bytes of a chunk of each, in the order in which they are needed.
+    """
+    runs: list[list[int]] = []
+    total_PD, first, latency = np.zeros((4, topology.world_size)), 0.0, 0.0
+    for layer, (placement, chunk_bytes) in enumerate(layers):
+        ports = flat_moves(placement).ports(topology)
+        bytes_PD = chunk_bytes * np.stack([ports.near_out_D, ports.near_in_D, ports.far_out_D, ports.far_in_D])
+        together = PortBytes(*(total_PD + bytes_PD))
+        if runs and float(port_seconds(together, 1.0, topology)) - first <= latency:
+            runs[-1].append(layer)
+            total_PD = total_PD + bytes_PD
+        else:
+            runs.append([layer])
+            total_PD, first = bytes_PD, float(port_seconds(ports, chunk_bytes, topology))
+            latency = float(transfer_seconds(ports, chunk_bytes, topology)) - first
+    return runs
 
 
 @lru_cache(maxsize=CACHED)

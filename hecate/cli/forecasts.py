@@ -73,6 +73,9 @@ def simulate(
     seed: Annotated[int, typer.Option(min=0, help="seed of the workload")] = 0,
     exact: Annotated[bool, typer.Option("--exact", help="plan with the step's own loads, not with those of earlier steps")] = False,
     rematerialize: Annotated[bool, typer.Option("--rematerialize", help="free replicas between forward and backward pass")] = False,
+    prefetch: Annotated[int, typer.Option(min=0, help="decoder layers by which a gather starts early; 0: nothing hides it")] = 1,
+    micro_steps: Annotated[int, typer.Option(min=1, help="micro-steps that share a step's tokens, its gather and its reduction")] = 1,
+    route: Annotated[str, typer.Option(help="how experts travel: fastest, flat, two_level or sliced")] = "fastest",
     max_imbalance: Annotated[
         float | None, typer.Option(min=1, help="bound on the ranks' largest over mean compute; default: no bound")
     ] = None,
@@ -90,7 +93,9 @@ def simulate(
     if trace is not None:
         others = ("workload", "tokens", "steps", "seed")
         _refuse_beside(context, "--trace", "the trace says them", allowed=tuple(name for name in context.params if name not in others))
+    from hecate.forecast.cases import known_route
     from hecate.forecast.simulate import run_simulation
+    from hecate.parallel.cost_model import ExecutionMode
 
     run_simulation(
         topology=topology,
@@ -101,8 +106,13 @@ def simulate(
         policy=policy,
         steps=steps,
         seed=seed,
-        exact=exact,
-        rematerialize=rematerialize,
+        execution=ExecutionMode(
+            plan="exact" if exact else "history",
+            rematerialize=rematerialize,
+            prefetch=prefetch,
+            micro_steps=micro_steps,
+            route=known_route(route, "--route"),
+        ),
         max_imbalance=max_imbalance,
         json_path=json_path,
         plot_path=plot_path,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 
 from hecate.config.presets import find_preset
 from hecate.errors import UserError
-from hecate.parallel.cost_model import ExecutionMode
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, RouteChoice
 from hecate.parallel.megatron_traces import load_megatron_trace
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.planners import POLICIES
@@ -29,19 +29,25 @@ SAMPLED_LAYERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of a simulation, which are the same for all cases."""
+    """The options of a simulation, which are the same for all cases.
+
+    Raises:
+        UserError: several micro-steps that each gather and reduce for themselves.
+    """
 
     policies: tuple[str, ...] = tuple(POLICIES)
     steps: int = 12
     seed: int = 0
-    mode: Literal["history", "exact"] = "history"
-    """from which loads a step is planned: those of past steps, or its own"""
-    rematerialize: bool = False
+    execution: ExecutionMode = HISTORY
+    """how plans are executed, in all that their seconds depend on"""
     max_imbalance: float | None = None
 
-    @property
-    def execution(self) -> ExecutionMode:
-        return ExecutionMode(plan=self.mode, rematerialize=self.rematerialize)
+    def __post_init__(self) -> None:
+        if self.execution.micro_steps > 1 and self.execution.per_micro_step:
+            raise UserError(
+                f"micro_steps: {self.execution.micro_steps} micro-steps share no plan if it is exact or replicas are rematerialized\n"
+                "  simulate one of them, with its own tokens"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +79,7 @@ class Case:
         cost = model.layer_cost(self.tokens_per_rank)
         sizes = {"num_layers": num_layers, "num_experts": model.experts}
         other_bytes = model.replicated_bytes()
-        slots_D = replica_slots(topology, cost, **sizes, other_bytes=other_bytes, rematerialize=options.rematerialize)
+        slots_D = replica_slots(topology, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize)
         held_bytes = other_bytes + fullest_owner_bytes(topology, cost, **sizes)
         simulated = []
         for name in options.policies:
@@ -184,3 +190,15 @@ def chosen(names: str | Sequence[str], known: Sequence[str], what: str) -> tuple
     if unknown or not listed:
         raise UserError(f"{what}: {'unknown: ' + ', '.join(unknown) if unknown else 'none given'}\n  there are all, {', '.join(known)}")
     return tuple(dict.fromkeys(listed))
+
+
+def known_route(name: object, what: str) -> RouteChoice:
+    """Return the name of a route of experts.
+
+    Raises:
+        UserError: there is no such route.
+    """
+    for route in get_args(RouteChoice):
+        if route == name:
+            return route
+    raise UserError(f"{what} must be one of {', '.join(get_args(RouteChoice))}, got {name!r}")

@@ -14,6 +14,7 @@ from hecate.forecast.bars import write_bars
 from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
 from hecate.forecast.report import print_rows, write_json
 from hecate.forecast.sweep import load_sweep
+from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.workloads import WORKLOADS
 
@@ -28,8 +29,7 @@ def run_simulation(
     policy: str,
     steps: int,
     seed: int,
-    exact: bool,
-    rematerialize: bool,
+    execution: ExecutionMode,
     max_imbalance: float | None,
     json_path: Path | None,
     plot_path: Path | None,
@@ -48,8 +48,7 @@ def run_simulation(
         policies=chosen(policy, tuple(POLICIES), "--policy"),
         steps=steps,
         seed=seed,
-        mode="exact" if exact else "history",
-        rematerialize=rematerialize,
+        execution=execution,
         max_imbalance=max_imbalance,
     )
     cases = (

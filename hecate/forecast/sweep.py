@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from hecate.errors import UserError
-from hecate.forecast.cases import Case, Options, chosen, synthetic_cases
+from hecate.forecast.cases import Case, Options, chosen, known_route, synthetic_cases
+from hecate.parallel.cost_model import HISTORY, ExecutionMode
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.workloads import WORKLOADS
 
-_TOP = ("policies", "steps", "seed", "exact", "rematerialize", "max_imbalance", "runs")
+_TOP = ("policies", "steps", "seed", "exact", "rematerialize", "prefetch", "micro_steps", "route", "max_imbalance", "runs")
 _RUN = ("topologies", "models", "workloads", "tokens_per_rank", "experts")
 
 
@@ -33,8 +34,7 @@ def load_sweep(path: Path) -> tuple[list[Case], Options]:
         policies=_names(raw, "policies", tuple(POLICIES), str(path)),
         steps=_count(raw, "steps", str(path), Options.steps),
         seed=_count(raw, "seed", str(path), Options.seed, least=0),
-        mode="exact" if _flag(raw, "exact", str(path)) else "history",
-        rematerialize=_flag(raw, "rematerialize", str(path)),
+        execution=_execution(raw, str(path)),
         max_imbalance=_max_imbalance(raw, str(path)),
     )
     cases: list[Case] = []
@@ -85,6 +85,16 @@ def _flag(mapping: dict[str, Any], key: str, where: str) -> bool:
     if type(value) is not bool:
         raise UserError(f"{where}: {key} must be true or false, got {value!r}")
     return value
+
+
+def _execution(mapping: dict[str, Any], where: str) -> ExecutionMode:
+    return ExecutionMode(
+        plan="exact" if _flag(mapping, "exact", where) else "history",
+        rematerialize=_flag(mapping, "rematerialize", where),
+        prefetch=_count(mapping, "prefetch", where, HISTORY.prefetch, least=0),
+        micro_steps=_count(mapping, "micro_steps", where, HISTORY.micro_steps),
+        route=known_route(mapping.get("route", HISTORY.route), f"{where}: route"),
+    )
 
 
 def _max_imbalance(mapping: dict[str, Any], where: str) -> float | None:

@@ -50,7 +50,7 @@ def _train(
         for way in ("all_gather", "reduce_scatter"):
             patch.setattr(store_module, f"sparse_{way}", counting(getattr(store_module, f"sparse_{way}"), way, calls))
         if flat:
-            patch.setattr(transfer_plan, "choose_collective", lambda *_: "flat")
+            patch.setattr(transfer_plan, "choose_route", lambda *_: "flat")
         moe, head = sharded(case, world)
         owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
         optimizer = ExpertOptimizer(

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Rows
+from hecate.parallel.cost_loops import CLEARLY_LESS, DISPATCH_COLLECTIVES, LEAST_TRAFFIC
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Route, Rows
 from hecate.parallel.flows import Flows, flows, node_membership
-from hecate.parallel.gather_bytes import PortBytes, gather_ports
+from hecate.parallel.gather_bytes import PortBytes
+from hecate.parallel.placement import Placement
+from hecate.parallel.routes import flat_moves, most_wanting, sliced_moves, slices_of, two_level_moves
 from hecate.parallel.topology import Topology
 
 
@@ -36,16 +38,19 @@ def plain_layer_seconds(
     choice_work = cost.assignment_flops * (1 + cost.assignment_backward)
     compute = ((rows.computed_D * row_work + choices_D * choice_work) / rate_D).max(-1)
 
-    gather_ports_ = gather_ports(owner_E, where_ED, topology)
-    gather = transfer_seconds(gather_ports_, cost.trainable_bytes, topology)
-    reduce = transfer_seconds(gather_ports_.reversed(), cost.reduced_bytes, topology)
-    again = gather  # frozen parts stay
-    if cost.frozen_bytes:
-        fresh_ED = where_ED if resident_ED is None else where_ED & ~resident_ED
-        at_owner_ED = owner_E[..., None] == np.arange(where_ED.shape[-1])
-        gather = gather + transfer_seconds(
-            gather_ports(owner_E, fresh_ED | at_owner_ED, topology), cost.frozen_bytes / cost.frozen_lifetime, topology
-        )
+    shape = where_ED.shape[:-2]
+    again, reduce, frozen = np.empty(shape), np.empty(shape), np.zeros(shape)
+    for layer in np.ndindex(shape):
+        placement = Placement(owner_E[layer].copy(), where_ED[layer].copy())
+        route = plain_route(placement, topology, cost) if execution.route == "fastest" else execution.route
+        again[layer] = route_seconds(route, placement, topology, cost.trainable_bytes, cost.chunk_numel)
+        reduce[layer] = route_seconds(route, placement, topology, cost.reduced_bytes, cost.chunk_numel, back=True)
+        if cost.frozen_bytes:
+            fresh_ED = placement.where_ED if resident_ED is None else placement.where_ED & ~resident_ED[layer]
+            at_owner_ED = placement.owner_E[:, None] == np.arange(topology.world_size)
+            fresh = Placement(placement.owner_E, fresh_ED | at_owner_ED)
+            frozen[layer] = route_seconds("flat", fresh, topology, cost.frozen_bytes / cost.frozen_lifetime, 1)
+    gather = again + frozen  # frozen parts stay, and so a second gather is without them
     attention = cost.non_moe_flops / rate_D.min()
     slowdown = topology.overlap_slowdown
     exposed = exposed_seconds(attention if execution.hides_gather else 0.0, gather, slowdown)
@@ -64,6 +69,40 @@ def plain_layer_seconds(
         exposed,
         optimizer,
     )
+
+
+def plain_route(placement: Placement, topology: Topology, cost: LayerCost) -> Route:
+    """As `hecate.parallel.transfer_plan.choose_route`."""
+    most = most_wanting(placement, topology)
+    if most < 2:
+        return "flat"
+    routes: list[Route] = ["flat"]
+    if topology.num_nodes > 1:
+        routes.append("two_level")
+    if slices_of(cost.chunk_numel, most) > 1:
+        routes.append("sliced")
+    best: Route = "flat"
+    seconds = {route: route_seconds(route, placement, topology, cost.trainable_bytes, cost.chunk_numel) for route in routes}
+    for route in routes:
+        if seconds[route] < CLEARLY_LESS * seconds[best]:
+            best = route
+    return best
+
+
+def route_seconds(
+    route: Route, placement: Placement, topology: Topology, chunk_bytes: float, chunk_numel: int, *, back: bool = False
+) -> float:
+    """A gather, or with `back` a reduction, over the moves of each of its exchanges, one after the other."""
+    if route == "flat":
+        exchanges, slices = [flat_moves(placement)], 1
+    elif route == "two_level":
+        moves, slices = two_level_moves(placement, topology), 1
+        exchanges = [*(moves.reduce if back else moves.gather)]
+    else:
+        cut = sliced_moves(placement, topology, slices_of(chunk_numel, most_wanting(placement, topology)))
+        exchanges, slices = [*(cut.moves.reduce if back else cut.moves.gather)], cut.slices
+    ports = [moves.ports(topology) for moves in exchanges]
+    return sum(float(transfer_seconds(one.reversed() if back else one, chunk_bytes / slices, topology)) for one in ports)
 
 
 def plain_rows_served(flow: Flows, loads_ED: np.ndarray, cost: LayerCost) -> Rows:

@@ -12,7 +12,10 @@ import pytest
 from hecate.parallel.cost_loops import exposed_seconds
 from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, Rows, layer_seconds, overlap_degree, rows_served
 from hecate.parallel.flows import even_quota, flows
+from hecate.parallel.layout import ChunkSize
+from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.transfer_plan import plan_transfer
 from testing.unit_cases import unit_topology
 
 FAST = 1e30
@@ -168,13 +171,28 @@ def test_gather_and_reduce_inside_a_node_by_hand() -> None:
 
 
 def test_gather_between_nodes_by_hand() -> None:
-    """Rank 0's expert of 8 bytes on all of nodes {0}, {1, 2, 3}, {4}: once to each node, then rank 1 hands it to 2 and 3.
+    """Rank 0's expert of 8 bytes on all of nodes {0}, {1, 2, 3}, {4}, at 2 B/s between nodes.
 
-    Far: 16 bytes leave at 2 B/s, 8 s. Near: 16 bytes leave rank 1 at 1 B/s, 16 s. Both run at once; both latencies are paid.
+    Flat: 32 bytes leave in 16 s, and 3 s of latency. Over leaders, 16 bytes leave in 8 s and 3 s; then rank 1 hands 16 bytes on to 2 and 3
+    inside its node, in 16 s at 1 B/s and in 1.6 s at 10 B/s, and half a second of latency. In thirds, which are handed on by all three at
+    once, each sends two thirds of the expert: 5.33 s at 1 B/s. Gradients go flat just so. Over leaders, they go first inside the node,
+    beside that of rank 4, which takes 4 s, with both latencies; then 8 bytes leave rank 1 in 4 s.
     """
     cost = LayerCost(trainable_bytes=8.0)
-    machines = topology((0, 1, 1, 1, 2), near=Link(1.0, 0.5), far=Link(2.0, 3.0))
-    assert seconds(machines, cost, owner=[0], where=[[1, 1, 1, 1, 1]])["gather"] == pytest.approx(16 + 3.5)
+    slow, fast = (topology((0, 1, 1, 1, 2), near=Link(rate, 0.5), far=Link(2.0, 3.0)) for rate in (1.0, 10.0))
+    everywhere = {"owner": [0], "where": [[1, 1, 1, 1, 1]]}
+    over_leaders = ExecutionMode(route="two_level")
+    for machines, execution, expected in (
+        (slow, HISTORY, (16 + 3.0, 16 + 3.0)),
+        (slow, over_leaders, (8 + 3 + 16 + 0.5, 16 + 3.5 + 4 + 3)),
+        (fast, HISTORY, (8 + 3 + 1.6 + 0.5, 4 + 3.5 + 4 + 3)),
+        (fast, over_leaders, (8 + 3 + 1.6 + 0.5, 4 + 3.5 + 4 + 3)),
+    ):
+        found = seconds(machines, cost, **everywhere, execution=execution)  # type: ignore[arg-type]
+        assert (found["gather"], found["reduce"]) == pytest.approx(expected), execution
+    cut = replace(cost, chunk_numel=12)
+    assert seconds(slow, cut, **everywhere)["gather"] == pytest.approx(8 + 3 + 16 / 3 + 0.5)  # type: ignore[arg-type]
+    machines = slow
     assert seconds(machines, cost, owner=[0], where=[[1, 1, 0, 0, 1]])["gather"] == pytest.approx(8 + 3.0)
     assert seconds(machines, cost, owner=[1], where=[[0, 1, 1, 0, 0]])["gather"] == pytest.approx(8 + 0.5)
     assert seconds(machines, cost, owner=[1])["gather"] == 0.0
@@ -184,6 +202,41 @@ def test_gather_between_nodes_by_hand() -> None:
     assert seconds(machines, cost, **both)["gather"] == pytest.approx(8.0)  # type: ignore[arg-type]
     machines = topology((0, 1, 1, 1, 2), uplink_bandwidth=(FAST, 4.0, FAST), nic_bandwidth=(FAST,) * 5)
     assert seconds(machines, cost, **both)["gather"] == pytest.approx(4.0)  # type: ignore[arg-type]
+
+
+def test_a_lone_replica_of_a_node_returns_its_gradient_in_the_first_exchange() -> None:
+    """Rank 0's experts of 8 bytes over leaders: expert 0 on both of node {1, 2}, expert 1 on rank 3 of node {3}; 1 B/s everywhere.
+
+    Gather: two copies leave in 16 s, then 8 s inside. Gradients: 8 s inside beside those of rank 3, then 8 s from the leader.
+    """
+    found = seconds(
+        topology((0, 1, 1, 2), near=Link(1.0, 0.5), far=Link(1.0, 3.0)),
+        LayerCost(trainable_bytes=8.0),
+        owner=[0, 0],
+        where=[[1, 1, 1, 0], [1, 0, 0, 1]],
+        execution=ExecutionMode(route="two_level"),
+    )
+    assert (found["gather"], found["reduce"]) == pytest.approx((16 + 3 + 8 + 0.5, 8 + 0.5 + 3 + 8 + 3))
+
+
+def test_a_sliced_gather_is_priced_below_the_flat_one_where_it_pays_and_is_what_the_run_does() -> None:
+    """Rank 0's expert of 12 bytes to three others, 1 B/s: flat 36 s; in thirds 12 s to the leaders and 8 s from each to the others."""
+    machines = topology((0, 0, 0, 0), near=Link(1.0, 0.25))
+    cost = LayerCost(trainable_bytes=12.0, chunk_numel=3)
+    placed = {"owner": [0], "where": [[1, 1, 1, 1]]}
+    found = seconds(machines, cost, **placed)  # type: ignore[arg-type]
+    flat = seconds(machines, cost, **placed, execution=ExecutionMode(route="flat"))  # type: ignore[arg-type]
+    assert (found["gather"], found["reduce"]) == pytest.approx((12 + 8 + 0.5,) * 2)
+    assert (flat["gather"], flat["reduce"]) == pytest.approx((36.25, 36.25))
+    placement = Placement(np.array([0]), np.ones((1, 4), dtype=bool))
+    transfer = plan_transfer(placement, None, ChunkSize(3, 4), machines, rank=0)
+    assert (transfer.chunks.route, transfer.chunks.slices) == ("sliced", 3)
+
+
+def test_frozen_parts_travel_flat_whatever_route_the_trainable_ones_take() -> None:
+    """40 frozen bytes to each of three, 120 in all, once in 20 steps."""
+    machines, cost = topology((0, 0, 0, 0), near=Link(1.0, 0.0)), LayerCost(trainable_bytes=12.0, chunk_numel=3, frozen_bytes=40.0)
+    assert seconds(machines, cost, owner=[0], where=[[1, 1, 1, 1]])["gather"] == pytest.approx(20 + 6)
 
 
 @pytest.mark.parametrize(

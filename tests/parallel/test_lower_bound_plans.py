@@ -60,6 +60,7 @@ def inputs(draw: st.DrawFn) -> PlanInput:
         top_k=top_k,
         trainable_bytes=cost.trainable_bytes * weight,
         frozen_bytes=cost.frozen_bytes * weight,
+        chunk_numel=draw(st.sampled_from([1, 12])),
         row_bytes=cost.row_bytes * draw(st.sampled_from([0.0, 1.0, 5.0])),
         non_moe_flops=draw(st.sampled_from([0.0, 2.0, 30.0])),
     )

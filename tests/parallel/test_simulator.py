@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from hecate.parallel.cost_model import ExecutionMode, LayerCost, PlanMode
 from hecate.parallel.flows import token_split
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
-from hecate.parallel.simulator import Simulated, replica_slots, simulate
+from hecate.parallel.simulator import Simulated, StepSeconds, replica_slots, simulate
 from hecate.parallel.topology import Link, Topology
 from testing.unit_cases import unit_topology
 
@@ -128,16 +129,33 @@ def test_history_meets_other_loads_than_it_planned_for() -> None:
 
 
 def test_attention_hides_no_gather_of_a_plan_made_after_the_gate() -> None:
-    """4 s of gather stand behind the gate; 4 s of reduction still hide behind the backward pass. `full` needs no gate to plan by."""
+    """4 s of gather stand behind the gate; 4 s of reduction still hide behind the backward pass. The engine makes no exception of `full`,
+    which would not need the gate to plan by."""
     steps = [ALL_TO_FIRST] * 3
     history, exact = run(steps, halves), run(steps, halves, mode="exact")
     assert (history.seconds.gather, exact.seconds.gather) == (4, 4)
     assert (history.seconds.exposed, exact.seconds.exposed) == (0, 4)
     assert exact.step_seconds - history.step_seconds == 4
-    (full,) = simulate(
-        np.array(steps).swapaxes(1, 2)[:, None], NODE, COST, {"full": halves}, execution=ExecutionMode(plan="exact"), slots_D=np.full(2, 2)
-    )
-    assert full.seconds.exposed == 0
+    loads = np.array(steps).swapaxes(1, 2)[:, None]
+    (full,) = simulate(loads, NODE, COST, {"full": POLICIES["full"]}, execution=ExecutionMode(plan="exact"), slots_D=np.full(2, 2))
+    assert full.seconds.exposed == 4
+
+
+def test_how_plans_are_executed_is_what_is_priced() -> None:
+    """4 s of gather that nothing hides without prefetch; eight messages of 3 s for each of two micro-steps; one hot expert in thirds."""
+    loads = np.array([ALL_TO_FIRST] * 2).swapaxes(1, 2)[:, None]
+
+    def simulated(policy: str, topology: Topology, loads: np.ndarray, cost: LayerCost = COST, **execution: Any) -> StepSeconds:
+        slots_D = np.full(topology.world_size, 2)
+        mode = ExecutionMode(**execution)
+        return simulate(loads, topology, cost, {policy: POLICIES[policy]}, execution=mode, slots_D=slots_D)[0].seconds
+
+    assert simulated("full", NODE, loads, prefetch=0).exposed == 4
+    late = replace(NODE, intra_node=Link(1.0, 3.0))
+    assert simulated("static_ep", late, loads, micro_steps=2).dispatch - simulated("static_ep", late, loads).dispatch == 8 * 3
+    four = Topology((0,) * 4, (1.0,) * 4, (1e9,) * 4, Link(1.0, 0.0), Link(1.0, 0.0), memory_bandwidth=(1.0,) * 4)
+    hot, cut = np.full((2, 1, 1, 4), 10), replace(COST, trainable_bytes=12.0, chunk_numel=3)
+    assert [simulated("full", four, hot, cut, route=route).gather for route in ("flat", "sliced", "fastest")] == [36, 20, 20]
 
 
 def test_a_frozen_transfer_pays_its_latency_only_where_something_travels() -> None:

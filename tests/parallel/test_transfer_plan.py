@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hecate.parallel import transfer_plan
-from hecate.parallel.cost_model import Collective, LayerCost
+from hecate.parallel.cost_model import LayerCost, Route
 from hecate.parallel.flows import token_split
 from hecate.parallel.gather_bytes import gather_ports
 from hecate.parallel.layout import ChunkSize
@@ -33,7 +33,7 @@ from hecate.parallel.transfer_plan import (
 )
 from testing.unit_cases import unit_topology
 
-ROUTES: tuple[Collective, ...] = ("flat", "two_level", "sliced")
+ROUTES: tuple[Route, ...] = ("flat", "two_level", "sliced")
 NUMEL = 12
 CHUNK = ChunkSize(NUMEL, 4)
 
@@ -71,7 +71,7 @@ def layers(draw: st.DrawFn) -> Layer:
     return Layer(given_.topology, plan.placement(0), given_.expected_LED[0], None if plan.quota_LED is None else plan.quota_LED[0])
 
 
-def plans_of(layer: Layer, route: Collective) -> list[ChunkPlan]:
+def plans_of(layer: Layer, route: Route) -> list[ChunkPlan]:
     """Of all ranks."""
     return [plan_chunks_by(route, layer.placement, CHUNK, layer.topology, rank) for rank in range(layer.topology.world_size)]
 
@@ -106,7 +106,7 @@ def exchanged(plans: list[ChunkPlan], rows: list[np.ndarray], number: int, *, ba
 @given(layers(), st.sampled_from(ROUTES))
 @example(everywhere_on_two_nodes(), "two_level")
 @example(everywhere_on_two_nodes(), "sliced")
-def test_a_gather_brings_every_chunk_to_its_slot(layer: Layer, route: Collective) -> None:
+def test_a_gather_brings_every_chunk_to_its_slot(layer: Layer, route: Route) -> None:
     plans = plans_of(layer, route)
     owned = [in_slices([chunk(e) for e in layer.placement.owned_by(plan.rank)], plan.slices) for plan in plans]
     arrived = [exchanged(plans, [rows[plan.tables.owned_row_M] for rows, plan in zip(owned, plans, strict=True)], 0, back=False)]
@@ -140,7 +140,7 @@ def summed(sums: SumTables[np.ndarray], replicas: np.ndarray, arrived: list[np.n
 @given(layers(), st.sampled_from(ROUTES))
 @example(everywhere_on_two_nodes(), "two_level")
 @example(everywhere_on_two_nodes(), "sliced")
-def test_a_reduction_brings_every_gradient_to_its_owner_once(layer: Layer, route: Collective) -> None:
+def test_a_reduction_brings_every_gradient_to_its_owner_once(layer: Layer, route: Route) -> None:
     plans = plans_of(layer, route)
     replicas = [in_slices([gradient(e, plan.rank) for e in plan.tables.expert_S.tolist()], plan.slices) for plan in plans]
     arrived = [exchanged(plans, [rows[plan.tables.grad_slot_M] for rows, plan in zip(replicas, plans, strict=True)], 0, back=True)]

@@ -41,7 +41,13 @@ def test_simulate(model: str, tmp_path: Path) -> None:
     assert result.exit_code == 0
     record = json.loads((tmp_path / "rows.json").read_text())
     assert record["settings"]["policies"] == ["static_ep", "full"]
-    assert record["settings"]["mode"] == "history"
+    assert record["settings"]["execution"] == {
+        "plan": "history",
+        "rematerialize": False,
+        "prefetch": 1,
+        "micro_steps": 1,
+        "route": "fastest",
+    }
     assert [row["workload"] for row in record["rows"]] == ["zipf", "zipf"]
 
 

@@ -15,6 +15,7 @@ from hecate.errors import UserError
 from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
 from hecate.forecast.report import SPEEDUP, print_rows, write_json
 from hecate.forecast.sweep import load_sweep
+from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.traces import Trace, save_trace
 
 MODEL = "{kind: mixlora, rank: 2, hidden: 8, ffn: 16, layers: 6, seq: 8, experts: 4, top_k: 2}"
@@ -163,8 +164,11 @@ def sweep(folder: Path, text: str) -> tuple[list[Case], Options]:
 
 def test_a_sweep_multiplies_out(model: str, tmp_path: Path) -> None:
     run = f"{{topologies: [two-cpu-ranks, four-cpu-ranks], models: {model}, workloads: [zipf, burst], tokens_per_rank: 32}}"
-    cases, options = sweep(tmp_path, f"{{exact: true, steps: 3, policies: full, max_imbalance: 1.5, runs: [{run}]}}")
-    assert options == Options(policies=("full",), steps=3, mode="exact", max_imbalance=1.5)
+    cases, options = sweep(
+        tmp_path, f"{{exact: true, prefetch: 2, route: flat, steps: 3, policies: full, max_imbalance: 1.5, runs: [{run}]}}"
+    )
+    execution = ExecutionMode(plan="exact", prefetch=2, route="flat")
+    assert options == Options(policies=("full",), steps=3, execution=execution, max_imbalance=1.5)
     assert [(case.topology_name, case.workload) for case in cases] == [
         ("two-cpu-ranks", "zipf"),
         ("two-cpu-ranks", "burst"),
@@ -184,6 +188,9 @@ def test_a_sweep_multiplies_out(model: str, tmp_path: Path) -> None:
         ("{step: 2, runs: [{topologies: h100-node, models: x}]}", "unknown: step\n  there are policies, steps"),
         ("{steps: 0, runs: [{topologies: h100-node, models: x}]}", "steps must be an integer >= 1, got 0"),
         ("{exact: 1, runs: [{topologies: h100-node, models: x}]}", "exact must be true or false, got 1"),
+        ("{prefetch: -1, runs: [{topologies: h100-node, models: x}]}", "prefetch must be an integer >= 0, got -1"),
+        ("{route: near, runs: [{topologies: h100-node, models: x}]}", "route must be one of fastest, flat, two_level, sliced, got 'near'"),
+        ("{micro_steps: 2, exact: true, runs: [{topologies: h100-node, models: x}]}", "2 micro-steps share no plan"),
         ("{max_imbalance: 0.5, runs: [{topologies: h100-node, models: x}]}", "max_imbalance must be a number >= 1, got 0.5"),
         ("{runs: [{topologies: h100-node, models: x}]}", r"runs\[0\]: model x: no such preset"),
         ("{runs: [{topologies: [1], models: x}]}", r"runs\[0\].topologies: must be a name or a list of names, got \[1\]"),

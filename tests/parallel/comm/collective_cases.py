@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hypothesis import strategies as st
 
 from hecate.parallel.comm.collectives import sparse_reduce_scatter
-from hecate.parallel.cost_model import Collective
+from hecate.parallel.cost_model import Route
 from hecate.parallel.gather_bytes import PortBytes
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
@@ -51,7 +51,7 @@ class Case:
     def topology(self) -> Topology:
         return unit_topology(self.nodes)
 
-    def plan(self, rank: int, route: Collective = "flat") -> ChunkPlan:
+    def plan(self, rank: int, route: Route = "flat") -> ChunkPlan:
         return plan_chunks_by(route, self.placement, ChunkSize(self.numel, self.dtype.itemsize), self.topology, rank)
 
     @property

@@ -11,19 +11,32 @@ from hypothesis import strategies as st
 
 from hecate.parallel import cost_loops as loops
 from hecate.parallel import jit
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, cost_numbers, layer_seconds, topology_numbers, transfer_seconds
+from hecate.parallel.cost_model import (
+    HISTORY,
+    ROUTE_NUMBERS,
+    ExecutionMode,
+    LayerCost,
+    cost_numbers,
+    layer_seconds,
+    topology_numbers,
+    transfer_seconds,
+)
 from hecate.parallel.flows import even_quota
 from hecate.parallel.gather_bytes import PortBytes
+from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.planners.auto import _plan_layers, plan_auto
 from hecate.parallel.planners.spill import spill
 from hecate.parallel.replica_lists import Replicas, add, copy_into, everywhere, fill_lists, foreign, no_replicas, only_owners
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.transfer_plan import choose_route
 from tests.parallel.plain_cost_model import plain_layer_seconds
 
 KINDS = {
-    "full experts": LayerCost(trainable_bytes=4e6, state_bytes=2.4e7, top_k=2, row_bytes=4096, assignment_flops=4e6, non_moe_flops=1e9),
+    "full experts": LayerCost(
+        trainable_bytes=4e6, chunk_numel=10**6, state_bytes=2.4e7, top_k=2, row_bytes=4096, assignment_flops=4e6, non_moe_flops=1e9
+    ),
     "dense base": LayerCost(
         trainable_bytes=1e4,
         state_bytes=6e4,
@@ -35,7 +48,14 @@ KINDS = {
         non_moe_flops=1e9,
     ),
     "frozen base": LayerCost(
-        trainable_bytes=1e4, frozen_bytes=4e6, top_k=3, row_bytes=4096, assignment_flops=4e6, assignment_backward=1.0, non_moe_flops=1e8
+        trainable_bytes=1e4,
+        chunk_numel=2502,
+        frozen_bytes=4e6,
+        top_k=3,
+        row_bytes=4096,
+        assignment_flops=4e6,
+        assignment_backward=1.0,
+        non_moe_flops=1e8,
     ),
 }
 
@@ -81,6 +101,7 @@ def executions() -> st.SearchStrategy[ExecutionMode]:
         rematerialize=st.booleans(),
         prefetch=st.integers(0, 2),
         micro_steps=st.integers(1, 4),
+        route=st.sampled_from(["fastest", "flat", "two_level", "sliced"]),
     )
 
 
@@ -261,7 +282,7 @@ def test_machine_code_and_plain_python_give_the_same_to_the_bit() -> None:
     assert len(plain) == len(compiled)
     for one, other in zip(plain, compiled, strict=True):
         assert one.tobytes() == other.tobytes()
-    for entry in (loops.price_layers, loops.exchange_seconds, _plan_layers):
+    for entry in (loops.price_layers, loops.exchange_seconds, loops.fastest_routes, _plan_layers):
         assert len(entry.machine_code.signatures) == 1, "compiled more than once: its calls differ in their types"
 
 
@@ -287,6 +308,7 @@ def planned_and_priced() -> list[np.ndarray]:
             results += [plan.where_LED, plan.quota_LED, priced.total, priced.gather, priced.dispatch]
             ports = PortBytes(*random.lognormal(3, 2, (4, world)))
             results.append(transfer_seconds(ports, 3.0, place))
+            results.append(np.array(ROUTE_NUMBERS[choose_route(plan.placement(0), ChunkSize(12, 4), place)]))
     return results
 
 
