@@ -46,7 +46,7 @@ def test_a_token_must_be_there_and_the_users_alone(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=rf"^{token}: no Ray token"):
+    with pytest.raises(UserError, match=rf"^{token}: there is no Ray token"):
         check_token()
     token.write_text("secret")
     for mode in (0o604, 0o640):
