@@ -136,7 +136,7 @@ def test_an_order_says_what_the_rank_is_to_be_and_the_answer_how_it_ended(tmp_pa
 @pytest.mark.parametrize(("answer", "status"), [(b"-9\n", -9), (b"-15\n", -15), (b"", 1)])
 def test_a_killed_rank_and_a_lost_server_are_told_apart(tmp_path: Path, answer: bytes, status: int) -> None:
     done, _ = answered(tmp_path, answer)
-    lost = "hecate: the process that ranks are forked from has ended\n"
+    lost = "hecate: the process that the ranks are forked from has ended\n"
     assert (done.returncode, done.stderr) == (status, "" if answer else lost)
 
 

@@ -51,7 +51,7 @@ def test_a_token_must_be_there_and_the_users_alone(tmp_path: Path, monkeypatch: 
     token.write_text("secret")
     for mode in (0o604, 0o640):
         token.chmod(mode)
-        with pytest.raises(UserError, match=rf"the token can be read by others; mend it with: chmod 600 {token}$") as caught:
+        with pytest.raises(UserError, match=rf"^{token}: other users can read the token; mend it with: chmod 600 {token}$") as caught:
             check_token()
         assert "secret" not in str(caught.value)
     token.chmod(0o600)
