@@ -205,10 +205,10 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
         plan = planned.plan
         loads_LED = loads_LED.astype(np.float64)
         flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.expected_LED, loads_LED, topology)
-        rows, choices_LED = rows_served(flow, loads_LED, cost, topology), served(flow)
+        rows, assignments_LED = rows_served(flow, loads_LED, cost, topology), served(flow)
         rows_LD = rows.computed_D
         passed_L = np.array([layer_plan(plan, planned.given, layer).dispatches(topology) for layer in range(len(loads_LED))])
-        work = partial(_work, rows_LD=rows_LD, choices_LED=choices_LED, passed_L=passed_L)
+        work = partial(_work, rows_LD=rows_LD, assignments_LED=assignments_LED, passed_L=passed_L)
         # Every rank has every expert and the plan sends tokens, but under the step's actual loads all tokens stay on their ranks.
         unpriced = (passed_L & plan.where_LED.all((1, 2)) & (rows.near[0].sum(1) <= LEAST_TRAFFIC)).sum()
         compute.append(
@@ -224,14 +224,14 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
     return Foretold(seconds, float(np.mean(busy[1:])), simulated, sent, max(errors))
 
 
-def _work(by: Parts, *, rows_LD: np.ndarray, choices_LED: np.ndarray, passed_L: np.ndarray) -> np.ndarray:
+def _work(by: Parts, *, rows_LD: np.ndarray, assignments_LED: np.ndarray, passed_L: np.ndarray) -> np.ndarray:
     """Return the seconds that each rank computes its experts in one step, float64 [layers, ranks].
 
     Args:
         passed_L: bool [layers], whether the layer's tokens go through dispatch.
     """
     row_L1 = by.row + by.passed_row * passed_L[:, None]
-    return np.asarray(rows_LD * row_L1 + choices_LED.sum(1) * by.choice + (choices_LED > 0).sum(1) * by.slot)
+    return np.asarray(rows_LD * row_L1 + assignments_LED.sum(1) * by.assignment + (assignments_LED > 0).sum(1) * by.slot)
 
 
 def shared_cores_seconds(work_D: np.ndarray, cores: int) -> float:

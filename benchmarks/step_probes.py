@@ -38,7 +38,7 @@ class Probes:
         self.actions: dict[str, Probe] = {
             "attention": _attention(shape),
             "experts": _experts(shape, shape.tokens, shape.top_k),
-            "experts_half_choices": _experts(shape, shape.tokens, shape.top_k // 2),
+            "experts_half_assignments": _experts(shape, shape.tokens, shape.top_k // 2),
             "experts_quarter": _experts(shape, shape.tokens // 4, shape.top_k),
             "dispatch_nothing": _dispatch(shape, 0, groups, rank),
             "dispatch": _dispatch(shape, shape.tokens, groups, rank),
@@ -77,7 +77,7 @@ class Parts:
     """the seconds of a layer's attention"""
     row: float
     """the seconds of a distinct token that a rank computes"""
-    choice: float
+    assignment: float
     """the seconds of an assignment"""
     slot: float
     """the seconds of an expert with any tokens on a rank, whose tiles are launched separately"""
@@ -94,13 +94,13 @@ class Parts:
 def parts(seconds: Mapping[str, float], shape: Shape) -> Parts:
     """Return the parts from the seconds of the probes."""
     tokens, k = shape.tokens, shape.top_k
-    choice = (seconds["experts"] - seconds["experts_half_choices"]) / (tokens * (k - k // 2))
-    row = (seconds["experts"] - seconds["experts_quarter"]) / (tokens - tokens // 4) - k * choice
+    assignment = (seconds["experts"] - seconds["experts_half_assignments"]) / (tokens * (k - k // 2))
+    row = (seconds["experts"] - seconds["experts_quarter"]) / (tokens - tokens // 4) - k * assignment
     return Parts(
         attention=seconds["attention"],
         row=row,
-        choice=choice,
-        slot=max(0.0, seconds["experts"] - tokens * (row + k * choice)) / shape.experts,
+        assignment=assignment,
+        slot=max(0.0, seconds["experts"] - tokens * (row + k * assignment)) / shape.experts,
         exchange=seconds["dispatch_nothing"] / DISPATCH_COLLECTIVES,
         passed_row=max(0.0, seconds["dispatch"] - seconds["dispatch_nothing"]) / tokens,
         byte=max(0.0, seconds["megabyte"] - seconds["dispatch_nothing"] / DISPATCH_COLLECTIVES) / _MEGABYTE,
@@ -115,7 +115,7 @@ def measured_cost(found: Parts, shape: Shape, topology: Topology) -> LayerCost:
         cost,
         non_moe_flops=found.attention / 3 * rate,
         row_flops=found.row * rate / (1 + cost.row_backward),
-        assignment_flops=found.choice * rate / (1 + cost.assignment_backward),
+        assignment_flops=found.assignment * rate / (1 + cost.assignment_backward),
     )
 
 
@@ -149,12 +149,12 @@ def _attention(shape: Shape) -> Probe:
     return run
 
 
-def _experts(shape: Shape, tokens: int, choices: int) -> Probe:
-    """Return the probe of all experts on one rank with equal loads, and `choices` assignments of each token."""
+def _experts(shape: Shape, tokens: int, assignments: int) -> Probe:
+    """Return the probe of all experts on one rank with equal loads, and `assignments` assignments of each token."""
     family = make_experts(shape, 0)
     chunks_SC = torch.stack([family.init_chunk(expert) for expert in range(shape.experts)]).requires_grad_()
     x_TD, expert_TK, weight_TK = _rows(tokens, shape.hidden), _even_routing(shape, tokens), _rows(tokens, shape.top_k)
-    slot_TK = torch.where(torch.arange(shape.top_k) < choices, expert_TK, -1)
+    slot_TK = torch.where(torch.arange(shape.top_k) < assignments, expert_TK, -1)
 
     def run() -> None:
         routed = RoutedTokens(x_TD, slot_TK, weight_TK, torch.arange(tokens), torch.arange(shape.experts))

@@ -50,10 +50,10 @@ class LayerProblem:
         self.may_have_all = bool(((~given.owned_LED[0]).sum(0) <= self.slots_D).all())
         self.rate_D = np.asarray(given.topology.flops)
         self.row_work = given.cost.row_flops * (1 + given.cost.row_backward) * unit
-        self.choice_work = given.cost.assignment_flops * (1 + given.cost.assignment_backward) * unit
+        self.assignment_work = given.cost.assignment_flops * (1 + given.cost.assignment_backward) * unit
         self.row_bytes = 4 * given.cost.row_bytes * unit  # rows cross the network four times
         self.numbers = cost_numbers(given.cost, given.topology, given.execution)
-        self.balanced = self.load_E.sum() * (self.row_work / given.cost.top_k + self.choice_work) / self.rate_D.sum()
+        self.balanced = self.load_E.sum() * (self.row_work / given.cost.top_k + self.assignment_work) / self.rate_D.sum()
 
 
 class Relaxation:
@@ -90,10 +90,10 @@ class Relaxation:
             return np.inf
         self._replicas()
         if self.stays:
-            self.fixed += float((p.load_D * (p.row_work / p.cost.top_k + p.choice_work) / p.rate_D).max())
+            self.fixed += float((p.load_D * (p.row_work / p.cost.top_k + p.assignment_work) / p.rate_D).max())
         else:
             caps = _Caps(p, budget, budget - p.balanced, self.reach)
-            self._choices(caps)
+            self._assignments(caps)
             self._work(caps)
             self._ports(caps)
         self._exposed()
@@ -108,7 +108,7 @@ class Relaxation:
         self.y_EN = lp.variables(p.home_EN | ((p.tokens_EN > 0) & (self.reach == "near")), 1.0)
         lp.at_most(p.slots_D, (self.z_ED, ~p.owned_ED, self.r_D))
 
-    def _choices(self, caps: _Caps) -> None:
+    def _assignments(self, caps: _Caps) -> None:
         """Assignments served on each rank, by where they come from: there, its node, elsewhere; and those that leave each node."""
         p, lp, far = self.problem, self.program, self.reach == "far"
         inside_ED = p.tokens_EN[:, p.node_D]
@@ -126,7 +126,7 @@ class Relaxation:
         self._each(replica_ED & (local > 0), (self.local_ED, 1.0), (z_ED, -local))
         self._each(replica_ED & (near > 0), (self.near_ED, 1.0), (z_ED, -near))
         self._each(replica_ED & (far_ > 0), (self.far_ED, 1.0), (z_ED, -far_))
-        # Every choice is served somewhere.
+        # Every assignment is served somewhere.
         row_EN = np.arange(self.y_EN.size).reshape(self.y_EN.shape)
         row_ED = row_EN[:, p.node_D]
         lp.equal(p.tokens_EN, (self.local_ED, 1.0, row_ED), (self.near_ED, 1.0, row_ED), (self.sent_EN, 1.0, row_EN))
@@ -142,15 +142,15 @@ class Relaxation:
     def _work(self, caps: _Caps) -> None:
         """Seconds of computing on the slowest rank."""
         p = self.problem
-        local_D = (p.row_work * caps.local_rows_D + p.choice_work) / (p.rate_D * self.cutoff)
-        remote_D = (p.row_work * caps.remote_rows_D + p.choice_work) / (p.rate_D * self.cutoff)
+        local_D = (p.row_work * caps.local_rows_D + p.assignment_work) / (p.rate_D * self.cutoff)
+        remote_D = (p.row_work * caps.remote_rows_D + p.assignment_work) / (p.rate_D * self.cutoff)
         served = (self.local_ED, local_D, self.r_D), (self.near_ED, remote_D, self.r_D), (self.far_ED, remote_D, self.r_D)
         slowest = self._seconds()
         self.program.at_most(0 * p.rate_D, *served, (slowest, -1.0, self.r_D))
         # With R copies beside its owner's, an expert's assignments take at least load / (rates of the R + 1 ranks). That is convex in R, so
         # the line through two neighbouring whole numbers is nowhere above it at any whole number. The same holds of several experts of one
         # owner, and of those of one node with copies in others.
-        work = p.choice_work + p.row_work * min(caps.local_rows_D.min(), caps.remote_rows_D.min())
+        work = p.assignment_work + p.row_work * min(caps.local_rows_D.min(), caps.remote_rows_D.min())
         for owner in self.r_D:
             others_D = p.rate_D[(self.r_D != owner) & (p.slots_D > 0)]
             self._lines(p.owned_ED[:, owner], p.rate_D[owner], others_D, work, self.z_ED, slowest)
@@ -297,16 +297,16 @@ class _Caps:
         others_D = np.maximum(tokens_D.sum() - tokens_D, 0.0)
         port_D = np.asarray(p.topology.port_bandwidth) + (reach == "far") * np.asarray(p.topology.nic_bandwidth)
 
-        def seconds(rows_D: np.ndarray, choices_D: np.ndarray) -> np.ndarray:
-            return (p.row_work * rows_D + p.choice_work * choices_D) / p.rate_D
+        def seconds(rows_D: np.ndarray, assignments_D: np.ndarray) -> np.ndarray:
+            return (p.row_work * rows_D + p.assignment_work * assignments_D) / p.rate_D
 
-        def local_fits(choices_D: np.ndarray) -> np.ndarray:
-            return seconds(_distinct(choices_D, tokens_D, k), choices_D) <= compute
+        def local_fits(assignments_D: np.ndarray) -> np.ndarray:
+            return seconds(_distinct(assignments_D, tokens_D, k), assignments_D) <= compute
 
-        def remote_fits(choices_D: np.ndarray) -> np.ndarray:
-            rows_D = _distinct(choices_D, others_D, k)
+        def remote_fits(assignments_D: np.ndarray) -> np.ndarray:
+            rows_D = _distinct(assignments_D, others_D, k)
             travel_D = p.row_bytes * rows_D / port_D
-            return (seconds(rows_D, choices_D) + travel_D <= compute) & (travel_D <= dispatch)
+            return (seconds(rows_D, assignments_D) + travel_D <= compute) & (travel_D <= dispatch)
 
         # What a rank serves is of its own experts, and of the slots' worth of others of which there are most assignments.
         self.local_D = _largest(local_fits, _held(p, p.loads_ED))
@@ -315,12 +315,12 @@ class _Caps:
         self.remote_rows_D = _chord(self.remote_D, others_D, k)
 
 
-def _held(problem: LayerProblem, choices_ED: np.ndarray) -> np.ndarray:
+def _held(problem: LayerProblem, assignments_ED: np.ndarray) -> np.ndarray:
     """float64 [ranks]: the most of the assignments that belong to experts which a rank can have."""
     p = problem
-    lent_ED = -np.sort(-np.where(p.owned_ED, 0.0, choices_ED), axis=0)
+    lent_ED = -np.sort(-np.where(p.owned_ED, 0.0, assignments_ED), axis=0)
     lent_ED[np.arange(len(lent_ED))[:, None] >= p.slots_D] = 0.0
-    return np.maximum((p.owned_ED * choices_ED).sum(0) + lent_ED.sum(0), 0.0)
+    return np.maximum((p.owned_ED * assignments_ED).sum(0) + lent_ED.sum(0), 0.0)
 
 
 def _largest(fits: Callable[[np.ndarray], np.ndarray], most_D: np.ndarray) -> np.ndarray:
@@ -333,10 +333,11 @@ def _largest(fits: Callable[[np.ndarray], np.ndarray], most_D: np.ndarray) -> np
     return high_D
 
 
-def _distinct(choices_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray:
-    return np.array([distinct(choices, tokens, k) for choices, tokens in zip(choices_D.tolist(), tokens_D.tolist(), strict=True)])
+def _distinct(assignments_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray:
+    pairs = zip(assignments_D.tolist(), tokens_D.tolist(), strict=True)
+    return np.array([distinct(assignments, tokens, k) for assignments, tokens in pairs])
 
 
-def _chord(choices_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray:
-    """Distinct tokens per assignment at `choices_D`; with fewer assignments there are no fewer of them per assignment."""
-    return np.divide(_distinct(choices_D, tokens_D, k), choices_D, out=np.ones_like(choices_D), where=choices_D > 0)
+def _chord(assignments_D: np.ndarray, tokens_D: np.ndarray, k: int) -> np.ndarray:
+    """Distinct tokens per assignment at `assignments_D`; with fewer assignments there are no fewer of them per assignment."""
+    return np.divide(_distinct(assignments_D, tokens_D, k), assignments_D, out=np.ones_like(assignments_D), where=assignments_D > 0)

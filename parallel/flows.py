@@ -122,9 +122,9 @@ def _even_split(where_ED: np.ndarray, topology: Topology, source: int) -> np.nda
     return candidates / candidates.sum(axis=1, keepdims=True)
 
 
-def _above_rounding(choices_ED: np.ndarray, load_E: np.ndarray) -> np.ndarray:
+def _above_rounding(assignments_ED: np.ndarray, load_E: np.ndarray) -> np.ndarray:
     # Whoever sees traffic counts a latency for it, which a trace left over by rounding must not cost.
-    return np.where(choices_ED > 1e-9 * load_E, choices_ED, 0.0)
+    return np.where(assignments_ED > 1e-9 * load_E, assignments_ED, 0.0)
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -80,7 +80,7 @@ class Simulated:
     """largest expert compute time of a rank over what it would be if all shared the work by their rates; mean over layers"""
     replica_bytes_D: tuple[float, ...]
     """memory of each rank's replicas of others' experts (parameters, gradients, frozen parts), in its fullest step"""
-    rows_D: tuple[float, ...]
+    served_tokens_D: tuple[float, ...]
     """distinct tokens that each rank computes in a layer, in its fullest step; mean over layers"""
     planner_ms_per_layer: float
     """measured, on this machine"""
@@ -97,7 +97,7 @@ class Simulated:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         whole = {"policy": self.policy, "step_seconds": self.step_seconds, "replica_bytes": self.replica_bytes}
-        return whole | {name: value for name, value in asdict(self).items() if name not in ("policy", "replica_bytes_D", "rows_D")}
+        return whole | {name: value for name, value in asdict(self).items() if name not in ("policy", "replica_bytes_D", "served_tokens_D")}
 
 
 def simulate(
@@ -224,7 +224,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
         bytes=StepBytes(**_mean([one.bytes for one in counted], scale)),
         imbalance=float(np.mean([one.imbalance for one in counted])),
         replica_bytes_D=tuple(np.max([one.replica_bytes_D for one in counted], axis=0).tolist()),
-        rows_D=tuple(np.max([one.rows_D for one in counted], axis=0).tolist()),
+        served_tokens_D=tuple(np.max([one.served_tokens_D for one in counted], axis=0).tolist()),
         planner_ms_per_layer=1e3 * float(np.median(planner_seconds)) / num_layers,
     )
 
@@ -235,7 +235,7 @@ class _Step:
     bytes: StepBytes
     imbalance: float
     replica_bytes_D: np.ndarray
-    rows_D: np.ndarray
+    served_tokens_D: np.ndarray
 
 
 def _execute(

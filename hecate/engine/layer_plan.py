@@ -33,7 +33,7 @@ class LayerPlan:
     """see `Plan.quota_LED`"""
 
     def dispatches(self, topology: Topology) -> bool:
-        """May a token have to leave its rank?"""
+        """Whether a token may have to leave its rank."""
         return not nothing_travels(self.placement.where_ED, self.loads_ED, self.quota_ED, topology)
 
     def split(self, topology: Topology, source: int) -> np.ndarray:
@@ -41,11 +41,11 @@ class LayerPlan:
         return token_split(self.placement.where_ED, self.loads_ED, self.quota_ED, topology, source)
 
     def flow(self, loads_ED: np.ndarray, topology: Topology) -> Flows:
-        """How choices travel that are not those it was made for."""
+        """How the assignments of these loads travel under the plan, which may have been made for other loads."""
         return executed_flows(self.placement.where_ED, self.quota_ED, self.loads_ED, loads_ED.astype(np.float64), topology)
 
     def served(self, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
-        """float64 [ranks]: choices that each rank serves when such loads come."""
+        """float64 [ranks]: number of assignments that each rank serves under these loads."""
         return served(self.flow(loads_ED, topology)).sum(0)
 
 

@@ -102,7 +102,7 @@ class StepPlans:
         self._given: dict[Unit, tuple[PlanInput, int]] = {}
         """what the step's plan was made from, and a layer's place in it"""
         self._served: dict[Unit, np.ndarray] = {}
-        """float64 [ranks]: choices served so far in this step, where plans follow the true loads"""
+        """float64 [ranks]: assignments served so far in this step, where plans follow the true loads"""
         self._most_served: dict[Unit, float] = {}
 
     @property
@@ -226,7 +226,7 @@ class StepPlans:
         self._last_planned.pop(layer, None)
 
     def most_served(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, float]:
-        """Per layer the choices that the busiest rank of this group has computed of a step's loads."""
+        """Per layer the assignments that the busiest rank of this group has computed of a step's loads."""
         return {layer: float(self._served_here(layer, loads_EW).max()) for layer, loads_EW in loads.items()}
 
     def note_most_served(self, most: dict[Unit, float]) -> None:
@@ -234,7 +234,7 @@ class StepPlans:
         self._most_served = most
 
     def imbalance(self, loads: Mapping[Unit, np.ndarray]) -> float:
-        """Largest over mean choices computed per rank, averaged over the layers: what the last plans made of a step's loads.
+        """Largest over mean assignments computed per rank, averaged over the layers: what the last plans made of a step's loads.
 
         Where plans follow the true loads, or there are several sharding groups, it is what they made of the last step's own.
         """
@@ -267,7 +267,7 @@ class StepPlans:
         return list(alike.values())
 
     def _served_here(self, layer: Unit, loads_EW: np.ndarray) -> np.ndarray:
-        """float64 [ranks]: choices that each rank of this group has computed of a step's loads."""
+        """float64 [ranks]: assignments that each rank of this group has computed of a step's loads."""
         served_D = self._served.get(layer)
         return self._plans[layer].served(self._loads_of_groups(loads_EW), self.topology) if served_D is None else served_D
 

@@ -147,7 +147,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         + 7.0 * (run.replicated_parameters + run.parts_parameters) * run.master_bytes / min(topology.memory_bandwidth),
     }
     nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks crosses from each node to another once
-    rows_D = np.max([one.rows_D for one in groups], axis=0) / together
+    served_tokens_D = np.max([one.served_tokens_D for one in groups], axis=0) / together
     return PolicyForecast(
         policy=policy,
         parts=parts,
@@ -163,7 +163,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         memory=memory_parts(
             run,
             [_others(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
-            rows_D,
+            served_tokens_D,
             [_others_frozen(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
         ),
     )

@@ -24,14 +24,14 @@ class MemoryPart:
 
 
 def memory_parts(
-    run: RunShape, others_GD: list[np.ndarray], rows_D: np.ndarray, frozen_GD: list[np.ndarray] | None = None
+    run: RunShape, others_GD: list[np.ndarray], served_tokens_D: np.ndarray, frozen_GD: list[np.ndarray] | None = None
 ) -> list[MemoryPart]:
     """Return the bytes that each rank holds in each phase, by kind of tensors.
 
     Args:
         others_GD: for each of the run's groups, the number of replicas of other ranks' experts on each rank, in all its layers together;
             with `fssdp.rematerialize` in its fullest layer.
-        rows_D: the distinct tokens of a micro-step that each rank computes in a layer, averaged over the layers.
+        served_tokens_D: the distinct tokens of a micro-step that each rank computes in a layer, averaged over the layers.
         frozen_GD: for each group, the number of other ranks' frozen parts that each rank keeps in all layers; None: as `others_GD`.
     """
     config = run.config
@@ -58,7 +58,7 @@ def memory_parts(
         frozen += (owned_experts(group, run) + others_D) * group.cost.frozen_bytes
     replicated = np.full(world, float((run.replicated_parameters + run.parts_parameters) * run.master_bytes))
     base = _base_bytes(run)
-    saved = _saved_bytes(run, rows_D)
+    saved = _saved_bytes(run, served_tokens_D)
     nothing = np.zeros(world)
     return [
         MemoryPart("base weights", base),
@@ -67,7 +67,7 @@ def memory_parts(
         MemoryPart("routers, adapters, moments", np.stack([3 * replicated] * 3)),
         MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + replicated])),
-        MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, rows_D), nothing])),
+        MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, served_tokens_D), nothing])),
     ]
 
 
@@ -89,23 +89,23 @@ def owned_experts(group: ExpertLayers, run: RunShape) -> np.ndarray:
     return np.tile(owned, run.mesh.num_sharding_groups)
 
 
-def _saved_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:
+def _saved_bytes(run: RunShape, served_tokens_D: np.ndarray) -> np.ndarray:
     """Return the bytes kept for the backward pass: those of all layers, or, with checkpointing, the layers' inputs and one layer."""
-    layers = [_saved_layer_bytes(run, index, rows_D) for index in range(len(run.base.layers))]
+    layers = [_saved_layer_bytes(run, index, served_tokens_D) for index in range(len(run.base.layers))]
     if not run.config.gradient_checkpointing:
         return np.asarray(sum(layers))
     inputs = sum(layer.hidden for layer in run.base.layers) * run.tokens * run.dtype_bytes
     return np.asarray(inputs + np.max(layers, axis=0))
 
 
-def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndarray:
+def _saved_layer_bytes(run: RunShape, index: int, served_tokens_D: np.ndarray) -> np.ndarray:
     """Return the bytes that autograd keeps of a layer, counted tensor by tensor.
 
     Attention keeps its normalized input, queries, keys, values, output and low-rank products; norms and the router keep float32 inputs.
     Experts keep x, gate and up of each distinct token that the rank computes, or, if experts have their own FFNs, of each assignment.
     """
     layer, b = run.base.layers[index], run.dtype_bytes
-    products_D = rows_D * _products_per_token(run, index, rows_D)
+    products_D = served_tokens_D * _products_per_token(run, index, served_tokens_D)
     trained = 0.0
     if run.trains_non_experts:  # the inputs that norms and a plain FFN multiply by their trained weights
         plain = not run.config.moe.experts_per_layer(len(run.base.layers))[index]
@@ -118,21 +118,21 @@ def _saved_layer_bytes(run: RunShape, index: int, rows_D: np.ndarray) -> np.ndar
         low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
     wide = 3 if b < 4 else 2
     per_token = b * (layer.hidden + 2 * layer.query_width + key_value + low_rank) + 4 * wide * layer.hidden
-    return np.asarray(run.tokens * (per_token + trained) + b * (rows_D * layer.hidden + products_D * 2 * layer.ffn))
+    return np.asarray(run.tokens * (per_token + trained) + b * (served_tokens_D * layer.hidden + products_D * 2 * layer.ffn))
 
 
-def _products_per_token(run: RunShape, index: int, rows_D: np.ndarray) -> float:
+def _products_per_token(run: RunShape, index: int, served_tokens_D: np.ndarray) -> float:
     """Return how many gate and up products are kept of a distinct token: one if the experts share the base's."""
     config = run.config
     if config.moe.kind.shares_ffn or not config.moe.experts_per_layer(len(run.base.layers))[index]:
         return 1.0
-    return run.tokens * run.topology.world_size * config.moe.experts_per_token / max(float(rows_D.sum()), 1.0)
+    return run.tokens * run.topology.world_size * config.moe.experts_per_token / max(float(served_tokens_D.sum()), 1.0)
 
 
-def _backward_bytes(run: RunShape, rows_D: np.ndarray) -> np.ndarray:
+def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray) -> np.ndarray:
     """Return the bytes of the gradients of one layer's activations in its backward pass: hidden states, gate, up and their product."""
     widest = max(run.base.layers, key=lambda layer: layer.ffn)
-    return np.asarray(rows_D * run.dtype_bytes * (3 * widest.ffn + 2 * widest.hidden))
+    return np.asarray(served_tokens_D * run.dtype_bytes * (3 * widest.ffn + 2 * widest.hidden))
 
 
 def _head_bytes(run: RunShape) -> float:

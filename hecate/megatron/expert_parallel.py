@@ -1,6 +1,6 @@
 """Megatron's own MoELayer with expert parallelism, the baseline beside our layer. It trains on a CPU, too.
 
-Experts stand in order, as many on each rank, and every (token, choice) pair travels in an all-to-all.
+Experts stand in order, as many on each rank, and every assignment travels in an all-to-all.
 """
 
 from __future__ import annotations

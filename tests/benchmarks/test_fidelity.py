@@ -57,7 +57,7 @@ def test_shared_cores_by_hand(work: list[float], cores: int, seconds: float) -> 
 
 
 def test_parts_are_those_that_the_probes_are_made_of() -> None:
-    """64 tokens, 8 experts: an expert 1 s, a row 2 s, a choice 3 s; 8 exchanges of 5 s, 7 s of copies a row; 4 s a byte; 11 s of
+    """64 tokens, 8 experts: an expert 1 s, a row 2 s, an assignment 3 s; 8 exchanges of 5 s, 7 s of copies a row; 4 s a byte; 11 s of
     a step's own.
     """
     shape = Shape(layers=2, experts=8, top_k=2, tokens=64)
@@ -65,7 +65,7 @@ def test_parts_are_those_that_the_probes_are_made_of() -> None:
         {
             "attention": 13.0,
             "experts": 8 + 64 * 2 + 128 * 3,
-            "experts_half_choices": 8 + 64 * 2 + 64 * 3,
+            "experts_half_assignments": 8 + 64 * 2 + 64 * 3,
             "experts_quarter": 8 + 16 * 2 + 32 * 3,
             "dispatch_nothing": 40.0,
             "dispatch": 40.0 + 64 * 7,
@@ -74,7 +74,7 @@ def test_parts_are_those_that_the_probes_are_made_of() -> None:
         },
         shape,
     )
-    assert (found.attention, found.row, found.choice, found.slot) == pytest.approx((13, 2, 3, 1))
+    assert (found.attention, found.row, found.assignment, found.slot) == pytest.approx((13, 2, 3, 1))
     assert (found.exchange, found.passed_row, found.byte, found.rest) == pytest.approx((5, 7, 4, 11))
 
 

@@ -156,7 +156,7 @@ def random_planner(seed: int) -> Planner:
 
 
 def plan_elsewhere(given: PlanInput) -> Plan:
-    """Every expert everywhere, and all of its choices served by the rank after its owner."""
+    """Every expert everywhere, and all of its assignments served by the rank after its owner."""
     world = given.topology.world_size
     next_LED = (given.owner_LE[..., None] + 1) % world == np.arange(world)
     return Plan(given.owner_LE, np.ones(next_LED.shape, dtype=bool), given.expected_LED.sum(-1, keepdims=True) * next_LED)
@@ -255,8 +255,8 @@ class Reference:
             loss.backward()
             total += cross
             for index, layer in enumerate(self.layers):
-                assert layer.choice is not None
-                reached |= {(index, int(e)) for e in layer.choice.unique()}
+                assert layer.expert is not None
+                reached |= {(index, int(e)) for e in layer.expert.unique()}
         idle = set(self.chunks) - reached
         for key in idle:
             for parameter in self.chunks[key]:

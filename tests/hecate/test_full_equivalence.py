@@ -125,7 +125,7 @@ class Reference:
             loss, cross = plain_loss(self.model, self.layers, batch, num_labels, MICRO_STEPS, AUX_COEF)
             loss.backward()
             total += cross
-            reached |= {(index, int(e)) for index, layer in enumerate(self.layers) for e in layer.choice.unique()}
+            reached |= {(index, int(e)) for index, layer in enumerate(self.layers) for e in layer.expert.unique()}
         idle = set(self.chunks) - reached
         for key in idle:
             for parameter in self.chunks[key]:

@@ -32,11 +32,11 @@ def plain_layer_seconds(
     if flow is None:
         flow = flows(loads_ED, quota_ED, topology)
     rows = plain_rows_served(flow, loads_ED, cost)
-    choices_D = quota_ED.sum(-2)
+    assignments_D = quota_ED.sum(-2)
     rate_D = np.asarray(topology.flops)
     row_work = cost.row_flops * (1 + cost.row_backward)
-    choice_work = cost.assignment_flops * (1 + cost.assignment_backward)
-    compute = ((rows.computed_D * row_work + choices_D * choice_work) / rate_D).max(-1)
+    assignment_work = cost.assignment_flops * (1 + cost.assignment_backward)
+    compute = ((rows.computed_D * row_work + assignments_D * assignment_work) / rate_D).max(-1)
 
     shape = where_ED.shape[:-2]
     again, reduce, frozen = np.empty(shape), np.empty(shape), np.zeros(shape)
@@ -106,9 +106,9 @@ def route_seconds(
 
 
 def plain_rows_served(flow: Flows, loads_ED: np.ndarray, cost: LayerCost) -> Rows:
-    """Distinct tokens behind the choices. A token travels once to a rank however many of its experts are there.
+    """Distinct tokens behind the assignments. A token travels once to a rank however many of its experts are there.
 
-    Loads do not say which choices belong to one token; they are taken as drawn independently: c of the k·T choices of T tokens touch
+    Loads do not say which assignments belong to one token. They are taken as drawn independently: c of k·T assignments of T tokens touch
     T·(1 - (1 - c/(kT))^k) tokens.
     """
     k = cost.top_k
@@ -163,8 +163,8 @@ def transfer_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) ->
     return port_seconds(ports, unit_bytes, topology) + latency
 
 
-def _distinct(choices: np.ndarray, tokens: np.ndarray, k: int) -> np.ndarray:
-    return tokens * (1 - (1 - np.minimum(_ratio(choices, k * tokens), 1.0)) ** k)
+def _distinct(assignments: np.ndarray, tokens: np.ndarray, k: int) -> np.ndarray:
+    return tokens * (1 - (1 - np.minimum(_ratio(assignments, k * tokens), 1.0)) ** k)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -160,8 +160,8 @@ def test_resident_frozen_parts_never_cost_more_than_absent_ones(case: Case, data
 
 @settings(max_examples=40)
 @given(case=cases(), move=st.floats(0.0, 1.0))
-def test_rows_grow_with_the_choices_behind_them(case: Case, move: float) -> None:
-    """Some of rank 0's choices served at the last rank in place of rank 0: no fewer rows there, no more here, none lost on the way."""
+def test_rows_grow_with_the_assignments_behind_them(case: Case, move: float) -> None:
+    """Some of rank 0's assignments served at the last rank in place of rank 0: no fewer rows there, no more here, none lost on the way."""
     world = case.where_ED.shape[1]
     if world == 1:
         return
@@ -178,15 +178,16 @@ def test_rows_grow_with_the_choices_behind_them(case: Case, move: float) -> None
 
 @settings(max_examples=40)
 @given(cases())
-def test_rows_that_leave_arrive_and_are_no_more_than_choices_or_tokens(case: Case) -> None:
+def test_rows_that_leave_arrive_and_are_no_more_than_assignments_or_tokens(case: Case) -> None:
     flow = flows(case.loads_ED, case.quota_ED, case.machines)
     found = rows_served(flow, case.loads_ED, case.cost, case.machines)
     sent, received = found.near[0] + found.far[0], found.near[1] + found.far[1]
     np.testing.assert_allclose(sent.sum(), received.sum(), rtol=1e-9, atol=1e-9)
     tokens_D = case.loads_ED.sum(0) / case.cost.top_k
     for rank, received_rows in enumerate(received.tolist()):
-        choices = (flow.near_served_ED + flow.far_served_ED)[:, rank].sum()
-        assert choices / case.cost.top_k * (1 - 1e-9) <= received_rows <= min(choices, tokens_D.sum() - tokens_D[rank]) * (1 + 1e-9) + 1e-9
+        assignments = (flow.near_served_ED + flow.far_served_ED)[:, rank].sum()
+        others = tokens_D.sum() - tokens_D[rank]
+        assert assignments / case.cost.top_k * (1 - 1e-9) <= received_rows <= min(assignments, others) * (1 + 1e-9) + 1e-9
         assert found.computed_D[rank] >= received_rows * (1 - 1e-9)
 
 

@@ -49,7 +49,7 @@ def seconds(
 
 
 def test_computing_takes_as_long_as_the_slowest_device() -> None:
-    """20 choices at 10 FLOP/s, 15 at 5; one choice is 1 FLOP forward, 2 backward, its row 2 forward, 1 · 2 backward: 7.
+    """20 assignments at 10 FLOP/s, 15 at 5; one assignment is 1 FLOP forward, 2 backward, its row 2 forward, 1 · 2 backward: 7.
 
     140 FLOP in 14 s and 105 in 21 s; never 35 s, nor (20 + 15) · 7 / 15.
     """
@@ -61,14 +61,14 @@ def test_computing_takes_as_long_as_the_slowest_device() -> None:
     assert seconds(machines, cost, owner=[0, 1], **moved)["compute"] == pytest.approx(17.5)
 
 
-def test_backward_over_forward_is_of_rows_and_choices_apart() -> None:
-    """10 choices, 1 FLOP and 4 backward each; 10 rows, 3 FLOP and 2 · 3 backward each."""
+def test_backward_over_forward_is_of_rows_and_assignments_apart() -> None:
+    """10 assignments, 1 FLOP and 4 backward each; 10 rows, 3 FLOP and 2 · 3 backward each."""
     cost = LayerCost(trainable_bytes=0.0, assignment_flops=1.0, assignment_backward=4.0, row_flops=3.0, row_backward=2.0)
     assert seconds(topology((0,)), cost, owner=[0], tokens=[[10]])["compute"] == pytest.approx(10 * 5 + 10 * 9)
 
 
 def test_rows_are_computed_once_whatever_number_of_their_experts_is_here() -> None:
-    """Ten tokens with two choices each, all here: 20 choices of 1 + 2 FLOP, but 10 rows of 1 + 1."""
+    """Ten tokens with two assignments each, all here: 20 assignments of 1 + 2 FLOP, but 10 rows of 1 + 1."""
     cost = LayerCost(trainable_bytes=0.0, top_k=2, assignment_flops=1.0, row_flops=1.0)
     assert seconds(topology((0,)), cost, owner=[0, 0], tokens=[[12], [8]])["compute"] == pytest.approx(20 * 3 + 10 * 2)
 
@@ -116,7 +116,7 @@ ALL_RANKS = [[1, 1, 1, 1]]
     ],
 )
 def test_dispatch_by_hand(machines: dict[str, object], tokens: list[list[float]], quota: list[list[float]], expected: float) -> None:
-    """Rows of 10 bytes, four ranks on two nodes, one choice a token."""
+    """Rows of 10 bytes, four ranks on two nodes, one assignment a token."""
     given_ = topology((0, 0, 1, 1), **machines)  # type: ignore[arg-type]
     found = seconds(given_, ROW, owner=[0] * len(tokens), where=ALL_RANKS * len(tokens), tokens=tokens, quota=quota)
     assert found["dispatch"] == pytest.approx(expected)
@@ -134,7 +134,7 @@ def test_ranks_of_a_node_need_not_be_adjacent() -> None:
     ("nodes", "where", "tokens", "waits"),
     [
         ((0, 0), [[1, 1]], [[5, 5]], 0.0),  # everything everywhere: nobody need be asked
-        ((0, 0), [[1, 1], [1, 0]], [[5, 5], [2, 0]], 8 * 0.5),  # every choice stays, but the others cannot know that
+        ((0, 0), [[1, 1], [1, 0]], [[5, 5], [2, 0]], 8 * 0.5),  # every assignment stays, but the others cannot know that
         ((0, 0), [[1, 1], [1, 0]], [[0, 0], [0, 0]], 0.0),  # without tokens nothing happens
         ((0, 1), [[1, 1], [1, 0]], [[5, 5], [2, 0]], 8 * 3.0),
         ((0, 0, 1), [[1, 1, 1], [1, 0, 0]], [[5, 5, 5], [2, 0, 0]], 8 * 0.5),
@@ -149,7 +149,7 @@ def test_asking_costs_latency_though_no_token_leaves(
 
 
 def test_an_exchange_inside_the_nodes_does_not_pay_the_latency_between_them() -> None:
-    """Thirds, which no float64 holds: ranks 0 and 4 have a choice, three other ranks of their nodes serve it."""
+    """Thirds, which no float64 holds: ranks 0 and 4 have an assignment, three other ranks of their nodes serve it."""
     machines = topology((0, 0, 0, 0, 1, 1, 1, 1), near=Link(FAST, 0.5), far=Link(FAST, 100.0))
     where = np.array([[0, 1, 1, 1, 0, 1, 1, 1]] * 3, dtype=bool)
     tokens = np.array([[1.0, 0, 0, 0, 0.1, 0, 0, 0]] * 3)
@@ -334,18 +334,18 @@ def rows(tokens: list[list[float]], quota: list[list[float]], top_k: int, nodes:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_tokens_with_all_their_choices_here_are_one_row_each(top_k: int) -> None:
-    """12 and 20 tokens, each with k choices, of two experts that are both here."""
-    choices = [[5.0 * top_k, 20.0 * top_k], [7.0 * top_k, 0.0]]
-    found = rows(choices, choices, top_k, (0, 1))
+def test_tokens_with_all_their_assignments_here_are_one_row_each(top_k: int) -> None:
+    """12 and 20 tokens, each with k assignments, of two experts that are both here."""
+    assignments = [[5.0 * top_k, 20.0 * top_k], [7.0 * top_k, 0.0]]
+    found = rows(assignments, assignments, top_k, (0, 1))
     assert found.computed_D.tolist() == pytest.approx([12.0, 20.0])
     assert not any(np.any(part) for part in (*found.near, *found.far))
 
 
 @pytest.mark.parametrize("nodes", [(0, 0), (0, 1)])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_tokens_with_all_their_choices_elsewhere_are_one_row_each(top_k: int, nodes: tuple[int, ...]) -> None:
-    """All choices of rank 0's 12 tokens are served by rank 1."""
+def test_tokens_with_all_their_assignments_elsewhere_are_one_row_each(top_k: int, nodes: tuple[int, ...]) -> None:
+    """All assignments of rank 0's 12 tokens are served by rank 1."""
     found = rows([[12.0 * top_k, 0.0]], [[0.0, 12.0 * top_k]], top_k, nodes)
     assert found.computed_D.tolist() == pytest.approx([0.0, 12.0])
     sent, received = found.near if nodes == (0, 0) else found.far
@@ -354,8 +354,8 @@ def test_tokens_with_all_their_choices_elsewhere_are_one_row_each(top_k: int, no
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_one_choice_is_one_row(top_k: int) -> None:
-    """Of a million tokens: drawn independently, a second choice of the same token is a rare chance."""
+def test_one_assignment_is_one_row(top_k: int) -> None:
+    """Of a million tokens: drawn independently, a second assignment of the same token is a rare chance."""
     found = rows([[1e6 * top_k, 0.0]], [[1e6 * top_k - 1, 1.0]], top_k, (0, 0))
     for one in (found.computed_D[1], found.near[0][0], found.near[1][1]):
         assert float(one) == pytest.approx(1.0, abs=1e-6)
@@ -363,21 +363,21 @@ def test_one_choice_is_one_row(top_k: int) -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
-def test_distinct_rows_are_the_tokens_with_a_choice_here(top_k: int, share: float) -> None:
-    """Every pattern of k choices, here or not, with its probability."""
+def test_distinct_rows_are_the_tokens_with_an_assignment_here(top_k: int, share: float) -> None:
+    """Every pattern of k assignments, here or not, with its probability."""
     wanted = 0.0
     for pattern in itertools.product((True, False), repeat=top_k):
         chance = float(np.prod([share if here else 1 - share for here in pattern]))
         wanted += 40 * chance if any(pattern) else 0.0
-    choices = 40.0 * top_k
-    found = rows([[choices, 0.0]], [[choices * (1 - share), choices * share]], top_k, (0, 0))
+    assignments = 40.0 * top_k
+    found = rows([[assignments, 0.0]], [[assignments * (1 - share), assignments * share]], top_k, (0, 0))
     assert float(found.computed_D[1]) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
 
 
 def test_rows_by_hand() -> None:
-    """Ten tokens of rank 0 with two choices each: 15 choices stay, 5 go to rank 1, of its node.
+    """Ten tokens of rank 0 with two assignments each: 15 assignments stay, 5 go to rank 1, of its node.
 
-    A quarter of the choices: 10 · (1 - (3/4)²) = 4.375 rows travel; 10 · (1 - (1/4)²) = 9.375 stay.
+    A quarter of the assignments: 10 · (1 - (3/4)²) = 4.375 rows travel; 10 · (1 - (1/4)²) = 9.375 stay.
     """
     found = rows([[20.0, 0.0, 0.0]], [[15.0, 5.0, 0.0]], 2, (0, 0, 1))
     assert found.computed_D.tolist() == pytest.approx([9.375, 4.375, 0.0])

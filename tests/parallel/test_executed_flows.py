@@ -44,13 +44,13 @@ def test_all_sources_at_once_are_each_source_after_the_other(
             split_ED = token_split(where_LED[layer], planned_LED[layer], None if quota_LED is None else quota_LED[layer], topo, source)
             for expert in range(EXPERTS):
                 for rank in range(world):
-                    choices = true_LED[layer, expert, source] * split_ED[expert, rank]
+                    assignments = true_LED[layer, expert, source] * split_ED[expert, rank]
                     if rank == source:
-                        want["local"][expert, rank] += choices
+                        want["local"][expert, rank] += assignments
                     else:
                         kind = "near" if node[rank] == node[source] else "far"
-                        want[f"{kind}_sent"][expert, source] += choices
-                        want[f"{kind}_served"][expert, rank] += choices
+                        want[f"{kind}_sent"][expert, source] += assignments
+                        want[f"{kind}_served"][expert, rank] += assignments
         for name, expected in want.items():
             np.testing.assert_allclose(getattr(flow, f"{name}_ED")[layer], expected, atol=1e-6, err_msg=name)
         total = want["local"] + want["near_served"] + want["far_served"]
@@ -58,7 +58,7 @@ def test_all_sources_at_once_are_each_source_after_the_other(
 
 
 def test_shares_stay_when_loads_change_by_hand() -> None:
-    """One expert on both ranks of a node. Rank 0 was to have 10 choices, of which rank 1 serves 6; rank 1 was to have none.
+    """One expert on both ranks of a node. Rank 0 was to have 10 assignments, of which rank 1 serves 6; rank 1 was to have none.
 
     It comes to 20 and 10: rank 0 keeps 8 and sends 12, rank 1 keeps its own.
     """

@@ -51,7 +51,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def even_shares(case: Case, expert: int, source: int) -> dict[int, float]:
-    """Who serves the choices of a source: itself, or all replicas of its node alike, or all replicas alike."""
+    """Who serves the assignments of a source: itself, or all replicas of its node alike, or all replicas alike."""
     holders = [rank for rank in case.ranks if case.where_ED[expert, rank]]
     near = [rank for rank in holders if case.nodes[rank] == case.nodes[source]]
     serving = [source] if source in holders else near or holders
@@ -59,7 +59,7 @@ def even_shares(case: Case, expert: int, source: int) -> dict[int, float]:
 
 
 @given(cases())
-def test_even_quotas_are_the_choices_of_all_sources_added_up(case: Case) -> None:
+def test_even_quotas_are_the_assignments_of_all_sources_added_up(case: Case) -> None:
     wanted = np.zeros(case.where_ED.shape)
     for expert in range(len(wanted)):
         for source in case.ranks:
@@ -69,7 +69,7 @@ def test_even_quotas_are_the_choices_of_all_sources_added_up(case: Case) -> None
 
 
 def test_even_quotas_by_hand() -> None:
-    """Nodes {0, 2} and {1, 3}; 6, 5, 4 and 3 choices of each expert at ranks 0 to 3.
+    """Nodes {0, 2} and {1, 3}; 6, 5, 4 and 3 assignments of each expert at ranks 0 to 3.
 
     expert 0 on 0: all 18.  expert 1 on 0 and 1: 0 keeps 6 and takes 2's 4; 1 keeps 5 and takes 3's 3.
     expert 2 on 0 and 2: each keeps its own; the 8 of the other node go half and half.  expert 3: everywhere.
@@ -111,7 +111,7 @@ def test_flows_conserve_tokens(even: bool, case: Case) -> None:
 @pytest.mark.parametrize("even", [True, False])
 @given(case=cases())
 def test_near_goes_before_far(even: bool, case: Case) -> None:
-    """Nobody sends away what it could serve; no node sends an expert's choices to others while others' come to it.
+    """Nobody sends away what it could serve; no node sends an expert's assignments to others while others' come to it.
 
     Exactly, not nearly: a trace of far traffic left over by rounding would cost the latency of a whole exchange between nodes.
     """
@@ -129,7 +129,7 @@ def test_near_goes_before_far(even: bool, case: Case) -> None:
 
 
 def test_flows_by_hand() -> None:
-    """Nodes {0, 2, 4} and {1, 3}; ranks 0 to 4 have 10, 2, 4, 6, 0 choices and serve 4, 12, 1, 2, 3.
+    """Nodes {0, 2, 4} and {1, 3}; ranks 0 to 4 have 10, 2, 4, 6, 0 assignments and serve 4, 12, 1, 2, 3.
 
     Local 4, 2, 1, 2, 0. Left to send 6, 0, 3, 4, 0; left to serve 0, 10, 0, 0, 3. Node 0 has 9 to send and serves 3 itself, a third of
     each: 2 and 1 near, 4 and 2 far. Node 1 has 4 and serves 10: all 4 near, and 6 from afar.
@@ -143,7 +143,7 @@ def test_flows_by_hand() -> None:
 
 
 def test_on_one_node_nothing_is_far() -> None:
-    """Ranks have 9, 1, 2 choices and serve 3, 8, 1."""
+    """Ranks have 9, 1, 2 assignments and serve 3, 8, 1."""
     flow = flows(np.array([[9.0, 1, 2]]), np.array([[3.0, 8, 1]]), unit_topology((0, 0, 0)))
     assert flow.local_ED.tolist() == [[3, 1, 1]]
     assert flow.near_sent_ED.tolist() == [[6, 0, 1]]
@@ -153,7 +153,7 @@ def test_on_one_node_nothing_is_far() -> None:
 
 
 def test_even_quotas_inside_nodes_leave_no_trace_of_far_traffic() -> None:
-    """A copy of each expert in each node, so that no choice has to leave one; thirds and sevenths, which no float64 holds, included."""
+    """A copy of each expert in each node, so that no assignment has to leave one; thirds and sevenths, which no float64 holds, included."""
     rng = np.random.default_rng(0)
     nodes = unit_topology([rank // 8 for rank in range(16)])
     for _ in range(20):
@@ -166,7 +166,7 @@ def test_even_quotas_inside_nodes_leave_no_trace_of_far_traffic() -> None:
 
 
 def test_quotas_off_by_a_rounding_cause_no_traffic() -> None:
-    """Each rank of two nodes serves its own choices, but for an error of a planner's arithmetic."""
+    """Each rank of two nodes serves its own assignments, but for an error of a planner's arithmetic."""
     tokens = np.array([[30.0, 20, 10, 5]])
     flow = flows(tokens, tokens + np.array([[1e-14, -1e-13, -1e-14, 1.1e-13]]), unit_topology((0, 0, 1, 1)))
     for travelling in (flow.near_sent_ED, flow.near_served_ED, flow.far_sent_ED, flow.far_served_ED):
@@ -180,7 +180,7 @@ def split_of(case: Case, source: int, loads: np.ndarray | None, quota: np.ndarra
 @pytest.mark.parametrize("quotas", [True, False])
 @given(case=cases())
 def test_rows_of_a_token_split_sum_to_one_over_the_replicas(quotas: bool, case: Case) -> None:
-    """Also for experts of which the source, or nobody, was expected to have a choice."""
+    """Also for experts of which the source, or nobody, was expected to have an assignment."""
     for source in case.ranks:
         split = split_of(case, source, case.loads_ED, case.quota_ED) if quotas else split_of(case, source, None, None)
         assert split.dtype == np.float64
@@ -238,8 +238,8 @@ def test_a_source_sends_near_and_far_what_flows_say(case: Case) -> None:
 
 
 @given(cases())
-def test_an_expert_without_expected_choices_has_the_even_split(case: Case) -> None:
-    """Of the source: the quotas were made for others' choices. Of all: quotas are zero."""
+def test_an_expert_without_expected_assignments_has_the_even_split(case: Case) -> None:
+    """Of the source: the quotas were made for others' assignments. Of all: quotas are zero."""
     for source in case.ranks:
         split, even = split_of(case, source, case.loads_ED, case.quota_ED), split_of(case, source, None, None)
         none = case.loads_ED[:, source] == 0
@@ -264,7 +264,7 @@ def test_token_split_spreads_over_the_replicas_of_its_own_node() -> None:
 
 
 def test_token_split_with_quotas_by_hand() -> None:
-    """The flows by hand above: rank 0's 10 choices are 4 here, 2 near (rank 4 alone serves for its node), 4 far (rank 1 alone).
+    """The flows by hand above: rank 0's 10 assignments are 4 here, 2 near (rank 4 alone serves for its node), 4 far (rank 1 alone).
 
     Rank 3's 6 are 2 here and 4 near, at rank 1. Rank 4 was expected to have none: over the replicas of its node as it is itself one.
     """

@@ -39,13 +39,13 @@ def plan_input(
     return layer_input(owner, loads, slots, on=on, cost=cost)
 
 
-def work(choice: float = 0.0, row: float = 0.0, **others: Any) -> LayerCost:
+def work(assignment: float = 0.0, row: float = 0.0, **others: Any) -> LayerCost:
     """FLOPs of forward and backward together."""
-    return LayerCost(**{"trainable_bytes": 0.0, **others}, assignment_flops=choice / 3, row_flops=row / 2)
+    return LayerCost(**{"trainable_bytes": 0.0, **others}, assignment_flops=assignment / 3, row_flops=row / 2)
 
 
 def test_one_device_has_one_plan() -> None:
-    # 2 tokens of top-2 routing: 2 rows of 5 s and 4 choices of 3 s.
+    # 2 tokens of top-2 routing: 2 rows of 5 s and 4 assignments of 3 s.
     given_ = plan_input([[1.0, 3.0]], work(3.0, 5.0, top_k=2, row_bytes=9.0), owner=[0, 0], slots=4)
     assert lower_bound(given_, 0) == pytest.approx(2 * 5 + 4 * 3, rel=1e-5)
 
@@ -59,7 +59,7 @@ def test_without_tokens_only_optimizers_work() -> None:
 
 
 def test_a_hot_expert_needs_a_whole_replica() -> None:
-    # Rank 0 serves 20 choices in 20 s; or half of them, and the replica costs 1 s to bring and 1 s to bring its gradient back.
+    # Rank 0 serves 20 assignments in 20 s; or half of them, and the replica costs 1 s to bring and 1 s to bring its gradient back.
     given_ = plan_input([[10.0], [10.0]], work(1.0, trainable_bytes=1.0), owner=[0], slots=1)
     assert lower_bound(given_, 0) == pytest.approx(12.0, rel=5e-3)
 
@@ -76,7 +76,7 @@ SLOW, FAST = 1 / 8, 1000.0
     ],
 )
 def test_a_node_fetches_a_whole_expert_over_the_slow_link(nics: tuple[float, ...], uplinks: tuple[float, float]) -> None:
-    # 80 choices take 80 s on the owner; 40 s on its node, and 1 s each way; 27 s with one rank of the other node, and 20 s with both, and
+    # 80 assignments take 80 s on the owner; 40 s on its node, and 1 s each way; 27 s with one rank of the other node; 20 s with both, and
     # 8 s each way over the slow link, while what is sent inside the nodes takes 1 s.
     given_ = plan_input([[20.0]] * 4, work(1.0, trainable_bytes=1.0), owner=[0], slots=1, nodes=(0, 0, 1, 1))
     given_ = replace(given_, topology=replace(given_.topology, nic_bandwidth=nics, uplink_bandwidth=uplinks))
@@ -85,7 +85,7 @@ def test_a_node_fetches_a_whole_expert_over_the_slow_link(nics: tuple[float, ...
 
 @pytest.mark.parametrize("nics", [(SLOW, FAST), (FAST, SLOW)])
 def test_the_slower_of_two_ends_decides(nics: tuple[float, float]) -> None:
-    # 80 choices take 80 s on the owner; 40 s on both ranks, and a copy crosses in 8 s each way.
+    # 80 assignments take 80 s on the owner; 40 s on both ranks, and a copy crosses in 8 s each way.
     given_ = plan_input([[40.0]] * 2, work(1.0, trainable_bytes=1.0), owner=[0], slots=1, nodes=(0, 1))
     given_ = replace(given_, topology=replace(given_.topology, nic_bandwidth=nics, uplink_bandwidth=(FAST, FAST)))
     assert lower_bound(given_, 0) == pytest.approx(56.0, rel=5e-3)
@@ -96,7 +96,7 @@ def test_a_leader_receives_from_afar_and_sends_nearby() -> None:
     given_ = plan_input([[20.0]] * 4, work(1.0, trainable_bytes=1.0), owner=[0], slots=1, nodes=(0, 0, 1, 1), intra=Link(SLOW, 0.0))
     given_ = replace(given_, topology=replace(given_.topology, nic_bandwidth=(FAST,) * 4, uplink_bandwidth=(FAST,) * 2))
     assert 20.0 <= lower_bound(given_, 0) <= 36.0
-    # With one rank of the other node alone: 40 choices on each of two ranks, and next to nothing to bring.
+    # With one rank of the other node alone: 40 assignments on each of two ranks, and next to nothing to bring.
     assert lower_bound(replace(given_, slots_D=np.array([0, 0, 1, 0])), 0) == pytest.approx(40.0, rel=5e-3)
 
 
@@ -146,7 +146,7 @@ def test_a_rank_without_a_slot_serves_nothing_from_afar() -> None:
 
 
 def test_experts_of_one_owner_share_its_copies() -> None:
-    # Rank 0 owns two experts of 10 choices. R copies leave 20 / (R + 1) s to each rank, and its port sends and gets back R bytes: of 20,
+    # Rank 0 owns two experts of 10 assignments. R copies leave 20 / (R + 1) s to each rank; its port sends and gets back R bytes: of 20,
     # 10 + 2, 20/3 + 4, 5 + 6 s two copies are best. Each expert alone would be content with half a copy here and half a copy there.
     given_ = plan_input([[2.5, 2.5]] * 4, work(1.0, trainable_bytes=1.0), owner=[0, 0], slots=1)
     assert lower_bound(given_, 0) == pytest.approx(20 / 3 + 4, rel=5e-3)
@@ -172,7 +172,7 @@ def test_rows_pass_the_ports_of_both_ends(slow: int, far: bool) -> None:
 
 
 def test_fast_devices_take_more() -> None:
-    # Replicas are free: 30 choices on ranks of 1 and 2 FLOP/s take 10 s.
+    # Replicas are free: 30 assignments on ranks of 1 and 2 FLOP/s take 10 s.
     given_ = plan_input([[15.0], [15.0]], work(1.0), owner=[0], slots=1, rates=(1.0, 2.0))
     assert lower_bound(given_, 0) == pytest.approx(10.0, rel=5e-3)
 
@@ -199,7 +199,7 @@ def test_resident_frozen_parts_are_free(row_bytes: float) -> None:
         loads_LED=np.full((2, 1, 2), 10.0),
         resident_LED=np.array([[[True, False]], [[True, True]]]),
     )
-    # A replica of 100 bytes, once in 20 steps, takes 5 s; both serve 10 choices, and no row travels.
+    # A replica of 100 bytes, once in 20 steps, takes 5 s; both serve 10 assignments, and no row travels.
     assert lower_bound(absent, 0) == pytest.approx(15.0, rel=5e-3)
     assert lower_bound(there, 0) == pytest.approx(10.0, rel=5e-3)
     assert [lower_bound(both, layer) for layer in (0, 1)] == pytest.approx([15.0, 10.0], rel=5e-3)
@@ -229,14 +229,14 @@ def test_latencies_between_nodes_and_inside_them() -> None:
     assert lower_bound(frozen, 0) == pytest.approx(1 + 3 * 110, rel=5e-3)
 
 
-def test_rows_are_shared_by_choices_that_stay() -> None:
+def test_rows_are_shared_by_assignments_that_stay() -> None:
     # Two tokens on each rank choose both experts: two rows of 5 s on each rank if replicas keep all where they are. Those take 1 s each way
     # for the link to answer; all-to-alls would take 8 s.
     given_ = plan_input([[2.0, 2.0], [2.0, 2.0]], work(0.0, 5.0, top_k=2), owner=[0, 0], slots=2, intra=Link(1.0, 1.0))
     assert lower_bound(given_, 0) == pytest.approx(10.0 + 2.0, rel=5e-3)
 
 
-def test_rows_travel_once_for_all_choices_at_a_rank() -> None:
+def test_rows_travel_once_for_all_assignments_at_a_rank() -> None:
     # One token of top-2 routing on rank 1, both experts on rank 0, nothing can move: one row there, one back, the same backward.
     given_ = plan_input([[0.0, 0.0], [1.0, 1.0]], work(0.0, 1.0, top_k=2, row_bytes=10.0), owner=[0, 0], slots=0)
     assert lower_bound(given_, 0) == pytest.approx(1 + 4 * 10, rel=1e-5)
@@ -269,7 +269,7 @@ def test_without_scipy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_holds_below_one_cutoff_is_not_taken_for_a_higher_one() -> None:
-    # Half of 48 choices, 6 s each, on rank 0 and half on rank 2: 144 s. 40 bytes come in 8 s, of which 4 are hidden, and go in 8 s, all of
+    # Half of 48 assignments, 6 s each, on rank 0, half on rank 2: 144 s. 40 bytes come in 8 s, of which 4 are hidden, and go in 8 s, all of
     # them hidden. Owner 0 moves 2 · (40 + 2 · 20) bytes of memory at 25 bytes/s.
     cost = LayerCost(trainable_bytes=40.0, state_bytes=20.0, assignment_flops=1.0, non_moe_flops=2.0)
     loads = [[0.0, 0.0], [0.0, 0.0], [0.0, 32.0], [0.0, 16.0]]

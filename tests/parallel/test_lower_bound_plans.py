@@ -100,7 +100,7 @@ def within_slots(given_: PlanInput, wish_LED: np.ndarray, random: np.random.Gene
 
 
 def quotas(given_: PlanInput, where_LED: np.ndarray, weight_LED: np.ndarray, local_L11: np.ndarray) -> np.ndarray:
-    """Some of the choices where they are, if their expert is; the rest over the replicas in proportion to the weights."""
+    """Some of the assignments where they are, if their expert is; the rest over the replicas in proportion to the weights."""
     loads_LED = given_.expected_LED
     local_LED = np.where(where_LED, loads_LED, 0.0) * local_L11
     share_LED = np.where(where_LED, weight_LED + 1e-9, 0.0)
@@ -159,9 +159,9 @@ def test_no_policy_is_below_it(given_: PlanInput) -> None:
 
 
 def best_by_brute_force(given_: PlanInput) -> float:
-    """The least seconds of any plan of one node with one choice a token: every placement, and the best quotas of each.
+    """The least seconds of any plan of one node with one assignment a token: every placement, and the best quotas of each.
 
-    There a row is a choice, so seconds are convex in the quotas: a linear program finds the best, formulated here on its own.
+    There a row is an assignment, so seconds are convex in the quotas: a linear program finds the best, formulated here on its own.
     """
     topology, cost = given_.topology, given_.cost
     assert topology.num_nodes == 1
@@ -223,14 +223,14 @@ def test_it_is_near_the_best_plan_of_few(given_: PlanInput) -> None:
 
 
 PARTS = 4
-"""into which an expert's choices are cut"""
+"""into which an expert's assignments are cut"""
 
 
 def every_plan(given_: PlanInput) -> Plan:
-    """A layer for each plan: every placement within the slots; choices where they are as far as may be, or in quarters in every way."""
+    """A layer for each plan: every placement within the slots; assignments where they are as far as may be, or in quarters in every way."""
     owned_ED, loads_ED = given_.owned_LED[0], given_.expected_LED[0]
     experts, ranks = owned_ED.shape
-    choices: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    options: list[list[tuple[np.ndarray, np.ndarray]]] = []
     for e in range(experts):
         mine = []
         for others in product([False, True], repeat=ranks - 1):
@@ -239,8 +239,8 @@ def every_plan(given_: PlanInput) -> Plan:
             for ranks_of_parts in combinations_with_replacement(np.flatnonzero(where_D), PARTS):
                 parts_D = np.bincount(np.array(ranks_of_parts), minlength=ranks)
                 mine.append((where_D, parts_D * loads_ED[e].sum() / PARTS))
-        choices.append(mine)
-    plans = list(product(*choices))
+        options.append(mine)
+    plans = list(product(*options))
     where_LED = np.array([[where_D for where_D, _ in plan] for plan in plans])
     quota_LED = np.array([[quota_D for _, quota_D in plan] for plan in plans])
     fits_L = ((where_LED & ~owned_ED).sum(1) <= given_.slots_D).all(1)
@@ -265,4 +265,4 @@ def test_it_is_near_the_best_of_all_plans_over_several_nodes(given_: PlanInput) 
     plan = every_plan(given_)
     best = float(plan.seconds(copies(given_, len(plan.where_LED))).total.min())
     bound = lower_bound(given_, 0)
-    assert best / 1.6 <= bound <= best * (1 + ROUNDING)  # quarters are coarse: of ten choices to one expert a part is 2.5
+    assert best / 1.6 <= bound <= best * (1 + ROUNDING)  # quarters are coarse: of ten assignments to one expert a part is 2.5

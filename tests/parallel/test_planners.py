@@ -235,9 +235,9 @@ def test_a_plan_spells_out_its_quotas() -> None:
 
 
 def test_the_seconds_of_a_plan_are_those_of_its_own_quotas() -> None:
-    """As above, a second a choice forward and two backward, and a copy of 1 byte at 1 byte/s each way; rows are free.
+    """As above, a second an assignment forward and two backward, and a copy of 1 byte at 1 byte/s each way; rows are free.
 
-    Evenly the busiest rank serves 9 choices, 27 s; with all of them at rank 1, 48 s. No non-MoE work hides the copy: 2 s.
+    Evenly the busiest rank serves 9 assignments, 27 s; with all of them at rank 1, 48 s. No non-MoE work hides the copy: 2 s.
     The owner's optimizer reads the byte of gradient at a byte for 150 FLOPs: 150 s.
     """
     free = plan_input([0], [[5], [7], [4]], nodes=(0, 0, 1), degree=0, memory_slots=0)

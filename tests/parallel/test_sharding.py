@@ -149,7 +149,7 @@ def test_moving_takes_as_long_as_the_busiest_port_of_each_layer() -> None:
 
 
 def two_ranks(loads: list[float], *, hidden: float = 0.0) -> PlanInput:
-    """One layer of four experts, two a rank; 3 s of compute a choice, 100 s to move an expert, nothing else takes time."""
+    """One layer of four experts, two a rank; 3 s of compute an assignment, 100 s to move an expert, nothing else takes time."""
     cost = LayerCost(trainable_bytes=1e-9, state_bytes=100.0, assignment_flops=1.0, non_moe_flops=hidden)
     on = unit_topology((0, 0), memory_bandwidth=1e30)
     return layer_input([0, 0, 1, 1], [loads, [0.0] * 4], 4, on=on, cost=cost)

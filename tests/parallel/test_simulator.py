@@ -47,7 +47,7 @@ def run(
 
 
 def test_static_ep_by_hand() -> None:
-    """Rank 0 computes 20 choices of 1 + 2 FLOPs. Ten rows of a byte go to it and back, forward and backward: four times 10 s.
+    """Rank 0 computes 20 assignments of 1 + 2 FLOPs. Ten rows of a byte go to it and back, forward and backward: four times 10 s.
 
     Attention: 5 + 2 · 5 s. The optimizer reads 4 bytes of gradient an owned expert.
     """
@@ -113,14 +113,14 @@ def test_a_frozen_part_travels_once() -> None:
 
 
 def halves(given: PlanInput) -> Plan:
-    """Everything everywhere, each expert's choices dealt evenly."""
+    """Everything everywhere, each expert's assignments dealt evenly."""
     where = np.ones((given.num_layers, given.num_experts, given.world_size), dtype=bool)
     return Plan(given.owner_LE, where, np.broadcast_to(given.expected_LED.sum(-1, keepdims=True) / given.world_size, where.shape))
 
 
 def test_history_meets_other_loads_than_it_planned_for() -> None:
-    """Planned for step 0: rank 0 keeps 5 of its 10 choices and hands 5 over. In step 1 it has 20 and hands over 10; rank 1's 4, of
-    which the plan knew nothing, stay: 10 and 14 choices, 10 rows travel.
+    """Planned for step 0: rank 0 keeps 5 of its 10 assignments and hands 5 over. In step 1 it has 20 and hands over 10; rank 1's 4, of
+    which the plan knew nothing, stay: 10 and 14 assignments, 10 rows travel.
     """
     steps = [[[10, 0], [0, 0]], [[20, 0], [4, 0]]]
     history, exact = run(steps, halves), run(steps, halves, mode="exact")
@@ -203,7 +203,7 @@ def test_resharding_happens_when_it_is_asked_for() -> None:
 
 
 def test_bytes_between_nodes_are_those_of_each_source_alone() -> None:
-    """With top-1 every choice is a row: rows near and far by a plain loop over sources, experts and ranks."""
+    """With top-1 every assignment is a row: rows near and far by a plain loop over sources, experts and ranks."""
     topology = unit_topology((0, 1, 0, 1), far=Link(0.5, 0.0))
     rng = np.random.default_rng(0)
     loads = rng.integers(0, 30, (2, 1, 6, 4))

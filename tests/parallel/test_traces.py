@@ -122,7 +122,7 @@ def test_no_damage_goes_unseen(tmp_path: Path) -> None:
         ({"loads": np.zeros((2, 2, 3), dtype=np.int64)}, "int32 or int64"),
         ({"loads": np.zeros((2, 2, 0, 3), dtype=np.int64)}, "int32 or int64"),
         ({"loads": np.full((2, 2, 2, 3), -1)}, "negative"),
-        ({"loads": np.full((2, 2, 2, 3), 4) * (np.arange(3) < 2)}, "loads exceed top_k 1"),  # 8 choices of 4 tokens
+        ({"loads": np.full((2, 2, 2, 3), 4) * (np.arange(3) < 2)}, "loads exceed top_k 1"),  # 8 assignments of 4 tokens
         ({"loads": np.array([{"an": "object"}], dtype=object)}, "not a trace"),
     ],
     ids=str,

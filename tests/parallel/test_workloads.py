@@ -62,9 +62,9 @@ def test_every_token_has_as_many_different_experts(name: str, data: st.DataObjec
     assert loads.dtype == np.int64
     assert loads.shape == (steps, layers, experts, ranks)
     assert loads.min() >= 0
-    choices = loads.sum(2)
-    assert (choices % top_k == 0).all()
-    tokens_of = choices // top_k
+    assignments = loads.sum(2)
+    assert (assignments % top_k == 0).all()
+    tokens_of = assignments // top_k
     # No expert twice for a token; with that, any loads with these sums can be dealt to tokens.
     assert (loads <= tokens_of[:, :, None]).all()
     assert (tokens_of == tokens_of[:, :1]).all(), "a step's tokens pass through all layers"
@@ -81,13 +81,13 @@ def test_a_pure_function_whose_beginning_does_not_depend_on_the_end(name: str) -
 
 
 def test_balanced_by_hand() -> None:
-    # Two ranks of 3 tokens with 2 choices: 6 choices to 4 experts, so 2 experts get 2; the next rank's 2 are the other ones.
+    # Two ranks of 3 tokens with 2 assignments: 6 assignments to 4 experts, so 2 experts get 2; the next rank's 2 are the other ones.
     loads_ED = make("balanced", 1, 1, 2, 4, 3, 2)[0, 0]
     assert loads_ED.T.tolist() == [[2, 2, 1, 1], [1, 1, 2, 2]]
 
 
 @given(ranks=st.integers(1, 9), experts=st.integers(2, 9), tokens=st.integers(1, 30))
-def test_balanced_to_one_choice(ranks: int, experts: int, tokens: int) -> None:
+def test_balanced_to_one_assignment(ranks: int, experts: int, tokens: int) -> None:
     loads = make("balanced", 2, 2, ranks, experts, tokens, 2)
     assert np.ptp(loads, axis=2).max() <= 1
     assert np.ptp(loads.sum(3), axis=-1).max() <= 1
@@ -122,8 +122,8 @@ def test_ragged_sources() -> None:
 
 
 def test_an_empty_rank() -> None:
-    choices = make("empty_rank", 3, 2, 5, 8, 10, 2, seed=7).sum(2)
-    assert choices.tolist() == [[[20, 20, 0, 20, 20]] * 2] * 3
+    assignments = make("empty_rank", 3, 2, 5, 8, 10, 2, seed=7).sum(2)
+    assert assignments.tolist() == [[[20, 20, 0, 20, 20]] * 2] * 3
 
 
 def test_an_idle_expert() -> None:
@@ -141,7 +141,7 @@ def test_all_to_one(top_k: int) -> None:
     assert (full.sum(-1) == (8 if top_k == 8 else 1)).all()
     assert (full[:, 0] == full[:, 1]).all() == (top_k == 8)
     rest = np.where(full[..., None], 0, loads)
-    if top_k == 2:  # the other choice, of 7 experts
+    if top_k == 2:  # the other assignment, of 7 experts
         np.testing.assert_allclose(rest.sum(3)[~full] / 400, 1 / 7, atol=0.06)
 
 

@@ -39,7 +39,7 @@ def _export(rank: int, world: int, folder: str, model_type: str, changes: dict[s
         model, find_gated_ffns(model), plan, EngineConfig(POLICIES["static_ep"], local_topology(world, cuda=False)), groups
     )
     for parameter in moe.replicated_parameters().values():
-        parameter.data.mul_(30)  # so that weights of choices differ
+        parameter.data.mul_(30)  # so that a token's two weights differ
     with torch.no_grad(), moe.engine.evaluation():
         logits = model(token_ids(), use_cache=False).logits
     ranks = Ranks(rank, world, torch.device("cpu"), groups)

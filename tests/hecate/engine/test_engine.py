@@ -111,7 +111,7 @@ def _idle(rank: int, world: int) -> dict[int, list[list[int]]]:
 
 
 def test_idle_ranks_and_experts_take_part() -> None:
-    """Four tokens with two choices each, on rank 0 and on rank 2."""
+    """Four tokens with two assignments each, on rank 0 and on rank 2."""
     busy, idle = [0, 4, 4], [0, 0, 0]
     loads = run_ranks(3, _idle)
     assert loads[0] == loads[1] == loads[2]
@@ -161,7 +161,7 @@ def test_an_engine_without_expert_layers_finishes_its_steps(one_rank: dist.Proce
 THREE = {0: 3, 2: 5, 5: 3}
 """layers of two shapes, one between the others"""
 CHOSEN = {0: (1, 2), 2: (1, 2), 5: (0, 2)}
-"""both choices of every token"""
+"""both assignments of every token"""
 
 
 def quotas_by_layer(given: PlanInput) -> Plan:
@@ -205,7 +205,7 @@ def _plans(rank: int, world: int) -> None:
 
     made.shards.config = replace(made.shards.config, planner=planner, top_k=2, non_moe_flops=7.0, max_imbalance=1.25)
     loads = _step(rank, made, 0)
-    # Owners 0, 1, 2 of three experts and 0, 0, 1, 1, 2 of five: the chosen ones, of twelve choices each, are on two ranks of three.
+    # Owners 0, 1, 2 of three experts and 0, 0, 1, 1, 2 of five: the chosen ones, of twelve assignments each, are on two ranks of three.
     assert made.shards.plans.imbalance(loads) == pytest.approx(1.5)
     sent = token_bytes(made)
     loads = _step(rank, made, 1)
@@ -223,7 +223,7 @@ def _plans(rank: int, world: int) -> None:
         assert given.cost == made.shards.families[0].cost(2, 7.0)
     # Layer 0: ranks 2 and 0 serve twelve each, 12 / 8. Layer 5: rank 0 all of 24, 24 / 8. Layer 2 has no quotas: nothing moves.
     assert made.shards.plans.imbalance(loads) == pytest.approx((1.5 + 1.0 + 3.0) / 3)
-    # What comes in is split as planned: rank 0's choice of expert 1 goes to rank 2; its 3 of expert 0, which nobody foresaw, stay.
+    # What comes in is split as planned: rank 0's assignment of expert 1 goes to rank 2; its 3 of expert 0, which nobody foresaw, stay.
     assert made.shards.plans.imbalance({0: np.array([[3, 0, 0], [1, 0, 0], [0, 0, 0]])}) == pytest.approx(3 / (4 / 3))
 
 
@@ -295,5 +295,5 @@ def _grouped(rank: int, world: int) -> float:
 
 
 def test_sharding_groups_plan_for_themselves_and_are_counted_together() -> None:
-    # Rank 0 computes 8 of 12 choices, a mean of 3.
+    # Rank 0 computes 8 of 12 assignments, a mean of 3.
     assert run_ranks(4, _grouped) == [pytest.approx(8 / 3)] * 4

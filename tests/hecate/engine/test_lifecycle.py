@@ -86,11 +86,11 @@ def test_autograd_keeps_no_copy_of_the_replicas() -> None:
         family.compute(RoutedTokens(x, slot, weight, torch.arange(TOKENS), torch.arange(3)), ExpertReplicas(replicas), step=0)
     others = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() != replicas.untyped_storage().data_ptr()]
     assert len(others) < len(kept)
-    assert {len(tensor) for tensor in others} <= {TOKENS, 2 * TOKENS}, "of tokens and their choices; there are 3 replicas"
+    assert {len(tensor) for tensor in others} <= {TOKENS, 2 * TOKENS}, "of tokens and their assignments; there are 3 replicas"
 
 
 def moving_target(asked: list[PlanInput]) -> object:
-    """Experts at home and, for a layer alone, also on the rank after their owner, which serves all of their choices."""
+    """Experts at home and, for a layer alone, also on the rank after their owner, which serves all of their assignments."""
 
     def plan(given: PlanInput) -> Plan:
         asked.append(given)
@@ -117,7 +117,7 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     assert at_home == (mode == "calibrated"), "the next micro-step starts from history's plan again"
     alone = [given for given in asked if given.num_layers == 1]
     assert len(alone) == 2 * len(LAYERS), "one plan a layer and micro-step"
-    assert all(given.expected_LED.sum() == 2 * TOKENS * world for given in alone), "the micro-step's own choices"
+    assert all(given.expected_LED.sum() == 2 * TOKENS * world for given in alone), "the micro-step's own assignments"
     loads = {layer: sum(given.loads_LED[0] for given in alone[layer::4]) for layer in LAYERS}  # type: ignore[misc, index]
     home = [loads[layer].sum(1)[[0, 1, 2]] @ np.eye(world)[made.shards.owners[layer]] for layer in LAYERS]
     skews = [one.max() / one.mean() for one in home]

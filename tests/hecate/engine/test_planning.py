@@ -21,9 +21,9 @@ OWNERS = np.array([0, 1])
 TWO = Topology((0, 0), (1.0, 1.0), (1e9, 1e9), Link(1.0, 0.0), Link(1.0, 0.0))
 """two ranks of one FLOP and one byte a second"""
 COST = LayerCost(trainable_bytes=10.0, gradient_bytes=8.0, assignment_flops=1.0)
-"""a choice takes one second forward and two backward"""
+"""an assignment takes one second forward and two backward"""
 HOT_ED = np.array([[100.0, 0.0], [0.0, 0.0]])
-"""all choices are of expert 0, and on its owner"""
+"""all assignments are of expert 0, and on its owner"""
 
 
 def layer(cost: LayerCost = COST, loads_ED: np.ndarray = HOT_ED) -> PlanInput:
@@ -35,7 +35,7 @@ def at_home() -> LayerPlan:
 
 
 def shared() -> LayerPlan:
-    """Expert 0 on both ranks, which serve half of its choices each."""
+    """Expert 0 on both ranks, which serve half of its assignments each."""
     return LayerPlan(Placement(OWNERS.copy(), np.array([[True, True], [False, True]])), HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
 
 
@@ -71,7 +71,7 @@ def test_what_is_there_and_not_wanted_need_not_be_reduced() -> None:
 
 
 def test_present_shares_meet_the_true_loads() -> None:
-    """The plan at hand sent half of rank 0's choices of expert 0 away; of twice as many it still does."""
+    """The plan at hand sent half of rank 0's assignments of expert 0 away; of twice as many it still does."""
     plan = LayerPlan(shared().placement, HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
     assert plan.served(2 * HOT_ED, TWO).tolist() == [100, 100]
     assert plan.split(TWO, 0)[0].tolist() == [0.5, 0.5]
@@ -103,7 +103,7 @@ def test_a_layer_among_several() -> None:
     assert (alone.cost, alone.slots_D.tolist()) == (COST, [2, 2])
 
 
-def test_before_any_load_is_known_quotas_are_shares_of_one_choice_each() -> None:
+def test_before_any_load_is_known_quotas_are_shares_of_one_assignment_each() -> None:
     given = PlanInput(OWNERS[None], None, TWO, COST, np.full(2, 2))
     quota_LED = np.array([[[0.0, 2.0], [1.0, 1.0]]])
     plan = layer_plan(Plan(given.owner_LE, np.ones((1, 2, 2), dtype=bool), quota_LED), given, 0)

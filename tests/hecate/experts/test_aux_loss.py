@@ -23,8 +23,8 @@ TOP_K = 2
 
 def stats_of(logits_TE: torch.Tensor, k: int = TOP_K) -> RouterStats:
     prob_TE = logits_TE.softmax(-1)
-    choice_TK = prob_TE.topk(k, dim=-1).indices
-    count_KE = F.one_hot(choice_TK, logits_TE.shape[1]).sum(0)
+    expert_TK = prob_TE.topk(k, dim=-1).indices
+    count_KE = F.one_hot(expert_TK, logits_TE.shape[1]).sum(0)
     return RouterStats(prob_TE.sum(0), count_KE)
 
 
@@ -39,7 +39,7 @@ def plain(logits: dict[int, torch.Tensor]) -> torch.Tensor:
 
 
 def test_balanced_routing_with_uniform_probabilities_gives_top_k(one_rank: dist.ProcessGroup) -> None:
-    """Each expert first choice of one token and second of another; P = 1/4: 4 · 2 · 4 · (1/4 · 1/4) = 2."""
+    """Each expert is the first of one token and the second of another; P = 1/4: 4 · 2 · 4 · (1/4 · 1/4) = 2."""
     stats = RouterStats(torch.full((4,), 1.0, dtype=torch.float64), torch.ones(2, 4, dtype=torch.int64))
     assert load_balancing_loss({0: stats, 3: stats}, one_rank).item() == pytest.approx(2.0, rel=1e-14)
 

@@ -58,9 +58,9 @@ def test_statistics_and_loads_are_of_real_tokens_and_counted_once(one_rank: dist
     prob = (x @ moe.router.weight.T).softmax(1)
     torch.testing.assert_close(micro.stats[0].prob_sum_E, prob.sum(0), rtol=1e-12, atol=1e-12)
     order = prob.argsort(1, descending=True)
-    for choice in range(2):
-        counts = [int((order[:, choice] == expert).sum()) for expert in range(4)]
-        assert micro.stats[0].count_KE[choice].tolist() == counts
+    for k in range(2):
+        counts = [int((order[:, k] == expert).sum()) for expert in range(4)]
+        assert micro.stats[0].count_KE[k].tolist() == counts
     before = micro.stats[0]
     with made.current.set_to(micro.again()):
         moe(hidden())

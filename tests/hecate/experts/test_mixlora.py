@@ -81,7 +81,7 @@ def test_initial_values_do_not_depend_on_the_number_of_ranks() -> None:
 def test_cost_by_hand() -> None:
     """Three pairs of rank 2 over 6 and 10, 32 numbers of 8 bytes each; a row of 6 numbers, three products of it with 60 weights.
 
-    A choice: 2 · 2 · (6 + 10) FLOPs a pair, which backward runs once more and then twice for the gradients.
+    An assignment: 2 · 2 · (6 + 10) FLOPs a pair, which backward runs once more and then twice for the gradients.
     """
     cost = experts(3).cost(top_k=2, non_moe_flops=5.0)
     assert cost.trainable_bytes == cost.reduced_bytes == 3 * 32 * 8

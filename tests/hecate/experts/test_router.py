@@ -26,7 +26,7 @@ def test_a_token_by_hand() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_weights_sum_to_one_and_choices_differ(k: int) -> None:
+def test_weights_sum_to_one_and_experts_differ(k: int) -> None:
     routing = router(8, 5, k)(torch.randn(30, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 30)
     torch.testing.assert_close(routing.weight_TK.sum(1), torch.ones(30, dtype=torch.float64), rtol=1e-14, atol=0)
     assert all(len(set(row)) == k for row in routing.expert_TK.tolist())

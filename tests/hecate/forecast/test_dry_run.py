@@ -37,13 +37,13 @@ def of(found: Forecast, policy: str) -> PolicyForecast:
 
 
 def test_full_by_hand(folder: Path) -> None:
-    """16 tokens of two choices a rank. Projections: 2 · 768 FLOPs a token; adapters: 2 · 224; scores: 2 · 16 · 16.
+    """16 tokens of two assignments a rank. Projections: 2 · 768 FLOPs a token; adapters: 2 · 224; scores: 2 · 16 · 16.
 
     The router and adapters: 3 · (4 · 16 + 224) = 864 float32, all-reduced by 2 ranks: each sends 2 · 1/2 of them.
     """
     one = of(dry_run(folder), "full")
     assert one.parts["attention"] == 3 * 16 * (2 * 1536 + 3 * (448 + 512))
-    # The shared FFN: 6 · 16 · 24 forward and as much backward; pairs of 240 parameters: 480 and three times that, two choices a token.
+    # The shared FFN: 6 · 16 · 24 forward and as much backward; pairs of 240 parameters: 480 and three times that, two assignments a token.
     assert one.parts["experts"] == 3 * 16 * (2 * 2304 + 2 * 4 * 480)
     assert one.parts["tokens"] == 0
     assert one.parts["head"] == 16 * 2 * 2 * 16 * 32

@@ -37,7 +37,7 @@ def insert(
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 @pytest.mark.parametrize(("experts", "k"), [(1, 1), (3, 1), (3, 2)])
 def test_at_step_0_the_model_computes_what_the_base_does(one_rank: dist.ProcessGroup, model_type: str, experts: int, k: int) -> None:
-    """B = 0, so every expert is the base FFN; and the weights of the choices sum to 1."""
+    """B = 0, so every expert is the base FFN; and the weights of the assignments sum to 1."""
     model, ids = tiny(model_type), token_ids()
     with torch.no_grad():
         wanted = model(ids, use_cache=False).logits

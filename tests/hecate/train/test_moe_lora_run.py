@@ -74,7 +74,7 @@ def test_a_run_learns(workshop: Path, trained: Path) -> None:
     before, after = records(workshop, "whole", "eval")
     assert after["sources"]["up.eval"]["loss"] < before["sources"]["up.eval"]["loss"]
     assert yaml.safe_load((workshop / "runs" / "whole" / "config.yaml").read_text())["moe"]["num_experts"] == 5
-    assert steps[0]["aux_loss"] > 1.9  # two choices, nearly balanced or worse
+    assert steps[0]["aux_loss"] > 1.9  # two assignments, nearly balanced or worse
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(workshop: Path, trained: Path) -> None:
@@ -214,7 +214,7 @@ REFUSALS = {
         "moe.family=moe_lora",
     ),
     "another number of experts": (["moe.num_experts=4"], "moe.num_experts: 4, but the model has 5", "leave moe.num_experts out"),
-    "another number of choices": (["moe.top_k=1"], "moe.top_k: 1, but the model has 2", "leave moe.top_k out"),
+    "another top_k": (["moe.top_k=1"], "moe.top_k: 1, but the model has 2", "leave moe.top_k out"),
     "the router as a linear": (["lora.target_modules=[gate,down_proj]"], "lora.target_modules: gate matches no module", "it has down_proj"),
     "the output layer": (["lora.target_modules=[lm_head,down_proj]"], "lora.target_modules: lm_head matches no module", "q_proj"),
 }

@@ -61,7 +61,7 @@ def test_a_run_learns_and_leaves_everything_behind(workshop: Path, whole: subpro
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.05  # six small steps from random weights; the quickstart shows real learning
     for record in steps:
-        # Two choices of every token, padding left out, in both layers.
+        # Two assignments of every token, padding left out, in both layers.
         assert {layer: sum(load) for layer, load in record["loads"].items()} == {"0": 2 * record["tokens"], "1": 2 * record["tokens"]}
     trace = load_trace(folder / "loads")
     assert trace.loads.shape == (STEPS, 2, 3, 2)  # steps, layers, experts, ranks
@@ -204,7 +204,7 @@ def test_an_adapter_answers_and_is_evaluated(workshop: Path, whole: subprocess.C
 BAD_RUNS: dict[str, tuple[list[str], str]] = {
     "run folder that exists": (["output_dir={workshop}/model"], "exists and is not empty"),
     "unknown key": (["learning_rat=1"], "learning_rate"),
-    "too many choices": (["moe.top_k=4"], "top_k"),
+    "a top_k above the number of experts": (["moe.top_k=4"], "top_k"),
     "no such model": (["model.name_or_path={workshop}/nowhere"], "nowhere"),
     "unsupported model": (["model.name_or_path={workshop}/gpt2"], "unsupported architecture"),
     "broken line": (["data.train={workshop}/broken.jsonl"], "broken.jsonl:2"),

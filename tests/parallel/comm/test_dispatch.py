@@ -25,13 +25,13 @@ PAIRS = tuple(itertools.product(range(12), (False, True)))
 
 @st.composite
 def routed_tokens(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choices [T, K] and a split [E, W] in which some ranks have no share."""
+    """Assignments [T, K] and a split [E, W] in which some ranks have no share."""
     experts, world = draw(st.integers(1, 5)), draw(st.integers(1, 5))
     tokens, k = draw(st.integers(0, 40)), draw(st.integers(1, 3))
-    choices = draw(st.lists(st.integers(0, experts - 1), min_size=tokens * k, max_size=tokens * k))
+    assignments = draw(st.lists(st.integers(0, experts - 1), min_size=tokens * k, max_size=tokens * k))
     parts = st.lists(st.integers(0, 4), min_size=world, max_size=world).filter(any)
     shares = torch.tensor([draw(parts) for _ in range(experts)], dtype=torch.float64)
-    return torch.tensor(choices, dtype=torch.int64).view(tokens, k), shares / shares.sum(1, keepdim=True)
+    return torch.tensor(assignments, dtype=torch.int64).view(tokens, k), shares / shares.sum(1, keepdim=True)
 
 
 @given(routed_tokens())
@@ -70,7 +70,7 @@ def plain(x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) 
 
 
 class Case:
-    """Placement, quotas, tokens, choices and weights of all ranks, the same on every rank."""
+    """Placement, quotas, tokens, assignments and weights of all ranks, the same on every rank."""
 
     def __init__(self, seed: int, world: int) -> None:
         rng = np.random.default_rng(seed)
@@ -96,7 +96,7 @@ class Case:
         # Numbers beyond 32 bits, in no order.
         self.token = [(torch.arange(n) * 7 + 3 + 100 * rank + (1 << 40)).flip(0) for rank, n in enumerate(counts.tolist())]
         self.loads_ED = np.stack(
-            [np.bincount(choices.flatten().numpy(), minlength=experts).astype(float) for choices in self.expert], axis=1
+            [np.bincount(assignments.flatten().numpy(), minlength=experts).astype(float) for assignments in self.expert], axis=1
         )
         share = rng.random((experts, world)) * where * (rng.random((experts, world)) < 0.7)
         share[share.sum(1) == 0] = where[share.sum(1) == 0]
@@ -151,7 +151,7 @@ def _check_sent(here: Any, case: Case, rank: int, quotas: bool) -> None:
 
 
 def _check_received(here: Any, case: Case, rank: int, world: int) -> None:
-    """Rows carry the right token; a token comes once; each choice in the world is served once, where its expert is."""
+    """Rows carry the right token; a token comes once; each assignment in the world is served once, where its expert is."""
     token = torch.cat(case.token).tolist()
     x, expert, weight = torch.cat(case.x), torch.cat(case.expert), torch.cat(case.weight)
     assert len(set(here.token_R.tolist())) == len(here.token_R)
@@ -162,12 +162,12 @@ def _check_received(here: Any, case: Case, rank: int, world: int) -> None:
         assert torch.equal(here.x_RD[row], x[index])
         assert torch.equal(here.weight_RK[row], weight[index])
         assert (here.slot_RK[row] >= 0).any(), "a token travelled for nothing"
-        for choice, slot in enumerate(here.slot_RK[row].tolist()):
+        for assignment, slot in enumerate(here.slot_RK[row].tolist()):
             if slot >= 0:
-                assert experts_here[slot] == expert[index, choice]
-                served[index, choice] += 1
+                assert experts_here[slot] == expert[index, assignment]
+                served[index, assignment] += 1
     dist.all_reduce(served)
-    assert (served == 1).all(), "a choice is served by no rank, or by two"
+    assert (served == 1).all(), "an assignment is served by no rank, or by two"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

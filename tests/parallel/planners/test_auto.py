@@ -173,7 +173,7 @@ def test_every_plan_is_one(given_: PlanInput) -> None:
     assert (plan.where_LED | ~given_.owned_LED).all(), "an owner lost its replica"
     assert ((plan.where_LED & ~given_.owned_LED).sum(1) <= given_.slots_D).all()
     assert (plan.quota_LED >= 0).all()
-    assert not plan.quota_LED[~plan.where_LED].any(), "choices where there is no replica"
+    assert not plan.quota_LED[~plan.where_LED].any(), "assignments where there is no replica"
     np.testing.assert_allclose(plan.quota_LED.sum(-1), given_.expected_LED.sum(-1), rtol=1e-9, atol=1e-6)
     again = plan_auto(given_)
     assert np.array_equal(plan.where_LED, again.where_LED)
@@ -234,7 +234,7 @@ def test_small_experts_over_a_dense_base_go_everywhere_and_no_token_travels() ->
 
 
 def test_a_hot_expert_is_shared_by_those_with_time() -> None:
-    """Expert 0 has 400 choices, the other three 0: with cheap transfers each of four equal ranks serves its own 100."""
+    """Expert 0 has 400 assignments, the other three 0: with cheap transfers each of four equal ranks serves its own 100."""
     loads = np.zeros((1, 4, 4))
     loads[:, 0] = 100
     plan = plan_auto(PlanInput(contiguous_owners(4, 4)[None], loads, equal_devices(4), KINDS["full experts"], np.full(4, 1)))

@@ -44,7 +44,7 @@ def plan_input(
 
 
 def totals(loads: list[float], world: int) -> list[list[float]]:
-    """All choices at rank 0: policies that look at totals alone see `loads`."""
+    """All assignments at rank 0: policies that look at totals alone see `loads`."""
     return [loads] + [[0.0] * len(loads)] * (world - 1)
 
 
@@ -84,13 +84,13 @@ def test_smartmoe_moves_nothing_that_leaves_the_busiest_device_as_busy() -> None
     assert quota(plan) == [[10, 0, 0], [0, 3, 0], [0, 3, 0]]
 
 
-# FasterMoE: devices of 1 FLOP/s and 3 FLOPs a choice with backward
+# FasterMoE: devices of 1 FLOP/s and 3 FLOPs an assignment with backward
 
 
 @pytest.mark.parametrize(
     ("expert_bytes", "row_bytes", "shadowed"),
     [
-        # Expert 0 has 6 choices of rank 0 and 4 of rank 1, expert 1 one of each. Busiest 10; expert 0 shadowed: 6 and 4 + 2; both: 7.
+        # Expert 0 has 6 assignments of rank 0 and 4 of rank 1, expert 1 one of each. Busiest 10; expert 0 shadowed: 6 and 4 + 2; both: 7.
         (11.0, 0.0, True),  # 30 s against 18 + 11
         (12.0, 0.0, False),  # 18 + 12 is no less
         (19.0, 0.5, True),  # (3 + 4·0.5)·10 = 50 against 30 + 19
@@ -106,7 +106,7 @@ def test_fastermoe_shadows_what_pays(expert_bytes: float, row_bytes: float, shad
 
 @pytest.mark.parametrize(("slots", "both"), [([1, 1, 2], True), ([1, 1, 1], False), ([0, 1, 2], False)])
 def test_fastermoe_looks_beyond_a_hot_expert_that_alone_does_not_help(slots: list[int], both: bool) -> None:
-    """Experts 0 and 1 have 3 choices of each rank. Busiest: 9; expert 0 shadowed: 9 + 3 on device 1; both shadowed: 6 everywhere."""
+    """Experts 0 and 1 have 3 assignments of each rank. Busiest: 9; expert 0 shadowed: 9 + 3 on device 1; both shadowed: 6 everywhere."""
     plan = plan_fastermoe(plan_input([0, 1, 2], [[3, 3, 0]] * 3, slots))
     assert where(plan) == ([[0, 1, 2], [0, 1, 2], [2]] if both else [[0], [1], [2]])
 
@@ -314,7 +314,7 @@ def test_laer_starts_with_a_replica_in_each_node() -> None:
 
 def test_laer_gives_every_node_a_replica_before_any_gets_two() -> None:
     """Two nodes of three; loads 24 and 6, three spares: copies 3 and 2, not 4 and 1. Expert 0, from rank 0, goes to the idle ranks 4
-    and 1, expert 1, from rank 3, to the idle rank 2. Each node's choices of an expert are half of them."""
+    and 1, expert 1, from rank 3, to the idle rank 2. Each node's assignments of an expert are half of them."""
     plan = plan_laer(plan_input([0, 3], [[4, 1]] * 6, [1] * 6, nodes=(0, 0, 0, 1, 1, 1)))
     assert quota(plan) == [[6, 6, 0, 0, 12, 0], [0, 0, 3, 3, 0, 0]]
 
@@ -363,7 +363,7 @@ def check(given_: PlanInput, plan: Plan, *, within_slots: bool = True) -> np.nda
     quota_LED = plan.quotas(given_.expected_LED, given_.topology)
     assert quota_LED.dtype == np.float64
     assert (quota_LED >= 0).all()
-    assert (quota_LED[~plan.where_LED] == 0).all(), "choices are sent where the expert is not"
+    assert (quota_LED[~plan.where_LED] == 0).all(), "assignments are sent where the expert is not"
     np.testing.assert_allclose(quota_LED.sum(-1), given_.expected_LED.sum(-1), rtol=1e-9, atol=1e-9)
     return np.asarray(quota_LED.sum(1))
 
@@ -442,7 +442,7 @@ def test_absurd_inputs(policy: str, experts: int, world: int) -> None:
 
 @pytest.fixture(scope="module")
 def skewed() -> PlanInput:
-    """Ten layers of 8192 tokens with 8 choices on each rank; FasterMoE's own constants for devices and links."""
+    """Ten layers of 8192 tokens with 8 assignments on each rank; FasterMoE's own constants for devices and links."""
     experts, world, layers = 256, 32, 10
     rng = np.random.default_rng(0)
     popularity_LE = rng.lognormal(size=(layers, experts))
