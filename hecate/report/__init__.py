@@ -1,1 +1,1 @@
-"""What a run tells people while it trains: progress, metrics.jsonl, summaries, pictures."""
+"""What a run prints and records while it trains: progress, metrics.jsonl, summaries, pictures."""
