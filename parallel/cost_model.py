@@ -1,7 +1,7 @@
-"""Seconds and bytes of one MoE layer in one training step: what planners decide by, and what the simulator reports.
+"""Predicts the seconds and bytes of one MoE layer in one training step. Planners decide by these, and the simulator reports them.
 
-A price is of a plan as it is executed: `ExecutionMode` says what is gathered when, and what hides it. The arithmetic is that of
-`hecate.parallel.cost_loops`, for all who ask: planners, simulator, bound and the choice of routes.
+A plan is priced as it will be executed: `ExecutionMode` says what is gathered when, and what hides it. `hecate.parallel.cost_loops` has the
+arithmetic, for planners, simulator, lower bound and the choice of routes alike.
 
 Shapes: ... any leading dimensions (layers), E experts, D ranks, N nodes.
 """
@@ -83,10 +83,10 @@ HISTORY = ExecutionMode()
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """What a planner must know of a layer besides its loads. Bytes are of one expert, FLOPs of one pass forward.
+    """The cost of a layer, from which planners plan together with its loads. Bytes are of one expert, FLOPs of one forward pass.
 
     Raises:
-        UserError: a number is negative or not finite, or `top_k` or `frozen_lifetime` is nothing.
+        UserError: a number is negative or not finite, or `top_k` or `frozen_lifetime` is 0.
     """
 
     trainable_bytes: float
@@ -94,26 +94,26 @@ class LayerCost:
     chunk_numel: int = 1
     """elements of these parameters, which a sliced gather cuts into equal slices of whole elements; 1: they are never cut"""
     gradient_bytes: float | None = None
-    """of one expert, moved back by a SparseReduceScatter; None: as `trainable_bytes`"""
+    """gradients of one expert, moved back by a SparseReduceScatter; None: as `trainable_bytes`"""
     frozen_bytes: float = 0.0
-    """of one expert; a frozen replica never goes stale, so it moves once and stays while its placement does"""
+    """frozen part of one expert; a frozen replica never changes, so it moves once and stays as long as its placement does"""
     state_bytes: float = 0.0
     """master parameters and moments of one expert, on its owner only; what re-sharding moves"""
     top_k: int = 1
     row_bytes: float = 0.0
     """one token's hidden row, one way"""
     row_flops: float = 0.0
-    """per distinct token on a rank, whatever number of its experts is there: a base FFN that the experts share"""
+    """FLOPs for each distinct token on a rank, however many of its experts the rank serves: those of a base FFN that experts share"""
     assignment_flops: float = 0.0
-    """per (token, expert)"""
+    """FLOPs for each assignment"""
     row_backward: float = 1.0
     """backward over forward FLOPs of a row; 1 for a frozen base, 2 for a trained one"""
     assignment_backward: float = 2.0
     """backward over forward FLOPs of an assignment"""
     non_moe_flops: float = 0.0
-    """of one rank: the attention that hides transfers; backward is twice as long"""
+    """FLOPs of one rank's attention, which hides transfers; the backward pass takes twice as long"""
     frozen_lifetime: float = 20.0
-    """steps for which a frozen replica is expected to be of use: its transfer is paid once in so many"""
+    """number of steps that a frozen replica is expected to be used; its transfer is paid once in this many steps"""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -131,7 +131,7 @@ class LayerCost:
 
     @property
     def expert_bytes(self) -> float:
-        """What one replica costs to bring, in a step, with its frozen part paid over its lifetime."""
+        """Bytes that one replica takes to gather in a step, with its frozen part spread over its lifetime."""
         return self.trainable_bytes + self.frozen_bytes / self.frozen_lifetime
 
     @property

@@ -1,7 +1,7 @@
-"""What a SparseAllGather sends through every port, in experts. A SparseReduceScatter takes the same way back.
+"""Counts the experts that a SparseAllGather sends through every port. A SparseReduceScatter takes the same way back.
 
-Flat: each owner sends a copy to each replica. Two-level: each owner sends one copy to each node that wants the expert, to a *leader*
-there, which hands it on inside the node; so the slow links carry an expert once a node.
+On the flat route each owner sends a copy to each replica. On the two-level route each owner sends one copy to each node that needs the
+expert. A *leader* in that node receives it and sends it on inside the node, so the slow links carry an expert once per node.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def gather_ports(owner_E: np.ndarray, where_ED: np.ndarray, topology: Topology, 
 
 
 def leaders(far_wanted_ED: np.ndarray, topology: Topology) -> np.ndarray:
-    """bool [..., experts, ranks]: of the ranks of a node that want an expert from another node, the one that receives and hands on.
+    """bool [..., experts, ranks]: the leaders. Of a node's ranks that need an expert from another node, one receives it and sends it on.
 
-    It is the (expert modulo their number)-th of them, so that the ranks of a node share the work.
+    It is the (expert modulo their number)-th of these ranks, so that the ranks of a node share the work.
     """
     experts = np.arange(far_wanted_ED.shape[-2])[:, None]
     result = np.zeros_like(far_wanted_ED)

@@ -1,4 +1,4 @@
-"""Expert loads: how many assignments each rank sent to each expert, and what the next iteration will probably bring.
+"""Expert loads: how many assignments each rank sent to each expert, and a prediction of the next iteration's loads.
 
 An *assignment* is a token together with one of its top-k experts, so a token makes k of them. Loads count assignments, never tokens.
 A layer's loads are [experts, source ranks] everywhere in memory: in the history, in `PlanInput`, in flows and cost model; files that

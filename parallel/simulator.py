@@ -1,9 +1,9 @@
-"""Expert loads through placement policies, without a GPU: seconds, bytes and memory of training steps by the cost model.
+"""Simulates training steps under placement policies, without a GPU: their seconds, bytes and memory by the cost model.
 
-A policy plans a step from what it would know, the step's true loads meet that plan. In `history` mode it knows the mean of the last steps'
-loads, as in training; in `exact` mode the true loads, as after the gate: no gather hides behind the attention that has passed by then.
-That holds for every policy, also for `full`, which needs no loads: in exact mode the engine plans and gathers each layer after its gate.
-A plan that would be calibrated after the gate counts as one from history.
+A policy plans each step, and the step's true loads are then served by that plan. In `history` mode a policy plans from the mean of the last
+steps' loads, as in training. In `exact` mode it plans from the true loads, which are known after the routers; attention has ended by then
+and hides no gather. This holds for `full`, too, which needs no loads: in exact mode the engine plans and gathers each layer after its router.
+A plan that training would calibrate after the routers counts as a plan from history.
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 """

@@ -26,8 +26,8 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
             the beginning of a run.
     """
     if ranks.all_max(float(restarts())):
-        there = next(good_checkpoints(Path(config.output_dir)), None) if ranks.is_first else None
-        return replace(config, resume=ranks.all_max(float(there is not None)) > 0)
+        newest = next(good_checkpoints(Path(config.output_dir)), None) if ranks.is_first else None
+        return replace(config, resume=ranks.all_max(float(newest is not None)) > 0)
     taken: UserError | None = None
     if claim is not None:
         try:

@@ -1,4 +1,4 @@
-"""The FSSDP engine: begins training steps and evaluations over a rank's expert shards. It is written for no model in particular."""
+"""The FSSDP engine of one rank: it begins training steps and evaluations, in which experts are gathered, run and reduced."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from hecate.ranks.groups import ExpertGroups
 
 
 class Engine:
-    """Materializes experts where their tokens are, where that is planned. An `ExpertEngine`, whose methods are described there."""
+    """The `ExpertEngine` (`hecate.engine.protocol` describes its methods) that places experts as a planner decides in every step."""
 
     def __init__(self, families: dict[Unit, ExpertFamily], config: EngineConfig, groups: ExpertGroups) -> None:
         self.shards = ExpertShards(families, config, groups)
         self.current = CurrentPass()
         self._last: StepLedger | None = None
-        """of the step that began last"""
+        """ledger of the step that began last; None: no step has begun"""
 
     @property
     def goes_together(self) -> bool:

@@ -65,7 +65,7 @@ class ExpertFamily(Protocol):
         ...
 
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
-        """What a planner must know of the layer; `non_moe_flops` is of what hides transfers, of one rank, forward."""
+        """The layer's cost, from which planners plan. `non_moe_flops` are the forward FLOPs of one rank that hide transfers."""
         ...
 
     @property

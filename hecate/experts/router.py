@@ -160,7 +160,7 @@ class ModelRouter(Router):
         logits_TE, self._logits_NE = self._logits_NE, None
         assert logits_TE is not None, "experts were called without their router"
         logits_TE = logits_TE if features.valid_T is None else logits_TE[features.valid_T]
-        # Also when a checkpointed layer runs again: autograd wants the same tensors as in the first run.
+        # This also runs when a checkpointed layer runs again, because autograd needs the same tensors as in the first run.
         prob_TE = torch.softmax(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)), dim=-1)
         expert_TK, weight_TK = features.decided
         return Routing(prob_TE, expert_TK, weight_TK)

@@ -99,7 +99,7 @@ class GptHead:
 
 
 def shape_of(config: Config) -> GptShape:
-    """The configuration's model, with its own numbers of layers, experts and choices."""
+    """The model section of a configuration, with the numbers of layers and experts, and the top-k, that the model has."""
     named, experts = gpt_shape(config.model.name_or_path), config.moe.num_experts
     assert isinstance(experts, int)
     layers = config.model.num_hidden_layers or named.layers

@@ -102,7 +102,7 @@ def chunked_cross_entropy(
 
     Args:
         logits_of: [n, D] -> [n, vocabulary], or this rank's part of the vocabulary.
-        trained: the parameters that `logits_of` uses and that want gradients.
+        trained: the parameters that `logits_of` uses and that get gradients.
         part: where ranks share the vocabulary. Each gives the same hidden states and gets an equal share of the sum; the gradient of the
             hidden states is what comes through its own logits, to be added up over the group.
     """

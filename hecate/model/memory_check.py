@@ -1,4 +1,4 @@
-"""Is there memory for a whole model in this process?"""
+"""Checks that a process has memory for a whole model, before it loads one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def require_room(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a model that cannot be held whole, before any of it is loaded. What running it takes comes on top.
+    """Check that the weights of a whole model fit the free memory of a device. The memory that running the model takes is not checked.
 
     Args:
-        folder: with the model's safetensors files.
-        dtype: in which it will be held.
+        folder: the folder with the model's safetensors files.
+        dtype: the type that the weights will have in memory.
+        device: the device that will hold the weights.
 
     Raises:
-        UserError: the device has less memory free than the weights take, or a file is damaged.
+        UserError: the device has less free memory than the weights take, or a file is damaged.
     """
     needed, free = sum(entry.numel for entry in stored_tensors(folder).values()) * dtype.itemsize, free_bytes(device)
     if free is not None and needed > free:
@@ -34,7 +35,7 @@ def require_room(folder: Path, dtype: torch.dtype, device: torch.device) -> None
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of the device that can be taken; None where nothing tells."""
+    """Free memory of the device in bytes; None: it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -1,6 +1,6 @@
-"""Reading one expert's weights straight from their byte ranges into a flat chunk.
+"""Reads the weights of one expert straight from their byte ranges into a flat chunk.
 
-Read with pread and not mapped: pages of a mapped file count as memory of the process for as long as it holds the map.
+Files are read with `pread` and not mapped, because pages of a mapped file count as memory of the process as long as the file is mapped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hecate.model.stored_experts import LayerExperts, StoredPart
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BLOCK = 1 << 22
-"""elements converted, or brought to another device, at a time"""
+"""number of elements that are converted, or copied to another device, at a time"""
 
 
 def read_expert(layer: LayerExperts, expert: int, dtype: torch.dtype, device: torch.device) -> Tensor:

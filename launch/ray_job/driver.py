@@ -40,10 +40,10 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     topology = _configured_topology(config)
     import torch  # noqa: F401 - must come first: once Ray runs, the working folder may be gone for a moment
 
-    here = Path.cwd()
+    working_folder = Path.cwd()
     cluster = private_cluster((config.ray.workers or 2) * config.ray.cpus_per_worker) if address == LOCAL else connected(address)
     with cluster as ray:
-        _return_to(here)
+        _return_to(working_folder)
         found = devices_of(ray.nodes(), parse_labels(config.ray.labels), config.ray.cpus_per_worker)
         devices = choose_devices(found, config.ray.workers, config.ray.min_workers)
         if topology is not None and topology.world_size != len(devices):

@@ -22,8 +22,8 @@ class ExpertStore:
     all layers in the same order, each with its own `TransferPlan` of the same placement. Outside training `drop` takes the place of
     `reduce`.
 
-    An iteration may be a step or a micro-step: what several calls of `reduce` bring is added up until `reduced` takes it. Between forward
-    and backward `free` gives the replicas' memory back; `gather` and `replicas` then fill the same leaf again (Hecate-RM).
+    An iteration may be a step or a micro-step: the results of several calls of `reduce` are added up until `reduced` takes them. Between
+    forward and backward `free` frees the replicas' memory; `gather` and `replicas` then fill the same leaf again (Hecate-RM).
 
     Other sharding groups may have the same experts (`hecate.parallel.mesh`). Then, after a step's last `reduce`, `sum_over_groups` starts
     adding what the other groups' owners have, so that `reduced` returns the same bits in all of them.
@@ -57,12 +57,12 @@ class ExpertStore:
         self._gathering: Handle[Tensor] | None = None
         self._replicas_SC: Tensor | None = None
         self._filled = False
-        """does the leaf hold the replicas, or has it been freed?"""
+        """whether the leaf holds the replicas; False: it has been freed"""
         self._watched = False
-        """is a function called when the leaf's gradient is complete?"""
+        """whether a function is called when the leaf's gradient is complete"""
         self._reducing: Handle[Tensor] | None = None
         self._sum_nC: Tensor | None = None
-        """gradients that earlier iterations brought"""
+        """sum of the gradients of earlier iterations"""
         self._summing: dist.Work | None = None
         """of those, over the sharding groups"""
 

@@ -12,9 +12,9 @@ from hecate.parallel.planners.plan import Plan, PlanInput
 def plan_eplb(given: PlanInput) -> Plan:
     """Spare copies to the highest load per copy, then all copies packed by load; each copy serves the same number of assignments.
 
-    With several nodes experts are first packed to nodes and get their spares there, so that an expert is in one node only; our routers
-    know no expert groups, so each expert is one. EPLB leaves the choice between this and the global variant to its user: here each
-    layer takes the one whose busiest device has less. Devices and nodes count as equally fast and large.
+    With several nodes experts are first packed to nodes and get their spare copies in these nodes, so that an expert is in one node only.
+    hecate's routers have no expert groups, so each expert is a group. EPLB leaves the choice between this and the global variant to its
+    user; this function takes, for each layer, the one whose busiest device has less. Devices and nodes count as equally fast and large.
     """
     load_LE = given.expected_LED.sum(-1)
     where_LED = _pack(given, load_LE)

@@ -15,7 +15,7 @@ def plan_laer(given: PlanInput) -> Plan:
     Numbers: as even as can be, the hottest first; or one by one to the highest load per replica, from one in each node if there are
     slots for that, else from one. Replicas go by load to the node with the fewest of the expert, then to the least-loaded device.
     Assignments are split evenly over the replicas in their own node, else over all. The cost sums the devices' communication, where the
-    slowest would decide, knows one speed of devices, and leaves out what it takes to bring the replicas.
+    slowest would decide, assumes that all devices are equally fast, and leaves out the transfer of the replicas.
     """
     loads_LED, node_D = given.expected_LED, node_index(given.topology)
     load_LE = loads_LED.sum(-1)

@@ -90,7 +90,7 @@ class Plan:
     """Where the experts of each layer are in this step, and who serves how many of their assignments."""
 
     owner_LE: np.ndarray
-    """int64 [layers, experts]; other than the input's where the planner wants experts re-sharded"""
+    """int64 [layers, experts]; differs from the input's where the planner re-shards experts"""
     where_LED: np.ndarray
     """bool [layers, experts, ranks]: replicas, always one at the owner"""
     quota_LED: np.ndarray | None = field(default=None)
@@ -100,11 +100,11 @@ class Plan:
         return Placement(self.owner_LE[layer].copy(), self.where_LED[layer].copy())
 
     def quotas(self, loads_LED: np.ndarray, topology: Topology) -> np.ndarray:
-        """The quotas, those of topology-aware dispatch spelled out."""
+        """The quotas; computed by topology-aware dispatch where the plan has none."""
         return even_quota(self.where_LED, loads_LED, topology) if self.quota_LED is None else self.quota_LED
 
     def seconds(self, given: PlanInput) -> LayerSeconds:
-        """What the plan would cost under the loads it was made for, executed as `given.execution` says."""
+        """The predicted seconds of the plan under the loads that it was made for, executed as `given.execution` says."""
         loads_LED = given.expected_LED
         return layer_seconds(
             self.owner_LE,
@@ -119,4 +119,4 @@ class Plan:
 
 
 Planner = Callable[[PlanInput], Plan]
-"""A pure function: same input, same plan; ties by index."""
+"""A pure function: the same input gives the same plan, and ties are broken by index."""
