@@ -34,7 +34,7 @@ OF_RAYLETS = {
 
 
 class Job:
-    """`hecate ray` or `hecate submit` in a process of its own; its output is gathered as it comes."""
+    """`hecate ray` or `hecate submit` in a process of its own. A thread collects its output as it arrives."""
 
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path, run: Path) -> None:
         self.run = run
@@ -50,7 +50,7 @@ class Job:
         return "".join(self.lines)
 
     def wait_for(self, what: Callable[[dict[str, Any]], bool], seconds: float = 90) -> dict[str, Any]:
-        """The first status of the run of which `what` is true."""
+        """Wait for a status of the run for which `what` is true, and return it."""
         deadline = time.monotonic() + seconds
         status: dict[str, Any] = {}
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -62,13 +62,13 @@ class Job:
         raise AssertionError(f"it did not come to that; last:\n{status}\n{self.output[-6000:]}")
 
     def end(self, seconds: float = 90) -> int:
-        """Wait for its end; the exit status."""
+        """Wait for the process to end, and return its exit status."""
         code = self.process.wait(timeout=seconds)
         self._reader.join(timeout=10)
         return code
 
     def close(self) -> None:
-        """End it, if it has not ended."""
+        """Kill the process if it still runs."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
         self.end()
@@ -79,7 +79,7 @@ class Job:
 
 
 def make_token(folder: Path) -> Path:
-    """A file with a new one, for the owner alone."""
+    """Make a file with a new token that only its owner can read."""
     file = folder / "token"
     file.touch(mode=0o600)
     file.write_text(secrets.token_hex(32), encoding="utf-8")
@@ -87,7 +87,7 @@ def make_token(folder: Path) -> Path:
 
 
 def environment(token_file: Path, **changes: str) -> dict[str, str]:
-    """For a process that is to use a cluster."""
+    """The environment of a process that is to use a cluster."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "TORCHINDUCTOR_"))}
     given = {"RAY_AUTH_TOKEN_PATH": str(token_file), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return {**kept, **given, **changes}
@@ -118,7 +118,7 @@ class RayCluster:
         return self.nodes[-1]
 
     def remove(self, node: str) -> None:
-        """As if the machine had lost its power."""
+        """End a node as if its machine had lost its power."""
         self.nodes.remove(node)
         self._ask({"remove": node})
 
@@ -126,7 +126,7 @@ class RayCluster:
         return next(node for node in self.nodes if node.startswith(device["node"].split()[1]))
 
     def workers(self) -> set[int]:
-        """Processes of all jobs' actors."""
+        """The process ids of the actors of all jobs."""
         return {pid for pid in processes_below(self._host.pid) if command_line(pid).startswith("ray::Worker")}
 
     def environment(self, **changes: str) -> dict[str, str]:

@@ -93,7 +93,7 @@ class Scripted:
         self.closed = True
 
     def receivers(self, kind: type) -> list[int]:
-        """Devices that were sent an order of this kind, in order."""
+        """The devices that were sent an order of this kind, in the order of sending."""
         return [index for index, order in self.sent if isinstance(order, kind)]
 
     def joined(self) -> list[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""A launcher that is killed: its folder goes, and with it the processes that it has named, but no stranger with a number of theirs."""
+"""When a launcher is killed, its folder and the processes that it has named are removed, but no other process that has got their number."""
 
 from __future__ import annotations
 

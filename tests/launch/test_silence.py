@@ -1,4 +1,4 @@
-"""How long a worker has been silent: checked at intervals, without counting times in which the controller itself was stopped."""
+"""The silence of a worker is checked at intervals, and times in which the controller itself was stopped do not count."""
 
 from __future__ import annotations
 

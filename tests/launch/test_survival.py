@@ -49,7 +49,7 @@ def test_a_launched_run_starts_again_from_its_checkpoint(workshop: Path, whole: 
 
 
 def test_those_left_go_on_and_another_takes_the_place(workshop: Path, whole: dict[int, tuple[float, float]]) -> None:
-    """Rank 0 of two is killed, which keeps the terminal and the metrics. The other goes on alone without losing a step until a third
+    """Rank 0 of two, which writes the terminal and the metrics, is killed. The other rank goes on alone without losing a step until a third
     process has loaded and joined; then a signal stops both."""
     given = arguments(workshop, "left", "max_steps=100000", "nproc=2", "fssdp.redundancy=1", "logging_steps=1")
     temporary = workshop / "tmp-left"
@@ -107,7 +107,7 @@ def test_plain_torchrun_trains_and_goes_on_after_a_restart(workshop: Path, whole
 
 @pytest.mark.parametrize(("command", "overrides"), [("train", ["nproc=2"]), ("launch", ["nproc=1"])])
 def test_a_killed_launcher_leaves_nothing(workshop: Path, command: str, overrides: list[str]) -> None:
-    """Nor does anybody beyond this machine reach its processes while they run. For `hecate ray` see test_ray."""
+    """Other machines cannot reach its processes while they run. For `hecate ray` see test_ray."""
     temporary = workshop / f"tmp-killed-{command}"
     given = arguments(workshop, f"killed-{command}", "max_steps=100000", *overrides)
     with hecate(command, *given, temporary=temporary) as process:

@@ -59,7 +59,7 @@ def test_the_probe_finds_the_rate_of_the_link() -> None:
 
 
 def cut_off(rank: int, _world_size: int, store: str) -> bool:
-    """Does a rank learn that nothing comes from the other any more, of whose end no packet tells?"""
+    """A rank notices that its peer's machine is gone, although no packet announces its end."""
     dist.destroy_process_group()
     ranks = connect(dist.FileStore(store, 2), rank, 2)
     ranks.barrier()
@@ -78,8 +78,8 @@ def test_a_node_without_power_is_noticed(tmp_path: Path) -> None:
 
 
 def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Path) -> None:
-    """By the example's script. A rank is killed on either node, and all start again; a node is cut off and ends, and the other goes on
-    alone, until it is back; the node where they meet is lost, and the other one ends with a clear word."""
+    """The example's script runs on two nodes. A rank is killed on each node, and all ranks start again. A node is cut off and ends, and the
+    other one goes on alone until it is back. The node that hosts the meeting point is lost, and the other one ends with a clear error."""
     temporary, run = workshop / "tmp", workshop / "runs" / "two"
     given = [*OVERRIDES, "fssdp.policy=hecate", f"output_dir={run}", "max_steps=100000"]
     meeting = f"{HOSTS[0]}:29433"
@@ -114,7 +114,7 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
 
 
 def test_a_mistake_on_two_nodes_is_not_tried_again(workshop: Path) -> None:
-    """An agent starts its ranks again whatever ended them; again, they would go on with the run that is in the folder."""
+    """An agent starts its ranks again whatever has ended them. Ranks that start again would go on with the run that is in the folder."""
     run = workshop / "runs" / "taken"
     (run / "checkpoint-5").mkdir(parents=True)
     (run / "checkpoint-5" / "COMMIT").touch()
@@ -171,7 +171,7 @@ def test_ray_trains_across_and_replaces_a_rank_on_either_node_and_goes_on_withou
 
 
 def later(status: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Has a newer generation of ranks done further steps?"""
+    """Whether a newer generation of ranks has done further steps."""
     return bool(status["generation"] > before["generation"] and status["step"] > before["step"])
 
 
@@ -181,7 +181,7 @@ def all_train(before: dict[str, Any]) -> Callable[[dict[str, Any]], bool]:
 
 @contextmanager
 def raylets(names: tuple[str, str], token: Path) -> Iterator[dict[str, str]]:
-    """A Ray cluster of one processor in each namespace, the head in the first; the environment of who uses it."""
+    """Start a Ray cluster with one processor in each namespace and its head in the first. Gives the environment for its users."""
     variables = environment(token, **{name: value for name, value in OF_RAYLETS.items() if "WINDOWS" not in name})
     folder = tempfile.mkdtemp(prefix="hecate-ray-", dir="/tmp")  # the path of a socket has room for 107 characters
     common = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus", "1"]
@@ -205,12 +205,12 @@ def raylets(names: tuple[str, str], token: Path) -> Iterator[dict[str, str]]:
 
 
 def set_link(namespace: str, state: str) -> None:
-    """`down`: as if its cable had been drawn."""
+    """Set a network interface up or down; `down` is as if its cable had been pulled."""
     subprocess.run(["ip", "-n", namespace, "link", "set", INTERFACE, state], check=True)
 
 
 def kill_any_rank(launcher: subprocess.Popen[str]) -> None:
-    """Which node has rank 0 is not known before."""
+    """Kill the rank of this node, which may be rank 0 or rank 1."""
     for rank in (0, 1):
         try:
             os.kill(rank_process(launcher.pid, rank), signal.SIGKILL)
@@ -221,7 +221,7 @@ def kill_any_rank(launcher: subprocess.Popen[str]) -> None:
 
 
 def wait_for_checkpoint(folder: Path, of_ranks: int, seconds: float = 180) -> None:
-    """One that so many ranks write from now on."""
+    """Wait for a checkpoint that `of_ranks` ranks write from now on."""
     deadline = time.monotonic() + seconds
     before = checkpoints_of(folder, of_ranks)
     while not checkpoints_of(folder, of_ranks) - before:
@@ -230,8 +230,10 @@ def wait_for_checkpoint(folder: Path, of_ranks: int, seconds: float = 180) -> No
 
 
 def checkpoints_of(folder: Path, ranks: int) -> set[str]:
-    """Names of the complete checkpoints that so many ranks have written. The run renames one folder when it completes it, and removes
-    another when it prunes, while this lists them."""
+    """Names of the complete checkpoints that so many ranks have written.
+
+    While this function lists them, the run may rename a folder that it has completed and remove one that it prunes.
+    """
     found = set()
     for name in os.listdir(folder) if folder.is_dir() else ():
         if re.fullmatch(r"checkpoint-\d+", name):

@@ -51,7 +51,7 @@ def test_only_code_and_configurations_are_taken(tmp_path: Path) -> None:
 
 
 def test_a_linked_package_is_taken_where_it_is_linked_and_circles_end(tmp_path: Path) -> None:
-    """As in a checkout of hecate: hecate/launch is a link to launch."""
+    """In a checkout of hecate, for example, hecate/launch is a link to launch."""
     filled(tmp_path, ("launch/ray_job/worker.py", "hecate/__init__.py"))
     (tmp_path / "hecate" / "launch").symlink_to("../launch")
     (tmp_path / "launch" / "again").symlink_to("..")

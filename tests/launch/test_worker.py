@@ -56,7 +56,7 @@ E = TypeVar("E", bound=WorkerEvent)
 
 
 class Told:
-    """A worker's process, and its events in their order."""
+    """A worker's process, and its events in the order in which they arrive."""
 
     def __init__(self, given: list[Any]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -66,7 +66,7 @@ class Told:
         threading.Thread(target=self._read, daemon=True).start()
 
     def until(self, kind: type[E]) -> E:
-        """The next event of the kind; those before it may be of other kinds, but for errors."""
+        """The next event of a kind. Events of other kinds are skipped, except errors."""
         while not isinstance(event := self._events.get(timeout=90), kind):
             assert not isinstance(event, TrainingEnded), event
         return event
@@ -140,7 +140,7 @@ def test_ranks_begin_as_they_are_told_and_tell_of_every_step(crew: Crew) -> None
 
 @pytest.mark.parametrize("crew", [ENDLESS], indirect=True)
 def test_a_rank_left_alone_waits_with_its_state_and_goes_on(crew: Crew, workshop: Path) -> None:
-    """One of two is killed. The other breaks off, tells that it waits, goes on alone without losing a step, and stops as it is told."""
+    """One of two workers is killed. The other breaks off, reports that it waits, goes on without losing a step, and stops as ordered."""
     for worker in crew.workers:
         worker.until(WorkerUp)
     crew.assign(Begin, 0, [0, 1])

@@ -1,4 +1,4 @@
-"""A device's speed is measured in training alone."""
+"""The speed of a device is measured in training steps only."""
 
 from __future__ import annotations
 

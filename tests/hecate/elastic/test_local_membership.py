@@ -1,4 +1,4 @@
-"""A rank that a local launcher started asks files who is in the job."""
+"""A rank that a local launcher has started reads from files which ranks are in the job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever watches a run is told of its steps, and changes its course between them on all ranks alike."""
+"""An observer receives a run's steps, and its orders change all ranks alike between two steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from testing.tiny_run import make_workshop
 
 
 class Recorder:
-    """Gives an order after step 2 on the first rank, another one on the second, which does not count, and wants to stop after `until`."""
+    """Has an order after step 2 on the first rank, and another one on the second rank, which is ignored. It stops the run after `until`."""
 
     def __init__(self, rank: int, order: ReplanOrder | None, until: int) -> None:
         self.rank, self.until = rank, until

@@ -61,7 +61,7 @@ def uninterrupted(rank: int, world: int, workshop: str) -> Losses:
 
 
 def die_in(run: Training, phase: str) -> None:
-    """From now on the phase's function raises `Dead`, from its second call on where a step has several."""
+    """Let the function of a phase raise `Dead`; if a step calls it several times, from the second call on."""
     where: dict[str, tuple[Any, str]] = {
         "forward": (Step, "experts"),
         "backward": (Step, "_gradient_complete"),
@@ -90,7 +90,7 @@ def regroup(run: Training, store: str, rank: int, world: int) -> None:
 
 
 def shrinking(rank: int, world: int, workshop: str, name: str, phases: list[str], overrides: tuple[str, ...]) -> list[Any]:
-    """Per phase: the losses of the steps that rank 0 has seen, and those that this rank has done twice."""
+    """For each phase, the losses of the steps that rank 0 has reported, and the steps that this rank has done twice."""
     found = []
     for number, phase in enumerate(phases):
         run = make_run(workshop, f"{name}-{phase}", rank, world, *overrides)
@@ -131,7 +131,7 @@ def test_without_copies_they_go_back_to_the_checkpoint(workshop: str, whole: Los
 
 
 def half_stepped(rank: int, world: int, workshop: str) -> tuple[int, Losses]:
-    """All ranks know the norm of step 3, and the victim dies with it; ranks 2 and 3 see the error before they have taken the step."""
+    """All ranks have the norm of step 3 when the victim dies. Ranks 2 and 3 get the error before they have taken the step."""
     run = make_run(workshop, "half", rank, world, "fssdp.redundancy=1")
     losses: dict[int, tuple[float, float, float]] = {}
     steps_until(run, DEATH_STEP, losses)
@@ -168,7 +168,7 @@ def test_a_step_that_some_have_taken_is_taken_by_all(workshop: str, whole: Losse
 
 
 def growing(rank: int, world: int, workshop: str, redundancy: int) -> Losses:
-    """Two ranks train two steps; a third, which has loaded alone meanwhile, joins and becomes their rank 0."""
+    """Two ranks train two steps. A third rank, which has loaded by itself meanwhile, joins them and becomes rank 0."""
     losses: dict[int, tuple[float, float, float]] = {}
     name = f"grown-{redundancy}"
     ranks_of_default_group(rank, world).leave()
@@ -198,7 +198,7 @@ def test_a_rank_that_comes_new(workshop: str, whole: Losses, redundancy: int) ->
 
 
 def compare_shadows(rank: int, world: int, workshop: str) -> int:
-    """Each rank sends its experts' state to its backup rank by other means, and the backup rank compares; the number compared."""
+    """Send each rank's expert states to its backup rank by other means, and compare them there; return the number compared."""
     run = make_run(workshop, "shadowed", rank, world, "fssdp.redundancy=1")
     steps_until(run, 3, {})
     rows: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in range(world)]
@@ -225,7 +225,7 @@ def test_a_shadow_is_its_owner_bit_for_bit(workshop: str) -> None:
 
 
 def test_ranks_that_wait_are_freed_by_an_abort(tmp_path: Path) -> None:
-    """Rank 2 waits for rank 1, which waits for rank 0, which aborts: the error goes round, and nobody waits for a timeout."""
+    """Rank 2 waits for rank 1, which waits for rank 0, which aborts. All of them get an error, and none waits for a timeout."""
     assert run_ranks(3, waiting_in_a_row, timeout=60)[1:] == ["lost"] * 2
 
 

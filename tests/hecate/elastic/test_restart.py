@@ -17,7 +17,7 @@ from tests.hecate.megatron.making import config_of, write_parts
 
 
 def ranks_of(*others: float, rank: int = 0) -> Any:
-    """One rank of several; `others`: what the rest gives to each maximum in turn."""
+    """One rank of several. `others` are the values that the other ranks give to each maximum in turn."""
     given = iter(others)
     return mock.Mock(is_first=rank == 0, rank=rank, all_max=lambda value: max(value, next(given)))
 

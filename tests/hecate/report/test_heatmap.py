@@ -40,7 +40,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Shares, 
 
 
 def images(figure: Any) -> dict[str, Any]:
-    """Panel's title -> its picture."""
+    """title of each panel -> its picture"""
     return {axes.get_title(): axes.images[0] for axes in figure.axes if axes.images}
 
 

@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 
 @contextlib.contextmanager
 def on_terminal(term: str = "xterm-256color") -> Iterator[Terminal]:
-    """No fixture: pytest puts its own sys.stdout back between a test's fixtures and the test."""
+    """This is no fixture, because pytest puts its own sys.stdout back between a test's fixtures and the test."""
     screen = Terminal()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):

@@ -1,4 +1,4 @@
-"""One rank reports; which one may change while the run lasts."""
+"""One rank reports, and another rank may take over while the run lasts."""
 
 from __future__ import annotations
 
