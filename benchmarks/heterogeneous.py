@@ -44,7 +44,7 @@ from testing.ranks import run_ranks
 HELD = 1
 """the rank that is limited to half of a core"""
 MODES = ("free", "equal", "planned")
-ROWS_PER_RANK = 8
+SEQUENCES_PER_RANK = 8
 """the sequences of each rank in the simulated cluster, on average"""
 
 
@@ -129,15 +129,19 @@ def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     topology = load_topology(find_preset("topologies", "topology", "mixed"))
     model = load_model_shape(find_preset("models", "model", "llama-7b-mixlora"))
     world, layers = topology.world_size, 4
-    total = ROWS_PER_RANK * world
-    equal_loads = WORKLOADS["zipf"](steps, layers, world, model.experts, ROWS_PER_RANK * model.seq, model.top_k, 0)
+    total = SEQUENCES_PER_RANK * world
+    equal_loads = WORKLOADS["zipf"](steps, layers, world, model.experts, SEQUENCES_PER_RANK * model.seq, model.top_k, 0)
     fractions = [total * rate / sum(topology.flops) for rate in topology.flops]
     seconds = {}
-    shares: dict[str, Any] = {"equal": [ROWS_PER_RANK] * world, "planned": sequences_by_speed(total, topology.flops), "ideal": fractions}
-    for name, rows_D in shares.items():
-        loads = np.rint(equal_loads * (np.asarray(rows_D) / ROWS_PER_RANK)[None, None, None, :]).astype(np.int64)
+    shares: dict[str, Any] = {
+        "equal": [SEQUENCES_PER_RANK] * world,
+        "planned": sequences_by_speed(total, topology.flops),
+        "ideal": fractions,
+    }
+    for name, sequences_D in shares.items():
+        loads = np.rint(equal_loads * (np.asarray(sequences_D) / SEQUENCES_PER_RANK)[None, None, None, :]).astype(np.int64)
         cost = model.layer_cost(model.seq)  # of one sequence
-        flops = cost.non_moe_flops * dense_seconds(rows_D, topology.flops) * min(topology.flops)
+        flops = cost.non_moe_flops * dense_seconds(sequences_D, topology.flops) * min(topology.flops)
         slots_D = replica_slots(topology, cost, num_layers=model.layers, num_experts=model.experts, other_bytes=model.replicated_bytes())
         found = simulate(
             loads, topology, replace(cost, non_moe_flops=flops), {"auto": POLICIES["auto"]}, slots_D=slots_D, num_layers=model.layers
@@ -155,9 +159,9 @@ def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     return rows, summary
 
 
-def _text(rows_D: Sequence[float], topology: Topology) -> str:
+def _text(sequences_D: Sequence[float], topology: Topology) -> str:
     """Return the sequences of the first rank of each node as text."""
-    return ":".join(f"{rows_D[topology.ranks_of_node(node)[0]]:.3g}" for node in range(topology.num_nodes))
+    return ":".join(f"{sequences_D[topology.ranks_of_node(node)[0]]:.3g}" for node in range(topology.num_nodes))
 
 
 if __name__ == "__main__":

@@ -296,10 +296,10 @@ def test_what_costs_nothing_takes_no_time() -> None:
 @pytest.mark.parametrize(
     ("reach", "nodes", "seconds"),
     [
-        # Nothing travels but the replica: 10 s of choices on each rank, and a second for it and for its gradient.
+        # Nothing travels but the replica: 10 s of assignments on each rank, and a second for it and for its gradient.
         ("everywhere", (0, 0), 12.0),
         ("stay", (0, 0), 12.0),
-        # Half a replica serves half of what a whole one does: 5 of rank 1's choices, which makes 15 s, and half a second each way.
+        # Half a replica serves half of what a whole one does: 5 of rank 1's assignments, which makes 15 s, and half a second each way.
         ("near", (0, 0), None),
         ("near", (0, 1), np.inf),
         ("far", (0, 0), np.inf),

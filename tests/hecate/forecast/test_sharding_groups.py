@@ -28,7 +28,7 @@ def simulated(compute: float, imbalance: float, uplink: float, ranks: int) -> Si
         bytes=StepBytes(near=compute, far=1.0, busiest_port=compute / 2, busiest_uplink=uplink),
         imbalance=imbalance,
         replica_bytes_D=(compute,) * ranks,
-        rows_D=(uplink,) * ranks,
+        served_tokens_D=(uplink,) * ranks,
         planner_ms_per_layer=1 / compute,
     )
 
@@ -54,7 +54,7 @@ def test_two_groups_are_as_slow_as_the_slower_and_send_what_both_send(nodes: tup
     assert both.imbalance == pytest.approx(10 / 4.25)
     assert both.bytes == StepBytes(near=14.0, far=2.0, busiest_port=5.0, busiest_uplink=uplink)
     assert both.replica_bytes_D == (10.0, 10.0, 4.0, 4.0)
-    assert both.rows_D == (3.0, 3.0, 5.0, 5.0)
+    assert both.served_tokens_D == (3.0, 3.0, 5.0, 5.0)
     assert both.planner_ms_per_layer == 1 / 4
 
 
