@@ -34,7 +34,7 @@ from hecate.parallel.replica_lists import no_replicas
 from hecate.parallel.topology import Topology
 
 PlanMode = Literal["history", "calibrated", "exact"]
-"""from which loads layers are planned: those of past steps; the same, mended after the gate where that pays; the micro-step's own"""
+"""from which loads layers are planned: those of past steps; the same, but re-planned after the router if that pays; the micro-step's own"""
 Route = Literal["flat", "two_level", "sliced"]
 """how the replicas of a placement travel (see `hecate.parallel.routes`), simplest first"""
 RouteChoice = Literal["fastest", "flat", "two_level", "sliced"]
@@ -52,7 +52,7 @@ class ExecutionMode:
     """
 
     plan: PlanMode = "history"
-    """exact: the plan is made after the gate, when the attention that would hide its gather is over"""
+    """exact: the plan is made after the router, when the attention that would hide its gather is over"""
     rematerialize: bool = False
     """replicas are freed after a layer's forward pass and gathered again before its backward pass"""
     prefetch: int = 1

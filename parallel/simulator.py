@@ -91,11 +91,11 @@ class Simulated:
 
     @property
     def replica_bytes(self) -> float:
-        """On the fullest rank."""
+        """Memory of the replicas on the fullest rank, in bytes."""
         return max(self.replica_bytes_D)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The results as JSON values (docs/simulator.md)."""
         whole = {"policy": self.policy, "step_seconds": self.step_seconds, "replica_bytes": self.replica_bytes}
         return whole | {name: value for name, value in asdict(self).items() if name not in ("policy", "replica_bytes_D", "served_tokens_D")}
 

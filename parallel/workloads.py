@@ -158,7 +158,7 @@ def _hot_rank(size: _Size, layer: int) -> Iterator[np.ndarray]:
 
 
 def _hot_spread(size: _Size, layer: int) -> Iterator[np.ndarray]:
-    """As many experts are hot as in `hot_rank`, but at equal distances."""
+    """Make as many experts hot as in `hot_rank`, but at equal distances."""
     owner_E = contiguous_owners(size.num_experts, size.world_size)
     hot = size.hot_expert(layer)
     num_hot = int((owner_E == owner_E[hot]).sum())

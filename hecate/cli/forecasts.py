@@ -120,7 +120,11 @@ def simulate(
 
 
 def _refuse_beside(context: typer.Context, option: str, why: str, *, allowed: tuple[str, ...]) -> None:
-    """Raises UserError: an option that `allowed` does not name was given beside `option`."""
+    """Check that the command line has no option beside `option` that `allowed` does not name.
+
+    Raises:
+        UserError: it has one.
+    """
     option_of = {param.name: param.opts[0] for param in context.command.params if param.name is not None}
     given = [name for name in option_of if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
     if superfluous := [option_of[name] for name in given if name not in allowed]:

@@ -92,10 +92,10 @@ def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan) ->
         replace(given.cost, frozen_lifetime=1.0),  # a frozen part that comes now is paid now
         resident_ED=None if given.resident_LED is None else given.resident_LED[0],
     ).seconds.gather
-    return _after_gate(given, present) - _after_gate(given, better) - float(brought)
+    return _after_router(given, present) - _after_router(given, better) - float(brought)
 
 
-def _after_gate(given: PlanInput, plan: LayerPlan) -> float:
+def _after_router(given: PlanInput, plan: LayerPlan) -> float:
     assert given.loads_LED is not None
     cost = replace(given.cost, frozen_bytes=0.0)
     flow = plan.flow(given.loads_LED[0], given.topology)

@@ -200,7 +200,7 @@ class Step:
             count_E = chosen.new_zeros(shards.families[layer].num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
             self.ledger.add(layer, count_E)
             if shards.config.plan != "history":
-                self._plan_after_gate(layer, count_E)
+                self._plan_after_router(layer, count_E)
         self._gather(layer)
         call = LayerCall(
             step=self.ledger.number,
@@ -217,7 +217,7 @@ class Step:
         self.ledger.end_micro_step()
         self._current.now = None
 
-    def _plan_after_gate(self, layer: Unit, count_E: Tensor) -> None:
+    def _plan_after_router(self, layer: Unit, count_E: Tensor) -> None:
         """Plan a layer's micro-step from what all ranks have chosen."""
         shards = self._shards
         # Through the tokens' group: the layer's own gather may be under way in the other one.

@@ -91,7 +91,7 @@ class RunShape:
 
     @property
     def sharded_parameters(self) -> tuple[int, ...]:
-        """For each decoder layer the frozen parameters that are sharded over the ranks (`model.shard_non_experts`)."""
+        """The number of frozen parameters of each decoder layer that are sharded over the ranks (`model.shard_non_experts`)."""
         if not self.config.model.shard_non_experts:
             return ()
         layers = self.base.layers

@@ -70,7 +70,7 @@ class GptHead:
         self._tensor = tensor
 
     def own_positions(self, length: int) -> slice:
-        """Of rows of so many positions, those whose tokens the layers of this rank see."""
+        """The positions, of sequences of `length` tokens, that the layers of this rank compute."""
         if self._tensor is None:
             return slice(length)
         assert length % self._tensor.tp_size == 0, (length, self._tensor.tp_size)
@@ -194,7 +194,7 @@ def outside_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tensor_parts(model: nn.Module, groups: TensorGroups) -> TensorParts:
-    """Of what trains beside experts and routers, the parameters that Megatron's layers have cut."""
+    """The trained parameters, outside experts and routers, of which each rank of a tensor group has a part."""
     cut: dict[str, Any] = {name: p for name, p in outside_experts(model).items() if getattr(p, "tensor_model_parallel", False)}
     return TensorParts(cut, {name: parameter.partition_dim for name, parameter in cut.items()}, groups)
 
@@ -205,7 +205,7 @@ def _family(shape: GptShape, unit: Unit, seed: int, dtype: torch.dtype, device: 
 
 
 def _initial(shape: GptShape, unit: Unit, seed: int) -> Callable[[int], Tensor]:
-    """As Megatron's layers begin: normal, and narrower where a layer's output is added to the stream."""
+    """Initial weights of an expert, drawn like those of Megatron's layers: normal, and narrower where the output is added to the stream."""
     size = shape.hidden * shape.ffn
     stds = {"gate_proj": INIT_STD, "up_proj": INIT_STD, "down_proj": INIT_STD / math.sqrt(2 * shape.layers)}
 

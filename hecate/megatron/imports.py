@@ -16,7 +16,7 @@ _LAYER_LOGGER = "megatron.core.transformer.transformer_layer"
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """For the first import of megatron's modules, and for building a model of them.
+    """Suppress the warnings of the first import of Megatron's modules, and of building a model of them, during the block.
 
     Raises:
         UserError: it is not installed.

@@ -37,5 +37,5 @@ def call_newest_collectives() -> None:
 
 
 def _fork(*_: Any) -> AbstractContextManager[None]:
-    """Of random states, one for each rank of a tensor group, from which nothing is drawn: weights begin on the CPU, and dropout is 0."""
+    """Replaces Megatron's fork of a random state for each rank. Nothing is drawn from it: weights begin on the CPU, and dropout is 0."""
     return nullcontext()

@@ -22,7 +22,7 @@ class CausalHead(Protocol):
     """A causal language model taken apart: hidden states, and the loss of some of them."""
 
     def own_positions(self, length: int) -> slice:
-        """Of rows of so many positions, those whose tokens the layers of this rank see; each is some rank's."""
+        """The positions, of sequences of `length` tokens, that the layers of this rank compute. Each position is computed by some rank."""
         ...
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:

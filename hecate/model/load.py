@@ -28,7 +28,7 @@ class ModelSource:
     gguf_file: str | None
 
     def arguments(self) -> dict[str, Any]:
-        """For transformers' from_pretrained: local files only, no remote code."""
+        """The arguments for transformers' `from_pretrained`: it reads local files only, and runs no remote code."""
         common: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
         return common if self.gguf_file is None else {**common, "gguf_file": self.gguf_file}
 
@@ -88,7 +88,7 @@ def read_config(source: ModelSource, num_hidden_layers: int | None = None) -> An
 def load_without(
     blocks: Sequence[str], model_class: type, config: Any, source: ModelSource, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    """As `load_model`, but with `LeftOut` in the place of the modules named in `blocks`: their weights are neither read nor allocated.
+    """Load a model with `LeftOut` in the place of the modules named in `blocks`. Their weights are neither read nor allocated.
 
     Args:
         model_class: of transformers, what `config` belongs to.
@@ -107,7 +107,7 @@ def load_without(
 
 
 class LeftOut(nn.Module):
-    """Stands for experts that are not there yet; adds nothing to any token."""
+    """A module in the place of experts that are not loaded yet. It adds nothing to any token."""
 
     def forward(self, x_TD: Tensor, *_: Any) -> Tensor:
         return torch.zeros_like(x_TD)

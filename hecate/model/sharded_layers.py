@@ -1,4 +1,4 @@
-"""The frozen weights of decoder layers sharded over all ranks (torch's FSDP2): each layer's come together while it runs."""
+"""Shards the frozen weights of decoder layers over all ranks with torch's FSDP2, which gathers a layer's weights while the layer runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hecate.model.moe_model import MoeModel
 def shard_frozen_layers(moe: MoeModel, group: dist.ProcessGroup) -> None:
     """Leave on each rank its part of every decoder layer's frozen weights.
 
-    What trains stays replicated, and so do the embeddings, the last norm and the output projection, which run outside the layers. From
-    here on the ranks must run the same forward and backward passes together.
+    What trains stays replicated, and so do the embeddings, the last norm and the output projection, which run outside the layers. After
+    this call the ranks must run the same forward and backward passes together.
 
     Every rank must call it, once all modules are in their places and before activations are checkpointed.
 

@@ -1,6 +1,6 @@
-"""The experts of an MoE checkpoint as byte ranges of its files, whatever layout they are stored in. No torch, and nothing is loaded.
+"""Finds the experts of an MoE checkpoint as byte ranges of its files, in any of the known layouts. It loads nothing and needs no torch.
 
-Checkpoints hold experts in one of two ways, and both become the same here, an expert's gate, up and down one after the other:
+Checkpoints store experts in one of two layouts. This module describes both in the same way, as an expert's gate, up and down in this order:
 
     fused       ...layers.3.mlp.experts.gate_up_proj [E, 2F, D], ...down_proj [E, D, F]         as transformers 5 holds them
     per expert  ...layers.3.mlp.experts.7.gate_proj.weight [F, D], up_proj, down_proj [D, F]    Qwen3-MoE, OLMoE

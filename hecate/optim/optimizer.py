@@ -122,7 +122,7 @@ class ExpertOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         return self._settings.learning_rate * self._settings.factor(self.steps_done)
 
     def reduce_replicated(self, group: dist.ProcessGroup) -> None:

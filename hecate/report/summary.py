@@ -27,7 +27,7 @@ NARROWEST = 80
 """A narrower terminal breaks the lines itself: rich would cut numbers."""
 
 MAX_LINES = 5
-"""Of one section of the training report, below its title."""
+"""largest number of lines of a section of the training report, below its title"""
 
 MAX_RUNS = 4
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")

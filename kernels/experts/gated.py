@@ -51,7 +51,7 @@ def gate_backward_kernel(
     BM: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """Of each assignment on this rank, w its weight and dh the gradient of h before weighting: gate's and up's, w · h, and dw = <dh, h>."""
+    """Gradients of gate and up, w · h, and dw = <dh, h> of each assignment; w is its weight, dh the gradient of h before weighting."""
     here = tl.load(starts + num_slots)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < here

@@ -1,8 +1,8 @@
-"""The frozen parts of a layer's experts: each owner holds its own for good, other ranks hold replicas for as long as they have room.
+"""The frozen parts of a layer's experts. Each owner holds its own for good, and other ranks hold replicas as long as they have slots.
 
-Frozen parts are never reduced nor stepped, so a replica never goes stale. A rank receives it when a placement first needs it, and keeps it
-after placements have stopped needing it, until its slot is needed for another. Which rank holds what is a pure function of the placements
-so far (`Residency`), so every rank works it out for all ranks without a message, and so do planners.
+Frozen parts are neither reduced nor stepped, so a replica never goes out of date. A rank receives a replica when a placement first needs
+it, and keeps it until its slot is needed for another expert. Which rank holds what is a pure function of the placements so far
+(`Residency`), so every rank computes it for all ranks without a message, and so do planners.
 
 Shapes: E experts, D ranks, C elements of a frozen chunk.
 """
@@ -29,8 +29,8 @@ class Residency:
     def __init__(self, owner_E: np.ndarray, slots_D: np.ndarray) -> None:
         """Args:
         owner_E: int64 [experts].
-        slots_D: int64 [ranks]: how many experts of other ranks a rank keeps. Where a placement needs more, the rank receives them, and
-            keeps no others.
+        slots_D: int64 [ranks]: how many experts of other ranks a rank keeps. If a placement needs more, the rank receives these and keeps
+            no others.
         """
         self._slots_D = slots_D
         self._owned_ED = owner_E[:, None] == np.arange(len(slots_D))
@@ -140,7 +140,7 @@ class FrozenStore:
             self._fetch(self._residency.need(placement.where_ED))
 
     def gather_for_now(self, placement: Placement) -> None:
-        """As `gather`, but nothing is given up before `evict`."""
+        """Gather as `gather` does, but evict nothing before `evict`."""
         self._placement = placement
         self._fetch(self._residency.hold_for_now(placement.where_ED))
 

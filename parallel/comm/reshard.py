@@ -89,7 +89,7 @@ def reshard(
 def _presence(
     rows: Mapping[int, Mapping[str, Tensor]], names: list[str], moved: list[int], group: dist.ProcessGroup, device: torch.device
 ) -> dict[int, list[bool]]:
-    """For each expert that moves, which tensors its old owner has; in one all-reduce."""
+    """Exchange, in one all-reduce, which tensors the old owner of each moving expert has."""
     table = torch.tensor([[int(name in rows.get(e, {})) for name in names] for e in moved], dtype=torch.int64, device=device)
     if moved and dist.get_world_size(group) > 1:
         dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)

@@ -129,8 +129,8 @@ def test_history_meets_other_loads_than_it_planned_for() -> None:
 
 
 def test_attention_hides_no_gather_of_a_plan_made_after_the_gate() -> None:
-    """4 s of gather stand behind the gate; 4 s of reduction still hide behind the backward pass. The engine makes no exception of `full`,
-    which would not need the gate to plan by."""
+    """4 s of gather come after the router; 4 s of reduction still hide behind the backward pass. The engine makes no exception of `full`,
+    which could plan without a router."""
     steps = [ALL_TO_FIRST] * 3
     history, exact = run(steps, halves), run(steps, halves, mode="exact")
     assert (history.seconds.gather, exact.seconds.gather) == (4, 4)

@@ -46,7 +46,7 @@ def shared() -> LayerPlan:
         (COST, False, 150 - 10 - 8),
         # It comes a second time before the backward pass.
         (COST, True, 150 - 10 - 18),
-        # Twenty seconds of attention, backward forty, hide the gradient but not what travels after the gate.
+        # Twenty seconds of attention, backward forty, hide the gradient but not what travels after the router.
         (replace(COST, non_moe_flops=20.0), False, 150 - 10),
         # A frozen part travels once, and gets no gradient.
         (replace(COST, frozen_bytes=5.0), False, 150 - 15 - 8),

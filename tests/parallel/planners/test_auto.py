@@ -313,7 +313,7 @@ def planned_and_priced() -> list[np.ndarray]:
 
 
 def test_a_gather_that_nothing_hides_is_not_made_for_little() -> None:
-    """After the gate, attention hides nothing: an expert that would travel free before it stays at home, and its tokens go there."""
+    """After the router, attention hides nothing: an expert that would travel free before stays at home, and its tokens go to it."""
     loads = np.array([[[60.0, 50.0], [50.0, 60.0]]])
     cost = LayerCost(trainable_bytes=1e6, row_bytes=1e3, assignment_flops=1.0, non_moe_flops=1e12)
     place = Topology((0, 0), (1e12,) * 2, (1e10,) * 2, Link(1e7, 1e-5), Link(1e7, 1e-5))
