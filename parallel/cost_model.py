@@ -69,12 +69,12 @@ class ExecutionMode:
 
     @property
     def per_micro_step(self) -> bool:
-        """Does each micro-step gather and reduce for itself?"""
+        """Whether each micro-step gathers and reduces for itself."""
         return self.rematerialize or self.plan != "history"
 
     @property
     def hides_gather(self) -> bool:
-        """Does attention hide the forward pass's gather?"""
+        """Whether attention hides the gather of the forward pass."""
         return self.plan != "exact" and self.prefetch > 0
 
 

@@ -95,7 +95,7 @@ class ExpertKind:
 
     @property
     def shares_ffn(self) -> bool:
-        """Are products with the FFN's weights made once a token, whatever number of experts it goes to?"""
+        """Whether products with the FFN's weights are computed once for each token, however many experts it goes to."""
         return self.ffn == "shared"
 
     @property

@@ -93,7 +93,7 @@ def token_split(
 
 
 def nothing_travels(where_ED: np.ndarray, loads_ED: np.ndarray | None, quota_ED: np.ndarray | None, topology: Topology) -> bool:
-    """Does `token_split` leave every assignment of every source where it is, so that no rank need ask the others what they send?"""
+    """Whether `token_split` leaves every assignment on its source, so that ranks need not exchange how many tokens they send."""
     if not where_ED.all():
         return False
     if quota_ED is None or loads_ED is None:

@@ -96,7 +96,7 @@ def entry(function: Callable[P, R]) -> Entry[P, R]:
 
 
 def have_machine_code() -> bool:
-    """Is there machine code now? Starts a compiler if there is none, and waits for it where plain Python takes too long."""
+    """Whether there is machine code now. If there is none, a compiler is started, and waited for where plain Python takes too long."""
     if _process.state == "ready":
         return True
     start_compiling()
@@ -130,7 +130,7 @@ def start_compiling() -> State:
 
 
 def say_with(say: Callable[[str], None]) -> None:
-    """Tell a person, in a line each, what happens to the machine code from now on."""
+    """Report from now on what happens to the machine code, by calling `say` with a line for the user each time."""
     _process.say = say
     if start_compiling() == "compiling":
         say("planner: compiling its loops, once for this machine, in the background; plain Python plans the steps until then")
@@ -142,7 +142,7 @@ def waited_seconds() -> float:
 
 
 def can_compile() -> bool:
-    """Is numba there, and a folder for its machine code?"""
+    """Whether numba is installed, and there is a folder for its machine code."""
     return _numba_is_there() and _folder() is not None
 
 
@@ -163,7 +163,7 @@ def compiling_here() -> Iterator[None]:
 
 @contextmanager
 def plain_python() -> Iterator[None]:
-    """Do without machine code inside, whatever there is. For tests, and for what must be measured."""
+    """Run without machine code during the block, even if there is some. Tests and measurements use this."""
     before, _process.state = _process.state, "plain"
     try:
         yield
@@ -182,7 +182,7 @@ def _wait() -> None:
 
 
 def _start_compiler(folder: Path) -> subprocess.Popen[bytes] | None:
-    """Start a process that compiles; None: another one is at it. The lock is handed to the process and lasts as long as it does."""
+    """Start a process that compiles; None: another process compiles already. The new process holds the lock until it ends."""
     with (folder / "lock").open("w") as lock, (folder / "compiler.log").open("a") as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

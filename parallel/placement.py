@@ -84,7 +84,7 @@ def redealt_owners(holders: Sequence[np.ndarray], world_size: int) -> list[np.nd
     """Owners on another number of ranks: who holds an expert keeps it, as far as all ranks then own equally many, within one.
 
     Experts that nobody holds go first, each to the rank that owns fewest of all layers, of those to the one that owns fewest of its
-    layer; then those that own more than one too many give up their last ones. Ties: the lowest rank. A pure function.
+    layer; then ranks that own more than one too many lose their last ones. Ties go to the lowest rank. It is a pure function.
 
     Args:
         holders: of each layer int64 [experts]: a rank below `world_size`, or any other number for nobody.

@@ -81,7 +81,7 @@ def fill_lists(where_ED: np.ndarray, replicas: Replicas) -> bool:
 
 @loop
 def everywhere(replicas: Replicas) -> bool:
-    """Is every expert on every rank?"""
+    """Whether every expert is on every rank."""
     fewest = replicas.has_ED.shape[1]
     for e in range(len(replicas.count_E)):
         fewest = min(fewest, replicas.count_E[e])

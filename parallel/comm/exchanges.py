@@ -84,7 +84,7 @@ _tags: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
 
 
 def _next_tag(group: dist.ProcessGroup) -> int:
-    """The same on every rank, as all call the collectives of a group in the same order; it comes back after 65536 of them."""
+    """The next tag, which is the same on every rank because all ranks call a group's collectives in the same order; it has 65536 values."""
     return next(_tags.setdefault(group, itertools.cycle(range(2**16))))
 
 

@@ -1,4 +1,4 @@
-"""A rank's share of one layer's experts: owned chunks for good, replicas for one iteration."""
+"""Holds a rank's part of one layer's experts: the chunks that it owns, and the replicas of one iteration."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ class ExpertStore:
         self._watched = False
 
     def _begin_gather(self, plan: TransferPlan) -> bool:
-        """Is there anything to gather?"""
+        """Whether there is anything to gather."""
         if self._gathering is not None or self._filled:
             return False
         if self._replicas_SC is None:

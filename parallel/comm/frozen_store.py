@@ -132,7 +132,7 @@ class FrozenStore:
         return sum(int(self._owner_E[expert] != self._rank) for expert in self._held) * self.chunk_bytes
 
     def gather(self, placement: Placement) -> None:
-        """Start fetching what the placement needs and ranks lack; what has no room beside it is given up. Nothing happens if the placement
+        """Start fetching what the placement needs and ranks lack; what has no slot beside it is evicted. Nothing happens if the placement
         equals the last one.
         """
         if placement != self._placement:

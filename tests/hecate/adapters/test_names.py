@@ -1,4 +1,4 @@
-"""Tensor names against strings typed by hand from the format's description (reference/moe_lora.md §3)."""
+"""Tensor names equal strings typed by hand from the format's description."""
 
 import pytest
 

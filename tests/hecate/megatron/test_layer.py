@@ -1,4 +1,4 @@
-"""What stands in a Megatron layer, worked out by hand, and what its own layers are told about machines without CUDA."""
+"""What stands in a Megatron layer, worked out by hand, and how its own layers are set up on machines without CUDA."""
 
 from __future__ import annotations
 

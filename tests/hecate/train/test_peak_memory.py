@@ -1,4 +1,4 @@
-"""The summary says whose memory it means."""
+"""The summary says which device's peak memory it gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference against its formula, typed out token by token."""
+"""The reference equals its formula, which is written out token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The collectives over leaders against the flat ones and a plain walk: results, order of sums, bytes, and that nobody has to wait."""
+"""The collectives over leaders against the flat ones and a plain walk: results, order of sums, bytes, and that no rank waits needlessly."""
 
 from __future__ import annotations
 
