@@ -12,8 +12,9 @@ def plan_fastermoe(given: PlanInput) -> Plan:
 
     latency(k) = 3·comp·B + 4·feat·B + k·model, with B the assignments on the busiest device once each rank computes its own of the k
     hottest, and the seconds of an assignment's forward pass, of a row and of an expert on the slowest device and link. FasterMoE counts up
-    while the latency falls, with B the load of the hottest expert left; that of the busiest device stays the same for some k, and
-    stopping at once would make FasterMoE look worse than it is. For FasterMoE all devices are alike: B counts assignments, whatever the devices' rates.
+    while the latency falls, with B the load of the hottest expert left. The load of the busiest device stays the same for some k, and
+    stopping at these would make FasterMoE look worse than it is. FasterMoE assumes equal devices: B counts assignments, whatever the
+    devices' rates.
     """
     loads_LED, cost, topology = given.expected_LED, given.cost, given.topology
     order_LE = np.argsort(-loads_LED.sum(-1), axis=1, kind="stable")
