@@ -98,8 +98,7 @@ def block_diagonal_mask(segment_ids: Tensor) -> Tensor:
     """Return the causal attention mask of packed samples, bool [B, 1, S, S]; True: the query may attend to the key.
 
     A position attends to itself and to earlier positions of its own sample. Padding attends to itself only, which keeps its
-    softmax finite. The mask is for `scaled_dot_product_attention`; transformers' eager attention adds its mask to the scores and
-    needs 0 and -inf instead.
+    softmax finite. The mask is for `scaled_dot_product_attention`. transformers makes its own masks.
     """
     _, length = segment_ids.shape
     position = torch.arange(length, device=segment_ids.device)

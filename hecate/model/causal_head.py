@@ -25,8 +25,14 @@ class CausalHead(Protocol):
         """The positions, of sequences of `length` tokens, that the layers of this rank compute. Each position is computed by some rank."""
         ...
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
-        """[B, S] -> [B, S, D]. The mask is bool [B, 1, S, S], true where a query may look; None: causal."""
+    def hidden(self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor) -> Tensor:
+        """[B, S] -> [B, S, D]. Tokens attend to earlier tokens of their own sample alone.
+
+        Args:
+            segment_ids: the samples of packed sequences (`Batch.segment_ids`); None: no sequence has more than one sample, and padding
+                comes behind it.
+            position_ids: each token's position in its sample, from 0.
+        """
         ...
 
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
@@ -48,11 +54,15 @@ class LanguageModelHead:
         """All."""
         return slice(length)
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
-        """[B, S] -> [B, S, D]. The mask is bool [B, 1, S, S], true where a query may look; None: causal."""
+    def hidden(self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor) -> Tensor:
+        """[B, S] -> [B, S, D]; see `CausalHead.hidden`.
+
+        transformers finds the samples where the positions begin again, and makes the masks that its layers need, some of which may attend
+        to a sliding window. It asks the device whether there is more than one sample.
+        """
         outputs = self.decoder(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=None,
             position_ids=position_ids,
             use_cache=False,
             return_dict=True,
@@ -71,16 +81,21 @@ class LanguageModelHead:
 
     def _check(self, model: Any) -> None:
         ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.vocab_size
+        position = torch.arange(4, device=ids.device)[None]
         was_training = model.training
         model.eval()
         with torch.no_grad():
             whole = model(input_ids=ids, use_cache=False).logits
-            parts = self.logits(self.decoder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state)
+            parts = self.logits(self.hidden(ids, None, position))
+            packed = self.logits(self.hidden(ids, position // 2 + 1, position % 2))[:, 2:]
+            alone = self.logits(self.hidden(ids[:, 2:], None, position[:, :2]))
         model.train(was_training)
         if whole.shape != parts.shape or float((whole - parts).abs().max()) > 1e-2 * float(whole.abs().max()):
             raise UserError(
                 f"unsupported architecture: {type(model).__name__} does more between its decoder and its logits than one projection"
             )
+        if float((packed - alone).abs().max()) > 1e-2 * float(whole.abs().max()):
+            raise UserError(f"unsupported architecture: in {type(model).__name__} the samples of a packed sequence see each other")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.data.batches import Batch, block_diagonal_mask, copy_to
+from hecate.data.batches import Batch, copy_to
 from hecate.elastic.backups import send_gradients
 from hecate.experts.forward_pass import PassTokens
 from hecate.model.causal_head import CausalHead
@@ -39,9 +39,8 @@ def forward_loss(head: CausalHead, batch: Batch) -> Tensor:
     The model must be in a forward pass of the batch's tokens (`pass_tokens`). The host does not wait for the batch's device, unless the
     model makes it.
     """
-    # One sample each, padded behind: causal attention alone, which is faster than any mask, cannot look where it must not.
-    mask = None if batch.layout.one_sample_each else block_diagonal_mask(batch.segment_ids)
-    hidden = head.hidden(batch.input_ids, mask, batch.position_ids)
+    segments = None if batch.layout.one_sample_each else batch.segment_ids
+    hidden = head.hidden(batch.input_ids, segments, batch.position_ids)
     labelled = batch.layout.labelled
     return head.loss_sum(hidden.flatten(0, 1)[labelled], batch.targets.flatten()[labelled])
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hecate.data.batches import block_diagonal_mask
 from hecate.errors import UserError
 from hecate.model import causal_head as head_module
 from hecate.model.causal_head import LanguageModelHead
@@ -14,8 +15,8 @@ from tests.hecate.model.tiny import tiny, token_ids
 MODELS: dict[str, dict[str, Any]] = {"llama": {}, "gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}}
 
 
-def frozen(model_type: str, dtype: torch.dtype = torch.float64) -> Any:
-    return tiny(model_type, dtype, **MODELS[model_type]).requires_grad_(False)
+def frozen(model_type: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    return tiny(model_type, dtype, **MODELS.get(model_type, {}), **changes).requires_grad_(False)
 
 
 def hidden_and_targets(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,9 +83,35 @@ def test_no_label_tokens() -> None:
 
 def test_hidden_is_what_the_model_computes() -> None:
     model, ids = frozen("llama"), token_ids()
-    mask = torch.ones(9, 9).tril().bool()[None, None].expand(2, 1, 9, 9)
-    got = LanguageModelHead(model).hidden(ids, mask, torch.arange(9).expand(2, 9))
+    got = LanguageModelHead(model).hidden(ids, None, torch.arange(9).expand(2, 9))
     torch.testing.assert_close(got, model.model(input_ids=ids).last_hidden_state, rtol=1e-12, atol=1e-12)
+
+
+SEGMENTS = torch.tensor([[1] * 5 + [2] * 4, [1] * 1 + [2] * 6 + [0] * 2])
+POSITIONS = torch.tensor([[*range(5), *range(4)], [0, *range(6), 0, 0]])
+WINDOWS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 3}, "gemma2": {"sliding_window": 3}, "llama": {}}
+
+
+@pytest.mark.parametrize("model_type", WINDOWS)
+def test_packed_samples_are_computed_as_each_alone(model_type: str) -> None:
+    """Also where layers attend to a sliding window only, which is shorter than the samples."""
+    model, ids = frozen(model_type, **WINDOWS[model_type]), token_ids()
+    got = LanguageModelHead(model).hidden(ids, SEGMENTS, POSITIONS)
+    for row, begin, end in ((0, 0, 5), (0, 5, 9), (1, 0, 1), (1, 1, 7)):
+        alone = model.model(input_ids=ids[row : row + 1, begin:end]).last_hidden_state
+        torch.testing.assert_close(got[row : row + 1, begin:end], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_the_masks_of_transformers_are_ours_where_there_is_no_window() -> None:
+    model, ids = frozen("llama"), token_ids()
+    ours = model.model(input_ids=ids, attention_mask=block_diagonal_mask(SEGMENTS), position_ids=POSITIONS).last_hidden_state
+    assert torch.equal(LanguageModelHead(model).hidden(ids, SEGMENTS, POSITIONS), ours)
+
+
+def test_a_model_whose_packed_samples_see_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(UserError, match="LlamaForCausalLM the samples of a packed sequence see each other"):
+        LanguageModelHead(tiny("llama"))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Head:
     def own_positions(self, length: int) -> slice:
         return slice(length // 2, length) if self.halves else slice(length)
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor) -> Tensor:
         return self.weight[input_ids]
 
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
