@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError
-from hecate.launch.ray_job.status import read_status
+from hecate.launch.ray_job.status import JobStatus, read_status
 
 Record = dict[str, Any]
 _PATIENCE = 120.0
@@ -55,7 +55,7 @@ class Job:
         self._metrics.skip()
         self._output.skip()
 
-    def status(self, wanted: Callable[[Record], bool]) -> Record:
+    def status(self, wanted: Callable[[JobStatus], bool]) -> JobStatus:
         """Return the first status for which `wanted` is true."""
         for _ in self._waiting("a status"):
             with suppress(UserError):

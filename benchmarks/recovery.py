@@ -22,10 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.following import Job, job
 from benchmarks.report import arguments, finish
+from hecate.launch.policy.job_states import State
+from hecate.launch.ray_job.status import DeviceState, JobStatus
 from testing.processes import OVERRIDES, kill_rank
 from testing.tiny_run import make_workshop
 
@@ -98,10 +99,10 @@ def ray(workshop: Path, name: str, kills: int, *, backups: bool) -> list[Recover
     overrides = [*COMMON, ONE_SEQUENCE, f"ray.workers={RANKS}", "fssdp.redundancy=1" if backups else "save_steps=1"]
     with job(workshop, name, ["ray", "--address", "local"], *overrides) as run:
         for _ in range(kills):
-            devices = run.status(lambda s: s["state"] == "running" and _all_train(s) and s["spares"] == 1)["devices"]
+            devices = run.status(lambda s: s.state is State.RUNNING and _all_train(s) and s.spares == 1).devices
             run.rest(_REST_STEPS)
 
-            def kill(pid: int = devices[1]["pid"]) -> None:
+            def kill(pid: int = devices[1].pid) -> None:
                 os.kill(pid, signal.SIGKILL)
 
             if backups:
@@ -116,8 +117,8 @@ def ray(workshop: Path, name: str, kills: int, *, backups: bool) -> list[Recover
     return found
 
 
-def _all_train(status: dict[str, Any]) -> bool:
-    return all(device["state"] == "training" for device in status["devices"])
+def _all_train(status: JobStatus) -> bool:
+    return all(device.state is DeviceState.TRAINING for device in status.devices)
 
 
 def losses(workshop: Path, name: str) -> dict[int, float]:

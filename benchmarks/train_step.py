@@ -74,7 +74,7 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
     from hecate.parallel.planners import POLICIES
     from hecate.parallel.topology import local_topology
     from hecate.ranks.ranks import join_ranks
-    from hecate.train.step import train_step
+    from hecate.train.step import StepRules, train_step
 
     torch.set_num_threads(1)
     ids = load_file(folder / "batch.safetensors")["input_ids"]
@@ -124,9 +124,8 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
                 optimizer,
                 [batch],
                 num_labels=BATCH * (LENGTH - 1),
-                aux_coef=AUX_COEF,
-                max_grad_norm=None,
                 step=step,
+                rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=None),
             )
             if step >= warmup:
                 seconds.append(time.perf_counter() - start)

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from hecate.errors import UserError
+from hecate.io.durable import replace_file
 from hecate.parallel.topology import Link, Topology
 
 _NEEDED = ("devices", "flops", "memory")
@@ -100,7 +101,7 @@ def save_topology(topology: Topology, path: Path, comment: str = "") -> None:
     """
     check_writable(path)
     try:
-        path.write_text(topology_text(topology, comment), encoding="utf-8")
+        replace_file(path, [topology_text(topology, comment).encode()])
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
 

@@ -297,3 +297,36 @@ def test_no_remote_code_is_run() -> None:
 
 def _is_false(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
+
+
+WRITES_PLAINLY = {
+    "hecate/io/durable.py": "it is the room",
+    "hecate/checkpoint/save.py": "the rename of a staging folder commits a checkpoint",
+    "hecate/checkpoint/history.py": "a folder is renamed before it is deleted",
+    "hecate/report/metrics.py": "lines are appended while the run goes on; one that is torn is removed at a resume",
+    "hecate/elastic/restart.py": "an error's text for the launcher, in the folder that goes with it; the rank ends at once",
+    "hecate/ranks/launcher_files.py": "as hecate/elastic/restart.py",
+    "hecate/forecast/plan.py": "a result to whatever path the user names, a pipe among them; the command can be given again",
+    "hecate/forecast/report.py": "as hecate/forecast/plan.py",
+    "launch/fork_server.py": "/proc is no disk",
+    "launch/run_folder.py": "in the folder for temporary files, read by the process that removes it",
+    "launch/ray_job/worker.py": "in a folder for temporary files",
+    "parallel/jit.py": "a lock and a log",
+    "parallel/traces.py": "numpy writes an archive of arrays, which is then renamed",
+    "kernels/common/ahead_of_time.py": "in a temporary file",
+}
+"""Files outside `hecate/io/durable.py` that write other files themselves, and why that is right."""
+
+
+def test_files_are_written_by_one_room() -> None:
+    """So that a crash leaves the old content or the new one, and a full disk an error that somebody handles."""
+    writers = set()
+    for path, tree in trees(sources("hecate", "parallel", "kernels", "launch")):
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            function = ast.unparse(call.func)
+            mode = [ast.unparse(argument).strip("'") for argument in (*call.args, *(given.value for given in call.keywords))]
+            opens = function.endswith("open") and any(re.fullmatch("[wax]b?[+]?|r[+]?b[+]|rb?[+]", text) for text in mode)
+            if opens or function in ("os.replace", "os.rename") or function.endswith((".write_text", ".write_bytes")):
+                writers.add(path)
+    assert not writers - set(WRITES_PLAINLY), f"write through hecate/io/durable.py: {sorted(writers - set(WRITES_PLAINLY))}"
+    assert not set(WRITES_PLAINLY) - writers, f"mended: remove them: {sorted(set(WRITES_PLAINLY) - writers)}"

@@ -40,6 +40,8 @@ class TrainedParts:
     engine: ExpertEngine
     optimizer: ExpertOptimizer
     stream: TrainStream
+    base_digest: str = ""
+    """of the base model (`BaseModel.digest`); empty: not known"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ def save_state(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
     if not ranks.is_first:
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
     owners = {str(unit): owner_E.tolist() for unit, owner_E in engine.shards.owners.items()}
-    meta = {"config": to_yaml(config), "owners": owners, **state.to_json()}
+    meta = {"config": to_yaml(config), "owners": owners, "base_model": parts.base_digest, **state.to_json()}
 
     def write() -> None:
         if engine.shards.in_first_group:
@@ -223,13 +225,25 @@ def adopt_owners(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
     optimizer.replace_owned(owned_parameters(engine), {})
 
 
-def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config) -> None:
+def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base_digest: str) -> None:
     """Refuse to continue a run whose computation the configuration would change.
+
+    The base model is compared by its digest, so that its folder may have been moved. A checkpoint of an early version has no digest; its
+    base model is compared by name.
+
+    Args:
+        base_digest: of the base model that was loaded; empty: not known.
 
     Raises:
         UserError: it names the keys.
     """
-    if changes := changed_computation(yaml.safe_load(meta["config"]), config):
+    then, known = yaml.safe_load(meta["config"]), bool(base_digest and meta.get("base_model"))
+    if known and meta["base_model"] != base_digest:
+        raise UserError(
+            f"{folder}: belongs to a run on another base model than the one in model.name_or_path, {config.model.name_or_path}\n"
+            f"  it began with {then['model']['name_or_path']}; give that model, whose files may have moved, or start a new run"
+        )
+    if changes := changed_computation(then, config, same_base=known):
         raise UserError(
             f"{folder}: belongs to a run with another configuration; resume continues the same training.\n"
             + "\n".join(f"  {change.key}: {change.then!r} then, {change.now!r} now" for change in changes[:6])
@@ -238,7 +252,7 @@ def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config) -> N
 
 def _read_own_tensors(folder: Path, manifest: Manifest, config: Config, parts: TrainedParts) -> dict[str, Tensor]:
     """The tensors that this rank needs of a checkpoint. The owners of the checkpoint are adopted on the way, on every rank alike."""
-    refuse_other_run(folder, manifest.meta, config)
+    refuse_other_run(folder, manifest.meta, config, parts.base_digest)
     engine, optimizer = parts.engine, parts.optimizer
     owners = {parse_unit(text): np.array(owner_E) for text, owner_E in manifest.meta["owners"].items()}
     if manifest.world_size != engine.shards.world_size:

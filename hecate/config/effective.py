@@ -24,17 +24,22 @@ class Change:
     now: Any
 
 
-def changed_computation(then: Mapping[str, Any], config: Config) -> list[Change]:
+NAMES_OF_BASE = ("model.name_or_path", "model.tokenizer")
+"""the keys that name the files of the base model"""
+
+
+def changed_computation(then: Mapping[str, Any], config: Config, *, same_base: bool = False) -> list[Change]:
     """Return the keys whose values make `config` compute something else than a saved configuration, sorted by name.
 
     A key that the saved configuration lacks, because an earlier version wrote it, counts as its default. Data paths are not
-    compared: the data stream compares the samples themselves.
+    compared: the data stream compares the samples themselves, and with them how they are tokenized.
 
     Args:
         then: the saved configuration as nested mappings, as `to_yaml` writes them.
+        same_base: the base model is known to be the same, so that its files may have other names.
     """
     before, now = _flat(then), _flat(asdict(config))
-    names = [name for name, leaf in LEAVES.items() if leaf.computes] + ["fssdp.policy"]
+    names = [name for name, leaf in LEAVES.items() if leaf.computes and not (same_base and name in NAMES_OF_BASE)] + ["fssdp.policy"]
     values = {name: (_comparable(before.get(name, LEAVES[name].default)), _comparable(now[name])) for name in names}
     policies = values["fssdp.policy"]
     if MEGATRON_EP not in policies:  # all other policies compute the same and differ only in where

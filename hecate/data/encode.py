@@ -127,27 +127,14 @@ def encode_source(
     Raises:
         UserError: a bad sample, as `on_bad_sample` says; an unusable file, tokenizer or template; no sample is left.
     """
-    if on_bad_sample not in BAD_SAMPLE_POLICIES:
-        raise UserError(f"data.on_bad_sample is {on_bad_sample!r}: it must be one of {', '.join(BAD_SAMPLE_POLICIES)}")
-    if not (math.isfinite(source.weight) and source.weight > 0):
-        raise UserError(f"data source {source.name!r} has weight {source.weight}: it must be a positive number")
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError("the model's tokenizer is a slow one: a fast one (tokenizer.json) is needed, because it returns character offsets")
-
+    _refuse_unusable(source, tokenizer, on_bad_sample)
     pieces: list[Encoded] = []
     faults: list[Fault] = []
     kept = truncated = 0
     for item in _tokenized(source, tokenizer):
         try:
-            if isinstance(item, Fault):
-                raise _BadSample(item.reason)
-            largest = max(int(np.max(item.input_ids)), int(np.max(item.targets)))
-            if largest >= vocab_size:
-                raise _BadSample(f"token id {largest} is beyond the model's vocabulary of {vocab_size}")
-            cut = item.is_chat and len(item.input_ids) > seq_len
-            if cut and on_bad_sample != "truncate":
-                raise _BadSample(f"{len(item.input_ids)} tokens are more than data.seq_len {seq_len}")
-            pieces += [_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len)
+            found, cut = _pieces_of(item, seq_len, vocab_size, may_cut=on_bad_sample == "truncate")
+            pieces += found
             kept, truncated = kept + 1, truncated + cut
         except _BadSample as bad:
             if on_bad_sample != "skip":
@@ -167,6 +154,15 @@ def encode_source(
         lines=np.array([piece.line for piece in pieces], dtype=np.int64),
         counts=Counts(kept=kept, truncated=truncated, skipped=len(faults)),
     )
+
+
+def _refuse_unusable(source: DataSource, tokenizer: Any, on_bad_sample: str) -> None:
+    if on_bad_sample not in BAD_SAMPLE_POLICIES:
+        raise UserError(f"data.on_bad_sample is {on_bad_sample!r}: it must be one of {', '.join(BAD_SAMPLE_POLICIES)}")
+    if not (math.isfinite(source.weight) and source.weight > 0):
+        raise UserError(f"data source {source.name!r} has weight {source.weight}: it must be a positive number")
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError("the model's tokenizer is a slow one: a fast one (tokenizer.json) is needed, because it returns character offsets")
 
 
 def report_skipped(path: str, faults: Sequence[Fault], kept: int, quarantine: str | Path | None, lines: Iterable[bytes]) -> None:
@@ -197,6 +193,19 @@ class _Tokenized:
     targets: NDArray[np.int32]  # [n]
     line: int
     is_chat: bool
+
+
+def _pieces_of(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut: bool) -> tuple[list[Encoded], bool]:
+    """The pieces that one tokenized line is trained on, and whether it was shortened for that. Raises _BadSample if it cannot be used."""
+    if isinstance(item, Fault):
+        raise _BadSample(item.reason)
+    largest = max(int(np.max(item.input_ids)), int(np.max(item.targets)))
+    if largest >= vocab_size:
+        raise _BadSample(f"token id {largest} is beyond the model's vocabulary of {vocab_size}")
+    cut = item.is_chat and len(item.input_ids) > seq_len
+    if cut and not may_cut:
+        raise _BadSample(f"{len(item.input_ids)} tokens are more than data.seq_len {seq_len}")
+    return ([_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len)), cut
 
 
 def _tokenized(source: DataSource, tokenizer: Any) -> Iterator[_Tokenized | Fault]:

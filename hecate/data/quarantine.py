@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hecate.data.formats import Fault
 from hecate.errors import UserError
+from hecate.io.durable import replace_file
 
 
 def write_quarantine(path: str | Path, faults: Sequence[Fault], lines: Iterable[bytes]) -> None:
@@ -16,14 +17,15 @@ def write_quarantine(path: str | Path, faults: Sequence[Fault], lines: Iterable[
     """
     wanted = {fault.line: fault for fault in faults}
     assert len({fault.file for fault in faults}) == 1, faults
+    records = (_record(wanted[number], raw) for number, raw in enumerate(lines, start=1) if number in wanted)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as out:
-            for number, raw in enumerate(lines, start=1):
-                if number in wanted:
-                    fault = wanted[number]
-                    text = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
-                    record = {"file": fault.file, "line": fault.line, "reason": fault.reason, "raw": text}
-                    out.write(json.dumps(record) + "\n")
+        replace_file(Path(path), records)
     except OSError as error:
         raise UserError(f"quarantine file {path} cannot be written: {error.strerror}") from error
+
+
+def _record(fault: Fault, raw: bytes) -> bytes:
+    """The line of a fault in the quarantine file."""
+    text = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
+    return json.dumps({"file": fault.file, "line": fault.line, "reason": fault.reason, "raw": text}).encode() + b"\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError, install_hint
+from hecate.io.durable import replace_file
 
 # A generator that repeats known prompts this many times in a row counts as exhausted.
 _PATIENCE = 2000
@@ -107,7 +108,7 @@ def _messages(system: str, prompt: str, answer: str) -> list[dict[str, str]]:
 
 
 def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    replace_file(path, [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records])
 
 
 def _listed(items: Sequence[object]) -> str:

@@ -5,20 +5,20 @@ Training calls its `Observer` between steps, on every rank, and never waits for 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from hecate.elastic.layer_timer import LayerTimer
 from hecate.engine.protocol import ExpertEngine
-from hecate.io.strict_json import JsonError, parse_json
+from hecate.io.json_records import from_json_values, to_json_values
+from hecate.io.strict_json import dump_json, parse_json
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.topology_file import topology_text
+from hecate.parallel.topology import Topology
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import StepEvent
 
@@ -37,7 +37,7 @@ class ReplanOrder:
     """whether to move experts to better owners, if that pays under the new speeds"""
 
     def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return dump_json(to_json_values(self))
 
     @staticmethod
     def from_bytes(data: bytes) -> ReplanOrder:
@@ -46,11 +46,22 @@ class ReplanOrder:
         Raises:
             JsonError: the data are no order.
         """
-        raw = parse_json(data)
-        if not isinstance(raw, dict) or set(raw) != {"number", "flops", "sequences", "reshard"}:
-            raise JsonError("not an order")
-        flops, sequences = (None if raw[key] is None else tuple(raw[key]) for key in ("flops", "sequences"))
-        return ReplanOrder(number=raw["number"], flops=flops, sequences=sequences, reshard=raw["reshard"])
+        return from_json_values(ReplanOrder, parse_json(data))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeginFacts:
+    """What every rank tells its observer when the run is built, or goes on with other ranks."""
+
+    step: int
+    """optimizer steps done"""
+    max_steps: int
+    sequences: tuple[int, ...]
+    """of each micro-step, by rank"""
+    owned: tuple[int, ...]
+    """number of experts owned, by rank"""
+    topology: Topology
+    """of the ranks' devices"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +90,8 @@ class StepFacts:
 class Observer(Protocol):
     """An observer of a run. Training calls these methods on every rank, between steps; they must return at once and must not raise."""
 
-    def begins(self, facts: dict[str, Any]) -> None:
-        """Called when the run is built, and again when it goes on with other ranks.
-
-        Args:
-            facts: JSON values: `step`, `max_steps`, `rows` (number of sequences in a micro-step, by rank), `owned` (number of experts
-                owned, by rank) and `topology` (as YAML).
-        """
+    def begins(self, facts: BeginFacts) -> None:
+        """Called when the run is built, and again when it goes on with other ranks."""
 
     def stepped(self, facts: StepFacts) -> None:
         """Called when a step has ended."""
@@ -114,13 +120,13 @@ class ObserverLink:
         self._timer.take()
         owners = np.concatenate([*engine.shards.owners.values(), []]).astype(int)
         self._observer.begins(
-            {
-                "step": step,
-                "max_steps": max_steps,
-                "rows": list(shares),
-                "owned": np.bincount(owners, minlength=len(shares)).tolist(),
-                "topology": topology_text(engine.shards.config.topology),
-            }
+            BeginFacts(
+                step=step,
+                max_steps=max_steps,
+                sequences=tuple(shares),
+                owned=tuple(np.bincount(owners, minlength=len(shares)).tolist()),
+                topology=engine.shards.config.topology,
+            )
         )
 
     def stepped(self, event: StepEvent) -> None:

@@ -19,7 +19,8 @@ from hecate.parallel.units import Unit
 class EvaluationPass:
     """A `ForwardPass` without training: any number of them, until the evaluation ends."""
 
-    shards: ExpertShards
+    shards: ExpertShards | None
+    """which holds the experts; None: the model's layers compute their experts themselves, and need of a pass no more than its tokens"""
     current: CurrentPass
     tokens: PassTokens = field(default_factory=PassTokens)
     stats: dict[Unit, RouterStats] | None = None
@@ -34,13 +35,14 @@ class EvaluationPass:
             yield stats
 
     def prefetch(self, *layers: Unit) -> None:
-        """Does nothing: everything was gathered when the evaluation began."""
+        """Does nothing: what is gathered at all was gathered when the evaluation began."""
 
     def note_routing(self, layer: Unit, routing: Routing) -> None:
         if self.stats is not None:
             self.stats[layer] = routing.stats()
 
     def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
+        assert self.shards is not None, "this model's layers compute their experts themselves"
         routed = RoutedTokens(x_TD, expert_TK, weight_TK, token_T)
         return self.shards.compute(layer, self.shards.stores[layer].replicas(), routed, LayerCall(step=None, backward_follows=False))
 

@@ -1,1 +1,1 @@
-"""Write files durably and read JSON strictly."""
+"""Write files durably; read JSON strictly, and as dataclasses."""

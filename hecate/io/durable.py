@@ -1,4 +1,4 @@
-"""Durable file operations: after a function of this module has returned, its changes survive a power cut.
+"""Durable file operations: after a function of this module has returned, its changes survive a power cut, unless it says otherwise.
 
 Each change is one call of `os`, so that a test can kill the process before any of them. Functions raise OSError unchanged, because
 only their callers can say what was being saved.
@@ -13,18 +13,28 @@ from pathlib import Path
 
 def write_durable(path: Path, blocks: Iterable[memoryview | bytes]) -> int:
     """Create `path`, which must not exist, write the blocks to it, fsync and close it. Returns the number of bytes written."""
-    size = 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    return _create(path, blocks, durable=True)
+
+
+def replace_file(path: Path, blocks: Iterable[memoryview | bytes], *, durable: bool = True) -> None:
+    """Write the blocks to `path`, in place of what is there: a reader sees the old content or the new one, never a part.
+
+    If writing fails, the old file stays.
+
+    Args:
+        durable: the new content survives a power cut. False: nobody needs it after one, so that nothing waits for the disk.
+    """
+    staged = path.with_name(f"{path.name}.tmp")
     try:
-        for block in blocks:
-            rest = memoryview(block)
-            size += len(rest)
-            while len(rest):
-                rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return size
+        staged.unlink(missing_ok=True)
+        _create(staged, blocks, durable=durable)
+        os.replace(staged, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -62,3 +72,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             delete_files(staging)
         raise
+
+
+def _create(path: Path, blocks: Iterable[memoryview | bytes], *, durable: bool) -> int:
+    size = 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        for block in blocks:
+            rest = memoryview(block)
+            size += len(rest)
+            while len(rest):
+                rest = rest[os.write(descriptor, rest) :]
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hecate.engine.evaluation import EvaluationPass
 from hecate.engine.shards import ExpertShards
 from hecate.engine.step import StepLedger, require_nothing_under_way
 from hecate.engine.step_plans import EngineConfig
@@ -68,11 +69,11 @@ class ExpertParallelEngine:
         return step
 
     @contextmanager
-    def evaluation(self, *, together: bool = False) -> Iterator[ExpertParallelPass]:
+    def evaluation(self, *, together: bool = False) -> Iterator[EvaluationPass]:
         """Ranks must run the same forward passes at the same time, whatever `together` says."""
         require_nothing_under_way(self._last, self.current)
         self._put_experts()
-        one = ExpertParallelPass(self.current)
+        one = EvaluationPass(None, self.current)
         with self.current.set_to(one):
             yield one
 
@@ -122,40 +123,6 @@ class ExpertParallelStep:
         loads = self.ledger.exchange_loads()
         self.ledger.close({layer: store.reduced() for layer, store in self._shards.stores.items()}, loads)
         return loads
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertParallelPass:
-    """A `ForwardPass` outside training, of which Megatron's layers need no more than its tokens."""
-
-    current: CurrentPass
-    tokens: PassTokens = field(default_factory=PassTokens)
-    stats: dict[Unit, RouterStats] | None = None
-    """what the routers of the layers that have run have done; None: it is not kept"""
-
-    @property
-    def step(self) -> int:
-        return 0
-
-    @contextmanager
-    def forward(self, tokens: PassTokens) -> Iterator[dict[Unit, RouterStats]]:
-        """Until the end of the block, the model's forward passes are of these tokens; yields what routers do in them."""
-        stats: dict[Unit, RouterStats] = {}
-        with self.current.set_to(replace(self, tokens=tokens, stats=stats)):
-            yield stats
-
-    def prefetch(self, *layers: Unit) -> None:
-        """Does nothing: only tokens travel."""
-
-    def note_routing(self, layer: Unit, routing: Routing) -> None:
-        if self.stats is not None:
-            self.stats[layer] = routing.stats()
-
-    def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> NoReturn:
-        raise NotImplementedError("Megatron's layers compute their experts themselves")
-
-    def again(self) -> ExpertParallelPass:
-        return self
 
 
 @dataclass(frozen=True, eq=False)

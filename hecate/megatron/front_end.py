@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import xxhash
 from torch import Tensor, nn
 
 from hecate.config import Config
@@ -138,7 +139,8 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
     prefetch_during_attention(model.decoder.layers, engine.current, layers, config.fssdp.prefetch)
     parts = tensor_parts(model, ranks.tensor) if ranks.tensor else None
     moe = MoeModel(model, engine, layers, {}, outside_experts(model), parts=parts)
-    return MegatronModel(model, GptHead(model, ranks.tensor), tokenizer, vocabulary, moe, shape)
+    digest = xxhash.xxh3_128_hexdigest(f"{shape} {vocabulary}".encode())
+    return MegatronModel(model, GptHead(model, ranks.tensor), tokenizer, vocabulary, moe, shape, digest=digest)
 
 
 def _megatrons(

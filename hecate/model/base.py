@@ -13,6 +13,7 @@ from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.insert import FoundUnit
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.load_moe import OwnExperts, load_moe_model
+from hecate.model.model_digest import model_digest
 from hecate.model.safetensors_headers import stored_tensors
 from hecate.model.stored_experts import refuse_experts
 from hecate.parallel.expert_kinds import ExpertKind
@@ -30,6 +31,8 @@ class BaseModel:
     """the FFNs of a dense model, found once, when it was loaded"""
     own_experts: tuple[OwnExperts, ...] = field(default=(), kw_only=True)
     """the experts of an MoE model, which were left out when it was loaded"""
+    digest: str = field(default="", kw_only=True)
+    """of what the model is before training (`hecate.model.model_digest`); empty for a model that nobody trains"""
 
     @property
     def found(self) -> tuple[FoundUnit, ...]:
@@ -58,4 +61,5 @@ def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, dev
         model.eval()
         tokenizer = load_tokenizer(source)
     vocab_size = model.get_input_embeddings().num_embeddings
-    return BaseModel(model, LanguageModelHead(model), tokenizer, vocab_size, ffns=ffns, own_experts=own_experts)
+    digest = model_digest(source)
+    return BaseModel(model, LanguageModelHead(model), tokenizer, vocab_size, ffns=ffns, own_experts=own_experts, digest=digest)

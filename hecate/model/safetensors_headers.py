@@ -35,19 +35,24 @@ class StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a model's folder by its name.
 
-    As transformers does, model.safetensors is taken if it is there, else the files that model.safetensors.index.json names, so that copies
-    in another layout beside them do not count; else all *.safetensors.
-
     Raises:
         UserError: a file cannot be read, is damaged, or is named by the index and missing.
     """
     entries: dict[str, StoredTensor] = {}
-    for file in _files(folder):
+    for file in weight_files(folder):
         entries |= _read_header(file)
     return entries
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of the model in a folder, by name.
+
+    As transformers does, model.safetensors is taken if it is there, else the files that model.safetensors.index.json names, so that copies
+    in another layout beside them do not count; else all *.safetensors.
+
+    Raises:
+        UserError: the index cannot be read, is damaged, or names a file that is missing.
+    """
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     index = folder / _INDEX

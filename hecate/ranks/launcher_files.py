@@ -7,7 +7,6 @@ is its position among the members.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -15,6 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.io.durable import replace_file
+from hecate.io.json_records import from_json_values, to_json_values
+from hecate.io.strict_json import dump_json, parse_json
 
 STORE_VARIABLE = "HECATE_STORE"
 """Path of the file store where the ranks meet. The launcher sets this variable, never a user."""
@@ -83,11 +85,9 @@ class Generation:
 
 def write_generation(store: Path, generation: Generation) -> None:
     """Replace the file with the generation in one operation: a reader sees the old one or the new one, never a part of one."""
-    staged = store.with_name("generation.tmp")
-    staged.write_text(json.dumps(vars(generation)), encoding="ascii")
-    os.replace(staged, store.with_name("generation"))
+    replace_file(store.with_name("generation"), [dump_json(to_json_values(generation))], durable=False)
 
 
 def read_generation(store: Path) -> Generation:
-    raw = json.loads(store.with_name("generation").read_text(encoding="ascii"))
-    return Generation(raw["number"], tuple(raw["members"]), tuple(raw["devices"]), raw["num_devices"])
+    """The generation that the launcher has written last."""
+    return from_json_values(Generation, parse_json(store.with_name("generation").read_bytes()))

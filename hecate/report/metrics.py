@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.io.durable import sync_folder, write_durable
+from hecate.io.durable import replace_file
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.loads import imbalance as max_over_mean
 from hecate.report.events import EvalScore, Resharding, StepEvent
@@ -103,7 +102,6 @@ class MetricsWriter:
             UserError: a line before the last is no record, or the disk refuses.
         """
         self._file.close()
-        staged = self.path.with_name(self.path.name + ".tmp")
         lines = kept = 0
 
         def remaining() -> Iterator[bytes]:
@@ -115,13 +113,7 @@ class MetricsWriter:
                     yield line
 
         try:
-            staged.unlink(missing_ok=True)
-            try:
-                write_durable(staged, remaining())
-                os.replace(staged, self.path)
-            finally:
-                staged.unlink(missing_ok=True)
-            sync_folder(self.path.parent)
+            replace_file(self.path, remaining())
         except OSError as error:
             raise self._refused(error) from error
         self._file = self._open()

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hecate.config import Config, to_yaml
-from hecate.io.durable import write_durable
+from hecate.io.durable import replace_file
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.mesh import Mesh
 from hecate.parallel.traces import TraceWriter
@@ -166,10 +166,8 @@ class Reports:
     def _write_description(self, facts: RunFacts) -> str:
         """Write the configuration and the table of what trains, and return the table as text."""
         text, report = training_report(facts.trainable)
-        (self._folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
-        path = self._folder / "trainable.json"
-        path.unlink(missing_ok=True)
-        write_durable(path, [json.dumps(report, indent=1).encode()])
+        replace_file(self._folder / "config.yaml", [to_yaml(self._config).encode()])
+        replace_file(self._folder / "trainable.json", [json.dumps(report, indent=1).encode()])
         return text
 
 

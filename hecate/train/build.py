@@ -2,20 +2,99 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch.distributed as dist
+
+from hecate.adapters.peft_experts import begin_with
+from hecate.adapters.trained_output import TrainedOutput, output_of
+from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
 from hecate.data.sources import TokenSource, read_source
+from hecate.data.stream import TrainStream
+from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config
 from hecate.experts.pairs import LoraShape
 from hecate.model.base import BaseModel, build_base
+from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
 from hecate.model.moe_model import MoeModel
 from hecate.model.sharded_layers import shard_frozen_layers
+from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters, schedule
+from hecate.parallel.mesh import make_mesh
 from hecate.parallel.topology import Topology
 from hecate.ranks.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What a run is made of on one rank, built once from its configuration."""
+
+    config: Config
+    """with the numbers that the model brings"""
+    base: BaseModel
+    moe: MoeModel
+    optimizer: ExpertOptimizer
+    stream: TrainStream
+    eval_sources: list[TokenSource]
+    output: TrainedOutput
+    """what the run leaves at its end"""
+    dense_flops: float
+    """FLOPs that hide a unit's gather, for each sequence"""
+
+    @property
+    def trained(self) -> TrainedParts:
+        """The parts whose contents make up the run's state."""
+        return TrainedParts(self.moe.engine, self.optimizer, self.stream, self.base.digest)
+
+
+def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) -> RunParts:
+    """Build the parts of a run. Every rank must call it.
+
+    Args:
+        topology: of the ranks' devices, in place of the configuration's.
+
+    Raises:
+        UserError: whatever of the configuration, the data or the model is wrong.
+    """
+    mesh = make_mesh(ranks.world_size, config.fssdp.shard_size)
+    assert dist.get_world_size(ranks.groups.experts) == mesh.shard_size, "the ranks were joined for another fssdp.shard_size"
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    base = front_end(config, ranks, topology)
+    config = config_of_model(config, base)
+    output = output_of(config, base)
+    train_sources, eval_sources = (encode_sources(sources, config, base, ranks) for sources in (config.data.train, config.data.eval))
+    stream = TrainStream(
+        train_sources,
+        seq_len=config.data.seq_len,
+        packing=config.data.packing,
+        sequences_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.dp_size,
+        seed=config.seed,
+    )
+    moe = build_moe(config, base, ranks, topology)
+    if config.lora.init_from and not config.resume:
+        begin_with(config, base, moe)
+    if config.gradient_checkpointing:
+        checkpoint_activations(moe)
+    if config.fssdp.reshard_interval:
+        check_room(moe.engine)
+    optimizer = ExpertOptimizer(
+        Trainables(owned_parameters(moe.engine), moe.replicated_parameters(), moe.parts),
+        AdamWSettings(
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            epsilon=config.adam_epsilon,
+            exclude=config.weight_decay_exclude,
+            factor=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
+        ),
+        ranks.device,
+    )
+    dense_flops = moe.engine.shards.config.non_moe_flops / config.micro_batch_size
+    return RunParts(config, base, moe, optimizer, stream, eval_sources, output, dense_flops)
 
 
 def config_of_model(config: Config, base: BaseModel) -> Config:

@@ -24,8 +24,7 @@ from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks, join_ranks
 from hecate.report.summary import print_summary
 from hecate.train.build import encode_sources
-from hecate.train.evaluate import evaluate
-from hecate.train.generate import generate
+from hecate.train.evaluate import evaluate, generate
 
 
 def evaluate_trained(config: Config, trained: Path) -> None:

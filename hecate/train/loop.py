@@ -223,10 +223,7 @@ def _regroup(training: Training, membership: Membership, outside: _Outside) -> b
 
 def _joined(config: Config, ranks: Ranks, membership: Membership) -> Training:
     """Load the model alone, so that the others train on meanwhile, then join them."""
-    alone = replace(config, resume=False, fssdp=replace(config.fssdp, reshard_interval=None))
-    training = Training(alone, ranks, local_topology(1, cuda=ranks.device.type == "cuda"))
-    training.parts = replace(training.parts, config=replace(training.parts.config, resume=config.resume, fssdp=config.fssdp))
-    training.state = None
+    training = Training(config, ranks, local_topology(1, cuda=ranks.device.type == "cuda"), joins=True)
     ranks.leave()
     while True:
         group = membership.first_group()

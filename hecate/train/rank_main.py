@@ -6,6 +6,8 @@ Launchers start it, and `hecate train` becomes it under torchrun. The environmen
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -17,10 +19,23 @@ from hecate.ranks.launcher_files import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VA
 
 
 def preload() -> None:
-    """Import what a rank needs. The fork server calls this once, for all ranks of a machine."""
-    from hecate.train.preload import preload
+    """Import what a rank needs, in a process that becomes one or that ranks are forked from. Starts no thread and uses no GPU.
 
-    preload()
+    The fork server calls this once, for all ranks of a machine.
+
+    The modules consist of half a million objects that are never freed. Garbage collection over them would take a third of the time, and
+    would make a forked process copy memory that it shares otherwise.
+    """
+    gc.disable()
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, masking_utils, modeling_utils  # noqa: F401
+
+        from hecate.elastic import local_membership, restart  # noqa: F401
+        from hecate.train import loop  # noqa: F401
+    finally:
+        gc.enable()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # nanobind would report objects that are frozen at the end as leaks
 
 
 def main(arguments: Sequence[str]) -> None:

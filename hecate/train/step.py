@@ -11,6 +11,7 @@ the micro-steps of the aux loss. Each rank computes its share; gradients are sum
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,18 @@ from hecate.model.causal_head import CausalHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.report.events import StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRules:
+    """What is the same in every step of a run."""
+
+    aux_coef: float
+    """weight of the load-balancing loss in the training loss"""
+    max_grad_norm: float | None
+    """to which the global norm of all gradients is clipped; None: no clipping"""
+    redundancy: int = 0
+    """1: the optimizers step backups, too (`hecate.elastic.backups`)"""
 
 
 def pass_tokens(head: CausalHead, batch: Batch) -> PassTokens:
@@ -52,16 +65,14 @@ def train_step(
     micro_batches: Sequence[Batch],
     *,
     num_labels: int,
-    aux_coef: float,
-    max_grad_norm: float | None,
     step: int,
-    redundancy: int = 0,
+    rules: StepRules,
 ) -> StepResult:
     """Forward, backward, reduce, clip, step. Every rank must call it with as many micro-batches, whose rows may be all padding.
 
     Args:
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
-        redundancy: 1 if the optimizers step backups (`hecate.elastic.backups`).
+        step: its number, from 0.
     """
     group, engine = moe.engine.shards.groups.world, moe.engine
     this_step = engine.begin_step(step, len(micro_batches))
@@ -73,16 +84,16 @@ def train_step(
         if moe.layers:
             aux = moe.balance_loss(micro.stats, group)
             totals[1] += aux.detach() / len(micro_batches)
-            share = share + aux * (aux_coef / len(micro_batches))
+            share = share + aux * (rules.aux_coef / len(micro_batches))
         totals[0] += loss_sum.detach() / max(num_labels, 1)
         micro.backward(share)
     loads = this_step.finish()
-    on_its_way = send_gradients(engine, optimizer, loads) if redundancy else None
+    on_its_way = send_gradients(engine, optimizer, loads) if rules.redundancy else None
     optimizer.reduce_replicated(group)
     dist.all_reduce(totals, group=group)
     if on_its_way:
         on_its_way.wait()
     grad_norm = optimizer.global_grad_norm(group, counts_owned=engine.shards.in_first_group)
-    taken = optimizer.step(grad_norm, max_grad_norm)
+    taken = optimizer.step(grad_norm, rules.max_grad_norm)
     loss, aux_loss = totals.tolist()
     return StepResult(loss, aux_loss, grad_norm, not taken, loads)

@@ -1,127 +1,62 @@
-"""A training run on one rank: its parts, where it stands, and the phases that `hecate.train.loop` goes through."""
+"""A training run on one rank: where it stands, and the phases that `hecate.train.loop` goes through."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
-
-from hecate.adapters.peft_experts import begin_with
-from hecate.adapters.trained_output import TrainedOutput, output_of
 from hecate.checkpoint import remove_stale_staging
-from hecate.checkpoint.train_state import NoCheckpointError, TrainedParts, TrainState, load_state, save_state
+from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, save_state
 from hecate.config import Config
 from hecate.data.batches import Batch, collate, sequence_ranges
 from hecate.data.encode import IGNORED
 from hecate.data.sequences import PackedSequence, empty_sequence
-from hecate.data.sources import TokenSource
-from hecate.data.stream import TrainStream
 from hecate.elastic.backups import copy_to_backup_ranks
-from hecate.elastic.move_experts import check_room, reshard_if_it_pays
+from hecate.elastic.move_experts import reshard_if_it_pays
 from hecate.elastic.rebuild import Group, can_catch_up, catch_up, exchange_standings, go_back, redeal
 from hecate.errors import UserError
-from hecate.model.base import BaseModel
-from hecate.model.checkpointing import checkpoint_activations
-from hecate.model.moe_model import MoeModel
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters, schedule
 from hecate.parallel import jit
-from hecate.parallel.mesh import make_mesh
 from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
 from hecate.parallel.topology import Topology
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
 from hecate.report.run_report import RunFacts, trainable_rows
-from hecate.train.build import build_moe, config_of_model, encode_sources, front_end
+from hecate.train.build import build_parts
 from hecate.train.evaluate import evaluate
-from hecate.train.step import train_step
+from hecate.train.step import StepRules, train_step
 
 _MOST_SKIPPED_IN_A_ROW = 10
 
 
-@dataclass(frozen=True)
-class RunParts:
-    """What a run is made of on one rank, built once from its configuration."""
-
-    config: Config
-    """with the numbers that the model brings"""
-    base: BaseModel
-    moe: MoeModel
-    optimizer: ExpertOptimizer
-    stream: TrainStream
-    eval_sources: list[TokenSource]
-    output: TrainedOutput
-    """what the run leaves at its end"""
-    dense_flops: float
-    """FLOPs that hide a unit's gather, for each sequence"""
-
-    @property
-    def trained(self) -> TrainedParts:
-        """The parts whose contents make up the run's state."""
-        return TrainedParts(self.moe.engine, self.optimizer, self.stream)
-
-
-def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) -> RunParts:
-    """Build the parts of a run. Every rank must call it.
-
-    Args:
-        topology: of the ranks' devices, in place of the configuration's.
-
-    Raises:
-        UserError: whatever of the configuration, the data or the model is wrong.
-    """
-    mesh = make_mesh(ranks.world_size, config.fssdp.shard_size)
-    assert dist.get_world_size(ranks.groups.experts) == mesh.shard_size, "the ranks were joined for another fssdp.shard_size"
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    base = front_end(config, ranks, topology)
-    config = config_of_model(config, base)
-    output = output_of(config, base)
-    train_sources, eval_sources = (encode_sources(sources, config, base, ranks) for sources in (config.data.train, config.data.eval))
-    stream = TrainStream(
-        train_sources,
-        seq_len=config.data.seq_len,
-        packing=config.data.packing,
-        sequences_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.dp_size,
-        seed=config.seed,
-    )
-    moe = build_moe(config, base, ranks, topology)
-    if config.lora.init_from and not config.resume:
-        begin_with(config, base, moe)
-    if config.gradient_checkpointing:
-        checkpoint_activations(moe)
-    if config.fssdp.reshard_interval:
-        check_room(moe.engine)
-    optimizer = ExpertOptimizer(
-        Trainables(owned_parameters(moe.engine), moe.replicated_parameters(), moe.parts),
-        AdamWSettings(
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            epsilon=config.adam_epsilon,
-            exclude=config.weight_decay_exclude,
-            factor=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
-        ),
-        ranks.device,
-    )
-    dense_flops = moe.engine.shards.config.non_moe_flops / config.micro_batch_size
-    return RunParts(config, base, moe, optimizer, stream, eval_sources, output, dense_flops)
-
-
 class Training:
-    """A run on one rank between its steps. Every method that sends messages must be called on every rank."""
+    """A run on one rank between its steps. Every method that sends messages must be called on every rank.
 
-    def __init__(self, config: Config, ranks: Ranks, topology: Topology | None = None) -> None:
-        """Build the run, and load its last checkpoint if the configuration says `resume`; arguments as for `build_parts`."""
-        self.parts = build_parts(config, ranks, topology)
+    `parts` are built once. Three values change, each as a whole: `state` with every step, `ranks` and `shares` when ranks come or go or
+    the plan changes.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, topology: Topology | None = None, *, joins: bool = False) -> None:
+        """Build the run, and load its last checkpoint if the configuration says `resume`.
+
+        Args:
+            topology: of the ranks' devices, in place of the configuration's.
+            joins: the run is under way, and this process is alone in `ranks` until it joins a group (`join`). It loads no checkpoint.
+
+        Raises:
+            UserError: as `build_parts`; or there is no checkpoint to resume from.
+        """
+        # Alone, a rank would need room for all experts to re-shard them.
+        built = replace(config, resume=False, fssdp=replace(config.fssdp, reshard_interval=None)) if joins else config
+        parts = build_parts(built, ranks, topology)
+        self.parts = replace(parts, config=replace(parts.config, resume=config.resume, fssdp=config.fssdp))
         self.ranks = ranks
         self.shares: tuple[int, ...] = ()
         """sequences of each micro-step, by rank, or by tensor group, whose ranks have the same sequences"""
-        self.state: TrainState | None = TrainState.at_start(self.parts.trained)
+        self.state = None if joins else TrainState.at_start(self.parts.trained)
         """where the run stands; None: not known on this rank, which comes new to a run under way"""
-        if config.resume:
+        if config.resume and not joins:
             try:
                 self.state = load_state(self.parts.config, ranks, self.parts.trained)
             except NoCheckpointError as error:
@@ -177,10 +112,10 @@ class Training:
             parts.optimizer,
             self.micro_batches(sequences),
             num_labels=sum(int((sequence.targets != IGNORED).sum()) for sequence in sequences),
-            aux_coef=config.moe.router_aux_loss_coef,
-            max_grad_norm=config.max_grad_norm,
             step=self.standing.step,
-            redundancy=config.fssdp.redundancy,
+            rules=StepRules(
+                aux_coef=config.moe.router_aux_loss_coef, max_grad_norm=config.max_grad_norm, redundancy=config.fssdp.redundancy
+            ),
         )
         self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped)
         _refuse_endless_skipping(self.state)

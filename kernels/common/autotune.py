@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hecate.io.durable import replace_file
 from hecate.kernels.common.launch_config import Key, LaunchConfig, Rule, Tuned, by_rule, from_json, to_json, trying, tuned_for, tuned_path
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def save(found: Tuned, device_name: str, path: Path | None = None) -> Path:
     for name, configs in found.configs.items():
         known[name] = {**known.get(name, {}), **configs}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(to_json(Tuned(known)), indent=1) + "\n", encoding="utf-8")
+    replace_file(path, [json.dumps(to_json(Tuned(known)), indent=1).encode() + b"\n"])
     tuned_for.cache_clear()
     return path
 

@@ -97,7 +97,7 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
     from hecate.launch.ray_job.controller import Controller
     from hecate.launch.ray_job.prometheus import serving
     from hecate.launch.ray_job.rendezvous import Rendezvous
-    from hecate.launch.ray_job.status import FILE, write_status
+    from hecate.launch.ray_job.status import FILE, JobStatus, write_status
     from hecate.launch.ray_job.worker_group import WorkerGroup, WorkerSettings
 
     folder = Path(config.output_dir)
@@ -109,10 +109,8 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
         config=to_yaml(replace(config, topology="auto")), report_steps=config.ray.report_steps, address=host if inside else None
     )
     group = WorkerGroup(ray, devices, rendezvous, settings)
-    shown: dict[str, Any] = {}
 
-    def show(status: dict[str, Any]) -> None:
-        shown.update(status)
+    def show(status: JobStatus) -> None:
         write_status(folder, status)
 
     def say(text: str) -> None:
@@ -121,8 +119,8 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
     controller = Controller(group, config, rendezvous, topology, say, show)
     with ExitStack() as stack:
         if metrics_port is not None:
-            shown.update(controller.status())
-            say(f"metrics on http://127.0.0.1:{stack.enter_context(serving(metrics_port, lambda: shown))}/metrics")
+            port = stack.enter_context(serving(metrics_port, lambda: controller.shown))
+            say(f"metrics on http://127.0.0.1:{port}/metrics")
         stack.enter_context(_stop_on_signals(controller))
         try:
             return controller.run()

@@ -5,11 +5,13 @@ A worker sends *events*; the controller sends *orders*. Each class has a `code`,
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args
+
+from hecate.io.json_records import from_json_values, to_json_values
+from hecate.io.strict_json import JsonError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,57 +238,35 @@ _CLASSES: dict[str, type] = {kind.code: kind for kind in (*get_args(WorkerEvent)
 
 def to_json(message: WorkerEvent | WorkerOrder) -> dict[str, Any]:
     """The message as JSON values: its fields, and its `code`."""
-    return {"code": message.code, **asdict(message, dict_factory=_plain)}
+    return {"code": message.code, **to_json_values(message)}
 
 
-def event_from_json(raw: Mapping[str, Any]) -> WorkerEvent:
+def event_from_json(raw: Any) -> WorkerEvent:
     """Read an event that `to_json` has written.
 
     Raises:
-        ValueError: the value is no event.
+        JsonError: the value is no event.
     """
     message = _from_json(raw)
     if not isinstance(message, WorkerEvent):
-        raise ValueError(f"the message {raw.get('code')!r} is no event")
+        raise JsonError(f"the message {message.code!r} is no event")
     return message
 
 
-def order_from_json(raw: Mapping[str, Any]) -> WorkerOrder:
+def order_from_json(raw: Any) -> WorkerOrder:
     """Read an order that `to_json` has written.
 
     Raises:
-        ValueError: the value is no order.
+        JsonError: the value is no order.
     """
     message = _from_json(raw)
     if not isinstance(message, WorkerOrder):
-        raise ValueError(f"the message {raw.get('code')!r} is no order")
+        raise JsonError(f"the message {message.code!r} is no order")
     return message
 
 
-def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value.value if isinstance(value, Enum) else value for name, value in items}
-
-
-def _from_json(raw: Mapping[str, Any]) -> Any:
+def _from_json(raw: Any) -> Any:
     kind = _CLASSES.get(raw["code"]) if isinstance(raw, Mapping) and "code" in raw else None
     if kind is None:
-        raise ValueError("a message without a known code")
-    return _value(kind, {name: value for name, value in raw.items() if name != "code"})
-
-
-def _value(kind: Any, raw: Any) -> Any:
-    """A field's value of type `kind`. JSON has no tuples, enums or classes, so they are made from what JSON has."""
-    if get_origin(kind) in (Union, types.UnionType):
-        (inner,) = (member for member in get_args(kind) if member is not type(None))
-        return None if raw is None else _value(inner, raw)
-    if is_dataclass(kind) and isinstance(kind, type):
-        hints, names = get_type_hints(kind), {field.name for field in fields(kind)}
-        if not isinstance(raw, Mapping) or not set(raw) <= names:
-            raise ValueError(f"{kind.__name__}: has other fields")
-        try:
-            return kind(**{name: _value(hints[name], value) for name, value in raw.items()})
-        except TypeError as error:
-            raise ValueError(str(error)) from None
-    if get_origin(kind) is tuple:
-        return tuple(raw)
-    return kind(raw) if isinstance(kind, type) and issubclass(kind, Enum) else raw
+        raise JsonError("a message without a known code")
+    return from_json_values(kind, {name: value for name, value in raw.items() if name != "code"})

@@ -1,4 +1,4 @@
-"""A job's figures in Prometheus' text format, served on loopback where asked for."""
+"""A job's figures in Prometheus' text format, served on loopback if the user asks for it."""
 
 from __future__ import annotations
 
@@ -9,43 +9,38 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from hecate.errors import UserError
+from hecate.launch.ray_job.status import DeviceStatus, JobStatus
 
-_GAUGES = {
-    "step": ("hecate_step", "optimizer steps done"),
-    "loss": ("hecate_loss", "cross-entropy per label token"),
-    "tokens_per_s": ("hecate_tokens_per_second", "training tokens a second, all ranks together"),
-    "imbalance": ("hecate_imbalance", "largest over mean load of the ranks"),
-    "generation": ("hecate_generation", "process groups of this job so far"),
-}
-_DEVICE_GAUGES = {
-    "sequences": ("hecate_device_sequences", "sequences of a micro-step"),
-    "experts": ("hecate_device_experts", "experts owned"),
-    "speed": ("hecate_device_speed", "real over planned speed"),
-}
+Number = float | None
+_GAUGES: tuple[tuple[str, str, Callable[[JobStatus], Number]], ...] = (
+    ("hecate_step", "optimizer steps done", lambda job: job.step),
+    ("hecate_loss", "cross-entropy per label token", lambda job: job.loss),
+    ("hecate_tokens_per_second", "training tokens a second, all ranks together", lambda job: job.tokens_per_s),
+    ("hecate_imbalance", "largest over mean load of the ranks", lambda job: job.imbalance),
+    ("hecate_generation", "process groups of this job so far", lambda job: job.generation),
+)
+_DEVICE_GAUGES: tuple[tuple[str, str, Callable[[DeviceStatus], Number]], ...] = (
+    ("hecate_device_sequences", "sequences of a micro-step", lambda device: device.sequences),
+    ("hecate_device_experts", "experts owned", lambda device: device.experts),
+    ("hecate_device_speed", "real over planned speed", lambda device: device.speed),
+)
 
 
-def exposition(status: dict[str, Any]) -> str:
-    """The text of a scrape."""
+def exposition(status: JobStatus) -> str:
+    """The text that answers one request of Prometheus."""
     lines = []
-    for key, (name, meaning) in _GAUGES.items():
-        if status[key] is not None:
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} gauge", f"{name} {status[key]}"]
-    for key, (name, meaning) in _DEVICE_GAUGES.items():
-        values = [(device, device[key]) for device in status["devices"] if device[key] is not None]
-        if values:
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} gauge"]
-            lines += [f'{name}{{device="{device["device"]}",kind="{_escaped(device["kind"])}"}} {value}' for device, value in values]
-    lines += [
-        "# HELP hecate_state 1 for the state the job is in",
-        "# TYPE hecate_state gauge",
-        f'hecate_state{{state="{status["state"]}"}} 1',
-    ]
+    for name, meaning, value_of in _GAUGES:
+        lines += _gauge(name, meaning, [("", value_of(status))])
+    for name, meaning, device_value in _DEVICE_GAUGES:
+        labels = [f'{{device="{device.device}",kind="{_escaped(device.kind)}"}}' for device in status.devices]
+        lines += _gauge(name, meaning, list(zip(labels, map(device_value, status.devices), strict=True)))
+    lines += _gauge("hecate_state", "1 for the state the job is in", [(f'{{state="{status.state.value}"}}', 1)])
     return "\n".join(lines) + "\n"
 
 
 @contextmanager
-def serving(port: int, status: Callable[[], dict[str, Any]]) -> Iterator[int]:
-    """Answer GET /metrics on 127.0.0.1:`port` (0: any) until the end of the block; gives the port.
+def serving(port: int, status: Callable[[], JobStatus]) -> Iterator[int]:
+    """Answer GET /metrics on 127.0.0.1:`port` (0: any free port) until the end of the block; gives the port.
 
     Raises:
         UserError: the port is taken.
@@ -76,6 +71,12 @@ def serving(port: int, status: Callable[[], dict[str, Any]]) -> Iterator[int]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _gauge(name: str, meaning: str, values: list[tuple[str, Number]]) -> list[str]:
+    """The lines of one gauge: its values by their labels. A value that is not known has no line, a gauge without values none at all."""
+    lines = [f"{name}{labels} {value}" for labels, value in values if value is not None]
+    return [f"# HELP {name} {meaning}", f"# TYPE {name} gauge", *lines] if lines else []
 
 
 def _escaped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`hecate submit`: a job on a Ray cluster from a machine that need not belong to it. Waits for its end, shows what it prints."""
+"""Runs `hecate submit`: starts a job on a Ray cluster from a machine outside it, shows the job's output, and waits for its end."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hecate.config import load_config
+from hecate.config import Config, load_config
 from hecate.errors import UserError
 from hecate.launch.ray_job.cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
 from hecate.launch.ray_job.driver import check_for_ray
 from hecate.launch.ray_job.upload import stage
 
 _STOP_SECONDS = "120"
-"""between asking a job to stop and killing it: its ranks save meanwhile"""
+"""seconds from the request that a job stop to its being killed, in which its ranks save"""
 
 
 def submit(config: Path, overrides: Sequence[str], address: str, *, working_dir: Path) -> int:
     """Run `hecate ray CONFIG` on the cluster whose dashboard is at `address`, http://HOST:PORT.
 
     Args:
-        working_dir: whose code and configurations are uploaded (`hecate.launch.ray_job.upload`); the job starts in the copy.
+        working_dir: a folder whose code and configurations are uploaded (`hecate.launch.ray_job.upload`). The job starts in the copy.
 
     Returns:
         The job's exit status.
 
     Raises:
-        UserError: configuration or address are wrong, or the cluster takes no job.
+        UserError: the configuration or the address is wrong, or the cluster takes no job.
     """
     inside = _inside(config, working_dir)
     loaded = load_config(config, overrides, claim_output=False)
@@ -113,8 +113,8 @@ def _inside(config: Path, working_dir: Path) -> Path:
         raise UserError(f"{config}: lies outside {working_dir}, which is uploaded; give --working-dir a folder that holds it") from None
 
 
-def _refuse_relative(config: Any) -> None:
-    """Paths that would mean something else in the copy on the cluster."""
+def _refuse_relative(config: Config) -> None:
+    """Refuse relative paths, which would name other files in the copy on the cluster. Raises UserError."""
     paths = {"output_dir": config.output_dir, **{f"data: {s.name}": s.path for s in (*config.data.train, *config.data.eval)}}
     wrong = [f"  {key}: {path}" for key, path in paths.items() if not Path(path).is_absolute()]
     if wrong:

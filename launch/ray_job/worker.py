@@ -11,9 +11,9 @@ import queue
 import socket
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 from hecate.launch.addresses import interface_of
 from hecate.launch.ray_job.messages import (
@@ -40,6 +40,12 @@ from hecate.launch.ray_job.messages import (
     WorkerUp,
     to_json,
 )
+
+if TYPE_CHECKING:  # a worker imports training in its own thread, after it has started
+    from hecate.elastic.observer import BeginFacts, ReplanOrder, StepFacts
+    from hecate.elastic.rebuild import Group
+    from hecate.parallel.topology import Topology
+    from hecate.ranks.ranks import Ranks
 
 _TRACEBACK_FRAMES = 4
 
@@ -77,7 +83,7 @@ class Worker:
         import torch
 
         import hecate
-        from hecate.train.preload import preload
+        from hecate.train.rank_main import preload
 
         preload()
         threading.Thread(target=self._take_orders, daemon=True).start()
@@ -173,7 +179,7 @@ class TrainingLink:
         self.assignments: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
         """generations to join; None: the thread is not needed any more"""
         self.generation, self._rank = (-1, -1) if assignment is None else (assignment.generation, assignment.rank)
-        self.ranks: Any = None
+        self.ranks: Ranks | None = None
         """this process's `Ranks` in the newest generation; None: it has joined none"""
         self._events, self._report_steps = events, report_steps
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
@@ -181,20 +187,21 @@ class TrainingLink:
     def regroup_requested(self) -> bool:
         return self.leaving
 
-    def first_group(self) -> Any:
+    def first_group(self) -> Group:
         group = self._join(Prepared)
         if group is None:
             raise NotNeeded
         return group
 
-    def next_group(self) -> Any:
+    def next_group(self) -> Group | None:
         return self._join(lambda: LeftGeneration(generation=self.generation))
 
-    def begins(self, facts: dict[str, Any]) -> None:
-        rows, owned = tuple(facts["rows"]), tuple(facts["owned"])
-        self._events.put(Begun(step=facts["step"], sequences=rows, owned=owned, topology=facts["topology"]))
+    def begins(self, facts: BeginFacts) -> None:
+        from hecate.parallel.topology_file import topology_text
 
-    def stepped(self, facts: Any) -> None:
+        self._events.put(Begun(step=facts.step, sequences=facts.sequences, owned=facts.owned, topology=topology_text(facts.topology)))
+
+    def stepped(self, facts: StepFacts) -> None:
         self._dense_tokens += facts.dense_tokens
         self._dense_seconds += facts.dense_seconds
         self._seconds += facts.seconds
@@ -224,7 +231,7 @@ class TrainingLink:
     def saved(self, step: int, path: Path) -> None:
         self._events.put(CheckpointSaved(step=step, path=str(path)))
 
-    def replan_order(self) -> Any:
+    def replan_order(self) -> ReplanOrder | None:
         from hecate.elastic.observer import ReplanOrder
 
         newest = self.replan
@@ -235,7 +242,7 @@ class TrainingLink:
     def stop_requested(self) -> bool:
         return self.stopping
 
-    def _join(self, waiting: Any) -> Any:
+    def _join(self, waiting: Callable[[], WorkerEvent]) -> Group | None:
         """Send the event `waiting()`, and join the generation that the controller assigns; None: this thread is not needed any more."""
         import torch.distributed as dist
 
@@ -293,7 +300,7 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
             link.ranks.leave()
 
 
-def _measured(ranks: Any, nodes: tuple[str, ...]) -> Any:
+def _measured(ranks: Ranks, nodes: tuple[str, ...]) -> Topology:
     """Measure the topology of the ranks. Every rank must call it."""
     from hecate.profile.fit import nodes_of_hosts, topology_from
     from hecate.profile.probe import device_name, quick_sizes

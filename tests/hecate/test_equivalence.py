@@ -38,7 +38,7 @@ from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
-from hecate.train.step import train_step
+from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests import plain_mixlora
 from tests.hecate.watching import gradients_of, moments_of
@@ -310,9 +310,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
             optimizer,
             [rows_of(batch, rank, world) for batch in batches],
             num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-            aux_coef=AUX_COEF,
-            max_grad_norm=MAX_NORM,
             step=step,
+            rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
         )
         calibrations += moe.engine.shards.plans.calibrations
         loss, norm, idle = reference.gradients(step, empty_rows)

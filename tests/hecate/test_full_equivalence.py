@@ -22,7 +22,7 @@ from hecate.parallel.expert_kinds import FULL
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
-from hecate.train.step import train_step
+from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate import test_equivalence as suite
 from tests.hecate.test_equivalence import AUX_COEF, MAX_NORM, MICRO_STEPS, ROWS, WEIGHT_DECAY, micro_batch, rows_of, topology
@@ -168,9 +168,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
             optimizer,
             [rows_of(batch, rank, world) for batch in batches],
             num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-            aux_coef=AUX_COEF,
-            max_grad_norm=MAX_NORM,
             step=step,
+            rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
         )
         loss, norm, idle = reference.gradients(step, empty_rows)
         some_idle |= bool(idle)

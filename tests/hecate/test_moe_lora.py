@@ -30,7 +30,7 @@ from hecate.parallel.cost_model import PlanMode
 from hecate.parallel.expert_kinds import MOE_LORA
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups, own_group
-from hecate.train.step import train_step
+from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.test_equivalence import (
     LENGTH,
@@ -249,9 +249,8 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
                 optimizer,
                 [rows_of(batch, rank, world) for batch in batches],
                 num_labels=sum(int((batch.targets != -100).sum()) for batch in batches),
-                aux_coef=AUX_COEF,
-                max_grad_norm=MAX_NORM,
                 step=step,
+                rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
             )
             close(f"step {step}, loss", torch.tensor(result.loss, dtype=torch.float64), wanted[f"{step}/loss"])
             close(f"step {step}, norm", torch.tensor(result.grad_norm, dtype=torch.float64), wanted[f"{step}/norm"])

@@ -38,7 +38,7 @@ from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.build import insertion_plan
-from hecate.train.step import forward_loss, pass_tokens, train_step
+from hecate.train.step import StepRules, forward_loss, pass_tokens, train_step
 from testing.ranks import run_ranks
 from tests.hecate.forecast.making import num_bytes
 from tests.plain_moe_lora import save_tiny
@@ -148,7 +148,7 @@ def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) 
     )
     tokens = torch.arange(96)[None] + 96 * rank
     batch = Batch(tokens % 64, tokens % 64, tokens % 96, torch.ones_like(tokens), tokens, torch.zeros_like(tokens))
-    train_step(moe, head, optimizer, [batch], num_labels=96 * world, aux_coef=0.01, max_grad_norm=None, step=0)
+    train_step(moe, head, optimizer, [batch], num_labels=96 * world, step=0, rules=StepRules(aux_coef=0.01, max_grad_norm=None))
     moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))
     kept: dict[int, Tensor] = {}
 

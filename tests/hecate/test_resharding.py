@@ -19,7 +19,7 @@ from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, o
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
 from hecate.report.events import Resharding, StepResult
-from hecate.train.step import train_step
+from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.test_equivalence import (
     AUX_COEF,
@@ -59,9 +59,8 @@ class Training:
             self.optimizer,
             [rows_of(batch, self.rank, self.world) for batch in batches],
             num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-            aux_coef=AUX_COEF,
-            max_grad_norm=MAX_NORM,
             step=number,
+            rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
         )
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
 from hecate.parallel import transfer_plan
 from hecate.parallel.topology import Link, uniform_topology
 from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks
-from hecate.train.step import train_step
+from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate import test_equivalence as equivalence
 from tests.hecate.test_equivalence import AUX_COEF, LEARNING_RATE, MAX_NORM, MICRO_STEPS, WEIGHT_DECAY, Case, micro_batch, rows_of, sharded
@@ -67,9 +67,8 @@ def _train(
                 optimizer,
                 [rows_of(batch, rank, world) for batch in batches],
                 num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-                aux_coef=AUX_COEF,
-                max_grad_norm=MAX_NORM,
                 step=step,
+                rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
             )
             losses.append(result.loss)
         return losses, {key: p.detach().clone() for key, p in moe.engine.shards.named_parameters().items()}, calls

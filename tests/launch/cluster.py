@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError
-from hecate.launch.ray_job.status import read_status
+from hecate.launch.ray_job.status import DeviceStatus, JobStatus, read_status
 from hecate.launch.run_folder import processes_below
 from testing.processes import command_line
 
@@ -49,10 +49,10 @@ class Job:
     def output(self) -> str:
         return "".join(self.lines)
 
-    def wait_for(self, what: Callable[[dict[str, Any]], bool], seconds: float = 90) -> dict[str, Any]:
+    def wait_for(self, what: Callable[[JobStatus], bool], seconds: float = 90) -> JobStatus:
         """Wait for a status of the run for which `what` is true, and return it."""
         deadline = time.monotonic() + seconds
-        status: dict[str, Any] = {}
+        status: JobStatus | None = None
         while time.monotonic() < deadline and self.process.poll() is None:
             with suppress(UserError):
                 status = read_status(self.run)
@@ -122,8 +122,8 @@ class RayCluster:
         self.nodes.remove(node)
         self._ask({"remove": node})
 
-    def node_of(self, device: dict[str, Any]) -> str:
-        return next(node for node in self.nodes if node.startswith(device["node"].split()[1]))
+    def node_of(self, device: DeviceStatus) -> str:
+        return next(node for node in self.nodes if node.startswith(device.node.split()[1]))
 
     def workers(self) -> set[int]:
         """The process ids of the actors of all jobs."""

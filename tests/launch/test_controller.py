@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -27,6 +27,7 @@ from hecate.launch.ray_job.messages import (
     Prepared,
     Replan,
     StepsDone,
+    StepTotals,
     TrainingEnded,
     WorkerEvent,
     WorkerLost,
@@ -34,6 +35,7 @@ from hecate.launch.ray_job.messages import (
     WorkerUp,
 )
 from hecate.launch.ray_job.rendezvous import Rendezvous
+from hecate.launch.ray_job.status import JobStatus, read_status, write_status
 from hecate.launch.ray_job.worker_group import JobDevice, WorkerGroup
 from hecate.parallel.topology import local_topology
 from hecate.parallel.topology_file import topology_text
@@ -148,12 +150,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return load_config(folder / "config.yaml", overrides)
 
 
-def play(config: Config, *script: Step) -> tuple[int, Scripted, list[dict[str, Any]], list[str]]:
+def play(config: Config, *script: Step) -> tuple[int, Scripted, list[JobStatus], list[str]]:
     """Exit status, the group, every status shown, every line said."""
-    group, shown, said = Scripted(list(script)), list[dict[str, Any]](), list[str]()
-    controller = Controller(
-        cast(WorkerGroup, group), config, Rendezvous("127.0.0.1"), None, said.append, lambda s: shown.append(json.loads(json.dumps(s)))
-    )
+    group, shown, said = Scripted(list(script)), list[JobStatus](), list[str]()
+    controller = Controller(cast(WorkerGroup, group), config, Rendezvous("127.0.0.1"), None, said.append, shown.append)
     try:
         status = controller.run()
     finally:
@@ -161,12 +161,8 @@ def play(config: Config, *script: Step) -> tuple[int, Scripted, list[dict[str, A
     return status, group, shown, said
 
 
-def states(shown: list[dict[str, Any]]) -> list[str]:
-    found: list[str] = []
-    for status in shown:
-        if not found or found[-1] != status["state"]:
-            found.append(status["state"])
-    return found
+def states(shown: list[JobStatus]) -> list[str]:
+    return [state for state, _ in groupby(status.state.value for status in shown)]
 
 
 def test_a_job_from_its_first_worker_to_its_end(config: Config) -> None:
@@ -282,6 +278,16 @@ def test_a_step_in_between_forgives(config: Config) -> None:
     end = each([0, 1, 2], finished(2))
     script = (UP, begins([0, 1, 2]), fails[0], NOTHING, begins([0, 1, 2]), works, fails[1], NOTHING, begins([0, 1, 2]), end)
     assert play(config, *script)[0] == 0
+
+
+def test_a_loss_that_is_not_finite_does_not_end_the_job(config: Config, tmp_path: Path) -> None:
+    totals = StepTotals(loss=float("nan"), tokens_per_s=9.0, imbalance=1.0, bytes_sent=0, loads={})
+    reported = one(0, replace(steps(5, tokens=10), totals=totals))
+    status, _, shown, _ = play(config, UP, begins([0, 1, 2]), reported, each([0, 1, 2], finished(0)))
+    assert status == 0
+    assert (shown[-1].step, shown[-1].loss, shown[-1].tokens_per_s) == (5, None, 9.0)
+    write_status(tmp_path, shown[-1])
+    assert read_status(tmp_path) == shown[-1]
 
 
 def test_a_package_that_a_node_lacks_is_the_users_to_mend(config: Config) -> None:

@@ -143,7 +143,7 @@ def test_a_killed_rank_and_a_lost_server_are_told_apart(tmp_path: Path, answer: 
 def test_preloading_leaves_a_process_that_can_be_forked() -> None:
     """After the preload there is one thread, no GPU is in use, and a rank has nothing more to import."""
     code = (
-        "import os\nfrom hecate.train.preload import preload\npreload()\nimport sys, torch\n"
+        "import os\nfrom hecate.train.rank_main import preload\npreload()\nimport sys, torch\n"
         "assert len(os.listdir('/proc/self/task')) == 1\nassert not torch.cuda.is_initialized()\n"
         "assert {'hecate.train.build', 'transformers.modeling_utils'} <= sys.modules.keys()\n"
     )

@@ -14,10 +14,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from hecate.launch.policy.job_states import State
+from hecate.launch.ray_job.status import DeviceState, JobStatus, read_status
 from hecate.launch.run_folder import processes_below
 from testing.processes import OVERRIDES, command_line, hecate, listening, read_until, wait_until_gone
 from testing.tiny_run import make_workshop
@@ -47,8 +48,8 @@ def cluster(workshop: Path) -> Iterator[RayCluster]:
         yield made
 
 
-def training(status: dict[str, Any]) -> list[int]:
-    return [device["device"] for device in status["devices"] if device["state"] == "training"]
+def training(status: JobStatus) -> list[int]:
+    return [device.device for device in status.devices if device.state is DeviceState.TRAINING]
 
 
 def steps_of(run: Path) -> list[int]:
@@ -66,42 +67,42 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
     with cluster.job("ray", run, *overrides, "moe.num_experts=8", "--address", cluster.address, "--metrics-port", "0") as job:
         # As the job began: beside other work a device may soon be slow, and be given less, or hang.
         note = re.compile(r"generation 0: 4 ranks from step 0; sequences: (.*)")
-        status = job.wait_for(lambda s: s["state"] == "running" and s["generation"] == 0 and note.search(job.output) is not None, 150)
+        status = job.wait_for(lambda s: s.state is State.RUNNING and s.generation == 0 and note.search(job.output) is not None, 150)
         (begun,) = note.findall(job.output)
         assert re.findall(r"device (\d) \(.*?\) (\d)", begun) == [("0", "3"), ("1", "3"), ("2", "1"), ("3", "1")]
-        assert [device["experts"] for device in status["devices"]] == [6, 6, 2, 2]
-        status = job.wait_for(lambda s: training(s) == [0, 1, 2, 3] and s["step"] >= 4, 150)
-        kinds = [cluster.nodes.index(cluster.node_of(device)) // 2 for device in status["devices"]]
+        assert [device.experts for device in status.devices] == [6, 6, 2, 2]
+        status = job.wait_for(lambda s: training(s) == [0, 1, 2, 3] and s.step >= 4, 150)
+        kinds = [cluster.nodes.index(cluster.node_of(device)) // 2 for device in status.devices]
         assert kinds == [0, 0, 1, 1], "fast nodes are devices 0 and 1"
-        assert f'hecate_state{{state="{status["state"]}"}} 1' in scraped(job)
+        assert f'hecate_state{{state="{status.state.value}"}} 1' in scraped(job)
         shown = subprocess.run([sys.executable, "-m", "hecate", "status", str(run)], capture_output=True, text=True, check=True, cwd=ROOT)
         assert "running" in shown.stdout
 
         spares = wait_for_spares(cluster, status)
-        os.kill(status["devices"][2]["pid"], signal.SIGKILL)
-        step = status["step"]
-        status = job.wait_for(lambda s: s["generation"] == 2 and training(s) == [0, 1, 2, 3] and s["step"] > step)
-        assert status["devices"][2]["pid"] in spares
+        os.kill(status.devices[2].pid, signal.SIGKILL)
+        step = status.step
+        status = job.wait_for(lambda s: s.generation == 2 and training(s) == [0, 1, 2, 3] and s.step > step)
+        assert status.devices[2].pid in spares
         assert "3 ranks from step" in job.output, "the others waited for it"
         assert "device 2" in job.output
         assert "the worker's process died" in job.output
 
-        lost = cluster.node_of(status["devices"][3])
+        lost = cluster.node_of(status.devices[3])
         cluster.remove(lost)
-        step = status["step"]
-        status = job.wait_for(lambda s: s["generation"] == 3 and training(s) == [0, 1, 2] and s["step"] > step)
+        step = status.step
+        status = job.wait_for(lambda s: s.generation == 3 and training(s) == [0, 1, 2] and s.step > step)
         assert "the worker's node died" in job.output
-        assert sum(device["sequences"] or 0 for device in status["devices"]) == 8, "a step keeps its sequences"
+        assert sum(device.sequences or 0 for device in status.devices) == 8, "a step keeps its sequences"
 
         cluster.add("slow")
-        step = status["step"]
-        status = job.wait_for(lambda s: s["generation"] == 4 and training(s) == [0, 1, 2, 3] and s["step"] > step, 120)
+        step = status.step
+        status = job.wait_for(lambda s: s.generation == 4 and training(s) == [0, 1, 2, 3] and s.step > step, 120)
 
-        busiest = max(status["devices"], key=lambda device: device["sequences"])
-        number, named = busiest["device"], f"straggler: device {busiest['device']} "
+        busiest = max(status.devices, key=lambda device: device.sequences or 0)
+        number, named = busiest.device, f"straggler: device {busiest.device} "
         before = job.output.count(named)
-        with held_up(busiest["pid"]):
-            job.wait_for(lambda s: job.output.count(named) > before and s["devices"][number]["sequences"] < busiest["sequences"], 120)
+        with held_up(busiest.pid):
+            job.wait_for(lambda s: job.output.count(named) > before and (s.devices[number].sequences or 0) < (busiest.sequences or 0), 120)
 
         job.process.send_signal(signal.SIGTERM)
         assert job.end() == 0, job.output[-3000:]
@@ -110,14 +111,14 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
     # A step that was at its end when a rank was lost is finished, without a record.
     assert len(set(range(1, steps[-1] + 1)) - set(steps)) <= 2, steps
     assert (run / f"checkpoint-{steps[-1]}" / "COMMIT").is_file()
-    assert json.loads((run / "status.json").read_text(encoding="utf-8"))["state"] == "stopped"
+    assert read_status(run).state is State.STOPPED
 
 
-def wait_for_spares(cluster: RayCluster, status: dict[str, Any]) -> set[int]:
+def wait_for_spares(cluster: RayCluster, status: JobStatus) -> set[int]:
     """Workers' processes beside those of the devices: one on each of the four nodes."""
     deadline, spares = time.monotonic() + 60, set[int]()
     while time.monotonic() < deadline:
-        spares = cluster.workers() - {device["pid"] for device in status["devices"]}
+        spares = cluster.workers() - {device.pid for device in status.devices}
         if len(spares) == len(KINDS):
             return spares
         time.sleep(0.1)
@@ -167,7 +168,7 @@ def test_killing_the_launcher_leaves_nothing(cluster: RayCluster, workshop: Path
     temporary.mkdir()
     overrides = ["max_steps=100000", "ray.workers=1", "ray.report_steps=1", "--address", cluster.address]
     with cluster.job("ray", run, *overrides, TMPDIR=str(temporary)) as job:
-        job.wait_for(lambda s: s["step"] >= 1, 150)
+        job.wait_for(lambda s: s.step >= 1, 150)
         workers = cluster.workers()
         job.process.kill()
         job.end()

@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from hecate.launch.policy.job_states import State
+from hecate.launch.ray_job.status import DeviceState, JobStatus
 from hecate.launch.run_folder import processes_below
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import parse_topology
@@ -147,18 +148,18 @@ def test_ray_trains_across_and_replaces_a_rank_on_either_node_and_goes_on_withou
         command = ["ip", "netns", "exec", names[0], *command, "--address", f"{HOSTS[0]}:6379"]
         job = Job(command, variables, workshop, run)
         try:
-            status = job.wait_for(lambda s: s["state"] == "running" and s["step"] >= 2, 120)
-            assert sorted(device["node"].split()[0] for device in status["devices"]) == list(HOSTS)
-            rate = parse_topology(status["topology"], "status").inter_node.bandwidth
+            status = job.wait_for(lambda s: s.state is State.RUNNING and s.step >= 2, 120)
+            assert sorted(device.node.split()[0] for device in status.devices) == list(HOSTS)
+            rate = parse_topology(status.topology or "", "status").inter_node.bandwidth
             # Where two ranks exchange alone, gloo's all-to-all sends one way after the other.
             assert 0.4 * BYTES_PER_SECOND < rate < 1.05 * BYTES_PER_SECOND
             for device in (0, 1):
-                os.kill(status["devices"][device]["pid"], signal.SIGKILL)
+                os.kill(status.devices[device].pid or 0, signal.SIGKILL)
                 status = job.wait_for(all_train(status))
             set_link(names[1], "down")
             before = status
-            status = job.wait_for(lambda s: later(s, before) and s["state"] == "running")
-            assert [device["node"].split()[0] for device in status["devices"] if device["state"] == "training"] == [HOSTS[0]]
+            status = job.wait_for(lambda s: later(s, before) and s.state is State.RUNNING)
+            assert [device.node.split()[0] for device in status.devices if device.state is DeviceState.TRAINING] == [HOSTS[0]]
             job.process.send_signal(signal.SIGTERM)
             assert job.end() == 0, job.output[-3000:]
         finally:
@@ -170,13 +171,13 @@ def test_ray_trains_across_and_replaces_a_rank_on_either_node_and_goes_on_withou
     assert steps == sorted(set(steps)), "a step was done twice"
 
 
-def later(status: dict[str, Any], before: dict[str, Any]) -> bool:
+def later(status: JobStatus, before: JobStatus) -> bool:
     """Whether a newer generation of ranks has done further steps."""
-    return bool(status["generation"] > before["generation"] and status["step"] > before["step"])
+    return status.generation > before.generation and status.step > before.step
 
 
-def all_train(before: dict[str, Any]) -> Callable[[dict[str, Any]], bool]:
-    return lambda status: later(status, before) and [device["state"] for device in status["devices"]] == ["training"] * len(HOSTS)
+def all_train(before: JobStatus) -> Callable[[JobStatus], bool]:
+    return lambda status: later(status, before) and [device.state for device in status.devices] == [DeviceState.TRAINING] * len(HOSTS)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +33,22 @@ def test_what_makes_it_another_run_is_named_and_nothing_else(tmp_path: Path) -> 
     write_parts(tmp_path)
     elsewhere = ("nproc=4", "fssdp.shard_size=2", "resume=true", "save_steps=7", "data.eval=[]", "max_steps=9", "fssdp.prefetch=2")
     before = meta_of(config_of(tmp_path))
-    refuse_other_run(Path("checkpoint-1"), before, config_of(tmp_path, *elsewhere))
+    refuse_other_run(Path("checkpoint-1"), before, config_of(tmp_path, *elsewhere), "")
     with pytest.raises(UserError) as caught:
-        refuse_other_run(Path("checkpoint-1"), before, config_of(tmp_path, *elsewhere, "seed=9", "moe.top_k=1"))
+        refuse_other_run(Path("checkpoint-1"), before, config_of(tmp_path, *elsewhere, "seed=9", "moe.top_k=1"), "")
     assert str(caught.value).splitlines()[1:] == ["  moe.top_k: 2 then, 1 now", "  seed: 0 then, 9 now"]
+
+
+def test_a_base_model_is_the_same_by_its_content_or_where_none_is_recorded_by_its_name(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    shutil.copy(tmp_path / "tiny.yaml", tmp_path / "moved.yaml")
+    early, now = meta_of(config_of(tmp_path)), config_of(tmp_path, f"model.name_or_path={tmp_path}/moved.yaml")
+    recorded = {**early, "base_model": "abc"}
+    refuse_other_run(Path("checkpoint-1"), recorded, now, "abc")
+    with pytest.raises(UserError, match=r"another base model than the one in model\.name_or_path, .*/moved\.yaml"):
+        refuse_other_run(Path("checkpoint-1"), recorded, now, "abd")
+    with pytest.raises(UserError, match=r"model.name_or_path: .* then, .*moved\.yaml' now"):
+        refuse_other_run(Path("checkpoint-1"), early, now, "abc")
 
 
 def stepped_parts(rank: int, world: int, device: str = "cpu") -> TrainedParts:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from hecate.config import load_config
-from hecate.elastic.observer import ReplanOrder, StepFacts
+from hecate.elastic.observer import BeginFacts, ReplanOrder, StepFacts
 from hecate.io.strict_json import JsonError
-from hecate.parallel.topology_file import parse_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.loop import train
@@ -26,11 +24,11 @@ class Recorder:
     def __init__(self, rank: int, order: ReplanOrder | None, until: int) -> None:
         self.rank, self.until = rank, until
         self.to_give, self.given = order, None if rank == 0 else ReplanOrder(number=7, sequences=(0, 8))
-        self.begun: list[dict[str, Any]] = []
+        self.begun: list[BeginFacts] = []
         self.steps: list[StepFacts] = []
         self.checkpoints: list[tuple[int, str]] = []
 
-    def begins(self, facts: dict[str, Any]) -> None:
+    def begins(self, facts: BeginFacts) -> None:
         self.begun.append(facts)
 
     def stepped(self, facts: StepFacts) -> None:
@@ -80,8 +78,8 @@ def test_an_order_of_the_first_rank_changes_the_shares_of_all_and_no_loss(worksh
     first, second = ordered[0][1], ordered[1][1]
     assert first.begun == second.begun
     begun = first.begun[0]
-    assert (begun["step"], begun["max_steps"], begun["rows"], begun["owned"]) == (0, 6, [2, 2], [4, 2])
-    assert parse_topology(begun["topology"], "").world_size == 2
+    assert (begun.step, begun.max_steps, begun.sequences, begun.owned) == (0, 6, (2, 2), (4, 2))
+    assert begun.topology.world_size == 2
     assert (first.checkpoints, second.checkpoints) == ([(6, "checkpoint-6")], [])
 
 

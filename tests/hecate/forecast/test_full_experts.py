@@ -21,7 +21,7 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.train.build import insertion_plan
-from hecate.train.step import forward_loss, pass_tokens, train_step
+from hecate.train.step import StepRules, forward_loss, pass_tokens, train_step
 from testing.ranks import run_ranks
 from tests.hecate.forecast.making import config_for, saved_for_backward, write_model
 
@@ -53,7 +53,7 @@ def _measure(rank: int, world: int, folder: str, overrides: tuple[str, ...]) -> 
     optimizer = ExpertOptimizer(
         Trainables(owned_parameters(moe.engine), replicated), AdamWSettings(learning_rate=1e-3, weight_decay=0.0), torch.device("cpu")
     )
-    train_step(moe, head, optimizer, [batch], num_labels=192, aux_coef=0.01, max_grad_norm=None, step=0)
+    train_step(moe, head, optimizer, [batch], num_labels=192, step=0, rules=StepRules(aux_coef=0.01, max_grad_norm=None))
 
     moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))
     with saved_for_backward() as kept:

@@ -29,7 +29,7 @@ from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups, expert_groups
 from hecate.train.build import insertion_plan
-from hecate.train.step import forward_loss, pass_tokens, train_step
+from hecate.train.step import StepRules, forward_loss, pass_tokens, train_step
 from testing.ranks import run_ranks
 from tests.hecate.forecast.making import config_for, num_bytes, saved_for_backward, slow_node, write_model
 
@@ -128,7 +128,7 @@ def _held(rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str,
         optimizer = ExpertOptimizer(
             Trainables(owned_parameters(moe.engine), replicated), AdamWSettings(learning_rate=0.1, weight_decay=0.0), torch.device("cpu")
         )
-        train_step(moe, head, optimizer, [batch], num_labels=32, aux_coef=0.01, max_grad_norm=None, step=0)
+        train_step(moe, head, optimizer, [batch], num_labels=32, step=0, rules=StepRules(aux_coef=0.01, max_grad_norm=None))
         moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))
         with torch.no_grad():
             forward_loss(head, batch)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hecate.io.durable import delete_files, sync_folder, write_durable
+from hecate.io.durable import delete_files, replace_file, sync_folder, write_durable
 
 
 def test_blocks_become_one_new_file(tmp_path: Path) -> None:
@@ -30,3 +31,19 @@ def test_a_folder_is_deleted_with_its_files_but_never_with_a_subfolder(tmp_path:
     with pytest.raises(OSError):
         delete_files(folder)
     assert (folder / "inner").exists()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for durable in (True, False):
+        replace_file(path, [b"ab", b"c"], durable=durable)
+        assert path.read_bytes() == b"abc"
+
+        def broken() -> Iterator[bytes]:
+            yield b"x"
+            raise OSError("the disk refuses")
+
+        with pytest.raises(OSError, match="refuses"):
+            replace_file(path, broken(), durable=durable)
+        assert path.read_bytes() == b"abc"
+        assert [each.name for each in tmp_path.iterdir()] == ["file"]

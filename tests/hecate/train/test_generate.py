@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hecate.train.generate import generate
+from hecate.train.evaluate import generate
 
 
 class Successor(nn.Module):

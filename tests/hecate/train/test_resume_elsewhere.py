@@ -97,15 +97,16 @@ def test_sharding_groups_of_other_sizes(workshop: str) -> None:
     assert files == {2: 2, 3: 2, 4: 1, 6: 4}
 
 
-def test_a_finished_run_is_extended_and_its_data_file_may_have_moved(workshop: str) -> None:
-    """What does not change the past may differ: the number of steps, how far ahead experts travel, where and by which name the data lie."""
+def test_a_finished_run_is_extended_and_its_data_and_base_model_may_have_moved(workshop: str) -> None:
+    """What does not change the past may differ: the number of steps, how far ahead experts travel, where and by which name files lie."""
     constant = ("lr_scheduler_type=constant", "warmup_ratio=0")
     whole = run_ranks(2, train_until, workshop, "long", 4, (*constant, "max_steps=4"))[0]
     parts = run_ranks(2, train_until, workshop, "extended", 2, (*constant, "max_steps=2"))[0]
     folder = Path(workshop)
+    shutil.copytree(folder / "model", folder / "moved-model")
     for task in ("up", "echo"):
         shutil.copy(folder / f"{task}.train.jsonl", folder / f"moved-{task}.jsonl")
     data = f"data.train=[{{{{path: {folder}/moved-up.jsonl, weight: 2}}}}, {folder}/moved-echo.jsonl]"
-    free = ("max_steps=4", "fssdp.prefetch=2", "fssdp.memory_slots=1", data)
+    free = ("max_steps=4", "fssdp.prefetch=2", "fssdp.memory_slots=1", f"model.name_or_path={workshop}/moved-model", data)
     parts += run_ranks(2, train_until, workshop, "extended", 4, (*constant, *free, "resume=true"))[0]
     assert torch.tensor(parts).sub(torch.tensor(whole)).abs().max() <= 1e-10

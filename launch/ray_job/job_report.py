@@ -1,0 +1,105 @@
+"""What people are told about a job on a Ray cluster: a line when something happens, and the status."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from hecate.launch.policy.job_generation import JobGeneration
+from hecate.launch.policy.job_states import State
+from hecate.launch.policy.work_shares import WorkShares
+from hecate.launch.ray_job.messages import Begun, StepTotals
+from hecate.launch.ray_job.status import DeviceState, DeviceStatus, JobStatus, StatusNote, finite
+from hecate.launch.ray_job.worker_group import JobDevice
+from hecate.parallel.topology_file import topology_text
+
+_NOTES = 50
+"""how many of the newest notes the status has"""
+
+
+@dataclass(frozen=True)
+class JobView:
+    """What the controller holds at one moment, as far as the status tells it."""
+
+    state: State
+    generation: JobGeneration
+    devices: Sequence[JobDevice]
+    begun: Mapping[int, Begun]
+    """device -> its event of this generation"""
+    prepared: AbstractSet[int]
+    """devices outside the generation whose workers have loaded"""
+    shares: WorkShares
+    spares: int
+
+
+class JobReport:
+    """Gathers what the status tells beside the controller's own state, and says a line for each event that people should see."""
+
+    def __init__(self, max_steps: int, say: Callable[[str], None]) -> None:
+        """
+        Args:
+            say: prints a line for the user.
+        """
+        self._max_steps, self._say = max_steps, say
+        self._notes: tuple[StatusNote, ...] = ()
+        self.detail = ""
+        """why the job has failed"""
+        self.step = 0
+        """optimizer steps done"""
+        self.totals: StepTotals | None = None
+        """as last reported"""
+        self.checkpoint: str | None = None
+        """name of the newest one's folder"""
+
+    def note(self, text: str) -> None:
+        """Say something that has happened, and keep it for the status."""
+        self._notes = (*self._notes, StatusNote(when=time.strftime("%H:%M:%S"), text=text))[-_NOTES:]
+        self._say(text)
+
+    def status(self, view: JobView) -> JobStatus:
+        """The job's status now."""
+        topology, totals = view.shares.topology, self.totals
+        return JobStatus(
+            state=view.state,
+            detail=self.detail,
+            generation=max(view.generation.number, 0),
+            max_steps=self._max_steps,
+            step=self.step,
+            loss=finite(totals.loss if totals else None),
+            tokens_per_s=finite(totals.tokens_per_s if totals else None),
+            imbalance=finite(totals.imbalance if totals else None),
+            last_checkpoint=self.checkpoint,
+            devices=tuple(_device_status(device, view) for device in view.devices),
+            spares=view.spares,
+            topology=None if topology is None else topology_text(topology),
+            notes=self._notes,
+            updated=time.time(),
+        )
+
+
+def _device_status(device: JobDevice, view: JobView) -> DeviceStatus:
+    rank, begun, sequences = view.generation.rank_of(device.index), view.begun.get(device.index), view.shares.sequences
+    return DeviceStatus(
+        device=device.index,
+        rank=rank,
+        state=_device_state(device, view),
+        sequences=sequences[rank] if rank is not None and sequences else None,
+        experts=begun.owned[rank] if begun and rank is not None else None,
+        speed=finite(view.shares.speeds.get(device.index)),
+        kind=device.spec.kind,
+        node=f"{device.spec.address} {device.spec.node_id[:8]}",
+        pid=device.up.pid if device.up else None,
+    )
+
+
+def _device_state(device: JobDevice, view: JobView) -> DeviceState:
+    number = device.index
+    if number in view.generation.members and device.alive:
+        if number in view.generation.ends:
+            return DeviceState.IDLE
+        return DeviceState.TRAINING if number in view.begun else DeviceState.STARTING
+    if number in view.prepared:
+        return DeviceState.READY
+    return DeviceState.LOADING if device.alive else DeviceState.COMING
