@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import zipfile
 import zlib
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.io.durable import sync_folder, write_durable
+from hecate.io.durable import replace_file, sync_folder
 
 _VERSION = 1
 _HEADER = ("steps", "layers", "num_experts", "top_k", "tokens_per_rank", "model", "notes")
@@ -92,15 +91,9 @@ def save_trace(trace: Trace, path: Path) -> None:
     data = io.BytesIO()
     loads = np.ascontiguousarray(np.swapaxes(trace.loads, 2, 3))
     np.savez_compressed(data, header=np.frombuffer(text, dtype=np.uint8), loads=loads)
-    staged = path.with_name(path.name + ".tmp")
     try:
-        staged.unlink(missing_ok=True)
-        write_durable(staged, [data.getbuffer()])
-        os.rename(staged, path)
-        sync_folder(path.parent)
+        replace_file(path, [data.getbuffer()])
     except OSError as error:
-        with contextlib.suppress(OSError):
-            staged.unlink(missing_ok=True)
         raise UserError(f"{path}: the trace cannot be written: {error.strerror or error}") from error
 
 

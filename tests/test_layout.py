@@ -312,7 +312,6 @@ WRITES_PLAINLY = {
     "launch/run_folder.py": "in the folder for temporary files, read by the process that removes it",
     "launch/ray_job/worker.py": "in a folder for temporary files",
     "parallel/jit.py": "a lock and a log",
-    "parallel/traces.py": "numpy writes an archive of arrays, which is then renamed",
     "kernels/common/ahead_of_time.py": "in a temporary file",
 }
 """Files outside `hecate/io/durable.py` that write other files themselves, and why that is right."""

@@ -28,8 +28,8 @@ def replace_file(path: Path, blocks: Iterable[memoryview | bytes], *, durable: b
     try:
         staged.unlink(missing_ok=True)
         _create(staged, blocks, durable=durable)
-        os.replace(staged, path)
-    except BaseException:
+        os.rename(staged, path)
+    except Exception:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)
         raise
