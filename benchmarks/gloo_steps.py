@@ -24,10 +24,10 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
-from hecate.experts.pairs import LoraShape, PlainPairs
+from hecate.experts.pairs import PlainPairs
 from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_kinds import FfnSizes
+from hecate.parallel.expert_kinds import FfnSizes, LoraShape
 from hecate.parallel.planners import Planner
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit

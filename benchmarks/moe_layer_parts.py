@@ -16,12 +16,11 @@ from hecate.experts.families import make_experts
 from hecate.experts.family import ExpertChoices, ExpertFamily, FfnExperts, FfnSource, Site
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs import LoraShape
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
 from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
-from hecate.parallel.expert_kinds import KINDS, Family
+from hecate.parallel.expert_kinds import KINDS, Family, LoraShape
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
@@ -191,8 +190,8 @@ def check(engine: Engine, rank: int, shape: Shape, expert: Tensor, weight: Tenso
 def _formula(family: ExpertFamily, shape: Shape, x: Tensor, expert: Tensor, weight: Tensor, chunks: Tensor) -> Tensor:
     routed = RoutedTokens(x, expert, weight)
     if isinstance(family, MixLoraExperts):
-        return mixlora_ffn_reference(routed, family.base, family.pairs(chunks))
+        return mixlora_ffn_reference(routed, family.base, family.pairs(chunks, torch.arange(shape.experts)))
     if isinstance(family, MoeLoraExperts):
         frozen = [weights(shape, e) for e in range(shape.experts)]
-        return moe_lora_ffn_reference(routed, frozen, family.pairs(chunks), shape.expert)
+        return moe_lora_ffn_reference(routed, frozen, family.pairs(chunks, torch.arange(shape.experts)), shape.expert)
     return full_ffn_reference(routed, chunks, shape.expert)

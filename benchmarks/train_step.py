@@ -63,14 +63,14 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
 
     from hecate.data.batches import Batch
     from hecate.engine.step_plans import EngineConfig
-    from hecate.experts.pairs import LoraShape
     from hecate.model.causal_head import LanguageModelHead
     from hecate.model.checkpointing import checkpoint_activations
     from hecate.model.gated_ffn import find_gated_ffns
     from hecate.model.insert import InsertionPlan, insert_experts
     from hecate.model.load import ModelSource, load_model
-    from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
-    from hecate.parallel.expert_kinds import MIXLORA
+    from hecate.optim.adamw import AdamW
+    from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
+    from hecate.parallel.expert_kinds import MIXLORA, LoraShape
     from hecate.parallel.planners import POLICIES
     from hecate.parallel.topology import local_topology
     from hecate.ranks.ranks import join_ranks
@@ -103,7 +103,8 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
         owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
         optimizer = ExpertOptimizer(
             Trainables(owned, moe.replicated_parameters()),
-            AdamWSettings(learning_rate=LEARNING_RATE, weight_decay=0.01),
+            AdamW(weight_decay=0.01),
+            LearningRate(LEARNING_RATE),
             torch.device("cpu"),
         )
         seconds, losses = [], []

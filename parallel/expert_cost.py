@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.expert_kinds import ExpertParameters
 
+STATE_NUMBERS = 3
+"""the numbers that an owner keeps for each trained parameter: the master itself, and the two moments of AdamW"""
+
 
 @dataclass(frozen=True)
 class NumberBytes:
@@ -31,15 +34,14 @@ def expert_layer_cost(expert: ExpertParameters, *, hidden: int, top_k: int, numb
     Args:
         non_moe_flops: the forward FLOPs, on one rank, of the computation that can overlap with transfers.
     """
-    own_ffn, pairs = 2.0 * (expert.trained_ffn + expert.frozen_ffn), 2.0 * expert.pairs
-    backward = 2.0 * (2.0 * expert.trained_ffn) + 2.0 * expert.frozen_ffn + expert.pair_backward * pairs
-    flops = own_ffn + pairs
+    flops = 2.0 * (expert.trained_ffn + expert.frozen_ffn) + expert.pair_flops
+    backward = 2.0 * (2.0 * expert.trained_ffn) + 2.0 * expert.frozen_ffn + expert.pair_backward * expert.pair_flops
     return LayerCost(
         trainable_bytes=float(number.trained * expert.trained),
         chunk_numel=max(1, expert.trained),
         gradient_bytes=float(number.gradient * expert.trained),
         frozen_bytes=float(number.computed * expert.frozen_ffn),
-        state_bytes=float(3 * number.master * expert.trained),
+        state_bytes=float(STATE_NUMBERS * number.master * expert.trained),
         top_k=top_k,
         row_bytes=float(hidden * number.computed),
         row_flops=2.0 * expert.shared_ffn,

@@ -38,22 +38,51 @@ class FfnSizes:
         return tuple(TensorSpec(name, self.of_projection(name)[::-1]) for name in PROJECTIONS)
 
 
-def plain_pairs(sizes: FfnSizes, projections: Iterable[str], rank: int) -> tuple[TensorSpec, ...]:
-    """What is trained of an expert's low-rank pairs: A [rank, inputs] and B [outputs, rank] of each projection."""
+@dataclass(frozen=True)
+class LoraShape:
+    """Hyper-parameters of low-rank pairs. A pair source with numbers of its own has them here."""
+
+    rank: int
+    scale: float
+    """alpha / r, or alpha / sqrt(r) with rsLoRA"""
+    dropout: float
+    source: str = "plain"
+    """one of `PAIR_SIZES`"""
+
+
+@dataclass(frozen=True)
+class PairSizes:
+    """What is to be known of an expert's low-rank pairs before there are any. What trains need not be the pairs' own matrices."""
+
+    trained: tuple[TensorSpec, ...]
+    """what is trained: owned, gathered and reduced as the pairs' part of the expert's chunk"""
+    flops: float
+    """forward FLOPs of one assignment in the products with the pairs, however few numbers of them are trained"""
+
+    @property
+    def trained_numel(self) -> int:
+        return sum(spec.numel for spec in self.trained)
+
+
+NO_PAIRS = PairSizes((), 0.0)
+
+
+def plain_pairs(sizes: FfnSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
+    """Of pairs that are trained as they are: A [rank, inputs] and B [outputs, rank] of each projection."""
     specs = []
     for name in sorted(projections, key=_ORDER.index):
         inputs, outputs = sizes.of_projection(name)
-        specs += [TensorSpec(f"{name}.A", (rank, inputs)), TensorSpec(f"{name}.B", (outputs, rank))]
-    return tuple(specs)
+        specs += [TensorSpec(f"{name}.A", (lora.rank, inputs)), TensorSpec(f"{name}.B", (outputs, lora.rank))]
+    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs))
 
 
-PAIR_SPECS: dict[str, Callable[[FfnSizes, Iterable[str], int], tuple[TensorSpec, ...]]] = {"plain": plain_pairs}
-"""pair source -> what it trains of an expert's pairs, from sizes, projections and rank"""
+PAIR_SIZES: dict[str, Callable[[FfnSizes, Iterable[str], LoraShape], PairSizes]] = {"plain": plain_pairs}
+"""by the name of the pair source; what computes with it is in `hecate.experts.families.PAIR_SOURCES`"""
 
 
 @dataclass(frozen=True)
 class ExpertParameters:
-    """Parameters of one expert."""
+    """Parameters of one expert, and what its pairs cost."""
 
     trained_ffn: int
     """of an FFN of its own that trains"""
@@ -62,7 +91,9 @@ class ExpertParameters:
     shared_ffn: int
     """of the frozen FFN that it has in common with its layer's other experts"""
     pairs: int
-    """of its low-rank pairs"""
+    """of its low-rank pairs, those that are trained"""
+    pair_flops: float
+    """forward FLOPs of one assignment in the products with the pairs"""
     pair_backward: float
     """backward over forward FLOPs of the pairs"""
 
@@ -90,8 +121,6 @@ class ExpertKind:
     """the base model has experts and routers already, and these stand over its own"""
     output: Literal["mixlora", "mixtral", "peft"]
     """the format in which a finished run is written"""
-    keys: tuple[str, ...] = ()
-    """configuration keys that have a meaning with this kind only"""
 
     @property
     def shares_ffn(self) -> bool:
@@ -114,27 +143,25 @@ class ExpertKind:
         assert len(halves) != 1, sorted(targets)
         return (GATE_UP,) * bool(halves) + ("down_proj",) * ("down_proj" in targets)
 
-    def layout(self, sizes: FfnSizes, pairs: tuple[TensorSpec, ...]) -> ExpertLayout:
-        """The tensors of one expert.
-
-        Args:
-            pairs: what is trained of its pairs, such as `plain_pairs`.
-        """
+    def layout(self, sizes: FfnSizes, pairs: PairSizes) -> ExpertLayout:
+        """The tensors of one expert."""
         trained = sizes.specs() if self.ffn == "trained" else ()
-        return ExpertLayout((*trained, *pairs), sizes.specs() if self.ffn == "frozen" else ())
+        return ExpertLayout((*trained, *pairs.trained), sizes.specs() if self.ffn == "frozen" else ())
 
-    def parameters(self, ffn: int, pairs: int) -> ExpertParameters:
+    def parameters(self, ffn: int, pairs: int, pair_flops: float) -> ExpertParameters:
         """Parameters of one expert.
 
         Args:
             ffn: of one FFN, the expert's own or the one that all share.
-            pairs: of one expert's pairs.
+            pairs: of one expert's pairs, those that are trained.
+            pair_flops: see `PairSizes.flops`.
         """
         return ExpertParameters(
             trained_ffn=ffn if self.ffn == "trained" else 0,
             frozen_ffn=ffn if self.ffn == "frozen" else 0,
             shared_ffn=ffn if self.ffn == "shared" else 0,
             pairs=pairs if self.has_pairs else 0,
+            pair_flops=pair_flops if self.has_pairs else 0.0,
             pair_backward=self.pair_backward,
         )
 
@@ -146,7 +173,6 @@ MIXLORA = ExpertKind(
     has_pairs=True,
     pair_backward=3.0,  # the pairs run once more
     output="mixlora",
-    keys=("moe.router_type",),
 )
 FULL = ExpertKind(
     name="full",
@@ -154,7 +180,6 @@ FULL = ExpertKind(
     ffn="trained",
     has_pairs=False,
     output="mixtral",
-    keys=("model.train_non_experts",),
 )
 MOE_LORA = ExpertKind(
     name="moe_lora",
@@ -165,7 +190,6 @@ MOE_LORA = ExpertKind(
     joins_gate_and_up=True,
     of_moe_base=True,
     output="peft",
-    keys=("moe.train_router", "model.shard_non_experts", "lora.init_from"),
 )
 KINDS: dict[Family, ExpertKind] = {kind.name: kind for kind in (MIXLORA, FULL, MOE_LORA)}
 """all of them, by the name that `moe.family` and a model's file give"""

@@ -19,6 +19,7 @@ import numpy as np
 
 from hecate.errors import UserError
 from hecate.parallel.traces import Trace
+from hecate.parallel.units import Unit
 
 _NUMBERS = ("step", "layer", "rank", "num_tokens", "topk")
 _Triple = tuple[int, int, int]
@@ -68,7 +69,8 @@ def load_megatron_trace(path: Path, num_experts: int, *, model: str = "") -> Tra
     for at_step, at_layer, at_rank in np.ndindex(len(steps), len(layers), len(ranks)):
         loads[at_step, at_layer, :, at_rank] = found[steps[at_step], layers[at_layer], ranks[at_rank]].loads_E
     most = max(1, *(entry.tokens for entry in found.values()))
-    return Trace(loads, tuple(steps), tuple(layers), (num_experts,) * len(layers), top_k, most, model, {"source": f"Megatron, {path.name}"})
+    units = tuple(Unit(layer) for layer in layers)
+    return Trace(loads, tuple(steps), units, (num_experts,) * len(units), top_k, most, model, {"source": f"Megatron, {path.name}"})
 
 
 def _records(files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:

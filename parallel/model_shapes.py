@@ -10,7 +10,7 @@ import yaml
 
 from hecate.errors import UserError
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_cost import NumberBytes, expert_layer_cost
+from hecate.parallel.expert_cost import STATE_NUMBERS, NumberBytes, expert_layer_cost
 from hecate.parallel.expert_kinds import KINDS, ExpertKind, Family
 
 _MASTER_BYTES = 4
@@ -96,7 +96,7 @@ class ModelShape:
         gradients, float32 master parameters and moments.
         """
         if not self.of_kind.has_pairs:
-            return float(self.layers * self.attention_parameters * (2 * self.dtype_bytes + 3 * _MASTER_BYTES))
+            return float(self.layers * self.attention_parameters * (2 * self.dtype_bytes + STATE_NUMBERS * _MASTER_BYTES))
         shared = self.ffn_parameters if self.of_kind.shares_ffn else 0
         return float(self.layers * (self.attention_parameters + shared) * self.dtype_bytes)
 
@@ -116,7 +116,7 @@ class ModelShape:
         """
         trained = _MASTER_BYTES if self.of_kind.has_pairs else self.dtype_bytes
         return expert_layer_cost(
-            self.of_kind.parameters(self.ffn_parameters, self.pair_parameters),
+            self.of_kind.parameters(self.ffn_parameters, self.pair_parameters, 2.0 * self.pair_parameters),
             hidden=self.hidden,
             top_k=self.top_k,
             number=NumberBytes(trained=trained, gradient=trained, master=_MASTER_BYTES, computed=self.dtype_bytes),

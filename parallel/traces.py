@@ -22,10 +22,12 @@ import numpy as np
 
 from hecate.errors import UserError
 from hecate.io.durable import replace_file, sync_folder
+from hecate.parallel.units import FFN, Unit, parse_unit
 
 _VERSION = 1
 _HEADER = ("steps", "layers", "num_experts", "top_k", "tokens_per_rank", "model", "notes")
-_SAME_IN_ALL_CHUNKS = ("layers", "num_experts", "top_k")
+"""the fields of a file's header, after its version; `layers` holds the units"""
+_SAME_IN_ALL_CHUNKS = ("units", "num_experts", "top_k")
 _CHUNK = re.compile(r"step-([0-9]{8,16})\.npz")
 MOST_WAITING_BYTES = 64 << 20
 """a writer writes a chunk at the latest when the loads that wait in memory are this large"""
@@ -33,20 +35,20 @@ MOST_WAITING_BYTES = 64 << 20
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The loads (see `hecate.parallel.loads`) of some steps and layers of a run.
+    """The loads (see `hecate.parallel.loads`) of some steps and units of a run.
 
     Raises:
         UserError: the fields do not fit together.
     """
 
     loads: np.ndarray
-    """int32 or int64 [steps, layers, experts, source ranks]; 0 beyond a layer's own number of experts"""
+    """int32 or int64 [steps, units, experts, source ranks]; 0 beyond a unit's own number of experts"""
     steps: tuple[int, ...]
     """the numbers of the steps, ascending; gaps are allowed"""
-    layers: tuple[int, ...]
-    """the numbers of the layers in the model, ascending"""
+    units: tuple[Unit, ...]
+    """the units in the model, ascending"""
     num_experts: tuple[int, ...]
-    """the number of experts of each layer"""
+    """the number of experts of each unit"""
     top_k: int
     tokens_per_rank: int
     """the most tokens that a rank may have in a step; its actual number is `loads.sum(-2) / top_k`"""
@@ -58,14 +60,17 @@ class Trace:
         shape = self.loads.shape
         if self.loads.dtype not in (np.int32, np.int64) or len(shape) != 4 or 0 in shape:
             raise UserError(f"loads must be int32 or int64 [steps, layers, experts, sources], got {self.loads.dtype} {list(shape)}")
-        for name in ("steps", "layers", "num_experts"):
-            if not all(type(number) is int and number >= 0 for number in getattr(self, name)):
-                raise UserError(f"{name} must be numbers >= 0, got {_short(getattr(self, name))}")
-        for name in ("steps", "layers"):
-            numbers = getattr(self, name)
-            if any(later <= earlier for earlier, later in pairwise(numbers)):
-                raise UserError(f"{name} must ascend, got {_short(numbers)}")
-        expected = (len(self.steps), len(self.layers), len(self.num_experts), max(self.num_experts, default=0))
+        layers = tuple(unit.layer for unit in self.units)
+        for name, numbers in (("steps", self.steps), ("layers", layers), ("num_experts", self.num_experts)):
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise UserError(f"{name} must be numbers >= 0, got {_short(numbers)}")
+        for name, ascend, given in (
+            ("steps", all(earlier < later for earlier, later in pairwise(self.steps)), self.steps),
+            ("layers", all(earlier < later for earlier, later in pairwise(self.units)), self.units),
+        ):
+            if not ascend:
+                raise UserError(f"{name} must ascend, got {_short(given)}")
+        expected = (len(self.steps), len(self.units), len(self.num_experts), max(self.num_experts, default=0))
         if expected != (*shape[:2], shape[1], shape[2]):
             sizes = f"{expected[0]} steps, {expected[1]} layers and experts {_short(self.num_experts)}"
             raise UserError(f"loads {list(shape)} do not fit {sizes}")
@@ -86,7 +91,8 @@ def save_trace(trace: Trace, path: Path) -> None:
     Raises:
         UserError: the file cannot be written; an existing one is then unchanged.
     """
-    header = {"version": _VERSION} | {name: getattr(trace, name) for name in _HEADER}
+    facts = {name: getattr(trace, name) for name in _HEADER if name != "layers"}
+    header = {"version": _VERSION, "steps": trace.steps, "layers": [_as_written(unit) for unit in trace.units]} | facts
     text = json.dumps(header, allow_nan=False).encode("ascii")
     data = io.BytesIO()
     loads = np.ascontiguousarray(np.swapaxes(trace.loads, 2, 3))
@@ -148,7 +154,8 @@ def _load_file(path: Path) -> Trace:
         raise UserError(f"{path}: damaged: its header must have the lists {', '.join(_HEADER[:3])} and {', '.join(_HEADER[3:])}")
     facts: dict[str, Any] = {name: tuple(header[name]) if name in _HEADER[:3] else header[name] for name in _HEADER}
     try:
-        return Trace(np.swapaxes(loads, 2, 3) if loads.ndim == 4 else loads, **facts)
+        units = tuple(_as_read(value) for value in facts.pop("layers"))
+        return Trace(np.swapaxes(loads, 2, 3) if loads.ndim == 4 else loads, units=units, **facts)
     except UserError as error:
         raise UserError(f"{path}: damaged: {error}") from error
 
@@ -178,28 +185,28 @@ class TraceWriter:
         self._loads: list[np.ndarray] = []
         self._waiting_bytes = 0
         kept = self._last_kept()
-        self._kind = (kept.layers, kept.num_experts) if kept else None
-        """layers and their numbers of experts, the same in every step; None: no step yet"""
+        self._kind = (kept.units, kept.num_experts) if kept else None
+        """units and their numbers of experts, the same in every step; None: no step yet"""
         self._is_cut = False
         """whether steps of before that do not belong to this run are deleted"""
 
-    def append(self, step: int, loads: Mapping[int, np.ndarray]) -> None:
-        """Add a step, later than all before: layer -> int [experts, source ranks], with as many experts as each layer has.
+    def append(self, step: int, loads: Mapping[Unit, np.ndarray]) -> None:
+        """Add a step, later than all before: unit -> int [experts, source ranks], with as many experts as each unit has.
 
         Raises:
             UserError: the folder holds loads of other layers or experts; or it had to be written to, and that failed.
         """
         assert step > self._last_step, (step, self._last_step)
-        layers = tuple(sorted(loads))
-        kind = layers, tuple(len(loads[layer]) for layer in layers)
+        units = tuple(sorted(loads))
+        kind = units, tuple(len(loads[unit]) for unit in units)
         if self._kind not in (None, kind):
             raise UserError(
                 f"{self.folder}: holds loads of other layers or experts than this run's; move it to another folder and resume again"
             )
         self._kind = kind
-        loads_LED = np.zeros((len(layers), max(kind[1]), loads[layers[0]].shape[1]), dtype=self._dtype)
-        for index, layer in enumerate(layers):
-            loads_LED[index, : kind[1][index]] = loads[layer]
+        loads_LED = np.zeros((len(units), max(kind[1]), loads[units[0]].shape[1]), dtype=self._dtype)
+        for index, unit in enumerate(units):
+            loads_LED[index, : kind[1][index]] = loads[unit]
         self._last_step = step
         self._steps.append(step)
         self._loads.append(loads_LED)
@@ -222,8 +229,8 @@ class TraceWriter:
         each = -(-loads_SLED.sum(2).max() // self._facts["top_k"])
         most = max(self._tokens_per_rank, int(each), int(loads_SLED.max()))
         assert self._kind is not None
-        layers, num_experts = self._kind
-        chunk = Trace(loads_SLED, tuple(self._steps), layers, num_experts, tokens_per_rank=most, **self._facts)
+        units, num_experts = self._kind
+        chunk = Trace(loads_SLED, tuple(self._steps), units, num_experts, tokens_per_rank=most, **self._facts)
         save_trace(chunk, self._file_of(self._steps[0]))
         self._steps.clear()
         self._loads.clear()
@@ -271,6 +278,24 @@ class TraceWriter:
         with contextlib.suppress(OSError):
             self._old_file.unlink(missing_ok=True)
         self._is_cut = True
+
+
+def _as_written(unit: Unit) -> int | str:
+    """A unit in a file: a layer's FFN by the layer's number, another unit by its text."""
+    return unit.layer if unit.place == FFN else str(unit)
+
+
+def _as_read(value: object) -> Unit:
+    """The unit that `_as_written` has made this of.
+
+    Raises:
+        UserError: no unit is written like that.
+    """
+    with contextlib.suppress(ValueError):
+        unit = Unit(value) if type(value) is int else parse_unit(value) if isinstance(value, str) else None
+        if unit is not None and _as_written(unit) == value:
+            return unit
+    raise UserError(f"layers must be numbers, or units as LAYER.PLACE, got {str(value)[:40]!r}")
 
 
 def _padded(loads: np.ndarray, ranks: int) -> np.ndarray:

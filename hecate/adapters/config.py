@@ -74,11 +74,19 @@ class AdapterConfig:
             raise UserError(f"adapter: num_experts lists {len(per_layer)} layers, num_layers is {self.num_layers}")
         if self.top_k > min(with_experts):
             raise UserError(f"adapter: top_k must be from 1 to a layer's experts, {min(with_experts)}, not {self.top_k}")
+        buffers = self.extra.get("router_buffers", [])
+        if not isinstance(buffers, list) or not all(isinstance(name, str) and name.isidentifier() for name in buffers):
+            raise UserError(f"adapter: router_buffers must be a list of names, not {str(buffers)[:100]}")
 
     @property
     def experts_per_layer(self) -> tuple[int, ...]:
         """Return the number of experts of each layer. 0: the layer keeps its plain FFN."""
         return self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,) * self.num_layers
+
+    @property
+    def router_buffers(self) -> tuple[str, ...]:
+        """Return the names of what each router has beside its weight, one number per expert, such as a bias."""
+        return tuple(self.extra.get("router_buffers", ()))
 
     @property
     def scale(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hecate.adapters import AdapterConfig, attention_tensor_name, expert_tensor_name, router_tensor_name, save_adapter
+from hecate.adapters.names import router_buffer_name
 from hecate.config import Config
 from hecate.model.base import BaseModel
 from hecate.model.gated_ffn import decoder_layers
@@ -57,11 +59,15 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
         if chunks is None:
             continue
         family = moe.engine.shards.families[unit]
-        for projection, lora in family.pair_source.stacked(chunks).items():
+        for projection, lora in family.pair_source.stacked(chunks, torch.arange(len(chunks), device=chunks.device)).items():
             for expert in range(family.num_experts):
                 tensors[expert_tensor_name(unit.layer, projection, expert, "A")] = lora.a_SrI[expert].detach()
                 tensors[expert_tensor_name(unit.layer, projection, expert, "B")] = lora.b_SOr[expert].detach()
         tensors[router_tensor_name(unit.layer)] = moe.routers[unit].detach()
+        buffers = dict(moe.router_modules[unit].named_buffers())
+        tensors |= {router_buffer_name(unit.layer, name): buffer for name, buffer in buffers.items()}
+        if buffers:
+            description = replace(description, extra={**description.extra, "router_buffers": list(buffers)})
     if ranks.is_first:
         for (layer, module), lora_linear in moe.attention.items():
             name = module.rpartition(".")[2]
@@ -75,10 +81,13 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for unit, router in moe.routers.items():
             router.copy_(tensors[router_tensor_name(unit.layer)])
+        for unit, router_module in moe.router_modules.items():
+            for name, buffer in router_module.named_buffers():
+                buffer.copy_(tensors[router_buffer_name(unit.layer, name)])
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
             pairs = moe.engine.shards.families[unit].pair_source
             names = {name: [expert_tensor_name(unit.layer, name, expert, matrix) for matrix in ("A", "B")] for name in pairs.projections}
-            chunk.copy_(pairs.chunk_of({name: (tensors[name_a], tensors[name_b]) for name, (name_a, name_b) in names.items()}))
+            chunk.copy_(pairs.chunk_of(expert, {name: (tensors[name_a], tensors[name_b]) for name, (name_a, name_b) in names.items()}))
         for (layer, module), lora in moe.attention.items():
             name = module.rpartition(".")[2]
             lora.lora_A.copy_(tensors[attention_tensor_name(layer, name, "A")])

@@ -20,6 +20,11 @@ def router_tensor_name(layer: int) -> str:
     return f"mixlora.layers.{layer}.mlp.moe_gate.weight"
 
 
+def router_buffer_name(layer: int, buffer: str) -> str:
+    """Return the name of a buffer of a layer's router, [experts], such as a bias."""
+    return f"mixlora.layers.{layer}.mlp.moe_gate.{buffer}"
+
+
 def expert_tensor_name(layer: int, projection: str, expert: int, matrix: Matrix) -> str:
     """Return the name of an expert's A, [r, inputs], or B, [outputs, r], of gate_proj, up_proj or down_proj."""
     assert projection in FFN_MODULES, projection

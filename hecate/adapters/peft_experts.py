@@ -23,7 +23,6 @@ from hecate.adapters.peft_moe import (
 from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.pairs import LoraShape
 from hecate.kernels.common.ffn import PROJECTIONS
 from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
@@ -32,7 +31,7 @@ from hecate.model.load import pick_dtype, resolve_model
 from hecate.model.load_moe import OwnExperts
 from hecate.model.memory_check import require_room
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.expert_kinds import kind_written_as
+from hecate.parallel.expert_kinds import LoraShape, kind_written_as
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
@@ -65,7 +64,7 @@ def export_peft_adapter(folder: Path, description: PeftMoeConfig, base: BaseMode
         chunks_EC = gather_on_first(moe, unit, ranks)
         if chunks_EC is None:
             continue
-        pairs = moe.engine.shards.families[unit].pair_source.stacked(chunks_EC)
+        pairs = moe.engine.shards.families[unit].pair_source.stacked(chunks_EC, torch.arange(len(chunks_EC), device=chunks_EC.device))
         for projection, (name_a, name_b) in expert_names(layer.block.experts_path, tuple(pairs)).items():
             tensors[name_a] = join_a(pairs[projection].a_SrI.detach()).cpu()
             tensors[name_b] = join_b(pairs[projection].b_SOr.detach()).cpu()
@@ -102,7 +101,7 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
                 projection: (expert_a(tensors[name_a], expert, block.num_experts), expert_b(tensors[name_b], expert, block.num_experts))
                 for projection, (name_a, name_b) in expert_names(block.experts_path, source.projections).items()
             }
-            chunk.copy_(source.chunk_of(pairs))
+            chunk.copy_(source.chunk_of(expert, pairs))
         for unit, router in moe.routers.items():
             router.copy_(tensors[saved_name(blocks[unit].router_path)])
         for key, lora in moe.attention.items():

@@ -11,6 +11,7 @@ from hecate.adapters.names import (
     FFN_MODULES,
     attention_tensor_name,
     expert_tensor_name,
+    router_buffer_name,
     router_tensor_name,
 )
 from hecate.errors import UserError
@@ -31,6 +32,8 @@ def expected_shapes(config: AdapterConfig) -> Iterator[tuple[str, tuple[int | st
                 yield attention_tensor_name(layer, module, "B"), (out, config.r)
         if num_experts > 0:
             yield router_tensor_name(layer), (num_experts, "hidden")
+            for buffer in config.router_buffers:
+                yield router_buffer_name(layer, buffer), (num_experts,)
         ffn = f"ffn of layer {layer}"
         for module in FFN_MODULES:
             if module in config.target_modules:
@@ -61,8 +64,8 @@ def checked_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> dic
         tensor = tensors[name]
         if tensor.layout != torch.strided or not tensor.is_floating_point():
             raise UserError(f"tensor {name} is {tensor.dtype}, not a dense tensor of floating point")
-        if tensor.dim() != 2 or 0 in tensor.shape:
-            raise UserError(f"tensor {name} has the shape {list(tensor.shape)}, not that of a matrix")
+        if tensor.dim() != len(shape) or 0 in tensor.shape:
+            raise UserError(f"tensor {name} has the shape {list(tensor.shape)}, not that of a {'matrix' if len(shape) == 2 else 'vector'}")
         for found, size in zip(tensor.shape, shape, strict=True):
             wanted, source = (size, CONFIG) if isinstance(size, int) else sizes.setdefault(size, (found, name))
             if found != wanted:

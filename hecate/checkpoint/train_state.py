@@ -259,7 +259,7 @@ def _read_own_tensors(folder: Path, manifest: Manifest, config: Config, parts: T
         owners = engine.shards.redealt(owners, engine.shards.world_size)
     adopt_owners(engine, optimizer, owners)
     tensor_parts = optimizer.parts.parameters if optimizer.parts else {}
-    needed = [f"owned/{name}" for name in optimizer.owned] + [f"replicated/{name}" for name in (*optimizer.replicated, *tensor_parts)]
+    needed = [f"owned/{name}" for name in optimizer.owned] + [f"replicated/{name}" for name in (*optimizer.alike, *tensor_parts)]
     missing = [name for name in needed if name not in manifest.tensors]
     if missing:
         raise UserError(f"{folder}: has no tensor {missing[0]} ({len(missing)} missing)")

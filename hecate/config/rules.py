@@ -109,10 +109,9 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     kind = KINDS.get(values.get("moe.family", ""))
     if kind is None:
         return
-    for other in KINDS.values():
-        for key in other.keys if other is not kind else ():
-            if key in values and values[key] != LEAVES[key].default:
-                add(key, f"applies to moe.family={other.name} only, but the family is {kind.name}", "leave it out")
+    for key, leaf in LEAVES.items():
+        if leaf.family not in (None, kind.name) and key in values and values[key] != leaf.default:
+            add(key, f"applies to moe.family={leaf.family} only, but the family is {kind.name}", "leave it out")
     if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):
         what = "cannot restore the weights that model.shard_non_experts stores on a lost rank only"
         add("fssdp.redundancy", what, "set only one of the two")

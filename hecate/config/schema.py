@@ -2,6 +2,7 @@
 
 A field without a default must be given, and `X | None` means that `null` is allowed. `key(RANGE)` gives the range of a number.
 `key(computes=False)` says that the key does not change what is computed, so that it may differ when a run is resumed.
+`key(family=NAME)` says that the key belongs to one family of experts and is refused with the others.
 A new key needs a change in this file only; rules that concern several keys are in `rules.py`.
 """
 
@@ -11,18 +12,19 @@ from typing import Any, Literal, get_type_hints
 
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range
 from hecate.errors import UserError
-from hecate.parallel.expert_kinds import KINDS, ExpertKind, Family
+from hecate.parallel.expert_kinds import KINDS, ExpertKind, Family, LoraShape
 
 
-def key(allowed: Range | None = None, *, computes: bool = True) -> dict[str, Any]:
+def key(allowed: Range | None = None, *, computes: bool = True, family: Family | None = None) -> dict[str, Any]:
     """Return the metadata of a key's field: what a key has beside its type and default.
 
     Args:
         allowed: the range of a number, or None if the value is not a number.
         computes: whether another value changes what is computed. False: the key may differ when a run is resumed; of a section: all
             its keys may.
+        family: the value of moe.family without which the key means nothing; None: it has a meaning with several.
     """
-    return {"range": allowed, "computes": computes}
+    return {"range": allowed, "computes": computes, "family": family}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +46,10 @@ class ModelConfig:
     """The type in which the frozen base is stored and computed. auto: the trainer chooses by model and device."""
     num_hidden_layers: int | None = field(default=None, metadata=key(COUNT))
     """How many of the model's first layers to keep. null: all."""
-    shard_non_experts: bool = field(default=False, metadata=key(computes=False))
+    shard_non_experts: bool = field(default=False, metadata=key(computes=False, family="moe_lora"))
     """With family moe_lora: shard the decoder layers' frozen weights outside the experts over the ranks, too, and gather each layer's
     while it runs (torch's FSDP2). false: every rank holds all of them."""
-    train_non_experts: bool = False
+    train_non_experts: bool = field(default=False, metadata=key(family="full"))
     """With family full: also train the weights outside the experts, which every rank holds. Needs dtype float32."""
 
 
@@ -94,11 +96,16 @@ class LoraConfig:
     """What of an expert's pair is trained; see docs/extend/pair-source.md. plain: A and B."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
-    init_from: str | None = field(default=None, metadata=key(computes=False))
+    init_from: str | None = field(default=None, metadata=key(computes=False, family="moe_lora"))
     """With family moe_lora: a folder with an adapter of hecate or PEFT, from whose values training starts. null: new adapters."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """The linear layers that get an adapter: those of the FFN one per expert, those of attention one each. With moe_lora, gate_proj and
     up_proj share one adapter, so name both or neither; shared experts get none."""
+
+    @property
+    def shape(self) -> LoraShape:
+        """What pair sources and adapters are made by."""
+        return LoraShape(self.r, self.alpha / (self.r**0.5 if self.use_rslora else self.r), self.dropout, self.pairs)
 
 
 DEFAULT_EXPERTS, DEFAULT_TOP_K = 8, 2
@@ -115,10 +122,10 @@ class MoeConfig:
     moe_lora or front_end megatron, the model's own number."""
     top_k: int | None = field(default=None, metadata=key(COUNT))
     """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it."""
-    router_type: Literal["softmax"] = "softmax"
+    router_type: Literal["softmax"] = field(default="softmax", metadata=key(family="mixlora"))
     """Family mixlora: how routers choose (docs/extend/router.md). softmax: the top_k largest of a softmax over all experts, renormalized.
     The other families have softmax routers, or the model's own."""
-    train_router: bool = False
+    train_router: bool = field(default=False, metadata=key(family="moe_lora"))
     """With family moe_lora: also train the model's routers. The other families always train their routers."""
     upcycle_noise: float = field(default=0.01, metadata=key(AT_LEAST_ZERO))
     """With family full: normal noise is added to each copied weight, with this share of its matrix's standard deviation. 0: none."""
@@ -328,6 +335,8 @@ class Leaf:
     range: Range | None
     computes: bool
     """whether another value changes what is computed"""
+    family: Family | None
+    """the family of experts that the key belongs to"""
 
 
 def _leaves(cls: type, prefix: str = "", *, computes: bool = True) -> Iterator[tuple[str, Leaf]]:
@@ -340,7 +349,8 @@ def _leaves(cls: type, prefix: str = "", *, computes: bool = True) -> Iterator[t
             yield from _leaves(hint, name + ".", computes=item_computes)
         else:
             required = item.default is MISSING and item.default_factory is MISSING
-            yield name, Leaf(hint, required, None if required else item.default, item.metadata.get("range"), item_computes)
+            default = None if required else item.default
+            yield name, Leaf(hint, required, default, item.metadata.get("range"), item_computes, item.metadata.get("family"))
 
 
 LEAVES: dict[str, Leaf] = dict(_leaves(Config))

@@ -31,7 +31,7 @@ def copy_to_backup_ranks(engine: ExpertEngine, optimizer: ExpertOptimizer) -> in
     """
     backup_rank_D = backup_ranks(engine.shards.config.topology)
     backups: dict[str, nn.Parameter] = {}
-    moments: dict[str, dict[str, Tensor]] = {}
+    states: dict[str, dict[str, Tensor]] = {}
     num_bytes = 0
     if engine.shards.world_size > 1:
         for unit, store in engine.shards.stores.items():
@@ -41,9 +41,9 @@ def copy_to_backup_ranks(engine: ExpertEngine, optimizer: ExpertOptimizer) -> in
             done = reshard(rows, specs, owner_E, backup_rank_D[owner_E], engine.shards.groups.experts, store.device)
             for expert, row in done.rows.items():
                 backups[expert_name(unit, expert)] = nn.Parameter(row.pop(MASTER))
-                moments[expert_name(unit, expert)] = row
+                states[expert_name(unit, expert)] = row
             num_bytes += done.num_bytes
-    optimizer.replace_backups(backups, moments)
+    optimizer.replace_backups(backups, states)
     return num_bytes
 
 

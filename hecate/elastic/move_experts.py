@@ -78,8 +78,8 @@ def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
         chunk = RowSpec((store.chunk_numel,), store.owned.dtype)
         done = reshard(rows, optimizer.row_specs(chunk), before, after, engine.shards.groups.experts, store.device)
         frozen_bytes = engine.shards.change_owners(unit, after, {expert: tensors.pop(MASTER) for expert, tensors in done.rows.items()})
-        moments = {expert_name(unit, expert): tensors for expert, tensors in done.rows.items()}
-        optimizer.replace_owned(owned_parameters(engine), moments)
+        states = {expert_name(unit, expert): tensors for expert, tensors in done.rows.items()}
+        optimizer.replace_owned(owned_parameters(engine), states)
         experts += done.moved
         num_bytes += done.num_bytes + frozen_bytes
     if engine.shards.groups.replicate is not None:
@@ -105,9 +105,9 @@ def refuse_different_owners(engine: ExpertEngine, owners: Mapping[Unit, np.ndarr
     sizes = [len(owner_E) for owner_E in owners.values()]
     differ = [str(unit) for unit, part in zip(owners, (upper != -lower).split(sizes), strict=True) if bool(part.any())]
     if differ:
-        layers = ", ".join(differ[:8]) + (f" and {len(differ) - 8} more" if len(differ) > 8 else "")
+        units = ", ".join(differ[:8]) + (f" and {len(differ) - 8} more" if len(differ) > 8 else "")
         raise UserError(
-            f"the ranks planned different owners for the experts of layer {layers}, so no expert was moved\n"
+            f"the ranks planned different owners for the experts of layer {units}, so no expert was moved\n"
             "  all ranks must run the same versions of hecate, numpy and numba, on processors that round alike\n"
             "  resume from the last checkpoint without fssdp.reshard_interval, or on machines of one kind"
         )

@@ -26,7 +26,7 @@ from torch import Tensor
 from hecate.checkpoint.train_state import NoCheckpointError, TrainedParts, TrainState, load_state
 from hecate.config import Config
 from hecate.errors import UserError
-from hecate.optim.optimizer import MASTER, MOMENTS, ExpertOptimizer, owned_parameters
+from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.placement import contiguous_owners, redealt_owners
 from hecate.parallel.topology import Topology
@@ -36,7 +36,7 @@ from hecate.ranks.ranks import Ranks
 _OWNED, _BACKUP = 2, 1
 
 ExpertStates = dict[Unit, dict[int, dict[str, Tensor]]]
-"""unit -> expert -> master chunk and moments (`ExpertOptimizer.row`)"""
+"""unit -> expert -> master chunk and its state (`ExpertOptimizer.row`)"""
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def catch_up(parts: TrainedParts, state: TrainState, standings: Sequence[Standin
     """Take this rank to the beginning of the step that the most advanced rank is at (`can_catch_up`), and return its state there."""
     ahead = max((standing for standing in standings if standing.has_state), key=lambda standing: standing.step)
     if state.step < ahead.step:
-        taken = parts.optimizer.step(ahead.norm, max_grad_norm)
-        # The step's forward and backward passes have already advanced the stream and the history.
+        # The step's forward and backward passes have already advanced the stream and the history, whose last loads are the step's.
+        taken = parts.optimizer.step(ahead.norm, max_grad_norm, parts.engine.shards.history.snapshot()[-1])
         state = state.after_step(parts, tokens=ahead.tokens - state.tokens, skipped=not taken)
     state.put_back(parts)
     return state
@@ -202,19 +202,19 @@ def _deal(parts: TrainedParts, ranks: Ranks, holders: Mapping[Unit, np.ndarray],
 
 def _install(parts: TrainedParts, group: Group, owners: dict[Unit, np.ndarray], dealt: ExpertStates) -> None:
     chunks = {unit: {expert: row[MASTER] for expert, row in experts.items()} for unit, experts in dealt.items()}
-    moments = {
+    states = {
         expert_name(unit, expert): {key: value for key, value in row.items() if key != MASTER}
         for unit, experts in dealt.items()
         for expert, row in experts.items()
     }
     parts.engine.rejoin(group.topology, group.ranks.groups, owners, chunks)
-    parts.optimizer.replace_owned(owned_parameters(parts.engine), moments)
+    parts.optimizer.replace_owned(owned_parameters(parts.engine), states)
 
 
 def _send_replicated(
     parts: TrainedParts, ranks: Ranks, source: int, state: TrainState | None
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Send the run's state, and the replicated parameters with their moments, from rank `source` to all ranks.
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
+    """Send the run's state, and the rows (`ExpertOptimizer.row`) of what all ranks hold alike, from rank `source` to all ranks.
 
     Returns:
         On a rank without a state: what it has received. On others: None.
@@ -223,7 +223,7 @@ def _send_replicated(
     text = tensors = None
     if ranks.rank == source:
         assert state is not None
-        rows = {name: optimizer.row(parameter) for name, parameter in optimizer.replicated.items()}
+        rows = {name: optimizer.row(parameter) for name, parameter in optimizer.alike.items()}
         flat = [rows[name][key] for name in rows for key in rows[name]]
         tensors = torch.cat([part.detach().cpu().contiguous().view(-1).view(torch.uint8) for part in flat]).numpy().tobytes()
         text = json.dumps({"state": state.to_json(), "stepped": [name for name in rows if len(rows[name]) > 1]}).encode()
@@ -231,22 +231,25 @@ def _send_replicated(
     if state is not None:
         return None
     facts = json.loads(text)
-    received, start = {}, 0
-    for name, parameter in optimizer.replicated.items():
-        specs = optimizer.row_specs(RowSpec(tuple(parameter.shape), parameter.dtype))
-        for key in (MASTER, *(MOMENTS if name in facts["stepped"] else ())):
-            end = start + specs[key].num_bytes
-            part = torch.frombuffer(bytearray(tensors[start:end]), dtype=specs[key].dtype)
-            received[f"{name}/{key}"], start = part.view(specs[key].shape), end
+    received: dict[str, dict[str, Tensor]] = {}
+    start = 0
+    for name, parameter in optimizer.alike.items():
+        received[name] = {}
+        for key, spec in optimizer.row_specs(RowSpec(tuple(parameter.shape), parameter.dtype)).items():
+            if key != MASTER and name not in facts["stepped"]:
+                continue
+            end = start + spec.num_bytes
+            part = torch.frombuffer(bytearray(tensors[start:end]), dtype=spec.dtype)
+            received[name][key], start = part.view(spec.shape), end
     return facts["state"], received
 
 
-def _take_over(parts: TrainedParts, state_value: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainState:
+def _take_over(parts: TrainedParts, state_value: Mapping[str, Any], rows: Mapping[str, Mapping[str, Tensor]]) -> TrainState:
     optimizer = parts.optimizer
     with torch.no_grad():
-        for name, parameter in optimizer.replicated.items():
-            parameter.copy_(tensors[f"{name}/{MASTER}"])
-            optimizer.set_moments(parameter, {key: tensors[f"{name}/{key}"] for key in MOMENTS if f"{name}/{key}" in tensors})
+        for name, parameter in optimizer.alike.items():
+            parameter.copy_(rows[name][MASTER])
+            optimizer.set_state(parameter, {key: tensor for key, tensor in rows[name].items() if key != MASTER})
     state = TrainState.from_json(state_value)
     optimizer.steps_done = state.step
     state.put_back(parts)

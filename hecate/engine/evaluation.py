@@ -34,17 +34,17 @@ class EvaluationPass:
         with self.current.set_to(replace(self, tokens=tokens, stats=stats)):
             yield stats
 
-    def prefetch(self, *layers: Unit) -> None:
+    def prefetch(self, *units: Unit) -> None:
         """Does nothing: what is gathered at all was gathered when the evaluation began."""
 
-    def note_routing(self, layer: Unit, routing: Routing) -> None:
+    def note_routing(self, unit: Unit, routing: Routing) -> None:
         if self.stats is not None:
-            self.stats[layer] = routing.stats()
+            self.stats[unit] = routing.stats()
 
-    def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
+    def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
         assert self.shards is not None, "this model's layers compute their experts themselves"
         routed = RoutedTokens(x_TD, expert_TK, weight_TK, token_T)
-        return self.shards.compute(layer, self.shards.stores[layer].replicas(), routed, LayerCall(step=None, backward_follows=False))
+        return self.shards.compute(unit, self.shards.stores[unit].replicas(), routed, LayerCall(step=None, backward_follows=False))
 
     def again(self) -> EvaluationPass:
         return self
@@ -57,8 +57,8 @@ def evaluation(shards: ExpertShards, current: CurrentPass, *, together: bool) ->
         shards.plans.place_on_owners()
     else:
         shards.plans.place_everywhere()
-    for layer, frozen in shards.frozen.items():
-        frozen.gather_for_now(shards.plans.transfers[layer].placement)
+    for unit, frozen in shards.frozen.items():
+        frozen.gather_for_now(shards.plans.transfers[unit].placement)
     shards.gather(*shards.families)
     for store in shards.stores.values():
         store.replicas()

@@ -62,12 +62,12 @@ class ExpertShards:
         if self._contiguous:
             return self.redealt({}, dist.get_world_size(groups.experts))
         memory = owners_topology(config.topology, _mesh_of(groups)).memory
-        return {layer: owners_by_memory(family.num_experts, memory) for layer, family in self.families.items()}
+        return {unit: owners_by_memory(family.num_experts, memory) for unit, family in self.families.items()}
 
     def redealt(self, owners: Mapping[Unit, np.ndarray], world_size: int) -> dict[Unit, np.ndarray]:
         """Each layer's owners on another number of ranks, of a sharding group."""
         if self._contiguous:
-            return {layer: contiguous_owners(family.num_experts, world_size) for layer, family in self.families.items()}
+            return {unit: contiguous_owners(family.num_experts, world_size) for unit, family in self.families.items()}
         return dict(zip(owners, redealt_owners(list(owners.values()), world_size), strict=True))
 
     def _join(
@@ -83,14 +83,14 @@ class ExpertShards:
         group = dist.get_rank(groups.world) // self.world_size
         self.plans = StepPlans(self.families, config, owners, self.history, self.mesh, group, self.rank)
         self.stores = {
-            layer: ExpertStore(
-                owners[layer].tolist(), _chunk_of(family, chunks.get(layer, {})), family.no_chunks(), groups.experts, groups.replicate
+            unit: ExpertStore(
+                owners[unit].tolist(), _chunk_of(family, chunks.get(unit, {})), family.no_chunks(), groups.experts, groups.replicate
             )
-            for layer, family in self.families.items()
+            for unit, family in self.families.items()
         }
         self.frozen = {
-            layer: FrozenStore(owners[layer], self.plans.slots(family), family.frozen_chunk, family.no_frozen_chunks(), groups.experts)
-            for layer, family in self.families.items()
+            unit: FrozenStore(owners[unit], self.plans.slots(family), family.frozen_chunk, family.no_frozen_chunks(), groups.experts)
+            for unit, family in self.families.items()
             if family.layout().frozen
         }
         """of the layers whose experts have frozen parts"""
@@ -144,13 +144,13 @@ class ExpertShards:
     @property
     def resident(self) -> dict[Unit, np.ndarray]:
         """bool [experts, ranks]: which rank holds which frozen parts, of the layers that have any."""
-        return {layer: frozen.resident_ED for layer, frozen in self.frozen.items()}
+        return {unit: frozen.resident_ED for unit, frozen in self.frozen.items()}
 
     def named_parameters(self) -> dict[tuple[Unit, int], nn.Parameter]:
-        """(layer, expert) -> flat chunk, of the experts that this rank owns."""
+        """(unit, expert) -> flat chunk, of the experts that this rank owns."""
         return {
-            (layer, expert): parameter
-            for layer, store in self.stores.items()
+            (unit, expert): parameter
+            for unit, store in self.stores.items()
             for expert, parameter in zip(store.experts, store.parameters, strict=True)
         }
 
@@ -166,15 +166,15 @@ class ExpertShards:
 
         Args:
             owners: int64 [experts] of each layer, the same on every rank.
-            chunks: layer -> expert -> the master chunk of each expert that this rank owns from now on; copied.
+            chunks: unit -> expert -> the master chunk of each expert that this rank owns from now on; copied.
         """
-        for layer in self.families:
-            mine = np.flatnonzero(owners[layer] == dist.get_rank(groups.experts)).tolist()
-            assert sorted(chunks.get(layer, {})) == mine, (layer, sorted(chunks.get(layer, {})), mine)
+        for unit in self.families:
+            mine = np.flatnonzero(owners[unit] == dist.get_rank(groups.experts)).tolist()
+            assert sorted(chunks.get(unit, {})) == mine, (unit, sorted(chunks.get(unit, {})), mine)
         self._join(replace(self.config, topology=topology), groups, owners, chunks)
         self.history.redeal(topology.world_size)
 
-    def change_owners(self, layer: Unit, owner_E: np.ndarray, chunks: Mapping[int, Tensor]) -> int:
+    def change_owners(self, unit: Unit, owner_E: np.ndarray, chunks: Mapping[int, Tensor]) -> int:
         """Put a layer's experts on new owners, between two steps. The layer's parameters are new ones afterwards.
 
         Every rank must call it, for the same layers in the same order: frozen parts travel.
@@ -185,20 +185,20 @@ class ExpertShards:
         Returns:
             Bytes of frozen parts sent by all ranks together.
         """
-        self.stores[layer].change_owners(owner_E.tolist(), chunks)
-        frozen_bytes = self.frozen[layer].change_owners(owner_E) if layer in self.frozen else 0
-        self.plans.change_owners(layer, owner_E)
+        self.stores[unit].change_owners(owner_E.tolist(), chunks)
+        frozen_bytes = self.frozen[unit].change_owners(owner_E) if unit in self.frozen else 0
+        self.plans.change_owners(unit, owner_E)
         return frozen_bytes
 
-    def gather(self, *layers: Unit) -> None:
+    def gather(self, *units: Unit) -> None:
         """Start materializing layers, where their replicas have neither arrived nor are on their way."""
         transfers = self.plans.transfers
-        gather_together([(self.stores[layer], transfers[layer]) for layer in layers])
-        for layer in layers:
-            if layer in self.frozen:
-                self.frozen[layer].gather(transfers[layer].placement)
+        gather_together([(self.stores[unit], transfers[unit]) for unit in units])
+        for unit in units:
+            if unit in self.frozen:
+                self.frozen[unit].gather(transfers[unit].placement)
 
-    def compute(self, layer: Unit, replicas_SC: Tensor, routed: RoutedTokens, call: LayerCall) -> Tensor:
+    def compute(self, unit: Unit, replicas_SC: Tensor, routed: RoutedTokens, call: LayerCall) -> Tensor:
         """The weighted sum of each token's experts, [T, D]: tokens go to the ranks that serve them, and results return.
 
         Every rank must call it for the same layers in the same order, also with no tokens.
@@ -207,7 +207,7 @@ class ExpertShards:
             replicas_SC: of the layer's present placement.
             routed: this rank's tokens with their token numbers; `slot_TK` holds the chosen experts, whose slots are not known yet.
         """
-        plan = self.plans.transfers[layer]
+        plan = self.plans.transfers[unit]
         sent = None
         if plan.tokens is not None:
             assert routed.token_T is not None
@@ -215,8 +215,8 @@ class ExpertShards:
             routed = RoutedTokens(sent.x_RD, sent.slot_RK, sent.weight_RK, sent.token_R)
         # Where no token may have to leave its rank, every expert has a slot on every rank, and its slot is its number.
         routed = replace(routed, expert_S=chunk_tables(plan.chunks, routed.x_TD.device).expert_S)
-        frozen_S = self.frozen[layer].chunks() if layer in self.frozen else ()
-        y_RD = self.families[layer].compute(routed, ExpertReplicas(replicas_SC, frozen_S), call.step)
+        frozen_S = self.frozen[unit].chunks() if unit in self.frozen else ()
+        y_RD = self.families[unit].compute(routed, ExpertReplicas(replicas_SC, frozen_S), call.step)
         call.computed(y_RD)
         if sent is None:
             return y_RD

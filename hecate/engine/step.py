@@ -2,8 +2,8 @@
 
     step = engine.begin_step(number, micro_steps)   plan every layer (a pure function of values that all ranks share; no message)
     micro = step.begin_micro_step(tokens)
-    micro.prefetch(*layers)                         start the SparseAllGather of layers, before the attention that hides it
-    micro.experts(layer, ...)                       wait for the replicas; dispatch what must travel; compute; combine
+    micro.prefetch(*units)                          start the SparseAllGather of layers, before the attention that hides it
+    micro.experts(unit, ...)                        wait for the replicas; dispatch what must travel; compute; combine
     micro.backward(loss)                            start the gathers that the backward pass needs first; run it; in the step's last one
                                                     each layer's SparseReduceScatter starts as soon as its gradient is complete, and of
                                                     the layer before it the sum over the sharding groups, if there are several
@@ -50,7 +50,7 @@ class StepLedger:
         self._present: int | None = None
         """the micro-step under way, from 0; None: between two of them"""
         self._counts = {
-            layer: torch.zeros(family.num_experts, dtype=torch.int64, device=shards.device) for layer, family in shards.families.items()
+            unit: torch.zeros(family.num_experts, dtype=torch.int64, device=shards.device) for unit, family in shards.families.items()
         }
 
     @property
@@ -76,9 +76,9 @@ class StepLedger:
     def end_micro_step(self) -> None:
         self._present = None
 
-    def add(self, layer: Unit, count_E: Tensor) -> None:
+    def add(self, unit: Unit, count_E: Tensor) -> None:
         """So many of this rank's tokens, int64 [experts], have chosen each expert."""
-        self._counts[layer] += count_E
+        self._counts[unit] += count_E
 
     def require_complete(self) -> None:
         """Raises OrderError: not every micro-step has run forward and backward."""
@@ -98,9 +98,9 @@ class StepLedger:
             loads: of `exchange_loads`.
         """
         shards = self._shards
-        for layer, store in shards.stores.items():
-            for expert, parameter, grad in zip(store.experts, store.parameters, gradients[layer], strict=True):
-                parameter.grad = grad if loads[layer][expert].sum() > 0 else None
+        for unit, store in shards.stores.items():
+            for expert, parameter, grad in zip(store.experts, store.parameters, gradients[unit], strict=True):
+                parameter.grad = grad if loads[unit][expert].sum() > 0 else None
         shards.history.record(loads)
         self.finished = True
         if shards.mesh.num_sharding_groups > 1 and loads:
@@ -111,12 +111,12 @@ class StepLedger:
 
     def exchange_loads(self) -> dict[Unit, np.ndarray]:
         """Per layer the step's loads, int64 [experts, ranks of the job]. Every rank must call it."""
-        layers = list(self._counts)
-        if not layers:
+        units = list(self._counts)
+        if not units:
             return {}
-        table = exchange_counts(torch.cat([self._counts[layer] for layer in layers]), self._shards.groups.world)
-        cuts = np.cumsum([len(self._counts[layer]) for layer in layers])[:-1]
-        return dict(zip(layers, np.split(table, cuts), strict=True))
+        table = exchange_counts(torch.cat([self._counts[unit] for unit in units]), self._shards.groups.world)
+        cuts = np.cumsum([len(self._counts[unit]) for unit in units])[:-1]
+        return dict(zip(units, np.split(table, cuts), strict=True))
 
 
 def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> np.ndarray:
@@ -177,37 +177,37 @@ class Step:
             Per layer the step's loads, int64 [experts, ranks of the job].
         """
         self.ledger.require_complete()
-        for layer, store in reversed(self._shards.stores.items()):
+        for unit, store in reversed(self._shards.stores.items()):
             if not store.reduce_started:
-                raise OrderError(f"step {self.ledger.number} cannot finish: layer {layer} took no part in its last backward pass")
+                raise OrderError(f"step {self.ledger.number} cannot finish: layer {unit} took no part in its last backward pass")
             store.sum_over_groups()
         loads = self.ledger.exchange_loads()
-        self.ledger.close({layer: store.reduced() for layer, store in self._shards.stores.items()}, loads)
+        self.ledger.close({unit: store.reduced() for unit, store in self._shards.stores.items()}, loads)
         return loads
 
-    def prefetch(self, *layers: Unit) -> None:
+    def prefetch(self, *units: Unit) -> None:
         """See `ForwardPass.prefetch`. Does nothing where plans must wait for the gate."""
         if self._shards.config.plan != "exact":
-            self._gather(*layers)
+            self._gather(*units)
 
-    def experts(self, micro: MicroStep, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
+    def experts(self, micro: MicroStep, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
         """See `ForwardPass.experts`."""
         shards = self._shards
         self.ledger.require(micro.number)
         if micro.counts:
             # scatter_add_, because bincount would make the host wait for a GPU.
             chosen = expert_TK.flatten()
-            count_E = chosen.new_zeros(shards.families[layer].num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
-            self.ledger.add(layer, count_E)
+            count_E = chosen.new_zeros(shards.families[unit].num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+            self.ledger.add(unit, count_E)
             if shards.config.plan != "history":
-                self._plan_after_router(layer, count_E)
-        self._gather(layer)
+                self._plan_after_router(unit, count_E)
+        self._gather(unit)
         call = LayerCall(
             step=self.ledger.number,
             backward_follows=micro.counts and torch.is_grad_enabled(),
-            computed=lambda y_RD: self._free_until_backward(layer, y_RD) if micro.counts else None,
+            computed=lambda y_RD: self._free_until_backward(unit, y_RD) if micro.counts else None,
         )
-        return shards.compute(layer, self._replicas(layer), RoutedTokens(x_TD, expert_TK, weight_TK, token_T), call)
+        return shards.compute(unit, self._replicas(unit), RoutedTokens(x_TD, expert_TK, weight_TK, token_T), call)
 
     def backward(self, micro: MicroStep, loss: Tensor, gradient: Tensor | None) -> None:
         """See `MicroStep.backward`."""
@@ -217,71 +217,71 @@ class Step:
         self.ledger.end_micro_step()
         self._current.now = None
 
-    def _plan_after_router(self, layer: Unit, count_E: Tensor) -> None:
+    def _plan_after_router(self, unit: Unit, count_E: Tensor) -> None:
         """Plan a layer's micro-step from what all ranks have chosen."""
         shards = self._shards
         # Through the tokens' group: the layer's own gather may be under way in the other one.
         loads_ED = exchange_counts(count_E, shards.groups.tokens)
-        plan = shards.plans.after_gate(layer, loads_ED, shards.frozen[layer].resident_ED if layer in shards.frozen else None)
+        plan = shards.plans.after_gate(unit, loads_ED, shards.frozen[unit].resident_ED if unit in shards.frozen else None)
         if plan is not None:
             calibrated = shards.config.plan == "calibrated"
             if calibrated:
-                self._gather(layer)
-                before = shards.plans.transfers[layer]
-            transfer = shards.plans.place(layer, plan)
+                self._gather(unit)
+                before = shards.plans.transfers[unit]
+            transfer = shards.plans.place(unit, plan)
             if calibrated:
                 self._note_peak(transfer.chunks.replica_bytes)
-                shards.stores[layer].exchange(transfer, plan_change(before.chunks, transfer.chunks))
-        shards.plans.note_served(layer, loads_ED)
+                shards.stores[unit].exchange(transfer, plan_change(before.chunks, transfer.chunks))
+        shards.plans.note_served(unit, loads_ED)
 
-    def _gather(self, *layers: Unit) -> None:
-        self._shards.gather(*layers)
+    def _gather(self, *units: Unit) -> None:
+        self._shards.gather(*units)
         self._note_peak()
 
     def _note_peak(self, more: int = 0) -> None:
         self.peak_replica_bytes = max(self.peak_replica_bytes, self._shards.replica_bytes + more)
 
-    def _replicas(self, layer: Unit) -> Tensor:
-        return self._shards.stores[layer].replicas(lambda: self._gradient_complete(layer))
+    def _replicas(self, unit: Unit) -> Tensor:
+        return self._shards.stores[unit].replicas(lambda: self._gradient_complete(unit))
 
-    def _free_until_backward(self, layer: Unit, y_RD: Tensor) -> None:
+    def _free_until_backward(self, unit: Unit, y_RD: Tensor) -> None:
         """With `rematerialize`, give the replicas' memory back now that the layer has computed."""
         if self._shards.config.rematerialize and y_RD.requires_grad:
             # Called before the backward of whatever has made y, and so before its saved views of the replicas are used.
-            y_RD.register_hook(lambda _: self._gather_again(layer))
-            self._shards.stores[layer].free()
-            self._awaiting_backward.append(layer)
+            y_RD.register_hook(lambda _: self._gather_again(unit))
+            self._shards.stores[unit].free()
+            self._awaiting_backward.append(unit)
 
-    def _gather_again(self, layer: Unit) -> None:
+    def _gather_again(self, unit: Unit) -> None:
         """The backward pass has come to a layer whose replicas were freed; a checkpointed layer may have gathered them itself."""
-        self._gather(layer)
-        self._replicas(layer)
+        self._gather(unit)
+        self._replicas(unit)
 
     def _prefetch_backward(self) -> None:
         count = self._shards.config.prefetch
         if count:
             self._gather(*self._awaiting_backward[-count:][::-1])
 
-    def _gradient_complete(self, layer: Unit) -> None:
+    def _gradient_complete(self, unit: Unit) -> None:
         """The backward pass is through with a layer's experts."""
         shards, in_last = self._shards, self.ledger.in_last_micro_step
         if not (in_last or shards.config.per_micro_step):
             return
         if shards.config.rematerialize:
             # The layer before needs its replicas sooner than the owners need gradients; of those one layer's are held at a time.
-            shards.stores[layer].free()
-            self._awaiting_backward.remove(layer)
+            shards.stores[unit].free()
+            self._awaiting_backward.remove(unit)
             self._prefetch_backward()
             for store in shards.stores.values():
                 store.wait_for_reduction()
-        shards.stores[layer].reduce()
+        shards.stores[unit].reduce()
         if in_last:
             # The reduction before has had a layer's backward pass to arrive in; the sum over the groups has the rest of the step.
             if self._reduced_last is not None:
                 shards.stores[self._reduced_last].sum_over_groups()
-            self._reduced_last = layer
+            self._reduced_last = unit
         if shards.config.plan == "calibrated":
-            shards.plans.place_from_history(layer)
+            shards.plans.place_from_history(unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,15 +301,15 @@ class MicroStep:
     def step(self) -> int:
         return self.owner.ledger.number
 
-    def prefetch(self, *layers: Unit) -> None:
-        self.owner.prefetch(*layers)
+    def prefetch(self, *units: Unit) -> None:
+        self.owner.prefetch(*units)
 
-    def note_routing(self, layer: Unit, routing: Routing) -> None:
+    def note_routing(self, unit: Unit, routing: Routing) -> None:
         if self.counts:
-            self.stats[layer] = routing.stats()
+            self.stats[unit] = routing.stats()
 
-    def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
-        return self.owner.experts(self, layer, x_TD, expert_TK, weight_TK, token_T)
+    def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
+        return self.owner.experts(self, unit, x_TD, expert_TK, weight_TK, token_T)
 
     def again(self) -> MicroStep:
         return replace(self, counts=False)

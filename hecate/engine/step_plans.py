@@ -90,7 +90,7 @@ class StepPlans:
         self.owners, self.history = owners, history
         self.transfers: dict[Unit, TransferPlan] = {}
         """how each layer's plan is carried out on this rank"""
-        self._chunks = {layer: _chunk_size(family) for layer, family in families.items()}
+        self._chunks = {unit: _chunk_size(family) for unit, family in families.items()}
         self.calibrations = 0
         """plans of this step's micro-steps and layers that gave way to better ones after the gate"""
         self._plans: dict[Unit, LayerPlan] = {}
@@ -124,22 +124,22 @@ class StepPlans:
         """Plan all layers of an optimizer step from the history, or prepare for plans after the gate.
 
         Args:
-            resident: layer -> bool [experts, ranks]: who holds which frozen parts, of the layers that have any.
+            resident: unit -> bool [experts, ranks]: who holds which frozen parts, of the layers that have any.
             micro_steps: in which the step's tokens come.
         """
         self.calibrations = 0
         self._micro_steps = micro_steps
         self._served.clear()
-        for layers, given in self.inputs(resident):
+        for units, given in self.inputs(resident):
             if self.config.per_micro_step and given.loads_LED is not None:
                 given = replace(given, loads_LED=given.loads_LED / micro_steps)  # a plan serves one of them
-            plan = None if self.config.plan == "exact" else self._planned(given, layers)
-            for index, layer in enumerate(layers):
-                self._given[layer] = given, index
+            plan = None if self.config.plan == "exact" else self._planned(given, units)
+            for index, unit in enumerate(units):
+                self._given[unit] = given, index
                 if plan is not None:
-                    self._from_history[layer] = layer_plan(plan, given, index)
-                    self._last_planned[layer] = self._from_history[layer].placement
-                    self.place(layer, self._from_history[layer])
+                    self._from_history[unit] = layer_plan(plan, given, index)
+                    self._last_planned[unit] = self._from_history[unit].placement
+                    self.place(unit, self._from_history[unit])
 
     def inputs(self, resident: Mapping[Unit, np.ndarray], *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
         """What a planner is given for the next step: the layers of one shape together, each with its number.
@@ -151,83 +151,83 @@ class StepPlans:
         """
         inputs = []
         common = for_owners and self.mesh.num_sharding_groups > 1
-        for layers in self._alike():
-            family = self._families[layers[0]]
-            predicted = [self.history.predict(layer) for layer in layers]
+        for units in self._alike():
+            family = self._families[units[0]]
+            predicted = [self.history.predict(unit) for unit in units]
             known = [self._loads_of_groups(loads_EW, common=common) for loads_EW in predicted if loads_EW is not None]
-            knows_resident = layers[0] in resident and not common
-            knows_present = not common and all(layer in self._last_planned for layer in layers)
+            knows_resident = units[0] in resident and not common
+            knows_present = not common and all(unit in self._last_planned for unit in units)
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
             given = PlanInput(
-                np.stack([self.owners[layer] for layer in layers]),
+                np.stack([self.owners[unit] for unit in units]),
                 np.stack(known) if known else None,
                 topology,
                 family.cost(self.config.top_k, hiding),
                 self.slots(family),
-                resident_LED=np.stack([resident[layer] for layer in layers]) if knows_resident else None,
+                resident_LED=np.stack([resident[unit] for unit in units]) if knows_resident else None,
                 max_imbalance=self.config.max_imbalance,
                 execution=self.config.execution(self._micro_steps),
-                present_LED=np.stack([self._last_planned[layer].where_ED for layer in layers]) if knows_present else None,
+                present_LED=np.stack([self._last_planned[unit].where_ED for unit in units]) if knows_present else None,
             )
-            inputs.append((layers, given))
+            inputs.append((units, given))
         return inputs
 
     @property
     def placements(self) -> dict[Unit, Placement]:
         """Of each layer, as it is gathered next."""
-        return {layer: transfer.placement for layer, transfer in self.transfers.items()}
+        return {unit: transfer.placement for unit, transfer in self.transfers.items()}
 
-    def place(self, layer: Unit, plan: LayerPlan) -> TransferPlan:
+    def place(self, unit: Unit, plan: LayerPlan) -> TransferPlan:
         """A layer goes by this plan from now on; returns how it is carried out."""
         split_ED = plan.split(self.topology, self._rank) if plan.dispatches(self.topology) else None
-        self._plans[layer] = plan
-        self.transfers[layer] = plan_transfer(plan.placement, split_ED, self._chunks[layer], self.topology, self._rank)
-        return self.transfers[layer]
+        self._plans[unit] = plan
+        self.transfers[unit] = plan_transfer(plan.placement, split_ED, self._chunks[unit], self.topology, self._rank)
+        return self.transfers[unit]
 
     def place_everywhere(self) -> None:
         """Every expert of every layer on every rank, as evaluation has it."""
-        for layer, owner_E in self.owners.items():
-            self._place_for_any(layer, everything_everywhere(owner_E, self.mesh.shard_size))
+        for unit, owner_E in self.owners.items():
+            self._place_for_any(unit, everything_everywhere(owner_E, self.mesh.shard_size))
 
     def place_on_owners(self) -> None:
         """Every expert of every layer on its owner alone."""
-        for layer, owner_E in self.owners.items():
-            self._place_for_any(layer, owners_only(owner_E, self.mesh.shard_size))
+        for unit, owner_E in self.owners.items():
+            self._place_for_any(unit, owners_only(owner_E, self.mesh.shard_size))
 
-    def place_from_history(self, layer: Unit) -> None:
+    def place_from_history(self, unit: Unit) -> None:
         """A layer goes by the step's first plan again."""
-        self.place(layer, self._from_history[layer])
+        self.place(unit, self._from_history[unit])
 
-    def after_gate(self, layer: Unit, loads_ED: np.ndarray, resident_ED: np.ndarray | None) -> LayerPlan | None:
+    def after_gate(self, unit: Unit, loads_ED: np.ndarray, resident_ED: np.ndarray | None) -> LayerPlan | None:
         """What a layer's micro-step should go by, now that its loads [experts, ranks] are known; None: by what it has.
 
         Args:
             resident_ED: see `begin`.
         """
-        given = one_layer(*self._given[layer], loads_ED, resident_ED)
-        plan = layer_plan(self._planned(given, [layer]), given, 0)
+        given = one_layer(*self._given[unit], loads_ED, resident_ED)
+        plan = layer_plan(self._planned(given, [unit]), given, 0)
         if self.config.plan == "exact":
-            self._last_planned[layer] = plan.placement
+            self._last_planned[unit] = plan.placement
             return plan
-        pays = calibration_gain(given, self._plans[layer], plan) > 0
+        pays = calibration_gain(given, self._plans[unit], plan) > 0
         self.calibrations += pays
         return plan if pays else None
 
-    def note_served(self, layer: Unit, loads_ED: np.ndarray) -> None:
+    def note_served(self, unit: Unit, loads_ED: np.ndarray) -> None:
         """A micro-step with such loads goes by the plan that the layer has now."""
-        served_D = self._plans[layer].served(loads_ED, self.topology)
-        self._served[layer] = self._served.get(layer, 0.0) + served_D
+        served_D = self._plans[unit].served(loads_ED, self.topology)
+        self._served[unit] = self._served.get(unit, 0.0) + served_D
 
-    def change_owners(self, layer: Unit, owner_E: np.ndarray) -> None:
+    def change_owners(self, unit: Unit, owner_E: np.ndarray) -> None:
         """Between two steps: int64 [experts]."""
-        self.owners[layer] = owner_E
-        self.transfers.pop(layer, None)  # made for the owners of before
-        self._last_planned.pop(layer, None)
+        self.owners[unit] = owner_E
+        self.transfers.pop(unit, None)  # made for the owners of before
+        self._last_planned.pop(unit, None)
 
     def most_served(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, float]:
         """Per layer the assignments that the busiest rank of this group has computed of a step's loads."""
-        return {layer: float(self._served_here(layer, loads_EW).max()) for layer, loads_EW in loads.items()}
+        return {unit: float(self._served_here(unit, loads_EW).max()) for unit, loads_EW in loads.items()}
 
     def note_most_served(self, most: dict[Unit, float]) -> None:
         """With several sharding groups: `most_served` of the busiest group in the last step."""
@@ -239,37 +239,37 @@ class StepPlans:
         Where plans follow the true loads, or there are several sharding groups, it is what they made of the last step's own.
         """
         skews = []
-        for layer, loads_EW in loads.items():
+        for unit, loads_EW in loads.items():
             if self.mesh.num_sharding_groups == 1:
-                skews.append(imbalance(self._served_here(layer, loads_EW)))
+                skews.append(imbalance(self._served_here(unit, loads_EW)))
             else:
                 total = loads_EW.sum()
-                skews.append(self._most_served[layer] * loads_EW.shape[1] / total if total else 1.0)
+                skews.append(self._most_served[unit] * loads_EW.shape[1] / total if total else 1.0)
         return float(np.mean(skews)) if skews else 1.0
 
-    def _place_for_any(self, layer: Unit, placement: Placement) -> None:
+    def _place_for_any(self, unit: Unit, placement: Placement) -> None:
         # Some tokens of every rank for every expert: what must travel may.
-        self.place(layer, LayerPlan(placement, np.ones(placement.where_ED.shape), None))
+        self.place(unit, LayerPlan(placement, np.ones(placement.where_ED.shape), None))
 
-    def _planned(self, given: PlanInput, layers: Sequence[Unit]) -> Plan:
+    def _planned(self, given: PlanInput, units: Sequence[Unit]) -> Plan:
         """Raises PlannerError: the plan has other owners than were given."""
         plan = self.config.planner(given)
         if not np.array_equal(plan.owner_LE, given.owner_LE):
-            raise PlannerError(_moved_owners(self.config.planner, layers, given.owner_LE, plan.owner_LE))
+            raise PlannerError(_moved_owners(self.config.planner, units, given.owner_LE, plan.owner_LE))
         return plan
 
     def _alike(self) -> list[list[Unit]]:
         """The layers, those of one shape together."""
         alike: dict[tuple[int, object], list[Unit]] = {}
-        for layer, family in self._families.items():
+        for unit, family in self._families.items():
             key = (family.num_experts, family.cost(self.config.top_k, self.config.non_moe_flops))
-            alike.setdefault(key, []).append(layer)
+            alike.setdefault(key, []).append(unit)
         return list(alike.values())
 
-    def _served_here(self, layer: Unit, loads_EW: np.ndarray) -> np.ndarray:
+    def _served_here(self, unit: Unit, loads_EW: np.ndarray) -> np.ndarray:
         """float64 [ranks]: assignments that each rank of this group has computed of a step's loads."""
-        served_D = self._served.get(layer)
-        return self._plans[layer].served(self._loads_of_groups(loads_EW), self.topology) if served_D is None else served_D
+        served_D = self._served.get(unit)
+        return self._plans[unit].served(self._loads_of_groups(loads_EW), self.topology) if served_D is None else served_D
 
     def _loads_of_groups(self, loads_EW: np.ndarray, *, common: bool = False) -> np.ndarray:
         """[experts, ranks]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
@@ -278,13 +278,13 @@ class StepPlans:
         return loads_EW[:, self.members]
 
 
-def _moved_owners(planner: Planner, layers: Sequence[Unit], before_LE: np.ndarray, after_LE: np.ndarray) -> str:
+def _moved_owners(planner: Planner, units: Sequence[Unit], before_LE: np.ndarray, after_LE: np.ndarray) -> str:
     name = next((name for name, policy in POLICIES.items() if policy is planner), getattr(planner, "__name__", type(planner).__name__))
     if before_LE.shape != after_LE.shape:
         return f"planner {name}: `Plan.owner_LE` has the shape {after_LE.shape}, but `PlanInput.owner_LE` has {before_LE.shape}"
     index, expert = (int(first) for first in np.argwhere(before_LE != after_LE)[0])
     return (
-        f"planner {name}: its plan moves expert {expert} of layer {layers[index]} from its owner, rank {before_LE[index, expert]}, "
+        f"planner {name}: its plan moves expert {expert} of layer {units[index]} from its owner, rank {before_LE[index, expert]}, "
         f"to rank {after_LE[index, expert]}\n"
         "  a plan keeps the owners that it is given (`Plan.owner_LE` equals `PlanInput.owner_LE`); only re-sharding changes owners"
     )

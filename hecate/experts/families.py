@@ -8,9 +8,9 @@ from hecate.experts.family import ExpertChoices, FfnExperts, FfnSource, Site
 from hecate.experts.full import FullExperts, noisy_copies
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs import LoraShape, PairSource, PlainPairs
-from hecate.experts.router import TopKRouter
-from hecate.parallel.expert_kinds import ExpertKind, Family, FfnSizes
+from hecate.experts.pairs import PairSource, PlainPairs
+from hecate.experts.router import MakeRouter, TopKRouter
+from hecate.parallel.expert_kinds import ExpertKind, Family, FfnSizes, LoraShape
 
 
 def make_experts(kind: ExpertKind, site: Site, source: FfnSource, choices: ExpertChoices) -> FfnExperts:
@@ -43,10 +43,10 @@ def _plain(site: Site, lora: LoraShape, projections: tuple[str, ...]) -> PairSou
 
 
 PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]] = {"plain": _plain}
-"""by the name that `lora.pairs` gives; what each trains is in `hecate.parallel.expert_kinds.PAIR_SPECS`"""
+"""by the name that `lora.pairs` gives; what each trains is in `hecate.parallel.expert_kinds.PAIR_SIZES`"""
 
 
 _MAKERS: dict[Family, Callable[[Site, FfnSource, ExpertChoices], FfnExperts]] = {"mixlora": _mixlora, "full": _full, "moe_lora": _moe_lora}
 
-ROUTERS: dict[str, type[TopKRouter]] = {"softmax": TopKRouter}
+ROUTERS: dict[str, MakeRouter] = {"softmax": TopKRouter}
 """new routers, by the name that `moe.router_type` gives"""

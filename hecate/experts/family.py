@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hecate.experts.pairs import LoraShape, PairSource
+from hecate.experts.pairs import PairSource
+from hecate.experts.seeding import unit_numbers
 from hecate.kernels.backend import Backend, ExpertKernels, expert_kernels
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
@@ -21,7 +22,7 @@ from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.expert_cost import NumberBytes, expert_layer_cost
-from hecate.parallel.expert_kinds import ExpertKind, FfnSizes
+from hecate.parallel.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LoraShape
 from hecate.parallel.layout import ExpertLayout
 from hecate.parallel.units import Unit
 
@@ -132,8 +133,8 @@ class FfnExperts(ABC):
         self.site = site
         self.num_experts = site.num_experts
         self._pairs = pairs
-        sizes = FfnSizes(site.shape.hidden, site.shape.ffn)
-        self._layout = kind.layout(sizes, () if pairs is None else pairs.trained())
+        self._pair_sizes = NO_PAIRS if pairs is None else pairs.sizes
+        self._layout = kind.layout(FfnSizes(site.shape.hidden, site.shape.ffn), self._pair_sizes)
 
     @property
     def pair_source(self) -> PairSource:
@@ -167,18 +168,18 @@ class FfnExperts(ABC):
 
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
         master = self.site.master_dtype.itemsize
-        pairs = 0 if self._pairs is None else sum(spec.numel for spec in self._pairs.trained())
+        pairs = self._pair_sizes
         return expert_layer_cost(
-            self.kind.parameters(self.site.shape.numel, pairs),
+            self.kind.parameters(self.site.shape.numel, pairs.trained_numel, pairs.flops),
             hidden=self.site.shape.hidden,
             top_k=top_k,
             number=NumberBytes(trained=master, gradient=master, master=master, computed=self.site.compute_dtype.itemsize),
             non_moe_flops=non_moe_flops,
         )
 
-    def pairs(self, chunks_SC: Tensor) -> dict[str, LowRankPairs]:
-        """The pairs of stacked chunks by projection, differentiable."""
-        return self.pair_source.stacked(chunks_SC)
+    def pairs(self, chunks_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
+        """The pairs of these experts' stacked chunks by projection, differentiable. `expert_S` is int64."""
+        return self.pair_source.stacked(chunks_SC, expert_S)
 
     def _name(self, expert: int) -> tuple[int | str, ...]:
         """What an expert's random numbers are named by."""
@@ -188,7 +189,7 @@ class FfnExperts(ABC):
         rate = self.pair_source.lora.dropout
         if step is None or rate == 0:
             return None
-        return Dropout(rate, dropout_key(self.site.seed, step, self.site.unit.layer))
+        return Dropout(rate, dropout_key(self.site.seed, step, *unit_numbers(self.site.unit)))
 
     def _kernels(self, x_TD: Tensor) -> ExpertKernels:
         return expert_kernels(self.site.kernels, x_TD, 0 if self._pairs is None else self._pairs.lora.rank)

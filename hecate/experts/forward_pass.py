@@ -5,8 +5,8 @@ through the one `CurrentPass` that they were built with:
 
     routing = router(x_TD)
     forward = current.required()
-    forward.note_routing(layer, routing)
-    y_TD = forward.experts(layer, x_TD, routing.expert_TK, routing.weight_TK, token_T)
+    forward.note_routing(unit, routing)
+    y_TD = forward.experts(unit, x_TD, routing.expert_TK, routing.weight_TK, token_T)
 
 Shapes: B sequences of S positions, T tokens, D hidden, K experts a token, E experts.
 """
@@ -49,18 +49,18 @@ class ForwardPass(Protocol):
         """The optimizer step that it belongs to, from 0; 0 outside training."""
         ...
 
-    def prefetch(self, *layers: Unit) -> None:
+    def prefetch(self, *units: Unit) -> None:
         """Start to materialize layers, in the order in which they are needed; every rank must call it in the same order.
 
         Does nothing for layers whose replicas have arrived or are on their way.
         """
         ...
 
-    def note_routing(self, layer: Unit, routing: Routing) -> None:
+    def note_routing(self, unit: Unit, routing: Routing) -> None:
         """Keep what the load-balancing loss needs of a layer's routing of the valid tokens."""
         ...
 
-    def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
+    def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
         """The weighted sum of each token's experts: [T, D].
 
         Every rank must call it for the same layers in the same order, also with no tokens.

@@ -19,5 +19,5 @@ class MixLoraExperts(FfnExperts):
         self.base = base
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
-        pairs = self.pairs(replicas.chunks_SC)
+        pairs = self.pairs(replicas.chunks_SC, routed.experts_in_slots)
         return self._kernels(routed.x_TD).mixlora_ffn(routed, self.base, pairs, dropout=self._dropout(step))

@@ -5,7 +5,6 @@ Shapes: S slots, C elements of a chunk, r rank, I inputs and O outputs of a proj
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,20 +12,7 @@ from torch import Tensor
 
 from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.parallel.expert_kinds import FfnSizes, plain_pairs
-from hecate.parallel.layout import TensorSpec
-
-
-@dataclass(frozen=True)
-class LoraShape:
-    """Hyper-parameters of low-rank pairs."""
-
-    rank: int
-    scale: float
-    """alpha / r, or alpha / sqrt(r) with rsLoRA"""
-    dropout: float
-    source: str = "plain"
-    """one of `hecate.experts.families.PAIR_SOURCES`"""
+from hecate.parallel.expert_kinds import FfnSizes, LoraShape, PairSizes, plain_pairs
 
 
 class PairSource(Protocol):
@@ -39,20 +25,23 @@ class PairSource(Protocol):
     projections: tuple[str, ...]
     """those with a pair, in the order of the chunk"""
 
-    def trained(self) -> tuple[TensorSpec, ...]:
-        """What of an expert's pairs is trained: owned, gathered and reduced as the pairs' part of the expert's chunk."""
-        ...
+    sizes: PairSizes
+    """what of an expert's pairs is trained, and what the products with them cost"""
 
     def initial(self, *key: int | str) -> Tensor:
         """float64 [C]: the pairs' part of an expert's initial chunk. `key` names the expert, as (seed, "expert", unit, expert)."""
         ...
 
-    def stacked(self, replicas_SC: Tensor) -> dict[str, LowRankPairs]:
-        """The pairs' part of the chunks in the slots as A [S, r, I] and B [S, O, r] by projection, differentiable in `replicas_SC`."""
+    def stacked(self, replicas_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
+        """The pairs' part of the chunks in the slots as A [S, r, I] and B [S, O, r] by projection, differentiable in `replicas_SC`.
+
+        Args:
+            expert_S: int64: the expert whose chunk is in each slot, on the chunks' device. Every rank has other experts in its slots.
+        """
         ...
 
-    def chunk_of(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """[C]: the chunk whose pairs are these (A, B) by projection: how a saved adapter is read."""
+    def chunk_of(self, expert: int, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """[C]: the chunk of an expert whose pairs are these (A, B) by projection: how a saved adapter is read."""
         ...
 
 
@@ -62,29 +51,26 @@ class PlainPairs:
     def __init__(self, lora: LoraShape, projections: tuple[str, ...], sizes: FfnSizes) -> None:
         assert projections, "an expert needs an adapter on at least one projection"
         self.lora = lora
-        self._specs = plain_pairs(sizes, projections, lora.rank)
-        self.projections = tuple(spec.name.removesuffix(".A") for spec in self._specs[::2])
-
-    def trained(self) -> tuple[TensorSpec, ...]:
-        return self._specs
+        self.sizes = plain_pairs(sizes, projections, lora)
+        self.projections = tuple(spec.name.removesuffix(".A") for spec in self.sizes.trained[::2])
 
     def initial(self, *key: int | str) -> Tensor:
         """A by Kaiming uniform, as a linear layer of its own; B zero."""
         parts = []
-        for projection, a, b in zip(self.projections, self._specs[::2], self._specs[1::2], strict=True):
+        for projection, a, b in zip(self.projections, self.sizes.trained[::2], self.sizes.trained[1::2], strict=True):
             parts += [
                 linear_weight(a.shape[0], a.shape[1], generator(*key, projection)).flatten(),
                 torch.zeros(b.numel, dtype=torch.float64),
             ]
         return torch.cat(parts)
 
-    def stacked(self, replicas_SC: Tensor) -> dict[str, LowRankPairs]:
+    def stacked(self, replicas_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
         """Views of the chunks."""
         # One split, whose backward is one concatenation, and not a slice each, whose backward zero-fills the whole chunk.
-        parts = replicas_SC.split([spec.numel for spec in self._specs], dim=1)
-        views = [part.view(-1, *spec.shape) for part, spec in zip(parts, self._specs, strict=True)]
+        parts = replicas_SC.split([spec.numel for spec in self.sizes.trained], dim=1)
+        views = [part.view(-1, *spec.shape) for part, spec in zip(parts, self.sizes.trained, strict=True)]
         pairs = zip(self.projections, views[::2], views[1::2], strict=True)
         return {projection: LowRankPairs(a_SrI, b_SOr, self.lora.scale) for projection, a_SrI, b_SOr in pairs}
 
-    def chunk_of(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def chunk_of(self, expert: int, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         return torch.cat([matrix.flatten() for projection in self.projections for matrix in pairs[projection]])

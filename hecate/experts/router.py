@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -86,7 +86,11 @@ BalanceLoss = Callable[[Mapping[Unit, RouterStats], dist.ProcessGroup], Tensor]
 
 
 class Router(nn.Module, ABC):
-    """One unit's router."""
+    """One unit's router.
+
+    Its buffers, if it has any, are float vectors of one number per expert, alike on every rank. They are saved in checkpoints and adapters,
+    and sent to ranks that come new.
+    """
 
     loss = staticmethod(load_balancing_loss)
     """what balances its experts: the units whose routers have the same loss are balanced together (`MoeModel.balance_loss`)"""
@@ -99,6 +103,29 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
         """The decision for T tokens; differentiable in the weights, the probabilities and the tokens."""
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Change what is not learned by gradients, such as a bias that balances the experts. Most routers have nothing of the kind.
+
+        It is called on every rank alike, after each optimizer step that was taken, and not between micro-steps.
+
+        Args:
+            load_E: int64, on the CPU: the assignments of each expert in the step, of all ranks and micro-steps together.
+        """
+
+
+class MakeRouter(Protocol):
+    """Makes the new router of a unit: a class of routers, or a function."""
+
+    def __call__(
+        self, hidden: int, num_experts: int, top_k: int, /, *, unit: Unit, seed: int, dtype: torch.dtype, device: torch.device
+    ) -> Router:
+        """The router is drawn from names, so that it is the same on every rank.
+
+        Args:
+            dtype: of what is trained: float32 or wider.
+        """
+        ...
 
 
 class TopKRouter(Router):

@@ -164,7 +164,7 @@ def trace_case(topology: str, model: str, trace_path: Path) -> Case:
     return Case(
         topology_name=Path(topology).stem,
         topology=machines,
-        model=replace(shape, experts=trace.num_experts[0], top_k=trace.top_k, layers=len(trace.layers)),
+        model=replace(shape, experts=trace.num_experts[0], top_k=trace.top_k, layers=len(trace.units)),
         workload=trace_path.stem,
         tokens_per_rank=trace.tokens_per_rank,
         recorded=trace.loads.astype(np.int64),

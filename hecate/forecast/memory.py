@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hecate.forecast.run_shape import ExpertLayers, RunShape
+from hecate.parallel.expert_cost import STATE_NUMBERS
 from hecate.parallel.mesh import owners_topology
 from hecate.parallel.placement import owners_by_memory
 
@@ -63,8 +64,8 @@ def memory_parts(
     return [
         MemoryPart("base weights", base),
         *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
-        MemoryPart("owned experts, moments", np.stack([3 * owned] * 3)),
-        MemoryPart("routers, adapters, moments", np.stack([3 * replicated] * 3)),
+        MemoryPart("owned experts, moments", np.stack([STATE_NUMBERS * owned] * 3)),
+        MemoryPart("routers, adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
         MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + replicated])),
         MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, served_tokens_D), nothing])),

@@ -11,7 +11,7 @@ from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.expert_cost import NumberBytes, expert_layer_cost
-from hecate.parallel.expert_kinds import PAIR_SPECS, PROJECTIONS, FfnSizes
+from hecate.parallel.expert_kinds import PAIR_SIZES, PROJECTIONS, FfnSizes
 from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.parallel.topology import Topology, local_topology
 from hecate.parallel.topology_file import load_topology
@@ -150,9 +150,9 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
 def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> LayerCost:
     """Return the cost of a layer with which the engine plans (`hecate.experts.family.ExpertFamily.cost`)."""
     kind, sizes = config.moe.kind, FfnSizes(layer.hidden, layer.ffn)
-    pairs = PAIR_SPECS[config.lora.pairs](sizes, kind.projections(config.lora.target_modules), config.lora.r)
+    pairs = PAIR_SIZES[config.lora.pairs](sizes, kind.projections(config.lora.target_modules), config.lora.shape)
     return expert_layer_cost(
-        kind.parameters(sum(spec.numel for spec in sizes.specs()), sum(spec.numel for spec in pairs)),
+        kind.parameters(sum(spec.numel for spec in sizes.specs()), pairs.trained_numel, pairs.flops),
         hidden=layer.hidden,
         top_k=config.moe.experts_per_token,
         number=NumberBytes(trained=master_bytes, gradient=master_bytes, master=master_bytes, computed=dtype_bytes),

@@ -19,14 +19,13 @@ from hecate.experts.families import ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnExperts, FfnSource, Site
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.layer import MoeLayer
-from hecate.experts.pairs import LoraShape
 from hecate.experts.router import ModelRouter, Router
 from hecate.kernels.backend import Backend
 from hecate.kernels.common.ffn import FfnShape
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.lora import LoraLinear
 from hecate.model.moe_model import MoeModel, adapter_dtype
-from hecate.parallel.expert_kinds import PROJECTIONS, ExpertKind
+from hecate.parallel.expert_kinds import PROJECTIONS, ExpertKind, LoraShape
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 

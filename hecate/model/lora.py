@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from hecate.experts.forward_pass import CurrentPass
-from hecate.experts.pairs import LoraShape
 from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.low_rank import lora_linear
+from hecate.parallel.expert_kinds import LoraShape
 
 
 class LoraLinear(nn.Module):

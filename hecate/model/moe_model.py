@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hecate.engine.protocol import ExpertEngine
 from hecate.experts.layer import MoeLayer
-from hecate.experts.router import BalanceLoss, RouterStats
+from hecate.experts.router import BalanceLoss, Router, RouterStats
 from hecate.model.lora import LoraLinear
 from hecate.model.parameter_parts import TensorParts
 from hecate.parallel.units import Unit
@@ -36,6 +36,12 @@ class MoeModel:
         """By unit, the weights of those that are trained."""
         trained = {unit: module.trained_router for unit, module in sorted(self.layers.items())}
         return {unit: router for unit, router in trained.items() if router is not None}
+
+    @property
+    def router_modules(self) -> dict[Unit, Router]:
+        """By unit, the routers, trained or not; none where Megatron's own layers have theirs."""
+        modules = {unit: layer.router for unit, layer in sorted(self.layers.items())}
+        return {unit: router for unit, router in modules.items() if isinstance(router, Router)}
 
     def balance_loss(self, stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor:
         """This rank's share of the load-balancing loss, over the units that share a loss together. Every rank of the group must call it.

@@ -1,27 +1,30 @@
-"""AdamW over owned expert chunks and replicated parameters, with one global gradient norm; and the learning rate of each step.
+"""The step of owned expert chunks and replicated parameters by a gradient rule, with one global gradient norm; and its learning rate.
 
-An expert's master parameters and moments exist on its owner alone, or also as a *backup* on a second rank (`fssdp.redundancy`), which
-steps the backup with the owner's gradient. Replicated parameters (routers, attention adapters) are stepped by every rank alike; of those
-that tensor parallelism cuts, each rank steps its part.
+An expert's master parameters and what the rule keeps of them, such as moments, exist on its owner alone, or also as a *backup* on a second
+rank (`fssdp.redundancy`), which steps the backup with the owner's gradient. Replicated parameters (routers, attention adapters) are stepped
+by every rank alike; of those that tensor parallelism cuts, each rank steps its part.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.engine.protocol import ExpertEngine
+from hecate.experts.router import Router
+from hecate.model.moe_model import MoeModel
 from hecate.model.parameter_parts import TensorParts
+from hecate.optim.rule import GradientRule, Stepped, kind_of_parameter
 from hecate.parallel.comm.reshard import RowSpec
-from hecate.parallel.units import expert_name
+from hecate.parallel.layout import TensorSpec
+from hecate.parallel.units import Unit, expert_name
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 MASTER = "master"
 
 
@@ -47,29 +50,16 @@ def schedule(kind: str, max_steps: int, warmup_ratio: float) -> Callable[[int], 
     return factor
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdamWSettings:
-    """What the configuration says about the optimizer."""
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate of each step."""
 
-    learning_rate: float
-    """at its peak"""
-    weight_decay: float
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    exclude: tuple[str, ...] = ()
-    """kinds of parameters without weight decay: norms, biases, routers (`kind_of_parameter`)"""
+    peak: float
     factor: Callable[[int], float] = lambda _: 1.0
-    """of the peak learning rate in step 0, 1, ... (`schedule`)"""
+    """of the peak in step 0, 1, ... (`schedule`)"""
 
-
-def kind_of_parameter(name: str, parameter: Tensor) -> str | None:
-    """`routers`, `biases` or `norms`, or None for another matrix. `name` is what checkpoints call a replicated parameter."""
-    if name.endswith(".router"):
-        return "routers"
-    if name.endswith(".bias"):
-        return "biases"
-    return "norms" if parameter.dim() == 1 else None
+    def of(self, step: int) -> float:
+        return self.peak * self.factor(step)
 
 
 @dataclass(frozen=True)
@@ -82,6 +72,16 @@ class Trainables:
     """the same on every rank"""
     parts: TensorParts | None = None
     """what tensor parallelism cuts"""
+    chunks: Mapping[Unit, tuple[TensorSpec, ...]] = field(default_factory=dict)
+    """the tensors in the chunk of a unit's expert, for rules that tell them apart"""
+    routers: Mapping[Unit, Router] = field(default_factory=dict)
+    """those whose buffers change after a step"""
+
+    @staticmethod
+    def of(moe: MoeModel) -> Trainables:
+        """What trains of a model, with the experts that this rank owns now."""
+        chunks = {unit: family.layout().trainable for unit, family in moe.engine.shards.families.items()}
+        return Trainables(owned_parameters(moe.engine), moe.replicated_parameters(), moe.parts, chunks, moe.router_modules)
 
 
 def owned_parameters(engine: ExpertEngine) -> dict[str, nn.Parameter]:
@@ -90,40 +90,36 @@ def owned_parameters(engine: ExpertEngine) -> dict[str, nn.Parameter]:
 
 
 class ExpertOptimizer:
-    """torch's AdamW over owned experts, replicated parameters, parts and backups."""
+    """Steps owned experts, replicated parameters, parts and backups by a rule, and holds what the rule keeps of each."""
 
-    def __init__(self, trainables: Trainables, settings: AdamWSettings, device: torch.device) -> None:
+    def __init__(self, trainables: Trainables, rule: GradientRule, learning_rate: LearningRate, device: torch.device) -> None:
         """A rank may have nothing that trains; `device` says where its share of the norm is summed."""
         self.owned = trainables.owned
         self.backups: dict[str, nn.Parameter] = {}
         """second copies of experts that other ranks own, by the same names; stepped, but counted in no norm and saved nowhere"""
         self.replicated = trainables.replicated
         self.parts = trainables.parts
+        self.buffers = {
+            f"layers.{unit}.router.{name}": buffer for unit, router in trainables.routers.items() for name, buffer in router.named_buffers()
+        }
+        """what routers change after a step: the same on every rank, saved beside `replicated` and without state"""
+        self._routers = trainables.routers
         self.gradients_complete = False
         """every gradient of the step under way is what the job's ranks have summed: only the norm is missing"""
         self.last_norm = math.nan
         """the global norm that the last step was taken, or skipped, with"""
         self.steps_done = 0
         """steps taken or skipped: the position in the schedule"""
-        self._settings = settings
+        self._rule, self._learning_rate = rule, learning_rate
         self._device = device
-        # On the CPU the fused step is one pass instead of ten; on a GPU it would keep the count of steps there.
-        self._fused = device.type == "cpu"
-        # Groups, and not a list: torch refuses an empty list.
-        groups: list[dict[str, Any]] = [{"params": self._decayed()}, {"params": self._undecayed(), "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(
-            groups,
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            fused=self._fused,
-        )
+        self._chunks = {str(unit): specs for unit, specs in trainables.chunks.items()}
+        self._state: dict[Tensor, dict[str, Tensor]] = {}
+        """what the rule keeps of each parameter that was ever stepped"""
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
-        return self._settings.learning_rate * self._settings.factor(self.steps_done)
+        return self._learning_rate.of(self.steps_done)
 
     def reduce_replicated(self, group: dist.ProcessGroup) -> None:
         """Sum the replicated parameters' gradients over all ranks, and each part's over those that have it. Every rank must call it."""
@@ -145,10 +141,18 @@ class ExpertOptimizer:
         dist.all_reduce(total, group=group)
         return math.sqrt((total + _sum_of_squares(self.replicated, self._device)).item())
 
-    def step(self, grad_norm: float, max_grad_norm: float | None) -> bool:
+    @property
+    def alike(self) -> dict[str, Tensor]:
+        """What every rank holds alike, by name: replicated parameters, and the routers' buffers."""
+        return {**self.replicated, **self.buffers}
+
+    def step(self, grad_norm: float, max_grad_norm: float | None, loads: Mapping[Unit, np.ndarray] | None = None) -> bool:
         """Clip by the global norm and step. With a norm that is not finite nothing is changed, but the schedule moves on.
 
         Parameters without a gradient (idle experts) are left untouched.
+
+        Args:
+            loads: of the step, as `TrainingStep.finish` returns them, for the routers; needed if there are any.
 
         Returns:
             Whether a step was taken.
@@ -157,9 +161,11 @@ class ExpertOptimizer:
         if taken:
             if max_grad_norm is not None and grad_norm > max_grad_norm:
                 nn.utils.clip_grads_with_norm_(self._parameters(), max_grad_norm, torch.tensor(grad_norm, dtype=torch.float64))
-            for group in self._adamw.param_groups:
-                group["lr"] = self.learning_rate
-            self._adamw.step()
+            with torch.no_grad():
+                self._rule.step(self._stepped(), self.learning_rate)
+                for unit, router in self._routers.items():
+                    assert loads is not None, "routers change after a step by its loads"
+                    router.after_step(torch.from_numpy(loads[unit].sum(1)))
         self.last_norm = grad_norm
         self.steps_done += 1
         self.abandon()
@@ -167,26 +173,25 @@ class ExpertOptimizer:
 
     def abandon(self) -> None:
         """Forget the gradients of the step under way."""
-        self._adamw.zero_grad(set_to_none=True)
+        for parameter in self._parameters():
+            parameter.grad = None
         self.gradients_complete = False
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by stable names: `owned/NAME` and `replicated/NAME`, each with its moments.
+        """Everything that a resumed run needs, by stable names: `owned/NAME` and `replicated/NAME`, each with its state, as NAME/exp_avg.
 
-        A parameter that was never stepped has no moments. Parts are put together as `replicated/NAME`, so that a checkpoint does not
+        A parameter that was never stepped has no state. Parts are put together as `replicated/NAME`, so that a checkpoint does not
         depend on the tensor group's size; every rank must then call it, and the first of each tensor group gets them.
         """
         tensors: dict[str, Tensor] = {}
-        for kind, parameters in (("owned", self.owned), ("replicated", self.replicated)):
-            for name, parameter in parameters.items():
+        for kind, held in (("owned", self.owned), ("replicated", self.alike)):
+            for name, parameter in held.items():
                 tensors[f"{kind}/{name}"] = parameter.detach()
-                for key in MOMENTS:
-                    if parameter in self._adamw.state:
-                        tensors[f"{kind}/{name}/{key}"] = self._adamw.state[parameter][key]
+                tensors |= {f"{kind}/{name}/{key}": tensor for key, tensor in self._state.get(parameter, {}).items()}
         for name, parameter in self.parts.parameters.items() if self.parts else ():
-            state = {f"replicated/{name}/{key}": self._adamw.state[parameter][key] for key in MOMENTS if parameter in self._adamw.state}
+            state = {f"replicated/{name}/{key}": tensor for key, tensor in self._state.get(parameter, {}).items()}
             for key, tensor in {f"replicated/{name}": parameter, **state}.items():
-                whole = self.parts.whole(name, tensor) if self.parts and tensor.dim() else tensor
+                whole = self.parts.whole(name, tensor) if self.parts and tensor.shape == parameter.shape else tensor
                 if self.parts and self.parts.groups.tp_rank == 0:
                     tensors[key] = whole
         return tensors
@@ -194,83 +199,99 @@ class ExpertOptimizer:
     def load_state_tensors(self, tensors: Mapping[str, Tensor], steps_done: int) -> None:
         """Continue from `state_tensors`, after so many steps."""
         with torch.no_grad():
-            for kind, parameters in (("owned", self.owned), ("replicated", self.replicated)):
-                for name, parameter in parameters.items():
+            for kind, held in (("owned", self.owned), ("replicated", self.alike)):
+                for name, parameter in held.items():
                     parameter.copy_(tensors[f"{kind}/{name}"])
-                    stepped = f"{kind}/{name}/step" in tensors
-                    self.set_moments(parameter, {key: tensors[f"{kind}/{name}/{key}"].clone() for key in MOMENTS} if stepped else {})
+                    self.set_state(
+                        parameter, {key: tensor.clone() for key, tensor in self._saved(f"{kind}/{name}", parameter, tensors).items()}
+                    )
             for name, parameter in self.parts.parameters.items() if self.parts else ():
                 self._load_part(name, parameter, tensors)
         self.steps_done = steps_done
 
     def _load_part(self, name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor]) -> None:
         assert self.parts is not None
-        mine = {key: tensors.get(f"replicated/{name}{key and '/'}{key}") for key in ("", *MOMENTS)}
-        cut = {
-            key: self.parts.part_of(name, value).contiguous() if value.dim() else value.clone()
-            for key, value in mine.items()
-            if value is not None
-        }
-        parameter.copy_(cut.pop(""))
-        self.set_moments(parameter, cut)
+        value = self.parts.part_of(name, tensors[f"replicated/{name}"]).contiguous()
+        cut = {key for key, spec in self._rule.state_specs(_spec(value)).items() if spec.shape == tuple(value.shape)}
+        saved = self._saved(f"replicated/{name}", parameter, tensors)
+        state = {key: self.parts.part_of(name, tensor).contiguous() if key in cut else tensor.clone() for key, tensor in saved.items()}
+        parameter.copy_(value)
+        self.set_state(parameter, state)
 
-    def row(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """An expert's state on its owner or backup rank: `MASTER`, and the moments if it was ever stepped."""
-        state = self._adamw.state.get(parameter, {})
-        return {MASTER: parameter.detach(), **{key: state[key] for key in MOMENTS if key in state}}
+    def _saved(self, name: str, parameter: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state of a parameter among `state_tensors`; empty if it was never stepped."""
+        names = {key: f"{name}/{key}" for key in self._rule.state_specs(_spec(parameter))}
+        return {key: tensors[saved] for key, saved in names.items() if saved in tensors}
+
+    def row(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter as its owner and its backup rank have it: `MASTER`, and its state if it was ever stepped."""
+        return {MASTER: parameter.detach(), **self._state.get(parameter, {})}
 
     def row_specs(self, chunk: RowSpec) -> dict[str, RowSpec]:
         """What `row` holds for a parameter like `chunk`, once it was stepped."""
-        # torch counts steps in its default dtype, but never in one narrower than float32, and in that when fused.
-        count = torch.float64 if torch.get_default_dtype() == torch.float64 and not self._fused else torch.float32
-        return {MASTER: chunk, **{key: RowSpec((), count) if key == "step" else chunk for key in MOMENTS}}
+        return {MASTER: chunk, **self._rule.state_specs(chunk)}
 
-    def replace_owned(self, owned: dict[str, nn.Parameter], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def replace_owned(self, owned: dict[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Step `owned` from now on in place of the parameters owned so far.
 
-        A parameter that was owned before keeps its moments; another takes those of its name in `moments`, and has none if there are none.
+        A parameter that was owned before keeps its state; another takes the one of its name in `states`, and has none if there is none.
         The order of `owned` is the order in which the norm is summed.
         """
-        self._replace(self.owned, owned, moments)
+        self._replace(self.owned, owned, states)
         self.owned = owned
-        self._adamw.param_groups[0]["params"] = self._decayed()
 
-    def replace_backups(self, backups: dict[str, nn.Parameter], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def replace_backups(self, backups: dict[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """`replace_owned` for backups."""
-        self._replace(self.backups, backups, moments)
+        self._replace(self.backups, backups, states)
         self.backups = backups
-        self._adamw.param_groups[0]["params"] = self._decayed()
 
-    def _replace(
-        self, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter], moments: Mapping[str, Mapping[str, Tensor]]
-    ) -> None:
+    def _replace(self, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]]) -> None:
         kept = {name for name, parameter in after.items() if before.get(name) is parameter}
         for name, parameter in before.items():
             if name not in kept:
-                self._adamw.state.pop(parameter, None)
+                self._state.pop(parameter, None)
         for name, parameter in after.items():
-            if name not in kept and moments.get(name):
-                self.set_moments(parameter, moments[name])
+            if name not in kept and states.get(name):
+                self.set_state(parameter, states[name])
 
-    def set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
-        """Replace a parameter's moments; an empty mapping means that it was never stepped."""
-        self._adamw.state.pop(parameter, None)
-        if moments:
-            # torch keeps the count of steps on the CPU.
-            self._adamw.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()}
+    def set_state(self, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Replace what the rule keeps of a parameter; an empty mapping means that it was never stepped."""
+        self._state.pop(parameter, None)
+        if state:
+            self._state[parameter] = {key: value.to(parameter.device) if value.dim() else value.cpu() for key, value in state.items()}
+
+    def _stepped(self) -> list[Stepped]:
+        """The parameters that have a gradient; those that are stepped for the first time get their state."""
+        experts = [*self.owned.items(), *self.backups.items()]
+        others = self.replicated | (self.parts.parameters if self.parts else {})
+        return [
+            Stepped(name, parameter, parameter.grad, self._state_of(parameter), None, self._chunks.get(name.rpartition(".")[0], ()))
+            for name, parameter in experts
+            if parameter.grad is not None
+        ] + [
+            Stepped(name, parameter, parameter.grad, self._state_of(parameter), kind_of_parameter(name, parameter))
+            for name, parameter in others.items()
+            if parameter.grad is not None
+        ]
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        if parameter not in self._state:
+            self._state[parameter] = {
+                # In the parameter's strides, as torch's own optimizers have it.
+                key: torch.zeros_like(parameter)
+                if spec == _spec(parameter)
+                else torch.zeros(spec.shape, dtype=spec.dtype, device=parameter.device if spec.shape else "cpu")
+                for key, spec in self._rule.state_specs(_spec(parameter)).items()
+            }
+        return self._state[parameter]
 
     def _parameters(self) -> list[nn.Parameter]:
         parts = self.parts.parameters if self.parts else {}
         return [*self.owned.values(), *self.replicated.values(), *parts.values(), *self.backups.values()]
 
-    def _undecayed(self) -> list[nn.Parameter]:
-        """Parameters without weight decay. An expert's chunk holds matrices only, so none of them is an expert's."""
-        named = self.replicated | (self.parts.parameters if self.parts else {})
-        return [parameter for name, parameter in named.items() if kind_of_parameter(name, parameter) in self._settings.exclude]
 
-    def _decayed(self) -> list[nn.Parameter]:
-        undecayed = {id(parameter) for parameter in self._undecayed()}
-        return [parameter for parameter in self._parameters() if id(parameter) not in undecayed]
+def _spec(parameter: Tensor) -> RowSpec:
+    return RowSpec(tuple(parameter.shape), parameter.dtype)
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:

@@ -80,7 +80,7 @@ class Reports:
         """Record a step, and show it if it is one of every `logging_steps`."""
         result = event.result
         if self._trace:
-            self._trace.append(event.step, {unit.layer: loads_ED for unit, loads_ED in result.loads.items()})
+            self._trace.append(event.step, result.loads)
         if not (self._progress and self._metrics) or event.step % self._config.logging_steps:
             return
         self._metrics.write(step_record(event))

@@ -15,14 +15,14 @@ from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
 from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config
-from hecate.experts.pairs import LoraShape
 from hecate.model.base import BaseModel, build_base
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
 from hecate.model.moe_model import MoeModel
 from hecate.model.sharded_layers import shard_frozen_layers
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters, schedule
+from hecate.optim.from_config import gradient_rule, learning_rate
+from hecate.optim.optimizer import ExpertOptimizer, Trainables
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.topology import Topology
 from hecate.ranks.ranks import Ranks
@@ -80,19 +80,7 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
         checkpoint_activations(moe)
     if config.fssdp.reshard_interval:
         check_room(moe.engine)
-    optimizer = ExpertOptimizer(
-        Trainables(owned_parameters(moe.engine), moe.replicated_parameters(), moe.parts),
-        AdamWSettings(
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            epsilon=config.adam_epsilon,
-            exclude=config.weight_decay_exclude,
-            factor=schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio),
-        ),
-        ranks.device,
-    )
+    optimizer = ExpertOptimizer(Trainables.of(moe), gradient_rule(config), learning_rate(config), ranks.device)
     dense_flops = moe.engine.shards.config.non_moe_flops / config.micro_batch_size
     return RunParts(config, base, moe, optimizer, stream, eval_sources, output, dense_flops)
 
@@ -143,12 +131,6 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
     return moe
 
 
-def lora_shape(config: Config) -> LoraShape:
-    """Rank, scale and dropout of the LoRA pairs that the configuration asks for."""
-    scale = config.lora.alpha / (config.lora.r**0.5 if config.lora.use_rslora else config.lora.r)
-    return LoraShape(config.lora.r, scale, config.lora.dropout, config.lora.pairs)
-
-
 def insertion_plan(config: Config, num_units: int) -> InsertionPlan:
     """What the configuration inserts into a model with `num_units` units that experts can go into."""
     kind = config.moe.kind
@@ -157,7 +139,7 @@ def insertion_plan(config: Config, num_units: int) -> InsertionPlan:
         experts_per_layer=None if kind.of_moe_base else config.moe.experts_per_layer(num_units),
         top_k=1 if kind.of_moe_base else config.moe.experts_per_token,
         router=config.moe.router_type,
-        lora=lora_shape(config) if kind.has_pairs else None,
+        lora=config.lora.shape if kind.has_pairs else None,
         target_modules=config.lora.target_modules if kind.has_pairs else (),
         upcycle_noise=config.moe.upcycle_noise,
         train_router=config.moe.train_router,

@@ -13,12 +13,11 @@ from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.families import ROUTERS
-from hecate.experts.pairs import LoraShape
 from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.expert_kinds import kind_written_as
+from hecate.parallel.expert_kinds import LoraShape, kind_written_as
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks, join_ranks

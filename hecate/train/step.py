@@ -94,6 +94,6 @@ def train_step(
     if on_its_way:
         on_its_way.wait()
     grad_norm = optimizer.global_grad_norm(group, counts_owned=engine.shards.in_first_group)
-    taken = optimizer.step(grad_norm, rules.max_grad_norm)
+    taken = optimizer.step(grad_norm, rules.max_grad_norm, loads)
     loss, aux_loss = totals.tolist()
     return StepResult(loss, aux_loss, grad_norm, not taken, loads)

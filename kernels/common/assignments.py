@@ -29,7 +29,13 @@ class RoutedTokens:
     token_T: Tensor | None = None
     """int64, the global number of each token; needed with dropout"""
     expert_S: Tensor | None = None
-    """int64, the number of the expert in each slot; needed with dropout"""
+    """int64, the number of the expert in each slot; needed with dropout, and by experts with pairs"""
+
+    @property
+    def experts_in_slots(self) -> Tensor:
+        """Return `expert_S`, which must be given."""
+        assert self.expert_S is not None, "the experts in the slots are not given"
+        return self.expert_S
 
     @property
     def expert_TK(self) -> Tensor:
@@ -37,8 +43,7 @@ class RoutedTokens:
 
         Needs `expert_S`.
         """
-        assert self.expert_S is not None, "the experts in the slots are not given"
-        return self.expert_S.to(self.slot_TK.device)[self.slot_TK]
+        return self.experts_in_slots.to(self.slot_TK.device)[self.slot_TK]
 
 
 @dataclass(frozen=True)

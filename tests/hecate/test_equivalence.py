@@ -23,16 +23,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hecate.data.batches import Batch
 from hecate.engine import step_plans
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.pairs import LoraShape
 from hecate.experts.router import TopKRouter
 from hecate.kernels.backend import Backend
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.cost_model import LayerCost, PlanMode
-from hecate.parallel.expert_kinds import MIXLORA
+from hecate.parallel.expert_kinds import MIXLORA, LoraShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology
@@ -294,7 +294,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
     owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
     optimizer = ExpertOptimizer(
         Trainables(owned, moe.replicated_parameters()),
-        AdamWSettings(learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY),
+        AdamW(weight_decay=WEIGHT_DECAY),
+        LearningRate(LEARNING_RATE[case.dtype]),
         torch.device("cpu"),
     )
     empty_rows = range((world - 1) * ROWS // world, ROWS) if case.scenario == "empty rank" and world > 1 else range(0)

@@ -21,13 +21,14 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily, Site
 from hecate.experts.full import FullExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs import LoraShape, PlainPairs
+from hecate.experts.pairs import PlainPairs
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
-from hecate.parallel.expert_kinds import FfnSizes
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
+from hecate.parallel.expert_kinds import FfnSizes, LoraShape
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
@@ -121,7 +122,7 @@ class Plain:
         assert isinstance(made, MoeLoraExperts)
         dropout = None if step is None else Dropout(DROPOUT, dropout_key(SEED, step, layer))
         frozen_E = [frozen(layer, e) for e in range(EXPERTS)]
-        return moe_lora_ffn_reference(routed, frozen_E, made.pairs(chunks), SHAPE, dropout=dropout)
+        return moe_lora_ffn_reference(routed, frozen_E, made.pairs(chunks, torch.arange(EXPERTS)), SHAPE, dropout=dropout)
 
     def step(self, step: int) -> None:
         self.optimizer.zero_grad()
@@ -153,7 +154,8 @@ class Sharded:
         self.routers = routers()
         self.optimizer = ExpertOptimizer(
             Trainables(owned_parameters(self.engine), self.routers),
-            AdamWSettings(learning_rate=1e-2, weight_decay=0.1),
+            AdamW(weight_decay=0.1),
+            LearningRate(1e-2),
             torch.device("cpu"),
         )
         self.group, self.mine = group, share(rank, world)

@@ -16,7 +16,8 @@ from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
 from hecate.parallel.cost_model import PlanMode
 from hecate.parallel.expert_kinds import FULL
 from hecate.parallel.mesh import make_mesh
@@ -152,7 +153,8 @@ def check_case(rank: int, world: int, case: Case) -> None:
     owned = owned_parameters(moe.engine)
     optimizer = ExpertOptimizer(
         Trainables(owned, moe.replicated_parameters()),
-        AdamWSettings(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        AdamW(weight_decay=WEIGHT_DECAY),
+        LearningRate(LEARNING_RATE),
         torch.device("cpu"),
     )
     empty_rows = range((world - 1) * ROWS // world, ROWS) if case.scenario == "empty rank" and world > 1 else range(0)

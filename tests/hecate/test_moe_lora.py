@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.pairs import LoraShape
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.load import ModelSource
 from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_model import MoeModel
 from hecate.model.sharded_layers import shard_frozen_layers
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
 from hecate.parallel.cost_model import PlanMode
-from hecate.parallel.expert_kinds import MOE_LORA
+from hecate.parallel.expert_kinds import MOE_LORA, LoraShape
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups, own_group
 from hecate.train.step import StepRules, train_step
@@ -230,7 +230,8 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
     gates: list[Any] = [layer.mlp.gate for layer in moe.model.model.layers]  # type: ignore[union-attr]
     optimizer = ExpertOptimizer(
         Trainables(owned_parameters(moe.engine), moe.replicated_parameters()),
-        AdamWSettings(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        AdamW(weight_decay=WEIGHT_DECAY),
+        LearningRate(LEARNING_RATE),
         torch.device("cpu"),
     )
     seen = gradients_of(optimizer)

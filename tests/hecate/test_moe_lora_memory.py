@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from hecate.config import Config, load_config
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.pairs import LoraShape
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
 from hecate.model.causal_head import LanguageModelHead
@@ -30,8 +29,9 @@ from hecate.model.read_experts import read_expert
 from hecate.model.safetensors_headers import stored_tensors
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.model.stored_experts import LayerExperts, expert_layers
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
-from hecate.parallel.expert_kinds import MOE_LORA
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
+from hecate.parallel.expert_kinds import MOE_LORA, LoraShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -143,7 +143,8 @@ def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) 
     model = moe.model
     optimizer = ExpertOptimizer(
         Trainables(owned_parameters(moe.engine), moe.replicated_parameters()),
-        AdamWSettings(learning_rate=1e-2, weight_decay=0.0),
+        AdamW(weight_decay=0.0),
+        LearningRate(1e-2),
         torch.device("cpu"),
     )
     tokens = torch.arange(96)[None] + 96 * rank

@@ -15,7 +15,8 @@ from hecate.engine.step_plans import PlannerError
 from hecate.errors import UserError
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.moe_model import MoeModel
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
 from hecate.report.events import Resharding, StepResult
@@ -47,7 +48,8 @@ class Training:
         self.moe, self.head = sharded(case, world)
         self.optimizer = ExpertOptimizer(
             Trainables(owned_parameters(self.moe.engine), self.moe.replicated_parameters()),
-            AdamWSettings(learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY, factor=lambda step: 1 / (1 + step)),
+            AdamW(weight_decay=WEIGHT_DECAY),
+            LearningRate(LEARNING_RATE[case.dtype], lambda step: 1 / (1 + step)),
             torch.device("cpu"),
         )
 

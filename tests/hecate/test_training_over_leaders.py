@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import hecate.parallel.comm.expert_store as store_module
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel import transfer_plan
 from hecate.parallel.topology import Link, uniform_topology
 from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks
@@ -55,7 +56,8 @@ def _train(
         owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
         optimizer = ExpertOptimizer(
             Trainables(owned, moe.replicated_parameters()),
-            AdamWSettings(learning_rate=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY),
+            AdamW(weight_decay=WEIGHT_DECAY),
+            LearningRate(LEARNING_RATE[case.dtype]),
             torch.device("cpu"),
         )
         losses = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from hecate.optim.optimizer import ExpertOptimizer
+from hecate.parallel.units import Unit
 
 
 def gradients_of(optimizer: ExpertOptimizer) -> dict[str, Tensor | None]:
@@ -12,11 +14,11 @@ def gradients_of(optimizer: ExpertOptimizer) -> dict[str, Tensor | None]:
     seen: dict[str, Tensor | None] = {}
     clip_and_step = optimizer.step
 
-    def step_and_look(grad_norm: float, limit: float | None) -> bool:
+    def step_and_look(grad_norm: float, limit: float | None, loads: dict[Unit, np.ndarray]) -> bool:
         scale = limit / (grad_norm + 1e-6) if limit is not None and grad_norm > limit else 1.0
         for name, parameter in {**optimizer.owned, **optimizer.replicated}.items():
             seen[name] = None if parameter.grad is None else parameter.grad.detach() * scale
-        return clip_and_step(grad_norm, limit)
+        return clip_and_step(grad_norm, limit, loads)
 
     optimizer.step = step_and_look  # type: ignore[method-assign]
     return seen

@@ -9,6 +9,7 @@ import pytest
 from hecate.errors import UserError
 from hecate.parallel.megatron_traces import load_megatron_trace
 from hecate.parallel.traces import load_trace, save_trace
+from hecate.parallel.units import Unit
 
 
 def record(rank: int, *tokens: list[int], step: int = 0, layer: int = 1, **changes: Any) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def test_a_folder_with_a_file_per_rank(tmp_path: Path) -> None:
         *(record(0, [3, 0], step=step, layer=layer, stage="pre_dispatch", block="decoder") for step in (0, 7) for layer in (1, 3)),
     )
     trace = load_megatron_trace(folder, 4, model="moe")
-    assert (trace.steps, trace.layers, trace.num_experts) == ((0, 7), (1, 3), (4, 4))
+    assert (trace.steps, trace.units, trace.num_experts) == ((0, 7), (Unit(1), Unit(3)), (4, 4))
     assert (trace.top_k, trace.tokens_per_rank, trace.model) == (2, 2, "moe")
     assert trace.loads.swapaxes(2, 3).tolist() == [
         [[[1, 0, 0, 1], [1, 2, 1, 0]], [[1, 0, 0, 1], [1, 0, 2, 1]]],

@@ -12,6 +12,7 @@ import pytest
 from hecate.errors import UserError
 from hecate.parallel import traces
 from hecate.parallel.traces import Trace, TraceWriter, load_trace, save_trace
+from hecate.parallel.units import Unit
 from tests.hecate.checkpoint.disk import Killed, watched_disk, write_half
 
 DOCS = Path(__file__).parents[2] / "docs" / "traces.md"
@@ -23,7 +24,7 @@ def a_trace(**changes: Any) -> Trace:
     values: dict[str, Any] = {
         "loads": np.array(loads).swapaxes(2, 3),
         "steps": (3, 5),
-        "layers": (0, 4),
+        "units": (Unit(0), Unit(4)),
         "num_experts": (2, 3),
         "top_k": 1,
         "tokens_per_rank": 4,
@@ -34,7 +35,7 @@ def a_trace(**changes: Any) -> Trace:
 
 
 def same(one: Trace, other: Trace) -> bool:
-    facts = ("steps", "layers", "num_experts", "top_k", "tokens_per_rank", "model", "notes")
+    facts = ("steps", "units", "num_experts", "top_k", "tokens_per_rank", "model", "notes")
     return np.array_equal(one.loads, other.loads) and all(getattr(one, name) == getattr(other, name) for name in facts)
 
 
@@ -48,8 +49,8 @@ def rewrite(path: Path, **arrays: Any) -> None:
     np.savez(path, **(kept | arrays))
 
 
-def of_layer(trace: Trace, index: int) -> np.ndarray:
-    """int [steps, the layer's experts, source ranks]"""
+def of_unit(trace: Trace, index: int) -> np.ndarray:
+    """int [steps, the unit's experts, source ranks]"""
     return trace.loads[:, index, : trace.num_experts[index]]
 
 
@@ -58,7 +59,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     save_trace(a_trace(), path)
     assert same(load_trace(path), a_trace())
     assert list(tmp_path.iterdir()) == [path]
-    assert of_layer(a_trace(), 0).tolist() == [[[1, 3], [2, 0]], [[4, 0], [0, 0]]]
+    assert of_unit(a_trace(), 0).tolist() == [[[1, 3], [2, 0]], [[4, 0], [0, 0]]]
     first = path.read_bytes()
     save_trace(a_trace(), path)
     assert path.read_bytes() == first
@@ -82,6 +83,23 @@ def test_the_file_is_as_documented(tmp_path: Path) -> None:
         "notes": {"data": ["a"]},
     }
     assert re.findall(r"^\| `(\w+)` \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE) == list(header)
+
+
+def test_units_of_one_layer_have_loads_of_their_own(tmp_path: Path) -> None:
+    """A layer's FFN is written as its number, as ever; another place of the layer with its name."""
+    units = (Unit(2), Unit(2, "self_attn.q_proj"))
+    path = tmp_path / "loads"
+    ours = writer(path)
+    ours.append(1, {units[1]: np.array([[1, 0], [0, 2]]), units[0]: np.array([[3, 3], [0, 1]])})
+    ours.save()
+    with np.load(path / "step-00000001.npz", allow_pickle=False) as arrays:
+        assert json.loads(arrays["header"].tobytes())["layers"] == [2, "2.self_attn.q_proj"]
+    resumed = writer(path, after=1)
+    resumed.append(2, {unit: np.zeros((2, 2), dtype=np.int64) for unit in units})
+    resumed.save()
+    trace = load_trace(path)
+    assert trace.units == units
+    assert trace.loads[0].tolist() == [[[3, 3], [0, 1]], [[1, 0], [0, 2]]]
 
 
 def test_no_damage_goes_unseen(tmp_path: Path) -> None:
@@ -112,6 +130,12 @@ def test_no_damage_goes_unseen(tmp_path: Path) -> None:
         ({"header": {"steps": 3}}, "header"),
         ({"header": {"steps": [3, 3]}}, "steps must ascend, got 3, 3"),
         ({"header": {"steps": [3, True]}}, "steps must be numbers"),
+        ({"header": {"layers": [0, "4.mlp.up_proj", 5]}}, "do not fit 2 steps, 3 layers"),
+        ({"header": {"layers": [0, "4"]}}, "layers must be numbers, or units"),
+        ({"header": {"layers": [0, "four.up_proj"]}}, "layers must be numbers, or units"),
+        ({"header": {"layers": [0, None]}}, "layers must be numbers, or units"),
+        ({"header": {"layers": [0, -1]}}, "layers must be numbers >= 0"),
+        ({"header": {"layers": [4, 0]}}, "layers must ascend"),
         ({"header": {"layers": [0]}}, "do not fit 2 steps, 1 layers"),
         ({"header": {"num_experts": [2, 4]}}, "do not fit"),
         ({"header": {"num_experts": [3, 2]}}, "loads exceed"),  # layer 4 has load on its third expert
@@ -174,9 +198,9 @@ def writer(path: Path, after: int = 0) -> TraceWriter:
     return TraceWriter(path, top_k=1, tokens_per_rank=4, model="tiny", notes={}, after=after)
 
 
-def loads_of(step: int) -> dict[int, np.ndarray]:
+def loads_of(step: int) -> dict[Unit, np.ndarray]:
     """Layer 7 before layer 2, which has an expert less."""
-    return {7: np.array([[0, 0], [1, 0], [step % 4, 0]]), 2: np.array([[step % 3, 0], [0, 2]])}
+    return {Unit(7): np.array([[0, 0], [1, 0], [step % 4, 0]]), Unit(2): np.array([[step % 3, 0], [0, 2]])}
 
 
 def test_a_writer_keeps_all_steps(tmp_path: Path) -> None:
@@ -191,7 +215,7 @@ def test_a_writer_keeps_all_steps(tmp_path: Path) -> None:
     ours.append(4, loads_of(4))
     ours.save()
     trace = load_trace(path)
-    assert (trace.steps, trace.layers, trace.num_experts, trace.top_k, trace.model) == ((1, 2, 4), (2, 7), (2, 3), 1, "tiny")
+    assert (trace.steps, trace.units, trace.num_experts, trace.top_k, trace.model) == ((1, 2, 4), (Unit(2), Unit(7)), (2, 3), 1, "tiny")
     assert trace.loads.dtype == np.int32
     assert trace.loads.tolist()[1] == [[[2, 0], [0, 2], [0, 0]], [[0, 0], [1, 0], [2, 0]]]
     with pytest.raises(AssertionError):
@@ -210,7 +234,7 @@ def test_a_resumed_writer_goes_on_after_its_step(tmp_path: Path, after: int) -> 
     resumed.save()
     trace = load_trace(path)
     assert trace.steps == (*range(1, min(after, 4) + 1), after + 1)
-    assert of_layer(trace, 0)[-1].tolist() == loads_of(after + 1)[2].tolist()
+    assert of_unit(trace, 0)[-1].tolist() == loads_of(after + 1)[Unit(2)].tolist()
     assert (trace.loads[:-1] == trace.loads[0]).all()
 
 
@@ -232,12 +256,12 @@ def test_a_new_run_does_not_read_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {2: np.zeros((2, 2)), 8: np.zeros((3, 2))},
-        {2: np.zeros((3, 2)), 7: np.zeros((3, 2))},
+        {Unit(2): np.zeros((2, 2)), Unit(8): np.zeros((3, 2))},
+        {Unit(2): np.zeros((3, 2)), Unit(7): np.zeros((3, 2))},
     ],
     ids=["layers", "experts"],
 )
-def test_another_runs_file_is_not_gone_on_with(tmp_path: Path, other: dict[int, np.ndarray]) -> None:
+def test_another_runs_file_is_not_gone_on_with(tmp_path: Path, other: dict[Unit, np.ndarray]) -> None:
     path = tmp_path / "loads"
     first = writer(path)
     first.append(1, loads_of(1))
@@ -252,14 +276,14 @@ def test_a_run_that_goes_on_with_more_ranks(tmp_path: Path) -> None:
     first = writer(path)
     first.append(1, loads_of(1))
     first.save()
-    on_three = {layer: np.concatenate([loads_ED, loads_ED[:, :1]], axis=1) for layer, loads_ED in loads_of(2).items()}
+    on_three = {unit: np.concatenate([loads_ED, loads_ED[:, :1]], axis=1) for unit, loads_ED in loads_of(2).items()}
     later = writer(path, after=1)
     later.append(2, on_three)
     later.save()
     trace = load_trace(path)
-    for index, layer in enumerate(trace.layers):
-        assert (of_layer(trace, index)[0] == np.pad(loads_of(1)[layer], ((0, 0), (0, 1)))).all()
-        assert (of_layer(trace, index)[1] == on_three[layer]).all()
+    for index, unit in enumerate(trace.units):
+        assert (of_unit(trace, index)[0] == np.pad(loads_of(1)[unit], ((0, 0), (0, 1)))).all()
+        assert (of_unit(trace, index)[1] == on_three[unit]).all()
 
 
 def recorded(path: Path, saves: list[list[int]], after: int = 0) -> TraceWriter:
@@ -380,10 +404,10 @@ def test_whatever_a_save_is_killed_in_the_trace_is_the_beginning_of_a_run(tmp_pa
 def test_a_rank_with_more_tokens_than_there_were_to_be(tmp_path: Path) -> None:
     """Shares change while a run lasts, when a rank is lost or is slow; a rank then has more tokens than the 4 that the writer was told."""
     ours = writer(tmp_path / "loads")
-    ours.append(1, {0: np.array([[5, 0], [1, 1]])})
+    ours.append(1, {Unit(0): np.array([[5, 0], [1, 1]])})
     ours.save()
     assert load_trace(tmp_path / "loads").tokens_per_rank == 6
-    ours.append(2, {0: np.array([[1, 0], [1, 1]])})
+    ours.append(2, {Unit(0): np.array([[1, 0], [1, 1]])})
     ours.save()
     assert load_trace(tmp_path / "loads").tokens_per_rank == 6
 

@@ -22,13 +22,12 @@ from hecate.config import Config, DataSource
 from hecate.config.schema import DataConfig, LoraConfig, ModelConfig, MoeConfig
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.pairs import LoraShape
 from hecate.model.base import BaseModel
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.expert_kinds import MIXLORA
+from hecate.parallel.expert_kinds import MIXLORA, LoraShape
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups

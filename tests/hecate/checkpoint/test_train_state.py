@@ -18,7 +18,8 @@ from hecate.checkpoint.manifest import read_manifest
 from hecate.checkpoint.train_state import NoCheckpointError, TrainedParts, TrainState, load_state, refuse_other_run, save_state
 from hecate.config import Config, to_yaml
 from hecate.errors import UserError
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.loads import LoadHistory
 from hecate.parallel.units import Unit
 from testing.ranks import run_ranks
@@ -54,7 +55,7 @@ def test_a_base_model_is_the_same_by_its_content_or_where_none_is_recorded_by_it
 def stepped_parts(rank: int, world: int, device: str = "cpu") -> TrainedParts:
     """A run without experts: one replicated parameter, two data sources' worth of nothing."""
     parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = ExpertOptimizer(Trainables({}, {"r": parameter}), AdamWSettings(learning_rate=0.1, weight_decay=0.0), torch.device(device))
+    optimizer = ExpertOptimizer(Trainables({}, {"r": parameter}), AdamW(weight_decay=0.0), LearningRate(0.1), torch.device(device))
     stream = mock.Mock(sequences_per_step=4)
     stream.state_dict.return_value = {"rows": 8}
     history = LoadHistory(2)

@@ -30,7 +30,8 @@ def tokens(seed: int, layer: int, count: int) -> tuple[torch.Tensor, torch.Tenso
 def wanted(layer: int, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     family = experts(LAYERS[layer], layer=layer)
     numel = family.layout().trainable_numel
-    pairs = family.pairs(torch.stack([chunk(layer, e, numel) for e in range(LAYERS[layer])]))
+    chunks = torch.stack([chunk(layer, e, numel) for e in range(LAYERS[layer])])
+    pairs = family.pairs(chunks, torch.arange(LAYERS[layer]))
     return mixlora_ffn_reference(RoutedTokens(x, expert, weight), base(), pairs)
 
 
@@ -185,7 +186,8 @@ def _step(rank: int, made: Engine, step: int) -> dict[int, np.ndarray]:
         expert = torch.tensor([CHOSEN[layer]]).expand(4, 2)
         y = micro.experts(layer, x, expert, weight, torch.arange(4) + 4 * rank)
         family = experts(count, layer=layer)
-        pairs = family.pairs(torch.stack([chunk(layer, e, family.layout().trainable_numel) for e in range(count)]))
+        chunks = torch.stack([chunk(layer, e, family.layout().trainable_numel) for e in range(count)])
+        pairs = family.pairs(chunks, torch.arange(count))
         torch.testing.assert_close(y, mixlora_ffn_reference(RoutedTokens(x, expert, weight), base(), pairs), rtol=1e-12, atol=1e-12)
         total = total + y.sum()
     micro.backward(total)

@@ -11,9 +11,9 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
-from hecate.experts.pairs import LoraShape, PlainPairs
+from hecate.experts.pairs import PlainPairs
 from hecate.kernels.common.ffn import FfnBase, FfnShape
-from hecate.parallel.expert_kinds import FfnSizes
+from hecate.parallel.expert_kinds import FfnSizes, LoraShape
 from hecate.parallel.layout import ExpertLayout
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES

@@ -10,9 +10,9 @@ import torch
 from hecate.experts.family import Site
 from hecate.experts.full import FullExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs import LoraShape, PlainPairs
+from hecate.experts.pairs import PlainPairs
 from hecate.kernels.common.ffn import FfnShape
-from hecate.parallel.expert_kinds import FfnSizes
+from hecate.parallel.expert_kinds import FfnSizes, LoraShape
 from hecate.parallel.units import Unit
 from tests.hecate.experts.making import offsets
 
@@ -72,7 +72,7 @@ def test_initial_chunks_depend_on_seed_layer_and_expert() -> None:
 
 def test_an_adapted_expert_starts_as_the_bases() -> None:
     family = moe_lora()
-    assert not any(lora.b_SOr.any() for lora in family.pairs(family.init_chunk(2)[None]).values())
+    assert not any(lora.b_SOr.any() for lora in family.pairs(family.init_chunk(2)[None], torch.tensor([2])).values())
     assert torch.equal(family.frozen_chunk(2), torch.full((180,), 2, dtype=torch.bfloat16))
 
 

@@ -15,9 +15,8 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.families import PAIR_SOURCES, ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site
-from hecate.experts.pairs import LoraShape
 from hecate.kernels.common.ffn import FfnShape
-from hecate.parallel.expert_kinds import KINDS, MOE_LORA, PAIR_SPECS, ExpertKind, FfnSizes
+from hecate.parallel.expert_kinds import KINDS, MOE_LORA, PAIR_SIZES, ExpertKind, FfnSizes, LoraShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -49,7 +48,7 @@ def test_each_kind_is_made_by_its_name(kind: ExpertKind) -> None:
 
 def test_each_name_of_the_configuration_is_there() -> None:
     assert set(ROUTERS) == set(get_args(LEAVES["moe.router_type"].type))
-    assert set(PAIR_SOURCES) == set(PAIR_SPECS) == set(get_args(LEAVES["lora.pairs"].type))
+    assert set(PAIR_SOURCES) == set(PAIR_SIZES) == set(get_args(LEAVES["lora.pairs"].type))
 
 
 @pytest.mark.parametrize("name", PAIR_SOURCES)
@@ -58,8 +57,8 @@ def test_a_pair_source_trains_what_the_dry_run_counts(name: str) -> None:
     site = Site(Unit(1), 4, shape, 3, double, double, torch.device("cpu"))
     projections = ("gate_proj", "down_proj")
     made = PAIR_SOURCES[name](site, LoraShape(2, 0.5, 0.0, name), projections)
-    assert made.trained() == PAIR_SPECS[name](FfnSizes(6, 10), projections, 2)
-    assert len(made.initial(3, "expert", "1", 0)) == sum(spec.numel for spec in made.trained())
+    assert made.sizes == PAIR_SIZES[name](FfnSizes(6, 10), projections, LoraShape(2, 0.5, 0.0, name))
+    assert len(made.initial(3, "expert", "1", 0)) == made.sizes.trained_numel
 
 
 def questions(tree: ast.AST) -> Iterator[ast.AST]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hecate.experts.family import ExpertReplicas
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
+from hecate.parallel.units import Unit
 from testing.ranks import run_ranks
 from tests.hecate.experts.making import FFN, HIDDEN, SEED, base, experts, offsets
 
@@ -30,7 +32,7 @@ def test_the_layout_of_a_chunk() -> None:
 def test_chunks_are_cut_as_the_layout_says() -> None:
     family = experts(2)
     replicas = torch.arange(2 * family.layout().trainable_numel, dtype=torch.float64).view(2, -1)
-    pairs = family.pairs(replicas)
+    pairs = family.pairs(replicas, torch.arange(2))
     for spec in family.layout().trainable:
         name, matrix = spec.name.split(".")
         start, end = offsets(family.layout())[spec.name]
@@ -41,7 +43,7 @@ def test_chunks_are_cut_as_the_layout_says() -> None:
 def test_an_expert_starts_as_the_base() -> None:
     family = experts(4)
     for expert in range(4):
-        pairs = family.pairs(family.init_chunk(expert)[None])
+        pairs = family.pairs(family.init_chunk(expert)[None], torch.tensor([expert]))
         for name, lora in pairs.items():
             assert not lora.b_SOr.any(), name
             assert lora.a_SrI.any(), name
@@ -103,9 +105,19 @@ def test_dropout_is_keyed_by_seed_step_and_layer_and_only_for_training(training:
     slot, token, here = torch.tensor([[0], [1], [1], [0], [-1]]), torch.arange(5) + 50, torch.tensor([3, 8])
     got = family.compute(RoutedTokens(x, slot, weight, token, here), ExpertReplicas(replicas), 6 if training else None)
     dropout = Dropout(0.5, dropout_key(SEED, 6, 4)) if training else None
-    pairs = family.pairs(replicas)
+    pairs = family.pairs(replicas, here)
     wanted = mixlora_ffn_reference(RoutedTokens(x, slot, weight, token, here), base(), pairs, dropout=dropout)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_units_of_one_layer_have_dropout_of_their_own() -> None:
+    whole, linear = experts(2, layer=4, dropout=0.5), experts(2, layer=4, dropout=0.5)
+    linear.site = replace(linear.site, unit=Unit(4, "mlp.up_proj"))
+    chunks = torch.ones(2, whole.layout().trainable_numel, dtype=torch.float64)
+    slots, weights = torch.tensor([[0], [1], [0]]), torch.ones(3, 1, dtype=torch.float64)
+    routed = RoutedTokens(torch.ones(3, HIDDEN, dtype=torch.float64), slots, weights, torch.arange(3), torch.arange(2))
+    first, second = (family.compute(routed, ExpertReplicas(chunks), 6) for family in (whole, linear))
+    assert not torch.equal(first, second)
 
 
 def test_the_result_depends_on_the_replicas_without_a_token() -> None:

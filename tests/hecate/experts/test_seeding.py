@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hecate.experts.seeding import generator, linear_weight
+from hecate.experts.seeding import generator, linear_weight, unit_numbers
+from hecate.parallel.units import Unit
 
 
 def draw(*name: int | str) -> list[int]:
@@ -36,6 +37,13 @@ def test_other_names_give_other_numbers() -> None:
         (1, "lora", "2.self_attn.q_proj"),
     ]
     assert len({tuple(draw(*name)) for name in names}) == len(names)
+
+
+def test_every_unit_has_numbers_of_its_own() -> None:
+    """Those of a layer's FFN are the layer alone: they are in the dropout of every run so far."""
+    units = [Unit(4), Unit(5), Unit(4, "self_attn.q_proj"), Unit(5, "self_attn.q_proj"), Unit(4, "self_attn.k_proj")]
+    assert unit_numbers(units[0]) == (4,)
+    assert len({unit_numbers(unit) for unit in units}) == len(units)
 
 
 def test_the_global_generator_neither_matters_nor_moves() -> None:

@@ -16,7 +16,8 @@ from hecate.forecast.run_shape import run_shape
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import insert_experts, non_moe_flops_per_token
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
@@ -51,7 +52,7 @@ def _measure(rank: int, world: int, folder: str, overrides: tuple[str, ...]) -> 
     tokens = torch.arange(96)[None]
     batch = Batch(tokens % 64, (tokens + rank) % 64, tokens, torch.ones_like(tokens), tokens + 96 * rank, torch.zeros_like(tokens))
     optimizer = ExpertOptimizer(
-        Trainables(owned_parameters(moe.engine), replicated), AdamWSettings(learning_rate=1e-3, weight_decay=0.0), torch.device("cpu")
+        Trainables(owned_parameters(moe.engine), replicated), AdamW(weight_decay=0.0), LearningRate(1e-3), torch.device("cpu")
     )
     train_step(moe, head, optimizer, [batch], num_labels=192, step=0, rules=StepRules(aux_coef=0.01, max_grad_norm=None))
 

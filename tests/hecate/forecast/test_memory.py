@@ -15,14 +15,15 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
-from hecate.experts.pairs import LoraShape, PlainPairs
+from hecate.experts.pairs import PlainPairs
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import RunShape, run_shape
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import insert_experts, non_moe_flops_per_token
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, owned_parameters
-from hecate.parallel.expert_kinds import FfnSizes
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
+from hecate.parallel.expert_kinds import FfnSizes, LoraShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -126,7 +127,7 @@ def _held(rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str,
         moe = insert_experts(model, find_gated_ffns(model), insertion_plan(config, 3), engine, groups)
         replicated = moe.replicated_parameters()
         optimizer = ExpertOptimizer(
-            Trainables(owned_parameters(moe.engine), replicated), AdamWSettings(learning_rate=0.1, weight_decay=0.0), torch.device("cpu")
+            Trainables(owned_parameters(moe.engine), replicated), AdamW(weight_decay=0.0), LearningRate(0.1), torch.device("cpu")
         )
         train_step(moe, head, optimizer, [batch], num_labels=32, step=0, rules=StepRules(aux_coef=0.01, max_grad_norm=None))
         moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))

@@ -17,6 +17,7 @@ from hecate.forecast.report import SPEEDUP, print_rows, write_json
 from hecate.forecast.sweep import load_sweep
 from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.traces import Trace, save_trace
+from hecate.parallel.units import Unit
 
 MODEL = "{kind: mixlora, rank: 2, hidden: 8, ffn: 16, layers: 6, seq: 8, experts: 4, top_k: 2}"
 TWO = Options(policies=("static_ep", "full"), steps=2)
@@ -49,7 +50,8 @@ def model(tmp_path: Path) -> str:
 def trace_file(folder: Path, num_experts: tuple[int, ...] = (4, 4), ranks: int = 2) -> Path:
     loads = np.zeros((3, len(num_experts), max(num_experts), ranks), dtype=np.int32)
     loads[:, :, :2] = 5
-    save_trace(Trace(loads, (1, 2, 3), tuple(range(len(num_experts))), num_experts, top_k=2, tokens_per_rank=5), folder / "loads.npz")
+    units = tuple(Unit(layer) for layer in range(len(num_experts)))
+    save_trace(Trace(loads, (1, 2, 3), units, num_experts, top_k=2, tokens_per_rank=5), folder / "loads.npz")
     return folder / "loads.npz"
 
 

@@ -8,12 +8,11 @@ import torch.distributed as dist
 
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.pairs import LoraShape
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
 from hecate.model.lora import LoraLinear
 from hecate.model.moe_model import MoeModel, adapter_dtype
-from hecate.parallel.expert_kinds import MIXLORA
+from hecate.parallel.expert_kinds import MIXLORA, LoraShape
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hecate.optim.optimizer import AdamWSettings, ExpertOptimizer, Trainables, schedule
+from hecate.optim.adamw import AdamW
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, schedule
 from testing.ranks import run_ranks
 
 
@@ -20,7 +21,8 @@ def parameter(*values: float) -> nn.Parameter:
 def make(owned: dict[str, nn.Parameter], replicated: dict[str, nn.Parameter]) -> ExpertOptimizer:
     return ExpertOptimizer(
         Trainables(owned, replicated),
-        AdamWSettings(learning_rate=0.1, weight_decay=0.01, factor=schedule("linear", 10, 0.2)),
+        AdamW(weight_decay=0.01),
+        LearningRate(0.1, schedule("linear", 10, 0.2)),
         torch.device("cpu"),
     )
 
@@ -49,7 +51,7 @@ def test_a_rank_without_experts_adds_its_zero_where_the_others_sums_are(monkeypa
         raise SeenError(total.device.type)
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    optimizer = ExpertOptimizer(Trainables({}, {}), AdamWSettings(learning_rate=0.1, weight_decay=0.0), torch.device("meta"))
+    optimizer = ExpertOptimizer(Trainables({}, {}), AdamW(weight_decay=0.0), LearningRate(0.1), torch.device("meta"))
     with pytest.raises(SeenError, match="meta"):  # a device that is not the CPU
         optimizer.global_grad_norm(None)  # type: ignore[arg-type]
 
@@ -141,10 +143,8 @@ def test_weight_decay_leaves_out_the_kinds_that_are_excluded_and_the_betas_are_t
     replicated = {name: nn.Parameter(torch.full(shape, 1.0, dtype=torch.float64)) for name, shape in zip(names, shapes, strict=True)}
     owned = {"0.0": parameter(1.0, 2.0)}
     rate, decay, beta1, beta2, epsilon = 0.1, 0.5, 0.8, 0.95, 1e-3
-    settings = AdamWSettings(
-        learning_rate=rate, weight_decay=decay, beta1=beta1, beta2=beta2, epsilon=epsilon, exclude=("norms", "biases", "routers")
-    )
-    optimizer = ExpertOptimizer(Trainables(owned, replicated), settings, torch.device("cpu"))
+    rule = AdamW(weight_decay=decay, beta1=beta1, beta2=beta2, epsilon=epsilon, exclude=("norms", "biases", "routers"))
+    optimizer = ExpertOptimizer(Trainables(owned, replicated), rule, LearningRate(rate), torch.device("cpu"))
     decayed = {"0.0", "model.proj.weight"}
     expected = {name: value.detach().clone() for name, value in (owned | replicated).items()}
     mean = {name: torch.zeros_like(value) for name, value in expected.items()}
@@ -162,9 +162,9 @@ def test_weight_decay_leaves_out_the_kinds_that_are_excluded_and_the_betas_are_t
 
 
 def test_who_decays_stays_the_same_when_owners_and_backups_change() -> None:
-    settings = AdamWSettings(learning_rate=0.1, weight_decay=0.5, exclude=("routers",))
+    rule = AdamW(weight_decay=0.5, exclude=("routers",))
     router, expert, backup = parameter(1.0), parameter(1.0), parameter(1.0)
-    optimizer = ExpertOptimizer(Trainables({}, {"layers.0.router": router}), settings, torch.device("cpu"))
+    optimizer = ExpertOptimizer(Trainables({}, {"layers.0.router": router}), rule, LearningRate(0.1), torch.device("cpu"))
     for replace, parameters in ((optimizer.replace_owned, {"0.1": expert}), (optimizer.replace_backups, {"0.2": backup})):
         replace(parameters, {})
         for trained in (router, *parameters.values()):
