@@ -181,7 +181,7 @@ def test_killed_while_truncating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
+        patch.setattr(os, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             writer.truncate_after(1)
     assert path.read_bytes() == data
