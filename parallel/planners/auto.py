@@ -1,10 +1,10 @@
 """The default planner. It chooses replicas and token shares together, for any mix of devices and links, and keeps the candidate with the
 lowest predicted time.
 
-A candidate is made in two moves. *Reach* brings replicas to the ranks that hold an expert's tokens, by one of a few rules. *Spill* then
-lets devices that are still too busy hand assignments of their largest experts to devices with time left, which get replicas of them.
-`CANDIDATES` is what was left of some hundreds of rules with degrees of spill, after those that made little difference to 312 layers had
-been dropped (`benchmarks.plan_quality`, with the slots that memory gives and with four).
+A candidate is made in two moves. *Replication* brings replicas to the ranks that hold an expert's tokens, by one of a few rules.
+*Rebalancing* then lets devices that are still too busy hand assignments of their largest experts to devices with time left, which get
+replicas of them. `CANDIDATES` is what was left of some hundreds of rules with degrees of rebalancing, after those that made little
+difference to 312 layers had been dropped (`benchmarks.plan_quality`, with the slots that memory gives and with four).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from hecate.parallel.cost_loops import (
 )
 from hecate.parallel.cost_model import cost_numbers, overlap_degree, topology_numbers
 from hecate.parallel.planners.plan import Plan, PlanInput
-from hecate.parallel.planners.reach import HOT, NODES, OWNERS, WANTED, reach, wishes
-from hecate.parallel.planners.spill import spill
+from hecate.parallel.planners.rebalancing import rebalance
+from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, replicate, wishes
 from hecate.parallel.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners
 
 _ALL_BUDGETS = 400
@@ -41,8 +41,8 @@ CANDIDATES = (
     ((WANTED, 0.5, 0.0), (1.0,)),
     ((HOT, 1.0, 0.0), (1.0,)),
 )
-"""`reach`'s rule, share and factor; and degrees of spill, beside none: how far above the mean a device's compute may stay; negative: no
-assignment leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
+"""`replicate`'s rule, share and factor; and degrees of rebalancing, beside none: how far above the mean a device's compute may stay;
+negative: no assignment leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -85,8 +85,8 @@ def plan_auto(given: PlanInput) -> Plan:
             base,
             trial,
             best,
-            _REACHES,
-            _SPILLS,
+            _REPLICATIONS,
+            _SLACKS,
             where_LED[some],
             quota_LED[some],
         )
@@ -94,8 +94,8 @@ def plan_auto(given: PlanInput) -> Plan:
     return Plan(given.owner_LE, where_LED, quota_LED)
 
 
-_REACHES = np.array([reach_ for reach_, _ in CANDIDATES])
-_SPILLS = np.array([(0.0, *slacks, *(0.0,) * (4 - len(slacks))) for _, slacks in CANDIDATES])
+_REPLICATIONS = np.array([rule for rule, _ in CANDIDATES])
+_SLACKS = np.array([(0.0, *slacks, *(0.0,) * (4 - len(slacks))) for _, slacks in CANDIDATES])
 
 
 @jit.entry
@@ -113,8 +113,8 @@ def _plan_layers(
     base: Replicas,
     trial: Replicas,
     best: Replicas,
-    reaches: np.ndarray,
-    spills: np.ndarray,
+    rules_R: np.ndarray,
+    slacks_RS: np.ndarray,
     where_LED: np.ndarray,
     quota_LED: np.ndarray,
 ) -> None:
@@ -133,14 +133,14 @@ def _plan_layers(
         for budget in range(least_slots, int(largest(slots)) + 1):
             for d in range(ranks):
                 room[d] = min(slots[d], budget)
-            for r in range(len(reaches)):
-                rule, share, factor = int(reaches[r, 0]), reaches[r, 1], reaches[r, 2]
+            for r in range(len(rules_R)):
+                rule, share, factor = int(rules_R[r, 0]), rules_R[r, 1], rules_R[r, 2]
                 if rule == NODES and single:
                     continue
                 only_owners(base, owner)
-                reach(rule, share, factor, owner, room, hidden, worth, wish, loads, topology, base)
+                replicate(rule, share, factor, owner, room, hidden, worth, wish, loads, topology, base)
                 fixed = replica_seconds(owner, base, resident, topology, cost)
-                if fixed >= best_seconds and not bounded:  # spilling only adds replicas
+                if fixed >= best_seconds and not bounded:  # rebalancing only adds replicas
                     continue
                 even_quota_into(base, loads, topology)
                 base_busy = busy_seconds(base, loads, topology, cost)
@@ -150,17 +150,17 @@ def _plan_layers(
                 mean /= rates
                 sends = np.inf if bounded or best_seconds == np.inf else 4.0 * (best_seconds - fixed - mean)
                 base_dispatch = dispatch_seconds(base, loads, topology, cost, sends)
-                for degree in range(spills.shape[1]):
+                for degree in range(slacks_RS.shape[1]):
                     if degree > 0:
-                        if base_dispatch >= sends:  # spilling would have to spare most of it
+                        if base_dispatch >= sends:  # rebalancing would have to spare most of it
                             break
-                        slack, across = min(abs(spills[r, degree]), max_imbalance), spills[r, degree] > 0
+                        slack, across = min(abs(slacks_RS[r, degree]), max_imbalance), slacks_RS[r, degree] > 0
                         if slack == 0 or (single and not across):
                             continue
                         if base_busiest <= slack * mean or (not bounded and slack * mean * 0.9 + fixed >= best_seconds):
                             continue
                         copy_into(base, trial)
-                        spill(owner, base_busy, room, slack, across, topology, trial)
+                        rebalance(owner, base_busy, room, slack, across, topology, trial)
                     tried = base if degree == 0 else trial
                     busy = base_busiest if degree == 0 else largest(busy_seconds(tried, loads, topology, cost))
                     if busy + fixed > best_seconds and not bounded:

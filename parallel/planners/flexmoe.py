@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.planners.packing import even_split_in_node
+from hecate.parallel.planners.expert_packing import even_split_in_node
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.topology import Topology
 

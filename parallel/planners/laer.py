@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.flows import flows, node_index
-from hecate.parallel.planners.packing import even_split_in_node, pack_copies, spare_copies, spare_slots
+from hecate.parallel.planners.expert_packing import even_split_in_node, pack_copies, spare_copies, spare_slots
 from hecate.parallel.planners.plan import Plan, PlanInput
 
 

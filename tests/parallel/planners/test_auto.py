@@ -27,7 +27,7 @@ from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.planners.auto import _plan_layers, plan_auto
-from hecate.parallel.planners.spill import spill
+from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.replica_lists import Replicas, add, copy_into, everywhere, fill_lists, foreign, no_replicas, only_owners
 from hecate.parallel.topology import Link, Topology
 from hecate.parallel.transfer_plan import choose_route
@@ -212,10 +212,10 @@ def test_each_layer_is_planned_by_itself() -> None:
         assert np.array_equal(alone.quota_LED[0], together.quota_LED[layer])
 
 
-def test_spilling_hands_over_what_is_above_the_mean_as_far_as_slots_go() -> None:
+def test_rebalancing_hands_over_what_is_above_the_mean_as_far_as_slots_go() -> None:
     """Expert 0 has 100 assignments on rank 0; rank 1 has a slot and takes a quarter, rank 2 has none, rank 3 a quarter."""
     numbers, replicas = topology_numbers(equal_devices(4)), lists(np.eye(1, 4) > 0, np.full((1, 4), 100.0))
-    spill(np.zeros(1, np.int64), np.array([100.0, 0.0, 0.0, 0.0]), np.array([0, 1, 0, 1]), 1.0, True, numbers, replicas)
+    rebalance(np.zeros(1, np.int64), np.array([100.0, 0.0, 0.0, 0.0]), np.array([0, 1, 0, 1]), 1.0, True, numbers, replicas)
     assert np.where(replicas.has_ED, replicas.quota_ED, 0.0).tolist() == [[50.0, 25.0, 0.0, 25.0]]
 
 

@@ -15,11 +15,11 @@ from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.planners.echo import plan_echo
 from hecate.parallel.planners.eplb import plan_eplb
+from hecate.parallel.planners.expert_packing import spare_copies
 from hecate.parallel.planners.fastermoe import plan_fastermoe
 from hecate.parallel.planners.flexmoe import plan_flexmoe
 from hecate.parallel.planners.laer import plan_laer
 from hecate.parallel.planners.llep import plan_llep
-from hecate.parallel.planners.packing import spare_copies
 from hecate.parallel.planners.smartmoe import plan_smartmoe
 from hecate.parallel.planners.static_ep import plan_static_ep
 from hecate.parallel.topology import Link, Topology, uniform_topology

@@ -1,4 +1,4 @@
-"""Which replicas to bring for the tokens' sake, before anything is balanced: what `auto` tries."""
+"""Rules by which `auto` brings replicas of experts to the ranks whose tokens chose them, before it balances the ranks' work."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _place(
 
 
 @loop
-def reach(
+def replicate(
     rule: int,
     share: float,
     factor: float,

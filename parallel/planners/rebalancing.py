@@ -1,4 +1,4 @@
-"""Handing assignments from busy devices to those with time left."""
+"""Hands assignments of tokens from devices that are too busy to devices with time left, for `auto`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LEAST = 1e-6
 
 
 @loop
-def spill(
+def rebalance(
     owner: np.ndarray, busy: np.ndarray, slots: np.ndarray, slack: float, across: bool, topology: TopologyNumbers, replicas: Replicas
 ) -> None:
     """Move assignments from devices above `slack` times the mean compute time to those below it; changes `replicas`.

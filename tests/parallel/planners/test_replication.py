@@ -7,7 +7,7 @@ import pytest
 
 from hecate.parallel.cost_loops import layer_loads
 from hecate.parallel.cost_model import topology_numbers
-from hecate.parallel.planners.reach import HOT, NODES, OWNERS, WANTED, reach, wishes
+from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, replicate, wishes
 from hecate.parallel.replica_lists import no_replicas, only_owners
 from testing.unit_cases import unit_topology
 
@@ -32,7 +32,7 @@ def brought(
     replicas = no_replicas(len(owner), len(nodes))
     only_owners(replicas, owner)
     wish = wishes(owner, np.array(slots), loads, numbers)
-    reach(rule, share, factor, owner, np.array(slots), 2, 3.0, wish, loads, numbers, replicas)
+    replicate(rule, share, factor, owner, np.array(slots), 2, 3.0, wish, loads, numbers, replicas)
     return [np.flatnonzero(row).tolist() for row in replicas.has_ED]
 
 
