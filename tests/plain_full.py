@@ -19,18 +19,18 @@ class PlainFull(nn.Module):
         )
         self.valid: Tensor | None = None
         self.prob: Tensor | None = None
-        self.expert: Tensor | None = None
+        self.expert_TK: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         assert self.valid is not None
         x = hidden.reshape(-1, hidden.shape[-1])
         prob = F.softmax(x @ (self.logit_scale * self.router).T + self.bias, dim=-1)
-        weight, expert = prob.topk(self.top_k, dim=-1)
+        weight, expert_TK = prob.topk(self.top_k, dim=-1)
         weight = weight / weight.sum(-1, keepdim=True)
-        self.prob, self.expert = prob[self.valid], expert[self.valid]
+        self.prob, self.expert_TK = prob[self.valid], expert_TK[self.valid]
         y = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
-            share = (weight * (expert == number)).sum(-1, keepdim=True) * self.valid[:, None]
+            share = (weight * (expert_TK == number)).sum(-1, keepdim=True) * self.valid[:, None]
             h = F.silu(x @ expert["gate_proj"].T) * (x @ expert["up_proj"].T)
             y = y + share * (h @ expert["down_proj"].T)
         return y.view_as(hidden)

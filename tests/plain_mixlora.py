@@ -40,18 +40,18 @@ class PlainMixlora(nn.Module):
         )
         self.valid: Tensor | None = None
         self.prob: Tensor | None = None
-        self.expert: Tensor | None = None
+        self.expert_TK: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         assert self.valid is not None
         x = hidden.reshape(-1, hidden.shape[-1])
         prob = F.softmax(x @ (self.logit_scale * self.router).T + self.bias, dim=-1)
-        weight, expert = prob.topk(self.top_k, dim=-1)
+        weight, expert_TK = prob.topk(self.top_k, dim=-1)
         weight = weight / weight.sum(-1, keepdim=True)
-        self.prob, self.expert = prob[self.valid], expert[self.valid]
+        self.prob, self.expert_TK = prob[self.valid], expert_TK[self.valid]
         y = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
-            share = (weight * (expert == number)).sum(-1, keepdim=True) * self.valid[:, None]
+            share = (weight * (expert_TK == number)).sum(-1, keepdim=True) * self.valid[:, None]
             gate = self._linear(expert, "gate_proj", x)
             up = self._linear(expert, "up_proj", x)
             y = y + share * self._linear(expert, "down_proj", F.silu(gate) * up)
@@ -65,11 +65,11 @@ class PlainMixlora(nn.Module):
 def plain_aux(layers: Sequence[Any]) -> Tensor:
     """HF's formula: all layers' tokens in one pile."""
     prob = torch.cat([layer.prob for layer in layers if layer.prob is not None])
-    expert = torch.cat([layer.expert for layer in layers if layer.expert is not None])
+    expert_TK = torch.cat([layer.expert_TK for layer in layers if layer.expert_TK is not None])
     experts = prob.shape[1]
     total = prob.new_zeros(())
-    for k in range(expert.shape[1]):
-        f = F.one_hot(expert[:, k], experts).to(prob.dtype).mean(0)
+    for k in range(expert_TK.shape[1]):
+        f = F.one_hot(expert_TK[:, k], experts).to(prob.dtype).mean(0)
         total = total + experts * (f * prob.mean(0)).sum()
     return total
 

@@ -255,8 +255,8 @@ class Reference:
             loss.backward()
             total += cross
             for index, layer in enumerate(self.layers):
-                assert layer.expert is not None
-                reached |= {(index, int(e)) for e in layer.expert.unique()}
+                assert layer.expert_TK is not None
+                reached |= {(index, int(e)) for e in layer.expert_TK.unique()}
         idle = set(self.chunks) - reached
         for key in idle:
             for parameter in self.chunks[key]:

@@ -126,7 +126,7 @@ class Reference:
             loss, cross = plain_loss(self.model, self.layers, batch, num_labels, MICRO_STEPS, AUX_COEF)
             loss.backward()
             total += cross
-            reached |= {(index, int(e)) for index, layer in enumerate(self.layers) for e in layer.expert.unique()}
+            reached |= {(index, int(e)) for index, layer in enumerate(self.layers) for e in layer.expert_TK.unique()}
         idle = set(self.chunks) - reached
         for key in idle:
             for parameter in self.chunks[key]:
