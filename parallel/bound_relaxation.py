@@ -10,11 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from hecate.parallel.cost_loops import FASTEST, SLICED, distinct, exposed_seconds
+from hecate.parallel.cost_loops import distinct, exposed_seconds
 from hecate.parallel.cost_model import cost_numbers
 from hecate.parallel.flows import node_index, node_membership
 from hecate.parallel.linear_program import LinearProgram
 from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.route_loops import FASTEST, SLICED
 
 Reach = Literal["everywhere", "stay", "near", "far"]
 """how far tokens travel: none leaves its rank, as each expert is on all; none does anyway; some do, none its node; some leave their node"""

@@ -14,8 +14,19 @@ from typing import NamedTuple
 import numpy as np
 
 from hecate.parallel.array_loops import largest, total
+from hecate.parallel.cost_numbers import FAR_IN, FAR_OUT, NEAR_IN, NEAR_OUT, CostNumbers, TopologyNumbers, port_seconds, transfer_latency
 from hecate.parallel.jit import entry, loop
 from hecate.parallel.replica_lists import Replicas, fill_lists
+from hecate.parallel.route_loops import (
+    COPY_ROWS,
+    FLAT,
+    all_exchanges,
+    choose_route,
+    clear,
+    count_copies,
+    count_frozen,
+    route_seconds,
+)
 
 DISPATCH_COLLECTIVES = 8
 """all-to-alls of a layer's tokens: counts, slots, rows, weights, results; backward results, rows, weights"""
@@ -23,62 +34,6 @@ LEAST_TRAFFIC = 1e-6
 """rows or experts; less is rounding, and pays no latency"""
 ROUNDING = 1e-9
 """share of an expert's load; less is no traffic"""
-NEAR_OUT, NEAR_IN, FAR_OUT, FAR_IN = range(4)
-"""rows of an array [4, ranks]: traffic through each rank's ports inside its node, and to and from other nodes"""
-FLAT, TWO_LEVEL, SLICED = range(3)
-"""the routes of the collectives over experts, simplest first (see `hecate.parallel.routes`)"""
-FASTEST = -1
-"""instead of a route: for each placement the fastest of them"""
-CLEARLY_LESS = 1 - 1e-9
-"""of the seconds of two routes; a smaller difference is rounding, and the simpler route is taken"""
-COPY_ROWS = 17
-"""rows of the copies of a placement's replicas that `count_copies` and `count_slices` count, [17, ranks] (see there)"""
-
-
-class TopologyNumbers(NamedTuple):
-    """A topology as arrays."""
-
-    node_D: np.ndarray
-    member_D: np.ndarray
-    """ranks by node"""
-    first_N: np.ndarray
-    """where a node's ranks begin in `member_D`; and the number of ranks"""
-    rate_D: np.ndarray
-    port_D: np.ndarray
-    nic_D: np.ndarray
-    memory_rate_D: np.ndarray
-    uplink_N: np.ndarray
-    near_latency: float
-    far_latency: float
-    exchange_latency: float
-    slowdown: float
-
-
-class CostNumbers(NamedTuple):
-    """A layer's cost, and how it is executed, as numbers."""
-
-    trainable_bytes: float
-    reduced_bytes: float
-    frozen_bytes_a_step: float
-    optimizer_bytes: float
-    top_k: int
-    row_bytes: float
-    row_work: float
-    assignment_work: float
-    dispatch_messages: float
-    """all-to-alls of the layer's tokens, whose latencies are paid"""
-    hides_gather: float
-    """seconds of work beside which the forward pass's gather travels"""
-    hides_reduce: float
-    """seconds of work beside which gradients travel back"""
-    hides_second_gather: bool
-    """the gather before the backward pass travels beside that work, too"""
-    second_gathers: int
-    """gathers before the backward pass: 1 where replicas were freed after the forward pass"""
-    route: int
-    """of gather and reduction: FLAT, TWO_LEVEL, SLICED or FASTEST"""
-    chunk_numel: int
-    """elements of an expert's trainable parameters, which can be cut into as many equal slices as divide this number"""
 
 
 class LayerLoads(NamedTuple):
@@ -207,13 +162,13 @@ def replica_parts(
     reduce = again
     if route != FLAT or cost.reduced_bytes != cost.trainable_bytes:
         reduce = route_seconds(route, slices, True, cost.reduced_bytes, topology, copies, trainable)
-    _all_exchanges(route, slices, copies, trainable)
+    all_exchanges(route, slices, copies, trainable)
     gather = again  # frozen parts stay, and so `again` is without them
     if cost.frozen_bytes_a_step > 0:
         count_frozen(owner, replicas, resident, topology, frozen)
         gather += port_seconds(frozen, topology) * cost.frozen_bytes_a_step + transfer_latency(frozen, topology)
     else:
-        _clear(frozen)
+        clear(frozen)
     added = exposed_seconds(cost.hides_gather, gather, topology.slowdown)
     if cost.second_gathers == 0:
         added += exposed_seconds(cost.hides_reduce, reduce, topology.slowdown)
@@ -222,117 +177,6 @@ def replica_parts(
     else:
         added += exposed_seconds(cost.hides_reduce, reduce, topology.slowdown) + again
     return gather, reduce, added
-
-
-@loop
-def choose_route(
-    owner: np.ndarray,
-    replicas: Replicas,
-    most: int,
-    topology: TopologyNumbers,
-    cost: CostNumbers,
-    copies: np.ndarray,
-    ports: np.ndarray,
-) -> tuple[int, int]:
-    """The route of the gather and of the reduction, and into how many slices chunks are cut.
-
-    The fastest for the gather, the simpler one of equals; where no leader would have anyone to send on to, the flat one.
-
-    Args:
-        most: see `count_copies`.
-        copies: as `count_copies` has filled them; the slices' rows are filled where chunks may be sliced.
-        ports: room to work in, [4, ranks].
-    """
-    slices = 1
-    if cost.route in (FASTEST, SLICED):
-        for number in range(2, most + 1):
-            if cost.chunk_numel % number == 0:
-                slices = number
-        if slices > 1 or cost.route == SLICED:
-            count_slices(owner, replicas, slices, topology, copies)
-    if cost.route != FASTEST:
-        return cost.route, slices
-    if most < 2:
-        return FLAT, 1
-    best, least = FLAT, route_seconds(FLAT, 1, False, cost.trainable_bytes, topology, copies, ports)
-    if len(topology.uplink_N) > 1:
-        seconds = route_seconds(TWO_LEVEL, 1, False, cost.trainable_bytes, topology, copies, ports)
-        if seconds < CLEARLY_LESS * least:
-            best, least = TWO_LEVEL, seconds
-    if slices > 1:
-        seconds = route_seconds(SLICED, slices, False, cost.trainable_bytes, topology, copies, ports)
-        if seconds < CLEARLY_LESS * least:
-            best = SLICED
-    return best, slices if best == SLICED else 1
-
-
-@loop
-def route_seconds(
-    route: int, slices: int, back: bool, chunk_bytes: float, topology: TopologyNumbers, copies: np.ndarray, ports: np.ndarray
-) -> float:
-    """Seconds of a gather by a route, or with `back` of a reduction: its one exchange, or two that follow each other.
-
-    A port's two directions are equally fast, so a reduction takes as long as copies along its moves would.
-    """
-    unit_bytes = chunk_bytes / slices if route == SLICED else chunk_bytes
-    _exchange(route, slices, back, 0, copies, ports)
-    seconds = port_seconds(ports, topology) * unit_bytes + transfer_latency(ports, topology)
-    if route != FLAT:
-        _exchange(route, slices, back, 1, copies, ports)
-        seconds += port_seconds(ports, topology) * unit_bytes + transfer_latency(ports, topology)
-    return seconds
-
-
-@loop
-def _exchange(route: int, slices: int, back: bool, number: int, copies: np.ndarray, ports: np.ndarray) -> None:
-    """Fill `ports` [4, ranks] with the copies through each port in one exchange of a route; of slices where chunks are sliced.
-
-    A reduction's first exchange is inside the nodes, and for those that have no leader; in its second, leaders send to the owners.
-    """
-    for side in range(2):  # sent, received
-        near, far = ports[side], ports[2 + side]
-        direct, away = copies[side], copies[2 + side]
-        if route == FLAT:
-            for d in range(len(near)):
-                near[d], far[d] = direct[d], away[d]
-        elif route == TWO_LEVEL:
-            led, lead, on = copies[6 + side], copies[8 + side], copies[10 + side]
-            for d in range(len(near)):
-                if number == 0:
-                    near[d] = direct[d] + on[d] if back else direct[d]
-                    far[d] = away[d] - led[d] if back else away[d] - led[d] + lead[d]
-                else:
-                    near[d], far[d] = (0.0, lead[d]) if back else (on[d], 0.0)
-        else:
-            led_home, led, lead_home = copies[4 + side], copies[6 + side], copies[12 + side]
-            on = copies[14 + side]
-            lead, each = (copies[8], float(slices)) if side == 0 else (copies[16], 1.0)
-            for d in range(len(near)):
-                if number == 0:
-                    near[d] = (direct[d] - led_home[d]) * slices + (on[d] if back else lead_home[d])
-                    far[d] = (away[d] - led[d]) * slices + (0.0 if back else lead[d] * each)
-                else:
-                    near[d], far[d] = (lead_home[d], lead[d] * each) if back else (on[d], 0.0)
-
-
-@loop
-def _all_exchanges(route: int, slices: int, copies: np.ndarray, ports: np.ndarray) -> None:
-    """Fill `ports` [4, ranks] with the experts through each port in all exchanges of a gather."""
-    second = np.empty(ports.shape)
-    _exchange(route, slices, False, 0, copies, ports)
-    if route != FLAT:
-        _exchange(route, slices, False, 1, copies, second)
-        each = 1.0 / slices if route == SLICED else 1.0
-        for port in range(4):
-            for d in range(ports.shape[1]):
-                ports[port, d] = (ports[port, d] + second[port, d]) * each
-
-
-@loop
-def _clear(ports: np.ndarray) -> None:
-    for port in range(len(ports)):
-        for d in range(ports.shape[1]):
-            ports[port, d] = 0.0
 
 
 @loop
@@ -467,143 +311,6 @@ def distinct(assignments: float, tokens: float, k: int) -> float:
 
 
 @loop
-def port_seconds(ports: np.ndarray, topology: TopologyNumbers) -> float:
-    """Seconds until the busiest port is done, without latency, for each unit of traffic in `ports`, float64 [4, ranks]."""
-    nodes = len(topology.uplink_N)
-    seconds = 0.0
-    out, into = np.zeros(nodes), np.zeros(nodes)
-    for d in range(len(topology.node_D)):
-        near, far = max(ports[NEAR_OUT, d], ports[NEAR_IN, d]), max(ports[FAR_OUT, d], ports[FAR_IN, d])
-        seconds = max(seconds, near / topology.port_D[d], far / topology.nic_D[d])
-        out[topology.node_D[d]] += ports[FAR_OUT, d]
-        into[topology.node_D[d]] += ports[FAR_IN, d]
-    for n in range(nodes):
-        seconds = max(seconds, max(out[n], into[n]) / topology.uplink_N[n])
-    return seconds
-
-
-@loop
-def transfer_latency(ports: np.ndarray, topology: TopologyNumbers) -> float:
-    """Seconds before anything of an exchange of experts arrives."""
-    latency = topology.far_latency if total(ports[FAR_OUT]) > 0 else 0.0
-    if total(ports[NEAR_OUT]) > 0:
-        latency += topology.near_latency
-    return latency
-
-
-@loop
-def count_copies(owner: np.ndarray, replicas: Replicas, topology: TopologyNumbers, copies: np.ndarray) -> int:
-    """Count the copies of replicas on the flat and on the two-level route; returns the most ranks of one node that lack one expert.
-
-    Args:
-        copies: zeros [17, ranks], of which the first 12 are filled; two rows each, of copies sent and of copies received by each rank:
-            0 from owners inside their node, 4 those of them that a leader could send on, 2 from owners to other nodes, 6 those of them
-            that a leader sends on, 8 from owners to leaders in other nodes, 10 from these to their node.
-    """
-    nodes = len(topology.uplink_N)
-    wanted, turn = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
-    most = 0
-    for e in range(len(owner)):
-        count, home = replicas.count_E[e], owner[e]
-        if count == 1:
-            continue
-        home_node = topology.node_D[home]
-        for c in range(count):
-            wanted[topology.node_D[replicas.rank_EC[e, c]]] += 1
-        wanted[home_node] -= 1
-        for c in range(count):
-            d = replicas.rank_EC[e, c]
-            if d == home:
-                continue
-            n = topology.node_D[d]
-            several = wanted[n]
-            most = max(most, several)
-            if n == home_node:
-                copies[0, home] += 1
-                copies[1, d] += 1
-                if several > 1:
-                    copies[4, home] += 1
-                    copies[5, d] += 1
-                continue
-            copies[2, home] += 1
-            copies[3, d] += 1
-            if several > 1:
-                copies[6, home] += 1
-                copies[7, d] += 1
-                if turn[n] == e % several:
-                    copies[8, home] += 1
-                    copies[9, d] += 1
-                    copies[10, d] += several - 1
-                else:
-                    copies[11, d] += 1
-                turn[n] += 1
-        for c in range(count):
-            n = topology.node_D[replicas.rank_EC[e, c]]
-            wanted[n] = 0
-            turn[n] = 0
-    return most
-
-
-@loop
-def count_slices(owner: np.ndarray, replicas: Replicas, slices: int, topology: TopologyNumbers, copies: np.ndarray) -> None:
-    """Count what leaders carry on the sliced route, in slices: those of an expert take turns among the ranks of a node that lack it.
-
-    Args:
-        copies: [17, ranks], of which rows 12 to 16 are zeros and are filled: 12 and 13 from owners to leaders in their node, sent and
-            received; 14 and 15 from leaders to the other ranks of their node; 16 what leaders in other nodes receive.
-    """
-    nodes = len(topology.uplink_N)
-    wanted, turn = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
-    for e in range(len(owner)):
-        count, home = replicas.count_E[e], owner[e]
-        if count < 3:
-            continue
-        for c in range(count):
-            wanted[topology.node_D[replicas.rank_EC[e, c]]] += 1
-        wanted[topology.node_D[home]] -= 1
-        for c in range(count):
-            d = replicas.rank_EC[e, c]
-            n = topology.node_D[d]
-            several = wanted[n]
-            if d == home or several < 2:
-                continue
-            # The first slice of the expert has the leader e * slices modulo their number.
-            place = (turn[n] - e * slices) % several
-            led = slices // several + (1 if place < slices % several else 0)
-            if n == topology.node_D[home]:
-                copies[12, home] += led
-                copies[13, d] += led
-            else:
-                copies[16, d] += led
-            copies[14, d] += led * (several - 1)
-            copies[15, d] += slices - led
-            turn[n] += 1
-        for c in range(count):
-            n = topology.node_D[replicas.rank_EC[e, c]]
-            wanted[n] = 0
-            turn[n] = 0
-
-
-@loop
-def count_frozen(owner: np.ndarray, replicas: Replicas, resident: np.ndarray, topology: TopologyNumbers, ports: np.ndarray) -> None:
-    """Fill `ports` [4, ranks] with the frozen parts that ranks lack, through each port: their owners send each to each.
-
-    `resident` is bool [experts, ranks], or [0, 0] where nothing is.
-    """
-    _clear(ports)
-    for e in range(len(owner)):
-        count, home = replicas.count_E[e], owner[e]
-        if count == 1:
-            continue
-        for c in range(count):
-            d = replicas.rank_EC[e, c]
-            if d != home and not (len(resident) > 0 and resident[e, d]):
-                near = topology.node_D[d] == topology.node_D[home]
-                ports[NEAR_OUT if near else FAR_OUT, home] += 1
-                ports[NEAR_IN if near else FAR_IN, d] += 1
-
-
-@loop
 def exposed_seconds(compute: float, transfer: float, slowdown: float) -> float:
     """What a transfer beside `compute` seconds of work adds: both are slowed down while both run."""
     both = min(compute, transfer)
@@ -657,24 +364,3 @@ def price_layers(
         parts[3] = reduce
         parts[4] = added
         parts[5] = optimizer_seconds(owner, topology, cost)
-
-
-@entry
-def exchange_seconds(ports_XPD: np.ndarray, topology: TopologyNumbers, seconds_XP: np.ndarray) -> None:
-    """Fill `seconds_XP` [exchanges, 2]: `port_seconds` and `transfer_latency` of each of several exchanges [exchanges, 4, ranks]."""
-    for x in range(len(ports_XPD)):
-        seconds_XP[x, 0] = port_seconds(ports_XPD[x], topology)
-        seconds_XP[x, 1] = transfer_latency(ports_XPD[x], topology)
-
-
-@entry
-def fastest_routes(
-    owner_LE: np.ndarray, where_LED: np.ndarray, topology: TopologyNumbers, cost: CostNumbers, replicas: Replicas, route_L: np.ndarray
-) -> None:
-    """Fill `route_L`, int64 [layers]: the route of each placement (see `choose_route`); `replicas` is room to work in."""
-    ports = np.empty((4, len(topology.node_D)))
-    for layer in range(len(owner_LE)):
-        fill_lists(where_LED[layer], replicas)
-        copies = np.zeros((COPY_ROWS, len(topology.node_D)))
-        most = count_copies(owner_LE[layer], replicas, topology, copies)
-        route_L[layer] = choose_route(owner_LE[layer], replicas, most, topology, cost, copies, ports)[0]

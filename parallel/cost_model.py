@@ -16,21 +16,13 @@ from typing import Literal
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.parallel.cost_loops import (
-    DISPATCH_COLLECTIVES,
-    FASTEST,
-    FLAT,
-    SLICED,
-    TWO_LEVEL,
-    CostNumbers,
-    TopologyNumbers,
-    exchange_seconds,
-    price_layers,
-)
+from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, price_layers
+from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.executed_flows import served
 from hecate.parallel.flows import Flows, flows
 from hecate.parallel.gather_bytes import PortBytes
 from hecate.parallel.replica_lists import no_replicas
+from hecate.parallel.route_loops import FASTEST, FLAT, SLICED, TWO_LEVEL, exchange_seconds
 from hecate.parallel.topology import Topology
 
 PlanMode = Literal["history", "calibrated", "exact"]

@@ -19,7 +19,6 @@ from typing import Generic, TypeVar, get_args
 
 import numpy as np
 
-from hecate.parallel.cost_loops import fastest_routes
 from hecate.parallel.cost_model import (
     HISTORY,
     ROUTE_NUMBERS,
@@ -34,6 +33,7 @@ from hecate.parallel.gather_bytes import PortBytes
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
 from hecate.parallel.replica_lists import no_replicas
+from hecate.parallel.route_loops import fastest_routes
 from hecate.parallel.routes import Moves, PeerChunks, flat_moves, most_wanting, sliced_moves, slices_of, two_level_moves
 from hecate.parallel.topology import Topology
 

@@ -179,7 +179,7 @@ def _replan(training: Training, outside: _Outside) -> None:
     now = training.parts.moe.engine.shards.config.topology
     training.plan_for(now if order.flops is None else replace(now, flops=order.flops), order.sequences)
     step = training.standing.step
-    outside.reports.event(step, f"re-planned after step {step}: rows {':'.join(map(str, training.shares))}")
+    outside.reports.event(step, f"re-planned after step {step}: sequences {':'.join(map(str, training.shares))}")
     if order.reshard:
         _reshard(training, training.parts.config.max_steps, outside)
 

@@ -14,8 +14,6 @@ import numpy as np
 from hecate.parallel import jit
 from hecate.parallel.array_loops import largest, total
 from hecate.parallel.cost_loops import (
-    CostNumbers,
-    TopologyNumbers,
     busy_seconds,
     dispatch_seconds,
     even_quota_into,
@@ -23,6 +21,7 @@ from hecate.parallel.cost_loops import (
     replica_seconds,
 )
 from hecate.parallel.cost_model import cost_numbers, overlap_degree, topology_numbers
+from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, replicate, wishes

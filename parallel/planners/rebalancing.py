@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.array_loops import descending_order, total, where_largest
-from hecate.parallel.cost_loops import TopologyNumbers
+from hecate.parallel.cost_numbers import TopologyNumbers
 from hecate.parallel.jit import loop
 from hecate.parallel.replica_lists import Replicas, add, foreign
 

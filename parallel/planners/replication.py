@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hecate.parallel.array_loops import descending_order, total
-from hecate.parallel.cost_loops import LayerLoads, TopologyNumbers
+from hecate.parallel.cost_loops import LayerLoads
+from hecate.parallel.cost_numbers import TopologyNumbers
 from hecate.parallel.jit import loop
 from hecate.parallel.replica_lists import Replicas, add, foreign
 

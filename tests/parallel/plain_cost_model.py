@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.cost_loops import CLEARLY_LESS, DISPATCH_COLLECTIVES, LEAST_TRAFFIC
+from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
 from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Route, Rows
 from hecate.parallel.flows import Flows, flows, node_membership
 from hecate.parallel.gather_bytes import PortBytes
 from hecate.parallel.placement import Placement
+from hecate.parallel.route_loops import CLEARLY_LESS
 from hecate.parallel.routes import flat_moves, most_wanting, sliced_moves, slices_of, two_level_moves
 from hecate.parallel.topology import Topology
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hecate.parallel.cost_loops import exposed_seconds
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, Rows, layer_seconds, overlap_degree, rows_served
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, Rows, layer_seconds, overlap_degree, rows_served, topology_numbers
+from hecate.parallel.cost_numbers import FAR_IN, FAR_OUT, NEAR_IN, NEAR_OUT, port_seconds, transfer_latency
 from hecate.parallel.flows import even_quota, flows
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
@@ -413,3 +414,20 @@ def test_any_number_of_experts_without_bytes_is_hidden() -> None:
     given_ = topology((0, 0), flops=(1e9, 1e9), near=Link(1.0, 1.0))
     assert overlap_degree(LayerCost(trainable_bytes=0.0, non_moe_flops=8e9), given_) > 10**6
     assert overlap_degree(LayerCost(trainable_bytes=0.0, non_moe_flops=0.5e9), given_) == 0
+
+
+def test_the_busiest_port_nic_or_uplink_decides() -> None:
+    """Two nodes of two ranks. Ports carry 10 a second, NICs 4, uplinks 2: ranks 0 and 1 send 3 each out: 3 seconds."""
+    machines = topology_numbers(
+        Topology(
+            (0, 0, 1, 1), (1.0,) * 4, (1e9,) * 4, Link(10.0, 1.0), Link(2.0, 5.0),
+            port_bandwidth=(10.0,) * 4, uplink_bandwidth=(2.0, 2.0), nic_bandwidth=(4.0,) * 4,
+        )
+    )  # fmt: skip
+    ports = np.zeros((4, 4))
+    ports[NEAR_OUT, 0] = ports[NEAR_IN, 1] = 20.0
+    assert port_seconds(ports, machines) == 2.0
+    assert transfer_latency(ports, machines) == 1.0
+    ports[FAR_OUT, :2] = ports[FAR_IN, 2:] = 3.0
+    assert port_seconds(ports, machines) == 3.0
+    assert transfer_latency(ports, machines) == 6.0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecate.parallel import cost_loops as loops
-from hecate.parallel import jit
+from hecate.parallel import jit, route_loops
 from hecate.parallel.cost_model import (
     HISTORY,
     ROUTE_NUMBERS,
@@ -282,7 +282,7 @@ def test_machine_code_and_plain_python_give_the_same_to_the_bit() -> None:
     assert len(plain) == len(compiled)
     for one, other in zip(plain, compiled, strict=True):
         assert one.tobytes() == other.tobytes()
-    for entry in (loops.price_layers, loops.exchange_seconds, loops.fastest_routes, _plan_layers):
+    for entry in (loops.price_layers, route_loops.exchange_seconds, route_loops.fastest_routes, _plan_layers):
         assert len(entry.machine_code.signatures) == 1, "compiled more than once: its calls differ in their types"
 
 
