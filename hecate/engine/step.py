@@ -222,7 +222,7 @@ class Step:
         shards = self._shards
         # Through the tokens' group: the layer's own gather may be under way in the other one.
         loads_ED = exchange_counts(count_E, shards.groups.tokens)
-        plan = shards.plans.after_gate(unit, loads_ED, shards.frozen[unit].resident_ED if unit in shards.frozen else None)
+        plan = shards.plans.after_router(unit, loads_ED, shards.frozen[unit].resident_ED if unit in shards.frozen else None)
         if plan is not None:
             calibrated = shards.config.plan == "calibrated"
             if calibrated:

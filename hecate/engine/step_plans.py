@@ -199,7 +199,7 @@ class StepPlans:
         """A layer goes by the step's first plan again."""
         self.place(unit, self._from_history[unit])
 
-    def after_gate(self, unit: Unit, loads_ED: np.ndarray, resident_ED: np.ndarray | None) -> LayerPlan | None:
+    def after_router(self, unit: Unit, loads_ED: np.ndarray, resident_ED: np.ndarray | None) -> LayerPlan | None:
         """What a layer's micro-step should go by, now that its loads [experts, ranks] are known; None: by what it has.
 
         Args:

@@ -30,6 +30,7 @@ class AdamW:
     def step(self, stepped: Sequence[Stepped], learning_rate: float) -> None:
         for excluded in (False, True):
             group = [one for one in stepped if (one.kind in self.exclude) == excluded]
+            on_cpu = all(one.value.device.type == "cpu" for one in group)
             adamw(
                 [one.value for one in group],
                 [one.gradient for one in group],
@@ -37,8 +38,10 @@ class AdamW:
                 [one.state["exp_avg_sq"] for one in group],
                 [],
                 [one.state["step"] for one in group],
-                # On the CPU the fused step is one pass instead of ten; on a GPU it would keep the count of steps there.
-                fused=all(one.value.device.type == "cpu" for one in group),
+                # On the CPU the fused step is one pass instead of ten. On a GPU it would keep the count of steps there; a step over all
+                # parameters at once does not, and launches a few kernels instead of ten for each parameter.
+                foreach=not on_cpu,
+                fused=on_cpu,
                 amsgrad=False,
                 beta1=self.beta1,
                 beta2=self.beta2,

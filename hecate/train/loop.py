@@ -46,7 +46,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class _Outside:
-    """Whoever is told about this run, and may ask something of it."""
+    """What a run reports to, and what may ask it to stop, to change its plan or to go on with other ranks."""
 
     reports: Reports
     membership: Membership | None
@@ -56,7 +56,7 @@ class _Outside:
 
 @dataclass
 class _Measured:
-    """What the summary at the end tells."""
+    """What the summary at the end shows."""
 
     before: Evaluation | None = None
     last: Evaluation | None = None
@@ -80,7 +80,7 @@ def train(
         membership: says with whom to go on when a rank is lost or has come; None: a lost rank is the end.
         joins: this process has come new to a run under way. `ranks` is it alone until `membership` lets it in.
         topology: of the ranks' devices, in place of the configuration's.
-        observer: is told of every step, and may change the plan or ask for a stop.
+        observer: gets the facts of every step, and may change the plan or ask for a stop.
 
     Returns:
         Whether the run came to its end; False: it was asked to stop before, and has saved.
