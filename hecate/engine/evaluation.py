@@ -58,12 +58,12 @@ def evaluation(shards: ExpertShards, current: CurrentPass, *, together: bool) ->
     else:
         shards.plans.place_everywhere()
     for unit, frozen in shards.frozen.items():
-        frozen.gather_for_now(shards.plans.transfers[unit].placement)
+        frozen.start(shards.plans.borrow_frozen(unit))
     shards.gather(*shards.families)
     for store in shards.stores.values():
         store.replicas()
     for frozen in shards.frozen.values():
-        frozen.chunks()
+        frozen.wait()
     one = EvaluationPass(shards, current)
     try:
         with current.set_to(one):
@@ -71,5 +71,5 @@ def evaluation(shards: ExpertShards, current: CurrentPass, *, together: bool) ->
     finally:
         for store in shards.stores.values():
             store.drop()
-        for frozen in shards.frozen.values():
-            frozen.evict()
+        for unit, frozen in shards.frozen.items():
+            frozen.start(shards.plans.return_frozen(unit))

@@ -89,7 +89,7 @@ class ExpertShards:
             for unit, family in self.families.items()
         }
         self.frozen = {
-            unit: FrozenStore(owners[unit], self.plans.slots(family), family.frozen_chunk, family.no_frozen_chunks(), groups.experts)
+            unit: FrozenStore(self.stores[unit].experts, family.frozen_chunk, family.no_frozen_chunks(), groups.experts)
             for unit, family in self.families.items()
             if family.layout().frozen
         }
@@ -138,13 +138,8 @@ class ExpertShards:
 
     @property
     def frozen_replica_bytes(self) -> int:
-        """Bytes of others' frozen parts that are held now; they stay between steps."""
-        return sum(store.replica_bytes for store in self.frozen.values())
-
-    @property
-    def resident(self) -> dict[Unit, np.ndarray]:
-        """bool [experts, ranks]: which rank holds which frozen parts, of the layers that have any."""
-        return {unit: frozen.resident_ED for unit, frozen in self.frozen.items()}
+        """Bytes of others' frozen parts that are held now or are on their way; they stay between steps."""
+        return sum(self.plans.residency[unit].replicas_on(self.rank) * store.chunk_bytes for unit, store in self.frozen.items())
 
     def named_parameters(self) -> dict[tuple[Unit, int], nn.Parameter]:
         """(unit, expert) -> flat chunk, of the experts that this rank owns."""
@@ -156,7 +151,7 @@ class ExpertShards:
 
     def plan_inputs(self, *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
         """See `StepPlans.inputs`."""
-        return self.plans.inputs(self.resident, for_owners=for_owners)
+        return self.plans.inputs(for_owners=for_owners)
 
     def rejoin(
         self, topology: Topology, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]
@@ -186,17 +181,20 @@ class ExpertShards:
             Bytes of frozen parts sent by all ranks together.
         """
         self.stores[unit].change_owners(owner_E.tolist(), chunks)
-        frozen_bytes = self.frozen[unit].change_owners(owner_E) if unit in self.frozen else 0
-        self.plans.change_owners(unit, owner_E)
-        return frozen_bytes
+        move = self.plans.change_owners(unit, owner_E)
+        if move is None:
+            return 0
+        self.frozen[unit].start(move)
+        self.frozen[unit].wait()
+        return move.copies * self.frozen[unit].chunk_bytes
 
     def gather(self, *units: Unit) -> None:
         """Start materializing layers, where their replicas have neither arrived nor are on their way."""
         transfers = self.plans.transfers
         gather_together([(self.stores[unit], transfers[unit]) for unit in units])
         for unit in units:
-            if unit in self.frozen:
-                self.frozen[unit].gather(transfers[unit].placement)
+            if unit in self.frozen and (move := self.plans.fetch_frozen(unit)) is not None:
+                self.frozen[unit].start(move)
 
     def compute(self, unit: Unit, replicas_SC: Tensor, routed: RoutedTokens, call: LayerCall) -> Tensor:
         """The weighted sum of each token's experts, [T, D]: tokens go to the ranks that serve them, and results return.
@@ -215,7 +213,7 @@ class ExpertShards:
             routed = RoutedTokens(sent.x_RD, sent.slot_RK, sent.weight_RK, sent.token_R)
         # Where no token may have to leave its rank, every expert has a slot on every rank, and its slot is its number.
         routed = replace(routed, expert_S=chunk_tables(plan.chunks, routed.x_TD.device).expert_S)
-        frozen_S = self.frozen[unit].chunks() if unit in self.frozen else ()
+        frozen_S = self.frozen[unit].chunks(plan.chunks.tables.expert_S.tolist()) if unit in self.frozen else ()
         y_RD = self.families[unit].compute(routed, ExpertReplicas(replicas_SC, frozen_S), call.step)
         call.computed(y_RD)
         if sent is None:

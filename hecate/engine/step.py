@@ -160,7 +160,7 @@ class Step:
         """layers whose replicas were freed after their forward pass, in its order"""
         self._reduced_last: Unit | None = None
         """the layer whose reduction was started last in the step's last backward pass"""
-        shards.plans.begin(shards.resident, micro_steps)
+        shards.plans.begin(micro_steps)
 
     def begin_micro_step(self, tokens: PassTokens | None = None) -> MicroStep:
         """The model's next forward pass is of these tokens; None: of any, without padding."""
@@ -222,7 +222,7 @@ class Step:
         shards = self._shards
         # Through the tokens' group: the layer's own gather may be under way in the other one.
         loads_ED = exchange_counts(count_E, shards.groups.tokens)
-        plan = shards.plans.after_router(unit, loads_ED, shards.frozen[unit].resident_ED if unit in shards.frozen else None)
+        plan = shards.plans.after_router(unit, loads_ED)
         if plan is not None:
             calibrated = shards.config.plan == "calibrated"
             if calibrated:

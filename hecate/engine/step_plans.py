@@ -18,6 +18,7 @@ from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
+from hecate.parallel.residency import FrozenMove, Residency, frozen_move
 from hecate.parallel.topology import Topology
 from hecate.parallel.transfer_plan import TransferPlan, plan_transfer
 from hecate.parallel.units import Unit
@@ -91,6 +92,12 @@ class StepPlans:
         self.transfers: dict[Unit, TransferPlan] = {}
         """how each layer's plan is carried out on this rank"""
         self._chunks = {unit: _chunk_size(family) for unit, family in families.items()}
+        self.residency = {
+            unit: Residency.of_owners(owners[unit], self.slots(family)) for unit, family in families.items() if family.layout().frozen
+        }
+        """who holds which frozen parts or is about to receive them, of the layers that have any"""
+        self._frozen_for: dict[Unit, Placement] = {}
+        """the placement for which each layer's frozen parts were fetched last"""
         self.calibrations = 0
         """plans of this step's micro-steps and layers that gave way to better ones after the gate"""
         self._plans: dict[Unit, LayerPlan] = {}
@@ -120,17 +127,16 @@ class StepPlans:
         """int64 [ranks]: free replica slots of each device in a layer."""
         return np.full(self.mesh.shard_size, family.num_experts if self.config.memory_slots is None else self.config.memory_slots)
 
-    def begin(self, resident: Mapping[Unit, np.ndarray], micro_steps: int) -> None:
+    def begin(self, micro_steps: int) -> None:
         """Plan all layers of an optimizer step from the history, or prepare for plans after the gate.
 
         Args:
-            resident: unit -> bool [experts, ranks]: who holds which frozen parts, of the layers that have any.
             micro_steps: in which the step's tokens come.
         """
         self.calibrations = 0
         self._micro_steps = micro_steps
         self._served.clear()
-        for units, given in self.inputs(resident):
+        for units, given in self.inputs():
             if self.config.per_micro_step and given.loads_LED is not None:
                 given = replace(given, loads_LED=given.loads_LED / micro_steps)  # a plan serves one of them
             plan = None if self.config.plan == "exact" else self._planned(given, units)
@@ -141,11 +147,10 @@ class StepPlans:
                     self._last_planned[unit] = self._from_history[unit].placement
                     self.place(unit, self._from_history[unit])
 
-    def inputs(self, resident: Mapping[Unit, np.ndarray], *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
+    def inputs(self, *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
         """What a planner is given for the next step: the layers of one shape together, each with its number.
 
         Args:
-            resident: see `begin`.
             for_owners: the same in every sharding group, to decide owners by: the mean of all groups' loads on `owners_topology`. What
                 frozen parts are held besides differs between groups, and does not count if there are several.
         """
@@ -155,7 +160,7 @@ class StepPlans:
             family = self._families[units[0]]
             predicted = [self.history.predict(unit) for unit in units]
             known = [self._loads_of_groups(loads_EW, common=common) for loads_EW in predicted if loads_EW is not None]
-            knows_resident = units[0] in resident and not common
+            knows_resident = units[0] in self.residency and not common
             knows_present = not common and all(unit in self._last_planned for unit in units)
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
@@ -165,7 +170,7 @@ class StepPlans:
                 topology,
                 family.cost(self.config.top_k, hiding),
                 self.slots(family),
-                resident_LED=np.stack([resident[unit] for unit in units]) if knows_resident else None,
+                resident_LED=np.stack([self.residency[unit].held_ED for unit in units]) if knows_resident else None,
                 max_imbalance=self.config.max_imbalance,
                 execution=self.config.execution(self._micro_steps),
                 present_LED=np.stack([self._last_planned[unit].where_ED for unit in units]) if knows_present else None,
@@ -199,12 +204,9 @@ class StepPlans:
         """A layer goes by the step's first plan again."""
         self.place(unit, self._from_history[unit])
 
-    def after_router(self, unit: Unit, loads_ED: np.ndarray, resident_ED: np.ndarray | None) -> LayerPlan | None:
-        """What a layer's micro-step should go by, now that its loads [experts, ranks] are known; None: by what it has.
-
-        Args:
-            resident_ED: see `begin`.
-        """
+    def after_router(self, unit: Unit, loads_ED: np.ndarray) -> LayerPlan | None:
+        """What a layer's micro-step should go by, now that its loads [experts, ranks] are known; None: by what it has."""
+        resident_ED = self.residency[unit].held_ED if unit in self.residency else None
         given = one_layer(*self._given[unit], loads_ED, resident_ED)
         plan = layer_plan(self._planned(given, [unit]), given, 0)
         if self.config.plan == "exact":
@@ -214,16 +216,39 @@ class StepPlans:
         self.calibrations += pays
         return plan if pays else None
 
+    def fetch_frozen(self, unit: Unit) -> FrozenMove | None:
+        """What has to move so that ranks hold the frozen parts that a layer's placement needs, which count as held from now on; what has no
+        slot beside them is given up. None: they were fetched for this placement already.
+        """
+        placement = self.transfers[unit].placement
+        if placement == self._frozen_for.get(unit):
+            return None
+        self._frozen_for[unit] = placement
+        return self._change_residency(unit, self.residency[unit].need(placement.where_ED))
+
+    def borrow_frozen(self, unit: Unit) -> FrozenMove:
+        """As `fetch_frozen`, but nothing is given up before `return_frozen`."""
+        placement = self.transfers[unit].placement
+        self._frozen_for[unit] = placement
+        return self._change_residency(unit, self.residency[unit].hold_for_now(placement.where_ED))
+
+    def return_frozen(self, unit: Unit) -> FrozenMove:
+        """Give up what `borrow_frozen` has fetched and what has no slot."""
+        del self._frozen_for[unit]
+        return self._change_residency(unit, self.residency[unit].evict())
+
     def note_served(self, unit: Unit, loads_ED: np.ndarray) -> None:
         """A micro-step with such loads goes by the plan that the layer has now."""
         served_D = self._plans[unit].served(loads_ED, self.topology)
         self._served[unit] = self._served.get(unit, 0.0) + served_D
 
-    def change_owners(self, unit: Unit, owner_E: np.ndarray) -> None:
-        """Between two steps: int64 [experts]."""
+    def change_owners(self, unit: Unit, owner_E: np.ndarray) -> FrozenMove | None:
+        """Between two steps: int64 [experts]. Returns what moves of the layer's frozen parts; None: it has none."""
         self.owners[unit] = owner_E
         self.transfers.pop(unit, None)  # made for the owners of before
         self._last_planned.pop(unit, None)
+        self._frozen_for.pop(unit, None)
+        return self._change_residency(unit, self.residency[unit].change_owners(owner_E)) if unit in self.residency else None
 
     def most_served(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, float]:
         """Per layer the assignments that the busiest rank of this group has computed of a step's loads."""
@@ -246,6 +271,10 @@ class StepPlans:
                 total = loads_EW.sum()
                 skews.append(self._most_served[unit] * loads_EW.shape[1] / total if total else 1.0)
         return float(np.mean(skews)) if skews else 1.0
+
+    def _change_residency(self, unit: Unit, after: Residency) -> FrozenMove:
+        before, self.residency[unit] = self.residency[unit], after
+        return frozen_move(before, after, self._rank)
 
     def _place_for_any(self, unit: Unit, placement: Placement) -> None:
         # Some tokens of every rank for every expert: what must travel may.

@@ -46,7 +46,7 @@ class ExpertParallelEngine:
     ) -> None:
         """Args:
         families: what Megatron's layers begin with.
-        layers: with as many experts, in the same sharding group.
+        layers: the Megatron layer of each unit, with as many experts, in the same sharding group.
         current: that the layers' routers were built with.
         """
         self.shards = ExpertShards(dict(families), config, groups, contiguous=True)
@@ -84,8 +84,8 @@ class ExpertParallelEngine:
         self.shards.rejoin(topology, groups, owners, chunks)
 
     def _put_experts(self) -> None:
-        for layer, store in self.shards.stores.items():
-            put_experts(self._layers[layer], store.owned)
+        for unit, store in self.shards.stores.items():
+            put_experts(self._layers[unit], store.owned)
 
     def _count_bytes(self, layer: Any, _inputs: Any, outputs: tuple[Tensor, None]) -> None:
         dispatcher = layer.token_dispatcher
@@ -104,7 +104,7 @@ class ExpertParallelStep:
     ) -> None:
         self.ledger = StepLedger(shards, number, micro_steps)
         self._shards, self._current, self._layers = shards, current, layers
-        shards.plans.begin(shards.resident, micro_steps)
+        shards.plans.begin(micro_steps)
 
     def begin_micro_step(self, tokens: PassTokens | None = None) -> ExpertParallelMicroStep:
         """The model's next forward pass is of these tokens; None: of any, without padding."""
@@ -115,13 +115,13 @@ class ExpertParallelStep:
     def finish(self) -> dict[Unit, np.ndarray]:
         """See `hecate.engine.step.Step.finish`."""
         self.ledger.require_complete()
-        for layer, store in reversed(self._shards.stores.items()):
+        for unit, store in reversed(self._shards.stores.items()):
             grad_nC = torch.empty_like(store.owned)
-            write_gradients(self._layers[layer], grad_nC)
+            write_gradients(self._layers[unit], grad_nC)
             store.add_gradients(grad_nC)
             store.sum_over_groups()
         loads = self.ledger.exchange_loads()
-        self.ledger.close({layer: store.reduced() for layer, store in self._shards.stores.items()}, loads)
+        self.ledger.close({unit: store.reduced() for unit, store in self._shards.stores.items()}, loads)
         return loads
 
 
@@ -141,16 +141,16 @@ class ExpertParallelMicroStep:
     def step(self) -> int:
         return self.ledger.number
 
-    def prefetch(self, *layers: Unit) -> None:
+    def prefetch(self, *units: Unit) -> None:
         """Does nothing: only tokens travel."""
 
-    def note_routing(self, layer: Unit, routing: Routing) -> None:
+    def note_routing(self, unit: Unit, routing: Routing) -> None:
         self.ledger.require(self.number)
         if self.counts:
-            self.stats[layer] = routing.stats()
-            self.ledger.add(layer, self.stats[layer].count_KE.sum(0))
+            self.stats[unit] = routing.stats()
+            self.ledger.add(unit, self.stats[unit].count_KE.sum(0))
 
-    def experts(self, layer: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> NoReturn:
+    def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> NoReturn:
         raise NotImplementedError("Megatron's layers compute their experts themselves")
 
     def again(self) -> ExpertParallelMicroStep:

@@ -184,7 +184,7 @@ def check_frozen(sharded: Sharded, case: Case, world: int) -> None:
     """Every rank knows what every other holds, and nobody holds more than it may."""
     engine = sharded.engine
     for layer in LAYERS if case.kind == "lora" else ():
-        resident_ED = engine.shards.frozen[layer].resident_ED
+        resident_ED = engine.shards.plans.residency[layer].held_ED
         everyones: list[list[list[bool]]] = [[]] * world
         dist.all_gather_object(everyones, resident_ED.tolist())
         assert all(one == everyones[0] for one in everyones)
@@ -199,7 +199,7 @@ def check_frozen(sharded: Sharded, case: Case, world: int) -> None:
             assert given.resident_LED is None
         else:
             assert given.resident_LED is not None
-            assert all((given.resident_LED[i] == engine.shards.frozen[layer].resident_ED).all() for i, layer in enumerate(layers))
+            assert all((given.resident_LED[i] == engine.shards.plans.residency[layer].held_ED).all() for i, layer in enumerate(layers))
 
 
 def check_evaluation(sharded: Sharded, plain: Plain, rank: int, world: int) -> None:
@@ -223,7 +223,8 @@ def check_move(sharded: Sharded, world: int) -> None:
     engine = sharded.engine
     rng = np.random.default_rng(world)
     owners = {layer: rng.integers(0, world, size=EXPERTS) for layer in LAYERS}
-    lacking = sum(int((~store.resident_ED[np.arange(EXPERTS), owners[layer]]).sum()) for layer, store in engine.shards.frozen.items())
+    residency = engine.shards.plans.residency
+    lacking = sum(int((~held.held_ED[np.arange(EXPERTS), owners[layer]]).sum()) for layer, held in residency.items())
     moving = sum(int((owners[layer] != engine.shards.owners[layer]).sum()) for layer in LAYERS)
     never_stepped = sum(int(owners[layer][4] != engine.shards.owners[layer][4]) for layer in LAYERS)
     chunk_bytes = engine.shards.stores[LAYERS[0]].chunk_bytes
