@@ -101,7 +101,7 @@ class Relaxation:
         return self.fixed + self.cutoff * self.program.least(1.0)
 
     def _replicas(self) -> None:
-        """z_ED: the replicas on each rank; y_EN: does a node have any of an expert?"""
+        """z_ED: the replicas on each rank; y_EN: whether a node has any replica of an expert."""
         p, lp = self.problem, self.program
         least_ED = {"everywhere": p.owned_ED | True, "stay": p.needed_ED}.get(self.reach, p.owned_ED)
         self.z_ED = lp.variables(least_ED, p.owned_ED | (p.slots_D > 0))

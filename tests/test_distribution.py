@@ -19,7 +19,7 @@ import pytest
 import hecate
 from hecate.errors import install_hint
 from testing.tiny_run import STEPS, make_workshop
-from tests.test_layout import ALL_SOURCES, ROOT, sources
+from tests.rooms import ALL_SOURCES, ROOT, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PAGES = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hecate.config.schema import LEAVES, SECTIONS
-from tests.test_layout import ROOMS
+from tests.rooms import ROOMS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.rooms import ALL_SOURCES, ROOMS, ROOT, sources
+
 LINKED = ("configs", "kernels", "launch", "parallel")
 OBJECT_COLLECTIVES = {
     "all_gather_object",
@@ -26,18 +27,6 @@ OBJECT_COLLECTIVES = {
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 
-def sources(*folders: str) -> list[Path]:
-    """The Python files of the real folders, each once: links are not followed."""
-    found: list[Path] = []
-    for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parents = [ROOT / Path(*path.relative_to(ROOT).parts[: i + 1]) for i in range(len(path.relative_to(ROOT).parts))]
-            if not any(parent.is_symlink() for parent in parents):
-                found.append(path)
-    return found
-
-
-ALL_SOURCES = sources("hecate", "parallel", "kernels", "launch", "benchmarks")
 EVERYTHING = [*ALL_SOURCES, *sources("tests")]
 
 
@@ -128,33 +117,6 @@ def test_the_lower_folders_know_nothing_above_nor_beside_them(folder: str, other
     assert not wrong, f"imports against the grain (file: module): {wrong}"
 
 
-ROOMS = (
-    "hecate.errors",
-    "hecate.io",
-    "hecate.parallel",
-    "hecate.parallel.comm",
-    "hecate.kernels",
-    "hecate.ranks",
-    "hecate.config",
-    "hecate.data",
-    "hecate.experts",
-    "hecate.engine",
-    "hecate.model",
-    "hecate.megatron",
-    "hecate.optim",
-    "hecate.checkpoint",
-    "hecate.adapters",
-    "hecate.report",
-    "hecate.elastic",
-    "hecate.train",
-    "hecate.profile",
-    "hecate.forecast",
-    "hecate.launch",
-    "hecate.cli",
-    "hecate.__main__",
-)
-"""All rooms, bottom up: a module imports its own room and those before it, nothing after it. The package itself, `hecate`, is below all."""
-
 UPWARDS: set[tuple[str, str]] = set()
 """Imports that still go upwards. This table only shrinks."""
 
@@ -222,7 +184,7 @@ def test_class_names_are_unique() -> None:
 
 def test_every_module_is_named_by_a_test() -> None:
     """In an import, or in a text that a test runs, such as `python -m hecate.launch.ray_job.worker`."""
-    texts = [path.read_text(encoding="utf-8") for path in sources("tests") if path.name != Path(__file__).name]
+    texts = [path.read_text(encoding="utf-8") for path in sources("tests") if path.name not in (Path(__file__).name, "rooms.py")]
     named = set().union(*(imported(ast.parse(text)) for text in texts))
     in_texts = set(re.findall(r"hecate(?:\.\w+)+", "\n".join(texts)))
     with_code = {name for name, path in modules().items() if path.name != "__init__.py"}
@@ -253,6 +215,16 @@ def test_tests_and_benchmarks_share_only_testing(folder: str, barred: tuple[str,
         if under(name, *barred)
     ]
     assert not found
+
+
+def test_no_file_of_tests_imports_another() -> None:
+    """What several of them need stands in a file of its own, whose name says what it is."""
+    found = {path: name for path, tree in trees(sources("tests")) for name in imported(tree) if is_test_file(name)}
+    assert not found
+
+
+def is_test_file(module: str) -> bool:
+    return under(module, "tests") and any(part.startswith("test_") for part in module.split("."))
 
 
 def test_only_tests_of_benchmarks_import_them() -> None:

@@ -1,6 +1,6 @@
 """Draw the rooms of the code: `python docs/images/draw_rooms.py` writes docs/images/rooms.png. Needs matplotlib.
 
-A test holds TIERS to the order of rooms, ROOMS in tests/test_layout.py.
+A test holds TIERS to the order of rooms, ROOMS in tests/rooms.py.
 """
 
 from __future__ import annotations

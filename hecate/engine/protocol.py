@@ -79,7 +79,7 @@ class ExpertEngine(Protocol):
 
     @property
     def goes_together(self) -> bool:
-        """Must ranks run the same forward passes at the same time outside training, too?"""
+        """Whether ranks must run the same forward passes at the same time outside training, too."""
         ...
 
     def begin_step(self, number: int, micro_steps: int = 1) -> TrainingStep:

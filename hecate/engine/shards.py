@@ -117,7 +117,7 @@ class ExpertShards:
 
     @property
     def in_first_group(self) -> bool:
-        """Is this the sharding group that speaks for all: saves, exports, is counted?"""
+        """Whether this is the one sharding group that saves and exports, and whose experts count in norms."""
         return self.plans.members[0] == 0
 
     @property

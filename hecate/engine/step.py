@@ -186,7 +186,7 @@ class Step:
         return loads
 
     def prefetch(self, *units: Unit) -> None:
-        """See `ForwardPass.prefetch`. Does nothing where plans must wait for the gate."""
+        """See `ForwardPass.prefetch`. Does nothing where plans must wait for the router."""
         if self._shards.config.plan != "exact":
             self._gather(*units)
 

@@ -57,7 +57,7 @@ class EngineConfig:
 
     @property
     def per_micro_step(self) -> bool:
-        """Does each micro-step gather and reduce for itself?"""
+        """Whether each micro-step gathers and reduces for itself."""
         return self.execution().per_micro_step
 
 
@@ -99,7 +99,7 @@ class StepPlans:
         self._frozen_for: dict[Unit, Placement] = {}
         """the placement for which each layer's frozen parts were fetched last"""
         self.calibrations = 0
-        """plans of this step's micro-steps and layers that gave way to better ones after the gate"""
+        """plans of this step's micro-steps and layers that gave way to better ones after the router"""
         self._plans: dict[Unit, LayerPlan] = {}
         self._micro_steps = 1
         """of the last step that began"""
@@ -128,7 +128,7 @@ class StepPlans:
         return np.full(self.mesh.shard_size, family.num_experts if self.config.memory_slots is None else self.config.memory_slots)
 
     def begin(self, micro_steps: int) -> None:
-        """Plan all layers of an optimizer step from the history, or prepare for plans after the gate.
+        """Plan all layers of an optimizer step from the history, or prepare for plans after the router.
 
         Args:
             micro_steps: in which the step's tokens come.

@@ -90,7 +90,7 @@ def _exchange(per_copy_E: np.ndarray, foreign_ED: np.ndarray, busy_D: np.ndarray
 
 
 def _better(now_XD: np.ndarray, before_D: np.ndarray) -> np.ndarray:
-    """bool [...]: is the busiest device's load lower, or max/min (multiplied out: a device may be idle)?"""
+    """bool [...]: whether the busiest device's load is lower, or max/min (multiplied out, because a device may be idle)."""
     most, least = now_XD.max(-1), now_XD.min(-1)
     rounding = 1 - 1e-9  # an expert must not be copied for what is only rounding
     return (most < before_D.max() * rounding) | (most * before_D.min() < before_D.max() * least * rounding)

@@ -7,208 +7,47 @@ everything, from the same values. Then each compares: losses, gradient norms, ev
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from hecate.data.batches import Batch
-from hecate.engine import step_plans
-from hecate.engine.step_plans import EngineConfig
-from hecate.experts.router import TopKRouter
-from hecate.kernels.backend import Backend
-from hecate.model.causal_head import LanguageModelHead
-from hecate.model.gated_ffn import find_gated_ffns
-from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.cost_model import LayerCost, PlanMode
-from hecate.parallel.expert_kinds import MIXLORA, LoraShape
-from hecate.parallel.mesh import make_mesh
-from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.units import Unit
-from hecate.ranks.groups import expert_groups
 from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests import plain_mixlora
+from tests.hecate.equivalence_cases import (
+    AUX_COEF,
+    LEARNING_RATE,
+    MAX_NORM,
+    MICRO_STEPS,
+    ROWS,
+    WEIGHT_DECAY,
+    Case,
+    assert_groups_equal,
+    calibrating_at_whim,
+    micro_batch,
+    random_planner,
+    router_bias,
+    rows_of,
+    sharded,
+    tiny_llama,
+    topology,
+)
 from tests.hecate.watching import gradients_of, moments_of
 
 EVERY_CASE = ("full", "hecate", "static_ep")
 """policies that go through every case: all replicas, some, none; the others' plans are of a kind with the random ones"""
 SCENARIOS = ("balanced", "hot expert", "idle experts", "empty rank")
-STEPS, MICRO_STEPS, ROWS, LENGTH = 5, 2, 12, 8
-WEIGHT_DECAY, MAX_NORM, AUX_COEF = 0.1, 0.5, 0.05
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-# Adam divides a gradient by its own size, so rounding in an element that is nearly zero moves it by a share of the learning rate.
-LEARNING_RATE = {torch.float64: 1e-2, torch.float32: 1e-3}
-
-
-@dataclass(frozen=True)
-class Case:
-    policy: str
-    num_experts: int
-    top_k: int
-    scenario: str
-    dtype: torch.dtype = torch.float64
-    checkpointing: bool = False
-    plan: PlanMode = "history"
-    rematerialize: bool = False
-    prefetch: int = 1
-    kernels: Backend = "torch"
-    steps: int = STEPS
-    shard_size: int | None = None
-
-
-def router_bias(case: Case) -> torch.Tensor:
-    """Added to the router's logits, so that a scenario happens whatever the random router says."""
-    bias = torch.zeros(case.num_experts, dtype=torch.float64)
-    if case.scenario == "hot expert":
-        bias[0] = 6.0
-    if case.scenario == "idle experts":
-        bias[case.top_k :: 2] = -1e4
-    return bias.to(case.dtype)
-
-
-def bias_routers(moe: MoeModel, bias: torch.Tensor) -> None:
-    for layer in moe.layers.values():
-        router = layer.router
-        assert isinstance(router, TopKRouter)
-
-        def logits(x_TD: torch.Tensor, router: TopKRouter = router) -> torch.Tensor:
-            return F.linear(x_TD.to(router.weight.dtype), router.weight * 50) + bias  # * 50: the init alone is nearly uniform
-
-        router.logits = logits  # type: ignore[method-assign]
-
-
-def tiny_llama(dtype: torch.dtype) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=32,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def micro_batch(step: int, micro: int, empty_rows: range) -> Batch:
-    """ROWS rows of two packed samples and some padding; the rows of `empty_rows` are all padding."""
-    random = torch.Generator().manual_seed(100 * step + micro)
-    ids = torch.randint(0, 32, (ROWS, LENGTH), generator=random)
-    segment = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
-    position = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
-    targets = torch.full((ROWS, LENGTH), -100)
-    for row in range(ROWS):
-        if row in empty_rows:
-            continue
-        first, used = 2 + (row + step) % 3, LENGTH - row % 2
-        segment[row, :first], segment[row, first:used] = 1, 2
-        position[row, :first], position[row, first:used] = torch.arange(first), torch.arange(used - first)
-        targets[row, : first - 1] = ids[row, 1:first]
-        targets[row, first : used - 1] = ids[row, first + 1 : used]
-    token = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) + (step * MICRO_STEPS + micro) * ROWS * LENGTH
-    return Batch(input_ids=ids, targets=targets, position_ids=position, segment_ids=segment, token_ids=token, task=torch.zeros_like(ids))
-
-
-def rows_of(batch: Batch, rank: int, world: int) -> Batch:
-    share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    return Batch(**{name: getattr(batch, name)[share] for name in batch.__dataclass_fields__})
-
-
-def topology(world: int) -> Topology:
-    """Two nodes where there are ranks for two; so slow between them that hecate materializes only some experts."""
-    nodes = tuple(rank * 2 // world if world > 1 else 0 for rank in range(world))
-    return Topology(nodes, (1e9,) * world, (1e9,) * world, Link(1e9, 0.0), Link(3e7, 0.0))
-
-
-def random_planner(seed: int) -> Planner:
-    """Any placement at all, a quarter of them everywhere, and mostly any quotas, in every layer and step, the same on every rank.
-
-    A quota may leave an owner, or a replica where tokens are, without any; in the first step it is made for no loads in particular.
-    """
-    rng = np.random.default_rng(seed)
-
-    def plan(given: PlanInput) -> Plan:
-        shape = (*given.owner_LE.shape, given.topology.world_size)
-        where_LED = given.owned_LED | (rng.random(shape) < rng.uniform(0, 4 / 3, size=(shape[0], 1, 1)))
-        share_LED = where_LED * rng.random(shape) * (rng.random(shape) < 0.6)
-        last_LED = where_LED & (np.cumsum(where_LED[..., ::-1], axis=-1)[..., ::-1] == 1)
-        share_LED += np.where(share_LED.sum(-1, keepdims=True) > 0, 0.0, last_LED)
-        quota_LED = given.expected_LED.sum(-1, keepdims=True) * share_LED / share_LED.sum(-1, keepdims=True)
-        return Plan(given.owner_LE, where_LED, quota_LED if rng.random() < 0.8 else None)
-
-    return plan
-
-
-def plan_elsewhere(given: PlanInput) -> Plan:
-    """Every expert everywhere, and all of its assignments served by the rank after its owner."""
-    world = given.topology.world_size
-    next_LED = (given.owner_LE[..., None] + 1) % world == np.arange(world)
-    return Plan(given.owner_LE, np.ones(next_LED.shape, dtype=bool), given.expected_LED.sum(-1, keepdims=True) * next_LED)
-
-
-def planner_of(policy: str) -> Planner:
-    if policy.startswith("random "):
-        return random_planner(int(policy.removeprefix("random ")))
-    return plan_elsewhere if policy == "elsewhere" else POLICIES[policy]
-
-
-def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
-    model = tiny_llama(case.dtype)
-    head = LanguageModelHead(model)
-    # 8 experts of 10 kB: about 3 travel hidden behind 1e6 FLOPs, and each device has room for 2.
-    config = EngineConfig(
-        planner_of(case.policy),
-        topology(world),
-        memory_slots=2,
-        top_k=case.top_k,
-        non_moe_flops=1e6,
-        plan=case.plan,
-        rematerialize=case.rematerialize,
-        prefetch=case.prefetch,
-    )
-    lora = LoraShape(rank=3, scale=0.7, dropout=0.0)
-    plan = InsertionPlan(
-        kind=MIXLORA,
-        experts_per_layer=(case.num_experts,) * 2,
-        top_k=case.top_k,
-        lora=lora,
-        target_modules=TARGETS,
-        seed=5,
-        kernels=case.kernels,
-    )
-    groups = expert_groups(make_mesh(world, case.shard_size))
-    moe = insert_experts(model, find_gated_ffns(model), plan, config, groups)
-    bias_routers(moe, router_bias(case))
-    random = torch.Generator().manual_seed(11)
-    for name, parameter in moe.replicated_parameters().items():
-        if name.endswith(".B"):  # zero at the start, where half of the gradients vanish
-            parameter.data.copy_(torch.randn(parameter.shape, generator=random, dtype=torch.float64) * 0.1)
-    for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
-        layer = unit.layer
-        values = torch.Generator().manual_seed(1000 + 50 * layer + expert)
-        chunk.data.copy_(torch.randn(chunk.shape, generator=values, dtype=torch.float64) * 0.2)
-    if case.checkpointing:
-        from hecate.model.checkpointing import checkpoint_activations
-
-        checkpoint_activations(moe)
-    model.train()
-    return moe, head
 
 
 class Reference:
@@ -275,18 +114,6 @@ def _distance(name: str, got: torch.Tensor | None, wanted: torch.Tensor | None, 
         assert error <= tolerance, f"{name}: off by {error:.2e}"
 
 
-def assert_groups_equal(moe: MoeModel, optimizer: ExpertOptimizer) -> None:
-    """All sharding groups hold the same experts, moments and replicated parameters, bit for bit."""
-    groups = moe.engine.shards.groups
-    if groups.replicate is None:
-        return
-    for name, tensor in sorted(optimizer.state_tensors().items()):
-        bits = tensor.detach().double().reshape(-1).contiguous().view(torch.int64)
-        most = torch.stack([bits, ~bits])
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=groups.replicate)
-        assert torch.equal(most[0], ~most[1]), f"the sharding groups differ in {name}"
-
-
 def check_case(rank: int, world: int, case: Case) -> None:
     tolerance = TOLERANCE[case.dtype]
     moe, head = sharded(case, world)
@@ -344,15 +171,6 @@ def check_case(rank: int, world: int, case: Case) -> None:
     assert (0 < calibrations < case.steps * MICRO_STEPS * 2) == (case.plan == "calibrated"), calibrations
     if case.scenario == "idle experts" and case.num_experts > case.top_k:
         assert idle, "the scenario did not leave any expert idle"
-
-
-@contextmanager
-def calibrating_at_whim() -> Iterator[None]:
-    """Any plan in place of any other, not only where that pays; the same on every rank."""
-    whims = itertools.cycle((1.0, 0.0, 1.0, 1.0, 0.0))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_plans, "calibration_gain", lambda *_: next(whims))
-        yield
 
 
 def _check_cases(rank: int, world: int, cases: list[Case]) -> None:

@@ -33,7 +33,7 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from testing.ranks import run_ranks
-from tests.hecate.test_equivalence import random_planner, topology
+from tests.hecate.equivalence_cases import random_planner, topology
 
 SHAPE = FfnShape(hidden=6, ffn=10, activation="silu")
 LAYERS, EXPERTS, TOP_K, TOKENS = (0, 3), 5, 2, 18

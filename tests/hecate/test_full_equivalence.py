@@ -25,8 +25,8 @@ from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
-from tests.hecate import test_equivalence as suite
-from tests.hecate.test_equivalence import AUX_COEF, MAX_NORM, MICRO_STEPS, ROWS, WEIGHT_DECAY, micro_batch, rows_of, topology
+from tests.hecate import equivalence_cases as suite
+from tests.hecate.equivalence_cases import AUX_COEF, MAX_NORM, MICRO_STEPS, ROWS, WEIGHT_DECAY, micro_batch, rows_of, topology
 from tests.hecate.watching import gradients_of, moments_of
 from tests.plain_full import PlainFull
 from tests.plain_mixlora import clip, plain_loss

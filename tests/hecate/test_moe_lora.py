@@ -32,7 +32,7 @@ from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups, own_group
 from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
-from tests.hecate.test_equivalence import (
+from tests.hecate.equivalence_cases import (
     LENGTH,
     MICRO_STEPS,
     ROWS,

@@ -22,7 +22,7 @@ from hecate.parallel.topology import Link, Topology
 from hecate.report.events import Resharding, StepResult
 from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
-from tests.hecate.test_equivalence import (
+from tests.hecate.equivalence_cases import (
     AUX_COEF,
     LEARNING_RATE,
     MAX_NORM,

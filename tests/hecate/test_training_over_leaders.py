@@ -15,8 +15,8 @@ from hecate.parallel.topology import Link, uniform_topology
 from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks
 from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
-from tests.hecate import test_equivalence as equivalence
-from tests.hecate.test_equivalence import AUX_COEF, LEARNING_RATE, MAX_NORM, MICRO_STEPS, WEIGHT_DECAY, Case, micro_batch, rows_of, sharded
+from tests.hecate import equivalence_cases as equivalence
+from tests.hecate.equivalence_cases import AUX_COEF, LEARNING_RATE, MAX_NORM, MICRO_STEPS, WEIGHT_DECAY, Case, micro_batch, rows_of, sharded
 
 STEPS = 4
 CASES = [

@@ -114,7 +114,7 @@ def test_the_compiler_compiles_every_entry(tmp_path: Path) -> None:
 from hecate.parallel import jit
 assert jit.start_compiling() == "ready"
 import numba.core.event as event
-from tests.parallel.planners.test_auto import planned_and_priced
+from tests.parallel.planners.auto_inputs import (planned_and_priced)
 with event.install_recorder("numba:compile") as compiled:
     planned_and_priced()
 assert not compiled.buffer, [one.data["dispatcher"].py_func.__name__ for _, one in compiled.buffer]

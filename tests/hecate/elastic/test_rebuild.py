@@ -11,25 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.config import load_config
 from hecate.elastic.backups import copy_to_backup_ranks
-from hecate.elastic.rebuild import Group
 from hecate.engine.step import Step
 from hecate.parallel.backup_ranks import backup_ranks
-from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import connect
 from hecate.ranks.sockets import tcp_sockets
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import STEPS, make_workshop
-from tests.hecate.train.test_resume_elsewhere import OVERRIDES, Losses, ranks_of_default_group
+from tests.hecate.elastic.losing import DEATH_STEP, VICTIM, Dead, make_run, regroup
+from tests.hecate.train.in_process import Losses, ranks_of_default_group
 
-VICTIM, DEATH_STEP = 1, 2
 PHASES = ("forward", "backward", "gradients", "norm", "stepped")
-
-
-class Dead(BaseException):
-    """What a rank that dies raises, in place of a SIGKILL: it aborts its groups at once, as the system would close its sockets."""
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +33,6 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def whole(workshop: str) -> Losses:
     return run_ranks(4, uninterrupted, workshop)[0]
-
-
-def make_run(workshop: str, name: str, rank: int, world: int, *overrides: str) -> Training:
-    given = (*OVERRIDES, f"output_dir={workshop}/runs/{name}", *overrides)
-    ranks = replace(ranks_of_default_group(rank, world), connections=frozenset(tcp_sockets()))
-    return Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks)
 
 
 def steps_until(run: Training, until: int, losses: dict[int, tuple[float, float, float]]) -> None:
@@ -82,11 +69,6 @@ def die_in(run: Training, phase: str) -> None:
         return before(*arguments, **named)
 
     setattr(holder, name, die)
-
-
-def regroup(run: Training, store: str, rank: int, world: int) -> None:
-    run.ranks.leave()
-    run.join(Group(connect(dist.FileStore(store, world), rank, world), local_topology(world, cuda=False)))
 
 
 def shrinking(rank: int, world: int, workshop: str, name: str, phases: list[str], overrides: tuple[str, ...]) -> list[Any]:

@@ -24,7 +24,7 @@ from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from testing.ranks import run_ranks
 from tests.hecate.experts.making import base, experts
-from tests.test_layout import sources
+from tests.rooms import sources
 
 FAMILIES = {"MixLoraExperts", "FullExperts", "MoeLoraExperts", "FfnExperts"}
 CONSTANTS = {kind.name.upper() for kind in KINDS.values()}

@@ -23,8 +23,8 @@ from hecate.ranks.ranks import connect
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
-from tests.hecate.elastic.test_rebuild import DEATH_STEP, Dead, make_run, regroup
-from tests.hecate.train.test_resume_elsewhere import ranks_of_default_group
+from tests.hecate.elastic.losing import DEATH_STEP, Dead, make_run, regroup
+from tests.hecate.train.in_process import ranks_of_default_group
 
 STEPS, RATE = 5, 0.003
 

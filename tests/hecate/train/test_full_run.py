@@ -16,7 +16,7 @@ from hecate.config import DataSource
 from hecate.data.encode import encode_source
 from hecate.errors import UserError
 from hecate.train.inference import answer
-from tests.hecate.train.test_run import kill_rank_1_after, losses, records, run, train_arguments, workshop
+from tests.hecate.train.command_line import kill_rank_1_after, losses, records, run, train_arguments, workshop
 
 __all__ = ["workshop"]  # a fixture
 

@@ -22,7 +22,7 @@ from hecate.train.inference import _with_adapter, answer, evaluate_trained
 from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.tiny_run import write_samples
-from tests.hecate.train.test_run import records, run
+from tests.hecate.train.command_line import records, run
 from tests.plain_moe_lora import KINDS, peft_model, save_tiny
 
 STEPS, RANK, ALPHA = 4, 4, 8

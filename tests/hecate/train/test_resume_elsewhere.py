@@ -9,24 +9,13 @@ import pytest
 import torch
 
 from hecate.config import load_config
-from hecate.parallel.mesh import make_mesh
-from hecate.ranks.groups import expert_groups
-from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
+from tests.hecate.train.in_process import OVERRIDES, Losses, ranks_of_default_group
 from tests.plain_moe_lora import save_tiny
 
-# Five experts in two layers never share out evenly over these ranks; dropout is on.
-OVERRIDES = ("model.dtype=float64", "data.eval=[]", "eval.generate=false", "moe.num_experts=5", "micro_batch_size=1", "fssdp.policy=hecate")
-
-
-def ranks_of_default_group(rank: int, world: int, shard_size: int | None = None) -> Ranks:
-    return Ranks(rank, world, torch.device("cpu"), expert_groups(make_mesh(world, shard_size)))
-
-
-Losses = list[tuple[float, float, float]]
 KINDS: dict[str, tuple[str, ...]] = {
     "LoRA over a dense base": (),
     "full experts": ("moe.family=full", "moe.upcycle_noise=0.1", "model.train_non_experts=true", "learning_rate=3e-3"),

@@ -17,7 +17,7 @@ from hecate.ranks.ranks import lost_a_peer
 from hecate.train.loop import train
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
-from tests.hecate.train.test_resume_elsewhere import ranks_of_default_group
+from tests.hecate.train.in_process import ranks_of_default_group
 
 ONE_STEP = ("max_steps=1", "data.eval=[]", "eval.generate=false")
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"

@@ -7,7 +7,7 @@ import torch
 
 from hecate.kernels.common.ffn import activation
 from hecate.kernels.experts.gated import gate, gate_backward
-from tests.kernels.common.test_combine import CASES, Given
+from tests.kernels.common.combine_cases import CASES, Given
 from tests.kernels.grouping import TOLERANCE, assert_close, poisoned
 
 __all__ = ["poisoned"]

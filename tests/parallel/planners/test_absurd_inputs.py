@@ -14,7 +14,7 @@ from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.simulator import replica_slots, simulate
 from hecate.parallel.topology import Link
-from tests.parallel.planners.test_auto import KINDS, topology
+from tests.parallel.planners.auto_inputs import KINDS, topology
 
 COST = KINDS["full experts"]
 OWNERS, PAIR = contiguous_owners(3, 2)[None], topology((0, 0))

@@ -21,7 +21,7 @@ from hecate.parallel.planners.auto import _ALL_BUDGETS, plan_auto
 from hecate.parallel.topology import Topology
 from hecate.parallel.workloads import WORKLOADS
 from testing.plan_cases import kinds
-from tests.parallel.planners.test_auto import KINDS, inputs, topology
+from tests.parallel.planners.auto_inputs import KINDS, inputs, topology
 
 DIFFERENT_BUDGETS = 1.3
 """what more slots may cost where not all budgets are tried, or where some devices get more and others not; 1.29 was seen in 1500 cases"""

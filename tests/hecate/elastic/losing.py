@@ -1,0 +1,32 @@
+"""Trainings that lose a rank in the midst of a step, and the new groups of those that are left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from hecate.config import load_config
+from hecate.elastic.rebuild import Group
+from hecate.parallel.topology import local_topology
+from hecate.ranks.ranks import connect
+from hecate.ranks.sockets import tcp_sockets
+from hecate.train.training import Training
+from tests.hecate.train.in_process import OVERRIDES, ranks_of_default_group
+
+VICTIM, DEATH_STEP = 1, 2
+
+
+class Dead(BaseException):
+    """What a rank that dies raises, in place of a SIGKILL: it aborts its groups at once, as the system would close its sockets."""
+
+
+def make_run(workshop: str, name: str, rank: int, world: int, *overrides: str) -> Training:
+    given = (*OVERRIDES, f"output_dir={workshop}/runs/{name}", *overrides)
+    ranks = replace(ranks_of_default_group(rank, world), connections=frozenset(tcp_sockets()))
+    return Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks)
+
+
+def regroup(run: Training, store: str, rank: int, world: int) -> None:
+    run.ranks.leave()
+    run.join(Group(connect(dist.FileStore(store, world), rank, world), local_topology(world, cuda=False)))
