@@ -57,8 +57,9 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
     """Run our side, in a process of its own."""
     import time
 
+    import numba  # noqa: F401 - so that libraries do not count as memory of the training
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401 - so that libraries do not count as memory of the training
+    import transformers.models.llama.modeling_llama  # noqa: F401 - as numba
     from safetensors.torch import load_file
 
     from hecate.data.batches import Batch
