@@ -11,7 +11,7 @@ TIERS: dict[str, dict[str, str]] = {
     "start": {"launch": "start ranks, watch them,\nreplace lost ones", "cli": "the verbs of\nthe command line"},
     "measure and\npredict": {"profile": "measure devices\nand links", "forecast": "memory and time\nwithout a run"},
     "run": {
-        "optim": "AdamW over\nsharded experts",
+        "optim": "gradient rules\nover shards",
         "checkpoint": "files that survive\na crash",
         "adapters": "formats of\nwhat was trained",
         "report": "progress, metrics,\npictures",

@@ -1,8 +1,8 @@
-"""Save a checkpoint: every rank writes its shard into a staging folder, then one rank commits the folder with a single rename.
+"""Save a checkpoint: ranks write their shards into a staging folder, then one rank commits the folder with a single rename.
 
-The caller runs a save in this order: all ranks call `write_shard`; a barrier; one rank calls `commit`; a barrier. If any rank fails
-before the rename, one rank calls `discard` after all have stopped writing. A folder named `checkpoint-{step}` is always complete,
-whenever a process dies.
+The caller runs a save in this order: the ranks of the first sharding group call `write_shard`; a barrier; one rank calls `commit`; a
+barrier. If any rank fails before the rename, one rank calls `discard` after all have stopped writing. A folder named `checkpoint-{step}` is
+always complete, whenever a process dies.
 """
 
 import contextlib

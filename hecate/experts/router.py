@@ -34,7 +34,7 @@ class Routing:
     """The router's decision for some tokens."""
 
     prob_TE: Tensor
-    """the score of each expert, such as a softmax over all, in the router's dtype; the load-balancing loss is made of it"""
+    """the probability of each expert, such as a softmax over all, in the router's dtype; the load-balancing loss is made of it"""
     expert_TK: Tensor
     """int64: the chosen experts, best first"""
     weight_TK: Tensor
@@ -98,7 +98,7 @@ class Router(nn.Module, ABC):
     @property
     @abstractmethod
     def trained(self) -> nn.Parameter | None:
-        """Its weight, if that is trained: alike on every rank, in checkpoints, and exported."""
+        """Its weight [E, D], if that is trained: alike on every rank, in checkpoints, and exported. All other parameters must be frozen."""
 
     @abstractmethod
     def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:

@@ -91,6 +91,10 @@ class InsertionPlan:
         return ExpertChoices(self.lora, self.kind.projections(self.target_modules), self.upcycle_noise)
 
 
+class RouterError(Exception):
+    """A class of routers cannot be trained: a mistake in the class, not of whoever trains with it."""
+
+
 def insert_experts(
     model: nn.Module, found: Sequence[FoundUnit], plan: InsertionPlan, engine_config: EngineConfig, groups: ExpertGroups
 ) -> MoeModel:
@@ -101,6 +105,7 @@ def insert_experts(
     Raises:
         UserError: the list of experts is not as long as the model has layers, a target module matches nothing, nothing would train, what is
             to train is held in a type too narrow for an optimizer, or a file cannot be read.
+        RouterError: a class of routers has parameters that nothing would step or save.
     """
     model.requires_grad_(False)
     counts = _experts_of(found, plan)
@@ -153,10 +158,27 @@ def _router(model: nn.Module, one: FoundUnit, family: FfnExperts, plan: Insertio
     """A new router, or the model's own with what is kept of its decisions."""
     site = family.site
     if one.router_path is None:
-        return ROUTERS[plan.router](
+        router = ROUTERS[plan.router](
             site.shape.hidden, site.num_experts, plan.top_k, unit=site.unit, seed=site.seed, dtype=site.master_dtype, device=site.device
         )
+        _check_router(router, (site.num_experts, site.shape.hidden))
+        return router
     return ModelRouter(model.get_submodule(one.router_path), site.master_dtype if plan.train_router else None)
+
+
+def _check_router(router: Router, shape: tuple[int, int]) -> None:
+    """Raises RouterError: the router has parameters besides `trained`, or `trained` has another shape than adapters can hold."""
+    others = [name for name, parameter in router.named_parameters() if parameter.requires_grad and parameter is not router.trained]
+    name = type(router).__name__
+    if others:
+        raise RouterError(
+            f"router {name}: besides `trained` it has the parameters {', '.join(others)}, which nothing would step or save\n"
+            "  let `trained` be all that it learns, and keep what changes by other means in buffers (`Router.after_step`)"
+        )
+    if router.trained is not None and tuple(router.trained.shape) != shape:
+        raise RouterError(
+            f"router {name}: `trained` has the shape {list(router.trained.shape)}; adapters hold [experts, hidden], here {list(shape)}"
+        )
 
 
 def _train_others(model: nn.Module, changed: Sequence[FoundUnit]) -> dict[str, nn.Parameter]:

@@ -90,7 +90,7 @@ class Plan:
     """Where the experts of each layer are in this step, and who serves how many of their assignments."""
 
     owner_LE: np.ndarray
-    """int64 [layers, experts]; differs from the input's where the planner re-shards experts"""
+    """int64 [layers, experts]; equal to the input's, because only re-sharding changes owners"""
     where_LED: np.ndarray
     """bool [layers, experts, ranks]: replicas, always one at the owner"""
     quota_LED: np.ndarray | None = field(default=None)

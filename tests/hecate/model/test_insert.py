@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.families import ROUTERS
+from hecate.experts.router import TopKRouter
 from hecate.model.gated_ffn import find_gated_ffns
-from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
+from hecate.model.insert import InsertionPlan, RouterError, insert_experts, non_moe_flops_per_token
 from hecate.model.lora import LoraLinear
 from hecate.model.moe_model import MoeModel, adapter_dtype
 from hecate.parallel.expert_kinds import MIXLORA, LoraShape
@@ -108,6 +111,36 @@ def test_a_plan_that_does_not_fit_is_refused(one_rank: dist.ProcessGroup, argume
     with pytest.raises(UserError, match=f"(?s){reason}") as error:
         insert(tiny("llama"), one_rank, **arguments)
     assert len(str(error.value).splitlines()) <= 8
+
+
+class TemperedRouter(TopKRouter):
+    """Learns more than its weight."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.log_temperature = nn.Parameter(torch.zeros(1))
+
+
+class WiderRouter(TopKRouter):
+    """Its weight has a column more than the hidden states have elements."""
+
+    def __init__(self, hidden: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(hidden + 1, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "reason"),
+    [
+        (TemperedRouter, r"router TemperedRouter: besides `trained` it has the parameters log_temperature"),
+        (WiderRouter, r"router WiderRouter: `trained` has the shape \[3, 17\]; adapters hold \[experts, hidden\], here \[3, 16\]"),
+    ],
+)
+def test_a_router_that_nothing_would_step_or_save_is_refused(
+    one_rank: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, made_by: type[TopKRouter], reason: str
+) -> None:
+    monkeypatch.setitem(ROUTERS, "softmax", made_by)
+    with pytest.raises(RouterError, match=reason):
+        insert(tiny("llama"), one_rank)
 
 
 def test_a_model_without_gated_ffns_is_refused(one_rank: dist.ProcessGroup) -> None:
