@@ -90,8 +90,8 @@ class Residency:
 class FrozenMove:
     """How one rank gets from one residency of a layer to the next."""
 
-    exchange: Exchange
-    """idle: no rank lacks anything, and there is no collective"""
+    exchange: Exchange | None
+    """None: no rank lacks anything, and there is no collective"""
     dropped: tuple[int, ...]
     """experts whose frozen parts this rank gives up"""
     copies: int
@@ -101,6 +101,6 @@ class FrozenMove:
 def frozen_move(before: Residency, after: Residency, rank: int) -> FrozenMove:
     """What this rank sends, receives and gives up. The owners of `before` send what ranks lack; all ranks come to moves that fit."""
     fetched_ED = after.held_ED & ~before.held_ED
-    exchange = exchange_of(np.where(fetched_ED, before.owner_E[:, None], -1), rank)
+    exchange = exchange_of(np.where(fetched_ED, before.owner_E[:, None], -1), rank) if fetched_ED.any() else None
     dropped_E = before.held_ED[:, rank] & ~after.held_ED[:, rank]
     return FrozenMove(exchange, tuple(np.flatnonzero(dropped_E).tolist()), int(fetched_ED.sum()))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hecate.parallel.comm.exchanges import FirstExchange
 from hecate.parallel.residency import FrozenMove
+from hecate.parallel.transfer_plan import Exchange
 
 
 class FrozenStore:
@@ -30,7 +31,7 @@ class FrozenStore:
         self._group = group
         self._held = {expert: frozen(expert) for expert in owned}
         self._none_MC = none_MC
-        self._under_way: tuple[FirstExchange, FrozenMove] | None = None
+        self._under_way: tuple[FirstExchange, Exchange] | None = None
         self.bytes_sent = 0
 
     @property
@@ -40,12 +41,12 @@ class FrozenStore:
     def start(self, move: FrozenMove) -> None:
         """Start sending and fetching, and give up what the move drops."""
         self.wait()
-        if not move.exchange.idle:
+        if move.exchange is not None:
             exchange = FirstExchange([move.exchange], self._group)
             leaving = [self._held[expert] for expert in move.exchange.sent.expert_M.tolist()]
             exchange.start([torch.stack(leaving) if leaving else self._none_MC])
             self.bytes_sent += sum(exchange.bytes_to)
-            self._under_way = exchange, move
+            self._under_way = exchange, move.exchange
         for expert in move.dropped:
             del self._held[expert]
 
@@ -53,10 +54,10 @@ class FrozenStore:
         """Wait for what is on its way."""
         if self._under_way is None:
             return
-        (exchange, move), self._under_way = self._under_way, None
+        (exchange, plan), self._under_way = self._under_way, None
         exchange.wait()
         arrived_MC = exchange.arrived()
-        for expert, chunk_C in zip(move.exchange.received.expert_M.tolist(), arrived_MC, strict=True):
+        for expert, chunk_C in zip(plan.received.expert_M.tolist(), arrived_MC, strict=True):
             # A copy of its own: a view would keep all that arrived with it for as long as it stays.
             self._held[expert] = chunk_C.clone() if len(arrived_MC) > 1 else chunk_C
 
