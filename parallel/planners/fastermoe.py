@@ -22,8 +22,10 @@ def plan_fastermoe(given: PlanInput) -> Plan:
     owned_LED = np.take_along_axis(given.owned_LED, order_LE[..., None], axis=1)
     # Shadowing an expert takes its assignments off its owner and puts each rank's own on it.
     served_LED = owned_LED * sorted_LED.sum(-1, keepdims=True)
-    busiest_LK = np.concatenate([np.zeros_like(served_LED[:, :1]), np.cumsum(sorted_LED - served_LED, axis=1)], axis=1)
-    busiest_LK = (busiest_LK + served_LED.sum(1, keepdims=True)).max(-1)
+    served_LKD = np.zeros((given.num_layers, given.num_experts + 1, given.world_size))
+    np.cumsum(sorted_LED - served_LED, axis=1, out=served_LKD[:, 1:])
+    served_LKD += served_LED.sum(1, keepdims=True)
+    busiest_LK = served_LKD.max(-1)
     compute = cost.assignment_flops * (1 + cost.assignment_backward) / min(topology.flops)
     bandwidth = topology.slowest_link.bandwidth
     backups = np.arange(given.num_experts + 1)
