@@ -27,9 +27,11 @@ def profile(
         check_writable(out)
     if rank is None:
         from hecate.launch.local_launcher import launch_local
-        from hecate.train.preflight import default_ranks
+        from hecate.train.preflight import check_devices, default_ranks
 
-        raise typer.Exit(launch_local(RANK_PROGRAM, [str(out)], nproc or default_ranks()))
+        count = nproc or default_ranks()
+        check_devices(count, "--nproc")
+        raise typer.Exit(launch_local(RANK_PROGRAM, [str(out)], count))
     if nproc is not None:
         raise UserError("--nproc: torchrun has started the ranks already; give it --nproc-per-node instead")
     from hecate.profile.rank_main import main as become_rank

@@ -28,12 +28,13 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from hecate.config import load_config
     from hecate.launch.local_launcher import launch_local
     from hecate.parallel.mesh import make_mesh
-    from hecate.train.preflight import check_data, check_kernels, check_vocabulary, default_ranks
+    from hecate.train.preflight import check_data, check_devices, check_kernels, check_vocabulary, default_ranks
 
     loaded = load_config(config, overrides or ())
     check_kernels(loaded.kernels)
-    check_data(loaded)
     count = loaded.nproc or default_ranks()
+    check_devices(count, "nproc")
+    check_data(loaded)
     make_mesh(count, loaded.fssdp.shard_size, loaded.model.tensor_parallel)
     check_vocabulary(loaded)
     raise typer.Exit(launch_local(RANK_PROGRAM, [str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0))

@@ -42,10 +42,13 @@ class Batch:
         return BatchLayout(is_token, labelled, one_sample_each=bool((self.segment_ids <= 1).all()))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the same batch on `device`. From pinned memory the copy is asynchronous."""
-        moved = Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        """Return the same batch on `device`. The host does not wait for a GPU: its tensors go there in one copy from pinned memory."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self
+        moved = Batch(*copy_to(torch.stack([getattr(self, f.name) for f in fields(self)]), device).unbind())
         # `cached_property` stores its value here, so the device copy is not computed from device tensors.
-        moved.__dict__["layout"] = replace(self.layout, labelled=copy_to(self.layout.labelled, torch.device(device)))
+        moved.__dict__["layout"] = replace(self.layout, labelled=copy_to(self.layout.labelled, device))
         return moved
 
 

@@ -32,6 +32,7 @@ def checkpoint_activations(moe: MoeModel) -> None:
             if not torch.is_grad_enabled():
                 return _plain(*args, **kwargs)
             with set_checkpoint_early_stop(False):
-                return checkpoint(_plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+                # Nothing of a layer draws from a random generator: dropout is a hash of token numbers.
+                return checkpoint(_plain, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=False, **kwargs)
 
         layer.forward = forward

@@ -52,6 +52,23 @@ def check_vocabulary(config: Config) -> None:
     vocabulary_of(config, tokenizer_of(config))
 
 
+def check_devices(ranks: int, key: str) -> None:
+    """Check that there is a GPU for each rank of this machine, if it has GPUs at all.
+
+    Args:
+        ranks: on this machine.
+        key: how the user sets this number.
+
+    Raises:
+        UserError: there are fewer GPUs than ranks.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and ranks > gpus:
+        raise UserError(f"{key}: {ranks} ranks, but this machine has {gpus} GPUs, and each rank takes one\n  set {key} to {gpus} at most")
+
+
 def default_ranks() -> int:
     """The number of ranks on this machine when no number is given: one for each GPU, or 2 without GPUs."""
     import torch

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hecate.parallel.comm.device_tables import chunk_tables
 from hecate.parallel.comm.exchanges import FirstExchange, SecondExchange
-from hecate.parallel.transfer_plan import ChunkPlan, SumTables
+from hecate.parallel.transfer_plan import ChunkPlan, ChunkTables, SumTables
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ class Handle(Generic[T]):
         arrive: waits until everything has arrived; may raise what went wrong on the way.
         finish: makes the result of what has arrived.
         """
+        # These two also keep alive what another stream reads until then, such as index tables, whatever caches do.
         self._arrive: Callable[[], None] | None = arrive
         self._finish: Callable[[], T] | None = finish
         self._result: T | None = None
@@ -74,7 +75,7 @@ def sparse_all_gather(owned_nC: Tensor, plan: ChunkPlan, group: dist.ProcessGrou
     arrive = first.wait if second is None else second.follow(first, lambda: first.arrived()[tables.sent_on_M])
 
     def finish() -> Tensor:
-        return _into_slots(owned_nC, plan, [first.arrived(), *([] if second is None else [second.buffer_MC])], into_SC)
+        return _into_slots(owned_nC, plan, tables, [first.arrived(), *([] if second is None else [second.buffer_MC])], into_SC)
 
     return Handle(arrive, finish, _added(first, second))
 
@@ -100,7 +101,7 @@ def sparse_all_gather_many(layers: Sequence[tuple[Tensor, ChunkPlan, Tensor | No
         chunk_bytes = owned_nC.shape[1] * owned_nC.element_size()
 
         def finish() -> Tensor:
-            return _into_slots(owned_nC, plan, [exchange.arrived(layer)], into_SC)
+            return _into_slots(owned_nC, plan, chunk_tables(plan, owned_nC.device), [exchange.arrived(layer)], into_SC)
 
         return Handle(exchange.wait, finish, [count * chunk_bytes for count in plan.gather[0].sent.count_D])
 
@@ -141,9 +142,10 @@ def sparse_reduce_scatter(grad_SC: Tensor, plan: ChunkPlan, group: dist.ProcessG
     return Handle(arrive, finish, _added(first, second))
 
 
-def _into_slots(owned_nC: Tensor, plan: ChunkPlan, arrived: Sequence[Tensor], into_SC: Tensor | None) -> Tensor:
+def _into_slots(
+    owned_nC: Tensor, plan: ChunkPlan, tables: ChunkTables[Tensor], arrived: Sequence[Tensor], into_SC: Tensor | None
+) -> Tensor:
     """[slots, C], in `into_SC` where that is given: the owned chunks and those that have arrived, each in its slot."""
-    tables = chunk_tables(plan, owned_nC.device)
     replica_SC = owned_nC.new_empty((plan.num_slots, owned_nC.shape[1])) if into_SC is None else into_SC
     rows = _in_slices(replica_SC, plan)
     rows[tables.own_slot_n] = _in_slices(owned_nC, plan)

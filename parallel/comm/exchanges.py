@@ -134,7 +134,8 @@ class SecondExchange:
             for peer, piece in chunks.pieces
         ]
         self._works = dist.batch_isend_irecv(operations)
-        if rows_MC.is_cuda:
-            # Waits nowhere but on the callback's stream, whose memory may be used again only after the sends.
+        if dist.get_backend(self._group) == dist.Backend.NCCL:
+            # Under NCCL this waits nowhere but on the callback's stream, whose memory may be used again only after the sends. Under gloo,
+            # whose messages may be of GPU tensors, too, it would keep gloo's own thread from receiving what peers send.
             for work in self._works:
                 work.wait()

@@ -1,0 +1,1 @@
+"""A CUDA device without a GPU, for tests: see `device.cpp` for what it shows and what it cannot show."""

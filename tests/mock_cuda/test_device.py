@@ -1,0 +1,105 @@
+"""The mock device itself: what it refuses, what it reports, and that its memory is no valid data before it is written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROGRAM = """
+from tests.mock_cuda import install
+install.install(devices=2)
+import threading
+import pytest
+import torch
+from tests.mock_cuda.waits import watching
+
+def memory():
+    fresh = torch.empty(3, device="cuda")
+    assert fresh.isnan().all() and fresh.device == torch.device("cuda", 0)
+    assert (torch.empty(2, dtype=torch.int64, device="cuda:1") == -1).all()
+    before = torch.cuda.memory_allocated(1)
+    held = torch.zeros(1000, device="cuda:1")
+    assert torch.cuda.memory_allocated(1) - before == 4096, "4000 bytes in blocks of 512"
+    del held
+    assert torch.cuda.memory_allocated(1) == before
+    assert torch.cuda.max_memory_allocated(1) >= before + 4096
+    leaf = torch.ones(4, device="cuda")
+    leaf.untyped_storage().resize_(0)
+    leaf.untyped_storage().resize_(16)
+    assert leaf.isnan().all(), "what was freed has come back"
+
+def devices():
+    here, there, host = (torch.ones(3, device=name) for name in ("cuda:0", "cuda:1", "cpu"))
+    for other in (there, host):
+        with pytest.raises(RuntimeError, match="on the same device|on one device"):
+            here + other
+        with pytest.raises(RuntimeError, match="on the same device|on one device"):
+            torch.cat([here, other])
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.empty(3, device="cuda").normal_(generator=torch.Generator())
+    with torch.cuda.device(1):
+        assert torch.empty(1, device="cuda").device.index == 1
+    assert torch.cuda.current_device() == 0
+
+def arithmetic():
+    torch.manual_seed(0)
+    host = torch.randn(5, 4, dtype=torch.float64)
+    device = host.to("cuda")
+    for compute in (
+        lambda x: torch.softmax(x, 0)[1:, ::2].T @ x[1:],
+        lambda x: x.view(2, 10).cumsum(1).topk(3)[0],
+        lambda x: torch.where(x > 0, x, 0).index_add(0, torch.tensor([1, 1], device=x.device), x[:2]),
+        lambda x: torch.stack(x.split(2, dim=1)).to(torch.bfloat16).float(),
+    ):
+        assert torch.equal(compute(device).cpu(), compute(host))
+    threads = set()
+    weight = device.clone().requires_grad_()
+    weight.register_hook(lambda grad: threads.add(threading.get_ident()))
+    (weight ** 2).sum().backward()
+    assert torch.equal(weight.grad.cpu(), 2 * host)
+    assert threads and threading.get_ident() not in threads, "the backward pass of a GPU runs in a thread of its own"
+
+def waits():
+    device, pinned = torch.ones(4, device="cuda"), torch.ones(4).pin_memory()
+    assert pinned.is_pinned() and not torch.ones(4).is_pinned()
+    for act, kind in (
+        (lambda: device.sum().item(), "item"),
+        (lambda: device.tolist(), "D2H"),
+        (lambda: device.to("cpu", non_blocking=True), "D2H pinned"),
+        (lambda: device.nonzero(), "waits"),
+        (lambda: device[device > 0], "waits"),
+        (lambda: device[torch.tensor([0, 1])], "H2D blocking"),
+        (lambda: torch.ones(4).to("cuda"), "H2D blocking"),
+        (lambda: torch.ones(4).to("cuda", non_blocking=True), "H2D pageable"),
+        (lambda: pinned.to("cuda", non_blocking=True), "H2D pinned"),
+        (lambda: torch.cuda.synchronize(), "synchronize"),
+        (lambda: device * 2 + 1, None),
+    ):
+        with watching() as watched:
+            act()
+        assert set(watched.by_kind()) == ({kind} if kind else set()), (watched.by_kind(), kind)
+        assert bool(watched.by_place()) == (kind not in (None, "H2D pinned", "D2H pinned"))
+
+def streams():
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert torch.cuda.current_stream() == stream
+        torch.ones(2, device="cuda").record_stream(stream)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream() != stream
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record(), end.record()
+    assert start.elapsed_time(end) >= 0
+
+for check in (memory, devices, arithmetic, waits, streams):
+    check()
+    print("passed", check.__name__)
+"""
+
+
+def test_what_the_device_does() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("passed") == 5
