@@ -1,7 +1,7 @@
 """One rank of some training runs, one after the other, on a mock GPU or on the CPU: `python -m tests.mock_cuda.rank RUNS.json RANK`.
 
-For `RUNS.json` see `tests.mock_cuda.runs.Runs`. On a mock GPU the rank leaves, beside each run's folder, what happened in the steps from the
-third on: waits of the host by place, operators and kernels by name.
+For `RUNS.json` see `tests.mock_cuda.runs.Runs`. On a mock GPU the rank leaves, beside each run's folder, what happened in the steps from
+the third on: waits of the host by place, operators and kernels by name.
 """
 
 from __future__ import annotations

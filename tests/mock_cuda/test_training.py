@@ -55,17 +55,24 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def on_both(workshop: Path, world: int, cases: dict[str, tuple[str, ...]], name: str = "") -> tuple[Runs, Runs]:
-    """The same runs on mock GPUs and on the CPU."""
+def on_both(workshop: Path, world: int, cases: dict[str, tuple[str, ...]], **on_mock: str) -> tuple[Runs, Runs]:
+    """The same runs on mock GPUs and on the CPU.
+
+    Args:
+        on_mock: keys that have these values on mock GPUs only.
+    """
     overrides = {}
     for case, changes in cases.items():
         changed = QUIET | dict(one.format(folder=workshop).split("=", 1) for one in changes)
         overrides[case] = [f"{key}={value}" for key, value in changed.items()]
-    mock = Runs(str(workshop / "config.yaml"), str(workshop / f"mock{world}{name}"), world, True, overrides)
-    return do(mock), do(replace(mock, folder=str(workshop / f"cpu{world}{name}"), mock=False))
+    cpu = Runs(str(workshop / "config.yaml"), str(workshop / f"cpu{world}"), world, False, overrides)
+    differing = {case: [line for line in lines if line.split("=")[0] not in on_mock] for case, lines in overrides.items()}
+    for lines in differing.values():
+        lines.extend(f"{key}={value}" for key, value in on_mock.items())
+    return do(replace(cpu, folder=str(workshop / f"mock{world}"), mock=True, overrides=differing)), do(cpu)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_losses_are_those_of_the_cpu(workshop: Path, world: int) -> None:
     mock, cpu = on_both(workshop, world, SEVERAL_RANKS[world])
     for case in SEVERAL_RANKS[world]:
@@ -76,8 +83,8 @@ def test_losses_are_those_of_the_cpu(workshop: Path, world: int) -> None:
 
 def test_the_host_waits_in_few_places(workshop: Path) -> None:
     """One rank, Triton kernels (interpreted). Two layers, two micro-steps: nothing waits for a layer, or a micro-step's batch."""
-    small = ("kernels=triton", "micro_batch_size=1", "data.seq_len=40", "gradient_accumulation_steps=2", "max_steps=3")
-    mock, cpu = on_both(workshop, 1, {"triton": small}, "waits")
+    small = ("micro_batch_size=1", "data.seq_len=40", "gradient_accumulation_steps=2", "max_steps=3")
+    mock, cpu = on_both(workshop, 1, {"triton": small}, kernels="triton")
     for got, wanted in zip(mock.losses("triton"), cpu.losses("triton"), strict=True):
         assert got == pytest.approx(wanted, rel=1e-5)
     (step,) = mock.steps("triton", rank=0)
