@@ -72,7 +72,8 @@ def on_both(workshop: Path, world: int, cases: dict[str, tuple[str, ...]], **on_
     return do(replace(cpu, folder=str(workshop / f"mock{world}"), mock=True, overrides=differing)), do(cpu)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_losses_are_those_of_the_cpu(workshop: Path, world: int) -> None:
     mock, cpu = on_both(workshop, world, SEVERAL_RANKS[world])
     for case in SEVERAL_RANKS[world]:
