@@ -57,9 +57,8 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
     """Run our side, in a process of its own."""
     import time
 
-    import numba  # noqa: F401 - so that libraries do not count as memory of the training
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401 - as numba
+    import transformers.models.llama.modeling_llama  # noqa: F401 - so that libraries do not count as memory of the training
     from safetensors.torch import load_file
 
     from hecate.data.batches import Batch
@@ -71,6 +70,7 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
     from hecate.model.load import ModelSource, load_model
     from hecate.optim.adamw import AdamW
     from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
+    from hecate.parallel.compile_loops import compile_all
     from hecate.parallel.expert_kinds import MIXLORA, LoraShape
     from hecate.parallel.planners import POLICIES
     from hecate.parallel.topology import local_topology
@@ -84,6 +84,7 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
     position = torch.arange(LENGTH).expand(BATCH, LENGTH)
     with join_ranks() as ranks:
         torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports what the first optimizer of a process imports
+        compile_all()  # imports what the first machine code of a process imports
         start_bytes = _resident()
         model = load_model(ModelSource(folder, None), torch.float32, ranks.device).eval()
         head = LanguageModelHead(model)
