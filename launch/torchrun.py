@@ -28,6 +28,7 @@ from hecate.launch.run_folder import run_folder
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.launcher_files import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
 from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
+from hecate.train.preflight import check_devices
 
 _QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 3}
 """Seconds. With these a dead node is noticed in half of the time that torch's own settings take."""
@@ -53,8 +54,6 @@ def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> No
     Raises:
         UserError: they do not fit one of these.
     """
-    import torch
-
     shard_size, tp_size = config.fssdp.shard_size, config.model.tensor_parallel
     if nodes[0] == nodes[1]:
         make_mesh(nodes[0] * ranks_per_node, shard_size, tp_size)
@@ -65,9 +64,7 @@ def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> No
                     f"{key}: must divide the number of ranks on a node, which is {ranks_per_node}, got {size}\n"
                     "  The job may shrink and grow by whole nodes (--nnodes). Give another --nproc-per-node"
                 )
-    gpus = torch.cuda.device_count()
-    if gpus and ranks_per_node > gpus:
-        raise UserError(f"--nproc-per-node {ranks_per_node}: this node has {gpus} GPUs, and each rank takes one")
+    check_devices(ranks_per_node, "--nproc-per-node")
     if config.topology == "auto":
         return
     from hecate.config.topology import whole_topology

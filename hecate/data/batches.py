@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hecate.data.encode import IGNORED
 from hecate.data.sequences import PackedSequence
+from hecate.parallel.comm.device_tables import copy_to
 
 
 # Shapes: B sequences, S positions, N label tokens
@@ -42,19 +43,17 @@ class Batch:
         return BatchLayout(is_token, labelled, one_sample_each=bool((self.segment_ids <= 1).all()))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the same batch on `device`. The host does not wait for a GPU: its tensors go there in one copy from pinned memory."""
+        """Return this batch, which must be on the CPU, on `device`. The host does not wait for a GPU: the tensors go there in one copy from
+        pinned memory.
+        """
         device = torch.device(device)
+        assert self.input_ids.device.type == "cpu", self.input_ids.device
         if device.type == "cpu":
             return self
         moved = Batch(*copy_to(torch.stack([getattr(self, f.name) for f in fields(self)]), device).unbind())
         # `cached_property` stores its value here, so the device copy is not computed from device tensors.
         moved.__dict__["layout"] = replace(self.layout, labelled=copy_to(self.layout.labelled, device))
         return moved
-
-
-def copy_to(indices: Tensor, device: torch.device) -> Tensor:
-    """Copy a new CPU tensor to `device` without making the host wait for the device."""
-    return (indices.pin_memory() if device.type == "cuda" else indices).to(device, non_blocking=True)
 
 
 def sequence_ranges(num_sequences: int, shares: Sequence[float]) -> list[range]:

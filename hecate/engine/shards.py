@@ -89,9 +89,10 @@ class ExpertShards:
             for unit, family in self.families.items()
         }
         self.frozen = {
-            unit: FrozenStore(self.stores[unit].experts, family.frozen_chunk, family.no_frozen_chunks(), groups.experts)
-            for unit, family in self.families.items()
-            if family.layout().frozen
+            unit: FrozenStore(
+                self.stores[unit].experts, self.families[unit].frozen_chunk, self.families[unit].no_frozen_chunks(), groups.experts
+            )
+            for unit in self.plans.residency
         }
         """of the layers whose experts have frozen parts"""
         self.token_bytes_sent = 0

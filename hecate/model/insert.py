@@ -177,7 +177,8 @@ def _check_router(router: Router, shape: tuple[int, int]) -> None:
         )
     if router.trained is not None and tuple(router.trained.shape) != shape:
         raise RouterError(
-            f"router {name}: `trained` has the shape {list(router.trained.shape)}; adapters hold [experts, hidden], here {list(shape)}"
+            f"router {name}: `trained` has the shape {list(router.trained.shape)}, but adapters hold [experts, hidden], "
+            f"which is {list(shape)} in this layer"
         )
 
 

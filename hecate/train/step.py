@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.data.batches import Batch, copy_to
+from hecate.data.batches import Batch
 from hecate.elastic.backups import send_gradients
 from hecate.experts.forward_pass import PassTokens
 from hecate.model.causal_head import CausalHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
+from hecate.parallel.comm.device_tables import copy_to
 from hecate.report.events import StepResult
 
 

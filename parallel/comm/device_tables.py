@@ -39,15 +39,15 @@ def chunk_tables(plan: ChunkPlan, device: torch.device) -> ChunkTables[Tensor]:
 def token_tables(plan: TokenPlan, device: torch.device) -> TokenTables:
     """The plan's tables on the device."""
     (slot,) = to_device([plan.slot_DE.ravel()], device)
-    return TokenTables(_on(torch.from_numpy(plan.bound_EB), device), slot.view(plan.slot_DE.shape))
+    return TokenTables(copy_to(torch.from_numpy(plan.bound_EB), device), slot.view(plan.slot_DE.shape))
 
 
 def to_device(rows: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """int64 rows to index with, on the device, in one copy that the host does not wait for."""
     flat = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
-    return list(_on(flat, device).split([len(row) for row in rows]))
+    return list(copy_to(flat, device).split([len(row) for row in rows]))
 
 
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. Only from pinned memory is a copy to a GPU asynchronous for certain."""
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to `device`. The host does not wait for a GPU, because the copy is from pinned memory."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -54,10 +54,10 @@ class FrozenStore:
         """Wait for what is on its way."""
         if self._under_way is None:
             return
-        (exchange, plan), self._under_way = self._under_way, None
+        (exchange, moved), self._under_way = self._under_way, None
         exchange.wait()
         arrived_MC = exchange.arrived()
-        for expert, chunk_C in zip(plan.received.expert_M.tolist(), arrived_MC, strict=True):
+        for expert, chunk_C in zip(moved.received.expert_M.tolist(), arrived_MC, strict=True):
             # A copy of its own: a view would keep all that arrived with it for as long as it stays.
             self._held[expert] = chunk_C.clone() if len(arrived_MC) > 1 else chunk_C
 

@@ -1,7 +1,7 @@
 """One rank of some training runs, one after the other, on a mock GPU or on the CPU: `python -m tests.mock_cuda.rank RUNS.json RANK`.
 
 For `RUNS.json` see `tests.mock_cuda.runs.Runs`. On a mock GPU the rank leaves, beside each run's folder, what happened in the steps from
-the third on: waits of the host by place, operators and kernels by name.
+the third on: waits of the host by place, and kernels by name.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _watched_steps() -> Iterator[list[dict[str, Any]]]:
             event = plain(self)
         if self.standing.step > WARM_UP:
             launches = dict(LAUNCHES - before)
-            steps.append({"waits": watched.by_place(), "kinds": watched.by_kind(), "operators": watched.operators, "launches": launches})
+            steps.append({"waits": watched.by_place(), "kinds": watched.by_kind(), "launches": launches})
         return event
 
     Training.train_one = train_one  # type: ignore[method-assign]

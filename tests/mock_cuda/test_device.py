@@ -65,6 +65,7 @@ def arithmetic():
 def waits():
     device, pinned = torch.ones(4, device="cuda"), torch.ones(4).pin_memory()
     assert pinned.is_pinned() and not torch.ones(4).is_pinned()
+    multiply = lambda: device.mul(2).add(1)
     for act, kind in (
         (lambda: device.sum().item(), "item"),
         (lambda: device.tolist(), "D2H"),
@@ -76,10 +77,11 @@ def waits():
         (lambda: torch.ones(4).to("cuda", non_blocking=True), "H2D pageable"),
         (lambda: pinned.to("cuda", non_blocking=True), "H2D pinned"),
         (lambda: torch.cuda.synchronize(), "synchronize"),
-        (lambda: device * 2 + 1, None),
+        (multiply, None),
     ):
         with watching() as watched:
             act()
+        assert act is not multiply or watched.operators == {"aten::mul": 1, "aten::add": 1}, watched.operators
         assert set(watched.by_kind()) == ({kind} if kind else set()), (watched.by_kind(), kind)
         assert bool(watched.by_place()) == (kind not in (None, "H2D pinned", "D2H pinned"))
 

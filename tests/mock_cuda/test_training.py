@@ -89,6 +89,8 @@ def test_the_host_waits_in_few_places(workshop: Path) -> None:
     for got, wanted in zip(mock.losses("triton"), cpu.losses("triton"), strict=True):
         assert got == pytest.approx(wanted, rel=1e-5)
     (step,) = mock.steps("triton", rank=0)
+    assert {"shrink_kernel", "gated_kernel", "outer_kernel"} <= set(step["launches"]), "Triton kernels did not run"
+    assert "H2D pageable" not in step["kinds"]
     assert step["waits"] == {
         "hecate/model/causal_head.py:hidden": 1,
         "hecate/engine/step.py:exchange_counts": 1,

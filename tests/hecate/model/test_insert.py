@@ -132,7 +132,10 @@ class WiderRouter(TopKRouter):
     ("made_by", "reason"),
     [
         (TemperedRouter, r"router TemperedRouter: besides `trained` it has the parameters log_temperature"),
-        (WiderRouter, r"router WiderRouter: `trained` has the shape \[3, 17\]; adapters hold \[experts, hidden\], here \[3, 16\]"),
+        (
+            WiderRouter,
+            r"router WiderRouter: `trained` has the shape \[3, 17\], but adapters hold \[experts, hidden\], which is \[3, 16\] in",
+        ),
     ],
 )
 def test_a_router_that_nothing_would_step_or_save_is_refused(
