@@ -87,6 +87,8 @@ def test_padding_and_labels_are_found_by_their_definition(name: str) -> None:
 
 def test_a_batch_on_a_device_keeps_its_layout() -> None:
     batch = BATCHES["padded"]
-    again: Batch = batch.to("meta").to("meta")
-    assert again.layout.is_token is batch.layout.is_token
-    assert again.layout.labelled.shape == batch.layout.labelled.shape
+    moved: Batch = batch.to("meta")
+    assert moved.layout.is_token is batch.layout.is_token
+    assert moved.layout.labelled.shape == batch.layout.labelled.shape
+    with pytest.raises(AssertionError, match="meta"):
+        moved.to("meta")
