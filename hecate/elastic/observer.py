@@ -141,7 +141,7 @@ class ObserverLink:
                 loss=event.result.loss,
                 tokens=event.tokens,
                 imbalance=event.imbalance,
-                bytes_sent=event.bytes_sent,
+                bytes_sent=event.result.bytes_sent,
                 loads={str(unit): loads_ED.sum(1).tolist() for unit, loads_ED in event.result.loads.items()},
             )
         )

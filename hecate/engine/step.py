@@ -31,6 +31,7 @@ from hecate.engine.shards import ExpertShards, LayerCall
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.router import RouterStats, Routing
 from hecate.kernels.common.assignments import RoutedTokens
+from hecate.parallel.comm.host_read import HostRead
 from hecate.parallel.transfer_plan import plan_change
 from hecate.parallel.units import Unit
 
@@ -47,6 +48,8 @@ class StepLedger:
         self.finished = False
         self._shards = shards
         self._begun = 0
+        self._loads_RN: HostRead | None = None
+        """int64 [ranks, all units' experts], on the way to the host"""
         self._present: int | None = None
         """the micro-step under way, from 0; None: between two of them"""
         self._counts = {
@@ -109,23 +112,34 @@ class StepLedger:
             dist.all_reduce(most_L, op=dist.ReduceOp.MAX, group=shards.groups.world)
             shards.plans.note_most_served(dict(zip(most, most_L.tolist(), strict=True)))
 
+    def start_exchange(self) -> None:
+        """Send all ranks the step's loads, which are complete after the forward pass of its last micro-step. Every rank must call it.
+
+        The backward pass hides the exchange: on a GPU, the host reads the loads while the device is still busy with that pass.
+        """
+        if self._counts:
+            self._loads_RN = exchange_counts(torch.cat(list(self._counts.values())), self._shards.groups.world)
+
     def exchange_loads(self) -> dict[Unit, np.ndarray]:
         """Per layer the step's loads, int64 [experts, ranks of the job]. Every rank must call it."""
-        units = list(self._counts)
-        if not units:
+        if self._loads_RN is None:
+            self.start_exchange()
+        if self._loads_RN is None:
             return {}
-        table = exchange_counts(torch.cat([self._counts[unit] for unit in units]), self._shards.groups.world)
-        cuts = np.cumsum([len(self._counts[unit]) for unit in units])[:-1]
-        return dict(zip(units, np.split(table, cuts), strict=True))
+        cuts = np.cumsum([len(count) for count in self._counts.values()])[:-1]
+        return dict(zip(self._counts, np.split(by_rank(self._loads_RN), cuts), strict=True))
 
 
-def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> np.ndarray:
-    """int64 [n, ranks]: every rank's counts [n]. Every rank of the group must call it."""
-    if dist.get_world_size(group) == 1:
-        return count[:, None].cpu().numpy()
-    gathered = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, count, group=group)
-    return torch.stack(gathered, dim=1).cpu().numpy()
+def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> HostRead:
+    """int64 [ranks, n]: every rank's counts [n], on the way to the host. Every rank of the group must call it."""
+    table_RN = count.new_empty((dist.get_world_size(group), len(count)))
+    dist.all_gather(list(table_RN), count, group=group)
+    return HostRead(table_RN)
+
+
+def by_rank(counts: HostRead) -> np.ndarray:
+    """int64 [n, ranks]: what `exchange_counts` has sent."""
+    return np.ascontiguousarray(counts.get().numpy().T)
 
 
 def require_nothing_under_way(last: StepLedger | None, current: CurrentPass) -> None:
@@ -212,6 +226,8 @@ class Step:
     def backward(self, micro: MicroStep, loss: Tensor, gradient: Tensor | None) -> None:
         """See `MicroStep.backward`."""
         self.ledger.require(micro.number)
+        if self.ledger.in_last_micro_step:
+            self.ledger.start_exchange()
         self._prefetch_backward()
         torch.autograd.backward(loss, gradient)
         self.ledger.end_micro_step()
@@ -221,7 +237,7 @@ class Step:
         """Plan a layer's micro-step from what all ranks have chosen."""
         shards = self._shards
         # Through the tokens' group: the layer's own gather may be under way in the other one.
-        loads_ED = exchange_counts(count_E, shards.groups.tokens)
+        loads_ED = by_rank(exchange_counts(count_E, shards.groups.tokens))
         plan = shards.plans.after_router(unit, loads_ED)
         if plan is not None:
             calibrated = shards.config.plan == "calibrated"

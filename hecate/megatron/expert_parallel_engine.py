@@ -159,6 +159,8 @@ class ExpertParallelMicroStep:
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
         """See `hecate.engine.step.MicroStep.backward`."""
         self.ledger.require(self.number)
+        if self.ledger.in_last_micro_step:
+            self.ledger.start_exchange()
         torch.autograd.backward(loss, gradient)
         self.ledger.end_micro_step()
         self.current.now = None

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from hecate.optim.rule import Stepped
+from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.comm.reshard import RowSpec
 
 
@@ -30,18 +32,17 @@ class AdamW:
     def step(self, stepped: Sequence[Stepped], learning_rate: float) -> None:
         for excluded in (False, True):
             group = [one for one in stepped if (one.kind in self.exclude) == excluded]
-            on_cpu = all(one.value.device.type == "cpu" for one in group)
+            if not group:
+                continue
+            counts = [one.state["step"] for one in group]
             adamw(
                 [one.value for one in group],
                 [one.gradient for one in group],
                 [one.state["exp_avg"] for one in group],
                 [one.state["exp_avg_sq"] for one in group],
                 [],
-                [one.state["step"] for one in group],
-                # On the CPU the fused step is one pass instead of ten. On a GPU it would keep the count of steps there; a step over all
-                # parameters at once does not, and launches a few kernels instead of ten for each parameter.
-                foreach=not on_cpu,
-                fused=on_cpu,
+                _beside(counts, group[0].value.device),
+                fused=True,
                 amsgrad=False,
                 beta1=self.beta1,
                 beta2=self.beta2,
@@ -50,3 +51,10 @@ class AdamW:
                 eps=self.epsilon,
                 maximize=False,
             )
+            if group[0].value.device.type != "cpu":
+                torch._foreach_add_(counts, 1)
+
+
+def _beside(counts: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The counts of steps, where torch's fused step needs them: on a GPU copies, so that nobody has to read counts from there."""
+    return counts if device.type == "cpu" else list(copy_to(torch.stack(counts), device).unbind())

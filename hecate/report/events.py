@@ -24,6 +24,10 @@ class StepResult:
     """whether a gradient was not finite, so that no parameter was changed"""
     loads: dict[Unit, np.ndarray]
     """per unit, int64 [experts, ranks of the job]"""
+    bytes_sent: int
+    """number of bytes of experts, their gradients and tokens that all ranks together have sent"""
+    asked: tuple[bool, ...]
+    """of each request of the ranks: whether any rank has made it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +46,6 @@ class StepEvent:
     """largest over mean load of the ranks, averaged over the units"""
     calibrations: int
     """number of plans of this run that were replaced by better ones once the routers had chosen (plan source `calibrated`)"""
-    bytes_sent: int
-    """number of bytes sent by all ranks together"""
 
 
 @dataclass(frozen=True)

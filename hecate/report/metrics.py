@@ -36,7 +36,7 @@ def step_record(event: StepEvent) -> Record:
         "tokens_per_s": _finite(event.tokens / event.seconds) if event.seconds > 0 else None,
         "step_seconds": _finite(event.seconds),
         "imbalance": _finite(event.imbalance),
-        "bytes_sent": int(event.bytes_sent),
+        "bytes_sent": int(event.result.bytes_sent),
         "calibrations": int(event.calibrations),
         "loads": {str(unit): total_E.tolist() for unit, total_E in totals.items()},
         "layer_balance": {str(unit): max_over_mean(total_E) for unit, total_E in totals.items()},

@@ -1,6 +1,6 @@
 """A training run from beginning to end, on one rank.
 
-    train one step -> agree with the other ranks -> re-plan -> re-shard -> evaluate -> save -> regroup, if ranks have come
+    train one step, and agree with the other ranks -> re-plan -> re-shard -> evaluate -> save -> regroup, if ranks have come
 
 Each phase happens on all ranks alike. When a rank is lost, the others regroup and go on with the phase that was interrupted.
 """
@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,8 +130,10 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
     """One step and everything that comes after it; False: the run was asked to stop, and has saved."""
     config = training.parts.config
     if training.standing.completed == training.standing.step:
-        _train_one(training, outside, measured)
-    agreement = _agree(training, outside)
+        asked: Sequence[bool] = _train_one(training, outside, measured)
+    else:  # ranks were lost in what follows the step
+        asked = [value > 0 for value in training.ranks.all_most([float(value) for value in _requests(training, outside)])]
+    agreement = Agreement(*asked)
     if agreement.replan:
         _replan(training, outside)
     step = training.standing.step
@@ -152,24 +154,24 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
     return True
 
 
-def _train_one(training: Training, outside: _Outside, measured: _Measured) -> None:
-    event = training.train_one()
-    event = replace(event, bytes_sent=int(training.ranks.all_sum(torch.tensor([event.bytes_sent]))[0]))
+def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tuple[bool, ...]:
+    """One step, and what the ranks have asked for meanwhile (`Agreement`)."""
+    event = training.train_one(lambda: _requests(training, outside))
     outside.reports.step(event)
     if outside.observer:
         outside.observer.stepped(event)
     measured.train_seconds += event.seconds
     measured.tokens += event.tokens
+    return event.result.asked
 
 
-def _agree(training: Training, outside: _Outside) -> Agreement:
-    """What any rank asks for, all ranks do; only the first rank's orders count."""
+def _requests(training: Training, outside: _Outside) -> tuple[bool, bool, bool]:
+    """What this rank asks for, in the order of `Agreement`. What any rank asks for, all ranks do; only the first rank's orders count."""
     observer, membership = outside.observer, outside.membership
     stop = outside.stopping.is_set or (observer is not None and observer.stop_requested())
     regroup = membership is not None and membership.regroup_requested()
     replan = observer is not None and training.ranks.is_first and observer.has_new_order()
-    asked = training.ranks.all_most([float(stop), float(regroup), float(replan)])
-    return Agreement(*(value > 0 for value in asked))
+    return stop, regroup, replan
 
 
 def _replan(training: Training, outside: _Outside) -> None:

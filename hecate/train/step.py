@@ -10,11 +10,10 @@ the micro-steps of the aux loss. Each rank computes its share; gradients are sum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hecate.data.batches import Batch
@@ -25,6 +24,7 @@ from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.comm.device_tables import copy_to
 from hecate.report.events import StepResult
+from hecate.train.step_totals import exchange_totals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,33 +68,35 @@ def train_step(
     num_labels: int,
     step: int,
     rules: StepRules,
+    requests: Callable[[], Sequence[bool]] = tuple,
 ) -> StepResult:
     """Forward, backward, reduce, clip, step. Every rank must call it with as many micro-batches, whose rows may be all padding.
 
     Args:
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
         step: its number, from 0.
+        requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
     """
     group, engine = moe.engine.shards.groups.world, moe.engine
+    sent = engine.shards.bytes_sent
     this_step = engine.begin_step(step, len(micro_batches))
-    totals = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
+    losses = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
     for batch in micro_batches:
         micro = this_step.begin_micro_step(pass_tokens(head, batch))
         loss_sum = forward_loss(head, batch)
         share = loss_sum / max(num_labels, 1)
         if moe.layers:
             aux = moe.balance_loss(micro.stats, group)
-            totals[1] += aux.detach() / len(micro_batches)
+            losses[1] += aux.detach() / len(micro_batches)
             share = share + aux * (rules.aux_coef / len(micro_batches))
-        totals[0] += loss_sum.detach() / max(num_labels, 1)
+        losses[0] += loss_sum.detach() / max(num_labels, 1)
         micro.backward(share)
     loads = this_step.finish()
     on_its_way = send_gradients(engine, optimizer, loads) if rules.redundancy else None
     optimizer.reduce_replicated(group)
-    dist.all_reduce(totals, group=group)
     if on_its_way:
         on_its_way.wait()
-    grad_norm = optimizer.global_grad_norm(group, counts_owned=engine.shards.in_first_group)
-    taken = optimizer.step(grad_norm, rules.max_grad_norm, loads)
-    loss, aux_loss = totals.tolist()
-    return StepResult(loss, aux_loss, grad_norm, not taken, loads)
+    squares = optimizer.squares(counts_owned=engine.shards.in_first_group)
+    totals = exchange_totals(losses, squares, engine.shards.bytes_sent - sent, requests(), group)
+    taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads)
+    return StepResult(totals.loss, totals.aux_loss, totals.grad_norm, not taken, loads, totals.bytes_sent, totals.asked)

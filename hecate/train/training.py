@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,14 +95,17 @@ class Training:
         shares = [sequences[start + own.start : start + own.stop] or [empty_sequence()] for start in range(0, len(sequences), size)]
         return [collate(share, pad_id, config.data.seq_len, ranks.tp_size).to(ranks.device) for share in shares]
 
-    def train_one(self) -> StepEvent:
-        """One optimizer step; `bytes_sent` of the event are this rank's own.
+    def train_one(self, requests: Callable[[], Sequence[bool]] = tuple) -> StepEvent:
+        """One optimizer step.
+
+        Args:
+            requests: see `train_step`.
 
         Raises:
             UserError: too many steps in a row had gradients that were not finite.
         """
         parts, config, engine = self.parts, self.parts.config, self.parts.moe.engine
-        started, sent, learning_rate = time.monotonic(), engine.shards.bytes_sent, parts.optimizer.learning_rate
+        started, learning_rate = time.monotonic(), parts.optimizer.learning_rate
         waited = jit.waited_seconds()
         sequences = parts.stream.next_step()
         tokens = sum(len(sequence.input_ids) for sequence in sequences)
@@ -116,6 +119,7 @@ class Training:
             rules=StepRules(
                 aux_coef=config.moe.router_aux_loss_coef, max_grad_norm=config.max_grad_norm, redundancy=config.fssdp.redundancy
             ),
+            requests=requests,
         )
         self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped)
         _refuse_endless_skipping(self.state)
@@ -129,7 +133,6 @@ class Training:
             learning_rate=learning_rate,
             imbalance=engine.shards.plans.imbalance(result.loads),
             calibrations=engine.shards.plans.calibrations,
-            bytes_sent=engine.shards.bytes_sent - sent,
         )
 
     def complete_step(self) -> None:

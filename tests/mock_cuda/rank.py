@@ -64,10 +64,10 @@ def _watched_steps() -> Iterator[list[dict[str, Any]]]:
     steps: list[dict[str, Any]] = []
     plain = Training.train_one
 
-    def train_one(self: Training) -> StepEvent:
+    def train_one(self: Training, *arguments: Any) -> StepEvent:
         before = Counter(LAUNCHES)
         with watching() as watched:
-            event = plain(self)
+            event = plain(self, *arguments)
         if self.standing.step > WARM_UP:
             launches = dict(LAUNCHES - before)
             steps.append({"waits": watched.by_place(), "kinds": watched.by_kind(), "launches": launches})

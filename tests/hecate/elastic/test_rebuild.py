@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from hecate.engine.step import Step
 from hecate.parallel.backup_ranks import backup_ranks
 from hecate.ranks.ranks import connect
 from hecate.ranks.sockets import tcp_sockets
+from hecate.train import step as step_module
+from hecate.train.step_totals import Totals, exchange_totals
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import STEPS, make_workshop
@@ -53,7 +56,7 @@ def die_in(run: Training, phase: str) -> None:
         "forward": (Step, "experts"),
         "backward": (Step, "_gradient_complete"),
         "gradients": (run.parts.optimizer, "reduce_replicated"),
-        "norm": (run.parts.optimizer, "global_grad_norm"),
+        "norm": (run.parts.optimizer, "squares"),
     }
     if phase == "stepped":
         raise Dead
@@ -117,21 +120,19 @@ def half_stepped(rank: int, world: int, workshop: str) -> tuple[int, Losses]:
     run = make_run(workshop, "half", rank, world, "fssdp.redundancy=1")
     losses: dict[int, tuple[float, float, float]] = {}
     steps_until(run, DEATH_STEP, losses)
-    norm = run.parts.optimizer.global_grad_norm
 
-    def fail(group: dist.ProcessGroup, *, counts_owned: bool) -> float:
-        value = norm(group, counts_owned=counts_owned)
+    def fail(*shares: Any) -> Totals:
+        totals = exchange_totals(*shares)
         if rank == VICTIM:
             raise Dead
         if rank > VICTIM:
             raise RuntimeError("a peer is lost")
-        return value
+        return totals
 
-    run.parts.optimizer.global_grad_norm = fail  # type: ignore[method-assign]
     try:
-        steps_until(run, STEPS, losses)
+        with mock.patch.object(step_module, "exchange_totals", fail):
+            steps_until(run, STEPS, losses)
     except (Dead, RuntimeError):
-        run.parts.optimizer.global_grad_norm = norm  # type: ignore[method-assign]
         done = run.standing.step
         if rank == VICTIM:
             run.ranks.leave()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.engine.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
-from hecate.engine.step import exchange_counts
+from hecate.engine.step import by_rank, exchange_counts
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import Plan, PlanInput
@@ -113,7 +113,7 @@ def test_before_any_load_is_known_quotas_are_shares_of_one_assignment_each() -> 
 def _exchanged(rank: int, world: int) -> list[list[int]]:
     group = dist.group.WORLD
     assert group is not None
-    return exchange_counts(torch.tensor([rank, 10 * rank]), group).tolist()
+    return by_rank(exchange_counts(torch.tensor([rank, 10 * rank]), group)).tolist()
 
 
 def test_every_rank_gets_every_ranks_counts() -> None:

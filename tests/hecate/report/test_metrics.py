@@ -35,8 +35,8 @@ def a_step(step: Any = 1, **changes: Any) -> Record:
         "loads": {Unit(0): np.array([[1, 2], [3, 4]])},
     }
     values |= changes
-    result = StepResult(*(values[name] for name in ("loss", "aux_loss", "grad_norm", "skipped", "loads")))
-    measured = {name: values[name] for name in ("step", "tokens", "learning_rate", "imbalance", "calibrations", "bytes_sent")}
+    result = StepResult(*(values[name] for name in ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent")), ())
+    measured = {name: values[name] for name in ("step", "tokens", "learning_rate", "imbalance", "calibrations")}
     return step_record(StepEvent(result=result, seconds=values["step_seconds"], **measured))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from hecate.adapters.export import load_into
 from hecate.experts import families
 from hecate.experts.router import Routing, TopKRouter
 from hecate.ranks.ranks import connect
+from hecate.train import step as step_module
+from hecate.train.step_totals import Totals, exchange_totals
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
@@ -126,19 +129,17 @@ def half_stepped(rank: int, world: int, workshop: str) -> Outcome | None:
     with balancing():
         run = make_run(workshop, "half", rank, world, "fssdp.redundancy=1")
         steps_until(run, DEATH_STEP)
-        norm = run.parts.optimizer.global_grad_norm
 
-        def fail(group: dist.ProcessGroup, *, counts_owned: bool) -> float:
-            value = norm(group, counts_owned=counts_owned)
+        def fail(*shares: Any) -> Totals:
+            totals = exchange_totals(*shares)
             if rank > 0:
                 raise Dead if rank == 1 else RuntimeError("a peer is lost")
-            return value
+            return totals
 
-        run.parts.optimizer.global_grad_norm = fail  # type: ignore[method-assign]
         try:
-            steps_until(run, STEPS)
+            with mock.patch.object(step_module, "exchange_totals", fail):
+                steps_until(run, STEPS)
         except (Dead, RuntimeError):
-            run.parts.optimizer.global_grad_norm = norm  # type: ignore[method-assign]
             if rank == 1:
                 run.ranks.leave()
                 return None

@@ -34,7 +34,7 @@ def fail_in_step_one(rank: int, world: int, workshop: str, text: str) -> tuple[s
     membership.next_group.return_value = None
     name = "".join(filter(str.isalnum, text))[:8]
     config = load_config(f"{workshop}/config.yaml", [*ONE_STEP, f"output_dir={workshop}/runs/{name}"], claim_output=False)
-    with mock.patch.object(ExpertOptimizer, "global_grad_norm", side_effect=RuntimeError(text)):
+    with mock.patch.object(ExpertOptimizer, "squares", side_effect=RuntimeError(text)):
         try:
             train(config, ranks_of_default_group(rank, world), membership)
         except RuntimeError as error:

@@ -1,0 +1,47 @@
+"""What the ranks tell each other once in each step, in one message: their shares of the losses and of the gradient norm, and requests.
+
+Every rank adds up the shares in the order of the ranks, on the host. So all ranks get the same bits, whatever kind of device each has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hecate.parallel.comm.device_tables import copy_to
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the ranks; the same on every rank."""
+
+    loss: float
+    aux_loss: float
+    grad_norm: float
+    bytes_sent: int
+    asked: tuple[bool, ...]
+    """of each request: whether any rank has made it"""
+
+
+def exchange_totals(losses: Tensor, squares: Tensor, bytes_sent: int, asked: Sequence[bool], group: dist.ProcessGroup) -> Totals:
+    """Add up the ranks' shares. Every rank must call it. On a GPU the host waits once, for all that the step has computed.
+
+    Args:
+        losses: float64 [2]: this rank's shares of the loss and of the aux loss.
+        squares: float64 [2] of `ExpertOptimizer.squares`.
+        bytes_sent: by this rank.
+        asked: this rank's requests, equally many on every rank.
+        group: of all ranks.
+    """
+    device = losses.device
+    own = torch.cat([losses, squares, copy_to(torch.tensor([bytes_sent, *asked], dtype=torch.float64), device)])
+    table_RF = own.new_empty((dist.get_world_size(group), len(own)))
+    dist.all_gather(list(table_RF), own, group=group)
+    rows = table_RF.tolist()
+    loss, aux_loss, sharded, sent, *requests = (sum(column) for column in zip(*([*row[:3], *row[4:]] for row in rows), strict=True))
+    return Totals(loss, aux_loss, math.sqrt(sharded + rows[0][3]), int(sent), tuple(count > 0 for count in requests))

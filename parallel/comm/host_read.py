@@ -1,0 +1,30 @@
+"""Reads of a device's results on the host, which computes the rest of a step meanwhile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HostRead:
+    """The values of a tensor on their way to the host.
+
+    On a GPU the copy goes to pinned memory behind whatever makes the tensor, and the host does not wait before `get`: what was queued
+    after the copy keeps the GPU busy meanwhile.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Start the copy. The tensor may be changed or freed afterwards."""
+        self._event: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = tensor.detach().clone()
+
+    def get(self) -> Tensor:
+        """The values, on the CPU. On a GPU the host waits until the copy is done."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
