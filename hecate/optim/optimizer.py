@@ -159,9 +159,9 @@ class ExpertOptimizer:
         """
         taken = math.isfinite(grad_norm)
         if taken:
-            if max_grad_norm is not None and grad_norm > max_grad_norm:
-                if gradients := [parameter.grad for parameter in self._parameters() if parameter.grad is not None]:
-                    torch._foreach_mul_(gradients, min(1.0, max_grad_norm / (grad_norm + 1e-6)))
+            gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+            if gradients and max_grad_norm is not None and grad_norm > max_grad_norm:
+                torch._foreach_mul_(gradients, min(1.0, max_grad_norm / (grad_norm + 1e-6)))
             with torch.no_grad():
                 self._rule.step(self._stepped(), self.learning_rate)
                 for unit, router in self._routers.items():

@@ -14,10 +14,45 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.parallel.comm.device_tables import token_tables
 from hecate.parallel.transfer_plan import TokenPlan
+
+
+@dataclass(frozen=True)
+class RowSources:
+    """From which tokens rows were taken; a token may have several rows, and may have none."""
+
+    source_M: Tensor
+    """int64: the token of each row, below `num_tokens`"""
+    num_tokens: int
+    by_token_M: Tensor | None = None
+    """int64: the rows sorted by token, those of one token in their order; None: `index_add_` adds up in the order of the rows"""
+    first_T: Tensor | None = None
+    """int64: the place among `by_token_M` where each token's rows begin"""
+
+
+def row_sources(source_M: Tensor, num_tokens: int, *, sort: bool) -> RowSources:
+    """Note the sources of rows, so that rows can be added up by token.
+
+    Args:
+        sort: true on a GPU, where `index_add_` adds up in an order that changes from run to run.
+    """
+    if not sort:
+        return RowSources(source_M, num_tokens)
+    count_T = source_M.new_zeros(num_tokens).scatter_add_(0, source_M, torch.ones_like(source_M))
+    return RowSources(source_M, num_tokens, torch.argsort(source_M, stable=True), torch.cumsum(count_T, 0) - count_T)
+
+
+def sum_rows(sources: RowSources, row_MD: Tensor) -> Tensor:
+    """[T, D]: the sum of each token's rows, in the order of the rows, so that it has the same bits in every run."""
+    if sources.by_token_M is None:
+        return row_MD.new_zeros((sources.num_tokens, row_MD.shape[1])).index_add_(0, sources.source_M, row_MD)
+    if not len(row_MD):
+        return row_MD.new_zeros((sources.num_tokens, row_MD.shape[1]))
+    return F.embedding_bag(sources.by_token_M, row_MD, sources.first_T, mode="sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +65,7 @@ class Dispatched:
     weight_RK: Tensor
     token_R: Tensor
     """int64: global token numbers"""
-    source_M: Tensor
-    """int64: the row of x_TD that each sent row was"""
-    num_tokens: int
+    sources: RowSources
     send_rows: list[int]
     """per rank"""
     recv_rows: list[int]
@@ -87,16 +120,15 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor
     rank_M, source_M = row_M // max(num_tokens, 1), row_M % max(num_tokens, 1)
     slot_MK = torch.where(rank_TK[source_M] == rank_M[:, None], tables.slot_DE[rank_M[:, None], expert_TK[source_M]], -1)
     meta_RN = _exchange_rows(torch.cat([slot_MK, token_T[source_M, None]], dim=1), send_rows, recv_rows, group)
-    # index_select: its backward pass adds rows up, that of an index sorts them first.
-    rows_MD, weight_MK = x_TD.index_select(0, source_M), weight_TK.index_select(0, source_M)
+    sources = row_sources(source_M, num_tokens, sort=x_TD.is_cuda)
+    rows_MD, weight_MK = _TakeRows.apply(sources, x_TD), _TakeRows.apply(sources, weight_TK)
     x_RD, weight_RK = _RowExchange.apply(send_rows, recv_rows, group, rows_MD, weight_MK)
     return Dispatched(
         x_RD=x_RD,
         slot_RK=meta_RN[:, :-1],
         weight_RK=weight_RK,
         token_R=meta_RN[:, -1],
-        source_M=source_M,
-        num_tokens=num_tokens,
+        sources=sources,
         send_rows=send_rows,
         recv_rows=recv_rows,
     )
@@ -118,14 +150,39 @@ def _rows_to_send(rank_TK: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tens
 def combine(y_RD: Tensor, dispatched: Dispatched, group: dist.ProcessGroup) -> Tensor:
     """Return the results to the tokens' ranks and add them up there: [T, D]. Differentiable. Every rank must call it."""
     (y_MD,) = _RowExchange.apply(dispatched.recv_rows, dispatched.send_rows, group, y_RD)
-    y_TD = y_MD.new_zeros((dispatched.num_tokens, y_MD.shape[1]))
-    return y_TD.index_add_(0, dispatched.source_M, y_MD)
+    return _SumRows.apply(dispatched.sources, y_MD)
 
 
 def _exchange_rows(rows: Tensor, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup) -> Tensor:
     received = rows.new_empty((sum(recv_rows), *rows.shape[1:]))
     dist.all_to_all_single(received, rows.contiguous(), recv_rows, send_rows, group=group)
     return received
+
+
+class _TakeRows(torch.autograd.Function):
+    """The rows of their tokens; gradients of rows are summed by token."""
+
+    @staticmethod
+    def forward(ctx: Any, sources: RowSources, x_TD: Tensor) -> Tensor:
+        ctx.sources = sources
+        return x_TD.index_select(0, sources.source_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, sum_rows(ctx.sources, grads[0])
+
+
+class _SumRows(torch.autograd.Function):
+    """Rows summed by token; each row gets the gradient of its token."""
+
+    @staticmethod
+    def forward(ctx: Any, sources: RowSources, row_MD: Tensor) -> Tensor:
+        ctx.sources = sources
+        return sum_rows(sources, row_MD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0].index_select(0, ctx.sources.source_M)
 
 
 class _RowExchange(torch.autograd.Function):
