@@ -432,6 +432,18 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Storage", &set_whole);
   library.impl("set_.source_Tensor", &set_tensor);
   library.impl("record_stream", &record_stream);
+  // CUDA has kernels of its own that take many tensors at once; without these lines torch would take the tensors one by one.
+  // torch warns of each kernel that replaces another.
+  struct Silent : c10::WarningHandler {
+    void process(const c10::Warning&) override {}
+  } silent;
+  const c10::WarningUtils::WarningHandlerGuard guard(&silent);
+  const std::string many = "aten::_foreach_";
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (name.name.compare(0, many.size(), many) || name.overload_name.find("out") != std::string::npos) continue;
+    const auto overload = name.overload_name.empty() ? "" : "." + name.overload_name;
+    library.impl((name.name.substr(6) + overload).c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
+  }
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ class Event:
         return True
 
     def synchronize(self) -> None:
-        torch.Event(torch.device("cuda", int(device.current_device()))).synchronize()
+        torch.accelerator.synchronize(int(device.current_device()))
 
     def elapsed_time(self, end: Event) -> float:
         return 1000 * (end._seconds - self._seconds)

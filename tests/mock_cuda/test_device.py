@@ -95,7 +95,43 @@ def streams():
     start.record(), end.record()
     assert start.elapsed_time(end) >= 0
 
-for check in (memory, devices, arithmetic, waits, streams):
+def optimizer():
+    # Norm, clip and step are the CPU's to rounding, in as few operators for 40 experts as for two, and the host waits for none.
+    from hecate.optim.adamw import AdamW
+    from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
+
+    def trained(kind, experts):
+        named = lambda prefix, count: {
+            f"{prefix}.{i}": torch.nn.Parameter(torch.linspace(-1, 1, 6 + i, device=kind)) for i in range(count)
+        }
+        owned, replicated = named("0", experts), named("router", 3)
+        rule = AdamW(weight_decay=0.1, exclude=("norms",))
+        stepping = ExpertOptimizer(Trainables(owned, replicated), rule, LearningRate(0.1), torch.device(kind))
+        norms = []
+        for step in range(3):
+            for number, one in enumerate([*owned.values(), *replicated.values()]):
+                one.grad = None if (number, step) == (1, 0) else torch.full_like(one, 0.1 * (number + step + 1))
+            with watching() as watched:
+                squares = stepping.squares()
+                norms.append(squares.sum().sqrt().item() if kind == "cpu" else float(squares.cpu().sum().sqrt()))
+            before = dict(watched.operators)
+            with watching() as watched:
+                assert stepping.step(norms[-1], 0.5)
+            assert not watched.by_place(), watched.by_place()
+        counts = [float(state["step"]) for state in map(stepping.row, owned.values())]
+        assert counts[:2] == [3, 2] and all(state["step"].device.type == "cpu" for state in map(stepping.row, owned.values()))
+        return [one.detach().cpu() for one in (*owned.values(), *replicated.values())], norms, sum((before | watched.operators).values())
+
+    operators = []
+    for experts in (2, 40):
+        (values, norms, number), (wanted, plain_norms, _) = trained("cuda", experts), trained("cpu", experts)
+        for got, expected in zip([*values, *map(torch.tensor, norms)], [*wanted, *map(torch.tensor, plain_norms)]):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+        operators.append(number)
+    assert operators[0] == operators[1] <= 30, operators
+    print(operators)
+
+for check in (memory, devices, arithmetic, waits, streams, optimizer):
     check()
     print("passed", check.__name__)
 """
@@ -104,4 +140,4 @@ for check in (memory, devices, arithmetic, waits, streams):
 def test_what_the_device_does() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count("passed") == 5
+    assert done.stdout.count("passed") == 6
