@@ -69,7 +69,7 @@ def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> No
         return
     from hecate.config.topology import whole_topology
 
-    devices = whole_topology(config, 0, cuda=False).world_size
+    devices = whole_topology(config, ()).topology.world_size
     if nodes[0] != nodes[1]:
         raise UserError(f"topology: {config.topology} has {devices} devices, but the job may shrink and grow (--nnodes): use topology=auto")
     if devices != nodes[0] * ranks_per_node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 
@@ -149,8 +150,29 @@ def uniform_topology(
     )
 
 
+class _Figures(TypedDict):
+    """What `uniform_topology` needs to know of a device."""
+
+    flops: float
+    memory: float
+    intra_node: Link
+
+
+CPU_DEVICE: _Figures = {"flops": 5e10, "memory": 8e9, "intra_node": Link(1e9, 2e-4)}
+"""what a rank on a CPU is taken for, if nothing has measured it: round numbers, good enough to plan with"""
+UNKNOWN_GPU: _Figures = {"flops": 4e14, "memory": 80e9, "intra_node": Link(2e11, 1e-5)}
+"""what a GPU is taken for if nothing has measured it and its name says nothing: a card for servers, on NVLink"""
+
+
 def local_topology(world_size: int, *, cuda: bool) -> Topology:
-    """Return this machine as one node with round numbers, which are good enough to plan with if it has not been measured."""
-    if cuda:
-        return uniform_topology(1, world_size, flops=4e14, memory=80e9, intra_node=Link(2e11, 1e-5))
-    return uniform_topology(1, world_size, flops=5e10, memory=8e9, intra_node=Link(1e9, 2e-4))
+    """Return one node of ranks whose devices are not known: for uses in which only the number of ranks matters, and for CPUs.
+
+    For GPUs that can be asked, see `hecate.parallel.topology_cards`.
+    """
+    return uniform_topology(1, world_size, **(UNKNOWN_GPU if cuda else CPU_DEVICE))
+
+
+def nodes_of_hosts(hosts: Sequence[str]) -> tuple[int, ...]:
+    """Return the node of each rank: ranks with one host name share a node, and nodes are numbered in the order of their first ranks."""
+    order = list(dict.fromkeys(hosts))
+    return tuple(order.index(host) for host in hosts)

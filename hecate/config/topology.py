@@ -1,34 +1,38 @@
-"""Build the topology that a configuration names: a preset, a file, or this machine."""
+"""Build the topology that a configuration names: a preset, a file, or the devices that the ranks have."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from hecate.config.presets import find_preset
 from hecate.config.schema import Config
 from hecate.errors import UserError
-from hecate.parallel.topology import Topology, local_topology
+from hecate.parallel.topology import Topology
+from hecate.parallel.topology_cards import RankDevice, SeenTopology, topology_of_devices
 from hecate.parallel.topology_file import load_topology
 
+AUTO = "auto"
+"""the value of `topology` that means: the devices of the ranks"""
 
-def build_topology(config: Config, world_size: int, *, cuda: bool) -> Topology:
-    """Return the topology that the configuration names, for a job of `world_size` ranks.
+
+def build_topology(config: Config, world_size: int) -> Topology:
+    """Return the topology of a file or preset that the configuration names, for a job of `world_size` ranks.
 
     Raises:
         UserError: there is no such preset, or it has another number of devices than there are ranks.
     """
-    topology = whole_topology(config, world_size, cuda=cuda)
+    topology = whole_topology(config, ()).topology
     if topology.world_size != world_size:
         raise UserError(f"topology: {config.topology} has {topology.world_size} devices, but the job has {world_size} ranks")
     return topology
 
 
-def whole_topology(config: Config, num_devices: int, *, cuda: bool) -> Topology:
-    """Return the topology that the configuration names, whatever its number of devices.
-
-    `auto` is `num_devices` devices of this machine.
+def whole_topology(config: Config, devices: Sequence[RankDevice]) -> SeenTopology:
+    """Return the topology that the configuration names, whatever its number of devices; for `auto` it is made of `devices`.
 
     Raises:
         UserError: there is no such preset.
     """
-    if config.topology == "auto":
-        return local_topology(num_devices, cuda=cuda)
-    return load_topology(find_preset("topologies", "topology", config.topology, also=("auto",)))
+    if config.topology == AUTO:
+        return topology_of_devices(devices)
+    return SeenTopology(load_topology(find_preset("topologies", "topology", config.topology, also=(AUTO,))))

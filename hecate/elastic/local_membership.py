@@ -7,13 +7,13 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from hecate.config import Config
 from hecate.config.topology import whole_topology
 from hecate.elastic.rebuild import Group
 from hecate.errors import UserError
+from hecate.ranks.devices import local_devices
 from hecate.ranks.launcher_files import (
     MEMBER_VARIABLE,
     STORE_VARIABLE,
@@ -95,5 +95,5 @@ class LocalMembership:
             if dist.is_initialized():
                 dist.destroy_process_group()
             return None
-        whole = whole_topology(self._config, generation.num_devices, cuda=torch.cuda.is_available())
-        return Group(ranks, whole.take(generation.devices))
+        whole = whole_topology(self._config, local_devices(generation.num_devices))
+        return Group(ranks, whole.topology.take(generation.devices))

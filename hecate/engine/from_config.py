@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from hecate.config import Config
-from hecate.config.topology import build_topology
+from hecate.config.topology import AUTO, build_topology, whole_topology
 from hecate.engine.step_plans import EngineConfig
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
+from hecate.parallel.topology_cards import SeenTopology
+from hecate.ranks.devices import gather_devices
 from hecate.ranks.ranks import Ranks
 
 
@@ -15,11 +17,11 @@ def engine_config(config: Config, ranks: Ranks, non_moe_flops: float, topology: 
 
     Args:
         non_moe_flops: FLOPs of a layer outside its experts, on one rank, in the forward pass of one micro-step.
-        topology: of the ranks' devices; None: the one that the configuration names.
+        topology: of the ranks' devices; None: the one that the configuration names, for which every rank must call this function.
     """
     return EngineConfig(
         planner=POLICIES[config.fssdp.planner],
-        topology=topology or build_topology(config, ranks.world_size, cuda=ranks.device.type == "cuda"),
+        topology=topology or job_topology(config, ranks).topology,
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
         max_imbalance=config.fssdp.max_imbalance,
@@ -29,3 +31,14 @@ def engine_config(config: Config, ranks: Ranks, non_moe_flops: float, topology: 
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
     )
+
+
+def job_topology(config: Config, ranks: Ranks) -> SeenTopology:
+    """Return the topology that the configuration names. Every rank must call it: for `auto` they tell each other their devices.
+
+    Raises:
+        UserError: there is no such preset, or it has another number of devices than there are ranks.
+    """
+    if config.topology == AUTO:
+        return whole_topology(config, gather_devices(ranks))
+    return SeenTopology(build_topology(config, ranks.world_size))

@@ -34,6 +34,8 @@ def run_plan(config: Config, *, topology: str | None, ranks: int | None, workloa
         raise UserError(f"--workload {workload}: unknown\n  there are {', '.join(WORKLOADS)}")
     found = forecast(run_shape(config, topology, ranks), workload)
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
+    for note in found.run.notes:
+        console.print(note, markup=False, soft_wrap=True)
     console.print(_memory_table(found))
     for part in _policy_tables(found, console.width):
         console.print(part)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from hecate.config import Config, find_model
 from hecate.config.presets import find_preset
+from hecate.config.topology import AUTO
 from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.expert_cost import NumberBytes, expert_layer_cost
 from hecate.parallel.expert_kinds import PAIR_SIZES, PROJECTIONS, FfnSizes
 from hecate.parallel.mesh import Mesh, make_mesh
-from hecate.parallel.topology import Topology, local_topology
+from hecate.parallel.topology import Topology
+from hecate.parallel.topology_cards import RankDevice, SeenTopology, topology_of_devices
 from hecate.parallel.topology_file import load_topology
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+_DRIVER = Path("/proc/driver/nvidia/gpus")
 _GPU_FLOPS = 1e13
 """from this speed on, a device counts as a GPU and computes in bfloat16"""
 
@@ -43,10 +49,17 @@ class RunShape:
     master_bytes: int
     """the bytes of a trained parameter and of a moment"""
     groups: tuple[ExpertLayers, ...]
+    notes: tuple[str, ...] = ()
+    """what a user should know about the topology (`hecate.parallel.topology_cards.SeenTopology`)"""
 
     @property
     def mesh(self) -> Mesh:
         return make_mesh(self.topology.world_size, self.config.fssdp.shard_size, self.tensor_parallel)
+
+    @property
+    def is_gpu_D(self) -> np.ndarray:
+        """Whether each rank's device is a GPU, bool [ranks]."""
+        return np.asarray(self.topology.flops) >= _GPU_FLOPS
 
     @property
     def tokens(self) -> int:
@@ -123,7 +136,8 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
         UserError: a file is missing or damaged, the model is not supported, or numbers of ranks contradict each other.
     """
     name = topology or config.topology
-    machines = _topology(name, config, ranks)
+    seen = _topology(name, config, ranks)
+    machines = seen.topology
     make_mesh(machines.world_size, config.fssdp.shard_size, config.model.tensor_parallel)
     base = _base_shape(config)
     if base.top_k is not None:
@@ -144,6 +158,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
         dtype_bytes,
         master_bytes,
         tuple(ExpertLayers(number, count, cost) for (number, cost), count in groups.items()),
+        seen.notes,
     )
 
 
@@ -190,17 +205,26 @@ def _base_shape(config: Config) -> BaseShape:
     return BaseShape(layers, vocabulary, (vocabulary + 1) * gpt.hidden + sum(one.parameters for one in layers))
 
 
-def _topology(name: str, config: Config, ranks: int | None) -> Topology:
-    if name == "auto":
-        gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-        return local_topology(ranks or config.nproc or gpus or 2, cuda=gpus > 0)
+def _topology(name: str, config: Config, ranks: int | None) -> SeenTopology:
+    if name == AUTO:
+        cards = _cards_here(_DRIVER)
+        number = ranks or config.nproc or len(cards) or 2
+        # A run of more ranks than there are GPUs is planned for machines like this one.
+        return topology_of_devices([RankDevice("here", cards[rank % len(cards)] if cards else None) for rank in range(number)])
     path = find_preset("topologies", "topology", name)
     machines = load_topology(path)
     if ranks is not None and ranks != machines.world_size:
         raise UserError(
             f"--ranks {ranks}, but topology {name} has {machines.world_size} devices\n  leave --ranks out, or use another topology"
         )
-    return machines
+    return SeenTopology(machines)
+
+
+def _cards_here(driver: Path) -> list[str]:
+    """Return the names of this machine's GPUs, from what their driver writes into its folder in /proc."""
+    texts = [file.read_text(encoding="utf-8") for file in sorted(driver.glob("*/information"))]
+    found = [re.search(r"^Model:\s*(.+?)\s*$", text, re.MULTILINE) for text in texts]
+    return [match[1] for match in found if match]
 
 
 def _dtype(config: Config, topology: Topology) -> str:

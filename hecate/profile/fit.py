@@ -45,12 +45,6 @@ class Measurements:
     """see `Topology.overlap_slowdown`"""
 
 
-def nodes_of_hosts(hosts: Sequence[str]) -> tuple[int, ...]:
-    """Return the node of each rank: ranks with one host name share a node, and nodes are numbered in the order of their first ranks."""
-    order = list(dict.fromkeys(hosts))
-    return tuple(order.index(host) for host in hosts)
-
-
 def fit_link(small_bytes: float, small_seconds: float, large_bytes: float, large_seconds: float) -> Link:
     """Return the link that explains the seconds of a small and a large message as latency + bytes / bandwidth."""
     if large_seconds > small_seconds:

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hecate.parallel.topology import Topology
+from hecate.parallel.topology import Topology, nodes_of_hosts
 from hecate.parallel.topology_file import save_topology
 from hecate.profile import probe
-from hecate.profile.fit import Flow, Measurements, fit_link, fit_overlap, nodes_of_hosts, topology_from
+from hecate.profile.fit import Flow, Measurements, fit_link, fit_overlap, topology_from
 from hecate.profile.probe import ProbeSizes
 from hecate.profile.schedule import Rounds, alone_rounds, far_rounds, near_rounds
+from hecate.ranks.devices import gather_texts
 from hecate.ranks.ranks import Ranks
 
-_TEXT_BYTES = 256
 _TIMEOUT = timedelta(minutes=10)
 
 
@@ -93,12 +93,6 @@ def _gather_numbers(values: list[float], ranks: Ranks) -> list[list[float]]:
     gathered = [torch.empty_like(own) for _ in range(ranks.world_size)]
     dist.all_gather(gathered, own, group=ranks.groups.tokens)
     return [numbers.tolist() for numbers in gathered]
-
-
-def gather_texts(text: str, ranks: Ranks) -> list[str]:
-    """Return every rank's text, cut off after 256 bytes. Every rank must call it."""
-    codes = [float(code) for code in text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")]
-    return [bytes(map(int, numbers)).rstrip(b"\0").decode(errors="replace") for numbers in _gather_numbers(codes, ranks)]
 
 
 def _comment(hosts: list[str], kinds: list[str], device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hecate.config import Config, DataSource
 from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
 from hecate.elastic.move_experts import check_room
-from hecate.engine.from_config import engine_config
+from hecate.engine.from_config import engine_config, job_topology
 from hecate.model.base import BaseModel, build_base
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.gated_ffn import decoder_layers
@@ -62,6 +63,7 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     mesh = make_mesh(ranks.world_size, config.fssdp.shard_size)
     assert dist.get_world_size(ranks.groups.experts) == mesh.shard_size, "the ranks were joined for another fssdp.shard_size"
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    topology = topology or _seen_topology(config, ranks)
     base = front_end(config, ranks, topology)
     config = config_of_model(config, base)
     output = output_of(config, base)
@@ -83,6 +85,15 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     optimizer = ExpertOptimizer(Trainables.of(moe), gradient_rule(config), learning_rate(config), ranks.device)
     dense_flops = moe.engine.shards.config.non_moe_flops / config.micro_batch_size
     return RunParts(config, base, moe, optimizer, stream, eval_sources, output, dense_flops)
+
+
+def _seen_topology(config: Config, ranks: Ranks) -> Topology:
+    """The topology that the configuration names. Rank 0 prints what the user should know of it. Every rank must call it."""
+    seen = job_topology(config, ranks)
+    if ranks.is_first:
+        for note in seen.notes:
+            print(f"hecate: {note}", file=sys.stderr, flush=True)
+    return seen.topology
 
 
 def config_of_model(config: Config, base: BaseModel) -> Config:

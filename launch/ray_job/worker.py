@@ -302,9 +302,11 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
 
 def _measured(ranks: Ranks, nodes: tuple[str, ...]) -> Topology:
     """Measure the topology of the ranks. Every rank must call it."""
-    from hecate.profile.fit import nodes_of_hosts, topology_from
+    from hecate.parallel.topology import nodes_of_hosts
+    from hecate.profile.fit import topology_from
     from hecate.profile.probe import device_name, quick_sizes
-    from hecate.profile.run import gather_texts, measure
+    from hecate.profile.run import measure
+    from hecate.ranks.devices import gather_texts
 
     kinds = tuple(gather_texts(device_name(ranks.device), ranks))
     return topology_from(measure(ranks, nodes_of_hosts(nodes), kinds, quick_sizes(ranks.device)))

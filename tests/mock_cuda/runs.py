@@ -31,6 +31,10 @@ class Runs:
         records = map(json.loads, Path(self.folder, name, "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         return [(record["loss"], record["aux_loss"], record["grad_norm"]) for record in records if record["kind"] == "step"]
 
+    def log(self, rank: int) -> str:
+        """What a rank printed in all its runs."""
+        return Path(self.folder, f"rank{rank}.log").read_text(encoding="utf-8")
+
     def steps(self, name: str, rank: int) -> list[dict[str, Any]]:
         """What a mock rank has noted of a run's later steps; see `tests.mock_cuda.rank`."""
         found: list[dict[str, Any]] = json.loads(Path(self.folder, f"{name}.rank{rank}.json").read_text(encoding="utf-8"))

@@ -91,6 +91,9 @@ def test_the_host_waits_in_few_places(workshop: Path) -> None:
     (step,) = mock.steps("triton", rank=0)
     assert {"shrink_kernel", "gated_kernel", "outer_kernel"} <= set(step["launches"]), "Triton kernels did not run"
     assert "H2D pageable" not in step["kinds"]
+    assert "hecate: topology: 1 x Mock H100 on 1 node" in mock.log(rank=0)
+    assert "does not know the card 'Mock H100'" in mock.log(rank=0), "topology: auto did not read the device's name"
+    assert "hecate: topology:" not in cpu.log(rank=0)
     assert step["waits"] == {
         "hecate/model/causal_head.py:hidden": 1,
         "parallel/comm/host_read.py:get": 1,

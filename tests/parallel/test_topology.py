@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hecate.errors import UserError
-from hecate.parallel.topology import Link, Topology, local_topology, uniform_topology
+from hecate.parallel.topology import Link, Topology, local_topology, nodes_of_hosts, uniform_topology
 
 
 def test_topology_values_are_checked() -> None:
@@ -39,3 +39,7 @@ def test_uniform_topology_fills_node_0_first() -> None:
 def test_local_topology_is_one_node(cuda: bool) -> None:
     topology = local_topology(3, cuda=cuda)
     assert topology.node_of_rank == (0, 0, 0)
+
+
+def test_nodes_are_numbered_by_their_first_rank() -> None:
+    assert nodes_of_hosts(["b", "a", "b", "c", "a"]) == (0, 1, 0, 2, 1)

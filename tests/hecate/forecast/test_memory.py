@@ -230,3 +230,17 @@ def test_fast_devices_compute_in_bfloat16(tmp_path: Path) -> None:
     write_model(tmp_path)
     assert run_shape(config_for(tmp_path, dtype="auto"), "h100-node", None).dtype_bytes == 2
     assert run_shape(config_for(tmp_path, dtype="float32"), "h100-node", None).dtype_bytes == 4
+
+
+def test_auto_plans_for_the_cards_that_the_driver_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path)
+    for slot in ("0000:17:00.0", "0000:65:00.0"):
+        (tmp_path / "gpus" / slot).mkdir(parents=True)
+        text = "Model: \t\t NVIDIA A100-SXM4-40GB\nIRQ:   \t\t 12\nGPU UUID: \t GPU-1\n"
+        (tmp_path / "gpus" / slot / "information").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("hecate.forecast.run_shape._DRIVER", tmp_path / "gpus")
+    run = run_shape(config_for(tmp_path, dtype="auto"), None, None)
+    assert run.topology.memory == (40e9, 40e9)
+    assert run.dtype_bytes == 2
+    assert run.notes == ("topology: 2 x NVIDIA A100-SXM4-40GB on 1 node",)
+    assert run_shape(config_for(tmp_path), None, 3).topology.world_size == 3

@@ -14,16 +14,11 @@ from hecate.profile.fit import (
     fit_link,
     fit_overlap,
     median_per_kind,
-    nodes_of_hosts,
     port_rates,
     topology_from,
     uplink_rates,
 )
 from hecate.profile.schedule import Rounds, alone_rounds, far_rounds, near_rounds
-
-
-def test_nodes_are_numbered_by_their_first_rank() -> None:
-    assert nodes_of_hosts(["b", "a", "b", "c", "a"]) == (0, 1, 0, 2, 1)
 
 
 def test_a_link_from_two_messages() -> None:

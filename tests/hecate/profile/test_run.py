@@ -53,7 +53,7 @@ def test_two_ranks_write_a_file_that_a_run_takes(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     ranks = Ranks(0, 2, torch.device("cpu"), groups=mock.Mock())
-    assert build_topology(load_config(config, claim_output=False), ranks.world_size, cuda=False) == topology
+    assert build_topology(load_config(config, claim_output=False), ranks.world_size) == topology
 
 
 def test_ranks_of_two_hosts(tmp_path: Path) -> None:
