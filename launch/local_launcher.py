@@ -18,6 +18,7 @@ from types import FrameType
 from hecate.errors import USER_ERROR_EXIT
 from hecate.launch.fork_server import forking
 from hecate.launch.run_folder import run_folder
+from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import (
     ERRORS_VARIABLE,
     JOIN_VARIABLE,
@@ -137,7 +138,7 @@ class SurvivingRanks:
 def _environment(num_ranks: int) -> dict[str, str]:
     """The environment variables that are the same for all ranks."""
     environment = {**os.environ, LAUNCHED_VARIABLE: str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
-    for name, value in ALLOCATOR_SETTINGS.items():
+    for name, value in (ALLOCATOR_SETTINGS | gpu_allocator_defaults(os.environ)).items():
         environment.setdefault(name, value)
     # Progress bars of several ranks would overwrite each other, and the run prints its own progress.
     environment.setdefault("TQDM_DISABLE", "1")

@@ -26,6 +26,7 @@ from hecate.launch.fork_server import forking
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.launch.run_folder import run_folder
 from hecate.parallel.mesh import make_mesh
+from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
 from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
 from hecate.train.preflight import check_devices
@@ -122,6 +123,7 @@ def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int
     os.environ[ERRORS_VARIABLE] = str(folder)
     defaults = {
         **ALLOCATOR_SETTINGS,
+        **gpu_allocator_defaults(os.environ),
         "TQDM_DISABLE": "1",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks_per_node)),
     }

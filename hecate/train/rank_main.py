@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.parallel import jit
+from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, exit_with_user_error, mistakes
 
 
@@ -65,6 +66,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
     errors = os.environ.get(ERRORS_VARIABLE)
     if errors and mistakes(Path(errors)):
         sys.exit(USER_ERROR_EXIT)  # torch's elastic agent restarts ranks after every exit status; a mistake would only be met again
+    os.environ.update(gpu_allocator_defaults(os.environ))  # plain torchrun has not set them
     from hecate.config import load_config
     from hecate.train.preflight import check_kernels
 

@@ -40,6 +40,7 @@ from hecate.launch.ray_job.messages import (
     WorkerUp,
     to_json,
 )
+from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 
 if TYPE_CHECKING:  # a worker imports training in its own thread, after it has started
     from hecate.elastic.observer import BeginFacts, ReplanOrder, StepFacts
@@ -77,6 +78,7 @@ class Worker:
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        os.environ.update(gpu_allocator_defaults(os.environ))  # those of this machine, not the driver's
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield all events as they happen, as JSON values. The first is `WorkerUp`, once everything that training needs is imported."""

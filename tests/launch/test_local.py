@@ -21,7 +21,8 @@ rank = os.environ["RANK"]
 if what == "wait":
     from hecate.ranks.ranks import die_with_launcher
     die_with_launcher(os.getppid())
-pathlib.Path(folder, f"rank-{rank}").write_text(f"{os.getpid()} {os.environ['WORLD_SIZE']} {os.environ['GLOO_SOCKET_IFNAME']}")
+given = [os.environ.get(name) for name in ("WORLD_SIZE", "GLOO_SOCKET_IFNAME", "PYTORCH_ALLOC_CONF")]
+pathlib.Path(folder, f"rank-{rank}").write_text(f"{os.getpid()} {' '.join(map(str, given))}")
 store = pathlib.Path(os.environ["HECATE_STORE"])
 if what == "crash" and rank == "1":
     sys.exit(7)
@@ -54,7 +55,7 @@ def started(folder: Path) -> list[int]:
     while time.monotonic() < deadline:
         texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("rank-*"))]
         if len(texts) == 2 and all(texts):
-            assert [text.split()[1:] for text in texts] == [["2", "lo"]] * 2
+            assert [text.split()[1:] for text in texts] == [["2", "lo", "expandable_segments:True"]] * 2
             return [int(text.split()[0]) for text in texts]
         time.sleep(0.05)
     raise AssertionError("the ranks did not start")
