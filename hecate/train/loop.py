@@ -116,9 +116,10 @@ def train(
                     raise
                 reports.note(f"went on after: {str(error).splitlines()[0][:120]}")
         written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
-        peak, peak_label = peak_memory(training.ranks.device)
+        peaks = peak_memory(training.ranks.device)
+        fullest = training.ranks.all_most(list(map(float, peaks.values())))
         facts = [
-            (peak_label, f"{training.ranks.all_max(float(peak)) / 2**30:.2f} GiB on the fullest rank"),
+            *((label, f"{most / 2**30:.2f} GiB on the fullest rank") for label, most in zip(peaks, fullest, strict=True)),
             (training.parts.output.name, str(written)),
         ]
     if training.ranks.is_first:
@@ -245,12 +246,17 @@ def _tell_beginning(training: Training, outside: _Outside) -> None:
         outside.observer.begins(step=training.standing.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
 
 
-def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Peak bytes of this process, and what they are: allocated on its GPU if it has one, resident on the host otherwise."""
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes of this process, by what they are: on its GPU if it has one, otherwise what is resident on the host.
+
+    Of a GPU's bytes, tensors have taken those allocated; those reserved are what torch has taken from the driver for them. The context
+    and NCCL's buffers are in neither.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), "peak GPU memory"
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"peak GPU memory, allocated": allocated, "peak GPU memory, reserved": reserved}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024, "peak memory"
+    return {"peak memory": peak if sys.platform == "darwin" else peak * 1024}
 
 
 class _Stopping:

@@ -1,4 +1,4 @@
-"""Every way to start a rank gives torch's GPU allocator expandable segments, if the user has not set it. `test_local` has `hecate train`."""
+"""Every way to start a rank gives the GPU allocator expandable segments, if the user has not set it. `test_local` has `hecate train`."""
 
 from __future__ import annotations
 

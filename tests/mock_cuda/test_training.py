@@ -93,6 +93,7 @@ def test_the_host_waits_in_few_places(workshop: Path) -> None:
     assert "H2D pageable" not in step["kinds"]
     assert "hecate: topology: 1 x Mock H100 on 1 node" in mock.log(rank=0)
     assert "does not know the card 'Mock H100'" in mock.log(rank=0), "topology: auto did not read the device's name"
+    assert "peak GPU memory, reserved" in mock.log(rank=0)
     assert "hecate: topology:" not in cpu.log(rank=0)
     assert step["waits"] == {
         "hecate/model/causal_head.py:hidden": 1,

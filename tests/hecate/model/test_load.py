@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hecate.errors import UserError
 from hecate.model.load import load_model, load_tokenizer, pick_dtype, resolve_model
@@ -37,6 +39,16 @@ def test_values_survive_in_the_asked_dtype_and_are_frozen(saved: Path, dtype: to
         assert parameter.dtype == dtype, name
         assert not parameter.requires_grad, name
         assert torch.equal(parameter, wanted[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda", 3)])
+def test_transformers_is_told_to_put_weights_onto_the_gpu(saved: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/mock_cuda/test_loading.py` shows what that leads to."""
+    model = mock.Mock()
+    load = mock.Mock(return_value=(model, {"missing_keys": []}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    load_model(resolve_model(str(saved)), torch.bfloat16, device)
+    assert load.call_args.kwargs.get("device_map") == (None if device == CPU else {"": device})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
