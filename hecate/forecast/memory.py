@@ -1,4 +1,7 @@
-"""Compute the memory of each rank in the phases of a step. Activations are estimated; everything else is counted exactly."""
+"""Compute the memory of each rank in the phases of a step.
+
+Activations, and what a GPU's memory holds beside tensors, are estimated; everything else is counted exactly.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hecate.forecast.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.forecast.run_shape import ExpertLayers, RunShape
 from hecate.parallel.expert_cost import STATE_NUMBERS
 from hecate.parallel.mesh import owners_topology
@@ -14,6 +18,8 @@ from hecate.parallel.placement import owners_by_memory
 PHASES = ("forward", "backward", "optimizer")
 _HEAD_ROWS = 512
 """the number of tokens whose logits are in memory at a time"""
+_OTHER_TENSORS, _OUTSIDE_LAYERS = 5, 3
+"""tensors of a layer beside its projections: three of its FFN, two norms; and tensors outside the layers: embedding, norm, head"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,26 @@ def memory_parts(
         MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + replicated])),
         MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, served_tokens_D), nothing])),
+        *_beside_tensors(run, others_GD if frozen_GD is None else frozen_GD),
+    ]
+
+
+def _beside_tensors(run: RunShape, others_GD: list[np.ndarray]) -> list[MemoryPart]:
+    """Return what is in a GPU's memory beside tensors; nothing for a topology of CPUs.
+
+    Counted are the tensors that live through a step: weights, and of what trains the parameter, its moments and its gradient. Those of
+    activations, some thirty a layer, are few beside them.
+    """
+    if not run.is_gpu_D.any():
+        return []
+    base = sum(len(layer.linears) + _OTHER_TENSORS for layer in run.base.layers) + _OUTSIDE_LAYERS
+    adapters = sum(2 * len(layer.linears) for layer in run.base.layers) if run.config.moe.kind.has_pairs else 0
+    tensors = np.full(run.topology.world_size, float(base + (STATE_NUMBERS + 1) * (adapters + len(run.base.layers))))
+    for group, others_D in zip(run.groups, others_GD, strict=True):
+        tensors += (STATE_NUMBERS + 1) * owned_experts(group, run) + 2 * others_D
+    return [
+        MemoryPart("CUDA context (estimate)", np.stack([run.is_gpu_D * float(CONTEXT_BYTES)] * 3)),
+        MemoryPart("allocator's rounding (at most)", np.stack([run.is_gpu_D * rounding_bytes(tensors)] * 3)),
     ]
 
 

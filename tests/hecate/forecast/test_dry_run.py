@@ -150,6 +150,14 @@ def test_json_and_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert first["step_seconds"] == pytest.approx(sum(first["seconds"].values()))
 
 
+def test_the_table_of_a_gpu_says_what_is_counted_and_what_is_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_plan(config_for(folder), topology="h100-node", ranks=None, workload="zipf", json_path=None)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "CUDA context (estimate)" in shown
+    assert "allocator's rounding (at most)" in shown
+    assert "the device has 80000; gaps in the allocator's segments and NCCL's buffers come on top" in shown
+
+
 @pytest.mark.parametrize("width", [60, 80, 300])
 def test_no_heading_is_cut_off(folder: Path, width: int) -> None:
     found = dry_run(folder)

@@ -244,3 +244,20 @@ def test_auto_plans_for_the_cards_that_the_driver_names(tmp_path: Path, monkeypa
     assert run.dtype_bytes == 2
     assert run.notes == ("topology: 2 x NVIDIA A100-SXM4-40GB on 1 node",)
     assert run_shape(config_for(tmp_path), None, 3).topology.world_size == 3
+
+
+def test_a_gpu_holds_more_than_tensors(tmp_path: Path) -> None:
+    """Three layers of 4 projections, 3 matrices of the FFN and 2 norms; 30 tensors of the base in all.
+
+    Adapters of 4 projections and a router a layer: 27 parameters; 6 owned experts a rank; all with two moments and a gradient.
+    One replica.
+    """
+    write_model(tmp_path)
+    on_cpu = shape_of(tmp_path)
+    fast = replace(on_cpu, topology=replace(local_topology(2, cuda=False), flops=(1e14, 5e10)))
+    replicas, rows = [np.array([1.0, 0.0])], np.array([16.0, 16.0])
+    parts = {part.name: part.bytes_PD for part in memory_parts(fast, replicas, rows)}
+    names = {part.name for part in memory_parts(on_cpu, replicas, rows)}
+    assert set(parts) - names == {"CUDA context (estimate)", "allocator's rounding (at most)"}
+    assert (parts["CUDA context (estimate)"] == [512 * 2**20, 0]).all()
+    assert (parts["allocator's rounding (at most)"] == [22 * 2**20 + 512 * (30 + 4 * 27 + 4 * 6 + 2), 0]).all()
