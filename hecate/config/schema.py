@@ -315,8 +315,8 @@ class Config:
     they cannot run. torch: the fast path in plain torch. reference: the formula in plain torch, slow, for comparison. The results are
     the same within rounding."""
     topology: str = field(default="auto", metadata=key(computes=False))
-    """The devices and links that the planner assumes: auto (this machine), a preset's name, or a YAML file (anything with a / or
-    ending in .yaml or .yml)."""
+    """The devices and links that the planner assumes: auto (what the ranks' machines and GPUs are called, see docs/topology.md), a preset's
+    name, or a YAML file (anything with a / or ending in .yaml or .yml)."""
     nproc: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The number of local ranks to start. null: one per GPU, or 2 without a GPU. Unused under torchrun, which starts the ranks itself."""
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=key(computes=False))

@@ -16,6 +16,7 @@ from hecate.errors import UserError
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.pairs import PlainPairs
+from hecate.forecast.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import RunShape, run_shape
 from hecate.model.causal_head import LanguageModelHead
@@ -259,5 +260,7 @@ def test_a_gpu_holds_more_than_tensors(tmp_path: Path) -> None:
     parts = {part.name: part.bytes_PD for part in memory_parts(fast, replicas, rows)}
     names = {part.name for part in memory_parts(on_cpu, replicas, rows)}
     assert set(parts) - names == {"CUDA context (estimate)", "allocator's rounding (at most)"}
-    assert (parts["CUDA context (estimate)"] == [512 * 2**20, 0]).all()
+    assert (parts["CUDA context (estimate)"] == [CONTEXT_BYTES, 0]).all()
+    assert 120e6 <= CONTEXT_BYTES <= 550e6, "what is reported from machines"
+    assert rounding_bytes(np.array([0, 2])).tolist() == [22 * 2**20, 22 * 2**20 + 1024]
     assert (parts["allocator's rounding (at most)"] == [22 * 2**20 + 512 * (30 + 4 * 27 + 4 * 6 + 2), 0]).all()
