@@ -9,6 +9,7 @@ import torch
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.model.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.base import BaseModel
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
@@ -24,7 +25,7 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
 
 
-def load_model_folder(folder: Path, ranks: Ranks, dtype: str) -> tuple[BaseModel, MoeModel]:
+def load_model_folder(folder: Path, ranks: Ranks, dtype: str, attention: AttentionChoice = AUTO) -> tuple[BaseModel, MoeModel]:
     """Load the folder as a plain transformers model. The returned MoeModel has no experts, because transformers computes them.
 
     Args:
@@ -43,5 +44,5 @@ def load_model_folder(folder: Path, ranks: Ranks, dtype: str) -> tuple[BaseModel
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
     engine = Engine({}, EngineConfig(POLICIES["full"], topology), ranks.groups)
     vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    base = BaseModel(model, LanguageModelHead(model), load_tokenizer(source), vocab_size)
+    base = BaseModel(model, LanguageModelHead(model, pick_way(attention, model)), load_tokenizer(source), vocab_size)
     return base, MoeModel(model, engine, {}, {})

@@ -24,6 +24,7 @@ from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.kernels.common.ffn import PROJECTIONS
+from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
@@ -127,7 +128,7 @@ def begin_with(config: Config, base: BaseModel, moe: MoeModel) -> None:
 
 
 def with_peft_adapter(
-    folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None
+    folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None, attention: AttentionChoice
 ) -> tuple[BaseModel, MoeModel]:
     """Return the base model with an adapter applied, for evaluation.
 
@@ -139,7 +140,7 @@ def with_peft_adapter(
     source = resolve_model(name)
     if source.gguf_file is None and num_hidden_layers is None:
         require_room(source.folder, pick_dtype(dtype, ranks.device), ranks.device)
-    base = build_base(name, dtype, num_hidden_layers, ranks.device, kind_written_as("peft"))
+    base = build_base(name, dtype, num_hidden_layers, ranks.device, kind_written_as("peft"), attention)
     plan = peft_plan(description, base.own_experts, folder)
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
     moe = insert_experts(base.model, base.own_experts, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)

@@ -52,6 +52,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     else:
         _check_model(values, add)
     check_megatron_ep(values, add)
+    _check_attention(values, add)
     _check_kernels(values, add)
     _check_topology(values, add)
     _check_workers(values, add)
@@ -202,6 +203,18 @@ def _check_weight_decay_exclude(values: Mapping[str, Any], add: Add) -> None:
     for i, kind in enumerate(values.get(key, ())):
         if kind not in kinds:
             add(f"{key}[{i}]", f"must be one of {', '.join(kinds)}, got {shorten(kind)}", did_you_mean(kind, kinds))
+
+
+def _check_attention(values: Mapping[str, Any], add: Add) -> None:
+    key, way, dtype = "model.attention", values.get("model.attention"), values.get("model.dtype")
+    if way in (None, "auto"):
+        return
+    if values.get("model.front_end") == "megatron":
+        add(key, "applies to model.front_end=transformers only: Megatron's layers have an attention of their own", "leave it out")
+    elif way == "flash" and dtype in ("float32", "float64"):
+        add(key, f"flash computes in bfloat16, but model.dtype is {dtype}", "use auto, or model.dtype=bfloat16")
+    elif way == "flex" and dtype == "float64":
+        add(key, "flex computes in bfloat16 or float32, but model.dtype is float64", "use auto or sdpa")
 
 
 def _check_kernels(values: Mapping[str, Any], add: Add) -> None:

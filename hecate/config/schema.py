@@ -44,6 +44,11 @@ class ModelConfig:
     ranks."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """The type in which the frozen base is stored and computed. auto: the trainer chooses by model and device."""
+    attention: Literal["auto", "sdpa", "flex", "flash"] = field(default="auto", metadata=key(computes=False))
+    """With front_end transformers: how attention is computed in training and in the held-out loss; the results are the same within
+    rounding. flash: flash attention over each sample, by the package flash-attn or by torch, in bfloat16 on a GPU. flex: torch's flex
+    attention, on a GPU. sdpa: torch's fused attention, with a mask of the whole row where rows are packed. auto: on a GPU flash where it
+    can be had, else flex if rows are packed, else sdpa; on a CPU sdpa. See docs/gpu.md."""
     num_hidden_layers: int | None = field(default=None, metadata=key(COUNT))
     """How many of the model's first layers to keep. null: all."""
     shard_non_experts: bool = field(default=False, metadata=key(computes=False, family="moe_lora"))

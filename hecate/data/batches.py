@@ -8,6 +8,7 @@ from math import lcm
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hecate.data.encode import IGNORED
 from hecate.data.sequences import PackedSequence
@@ -16,12 +17,29 @@ from hecate.parallel.comm.device_tables import copy_to
 
 # Shapes: B sequences, S positions, N label tokens
 @dataclass(frozen=True, eq=False)
+class PackedSamples:
+    """Where the samples of packed sequences lie. The padding of a sequence counts as a sample of its own."""
+
+    segment_ids: Tensor  # int64 [B, S]; as in `Batch`
+    bounds: Tensor  # int32 [M + 1]; where in [B·S] each of the M samples begins, and B·S
+    longest: int  # the most positions of a sample
+
+
+def packed_samples(segment_ids: Tensor) -> PackedSamples:
+    """The samples of sequences with these segment ids, [B, S], on the CPU."""
+    begins = torch.ones_like(segment_ids, dtype=torch.bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    bounds = pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=segment_ids.numel())
+    return PackedSamples(segment_ids, bounds.to(torch.int32), int(bounds.diff().max()))
+
+
+@dataclass(frozen=True, eq=False)
 class BatchLayout:
     """The positions of tokens and labels in a batch, which the host needs to start a forward pass."""
 
     is_token: Tensor  # bool [B, S], on the CPU; False at padding
     labelled: Tensor  # int64 [N], on the batch's device: indices in [B·S] of the positions with a label
-    one_sample_each: bool  # no sequence has more than one sample
+    samples: PackedSamples | None  # on the batch's device; None: no sequence has more than one sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +58,12 @@ class Batch:
         """The layout, computed on the CPU before `to` moves the batch, because the host would have to wait for a GPU's answers."""
         is_token = (self.segment_ids > 0).cpu()
         labelled = (self.targets.flatten() != IGNORED).nonzero().squeeze(1)
-        return BatchLayout(is_token, labelled, one_sample_each=bool((self.segment_ids <= 1).all()))
+        one_sample_each = bool((self.segment_ids <= 1).all())
+        return BatchLayout(is_token, labelled, None if one_sample_each else packed_samples(self.segment_ids))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return this batch, which must be on the CPU, on `device`. The host does not wait for a GPU: the tensors go there in one copy from
-        pinned memory.
+        """Return this batch, which must be on the CPU, on `device`. The host does not wait for a GPU: the tensors go there in two copies
+        from pinned memory.
         """
         device = torch.device(device)
         assert self.input_ids.device.type == "cpu", self.input_ids.device
@@ -52,8 +71,17 @@ class Batch:
             return self
         moved = Batch(*copy_to(torch.stack([getattr(self, f.name) for f in fields(self)]), device).unbind())
         # `cached_property` stores its value here, so the device copy is not computed from device tensors.
-        moved.__dict__["layout"] = replace(self.layout, labelled=copy_to(self.layout.labelled, device))
+        moved.__dict__["layout"] = _moved_layout(self.layout, moved.segment_ids)
         return moved
+
+
+def _moved_layout(layout: BatchLayout, segment_ids: Tensor) -> BatchLayout:
+    """The layout with its tensors on the device of the batch's `segment_ids`, in one copy."""
+    if layout.samples is None:
+        return replace(layout, labelled=copy_to(layout.labelled, segment_ids.device))
+    sizes = [len(layout.labelled), len(layout.samples.bounds)]
+    labelled, bounds = copy_to(torch.cat([layout.labelled, layout.samples.bounds]), segment_ids.device).split(sizes)
+    return replace(layout, labelled=labelled, samples=replace(layout.samples, segment_ids=segment_ids, bounds=bounds.to(torch.int32)))
 
 
 def sequence_ranges(num_sequences: int, shares: Sequence[float]) -> list[range]:
@@ -69,15 +97,15 @@ def sequence_ranges(num_sequences: int, shares: Sequence[float]) -> list[range]:
     return [range(start, end) for start, end in pairwise([0, *ends])]
 
 
-def collate(sequences: Sequence[PackedSequence], pad_id: int, seq_len: int, parts: int = 1) -> Batch:
-    """Stack sequences into a batch, padded to one length S that is a multiple of 8 and of `parts`.
+def collate(sequences: Sequence[PackedSequence], pad_id: int, seq_len: int, parts: int = 1, multiple: int = 8) -> Batch:
+    """Stack sequences into a batch, padded to one length S that is a multiple of `multiple` and of `parts`.
 
     `seq_len` is the run's maximum, not this batch's: it spaces the token ids.
     """
     assert sequences, "a batch needs sequences; a rank without any passes empty_sequence()"
     longest = max(len(sequence.input_ids) for sequence in sequences)
     assert longest <= seq_len, (longest, seq_len)
-    step = lcm(8, parts)
+    step = lcm(multiple, parts)
     width = max(step, -(-longest // step) * step)
     shape = (len(sequences), width)
     batch = Batch(

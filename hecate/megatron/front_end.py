@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hecate.config import Config
 from hecate.config.gpt_shape import GptShape, gpt_shape
 from hecate.config.schema import MEGATRON_EP
-from hecate.data.batches import block_diagonal_mask
+from hecate.data.batches import PackedSamples, block_diagonal_mask
 from hecate.engine.engine import Engine
 from hecate.engine.from_config import engine_config
 from hecate.engine.protocol import ExpertEngine
@@ -79,10 +79,14 @@ class GptHead:
         each = length // self._tensor.tp_size
         return slice(self._tensor.tp_rank * each, (self._tensor.tp_rank + 1) * each)
 
-    def hidden(self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor) -> Tensor:
+    def row_multiple(self, seq_len: int) -> int:
+        """Of 8 positions."""
+        return 8
+
+    def hidden(self, input_ids: Tensor, samples: PackedSamples | None, position_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]. Position numbers are not needed: rotary embeddings are relative, and no sample sees another."""
         # Of one sample each, padded behind, causal attention alone cannot look where it must not, and is faster than any mask.
-        attention_mask = None if segment_ids is None else block_diagonal_mask(segment_ids)
+        attention_mask = None if samples is None else block_diagonal_mask(samples.segment_ids)
         model = self._model
         rotary = model.rotary_pos_emb(input_ids.shape[1])
         embedded_SBD = model.embedding(input_ids=input_ids, position_ids=position_ids)

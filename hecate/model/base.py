@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hecate.model.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.causal_head import CausalHead, LanguageModelHead
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.insert import FoundUnit
@@ -40,11 +41,19 @@ class BaseModel:
         return self.own_experts or self.ffns
 
 
-def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, device: torch.device, kind: ExpertKind) -> BaseModel:
+def build_base(
+    name_or_path: str,
+    dtype: str,
+    num_hidden_layers: int | None,
+    device: torch.device,
+    kind: ExpertKind,
+    attention: AttentionChoice = AUTO,
+) -> BaseModel:
     """Load model and tokenizer. The model stays in eval mode: dropout of a frozen base would only be noise that depends on ranks.
 
     Raises:
-        UserError: the model cannot be read, or has experts of its own where this kind of experts needs a model without, or the reverse.
+        UserError: the model cannot be read, or has experts of its own where this kind of experts needs a model without, or the reverse; or
+            attention cannot be computed as asked.
     """
     source = resolve_model(name_or_path)
     ffns: tuple[GatedFfn, ...] = ()
@@ -62,4 +71,5 @@ def build_base(name_or_path: str, dtype: str, num_hidden_layers: int | None, dev
         tokenizer = load_tokenizer(source)
     vocab_size = model.get_input_embeddings().num_embeddings
     digest = model_digest(source)
-    return BaseModel(model, LanguageModelHead(model), tokenizer, vocab_size, ffns=ffns, own_experts=own_experts, digest=digest)
+    head = LanguageModelHead(model, pick_way(attention, model))
+    return BaseModel(model, head, tokenizer, vocab_size, ffns=ffns, own_experts=own_experts, digest=digest)

@@ -6,14 +6,17 @@ Gradients of the hidden states, and of a head that is trained, are computed chun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate.data.batches import PackedSamples, packed_samples
 from hecate.errors import UserError
+from hecate.model.attention import Way, row_multiple, use_way
+from hecate.model.attention_kernels import AttentionRows
 
 _CHUNK_ROWS = 512
 
@@ -25,12 +28,15 @@ class CausalHead(Protocol):
         """The positions, of sequences of `length` tokens, that the layers of this rank compute. Each position is computed by some rank."""
         ...
 
-    def hidden(self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor) -> Tensor:
+    def row_multiple(self, seq_len: int) -> int:
+        """To a multiple of how many positions the rows of batches are best padded, where none is longer than `seq_len`."""
+        ...
+
+    def hidden(self, input_ids: Tensor, samples: PackedSamples | None, position_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]. Tokens attend to earlier tokens of their own sample alone.
 
         Args:
-            segment_ids: the samples of packed sequences (`Batch.segment_ids`); None: no sequence has more than one sample, and padding
-                comes behind it.
+            samples: of packed sequences; None: no sequence has more than one sample, and padding comes behind it.
             position_ids: each token's position in its sample, from 0.
         """
         ...
@@ -42,30 +48,49 @@ class CausalHead(Protocol):
 
 
 class LanguageModelHead:
-    """A causal LM taken apart into its decoder and its output projection (with the soft cap that Gemma 2 puts on logits)."""
+    """A causal LM taken apart into its decoder and its output projection (with the soft cap that Gemma 2 puts on logits).
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        way: in which layers compute attention; None: as transformers does by itself.
+
+    Raises:
+        UserError: the model has a part more, or the samples of packed rows see each other.
+    """
+
+    def __init__(self, model: Any, way: Way | None = None) -> None:
         self.decoder: nn.Module = model.get_decoder()
         self._project: nn.Module = model.get_output_embeddings()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self._way = way
+        self._device: torch.device = next(model.parameters()).device
         self._check(model)
 
     def own_positions(self, length: int) -> slice:
         """All."""
         return slice(length)
 
-    def hidden(self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor) -> Tensor:
-        """[B, S] -> [B, S, D]; see `CausalHead.hidden`.
+    def row_multiple(self, seq_len: int) -> int:
+        """To a multiple of how many positions rows are padded; see `hecate.model.attention`."""
+        return row_multiple(self._way, self._device, seq_len)
 
-        transformers finds the samples where the positions begin again, and makes the masks that its layers need, some of which may attend
-        to a sliding window. It asks the device whether there is more than one sample.
+    def hidden(self, input_ids: Tensor, samples: PackedSamples | None, position_ids: Tensor) -> Tensor:
+        """[B, S] -> [B, S, D]; see `CausalHead.hidden`. With a way of ours the host does not wait for the device.
+
+        By itself transformers finds the samples where the positions begin again, and makes the masks that its layers need. For that it
+        asks the device whether there is more than one sample.
         """
+        rows = (
+            {}
+            if self._way is None
+            else {"attention_rows": AttentionRows(samples, input_ids.shape[0], input_ids.shape[1], input_ids.device)}
+        )
         outputs = self.decoder(
             input_ids=input_ids,
             attention_mask=None,
             position_ids=position_ids,
             use_cache=False,
             return_dict=True,
+            **rows,
         )
         return outputs.last_hidden_state
 
@@ -80,14 +105,19 @@ class LanguageModelHead:
         return chunked_cross_entropy(hidden_ND, target_N, self.logits, trained)
 
     def _check(self, model: Any) -> None:
-        ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.vocab_size
-        position = torch.arange(4, device=ids.device)[None]
+        ids = torch.arange(4)[None].to(self._device) % model.config.vocab_size
+        position = torch.arange(4)[None]
+        halves = packed_samples(position // 2 + 1)
+        halves = replace(halves, segment_ids=halves.segment_ids.to(self._device), bounds=halves.bounds.to(self._device))
+        position = position.to(self._device)
         was_training = model.training
         model.eval()
         with torch.no_grad():
             whole = model(input_ids=ids, use_cache=False).logits
+            if self._way is not None:
+                use_way(model, self._way)
             parts = self.logits(self.hidden(ids, None, position))
-            packed = self.logits(self.hidden(ids, position // 2 + 1, position % 2))[:, 2:]
+            packed = self.logits(self.hidden(ids, halves, position % 2))[:, 2:]
             alone = self.logits(self.hidden(ids[:, 2:], None, position[:, :2]))
         model.train(was_training)
         if whole.shape != parts.shape or float((whole - parts).abs().max()) > 1e-2 * float(whole.abs().max()):

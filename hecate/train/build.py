@@ -16,6 +16,7 @@ from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
 from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config, job_topology
+from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseModel, build_base
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.gated_ffn import decoder_layers
@@ -120,7 +121,10 @@ def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) ->
         from hecate.megatron.front_end import build_megatron
 
         return build_megatron(config, ranks, topology)
-    return build_base(config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks.device, config.moe.kind)
+    attention = AttentionChoice(config.model.attention, config.data.packing)
+    return build_base(
+        config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks.device, config.moe.kind, attention
+    )
 
 
 def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology | None = None) -> MoeModel:

@@ -13,6 +13,7 @@ from hecate.data.encode import IGNORED
 from hecate.data.evaluation import GenerationItem, eval_sequences, generation_items, share_of_rank
 from hecate.data.sources import TokenSource
 from hecate.engine.protocol import EvaluationPasses
+from hecate.model.attention import generating
 from hecate.model.base import BaseModel
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.units import Unit
@@ -62,7 +63,7 @@ def generate(
         for row, i in enumerate(chosen):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        with torch.no_grad():
+        with torch.no_grad(), generating(model):
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -83,10 +84,12 @@ def _loss_and_loads(
     rows = eval_sequences(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
     counts = {layer: torch.zeros(moe.engine.shards.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
+    seq_len = config.data.seq_len
+    padding = {"parts": ranks.tp_size, "multiple": base.head.row_multiple(seq_len)}
     for share in share_of_rank(rows, ranks.dp_rank, ranks.dp_size, config.micro_batch_size):
         if not moe.engine.goes_together and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
-        batch = collate(share, pad_id=0, seq_len=config.data.seq_len, parts=ranks.tp_size).to(ranks.device)
+        batch = collate(share, pad_id=0, seq_len=seq_len, **padding).to(ranks.device)
         with evaluation.forward(pass_tokens(base.head, batch)) as routed:
             totals[0] += forward_loss(base.head, batch).cpu()
         totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.is_first_of_tensor_group

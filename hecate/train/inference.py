@@ -13,6 +13,7 @@ from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.families import ROUTERS
+from hecate.model.attention import AUTO, AttentionChoice
 from hecate.model.base import BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
@@ -35,7 +36,8 @@ def evaluate_trained(config: Config, trained: Path) -> None:
     if not config.data.eval:
         raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on")
     with join_ranks() as ranks:
-        base, moe = _trained(trained, ranks, config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers)
+        named, attention = config.model, AttentionChoice(config.model.attention, config.data.packing)
+        base, moe = _trained(trained, ranks, named.name_or_path, named.dtype, named.num_hidden_layers, attention)
         sources = encode_sources(config.data.eval, config, base, ranks)
         found = evaluate(config, ranks, base, moe, sources)
         if ranks.is_first:
@@ -62,19 +64,24 @@ def answer(trained: Path, prompt: str, *, system: str | None, model: str | None,
             return generate(base, [ids], max_new_tokens=max_new_tokens, batch_size=1)[0]
 
 
-def _trained(folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None) -> tuple[BaseModel, MoeModel]:
+def _trained(
+    folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None, attention: AttentionChoice = AUTO
+) -> tuple[BaseModel, MoeModel]:
     if is_model_folder(folder):
-        return load_model_folder(folder, ranks, dtype)
-    return _with_adapter(folder, ranks, model, dtype, num_hidden_layers)
+        return load_model_folder(folder, ranks, dtype, attention)
+    return _with_adapter(folder, ranks, model, dtype, num_hidden_layers, attention)
 
 
-def _with_adapter(folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None) -> tuple[BaseModel, MoeModel]:
+def _with_adapter(
+    folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None, attention: AttentionChoice = AUTO
+) -> tuple[BaseModel, MoeModel]:
     if is_peft_adapter(folder):
-        return with_peft_adapter(folder, ranks, model, dtype, num_hidden_layers)
+        return with_peft_adapter(folder, ranks, model, dtype, num_hidden_layers, attention)
     tensors, description = load_adapter(folder)
     if description.extra.get("router", "softmax") not in ROUTERS:
         raise UserError(f"{folder}: made with the router {description.extra['router']!r}; this version has {', '.join(ROUTERS)}")
-    base = build_base(model or description.base_model_name_or_path, dtype, num_hidden_layers, ranks.device, kind_written_as("mixlora"))
+    name, kind = model or description.base_model_name_or_path, kind_written_as("mixlora")
+    base = build_base(name, dtype, num_hidden_layers, ranks.device, kind, attention)
     num_layers = len(decoder_layers(base.model)[1])
     if num_layers != description.num_layers:
         raise UserError(f"{folder}: made for {description.num_layers} layers, but the base model has {num_layers}")

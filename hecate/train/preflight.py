@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from hecate.config import Config
+from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
 
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -29,6 +30,27 @@ def check_kernels(kernels: str) -> None:
     from hecate.kernels.backend import triton_problem
 
     problem = triton_problem("cuda" if torch.cuda.is_available() else "cpu")
+    if problem is not None:
+        raise UserError(problem)
+
+
+def check_attention(model: ModelConfig) -> None:
+    """Check that this machine can compute attention as the configuration asks.
+
+    Only a machine that trains is checked: `hecate plan` accepts the same configuration anywhere.
+
+    Raises:
+        UserError: `model.attention` is "flex" or "flash", which need a GPU, and flash attention also a package or a newer torch.
+    """
+    if model.attention not in ("flex", "flash"):
+        return
+    import torch
+
+    from hecate.model.attention import way_problem
+    from hecate.model.load import pick_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = way_problem(model.attention, pick_dtype(model.dtype, device), device)
     if problem is not None:
         raise UserError(problem)
 

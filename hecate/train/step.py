@@ -53,8 +53,7 @@ def forward_loss(head: CausalHead, batch: Batch) -> Tensor:
     The model must be in a forward pass of the batch's tokens (`pass_tokens`). The host does not wait for the batch's device, unless the
     model makes it.
     """
-    segments = None if batch.layout.one_sample_each else batch.segment_ids
-    hidden = head.hidden(batch.input_ids, segments, batch.position_ids)
+    hidden = head.hidden(batch.input_ids, batch.layout.samples, batch.position_ids)
     labelled = batch.layout.labelled
     return head.loss_sum(hidden.flatten(0, 1)[labelled], batch.targets.flatten()[labelled])
 

@@ -93,7 +93,8 @@ class Training:
         own = sequence_ranges(size, self.shares)[ranks.dp_rank]
         pad_id = self.parts.base.tokenizer.pad_token_id or 0
         shares = [sequences[start + own.start : start + own.stop] or [empty_sequence()] for start in range(0, len(sequences), size)]
-        return [collate(share, pad_id, config.data.seq_len, ranks.tp_size).to(ranks.device) for share in shares]
+        multiple = self.parts.base.head.row_multiple(config.data.seq_len)
+        return [collate(share, pad_id, config.data.seq_len, ranks.tp_size, multiple).to(ranks.device) for share in shares]
 
     def train_one(self, requests: Callable[[], Sequence[bool]] = tuple) -> StepEvent:
         """One optimizer step.

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hecate.data.batches import block_diagonal_mask
+from hecate.data.batches import block_diagonal_mask, packed_samples
 from hecate.errors import UserError
 from hecate.model import causal_head as head_module
 from hecate.model.causal_head import LanguageModelHead
@@ -96,7 +96,7 @@ WINDOWS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 3}, "gemma2"
 def test_packed_samples_are_computed_as_each_alone(model_type: str) -> None:
     """Also where layers attend to a sliding window only, which is shorter than the samples."""
     model, ids = frozen(model_type, **WINDOWS[model_type]), token_ids()
-    got = LanguageModelHead(model).hidden(ids, SEGMENTS, POSITIONS)
+    got = LanguageModelHead(model).hidden(ids, packed_samples(SEGMENTS), POSITIONS)
     for row, begin, end in ((0, 0, 5), (0, 5, 9), (1, 0, 1), (1, 1, 7)):
         alone = model.model(input_ids=ids[row : row + 1, begin:end]).last_hidden_state
         torch.testing.assert_close(got[row : row + 1, begin:end], alone, rtol=1e-12, atol=1e-12)
@@ -105,7 +105,7 @@ def test_packed_samples_are_computed_as_each_alone(model_type: str) -> None:
 def test_the_masks_of_transformers_are_ours_where_there_is_no_window() -> None:
     model, ids = frozen("llama"), token_ids()
     ours = model.model(input_ids=ids, attention_mask=block_diagonal_mask(SEGMENTS), position_ids=POSITIONS).last_hidden_state
-    assert torch.equal(LanguageModelHead(model).hidden(ids, SEGMENTS, POSITIONS), ours)
+    assert torch.equal(LanguageModelHead(model).hidden(ids, packed_samples(SEGMENTS), POSITIONS), ours)
 
 
 def test_a_model_whose_packed_samples_see_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

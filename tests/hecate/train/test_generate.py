@@ -20,6 +20,9 @@ class Successor(nn.Module):
         self.generation_config = SimpleNamespace(eos_token_id=0)
         self.seen: list[tuple[list[list[int]], list[list[int]]]] = []
 
+    def get_decoder(self) -> SimpleNamespace:
+        return SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
+
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **given: Any) -> Tensor:
         assert not given["do_sample"]
         self.seen.append((input_ids.tolist(), attention_mask.tolist()))

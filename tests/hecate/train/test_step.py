@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hecate.data.batches import Batch, collate
+from hecate.data.batches import Batch, PackedSamples, collate
 from hecate.data.encode import IGNORED
 from hecate.data.sequences import PackedSequence
 from hecate.train.step import forward_loss, pass_tokens
@@ -36,7 +36,7 @@ class Head:
     def own_positions(self, length: int) -> slice:
         return slice(length // 2, length) if self.halves else slice(length)
 
-    def hidden(self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, samples: PackedSamples | None, position_ids: Tensor) -> Tensor:
         return self.weight[input_ids]
 
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def test_padding_and_labels_are_found_by_their_definition(name: str) -> None:
         if int(batch.targets[b, s]) != IGNORED
     )
     torch.testing.assert_close(forward_loss(Head(weight), batch), loss)
-    assert batch.layout.one_sample_each == (name != "packed")
+    assert (batch.layout.samples is None) == (name != "packed")
 
 
 def test_a_batch_on_a_device_keeps_its_layout() -> None:
