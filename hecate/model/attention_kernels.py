@@ -8,6 +8,7 @@ this file makes the host wait for a GPU.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -157,12 +158,18 @@ def flex(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, rows: Attenti
 
 
 def flex_kernel(length: int) -> Callable[..., Tensor]:
-    """torch's `flex_attention` for rows of this length. It is compiled when it is called with shapes that are new to it."""
+    """torch's `flex_attention` for rows of this length. It is compiled when it is called with shapes that are new to it, but for rows
+    shorter than a block, which no training has: with such rows `LanguageModelHead` looks at a model.
+    """
+    return _flex_uncompiled if length < FLEX_BLOCK else _compiled_flex()
+
+
+def _flex_uncompiled(*given: Any, **named: Any) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # A row shorter than a block is no training's: `LanguageModelHead` looks at a model with some tokens.
-    uncompiled: Callable[..., Tensor] = flex_attention
-    return uncompiled if length < FLEX_BLOCK else _compiled_flex()
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        return flex_attention(*given, **named)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,5 +37,19 @@ def interpret_in_place() -> None:
         plain(replace(self, args={name: on_host(value) for name, value in self.args.items()}))
 
     Launch.run = run  # type: ignore[method-assign]
-    attention_kernels.flex_kernel = lambda length: plain_flex
-    attention_kernels.flash_kernel = lambda: package_flash(plain_flash)  # type: ignore[assignment]
+    attention_kernels.flex_kernel = _flex_kernel
+    attention_kernels.flash_kernel = lambda: package_flash(_counted("flash_attention", plain_flash))  # type: ignore[assignment]
+
+
+def _flex_kernel(length: int) -> Callable[..., torch.Tensor]:
+    looked_at = length <= 4  # rows with which `LanguageModelHead` looks at a model
+    assert looked_at or length % attention_kernels.FLEX_BLOCK == 0, f"rows of {length} positions: a kernel is compiled for each width"
+    return _counted("flex_attention", plain_flex)
+
+
+def _counted(name: str, kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def run(*given: Any, **named: Any) -> torch.Tensor:
+        LAUNCHES[name] += 1
+        return kernel(*given, **named)
+
+    return run

@@ -94,6 +94,7 @@ def test_the_host_waits_in_few_places(workshop: Path) -> None:
         assert got == pytest.approx(wanted, rel=1e-5)
     (step,) = mock.steps("triton", rank=0)
     assert {"shrink_kernel", "gated_kernel", "outer_kernel"} <= set(step["launches"]), "Triton kernels did not run"
+    assert step["launches"]["flex_attention"] == 2, "a layer's attention was computed in another way"
     assert "H2D pageable" not in step["kinds"]
     assert "hecate: topology: 1 x Mock H100 on 1 node" in mock.log(rank=0)
     assert "does not know the card 'Mock H100'" in mock.log(rank=0), "topology: auto did not read the device's name"

@@ -59,6 +59,11 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"kernels": "cuda"}, "kernels", "must be one of auto, triton, torch, reference"),
     ({"kernels": "triton", "model": "{name_or_path: model, dtype: float64}"}, "kernels", "model.dtype is float64"),
     ({"kernels": "triton", "lora": "{r: 257}"}, "kernels", "ranks up to 256, but lora.r is 257"),
+    # attention
+    ({"model": "{name_or_path: model, attention: ring}"}, "model.attention", "must be one of auto, sdpa, flex, flash"),
+    ({"model": "{name_or_path: model, attention: flash, dtype: float32}"}, "model.attention", "flash computes in bfloat16"),
+    ({"model": "{name_or_path: model, attention: flex, dtype: float64}"}, "model.attention", "but model.dtype is float64"),
+    ({"model": f"{{{GPT}, attention: sdpa}}", "moe": "{family: full}"}, "model.attention", "front_end=transformers only"),
     # types
     ({"seed": "many"}, "seed", "must be an integer, got many"),
     ({"seed": "1.5"}, "seed", "must be an integer, got 1.5"),

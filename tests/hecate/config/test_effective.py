@@ -71,6 +71,7 @@ ELSEWHERE = (
     "nproc=4",
     "topology=cluster",
     "kernels=torch",
+    "model.attention=sdpa",
     "logging_steps=7",
     "save_steps=7",
     "save_total_limit=2",

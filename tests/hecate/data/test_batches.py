@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hecate.data.batches import Batch, block_diagonal_mask, collate, sequence_ranges
+from hecate.data.batches import Batch, block_diagonal_mask, collate, packed_samples, sequence_ranges
 from hecate.data.sequences import PackedSequence, build_sequence, empty_sequence, piece_of
 from hecate.data.stream import TrainStream
 from tests.hecate.data.files import source_of_lengths
@@ -27,6 +27,7 @@ def test_collate_by_hand() -> None:
 def test_rows_are_padded_to_equal_parts() -> None:
     sequences = [empty_sequence()]
     assert [collate(sequences, 0, 100, parts).input_ids.shape[1] for parts in (1, 2, 3, 16)] == [8, 8, 24, 16]
+    assert [collate(sequences, 0, 100, parts, multiple=64).input_ids.shape[1] for parts in (1, 3)] == [64, 192]
 
 
 @pytest.mark.parametrize(
@@ -55,10 +56,23 @@ def test_token_ids_are_unique_over_a_run() -> None:
 
 
 def test_to_moves_every_tensor() -> None:
-    source = [source_of_lengths([2])]
-    moved = collate([build_sequence(0, [piece_of(source, 0, 0)], source)], pad_id=0, seq_len=8).to("meta")
+    source = [source_of_lengths([2, 3])]
+    batch = collate([build_sequence(0, [piece_of(source, 0, 0), piece_of(source, 0, 1)], source)], pad_id=0, seq_len=8)
+    moved = batch.to("meta")
     assert isinstance(moved, Batch)
-    assert {tensor.device.type for tensor in (*(getattr(moved, field.name) for field in fields(Batch)), moved.layout.labelled)} == {"meta"}
+    samples, kept = moved.layout.samples, batch.layout.samples
+    assert samples is not None
+    assert kept is not None
+    of_layout = moved.layout.labelled, samples.segment_ids, samples.bounds
+    assert {tensor.device.type for tensor in (*(getattr(moved, field.name) for field in fields(Batch)), *of_layout)} == {"meta"}
+    assert (samples.bounds.shape, samples.bounds.dtype, samples.longest) == (kept.bounds.shape, torch.int32, 3)
+    assert moved.layout.labelled.shape == batch.layout.labelled.shape
+
+
+def test_samples_by_hand() -> None:
+    samples = packed_samples(torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 3]]))
+    assert samples.bounds.tolist() == [0, 2, 5, 6, 10, 11, 12]
+    assert samples.longest == 4
 
 
 def test_mask_by_hand() -> None:

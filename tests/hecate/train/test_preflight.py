@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 import torch
 
+from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
 from hecate.train import preflight
-from hecate.train.preflight import check_devices
+from hecate.train.preflight import check_attention, check_devices
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +33,25 @@ def test_without_gpus_any_number_of_ranks_shares_the_cpu(monkeypatch: pytest.Mon
 def test_without_a_gpus_driver_torch_is_not_imported() -> None:
     """The launcher has no other need of torch, whose import takes seconds."""
     program = (
-        "import sys\nfrom hecate.train import preflight\npreflight._GPU_FILES = ('/nowhere',)\n"
-        "preflight.check_devices(4, 'nproc')\nassert 'torch' not in sys.modules"
+        "import sys\nfrom hecate.config.schema import ModelConfig\nfrom hecate.train import preflight\n"
+        "preflight._GPU_FILES = ('/nowhere',)\n"
+        "preflight.check_devices(4, 'nproc')\npreflight.check_attention(ModelConfig(name_or_path=''))\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("asked", "why"), [("flex", "has no backward pass on a CPU"), ("flash", "does not run on a CPU")])
+def test_attention_that_needs_a_gpu_is_refused_without_one(
+    asked: Literal["flex", "flash"], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"{asked} {why}"):
+        check_attention(ModelConfig(name_or_path="", attention=asked))
+    check_attention(ModelConfig(name_or_path="", attention="sdpa"))
+
+
+def test_flash_attention_in_float32_is_refused_where_auto_means_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(UserError, match="the model is in float32"):
+        check_attention(ModelConfig(name_or_path="", attention="flash"))
