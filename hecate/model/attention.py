@@ -25,8 +25,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor, AttentionRows, Scores], Tensor]
 _KERNELS: dict[Way, Kernel] = {"sdpa": kernels.sdpa, "flex": kernels.flex, "flash": kernels.flash}
 _PREFIX = "hecate_"
 """before a way's name, in transformers' registry of attention functions"""
-_UNKNOWN = ("s_aux", "position_bias")
-"""arguments of attention that change its result, and that no way of ours knows"""
+_UNKNOWN = {"s_aux": None, "position_bias": None, "is_causal": True}
+"""arguments of attention that change its result, and that no way of ours knows, with the values that they may have"""
 _WIDTH_ON_CPU, _WIDTH_ON_GPU = 8, 64
 """to multiples of which rows are padded: on a GPU, tiles of its matrix products"""
 _SMALLEST_FLEX_HEAD = 16
@@ -164,7 +164,7 @@ def _as_transformers_calls_it(kernel: Kernel) -> Callable[..., tuple[Tensor, Non
         batch, _, length, width = query_BHSE.shape
         assert attention_mask is None, "a mask came with the model's input: use `generating`"
         assert key_BGSE.shape[2] == length, "there is a cache of keys: use `generating`"
-        if unknown := sorted(name for name in _UNKNOWN if others.get(name) is not None):
+        if unknown := [name for name, plain in _UNKNOWN.items() if others.get(name) is not None and others[name] is not plain]:
             raise UserError(
                 f"{type(module).__name__} gives attention {unknown[0]}, which only transformers knows\n  set model.attention=sdpa"
             )

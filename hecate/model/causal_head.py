@@ -63,6 +63,8 @@ class LanguageModelHead:
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._way = way
         self._device: torch.device = next(model.parameters()).device
+        if way is not None:
+            use_way(model, way)
         self._check(model)
 
     def own_positions(self, length: int) -> slice:
@@ -79,11 +81,9 @@ class LanguageModelHead:
         By itself transformers finds the samples where the positions begin again, and makes the masks that its layers need. For that it
         asks the device whether there is more than one sample.
         """
-        rows = (
-            {}
-            if self._way is None
-            else {"attention_rows": AttentionRows(samples, input_ids.shape[0], input_ids.shape[1], input_ids.device)}
-        )
+        rows: dict[str, AttentionRows] = {}
+        if self._way is not None:
+            rows["attention_rows"] = AttentionRows(samples, input_ids.shape[0], input_ids.shape[1], input_ids.device)
         outputs = self.decoder(
             input_ids=input_ids,
             attention_mask=None,
@@ -114,8 +114,6 @@ class LanguageModelHead:
         model.eval()
         with torch.no_grad():
             whole = model(input_ids=ids, use_cache=False).logits
-            if self._way is not None:
-                use_way(model, self._way)
             parts = self.logits(self.hidden(ids, None, position))
             packed = self.logits(self.hidden(ids, halves, position % 2))[:, 2:]
             alone = self.logits(self.hidden(ids[:, 2:], None, position[:, :2]))

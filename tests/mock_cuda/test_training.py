@@ -36,6 +36,13 @@ SEVERAL_RANKS: dict[int, dict[str, tuple[str, ...]]] = {
         "auto-exact": ("fssdp.plan=exact",),
         "hecate-calibrated": ("fssdp.policy=hecate", "fssdp.plan=calibrated"),
         "rematerialize": ("fssdp.rematerialize=true", "gradient_checkpointing=true", "fssdp.prefetch=2"),
+        "flex-evaluated": (
+            "model.name_or_path={folder}/wide",
+            "data.eval={folder}/up.eval.jsonl",
+            "eval.on_start=true",
+            "eval.generate=true",
+            "eval.max_new_tokens=2",
+        ),
         "full-experts": ("moe.family=full", "moe.upcycle_noise=0.1", "fssdp.policy=static_ep"),
     },
     4: {
