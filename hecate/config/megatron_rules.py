@@ -39,8 +39,6 @@ def check_megatron(values: Mapping[str, Any], add: Add) -> None:
     if kind is not None and kind.has_pairs:
         fitting = " or ".join(other.name for other in KINDS.values() if not other.has_pairs)
         add("moe.family", f"must be {fitting} {where}: the model is built from scratch, so there are no weights to adapt", "")
-    if values.get("model.dtype") == "bfloat16":
-        add("model.dtype", f"must be float32 or float64 {where}: the optimizer updates the whole model in it", "leave it at auto")
     if values.get("eval.generate"):
         add(
             "eval.generate",

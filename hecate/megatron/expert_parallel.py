@@ -125,8 +125,9 @@ def flat_expert(layer: MoELayer, expert: int, *, grad: bool) -> Tensor:
 
 
 def put_experts(layer: MoELayer, chunks_nC: Tensor) -> None:
-    """Have the local experts compute with views of their rows of `chunks_nC`, as `FfnShape` lays them out, and without gradients."""
-    for expert, chunk in zip(layer.local_expert_indices, chunks_nC.detach(), strict=True):
+    """Have the local experts compute with their rows of `chunks_nC`, as `FfnShape` lays them out, and without gradients: with views of
+    them, or, where the layer computes in another type, with copies."""
+    for expert, chunk in zip(layer.local_expert_indices, chunks_nC.detach().to(layer.config.params_dtype), strict=True):
         for parameter, part in zip(_weights(layer, expert), _split(layer, expert, chunk), strict=True):
             parameter.data, parameter.grad = part.view_as(parameter), None
 

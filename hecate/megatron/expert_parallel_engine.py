@@ -1,12 +1,12 @@
 """`fssdp.policy: megatron_ep`: Megatron's MoE layers do the work, under the trainer that drives our engine.
 
 The shards keep master weights, owners and gradients as they do for our own layers, so that optimizer, checkpoints and export are the same.
-Megatron's experts compute with views of the master weights; nothing is materialized elsewhere.
+Megatron's experts compute with views of the master weights, or with copies of a narrower type; nothing is materialized elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -92,7 +92,8 @@ class ExpertParallelEngine:
         away = [int(sum(splits) - splits[self.shards.rank]) for splits in (dispatcher.input_splits, dispatcher.output_splits)]
         row = layer.config.hidden_size * outputs[0].element_size()
         passes = 2 if outputs[0].requires_grad else 1
-        weights = [layer.config.params_dtype.itemsize * pairs for pairs in away[:passes]]
+        wide = torch.promote_types(layer.config.params_dtype, torch.float32)  # of the weights that travel beside the rows
+        weights = [wide.itemsize * pairs for pairs in away[:passes]]
         self.shards.token_bytes_sent += passes * row * sum(away) + sum(weights)
 
 
@@ -108,21 +109,26 @@ class ExpertParallelStep:
 
     def begin_micro_step(self, tokens: PassTokens | None = None) -> ExpertParallelMicroStep:
         """The model's next forward pass is of these tokens; None: of any, without padding."""
-        micro = ExpertParallelMicroStep(self._current, tokens or PassTokens(), {}, self.ledger, self.ledger.begin_micro_step())
+        number = self.ledger.begin_micro_step()
+        micro = ExpertParallelMicroStep(self._current, tokens or PassTokens(), {}, self.ledger, number, self._take_gradients)
         self._current.now = micro
         return micro
 
     def finish(self) -> dict[Unit, np.ndarray]:
         """See `hecate.engine.step.Step.finish`."""
         self.ledger.require_complete()
-        for unit, store in reversed(self._shards.stores.items()):
-            grad_nC = torch.empty_like(store.owned)
-            write_gradients(self._layers[unit], grad_nC)
-            store.add_gradients(grad_nC)
+        for store in reversed(self._shards.stores.values()):
             store.sum_over_groups()
         loads = self.ledger.exchange_loads()
         self.ledger.close({unit: store.reduced() for unit, store in self._shards.stores.items()}, loads)
         return loads
+
+    def _take_gradients(self) -> None:
+        """Add what a backward pass has left in Megatron's layers to the owners' sums, in the type of the master weights."""
+        for unit, store in reversed(self._shards.stores.items()):
+            grad_nC = torch.empty_like(store.owned)
+            write_gradients(self._layers[unit], grad_nC)
+            store.add_gradients(grad_nC)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +140,7 @@ class ExpertParallelMicroStep:
     stats: dict[Unit, RouterStats]
     ledger: StepLedger
     number: int
+    take_gradients: Callable[[], None]
     counts: bool = True
     """False: a checkpointed layer runs again, and what it does has been counted"""
 
@@ -162,6 +169,7 @@ class ExpertParallelMicroStep:
         if self.ledger.in_last_micro_step:
             self.ledger.start_exchange()
         torch.autograd.backward(loss, gradient)
+        self.take_gradients()
         self.ledger.end_micro_step()
         self.current.now = None
 

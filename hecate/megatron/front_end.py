@@ -32,10 +32,12 @@ from hecate.experts.router import TopKRouter
 from hecate.experts.seeding import generator
 from hecate.kernels.common.ffn import FfnShape
 from hecate.megatron.imports import quietly
+from hecate.megatron.master_weights import train_in_float32
 from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 from hecate.model.base import BaseModel
 from hecate.model.causal_head import VocabularyPart, chunked_cross_entropy
 from hecate.model.insert import prefetch_during_attention
+from hecate.model.load import pick_dtype
 from hecate.model.moe_model import MoeModel, adapter_dtype
 from hecate.model.parameter_parts import TensorParts
 from hecate.parallel.topology import Topology
@@ -121,15 +123,13 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
         UserError: megatron-core or the tokenizer is missing.
     """
     shape, tokenizer = shape_of(config), tokenizer_of(config)
-    vocabulary = vocabulary_of(config, tokenizer)
-    dtype = torch.float64 if config.model.dtype == "float64" else torch.float32
+    vocabulary, dtype = vocabulary_of(config, tokenizer), computed_dtype(config.model.dtype, ranks.device)
+    trained_dtype = adapter_dtype(dtype)
     non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len / ranks.tp_size
-    families = {Unit(layer): _family(shape, Unit(layer), config.seed, dtype, ranks.device) for layer in range(shape.layers)}
+    families = {Unit(layer): _family(config, shape, Unit(layer), dtype, ranks.device) for layer in range(shape.layers)}
     settings = engine_config(config, ranks, non_moe_flops, topology)
     routers = {
-        unit: TopKRouter(
-            shape.hidden, shape.experts, shape.top_k, unit=unit, seed=config.seed, dtype=adapter_dtype(dtype), device=ranks.device
-        )
+        unit: TopKRouter(shape.hidden, shape.experts, shape.top_k, unit=unit, seed=config.seed, dtype=trained_dtype, device=ranks.device)
         for unit in families
     }
     engine: ExpertEngine
@@ -139,12 +139,21 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
     else:
         engine = Engine(dict(families), settings, ranks.groups)
         layers = {unit: MoeLayer(unit, router, engine.current) for unit, router in routers.items()}
-    model = gpt_with(shape, vocabulary, layers, ranks, dtype=dtype, seed=config.seed)
+    model = gpt_with(shape, vocabulary, layers, ranks, dtype=trained_dtype, seed=config.seed)
     prefetch_during_attention(model.decoder.layers, engine.current, layers, config.fssdp.prefetch)
-    parts = tensor_parts(model, ranks.tensor) if ranks.tensor else None
-    moe = MoeModel(model, engine, layers, {}, outside_experts(model), parts=parts)
+    trained = outside_experts(model)
+    cut = {name: parameter.partition_dim for name, parameter in trained.items() if getattr(parameter, "tensor_model_parallel", False)}
+    if dtype != trained_dtype:
+        trained = train_in_float32(model.embedding, trained, dtype)
+    parts = TensorParts({name: trained[name] for name in cut}, cut, ranks.tensor) if ranks.tensor else None
+    moe = MoeModel(model, engine, layers, {}, trained, parts=parts)
     digest = xxhash.xxh3_128_hexdigest(f"{shape} {vocabulary}".encode())
     return MegatronModel(model, GptHead(model, ranks.tensor), tokenizer, vocabulary, moe, shape, digest=digest)
+
+
+def computed_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type in which the model computes. `auto`: bfloat16 on a GPU that has it, else float32, on every CPU."""
+    return torch.float32 if name == "auto" and device.type == "cpu" else pick_dtype(name, device)
 
 
 def _megatrons(
@@ -170,7 +179,7 @@ def _megatrons(
         current = CurrentPass()
         layers = {unit: build_layer(config, groups, unit.layer, current).to(ranks.device) for unit in families}
     for unit, router in routers.items():
-        layers[unit].router.weight.data.copy_(router.weight.detach())
+        layers[unit].router.weight.data = router.weight.detach()
     return ExpertParallelEngine(families, settings, ranks.groups, layers, current), layers
 
 
@@ -197,20 +206,16 @@ def gpt_with(shape: GptShape, vocabulary: int, layers: Mapping[Unit, nn.Module],
     return model.to(ranks.device)
 
 
-def outside_experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains beside experts and routers, by its names in the model."""
+def outside_experts(model: nn.Module) -> dict[str, Any]:
+    """The model's parameters beside those of experts and routers, by their names in it."""
     return {name: parameter for name, parameter in model.named_parameters() if ".mlp." not in name}
 
 
-def tensor_parts(model: nn.Module, groups: TensorGroups) -> TensorParts:
-    """The trained parameters, outside experts and routers, of which each rank of a tensor group has a part."""
-    cut: dict[str, Any] = {name: p for name, p in outside_experts(model).items() if getattr(p, "tensor_model_parallel", False)}
-    return TensorParts(cut, {name: parameter.partition_dim for name, parameter in cut.items()}, groups)
-
-
-def _family(shape: GptShape, unit: Unit, seed: int, dtype: torch.dtype, device: torch.device) -> FullExperts:
-    site = Site(unit, shape.experts, FfnShape(shape.hidden, shape.ffn, "silu"), seed, adapter_dtype(dtype), dtype, device)
-    return FullExperts(site, _initial(shape, unit, seed))
+def _family(config: Config, shape: GptShape, unit: Unit, dtype: torch.dtype, device: torch.device) -> FullExperts:
+    ffn, seed = FfnShape(shape.hidden, shape.ffn, "silu"), config.seed
+    return FullExperts(
+        Site(unit, shape.experts, ffn, seed, adapter_dtype(dtype), dtype, device, config.kernels), _initial(shape, unit, seed)
+    )
 
 
 def _initial(shape: GptShape, unit: Unit, seed: int) -> Callable[[int], Tensor]:

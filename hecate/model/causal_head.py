@@ -165,7 +165,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         grads = []
-        trained_grads = [torch.zeros_like(parameter) for parameter in trained] if any(ctx.needs_input_grad) else []
+        # Summed over the chunks in float32 or wider, whatever the type of what trains.
+        trained_grads = [torch.zeros_like(one, dtype=wide) for one in trained] if any(ctx.needs_input_grad) else []
         for hidden, target in zip(hidden_ND.split(_CHUNK_ROWS), target_N.split(_CHUNK_ROWS), strict=True):
             with torch.enable_grad():
                 leaf = hidden.detach().requires_grad_()
@@ -187,6 +188,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 for one, more in zip(trained_grads, of_trained, strict=True):
                     one += more
         if any(ctx.needs_input_grad):
+            ctx.trained_dtypes = [one.dtype for one in trained]
             ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden_ND), *trained_grads)
         return total if part is None else total / dist.get_world_size(part.group)
 
@@ -194,7 +196,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_ND, *trained_grads = ctx.saved_tensors
         factor = grads[0]
-        return grad_ND * factor.to(grad_ND.dtype), None, None, None, *(grad * factor.to(grad.dtype) for grad in trained_grads)
+        of_trained = [(grad * factor.to(grad.dtype)).to(dtype) for grad, dtype in zip(trained_grads, ctx.trained_dtypes, strict=True)]
+        return grad_ND * factor.to(grad_ND.dtype), None, None, None, *of_trained
 
 
 def _over_vocabulary(values: Tensor, part: VocabularyPart | None, op: dist.ReduceOp.RedOpType) -> Tensor:

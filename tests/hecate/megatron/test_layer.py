@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hecate.config.gpt_shape import GptShape
@@ -19,10 +20,11 @@ from hecate.parallel.units import Unit
 from testing.byte_tokenizer import build_byte_tokenizer
 
 with quietly():
+    from hecate.megatron import layer as layer_module
     from hecate.megatron.expert_parallel_engine import check_fit
     from hecate.megatron.export import mixtral_config_of, mixtral_weights
     from hecate.megatron.gpt import transformer_config
-    from hecate.megatron.layer import AnyDeviceRotary, MoeMlp, TorchAttention, TorchNorm
+    from hecate.megatron.layer import AnyDeviceRotary, MoeMlp, TorchAttention, TorchNorm, takes_groups
     from hecate.megatron.tensor_parallel import prepare_sharded_layers
     from hecate.megatron.without_cuda import answer_for_cuda
 
@@ -49,6 +51,49 @@ def test_attention_without_a_mask_is_causal() -> None:
 def test_a_mask_is_true_where_a_query_attends() -> None:
     """Position 0 sees both, position 1 itself alone."""
     assert attended(torch.tensor([[[[True, True], [False, True]]]])) == [pytest.approx([2.0, 3.0]), pytest.approx([5.0, 5.0])]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_with_a_copy_for_each_query_give_the_same_attention(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    """Six query heads over two groups, forward and backward, where torch has no kernel for groups and where it has."""
+    random = torch.Generator().manual_seed(5)
+    given = [torch.randn(7, 3, heads, 4, generator=random, dtype=torch.float64) for heads in (6, 2, 2)]
+    weight = torch.randn(7, 3, 24, generator=random, dtype=torch.float64)
+    mask = torch.randint(0, 2, (3, 1, 7, 7), generator=random).bool() | torch.eye(7, dtype=torch.bool) if masked else None
+
+    def attention() -> list[Tensor]:
+        query, key, value = (tensor.clone().requires_grad_() for tensor in given)
+        y_SBD = TorchAttention(CONFIG)(query, key, value, mask)
+        (y_SBD * weight).sum().backward()
+        return [y_SBD, *(tensor.grad for tensor in (query, key, value) if tensor.grad is not None)]
+
+    wanted = attention()
+    asked: list[tuple[int, bool]] = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, *rest: Tensor, enable_gqa: bool, **named: Any) -> Tensor:
+        asked.append((key.shape[1], enable_gqa))
+        return plain(query, key, *rest, enable_gqa=enable_gqa, **named)
+
+    monkeypatch.setattr(layer_module, "takes_groups", lambda *_, **__: False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for got, one in zip(attention(), wanted, strict=True):
+        torch.testing.assert_close(got, one, rtol=1e-13, atol=1e-14)
+    assert asked == [(6, False)]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "masked", "takes"),
+    [
+        ("cuda", torch.bfloat16, False, True),
+        ("cuda", torch.bfloat16, True, False),
+        ("cuda", torch.float32, False, False),
+        ("cuda", torch.float64, True, False),
+        ("cpu", torch.float32, True, True),
+    ],
+)
+def test_flash_attention_alone_takes_groups_on_a_gpu(device: str, dtype: torch.dtype, masked: bool, takes: bool) -> None:
+    assert takes_groups(device, dtype, masked=masked) is takes
 
 
 class Numbering(nn.Module):

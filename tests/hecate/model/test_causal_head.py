@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hecate.data.batches import block_diagonal_mask, packed_samples
 from hecate.errors import UserError
 from hecate.model import causal_head as head_module
-from hecate.model.causal_head import LanguageModelHead
+from hecate.model.causal_head import LanguageModelHead, chunked_cross_entropy
 from tests.hecate.model.tiny import tiny, token_ids
 
 MODELS: dict[str, dict[str, Any]] = {"llama": {}, "gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}}
@@ -69,6 +70,17 @@ def test_bf16_sums_in_fp32() -> None:
     assert hidden.grad.dtype == torch.bfloat16
     wanted = F.cross_entropy((hidden.detach() @ model.lm_head.weight.T).float(), target, reduction="sum")
     torch.testing.assert_close(loss.detach(), wanted, rtol=1e-5, atol=0)
+
+
+def test_gradients_of_a_bf16_projection_are_summed_over_chunks_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 tokens with the hidden state 1 and the label 0 of two: each has the gradients -1/2 and 1/2. 128 - 1/2 is 128 in bfloat16."""
+    monkeypatch.setattr(head_module, "_CHUNK_ROWS", 2)
+    weight = nn.Parameter(torch.zeros(2, 1, dtype=torch.bfloat16))
+    hidden = torch.ones(600, 1, dtype=torch.bfloat16)
+    chunked_cross_entropy(hidden, torch.zeros(600, dtype=torch.int64), lambda rows: F.linear(rows, weight), [weight]).backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+    assert weight.grad.tolist() == [[-300.0], [300.0]]
 
 
 def test_no_label_tokens() -> None:
