@@ -99,12 +99,12 @@ def _beside_tensors(run: RunShape, others_GD: list[np.ndarray]) -> list[MemoryPa
 
 
 def _base_bytes(run: RunShape) -> np.ndarray:
-    """Return the bytes of the frozen weights outside the experts, float64 [phases, ranks].
+    """Return the bytes of the weights outside the experts that no step changes, float64 [phases, ranks]: frozen ones, and rounded copies.
 
     Of sharded layers a rank holds its part, and while layers run also the whole of two: the running one and the next one.
     """
     world, sharded = run.topology.world_size, run.sharded_parameters
-    for_good = run.frozen_parameters - sum(sharded) + sum(sharded) / run.mesh.shard_size
+    for_good = run.frozen_parameters + run.rounded_parameters - sum(sharded) + sum(sharded) / run.mesh.shard_size
     together = min(2, len(sharded)) * max(sharded, default=0)
     return np.repeat(np.array([[for_good + together], [for_good + together], [for_good]]) * run.dtype_bytes, world, axis=1)
 

@@ -45,7 +45,7 @@ class RunShape:
     topology_name: str
     base: BaseShape
     dtype_bytes: int
-    """the bytes of a weight of the frozen base"""
+    """the bytes of a weight that the model computes with, outside the experts"""
     master_bytes: int
     """the bytes of a trained parameter and of a moment"""
     groups: tuple[ExpertLayers, ...]
@@ -91,6 +91,13 @@ class RunShape:
     def trains_non_experts(self) -> bool:
         model = self.config.model
         return not self.config.moe.kind.has_pairs and (model.train_non_experts or model.front_end == "megatron")
+
+    @property
+    def rounded_parameters(self) -> int:
+        """The parameters that every rank holds a second time, in the narrower type that the model computes in."""
+        if not self.trains_non_experts or self.dtype_bytes == self.master_bytes:
+            return 0
+        return self.replicated_parameters - self._routers + self.parts_parameters
 
     @property
     def frozen_parameters(self) -> int:
@@ -228,12 +235,12 @@ def _cards_here(driver: Path) -> list[str]:
 
 
 def _dtype(config: Config, topology: Topology) -> str:
-    if config.model.front_end == "megatron":
-        return "float64" if config.model.dtype == "float64" else "float32"
     if config.model.dtype != "auto":
         return config.model.dtype
     if min(topology.flops) >= _GPU_FLOPS:
         return "bfloat16"
+    if config.model.front_end == "megatron":
+        return "float32"
     # This is the trainer's rule, without importing torch.
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")

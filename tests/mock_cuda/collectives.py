@@ -78,10 +78,10 @@ class MockNccl(dist.ProcessGroup):
         return Message(self._gloo.recv(_on_host(tensors, "recv"), *arguments), tensors)
 
 
-def _collective(name: str) -> Any:
+def _collective(name: str, of_gloo: str) -> Any:
     def call(self: MockNccl, *arguments: Any, **options: Any) -> dist.Work:
         on_host = [_on_host(value, name) for value in arguments]
-        getattr(self._gloo, name)(*on_host, **options).wait()
+        getattr(self._gloo, of_gloo)(*on_host, **options).wait()
         return Done(arguments[0])
 
     return call
@@ -99,7 +99,9 @@ for _name in (
     "gather",
     "scatter",
 ):
-    setattr(MockNccl, _name, _collective(_name))
+    setattr(MockNccl, _name, _collective(_name, _name))
+for _name, _of_gloo in (("all_gather_single", "_allgather_base"), ("reduce_scatter_single", "_reduce_scatter_base")):
+    setattr(MockNccl, _name, _collective(_name, _of_gloo))
 
 
 def _on_host(value: Any, operation: str) -> Any:
@@ -115,6 +117,7 @@ def _on_host(value: Any, operation: str) -> Any:
 def install_backend() -> None:
     """Have `init_process_group("nccl")` make groups of this backend, which are called "nccl"."""
     dist.Backend.register_backend(NAME, MockNccl, devices=["cuda"])
+    torch.cuda.nccl.version = lambda: (2, 0, 0)  # asked for by torch's own log of some collectives
     plain_init, plain_name = dist.init_process_group, dist.get_backend
 
     def init_process_group(backend: str | None = None, *arguments: Any, **options: Any) -> None:

@@ -129,15 +129,16 @@ def _stream_of(given: torch.Stream) -> Stream:
 
 
 def _answers(capability: tuple[int, int]) -> dict[str, Any]:
-    def nothing(*_: object, **__: object) -> None:
-        return None
+    def nothing() -> Any:
+        """A function of its own for each name: torch's compiler refuses one function under several names of `torch.cuda`."""
+        return lambda *_, **__: None
 
     def memory(now: bool) -> Any:
         return lambda given=None: device.memory(index_of(given))[0 if now else 1]
 
     return {
         "_initialized": True,
-        "_lazy_init": nothing,
+        "_lazy_init": nothing(),
         "_is_compiled": lambda: True,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -155,7 +156,7 @@ def _answers(capability: tuple[int, int]) -> dict[str, Any]:
         "max_memory_allocated": memory(now=False),
         "max_memory_reserved": memory(now=False),
         "reset_peak_memory_stats": lambda given=None: device.reset_peak_memory(index_of(given)),
-        "empty_cache": nothing,
+        "empty_cache": nothing(),
         "synchronize": lambda given=None: torch.accelerator.synchronize(index_of(given)),
         "device": OnDevice,
         "Stream": Stream,
@@ -163,12 +164,12 @@ def _answers(capability: tuple[int, int]) -> dict[str, Any]:
         "current_stream": lambda given=None: _stream_of(torch.accelerator.current_stream(torch.device("cuda", index_of(given)))),
         "default_stream": lambda given=None: Stream(stream_id=0, device_index=index_of(given), device_type=1),
         "set_stream": lambda stream: torch.accelerator.set_stream(stream),
-        "manual_seed": nothing,
-        "manual_seed_all": nothing,
+        "manual_seed": nothing(),
+        "manual_seed_all": nothing(),
         "get_rng_state": lambda given=None: torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": nothing,
+        "set_rng_state": nothing(),
         "get_rng_state_all": list,
-        "set_rng_state_all": nothing,
+        "set_rng_state_all": nothing(),
     }
 
 

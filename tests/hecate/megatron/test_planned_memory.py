@@ -26,9 +26,9 @@ SHAPE = "{kind: full, hidden: 64, ffn: 136, layers: 2, seq: 96, experts: 5, top_
 ROWS, LENGTH = 8, 96
 
 
-def overrides(tensor: int, shard: int, world: int, policy: str) -> tuple[str, ...]:
-    own = (f"model.tensor_parallel={tensor}", f"fssdp.shard_size={shard}", f"fssdp.policy={policy}", f"nproc={world}")
-    return (*own, f"micro_batch_size={ROWS}", f"data.seq_len={LENGTH}", "data.eval=[]")
+def overrides(tensor: int, shard: int, world: int, policy: str, dtype: str) -> tuple[str, ...]:
+    own = (f"model.dtype={dtype}", f"model.tensor_parallel={tensor}", f"fssdp.shard_size={shard}", f"fssdp.policy={policy}")
+    return (*own, f"nproc={world}", f"micro_batch_size={ROWS}", f"data.seq_len={LENGTH}", "data.eval=[]")
 
 
 def full_rows(copy: int) -> Batch:
@@ -84,28 +84,30 @@ def measured(run: Training) -> dict[str, int]:
     }
 
 
-def _job(rank: int, world: int, folder: str, cases: list[tuple[int, int, str]]) -> list[dict[str, int]]:
+def _job(rank: int, world: int, folder: str, cases: list[tuple[int, int, str, str]]) -> list[dict[str, int]]:
     found = []
-    for tensor, shard, policy in cases:
-        name = f"output_dir={folder}/{world}-{tensor}-{shard}-{policy}"
-        config = config_of(Path(folder), *overrides(tensor, shard, world, policy), name)
+    for tensor, shard, policy, dtype in cases:
+        name = f"output_dir={folder}/{world}-{tensor}-{shard}-{policy}-{dtype}"
+        config = config_of(Path(folder), *overrides(tensor, shard, world, policy, dtype), name)
         found.append(measured(Training(config, tensor_ranks_of(rank, world, tensor, shard))))
     return found
 
 
 def test_every_rank_holds_what_was_planned(tmp_path: Path) -> None:
     """Of 5 experts in two layers rank 0 owns 6 and rank 1 four, or in sharding groups of one each all ten."""
-    world, cases = 2, [(1, 2, "full"), (2, 2, "full"), (2, 2, "static_ep"), (2, 1, "full")]
+    world = 2
+    cases = [(1, 2, "full"), (2, 2, "full"), (2, 2, "static_ep"), (2, 1, "full")]
+    typed = [*((*case, "float32") for case in cases), (2, 2, "full", "bfloat16")]
     write_parts(tmp_path)
     (tmp_path / "tiny.yaml").write_text(SHAPE)
-    found = run_ranks(world, _job, str(tmp_path), cases)
-    for index, (tensor, shard, policy) in enumerate(cases):
-        run = run_shape(config_of(tmp_path, *overrides(tensor, shard, world, policy)), None, world)
+    found = run_ranks(world, _job, str(tmp_path), typed)
+    for index, (tensor, shard, policy, dtype) in enumerate(typed):
+        run = run_shape(config_of(tmp_path, *overrides(tensor, shard, world, policy, dtype)), None, world)
         others = np.array([4.0, 6.0]) if policy == "full" and shard > 1 else np.zeros(world)
         rows = np.full(world, ROWS * LENGTH / tensor)
         parts: dict[str, Any] = {part.name: part.bytes_PD for part in memory_parts(run, [others], rows)}
         for rank in range(world):
-            what = f"rank {rank}, {tensor} parts, groups of {shard}, {policy}"
+            what = f"rank {rank}, {tensor} parts, groups of {shard}, {policy}, {dtype}"
             got = found[rank][index]
             for name in ("base weights", "owned experts, moments", "routers, adapters, moments", "replicas"):
                 assert got[name] == parts[name][PHASES.index("forward"), rank], f"{name}, {what}"
@@ -113,4 +115,5 @@ def test_every_rank_holds_what_was_planned(tmp_path: Path) -> None:
             logits = min(512, ROWS * LENGTH) * run.base.vocabulary // tensor * 8
             if policy == "full":  # with tokens at home
                 estimate = parts["activations (estimate)"][PHASES.index("forward"), rank] - logits
-                assert estimate == pytest.approx(got["activations"], rel=0.1), what
+                # In bfloat16 torch's norm, made of small operators on a CPU, keeps what it computes in float32.
+                assert estimate == pytest.approx(got["activations"], rel=0.1 if dtype == "float32" else 0.15), what
