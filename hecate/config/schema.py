@@ -43,7 +43,8 @@ class ModelConfig:
     sequences, so micro_batch_size counts once for all of them; experts are still spread over all ranks. Must divide the number of
     ranks."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """The type in which the frozen base is stored and computed. auto: the trainer chooses by model and device."""
+    """The type in which the frozen base is stored and computed. auto: the trainer chooses by model and device. With front_end megatron, of
+    all weights outside the experts: bfloat16 ones are trained through copies in float32; auto is bfloat16 on a GPU, float32 on a CPU."""
     attention: Literal["auto", "sdpa", "flex", "flash"] = field(default="auto", metadata=key(computes=False))
     """With front_end transformers: how attention is computed in training and in the held-out loss; the results are the same within
     rounding. flash: flash attention over each sample, by the package flash-attn or by torch, in bfloat16 on a GPU. flex: torch's flex

@@ -12,17 +12,21 @@ import torch
 from hecate.kernels.common.kernel_launch import Launch
 from hecate.model import attention_kernels
 from hecate.model.attention_kernels import package_flash
+from tests.kernels.interpreter_bf16 import bf16_right
 from tests.mock_cuda.install import device
 from tests.plain_attention import plain_flash, plain_flex
 
+_BF16_RIGHT = bf16_right()
 LAUNCHES: Counter[str] = Counter()
 """kernel -> how often it was launched in this process"""
 
 
 def interpret_in_place() -> None:
-    """Have launches of kernels run in the interpreter on aliases of their arguments. A CPU tensor among them is refused. Kernels of
-    attention, which torch and flash-attn would bring, become the formulas of `tests.plain_attention`.
+    """Have launches of kernels run in the interpreter, bfloat16 mended, on aliases of their arguments. A CPU tensor among them is refused.
+
+    Kernels of attention, which torch and flash-attn would bring, become the formulas of `tests.plain_attention`.
     """
+    _BF16_RIGHT.__enter__()  # for as long as the process lasts
     plain = Launch.run
 
     def run(self: Launch) -> None:

@@ -181,7 +181,6 @@ def test_that_mixtral_is_evaluated_and_goes_on_with_a_text(folder: Path, found: 
         ("model.name_or_path=gpt-moe-xxl", "no such preset"),
         ("model.tokenizer=null", "must be given with model.front_end=megatron"),
         ("moe.family=mixlora", "must be full"),
-        ("model.dtype=bfloat16", "must be float32 or float64"),
         ("moe.top_k=5", "must be from 1 to 4"),
         ("moe.num_experts=[4,4]", "must be one number"),
         ("model.num_hidden_layers=3", "the model has only 2"),
