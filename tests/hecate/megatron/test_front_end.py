@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,23 @@ def test_the_model_that_is_left_is_the_masters_in_bfloat16(folder: Path) -> None
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     master = run.parts.moe.others["embedding.word_embeddings.weight"]
     assert torch.equal(found["model.embed_tokens.weight"], master.detach().bfloat16())
+
+
+def test_gradients_of_megatrons_experts_are_added_up_in_float32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each micro-step's leave Megatron's layers, which would add them up in bfloat16."""
+    from hecate.megatron import expert_parallel_engine as engine_module
+
+    run = training(folder, "megatrons", BFLOAT16, "fssdp.policy=megatron_ep", "gradient_accumulation_steps=2", "micro_batch_size=1")
+    plain, taken = engine_module.write_gradients, []
+
+    def watched(layer: Any, grad_nC: torch.Tensor) -> None:
+        taken.append({weight.grad.dtype for weight in layer.experts.parameters() if weight.grad is not None} | {grad_nC.dtype})
+        plain(layer, grad_nC)
+        assert all(weight.grad is None for weight in layer.experts.parameters())
+
+    monkeypatch.setattr(engine_module, "write_gradients", watched)
+    run.train_one()
+    assert taken == [{torch.bfloat16, torch.float32}] * 4, "two layers, two micro-steps"
 
 
 def test_the_type_is_float32_on_every_cpu_and_bfloat16_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
