@@ -64,6 +64,12 @@ class MockNccl(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return NAME
 
+    @property
+    def group_name(self) -> str:
+        """Which torch would ask of the group's backend, but this group has none beside itself."""
+        name: str = distributed_c10d._world.pg_names[self]
+        return name
+
     def abort(self) -> None:
         """As NCCL's: nothing is sent or received by this group afterwards."""
 

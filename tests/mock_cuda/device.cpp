@@ -411,6 +411,16 @@ Tensor& set_tensor(Tensor& self, const Tensor& source) {
   return set_storage(self, source.storage(), source.storage_offset(), source.sizes(), source.strides());
 }
 
+// CUDA counts whole numbers, which the CPU refuses.
+Tensor histc(const Tensor& self, int64_t bins, const c10::Scalar& min, const c10::Scalar& max) {
+  count("aten::histc");
+  const Tensor values = as_cpu(self);
+  const Tensor counts = at::isIntegralType(values.scalar_type(), false)
+      ? at::histc(values.to(at::kDouble), bins, min, max).to(values.scalar_type())
+      : at::histc(values, bins, min, max);
+  return as_device(counts, {});
+}
+
 void record_stream(Tensor&, Stream) {}
 
 TORCH_LIBRARY_IMPL(_, CUDA, library) {
@@ -444,6 +454,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
     const auto overload = name.overload_name.empty() ? "" : "." + name.overload_name;
     library.impl((name.name.substr(6) + overload).c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
   }
+  library.impl("histc", &histc);
 }
 
 }  // namespace

@@ -1,20 +1,25 @@
-"""One rank of some training runs, one after the other, on a mock GPU or on the CPU: `python -m tests.mock_cuda.rank RUNS.json RANK`.
+"""One rank of some training runs on a GPU, a mock one or the CPU: `python -m tests.mock_cuda.rank RUNS.json RANK`.
 
-For `RUNS.json` see `tests.mock_cuda.runs.Runs`. On a mock GPU the rank leaves, beside each run's folder, what happened in the steps from
-the third on: waits of the host by place, and kernels by name.
+The runs come one after the other. For `RUNS.json` see `tests.mock_cuda.runs.Runs`. On a GPU, mock or not, the rank leaves, beside each
+run's folder, what happened in the steps from the third on: waits of the host by place, kernels by name, and the routes of the gathers.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import io
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hecate.config import Config
 
 WARM_UP = 2
 """steps that are not watched: the first ones make what later ones find"""
@@ -44,33 +49,50 @@ def main(runs: dict[str, Any], rank: int) -> None:
         config = load_config(runs["config"], [f"output_dir={folder}", *overrides], claim_output=False)
         store = dist.FileStore(f"{folder}.store", world)
         ranks = connect(store, rank, world, config.fssdp.shard_size, config.model.tensor_parallel)
-        if runs["mock"]:
-            with _watched_steps() as steps:
+        if runs["mock"] or runs["gpu"]:
+            with _watched_steps(_watched_on_mock if runs["mock"] else _watched_on_gpu) as steps:
                 train(config, ranks)
             folder.with_name(f"{name}.rank{rank}.json").write_text(json.dumps(steps), encoding="utf-8")
         else:
             train(config, ranks)
         dist.destroy_process_group()
+        if name in runs["asked"]:
+            folder.with_name(f"{name}.answered.json").write_text(json.dumps(_ask(config, folder)), encoding="utf-8")
+
+
+def _ask(config: Config, folder: Path) -> dict[str, str]:
+    """Evaluate what a run has written, as `hecate eval` does, and have it answer a question in two tokens."""
+    from hecate.train.inference import answer, evaluate_trained
+
+    written = folder / ("model" if (folder / "model").exists() else "adapter")
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        evaluate_trained(replace(config, eval=replace(config.eval, generate=False)), written)
+    return {
+        "printed": "\n".join(line for line in printed.getvalue().splitlines() if str(folder) not in line),
+        "answer": answer(written, "w1x1", system=None, model=None, max_new_tokens=2),
+    }
+
+
+Watch = Callable[[], AbstractContextManager[dict[str, Any]]]
+"""watches a block; what it yields is filled at the block's end"""
 
 
 @contextmanager
-def _watched_steps() -> Iterator[list[dict[str, Any]]]:
+def _watched_steps(watch: Watch) -> Iterator[list[dict[str, Any]]]:
     """Watch the training steps until the end of the block; yields what is found, one record a step."""
     from hecate.report.events import StepEvent
     from hecate.train.training import Training
-    from tests.mock_cuda.kernels import LAUNCHES
-    from tests.mock_cuda.waits import watching
 
     steps: list[dict[str, Any]] = []
     plain = Training.train_one
 
     def train_one(self: Training, *arguments: Any) -> StepEvent:
-        before = Counter(LAUNCHES)
-        with watching() as watched:
+        with watch() as found:
             event = plain(self, *arguments)
         if self.standing.step > WARM_UP:
-            launches = dict(LAUNCHES - before)
-            steps.append({"waits": watched.by_place(), "kinds": watched.by_kind(), "launches": launches})
+            transfers = self.parts.moe.engine.shards.plans.transfers.values()
+            steps.append(found | {"routes": sorted({transfer.chunks.route for transfer in transfers})})
         return event
 
     Training.train_one = train_one  # type: ignore[method-assign]
@@ -80,6 +102,29 @@ def _watched_steps() -> Iterator[list[dict[str, Any]]]:
         Training.train_one = plain  # type: ignore[method-assign]
 
 
+@contextmanager
+def _watched_on_mock() -> Iterator[dict[str, Any]]:
+    from tests.mock_cuda.kernels import LAUNCHES
+    from tests.mock_cuda.waits import watching
+
+    found: dict[str, Any] = {}
+    before = Counter(LAUNCHES)
+    with watching() as watched:
+        yield found
+    found |= {"waits": watched.by_place(), "kinds": watched.by_kind(), "launches": dict(LAUNCHES - before)}
+
+
+@contextmanager
+def _watched_on_gpu() -> Iterator[dict[str, Any]]:
+    from tests.gpu.waits import watching
+
+    found: dict[str, Any] = {}
+    with watching() as waits:
+        yield found
+    found["waits"] = dict(waits)
+
+
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(280, exit=True)
-    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[2]))
+    given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    faulthandler.dump_traceback_later(given["seconds"], exit=True)
+    main(given, int(sys.argv[2]))

@@ -55,6 +55,8 @@ def arithmetic():
         lambda x: torch.stack(x.split(2, dim=1)).to(torch.bfloat16).float(),
     ):
         assert torch.equal(compute(device).cpu(), compute(host))
+    numbers = torch.tensor([0, 2, 2], dtype=torch.int32, device="cuda")
+    assert torch.histc(numbers, bins=3, min=0, max=2).tolist() == [1, 0, 2], "CUDA counts whole numbers, the CPU does not"
     threads = set()
     weight = device.clone().requires_grad_()
     weight.register_hook(lambda grad: threads.add(threading.get_ident()))

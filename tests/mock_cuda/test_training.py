@@ -1,4 +1,4 @@
-"""Whole trainings on mock GPUs: the losses are the CPU's, and the host waits where a table says, and nowhere else.
+"""Whole trainings on mock GPUs: the losses, the scores and what is written are the CPU's, and the host waits where a table says.
 
 Wrong devices, reads of memory that nothing has written, and tensors of the host in collectives or kernels are errors of the mock device.
 What a real GPU does besides is not shown: streams beside each other, NCCL, the kernels' machine code.
@@ -6,108 +6,139 @@ What a real GPU does besides is not shown: streams beside each other, NCCL, the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 
-from testing.tiny_run import make_workshop, save_random_llama
+from tests.host_waits import expected_waits
+from tests.mock_cuda import trainings
 from tests.mock_cuda.runs import Runs, do
+from tests.mock_cuda.trainings import EVALUATED, SMALL, Settings
 
-STEPS = 4
-QUIET = {
-    "eval.on_start": "false",
-    "eval.generate": "false",
-    "data.eval": "[]",
-    "max_steps": STEPS,
-    "kernels": "torch",
-    "lora.dropout": 0.1,
+TABLES: dict[str, tuple[int, Mapping[str, Settings]]] = {
+    "one rank": (1, trainings.ONE_RANK),
+    "two ranks": (2, trainings.TWO_RANKS),
+    "policies": (2, trainings.OF_POLICIES),
+    "three ranks": (3, trainings.THREE_RANKS),
+    "four ranks": (4, trainings.FOUR_RANKS),
 }
-TWO_NODES = (
-    "nodes: [{devices: 2, flops: 1e9, memory: 1e9}, {devices: 2, flops: 1e9, memory: 1e9}]\n"
-    "intra_node: {bandwidth: 1e9, latency: 1e-6}\ninter_node: {bandwidth: 1e7, latency: 1e-5}\n"
-)
-ONE_NODE = "nodes: [{devices: 4, flops: 1e9, memory: 1e9}]\nintra_node: {bandwidth: 1e6, latency: 1e-9}\n"
+"""name -> number of ranks, and the trainings that they do"""
+ASKED = tuple(case for case in trainings.ONE_RANK if case.endswith("-evaluated"))
 
-SEVERAL_RANKS: dict[int, dict[str, tuple[str, ...]]] = {
-    2: {
-        "static_ep": ("fssdp.policy=static_ep",),
-        "full": ("fssdp.policy=full", "data.packing=false"),
-        "auto-exact": ("fssdp.plan=exact",),
-        "hecate-calibrated": ("fssdp.policy=hecate", "fssdp.plan=calibrated"),
-        "rematerialize": ("fssdp.rematerialize=true", "gradient_checkpointing=true", "fssdp.prefetch=2"),
-        "flex-evaluated": (
-            "model.name_or_path={folder}/wide",
-            "data.eval={folder}/up.eval.jsonl",
-            "eval.on_start=true",
-            "eval.generate=true",
-            "eval.max_new_tokens=2",
-        ),
-        "full-experts": ("moe.family=full", "moe.upcycle_noise=0.1", "fssdp.policy=static_ep"),
-    },
-    4: {
-        "groups": ("fssdp.shard_size=2", "micro_batch_size=1"),
-        "backups": ("fssdp.redundancy=1", "micro_batch_size=1"),
-        "over-leaders": ("topology={folder}/two_nodes.yaml", "fssdp.policy=full", "micro_batch_size=1"),
-        "in-slices": ("topology={folder}/one_node.yaml", "fssdp.policy=full", "micro_batch_size=1", "moe.num_experts=1", "moe.top_k=1"),
-    },
-}
+
+class Done(Protocol):
+    def __call__(self, table: str) -> tuple[Runs, Runs]:
+        """The runs of a table on mock GPUs and on the CPU."""
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_workshop(tmp_path_factory.mktemp("workshop"))
-    # Flex attention needs heads of 16 elements.
-    save_random_llama(
-        folder / "wide", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
-    )
-    (folder / "two_nodes.yaml").write_text(TWO_NODES, encoding="utf-8")
-    (folder / "one_node.yaml").write_text(ONE_NODE, encoding="utf-8")
-    return folder
+    return trainings.make_folder(tmp_path_factory.mktemp("workshop"))
 
 
-def on_both(workshop: Path, world: int, cases: dict[str, tuple[str, ...]], **on_mock: str) -> tuple[Runs, Runs]:
+@pytest.fixture(scope="module")
+def done(workshop: Path) -> Done:
+    @cache
+    def both(table: str) -> tuple[Runs, Runs]:
+        world, cases = TABLES[table]
+        return on_both(workshop, table.replace(" ", "-"), world, cases, asked=ASKED if table == "one rank" else ())
+
+    return both
+
+
+def on_both(
+    workshop: Path,
+    name: str,
+    world: int,
+    cases: Mapping[str, Settings],
+    *,
+    on_mock: Settings = (),
+    asked: tuple[str, ...] = (),
+    begun: tuple[Runs, Runs] | None = None,
+) -> tuple[Runs, Runs]:
     """The same runs on mock GPUs and on the CPU.
 
     Args:
-        on_mock: keys that have these values on mock GPUs only.
+        name: of their folders.
+        on_mock: settings that are others on mock GPUs.
+        begun: the runs of both that these go on with.
     """
-    overrides = {}
-    for case, changes in cases.items():
-        changed = QUIET | dict(one.format(folder=workshop).split("=", 1) for one in changes)
-        overrides[case] = [f"{key}={value}" for key, value in changed.items()]
-    cpu = Runs(str(workshop / "config.yaml"), str(workshop / f"cpu{world}"), world, False, overrides)
-    differing = {case: [line for line in lines if line.split("=")[0] not in on_mock] for case, lines in overrides.items()}
-    for lines in differing.values():
-        lines.extend(f"{key}={value}" for key, value in on_mock.items())
-    return do(replace(cpu, folder=str(workshop / f"mock{world}"), mock=True, overrides=differing)), do(cpu)
+    mine = {case: trainings.overrides(settings, workshop) for case, settings in cases.items()}
+    theirs = {case: trainings.overrides((*settings, *on_mock), workshop) for case, settings in cases.items()}
+    cpu = Runs(str(workshop / "config.yaml"), str(workshop / f"cpu-{name}"), world, False, mine, asked, seconds=590)
+    mock = replace(cpu, folder=str(workshop / f"mock-{name}"), mock=True, overrides=theirs)
+    return do(mock, begun and begun[0]), do(cpu, begun and begun[1])
+
+
+def require_alike(mock: Runs, cpu: Runs, case: str, rounding: float = 1e-6) -> None:
+    """Losses, norms, scores and everything written of both runs are equal within `rounding`, relative to each number or tensor."""
+    assert len(mock.losses(case)) == len(cpu.losses(case)) > 0
+    for got, wanted in zip(mock.losses(case), cpu.losses(case), strict=True):
+        assert got == pytest.approx(wanted, rel=rounding), case
+    for got_of, wanted_of in zip(mock.evaluations(case), cpu.evaluations(case), strict=True):
+        assert got_of.keys() == wanted_of.keys()
+        for source, scores in wanted_of.items():
+            assert got_of[source] == pytest.approx(scores, rel=rounding), (case, source)
+    tensors = mock.exported(case)
+    assert tensors.keys() == cpu.exported(case).keys()
+    for name, value in cpu.exported(case).items():
+        difference = float((tensors[name].double() - value.double()).abs().max())
+        assert difference <= 10 * rounding * float(value.abs().max()), f"{case}: {name} differs by {difference}"
+
+
+def require_waits(step: Mapping[str, Any], wanted: Mapping[str, int]) -> None:
+    assert "H2D pageable" not in step["kinds"]
+    assert step["waits"] == wanted
+
+
+def test_one_rank_waits_in_few_places_and_what_it_writes_answers(workshop: Path) -> None:
+    """Triton's kernels are interpreted. Two layers, one micro-step: nothing waits for a layer, or for the batch."""
+    short = (*SMALL, "max_steps=3")
+    mock, cpu = on_both(workshop, "short", 1, {"waits": short, "answers": (*short, *EVALUATED, "max_steps=1")}, on_mock=("kernels=triton",))
+    require_alike(mock, cpu, "waits", rounding=1e-5)
+    (step,) = mock.steps("waits", rank=0)
+    assert {"shrink_kernel", "gated_kernel", "outer_kernel"} <= set(step["launches"]), "Triton kernels did not run"
+    require_waits(step, expected_waits(layers=2, micro_steps=1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
-def test_losses_are_those_of_the_cpu(workshop: Path, world: int) -> None:
-    mock, cpu = on_both(workshop, world, SEVERAL_RANKS[world])
-    for case in SEVERAL_RANKS[world]:
-        assert len(mock.losses(case)) == STEPS
-        for got, wanted in zip(mock.losses(case), cpu.losses(case), strict=True):
-            assert got == pytest.approx(wanted, rel=1e-6), case
+@pytest.mark.parametrize("table", TABLES)
+def test_a_training_is_the_cpus(done: Done, table: str) -> None:
+    mock, cpu = done(table)
+    wrong = {}
+    for case in TABLES[table][1]:
+        try:
+            require_alike(mock, cpu, case)
+        except AssertionError as error:
+            wrong[case] = str(error)
+    assert not wrong, wrong
 
 
-def test_the_host_waits_in_few_places(workshop: Path) -> None:
-    """One rank, Triton kernels (interpreted). Two layers, one micro-step: nothing waits for a layer, for the batch or its attention."""
-    small = ("model.name_or_path={folder}/wide", "micro_batch_size=1", "data.seq_len=40", "gradient_accumulation_steps=1", "max_steps=3")
-    mock, cpu = on_both(workshop, 1, {"triton": small}, kernels="triton")
-    for got, wanted in zip(mock.losses("triton"), cpu.losses("triton"), strict=True):
-        assert got == pytest.approx(wanted, rel=1e-5)
-    (step,) = mock.steps("triton", rank=0)
-    assert {"shrink_kernel", "gated_kernel", "outer_kernel"} <= set(step["launches"]), "Triton kernels did not run"
-    assert step["launches"]["flex_attention"] == 2, "a layer's attention was computed in another way"
-    assert "H2D pageable" not in step["kinds"]
-    assert "hecate: topology: 1 x Mock H100 on 1 node" in mock.log(rank=0)
-    assert "does not know the card 'Mock H100'" in mock.log(rank=0), "topology: auto did not read the device's name"
-    assert "peak GPU memory, reserved" in mock.log(rank=0)
-    assert "hecate: topology:" not in cpu.log(rank=0)
-    assert step["waits"] == {
-        "parallel/comm/host_read.py:get": 1,
-        "hecate/train/step_totals.py:exchange_totals": 1,
-    }
+@pytest.mark.slow
+def test_what_was_written_is_evaluated_and_answers_as_on_the_cpu(done: Done) -> None:
+    mock, cpu = done("one rank")
+    for case in ASKED:
+        assert mock.answered(case) == cpu.answered(case)
+        assert "up.eval" in mock.answered(case)["printed"]
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_give_the_cpus_losses(workshop: Path) -> None:
+    mock, cpu = on_both(workshop, "interpreted", 1, trainings.INTERPRETED, on_mock=("kernels=triton",))
+    for case in trainings.INTERPRETED:
+        require_alike(mock, cpu, case, rounding=1e-5)
+        step = mock.steps(case, rank=0)[-1]
+        assert step["launches"], f"{case}: Triton kernels did not run"
+        require_waits(step, expected_waits(layers=2, micro_steps=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in trainings.FOUR_RANKS if "leaders" in case or "slices" in case])
+def test_gathers_take_the_route_that_the_training_is_there_for(done: Done, case: str) -> None:
+    mock, _ = done("four ranks")
+    (wanted,) = (route for word, route in trainings.ROUTES.items() if word in case)
+    assert {route for step in mock.steps(case, rank=1) for route in step["routes"]} == {wanted}

@@ -7,12 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 
+from tests.host_waits import place_of
 from tests.mock_cuda.install import device
 
-ROOT = Path(__file__).resolve().parents[2]
 NO_WAITS = frozenset({"H2D pinned", "D2H pinned"})
 """what is reported, but is no wait"""
 
@@ -48,7 +46,7 @@ def watching() -> Iterator[Watched]:
     watched = Watched()
 
     def note(kind: str, what: str) -> None:
-        watched.waits[_place(sys._getframe(1)), kind] += 1
+        watched.waits[place_of(sys._getframe(1)), kind] += 1
 
     device.observe(note)
     device.count_operators(True)
@@ -58,12 +56,3 @@ def watching() -> Iterator[Watched]:
         watched.operators = device.operators()
         device.count_operators(False)
         device.observe(None)
-
-
-def _place(frame: FrameType | None) -> str:
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests") and ".venv" not in path.parts:
-            return f"{path.resolve().relative_to(ROOT)}:{frame.f_code.co_name}"
-        frame = frame.f_back
-    return "?"

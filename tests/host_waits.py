@@ -1,0 +1,43 @@
+"""Where the host may wait for the device in a training step: one table for mock GPUs and for real ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def place_of(frame: FrameType | None) -> str:
+    """FILE:FUNCTION of the innermost line of the project's own, without its tests; "?": there is none."""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests") and ".venv" not in path.parts:
+            return f"{path.resolve().relative_to(ROOT)}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "?"
+
+
+def expected_waits(*, layers: int, micro_steps: int, tokens_travel: bool = False, plans_by_micro_step: bool = False) -> Counter[str]:
+    """Place -> waits of one rank in one training step, in which nothing is re-sharded.
+
+    Args:
+        layers: number of MoE layers.
+        tokens_travel: tokens go to the ranks of their experts in every layer: static_ep.
+        plans_by_micro_step: the placement is planned from each micro-step's loads: fssdp.plan exact or calibrated.
+    """
+    calls = layers * micro_steps
+    waits = Counter(
+        {
+            "hecate/model/causal_head.py:hidden": micro_steps,
+            "hecate/engine/step.py:exchange_counts": 1,
+            "hecate/optim/optimizer.py:global_grad_norm": 1,
+            "hecate/train/step.py:train_step": 1,
+        }
+    )
+    if tokens_travel:
+        waits["parallel/comm/dispatch.py:dispatch"] += calls
+    if plans_by_micro_step:
+        waits["hecate/engine/step.py:exchange_counts"] += calls
+    return waits

@@ -1,0 +1,119 @@
+"""The trainings that mock GPUs and the CPU both do: their settings, and the folder with the models and data that they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_type_hints
+
+import torch
+
+from hecate.config.schema import MEGATRON_EP, FssdpConfig
+from testing.byte_tokenizer import build_byte_tokenizer
+from testing.tiny_run import make_workshop
+from tests.plain_moe_lora import save_tiny
+
+STEPS = 4
+QUIET = {
+    "eval.on_start": "false",
+    "eval.generate": "false",
+    "data.eval": "[]",
+    "max_steps": str(STEPS),
+    "kernels": "torch",
+    "lora.dropout": "0.1",
+}
+"""what every training has that does not say otherwise"""
+TWO_NODES = (
+    "nodes: [{devices: 2, flops: 1e9, memory: 1e9}, {devices: 2, flops: 1e9, memory: 1e9}]\n"
+    "intra_node: {bandwidth: 1e9, latency: 1e-6}\ninter_node: {bandwidth: 1e7, latency: 1e-5}\n"
+)
+ONE_NODE = "nodes: [{devices: 4, flops: 1e9, memory: 1e9}]\nintra_node: {bandwidth: 1e6, latency: 1e-9}\n"
+SLOW_DEVICES = "nodes: [{devices: 2, flops: 1e6, memory: 1e9}]\nintra_node: {bandwidth: 1e9, latency: 1e-6}\n"
+
+Settings = tuple[str, ...]
+"""KEY=VALUE; {folder} stands for the workshop's folder"""
+POLICIES = tuple(name for name in get_type_hints(FssdpConfig)["policy"].__args__ if name != MEGATRON_EP)
+FULL = ("moe.family=full", "moe.upcycle_noise=0.1")
+MOE_LORA = ("moe.family=moe_lora", "model.name_or_path={folder}/moe", "moe.num_experts=null", "moe.top_k=null")
+SMALL = ("micro_batch_size=1", "data.seq_len=40", "gradient_accumulation_steps=1")
+EVALUATED = ("eval.on_start=true", "eval.generate=true", "data.eval=[{folder}/up.eval.jsonl]")
+STATIC, EVERYWHERE, HECATE = ("fssdp.policy=static_ep",), ("fssdp.policy=full",), ("fssdp.policy=hecate",)
+EXACT, CALIBRATED = ("fssdp.plan=exact",), ("fssdp.plan=calibrated",)
+FREED = ("fssdp.rematerialize=true", "gradient_checkpointing=true", "fssdp.prefetch=2")
+SHARDED = ("model.shard_non_experts=true", "moe.train_router=true")
+OVER_LEADERS = ("topology={folder}/two_nodes.yaml", "micro_batch_size=1")
+IN_SLICES = ("topology={folder}/one_node.yaml", "micro_batch_size=1", "moe.num_experts=1", "moe.top_k=1")
+
+ONE_RANK: dict[str, Settings] = {
+    "mixlora-reference": ("kernels=reference",),
+    "mixlora-bf16": ("model.dtype=bfloat16",),
+    "mixlora-padded": ("data.packing=false", "gradient_checkpointing=true"),
+    "mixlora-freed-exact": (*FREED, *EXACT),
+    "mixlora-evaluated": EVALUATED,
+    "full-evaluated": (*FULL, *EVALUATED),
+    "full-bf16": (*FULL, "model.dtype=bfloat16"),
+    "full-all-weights": (*FULL, "model.train_non_experts=true", "fssdp.rematerialize=true"),
+    "moe_lora-evaluated": (*MOE_LORA, *EVALUATED, "moe.train_router=true"),
+    "moe_lora-bf16-freed": (*MOE_LORA, "model.dtype=bfloat16", *FREED),
+    "moe_lora-sharded": (*MOE_LORA, *SHARDED, "gradient_checkpointing=true"),
+}
+INTERPRETED: dict[str, Settings] = {
+    "mixlora": SMALL,
+    "full": (*FULL, *SMALL),
+    "moe_lora": (*MOE_LORA, *SMALL),
+}
+"""one rank, with Triton kernels on the mock GPU"""
+OF_POLICIES: dict[str, Settings] = {
+    f"policy-{policy}": (f"fssdp.policy={policy}", "moe.num_experts=5", "topology={folder}/slow_devices.yaml") for policy in POLICIES
+}
+"""two ranks"""
+TWO_RANKS: dict[str, Settings] = {
+    "mixlora-static": (*STATIC, *EVALUATED),
+    "mixlora-full-padded": (*EVERYWHERE, "data.packing=false"),
+    "mixlora-exact": (*EXACT, "fssdp.policy=auto"),
+    "mixlora-calibrated": (*CALIBRATED, *HECATE),
+    "mixlora-freed": FREED,
+    "mixlora-freed-static": (*FREED, *STATIC),
+    "mixlora-moved": (*STATIC, "fssdp.reshard_interval=2", "topology={folder}/slow_devices.yaml"),
+    "full-static": (*FULL, *STATIC, *EVALUATED),
+    "full-exact": (*FULL, *EXACT, "gradient_checkpointing=true"),
+    "full-all-weights": (*FULL, *STATIC, "model.train_non_experts=true"),
+    "moe_lora-static": (*MOE_LORA, *STATIC, *EVALUATED),
+    "moe_lora-calibrated-freed": (*MOE_LORA, *CALIBRATED, *HECATE, *FREED),
+    "moe_lora-sharded": (*MOE_LORA, *SHARDED, *EVERYWHERE, "gradient_checkpointing=true"),
+}
+THREE_RANKS: dict[str, Settings] = {
+    "mixlora-unequal-layers": (*HECATE, "moe.num_experts=[4,5]", "micro_batch_size=1"),
+    "mixlora-backups": (*STATIC, "fssdp.redundancy=1", "micro_batch_size=1"),
+    "full-calibrated": (*FULL, *CALIBRATED, *HECATE, "micro_batch_size=1"),
+    "moe_lora-exact": (*MOE_LORA, *EXACT, *STATIC, "micro_batch_size=1"),
+}
+FOUR_RANKS: dict[str, Settings] = {
+    "mixlora-groups": ("fssdp.shard_size=2", "micro_batch_size=1"),
+    "mixlora-groups-backups": ("fssdp.shard_size=2", "fssdp.redundancy=1", *STATIC, "micro_batch_size=1"),
+    "mixlora-leaders": (*OVER_LEADERS, *EVERYWHERE),
+    "mixlora-slices": (*IN_SLICES, *EVERYWHERE),
+    "full-leaders-freed": (*FULL, *OVER_LEADERS, *EVERYWHERE, *FREED),
+    "full-slices": (*FULL, *IN_SLICES, *EVERYWHERE),
+    "moe_lora-leaders": (*MOE_LORA, *OVER_LEADERS, *EVERYWHERE),
+    "moe_lora-groups-sharded": (*MOE_LORA, *SHARDED, "fssdp.shard_size=2", "micro_batch_size=1"),
+}
+ROUTES = {"leaders": "two_level", "slices": "sliced"}
+"""word in a training's name -> the route that its gathers must have taken"""
+
+
+def make_folder(folder: Path) -> Path:
+    """Fill the empty `folder` with models, data, topologies and config.yaml; returns it."""
+    make_workshop(folder)
+    tokenizer = build_byte_tokenizer()
+    ends = {"eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
+    save_tiny("qwen3_moe", folder / "moe", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=128, **ends)
+    tokenizer.save_pretrained(folder / "moe")
+    for name, text in (("two_nodes", TWO_NODES), ("one_node", ONE_NODE), ("slow_devices", SLOW_DEVICES)):
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def overrides(settings: Settings, folder: Path) -> list[str]:
+    """A training's settings for `load_config`."""
+    changed = QUIET | dict(setting.format(folder=folder).split("=", 1) for setting in settings)
+    return [f"{key}={value}" for key, value in changed.items()]
