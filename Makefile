@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow lint format clean
+.PHONY: install quickstart test test-slow gpu-check lint format clean
 
 install: $(STAMP)
 
@@ -44,6 +44,10 @@ test: lint
 # The slow tests, 20 minutes: Ray clusters, two nodes in network namespaces (needs root), and further world sizes.
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
+
+# The first ten minutes with a card (docs/gpu.md); needs no network once `make install` is done. Exit status 2: there is no GPU.
+gpu-check: install
+	@$(BIN)/python -m tests.gpu.check --json gpu-check.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -19,13 +19,23 @@ def place_of(frame: FrameType | None) -> str:
     return "?"
 
 
-def expected_waits(*, layers: int, micro_steps: int, tokens_travel: bool = False, plans_by_micro_step: bool = False) -> Counter[str]:
+def expected_waits(
+    *,
+    layers: int,
+    micro_steps: int,
+    tokens_travel: bool = False,
+    plans_by_micro_step: bool = False,
+    computes_twice: bool = False,
+    clips: bool = False,
+) -> Counter[str]:
     """Place -> waits of one rank in one training step, in which nothing is re-sharded.
 
     Args:
         layers: number of MoE layers.
         tokens_travel: tokens go to the ranks of their experts in every layer: static_ep.
         plans_by_micro_step: the placement is planned from each micro-step's loads: fssdp.plan exact or calibrated.
+        computes_twice: layers run again in the backward pass: gradient_checkpointing.
+        clips: the norm of the gradients is above max_grad_norm.
     """
     calls = layers * micro_steps
     waits = Counter(
@@ -37,7 +47,9 @@ def expected_waits(*, layers: int, micro_steps: int, tokens_travel: bool = False
         }
     )
     if tokens_travel:
-        waits["parallel/comm/dispatch.py:dispatch"] += calls
+        waits["parallel/comm/dispatch.py:dispatch"] += calls * (2 if computes_twice else 1)
     if plans_by_micro_step:
         waits["hecate/engine/step.py:exchange_counts"] += calls
+    if clips:
+        waits["hecate/optim/optimizer.py:step"] += 1
     return waits

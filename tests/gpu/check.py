@@ -33,6 +33,7 @@ NO_GPU = 2
 CHECKS: tuple[Check, ...] = (
     device_checks.arithmetic,
     device_checks.kernels,
+    training_checks.float64_losses,
     training_checks.float32_losses,
     training_checks.bfloat16_losses,
     training_checks.command_line,
@@ -40,6 +41,7 @@ CHECKS: tuple[Check, ...] = (
     device_checks.side_streams,
     training_checks.freed_replicas,
     training_checks.save_and_resume,
+    several_gpus.two_ranks_on_one_gpu,
     several_gpus.uneven_exchanges,
     several_gpus.two_gpus,
     several_gpus.killed_rank,

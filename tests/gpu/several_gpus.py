@@ -7,7 +7,8 @@ import shutil
 import sys
 
 from benchmarks import lost_rank
-from tests.gpu.bench import Bench, Failed, Figures
+from hecate.ranks import launcher_files
+from tests.gpu.bench import Bench, Failed, Figures, Skipped
 from tests.gpu.training_checks import ROUNDING, SLOWLY, compare
 from tests.mock_cuda.trainings import EVERYWHERE, FREED, FULL, HECATE, MOE_LORA, STATIC, Settings
 
@@ -22,11 +23,23 @@ KILLED_AT, STEPS = 6, 6
 
 
 def two_gpus(bench: Bench) -> Figures:
-    """Trainings of two ranks over NCCL, against the CPU's over gloo."""
+    """Trainings of two ranks over NCCL, against the CPU's over gloo, in float64."""
     bench.needs(2)
     cpu = bench.train("two-cpu", CASES, world=2, on_cpu=True)
     gpu = bench.train("two-gpu", CASES, world=2)
-    return {case: compare(gpu, cpu, case, ROUNDING["float32"]) for case in CASES}
+    return {case: compare(gpu, cpu, case, ROUNDING["float64"]) for case in CASES}
+
+
+def two_ranks_on_one_gpu(bench: Bench) -> Figures:
+    """Two ranks share a GPU by gloo, for which NCCL has no way: gathers over the flat route, and tokens that travel."""
+    bench.real()
+    variable = getattr(launcher_files, "COLLECTIVES_VARIABLE", None)
+    if variable is None:
+        raise Skipped("this version has no switch that takes gloo on a GPU")
+    cases = {case: CASES[case] for case in ("mixlora-static", "mixlora-hecate-freed")}
+    cpu = bench.train("shared-cpu", cases, world=2, on_cpu=True)
+    gpu = bench.train("shared-gpu", cases, world=2, environment={variable: "gloo", "CUDA_VISIBLE_DEVICES": "0"})
+    return {case: compare(gpu, cpu, case, ROUNDING["float64"]) for case in cases}
 
 
 def uneven_exchanges(bench: Bench) -> Figures:

@@ -14,6 +14,7 @@ from tests.plain_moe_lora import save_tiny
 
 STEPS = 4
 QUIET = {
+    "model.dtype": "float64",
     "eval.on_start": "false",
     "eval.generate": "false",
     "data.eval": "[]",
@@ -21,7 +22,7 @@ QUIET = {
     "kernels": "torch",
     "lora.dropout": "0.1",
 }
-"""what every training has that does not say otherwise"""
+"""what every training has that does not say otherwise; from float64's rounding AdamW makes no difference that can be seen"""
 TWO_NODES = (
     "nodes: [{devices: 2, flops: 1e9, memory: 1e9}, {devices: 2, flops: 1e9, memory: 1e9}]\n"
     "intra_node: {bandwidth: 1e9, latency: 1e-6}\ninter_node: {bandwidth: 1e7, latency: 1e-5}\n"
@@ -34,7 +35,9 @@ Settings = tuple[str, ...]
 POLICIES = tuple(name for name in get_type_hints(FssdpConfig)["policy"].__args__ if name != MEGATRON_EP)
 FULL = ("moe.family=full", "moe.upcycle_noise=0.1")
 MOE_LORA = ("moe.family=moe_lora", "model.name_or_path={folder}/moe", "moe.num_experts=null", "moe.top_k=null")
-SMALL = ("micro_batch_size=1", "data.seq_len=40", "gradient_accumulation_steps=1")
+SMALL = ("micro_batch_size=1", "data.seq_len=40", "gradient_accumulation_steps=1", "model.dtype=float32")
+UNCLIPPED = ("max_grad_norm=null",)
+BF16 = ("model.dtype=bfloat16",)
 EVALUATED = ("eval.on_start=true", "eval.generate=true", "data.eval=[{folder}/up.eval.jsonl]")
 STATIC, EVERYWHERE, HECATE = ("fssdp.policy=static_ep",), ("fssdp.policy=full",), ("fssdp.policy=hecate",)
 EXACT, CALIBRATED = ("fssdp.plan=exact",), ("fssdp.plan=calibrated",)
@@ -45,15 +48,15 @@ IN_SLICES = ("topology={folder}/one_node.yaml", "micro_batch_size=1", "moe.num_e
 
 ONE_RANK: dict[str, Settings] = {
     "mixlora-reference": ("kernels=reference",),
-    "mixlora-bf16": ("model.dtype=bfloat16",),
+    "mixlora-bf16": BF16,
     "mixlora-padded": ("data.packing=false", "gradient_checkpointing=true"),
     "mixlora-freed-exact": (*FREED, *EXACT),
     "mixlora-evaluated": EVALUATED,
     "full-evaluated": (*FULL, *EVALUATED),
-    "full-bf16": (*FULL, "model.dtype=bfloat16"),
+    "full-bf16": (*FULL, *BF16),
     "full-all-weights": (*FULL, "model.train_non_experts=true", "fssdp.rematerialize=true"),
     "moe_lora-evaluated": (*MOE_LORA, *EVALUATED, "moe.train_router=true"),
-    "moe_lora-bf16-freed": (*MOE_LORA, "model.dtype=bfloat16", *FREED),
+    "moe_lora-bf16-freed": (*MOE_LORA, *BF16, *FREED),
     "moe_lora-sharded": (*MOE_LORA, *SHARDED, "gradient_checkpointing=true"),
 }
 INTERPRETED: dict[str, Settings] = {
@@ -61,7 +64,19 @@ INTERPRETED: dict[str, Settings] = {
     "full": (*FULL, *SMALL),
     "moe_lora": (*MOE_LORA, *SMALL),
 }
-"""one rank, with Triton kernels on the mock GPU"""
+"""one rank, with Triton kernels on the mock GPU; they do not compute in float64"""
+COUNTED: dict[str, tuple[Settings, dict[str, bool]]] = {
+    "mixlora-everywhere": ((*SMALL, *UNCLIPPED, *EVERYWHERE), {}),
+    "mixlora-clipped": ((*SMALL, *EVERYWHERE, "max_grad_norm=1e-3"), {"clips": True}),
+    "mixlora-static": ((*SMALL, *UNCLIPPED, *STATIC), {"tokens_travel": True}),
+    "mixlora-exact": ((*SMALL, *UNCLIPPED, *EVERYWHERE, *EXACT), {"plans_by_micro_step": True}),
+    "mixlora-freed": ((*SMALL, *UNCLIPPED, *STATIC, *FREED), {"tokens_travel": True, "computes_twice": True}),
+    "full-static": ((*FULL, *SMALL, *UNCLIPPED, *STATIC), {"tokens_travel": True}),
+    "full-exact": ((*FULL, *SMALL, *UNCLIPPED, *STATIC, *EXACT), {"tokens_travel": True, "plans_by_micro_step": True}),
+    "moe_lora-static": ((*MOE_LORA, *SMALL, *UNCLIPPED, *STATIC), {"tokens_travel": True}),
+    "moe_lora-sharded": ((*MOE_LORA, *SMALL, *UNCLIPPED, *EVERYWHERE, *SHARDED), {}),
+}
+"""two ranks, with Triton kernels on mock GPUs -> the settings, and what `expected_waits` is to know of them"""
 OF_POLICIES: dict[str, Settings] = {
     f"policy-{policy}": (f"fssdp.policy={policy}", "moe.num_experts=5", "topology={folder}/slow_devices.yaml") for policy in POLICIES
 }
@@ -69,6 +84,7 @@ OF_POLICIES: dict[str, Settings] = {
 TWO_RANKS: dict[str, Settings] = {
     "mixlora-static": (*STATIC, *EVALUATED),
     "mixlora-full-padded": (*EVERYWHERE, "data.packing=false"),
+    "mixlora-bf16": (*BF16, *HECATE),
     "mixlora-exact": (*EXACT, "fssdp.policy=auto"),
     "mixlora-calibrated": (*CALIBRATED, *HECATE),
     "mixlora-freed": FREED,
