@@ -27,7 +27,7 @@ from tests.mock_cuda.build import why_not
 
 SECONDS = 600
 """that all checks together may take"""
-MOCK_GPUS = 2
+MOCK_GPUS, MOCK_SECONDS = 2, 3600
 NO_GPU = 2
 """exit status"""
 CHECKS: tuple[Check, ...] = (
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
         return NO_GPU
     rows = []
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        bench = make_bench(Path(folder), mock=options.mock, gpus=gpus, seconds=SECONDS)
+        bench = make_bench(Path(folder), mock=options.mock, gpus=gpus, seconds=MOCK_SECONDS if options.mock else SECONDS)
         for name in names:
             print(f"{name} ...", file=sys.stderr, flush=True)
             rows.append(row_of(named[name], bench))

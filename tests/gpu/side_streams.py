@@ -48,10 +48,14 @@ class Queued:
 
 
 class SlowGroup:
-    """The collectives of rank 0 of four. Row n of what arrives is n everywhere."""
+    """The collectives of rank 0 of four. Row n of what arrives is n everywhere.
 
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
+    Args:
+        width: elements of a row.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.stream, self._width = torch.cuda.Stream(), width
         self.sent: list[Tensor] = []
         """by the second exchange"""
 
@@ -59,7 +63,7 @@ class SlowGroup:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             _wait_on_device()
-            output.copy_(torch.arange(len(output), device=output.device) // ROW)
+            output.copy_(torch.arange(len(output), device=output.device) // self._width)
         return Queued(self.stream, output)
 
     def batch_isend_irecv(self, operations: list[tuple[Any, Tensor]]) -> list[Queued]:
@@ -69,10 +73,6 @@ class SlowGroup:
             else:
                 rows.zero_()
         return [Queued(torch.cuda.current_stream(), rows) for _, rows in operations]
-
-
-ROW = NUMEL
-"""elements of a row that arrives in the first exchange; `figures` sets it for each plan"""
 
 
 def figures() -> dict[str, float | str]:
@@ -87,9 +87,7 @@ def figures() -> dict[str, float | str]:
 
 
 def _rows_sent(route: Any, topology: Topology, collective: str) -> int:
-    global ROW
     plan = plan_chunks_by(route, everything_everywhere(np.arange(EXPERTS) % WORLD, WORLD), ChunkSize(NUMEL, 4), topology, 0)
-    ROW = NUMEL // plan.slices
     late, at_once = (_sent(plan, collective, disturbed) for disturbed in (True, False))
     assert len(late) == len(at_once) > 0, "the second exchange has sent nothing"
     for got, wanted in zip(late, at_once, strict=True):
@@ -99,7 +97,7 @@ def _rows_sent(route: Any, topology: Topology, collective: str) -> int:
 
 def _sent(plan: ChunkPlan, collective: str, disturbed: bool) -> list[Tensor]:
     """What the second exchange has sent, on the host."""
-    group: Any = SlowGroup()
+    group: Any = SlowGroup(NUMEL // plan.slices)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dist, "get_world_size", return_value=WORLD))
         stack.enter_context(mock.patch.object(dist, "get_backend", return_value="nccl"))
@@ -124,7 +122,7 @@ def _freed_memory_is_used_again() -> bool:
     """Whether a tensor that nothing holds is overwritten before another stream has read it: else nothing is shown by the rest."""
     stream, read = torch.cuda.Stream(), torch.zeros(64, dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
-    index = torch.arange(64, device="cuda")
+    index = torch.full((64,), 3, dtype=torch.int64, device="cuda")
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         _wait_on_device()

@@ -12,7 +12,7 @@ import torch
 from tests.gpu.bench import LAYERS, Bench, Failed, Figures
 from tests.host_waits import expected_waits
 from tests.mock_cuda.runs import Runs
-from tests.mock_cuda.trainings import EVALUATED, FREED, FULL, MOE_LORA, SMALL, Settings
+from tests.mock_cuda.trainings import EVALUATED, FREED, FULL, MOE_LORA, SMALL, UNCLIPPED, Settings
 
 SLOWLY = ("learning_rate=1e-3",)
 """so that AdamW makes no large difference of a small one"""
@@ -38,7 +38,7 @@ def bfloat16_losses(bench: Bench) -> Figures:
 
 def host_waits(bench: Bench) -> Figures:
     """Where the host waits for the GPU in a step: as the table says that mock GPUs are held to."""
-    runs = bench.train("waits", {kind: (*settings, "kernels=triton") for kind, settings in KINDS.items()})
+    runs = bench.train("waits", {kind: (*settings, *UNCLIPPED, "kernels=triton") for kind, settings in KINDS.items()})
     wanted = expected_waits(layers=LAYERS, micro_steps=1)
     found = {kind: runs.steps(kind, rank=0)[-1]["waits"] for kind in KINDS}
     wrong = {kind: waits for kind, waits in found.items() if waits != wanted}
@@ -76,13 +76,13 @@ def command_line(bench: Bench) -> Figures:
     bench.real()
     output = bench.folder / "runs-command-line"
     hecate = [sys.executable, "-m", "hecate"]
-    settings = ["max_steps=3", "nproc=1", "eval.generate=true", f"output_dir={output}"]
+    settings = ["learning_rate=1e-3", "nproc=1", "eval.generate=true", f"output_dir={output}"]
     bench.program([*hecate, "train", str(bench.folder / "config.yaml"), *settings])
     losses = [float(line["loss"]) for line in _metrics(output) if line["kind"] == "step"]
     bench.program([*hecate, "eval", str(bench.folder / "config.yaml"), f"output_dir={output}"])
     answer = bench.program([*hecate, "generate", str(output / "adapter"), "w1x1"])
-    if not all(later < losses[0] for later in losses[1:]):
-        raise Failed(f"the losses do not fall: {losses}")
+    if not losses[-1] < losses[0]:
+        raise Failed(f"the loss does not fall: {losses}")
     return {"first_loss": losses[0], "last_loss": losses[-1], "answer": answer.strip()}
 
 

@@ -133,6 +133,7 @@ def install_backend() -> None:
     def get_backend(group: dist.ProcessGroup | None = None) -> str:
         return "nccl" if plain_name(group) == NAME else plain_name(group)
 
+    torch.cuda.nccl.version = lambda: (2, 27, 5)  # c10d notes it of each collective of a group that is called "nccl"
     for module in (dist, distributed_c10d):
         module.init_process_group = init_process_group  # type: ignore[attr-defined]
         module.get_backend = get_backend  # type: ignore[attr-defined]

@@ -101,6 +101,14 @@ class Stream(torch.Stream):
     def cuda_stream(self) -> int:
         return self.stream_id
 
+    def record_event(self, event: Event | None = None) -> Event:
+        recorded = Event() if event is None else event
+        recorded.record(self)
+        return recorded
+
+    def wait_event(self, event: Event) -> None:
+        """What the event stands for has happened. (torch.Stream takes events of its own type only.)"""
+
 
 class Event:
     """`torch.cuda.Event`. It has happened when it was recorded; its time is the host's."""

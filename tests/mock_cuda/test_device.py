@@ -95,6 +95,7 @@ def streams():
     assert torch.cuda.current_stream() == torch.cuda.default_stream() != stream
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record(), end.record()
+    stream.wait_event(stream.record_event())
     assert start.elapsed_time(end) >= 0
 
 def optimizer():

@@ -105,7 +105,7 @@ THREE_RANKS: dict[str, Settings] = {
 }
 FOUR_RANKS: dict[str, Settings] = {
     "mixlora-groups": ("fssdp.shard_size=2", "micro_batch_size=1"),
-    "mixlora-groups-backups": ("fssdp.shard_size=2", "fssdp.redundancy=1", *STATIC, "micro_batch_size=1"),
+    "mixlora-backups": ("fssdp.redundancy=1", *STATIC, "micro_batch_size=1"),
     "mixlora-leaders": (*OVER_LEADERS, *EVERYWHERE),
     "mixlora-slices": (*IN_SLICES, *EVERYWHERE),
     "full-leaders-freed": (*FULL, *OVER_LEADERS, *EVERYWHERE, *FREED),
