@@ -12,15 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from benchmarks.report import machine
 from tests.gpu import device_checks, several_gpus, training_checks
 from tests.gpu.bench import Bench, Check, Failed, Figures, Skipped, make_bench
 from tests.mock_cuda.build import why_not
@@ -120,9 +121,21 @@ def main(arguments: Sequence[str]) -> int:
         if row.verdict == "failed":
             print(f"\n{row.name} failed:\n{row.reason}")
     if options.json:
-        found = {"machine": machine() | {"gpus": gpus, "mock": options.mock}, "checks": [asdict(row) for row in rows]}
+        found = {"machine": machine(gpus) | {"mock": options.mock}, "checks": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return int(any(row.verdict == "failed" for row in rows))
+
+
+def machine(gpus: int) -> dict[str, Any]:
+    """What a report must say of a machine: its cards, and the versions of what drives them."""
+    import torch
+
+    cards = [torch.cuda.get_device_properties(number) for number in range(gpus)] if torch.cuda.is_available() else []
+    return {
+        "gpus": [f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}" for card in cards],
+        "cuda": torch.version.cuda,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "triton", "transformers")}},
+    }
 
 
 def _gpus() -> int:

@@ -6,9 +6,8 @@ import json
 import shutil
 import sys
 
-from benchmarks import lost_rank
 from hecate.ranks import launcher_files
-from tests.gpu.bench import Bench, Failed, Figures, Skipped
+from tests.gpu.bench import ROOT, Bench, Failed, Figures, Skipped
 from tests.gpu.training_checks import ROUNDING, SLOWLY, compare
 from tests.mock_cuda.trainings import EVERYWHERE, FREED, FULL, HECATE, MOE_LORA, STATIC, Settings
 
@@ -18,6 +17,8 @@ CASES: dict[str, Settings] = {
     "full-static": (*FULL, *STATIC, *SLOWLY),
     "moe_lora-everywhere": (*MOE_LORA, *EVERYWHERE, "model.shard_non_experts=true", *SLOWLY),
 }
+LOST_RANK = ROOT / "benchmarks" / "lost_rank.py"
+"""kills a rank; a run's processes import it as their sitecustomize"""
 KILLED_AT, STEPS = 6, 6
 """a backward pass of rank 1, two of which are a step; the steps of the run"""
 
@@ -61,10 +62,10 @@ def killed_rank(bench: Bench) -> Figures:
     bench.needs(2)
     hooks, output, marker = bench.folder / "hooks", bench.folder / "runs-killed", bench.folder / "killed"
     hooks.mkdir(exist_ok=True)
-    shutil.copy(lost_rank.__file__, hooks / "sitecustomize.py")
+    shutil.copy(LOST_RANK, hooks / "sitecustomize.py")
     settings = ["nproc=2", "fssdp.redundancy=1", f"max_steps={STEPS}", "data.eval=[]", f"output_dir={output}"]
     command = [sys.executable, "-m", "hecate", "train", str(bench.folder / "config.yaml"), *settings]
-    bench.program(command, {lost_rank.AT: str(KILLED_AT), lost_rank.MARKER: str(marker)}, seconds=180, first_path=hooks)
+    bench.program(command, {"LOST_RANK_AT": str(KILLED_AT), "LOST_RANK_MARKER": str(marker)}, seconds=180, first_path=hooks)
     if not marker.exists():
         raise Failed("no rank was killed: nothing was shown")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -61,7 +61,7 @@ def test_exit_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checks: tu
     monkeypatch.setattr(check, "make_bench", lambda folder, **facts: Bench(folder, **facts))
     assert check.main(["--json", str(tmp_path / "found.json")]) == status
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["machine"]["gpus"] == 1
+    assert found["machine"]["versions"]["torch"] == torch.__version__
     assert [row["name"] for row in found["checks"]] == [one.__name__ for one in checks]
 
 

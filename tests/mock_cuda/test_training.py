@@ -30,6 +30,10 @@ TABLES: dict[str, tuple[int, Mapping[str, Settings]]] = {
 """name -> number of ranks, and the trainings that they do"""
 ASKED = tuple(case for case in trainings.ONE_RANK if case.endswith("-evaluated"))
 
+_GOES_ON: Settings = (*HECATE, "lr_scheduler_type=constant", "warmup_ratio=0")
+LASTING = {"mixlora": _GOES_ON, "full": (*FULL, *_GOES_ON), "moe_lora": (*MOE_LORA, *_GOES_ON, "moe.train_router=true")}
+"""trainings whose rate of learning does not depend on the number of steps"""
+
 
 class Done(Protocol):
     def __call__(self, table: str) -> tuple[Runs, Runs]:
@@ -133,18 +137,19 @@ def test_what_was_written_is_evaluated_and_answers(done: Done) -> None:
         assert mock.answered(case)["answer"]
 
 
+@pytest.fixture(scope="module")
+def begun(workshop: Path) -> tuple[Runs, Runs]:
+    """Two steps of each kind of experts on two ranks."""
+    cases = {kind: (*settings, "max_steps=2") for kind, settings in LASTING.items()}
+    return on_both(workshop, "begun", 2, cases)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 3])
-def test_a_checkpoint_of_two_ranks_is_resumed_by_another_number(workshop: Path, world: int) -> None:
-    """Of each kind of experts, on mock GPUs and on the CPU; the batch of a step stays the same."""
-    lasting = (*HECATE, "lr_scheduler_type=constant", "warmup_ratio=0")
-    kinds = {"mixlora": (), "full": FULL, "moe_lora": (*MOE_LORA, "moe.train_router=true")}
-    size = {1: "micro_batch_size=6", 2: "micro_batch_size=3", 3: "micro_batch_size=2"}
-    begun = {kind: (*lasting, *settings, size[2], "max_steps=2") for kind, settings in kinds.items()}
-    resumed = {kind: (*lasting, *settings, size[world], "resume=true") for kind, settings in kinds.items()}
-    two = on_both(workshop, f"begun-for-{world}", 2, begun)
-    mock, cpu = on_both(workshop, f"resumed-by-{world}", world, resumed, begun=two)
-    for kind in kinds:
+def test_a_checkpoint_of_two_ranks_is_resumed_by_another_number(workshop: Path, begun: tuple[Runs, Runs], world: int) -> None:
+    resumed = {kind: (*settings, "resume=true") for kind, settings in LASTING.items()}
+    mock, cpu = on_both(workshop, f"resumed-by-{world}", world, resumed, begun=begun)
+    for kind in LASTING:
         assert len(mock.losses(kind)) == STEPS, "the run did not go on from its checkpoint"
         require_alike(mock, cpu, kind)
 
