@@ -27,6 +27,7 @@ def expected_waits(
     plans_by_micro_step: bool = False,
     computes_twice: bool = False,
     clips: bool = False,
+    torch_path: bool = False,
 ) -> Counter[str]:
     """Place -> waits of one rank in one training step, in which nothing is re-sharded.
 
@@ -36,8 +37,10 @@ def expected_waits(
         plans_by_micro_step: the placement is planned from each micro-step's loads: fssdp.plan exact or calibrated.
         computes_twice: layers run again in the backward pass: gradient_checkpointing.
         clips: the norm of the gradients is above max_grad_norm.
+        torch_path: kernels is torch, whose products the host cuts by expert.
     """
     calls = layers * micro_steps
+    forward_passes = calls * (2 if computes_twice else 1)
     waits = Counter(
         {
             "hecate/model/causal_head.py:hidden": micro_steps,
@@ -47,9 +50,11 @@ def expected_waits(
         }
     )
     if tokens_travel:
-        waits["parallel/comm/dispatch.py:dispatch"] += calls * (2 if computes_twice else 1)
+        waits["parallel/comm/dispatch.py:dispatch"] += forward_passes
     if plans_by_micro_step:
         waits["hecate/engine/step.py:exchange_counts"] += calls
+    if torch_path:
+        waits["kernels/common/assignments.py:assignment_tiles"] += 2 * forward_passes
     if clips:
         waits["hecate/optim/optimizer.py:step"] += 1
     return waits

@@ -65,18 +65,6 @@ INTERPRETED: dict[str, Settings] = {
     "moe_lora": (*MOE_LORA, *SMALL),
 }
 """one rank, with Triton kernels on the mock GPU; they do not compute in float64"""
-COUNTED: dict[str, tuple[Settings, dict[str, bool]]] = {
-    "mixlora-everywhere": ((*SMALL, *UNCLIPPED, *EVERYWHERE), {}),
-    "mixlora-clipped": ((*SMALL, *EVERYWHERE, "max_grad_norm=1e-3"), {"clips": True}),
-    "mixlora-static": ((*SMALL, *UNCLIPPED, *STATIC), {"tokens_travel": True}),
-    "mixlora-exact": ((*SMALL, *UNCLIPPED, *EVERYWHERE, *EXACT), {"plans_by_micro_step": True}),
-    "mixlora-freed": ((*SMALL, *UNCLIPPED, *STATIC, *FREED), {"tokens_travel": True, "computes_twice": True}),
-    "full-static": ((*FULL, *SMALL, *UNCLIPPED, *STATIC), {"tokens_travel": True}),
-    "full-exact": ((*FULL, *SMALL, *UNCLIPPED, *STATIC, *EXACT), {"tokens_travel": True, "plans_by_micro_step": True}),
-    "moe_lora-static": ((*MOE_LORA, *SMALL, *UNCLIPPED, *STATIC), {"tokens_travel": True}),
-    "moe_lora-sharded": ((*MOE_LORA, *SMALL, *UNCLIPPED, *EVERYWHERE, *SHARDED), {}),
-}
-"""two ranks, with Triton kernels on mock GPUs -> the settings, and what `expected_waits` is to know of them"""
 OF_POLICIES: dict[str, Settings] = {
     f"policy-{policy}": (f"fssdp.policy={policy}", "moe.num_experts=5", "topology={folder}/slow_devices.yaml") for policy in POLICIES
 }
@@ -97,6 +85,19 @@ TWO_RANKS: dict[str, Settings] = {
     "moe_lora-calibrated-freed": (*MOE_LORA, *CALIBRATED, *HECATE, *FREED),
     "moe_lora-sharded": (*MOE_LORA, *SHARDED, *EVERYWHERE, "gradient_checkpointing=true"),
 }
+COUNTED: dict[str, dict[str, bool]] = {
+    "mixlora-static": {"tokens_travel": True},
+    "mixlora-full-padded": {},
+    "mixlora-exact": {"plans_by_micro_step": True},
+    "mixlora-freed-static": {"tokens_travel": True, "computes_twice": True},
+    "full-static": {"tokens_travel": True},
+    "full-exact": {"plans_by_micro_step": True, "computes_twice": True},
+    "full-all-weights": {"tokens_travel": True, "clips": True},
+    "moe_lora-static": {"tokens_travel": True, "clips": True},
+    "moe_lora-calibrated-freed": {"tokens_travel": True, "plans_by_micro_step": True, "computes_twice": True, "clips": True},
+    "moe_lora-sharded": {"computes_twice": True, "clips": True},
+}
+"""trainings of two ranks whose waits are compared -> what `expected_waits` is to know of them"""
 THREE_RANKS: dict[str, Settings] = {
     "mixlora-unequal-layers": (*HECATE, "moe.num_experts=[4,5]", "micro_batch_size=1"),
     "mixlora-backups": (*STATIC, "fssdp.redundancy=1", "micro_batch_size=1"),
