@@ -26,7 +26,6 @@ def expected_waits(
     tokens_travel: bool = False,
     plans_by_micro_step: bool = False,
     computes_twice: bool = False,
-    clips: bool = False,
     torch_path: bool = False,
 ) -> Counter[str]:
     """Place -> waits of one rank in one training step, in which nothing is re-sharded.
@@ -36,25 +35,20 @@ def expected_waits(
         tokens_travel: tokens go to the ranks of their experts in every layer: static_ep.
         plans_by_micro_step: the placement is planned from each micro-step's loads: fssdp.plan exact or calibrated.
         computes_twice: layers run again in the backward pass: gradient_checkpointing.
-        clips: the norm of the gradients is above max_grad_norm.
         torch_path: kernels is torch, whose products the host cuts by expert.
     """
     calls = layers * micro_steps
     forward_passes = calls * (2 if computes_twice else 1)
     waits = Counter(
         {
-            "hecate/model/causal_head.py:hidden": micro_steps,
-            "hecate/engine/step.py:exchange_counts": 1,
-            "hecate/optim/optimizer.py:global_grad_norm": 1,
-            "hecate/train/step.py:train_step": 1,
+            "parallel/comm/host_read.py:get": 1,
+            "hecate/train/step_totals.py:exchange_totals": 1,
         }
     )
     if tokens_travel:
         waits["parallel/comm/dispatch.py:dispatch"] += forward_passes
     if plans_by_micro_step:
-        waits["hecate/engine/step.py:exchange_counts"] += calls
+        waits["parallel/comm/host_read.py:get"] += calls
     if torch_path:
         waits["kernels/common/assignments.py:assignment_tiles"] += 2 * forward_passes
-    if clips:
-        waits["hecate/optim/optimizer.py:step"] += 1
     return waits

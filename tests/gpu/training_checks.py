@@ -12,7 +12,7 @@ import torch
 from tests.gpu.bench import LAYERS, Bench, Failed, Figures
 from tests.host_waits import expected_waits
 from tests.mock_cuda.runs import Runs
-from tests.mock_cuda.trainings import EVALUATED, FREED, FULL, MOE_LORA, SMALL, UNCLIPPED, Settings
+from tests.mock_cuda.trainings import EVALUATED, FREED, FULL, MOE_LORA, SMALL, Settings
 
 SLOWLY = ("learning_rate=1e-3",)
 """so that AdamW makes no large difference of a small one"""
@@ -38,7 +38,7 @@ def bfloat16_losses(bench: Bench) -> Figures:
 
 def host_waits(bench: Bench) -> Figures:
     """Where the host waits for the GPU in a step: as the table says that mock GPUs are held to."""
-    runs = bench.train("waits", {kind: (*settings, *UNCLIPPED, "kernels=triton") for kind, settings in KINDS.items()})
+    runs = bench.train("waits", {kind: (*settings, "kernels=triton") for kind, settings in KINDS.items()})
     wanted = expected_waits(layers=LAYERS, micro_steps=1)
     found = {kind: runs.steps(kind, rank=0)[-1]["waits"] for kind in KINDS}
     wrong = {kind: waits for kind, waits in found.items() if waits != wanted}

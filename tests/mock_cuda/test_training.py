@@ -104,14 +104,19 @@ def require_waits(step: Mapping[str, Any], wanted: Mapping[str, int]) -> None:
 
 
 def test_one_rank_waits_in_few_places_and_its_adapter_is_scored(workshop: Path) -> None:
-    """Triton's kernels are interpreted. Two layers, one micro-step: nothing waits for a layer, or for the batch."""
-    short = (*SMALL, *EVALUATED, "max_steps=3", "eval.on_start=false", "eval.max_samples=2", "eval.max_new_tokens=1")
+    """Triton's kernels are interpreted. Two layers, one micro-step: nothing waits for a layer, for the batch or for its attention."""
+    short = (*SMALL, *trainings.WIDE_HEADS, *EVALUATED, "max_steps=3", "eval.on_start=false", "eval.max_samples=2", "eval.max_new_tokens=1")
     mock, cpu = on_both(workshop, "short", 1, {"mixlora": short}, on_mock=("kernels=triton",))
     require_alike(mock, cpu, "mixlora", rounding=1e-5)
     assert len(mock.evaluations("mixlora")) == 1
     (step,) = mock.steps("mixlora", rank=0)
     assert {"shrink_kernel", "gated_kernel", "outer_kernel"} <= set(step["launches"]), "Triton kernels did not run"
+    assert step["launches"]["flex_attention"] == 2, "a layer's attention was computed in another way"
     require_waits(step, expected_waits(layers=2, micro_steps=1))
+    assert "hecate: topology: 1 x Mock H100 on 1 node" in mock.log(rank=0)
+    assert "does not know the card 'Mock H100'" in mock.log(rank=0), "topology: auto did not read the device's name"
+    assert "peak GPU memory, reserved" in mock.log(rank=0)
+    assert "hecate: topology:" not in cpu.log(rank=0)
 
 
 @pytest.mark.slow

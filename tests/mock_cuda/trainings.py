@@ -9,7 +9,7 @@ import torch
 
 from hecate.config.schema import MEGATRON_EP, FssdpConfig
 from testing.byte_tokenizer import build_byte_tokenizer
-from testing.tiny_run import make_workshop
+from testing.tiny_run import make_workshop, save_random_llama
 from tests.plain_moe_lora import save_tiny
 
 STEPS = 4
@@ -36,8 +36,9 @@ POLICIES = tuple(name for name in get_type_hints(FssdpConfig)["policy"].__args__
 FULL = ("moe.family=full", "moe.upcycle_noise=0.1")
 MOE_LORA = ("moe.family=moe_lora", "model.name_or_path={folder}/moe", "moe.num_experts=null", "moe.top_k=null")
 SMALL = ("micro_batch_size=1", "data.seq_len=40", "gradient_accumulation_steps=1", "model.dtype=float32")
-UNCLIPPED = ("max_grad_norm=null",)
 BF16 = ("model.dtype=bfloat16",)
+WIDE_HEADS = ("model.name_or_path={folder}/wide",)
+"""heads of 16 elements, which flex attention needs"""
 EVALUATED = ("eval.on_start=true", "eval.generate=true", "data.eval=[{folder}/up.eval.jsonl]")
 STATIC, EVERYWHERE, HECATE = ("fssdp.policy=static_ep",), ("fssdp.policy=full",), ("fssdp.policy=hecate",)
 EXACT, CALIBRATED = ("fssdp.plan=exact",), ("fssdp.plan=calibrated",)
@@ -52,6 +53,7 @@ ONE_RANK: dict[str, Settings] = {
     "mixlora-padded": ("data.packing=false", "gradient_checkpointing=true"),
     "mixlora-freed-exact": (*FREED, *EXACT),
     "mixlora-evaluated": EVALUATED,
+    "mixlora-flex-evaluated": (*WIDE_HEADS, "model.dtype=float32", *EVALUATED),
     "full-evaluated": (*FULL, *EVALUATED),
     "full-bf16": (*FULL, *BF16),
     "full-all-weights": (*FULL, "model.train_non_experts=true", "fssdp.rematerialize=true"),
@@ -92,10 +94,10 @@ COUNTED: dict[str, dict[str, bool]] = {
     "mixlora-freed-static": {"tokens_travel": True, "computes_twice": True},
     "full-static": {"tokens_travel": True},
     "full-exact": {"plans_by_micro_step": True, "computes_twice": True},
-    "full-all-weights": {"tokens_travel": True, "clips": True},
-    "moe_lora-static": {"tokens_travel": True, "clips": True},
-    "moe_lora-calibrated-freed": {"tokens_travel": True, "plans_by_micro_step": True, "computes_twice": True, "clips": True},
-    "moe_lora-sharded": {"computes_twice": True, "clips": True},
+    "full-all-weights": {"tokens_travel": True},
+    "moe_lora-static": {"tokens_travel": True},
+    "moe_lora-calibrated-freed": {"tokens_travel": True, "plans_by_micro_step": True, "computes_twice": True},
+    "moe_lora-sharded": {"computes_twice": True},
 }
 """trainings of two ranks whose waits are compared -> what `expected_waits` is to know of them"""
 THREE_RANKS: dict[str, Settings] = {
@@ -125,6 +127,9 @@ def make_folder(folder: Path) -> Path:
     ends = {"eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
     save_tiny("qwen3_moe", folder / "moe", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=128, **ends)
     tokenizer.save_pretrained(folder / "moe")
+    save_random_llama(
+        folder / "wide", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
     for name, text in (("two_nodes", TWO_NODES), ("one_node", ONE_NODE), ("slow_devices", SLOW_DEVICES)):
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     return folder
