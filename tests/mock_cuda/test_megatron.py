@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hecate.megatron.making import write_parts
+from tests.hecate.megatron.making import FOUR_HEADS, write_parts
 from tests.mock_cuda.runs import Runs, do
 
-SHAPE = "{kind: full, hidden: 32, ffn: 48, layers: 2, seq: 32, experts: 4, top_k: 2, query_width: 256, key_value_width: 128}\n"
-"""four heads of 64 for queries, two for keys"""
 STEPS = 3
 FLOAT64, BFLOAT16 = "model.dtype=float64", "model.dtype=bfloat16"
 MEGATRONS, OWNERS, TENSOR = "fssdp.policy=megatron_ep", "fssdp.policy=static_ep", "model.tensor_parallel=2"
@@ -42,7 +40,7 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("megatron")
     write_parts(made)
-    (made / "tiny.yaml").write_text(SHAPE, encoding="utf-8")
+    (made / "tiny.yaml").write_text(FOUR_HEADS, encoding="utf-8")
     return made
 
 

@@ -82,7 +82,6 @@ GPT = {"model.name_or_path": "gpt-moe-s", "model.tokenizer": "model", "moe.num_e
     ("changes", "key", "words"),
     [
         ({"moe.family": "mixlora"}, "moe.family", "must be full with model.front_end=megatron: the model is built from scratch"),
-        ({"model.dtype": "bfloat16"}, "model.dtype", "must be float32 or float64"),
         ({"moe.num_experts": (4, 4)}, "moe.num_experts", "must be one number with model.front_end=megatron"),
         ({"model.num_hidden_layers": 99}, "model.num_hidden_layers", "99, but the model has only 12"),
         ({"moe.top_k": 65}, "moe.top_k", "must be from 1 to 64, the experts of a layer, got 65"),

@@ -16,6 +16,8 @@ from testing.byte_tokenizer import build_byte_tokenizer
 
 SHAPE = "{kind: full, hidden: 32, ffn: 48, layers: 2, seq: 32, experts: 4, top_k: 2, query_width: 128, key_value_width: 64}\n"
 """two heads of 64 for queries, one for keys"""
+FOUR_HEADS = "{kind: full, hidden: 32, ffn: 48, layers: 2, seq: 32, experts: 4, top_k: 2, query_width: 256, key_value_width: 128}\n"
+"""four heads of 64 for queries, two for keys"""
 CONFIG = """
 model: {{front_end: megatron, name_or_path: {folder}/tiny.yaml, tokenizer: {folder}/tokenizer}}
 data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, seq_len: 32}}

@@ -11,8 +11,7 @@ import pytest
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training
 from testing.ranks import run_ranks
-from tests.hecate.megatron.making import config_of, tensor_ranks_of, write_parts
-from tests.hecate.megatron.test_tensor_parallel import SHAPE
+from tests.hecate.megatron.making import FOUR_HEADS, config_of, tensor_ranks_of, write_parts
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED = 4, 2
@@ -78,7 +77,7 @@ def _one_rank(rank: int, world: int, folder: str) -> tuple[Steps, Steps]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("bfloat16")
     write_parts(made)
-    (made / "tiny.yaml").write_text(SHAPE)
+    (made / "tiny.yaml").write_text(FOUR_HEADS)
     return made
 
 

@@ -22,10 +22,8 @@ from hecate.ranks.ranks import Ranks
 from hecate.train.evaluate import evaluate
 from hecate.train.training import Training
 from testing.ranks import run_ranks
-from tests.hecate.megatron.making import config_of, tensor_ranks_of, write_parts
+from tests.hecate.megatron.making import FOUR_HEADS, config_of, tensor_ranks_of, write_parts
 
-SHAPE = "{kind: full, hidden: 32, ffn: 48, layers: 2, seq: 32, experts: 4, top_k: 2, query_width: 256, key_value_width: 128}\n"
-"""four heads of 64 for queries, two for keys"""
 STEPS, SAVED = 5, 2
 COMMON = ("model.dtype=float64", f"max_steps={STEPS}", "max_grad_norm=0.5")
 
@@ -158,7 +156,7 @@ def _elsewhere(rank: int, world: int, folder: str, tensor: int, rows: int, check
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("tensor")
     write_parts(made)
-    (made / "tiny.yaml").write_text(SHAPE)
+    (made / "tiny.yaml").write_text(FOUR_HEADS)
     (made / "unequal.yaml").write_text(UNEQUAL_NODES)
     return made
 
