@@ -93,6 +93,7 @@ def _over_samples(
 ) -> Tensor:
     """Args: before: a query attends to this many positions before its own; -1: to all."""
     assert bounds.dtype == torch.int32
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1], "kernels take one width"
     assert query.stride(-1) == 1
     at = torch.arange(len(query), device=query.device)
     sample = torch.searchsorted(bounds, at, right=True)

@@ -29,7 +29,7 @@ _UNKNOWN = {"s_aux": None, "position_bias": None, "is_causal": True}
 """arguments of attention that change its result, and that no way of ours knows, with the values that they may have"""
 _WIDTH_ON_CPU, _WIDTH_ON_GPU = 8, 64
 """to multiples of which rows are padded: on a GPU, tiles of its matrix products"""
-_SMALLEST_FLEX_HEAD = 16
+_SMALLEST_FLEX_HEAD, _LARGEST_FLASH_HEAD = 16, 256
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def _problem(way: Way, model: Any) -> str | None:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if way == "flex" and width < _SMALLEST_FLEX_HEAD:
         return f"{name} needs heads of {_SMALLEST_FLEX_HEAD} elements or more, but those of {kind} have {width}\n  use auto or sdpa"
+    if way == "flash" and width > _LARGEST_FLASH_HEAD:
+        return f"{name} takes heads of {_LARGEST_FLASH_HEAD} elements at most, but those of {kind} have {width}\n  use auto, flex or sdpa"
     return None
 
 

@@ -183,9 +183,12 @@ def flash(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, rows: Attent
     """Flash attention over the samples of all rows, laid end to end, [B, H, S, E]."""
     kernel = flash_kernel()
     assert kernel is not None, "no flash attention is installed"
+    width, narrower = value_BGSE.shape[-1], query_BHSE.shape[-1] - value_BGSE.shape[-1]
+    if narrower:  # as in DeepSeek's models; the kernels take one width
+        value_BGSE = F.pad(value_BGSE, (0, narrower))
     query_THE, key_TGE, value_TGE = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHSE, key_BGSE, value_BGSE))
     out_THE = kernel.compute(query_THE, key_TGE, value_TGE, rows.bounds, rows.longest, scores)
-    return out_THE.view(query_BHSE.shape[0], -1, *out_THE.shape[1:]).transpose(1, 2)
+    return out_THE.view(query_BHSE.shape[0], -1, *out_THE.shape[1:]).transpose(1, 2)[..., :width]
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,14 @@ def test_masks_and_block_tables_allow_what_they_should(rows: list[list[int]], wi
     assert torch.equal((blocks.kv_num_blocks + blocks.full_kv_num_blocks)[:, 0].expand_as(some), some)
 
 
+def test_values_may_be_narrower_than_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_kernels, "flash_kernel", lambda: package_flash(plain_flash))
+    found = AttentionRows(batch_of(ROWS["packed"]).layout.samples, 3, LENGTH, CPU)
+    query, key, value = (torch.randn(3, 4, LENGTH, width, dtype=torch.float64) for width in (8, 8, 5))
+    flash, wanted = (attend(query, key, value, found, Scores(0.3)) for attend in (attention_kernels.flash, attention_kernels.sdpa))
+    torch.testing.assert_close(flash, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_torchs_flash_attention_takes_what_it_is_given() -> None:
     """By its declarations, on tensors without memory; its kernels run on a GPU only."""
     kernel = torchs_flash()
@@ -255,6 +263,7 @@ def test_auto_takes_the_fastest_that_can_be_had(case: str, monkeypatch: pytest.M
         ("flash", OnGpu(device=CPU), "flash does not run on a CPU"),
         ("flash", OnGpu(), "the package flash-attn is not installed"),
         ("flash", OnGpu(_supports_flash_attn=False), "does not fit OnGpu"),
+        ("flash", OnGpu(head_dim=512), "takes heads of 256 elements at most, but those of OnGpu have 512"),
         ("flex", OnGpu(FULL, CPU), "flex has no backward pass on a CPU"),
         ("flex", OnGpu(torch.float64), "but the model is in float64"),
         ("flex", OnGpu(head_dim=8), "needs heads of 16 elements or more, but those of OnGpu have 8"),
