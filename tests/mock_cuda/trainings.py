@@ -113,7 +113,7 @@ FOUR_RANKS: dict[str, Settings] = {
     "mixlora-slices": (*IN_SLICES, *EVERYWHERE),
     "full-leaders-freed": (*FULL, *OVER_LEADERS, *EVERYWHERE, *FREED),
     "full-slices": (*FULL, *IN_SLICES, *EVERYWHERE),
-    "moe_lora-leaders": (*MOE_LORA, *OVER_LEADERS, *EVERYWHERE),
+    "moe_lora-slices": (*MOE_LORA, *OVER_LEADERS, *EVERYWHERE),
     "moe_lora-groups-sharded": (*MOE_LORA, *SHARDED, "fssdp.shard_size=2", "micro_batch_size=1"),
 }
 ROUTES = {"leaders": "two_level", "slices": "sliced"}
