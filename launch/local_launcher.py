@@ -25,6 +25,7 @@ from hecate.ranks.launcher_files import (
     LAUNCHED_VARIABLE,
     MEMBER_VARIABLE,
     STORE_VARIABLE,
+    SURVIVAL_SETTINGS,
     Generation,
     error_file,
     ready_file,
@@ -161,7 +162,7 @@ def _start(command: Sequence[str], rank: int, num_ranks: int, store: Path, *, su
         "WORLD_SIZE": str(num_ranks),
     }
     if survives:
-        environment[MEMBER_VARIABLE] = str(rank)
+        environment = SURVIVAL_SETTINGS | environment | {MEMBER_VARIABLE: str(rank)}
     if takes is not None:
         environment[JOIN_VARIABLE] = "1"
     return subprocess.Popen(command, env=environment)

@@ -15,6 +15,7 @@ from hecate.config import Config
 from hecate.model.base import BaseModel
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
+from hecate.parallel.comm.aborts import arrived
 from hecate.parallel.comm.collectives import sparse_all_gather
 from hecate.parallel.placement import Placement, owners_only
 from hecate.parallel.transfer_plan import plan_chunks
@@ -103,5 +104,5 @@ def gather_on_first(moe: MoeModel, unit: Unit, ranks: Ranks) -> Tensor | None:
     where_ED[:, 0] = True
     store, placement = moe.engine.shards.stores[unit], Placement(owner_E.copy(), where_ED)
     plan = plan_chunks(placement, store.chunk, None, moe.engine.shards.rank)
-    gathered = sparse_all_gather(store.owned, plan, ranks.groups.experts).wait()
+    gathered = arrived(sparse_all_gather(store.owned, plan, ranks.groups.experts).wait(), ranks.groups.experts)
     return gathered if ranks.is_first else None

@@ -23,6 +23,7 @@ from hecate.errors import UserError
 from hecate.experts.layer import MoeLayer
 from hecate.io.durable import new_folder, write_durable
 from hecate.model.moe_model import MoeModel
+from hecate.parallel.comm.aborts import arrived
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 
@@ -184,7 +185,7 @@ def expert_on_first(moe: MoeModel, unit: Unit, expert: int, ranks: Ranks) -> Ten
         return None
     chunk = store.owned.new_empty(store.chunk_numel)
     dist.recv(chunk, group_src=owner, group=ranks.groups.tokens)
-    return chunk
+    return arrived(chunk, ranks.groups.tokens)
 
 
 def _write(path: Path, inside: Mapping[str, TensorEntry], fetch: Callable[[str], Tensor | None]) -> None:

@@ -11,10 +11,13 @@ import torch.distributed as dist
 
 from hecate.config import Config
 from hecate.config.topology import whole_topology
+from hecate.elastic.peer_watch import PeerWatch
 from hecate.elastic.rebuild import Group
 from hecate.errors import UserError
+from hecate.ranks.backend import forget_groups
 from hecate.ranks.devices import local_devices
 from hecate.ranks.launcher_files import (
+    JOIN_VARIABLE,
     MEMBER_VARIABLE,
     STORE_VARIABLE,
     Generation,
@@ -23,7 +26,7 @@ from hecate.ranks.launcher_files import (
     ready_file,
     store_of,
 )
-from hecate.ranks.ranks import connect
+from hecate.ranks.ranks import Ranks, connect
 
 _GRACE = 5.0
 """seconds within which a launcher that has lost a rank writes the next generation"""
@@ -32,20 +35,27 @@ _CONNECT_LIMIT = timedelta(seconds=30)
 _POLL_SECONDS = 0.005
 
 
-def local_membership(config: Config) -> LocalMembership | None:
-    """The membership of a rank whose launcher goes on after losses; None under any other launcher."""
-    return LocalMembership(config) if MEMBER_VARIABLE in os.environ else None
+def local_membership(config: Config, ranks: Ranks) -> LocalMembership | None:
+    """The membership of a rank whose launcher goes on after losses; None under any other launcher.
+
+    Args:
+        ranks: the ranks that this process has joined, which from now on notices when one of them is lost.
+    """
+    return LocalMembership(config, ranks) if MEMBER_VARIABLE in os.environ else None
 
 
 class LocalMembership:
     """The `hecate.elastic.rebuild.Membership` of a rank that the local launcher has started."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ranks: Ranks) -> None:
         self._config = config
         self._store = Path(os.environ[STORE_VARIABLE])
         self._member = int(os.environ[MEMBER_VARIABLE])
         self._number = 0
         self._announced = False
+        self._watch = PeerWatch(self._store)
+        if JOIN_VARIABLE not in os.environ:  # a rank that is to join is alone until then
+            self._watch.begin(range(ranks.world_size), ranks)
 
     def regroup_requested(self) -> bool:
         if not self._announced:
@@ -92,8 +102,8 @@ class LocalMembership:
         try:
             ranks = connect(store, generation.members.index(self._member), world_size)
         except RuntimeError:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            forget_groups()
             return None
+        self._watch.begin(generation.members, ranks)
         whole = whole_topology(self._config, local_devices(generation.num_devices))
         return Group(ranks, whole.topology.take(generation.devices))

@@ -13,6 +13,7 @@ from torch import Tensor
 from hecate.engine.protocol import ExpertEngine
 from hecate.errors import UserError
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
+from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.sharding import better_owners, owned_bytes, owned_slots
 from hecate.parallel.units import Unit, expert_name
@@ -86,7 +87,7 @@ def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
         # Every sharding group moves the same experts, but not the same frozen parts: one that its new owner holds already stays.
         total = torch.tensor(num_bytes, device=next(iter(engine.shards.stores.values())).device)
         dist.all_reduce(total, group=engine.shards.groups.replicate)
-        num_bytes = int(total)
+        num_bytes = int(read(total, engine.shards.groups.replicate))
     return Move(experts, num_bytes)
 
 
@@ -101,7 +102,7 @@ def refuse_different_owners(engine: ExpertEngine, owners: Mapping[Unit, np.ndarr
     own = torch.from_numpy(np.concatenate(list(owners.values())))
     highest = torch.cat([own, -own]).to(next(iter(engine.shards.stores.values())).device)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=engine.shards.groups.world)
-    upper, lower = highest.cpu().chunk(2)
+    upper, lower = read(highest, engine.shards.groups.world).chunk(2)
     sizes = [len(owner_E) for owner_E in owners.values()]
     differ = [str(unit) for unit, part in zip(owners, (upper != -lower).split(sizes), strict=True) if bool(part.any())]
     if differ:

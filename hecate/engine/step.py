@@ -31,6 +31,7 @@ from hecate.engine.shards import ExpertShards, LayerCall
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.router import RouterStats, Routing
 from hecate.kernels.common.assignments import RoutedTokens
+from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.host_read import HostRead
 from hecate.parallel.transfer_plan import plan_change
 from hecate.parallel.units import Unit
@@ -110,7 +111,7 @@ class StepLedger:
             most = shards.plans.most_served(loads)
             most_L = torch.tensor(list(most.values()), dtype=torch.float64).to(shards.device)
             dist.all_reduce(most_L, op=dist.ReduceOp.MAX, group=shards.groups.world)
-            shards.plans.note_most_served(dict(zip(most, most_L.tolist(), strict=True)))
+            shards.plans.note_most_served(dict(zip(most, read(most_L, shards.groups.world).tolist(), strict=True)))
 
     def start_exchange(self) -> None:
         """Send all ranks the step's loads, which are complete after the forward pass of its last micro-step. Every rank must call it.
@@ -134,7 +135,7 @@ def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> HostRead:
     """int64 [ranks, n]: every rank's counts [n], on the way to the host. Every rank of the group must call it."""
     table_RN = count.new_empty((dist.get_world_size(group), len(count)))
     dist.all_gather(list(table_RN), count, group=group)
-    return HostRead(table_RN)
+    return HostRead(table_RN, group)
 
 
 def by_rank(counts: HostRead) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate.parallel.comm.aborts import arrived
 from hecate.ranks.groups import TensorGroups
 
 
@@ -26,7 +27,7 @@ class TensorParts:
         mine = part.detach().contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.groups.tp_size)]
         dist.all_gather(parts, mine, group=self.groups.tensor)
-        return torch.cat(parts, self.dims[name])
+        return arrived(torch.cat(parts, self.dims[name]), self.groups.tensor)
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
         """What this rank has of it."""

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from hecate.parallel.mesh import Mesh
+from hecate.ranks.backend import urgent_options
 
 # This is long enough for one rank to evaluate while the others wait, and shorter than gloo's half hour.
 TIMEOUT = timedelta(minutes=10)
@@ -68,6 +69,8 @@ class TensorGroups:
 def expert_groups(mesh: Mesh) -> ExpertGroups:
     """Make the expert groups of this rank, which has joined the default group of `mesh.world_size` ranks. Every rank must call it.
 
+    The default group carries expert chunks where there is one sharding group, and is then made with the options of such a group.
+
     They are not made with torch's DeviceMesh, because it makes one group for a dimension, and experts and tokens need one each.
     """
     default = dist.group.WORLD
@@ -75,7 +78,12 @@ def expert_groups(mesh: Mesh) -> ExpertGroups:
     if mesh.num_sharding_groups == 1:
         return ExpertGroups(experts=default, tokens=own_group([list(range(mesh.world_size))]))
     shards = mesh.sharding_groups()
-    return ExpertGroups(experts=own_group(shards), tokens=own_group(shards), replicate=own_group(mesh.replicate_groups()), everyone=default)
+    return ExpertGroups(
+        experts=own_group(shards, urgent=True),
+        tokens=own_group(shards),
+        replicate=own_group(mesh.replicate_groups()),
+        everyone=default,
+    )
 
 
 def tensor_groups(mesh: Mesh) -> TensorGroups | None:
@@ -85,15 +93,16 @@ def tensor_groups(mesh: Mesh) -> TensorGroups | None:
     return TensorGroups(tensor=own_group(mesh.tensor_groups()), data=own_group(mesh.data_groups()))
 
 
-def own_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+def own_group(groups: Sequence[Sequence[int]], *, urgent: bool = False) -> dist.ProcessGroup:
     """Make a process group of each of `groups`, and return the one that this rank is in. Every rank must call it.
 
     Args:
         groups: lists of ranks. Each rank of the job is in exactly one of them.
+        urgent: a GPU starts their kernels before those of other streams (`hecate.ranks.backend.urgent_options`).
     """
-    own = None
+    own, backend = None, str(dist.get_backend())
     for ranks in groups:
-        group = dist.new_group(list(ranks), timeout=TIMEOUT)
+        group = dist.new_group(list(ranks), timeout=TIMEOUT, pg_options=urgent_options(backend) if urgent else None)
         if dist.get_rank() in ranks:
             own = group
     assert isinstance(own, dist.ProcessGroup)  # torch gives a rank outside all groups a number

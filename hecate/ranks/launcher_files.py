@@ -28,6 +28,10 @@ MEMBER_VARIABLE = "HECATE_MEMBER"
 """Number of this member. It is set if the other ranks go on after a loss."""
 JOIN_VARIABLE = "HECATE_JOIN"
 """Set for a member that joins a run under way."""
+COLLECTIVES_VARIABLE = "HECATE_COLLECTIVES"
+"""The backend of all ranks' collectives, gloo or nccl. A user may set it; with gloo several ranks can share a GPU."""
+SURVIVAL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+"""Variables of ranks that go on after a loss. By default torch ends a process whose peer is lost; these abort their groups."""
 
 
 def error_file(folder: Path, rank: int) -> Path:

@@ -14,7 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.errors import UserError
+from hecate.parallel.comm.aborts import is_aborted, note_abort, read
 from hecate.parallel.mesh import make_mesh
+from hecate.ranks.backend import (
+    ABORTING,
+    abort_nccl,
+    chosen_backend,
+    first_group_options,
+    forget_groups,
+    is_nccl,
+    own_device,
+    use_once,
+    wait_for_all,
+)
 from hecate.ranks.groups import TIMEOUT, ExpertGroups, TensorGroups, expert_groups, own_group, tensor_groups
 from hecate.ranks.launcher_files import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
 from hecate.ranks.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
@@ -34,6 +46,8 @@ class Ranks:
     """the connections that gloo has made to the other ranks; empty with NCCL"""
     tensor: TensorGroups | None = None
     """None: every rank has all of the model outside its experts"""
+    store: dist.Store | None = None
+    """where the ranks have met; None: where torch's launcher says"""
 
     @property
     def is_first(self) -> bool:
@@ -63,52 +77,72 @@ class Ranks:
         return float(self._reduce(value, dist.ReduceOp.MAX))
 
     def all_sum(self, values: Tensor) -> Tensor:
-        """Elementwise sum over the ranks. Every rank must call it."""
+        """Elementwise sum over the ranks, on the CPU. Every rank must call it."""
         total = values.to(self.device)
         dist.all_reduce(total, group=self.groups.world)
-        return total
+        return read(total, self.groups.world)
 
     def all_gather(self, values: Tensor) -> Tensor:
         """[ranks, ...]: the values of every rank, which must all have one shape. Every rank must call it."""
         mine = values.to(self.device)
         parts = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(parts, mine, group=self.groups.world)
-        return torch.stack(parts).cpu()
+        return read(torch.stack(parts), self.groups.world)
 
     def broadcast_from(self, source: int, data: bytes | None) -> bytes:
         """The bytes of rank `source`, of any length. Every rank must call it; the other ranks pass None."""
         length = torch.tensor(len(data or b""), device=self.device)
         dist.broadcast(length, src=source, group=self.groups.world)
-        buffer = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        buffer = torch.empty(int(read(length, self.groups.world)), dtype=torch.uint8, device=self.device)
         if data:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         if len(buffer):
             dist.broadcast(buffer, src=source, group=self.groups.world)
-        return buffer.cpu().numpy().tobytes()
+        return read(buffer, self.groups.world).numpy().tobytes()
+
+    @property
+    def aborted(self) -> bool:
+        """Whether this rank's groups were aborted. Whatever fails afterwards may be a consequence."""
+        return is_aborted(self.groups.world)
+
+    def all_groups(self) -> list[dist.ProcessGroup]:
+        """Each group of this rank once, in the same order on all ranks."""
+        return self.groups.all() + ([self.tensor.tensor, self.tensor.data] if self.tensor else [])
 
     def abort(self) -> None:
-        """Break off every collective under way on this rank, and so on every rank that waits for this one.
+        """Break off every collective under way on this rank, and with gloo on every rank that waits for this one.
 
-        Any thread may call it. Nothing more can be sent among these ranks afterwards.
+        Any thread may call it, several times. Nothing more can be sent among these ranks afterwards, and what their collectives have
+        written cannot be read any more (`hecate.parallel.comm.aborts`). With NCCL it aborts all groups of the process.
         """
-        groups = self.groups.all() + ([self.tensor.tensor, self.tensor.data] if self.tensor else [])
-        for group in groups:
-            _keep_for_good(group)
-        shut_down(self.connections)
-        if self.device.type == "cuda":
-            for group in groups:
-                group.abort()
+        with ABORTING:
+            if self.aborted:
+                return
+            if is_nccl(self.groups.world):
+                abort_nccl()
+                return
+            note_abort(self.all_groups())
+            for group in self.all_groups():
+                _keep_for_good(group)
+            shut_down(self.connections)
 
-    def leave(self) -> None:
-        """Abort, and forget the groups, so that this process can join others."""
+    def leave(self, *, together: bool = False) -> None:
+        """Abort, and forget the groups, so that this process can join others.
+
+        Args:
+            together: all ranks leave, and none is known to be lost. With NCCL they wait for each other's devices first, because an abort
+                may take memory from a collective that another rank has not ended yet.
+        """
+        if together and self.store is not None and not self.aborted and is_nccl(self.groups.world):
+            wait_for_all(self.store, self.world_size, self.device)
         self.abort()
-        dist.destroy_process_group()
+        forget_groups()
 
     def all_most(self, values: Sequence[float]) -> list[float]:
         """The largest value of any rank, for each of several values in one message. Every rank must call it, with equally many values."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.groups.world)
-        return [float(value) for value in tensor.tolist()]
+        return [float(value) for value in read(tensor, self.groups.world).tolist()]
 
     def barrier(self) -> None:
         self.all_max(0.0)
@@ -121,12 +155,12 @@ class Ranks:
         """The bytes of rank 0. Every rank must call it, with data of the same length."""
         tensor = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
         dist.broadcast(tensor, src=0, group=self.groups.world)
-        return bytes(tensor.tolist())
+        return bytes(read(tensor, self.groups.world).tolist())
 
     def _reduce(self, value: float, op: dist.ReduceOp.RedOpType) -> Tensor:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=op, group=self.groups.world)
-        return tensor
+        return read(tensor, self.groups.world)
 
 
 def ranks_from_environment() -> tuple[int, int] | None:
@@ -158,7 +192,8 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1) -> Iterator[Rank
         tp_size: `model.tensor_parallel`.
 
     Raises:
-        UserError: the environment variables are no rank and world size, or the two sizes do not divide the number of ranks.
+        UserError: the environment variables are no rank and world size, or name no backend that this process can have; or the two sizes
+            do not divide the number of ranks.
     """
     # A process that is to join a run under way is a world of one rank until it is let in.
     given = None if JOIN_VARIABLE in os.environ else ranks_from_environment()
@@ -179,9 +214,11 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1) -> Iterator[Rank
         except BaseException:
             ranks.abort()  # ranks that wait for this one fail now, not at their timeout
             raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException:
+        forget_groups()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _keep_for_good(group: dist.ProcessGroup) -> None:
@@ -205,7 +242,7 @@ def restarts() -> int:
 
 
 def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: int | None = None, tp_size: int = 1) -> Ranks:
-    """Make this process one of `world_size` ranks. It must belong to no process group.
+    """Make this process one of `world_size` ranks. It must belong to no process group. With NCCL all groups have been used once.
 
     Args:
         store: the unused store where the ranks meet; None: torchrun's environment variables name it.
@@ -213,20 +250,24 @@ def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: in
         world_size: the number of ranks that connect.
         shard_size: `fssdp.shard_size`.
         tp_size: `model.tensor_parallel`.
+
+    Raises:
+        UserError: the sizes do not divide the number of ranks, or HECATE_COLLECTIVES names no backend that this process can have.
     """
     mesh = make_mesh(world_size, shard_size, tp_size)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
+    backend = chosen_backend()
+    device = own_device(backend)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
+    options = first_group_options(backend, device, urgent=mesh.num_sharding_groups == 1)
     before = tcp_sockets()
     if store is None:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=TIMEOUT, **options)
     else:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    ranks = Ranks(rank, world_size, device, expert_groups(mesh), tensor=tensor_groups(mesh))
-    if cuda:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, **options)
+    ranks = Ranks(rank, world_size, device, expert_groups(mesh), tensor=tensor_groups(mesh), store=store)
+    if is_nccl(ranks.groups.world):
+        use_once(ranks.all_groups(), device)
         return ranks
     connections = _of_gloo(ranks, tcp_sockets() - before)
     notice_lost_machines(connections)

@@ -109,10 +109,8 @@ def train(
             try:
                 if not _one_step(training, outside, measured):
                     return False
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                if membership is None or not lost_a_peer(error) or not _regroup(training, membership, outside):
+            except Exception as error:  # after an abort, what is left of the old group can fail in any way
+                if membership is None or not _is_of_a_loss(error, training.ranks) or not _regroup(training, membership, outside):
                     raise
                 reports.note(f"went on after: {str(error).splitlines()[0][:120]}")
         written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
@@ -151,7 +149,7 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
         outside.reports.note(f"stopped by a signal after step {step}; go on with: {resume}")
         return False
     if agreement.regroup and outside.membership is not None:
-        _regroup(training, outside.membership, outside)
+        _regroup(training, outside.membership, outside, together=True)
     return True
 
 
@@ -206,15 +204,24 @@ def _save(training: Training, outside: _Outside) -> None:
             outside.observer.saved(training.standing.step, path)
 
 
-def _regroup(training: Training, membership: Membership, outside: _Outside) -> bool:
-    """Go on with the next group; False: there is none. Every rank of the old group that is left must call it."""
+def _is_of_a_loss(error: Exception, ranks: Ranks) -> bool:
+    """Whether an error says that a peer is lost, or may be a consequence of this rank's groups having been aborted for that."""
+    return not isinstance(error, torch.OutOfMemoryError) and (lost_a_peer(error) or ranks.aborted)
+
+
+def _regroup(training: Training, membership: Membership, outside: _Outside, *, together: bool = False) -> bool:
+    """Go on with the next group; False: there is none. Every rank of the old group that is left must call it.
+
+    Args:
+        together: the ranks have agreed on it, and none was lost.
+    """
     started = time.monotonic()
-    training.ranks.leave()
+    training.ranks.leave(together=together)
     while group := membership.next_group():
         try:
             done = training.join(group)
-        except RuntimeError as error:
-            if not lost_a_peer(error):
+        except Exception as error:
+            if not _is_of_a_loss(error, group.ranks):
                 raise
             group.ranks.leave()
         else:
@@ -232,8 +239,8 @@ def _joined(config: Config, ranks: Ranks, membership: Membership) -> Training:
         group = membership.first_group()
         try:
             training.join(group)
-        except RuntimeError as error:
-            if not lost_a_peer(error):
+        except Exception as error:
+            if not _is_of_a_loss(error, group.ranks):
                 raise
             group.ranks.leave()
         else:

@@ -84,10 +84,11 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
         with join_ranks(config.fssdp.shard_size, config.model.tensor_parallel) as ranks:
             if ranks.is_first:
                 jit.say_with(lambda text: print(text, file=sys.stderr, flush=True))
+            membership = local_membership(config, ranks)
             # Only one process may check that output_dir is free: rank 0 under torchrun; a launcher has done it before it started the ranks.
             claims = ranks.is_first and STORE_VARIABLE not in os.environ
             config = begin_or_resume(config, ranks, claim=(lambda: load_config(config_path, overrides)) if claims else None)
-            train(config, ranks, membership=local_membership(config), joins=JOIN_VARIABLE in os.environ)
+            train(config, ranks, membership=membership, joins=JOIN_VARIABLE in os.environ)
     except RuntimeError as error:
         if not lost_a_peer(error):
             raise

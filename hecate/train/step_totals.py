@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.device_tables import copy_to
 
 
@@ -42,6 +43,6 @@ def exchange_totals(losses: Tensor, squares: Tensor, bytes_sent: int, asked: Seq
     own = torch.cat([losses, squares, copy_to(torch.tensor([bytes_sent, *asked], dtype=torch.float64), device)])
     table_RF = own.new_empty((dist.get_world_size(group), len(own)))
     dist.all_gather(list(table_RF), own, group=group)
-    rows = table_RF.tolist()
+    rows = read(table_RF, group).tolist()
     loss, aux_loss, sharded, sent, *requests = (sum(column) for column in zip(*([*row[:3], *row[4:]] for row in rows), strict=True))
     return Totals(loss, aux_loss, math.sqrt(sharded + rows[0][3]), int(sent), tuple(count > 0 for count in requests))

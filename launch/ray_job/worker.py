@@ -41,6 +41,7 @@ from hecate.launch.ray_job.messages import (
     to_json,
 )
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
+from hecate.ranks.launcher_files import SURVIVAL_SETTINGS
 
 if TYPE_CHECKING:  # a worker imports training in its own thread, after it has started
     from hecate.elastic.observer import BeginFacts, ReplanOrder, StepFacts
@@ -74,6 +75,7 @@ class Worker:
         self._events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
         self._link: TrainingLink | None = None
         self._thread: threading.Thread | None = None
+        os.environ.update(SURVIVAL_SETTINGS | os.environ)
         interface = interface_of(address)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -246,11 +248,10 @@ class TrainingLink:
 
     def _join(self, waiting: Callable[[], WorkerEvent]) -> Group | None:
         """Send the event `waiting()`, and join the generation that the controller assigns; None: this thread is not needed any more."""
-        import torch.distributed as dist
-
         from hecate.elastic.rebuild import Group
         from hecate.launch.ray_job.rendezvous import meet
         from hecate.parallel.topology_file import parse_topology
+        from hecate.ranks.backend import forget_groups
         from hecate.ranks.ranks import connect
 
         while True:
@@ -264,8 +265,7 @@ class TrainingLink:
                 store = meet(assignment.host, assignment.port, assignment.generation)
                 self.ranks = connect(store, assignment.rank, assignment.world_size)
             except RuntimeError:  # another rank was lost while the ranks connected
-                if dist.is_initialized():
-                    dist.destroy_process_group()
+                forget_groups()
             else:
                 return Group(self.ranks, parse_topology(assignment.topology, "the controller's topology"))
 
@@ -280,6 +280,7 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
     from hecate.config import load_config
     from hecate.launch.ray_job.rendezvous import meet
     from hecate.parallel.topology_file import parse_topology
+    from hecate.ranks.backend import forget_groups
     from hecate.ranks.ranks import connect
     from hecate.train.loop import train
 
@@ -290,16 +291,20 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
     try:
         if assignment is None:
             link.ranks = connect(dist.HashStore(), 0, 1)
-            return train(config, link.ranks, link, joins=True, observer=link)
-        store = meet(assignment.host, assignment.port, assignment.generation)
-        ranks = link.ranks = connect(store, assignment.rank, assignment.world_size)
-        given = None if assignment.topology is None else parse_topology(assignment.topology, "the controller's topology")
-        topology = given or _measured(ranks, assignment.nodes)
-        return train(replace(config, resume=assignment.resume), ranks, link, topology=topology, observer=link)
+            finished = train(config, link.ranks, link, joins=True, observer=link)
+        else:
+            store = meet(assignment.host, assignment.port, assignment.generation)
+            ranks = link.ranks = connect(store, assignment.rank, assignment.world_size)
+            given = None if assignment.topology is None else parse_topology(assignment.topology, "the controller's topology")
+            topology = given or _measured(ranks, assignment.nodes)
+            finished = train(replace(config, resume=assignment.resume), ranks, link, topology=topology, observer=link)
+        link.ranks.leave(together=True)
+        return finished
     finally:
-        if link.ranks is not None and dist.is_initialized():
+        if link.ranks is not None:
             # A waiting peer must see at once that this rank is gone. Dropping the groups is not enough: a traceback may keep them alive.
             link.ranks.leave()
+        forget_groups()
 
 
 def _measured(ranks: Ranks, nodes: tuple[str, ...]) -> Topology:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hecate.parallel.comm.aborts import in_range, read
 from hecate.parallel.comm.device_tables import token_tables
 from hecate.parallel.transfer_plan import TokenPlan
 
@@ -113,13 +114,14 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor
     row_N, place_N, send_D = _rows_to_send(rank_TK, len(tables.slot_DE))
     recv_D = torch.empty_like(send_D)
     dist.all_to_all_single(recv_D, send_D, group=group)
-    send_rows, recv_rows = torch.stack([send_D, recv_D]).tolist()
+    send_rows, recv_rows = read(torch.stack([send_D, recv_D]), group).tolist()
 
     num_tokens = len(x_TD)
     row_M = torch.empty_like(row_N).scatter_(0, place_N, row_N)[: sum(send_rows)]  # equal rows have one place
     rank_M, source_M = row_M // max(num_tokens, 1), row_M % max(num_tokens, 1)
     slot_MK = torch.where(rank_TK[source_M] == rank_M[:, None], tables.slot_DE[rank_M[:, None], expert_TK[source_M]], -1)
     meta_RN = _exchange_rows(torch.cat([slot_MK, token_T[source_M, None]], dim=1), send_rows, recv_rows, group)
+    in_range(meta_RN[:, :-1], -1, int(plan.slot_DE[dist.get_rank(group)].max()))
     sources = row_sources(source_M, num_tokens, sort=x_TD.is_cuda)
     rows_MD, weight_MK = _TakeRows.apply(sources, x_TD), _TakeRows.apply(sources, weight_TK)
     x_RD, weight_RK = _RowExchange.apply(send_rows, recv_rows, group, rows_MD, weight_MK)

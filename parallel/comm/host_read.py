@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from hecate.parallel.comm.aborts import raise_if_aborted
 
 
 class HostRead:
@@ -13,8 +16,9 @@ class HostRead:
     after the copy keeps the GPU busy meanwhile.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        """Start the copy. The tensor may be changed or freed afterwards."""
+    def __init__(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
+        """Start the copy of what a collective of `group` has written. The tensor may be changed or freed afterwards."""
+        self._group = group
         self._event: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -24,7 +28,12 @@ class HostRead:
             self._host = tensor.detach().clone()
 
     def get(self) -> Tensor:
-        """The values, on the CPU. On a GPU the host waits until the copy is done."""
+        """The values, on the CPU. On a GPU the host waits until the copy is done.
+
+        Raises:
+            AbortedError: the group was aborted.
+        """
         if self._event is not None:
             self._event.synchronize()
+        raise_if_aborted(self._group)
         return self._host

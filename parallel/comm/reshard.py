@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hecate.parallel.comm.aborts import arrived, read
+
 
 @dataclass(frozen=True)
 class RowSpec:
@@ -54,7 +56,10 @@ def reshard(
     Args:
         rows: the tensors of the experts that this rank owns by `old_owner_E`, each as its spec says, on any device.
         specs: in the order in which they travel.
-        device: where the group's messages are; received tensors are there, too.
+        device: where the group's messages are; received tensors are there, too. The host waits for them.
+
+    Raises:
+        AbortedError: the group was aborted meanwhile. The rank still has all that it owned before.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     owned_before = np.flatnonzero(old_owner_E == rank).tolist()
@@ -73,6 +78,7 @@ def reshard(
     recv_buffer = torch.empty(sum(recv_sizes), dtype=torch.uint8, device=device)
     if world > 1:
         dist.all_to_all_single(recv_buffer, send_buffer, recv_sizes, send_sizes, group=group)
+        arrived(recv_buffer, group)  # the caller gives up what it replaces
 
     kept = {e: dict(rows[e]) for e in owned_before if new_owner_E[e] == rank}
     start = 0
@@ -93,7 +99,7 @@ def _presence(
     table = torch.tensor([[int(name in rows.get(e, {})) for name in names] for e in moved], dtype=torch.int64, device=device)
     if moved and dist.get_world_size(group) > 1:
         dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
-    return {e: [bool(there) for there in line] for e, line in zip(moved, table.tolist(), strict=True)}
+    return {e: [bool(there) for there in line] for e, line in zip(moved, read(table, group).tolist(), strict=True)}
 
 
 def _as_bytes(row: Tensor, spec: RowSpec, device: torch.device) -> Tensor:

@@ -2,10 +2,17 @@
 
 As under NCCL, a collective's future is complete when the call returns, so what is to follow it runs inline. (Under NCCL the work is then
 queued; here it is done.) Messages between two ranks are under way until they are waited for.
+
+A collective whose peer is lost raises nothing, as under NCCL: its result is garbage, and from then on the host waits in every read of the
+device (`wait_while_stuck`) until another thread aborts the groups. One that waits for a living peer waits until the abort. What is called
+after the abort raises.
 """
 
 from __future__ import annotations
 
+import ctypes
+import threading
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -13,9 +20,37 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from tests.mock_cuda.install import device
+from tests.mock_cuda.install import Event, device
 
 NAME = "mock_nccl"
+GARBAGE = 0x7F
+"""every byte of the result of a collective that has not ended"""
+URGENT: dict[str, bool] = {}
+"""name of each group that was made in this process -> whether its stream has a high priority"""
+DEVICE_IDS: list[torch.device | None] = []
+"""`device_id` of each `init_process_group`"""
+_stuck: set[MockNccl] = set()
+"""groups whose device hangs in a collective"""
+_POLL_SECONDS = 0.0005
+
+
+def wait_while_stuck(kind: str = "", what: str = "") -> None:
+    """What the host does when it reads the device: nothing, unless a collective hangs. For `device.observe`."""
+    while _stuck:
+        time.sleep(_POLL_SECONDS)
+
+
+class Options:
+    """`ProcessGroupNCCL.Options`."""
+
+    def __init__(self, is_high_priority_stream: bool = False) -> None:
+        self.is_high_priority_stream = is_high_priority_stream
+
+
+class OfNccl:
+    """`ProcessGroupNCCL`, as far as its options go."""
+
+    Options = Options
 
 
 class Done(dist.Work):
@@ -57,9 +92,11 @@ class Message(dist.Work):
 class MockNccl(dist.ProcessGroup):
     """One process group; see the module."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+    def __init__(self, given: Any, options: Options | None) -> None:
+        super().__init__(given.group_rank, given.group_size)
+        URGENT[given.group_id] = options is not None and options.is_high_priority_stream
+        self._gloo = dist.ProcessGroupGloo(given.store, given.group_rank, given.group_size, given.timeout)
+        self._aborted = threading.Event()
 
     def getBackendName(self) -> str:
         return NAME
@@ -71,23 +108,53 @@ class MockNccl(dist.ProcessGroup):
         return name
 
     def abort(self) -> None:
-        """As NCCL's: nothing is sent or received by this group afterwards."""
+        """As NCCL's: nothing is sent or received by this group afterwards, and the device goes on with garbage."""
+        # Destroyed, gloo would wait for the collectives under way.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._gloo))
+        self._aborted.set()
+        _stuck.discard(self)
+
+    def ends(self, work: dist.Work) -> bool:
+        """Wait until a collective has ended, its peer is lost, or the group is aborted; True: it has ended."""
+        while not work.is_completed():
+            if self._aborted.wait(_POLL_SECONDS):
+                return False
+        try:
+            work.wait()
+        except RuntimeError:
+            _stuck.add(self)
+            if self._aborted.is_set():
+                _stuck.discard(self)
+            return False
+        return True
+
+    def refuse_if_aborted(self) -> None:
+        if self._aborted.is_set():
+            raise dist.DistBackendError("mock nccl: communicator was aborted")
 
     def barrier(self, *arguments: Any) -> dist.Work:
-        self._gloo.barrier().wait()
+        self.refuse_if_aborted()
+        self.ends(self._gloo.barrier())
         return Done(None)
 
     def send(self, tensors: Any, *arguments: Any) -> dist.Work:
+        self.refuse_if_aborted()
         return Message(self._gloo.send(_on_host(tensors, "send"), *arguments), tensors)
 
     def recv(self, tensors: Any, *arguments: Any) -> dist.Work:
+        self.refuse_if_aborted()
         return Message(self._gloo.recv(_on_host(tensors, "recv"), *arguments), tensors)
 
 
 def _collective(name: str, of_gloo: str) -> Any:
     def call(self: MockNccl, *arguments: Any, **options: Any) -> dist.Work:
+        self.refuse_if_aborted()
         on_host = [_on_host(value, name) for value in arguments]
-        getattr(self._gloo, of_gloo)(*on_host, **options).wait()
+        work = getattr(self._gloo, of_gloo)(*on_host, **options)
+        if not self.ends(work):
+            # gloo may go on writing, so its tensors must live.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object((work, on_host)))
+            _spoil(on_host[0])
         return Done(arguments[0])
 
     return call
@@ -120,14 +187,21 @@ def _on_host(value: Any, operation: str) -> Any:
     return value
 
 
+def _spoil(tensors: Any) -> None:
+    for tensor in tensors if isinstance(tensors, list) else [tensors]:
+        if isinstance(tensor, list):
+            _spoil(tensor)
+        else:
+            tensor.view(-1).view(torch.uint8).fill_(GARBAGE)
+
+
 def install_backend() -> None:
     """Have `init_process_group("nccl")` make groups of this backend, which are called "nccl"."""
-    dist.Backend.register_backend(NAME, MockNccl, devices=["cuda"])
-    torch.cuda.nccl.version = lambda: (2, 0, 0)  # asked for by torch's own log of some collectives
+    dist.Backend.register_backend(NAME, MockNccl, extended_api=True, devices=["cuda"])
     plain_init, plain_name = dist.init_process_group, dist.get_backend
 
     def init_process_group(backend: str | None = None, *arguments: Any, **options: Any) -> None:
-        options.pop("device_id", None)
+        DEVICE_IDS.append(options.pop("device_id", None))
         plain_init(NAME if backend in (None, "nccl") else backend, *arguments, **options)
 
     def get_backend(group: dist.ProcessGroup | None = None) -> str:
@@ -137,3 +211,5 @@ def install_backend() -> None:
     for module in (dist, distributed_c10d):
         module.init_process_group = init_process_group  # type: ignore[attr-defined]
         module.get_backend = get_backend  # type: ignore[attr-defined]
+        module.ProcessGroupNCCL = OfNccl  # type: ignore[attr-defined]
+    Event.query = lambda _: not _stuck  # type: ignore[method-assign]

@@ -1,0 +1,139 @@
+"""Which backend of torch.distributed carries a process's collectives, and what NCCL needs besides: options, a first use, one abort for all.
+
+Whether a group is NCCL's is asked of the group (`is_nccl`), never of the device: gloo can carry the tensors of a GPU, too.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from hecate.errors import UserError
+from hecate.parallel.comm.aborts import note_abort
+from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
+
+_FIRST_USE_LIMIT = timedelta(minutes=2)
+"""how long the first collective of a group may take, whose ranks have all connected"""
+_POLL_SECONDS = 0.002
+_LEAVE_SECONDS, _DONE_KEY = 5.0, "ranks-done"
+ABORTING = threading.RLock()
+"""held by the thread that aborts groups, so that another one makes no new ones meanwhile"""
+
+
+def chosen_backend() -> str:
+    """The backend for this process: nccl with a GPU and gloo without, unless HECATE_COLLECTIVES says gloo.
+
+    Raises:
+        UserError: HECATE_COLLECTIVES says nccl without a GPU, or anything else.
+    """
+    asked, cuda = os.environ.get(COLLECTIVES_VARIABLE, ""), torch.cuda.is_available()
+    if asked not in ("", "gloo", "nccl"):
+        raise UserError(f"{COLLECTIVES_VARIABLE}={asked}: must be gloo or nccl, or not set, which means nccl with a GPU and gloo without")
+    if asked == "nccl" and not cuda:
+        raise UserError(f"{COLLECTIVES_VARIABLE}=nccl: this process has no GPU, and NCCL needs one; set gloo, or nothing")
+    return asked or ("nccl" if cuda else "gloo")
+
+
+def own_device(backend: str) -> torch.device:
+    """The device of this process: the GPU of its LOCAL_RANK, or the CPU without GPUs. With gloo, several processes may share a GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", number if backend == "nccl" else number % torch.cuda.device_count())
+
+
+def is_nccl(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether NCCL carries the collectives of a group, which must not be aborted; None: of the default group."""
+    return str(dist.get_backend(group)) == "nccl"
+
+
+def first_group_options(backend: str, device: torch.device, *, urgent: bool) -> dict[str, Any]:
+    """Arguments of `init_process_group`. With NCCL the communicators are made at once, not by the first collective of a training step.
+
+    Args:
+        urgent: the default group is the one of expert chunks (`urgent_options`).
+    """
+    if backend != "nccl":
+        return {}
+    return {"device_id": device, "pg_options": urgent_options(backend) if urgent else None}
+
+
+def urgent_options(backend: str) -> Any:
+    """Options of a group whose kernels a GPU starts before those of other streams, as expert chunks need it; None: the backend has none."""
+    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if backend == "nccl" else None
+
+
+def use_once(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
+    """Run one tiny collective of each kind on each group, so that no later one sets up connections in the midst of a training step.
+
+    Every rank must call it, with its groups in the same order.
+
+    Raises:
+        DistBackendError: a collective has not ended within two minutes. The groups are unusable then.
+    """
+    for number, group in enumerate(groups):
+        size = dist.get_world_size(group)
+        ones = torch.ones(size, dtype=torch.int32, device=device)
+        from_each = torch.zeros_like(ones)
+        dist.all_to_all_single(from_each, ones, group=group)
+        dist.all_reduce(ones, group=group)
+        if not _ends(device, _FIRST_USE_LIMIT) or torch.cat([from_each, ones]).tolist() != [1] * size + [size] * size:
+            raise dist.DistBackendError(
+                f"rank {dist.get_rank()}: the first collectives of its process group {number} of {len(groups)}, with {size} ranks, failed\n"
+                f"  or have not ended within {_FIRST_USE_LIMIT.seconds} s\n"
+                "  another rank was lost, or NCCL cannot reach one: NCCL_DEBUG=INFO shows which connections it makes"
+            )
+
+
+def forget_groups() -> None:
+    """Leave all groups of this process, whatever state they are in. Does nothing where there are none.
+
+    Those of NCCL are aborted, because destroying a group whose peers are lost would wait for them.
+    """
+    if not dist.is_initialized():
+        return
+    if is_nccl():
+        abort_nccl()
+    else:
+        dist.destroy_process_group()
+
+
+def abort_nccl() -> None:
+    """Abort all NCCL groups of this process in one operation: aborts of single communicators can wait for each other."""
+    with ABORTING:
+        if dist.is_initialized():
+            note_abort(list(distributed_c10d._world.pg_names))
+            distributed_c10d._abort_process_group()
+
+
+def wait_for_all(store: dist.Store, world_size: int, device: torch.device) -> None:
+    """Wait until the devices of all ranks are done with all collectives, or five seconds have passed. Every rank must call it.
+
+    The ranks ask the store and not each other: a rank whose collective has ended does not know that it has ended elsewhere.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    store.add(_DONE_KEY, 1)
+    deadline = time.monotonic() + _LEAVE_SECONDS
+    while store.add(_DONE_KEY, 0) < world_size and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _ends(device: torch.device, limit: timedelta) -> bool:
+    """Whether a GPU ends within the limit what its current stream was given. A read would wait for ever."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    deadline = time.monotonic() + limit.total_seconds()
+    while not event.query():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
