@@ -5,25 +5,48 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from hecate.elastic.local_membership import LocalMembership, local_membership
 from hecate.errors import UserError
-from hecate.ranks.launcher_files import MEMBER_VARIABLE, STORE_VARIABLE, Generation, ready_file, write_generation
+from hecate.ranks.launcher_files import JOIN_VARIABLE, MEMBER_VARIABLE, STORE_VARIABLE, Generation, ready_file, write_generation
+from hecate.ranks.ranks import Ranks
 from tests.hecate.megatron.making import config_of, write_parts
 
 
 def member(folder: Path, monkeypatch: pytest.MonkeyPatch) -> LocalMembership:
     """Member 1 of a job that began with members 0 and 1."""
+    return member_and_ranks(folder, monkeypatch)[0]
+
+
+def member_and_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LocalMembership, mock.Mock]:
+    """The same with its ranks, which are on NCCL."""
+    monkeypatch.setattr("hecate.elastic.peer_watch.is_nccl", lambda group: True)
+    ranks = mock.create_autospec(Ranks, instance=True)
+    ranks.groups, ranks.world_size = mock.Mock(), 2
     write_parts(folder)
-    assert local_membership(config_of(folder)) is None
+    assert local_membership(config_of(folder), ranks) is None
     monkeypatch.setenv(MEMBER_VARIABLE, "1")
     monkeypatch.setenv(STORE_VARIABLE, str(folder / "store"))
     write_generation(folder / "store", Generation(0, (0, 1), (0, 1), 2))
-    made = local_membership(config_of(folder))
+    made = local_membership(config_of(folder), ranks)
     assert made is not None
-    return made
+    return made, ranks
+
+
+def test_from_the_beginning_a_lost_rank_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is to join is alone, and may be none of the members yet."""
+    for joins, noticed in ((False, True), (True, False)):
+        if joins:
+            monkeypatch.setenv(JOIN_VARIABLE, "1")
+        with mock.patch.object(threading.Thread, "start"):
+            membership, ranks = member_and_ranks(tmp_path / str(joins), monkeypatch)
+        write_generation(tmp_path / str(joins) / "store", Generation(1, (1,), (1,), 2))
+        assert membership._watch.look()
+        assert ranks.abort.called == noticed
+        monkeypatch.delenv(MEMBER_VARIABLE)
 
 
 def test_a_new_generation_is_a_request_to_regroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

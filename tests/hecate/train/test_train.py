@@ -13,6 +13,7 @@ from hecate.config import load_config
 from hecate.elastic.rebuild import Membership
 from hecate.model import gated_ffn
 from hecate.optim.optimizer import ExpertOptimizer
+from hecate.parallel.comm.aborts import AbortedError
 from hecate.ranks.ranks import lost_a_peer
 from hecate.train.loop import train
 from testing.ranks import run_ranks
@@ -28,29 +29,49 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_workshop(tmp_path_factory.mktemp("workshop")))
 
 
-def fail_in_step_one(rank: int, world: int, workshop: str, text: str) -> tuple[str, int]:
-    """Train one step, in which such an error is raised; what `train` raises, and how often it has asked for the next group."""
+def fail_in_step_one(rank: int, world: int, workshop: str, text: str, aborts: bool) -> tuple[str, int]:
+    """Train one step, in which such an error is raised; what `train` raises, and how often it has asked for the next group.
+
+    Args:
+        aborts: the groups are aborted just before, and the error is none of torch.distributed.
+    """
     membership = mock.create_autospec(Membership, instance=True)
     membership.next_group.return_value = None
     name = "".join(filter(str.isalnum, text))[:8]
     config = load_config(f"{workshop}/config.yaml", [*ONE_STEP, f"output_dir={workshop}/runs/{name}"], claim_output=False)
-    with mock.patch.object(ExpertOptimizer, "squares", side_effect=RuntimeError(text)):
+    ranks = ranks_of_default_group(rank, world)
+
+    def fail(*arguments: object, **named: object) -> float:
+        if aborts:
+            ranks.abort()
+            raise ValueError(text)
+        raise RuntimeError(text)
+
+    with mock.patch.object(ExpertOptimizer, "squares", fail):
         try:
-            train(config, ranks_of_default_group(rank, world), membership)
-        except RuntimeError as error:
+            train(config, ranks, membership)
+        except (RuntimeError, ValueError) as error:
             return str(error), membership.next_group.call_count
     return "", membership.next_group.call_count
 
 
-@pytest.mark.parametrize(("text", "asked"), [(GLOO, 1), ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", 0)])
-def test_only_the_loss_of_a_peer_makes_a_run_ask_for_another_group(workshop: str, text: str, asked: int) -> None:
-    """A mistake of this rank's own, such as a wrong shape, ends the run with its own text."""
-    assert run_ranks(1, fail_in_step_one, workshop, text) == [(text, asked)]
+@pytest.mark.parametrize(
+    ("text", "aborts", "asked"),
+    [
+        (GLOO, False, 1),
+        ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False, 0),
+        ("Default process group has not been initialized", True, 1),
+    ],
+)
+def test_only_the_loss_of_a_peer_makes_a_run_ask_for_another_group(workshop: str, text: str, aborts: bool, asked: int) -> None:
+    """A mistake of this rank's own, such as a wrong shape, ends the run with its own text. After an abort any error may be of it."""
+    assert run_ranks(1, fail_in_step_one, workshop, text, aborts) == [(text, asked)]
 
 
 def test_what_says_that_a_peer_is_lost() -> None:
     assert lost_a_peer(RuntimeError(GLOO))
     assert lost_a_peer(dist.DistNetworkError("Connection reset"))
+    assert lost_a_peer(AbortedError("the groups were aborted"))
     assert not lost_a_peer(RuntimeError("CUDA error: device-side assert triggered"))
     assert not lost_a_peer(torch.OutOfMemoryError("out of memory"))
     assert not lost_a_peer(ValueError(GLOO))

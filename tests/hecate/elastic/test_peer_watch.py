@@ -1,0 +1,67 @@
+"""A thread of each rank notices in the launcher's file that a rank is lost, while the main thread waits for a GPU."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from hecate.elastic import peer_watch
+from hecate.elastic.peer_watch import LOOK_SECONDS, PeerWatch
+from hecate.ranks.launcher_files import Generation, write_generation
+from hecate.ranks.ranks import Ranks
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(peer_watch, "is_nccl", lambda group: group == "nccl")
+    write_generation(tmp_path / "store", Generation(0, (0, 1, 2), (0, 1, 2), 3))
+    return tmp_path / "store"
+
+
+def ranks_on(backend: str) -> mock.Mock:
+    ranks = mock.create_autospec(Ranks, instance=True)
+    ranks.groups = mock.Mock(world=backend)
+    return ranks
+
+
+def test_a_lost_rank_is_noticed_within_a_second(store: Path) -> None:
+    assert LOOK_SECONDS < 1
+    aborted, ranks = threading.Event(), ranks_on("nccl")
+    ranks.abort.side_effect = aborted.set
+    watch = PeerWatch(store)
+    watch.begin((0, 1, 2), ranks)
+    write_generation(store, Generation(1, (0, 2), (0, 2), 3))
+    assert aborted.wait(60)
+    store.with_name("generation").unlink()
+    assert watch._thread is not None
+    watch._thread.join(60)
+    assert not watch._thread.is_alive(), "the thread outlives the launcher"
+
+
+def test_which_generations_mean_a_loss(store: Path) -> None:
+    """A loss may be followed by a growth before anybody looks. A growth alone waits for the end of a step."""
+    watch, ranks = PeerWatch(store), ranks_on("nccl")
+    with mock.patch.object(threading.Thread, "start"):
+        watch.begin((0, 1, 2), ranks)
+    for number, (members, lost) in enumerate([((0, 1, 2), False), ((0, 1, 2, 3), False), ((0, 1, 3), True)]):
+        write_generation(store, Generation(number, members, tuple(range(len(members))), 4))
+        ranks.abort.reset_mock()
+        assert watch.look()
+        assert ranks.abort.called == lost, members
+    watch.begin((0, 1, 3), next_ranks := ranks_on("nccl"))
+    ranks.abort.reset_mock()
+    assert watch.look()
+    assert not ranks.abort.called
+    assert not next_ranks.abort.called
+
+
+def test_ranks_on_gloo_are_not_watched(store: Path) -> None:
+    watch, ranks = PeerWatch(store), ranks_on("gloo")
+    watch.begin((0, 1, 2), ranks)
+    assert watch._thread is None
+    write_generation(store, Generation(1, (0, 1), (0, 1), 3))
+    assert watch.look()
+    assert not ranks.abort.called
