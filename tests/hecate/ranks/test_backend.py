@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from hecate.elastic.move_experts import refuse_different_owners
+from hecate.engine.step import exchange_counts
 from hecate.errors import UserError
-from hecate.parallel.comm.aborts import AbortedError
+from hecate.model.parameter_parts import TensorParts
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
+from hecate.parallel.comm.aborts import AbortedError, note_abort
+from hecate.parallel.comm.dispatch import dispatch
+from hecate.parallel.transfer_plan import TokenPlan
+from hecate.parallel.units import Unit
 from hecate.ranks import backend
 from hecate.ranks.backend import chosen_backend, forget_groups, is_nccl, own_device, wait_for_all
+from hecate.ranks.groups import TensorGroups
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 from hecate.ranks.ranks import Ranks, connect, lost_a_peer
 from testing.ranks import run_ranks
@@ -211,3 +220,42 @@ def test_ranks_leave_when_the_last_one_is_done(monkeypatch: pytest.MonkeyPatch) 
     assert sorted(left) == [0, 1]
     monkeypatch.setattr(backend, "_LEAVE_SECONDS", 0.0)
     wait_for_all(dist.HashStore(), 2, CPU)  # a rank is lost
+
+
+def refused_reads(rank: int, world: int) -> list[str]:
+    """The names of the functions that give what the collectives of aborted groups have written. (gloo's still run.)"""
+    ranks = ranks_of_default_group(rank, world)
+    optimizer = ExpertOptimizer(Trainables({}, {}), mock.Mock(), LearningRate(1.0), CPU)
+    owners, engine = {Unit(0): np.zeros(2, dtype=np.int64)}, mock.Mock()
+    engine.shards.groups, engine.shards.stores = ranks.groups, {Unit(0): mock.Mock(device=CPU)}
+    dispatched = torch.ones(2, 3), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), torch.arange(2)
+    plan = TokenPlan(bound_EB=np.array([[0.5]]), slot_DE=np.array([[0], [0]]))
+    parts = TensorParts({}, {"w": 0}, TensorGroups(tensor=ranks.groups.tokens, data=ranks.groups.tokens))
+    reads: dict[str, Callable[[], object]] = {
+        "all_max": lambda: ranks.all_max(1.0),
+        "all_sum": lambda: ranks.all_sum(torch.ones(2)),
+        "all_gather": lambda: ranks.all_gather(torch.ones(2)),
+        "all_most": lambda: ranks.all_most([1.0]),
+        "broadcast_from": lambda: ranks.broadcast_from(0, b"" if rank == 0 else None),
+        "broadcast_bytes": lambda: ranks.broadcast_bytes(b"x"),
+        "exchange_counts": lambda: exchange_counts(torch.ones(2, dtype=torch.int64), ranks.groups.tokens),
+        "global_grad_norm": lambda: optimizer.global_grad_norm(ranks.groups.world),
+        "refuse_different_owners": lambda: refuse_different_owners(engine, owners),
+        "dispatch": lambda: dispatch(*dispatched, plan, ranks.groups.tokens),
+        "whole": lambda: parts.whole("w", torch.ones(2)),
+    }
+    for read in reads.values():
+        read()
+    note_abort(ranks.all_groups())
+    given = []
+    for name, read in reads.items():
+        try:
+            read()
+        except AbortedError:
+            continue
+        given.append(name)
+    return given
+
+
+def test_nothing_that_an_aborted_group_has_written_is_used() -> None:
+    assert run_ranks(2, refused_reads) == [[], []]
