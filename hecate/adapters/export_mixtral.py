@@ -25,6 +25,7 @@ from hecate.io.durable import new_folder, write_durable
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.aborts import arrived
 from hecate.parallel.units import Unit
+from hecate.ranks.backend import is_nccl
 from hecate.ranks.ranks import Ranks
 
 _DENSE_TYPES = ("llama", "mistral")
@@ -179,11 +180,12 @@ def expert_on_first(moe: MoeModel, unit: Unit, expert: int, ranks: Ranks) -> Ten
     mine = store.owned[store.experts.index(expert)].detach() if owner == moe.engine.shards.rank else None
     if owner == 0:
         return mine
+    carrier = ranks.device if is_nccl(ranks.groups.tokens) else "cpu"  # gloo has no messages of GPU tensors
     if mine is not None:
-        dist.send(mine.contiguous(), group_dst=0, group=ranks.groups.tokens)
+        dist.send(mine.contiguous().to(carrier), group_dst=0, group=ranks.groups.tokens)
     if not ranks.is_first:
         return None
-    chunk = store.owned.new_empty(store.chunk_numel)
+    chunk = store.owned.new_empty(store.chunk_numel, device=carrier)
     dist.recv(chunk, group_src=owner, group=ranks.groups.tokens)
     return arrived(chunk, ranks.groups.tokens)
 

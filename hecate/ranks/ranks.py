@@ -149,7 +149,10 @@ class Ranks:
 
     def new_sharding_group(self) -> dist.ProcessGroup:
         """Another process group of this rank's sharding group, for messages that must not queue behind others. Every rank must call it."""
-        return own_group(make_mesh(self.world_size, dist.get_world_size(self.groups.experts)).sharding_groups())
+        group = own_group(make_mesh(self.world_size, dist.get_world_size(self.groups.experts)).sharding_groups())
+        if is_nccl(group):
+            use_once([group], self.device)
+        return group
 
     def broadcast_bytes(self, data: bytes) -> bytes:
         """The bytes of rank 0. Every rank must call it, with data of the same length."""

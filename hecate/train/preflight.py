@@ -10,6 +10,7 @@ import os
 from hecate.config import Config
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
+from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """files of the drivers of NVIDIA's and AMD's GPUs, and of GPUs under WSL"""
@@ -80,7 +81,7 @@ def check_vocabulary(config: Config) -> None:
 
 
 def check_devices(ranks: int, key: str) -> None:
-    """Check that there is a GPU for each rank of this machine, if it has GPUs at all.
+    """Check that there is a GPU for each rank of this machine, if it has GPUs at all. With HECATE_COLLECTIVES=gloo ranks may share one.
 
     Args:
         ranks: on this machine.
@@ -89,13 +90,16 @@ def check_devices(ranks: int, key: str) -> None:
     Raises:
         UserError: there are fewer GPUs than ranks.
     """
-    if not any(map(os.path.exists, _GPU_FILES)):
+    if os.environ.get(COLLECTIVES_VARIABLE) == "gloo" or not any(map(os.path.exists, _GPU_FILES)):
         return  # without importing torch, which takes seconds
     import torch
 
     gpus = torch.cuda.device_count()
     if gpus and ranks > gpus:
-        raise UserError(f"{key}: {ranks} ranks, but this machine has {gpus} GPUs, and each rank takes one\n  set {key} to {gpus} at most")
+        raise UserError(
+            f"{key}: {ranks} ranks, but this machine has {gpus} GPUs, and each rank takes one\n"
+            f"  set {key} to {gpus} at most; {COLLECTIVES_VARIABLE}=gloo lets ranks share a GPU, which is slow"
+        )
 
 
 def default_ranks() -> int:

@@ -99,12 +99,15 @@ class SecondExchange:
         self.bytes_to = [count * chunk_bytes for count in exchange.sent.count_D]
         self._group = group
         self._tag = _next_tag(group)
+        # gloo has collectives for GPU tensors, but no messages, and its callbacks do not order streams.
+        self._through_host = like_nC.is_cuda and dist.get_backend(group) != dist.Backend.NCCL
         self._works: list[dist.Work] = []
 
     def follow(self, first: FirstExchange, rows: Callable[[], Tensor]) -> Callable[[], None]:
         """Have it started when `first` has arrived, with the chunks [M, C] that `rows` makes then; returns what waits for both.
 
-        On CUDA `rows` runs on another stream, which has waited for what was queued before `first` was started, and for `first`.
+        On NCCL `rows` runs on another stream, which has waited for what was queued before `first` was started, and for `first`. With GPU
+        tensors on gloo nothing is started before the wait, which every rank with messages must then call, in the same order.
         """
         messages = bool(self._exchange.sent.pieces or self._exchange.received.pieces)
         if first.work is None:
@@ -112,10 +115,12 @@ class SecondExchange:
             return lambda: None
         if not messages:
             return first.wait
+        if self._through_host:
+            return lambda: self._follow_through_host(first, rows)
 
         def start(done: torch.futures.Future) -> None:
             done.value()  # raises if the first exchange failed
-            self._start(rows())
+            self._start(rows(), self.buffer_MC)
 
         started = first.work.get_future().then(start)
 
@@ -126,8 +131,16 @@ class SecondExchange:
 
         return arrive
 
-    def _start(self, rows_MC: Tensor) -> None:
-        directions = ((dist.isend, rows_MC, self._exchange.sent), (dist.irecv, self.buffer_MC, self._exchange.received))
+    def _follow_through_host(self, first: FirstExchange, rows: Callable[[], Tensor]) -> None:
+        first.wait()
+        arriving_MC = torch.empty_like(self.buffer_MC, device="cpu")
+        self._start(rows().cpu(), arriving_MC)
+        for work in self._works:
+            work.wait()
+        self.buffer_MC.copy_(arriving_MC)
+
+    def _start(self, rows_MC: Tensor, arriving_MC: Tensor) -> None:
+        directions = ((dist.isend, rows_MC, self._exchange.sent), (dist.irecv, arriving_MC, self._exchange.received))
         operations = [
             dist.P2POp(operation, rows[piece], group=self._group, tag=self._tag, group_peer=peer)
             for operation, rows, chunks in directions
@@ -135,7 +148,7 @@ class SecondExchange:
         ]
         self._works = dist.batch_isend_irecv(operations)
         if dist.get_backend(self._group) == dist.Backend.NCCL:
-            # Under NCCL this waits nowhere but on the callback's stream, whose memory may be used again only after the sends. Under gloo,
-            # whose messages may be of GPU tensors, too, it would keep gloo's own thread from receiving what peers send.
+            # Under NCCL this waits nowhere but on the callback's stream, whose memory may be used again only after the sends. Under gloo
+            # it would keep gloo's own thread from receiving what peers send.
             for work in self._works:
                 work.wait()

@@ -22,7 +22,7 @@ from torch.distributed import distributed_c10d
 
 from tests.mock_cuda.install import Event, device
 
-NAME = "mock_nccl"
+NAME, MOCK_GLOO = "mock_nccl", "mock_gloo"
 GARBAGE = 0x7F
 """every byte of the result of a collective that has not ended"""
 URGENT: dict[str, bool] = {}
@@ -92,6 +92,9 @@ class Message(dist.Work):
 class MockNccl(dist.ProcessGroup):
     """One process group; see the module."""
 
+    takes_cpu = False
+    """whether collectives take tensors of the CPU, too"""
+
     def __init__(self, given: Any, options: Options | None) -> None:
         super().__init__(given.group_rank, given.group_size)
         URGENT[given.group_id] = options is not None and options.is_high_priority_stream
@@ -139,17 +142,34 @@ class MockNccl(dist.ProcessGroup):
 
     def send(self, tensors: Any, *arguments: Any) -> dist.Work:
         self.refuse_if_aborted()
-        return Message(self._gloo.send(_on_host(tensors, "send"), *arguments), tensors)
+        return Message(self._gloo.send(self._of_message(tensors, "send"), *arguments), tensors)
 
     def recv(self, tensors: Any, *arguments: Any) -> dist.Work:
         self.refuse_if_aborted()
-        return Message(self._gloo.recv(_on_host(tensors, "recv"), *arguments), tensors)
+        return Message(self._gloo.recv(self._of_message(tensors, "recv"), *arguments), tensors)
+
+    def _of_message(self, tensors: list[torch.Tensor], operation: str) -> Any:
+        return _on_host(tensors, operation, cpu=False)
+
+
+class MockGloo(MockNccl):
+    """gloo of a torch for CUDA: it has collectives for tensors of both devices, and messages for those of the CPU."""
+
+    takes_cpu = True
+
+    def getBackendName(self) -> str:
+        return MOCK_GLOO
+
+    def _of_message(self, tensors: list[torch.Tensor], operation: str) -> Any:
+        if any(tensor.is_cuda for tensor in tensors):
+            raise RuntimeError(f"mock gloo: {operation} of a GPU tensor: bad address")
+        return tensors
 
 
 def _collective(name: str, of_gloo: str) -> Any:
     def call(self: MockNccl, *arguments: Any, **options: Any) -> dist.Work:
         self.refuse_if_aborted()
-        on_host = [_on_host(value, name) for value in arguments]
+        on_host = [_on_host(value, name, self.takes_cpu) for value in arguments]
         work = getattr(self._gloo, of_gloo)(*on_host, **options)
         if not self.ends(work):
             # gloo may go on writing, so its tensors must live.
@@ -177,13 +197,15 @@ for _name, _of_gloo in (("all_gather_single", "_allgather_base"), ("reduce_scatt
     setattr(MockNccl, _name, _collective(_name, _of_gloo))
 
 
-def _on_host(value: Any, operation: str) -> Any:
+def _on_host(value: Any, operation: str, cpu: bool) -> Any:
     if isinstance(value, torch.Tensor):
         if not value.is_cuda:
+            if cpu:
+                return value
             raise RuntimeError(f"mock nccl: {operation} of a CPU tensor: no backend type associated with device type cpu")
         return device.as_cpu(value.detach())
     if isinstance(value, list):
-        return [_on_host(one, operation) for one in value]
+        return [_on_host(one, operation, cpu) for one in value]
     return value
 
 
@@ -196,16 +218,19 @@ def _spoil(tensors: Any) -> None:
 
 
 def install_backend() -> None:
-    """Have `init_process_group("nccl")` make groups of this backend, which are called "nccl"."""
+    """Have `init_process_group("nccl")` and `("gloo")` make groups of these backends, which have their names."""
     dist.Backend.register_backend(NAME, MockNccl, extended_api=True, devices=["cuda"])
+    dist.Backend.register_backend(MOCK_GLOO, MockGloo, extended_api=True, devices=["cpu", "cuda"])
+    mocked = {"nccl": NAME, "gloo": MOCK_GLOO}
+    names = {mock: name for name, mock in mocked.items()}
     plain_init, plain_name = dist.init_process_group, dist.get_backend
 
     def init_process_group(backend: str | None = None, *arguments: Any, **options: Any) -> None:
         DEVICE_IDS.append(options.pop("device_id", None))
-        plain_init(NAME if backend in (None, "nccl") else backend, *arguments, **options)
+        plain_init(mocked[backend or "nccl"], *arguments, **options)
 
     def get_backend(group: dist.ProcessGroup | None = None) -> str:
-        return "nccl" if plain_name(group) == NAME else plain_name(group)
+        return names[plain_name(group)]
 
     torch.cuda.nccl.version = lambda: (2, 27, 5)  # c10d notes it of each collective of a group that is called "nccl"
     for module in (dist, distributed_c10d):

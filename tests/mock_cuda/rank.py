@@ -30,7 +30,7 @@ def main(runs: dict[str, Any], rank: int) -> None:
     if runs["mock"]:
         from tests.mock_cuda import install
 
-        install.install(devices=world)
+        install.install(devices=int(os.environ.get("MOCK_GPUS", world)))
         from tests.mock_cuda.collectives import install_backend
         from tests.mock_cuda.kernels import interpret_in_place
 

@@ -189,3 +189,14 @@ def test_gathers_take_the_route_that_the_training_is_there_for(done: Done, case:
     mock, _ = done("four ranks")
     (wanted,) = (route for word, route in trainings.ROUTES.items() if word in case)
     assert {route for step in mock.steps(case, rank=1) for route in step["routes"]} == {wanted}
+
+
+@pytest.mark.slow
+def test_ranks_on_gloo_share_gpus(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks on two mock GPUs, whose gloo has no messages of GPU tensors, over leaders and in slices."""
+    monkeypatch.setenv("HECATE_COLLECTIVES", "gloo")
+    monkeypatch.setenv("MOCK_GPUS", "2")
+    cases = {case: trainings.FOUR_RANKS[case] for case in ("mixlora-leaders", "mixlora-slices")}
+    mock, cpu = on_both(workshop, "shared", 4, cases)
+    for case in cases:
+        require_alike(mock, cpu, case)
