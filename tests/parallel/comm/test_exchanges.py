@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from hecate.parallel.comm.exchanges import FirstExchange, SecondExchange
@@ -28,12 +29,13 @@ def test_two_layers_in_one_exchange() -> None:
     run_ranks(3, _two_layers)
 
 
-def _one_after_the_other(rank: int, world: int) -> None:
-    """Rank 0 sends to rank 1, which doubles and sends on to rank 2; rank 2 alone waits."""
+def _one_after_the_other(rank: int, world: int, through_host: bool) -> None:
+    """Rank 0 sends to rank 1, which doubles and sends on to rank 2."""
     group = world_group()
     first = FirstExchange([exchange_of(np.array([[-1, 0, -1]]), rank)], group)
     onward = exchange_of(np.array([[-1, -1, 1]]), rank)
     second = SecondExchange(onward, group, torch.zeros(1, 4))
+    second._through_host |= through_host  # as for GPU tensors on gloo
     first.start([torch.full((1 if rank == 0 else 0, 4), 7.0)])
     arrive = second.follow(first, lambda: 2 * first.arrived())
     arrive()
@@ -41,8 +43,9 @@ def _one_after_the_other(rank: int, world: int) -> None:
     assert second.buffer_MC.tolist() == [[], [], [[14.0] * 4]][rank]
 
 
-def test_what_follows_starts_when_the_first_has_arrived() -> None:
-    run_ranks(3, _one_after_the_other)
+@pytest.mark.parametrize("through_host", [False, True])
+def test_what_follows_starts_when_the_first_has_arrived(through_host: bool) -> None:
+    run_ranks(3, _one_after_the_other, through_host)
 
 
 def _nothing(rank: int, world: int) -> None:
