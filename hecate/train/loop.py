@@ -112,7 +112,7 @@ def train(
             except Exception as error:  # after an abort, what is left of the old group can fail in any way
                 if membership is None or not _is_of_a_loss(error, training.ranks) or not _regroup(training, membership, outside):
                     raise
-                reports.note(f"went on after: {str(error).splitlines()[0][:120]}")
+                reports.note(f"went on after: {(str(error) or type(error).__name__).splitlines()[0][:120]}")
         written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
         peaks = peak_memory(training.ranks.device)
         fullest = training.ranks.all_most(list(map(float, peaks.values())))

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     """Train as one rank, in a process that has preloaded."""
     from hecate.train import rank_main
 
-    faulthandler.dump_traceback_later(280, exit=True)
+    faulthandler.dump_traceback_later(500, exit=True)
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
     rank_main.main(arguments)
 
