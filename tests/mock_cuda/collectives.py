@@ -125,6 +125,8 @@ class MockNccl(dist.ProcessGroup):
         try:
             work.wait()
         except RuntimeError:
+            if self.takes_cpu:
+                raise  # gloo says so
             _stuck.add(self)
             if self._aborted.is_set():
                 _stuck.discard(self)

@@ -7,11 +7,18 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from hecate.elastic import peer_watch
 from hecate.elastic.peer_watch import LOOK_SECONDS, PeerWatch
+from hecate.parallel.comm.aborts import AbortedError, read
 from hecate.ranks.launcher_files import Generation, write_generation
-from hecate.ranks.ranks import Ranks
+from hecate.ranks.ranks import Ranks, connect, lost_a_peer
+from testing.ranks import run_ranks
+from tests.hecate.ranks.stand_in import gloo_as_nccl
+from tests.hecate.train.in_process import ranks_of_default_group
 
 
 @pytest.fixture
@@ -65,3 +72,37 @@ def test_ranks_on_gloo_are_not_watched(store: Path) -> None:
     write_generation(store, Generation(1, (0, 1), (0, 1), 3))
     assert watch.look()
     assert not ranks.abort.called
+
+
+def read_behind_a_lost_rank(rank: int, world: int, folder: str) -> tuple[str, bool, float]:
+    """This rank waits in a read that ends by an abort only, and with garbage; then it goes on alone."""
+    store, freed = Path(folder, "store"), threading.Event()
+    ranks, whole = ranks_of_default_group(rank, world), distributed_c10d._abort_process_group
+    written = mock.Mock(spec=torch.Tensor)
+    written.cpu.side_effect = lambda: freed.wait(60) and torch.full((2,), 7e30)
+    write_generation(store, Generation(0, (0, 1), (0, 1), 2))
+    with gloo_as_nccl():
+
+        def abort() -> None:
+            whole()
+            freed.set()
+
+        watch = PeerWatch(store)
+        watch.begin((0, 1), ranks)
+        with mock.patch.object(distributed_c10d, "_abort_process_group", abort):
+            write_generation(store, Generation(1, (0,), (0,), 2))
+            try:
+                raise AssertionError(f"garbage was read: {read(written, ranks.groups.world)}")
+            except AbortedError as error:
+                text, lost = str(error), lost_a_peer(error)
+            ranks.leave()
+        alone = connect(dist.HashStore(), 0, 1)
+        watch.begin((0,), alone)
+        return text, lost, alone.all_max(3.0)
+
+
+def test_a_rank_that_waits_in_a_read_is_freed_and_goes_on(tmp_path: Path) -> None:
+    ((text, lost, value),) = run_ranks(1, read_behind_a_lost_rank, str(tmp_path))
+    assert "another rank was lost" in text
+    assert lost
+    assert value == 3.0

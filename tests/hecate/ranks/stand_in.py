@@ -1,0 +1,66 @@
+"""A stand-in for NCCL: gloo on the CPU, whose groups say that they are NCCL's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+class _Options:
+    def __init__(self, is_high_priority_stream: bool = False) -> None:
+        self.urgent = is_high_priority_stream
+
+
+class HangingEvent:
+    """`torch.cuda.Event`."""
+
+    ends = True
+    """whether what it was recorded behind ends"""
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.ends
+
+
+@contextmanager
+def gloo_as_nccl() -> Iterator[dict[str, list[Any]]]:
+    """In this process groups say that they are NCCL's, until the end of the block. Gives what they were made with and used for."""
+    made: dict[str, list[Any]] = {"default": [], "groups": [], "used": [], "aborted": []}
+    init, new_group, reduce, abort = dist.init_process_group, dist.new_group, dist.all_reduce, distributed_c10d._abort_process_group
+
+    def init_process_group(name: str, device_id: Any = None, pg_options: Any = None, **named: Any) -> None:
+        made["default"].append((name, device_id, pg_options is not None and pg_options.urgent))
+        init("gloo", **named)
+
+    def make_group(ranks: list[int], pg_options: Any = None, **named: Any) -> Any:
+        made["groups"].append((ranks, pg_options is not None and pg_options.urgent))
+        return new_group(ranks, **named)
+
+    def all_reduce(tensor: torch.Tensor, **named: Any) -> Any:
+        made["used"].append(named.get("group"))
+        return reduce(tensor, **named)
+
+    def abort_all(group: Any = None) -> None:
+        made["aborted"].append(group)
+        abort(group)
+
+    cuda = mock.patch.multiple(torch.cuda, Event=HangingEvent, current_stream=lambda device: None)
+    names = {
+        "init_process_group": init_process_group,
+        "new_group": make_group,
+        "all_reduce": all_reduce,
+        "get_backend": lambda _=None: "nccl",
+    }
+    groups = mock.patch.multiple(dist, **names)
+    options = mock.patch.object(dist, "ProcessGroupNCCL", mock.Mock(Options=_Options), create=True)
+    chosen = mock.patch("hecate.ranks.ranks.chosen_backend", return_value="nccl")
+    with cuda, groups, options, chosen, mock.patch.object(distributed_c10d, "_abort_process_group", abort_all):
+        yield made
