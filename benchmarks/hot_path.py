@@ -42,12 +42,12 @@ Calls = dict[str, float]
 
 def make_folder(folder: Path, layers: Iterable[int]) -> None:
     """Fill the empty `folder` with a random Llama of each number of layers, data, and a configuration for all."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     for number in layers:
         save_random_llama(folder / f"model{number}", num_hidden_layers=number, **sizes)
     write_samples(folder / "train.jsonl", [f"w{number}" for number in range(200)], str.upper)
     (folder / "config.yaml").write_text(
-        f"model: {{name_or_path: {folder}/model1, dtype: bfloat16}}\ndata: {{train: {folder}/train.jsonl, seq_len: 48}}\n"
+        f"model: {{name_or_path: {folder}/model1, dtype: bfloat16}}\ndata: {{train: {folder}/train.jsonl, seq_len: 24}}\n"
         f"output_dir: {folder}/unset\nmicro_batch_size: 1\nlora: {{r: 4, alpha: 8.0, dropout: 0.1}}\n"
         "moe: {num_experts: 4, top_k: 2}\neval: {on_start: false, generate: false}\nkernels: triton\n",
         encoding="utf-8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hecate.kernels.common.low_rank import MAX_RANK
+from hecate.kernels.common.low_rank import MAX_RANK, lora_linear
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 """auto: Triton on CUDA tensors if it supports them, torch otherwise. triton: Triton or an error; on CPU tensors its interpreter, for
@@ -19,11 +20,15 @@ tests. torch: the fast path in plain torch. reference: the formula, slot by slot
 
 @dataclass(frozen=True)
 class ExpertKernels:
-    """The feed-forward functions of the three kinds of experts. The fast torch versions document their arguments and results."""
+    """The feed-forward functions of the three kinds of experts, and a frozen linear layer with one low-rank pair.
+
+    The fast torch versions document their arguments and results.
+    """
 
     mixlora_ffn: Callable[..., Tensor]
     full_ffn: Callable[..., Tensor]
     moe_lora_ffn: Callable[..., Tensor]
+    lora_linear: Callable[..., Tensor]
 
 
 def expert_kernels(backend: Backend, x: Tensor, rank: int = 0) -> ExpertKernels:
@@ -65,23 +70,27 @@ def triton_problem(device: str, dtype: torch.dtype | None = None, rank: int = 0)
 # Triton is imported inside functions: it exists on Linux only, and the import of the first kernel decides whether it interprets.
 
 
+@functools.cache
 def _triton() -> ExpertKernels:
+    from hecate.kernels.common.lora_linear import lora_linear_triton
     from hecate.kernels.experts.full_operators import full_ffn_triton
     from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
     from hecate.kernels.mixlora.operators import mixlora_ffn_triton
 
-    return ExpertKernels(mixlora_ffn_triton, full_ffn_triton, moe_lora_ffn_triton)
+    return ExpertKernels(mixlora_ffn_triton, full_ffn_triton, moe_lora_ffn_triton, lora_linear_triton)
 
 
+@functools.cache
 def _torch() -> ExpertKernels:
     from hecate.kernels.experts.torch_path import full_ffn, moe_lora_ffn
     from hecate.kernels.mixlora.torch_path import mixlora_ffn
 
-    return ExpertKernels(mixlora_ffn, full_ffn, moe_lora_ffn)
+    return ExpertKernels(mixlora_ffn, full_ffn, moe_lora_ffn, lora_linear)
 
 
+@functools.cache
 def _reference() -> ExpertKernels:
     from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
     from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 
-    return ExpertKernels(mixlora_ffn_reference, full_ffn_reference, moe_lora_ffn_reference)
+    return ExpertKernels(mixlora_ffn_reference, full_ffn_reference, moe_lora_ffn_reference, lora_linear)

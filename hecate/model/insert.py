@@ -230,7 +230,9 @@ def _adapt_attention(
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         assert plan.lora is not None
-        adapter = LoraLinear(linear, plan.lora, path=f"{layer}.{module}", seed=plan.seed, dtype=dtype, current=current)
+        adapter = LoraLinear(
+            linear, plan.lora, path=f"{layer}.{module}", seed=plan.seed, dtype=dtype, current=current, kernels=plan.kernels
+        )
         attention[layer, module] = adapter
         model.set_submodule(path, adapter)
     return attention

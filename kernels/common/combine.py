@@ -19,7 +19,8 @@ RULES = (
 )
 
 
-@triton.jit
+# How many tokens there are changes from batch to batch, and must not compile anew.
+@triton.jit(do_not_specialize=["num_tokens"])
 def combine_kernel(
     v,
     weight_TK,

@@ -45,6 +45,12 @@ def mix64(x):
 
 
 @triton.jit
+def dropout_word(token, stream, key):
+    """The word of a row's dropout, int32: as `Dropout.rows`, bit for bit. All three are integers; `token` is int64."""
+    return (mix64(mix64(token ^ tl.cast(key, tl.int64)) ^ tl.cast(stream, tl.int64)) | 1).to(tl.int32)
+
+
+@triton.jit
 def dropout_keep(row_M, o_N, dropped_levels):
     """Which elements [M, N] dropout keeps: as `RowDropout.keep_into`, bit for bit.
 

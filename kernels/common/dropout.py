@@ -27,6 +27,16 @@ class Dropout:
     p: float
     key: int
 
+    @property
+    def dropped_levels(self) -> int:
+        """How many of the 65536 equally likely words of an element drop it."""
+        return min(round(self.p * _LEVELS), _LEVELS - 1)
+
+    @property
+    def scale(self) -> float:
+        """The factor of kept elements, which preserves the mean."""
+        return _scale(self.dropped_levels)
+
     def rows(self, token_T: Tensor, stream: int | Tensor) -> RowDropout:
         """Return the dropout of one row for each token.
 
@@ -35,7 +45,7 @@ class Dropout:
             stream: one stream for all rows, or int64 [tokens].
         """
         word_T = (_mix64(_mix64(token_T ^ self.key) ^ stream) | 1).to(torch.int32)
-        return RowDropout(word_T, min(round(self.p * _LEVELS), _LEVELS - 1))
+        return RowDropout(word_T, self.dropped_levels)
 
     def mask(self, token_T: Tensor, stream: int | Tensor, width: int, dtype: torch.dtype) -> Tensor:
         """Return the mask, [tokens, width]: the scale where an element is kept, 0 where it is dropped."""
@@ -54,8 +64,8 @@ class RowDropout:
 
     @property
     def scale(self) -> float:
-        """The factor of kept elements, which preserves the mean."""
-        return _LEVELS / (_LEVELS - self.dropped_levels)
+        """See `Dropout.scale`."""
+        return _scale(self.dropped_levels)
 
     def of(self, rows: Tensor | slice) -> RowDropout:
         """Return the dropout of some of the rows."""
@@ -82,6 +92,19 @@ class RowDropout:
         """Return the mask without scale, [rows, width]: 1 where an element is kept, 0 where it is dropped."""
         out = torch.empty((len(self.word_R), width), dtype=dtype, device=self.word_R.device)
         return self.keep_into(dropout_scratch(out), out)
+
+
+@dataclass(frozen=True)
+class TokenDropout:
+    """The dropout of some tokens' rows in one stream, with nothing hashed yet: a kernel that drops elements hashes the rows itself."""
+
+    dropout: Dropout
+    token_T: Tensor
+    """int64, the global number of each token"""
+    stream: int
+
+    def rows(self) -> RowDropout:
+        return self.dropout.rows(self.token_T, self.stream)
 
 
 def dropout_scratch(out: Tensor) -> Tensor:
@@ -158,12 +181,23 @@ def _columns(width: int, device: torch.device) -> Tensor:
     return (_mix64(torch.arange(width, device=device) + 1) | 1).to(torch.int32)
 
 
+@functools.lru_cache(maxsize=1024)
 def dropout_key(*parts: int) -> int:
-    """Hash the seed, the step, the layer and so on into one key."""
-    key = torch.tensor(0x2545F4914F6CDD1D)
+    """Hash the seed, the step, the layer and so on into one key, a signed word of 64 bits."""
+    key = 0x2545F4914F6CDD1D
     for part in parts:
-        key = _mix64(key ^ part)
-    return int(key)
+        key = _mix_word((key ^ part) & _WORD)
+    return key - (_WORD + 1) if key >> 63 else key
+
+
+_WORD = (1 << 64) - 1
+
+
+def _mix_word(x: int) -> int:
+    """`_mix64` of one unsigned word, without a tensor."""
+    x = ((x ^ (x >> 30)) * -0x40A7B892E31B1A47) & _WORD
+    x = ((x ^ (x >> 27)) * -0x6B2FB644ECCEEE15) & _WORD
+    return x ^ (x >> 31)
 
 
 def _mix64(x: Tensor) -> Tensor:
@@ -171,3 +205,7 @@ def _mix64(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _scale(dropped_levels: int) -> float:
+    return _LEVELS / (_LEVELS - dropped_levels)

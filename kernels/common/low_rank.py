@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hecate.kernels.common.dropout import RowDropout
+from hecate.kernels.common.dropout import RowDropout, TokenDropout
 
 MAX_RANK = 256
 """the largest rank that the Triton kernels take, and for which there are launch configurations"""
@@ -76,7 +76,7 @@ def lora_linear(
     a_rI: Tensor,
     b_Or: Tensor,
     scale: float,
-    dropout: RowDropout | None = None,
+    dropout: TokenDropout | None = None,
 ) -> Tensor:
     """Return W x + bias + scale · B A dropout(x), [tokens, outputs] in x's dtype, without temporaries of the output's size.
 
@@ -85,9 +85,10 @@ def lora_linear(
     Args:
         dropout: the dropout of x's rows.
     """
-    if dropout is not None:
-        scale *= dropout.scale
-    return _LoraLinear.apply(x_TI, weight_OI, bias_O, a_rI, b_Or, scale, dropout)
+    rows = None if dropout is None else dropout.rows()
+    if rows is not None:
+        scale *= rows.scale
+    return _LoraLinear.apply(x_TI, weight_OI, bias_O, a_rI, b_Or, scale, rows)
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Convert records to the arguments of a `torch.library` operator and back.
 
-An operator takes tensors, lists of tensors, numbers and strings, in one flat list. Both kinds of low-rank experts pack their pairs and
-their dropout in the same way, and all operators keep tensors for their backward pass in the same way.
+An operator takes tensors, lists of tensors, numbers and strings, in one flat list. Both kinds of low-rank experts pack their pairs in
+the same way, and all operators keep tensors for their backward pass in the same way.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from hecate.kernels.common.dropout import FfnDropout, RowDropout
+from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.ffn import PROJECTIONS
 from hecate.kernels.common.low_rank import LowRankPairs
 
 
-def pack_pairs(pairs: dict[str, LowRankPairs], dropout: FfnDropout | None) -> tuple[list[Tensor], str, list[float]]:
+def pack_pairs(pairs: dict[str, LowRankPairs], dropout: Dropout | None) -> tuple[list[Tensor], str, list[float]]:
     """Return the A and B of each projection with a pair, in the order of `PROJECTIONS`, their names, and their scales times dropout's."""
     grow = 1.0 if dropout is None else dropout.scale
     names = [name for name in PROJECTIONS if name in pairs]
@@ -28,19 +28,6 @@ def unpack_pairs(matrices: Sequence[Tensor], projections: str, scales: Sequence[
     """Return the pairs that `pack_pairs` has packed, or gradients in the same order. The scales include dropout's."""
     each = zip(projections.split(), matrices[0::2], matrices[1::2], scales, strict=True)
     return {name: LowRankPairs(a, b, scale) for name, a, b, scale in each}
-
-
-def pack_dropout(dropout: FfnDropout | None) -> tuple[list[Tensor], int]:
-    """Return the words of both inputs' rows (none without dropout) and `dropped_levels`."""
-    return ([], 0) if dropout is None else ([dropout.gate_up.word_R, dropout.down.word_R], dropout.down.dropped_levels)
-
-
-def unpack_dropout(words: Sequence[Tensor], dropped_levels: int) -> FfnDropout | None:
-    """Return the dropout that `pack_dropout` has packed."""
-    if not words:
-        return None
-    gate_up, down = words
-    return FfnDropout(RowDropout(gate_up, dropped_levels), RowDropout(down, dropped_levels))
 
 
 def keep_for_backward(ctx: Any, values: Sequence[Any]) -> None:

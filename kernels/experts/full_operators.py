@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens, assignment_order, fake_order
+from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens, fake_order
 from hecate.kernels.common.combine import combine
 from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.common.operators import keep_for_backward, kept_for_backward
+from hecate.kernels.common.sorting import sorted_assignments
 from hecate.kernels.experts.gated import gate, gate_backward
 from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
 from hecate.kernels.experts.grouped_wgrad import grouped_wgrad
@@ -37,7 +38,7 @@ def full_forward(
     x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y [T, D], and for the backward pass gate and up of each assignment [P, 2F] and the four tensors of the `AssignmentOrder`."""
-    order = assignment_order(slot_TK, len(experts_SC))
+    order, _ = sorted_assignments(slot_TK, len(experts_SC))
     gate_up, down = _expert_weights(experts_SC, x_TD.dtype, FfnShape(hidden, ffn, activation))
     gate_up_P = grouped_gemm(x_TD.contiguous(), gate_up, order, GemmOptions(gather=True))
     y_PD = grouped_gemm(gate(gate_up_P, order, activation), down, order)

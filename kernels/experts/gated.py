@@ -21,7 +21,8 @@ RULES = (
 )
 
 
-@triton.jit
+# How many slots there are changes with placements, and must not compile anew.
+@triton.jit(do_not_specialize=["num_slots"])
 def gate_kernel(gate_up, h, starts, num_slots, F: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr):
     """h[p] = act(gate[p]) · up[p] of the assignments that are computed on this rank."""
     here = tl.load(starts + num_slots)
@@ -35,7 +36,7 @@ def gate_kernel(gate_up, h, starts, num_slots, F: tl.constexpr, ACTIVATION: tl.c
     tl.store(h + o_m.to(tl.int64)[:, None] * F + o_f[None, :], value.to(h.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def gate_backward_kernel(
     gate_up,
     dh,

@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hecate.kernels.common.assignments import AssignmentOrder, tile_map
+from hecate.kernels.common.assignments import AssignmentOrder
 from hecate.kernels.common.device_functions import dropout_keep
 from hecate.kernels.common.dropout import RowDropout
 from hecate.kernels.common.kernel_launch import Launch
 from hecate.kernels.common.launch_config import NARROW, LaunchConfig, Rule, choose, sm_of
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankTerm
+from hecate.kernels.common.sorting import tile_map
 from hecate.kernels.experts.slot_weights import SlotWeights
 
 WIDE_RULES: tuple[Rule, ...] = (
@@ -79,7 +80,8 @@ class GemmOptions:
 _PLAIN = GemmOptions()
 
 
-@triton.jit
+# What changes from batch to batch must not compile anew.
+@triton.jit(do_not_specialize=["num_tiles", "num_assignments"])
 def grouped_gemm_kernel(
     x,
     token_P,

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens, assignment_order, fake_order
+from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens, fake_order
 from hecate.kernels.common.combine import combine
-from hecate.kernels.common.dropout import Dropout, FfnDropout, RowDropout, ffn_dropout
+from hecate.kernels.common.dropout import Dropout, FfnDropout, RowDropout
 from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.common.launch_config import padded_rank
 from hecate.kernels.common.low_rank import LowRankPairs, LowRankTerm, separate_gate_and_up
-from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_dropout, pack_pairs, unpack_dropout, unpack_pairs
+from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
+from hecate.kernels.common.sorting import dropout_numbers, sorted_assignments, words_dropout
 from hecate.kernels.experts.gated import gate, gate_backward
 from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
 from hecate.kernels.experts.grouped_wgrad import grouped_wgrad
@@ -42,11 +43,7 @@ def moe_lora_ffn_triton(
 ) -> Tensor:
     """As `torch_path.moe_lora_ffn`, in float32, bfloat16 or float16; differentiable once."""
     assert len(pairs) > 0, "frozen experts without adapters have nothing to train"
-    of_rows = None
-    if frozen_S:
-        # An assignment that is computed elsewhere takes the last slot's stream; its row is not used.
-        slot_TK = routed.slot_TK
-        of_rows = ffn_dropout(dropout, routed, torch.arange(slot_TK.numel(), device=slot_TK.device))
+    numbers, key = dropout_numbers(dropout, routed) if frozen_S else ([], 0)
     y_TD, *_ = moe_lora_forward(
         routed.x_TD,
         routed.slot_TK,
@@ -55,8 +52,10 @@ def moe_lora_ffn_triton(
         shape.hidden,
         shape.ffn,
         shape.activation,
-        *pack_pairs(separate_gate_and_up(pairs), of_rows),
-        *pack_dropout(of_rows),
+        *pack_pairs(separate_gate_and_up(pairs), dropout),
+        0 if dropout is None else dropout.dropped_levels,
+        numbers,
+        key,
     )
     return y_TD
 
@@ -73,23 +72,26 @@ def moe_lora_forward(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
-    words: Sequence[Tensor],
     dropped_levels: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y [T, D], and for the backward pass gate and up of each assignment [P, 2F], its A x, and the order's tensors.
+    numbers: Sequence[Tensor],
+    key: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y [T, D], and for the backward pass gate and up of each assignment [P, 2F], its A x, dropout's words (`sorted_assignments`),
+    and the order's tensors.
 
     Args:
         matrices, projections, scales: the results of `pack_pairs`.
-        words, dropped_levels: the results of `pack_dropout`, with a row for each assignment in the order of [T, K].
+        dropped_levels: of dropout; 0: nothing is dropped.
+        numbers, key: the results of `dropout_numbers`.
     """
-    order = assignment_order(slot_TK, len(frozen_S))
+    order, words = sorted_assignments(slot_TK, len(frozen_S), numbers, key)
     inputs, down_pair = _padded(unpack_pairs(matrices, projections, scales), x_TD.dtype)
     if not frozen_S:
         gate_up_P, low_P = x_TD.new_empty((order.num_assignments, 2 * ffn)), x_TD.new_empty((order.num_assignments, _low_width(inputs)))
-        return torch.zeros_like(x_TD), gate_up_P, low_P, *order.tensors()
+        return torch.zeros_like(x_TD), gate_up_P, low_P, words, *order.tensors()
     x_TD = x_TD.contiguous()
     gate_up, down = _frozen_weights(frozen_S, FfnShape(hidden, ffn, activation))
-    drop_in, drop_down = _sorted(unpack_dropout(words, dropped_levels), order)
+    drop_in, drop_down = _of_inputs(words_dropout(words, dropped_levels))
     if inputs is None:
         low_P = x_TD.new_empty((order.num_assignments, 0))
         gate_up_P = grouped_gemm(x_TD, gate_up, order, GemmOptions(gather=True))
@@ -103,7 +105,7 @@ def moe_lora_forward(
     else:
         low_h_P = grouped_gemm(h_PF, stacked_weights(down_pair.a), order, GemmOptions(drop_x=drop_down))
         y_PD = grouped_gemm(h_PF, down, order, GemmOptions(low_rank=LowRankTerm(low_h_P, down_pair.b), scales=down_pair.scales))
-    return combine(y_PD, weight_TK.contiguous(), order), gate_up_P, low_P, *order.tensors()
+    return combine(y_PD, weight_TK.contiguous(), order), gate_up_P, low_P, words, *order.tensors()
 
 
 @moe_lora_forward.register_fake
@@ -118,13 +120,15 @@ def _(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
-    words: Sequence[Tensor],
     dropped_levels: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    numbers: Sequence[Tensor],
+    key: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     pairs = unpack_pairs(matrices, projections, scales)
     ranks = [of.a_SrI.shape[1] for name, of in pairs.items() if name != "down_proj"]
     low = x_TD.new_empty((slot_TK.numel(), 2 * padded_rank(max(ranks)) if ranks else 0))
-    return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((slot_TK.numel(), 2 * ffn)), low, *fake_order(slot_TK, len(frozen_S)))
+    words = slot_TK.new_empty((2, slot_TK.numel() if numbers else 0), dtype=torch.int32)
+    return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((slot_TK.numel(), 2 * ffn)), low, words, *fake_order(slot_TK, len(frozen_S)))
 
 
 @torch.library.custom_op("hecate::moe_lora_ffn_backward", mutates_args=())
@@ -140,7 +144,6 @@ def moe_lora_backward(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
-    words: Sequence[Tensor],
     dropped_levels: int,
 ) -> list[Tensor]:
     """Return the gradients of x, of the weights and of `matrices` in their order.
@@ -150,12 +153,12 @@ def moe_lora_backward(
     """
     if not frozen_S:
         return [torch.zeros_like(x_TD), torch.zeros_like(weight_TK), *(torch.zeros_like(matrix) for matrix in matrices)]
-    gate_up_P, low_P, *order_tensors = kept
+    gate_up_P, low_P, words, *order_tensors = kept
     order = AssignmentOrder.of_tensors(order_tensors)
     inputs, down_pair = _padded(unpack_pairs(matrices, projections, scales), x_TD.dtype)
     x_TD, dy_TD = x_TD.contiguous(), dy_TD.contiguous()
     gate_up, down = _frozen_weights(frozen_S, FfnShape(hidden, ffn, activation))
-    drop_in, drop_down = _sorted(unpack_dropout(words, dropped_levels), order)
+    drop_in, drop_down = _of_inputs(words_dropout(words, dropped_levels))
     gradients = [matrix.new_empty(matrix.shape) for matrix in matrices]
     of = unpack_pairs(gradients, projections, scales)
 
@@ -216,19 +219,20 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, _, *rest = inputs
+    x_TD, _, *rest, numbers, _ = inputs
+    ctx.num_numbers = len(numbers)
     keep_for_backward(ctx, [list(output[1:]), x_TD, *rest])
 
 
 def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
     kept, *arguments = kept_for_backward(ctx)
-    frozen_S, matrices, words = arguments[2], arguments[6], arguments[9]
+    frozen_S, matrices = arguments[2], arguments[6]
     dx_TD, dweight_TK, dmatrices = None, None, [None] * len(matrices)
     if dy_TD is not None:
         dx_TD, dweight_TK, *dmatrices = moe_lora_backward(dy_TD, kept, *arguments)
     # The gradient of an argument that is a list is a list.
-    no_frozen, no_words = [None] * len(frozen_S), [None] * len(words)
-    return dx_TD, None, dweight_TK, no_frozen, None, None, None, dmatrices, None, None, no_words, None
+    no_frozen, no_numbers = [None] * len(frozen_S), [None] * ctx.num_numbers
+    return dx_TD, None, dweight_TK, no_frozen, None, None, None, dmatrices, None, None, None, no_numbers, None
 
 
 moe_lora_forward.register_autograd(_backward, setup_context=_setup)
@@ -257,9 +261,8 @@ def _frozen_weights(frozen_S: Sequence[Tensor], shape: FfnShape) -> tuple[SlotWe
     return separate_weights(gate_up_S), separate_weights(down_S)
 
 
-def _sorted(dropout: FfnDropout | None, order: AssignmentOrder) -> tuple[RowDropout | None, RowDropout | None]:
-    """Return the dropout of both inputs, with rows in the order of the sorted assignments."""
-    return (None, None) if dropout is None else (dropout.gate_up.of(order.order_P), dropout.down.of(order.order_P))
+def _of_inputs(dropout: FfnDropout | None) -> tuple[RowDropout | None, RowDropout | None]:
+    return (None, None) if dropout is None else (dropout.gate_up, dropout.down)
 
 
 def _padded(pairs: dict[str, LowRankPairs], dtype: torch.dtype) -> tuple[_PaddedPairs | None, _PaddedPairs | None]:

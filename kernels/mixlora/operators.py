@@ -9,18 +9,19 @@ Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P = T·K pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hecate.kernels.common.assignments import AssignmentBlocks, RoutedTokens, assignment_blocks, assignment_order
+from hecate.kernels.common.assignments import AssignmentBlocks, RoutedTokens, fake_order, num_tiles_bound
 from hecate.kernels.common.combine import combine
-from hecate.kernels.common.dropout import Dropout, FfnDropout, ffn_dropout
+from hecate.kernels.common.dropout import Dropout, FfnDropout
 from hecate.kernels.common.ffn import FfnBase
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm
-from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_dropout, pack_pairs, unpack_dropout, unpack_pairs
+from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
+from hecate.kernels.common.sorting import blocks_of, dropout_numbers, sorted_assignments, words_dropout
 from hecate.kernels.mixlora import passes
 from hecate.kernels.mixlora.passes import GatedInputs, config_for
 
@@ -41,24 +42,19 @@ def mixlora_ffn_triton(routed: RoutedTokens, base: FfnBase, pairs: dict[str, Low
 def forward_arguments(
     routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs], dropout: Dropout | None = None
 ) -> tuple[Any, ...]:
-    """Return the arguments of the forward operator, with assignments sorted, tiles cut and dropout's rows hashed."""
+    """Return the arguments of the forward operator."""
     assert len(pairs) > 0, "a MixLoRA layer without adapters is its base FFN"
     assert routed.x_TD.dtype.itemsize <= 4, routed.x_TD.dtype
-    num_slots = next(iter(pairs.values())).a_SrI.shape[0]
-    rank = max(of.a_SrI.shape[1] for of in pairs.values())
-    assert rank <= MAX_RANK, f"the kernels take ranks to {MAX_RANK}"
-    order, config = assignment_order(routed.slot_TK, num_slots), config_for("mixlora_rows", rank, routed.x_TD).blocks
-    blocks = assignment_blocks(order, config["ROWS"], config["CHUNK_ROWS"])
-    of_rows = ffn_dropout(dropout, routed, order.order_P)
+    assert max(of.a_SrI.shape[1] for of in pairs.values()) <= MAX_RANK, f"the kernels take ranks to {MAX_RANK}"
     return (
         routed.x_TD.contiguous(),
         routed.weight_TK.contiguous(),
         [base.gate_FD, base.up_FD, base.down_DF],
         base.activation,
-        *pack_pairs(pairs, of_rows),
-        *pack_dropout(of_rows),
-        list(blocks.tensors()),
-        blocks.rows,
+        *pack_pairs(pairs, dropout),
+        0 if dropout is None else dropout.dropped_levels,
+        routed.slot_TK,
+        *dropout_numbers(dropout, routed),
     )
 
 
@@ -70,23 +66,35 @@ def forward_passes(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
-    words: Sequence[Tensor],
     dropped_levels: int,
-    order: Sequence[Tensor],
-    rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y [T, D], and for the backward pass G and U [T, F], and the inputs of gate, up and down multiplied by A, [P, R]."""
+    slot_TK: Tensor,
+    numbers: Sequence[Tensor],
+    key: int,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # a schema is made of this
+    """Return y [T, D], and for the backward pass G and U [T, F], the inputs of gate, up and down multiplied by A, [P, R], dropout's words
+    (`sorted_assignments`), and the tensors of the `AssignmentBlocks`.
+
+    Args:
+        matrices, projections, scales: the results of `pack_pairs`.
+        dropped_levels: of dropout; 0: nothing is dropped.
+        numbers, key: the results of `dropout_numbers`.
+    """
     (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales)
-    dropout, blocks = unpack_dropout(words, dropped_levels), AssignmentBlocks.of_tensors(rows, order)
+    order, words = sorted_assignments(slot_TK, matrices[0].shape[0], numbers, key)
+    sizes = _block_sizes(x_TD, matrices)
+    blocks, dropout = blocks_of(order, sizes["ROWS"], sizes["CHUNK_ROWS"]), words_dropout(words, dropped_levels)
     gate_TF, up_TF = x_TD @ gate_FD.T, x_TD @ up_FD.T
     low_gate, low_up = _shrink_inputs(x_TD, blocks, pairs, dropout)
     inputs = _gated_inputs(gate_TF, up_TF, blocks, (low_gate, low_up), pairs, dropout, activation)
     down = pairs.get("down_proj")
     h_PF, low_down = passes.gated(inputs, 0.0 if down is None else down.scale)
-    y_TD = combine(h_PF, weight_TK, blocks.order) @ down_DF.T
+    y_TD = combine(h_PF, weight_TK, order) @ down_DF.T
     if low_down is not None and down is not None:
-        y_TD = combine(passes.expand((LowRankTerm(low_down, down.b_SOr),), blocks, None), weight_TK, blocks.order, y_TD)
-    return y_TD, gate_TF, up_TF, low_gate, low_up, _no_rank(x_TD, blocks) if low_down is None else low_down
+        y_TD = combine(passes.expand((LowRankTerm(low_down, down.b_SOr),), blocks, None), weight_TK, order, y_TD)
+    low_down = _no_rank(x_TD, blocks) if low_down is None else low_down
+    return y_TD, gate_TF, up_TF, low_gate, low_up, low_down, words, *blocks.tensors()
 
 
 mixlora_forward = torch.library.custom_op("hecate::mixlora_ffn", forward_passes, mutates_args=())
@@ -101,15 +109,21 @@ def _(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
-    words: Sequence[Tensor],
     dropped_levels: int,
-    order: Sequence[Tensor],
-    rows: int,
-) -> tuple[Tensor, ...]:
+    slot_TK: Tensor,
+    numbers: Sequence[Tensor],
+    key: int,
+) -> tuple[Any, ...]:
     pairs = unpack_pairs(matrices, projections, scales)
     wide = [x_TD.new_empty((x_TD.shape[0], base[0].shape[0])) for _ in range(2)]
     ranks = [pairs[name].a_SrI.shape[1] if name in pairs else 0 for name in (*INPUTS, "down_proj")]
-    return torch.empty_like(x_TD), *wide, *(x_TD.new_empty((order[0].shape[0], rank)) for rank in ranks)
+    lows = [x_TD.new_empty((slot_TK.numel(), rank)) for rank in ranks]
+    words = slot_TK.new_empty((2, slot_TK.numel() if numbers else 0), dtype=torch.int32)
+    sizes, num_slots = _block_sizes(x_TD, matrices), matrices[0].shape[0]
+    tiles, chunks = (
+        words.new_empty((num_tiles_bound(slot_TK.numel(), num_slots, sizes[name]), 3)) for name in ("ROWS", "CHUNK_ROWS")
+    )
+    return torch.empty_like(x_TD), *wide, *lows, words, *fake_order(slot_TK, num_slots), tiles, chunks, words.new_empty(num_slots + 1)
 
 
 def backward_passes(
@@ -122,19 +136,17 @@ def backward_passes(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
-    words: Sequence[Tensor],
     dropped_levels: int,
-    order: Sequence[Tensor],
-    rows: int,
 ) -> list[Tensor]:
     """Return the gradients of x and the weights, then those of A and B of each projection with a pair, in the order of `matrices`.
 
     Args:
-        kept: the results of the forward operator other than y.
+        kept: the results of the forward operator other than y, in one list.
     """
     (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales)
-    dropout, blocks = unpack_dropout(words, dropped_levels), AssignmentBlocks.of_tensors(rows, order)
-    gate_TF, up_TF, low_gate, low_up, low_down = kept
+    gate_TF, up_TF, low_gate, low_up, low_down, words, *of_blocks = kept
+    blocks = AssignmentBlocks.of_tensors(_block_sizes(x_TD, matrices)["ROWS"], of_blocks)
+    dropout = words_dropout(words, dropped_levels)
     inputs, pair_dtype = _gated_inputs(gate_TF, up_TF, blocks, (low_gate, low_up), pairs, dropout, activation), matrices[0].dtype
     gradients: dict[str, tuple[Tensor, Tensor]] = {}
     low_dy, db_down, down = None, None, pairs.get("down_proj")
@@ -160,7 +172,7 @@ def backward_passes(
             gradients[name] = da, db
     if of_gated.a_down_SRF is not None and db_down is not None:
         gradients["down_proj"] = of_gated.a_down_SRF, db_down
-    return [dx_TD, of_gated.weight_TK.to(weight_TK.dtype), *(each for name in pairs for each in gradients[name])]
+    return [dx_TD, of_gated.weight_TK, *(each for name in pairs for each in gradients[name])]
 
 
 mixlora_backward = torch.library.custom_op("hecate::mixlora_ffn_backward", backward_passes, mutates_args=())
@@ -180,22 +192,29 @@ def _(
     return [torch.empty_like(x_TD), torch.empty_like(weight_TK), *(matrix.new_empty(matrix.shape) for matrix in matrices)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    keep_for_backward(ctx, [list(output[1:]), *inputs])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    *arguments, _slot, numbers, _key = inputs
+    ctx.num_numbers = len(numbers)
+    keep_for_backward(ctx, [kept, *arguments])
 
 
 def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
     assert dy_TD is not None, "the operator's other results are not differentiable"
     kept, *arguments = kept_for_backward(ctx)
     dx_TD, dweight_TK, *dmatrices = mixlora_backward(dy_TD.contiguous(), kept, *arguments)
-    base, words, order = arguments[2], arguments[7], arguments[9]
     # The gradient of an argument that is a list is a list.
-    nothing = [[None] * len(each) for each in (base, words, order)]
-    return dx_TD, dweight_TK, nothing[0], None, dmatrices, None, None, nothing[1], None, nothing[2], None
+    no_base, no_numbers = [None] * len(arguments[2]), [None] * ctx.num_numbers
+    return dx_TD, dweight_TK, no_base, None, dmatrices, None, None, None, None, no_numbers, None
 
 
 mixlora_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _block_sizes(x_TD: Tensor, matrices: Sequence[Tensor]) -> Mapping[str, int]:
+    """Return the rows of a tile and of a chunk."""
+    return config_for("mixlora_rows", max(a.shape[1] for a in matrices[0::2]), x_TD).blocks
 
 
 def _gated_inputs(

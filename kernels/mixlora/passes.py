@@ -26,6 +26,7 @@ from hecate.kernels.mixlora.triton_kernels import (
     outer_kernel,
     shrink_kernel,
     sum_chunks_kernel,
+    sum_programs_kernel,
 )
 
 
@@ -91,6 +92,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _rule(8, 2, BM=32, BN=32),
         _interpreter(BM=16, BN=32),
     ),
+    "mixlora_sum_programs": (_rule(4, 1, max_rank=32, BM=32), _rule(4, 1, BM=8), _interpreter(BM=16)),
     "mixlora_sum_chunks": (_rule(4, 1, max_rank=32, BN=128), _rule(4, 1, BN=16), _interpreter(BN=64)),
 }
 """the rules of each kernel, of which the first that matches counts. Those of sm 0 are for the interpreter: small, so that tests have
@@ -265,7 +267,9 @@ def gated(inputs: GatedInputs, down_scale: float) -> tuple[Tensor, Tensor | None
         config.num_warps,
         config.num_stages,
     ).run()
-    return h_PF, None if partial is None else partial.sum(0).mul_(down_scale).to(h_PF.dtype)
+    if partial is None:
+        return h_PF, None
+    return h_PF, _sum_programs(partial, h_PF.new_empty(partial.shape[1:]), down_scale, None)
 
 
 class GatedGradients(NamedTuple):
@@ -275,7 +279,7 @@ class GatedGradients(NamedTuple):
     """the gradient of each assignment's gate output, times its weight"""
     up_PF: Tensor
     weight_TK: Tensor
-    """float32, the gradient of the router's weights; zero for assignments that other ranks compute"""
+    """the gradient of the router's weights, of their type; zero for assignments that other ranks compute"""
     b_gate_SFR: Tensor | None
     """the gradient of gate's B, in the pairs' type; None if the projection has no pair"""
     b_up_SFR: Tensor | None
@@ -320,8 +324,7 @@ def gated_backward(
         config.num_warps,
         config.num_stages,
     ).run()
-    place_TK = blocks.order.place_TK
-    dweight_TK = dweight.sum(0)[place_TK.clamp(min=0)].masked_fill(place_TK < 0, 0.0) if rows else dweight.new_zeros(place_TK.shape)
+    dweight_TK = _sum_programs(dweight[:, :, None], torch.empty_like(weight_TK), 1.0, blocks.order.place_TK)
     db_gate, db_up = (None if part is None else _summed(part, blocks, pair_dtype) for part in (part_gate, part_up))
     da_down = None if part_down is None else _summed(part_down, blocks, pair_dtype, transposed=True)
     return GatedGradients(dgate_PF, dup_PF, dweight_TK, db_gate, db_up, da_down)
@@ -397,6 +400,22 @@ def _summed(partial_CNR: Tensor, blocks: AssignmentBlocks, dtype: torch.dtype, *
             "s_r": out_SNR.stride(2),
         },
         {"BR": padded_rank(rank), **config.blocks},
+        config.num_warps,
+        config.num_stages,
+    ).run()
+    return out
+
+
+def _sum_programs(partial: Tensor, out: Tensor, scale: float, place: Tensor | None) -> Tensor:
+    """Write scale · the sum over programs of partial [programs, rows, R] into `out`, of each row, or of the rows `place`, 0 for place -1."""
+    programs, rows, rank = partial.shape
+    config = config_for("mixlora_sum_programs", rank, partial)
+    count = out.numel() // rank
+    Launch(
+        sum_programs_kernel,
+        (_blocks(count, config.blocks["BM"]),),
+        {"p_partial": partial, "p_place": place, "p_out": out, "num_rows": rows, "num_out": count, "R": rank, "scale": scale},
+        {"PROGRAMS": programs, "PLACED": place is not None, "BR": padded_rank(rank), **config.blocks},
         config.num_warps,
         config.num_stages,
     ).run()

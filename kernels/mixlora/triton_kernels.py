@@ -140,7 +140,8 @@ def expand_kernel(
         tl.store(p_out + row_M[:, None] * N + o_N[None, :], b_out.to(p_out.dtype.element_ty), mask=m_M[:, None] & m_N[None, :])
 
 
-@triton.jit
+# P, the number of assignments, changes from batch to batch, and must not compile anew.
+@triton.jit(do_not_specialize=["P"])
 def gated_kernel(
     p_gate,
     p_up,
@@ -222,7 +223,7 @@ def gated_kernel(
             tl.store(p_out, b_low_down, mask=m_M[:, None] & (o_R < R_DOWN)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def gated_backward_kernel(
     p_gate,
     p_up,
@@ -420,3 +421,31 @@ def sum_chunks_kernel(
         b_sum += tl.load(p_partial + (tl.cast(chunk, tl.int64) * N + o_N)[:, None] * R + o_R[None, :], mask=m_NR, other=0.0)
     at = p_out + slot.to(tl.int64) * N * R + o_N[:, None] * s_n + o_R[None, :] * s_r
     tl.store(at, b_sum.to(p_out.dtype.element_ty), mask=m_NR)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_out"])
+def sum_programs_kernel(
+    p_partial,
+    p_place,
+    p_out,
+    num_rows,
+    num_out,
+    R,
+    scale,
+    PROGRAMS: tl.constexpr,
+    PLACED: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """out[m, r] = scale · sum over programs, ascending, of partial[program, m, r], or of row place[m]; 0 where place[m] is negative."""
+    o_M = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_R = tl.arange(0, BR)
+    m_M = o_M < num_out
+    row_M = tl.load(p_place + o_M, mask=m_M, other=-1).to(tl.int64) if PLACED else o_M.to(tl.int64)
+    m_MR = (m_M & (row_M >= 0))[:, None] & (o_R < R)[None, :]
+    b_sum = tl.zeros((BM, BR), tl.float32)
+    for program in range(PROGRAMS):
+        at = (tl.cast(program, tl.int64) * num_rows + row_M)[:, None] * R + o_R[None, :]
+        b_sum += tl.load(p_partial + at, mask=m_MR, other=0.0)
+    at = o_M.to(tl.int64)[:, None] * R + o_R[None, :]
+    tl.store(p_out + at, (b_sum * scale).to(p_out.dtype.element_ty), mask=m_M[:, None] & (o_R < R)[None, :])

@@ -157,8 +157,7 @@ def _both_passes(module: Any, kind: str, layer: Callable[[], Tensor]) -> list[La
     with recorded() as launches, mock.patch.object(module, f"{kind}_forward", noted), torch.no_grad():
         layer()
         for given, (y, *kept) in calls:
-            without_slots = given if kind == "mixlora" else (given[0], *given[2:])
-            backward(torch.empty_like(y), kept, *without_slots)
+            backward(torch.empty_like(y), kept, *_OF_BACKWARD[kind](given))
     return launches
 
 
@@ -167,4 +166,10 @@ def _plain(operator: Any) -> Callable[..., Any]:
     return operator._init_fn
 
 
+_OF_BACKWARD: Mapping[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
+    "mixlora": lambda given: given[:8],
+    "moe_lora": lambda given: (given[0], *given[2:11]),
+    "full": lambda given: (given[0], *given[2:]),
+}
+"""the arguments of the forward operator that autograd gives the backward one"""
 _OF_KIND: Mapping[str, Callable[[LayerCase], list[Launch]]] = {"mixlora": _mixlora, "moe_lora": _moe_lora, "full": _full}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hecate.kernels.common.dropout import Dropout, dropout_key, dropout_stream
+from hecate.kernels.common.dropout import Dropout, _mix64, dropout_key, dropout_stream
 
 TOKENS, WIDTH = 400, 100
 N = TOKENS * WIDTH
@@ -81,6 +81,15 @@ def test_keys_differ_by_each_part_and_their_order() -> None:
     assert all(-(2**63) <= key < 2**63 for key in keys)
     assert len(set(keys)) == len(names)
     assert keys == [dropout_key(*name) for name in names]
+
+
+def test_keys_are_those_that_tensors_of_int64_give() -> None:
+    """Masks of checkpoints that exist hang on these numbers."""
+    for parts in ((0, 0), (3, 17, 2), (-1, 5), (1 << 62, 9)):
+        key = torch.tensor(0x2545F4914F6CDD1D)
+        for part in parts:
+            key = _mix64(key ^ part)
+        assert dropout_key(*parts) == int(key)
 
 
 def test_the_two_elements_of_a_word_are_unrelated() -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hecate.kernels.common.dropout import Dropout
+from hecate.kernels.common.dropout import Dropout, TokenDropout
+from hecate.kernels.common.lora_linear import lora_linear_triton
 from hecate.kernels.common.low_rank import lora_linear
 
 TOKENS, INPUTS, OUTPUTS, RANK, STREAM, SCALE = 11, 7, 5, 3, 4, 1.5
@@ -13,10 +16,16 @@ TOKENS, INPUTS, OUTPUTS, RANK, STREAM, SCALE = 11, 7, 5, 3, 4, 1.5
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, TOKENS])
-@pytest.mark.parametrize(("dtype", "pair_dtype", "tolerance"), [
-    (torch.float64, torch.float64, 1e-12), (torch.float32, torch.float32, 1e-5), (torch.bfloat16, torch.float32, 0.05),
+@pytest.mark.parametrize(("function", "dtype", "pair_dtype", "tolerance"), [
+    (lora_linear, torch.float64, torch.float64, 1e-12),
+    (lora_linear, torch.float32, torch.float32, 1e-5),
+    (lora_linear, torch.bfloat16, torch.float32, 0.05),
+    (lora_linear_triton, torch.float32, torch.float32, 1e-5),
+    (lora_linear_triton, torch.bfloat16, torch.float32, 0.05),
 ])  # fmt: skip
-def test_against_autograd(p: float, biased: bool, tokens: int, dtype: torch.dtype, pair_dtype: torch.dtype, tolerance: float) -> None:
+def test_against_autograd(
+    function: Any, p: float, biased: bool, tokens: int, dtype: torch.dtype, pair_dtype: torch.dtype, tolerance: float
+) -> None:
     random = torch.Generator().manual_seed(1)
 
     def normal(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -28,7 +37,7 @@ def test_against_autograd(p: float, biased: bool, tokens: int, dtype: torch.dtyp
     number = torch.randperm(tokens, generator=random) + 50
     dropout = Dropout(p, key=9) if p else None
     leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-    y = lora_linear(leaves[0], weight, bias, leaves[1], leaves[2], SCALE, dropout.rows(number, STREAM) if dropout else None)
+    y = function(leaves[0], weight, bias, leaves[1], leaves[2], SCALE, TokenDropout(dropout, number, STREAM) if dropout else None)
     got = [y, *torch.autograd.grad(y, leaves, dy)]
 
     wide = [t.double().requires_grad_() for t in (x, a, b)]
@@ -46,3 +55,18 @@ def test_an_input_that_needs_no_gradient() -> None:
     lora_linear(torch.ones(2, INPUTS), torch.ones(OUTPUTS, INPUTS), None, a, b, SCALE).sum().backward()
     assert a.grad is not None
     assert b.grad is not None
+
+
+def test_triton_over_several_blocks_and_chunks_against_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """70 tokens of 45 numbers, in chunks of 32: masks are torch's bit for bit, so float32 results agree to its rounding."""
+    monkeypatch.setattr("hecate.kernels.common.lora_linear.CHUNK_ROWS", 32)
+    random = torch.Generator().manual_seed(2)
+    x, a, b, weight = (torch.randn(*shape, generator=random) for shape in ((70, 45), (20, 45), (37, 20), (37, 45)))
+    dy, dropout = torch.randn(70, 37, generator=random), TokenDropout(Dropout(0.3, key=-5), torch.arange(70) * 7, 1 << 29)
+    results = []
+    for function in (lora_linear, lora_linear_triton):
+        leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+        y = function(leaves[0], weight, None, leaves[1], leaves[2], SCALE, dropout)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for plain, mine in zip(*results, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-3)

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from hecate.kernels.common.assignments import RoutedTokens
-from hecate.kernels.common.dropout import Dropout, ffn_dropout
+from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_dropout, pack_pairs, unpack_dropout, unpack_pairs
+from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
 
 
 def pair(seed: int, scale: float) -> LowRankPairs:
@@ -19,25 +18,11 @@ def pair(seed: int, scale: float) -> LowRankPairs:
 
 def test_pairs_come_back_in_the_order_of_projections_with_dropout_in_their_scales() -> None:
     pairs = {"down_proj": pair(0, 2.0), "gate_proj": pair(1, 0.5)}
-    routed = RoutedTokens(torch.ones(3, 5), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), torch.arange(3), torch.arange(2))
-    dropout = ffn_dropout(Dropout(0.5, key=1), routed, torch.arange(3))
-    matrices, projections, scales = pack_pairs(pairs, dropout)
+    matrices, projections, scales = pack_pairs(pairs, Dropout(0.5, key=1))
     assert (projections, scales) == ("gate_proj down_proj", [1.0, 4.0])
     again = unpack_pairs(matrices, projections, scales)
     assert list(again) == ["gate_proj", "down_proj"]
     assert all(again[name].a_SrI is pairs[name].a_SrI and again[name].b_SOr is pairs[name].b_SOr for name in pairs)
-
-
-def test_dropout_comes_back() -> None:
-    routed = RoutedTokens(torch.ones(3, 5), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), torch.arange(3), torch.arange(2))
-    dropout = ffn_dropout(Dropout(0.3, key=1), routed, torch.arange(3))
-    again = unpack_dropout(*pack_dropout(dropout))
-    assert dropout is not None
-    assert again is not None
-    assert again.gate_up.word_R is dropout.gate_up.word_R
-    assert again.down.word_R is dropout.down.word_R
-    assert again.scale == dropout.scale
-    assert unpack_dropout(*pack_dropout(None)) is None
 
 
 def test_what_is_kept_for_the_backward_pass_comes_back_in_its_form() -> None:
