@@ -5,10 +5,11 @@
 A tiny Llama in bfloat16 trains MixLoRA experts, attention adapters and dropout with Triton kernels on one rank of the mock device of
 `tests/mock_cuda`. Counted are torch operators that the device was given, launches of Triton kernels, and what makes the host wait. Runs of
 1 and 3 layers and of 1 and 2 micro-steps tell apart what is due in each layer of each micro-step, in each layer once a step, in each
-micro-step, and in each step. The counts do not depend on sizes.
+micro-step, and in each step. The counts do not depend on sizes. Launches are counted and not run, since nothing that is counted depends
+on values. Attention is torch's plain form, a dozen operators where a GPU has one kernel.
 
-The processor time of the host is measured in runs of their own, in which launches of kernels do nothing. It has Python, torch's dispatch
-and what the mock device adds to each operator; it lacks what CUDA and Triton take to launch. A sample is a step, and a layer's time is
+The processor time of the host is measured in runs of their own. It has Python, torch's dispatch and what the mock device adds to each
+operator; it lacks what CUDA and Triton take to launch. A sample is a step, and a layer's time is
 the difference of the medians of runs of 6 and 2 layers, divided by 4. With OTHER_CHECKOUT, processes of both checkouts alternate.
 """
 
@@ -45,20 +46,20 @@ def make_folder(folder: Path, layers: Iterable[int]) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     for number in layers:
         save_random_llama(folder / f"model{number}", num_hidden_layers=number, **sizes)
-    write_samples(folder / "train.jsonl", [f"w{number}" for number in range(200)], str.upper)
+    write_samples(folder / "train.jsonl", [f"w{number}" for number in range(10, 74)], str.upper)
     (folder / "config.yaml").write_text(
-        f"model: {{name_or_path: {folder}/model1, dtype: bfloat16}}\ndata: {{train: {folder}/train.jsonl, seq_len: 24}}\n"
+        f"model: {{name_or_path: {folder}/model1, dtype: bfloat16}}\ndata: {{train: {folder}/train.jsonl, seq_len: 52}}\n"
         f"output_dir: {folder}/unset\nmicro_batch_size: 1\nlora: {{r: 4, alpha: 8.0, dropout: 0.1}}\n"
         "moe: {num_experts: 4, top_k: 2}\neval: {on_start: false, generate: false}\nkernels: triton\n",
         encoding="utf-8",
     )
 
 
-def run(checkout: Path, folder: Path, overrides: Mapping[str, Sequence[str]], *, kernels_run: bool) -> dict[str, list[dict[str, Any]]]:
+def run(checkout: Path, folder: Path, overrides: Mapping[str, Sequence[str]], *, count: bool) -> dict[str, list[dict[str, Any]]]:
     """Train the runs in a process of their own and return their steps by name; see `tests/mock_cuda/hot_path_rank.py`."""
     with tempfile.TemporaryDirectory(dir=folder) as own:
         runs = Path(own, "runs.json")
-        given = {"config": str(folder / "config.yaml"), "folder": own, "overrides": overrides, "kernels_run": kernels_run}
+        given = {"config": str(folder / "config.yaml"), "folder": own, "overrides": overrides, "count": count}
         runs.write_text(json.dumps(given), encoding="utf-8")
         environment = os.environ | {
             "PYTHONPATH": str(checkout),
@@ -85,7 +86,7 @@ def counts(checkout: Path, folder: Path) -> dict[str, dict[str, Calls]]:
         ]
         for layers, micro in cases
     }
-    found = run(checkout, folder, overrides, kernels_run=True)
+    found = run(checkout, folder, overrides, count=True)
     return {part: due_to({case: found[f"{case[0]}x{case[1]}"][-1][part]["calls"] for case in cases}) for part in PARTS}
 
 
@@ -130,7 +131,7 @@ def timed(checkouts: Mapping[str, Path], folder: Path, rounds: int, steps: int) 
     found: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in checkouts}
     for _ in range(rounds):
         for name, checkout in checkouts.items():
-            seconds = layer_seconds(run(checkout, folder, overrides, kernels_run=False))
+            seconds = layer_seconds(run(checkout, folder, overrides, count=False))
             for part in PARTS:
                 found[name][part].append(1e3 * seconds[part])
     return found

@@ -1,6 +1,6 @@
 """A frozen linear layer with one low-rank pair in Triton: dropout's mask is made inside the products, and never lies in memory.
 
-The products with the frozen weight, and that with B in the forward pass, are torch's. Sums are in float32 and in a fixed order, and there
+The products with the frozen weight, and with B in the forward pass, are torch's. Sums are in float32 and in a fixed order, and there
 are no atomics.
 
 Shapes: T tokens, I inputs, O outputs, C columns that are summed over, N other columns, r rank.
@@ -22,7 +22,7 @@ from hecate.kernels.common.kernel_launch import Launch
 from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, padded_rank
 
 CHUNK_ROWS = 1024
-"""the tokens whose part of a gradient of A one program sums"""
+"""the tokens whose part of the gradients of A and B one program sums"""
 _FP32 = (4,)
 # Products of float32 use no tensor cores and more registers, so their blocks are smaller.
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -124,14 +124,52 @@ def lora_add_kernel(
     tl.store(at, (tl.load(at, mask=m_MN, other=0.0).to(tl.float32) + b_out).to(p_out.dtype.element_ty), mask=m_MN)
 
 
+@triton.jit
+def _outer_block(
+    p_low,
+    p_x,
+    p_token,
+    first,
+    rows,
+    o_N,
+    N,
+    R,
+    key,
+    stream,
+    dropped_levels,
+    DROPOUT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """[BN, BR], the sum of drop(x)[t, n] · low[t, r] over `rows` tokens from `first` on."""
+    o_R = tl.arange(0, BR)
+    m_N, m_R = o_N < N, o_R < R
+    b_out = tl.zeros((BN, BR), tl.float32)
+    for m in range(0, rows, BM):
+        o_M = m + tl.arange(0, BM)
+        m_M = o_M < rows
+        row_M = (first + o_M).to(tl.int64)
+        b_x = tl.load(p_x + row_M[:, None] * N + o_N[None, :], mask=m_M[:, None] & m_N[None, :], other=0.0)
+        if DROPOUT:
+            word_M = dropout_word(tl.load(p_token + row_M, mask=m_M, other=0), stream, key)
+            b_x = tl.where(dropout_keep(word_M, o_N, dropped_levels), b_x, 0.0).to(b_x.dtype)
+        b_low = tl.load(p_low + row_M[:, None] * R + o_R[None, :], mask=m_M[:, None] & m_R[None, :], other=0.0)
+        b_out = tl.dot(tl.trans(b_x), b_low, b_out, input_precision="ieee")
+    return b_out
+
+
 @triton.jit(do_not_specialize=["num_tokens", "key", "stream"])
 def lora_outer_kernel(
-    p_low,
-    p_token,
+    p_dlow,
     p_x,
+    p_low,
+    p_dy,
+    p_token,
     p_out,
     num_tokens,
-    N,
+    I,  # noqa: E741 - the inputs
+    O,  # noqa: E741 - the outputs
     R,
     key,
     stream,
@@ -142,23 +180,24 @@ def lora_outer_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """out[chunk, r, n] = sum_t low[t, r] · drop(x)[t, n] over the ROWS tokens of a chunk."""
-    i_chunk = tl.program_id(0)
-    o_N = tl.program_id(1) * BN + tl.arange(0, BN)
+    """The part of a chunk of ROWS tokens in the gradients of A [R, I] and B [O, R], which lie one behind the other in out[chunk].
+
+    dA[r, n] = sum_t dlow[t, r] · drop(x)[t, n]; dB[n, r] = sum_t dy[t, n] · low[t, r].
+    """
+    first = tl.program_id(0) * ROWS
+    rows = tl.minimum(num_tokens - first, ROWS)
     o_R = tl.arange(0, BR)
-    m_N, m_R = o_N < N, o_R < R
-    b_out = tl.zeros((BN, BR), tl.float32)
-    for m in range(0, ROWS, BM):
-        o_M = i_chunk * ROWS + m + tl.arange(0, BM)
-        m_M = o_M < num_tokens
-        row_M = o_M.to(tl.int64)
-        b_x = tl.load(p_x + row_M[:, None] * N + o_N[None, :], mask=m_M[:, None] & m_N[None, :], other=0.0)
-        if DROPOUT:
-            word_M = dropout_word(tl.load(p_token + o_M, mask=m_M, other=0), stream, key)
-            b_x = tl.where(dropout_keep(word_M, o_N, dropped_levels), b_x, 0.0).to(b_x.dtype)
-        b_low = tl.load(p_low + row_M[:, None] * R + o_R[None, :], mask=m_M[:, None] & m_R[None, :], other=0.0)
-        b_out = tl.dot(tl.trans(b_x), b_low, b_out, input_precision="ieee")
-    tl.store(p_out + (i_chunk.to(tl.int64) * R + o_R[None, :]) * N + o_N[:, None], b_out, mask=m_N[:, None] & m_R[None, :])
+    p_chunk = p_out + tl.program_id(0).to(tl.int64) * R * (I + O)
+    blocks_of_a = tl.cdiv(I, BN)
+    i_block = tl.program_id(1)
+    if i_block < blocks_of_a:
+        o_N = i_block * BN + tl.arange(0, BN)
+        b_a = _outer_block(p_dlow, p_x, p_token, first, rows, o_N, I, R, key, stream, dropped_levels, DROPOUT, BM, BN, BR)
+        tl.store(p_chunk + o_R[None, :] * I + o_N[:, None], b_a, mask=(o_N < I)[:, None] & (o_R < R)[None, :])
+    else:
+        o_N = (i_block - blocks_of_a) * BN + tl.arange(0, BN)
+        b_b = _outer_block(p_low, p_dy, p_token, first, rows, o_N, O, R, key, stream, dropped_levels, False, BM, BN, BR)
+        tl.store(p_chunk + R * I + o_N[:, None] * R + o_R[None, :], b_b, mask=(o_N < O)[:, None] & (o_R < R)[None, :])
 
 
 def lora_linear_triton(
@@ -201,8 +240,7 @@ class _LoraLinear(torch.autograd.Function):
         x_TI, weight_OI, a_rI, b_Or, low_Tr = ctx.saved_tensors
         dy_TO = grads[0].contiguous()
         dlow_Tr = _shrink(dy_TO, b_Or.T, ctx.scale, None)
-        da_rI = _outer(dlow_Tr, x_TI, ctx.dropout, a_rI.dtype)
-        db_Or = (dy_TO.T @ low_Tr).to(b_Or.dtype)
+        da_rI, db_Or = _pair_gradients(dlow_Tr, x_TI, low_Tr, dy_TO, ctx.dropout, a_rI.dtype)
         dx_TI = None
         if ctx.needs_input_grad[0]:
             dx_TI = dy_TO @ weight_OI
@@ -259,21 +297,35 @@ def _add(out_TN: Tensor, low_Tr: Tensor, a_rN: Tensor, dropout: TokenDropout | N
     ).run()
 
 
-def _outer(low_Tr: Tensor, x_TN: Tensor, dropout: TokenDropout | None, dtype: torch.dtype) -> Tensor:
-    """Return low' drop(x), [r, N]."""
-    rank, width = low_Tr.shape[1], x_TN.shape[1]
-    config = _config("lora_outer", rank, x_TN)
-    chunks = triton.cdiv(len(x_TN), CHUNK_ROWS)
-    parts = x_TN.new_empty((chunks, rank, width), dtype=torch.float32)
+def _pair_gradients(
+    dlow_Tr: Tensor, x_TI: Tensor, low_Tr: Tensor, dy_TO: Tensor, dropout: TokenDropout | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return dlow' drop(x), [r, I], and dy' low, [O, r]."""
+    (tokens, rank), inputs, outputs = low_Tr.shape, x_TI.shape[1], dy_TO.shape[1]
+    config = _config("lora_outer", rank, x_TI)
+    chunks = triton.cdiv(tokens, CHUNK_ROWS)
+    parts = x_TI.new_empty((chunks, rank * (inputs + outputs)), dtype=torch.float32)
     Launch(
         lora_outer_kernel,
-        (chunks, triton.cdiv(width, config.blocks["BN"])),
-        {"p_low": low_Tr, "p_x": x_TN, "p_out": parts, "num_tokens": len(x_TN), "N": width, "R": rank, **_numbers(dropout)},
+        (chunks, triton.cdiv(inputs, config.blocks["BN"]) + triton.cdiv(outputs, config.blocks["BN"])),
+        {
+            "p_dlow": dlow_Tr,
+            "p_x": x_TI,
+            "p_low": low_Tr,
+            "p_dy": dy_TO,
+            "p_out": parts,
+            "num_tokens": tokens,
+            "I": inputs,
+            "O": outputs,
+            "R": rank,
+            **_numbers(dropout),
+        },
         {"DROPOUT": dropout is not None, "ROWS": CHUNK_ROWS, "BR": padded_rank(rank), **config.blocks},
         config.num_warps,
         config.num_stages,
     ).run()
-    return parts.sum(0).to(dtype)
+    da, db = parts.sum(0).to(dtype).split((rank * inputs, rank * outputs))
+    return da.view(rank, inputs), db.view(outputs, rank)
 
 
 def _config(name: str, rank: int, like: Tensor) -> LaunchConfig:

@@ -1,7 +1,7 @@
 """What a training step asks of a GPU and of the host, on a mock GPU: `python hot_path_rank.py RUNS.json`, for `benchmarks.hot_path`.
 
 The trainer and the mock device are those of the checkout that PYTHONPATH names, so one program measures several of them. RUNS.json has the
-path of a configuration, overrides by the name of a run, and whether kernels run. The last line of the output is JSON: of each run, for each
+path of a configuration, overrides by the name of a run, and whether to count or to take times. Kernels are not run. The last line of the output is JSON: of each run, for each
 of its later steps and each of the step's parts, what was called how often, and the processor time of this process in seconds.
 
 A step has three parts: `forward` and `backward`, of all its micro-steps together, and `rest`.
@@ -82,7 +82,8 @@ def watch(parts: Parts) -> list[dict[str, Any]]:
 
 
 def run_all(runs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Train every run to its end. Without kernels nothing is counted, and the values that are trained with mean nothing."""
+    """Train every run to its end. No kernel runs, so the values that are trained with mean nothing."""
+    import torch
     import torch.distributed as dist
 
     from hecate.config import load_config
@@ -90,32 +91,39 @@ def run_all(runs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     from hecate.ranks.ranks import connect
     from hecate.train import training
     from hecate.train.loop import train
-    from tests.kernels.interpreter_bf16 import bf16_right
-    from tests.mock_cuda.kernels import LAUNCHES, interpret_in_place
     from tests.mock_cuda.waits import NO_WAITS, watching
 
     with ExitStack() as stack:
-        if runs["kernels_run"]:
-            interpret_in_place()
-            stack.enter_context(bf16_right())
+        if runs["count"]:
+            launches: Counter[str] = Counter()
+
+            def run(launch: Launch) -> None:
+                launches[launch.kernel.__name__] += 1
+                for value in launch.args.values():
+                    if isinstance(value, torch.Tensor) and value.is_floating_point():
+                        # What the kernel would have written is NaN, and with NaN in a gradient no optimizer step is taken.
+                        install.device.as_cpu(value.detach()).nan_to_num_()
+
             watched = stack.enter_context(watching())
 
             def happened() -> Counter[str]:
-                operators = Counter({f"operator {name}": number for name, number in install.device.operators().items()})
-                launches = Counter({f"launch {name}": number for name, number in LAUNCHES.items()})
-                kinds = [(kind, number) for (_, kind), number in watched.waits.items() if kind not in NO_WAITS]
-                waits: Counter[str] = Counter()
-                for kind, number in kinds:
-                    waits[f"wait {kind}"] += number
-                return operators + launches + waits
+                found = Counter({f"operator {name}": number for name, number in install.device.operators().items()})
+                found.update({f"launch {name}": number for name, number in launches.items()})
+                for (_, kind), number in watched.waits.items():
+                    if kind not in NO_WAITS:
+                        found[f"wait {kind}"] += number
+                return found
 
         else:
-            Launch.run = lambda self: None  # type: ignore[method-assign]
-            training._MOST_SKIPPED_IN_A_ROW = 1 << 30  # nothing is computed, so every norm is NaN and every step is skipped
+            training._MOST_SKIPPED_IN_A_ROW = 1 << 30  # what no kernel has written is NaN, so every step is skipped
+
+            def run(launch: Launch) -> None:
+                """Nothing."""
 
             def happened() -> Counter[str]:
                 return Counter()
 
+        Launch.run = run  # type: ignore[method-assign]
         steps = watch(Parts(happened))
         found = {}
         for name, overrides in runs["overrides"].items():
