@@ -148,12 +148,35 @@ class TopKRouter(Router):
         return self(x_TD)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD.to(self.weight.dtype), self.weight)
+        return wide_linear(x_TD, self.weight)
 
     def forward(self, x_TD: Tensor) -> Routing:
         prob_TE = F.softmax(self.logits(x_TD), dim=-1)
         top_TK, expert_TK = prob_TE.topk(self.top_k, dim=-1)
         return Routing(prob_TE, expert_TK, top_TK / top_TK.sum(dim=-1, keepdim=True))
+
+
+def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x W' computed in the weight's dtype, which may be wider than x's: [T, E]. What is kept for the backward pass is x as it came."""
+    if x_TD.dtype == weight_ED.dtype:
+        return F.linear(x_TD, weight_ED)
+    return _WideLinear.apply(x_TD, weight_ED)
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return F.linear(x_TD.to(weight_ED.dtype), weight_ED)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TD, weight_ED = ctx.saved_tensors
+        (grad_TE,) = grads
+        dx_TD = (grad_TE @ weight_ED).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
+        # In the order of torch's own backward pass, so that results are the same bits.
+        dweight_ED = (x_TD.to(weight_ED.dtype).T @ grad_TE).T if ctx.needs_input_grad[1] else None
+        return dx_TD, dweight_ED
 
 
 class ModelRouter(Router):

@@ -51,7 +51,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 
-@triton.jit(do_not_specialize=["num_tokens", "key", "stream"])
+@triton.jit(do_not_specialize=["num_tokens", "key", "dropout_stream"])
 def lora_shrink_kernel(
     p_x,
     p_token,
@@ -64,7 +64,7 @@ def lora_shrink_kernel(
     s_c,
     scale,
     key,
-    stream,
+    dropout_stream,
     dropped_levels,
     DROPOUT: tl.constexpr,
     BM: tl.constexpr,
@@ -78,7 +78,7 @@ def lora_shrink_kernel(
     m_R = o_R < R
     row_M = o_M.to(tl.int64)
     if DROPOUT:
-        word_M = dropout_word(tl.load(p_token + o_M, mask=m_M, other=0), stream, key)
+        word_M = dropout_word(tl.load(p_token + o_M, mask=m_M, other=0), dropout_stream, key)
     b_low = tl.zeros((BM, BR), tl.float32)
     for c in range(0, C, BC):
         o_C = c + tl.arange(0, BC)
@@ -91,7 +91,7 @@ def lora_shrink_kernel(
     tl.store(p_low + row_M[:, None] * R + o_R[None, :], (b_low * scale).to(p_low.dtype.element_ty), mask=m_M[:, None] & m_R[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "key", "stream"])
+@triton.jit(do_not_specialize=["num_tokens", "key", "dropout_stream"])
 def lora_add_kernel(
     p_out,
     p_token,
@@ -101,7 +101,7 @@ def lora_add_kernel(
     N,
     R,
     key,
-    stream,
+    dropout_stream,
     dropped_levels,
     DROPOUT: tl.constexpr,
     BM: tl.constexpr,
@@ -118,7 +118,7 @@ def lora_add_kernel(
     b_a = tl.load(p_a + o_R[:, None] * N + o_N[None, :], mask=m_R[:, None] & m_N[None, :], other=0.0).to(b_low.dtype)
     b_out = tl.dot(b_low, b_a, input_precision="ieee")
     if DROPOUT:
-        word_M = dropout_word(tl.load(p_token + o_M, mask=m_M, other=0), stream, key)
+        word_M = dropout_word(tl.load(p_token + o_M, mask=m_M, other=0), dropout_stream, key)
         b_out = tl.where(dropout_keep(word_M, o_N, dropped_levels), b_out, 0.0)
     at, m_MN = p_out + row_M[:, None] * N + o_N[None, :], m_M[:, None] & m_N[None, :]
     tl.store(at, (tl.load(at, mask=m_MN, other=0.0).to(tl.float32) + b_out).to(p_out.dtype.element_ty), mask=m_MN)
@@ -135,7 +135,7 @@ def _outer_block(
     N,
     R,
     key,
-    stream,
+    dropout_stream,
     dropped_levels,
     DROPOUT: tl.constexpr,
     BM: tl.constexpr,
@@ -152,14 +152,14 @@ def _outer_block(
         row_M = (first + o_M).to(tl.int64)
         b_x = tl.load(p_x + row_M[:, None] * N + o_N[None, :], mask=m_M[:, None] & m_N[None, :], other=0.0)
         if DROPOUT:
-            word_M = dropout_word(tl.load(p_token + row_M, mask=m_M, other=0), stream, key)
+            word_M = dropout_word(tl.load(p_token + row_M, mask=m_M, other=0), dropout_stream, key)
             b_x = tl.where(dropout_keep(word_M, o_N, dropped_levels), b_x, 0.0).to(b_x.dtype)
         b_low = tl.load(p_low + row_M[:, None] * R + o_R[None, :], mask=m_M[:, None] & m_R[None, :], other=0.0)
         b_out = tl.dot(tl.trans(b_x), b_low, b_out, input_precision="ieee")
     return b_out
 
 
-@triton.jit(do_not_specialize=["num_tokens", "key", "stream"])
+@triton.jit(do_not_specialize=["num_tokens", "key", "dropout_stream"])
 def lora_outer_kernel(
     p_dlow,
     p_x,
@@ -172,7 +172,7 @@ def lora_outer_kernel(
     O,  # noqa: E741 - the outputs
     R,
     key,
-    stream,
+    dropout_stream,
     dropped_levels,
     DROPOUT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -192,11 +192,11 @@ def lora_outer_kernel(
     i_block = tl.program_id(1)
     if i_block < blocks_of_a:
         o_N = i_block * BN + tl.arange(0, BN)
-        b_a = _outer_block(p_dlow, p_x, p_token, first, rows, o_N, I, R, key, stream, dropped_levels, DROPOUT, BM, BN, BR)
+        b_a = _outer_block(p_dlow, p_x, p_token, first, rows, o_N, I, R, key, dropout_stream, dropped_levels, DROPOUT, BM, BN, BR)
         tl.store(p_chunk + o_R[None, :] * I + o_N[:, None], b_a, mask=(o_N < I)[:, None] & (o_R < R)[None, :])
     else:
         o_N = (i_block - blocks_of_a) * BN + tl.arange(0, BN)
-        b_b = _outer_block(p_low, p_dy, p_token, first, rows, o_N, O, R, key, stream, dropped_levels, False, BM, BN, BR)
+        b_b = _outer_block(p_low, p_dy, p_token, first, rows, o_N, O, R, key, dropout_stream, dropped_levels, False, BM, BN, BR)
         tl.store(p_chunk + R * I + o_N[:, None] * R + o_R[None, :], b_b, mask=(o_N < O)[:, None] & (o_R < R)[None, :])
 
 
@@ -335,6 +335,6 @@ def _config(name: str, rank: int, like: Tensor) -> LaunchConfig:
 def _numbers(dropout: TokenDropout | None) -> dict[str, Tensor | int | None]:
     """Return the arguments that dropout's words are hashed from."""
     if dropout is None:
-        return {"p_token": None, "key": 0, "stream": 0, "dropped_levels": 0}
+        return {"p_token": None, "key": 0, "dropout_stream": 0, "dropped_levels": 0}
     how = dropout.dropout
-    return {"p_token": dropout.token_T.contiguous(), "key": how.key, "stream": dropout.stream, "dropped_levels": how.dropped_levels}
+    return {"p_token": dropout.token_T.contiguous(), "key": how.key, "dropout_stream": dropout.stream, "dropped_levels": how.dropped_levels}

@@ -37,7 +37,7 @@ def dropout_numbers(dropout: Dropout | None, routed: RoutedTokens) -> tuple[list
 
 
 # How many assignments and slots there are changes from batch to batch and with placements, and must not compile anew.
-@triton.jit(do_not_specialize=["num_assignments", "num_slots", "s_token", "s_choice", "key"])
+@triton.jit(do_not_specialize=["num_assignments", "num_slots", "s_token", "s_choice", "s_word", "key"])
 def sort_kernel(
     p_slot,
     p_token,
@@ -51,6 +51,7 @@ def sort_kernel(
     num_slots,
     s_token,
     s_choice,
+    s_word,
     key,
     TOP_K: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -58,7 +59,7 @@ def sort_kernel(
 ):
     """Program s writes the places of slot s; the last one those of the assignments that are computed elsewhere, behind all others.
 
-    The earlier assignment comes first. `p_words` int32 [2, P] are dropout's words of each place, of x and of the hidden state.
+    The earlier assignment comes first. `p_words`, two rows, are dropout's words of each place, of x and of the hidden state.
     """
     slot = tl.program_id(0)
     o_P = tl.arange(0, BP)
@@ -85,7 +86,7 @@ def sort_kernel(
         if DROPOUT:
             number_P = tl.load(p_token + token_P, mask=own_P, other=0)
             tl.store(p_words + place_P, dropout_word(number_P, expert * 2, key), mask=own_P)
-            tl.store(p_words + num_assignments + place_P, dropout_word(number_P, expert * 2 + 1, key), mask=own_P)
+            tl.store(p_words + s_word + place_P, dropout_word(number_P, expert * 2 + 1, key), mask=own_P)
         place += tl.sum(own_P.to(tl.int32))
 
 
@@ -146,8 +147,13 @@ def cut_kernel(
         _cut_block(p_starts, p_chunks, p_first_chunk, i - tile_blocks, num_slots, num_chunks, chunk_rows, True, BT, BS)
 
 
+def words_width(num_assignments: int) -> int:
+    """Return how many words of dropout there is room for: kernels are compiled for rows that begin at multiples of 16 bytes."""
+    return -(-num_assignments // 4) * 4
+
+
 def sorted_assignments(slot_TK: Tensor, num_slots: int, numbers: Sequence[Tensor] = (), key: int = 0) -> tuple[AssignmentOrder, Tensor]:
-    """Return what `assignment_order` does, and dropout's words at each place, int32 [2, P], of x and of the gated hidden state.
+    """Return what `assignment_order` does, and dropout's words at each place, of x and of the gated hidden state: int32 [2, `words_width`].
 
     Without dropout there are no words, [2, 0]. Those of assignments that are computed elsewhere mean nothing.
 
@@ -162,7 +168,7 @@ def sorted_assignments(slot_TK: Tensor, num_slots: int, numbers: Sequence[Tensor
         slot_TK.new_empty(slot_TK.shape, dtype=torch.int32),
         slot_TK.new_empty(num_slots + 1, dtype=torch.int32),
     )
-    words = slot_TK.new_empty((2, num_assignments if numbers else 0), dtype=torch.int32)
+    words = slot_TK.new_empty((2, words_width(num_assignments) if numbers else 0), dtype=torch.int32)
     config = choose("sort", SORT_RULES, rank=0, itemsize=4, device=slot_TK.device)
     Launch(
         kernel=sort_kernel,
@@ -180,6 +186,7 @@ def sorted_assignments(slot_TK: Tensor, num_slots: int, numbers: Sequence[Tensor
             "num_slots": num_slots,
             "s_token": slot_TK.stride(0),
             "s_choice": slot_TK.stride(1),
+            "s_word": words.stride(0),
             "key": key,
         },
         constants={"TOP_K": slot_TK.shape[1], "DROPOUT": bool(numbers), **config.blocks},

@@ -26,7 +26,7 @@ from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.common.launch_config import padded_rank
 from hecate.kernels.common.low_rank import LowRankPairs, LowRankTerm, separate_gate_and_up
 from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
-from hecate.kernels.common.sorting import dropout_numbers, sorted_assignments, words_dropout
+from hecate.kernels.common.sorting import dropout_numbers, sorted_assignments, words_dropout, words_width
 from hecate.kernels.experts.gated import gate, gate_backward
 from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
 from hecate.kernels.experts.grouped_wgrad import grouped_wgrad
@@ -127,7 +127,7 @@ def _(
     pairs = unpack_pairs(matrices, projections, scales)
     ranks = [of.a_SrI.shape[1] for name, of in pairs.items() if name != "down_proj"]
     low = x_TD.new_empty((slot_TK.numel(), 2 * padded_rank(max(ranks)) if ranks else 0))
-    words = slot_TK.new_empty((2, slot_TK.numel() if numbers else 0), dtype=torch.int32)
+    words = slot_TK.new_empty((2, words_width(slot_TK.numel()) if numbers else 0), dtype=torch.int32)
     return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((slot_TK.numel(), 2 * ffn)), low, words, *fake_order(slot_TK, len(frozen_S)))
 
 

@@ -5,6 +5,7 @@ Shapes: S slots, N rows and K columns of a slot's matrix.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,18 +47,19 @@ def stacked_weights(matrices_SNK: Tensor) -> SlotWeights:
 def separate_weights(matrix_S: Sequence[Tensor]) -> SlotWeights:
     """Return the addresses of one contiguous matrix [N, K] per slot, all of one type and shape, anywhere in the device's memory.
 
-    The table of addresses is sent to the device without waiting for it. If the addresses are equally far apart, no table is needed.
+    The table of addresses is sent to the device without waiting for it, and kept for the next call with matrices equally far apart. There
+    is a table even for one matrix, since whether there is one is compiled into the kernel.
     """
     base = matrix_S[0]
     rows, columns = base.shape
     for matrix in matrix_S:
         assert (matrix.shape, matrix.dtype, matrix.device) == (base.shape, base.dtype, base.device)
         assert matrix.is_contiguous()
-    places = [(matrix.data_ptr() - base.data_ptr()) // base.element_size() for matrix in matrix_S]
-    stride = places[1] if len(places) > 1 else base.numel()
-    # Meta tensors all have the address 0; they are treated as separate.
-    if (stride > 0 or len(places) == 1) and places == [slot * stride for slot in range(len(places))]:
-        return SlotWeights(base, rows, columns, columns, stride)
+    places = tuple((matrix.data_ptr() - base.data_ptr()) // base.element_size() for matrix in matrix_S)
     aligned = all(place * base.element_size() % 16 == 0 for place in places)
-    table = torch.tensor(places, dtype=torch.int64, pin_memory=base.is_cuda)
-    return SlotWeights(base, rows, columns, columns, 0, table.to(base.device, non_blocking=True), aligned, tuple(matrix_S))
+    return SlotWeights(base, rows, columns, columns, 0, _table(places, base.device), aligned, tuple(matrix_S))
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)

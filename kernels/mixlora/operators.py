@@ -21,7 +21,7 @@ from hecate.kernels.common.dropout import Dropout, FfnDropout
 from hecate.kernels.common.ffn import FfnBase
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm
 from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
-from hecate.kernels.common.sorting import blocks_of, dropout_numbers, sorted_assignments, words_dropout
+from hecate.kernels.common.sorting import blocks_of, dropout_numbers, sorted_assignments, words_dropout, words_width
 from hecate.kernels.mixlora import passes
 from hecate.kernels.mixlora.passes import GatedInputs, config_for
 
@@ -118,7 +118,7 @@ def _(
     wide = [x_TD.new_empty((x_TD.shape[0], base[0].shape[0])) for _ in range(2)]
     ranks = [pairs[name].a_SrI.shape[1] if name in pairs else 0 for name in (*INPUTS, "down_proj")]
     lows = [x_TD.new_empty((slot_TK.numel(), rank)) for rank in ranks]
-    words = slot_TK.new_empty((2, slot_TK.numel() if numbers else 0), dtype=torch.int32)
+    words = slot_TK.new_empty((2, words_width(slot_TK.numel()) if numbers else 0), dtype=torch.int32)
     sizes, num_slots = _block_sizes(x_TD, matrices), matrices[0].shape[0]
     tiles, chunks = (
         words.new_empty((num_tiles_bound(slot_TK.numel(), num_slots, sizes[name]), 3)) for name in ("ROWS", "CHUNK_ROWS")

@@ -35,14 +35,16 @@ Rows = dict[str, dict[str, dict[str, Any]]]
 def label(launch: Launch) -> str:
     """The kernel, what of it a reader wants to know, and a hash of all that its code depends on."""
     constants = [f"{name}={value}" for name, value in sorted(launch.constants.items()) if value is not False]
-    everything = {**{name: _specialization(value) for name, value in launch.args.items()}, **launch.constants}
+    alike = launch.kernel.do_not_specialize
+    args = {name: "any int" if name in alike else _specialization(value) for name, value in launch.args.items()}
+    everything = {**args, **launch.constants}
     types = dict.fromkeys(kind for kind in map(_specialization, launch.args.values()) if kind.startswith(("float", "bfloat")))
     parts = [*types, *constants, f"warps={launch.num_warps}", f"stages={launch.num_stages}"]
     return f"{launch.kernel.__name__}: {' '.join(parts)} {hashlib.sha256(repr(sorted(everything.items())).encode()).hexdigest()[:6]}"
 
 
 def _specialization(value: Any) -> str:
-    """What triton compiles for: types, and of integers whether they are 1 or multiples of 16."""
+    """What triton compiles for: types, and of integers whether they are 1 or multiples of 16, unless the kernel asks not to."""
     if isinstance(value, Tensor):
         return str(value.dtype).removeprefix("torch.")
     if isinstance(value, int):

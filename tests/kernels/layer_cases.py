@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from hecate.kernels.common.assignments import RoutedTokens
-from hecate.kernels.common.dropout import Dropout
+from hecate.kernels.common.dropout import Dropout, TokenDropout
 from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
 from hecate.kernels.common.kernel_launch import Launch, recorded
+from hecate.kernels.common.lora_linear import lora_linear_triton
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.kernels.experts import full_operators, moe_lora_operators
 from hecate.kernels.mixlora import operators as mixlora_operators
@@ -35,7 +36,7 @@ class LayerCase:
     k: int
     tokens: int
     kind: str = "mixlora"
-    """mixlora, moe_lora or full"""
+    """mixlora, moe_lora, full, or linear: a LoRA linear from `hidden` to `ffn`"""
     dtype: torch.dtype = torch.bfloat16
     pair_dtype: torch.dtype | None = None
     """of the pairs, or of trained experts; None: `dtype`"""
@@ -76,6 +77,7 @@ _1B = LayerCase(hidden=2048, ffn=5632, rank=8, experts=8, k=2, tokens=16384)
 _135M = LayerCase(hidden=576, ffn=1536, rank=8, experts=8, k=2, tokens=8192)
 _FINE = LayerCase(hidden=2048, ffn=768, rank=16, experts=128, k=8, tokens=8192, kind="moe_lora")
 _MIXTRAL = replace(_7B, kind="moe_lora")
+_LINEAR = LayerCase(hidden=4096, ffn=1024, rank=16, experts=1, k=1, tokens=8192, kind="linear", pair_dtype=torch.float32, dropout=0.05)
 
 CASES: Mapping[str, LayerCase] = {
     "7B": _7B,
@@ -110,6 +112,15 @@ CASES: Mapping[str, LayerCase] = {
     "full experts": replace(_FINE, kind="full", experts=64),
     "full experts, float32 masters": replace(_FINE, kind="full", experts=64, pair_dtype=torch.float32),
     "full experts, float32": replace(_135M, kind="full", dtype=torch.float32),
+    "linear": _LINEAR,
+    "linear, no dropout": replace(_LINEAR, dropout=0.0),
+    "linear, rank 8, float16": replace(_LINEAR, rank=8, dtype=torch.float16),
+    "linear, rank 64": replace(_LINEAR, rank=64),
+    "linear, rank 128": replace(_LINEAR, rank=128),
+    "linear, rank 256": replace(_LINEAR, rank=256),
+    "linear, float32": replace(_LINEAR, dtype=torch.float32),
+    "linear, float32, rank 64": replace(_LINEAR, dtype=torch.float32, rank=64),
+    "linear, float32, rank 256": replace(_LINEAR, dtype=torch.float32, rank=256),
 }
 SPREAD: Mapping[int, tuple[str, ...]] = {90: ("7B", "fine-grained"), 80: ("1B, down, dropout", "full experts")}
 """layers that every test run compiles, by sm number; the others are compiled when the table is written"""
@@ -139,6 +150,16 @@ def _moe_lora(case: LayerCase) -> list[Launch]:
 def _full(case: LayerCase) -> list[Launch]:
     experts = case.tensor(case.experts, case.shape().numel, dtype=case.pair_dtype)
     return _both_passes(full_operators, "full", lambda: full_operators.full_ffn_triton(case.routed(), experts, case.shape()))
+
+
+def _linear(case: LayerCase) -> list[Launch]:
+    x, weight = case.tensor(case.tokens, case.hidden).requires_grad_(), case.tensor(case.ffn, case.hidden)
+    a, b = (case.tensor(*shape, dtype=case.pair_dtype).requires_grad_() for shape in ((case.rank, case.hidden), (case.ffn, case.rank)))
+    how = case.dropout_or_none()
+    dropout = None if how is None else TokenDropout(how, case.tensor(case.tokens, dtype=torch.int64), stream=5)
+    with recorded() as launches:
+        lora_linear_triton(x, weight, None, a, b, 2.0, dropout).sum().backward()
+    return launches
 
 
 def _both_passes(module: Any, kind: str, layer: Callable[[], Tensor]) -> list[Launch]:
@@ -172,4 +193,9 @@ _OF_BACKWARD: Mapping[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
     "full": lambda given: (given[0], *given[2:]),
 }
 """the arguments of the forward operator that autograd gives the backward one"""
-_OF_KIND: Mapping[str, Callable[[LayerCase], list[Launch]]] = {"mixlora": _mixlora, "moe_lora": _moe_lora, "full": _full}
+_OF_KIND: Mapping[str, Callable[[LayerCase], list[Launch]]] = {
+    "mixlora": _mixlora,
+    "moe_lora": _moe_lora,
+    "full": _full,
+    "linear": _linear,
+}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hecate.experts.router import TopKRouter
+from hecate.experts.router import TopKRouter, wide_linear
 from hecate.parallel.units import Unit
 
 
@@ -40,6 +40,27 @@ def test_bf16_tokens_are_routed_in_fp32() -> None:
     assert routing.prob_TE.dtype == routing.weight_TK.dtype == torch.float32
     expected = torch.softmax(x.double() @ in_fp32.weight.double().T, dim=1)
     torch.testing.assert_close(routing.prob_TE.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_logits_and_gradients_are_those_of_a_wide_copy_which_is_not_kept(dtype: torch.dtype) -> None:
+    """Bit for bit; and of the tokens nothing is kept but what the router was given."""
+    random, wide = torch.Generator().manual_seed(0), torch.promote_types(dtype, torch.float32)
+    x, weight, grad = (torch.randn(shape, generator=random) for shape in ((50, 16), (4, 16), (50, 4)))
+    leaves = [(x.to(dtype).requires_grad_(), weight.to(wide).requires_grad_()) for _ in range(2)]
+    plain = torch.nn.functional.linear(leaves[0][0].to(wide), leaves[0][1])
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        mine = wide_linear(*leaves[1])
+    assert all(tensor.dtype == dtype for tensor in kept if tensor.numel() == x.numel())
+    assert torch.equal(mine, plain)
+    for logits in (plain, mine):
+        logits.backward(grad.to(wide))
+    for one, other in zip(*leaves, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert other.grad.dtype == other.dtype
+        assert torch.equal(one.grad, other.grad)
 
 
 def test_gradients_reach_the_router_and_the_tokens() -> None:

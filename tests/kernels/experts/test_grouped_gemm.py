@@ -177,8 +177,11 @@ def test_tensor_descriptors(name: str, device: torch.device, poisoned: None) -> 
     assert_close(y[: len(want)], want, TOLERANCE[case.dtype])
 
 
-def test_weights_equally_far_apart_need_no_table() -> None:
+def test_separate_weights_always_have_a_table_which_is_made_once() -> None:
+    """Also one matrix, and matrices equally far apart: with and without a table are two compiled kernels."""
     matrices = torch.zeros(4, 6, 10)[::2, :3]
-    assert separate_weights(list(matrices)).offset_S is None
-    assert separate_weights([matrices[0]]).offset_S is None
-    assert separate_weights([matrices[0], matrices[0], matrices[1]]).offset_S is not None
+    equally, one, backwards = (separate_weights(each) for each in (list(matrices), [matrices[0]], [matrices[1], matrices[0]]))
+    found = [weights.offset_S for weights in (equally, one, backwards)]
+    assert all(table is not None for table in found)
+    assert [table.tolist() for table in found if table is not None] == [[0, 120], [0], [0, -120]]
+    assert separate_weights(list(matrices)).offset_S is equally.offset_S
