@@ -111,6 +111,9 @@ def test_one_rank_waits_in_few_places_and_its_adapter_is_scored(workshop: Path) 
     assert len(mock.evaluations("mixlora")) == 1
     (step,) = mock.steps("mixlora", rank=0)
     assert {"shrink_kernel", "gated_kernel", "outer_kernel"} <= set(step["launches"]), "Triton kernels did not run"
+    assert step["launches"]["lora_shrink_kernel"] == 2 * 2 * 4, "of two layers' four projections, in both passes"
+    in_kernels = {"aten::bitwise_xor", "aten::__rshift__", "aten::searchsorted"}
+    assert not in_kernels & set(step["operators"]), "torch makes dropout's masks, or sorts assignments"
     assert step["launches"]["flex_attention"] == 2, "a layer's attention was computed in another way"
     require_waits(step, expected_waits(layers=2, micro_steps=1))
     assert "hecate: topology: 1 x Mock H100 on 1 node" in mock.log(rank=0)
