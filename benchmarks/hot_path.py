@@ -119,9 +119,7 @@ def due_to(calls: Mapping[tuple[int, int], Mapping[str, int]]) -> dict[str, Call
 def layer_seconds(steps: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
     """By part: the processor time of the host in one layer, in seconds."""
     few, many = TIMED
-    of = {
-        (layers, part): statistics.median(step[part]["seconds"] for step in steps[f"{layers}"]) for layers in TIMED for part in PARTS
-    }
+    of = {(layers, part): statistics.median(step[part]["seconds"] for step in steps[f"{layers}"]) for layers in TIMED for part in PARTS}
     return {part: (of[many, part] - of[few, part]) / (many - few) for part in PARTS}
 
 

@@ -22,11 +22,14 @@ from hecate.kernels.common.kernel_launch import Launch
 from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose
 
 SORT_RULES = (Rule(LaunchConfig({"BP": 2048}, num_warps=8, num_stages=2), min_sm=80), Rule(LaunchConfig({"BP": 32}), min_sm=0))
-CUT_RULES = (Rule(LaunchConfig({"BT": 64, "BS": 64}, num_warps=4, num_stages=1), min_sm=80), Rule(LaunchConfig({"BT": 16, "BS": 4}), min_sm=0))
+CUT_RULES = (
+    Rule(LaunchConfig({"BT": 64, "BS": 64}, num_warps=4, num_stages=1), min_sm=80),
+    Rule(LaunchConfig({"BT": 16, "BS": 4}), min_sm=0),
+)
 
 
 def dropout_numbers(dropout: Dropout | None, routed: RoutedTokens) -> tuple[list[Tensor], int]:
-    """Return what the dropout of assignments is hashed from, as an operator takes it: the tokens' numbers, the experts in the slots, the key.
+    """Return what the dropout of assignments is hashed from, as an operator takes it: tokens' numbers, the experts in the slots, the key.
 
     Without dropout there are no tensors. With it, `routed` must have `token_T` and `expert_S`.
     """
@@ -91,7 +94,9 @@ def sort_kernel(
 
 
 @triton.jit
-def _cut_block(p_starts, p_tiles, p_first_tile, i_block, num_slots, num_tiles, rows, FIRSTS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr):
+def _cut_block(
+    p_starts, p_tiles, p_first_tile, i_block, num_slots, num_tiles, rows, FIRSTS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr
+):
     """BT tiles of a map of tiles of at most `rows` places; block 0 also writes the first tile of each slot."""
     o_T = i_block * BT + tl.arange(0, BT)
     slot_T = tl.zeros((BT,), tl.int32)
@@ -103,7 +108,7 @@ def _cut_block(p_starts, p_tiles, p_first_tile, i_block, num_slots, num_tiles, r
         size_S = tl.load(p_starts + o_S + 1, mask=m_S, other=0) - tl.load(p_starts + o_S, mask=m_S, other=0)
         tiles_S = (size_S + rows - 1) // rows
         end_S = total + tl.cumsum(tiles_S, 0)
-        if FIRSTS:
+        if FIRSTS:  # noqa: SIM102 - a constant, and a value on the device
             if i_block == 0:
                 tl.store(p_first_tile + o_S + 1, end_S, mask=m_S)
         # Slots whose tiles all come before tile t.
@@ -111,7 +116,7 @@ def _cut_block(p_starts, p_tiles, p_first_tile, i_block, num_slots, num_tiles, r
         slot_T += tl.sum(past.to(tl.int32), 1)
         before_T += tl.sum(tl.where(past, tiles_S[None, :], 0), 1)
         total += tl.sum(tiles_S)
-    if FIRSTS:
+    if FIRSTS:  # noqa: SIM102
         if i_block == 0:
             tl.store(p_first_tile, 0)
     m_T = o_T < num_tiles

@@ -120,9 +120,7 @@ def _(
     lows = [x_TD.new_empty((slot_TK.numel(), rank)) for rank in ranks]
     words = slot_TK.new_empty((2, words_width(slot_TK.numel()) if numbers else 0), dtype=torch.int32)
     sizes, num_slots = _block_sizes(x_TD, matrices), matrices[0].shape[0]
-    tiles, chunks = (
-        words.new_empty((num_tiles_bound(slot_TK.numel(), num_slots, sizes[name]), 3)) for name in ("ROWS", "CHUNK_ROWS")
-    )
+    tiles, chunks = (words.new_empty((num_tiles_bound(slot_TK.numel(), num_slots, sizes[name]), 3)) for name in ("ROWS", "CHUNK_ROWS"))
     return torch.empty_like(x_TD), *wide, *lows, words, *fake_order(slot_TK, num_slots), tiles, chunks, words.new_empty(num_slots + 1)
 
 

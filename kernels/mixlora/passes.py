@@ -407,7 +407,7 @@ def _summed(partial_CNR: Tensor, blocks: AssignmentBlocks, dtype: torch.dtype, *
 
 
 def _sum_programs(partial: Tensor, out: Tensor, scale: float, place: Tensor | None) -> Tensor:
-    """Write scale · the sum over programs of partial [programs, rows, R] into `out`, of each row, or of the rows `place`, 0 for place -1."""
+    """Write scale · the sum of partial [programs, rows, R] over programs into `out`: of each row, or of the rows `place`, 0 for -1."""
     programs, rows, rank = partial.shape
     config = config_for("mixlora_sum_programs", rank, partial)
     count = out.numel() // rank

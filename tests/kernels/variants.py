@@ -1,4 +1,4 @@
-"""Which variants of its kernels Triton compiles for some batches: `python -m tests.kernels.variants` prints them as JSON, by layer and batch.
+"""Which variants of its kernels Triton compiles for some batches: `python -m tests.kernels.variants` prints them, by layer and batch.
 
 Triton compiles a kernel anew for other types and constants, and for integers that are 1, or divisible by 16, where others were not. Nothing
 is compiled here: Triton is only asked for the key under which it looks for the machine code of a launch.
@@ -18,7 +18,14 @@ from hecate.kernels.common.ahead_of_time import compiling_for
 from hecate.kernels.common.kernel_launch import Launch
 from tests.kernels.layer_cases import CASES, LayerCase
 
-BATCHES = {"as planned": (8192, 8), "odd": (8191, 7), "one token": (1, 8), "sixteen": (16, 16), "one expert": (24, 1), "many experts": (4100, 130)}
+BATCHES = {
+    "as planned": (8192, 8),
+    "odd": (8191, 7),
+    "one token": (1, 8),
+    "sixteen": (16, 16),
+    "one expert": (24, 1),
+    "many experts": (4100, 130),
+}
 """tokens of this rank, and experts in its slots"""
 LAYERS = {
     "mixlora": replace(CASES["7B, dropout"], pair_dtype=torch.float32),

@@ -1,8 +1,9 @@
 """What a training step asks of a GPU and of the host, on a mock GPU: `python hot_path_rank.py RUNS.json`, for `benchmarks.hot_path`.
 
 The trainer and the mock device are those of the checkout that PYTHONPATH names, so one program measures several of them. RUNS.json has the
-path of a configuration, overrides by the name of a run, and whether to count or to take times. Kernels are not run. The last line of the output is JSON: of each run, for each
-of its later steps and each of the step's parts, what was called how often, and the processor time of this process in seconds.
+path of a configuration, overrides by the name of a run, and whether to count or to take times. Kernels are not run. The last line of the
+output is JSON: of each run, for each of its later steps and each of the step's parts, what was called how often, and the processor time of
+this process in seconds.
 
 A step has three parts: `forward` and `backward`, of all its micro-steps together, and `rest`.
 """
