@@ -213,10 +213,10 @@ def lora_linear_triton(
 
     Ranks are 1 to 256.
     """
-    return _LoraLinear.apply(x_TI.contiguous(), weight_OI, bias_O, a_rI, b_Or, scale, dropout)
+    return _TritonLoraLinear.apply(x_TI.contiguous(), weight_OI, bias_O, a_rI, b_Or, scale, dropout)
 
 
-class _LoraLinear(torch.autograd.Function):
+class _TritonLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
