@@ -11,7 +11,7 @@ from hecate.kernels.common.assignments import RoutedTokens, assignment_blocks, a
 from hecate.kernels.common.dropout import Dropout, ffn_dropout
 from hecate.kernels.common.sorting import blocks_of, dropout_numbers, sorted_assignments, words_dropout
 from hecate.kernels.common.sorting import tile_map as tile_map_triton
-from tests.kernels.common.test_assignments import CASES, random_slots
+from tests.kernels.common.order_cases import CASES, random_slots
 from tests.kernels.grouping import poisoned
 
 __all__ = ["poisoned"]
