@@ -10,7 +10,7 @@ on values. Attention is torch's plain form, a dozen operators where a GPU has on
 
 The processor time of the host is measured in runs of their own. It has Python, torch's dispatch and what the mock device adds to each
 operator; it lacks what CUDA and Triton take to launch. A sample is a step, and a layer's time is
-the difference of the medians of runs of 6 and 2 layers, divided by 4. With OTHER_CHECKOUT, processes of both checkouts alternate.
+the difference of the least of runs of 6 and 2 layers, divided by 4. With OTHER_CHECKOUT, processes of both checkouts alternate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ COUNTED = (1, 3)
 TIMED = (2, 6)
 """the layers of the runs that are timed"""
 PARTS = ("forward", "backward", "rest")
-KINDS = ("operator", "launch", "wait")
+KINDS = {"operators": "operator", "launches": "launch", "waits": "wait"}
+"""column -> the first word of its calls"""
 Calls = dict[str, float]
 """what was called, as in "operator aten::mm" -> how often"""
 
@@ -119,7 +120,7 @@ def due_to(calls: Mapping[tuple[int, int], Mapping[str, int]]) -> dict[str, Call
 def layer_seconds(steps: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
     """By part: the processor time of the host in one layer, in seconds."""
     few, many = TIMED
-    of = {(layers, part): statistics.median(step[part]["seconds"] for step in steps[f"{layers}"]) for layers in TIMED for part in PARTS}
+    of = {(layers, part): min(step[part]["seconds"] for step in steps[f"{layers}"]) for layers in TIMED for part in PARTS}
     return {part: (of[many, part] - of[few, part]) / (many - few) for part in PARTS}
 
 
@@ -139,7 +140,9 @@ def rows_of(name: str, parts: Mapping[str, Mapping[str, Calls]], milliseconds: M
     rows = []
     for part, of_part in parts.items():
         for due, calls in of_part.items():
-            numbers = {f"{kind}s": sum(number for call, number in calls.items() if call.startswith(f"{kind} ")) for kind in KINDS}
+            numbers = {
+                column: sum(number for call, number in calls.items() if call.startswith(f"{kind} ")) for column, kind in KINDS.items()
+            }
             host = statistics.median(milliseconds[part]) if due == "layer and micro-step" else None
             by_name = [f"{number:g} {call}" for call, number in sorted(calls.items(), key=lambda item: -item[1])]
             all_of_them = list(milliseconds[part]) if host is not None else []
@@ -154,7 +157,7 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for one in rows:
         if one["per"] == "layer and micro-step" and one["part"] != "rest":
             key = f"{one['checkout']}_{one['part']}"
-            summary[f"{key}_operators_and_launches"] = one["operators"] + one["launchs"]
+            summary[f"{key}_operators_and_launches"] = one["operators"] + one["launches"]
             summary[f"{key}_host_ms"] = one["host_ms"]
     return summary
 

@@ -163,7 +163,7 @@ class AssignmentBlocks:
     first_chunk: Tensor
     """int32 [S + 1]: the chunks of slot s are first_chunk[s] … first_chunk[s + 1] - 1"""
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What an operator is given; `of_tensors` puts it together again."""
         return *self.order.tensors(), self.tiles, self.chunks, self.first_chunk
 
