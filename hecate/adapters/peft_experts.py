@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,8 +25,7 @@ from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.kernels.common.ffn import PROJECTIONS
-from hecate.model.attention import AttentionChoice
-from hecate.model.base import BaseModel, build_base
+from hecate.model.base import BaseChoice, BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.load import pick_dtype, resolve_model
@@ -127,21 +127,19 @@ def begin_with(config: Config, base: BaseModel, moe: MoeModel) -> None:
     load_peft_into(moe, base, tensors, folder)
 
 
-def with_peft_adapter(
-    folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None, attention: AttentionChoice
-) -> tuple[BaseModel, MoeModel]:
+def with_peft_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
     """Return the base model with an adapter applied, for evaluation.
 
     Raises:
         UserError: the adapter or the model cannot be read, one does not fit the other, or memory is too small for the model.
     """
     tensors, description = load_peft_adapter(folder)
-    name = model or description.base_model_name_or_path
+    name = choice.name or description.base_model_name_or_path
     source = resolve_model(name)
-    if source.gguf_file is None and num_hidden_layers is None:
-        require_room(source.folder, pick_dtype(dtype, ranks.device), ranks.device)
-    base = build_base(name, dtype, num_hidden_layers, ranks.device, kind_written_as("peft"), attention)
-    plan = peft_plan(description, base.own_experts, folder)
+    if source.gguf_file is None and choice.num_hidden_layers is None:
+        require_room(source.folder, pick_dtype(choice.dtype, ranks.device), ranks.device)
+    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind_written_as("peft"), choice.attention)
+    plan = replace(peft_plan(description, base.own_experts, folder), kernels=choice.kernels)
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
     moe = insert_experts(base.model, base.own_experts, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)
     load_peft_into(moe, base, tensors, folder)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hecate.kernels.backend import Backend
 from hecate.model.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.causal_head import CausalHead, LanguageModelHead
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
@@ -18,6 +19,19 @@ from hecate.model.model_digest import model_digest
 from hecate.model.safetensors_headers import stored_tensors
 from hecate.model.stored_experts import refuse_experts
 from hecate.parallel.expert_kinds import ExpertKind
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """The base model that something trained is used with, and how it computes."""
+
+    name: str | None = None
+    """None: the one that what was trained names"""
+    dtype: str = "auto"
+    num_hidden_layers: int | None = None
+    """None: all"""
+    attention: AttentionChoice = AUTO
+    kernels: Backend = "auto"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.families import ROUTERS
-from hecate.model.attention import AUTO, AttentionChoice
-from hecate.model.base import BaseModel, build_base
+from hecate.kernels.backend import Backend
+from hecate.model.attention import AttentionChoice
+from hecate.model.base import BaseChoice, BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
@@ -37,7 +38,8 @@ def evaluate_trained(config: Config, trained: Path) -> None:
         raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on")
     with join_ranks() as ranks:
         named, attention = config.model, AttentionChoice(config.model.attention, config.data.packing)
-        base, moe = _trained(trained, ranks, named.name_or_path, named.dtype, named.num_hidden_layers, attention)
+        choice = BaseChoice(named.name_or_path, named.dtype, named.num_hidden_layers, attention, config.kernels)
+        base, moe = _trained(trained, ranks, choice)
         sources = encode_sources(config.data.eval, config, base, ranks)
         found = evaluate(config, ranks, base, moe, sources)
         if ranks.is_first:
@@ -53,7 +55,7 @@ def answer(trained: Path, prompt: str, *, system: str | None, model: str | None,
     from hecate.data.chat import render_prompt, require_chat_template
 
     with join_ranks() as ranks:
-        base, moe = _trained(trained, ranks, model, "auto", None)
+        base, moe = _trained(trained, ranks, BaseChoice(model))
         text = prompt
         if system is not None or base.tokenizer.chat_template or not is_model_folder(trained):
             require_chat_template(base.tokenizer, str(trained))
@@ -64,29 +66,25 @@ def answer(trained: Path, prompt: str, *, system: str | None, model: str | None,
             return generate(base, [ids], max_new_tokens=max_new_tokens, batch_size=1)[0]
 
 
-def _trained(
-    folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None, attention: AttentionChoice = AUTO
-) -> tuple[BaseModel, MoeModel]:
+def _trained(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
     if is_model_folder(folder):
-        return load_model_folder(folder, ranks, dtype, attention)
-    return _with_adapter(folder, ranks, model, dtype, num_hidden_layers, attention)
+        return load_model_folder(folder, ranks, choice.dtype, choice.attention)
+    return _with_adapter(folder, ranks, choice)
 
 
-def _with_adapter(
-    folder: Path, ranks: Ranks, model: str | None, dtype: str, num_hidden_layers: int | None, attention: AttentionChoice = AUTO
-) -> tuple[BaseModel, MoeModel]:
+def _with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
     if is_peft_adapter(folder):
-        return with_peft_adapter(folder, ranks, model, dtype, num_hidden_layers, attention)
+        return with_peft_adapter(folder, ranks, choice)
     tensors, description = load_adapter(folder)
     if description.extra.get("router", "softmax") not in ROUTERS:
         raise UserError(f"{folder}: made with the router {description.extra['router']!r}; this version has {', '.join(ROUTERS)}")
-    name, kind = model or description.base_model_name_or_path, kind_written_as("mixlora")
-    base = build_base(name, dtype, num_hidden_layers, ranks.device, kind, attention)
+    name, kind = choice.name or description.base_model_name_or_path, kind_written_as("mixlora")
+    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
     num_layers = len(decoder_layers(base.model)[1])
     if num_layers != description.num_layers:
         raise UserError(f"{folder}: made for {description.num_layers} layers, but the base model has {num_layers}")
     planner = EngineConfig(POLICIES["full"], local_topology(ranks.world_size, cuda=ranks.device.type == "cuda"))
-    moe = insert_experts(base.model, base.found, _plan(description), planner, ranks.groups)
+    moe = insert_experts(base.model, base.found, _plan(description, choice.kernels), planner, ranks.groups)
     for name, wanted in _shapes(moe).items():
         if tuple(tensors[name].shape) != wanted:
             raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {wanted}")
@@ -101,7 +99,7 @@ def _shapes(moe: MoeModel) -> dict[str, tuple[int, ...]]:
     return {router_tensor_name(unit.layer): tuple(router.shape) for unit, router in moe.routers.items()}
 
 
-def _plan(description: AdapterConfig) -> InsertionPlan:
+def _plan(description: AdapterConfig, kernels: Backend) -> InsertionPlan:
     lora = LoraShape(description.r, description.scale, 0.0)
     return InsertionPlan(
         kind=kind_written_as("mixlora"),
@@ -111,4 +109,5 @@ def _plan(description: AdapterConfig) -> InsertionPlan:
         lora=lora,
         target_modules=description.target_modules,
         seed=0,
+        kernels=kernels,
     )
