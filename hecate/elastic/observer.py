@@ -88,7 +88,8 @@ class StepFacts:
 
 
 class Observer(Protocol):
-    """An observer of a run. Training calls these methods on every rank, between steps; they must return at once and must not raise."""
+    """An observer of a run. Training calls these methods on every rank, the last two at the end of each step's backward pass and the others
+    between steps; they must return at once and must not raise."""
 
     def begins(self, facts: BeginFacts) -> None:
         """Called when the run is built, and again when it goes on with other ranks."""
@@ -100,10 +101,10 @@ class Observer(Protocol):
         """Called on rank 0 when a checkpoint is complete."""
 
     def replan_order(self) -> ReplanOrder | None:
-        """The newest order, whether it was carried out or not. Training follows the observer of rank 0."""
+        """The newest order, whether it was carried out or not. Training follows the observer of rank 0, after the step under way."""
 
     def stop_requested(self) -> bool:
-        """Whether the run is to save after this step and return. It does so if the observer of any rank returns True."""
+        """Whether the run is to save after the step under way and return. It does so if the observer of any rank returns True."""
 
 
 class ObserverLink:

@@ -179,12 +179,15 @@ class _SumRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sources: RowSources, row_MD: Tensor) -> Tensor:
-        ctx.sources = sources
+        # A checkpointed layer that runs again stops at the last tensor that was saved. Without this one, which comes after the exchange
+        # of `combine`, a rank whose layer saves nothing later would leave out the exchange that the other ranks make.
+        ctx.save_for_backward(sources.source_M)
         return sum_rows(sources, row_MD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, grads[0].index_select(0, ctx.sources.source_M)
+        (source_M,) = ctx.saved_tensors
+        return None, grads[0].index_select(0, source_M)
 
 
 class _RowExchange(torch.autograd.Function):

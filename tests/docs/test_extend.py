@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted(path.name for path in (ROOT / "docs" / "extend").glob("*.md") if path.name != "README.md")
+TRAINS_LONG = {"base-architecture.md", "gradient-rule.md", "pair-source.md", "router.md"}
+"""pages whose tests train on several ranks, or in many ways"""
 COPIED = ("hecate", "parallel", "kernels", "launch", "configs", "examples", "tests", "testing", "pyproject.toml")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _NEW_FILE = re.compile(r"# file: (\S+)\n")
@@ -92,7 +94,7 @@ def run(command: str, root: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=pytest.mark.slow if page in TRAINS_LONG else ()) for page in PAGES])
 def test_an_example_works(page: str, checkout: Path) -> None:
     apply(page, checkout)
     assert commands(page), f"{page} proves nothing: it has no sh block"

@@ -81,7 +81,7 @@ def test_a_training_that_is_off_fails(bench: Callable[..., CannedBench], check: 
 
 
 def test_one_wait_more_fails(bench: Callable[..., CannedBench]) -> None:
-    assert set(training_checks.host_waits(bench()).values()) == {4.0}
+    assert set(training_checks.host_waits(bench()).values()) == {2.0}
     more = dict(expected_waits(layers=LAYERS, micro_steps=1)) | {"hecate/experts/layer.py:forward": 1}
     with pytest.raises(Failed, match=r"hecate/experts/layer\.py:forward"):
         training_checks.host_waits(bench(waits=more))

@@ -186,22 +186,24 @@ def cases_of(policy: str, dtype: torch.dtype) -> list[Case]:
     return [Case(policy, e, k, scenario, dtype) for e, k, scenario in itertools.product((3, 8), (1, 2), SCENARIOS)]
 
 
-SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))
+SLOW_1, SLOW_2, SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("world", [1, 2, SLOW_3, 4])
+@pytest.mark.parametrize("world", [SLOW_1, 2, SLOW_3, 4])
 @pytest.mark.parametrize("policy", EVERY_CASE)
 def test_sharded_training_equals_one_process_in_fp64(policy: str, world: int) -> None:
     run_ranks(world, _check_cases, cases_of(policy, torch.float64), timeout=240)
 
 
-@pytest.mark.parametrize("world", [1, 2, SLOW_3, 4])
+@pytest.mark.parametrize("world", [SLOW_1, SLOW_2, SLOW_3, 4])
 def test_sharded_training_equals_one_process_in_fp32(world: int) -> None:
     cases = [Case(policy, 8, 2, scenario, torch.float32) for policy in EVERY_CASE for scenario in SCENARIOS]
     run_ranks(world, _check_cases, cases, timeout=240)
 
 
-@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)])
+@pytest.mark.parametrize(
+    ("world", "shard_size"), [pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)]
+)
 def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, shard_size: int) -> None:
     """Each group plans for itself; with an empty rank, and at 4 ranks in groups of 1, a whole group has no tokens."""
     cases = [Case(policy, 8, 2, scenario) for policy, scenario in zip(("full", "hecate", "static_ep", "auto"), SCENARIOS, strict=True)]

@@ -209,7 +209,7 @@ def _check_cases(rank: int, world: int, cases: list[Case]) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4])
 def test_upcycled_training_equals_one_process(world: int) -> None:
     cases = [
         Case("full", "idle experts", True),
@@ -233,7 +233,9 @@ def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None
     run_ranks(world, _check_cases, cases[:3] if world == 1 else cases, timeout=240)
 
 
-@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)])
+@pytest.mark.parametrize(
+    ("world", "shard_size"), [pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)]
+)
 def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, shard_size: int) -> None:
     cases = [
         Case("full", "idle experts", True, shard_size=shard_size),

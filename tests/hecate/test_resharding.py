@@ -115,7 +115,10 @@ def _moved(rank: int, world: int, cases: list[Case]) -> list[int]:
     return never_stepped
 
 
-@pytest.mark.parametrize(("world", "shard_size"), [(1, None), (2, None), (3, None), pytest.param(4, None, marks=pytest.mark.slow), (4, 2)])
+@pytest.mark.parametrize(
+    ("world", "shard_size"),
+    [(1, None), (3, None), *(pytest.param(*slow, marks=pytest.mark.slow) for slow in ((2, None), (4, None), (4, 2)))],
+)
 def test_training_with_moves_is_training_without(world: int, shard_size: int | None) -> None:
     cases = [Case(policy, EXPERTS, 2, scenario) for policy, scenario in (("hecate", "idle experts"), ("static_ep", "hot expert"))]
     cases.append(Case("full", EXPERTS, 1, "balanced", checkpointing=True))

@@ -73,7 +73,7 @@ def test_those_left_go_on_and_another_takes_the_place(workshop: Path, whole: dic
     assert wait_until_gone([], temporary) == []
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_signal_to_the_launcher_saves_the_step_it_comes_in(workshop: Path, number: signal.Signals, status: int) -> None:
     name, temporary = f"signal-{number}", workshop / f"tmp-signal-{number}"
     given = arguments(workshop, name, "max_steps=100000", "logging_steps=1")
@@ -105,7 +105,7 @@ def test_plain_torchrun_trains_and_goes_on_after_a_restart(workshop: Path, whole
     assert losses(workshop / "runs/plain") == whole
 
 
-@pytest.mark.parametrize(("command", "overrides"), [("train", ["nproc=2"]), ("launch", ["nproc=1"])])
+@pytest.mark.parametrize(("command", "overrides"), [("train", ["nproc=2"]), pytest.param("launch", ["nproc=1"], marks=pytest.mark.slow)])
 def test_a_killed_launcher_leaves_nothing(workshop: Path, command: str, overrides: list[str]) -> None:
     """Other machines cannot reach its processes while they run. For `hecate ray` see test_ray."""
     temporary = workshop / f"tmp-killed-{command}"

@@ -70,9 +70,9 @@ def test_an_order_of_the_first_rank_changes_the_shares_of_all_and_no_loss(worksh
         assert [facts.step for facts in after.steps] == [1, 2, 3, 4, 5, 6]
         assert [facts.loss for facts in after.steps] == pytest.approx([facts.loss for facts in before.steps], abs=1e-10)
         # Rows are packed to at most 64 tokens; a batch is as wide as its longest row.
-        for old, new in zip(before.steps[2:], after.steps[2:], strict=True):
+        for old, new in zip(before.steps[3:], after.steps[3:], strict=True):
             assert new.dense_tokens / old.dense_tokens == pytest.approx(share, rel=0.3)
-        assert after.steps[:2] != after.steps[2:4]
+        assert after.steps[:3] != after.steps[3:6]
         assert all(facts.dense_seconds > 0 and facts.seconds > facts.dense_seconds for facts in after.steps)
         assert all(sum(load_E) == 2 * facts.tokens for facts in after.steps for load_E in facts.loads.values())
     first, second = ordered[0][1], ordered[1][1]
@@ -84,10 +84,11 @@ def test_an_order_of_the_first_rank_changes_the_shares_of_all_and_no_loss(worksh
 
 
 def test_one_rank_that_wants_to_stop_stops_all_with_a_checkpoint(workshop: str) -> None:
+    """It asks when step 3 has ended, so the step under way is the fourth."""
     results = run_ranks(2, watched, workshop, "stopped", None, 3)
     assert [ended for ended, _ in results] == [False, False]
-    assert [len(recorder.steps) for _, recorder in results] == [3, 3]
-    assert results[0][1].checkpoints == [(3, "checkpoint-3")]
+    assert [len(recorder.steps) for _, recorder in results] == [4, 4]
+    assert results[0][1].checkpoints == [(4, "checkpoint-4")]
 
 
 def test_an_order_travels_as_json() -> None:

@@ -23,6 +23,7 @@ from hecate.parallel.units import Unit
 from hecate.ranks.backend import is_nccl
 from hecate.ranks.groups import TensorGroups
 from hecate.ranks.ranks import Ranks, connect
+from hecate.train.step_totals import exchange_totals
 from testing.ranks import run_ranks
 from tests.hecate.ranks.stand_in import gloo_as_nccl
 from tests.hecate.train.in_process import ranks_of_default_group
@@ -102,8 +103,8 @@ def refused_reads(rank: int, world: int) -> list[str]:
         "all_most": lambda: ranks.all_most([1.0]),
         "broadcast_from": lambda: ranks.broadcast_from(0, b"" if rank == 0 else None),
         "broadcast_bytes": lambda: ranks.broadcast_bytes(b"x"),
-        "exchange_counts": lambda: exchange_counts(torch.ones(2, dtype=torch.int64), ranks.groups.tokens),
-        "global_grad_norm": lambda: optimizer.global_grad_norm(ranks.groups.world),
+        "exchange_counts": lambda: exchange_counts(torch.ones(2, dtype=torch.int64), ranks.groups.tokens).get(),
+        "exchange_totals": lambda: exchange_totals(optimizer.squares(), optimizer.squares(), 0, (), ranks.groups.world),
         "refuse_different_owners": lambda: refuse_different_owners(engine, owners),
         "dispatch": lambda: dispatch(*dispatched, plan, ranks.groups.tokens),
         "whole": lambda: parts.whole("w", torch.ones(2)),

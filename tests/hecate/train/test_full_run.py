@@ -87,6 +87,7 @@ def held_out_loss(model: Any, workshop: Path) -> float:
     return total / labels
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_for_bit(workshop: Path, whole: Path) -> None:
     arguments = train_arguments(workshop, "full-killed", *FULL, "save_steps=2", "eval.on_start=false")
     assert "rank 1 of 2 was killed by SIGKILL" in kill_rank_1_after("step 3/", arguments)

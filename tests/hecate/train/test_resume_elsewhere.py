@@ -51,7 +51,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(made)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if number else ()) for number, kind in enumerate(KINDS)])
 def test_four_then_two_then_three_ranks(workshop: str, kind: str) -> None:
     """Frozen parts and everything else travel with their owners, or are the same everywhere."""
     name, own = kind.replace(" ", "-"), KINDS[kind]
@@ -71,6 +71,7 @@ def test_more_ranks_than_rows(workshop: str) -> None:
     assert torch.tensor(parts).sub(torch.tensor(whole)).abs().max() <= 1e-10
 
 
+@pytest.mark.slow
 def test_sharding_groups_of_other_sizes(workshop: str) -> None:
     """The first group writes, all read; 4 ranks in twos, 2 in twos, 4 alone each, 4 together. Owners may change on the way."""
     whole = run_ranks(4, train_until, workshop, "one-group", 6, ())[0]

@@ -101,7 +101,7 @@ def test_a_run_that_resharded_continues_bit_for_bit(workshop: Path) -> None:
     assert by_owner["rank 0"]["parameters"] == by_owner["rank 1"]["parameters"] == 3 * 3 * 4 * (32 + 48)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops(workshop: Path, number: signal.Signals) -> None:
     name = f"stopped-{number.name}"
     arguments = train_arguments(workshop, name, "max_steps=5000", "eval.on_start=false", "trace=true")

@@ -24,10 +24,12 @@ def spread() -> Any:
     return json_of("tests.kernels.compiled_table", "--spread")
 
 
+@pytest.mark.slow
 def test_what_is_compiled_now_fits_and_does_not_spill(spread: Any) -> None:
     assert complaints(spread) == []
 
 
+@pytest.mark.slow
 def test_it_is_what_the_table_says(spread: Any) -> None:
     table = read_table().get(triton.__version__)
     if table is None:
