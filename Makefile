@@ -41,7 +41,7 @@ format: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope -m 'not slow'
 
-# The slow tests, 20 minutes: Ray clusters, two nodes in network namespaces (needs root), and further world sizes.
+# The slow tests, about an hour: Ray clusters, two nodes in network namespaces (needs root), trainings on mock GPUs, further world sizes.
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
