@@ -6,7 +6,8 @@ A tiny Llama in bfloat16 trains MixLoRA experts, attention adapters and dropout 
 `tests/mock_cuda`. Counted are torch operators that the device was given, launches of Triton kernels, and what makes the host wait. Runs of
 1 and 3 layers and of 1 and 2 micro-steps tell apart what is due in each layer of each micro-step, in each layer once a step, in each
 micro-step, and in each step. The counts do not depend on sizes. Launches are counted and not run, since nothing that is counted depends
-on values. Attention is torch's plain form, a dozen operators where a GPU has one kernel.
+on values. Attention is a launch in each pass, as flash attention is on a GPU; a checkout without `model.attention` computes it in
+torch's plain form, a dozen operators.
 
 The processor time of the host is measured in runs of their own. It has Python, torch's dispatch and what the mock device adds to each
 operator; it lacks what CUDA and Triton take to launch. A sample is a step, and a layer's time is

@@ -69,9 +69,9 @@ def watch(parts: Parts) -> list[dict[str, Any]]:
         backward(self, *given)
         parts.enter("rest")
 
-    def watched_step(self: Training) -> Any:
+    def watched_step(self: Training, *given: Any) -> Any:
         parts.restart()
-        event = train_one(self)
+        event = train_one(self, *given)
         if self.standing.step > WARM_UP:
             steps.append(parts.of_step())
         return event
@@ -80,6 +80,44 @@ def watch(parts: Parts) -> list[dict[str, Any]]:
     Step.backward = watched_backward  # type: ignore[method-assign]
     Training.train_one = watched_step  # type: ignore[method-assign]
     return steps
+
+
+def one_kernel_attention(note: Callable[[str], None], written: Callable[[Any], None]) -> None:
+    """Have attention be a launch in each pass, as flash attention is on a GPU. Checkouts without `model.attention` compute it in torch.
+
+    Args:
+        note: called with the name of each launch.
+        written: called with each tensor that a launch would have written.
+    """
+    import torch
+
+    try:
+        from hecate.model import attention_kernels
+    except ImportError:
+        return
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(query, key, value)
+            note("flash_attention")
+            out = torch.empty_like(query)
+            written(out)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            note("flash_attention_backward")
+            outs = tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+            for out in outs:
+                written(out)
+            return outs
+
+    def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        result: torch.Tensor = Attention.apply(query, key, value)
+        return result
+
+    attention_kernels.flash_kernel = lambda: attention_kernels.package_flash(flash)  # type: ignore[assignment]
 
 
 def run_all(runs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -94,16 +132,24 @@ def run_all(runs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     from hecate.train.loop import train
     from tests.mock_cuda.waits import NO_WAITS, watching
 
+    launches: Counter[str] = Counter()
+
+    def note(name: str) -> None:
+        launches[name] += 1
+
+    def written(value: Any) -> None:
+        if runs["count"] and isinstance(value, torch.Tensor) and value.is_floating_point():
+            # What the kernel would have written is NaN, and with NaN in a gradient no optimizer step is taken.
+            install.device.as_cpu(value.detach()).nan_to_num_()
+
+    one_kernel_attention(note, written)
     with ExitStack() as stack:
         if runs["count"]:
-            launches: Counter[str] = Counter()
 
             def run(launch: Launch) -> None:
-                launches[launch.kernel.__name__] += 1
+                note(launch.kernel.__name__)
                 for value in launch.args.values():
-                    if isinstance(value, torch.Tensor) and value.is_floating_point():
-                        # What the kernel would have written is NaN, and with NaN in a gradient no optimizer step is taken.
-                        install.device.as_cpu(value.detach()).nan_to_num_()
+                    written(value)
 
             watched = stack.enter_context(watching())
 
