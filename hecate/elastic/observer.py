@@ -88,8 +88,10 @@ class StepFacts:
 
 
 class Observer(Protocol):
-    """An observer of a run. Training calls these methods on every rank, the last two at the end of each step's backward pass and the others
-    between steps; they must return at once and must not raise."""
+    """An observer of a run. Its methods are called on every rank and must return at once, without an error.
+
+    `replan_order` and `stop_requested` are called at the end of each step's backward pass, the others between steps.
+    """
 
     def begins(self, facts: BeginFacts) -> None:
         """Called when the run is built, and again when it goes on with other ranks."""

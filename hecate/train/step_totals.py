@@ -1,4 +1,4 @@
-"""What the ranks tell each other once in each step, in one message: their shares of the losses and of the gradient norm, and requests.
+"""The one message that all ranks exchange in each step: their shares of the losses and of the gradient norm, and their requests.
 
 Every rank adds up the shares in the order of the ranks, on the host. So all ranks get the same bits, whatever kind of device each has.
 """
