@@ -34,7 +34,7 @@ def engine_config(config: Config, ranks: Ranks, non_moe_flops: float, topology: 
 
 
 def job_topology(config: Config, ranks: Ranks) -> SeenTopology:
-    """Return the topology that the configuration names. Every rank must call it, because for `auto` the ranks exchange what their devices are.
+    """Return the topology that the configuration names. Every rank must call it: for `auto` the ranks exchange what their devices are.
 
     Raises:
         UserError: there is no such preset, or it has another number of devices than there are ranks.
