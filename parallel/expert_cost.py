@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_kinds import ExpertParameters
+from hecate.parallel.expert_kinds import ExpertKind, ExpertParameters
 
 STATE_NUMBERS = 3
 """the numbers that an owner keeps for each trained parameter: the master itself, and the two moments of AdamW"""
@@ -23,6 +23,17 @@ class NumberBytes:
     """the bytes of a trained parameter, and of each of its two moments, on the expert's owner"""
     computed: int
     """the bytes of a frozen weight and of a hidden state"""
+
+
+def number_bytes(kind: ExpertKind, *, master: int, computed: int) -> NumberBytes:
+    """Return the bytes of numbers in a training of this kind of experts. Gradients have the owners' type, whatever replicas have.
+
+    Args:
+        master: of a parameter on its owner.
+        computed: of a frozen weight and of a hidden state.
+    """
+    trained = min(master, computed) if kind.gathers_rounded else master
+    return NumberBytes(trained=trained, gradient=master, master=master, computed=computed)
 
 
 def expert_layer_cost(expert: ExpertParameters, *, hidden: int, top_k: int, number: NumberBytes, non_moe_flops: float) -> LayerCost:

@@ -128,6 +128,12 @@ class ExpertKind:
         return self.ffn == "shared"
 
     @property
+    def gathers_rounded(self) -> bool:
+        """Whether replicas have the type of computation: an expert's FFN, which trains, is most of the bytes that travel. Pairs are few,
+        and travel as their owners have them."""
+        return self.ffn == "trained"
+
+    @property
     def output_folder(self) -> str:
         """Where a finished run is found in its folder."""
         return "adapter" if self.has_pairs else "model"

@@ -84,7 +84,12 @@ class ExpertShards:
         self.plans = StepPlans(self.families, config, owners, self.history, self.mesh, group, self.rank)
         self.stores = {
             unit: ExpertStore(
-                owners[unit].tolist(), _chunk_of(family, chunks.get(unit, {})), family.no_chunks(), groups.experts, groups.replicate
+                owners[unit].tolist(),
+                _chunk_of(family, chunks.get(unit, {})),
+                family.no_chunks(),
+                groups.experts,
+                groups.replicate,
+                replica_dtype=family.replica_dtype,
             )
             for unit, family in self.families.items()
         }

@@ -320,5 +320,4 @@ def _moved_owners(planner: Planner, units: Sequence[Unit], before_LE: np.ndarray
 
 
 def _chunk_size(family: ExpertFamily) -> ChunkSize:
-    none_nC = family.no_chunks()
-    return ChunkSize(none_nC.shape[1], none_nC.element_size())
+    return ChunkSize(family.layout().trainable_numel, family.replica_dtype.itemsize)

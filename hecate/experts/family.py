@@ -21,7 +21,7 @@ from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_cost import NumberBytes, expert_layer_cost
+from hecate.parallel.expert_cost import expert_layer_cost, number_bytes
 from hecate.parallel.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LoraShape
 from hecate.parallel.layout import ExpertLayout
 from hecate.parallel.units import Unit
@@ -32,7 +32,7 @@ class ExpertReplicas:
     """The experts that are materialized on this rank for one layer's tokens, by slot. Which they are, `RoutedTokens.expert_S` says."""
 
     chunks_SC: Tensor
-    """their trainable chunks"""
+    """their trainable chunks, in the family's `replica_dtype`"""
     frozen_S: Sequence[Tensor] = ()
     """the frozen chunk of each; nothing for a family without frozen parts"""
 
@@ -41,6 +41,11 @@ class ExpertFamily(Protocol):
     """One unit's experts of some kind. The engine moves their chunks and tokens and never looks inside."""
 
     num_experts: int
+
+    @property
+    def replica_dtype(self) -> torch.dtype:
+        """The type in which chunks are gathered and computed with; gradients have that of `init_chunk` nonetheless."""
+        ...
 
     def layout(self) -> ExpertLayout:
         """The tensors of one expert."""
@@ -141,6 +146,11 @@ class FfnExperts(ABC):
         assert self._pairs is not None, f"experts of kind {self.kind.name} have no pairs"
         return self._pairs
 
+    @property
+    def replica_dtype(self) -> torch.dtype:
+        master, computed = self.site.master_dtype, self.site.compute_dtype
+        return computed if self.kind.gathers_rounded and computed.itemsize < master.itemsize else master
+
     @abstractmethod
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         """See `ExpertFamily.compute`."""
@@ -167,13 +177,12 @@ class FfnExperts(ABC):
         """Let go of whatever initial chunks were made from, once there is an engine; later ones may begin otherwise."""
 
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
-        master = self.site.master_dtype.itemsize
         pairs = self._pair_sizes
         return expert_layer_cost(
             self.kind.parameters(self.site.shape.numel, pairs.trained_numel, pairs.flops),
             hidden=self.site.shape.hidden,
             top_k=top_k,
-            number=NumberBytes(trained=master, gradient=master, master=master, computed=self.site.compute_dtype.itemsize),
+            number=number_bytes(self.kind, master=self.site.master_dtype.itemsize, computed=self.site.compute_dtype.itemsize),
             non_moe_flops=non_moe_flops,
         )
 

@@ -47,17 +47,17 @@ def memory_parts(
     owned, replicas, gradients, fullest = np.zeros(world), np.zeros(world), np.zeros(world), np.zeros(world)
     for group, others_D in zip(run.groups, others_GD, strict=True):
         owned_D = owned_experts(group, run)
-        owned += owned_D * group.cost.trainable_bytes
+        owned += owned_D * group.cost.reduced_bytes  # masters have the type of gradients
         if config.fssdp.rematerialize:
-            here = (owned_D / group.number + others_D) * group.cost.trainable_bytes
-            replicas = np.maximum(replicas, min(layers_at_once, group.number) * here)
-            fullest = np.maximum(fullest, here)
+            slots_D = owned_D / group.number + others_D
+            replicas = np.maximum(replicas, min(layers_at_once, group.number) * slots_D * group.cost.trainable_bytes)
+            fullest = np.maximum(fullest, slots_D * group.cost.reduced_bytes)
             continue
-        here = (owned_D + others_D) * group.cost.trainable_bytes
-        replicas += here
-        fullest = np.maximum(fullest, here / group.number)
+        slots_D = owned_D + others_D
+        replicas += slots_D * group.cost.trainable_bytes
+        fullest = np.maximum(fullest, slots_D / group.number * group.cost.reduced_bytes)
         # With one micro-step a layer's gradients are reduced at once; with several they are first accumulated in all layers.
-        gradients += here if micro_steps > 1 else here / group.number
+        gradients += slots_D * group.cost.reduced_bytes / (1 if micro_steps > 1 else group.number)
     if config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
         gradients = fullest + owned
     frozen = np.zeros(world)

@@ -14,7 +14,7 @@ from hecate.config.topology import AUTO
 from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_cost import NumberBytes, expert_layer_cost
+from hecate.parallel.expert_cost import expert_layer_cost, number_bytes
 from hecate.parallel.expert_kinds import PAIR_SIZES, PROJECTIONS, FfnSizes
 from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.parallel.topology import Topology
@@ -177,7 +177,7 @@ def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
         kind.parameters(sum(spec.numel for spec in sizes.specs()), pairs.trained_numel, pairs.flops),
         hidden=layer.hidden,
         top_k=config.moe.experts_per_token,
-        number=NumberBytes(trained=master_bytes, gradient=master_bytes, master=master_bytes, computed=dtype_bytes),
+        number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
         non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
     )
 

@@ -50,6 +50,11 @@ class FfnShape:
         return gate_up.unflatten(1, (2 * self.ffn, self.hidden)), down.unflatten(1, (self.hidden, self.ffn))
 
 
+def gradient_dtype(weights: Tensor) -> torch.dtype:
+    """The type of the gradient of trained weights: their own, but at least float32, because gradients are summed over tokens and ranks."""
+    return torch.promote_types(weights.dtype, torch.float32)
+
+
 def activation(name: str, x: Tensor) -> Tensor:
     """Return act(x), differentiable by autograd."""
     return F.silu(x) if name == "silu" else F.gelu(x, approximate=_APPROXIMATE[name])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens, fake_order
 from hecate.kernels.common.combine import combine
-from hecate.kernels.common.ffn import FfnShape
+from hecate.kernels.common.ffn import FfnShape, gradient_dtype
 from hecate.kernels.common.operators import keep_for_backward, kept_for_backward
 from hecate.kernels.common.sorting import sorted_assignments
 from hecate.kernels.experts.gated import gate, gate_backward
@@ -63,7 +63,7 @@ def full_backward(
     ffn: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, of the weights and of the experts.
+    """Return the gradients of x, of the weights and of the experts, these in float32 at least.
 
     Args:
         kept: the results of the forward operator other than y.
@@ -73,7 +73,7 @@ def full_backward(
     shape = FfnShape(hidden, ffn, activation)
     x_TD, dy_TD = x_TD.contiguous(), dy_TD.contiguous()
     gate_up, down = _expert_weights(experts_SC, x_TD.dtype, shape)
-    dexperts_SC = experts_SC.new_empty(experts_SC.shape)
+    dexperts_SC = experts_SC.new_empty(experts_SC.shape, dtype=gradient_dtype(experts_SC))
     dgate_up_S, ddown_S = shape.stacked_matrices(dexperts_SC)
     dh_PF = grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True))
     dgate_up_P, weighted_h_PF, dweight_TK = gate_backward(gate_up_P, dh_PF, weight_TK.contiguous(), order, activation)
@@ -87,7 +87,7 @@ def full_backward(
 def _(
     dy_TD: Tensor, kept: Sequence[Tensor], x_TD: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x_TD.new_empty(x_TD.shape), weight_TK.new_empty(weight_TK.shape), experts_SC.new_empty(experts_SC.shape)
+    return x_TD.new_empty(x_TD.shape), weight_TK.new_empty(weight_TK.shape), torch.empty_like(experts_SC, dtype=gradient_dtype(experts_SC))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
 from hecate.kernels.common.dropout import Dropout, DropoutMasks, FfnDropout, ffn_dropout, masked
-from hecate.kernels.common.ffn import FfnShape, activation_backward_into, activation_into
+from hecate.kernels.common.ffn import FfnShape, activation_backward_into, activation_into, gradient_dtype
 from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
 
 _TILE_ROWS = 512
@@ -29,7 +29,7 @@ _TILE_ROWS = 512
 def full_ffn(routed: RoutedTokens, experts_SC: Tensor, shape: FfnShape) -> Tensor:
     """Return the weighted sum of each token's experts, which are fully trained gated FFNs.
 
-    It computes in x's dtype; the experts' gradient has their own dtype. It is differentiable in x, weights and experts.
+    It computes in x's dtype; the experts' gradient has the `gradient_dtype` of experts. It is differentiable in x, weights and experts.
 
     Args:
         experts_SC: [slots, C], chunks as `FfnShape` lays them out.
@@ -132,7 +132,7 @@ class _FullFfn(torch.autograd.Function):
         dy_TD = grads[0].contiguous()
         weight, dweight = weight_TK.flatten().to(x_TD.dtype), _weight_gradient(weight_TK, x_TD)
         dx_TD = torch.zeros_like(x_TD)
-        dexperts_SC = torch.empty_like(experts_SC, memory_format=torch.contiguous_format)
+        dexperts_SC = experts_SC.new_empty(experts_SC.shape, dtype=gradient_dtype(experts_SC))
         for slot in set(range(len(experts_SC))) - {tile.slot for tile in tiles}:
             dexperts_SC[slot].zero_()
         buffers = _ExpertBuffers(shape, tiles, x_TD, double=1, wide=3, narrow=3)

@@ -36,6 +36,8 @@ class ExpertStore:
         none_nC: Tensor,
         group: dist.ProcessGroup,
         replicate_group: dist.ProcessGroup | None = None,
+        *,
+        replica_dtype: torch.dtype | None = None,
     ) -> None:
         """Args:
         owner_E: the owner rank of each expert.
@@ -43,12 +45,14 @@ class ExpertStore:
         none_nC: [0, C]: what a rank that owns nothing has, whose collectives need a chunk's size, dtype and device.
         group: the ranks that share one copy of all experts.
         replicate_group: the owners of the same experts in all sharding groups; None: there is one sharding group.
+        replica_dtype: of the replicas, which are rounded before they travel; None: that of the chunks. Gradients have that of the chunks.
         """
         rank = dist.get_rank(group)
         self._group, self._replicate_group = group, replicate_group
         self.experts = [expert for expert, owner in enumerate(owner_E) if owner == rank]
         """owned experts, ascending"""
         self._owned_nC = torch.stack([init(expert) for expert in self.experts]) if self.experts else none_nC
+        self._replica_dtype = none_nC.dtype if replica_dtype is None else replica_dtype
         self.parameters = [nn.Parameter(chunk) for chunk in self._owned_nC]
         """one parameter an owned expert, views of one tensor"""
         self.bytes_sent = 0
@@ -116,14 +120,16 @@ class ExpertStore:
         gather_together([(self, plan)])
 
     def replicas(self, when_complete: Callable[[], None] | None = None) -> Tensor:
-        """[slots, C], a leaf that requires grad: slot s holds expert `plan.chunks.tables.expert_S[s]`.
+        """[slots, C], a leaf that requires grad, in the type of replicas: slot s holds expert `plan.chunks.tables.expert_S[s]`.
+
+        Its gradient has the owned chunks' type: sums over tokens and ranks are not rounded to that of the replicas.
 
         Args:
             when_complete: called in each backward pass as soon as the leaf's gradient is complete; the first one given counts.
         """
         if self._gathering is not None:
             if self._replicas_SC is None:
-                self._replicas_SC = self._gathering.wait().requires_grad_()
+                self._replicas_SC = self._leaf(self._gathering.wait())
             else:
                 self._replicas_SC.untyped_storage().resize_(self._replicas_SC.numel() * self._replicas_SC.element_size())
                 self._gathering.wait()
@@ -145,7 +151,7 @@ class ExpertStore:
         """
         assert self._plan is not None, "exchange() before gather()"
         assert (change.before, change.after) == (self._plan.chunks, plan.chunks), "the change is one between other placements"
-        gathering = sparse_all_gather(self._owned_nC, change.missing, self._group)
+        gathering = sparse_all_gather(self._rounded_nC(), change.missing, self._group)
         self.bytes_sent += gathering.bytes_sent
         before_SC = self.replicas().detach()
         replicas_SC = before_SC.new_empty((plan.chunks.num_slots, self.chunk_numel))
@@ -154,7 +160,7 @@ class ExpertStore:
         replicas_SC[new_slot_M] = gathering.wait()[new_M]
         self.drop()
         self._plan = plan
-        self._replicas_SC, self._filled = replicas_SC.requires_grad_(), True
+        self._replicas_SC, self._filled = self._leaf(replicas_SC), True
 
     def free(self) -> None:
         """Give the replicas' memory back, but keep the leaf, of which autograd has saved views, and its gradient."""
@@ -229,6 +235,15 @@ class ExpertStore:
         assert self._plan.chunks == plan.chunks, "freed replicas come back as they were"
         return True
 
+    def _rounded_nC(self) -> Tensor:
+        """[owned experts, C]: the owned chunks as they travel to replicas."""
+        return self._owned_nC.to(self._replica_dtype)
+
+    def _leaf(self, replicas_SC: Tensor) -> Tensor:
+        leaf_SC = replicas_SC.requires_grad_()
+        leaf_SC.grad_dtype = self._owned_nC.dtype
+        return leaf_SC
+
     def _into_SC(self) -> Tensor | None:
         """The freed leaf. Through `.data`, which counts no version: autograd's saved views are to hold good when it is filled again."""
         return None if self._replicas_SC is None else self._replicas_SC.data
@@ -245,7 +260,7 @@ def gather_together(layers: Sequence[tuple[ExpertStore, TransferPlan]]) -> None:
     """
     starting = [(store, plan.chunks) for store, plan in layers if store._begin_gather(plan)]
     for together in fused_gathers([plan for _, plan in starting]):
-        parts = [(store._owned_nC, plan, store._into_SC()) for store, plan in (starting[number] for number in together)]
+        parts = [(store._rounded_nC(), plan, store._into_SC()) for store, plan in (starting[number] for number in together)]
         group = starting[together[0]][0]._group
         handles = [sparse_all_gather(*parts[0][:2], group, parts[0][2])] if len(parts) == 1 else sparse_all_gather_many(parts, group)
         for number, handle in zip(together, handles, strict=True):

@@ -82,13 +82,13 @@ def test_a_frozen_chunk_of_another_type_is_our_mistake() -> None:
 
 
 def test_costs_by_hand() -> None:
-    """180 weights an expert; pairs of rank 2 over 6 and 10 on two projections, 64 numbers."""
+    """180 weights an expert; pairs of rank 2 over 6 and 10 on two projections, 64 numbers. Full experts are gathered as computed."""
     cost = full().cost(2, 7.0)
-    assert (cost.trainable_bytes, cost.frozen_bytes, cost.state_bytes) == (180 * 8, 0, 3 * 180 * 8)
+    assert (cost.trainable_bytes, cost.reduced_bytes, cost.frozen_bytes, cost.state_bytes) == (180 * 4, 180 * 8, 0, 3 * 180 * 8)
     assert (cost.top_k, cost.row_bytes, cost.row_flops, cost.assignment_flops, cost.assignment_backward) == (2, 24, 0, 360, 2)
     assert cost.non_moe_flops == 7
     cost = moe_lora().cost(2, 7.0)
-    assert (cost.trainable_bytes, cost.frozen_bytes, cost.state_bytes) == (64 * 4, 180 * 2, 3 * 64 * 4)
+    assert (cost.trainable_bytes, cost.reduced_bytes, cost.frozen_bytes, cost.state_bytes) == (64 * 4, 64 * 4, 180 * 2, 3 * 64 * 4)
     assert (cost.row_bytes, cost.row_flops, cost.assignment_flops) == (12, 0, 360 + 128)
     # Backward: the frozen weights once; of each pair A once more, and both twice for their gradients.
     assert cost.assignment_backward * cost.assignment_flops == 360 + 2.5 * 128

@@ -65,6 +65,21 @@ def test_half_precision_with_float32_masters(kind: str, dtype: torch.dtype, pois
     compare(got, run(reference, case, torch.float64), 8 * (2**-9 if dtype == torch.bfloat16 else 2**-12))
 
 
+def test_gradients_of_rounded_experts_are_those_of_their_masters(poisoned: None) -> None:
+    given = Inputs(dataclasses.replace(WIDE, dtype=torch.bfloat16), None)
+    masters = given.normal(3, given.shape.numel, dtype=torch.float32)
+    rounded = masters.detach().bfloat16().requires_grad_()
+    rounded.grad_dtype = torch.float32
+    outputs = [full_ffn_triton(given.routed(), experts, given.shape) for experts in (masters, rounded)]
+    for y in outputs:
+        y.square().sum().backward()
+    assert torch.equal(*outputs)
+    assert masters.grad is not None
+    assert rounded.grad is not None
+    assert (rounded.grad.dtype, rounded.grad.any()) == (torch.float32, True)
+    assert torch.equal(rounded.grad, masters.grad)
+
+
 def test_ranks_of_gate_up_and_down_may_differ(poisoned: None) -> None:
     def run(function: Any, compute_in: torch.dtype | None) -> dict[str, torch.Tensor]:
         given = Inputs(single(Case(tokens=9, slots=2)), compute_in)

@@ -140,6 +140,48 @@ def test_only_what_another_placement_lacks_travels(nodes: tuple[int, ...]) -> No
     assert [sent // (NUMEL * 4) for sent in run_ranks(4, _exchanged, nodes)] == [0, 0, 0, 1]
 
 
+def _rounded(rank: int, world: int, nodes: tuple[int, ...]) -> tuple[int, int]:
+    """Chunks and gradients that bfloat16 cannot hold. Returns the elements' bytes sent: to gather and exchange, and to reduce."""
+    fine, on = 1 + 2**-12, unit_topology(nodes, near=Link(10.0, 0.0))
+    store = ExpertStore(
+        OWNERS, lambda e: torch.full((NUMEL,), e + fine), torch.empty(0, NUMEL), world_group(), replica_dtype=torch.bfloat16
+    )
+
+    def planned(where: Placement) -> TransferPlan:
+        return TransferPlan(plan_chunks(where, ChunkSize(NUMEL, 2), on, rank), None)
+
+    less = Placement(np.array(OWNERS), np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 1]], dtype=bool))
+    before, after = planned(less), planned(placement())
+    store.gather(before)
+    store.exchange(after, plan_change(before.chunks, after.chunks))
+    leaf = store.replicas()
+    store.free()
+    store.gather(after)
+    assert store.replica_bytes == len(leaf) * NUMEL * 2
+    gathered = store.bytes_sent
+    assert torch.equal(store.replicas().detach(), (_chunks(placement().experts_on(rank)) + fine).bfloat16())
+    for _ in range(2):
+        (leaf.float() * 0).sum().backward()
+        assert leaf.grad is not None
+        leaf.grad += fine * 10**rank
+    assert leaf.grad.dtype == torch.float32
+    store.reduce()
+    assert store.reduced()[:, 0].tolist() == [pytest.approx(2 * fine * s, rel=1e-7) for s in _sums(store.experts)]
+    return gathered, store.bytes_sent - gathered
+
+
+def _sums(experts: list[int]) -> list[float]:
+    return [[1111.0, 1.0, 11.0, 1010.0][e] for e in experts]
+
+
+@pytest.mark.parametrize("nodes", [(0, 0, 0, 0), (0, 1, 0, 1)])
+def test_replicas_are_rounded_before_they_travel_and_gradients_are_not(nodes: tuple[int, ...]) -> None:
+    sent = run_ranks(4, _rounded, nodes)
+    # Expert 0 to rank 1, 2 to rank 0, 3 to rank 1; then 0 to ranks 2 and 3; then all again: 10 chunks of two bytes an element.
+    assert sum(gathered for gathered, _ in sent) == (3 + 2 + 5) * NUMEL * 2
+    assert sum(reduced for _, reduced in sent) == 5 * NUMEL * 4
+
+
 def _together(rank: int, world: int, latency: float) -> tuple[int, list[int]]:
     """Three layers started at once, the second of them refilled, waited for last first; how many all-to-alls, and each layer's bytes."""
     nodes, where = unit_topology((0,) * 4, near=Link(1.0, latency)), placement()
