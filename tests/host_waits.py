@@ -30,6 +30,7 @@ def expected_waits(
     tokens_travel: bool = False,
     plans_by_micro_step: bool = False,
     computes_twice: bool = False,
+    several_groups: bool = False,
     torch_path: bool = False,
 ) -> Counter[str]:
     """Place -> waits of one rank in one training step, in which nothing is re-sharded.
@@ -39,6 +40,7 @@ def expected_waits(
         tokens_travel: tokens go to the ranks of their experts in every layer: static_ep.
         plans_by_micro_step: the placement is planned from each micro-step's loads: fssdp.plan exact or calibrated.
         computes_twice: layers run again in the backward pass: gradient_checkpointing.
+        several_groups: there is more than one sharding group: fssdp.shard_size.
         torch_path: kernels is torch, whose products the host cuts by expert.
     """
     calls = layers * micro_steps
@@ -53,6 +55,8 @@ def expected_waits(
         waits["parallel/comm/dispatch.py:dispatch"] += forward_passes
     if plans_by_micro_step:
         waits["hecate/engine/step.py:by_rank"] += calls
+    if several_groups:
+        waits["hecate/engine/step.py:close"] += 1
     if torch_path:
         waits["kernels/common/assignments.py:assignment_tiles"] += 2 * forward_passes
     return waits

@@ -28,11 +28,10 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from hecate.config import load_config
     from hecate.launch.local_launcher import launch_local
     from hecate.parallel.mesh import make_mesh
-    from hecate.train.preflight import check_attention, check_data, check_devices, check_kernels, check_vocabulary, default_ranks
+    from hecate.train.preflight import check_data, check_devices, check_machine, check_vocabulary, default_ranks
 
     loaded = load_config(config, overrides or ())
-    check_kernels(loaded.kernels)
-    check_attention(loaded.model)
+    check_machine(loaded)
     count = loaded.nproc or default_ranks()
     check_devices(count, "nproc")
     check_data(loaded)
@@ -59,12 +58,11 @@ def launch(
     from hecate.config import load_config
     from hecate.launch.torchrun import TorchrunJob, check_fit, node_range
     from hecate.launch.torchrun import launch as launch_torchrun
-    from hecate.train.preflight import check_attention, check_data, check_kernels, check_vocabulary, default_ranks
+    from hecate.train.preflight import check_data, check_machine, check_vocabulary, default_ranks
 
     nodes = node_range(nnodes)
     loaded = load_config(config, overrides or (), claim_output=nodes[1] == 1)
-    check_kernels(loaded.kernels)
-    check_attention(loaded.model)
+    check_machine(loaded)
     check_data(loaded)
     ranks = nproc_per_node or loaded.nproc or default_ranks()
     check_fit(loaded, nodes, ranks)

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from hecate.model.attention_kernels import fused_attention
 from hecate.parallel.units import Unit
 
 
@@ -61,34 +61,8 @@ class TorchAttention(nn.Module):
             attention_mask: bool [B, 1, S, S], true where a query may attend, which is the opposite of Megatron's masks; None: causal.
         """
         q_BNSH, k_BGSH, v_BGSH = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        if not takes_groups(q_BNSH.device.type, q_BNSH.dtype, masked=attention_mask is not None):
-            k_BGSH, v_BGSH = (with_a_copy_for_each_query(tensor, q_BNSH.shape[1]) for tensor in (k_BGSH, v_BGSH))
-        y_BNSH = F.scaled_dot_product_attention(
-            q_BNSH,
-            k_BGSH,
-            v_BGSH,
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None,
-            scale=self._scale,
-            enable_gqa=q_BNSH.shape[1] != k_BGSH.shape[1],
-        )
+        y_BNSH = fused_attention(q_BNSH, k_BGSH, v_BGSH, attention_mask, self._scale)
         return y_BNSH.permute(2, 0, 1, 3).flatten(2)
-
-
-def takes_groups(device: str, dtype: torch.dtype, *, masked: bool) -> bool:
-    """Whether torch has a fused kernel for several query heads to a key-value head.
-
-    On a GPU flash attention has one; it takes 16-bit types, and no mask. The kernel for all else wants as many key-value heads as query
-    heads; otherwise torch multiplies the scores out, [B, N, S, S] in memory several times.
-    """
-    return device != "cuda" or (dtype.itemsize == 2 and not masked)
-
-
-def with_a_copy_for_each_query(heads_BGSH: Tensor, num_queries: int) -> Tensor:
-    """[B, G, S, H] -> [B, N, S, H]: head n is the one that query head n belongs to, which is n // (N / G)."""
-    size_B, size_G, size_S, size_H = heads_BGSH.shape
-    each = num_queries // size_G
-    return heads_BGSH if each == 1 else heads_BGSH[:, :, None].expand(-1, -1, each, -1, -1).reshape(size_B, num_queries, size_S, size_H)
 
 
 class TorchNorm:

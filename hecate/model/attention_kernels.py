@@ -131,15 +131,32 @@ def _ordered(blocks_BQK: Tensor) -> tuple[Tensor, Tensor]:
 def sdpa(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, rows: AttentionRows, scores: Scores) -> Tensor:
     """torch's fused attention, [B, H, S, E]: without a mask where each row has one sample, else with a dense one of [B, S, S]."""
     assert scores.softcap is None, "torch's fused attention has no soft cap"
-    mask = rows.dense_mask(scores.window)
+    return fused_attention(query_BHSE, key_BGSE, value_BGSE, rows.dense_mask(scores.window), scores.scale)
+
+
+def fused_attention(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """torch's scaled_dot_product_attention, [B, H, S, E], by a fused kernel also where heads of queries share one of keys.
+
+    Args:
+        mask: bool, [B or 1, 1, S, S], true where a query attends to a key; None: to every key that is not behind it.
+        scale: of the scores; None: 1 / sqrt(E).
+    """
     repeats = query_BHSE.shape[1] // key_BGSE.shape[1]
-    # Of the fused kernels only flash attention takes fewer heads of keys, and it takes neither masks nor float32.
-    shared = repeats > 1 and mask is None and query_BHSE.dtype in HALF
-    if repeats > 1 and not shared:
+    if repeats > 1 and not takes_fewer_keys(query_BHSE.device.type, query_BHSE.dtype, masked=mask is not None):
         key_BGSE, value_BGSE = (x.repeat_interleave(repeats, dim=1) for x in (key_BGSE, value_BGSE))
+        repeats = 1
     return F.scaled_dot_product_attention(
-        query_BHSE, key_BGSE, value_BGSE, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=shared
+        query_BHSE, key_BGSE, value_BGSE, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=repeats > 1
     )
+
+
+def takes_fewer_keys(device: str, dtype: torch.dtype, *, masked: bool) -> bool:
+    """Whether torch has a fused kernel for fewer heads of keys than of queries.
+
+    On a GPU flash attention has one; it takes 16-bit types, and no mask. For all else torch would multiply the scores out, [B, H, S, S] in
+    memory several times.
+    """
+    return device != "cuda" or (dtype in HALF and not masked)
 
 
 def flex(query_BHSE: Tensor, key_BGSE: Tensor, value_BGSE: Tensor, rows: AttentionRows, scores: Scores) -> Tensor:

@@ -16,10 +16,20 @@ _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """files of the drivers of NVIDIA's and AMD's GPUs, and of GPUs under WSL"""
 
 
-def check_kernels(kernels: str) -> None:
-    """Check that this machine can run the kernels that the configuration asks for.
+def check_machine(config: Config) -> None:
+    """Check that this machine can run the kernels and the attention that the configuration asks for.
 
     Only a machine that trains is checked: `hecate plan` accepts the same configuration anywhere.
+
+    Raises:
+        UserError: it cannot.
+    """
+    check_kernels(config.kernels)
+    check_attention(config.model)
+
+
+def check_kernels(kernels: str) -> None:
+    """Check that this machine can run these kernels.
 
     Raises:
         UserError: `kernels` is "triton", and Triton cannot run.
@@ -36,9 +46,7 @@ def check_kernels(kernels: str) -> None:
 
 
 def check_attention(model: ModelConfig) -> None:
-    """Check that this machine can compute attention as the configuration asks.
-
-    Only a machine that trains is checked: `hecate plan` accepts the same configuration anywhere.
+    """Check that this machine can compute attention as `model` asks.
 
     Raises:
         UserError: `model.attention` is "flex" or "flash", which need a GPU, and flash attention also a package or a newer torch.

@@ -68,11 +68,10 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
         sys.exit(USER_ERROR_EXIT)  # torch's elastic agent restarts ranks after every exit status; a mistake would only be met again
     os.environ.update(gpu_allocator_defaults(os.environ))  # plain torchrun has not set them
     from hecate.config import load_config
-    from hecate.train.preflight import check_attention, check_kernels
+    from hecate.train.preflight import check_machine
 
     config = load_config(config_path, overrides, claim_output=False)
-    check_kernels(config.kernels)
-    check_attention(config.model)
+    check_machine(config)
     jit.start_compiling()  # beside the loading of torch and of the model
     preload()
     from hecate.elastic.local_membership import local_membership

@@ -163,13 +163,16 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_another_number(workshop: Path, 
 
 
 @pytest.mark.slow
-def test_two_ranks_wait_where_the_table_says(done: Done) -> None:
+@pytest.mark.parametrize(
+    ("table", "world", "waits"), [("two ranks", 2, trainings.WAITS_OF_TWO_RANKS), ("four ranks", 4, trainings.WAITS_OF_FOUR_RANKS)]
+)
+def test_ranks_wait_where_the_table_says(done: Done, table: str, world: int, waits: dict[str, dict[str, bool]]) -> None:
     """For the counts of rows where tokens travel, and for the loads where they are planned from: once a layer and micro-step each."""
-    mock, _ = done("two ranks")
+    mock, _ = done(table)
     wrong = {}
-    for case, facts in trainings.COUNTED.items():
+    for case, facts in waits.items():
         wanted = expected_waits(layers=2, micro_steps=2, torch_path=True, **facts)
-        for rank in range(2):
+        for rank in range(world):
             for step in mock.steps(case, rank):
                 if step["waits"] != wanted or "H2D pageable" in step["kinds"]:
                     wrong[case, rank] = (step["waits"], step["kinds"], dict(wanted))

@@ -87,7 +87,7 @@ TWO_RANKS: dict[str, Settings] = {
     "moe_lora-calibrated-freed": (*MOE_LORA, *CALIBRATED, *HECATE, *FREED),
     "moe_lora-sharded": (*MOE_LORA, *SHARDED, *EVERYWHERE, "gradient_checkpointing=true"),
 }
-COUNTED: dict[str, dict[str, bool]] = {
+WAITS_OF_TWO_RANKS: dict[str, dict[str, bool]] = {
     "mixlora-static": {"tokens_travel": True},
     "mixlora-full-padded": {},
     "mixlora-exact": {"plans_by_micro_step": True},
@@ -99,7 +99,7 @@ COUNTED: dict[str, dict[str, bool]] = {
     "moe_lora-calibrated-freed": {"tokens_travel": True, "plans_by_micro_step": True, "computes_twice": True},
     "moe_lora-sharded": {"computes_twice": True},
 }
-"""trainings of two ranks whose waits are compared -> what `expected_waits` is to know of them"""
+"""training -> what `expected_waits` is to know of it"""
 THREE_RANKS: dict[str, Settings] = {
     "mixlora-unequal-layers": (*HECATE, "moe.num_experts=[4,5]", "micro_batch_size=1"),
     "mixlora-backups": (*STATIC, "fssdp.redundancy=1", "micro_batch_size=1"),
@@ -115,6 +115,11 @@ FOUR_RANKS: dict[str, Settings] = {
     "full-slices": (*FULL, *IN_SLICES, *EVERYWHERE),
     "moe_lora-slices": (*MOE_LORA, *OVER_LEADERS, *EVERYWHERE),
     "moe_lora-groups-sharded": (*MOE_LORA, *SHARDED, "fssdp.shard_size=2", "micro_batch_size=1"),
+}
+WAITS_OF_FOUR_RANKS: dict[str, dict[str, bool]] = {
+    "mixlora-groups": {"several_groups": True},
+    "mixlora-leaders": {},
+    "moe_lora-groups-sharded": {"several_groups": True},
 }
 ROUTES = {"leaders": "two_level", "slices": "sliced"}
 """word in a training's name -> the route that its gathers must have taken"""

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from hecate.config.gpt_shape import GptShape
 from hecate.errors import UserError
 from hecate.megatron.imports import quietly
+from hecate.model import attention_kernels
+from hecate.model.attention_kernels import takes_fewer_keys
 from hecate.parallel.units import Unit
 from testing.byte_tokenizer import build_byte_tokenizer
 
 with quietly():
-    from hecate.megatron import layer as layer_module
     from hecate.megatron.expert_parallel_engine import check_fit
     from hecate.megatron.export import mixtral_config_of, mixtral_weights
     from hecate.megatron.gpt import transformer_config
-    from hecate.megatron.layer import AnyDeviceRotary, MoeMlp, TorchAttention, TorchNorm, takes_groups
+    from hecate.megatron.layer import AnyDeviceRotary, MoeMlp, TorchAttention, TorchNorm
     from hecate.megatron.tensor_parallel import prepare_sharded_layers
     from hecate.megatron.without_cuda import answer_for_cuda
 
@@ -55,7 +56,7 @@ def test_a_mask_is_true_where_a_query_attends() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_keys_with_a_copy_for_each_query_give_the_same_attention(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
-    """Six query heads over two groups, forward and backward, where torch has no kernel for groups and where it has."""
+    """Six heads of queries over two of keys, forward and backward, where torch has no kernel for fewer keys and where it has."""
     random = torch.Generator().manual_seed(5)
     given = [torch.randn(7, 3, heads, 4, generator=random, dtype=torch.float64) for heads in (6, 2, 2)]
     weight = torch.randn(7, 3, 24, generator=random, dtype=torch.float64)
@@ -75,7 +76,7 @@ def test_keys_with_a_copy_for_each_query_give_the_same_attention(monkeypatch: py
         asked.append((key.shape[1], enable_gqa))
         return plain(query, key, *rest, enable_gqa=enable_gqa, **named)
 
-    monkeypatch.setattr(layer_module, "takes_groups", lambda *_, **__: False)
+    monkeypatch.setattr(attention_kernels, "takes_fewer_keys", lambda *_, **__: False)
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     for got, one in zip(attention(), wanted, strict=True):
         torch.testing.assert_close(got, one, rtol=1e-13, atol=1e-14)
@@ -92,8 +93,8 @@ def test_keys_with_a_copy_for_each_query_give_the_same_attention(monkeypatch: py
         ("cpu", torch.float32, True, True),
     ],
 )
-def test_flash_attention_alone_takes_groups_on_a_gpu(device: str, dtype: torch.dtype, masked: bool, takes: bool) -> None:
-    assert takes_groups(device, dtype, masked=masked) is takes
+def test_flash_attention_alone_takes_fewer_keys_on_a_gpu(device: str, dtype: torch.dtype, masked: bool, takes: bool) -> None:
+    assert takes_fewer_keys(device, dtype, masked=masked) is takes
 
 
 class Numbering(nn.Module):
