@@ -32,6 +32,7 @@ from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.router import RouterStats, Routing
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.comm.aborts import read
+from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.comm.host_read import HostRead
 from hecate.parallel.transfer_plan import plan_change
 from hecate.parallel.units import Unit
@@ -109,7 +110,7 @@ class StepLedger:
         self.finished = True
         if shards.mesh.num_sharding_groups > 1 and loads:
             most = shards.plans.most_served(loads)
-            most_L = torch.tensor(list(most.values()), dtype=torch.float64).to(shards.device)
+            most_L = copy_to(torch.tensor(list(most.values()), dtype=torch.float64), shards.device)
             dist.all_reduce(most_L, op=dist.ReduceOp.MAX, group=shards.groups.world)
             shards.plans.note_most_served(dict(zip(most, read(most_L, shards.groups.world).tolist(), strict=True)))
 
