@@ -421,6 +421,32 @@ Tensor histc(const Tensor& self, int64_t bins, const c10::Scalar& min, const c10
   return as_device(counts, {});
 }
 
+// CUDA has kernels of its own for RMS norms, one in each pass, which compute in float32 or wider.
+using Pair = std::tuple<Tensor, Tensor>;
+
+Tensor wide(const Tensor& tensor) {
+  const Tensor host = as_cpu(tensor);
+  return host.to(host.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+Pair rms_norm(const Tensor& x, c10::IntArrayRef shape, const std::optional<Tensor>& weight, std::optional<double> eps) {
+  count("aten::_fused_rms_norm");
+  TORCH_CHECK(shape.size() == 1 && weight && eps, "mock cuda: norms of one dimension, with a weight and an epsilon, are all it has");
+  const Tensor values = wide(x), inverse = (values.square().mean(-1, true) + *eps).rsqrt();
+  return {as_device((values * inverse * wide(*weight)).to(x.scalar_type()), {}), as_device(inverse, {})};
+}
+
+Pair rms_norm_backward(
+    const Tensor& gradient, const Tensor& x, c10::IntArrayRef, const Tensor& inverse, const std::optional<Tensor>& weight,
+    std::array<bool, 2> wanted) {
+  count("aten::_fused_rms_norm_backward");
+  const Tensor dy = wide(gradient), normed = wide(x) * wide(inverse), scaled = dy * wide(*weight);
+  Tensor dx, dweight;
+  if (wanted[0]) dx = as_device(((scaled - normed * (scaled * normed).mean(-1, true)) * wide(inverse)).to(x.scalar_type()), {});
+  if (wanted[1]) dweight = as_device((dy * normed).flatten(0, -2).sum(0).to(weight->scalar_type()), {});
+  return {dx, dweight};
+}
+
 void record_stream(Tensor&, Stream) {}
 
 TORCH_LIBRARY_IMPL(_, CUDA, library) {
@@ -455,6 +481,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
     library.impl((name.name.substr(6) + overload).c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
   }
   library.impl("histc", &histc);
+  library.impl("_fused_rms_norm", &rms_norm);
+  library.impl("_fused_rms_norm_backward", &rms_norm_backward);
 }
 
 }  // namespace
