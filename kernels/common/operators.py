@@ -6,6 +6,7 @@ the same way, and all operators keep tensors for their backward pass in the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,13 @@ def unpack_pairs(matrices: Sequence[Tensor], projections: str, scales: Sequence[
     """Return the pairs that `pack_pairs` has packed, or gradients in the same order. The scales include dropout's."""
     each = zip(projections.split(), matrices[0::2], matrices[1::2], scales, strict=True)
     return {name: LowRankPairs(a, b, scale) for name, a, b, scale in each}
+
+
+def split_like(all_NC: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of the columns, which hold matrices side by side: [N, ...] with the sizes of each of `matrices` but its first."""
+    shapes = [matrix.shape[1:] for matrix in matrices]
+    columns = all_NC.split([math.prod(shape) for shape in shapes], dim=1)
+    return [each.view(all_NC.shape[0], *shape) for each, shape in zip(columns, shapes, strict=True)]
 
 
 def keep_for_backward(ctx: Any, values: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which norms torch's fused kernel replaces, and that a model with it computes what it computed. `tests/mock_cuda` runs the kernel's stand-in."""
+"""Which norms torch's fused kernel replaces, and that a model with it computes what it computed."""
 
 from __future__ import annotations
 
