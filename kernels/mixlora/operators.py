@@ -10,7 +10,7 @@ Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P = T·K pla
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,15 @@ from hecate.kernels.common.combine import combine
 from hecate.kernels.common.dropout import Dropout, FfnDropout
 from hecate.kernels.common.ffn import FfnBase
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm
-from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_pairs, split_like, unpack_pairs
+from hecate.kernels.common.operators import (
+    DifferentiableOperator,
+    Operator,
+    keep_for_backward,
+    kept_for_backward,
+    pack_pairs,
+    split_like,
+    unpack_pairs,
+)
 from hecate.kernels.common.sorting import blocks_of, dropout_numbers, sorted_assignments, words_dropout, words_width
 from hecate.kernels.mixlora import passes
 from hecate.kernels.mixlora.passes import GatedInputs, config_for
@@ -36,7 +44,7 @@ def mixlora_ffn_triton(routed: RoutedTokens, base: FfnBase, pairs: dict[str, Low
     Ranks are 1 to 256 and may differ by projection. Slots whose ranks differ share matrices of the largest, the rest zeros: such rows of A
     and columns of B stay zero, since the gradient of either is a product with the other.
     """
-    y_TD, *_ = mixlora_forward(*forward_arguments(routed, base, pairs, dropout))
+    y_TD, *_ = mixlora_operator(*forward_arguments(routed, base, pairs, dropout))
     return y_TD
 
 
@@ -194,17 +202,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     keep_for_backward(ctx, [kept, *arguments])
 
 
-def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _gradients(backward: Callable[..., list[Tensor]], ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
     assert dy_TD is not None, "the operator's other results are not differentiable"
     kept, *arguments = kept_for_backward(ctx)
-    dx_TD, dweight_TK, dpairs_SC = mixlora_backward(dy_TD.contiguous(), kept, *arguments)
+    dx_TD, dweight_TK, dpairs_SC = backward(dy_TD.contiguous(), kept, *arguments)
     dmatrices = split_like(dpairs_SC, arguments[4])
     # The gradient of an argument that is a list is a list.
     no_base, no_numbers = [None] * len(arguments[2]), [None] * ctx.num_numbers
     return dx_TD, dweight_TK, no_base, None, dmatrices, None, None, None, None, no_numbers, None
 
 
-mixlora_forward.register_autograd(_backward, setup_context=_setup_context)
+mixlora_operator = DifferentiableOperator(
+    Operator(mixlora_forward, forward_passes), Operator(mixlora_backward, backward_passes), _setup_context, _gradients
+)
 
 
 def _block_sizes(x_TD: Tensor, matrices: Sequence[Tensor]) -> Mapping[str, int]:
