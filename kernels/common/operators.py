@@ -37,7 +37,7 @@ def unpack_pairs(matrices: Sequence[Tensor], projections: str, scales: Sequence[
 def split_like(all_NC: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
     """Return views of the columns, which hold matrices side by side: [N, ...] with the sizes of each of `matrices` but its first."""
     shapes = [matrix.shape[1:] for matrix in matrices]
-    columns = all_NC.split([math.prod(shape) for shape in shapes], dim=1)
+    columns = all_NC.split_with_sizes([math.prod(shape) for shape in shapes], dim=1)
     return [each.view(all_NC.shape[0], *shape) for each, shape in zip(columns, shapes, strict=True)]
 
 

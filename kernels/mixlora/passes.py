@@ -20,7 +20,7 @@ from torch import Tensor
 from hecate.kernels.common.assignments import AssignmentBlocks
 from hecate.kernels.common.dropout import RowDropout
 from hecate.kernels.common.kernel_launch import Launch
-from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, padded_rank
+from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, num_blocks, padded_rank
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm
 from hecate.kernels.common.operators import split_like
 from hecate.kernels.mixlora.triton_kernels import (
@@ -127,7 +127,7 @@ def shrink(
     first, second = matrices[0], matrices[-1]
     Launch(
         shrink_kernel,
-        (len(blocks.tiles),),
+        (blocks.tiles.shape[0],),
         {
             "p_x": x,
             "p_source": blocks.order.token_P,
@@ -168,7 +168,7 @@ def expand(terms: tuple[LowRankTerm, ...], blocks: AssignmentBlocks, dropout: Ro
     config = config_for("mixlora_expand", _rank_of(*terms), first.low_PR)
     Launch(
         expand_kernel,
-        (len(blocks.tiles), _blocks(out_PN.shape[1], config.blocks["BN"])),
+        (blocks.tiles.shape[0], num_blocks(out_PN.shape[1], config.blocks["BN"])),
         {
             "p_tile": blocks.tiles,
             "p_keep": _words(dropout),
@@ -259,13 +259,13 @@ def gated(inputs: GatedInputs, down_scale: float) -> tuple[Tensor, Tensor | None
     rows, ffn = inputs.blocks.order.num_assignments, inputs.gate_TF.shape[1]
     config = config_for("mixlora_gated", inputs.rank, inputs.gate_TF)
     # This many programs share the columns of a tile, and each computes its own partial sum of drop(h) A_down.
-    programs = _blocks(ffn, config.blocks["BN"] * config.blocks["STEPS"])
+    programs = num_blocks(ffn, config.blocks["BN"] * config.blocks["STEPS"])
     h_PF, partial = inputs.gate_TF.new_empty((rows, ffn)), None
     if inputs.a_down_SFR is not None:
         partial = h_PF.new_empty((programs, rows, inputs.a_down_SFR.shape[2]), dtype=torch.float32)
     Launch(
         gated_kernel,
-        (len(inputs.blocks.tiles), programs),
+        (inputs.blocks.tiles.shape[0], programs),
         {**inputs.pointers(), "p_tile": inputs.blocks.tiles, "p_h": h_PF, "p_partial": partial, **inputs.sizes()},
         {**inputs.constants(), "BM": inputs.blocks.rows, **config.blocks},
         config.num_warps,
@@ -301,14 +301,14 @@ def gated_backward(
     blocks, ffn, rows = inputs.blocks, inputs.gate_TF.shape[1], inputs.blocks.order.num_assignments
     config = config_for("mixlora_gated_backward", inputs.rank, inputs.gate_TF)
     dgate_PF, dup_PF = inputs.gate_TF.new_empty((rows, ffn)), inputs.gate_TF.new_empty((rows, ffn))
-    dweight = inputs.gate_TF.new_empty((_blocks(ffn, config.blocks["BN"]), rows), dtype=torch.float32)
+    dweight = inputs.gate_TF.new_empty((num_blocks(ffn, config.blocks["BN"]), rows), dtype=torch.float32)
     part_gate, part_up = (
         None if term is None else parts[name].b_SOr for name, term in (("gate_proj", inputs.gate), ("up_proj", inputs.up))
     )
     part_down = None if low_dy_PR is None else parts["down_proj"].a_SrI
     Launch(
         gated_backward_kernel,
-        (len(blocks.chunks), _blocks(ffn, config.blocks["BN"])),
+        (blocks.chunks.shape[0], num_blocks(ffn, config.blocks["BN"])),
         {
             **inputs.pointers(),
             "p_dhidden": dhidden_TF,
@@ -353,7 +353,7 @@ def outer(
     config = config_for("mixlora_outer", _rank_of(*lows), x_TN)
     Launch(
         outer_kernel,
-        (len(blocks.chunks), _blocks(x_TN.shape[1], config.blocks["BN"])),
+        (blocks.chunks.shape[0], num_blocks(x_TN.shape[1], config.blocks["BN"])),
         {
             "p_x": x_TN,
             "p_source": blocks.order.token_P,
@@ -393,7 +393,7 @@ def chunk_parts(blocks: AssignmentBlocks, pairs: Mapping[str, LowRankPairs]) -> 
     """
     matrices = [matrix for of in pairs.values() for matrix in (of.a_SrI, of.b_SOr)]
     numel = sum(math.prod(matrix.shape[1:]) for matrix in matrices)
-    parts = torch.empty((len(blocks.chunks), numel), dtype=torch.float32, device=blocks.chunks.device)
+    parts = torch.empty((blocks.chunks.shape[0], numel), dtype=torch.float32, device=blocks.chunks.device)
     views = iter(split_like(parts, matrices))
     return parts, {name: LowRankPairs(next(views), next(views), of.scale) for name, of in pairs.items()}
 
@@ -405,7 +405,7 @@ def sum_chunks(parts: Tensor, blocks: AssignmentBlocks, dtype: torch.dtype) -> T
     config = config_for("mixlora_sum_chunks", 0, parts)
     Launch(
         sum_chunks_kernel,
-        (slots, _blocks(width, config.blocks["BN"])),
+        (slots, num_blocks(width, config.blocks["BN"])),
         {"p_partial": parts, "p_first": blocks.first_chunk, "p_out": out_SC, "N": width},
         config.blocks,
         config.num_warps,
@@ -421,7 +421,7 @@ def _sum_programs(partial: Tensor, out: Tensor, scale: float, place: Tensor | No
     count = out.numel() // rank
     Launch(
         sum_programs_kernel,
-        (_blocks(count, config.blocks["BM"]),),
+        (num_blocks(count, config.blocks["BM"]),),
         {"p_partial": partial, "p_place": place, "p_out": out, "num_rows": rows, "num_out": count, "R": rank, "scale": scale},
         {"PROGRAMS": programs, "PLACED": place is not None, "BR": padded_rank(rank), **config.blocks},
         config.num_warps,
@@ -433,10 +433,6 @@ def _sum_programs(partial: Tensor, out: Tensor, scale: float, place: Tensor | No
 def _rank_of(*matrices: Tensor | LowRankTerm | None) -> int:
     """Return the largest rank of the matrices [.., R] and terms."""
     return max((m.low_PR.shape[1] if isinstance(m, LowRankTerm) else m.shape[-1] for m in matrices if m is not None), default=0)
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
 
 
 def _words(dropout: RowDropout | None) -> Tensor | None:
