@@ -144,7 +144,7 @@ def sm_of(device: torch.device) -> int:
 
 
 def num_blocks(size: int, block: int) -> int:
-    """Return how many blocks cover a size. `triton.cdiv` is made for kernels and takes the host 3 microseconds."""
+    """Return how many blocks cover a size. `triton.cdiv` is made for kernels and takes the host microseconds."""
     return -(-size // block)
 
 
