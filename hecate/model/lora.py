@@ -46,4 +46,4 @@ class LoraLinear(nn.Module):
             of_tokens = TokenDropout(dropout, forward.tokens.number, self._stream)
         base, lora_linear = self.base, expert_kernels(self._kernels, x, self.shape.rank).lora_linear
         y = lora_linear(x.flatten(0, -2), base.weight, base.bias, self.lora_A, self.lora_B, self.shape.scale, of_tokens)
-        return y.unflatten(0, x.shape[:-1])
+        return y.view(*x.shape[:-1], y.shape[-1])

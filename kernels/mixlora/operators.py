@@ -9,7 +9,8 @@ Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P = T·K pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,15 @@ from hecate.kernels.common.combine import combine
 from hecate.kernels.common.dropout import Dropout, FfnDropout
 from hecate.kernels.common.ffn import FfnBase
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm
-from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
+from hecate.kernels.common.operators import (
+    DifferentiableOperator,
+    Operator,
+    keep_for_backward,
+    kept_for_backward,
+    pack_pairs,
+    split_like,
+    unpack_pairs,
+)
 from hecate.kernels.common.sorting import blocks_of, dropout_numbers, sorted_assignments, words_dropout, words_width
 from hecate.kernels.mixlora import passes
 from hecate.kernels.mixlora.passes import GatedInputs, config_for
@@ -35,7 +44,7 @@ def mixlora_ffn_triton(routed: RoutedTokens, base: FfnBase, pairs: dict[str, Low
     Ranks are 1 to 256 and may differ by projection. Slots whose ranks differ share matrices of the largest, the rest zeros: such rows of A
     and columns of B stay zero, since the gradient of either is a product with the other.
     """
-    y_TD, *_ = mixlora_forward(*forward_arguments(routed, base, pairs, dropout))
+    y_TD, *_ = mixlora_operator(*forward_arguments(routed, base, pairs, dropout))
     return y_TD
 
 
@@ -136,7 +145,7 @@ def backward_passes(
     scales: Sequence[float],
     dropped_levels: int,
 ) -> list[Tensor]:
-    """Return the gradients of x and the weights, then those of A and B of each projection with a pair, in the order of `matrices`.
+    """Return the gradients of x and the weights, then those of the pairs, [S, C]: A and B side by side in the order of `matrices`.
 
     Args:
         kept: the results of the forward operator other than y, in one list.
@@ -145,32 +154,26 @@ def backward_passes(
     gate_TF, up_TF, low_gate, low_up, low_down, words, *of_blocks = kept
     blocks = AssignmentBlocks.of_tensors(_block_sizes(x_TD, matrices)["ROWS"], of_blocks)
     dropout = words_dropout(words, dropped_levels)
-    inputs, pair_dtype = _gated_inputs(gate_TF, up_TF, blocks, (low_gate, low_up), pairs, dropout, activation), matrices[0].dtype
-    gradients: dict[str, tuple[Tensor, Tensor]] = {}
-    low_dy, db_down, down = None, None, pairs.get("down_proj")
+    inputs = _gated_inputs(gate_TF, up_TF, blocks, (low_gate, low_up), pairs, dropout, activation)
+    all_parts, parts = passes.chunk_parts(blocks, pairs)
+    low_dy, down = None, pairs.get("down_proj")
     if down is not None:
         (low_dy,) = passes.shrink(dy_TD, blocks, (down.b_SOr,), (down.scale,), None, gather=True)
-        (db_down,) = passes.outer(dy_TD, blocks, (low_down,), weight_TK, None, pair_dtype, transposed=False)
-    of_gated = passes.gated_backward(inputs, dy_TD @ down_DF, weight_TK, low_dy, pair_dtype)
+        passes.outer(dy_TD, blocks, (low_down,), weight_TK, None, (parts["down_proj"].b_SOr,), transposed=False)
+    of_gated = passes.gated_backward(inputs, dy_TD @ down_DF, weight_TK, low_dy, parts)
     dx_TD = torch.mm(combine(of_gated.gate_PF, None, blocks.order), gate_FD)
     dx_TD.addmm_(combine(of_gated.up_PF, None, blocks.order), up_FD)
-    of_input = {"gate_proj": (of_gated.gate_PF, of_gated.b_gate_SFR), "up_proj": (of_gated.up_PF, of_gated.b_up_SFR)}
+    of_input = {"gate_proj": of_gated.gate_PF, "up_proj": of_gated.up_PF}
     names = [name for name in INPUTS if name in pairs]
     if names:
         keep = None if dropout is None else dropout.gate_up
         dlows = tuple(
-            passes.shrink(of_input[name][0], blocks, (pairs[name].b_SOr,), (pairs[name].scale,), None, gather=False)[0] for name in names
+            passes.shrink(of_input[name], blocks, (pairs[name].b_SOr,), (pairs[name].scale,), None, gather=False)[0] for name in names
         )
-        da_in = passes.outer(x_TD, blocks, dlows, None, keep, pair_dtype, transposed=True)
+        passes.outer(x_TD, blocks, dlows, None, keep, tuple(parts[name].a_SrI for name in names), transposed=True)
         terms = tuple(LowRankTerm(dlow, pairs[name].a_SrI.transpose(1, 2)) for dlow, name in zip(dlows, names, strict=True))
         dx_TD = combine(passes.expand(terms, blocks, keep), None, blocks.order, dx_TD)
-        for name, da in zip(names, da_in, strict=True):
-            db = of_input[name][1]
-            assert db is not None
-            gradients[name] = da, db
-    if of_gated.a_down_SRF is not None and db_down is not None:
-        gradients["down_proj"] = of_gated.a_down_SRF, db_down
-    return [dx_TD, of_gated.weight_TK, *(each for name in pairs for each in gradients[name])]
+    return [dx_TD, of_gated.weight_TK, passes.sum_chunks(all_parts, blocks, matrices[0].dtype)]
 
 
 mixlora_backward = torch.library.custom_op("hecate::mixlora_ffn_backward", backward_passes, mutates_args=())
@@ -187,7 +190,8 @@ def _(
     matrices: Sequence[Tensor],
     *_: Any,
 ) -> list[Tensor]:
-    return [torch.empty_like(x_TD), torch.empty_like(weight_TK), *(matrix.new_empty(matrix.shape) for matrix in matrices)]
+    numel = sum(math.prod(matrix.shape[1:]) for matrix in matrices)
+    return [torch.empty_like(x_TD), torch.empty_like(weight_TK), matrices[0].new_empty((len(matrices[0]), numel))]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -198,16 +202,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     keep_for_backward(ctx, [kept, *arguments])
 
 
-def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _gradients(backward: Callable[..., list[Tensor]], ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
     assert dy_TD is not None, "the operator's other results are not differentiable"
     kept, *arguments = kept_for_backward(ctx)
-    dx_TD, dweight_TK, *dmatrices = mixlora_backward(dy_TD.contiguous(), kept, *arguments)
+    dx_TD, dweight_TK, dpairs_SC = backward(dy_TD.contiguous(), kept, *arguments)
+    dmatrices = split_like(dpairs_SC, arguments[4])
     # The gradient of an argument that is a list is a list.
     no_base, no_numbers = [None] * len(arguments[2]), [None] * ctx.num_numbers
     return dx_TD, dweight_TK, no_base, None, dmatrices, None, None, None, None, no_numbers, None
 
 
-mixlora_forward.register_autograd(_backward, setup_context=_setup_context)
+mixlora_operator = DifferentiableOperator(
+    Operator(mixlora_forward, forward_passes), Operator(mixlora_backward, backward_passes), _setup_context, _gradients
+)
 
 
 def _block_sizes(x_TD: Tensor, matrices: Sequence[Tensor]) -> Mapping[str, int]:

@@ -165,8 +165,7 @@ def _linear(case: LayerCase) -> list[Launch]:
 def _both_passes(module: Any, kind: str, layer: Callable[[], Tensor]) -> list[Launch]:
     """What a layer launches whose forward pass is one operator, `KIND_forward` of its module, and the backward pass another.
 
-    The operators would themselves give meta tensors their shapes and launch nothing, so the functions under them are called: the backward
-    one with the arguments that autograd's registration gives it.
+    The functions under them are called, the backward one with the arguments that autograd's registration gives it.
     """
     forward, backward = (_plain(getattr(module, f"{kind}_{which}")) for which in ("forward", "backward"))
     calls: list[tuple[Sequence[Any], tuple[Tensor, ...]]] = []
@@ -175,7 +174,7 @@ def _both_passes(module: Any, kind: str, layer: Callable[[], Tensor]) -> list[La
         calls.append((given, forward(*given)))
         return calls[-1][1]
 
-    with recorded() as launches, mock.patch.object(module, f"{kind}_forward", noted), torch.no_grad():
+    with recorded() as launches, mock.patch.object(module, f"{kind}_operator", noted), torch.no_grad():
         layer()
         for given, (y, *kept) in calls:
             backward(torch.empty_like(y), kept, *_OF_BACKWARD[kind](given))
