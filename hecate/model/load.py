@@ -117,7 +117,9 @@ class LeftOut(nn.Module):
 def _loaded(loader: Any, arguments: dict[str, Any], source: ModelSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
     # Without a device map transformers builds the whole model in the host's memory, on each rank of a machine at the same time. With one,
     # it maps the files, whose pages all ranks share and the kernel may drop, and copies tensor by tensor.
-    placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+    placed: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    if dtype.itemsize > 4:  # transformers takes one grouped product for the experts of an MoE model, which torch does not have in float64
+        placed["experts_implementation"] = "eager"
     try:
         model, info = loader.from_pretrained(**arguments, **placed, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:

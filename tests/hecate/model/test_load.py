@@ -147,3 +147,11 @@ def test_a_named_dtype_is_taken_and_auto_is_one_to_train_in() -> None:
     assert pick_dtype("float64", CPU) == torch.float64
     assert pick_dtype("bfloat16", CPU) == torch.bfloat16
     assert pick_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+def test_a_model_with_experts_runs_in_float64(tmp_path: Path) -> None:
+    """transformers' own way for experts, one grouped product, does not."""
+    tiny("mixtral", torch.float64).save_pretrained(tmp_path)
+    model = load_model(resolve_model(str(tmp_path)), torch.float64, CPU)
+    with torch.no_grad():
+        assert model(token_ids()).logits.isfinite().all()
