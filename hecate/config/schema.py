@@ -98,8 +98,9 @@ class LoraConfig:
     """The adapter's output is scaled by alpha / r."""
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
-    pairs: Literal["plain"] = "plain"
-    """What of an expert's pair is trained; see docs/extend/pair-source.md. plain: A and B."""
+    pairs: Literal["plain", "fixed_a"] = "plain"
+    """What of a pair is trained; see docs/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
+    all experts of a layer; the attention's adapters, too."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
     init_from: str | None = field(default=None, metadata=key(computes=False, family="moe_lora"))
