@@ -48,6 +48,13 @@ class LoraShape:
     dropout: float
     source: str = "plain"
     """one of `PAIR_SIZES`"""
+    eta: float | None = None
+    """of the gradient rule row_norm (`hecate.kernels.common.low_rank.row_factors`); None: there is no rule"""
+
+    @property
+    def widest(self) -> int:
+        """The rank that kernels must be able to take: the rule row_norm multiplies with two matrices B side by side."""
+        return self.rank if self.eta is None else 2 * self.rank
 
     @property
     def trains_a(self) -> bool:

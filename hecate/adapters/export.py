@@ -36,7 +36,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
     return AdapterConfig(
         base_model_name_or_path=config.model.name_or_path,
         r=config.lora.r,
-        alpha=int(config.lora.alpha),
+        alpha=config.lora.stored_alpha,
         dropout=float(config.lora.dropout),
         target_modules=config.lora.target_modules,
         num_layers=num_layers,

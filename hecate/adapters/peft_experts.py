@@ -47,7 +47,7 @@ def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
     return PeftMoeConfig(
         base_model_name_or_path=config.model.name_or_path,
         r=config.lora.r,
-        alpha=int(config.lora.alpha),
+        alpha=config.lora.stored_alpha,
         use_rslora=config.lora.use_rslora,
         target_modules=tuple(name for name in config.lora.target_modules if name not in PROJECTIONS),
         target_parameters=tuple(f"{end}.{name}" for end in ends for name in projections),

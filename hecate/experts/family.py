@@ -201,4 +201,4 @@ class FfnExperts(ABC):
         return Dropout(rate, dropout_key(self.site.seed, step, *unit_numbers(self.site.unit)))
 
     def _kernels(self, x_TD: Tensor) -> ExpertKernels:
-        return expert_kernels(self.site.kernels, x_TD, 0 if self._pairs is None else self._pairs.lora.rank)
+        return expert_kernels(self.site.kernels, x_TD, 0 if self._pairs is None else self._pairs.lora.widest)

@@ -41,7 +41,7 @@ class FixedA:
         parts = replicas_SC.split([spec.numel for spec in self.sizes.trained], dim=1)
         for name, spec, part in zip(self.projections, self.sizes.trained, parts, strict=True):
             a_SrI = self._a_rI[name].to(replicas_SC.dtype).expand(len(replicas_SC), -1, -1)
-            pairs[name] = LowRankPairs(a_SrI, part.view(-1, *spec.shape), self.lora.scale)
+            pairs[name] = LowRankPairs(a_SrI, part.view(-1, *spec.shape), self.lora.scale, self.lora.eta)
         return pairs
 
     def chunk_of(self, expert: int, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:

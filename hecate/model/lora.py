@@ -67,6 +67,6 @@ class LoraLinear(nn.Module):
         if self.shape.dropout > 0 and torch.is_grad_enabled() and forward is not None and forward.tokens.number is not None:
             dropout = Dropout(self.shape.dropout, dropout_key(self._seed, forward.step))
             of_tokens = TokenDropout(dropout, forward.tokens.number, self._stream)
-        base, lora_linear = self.base, expert_kernels(self._kernels, x, self.shape.rank).lora_linear
-        y = lora_linear(x.flatten(0, -2), base.weight, base.bias, self.lora_A, self.lora_B, self.shape.scale, of_tokens)
+        base, shape, lora_linear = self.base, self.shape, expert_kernels(self._kernels, x, self.shape.widest).lora_linear
+        y = lora_linear(x.flatten(0, -2), base.weight, base.bias, self.lora_A, self.lora_B, shape.scale, of_tokens, shape.eta)
         return y.unflatten(0, x.shape[:-1])

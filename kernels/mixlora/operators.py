@@ -10,6 +10,7 @@ Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P = T·K pla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from hecate.kernels.common.assignments import AssignmentBlocks, RoutedTokens, fa
 from hecate.kernels.common.combine import combine
 from hecate.kernels.common.dropout import Dropout, FfnDropout
 from hecate.kernels.common.ffn import FfnBase
-from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm
-from hecate.kernels.common.operators import keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
+from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm, row_factors, scaled_rows
+from hecate.kernels.common.operators import gradients_of_pairs, keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
 from hecate.kernels.common.sorting import blocks_of, dropout_numbers, sorted_assignments, words_dropout, words_width
 from hecate.kernels.mixlora import passes
 from hecate.kernels.mixlora.passes import GatedInputs, config_for
@@ -45,7 +46,8 @@ def forward_arguments(
     """Return the arguments of the forward operator."""
     assert len(pairs) > 0, "a MixLoRA layer without adapters is its base FFN"
     assert routed.x_TD.dtype.itemsize <= 4, routed.x_TD.dtype
-    assert max(of.a_SrI.shape[1] for of in pairs.values()) <= MAX_RANK, f"the kernels take ranks to {MAX_RANK}"
+    widest = max(_widest(of.a_SrI.shape[1], of.eta) for of in pairs.values())
+    assert widest <= MAX_RANK, f"the kernels take ranks to {MAX_RANK}, with the rule row_norm half of that"
     return (
         routed.x_TD.contiguous(),
         routed.weight_TK.contiguous(),
@@ -66,6 +68,7 @@ def forward_passes(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
+    etas: Sequence[float],
     dropped_levels: int,
     slot_TK: Tensor,
     numbers: Sequence[Tensor],
@@ -77,13 +80,13 @@ def forward_passes(
     (`sorted_assignments`), and the tensors of the `AssignmentBlocks`.
 
     Args:
-        matrices, projections, scales: the results of `pack_pairs`.
+        matrices, projections, scales, etas: the results of `pack_pairs`.
         dropped_levels: of dropout; 0: nothing is dropped.
         numbers, key: the results of `dropout_numbers`.
     """
-    (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales)
+    (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales, etas)
     order, words = sorted_assignments(slot_TK, matrices[0].shape[0], numbers, key)
-    sizes = _block_sizes(x_TD, matrices)
+    sizes = _block_sizes(x_TD, matrices, etas)
     blocks, dropout = blocks_of(order, sizes["ROWS"], sizes["CHUNK_ROWS"]), words_dropout(words, dropped_levels)
     gate_TF, up_TF = x_TD @ gate_FD.T, x_TD @ up_FD.T
     low_gate, low_up = _shrink_inputs(x_TD, blocks, pairs, dropout)
@@ -109,17 +112,18 @@ def _(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
+    etas: Sequence[float],
     dropped_levels: int,
     slot_TK: Tensor,
     numbers: Sequence[Tensor],
     key: int,
 ) -> tuple[Any, ...]:
-    pairs = unpack_pairs(matrices, projections, scales)
+    pairs = unpack_pairs(matrices, projections, scales, etas)
     wide = [x_TD.new_empty((x_TD.shape[0], base[0].shape[0])) for _ in range(2)]
     ranks = [pairs[name].a_SrI.shape[1] if name in pairs else 0 for name in (*INPUTS, "down_proj")]
     lows = [x_TD.new_empty((slot_TK.numel(), rank)) for rank in ranks]
     words = slot_TK.new_empty((2, words_width(slot_TK.numel()) if numbers else 0), dtype=torch.int32)
-    sizes, num_slots = _block_sizes(x_TD, matrices), matrices[0].shape[0]
+    sizes, num_slots = _block_sizes(x_TD, matrices, etas), matrices[0].shape[0]
     tiles, chunks = (words.new_empty((num_tiles_bound(slot_TK.numel(), num_slots, sizes[name]), 3)) for name in ("ROWS", "CHUNK_ROWS"))
     return torch.empty_like(x_TD), *wide, *lows, words, *fake_order(slot_TK, num_slots), tiles, chunks, words.new_empty(num_slots + 1)
 
@@ -134,22 +138,27 @@ def backward_passes(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
+    etas: Sequence[float],
     dropped_levels: int,
+    trains_a: bool,
 ) -> list[Tensor]:
     """Return the gradients of x and the weights, then those of A and B of each projection with a pair, in the order of `matrices`.
 
     Args:
         kept: the results of the forward operator other than y, in one list.
+        trains_a: whether A trains. Otherwise its gradients are left out.
     """
-    (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales)
+    (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales, etas)
     gate_TF, up_TF, low_gate, low_up, low_down, words, *of_blocks = kept
-    blocks = AssignmentBlocks.of_tensors(_block_sizes(x_TD, matrices)["ROWS"], of_blocks)
+    blocks = AssignmentBlocks.of_tensors(_block_sizes(x_TD, matrices, etas)["ROWS"], of_blocks)
     dropout = words_dropout(words, dropped_levels)
     inputs, pair_dtype = _gated_inputs(gate_TF, up_TF, blocks, (low_gate, low_up), pairs, dropout, activation), matrices[0].dtype
     gradients: dict[str, tuple[Tensor, Tensor]] = {}
+    factors = {name: row_factors(of.a_SrI, of.b_SOr, of.eta) for name, of in pairs.items()}
     low_dy, db_down, down = None, None, pairs.get("down_proj")
     if down is not None:
-        (low_dy,) = passes.shrink(dy_TD, blocks, (down.b_SOr,), (down.scale,), None, gather=True)
+        inputs, b_SDR = _with_rule(inputs, down, factors["down_proj"])
+        (low_dy,) = passes.shrink(dy_TD, blocks, (b_SDR,), (down.scale,), None, gather=True)
         (db_down,) = passes.outer(dy_TD, blocks, (low_down,), weight_TK, None, pair_dtype, transposed=False)
     of_gated = passes.gated_backward(inputs, dy_TD @ down_DF, weight_TK, low_dy, pair_dtype)
     dx_TD = torch.mm(combine(of_gated.gate_PF, None, blocks.order), gate_FD)
@@ -158,19 +167,42 @@ def backward_passes(
     names = [name for name in INPUTS if name in pairs]
     if names:
         keep = None if dropout is None else dropout.gate_up
-        dlows = tuple(
-            passes.shrink(of_input[name][0], blocks, (pairs[name].b_SOr,), (pairs[name].scale,), None, gather=False)[0] for name in names
-        )
-        da_in = passes.outer(x_TD, blocks, dlows, None, keep, pair_dtype, transposed=True)
+        dlows, of_a = zip(*(_low_gradients(of_input[name][0], blocks, pairs[name], factors[name]) for name in names), strict=True)
+        da_in = passes.outer(x_TD, blocks, of_a, None, keep, pair_dtype, transposed=True) if trains_a else dlows
         terms = tuple(LowRankTerm(dlow, pairs[name].a_SrI.transpose(1, 2)) for dlow, name in zip(dlows, names, strict=True))
         dx_TD = combine(passes.expand(terms, blocks, keep), None, blocks.order, dx_TD)
         for name, da in zip(names, da_in, strict=True):
             db = of_input[name][1]
             assert db is not None
-            gradients[name] = da, db
-    if of_gated.a_down_SRF is not None and db_down is not None:
-        gradients["down_proj"] = of_gated.a_down_SRF, db_down
-    return [dx_TD, of_gated.weight_TK, *(each for name in pairs for each in gradients[name])]
+            gradients[name] = da, scaled_rows(db, factors[name])
+    if of_gated.a_down_SRF is not None and db_down is not None and down is not None:
+        # With the rule, the second half are the gradients that A has by its own B (`_with_rule`).
+        da_down = of_gated.a_down_SRF[:, -down.a_SrI.shape[1] :].contiguous()
+        gradients["down_proj"] = da_down, scaled_rows(db_down, factors["down_proj"])
+    return [dx_TD, of_gated.weight_TK, *(each for name in pairs for each in gradients[name][0 if trains_a else 1 :])]
+
+
+def _low_gradients(dout_PN: Tensor, blocks: AssignmentBlocks, pair: LowRankPairs, factor_SO: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradients of A x of gate or up, [P, R]: those that x's gradient comes from, and those that A's does."""
+    if factor_SO is None:
+        (dlow_PR,) = passes.shrink(dout_PN, blocks, (pair.b_SOr,), (pair.scale,), None, gather=False)
+        return dlow_PR, dlow_PR
+    both = (pair.b_SOr, scaled_rows(pair.b_SOr, factor_SO))
+    dlow_PR, of_a_PR = passes.shrink(dout_PN, blocks, both, (pair.scale, pair.scale), None, gather=False)
+    return dlow_PR, of_a_PR
+
+
+def _with_rule(inputs: GatedInputs, down: LowRankPairs, factor_SD: Tensor | None) -> tuple[GatedInputs, Tensor]:
+    """Return the inputs of `passes.gated_backward`, and the B by which dy is shrunk for it.
+
+    With the rule, B has the columns of B and of the scaled B, and A' those of A' and zeros: the gradient of h is that of the pair as it is,
+    and of the gradient of A' the second half is the one that A gets.
+    """
+    if factor_SD is None:
+        return inputs, down.b_SOr
+    assert inputs.a_down_SFR is not None
+    wide = torch.cat([inputs.a_down_SFR, torch.zeros_like(inputs.a_down_SFR)], dim=2)
+    return replace(inputs, a_down_SFR=wide), torch.cat([down.b_SOr, scaled_rows(down.b_SOr, factor_SD)], dim=2)
 
 
 mixlora_backward = torch.library.custom_op("hecate::mixlora_ffn_backward", backward_passes, mutates_args=())
@@ -185,9 +217,14 @@ def _(
     base: Sequence[Tensor],
     activation: str,
     matrices: Sequence[Tensor],
-    *_: Any,
+    projections: str,
+    scales: Sequence[float],
+    etas: Sequence[float],
+    dropped_levels: int,
+    trains_a: bool,
 ) -> list[Tensor]:
-    return [torch.empty_like(x_TD), torch.empty_like(weight_TK), *(matrix.new_empty(matrix.shape) for matrix in matrices)]
+    trained = matrices if trains_a else matrices[1::2]
+    return [torch.empty_like(x_TD), torch.empty_like(weight_TK), *(matrix.new_empty(matrix.shape) for matrix in trained)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -201,18 +238,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
     assert dy_TD is not None, "the operator's other results are not differentiable"
     kept, *arguments = kept_for_backward(ctx)
-    dx_TD, dweight_TK, *dmatrices = mixlora_backward(dy_TD.contiguous(), kept, *arguments)
+    trains_a = any(ctx.needs_input_grad[4][0::2])
+    dx_TD, dweight_TK, *gradients = mixlora_backward(dy_TD.contiguous(), kept, *arguments, trains_a)
+    dmatrices = gradients_of_pairs(gradients, of_a=trains_a)
     # The gradient of an argument that is a list is a list.
     no_base, no_numbers = [None] * len(arguments[2]), [None] * ctx.num_numbers
-    return dx_TD, dweight_TK, no_base, None, dmatrices, None, None, None, None, no_numbers, None
+    return dx_TD, dweight_TK, no_base, None, dmatrices, None, None, None, None, None, no_numbers, None
 
 
 mixlora_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _block_sizes(x_TD: Tensor, matrices: Sequence[Tensor]) -> Mapping[str, int]:
+def _block_sizes(x_TD: Tensor, matrices: Sequence[Tensor], etas: Sequence[float]) -> Mapping[str, int]:
     """Return the rows of a tile and of a chunk."""
-    return config_for("mixlora_rows", max(a.shape[1] for a in matrices[0::2]), x_TD).blocks
+    return config_for("mixlora_rows", max(_widest(a.shape[1], eta) for a, eta in zip(matrices[0::2], etas, strict=True)), x_TD).blocks
+
+
+def _widest(rank: int, eta: float | None) -> int:
+    """Return the columns of the widest matrix that the passes multiply with for a pair: the rule row_norm puts two side by side."""
+    return 2 * rank if eta else rank
 
 
 def _gated_inputs(
