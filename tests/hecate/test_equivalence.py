@@ -73,7 +73,7 @@ class Reference:
                 parts = flat.split([s.numel for s in specs])
                 experts.append({s.name: part.view(s.shape) for s, part in zip(specs, parts, strict=True)})
             router = values[f"layers.{index}.router"].detach()
-            fixed = None if lora.trains_a else fixed_a_of(moe, Unit(index))
+            fixed = None if lora.trains_a else fixed_a_of(moe, Unit(index), case.dtype)
             layer.mlp = plain_mixlora.PlainMixlora(
                 layer.mlp, router, router_bias(case), experts, lora.scale, case.top_k, logit_scale=50, of=of, fixed=fixed
             )
@@ -115,10 +115,10 @@ class Reference:
         return None if any(p is None for p in parts) else torch.cat([p.flatten() for p in parts if p is not None])
 
 
-def fixed_a_of(moe: MoeModel, unit: Unit) -> dict[str, torch.Tensor]:
+def fixed_a_of(moe: MoeModel, unit: Unit, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The A that all experts of a unit share, by projection. Only values are handed to the reference."""
     source = moe.engine.shards.families[unit].pair_source
-    pairs = source.stacked(torch.zeros(1, source.sizes.trained_numel, dtype=torch.float64), torch.arange(1))
+    pairs = source.stacked(torch.zeros(1, source.sizes.trained_numel, dtype=dtype), torch.arange(1))
     return {f"{name}.A": of.a_SrI[0] for name, of in pairs.items()}
 
 
