@@ -67,7 +67,7 @@ class PlainPairs:
     def stacked(self, replicas_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
         """Views of the chunks."""
         # One split, whose backward is one concatenation, and not a slice each, whose backward zero-fills the whole chunk.
-        parts = replicas_SC.split([spec.numel for spec in self.sizes.trained], dim=1)
+        parts = replicas_SC.split_with_sizes([spec.numel for spec in self.sizes.trained], dim=1)
         views = [part.view(-1, *spec.shape) for part, spec in zip(parts, self.sizes.trained, strict=True)]
         pairs = zip(self.projections, views[::2], views[1::2], strict=True)
         return {projection: LowRankPairs(a_SrI, b_SOr, self.lora.scale, self.lora.eta) for projection, a_SrI, b_SOr in pairs}

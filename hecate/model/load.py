@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hecate.config.paths import find_model
 from hecate.errors import UserError
+from hecate.model.norms import fuse_norms
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +124,10 @@ def _loaded(loader: Any, arguments: dict[str, Any], source: ModelSource, dtype: 
         raise UserError(f"{source.folder}: transformers cannot load the model: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{source.folder}: the model has no tensor {missing[0]} ({len(missing)} missing); is the download complete?")
-    return model.requires_grad_(False).to(device)
+    model = model.requires_grad_(False).to(device)
+    if device.type == "cuda":
+        fuse_norms(model, dtype)
+    return model
 
 
 def load_tokenizer(source: ModelSource) -> Any:

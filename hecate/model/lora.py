@@ -69,4 +69,4 @@ class LoraLinear(nn.Module):
             of_tokens = TokenDropout(dropout, forward.tokens.number, self._stream)
         base, shape, lora_linear = self.base, self.shape, expert_kernels(self._kernels, x, self.shape.widest).lora_linear
         y = lora_linear(x.flatten(0, -2), base.weight, base.bias, self.lora_A, self.lora_B, shape.scale, of_tokens, shape.eta)
-        return y.unflatten(0, x.shape[:-1])
+        return y.view(*x.shape[:-1], y.shape[-1])

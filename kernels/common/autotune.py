@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 
 from hecate.io.durable import replace_file
-from hecate.kernels.common.launch_config import Key, LaunchConfig, Rule, Tuned, by_rule, from_json, to_json, trying, tuned_for, tuned_path
+from hecate.kernels.common.launch_config import (
+    Key,
+    LaunchConfig,
+    Rule,
+    Tuned,
+    by_rule,
+    forget_tuned,
+    from_json,
+    to_json,
+    trying,
+    tuned_for,
+    tuned_path,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +106,7 @@ def save(found: Tuned, device_name: str, path: Path | None = None) -> Path:
         known[name] = {**known.get(name, {}), **configs}
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, [json.dumps(to_json(Tuned(known)), indent=1).encode() + b"\n"])
-    tuned_for.cache_clear()
+    forget_tuned()
     return path
 
 

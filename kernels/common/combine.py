@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hecate.kernels.common.assignments import AssignmentOrder
 from hecate.kernels.common.kernel_launch import Launch
-from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose
+from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, num_blocks
 
 RULES = (
     Rule(LaunchConfig({"BM": 1, "BD": 1024}, num_warps=4, num_stages=1), min_sm=80),
@@ -68,7 +68,7 @@ def combine(v_PD: Tensor, weight_TK: Tensor | None, order: AssignmentOrder, base
     y_TD = v_PD.new_empty((num_tokens, v_PD.shape[1]))
     Launch(
         kernel=combine_kernel,
-        grid=(triton.cdiv(num_tokens, config.blocks["BM"]), triton.cdiv(v_PD.shape[1], config.blocks["BD"])),
+        grid=(num_blocks(num_tokens, config.blocks["BM"]), num_blocks(v_PD.shape[1], config.blocks["BD"])),
         args={"v": v_PD, "weight_TK": weight_TK, "place_TK": order.place_TK, "base": base_TD, "y": y_TD, "num_tokens": num_tokens},
         constants={
             "D": v_PD.shape[1],

@@ -35,7 +35,8 @@ class LaunchConfig:
     num_stages: int = 2
 
 
-@dataclass(frozen=True)
+# Compared as objects, so that a table of rules can be a key.
+@dataclass(frozen=True, eq=False)
 class Rule:
     """A configuration and the cases that it is for."""
 
@@ -73,10 +74,15 @@ def choose(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, devi
         if config is not None:
             return config
     if device.type == "cuda":
-        tuned = tuned_for(torch.cuda.get_device_name(device)).configs.get(name, {}).get((rank, itemsize))
-        if tuned is not None:
-            return tuned
+        return _on_gpu(name, rules, rank, itemsize, device)
     return by_rule(name, rules, rank=rank, itemsize=itemsize, sm=sm_of(device))
+
+
+@functools.cache
+def _on_gpu(name: str, rules: tuple[Rule, ...], rank: int, itemsize: int, device: torch.device) -> LaunchConfig:
+    # Each launch asks, and torch takes microseconds to tell the name and the capability of a device.
+    tuned = tuned_for(torch.cuda.get_device_name(device)).configs.get(name, {}).get((rank, itemsize))
+    return tuned or by_rule(name, rules, rank=rank, itemsize=itemsize, sm=sm_of(device))
 
 
 def by_rule(name: str, rules: tuple[Rule, ...], *, rank: int, itemsize: int, sm: int) -> LaunchConfig:
@@ -137,6 +143,11 @@ def sm_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def num_blocks(size: int, block: int) -> int:
+    """Return how many blocks cover a size. `triton.cdiv` is made for kernels and takes the host microseconds."""
+    return -(-size // block)
+
+
 def padded_rank(rank: int) -> int:
     """Return the rank rounded up to a power of two of at least 16, the smallest size that tensor cores multiply."""
     return max(16, 1 << (rank - 1).bit_length()) if rank > 0 else 0
@@ -152,6 +163,12 @@ def tuned_for(device_name: str) -> Tuned:
     """Return the configurations tuned on this kind of device; none if there is no file."""
     path = tuned_path(device_name)
     return from_json(json.loads(path.read_text())) if path.is_file() else Tuned()
+
+
+def forget_tuned() -> None:
+    """Read the files of tuned configurations anew when the next kernel is launched."""
+    tuned_for.cache_clear()
+    _on_gpu.cache_clear()
 
 
 def from_json(data: Mapping[str, Any]) -> Tuned:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hecate.kernels.common.device_functions import dropout_keep, dropout_word
 from hecate.kernels.common.dropout import TokenDropout
 from hecate.kernels.common.kernel_launch import Launch
-from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, padded_rank
+from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, num_blocks, padded_rank
 from hecate.kernels.common.low_rank import row_factors, scaled_rows
 
 CHUNK_ROWS = 1024
@@ -256,17 +256,17 @@ class _TritonLoraLinear(torch.autograd.Function):
 
 def _shrink(x_TC: Tensor, matrix_rC: Tensor, scale: float, dropout: TokenDropout | None) -> Tensor:
     """Return scale · drop(x) M' in x's type, [T, r]; the matrix is a view of any strides and type."""
-    rank, width = matrix_rC.shape
-    low_Tr = x_TC.new_empty((len(x_TC), rank))
+    (rank, width), tokens = matrix_rC.shape, x_TC.shape[0]
+    low_Tr = x_TC.new_empty((tokens, rank))
     config = _config("lora_shrink", rank, x_TC)
     Launch(
         lora_shrink_kernel,
-        (triton.cdiv(len(x_TC), config.blocks["BM"]),),
+        (num_blocks(tokens, config.blocks["BM"]),),
         {
             "p_x": x_TC,
             "p_a": matrix_rC,
             "p_low": low_Tr,
-            "num_tokens": len(x_TC),
+            "num_tokens": tokens,
             "C": width,
             "R": rank,
             "s_r": matrix_rC.stride(0),
@@ -283,16 +283,16 @@ def _shrink(x_TC: Tensor, matrix_rC: Tensor, scale: float, dropout: TokenDropout
 
 def _add(out_TN: Tensor, low_Tr: Tensor, a_rN: Tensor, dropout: TokenDropout | None) -> None:
     """Add drop(low A) to `out`."""
-    rank, width = a_rN.shape
+    (rank, width), tokens = a_rN.shape, out_TN.shape[0]
     config = _config("lora_add", rank, out_TN)
     Launch(
         lora_add_kernel,
-        (triton.cdiv(len(out_TN), config.blocks["BM"]), triton.cdiv(width, config.blocks["BN"])),
+        (num_blocks(tokens, config.blocks["BM"]), num_blocks(width, config.blocks["BN"])),
         {
             "p_out": out_TN,
             "p_low": low_Tr,
             "p_a": a_rN.contiguous(),
-            "num_tokens": len(out_TN),
+            "num_tokens": tokens,
             "N": width,
             "R": rank,
             **_numbers(dropout),
@@ -310,11 +310,11 @@ def _pair_gradients(
     # Without A's gradient there are no blocks of inputs.
     (tokens, rank), inputs, outputs = low_Tr.shape, 0 if dlow_Tr is None else x_TI.shape[1], dy_TO.shape[1]
     config = _config("lora_outer", rank, x_TI)
-    chunks = triton.cdiv(tokens, CHUNK_ROWS)
+    chunks = num_blocks(tokens, CHUNK_ROWS)
     parts = x_TI.new_empty((chunks, rank * (inputs + outputs)), dtype=torch.float32)
     Launch(
         lora_outer_kernel,
-        (chunks, triton.cdiv(inputs, config.blocks["BN"]) + triton.cdiv(outputs, config.blocks["BN"])),
+        (chunks, num_blocks(inputs, config.blocks["BN"]) + num_blocks(outputs, config.blocks["BN"])),
         {
             "p_dlow": dlow_Tr,
             "p_x": x_TI,
@@ -331,7 +331,7 @@ def _pair_gradients(
         config.num_warps,
         config.num_stages,
     ).run()
-    da, db = parts.sum(0).to(dtype).split((rank * inputs, rank * outputs))
+    da, db = parts.sum(0).to(dtype).split_with_sizes((rank * inputs, rank * outputs))
     return None if dlow_Tr is None else da.view(rank, inputs), db.view(outputs, rank)
 
 

@@ -19,7 +19,7 @@ from hecate.kernels.common.assignments import AssignmentBlocks, AssignmentOrder,
 from hecate.kernels.common.device_functions import dropout_word
 from hecate.kernels.common.dropout import Dropout, FfnDropout, RowDropout
 from hecate.kernels.common.kernel_launch import Launch
-from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose
+from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, num_blocks
 
 SORT_RULES = (Rule(LaunchConfig({"BP": 2048}, num_warps=8, num_stages=2), min_sm=80), Rule(LaunchConfig({"BP": 32}), min_sm=0))
 CUT_RULES = (
@@ -226,9 +226,9 @@ def _cut(order: AssignmentOrder, rows: int, chunk_rows: int | None) -> tuple[Ten
     tiles, chunks = (order.starts.new_empty((number, 3)) for number in (num_tiles, num_chunks))
     first_chunk = order.starts.new_empty(order.num_slots + 1)
     config = choose("cut", CUT_RULES, rank=0, itemsize=4, device=tiles.device)
-    tile_blocks = triton.cdiv(num_tiles, config.blocks["BT"])
+    tile_blocks = num_blocks(num_tiles, config.blocks["BT"])
     # One program for chunks at least, which writes the first chunks of slots without assignments.
-    chunk_blocks = 0 if chunk_rows is None else max(1, triton.cdiv(num_chunks, config.blocks["BT"]))
+    chunk_blocks = 0 if chunk_rows is None else max(1, num_blocks(num_chunks, config.blocks["BT"]))
     Launch(
         kernel=cut_kernel,
         grid=(tile_blocks + chunk_blocks,),

@@ -10,7 +10,7 @@ assignments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens, fake_order
 from hecate.kernels.common.combine import combine
 from hecate.kernels.common.ffn import FfnShape, gradient_dtype
-from hecate.kernels.common.operators import keep_for_backward, kept_for_backward
+from hecate.kernels.common.operators import DifferentiableOperator, Operator, keep_for_backward, kept_for_backward
 from hecate.kernels.common.sorting import sorted_assignments
 from hecate.kernels.experts.gated import gate, gate_backward
 from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
@@ -29,12 +29,11 @@ from hecate.kernels.experts.slot_weights import SlotWeights, stacked_weights
 
 def full_ffn_triton(routed: RoutedTokens, experts_SC: Tensor, shape: FfnShape) -> Tensor:
     """As `torch_path.full_ffn`, in float32, bfloat16 or float16; differentiable once."""
-    y_TD, *_ = full_forward(routed.x_TD, routed.slot_TK, routed.weight_TK, experts_SC, shape.hidden, shape.ffn, shape.activation)
+    y_TD, *_ = full_operator(routed.x_TD, routed.slot_TK, routed.weight_TK, experts_SC, shape.hidden, shape.ffn, shape.activation)
     return y_TD
 
 
-@torch.library.custom_op("hecate::full_ffn", mutates_args=())
-def full_forward(
+def forward_passes(
     x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y [T, D], and for the backward pass gate and up of each assignment [P, 2F] and the four tensors of the `AssignmentOrder`."""
@@ -45,6 +44,9 @@ def full_forward(
     return combine(y_PD, weight_TK.contiguous(), order), gate_up_P, *order.tensors()
 
 
+full_forward = torch.library.custom_op("hecate::full_ffn", forward_passes, mutates_args=())
+
+
 @full_forward.register_fake
 def _(
     x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
@@ -52,8 +54,7 @@ def _(
     return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((slot_TK.numel(), 2 * ffn)), *fake_order(slot_TK, experts_SC.shape[0]))
 
 
-@torch.library.custom_op("hecate::full_ffn_backward", mutates_args=())
-def full_backward(
+def backward_passes(
     dy_TD: Tensor,
     kept: Sequence[Tensor],
     x_TD: Tensor,
@@ -83,6 +84,9 @@ def full_backward(
     return combine(dx_PD, None, order), dweight_TK, dexperts_SC
 
 
+full_backward = torch.library.custom_op("hecate::full_ffn_backward", backward_passes, mutates_args=())
+
+
 @full_backward.register_fake
 def _(
     dy_TD: Tensor, kept: Sequence[Tensor], x_TD: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
@@ -95,14 +99,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     keep_for_backward(ctx, [list(output[1:]), x_TD, *rest])
 
 
-def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradients(backward: Callable[..., Any], ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy_TD is None:
         return (None,) * 7
-    dx_TD, dweight_TK, dexperts_SC = full_backward(dy_TD, *kept_for_backward(ctx))
+    dx_TD, dweight_TK, dexperts_SC = backward(dy_TD, *kept_for_backward(ctx))
     return dx_TD, None, dweight_TK, dexperts_SC, None, None, None
 
 
-full_forward.register_autograd(_backward, setup_context=_setup)
+full_operator = DifferentiableOperator(Operator(full_forward, forward_passes), Operator(full_backward, backward_passes), _setup, _gradients)
 
 
 def _expert_weights(experts_SC: Tensor, dtype: torch.dtype, shape: FfnShape) -> tuple[SlotWeights, SlotWeights]:

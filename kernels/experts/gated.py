@@ -13,7 +13,7 @@ from torch import Tensor
 from hecate.kernels.common.assignments import AssignmentOrder
 from hecate.kernels.common.device_functions import activate, activate_with_derivative
 from hecate.kernels.common.kernel_launch import Launch
-from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose
+from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, num_blocks
 
 RULES = (
     Rule(LaunchConfig({"BM": 2, "BF": 512}, num_warps=4, num_stages=1), min_sm=80),
@@ -83,7 +83,7 @@ def gate(gate_up_P: Tensor, order: AssignmentOrder, activation: str) -> Tensor:
     num_assignments, width = h_PF.shape
     Launch(
         kernel=gate_kernel,
-        grid=(triton.cdiv(num_assignments, config.blocks["BM"]), triton.cdiv(width, config.blocks["BF"])),
+        grid=(num_blocks(num_assignments, config.blocks["BM"]), num_blocks(width, config.blocks["BF"])),
         args={"gate_up": gate_up_P, "h": h_PF, "starts": order.starts, "num_slots": order.num_slots},
         constants={"F": width, "ACTIVATION": activation, **config.blocks},
         num_warps=config.num_warps,
@@ -112,7 +112,7 @@ def gate_backward(
     num_assignments, width = dh_PF.shape
     Launch(
         kernel=gate_backward_kernel,
-        grid=(triton.cdiv(num_assignments, config.blocks["BM"]),),
+        grid=(num_blocks(num_assignments, config.blocks["BM"]),),
         args={
             "gate_up": gate_up_P,
             "dh": dh_PF,

@@ -20,7 +20,7 @@ from hecate.kernels.common.assignments import AssignmentOrder
 from hecate.kernels.common.device_functions import dropout_keep
 from hecate.kernels.common.dropout import RowDropout
 from hecate.kernels.common.kernel_launch import Launch
-from hecate.kernels.common.launch_config import NARROW, LaunchConfig, Rule, choose, sm_of
+from hecate.kernels.common.launch_config import NARROW, LaunchConfig, Rule, choose, num_blocks, sm_of
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankTerm
 from hecate.kernels.common.sorting import tile_map
 from hecate.kernels.experts.slot_weights import SlotWeights
@@ -294,7 +294,7 @@ def gemm_launch(
     drop = options.drop_x or options.drop_low
     return Launch(
         kernel=grouped_gemm_kernel,
-        grid=(len(tiles) * halves * triton.cdiv(width, config.blocks["BN"]),),
+        grid=(len(tiles) * halves * num_blocks(width, config.blocks["BN"]),),
         args={
             "x": x,
             "token_P": order.token_P if options.gather else None,

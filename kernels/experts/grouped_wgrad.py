@@ -19,7 +19,7 @@ from hecate.kernels.common.assignments import AssignmentOrder
 from hecate.kernels.common.device_functions import dropout_keep
 from hecate.kernels.common.dropout import RowDropout
 from hecate.kernels.common.kernel_launch import Launch
-from hecate.kernels.common.launch_config import NARROW, LaunchConfig, Rule, choose
+from hecate.kernels.common.launch_config import NARROW, LaunchConfig, Rule, choose, num_blocks
 
 RULES = (
     Rule(LaunchConfig({"BN": 128, "BK": 256, "BM": 64}, num_warps=8, num_stages=3), min_sm=90, itemsizes=(2,)),
@@ -123,7 +123,7 @@ def grouped_wgrad(
     blocks["BK"] = min(blocks["BK"], max(16, triton.next_power_of_2(columns)))
     Launch(
         kernel=grouped_wgrad_kernel,
-        grid=(num_slots * triton.cdiv(rows, blocks["BN"]) * triton.cdiv(columns, blocks["BK"]),),
+        grid=(num_slots * num_blocks(rows, blocks["BN"]) * num_blocks(columns, blocks["BK"]),),
         args={
             "left": left,
             "left_token_P": order.token_P if gather == "left" else None,

@@ -12,7 +12,7 @@ Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, S slots, P p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,15 @@ from hecate.kernels.common.dropout import Dropout, FfnDropout, RowDropout
 from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.common.launch_config import padded_rank
 from hecate.kernels.common.low_rank import LowRankPairs, LowRankTerm, row_factors, scaled_rows, separate_gate_and_up
-from hecate.kernels.common.operators import gradients_of_pairs, keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
+from hecate.kernels.common.operators import (
+    DifferentiableOperator,
+    Operator,
+    gradients_of_pairs,
+    keep_for_backward,
+    kept_for_backward,
+    pack_pairs,
+    unpack_pairs,
+)
 from hecate.kernels.common.sorting import dropout_numbers, sorted_assignments, words_dropout, words_width
 from hecate.kernels.experts.gated import gate, gate_backward
 from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
@@ -44,7 +52,7 @@ def moe_lora_ffn_triton(
     """As `torch_path.moe_lora_ffn`, in float32, bfloat16 or float16; differentiable once."""
     assert len(pairs) > 0, "frozen experts without adapters have nothing to train"
     numbers, key = dropout_numbers(dropout, routed) if frozen_S else ([], 0)
-    y_TD, *_ = moe_lora_forward(
+    y_TD, *_ = moe_lora_operator(
         routed.x_TD,
         routed.slot_TK,
         routed.weight_TK,
@@ -60,8 +68,7 @@ def moe_lora_ffn_triton(
     return y_TD
 
 
-@torch.library.custom_op("hecate::moe_lora_ffn", mutates_args=())
-def moe_lora_forward(
+def forward_passes(
     x_TD: Tensor,
     slot_TK: Tensor,
     weight_TK: Tensor,
@@ -73,6 +80,7 @@ def moe_lora_forward(
     projections: str,
     scales: Sequence[float],
     etas: Sequence[float],
+    trains_a: bool,
     dropped_levels: int,
     numbers: Sequence[Tensor],
     key: int,
@@ -81,7 +89,7 @@ def moe_lora_forward(
     and the order's tensors.
 
     Args:
-        matrices, projections, scales, etas: the results of `pack_pairs`.
+        matrices, projections, scales, etas, trains_a: the results of `pack_pairs`.
         dropped_levels: of dropout; 0: nothing is dropped.
         numbers, key: the results of `dropout_numbers`.
     """
@@ -109,6 +117,9 @@ def moe_lora_forward(
     return combine(y_PD, weight_TK.contiguous(), order), gate_up_P, low_P, words, *order.tensors()
 
 
+moe_lora_forward = torch.library.custom_op("hecate::moe_lora_ffn", forward_passes, mutates_args=())
+
+
 @moe_lora_forward.register_fake
 def _(
     x_TD: Tensor,
@@ -122,6 +133,7 @@ def _(
     projections: str,
     scales: Sequence[float],
     etas: Sequence[float],
+    trains_a: bool,
     dropped_levels: int,
     numbers: Sequence[Tensor],
     key: int,
@@ -133,8 +145,7 @@ def _(
     return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((slot_TK.numel(), 2 * ffn)), low, words, *fake_order(slot_TK, len(frozen_S)))
 
 
-@torch.library.custom_op("hecate::moe_lora_ffn_backward", mutates_args=())
-def moe_lora_backward(
+def backward_passes(
     dy_TD: Tensor,
     kept: Sequence[Tensor],
     x_TD: Tensor,
@@ -147,8 +158,8 @@ def moe_lora_backward(
     projections: str,
     scales: Sequence[float],
     etas: Sequence[float],
-    dropped_levels: int,
     trains_a: bool,
+    dropped_levels: int,
 ) -> list[Tensor]:
     """Return the gradients of x, of the weights and of `matrices` in their order.
 
@@ -236,6 +247,9 @@ def _shrunk_gradient(dy_TD: Tensor, pair: _PaddedPairs, order: AssignmentOrder) 
     return grouped_gemm(dy_TD, stacked_weights(pair.b), order, GemmOptions(gather=True, transposed=True, scales=pair.scales))
 
 
+moe_lora_backward = torch.library.custom_op("hecate::moe_lora_ffn_backward", backward_passes, mutates_args=())
+
+
 @moe_lora_backward.register_fake
 def _(
     dy_TD: Tensor,
@@ -250,8 +264,8 @@ def _(
     projections: str,
     scales: Sequence[float],
     etas: Sequence[float],
-    dropped_levels: int,
     trains_a: bool,
+    dropped_levels: int,
 ) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape) for tensor in (x_TD, weight_TK, *_trained(matrices, trains_a))]
 
@@ -262,21 +276,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     keep_for_backward(ctx, [list(output[1:]), x_TD, *rest])
 
 
-def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _gradients(backward: Callable[..., Any], ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
     kept, *arguments = kept_for_backward(ctx)
     frozen_S, matrices = arguments[2], arguments[6]
     dx_TD, dweight_TK = None, None
     dmatrices: list[Tensor | None] = [None] * len(matrices)
     if dy_TD is not None:
-        trains_a = any(ctx.needs_input_grad[7][0::2])
-        dx_TD, dweight_TK, *gradients = moe_lora_backward(dy_TD, kept, *arguments, trains_a)
-        dmatrices = gradients_of_pairs(gradients, of_a=trains_a)
+        dx_TD, dweight_TK, *gradients = backward(dy_TD, kept, *arguments)
+        dmatrices = gradients_of_pairs(gradients, of_a=arguments[10])
     # The gradient of an argument that is a list is a list.
     no_frozen, no_numbers = [None] * len(frozen_S), [None] * ctx.num_numbers
-    return dx_TD, None, dweight_TK, no_frozen, None, None, None, dmatrices, None, None, None, None, no_numbers, None
+    return dx_TD, None, dweight_TK, no_frozen, None, None, None, dmatrices, None, None, None, None, None, no_numbers, None
 
 
-moe_lora_forward.register_autograd(_backward, setup_context=_setup)
+moe_lora_operator = DifferentiableOperator(
+    Operator(moe_lora_forward, forward_passes), Operator(moe_lora_backward, backward_passes), _setup, _gradients
+)
 
 _HALVES = ("gate_proj", "up_proj")
 """the halves of the gate and up outputs"""

@@ -9,7 +9,8 @@ Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, P = T·K pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,16 @@ from hecate.kernels.common.combine import combine
 from hecate.kernels.common.dropout import Dropout, FfnDropout
 from hecate.kernels.common.ffn import FfnBase
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm, row_factors, scaled_rows
-from hecate.kernels.common.operators import gradients_of_pairs, keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
+from hecate.kernels.common.operators import (
+    DifferentiableOperator,
+    Operator,
+    gradients_of_pairs,
+    keep_for_backward,
+    kept_for_backward,
+    pack_pairs,
+    split_like,
+    unpack_pairs,
+)
 from hecate.kernels.common.sorting import blocks_of, dropout_numbers, sorted_assignments, words_dropout, words_width
 from hecate.kernels.mixlora import passes
 from hecate.kernels.mixlora.passes import GatedInputs, config_for
@@ -36,7 +46,7 @@ def mixlora_ffn_triton(routed: RoutedTokens, base: FfnBase, pairs: dict[str, Low
     Ranks are 1 to 256 and may differ by projection. Slots whose ranks differ share matrices of the largest, the rest zeros: such rows of A
     and columns of B stay zero, since the gradient of either is a product with the other.
     """
-    y_TD, *_ = mixlora_forward(*forward_arguments(routed, base, pairs, dropout))
+    y_TD, *_ = mixlora_operator(*forward_arguments(routed, base, pairs, dropout))
     return y_TD
 
 
@@ -69,6 +79,7 @@ def forward_passes(
     projections: str,
     scales: Sequence[float],
     etas: Sequence[float],
+    trains_a: bool,
     dropped_levels: int,
     slot_TK: Tensor,
     numbers: Sequence[Tensor],
@@ -80,7 +91,7 @@ def forward_passes(
     (`sorted_assignments`), and the tensors of the `AssignmentBlocks`.
 
     Args:
-        matrices, projections, scales, etas: the results of `pack_pairs`.
+        matrices, projections, scales, etas, trains_a: the results of `pack_pairs`.
         dropped_levels: of dropout; 0: nothing is dropped.
         numbers, key: the results of `dropout_numbers`.
     """
@@ -113,6 +124,7 @@ def _(
     projections: str,
     scales: Sequence[float],
     etas: Sequence[float],
+    trains_a: bool,
     dropped_levels: int,
     slot_TK: Tensor,
     numbers: Sequence[Tensor],
@@ -139,47 +151,48 @@ def backward_passes(
     projections: str,
     scales: Sequence[float],
     etas: Sequence[float],
-    dropped_levels: int,
     trains_a: bool,
+    dropped_levels: int,
 ) -> list[Tensor]:
-    """Return the gradients of x and the weights, then those of A and B of each projection with a pair, in the order of `matrices`.
+    """Return the gradients of x and the weights, then those of the pairs, [S, C]: A and B side by side in the order of `matrices`.
+
+    Without those of A where A does not train.
 
     Args:
         kept: the results of the forward operator other than y, in one list.
-        trains_a: whether A trains. Otherwise its gradients are left out.
     """
     (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales, etas)
     gate_TF, up_TF, low_gate, low_up, low_down, words, *of_blocks = kept
     blocks = AssignmentBlocks.of_tensors(_block_sizes(x_TD, matrices, etas)["ROWS"], of_blocks)
     dropout = words_dropout(words, dropped_levels)
-    inputs, pair_dtype = _gated_inputs(gate_TF, up_TF, blocks, (low_gate, low_up), pairs, dropout, activation), matrices[0].dtype
-    gradients: dict[str, tuple[Tensor, Tensor]] = {}
+    inputs = _gated_inputs(gate_TF, up_TF, blocks, (low_gate, low_up), pairs, dropout, activation)
     factors = {name: row_factors(of.a_SrI, of.b_SOr, of.eta) for name, of in pairs.items()}
-    low_dy, db_down, down = None, None, pairs.get("down_proj")
+    written = {name: of if trains_a or name == "down_proj" else replace(of, a_SrI=of.a_SrI[:, :0]) for name, of in pairs.items()}
+    low_dy, down = None, pairs.get("down_proj")
+    if down is not None and factors["down_proj"] is not None:
+        down = _side_by_side(down, factors["down_proj"])
+        written["down_proj"] = replace(pairs["down_proj"], a_SrI=down.a_SrI)
+        inputs = replace(inputs, a_down_SFR=down.a_SrI.transpose(1, 2))
+    all_parts, parts = passes.chunk_parts(blocks, written)
     if down is not None:
-        inputs, b_SDR = _with_rule(inputs, down, factors["down_proj"])
-        (low_dy,) = passes.shrink(dy_TD, blocks, (b_SDR,), (down.scale,), None, gather=True)
-        (db_down,) = passes.outer(dy_TD, blocks, (low_down,), weight_TK, None, pair_dtype, transposed=False)
-    of_gated = passes.gated_backward(inputs, dy_TD @ down_DF, weight_TK, low_dy, pair_dtype)
+        (low_dy,) = passes.shrink(dy_TD, blocks, (down.b_SOr,), (down.scale,), None, gather=True)
+        passes.outer(dy_TD, blocks, (low_down,), weight_TK, None, (parts["down_proj"].b_SOr,), transposed=False)
+    of_gated = passes.gated_backward(inputs, dy_TD @ down_DF, weight_TK, low_dy, parts)
     dx_TD = torch.mm(combine(of_gated.gate_PF, None, blocks.order), gate_FD)
     dx_TD.addmm_(combine(of_gated.up_PF, None, blocks.order), up_FD)
-    of_input = {"gate_proj": (of_gated.gate_PF, of_gated.b_gate_SFR), "up_proj": (of_gated.up_PF, of_gated.b_up_SFR)}
+    of_input = {"gate_proj": of_gated.gate_PF, "up_proj": of_gated.up_PF}
     names = [name for name in INPUTS if name in pairs]
     if names:
         keep = None if dropout is None else dropout.gate_up
-        dlows, of_a = zip(*(_low_gradients(of_input[name][0], blocks, pairs[name], factors[name]) for name in names), strict=True)
-        da_in = passes.outer(x_TD, blocks, of_a, None, keep, pair_dtype, transposed=True) if trains_a else dlows
+        dlows, of_a = zip(*(_low_gradients(of_input[name], blocks, pairs[name], factors[name]) for name in names), strict=True)
+        if trains_a:
+            passes.outer(x_TD, blocks, of_a, None, keep, tuple(parts[name].a_SrI for name in names), transposed=True)
         terms = tuple(LowRankTerm(dlow, pairs[name].a_SrI.transpose(1, 2)) for dlow, name in zip(dlows, names, strict=True))
         dx_TD = combine(passes.expand(terms, blocks, keep), None, blocks.order, dx_TD)
-        for name, da in zip(names, da_in, strict=True):
-            db = of_input[name][1]
-            assert db is not None
-            gradients[name] = da, scaled_rows(db, factors[name])
-    if of_gated.a_down_SRF is not None and db_down is not None and down is not None:
-        # With the rule, the second half are the gradients that A has by its own B (`_with_rule`).
-        da_down = of_gated.a_down_SRF[:, -down.a_SrI.shape[1] :].contiguous()
-        gradients["down_proj"] = da_down, scaled_rows(db_down, factors["down_proj"])
-    return [dx_TD, of_gated.weight_TK, *(each for name in pairs for each in gradients[name][0 if trains_a else 1 :])]
+    sums_SC = passes.sum_chunks(all_parts, blocks, matrices[0].dtype)
+    if any(etas) or not trains_a:
+        sums_SC = _of_what_trains(sums_SC, written, pairs, factors, trains_a)
+    return [dx_TD, of_gated.weight_TK, sums_SC]
 
 
 def _low_gradients(dout_PN: Tensor, blocks: AssignmentBlocks, pair: LowRankPairs, factor_SO: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -192,17 +205,32 @@ def _low_gradients(dout_PN: Tensor, blocks: AssignmentBlocks, pair: LowRankPairs
     return dlow_PR, of_a_PR
 
 
-def _with_rule(inputs: GatedInputs, down: LowRankPairs, factor_SD: Tensor | None) -> tuple[GatedInputs, Tensor]:
-    """Return the inputs of `passes.gated_backward`, and the B by which dy is shrunk for it.
+def _side_by_side(down: LowRankPairs, factor_SO: Tensor | None) -> LowRankPairs:
+    """Return a pair of twice the rank for the backward pass under the rule: B beside the B with scaled rows, and A above zeros.
 
-    With the rule, B has the columns of B and of the scaled B, and A' those of A' and zeros: the gradient of h is that of the pair as it is,
-    and of the gradient of A' the second half is the one that A gets.
+    The gradient of h is then that of the pair as it is, and of A's gradient the second half is the one that A gets.
     """
-    if factor_SD is None:
-        return inputs, down.b_SOr
-    assert inputs.a_down_SFR is not None
-    wide = torch.cat([inputs.a_down_SFR, torch.zeros_like(inputs.a_down_SFR)], dim=2)
-    return replace(inputs, a_down_SFR=wide), torch.cat([down.b_SOr, scaled_rows(down.b_SOr, factor_SD)], dim=2)
+    zeros = torch.zeros_like(down.a_SrI)
+    return replace(
+        down, a_SrI=torch.cat([down.a_SrI, zeros], dim=1), b_SOr=torch.cat([down.b_SOr, scaled_rows(down.b_SOr, factor_SO)], dim=2)
+    )
+
+
+def _of_what_trains(
+    sums_SC: Tensor,
+    written: Mapping[str, LowRankPairs],
+    pairs: Mapping[str, LowRankPairs],
+    factors: Mapping[str, Tensor | None],
+    trains_a: bool,
+) -> Tensor:
+    """Return the gradients of what trains, [S, C'], from those of the pairs `written`, whose A may have more rows, or none."""
+    sums = iter(split_like(sums_SC, [matrix for name, of in written.items() for matrix in (of.a_SrI, pairs[name].b_SOr)]))
+    found = []
+    for name, of in pairs.items():
+        da, db = next(sums), next(sums)
+        found += [da[:, -of.a_SrI.shape[1] :].flatten(1)] if trains_a else []
+        found.append(scaled_rows(db, factors[name]).flatten(1))
+    return torch.cat(found, dim=1)
 
 
 mixlora_backward = torch.library.custom_op("hecate::mixlora_ffn_backward", backward_passes, mutates_args=())
@@ -220,11 +248,11 @@ def _(
     projections: str,
     scales: Sequence[float],
     etas: Sequence[float],
-    dropped_levels: int,
     trains_a: bool,
+    dropped_levels: int,
 ) -> list[Tensor]:
-    trained = matrices if trains_a else matrices[1::2]
-    return [torch.empty_like(x_TD), torch.empty_like(weight_TK), *(matrix.new_empty(matrix.shape) for matrix in trained)]
+    numel = sum(math.prod(matrix.shape[1:]) for matrix in (matrices if trains_a else matrices[1::2]))
+    return [torch.empty_like(x_TD), torch.empty_like(weight_TK), matrices[0].new_empty((len(matrices[0]), numel))]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -235,18 +263,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     keep_for_backward(ctx, [kept, *arguments])
 
 
-def _backward(ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _gradients(backward: Callable[..., list[Tensor]], ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
     assert dy_TD is not None, "the operator's other results are not differentiable"
     kept, *arguments = kept_for_backward(ctx)
-    trains_a = any(ctx.needs_input_grad[4][0::2])
-    dx_TD, dweight_TK, *gradients = mixlora_backward(dy_TD.contiguous(), kept, *arguments, trains_a)
-    dmatrices = gradients_of_pairs(gradients, of_a=trains_a)
+    dx_TD, dweight_TK, dpairs_SC = backward(dy_TD.contiguous(), kept, *arguments)
+    matrices, trains_a = arguments[4], arguments[8]
+    dmatrices = gradients_of_pairs(split_like(dpairs_SC, matrices if trains_a else matrices[1::2]), of_a=trains_a)
     # The gradient of an argument that is a list is a list.
     no_base, no_numbers = [None] * len(arguments[2]), [None] * ctx.num_numbers
-    return dx_TD, dweight_TK, no_base, None, dmatrices, None, None, None, None, None, no_numbers, None
+    return dx_TD, dweight_TK, no_base, None, dmatrices, None, None, None, None, None, None, no_numbers, None
 
 
-mixlora_forward.register_autograd(_backward, setup_context=_setup_context)
+mixlora_operator = DifferentiableOperator(
+    Operator(mixlora_forward, forward_passes), Operator(mixlora_backward, backward_passes), _setup_context, _gradients
+)
 
 
 def _block_sizes(x_TD: Tensor, matrices: Sequence[Tensor], etas: Sequence[float]) -> Mapping[str, int]:

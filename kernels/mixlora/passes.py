@@ -1,6 +1,7 @@
 """The passes of the MixLoRA feed-forward in Triton. Each function allocates its result and launches its kernel.
 
-Between the passes run GEMMs over tokens. Rows of assignments that other ranks compute are not written.
+Between the passes run GEMMs over tokens. Rows of assignments that other ranks compute are not written. The gradients of all pairs lie in
+one tensor: several passes write the parts of chunks of rows in it (`chunk_parts`), and one launch adds them up (`sum_chunks`).
 
 Shapes: T tokens, K assignments of a token, P places of the sorted assignments, S slots, F ffn hidden, C columns summed over, N other
 columns, R rank. Matrices [S, N, R] are views of any strides; they are cast to the activations' type when they are loaded.
@@ -8,6 +9,8 @@ columns, R rank. Matrices [S, N, R] are views of any strides; they are cast to t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +20,9 @@ from torch import Tensor
 from hecate.kernels.common.assignments import AssignmentBlocks
 from hecate.kernels.common.dropout import RowDropout
 from hecate.kernels.common.kernel_launch import Launch
-from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, padded_rank
-from hecate.kernels.common.low_rank import MAX_RANK, LowRankTerm
+from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, num_blocks, padded_rank
+from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm
+from hecate.kernels.common.operators import split_like
 from hecate.kernels.mixlora.triton_kernels import (
     expand_kernel,
     gated_backward_kernel,
@@ -93,7 +97,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _interpreter(BM=16, BN=32),
     ),
     "mixlora_sum_programs": (_rule(4, 1, max_rank=32, BM=32), _rule(4, 1, BM=8), _interpreter(BM=16)),
-    "mixlora_sum_chunks": (_rule(4, 1, max_rank=32, BN=128), _rule(4, 1, BN=16), _interpreter(BN=64)),
+    "mixlora_sum_chunks": (_rule(4, 1, BN=1024), _interpreter(BN=64)),
 }
 """the rules of each kernel, of which the first that matches counts. Those of sm 0 are for the interpreter: small, so that tests have
 several blocks"""
@@ -123,7 +127,7 @@ def shrink(
     first, second = matrices[0], matrices[-1]
     Launch(
         shrink_kernel,
-        (len(blocks.tiles),),
+        (blocks.tiles.shape[0],),
         {
             "p_x": x,
             "p_source": blocks.order.token_P,
@@ -164,7 +168,7 @@ def expand(terms: tuple[LowRankTerm, ...], blocks: AssignmentBlocks, dropout: Ro
     config = config_for("mixlora_expand", _rank_of(*terms), first.low_PR)
     Launch(
         expand_kernel,
-        (len(blocks.tiles), _blocks(out_PN.shape[1], config.blocks["BN"])),
+        (blocks.tiles.shape[0], num_blocks(out_PN.shape[1], config.blocks["BN"])),
         {
             "p_tile": blocks.tiles,
             "p_keep": _words(dropout),
@@ -255,13 +259,13 @@ def gated(inputs: GatedInputs, down_scale: float) -> tuple[Tensor, Tensor | None
     rows, ffn = inputs.blocks.order.num_assignments, inputs.gate_TF.shape[1]
     config = config_for("mixlora_gated", inputs.rank, inputs.gate_TF)
     # This many programs share the columns of a tile, and each computes its own partial sum of drop(h) A_down.
-    programs = _blocks(ffn, config.blocks["BN"] * config.blocks["STEPS"])
+    programs = num_blocks(ffn, config.blocks["BN"] * config.blocks["STEPS"])
     h_PF, partial = inputs.gate_TF.new_empty((rows, ffn)), None
     if inputs.a_down_SFR is not None:
         partial = h_PF.new_empty((programs, rows, inputs.a_down_SFR.shape[2]), dtype=torch.float32)
     Launch(
         gated_kernel,
-        (len(inputs.blocks.tiles), programs),
+        (inputs.blocks.tiles.shape[0], programs),
         {**inputs.pointers(), "p_tile": inputs.blocks.tiles, "p_h": h_PF, "p_partial": partial, **inputs.sizes()},
         {**inputs.constants(), "BM": inputs.blocks.rows, **config.blocks},
         config.num_warps,
@@ -273,38 +277,38 @@ def gated(inputs: GatedInputs, down_scale: float) -> tuple[Tensor, Tensor | None
 
 
 class GatedGradients(NamedTuple):
-    """The gradients from the backward pass of `gated` and of the weighted sum after it."""
+    """The gradients of the tokens and weights from the backward pass of `gated` and of the weighted sum after it."""
 
     gate_PF: Tensor
     """the gradient of each assignment's gate output, times its weight"""
     up_PF: Tensor
     weight_TK: Tensor
     """the gradient of the router's weights, of their type; zero for assignments that other ranks compute"""
-    b_gate_SFR: Tensor | None
-    """the gradient of gate's B, in the pairs' type; None if the projection has no pair"""
-    b_up_SFR: Tensor | None
-    a_down_SRF: Tensor | None
 
 
 def gated_backward(
-    inputs: GatedInputs, dhidden_TF: Tensor, weight_TK: Tensor, low_dy_PR: Tensor | None, pair_dtype: torch.dtype
+    inputs: GatedInputs, dhidden_TF: Tensor, weight_TK: Tensor, low_dy_PR: Tensor | None, parts: Mapping[str, LowRankPairs]
 ) -> GatedGradients:
     """Run the backward pass of `gated` and of the weighted sum after it.
+
+    It also writes the parts of each chunk in the gradients of B of gate and up, and of A of down.
 
     Args:
         dhidden_TF: the gradient of the tokens' weighted hidden states.
         low_dy_PR: down_scale · dy B_down of each assignment; None if the down projection has no pair.
-        pair_dtype: the type of the pairs' gradients.
+        parts: see `chunk_parts`.
     """
     blocks, ffn, rows = inputs.blocks, inputs.gate_TF.shape[1], inputs.blocks.order.num_assignments
     config = config_for("mixlora_gated_backward", inputs.rank, inputs.gate_TF)
     dgate_PF, dup_PF = inputs.gate_TF.new_empty((rows, ffn)), inputs.gate_TF.new_empty((rows, ffn))
-    dweight = inputs.gate_TF.new_empty((_blocks(ffn, config.blocks["BN"]), rows), dtype=torch.float32)
-    lows = (None if inputs.gate is None else inputs.gate.low_PR, None if inputs.up is None else inputs.up.low_PR, low_dy_PR)
-    part_gate, part_up, part_down = (None if low is None else _partial_sums(blocks.chunks, ffn, low.shape[1]) for low in lows)
+    dweight = inputs.gate_TF.new_empty((num_blocks(ffn, config.blocks["BN"]), rows), dtype=torch.float32)
+    part_gate, part_up = (
+        None if term is None else parts[name].b_SOr for name, term in (("gate_proj", inputs.gate), ("up_proj", inputs.up))
+    )
+    part_down = None if low_dy_PR is None else parts["down_proj"].a_SrI
     Launch(
         gated_backward_kernel,
-        (len(blocks.chunks), _blocks(ffn, config.blocks["BN"])),
+        (blocks.chunks.shape[0], num_blocks(ffn, config.blocks["BN"])),
         {
             **inputs.pointers(),
             "p_dhidden": dhidden_TF,
@@ -318,6 +322,7 @@ def gated_backward(
             "p_db_gate": part_gate,
             "p_db_up": part_up,
             "p_da_down": part_down,
+            "s_chunk": next(iter(parts.values())).b_SOr.stride(0),
             **inputs.sizes(),
         },
         {**inputs.constants(), **config.blocks},
@@ -325,9 +330,7 @@ def gated_backward(
         config.num_stages,
     ).run()
     dweight_TK = _sum_programs(dweight[:, :, None], torch.empty_like(weight_TK), 1.0, blocks.order.place_TK)
-    db_gate, db_up = (None if part is None else _summed(part, blocks, pair_dtype) for part in (part_gate, part_up))
-    da_down = None if part_down is None else _summed(part_down, blocks, pair_dtype, transposed=True)
-    return GatedGradients(dgate_PF, dup_PF, dweight_TK, db_gate, db_up, da_down)
+    return GatedGradients(dgate_PF, dup_PF, dweight_TK)
 
 
 def outer(
@@ -336,20 +339,21 @@ def outer(
     lows: tuple[Tensor, ...],
     weight_TK: Tensor | None,
     dropout: RowDropout | None,
-    pair_dtype: torch.dtype,
+    parts: tuple[Tensor, ...],
     *,
     transposed: bool,
-) -> tuple[Tensor, ...]:
-    """Return the sum over each slot's assignments of the outer products of drop(x)[token] and weight · low_j.
+) -> None:
+    """Write the sums over each chunk's assignments of the outer products of drop(x)[token] and weight · low_j.
 
-    Each result is [S, N, R] in `pair_dtype`, or [S, R, N] if transposed. There are one or two lows; weights only with one.
+    Args:
+        lows: one or two; weights only with one.
+        parts: for each low [chunks, N, R], or [chunks, R, N] if transposed; see `chunk_parts`.
     """
     assert weight_TK is None or len(lows) == 1
-    partials = tuple(_partial_sums(blocks.chunks, x_TN.shape[1], low.shape[1]) for low in lows)
     config = config_for("mixlora_outer", _rank_of(*lows), x_TN)
     Launch(
         outer_kernel,
-        (len(blocks.chunks), _blocks(x_TN.shape[1], config.blocks["BN"])),
+        (blocks.chunks.shape[0], num_blocks(x_TN.shape[1], config.blocks["BN"])),
         {
             "p_x": x_TN,
             "p_source": blocks.order.token_P,
@@ -359,16 +363,18 @@ def outer(
             "p_keep": _words(dropout),
             "p_low1": lows[0],
             "p_low2": lows[-1],
-            "p_out1": partials[0],
-            "p_out2": partials[-1],
+            "p_out1": parts[0],
+            "p_out2": parts[-1],
             "N": x_TN.shape[1],
             "R1": lows[0].shape[1],
             "R2": lows[-1].shape[1],
+            "s_chunk": parts[0].stride(0),
             "dropped_levels": _levels(dropout),
         },
         {
             "WEIGHTED": weight_TK is not None,
             "DROPOUT": dropout is not None,
+            "TRANSPOSED": transposed,
             "TWO": len(lows) == 2,
             "BR1": padded_rank(lows[0].shape[1]),
             "BR2": padded_rank(lows[-1].shape[1]),
@@ -377,33 +383,35 @@ def outer(
         config.num_warps,
         config.num_stages,
     ).run()
-    return tuple(_summed(partial, blocks, pair_dtype, transposed=transposed) for partial in partials)
 
 
-def _summed(partial_CNR: Tensor, blocks: AssignmentBlocks, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
-    """Return the sums over each slot's chunks, in their order, [S, N, R] or transposed [S, R, N]."""
-    _, width, rank = partial_CNR.shape
-    shape = (blocks.order.num_slots, rank, width) if transposed else (blocks.order.num_slots, width, rank)
-    out = partial_CNR.new_empty(shape, dtype=dtype)
-    out_SNR = out.transpose(1, 2) if transposed else out
-    config = config_for("mixlora_sum_chunks", rank, partial_CNR)
+def chunk_parts(blocks: AssignmentBlocks, pairs: Mapping[str, LowRankPairs]) -> tuple[Tensor, dict[str, LowRankPairs]]:
+    """Allocate the part of each chunk of rows in the gradients of all pairs, float32 [chunks, C]; C is the elements of a slot's pairs.
+
+    Returns:
+        All of it, for `sum_chunks`, and by projection views as the pairs are, A [chunks, R, inputs] and B [chunks, outputs, R].
+    """
+    matrices = [matrix for of in pairs.values() for matrix in (of.a_SrI, of.b_SOr)]
+    numel = sum(math.prod(matrix.shape[1:]) for matrix in matrices)
+    parts = torch.empty((blocks.chunks.shape[0], numel), dtype=torch.float32, device=blocks.chunks.device)
+    views = iter(split_like(parts, matrices))
+    return parts, {name: LowRankPairs(next(views), next(views), of.scale) for name, of in pairs.items()}
+
+
+def sum_chunks(parts: Tensor, blocks: AssignmentBlocks, dtype: torch.dtype) -> Tensor:
+    """Return the sums over each slot's chunks, in their order, [S, C]."""
+    width, slots = parts.shape[1], blocks.order.num_slots
+    out_SC = parts.new_empty((slots, width), dtype=dtype)
+    config = config_for("mixlora_sum_chunks", 0, parts)
     Launch(
         sum_chunks_kernel,
-        (blocks.order.num_slots, _blocks(width, config.blocks["BN"])),
-        {
-            "p_partial": partial_CNR,
-            "p_first": blocks.first_chunk,
-            "p_out": out_SNR,
-            "N": width,
-            "R": rank,
-            "s_n": out_SNR.stride(1),
-            "s_r": out_SNR.stride(2),
-        },
-        {"BR": padded_rank(rank), **config.blocks},
+        (slots, num_blocks(width, config.blocks["BN"])),
+        {"p_partial": parts, "p_first": blocks.first_chunk, "p_out": out_SC, "N": width},
+        config.blocks,
         config.num_warps,
         config.num_stages,
     ).run()
-    return out
+    return out_SC
 
 
 def _sum_programs(partial: Tensor, out: Tensor, scale: float, place: Tensor | None) -> Tensor:
@@ -413,7 +421,7 @@ def _sum_programs(partial: Tensor, out: Tensor, scale: float, place: Tensor | No
     count = out.numel() // rank
     Launch(
         sum_programs_kernel,
-        (_blocks(count, config.blocks["BM"]),),
+        (num_blocks(count, config.blocks["BM"]),),
         {"p_partial": partial, "p_place": place, "p_out": out, "num_rows": rows, "num_out": count, "R": rank, "scale": scale},
         {"PROGRAMS": programs, "PLACED": place is not None, "BR": padded_rank(rank), **config.blocks},
         config.num_warps,
@@ -422,18 +430,9 @@ def _sum_programs(partial: Tensor, out: Tensor, scale: float, place: Tensor | No
     return out
 
 
-def _partial_sums(chunks: Tensor, width: int, rank: int) -> Tensor:
-    """Allocate the sums of each chunk, float32 [chunks, width, rank], which a kernel writes."""
-    return torch.empty((len(chunks), width, rank), dtype=torch.float32, device=chunks.device)
-
-
 def _rank_of(*matrices: Tensor | LowRankTerm | None) -> int:
     """Return the largest rank of the matrices [.., R] and terms."""
     return max((m.low_PR.shape[1] if isinstance(m, LowRankTerm) else m.shape[-1] for m in matrices if m is not None), default=0)
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
 
 
 def _words(dropout: RowDropout | None) -> Tensor | None:

@@ -32,6 +32,14 @@ def _load_matrix(p_matrix, slot, o_N, m_N, R, s_slot, s_n, s_r, BR: tl.constexpr
 
 
 @triton.jit
+def _store_outer(p_out, b_out, o_N, N, R, TRANSPOSED: tl.constexpr, BR: tl.constexpr):
+    """Store [N, BR] of a result [N, R], or [R, N] if TRANSPOSED."""
+    o_R = tl.arange(0, BR)
+    at = o_R[None, :] * N + o_N[:, None] if TRANSPOSED else o_N[:, None] * R + o_R[None, :]
+    tl.store(p_out + at, b_out, mask=(o_N < N)[:, None] & (o_R < R)[None, :])
+
+
+@triton.jit
 def shrink_kernel(
     p_x,
     p_source,
@@ -259,6 +267,7 @@ def gated_backward_kernel(
     s_slot_down,
     s_n_down,
     s_r_down,
+    s_chunk,
     dropped_levels,
     ACTIVATION: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -272,7 +281,8 @@ def gated_backward_kernel(
 
     dh = D[token] + drop(low_dy A_down); dweight[program, p] = <dh, h>, its share of these columns; dgate and dup, times the weight of
     the assignment;
-    this chunk's shares [chunks, F, R] of dB_gate = dgate' low_gate, of dB_up, and of dA_down' = drop(h)' (weight · low_dy).
+    this chunk's shares of dB_gate = dgate' low_gate, [F, R], of dB_up, and of dA_down = (weight · low_dy)' drop(h), [R, F]. Those of the
+    next chunk are s_chunk elements further.
     """
     i_chunk, i_columns = tl.program_id(0), tl.program_id(1)
     slot, first, rows = tl.load(p_chunk + 3 * i_chunk), tl.load(p_chunk + 3 * i_chunk + 1), tl.load(p_chunk + 3 * i_chunk + 2)
@@ -329,16 +339,13 @@ def gated_backward_kernel(
                 b_db_gate = tl.dot(tl.trans(b_dgate), b_low_gate, b_db_gate, input_precision="ieee")
             if BR_UP > 0:
                 b_db_up = tl.dot(tl.trans(b_dup), b_low_up, b_db_up, input_precision="ieee")
-        at_N = (i_chunk.to(tl.int64) * F + o_N)[:, None]
+        chunk = i_chunk.to(tl.int64) * s_chunk
         if BR_GATE > 0:
-            o_R = tl.arange(0, BR_GATE)
-            tl.store(p_db_gate + at_N * R_GATE + o_R[None, :], b_db_gate, mask=m_N[:, None] & (o_R < R_GATE)[None, :])
+            _store_outer(p_db_gate + chunk, b_db_gate, o_N, F, R_GATE, False, BR_GATE)
         if BR_UP > 0:
-            o_R = tl.arange(0, BR_UP)
-            tl.store(p_db_up + at_N * R_UP + o_R[None, :], b_db_up, mask=m_N[:, None] & (o_R < R_UP)[None, :])
+            _store_outer(p_db_up + chunk, b_db_up, o_N, F, R_UP, False, BR_UP)
         if BR_DOWN > 0:
-            o_R = tl.arange(0, BR_DOWN)
-            tl.store(p_da_down + at_N * R_DOWN + o_R[None, :], b_da_down, mask=m_N[:, None] & (o_R < R_DOWN)[None, :])
+            _store_outer(p_da_down + chunk, b_da_down, o_N, F, R_DOWN, True, BR_DOWN)
 
 
 @triton.jit
@@ -356,16 +363,21 @@ def outer_kernel(
     N,
     R1,
     R2,
+    s_chunk,
     dropped_levels,
     WEIGHTED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     TWO: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR1: tl.constexpr,
     BR2: tl.constexpr,
 ):
-    """out_j[chunk, n, r] = sum_p drop(x)[source[p], n] · low_j[p, r] (· weight[assignment]) over a chunk of a slot's rows."""
+    """out_j[chunk, n, r] = sum_p drop(x)[source[p], n] · low_j[p, r] (· weight[assignment]) over a chunk of a slot's rows.
+
+    A chunk's result is [N, R], or [R, N] if TRANSPOSED; that of the next chunk is s_chunk elements further.
+    """
     i_chunk = tl.program_id(0)
     first, rows = tl.load(p_chunk + 3 * i_chunk + 1), tl.load(p_chunk + 3 * i_chunk + 2)
     if rows > 0:
@@ -391,12 +403,10 @@ def outer_kernel(
             if TWO:
                 b_low2 = _load_low(p_low2, row_M, m_M, R2, BR2)
                 b_out2 = tl.dot(tl.trans(b_x), b_low2, b_out2, input_precision="ieee")
-        at_N = (i_chunk.to(tl.int64) * N + o_N)[:, None]
-        o_R1 = tl.arange(0, BR1)
-        tl.store(p_out1 + at_N * R1 + o_R1[None, :], b_out1, mask=m_N[:, None] & (o_R1 < R1)[None, :])
+        chunk = i_chunk.to(tl.int64) * s_chunk
+        _store_outer(p_out1 + chunk, b_out1, o_N, N, R1, TRANSPOSED, BR1)
         if TWO:
-            o_R2 = tl.arange(0, BR2)
-            tl.store(p_out2 + at_N * R2 + o_R2[None, :], b_out2, mask=m_N[:, None] & (o_R2 < R2)[None, :])
+            _store_outer(p_out2 + chunk, b_out2, o_N, N, R2, TRANSPOSED, BR2)
 
 
 @triton.jit
@@ -405,22 +415,16 @@ def sum_chunks_kernel(
     p_first,
     p_out,
     N,
-    R,
-    s_n,
-    s_r,
     BN: tl.constexpr,
-    BR: tl.constexpr,
 ):
-    """out[slot, n, r] = sum of partial[chunk, n, r] over the slot's chunks, first[slot] … first[slot + 1] - 1, ascending."""
+    """out[slot, n] = sum of partial[chunk, n] over the slot's chunks, first[slot] … first[slot + 1] - 1, ascending."""
     slot = tl.program_id(0)
     o_N = tl.program_id(1) * BN + tl.arange(0, BN)
-    o_R = tl.arange(0, BR)
-    m_NR = (o_N < N)[:, None] & (o_R < R)[None, :]
-    b_sum = tl.zeros((BN, BR), tl.float32)
+    m_N = o_N < N
+    b_sum = tl.zeros((BN,), tl.float32)
     for chunk in range(tl.load(p_first + slot), tl.load(p_first + slot + 1)):
-        b_sum += tl.load(p_partial + (tl.cast(chunk, tl.int64) * N + o_N)[:, None] * R + o_R[None, :], mask=m_NR, other=0.0)
-    at = p_out + slot.to(tl.int64) * N * R + o_N[:, None] * s_n + o_R[None, :] * s_r
-    tl.store(at, b_sum.to(p_out.dtype.element_ty), mask=m_NR)
+        b_sum += tl.load(p_partial + tl.cast(chunk, tl.int64) * N + o_N, mask=m_N, other=0.0)
+    tl.store(p_out + slot.to(tl.int64) * N + o_N, b_sum.to(p_out.dtype.element_ty), mask=m_N)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_out"])

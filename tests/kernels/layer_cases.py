@@ -165,8 +165,7 @@ def _linear(case: LayerCase) -> list[Launch]:
 def _both_passes(module: Any, kind: str, layer: Callable[[], Tensor]) -> list[Launch]:
     """What a layer launches whose forward pass is one operator, `KIND_forward` of its module, and the backward pass another.
 
-    The operators would themselves give meta tensors their shapes and launch nothing, so the functions under them are called: the backward
-    one with the arguments that autograd's registration gives it.
+    The functions under them are called, the backward one with the arguments that autograd's registration gives it.
     """
     forward, backward = (_plain(getattr(module, f"{kind}_{which}")) for which in ("forward", "backward"))
     calls: list[tuple[Sequence[Any], tuple[Tensor, ...]]] = []
@@ -175,7 +174,7 @@ def _both_passes(module: Any, kind: str, layer: Callable[[], Tensor]) -> list[La
         calls.append((given, forward(*given)))
         return calls[-1][1]
 
-    with recorded() as launches, mock.patch.object(module, f"{kind}_forward", noted), torch.no_grad():
+    with recorded() as launches, mock.patch.object(module, f"{kind}_operator", noted), torch.no_grad():
         layer()
         for given, (y, *kept) in calls:
             backward(torch.empty_like(y), kept, *_OF_BACKWARD[kind](given))
@@ -188,8 +187,8 @@ def _plain(operator: Any) -> Callable[..., Any]:
 
 
 _OF_BACKWARD: Mapping[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
-    "mixlora": lambda given: (*given[:9], True),
-    "moe_lora": lambda given: (given[0], *given[2:12], True),
+    "mixlora": lambda given: given[:10],
+    "moe_lora": lambda given: (given[0], *given[2:13]),
     "full": lambda given: (given[0], *given[2:]),
 }
 """the arguments of the forward operator that autograd gives the backward one"""

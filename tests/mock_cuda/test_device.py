@@ -57,12 +57,31 @@ def arithmetic():
         assert torch.equal(compute(device).cpu(), compute(host))
     numbers = torch.tensor([0, 2, 2], dtype=torch.int32, device="cuda")
     assert torch.histc(numbers, bins=3, min=0, max=2).tolist() == [1, 0, 2], "CUDA counts whole numbers, the CPU does not"
+    norms()
     threads = set()
     weight = device.clone().requires_grad_()
     weight.register_hook(lambda grad: threads.add(threading.get_ident()))
     (weight ** 2).sum().backward()
     assert torch.equal(weight.grad.cpu(), 2 * host)
     assert threads and threading.get_ident() not in threads, "the backward pass of a GPU runs in a thread of its own"
+
+def norms():
+    # One operator a pass, and the values and gradients of the plain formula.
+    rows, weight = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    own = lambda x, w: w * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.1)
+    fused = lambda x, w: torch.nn.functional.rms_norm(x, (4,), w, 0.1)
+    for trained in (True, False):
+        results = []
+        for compute, kind in ((own, "cpu"), (fused, "cuda")):
+            x, w = rows.to(kind).requires_grad_(), weight.to(kind).requires_grad_(trained)
+            with watching() as watched:
+                (gradient,) = torch.autograd.grad(y := compute(x, w), x, torch.ones_like(y).cumsum(0), retain_graph=trained)
+            results.append([y, gradient, *(torch.autograd.grad(y.square().sum(), w) if trained else ())])
+        assert watched.operators["aten::_fused_rms_norm"] == watched.operators["aten::_fused_rms_norm_backward"] == 1
+        assert set(watched.operators) <= {"aten::_fused_rms_norm", "aten::_fused_rms_norm_backward", "aten::fill_", "aten::cumsum"}
+        for got, wanted in zip(*reversed(results), strict=True):
+            torch.testing.assert_close(got.detach().cpu(), wanted.detach(), rtol=1e-13, atol=1e-14)
+    assert fused(rows.cuda().bfloat16(), weight.cuda().bfloat16()).dtype == torch.bfloat16
 
 def waits():
     device, pinned = torch.ones(4, device="cuda"), torch.ones(4).pin_memory()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hecate.experts.router import TopKRouter, wide_linear
+from hecate.experts.router import TopKRouter, largest_of_softmax, softmax_of_largest, wide_linear
 from hecate.parallel.units import Unit
 
 
@@ -31,6 +31,21 @@ def test_weights_sum_to_one_and_experts_differ(k: int) -> None:
     torch.testing.assert_close(routing.weight_TK.sum(1), torch.ones(30, dtype=torch.float64), rtol=1e-14, atol=0)
     assert all(len(set(row)) == k for row in routing.expert_TK.tolist())
     assert (routing.weight_TK.diff(dim=1) <= 0).all(), "not best first"
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_both_ways_to_choose_are_the_same(k: int) -> None:
+    """That of a GPU and that of a CPU: experts, weights, probabilities, and the gradient of the logits through both."""
+    random = torch.Generator().manual_seed(0)
+    logits = (torch.randn(30, 5, dtype=torch.float64, generator=random) * 10).requires_grad_()
+    into_weight, into_prob = (torch.randn(30, width, dtype=torch.float64, generator=random) for width in (k, 5))
+    found = []
+    for choose in (largest_of_softmax, softmax_of_largest):
+        routing = choose(logits, k)
+        (gradient,) = torch.autograd.grad((routing.weight_TK * into_weight).sum() + (routing.prob_TE * into_prob).sum(), logits)
+        found.append((routing.prob_TE, routing.weight_TK, gradient, routing.expert_TK))
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-12, atol=1e-14)
 
 
 def test_bf16_tokens_are_routed_in_fp32() -> None:

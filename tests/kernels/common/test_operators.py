@@ -19,9 +19,11 @@ def pair(seed: int, scale: float) -> LowRankPairs:
 
 def test_pairs_come_back_in_the_order_of_projections_with_dropout_in_their_scales() -> None:
     pairs = {"down_proj": pair(0, 2.0), "gate_proj": replace(pair(1, 0.5), eta=3.0)}
-    matrices, projections, scales, etas = pack_pairs(pairs, Dropout(0.5, key=1))
+    matrices, projections, scales, etas, trains_a = pack_pairs(pairs, Dropout(0.5, key=1))
     assert (projections, scales, etas) == ("gate_proj down_proj", [1.0, 4.0], [3.0, 0.0])
     again = unpack_pairs(matrices, projections, scales, etas)
+    assert trains_a
+    assert not pack_pairs({"up_proj": LowRankPairs(matrices[0], matrices[1].clone().requires_grad_(), 1.0)}, None)[-1]
     assert {name: of.eta for name, of in again.items()} == {"gate_proj": 3.0, "down_proj": None}
     assert list(again) == ["gate_proj", "down_proj"]
     assert all(again[name].a_SrI is pairs[name].a_SrI and again[name].b_SOr is pairs[name].b_SOr for name in pairs)

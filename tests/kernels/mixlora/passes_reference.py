@@ -1,9 +1,13 @@
 """The passes of the MixLoRA feed-forward in plain torch, one by one: those of `hecate.kernels.mixlora.passes` are tested against them.
 
 Same functions and arguments. Rows of assignments that are computed elsewhere come out as zeros. Matrices and lows are taken in any types.
+Parts of chunks without rows are not written.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +15,7 @@ from torch import Tensor
 from hecate.kernels.common.assignments import AssignmentBlocks
 from hecate.kernels.common.dropout import RowDropout
 from hecate.kernels.common.ffn import activation as act
-from hecate.kernels.common.low_rank import LowRankTerm
+from hecate.kernels.common.low_rank import LowRankPairs, LowRankTerm
 from hecate.kernels.mixlora.passes import GatedGradients, GatedInputs
 
 
@@ -43,7 +47,7 @@ def gated(inputs: GatedInputs, down_scale: float) -> tuple[Tensor, Tensor | None
 
 
 def gated_backward(
-    inputs: GatedInputs, dhidden_TF: Tensor, weight_TK: Tensor, low_dy_PR: Tensor | None, pair_dtype: torch.dtype
+    inputs: GatedInputs, dhidden_TF: Tensor, weight_TK: Tensor, low_dy_PR: Tensor | None, parts: Mapping[str, LowRankPairs]
 ) -> GatedGradients:
     blocks, order, here_P1 = inputs.blocks, inputs.blocks.order, _here(inputs.blocks)[:, None]
     down = None if low_dy_PR is None or inputs.a_down_SFR is None else LowRankTerm(low_dy_PR, inputs.a_down_SFR)
@@ -60,12 +64,12 @@ def gated_backward(
     dweight_TK = (dweight_P[place_TK.clamp(min=0).long()] if len(dweight_P) else dweight_P.new_zeros(place_TK.shape)) * (place_TK >= 0)
     weight_P1 = weight_TK.flatten()[order.order_P, None].to(dh_PF.dtype)
     dgate_PF, dup_PF = weight_P1 * dh_PF * up_PF * slope_PF, weight_P1 * dh_PF * act_PF
-    db_gate = None if inputs.gate is None else _by_slot(dgate_PF, inputs.gate.low_PR, blocks).to(pair_dtype)
-    db_up = None if inputs.up is None else _by_slot(dup_PF, inputs.up.low_PR, blocks).to(pair_dtype)
-    da_down = None
+    for name, term, gradient_PF in (("gate_proj", inputs.gate, dgate_PF), ("up_proj", inputs.up, dup_PF)):
+        if term is not None:
+            _by_chunk(gradient_PF, term.low_PR, blocks, parts[name].b_SOr)
     if down is not None:
-        da_down = _by_slot(weight_P1 * down.low_PR, _dropped(h_PF, inputs.dropout), blocks).to(pair_dtype)
-    return GatedGradients(dgate_PF, dup_PF, dweight_TK, db_gate, db_up, da_down)
+        _by_chunk(weight_P1 * down.low_PR, _dropped(h_PF, inputs.dropout), blocks, parts["down_proj"].a_SrI)
+    return GatedGradients(dgate_PF, dup_PF, dweight_TK)
 
 
 def _gate_and_up(inputs: GatedInputs) -> tuple[Tensor, Tensor]:
@@ -81,15 +85,21 @@ def outer(
     lows: tuple[Tensor, ...],
     weight_TK: Tensor | None,
     dropout: RowDropout | None,
-    pair_dtype: torch.dtype,
+    parts: tuple[Tensor, ...],
     *,
     transposed: bool,
-) -> tuple[Tensor, ...]:
+) -> None:
     x_PN = _dropped(x_TN[blocks.order.token_P.long()], dropout)
     if weight_TK is not None:
         x_PN = x_PN * weight_TK.flatten()[blocks.order.order_P, None].to(x_PN.dtype)
-    sums = (_by_slot(x_PN, low, blocks) for low in lows)
-    return tuple((value.transpose(1, 2) if transposed else value).to(pair_dtype) for value in sums)
+    for low, part in zip(lows, parts, strict=True):
+        _by_chunk(x_PN, low, blocks, part.transpose(1, 2) if transposed else part)
+
+
+def sum_chunks(parts: Tensor, blocks: AssignmentBlocks, dtype: torch.dtype) -> Tensor:
+    first = blocks.first_chunk.tolist()
+    sums = [parts[begin:end].sum(0) for begin, end in itertools.pairwise(first)]
+    return torch.stack(sums).to(dtype)
 
 
 def _slot_P(blocks: AssignmentBlocks) -> Tensor:
@@ -113,11 +123,11 @@ def _expanded(term: LowRankTerm, blocks: AssignmentBlocks) -> Tensor:
     return _times(term.low_PR, term.matrix_SNR, blocks, "pr,pnr->pn")
 
 
-def _by_slot(left_PN: Tensor, right_PR: Tensor, blocks: AssignmentBlocks) -> Tensor:
-    """[S, N, R], the sums over each slot's assignments."""
-    slot_P, here_P = _slot_P(blocks), _here(blocks)
-    out = [left_PN[here_P & (slot_P == s)].T @ right_PR[here_P & (slot_P == s)] for s in range(blocks.order.num_slots)]
-    return torch.stack(out)
+def _by_chunk(left_PN: Tensor, right_PR: Tensor, blocks: AssignmentBlocks, part_CNR: Tensor) -> None:
+    """Write the sums over each chunk's assignments."""
+    for chunk, (_, first, rows) in enumerate(blocks.chunks.tolist()):
+        if rows > 0:
+            part_CNR[chunk] = left_PN[first : first + rows].T @ right_PR[first : first + rows]
 
 
 def _dropped(value_PN: Tensor, dropout: RowDropout | None) -> Tensor:

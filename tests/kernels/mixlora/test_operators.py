@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout
@@ -48,6 +51,28 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
     case = dataclasses.replace(CASES["dropout, assignments elsewhere"], dtype=torch.float32)
     first, second = results(mixlora_ffn_triton, case), results(mixlora_ffn_triton, case)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["dropout, assignments elsewhere", "no down"])
+def test_torch_library_is_left_out_without_a_change(name: str) -> None:
+    """It carries the operator under torch.compile only."""
+    case = dataclasses.replace(CASES[name], dtype=torch.float32)
+    direct, names = results(mixlora_ffn_triton, case), []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(op.name())
+            return op(*args, **(kwargs or {}))
+
+    with mock.patch("torch.compiler.is_compiling", return_value=True), Note():
+        carried = results(mixlora_ffn_triton, case)
+    assert {"hecate::mixlora_ffn", "hecate::mixlora_ffn_backward"} <= set(names)
+    assert direct.keys() == carried.keys()
+    assert all(torch.equal(direct[name], carried[name]) for name in direct)
+    names.clear()
+    with Note():
+        results(mixlora_ffn_triton, case)
+    assert not any(name.startswith("hecate::") for name in names)
 
 
 def layer(ranks: tuple[int, ...], *, dropout: float = 0.0) -> tuple[RoutedTokens, FfnBase, dict[str, LowRankPairs], Dropout | None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from hecate.kernels.common.assignments import AssignmentBlocks, assignment_blocks, assignment_order
 from hecate.kernels.common.dropout import Dropout
-from hecate.kernels.common.low_rank import LowRankTerm
+from hecate.kernels.common.low_rank import LowRankPairs, LowRankTerm
 from hecate.kernels.mixlora import passes, triton_kernels
 from hecate.kernels.mixlora.passes import RULES, GatedInputs
 from tests.kernels.grouping import GROUPS, assert_close, grouped, poisoned
@@ -91,8 +93,17 @@ class Inputs:
         return LowRankTerm(self.normal(self.assignments, rank), self.matrix(width, rank, transposed=transposed))
 
 
-def calls(inputs: Inputs) -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """Name -> the pass, its arguments."""
+@dataclass(frozen=True)
+class Call:
+    pass_name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    written: tuple[Tensor, ...] = ()
+    """the parts of chunks that it writes"""
+
+
+def calls(inputs: Inputs) -> dict[str, Call]:
+    """By what is special about them."""
     case, blocks, normal = inputs.case, inputs.blocks, inputs.normal
     down_rank = case.rank + 1
     gate, up = (
@@ -104,23 +115,32 @@ def calls(inputs: Inputs) -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any
     both = tuple(inputs.adapter(case.hidden, rank, transposed=True) for rank in (case.rank, case.rank_up))
     lows = tuple(adapter.low_PR for adapter in both)
     once = (inputs.matrix(case.ffn, case.rank),)
+    ranks = {"gate_proj": (case.rank, case.hidden, case.ffn), "up_proj": (case.rank_up, case.hidden, case.ffn)}
+    ranks["down_proj"] = (down_rank, case.ffn, case.hidden)
+    empty = {name: LowRankPairs(normal(0, rank, wide), normal(0, out, rank), 1.0) for name, (rank, wide, out) in ranks.items()}
+    _, parts = passes.chunk_parts(blocks, empty)
     keep, a_down = inputs.dropout, None if down is None else down.matrix_SNR
     gated = GatedInputs(gate_TF, up_TF, blocks, gate, up, a_down, keep, case.activation)
-    back = (gated, dhidden_TF, inputs.weight, None if down is None else down.low_PR, torch.float32)
+    of_x, dy_low = tuple(parts[name].a_SrI for name in ("gate_proj", "up_proj")), normal(inputs.assignments, down_rank)
+    found = {"gate": parts["gate_proj"].b_SOr, "up": parts["up_proj"].b_SOr, "down": parts["down_proj"].a_SrI}
+    of_gated = tuple(part for name, part in found.items() if name in case.projections)
+    back = (gated, dhidden_TF, inputs.weight, None if down is None else down.low_PR, parts)
+    of_dy = (parts["down_proj"].b_SOr,)
     return {
-        "shrink two": ("shrink", (x_TD, blocks, twice, (0.5, 2.0), keep), {"gather": True}),
-        "shrink one": ("shrink", (normal(inputs.assignments, case.ffn), blocks, once, (0.5,), None), {"gather": False}),
-        "expand two": ("expand", (both, blocks, keep), {}),
-        "expand one": ("expand", (both[:1], blocks, None), {}),
-        "gated": ("gated", (gated, 0.5), {}),
-        "gated_backward": ("gated_backward", back, {}),
-        "outer two": ("outer", (x_TD, blocks, lows, None, keep, torch.float32), {"transposed": True}),
-        "outer one": ("outer", (x_TD, blocks, lows[:1], inputs.weight, None, torch.float32), {"transposed": False}),
+        "shrink two": Call("shrink", (x_TD, blocks, twice, (0.5, 2.0), keep), {"gather": True}),
+        "shrink one": Call("shrink", (normal(inputs.assignments, case.ffn), blocks, once, (0.5,), None), {"gather": False}),
+        "expand two": Call("expand", (both, blocks, keep)),
+        "expand one": Call("expand", (both[:1], blocks, None)),
+        "gated": Call("gated", (gated, 0.5)),
+        "gated_backward": Call("gated_backward", back, written=of_gated),
+        "outer two": Call("outer", (x_TD, blocks, lows, None, keep, of_x), {"transposed": True}, of_x),
+        "outer one": Call("outer", (x_TD, blocks, (dy_low,), inputs.weight, None, of_dy), {"transposed": False}, of_dy),
+        "sum_chunks": Call("sum_chunks", (normal(len(blocks.chunks), 3 * case.ffn, dtype=torch.float32), blocks, case.pair_dtype)),
     }
 
 
 def widened(value: Any) -> Any:
-    """The same values in float64."""
+    """The same values in float64; parts of chunks stay what they are, because they are written to."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, LowRankTerm | GatedInputs):
@@ -130,12 +150,17 @@ def widened(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) else value
 
 
-def results(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], blocks: AssignmentBlocks) -> list[Tensor | None]:
-    """What a pass returns, of assignments only those on this rank."""
-    found = function(*args, **kwargs)
+def results(module: ModuleType, call: Call, args: tuple[Any, ...], blocks: AssignmentBlocks) -> list[Tensor | None]:
+    """What a pass returns, of assignments only those on this rank, and what it writes, of chunks only those with rows."""
+    for part in call.written:
+        part.fill_(math.nan)
+    found = getattr(module, call.pass_name)(*args, **call.kwargs)
     here, rows = int(blocks.order.starts[-1]), blocks.order.num_assignments
+    returned = found if isinstance(found, tuple) else () if found is None else (found,)
+    chunks = int(blocks.first_chunk[-1])
     return [
-        value[:here] if value is not None and len(value) == rows else value for value in (found if isinstance(found, tuple) else (found,))
+        *(value[:here] if value is not None and len(value) == rows else value for value in returned),
+        *(part[:chunks].clone() for part in call.written),
     ]
 
 
@@ -143,14 +168,14 @@ def results(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 def test_passes(name: str, device: torch.device) -> None:
     case = CASES[name]
     inputs = Inputs(case, device)
-    for call, (name_of_pass, args, kwargs) in calls(inputs).items():
-        got = results(getattr(passes, name_of_pass), args, kwargs, inputs.blocks)
-        want = results(getattr(passes_reference, name_of_pass), tuple(map(widened, args)), kwargs, inputs.blocks)
+    for what, call in calls(inputs).items():
+        args = tuple(arg if arg is call.written else widened(arg) for arg in call.args)
+        got, want = results(passes, call, call.args, inputs.blocks), results(passes_reference, call, args, inputs.blocks)
         for place, (mine, theirs) in enumerate(zip(got, want, strict=True)):
-            assert (mine is None) == (theirs is None), (call, place)
+            assert (mine is None) == (theirs is None), (what, place)
             if mine is not None and theirs is not None:
-                assert mine.isfinite().all(), f"{call}: result {place} is not finite"
-                assert_close(mine, theirs, TOLERANCE[case.dtype], f"{call}: result {place}")
+                assert mine.isfinite().all(), f"{what}: result {place} is not finite"
+                assert_close(mine, theirs, TOLERANCE[case.dtype], f"{what}: result {place}")
 
 
 def test_a_hot_slot_has_several_chunks(device: torch.device) -> None:
