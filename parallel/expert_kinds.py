@@ -48,6 +48,22 @@ class LoraShape:
     dropout: float
     source: str = "plain"
     """one of `PAIR_SIZES`"""
+    eta: float | None = None
+    """of the gradient rule row_norm (`hecate.kernels.common.low_rank.row_factors`); None: there is no rule"""
+
+    @property
+    def widest(self) -> int:
+        """The rank that kernels must be able to take: the rule row_norm multiplies with two matrices B side by side."""
+        return self.rank if self.eta is None else 2 * self.rank
+
+    @property
+    def trains_a(self) -> bool:
+        """Whether A of an adapter on a linear layer trains; otherwise it is drawn from the layer's name and stays fixed."""
+        return self.source not in FIXED_A_SOURCES
+
+
+FIXED_A_SOURCES = frozenset({"fixed_a"})
+"""the sources by which A is fixed not only in experts, but in the attention's adapters, too"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,10 @@ class PairSizes:
     """what is trained: owned, gathered and reduced as the pairs' part of the expert's chunk"""
     flops: float
     """forward FLOPs of one assignment in the products with the pairs, however few numbers of them are trained"""
+    seeded: tuple[TensorSpec, ...] = ()
+    """what every rank draws from names, once for all experts of a unit: it is not owned, never travels, and is never stored"""
+    spared_flops: float = 0.0
+    """backward FLOPs of one assignment in gradients that plain pairs have and these have not"""
 
     @property
     def trained_numel(self) -> int:
@@ -76,7 +96,15 @@ def plain_pairs(sizes: FfnSizes, projections: Iterable[str], lora: LoraShape) ->
     return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs))
 
 
-PAIR_SIZES: dict[str, Callable[[FfnSizes, Iterable[str], LoraShape], PairSizes]] = {"plain": plain_pairs}
+def fixed_a_pairs(sizes: FfnSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
+    """Of pairs whose B alone is trained (FFA-LoRA, arXiv 2403.12313). The products with A are computed, but not its gradient."""
+    whole = plain_pairs(sizes, projections, lora)
+    seeded = tuple(spec for spec in whole.trained if spec.name.endswith(".A"))
+    trained = tuple(spec for spec in whole.trained if spec.name.endswith(".B"))
+    return PairSizes(trained, whole.flops, seeded, 2.0 * sum(spec.numel for spec in seeded))
+
+
+PAIR_SIZES: dict[str, Callable[[FfnSizes, Iterable[str], LoraShape], PairSizes]] = {"plain": plain_pairs, "fixed_a": fixed_a_pairs}
 """by the name of the pair source; what computes with it is in `hecate.experts.families.PAIR_SOURCES`"""
 
 
@@ -154,13 +182,14 @@ class ExpertKind:
         trained = sizes.specs() if self.ffn == "trained" else ()
         return ExpertLayout((*trained, *pairs.trained), sizes.specs() if self.ffn == "frozen" else ())
 
-    def parameters(self, ffn: int, pairs: int, pair_flops: float) -> ExpertParameters:
+    def parameters(self, ffn: int, pairs: int, pair_flops: float, spared_flops: float = 0.0) -> ExpertParameters:
         """Parameters of one expert.
 
         Args:
             ffn: of one FFN, the expert's own or the one that all share.
             pairs: of one expert's pairs, those that are trained.
             pair_flops: see `PairSizes.flops`.
+            spared_flops: see `PairSizes.spared_flops`.
         """
         return ExpertParameters(
             trained_ffn=ffn if self.ffn == "trained" else 0,
@@ -168,7 +197,7 @@ class ExpertKind:
             shared_ffn=ffn if self.ffn == "shared" else 0,
             pairs=pairs if self.has_pairs else 0,
             pair_flops=pair_flops if self.has_pairs else 0.0,
-            pair_backward=self.pair_backward,
+            pair_backward=self.pair_backward - (spared_flops / pair_flops if pair_flops else 0.0),
         )
 
 

@@ -6,7 +6,7 @@ The reference of the equivalence suite. It shares no code with hecate: only the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,23 +16,42 @@ from torch import Tensor, nn
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return (x @ a.T) @ b.T
+
+
 class PlainLora(nn.Module):
-    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float, *, of: Product = product, trains_a: bool = True) -> None:
         super().__init__()
-        self.base, self.scale = base, scale
-        self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+        self.base, self.scale, self.of = base, scale, of
+        self.a, self.b = nn.Parameter(a.clone(), requires_grad=trains_a), nn.Parameter(b.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scale * (x @ self.a.T) @ self.b.T
+        return self.base(x) + self.scale * self.of(x, self.a, self.b)
 
 
 class PlainMixlora(nn.Module):
     """One expert after the other over all of its tokens; the whole FFN for each."""
 
     def __init__(
-        self, mlp: Any, router: Tensor, bias: Tensor, experts: list[dict[str, Tensor]], scale: float, top_k: int, logit_scale: float
+        self,
+        mlp: Any,
+        router: Tensor,
+        bias: Tensor,
+        experts: list[dict[str, Tensor]],
+        scale: float,
+        top_k: int,
+        logit_scale: float,
+        *,
+        of: Product = product,
+        fixed: dict[str, Tensor] | None = None,
     ) -> None:
+        """`fixed`: what all experts have alike and do not train, by the names that `experts` would have it under."""
         super().__init__()
+        self.of, self.fixed = of, {} if fixed is None else fixed
         self.mlp, self.scale, self.top_k, self.logit_scale = mlp, scale, top_k, logit_scale
         self.router, self.bias = nn.Parameter(router.clone()), bias
         self.experts = nn.ModuleList(
@@ -58,8 +77,8 @@ class PlainMixlora(nn.Module):
         return y.view_as(hidden)
 
     def _linear(self, expert: Any, name: str, x: Tensor) -> Tensor:
-        out = getattr(self.mlp, name)(x)
-        return out + self.scale * (x @ expert[f"{name}_A"].T) @ expert[f"{name}_B"].T
+        a = self.fixed[f"{name}.A"] if self.fixed else expert[f"{name}_A"]
+        return getattr(self.mlp, name)(x) + self.scale * self.of(x, a, expert[f"{name}_B"])
 
 
 def plain_aux(layers: Sequence[Any]) -> Tensor:

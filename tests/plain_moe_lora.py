@@ -105,6 +105,11 @@ class PlainMoeLora:
         self.logits.append(outputs[0])
         self.chosen.append(outputs[2])
 
+    def freeze_a(self) -> None:
+        for parts in (*self.chunks.values(), self.others):
+            for name, parameter in parts.items():
+                parameter.requires_grad_(not (name.endswith(".A") or "lora_A" in name))
+
     def parameters(self) -> list[nn.Parameter]:
         return [p for parts in self.chunks.values() for p in parts.values()] + list(self.others.values())
 

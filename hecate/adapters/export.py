@@ -36,7 +36,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
     return AdapterConfig(
         base_model_name_or_path=config.model.name_or_path,
         r=config.lora.r,
-        alpha=int(config.lora.alpha),
+        alpha=config.lora.stored_alpha,
         dropout=float(config.lora.dropout),
         target_modules=config.lora.target_modules,
         num_layers=num_layers,
@@ -91,8 +91,7 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
             chunk.copy_(pairs.chunk_of(expert, {name: (tensors[name_a], tensors[name_b]) for name, (name_a, name_b) in names.items()}))
         for (layer, module), lora in moe.attention.items():
             name = module.rpartition(".")[2]
-            lora.lora_A.copy_(tensors[attention_tensor_name(layer, name, "A")])
-            lora.lora_B.copy_(tensors[attention_tensor_name(layer, name, "B")])
+            lora.set_pair(tensors[attention_tensor_name(layer, name, "A")], tensors[attention_tensor_name(layer, name, "B")])
 
 
 def gather_on_first(moe: MoeModel, unit: Unit, ranks: Ranks) -> Tensor | None:

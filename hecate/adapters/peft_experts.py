@@ -47,7 +47,7 @@ def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
     return PeftMoeConfig(
         base_model_name_or_path=config.model.name_or_path,
         r=config.lora.r,
-        alpha=int(config.lora.alpha),
+        alpha=config.lora.stored_alpha,
         use_rslora=config.lora.use_rslora,
         target_modules=tuple(name for name in config.lora.target_modules if name not in PROJECTIONS),
         target_parameters=tuple(f"{end}.{name}" for end in ends for name in projections),
@@ -84,7 +84,7 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
     """Set routers, attention adapters and this rank's owned pairs from an adapter's tensors.
 
     Raises:
-        UserError: a tensor is missing, superfluous or of another shape than the model needs.
+        UserError: a tensor is missing, superfluous or of another shape than the model needs, or is fixed in the model and another there.
     """
     wanted = _shapes(moe, base)
     if missing := sorted(set(wanted) - set(tensors)):
@@ -94,6 +94,13 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
+    try:
+        _set_values(moe, base, tensors)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _set_values(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor]) -> None:
     blocks = {Unit(layer.block.layer): layer.block for layer in base.own_experts}
     with torch.no_grad():
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
@@ -107,8 +114,7 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
             router.copy_(tensors[saved_name(blocks[unit].router_path)])
         for key, lora in moe.attention.items():
             name_a, name_b = linear_names(_linear_path(base, key))
-            lora.lora_A.copy_(tensors[name_a])
-            lora.lora_B.copy_(tensors[name_b])
+            lora.set_pair(tensors[name_a], tensors[name_b])
 
 
 def begin_with(config: Config, base: BaseModel, moe: MoeModel) -> None:

@@ -55,7 +55,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     data = replace(config.data, train=_named(config.data.train), eval=_named(config.data.eval))
-    return replace(config, data=data, moe=_with_defaults(config))
+    lora = replace(config.lora, alpha=float(config.lora.stored_alpha)) if config.lora.gradient_rule == "none" else config.lora
+    return replace(config, data=data, lora=lora, moe=_with_defaults(config))
 
 
 def _with_defaults(config: Config) -> MoeConfig:

@@ -34,6 +34,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
         add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files can store no other")
     _check_experts(values, add)
     _check_kind(values, add)
+    _check_gradient_rule(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
     _check_shard_size(values, add)
@@ -113,6 +114,9 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     for key, leaf in LEAVES.items():
         if leaf.family not in (None, kind.name) and key in values and values[key] != leaf.default:
             add(key, f"applies to moe.family={leaf.family} only, but the family is {kind.name}", "leave it out")
+    for key in ("lora.pairs", "lora.gradient_rule"):
+        if not kind.has_pairs and key in values and values[key] != LEAVES[key].default:
+            add(key, f"is about low-rank pairs, which experts of moe.family={kind.name} do not have, got {values[key]}", "leave it out")
     if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):
         what = "cannot restore the weights that model.shard_non_experts stores on a lost rank only"
         add("fssdp.redundancy", what, "set only one of the two")
@@ -120,6 +124,25 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     if kind.joins_gate_and_up and len(targets & {"gate_proj", "up_proj"}) == 1:
         hint = "experts of MoE models hold gate and up as one matrix with one adapter: name both, or neither"
         add("lora.target_modules", f"names {(targets & {'gate_proj', 'up_proj'}).pop()} alone", hint)
+
+
+def _check_gradient_rule(values: Mapping[str, Any], add: Add) -> None:
+    rule, eta = values.get("lora.gradient_rule"), values.get("lora.eta")
+    if rule == "none" and eta is not None:
+        add("lora.eta", f"is read with lora.gradient_rule=row_norm only, got {eta}", "leave it out, or set the rule")
+    if rule != "row_norm":
+        return
+    if "lora.eta" in values and eta is None:
+        add("lora.eta", "must be given with lora.gradient_rule=row_norm", "ALLoRA's own values are 1, 1.414 and 2")
+    if values.get("lora.alpha") is not None:
+        hint = "leave it out: the rule has eta in its place"
+        add("lora.alpha", f"has no meaning with lora.gradient_rule=row_norm, got {values['lora.alpha']}", hint)
+    if values.get("lora.use_rslora"):
+        add("lora.use_rslora", "has no meaning with lora.gradient_rule=row_norm, which scales nothing", "leave it out")
+    if values.get("lora.dropout"):
+        add("lora.dropout", f"must be 0 with lora.gradient_rule=row_norm, got {values['lora.dropout']}", "set lora.dropout=0")
+    if values.get("kernels") == "triton" and values.get("lora.r", 0) > 128:
+        add("kernels", f"triton takes LoRA ranks up to 128 with lora.gradient_rule=row_norm, but lora.r is {values['lora.r']}", "use auto")
 
 
 def _or_default(values: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -94,14 +94,20 @@ class DataConfig:
 class LoraConfig:
     r: int = field(default=16, metadata=key(COUNT))
     """The LoRA rank of every adapter, in experts and in attention."""
-    alpha: float = field(default=32.0, metadata=key(POSITIVE))
-    """The adapter's output is scaled by alpha / r."""
+    alpha: float | None = field(default=None, metadata=key(POSITIVE))
+    """The adapter's output is scaled by alpha / r. null: 32, or with gradient_rule row_norm, which allows no other, no scaling."""
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
-    pairs: Literal["plain"] = "plain"
-    """What of an expert's pair is trained; see docs/extend/pair-source.md. plain: A and B."""
+    pairs: Literal["plain", "fixed_a"] = "plain"
+    """What of a pair is trained; see docs/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
+    all experts of a layer; the attention's adapters, too."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
+    gradient_rule: Literal["none", "row_norm"] = "none"
+    """What happens to gradients on their way to A and B; see docs/systems.md. row_norm: that of each output row is multiplied by
+    1 / sqrt(norm of the row of B A + 1 / eta^2), as in ALLoRA; it needs eta, dropout 0 and no alpha."""
+    eta: float | None = field(default=None, metadata=key(POSITIVE))
+    """With gradient_rule row_norm: the factor of rows where B is zero. ALLoRA's values are 1, sqrt(2) and 2."""
     init_from: str | None = field(default=None, metadata=key(computes=False, family="moe_lora"))
     """With family moe_lora: a folder with an adapter of hecate or PEFT, from whose values training starts. null: new adapters."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -111,9 +117,18 @@ class LoraConfig:
     @property
     def shape(self) -> LoraShape:
         """What pair sources and adapters are made by."""
-        return LoraShape(self.r, self.alpha / (self.r**0.5 if self.use_rslora else self.r), self.dropout, self.pairs)
+        scale = self.stored_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        return LoraShape(self.r, scale, self.dropout, self.pairs, self.eta)
+
+    @property
+    def stored_alpha(self) -> int:
+        """alpha as adapter files hold it: by it and r their readers scale. Where there is no alpha, it is r."""
+        if self.alpha is not None:
+            return int(self.alpha)
+        return DEFAULT_ALPHA if self.gradient_rule == "none" else self.r
 
 
+DEFAULT_ALPHA = 32
 DEFAULT_EXPERTS, DEFAULT_TOP_K = 8, 2
 """the counts for a base model that has no experts of its own"""
 

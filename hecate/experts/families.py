@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hecate.experts.family import ExpertChoices, FfnExperts, FfnSource, Site
+from hecate.experts.fixed_a import FixedA
 from hecate.experts.full import FullExperts, noisy_copies
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
@@ -42,7 +43,7 @@ def _plain(site: Site, lora: LoraShape, projections: tuple[str, ...]) -> PairSou
     return PlainPairs(lora, projections, FfnSizes(site.shape.hidden, site.shape.ffn))
 
 
-PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]] = {"plain": _plain}
+PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]] = {"plain": _plain, "fixed_a": FixedA}
 """by the name that `lora.pairs` gives; what each trains is in `hecate.parallel.expert_kinds.PAIR_SIZES`"""
 
 

@@ -179,7 +179,7 @@ class FfnExperts(ABC):
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
         pairs = self._pair_sizes
         return expert_layer_cost(
-            self.kind.parameters(self.site.shape.numel, pairs.trained_numel, pairs.flops),
+            self.kind.parameters(self.site.shape.numel, pairs.trained_numel, pairs.flops, pairs.spared_flops),
             hidden=self.site.shape.hidden,
             top_k=top_k,
             number=number_bytes(self.kind, master=self.site.master_dtype.itemsize, computed=self.site.compute_dtype.itemsize),
@@ -201,4 +201,4 @@ class FfnExperts(ABC):
         return Dropout(rate, dropout_key(self.site.seed, step, *unit_numbers(self.site.unit)))
 
     def _kernels(self, x_TD: Tensor) -> ExpertKernels:
-        return expert_kernels(self.site.kernels, x_TD, 0 if self._pairs is None else self._pairs.lora.rank)
+        return expert_kernels(self.site.kernels, x_TD, 0 if self._pairs is None else self._pairs.lora.widest)

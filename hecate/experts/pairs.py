@@ -70,7 +70,7 @@ class PlainPairs:
         parts = replicas_SC.split_with_sizes([spec.numel for spec in self.sizes.trained], dim=1)
         views = [part.view(-1, *spec.shape) for part, spec in zip(parts, self.sizes.trained, strict=True)]
         pairs = zip(self.projections, views[::2], views[1::2], strict=True)
-        return {projection: LowRankPairs(a_SrI, b_SOr, self.lora.scale) for projection, a_SrI, b_SOr in pairs}
+        return {projection: LowRankPairs(a_SrI, b_SOr, self.lora.scale, self.lora.eta) for projection, a_SrI, b_SOr in pairs}
 
     def chunk_of(self, expert: int, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         return torch.cat([matrix.flatten() for projection in self.projections for matrix in pairs[projection]])

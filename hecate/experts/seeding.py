@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from hecate.errors import UserError
 from hecate.parallel.units import FFN, Unit
 
 
@@ -25,6 +26,19 @@ def linear_weight(outputs: int, inputs: int, source: torch.Generator) -> Tensor:
     """float64 [outputs, inputs]: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(inputs), 1/sqrt(inputs)), as torch's nn.Linear."""
     bound = 1 / math.sqrt(inputs)
     return torch.empty(outputs, inputs, dtype=torch.float64).uniform_(-bound, bound, generator=source)
+
+
+def require_drawn(given_rI: Tensor, drawn_rI: Tensor, what: str) -> None:
+    """Compare the A of an adapter with the one that its seed draws, in float32, in which adapters are written.
+
+    Raises:
+        UserError: they differ. `what` names the pair in the message.
+    """
+    if not torch.equal(given_rI.to(torch.float32).cpu(), drawn_rI.to(torch.float32).cpu()):
+        raise UserError(
+            f"lora.pairs: fixed_a: the adapter's A of {what} is not the one that the configured seed draws, and only B would be trained\n"
+            "  give the seed of the run that trained the adapter, or lora.pairs=plain, which trains the adapter's own A on"
+        )
 
 
 def _number(*name: int | str) -> int:

@@ -231,7 +231,7 @@ def _attention_seconds(run: RunShape) -> float:
     forwards = 2 if config.gradient_checkpointing else 1
     flops = 0.0
     for layer in run.base.layers:
-        trained = 2.0 * adapter_parameters(layer, config) + 2.0 * config.data.seq_len * layer.query_width
+        trained = 2.0 * sum(adapter_parameters(layer, config)) + 2.0 * config.data.seq_len * layer.query_width
         flops += (forwards + (2 if run.trains_non_experts else 1)) * 2.0 * layer.linear_parameters + (forwards + 2) * trained
     return flops * run.tokens * config.gradient_accumulation_steps / min(run.topology.flops)
 

@@ -64,6 +64,7 @@ def memory_parts(
     for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
         frozen += (owned_experts(group, run) + others_D) * group.cost.frozen_bytes
     replicated = np.full(world, float((run.replicated_parameters + run.parts_parameters) * run.master_bytes))
+    seeded = np.full(world, float(run.seeded_parameters * run.master_bytes))
     base = _base_bytes(run)
     saved = _saved_bytes(run, served_tokens_D)
     nothing = np.zeros(world)
@@ -72,6 +73,7 @@ def memory_parts(
         *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
         MemoryPart("owned experts, moments", np.stack([STATE_NUMBERS * owned] * 3)),
         MemoryPart("routers, adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
+        *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
         MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + replicated])),
         MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, served_tokens_D), nothing])),

@@ -15,7 +15,7 @@ from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.expert_cost import expert_layer_cost, number_bytes
-from hecate.parallel.expert_kinds import PAIR_SIZES, PROJECTIONS, FfnSizes
+from hecate.parallel.expert_kinds import PAIR_SIZES, PROJECTIONS, FfnSizes, PairSizes
 from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_cards import RankDevice, SeenTopology, topology_of_devices
@@ -85,7 +85,16 @@ class RunShape:
         routers = self._routers if self.config.moe.trains_routers else 0
         if self.trains_non_experts:
             return routers + self._outside_experts - self.tensor_parallel * self.parts_parameters
-        return routers + sum(adapter_parameters(layer, self.config) for layer in self.base.layers)
+        return routers + sum(b + (a if self.config.lora.shape.trains_a else 0) for a, b in self._adapters)
+
+    @property
+    def seeded_parameters(self) -> int:
+        """The numbers of low-rank pairs that every rank draws from names and keeps as they are."""
+        if not self.config.moe.kind.has_pairs:
+            return 0
+        experts = zip(self.base.layers, self.config.moe.experts_per_layer(len(self.base.layers)), strict=True)
+        of_experts = sum(spec.numel for layer, number in experts if number for spec in pair_sizes(layer, self.config).seeded)
+        return of_experts + (0 if self.config.lora.shape.trains_a else sum(a for a, _ in self._adapters))
 
     @property
     def trains_non_experts(self) -> bool:
@@ -118,6 +127,11 @@ class RunShape:
         routers = [layer.hidden * layer.experts if self.config.moe.trains_routers else 0 for layer in layers]
         experts = [3 * layer.hidden * layer.ffn * layer.experts for layer in layers]
         return tuple(layer.parameters - e - r for layer, e, r in zip(layers, experts, routers, strict=True))
+
+    @property
+    def _adapters(self) -> list[tuple[int, int]]:
+        """The parameters of A and of B of each layer's adapters outside its experts."""
+        return [adapter_parameters(layer, self.config) for layer in self.base.layers]
 
     @property
     def _routers(self) -> int:
@@ -171,10 +185,9 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
 
 def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> LayerCost:
     """Return the cost of a layer with which the engine plans (`hecate.experts.family.ExpertFamily.cost`)."""
-    kind, sizes = config.moe.kind, FfnSizes(layer.hidden, layer.ffn)
-    pairs = PAIR_SIZES[config.lora.pairs](sizes, kind.projections(config.lora.target_modules), config.lora.shape)
+    kind, sizes, pairs = config.moe.kind, FfnSizes(layer.hidden, layer.ffn), pair_sizes(layer, config)
     return expert_layer_cost(
-        kind.parameters(sum(spec.numel for spec in sizes.specs()), pairs.trained_numel, pairs.flops),
+        kind.parameters(sum(spec.numel for spec in sizes.specs()), pairs.trained_numel, pairs.flops, pairs.spared_flops),
         hidden=layer.hidden,
         top_k=config.moe.experts_per_token,
         number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
@@ -182,12 +195,19 @@ def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
     )
 
 
-def adapter_parameters(layer: LayerShape, config: Config) -> int:
-    """Return the parameters of the LoRA pairs on a layer's attention; 0 for kinds of experts without pairs."""
+def pair_sizes(layer: LayerShape, config: Config) -> PairSizes:
+    """Return what is trained of the low-rank pairs of one of a layer's experts, and what they cost."""
+    projections = config.moe.kind.projections(config.lora.target_modules)
+    return PAIR_SIZES[config.lora.pairs](FfnSizes(layer.hidden, layer.ffn), projections, config.lora.shape)
+
+
+def adapter_parameters(layer: LayerShape, config: Config) -> tuple[int, int]:
+    """Return the parameters of A and of B of the LoRA pairs on a layer's attention; 0 for kinds of experts without pairs."""
     if not config.moe.kind.has_pairs:
-        return 0
+        return 0, 0
     targets = set(config.lora.target_modules) - (set(PROJECTIONS) if layer.experts else set())  # shared experts have none
-    return sum(config.lora.r * (outputs + inputs) for name, outputs, inputs in layer.linears if name in targets)
+    adapted = [(inputs, outputs) for name, outputs, inputs in layer.linears if name in targets]
+    return config.lora.r * sum(inputs for inputs, _ in adapted), config.lora.r * sum(outputs for _, outputs in adapted)
 
 
 def _base_shape(config: Config) -> BaseShape:

@@ -61,8 +61,7 @@ class MoeModel:
         for unit, router in self.routers.items():
             named[f"layers.{unit}.router"] = router
         for (layer, module), lora in sorted(self.attention.items()):
-            named[f"layers.{layer}.{module}.A"] = lora.lora_A
-            named[f"layers.{layer}.{module}.B"] = lora.lora_B
+            named |= {f"layers.{layer}.{module}.{matrix}": parameter for matrix, parameter in lora.trained().items()}
         alike = self.others if self.parts is None else {name: p for name, p in self.others.items() if name not in self.parts.parameters}
         return named | alike
 

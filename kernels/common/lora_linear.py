@@ -20,6 +20,7 @@ from hecate.kernels.common.device_functions import dropout_keep, dropout_word
 from hecate.kernels.common.dropout import TokenDropout
 from hecate.kernels.common.kernel_launch import Launch
 from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, num_blocks, padded_rank
+from hecate.kernels.common.low_rank import row_factors, scaled_rows
 
 CHUNK_ROWS = 1024
 """the tokens whose part of the gradients of A and B one program sums"""
@@ -208,12 +209,13 @@ def lora_linear_triton(
     b_Or: Tensor,
     scale: float,
     dropout: TokenDropout | None = None,
+    eta: float | None = None,
 ) -> Tensor:
     """As `hecate.kernels.common.low_rank.lora_linear`, on CUDA tensors, or on the CPU under TRITON_INTERPRET=1; not in float64.
 
     Ranks are 1 to 256.
     """
-    return _TritonLoraLinear.apply(x_TI.contiguous(), weight_OI, bias_O, a_rI, b_Or, scale, dropout)
+    return _TritonLoraLinear.apply(x_TI.contiguous(), weight_OI, bias_O, a_rI, b_Or, scale, dropout, eta)
 
 
 class _TritonLoraLinear(torch.autograd.Function):
@@ -227,8 +229,9 @@ class _TritonLoraLinear(torch.autograd.Function):
         b_Or: Tensor,
         scale: float,
         dropout: TokenDropout | None,
+        eta: float | None,
     ) -> Tensor:
-        ctx.dropout, ctx.scale = dropout, scale * (1.0 if dropout is None else dropout.dropout.scale)
+        ctx.dropout, ctx.scale, ctx.eta = dropout, scale * (1.0 if dropout is None else dropout.dropout.scale), eta
         y_TO = F.linear(x_TI, weight_OI, bias_O)
         low_Tr = _shrink(x_TI, a_rI, ctx.scale, dropout)
         y_TO.addmm_(low_Tr, b_Or.to(x_TI.dtype).T)
@@ -239,13 +242,16 @@ class _TritonLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight_OI, a_rI, b_Or, low_Tr = ctx.saved_tensors
         dy_TO = grads[0].contiguous()
-        dlow_Tr = _shrink(dy_TO, b_Or.T, ctx.scale, None)
-        da_rI, db_Or = _pair_gradients(dlow_Tr, x_TI, low_Tr, dy_TO, ctx.dropout, a_rI.dtype)
-        dx_TI = None
+        factor_O = row_factors(a_rI, b_Or, ctx.eta)
+        dlow_Tr = of_a_Tr = _shrink(dy_TO, b_Or.T, ctx.scale, None)
+        if factor_O is not None and ctx.needs_input_grad[3]:
+            of_a_Tr = _shrink(dy_TO, scaled_rows(b_Or, factor_O).T, ctx.scale, None)
+        da_rI, db_Or = _pair_gradients(of_a_Tr if ctx.needs_input_grad[3] else None, x_TI, low_Tr, dy_TO, ctx.dropout, a_rI.dtype)
+        db_Or, dx_TI = scaled_rows(db_Or, factor_O), None
         if ctx.needs_input_grad[0]:
             dx_TI = dy_TO @ weight_OI
             _add(dx_TI, dlow_Tr, a_rI, ctx.dropout)
-        return dx_TI, None, None, da_rI, db_Or, None, None
+        return dx_TI, None, None, da_rI, db_Or, None, None, None
 
 
 def _shrink(x_TC: Tensor, matrix_rC: Tensor, scale: float, dropout: TokenDropout | None) -> Tensor:
@@ -298,10 +304,11 @@ def _add(out_TN: Tensor, low_Tr: Tensor, a_rN: Tensor, dropout: TokenDropout | N
 
 
 def _pair_gradients(
-    dlow_Tr: Tensor, x_TI: Tensor, low_Tr: Tensor, dy_TO: Tensor, dropout: TokenDropout | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return dlow' drop(x), [r, I], and dy' low, [O, r]."""
-    (tokens, rank), inputs, outputs = low_Tr.shape, x_TI.shape[1], dy_TO.shape[1]
+    dlow_Tr: Tensor | None, x_TI: Tensor, low_Tr: Tensor, dy_TO: Tensor, dropout: TokenDropout | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """Return dlow' drop(x), [r, I], or None without dlow, and dy' low, [O, r]."""
+    # Without A's gradient there are no blocks of inputs.
+    (tokens, rank), inputs, outputs = low_Tr.shape, 0 if dlow_Tr is None else x_TI.shape[1], dy_TO.shape[1]
     config = _config("lora_outer", rank, x_TI)
     chunks = num_blocks(tokens, CHUNK_ROWS)
     parts = x_TI.new_empty((chunks, rank * (inputs + outputs)), dtype=torch.float32)
@@ -325,7 +332,7 @@ def _pair_gradients(
         config.num_stages,
     ).run()
     da, db = parts.sum(0).to(dtype).split_with_sizes((rank * inputs, rank * outputs))
-    return da.view(rank, inputs), db.view(outputs, rank)
+    return None if dlow_Tr is None else da.view(rank, inputs), db.view(outputs, rank)
 
 
 def _config(name: str, rank: int, like: Tensor) -> LaunchConfig:

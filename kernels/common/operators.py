@@ -20,18 +20,28 @@ from hecate.kernels.common.ffn import PROJECTIONS
 from hecate.kernels.common.low_rank import LowRankPairs
 
 
-def pack_pairs(pairs: dict[str, LowRankPairs], dropout: Dropout | None) -> tuple[list[Tensor], str, list[float]]:
-    """Return the A and B of each projection with a pair, in the order of `PROJECTIONS`, their names, and their scales times dropout's."""
+def pack_pairs(pairs: dict[str, LowRankPairs], dropout: Dropout | None) -> tuple[list[Tensor], str, list[float], list[float], bool]:
+    """Return the A and B of each projection with a pair, in the order of `PROJECTIONS`, their names, scales times dropout's, and etas.
+
+    An eta of 0 stands for none. The last value is whether A trains: not where B alone requires a gradient.
+    """
     grow = 1.0 if dropout is None else dropout.scale
     names = [name for name in PROJECTIONS if name in pairs]
     matrices = [matrix for name in names for matrix in (pairs[name].a_SrI, pairs[name].b_SOr)]
-    return matrices, " ".join(names), [pairs[name].scale * grow for name in names]
+    scales, etas = [pairs[name].scale * grow for name in names], [pairs[name].eta or 0.0 for name in names]
+    of_a, of_b = (any(matrix.requires_grad for matrix in matrices[first::2]) for first in (0, 1))
+    return matrices, " ".join(names), scales, etas, of_a or not of_b
 
 
-def unpack_pairs(matrices: Sequence[Tensor], projections: str, scales: Sequence[float]) -> dict[str, LowRankPairs]:
+def unpack_pairs(matrices: Sequence[Tensor], projections: str, scales: Sequence[float], etas: Sequence[float]) -> dict[str, LowRankPairs]:
     """Return the pairs that `pack_pairs` has packed, or gradients in the same order. The scales include dropout's."""
-    each = zip(projections.split(), matrices[0::2], matrices[1::2], scales, strict=True)
-    return {name: LowRankPairs(a, b, scale) for name, a, b, scale in each}
+    each = zip(projections.split(), matrices[0::2], matrices[1::2], scales, etas, strict=True)
+    return {name: LowRankPairs(a, b, scale, eta or None) for name, a, b, scale, eta in each}
+
+
+def gradients_of_pairs(gradients: Sequence[Tensor], *, of_a: bool) -> list[Tensor | None]:
+    """Return an operator's gradients of A and B in the order of `pack_pairs`. Without those of A, which is then fixed, they are None."""
+    return list(gradients) if of_a else [each for of_b in gradients for each in (None, of_b)]
 
 
 def split_like(all_NC: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ Shapes: T tokens, D hidden, F ffn hidden, K assignments of a token, S slots, P p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,16 @@ from hecate.kernels.common.combine import combine
 from hecate.kernels.common.dropout import Dropout, FfnDropout, RowDropout
 from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.common.launch_config import padded_rank
-from hecate.kernels.common.low_rank import LowRankPairs, LowRankTerm, separate_gate_and_up
-from hecate.kernels.common.operators import DifferentiableOperator, Operator, keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
+from hecate.kernels.common.low_rank import LowRankPairs, LowRankTerm, row_factors, scaled_rows, separate_gate_and_up
+from hecate.kernels.common.operators import (
+    DifferentiableOperator,
+    Operator,
+    gradients_of_pairs,
+    keep_for_backward,
+    kept_for_backward,
+    pack_pairs,
+    unpack_pairs,
+)
 from hecate.kernels.common.sorting import dropout_numbers, sorted_assignments, words_dropout, words_width
 from hecate.kernels.experts.gated import gate, gate_backward
 from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
@@ -71,6 +79,8 @@ def forward_passes(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
+    etas: Sequence[float],
+    trains_a: bool,
     dropped_levels: int,
     numbers: Sequence[Tensor],
     key: int,
@@ -79,12 +89,12 @@ def forward_passes(
     and the order's tensors.
 
     Args:
-        matrices, projections, scales: the results of `pack_pairs`.
+        matrices, projections, scales, etas, trains_a: the results of `pack_pairs`.
         dropped_levels: of dropout; 0: nothing is dropped.
         numbers, key: the results of `dropout_numbers`.
     """
     order, words = sorted_assignments(slot_TK, len(frozen_S), numbers, key)
-    inputs, down_pair = _padded(unpack_pairs(matrices, projections, scales), x_TD.dtype)
+    inputs, down_pair = _padded(unpack_pairs(matrices, projections, scales, etas), x_TD.dtype)
     if not frozen_S:
         gate_up_P, low_P = x_TD.new_empty((order.num_assignments, 2 * ffn)), x_TD.new_empty((order.num_assignments, _low_width(inputs)))
         return torch.zeros_like(x_TD), gate_up_P, low_P, words, *order.tensors()
@@ -122,11 +132,13 @@ def _(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
+    etas: Sequence[float],
+    trains_a: bool,
     dropped_levels: int,
     numbers: Sequence[Tensor],
     key: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pairs = unpack_pairs(matrices, projections, scales)
+    pairs = unpack_pairs(matrices, projections, scales, etas)
     ranks = [of.a_SrI.shape[1] for name, of in pairs.items() if name != "down_proj"]
     low = x_TD.new_empty((slot_TK.numel(), 2 * padded_rank(max(ranks)) if ranks else 0))
     words = slot_TK.new_empty((2, words_width(slot_TK.numel()) if numbers else 0), dtype=torch.int32)
@@ -145,30 +157,38 @@ def backward_passes(
     matrices: Sequence[Tensor],
     projections: str,
     scales: Sequence[float],
+    etas: Sequence[float],
+    trains_a: bool,
     dropped_levels: int,
 ) -> list[Tensor]:
     """Return the gradients of x, of the weights and of `matrices` in their order.
 
     Args:
         kept: the results of the forward operator other than y.
+        trains_a: whether A trains. Otherwise its gradients are left out.
     """
     if not frozen_S:
-        return [torch.zeros_like(x_TD), torch.zeros_like(weight_TK), *(torch.zeros_like(matrix) for matrix in matrices)]
+        return [torch.zeros_like(x_TD), torch.zeros_like(weight_TK), *(torch.zeros_like(matrix) for matrix in _trained(matrices, trains_a))]
     gate_up_P, low_P, words, *order_tensors = kept
     order = AssignmentOrder.of_tensors(order_tensors)
-    inputs, down_pair = _padded(unpack_pairs(matrices, projections, scales), x_TD.dtype)
+    pairs = unpack_pairs(matrices, projections, scales, etas)
+    inputs, down_pair = _padded(pairs, x_TD.dtype)
+    factors, scaled, of_a_down = _of_rule(pairs, x_TD.dtype) if any(etas) else ({}, inputs, down_pair)
     x_TD, dy_TD = x_TD.contiguous(), dy_TD.contiguous()
     gate_up, down = _frozen_weights(frozen_S, FfnShape(hidden, ffn, activation))
     drop_in, drop_down = _of_inputs(words_dropout(words, dropped_levels))
-    gradients = [matrix.new_empty(matrix.shape) for matrix in matrices]
-    of = unpack_pairs(gradients, projections, scales)
+    gradients = [matrix.new_empty(matrix.shape if trains_a or index % 2 else 0) for index, matrix in enumerate(matrices)]
+    of = unpack_pairs(gradients, projections, scales, etas)
 
     dh_PF, low_dy_P = _hidden_gradient(dy_TD, down, down_pair, order, drop_down)
     dgate_up_P, weighted_h_PF, dweight_TK = gate_backward(gate_up_P, dh_PF, weight_TK.contiguous(), order, activation)
     del dh_PF
     if down_pair is not None and low_dy_P is not None:
         da, db = of["down_proj"].a_SrI, of["down_proj"].b_SOr
-        grouped_wgrad(low_dy_P[:, : da.shape[1]], weighted_h_PF, order, da, drop_right=drop_down)
+        if trains_a:
+            if of_a_down is not None and of_a_down is not down_pair:
+                low_dy_P = _shrunk_gradient(dy_TD, of_a_down, order)
+            grouped_wgrad(low_dy_P[:, : da.shape[1]], weighted_h_PF, order, da, drop_right=drop_down)
         low_h_P = grouped_gemm(weighted_h_PF, stacked_weights(down_pair.a), order, GemmOptions(drop_x=drop_down, scales=down_pair.scales))
         grouped_wgrad(dy_TD, low_h_P[:, : db.shape[2]], order, db, gather="left")
     del weighted_h_PF
@@ -176,20 +196,39 @@ def backward_passes(
     if inputs is None:
         dx_PD = grouped_gemm(dgate_up_P, gate_up, order, GemmOptions(transposed=True))
     else:
-        dlow_P = grouped_gemm(dgate_up_P, stacked_weights(inputs.b), order, GemmOptions(transposed=True, halves=2, scales=inputs.scales))
+        options = GemmOptions(transposed=True, halves=2, scales=inputs.scales)
+        dlow_P = of_a_P = grouped_gemm(dgate_up_P, stacked_weights(inputs.b), order, options)
         term = LowRankTerm(dlow_P, inputs.a.transpose(1, 2))
         dx_PD = grouped_gemm(dgate_up_P, gate_up, order, GemmOptions(transposed=True, low_rank=term, drop_low=drop_in))
-        # One pass over x computes both.
-        da_in = torch.empty_like(inputs.a, dtype=matrices[0].dtype)
-        grouped_wgrad(dlow_P, x_TD, order, da_in, gather="right", drop_right=drop_in)
+        da_in = torch.empty_like(inputs.a, dtype=matrices[0].dtype) if trains_a else None
+        if da_in is not None:
+            if scaled is not None and scaled is not inputs:
+                of_a_P = grouped_gemm(dgate_up_P, stacked_weights(scaled.b), order, options)
+            # One pass over x computes both.
+            grouped_wgrad(of_a_P, x_TD, order, da_in, gather="right", drop_right=drop_in)
         for half, name in enumerate(_HALVES):
             if name in of:
                 da, db = of[name].a_SrI, of[name].b_SOr
-                span = slice(half * inputs.rank, half * inputs.rank + da.shape[1])
-                da.copy_(da_in[:, span])
+                span = slice(half * inputs.rank, half * inputs.rank + db.shape[2])
+                if da_in is not None:
+                    da.copy_(da_in[:, span])
                 dout_PF = dgate_up_P[:, half * ffn : (half + 1) * ffn]
                 grouped_wgrad(dout_PF, low_P[:, span], order, db, scale=inputs.scales[half])
-    return [combine(dx_PD, None, order), dweight_TK, *gradients]
+    for name, factor_SO in factors.items():
+        of[name].b_SOr.copy_(scaled_rows(of[name].b_SOr, factor_SO))
+    return [combine(dx_PD, None, order), dweight_TK, *_trained(gradients, trains_a)]
+
+
+def _trained(matrices: Sequence[Tensor], trains_a: bool) -> Sequence[Tensor]:
+    return matrices if trains_a else matrices[1::2]
+
+
+def _of_rule(
+    pairs: dict[str, LowRankPairs], dtype: torch.dtype
+) -> tuple[dict[str, Tensor | None], _PaddedPairs | None, _PaddedPairs | None]:
+    """Return the factors of each pair's rows, and what `_padded` does with B scaled by them, from which A's gradients come."""
+    factors = {name: row_factors(of.a_SrI, of.b_SOr, of.eta) for name, of in pairs.items()}
+    return factors, *_padded({name: replace(of, b_SOr=scaled_rows(of.b_SOr, factors[name])) for name, of in pairs.items()}, dtype)
 
 
 def _hidden_gradient(
@@ -198,9 +237,14 @@ def _hidden_gradient(
     """Return the gradient of each hidden state before the router's weight, [P, F], and with a pair scale · dy B_down, [P, R]."""
     if pair is None:
         return grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True)), None
-    low_dy_P = grouped_gemm(dy_TD, stacked_weights(pair.b), order, GemmOptions(gather=True, transposed=True, scales=pair.scales))
+    low_dy_P = _shrunk_gradient(dy_TD, pair, order)
     term = LowRankTerm(low_dy_P, pair.a.transpose(1, 2))
     return grouped_gemm(dy_TD, down, order, GemmOptions(gather=True, transposed=True, low_rank=term, drop_low=dropout)), low_dy_P
+
+
+def _shrunk_gradient(dy_TD: Tensor, pair: _PaddedPairs, order: AssignmentOrder) -> Tensor:
+    """Return scale · dy B_down of each assignment, [P, R]."""
+    return grouped_gemm(dy_TD, stacked_weights(pair.b), order, GemmOptions(gather=True, transposed=True, scales=pair.scales))
 
 
 moe_lora_backward = torch.library.custom_op("hecate::moe_lora_ffn_backward", backward_passes, mutates_args=())
@@ -217,9 +261,13 @@ def _(
     ffn: int,
     activation: str,
     matrices: Sequence[Tensor],
-    *_: Any,
+    projections: str,
+    scales: Sequence[float],
+    etas: Sequence[float],
+    trains_a: bool,
+    dropped_levels: int,
 ) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape) for tensor in (x_TD, weight_TK, *matrices)]
+    return [tensor.new_empty(tensor.shape) for tensor in (x_TD, weight_TK, *_trained(matrices, trains_a))]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -231,12 +279,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _gradients(backward: Callable[..., Any], ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Any, ...]:
     kept, *arguments = kept_for_backward(ctx)
     frozen_S, matrices = arguments[2], arguments[6]
-    dx_TD, dweight_TK, dmatrices = None, None, [None] * len(matrices)
+    dx_TD, dweight_TK = None, None
+    dmatrices: list[Tensor | None] = [None] * len(matrices)
     if dy_TD is not None:
-        dx_TD, dweight_TK, *dmatrices = backward(dy_TD, kept, *arguments)
+        dx_TD, dweight_TK, *gradients = backward(dy_TD, kept, *arguments)
+        dmatrices = gradients_of_pairs(gradients, of_a=arguments[10])
     # The gradient of an argument that is a list is a list.
     no_frozen, no_numbers = [None] * len(frozen_S), [None] * ctx.num_numbers
-    return dx_TD, None, dweight_TK, no_frozen, None, None, None, dmatrices, None, None, None, no_numbers, None
+    return dx_TD, None, dweight_TK, no_frozen, None, None, None, dmatrices, None, None, None, None, None, no_numbers, None
 
 
 moe_lora_operator = DifferentiableOperator(

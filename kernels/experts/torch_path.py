@@ -20,7 +20,7 @@ from torch import Tensor
 from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
 from hecate.kernels.common.dropout import Dropout, DropoutMasks, FfnDropout, ffn_dropout, masked
 from hecate.kernels.common.ffn import FfnShape, activation_backward_into, activation_into, gradient_dtype
-from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
+from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, row_factors, scaled_rows, shrunk_inputs
 
 _TILE_ROWS = 512
 """the assignments of a tile: enough rows to make reading an expert's weights, and adding to their gradients, cheap"""
@@ -69,7 +69,8 @@ def moe_lora_ffn(
     grow = 1.0 if of_rows is None else of_rows.scale
     inputs, down = shrunk_inputs(pairs, shape.ffn, grow), pairs.get("down_proj")
     down_scale = 0.0 if down is None else down.scale * grow
-    context = _MoeLoraContext(shape, tuple(frozen_S), tiles, tuple(inputs.values()), down_scale, of_rows)
+    down_eta = None if down is None else down.eta
+    context = _MoeLoraContext(shape, tuple(frozen_S), tiles, tuple(inputs.values()), down_scale, down_eta, of_rows)
     # Gate and up share their input, so one GEMM shrinks it for both.
     a_each = [pairs[name].a_SrI for name in inputs]
     a_in = None if not a_each else a_each[0] if len(a_each) == 1 else torch.cat(a_each, dim=1)
@@ -87,6 +88,7 @@ class _MoeLoraContext:
     tiles: list[Tile]
     inputs: tuple[ShrunkInput, ...]
     down_scale: float
+    down_eta: float | None
     dropout: FfnDropout | None
     """the dropout of each assignment, in the order of the tiles"""
 
@@ -185,8 +187,15 @@ class _MoeLoraFfn(torch.autograd.Function):
         shape, tiles = context.shape, context.tiles
         x_TD, weight_TK, gate_up_P, *pairs = ctx.saved_tensors
         a_in, a_down, b_down, *b_in = _converted(pairs, x_TD.dtype)
-        d_pairs: list[Any] = [None if p is None else torch.zeros_like(p) for p in pairs]
+        # A that does not train has no gradient.
+        d_pairs: list[Any] = [torch.zeros_like(p) if needed else None for p, needed in zip(pairs, ctx.needs_input_grad[3:], strict=True)]
         da_in, da_down, db_down, *db_in = d_pairs
+        factor_down, *factor_in = _factors(context, pairs)
+        of_a_down = b_down if factor_down is None else scaled_rows(pairs[2], factor_down).to(x_TD.dtype)
+        of_a_in = [
+            b if factor is None else scaled_rows(pair, factor).to(x_TD.dtype)
+            for b, pair, factor in zip(b_in, pairs[3:], factor_in, strict=True)
+        ]
         dy_TD = grads[0].contiguous()
         weight, dweight = weight_TK.flatten().to(x_TD.dtype), _weight_gradient(weight_TK, x_TD)
         dx_TD = torch.zeros_like(x_TD)
@@ -211,7 +220,9 @@ class _MoeLoraFfn(torch.autograd.Function):
                 dweight[tile.assignment] = _row_products(dh, h, scratch=dgate_up)
                 h_dropped = masked(h, keep, out=h)
                 low_h = (h_dropped @ a_down[s].T).mul_(w).mul_(context.down_scale)
-                _product_into(da_down[s], low_dy.mul_(w).T, h_dropped, add=True)
+                if da_down is not None:
+                    of_a = low_dy if factor_down is None else (dy @ of_a_down[s]).mul_(context.down_scale)
+                    _product_into(da_down[s], of_a.mul_(w).T, h_dropped, add=True)
                 _product_into(db_down[s], dy.T, low_h, add=True)
             _ungate(shape, gate_up, act, dh.mul_(w), out=dgate_up)
             torch.mm(dgate_up, gate_up_weight, out=dx)
@@ -219,18 +230,31 @@ class _MoeLoraFfn(torch.autograd.Function):
                 keep = masks.gate_up(tile.span)
                 x_dropped = masked(torch.index_select(x_TD, 0, tile.token, out=x), keep, out=x)
                 low_x = x_dropped @ a_in[s].T
-                dlow = torch.empty_like(low_x)
+                dlow = of_a = torch.empty_like(low_x)
                 for part, b, db in zip(context.inputs, b_in, db_in, strict=True):
                     dout = dgate_up[:, part.output]
                     dlow[:, part.low] = torch.mm(dout, b[s]).mul_(part.scale)
                     _product_into(db[s], dout.T, low_x[:, part.low] * part.scale, add=True)
-                _product_into(da_in[s], dlow.T, x_dropped, add=True)
+                if da_in is not None:
+                    if any(part.eta for part in context.inputs):
+                        of_a = torch.empty_like(dlow)
+                        for part, b in zip(context.inputs, of_a_in, strict=True):
+                            of_a[:, part.low] = torch.mm(dgate_up[:, part.output], b[s]).mul_(part.scale)
+                    _product_into(da_in[s], of_a.T, x_dropped, add=True)
                 if keep is None:
                     dx.addmm_(dlow, a_in[s])
                 else:
                     dx.addcmul_(torch.mm(dlow, a_in[s], out=dy), keep)
             dx_TD.index_add_(0, tile.token, dx)
-        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, *d_pairs
+        db = [scaled_rows(each, factor) for each, factor in zip([db_down, *db_in], [factor_down, *factor_in], strict=True)]
+        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, da_in, da_down, *db
+
+
+def _factors(context: _MoeLoraContext, pairs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the factors of the gradient rule for the pair of down, then for those of gate and up."""
+    a_in, a_down, b_down, *b_in = pairs
+    of_inputs = (row_factors(a_in[:, part.low], b, part.eta) for part, b in zip(context.inputs, b_in, strict=True))
+    return [row_factors(a_down, b_down, context.down_eta), *of_inputs]
 
 
 def _num_assignments(tiles: list[Tile]) -> int:

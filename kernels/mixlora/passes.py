@@ -322,7 +322,7 @@ def gated_backward(
             "p_db_gate": part_gate,
             "p_db_up": part_up,
             "p_da_down": part_down,
-            "s_chunk": next(iter(parts.values())).a_SrI.stride(0),
+            "s_chunk": next(iter(parts.values())).b_SOr.stride(0),
             **inputs.sizes(),
         },
         {**inputs.constants(), **config.blocks},

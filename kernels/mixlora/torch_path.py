@@ -24,7 +24,7 @@ from torch import Tensor
 from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
 from hecate.kernels.common.dropout import Dropout, DropoutMasks, FfnDropout, ffn_dropout, masked
 from hecate.kernels.common.ffn import FfnBase, activation_backward_into, activation_into
-from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
+from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, row_factors, scaled_rows, shrunk_inputs
 
 _TILE_BYTES = 1 << 20
 """the bytes of one [m, F] buffer of a tile, of which three to six are in use at a time"""
@@ -53,7 +53,8 @@ def mixlora_ffn(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPai
     down = pairs.get("down_proj")
     a_down, b_down = (down.a_SrI, down.b_SOr) if down is not None else (None, None)
     down_scale, place_TK = 0.0 if down is None else down.scale * grow, _places(order_P, routed.slot_TK)
-    context = _MixloraContext(base, tuple(inputs.values()), down_scale, tiles, order_P, place_TK, of_rows)
+    down_eta = None if down is None else down.eta
+    context = _MixloraContext(base, tuple(inputs.values()), down_scale, down_eta, tiles, order_P, place_TK, of_rows)
     a_in, b_in = [pairs[name].a_SrI for name in inputs], [pairs[name].b_SOr for name in inputs]
     return _MixloraFfn.apply(routed.x_TD, routed.weight_TK, context, a_down, b_down, *a_in, *b_in)
 
@@ -71,6 +72,7 @@ class _MixloraContext:
     base: FfnBase
     inputs: tuple[ShrunkInput, ...]
     down_scale: float
+    down_eta: float | None
     tiles: list[Tile]
     order_P: Tensor
     """int64: the assignments that are computed on this rank, as indices into the flattened [T, K], in the order of the tiles"""
@@ -149,8 +151,15 @@ class _MixloraFfn(torch.autograd.Function):
         x_TD, weight_TK, gate_up_TF, low_in_Pr, low_down_Pr, *pairs = ctx.saved_tensors
         base, dtype = context.base, x_TD.dtype
         a_in, a_down, b_down, b_in = _converted(context, pairs, dtype)
-        da_down, db_down, *db_in = _zeros_like([*pairs[:2], *pairs[2 + len(b_in) :]])
-        da_in: Any = None if a_in is None else torch.zeros_like(a_in, dtype=pairs[2].dtype)
+        db_down, *db_in = _zeros_like([pairs[1], *pairs[2 + len(b_in) :]])
+        # A that does not train has no gradient.
+        da_down = torch.zeros_like(pairs[0]) if ctx.needs_input_grad[3] else None
+        da_in: Any = torch.zeros_like(a_in, dtype=pairs[2].dtype) if any(ctx.needs_input_grad[5 : 5 + len(b_in)]) else None
+        factor_down, *factor_in = _factors(context, pairs)
+        of_a_down, *of_a_in = (
+            b if factor is None else scaled_rows(pair, factor).to(dtype)
+            for b, pair, factor in zip([b_down, *b_in], [pairs[1], *pairs[2 + len(b_in) :]], [factor_down, *factor_in], strict=True)
+        )
         ffn, hidden = base.gate_FD.shape
         dy_TD = grads[0].contiguous()
         dhidden_TF = dy_TD @ base.down_DF
@@ -181,7 +190,9 @@ class _MixloraFfn(torch.autograd.Function):
                     dh.addmm_(low_dy, a_down[s])
                 else:
                     dh.addcmul_(torch.mm(low_dy, a_down[s], out=h_in), keep)
-                _add_product(da_down[s], low_dy.mul_(weight_P1[span]).T, masked(h, keep, out=h_in))
+                if da_down is not None:
+                    of_a = low_dy if factor_down is None else dy @ of_a_down[s]
+                    _add_product(da_down[s], of_a.mul_(weight_P1[span]).T, masked(h, keep, out=h_in))
                 _add_product(db_down[s], dy.T, weighted_down_Pr[span])
             torch.sum(h.mul_(dh), dim=1, dtype=dweight_P.dtype, out=dweight_P[span])
 
@@ -192,17 +203,23 @@ class _MixloraFfn(torch.autograd.Function):
                 dlow = torch.empty_like(weighted_in_Pr[span])
                 for part, b, db in zip(context.inputs, b_in, db_in, strict=True):
                     _shrink_gradient(part, dgate_up_PF[span], b[s], weighted_in_Pr[span], dlow, db[s])
+                of_a = dlow if da_in is None or not any(part.eta for part in context.inputs) else torch.empty_like(dlow)
                 torch.index_select(x_TD, 0, rows, out=x)
                 keep = work.masks.gate_up(span)
                 masked(torch.mm(dlow, a_in[s], out=dx_PD[span]), keep, out=dx_PD[span])
-                _add_product(da_in[s], dlow.mul_(weight_P1[span]).T, masked(x, keep, out=x))
+                if da_in is not None:
+                    if of_a is not dlow:
+                        for part, b in zip(context.inputs, of_a_in, strict=True):
+                            torch.mm(dgate_up_PF[span][:, part.output], b[s], out=of_a[:, part.low])
+                    _add_product(da_in[s], of_a.mul_(weight_P1[span]).T, masked(x, keep, out=x))
         dgate_TF, dup_TF = context.combine(dgate_up_PF, weight).split(ffn, dim=1)
         dx_TD = torch.zeros_like(x_TD) if dx_PD is None else context.combine(dx_PD, weight)
         dx_TD.addmm_(dgate_TF, base.gate_FD).addmm_(dup_TF, base.up_FD)
         dweight = torch.zeros(weight_TK.numel(), dtype=dweight_P.dtype, device=dy_TD.device).index_copy_(0, context.order_P, dweight_P)
         # So far these are the gradients of the scaled A.
         da_down = None if da_down is None else da_down.mul_(context.down_scale)
-        da_each = [] if da_in is None else [da_in[:, part.low].mul_(part.scale) for part in context.inputs]
+        da_each = [None if da_in is None else da_in[:, part.low].mul_(part.scale) for part in context.inputs]
+        db_down, *db_in = [scaled_rows(db, factor) for db, factor in zip([db_down, *db_in], [factor_down, *factor_in], strict=True)]
         return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, da_down, db_down, *da_each, *db_in
 
 
@@ -217,6 +234,13 @@ def _converted(context: _MixloraContext, pairs: Sequence[Tensor | None], dtype: 
     a_each, b_in = rest[: len(context.inputs)], rest[len(context.inputs) :]
     a_in = torch.cat([a * part.scale for a, part in zip(a_each, context.inputs, strict=True)], dim=1) if a_each else None
     return a_in, None if a_down is None else a_down * context.down_scale, b_down, b_in
+
+
+def _factors(context: _MixloraContext, pairs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the factors of the gradient rule for the pair of down, then for those of gate and up."""
+    count = len(context.inputs)
+    of_inputs = zip(pairs[2 : 2 + count], pairs[2 + count :], context.inputs, strict=True)
+    return [row_factors(pairs[0], pairs[1], context.down_eta), *(row_factors(a, b, part.eta) for a, b, part in of_inputs)]
 
 
 def _expand(context: _MixloraContext, gate_up: Tensor, low: Tensor, b_in: list[Tensor], slot: int) -> None:

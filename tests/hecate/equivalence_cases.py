@@ -58,6 +58,13 @@ class Case:
     kernels: Backend = "torch"
     steps: int = STEPS
     shard_size: int | None = None
+    pairs: str = "plain"
+    eta: float | None = None
+
+    @property
+    def lora(self) -> LoraShape:
+        """The gradient rule allows no scale."""
+        return LoraShape(rank=3, scale=0.7 if self.eta is None else 1.0, dropout=0.0, source=self.pairs, eta=self.eta)
 
 
 def router_bias(case: Case) -> torch.Tensor:
@@ -172,12 +179,11 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
         rematerialize=case.rematerialize,
         prefetch=case.prefetch,
     )
-    lora = LoraShape(rank=3, scale=0.7, dropout=0.0)
     plan = InsertionPlan(
         kind=MIXLORA,
         experts_per_layer=(case.num_experts,) * 2,
         top_k=case.top_k,
-        lora=lora,
+        lora=case.lora,
         target_modules=TARGETS,
         seed=5,
         kernels=case.kernels,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +45,7 @@ from tests.hecate.equivalence_cases import (
     topology,
 )
 from tests.hecate.watching import gradients_of, moments_of
+from tests.plain_allora import row_norm_product
 
 EVERY_CASE = ("full", "hecate", "static_ep")
 """policies that go through every case: all replicas, some, none; the others' plans are of a kind with the random ones"""
@@ -60,6 +63,8 @@ class Reference:
         self.replicated: dict[str, torch.Tensor] = {}
         specs = moe.engine.shards.families[Unit(0)].layout().trainable
         values = moe.replicated_parameters()
+        lora = case.lora
+        of = plain_mixlora.product if lora.eta is None else partial(row_norm_product, eta=lora.eta)
         for index, layer in enumerate(self.model.model.layers):
             experts = []
             for expert in range(case.num_experts):
@@ -68,7 +73,10 @@ class Reference:
                 parts = flat.split([s.numel for s in specs])
                 experts.append({s.name: part.view(s.shape) for s, part in zip(specs, parts, strict=True)})
             router = values[f"layers.{index}.router"].detach()
-            layer.mlp = plain_mixlora.PlainMixlora(layer.mlp, router, router_bias(case), experts, 0.7, case.top_k, logit_scale=50)
+            fixed = None if lora.trains_a else fixed_a_of(moe, Unit(index), case.dtype)
+            layer.mlp = plain_mixlora.PlainMixlora(
+                layer.mlp, router, router_bias(case), experts, lora.scale, case.top_k, logit_scale=50, of=of, fixed=fixed
+            )
             self.layers.append(layer.mlp)
             self.replicated[f"layers.{index}.router"] = layer.mlp.router
             for expert in range(case.num_experts):
@@ -76,10 +84,10 @@ class Reference:
                 self.chunks[index, expert] = [layer.mlp.experts[expert][name] for name in names]
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 key = f"layers.{index}.self_attn.{name}"
-                a, b = values[f"{key}.A"].detach(), values[f"{key}.B"].detach()
-                lora = plain_mixlora.PlainLora(getattr(layer.self_attn, name), a, b, 0.7)
-                setattr(layer.self_attn, name, lora)
-                self.replicated[f"{key}.A"], self.replicated[f"{key}.B"] = lora.a, lora.b
+                a, b = moe.attention[index, f"self_attn.{name}"].lora_A.detach(), values[f"{key}.B"].detach()
+                plain = plain_mixlora.PlainLora(getattr(layer.self_attn, name), a, b, lora.scale, of=of, trains_a=lora.trains_a)
+                setattr(layer.self_attn, name, plain)
+                self.replicated |= {f"{key}.A": plain.a, f"{key}.B": plain.b} if lora.trains_a else {f"{key}.B": plain.b}
         parameters = [p for parts in self.chunks.values() for p in parts] + list(self.replicated.values())
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY)
@@ -105,6 +113,13 @@ class Reference:
     def flat(self, key: tuple[int, int], *, grad: bool) -> torch.Tensor | None:
         parts = [p.grad if grad else p.detach() for p in self.chunks[key]]
         return None if any(p is None for p in parts) else torch.cat([p.flatten() for p in parts if p is not None])
+
+
+def fixed_a_of(moe: MoeModel, unit: Unit, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The A that all experts of a unit share, by projection. Only values are handed to the reference."""
+    source = moe.engine.shards.families[unit].pair_source
+    pairs = source.stacked(torch.zeros(1, source.sizes.trained_numel, dtype=dtype), torch.arange(1))
+    return {f"{name}.A": of.a_SrI[0] for name, of in pairs.items()}
 
 
 def _distance(name: str, got: torch.Tensor | None, wanted: torch.Tensor | None, tolerance: float) -> None:
@@ -245,6 +260,30 @@ def test_whatever_computes_the_experts_it_equals_one_process(world: int) -> None
     cases = [alone if world == 1 else replace(alone, policy="hecate", scenario="empty rank", rematerialize=True, steps=2)]
     cases += [Case("hecate", 3, 2, "empty rank", torch.float32, kernels="reference", steps=2)]
     run_ranks(world, _check_cases, cases, timeout=240)
+
+
+SYSTEMS = ({"pairs": "fixed_a"}, {"eta": 1.5}, {"pairs": "fixed_a", "eta": 1.5})
+"""FFA-LoRA, ALLoRA, and both at once"""
+
+
+def test_with_a_fixed_a_and_with_a_gradient_rule_it_equals_one_process() -> None:
+    """Norms are those of a replica, whichever rank has it, whenever it comes and goes, and however many micro-steps there are."""
+    case = Case("hecate", 8, 2, "idle experts", rematerialize=True, checkpointing=True, steps=2)
+    run_ranks(2, _check_cases, [replace(case, **system) for system in SYSTEMS], timeout=240)
+
+
+@pytest.mark.parametrize("world", [SLOW_1, SLOW_2, SLOW_3, SLOW_4])
+@pytest.mark.parametrize("system", SYSTEMS, ids=str)
+def test_under_every_policy_these_systems_equal_one_process(system: dict[str, Any], world: int) -> None:
+    cases = [Case(policy, 8, 2, scenario) for policy, scenario in zip(sorted(POLICIES), itertools.cycle(SCENARIOS), strict=False)]
+    cases += [
+        Case("static_ep", 3, 1, "empty rank"),
+        Case("random 5", 8, 2, "balanced", plan="calibrated"),
+        Case("llep", 8, 2, "hot expert", plan="exact", rematerialize=True, prefetch=0),
+        Case("auto", 8, 2, "hot expert", kernels="reference", steps=2),
+        Case("hecate", 3, 2, "idle experts", torch.float32, kernels="triton", steps=2, rematerialize=True),
+    ]
+    run_ranks(world, _check_cases, [replace(case, **system) for case in cases], timeout=480)
 
 
 @pytest.mark.parametrize("world", [3, SLOW_4])

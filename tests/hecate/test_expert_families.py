@@ -59,7 +59,8 @@ def family(kind: str, layer: int) -> ExpertFamily:
     site = Site(Unit(layer), EXPERTS, SHAPE, SEED, torch.float64, torch.float64, torch.device("cpu"))
     if kind == "full":
         return FullExperts(site)
-    pairs = PlainPairs(LoraShape(rank=2, scale=0.7, dropout=DROPOUT), ("gate_proj", "down_proj"), FfnSizes(SHAPE.hidden, SHAPE.ffn))
+    lora = LoraShape(rank=2, scale=1.0, dropout=0.0, eta=1.5) if kind == "row_norm" else LoraShape(rank=2, scale=0.7, dropout=DROPOUT)
+    pairs = PlainPairs(lora, ("gate_proj", "down_proj"), FfnSizes(SHAPE.hidden, SHAPE.ffn))
     return MoeLoraExperts(site, lambda expert: frozen(layer, expert), pairs)
 
 
@@ -118,9 +119,10 @@ class Plain:
         routed = RoutedTokens(x_TD, expert_TK, weight_TK, token_T, torch.arange(EXPERTS))
         if self.kind == "full":
             return full_ffn_reference(routed, chunks, SHAPE)
-        made = family("lora", layer)
+        made = family(self.kind, layer)
         assert isinstance(made, MoeLoraExperts)
-        dropout = None if step is None else Dropout(DROPOUT, dropout_key(SEED, step, layer))
+        rate = made.pair_source.lora.dropout
+        dropout = None if step is None or rate == 0 else Dropout(rate, dropout_key(SEED, step, layer))
         frozen_E = [frozen(layer, e) for e in range(EXPERTS)]
         return moe_lora_ffn_reference(routed, frozen_E, made.pairs(chunks, torch.arange(EXPERTS)), SHAPE, dropout=dropout)
 
@@ -183,7 +185,7 @@ def close(got: Tensor, wanted: Tensor, what: str) -> None:
 def check_frozen(sharded: Sharded, case: Case, world: int) -> None:
     """Every rank knows what every other holds, and nobody holds more than it may."""
     engine = sharded.engine
-    for layer in LAYERS if case.kind == "lora" else ():
+    for layer in LAYERS if case.kind != "full" else ():
         resident_ED = engine.shards.plans.residency[layer].held_ED
         everyones: list[list[list[bool]]] = [[]] * world
         dist.all_gather_object(everyones, resident_ED.tolist())
@@ -281,3 +283,9 @@ def test_frozen_experts_under_policies_equal_one_process() -> None:
     """None, all and some replicas; one that goes by what is resident; ours."""
     policies = ("static_ep", "full", "hecate", "flexmoe", "auto")
     run_ranks(2, _check_cases, [Case("lora", policy, slots=2) for policy in policies], timeout=480)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_frozen_experts_with_a_gradient_rule_equal_one_process(world: int) -> None:
+    run_ranks(world, _check_cases, [Case("row_norm", policy, slots=2) for policy in ("static_ep", "full", "random 0")], timeout=480)

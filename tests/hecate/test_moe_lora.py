@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hecate.engine.step_plans import EngineConfig
+from hecate.experts.family import Site
+from hecate.experts.fixed_a import FixedA
+from hecate.kernels.common.ffn import FfnShape
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.load import ModelSource
@@ -29,6 +32,7 @@ from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, ow
 from hecate.parallel.cost_model import PlanMode
 from hecate.parallel.expert_kinds import MOE_LORA, LoraShape
 from hecate.parallel.mesh import make_mesh
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups, own_group
 from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
@@ -48,7 +52,7 @@ from tests.hecate.watching import gradients_of
 from tests.plain_mixlora import clip
 from tests.plain_moe_lora import EXPERTS, KINDS, PlainMoeLora, biased_routers, peft_model, save_tiny
 
-RANK, ALPHA, MAX_NORM, AUX_COEF = 3, 6, 0.5, 0.05
+RANK, ALPHA, MAX_NORM, AUX_COEF, SEED = 3, 6, 0.5, 0.05, 5
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1
 TOLERANCE = 1e-7
 """in float64, but for the norms, which work in float32 in these models"""
@@ -65,6 +69,11 @@ class Model:
     train_router: bool = False
     empty_rows: int = 0
     """rows at the end that are all padding"""
+    pairs: str = "plain"
+
+    @property
+    def lora(self) -> LoraShape:
+        return LoraShape(RANK, ALPHA / RANK, 0.0, self.pairs)
 
     @property
     def name(self) -> str:
@@ -89,6 +98,9 @@ MODELS = (
 )
 
 
+FIXED_A = Model("qwen3_moe", idle=True, empty_rows=6, pairs="fixed_a")
+
+
 def initial(numel: int, layer: int, expert: int) -> Tensor:
     random = torch.Generator().manual_seed(1000 + 50 * layer + expert)
     return torch.randn(numel, generator=random, dtype=torch.float64) * 0.2
@@ -99,21 +111,35 @@ def initial_other(name: str, shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(map(ord, name))), dtype=torch.float64) * 0.1
 
 
+def fixed_a(layer: int, hidden: int, ffn: int) -> dict[str, Tensor]:
+    """The A that a layer's experts share, by name: values alone are handed to PEFT."""
+    double = torch.float64
+    site = Site(Unit(layer), EXPERTS, FfnShape(hidden, ffn, "silu"), SEED, double, double, torch.device("cpu"))
+    source = FixedA(site, FIXED_A.lora, ("gate_up_proj", "down_proj"))
+    pairs = source.stacked(torch.zeros(1, source.sizes.trained_numel, dtype=double), torch.arange(1))
+    return {f"{name}.A": of.a_SrI[0] for name, of in pairs.items()}
+
+
 def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
     """All that happens in five steps, by name."""
     wrapped = peft_model(base, RANK, ALPHA, ["q_proj", "v_proj"])
     hidden, ffn = wrapped.config.hidden_size, wrapped.base_model.model.model.layers[0].mlp.experts.get_param().shape[2]
     sizes = {"gate_up_proj.A": (RANK, hidden), "gate_up_proj.B": (2 * ffn, RANK), "down_proj.A": (RANK, ffn), "down_proj.B": (hidden, RANK)}
+    trained = {name: shape for name, shape in sizes.items() if model.lora.trains_a or name.endswith(".B")}
     chunks = {}
     for layer in range(2):
+        drawn = {} if model.lora.trains_a else fixed_a(layer, hidden, ffn)
         for expert in range(EXPERTS):
-            flat = initial(sum(a * b for a, b in sizes.values()), layer, expert)
-            parts = flat.split([a * b for a, b in sizes.values()])
-            chunks[layer, expert] = {name: part.view(shape) for (name, shape), part in zip(sizes.items(), parts, strict=True)}
+            flat = initial(sum(a * b for a, b in trained.values()), layer, expert)
+            parts = flat.split([a * b for a, b in trained.values()])
+            given = {name: part.view(shape) for (name, shape), part in zip(trained.items(), parts, strict=True)}
+            chunks[layer, expert] = {name: drawn[name] if name in drawn else given[name] for name in sizes}
     others = {name: initial_other(name, p.shape) for name, p in wrapped.named_parameters() if "self_attn" in name and "lora_" in name}
     if model.train_router:
         others |= {name: p.detach() for name, p in wrapped.named_parameters() if name.endswith("mlp.gate.weight")}
     plain = PlainMoeLora(wrapped, chunks, others)
+    if not model.lora.trains_a:
+        plain.freeze_a()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     with biased_routers(plain.gates, model.bias()):
         ids = micro_batch(0, 0, range(0)).input_ids
@@ -134,13 +160,14 @@ def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
             for (layer, expert), parts in plain.chunks.items():
                 if (layer, expert) in reached:
                     seen[f"{step}/grad/{layer}.{expert}"] = torch.cat([p.grad.flatten() for p in parts.values() if p.grad is not None])
-            for name, p in plain.others.items():
+            others_trained = {name: p for name, p in plain.others.items() if p.requires_grad}
+            for name, p in others_trained.items():
                 seen[f"{step}/grad/{our_name(name)}"] = p.grad.clone()  # type: ignore[union-attr]
             optimizer.step()
             optimizer.zero_grad()
             for (layer, expert), parts in plain.chunks.items():
-                seen[f"{step}/after/{layer}.{expert}"] = torch.cat([p.detach().flatten() for p in parts.values()])
-            for name, p in plain.others.items():
+                seen[f"{step}/after/{layer}.{expert}"] = torch.cat([p.detach().flatten() for p in parts.values() if p.requires_grad])
+            for name, p in others_trained.items():
                 seen[f"{step}/after/{our_name(name)}"] = p.detach().clone()
     return seen
 
@@ -158,7 +185,7 @@ def peft_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moe_lora")
     for kind in KINDS:
         save_tiny(kind, folder / kind)
-    for model in MODELS:
+    for model in (*MODELS, FIXED_A):
         save_file(train_with_peft(model, folder / model.kind), folder / f"{model.name}.safetensors")
     return folder
 
@@ -192,10 +219,10 @@ def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModel
     mesh = make_mesh(world, case.shard_size)
     plan = InsertionPlan(
         kind=MOE_LORA,
-        lora=LoraShape(RANK, ALPHA / RANK, 0.0),
+        lora=case.model.lora,
         target_modules=TARGETS,
         train_router=case.model.train_router,
-        seed=5,
+        seed=SEED,
     )
     moe = insert_experts(model, layers, plan, config, expert_groups(mesh))
     for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
@@ -279,6 +306,15 @@ def test_sharded_training_equals_peft_in_one_process(peft_runs: Path, world: int
     if world % 2 == 0:
         cases += [Case(MODELS[2], "static_ep", checkpointing=True, shard_layers=True), Case(MODELS[4], "full", shard_layers=True)]
         cases += [Case(MODELS[0], "hecate", slots=1, rematerialize=True)]
+    run_ranks(world, _check_cases, cases, peft_runs, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_with_a_fixed_a_it_equals_peft_whose_a_is_frozen(peft_runs: Path, world: int) -> None:
+    cases = [Case(FIXED_A, "hecate", slots=2, rematerialize=True)]
+    if world != 2:
+        cases += [Case(FIXED_A, policy, slots=2) for policy in ("full", "static_ep", "random 2", "auto")]
     run_ranks(world, _check_cases, cases, peft_runs, timeout=240)
 
 

@@ -151,6 +151,8 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "lora.r",
         "lora.alpha",
         "lora.dropout",
+        "lora.eta",
+        "lora.gradient_rule",
         "lora.pairs",
         "lora.use_rslora",
         "lora.target_modules",

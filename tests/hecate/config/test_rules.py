@@ -55,6 +55,40 @@ def test_keys_that_are_absent_have_their_problem_elsewhere() -> None:
         ),
         ({"ray.workers": 2, "ray.min_workers": 3}, ("ray.min_workers", "must be from 1 to 2 (ray.workers), got 3", "")),
         ({"data.train": ()}, ("data.train", "must name at least one source", "")),
+        (
+            {"moe.family": "full", "lora.pairs": "fixed_a"},
+            ("lora.pairs", "is about low-rank pairs, which experts of moe.family=full do not have, got fixed_a", "leave it out"),
+        ),
+        (
+            {"moe.family": "full", "lora.gradient_rule": "row_norm"},
+            ("lora.gradient_rule", "is about low-rank pairs, which experts of moe.family=full do not have, got row_norm", "leave it out"),
+        ),
+        (
+            {"lora.gradient_rule": "row_norm", "lora.eta": 2.0, "lora.dropout": 0.05},
+            ("lora.dropout", "must be 0 with lora.gradient_rule=row_norm, got 0.05", "set lora.dropout=0"),
+        ),
+        (
+            {"lora.gradient_rule": "row_norm", "lora.eta": 2.0, "lora.alpha": 16.0},
+            ("lora.alpha", "has no meaning with lora.gradient_rule=row_norm, got 16.0", "leave it out: the rule has eta in its place"),
+        ),
+        (
+            {"lora.gradient_rule": "row_norm", "lora.eta": 2.0, "lora.use_rslora": True},
+            ("lora.use_rslora", "has no meaning with lora.gradient_rule=row_norm, which scales nothing", "leave it out"),
+        ),
+        (
+            {"lora.gradient_rule": "row_norm", "lora.eta": None},
+            ("lora.eta", "must be given with lora.gradient_rule=row_norm", "ALLoRA's own values are 1, 1.414 and 2"),
+        ),
+        (
+            {"lora.gradient_rule": "none", "lora.eta": 2.0},
+            ("lora.eta", "is read with lora.gradient_rule=row_norm only, got 2.0", "leave it out, or set the rule"),
+        ),
+        ({"lora.gradient_rule": "row_norm", "lora.eta": 0.0}, ("lora.eta", "must be > 0, got 0.0", "")),
+        ({"lora.gradient_rule": "row_norm", "lora.eta": -1.0}, ("lora.eta", "must be > 0, got -1.0", "")),
+        (
+            {"lora.gradient_rule": "row_norm", "lora.eta": 2.0, "kernels": "triton", "lora.r": 129},
+            ("kernels", "triton takes LoRA ranks up to 128 with lora.gradient_rule=row_norm, but lora.r is 129", "use auto"),
+        ),
     ],
 )
 def test_a_rule_over_two_keys_is_said_once(values: dict[str, Any], problem: tuple[str, str, str]) -> None:

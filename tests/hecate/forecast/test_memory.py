@@ -13,9 +13,9 @@ import torch
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.families import PAIR_SOURCES
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
-from hecate.experts.pairs import PlainPairs
 from hecate.forecast.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import RunShape, run_shape
@@ -24,7 +24,7 @@ from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import insert_experts, non_moe_flops_per_token
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
-from hecate.parallel.expert_kinds import FfnSizes, LoraShape
+from hecate.parallel.expert_kinds import LoraShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -45,15 +45,18 @@ def shape_of(folder: Path, *overrides: str, ranks: int = 2, dtype: str = "float3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("targets", ["[q_proj,gate_proj,up_proj,down_proj]", "[down_proj]"])
-def test_the_engine_reckons_with_the_same_cost(tmp_path: Path, dtype: str, targets: str) -> None:
+@pytest.mark.parametrize(
+    ("targets", "source"),
+    [("[q_proj,gate_proj,up_proj,down_proj]", "plain"), ("[down_proj]", "plain"), ("[gate_proj,down_proj]", "fixed_a")],
+)
+def test_the_engine_reckons_with_the_same_cost(tmp_path: Path, dtype: str, targets: str, source: str) -> None:
     model = write_model(tmp_path).to(getattr(torch, dtype))
-    run = shape_of(tmp_path, f"lora.target_modules={targets}", "micro_batch_size=3", dtype=dtype)
+    run = shape_of(tmp_path, f"lora.target_modules={targets}", f"lora.pairs={source}", "micro_batch_size=3", dtype=dtype)
     (ffn, *_) = found = find_gated_ffns(model)
     names = tuple(name for name in ("gate_proj", "up_proj", "down_proj") if name in targets)
     master = torch.float64 if dtype == "float64" else torch.float32
     site = Site(Unit(0), 4, ffn.shape, 0, master, getattr(torch, dtype), torch.device("cpu"))
-    pairs = PlainPairs(LoraShape(2, 1.0, 0.0), names, FfnSizes(ffn.shape.hidden, ffn.shape.ffn))
+    pairs = PAIR_SOURCES[source](site, LoraShape(2, 1.0, 0.0, source), names)
     family = MixLoraExperts(site, ffn.base(model), pairs)
     (group,) = run.groups
     assert group.cost == family.cost(2, non_moe_flops_per_token(model, found) * 3 * 16)
@@ -89,6 +92,20 @@ def test_counts_by_hand(tmp_path: Path) -> None:
     assert (parts["replicas"][optimizer] == 0).all()
     assert parts["gradients"][backward].tolist() == [2 * 960 + 768, pytest.approx(7 / 3 * 960 + 768)]  # of one layer, and the routers'
     assert parts["gradients"][optimizer].tolist() == [6 * 960 + 768] * 2
+
+
+def test_of_pairs_with_a_fixed_a_only_b_is_owned(tmp_path: Path) -> None:
+    """B of an expert: 2 x (24 + 24 + 16). A is drawn by every rank: of an expert's projections 2 x (16 + 16 + 24), of queries 2 x 16."""
+    write_model(tmp_path)
+    run = shape_of(tmp_path, "lora.target_modules=[q_proj,gate_proj,up_proj,down_proj]", "lora.pairs=fixed_a")
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.array([0.0, 1.0])], np.array([16.0, 16.0]))}
+    assert (parts["owned experts, moments"] == 3 * 3 * 2 * 128 * 4).all()
+    assert (parts["routers, adapters, moments"] == 3 * 3 * (4 * 16 + 2 * 16) * 4).all()
+    assert (parts["seeded parts of pairs"] == 3 * (112 + 32) * 4).all()
+    assert parts["replicas"][0].tolist() == [6 * 512, 7 * 512]
+    (group,) = run.groups
+    assert group.cost.assignment_flops == 480
+    assert group.cost.assignment_backward == 3 - 224 / 480, "A's gradient is not computed"
 
 
 def test_gradients_of_all_layers_add_up_over_micro_steps(tmp_path: Path) -> None:

@@ -190,6 +190,27 @@ def test_a_run_begins_with_what_peft_has_trained(workshop: Path, tmp_path: Path)
     assert "lora.alpha, scaled 2.0, but the configuration has 4.0" in message
 
 
+def test_training_goes_on_from_an_adapter_with_a_fixed_a_where_the_seed_draws_it(workshop: Path, tmp_path: Path) -> None:
+    """It is written with an ordinary A for each expert, all alike, and read back where A is the same; a plain run takes any."""
+    fixed = ["lora.pairs=fixed_a", "lora.target_modules=[q_proj,gate_proj,up_proj,down_proj]", "moe.train_router=false"]
+    begin = f"lora.init_from={tmp_path}/first/adapter"
+    for name, more in (("first", []), ("second", [begin])):
+        config = load_config(workshop / "config.yaml", [*fixed, *more, f"output_dir={tmp_path}/{name}"], claim_output=False)
+        with join_ranks() as ranks:
+            begun = Training(config, ranks)
+            if not more:
+                for unit, chunk in begun.parts.moe.engine.shards.named_parameters().items():
+                    chunk.data.fill_(unit[1] + 0.5)
+            begun.parts.output.replace(tmp_path / name, begun.parts.moe, ranks)
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    joined = next(tensor for name, tensor in first.items() if "experts.lora_A" in name).view(5, RANK, -1)
+    assert torch.equal(joined, joined[:1].expand_as(joined))
+    message = refusal(workshop, *fixed, begin, "seed=9")
+    for text in (f"{tmp_path}/first/adapter: lora.pairs: fixed_a", "A of expert 0.0, gate_up_proj", "give the seed", "lora.pairs=plain"):
+        assert text in message
+
+
 def test_an_adapter_with_a_tensor_lost_is_refused(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "lossy")
     tensors = load_file(trained / "adapter_model.safetensors")
