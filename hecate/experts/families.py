@@ -48,5 +48,5 @@ PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]
 
 _MAKERS: dict[Family, Callable[[Site, FfnSource, ExpertChoices], FfnExperts]] = {"mixlora": _mixlora, "full": _full, "moe_lora": _moe_lora}
 
-ROUTERS: dict[str, MakeRouter] = {"softmax": TopKRouter}
-"""new routers, by the name that `moe.router_type` gives"""
+ROUTERS: dict[str, MakeRouter] = {"token": TopKRouter}
+"""new routers, by what they decide by, as `moe.router.input` gives it"""

@@ -9,10 +9,9 @@ from hecate.adapters.export import load_into
 from hecate.adapters.model_folder import is_model_folder, load_model_folder
 from hecate.adapters.peft_experts import with_peft_adapter
 from hecate.adapters.peft_moe import is_peft_adapter
-from hecate.config import Config
+from hecate.config import Config, RouterConfig
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.families import ROUTERS
 from hecate.kernels.backend import Backend
 from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseChoice, BaseModel, build_base
@@ -76,15 +75,17 @@ def _with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseM
     if is_peft_adapter(folder):
         return with_peft_adapter(folder, ranks, choice)
     tensors, description = load_adapter(folder)
-    if description.extra.get("router", "softmax") not in ROUTERS:
-        raise UserError(f"{folder}: made with the router {description.extra['router']!r}; this version has {', '.join(ROUTERS)}")
+    try:
+        router = description.router
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     name, kind = choice.name or description.base_model_name_or_path, kind_written_as("mixlora")
     base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
     num_layers = len(decoder_layers(base.model)[1])
     if num_layers != description.num_layers:
         raise UserError(f"{folder}: made for {description.num_layers} layers, but the base model has {num_layers}")
     planner = EngineConfig(POLICIES["full"], local_topology(ranks.world_size, cuda=ranks.device.type == "cuda"))
-    moe = insert_experts(base.model, base.found, _plan(description, choice.kernels), planner, ranks.groups)
+    moe = insert_experts(base.model, base.found, _plan(description, router, choice.kernels), planner, ranks.groups)
     for name, wanted in _shapes(moe).items():
         if tuple(tensors[name].shape) != wanted:
             raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {wanted}")
@@ -99,13 +100,13 @@ def _shapes(moe: MoeModel) -> dict[str, tuple[int, ...]]:
     return {router_tensor_name(unit.layer): tuple(router.shape) for unit, router in moe.routers.items()}
 
 
-def _plan(description: AdapterConfig, kernels: Backend) -> InsertionPlan:
+def _plan(description: AdapterConfig, router: RouterConfig, kernels: Backend) -> InsertionPlan:
     lora = LoraShape(description.r, description.scale, 0.0)
     return InsertionPlan(
         kind=kind_written_as("mixlora"),
         experts_per_layer=description.experts_per_layer,
-        top_k=description.top_k,
-        router=description.extra.get("router", "softmax"),
+        top_k=max(description.experts_per_layer) if router.dense else description.top_k,
+        router=router,
         lora=lora,
         target_modules=description.target_modules,
         seed=0,

@@ -19,6 +19,7 @@ from torch import Tensor
 from hecate.data.batches import Batch
 from hecate.elastic.backups import send_gradients
 from hecate.experts.forward_pass import PassTokens
+from hecate.experts.pass_samples import PassSamples
 from hecate.model.causal_head import CausalHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
@@ -39,12 +40,17 @@ class StepRules:
     """1: the optimizers step backups, too (`hecate.elastic.backups`)"""
 
 
-def pass_tokens(head: CausalHead, batch: Batch) -> PassTokens:
-    """The tokens that the layers of this rank see in a forward pass of the batch. The host does not wait for the batch's device."""
+def pass_tokens(head: CausalHead, batch: Batch, samples: float | None = None) -> PassTokens:
+    """The tokens that the layers of this rank see in a forward pass of the batch. The host does not wait for the batch's device.
+
+    Args:
+        samples: see `PassSamples.expected`; None: nothing is to be known of the samples.
+    """
     own = head.own_positions(batch.segment_ids.shape[1])
     is_token = batch.layout.is_token[:, own].flatten()
     valid = None if bool(is_token.all()) else copy_to(is_token.nonzero().squeeze(1), batch.token_ids.device)
-    return PassTokens(valid, batch.token_ids[:, own].flatten())
+    of_samples = None if samples is None else PassSamples(batch.segment_ids[:, own], batch.layout.most_samples, samples)
+    return PassTokens(valid, batch.token_ids[:, own].flatten(), of_samples)
 
 
 def forward_loss(head: CausalHead, batch: Batch) -> Tensor:
@@ -65,6 +71,7 @@ def train_step(
     micro_batches: Sequence[Batch],
     *,
     num_labels: int,
+    num_samples: int | None = None,
     step: int,
     rules: StepRules,
     requests: Callable[[], Sequence[bool]] = tuple,
@@ -73,19 +80,21 @@ def train_step(
 
     Args:
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
+        num_samples: samples of the whole step, likewise; None: no loss of the model is a mean over samples.
         step: its number, from 0.
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
     """
     group, engine = moe.engine.shards.groups.world, moe.engine
     sent = engine.shards.bytes_sent
     this_step = engine.begin_step(step, len(micro_batches))
+    each = None if num_samples is None else num_samples / len(micro_batches)
     losses = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
     for batch in micro_batches:
-        micro = this_step.begin_micro_step(pass_tokens(head, batch))
+        micro = this_step.begin_micro_step(pass_tokens(head, batch, each))
         loss_sum = forward_loss(head, batch)
         share = loss_sum / max(num_labels, 1)
-        if moe.layers:
-            aux = moe.balance_loss(micro.stats, group)
+        aux = moe.balance_loss(micro.stats, group)
+        if aux is not None:
             losses[1] += aux.detach() / len(micro_batches)
             share = share + aux * (rules.aux_coef / len(micro_batches))
         losses[0] += loss_sum.detach() / max(num_labels, 1)

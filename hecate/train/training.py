@@ -116,6 +116,7 @@ class Training:
             parts.optimizer,
             self.micro_batches(sequences),
             num_labels=sum(int((sequence.targets != IGNORED).sum()) for sequence in sequences),
+            num_samples=sum(len(sequence.samples) for sequence in sequences),
             step=self.standing.step,
             rules=StepRules(
                 aux_coef=config.moe.router_aux_loss_coef, max_grad_norm=config.max_grad_norm, redundancy=config.fssdp.redundancy

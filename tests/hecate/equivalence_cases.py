@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hecate.config import RouterConfig
 from hecate.data.batches import Batch
 from hecate.engine import step_plans
 from hecate.engine.step_plans import EngineConfig
@@ -58,6 +59,7 @@ class Case:
     kernels: Backend = "torch"
     steps: int = STEPS
     shard_size: int | None = None
+    router: RouterConfig = field(default_factory=RouterConfig)
 
 
 def router_bias(case: Case) -> torch.Tensor:
@@ -177,6 +179,7 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
         kind=MIXLORA,
         experts_per_layer=(case.num_experts,) * 2,
         top_k=case.top_k,
+        router=case.router,
         lora=lora,
         target_modules=TARGETS,
         seed=5,
