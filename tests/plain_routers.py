@@ -26,7 +26,7 @@ class PlainRouted(PlainMixlora):
     def choose(self, logit_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.kind_of_bias == "learned":
             logit_TE = logit_TE + self.expert_bias
-        score = torch.softmax(logit_TE, -1) if self.score == "softmax" else 1 / (1 + torch.exp(-logit_TE))
+        score = torch.softmax(logit_TE, -1) if self.score == "softmax" else logit_TE.sigmoid()
         biased = score + self.expert_bias if self.kind_of_bias == "balancing" else score
         chosen = []
         for token in biased.tolist():

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hecate.config.problems import Add
-from hecate.config.schema import DEFAULT_TOP_K, LEAVES
-from hecate.parallel.expert_kinds import KINDS, ExpertKind
+from hecate.config.problems import Add, shorten
+from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES
+from hecate.parallel.expert_kinds import KINDS, PROJECTIONS, ExpertKind
 
 _PREFIX = "moe.router."
 
@@ -21,6 +21,9 @@ def check_router(values: Mapping[str, Any], add: Add) -> None:
         for key in changed:
             add(key, f"applies to moe.family={families} only, but the family is {kind.name}", "leave it out")
         return
+    if values.get(_PREFIX + "input") == "given":
+        _check_given(values, changed, add)
+        return
     _check_bias(values, changed, add)
     _check_choice(values, add)
     _check_weights(values, add)
@@ -29,6 +32,33 @@ def check_router(values: Mapping[str, Any], add: Add) -> None:
 def _takes_choices(kind: ExpertKind) -> bool:
     """Whether the routers of such experts are new ones, and stay in a format of this program's own."""
     return kind.has_pairs and not kind.of_moe_base
+
+
+def _check_given(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add) -> None:
+    given = f"{_PREFIX}input=given"
+    for key in changed:
+        if key != _PREFIX + "input":
+            add(key, f"has no effect with {given}, where the sample's source is the choice", "leave it out")
+    if values.get("moe.router_aux_loss_coef"):
+        what = f"must be 0 with {given}, where nothing can balance the loads, got {values['moe.router_aux_loss_coef']}"
+        add("moe.router_aux_loss_coef", what, "set moe.router_aux_loss_coef=0")
+    if "moe.top_k" in values and values["moe.top_k"] != 1:
+        add("moe.top_k", f"must be 1 with {given}: a sample has one source, got {values['moe.top_k'] or DEFAULT_TOP_K}", "set moe.top_k=1")
+    sources = values.get("data.train")
+    if sources is not None and "moe.num_experts" in values and values["moe.num_experts"] != len(sources):
+        got = DEFAULT_EXPERTS if values["moe.num_experts"] is None else values["moe.num_experts"]
+        shown = list(got) if isinstance(got, tuple) else got
+        what = f"must be {len(sources)} with {given}, one expert for each item of data.train, got {shown}"
+        add("moe.num_experts", what, f"set moe.num_experts={len(sources)}")
+    names = [source.name for source in sources or ()]
+    for i, source in enumerate(values.get("data.eval", ()) if names else ()):
+        if source.name not in names:
+            what = f"{shorten(source.name)} has no expert: with {given} it is that of the item of data.train with the same name"
+            add(f"data.eval[{i}].name", what, f"give it one of the names {shorten(', '.join(names))}")
+    attention = [name for name in values.get("lora.target_modules") or () if name not in PROJECTIONS]
+    if attention:
+        what = f"names {', '.join(map(shorten, attention))}, whose adapter all experts would share; with {given} they must not"
+        add("lora.target_modules", what, f"leave it at modules of the FFN: {', '.join(PROJECTIONS)}")
 
 
 def _check_bias(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add) -> None:

@@ -101,7 +101,8 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
             add("moe.num_experts", what, f"give one number for all layers, or {layers} of them")
     top_k = _or_default(values, "moe.top_k", None if own or values.get("moe.router.dense") else DEFAULT_TOP_K)
     fewest = min((count for count in counts if count > 0), default=0)
-    if top_k is not None and 0 < fewest < top_k:
+    given = values.get("moe.router.input") == "given"  # where top_k is 1
+    if top_k is not None and 0 < fewest < top_k and not given:
         add("moe.top_k", f"must be from 1 to {fewest}, the fewest experts of a layer (moe.num_experts), got {top_k}", "")
 
 

@@ -123,8 +123,10 @@ class RouterConfig:
     """How new routers choose experts. Where the model's own routers stay, or other programs' readers have the softmax router only, all
     keys keep their defaults."""
 
-    input: Literal["token"] = "token"
-    """What an expert is chosen by. token: the token's hidden state, by one linear map."""
+    input: Literal["token", "given"] = "token"
+    """What an expert is chosen by. token: the token's hidden state, by one linear map. given: the sample's source, so that each item of
+    data.train trains an adapter of its own, and an item of data.eval uses the one of the training source of its name. Each adapter then has
+    its own mean loss, and its own gradient norm, to which max_grad_norm applies. moe.num_experts is the number of sources, and top_k 1."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """What an expert's logit becomes. softmax: a share among all experts. sigmoid: a score of its own."""
     bias: Literal["none", "learned", "balancing"] = "none"
@@ -168,9 +170,24 @@ class MoeConfig:
         return KINDS[self.family]
 
     @property
+    def by_source(self) -> bool:
+        """Whether each expert is an adapter of its own, which the samples of one source train."""
+        return self.router.input == "given"
+
+    @property
     def trains_routers(self) -> bool:
-        """Whether routers are trained: new ones always are, a model's own ones only with `train_router`."""
-        return self.train_router or not self.kind.of_moe_base
+        """Whether routers are trained: new ones are if they have weights, a model's own ones only with `train_router`."""
+        return self.train_router or not (self.kind.of_moe_base or self.by_source)
+
+    @property
+    def output(self) -> str:
+        """The format in which a finished run is written."""
+        return "peft_by_source" if self.by_source else self.kind.output
+
+    @property
+    def output_folder(self) -> str:
+        """Where a finished run is found in its folder."""
+        return "adapters" if self.by_source else self.kind.output_folder
 
     @property
     def experts_per_token(self) -> int:

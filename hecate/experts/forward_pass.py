@@ -39,6 +39,8 @@ class PassTokens:
     """int64 [B·S]: each token's number, unique over the run; None outside training"""
     samples: PassSamples | None = None
     """the samples that the tokens belong to; None outside training"""
+    source: Tensor | None = None
+    """int64 [B·S], or [1] for all tokens: the number of the source in the training data; None: not known"""
 
 
 class ForwardPass(Protocol):

@@ -40,7 +40,7 @@ class MoeLayer(nn.Module):
         token_T = number if number is not None else torch.arange(len(x_TD), device=x_TD.device)
         if valid is not None:
             x_TD, token_T, decided = x_TD[valid], token_T[valid], tuple(part[valid] for part in decided)
-        routing = self.router.route(x_TD, TokenFeatures(valid, current.tokens.samples, decided))
+        routing = self.router.route(x_TD, TokenFeatures(valid, current.tokens.samples, current.tokens.source, decided))
         current.note_routing(self.unit, routing)
         y_TD = current.experts(self.unit, x_TD, routing.expert_TK, routing.weight_TK, token_T)
         if valid is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,8 @@ class TokenFeatures:
     """int64 indices of the T tokens among all N; None: all are"""
     samples: PassSamples | None = None
     """the samples of the N tokens; None: not known, as outside training"""
+    source_N: Tensor | None = None
+    """int64: of the source of each of the N tokens, or of all ([1]), its number in the training data; None: not known"""
     decided: tuple[Tensor, ...] = ()
     """what the model itself has decided for the T tokens: experts [T, K] and weights [T, K]; nothing where the router is to decide"""
 
@@ -132,6 +134,8 @@ class Router(nn.Module, ABC):
     loss: BalanceLoss | None = staticmethod(load_balancing_loss)
     """what balances its experts: the units whose routers have the same loss are balanced together (`MoeModel.balance_loss`); None: nothing,
     or no loss"""
+    separates: ClassVar[bool] = False
+    """whether the experts are adapters that must not influence one another: each has its own mean loss and its own gradient norm"""
 
     @property
     @abstractmethod

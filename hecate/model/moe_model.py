@@ -43,6 +43,12 @@ class MoeModel:
         modules = {unit: layer.router for unit, layer in sorted(self.layers.items())}
         return {unit: router for unit, router in modules.items() if isinstance(router, Router)}
 
+    @property
+    def separate_experts(self) -> int:
+        """The number of experts, if each is an adapter of its own (`Router.separates`); otherwise 0."""
+        families = self.engine.shards.families
+        return max((families[unit].num_experts for unit, router in self.router_modules.items() if router.separates), default=0)
+
     def balance_loss(self, stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor | None:
         """This rank's share of the load-balancing loss, over the units that share a loss together; None: no unit has one. Every rank of the
         group must call it.

@@ -7,6 +7,7 @@ from pathlib import Path
 from hecate.adapters import AdapterConfig, load_adapter
 from hecate.adapters.export import load_into
 from hecate.adapters.model_folder import is_model_folder, load_model_folder
+from hecate.adapters.peft_by_source import is_lora_adapter, sources_in, with_lora_adapters
 from hecate.adapters.peft_experts import with_peft_adapter
 from hecate.adapters.peft_moe import is_peft_adapter
 from hecate.config import Config, RouterConfig
@@ -38,7 +39,10 @@ def evaluate_trained(config: Config, trained: Path) -> None:
     with join_ranks() as ranks:
         named, attention = config.model, AttentionChoice(config.model.attention, config.data.packing)
         choice = BaseChoice(named.name_or_path, named.dtype, named.num_hidden_layers, attention, config.kernels)
-        base, moe = _trained(trained, ranks, choice)
+        if config.moe.by_source and sources_in(trained):
+            base, moe = with_lora_adapters([trained / source.name for source in config.data.train], ranks, choice)
+        else:
+            base, moe = _trained(trained, ranks, choice)
         sources = encode_sources(config.data.eval, config, base, ranks)
         found = evaluate(config, ranks, base, moe, sources)
         if ranks.is_first:
@@ -72,6 +76,10 @@ def _trained(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel,
 
 
 def _with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
+    if sources := sources_in(folder):
+        raise UserError(f"{folder}: holds the adapters of several sources: {', '.join(sources)}\n  name one: {folder / sources[0]}")
+    if is_lora_adapter(folder):
+        return with_lora_adapters([folder], ranks, choice)
     if is_peft_adapter(folder):
         return with_peft_adapter(folder, ranks, choice)
     tensors, description = load_adapter(folder)

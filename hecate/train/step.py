@@ -6,6 +6,9 @@
 
 The loss is the sum over label tokens divided by their number in the whole step, all ranks and micro-steps together, plus the mean over
 the micro-steps of the aux loss. Each rank computes its share; gradients are summed, never averaged.
+
+Where each expert is an adapter of its own (`Router.separates`), it is trained by the mean over its own label tokens, so that the others'
+numbers do not matter to it; the loss that is reported is the mean over the experts that have label tokens.
 """
 
 from __future__ import annotations
@@ -50,18 +53,22 @@ def pass_tokens(head: CausalHead, batch: Batch, samples: float | None = None) ->
     is_token = batch.layout.is_token[:, own].flatten()
     valid = None if bool(is_token.all()) else copy_to(is_token.nonzero().squeeze(1), batch.token_ids.device)
     of_samples = None if samples is None else PassSamples(batch.segment_ids[:, own], batch.layout.most_samples, samples)
-    return PassTokens(valid, batch.token_ids[:, own].flatten(), of_samples)
+    return PassTokens(valid, batch.token_ids[:, own].flatten(), of_samples, batch.task[:, own].flatten())
 
 
-def forward_loss(head: CausalHead, batch: Batch) -> Tensor:
+def forward_loss(head: CausalHead, batch: Batch, weight_of_source: Tensor | None = None) -> Tensor:
     """Summed cross-entropy of this rank's label tokens in one micro-batch; of a tensor group's ranks each has a share of the sum.
 
     The model must be in a forward pass of the batch's tokens (`pass_tokens`). The host does not wait for the batch's device, unless the
     model makes it.
+
+    Args:
+        weight_of_source: [sources], of a token in the sum, by its source, on the batch's device; None: 1.
     """
     hidden = head.hidden(batch.input_ids, batch.layout.samples, batch.position_ids)
     labelled = batch.layout.labelled
-    return head.loss_sum(hidden.flatten(0, 1)[labelled], batch.targets.flatten()[labelled])
+    weight_N = None if weight_of_source is None else weight_of_source[batch.task.flatten()[labelled]]
+    return head.loss_sum(hidden.flatten(0, 1)[labelled], batch.targets.flatten()[labelled], weight_N)
 
 
 def train_step(
@@ -72,6 +79,7 @@ def train_step(
     *,
     num_labels: int,
     num_samples: int | None = None,
+    labels_of_source: Sequence[int] = (),
     step: int,
     rules: StepRules,
     requests: Callable[[], Sequence[bool]] = tuple,
@@ -81,23 +89,30 @@ def train_step(
     Args:
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
         num_samples: samples of the whole step, likewise; None: no loss of the model is a mean over samples.
+        labels_of_source: label tokens of the whole step by source; needed where each expert has a mean loss of its own.
         step: its number, from 0.
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
     """
     group, engine = moe.engine.shards.groups.world, moe.engine
     sent = engine.shards.bytes_sent
     this_step = engine.begin_step(step, len(micro_batches))
-    each = None if num_samples is None else num_samples / len(micro_batches)
     losses = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
+    weight_of_source, divisor, averaged = None, max(num_labels, 1), max(num_labels, 1)
+    if moe.separate_experts:
+        assert len(labels_of_source) == moe.separate_experts, (labels_of_source, moe.separate_experts)
+        weights = torch.tensor([1 / max(labels, 1) for labels in labels_of_source], dtype=torch.float64)
+        weight_of_source, divisor = copy_to(weights, losses.device), 1
+        averaged = max(sum(labels > 0 for labels in labels_of_source), 1)
+    each = None if num_samples is None else num_samples / len(micro_batches)
     for batch in micro_batches:
         micro = this_step.begin_micro_step(pass_tokens(head, batch, each))
-        loss_sum = forward_loss(head, batch)
-        share = loss_sum / max(num_labels, 1)
+        loss_sum = forward_loss(head, batch, weight_of_source)
+        share = loss_sum / divisor
         aux = moe.balance_loss(micro.stats, group)
         if aux is not None:
             losses[1] += aux.detach() / len(micro_batches)
             share = share + aux * (rules.aux_coef / len(micro_batches))
-        losses[0] += loss_sum.detach() / max(num_labels, 1)
+        losses[0] += loss_sum.detach() / averaged
         micro.backward(share)
     loads = this_step.finish()
     on_its_way = send_gradients(engine, optimizer, loads) if rules.redundancy else None
@@ -106,5 +121,5 @@ def train_step(
         on_its_way.wait()
     squares = optimizer.squares(counts_owned=engine.shards.in_first_group)
     totals = exchange_totals(losses, squares, engine.shards.bytes_sent - sent, requests(), group)
-    taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads)
+    taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads, totals.grad_norms)
     return StepResult(totals.loss, totals.aux_loss, totals.grad_norm, not taken, loads, totals.bytes_sent, totals.asked)

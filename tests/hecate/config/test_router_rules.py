@@ -33,11 +33,44 @@ REFUSED = [
     (["moe.router_type=softmax"], "moe.router_type: unknown key"),
 ]
 
+GIVEN = (
+    "data.train=[a.jsonl,b.jsonl]",
+    "lora.target_modules=[gate_proj,up_proj,down_proj]",
+    "moe={num_experts: 2, top_k: 1, router_aux_loss_coef: 0, router: {input: given}}",
+)
+NOT_GIVEN = [
+    (
+        "moe.num_experts=3",
+        "moe.num_experts: must be 2 with moe.router.input=given, one expert for each item of data.train, got 3.*num_experts=2",
+    ),
+    ("moe.num_experts=null", "moe.num_experts: must be 2 .* got 8"),
+    ("moe.num_experts=[2,2]", r"moe.num_experts: must be 2 .* got \[2, 2\]"),
+    ("moe.top_k=2", "moe.top_k: must be 1 with moe.router.input=given: a sample has one source, got 2.*moe.top_k=1"),
+    ("moe.top_k=null", "moe.top_k: must be 1 .* got 2"),
+    ("moe.router_aux_loss_coef=0.1", "moe.router_aux_loss_coef: must be 0 with moe.router.input=given.*got 0.1"),
+    ("moe.router.score=sigmoid", "moe.router.score: has no effect with moe.router.input=given"),
+    ("data.eval=[{path: a.jsonl, name: c}]", r"data.eval\[0\].name: c has no expert.*same name.*one of the names a, b"),
+    (
+        "lora.target_modules=[q_proj,up_proj]",
+        "lora.target_modules: names q_proj, whose adapter all experts would share.*gate_proj, up_proj",
+    ),
+]
+
 
 @pytest.mark.parametrize(("overrides", "reason"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_choices_that_do_not_go_together_are_refused(folder: Path, overrides: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){reason}") as error:
         load(MINIMAL, *overrides)
+    assert len(error.value.problems) == 1
+
+
+@pytest.mark.parametrize(("override", "reason"), NOT_GIVEN, ids=[override for override, _ in NOT_GIVEN])
+def test_what_does_not_go_with_given_routing_is_refused(folder: Path, override: str, reason: str) -> None:
+    separately = [f"moe.{pair}" for pair in ("num_experts=2", "top_k=1", "router_aux_loss_coef=0", "router.input=given")]
+    assert load(MINIMAL, *GIVEN, "data.eval=[b.jsonl]").moe.by_source
+    kept = [given for given in (*GIVEN[:2], *separately) if given.partition("=")[0] != override.partition("=")[0]]
+    with pytest.raises(ConfigError, match=f"(?s){reason}") as error:
+        load(MINIMAL, *kept, override)
     assert len(error.value.problems) == 1
 
 
