@@ -177,13 +177,15 @@ class ExpertOptimizer:
             norms: of the separate experts; needed if there are any.
 
         Returns:
-            Whether a step was taken.
+            Whether a step was taken; of separate experts, by all of them.
         """
-        taken = math.isfinite(grad_norm)
+        taken = steps = math.isfinite(grad_norm)
         if self.separate:
-            taken = self._clip_each(norms, max_grad_norm)
+            assert len(norms) == self.separate, (norms, self.separate)
+            taken, steps = all(map(math.isfinite, norms)), any(map(math.isfinite, norms))
+            self._clip_each(norms, max_grad_norm)
             self.last_norms = tuple(norms)
-        if taken:
+        if steps:
             gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
             if gradients and max_grad_norm is not None and grad_norm > max_grad_norm and not self.separate:
                 torch._foreach_mul_(gradients, min(1.0, max_grad_norm / (grad_norm + 1e-6)))
@@ -197,9 +199,8 @@ class ExpertOptimizer:
         self.abandon()
         return taken
 
-    def _clip_each(self, norms: Sequence[float], limit: float | None) -> bool:
-        """Clip each separate expert by its norm, and take away the gradients of those whose norm is not finite. Whether any is."""
-        assert len(norms) == self.separate, (norms, self.separate)
+    def _clip_each(self, norms: Sequence[float], limit: float | None) -> None:
+        """Clip each separate expert by its norm, and take away the gradients of those whose norm is not finite."""
         scaled: list[Tensor] = []
         factors: list[float] = []
         for name, parameter in [*self.owned.items(), *self.backups.items()]:
@@ -211,7 +212,6 @@ class ExpertOptimizer:
                 factors.append(min(1.0, limit / (norm + 1e-6)))
         if scaled:
             torch._foreach_mul_(scaled, factors)
-        return any(map(math.isfinite, norms))
 
     def abandon(self) -> None:
         """Forget the gradients of the step under way."""
