@@ -97,22 +97,17 @@ def train_step(
     sent = engine.shards.bytes_sent
     this_step = engine.begin_step(step, len(micro_batches))
     losses = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
-    weight_of_source, divisor, averaged = None, max(num_labels, 1), max(num_labels, 1)
-    if moe.separate_experts:
-        assert len(labels_of_source) == moe.separate_experts, (labels_of_source, moe.separate_experts)
-        weights = torch.tensor([1 / max(labels, 1) for labels in labels_of_source], dtype=torch.float64)
-        weight_of_source, divisor = copy_to(weights, losses.device), 1
-        averaged = max(sum(labels > 0 for labels in labels_of_source), 1)
+    mean = _means_of_sources(moe, labels_of_source, losses.device) or LossMean(max(num_labels, 1), max(num_labels, 1))
     each = None if num_samples is None else num_samples / len(micro_batches)
     for batch in micro_batches:
         micro = this_step.begin_micro_step(pass_tokens(head, batch, each))
-        loss_sum = forward_loss(head, batch, weight_of_source)
-        share = loss_sum / divisor
+        loss_sum = forward_loss(head, batch, mean.weight_of_source)
+        share = loss_sum / mean.trained
         aux = moe.balance_loss(micro.stats, group)
         if aux is not None:
             losses[1] += aux.detach() / len(micro_batches)
             share = share + aux * (rules.aux_coef / len(micro_batches))
-        losses[0] += loss_sum.detach() / averaged
+        losses[0] += loss_sum.detach() / mean.reported
         micro.backward(share)
     loads = this_step.finish()
     on_its_way = send_gradients(engine, optimizer, loads) if rules.redundancy else None
@@ -123,3 +118,24 @@ def train_step(
     totals = exchange_totals(losses, squares, engine.shards.bytes_sent - sent, requests(), group)
     taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads, totals.grad_norms)
     return StepResult(totals.loss, totals.aux_loss, totals.grad_norm, not taken, loads, totals.bytes_sent, totals.asked)
+
+
+@dataclass(frozen=True)
+class LossMean:
+    """How sums over label tokens become the loss of a step."""
+
+    trained: int
+    """what they are divided by for the gradients"""
+    reported: int
+    """what they are divided by for the report"""
+    weight_of_source: Tensor | None = None
+    """float64 [sources], of a token in the sums; None: 1"""
+
+
+def _means_of_sources(moe: MoeModel, labels_of_source: Sequence[int], device: torch.device) -> LossMean | None:
+    """Each source's own mean, where its expert is an adapter of its own; None where it is not. The host does not wait for the device."""
+    if not moe.separate_experts:
+        return None
+    assert len(labels_of_source) == moe.separate_experts, (labels_of_source, moe.separate_experts)
+    weights = torch.tensor([1 / max(labels, 1) for labels in labels_of_source], dtype=torch.float64)
+    return LossMean(1, max(sum(labels > 0 for labels in labels_of_source), 1), copy_to(weights, device))
