@@ -124,7 +124,7 @@ def check_separate(rank: int, world: int, case: Case) -> None:
             assert error <= TOLERANCE, f"step {step}, layer {unit} of adapter {expert}: off by {error:.2e}"
         assert case.scenario != "idle experts" or step % 2 or len(active) < SOURCES, "no adapter was idle"
     assert any(clipped), "no adapter's gradient was clipped"
-    assert not all(clipped), "every adapter's gradient was clipped"
+    assert not all(clipped) or case.scenario == "empty rank", "every adapter's gradient was clipped"
 
 
 def check_all_separate(rank: int, world: int, cases: list[Case]) -> None:
