@@ -64,9 +64,7 @@ class PlainMixlora(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         assert self.valid is not None
         x = hidden.reshape(-1, hidden.shape[-1])
-        prob = F.softmax(x @ (self.logit_scale * self.router).T + self.bias, dim=-1)
-        weight, expert_TK = prob.topk(self.top_k, dim=-1)
-        weight = weight / weight.sum(-1, keepdim=True)
+        prob, weight, expert_TK = self.choose(x @ (self.logit_scale * self.router).T + self.bias)
         self.prob, self.expert_TK = prob[self.valid], expert_TK[self.valid]
         y = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
@@ -75,6 +73,12 @@ class PlainMixlora(nn.Module):
             up = self._linear(expert, "up_proj", x)
             y = y + share * self._linear(expert, "down_proj", F.silu(gate) * up)
         return y.view_as(hidden)
+
+    def choose(self, logit_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(probabilities [T, E], weights [T, K], experts [T, K]) of tokens with these logits."""
+        prob = F.softmax(logit_TE, dim=-1)
+        weight, expert_TK = prob.topk(self.top_k, dim=-1)
+        return prob, weight / weight.sum(-1, keepdim=True), expert_TK
 
     def _linear(self, expert: Any, name: str, x: Tensor) -> Tensor:
         a = self.fixed[f"{name}.A"] if self.fixed else expert[f"{name}_A"]

@@ -4,9 +4,10 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hecate.adapters.names import OLD_MODULES, TARGET_MODULES
+from hecate.config import RouterConfig
 from hecate.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -87,6 +88,23 @@ class AdapterConfig:
     def router_buffers(self) -> tuple[str, ...]:
         """Return the names of what each router has beside its weight, one number per expert, such as a bias."""
         return tuple(self.extra.get("router_buffers", ()))
+
+    @property
+    def router(self) -> RouterConfig:
+        """Return how the routers choose.
+
+        Raises:
+            UserError: they choose in a way that this version does not have.
+        """
+        value = self.extra.get("router", "softmax")
+        if value == "softmax":  # as earlier versions, and other programs, mean it
+            return RouterConfig()
+        hints = get_type_hints(RouterConfig)
+        for key, given in value.items() if isinstance(value, dict) else [("router", value)]:
+            allowed = get_args(hints.get(key, str)) or None
+            if key not in hints or (allowed is not None and given not in allowed) or (allowed is None and type(given) is not hints[key]):
+                raise UserError(f"made with the router {str(value)[:200]}; this version has no {key[:100]} {str(given)[:100]}")
+        return RouterConfig(**value)
 
     @property
     def scale(self) -> float:

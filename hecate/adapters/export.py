@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from hecate.adapters import AdapterConfig, attention_tensor_name, expert_tensor_name, router_tensor_name, save_adapter
 from hecate.adapters.names import router_buffer_name
 from hecate.config import Config
+from hecate.experts.router import Router
 from hecate.model.base import BaseModel
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
@@ -41,11 +42,11 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
         target_modules=config.lora.target_modules,
         num_layers=num_layers,
         num_experts=experts if isinstance(experts, int) else config.moe.experts_per_layer(num_layers),
-        top_k=config.moe.experts_per_token,
+        top_k=min(config.moe.experts_per_token, *(count for count in config.moe.experts_per_layer(num_layers) if count)),
         act_fn=_HF_ACTIVATION[base.ffns[0].shape.activation],
         use_rslora=config.lora.use_rslora,
         extra={
-            "router": config.moe.router_type,
+            "router": asdict(config.moe.router),
             "router_aux_loss_coef": config.moe.router_aux_loss_coef,
             "model_dtype": config.model.dtype,
         },
@@ -65,10 +66,10 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
                 tensors[expert_tensor_name(unit.layer, projection, expert, "A")] = lora.a_SrI[expert].detach()
                 tensors[expert_tensor_name(unit.layer, projection, expert, "B")] = lora.b_SOr[expert].detach()
         tensors[router_tensor_name(unit.layer)] = moe.routers[unit].detach()
-        buffers = dict(moe.router_modules[unit].named_buffers())
-        tensors |= {router_buffer_name(unit.layer, name): buffer for name, buffer in buffers.items()}
-        if buffers:
-            description = replace(description, extra={**description.extra, "router_buffers": list(buffers)})
+        vectors = _vectors(moe.router_modules[unit])
+        tensors |= {router_buffer_name(unit.layer, name): vector.detach() for name, vector in vectors.items()}
+        if vectors:
+            description = replace(description, extra={**description.extra, "router_buffers": list(vectors)})
     if ranks.is_first:
         for (layer, module), lora_linear in moe.attention.items():
             name = module.rpartition(".")[2]
@@ -83,8 +84,8 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
         for unit, router in moe.routers.items():
             router.copy_(tensors[router_tensor_name(unit.layer)])
         for unit, router_module in moe.router_modules.items():
-            for name, buffer in router_module.named_buffers():
-                buffer.copy_(tensors[router_buffer_name(unit.layer, name)])
+            for name, vector in _vectors(router_module).items():
+                vector.copy_(tensors[router_buffer_name(unit.layer, name)])
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
             pairs = moe.engine.shards.families[unit].pair_source
             names = {name: [expert_tensor_name(unit.layer, name, expert, matrix) for matrix in ("A", "B")] for name in pairs.projections}
@@ -92,6 +93,11 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
         for (layer, module), lora in moe.attention.items():
             name = module.rpartition(".")[2]
             lora.set_pair(tensors[attention_tensor_name(layer, name, "A")], tensors[attention_tensor_name(layer, name, "B")])
+
+
+def _vectors(router: Router) -> dict[str, Tensor]:
+    """What a router has beside its weight, one number per expert each, by name."""
+    return dict(router.named_buffers()) | ({} if router.trained_bias is None else {"bias": router.trained_bias})
 
 
 def gather_on_first(moe: MoeModel, unit: Unit, ranks: Ranks) -> Tensor | None:

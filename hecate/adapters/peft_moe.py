@@ -142,7 +142,8 @@ def load_peft_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
     """
     value = read_adapter_config(folder)
     try:
-        config = _config_from_json(value)
+        config = peft_config_from_json(value)
+        _require_experts(config)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
     return read_safetensors(folder / WEIGHTS), config
@@ -154,7 +155,12 @@ def is_peft_adapter(folder: Path) -> bool:
     return isinstance(value, dict) and value.get("peft_type") == PEFT_TYPE
 
 
-def _config_from_json(value: Any) -> PeftMoeConfig:
+def peft_config_from_json(value: Any) -> PeftMoeConfig:
+    """Return the description of a LoRA that PEFT or `save_peft_adapter` has written, of an MoE model's experts or of linear layers alone.
+
+    Raises:
+        UserError: a key is missing or wrong, or the adapter is of another kind.
+    """
     for name, kind in (("base_model_name_or_path", str), ("r", int), ("lora_alpha", int)):
         if type(value.get(name)) is not kind:
             raise UserError(f"{name} must be {'text' if kind is str else 'a whole number'}, not {str(value.get(name))[:100]}")
@@ -169,12 +175,6 @@ def _config_from_json(value: Any) -> PeftMoeConfig:
         if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
             raise UserError(f"{name} must be a list of names, not {str(given)[:100]}; patterns are not supported")
         lists[name] = tuple(sorted(given))
-    parameters = lists["target_parameters"]
-    if not parameters or not all(name.rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in parameters):
-        raise UserError(
-            f"target_parameters are {list(parameters)}: this is not an adapter of an MoE model's experts\n"
-            "  they must be an experts module's gate_up_proj, down_proj, or both"
-        )
     ours = value.get("hecate") or {}
     return PeftMoeConfig(
         base_model_name_or_path=value["base_model_name_or_path"],
@@ -185,3 +185,13 @@ def _config_from_json(value: Any) -> PeftMoeConfig:
         extra=ours.get("extra", {}),
         **lists,
     )
+
+
+def _require_experts(config: PeftMoeConfig) -> None:
+    """Raises UserError: the adapter is not one of an MoE model's experts."""
+    parameters = config.target_parameters
+    if not parameters or not all(name.rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in parameters):
+        raise UserError(
+            f"target_parameters are {list(parameters)}: this is not an adapter of an MoE model's experts\n"
+            "  they must be an experts module's gate_up_proj, down_proj, or both"
+        )

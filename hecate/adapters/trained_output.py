@@ -10,6 +10,7 @@ from typing import Any
 
 from hecate.adapters.export import adapter_config, export_adapter
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
+from hecate.adapters.peft_by_source import export_by_source, lora_config
 from hecate.adapters.peft_experts import export_peft_adapter, peft_config
 from hecate.config import Config
 from hecate.model.base import BaseModel
@@ -23,7 +24,7 @@ class TrainedOutput:
     """The output that a run will write. It is decided before training, so that what a format cannot hold is refused early."""
 
     name: str
-    """the name of the folder in output_dir and of the summary's key: adapter or model"""
+    """the name of the folder in output_dir and of the summary's key: adapter, adapters or model"""
     write: Callable[[Path, MoeModel, Ranks], None]
     """a function that writes the new folder; every rank must call it"""
 
@@ -44,7 +45,7 @@ def output_of(config: Config, base: BaseModel) -> TrainedOutput:
     """
     if config.model.front_end == "megatron":
         return _mixtral_of_megatron(config, base)
-    return _FORMATS[config.moe.kind.output](config, base)
+    return _FORMATS[config.moe.output](config, base)
 
 
 def _mixlora(config: Config, base: BaseModel) -> TrainedOutput:
@@ -55,6 +56,11 @@ def _mixlora(config: Config, base: BaseModel) -> TrainedOutput:
 def _peft(config: Config, base: BaseModel) -> TrainedOutput:
     description = peft_config(config, base)
     return TrainedOutput("adapter", lambda folder, moe, ranks: export_peft_adapter(folder, description, base, moe, ranks))
+
+
+def _peft_by_source(config: Config, base: BaseModel) -> TrainedOutput:
+    description, names = lora_config(config, base), [source.name for source in config.data.train]
+    return TrainedOutput("adapters", lambda folder, moe, ranks: export_by_source(folder, names, description, base.ffns, moe, ranks))
 
 
 def _mixtral(config: Config, base: BaseModel) -> TrainedOutput:
@@ -80,5 +86,10 @@ def _mixtral_of_megatron(config: Config, base: BaseModel) -> TrainedOutput:
     return TrainedOutput("model", write)
 
 
-_FORMATS: dict[str, Callable[[Config, BaseModel], TrainedOutput]] = {"mixlora": _mixlora, "peft": _peft, "mixtral": _mixtral}
-"""the formats by the name in `ExpertKind.output`"""
+_FORMATS: dict[str, Callable[[Config, BaseModel], TrainedOutput]] = {
+    "mixlora": _mixlora,
+    "peft": _peft,
+    "peft_by_source": _peft_by_source,
+    "mixtral": _mixtral,
+}
+"""the formats by the name in `MoeConfig.output`"""

@@ -21,7 +21,7 @@ def evaluate(
     loaded = load_config(config, overrides or (), claim_output=False)
     from hecate.train.inference import evaluate_trained
 
-    evaluate_trained(loaded, adapter or Path(loaded.output_dir) / loaded.moe.kind.output_folder)
+    evaluate_trained(loaded, adapter or Path(loaded.output_dir) / loaded.moe.output_folder)
 
 
 def generate(

@@ -14,6 +14,7 @@ from hecate.config.schema import (
     ModelConfig,
     MoeConfig,
     RayConfig,
+    RouterConfig,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "MoeConfig",
     "Problem",
     "RayConfig",
+    "RouterConfig",
     "changed_computation",
     "find_model",
     "load_config",

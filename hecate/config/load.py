@@ -70,10 +70,12 @@ def _with_defaults(config: Config) -> MoeConfig:
 
         shape = gpt_shape(config.model.name_or_path)
         experts, top_k = shape.experts, shape.top_k
+    num_experts = experts if moe.num_experts is None else moe.num_experts
+    most = num_experts if isinstance(num_experts, int) else max(num_experts)
     return replace(
         moe,
-        num_experts=experts if moe.num_experts is None else moe.num_experts,
-        top_k=top_k if moe.top_k is None else moe.top_k,
+        num_experts=num_experts,
+        top_k=(most if moe.router.dense else top_k) if moe.top_k is None else moe.top_k,
     )
 
 
@@ -156,7 +158,7 @@ def _flatten(node: Mapping, prefix: str, source: str, report: Report) -> Iterato
         if key in SECTIONS and isinstance(value, Mapping) and not value.flaw:
             yield from _flatten(value, key, source, report)
         elif key in SECTIONS:
-            known = ", ".join(leaf.partition(".")[2] for leaf in LEAF_TYPES if leaf.startswith(key + "."))
+            known = ", ".join(leaf.removeprefix(key + ".") for leaf in LEAF_TYPES if leaf.startswith(key + "."))
             report.add(key, "is a section and must hold keys, without anchors or tags", f"its keys are {known}")
         elif key in LEAF_TYPES and not dotted_in_file:
             yield key, value
@@ -166,14 +168,18 @@ def _flatten(node: Mapping, prefix: str, source: str, report: Report) -> Iterato
 
 def _as_omegaconf(values: dict[str, Any]) -> DictConfig:
     """Return the valid values as OmegaConf's structured config, with references unresolved."""
-    tree: dict[str, Any] = {section: {} for section in SECTIONS}
+    tree: dict[str, Any] = {}
+    of_section = {"": tree}
+    for section in SECTIONS:
+        outer, _, name = section.rpartition(".")
+        of_section[section] = of_section[outer][name] = {}
     for key, value in values.items():
         if value is INVALID:
             continue
         if key in _SOURCES:
             value = [OmegaConf.merge(OmegaConf.structured(DataSource), record) for record in value]
         section, _, name = key.rpartition(".")
-        (tree[section] if section else tree)[name] = value
+        of_section[section][name] = value
     merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
     assert isinstance(merged, DictConfig)
     return merged

@@ -13,6 +13,7 @@ from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.paths import INDEXED_SUFFIXES, find_model, indexed_prefix
 from hecate.config.problems import Add, did_you_mean, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
+from hecate.config.router_rules import check_router
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, RANGES
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import KINDS
@@ -35,6 +36,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     _check_experts(values, add)
     _check_kind(values, add)
     _check_gradient_rule(values, add)
+    check_router(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
     _check_shard_size(values, add)
@@ -98,9 +100,10 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
         if layers is not None and layers != len(experts):
             what = f"lists {len(experts)} layers, but model.num_hidden_layers is {layers}"
             add("moe.num_experts", what, f"give one number for all layers, or {layers} of them")
-    top_k = _or_default(values, "moe.top_k", None if own else DEFAULT_TOP_K)
+    top_k = _or_default(values, "moe.top_k", None if own or values.get("moe.router.dense") else DEFAULT_TOP_K)
     fewest = min((count for count in counts if count > 0), default=0)
-    if top_k is not None and 0 < fewest < top_k:
+    given = values.get("moe.router.input") == "given"  # where top_k is 1
+    if top_k is not None and 0 < fewest < top_k and not given:
         add("moe.top_k", f"must be from 1 to {fewest}, the fewest experts of a layer (moe.num_experts), got {top_k}", "")
 
 

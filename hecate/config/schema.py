@@ -134,6 +134,34 @@ DEFAULT_EXPERTS, DEFAULT_TOP_K = 8, 2
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How new routers choose experts. Where the model's own routers stay, or other programs' readers have the softmax router only, all
+    keys keep their defaults."""
+
+    input: Literal["token", "given"] = "token"
+    """What an expert is chosen by. token: the token's hidden state, by one linear map. given: the sample's source, so that each item of
+    data.train trains an adapter of its own, and an item of data.eval uses the one of the training source of its name. Each adapter then has
+    its own mean loss, and its own gradient norm, to which max_grad_norm applies. moe.num_experts is the number of sources, and top_k 1."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What an expert's logit becomes. softmax: a share among all experts. sigmoid: a score of its own."""
+    bias: Literal["none", "learned", "balancing"] = "none"
+    """A number per expert. learned: added to its logit, and trained. balancing: added to its score in the choice; no gradient trains it,
+    but after each optimizer step it rises by bias_rate where the expert had less than the mean load, and falls where it had more."""
+    bias_rate: float = field(default=1e-5, metadata=key(POSITIVE))
+    """With bias balancing: how far the bias moves in a step."""
+    bias_in_weights: bool = False
+    """With bias balancing: the bias counts in the weights of the chosen experts, too, as in SMoRA's code; false: in the choice alone."""
+    dense: bool = False
+    """Every token goes to all experts of its layer; leave moe.top_k out."""
+    weights: Literal["renormalised", "gate", "one"] = "renormalised"
+    """What the results of the chosen experts are multiplied by. renormalised: their scores, divided by the sum of these. gate: their
+    scores. one: 1, so that the loss of the text trains no router; needs top_k 1."""
+    balance: Literal["batch", "sample"] = "batch"
+    """What the load-balancing loss evens out. batch: the loads of each micro-step's tokens of all ranks, as in Mixtral. sample: those of
+    each sample by itself, and the mean over the samples of the step, as in LLaVA-MoLE."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoeConfig:
     family: Family = "mixlora"
     """What an expert computes. mixlora: LoRA pairs over the layer's shared frozen FFN. full: a gated FFN of its own, fully trained, which
@@ -142,10 +170,8 @@ class MoeConfig:
     """The number of experts of every layer, or a list with one number per layer; a layer with 0 keeps its plain FFN. null: 8, or, with
     moe_lora or front_end megatron, the model's own number."""
     top_k: int | None = field(default=None, metadata=key(COUNT))
-    """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it."""
-    router_type: Literal["softmax"] = field(default="softmax", metadata=key(family="mixlora"))
-    """Family mixlora: how routers choose (docs/extend/router.md). softmax: the top_k largest of a softmax over all experts, renormalized.
-    The other families have softmax routers, or the model's own."""
+    """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it; with router.dense, all."""
+    router: RouterConfig = field(default_factory=RouterConfig)
     train_router: bool = field(default=False, metadata=key(family="moe_lora"))
     """With family moe_lora: also train the model's routers. The other families always train their routers."""
     upcycle_noise: float = field(default=0.01, metadata=key(AT_LEAST_ZERO))
@@ -159,9 +185,24 @@ class MoeConfig:
         return KINDS[self.family]
 
     @property
+    def by_source(self) -> bool:
+        """Whether each expert is an adapter of its own, which the samples of one source train."""
+        return self.router.input == "given"
+
+    @property
     def trains_routers(self) -> bool:
-        """Whether routers are trained: new ones always are, a model's own ones only with `train_router`."""
-        return self.train_router or not self.kind.of_moe_base
+        """Whether routers are trained: new ones are if they have weights, a model's own ones only with `train_router`."""
+        return self.train_router or not (self.kind.of_moe_base or self.by_source)
+
+    @property
+    def output(self) -> str:
+        """The format in which a finished run is written."""
+        return "peft_by_source" if self.by_source else self.kind.output
+
+    @property
+    def output_folder(self) -> str:
+        """Where a finished run is found in its folder."""
+        return "adapters" if self.by_source else self.kind.output_folder
 
     @property
     def experts_per_token(self) -> int:
@@ -379,4 +420,5 @@ LEAVES: dict[str, Leaf] = dict(_leaves(Config))
 LEAF_TYPES: dict[str, Any] = {name: leaf.type for name, leaf in LEAVES.items()}
 REQUIRED: tuple[str, ...] = tuple(name for name, leaf in LEAVES.items() if leaf.required)
 RANGES: dict[str, Range] = {name: leaf.range for name, leaf in LEAVES.items() if leaf.range is not None}
-SECTIONS: tuple[str, ...] = tuple(dict.fromkeys(name.split(".")[0] for name in LEAVES if "." in name))
+SECTIONS: tuple[str, ...] = tuple(dict.fromkeys(name[:end] for name in LEAVES for end, char in enumerate(name) if char == "."))
+"""the keys that hold keys, such as `moe` and `moe.router`; each after the one that holds it"""

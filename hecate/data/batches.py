@@ -40,6 +40,7 @@ class BatchLayout:
     is_token: Tensor  # bool [B, S], on the CPU; False at padding
     labelled: Tensor  # int64 [N], on the batch's device: indices in [B·S] of the positions with a label
     samples: PackedSamples | None  # on the batch's device; None: no sequence has more than one sample
+    most_samples: int  # the most samples of a sequence, at least 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +59,8 @@ class Batch:
         """The layout, computed on the CPU before `to` moves the batch, because the host would have to wait for a GPU's answers."""
         is_token = (self.segment_ids > 0).cpu()
         labelled = (self.targets.flatten() != IGNORED).nonzero().squeeze(1)
-        one_sample_each = bool((self.segment_ids <= 1).all())
-        return BatchLayout(is_token, labelled, None if one_sample_each else packed_samples(self.segment_ids))
+        most = max(1, int(self.segment_ids.max()))
+        return BatchLayout(is_token, labelled, None if most == 1 else packed_samples(self.segment_ids), most)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return this batch, which must be on the CPU, on `device`. The host does not wait for a GPU: the tensors go there in two copies

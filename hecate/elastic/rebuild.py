@@ -84,16 +84,18 @@ class Standing:
     """whether the rank has the summed gradients of the step after `step`, so that only the optimizer's step is missing"""
     norm: float
     """the global gradient norm of its last step"""
+    norms: tuple[float, ...] = ()
+    """those of the separate experts in its last step"""
 
 
 def exchange_standings(ranks: Ranks, state: TrainState | None, optimizer: ExpertOptimizer) -> list[Standing]:
     """Exchange how far each rank is, and return this by rank. Every rank must call it; `state` is None on a rank that has none."""
     own = [0.0] * 4 if state is None else [1.0, float(state.step), float(state.completed), float(state.tokens)]
-    own += [float(optimizer.gradients_complete), optimizer.last_norm]
+    own += [float(optimizer.gradients_complete), optimizer.last_norm, *optimizer.last_norms]
     table = ranks.all_gather(torch.tensor(own, dtype=torch.float64)).tolist()
     return [
-        Standing(bool(has_state), int(step), int(completed), int(tokens), bool(complete), norm)
-        for has_state, step, completed, tokens, complete, norm in table
+        Standing(bool(has_state), int(step), int(completed), int(tokens), bool(complete), norm, tuple(norms))
+        for has_state, step, completed, tokens, complete, norm, *norms in table
     ]
 
 
@@ -112,7 +114,7 @@ def catch_up(parts: TrainedParts, state: TrainState, standings: Sequence[Standin
     ahead = max((standing for standing in standings if standing.has_state), key=lambda standing: standing.step)
     if state.step < ahead.step:
         # The step's forward and backward passes have already advanced the stream and the history, whose last loads are the step's.
-        taken = parts.optimizer.step(ahead.norm, max_grad_norm, parts.engine.shards.history.snapshot()[-1])
+        taken = parts.optimizer.step(ahead.norm, max_grad_norm, parts.engine.shards.history.snapshot()[-1], ahead.norms)
         state = state.after_step(parts, tokens=ahead.tokens - state.tokens, skipped=not taken)
     state.put_back(parts)
     return state
@@ -225,7 +227,7 @@ def _send_replicated(
         assert state is not None
         rows = {name: optimizer.row(parameter) for name, parameter in optimizer.alike.items()}
         flat = [rows[name][key] for name in rows for key in rows[name]]
-        tensors = torch.cat([part.detach().cpu().contiguous().view(-1).view(torch.uint8) for part in flat]).numpy().tobytes()
+        tensors = b"".join(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for part in flat)
         text = json.dumps({"state": state.to_json(), "stepped": [name for name in rows if len(rows[name]) > 1]}).encode()
     text, tensors = ranks.broadcast_from(source, text), ranks.broadcast_from(source, tensors)
     if state is not None:

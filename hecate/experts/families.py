@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hecate.experts.family import ExpertChoices, FfnExperts, FfnSource, Site
 from hecate.experts.fixed_a import FixedA
 from hecate.experts.full import FullExperts, noisy_copies
+from hecate.experts.given_router import GivenRouter
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import PairSource, PlainPairs
@@ -49,5 +50,5 @@ PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]
 
 _MAKERS: dict[Family, Callable[[Site, FfnSource, ExpertChoices], FfnExperts]] = {"mixlora": _mixlora, "full": _full, "moe_lora": _moe_lora}
 
-ROUTERS: dict[str, MakeRouter] = {"softmax": TopKRouter}
-"""new routers, by the name that `moe.router_type` gives"""
+ROUTERS: dict[str, MakeRouter] = {"token": TopKRouter, "given": GivenRouter}
+"""new routers, by what they decide by, as `moe.router.input` gives it"""

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from hecate.experts.pass_samples import PassSamples
 from hecate.experts.router import Routing
 from hecate.parallel.units import Unit
 
@@ -36,6 +37,10 @@ class PassTokens:
     """int64: indices of the tokens that are no padding; None: no token is padding"""
     number: Tensor | None = None
     """int64 [B·S]: each token's number, unique over the run; None outside training"""
+    samples: PassSamples | None = None
+    """the samples that the tokens belong to; None outside training"""
+    source: Tensor | None = None
+    """int64 [B·S], or [1] for all tokens: the number of the source in the training data; None: not known"""
 
 
 class ForwardPass(Protocol):

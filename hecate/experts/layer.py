@@ -29,8 +29,8 @@ class MoeLayer(nn.Module):
         return self.router.trained
 
     @property
-    def balance(self) -> BalanceLoss:
-        """What balances its experts."""
+    def balance(self) -> BalanceLoss | None:
+        """The loss that balances its experts, if there is one."""
         return self.router.loss
 
     def forward(self, hidden: Tensor, *decided: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class MoeLayer(nn.Module):
         token_T = number if number is not None else torch.arange(len(x_TD), device=x_TD.device)
         if valid is not None:
             x_TD, token_T, decided = x_TD[valid], token_T[valid], tuple(part[valid] for part in decided)
-        routing = self.router.route(x_TD, TokenFeatures(valid, decided))
+        routing = self.router.route(x_TD, TokenFeatures(valid, current.tokens.samples, current.tokens.source, decided))
         current.note_routing(self.unit, routing)
         y_TD = current.experts(self.unit, x_TD, routing.expert_TK, routing.weight_TK, token_T)
         if valid is not None:

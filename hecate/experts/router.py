@@ -1,21 +1,24 @@
-"""Routers: which experts each token goes to, and with which weights. Softmax over all experts, the k largest, as in Mixtral and MixLoRA.
+"""Routers: which experts each token goes to, and with which weights.
 
-Shapes: N tokens of a micro-step with padding among them, T tokens without padding, D hidden, E experts, K experts of a token.
+Shapes: N tokens of a micro-step with padding among them, T tokens without padding, D hidden, E experts, K experts of a token, M samples.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hecate.config import RouterConfig
+from hecate.experts.pass_samples import PassSamples, SampleMeans
 from hecate.experts.seeding import generator
+from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.units import Unit
 
 
@@ -27,6 +30,8 @@ class RouterStats:
     """probabilities summed over tokens; differentiable"""
     count_KE: Tensor
     """int64: tokens whose k-th expert is expert e"""
+    samples: SampleMeans | None = None
+    """of each sample; None: nothing balances by samples"""
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,15 @@ class Routing:
     expert_TK: Tensor
     """int64: the chosen experts, best first"""
     weight_TK: Tensor
-    """what each expert's result is multiplied by; new routers renormalize the chosen probabilities to sum to 1"""
+    """what each expert's result is multiplied by"""
+    samples: SampleMeans | None = None
+    """what a loss that balances each sample by itself is made of; made by the router, so that a layer that runs again keeps the same"""
 
     def stats(self) -> RouterStats:
         """What the load-balancing loss needs of it."""
         count_KE = torch.zeros((self.expert_TK.shape[1], self.prob_TE.shape[1]), dtype=torch.int64, device=self.expert_TK.device)
         count_KE.scatter_add_(1, self.expert_TK.T, torch.ones_like(self.expert_TK.T))
-        return RouterStats(self.prob_TE.sum(0), count_KE)
+        return RouterStats(self.prob_TE.sum(0), count_KE, self.samples)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class TokenFeatures:
 
     valid_T: Tensor | None = None
     """int64 indices of the T tokens among all N; None: all are"""
+    samples: PassSamples | None = None
+    """the samples of the N tokens; None: not known, as outside training"""
+    source_N: Tensor | None = None
+    """int64: of the source of each of the N tokens, or of all ([1]), its number in the training data; None: not known"""
     decided: tuple[Tensor, ...] = ()
     """what the model itself has decided for the T tokens: experts [T, K] and weights [T, K]; nothing where the router is to decide"""
 
@@ -81,6 +92,34 @@ def load_balancing_loss(stats: Mapping[Unit, RouterStats], group: dist.ProcessGr
     return total
 
 
+def sample_balance_loss(stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor:
+    """This rank's share of the mean over a step's samples of sum_e P_e · f_e, which carries no factor E.
+
+    P is the mean probability of expert e, f the share of assignments to e times K, both over the sample's valid tokens of all layers with
+    the same number of experts together; several such groups are averaged by their number of layers. f carries no gradient. A sample lies
+    on one rank, so no message is sent, and neither padding nor the spread of samples over ranks or micro-steps changes the loss. The
+    shares of all ranks and micro-steps add up to it times the number of micro-steps, because micro-steps are averaged.
+    Source: LLaVA-MoLE (arXiv 2401.16160).
+    """
+    by_experts: dict[int, list[SampleMeans]] = {}
+    for unit in sorted(stats):
+        means = stats[unit].samples
+        assert means is not None, "the samples of the tokens are not known"
+        by_experts.setdefault(means.prob_ME.shape[1], []).append(means)
+    losses = [
+        len(of_layers)
+        / len(stats)
+        / of_layers[0].expected
+        * (_mean(one.prob_ME for one in of_layers) * _mean(one.chosen_ME for one in of_layers)).sum()
+        for of_layers in by_experts.values()
+    ]
+    return torch.stack(losses).sum()
+
+
+def _mean(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).mean(0)
+
+
 BalanceLoss = Callable[[Mapping[Unit, RouterStats], dist.ProcessGroup], Tensor]
 """from the stats of some units to this rank's share of their loss; every rank calls it with the same units"""
 
@@ -92,13 +131,22 @@ class Router(nn.Module, ABC):
     and sent to ranks that come new.
     """
 
-    loss = staticmethod(load_balancing_loss)
-    """what balances its experts: the units whose routers have the same loss are balanced together (`MoeModel.balance_loss`)"""
+    loss: BalanceLoss | None = staticmethod(load_balancing_loss)
+    """what balances its experts: the units whose routers have the same loss are balanced together (`MoeModel.balance_loss`); None: nothing,
+    or no loss"""
+    separates: ClassVar[bool] = False
+    """whether the experts are adapters that must not influence one another: each has its own mean loss and its own gradient norm"""
 
     @property
     @abstractmethod
     def trained(self) -> nn.Parameter | None:
-        """Its weight [E, D], if that is trained: alike on every rank, in checkpoints, and exported. All other parameters must be frozen."""
+        """Its weight [E, D], if that is trained: alike on every rank, in checkpoints, and exported. All other parameters must be frozen,
+        but for `trained_bias`."""
+
+    @property
+    def trained_bias(self) -> nn.Parameter | None:
+        """A number per expert [E] that is trained beside the weight, and held and exported as it is."""
+        return None
 
     @abstractmethod
     def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
@@ -118,54 +166,139 @@ class MakeRouter(Protocol):
     """Makes the new router of a unit: a class of routers, or a function."""
 
     def __call__(
-        self, hidden: int, num_experts: int, top_k: int, /, *, unit: Unit, seed: int, dtype: torch.dtype, device: torch.device
+        self,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        /,
+        *,
+        unit: Unit,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        choices: RouterConfig,
     ) -> Router:
         """The router is drawn from names, so that it is the same on every rank.
 
         Args:
+            top_k: at most the number of experts.
             dtype: of what is trained: float32 or wider.
+            choices: what the configuration says of it.
         """
         ...
 
 
+def _softmax(logit_TE: Tensor) -> Tensor:
+    return F.softmax(logit_TE, dim=-1)
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": _softmax, "sigmoid": torch.sigmoid}
+"""what an expert's logit becomes, [T, E] -> [T, E], by the name that `moe.router.score` gives"""
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "renormalised": lambda top_TK: top_TK / top_TK.sum(dim=-1, keepdim=True),
+    "gate": lambda top_TK: top_TK,
+    "one": torch.ones_like,
+}
+"""the weights of chosen experts with these scores, [T, K] -> [T, K], by the name that `moe.router.weights` gives"""
+LOSSES: dict[str, BalanceLoss] = {"batch": load_balancing_loss, "sample": sample_balance_loss}
+"""by the name that `moe.router.balance` gives"""
+
+
+def largest(score_TE: Tensor, k: int) -> Tensor:
+    """int64 [T, k]: the indices of the k largest scores of each token, best first, and of equal ones the lower first."""
+    score_TE = score_TE.detach()
+    if k == 1:
+        return score_TE.argmax(dim=-1, keepdim=True)
+    # topk leaves the order of equal scores open.
+    return score_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+
+
 class TopKRouter(Router):
-    """p = softmax(x W'), the k largest renormalized. Works in its own dtype (float32 or wider) whatever x comes in."""
+    """A score of x W' for each expert; the experts with the k largest, of equal ones the lower. What is made of that, `RouterConfig` says.
+
+    It works in its own dtype (float32 or wider), whatever x comes in.
+    """
+
+    bias: Tensor | None
 
     def __init__(
-        self, hidden: int, num_experts: int, top_k: int, *, unit: Unit, seed: int, dtype: torch.dtype, device: torch.device
+        self,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        unit: Unit,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        choices: RouterConfig | None = None,
     ) -> None:
+        """Args:
+        choices: None: a softmax, renormalised.
+        """
         super().__init__()
         self.top_k = top_k
+        self.choices = choices = choices or RouterConfig()
         random = generator(seed, "router", str(unit))
         weight = torch.empty(num_experts, hidden, dtype=torch.float64).normal_(0, 0.02, generator=random)
         self.weight = nn.Parameter(weight.to(device=device, dtype=dtype))
+        nothing_E = torch.zeros(num_experts, dtype=dtype, device=device)
+        if choices.bias == "balancing":
+            self.register_buffer("bias", nothing_E)
+        else:
+            self.bias = nn.Parameter(nothing_E) if choices.bias == "learned" else None
+        self.loss = None if choices.bias == "balancing" else LOSSES[choices.balance]
 
     @property
     def trained(self) -> nn.Parameter:
         return self.weight
 
+    @property
+    def trained_bias(self) -> nn.Parameter | None:
+        return self.bias if isinstance(self.bias, nn.Parameter) else None
+
     def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
-        return self(x_TD)
+        routing = self(x_TD)
+        if self.loss is sample_balance_loss and features.samples is not None:
+            means = features.samples.means(features.valid_T, routing.prob_TE, routing.expert_TK)
+            return replace(routing, samples=means)
+        return routing
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return wide_linear(x_TD, self.weight)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        logits_TE = self.logits(x_TD)
-        return (softmax_of_largest if logits_TE.is_cuda else largest_of_softmax)(logits_TE, self.top_k)
+        logit_TE = self.logits(x_TD)
+        if self.trained_bias is not None:
+            logit_TE = logit_TE + self.trained_bias
+        moved_E = self._moved_bias()
+        if logit_TE.is_cuda and moved_E is None and (self.choices.score, self.choices.weights) == ("softmax", "renormalised"):
+            return softmax_of_largest(logit_TE, self.top_k)
+        score_TE = SCORES[self.choices.score](logit_TE)
+        biased_TE = score_TE if moved_E is None else score_TE + moved_E
+        expert_TK = largest(biased_TE, self.top_k)
+        weighed_TE = biased_TE if self.choices.bias_in_weights else score_TE
+        # The load-balancing loss is made for probabilities that sum to 1.
+        prob_TE = score_TE if self.choices.score == "softmax" else score_TE / score_TE.sum(dim=-1, keepdim=True)
+        return Routing(prob_TE, expert_TK, WEIGHTS[self.choices.weights](weighed_TE.gather(1, expert_TK)))
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Move a balancing bias by `bias_rate` towards even loads."""
+        bias_E = self._moved_bias()
+        if bias_E is not None:
+            # In whole numbers, so that a load that is just the mean moves nothing.
+            direction_E = torch.sign(load_E.sum() - len(load_E) * load_E).to(bias_E.dtype)
+            bias_E += self.choices.bias_rate * copy_to(direction_E, bias_E.device)
+
+    def _moved_bias(self) -> Tensor | None:
+        return None if isinstance(self.bias, nn.Parameter) else self.bias
 
 
-def largest_of_softmax(logits_TE: Tensor, top_k: int) -> Routing:
-    """The k largest probabilities, renormalized."""
-    prob_TE = F.softmax(logits_TE, dim=-1)
-    top_TK, expert_TK = prob_TE.topk(top_k, dim=-1)
-    return Routing(prob_TE, expert_TK, top_TK / top_TK.sum(dim=-1, keepdim=True))
-
-
-def softmax_of_largest(logits_TE: Tensor, top_k: int) -> Routing:
-    """The same but for rounding, with half the operators in the backward pass, which count on a GPU: softmax over the k largest logits."""
-    top_TK, expert_TK = logits_TE.topk(top_k, dim=-1)
-    return Routing(F.softmax(logits_TE, dim=-1), expert_TK, F.softmax(top_TK, dim=-1))
+def softmax_of_largest(logit_TE: Tensor, top_k: int) -> Routing:
+    """The largest of a softmax, renormalised, but for rounding, with half the operators in the backward pass, which count on a GPU: softmax
+    over the k largest logits."""
+    expert_TK = largest(logit_TE, top_k)
+    return Routing(F.softmax(logit_TE, dim=-1), expert_TK, F.softmax(logit_TE.gather(1, expert_TK), dim=-1))
 
 
 def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ class RunShape:
     def replicated_parameters(self) -> int:
         """The trained parameters that every rank holds: routers, attention adapters, and the model's own if they are trained."""
         routers = self._routers if self.config.moe.trains_routers else 0
+        if self.config.moe.router.bias == "learned":
+            routers += sum(group.experts * group.number for group in self.groups)
         if self.trains_non_experts:
             return routers + self._outside_experts - self.tensor_parallel * self.parts_parameters
         return routers + sum(b + (a if self.config.lora.shape.trains_a else 0) for a, b in self._adapters)

@@ -101,11 +101,11 @@ class GptHead:
         """[N, D] -> [N, vocabulary], or this rank's part of it. Megatron's output layer would gather the positions again."""
         return F.linear(hidden_ND, self._model.shared_embedding_or_output_weight())
 
-    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """Summed cross-entropy of N label tokens; of the ranks of a tensor group, which give the same ones, each has a share of the sum."""
         weight = self._model.shared_embedding_or_output_weight()
         part = VocabularyPart(self._tensor.tp_rank * len(weight), self._tensor.tensor) if self._tensor else None
-        return chunked_cross_entropy(hidden_ND, target_N, self.logits, [weight], part)
+        return chunked_cross_entropy(hidden_ND, target_N, self.logits, [weight], part, weight_N)
 
 
 def shape_of(config: Config) -> GptShape:

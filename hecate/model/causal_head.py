@@ -41,9 +41,13 @@ class CausalHead(Protocol):
         """
         ...
 
-    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, also in a projection that trains. Where ranks
-        share the vocabulary, this rank's share of the sum."""
+        share the vocabulary, this rank's share of the sum.
+
+        Args:
+            weight_N: of each token in the sum; None: 1.
+        """
         ...
 
 
@@ -99,10 +103,10 @@ class LanguageModelHead:
         logits = self._project(hidden_ND)
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
-    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, also in a projection that trains."""
         trained = [parameter for parameter in self._project.parameters() if parameter.requires_grad]
-        return chunked_cross_entropy(hidden_ND, target_N, self.logits, trained)
+        return chunked_cross_entropy(hidden_ND, target_N, self.logits, trained, weight_N=weight_N)
 
     def _check(self, model: Any) -> None:
         ids = torch.arange(4)[None].to(self._device) % model.config.vocab_size
@@ -140,6 +144,7 @@ def chunked_cross_entropy(
     logits_of: Callable[[Tensor], Tensor],
     trained: Sequence[nn.Parameter] = (),
     part: VocabularyPart | None = None,
+    weight_N: Tensor | None = None,
 ) -> Tensor:
     """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, in the hidden states and `trained`.
 
@@ -148,8 +153,9 @@ def chunked_cross_entropy(
         trained: the parameters that `logits_of` uses and that get gradients.
         part: where ranks share the vocabulary. Each gives the same hidden states and gets an equal share of the sum; the gradient of the
             hidden states is what comes through its own logits, to be added up over the group.
+        weight_N: of each token in the sum; None: 1.
     """
-    return _ChunkedCrossEntropy.apply(hidden_ND, target_N, logits_of, part, *trained)
+    return _ChunkedCrossEntropy.apply(hidden_ND, target_N, logits_of, part, weight_N, *trained)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -160,6 +166,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target_N: Tensor,
         logits_of: Callable[[Tensor], Tensor],
         part: VocabularyPart | None,
+        weight_N: Tensor | None,
         *trained: nn.Parameter,
     ) -> Tensor:
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -167,7 +174,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = []
         # Summed over the chunks in float32 or wider, whatever the type of what trains.
         trained_grads = [torch.zeros_like(one, dtype=wide) for one in trained] if any(ctx.needs_input_grad) else []
-        for hidden, target in zip(hidden_ND.split(_CHUNK_ROWS), target_N.split(_CHUNK_ROWS), strict=True):
+        chunks = hidden_ND.split(_CHUNK_ROWS)
+        weights = [None] * len(chunks) if weight_N is None else weight_N.to(wide)[:, None].split(_CHUNK_ROWS)
+        for hidden, target, weight_n1 in zip(chunks, target_N.split(_CHUNK_ROWS), weights, strict=True):
             with torch.enable_grad():
                 leaf = hidden.detach().requires_grad_()
                 logits = logits_of(leaf)
@@ -179,10 +188,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             label = grad.gather(1, place) * here
             sum_exp = grad.sub_(top).exp_().sum(1, keepdim=True)
             label, sum_exp = _over_vocabulary(torch.stack([label, sum_exp]), part, dist.ReduceOp.SUM)
-            total += (sum_exp.log() + top - label).sum()
+            loss_n1 = sum_exp.log() + top - label
+            total += (loss_n1 if weight_n1 is None else loss_n1 * weight_n1).sum()
             if any(ctx.needs_input_grad):
                 grad.mul_(sum_exp.reciprocal())
                 grad.scatter_add_(1, place, -here.to(wide))
+                if weight_n1 is not None:
+                    grad.mul_(weight_n1)
                 of_hidden, *of_trained = torch.autograd.grad(logits, [leaf, *trained], grad.to(logits.dtype))
                 grads.append(of_hidden)
                 for one, more in zip(trained_grads, of_trained, strict=True):
@@ -197,7 +209,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_ND, *trained_grads = ctx.saved_tensors
         factor = grads[0]
         of_trained = [(grad * factor.to(grad.dtype)).to(dtype) for grad, dtype in zip(trained_grads, ctx.trained_dtypes, strict=True)]
-        return grad_ND * factor.to(grad_ND.dtype), None, None, None, *of_trained
+        return grad_ND * factor.to(grad_ND.dtype), None, None, None, None, *of_trained
 
 
 def _over_vocabulary(values: Tensor, part: VocabularyPart | None, op: dist.ReduceOp.RedOpType) -> Tensor:

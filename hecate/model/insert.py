@@ -6,12 +6,13 @@ Units are found elsewhere: dense gated FFNs by `hecate.model.gated_ffn`, the exp
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from hecate.config import RouterConfig
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -73,8 +74,8 @@ class InsertionPlan:
     """in the order of the found units; 0: the layer keeps its plain FFN; None: as many as the model has itself"""
     top_k: int = 1
     """of new routers; a model's own ones choose as they did"""
-    router: str = "softmax"
-    """which of `hecate.experts.families.ROUTERS` new routers are"""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """how new routers choose"""
     lora: LoraShape | None = None
     target_modules: tuple[str, ...] = ()
     upcycle_noise: float = 0.0
@@ -158,8 +159,16 @@ def _router(model: nn.Module, one: FoundUnit, family: FfnExperts, plan: Insertio
     """A new router, or the model's own with what is kept of its decisions."""
     site = family.site
     if one.router_path is None:
-        router = ROUTERS[plan.router](
-            site.shape.hidden, site.num_experts, plan.top_k, unit=site.unit, seed=site.seed, dtype=site.master_dtype, device=site.device
+        top_k = min(plan.top_k, site.num_experts)  # of a dense router in the layer with the most experts
+        router = ROUTERS[plan.router.input](
+            site.shape.hidden,
+            site.num_experts,
+            top_k,
+            unit=site.unit,
+            seed=site.seed,
+            dtype=site.master_dtype,
+            device=site.device,
+            choices=plan.router,
         )
         _check_router(router, (site.num_experts, site.shape.hidden))
         return router
@@ -167,18 +176,26 @@ def _router(model: nn.Module, one: FoundUnit, family: FfnExperts, plan: Insertio
 
 
 def _check_router(router: Router, shape: tuple[int, int]) -> None:
-    """Raises RouterError: the router has parameters besides `trained`, or `trained` has another shape than adapters can hold."""
-    others = [name for name, parameter in router.named_parameters() if parameter.requires_grad and parameter is not router.trained]
+    """Raises RouterError: the router has parameters besides `trained` and `trained_bias`, or these have shapes that no adapter can hold."""
+    held = (router.trained, router.trained_bias)
+    others = [
+        name for name, parameter in router.named_parameters() if parameter.requires_grad and not any(parameter is one for one in held)
+    ]
     name = type(router).__name__
     if others:
         raise RouterError(
-            f"router {name}: besides `trained` it has the parameters {', '.join(others)}, which nothing would step or save\n"
-            "  let `trained` be all that it learns, and keep what changes by other means in buffers (`Router.after_step`)"
+            f"router {name}: besides `trained` and `trained_bias` it has the parameters {', '.join(others)}, "
+            "which nothing would step or save\n"
+            "  let these be all that it learns, and keep what changes by other means in buffers (`Router.after_step`)"
         )
     if router.trained is not None and tuple(router.trained.shape) != shape:
         raise RouterError(
             f"router {name}: `trained` has the shape {list(router.trained.shape)}, but adapters hold [experts, hidden], "
             f"which is {list(shape)} in this layer"
+        )
+    if router.trained_bias is not None and tuple(router.trained_bias.shape) != shape[:1]:
+        raise RouterError(
+            f"router {name}: `trained_bias` has the shape {list(router.trained_bias.shape)}, not that of one number per expert"
         )
 
 

@@ -43,15 +43,25 @@ class MoeModel:
         modules = {unit: layer.router for unit, layer in sorted(self.layers.items())}
         return {unit: router for unit, router in modules.items() if isinstance(router, Router)}
 
-    def balance_loss(self, stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor:
-        """This rank's share of the load-balancing loss, over the units that share a loss together. Every rank of the group must call it.
+    @property
+    def separate_experts(self) -> int:
+        """The number of experts, if each is an adapter of its own (`Router.separates`); otherwise 0."""
+        families = self.engine.shards.families
+        return max((families[unit].num_experts for unit, router in self.router_modules.items() if router.separates), default=0)
+
+    def balance_loss(self, stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor | None:
+        """This rank's share of the load-balancing loss, over the units that share a loss together; None: no unit has one. Every rank of the
+        group must call it.
 
         Args:
             stats: of all units in one forward pass.
         """
         by_loss: dict[BalanceLoss, dict[Unit, RouterStats]] = {}
         for unit, layer in self.layers.items():
-            by_loss.setdefault(layer.balance, {})[unit] = stats[unit]
+            if layer.balance is not None:
+                by_loss.setdefault(layer.balance, {})[unit] = stats[unit]
+        if not by_loss:
+            return None
         first, *more = (loss(of_units, group) for loss, of_units in by_loss.items())
         return sum(more, first)
 
@@ -60,8 +70,11 @@ class MoeModel:
         named: dict[str, nn.Parameter] = {}
         for unit, router in self.routers.items():
             named[f"layers.{unit}.router"] = router
-        for (layer, module), lora in sorted(self.attention.items()):
-            named |= {f"layers.{layer}.{module}.{matrix}": parameter for matrix, parameter in lora.trained().items()}
+        for unit, module in self.router_modules.items():
+            if module.trained_bias is not None:
+                named[f"layers.{unit}.router.bias"] = module.trained_bias
+        for (layer, path), lora in sorted(self.attention.items()):
+            named |= {f"layers.{layer}.{path}.{matrix}": parameter for matrix, parameter in lora.trained().items()}
         alike = self.others if self.parts is None else {name: p for name, p in self.others.items() if name not in self.parts.parameters}
         return named | alike
 

@@ -76,12 +76,16 @@ class Trainables:
     """the tensors in the chunk of a unit's expert, for rules that tell them apart"""
     routers: Mapping[Unit, Router] = field(default_factory=dict)
     """those whose buffers change after a step"""
+    separate: int = 0
+    """the number of experts, if each is an adapter of its own, which is clipped by its own norm over all layers; otherwise 0"""
 
     @staticmethod
     def of(moe: MoeModel) -> Trainables:
         """What trains of a model, with the experts that this rank owns now."""
         chunks = {unit: family.layout().trainable for unit, family in moe.engine.shards.families.items()}
-        return Trainables(owned_parameters(moe.engine), moe.replicated_parameters(), moe.parts, chunks, moe.router_modules)
+        return Trainables(
+            owned_parameters(moe.engine), moe.replicated_parameters(), moe.parts, chunks, moe.router_modules, moe.separate_experts
+        )
 
 
 def owned_parameters(engine: ExpertEngine) -> dict[str, nn.Parameter]:
@@ -104,10 +108,15 @@ class ExpertOptimizer:
         }
         """what routers change after a step: the same on every rank, saved beside `replicated` and without state"""
         self._routers = trainables.routers
+        self.separate = trainables.separate
+        """see `Trainables.separate`"""
+        assert not self.separate or not self.replicated, "adapters that must not influence one another share parameters"
         self.gradients_complete = False
         """every gradient of the step under way is what the job's ranks have summed: only the norm is missing"""
         self.last_norm = math.nan
         """the global norm that the last step was taken, or skipped, with"""
+        self.last_norms = (math.nan,) * self.separate
+        """likewise, of each separate expert"""
         self.steps_done = 0
         """steps taken or skipped: the position in the schedule"""
         self._rule, self._learning_rate = rule, learning_rate
@@ -130,13 +139,18 @@ class ExpertOptimizer:
     def squares(self, *, counts_owned: bool = True) -> Tensor:
         """float64 [2], on the device: the squares of this rank's gradients summed, of what only some ranks have and of what all have.
 
-        The square of the global norm is the first of all ranks added up, and the second of one rank.
+        The square of the global norm is the first of all ranks added up, and the second of one rank. With separate experts the first is
+        one number for each of them, over all layers: float64 [experts + 1].
 
         Args:
             counts_owned: false in all sharding groups but one, which own the same.
         """
         self.gradients_complete = True
-        total = _sum_of_squares(self.owned if counts_owned else {}, self._device)
+        owned = self.owned if counts_owned else {}
+        if self.separate:
+            parts = [{name: one for name, one in owned.items() if _number(name) == expert} for expert in range(self.separate)]
+            return torch.stack([_sum_of_squares(part, self._device) for part in [*parts, self.replicated]])
+        total = _sum_of_squares(owned, self._device)
         if self.parts and self.parts.groups.dp_rank == 0:
             total += _sum_of_squares(self.parts.parameters, self._device)
         return torch.stack([total, _sum_of_squares(self.replicated, self._device)])
@@ -146,21 +160,34 @@ class ExpertOptimizer:
         """What every rank holds alike, by name: replicated parameters, and the routers' buffers."""
         return {**self.replicated, **self.buffers}
 
-    def step(self, grad_norm: float, max_grad_norm: float | None, loads: Mapping[Unit, np.ndarray] | None = None) -> bool:
+    def step(
+        self,
+        grad_norm: float,
+        max_grad_norm: float | None,
+        loads: Mapping[Unit, np.ndarray] | None = None,
+        norms: Sequence[float] = (),
+    ) -> bool:
         """Clip by the global norm and step. With a norm that is not finite nothing is changed, but the schedule moves on.
 
-        Parameters without a gradient (idle experts) are left untouched.
+        Parameters without a gradient (idle experts) are left untouched. Separate experts are clipped, or left untouched, by norms of
+        their own.
 
         Args:
             loads: of the step, as `TrainingStep.finish` returns them, for the routers; needed if there are any.
+            norms: of the separate experts; needed if there are any.
 
         Returns:
-            Whether a step was taken.
+            Whether a step was taken; of separate experts, by all of them.
         """
-        taken = math.isfinite(grad_norm)
-        if taken:
+        taken = steps = math.isfinite(grad_norm)
+        if self.separate:
+            assert len(norms) == self.separate, (norms, self.separate)
+            taken, steps = all(map(math.isfinite, norms)), any(map(math.isfinite, norms))
+            self._clip_each(norms, max_grad_norm)
+            self.last_norms = tuple(norms)
+        if steps:
             gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-            if gradients and max_grad_norm is not None and grad_norm > max_grad_norm:
+            if gradients and max_grad_norm is not None and grad_norm > max_grad_norm and not self.separate:
                 torch._foreach_mul_(gradients, min(1.0, max_grad_norm / (grad_norm + 1e-6)))
             with torch.no_grad():
                 self._rule.step(self._stepped(), self.learning_rate)
@@ -171,6 +198,20 @@ class ExpertOptimizer:
         self.steps_done += 1
         self.abandon()
         return taken
+
+    def _clip_each(self, norms: Sequence[float], limit: float | None) -> None:
+        """Clip each separate expert by its norm, and take away the gradients of those whose norm is not finite."""
+        scaled: list[Tensor] = []
+        factors: list[float] = []
+        for name, parameter in [*self.owned.items(), *self.backups.items()]:
+            norm = norms[_number(name)]
+            if not math.isfinite(norm):
+                parameter.grad = None
+            elif parameter.grad is not None and limit is not None and norm > limit:
+                scaled.append(parameter.grad)
+                factors.append(min(1.0, limit / (norm + 1e-6)))
+        if scaled:
+            torch._foreach_mul_(scaled, factors)
 
     def abandon(self) -> None:
         """Forget the gradients of the step under way."""
@@ -289,6 +330,11 @@ class ExpertOptimizer:
     def _parameters(self) -> list[nn.Parameter]:
         parts = self.parts.parameters if self.parts else {}
         return [*self.owned.values(), *self.replicated.values(), *parts.values(), *self.backups.values()]
+
+
+def _number(name: str) -> int:
+    """The expert's number in its unit, from its name."""
+    return int(name.rpartition(".")[2])
 
 
 def _spec(parameter: Tensor) -> RowSpec:

@@ -15,13 +15,13 @@ class StepResult:
     """What one optimizer step did; the same on every rank."""
 
     loss: float
-    """cross-entropy per label token"""
+    """cross-entropy per label token; where each expert is an adapter of its own, the mean over those with label tokens of each one's"""
     aux_loss: float
-    """load-balancing loss before its coefficient; top_k when balanced"""
+    """load-balancing loss before its coefficient; top_k when a batch is balanced"""
     grad_norm: float
     """norm of all gradients before clipping"""
     skipped: bool
-    """whether a gradient was not finite, so that no parameter was changed"""
+    """whether a gradient was not finite, so that no parameter was changed, or none of an adapter of its own"""
     loads: dict[Unit, np.ndarray]
     """per unit, int64 [experts, ranks of the job]"""
     bytes_sent: int

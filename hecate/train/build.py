@@ -153,7 +153,7 @@ def insertion_plan(config: Config, num_units: int) -> InsertionPlan:
         kind=kind,
         experts_per_layer=None if kind.of_moe_base else config.moe.experts_per_layer(num_units),
         top_k=1 if kind.of_moe_base else config.moe.experts_per_token,
-        router=config.moe.router_type,
+        router=config.moe.router,
         lora=config.lora.shape if kind.has_pairs else None,
         target_modules=config.lora.target_modules if kind.has_pairs else (),
         upcycle_noise=config.moe.upcycle_noise,

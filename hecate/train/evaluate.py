@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hecate.config import Config
 from hecate.data.batches import collate
@@ -13,9 +15,11 @@ from hecate.data.encode import IGNORED
 from hecate.data.evaluation import GenerationItem, eval_sequences, generation_items, share_of_rank
 from hecate.data.sources import TokenSource
 from hecate.engine.protocol import EvaluationPasses
+from hecate.experts.forward_pass import PassTokens
 from hecate.model.attention import generating
 from hecate.model.base import BaseModel
 from hecate.model.moe_model import MoeModel
+from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import EvalScore, Evaluation
@@ -36,7 +40,8 @@ def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sourc
             samples = len(source) if config.eval.max_samples is None else min(len(source), config.eval.max_samples)
             if config.eval.generate:
                 items = generation_items(source, config.data.eval[index].format, base.tokenizer, config.eval.max_samples)
-                accuracy = _exact_accuracy(config, ranks, base, items, together)
+                with evaluation.forward(PassTokens(source=_expert_of(config, source.name, ranks.device))):
+                    accuracy = _exact_accuracy(config, ranks, base, items, together)
             scores[source.name] = EvalScore(loss=loss, accuracy=accuracy, samples=samples)
     return Evaluation(scores, loads)
 
@@ -84,13 +89,13 @@ def _loss_and_loads(
     rows = eval_sequences(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
     counts = {layer: torch.zeros(moe.engine.shards.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
-    seq_len = config.data.seq_len
+    seq_len, expert = config.data.seq_len, _expert_of(config, sources[index].name, ranks.device)
     padding = {"parts": ranks.tp_size, "multiple": base.head.row_multiple(seq_len)}
     for share in share_of_rank(rows, ranks.dp_rank, ranks.dp_size, config.micro_batch_size):
         if not moe.engine.goes_together and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
         batch = collate(share, pad_id=0, seq_len=seq_len, **padding).to(ranks.device)
-        with evaluation.forward(pass_tokens(base.head, batch)) as routed:
+        with evaluation.forward(replace(pass_tokens(base.head, batch), source=expert)) as routed:
             totals[0] += forward_loss(base.head, batch).cpu()
         totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.is_first_of_tensor_group
         for layer, stats in routed.items():
@@ -100,6 +105,13 @@ def _loss_and_loads(
     flat = ranks.all_sum(torch.cat([counts[layer] for layer in layers])) if layers else torch.zeros(0)
     parts = flat.split([len(counts[layer]) for layer in layers])
     return loss_sum / max(labels, 1), {layer: part.tolist() for layer, part in zip(layers, parts, strict=True)}
+
+
+def _expert_of(config: Config, source: str, device: torch.device) -> Tensor | None:
+    """int64 [1]: the number of a source in the training data, where it is the expert; None where experts are chosen otherwise."""
+    if not config.moe.by_source:
+        return None
+    return copy_to(torch.tensor([[one.name for one in config.data.train].index(source)]), device)
 
 
 def _exact_accuracy(config: Config, ranks: Ranks, base: BaseModel, items: Sequence[GenerationItem], together: bool) -> float:

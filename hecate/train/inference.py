@@ -7,12 +7,12 @@ from pathlib import Path
 from hecate.adapters import AdapterConfig, load_adapter
 from hecate.adapters.export import load_into
 from hecate.adapters.model_folder import is_model_folder, load_model_folder
+from hecate.adapters.peft_by_source import is_lora_adapter, sources_in, with_lora_adapters
 from hecate.adapters.peft_experts import with_peft_adapter
 from hecate.adapters.peft_moe import is_peft_adapter
-from hecate.config import Config
+from hecate.config import Config, RouterConfig
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.families import ROUTERS
 from hecate.kernels.backend import Backend
 from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseChoice, BaseModel, build_base
@@ -39,7 +39,10 @@ def evaluate_trained(config: Config, trained: Path) -> None:
     with join_ranks() as ranks:
         named, attention = config.model, AttentionChoice(config.model.attention, config.data.packing)
         choice = BaseChoice(named.name_or_path, named.dtype, named.num_hidden_layers, attention, config.kernels)
-        base, moe = _trained(trained, ranks, choice)
+        if config.moe.by_source and sources_in(trained):
+            base, moe = with_lora_adapters([trained / source.name for source in config.data.train], ranks, choice)
+        else:
+            base, moe = _trained(trained, ranks, choice)
         sources = encode_sources(config.data.eval, config, base, ranks)
         found = evaluate(config, ranks, base, moe, sources)
         if ranks.is_first:
@@ -73,18 +76,24 @@ def _trained(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel,
 
 
 def _with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
+    if sources := sources_in(folder):
+        raise UserError(f"{folder}: holds the adapters of several sources: {', '.join(sources)}\n  name one: {folder / sources[0]}")
+    if is_lora_adapter(folder):
+        return with_lora_adapters([folder], ranks, choice)
     if is_peft_adapter(folder):
         return with_peft_adapter(folder, ranks, choice)
     tensors, description = load_adapter(folder)
-    if description.extra.get("router", "softmax") not in ROUTERS:
-        raise UserError(f"{folder}: made with the router {description.extra['router']!r}; this version has {', '.join(ROUTERS)}")
+    try:
+        router = description.router
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     name, kind = choice.name or description.base_model_name_or_path, kind_written_as("mixlora")
     base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
     num_layers = len(decoder_layers(base.model)[1])
     if num_layers != description.num_layers:
         raise UserError(f"{folder}: made for {description.num_layers} layers, but the base model has {num_layers}")
     planner = EngineConfig(POLICIES["full"], local_topology(ranks.world_size, cuda=ranks.device.type == "cuda"))
-    moe = insert_experts(base.model, base.found, _plan(description, choice.kernels), planner, ranks.groups)
+    moe = insert_experts(base.model, base.found, _plan(description, router, choice.kernels), planner, ranks.groups)
     for name, wanted in _shapes(moe).items():
         if tuple(tensors[name].shape) != wanted:
             raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {wanted}")
@@ -99,13 +108,13 @@ def _shapes(moe: MoeModel) -> dict[str, tuple[int, ...]]:
     return {router_tensor_name(unit.layer): tuple(router.shape) for unit, router in moe.routers.items()}
 
 
-def _plan(description: AdapterConfig, kernels: Backend) -> InsertionPlan:
+def _plan(description: AdapterConfig, router: RouterConfig, kernels: Backend) -> InsertionPlan:
     lora = LoraShape(description.r, description.scale, 0.0)
     return InsertionPlan(
         kind=kind_written_as("mixlora"),
         experts_per_layer=description.experts_per_layer,
-        top_k=description.top_k,
-        router=description.extra.get("router", "softmax"),
+        top_k=max(description.experts_per_layer) if router.dense else description.top_k,
+        router=router,
         lora=lora,
         target_modules=description.target_modules,
         seed=0,

@@ -6,6 +6,9 @@
 
 The loss is the sum over label tokens divided by their number in the whole step, all ranks and micro-steps together, plus the mean over
 the micro-steps of the aux loss. Each rank computes its share; gradients are summed, never averaged.
+
+Where each expert is an adapter of its own (`Router.separates`), it is trained by the mean over its own label tokens, so that the others'
+numbers do not matter to it; the loss that is reported is the mean over the experts that have label tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 from hecate.data.batches import Batch
 from hecate.elastic.backups import send_gradients
 from hecate.experts.forward_pass import PassTokens
+from hecate.experts.pass_samples import PassSamples
 from hecate.model.causal_head import CausalHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
@@ -39,23 +43,32 @@ class StepRules:
     """1: the optimizers step backups, too (`hecate.elastic.backups`)"""
 
 
-def pass_tokens(head: CausalHead, batch: Batch) -> PassTokens:
-    """The tokens that the layers of this rank see in a forward pass of the batch. The host does not wait for the batch's device."""
+def pass_tokens(head: CausalHead, batch: Batch, samples: float | None = None) -> PassTokens:
+    """The tokens that the layers of this rank see in a forward pass of the batch. The host does not wait for the batch's device.
+
+    Args:
+        samples: see `PassSamples.expected`; None: nothing is to be known of the samples.
+    """
     own = head.own_positions(batch.segment_ids.shape[1])
     is_token = batch.layout.is_token[:, own].flatten()
     valid = None if bool(is_token.all()) else copy_to(is_token.nonzero().squeeze(1), batch.token_ids.device)
-    return PassTokens(valid, batch.token_ids[:, own].flatten())
+    of_samples = None if samples is None else PassSamples(batch.segment_ids[:, own], batch.layout.most_samples, samples)
+    return PassTokens(valid, batch.token_ids[:, own].flatten(), of_samples, batch.task[:, own].flatten())
 
 
-def forward_loss(head: CausalHead, batch: Batch) -> Tensor:
+def forward_loss(head: CausalHead, batch: Batch, weight_of_source: Tensor | None = None) -> Tensor:
     """Summed cross-entropy of this rank's label tokens in one micro-batch; of a tensor group's ranks each has a share of the sum.
 
     The model must be in a forward pass of the batch's tokens (`pass_tokens`). The host does not wait for the batch's device, unless the
     model makes it.
+
+    Args:
+        weight_of_source: [sources], of a token in the sum, by its source, on the batch's device; None: 1.
     """
     hidden = head.hidden(batch.input_ids, batch.layout.samples, batch.position_ids)
     labelled = batch.layout.labelled
-    return head.loss_sum(hidden.flatten(0, 1)[labelled], batch.targets.flatten()[labelled])
+    weight_N = None if weight_of_source is None else weight_of_source[batch.task.flatten()[labelled]]
+    return head.loss_sum(hidden.flatten(0, 1)[labelled], batch.targets.flatten()[labelled], weight_N)
 
 
 def train_step(
@@ -65,6 +78,8 @@ def train_step(
     micro_batches: Sequence[Batch],
     *,
     num_labels: int,
+    num_samples: int | None = None,
+    labels_of_source: Sequence[int] = (),
     step: int,
     rules: StepRules,
     requests: Callable[[], Sequence[bool]] = tuple,
@@ -73,6 +88,8 @@ def train_step(
 
     Args:
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
+        num_samples: samples of the whole step, likewise; None: no loss of the model is a mean over samples.
+        labels_of_source: label tokens of the whole step by source; needed where each expert has a mean loss of its own.
         step: its number, from 0.
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
     """
@@ -80,15 +97,17 @@ def train_step(
     sent = engine.shards.bytes_sent
     this_step = engine.begin_step(step, len(micro_batches))
     losses = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
+    mean = _means_of_sources(moe, labels_of_source, losses.device) or LossMean(max(num_labels, 1), max(num_labels, 1))
+    each = None if num_samples is None else num_samples / len(micro_batches)
     for batch in micro_batches:
-        micro = this_step.begin_micro_step(pass_tokens(head, batch))
-        loss_sum = forward_loss(head, batch)
-        share = loss_sum / max(num_labels, 1)
-        if moe.layers:
-            aux = moe.balance_loss(micro.stats, group)
+        micro = this_step.begin_micro_step(pass_tokens(head, batch, each))
+        loss_sum = forward_loss(head, batch, mean.weight_of_source)
+        share = loss_sum / mean.trained
+        aux = moe.balance_loss(micro.stats, group)
+        if aux is not None:
             losses[1] += aux.detach() / len(micro_batches)
             share = share + aux * (rules.aux_coef / len(micro_batches))
-        losses[0] += loss_sum.detach() / max(num_labels, 1)
+        losses[0] += loss_sum.detach() / mean.reported
         micro.backward(share)
     loads = this_step.finish()
     on_its_way = send_gradients(engine, optimizer, loads) if rules.redundancy else None
@@ -97,5 +116,26 @@ def train_step(
         on_its_way.wait()
     squares = optimizer.squares(counts_owned=engine.shards.in_first_group)
     totals = exchange_totals(losses, squares, engine.shards.bytes_sent - sent, requests(), group)
-    taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads)
+    taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads, totals.grad_norms)
     return StepResult(totals.loss, totals.aux_loss, totals.grad_norm, not taken, loads, totals.bytes_sent, totals.asked)
+
+
+@dataclass(frozen=True)
+class LossMean:
+    """How sums over label tokens become the loss of a step."""
+
+    trained: int
+    """what they are divided by for the gradients"""
+    reported: int
+    """what they are divided by for the report"""
+    weight_of_source: Tensor | None = None
+    """float64 [sources], of a token in the sums; None: 1"""
+
+
+def _means_of_sources(moe: MoeModel, labels_of_source: Sequence[int], device: torch.device) -> LossMean | None:
+    """Each source's own mean, where its expert is an adapter of its own; None where it is not. The host does not wait for the device."""
+    if not moe.separate_experts:
+        return None
+    assert len(labels_of_source) == moe.separate_experts, (labels_of_source, moe.separate_experts)
+    weights = torch.tensor([1 / max(labels, 1) for labels in labels_of_source], dtype=torch.float64)
+    return LossMean(1, max(sum(labels > 0 for labels in labels_of_source), 1), copy_to(weights, device))

@@ -24,6 +24,8 @@ class Totals:
     loss: float
     aux_loss: float
     grad_norm: float
+    grad_norms: tuple[float, ...]
+    """of what `ExpertOptimizer.squares` tells apart; one, without what all ranks have, if it tells nothing apart"""
     bytes_sent: int
     asked: tuple[bool, ...]
     """of each request: whether any rank has made it"""
@@ -34,7 +36,7 @@ def exchange_totals(losses: Tensor, squares: Tensor, bytes_sent: int, asked: Seq
 
     Args:
         losses: float64 [2]: this rank's shares of the loss and of the aux loss.
-        squares: float64 [2] of `ExpertOptimizer.squares`.
+        squares: float64 of `ExpertOptimizer.squares`.
         bytes_sent: by this rank.
         asked: this rank's requests, equally many on every rank.
         group: of all ranks.
@@ -44,5 +46,8 @@ def exchange_totals(losses: Tensor, squares: Tensor, bytes_sent: int, asked: Seq
     table_RF = own.new_empty((dist.get_world_size(group), len(own)))
     dist.all_gather(list(table_RF), own, group=group)
     rows = read(table_RF, group).tolist()
-    loss, aux_loss, sharded, sent, *requests = (sum(column) for column in zip(*([*row[:3], *row[4:]] for row in rows), strict=True))
-    return Totals(loss, aux_loss, math.sqrt(sharded + rows[0][3]), int(sent), tuple(count > 0 for count in requests))
+    end = 2 + len(squares) - 1  # of what is added up; after it comes what all ranks have, once
+    sums = [sum(column) for column in zip(*([*row[:end], *row[end + 1 :]] for row in rows), strict=True)]
+    (loss, aux_loss), sharded, (sent, *requests) = sums[:2], sums[2:end], sums[end:]
+    grad_norm = math.sqrt(sum(sharded) + rows[0][end])
+    return Totals(loss, aux_loss, grad_norm, tuple(map(math.sqrt, sharded)), int(sent), tuple(count > 0 for count in requests))

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from hecate.checkpoint import remove_stale_staging
 from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, save_state
 from hecate.config import Config
@@ -116,6 +118,8 @@ class Training:
             parts.optimizer,
             self.micro_batches(sequences),
             num_labels=sum(int((sequence.targets != IGNORED).sum()) for sequence in sequences),
+            num_samples=sum(len(sequence.samples) for sequence in sequences),
+            labels_of_source=_labels_of_source(sequences, len(config.data.train)),
             step=self.standing.step,
             rules=StepRules(
                 aux_coef=config.moe.router_aux_loss_coef, max_grad_norm=config.max_grad_norm, redundancy=config.fssdp.redundancy
@@ -199,6 +203,12 @@ class Training:
     def _copy_backups(self) -> None:
         if self.parts.config.fssdp.redundancy:
             copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer)
+
+
+def _labels_of_source(sequences: Sequence[PackedSequence], sources: int) -> list[int]:
+    """Label tokens by source."""
+    labelled = np.concatenate([one.task[one.targets != IGNORED] for one in sequences])
+    return np.bincount(labelled, minlength=sources).tolist()
 
 
 def _refuse_endless_skipping(state: TrainState) -> None:

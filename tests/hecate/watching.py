@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
@@ -14,11 +16,11 @@ def gradients_of(optimizer: ExpertOptimizer) -> dict[str, Tensor | None]:
     seen: dict[str, Tensor | None] = {}
     clip_and_step = optimizer.step
 
-    def step_and_look(grad_norm: float, limit: float | None, loads: dict[Unit, np.ndarray]) -> bool:
+    def step_and_look(grad_norm: float, limit: float | None, loads: dict[Unit, np.ndarray], norms: Sequence[float] = ()) -> bool:
         scale = limit / (grad_norm + 1e-6) if limit is not None and grad_norm > limit else 1.0
         for name, parameter in {**optimizer.owned, **optimizer.replicated}.items():
             seen[name] = None if parameter.grad is None else parameter.grad.detach() * scale
-        return clip_and_step(grad_norm, limit, loads)
+        return clip_and_step(grad_norm, limit, loads, norms)
 
     optimizer.step = step_and_look  # type: ignore[method-assign]
     return seen

@@ -52,10 +52,12 @@ class Runs:
         return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
     def exported(self, name: str) -> dict[str, Tensor]:
-        """All tensors of the adapter or the model that a run has written."""
+        """All tensors of the adapters or the model that a run has written; those of several adapters as FOLDER/NAME."""
         files = [path for part in ("adapter", "model") for path in Path(self.folder, name, part).glob("*.safetensors")]
-        assert files, f"{name} has written no adapter and no model"
-        return {tensor: value for path in files for tensor, value in load_file(path).items()}
+        of_sources = list(Path(self.folder, name, "adapters").glob("*/*.safetensors"))
+        assert files or of_sources, f"{name} has written no adapter and no model"
+        named = {tensor: value for path in files for tensor, value in load_file(path).items()}
+        return named | {f"{path.parent.name}/{tensor}": value for path in of_sources for tensor, value in load_file(path).items()}
 
     def answered(self, name: str) -> dict[str, str]:
         """What the adapter or the model of one of `asked` answered, and what its evaluation printed."""

@@ -41,6 +41,13 @@ WIDE_HEADS = ("model.name_or_path={folder}/wide",)
 """heads of 16 elements, which flex attention needs"""
 EVALUATED = ("eval.on_start=true", "eval.generate=true", "data.eval=[{folder}/up.eval.jsonl]")
 STATIC, EVERYWHERE, HECATE = ("fssdp.policy=static_ep",), ("fssdp.policy=full",), ("fssdp.policy=hecate",)
+BALANCING = ("moe.router.score=sigmoid", "moe.router.bias=balancing", "moe.router.bias_rate=0.01", "moe.router_aux_loss_coef=0")
+SAMPLES = ("moe.router.bias=learned", "moe.router.weights=one", "moe.router.balance=sample", "moe.top_k=1")
+GIVEN = (
+    *("moe.router.input=given", "moe.num_experts=2", "moe.top_k=1", "moe.router_aux_loss_coef=0"),
+    "lora.target_modules=[gate_proj,up_proj,down_proj]",
+    *("eval.generate=true", "data.eval=[{{path: {folder}/echo.eval.jsonl, name: echo.train}}]"),
+)
 EXACT, CALIBRATED = ("fssdp.plan=exact",), ("fssdp.plan=calibrated",)
 FREED = ("fssdp.rematerialize=true", "gradient_checkpointing=true", "fssdp.prefetch=2")
 SHARDED = ("model.shard_non_experts=true", "moe.train_router=true")
@@ -80,6 +87,9 @@ TWO_RANKS: dict[str, Settings] = {
     "mixlora-freed": FREED,
     "mixlora-freed-static": (*FREED, *STATIC),
     "mixlora-moved": (*STATIC, "fssdp.reshard_interval=2", "topology={folder}/slow_devices.yaml"),
+    "mixlora-balancing": (*EVERYWHERE, *BALANCING),
+    "mixlora-samples": (*EVERYWHERE, *SAMPLES, "gradient_checkpointing=true"),
+    "mixlora-given": (*STATIC, *GIVEN),
     "full-static": (*FULL, *STATIC, *EVALUATED),
     "full-exact": (*FULL, *EXACT, "gradient_checkpointing=true"),
     "full-all-weights": (*FULL, *STATIC, "model.train_non_experts=true"),
@@ -92,6 +102,9 @@ WAITS_OF_TWO_RANKS: dict[str, dict[str, bool]] = {
     "mixlora-full-padded": {},
     "mixlora-exact": {"plans_by_micro_step": True},
     "mixlora-freed-static": {"tokens_travel": True, "computes_twice": True},
+    "mixlora-balancing": {},
+    "mixlora-samples": {"computes_twice": True},
+    "mixlora-given": {"tokens_travel": True},
     "full-static": {"tokens_travel": True},
     "full-exact": {"plans_by_micro_step": True, "computes_twice": True},
     "full-all-weights": {"tokens_travel": True},

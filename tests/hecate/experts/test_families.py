@@ -15,6 +15,7 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.families import PAIR_SOURCES, ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site
+from hecate.experts.router import LOSSES, SCORES, WEIGHTS
 from hecate.kernels.common.ffn import FfnShape
 from hecate.parallel.expert_kinds import KINDS, MOE_LORA, PAIR_SIZES, ExpertKind, FfnSizes, LoraShape
 from hecate.parallel.mesh import make_mesh
@@ -47,7 +48,10 @@ def test_each_kind_is_made_by_its_name(kind: ExpertKind) -> None:
 
 
 def test_each_name_of_the_configuration_is_there() -> None:
-    assert set(ROUTERS) == set(get_args(LEAVES["moe.router_type"].type))
+    assert set(ROUTERS) == set(get_args(LEAVES["moe.router.input"].type))
+    assert set(SCORES) == set(get_args(LEAVES["moe.router.score"].type))
+    assert set(WEIGHTS) == set(get_args(LEAVES["moe.router.weights"].type))
+    assert set(LOSSES) == set(get_args(LEAVES["moe.router.balance"].type))
     assert set(PAIR_SOURCES) == set(PAIR_SIZES) == set(get_args(LEAVES["lora.pairs"].type))
 
 

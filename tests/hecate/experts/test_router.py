@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hecate.experts.router import TopKRouter, largest_of_softmax, softmax_of_largest, wide_linear
+from hecate.experts.router import TopKRouter, softmax_of_largest, wide_linear
 from hecate.parallel.units import Unit
 
 
@@ -40,8 +40,9 @@ def test_both_ways_to_choose_are_the_same(k: int) -> None:
     logits = (torch.randn(30, 5, dtype=torch.float64, generator=random) * 10).requires_grad_()
     into_weight, into_prob = (torch.randn(30, width, dtype=torch.float64, generator=random) for width in (k, 5))
     found = []
-    for choose in (largest_of_softmax, softmax_of_largest):
-        routing = choose(logits, k)
+    on_cpus = router(4, 5, k)
+    on_cpus.logits = lambda _: logits  # type: ignore[method-assign]
+    for routing in (on_cpus(logits), softmax_of_largest(logits, k)):
         (gradient,) = torch.autograd.grad((routing.weight_TK * into_weight).sum() + (routing.prob_TE * into_prob).sum(), logits)
         found.append((routing.prob_TE, routing.weight_TK, gradient, routing.expert_TK))
     for on_cpu, on_gpu in zip(*found, strict=True):

@@ -48,6 +48,25 @@ def test_the_loss_and_its_gradient_are_those_of_plain_cross_entropy(model_type: 
     torch.testing.assert_close(got_from.grad, wanted_from.grad, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("rows", [512, 5])
+def test_each_token_may_have_a_weight(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "_CHUNK_ROWS", rows)
+    model = frozen("llama")
+    hidden, target = hidden_and_targets(model)
+    weight = torch.linspace(0, 2, len(target), dtype=torch.float64)
+    got_from, wanted_from = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    got = LanguageModelHead(model).loss_sum(got_from, target, weight)
+    wanted = (F.cross_entropy(wanted_from @ model.lm_head.weight.T, target, reduction="none") * weight).sum()
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+    for loss in (got, wanted):
+        loss.backward()
+    assert got_from.grad is not None
+    assert wanted_from.grad is not None
+    torch.testing.assert_close(got_from.grad, wanted_from.grad, rtol=1e-11, atol=1e-13)
+    empty = LanguageModelHead(model).loss_sum(hidden[:0], target[:0], weight[:0])
+    assert empty.item() == 0
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_parts_make_the_models_own_loss(model_type: str) -> None:
     model = frozen(model_type)

@@ -128,10 +128,23 @@ class WiderRouter(TopKRouter):
         super().__init__(hidden + 1, *args, **kwargs)
 
 
+class LongBiasRouter(TopKRouter):
+    """Its bias has two numbers per expert."""
+
+    @property
+    def trained_bias(self) -> nn.Parameter:
+        return self.bias_of_two
+
+    def __init__(self, hidden: int, num_experts: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(hidden, num_experts, *args, **kwargs)
+        self.bias_of_two = nn.Parameter(torch.zeros(2 * num_experts))
+
+
 @pytest.mark.parametrize(
     ("made_by", "reason"),
     [
-        (TemperedRouter, r"router TemperedRouter: besides `trained` it has the parameters log_temperature"),
+        (LongBiasRouter, r"router LongBiasRouter: `trained_bias` has the shape \[6\], not that of one number per expert"),
+        (TemperedRouter, r"router TemperedRouter: besides `trained` and `trained_bias` it has the parameters log_temperature"),
         (
             WiderRouter,
             r"router WiderRouter: `trained` has the shape \[3, 17\], but adapters hold \[experts, hidden\], which is \[3, 16\] in",
@@ -141,7 +154,7 @@ class WiderRouter(TopKRouter):
 def test_a_router_that_nothing_would_step_or_save_is_refused(
     one_rank: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, made_by: type[TopKRouter], reason: str
 ) -> None:
-    monkeypatch.setitem(ROUTERS, "softmax", made_by)
+    monkeypatch.setitem(ROUTERS, "token", made_by)
     with pytest.raises(RouterError, match=reason):
         insert(tiny("llama"), one_rank)
 

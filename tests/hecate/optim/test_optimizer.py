@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -165,3 +166,42 @@ def test_who_decays_stays_the_same_when_owners_and_backups_change() -> None:
         optimizer.step(1.0, max_grad_norm=None)
         assert router.item() == 1.0
         assert all(trained.item() == 1 - 0.1 * 0.5 for trained in parameters.values())
+
+
+def separate(*gradients: tuple[float, ...]) -> ExpertOptimizer:
+    """Two adapters in two layers, each parameter with its gradient."""
+    names = ("0.0", "0.1", "1.0", "1.1")
+    owned = {name: parameter(1.0, 1.0) for name in names}
+    for one, gradient in zip(owned.values(), gradients, strict=True):
+        one.grad = torch.tensor(gradient, dtype=torch.float64)
+    return ExpertOptimizer(Trainables(owned, {}, separate=2), AdamW(weight_decay=0.0), LearningRate(0.1), torch.device("cpu"))
+
+
+def test_each_separate_expert_has_the_norm_of_its_layers_and_is_clipped_by_it() -> None:
+    optimizer = separate((3.0, 0.0), (0.3, 0.0), (0.0, 4.0), (0.0, 0.4))
+    squares = optimizer.squares()
+    assert squares.tolist() == pytest.approx([25.0, 0.25, 0.0])
+    owned = dict(optimizer.owned)
+    held = {name: one.grad for name, one in owned.items()}
+    assert optimizer.step(math.sqrt(25.25), 1.0, None, [5.0, 0.5])
+    assert held["0.0"] is not None
+    assert held["1.1"] is not None
+    assert held["0.0"].tolist() == pytest.approx([3.0 / (5 + 1e-6), 0.0])
+    assert held["1.1"].tolist() == [0.0, 0.4], "an adapter within the limit was clipped"
+    assert optimizer.last_norms == (5.0, 0.5)
+
+
+def test_a_separate_expert_without_a_finite_norm_is_left_untouched_and_the_other_is_stepped() -> None:
+    optimizer = separate((math.nan, 0.0), (0.3, 0.0), (0.0, 4.0), (0.0, 0.4))
+    owned = dict(optimizer.owned)
+    assert not optimizer.step(math.nan, 1.0, None, [math.nan, 0.5]), "nobody hears of the adapter that was skipped"
+    assert {name: one.tolist() == [1.0, 1.0] for name, one in owned.items()} == {"0.0": True, "0.1": False, "1.0": True, "1.1": False}
+    assert not any(name.startswith(("owned/0.0/", "owned/1.0/")) for name in optimizer.state_tensors())
+    untouched = separate((math.nan, 0.0), (math.inf, 0.0), (0.0, 4.0), (0.0, 0.4))
+    assert not untouched.step(math.nan, 1.0, None, [math.nan, math.inf])
+    assert not any("/exp_avg" in name for name in untouched.state_tensors())
+
+
+def test_separate_experts_share_no_parameters() -> None:
+    with pytest.raises(AssertionError, match="share parameters"):
+        ExpertOptimizer(Trainables({}, {"x": parameter(1.0)}, separate=2), AdamW(weight_decay=0.0), LearningRate(0.1), torch.device("cpu"))

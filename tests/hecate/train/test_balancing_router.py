@@ -1,12 +1,7 @@
-"""A router with a bias that changes after each step by the loads of all ranks: the same on any ranks, after any loss, in any file.
-
-The bias is that of DeepSeek-V3 (arXiv 2408.15664): it counts in the choice of experts, not in their weights.
-"""
+"""A bias that balances experts, moved after each step by the loads of all ranks: the same on any ranks, after any loss, in any file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,12 +9,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from hecate.adapters import load_adapter
 from hecate.adapters.export import load_into
-from hecate.experts import families
-from hecate.experts.router import Routing, TopKRouter
 from hecate.ranks.ranks import connect
 from hecate.train import step as step_module
 from hecate.train.step_totals import Totals, exchange_totals
@@ -30,32 +22,11 @@ from tests.hecate.elastic.losing import DEATH_STEP, Dead, make_run, regroup
 from tests.hecate.train.in_process import ranks_of_default_group
 
 STEPS, RATE = 5, 0.003
+BALANCING = ("moe.router_aux_loss_coef=0", f"moe.router={{score: sigmoid, bias: balancing, bias_rate: {RATE}}}")
 
 
-class BalancingRouter(TopKRouter):
-    """Softmax; the k experts with the largest probability plus bias."""
-
-    def __init__(self, hidden: int, num_experts: int, top_k: int, **named: Any) -> None:
-        super().__init__(hidden, num_experts, top_k, **named)
-        self.register_buffer("bias", self.weight.new_zeros(num_experts, requires_grad=False))
-
-    def forward(self, x_TD: Tensor) -> Routing:
-        assert isinstance(self.bias, Tensor)
-        prob_TE = torch.softmax(self.logits(x_TD), dim=-1)
-        expert_TK = (prob_TE.detach() + self.bias).topk(self.top_k, dim=-1).indices
-        top_TK = prob_TE.gather(1, expert_TK)
-        return Routing(prob_TE, expert_TK, top_TK / top_TK.sum(dim=-1, keepdim=True))
-
-    def after_step(self, load_E: Tensor) -> None:
-        assert isinstance(self.bias, Tensor)
-        self.bias += RATE * torch.sign(load_E.double().mean() - load_E)
-
-
-@contextmanager
-def balancing() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(families.ROUTERS, "softmax", BalancingRouter)
-        yield
+def make_balancing(workshop: str, name: str, rank: int, world: int, *overrides: str) -> Training:
+    return make_run(workshop, name, rank, world, *BALANCING, *overrides)
 
 
 def biases(run: Training) -> dict[str, list[float]]:
@@ -84,13 +55,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
 Outcome = tuple[list[list[float]], dict[str, list[float]]]
 
 
-def whole(rank: int, world: int, workshop: str) -> Outcome:
-    """Eight sequences a step, whatever the number of ranks."""
-    with balancing():
-        run = make_run(workshop, f"whole-{world}", rank, world)
-        run.parts.stream.sequences_per_step = 8
-        run.plan_for(run.parts.moe.engine.shards.config.topology)
-        return steps_until(run, STEPS), biases(run)
+def whole(rank: int, world: int, workshop: str, micro_steps: int = 2) -> Outcome:
+    """Eight sequences a step, whatever the number of ranks and of micro-steps."""
+    changes = [f"gradient_accumulation_steps={micro_steps}"]
+    run = make_balancing(workshop, f"whole-{world}-{micro_steps}", rank, world, *changes)
+    run.parts.stream.sequences_per_step = 8
+    run.plan_for(run.parts.moe.engine.shards.config.topology)
+    return steps_until(run, STEPS), biases(run)
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +80,18 @@ def test_the_bias_does_not_depend_on_the_number_of_ranks(workshop: str, on_four:
         same(outcome, on_four)
 
 
+def test_the_bias_does_not_depend_on_the_number_of_micro_steps(workshop: str, on_four: Outcome) -> None:
+    for micro_steps in (1, 4):
+        same(run_ranks(1, whole, workshop, micro_steps)[0], on_four)
+
+
 def resumed(rank: int, world: int, workshop: str) -> Outcome:
-    with balancing():
-        first = make_run(workshop, "resumed", rank, world)
-        steps_until(first, 2)
-        first.save()
-        run = make_run(workshop, "resumed", rank, world, "resume=true")
-        assert biases(run) == biases(first)
-        return steps_until(run, STEPS), biases(run)
+    first = make_balancing(workshop, "resumed", rank, world)
+    steps_until(first, 2)
+    first.save()
+    run = make_balancing(workshop, "resumed", rank, world, "resume=true")
+    assert biases(run) == biases(first)
+    return steps_until(run, STEPS), biases(run)
 
 
 def test_a_checkpoint_holds_the_bias(workshop: str, on_four: Outcome) -> None:
@@ -126,25 +101,24 @@ def test_a_checkpoint_holds_the_bias(workshop: str, on_four: Outcome) -> None:
 
 def half_stepped(rank: int, world: int, workshop: str) -> Outcome | None:
     """Rank 1 dies with the norm of a step, which rank 0 has taken and the others have not: they take it after it."""
-    with balancing():
-        run = make_run(workshop, "half", rank, world, "fssdp.redundancy=1")
-        steps_until(run, DEATH_STEP)
+    run = make_balancing(workshop, "half", rank, world, "fssdp.redundancy=1")
+    steps_until(run, DEATH_STEP)
 
-        def fail(*shares: Any) -> Totals:
-            totals = exchange_totals(*shares)
-            if rank > 0:
-                raise Dead if rank == 1 else RuntimeError("a peer is lost")
-            return totals
+    def fail(*shares: Any) -> Totals:
+        totals = exchange_totals(*shares)
+        if rank > 0:
+            raise Dead if rank == 1 else RuntimeError("a peer is lost")
+        return totals
 
-        try:
-            with mock.patch.object(step_module, "exchange_totals", fail):
-                steps_until(run, STEPS)
-        except (Dead, RuntimeError):
-            if rank == 1:
-                run.ranks.leave()
-                return None
-            regroup(run, f"{workshop}/half-store", rank - (rank > 1), world - 1)
-        return steps_until(run, STEPS), biases(run)
+    try:
+        with mock.patch.object(step_module, "exchange_totals", fail):
+            steps_until(run, STEPS)
+    except (Dead, RuntimeError):
+        if rank == 1:
+            run.ranks.leave()
+            return None
+        regroup(run, f"{workshop}/half-store", rank - (rank > 1), world - 1)
+    return steps_until(run, STEPS), biases(run)
 
 
 def test_a_step_that_is_taken_later_moves_the_bias_too(workshop: str, on_four: Outcome) -> None:
@@ -155,19 +129,18 @@ def test_a_step_that_is_taken_later_moves_the_bias_too(workshop: str, on_four: O
 
 def grown(rank: int, world: int, workshop: str) -> Outcome:
     """A third rank, which has loaded alone, joins two that have trained two steps."""
-    with balancing():
-        ranks_of_default_group(rank, world).leave()
-        if rank == 2:
-            connect(dist.HashStore(), 0, 1)
-            run = make_run(workshop, "grown", 0, 1)
-            run.state = None
-        else:
-            connect(dist.FileStore(f"{workshop}/grown-two", 2), rank, 2)
-            run = make_run(workshop, "grown", rank, 2)
-            run.parts.stream.sequences_per_step = 8
-            steps_until(run, 2)
-        regroup(run, f"{workshop}/grown-three", (rank + 1) % 3, 3)
-        return steps_until(run, STEPS), biases(run)
+    ranks_of_default_group(rank, world).leave()
+    if rank == 2:
+        connect(dist.HashStore(), 0, 1)
+        run = make_balancing(workshop, "grown", 0, 1)
+        run.state = None
+    else:
+        connect(dist.FileStore(f"{workshop}/grown-two", 2), rank, 2)
+        run = make_balancing(workshop, "grown", rank, 2)
+        run.parts.stream.sequences_per_step = 8
+        steps_until(run, 2)
+    regroup(run, f"{workshop}/grown-three", (rank + 1) % 3, 3)
+    return steps_until(run, STEPS), biases(run)
 
 
 def test_a_rank_that_comes_new_gets_the_bias(workshop: str, on_four: Outcome) -> None:
@@ -176,19 +149,18 @@ def test_a_rank_that_comes_new_gets_the_bias(workshop: str, on_four: Outcome) ->
 
 
 def exported(rank: int, world: int, workshop: str) -> None:
-    with balancing():
-        run = make_run(workshop, "exported", rank, world)
-        steps_until(run, 2)
-        trained = biases(run)
-        folder = run.parts.output.replace(Path(run.parts.config.output_dir), run.parts.moe, run.ranks)
-        run.ranks.barrier()
-        tensors, description = load_adapter(folder)
-        assert description.router_buffers == ("bias",)
-        for buffer in run.parts.optimizer.buffers.values():
-            buffer.zero_()
-        load_into(run.parts.moe, tensors)
-        for name, values in trained.items():
-            assert biases(run)[name] == pytest.approx(values, abs=1e-8)
+    run = make_balancing(workshop, "exported", rank, world)
+    steps_until(run, 2)
+    trained = biases(run)
+    folder = run.parts.output.replace(Path(run.parts.config.output_dir), run.parts.moe, run.ranks)
+    run.ranks.barrier()
+    tensors, description = load_adapter(folder)
+    assert description.router_buffers == ("bias",)
+    for buffer in run.parts.optimizer.buffers.values():
+        buffer.zero_()
+    load_into(run.parts.moe, tensors)
+    for name, values in trained.items():
+        assert biases(run)[name] == pytest.approx(values, abs=1e-8)
 
 
 def test_an_adapter_holds_the_bias(workshop: str) -> None:

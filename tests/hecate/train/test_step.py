@@ -39,7 +39,8 @@ class Head:
     def hidden(self, input_ids: Tensor, samples: PackedSamples | None, position_ids: Tensor) -> Tensor:
         return self.weight[input_ids]
 
-    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    def loss_sum(self, hidden_ND: Tensor, target_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
+        assert weight_N is None
         return torch.nn.functional.cross_entropy(hidden_ND @ self.weight.T, target_N, reduction="sum")
 
 

@@ -1,0 +1,100 @@
+"""Choices of a router that do not go together are refused, with what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hecate.config import ConfigError, RouterConfig
+from hecate.config.router_rules import check_router
+from tests.hecate.config.making import MINIMAL, load
+
+REFUSED = [
+    (["moe.router.weights=one"], "moe.router.weights: one needs moe.top_k=1, got 2.*set moe.top_k=1"),
+    (["moe.router.weights=one", "moe.top_k=3"], "moe.router.weights: one needs moe.top_k=1, got 3"),
+    (["moe.router={weights: one, dense: true}"], "moe.router.weights: one needs moe.top_k=1, but with moe.router.dense"),
+    (["moe.router={score: sigmoid, bias: balancing}"], "moe.router_aux_loss_coef: must be 0 with .*balancing.*got 0.001.*coef=0"),
+    (
+        ["moe.router={bias: balancing, balance: sample}", "moe.router_aux_loss_coef=0"],
+        "moe.router.balance: has no effect with moe.router.bias=balancing.*leave it out",
+    ),
+    (["moe.router={bias: learned, bias_rate: 0.1}"], "moe.router.bias_rate: applies to moe.router.bias=balancing only.*bias is learned"),
+    (["moe.router.bias_in_weights=true"], "moe.router.bias_in_weights: applies to moe.router.bias=balancing only.*leave it out"),
+    (["moe.router={bias: balancing, bias_rate: -1}", "moe.router_aux_loss_coef=0"], "moe.router.bias_rate: must be > 0, got -1"),
+    (["moe.router.dense=true", "moe.top_k=2"], "moe.top_k: is 2, but with moe.router.dense every token goes to all experts"),
+    (["moe.router.weights=gate"], "moe.router.weights: gate does not fit moe.family=mixlora.*use renormalised"),
+    (["moe.router={weights: gate, dense: true, score: sigmoid}"], "moe.router.weights: gate does not fit moe.family=mixlora"),
+    (["moe.router.score=sigmoid", "moe.family=full"], "moe.router.score: applies to moe.family=mixlora only, but the family is full"),
+    (["moe.router.score=cosine"], "moe.router.score: must be one of softmax, sigmoid, got cosine"),
+    (["moe.router.weights=renormalized"], "moe.router.weights: must be one of .*did you mean renormalised"),
+    (["moe.router.colour=red"], "moe.router.colour: unknown key"),
+    (["moe.router=softmax"], "moe.router: is a section and must hold keys.*its keys are .*score"),
+    (["moe.router_type=softmax"], "moe.router_type: unknown key"),
+]
+
+GIVEN = (
+    "data.train=[a.jsonl,b.jsonl]",
+    "lora.target_modules=[gate_proj,up_proj,down_proj]",
+    "moe={num_experts: 2, top_k: 1, router_aux_loss_coef: 0, router: {input: given}}",
+)
+NOT_GIVEN = [
+    (
+        "moe.num_experts=3",
+        "moe.num_experts: must be 2 with moe.router.input=given, one expert for each item of data.train, got 3.*num_experts=2",
+    ),
+    ("moe.num_experts=null", "moe.num_experts: must be 2 .* got 8"),
+    ("moe.num_experts=[2,2]", r"moe.num_experts: must be 2 .* got \[2, 2\]"),
+    ("moe.top_k=2", "moe.top_k: must be 1 with moe.router.input=given: a sample has one source, got 2.*moe.top_k=1"),
+    ("moe.top_k=null", "moe.top_k: must be 1 .* got 2"),
+    ("moe.router_aux_loss_coef=0.1", "moe.router_aux_loss_coef: must be 0 with moe.router.input=given.*got 0.1"),
+    ("moe.router.score=sigmoid", "moe.router.score: has no effect with moe.router.input=given"),
+    ("data.eval=[{path: a.jsonl, name: c}]", r"data.eval\[0\].name: c has no expert.*same name.*one of the names a, b"),
+    (
+        "lora.target_modules=[q_proj,up_proj]",
+        "lora.target_modules: names q_proj, whose adapter all experts would share.*gate_proj, up_proj",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "reason"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_choices_that_do_not_go_together_are_refused(folder: Path, overrides: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){reason}") as error:
+        load(MINIMAL, *overrides)
+    assert len(error.value.problems) == 1
+
+
+@pytest.mark.parametrize(("override", "reason"), NOT_GIVEN, ids=[override for override, _ in NOT_GIVEN])
+def test_what_does_not_go_with_given_routing_is_refused(folder: Path, override: str, reason: str) -> None:
+    separately = [f"moe.{pair}" for pair in ("num_experts=2", "top_k=1", "router_aux_loss_coef=0", "router.input=given")]
+    assert load(MINIMAL, *GIVEN, "data.eval=[b.jsonl]").moe.by_source
+    kept = [given for given in (*GIVEN[:2], *separately) if given.partition("=")[0] != override.partition("=")[0]]
+    with pytest.raises(ConfigError, match=f"(?s){reason}") as error:
+        load(MINIMAL, *kept, override)
+    assert len(error.value.problems) == 1
+
+
+def test_a_section_in_a_section_is_read_from_both_places(folder: Path) -> None:
+    config = load(
+        MINIMAL + "moe:\n  top_k: 1\n  router: {bias: learned, weights: one}\n", "moe.router.balance=sample", "moe={num_experts: 3}"
+    )
+    assert config.moe.router == RouterConfig(bias="learned", weights="one", balance="sample")
+    assert (config.moe.num_experts, config.moe.top_k) == (3, 1)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [("5", 5), ("1", 1), ("[2,4]", 4)])
+def test_a_dense_router_takes_all_experts(folder: Path, experts: str, top_k: int) -> None:
+    assert load(MINIMAL, "moe.router.dense=true", f"moe.num_experts={experts}").moe.top_k == top_k
+
+
+def test_what_has_a_problem_already_is_not_said_again() -> None:
+    problems: list[tuple[str, str, str]] = []
+    check_router({"moe.router.weights": "one"}, lambda *problem: problems.append(problem))
+    assert not problems
+    check_router({"moe.router.weights": "one", "moe.top_k": None}, lambda *problem: problems.append(problem))
+    assert [key for key, *_ in problems] == ["moe.router.weights"]
+
+
+def test_a_dotted_key_in_a_file_is_shown_nested(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"in a file, nest it: moe: \{router: \{score: \.\.\.\}\}"):
+        load(MINIMAL + "moe.router.score: sigmoid\n")

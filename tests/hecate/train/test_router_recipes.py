@@ -1,0 +1,267 @@
+"""Recipes whose routers are not the usual ones, as whole runs: trained, evaluated, written, and used again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from hecate.adapters import load_adapter
+from hecate.adapters.peft_by_source import with_lora_adapters
+from hecate.config import Config, load_config
+from hecate.errors import UserError
+from hecate.model.base import BaseChoice
+from hecate.ranks.ranks import connect, join_ranks
+from hecate.ranks.sockets import tcp_sockets
+from hecate.report.events import Evaluation
+from hecate.train import step as step_module
+from hecate.train.inference import answer, evaluate_trained
+from hecate.train.step_totals import Totals, exchange_totals
+from hecate.train.training import Training
+from testing.ranks import run_ranks
+from testing.tiny_run import make_workshop
+from tests.hecate.elastic.losing import DEATH_STEP, Dead, regroup
+from tests.hecate.train.in_process import ranks_of_default_group
+
+RECIPES = Path(__file__).parents[3] / "configs" / "recipes"
+SEQUENCES = 8
+"""of a step, whatever the number of ranks"""
+
+
+def config_of(workshop: str, recipe: str, name: str, *overrides: str) -> Config:
+    tasks = ("up", "echo")
+    given = [
+        f"model={{name_or_path: {workshop}/model, dtype: float64}}",
+        "data.train=[" + ",".join(f"{{path: {workshop}/{task}.train.jsonl, name: {task}}}" for task in tasks) + "]",
+        "data.eval=[" + ",".join(f"{{path: {workshop}/{task}.eval.jsonl, name: {task}}}" for task in reversed(tasks)) + "]",
+        f"output_dir={workshop}/runs/{name}",
+        "data.seq_len=64",
+        "learning_rate=1e-2",
+        "warmup_ratio=0",
+        "micro_batch_size=1",
+        "gradient_accumulation_steps=2",
+        "lora.r=4",
+        "lora.alpha=8",
+        "eval={generate: true, max_new_tokens: 4, batch_size: 4}",
+        "fssdp.policy=hecate",
+        *(["moe.num_experts=2"] if recipe == "many_adapters" else []),
+        *overrides,
+    ]
+    return load_config(RECIPES / f"{recipe}.yaml", given, claim_output=False)
+
+
+def training(rank: int, world: int, workshop: str, recipe: str, name: str, *overrides: str) -> Training:
+    ranks = replace(ranks_of_default_group(rank, world), connections=frozenset(tcp_sockets()))
+    run = Training(config_of(workshop, recipe, name, *overrides), ranks)
+    run.parts.stream.sequences_per_step = SEQUENCES
+    run.plan_for(run.parts.moe.engine.shards.config.topology)
+    return run
+
+
+def tensors(run: Training) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.parts.optimizer.state_tensors().items()}
+
+
+def whole(rank: int, world: int, workshop: str, recipe: str, steps: int) -> tuple[Evaluation, list[float], dict[str, torch.Tensor]]:
+    """Trains to the end, with a checkpoint after two steps."""
+    run = training(rank, world, workshop, recipe, f"{recipe}-{world}")
+    losses = []
+    while run.standing.step < steps:
+        losses.append(run.train_one().result.loss)
+        if run.standing.step == 2:
+            run.save()
+    evaluation = run.evaluate()
+    run.parts.output.replace(Path(run.parts.config.output_dir), run.parts.moe, run.ranks)
+    return evaluation, losses, tensors(run)
+
+
+def resumed(rank: int, world: int, workshop: str, recipe: str, of_world: int, steps: int) -> dict[str, torch.Tensor]:
+    run = training(rank, world, workshop, recipe, f"{recipe}-{of_world}", "resume=true")
+    assert run.standing.step == 2
+    while run.standing.step < steps:
+        run.train_one()
+    return tensors(run)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_workshop(tmp_path_factory.mktemp("workshop")))
+
+
+@pytest.fixture(scope="module")
+def many(workshop: str) -> Evaluation:
+    """What a run of `many_adapters` on two ranks has found out last; its folder is runs/many_adapters-2."""
+    return run_ranks(2, whole, workshop, "many_adapters", 2)[0][0]
+
+
+def logits_of_ours(folders: list[Path]) -> torch.Tensor:
+    with join_ranks() as ranks:
+        base, moe = with_lora_adapters(folders, ranks, BaseChoice(dtype="float64"))
+        with moe.engine.evaluation(), torch.no_grad():
+            ids = torch.arange(40, 70)[None]
+            return base.head.logits(base.head.hidden(ids, None, torch.arange(30)[None]))
+
+
+def test_each_source_leaves_an_ordinary_adapter_that_peft_reads(workshop: str, many: Evaluation) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(workshop) / "runs" / "many_adapters-2" / "adapters"
+    assert sorted(path.name for path in folder.iterdir()) == ["echo", "up"]
+    logits = {}
+    for source in ("up", "echo"):
+        base: Any = AutoModelForCausalLM.from_pretrained(f"{workshop}/model", dtype=torch.float64)
+        with torch.no_grad():
+            plain = base(input_ids=torch.arange(40, 70)[None]).logits
+            logits[source] = peft.PeftModel.from_pretrained(base, folder / source).eval()(input_ids=torch.arange(40, 70)[None]).logits
+        assert float((logits[source] - plain).abs().max()) > 1e-4, "the adapter does nothing"
+        torch.testing.assert_close(logits_of_ours([folder / source]), logits[source], rtol=1e-6, atol=1e-6)
+    assert float((logits["up"] - logits["echo"]).abs().max()) > 1e-4
+
+
+def test_a_source_is_evaluated_with_its_own_adapter(workshop: str, many: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(many.scores) == ["echo", "up"]
+    for source, expert in (("up", 0), ("echo", 1)):
+        for counts in many.loads[source].values():
+            assert [count > 0 for count in counts] == [number == expert for number in (0, 1)]
+    config = config_of(workshop, "many_adapters", "many_adapters-2")
+    evaluate_trained(config, Path(config.output_dir) / config.moe.output_folder)
+    shown = capsys.readouterr().out
+    for score in many.scores.values():
+        assert f"{score.loss:.3f}" in shown
+        assert f"{score.accuracy:.3f}" in shown
+
+
+def test_one_adapter_answers_and_several_ask_which(workshop: str, many: Evaluation, tmp_path: Path) -> None:
+    folder = Path(workshop) / "runs" / "many_adapters-2" / "adapters"
+    assert isinstance(answer(folder / "up", "w1x1", system=None, model=None, max_new_tokens=4), str)
+    with pytest.raises(UserError, match=r"adapters: holds the adapters of several sources: echo, up\n  name one: .*/echo"):
+        answer(folder, "w1x1", system=None, model=None, max_new_tokens=4)
+    other = tmp_path / "other"
+    shutil.copytree(folder / "up", other)
+    description = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**description, "r": 2}))
+    with pytest.raises(UserError, match=r"other: r is 2, but 4 in .*\n  adapters are used together only if they are alike"):
+        logits_of_ours([folder / "up", other])
+    with pytest.raises(UserError, match=r"lora_A.weight has shape \(4, 32\), but the base model needs \(2, 32\)"):
+        answer(other, "w1x1", system=None, model=None, max_new_tokens=4)
+    (other / "adapter_config.json").write_text(json.dumps({**description, "target_modules": ["gate_proj", "q_proj"]}))
+    with pytest.raises(UserError, match="adapts q_proj, which is no part of an FFN of the base model"):
+        answer(other, "w1x1", system=None, model=None, max_new_tokens=4)
+    (other / "adapter_config.json").write_text(json.dumps(description))
+    held = load_file(other / "adapter_model.safetensors")
+    name, tensor = next(iter(held.items()))
+    save_file({**held, "extra.lora_A.weight": tensor.clone()}, other / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"the tensor extra.lora_A.weight \(1 such\) belongs to no weight of the base model"):
+        answer(other, "w1x1", system=None, model=None, max_new_tokens=4)
+    save_file({other_name: one for other_name, one in held.items() if other_name != name}, other / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"has no tensor {name}, which the base model needs"):
+        answer(other, "w1x1", system=None, model=None, max_new_tokens=4)
+
+
+def test_an_adapter_of_a_learned_bias_comes_back(workshop: str) -> None:
+    """LLaVA-MoLE's recipe: router and bias are those of the run, and routing as in training is what the adapter says."""
+    (_, losses, trained), *_ = run_ranks(1, whole, workshop, "llava_mole", 1)
+    assert losses
+    folder = Path(workshop) / "runs" / "llava_mole-1" / "adapter"
+    held, description = load_adapter(folder)
+    assert (description.router.weights, description.router.bias, description.router_buffers) == ("one", "learned", ("bias",))
+    for layer in (0, 1):
+        bias = trained[f"replicated/layers.{layer}.router.bias"]
+        assert bias.any(), "the bias has not moved"
+        torch.testing.assert_close(held[f"mixlora.layers.{layer}.mlp.moe_gate.bias"], bias.float())
+    assert isinstance(answer(folder, "w1x1", system=None, model=None, max_new_tokens=4), str)
+
+
+def half_stepped(rank: int, world: int, workshop: str, steps: int) -> dict[str, torch.Tensor]:
+    """Rank 1 dies with the norms of a step, which rank 0 has taken and the others have not: they take it after it, by the same norms."""
+    run = training(rank, world, workshop, "many_adapters", "half", "fssdp.redundancy=1", "max_grad_norm=0.01")
+    while run.standing.step < DEATH_STEP:
+        run.train_one()
+
+    def fail(*shares: Any) -> Totals:
+        totals = exchange_totals(*shares)
+        if rank > 0:
+            raise Dead if rank == 1 else RuntimeError("a peer is lost")
+        return totals
+
+    try:
+        with mock.patch.object(step_module, "exchange_totals", fail):
+            while run.standing.step < steps:
+                run.train_one()
+    except (Dead, RuntimeError):
+        if rank == 1:
+            run.ranks.leave()
+            return {}
+        regroup(run, f"{workshop}/half-store", rank - (rank > 1), world - 1)
+    while run.standing.step < steps:
+        run.train_one()
+    return tensors(run)
+
+
+def grown(rank: int, world: int, workshop: str, steps: int) -> dict[str, torch.Tensor]:
+    """A third rank, which has loaded alone, joins two that have trained two steps; there is nothing that all ranks hold alike."""
+    ranks_of_default_group(rank, world).leave()
+    if rank == 2:
+        connect(dist.HashStore(), 0, 1)
+        run = training(0, 1, workshop, "many_adapters", "grown", "max_grad_norm=0.01")
+        run.state = None
+    else:
+        connect(dist.FileStore(f"{workshop}/grown-two", 2), rank, 2)
+        run = training(rank, 2, workshop, "many_adapters", "grown", "max_grad_norm=0.01")
+        while run.standing.step < 2:
+            run.train_one()
+    regroup(run, f"{workshop}/grown-three", (rank + 1) % 3, 3)
+    while run.standing.step < steps:
+        run.train_one()
+    return tensors(run)
+
+
+def undisturbed(rank: int, world: int, workshop: str, steps: int) -> dict[str, torch.Tensor]:
+    run = training(rank, world, workshop, "many_adapters", "undisturbed", "max_grad_norm=0.01")
+    while run.standing.step < steps:
+        run.train_one()
+    return tensors(run)
+
+
+@pytest.mark.slow
+def test_ranks_may_be_lost_and_come_new(workshop: str) -> None:
+    steps = DEATH_STEP + 2
+    (wanted,) = run_ranks(1, undisturbed, workshop, steps)
+    for world, function in ((3, half_stepped), (3, grown)):
+        got: dict[str, torch.Tensor] = {}
+        for of_rank in run_ranks(world, function, workshop, steps):
+            got |= of_rank
+        assert got.keys() == wanted.keys()
+        for name, tensor in got.items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-9, atol=1e-10, msg=f"{name}, {function.__name__}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["many_adapters", "llava_mole"])
+def test_a_run_is_the_same_on_any_ranks_and_resumed_on_others(workshop: str, recipe: str) -> None:
+    steps = 4
+    wanted: dict[str, torch.Tensor] = {}
+    for of_rank in run_ranks(2, whole, workshop, recipe, steps):
+        wanted |= of_rank[2]
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for world in (1, 3, 4):
+        found[world] = {}
+        for of_rank in run_ranks(world, whole, workshop, recipe, steps):
+            found[world] |= of_rank[2]
+    for world in (1, 4):
+        found[10 + world] = {}
+        for of_rank in run_ranks(world, resumed, workshop, recipe, 2, steps):
+            found[10 + world] |= of_rank
+    for world, got in found.items():
+        assert got.keys() == wanted.keys()
+        for name, tensor in got.items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-9, atol=1e-10, msg=f"{name} on {world}")
