@@ -71,7 +71,7 @@ def _with_defaults(config: Config) -> MoeConfig:
         experts, top_k = shape.experts, shape.top_k
     return replace(
         moe,
-        num_experts=experts if moe.num_experts is None else moe.num_experts,
+        num_experts=experts if moe.num_experts is None and moe.allocation is None else moe.num_experts,
         top_k=top_k if moe.top_k is None else moe.top_k,
     )
 
