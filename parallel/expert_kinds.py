@@ -15,7 +15,7 @@ from hecate.parallel.layout import ExpertLayout, TensorSpec
 
 Family = Literal["mixlora", "full", "moe_lora"]
 """what `moe.family` gives"""
-KindName = Literal["mixlora", "full", "moe_lora", "linear"]
+KindName = Literal["mixlora", "full", "moe_lora", "linears"]
 """the family, or with `moe.unit: linear` the kind that takes its place"""
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 GATE_UP = "gate_up_proj"
@@ -141,7 +141,7 @@ class ExpertKind:
     """gate and up are one projection, with one pair"""
     of_moe_base: bool = False
     """the base model has experts and routers already, and these stand over its own"""
-    output: Literal["mixlora", "mixtral", "peft", "linear"]
+    output: Literal["mixlora", "mixtral", "peft", "linears"]
     """the format in which a finished run is written"""
 
     @property
@@ -229,24 +229,24 @@ MOE_LORA = ExpertKind(
     of_moe_base=True,
     output="peft",
 )
-LINEAR = ExpertKind(
-    name="linear",
+LINEARS = ExpertKind(
+    name="linears",
     what="LoRA experts over a dense model's linear layers",
     over_linears=True,
     ffn="none",
     has_pairs=True,
     pair_backward=2.0,
-    output="linear",
+    output="linears",
 )
-KINDS: dict[KindName, ExpertKind] = {kind.name: kind for kind in (MIXLORA, FULL, MOE_LORA, LINEAR)}
+KINDS: dict[KindName, ExpertKind] = {kind.name: kind for kind in (MIXLORA, FULL, MOE_LORA, LINEARS)}
 """all of them"""
 
 
 def kind_of(family: str, unit: str) -> ExpertKind | None:
     """The kind for values of `moe.family` and `moe.unit`; None: there is none, or the values are unknown."""
-    if unit == LINEAR.name:
-        return LINEAR if family == MIXLORA.name else None
-    return KINDS.get(family) if unit == "ffn" and family != LINEAR.name else None
+    if unit == "linear":
+        return LINEARS if family == MIXLORA.name else None
+    return KINDS.get(family) if unit == "ffn" and family != LINEARS.name else None  # type: ignore[call-overload]
 
 
 def kind_written_as(output: str) -> ExpertKind:
@@ -257,4 +257,4 @@ def kind_written_as(output: str) -> ExpertKind:
 def kinds_for(*, moe_base: bool) -> str:
     """The kinds for base models with experts of their own, or for those without, as a message names them."""
     kinds = [kind for kind in KINDS.values() if kind.of_moe_base == moe_base]
-    return " or ".join(f"{'moe.unit' if kind.over_linears else 'moe.family'}={kind.name} ({kind.what})" for kind in kinds)
+    return " or ".join(f"{'moe.unit=linear' if kind.over_linears else f'moe.family={kind.name}'} ({kind.what})" for kind in kinds)

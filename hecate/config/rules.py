@@ -73,7 +73,7 @@ def _check_model(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _check_experts(values: Mapping[str, Any], add: Add) -> None:
-    kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", ""))
+    kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", "ffn"))
     own = (kind is not None and kind.of_moe_base) or values.get("model.front_end") == "megatron"
     key, allocation = "moe.num_experts", values.get("moe.allocation")
     experts = _or_default(values, key, None if own else DEFAULT_EXPERTS)
@@ -126,7 +126,7 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     if over_linears and values.get("model.front_end") == "megatron":
         what = "linear needs model.front_end=transformers: Megatron's front end builds a model from scratch, which has no frozen linears"
         add("moe.unit", what, "leave moe.unit out")
-    kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", ""))
+    kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", "ffn"))
     if kind is None:
         if over_linears and family is not None:
             what = f"linear does not go together with moe.family={family}: the experts of a linear are LoRA pairs beside it"

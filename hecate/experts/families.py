@@ -56,7 +56,7 @@ _MAKERS: dict[KindName, Callable[[Site, FfnSource, ExpertChoices], UnitExperts]]
     "mixlora": _mixlora,
     "full": _full,
     "moe_lora": _moe_lora,
-    "linear": _linear,
+    "linears": _linear,
 }
 
 ROUTERS: dict[str, MakeRouter] = {"softmax": TopKRouter}

@@ -18,7 +18,7 @@ from hecate.experts.pairs import PairSource
 from hecate.experts.router import BalanceLoss, Router, RouterStats, load_balancing_loss
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.expert_cost import UnitPlace
-from hecate.parallel.expert_kinds import LINEAR, ONLY_PROJECTION, LinearSizes
+from hecate.parallel.expert_kinds import LINEARS, ONLY_PROJECTION, LinearSizes
 from hecate.parallel.units import Unit
 
 
@@ -27,7 +27,7 @@ class LinearExperts(UnitExperts):
 
     def __init__(self, site: Site, pairs: PairSource) -> None:
         assert isinstance(site.shape, LinearSizes), site.shape
-        super().__init__(LINEAR, site, pairs, linear_place(site.shape, site.together))
+        super().__init__(LINEARS, site, pairs, linear_place(site.shape, site.together))
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         """[T, outputs]; see `ExpertFamily.compute`."""

@@ -18,7 +18,7 @@ from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
 from hecate.parallel.cost_model import PlanMode
-from hecate.parallel.expert_kinds import LINEAR, LoraShape
+from hecate.parallel.expert_kinds import LINEARS, LoraShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
@@ -105,7 +105,7 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
         prefetch=case.prefetch,
     )
     plan = InsertionPlan(
-        kind=LINEAR,
+        kind=LINEARS,
         experts_per_layer=case.experts,
         top_k=case.top_k,
         lora=LoraShape(RANK, SCALE, 0.0),

@@ -154,11 +154,13 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "lora.pairs",
         "lora.use_rslora",
         "lora.target_modules",
+        "moe.allocation",
         "moe.family",
         "moe.num_experts",
         "moe.top_k",
         "moe.router_type",
         "moe.train_router",
+        "moe.unit",
         "moe.upcycle_noise",
         "moe.router_aux_loss_coef",
     }
