@@ -132,6 +132,8 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
             what = f"linear does not go together with moe.family={family}: the experts of a linear are LoRA pairs beside it"
             add("moe.unit", what, "leave moe.family out, or moe.unit")
         return
+    if folder is not None and not kind.begins_with_adapter:
+        add("lora.init_from", f"applies to moe.family=moe_lora and to moe.unit=linear only, but the family is {family}", "leave it out")
     for key, leaf in LEAVES.items():
         if leaf.family not in (None, family) and key in values and values[key] != leaf.default:
             add(key, f"applies to moe.family={leaf.family} only, but the family is {family}", "leave it out")

@@ -102,8 +102,9 @@ class LoraConfig:
     """What of an expert's pair is trained; see docs/extend/pair-source.md. plain: A and B."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
-    init_from: str | None = field(default=None, metadata=key(computes=False, family="moe_lora"))
-    """With family moe_lora: a folder with an adapter of hecate or PEFT, from whose values training starts. null: new adapters."""
+    init_from: str | None = field(default=None, metadata=key(computes=False))
+    """With family moe_lora, or with unit linear: a folder with an adapter from whose values training starts, one of hecate or, with
+    moe_lora, of PEFT. null: new adapters."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """The linear layers that get an adapter: those of the FFN one per expert, those of attention one each. With moe_lora, gate_proj and
     up_proj share one adapter, so name both or neither; shared experts get none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from hecate.config.topology import AUTO
 from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_cost import expert_layer_cost, number_bytes
-from hecate.parallel.expert_kinds import PAIR_SIZES, PROJECTIONS, FfnSizes
+from hecate.parallel.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
+from hecate.parallel.expert_kinds import PAIR_SIZES, PROJECTIONS, FfnSizes, LinearSizes
 from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_cards import RankDevice, SeenTopology, topology_of_devices
@@ -29,11 +30,18 @@ _GPU_FLOPS = 1e13
 
 @dataclass(frozen=True)
 class ExpertLayers:
-    """The layers of a run that have the same number and cost of experts."""
+    """The units of a run that have the same number and cost of experts."""
 
     experts: int
     number: int
+    """of units, in all layers together"""
     cost: LayerCost
+    inputs: int
+    """numbers in a row that their routers read"""
+    per_layer: int = 1
+    """of these units in each decoder layer that has any"""
+    stack: int = 0
+    """groups of the same decoder layers have the same number"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,13 @@ class RunShape:
         routers = self._routers if self.config.moe.trains_routers else 0
         if self.trains_non_experts:
             return routers + self._outside_experts - self.tensor_parallel * self.parts_parameters
-        return routers + sum(adapter_parameters(layer, self.config) for layer in self.base.layers)
+        return routers + sum(self.adapters)
+
+    @property
+    def adapters(self) -> tuple[int, ...]:
+        """The parameters of each layer's plain LoRA pairs; 0 for kinds of experts without pairs."""
+        experts = self.config.moe.experts_per_layer(len(self.base.layers))
+        return tuple(adapter_parameters(layer, self.config, number) for layer, number in zip(self.base.layers, experts, strict=True))
 
     @property
     def trains_non_experts(self) -> bool:
@@ -103,7 +117,7 @@ class RunShape:
     def frozen_parameters(self) -> int:
         """The frozen parameters that every rank holds."""
         kind = self.config.moe.kind
-        if kind.shares_ffn:
+        if kind.keeps_base:
             return self.base.parameters
         if kind.of_moe_base and self.config.moe.trains_routers:
             return self._outside_experts - self._routers
@@ -122,7 +136,7 @@ class RunShape:
     @property
     def _routers(self) -> int:
         """The parameters of all routers."""
-        return sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden
+        return sum(group.experts * group.number * group.inputs for group in self.groups)
 
     @property
     def _outside_experts(self) -> int:
@@ -152,11 +166,6 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
     dtype_bytes = _DTYPE_BYTES[_dtype(config, machines)]
     master_bytes = max(4, dtype_bytes)
     experts = config.moe.experts_per_layer(len(base.layers))
-    groups: dict[tuple[int, LayerCost], int] = {}
-    for layer, number in zip(base.layers, experts, strict=True):
-        if number:
-            key = (number, layer_cost(layer, config, dtype_bytes, master_bytes))
-            groups[key] = groups.get(key, 0) + 1
     return RunShape(
         config,
         machines,
@@ -164,30 +173,79 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
         base,
         dtype_bytes,
         master_bytes,
-        tuple(ExpertLayers(number, count, cost) for (number, cost), count in groups.items()),
+        _groups(
+            [(number, unit_costs(layer, config, dtype_bytes, master_bytes)) for layer, number in zip(base.layers, experts, strict=True)]
+        ),
         seen.notes,
     )
 
 
-def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> LayerCost:
-    """Return the cost of a layer with which the engine plans (`hecate.experts.family.ExpertFamily.cost`)."""
-    kind, sizes = config.moe.kind, FfnSizes(layer.hidden, layer.ffn)
+def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> list[tuple[int, LayerCost]]:
+    """Return the inputs and the cost of each unit of a layer, with which the engine plans (`hecate.experts.family.ExpertFamily.cost`).
+
+    Raises:
+        UserError: units are linears, and one of lora.target_modules is none of the layer's.
+    """
+    if not config.moe.kind.over_linears:
+        sizes = FfnSizes(layer.hidden, layer.ffn)
+        ffn = sum(spec.numel for spec in sizes.specs())
+        return [(layer.hidden, _unit_cost(layer.linears, sizes, ffn, ffn_place(layer.hidden), config, dtype_bytes, master_bytes))]
+    targets, names = config.lora.target_modules, [name for name, _, _ in layer.all_linears]
+    for target in targets:
+        if target not in names:
+            raise UserError(f"lora.target_modules: {target} matches no linear of the model's decoder layers; they have {', '.join(names)}")
+    linears = [LinearSizes(inputs, outputs) for name, outputs, inputs in layer.all_linears if name in targets]
+    places = [UnitPlace(one.inputs, one.outputs, len(linears), at_beginning=True) for one in linears]
+    return [
+        (one.inputs, _unit_cost(layer.all_linears, one, 0, place, config, dtype_bytes, master_bytes))
+        for one, place in zip(linears, places, strict=True)
+    ]
+
+
+def _unit_cost(
+    hiding: tuple[tuple[str, int, int], ...],
+    sizes: FfnSizes | LinearSizes,
+    ffn: int,
+    place: UnitPlace,
+    config: Config,
+    dtype_bytes: int,
+    master_bytes: int,
+) -> LayerCost:
+    """`hiding` are the linears that are computed meanwhile, `ffn` the parameters of one FFN."""
+    kind = config.moe.kind
     pairs = PAIR_SIZES[config.lora.pairs](sizes, kind.projections(config.lora.target_modules), config.lora.shape)
+    weights = sum(outputs * inputs for _, outputs, inputs in hiding)
     return expert_layer_cost(
-        kind.parameters(sum(spec.numel for spec in sizes.specs()), pairs.trained_numel, pairs.flops),
-        hidden=layer.hidden,
+        kind.parameters(ffn, pairs.trained_numel, pairs.flops),
+        place=place,
         top_k=config.moe.experts_per_token,
         number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
-        non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
+        non_moe_flops=2.0 * weights * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
     )
 
 
-def adapter_parameters(layer: LayerShape, config: Config) -> int:
-    """Return the parameters of the LoRA pairs on a layer's attention; 0 for kinds of experts without pairs."""
-    if not config.moe.kind.has_pairs:
+def _groups(layers: list[tuple[int, list[tuple[int, LayerCost]]]]) -> tuple[ExpertLayers, ...]:
+    """The units of layers that are alike, by their cost.
+
+    Args:
+        layers: of each decoder layer, the number of experts of each of its units, and the units' inputs and costs.
+    """
+    alike = Counter((number, tuple(units)) for number, units in layers if number)
+    groups = []
+    for stack, ((number, units), count) in enumerate(alike.items()):
+        for (inputs, cost), per_layer in Counter(units).items():
+            groups.append(ExpertLayers(number, count * per_layer, cost, inputs, per_layer, stack))
+    return tuple(groups)
+
+
+def adapter_parameters(layer: LayerShape, config: Config, experts: int) -> int:
+    """Return the parameters of the plain LoRA pairs in a layer whose units have so many experts; 0 for kinds of experts without pairs."""
+    kind = config.moe.kind
+    if not kind.has_pairs or (kind.over_linears and experts):
         return 0
     targets = set(config.lora.target_modules) - (set(PROJECTIONS) if layer.experts else set())  # shared experts have none
-    return sum(config.lora.r * (outputs + inputs) for name, outputs, inputs in layer.linears if name in targets)
+    linears = layer.all_linears if kind.over_linears else layer.linears
+    return sum(config.lora.r * (outputs + inputs) for name, outputs, inputs in linears if name in targets)
 
 
 def _base_shape(config: Config) -> BaseShape:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hecate.adapters.peft_experts import begin_with
-from hecate.adapters.trained_output import TrainedOutput, output_of
+from hecate.adapters.trained_output import TrainedOutput, begin_with_adapter, output_of
 from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
 from hecate.data.sources import TokenSource, read_source
@@ -78,7 +77,7 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     )
     moe = build_moe(config, base, ranks, topology)
     if config.lora.init_from and not config.resume:
-        begin_with(config, base, moe)
+        begin_with_adapter(config, base, moe)
     if config.gradient_checkpointing:
         checkpoint_activations(moe)
     if config.fssdp.reshard_interval:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from hecate.adapters import AdapterConfig, load_adapter
 from hecate.adapters.export import load_into
+from hecate.adapters.linear_experts import with_linear_adapter
+from hecate.adapters.linear_format import is_linear_adapter
 from hecate.adapters.model_folder import is_model_folder, load_model_folder
 from hecate.adapters.peft_experts import with_peft_adapter
 from hecate.adapters.peft_moe import is_peft_adapter
@@ -75,6 +77,8 @@ def _trained(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel,
 def _with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
     if is_peft_adapter(folder):
         return with_peft_adapter(folder, ranks, choice)
+    if is_linear_adapter(folder):
+        return with_linear_adapter(folder, ranks, choice)
     tensors, description = load_adapter(folder)
     if description.extra.get("router", "softmax") not in ROUTERS:
         raise UserError(f"{folder}: made with the router {description.extra['router']!r}; this version has {', '.join(ROUTERS)}")
