@@ -119,21 +119,22 @@ def _check_allocation(values: Mapping[str, Any], allocation: tuple[int, ...], ad
 
 
 def _check_kind(values: Mapping[str, Any], add: Add) -> None:
-    folder = values.get("lora.init_from")
-    if folder is not None and not os.path.isfile(Path(folder) / "adapter_config.json"):
-        add("lora.init_from", f"no adapter_config.json in {shorten(folder)}", "give the folder of an adapter")
     family, over_linears = values.get("moe.family"), values.get("moe.unit") == "linear"
     if over_linears and values.get("model.front_end") == "megatron":
         what = "linear needs model.front_end=transformers: Megatron's front end builds a model from scratch, which has no frozen linears"
         add("moe.unit", what, "leave moe.unit out")
+        return
     kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", "ffn"))
     if kind is None:
         if over_linears and family is not None:
             what = f"linear does not go together with moe.family={family}: the experts of a linear are LoRA pairs beside it"
             add("moe.unit", what, "leave moe.family out, or moe.unit")
         return
+    folder = values.get("lora.init_from")
     if folder is not None and not kind.begins_with_adapter:
         add("lora.init_from", f"applies to moe.family=moe_lora and to moe.unit=linear only, but the family is {family}", "leave it out")
+    elif folder is not None and not os.path.isfile(Path(folder) / "adapter_config.json"):
+        add("lora.init_from", f"no adapter_config.json in {shorten(folder)}", "give the folder of an adapter")
     for key, leaf in LEAVES.items():
         if leaf.family not in (None, family) and key in values and values[key] != leaf.default:
             add(key, f"applies to moe.family={leaf.family} only, but the family is {family}", "leave it out")
