@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hecate.elastic.move_experts import move_experts
+from hecate.parallel.comm import expert_store
 from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import Link
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import MICRO_STEPS, assert_groups_equal, calibrating_at_whim
 from tests.hecate.linear_cases import LinearCase, PlainModel, ShardedTraining, random_unit_owners
@@ -67,12 +69,13 @@ def _check_cases(rank: int, world: int, cases: list[LinearCase], reshard: bool =
 SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_experts_over_linears_train_as_one_process(world: int) -> None:
-    cases = [LinearCase("hecate", "empty rank", steps=2)]
-    if world == 1:
-        cases += [LinearCase("full", "idle experts", (0, 4), 1, steps=1)]
-    run_ranks(world, _check_cases, cases, timeout=240)
+def test_experts_over_linears_train_as_one_process() -> None:
+    run_ranks(2, _check_cases, [LinearCase("hecate", "empty rank", (0, 4), steps=2)], timeout=240)
+
+
+@pytest.mark.slow
+def test_on_one_rank() -> None:
+    run_ranks(1, _check_cases, [LinearCase("hecate"), LinearCase("full", "idle experts", (0, 4), 1)], timeout=240)
 
 
 @pytest.mark.slow
@@ -123,3 +126,27 @@ def test_whatever_computes_them(world: int) -> None:
     cases = [LinearCase("hecate", "empty rank", dtype=torch.float32, kernels=kernels, steps=1) for kernels in ("triton", "reference")]
     cases += [replace(cases[0], rematerialize=True)] if world > 1 else []
     run_ranks(world, _check_cases, cases, timeout=580)
+
+
+def _messages(rank: int, world: int) -> list[int]:
+    """How many units each exchange of a step brings: forward, and backward again."""
+    seen: list[int] = []
+    together = expert_store.sparse_all_gather_many
+
+    def counting(parts: list[object], group: object) -> object:
+        seen.append(len(parts))
+        return together(parts, group)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_store, "sparse_all_gather_many", counting)
+        training = ShardedTraining(LinearCase("full", rematerialize=True, steps=1), rank, world)
+        shards = training.moe.engine.shards
+        slow_start = Link(1e9, 1.0)  # what travels at all takes as long as everything that is small
+        shards.config = replace(shards.config, topology=replace(shards.config.topology, intra_node=slow_start, inter_node=slow_start))
+        training.step(0)
+    return seen
+
+
+def test_the_units_of_a_layer_travel_in_one_message() -> None:
+    """In each of two micro-steps the seven units of two layers come together, forward and backward again."""
+    assert run_ranks(2, _messages) == [[7] * 8] * 2

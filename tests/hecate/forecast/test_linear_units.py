@@ -54,7 +54,10 @@ def test_its_units_and_costs_are_the_engines(one_rank: dist.ProcessGroup, tmp_pa
         key = family.num_experts, family.cost(2, shards.config.non_moe_flops)
         wanted[key] = wanted.get(key, 0) + 1
     run = planned(tmp_path)
-    assert {(group.experts, group.cost): group.number for group in run.groups} == wanted
+    counted: dict[Any, int] = {}
+    for group in run.groups:  # linears of one cost may have routers of different widths
+        counted[group.experts, group.cost] = counted.get((group.experts, group.cost), 0) + group.number
+    assert counted == wanted
     assert sum(group.number for group in run.groups) == 2 * 7
     assert run.replicated_parameters == sum(parameter.numel() for parameter in moe.replicated_parameters().values())
 
@@ -71,7 +74,7 @@ def test_the_units_of_a_layer_share_one_message_and_what_hides_it(tmp_path: Path
 
 def test_a_target_that_is_no_linear_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
-    with pytest.raises(UserError, match="lora.target_modules: lm_head matches no linear"):
+    with pytest.raises(UserError, match=r"lora\.target_modules: lm_head matches no linear"):
         planned(tmp_path, "lora.target_modules=[q_proj,lm_head]")
 
 
