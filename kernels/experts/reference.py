@@ -13,7 +13,6 @@ from hecate.kernels.common.dropout import Dropout, dropout_stream
 from hecate.kernels.common.ffn import FfnBase, FfnShape, activation
 from hecate.kernels.common.low_rank import LowRankPairs, separate_gate_and_up
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
-from hecate.parallel.expert_kinds import ONLY_PROJECTION
 
 
 def full_ffn_reference(routed: RoutedTokens, experts_SC: Tensor, shape: FfnShape) -> Tensor:
@@ -55,7 +54,7 @@ def routed_pairs_reference(routed: RoutedTokens, pairs: LowRankPairs, *, dropout
         x = routed.x_TD[tokens]
         if dropout is not None:
             assert routed.token_T is not None
-            stream = dropout_stream(int(routed.experts_in_slots[slot]), ONLY_PROJECTION)
+            stream = dropout_stream(int(routed.experts_in_slots[slot]), "linear")
             x = x * dropout.mask(routed.token_T[tokens], stream, x.shape[1], x.dtype)
         y = pairs.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
         y_TO = y_TO.index_add(0, tokens, routed.weight_TK[tokens, k].to(y.dtype)[:, None] * y)

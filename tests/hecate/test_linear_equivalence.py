@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hecate.elastic.move_experts import move_experts
 from hecate.parallel.comm import expert_store
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import Link
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import MICRO_STEPS, assert_groups_equal, calibrating_at_whim
 from tests.hecate.linear_cases import LinearCase, PlainModel, ShardedTraining, random_unit_owners
@@ -128,25 +129,15 @@ def test_whatever_computes_them(world: int) -> None:
     run_ranks(world, _check_cases, cases, timeout=580)
 
 
-def _messages(rank: int, world: int) -> list[int]:
-    """How many units each exchange of a step brings: forward, and backward again."""
+def test_the_units_of_a_layer_travel_in_one_message(one_rank: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each of two micro-steps the seven units of two layers come together, forward and, freed meanwhile, backward again."""
     seen: list[int] = []
     together = expert_store.sparse_all_gather_many
 
-    def counting(parts: list[object], group: object) -> object:
+    def counting(parts: list[Any], group: dist.ProcessGroup) -> Any:
         seen.append(len(parts))
-        return together(parts, group)  # type: ignore[arg-type]
+        return together(parts, group)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expert_store, "sparse_all_gather_many", counting)
-        training = ShardedTraining(LinearCase("full", rematerialize=True, steps=1), rank, world)
-        shards = training.moe.engine.shards
-        slow_start = Link(1e9, 1.0)  # what travels at all takes as long as everything that is small
-        shards.config = replace(shards.config, topology=replace(shards.config.topology, intra_node=slow_start, inter_node=slow_start))
-        training.step(0)
-    return seen
-
-
-def test_the_units_of_a_layer_travel_in_one_message() -> None:
-    """In each of two micro-steps the seven units of two layers come together, forward and backward again."""
-    assert run_ranks(2, _messages) == [[7] * 8] * 2
+    monkeypatch.setattr(expert_store, "sparse_all_gather_many", counting)
+    ShardedTraining(LinearCase("full", rematerialize=True), 0, 1).step(0)
+    assert seen == [7] * 8

@@ -20,7 +20,6 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
-from tests.hecate.experts.test_aux_loss import stats_of
 from tests.plain_mola import PlainMolaLinear
 
 UNIT, RANK, SCALE = Unit(1, "self_attn.q_proj"), 3, 0.7
@@ -46,6 +45,11 @@ def pairs_of(engine: Engine) -> list[tuple[torch.Tensor, torch.Tensor]]:
     chunks = engine.shards.stores[UNIT].owned
     pairs = family.pair_source.stacked(chunks, torch.arange(len(chunks)))[ONLY_PROJECTION]
     return list(zip(pairs.a_SrI.detach().clone(), pairs.b_SOr.detach().clone(), strict=True))
+
+
+def stats_of(logits_TE: torch.Tensor, k: int) -> RouterStats:
+    prob_TE = logits_TE.softmax(-1)
+    return RouterStats(prob_TE.sum(0), nn.functional.one_hot(prob_TE.topk(k, dim=-1).indices, logits_TE.shape[1]).sum(0))
 
 
 def linear_of(inputs: int = 6, outputs: int = 10, dtype: torch.dtype = torch.float64) -> nn.Linear:
