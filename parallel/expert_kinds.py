@@ -57,6 +57,9 @@ class LinearSizes:
         return self.inputs, self.outputs
 
 
+UnitSizes = FfnSizes | LinearSizes
+
+
 @dataclass(frozen=True)
 class LoraShape:
     """Hyper-parameters of low-rank pairs. A pair source with numbers of its own has them here."""
@@ -86,7 +89,7 @@ class PairSizes:
 NO_PAIRS = PairSizes((), 0.0)
 
 
-def plain_pairs(sizes: FfnSizes | LinearSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
+def plain_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
     """Of pairs that are trained as they are: A [rank, inputs] and B [outputs, rank] of each projection."""
     specs = []
     for name in sorted(projections, key=_ORDER.index):
@@ -95,7 +98,7 @@ def plain_pairs(sizes: FfnSizes | LinearSizes, projections: Iterable[str], lora:
     return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs))
 
 
-PAIR_SIZES: dict[str, Callable[[FfnSizes | LinearSizes, Iterable[str], LoraShape], PairSizes]] = {"plain": plain_pairs}
+PAIR_SIZES: dict[str, Callable[[UnitSizes, Iterable[str], LoraShape], PairSizes]] = {"plain": plain_pairs}
 """by the name of the pair source; what computes with it is in `hecate.experts.families.PAIR_SOURCES`"""
 
 

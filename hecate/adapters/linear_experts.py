@@ -13,6 +13,7 @@ from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.families import ROUTERS
+from hecate.experts.linear import MoeLinear
 from hecate.model.base import BaseChoice, BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
@@ -73,10 +74,13 @@ def load_linear_adapter_into(moe: MoeModel, tensors: dict[str, Tensor], where: P
     """
     replicated = _replicated(moe)
     wanted = {name: tuple(tensor.shape) for name, tensor in replicated.items()}
-    for unit, family in moe.engine.shards.families.items():
-        shapes = [spec.shape for spec in family.layout().trainable]
+    for unit, layer in moe.layers.items():
+        assert isinstance(layer, MoeLinear)
+        family = moe.engine.shards.families[unit]
+        rank, linear = family.pair_source.lora.rank, layer.linear
         for expert in range(family.num_experts):
-            wanted |= dict(zip(pair_names(_path(moe.model, unit), expert), shapes, strict=True))
+            name_a, name_b = pair_names(_path(moe.model, unit), expert)
+            wanted |= {name_a: (rank, linear.in_features), name_b: (linear.out_features, rank)}
     if missing := sorted(set(wanted) - set(tensors)):
         raise UserError(f"{where}: has no tensor {missing[0]} ({len(missing)} missing), which the base model needs")
     if unknown := sorted(set(tensors) - set(wanted)):

@@ -11,7 +11,7 @@ from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import PairSource, PlainPairs
 from hecate.experts.router import MakeRouter, TopKRouter
-from hecate.parallel.expert_kinds import ExpertKind, FfnSizes, KindName, LinearSizes, LoraShape
+from hecate.parallel.expert_kinds import ExpertKind, KindName, LoraShape
 
 
 def make_experts(kind: ExpertKind, site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExperts:
@@ -44,8 +44,7 @@ def _pairs(site: Site, choices: ExpertChoices) -> PairSource:
 
 
 def _plain(site: Site, lora: LoraShape, projections: tuple[str, ...]) -> PairSource:
-    shape = site.shape
-    return PlainPairs(lora, projections, shape if isinstance(shape, LinearSizes) else FfnSizes(shape.hidden, shape.ffn))
+    return PlainPairs(lora, projections, site.sizes)
 
 
 PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]] = {"plain": _plain}

@@ -22,7 +22,7 @@ from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
-from hecate.parallel.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LinearSizes, LoraShape
+from hecate.parallel.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LinearSizes, LoraShape, UnitSizes
 from hecate.parallel.layout import ExpertLayout, TensorSpec
 from hecate.parallel.units import Unit
 
@@ -113,6 +113,11 @@ class Site:
     def inputs(self) -> int:
         """Numbers in a token's row, which the unit's router reads."""
         return self.shape.inputs if isinstance(self.shape, LinearSizes) else self.shape.hidden
+
+    @property
+    def sizes(self) -> UnitSizes:
+        """Of the projections that pairs stand beside."""
+        return self.shape if isinstance(self.shape, LinearSizes) else FfnSizes(self.shape.hidden, self.shape.ffn)
 
 
 @dataclass(frozen=True)
