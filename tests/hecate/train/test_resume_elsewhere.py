@@ -19,7 +19,7 @@ from tests.plain_moe_lora import save_tiny
 KINDS: dict[str, tuple[str, ...]] = {
     "LoRA over a dense base": (),
     "full experts": ("moe.family=full", "moe.upcycle_noise=0.1", "model.train_non_experts=true", "learning_rate=3e-3"),
-    "LoRA over linears": ("moe.unit=linear", "moe.num_experts=[5,3]"),
+    "LoRA over linears": ("moe.unit=linear",),
     "LoRA over frozen experts": ("moe.family=moe_lora", "moe.train_router=true", "model.name_or_path={workshop}/moe"),
 }
 
