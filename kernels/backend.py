@@ -20,7 +20,7 @@ tests. torch: the fast path in plain torch. reference: the formula, slot by slot
 
 @dataclass(frozen=True)
 class ExpertKernels:
-    """The feed-forward functions of the three kinds of experts, and a frozen linear layer with one low-rank pair.
+    """What the kinds of experts compute, and a frozen linear layer with one low-rank pair.
 
     The fast torch versions document their arguments and results.
     """
@@ -28,6 +28,7 @@ class ExpertKernels:
     mixlora_ffn: Callable[..., Tensor]
     full_ffn: Callable[..., Tensor]
     moe_lora_ffn: Callable[..., Tensor]
+    routed_pairs: Callable[..., Tensor]
     lora_linear: Callable[..., Tensor]
 
 
@@ -75,22 +76,24 @@ def _triton() -> ExpertKernels:
     from hecate.kernels.common.lora_linear import lora_linear_triton
     from hecate.kernels.experts.full_operators import full_ffn_triton
     from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
+    from hecate.kernels.experts.routed_pairs_triton import routed_pairs_triton
     from hecate.kernels.mixlora.operators import mixlora_ffn_triton
 
-    return ExpertKernels(mixlora_ffn_triton, full_ffn_triton, moe_lora_ffn_triton, lora_linear_triton)
+    return ExpertKernels(mixlora_ffn_triton, full_ffn_triton, moe_lora_ffn_triton, routed_pairs_triton, lora_linear_triton)
 
 
 @functools.cache
 def _torch() -> ExpertKernels:
+    from hecate.kernels.experts.routed_pairs import routed_pairs
     from hecate.kernels.experts.torch_path import full_ffn, moe_lora_ffn
     from hecate.kernels.mixlora.torch_path import mixlora_ffn
 
-    return ExpertKernels(mixlora_ffn, full_ffn, moe_lora_ffn, lora_linear)
+    return ExpertKernels(mixlora_ffn, full_ffn, moe_lora_ffn, routed_pairs, lora_linear)
 
 
 @functools.cache
 def _reference() -> ExpertKernels:
-    from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
+    from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference, routed_pairs_reference
     from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 
-    return ExpertKernels(mixlora_ffn_reference, full_ffn_reference, moe_lora_ffn_reference, lora_linear)
+    return ExpertKernels(mixlora_ffn_reference, full_ffn_reference, moe_lora_ffn_reference, routed_pairs_reference, lora_linear)

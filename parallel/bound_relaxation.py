@@ -76,10 +76,12 @@ class Relaxation:
         gathers = 2 if problem.cost.frozen_bytes and self.all_fresh else 1
         numbers = problem.numbers
         hidden_again = numbers.second_gathers and numbers.hides_second_gather
-        self.hidden_by = [(numbers.hides_gather, gathers * latency), (numbers.hides_reduce, 2 * latency if hidden_again else latency)]
+        shared = numbers.message_share * latency
+        gathers_latency = shared + (gathers - 1) * latency
+        self.hidden_by = [(numbers.hides_gather, gathers_latency), (numbers.hides_reduce, latency + shared if hidden_again else latency)]
         """what each exchange of experts hides behind, and its latency: the gather, the way back, a second gather that nothing hides"""
         if numbers.second_gathers and not hidden_again:
-            self.hidden_by.append((0.0, latency))
+            self.hidden_by.append((0.0, shared))
 
     def least(self) -> float:
         """Seconds that none of these plans goes below; infinity if there are none."""

@@ -160,6 +160,8 @@ def replica_parts(
     route, slices = choose_route(owner, replicas, most, topology, cost, copies, trainable)
     again = route_seconds(route, slices, False, cost.trainable_bytes, topology, copies, trainable)
     reduce = again
+    if route == FLAT:
+        again -= transfer_latency(trainable, topology) * (1.0 - cost.message_share)
     if route != FLAT or cost.reduced_bytes != cost.trainable_bytes:
         reduce = route_seconds(route, slices, True, cost.reduced_bytes, topology, copies, trainable)
     all_exchanges(route, slices, copies, trainable)

@@ -104,6 +104,11 @@ class LayerCost:
     """backward over forward FLOPs of an assignment"""
     non_moe_flops: float = 0.0
     """FLOPs of one rank's attention, which hides transfers; the backward pass takes twice as long"""
+    hidden_from: int = 1
+    """from this `ExecutionMode.prefetch` on, that work hides the forward pass's gather: 1 for experts after their layer's attention, 2 for
+    those that the layer needs at its very beginning"""
+    message_share: float = 1.0
+    """share of the latency of a flat gather that is paid: less than 1 where a decoder layer's units are gathered in one message"""
     frozen_lifetime: float = 20.0
     """number of steps that a frozen replica is expected to be used; its transfer is paid once in this many steps"""
 
@@ -292,12 +297,13 @@ def cost_numbers(cost: LayerCost, topology: Topology, execution: ExecutionMode) 
         float(cost.row_flops * (1 + cost.row_backward)),
         float(cost.assignment_flops * (1 + cost.assignment_backward)),
         float(DISPATCH_COLLECTIVES * (1 if execution.per_micro_step else execution.micro_steps)),
-        attention if execution.hides_gather else 0.0,
+        attention if execution.hides_gather and execution.prefetch >= cost.hidden_from else 0.0,
         2 * attention,
         execution.prefetch > 0,
         int(execution.rematerialize),
         ROUTE_NUMBERS[execution.route],
         int(cost.chunk_numel),
+        float(cost.message_share),
     )
 
 

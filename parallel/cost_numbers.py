@@ -60,6 +60,8 @@ class CostNumbers(NamedTuple):
     """of gather and reduction: FLAT, TWO_LEVEL, SLICED or FASTEST"""
     chunk_numel: int
     """elements of an expert's trainable parameters, which can be cut into as many equal slices as divide this number"""
+    message_share: float
+    """share of the latency of a flat gather that is paid: other units of the decoder layer pay the rest of their common message"""
 
 
 @loop

@@ -36,14 +36,33 @@ def number_bytes(kind: ExpertKind, *, master: int, computed: int) -> NumberBytes
     return NumberBytes(trained=trained, gradient=master, master=master, computed=computed)
 
 
-def expert_layer_cost(expert: ExpertParameters, *, hidden: int, top_k: int, number: NumberBytes, non_moe_flops: float) -> LayerCost:
+@dataclass(frozen=True)
+class UnitPlace:
+    """A unit among those of its decoder layer, and the widths of its rows."""
+
+    inputs: int
+    """numbers in a token's row on the way to its experts"""
+    outputs: int
+    """numbers in the row that returns"""
+    together: int = 1
+    """units of the decoder layer, which are gathered in one message"""
+    at_beginning: bool = False
+    """the layer needs its experts as soon as it begins, before anything has hidden their gather"""
+
+
+def ffn_place(hidden: int) -> UnitPlace:
+    """Of the one FFN of a decoder layer, after its attention."""
+    return UnitPlace(hidden, hidden)
+
+
+def expert_layer_cost(expert: ExpertParameters, *, place: UnitPlace, top_k: int, number: NumberBytes, non_moe_flops: float) -> LayerCost:
     """Return the cost of a layer, as planners need it.
 
     The backward pass of a trained FFN takes twice as long as its forward pass (gradients of its inputs and of its weights), that of a
     frozen FFN as long, and that of pairs `ExpertParameters.pair_backward` times as long.
 
     Args:
-        non_moe_flops: the forward FLOPs, on one rank, of the computation that can overlap with transfers.
+        non_moe_flops: the forward FLOPs, on one rank, of the computation that can overlap with the transfers of a decoder layer's units.
     """
     flops = 2.0 * (expert.trained_ffn + expert.frozen_ffn) + expert.pair_flops
     backward = 2.0 * (2.0 * expert.trained_ffn) + 2.0 * expert.frozen_ffn + expert.pair_backward * expert.pair_flops
@@ -54,9 +73,11 @@ def expert_layer_cost(expert: ExpertParameters, *, hidden: int, top_k: int, numb
         frozen_bytes=float(number.computed * expert.frozen_ffn),
         state_bytes=float(STATE_NUMBERS * number.master * expert.trained),
         top_k=top_k,
-        row_bytes=float(hidden * number.computed),
+        row_bytes=float((place.inputs + place.outputs) / 2 * number.computed),  # as many rows return as go
         row_flops=2.0 * expert.shared_ffn,
         assignment_flops=flops,
         assignment_backward=backward / flops if flops else expert.pair_backward,
-        non_moe_flops=non_moe_flops,
+        non_moe_flops=non_moe_flops / place.together,
+        hidden_from=2 if place.at_beginning else 1,
+        message_share=1.0 / place.together,
     )

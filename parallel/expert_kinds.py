@@ -1,7 +1,8 @@
 """The kinds of experts, as facts and sizes without weights. Where they differ, a kind is asked for the fact, never which kind it is.
 
-A kind is a choice of what an expert's gated FFN is (trained, frozen, or one frozen FFN that all experts of a layer share) and of whether
-low-rank pairs train beside it. What computes it is registered by the same name in `hecate.experts.families`.
+A kind is a choice of the unit that its experts sit in, of what an expert's gated FFN is (trained, frozen, one frozen FFN that all experts
+of a layer share, or none) and of whether low-rank pairs train beside it. What computes it is registered by the same name in
+`hecate.experts.families`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from typing import Literal
 from hecate.parallel.layout import ExpertLayout, TensorSpec
 
 Family = Literal["mixlora", "full", "moe_lora"]
+"""what `moe.family` gives"""
+KindName = Literal["mixlora", "full", "moe_lora", "linears"]
+"""the family, or with `moe.unit: linear` the kind that takes its place"""
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 GATE_UP = "gate_up_proj"
 """gate and up as one projection [2F, D], whose pair has one A"""
-_ORDER = ("gate_proj", "up_proj", GATE_UP, "down_proj")
+ONLY_PROJECTION = "linear"
+"""the one projection of experts over a linear layer, whatever the layer is called"""
+_ORDER = ("gate_proj", "up_proj", GATE_UP, "down_proj", ONLY_PROJECTION)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,22 @@ class FfnSizes:
     def specs(self) -> tuple[TensorSpec, ...]:
         """Its weights in the order in which a chunk holds them."""
         return tuple(TensorSpec(name, self.of_projection(name)[::-1]) for name in PROJECTIONS)
+
+
+@dataclass(frozen=True)
+class LinearSizes:
+    """One linear layer."""
+
+    inputs: int
+    outputs: int
+
+    def of_projection(self, name: str) -> tuple[int, int]:
+        """(inputs, outputs) of its one projection."""
+        assert name == ONLY_PROJECTION, name
+        return self.inputs, self.outputs
+
+
+UnitSizes = FfnSizes | LinearSizes
 
 
 @dataclass(frozen=True)
@@ -87,7 +109,7 @@ class PairSizes:
 NO_PAIRS = PairSizes((), 0.0)
 
 
-def plain_pairs(sizes: FfnSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
+def plain_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
     """Of pairs that are trained as they are: A [rank, inputs] and B [outputs, rank] of each projection."""
     specs = []
     for name in sorted(projections, key=_ORDER.index):
@@ -96,7 +118,7 @@ def plain_pairs(sizes: FfnSizes, projections: Iterable[str], lora: LoraShape) ->
     return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs))
 
 
-def fixed_a_pairs(sizes: FfnSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
+def fixed_a_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
     """Of pairs whose B alone is trained (FFA-LoRA, arXiv 2403.12313). The products with A are computed, but not its gradient."""
     whole = plain_pairs(sizes, projections, lora)
     seeded = tuple(spec for spec in whole.trained if spec.name.endswith(".A"))
@@ -104,7 +126,7 @@ def fixed_a_pairs(sizes: FfnSizes, projections: Iterable[str], lora: LoraShape) 
     return PairSizes(trained, whole.flops, seeded, 2.0 * sum(spec.numel for spec in seeded))
 
 
-PAIR_SIZES: dict[str, Callable[[FfnSizes, Iterable[str], LoraShape], PairSizes]] = {"plain": plain_pairs, "fixed_a": fixed_a_pairs}
+PAIR_SIZES: dict[str, Callable[[UnitSizes, Iterable[str], LoraShape], PairSizes]] = {"plain": plain_pairs, "fixed_a": fixed_a_pairs}
 """by the name of the pair source; what computes with it is in `hecate.experts.families.PAIR_SOURCES`"""
 
 
@@ -134,11 +156,14 @@ class ExpertParameters:
 class ExpertKind:
     """What is to be known of a kind of experts before there are any."""
 
-    name: Family
+    name: KindName
     what: str
     """what it makes of a model, for messages"""
-    ffn: Literal["trained", "frozen", "shared"]
-    """an expert's FFN is its own and trains; is its own and frozen; or is one frozen FFN of the layer"""
+    over_linears: bool = False
+    """its units are the linear layers that `lora.target_modules` names, each of them one; not a decoder layer's FFN"""
+    ffn: Literal["trained", "frozen", "shared", "none"]
+    """an expert's FFN is its own and trains; is its own and frozen; is one frozen FFN of the layer; or it has none: its pairs stand beside
+    a linear layer that every rank computes for its own tokens"""
     has_pairs: bool
     """low-rank pairs train, on the experts' projections and on the attention's"""
     pair_backward: float = 0.0
@@ -147,13 +172,20 @@ class ExpertKind:
     """gate and up are one projection, with one pair"""
     of_moe_base: bool = False
     """the base model has experts and routers already, and these stand over its own"""
-    output: Literal["mixlora", "mixtral", "peft"]
+    begins_with_adapter: bool = False
+    """a run can begin with the values of a saved adapter (`lora.init_from`)"""
+    output: Literal["mixlora", "mixtral", "peft", "linears"]
     """the format in which a finished run is written"""
 
     @property
     def shares_ffn(self) -> bool:
         """Whether products with the FFN's weights are computed once for each token, however many experts it goes to."""
         return self.ffn == "shared"
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether every rank holds all of the base model."""
+        return self.ffn in ("shared", "none")
 
     @property
     def gathers_rounded(self) -> bool:
@@ -171,16 +203,21 @@ class ExpertKind:
         targets = set(target_modules)
         if not self.has_pairs:
             return ()
+        if self.over_linears:
+            return (ONLY_PROJECTION,)
         if not self.joins_gate_and_up:
             return tuple(name for name in PROJECTIONS if name in targets)
         halves = {"gate_proj", "up_proj"} & targets
         assert len(halves) != 1, sorted(targets)
         return (GATE_UP,) * bool(halves) + ("down_proj",) * ("down_proj" in targets)
 
-    def layout(self, sizes: FfnSizes, pairs: PairSizes) -> ExpertLayout:
-        """The tensors of one expert."""
-        trained = sizes.specs() if self.ffn == "trained" else ()
-        return ExpertLayout((*trained, *pairs.trained), sizes.specs() if self.ffn == "frozen" else ())
+    def layout(self, ffn: tuple[TensorSpec, ...], pairs: PairSizes) -> ExpertLayout:
+        """The tensors of one expert.
+
+        Args:
+            ffn: of one FFN (`FfnSizes.specs`); nothing for experts without.
+        """
+        return ExpertLayout((*(ffn if self.ffn == "trained" else ()), *pairs.trained), ffn if self.ffn == "frozen" else ())
 
     def parameters(self, ffn: int, pairs: int, pair_flops: float, spared_flops: float = 0.0) -> ExpertParameters:
         """Parameters of one expert.
@@ -224,10 +261,28 @@ MOE_LORA = ExpertKind(
     pair_backward=2.5,  # the pairs shrink their inputs once more
     joins_gate_and_up=True,
     of_moe_base=True,
+    begins_with_adapter=True,
     output="peft",
 )
-KINDS: dict[Family, ExpertKind] = {kind.name: kind for kind in (MIXLORA, FULL, MOE_LORA)}
-"""all of them, by the name that `moe.family` and a model's file give"""
+LINEARS = ExpertKind(
+    name="linears",
+    what="LoRA experts over a dense model's linear layers",
+    over_linears=True,
+    ffn="none",
+    has_pairs=True,
+    pair_backward=2.0,
+    begins_with_adapter=True,
+    output="linears",
+)
+KINDS: dict[KindName, ExpertKind] = {kind.name: kind for kind in (MIXLORA, FULL, MOE_LORA, LINEARS)}
+"""all of them"""
+
+
+def kind_of(family: str, unit: str) -> ExpertKind | None:
+    """The kind for values of `moe.family` and `moe.unit`; None: there is none, or the values are unknown."""
+    if unit == "linear":
+        return LINEARS if family == MIXLORA.name else None
+    return KINDS.get(family) if unit == "ffn" and family != LINEARS.name else None  # type: ignore[call-overload]
 
 
 def kind_written_as(output: str) -> ExpertKind:
@@ -237,4 +292,5 @@ def kind_written_as(output: str) -> ExpertKind:
 
 def kinds_for(*, moe_base: bool) -> str:
     """The kinds for base models with experts of their own, or for those without, as a message names them."""
-    return " or ".join(f"moe.family={kind.name} ({kind.what})" for kind in KINDS.values() if kind.of_moe_base == moe_base)
+    kinds = [kind for kind in KINDS.values() if kind.of_moe_base == moe_base]
+    return " or ".join(f"{'moe.unit=linear' if kind.over_linears else f'moe.family={kind.name}'} ({kind.what})" for kind in kinds)

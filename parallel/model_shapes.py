@@ -10,7 +10,7 @@ import yaml
 
 from hecate.errors import UserError
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_cost import STATE_NUMBERS, NumberBytes, expert_layer_cost
+from hecate.parallel.expert_cost import STATE_NUMBERS, NumberBytes, expert_layer_cost, ffn_place
 from hecate.parallel.expert_kinds import KINDS, ExpertKind, Family
 
 _MASTER_BYTES = 4
@@ -51,8 +51,9 @@ class ModelShape:
     """whether half of the attention is masked and not computed"""
 
     def __post_init__(self) -> None:
-        if self.kind not in sorted(KINDS):
-            raise UserError(f"{self.name}: kind must be one of {', '.join(sorted(KINDS))}, got {self.kind!r}")
+        known = sorted(kind.name for kind in KINDS.values() if not kind.over_linears)  # the units of a layer have one cost here
+        if self.kind not in known:
+            raise UserError(f"{self.name}: kind must be one of {', '.join(known)}, got {self.kind!r}")
         for field in fields(self):
             value = getattr(self, field.name)
             optional = field.default is None and value is None
@@ -117,7 +118,7 @@ class ModelShape:
         trained = _MASTER_BYTES if self.of_kind.has_pairs else self.dtype_bytes
         return expert_layer_cost(
             self.of_kind.parameters(self.ffn_parameters, self.pair_parameters, 2.0 * self.pair_parameters),
-            hidden=self.hidden,
+            place=ffn_place(self.hidden),
             top_k=self.top_k,
             number=NumberBytes(trained=trained, gradient=trained, master=_MASTER_BYTES, computed=self.dtype_bytes),
             non_moe_flops=self.attention_flops(tokens_per_rank),

@@ -97,7 +97,15 @@ def plain_aux(layers: Sequence[Any]) -> Tensor:
     return total
 
 
-def plain_loss(model: Any, layers: Sequence[Any], batch: Any, num_labels: int, micro_steps: int, aux_coef: float) -> tuple[Tensor, float]:
+def plain_loss(
+    model: Any,
+    layers: Sequence[Any],
+    batch: Any,
+    num_labels: int,
+    micro_steps: int,
+    aux_coef: float,
+    aux: Callable[[Sequence[Any]], Tensor] = plain_aux,
+) -> tuple[Tensor, float]:
     """(loss share of this micro-step, cross-entropy part of it).
 
     Each sample of a packed row becomes a row of its own, padded behind, where causal attention cannot see it: no mask is needed.
@@ -116,7 +124,7 @@ def plain_loss(model: Any, layers: Sequence[Any], batch: Any, num_labels: int, m
         layer.valid = valid.flatten()
     logits = model(input_ids=ids, use_cache=False).logits
     cross = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / num_labels
-    return cross + aux_coef * plain_aux(layers) / micro_steps, float(cross.detach())
+    return cross + aux_coef * aux(layers) / micro_steps, float(cross.detach())
 
 
 def clip(parameters: list[Tensor], limit: float) -> float:

@@ -10,8 +10,9 @@ from typing import Any
 
 from hecate.adapters.export import adapter_config, export_adapter
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
+from hecate.adapters.linear_experts import begin_with_linear_adapter, export_linear_adapter, linear_adapter_config
 from hecate.adapters.peft_by_source import export_by_source, lora_config
-from hecate.adapters.peft_experts import export_peft_adapter, peft_config
+from hecate.adapters.peft_experts import begin_with, export_peft_adapter, peft_config
 from hecate.config import Config
 from hecate.model.base import BaseModel
 from hecate.model.gated_ffn import decoder_layers
@@ -46,6 +47,15 @@ def output_of(config: Config, base: BaseModel) -> TrainedOutput:
     if config.model.front_end == "megatron":
         return _mixtral_of_megatron(config, base)
     return _FORMATS[config.moe.output](config, base)
+
+
+def begin_with_adapter(config: Config, base: BaseModel, moe: MoeModel) -> None:
+    """Set all that trains to the values of the adapter that `lora.init_from` names. Every rank must call it.
+
+    Raises:
+        UserError: the adapter cannot be read, or is not for the configured model and experts.
+    """
+    _BEGIN[config.moe.kind.output](config, base, moe)
 
 
 def _mixlora(config: Config, base: BaseModel) -> TrainedOutput:
@@ -86,10 +96,18 @@ def _mixtral_of_megatron(config: Config, base: BaseModel) -> TrainedOutput:
     return TrainedOutput("model", write)
 
 
+def _linears(config: Config, base: BaseModel) -> TrainedOutput:
+    description = linear_adapter_config(config, base)
+    return TrainedOutput("adapter", lambda folder, moe, ranks: export_linear_adapter(folder, description, moe, ranks))
+
+
 _FORMATS: dict[str, Callable[[Config, BaseModel], TrainedOutput]] = {
     "mixlora": _mixlora,
     "peft": _peft,
     "peft_by_source": _peft_by_source,
     "mixtral": _mixtral,
+    "linears": _linears,
 }
 """the formats by the name in `MoeConfig.output`"""
+_BEGIN: dict[str, Callable[[Config, BaseModel, MoeModel], None]] = {"peft": begin_with, "linears": begin_with_linear_adapter}
+"""the formats that a run can begin with; `hecate.config.rules` refuses the others"""

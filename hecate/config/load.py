@@ -70,8 +70,9 @@ def _with_defaults(config: Config) -> MoeConfig:
 
         shape = gpt_shape(config.model.name_or_path)
         experts, top_k = shape.experts, shape.top_k
-    num_experts = experts if moe.num_experts is None else moe.num_experts
-    most = num_experts if isinstance(num_experts, int) else max(num_experts)
+    num_experts = experts if moe.num_experts is None and moe.allocation is None else moe.num_experts
+    counts = num_experts if moe.allocation is None else moe.allocation
+    most = max(counts) if isinstance(counts, tuple) else counts
     return replace(
         moe,
         num_experts=num_experts,

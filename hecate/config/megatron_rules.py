@@ -11,7 +11,7 @@ from hecate.config.paths import find_model
 from hecate.config.problems import Add, shorten
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
-from hecate.parallel.expert_kinds import KINDS
+from hecate.parallel.expert_kinds import KINDS, kind_of
 
 if TYPE_CHECKING:
     from hecate.config.gpt_shape import GptShape
@@ -35,7 +35,7 @@ def check_megatron(values: Mapping[str, Any], add: Add) -> None:
     from hecate.config.gpt_shape import gpt_shape  # imports numpy, which most runs' launchers do not need
 
     where = "with model.front_end=megatron"
-    kind = KINDS.get(values.get("moe.family", ""))
+    kind = kind_of(values.get("moe.family", ""), "ffn")
     if kind is not None and kind.has_pairs:
         fitting = " or ".join(other.name for other in KINDS.values() if not other.has_pairs)
         add("moe.family", f"must be {fitting} {where}: the model is built from scratch, so there are no weights to adapt", "")

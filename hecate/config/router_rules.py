@@ -21,6 +21,10 @@ def check_router(values: Mapping[str, Any], add: Add) -> None:
         for key in changed:
             add(key, f"applies to moe.family={families} only, but the family is {kind.name}", "leave it out")
         return
+    if values.get("moe.unit") == "linear":
+        for key in changed:
+            add(key, "does not apply to moe.unit=linear yet, whose adapters say of no other router than the default", "leave it out")
+        return
     if values.get(_PREFIX + "input") == "given":
         _check_given(values, changed, add)
         return

@@ -16,7 +16,7 @@ from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.router_rules import check_router
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, RANGES
 from hecate.errors import UserError
-from hecate.parallel.expert_kinds import KINDS
+from hecate.parallel.expert_kinds import kind_of
 
 SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -76,9 +76,13 @@ def _check_model(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _check_experts(values: Mapping[str, Any], add: Add) -> None:
-    kind = KINDS.get(values.get("moe.family", ""))
+    kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", "ffn"))
     own = (kind is not None and kind.of_moe_base) or values.get("model.front_end") == "megatron"
-    experts = _or_default(values, "moe.num_experts", None if own else DEFAULT_EXPERTS)
+    key, allocation = "moe.num_experts", values.get("moe.allocation")
+    experts = _or_default(values, key, None if own else DEFAULT_EXPERTS)
+    if allocation is not None:
+        _check_allocation(values, allocation, add, own=own)
+        key, experts = "moe.allocation", allocation
     if experts is None:
         return
     if isinstance(experts, int):
@@ -90,36 +94,59 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
         for i, count in enumerate(experts):
             if count not in WHOLE:
                 add(
-                    f"moe.num_experts[{i}]",
+                    f"{key}[{i}]",
                     f"must be {WHOLE}, got {count}",
-                    "0 keeps the layer's plain FFN",
+                    "0 gives the layer no experts",
                 )
         if not any(experts):
-            add("moe.num_experts", "must give experts to at least one layer", "")
+            add(key, "must give experts to at least one layer", "")
         layers = values.get("model.num_hidden_layers")
-        if layers is not None and layers != len(experts):
+        if key == "moe.num_experts" and layers is not None and layers != len(experts):
             what = f"lists {len(experts)} layers, but model.num_hidden_layers is {layers}"
             add("moe.num_experts", what, f"give one number for all layers, or {layers} of them")
     top_k = _or_default(values, "moe.top_k", None if own or values.get("moe.router.dense") else DEFAULT_TOP_K)
     fewest = min((count for count in counts if count > 0), default=0)
     given = values.get("moe.router.input") == "given"  # where top_k is 1
     if top_k is not None and 0 < fewest < top_k and not given:
-        add("moe.top_k", f"must be from 1 to {fewest}, the fewest experts of a layer (moe.num_experts), got {top_k}", "")
+        add("moe.top_k", f"must be from 1 to {fewest}, the fewest experts of a layer ({key}), got {top_k}", "")
+
+
+def _check_allocation(values: Mapping[str, Any], allocation: tuple[int, ...], add: Add, *, own: bool) -> None:
+    key, layers = "moe.allocation", values.get("model.num_hidden_layers")
+    if values.get("moe.num_experts") is not None:
+        add(key, "cannot be given together with moe.num_experts: both say how many experts each layer has", "keep one of the two")
+    if own:
+        add(key, "cannot be given here: the model has its own number of experts in each layer", "leave it out")
+    if layers is not None and len(allocation) > layers:
+        what = f"has {len(allocation)} groups of layers, but model.num_hidden_layers is {layers}"
+        add(key, what, f"give at most {layers} numbers, or moe.num_experts")
 
 
 def _check_kind(values: Mapping[str, Any], add: Add) -> None:
-    folder = values.get("lora.init_from")
-    if folder is not None and not os.path.isfile(Path(folder) / "adapter_config.json"):
-        add("lora.init_from", f"no adapter_config.json in {shorten(folder)}", "give the folder of an adapter")
-    kind = KINDS.get(values.get("moe.family", ""))
-    if kind is None:
+    family, over_linears = values.get("moe.family"), values.get("moe.unit") == "linear"
+    if over_linears and values.get("model.front_end") == "megatron":
+        what = "linear needs model.front_end=transformers: Megatron's front end builds a model from scratch, which has no frozen linears"
+        add("moe.unit", what, "leave moe.unit out")
         return
+    kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", "ffn"))
+    if kind is None:
+        if over_linears and family is not None:
+            what = f"linear does not go together with moe.family={family}: the experts of a linear are LoRA pairs beside it"
+            add("moe.unit", what, "leave moe.family out, or moe.unit")
+        return
+    folder = values.get("lora.init_from")
+    if folder is not None and not kind.begins_with_adapter:
+        add("lora.init_from", f"applies to moe.family=moe_lora and to moe.unit=linear only, but the family is {family}", "leave it out")
+    elif folder is not None and not os.path.isfile(Path(folder) / "adapter_config.json"):
+        add("lora.init_from", f"no adapter_config.json in {shorten(folder)}", "give the folder of an adapter")
     for key, leaf in LEAVES.items():
-        if leaf.family not in (None, kind.name) and key in values and values[key] != leaf.default:
-            add(key, f"applies to moe.family={leaf.family} only, but the family is {kind.name}", "leave it out")
+        if leaf.family not in (None, family) and key in values and values[key] != leaf.default:
+            add(key, f"applies to moe.family={leaf.family} only, but the family is {family}", "leave it out")
     for key in ("lora.pairs", "lora.gradient_rule"):
+        if over_linears and key in values and values[key] != LEAVES[key].default:
+            add(key, f"does not apply to moe.unit=linear yet, got {values[key]}", "leave it out")
         if not kind.has_pairs and key in values and values[key] != LEAVES[key].default:
-            add(key, f"is about low-rank pairs, which experts of moe.family={kind.name} do not have, got {values[key]}", "leave it out")
+            add(key, f"is about low-rank pairs, which experts of moe.family={family} do not have, got {values[key]}", "leave it out")
     if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):
         what = "cannot restore the weights that model.shard_non_experts stores on a lost rank only"
         add("fssdp.redundancy", what, "set only one of the two")
@@ -220,7 +247,8 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
         elif not re.fullmatch(r"[A-Za-z0-9_.]+", module):
             add(f"{key}[{i}]", f"must be a module's name, got {shorten(module)}", "patterns are not supported")
     well_named = len(set(modules)) == len(modules) and all(re.fullmatch(r"[A-Za-z0-9_.]+", module) for module in modules)
-    if modules and well_named and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
+    over_linears = values.get("moe.unit") == "linear"
+    if modules and well_named and not over_linears and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
         add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")
 
 

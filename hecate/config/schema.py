@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range
 from hecate.errors import UserError
-from hecate.parallel.expert_kinds import KINDS, ExpertKind, Family, LoraShape
+from hecate.parallel.expert_kinds import ExpertKind, Family, LoraShape, kind_of
 
 
 def key(allowed: Range | None = None, *, computes: bool = True, family: Family | None = None) -> dict[str, Any]:
@@ -108,8 +108,9 @@ class LoraConfig:
     1 / sqrt(norm of the row of B A + 1 / eta^2), as in ALLoRA; it needs eta, dropout 0 and no alpha."""
     eta: float | None = field(default=None, metadata=key(POSITIVE))
     """With gradient_rule row_norm: the factor of rows where B is zero. ALLoRA's values are 1, sqrt(2) and 2."""
-    init_from: str | None = field(default=None, metadata=key(computes=False, family="moe_lora"))
-    """With family moe_lora: a folder with an adapter of hecate or PEFT, from whose values training starts. null: new adapters."""
+    init_from: str | None = field(default=None, metadata=key(computes=False))
+    """With family moe_lora, or with unit linear: a folder with an adapter from whose values training starts, one of hecate or, with
+    moe_lora, of PEFT. null: new adapters."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """The linear layers that get an adapter: those of the FFN one per expert, those of attention one each. With moe_lora, gate_proj and
     up_proj share one adapter, so name both or neither; shared experts get none."""
@@ -166,9 +167,15 @@ class MoeConfig:
     family: Family = "mixlora"
     """What an expert computes. mixlora: LoRA pairs over the layer's shared frozen FFN. full: a gated FFN of its own, fully trained, which
     starts as a copy of the dense model's FFN. moe_lora: LoRA pairs over the frozen experts of a model that already has experts."""
+    unit: Literal["ffn", "linear"] = "ffn"
+    """What gets a router and experts. ffn: each decoder layer's FFN. linear: each linear layer that lora.target_modules names, with LoRA
+    pairs as experts beside the frozen linear (MoLA); family must then be left at mixlora."""
     num_experts: int | tuple[int, ...] | None = None
-    """The number of experts of every layer, or a list with one number per layer; a layer with 0 keeps its plain FFN. null: 8, or, with
-    moe_lora or front_end megatron, the model's own number."""
+    """The number of experts of every layer, or a list with one number per layer; a layer with 0 keeps its plain FFN, or, with unit
+    linear, its linears get one plain LoRA adapter each. null: 8, or, with moe_lora or front_end megatron, the model's own number."""
+    allocation: tuple[int, ...] | None = None
+    """In place of num_experts: a few numbers of experts, each for an equal share of the layers from the first one on. With [2, 4, 6, 8] the
+    first quarter of the layers has 2 each, and the last 8; of 30 layers 8, 7, 8 and 7. null: num_experts says."""
     top_k: int | None = field(default=None, metadata=key(COUNT))
     """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it; with router.dense, all."""
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -181,8 +188,10 @@ class MoeConfig:
 
     @property
     def kind(self) -> ExpertKind:
-        """The facts about `family`."""
-        return KINDS[self.family]
+        """The facts about `family` and `unit`."""
+        kind = kind_of(self.family, self.unit)
+        assert kind is not None, (self.family, self.unit)
+        return kind
 
     @property
     def by_source(self) -> bool:
@@ -223,7 +232,13 @@ class MoeConfig:
         return replace(self, num_experts=experts, top_k=top_k)
 
     def experts_per_layer(self, num_layers: int) -> tuple[int, ...]:
-        """Return the number of experts of each of `num_layers` layers. Raises UserError if num_experts lists another number of layers."""
+        """Return the number of experts of each of `num_layers` layers.
+
+        Raises:
+            UserError: num_experts lists another number of layers, or allocation has more groups than there are layers.
+        """
+        if self.allocation is not None:
+            return allocated(self.allocation, num_layers)
         assert self.num_experts is not None, "moe.num_experts is the model's own, which has not been read yet"
         if isinstance(self.num_experts, int):
             return (self.num_experts,) * num_layers
@@ -233,6 +248,22 @@ class MoeConfig:
                 f"Give one number for all layers, or a list of {num_layers}."
             )
         return self.num_experts
+
+
+def allocated(allocation: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """Return the number of experts of each layer: one of the allocation for each of as many groups of neighbouring layers, equally large to
+    within one.
+
+    Raises:
+        UserError: there are more groups than layers.
+    """
+    groups = len(allocation)
+    if groups > num_layers:
+        raise UserError(
+            f"moe.allocation has {groups} groups, but the model has {num_layers} layers\n"
+            f"  give at most {num_layers} numbers, or moe.num_experts"
+        )
+    return tuple(allocation[layer * groups // num_layers] for layer in range(num_layers))
 
 
 MEGATRON_EP = "megatron_ep"

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from hecate.experts.linear import MoeLinear
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
 
 
 class LayerTimer:
     """Times each decoder layer of a training step from its beginning to its experts: norms and attention, which wait for no other rank.
+
+    Where the linears have experts, which may have to wait at each of them, what is timed is the linears' own products.
 
     Evaluation and generation, which run without gradients, are not timed. On a GPU the times come from events that are read by `take`
     only, so a layer does not wait for the device.
@@ -26,11 +29,15 @@ class LayerTimer:
         self._seconds, self._tokens = 0.0, 0
         layers = decoder_layers(moe.model)[1]
         for unit, experts in moe.layers.items():
-            layers[unit.layer].register_forward_pre_hook(self._begin)
-            experts.register_forward_pre_hook(self._end)
+            if isinstance(experts, MoeLinear):
+                experts.linear.register_forward_pre_hook(self._begin)
+                experts.linear.register_forward_hook(self._end)
+            else:
+                layers[unit.layer].register_forward_pre_hook(self._begin)
+                experts.register_forward_pre_hook(self._end)
 
     def take(self) -> tuple[int, float]:
-        """Return (tokens, seconds) since the last call. A token counts once for each layer; padding counts, too."""
+        """Return (tokens, seconds) since the last call. A token counts once for each unit with experts; padding counts, too."""
         if self._spans:
             self._spans[-1][1].synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
@@ -42,7 +49,7 @@ class LayerTimer:
     def _begin(self, _module: nn.Module, _inputs: Any) -> None:
         self._started = self._now() if torch.is_grad_enabled() else None
 
-    def _end(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _end(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor | None = None) -> None:
         if self._started is None:
             return
         ended = self._now()

@@ -224,7 +224,7 @@ class ExpertShards:
         call.computed(y_RD)
         if sent is None:
             return y_RD
-        self.token_bytes_sent += sent.bytes_sent(self.rank, backward=call.backward_follows)
+        self.token_bytes_sent += sent.bytes_sent(self.rank, y_RD, backward=call.backward_follows)
         return combine(y_RD, sent, self.groups.tokens)
 
 

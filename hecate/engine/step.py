@@ -173,7 +173,7 @@ class Step:
         """most bytes of replicas that this rank had or waited for at once since the step began"""
         self._shards, self._current = shards, current
         self._awaiting_backward: list[Unit] = []
-        """layers whose replicas were freed after their forward pass, in its order"""
+        """units whose replicas were freed after their forward pass, in its order"""
         self._reduced_last: Unit | None = None
         """the layer whose reduction was started last in the step's last backward pass"""
         shards.plans.begin(micro_steps)
@@ -278,7 +278,9 @@ class Step:
     def _prefetch_backward(self) -> None:
         count = self._shards.config.prefetch
         if count:
-            self._gather(*self._awaiting_backward[-count:][::-1])
+            # The units of a decoder layer come together, the last layers' first.
+            coming = list(dict.fromkeys(unit.layer for unit in reversed(self._awaiting_backward)))[:count]
+            self._gather(*(unit for unit in reversed(self._awaiting_backward) if unit.layer in coming))
 
     def _gradient_complete(self, unit: Unit) -> None:
         """The backward pass is through with a layer's experts."""

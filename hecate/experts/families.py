@@ -4,35 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hecate.experts.family import ExpertChoices, FfnExperts, FfnSource, Site
+from hecate.experts.family import ExpertChoices, FfnSource, Site, UnitExperts
 from hecate.experts.fixed_a import FixedA
 from hecate.experts.full import FullExperts, noisy_copies
 from hecate.experts.given_router import GivenRouter
+from hecate.experts.linear import LinearExperts
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.pairs import PairSource, PlainPairs
 from hecate.experts.router import MakeRouter, TopKRouter
-from hecate.parallel.expert_kinds import ExpertKind, Family, FfnSizes, LoraShape
+from hecate.parallel.expert_kinds import ExpertKind, KindName, LoraShape
 
 
-def make_experts(kind: ExpertKind, site: Site, source: FfnSource, choices: ExpertChoices) -> FfnExperts:
+def make_experts(kind: ExpertKind, site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExperts:
     """The experts of a unit."""
     return _MAKERS[kind.name](site, source, choices)
 
 
-def _mixlora(site: Site, source: FfnSource, choices: ExpertChoices) -> FfnExperts:
+def _mixlora(site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExperts:
     assert source.base is not None
     return MixLoraExperts(site, source.base, _pairs(site, choices))
 
 
-def _full(site: Site, source: FfnSource, choices: ExpertChoices) -> FfnExperts:
+def _full(site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExperts:
     assert source.base is not None
     return FullExperts(site, noisy_copies(source.base, choices.upcycle_noise, unit=site.unit, seed=site.seed))
 
 
-def _moe_lora(site: Site, source: FfnSource, choices: ExpertChoices) -> FfnExperts:
+def _moe_lora(site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExperts:
     assert source.own_expert is not None
     return MoeLoraExperts(site, source.own_expert, _pairs(site, choices))
+
+
+def _linear(site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExperts:
+    return LinearExperts(site, _pairs(site, choices))
 
 
 def _pairs(site: Site, choices: ExpertChoices) -> PairSource:
@@ -41,14 +46,19 @@ def _pairs(site: Site, choices: ExpertChoices) -> PairSource:
 
 
 def _plain(site: Site, lora: LoraShape, projections: tuple[str, ...]) -> PairSource:
-    return PlainPairs(lora, projections, FfnSizes(site.shape.hidden, site.shape.ffn))
+    return PlainPairs(lora, projections, site.sizes)
 
 
 PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]] = {"plain": _plain, "fixed_a": FixedA}
 """by the name that `lora.pairs` gives; what each trains is in `hecate.parallel.expert_kinds.PAIR_SIZES`"""
 
 
-_MAKERS: dict[Family, Callable[[Site, FfnSource, ExpertChoices], FfnExperts]] = {"mixlora": _mixlora, "full": _full, "moe_lora": _moe_lora}
+_MAKERS: dict[KindName, Callable[[Site, FfnSource, ExpertChoices], UnitExperts]] = {
+    "mixlora": _mixlora,
+    "full": _full,
+    "moe_lora": _moe_lora,
+    "linears": _linear,
+}
 
 ROUTERS: dict[str, MakeRouter] = {"token": TopKRouter, "given": GivenRouter}
 """new routers, by what they decide by, as `moe.router.input` gives it"""

@@ -21,9 +21,9 @@ from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_cost import expert_layer_cost, number_bytes
-from hecate.parallel.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LoraShape
-from hecate.parallel.layout import ExpertLayout
+from hecate.parallel.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
+from hecate.parallel.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LinearSizes, LoraShape, UnitSizes
+from hecate.parallel.layout import ExpertLayout, TensorSpec
 from hecate.parallel.units import Unit
 
 
@@ -97,8 +97,8 @@ class Site:
 
     unit: Unit
     num_experts: int
-    shape: FfnShape
-    """of an expert's FFN, or of the one that all share"""
+    shape: FfnShape | LinearSizes
+    """of an expert's FFN, or of the one that all share; or of the linear layer that the unit is"""
     seed: int
     master_dtype: torch.dtype
     """of what trains"""
@@ -106,6 +106,18 @@ class Site:
     """of frozen weights and hidden states"""
     device: torch.device
     kernels: Backend = "auto"
+    together: int = 1
+    """units of the decoder layer, which are gathered in one message"""
+
+    @property
+    def inputs(self) -> int:
+        """Numbers in a token's row, which the unit's router reads."""
+        return self.shape.inputs if isinstance(self.shape, LinearSizes) else self.shape.hidden
+
+    @property
+    def sizes(self) -> UnitSizes:
+        """Of the projections that pairs stand beside."""
+        return self.shape if isinstance(self.shape, LinearSizes) else FfnSizes(self.shape.hidden, self.shape.ffn)
 
 
 @dataclass(frozen=True)
@@ -130,16 +142,20 @@ class ExpertChoices:
     """see `hecate.experts.full.noisy_copies`"""
 
 
-class FfnExperts(ABC):
-    """What families over gated FFNs have in common: layout, cost and dropout follow from the kind and the pair source."""
+class UnitExperts(ABC):
+    """What all families have in common: layout, cost and dropout follow from the kind and the pair source."""
 
-    def __init__(self, kind: ExpertKind, site: Site, pairs: PairSource | None) -> None:
+    def __init__(self, kind: ExpertKind, site: Site, pairs: PairSource | None, place: UnitPlace, ffn: tuple[TensorSpec, ...] = ()) -> None:
+        """Args:
+        ffn: the weights of one FFN, the expert's own or the one that all share.
+        """
         self.kind = kind
         self.site = site
         self.num_experts = site.num_experts
         self._pairs = pairs
         self._pair_sizes = NO_PAIRS if pairs is None else pairs.sizes
-        self._layout = kind.layout(FfnSizes(site.shape.hidden, site.shape.ffn), self._pair_sizes)
+        self._place, self._ffn_numel = place, sum(spec.numel for spec in ffn)
+        self._layout = kind.layout(ffn, self._pair_sizes)
 
     @property
     def pair_source(self) -> PairSource:
@@ -179,8 +195,8 @@ class FfnExperts(ABC):
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
         pairs = self._pair_sizes
         return expert_layer_cost(
-            self.kind.parameters(self.site.shape.numel, pairs.trained_numel, pairs.flops, pairs.spared_flops),
-            hidden=self.site.shape.hidden,
+            self.kind.parameters(self._ffn_numel, pairs.trained_numel, pairs.flops, pairs.spared_flops),
+            place=self._place,
             top_k=top_k,
             number=number_bytes(self.kind, master=self.site.master_dtype.itemsize, computed=self.site.compute_dtype.itemsize),
             non_moe_flops=non_moe_flops,
@@ -202,3 +218,12 @@ class FfnExperts(ABC):
 
     def _kernels(self, x_TD: Tensor) -> ExpertKernels:
         return expert_kernels(self.site.kernels, x_TD, 0 if self._pairs is None else self._pairs.lora.widest)
+
+
+class FfnExperts(UnitExperts):
+    """What families over gated FFNs have in common."""
+
+    def __init__(self, kind: ExpertKind, site: Site, pairs: PairSource | None) -> None:
+        assert isinstance(site.shape, FfnShape), site.shape
+        self.shape = site.shape
+        super().__init__(kind, site, pairs, ffn_place(self.shape.hidden), FfnSizes(self.shape.hidden, self.shape.ffn).specs())

@@ -11,7 +11,7 @@ from torch import Tensor
 from hecate.experts.family import Site
 from hecate.experts.seeding import generator, linear_weight, require_drawn
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.parallel.expert_kinds import FfnSizes, LoraShape, fixed_a_pairs
+from hecate.parallel.expert_kinds import LoraShape, fixed_a_pairs
 
 
 class FixedA:
@@ -23,7 +23,7 @@ class FixedA:
     def __init__(self, site: Site, lora: LoraShape, projections: tuple[str, ...]) -> None:
         assert projections, "an expert needs an adapter on at least one projection"
         self.lora = lora
-        self.sizes = fixed_a_pairs(FfnSizes(site.shape.hidden, site.shape.ffn), projections, lora)
+        self.sizes = fixed_a_pairs(site.sizes, projections, lora)
         self.projections = tuple(spec.name.removesuffix(".B") for spec in self.sizes.trained)
         self._site = site
         self._a_rI = {}

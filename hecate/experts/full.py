@@ -33,7 +33,7 @@ class FullExperts(FfnExperts):
         self._initial = self._as_linear
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
-        return self._kernels(routed.x_TD).full_ffn(routed, replicas.chunks_SC, self.site.shape)
+        return self._kernels(routed.x_TD).full_ffn(routed, replicas.chunks_SC, self.shape)
 
     def _as_linear(self, expert: int) -> Tensor:
         """float64 [C]"""

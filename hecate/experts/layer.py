@@ -44,5 +44,5 @@ class MoeLayer(nn.Module):
         current.note_routing(self.unit, routing)
         y_TD = current.experts(self.unit, x_TD, routing.expert_TK, routing.weight_TK, token_T)
         if valid is not None:
-            y_TD = y_TD.new_zeros((hidden[..., 0].numel(), hidden.shape[-1])).index_copy(0, valid, y_TD)
-        return y_TD.view_as(hidden)
+            y_TD = y_TD.new_zeros((hidden[..., 0].numel(), y_TD.shape[-1])).index_copy(0, valid, y_TD)
+        return y_TD.view(*hidden.shape[:-1], y_TD.shape[-1])

@@ -27,9 +27,9 @@ class MoeLoraExperts(FfnExperts):
 
     def frozen_chunk(self, expert: int) -> Tensor:
         chunk = self._frozen(expert)
-        assert (chunk.shape, chunk.dtype) == ((self.site.shape.numel,), self.site.compute_dtype), (chunk.shape, chunk.dtype)
+        assert (chunk.shape, chunk.dtype) == ((self.shape.numel,), self.site.compute_dtype), (chunk.shape, chunk.dtype)
         return chunk
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         pairs = self.pairs(replicas.chunks_SC, routed.experts_in_slots)
-        return self._kernels(routed.x_TD).moe_lora_ffn(routed, replicas.frozen_S, pairs, self.site.shape, dropout=self._dropout(step))
+        return self._kernels(routed.x_TD).moe_lora_ffn(routed, replicas.frozen_S, pairs, self.shape, dropout=self._dropout(step))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.parallel.expert_kinds import FfnSizes, LoraShape, PairSizes, plain_pairs
+from hecate.parallel.expert_kinds import LoraShape, PairSizes, UnitSizes, plain_pairs
 
 
 class PairSource(Protocol):
@@ -48,7 +48,7 @@ class PairSource(Protocol):
 class PlainPairs:
     """Plain LoRA (a `PairSource`): A and B of each projection are trained. A chunk holds them by projection, A before B."""
 
-    def __init__(self, lora: LoraShape, projections: tuple[str, ...], sizes: FfnSizes) -> None:
+    def __init__(self, lora: LoraShape, projections: tuple[str, ...], sizes: UnitSizes) -> None:
         assert projections, "an expert needs an adapter on at least one projection"
         self.lora = lora
         self.sizes = plain_pairs(sizes, projections, lora)

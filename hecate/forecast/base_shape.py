@@ -29,10 +29,16 @@ class LayerShape:
     """(last name, outputs, inputs) of each weight outside the FFN, or outside router and experts"""
     experts: int = 0
     """the number of the model's own experts, whose inner size is `ffn`"""
+    ffn_linears: tuple[tuple[str, int, int], ...] = ()
+    """the same of the FFN's weights; nothing for a layer with experts"""
 
     @property
     def linear_parameters(self) -> int:
         return sum(outputs * inputs for _, outputs, inputs in self.linears)
+
+    @property
+    def all_linears(self) -> tuple[tuple[str, int, int], ...]:
+        return self.linears + self.ffn_linears
 
     @property
     def query_width(self) -> int:
@@ -144,10 +150,10 @@ def _layer_shape(tensors: dict[str, tuple[int, ...]], where: str) -> LayerShape:
             "  a gated FFN has three weights under one module: two [F, D] and one [D, F] (fused or expert projections are not supported)"
         )
     ((of_ffn, (hidden, ffn)),) = found.items()
-    linears = tuple(
-        (last, shape[0], shape[1]) for parent, weights in by_parent.items() if parent != of_ffn for last, shape in weights.items()
-    )
-    return LayerShape(hidden, ffn, sum(map(numel, tensors.values())), linears)
+    named = [(parent, last, shape) for parent, weights in by_parent.items() for last, shape in weights.items()]
+    linears = tuple((last, shape[0], shape[1]) for parent, last, shape in named if parent != of_ffn)
+    ffn_linears = tuple((last, shape[0], shape[1]) for parent, last, shape in named if parent == of_ffn)
+    return LayerShape(hidden, ffn, sum(map(numel, tensors.values())), linears, ffn_linears=ffn_linears)
 
 
 def _gated(weights: dict[str, tuple[int, ...]]) -> tuple[int, int] | None:

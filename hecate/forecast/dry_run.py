@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hecate.forecast.memory import PHASES, MemoryPart, memory_parts, owned_experts
-from hecate.forecast.run_shape import ExpertLayers, RunShape, adapter_parameters
+from hecate.forecast.run_shape import ExpertLayers, RunShape
 from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.planners import POLICIES
@@ -230,8 +230,8 @@ def _attention_seconds(run: RunShape) -> float:
     config = run.config
     forwards = 2 if config.gradient_checkpointing else 1
     flops = 0.0
-    for layer in run.base.layers:
-        trained = 2.0 * sum(adapter_parameters(layer, config)) + 2.0 * config.data.seq_len * layer.query_width
+    for layer, (a, b) in zip(run.base.layers, run.adapters, strict=True):
+        trained = 2.0 * (a + b) + 2.0 * config.data.seq_len * layer.query_width
         flops += (forwards + (2 if run.trains_non_experts else 1)) * 2.0 * layer.linear_parameters + (forwards + 2) * trained
     return flops * run.tokens * config.gradient_accumulation_steps / min(run.topology.flops)
 
@@ -244,8 +244,10 @@ def _head_seconds(run: RunShape) -> float:
 
 
 def _plain_ffn_seconds(run: RunShape) -> float:
-    """Return the seconds of the FFNs of layers without experts."""
-    plain = len(run.base.layers) - sum(group.number for group in run.groups)
+    """Return the seconds of the FFNs that are no experts'."""
+    plain = len(run.base.layers)
+    if not run.config.moe.kind.over_linears:
+        plain -= sum(group.number for group in run.groups)
     forwards = 2 if run.config.gradient_checkpointing else 1
     layer = run.base.layers[0]
     flops = plain * (forwards + 1) * 6.0 * layer.hidden * layer.ffn

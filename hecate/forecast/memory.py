@@ -45,12 +45,14 @@ def memory_parts(
     world, micro_steps = run.topology.world_size, config.gradient_accumulation_steps
     layers_at_once = max(1, config.fssdp.prefetch)
     owned, replicas, gradients, fullest = np.zeros(world), np.zeros(world), np.zeros(world), np.zeros(world)
+    of_stack: dict[int, np.ndarray] = {}
     for group, others_D in zip(run.groups, others_GD, strict=True):
         owned_D = owned_experts(group, run)
         owned += owned_D * group.cost.reduced_bytes  # masters have the type of gradients
         if config.fssdp.rematerialize:
             slots_D = owned_D / group.number + others_D
-            replicas = np.maximum(replicas, min(layers_at_once, group.number) * slots_D * group.cost.trainable_bytes)
+            at_once = min(layers_at_once, group.number // group.per_layer) * group.per_layer
+            of_stack[group.stack] = of_stack.get(group.stack, 0.0) + at_once * slots_D * group.cost.trainable_bytes
             fullest = np.maximum(fullest, slots_D * group.cost.reduced_bytes)
             continue
         slots_D = owned_D + others_D
@@ -58,6 +60,8 @@ def memory_parts(
         fullest = np.maximum(fullest, slots_D / group.number * group.cost.reduced_bytes)
         # With one micro-step a layer's gradients are reduced at once; with several they are first accumulated in all layers.
         gradients += slots_D * group.cost.reduced_bytes / (1 if micro_steps > 1 else group.number)
+    if of_stack:  # all units of a layer come together
+        replicas = np.max(list(of_stack.values()), axis=0)
     if config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
         gradients = fullest + owned
     frozen = np.zeros(world)
@@ -90,8 +94,13 @@ def _beside_tensors(run: RunShape, others_GD: list[np.ndarray]) -> list[MemoryPa
     if not run.is_gpu_D.any():
         return []
     base = sum(len(layer.linears) + _OTHER_TENSORS for layer in run.base.layers) + _OUTSIDE_LAYERS
-    adapters = sum(2 * len(layer.linears) for layer in run.base.layers) if run.config.moe.kind.has_pairs else 0
-    tensors = np.full(run.topology.world_size, float(base + (STATE_NUMBERS + 1) * (adapters + len(run.base.layers))))
+    adapters, routers = sum(2 * len(layer.linears) for layer in run.base.layers), len(run.base.layers)
+    if run.config.moe.kind.over_linears:
+        adapters = sum(2 * len(layer.all_linears) * bool(own) for layer, own in zip(run.base.layers, run.adapters, strict=True))
+        routers = sum(group.number for group in run.groups)
+    elif not run.config.moe.kind.has_pairs:
+        adapters = 0
+    tensors = np.full(run.topology.world_size, float(base + (STATE_NUMBERS + 1) * (adapters + routers)))
     for group, others_D in zip(run.groups, others_GD, strict=True):
         tensors += (STATE_NUMBERS + 1) * owned_experts(group, run) + 2 * others_D
     return [
@@ -146,8 +155,25 @@ def _saved_layer_bytes(run: RunShape, index: int, served_tokens_D: np.ndarray) -
     if run.config.moe.kind.has_pairs:
         low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
     wide = 3 if b < 4 else 2
+    if run.config.moe.kind.over_linears:
+        return np.full(run.topology.world_size, float(run.tokens * _saved_by_linears(run, index, key_value)))
     per_token = b * (layer.hidden + 2 * layer.query_width + key_value + low_rank) + 4 * wide * layer.hidden
     return np.asarray(run.tokens * (per_token + trained) + b * (served_tokens_D * layer.hidden + products_D * 2 * layer.ffn))
+
+
+def _saved_by_linears(run: RunShape, index: int, key_value: int) -> float:
+    """Return the bytes kept of a token in a layer whose linears have experts, or plain pairs.
+
+    Attention keeps what it keeps with any adapters. The FFN keeps its input, gate, the activation of gate, up, and their product, which the
+    pairs of down need. Each linear keeps its router's probabilities and weights, and A x of each assignment with the assignment's indices.
+    """
+    layer, b, config = run.base.layers[index], run.dtype_bytes, run.config
+    experts, k = config.moe.experts_per_layer(len(run.base.layers))[index], config.moe.experts_per_token
+    targets = sum(name in config.lora.target_modules for name, _, _ in layer.all_linears)
+    routing = 2 * 4 * experts + k * (3 * 4 + 4 * 8) if experts else 0
+    low_rank = targets * (config.lora.r * b * (k if experts else 1) + routing)
+    wide = 4 * (3 if b < 4 else 2) * layer.hidden
+    return b * (2 * layer.hidden + 2 * layer.query_width + key_value + 4 * layer.ffn) + low_rank + wide
 
 
 def _products_per_token(run: RunShape, index: int, served_tokens_D: np.ndarray) -> float:

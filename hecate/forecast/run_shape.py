@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from hecate.config.topology import AUTO
 from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_cost import expert_layer_cost, number_bytes
-from hecate.parallel.expert_kinds import PAIR_SIZES, PROJECTIONS, FfnSizes, PairSizes
+from hecate.parallel.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
+from hecate.parallel.expert_kinds import PAIR_SIZES, PROJECTIONS, FfnSizes, LinearSizes, PairSizes, UnitSizes
 from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_cards import RankDevice, SeenTopology, topology_of_devices
@@ -29,11 +31,18 @@ _GPU_FLOPS = 1e13
 
 @dataclass(frozen=True)
 class ExpertLayers:
-    """The layers of a run that have the same number and cost of experts."""
+    """The units of a run that have the same number and cost of experts."""
 
     experts: int
     number: int
+    """of units, in all layers together"""
     cost: LayerCost
+    inputs: int
+    """numbers in a row that their routers read"""
+    per_layer: int = 1
+    """of these units in each decoder layer that has any"""
+    stack: int = 0
+    """groups of the same decoder layers have the same number"""
 
 
 @dataclass(frozen=True)
@@ -87,16 +96,24 @@ class RunShape:
             routers += sum(group.experts * group.number for group in self.groups)
         if self.trains_non_experts:
             return routers + self._outside_experts - self.tensor_parallel * self.parts_parameters
-        return routers + sum(b + (a if self.config.lora.shape.trains_a else 0) for a, b in self._adapters)
+        return routers + sum(b + (a if self.config.lora.shape.trains_a else 0) for a, b in self.adapters)
 
     @property
     def seeded_parameters(self) -> int:
         """The numbers of low-rank pairs that every rank draws from names and keeps as they are."""
-        if not self.config.moe.kind.has_pairs:
+        config = self.config
+        if not config.moe.kind.has_pairs:
             return 0
-        experts = zip(self.base.layers, self.config.moe.experts_per_layer(len(self.base.layers)), strict=True)
-        of_experts = sum(spec.numel for layer, number in experts if number for spec in pair_sizes(layer, self.config).seeded)
-        return of_experts + (0 if self.config.lora.shape.trains_a else sum(a for a, _ in self._adapters))
+        layers = zip(self.base.layers, config.moe.experts_per_layer(len(self.base.layers)), strict=True)
+        units = [sizes for layer, number in layers if number for sizes in _unit_sizes(layer, config)]
+        of_experts = sum(spec.numel for sizes in units for spec in _pair_sizes(sizes, config).seeded)
+        return of_experts + (0 if config.lora.shape.trains_a else sum(a for a, _ in self.adapters))
+
+    @property
+    def adapters(self) -> tuple[tuple[int, int], ...]:
+        """The parameters of A and of B of each layer's plain LoRA pairs; 0 for kinds of experts without pairs."""
+        experts = self.config.moe.experts_per_layer(len(self.base.layers))
+        return tuple(adapter_parameters(layer, self.config, number) for layer, number in zip(self.base.layers, experts, strict=True))
 
     @property
     def trains_non_experts(self) -> bool:
@@ -114,7 +131,7 @@ class RunShape:
     def frozen_parameters(self) -> int:
         """The frozen parameters that every rank holds."""
         kind = self.config.moe.kind
-        if kind.shares_ffn:
+        if kind.keeps_base:
             return self.base.parameters
         if kind.of_moe_base and self.config.moe.trains_routers:
             return self._outside_experts - self._routers
@@ -131,14 +148,9 @@ class RunShape:
         return tuple(layer.parameters - e - r for layer, e, r in zip(layers, experts, routers, strict=True))
 
     @property
-    def _adapters(self) -> list[tuple[int, int]]:
-        """The parameters of A and of B of each layer's adapters outside its experts."""
-        return [adapter_parameters(layer, self.config) for layer in self.base.layers]
-
-    @property
     def _routers(self) -> int:
         """The parameters of all routers."""
-        return sum(group.experts * group.number for group in self.groups) * self.base.layers[0].hidden
+        return sum(group.experts * group.number * group.inputs for group in self.groups)
 
     @property
     def _outside_experts(self) -> int:
@@ -168,11 +180,6 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
     dtype_bytes = _DTYPE_BYTES[_dtype(config, machines)]
     master_bytes = max(4, dtype_bytes)
     experts = config.moe.experts_per_layer(len(base.layers))
-    groups: dict[tuple[int, LayerCost], int] = {}
-    for layer, number in zip(base.layers, experts, strict=True):
-        if number:
-            key = (number, layer_cost(layer, config, dtype_bytes, master_bytes))
-            groups[key] = groups.get(key, 0) + 1
     return RunShape(
         config,
         machines,
@@ -180,35 +187,78 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
         base,
         dtype_bytes,
         master_bytes,
-        tuple(ExpertLayers(number, count, cost) for (number, cost), count in groups.items()),
+        _groups(
+            [(number, unit_costs(layer, config, dtype_bytes, master_bytes)) for layer, number in zip(base.layers, experts, strict=True)]
+        ),
         seen.notes,
     )
 
 
-def layer_cost(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> LayerCost:
-    """Return the cost of a layer with which the engine plans (`hecate.experts.family.ExpertFamily.cost`)."""
-    kind, sizes, pairs = config.moe.kind, FfnSizes(layer.hidden, layer.ffn), pair_sizes(layer, config)
-    return expert_layer_cost(
-        kind.parameters(sum(spec.numel for spec in sizes.specs()), pairs.trained_numel, pairs.flops, pairs.spared_flops),
-        hidden=layer.hidden,
-        top_k=config.moe.experts_per_token,
-        number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
-        non_moe_flops=2.0 * layer.linear_parameters * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
-    )
+def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> list[tuple[int, LayerCost]]:
+    """Return the inputs and the cost of each unit of a layer, with which the engine plans (`hecate.experts.family.ExpertFamily.cost`).
+
+    Raises:
+        UserError: units are linears, and one of lora.target_modules is none of the layer's.
+    """
+    kind, all_sizes = config.moe.kind, _unit_sizes(layer, config)
+    hiding = layer.all_linears if kind.over_linears else layer.linears  # what is computed while experts travel
+    weights = sum(outputs * inputs for _, outputs, inputs in hiding)
+    costs = []
+    for sizes in all_sizes:
+        if isinstance(sizes, LinearSizes):
+            inputs, ffn, place = sizes.inputs, 0, UnitPlace(sizes.inputs, sizes.outputs, len(all_sizes), at_beginning=True)
+        else:
+            inputs, ffn, place = layer.hidden, sum(spec.numel for spec in sizes.specs()), ffn_place(layer.hidden)
+        pairs = _pair_sizes(sizes, config)
+        cost = expert_layer_cost(
+            kind.parameters(ffn, pairs.trained_numel, pairs.flops, pairs.spared_flops),
+            place=place,
+            top_k=config.moe.experts_per_token,
+            number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
+            non_moe_flops=2.0 * weights * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
+        )
+        costs.append((inputs, cost))
+    return costs
 
 
-def pair_sizes(layer: LayerShape, config: Config) -> PairSizes:
-    """Return what is trained of the low-rank pairs of one of a layer's experts, and what they cost."""
-    projections = config.moe.kind.projections(config.lora.target_modules)
-    return PAIR_SIZES[config.lora.pairs](FfnSizes(layer.hidden, layer.ffn), projections, config.lora.shape)
+def _unit_sizes(layer: LayerShape, config: Config) -> Sequence[UnitSizes]:
+    """The sizes of each unit of a layer. Raises UserError as `unit_costs`."""
+    if not config.moe.kind.over_linears:
+        return [FfnSizes(layer.hidden, layer.ffn)]
+    targets, names = config.lora.target_modules, [name for name, _, _ in layer.all_linears]
+    for target in targets:
+        if target not in names:
+            raise UserError(f"lora.target_modules: {target} matches no linear of the model's decoder layers; they have {', '.join(names)}")
+    return [LinearSizes(inputs, outputs) for name, outputs, inputs in layer.all_linears if name in targets]
 
 
-def adapter_parameters(layer: LayerShape, config: Config) -> tuple[int, int]:
-    """Return the parameters of A and of B of the LoRA pairs on a layer's attention; 0 for kinds of experts without pairs."""
-    if not config.moe.kind.has_pairs:
+def _pair_sizes(sizes: UnitSizes, config: Config) -> PairSizes:
+    """What is trained of the low-rank pairs of one of a unit's experts, and what they cost."""
+    return PAIR_SIZES[config.lora.pairs](sizes, config.moe.kind.projections(config.lora.target_modules), config.lora.shape)
+
+
+def _groups(layers: list[tuple[int, list[tuple[int, LayerCost]]]]) -> tuple[ExpertLayers, ...]:
+    """The units of layers that are alike, by their cost.
+
+    Args:
+        layers: of each decoder layer, the number of experts of each of its units, and the units' inputs and costs.
+    """
+    alike = Counter((number, tuple(units)) for number, units in layers if number)
+    groups = []
+    for stack, ((number, units), count) in enumerate(alike.items()):
+        for (inputs, cost), per_layer in Counter(units).items():
+            groups.append(ExpertLayers(number, count * per_layer, cost, inputs, per_layer, stack))
+    return tuple(groups)
+
+
+def adapter_parameters(layer: LayerShape, config: Config, experts: int) -> tuple[int, int]:
+    """Return the parameters of A and of B of the plain LoRA pairs in a layer whose units have so many experts; 0 if a kind has none."""
+    kind = config.moe.kind
+    if not kind.has_pairs or (kind.over_linears and experts):
         return 0, 0
     targets = set(config.lora.target_modules) - (set(PROJECTIONS) if layer.experts else set())  # shared experts have none
-    adapted = [(inputs, outputs) for name, outputs, inputs in layer.linears if name in targets]
+    linears = layer.all_linears if kind.over_linears else layer.linears
+    adapted = [(inputs, outputs) for name, outputs, inputs in linears if name in targets]
     return config.lora.r * sum(inputs for inputs, _ in adapted), config.lora.r * sum(outputs for _, outputs in adapted)
 
 

@@ -13,6 +13,7 @@ from hecate.model.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.causal_head import CausalHead, LanguageModelHead
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.insert import FoundUnit
+from hecate.model.linears import FoundLinear, find_linears
 from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.load_moe import OwnExperts, load_moe_model
 from hecate.model.model_digest import model_digest
@@ -44,6 +45,8 @@ class BaseModel:
     vocab_size: int
     ffns: tuple[GatedFfn, ...] = field(default=(), kw_only=True)
     """the FFNs of a dense model, found once, when it was loaded"""
+    linears: tuple[FoundLinear, ...] = field(default=(), kw_only=True)
+    """the linears of a dense model's decoder layers, for experts that stand over linears; `ffns` is then empty"""
     own_experts: tuple[OwnExperts, ...] = field(default=(), kw_only=True)
     """the experts of an MoE model, which were left out when it was loaded"""
     digest: str = field(default="", kw_only=True)
@@ -52,7 +55,7 @@ class BaseModel:
     @property
     def found(self) -> tuple[FoundUnit, ...]:
         """Where experts may be put."""
-        return self.own_experts or self.ffns
+        return self.own_experts or self.linears or self.ffns
 
 
 def build_base(
@@ -71,6 +74,7 @@ def build_base(
     """
     source = resolve_model(name_or_path)
     ffns: tuple[GatedFfn, ...] = ()
+    linears: tuple[FoundLinear, ...] = ()
     own_experts: tuple[OwnExperts, ...] = ()
     model: Any
     with one_gguf_reader():
@@ -80,10 +84,13 @@ def build_base(
             if source.gguf_file is None:
                 refuse_experts(stored_tensors(source.folder), source.folder, kind)
             model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
-            ffns = tuple(find_gated_ffns(model))
+            if kind.over_linears:
+                linears = tuple(find_linears(model))
+            else:
+                ffns = tuple(find_gated_ffns(model))
         model.eval()
         tokenizer = load_tokenizer(source)
     vocab_size = model.get_input_embeddings().num_embeddings
     digest = model_digest(source)
     head = LanguageModelHead(model, pick_way(attention, model))
-    return BaseModel(model, head, tokenizer, vocab_size, ffns=ffns, own_experts=own_experts, digest=digest)
+    return BaseModel(model, head, tokenizer, vocab_size, ffns=ffns, linears=linears, own_experts=own_experts, digest=digest)

@@ -1,10 +1,12 @@
 """Putting experts, routers and adapters into a loaded model, where its units were found.
 
-Units are found elsewhere: dense gated FFNs by `hecate.model.gated_ffn`, the experts of MoE models by `hecate.model.load_moe`.
+Units are found elsewhere: dense gated FFNs by `hecate.model.gated_ffn`, linears by `hecate.model.linears`, the experts of MoE models by
+`hecate.model.load_moe`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,16 +19,18 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.families import ROUTERS, make_experts
-from hecate.experts.family import ExpertChoices, FfnExperts, FfnSource, Site
+from hecate.experts.family import ExpertChoices, FfnSource, Site, UnitExperts
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.layer import MoeLayer
+from hecate.experts.linear import MoeLinear
 from hecate.experts.router import ModelRouter, Router
 from hecate.kernels.backend import Backend
 from hecate.kernels.common.ffn import FfnShape
 from hecate.model.gated_ffn import decoder_layers
+from hecate.model.linears import FoundLinear, target_linears
 from hecate.model.lora import LoraLinear
 from hecate.model.moe_model import MoeModel, adapter_dtype
-from hecate.parallel.expert_kinds import PROJECTIONS, ExpertKind, LoraShape
+from hecate.parallel.expert_kinds import PROJECTIONS, ExpertKind, LinearSizes, LoraShape
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
@@ -39,12 +43,12 @@ class FoundUnit(Protocol):
 
     @property
     def path(self) -> str:
-        """Dotted name of the module whose place the experts take: a dense FFN, or a model's own experts."""
+        """Dotted name of the module whose place the experts take: a dense FFN, a linear, or a model's own experts."""
         ...
 
     @property
     def block_path(self) -> str:
-        """Dotted name of the module that is no attention: the FFN, or the block with router and experts."""
+        """Dotted name of the module that is no attention: the FFN, or the block with router and experts; of a linear, the linear."""
         ...
 
     @property
@@ -58,7 +62,7 @@ class FoundUnit(Protocol):
         ...
 
     @property
-    def shape(self) -> FfnShape: ...
+    def shape(self) -> FfnShape | LinearSizes: ...
 
     def source(self, model: nn.Module) -> FfnSource:
         """What families are made from, in the model's dtype and on its device."""
@@ -71,7 +75,8 @@ class InsertionPlan:
 
     kind: ExpertKind
     experts_per_layer: tuple[int, ...] | None = None
-    """in the order of the found units; 0: the layer keeps its plain FFN; None: as many as the model has itself"""
+    """of the units of each decoder layer that has any; 0: the layer keeps its plain FFN, or its linears get one adapter each; None: as many
+    as the model has itself"""
     top_k: int = 1
     """of new routers; a model's own ones choose as they did"""
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -109,9 +114,14 @@ def insert_experts(
         RouterError: a class of routers has parameters that nothing would step or save.
     """
     model.requires_grad_(False)
+    if plan.kind.over_linears:
+        found = target_linears([one for one in found if isinstance(one, FoundLinear)], plan.target_modules, type(model).__name__)
     counts = _experts_of(found, plan)
     changed = [one for one in found if counts[one.unit] > 0 and (plan.choices.projections or not plan.kind.has_pairs)]
-    targets = _attention_targets(model, found, plan)
+    if plan.kind.over_linears:
+        targets = [(one.unit.layer, one.unit.place, one.path) for one in found if counts[one.unit] == 0]
+    else:
+        targets = _attention_targets(model, found, plan)
     if not changed and not targets:
         raise UserError(
             "nothing would train: no layer gets experts and no attention module gets an adapter.\n"
@@ -119,13 +129,15 @@ def insert_experts(
         )
     if plan.train_non_experts:
         _refuse_narrow(model)
-    families = {one.unit: _experts(model, one, counts[one.unit], plan) for one in changed}
+    together = Counter(one.unit.layer for one in changed)
+    families = {one.unit: _experts(model, one, counts[one.unit], plan, together[one.unit.layer]) for one in changed}
     engine = Engine(dict(families), engine_config, groups)
     for family in families.values():
         family.forget_initial()
     layers = {}
     for one in changed:
-        layers[one.unit] = MoeLayer(one.unit, _router(model, one, families[one.unit], plan), engine.current)
+        router = _router(model, one, families[one.unit], plan)
+        layers[one.unit] = _layer(model, one, router, engine.current, plan)
         model.set_submodule(one.path, layers[one.unit])
     dtype = adapter_dtype(next(model.parameters()).dtype)
     attention = _adapt_attention(model, targets, plan, dtype, engine.current)
@@ -137,9 +149,20 @@ def insert_experts(
 def _experts_of(found: Sequence[FoundUnit], plan: InsertionPlan) -> dict[Unit, int]:
     if plan.experts_per_layer is None:
         return {one.unit: one.own_experts for one in found}
-    if len(plan.experts_per_layer) != len(found):
-        raise UserError(f"moe.num_experts lists {len(plan.experts_per_layer)} layers, but the model has {len(found)}")
-    return dict(zip((one.unit for one in found), plan.experts_per_layer, strict=True))
+    layers = sorted({one.unit.layer for one in found})
+    if len(plan.experts_per_layer) != len(layers):
+        raise UserError(f"moe.num_experts lists {len(plan.experts_per_layer)} layers, but the model has {len(layers)}")
+    of_layer = dict(zip(layers, plan.experts_per_layer, strict=True))
+    return {one.unit: of_layer[one.unit.layer] for one in found}
+
+
+def _layer(model: nn.Module, one: FoundUnit, router: Router, current: CurrentPass, plan: InsertionPlan) -> MoeLayer:
+    """What takes the unit's place in the model."""
+    if not plan.kind.over_linears:
+        return MoeLayer(one.unit, router, current)
+    linear = model.get_submodule(one.path)
+    assert isinstance(linear, nn.Linear)
+    return MoeLinear(one.unit, router, current, linear)
 
 
 def _refuse_narrow(model: nn.Module) -> None:
@@ -149,19 +172,19 @@ def _refuse_narrow(model: nn.Module) -> None:
         raise UserError(f"model.train_non_experts: the model is held in {name}, whose steps would be lost\n  set model.dtype=float32")
 
 
-def _experts(model: nn.Module, one: FoundUnit, num_experts: int, plan: InsertionPlan) -> FfnExperts:
+def _experts(model: nn.Module, one: FoundUnit, num_experts: int, plan: InsertionPlan, together: int) -> UnitExperts:
     like = next(model.parameters())
-    site = Site(one.unit, num_experts, one.shape, plan.seed, adapter_dtype(like.dtype), like.dtype, like.device, plan.kernels)
+    site = Site(one.unit, num_experts, one.shape, plan.seed, adapter_dtype(like.dtype), like.dtype, like.device, plan.kernels, together)
     return make_experts(plan.kind, site, one.source(model), plan.choices)
 
 
-def _router(model: nn.Module, one: FoundUnit, family: FfnExperts, plan: InsertionPlan) -> Router:
+def _router(model: nn.Module, one: FoundUnit, family: UnitExperts, plan: InsertionPlan) -> Router:
     """A new router, or the model's own with what is kept of its decisions."""
     site = family.site
     if one.router_path is None:
         top_k = min(plan.top_k, site.num_experts)  # of a dense router in the layer with the most experts
         router = ROUTERS[plan.router.input](
-            site.shape.hidden,
+            site.inputs,
             site.num_experts,
             top_k,
             unit=site.unit,
@@ -170,7 +193,7 @@ def _router(model: nn.Module, one: FoundUnit, family: FfnExperts, plan: Insertio
             device=site.device,
             choices=plan.router,
         )
-        _check_router(router, (site.num_experts, site.shape.hidden))
+        _check_router(router, (site.num_experts, site.inputs))
         return router
     return ModelRouter(model.get_submodule(one.router_path), site.master_dtype if plan.train_router else None)
 
@@ -256,7 +279,11 @@ def _adapt_attention(
 
 
 def prefetch_during_attention(decoder: nn.ModuleList, current: CurrentPass, layers: Collection[Unit], ahead: int) -> None:
-    """Start a layer's gather when its decoder layer begins, so that its attention hides it, or `ahead` - 1 decoder layers earlier."""
+    """Start the gather of a layer's units when the layer begins, so that attention hides that of its FFN, or `ahead` - 1 layers earlier.
+
+    Args:
+        layers: the units, in the order in which they are needed.
+    """
 
     def hook_for(coming: list[Unit]) -> Any:
         def start(*_: Any) -> None:
@@ -265,7 +292,7 @@ def prefetch_during_attention(decoder: nn.ModuleList, current: CurrentPass, laye
         return start
 
     for index, module in enumerate(decoder):
-        coming = [unit for unit in sorted(layers) if index <= unit.layer < index + ahead]
+        coming = [unit for unit in layers if index <= unit.layer < index + ahead]
         if coming:
             module.register_forward_pre_hook(hook_for(coming))
 
@@ -273,7 +300,8 @@ def prefetch_during_attention(decoder: nn.ModuleList, current: CurrentPass, laye
 def non_moe_flops_per_token(model: nn.Module, found: Sequence[FoundUnit]) -> float:
     """Forward FLOPs of one token in the first decoder layer that has a unit, outside its experts (projections only).
 
-    Of a model with experts, before they are put in, their place is empty; of a dense model the FFN is left out.
+    Of a model with experts, before they are put in, their place is empty; of a dense model the FFN is left out. Where units are linears,
+    these are no experts, and count.
     """
     name, layers = decoder_layers(model)
     first = found[0]

@@ -80,8 +80,8 @@ class TrainableRow:
     """`count` things that train, all alike and of one owner."""
 
     name: str
-    """`layers.3.experts`, `layers.3.router`, `layers.3.router.bias`, a tensor's name such as `layers.3.self_attn.q_proj.A`, or
-    NON_EXPERTS"""
+    """`layers.3.experts`, `layers.3.router`, `layers.3.router.bias`, the same of another unit such as `layers.3.self_attn.q_proj.router`, a
+    tensor's name such as `layers.3.self_attn.q_proj.A`, or NON_EXPERTS"""
     count: int
     numel: int
     """parameters of each"""
@@ -176,12 +176,13 @@ def _by_layer(rows: Sequence[TrainableRow]) -> dict[str, list[TrainableRow]]:
 
 
 def _part(row: TrainableRow) -> str:
-    """The name inside the layer; `NON_EXPERTS` are in all."""
+    """`experts`, `router`, or the name inside the layer; `NON_EXPERTS` are in all."""
     if row.name == NON_EXPERTS:
         return row.name
     match = _LAYER_PART.fullmatch(row.name)
     assert match is not None, f"{row.name!r} names no layer"
-    return match[2]
+    last = match[2].rpartition(".")[2]
+    return last if last in ("experts", "router") else match[2]
 
 
 def _alike(texts: dict[str, str]) -> list[tuple[str, list[str]]]:

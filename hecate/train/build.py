@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hecate.adapters.peft_experts import begin_with
-from hecate.adapters.trained_output import TrainedOutput, output_of
+from hecate.adapters.trained_output import TrainedOutput, begin_with_adapter, output_of
 from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
 from hecate.data.sources import TokenSource, read_source
@@ -78,7 +77,7 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     )
     moe = build_moe(config, base, ranks, topology)
     if config.lora.init_from and not config.resume:
-        begin_with(config, base, moe)
+        begin_with_adapter(config, base, moe)
     if config.gradient_checkpointing:
         checkpoint_activations(moe)
     if config.fssdp.reshard_interval:
@@ -139,19 +138,19 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
         assert isinstance(base, MegatronModel)
         return base.moe
     flops = non_moe_flops_per_token(base.model, base.found) * config.micro_batch_size * config.data.seq_len
-    plan = insertion_plan(config, len(base.found))
+    plan = insertion_plan(config, len({one.unit.layer for one in base.found}))
     moe = insert_experts(base.model, base.found, plan, engine_config(config, ranks, flops, topology), ranks.groups)
     if config.model.shard_non_experts:
         shard_frozen_layers(moe, ranks.new_sharding_group())
     return moe
 
 
-def insertion_plan(config: Config, num_units: int) -> InsertionPlan:
-    """What the configuration inserts into a model with `num_units` units that experts can go into."""
+def insertion_plan(config: Config, num_layers: int) -> InsertionPlan:
+    """What the configuration inserts into a model with `num_layers` decoder layers that experts can go into."""
     kind = config.moe.kind
     return InsertionPlan(
         kind=kind,
-        experts_per_layer=None if kind.of_moe_base else config.moe.experts_per_layer(num_units),
+        experts_per_layer=None if kind.of_moe_base else config.moe.experts_per_layer(num_layers),
         top_k=1 if kind.of_moe_base else config.moe.experts_per_token,
         router=config.moe.router,
         lora=config.lora.shape if kind.has_pairs else None,

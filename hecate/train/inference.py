@@ -6,6 +6,8 @@ from pathlib import Path
 
 from hecate.adapters import AdapterConfig, load_adapter
 from hecate.adapters.export import load_into
+from hecate.adapters.linear_experts import with_linear_adapter
+from hecate.adapters.linear_format import is_linear_adapter
 from hecate.adapters.model_folder import is_model_folder, load_model_folder
 from hecate.adapters.peft_by_source import is_lora_adapter, sources_in, with_lora_adapters
 from hecate.adapters.peft_experts import with_peft_adapter
@@ -82,6 +84,8 @@ def _with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseM
         return with_lora_adapters([folder], ranks, choice)
     if is_peft_adapter(folder):
         return with_peft_adapter(folder, ranks, choice)
+    if is_linear_adapter(folder):
+        return with_linear_adapter(folder, ranks, choice)
     tensors, description = load_adapter(folder)
     try:
         router = description.router

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.kernels.common.assignments import RoutedTokens
-from hecate.kernels.common.dropout import Dropout
+from hecate.kernels.common.dropout import Dropout, dropout_stream
 from hecate.kernels.common.ffn import FfnBase, FfnShape, activation
 from hecate.kernels.common.low_rank import LowRankPairs, separate_gate_and_up
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
@@ -44,3 +44,18 @@ def moe_lora_ffn_reference(
         only = replace(routed, slot_TK=routed.slot_TK.where(routed.slot_TK == slot, -1))
         y_TD = y_TD + mixlora_ffn_reference(only, FfnBase(gate, up, down, shape.activation), pairs, dropout=dropout)
     return y_TD
+
+
+def routed_pairs_reference(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout | None = None) -> Tensor:
+    """As `routed_pairs`: y = sum_k w_k s B A dropout(x), the pair being that of the assignment's expert."""
+    y_TO = routed.x_TD.new_zeros((len(routed.x_TD), pairs.b_SOr.shape[1]))
+    for slot, (a, b) in enumerate(zip(pairs.a_SrI, pairs.b_SOr, strict=True)):
+        tokens, k = (routed.slot_TK == slot).nonzero(as_tuple=True)
+        x = routed.x_TD[tokens]
+        if dropout is not None:
+            assert routed.token_T is not None
+            stream = dropout_stream(int(routed.experts_in_slots[slot]), "linear")
+            x = x * dropout.mask(routed.token_T[tokens], stream, x.shape[1], x.dtype)
+        y = pairs.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        y_TO = y_TO.index_add(0, tokens, routed.weight_TK[tokens, k].to(y.dtype)[:, None] * y)
+    return y_TO

@@ -72,16 +72,21 @@ class Dispatched:
     recv_rows: list[int]
     """per rank"""
 
-    def bytes_sent(self, rank: int, *, backward: bool) -> int:
-        """Bytes that `rank`, this rank, sends to others in dispatch and combine; with `backward`, in their backward passes, too."""
+    def bytes_sent(self, rank: int, y_RO: Tensor, *, backward: bool) -> int:
+        """Bytes that `rank`, this rank, sends to others in dispatch and combine; with `backward`, in their backward passes, too.
+
+        Args:
+            y_RO: the results that return.
+        """
         away = sum(self.send_rows) - self.send_rows[rank]
         back = sum(self.recv_rows) - self.recv_rows[rank]
         hidden = self.x_RD.shape[1] * self.x_RD.element_size()
+        result = y_RO.shape[1] * y_RO.element_size()
         weight = self.weight_RK.shape[1] * self.weight_RK.element_size()
         meta = (self.slot_RK.shape[1] + 1) * self.slot_RK.element_size()
-        forward = away * (hidden + weight + meta) + back * hidden + (len(self.send_rows) - 1) * self.slot_RK.element_size()
+        forward = away * (hidden + weight + meta) + back * result + (len(self.send_rows) - 1) * self.slot_RK.element_size()
         # Gradients of rows and weights return the way they came, and those of the results, too.
-        return forward + (back * (hidden + weight) + away * hidden if backward else 0)
+        return forward + (back * (hidden + weight) + away * result if backward else 0)
 
 
 def destinations(expert_TK: Tensor, bound_EB: Tensor) -> Tensor:

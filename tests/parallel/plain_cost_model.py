@@ -45,6 +45,8 @@ def plain_layer_seconds(
         placement = Placement(owner_E[layer].copy(), where_ED[layer].copy())
         route = plain_route(placement, topology, cost) if execution.route == "fastest" else execution.route
         again[layer] = route_seconds(route, placement, topology, cost.trainable_bytes, cost.chunk_numel)
+        if route == "flat":
+            again[layer] -= (1 - cost.message_share) * route_seconds(route, placement, topology, 0.0, cost.chunk_numel)
         reduce[layer] = route_seconds(route, placement, topology, cost.reduced_bytes, cost.chunk_numel, back=True)
         if cost.frozen_bytes:
             fresh_ED = placement.where_ED if resident_ED is None else placement.where_ED & ~resident_ED[layer]
@@ -54,7 +56,7 @@ def plain_layer_seconds(
     gather = again + frozen  # frozen parts stay, and so a second gather is without them
     attention = cost.non_moe_flops / rate_D.min()
     slowdown = topology.overlap_slowdown
-    exposed = exposed_seconds(attention if execution.hides_gather else 0.0, gather, slowdown)
+    exposed = exposed_seconds(attention if execution.hides_gather and execution.prefetch >= cost.hidden_from else 0.0, gather, slowdown)
     if execution.rematerialize and execution.prefetch:
         exposed = exposed + exposed_seconds(2 * attention, reduce + again, slowdown)
     else:

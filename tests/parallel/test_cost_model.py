@@ -18,6 +18,7 @@ from hecate.parallel.placement import Placement
 from hecate.parallel.topology import Link, Topology
 from hecate.parallel.transfer_plan import plan_transfer
 from testing.unit_cases import unit_topology
+from tests.parallel.plain_cost_model import plain_layer_seconds
 
 FAST = 1e30
 """a rate at which nothing takes any time"""
@@ -281,6 +282,23 @@ def test_rematerialization_gathers_again_before_the_backward_pass() -> None:
     assert seconds(machines, cost, owner=[0], where=[[1, 1]], execution=ExecutionMode(rematerialize=True))["exposed"] == pytest.approx(
         2 + 9
     )
+
+
+@pytest.mark.parametrize(("prefetch", "exposed"), [(1, 5.25 + 5), (2, 2.25 + 5)])
+def test_units_of_a_layer_share_the_latency_of_their_message_and_need_it_at_the_layers_beginning(prefetch: int, exposed: float) -> None:
+    """A gather of 5 s and a quarter of 1 s of latency, which 3 s of work hide only where it starts a layer early.
+
+    Of a reduction, which travels alone, of 10 + 1 s 6 s of the backward pass hide all but 5.
+    """
+    cost = LayerCost(trainable_bytes=5.0, gradient_bytes=10.0, non_moe_flops=6.0, hidden_from=2, message_share=0.25)
+    machines = topology((0, 0), flops=(2.0, 5.0), near=Link(1.0, 1.0))
+    execution = ExecutionMode(prefetch=prefetch)
+    found = seconds(machines, cost, owner=[0], where=[[1, 1]], execution=execution)
+    assert (found["gather"], found["reduce"]) == pytest.approx((5.25, 11.0))
+    assert found["exposed"] == pytest.approx(exposed)
+    where_ED, none_ED = np.ones((1, 2), dtype=bool), np.zeros((1, 2))
+    plain = plain_layer_seconds(np.array([0]), where_ED, none_ED, none_ED, machines, cost, execution=execution)
+    assert float(plain.exposed) == pytest.approx(exposed)
 
 
 def test_the_optimizer_by_hand() -> None:

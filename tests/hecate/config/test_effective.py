@@ -156,6 +156,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "lora.pairs",
         "lora.use_rslora",
         "lora.target_modules",
+        "moe.allocation",
         "moe.family",
         "moe.num_experts",
         "moe.top_k",
@@ -168,6 +169,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "moe.router.score",
         "moe.router.weights",
         "moe.train_router",
+        "moe.unit",
         "moe.upcycle_noise",
         "moe.router_aux_loss_coef",
     }

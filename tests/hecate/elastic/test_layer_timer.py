@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hecate.elastic.layer_timer import LayerTimer
+from hecate.experts.forward_pass import CurrentPass
+from hecate.experts.linear import MoeLinear
 from hecate.parallel.units import Unit
 
 
@@ -30,6 +32,19 @@ class Model(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden
+
+
+def test_linears_with_experts_are_timed_by_their_own_products() -> None:
+    """Twelve tokens through two linears, and no time for what comes before them or for their experts."""
+    linears = {Unit(0, name): nn.Linear(8, 8) for name in ("a", "b")}
+    units = {unit: MoeLinear(unit, None, CurrentPass(), linear) for unit, linear in linears.items()}  # type: ignore[arg-type]
+    moe: Any = SimpleNamespace(model=Model(), layers=units)
+    timer = LayerTimer(moe, torch.device("cpu"))
+    for linear in linears.values():
+        linear(torch.zeros(3, 4, 8))
+    tokens, seconds = timer.take()
+    assert tokens == 2 * 12
+    assert seconds > 0
 
 
 def test_tokens_and_seconds_of_training_alone_are_counted() -> None:

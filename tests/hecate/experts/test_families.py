@@ -17,7 +17,7 @@ from hecate.experts.families import PAIR_SOURCES, ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site
 from hecate.experts.router import LOSSES, SCORES, WEIGHTS
 from hecate.kernels.common.ffn import FfnShape
-from hecate.parallel.expert_kinds import KINDS, MOE_LORA, PAIR_SIZES, ExpertKind, FfnSizes, LoraShape
+from hecate.parallel.expert_kinds import KINDS, MOE_LORA, PAIR_SIZES, ExpertKind, FfnSizes, LinearSizes, LoraShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -27,7 +27,7 @@ from testing.ranks import run_ranks
 from tests.hecate.experts.making import base, experts
 from tests.rooms import sources
 
-FAMILIES = {"MixLoraExperts", "FullExperts", "MoeLoraExperts", "FfnExperts"}
+FAMILIES = {"MixLoraExperts", "FullExperts", "MoeLoraExperts", "LinearExperts", "FfnExperts", "UnitExperts"}
 CONSTANTS = {kind.name.upper() for kind in KINDS.values()}
 ROOT = Path(__file__).resolve().parents[3]
 OWN = ("hecate/experts/", "parallel/expert_kinds.py")
@@ -37,7 +37,8 @@ OWN = ("hecate/experts/", "parallel/expert_kinds.py")
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 def test_each_kind_is_made_by_its_name(kind: ExpertKind) -> None:
     shape, double = FfnShape(6, 10, "silu"), torch.float64
-    site = Site(Unit(1), 4, shape, 3, double, double, torch.device("cpu"))
+    sizes = LinearSizes(6, 10) if kind.over_linears else shape
+    site = Site(Unit(1), 4, sizes, 3, double, double, torch.device("cpu"))
     lora = LoraShape(2, 0.5, 0.0) if kind.has_pairs else None
     source = FfnSource(base(), lambda expert: torch.full((shape.numel,), float(expert), dtype=double))
     family = make_experts(kind, site, source, ExpertChoices(lora, kind.projections(("gate_proj", "up_proj", "down_proj"))))

@@ -204,10 +204,11 @@ def _count_bytes(rank: int, world: int) -> list[int]:
             dist.all_to_all_single = counting  # type: ignore[assignment]
             try:
                 here = dispatch(x, case.expert[rank], weight, case.token[rank], case.plan(rank, quotas), group)
-                y = combine(here.x_RD * here.weight_RK.sum(1, keepdim=True).to(dtype), here, group)
-                assert here.bytes_sent(rank, backward=False) == counting.bytes, f"case {seed}, {quotas}, forward"
+                y_RO = torch.cat([here.x_RD, here.x_RD[:, :1]], dim=1) * here.weight_RK.sum(1, keepdim=True).to(dtype)
+                y = combine(y_RO, here, group)  # results are wider than tokens
+                assert here.bytes_sent(rank, y_RO, backward=False) == counting.bytes, f"case {seed}, {quotas}, forward"
                 y.sum().backward()
-                assert here.bytes_sent(rank, backward=True) == counting.bytes, f"case {seed}, {quotas}, with backward"
+                assert here.bytes_sent(rank, y_RO, backward=True) == counting.bytes, f"case {seed}, {quotas}, with backward"
             finally:
                 dist.all_to_all_single = counting._plain
             totals.append(counting.bytes)

@@ -1,0 +1,161 @@
+"""Gather the trained experts over a model's linears into an adapter (`hecate.adapters.linear_format`), and load one into a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hecate.adapters.export import gather_on_first
+from hecate.adapters.linear_format import ROUTER, LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter
+from hecate.config import Config
+from hecate.engine.step_plans import EngineConfig
+from hecate.errors import UserError
+from hecate.experts.linear import MoeLinear
+from hecate.model.base import BaseChoice, BaseModel, build_base
+from hecate.model.gated_ffn import decoder_layers
+from hecate.model.insert import InsertionPlan, insert_experts
+from hecate.model.linears import target_linears
+from hecate.model.moe_model import MoeModel
+from hecate.parallel.expert_kinds import ONLY_PROJECTION, LoraShape, kind_written_as
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from hecate.parallel.units import Unit
+from hecate.ranks.ranks import Ranks
+
+
+def linear_adapter_config(config: Config, base: BaseModel) -> LinearAdapterConfig:
+    """Return the description of the adapter that a run trains. It is made before training.
+
+    Raises:
+        UserError: a target module is no linear of the model, or the numbers of experts are not for as many layers as it has.
+    """
+    target_linears(base.linears, config.lora.target_modules, type(base.model).__name__)
+    return LinearAdapterConfig(
+        base_model_name_or_path=config.model.name_or_path,
+        r=config.lora.r,
+        alpha=config.lora.stored_alpha,
+        use_rslora=config.lora.use_rslora,
+        target_modules=config.lora.target_modules,
+        experts_per_layer=config.moe.experts_per_layer(len(decoder_layers(base.model)[1])),
+        top_k=config.moe.experts_per_token,
+        dropout=config.lora.dropout,
+        router=ROUTER,
+        router_aux_loss_coef=config.moe.router_aux_loss_coef,
+    )
+
+
+def export_linear_adapter(folder: Path, description: LinearAdapterConfig, moe: MoeModel, ranks: Ranks) -> None:
+    """Gather all pairs on rank 0, one linear at a time, and write the adapter there. Every rank must call it."""
+    tensors: dict[str, Tensor] = {}
+    for unit in sorted(moe.layers):
+        chunks_EC = gather_on_first(moe, unit, ranks)
+        if chunks_EC is None:
+            continue
+        source = moe.engine.shards.families[unit].pair_source
+        pairs = source.stacked(chunks_EC, torch.arange(len(chunks_EC), device=chunks_EC.device))[ONLY_PROJECTION]
+        path = _path(moe.model, unit)
+        for expert, (a, b) in enumerate(zip(pairs.a_SrI.detach(), pairs.b_SOr.detach(), strict=True)):
+            name_a, name_b = pair_names(path, expert)
+            tensors[name_a], tensors[name_b] = a.cpu().clone(), b.cpu().clone()
+    if not ranks.is_first:
+        return
+    tensors |= {name: tensor.detach().cpu().clone() for name, tensor in _replicated(moe).items()}
+    save_linear_adapter(folder, tensors, description)
+
+
+def load_linear_adapter_into(moe: MoeModel, tensors: dict[str, Tensor], where: Path) -> None:
+    """Set routers, plain pairs and this rank's owned experts from an adapter's tensors.
+
+    Raises:
+        UserError: a tensor is missing, superfluous or of another shape than the model needs.
+    """
+    replicated = _replicated(moe)
+    wanted = {name: tuple(tensor.shape) for name, tensor in replicated.items()}
+    for unit, layer in moe.layers.items():
+        assert isinstance(layer, MoeLinear)
+        family = moe.engine.shards.families[unit]
+        rank, linear = family.pair_source.lora.rank, layer.linear
+        for expert in range(family.num_experts):
+            name_a, name_b = pair_names(_path(moe.model, unit), expert)
+            wanted |= {name_a: (rank, linear.in_features), name_b: (linear.out_features, rank)}
+    if missing := sorted(set(wanted) - set(tensors)):
+        raise UserError(f"{where}: has no tensor {missing[0]} ({len(missing)} missing), which the base model needs")
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) belongs to nothing that its adapter_config.json describes")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
+    with torch.no_grad():
+        for name, tensor in replicated.items():
+            tensor.copy_(tensors[name])
+        for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
+            name_a, name_b = pair_names(_path(moe.model, unit), expert)
+            pairs = {ONLY_PROJECTION: (tensors[name_a], tensors[name_b])}
+            chunk.copy_(moe.engine.shards.families[unit].pair_source.chunk_of(expert, pairs))
+
+
+def begin_with_linear_adapter(config: Config, base: BaseModel, moe: MoeModel) -> None:
+    """Set all that trains to the values of the adapter that `lora.init_from` names. Every rank must call it.
+
+    Raises:
+        UserError: the adapter cannot be read, or differs from the configured ranks, scale, target modules, experts or router.
+    """
+    assert config.lora.init_from is not None
+    folder = Path(config.lora.init_from)
+    tensors, theirs = load_linear_adapter(folder)
+    ours = linear_adapter_config(config, base)
+    for key, of_file, configured in (
+        ("lora.r", theirs.r, ours.r),
+        ("lora.alpha, scaled", theirs.scale, ours.scale),
+        ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
+        ("moe.num_experts", list(theirs.experts_per_layer), list(ours.experts_per_layer)),
+    ):
+        if of_file != configured:
+            raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}; they must be equal")
+    load_linear_adapter_into(moe, tensors, folder)
+
+
+def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
+    """Return the base model with an adapter applied, for evaluation.
+
+    Raises:
+        UserError: the adapter or the model cannot be read, or one does not fit the other.
+    """
+    tensors, description = load_linear_adapter(folder)
+    kind = kind_written_as("linears")
+    name = choice.name or description.base_model_name_or_path
+    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
+    layers, made_for = len(decoder_layers(base.model)[1]), len(description.experts_per_layer)
+    if layers != made_for:
+        raise UserError(f"{folder}: made for {made_for} layers, but the base model has {layers}")
+    plan = InsertionPlan(
+        kind=kind,
+        experts_per_layer=description.experts_per_layer,
+        top_k=description.top_k,
+        lora=LoraShape(description.r, description.scale, 0.0),
+        target_modules=description.target_modules,
+        seed=0,
+        kernels=choice.kernels,
+    )
+    planner = EngineConfig(POLICIES["full"], local_topology(ranks.world_size, cuda=ranks.device.type == "cuda"))
+    moe = insert_experts(base.model, base.found, plan, planner, ranks.groups)
+    load_linear_adapter_into(moe, tensors, folder)
+    return base, moe
+
+
+def _replicated(moe: MoeModel) -> dict[str, Tensor]:
+    """What every rank has of the adapter, by the tensors' names: routers with what they keep beside their weights, and plain pairs."""
+    named: dict[str, Tensor] = {router_name(_path(moe.model, unit)): router for unit, router in moe.routers.items()}
+    for unit, router_module in moe.router_modules.items():
+        named |= {router_name(_path(moe.model, unit), name): buffer for name, buffer in router_module.named_buffers()}
+    for (layer, module), lora in moe.attention.items():
+        name_a, name_b = pair_names(_path(moe.model, Unit(layer, module)), None)
+        named |= {name_a: lora.lora_A, name_b: lora.lora_B}
+    return named
+
+
+def _path(model: nn.Module, unit: Unit) -> str:
+    """The dotted name of a linear in the base model."""
+    return f"{decoder_layers(model)[0]}.{unit.layer}.{unit.place}"

@@ -1,0 +1,148 @@
+"""The adapter of experts over linears: its adapter_config.json, and the names of its tensors, which are those of MoLA's authors.
+
+Under the dotted name of each linear lie lora_A_0.weight, lora_B_0.weight, lora_A_1.weight and so on, one pair an expert, and
+router.router.weight; a linear without experts has lora_A.weight and lora_B.weight, as in PEFT. The authors' own files do not say how many
+experts a layer has and which router chooses; here the description does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hecate.adapters.config import CONFIG
+from hecate.adapters.folder import WEIGHTS, read_adapter_config, read_safetensors, write_adapter_folder
+from hecate.errors import UserError
+
+PEFT_TYPE = "MOLA"
+ROUTER = "softmax"
+"""the top_k largest of a softmax over all experts, renormalised"""
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAdapterConfig:
+    """The description of an adapter of experts over linears."""
+
+    base_model_name_or_path: str
+    r: int
+    alpha: int
+    use_rslora: bool
+    target_modules: tuple[str, ...]
+    """the last names of the adapted linears"""
+    experts_per_layer: tuple[int, ...]
+    """of each linear, by decoder layer; 0: one plain pair"""
+    top_k: int
+    dropout: float
+    """that training used"""
+    router: str
+    """how a token's experts are chosen; `ROUTER` is all that there is so far"""
+    router_aux_loss_coef: float
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A x."""
+        return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
+
+
+def pair_names(path: str, expert: int | None) -> tuple[str, str]:
+    """Return the names of A [r, inputs] and B [outputs, r] of an expert over the linear `path`; None: of its plain pair."""
+    end = "" if expert is None else f"_{expert}"
+    return f"base_model.model.{path}.lora_A{end}.weight", f"base_model.model.{path}.lora_B{end}.weight"
+
+
+def router_name(path: str, part: str = "weight") -> str:
+    """Return the name of a linear's router's weight, [experts, inputs], or of a buffer of the router, [experts]."""
+    return f"base_model.model.{path}.router.router.{part}"
+
+
+def save_linear_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LinearAdapterConfig) -> None:
+    """Write the adapter to the new folder `folder`.
+
+    Raises:
+        UserError: the folder exists, a tensor is not finite, or the disk fails.
+    """
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"the adapter cannot be saved to {folder}: {name} is not finite")
+    value = {
+        "peft_type": PEFT_TYPE,  # PEFT itself refuses it, and does not apply half of the adapter
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "bias": "none",
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": list(config.target_modules),
+        "number_experts": list(config.experts_per_layer),
+        "top_k": config.top_k,
+        "hecate": {"format_version": _FORMAT_VERSION, "router": config.router, "router_aux_loss_coef": config.router_aux_loss_coef},
+    }
+    write_adapter_folder(folder, tensors, value)
+
+
+def load_linear_adapter(folder: Path) -> tuple[dict[str, Tensor], LinearAdapterConfig]:
+    """Read a folder that `save_linear_adapter` has written. Tensors are on the CPU.
+
+    Whether any is missing is checked against the model, in `hecate.adapters.linear_experts`.
+
+    Raises:
+        UserError: a file cannot be read, or a key is missing or wrong.
+    """
+    value = read_adapter_config(folder)
+    try:
+        config = _config_from_json(value)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+    return read_safetensors(folder / WEIGHTS), config
+
+
+def is_linear_adapter(folder: Path) -> bool:
+    """Return whether the folder's configuration is of this format. Raises UserError if there is none."""
+    value = read_adapter_config(folder)
+    return isinstance(value, dict) and value.get("peft_type") == PEFT_TYPE
+
+
+def _config_from_json(value: Any) -> LinearAdapterConfig:
+    ours = value.get("hecate")
+    if not isinstance(ours, dict) or ours.get("format_version") != _FORMAT_VERSION:
+        raise UserError(
+            f"hecate.format_version must be {_FORMAT_VERSION}\n  only adapters that hecate has written say all that is needed to read them"
+        )
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "base_model_name_or_path": str,
+        "r": int,
+        "lora_alpha": int,
+        "lora_dropout": (int, float),
+        "use_rslora": bool,
+        "top_k": int,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(value.get(name), kind):
+            raise UserError(f"{name} is missing or of another type: {str(value.get(name))[:100]}")
+    for name, item in (("target_modules", str), ("number_experts", int)):
+        if not isinstance(value.get(name), list) or not value[name] or not all(type(one) is item for one in value[name]):
+            raise UserError(f"{name} must be a list of {'names' if item is str else 'whole numbers, one a layer'}")
+    if not isinstance(ours.get("router"), str) or not isinstance(ours.get("router_aux_loss_coef"), int | float):
+        raise UserError("hecate.router and hecate.router_aux_loss_coef must be given")
+    if ours["router"] != ROUTER:
+        raise UserError(f"hecate.router is {ours['router'][:100]!r}; this version has {ROUTER}")
+    return LinearAdapterConfig(
+        base_model_name_or_path=value["base_model_name_or_path"],
+        r=value["r"],
+        alpha=value["lora_alpha"],
+        use_rslora=value["use_rslora"],
+        target_modules=tuple(value["target_modules"]),
+        experts_per_layer=tuple(value["number_experts"]),
+        top_k=value["top_k"],
+        dropout=float(value["lora_dropout"]),
+        router=ours["router"],
+        router_aux_loss_coef=float(ours["router_aux_loss_coef"]),
+    )

@@ -1,0 +1,89 @@
+"""The weighted sum of each token's low-rank pairs, in plain torch: what experts over a linear layer add to its output.
+
+Assignments are sorted by expert and computed in tiles of one expert. A layer keeps x and each assignment's A x for its backward pass.
+
+Shapes: T tokens, K assignments of a token, P assignments on this rank, S slots, r rank, I inputs and O outputs, m assignments of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
+from hecate.kernels.common.dropout import Dropout, RowDropout, ffn_dropout
+from hecate.kernels.common.low_rank import LowRankPairs
+
+_TILE_ROWS = 512
+"""the assignments of a tile: enough rows for GEMMs at full speed, and few enough for small temporaries"""
+
+
+def routed_pairs(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout | None = None) -> Tensor:
+    """Return y = sum_k w_k s B A dropout(x), [tokens, outputs], the pair being that of the assignment's expert.
+
+    It computes in x's dtype; gradients of the pairs have their own dtype. It is differentiable in x, weights and pairs. Zero where no
+    assignment of a token is computed on this rank.
+
+    Args:
+        dropout: the dropout of the pairs' inputs; `routed` must then have `token_T` and `expert_S`.
+    """
+    tiles, order_P = assignment_tiles(routed.slot_TK, _TILE_ROWS)
+    of_rows = ffn_dropout(dropout, routed, order_P)
+    rows = None if of_rows is None else of_rows.gate_up
+    scale = pairs.scale * (1.0 if rows is None else rows.scale)
+    return _RoutedPairs.apply(routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr, scale, tiles, rows)
+
+
+class _RoutedPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        weight_TK: Tensor,
+        a_SrI: Tensor,
+        b_SOr: Tensor,
+        scale: float,
+        tiles: list[Tile],
+        dropout: RowDropout | None,
+    ) -> Tensor:
+        a, b = a_SrI.to(x_TI.dtype), b_SOr.to(x_TI.dtype)
+        weight = weight_TK.detach().flatten().to(x_TI.dtype)
+        low_Pr = x_TI.new_empty((tiles[-1].span.stop if tiles else 0, a.shape[1]))
+        y_TO = x_TI.new_zeros((len(x_TI), b.shape[1]))
+        for tile in tiles:
+            low = torch.mm(_dropped(x_TI[tile.token], dropout, tile), a[tile.slot].T, out=low_Pr[tile.span])
+            y_TO.index_add_(0, tile.token, (low * (weight[tile.assignment, None] * scale)) @ b[tile.slot].T)
+        ctx.scale, ctx.tiles = scale, tiles
+        ctx.dropped_levels = None if dropout is None else dropout.dropped_levels
+        ctx.save_for_backward(x_TI, weight_TK, a_SrI, b_SOr, low_Pr, None if dropout is None else dropout.word_R)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TO,) = grads
+        x_TI, weight_TK, a_SrI, b_SOr, low_Pr, word_P = ctx.saved_tensors
+        dropout = None if word_P is None else RowDropout(word_P, ctx.dropped_levels)
+        a, b = a_SrI.to(x_TI.dtype), b_SOr.to(x_TI.dtype)
+        sums = torch.promote_types(x_TI.dtype, torch.float32)
+        weight = weight_TK.flatten().to(x_TI.dtype)
+        dweight = torch.zeros(weight.shape, dtype=sums, device=x_TI.device)
+        da_SrI, db_SOr = torch.zeros_like(a_SrI), torch.zeros_like(b_SOr)
+        dx_TI = torch.zeros_like(x_TI) if ctx.needs_input_grad[0] else None
+        for tile in ctx.tiles:
+            slot, low, w = tile.slot, low_Pr[tile.span], weight[tile.assignment, None]
+            dy = dy_TO[tile.token]
+            dlow = (dy @ b[slot]).mul_(ctx.scale)
+            dweight[tile.assignment] = (dlow * low).sum(1, dtype=sums)
+            dlow.mul_(w)
+            db_SOr[slot] += dy.T @ (low * (w * ctx.scale))
+            da_SrI[slot] += dlow.T @ _dropped(x_TI[tile.token], dropout, tile)
+            if dx_TI is not None:
+                dx_TI.index_add_(0, tile.token, _dropped(dlow @ a[slot], dropout, tile))
+        return dx_TI, dweight.view_as(weight_TK).to(weight_TK.dtype), da_SrI, db_SOr, None, None, None
+
+
+def _dropped(row_mI: Tensor, dropout: RowDropout | None, tile: Tile) -> Tensor:
+    """The rows of a tile after dropout, without its scale; a tensor that nothing else uses is overwritten."""
+    return row_mI if dropout is None else row_mI.mul_(dropout.of(tile.span).keep(row_mI.shape[1], row_mI.dtype))

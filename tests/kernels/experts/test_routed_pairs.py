@@ -1,0 +1,105 @@
+"""The low-rank pairs of experts over a linear layer, on every path, against the formula: output and every gradient, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from hecate.kernels.common.assignments import RoutedTokens
+from hecate.kernels.common.dropout import Dropout
+from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.experts import routed_pairs as torch_path
+from hecate.kernels.experts.reference import routed_pairs_reference
+from hecate.kernels.experts.routed_pairs import routed_pairs
+from hecate.kernels.experts.routed_pairs_triton import routed_pairs_triton
+from tests.kernels.conftest import INTERPRETED
+from tests.kernels.experts.cases import CASES, Case, Inputs, Results
+from tests.kernels.grouping import poisoned
+from tests.kernels.mixlora.cases import compare
+
+__all__ = ["poisoned"]
+
+OWN_CASES = {
+    **{name: case for name, case in CASES.items() if not name.startswith("gelu")},
+    "dropout": Case(dropout=0.3),
+    "dropout, assignments elsewhere": Case(dropout=0.5, elsewhere=0.4, k=3, rank=5),
+    "dropout, no tokens": Case(dropout=0.5, tokens=0),
+    "narrower than wide": Case(hidden=40, ffn=8, rank=8, slots=3, elsewhere=0.2),
+}
+"""from `hidden` inputs to `ffn` outputs"""
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="these inputs are on the CPU")
+
+
+def pairs_of(function: Any, case: Case, compute_in: torch.dtype | None = None) -> Results:
+    given = Inputs(case, compute_in)
+    a = given.named["A"] = given.normal(case.slots, case.rank, case.hidden, dtype=given.master)
+    b = given.named["B"] = given.normal(case.slots, case.ffn, case.rank, dtype=given.master)
+    token, expert = torch.randperm(case.tokens, generator=given.random) + 1000, torch.arange(case.slots) * 3 + 1
+    dropout = Dropout(case.dropout, key=77) if case.dropout else None
+    return given.results(function(given.routed(token, expert), LowRankPairs(a, b, 0.7), dropout=dropout))
+
+
+@pytest.mark.parametrize("name", OWN_CASES)
+def test_float64_on_the_cpu(name: str) -> None:
+    compare(pairs_of(routed_pairs, OWN_CASES[name]), pairs_of(routed_pairs_reference, OWN_CASES[name]), 1e-12)
+
+
+def test_tiles_smaller_than_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_path, "_TILE_ROWS", 7)
+    for case in (Case(tokens=75), Case(tokens=75, elsewhere=0.3, dropout=0.3)):
+        compare(pairs_of(routed_pairs, case), pairs_of(routed_pairs_reference, case), 1e-12)
+
+
+def test_the_formula_by_finite_differences() -> None:
+    given = Inputs(Case(tokens=3, hidden=2, ffn=3, slots=2, elsewhere=0.2), None)
+
+    def of(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return routed_pairs(RoutedTokens(x, given.slot, weight), LowRankPairs(a, b, 0.7))
+
+    assert torch.autograd.gradcheck(of, (given.named["x"], given.named["weight"], given.normal(2, 1, 2), given.normal(2, 3, 1)))
+
+
+def test_an_input_that_needs_no_gradient_gets_none() -> None:
+    """The first layer's linears read embeddings, which are frozen."""
+    given = Inputs(Case(), None)
+    pairs = LowRankPairs(given.normal(4, 3, 6), given.normal(4, 10, 3), 0.7)
+    routed = RoutedTokens(given.named["x"].detach(), given.slot, given.named["weight"])
+    routed_pairs(routed, pairs).sum().backward()
+    assert pairs.a_SrI.grad is not None
+    assert pairs.b_SOr.grad is not None
+
+
+@pytest.mark.parametrize("function", [routed_pairs, pytest.param(routed_pairs_triton, marks=interpreted)], ids=["torch", "triton"])
+def test_half_precision_with_float32_masters(function: Any) -> None:
+    case = Case(dtype=torch.bfloat16, master_dtype=torch.float32, tokens=75, elsewhere=0.3)
+    got = pairs_of(function, case)
+    assert got["y"].dtype == got["d x"].dtype == torch.bfloat16
+    assert {gradient.dtype for name, gradient in got.items() if name not in ("y", "d x")} == {torch.float32}
+    compare(got, pairs_of(routed_pairs_reference, case, torch.float64), 8 * 2**-9)
+
+
+@interpreted
+@pytest.mark.parametrize("name", OWN_CASES)
+def test_float32_on_grouped_kernels(name: str, poisoned: None) -> None:
+    case = dataclasses.replace(OWN_CASES[name], dtype=torch.float32)
+    compare(pairs_of(routed_pairs_triton, case), pairs_of(routed_pairs_reference, case, torch.float64), 1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("rank", [1, 8, 64])
+def test_ranks_on_grouped_kernels(rank: int, poisoned: None) -> None:
+    case = Case(rank=rank, tokens=9, spread=0.5, dtype=torch.float32)
+    compare(pairs_of(routed_pairs_triton, case), pairs_of(routed_pairs_reference, case, torch.float64), 1e-6)
+
+
+@interpreted
+def test_no_slots_on_grouped_kernels() -> None:
+    routed = RoutedTokens(torch.randn(5, 6).requires_grad_(), torch.full((5, 2), -1), torch.ones(5, 2), torch.arange(5), torch.arange(0))
+    pairs = LowRankPairs(torch.zeros(0, 3, 6, requires_grad=True), torch.zeros(0, 4, 3), 1.0)
+    y = routed_pairs_triton(routed, pairs, dropout=Dropout(0.5, key=1))
+    assert torch.equal(y, torch.zeros(5, 4))
+    y.sum().backward()
+    assert pairs.a_SrI.grad is not None
