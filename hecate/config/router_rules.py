@@ -17,7 +17,7 @@ def check_router(values: Mapping[str, Any], add: Add) -> None:
     }
     kind = KINDS.get(values.get("moe.family", ""))
     if kind is not None and not _takes_choices(kind):
-        families = " or ".join(kind.name for kind in KINDS.values() if _takes_choices(kind))
+        families = " or ".join(kind.name for kind in KINDS.values() if _takes_choices(kind) and not kind.over_linears)
         for key in changed:
             add(key, f"applies to moe.family={families} only, but the family is {kind.name}", "leave it out")
         return

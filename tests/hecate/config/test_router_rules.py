@@ -30,6 +30,7 @@ REFUSED = [
     (["moe.router.weights=renormalized"], "moe.router.weights: must be one of .*did you mean renormalised"),
     (["moe.router.colour=red"], "moe.router.colour: unknown key"),
     (["moe.router=softmax"], "moe.router: is a section and must hold keys.*its keys are .*score"),
+    (["moe.unit=linear", "moe.router.score=sigmoid"], "moe.router.score: does not apply to moe.unit=linear yet"),
     (["moe.router_type=softmax"], "moe.router_type: unknown key"),
 ]
 

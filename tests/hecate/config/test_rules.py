@@ -64,6 +64,10 @@ def test_keys_that_are_absent_have_their_problem_elsewhere() -> None:
             ("lora.gradient_rule", "is about low-rank pairs, which experts of moe.family=full do not have, got row_norm", "leave it out"),
         ),
         (
+            {"moe.family": "mixlora", "moe.unit": "linear", "lora.pairs": "fixed_a"},
+            ("lora.pairs", "does not apply to moe.unit=linear yet, got fixed_a", "leave it out"),
+        ),
+        (
             {"lora.gradient_rule": "row_norm", "lora.eta": 2.0, "lora.dropout": 0.05},
             ("lora.dropout", "must be 0 with lora.gradient_rule=row_norm, got 0.05", "set lora.dropout=0"),
         ),
