@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from hecate.data.batches import Batch
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
-from hecate.parallel.units import Unit
 from hecate.train.step import forward_loss, pass_tokens
 from hecate.train.training import Training
 from testing.ranks import run_ranks
@@ -45,10 +44,10 @@ def measured(run: Training) -> dict[str, int]:
     others: list[nn.Parameter] = [*run.parts.moe.replicated_parameters().values(), *parts.values()]
     found: dict[str, int] = {}
 
-    def watched(norm: float, most: float | None, loads: dict[Unit, np.ndarray]) -> bool:
+    def watched(*given: Any) -> bool:
         gradients = [parameter.grad for parameter in [*optimizer.owned.values(), *others] if parameter.grad is not None]
         found["gradients"] = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
-        return step(norm, most, loads)
+        return step(*given)
 
     optimizer.step = watched  # type: ignore[method-assign]
     run.train_one()

@@ -17,7 +17,6 @@ from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import Mesh, make_mesh
-from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.train.evaluate import evaluate
 from hecate.train.training import Training
@@ -58,7 +57,7 @@ def _watch_gradients(run: Training) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     optimizer, step = run.parts.optimizer, run.parts.optimizer.step
 
-    def watched(norm: float, most: float | None, loads: dict[Unit, np.ndarray]) -> bool:
+    def watched(*given: Any) -> bool:
         if not found:
             named = {**optimizer.owned, **optimizer.replicated}
             found.update({name: _numpy(parameter.grad) for name, parameter in named.items() if parameter.grad is not None})
@@ -66,7 +65,7 @@ def _watch_gradients(run: Training) -> dict[str, np.ndarray]:
                 assert optimizer.parts is not None
                 assert parameter.grad is not None
                 found[name] = _numpy(optimizer.parts.whole(name, parameter.grad))
-        return step(norm, most, loads)
+        return step(*given)
 
     optimizer.step = watched  # type: ignore[method-assign]
     return found
