@@ -86,6 +86,9 @@ FAST: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
     "linear triton": (of_linear(lora_linear_triton), torch.float32),
 }
 every = pytest.mark.parametrize("name", FAST)
+interpreted_are_slow = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "triton" in name else ()) for name in FAST]
+)
 
 
 def plain(name: str) -> Callable[..., Tensor]:
@@ -159,7 +162,7 @@ def test_nothing_but_the_gradients_of_pairs_changes(name: str) -> None:
     assert not torch.equal(with_rule["d down_proj.A"], without["d down_proj.A"])  # type: ignore[arg-type]
 
 
-@every
+@interpreted_are_slow
 def test_where_b_is_zero_its_gradient_is_eta_times_that_of_plain_lora(name: str) -> None:
     function, dtype = FAST[name]
     with_rule, without = (results(function, Layer(pairs_of(0.0), eta), dtype) for eta in (2.0, None))
@@ -169,7 +172,7 @@ def test_where_b_is_zero_its_gradient_is_eta_times_that_of_plain_lora(name: str)
     assert float(with_rule["d down_proj.B"].abs().max()) > 0  # type: ignore[union-attr]
 
 
-@every
+@interpreted_are_slow
 def test_a_large_eta_and_rows_of_length_one_are_plain_lora(name: str) -> None:
     """Rows of A are orthonormal and rows of B have length one, so rows of B A have it, too."""
     function, dtype = FAST[name]
@@ -178,7 +181,7 @@ def test_a_large_eta_and_rows_of_length_one_are_plain_lora(name: str) -> None:
     close(with_rule, {key: value if value is None else value.double() for key, value in without.items()}, 1e-6)
 
 
-@every
+@interpreted_are_slow
 @pytest.mark.parametrize("eta", [None, 1.5])
 def test_where_a_does_not_train_all_else_is_the_same_to_the_bit(name: str, eta: float | None) -> None:
     function, dtype = FAST[name]
