@@ -106,7 +106,10 @@ class RunShape:
             return 0
         layers = zip(self.base.layers, config.moe.experts_per_layer(len(self.base.layers)), strict=True)
         units = [sizes for layer, number in layers if number for sizes in _unit_sizes(layer, config)]
-        of_experts = sum(spec.numel for sizes in units for spec in _pair_sizes(sizes, config).seeded)
+        found = [_pair_sizes(sizes, config) for sizes in units]
+        of_model = {spec for pairs in found if pairs.seeded_of_model for spec in pairs.seeded}
+        of_units = [spec for pairs in found if not pairs.seeded_of_model for spec in pairs.seeded]
+        of_experts = sum(spec.numel for spec in (*of_model, *of_units))
         return of_experts + (0 if config.lora.shape.trains_a else sum(a for a, _ in self.adapters))
 
     @property
