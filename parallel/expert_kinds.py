@@ -107,6 +107,9 @@ class PairSizes:
     """whether all units of a model share the seeded tensors that have the same name and shape"""
     spared_flops: float = 0.0
     """backward FLOPs of one assignment in gradients that plain pairs have and these have not"""
+    made: int = 0
+    """numbers of A and B that are made for each replica from what is trained, and kept from the unit's forward to its backward pass; 0: A
+    and B are parts of the replica, or seeded"""
 
     @property
     def trained_numel(self) -> int:
@@ -144,7 +147,7 @@ def nola_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) ->
             TensorSpec(f"{name}.U", (lora.bases, *a.shape)),
             TensorSpec(f"{name}.V", (lora.bases, *b.shape)),
         ]
-    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True)
+    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, made=whole.trained_numel)
 
 
 PAIR_SIZES: dict[str, Callable[[UnitSizes, Iterable[str], LoraShape], PairSizes]] = {

@@ -127,6 +127,17 @@ def test_of_drawn_matrices_all_layers_have_the_same(tmp_path: Path) -> None:
     assert (parts["routers, adapters, moments"] == 3 * (2 * 4 * 16 + 3 * 2 * (16 + 16)) * 4).all()
     (group,) = run.groups
     assert (group.cost.assignment_flops, group.cost.assignment_backward) == (480, 3)
+    assert parts["replicas"][0].tolist() == [4 * 96, 5 * 96]
+    made = {flags: made_bytes(tmp_path, *sizes, *flags) for flags in ((), ("fssdp.rematerialize=true",), ("gradient_checkpointing=true",))}
+    assert list(made.values()) == [[4 * 960, 5 * 960], [4 * 960, 6 * 960], [2 * 960, 2.5 * 960]]
+
+
+def made_bytes(folder: Path, *overrides: str) -> list[float]:
+    """Of the pairs that each of two ranks makes of its two experts in each of two layers, and rank 1 of another's, too."""
+    run = shape_of(folder, "lora.pairs=nola", *overrides)
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.array([0.0, 1.0])], np.array([16.0, 16.0]))}
+    found: list[float] = parts["pairs made of replicas"][0].tolist()
+    return found
 
 
 def test_gradients_of_all_layers_add_up_over_micro_steps(tmp_path: Path) -> None:
