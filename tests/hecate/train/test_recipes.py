@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hecate.checkpoint.manifest import read_manifest
 from hecate.config import Config, load_config
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.expert_kinds import LoraShape
@@ -69,7 +70,9 @@ def test_a_recipe_trains_resumes_and_leaves_an_ordinary_adapter(workshop: Path, 
     assert not torch.equal(adapter[tensor.format(0, "B")], adapter[tensor.format(2, "B")])
     description = json.loads((folder / "adapter_config.json").read_text())
     assert description["lora_alpha"] / description["r"] == SYSTEMS[name].scale
-    assert ("drawn" in description["hecate"]["extra"]) == (name != "allora")
+    drawn = read_manifest(workshop / "runs" / name / "checkpoint-4").meta["drawn"]
+    assert bool(drawn) == (name != "allora")
+    assert description["hecate"]["extra"].get("drawn", "") == drawn
     assert isinstance(answer(folder, "w1x1", system=None, model=None, max_new_tokens=4), str)
 
     again = workshop / "runs" / f"{name}-again"
