@@ -103,10 +103,10 @@ class PairSizes:
     """forward FLOPs of one assignment in the products with the pairs, however few numbers of them are trained"""
     seeded: tuple[TensorSpec, ...] = ()
     """what every rank draws from names, once for all experts of a unit: it is not owned, never travels, and is never stored"""
-    seeded_of_model: bool = False
-    """whether all units of a model share the seeded tensors that have the same name and shape"""
     spared_flops: float = 0.0
     """backward FLOPs of one assignment in gradients that plain pairs have and these have not"""
+    seeded_of_model: bool = False
+    """whether all units of a model share the seeded tensors that have the same name and shape"""
     made: int = 0
     """numbers of A and B that are made for each replica from what is trained, and kept from the unit's forward to its backward pass; 0: A
     and B are parts of the replica, or seeded"""

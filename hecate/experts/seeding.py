@@ -46,7 +46,7 @@ def digest_of(drawn: Iterable[Tensor]) -> str:
     """32 hexadecimal digits of tensors' values in float32 and of their order, wherever they are: the same on every rank that drew them."""
     hashed = hashlib.blake2b(digest_size=16)
     for tensor in drawn:
-        hashed.update(tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy())
+        hashed.update(tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().data)
     return hashed.hexdigest()
 
 
