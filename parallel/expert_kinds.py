@@ -60,6 +60,9 @@ class LinearSizes:
 UnitSizes = FfnSizes | LinearSizes
 
 
+DEFAULT_BASES = 256
+
+
 @dataclass(frozen=True)
 class LoraShape:
     """Hyper-parameters of low-rank pairs. A pair source with numbers of its own has them here."""
@@ -72,6 +75,8 @@ class LoraShape:
     """one of `PAIR_SIZES`"""
     eta: float | None = None
     """of the gradient rule row_norm (`hecate.kernels.common.low_rank.row_factors`); None: there is no rule"""
+    bases: int = DEFAULT_BASES
+    """of the source nola: drawn matrices whose sum is A, and as many whose sum is B"""
 
     @property
     def widest(self) -> int:
@@ -100,6 +105,11 @@ class PairSizes:
     """what every rank draws from names, once for all experts of a unit: it is not owned, never travels, and is never stored"""
     spared_flops: float = 0.0
     """backward FLOPs of one assignment in gradients that plain pairs have and these have not"""
+    seeded_of_model: bool = False
+    """whether all units of a model share the seeded tensors that have the same name and shape"""
+    made: int = 0
+    """numbers of A and B that are made for each replica from what is trained, and kept from the unit's forward to its backward pass; 0: A
+    and B are parts of the replica, or seeded"""
 
     @property
     def trained_numel(self) -> int:
@@ -126,7 +136,25 @@ def fixed_a_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape)
     return PairSizes(trained, whole.flops, seeded, 2.0 * sum(spec.numel for spec in seeded))
 
 
-PAIR_SIZES: dict[str, Callable[[UnitSizes, Iterable[str], LoraShape], PairSizes]] = {"plain": plain_pairs, "fixed_a": fixed_a_pairs}
+def nola_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
+    """Of pairs that are sums of drawn matrices (NOLA, arXiv 2310.02556): the coefficients of A and those of B are trained."""
+    whole, trained, seeded = plain_pairs(sizes, projections, lora), [], []
+    for a, b in zip(whole.trained[::2], whole.trained[1::2], strict=True):
+        name = a.name.removesuffix(".A")
+        trained += [TensorSpec(f"{name}.a", (lora.bases,)), TensorSpec(f"{name}.b", (lora.bases,))]
+        seeded += [
+            TensorSpec(f"{name}.A0", a.shape),
+            TensorSpec(f"{name}.U", (lora.bases, *a.shape)),
+            TensorSpec(f"{name}.V", (lora.bases, *b.shape)),
+        ]
+    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, made=whole.trained_numel)
+
+
+PAIR_SIZES: dict[str, Callable[[UnitSizes, Iterable[str], LoraShape], PairSizes]] = {
+    "plain": plain_pairs,
+    "fixed_a": fixed_a_pairs,
+    "nola": nola_pairs,
+}
 """by the name of the pair source; what computes with it is in `hecate.experts.families.PAIR_SOURCES`"""
 
 

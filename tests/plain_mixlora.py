@@ -81,8 +81,15 @@ class PlainMixlora(nn.Module):
         return prob, weight / weight.sum(-1, keepdim=True), expert_TK
 
     def _linear(self, expert: Any, name: str, x: Tensor) -> Tensor:
-        a = self.fixed[f"{name}.A"] if self.fixed else expert[f"{name}_A"]
-        return getattr(self.mlp, name)(x) + self.scale * self.of(x, a, expert[f"{name}_B"])
+        a, b = self._pair(expert, name)
+        return getattr(self.mlp, name)(x) + self.scale * self.of(x, a, b)
+
+    def _pair(self, expert: Any, name: str) -> tuple[Tensor, Tensor]:
+        if f"{name}.U" in self.fixed:  # NOLA: an expert has the coefficients of fixed matrices
+            fixed, bases = self.fixed, len(self.fixed[f"{name}.U"])
+            a = fixed[f"{name}.A0"] + sum(expert[f"{name}_a"][k] * fixed[f"{name}.U"][k] for k in range(bases)) / math.sqrt(bases)
+            return a, sum(expert[f"{name}_b"][k] * fixed[f"{name}.V"][k] for k in range(bases)) / math.sqrt(bases)
+        return self.fixed[f"{name}.A"] if self.fixed else expert[f"{name}_A"], expert[f"{name}_B"]
 
 
 def plain_aux(layers: Sequence[Any]) -> Tensor:

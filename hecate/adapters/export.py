@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hecate.adapters import AdapterConfig, attention_tensor_name, expert_tensor_name, router_tensor_name, save_adapter
 from hecate.adapters.names import router_buffer_name
+from hecate.adapters.peft_moe import PeftMoeConfig
 from hecate.config import Config
 from hecate.experts.router import Router
 from hecate.model.base import BaseModel
@@ -55,6 +57,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
 
 def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, ranks: Ranks) -> None:
     """Gather all experts on rank 0, one layer at a time, and write the adapter there. Every rank must call it."""
+    description = with_drawn_digest(description, moe)
     tensors: dict[str, Tensor] = {}
     for unit in sorted(moe.layers):
         chunks = gather_on_first(moe, unit, ranks)
@@ -76,6 +79,15 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
             tensors[attention_tensor_name(layer, name, "A")] = lora_linear.lora_A.detach()
             tensors[attention_tensor_name(layer, name, "B")] = lora_linear.lora_B.detach()
         save_adapter(folder, tensors, description)
+
+
+Description = TypeVar("Description", AdapterConfig, PeftMoeConfig)
+
+
+def with_drawn_digest(description: Description, moe: MoeModel) -> Description:
+    """An adapter's description with the digest of what its pairs' A and B were made of; as it is, if nothing was drawn for them."""
+    drawn = moe.drawn_digest
+    return replace(description, extra={**description.extra, "drawn": drawn}) if drawn else description
 
 
 def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hecate.adapters.config import CONFIG
-from hecate.adapters.export import gather_on_first
+from hecate.adapters.export import gather_on_first, with_drawn_digest
 from hecate.adapters.folder import WEIGHTS, read_adapter_config, read_safetensors
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, peft_config_from_json, save_peft_adapter
 from hecate.config import Config, RouterConfig
@@ -70,6 +70,7 @@ def export_by_source(
                 of_source[name_b] = lora.b_SOr[expert].detach().cpu().contiguous()
     if ranks.is_first:
         folder.mkdir(parents=True)
+        description = with_drawn_digest(description, moe)
         for source, of_source in zip(sources, tensors, strict=True):
             save_peft_adapter(folder / source, of_source, description)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hecate.adapters.export import gather_on_first
+from hecate.adapters.export import gather_on_first, with_drawn_digest
 from hecate.adapters.peft_moe import (
     PeftMoeConfig,
     expert_a,
@@ -77,7 +77,7 @@ def export_peft_adapter(folder: Path, description: PeftMoeConfig, base: BaseMode
     for key, lora in moe.attention.items():
         name_a, name_b = linear_names(_linear_path(base, key))
         tensors[name_a], tensors[name_b] = lora.lora_A.detach(), lora.lora_B.detach()
-    save_peft_adapter(folder, tensors, description)
+    save_peft_adapter(folder, tensors, with_drawn_digest(description, moe))
 
 
 def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], where: Path) -> None:

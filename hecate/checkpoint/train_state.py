@@ -42,6 +42,8 @@ class TrainedParts:
     stream: TrainStream
     base_digest: str = ""
     """of the base model (`BaseModel.digest`); empty: not known"""
+    drawn_digest: str = ""
+    """of what low-rank pairs draw from names (`MoeModel.drawn_digest`); empty: nothing"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ def save_state(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
     if not ranks.is_first:
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
     owners = {str(unit): owner_E.tolist() for unit, owner_E in engine.shards.owners.items()}
-    meta = {"config": to_yaml(config), "owners": owners, "base_model": parts.base_digest, **state.to_json()}
+    meta = {"config": to_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
 
     def write() -> None:
         if engine.shards.in_first_group:
@@ -225,7 +227,7 @@ def adopt_owners(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
     optimizer.replace_owned(owned_parameters(engine), {})
 
 
-def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base_digest: str) -> None:
+def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base_digest: str, drawn_digest: str = "") -> None:
     """Refuse to continue a run whose computation the configuration would change.
 
     The base model is compared by its digest, so that its folder may have been moved. A checkpoint of an early version has no digest; its
@@ -233,9 +235,10 @@ def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base
 
     Args:
         base_digest: of the base model that was loaded; empty: not known.
+        drawn_digest: of what low-rank pairs have drawn from names. A checkpoint of an early version does not say what its run drew.
 
     Raises:
-        UserError: it names the keys.
+        UserError: it names the keys, or says that other numbers are drawn from the same seed.
     """
     then, known = yaml.safe_load(meta["config"]), bool(base_digest and meta.get("base_model"))
     if known and meta["base_model"] != base_digest:
@@ -248,11 +251,16 @@ def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base
             f"{folder}: belongs to a run with another configuration; resume continues the same training.\n"
             + "\n".join(f"  {change.key}: {change.then!r} then, {change.now!r} now" for change in changes[:6])
         )
+    if meta.get("drawn") and meta["drawn"] != drawn_digest:
+        raise UserError(
+            f"{folder}: for lora.pairs={config.lora.pairs} its run drew other matrices from seed {config.seed} than are drawn here\n"
+            "  what it trained goes with those alone; resume with the version of torch that it ran with, or start a new run"
+        )
 
 
 def _read_own_tensors(folder: Path, manifest: Manifest, config: Config, parts: TrainedParts) -> dict[str, Tensor]:
     """The tensors that this rank needs of a checkpoint. The owners of the checkpoint are adopted on the way, on every rank alike."""
-    refuse_other_run(folder, manifest.meta, config, parts.base_digest)
+    refuse_other_run(folder, manifest.meta, config, parts.base_digest, parts.drawn_digest)
     engine, optimizer = parts.engine, parts.optimizer
     owners = {parse_unit(text): np.array(owner_E) for text, owner_E in manifest.meta["owners"].items()}
     if manifest.world_size != engine.shards.world_size:

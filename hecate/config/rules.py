@@ -36,6 +36,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     _check_experts(values, add)
     _check_kind(values, add)
     _check_gradient_rule(values, add)
+    _check_nola(values, add)
     check_router(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
@@ -173,6 +174,20 @@ def _check_gradient_rule(values: Mapping[str, Any], add: Add) -> None:
         add("lora.dropout", f"must be 0 with lora.gradient_rule=row_norm, got {values['lora.dropout']}", "set lora.dropout=0")
     if values.get("kernels") == "triton" and values.get("lora.r", 0) > 128:
         add("kernels", f"triton takes LoRA ranks up to 128 with lora.gradient_rule=row_norm, but lora.r is {values['lora.r']}", "use auto")
+
+
+def _check_nola(values: Mapping[str, Any], add: Add) -> None:
+    key, pairs = "lora.nola.bases", values.get("lora.pairs")
+    if pairs is not None and pairs != "nola" and key in values and values[key] != LEAVES[key].default:
+        add(key, f"is read with lora.pairs=nola only, got {values[key]}", "leave it out, or set lora.pairs=nola")
+    if pairs != "nola":
+        return
+    if values.get("lora.gradient_rule") == "row_norm":
+        what = "row_norm is about rows of A and B that train by themselves, but with lora.pairs=nola all rows share their coefficients"
+        add("lora.gradient_rule", what, "leave it out, or use lora.pairs=plain")
+    if values.get("lora.init_from") is not None:
+        what = "cannot be given with lora.pairs=nola: A and B of an adapter do not say by which coefficients they were made"
+        add("lora.init_from", what, "leave it out, or use lora.pairs=plain, which trains the adapter's own A and B on")
 
 
 def _or_default(values: Mapping[str, Any], key: str, default: Any) -> Any:

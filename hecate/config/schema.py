@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range
 from hecate.errors import UserError
-from hecate.parallel.expert_kinds import ExpertKind, Family, LoraShape, kind_of
+from hecate.parallel.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, kind_of
 
 
 def key(allowed: Range | None = None, *, computes: bool = True, family: Family | None = None) -> dict[str, Any]:
@@ -91,6 +91,14 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NolaConfig:
+    """With lora.pairs nola: how A and B are made."""
+
+    bases: int = field(default=DEFAULT_BASES, metadata=key(COUNT))
+    """How many drawn matrices A is the sum of, and how many B. Each has a trained coefficient in every expert and projection."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     r: int = field(default=16, metadata=key(COUNT))
     """The LoRA rank of every adapter, in experts and in attention."""
@@ -98,9 +106,11 @@ class LoraConfig:
     """The adapter's output is scaled by alpha / r. null: 32, or with gradient_rule row_norm, which allows no other, no scaling."""
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
-    pairs: Literal["plain", "fixed_a"] = "plain"
+    pairs: Literal["plain", "fixed_a", "nola"] = "plain"
     """What of a pair is trained; see docs/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
-    all experts of a layer; the attention's adapters, too."""
+    all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same for all
+    experts of the model, whose sums are A and B; the attention's adapters stay plain."""
+    nola: NolaConfig = field(default_factory=NolaConfig)
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
     gradient_rule: Literal["none", "row_norm"] = "none"
@@ -119,7 +129,7 @@ class LoraConfig:
     def shape(self) -> LoraShape:
         """What pair sources and adapters are made by."""
         scale = self.stored_alpha / (self.r**0.5 if self.use_rslora else self.r)
-        return LoraShape(self.r, scale, self.dropout, self.pairs, self.eta)
+        return LoraShape(self.r, scale, self.dropout, self.pairs, self.eta, self.nola.bases)
 
     @property
     def stored_alpha(self) -> int:

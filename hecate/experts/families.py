@@ -11,6 +11,7 @@ from hecate.experts.given_router import GivenRouter
 from hecate.experts.linear import LinearExperts
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
+from hecate.experts.nola import Nola
 from hecate.experts.pairs import PairSource, PlainPairs
 from hecate.experts.router import MakeRouter, TopKRouter
 from hecate.parallel.expert_kinds import ExpertKind, KindName, LoraShape
@@ -49,7 +50,11 @@ def _plain(site: Site, lora: LoraShape, projections: tuple[str, ...]) -> PairSou
     return PlainPairs(lora, projections, site.sizes)
 
 
-PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]] = {"plain": _plain, "fixed_a": FixedA}
+PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]] = {
+    "plain": _plain,
+    "fixed_a": FixedA,
+    "nola": Nola,
+}
 """by the name that `lora.pairs` gives; what each trains is in `hecate.parallel.expert_kinds.PAIR_SIZES`"""
 
 

@@ -79,6 +79,11 @@ class ExpertFamily(Protocol):
         """Where its pairs come from: adapters are written and read through it. Only for a family that has pairs."""
         ...
 
+    @property
+    def drawn_digest(self) -> str:
+        """See `PairSource.drawn_digest`; empty for a family without pairs."""
+        ...
+
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         """The weighted sum of each token's experts that are in the slots, [T, D]; differentiable in chunks, tokens and weights.
 
@@ -161,6 +166,10 @@ class UnitExperts(ABC):
     def pair_source(self) -> PairSource:
         assert self._pairs is not None, f"experts of kind {self.kind.name} have no pairs"
         return self._pairs
+
+    @property
+    def drawn_digest(self) -> str:
+        return "" if self._pairs is None else self._pairs.drawn_digest
 
     @property
     def replica_dtype(self) -> torch.dtype:

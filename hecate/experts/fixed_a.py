@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hecate.experts.family import Site
-from hecate.experts.seeding import generator, linear_weight, require_drawn
+from hecate.experts.seeding import digest_of, generator, linear_weight, require_drawn
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.expert_kinds import LoraShape, fixed_a_pairs
 
@@ -30,6 +30,10 @@ class FixedA:
         for name, spec in zip(self.projections, self.sizes.seeded, strict=True):
             drawn = linear_weight(spec.shape[0], spec.shape[1], generator(site.seed, "fixed A", str(site.unit), name))
             self._a_rI[name] = drawn.to(device=site.device, dtype=site.master_dtype)
+
+    @property
+    def drawn_digest(self) -> str:
+        return digest_of(self._a_rI.values())
 
     def initial(self, *key: int | str) -> Tensor:
         """B zero, so that an expert begins as the base."""

@@ -28,6 +28,11 @@ class PairSource(Protocol):
     sizes: PairSizes
     """what of an expert's pairs is trained, and what the products with them cost"""
 
+    @property
+    def drawn_digest(self) -> str:
+        """Of what is drawn from names (`digest_of`), by which a run notices that it would go on with other numbers; empty: nothing is."""
+        ...
+
     def initial(self, *key: int | str) -> Tensor:
         """float64 [C]: the pairs' part of an expert's initial chunk. `key` names the expert, as (seed, "expert", unit, expert)."""
         ...
@@ -47,6 +52,8 @@ class PairSource(Protocol):
 
 class PlainPairs:
     """Plain LoRA (a `PairSource`): A and B of each projection are trained. A chunk holds them by projection, A before B."""
+
+    drawn_digest = ""
 
     def __init__(self, lora: LoraShape, projections: tuple[str, ...], sizes: UnitSizes) -> None:
         assert projections, "an expert needs an adapter on at least one projection"

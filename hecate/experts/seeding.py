@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -39,6 +40,22 @@ def require_drawn(given_rI: Tensor, drawn_rI: Tensor, what: str) -> None:
             f"lora.pairs: fixed_a: the adapter's A of {what} is not the one that the configured seed draws, and only B would be trained\n"
             "  give the seed of the run that trained the adapter, or lora.pairs=plain, which trains the adapter's own A on"
         )
+
+
+def digest_of(drawn: Iterable[Tensor]) -> str:
+    """32 hexadecimal digits of tensors' values in float32 and of their order, wherever they are: the same on every rank that drew them."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for tensor in drawn:
+        hashed.update(tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().data)
+    return hashed.hexdigest()
+
+
+def combined_digest(digests: Iterable[str]) -> str:
+    """One digest of several, each counted once and empty ones left out; empty: there is none."""
+    distinct = [digest for digest in dict.fromkeys(digests) if digest]
+    if len(distinct) < 2:
+        return "".join(distinct)
+    return hashlib.blake2b("".join(distinct).encode(), digest_size=16).hexdigest()
 
 
 def _number(*name: int | str) -> int:

@@ -67,6 +67,7 @@ def memory_parts(
     frozen = np.zeros(world)
     for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
         frozen += (owned_experts(group, run) + others_D) * group.cost.frozen_bytes
+    made = _made_bytes(run, others_GD)
     replicated = np.full(world, float((run.replicated_parameters + run.parts_parameters) * run.master_bytes))
     seeded = np.full(world, float(run.seeded_parameters * run.master_bytes))
     base = _base_bytes(run)
@@ -79,10 +80,29 @@ def memory_parts(
         MemoryPart("routers, adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
         *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
         MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
+        *([MemoryPart("pairs made of replicas", np.stack([made, made, nothing]))] if made.any() else []),
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + replicated])),
         MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, served_tokens_D), nothing])),
         *_beside_tensors(run, others_GD if frozen_GD is None else frozen_GD),
     ]
+
+
+def _made_bytes(run: RunShape, others_GD: list[np.ndarray]) -> np.ndarray:
+    """Return the bytes of pairs that are made of replicas, float64 [ranks]: of all layers, or with checkpointing of the largest one.
+
+    Replicas may be freed before the backward pass, but not what was made of them.
+
+    Args:
+        others_GD: see `memory_parts`.
+    """
+    rematerialize, world = run.config.fssdp.rematerialize, run.topology.world_size
+    all_layers, largest = np.zeros(world), np.zeros(world)
+    for group, others_D in zip(run.groups, others_GD, strict=True):
+        slots_D = owned_experts(group, run) + others_D * (group.number if rematerialize else 1)
+        bytes_D = slots_D * group.made * run.master_bytes
+        all_layers += bytes_D
+        largest = np.maximum(largest, bytes_D / group.number * group.per_layer)
+    return largest if run.config.gradient_checkpointing else all_layers
 
 
 def _beside_tensors(run: RunShape, others_GD: list[np.ndarray]) -> list[MemoryPart]:

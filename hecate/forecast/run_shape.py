@@ -43,6 +43,8 @@ class ExpertLayers:
     """of these units in each decoder layer that has any"""
     stack: int = 0
     """groups of the same decoder layers have the same number"""
+    made: int = 0
+    """see `PairSizes.made`"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,10 @@ class RunShape:
             return 0
         layers = zip(self.base.layers, config.moe.experts_per_layer(len(self.base.layers)), strict=True)
         units = [sizes for layer, number in layers if number for sizes in _unit_sizes(layer, config)]
-        of_experts = sum(spec.numel for sizes in units for spec in _pair_sizes(sizes, config).seeded)
+        found = [_pair_sizes(sizes, config) for sizes in units]
+        of_model = {spec for pairs in found if pairs.seeded_of_model for spec in pairs.seeded}
+        of_units = [spec for pairs in found if not pairs.seeded_of_model for spec in pairs.seeded]
+        of_experts = sum(spec.numel for spec in (*of_model, *of_units))
         return of_experts + (0 if config.lora.shape.trains_a else sum(a for a, _ in self.adapters))
 
     @property
@@ -194,8 +199,9 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
     )
 
 
-def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> list[tuple[int, LayerCost]]:
-    """Return the inputs and the cost of each unit of a layer, with which the engine plans (`hecate.experts.family.ExpertFamily.cost`).
+def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> list[tuple[int, LayerCost, int]]:
+    """Return the inputs of each unit of a layer, the cost with which the engine plans (`hecate.experts.family.ExpertFamily.cost`), and how
+    many numbers of pairs are made for each replica (`PairSizes.made`).
 
     Raises:
         UserError: units are linears, and one of lora.target_modules is none of the layer's.
@@ -217,7 +223,7 @@ def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
             number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
             non_moe_flops=2.0 * weights * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
         )
-        costs.append((inputs, cost))
+        costs.append((inputs, cost, pairs.made))
     return costs
 
 
@@ -237,17 +243,17 @@ def _pair_sizes(sizes: UnitSizes, config: Config) -> PairSizes:
     return PAIR_SIZES[config.lora.pairs](sizes, config.moe.kind.projections(config.lora.target_modules), config.lora.shape)
 
 
-def _groups(layers: list[tuple[int, list[tuple[int, LayerCost]]]]) -> tuple[ExpertLayers, ...]:
+def _groups(layers: list[tuple[int, list[tuple[int, LayerCost, int]]]]) -> tuple[ExpertLayers, ...]:
     """The units of layers that are alike, by their cost.
 
     Args:
-        layers: of each decoder layer, the number of experts of each of its units, and the units' inputs and costs.
+        layers: of each decoder layer, the number of experts of each of its units, and what `unit_costs` says of these.
     """
     alike = Counter((number, tuple(units)) for number, units in layers if number)
     groups = []
     for stack, ((number, units), count) in enumerate(alike.items()):
-        for (inputs, cost), per_layer in Counter(units).items():
-            groups.append(ExpertLayers(number, count * per_layer, cost, inputs, per_layer, stack))
+        for (inputs, cost, made), per_layer in Counter(units).items():
+            groups.append(ExpertLayers(number, count * per_layer, cost, inputs, per_layer, stack, made))
     return tuple(groups)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hecate.engine.protocol import ExpertEngine
 from hecate.experts.layer import MoeLayer
 from hecate.experts.router import BalanceLoss, Router, RouterStats
+from hecate.experts.seeding import combined_digest
 from hecate.model.lora import LoraLinear
 from hecate.model.parameter_parts import TensorParts
 from hecate.parallel.units import Unit
@@ -48,6 +49,11 @@ class MoeModel:
         """The number of experts, if each is an adapter of its own (`Router.separates`); otherwise 0."""
         families = self.engine.shards.families
         return max((families[unit].num_experts for unit, router in self.router_modules.items() if router.separates), default=0)
+
+    @property
+    def drawn_digest(self) -> str:
+        """Of all that the experts' pairs have drawn from names; empty: nothing. It takes a pass over those matrices."""
+        return combined_digest(family.drawn_digest for _, family in sorted(self.engine.shards.families.items()))
 
     def balance_loss(self, stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor | None:
         """This rank's share of the load-balancing loss, over the units that share a loss together; None: no unit has one. Every rank of the

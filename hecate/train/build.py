@@ -44,11 +44,13 @@ class RunParts:
     """what the run leaves at its end"""
     dense_flops: float
     """FLOPs that hide a unit's gather, for each sequence"""
+    drawn_digest: str
+    """`MoeModel.drawn_digest`"""
 
     @property
     def trained(self) -> TrainedParts:
         """The parts whose contents make up the run's state."""
-        return TrainedParts(self.moe.engine, self.optimizer, self.stream, self.base.digest)
+        return TrainedParts(self.moe.engine, self.optimizer, self.stream, self.base.digest, self.drawn_digest)
 
 
 def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) -> RunParts:
@@ -84,7 +86,7 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
         check_room(moe.engine)
     optimizer = ExpertOptimizer(Trainables.of(moe), gradient_rule(config), learning_rate(config), ranks.device)
     dense_flops = moe.engine.shards.config.non_moe_flops / config.micro_batch_size
-    return RunParts(config, base, moe, optimizer, stream, eval_sources, output, dense_flops)
+    return RunParts(config, base, moe, optimizer, stream, eval_sources, output, dense_flops, moe.drawn_digest)
 
 
 def _seen_topology(config: Config, ranks: Ranks) -> Topology:

@@ -67,7 +67,7 @@ class Case:
     @property
     def lora(self) -> LoraShape:
         """The gradient rule allows no scale."""
-        return LoraShape(rank=3, scale=0.7 if self.eta is None else 1.0, dropout=0.0, source=self.pairs, eta=self.eta)
+        return LoraShape(rank=3, scale=0.7 if self.eta is None else 1.0, dropout=0.0, source=self.pairs, eta=self.eta, bases=5)
 
 
 def router_bias(case: Case) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hecate.experts.nola import Nola
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
@@ -73,7 +74,7 @@ class Reference:
                 parts = flat.split([s.numel for s in specs])
                 experts.append({s.name: part.view(s.shape) for s, part in zip(specs, parts, strict=True)})
             router = values[f"layers.{index}.router"].detach()
-            fixed = None if lora.trains_a else fixed_a_of(moe, Unit(index), case.dtype)
+            fixed = fixed_of(moe, Unit(index), case)
             layer.mlp = plain_mixlora.PlainMixlora(
                 layer.mlp, router, router_bias(case), experts, lora.scale, case.top_k, logit_scale=50, of=of, fixed=fixed
             )
@@ -115,10 +116,14 @@ class Reference:
         return None if any(p is None for p in parts) else torch.cat([p.flatten() for p in parts if p is not None])
 
 
-def fixed_a_of(moe: MoeModel, unit: Unit, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The A that all experts of a unit share, by projection. Only values are handed to the reference."""
+def fixed_of(moe: MoeModel, unit: Unit, case: Case) -> dict[str, torch.Tensor]:
+    """What all experts of a unit have alike and do not train. Only values are handed to the reference."""
     source = moe.engine.shards.families[unit].pair_source
-    pairs = source.stacked(torch.zeros(1, source.sizes.trained_numel, dtype=dtype), torch.arange(1))
+    if isinstance(source, Nola):
+        return source.drawn
+    if case.lora.trains_a:
+        return {}
+    pairs = source.stacked(torch.zeros(1, source.sizes.trained_numel, dtype=case.dtype), torch.arange(1))
     return {f"{name}.A": of.a_SrI[0] for name, of in pairs.items()}
 
 
@@ -262,11 +267,11 @@ def test_whatever_computes_the_experts_it_equals_one_process(world: int) -> None
     run_ranks(world, _check_cases, cases, timeout=240)
 
 
-SYSTEMS = ({"pairs": "fixed_a"}, {"eta": 1.5}, {"pairs": "fixed_a", "eta": 1.5})
-"""FFA-LoRA, ALLoRA, and both at once"""
+SYSTEMS = ({"pairs": "fixed_a"}, {"eta": 1.5}, {"pairs": "fixed_a", "eta": 1.5}, {"pairs": "nola"})
+"""FFA-LoRA, ALLoRA, both at once, and NOLA"""
 
 
-def test_with_a_fixed_a_and_with_a_gradient_rule_it_equals_one_process() -> None:
+def test_with_other_pairs_and_with_a_gradient_rule_it_equals_one_process() -> None:
     """Norms are those of a replica, whichever rank has it, whenever it comes and goes, and however many micro-steps there are."""
     case = Case("hecate", 8, 2, "idle experts", rematerialize=True, checkpointing=True, steps=2)
     run_ranks(2, _check_cases, [replace(case, **system) for system in SYSTEMS], timeout=240)

@@ -75,15 +75,20 @@ def state_of(parts: TrainedParts, steps: int) -> TrainState:
 
 
 def saved_and_loaded(rank: int, world: int, folder: str, hidden: bool) -> tuple[int, int, list[float], list[float]]:
-    """Save steps 1 and 2; rank 1 then lists no checkpoint (`hidden`), as where folders are seen late; load on new parts."""
+    """Save steps 1 and 2; rank 1 then lists no checkpoint (`hidden`), as where folders are seen late; load on new parts.
+
+    What other matrices were drawn for is refused on the way.
+    """
     ranks = ranks_of(rank, world)
     config = config_of(Path(folder))
-    parts = stepped_parts(rank, world)
+    parts = replace(stepped_parts(rank, world), drawn_digest="ab")
     assert save_state(config, ranks, parts, state_of(parts, 1)) is not None
     state = replace(state_of(parts, 1), step=2)
     assert save_state(config, ranks, parts, state) is not None
     assert save_state(config, ranks, parts, state) is None
-    loaded = stepped_parts(rank, world)
+    loaded = replace(stepped_parts(rank, world), drawn_digest="ab")
+    with pytest.raises(UserError, match="drew other matrices from seed 0"):
+        load_state(config, ranks, replace(loaded, drawn_digest="cd"))
     with mock.patch("hecate.checkpoint.history._committed", return_value=[]) if hidden and rank == 1 else nullcontext():
         found = load_state(config, ranks, loaded)
     values = [part.optimizer.replicated["r"].tolist() for part in (parts, loaded)]

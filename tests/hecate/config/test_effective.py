@@ -153,6 +153,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "lora.dropout",
         "lora.eta",
         "lora.gradient_rule",
+        "lora.nola.bases",
         "lora.pairs",
         "lora.use_rslora",
         "lora.target_modules",

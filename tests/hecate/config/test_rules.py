@@ -68,6 +68,38 @@ def test_keys_that_are_absent_have_their_problem_elsewhere() -> None:
             ("lora.pairs", "does not apply to moe.unit=linear yet, got fixed_a", "leave it out"),
         ),
         (
+            {"moe.family": "full", "lora.pairs": "nola"},
+            ("lora.pairs", "is about low-rank pairs, which experts of moe.family=full do not have, got nola", "leave it out"),
+        ),
+        (
+            {"moe.family": "mixlora", "moe.unit": "linear", "lora.pairs": "nola"},
+            ("lora.pairs", "does not apply to moe.unit=linear yet, got nola", "leave it out"),
+        ),
+        (
+            {"lora.pairs": "nola", "lora.nola.bases": 0},
+            ("lora.nola.bases", "must be >= 1 and <= 2147483647, got 0", ""),
+        ),
+        (
+            {"lora.pairs": "fixed_a", "lora.nola.bases": 8},
+            ("lora.nola.bases", "is read with lora.pairs=nola only, got 8", "leave it out, or set lora.pairs=nola"),
+        ),
+        (
+            {"lora.pairs": "nola", "lora.gradient_rule": "row_norm", "lora.eta": 2.0},
+            (
+                "lora.gradient_rule",
+                "row_norm is about rows of A and B that train by themselves, but with lora.pairs=nola all rows share their coefficients",
+                "leave it out, or use lora.pairs=plain",
+            ),
+        ),
+        (
+            {"lora.pairs": "nola", "lora.init_from": "adapter"},
+            (
+                "lora.init_from",
+                "cannot be given with lora.pairs=nola: A and B of an adapter do not say by which coefficients they were made",
+                "leave it out, or use lora.pairs=plain, which trains the adapter's own A and B on",
+            ),
+        ),
+        (
             {"lora.gradient_rule": "row_norm", "lora.eta": 2.0, "lora.dropout": 0.05},
             ("lora.dropout", "must be 0 with lora.gradient_rule=row_norm, got 0.05", "set lora.dropout=0"),
         ),

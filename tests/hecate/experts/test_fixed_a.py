@@ -130,6 +130,7 @@ def test_the_attention_s_a_is_fixed_too(one_rank: dist.ProcessGroup) -> None:
     moe, again, other = inserted(one_rank), inserted(one_rank), inserted(one_rank, seed=2)
     assert [name for name in moe.replicated_parameters() if "q_proj" in name] == [f"layers.{n}.self_attn.q_proj.B" for n in range(3)]
     assert not any("lora_A" in name for name in moe.model.state_dict())
+    assert moe.drawn_digest == again.drawn_digest != other.drawn_digest
     for key, lora in moe.attention.items():
         a, b = lora.lora_A, torch.ones_like(lora.lora_B)
         assert a.equal(again.attention[key].lora_A)

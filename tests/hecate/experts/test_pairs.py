@@ -34,6 +34,8 @@ UNIT = Unit(1)
 class SeededA:
     """A `PairSource`: B is trained, and every expert has its own A, drawn from the expert's name."""
 
+    drawn_digest = ""
+
     def __init__(self, num_experts: int, lora: LoraShape, projections: tuple[str, ...]) -> None:
         self.lora, self.projections = lora, projections
         plain = plain_pairs(SIZES, projections, lora)

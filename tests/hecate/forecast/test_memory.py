@@ -47,7 +47,12 @@ def shape_of(folder: Path, *overrides: str, ranks: int = 2, dtype: str = "float3
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize(
     ("targets", "source"),
-    [("[q_proj,gate_proj,up_proj,down_proj]", "plain"), ("[down_proj]", "plain"), ("[gate_proj,down_proj]", "fixed_a")],
+    [
+        ("[q_proj,gate_proj,up_proj,down_proj]", "plain"),
+        ("[down_proj]", "plain"),
+        ("[gate_proj,down_proj]", "fixed_a"),
+        ("[down_proj]", "nola"),
+    ],
 )
 def test_the_engine_reckons_with_the_same_cost(tmp_path: Path, dtype: str, targets: str, source: str) -> None:
     model = write_model(tmp_path).to(getattr(torch, dtype))
@@ -106,6 +111,33 @@ def test_of_pairs_with_a_fixed_a_only_b_is_owned(tmp_path: Path) -> None:
     (group,) = run.groups
     assert group.cost.assignment_flops == 480
     assert group.cost.assignment_backward == 3 - 224 / 480, "A's gradient is not computed"
+
+
+def test_of_drawn_matrices_all_layers_have_the_same(tmp_path: Path) -> None:
+    """An expert owns 2 x 4 coefficients a projection. Adapters of the queries are plain.
+
+    Gate, up and down have 5 A (A0 and 4 U) and 4 B (V) each, of rank 2, between 16 and 24, once for the model.
+    """
+    write_model(tmp_path)
+    sizes = ("lora.nola.bases=4", "moe.num_experts=[4,0,4]", "lora.target_modules=[q_proj,gate_proj,up_proj,down_proj]")
+    run = shape_of(tmp_path, "lora.pairs=nola", *sizes)
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.array([0.0, 1.0])], np.array([16.0, 16.0]))}
+    assert (parts["owned experts, moments"] == 3 * 2 * 2 * 24 * 4).all()
+    assert (parts["seeded parts of pairs"] == 2 * (5 * (16 + 16 + 24) + 4 * (24 + 24 + 16)) * 4).all()
+    assert (parts["routers, adapters, moments"] == 3 * (2 * 4 * 16 + 3 * 2 * (16 + 16)) * 4).all()
+    (group,) = run.groups
+    assert (group.cost.assignment_flops, group.cost.assignment_backward) == (480, 3)
+    assert parts["replicas"][0].tolist() == [4 * 96, 5 * 96]
+    made = {flags: made_bytes(tmp_path, *sizes, *flags) for flags in ((), ("fssdp.rematerialize=true",), ("gradient_checkpointing=true",))}
+    assert list(made.values()) == [[4 * 960, 5 * 960], [4 * 960, 6 * 960], [2 * 960, 2.5 * 960]]
+
+
+def made_bytes(folder: Path, *overrides: str) -> list[float]:
+    """Of the pairs that each of two ranks makes of its two experts in each of two layers, and rank 1 of another's, too."""
+    run = shape_of(folder, "lora.pairs=nola", *overrides)
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.array([0.0, 1.0])], np.array([16.0, 16.0]))}
+    found: list[float] = parts["pairs made of replicas"][0].tolist()
+    return found
 
 
 def test_gradients_of_all_layers_add_up_over_micro_steps(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hecate.checkpoint.manifest import read_manifest
 from hecate.config import Config, load_config
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.expert_kinds import LoraShape
@@ -22,11 +23,12 @@ RECIPES = Path(__file__).parents[3] / "configs" / "recipes"
 SYSTEMS = {
     "ffa_lora": LoraShape(8, 2.0, 0.0, "fixed_a"),
     "allora": LoraShape(8, 1.0, 0.0, eta=2.0),
+    "nola": LoraShape(16, 1.0, 0.0, "nola", bases=256),
 }
 every = pytest.mark.parametrize("name", SYSTEMS)
-B, A = 8 * (2 * 48 + 32), 8 * (2 * 32 + 48)
-"""the numbers of an expert's B and A, with r 8, hidden 32 and FFN 48"""
-TRAINED = {"ffa_lora": B, "allora": A + B}
+B, A = 2 * 48 + 32, 2 * 32 + 48
+"""the numbers of an expert's B and A of rank 1, with hidden 32 and FFN 48"""
+TRAINED = {"ffa_lora": 8 * B, "allora": 8 * (A + B), "nola": 3 * 2 * 256}
 
 
 def given(workshop: Path, name: str) -> list[str]:
@@ -49,7 +51,7 @@ def test_a_recipe_is_planned_by_what_it_trains(workshop: Path, name: str) -> Non
         4 * TRAINED[name],
         12 * TRAINED[name],
     )
-    assert group.cost.assignment_flops == 2 * (A + B)
+    assert group.cost.assignment_flops == 2 * SYSTEMS[name].rank * (A + B)
 
 
 @pytest.mark.slow
@@ -68,6 +70,9 @@ def test_a_recipe_trains_resumes_and_leaves_an_ordinary_adapter(workshop: Path, 
     assert not torch.equal(adapter[tensor.format(0, "B")], adapter[tensor.format(2, "B")])
     description = json.loads((folder / "adapter_config.json").read_text())
     assert description["lora_alpha"] / description["r"] == SYSTEMS[name].scale
+    drawn = read_manifest(workshop / "runs" / name / "checkpoint-4").meta["drawn"]
+    assert bool(drawn) == (name != "allora")
+    assert description["hecate"]["extra"].get("drawn", "") == drawn
     assert isinstance(answer(folder, "w1x1", system=None, model=None, max_new_tokens=4), str)
 
     again = workshop / "runs" / f"{name}-again"
@@ -77,6 +82,6 @@ def test_a_recipe_trains_resumes_and_leaves_an_ordinary_adapter(workshop: Path, 
     resumed = [str(again / "config.yaml"), f"output_dir={again}", "resume=true"]
     run("train", *resumed)
     assert all(torch.equal(value, adapter[key]) for key, value in load_file(again / "adapter" / "adapter_model.safetensors").items())
-    other = {"ffa_lora": "seed=2", "allora": "lora.eta=1.5"}[name]
+    other = {"ffa_lora": "seed=2", "allora": "lora.eta=1.5", "nola": "lora.nola.bases=255"}[name]
     refused = run("train", *resumed, other, status=2).stderr
     assert other.partition("=")[0] in refused
