@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hecate.ranks.launcher_files import LAUNCHED_VARIABLE
+
 GPUS = 4
 
 
@@ -37,7 +39,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from hecate.launch.local_launcher import launch_local
+    if LAUNCHED_VARIABLE in os.environ:  # a launcher starts ranks so where it cannot fork them
+        preload()
+        main(sys.argv[1:])
+    else:
+        from hecate.launch.local_launcher import launch_local
 
-    config, ranks, *overrides = sys.argv[1:]
-    sys.exit(launch_local("tests.mock_cuda.surviving_rank", [config, *overrides], int(ranks), survives=True))
+        config, ranks, *overrides = sys.argv[1:]
+        sys.exit(launch_local("tests.mock_cuda.surviving_rank", [config, *overrides], int(ranks), survives=True))
