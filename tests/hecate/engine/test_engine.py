@@ -14,6 +14,7 @@ from hecate.experts.forward_pass import OrderError
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.units import Unit
 from testing.ranks import counted_all_to_alls, run_ranks
 from tests.hecate.experts.making import HIDDEN, base, chunk, engine, experts
 
@@ -62,18 +63,18 @@ def test_evaluating_holds_everything_and_drops_it_after(world: int) -> None:
 
 def _started_at_once(rank: int, world: int) -> list[int]:
     """All-to-alls that begin when both layers' gathers start: ahead of a forward pass, of a backward pass, of an evaluation."""
-    made = engine(LAYERS, "full")
+    made = engine({Unit(layer): number for layer, number in LAYERS.items()}, "full")
     made.shards.config = replace(made.shards.config, rematerialize=True, prefetch=2)
     counts = []
     with counted_all_to_alls() as calls:
         step = made.begin_step(0)
         micro = step.begin_micro_step()
-        micro.prefetch(*LAYERS)
+        micro.prefetch(*map(Unit, LAYERS))
         counts.append(len(calls))
         total = torch.zeros((), dtype=torch.float64)
         for layer in LAYERS:
             x, expert, weight, token = tokens(rank, layer, 4)
-            y = micro.experts(layer, x.requires_grad_(), expert, weight, token)
+            y = micro.experts(Unit(layer), x.requires_grad_(), expert, weight, token)
             torch.testing.assert_close(y.detach(), wanted(layer, x.detach(), expert, weight), rtol=1e-12, atol=1e-12)
             total = total + y.sum()
         before = len(calls)

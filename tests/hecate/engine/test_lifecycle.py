@@ -15,10 +15,11 @@ from hecate.experts.family import ExpertReplicas
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.units import Unit
 from testing.ranks import run_ranks
 from tests.hecate.experts.making import HIDDEN, engine, experts
 
-LAYERS = dict.fromkeys(range(4), 3)
+LAYERS = dict.fromkeys(map(Unit, range(4)), 3)
 TOKENS = 4
 
 
@@ -26,8 +27,8 @@ def forward(passed: MicroStep, rank: int, micro: int, *, ahead: int) -> torch.Te
     """One layer after the other, each gathered `ahead` - 1 layers before it runs."""
     random = torch.Generator().manual_seed(10 * micro + rank)
     x = torch.randn(TOKENS, HIDDEN, generator=random, dtype=torch.float64).requires_grad_()
-    for layer in LAYERS:
-        for coming in range(layer, min(layer + ahead, len(LAYERS))):
+    for index, layer in enumerate(LAYERS):
+        for coming in list(LAYERS)[index : index + ahead]:
             passed.prefetch(coming)
         expert = torch.rand(TOKENS, 3, generator=random).argsort(1)[:, :2]
         weight = torch.rand(TOKENS, 2, generator=random, dtype=torch.float64).requires_grad_()
@@ -118,7 +119,7 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     alone = [given for given in asked if given.num_layers == 1]
     assert len(alone) == 2 * len(LAYERS), "one plan a layer and micro-step"
     assert all(given.expected_LED.sum() == 2 * TOKENS * world for given in alone), "the micro-step's own assignments"
-    loads = {layer: sum(given.loads_LED[0] for given in alone[layer::4]) for layer in LAYERS}  # type: ignore[misc, index]
+    loads = {layer: sum(given.loads_LED[0] for given in alone[layer.layer :: 4]) for layer in LAYERS}  # type: ignore[misc, index]
     home = [loads[layer].sum(1)[[0, 1, 2]] @ np.eye(world)[made.shards.owners[layer]] for layer in LAYERS]
     skews = [one.max() / one.mean() for one in home]
     assert made.shards.plans.imbalance(loads) == pytest.approx(np.mean(skews)), "all serve as one rank on"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,15 +46,23 @@ def experts(
     return MixLoraExperts(site, base(), PlainPairs(LoraShape(rank=2, scale=0.5, dropout=dropout), projections, FfnSizes(HIDDEN, FFN)))
 
 
-def engine(num_experts: dict[int, int], policy: str = "static_ep", shard_size: int | None = None) -> Engine:
-    """An engine over the default group. Its experts' chunks are random, B included."""
+def engine(num_experts: Mapping[Any, int], policy: str = "static_ep", shard_size: int | None = None) -> Engine:
+    """An engine over the default group. Its experts' chunks are random, B included.
+
+    Args:
+        num_experts: by unit, or by the number of its layer, which tests may take in its place.
+    """
     world = dist.get_world_size()
-    families = {layer: experts(count, layer=layer) for layer, count in num_experts.items()}
+    families = {unit: experts(count, layer=_layer(unit)) for unit, count in num_experts.items()}
     config = EngineConfig(POLICIES[policy], local_topology(world, cuda=False))
     made = Engine(dict(families), config, expert_groups(make_mesh(world, shard_size)))
-    for (layer, expert), parameter in made.shards.named_parameters().items():
-        parameter.data.copy_(chunk(layer, expert, len(parameter)))
+    for (unit, expert), parameter in made.shards.named_parameters().items():
+        parameter.data.copy_(chunk(_layer(unit), expert, len(parameter)))
     return made
+
+
+def _layer(unit: Unit | int) -> int:
+    return unit.layer if isinstance(unit, Unit) else unit
 
 
 def chunk(layer: int, expert: int, numel: int) -> torch.Tensor:
