@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import cpu_layer
-from benchmarks.moe_layer_parts import KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
+from benchmarks.moe_layer_parts import FFN_KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
 from benchmarks.moe_layer_rivals import RIVAL_KINDS, bench_kind, rival_ratios, rival_shape
 from benchmarks.report import arguments, finish
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
@@ -46,7 +46,7 @@ WORLD = 2
 PER_CHOICE = "ep_per_choice"
 BALANCED = "static_ep, balanced"
 REMATERIALIZE = "full, rematerialize"
-EVERY_KIND = (*KINDS, *RIVAL_KINDS)
+EVERY_KIND = (*FFN_KINDS, *RIVAL_KINDS)
 WARM_UP = 1
 """the number of steps before the first sample: the one without history"""
 PROBES = ProbeSizes(matmul=1024, copy_bytes=1 << 26, small_bytes=1 << 10, large_bytes=1 << 24, seconds=0.5)
@@ -175,7 +175,7 @@ def _ratios(rows: Sequence[dict[str, Any]], column: str) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument(
-        "--kind", choices=(*KINDS, *RIVAL_KINDS), action="append", help="only this kind of experts; may be given more than once"
+        "--kind", choices=(*FFN_KINDS, *RIVAL_KINDS), action="append", help="only this kind of experts; may be given more than once"
     )
     parser.add_argument("--kernels", action="store_true", help="instead: one MixLoRA layer on one core, ours beside the naive loop")
     options = parser.parse_args()

@@ -26,6 +26,7 @@ from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
+FFN_KINDS = tuple(name for name, kind in KINDS.items() if not kind.over_linears)
 ROUTINGS = ("zipf(1.2)", "balanced", "hot", "rotating")
 ROTATION = 2
 """the steps between two changes of the rotating hot expert, fewer than the history from which a plan is made"""
