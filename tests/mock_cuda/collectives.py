@@ -182,6 +182,18 @@ def _collective(name: str, of_gloo: str) -> Any:
     return call
 
 
+def _sum_and_share(self: MockNccl, output: torch.Tensor, given: torch.Tensor, options: Any = None, **_: Any) -> dist.Work:
+    """A reduce-scatter. gloo's own one is never complete before someone waits for it, so `MockNccl.ends` cannot ask whether it is."""
+    self.refuse_if_aborted()
+    assert options is None or options.reduceOp == dist.ReduceOp.SUM, options.reduceOp
+    share, total = _on_host(output, "reduce_scatter", self.takes_cpu), _on_host(given, "reduce_scatter", self.takes_cpu).clone()
+    if self.ends(self._gloo.allreduce([total])):
+        share.copy_(total.view(self.size(), *share.shape)[self.rank()])
+    else:
+        _spoil(share)
+    return Done(output)
+
+
 for _name in (
     "allreduce",
     "allgather",
@@ -190,13 +202,13 @@ for _name in (
     "broadcast",
     "reduce",
     "reduce_scatter",
-    "_reduce_scatter_base",
     "gather",
     "scatter",
 ):
     setattr(MockNccl, _name, _collective(_name, _name))
-for _name, _of_gloo in (("all_gather_single", "_allgather_base"), ("reduce_scatter_single", "_reduce_scatter_base")):
-    setattr(MockNccl, _name, _collective(_name, _of_gloo))
+MockNccl.all_gather_single = _collective("all_gather_single", "_allgather_base")  # type: ignore[attr-defined]
+for _name in ("_reduce_scatter_base", "reduce_scatter_single"):
+    setattr(MockNccl, _name, _sum_and_share)
 
 
 def _on_host(value: Any, operation: str, cpu: bool) -> Any:
