@@ -7,7 +7,6 @@ step's tokens are served by that plan. What counts is the fullest rank, since bu
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,8 @@ from benchmarks.report import arguments, finish
 from hecate.engine.layer_plan import layer_plan
 from hecate.parallel.cost_model import rows_served
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
-from testing.plan_cases import EXPERTS, TOKENS, TOP_K, TOPOLOGIES, kinds, plan_input
+from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies
 
 SEEN = 3
 """steps from whose mean loads a plan is made"""
@@ -27,10 +25,8 @@ JUDGED = ("auto", "hecate", "static_ep")
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    presets = Path(__file__).resolve().parent.parent / "configs" / "topologies"
     rows: list[dict[str, Any]] = []
-    for place, preset in TOPOLOGIES.items():
-        topology = load_topology(presets / f"{preset}.yaml")
+    for place, topology in topologies().items():
         for kind in kinds():
             for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
                 loads = make(SEEN + 1, 1, topology.world_size, EXPERTS, TOKENS, TOP_K, 0)[:, 0].astype(np.float64)

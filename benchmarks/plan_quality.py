@@ -8,7 +8,6 @@ Planners are given the exact loads, so this measures the planners and not the pr
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,16 @@ import numpy as np
 from benchmarks.report import arguments, finish
 from hecate.parallel.lower_bound import lower_bound
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
-from testing.plan_cases import EXPERTS, TOKENS, TOP_K, TOPOLOGIES, kinds, plan_input
+from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--slots", type=int, default=EXPERTS, help="the most replicas on a device (default: as many as fit into memory)")
     options = parser.parse_args()
-    presets = Path(__file__).resolve().parent.parent / "configs" / "topologies"
     rows: list[dict[str, Any]] = []
-    for place, preset in TOPOLOGIES.items():
-        topology = load_topology(presets / f"{preset}.yaml")
+    for place, topology in topologies().items():
         for kind in kinds():
             for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
                 loads = make(3, 1, topology.world_size, EXPERTS, TOKENS, TOP_K, 0)[2, 0]

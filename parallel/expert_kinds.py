@@ -63,13 +63,18 @@ UnitSizes = FfnSizes | LinearSizes
 DEFAULT_BASES = 256
 
 
+def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:
+    """Return what B A x is multiplied by: alpha / r, or with rsLoRA (arXiv 2312.03732) alpha / sqrt(r)."""
+    return alpha / (rank**0.5 if rslora else rank)
+
+
 @dataclass(frozen=True)
 class LoraShape:
     """Hyper-parameters of low-rank pairs. A pair source with numbers of its own has them here."""
 
     rank: int
     scale: float
-    """alpha / r, or alpha / sqrt(r) with rsLoRA"""
+    """of `lora_scale`"""
     dropout: float
     source: str = "plain"
     """one of `PAIR_SIZES`"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,12 +12,19 @@ from hecate.parallel.model_shapes import ModelShape
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.topology import Topology
+from hecate.parallel.topology_file import load_topology
 
 TOPOLOGIES = {"8x1": "h100-node", "4x8 A": "paper-cluster-a", "4x8 B": "paper-cluster-b", "mixed": "mixed"}
 """the presets in configs/topologies, by the name of the case"""
 EXPERTS, TOKENS, TOP_K, HIDDEN, FFN, RANK = 64, 4096, 2, 2048, 4096, 16
 MEMORY_SHARE = 0.02
 """the share of each device's memory that one layer's replicas may take"""
+
+
+def topologies() -> dict[str, Topology]:
+    """Return the topologies by the names of their cases."""
+    presets = Path(__file__).resolve().parent.parent / "configs" / "topologies"
+    return {place: load_topology(presets / f"{preset}.yaml") for place, preset in TOPOLOGIES.items()}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The configuration of a `mixlora` adapter, and its translation to and from adapter_config.json."""
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
@@ -9,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 from hecate.adapters.names import OLD_MODULES, TARGET_MODULES
 from hecate.config import RouterConfig
 from hecate.errors import UserError
+from hecate.parallel.expert_kinds import lora_scale
 
 _log = logging.getLogger(__name__)
 CONFIG = "adapter_config.json"
@@ -109,7 +109,7 @@ class AdapterConfig:
     @property
     def scale(self) -> float:
         """The factor of B A x."""
-        return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
+        return lora_scale(self.alpha, self.r, rslora=self.use_rslora)
 
 
 def config_to_json(config: AdapterConfig) -> dict[str, Any]:

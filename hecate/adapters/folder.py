@@ -1,9 +1,9 @@
 """Write and read adapter folders: adapter_config.json and adapter_model.safetensors, written both or neither."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from hecate.io.strict_json import dump_json, parse_json
 WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 _MAX_CONFIG_BYTES = 2**24
+Description = TypeVar("Description")
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:
@@ -79,6 +80,23 @@ def load_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
         return checked_tensors(tensors, config), config
     except UserError as error:
         raise UserError(f"{weights_path}: {error}") from error
+
+
+def read_adapter(folder: Path, describe: Callable[[Any], Description]) -> tuple[dict[str, Tensor], Description]:
+    """Read an adapter folder. Tensors are on the CPU; whether they are those that a model needs is not checked.
+
+    Args:
+        describe: makes the description of what adapter_config.json says; raises UserError if a key is missing or wrong.
+
+    Raises:
+        UserError: naming the file: a file cannot be read, or `describe` raises it.
+    """
+    value = read_adapter_config(folder)
+    try:
+        description = describe(value)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+    return read_safetensors(folder / WEIGHTS), description
 
 
 def read_adapter_config(folder: Path) -> Any:

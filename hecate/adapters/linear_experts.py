@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hecate.adapters.export import gather_on_first
-from hecate.adapters.linear_format import ROUTER, LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter
+from hecate.adapters.linear_format import LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter
 from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -41,7 +41,6 @@ def linear_adapter_config(config: Config, base: BaseModel) -> LinearAdapterConfi
         experts_per_layer=config.moe.experts_per_layer(len(decoder_layers(base.model)[1])),
         top_k=config.moe.experts_per_token,
         dropout=config.lora.dropout,
-        router=ROUTER,
         router_aux_loss_coef=config.moe.router_aux_loss_coef,
     )
 

@@ -7,7 +7,6 @@ experts a layer has and which router chooses; here the description does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hecate.adapters.config import CONFIG
-from hecate.adapters.folder import WEIGHTS, read_adapter_config, read_safetensors, write_adapter_folder
+from hecate.adapters.folder import read_adapter, read_adapter_config, write_adapter_folder
 from hecate.errors import UserError
+from hecate.parallel.expert_kinds import lora_scale
 
 PEFT_TYPE = "MOLA"
 ROUTER = "softmax"
@@ -40,14 +39,12 @@ class LinearAdapterConfig:
     top_k: int
     dropout: float
     """that training used"""
-    router: str
-    """how a token's experts are chosen; `ROUTER` is all that there is so far"""
     router_aux_loss_coef: float
 
     @property
     def scale(self) -> float:
         """The factor of B A x."""
-        return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
+        return lora_scale(self.alpha, self.r, rslora=self.use_rslora)
 
 
 def pair_names(path: str, expert: int | None) -> tuple[str, str]:
@@ -83,7 +80,7 @@ def save_linear_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Lin
         "target_modules": list(config.target_modules),
         "number_experts": list(config.experts_per_layer),
         "top_k": config.top_k,
-        "hecate": {"format_version": _FORMAT_VERSION, "router": config.router, "router_aux_loss_coef": config.router_aux_loss_coef},
+        "hecate": {"format_version": _FORMAT_VERSION, "router": ROUTER, "router_aux_loss_coef": config.router_aux_loss_coef},
     }
     write_adapter_folder(folder, tensors, value)
 
@@ -96,12 +93,7 @@ def load_linear_adapter(folder: Path) -> tuple[dict[str, Tensor], LinearAdapterC
     Raises:
         UserError: a file cannot be read, or a key is missing or wrong.
     """
-    value = read_adapter_config(folder)
-    try:
-        config = _config_from_json(value)
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from error
-    return read_safetensors(folder / WEIGHTS), config
+    return read_adapter(folder, _config_from_json)
 
 
 def is_linear_adapter(folder: Path) -> bool:
@@ -143,6 +135,5 @@ def _config_from_json(value: Any) -> LinearAdapterConfig:
         experts_per_layer=tuple(value["number_experts"]),
         top_k=value["top_k"],
         dropout=float(value["lora_dropout"]),
-        router=ours["router"],
         router_aux_loss_coef=float(ours["router_aux_loss_coef"]),
     )

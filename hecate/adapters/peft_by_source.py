@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hecate.adapters.config import CONFIG
 from hecate.adapters.export import gather_on_first, with_drawn_digest
-from hecate.adapters.folder import WEIGHTS, read_adapter_config, read_safetensors
+from hecate.adapters.folder import read_adapter, read_adapter_config
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, peft_config_from_json, save_peft_adapter
 from hecate.config import Config, RouterConfig
 from hecate.engine.step_plans import EngineConfig
@@ -94,7 +94,7 @@ def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice
     Raises:
         UserError: an adapter or the model cannot be read, one does not fit the other, or the adapters differ in rank, scale or modules.
     """
-    read = [_read(folder) for folder in folders]
+    read = [read_adapter(folder, peft_config_from_json) for folder in folders]
     description = read[0][1]
     for folder, (_, other) in zip(folders, read, strict=True):
         for key in ("base_model_name_or_path", "r", "scale", "target_modules"):
@@ -136,14 +136,6 @@ def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice
 
 def _names(ffn: GatedFfn, projection: str) -> tuple[str, str]:
     return linear_names(f"{ffn.path}.{ffn.projection_names[projection]}")
-
-
-def _read(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
-    try:
-        description = peft_config_from_json(read_adapter_config(folder))
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from error
-    return read_safetensors(folder / WEIGHTS), description
 
 
 def _refuse_misfit(folder: Path, tensors: dict[str, Tensor], base: BaseModel, modules: Sequence[str], rank: int) -> None:

@@ -12,7 +12,6 @@ Shapes: E experts, r rank, D hidden, F ffn, I inputs, O outputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hecate.adapters.config import CONFIG
-from hecate.adapters.folder import WEIGHTS, read_adapter_config, read_safetensors, write_adapter_folder
+from hecate.adapters.folder import read_adapter, read_adapter_config, write_adapter_folder
 from hecate.errors import UserError
+from hecate.parallel.expert_kinds import lora_scale
 
 PEFT_TYPE = "LORA"
 _PREFIX = "base_model.model"
@@ -51,7 +50,7 @@ class PeftMoeConfig:
     @property
     def scale(self) -> float:
         """The factor of B A x."""
-        return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
+        return lora_scale(self.alpha, self.r, rslora=self.use_rslora)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -140,13 +139,7 @@ def load_peft_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
     Raises:
         UserError: a file cannot be read, a key is missing or wrong, or the adapter is of another kind.
     """
-    value = read_adapter_config(folder)
-    try:
-        config = peft_config_from_json(value)
-        _require_experts(config)
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from error
-    return read_safetensors(folder / WEIGHTS), config
+    return read_adapter(folder, _of_experts)
 
 
 def is_peft_adapter(folder: Path) -> bool:
@@ -187,11 +180,13 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
     )
 
 
-def _require_experts(config: PeftMoeConfig) -> None:
-    """Raises UserError: the adapter is not one of an MoE model's experts."""
+def _of_experts(value: Any) -> PeftMoeConfig:
+    """`peft_config_from_json`. Raises UserError also if the adapter is not one of an MoE model's experts."""
+    config = peft_config_from_json(value)
     parameters = config.target_parameters
     if not parameters or not all(name.rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in parameters):
         raise UserError(
             f"target_parameters are {list(parameters)}: this is not an adapter of an MoE model's experts\n"
             "  they must be an experts module's gate_up_proj, down_proj, or both"
         )
+    return config

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range
 from hecate.errors import UserError
-from hecate.parallel.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, kind_of
+from hecate.parallel.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, kind_of, lora_scale
 
 
 def key(allowed: Range | None = None, *, computes: bool = True, family: Family | None = None) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class LoraConfig:
     @property
     def shape(self) -> LoraShape:
         """What pair sources and adapters are made by."""
-        scale = self.stored_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        scale = lora_scale(self.stored_alpha, self.r, rslora=self.use_rslora)
         return LoraShape(self.r, scale, self.dropout, self.pairs, self.eta, self.nola.bases)
 
     @property

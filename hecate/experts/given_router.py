@@ -10,10 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hecate.config import RouterConfig
 from hecate.experts.forward_pass import OrderError
-from hecate.experts.router import Router, Routing, TokenFeatures
-from hecate.parallel.units import Unit
+from hecate.experts.router import Router, RouterSite, Routing, TokenFeatures
 
 
 class GivenRouter(Router):
@@ -22,22 +20,11 @@ class GivenRouter(Router):
     loss = None
     separates: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        hidden: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        unit: Unit,
-        seed: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        choices: RouterConfig,
-    ) -> None:
+    def __init__(self, site: RouterSite) -> None:
         super().__init__()
-        assert top_k == 1, f"a sample has one source, but top_k is {top_k}"
-        self.num_experts = num_experts
-        self._dtype = dtype
+        assert site.top_k == 1, f"a sample has one source, but top_k is {site.top_k}"
+        self.num_experts = site.num_experts
+        self._dtype = site.dtype
 
     @property
     def trained(self) -> nn.Parameter | None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -162,30 +162,26 @@ class Router(nn.Module, ABC):
         """
 
 
-class MakeRouter(Protocol):
-    """Makes the new router of a unit: a class of routers, or a function."""
+@dataclass(frozen=True, kw_only=True)
+class RouterSite:
+    """What a unit's new router is made from: values that are the same on every rank, so that the router is, too."""
 
-    def __call__(
-        self,
-        hidden: int,
-        num_experts: int,
-        top_k: int,
-        /,
-        *,
-        unit: Unit,
-        seed: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        choices: RouterConfig,
-    ) -> Router:
-        """The router is drawn from names, so that it is the same on every rank.
+    unit: Unit
+    hidden: int
+    """the size of what it reads"""
+    num_experts: int
+    top_k: int
+    """at most the number of experts"""
+    seed: int
+    dtype: torch.dtype
+    """of what is trained: float32 or wider"""
+    device: torch.device
+    choices: RouterConfig = field(default_factory=RouterConfig)
+    """what the configuration says of it"""
 
-        Args:
-            top_k: at most the number of experts.
-            dtype: of what is trained: float32 or wider.
-            choices: what the configuration says of it.
-        """
-        ...
+
+MakeRouter = Callable[[RouterSite], Router]
+"""makes the new router of a unit: a class of routers, or a function"""
 
 
 def _softmax(logit_TE: Tensor) -> Tensor:
@@ -221,28 +217,14 @@ class TopKRouter(Router):
 
     bias: Tensor | None
 
-    def __init__(
-        self,
-        hidden: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        unit: Unit,
-        seed: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        choices: RouterConfig | None = None,
-    ) -> None:
-        """Args:
-        choices: None: a softmax, renormalised.
-        """
+    def __init__(self, site: RouterSite) -> None:
         super().__init__()
-        self.top_k = top_k
-        self.choices = choices = choices or RouterConfig()
-        random = generator(seed, "router", str(unit))
-        weight = torch.empty(num_experts, hidden, dtype=torch.float64).normal_(0, 0.02, generator=random)
-        self.weight = nn.Parameter(weight.to(device=device, dtype=dtype))
-        nothing_E = torch.zeros(num_experts, dtype=dtype, device=device)
+        self.top_k = site.top_k
+        self.choices = choices = site.choices
+        random = generator(site.seed, "router", str(site.unit))
+        weight = torch.empty(site.num_experts, site.hidden, dtype=torch.float64).normal_(0, 0.02, generator=random)
+        self.weight = nn.Parameter(weight.to(device=site.device, dtype=site.dtype))
+        nothing_E = torch.zeros(site.num_experts, dtype=site.dtype, device=site.device)
         if choices.bias == "balancing":
             self.register_buffer("bias", nothing_E)
         else:

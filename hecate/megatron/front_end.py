@@ -28,7 +28,7 @@ from hecate.experts.family import Site
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.full import FullExperts
 from hecate.experts.layer import MoeLayer
-from hecate.experts.router import TopKRouter
+from hecate.experts.router import RouterSite, TopKRouter
 from hecate.experts.seeding import generator
 from hecate.kernels.common.ffn import FfnShape
 from hecate.megatron.imports import quietly
@@ -129,7 +129,17 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
     families = {Unit(layer): _family(config, shape, Unit(layer), dtype, ranks.device) for layer in range(shape.layers)}
     settings = engine_config(config, ranks, non_moe_flops, topology)
     routers = {
-        unit: TopKRouter(shape.hidden, shape.experts, shape.top_k, unit=unit, seed=config.seed, dtype=trained_dtype, device=ranks.device)
+        unit: TopKRouter(
+            RouterSite(
+                unit=unit,
+                hidden=shape.hidden,
+                num_experts=shape.experts,
+                top_k=shape.top_k,
+                seed=config.seed,
+                dtype=trained_dtype,
+                device=ranks.device,
+            )
+        )
         for unit in families
     }
     engine: ExpertEngine

@@ -14,8 +14,28 @@ from hecate.kernels.common.ffn import ACTIVATIONS, PROJECTIONS, FfnBase, FfnShap
 from hecate.parallel.units import Unit
 
 
+class PlaceWithoutExperts:
+    """What the places of a dense model where experts may be put have in common; see `hecate.model.insert.FoundUnit`."""
+
+    path: str
+
+    @property
+    def block_path(self) -> str:
+        """The module itself is all that is no attention."""
+        return self.path
+
+    @property
+    def router_path(self) -> None:
+        """There is no router."""
+
+    @property
+    def own_experts(self) -> int:
+        """None."""
+        return 0
+
+
 @dataclass(frozen=True)
-class GatedFfn:
+class GatedFfn(PlaceWithoutExperts):
     """One gated FFN of a model."""
 
     layer: int
@@ -28,20 +48,6 @@ class GatedFfn:
     @property
     def unit(self) -> Unit:
         return Unit(self.layer)
-
-    @property
-    def block_path(self) -> str:
-        """The FFN is all that is no attention."""
-        return self.path
-
-    @property
-    def router_path(self) -> None:
-        """A dense FFN has no router."""
-
-    @property
-    def own_experts(self) -> int:
-        """None."""
-        return 0
 
     def base(self, model: nn.Module) -> FfnBase:
         """Its weights in the model."""

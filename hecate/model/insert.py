@@ -23,7 +23,7 @@ from hecate.experts.family import ExpertChoices, FfnSource, Site, UnitExperts
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.layer import MoeLayer
 from hecate.experts.linear import MoeLinear
-from hecate.experts.router import ModelRouter, Router
+from hecate.experts.router import ModelRouter, Router, RouterSite
 from hecate.kernels.backend import Backend
 from hecate.kernels.common.ffn import FfnShape
 from hecate.model.gated_ffn import decoder_layers
@@ -184,14 +184,16 @@ def _router(model: nn.Module, one: FoundUnit, family: UnitExperts, plan: Inserti
     if one.router_path is None:
         top_k = min(plan.top_k, site.num_experts)  # of a dense router in the layer with the most experts
         router = ROUTERS[plan.router.input](
-            site.inputs,
-            site.num_experts,
-            top_k,
-            unit=site.unit,
-            seed=site.seed,
-            dtype=site.master_dtype,
-            device=site.device,
-            choices=plan.router,
+            RouterSite(
+                unit=site.unit,
+                hidden=site.inputs,
+                num_experts=site.num_experts,
+                top_k=top_k,
+                seed=site.seed,
+                dtype=site.master_dtype,
+                device=site.device,
+                choices=plan.router,
+            )
         )
         _check_router(router, (site.num_experts, site.inputs))
         return router

@@ -9,7 +9,7 @@ from torch import nn
 
 from hecate.errors import UserError
 from hecate.experts.family import FfnSource
-from hecate.model.gated_ffn import decoder_layers
+from hecate.model.gated_ffn import PlaceWithoutExperts, decoder_layers
 from hecate.parallel.expert_kinds import LinearSizes
 from hecate.parallel.units import Unit
 
@@ -25,7 +25,7 @@ FUSED = {
 
 
 @dataclass(frozen=True)
-class FoundLinear:
+class FoundLinear(PlaceWithoutExperts):
     """One linear layer of a decoder layer."""
 
     unit: Unit
@@ -37,20 +37,6 @@ class FoundLinear:
     def name(self) -> str:
         """The last part of its name."""
         return self.path.rpartition(".")[2]
-
-    @property
-    def block_path(self) -> str:
-        """The linear itself."""
-        return self.path
-
-    @property
-    def router_path(self) -> None:
-        """A linear has no router."""
-
-    @property
-    def own_experts(self) -> int:
-        """None."""
-        return 0
 
     def source(self, model: nn.Module) -> FfnSource:
         """Nothing: the linear stays in the model, and its experts are pairs beside it."""

@@ -31,6 +31,8 @@ from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology
 from hecate.ranks.groups import expert_groups
+from hecate.report.events import StepResult
+from hecate.train.step import StepRules, train_step
 
 STEPS, MICRO_STEPS, ROWS, LENGTH = 5, 2, 12, 8
 
@@ -71,13 +73,17 @@ class Case:
 
 
 def router_bias(case: Case) -> torch.Tensor:
-    """Added to the router's logits, so that a scenario happens whatever the random router says."""
-    bias = torch.zeros(case.num_experts, dtype=torch.float64)
-    if case.scenario == "hot expert":
+    return scenario_bias(case.scenario, case.num_experts, case.top_k, case.dtype)
+
+
+def scenario_bias(scenario: str, experts: int, top_k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Added to a router's logits, so that a scenario happens whatever the random router says."""
+    bias = torch.zeros(experts, dtype=torch.float64)
+    if scenario == "hot expert":
         bias[0] = 6.0
-    if case.scenario == "idle experts":
-        bias[case.top_k :: 2] = -1e4
-    return bias.to(case.dtype)
+    if scenario == "idle experts":
+        bias[top_k::2] = -1e4
+    return bias.to(dtype)
 
 
 def bias_routers(moe: MoeModel, bias: torch.Tensor) -> None:
@@ -129,6 +135,22 @@ def micro_batch(step: int, micro: int, empty_rows: range) -> Batch:
 def rows_of(batch: Batch, rank: int, world: int) -> Batch:
     share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     return Batch(**{name: getattr(batch, name)[share] for name in batch.__dataclass_fields__})
+
+
+def step_of_rows(
+    moe: MoeModel, head: LanguageModelHead, optimizer: ExpertOptimizer, number: int, *, rank: int, world: int, empty_rows: range
+) -> StepResult:
+    """A training step on this rank's rows."""
+    batches = [micro_batch(number, micro, empty_rows) for micro in range(MICRO_STEPS)]
+    return train_step(
+        moe,
+        head,
+        optimizer,
+        [rows_of(batch, rank, world) for batch in batches],
+        num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+        step=number,
+        rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
+    )
 
 
 def topology(world: int) -> Topology:

@@ -23,7 +23,6 @@ from hecate.parallel.mesh import make_mesh
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.report.events import StepResult
-from hecate.train.step import StepRules, train_step
 from tests import plain_mixlora, plain_mola
 from tests.hecate.equivalence_cases import (
     AUX_COEF,
@@ -35,7 +34,8 @@ from tests.hecate.equivalence_cases import (
     WEIGHT_DECAY,
     micro_batch,
     planner_of,
-    rows_of,
+    scenario_bias,
+    step_of_rows,
     topology,
 )
 
@@ -81,13 +81,7 @@ def tiny_with_biases(dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def bias_of(case: LinearCase, experts: int) -> torch.Tensor:
-    """Added to the logits of a router, so that a scenario happens whatever the random router says."""
-    bias = torch.zeros(experts, dtype=torch.float64)
-    if case.scenario == "hot expert":
-        bias[0] = 6.0
-    if case.scenario == "idle experts":
-        bias[case.top_k :: 2] = -1e4
-    return bias.to(case.dtype)
+    return scenario_bias(case.scenario, experts, case.top_k, case.dtype)
 
 
 def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageModelHead]:
@@ -238,16 +232,7 @@ class ShardedTraining:
         return range(0)
 
     def step(self, number: int) -> StepResult:
-        batches = [micro_batch(number, micro, self.empty_rows) for micro in range(MICRO_STEPS)]
-        return train_step(
-            self.moe,
-            self.head,
-            self.optimizer,
-            [rows_of(batch, self.rank, self.world) for batch in batches],
-            num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-            step=number,
-            rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
-        )
+        return step_of_rows(self.moe, self.head, self.optimizer, number, rank=self.rank, world=self.world, empty_rows=self.empty_rows)
 
 
 def random_unit_owners(training: ShardedTraining, seed: int) -> dict[Unit, np.ndarray]:

@@ -20,19 +20,14 @@ from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, ow
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
 from hecate.report.events import Resharding, StepResult
-from hecate.train.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import (
-    AUX_COEF,
     LEARNING_RATE,
-    MAX_NORM,
-    MICRO_STEPS,
     WEIGHT_DECAY,
     Case,
     assert_groups_equal,
-    micro_batch,
-    rows_of,
     sharded,
+    step_of_rows,
 )
 
 STEPS, EXPERTS = 4, 6
@@ -54,16 +49,7 @@ class Training:
         )
 
     def step(self, number: int) -> StepResult:
-        batches = [micro_batch(number, micro, range(0)) for micro in range(MICRO_STEPS)]
-        return train_step(
-            self.moe,
-            self.head,
-            self.optimizer,
-            [rows_of(batch, self.rank, self.world) for batch in batches],
-            num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-            step=number,
-            rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
-        )
+        return step_of_rows(self.moe, self.head, self.optimizer, number, rank=self.rank, world=self.world, empty_rows=range(0))
 
     def state(self) -> dict[str, torch.Tensor]:
         """All parameters and moments of the job, by name; an owned one that two ranks of a sharding group have is an error."""

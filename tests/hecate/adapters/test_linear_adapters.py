@@ -36,7 +36,6 @@ DESCRIPTION = LinearAdapterConfig(
     experts_per_layer=EXPERTS,
     top_k=2,
     dropout=0.1,
-    router="softmax",
     router_aux_loss_coef=0.001,
 )
 

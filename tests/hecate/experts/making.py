@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hecate.config import RouterConfig
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.pairs import PlainPairs
+from hecate.experts.router import RouterSite
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.parallel.expert_kinds import FfnSizes, LoraShape
 from hecate.parallel.layout import ExpertLayout
@@ -44,6 +46,29 @@ def experts(
     shape, double = FfnShape(HIDDEN, FFN, "silu"), torch.float64
     site = Site(Unit(layer), num_experts, shape, seed, double, double, torch.device("cpu"))
     return MixLoraExperts(site, base(), PlainPairs(LoraShape(rank=2, scale=0.5, dropout=dropout), projections, FfnSizes(HIDDEN, FFN)))
+
+
+def router_site(
+    hidden: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    layer: int = 0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    choices: RouterConfig | None = None,
+) -> RouterSite:
+    """Of the FFN of a layer, on the CPU."""
+    return RouterSite(
+        unit=Unit(layer),
+        hidden=hidden,
+        num_experts=num_experts,
+        top_k=top_k,
+        seed=seed,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        choices=choices or RouterConfig(),
+    )
 
 
 def engine(num_experts: Mapping[Any, int], policy: str = "static_ep", shard_size: int | None = None) -> Engine:

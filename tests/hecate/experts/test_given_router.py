@@ -7,12 +7,11 @@ from hecate.config import RouterConfig
 from hecate.experts.forward_pass import OrderError
 from hecate.experts.given_router import GivenRouter
 from hecate.experts.router import TokenFeatures
-from hecate.parallel.units import Unit
+from tests.hecate.experts.making import router_site
 
 
 def router(experts: int) -> GivenRouter:
-    choices = RouterConfig(input="given")
-    return GivenRouter(4, experts, 1, unit=Unit(0), seed=0, dtype=torch.float32, device=torch.device("cpu"), choices=choices)
+    return GivenRouter(router_site(4, experts, 1, dtype=torch.float32, choices=RouterConfig(input="given")))
 
 
 def test_each_token_goes_to_the_expert_of_its_source() -> None:

@@ -8,12 +8,11 @@ from hecate.engine.engine import Engine
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.layer import MoeLayer
 from hecate.experts.router import TopKRouter
-from hecate.parallel.units import Unit
-from tests.hecate.experts.making import HIDDEN, engine
+from tests.hecate.experts.making import HIDDEN, engine, router_site
 
 
 def layer(current: CurrentPass, experts: int = 4) -> MoeLayer:
-    router = TopKRouter(HIDDEN, experts, 2, unit=Unit(0), seed=1, dtype=torch.float64, device=torch.device("cpu"))
+    router = TopKRouter(router_site(HIDDEN, experts, 2, seed=1))
     return MoeLayer(0, router, current)
 
 

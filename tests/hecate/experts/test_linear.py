@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
+from tests.hecate.experts.making import router_site
 from tests.plain_mola import PlainMolaLinear
 
 UNIT, RANK, SCALE = Unit(1, "self_attn.q_proj"), 3, 0.7
@@ -35,7 +38,7 @@ def made(experts: int, top_k: int, linear: nn.Linear, dropout: float = 0.0) -> t
     engine = Engine({UNIT: family}, config, expert_groups(make_mesh(1)))
     for (_, expert), chunk in engine.shards.named_parameters().items():
         chunk.data.copy_(torch.randn(len(chunk), generator=torch.Generator().manual_seed(expert)) * 0.3)
-    router = TopKRouter(sizes.inputs, experts, top_k, unit=UNIT, seed=5, dtype=dtype, device=torch.device("cpu"))
+    router = TopKRouter(replace(router_site(sizes.inputs, experts, top_k, seed=5, dtype=dtype), unit=UNIT))
     router.weight.data *= 30
     return MoeLinear(UNIT, router, engine.current, linear.requires_grad_(False)), engine
 

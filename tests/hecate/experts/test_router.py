@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hecate.experts.router import TopKRouter, softmax_of_largest, wide_linear
-from hecate.parallel.units import Unit
+from tests.hecate.experts.making import router_site
 
 
 def router(hidden: int, experts: int, k: int, *, layer: int = 0, seed: int = 0, dtype: torch.dtype = torch.float64) -> TopKRouter:
-    return TopKRouter(hidden, experts, k, unit=Unit(layer), seed=seed, dtype=dtype, device=torch.device("cpu"))
+    return TopKRouter(router_site(hidden, experts, k, layer=layer, seed=seed, dtype=dtype))
 
 
 def test_a_token_by_hand() -> None:

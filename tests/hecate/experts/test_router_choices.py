@@ -13,14 +13,13 @@ from hecate.config import RouterConfig
 from hecate.experts.pass_samples import PassSamples
 from hecate.experts.router import Routing, TokenFeatures, TopKRouter, sample_balance_loss
 from hecate.parallel.units import Unit
+from tests.hecate.experts.making import router_site
 
 DOUBLE = torch.float64
 
 
 def router(experts: int, k: int, hidden: int = 6, *, layer: int = 0, **choices: Any) -> TopKRouter:
-    made = TopKRouter(
-        hidden, experts, k, unit=Unit(layer), seed=0, dtype=DOUBLE, device=torch.device("cpu"), choices=RouterConfig(**choices)
-    )
+    made = TopKRouter(router_site(hidden, experts, k, layer=layer, dtype=DOUBLE, choices=RouterConfig(**choices)))
     made.weight.data.mul_(50)  # the init alone is nearly uniform
     return made
 

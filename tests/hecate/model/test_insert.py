@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.families import ROUTERS
-from hecate.experts.router import TopKRouter
+from hecate.experts.router import RouterSite, TopKRouter
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, RouterError, insert_experts, non_moe_flops_per_token
 from hecate.model.lora import LoraLinear
@@ -116,16 +117,16 @@ def test_a_plan_that_does_not_fit_is_refused(one_rank: dist.ProcessGroup, argume
 class TemperedRouter(TopKRouter):
     """Learns more than its weight."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, site: RouterSite) -> None:
+        super().__init__(site)
         self.log_temperature = nn.Parameter(torch.zeros(1))
 
 
 class WiderRouter(TopKRouter):
     """Its weight has a column more than the hidden states have elements."""
 
-    def __init__(self, hidden: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(hidden + 1, *args, **kwargs)
+    def __init__(self, site: RouterSite) -> None:
+        super().__init__(replace(site, hidden=site.hidden + 1))
 
 
 class LongBiasRouter(TopKRouter):
@@ -135,9 +136,9 @@ class LongBiasRouter(TopKRouter):
     def trained_bias(self) -> nn.Parameter:
         return self.bias_of_two
 
-    def __init__(self, hidden: int, num_experts: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(hidden, num_experts, *args, **kwargs)
-        self.bias_of_two = nn.Parameter(torch.zeros(2 * num_experts))
+    def __init__(self, site: RouterSite) -> None:
+        super().__init__(site)
+        self.bias_of_two = nn.Parameter(torch.zeros(2 * site.num_experts))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import cycle, product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +12,11 @@ from hecate.parallel.lower_bound import lower_bound
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.topology import Topology
-from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
-from testing.plan_cases import MEMORY_SHARE, TOPOLOGIES, Kind, kinds
+from testing.plan_cases import MEMORY_SHARE, Kind, kinds, topologies
 
 pytest.importorskip("scipy.optimize")
 
-PRESETS = Path(__file__).parents[3] / "configs" / "topologies"
 EXPERTS, TOKENS, TOP_K = 16, 4096, 2
 WORKLOADS_EACH = 3
 """of each cluster and kind of experts: the next ones in turn, so that all 13 occur"""
@@ -39,8 +36,8 @@ def small(topology: Topology, devices: int) -> Topology:
 def cases() -> list[tuple[str, Kind, str, PlanInput]]:
     """Cluster, kind of experts, workload, and one layer."""
     found, names = [], cycle(WORKLOADS)
-    for (place, preset), kind in product(TOPOLOGIES.items(), kinds()):
-        topology = small(load_topology(PRESETS / f"{preset}.yaml"), 8 if place == "8x1" else 2)
+    for (place, whole), kind in product(topologies().items(), kinds()):
+        topology = small(whole, 8 if place == "8x1" else 2)
         slots = np.minimum((MEMORY_SHARE * np.asarray(topology.memory) / kind.cost.replica_bytes).astype(np.int64), EXPERTS)
         owners = contiguous_owners(EXPERTS, topology.world_size)[None]
         for name in (next(names) for _ in range(WORKLOADS_EACH)):
