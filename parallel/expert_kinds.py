@@ -8,9 +8,10 @@ of a layer share, or none) and of whether low-rank pairs train beside it. What c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from hecate.errors import UserError
 from hecate.parallel.layout import ExpertLayout, TensorSpec
 
 Family = Literal["mixlora", "full", "moe_lora"]
@@ -69,6 +70,18 @@ def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:
 
 
 @dataclass(frozen=True)
+class ShardShape:
+    """The numbers of the source shards (MoS, arXiv 2410.00938): how large a pool is for each expert, and how vectors are cut."""
+
+    equivalent_rank: int = 2
+    """rank of the plain pairs that would have as many trained numbers as the pool has for each expert"""
+    per_vector: int = 4
+    """shards that a row of A or a column of B is put together from"""
+    private_rank: int = 1
+    """of an expert's rank, what only it takes from the pool"""
+
+
+@dataclass(frozen=True)
 class LoraShape:
     """Hyper-parameters of low-rank pairs. A pair source with numbers of its own has them here."""
 
@@ -82,6 +95,8 @@ class LoraShape:
     """of the gradient rule row_norm (`hecate.kernels.common.low_rank.row_factors`); None: there is no rule"""
     bases: int = DEFAULT_BASES
     """of the source nola: drawn matrices whose sum is A, and as many whose sum is B"""
+    shards: ShardShape = ShardShape()
+    """of the source shards"""
 
     @property
     def widest(self) -> int:
@@ -115,10 +130,17 @@ class PairSizes:
     made: int = 0
     """numbers of A and B that are made for each replica from what is trained, and kept from the unit's forward to its backward pass; 0: A
     and B are parts of the replica, or seeded"""
+    pooled: tuple[TensorSpec, ...] = ()
+    """what is trained in a pool that the units of one place and shape have in common (`hecate.experts.pool`), in place of `trained`: the
+    pool has one block of these tensors for each of their experts"""
 
     @property
     def trained_numel(self) -> int:
         return sum(spec.numel for spec in self.trained)
+
+    @property
+    def pooled_numel(self) -> int:
+        return sum(spec.numel for spec in self.pooled)
 
 
 NO_PAIRS = PairSizes((), 0.0)
@@ -155,10 +177,50 @@ def nola_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) ->
     return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, made=whole.trained_numel)
 
 
+def shard_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
+    """Of pairs that are put together from shards of a pool (MoS, arXiv 2410.00938): a block has equivalent_rank rows of A, and as many
+    columns of B, which lie as rows, too.
+
+    Raises:
+        UserError: per_vector does not divide a projection's inputs or outputs.
+    """
+    projections, shards = tuple(projections), lora.shards
+    for name in projections:
+        inputs, outputs = sizes.of_projection(name)
+        if inputs % shards.per_vector or outputs % shards.per_vector:
+            raise UserError(
+                f"lora.shards.per_vector: {shards.per_vector} does not divide the {inputs} inputs and the {outputs} outputs of "
+                f"{'one of lora.target_modules' if name == ONLY_PROJECTION else name}\n"
+                "  vectors are cut into shards of equal length: give a number that divides the sizes of all target modules"
+            )
+    whole = plain_pairs(sizes, projections, lora)
+    block = plain_pairs(sizes, projections, replace(lora, rank=shards.equivalent_rank)).trained
+    pooled = tuple(spec if spec.name.endswith(".A") else TensorSpec(spec.name, spec.shape[::-1]) for spec in block)
+    return PairSizes((), whole.flops, made=whole.trained_numel, pooled=pooled)
+
+
+def require_public_shards(lora: LoraShape, consumers: int) -> None:
+    """Check that a pool of so many experts has the shards that one of them takes.
+
+    Raises:
+        UserError: an expert takes more public shards than there are.
+    """
+    shards = lora.shards
+    taken, each = lora.rank - shards.private_rank, shards.equivalent_rank - shards.private_rank
+    if taken > each * consumers:
+        raise UserError(
+            f"lora.shards: a pair takes the shards of {taken} public vectors (lora.r {lora.rank} - private_rank {shards.private_rank}), but its "
+            f"pool has {each * consumers}:\n"
+            f"  {each} (equivalent_rank {shards.equivalent_rank} - private_rank {shards.private_rank}) for each of the {consumers} pairs that share it\n"
+            "  raise lora.shards.equivalent_rank, or lower lora.r"
+        )
+
+
 PAIR_SIZES: dict[str, Callable[[UnitSizes, Iterable[str], LoraShape], PairSizes]] = {
     "plain": plain_pairs,
     "fixed_a": fixed_a_pairs,
     "nola": nola_pairs,
+    "shards": shard_pairs,
 }
 """by the name of the pair source; what computes with it is in `hecate.experts.families.PAIR_SOURCES`"""
 

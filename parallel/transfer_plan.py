@@ -267,8 +267,10 @@ def choose_route(placement: Placement, chunk: ChunkSize, topology: Topology) -> 
 
     The simpler one of equals.
     The two exchanges of a route over leaders follow one another, so their seconds add up. The cost model asks the same loops, so a plan is
-    priced by the route that it takes. A pure function: all ranks choose alike.
+    priced by the route that it takes. A pure function: all ranks choose alike. Chunks without numbers never travel.
     """
+    if not chunk.numel:
+        return "flat"
     cost = LayerCost(trainable_bytes=float(chunk.num_bytes), chunk_numel=chunk.numel)
     route_L = np.empty(1, np.int64)
     fastest_routes(

@@ -15,10 +15,18 @@ class Unit:
     layer: int
     """the decoder layer, from 0"""
     place: str = FFN
-    """the FFN, or the dotted name of a linear in the layer, such as `self_attn.q_proj`"""
+    """the FFN, or the dotted name of a linear in the layer, such as `self_attn.q_proj`; of a pool see `pool_unit`"""
 
     def __str__(self) -> str:
         return str(self.layer) if self.place == FFN else f"{self.layer}.{self.place}"
+
+
+def pool_unit(first: Unit) -> Unit:
+    """Return the name of a pool that experts of several units share: LAYER.PLACE.pool, of the first of these units.
+
+    No unit has this name, because nothing lies inside of an FFN that experts replace, or of a linear.
+    """
+    return Unit(first.layer, f"{first.place}.pool")
 
 
 def parse_unit(text: str) -> Unit:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
+from hecate.config.pair_rules import check_shards
 from hecate.config.paths import INDEXED_SUFFIXES, find_model, indexed_prefix
 from hecate.config.problems import Add, did_you_mean, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
@@ -37,6 +38,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     _check_kind(values, add)
     _check_gradient_rule(values, add)
     _check_nola(values, add)
+    check_shards(values, add)
     check_router(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
@@ -143,8 +145,8 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     for key, leaf in LEAVES.items():
         if leaf.family not in (None, family) and key in values and values[key] != leaf.default:
             add(key, f"applies to moe.family={leaf.family} only, but the family is {family}", "leave it out")
-    for key in ("lora.pairs", "lora.gradient_rule"):
-        if over_linears and key in values and values[key] != LEAVES[key].default:
+    for key, with_linears in (("lora.pairs", ("plain", "shards")), ("lora.gradient_rule", ("none",))):
+        if over_linears and key in values and values[key] not in with_linears:
             add(key, f"does not apply to moe.unit=linear yet, got {values[key]}", "leave it out")
         if not kind.has_pairs and key in values and values[key] != LEAVES[key].default:
             add(key, f"is about low-rank pairs, which experts of moe.family={family} do not have, got {values[key]}", "leave it out")

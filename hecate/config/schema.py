@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range
 from hecate.errors import UserError
-from hecate.parallel.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, kind_of, lora_scale
+from hecate.parallel.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, ShardShape, kind_of, lora_scale
 
 
 def key(allowed: Range | None = None, *, computes: bool = True, family: Family | None = None) -> dict[str, Any]:
@@ -99,6 +99,18 @@ class NolaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardsConfig:
+    """With lora.pairs shards: the pools, and how pairs are put together from them."""
+
+    equivalent_rank: int = field(default=ShardShape.equivalent_rank, metadata=key(COUNT))
+    """How much is trained: as much as plain pairs of this rank would have."""
+    per_vector: int = field(default=ShardShape.per_vector, metadata=key(COUNT))
+    """How many shards each row of A and each column of B consists of. Must divide the inputs and the outputs of all target modules."""
+    private_rank: int = field(default=ShardShape.private_rank, metadata=key(WHOLE))
+    """How many of the r rows of A, and of the columns of B, come from shards that no other pair takes. At most equivalent_rank and r."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     r: int = field(default=16, metadata=key(COUNT))
     """The LoRA rank of every adapter, in experts and in attention."""
@@ -106,11 +118,13 @@ class LoraConfig:
     """The adapter's output is scaled by alpha / r. null: 32, or with gradient_rule row_norm, which allows no other, no scaling."""
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
-    pairs: Literal["plain", "fixed_a", "nola"] = "plain"
+    pairs: Literal["plain", "fixed_a", "nola", "shards"] = "plain"
     """What of a pair is trained; see docs/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
     all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same for all
-    experts of the model, whose sums are A and B; the attention's adapters stay plain."""
+    experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers share, from
+    which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters without a router stay plain."""
     nola: NolaConfig = field(default_factory=NolaConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
     gradient_rule: Literal["none", "row_norm"] = "none"
@@ -129,7 +143,8 @@ class LoraConfig:
     def shape(self) -> LoraShape:
         """What pair sources and adapters are made by."""
         scale = lora_scale(self.stored_alpha, self.r, rslora=self.use_rslora)
-        return LoraShape(self.r, scale, self.dropout, self.pairs, self.eta, self.nola.bases)
+        shards = ShardShape(self.shards.equivalent_rank, self.shards.per_vector, self.shards.private_rank)
+        return LoraShape(self.r, scale, self.dropout, self.pairs, self.eta, self.nola.bases, shards)
 
     @property
     def stored_alpha(self) -> int:

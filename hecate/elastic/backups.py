@@ -82,8 +82,9 @@ def send_gradients(engine: ExpertEngine, optimizer: ExpertOptimizer, loads: dict
     backup_rank_D = backup_ranks(engine.shards.config.topology)
     leaving: list[list[nn.Parameter]] = [[] for _ in range(world)]
     arriving: list[list[nn.Parameter]] = [[] for _ in range(world)]
-    for unit, store in engine.shards.stores.items():
-        reached_E = loads[unit].sum(1) > 0
+    reached = engine.shards.reached(loads)
+    for unit, store in engine.shards.trained.items():
+        reached_E = reached[unit]
         for expert, parameter in zip(store.experts, store.parameters, strict=True):
             if reached_E[expert]:
                 leaving[backup_rank_D[rank]].append(parameter)

@@ -66,7 +66,7 @@ def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
     that the new owner holds already does not travel.
 
     Args:
-        owners: int64 [experts] for each of the engine's units.
+        owners: int64 [experts] for each of the engine's units and pools.
     """
     experts = num_bytes = 0
     for unit, store in engine.shards.stores.items():

@@ -154,9 +154,9 @@ def go_back(parts: TrainedParts, config: Config, group: Group) -> TrainState:
     """
     engine, ranks = parts.engine, group.ranks
     parts.optimizer.replace_backups({}, {})
-    owners = {unit: contiguous_owners(family.num_experts, ranks.world_size) for unit, family in engine.shards.families.items()}
+    owners = {unit: contiguous_owners(chunked.num_experts, ranks.world_size) for unit, chunked in engine.shards.chunked.items()}
     chunks = {
-        unit: {int(expert): engine.shards.families[unit].init_chunk(int(expert)) for expert in np.flatnonzero(owner_E == ranks.rank)}
+        unit: {int(expert): engine.shards.chunked[unit].init_chunk(int(expert)) for expert in np.flatnonzero(owner_E == ranks.rank)}
         for unit, owner_E in owners.items()
     }
     engine.rejoin(group.topology, ranks.groups, owners, chunks)
@@ -172,11 +172,11 @@ def go_back(parts: TrainedParts, config: Config, group: Group) -> TrainState:
 
 def _holders(parts: TrainedParts, ranks: Ranks, *, has_state: bool) -> dict[Unit, np.ndarray]:
     """Per unit int64 [experts]: the lowest rank that owns the expert, else the lowest rank that has its backup, else -1."""
-    optimizer, families = parts.optimizer, parts.engine.shards.families
+    optimizer, chunked = parts.optimizer, parts.engine.shards.chunked
     own = []
-    for unit, family in families.items():
-        held_E = np.zeros(family.num_experts, dtype=np.int64)
-        for expert in range(family.num_experts if has_state else 0):
+    for unit, of_unit in chunked.items():
+        held_E = np.zeros(of_unit.num_experts, dtype=np.int64)
+        for expert in range(of_unit.num_experts if has_state else 0):
             name = expert_name(unit, expert)
             held_E[expert] = _OWNED if name in optimizer.owned else _BACKUP if name in optimizer.backups else 0
         own.append(held_E)
@@ -185,7 +185,7 @@ def _holders(parts: TrainedParts, ranks: Ranks, *, has_state: bool) -> dict[Unit
     held_DE = ranks.all_gather(torch.from_numpy(np.concatenate(own))).numpy()
     holder_E = np.where(held_DE.max(0) > 0, held_DE.argmax(0), -1)
     cuts = np.cumsum([len(held_E) for held_E in own])[:-1]
-    return dict(zip(families, np.split(holder_E, cuts), strict=True))
+    return dict(zip(chunked, np.split(holder_E, cuts), strict=True))
 
 
 def _deal(parts: TrainedParts, ranks: Ranks, holders: Mapping[Unit, np.ndarray], owners: Mapping[Unit, np.ndarray]) -> ExpertStates:

@@ -23,7 +23,8 @@ class Engine:
     """The `ExpertEngine` (`hecate.engine.protocol` describes its methods) that places experts as a planner decides in every step."""
 
     def __init__(self, families: dict[Unit, ExpertFamily], config: EngineConfig, groups: ExpertGroups) -> None:
-        self.shards = ExpertShards(families, config, groups)
+        pools = [family.pool for family in families.values()]
+        self.shards = ExpertShards(families, config, groups, pools={pool.unit: pool for pool in pools if pool is not None})
         self.current = CurrentPass()
         self._last: StepLedger | None = None
         """ledger of the step that began last; None: no step has begun"""

@@ -44,7 +44,8 @@ class EvaluationPass:
     def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
         assert self.shards is not None, "this model's layers compute their experts themselves"
         routed = RoutedTokens(x_TD, expert_TK, weight_TK, token_T)
-        return self.shards.compute(unit, self.shards.stores[unit].replicas(), routed, LayerCall(step=None, backward_follows=False))
+        replicas_SC = self.shards.stores[self.shards.trained_in[unit]].replicas()
+        return self.shards.compute(unit, replicas_SC, routed, LayerCall(step=None, backward_follows=False))
 
     def again(self) -> EvaluationPass:
         return self
@@ -60,7 +61,7 @@ def evaluation(shards: ExpertShards, current: CurrentPass, *, together: bool) ->
     for unit, frozen in shards.frozen.items():
         frozen.start(shards.plans.borrow_frozen(unit))
     shards.gather(*shards.families)
-    for store in shards.stores.values():
+    for store in shards.trained.values():
         store.replicas()
     for frozen in shards.frozen.values():
         frozen.wait()
@@ -69,7 +70,7 @@ def evaluation(shards: ExpertShards, current: CurrentPass, *, together: bool) ->
         with current.set_to(one):
             yield one
     finally:
-        for store in shards.stores.values():
+        for store in shards.trained.values():
             store.drop()
         for unit, frozen in shards.frozen.items():
             frozen.start(shards.plans.return_frozen(unit))

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.engine.step_plans import EngineConfig, StepPlans
-from hecate.experts.family import ExpertFamily, ExpertReplicas
+from hecate.errors import UserError
+from hecate.experts.family import ExpertFamily, ExpertReplicas, OwnedChunks
+from hecate.experts.pool import Pool
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.comm.device_tables import chunk_tables
 from hecate.parallel.comm.dispatch import combine, dispatch
@@ -48,11 +50,30 @@ class LayerCall:
 class ExpertShards:
     """All MoE layers' experts on one rank: master chunks of those that it owns, replicas while they last, loads and plans."""
 
-    def __init__(self, families: dict[Unit, ExpertFamily], config: EngineConfig, groups: ExpertGroups, *, contiguous: bool = False) -> None:
+    def __init__(
+        self,
+        families: dict[Unit, ExpertFamily],
+        config: EngineConfig,
+        groups: ExpertGroups,
+        *,
+        pools: Mapping[Unit, Pool] | None = None,
+        contiguous: bool = False,
+    ) -> None:
         """Args:
+        pools: those that families draw on, by their names.
         contiguous: each rank owns as many experts as every other, in their order; else owners follow the devices' memory.
         """
         self.families = families
+        self.pools: Mapping[Unit, Pool] = pools or {}
+        self.chunked: dict[Unit, OwnedChunks] = {**families, **self.pools}
+        """all whose chunks have owners: of the units' experts, which are empty where these draw on a pool, and the pools' blocks"""
+        self.trained_in = {unit: unit if family.pool is None else family.pool.unit for unit, family in families.items()}
+        """what holds the numbers that a unit's experts train: the unit itself, or its pool"""
+        if self.pools and config.per_micro_step:
+            raise UserError(
+                "lora.pairs=shards: the pool is gathered once a step, but fssdp.rematerialize and fssdp.plan gather in each micro-step\n"
+                "  leave fssdp.rematerialize and fssdp.plan out"
+            )
         self.history = LoadHistory(config.load_window)
         self._contiguous = contiguous
         self._join(config, groups, self._first_owners(config, groups), {})
@@ -62,12 +83,12 @@ class ExpertShards:
         if self._contiguous:
             return self.redealt({}, dist.get_world_size(groups.experts))
         memory = owners_topology(config.topology, _mesh_of(groups)).memory
-        return {unit: owners_by_memory(family.num_experts, memory) for unit, family in self.families.items()}
+        return {unit: owners_by_memory(chunks.num_experts, memory) for unit, chunks in self.chunked.items()}
 
     def redealt(self, owners: Mapping[Unit, np.ndarray], world_size: int) -> dict[Unit, np.ndarray]:
         """Each layer's owners on another number of ranks, of a sharding group."""
         if self._contiguous:
-            return {unit: contiguous_owners(family.num_experts, world_size) for unit, family in self.families.items()}
+            return {unit: contiguous_owners(chunks.num_experts, world_size) for unit, chunks in self.chunked.items()}
         return dict(zip(owners, redealt_owners(list(owners.values()), world_size), strict=True))
 
     def _join(
@@ -81,17 +102,17 @@ class ExpertShards:
         """ranks of the sharding group"""
         self.mesh = _mesh_of(groups)
         group = dist.get_rank(groups.world) // self.world_size
-        self.plans = StepPlans(self.families, config, owners, self.history, self.mesh, group, self.rank)
+        self.plans = StepPlans(self.families, config, owners, self.history, self.mesh, group, self.rank, self.pools)
         self.stores = {
             unit: ExpertStore(
                 owners[unit].tolist(),
-                _chunk_of(family, chunks.get(unit, {})),
-                family.no_chunks(),
+                _chunk_of(owned, chunks.get(unit, {})),
+                owned.no_chunks(),
                 groups.experts,
                 groups.replicate,
-                replica_dtype=family.replica_dtype,
+                replica_dtype=owned.replica_dtype,
             )
-            for unit, family in self.families.items()
+            for unit, owned in self.chunked.items()
         }
         self.frozen = {
             unit: FrozenStore(
@@ -132,6 +153,25 @@ class ExpertShards:
         return next(iter(self.stores.values())).device
 
     @property
+    def trained(self) -> dict[Unit, ExpertStore]:
+        """The stores that are gathered and reduced in a step, in the order of their first use."""
+        return {unit: self.stores[unit] for unit in self.trained_in.values()}
+
+    def reached(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, np.ndarray]:
+        """Of each of `trained`, bool [chunks]: whether a token has reached the expert or, of a pool, any expert that draws on it.
+
+        Args:
+            loads: of each unit, int64 [experts, ranks of the job].
+        """
+        found: dict[Unit, np.ndarray] = {}
+        for unit, source in self.trained_in.items():
+            reached_E = loads[unit].sum(1) > 0
+            if source != unit:
+                reached_E = found.get(source, False) | np.full(self.pools[source].num_experts, reached_E.any())
+            found[source] = reached_E
+        return found
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes sent to other ranks so far: chunks, gradients, frozen parts, tokens (forward and back)."""
         chunk_bytes = sum(store.bytes_sent for store in self.stores.values())
@@ -169,7 +209,7 @@ class ExpertShards:
             owners: int64 [experts] of each layer, the same on every rank.
             chunks: unit -> expert -> the master chunk of each expert that this rank owns from now on; copied.
         """
-        for unit in self.families:
+        for unit in self.chunked:
             mine = np.flatnonzero(owners[unit] == dist.get_rank(groups.experts)).tolist()
             assert sorted(chunks.get(unit, {})) == mine, (unit, sorted(chunks.get(unit, {})), mine)
         self._join(replace(self.config, topology=topology), groups, owners, chunks)
@@ -195,9 +235,9 @@ class ExpertShards:
         return move.copies * self.frozen[unit].chunk_bytes
 
     def gather(self, *units: Unit) -> None:
-        """Start materializing layers, where their replicas have neither arrived nor are on their way."""
+        """Start materializing layers, or the pools that they draw on, where their replicas have neither arrived nor are on their way."""
         transfers = self.plans.transfers
-        gather_together([(self.stores[unit], transfers[unit]) for unit in units])
+        gather_together([(self.stores[source], transfers[source]) for source in dict.fromkeys(self.trained_in[unit] for unit in units)])
         for unit in units:
             if unit in self.frozen and (move := self.plans.fetch_frozen(unit)) is not None:
                 self.frozen[unit].start(move)
@@ -208,7 +248,7 @@ class ExpertShards:
         Every rank must call it for the same layers in the same order, also with no tokens.
 
         Args:
-            replicas_SC: of the layer's present placement.
+            replicas_SC: of the layer's present placement, or its pool.
             routed: this rank's tokens with their token numbers; `slot_TK` holds the chosen experts, whose slots are not known yet.
         """
         plan = self.plans.transfers[unit]
@@ -232,6 +272,6 @@ def _mesh_of(groups: ExpertGroups) -> Mesh:
     return make_mesh(dist.get_world_size(groups.world), dist.get_world_size(groups.experts))
 
 
-def _chunk_of(family: ExpertFamily, chunks: Mapping[int, Tensor]) -> Callable[[int], Tensor]:
+def _chunk_of(owned: OwnedChunks, chunks: Mapping[int, Tensor]) -> Callable[[int], Tensor]:
     """An expert's chunk: the one given, else its initial one."""
-    return lambda expert: chunks[expert].detach() if expert in chunks else family.init_chunk(expert)
+    return lambda expert: chunks[expert].detach() if expert in chunks else owned.init_chunk(expert)

@@ -6,7 +6,8 @@
     micro.experts(unit, ...)                        wait for the replicas; dispatch what must travel; compute; combine
     micro.backward(loss)                            start the gathers that the backward pass needs first; run it; in the step's last one
                                                     each layer's SparseReduceScatter starts as soon as its gradient is complete, and of
-                                                    the layer before it the sum over the sharding groups, if there are several
+                                                    the layer before it the sum over the sharding groups, if there are several; so does
+                                                    a pool's, after the last of the layers that draw on it
     loads = step.finish()                           wait for the reductions; exchange and record the loads; hand gradients to the
                                                     owners' parameters
 
@@ -99,13 +100,14 @@ class StepLedger:
         An expert that no token of any rank reached gets no gradient (None), so that its optimizer leaves it untouched.
 
         Args:
-            gradients: [owned experts, C] of each layer, summed over all ranks.
+            gradients: [owned experts, C] of each of `ExpertShards.trained`, summed over all ranks.
             loads: of `exchange_loads`.
         """
         shards = self._shards
-        for unit, store in shards.stores.items():
+        reached = shards.reached(loads)
+        for unit, store in shards.trained.items():
             for expert, parameter, grad in zip(store.experts, store.parameters, gradients[unit], strict=True):
-                parameter.grad = grad if loads[unit][expert].sum() > 0 else None
+                parameter.grad = grad if reached[unit][expert] else None
         shards.history.record(loads)
         self.finished = True
         if shards.mesh.num_sharding_groups > 1 and loads:
@@ -175,7 +177,7 @@ class Step:
         self._awaiting_backward: list[Unit] = []
         """units whose replicas were freed after their forward pass, in its order"""
         self._reduced_last: Unit | None = None
-        """the layer whose reduction was started last in the step's last backward pass"""
+        """the layer or pool whose reduction was started last in the step's last backward pass"""
         shards.plans.begin(micro_steps)
 
     def begin_micro_step(self, tokens: PassTokens | None = None) -> MicroStep:
@@ -193,12 +195,13 @@ class Step:
             Per layer the step's loads, int64 [experts, ranks of the job].
         """
         self.ledger.require_complete()
-        for unit, store in reversed(self._shards.stores.items()):
+        trained = self._shards.trained
+        for unit, store in reversed(trained.items()):
             if not store.reduce_started:
                 raise OrderError(f"step {self.ledger.number} cannot finish: layer {unit} took no part in its last backward pass")
             store.sum_over_groups()
         loads = self.ledger.exchange_loads()
-        self.ledger.close({unit: store.reduced() for unit, store in self._shards.stores.items()}, loads)
+        self.ledger.close({unit: store.reduced() for unit, store in trained.items()}, loads)
         return loads
 
     def prefetch(self, *units: Unit) -> None:
@@ -260,7 +263,8 @@ class Step:
         self.peak_replica_bytes = max(self.peak_replica_bytes, self._shards.replica_bytes + more)
 
     def _replicas(self, unit: Unit) -> Tensor:
-        return self._shards.stores[unit].replicas(lambda: self._gradient_complete(unit))
+        source = self._shards.trained_in[unit]
+        return self._shards.stores[source].replicas(lambda: self._gradient_complete(source))
 
     def _free_until_backward(self, unit: Unit, y_RD: Tensor) -> None:
         """With `rematerialize`, give the replicas' memory back now that the layer has computed."""
@@ -283,7 +287,7 @@ class Step:
             self._gather(*(unit for unit in reversed(self._awaiting_backward) if unit.layer in coming))
 
     def _gradient_complete(self, unit: Unit) -> None:
-        """The backward pass is through with a layer's experts."""
+        """The backward pass is through with a layer's experts, or with all that draw on a pool."""
         shards, in_last = self._shards, self.ledger.in_last_micro_step
         if not (in_last or shards.config.per_micro_step):
             return

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hecate.engine.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
-from hecate.experts.family import ExpertFamily
+from hecate.experts.family import ExpertFamily, OwnedChunks
 from hecate.parallel.cost_model import ExecutionMode, PlanMode
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.loads import LoadHistory, imbalance
@@ -72,6 +72,7 @@ class StepPlans:
         history: of the job's loads.
         group: which of the mesh's sharding groups this is.
         rank: in the group.
+        pools: whose blocks are on every rank, whatever is planned.
     """
 
     def __init__(
@@ -83,15 +84,17 @@ class StepPlans:
         mesh: Mesh,
         group: int,
         rank: int,
+        pools: Mapping[Unit, OwnedChunks] | None = None,
     ) -> None:
         self._families, self.mesh, self._rank = families, mesh, rank
+        self._pools = pools or {}
         self.members = mesh.sharding_groups()[group]
         """the group's ranks, in the job"""
         self.config = config
         self.owners, self.history = owners, history
         self.transfers: dict[Unit, TransferPlan] = {}
         """how each layer's plan is carried out on this rank"""
-        self._chunks = {unit: _chunk_size(family) for unit, family in families.items()}
+        self._chunks = {unit: _chunk_size(owned) for unit, owned in (*families.items(), *self._pools.items())}
         self.residency = {
             unit: Residency.of_owners(owners[unit], self.slots(family)) for unit, family in families.items() if family.layout().frozen
         }
@@ -146,6 +149,7 @@ class StepPlans:
                     self._from_history[unit] = layer_plan(plan, given, index)
                     self._last_planned[unit] = self._from_history[unit].placement
                     self.place(unit, self._from_history[unit])
+        self._place_pools()
 
     def inputs(self, *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
         """What a planner is given for the next step: the layers of one shape together, each with its number.
@@ -192,13 +196,15 @@ class StepPlans:
 
     def place_everywhere(self) -> None:
         """Every expert of every layer on every rank, as evaluation has it."""
-        for unit, owner_E in self.owners.items():
-            self._place_for_any(unit, everything_everywhere(owner_E, self.mesh.shard_size))
+        for unit in self._families:
+            self._place_for_any(unit, everything_everywhere(self.owners[unit], self.mesh.shard_size))
+        self._place_pools()
 
     def place_on_owners(self) -> None:
         """Every expert of every layer on its owner alone."""
-        for unit, owner_E in self.owners.items():
-            self._place_for_any(unit, owners_only(owner_E, self.mesh.shard_size))
+        for unit in self._families:
+            self._place_for_any(unit, owners_only(self.owners[unit], self.mesh.shard_size))
+        self._place_pools()
 
     def place_from_history(self, unit: Unit) -> None:
         """A layer goes by the step's first plan again."""
@@ -276,6 +282,11 @@ class StepPlans:
         before, self.residency[unit] = self.residency[unit], after
         return frozen_move(before, after, self._rank)
 
+    def _place_pools(self) -> None:
+        for unit in self._pools:
+            everywhere = everything_everywhere(self.owners[unit], self.mesh.shard_size)
+            self.transfers[unit] = plan_transfer(everywhere, None, self._chunks[unit], self.topology, self._rank)
+
     def _place_for_any(self, unit: Unit, placement: Placement) -> None:
         # Some tokens of every rank for every expert: what must travel may.
         self.place(unit, LayerPlan(placement, np.ones(placement.where_ED.shape), None))
@@ -319,5 +330,5 @@ def _moved_owners(planner: Planner, units: Sequence[Unit], before_LE: np.ndarray
     )
 
 
-def _chunk_size(family: ExpertFamily) -> ChunkSize:
-    return ChunkSize(family.layout().trainable_numel, family.replica_dtype.itemsize)
+def _chunk_size(owned: OwnedChunks) -> ChunkSize:
+    return ChunkSize(owned.layout().trainable_numel, owned.replica_dtype.itemsize)

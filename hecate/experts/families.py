@@ -14,6 +14,7 @@ from hecate.experts.moe_lora import MoeLoraExperts
 from hecate.experts.nola import Nola
 from hecate.experts.pairs import PairSource, PlainPairs
 from hecate.experts.router import MakeRouter, TopKRouter
+from hecate.experts.shard_pairs import ShardPairs
 from hecate.parallel.expert_kinds import ExpertKind, KindName, LoraShape
 
 
@@ -54,6 +55,7 @@ PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]
     "plain": _plain,
     "fixed_a": FixedA,
     "nola": Nola,
+    "shards": ShardPairs,
 }
 """by the name that `lora.pairs` gives; what each trains is in `hecate.parallel.expert_kinds.PAIR_SIZES`"""
 

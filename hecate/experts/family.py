@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hecate.experts.pairs import PairSource
+from hecate.experts.pool import Pool
 from hecate.experts.seeding import unit_numbers
 from hecate.kernels.backend import Backend, ExpertKernels, expert_kernels
 from hecate.kernels.common.assignments import RoutedTokens
@@ -32,15 +33,18 @@ class ExpertReplicas:
     """The experts that are materialized on this rank for one layer's tokens, by slot. Which they are, `RoutedTokens.expert_S` says."""
 
     chunks_SC: Tensor
-    """their trainable chunks, in the family's `replica_dtype`"""
+    """their trainable chunks, in the family's `replica_dtype`; of a family with a pool, all of the pool's blocks, whatever the slots hold"""
     frozen_S: Sequence[Tensor] = ()
     """the frozen chunk of each; nothing for a family without frozen parts"""
 
 
-class ExpertFamily(Protocol):
-    """One unit's experts of some kind. The engine moves their chunks and tokens and never looks inside."""
+class OwnedChunks(Protocol):
+    """Chunks that ranks own, gather and reduce: those of a unit's experts, or the blocks of a pool."""
 
-    num_experts: int
+    @property
+    def num_experts(self) -> int:
+        """Of chunks."""
+        ...
 
     @property
     def replica_dtype(self) -> torch.dtype:
@@ -55,15 +59,25 @@ class ExpertFamily(Protocol):
         """The initial flat chunk of one expert, [C] in master precision; a function of (seed, unit, expert) alone."""
         ...
 
+    def no_chunks(self) -> Tensor:
+        """[0, C], of the dtype and on the device that `init_chunk` has: what a rank holds that owns no expert."""
+        ...
+
+
+class ExpertFamily(OwnedChunks, Protocol):
+    """One unit's experts of some kind. The engine moves their chunks and tokens and never looks inside."""
+
+    @property
+    def pool(self) -> Pool | None:
+        """What its experts train together with those of other units, instead of chunks of their own, which then have no numbers; None: each
+        expert trains its chunk."""
+        ...
+
     def frozen_chunk(self, expert: int) -> Tensor:
         """The flat frozen chunk of one expert, in the dtype it is computed in; empty for a family without frozen parts.
 
         It is asked for on the expert's first owner only.
         """
-        ...
-
-    def no_chunks(self) -> Tensor:
-        """[0, C], of the dtype and on the device that `init_chunk` has: what a rank holds that owns no expert."""
         ...
 
     def no_frozen_chunks(self) -> Tensor:
@@ -113,6 +127,14 @@ class Site:
     kernels: Backend = "auto"
     together: int = 1
     """units of the decoder layer, which are gathered in one message"""
+    peers: tuple[tuple[Unit, int], ...] = ()
+    """the units of the model in the same place with the same sizes, this one among them, ascending, with the number of their experts;
+    nothing: there is no other"""
+
+    @property
+    def alike(self) -> tuple[tuple[Unit, int], ...]:
+        """`peers`, and if there is no other, this unit."""
+        return self.peers or ((self.unit, self.num_experts),)
 
     @property
     def inputs(self) -> int:
@@ -163,6 +185,19 @@ class UnitExperts(ABC):
         self._layout = kind.layout(ffn, self._pair_sizes)
 
     @property
+    def pool(self) -> Pool | None:
+        if not self._pair_sizes.pooled:
+            return None
+        site, initial = self.site, self.pair_source.initial
+        return Pool(
+            site.alike,
+            self._pair_sizes.pooled,
+            lambda unit, expert: initial(*expert_key(site.seed, unit, expert)),
+            site.master_dtype,
+            site.device,
+        )
+
+    @property
     def pair_source(self) -> PairSource:
         assert self._pairs is not None, f"experts of kind {self.kind.name} have no pairs"
         return self._pairs
@@ -184,8 +219,10 @@ class UnitExperts(ABC):
         return self._layout
 
     def init_chunk(self, expert: int) -> Tensor:
-        """An expert starts as the base: its pairs add nothing at first."""
-        chunk = self.pair_source.initial(*self._name(expert))
+        """An expert starts as the base: its pairs add nothing at first. Its chunk is empty if it trains in a pool."""
+        if self._pair_sizes.pooled:
+            return self.no_chunks().new_empty(0)
+        chunk = self.pair_source.initial(*expert_key(self.site.seed, self.site.unit, expert))
         return chunk.to(device=self.site.device, dtype=self.site.master_dtype)
 
     def frozen_chunk(self, expert: int) -> Tensor:
@@ -215,10 +252,6 @@ class UnitExperts(ABC):
         """The pairs of these experts' stacked chunks by projection, differentiable. `expert_S` is int64."""
         return self.pair_source.stacked(chunks_SC, expert_S)
 
-    def _name(self, expert: int) -> tuple[int | str, ...]:
-        """What an expert's random numbers are named by."""
-        return self.site.seed, "expert", str(self.site.unit), expert
-
     def _dropout(self, step: int | None) -> Dropout | None:
         rate = self.pair_source.lora.dropout
         if step is None or rate == 0:
@@ -227,6 +260,11 @@ class UnitExperts(ABC):
 
     def _kernels(self, x_TD: Tensor) -> ExpertKernels:
         return expert_kernels(self.site.kernels, x_TD, 0 if self._pairs is None else self._pairs.lora.widest)
+
+
+def expert_key(seed: int, unit: Unit, expert: int) -> tuple[int | str, ...]:
+    """What an expert's random numbers are named by."""
+    return seed, "expert", str(unit), expert
 
 
 class FfnExperts(UnitExperts):

@@ -34,13 +34,15 @@ class PairSource(Protocol):
         ...
 
     def initial(self, *key: int | str) -> Tensor:
-        """float64 [C]: the pairs' part of an expert's initial chunk. `key` names the expert, as (seed, "expert", unit, expert)."""
+        """float64 [C]: the pairs' part of an expert's initial chunk, or, of a source with a pool (`PairSizes.pooled`), the expert's initial
+        block of it. `key` names the expert, as (seed, "expert", unit, expert)."""
         ...
 
     def stacked(self, replicas_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
         """The pairs' part of the chunks in the slots as A [S, r, I] and B [S, O, r] by projection, differentiable in `replicas_SC`.
 
         Args:
+            replicas_SC: of a source with a pool, all blocks of the pool.
             expert_S: int64: the expert whose chunk is in each slot, on the chunks' device. Every rank has other experts in its slots.
         """
         ...

@@ -82,7 +82,7 @@ class Trainables:
     @staticmethod
     def of(moe: MoeModel) -> Trainables:
         """What trains of a model, with the experts that this rank owns now."""
-        chunks = {unit: family.layout().trainable for unit, family in moe.engine.shards.families.items()}
+        chunks = {unit: chunked.layout().trainable for unit, chunked in moe.engine.shards.chunked.items()}
         return Trainables(
             owned_parameters(moe.engine), moe.replicated_parameters(), moe.parts, chunks, moe.router_modules, moe.separate_experts
         )

@@ -174,8 +174,8 @@ class Reports:
 def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
     """What a model trains, as one row for each group of equal tensors with the same owner."""
     rows = []
-    for unit, owner_E in moe.engine.shards.owners.items():
-        store = moe.engine.shards.stores[unit]
+    for unit, store in moe.engine.shards.trained.items():
+        owner_E = moe.engine.shards.owners[unit]
         for rank in range(moe.engine.shards.world_size):
             count = int((owner_E == rank).sum())
             if count:
