@@ -109,6 +109,8 @@ class LoraShape:
         return self.source not in FIXED_A_SOURCES
 
 
+POOLED_SOURCES = frozenset({"shards"})
+"""the sources whose experts train in pools (`PairSizes.pooled`)"""
 FIXED_A_SOURCES = frozenset({"fixed_a"})
 """the sources by which A is fixed not only in experts, but in the attention's adapters, too"""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,7 @@ from hecate.adapters.names import router_buffer_name
 from hecate.adapters.peft_moe import PeftMoeConfig
 from hecate.config import Config
 from hecate.experts.router import Router
+from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.model.base import BaseModel
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
@@ -59,13 +61,9 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
     """Gather all experts on rank 0, one layer at a time, and write the adapter there. Every rank must call it."""
     description = with_drawn_digest(description, moe)
     tensors: dict[str, Tensor] = {}
-    for unit in sorted(moe.layers):
-        chunks = gather_on_first(moe, unit, ranks)
-        if chunks is None:
-            continue
-        family = moe.engine.shards.families[unit]
-        for projection, lora in family.pair_source.stacked(chunks, torch.arange(len(chunks), device=chunks.device)).items():
-            for expert in range(family.num_experts):
+    for unit, pairs in pairs_on_first(moe, sorted(moe.layers), ranks):
+        for projection, lora in pairs.items():
+            for expert in range(len(lora.a_SrI)):
                 tensors[expert_tensor_name(unit.layer, projection, expert, "A")] = lora.a_SrI[expert].detach()
                 tensors[expert_tensor_name(unit.layer, projection, expert, "B")] = lora.b_SOr[expert].detach()
         tensors[router_tensor_name(unit.layer)] = moe.routers[unit].detach()
@@ -112,8 +110,25 @@ def _vectors(router: Router) -> dict[str, Tensor]:
     return dict(router.named_buffers()) | ({} if router.trained_bias is None else {"bias": router.trained_bias})
 
 
+def pairs_on_first(moe: MoeModel, units: Iterable[Unit], ranks: Ranks) -> Iterator[tuple[Unit, dict[str, LowRankPairs]]]:
+    """Gather the pairs of all experts, one unit at a time, and yield those of each unit on rank 0, nothing on other ranks.
+
+    Every rank must go through them. A pool that several units draw on is gathered once.
+    """
+    shards = moe.engine.shards
+    pools: dict[Unit, Tensor | None] = {}
+    for unit in units:
+        source = shards.trained_in[unit]
+        if source in shards.pools and source not in pools:
+            pools[source] = gather_on_first(moe, source, ranks)
+        chunks = pools[source] if source in pools else gather_on_first(moe, source, ranks)
+        if chunks is not None:
+            family = shards.families[unit]
+            yield unit, family.pair_source.stacked(chunks, torch.arange(family.num_experts, device=chunks.device))
+
+
 def gather_on_first(moe: MoeModel, unit: Unit, ranks: Ranks) -> Tensor | None:
-    """Return all master chunks of a unit, [experts, C], on rank 0 and None on other ranks. Every rank must call it."""
+    """Return all master chunks of a unit or a pool, [experts, C], on rank 0 and None on other ranks. Every rank must call it."""
     if not moe.engine.shards.in_first_group:
         return None
     owner_E: np.ndarray = moe.engine.shards.owners[unit]

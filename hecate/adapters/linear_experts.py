@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hecate.adapters.export import gather_on_first
+from hecate.adapters.export import pairs_on_first
 from hecate.adapters.linear_format import LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter
 from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
@@ -48,13 +48,8 @@ def linear_adapter_config(config: Config, base: BaseModel) -> LinearAdapterConfi
 def export_linear_adapter(folder: Path, description: LinearAdapterConfig, moe: MoeModel, ranks: Ranks) -> None:
     """Gather all pairs on rank 0, one linear at a time, and write the adapter there. Every rank must call it."""
     tensors: dict[str, Tensor] = {}
-    for unit in sorted(moe.layers):
-        chunks_EC = gather_on_first(moe, unit, ranks)
-        if chunks_EC is None:
-            continue
-        source = moe.engine.shards.families[unit].pair_source
-        pairs = source.stacked(chunks_EC, torch.arange(len(chunks_EC), device=chunks_EC.device))[ONLY_PROJECTION]
-        path = _path(moe.model, unit)
+    for unit, of_unit in pairs_on_first(moe, sorted(moe.layers), ranks):
+        pairs, path = of_unit[ONLY_PROJECTION], path_of(moe.model, unit)
         for expert, (a, b) in enumerate(zip(pairs.a_SrI.detach(), pairs.b_SOr.detach(), strict=True)):
             name_a, name_b = pair_names(path, expert)
             tensors[name_a], tensors[name_b] = a.cpu().clone(), b.cpu().clone()
@@ -77,11 +72,12 @@ def load_linear_adapter_into(moe: MoeModel, tensors: dict[str, Tensor], where: P
         family = moe.engine.shards.families[unit]
         rank, linear = family.pair_source.lora.rank, layer.linear
         for expert in range(family.num_experts):
-            name_a, name_b = pair_names(_path(moe.model, unit), expert)
+            name_a, name_b = pair_names(path_of(moe.model, unit), expert)
             wanted |= {name_a: (rank, linear.in_features), name_b: (linear.out_features, rank)}
     if missing := sorted(set(wanted) - set(tensors)):
         raise UserError(f"{where}: has no tensor {missing[0]} ({len(missing)} missing), which the base model needs")
-    if unknown := sorted(set(tensors) - set(wanted)):
+    routers = {router_name(path_of(moe.model, unit)) for unit in moe.layers}  # earlier versions wrote one for a single pair, too
+    if unknown := sorted(set(tensors) - set(wanted) - (set() if moe.routers else routers)):
         raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) belongs to nothing that its adapter_config.json describes")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
@@ -90,7 +86,7 @@ def load_linear_adapter_into(moe: MoeModel, tensors: dict[str, Tensor], where: P
         for name, tensor in replicated.items():
             tensor.copy_(tensors[name])
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
-            name_a, name_b = pair_names(_path(moe.model, unit), expert)
+            name_a, name_b = pair_names(path_of(moe.model, unit), expert)
             pairs = {ONLY_PROJECTION: (tensors[name_a], tensors[name_b])}
             chunk.copy_(moe.engine.shards.families[unit].pair_source.chunk_of(expert, pairs))
 
@@ -146,15 +142,15 @@ def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
 
 def _replicated(moe: MoeModel) -> dict[str, Tensor]:
     """What every rank has of the adapter, by the tensors' names: routers with what they keep beside their weights, and plain pairs."""
-    named: dict[str, Tensor] = {router_name(_path(moe.model, unit)): router for unit, router in moe.routers.items()}
+    named: dict[str, Tensor] = {router_name(path_of(moe.model, unit)): router for unit, router in moe.routers.items()}
     for unit, router_module in moe.router_modules.items():
-        named |= {router_name(_path(moe.model, unit), name): buffer for name, buffer in router_module.named_buffers()}
+        named |= {router_name(path_of(moe.model, unit), name): buffer for name, buffer in router_module.named_buffers()}
     for (layer, module), lora in moe.attention.items():
-        name_a, name_b = pair_names(_path(moe.model, Unit(layer, module)), None)
+        name_a, name_b = pair_names(path_of(moe.model, Unit(layer, module)), None)
         named |= {name_a: lora.lora_A, name_b: lora.lora_B}
     return named
 
 
-def _path(model: nn.Module, unit: Unit) -> str:
+def path_of(model: nn.Module, unit: Unit) -> str:
     """The dotted name of a linear in the base model."""
     return f"{decoder_layers(model)[0]}.{unit.layer}.{unit.place}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hecate.adapters.config import CONFIG
-from hecate.adapters.export import gather_on_first, with_drawn_digest
+from hecate.adapters.export import pairs_on_first, with_drawn_digest
 from hecate.adapters.folder import read_adapter, read_adapter_config
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, peft_config_from_json, save_peft_adapter
 from hecate.config import Config, RouterConfig
@@ -58,13 +58,10 @@ def export_by_source(
         UserError: a folder exists, a tensor is not finite, or the disk fails.
     """
     tensors: list[dict[str, Tensor]] = [{} for _ in sources]
-    for ffn in ffns:
-        chunks_EC = gather_on_first(moe, ffn.unit, ranks)
-        if chunks_EC is None:
-            continue
-        pairs = moe.engine.shards.families[ffn.unit].pair_source.stacked(chunks_EC, torch.arange(len(chunks_EC), device=chunks_EC.device))
+    found = {ffn.unit: ffn for ffn in ffns}
+    for unit, pairs in pairs_on_first(moe, found, ranks):
         for projection, lora in pairs.items():
-            name_a, name_b = _names(ffn, projection)
+            name_a, name_b = _names(found[unit], projection)
             for expert, of_source in enumerate(tensors):
                 of_source[name_a] = lora.a_SrI[expert].detach().cpu().contiguous()
                 of_source[name_b] = lora.b_SOr[expert].detach().cpu().contiguous()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hecate.adapters.export import gather_on_first, with_drawn_digest
+from hecate.adapters.export import pairs_on_first, with_drawn_digest
 from hecate.adapters.peft_moe import (
     PeftMoeConfig,
     expert_a,
@@ -60,13 +60,9 @@ def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
 def export_peft_adapter(folder: Path, description: PeftMoeConfig, base: BaseModel, moe: MoeModel, ranks: Ranks) -> None:
     """Gather all pairs on rank 0, one layer at a time, and write the adapter there. Every rank must call it."""
     tensors: dict[str, Tensor] = {}
-    for layer in base.own_experts:
-        unit = Unit(layer.block.layer)
-        chunks_EC = gather_on_first(moe, unit, ranks)
-        if chunks_EC is None:
-            continue
-        pairs = moe.engine.shards.families[unit].pair_source.stacked(chunks_EC, torch.arange(len(chunks_EC), device=chunks_EC.device))
-        for projection, (name_a, name_b) in expert_names(layer.block.experts_path, tuple(pairs)).items():
+    blocks = {Unit(layer.block.layer): layer.block for layer in base.own_experts}
+    for unit, pairs in pairs_on_first(moe, blocks, ranks):
+        for projection, (name_a, name_b) in expert_names(blocks[unit].experts_path, tuple(pairs)).items():
             tensors[name_a] = join_a(pairs[projection].a_SrI.detach()).cpu()
             tensors[name_b] = join_b(pairs[projection].b_SOr.detach()).cpu()
     if not ranks.is_first:

@@ -11,6 +11,7 @@ from typing import Any
 from hecate.adapters.export import adapter_config, export_adapter
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.adapters.linear_experts import begin_with_linear_adapter, export_linear_adapter, linear_adapter_config
+from hecate.adapters.linear_lora import begin_with_lora, export_linear_lora, linear_lora_config
 from hecate.adapters.peft_by_source import export_by_source, lora_config
 from hecate.adapters.peft_experts import begin_with, export_peft_adapter, peft_config
 from hecate.config import Config
@@ -55,7 +56,7 @@ def begin_with_adapter(config: Config, base: BaseModel, moe: MoeModel) -> None:
     Raises:
         UserError: the adapter cannot be read, or is not for the configured model and experts.
     """
-    _BEGIN[config.moe.kind.output](config, base, moe)
+    _BEGIN[config.moe.output](config, base, moe)
 
 
 def _mixlora(config: Config, base: BaseModel) -> TrainedOutput:
@@ -101,13 +102,23 @@ def _linears(config: Config, base: BaseModel) -> TrainedOutput:
     return TrainedOutput("adapter", lambda folder, moe, ranks: export_linear_adapter(folder, description, moe, ranks))
 
 
+def _lora(config: Config, base: BaseModel) -> TrainedOutput:
+    description = linear_lora_config(config, base)
+    return TrainedOutput("adapter", lambda folder, moe, ranks: export_linear_lora(folder, description, moe, ranks))
+
+
 _FORMATS: dict[str, Callable[[Config, BaseModel], TrainedOutput]] = {
     "mixlora": _mixlora,
     "peft": _peft,
     "peft_by_source": _peft_by_source,
     "mixtral": _mixtral,
     "linears": _linears,
+    "lora": _lora,
 }
 """the formats by the name in `MoeConfig.output`"""
-_BEGIN: dict[str, Callable[[Config, BaseModel, MoeModel], None]] = {"peft": begin_with, "linears": begin_with_linear_adapter}
+_BEGIN: dict[str, Callable[[Config, BaseModel, MoeModel], None]] = {
+    "peft": begin_with,
+    "linears": begin_with_linear_adapter,
+    "lora": begin_with_lora,
+}
 """the formats that a run can begin with; `hecate.config.rules` refuses the others"""

@@ -11,8 +11,10 @@ _SHARDS = "lora.pairs=shards"
 
 
 def check_shards(values: Mapping[str, Any], add: Add) -> None:
-    """Add every problem of `lora.pairs: shards` and of its keys, given the typed values of all dotted keys. What depends on the model's sizes
-    is checked in `hecate.train.preflight`."""
+    """Add every problem of `lora.pairs: shards` and of its keys, given the typed values of all dotted keys.
+
+    What depends on the model's sizes is checked in `hecate.forecast.pool_check`.
+    """
     pairs = values.get("lora.pairs")
     if pairs != "shards":
         changed = [key for key, leaf in LEAVES.items() if key.startswith(_PREFIX) and key in values and values[key] != leaf.default]

@@ -197,7 +197,8 @@ class MoeConfig:
     pairs as experts beside the frozen linear (MoLA); family must then be left at mixlora."""
     num_experts: int | tuple[int, ...] | None = None
     """The number of experts of every layer, or a list with one number per layer; a layer with 0 keeps its plain FFN, or, with unit
-    linear, its linears get one plain LoRA adapter each. null: 8, or, with moe_lora or front_end megatron, the model's own number."""
+    linear, its linears get one plain LoRA adapter each. With unit linear, 1 means one pair for each linear and no router; it needs top_k 1,
+    and the run leaves an ordinary LoRA. null: 8, or, with moe_lora or front_end megatron, the model's own number."""
     allocation: tuple[int, ...] | None = None
     """In place of num_experts: a few numbers of experts, each for an equal share of the layers from the first one on. With [2, 4, 6, 8] the
     first quarter of the layers has 2 each, and the last 8; of 30 layers 8, 7, 8 and 7. null: num_experts says."""
@@ -219,6 +220,12 @@ class MoeConfig:
         return kind
 
     @property
+    def one_pair_each(self) -> bool:
+        """Whether units are linears with one pair each, so that nothing needs a router and the adapter is an ordinary LoRA."""
+        counts = self.num_experts if self.allocation is None else self.allocation
+        return self.kind.over_linears and (counts == 1 or (isinstance(counts, tuple) and max(counts) == 1))
+
+    @property
     def by_source(self) -> bool:
         """Whether each expert is an adapter of its own, which the samples of one source train."""
         return self.router.input == "given"
@@ -226,12 +233,12 @@ class MoeConfig:
     @property
     def trains_routers(self) -> bool:
         """Whether routers are trained: new ones are if they have weights, a model's own ones only with `train_router`."""
-        return self.train_router or not (self.kind.of_moe_base or self.by_source)
+        return self.train_router or not (self.kind.of_moe_base or self.by_source or self.one_pair_each)
 
     @property
     def output(self) -> str:
         """The format in which a finished run is written."""
-        return "peft_by_source" if self.by_source else self.kind.output
+        return "peft_by_source" if self.by_source else "lora" if self.one_pair_each else self.kind.output
 
     @property
     def output_folder(self) -> str:

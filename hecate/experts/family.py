@@ -33,7 +33,7 @@ class ExpertReplicas:
     """The experts that are materialized on this rank for one layer's tokens, by slot. Which they are, `RoutedTokens.expert_S` says."""
 
     chunks_SC: Tensor
-    """their trainable chunks, in the family's `replica_dtype`; of a family with a pool, all of the pool's blocks, whatever the slots hold"""
+    """their trainable chunks, in the family's `replica_dtype`; of a family with a pool, all blocks of the pool, whatever the slots hold"""
     frozen_S: Sequence[Tensor] = ()
     """the frozen chunk of each; nothing for a family without frozen parts"""
 

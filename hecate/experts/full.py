@@ -40,7 +40,9 @@ class FullExperts(FfnExperts):
         parts = []
         for spec in self.layout().trainable:
             outputs, inputs = spec.shape
-            parts.append(linear_weight(outputs, inputs, generator(*expert_key(self.site.seed, self.site.unit, expert), spec.name)).flatten())
+            parts.append(
+                linear_weight(outputs, inputs, generator(*expert_key(self.site.seed, self.site.unit, expert), spec.name)).flatten()
+            )
         return torch.cat(parts)
 
 

@@ -49,3 +49,10 @@ class GivenRouter(Router):
         if len(source_N) == 1:
             return source_N.expand(len(x_TD)).contiguous()
         return source_N if features.valid_T is None else source_N[features.valid_T]
+
+
+class OnlyExpert(GivenRouter):
+    """All tokens go to the unit's one expert, with weight 1: there is nothing to choose, to train or to balance. Experts of other units are no
+    adapters of their own."""
+
+    separates: ClassVar[bool] = False

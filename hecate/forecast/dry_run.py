@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from hecate.forecast.memory import PHASES, MemoryPart, memory_parts, owned_experts
-from hecate.forecast.run_shape import ExpertLayers, RunShape
+from hecate.forecast.memory import PHASES, MemoryPart, memory_parts, owned_blocks, owned_experts
+from hecate.forecast.run_shape import ExpertLayers, PoolShape, RunShape
 from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
+from hecate.parallel.expert_cost import STATE_NUMBERS
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import Simulated, StepBytes, simulate
 from hecate.parallel.topology import Topology
@@ -83,7 +84,9 @@ def forecast(run: RunShape, workload: str) -> Forecast:
     chosen = run.config.fssdp.planner
     names = [chosen, *(name for name in POLICIES if name != chosen)]
     by_group = [_simulate_group(run, group, workload, names) for group in run.groups]
-    return Forecast(run, workload, [_policy_forecast(run, name, [rows[index] for rows in by_group]) for index, name in enumerate(names)])
+    pools = [_simulate_pool(run, pool) for pool in run.pools]
+    policies = [_policy_forecast(run, name, [rows[index] for rows in by_group], pools) for index, name in enumerate(names)]
+    return Forecast(run, workload, policies)
 
 
 def fits(one: PolicyForecast, run: RunShape) -> bool:
@@ -118,32 +121,48 @@ def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: li
     return simulate_groups(loads, run.topology, group.cost, run.mesh, of_one_group)
 
 
+def _simulate_pool(run: RunShape, pool: PoolShape) -> Simulated:
+    """One gather of a whole pool to every rank, and one reduction, which nothing hides: the first layer needs it, and so does the last."""
+    block = float(pool.numel * run.master_bytes)
+    cost = LayerCost(trainable_bytes=block, chunk_numel=pool.numel, state_bytes=STATE_NUMBERS * block)
+    no_tokens = np.zeros((1, 1, pool.blocks, run.topology.world_size), dtype=np.int64)
+
+    def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:
+        return simulate(loads, topology, cost, {"full": POLICIES["full"]}, slots_D=np.full(topology.world_size, pool.blocks))
+
+    return simulate_groups(no_tokens, run.topology, cost, run.mesh, of_one_group)[0]
+
+
 def _micro_steps_together(run: RunShape) -> int:
     """Return the number of micro-steps that share one gather and one reduction."""
     return 1 if run.config.fssdp.per_micro_step else run.config.gradient_accumulation_steps
 
 
-def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> PolicyForecast:
+def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools: list[Simulated]) -> PolicyForecast:
     """Return the prediction of a policy, from its simulated MoE layers and everything outside them."""
+    moving = [*groups, *pools]
     topology, micro_steps = run.topology, run.config.gradient_accumulation_steps
     together = _micro_steps_together(run)
     times = micro_steps // together
     # A checkpointed layer runs its forward pass twice, which with a frozen base adds half to computing and sending.
     again = 1.5 if run.config.gradient_checkpointing else 1.0
     reduced_bytes = _all_reduced_bytes(run)
-    owned_bytes_D = sum((owned_experts(group, run) * group.cost.reduced_bytes for group in run.groups), np.zeros(topology.world_size))
-    sum_seconds, summed = sum_over_groups(owned_bytes_D, sum(group.number for group in run.groups), topology, run.mesh)
+    owned_bytes_D = sum(
+        (owned_experts(group, run) * group.cost.reduced_bytes for group in run.groups), owned_blocks(run) * run.master_bytes
+    )
+    summed_messages = sum(group.number for group in run.groups if group.cost.reduced_bytes) + len(pools)
+    sum_seconds, summed = sum_over_groups(owned_bytes_D, summed_messages, topology, run.mesh)
     tensor = _tensor_traffic(run)
     parts = {
         "attention": _attention_seconds(run),
         "experts": again * times * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
         "tokens": again * times * sum(one.seconds.dispatch for one in groups),
-        "exposed": times * sum(one.seconds.exposed for one in groups),
+        "exposed": times * sum(one.seconds.exposed for one in moving),
         **({"tensor": tensor.seconds} if run.tensor_parallel > 1 else {}),
         "head": _head_seconds(run),
         "all-reduce": sum_seconds
         + (reduced_bytes / topology.slowest_link.bandwidth + topology.slowest_link.latency if reduced_bytes else 0.0),
-        "optimizer": sum(one.seconds.optimizer for one in groups)
+        "optimizer": sum(one.seconds.optimizer for one in moving)
         + 7.0 * (run.replicated_parameters + run.parts_parameters) * run.master_bytes / min(topology.memory_bandwidth),
     }
     nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks crosses from each node to another once
@@ -152,10 +171,10 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated]) -> Pol
         policy=policy,
         parts=parts,
         bytes=StepBytes(
-            near=times * sum(one.bytes.near for one in groups) + (topology.world_size - nodes) * reduced_bytes + tensor.near + summed.near,
-            far=times * sum(one.bytes.far for one in groups) + nodes * reduced_bytes + tensor.far + summed.far,
-            busiest_port=times * sum(one.bytes.busiest_port for one in groups) + reduced_bytes + tensor.port + summed.busiest_port,
-            busiest_uplink=times * sum(one.bytes.busiest_uplink for one in groups)
+            near=times * sum(one.bytes.near for one in moving) + (topology.world_size - nodes) * reduced_bytes + tensor.near + summed.near,
+            far=times * sum(one.bytes.far for one in moving) + nodes * reduced_bytes + tensor.far + summed.far,
+            busiest_port=times * sum(one.bytes.busiest_port for one in moving) + reduced_bytes + tensor.port + summed.busiest_port,
+            busiest_uplink=times * sum(one.bytes.busiest_uplink for one in moving)
             + (reduced_bytes + tensor.uplink if nodes else 0.0)
             + summed.busiest_uplink,
         ),
@@ -178,8 +197,10 @@ def _others_frozen(simulated: Simulated, group: ExpertLayers, run: RunShape) -> 
     """Return the number of other ranks' frozen parts that each rank holds in all layers of the group, float64 [ranks].
 
     With rematerialization the simulated bytes contain the frozen parts of all layers, but the trained parts of one layer only. That layer
-    is assumed to have as many replicas as the others.
+    is assumed to have as many replicas as the others. Replicas without bytes of their own are on every rank, at most.
     """
+    if not group.cost.replica_bytes:
+        return group.experts * group.number - owned_experts(group, run)
     frozen, moving = group.cost.frozen_bytes, group.cost.replica_bytes - group.cost.frozen_bytes
     layers = group.number if run.config.fssdp.rematerialize and frozen else 1
     return np.asarray(simulated.replica_bytes_D) / (frozen + moving / layers)

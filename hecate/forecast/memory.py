@@ -64,6 +64,11 @@ def memory_parts(
         replicas = np.max(list(of_stack.values()), axis=0)
     if config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
         gradients = fullest + owned
+    blocks, pools = owned_blocks(run) * run.master_bytes, sum(one.blocks * one.numel for one in run.pools) * run.master_bytes
+    # Autograd adds up the gradient of a whole pool, of one layer after the other, and then adds it to that of earlier micro-steps.
+    gradients = (
+        gradients + (2 if micro_steps > 1 else 1) * pools + max((one.blocks * one.numel for one in run.pools), default=0) * run.master_bytes
+    )
     frozen = np.zeros(world)
     for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
         frozen += (owned_experts(group, run) + others_D) * group.cost.frozen_bytes
@@ -77,11 +82,13 @@ def memory_parts(
         MemoryPart("base weights", base),
         *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
         MemoryPart("owned experts, moments", np.stack([STATE_NUMBERS * owned] * 3)),
+        *([MemoryPart("owned blocks of pools, moments", np.stack([STATE_NUMBERS * blocks] * 3))] if pools else []),
         MemoryPart("routers, adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
         *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
         MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
+        *([MemoryPart("pools", np.stack([np.full(world, float(pools))] * 2 + [nothing]))] if pools else []),
         *([MemoryPart("pairs made of replicas", np.stack([made, made, nothing]))] if made.any() else []),
-        MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + replicated])),
+        MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + blocks + replicated])),
         MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, served_tokens_D), nothing])),
         *_beside_tensors(run, others_GD if frozen_GD is None else frozen_GD),
     ]
@@ -138,6 +145,15 @@ def _base_bytes(run: RunShape) -> np.ndarray:
     for_good = run.frozen_parameters + run.rounded_parameters - sum(sharded) + sum(sharded) / run.mesh.shard_size
     together = min(2, len(sharded)) * max(sharded, default=0)
     return np.repeat(np.array([[for_good + together], [for_good + together], [for_good]]) * run.dtype_bytes, world, axis=1)
+
+
+def owned_blocks(run: RunShape) -> np.ndarray:
+    """Return how many numbers of pools each rank owns, float64 [ranks]."""
+    memory = owners_topology(run.topology, run.mesh).memory
+    owned = np.zeros(len(memory))
+    for pool in run.pools:
+        owned += pool.numel * np.bincount(owners_by_memory(pool.blocks, memory), minlength=len(memory))
+    return np.tile(owned, run.mesh.num_sharding_groups)
 
 
 def owned_experts(group: ExpertLayers, run: RunShape) -> np.ndarray:

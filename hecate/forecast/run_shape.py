@@ -17,11 +17,20 @@ from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
-from hecate.parallel.expert_kinds import PAIR_SIZES, PROJECTIONS, FfnSizes, LinearSizes, PairSizes, UnitSizes
+from hecate.parallel.expert_kinds import (
+    PAIR_SIZES,
+    PROJECTIONS,
+    FfnSizes,
+    LinearSizes,
+    PairSizes,
+    UnitSizes,
+    require_public_shards,
+)
 from hecate.parallel.mesh import Mesh, make_mesh
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_cards import RankDevice, SeenTopology, topology_of_devices
 from hecate.parallel.topology_file import load_topology
+from hecate.parallel.units import FFN
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -48,6 +57,15 @@ class ExpertLayers:
 
 
 @dataclass(frozen=True)
+class PoolShape:
+    """A pool that the experts of several units train in (`PairSizes.pooled`)."""
+
+    blocks: int
+    numel: int
+    """of a block"""
+
+
+@dataclass(frozen=True)
 class RunShape:
     """The sizes of a configuration's run on a topology."""
 
@@ -60,6 +78,7 @@ class RunShape:
     master_bytes: int
     """the bytes of a trained parameter and of a moment"""
     groups: tuple[ExpertLayers, ...]
+    pools: tuple[PoolShape, ...] = ()
     notes: tuple[str, ...] = ()
     """what a user should know about the topology (`hecate.parallel.topology_cards.SeenTopology`)"""
 
@@ -107,7 +126,7 @@ class RunShape:
         if not config.moe.kind.has_pairs:
             return 0
         layers = zip(self.base.layers, config.moe.experts_per_layer(len(self.base.layers)), strict=True)
-        units = [sizes for layer, number in layers if number for sizes in _unit_sizes(layer, config)]
+        units = [sizes for layer, number in layers if number for _, sizes in _units(layer, config)]
         found = [_pair_sizes(sizes, config) for sizes in units]
         of_model = {spec for pairs in found if pairs.seeded_of_model for spec in pairs.seeded}
         of_units = [spec for pairs in found if not pairs.seeded_of_model for spec in pairs.seeded]
@@ -179,9 +198,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
     seen = _topology(name, config, ranks)
     machines = seen.topology
     make_mesh(machines.world_size, config.fssdp.shard_size, config.model.tensor_parallel)
-    base = _base_shape(config)
-    if base.top_k is not None:
-        config = replace(config, moe=config.moe.of_model(tuple(layer.experts for layer in base.layers), base.top_k))
+    base, config = base_shape_of(config)
     dtype_bytes = _DTYPE_BYTES[_dtype(config, machines)]
     master_bytes = max(4, dtype_bytes)
     experts = config.moe.experts_per_layer(len(base.layers))
@@ -195,8 +212,40 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
         _groups(
             [(number, unit_costs(layer, config, dtype_bytes, master_bytes)) for layer, number in zip(base.layers, experts, strict=True)]
         ),
+        pool_shapes(base, config),
         seen.notes,
     )
+
+
+def base_shape_of(config: Config) -> tuple[BaseShape, Config]:
+    """Return the sizes of the configured model, and the configuration with the numbers of experts that the model has itself.
+
+    Raises:
+        UserError: a file is missing or damaged, the model is not supported, or numbers contradict each other.
+    """
+    base = _base_shape(config)
+    if base.top_k is not None:
+        config = replace(config, moe=config.moe.of_model(tuple(layer.experts for layer in base.layers), base.top_k))
+    return base, config
+
+
+def pool_shapes(base: BaseShape, config: Config) -> tuple[PoolShape, ...]:
+    """Return the pools of a run, whose model's numbers of experts are in the configuration.
+
+    Raises:
+        UserError: sizes cannot be cut as the configuration says, or a pool is too small for those that draw on it.
+    """
+    if not config.moe.kind.has_pairs:
+        return ()
+    consumers: Counter[tuple[str, UnitSizes]] = Counter()
+    for layer, number in zip(base.layers, config.moe.experts_per_layer(len(base.layers)), strict=True):
+        consumers.update({unit: number for unit in _units(layer, config) if number})
+    found = []
+    for (_, sizes), blocks in consumers.items():
+        if pooled := _pair_sizes(sizes, config).pooled_numel:
+            require_public_shards(config.lora.shape, blocks)
+            found.append(PoolShape(blocks, pooled))
+    return tuple(found)
 
 
 def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> list[tuple[int, LayerCost, int]]:
@@ -206,7 +255,7 @@ def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
     Raises:
         UserError: units are linears, and one of lora.target_modules is none of the layer's.
     """
-    kind, all_sizes = config.moe.kind, _unit_sizes(layer, config)
+    kind, all_sizes = config.moe.kind, [sizes for _, sizes in _units(layer, config)]
     hiding = layer.all_linears if kind.over_linears else layer.linears  # what is computed while experts travel
     weights = sum(outputs * inputs for _, outputs, inputs in hiding)
     costs = []
@@ -227,15 +276,15 @@ def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
     return costs
 
 
-def _unit_sizes(layer: LayerShape, config: Config) -> Sequence[UnitSizes]:
-    """The sizes of each unit of a layer. Raises UserError as `unit_costs`."""
+def _units(layer: LayerShape, config: Config) -> Sequence[tuple[str, UnitSizes]]:
+    """The place and the sizes of each unit of a layer. Raises UserError as `unit_costs`."""
     if not config.moe.kind.over_linears:
-        return [FfnSizes(layer.hidden, layer.ffn)]
+        return [(FFN, FfnSizes(layer.hidden, layer.ffn))]
     targets, names = config.lora.target_modules, [name for name, _, _ in layer.all_linears]
     for target in targets:
         if target not in names:
             raise UserError(f"lora.target_modules: {target} matches no linear of the model's decoder layers; they have {', '.join(names)}")
-    return [LinearSizes(inputs, outputs) for name, outputs, inputs in layer.all_linears if name in targets]
+    return [(name, LinearSizes(inputs, outputs)) for name, outputs, inputs in layer.all_linears if name in targets]
 
 
 def _pair_sizes(sizes: UnitSizes, config: Config) -> PairSizes:

@@ -21,6 +21,7 @@ from hecate.errors import UserError
 from hecate.experts.families import ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site, UnitExperts
 from hecate.experts.forward_pass import CurrentPass
+from hecate.experts.given_router import OnlyExpert
 from hecate.experts.layer import MoeLayer
 from hecate.experts.linear import MoeLinear
 from hecate.experts.router import ModelRouter, Router, RouterSite
@@ -93,6 +94,11 @@ class InsertionPlan:
     kernels: Backend = "auto"
 
     @property
+    def one_pair_each(self) -> bool:
+        """Whether units are linears with one pair each, which needs no router."""
+        return self.kind.over_linears and self.experts_per_layer is not None and max(self.experts_per_layer) == 1
+
+    @property
     def choices(self) -> ExpertChoices:
         return ExpertChoices(self.lora, self.kind.projections(self.target_modules), self.upcycle_noise)
 
@@ -133,9 +139,7 @@ def insert_experts(
     alike: dict[object, list[tuple[Unit, int]]] = {}
     for one in sorted(changed, key=lambda one: one.unit):
         alike.setdefault((one.unit.place, one.shape), []).append((one.unit, counts[one.unit]))
-    families = {
-        one.unit: _experts(model, one, plan, together[one.unit.layer], tuple(alike[one.unit.place, one.shape])) for one in changed
-    }
+    families = {one.unit: _experts(model, one, plan, together[one.unit.layer], tuple(alike[one.unit.place, one.shape])) for one in changed}
     engine = Engine(dict(families), engine_config, groups)
     for family in families.values():
         family.forget_initial()
@@ -190,7 +194,7 @@ def _router(model: nn.Module, one: FoundUnit, family: UnitExperts, plan: Inserti
     site = family.site
     if one.router_path is None:
         top_k = min(plan.top_k, site.num_experts)  # of a dense router in the layer with the most experts
-        router = ROUTERS[plan.router.input](
+        router = (OnlyExpert if plan.one_pair_each else ROUTERS[plan.router.input])(
             RouterSite(
                 unit=site.unit,
                 hidden=site.inputs,

@@ -1,0 +1,154 @@
+"""An ordinary LoRA of a model's linear layers in PEFT's format: what training leaves that has one pair for each linear and no router.
+
+    adapter_model.safetensors    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [r, inputs]   .lora_B.weight [outputs, r]
+
+Any program that reads PEFT's LoRA reads such a folder. Whatever program has written one, it goes into a model as the linears' only experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hecate.adapters.export import pairs_on_first, with_drawn_digest
+from hecate.adapters.folder import read_adapter
+from hecate.adapters.linear_experts import path_of
+from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, peft_config_from_json, save_peft_adapter
+from hecate.config import Config
+from hecate.engine.step_plans import EngineConfig
+from hecate.errors import UserError
+from hecate.experts.linear import MoeLinear
+from hecate.model.base import BaseChoice, BaseModel, build_base
+from hecate.model.gated_ffn import decoder_layers
+from hecate.model.insert import InsertionPlan, insert_experts
+from hecate.model.linears import target_linears
+from hecate.model.moe_model import MoeModel
+from hecate.parallel.expert_kinds import LINEARS, ONLY_PROJECTION, PROJECTIONS, LoraShape
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.topology import local_topology
+from hecate.parallel.units import Unit
+from hecate.ranks.ranks import Ranks
+
+
+def linear_lora_config(config: Config, base: BaseModel) -> PeftMoeConfig:
+    """Return the description of the adapter that a run trains. It is made before training.
+
+    Raises:
+        UserError: a target module is no linear of the model.
+    """
+    target_linears(base.linears, config.lora.target_modules, type(base.model).__name__)
+    return PeftMoeConfig(
+        base_model_name_or_path=config.model.name_or_path,
+        r=config.lora.r,
+        alpha=config.lora.stored_alpha,
+        use_rslora=config.lora.use_rslora,
+        target_modules=config.lora.target_modules,
+        target_parameters=(),
+        dropout=config.lora.dropout,
+        extra={"model_dtype": config.model.dtype},
+    )
+
+
+def export_linear_lora(folder: Path, description: PeftMoeConfig, moe: MoeModel, ranks: Ranks) -> None:
+    """Gather all pairs on rank 0, one linear at a time, and write the adapter there. Every rank must call it.
+
+    Raises:
+        UserError: the folder exists, a tensor is not finite, or the disk fails.
+    """
+    tensors: dict[str, Tensor] = {}
+    for unit, pairs in pairs_on_first(moe, sorted(moe.layers), ranks):
+        pair = pairs[ONLY_PROJECTION]
+        name_a, name_b = linear_names(path_of(moe.model, unit))
+        tensors[name_a], tensors[name_b] = pair.a_SrI[0].detach().cpu().clone(), pair.b_SOr[0].detach().cpu().clone()
+    if ranks.is_first:
+        plain = {name: matrix.detach().cpu().clone() for name, matrix in _plain(moe).items()}
+        save_peft_adapter(folder, tensors | plain, with_drawn_digest(description, moe))
+
+
+def adapts_more_than_ffns(folder: Path) -> bool:
+    """Return whether a LoRA in PEFT's format adapts linears that are no part of an FFN, or have names of their own."""
+    return bool(set(read_adapter(folder, peft_config_from_json)[1].target_modules) - set(PROJECTIONS))
+
+
+def with_linear_lora(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
+    """Return the base model with a LoRA of its linears applied, for evaluation.
+
+    Raises:
+        UserError: the adapter or the model cannot be read, or one does not fit the other.
+    """
+    tensors, description = read_adapter(folder, peft_config_from_json)
+    name = choice.name or description.base_model_name_or_path
+    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, LINEARS, choice.attention)
+    plan = InsertionPlan(
+        kind=LINEARS,
+        experts_per_layer=(1,) * len(decoder_layers(base.model)[1]),
+        lora=LoraShape(description.r, description.scale, 0.0),
+        target_modules=description.target_modules,
+        seed=0,
+        kernels=choice.kernels,
+    )
+    topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
+    moe = insert_experts(base.model, base.found, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)
+    _set_values(moe, tensors, folder)
+    return base, moe
+
+
+def begin_with_lora(config: Config, base: BaseModel, moe: MoeModel) -> None:
+    """Set all that trains to the values of the adapter that `lora.init_from` names. Every rank must call it.
+
+    Raises:
+        UserError: the adapter cannot be read, or differs from the configured rank, scale or target modules.
+    """
+    assert config.lora.init_from is not None
+    folder = Path(config.lora.init_from)
+    tensors, theirs = read_adapter(folder, peft_config_from_json)
+    ours = linear_lora_config(config, base)
+    for key, of_file, configured in (
+        ("lora.r", theirs.r, ours.r),
+        ("lora.alpha, scaled", theirs.scale, ours.scale),
+        ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
+    ):
+        if of_file != configured:
+            raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}; they must be equal")
+    _set_values(moe, tensors, folder)
+
+
+def _set_values(moe: MoeModel, tensors: dict[str, Tensor], where: Path) -> None:
+    """Set plain pairs and this rank's owned experts from an adapter's tensors.
+
+    Raises:
+        UserError: a tensor is missing, superfluous or of another shape than the model needs.
+    """
+    plain = _plain(moe)
+    wanted = {name: tuple(matrix.shape) for name, matrix in plain.items()}
+    names = {}
+    for unit, layer in moe.layers.items():
+        assert isinstance(layer, MoeLinear)
+        names[unit] = name_a, name_b = linear_names(path_of(moe.model, unit))
+        rank = moe.engine.shards.families[unit].pair_source.lora.rank
+        wanted |= {name_a: (rank, layer.linear.in_features), name_b: (layer.linear.out_features, rank)}
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise UserError(f"{where}: has no tensor {name}, which the base model needs")
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) belongs to no weight of the base model")
+    with torch.no_grad():
+        for name, matrix in plain.items():
+            matrix.copy_(tensors[name])
+        for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
+            name_a, name_b = names[unit]
+            source = moe.engine.shards.families[unit].pair_source
+            chunk.copy_(source.chunk_of(expert, {ONLY_PROJECTION: (tensors[name_a], tensors[name_b])}))
+
+
+def _plain(moe: MoeModel) -> dict[str, Tensor]:
+    """The pairs of linears without experts, which every rank has, by the tensors' names."""
+    named: dict[str, Tensor] = {}
+    for (layer, module), lora in moe.attention.items():
+        name_a, name_b = linear_names(path_of(moe.model, Unit(layer, module)))
+        named |= {name_a: lora.lora_A, name_b: lora.lora_B}
+    return named
