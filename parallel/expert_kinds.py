@@ -211,9 +211,9 @@ def require_public_shards(lora: LoraShape, consumers: int) -> None:
     taken, each = lora.rank - shards.private_rank, shards.equivalent_rank - shards.private_rank
     if taken > each * consumers:
         raise UserError(
-            f"lora.shards: a pair takes the shards of {taken} public vectors (lora.r {lora.rank} - private_rank {shards.private_rank}), but its "
-            f"pool has {each * consumers}:\n"
-            f"  {each} (equivalent_rank {shards.equivalent_rank} - private_rank {shards.private_rank}) for each of the {consumers} pairs that share it\n"
+            f"lora.shards: a pair takes the shards of {taken} public vectors (lora.r {lora.rank} - private_rank {shards.private_rank}), "
+            f"but its pool has {each * consumers}\n"
+            f"  of each of the {consumers} pairs that share it {each} are public (equivalent_rank {shards.equivalent_rank} - private_rank)\n"
             "  raise lora.shards.equivalent_rank, or lower lora.r"
         )
 

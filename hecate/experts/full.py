@@ -40,9 +40,8 @@ class FullExperts(FfnExperts):
         parts = []
         for spec in self.layout().trainable:
             outputs, inputs = spec.shape
-            parts.append(
-                linear_weight(outputs, inputs, generator(*expert_key(self.site.seed, self.site.unit, expert), spec.name)).flatten()
-            )
+            key = expert_key(self.site.seed, self.site.unit, expert)
+            parts.append(linear_weight(outputs, inputs, generator(*key, spec.name)).flatten())
         return torch.cat(parts)
 
 

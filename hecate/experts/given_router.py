@@ -52,7 +52,9 @@ class GivenRouter(Router):
 
 
 class OnlyExpert(GivenRouter):
-    """All tokens go to the unit's one expert, with weight 1: there is nothing to choose, to train or to balance. Experts of other units are no
-    adapters of their own."""
+    """All tokens go to the unit's one expert, with weight 1: there is nothing to choose, to train or to balance.
+
+    The experts of all units together are one adapter, whose gradients have one norm.
+    """
 
     separates: ClassVar[bool] = False

@@ -64,11 +64,10 @@ def memory_parts(
         replicas = np.max(list(of_stack.values()), axis=0)
     if config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
         gradients = fullest + owned
-    blocks, pools = owned_blocks(run) * run.master_bytes, sum(one.blocks * one.numel for one in run.pools) * run.master_bytes
+    blocks, each_pool = owned_blocks(run) * run.master_bytes, [one.blocks * one.numel * run.master_bytes for one in run.pools]
+    pools = sum(each_pool)
     # Autograd adds up the gradient of a whole pool, of one layer after the other, and then adds it to that of earlier micro-steps.
-    gradients = (
-        gradients + (2 if micro_steps > 1 else 1) * pools + max((one.blocks * one.numel for one in run.pools), default=0) * run.master_bytes
-    )
+    gradients = gradients + (2 if micro_steps > 1 else 1) * pools + max(each_pool, default=0)
     frozen = np.zeros(world)
     for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
         frozen += (owned_experts(group, run) + others_D) * group.cost.frozen_bytes
