@@ -213,7 +213,7 @@ def require_public_shards(lora: LoraShape, consumers: int) -> None:
         raise UserError(
             f"lora.shards: a pair takes the shards of {taken} public vectors (lora.r {lora.rank} - private_rank {shards.private_rank}), "
             f"but its pool has {each * consumers}\n"
-            f"  of each of the {consumers} pairs that share it {each} are public (equivalent_rank {shards.equivalent_rank} - private_rank)\n"
+            f"  of each of the {consumers} pairs that share it {each} are public: equivalent_rank {shards.equivalent_rank} - private_rank\n"
             "  raise lora.shards.equivalent_rank, or lower lora.r"
         )
 

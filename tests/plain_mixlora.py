@@ -48,9 +48,12 @@ class PlainMixlora(nn.Module):
         *,
         of: Product = product,
         fixed: dict[str, Tensor] | None = None,
+        pair_of: Callable[[int, str], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        """`fixed`: what all experts have alike and do not train, by the names that `experts` would have it under."""
+        """`fixed`: what all experts have alike and do not train, by the names that `experts` would have it under. `pair_of`: makes A and B
+        of an expert's projection, in place of its own."""
         super().__init__()
+        self.pair_of = pair_of
         self.of, self.fixed = of, {} if fixed is None else fixed
         self.mlp, self.scale, self.top_k, self.logit_scale = mlp, scale, top_k, logit_scale
         self.router, self.bias = nn.Parameter(router.clone()), bias
@@ -67,11 +70,11 @@ class PlainMixlora(nn.Module):
         prob, weight, expert_TK = self.choose(x @ (self.logit_scale * self.router).T + self.bias)
         self.prob, self.expert_TK = prob[self.valid], expert_TK[self.valid]
         y = torch.zeros_like(x)
-        for number, expert in enumerate(self.experts):
+        for number in range(len(self.experts)):
             share = (weight * (expert_TK == number)).sum(-1, keepdim=True) * self.valid[:, None]
-            gate = self._linear(expert, "gate_proj", x)
-            up = self._linear(expert, "up_proj", x)
-            y = y + share * self._linear(expert, "down_proj", F.silu(gate) * up)
+            gate = self._linear(number, "gate_proj", x)
+            up = self._linear(number, "up_proj", x)
+            y = y + share * self._linear(number, "down_proj", F.silu(gate) * up)
         return y.view_as(hidden)
 
     def choose(self, logit_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,8 +83,8 @@ class PlainMixlora(nn.Module):
         weight, expert_TK = prob.topk(self.top_k, dim=-1)
         return prob, weight / weight.sum(-1, keepdim=True), expert_TK
 
-    def _linear(self, expert: Any, name: str, x: Tensor) -> Tensor:
-        a, b = self._pair(expert, name)
+    def _linear(self, number: int, name: str, x: Tensor) -> Tensor:
+        a, b = self._pair(self.experts[number], name) if self.pair_of is None else self.pair_of(number, name)
         return getattr(self.mlp, name)(x) + self.scale * self.of(x, a, b)
 
     def _pair(self, expert: Any, name: str) -> tuple[Tensor, Tensor]:

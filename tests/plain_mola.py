@@ -5,7 +5,7 @@ It shares no code with hecate: only the values of the parameters are handed over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class PlainMolaLinear(nn.Module):
         base: nn.Linear,
         router: Tensor,
         bias: Tensor | float,
-        experts: Sequence[tuple[Tensor, Tensor]],
+        experts: Sequence[tuple[Tensor, Tensor]] | Sequence[Callable[[], tuple[Tensor, Tensor]]],
         *,
         scale: float,
         top_k: int,
@@ -30,8 +30,11 @@ class PlainMolaLinear(nn.Module):
         super().__init__()
         self.base, self.scale, self.top_k, self.logit_scale = base, scale, top_k, logit_scale
         self.router, self.bias = nn.Parameter(router.clone()), bias
-        self.a = nn.ParameterList(nn.Parameter(a.clone()) for a, _ in experts)
-        self.b = nn.ParameterList(nn.Parameter(b.clone()) for _, b in experts)
+        own = [pair for pair in experts if not callable(pair)]
+        self.a = nn.ParameterList(nn.Parameter(a.clone()) for a, _ in own)
+        self.b = nn.ParameterList(nn.Parameter(b.clone()) for _, b in own)
+        self.made = [pair for pair in experts if callable(pair)]
+        """what makes A and B of each expert that has none of its own"""
         self.valid: Tensor | None = None
         self.logits: Tensor | None = None
         self.expert_TK: Tensor | None = None
@@ -44,7 +47,8 @@ class PlainMolaLinear(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True)
         self.logits, self.expert_TK = logits[valid], expert_TK[valid]
         y = self.base(x)
-        for expert, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
+        pairs = [make() for make in self.made] or list(zip(self.a, self.b, strict=True))
+        for expert, (a, b) in enumerate(pairs):
             share = (weight * (expert_TK == expert)).sum(-1, keepdim=True) * valid[:, None]
             y = y + share * self.scale * (x @ a.T) @ b.T
         return y.view(*hidden.shape[:-1], -1)

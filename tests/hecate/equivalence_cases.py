@@ -26,10 +26,11 @@ from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.cost_model import PlanMode
-from hecate.parallel.expert_kinds import MIXLORA, LoraShape
+from hecate.parallel.expert_kinds import MIXLORA, LoraShape, ShardShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.report.events import StepResult
 from hecate.train.step import StepRules, train_step
@@ -69,7 +70,8 @@ class Case:
     @property
     def lora(self) -> LoraShape:
         """The gradient rule allows no scale."""
-        return LoraShape(rank=3, scale=0.7 if self.eta is None else 1.0, dropout=0.0, source=self.pairs, eta=self.eta, bases=5)
+        scale = 0.7 if self.eta is None else 1.0
+        return LoraShape(rank=3, scale=scale, dropout=0.0, source=self.pairs, eta=self.eta, bases=5, shards=ShardShape(2, 4, 1))
 
 
 def router_bias(case: Case) -> torch.Tensor:
@@ -223,15 +225,18 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
         if name.endswith(".B"):  # zero at the start, where half of the gradients vanish
             parameter.data.copy_(torch.randn(parameter.shape, generator=random, dtype=torch.float64) * 0.1)
     for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
-        layer = unit.layer
-        values = torch.Generator().manual_seed(1000 + 50 * layer + expert)
-        chunk.data.copy_(torch.randn(chunk.shape, generator=values, dtype=torch.float64) * 0.2)
+        chunk.data.copy_(initial_values(unit, expert, len(chunk)))
     if case.checkpointing:
         from hecate.model.checkpointing import checkpoint_activations
 
         checkpoint_activations(moe)
     model.train()
     return moe, head
+
+
+def initial_values(unit: Unit, expert: int, numel: int) -> torch.Tensor:
+    """float64: the values that an expert's chunk, or a block of a pool, begins with, B included."""
+    return torch.randn(numel, generator=torch.Generator().manual_seed(1000 + 50 * unit.layer + expert), dtype=torch.float64) * 0.2
 
 
 def assert_groups_equal(moe: MoeModel, optimizer: ExpertOptimizer) -> None:

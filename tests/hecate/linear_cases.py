@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.linear import MoeLinear
+from hecate.experts.pairs import PairSource
+from hecate.experts.pool import Pool
+from hecate.experts.shard_pairs import ShardPairs
 from hecate.kernels.backend import Backend
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.insert import InsertionPlan, insert_experts
@@ -18,7 +22,7 @@ from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
 from hecate.parallel.cost_model import PlanMode
-from hecate.parallel.expert_kinds import LINEARS, LoraShape
+from hecate.parallel.expert_kinds import LINEARS, ONLY_PROJECTION, LoraShape, ShardShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
@@ -38,6 +42,7 @@ from tests.hecate.equivalence_cases import (
     step_of_rows,
     topology,
 )
+from tests.plain_mos import PlainPool
 
 SCALE, RANK = 0.7, 3
 
@@ -57,6 +62,15 @@ class LinearCase:
     kernels: Backend = "torch"
     steps: int = 3
     shard_size: int | None = None
+    pairs: str = "plain"
+
+    @property
+    def lora(self) -> LoraShape:
+        return LoraShape(RANK, SCALE, 0.0, self.pairs, shards=ShardShape(equivalent_rank=2, per_vector=4, private_rank=1))
+
+    @property
+    def one_pair_each(self) -> bool:
+        return max(self.experts) == 1
 
 
 def tiny_with_biases(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -102,7 +116,7 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
         kind=LINEARS,
         experts_per_layer=case.experts,
         top_k=case.top_k,
-        lora=LoraShape(RANK, SCALE, 0.0),
+        lora=case.lora,
         target_modules=TARGETS,
         seed=5,
         kernels=case.kernels,
@@ -111,6 +125,8 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
     for layer in moe.layers.values():
         assert isinstance(layer, MoeLinear)
         router = layer.router
+        if case.one_pair_each:
+            continue
         bias = bias_of(case, moe.engine.shards.families[layer.unit].num_experts)
 
         def logits(x_TD: torch.Tensor, router: torch.nn.Module = router, bias: torch.Tensor = bias) -> torch.Tensor:
@@ -133,9 +149,22 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
 
 def values_of(unit: Unit, expert: int, numel: int) -> torch.Tensor:
     """The initial chunk of an expert, B included."""
-    place = TARGETS.index(unit.place.rpartition(".")[2])
+    place = TARGETS.index(unit.place.removesuffix(".pool").rpartition(".")[2])
     random = torch.Generator().manual_seed(1000 + 500 * unit.layer + 50 * place + expert)
     return torch.randn(numel, generator=random, dtype=torch.float64) * 0.2
+
+
+def plain_pool(pool: Pool, dtype: torch.dtype, per_vector: int) -> PlainPool:
+    """A pool with the values of `values_of`."""
+    specs, numel = pool.layout().trainable, pool.layout().trainable_numel
+    blocks_NC = torch.stack([values_of(pool.unit, block, numel) for block in range(pool.num_experts)])
+    return PlainPool(blocks_NC.to(dtype), [(spec.name, *spec.shape) for spec in specs], per_vector)
+
+
+def made_of(pool: PlainPool, source: PairSource, expert: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    assert isinstance(source, ShardPairs)
+    index = {name: source.index(name)[expert] for name, _, _ in pool.vectors}
+    return lambda: pool.pair(ONLY_PROJECTION, index, RANK)
 
 
 class PlainModel:
@@ -148,6 +177,8 @@ class PlainModel:
         self.trained: dict[str, list[torch.nn.Parameter]] = {}
         """LAYER.PLACE.EXPERT -> A and B, and the names of replicated parameters -> themselves"""
         values = moe.replicated_parameters()
+        pools = {unit: plain_pool(pool, case.dtype, case.lora.shards.per_vector) for unit, pool in moe.engine.shards.pools.items()}
+        self.pools = {str(unit): pool for unit, pool in pools.items()}
         for found in find_linears(self.model):
             base, unit = self.model.get_submodule(found.path), found.unit
             assert isinstance(base, torch.nn.Linear)
@@ -159,24 +190,28 @@ class PlainModel:
                 continue
             experts = case.experts[unit.layer]
             pairs = []
-            for expert in range(experts):
+            pool = pools.get(moe.engine.shards.trained_in[unit])
+            for expert in range(0 if pool else experts):
                 flat = values_of(unit, expert, RANK * (base.in_features + base.out_features)).to(case.dtype)
                 a, b = flat.split((RANK * base.in_features, RANK * base.out_features))
                 pairs.append((a.view(RANK, -1), b.view(-1, RANK)))
+            router = torch.zeros(1, base.in_features, dtype=case.dtype) if case.one_pair_each else values[f"{key}.router"].detach()
             linear = plain_mola.PlainMolaLinear(
                 base,
-                values[f"{key}.router"].detach(),
+                router,
                 bias_of(case, experts),
-                pairs,
+                [made_of(pool, moe.engine.shards.families[unit].pair_source, expert) for expert in range(experts)] if pool else pairs,
                 scale=SCALE,
                 top_k=case.top_k,
                 logit_scale=50,
             )
-            self.trained[f"{key}.router"] = [linear.router]
-            self.trained |= {f"{unit}.{expert}": [linear.a[expert], linear.b[expert]] for expert in range(experts)}
+            if not case.one_pair_each:
+                self.trained[f"{key}.router"] = [linear.router]
+            self.trained |= {f"{unit}.{expert}": [] if pool else [linear.a[expert], linear.b[expert]] for expert in range(experts)}
             self.linears[unit] = linear
             self.model.set_submodule(found.path, linear)
         self.parameters = [parameter for parts in self.trained.values() for parameter in parts]
+        self.parameters += [shards for pool in pools.values() for shards in pool.shards.values()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY)
 
     def step(self, step: int, empty_rows: range) -> tuple[float, float, float, set[str]]:
@@ -189,6 +224,8 @@ class PlainModel:
         total, total_aux, reached = 0.0, 0.0, set()
 
         def aux(_: object) -> torch.Tensor:
+            if self.case.one_pair_each:  # nothing is chosen
+                return torch.zeros((), dtype=self.case.dtype)
             return plain_mola.plain_aux_by_layer(list(by_layer.values()))
 
         for batch in batches:
@@ -200,13 +237,18 @@ class PlainModel:
             for unit, linear in self.linears.items():
                 assert linear.expert_TK is not None
                 reached |= {f"{unit}.{int(expert)}" for expert in linear.expert_TK.unique()}
-        idle = {name for name, parts in self.trained.items() if len(parts) == 2 and name not in reached}
+        idle = {name for name, parts in self.trained.items() if len(parts) != 1 and name not in reached}
         for name in idle:
             for parameter in self.trained[name]:
                 parameter.grad = None
         return total, total_aux / AUX_COEF, plain_mixlora.clip(list(self.parameters), MAX_NORM), idle
 
     def flat(self, name: str, *, grad: bool) -> torch.Tensor | None:
+        unit, _, number = name.rpartition(".")
+        if unit in self.pools:
+            return self.pools[unit].block(int(number), grad=grad)
+        if not self.trained[name]:  # an empty chunk never has a gradient
+            return None if grad else torch.empty(0)
         parts = [p.grad if grad else p.detach() for p in self.trained[name]]
         return None if any(p is None for p in parts) else torch.cat([p.flatten() for p in parts if p is not None])
 
@@ -240,5 +282,5 @@ def random_unit_owners(training: ShardedTraining, seed: int) -> dict[Unit, np.nd
     rng = np.random.default_rng(seed)
     shards = training.moe.engine.shards
     return {
-        unit: rng.integers(0, rng.integers(1, shards.world_size + 1), size=family.num_experts) for unit, family in shards.families.items()
+        unit: rng.integers(0, rng.integers(1, shards.world_size + 1), size=chunked.num_experts) for unit, chunked in shards.chunked.items()
     }

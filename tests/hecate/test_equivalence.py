@@ -7,6 +7,7 @@ everything, from the same values. Then each compares: losses, gradient norms, ev
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hecate.experts.nola import Nola
+from hecate.experts.shard_pairs import ShardPairs
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
@@ -37,6 +39,7 @@ from tests.hecate.equivalence_cases import (
     Case,
     assert_groups_equal,
     calibrating_at_whim,
+    initial_values,
     micro_batch,
     random_planner,
     router_bias,
@@ -47,6 +50,7 @@ from tests.hecate.equivalence_cases import (
 )
 from tests.hecate.watching import gradients_of, moments_of
 from tests.plain_allora import row_norm_product
+from tests.plain_mos import PlainPool
 
 EVERY_CASE = ("full", "hecate", "static_ep")
 """policies that go through every case: all replicas, some, none; the others' plans are of a kind with the random ones"""
@@ -60,7 +64,10 @@ class Reference:
     def __init__(self, case: Case, moe: MoeModel) -> None:
         self.model = tiny_llama(case.dtype).requires_grad_(False)
         self.layers: list[plain_mixlora.PlainMixlora] = []
-        self.chunks: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self.chunks: dict[str, list[torch.Tensor]] = {}
+        self.pool, pair_of = plain_pool(moe, case)
+        """in which all experts train; None: each trains its chunk"""
+        trained_in_pool = [] if self.pool is None else list(self.pool.shards.values())
         self.replicated: dict[str, torch.Tensor] = {}
         specs = moe.engine.shards.families[Unit(0)].layout().trainable
         values = moe.replicated_parameters()
@@ -69,31 +76,39 @@ class Reference:
         for index, layer in enumerate(self.model.model.layers):
             experts = []
             for expert in range(case.num_experts):
-                random = torch.Generator().manual_seed(1000 + 50 * index + expert)
-                flat = (torch.randn(sum(s.numel for s in specs), generator=random, dtype=torch.float64) * 0.2).to(case.dtype)
+                flat = initial_values(Unit(index), expert, sum(s.numel for s in specs)).to(case.dtype)
                 parts = flat.split([s.numel for s in specs])
                 experts.append({s.name: part.view(s.shape) for s, part in zip(specs, parts, strict=True)})
             router = values[f"layers.{index}.router"].detach()
             fixed = fixed_of(moe, Unit(index), case)
             layer.mlp = plain_mixlora.PlainMixlora(
-                layer.mlp, router, router_bias(case), experts, lora.scale, case.top_k, logit_scale=50, of=of, fixed=fixed
+                layer.mlp,
+                router,
+                router_bias(case),
+                experts,
+                lora.scale,
+                case.top_k,
+                logit_scale=50,
+                of=of,
+                fixed=fixed,
+                pair_of=pair_of.get(Unit(index)),
             )
             self.layers.append(layer.mlp)
             self.replicated[f"layers.{index}.router"] = layer.mlp.router
             for expert in range(case.num_experts):
                 names = [s.name.replace(".", "_") for s in specs]
-                self.chunks[index, expert] = [layer.mlp.experts[expert][name] for name in names]
+                self.chunks[f"{index}.{expert}"] = [layer.mlp.experts[expert][name] for name in names]
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 key = f"layers.{index}.self_attn.{name}"
                 a, b = moe.attention[index, f"self_attn.{name}"].lora_A.detach(), values[f"{key}.B"].detach()
                 plain = plain_mixlora.PlainLora(getattr(layer.self_attn, name), a, b, lora.scale, of=of, trains_a=lora.trains_a)
                 setattr(layer.self_attn, name, plain)
                 self.replicated |= {f"{key}.A": plain.a, f"{key}.B": plain.b} if lora.trains_a else {f"{key}.B": plain.b}
-        parameters = [p for parts in self.chunks.values() for p in parts] + list(self.replicated.values())
+        parameters = [p for each in self.chunks.values() for p in each] + list(self.replicated.values()) + trained_in_pool
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY)
 
-    def gradients(self, step: int, empty_rows: range) -> tuple[float, float, set[tuple[int, int]]]:
+    def gradients(self, step: int, empty_rows: range) -> tuple[float, float, set[str]]:
         """(cross-entropy, gradient norm, idle experts); gradients of idle experts are None."""
         batches = [micro_batch(step, micro, empty_rows) for micro in range(MICRO_STEPS)]
         num_labels = sum(int((b.targets != -100).sum()) for b in batches)
@@ -104,16 +119,42 @@ class Reference:
             total += cross
             for index, layer in enumerate(self.layers):
                 assert layer.expert_TK is not None
-                reached |= {(index, int(e)) for e in layer.expert_TK.unique()}
+                reached |= {f"{index}.{int(e)}" for e in layer.expert_TK.unique()}
         idle = set(self.chunks) - reached
         for key in idle:
             for parameter in self.chunks[key]:
                 parameter.grad = None
         return total, plain_mixlora.clip(self.parameters, MAX_NORM), idle
 
-    def flat(self, key: tuple[int, int], *, grad: bool) -> torch.Tensor | None:
-        parts = [p.grad if grad else p.detach() for p in self.chunks[key]]
+    def flat(self, name: str, *, grad: bool) -> torch.Tensor | None:
+        if ".pool." in name:
+            assert self.pool is not None
+            return self.pool.block(int(name.rpartition(".")[2]), grad=grad)
+        parts = [p.grad if grad else p.detach() for p in self.chunks[name]]
+        if not parts:  # an empty chunk never has a gradient
+            return None if grad else torch.empty(0)
         return None if any(p is None for p in parts) else torch.cat([p.flatten() for p in parts if p is not None])
+
+
+def plain_pool(moe: MoeModel, case: Case) -> tuple[PlainPool | None, dict[Unit, Callable[[int, str], tuple[torch.Tensor, torch.Tensor]]]]:
+    """The pool with the values that `sharded` gives its blocks, and what makes each unit's pairs of it. Only values are handed over."""
+    shards = moe.engine.shards
+    if not shards.pools:
+        return None, {}
+    (pool,) = shards.pools.values()
+    specs = pool.layout().trainable
+    blocks_NC = torch.stack([initial_values(pool.unit, block, pool.layout().trainable_numel) for block in range(pool.num_experts)])
+    plain = PlainPool(blocks_NC.to(case.dtype), [(spec.name, *spec.shape) for spec in specs], case.lora.shards.per_vector)
+
+    def pair_of(source: ShardPairs) -> Callable[[int, str], tuple[torch.Tensor, torch.Tensor]]:
+        return lambda expert, name: plain.pair(name, {spec.name: source.index(spec.name)[expert] for spec in specs}, case.lora.rank)
+
+    found = {}
+    for unit, family in shards.families.items():
+        source = family.pair_source
+        assert isinstance(source, ShardPairs)
+        found[unit] = pair_of(source)
+    return plain, found
 
 
 def fixed_of(moe: MoeModel, unit: Unit, case: Case) -> dict[str, torch.Tensor]:
@@ -165,20 +206,15 @@ def check_case(rank: int, world: int, case: Case) -> None:
         loss, norm, idle = reference.gradients(step, empty_rows)
         assert abs(result.loss - loss) <= tolerance * max(1, abs(loss)), f"step {step}: loss {result.loss} against {loss}"
         assert abs(result.grad_norm - norm) <= tolerance * max(1, norm), f"step {step}: norm {result.grad_norm} against {norm}"
-        for unit, expert in moe.engine.shards.named_parameters():
-            layer = unit.layer
-            _distance(
-                f"step {step}, expert {layer}.{expert}", seen[f"{layer}.{expert}"], reference.flat((layer, expert), grad=True), tolerance
-            )
+        for name in owned:
+            _distance(f"step {step}, expert {name}", seen[name], reference.flat(name, grad=True), tolerance)
         for name, parameter in reference.replicated.items():
             _distance(f"step {step}, {name}", seen[name], parameter.grad, tolerance)
         reference.optimizer.step()
         reference.optimizer.zero_grad()
-        for (unit, expert), parameter in moe.engine.shards.named_parameters().items():
-            layer = unit.layer
-            name = f"{layer}.{expert}"
-            _distance(f"step {step}, expert {name} after", parameter.detach(), reference.flat((layer, expert), grad=False), tolerance)
-            if (layer, expert) in idle:
+        for name, parameter in owned.items():
+            _distance(f"step {step}, expert {name} after", parameter.detach(), reference.flat(name, grad=False), tolerance)
+            if name in idle:
                 assert torch.equal(parameter.detach(), before[name]), f"idle expert {name} moved"
                 after = moments_of(optimizer, name)
                 assert after.keys() == moments[name].keys(), f"idle expert {name} got moments"
@@ -267,14 +303,19 @@ def test_whatever_computes_the_experts_it_equals_one_process(world: int) -> None
     run_ranks(world, _check_cases, cases, timeout=240)
 
 
-SYSTEMS = ({"pairs": "fixed_a"}, {"eta": 1.5}, {"pairs": "fixed_a", "eta": 1.5}, {"pairs": "nola"})
-"""FFA-LoRA, ALLoRA, both at once, and NOLA"""
+SYSTEMS = ({"pairs": "fixed_a"}, {"eta": 1.5}, {"pairs": "fixed_a", "eta": 1.5}, {"pairs": "nola"}, {"pairs": "shards"})
+"""FFA-LoRA, ALLoRA, both at once, NOLA, and MoS"""
+
+
+def with_system(case: Case, system: dict[str, Any]) -> Case:
+    """A pool lives a whole step, however replicas come and go otherwise."""
+    return replace(case, **system, **({"plan": "history", "rematerialize": False} if system.get("pairs") == "shards" else {}))
 
 
 def test_with_other_pairs_and_with_a_gradient_rule_it_equals_one_process() -> None:
     """Norms are those of a replica, whichever rank has it, whenever it comes and goes, and however many micro-steps there are."""
     case = Case("hecate", 8, 2, "idle experts", rematerialize=True, checkpointing=True, steps=2)
-    run_ranks(2, _check_cases, [replace(case, **system) for system in SYSTEMS], timeout=240)
+    run_ranks(2, _check_cases, [with_system(case, system) for system in SYSTEMS], timeout=240)
 
 
 @pytest.mark.parametrize("world", [SLOW_1, SLOW_2, SLOW_3, SLOW_4])
@@ -288,7 +329,8 @@ def test_under_every_policy_these_systems_equal_one_process(system: dict[str, An
         Case("auto", 8, 2, "hot expert", kernels="reference", steps=2),
         Case("hecate", 3, 2, "idle experts", torch.float32, kernels="triton", steps=2, rematerialize=True),
     ]
-    run_ranks(world, _check_cases, [replace(case, **system) for case in cases], timeout=480)
+    cases += [Case("hecate", 8, 2, "idle experts", shard_size=2)] if world == 4 else []
+    run_ranks(world, _check_cases, [with_system(case, system) for case in cases], timeout=480)
 
 
 @pytest.mark.parametrize("world", [3, SLOW_4])

@@ -74,6 +74,31 @@ def test_experts_over_linears_train_as_one_process() -> None:
     run_ranks(2, _check_cases, [LinearCase("hecate", "empty rank", (0, 4), steps=2)], timeout=240)
 
 
+SHARDS = (
+    LinearCase("hecate", "idle experts", (2, 4), pairs="shards", steps=2),
+    LinearCase("static_ep", "empty rank", (1, 1), 1, pairs="shards", steps=2, checkpointing=True),
+)
+"""several experts of each linear; and the system of MoS, one pair each"""
+
+
+def test_shards_of_a_pool_train_as_one_process_while_their_owners_change() -> None:
+    run_ranks(2, _check_cases, list(SHARDS), True, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_shards_of_a_pool_under_every_policy(world: int) -> None:
+    cases = [replace(case, policy=policy) for policy in sorted(POLICIES) for case in SHARDS]
+    cases += [LinearCase("random 4", "hot expert", (3, 0), pairs="shards", prefetch=2), LinearCase("elsewhere", pairs="shards")]
+    cases += [replace(case, shard_size=2) for case in SHARDS] if world == 4 else []
+    run_ranks(world, _check_cases, cases, timeout=580)
+    run_ranks(world, _check_cases, cases[:4], True, timeout=580)
+
+
+def test_one_plain_pair_for_each_linear_needs_no_router() -> None:
+    run_ranks(2, _check_cases, [LinearCase("hecate", "empty rank", (1, 0), 1, steps=2)], timeout=240)
+
+
 @pytest.mark.slow
 def test_on_one_rank() -> None:
     run_ranks(1, _check_cases, [LinearCase("hecate"), LinearCase("full", "idle experts", (0, 4), 1)], timeout=240)
