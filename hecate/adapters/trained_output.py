@@ -11,7 +11,7 @@ from typing import Any
 from hecate.adapters.export import adapter_config, export_adapter
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.adapters.linear_experts import begin_with_linear_adapter, export_linear_adapter, linear_adapter_config
-from hecate.adapters.peft_by_source import export_by_source, lora_config
+from hecate.adapters.peft_by_source import export_by_source, lora_config, paths_of
 from hecate.adapters.peft_experts import begin_with, export_peft_adapter, peft_config
 from hecate.config import Config
 from hecate.model.base import BaseModel
@@ -69,8 +69,8 @@ def _peft(config: Config, base: BaseModel) -> TrainedOutput:
 
 
 def _peft_by_source(config: Config, base: BaseModel) -> TrainedOutput:
-    description, names = lora_config(config, base), [source.name for source in config.data.train]
-    return TrainedOutput("adapters", lambda folder, moe, ranks: export_by_source(folder, names, description, base.ffns, moe, ranks))
+    description, names, paths = lora_config(config, base), [source.name for source in config.data.train], paths_of(base)
+    return TrainedOutput("adapters", lambda folder, moe, ranks: export_by_source(folder, names, description, paths, moe, ranks))
 
 
 def _mixtral(config: Config, base: BaseModel) -> TrainedOutput:

@@ -144,8 +144,6 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
         if leaf.family not in (None, family) and key in values and values[key] != leaf.default:
             add(key, f"applies to moe.family={leaf.family} only, but the family is {family}", "leave it out")
     for key in ("lora.pairs", "lora.gradient_rule"):
-        if over_linears and key in values and values[key] != LEAVES[key].default:
-            add(key, f"does not apply to moe.unit=linear yet, got {values[key]}", "leave it out")
         if not kind.has_pairs and key in values and values[key] != LEAVES[key].default:
             add(key, f"is about low-rank pairs, which experts of moe.family={family} do not have, got {values[key]}", "leave it out")
     if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):

@@ -1,8 +1,8 @@
 """The weighted sum of each token's low-rank pairs as two dense products, for many pairs of tiny ranks: single ranks as experts (SMoRA).
 
-All slots' A side by side multiply every token, x A'. The result is multiplied by the token's weight for each slot, which is 0 where the slot
-was not chosen, and then by all slots' B side by side. That is more arithmetic than the chosen pairs need, but there is nothing to sort, to
-gather and to add up, which for tiny ranks takes longer. Nothing waits for the device.
+All slots' A side by side multiply every token, x A'. The result is multiplied by the token's weight for each slot, which is 0 where the
+slot was not chosen, and then by all slots' B side by side. That is more arithmetic than the chosen pairs need, but there is nothing to
+sort, to gather and to add up, which takes longer where ranks are tiny. Nothing waits for the device.
 
 Shapes: T tokens, K assignments of a token, S slots, r rank, I inputs and O outputs.
 """
