@@ -96,20 +96,28 @@ class AdapterConfig:
         Raises:
             UserError: they choose in a way that this version does not have.
         """
-        value = self.extra.get("router", "softmax")
-        if value == "softmax":  # as earlier versions, and other programs, mean it
-            return RouterConfig()
-        hints = get_type_hints(RouterConfig)
-        for key, given in value.items() if isinstance(value, dict) else [("router", value)]:
-            allowed = get_args(hints.get(key, str)) or None
-            if key not in hints or (allowed is not None and given not in allowed) or (allowed is None and type(given) is not hints[key]):
-                raise UserError(f"made with the router {str(value)[:200]}; this version has no {key[:100]} {str(given)[:100]}")
-        return RouterConfig(**value)
+        return router_choices(self.extra.get("router", "softmax"))
 
     @property
     def scale(self) -> float:
         """The factor of B A x."""
         return lora_scale(self.alpha, self.r, rslora=self.use_rslora)
+
+
+def router_choices(value: Any) -> RouterConfig:
+    """Return how routers choose, from what an adapter's description says: the values of `moe.router`, or "softmax" for the default.
+
+    Raises:
+        UserError: they choose in a way that this version does not have.
+    """
+    if value == "softmax":  # as earlier versions, and other programs, mean it
+        return RouterConfig()
+    hints = get_type_hints(RouterConfig)
+    for key, given in value.items() if isinstance(value, dict) else [("router", value)]:
+        allowed = get_args(hints.get(key, str)) or None
+        if key not in hints or (allowed is not None and given not in allowed) or (allowed is None and type(given) is not hints[key]):
+            raise UserError(f"made with the router {str(value)[:200]}; this version has no {key[:100]} {str(given)[:100]}")
+    return RouterConfig(**value)
 
 
 def config_to_json(config: AdapterConfig) -> dict[str, Any]:

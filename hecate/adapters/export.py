@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hecate.adapters import AdapterConfig, attention_tensor_name, expert_tensor_name, router_tensor_name, save_adapter
+from hecate.adapters.linear_format import LinearAdapterConfig
 from hecate.adapters.names import router_buffer_name
 from hecate.adapters.peft_moe import PeftMoeConfig
 from hecate.config import Config
@@ -67,7 +68,7 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
                 tensors[expert_tensor_name(unit.layer, projection, expert, "A")] = lora.a_SrI[expert].detach()
                 tensors[expert_tensor_name(unit.layer, projection, expert, "B")] = lora.b_SOr[expert].detach()
         tensors[router_tensor_name(unit.layer)] = moe.routers[unit].detach()
-        vectors = _vectors(moe.router_modules[unit])
+        vectors = router_vectors(moe.router_modules[unit])
         tensors |= {router_buffer_name(unit.layer, name): vector.detach() for name, vector in vectors.items()}
         if vectors:
             description = replace(description, extra={**description.extra, "router_buffers": list(vectors)})
@@ -79,7 +80,7 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
         save_adapter(folder, tensors, description)
 
 
-Description = TypeVar("Description", AdapterConfig, PeftMoeConfig)
+Description = TypeVar("Description", AdapterConfig, PeftMoeConfig, LinearAdapterConfig)
 
 
 def with_drawn_digest(description: Description, moe: MoeModel) -> Description:
@@ -94,7 +95,7 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
         for unit, router in moe.routers.items():
             router.copy_(tensors[router_tensor_name(unit.layer)])
         for unit, router_module in moe.router_modules.items():
-            for name, vector in _vectors(router_module).items():
+            for name, vector in router_vectors(router_module).items():
                 vector.copy_(tensors[router_buffer_name(unit.layer, name)])
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
             pairs = moe.engine.shards.families[unit].pair_source
@@ -105,7 +106,7 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
             lora.set_pair(tensors[attention_tensor_name(layer, name, "A")], tensors[attention_tensor_name(layer, name, "B")])
 
 
-def _vectors(router: Router) -> dict[str, Tensor]:
+def router_vectors(router: Router) -> dict[str, Tensor]:
     """What a router has beside its weight, one number per expert each, by name."""
     return dict(router.named_buffers()) | ({} if router.trained_bias is None else {"bias": router.trained_bias})
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hecate.adapters.export import pairs_on_first
+from hecate.adapters.export import pairs_on_first, router_vectors, with_drawn_digest
 from hecate.adapters.linear_format import LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter
-from hecate.config import Config
+from hecate.config import Config, RouterConfig
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.linear import MoeLinear
@@ -32,21 +34,24 @@ def linear_adapter_config(config: Config, base: BaseModel) -> LinearAdapterConfi
         UserError: a target module is no linear of the model, or the numbers of experts are not for as many layers as it has.
     """
     target_linears(base.linears, config.lora.target_modules, type(base.model).__name__)
+    experts_per_layer = config.moe.experts_per_layer(len(decoder_layers(base.model)[1]))
     return LinearAdapterConfig(
         base_model_name_or_path=config.model.name_or_path,
         r=config.lora.r,
         alpha=config.lora.stored_alpha,
         use_rslora=config.lora.use_rslora,
         target_modules=config.lora.target_modules,
-        experts_per_layer=config.moe.experts_per_layer(len(decoder_layers(base.model)[1])),
-        top_k=config.moe.experts_per_token,
+        experts_per_layer=experts_per_layer,
+        top_k=min(config.moe.experts_per_token, *(count for count in experts_per_layer if count)),
         dropout=config.lora.dropout,
         router_aux_loss_coef=config.moe.router_aux_loss_coef,
+        router=config.moe.router,
     )
 
 
 def export_linear_adapter(folder: Path, description: LinearAdapterConfig, moe: MoeModel, ranks: Ranks) -> None:
     """Gather all pairs on rank 0, one linear at a time, and write the adapter there. Every rank must call it."""
+    description = with_drawn_digest(description, moe)
     tensors: dict[str, Tensor] = {}
     for unit, of_unit in pairs_on_first(moe, sorted(moe.layers), ranks):
         pairs, path = of_unit[ONLY_PROJECTION], path_of(moe.model, unit)
@@ -63,7 +68,7 @@ def load_linear_adapter_into(moe: MoeModel, tensors: dict[str, Tensor], where: P
     """Set routers, plain pairs and this rank's owned experts from an adapter's tensors.
 
     Raises:
-        UserError: a tensor is missing, superfluous or of another shape than the model needs.
+        UserError: a tensor is missing, superfluous or of another shape than the model needs, or A is drawn, and is another.
     """
     replicated = _replicated(moe)
     wanted = {name: tuple(tensor.shape) for name, tensor in replicated.items()}
@@ -83,8 +88,11 @@ def load_linear_adapter_into(moe: MoeModel, tensors: dict[str, Tensor], where: P
         if tuple(tensors[name].shape) != shape:
             raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
     with torch.no_grad():
-        for name, tensor in replicated.items():
+        for name, tensor in _router_tensors(moe).items():
             tensor.copy_(tensors[name])
+        for (layer_number, module), lora in moe.attention.items():
+            name_a, name_b = pair_names(path_of(moe.model, Unit(layer_number, module)), None)
+            lora.set_pair(tensors[name_a], tensors[name_b])
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
             name_a, name_b = pair_names(path_of(moe.model, unit), expert)
             pairs = {ONLY_PROJECTION: (tensors[name_a], tensors[name_b])}
@@ -106,10 +114,18 @@ def begin_with_linear_adapter(config: Config, base: BaseModel, moe: MoeModel) ->
         ("lora.alpha, scaled", theirs.scale, ours.scale),
         ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
         ("moe.num_experts", list(theirs.experts_per_layer), list(ours.experts_per_layer)),
+        ("moe.router", *_different(theirs.router, ours.router)),
     ):
         if of_file != configured:
             raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}; they must be equal")
     load_linear_adapter_into(moe, tensors, folder)
+
+
+def _different(theirs: RouterConfig, ours: RouterConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The choices that differ between two kinds of routers; how a router is trained, a run may change."""
+    of_file, configured = asdict(theirs), asdict(ours)
+    keys = [key for key in configured if of_file[key] != configured[key] and key not in ("bias_rate", "balance")]
+    return {key: of_file[key] for key in keys}, {key: configured[key] for key in keys}
 
 
 def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
@@ -128,7 +144,8 @@ def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
     plan = InsertionPlan(
         kind=kind,
         experts_per_layer=description.experts_per_layer,
-        top_k=description.top_k,
+        top_k=max(description.experts_per_layer) if description.router.dense else description.top_k,
+        router=description.router,
         lora=LoraShape(description.r, description.scale, 0.0),
         target_modules=description.target_modules,
         seed=0,
@@ -141,13 +158,19 @@ def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
 
 
 def _replicated(moe: MoeModel) -> dict[str, Tensor]:
-    """What every rank has of the adapter, by the tensors' names: routers with what they keep beside their weights, and plain pairs."""
-    named: dict[str, Tensor] = {router_name(path_of(moe.model, unit)): router for unit, router in moe.routers.items()}
-    for unit, router_module in moe.router_modules.items():
-        named |= {router_name(path_of(moe.model, unit), name): buffer for name, buffer in router_module.named_buffers()}
+    """What every rank has of the adapter, by the tensors' names: what routers have, and plain pairs."""
+    named = _router_tensors(moe)
     for (layer, module), lora in moe.attention.items():
         name_a, name_b = pair_names(path_of(moe.model, Unit(layer, module)), None)
         named |= {name_a: lora.lora_A, name_b: lora.lora_B}
+    return named
+
+
+def _router_tensors(moe: MoeModel) -> dict[str, Tensor]:
+    """The routers' weights, and what they keep beside them."""
+    named: dict[str, Tensor] = {router_name(path_of(moe.model, unit)): router for unit, router in moe.routers.items()}
+    for unit, router_module in moe.router_modules.items():
+        named |= {router_name(path_of(moe.model, unit), name): vector for name, vector in router_vectors(router_module).items()}
     return named
 
 

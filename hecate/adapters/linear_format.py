@@ -1,26 +1,26 @@
 """The adapter of experts over linears: its adapter_config.json, and the names of its tensors, which are those of MoLA's authors.
 
 Under the dotted name of each linear lie lora_A_0.weight, lora_B_0.weight, lora_A_1.weight and so on, one pair an expert, and
-router.router.weight; a linear without experts has lora_A.weight and lora_B.weight, as in PEFT. The authors' own files do not say how many
-experts a layer has and which router chooses; here the description does.
+router.router.weight, with router.router.bias if the router has one. A linear without experts has lora_A.weight and lora_B.weight, as in
+PEFT. The authors' own files do not say how many experts a layer has and which router chooses; here the description does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hecate.adapters.config import router_choices
 from hecate.adapters.folder import read_adapter, read_adapter_config, write_adapter_folder
+from hecate.config import RouterConfig
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import lora_scale
 
 PEFT_TYPE = "MOLA"
-ROUTER = "softmax"
-"""the top_k largest of a softmax over all experts, renormalised"""
 _FORMAT_VERSION = 1
 
 
@@ -40,6 +40,10 @@ class LinearAdapterConfig:
     dropout: float
     """that training used"""
     router_aux_loss_coef: float
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """how the routers choose"""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """further JSON values to save with the adapter, such as a digest of what its pairs were made of"""
 
     @property
     def scale(self) -> float:
@@ -54,7 +58,7 @@ def pair_names(path: str, expert: int | None) -> tuple[str, str]:
 
 
 def router_name(path: str, part: str = "weight") -> str:
-    """Return the name of a linear's router's weight, [experts, inputs], or of a buffer of the router, [experts]."""
+    """Return the name of a linear's router's weight, [experts, inputs], or of what it has beside that, one number per expert: [experts]."""
     return f"base_model.model.{path}.router.router.{part}"
 
 
@@ -80,7 +84,12 @@ def save_linear_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Lin
         "target_modules": list(config.target_modules),
         "number_experts": list(config.experts_per_layer),
         "top_k": config.top_k,
-        "hecate": {"format_version": _FORMAT_VERSION, "router": ROUTER, "router_aux_loss_coef": config.router_aux_loss_coef},
+        "hecate": {
+            "format_version": _FORMAT_VERSION,
+            "router": asdict(config.router),
+            "router_aux_loss_coef": config.router_aux_loss_coef,
+            "extra": dict(config.extra),
+        },
     }
     write_adapter_folder(folder, tensors, value)
 
@@ -122,10 +131,10 @@ def _config_from_json(value: Any) -> LinearAdapterConfig:
     for name, item in (("target_modules", str), ("number_experts", int)):
         if not isinstance(value.get(name), list) or not value[name] or not all(type(one) is item for one in value[name]):
             raise UserError(f"{name} must be a list of {'names' if item is str else 'whole numbers, one a layer'}")
-    if not isinstance(ours.get("router"), str) or not isinstance(ours.get("router_aux_loss_coef"), int | float):
+    if not isinstance(ours.get("router"), str | dict) or not isinstance(ours.get("router_aux_loss_coef"), int | float):
         raise UserError("hecate.router and hecate.router_aux_loss_coef must be given")
-    if ours["router"] != ROUTER:
-        raise UserError(f"hecate.router is {ours['router'][:100]!r}; this version has {ROUTER}")
+    if not isinstance(ours.get("extra", {}), dict):
+        raise UserError("hecate.extra must be an object")
     return LinearAdapterConfig(
         base_model_name_or_path=value["base_model_name_or_path"],
         r=value["r"],
@@ -136,4 +145,6 @@ def _config_from_json(value: Any) -> LinearAdapterConfig:
         top_k=value["top_k"],
         dropout=float(value["lora_dropout"]),
         router_aux_loss_coef=float(ours["router_aux_loss_coef"]),
+        router=router_choices(ours["router"]),
+        extra=ours.get("extra", {}),
     )

@@ -15,40 +15,16 @@ from torch import Tensor
 from hecate.adapters.export import pairs_on_first, with_drawn_digest
 from hecate.adapters.folder import read_adapter
 from hecate.adapters.linear_experts import path_of
+from hecate.adapters.peft_by_source import lora_config
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, peft_config_from_json, save_peft_adapter
 from hecate.config import Config
-from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.linear import MoeLinear
-from hecate.model.base import BaseChoice, BaseModel, build_base
-from hecate.model.gated_ffn import decoder_layers
-from hecate.model.insert import InsertionPlan, insert_experts
-from hecate.model.linears import target_linears
+from hecate.model.base import BaseModel
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.expert_kinds import LINEARS, ONLY_PROJECTION, PROJECTIONS, LoraShape
-from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
+from hecate.parallel.expert_kinds import ONLY_PROJECTION
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
-
-
-def linear_lora_config(config: Config, base: BaseModel) -> PeftMoeConfig:
-    """Return the description of the adapter that a run trains. It is made before training.
-
-    Raises:
-        UserError: a target module is no linear of the model.
-    """
-    target_linears(base.linears, config.lora.target_modules, type(base.model).__name__)
-    return PeftMoeConfig(
-        base_model_name_or_path=config.model.name_or_path,
-        r=config.lora.r,
-        alpha=config.lora.stored_alpha,
-        use_rslora=config.lora.use_rslora,
-        target_modules=config.lora.target_modules,
-        target_parameters=(),
-        dropout=config.lora.dropout,
-        extra={"model_dtype": config.model.dtype},
-    )
 
 
 def export_linear_lora(folder: Path, description: PeftMoeConfig, moe: MoeModel, ranks: Ranks) -> None:
@@ -67,34 +43,6 @@ def export_linear_lora(folder: Path, description: PeftMoeConfig, moe: MoeModel, 
         save_peft_adapter(folder, tensors | plain, with_drawn_digest(description, moe))
 
 
-def adapts_more_than_ffns(folder: Path) -> bool:
-    """Return whether a LoRA in PEFT's format adapts linears that are no part of an FFN, or have names of their own."""
-    return bool(set(read_adapter(folder, peft_config_from_json)[1].target_modules) - set(PROJECTIONS))
-
-
-def with_linear_lora(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
-    """Return the base model with a LoRA of its linears applied, for evaluation.
-
-    Raises:
-        UserError: the adapter or the model cannot be read, or one does not fit the other.
-    """
-    tensors, description = read_adapter(folder, peft_config_from_json)
-    name = choice.name or description.base_model_name_or_path
-    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, LINEARS, choice.attention)
-    plan = InsertionPlan(
-        kind=LINEARS,
-        experts_per_layer=(1,) * len(decoder_layers(base.model)[1]),
-        lora=LoraShape(description.r, description.scale, 0.0),
-        target_modules=description.target_modules,
-        seed=0,
-        kernels=choice.kernels,
-    )
-    topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
-    moe = insert_experts(base.model, base.found, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)
-    _set_values(moe, tensors, folder)
-    return base, moe
-
-
 def begin_with_lora(config: Config, base: BaseModel, moe: MoeModel) -> None:
     """Set all that trains to the values of the adapter that `lora.init_from` names. Every rank must call it.
 
@@ -104,7 +52,7 @@ def begin_with_lora(config: Config, base: BaseModel, moe: MoeModel) -> None:
     assert config.lora.init_from is not None
     folder = Path(config.lora.init_from)
     tensors, theirs = read_adapter(folder, peft_config_from_json)
-    ours = linear_lora_config(config, base)
+    ours = lora_config(config, base)
     for key, of_file, configured in (
         ("lora.r", theirs.r, ours.r),
         ("lora.alpha, scaled", theirs.scale, ours.scale),

@@ -1,4 +1,4 @@
-"""Adapters of several sources, trained at once as the experts of FFNs: each is written as a folder of its own, in PEFT's LoRA format.
+"""Adapters of several sources, trained at once as experts of FFNs or linears: each is written as its own folder, in PEFT's LoRA format.
 
     adapters/SOURCE/adapter_model.safetensors    base_model.model.model.layers.3.mlp.gate_proj.lora_A.weight [r, D]   .lora_B.weight [F, r]
 
@@ -7,7 +7,8 @@ Any program that reads PEFT's LoRA reads such a folder. Here one folder, or thos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,47 +22,65 @@ from hecate.config import Config, RouterConfig
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice, BaseModel, build_base
-from hecate.model.gated_ffn import GatedFfn
+from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
+from hecate.model.linears import find_linears, target_linears
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.expert_kinds import PROJECTIONS, LoraShape, kind_written_as
+from hecate.parallel.expert_kinds import ONLY_PROJECTION, PROJECTIONS, ExpertKind, LoraShape, kind_written_as
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
+from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 
 
 def lora_config(config: Config, base: BaseModel) -> PeftMoeConfig:
-    """Return the description that the adapters of a run have in common. It is made before training."""
-    names = base.ffns[0].projection_names
+    """Return the description that the adapters of a run have in common. It is made before training.
+
+    Raises:
+        UserError: experts stand over linears, and a target module is none of the model's.
+    """
+    targets = config.lora.target_modules
+    if base.linears:
+        target_linears(base.linears, targets, type(base.model).__name__)
+    else:
+        targets = tuple(base.ffns[0].projection_names[name] for name in config.moe.kind.projections(targets))
     return PeftMoeConfig(
         base_model_name_or_path=config.model.name_or_path,
         r=config.lora.r,
         alpha=config.lora.stored_alpha,
         use_rslora=config.lora.use_rslora,
-        target_modules=tuple(names[name] for name in config.moe.kind.projections(config.lora.target_modules)),
+        target_modules=targets,
         target_parameters=(),
         dropout=config.lora.dropout,
         extra={"model_dtype": config.model.dtype},
     )
 
 
-def export_by_source(
-    folder: Path, sources: Sequence[str], description: PeftMoeConfig, ffns: Sequence[GatedFfn], moe: MoeModel, ranks: Ranks
-) -> None:
-    """Gather all experts on rank 0, one layer at a time, and write a folder for each source there. Every rank must call it.
+Paths = Mapping[Unit, Mapping[str, str]]
+"""of each unit of a dense model, the dotted names of the linears that its projections are"""
+
+
+def paths_of(base: BaseModel) -> Paths:
+    """Return where the pairs of units stand in a base model, as it was loaded."""
+    if base.linears:
+        return {one.unit: {ONLY_PROJECTION: one.path} for one in base.linears}
+    return {ffn.unit: {name: f"{ffn.path}.{theirs}" for name, theirs in ffn.projection_names.items()} for ffn in base.ffns}
+
+
+def export_by_source(folder: Path, sources: Sequence[str], description: PeftMoeConfig, paths: Paths, moe: MoeModel, ranks: Ranks) -> None:
+    """Gather all experts on rank 0, one unit at a time, and write a folder for each source there. Every rank must call it.
 
     Args:
         sources: the names, in the order of the experts.
-        ffns: those of the base model, as they were found.
+        paths: of the base model's units.
 
     Raises:
         UserError: a folder exists, a tensor is not finite, or the disk fails.
     """
     tensors: list[dict[str, Tensor]] = [{} for _ in sources]
-    found = {ffn.unit: ffn for ffn in ffns}
-    for unit, pairs in pairs_on_first(moe, found, ranks):
+    for unit, pairs in pairs_on_first(moe, sorted(moe.layers), ranks):
         for projection, lora in pairs.items():
-            name_a, name_b = _names(found[unit], projection)
+            name_a, name_b = linear_names(paths[unit][projection])
             for expert, of_source in enumerate(tensors):
                 of_source[name_a] = lora.a_SrI[expert].detach().cpu().contiguous()
                 of_source[name_b] = lora.b_SOr[expert].detach().cpu().contiguous()
@@ -101,17 +120,11 @@ def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice
                     "  adapters are used together only if they are alike; use them one by one"
                 )
     name = choice.name or description.base_model_name_or_path
-    kind = kind_written_as("mixlora")
-    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
-    own = {theirs: ours for ours, theirs in base.ffns[0].projection_names.items()}
-    if unknown := [module for module in description.target_modules if module not in own]:
-        raise UserError(
-            f"{folders[0]}: adapts {', '.join(unknown)}, which is no part of an FFN of the base model; only {', '.join(own)} can be read"
-        )
-    modules = tuple(name for name in PROJECTIONS if base.ffns[0].projection_names[name] in description.target_modules)
+    base, kind, modules = _base_for(folders[0], name, description, ranks, choice)
+    layers = len(decoder_layers(base.model)[1])
     plan = InsertionPlan(
         kind=kind,
-        experts_per_layer=(len(folders),) * len(base.ffns),
+        experts_per_layer=(len(folders),) * layers,
         router=RouterConfig(input="given"),
         lora=LoraShape(description.r, description.scale, 0.0),
         target_modules=modules,
@@ -120,29 +133,44 @@ def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice
     )
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
     moe = insert_experts(base.model, base.found, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)
+    paths = paths_of(base)
     for folder, (tensors, _) in zip(folders, read, strict=True):
-        _refuse_misfit(folder, tensors, base, modules, description.r)
+        _refuse_misfit(folder, tensors, moe, paths)
     with torch.no_grad():
-        ffns = {ffn.unit: ffn for ffn in base.ffns}
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
-            tensors, named = read[expert][0], {projection: _names(ffns[unit], projection) for projection in modules}
-            pairs = {projection: (tensors[name_a], tensors[name_b]) for projection, (name_a, name_b) in named.items()}
-            chunk.copy_(moe.engine.shards.families[unit].pair_source.chunk_of(expert, pairs))
+            source, tensors = moe.engine.shards.families[unit].pair_source, read[expert][0]
+            names = {projection: linear_names(paths[unit][projection]) for projection in source.projections}
+            chunk.copy_(source.chunk_of(expert, {name: (tensors[name_a], tensors[name_b]) for name, (name_a, name_b) in names.items()}))
     return base, moe
 
 
-def _names(ffn: GatedFfn, projection: str) -> tuple[str, str]:
-    return linear_names(f"{ffn.path}.{ffn.projection_names[projection]}")
+def _base_for(
+    folder: Path, name: str, description: PeftMoeConfig, ranks: Ranks, choice: BaseChoice
+) -> tuple[BaseModel, ExpertKind, tuple[str, ...]]:
+    """The base model, the kind of experts that adapters of these modules are, and the modules as experts of that kind have them.
+
+    Raises:
+        UserError: a module is no linear of the base model.
+    """
+    kind = kind_written_as("mixlora")
+    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
+    of_ffn = base.ffns[0].projection_names
+    if set(description.target_modules) <= set(of_ffn.values()):
+        return base, kind, tuple(name for name in PROJECTIONS if of_ffn[name] in description.target_modules)
+    linears = tuple(find_linears(base.model))
+    known = dict.fromkeys(one.name for one in linears)
+    if unknown := [module for module in description.target_modules if module not in known]:
+        raise UserError(f"{folder}: adapts {', '.join(unknown)}, which is no linear of the base model's decoder layers: {', '.join(known)}")
+    return replace(base, ffns=(), linears=linears), kind_written_as("linears"), description.target_modules
 
 
-def _refuse_misfit(folder: Path, tensors: dict[str, Tensor], base: BaseModel, modules: Sequence[str], rank: int) -> None:
-    wanted: dict[str, tuple[int, int]] = {}
-    for ffn in base.ffns:
-        for projection in modules:
-            hidden, inner = ffn.shape.hidden, ffn.shape.ffn
-            inputs, outputs = (inner, hidden) if projection == "down_proj" else (hidden, inner)
-            name_a, name_b = _names(ffn, projection)
-            wanted[name_a], wanted[name_b] = (rank, inputs), (outputs, rank)
+def _refuse_misfit(folder: Path, tensors: dict[str, Tensor], moe: MoeModel, paths: Paths) -> None:
+    wanted: dict[str, tuple[int, ...]] = {}
+    for unit, family in moe.engine.shards.families.items():
+        plain = family.pair_source.sizes.trained
+        for a, b in zip(plain[::2], plain[1::2], strict=True):
+            name_a, name_b = linear_names(paths[unit][a.name.removesuffix(".A")])
+            wanted[name_a], wanted[name_b] = a.shape, b.shape
     for name, shape in wanted.items():
         if name not in tensors:
             raise UserError(f"{folder}: has no tensor {name}, which the base model needs")

@@ -11,8 +11,8 @@ from typing import Any
 from hecate.adapters.export import adapter_config, export_adapter
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.adapters.linear_experts import begin_with_linear_adapter, export_linear_adapter, linear_adapter_config
-from hecate.adapters.linear_lora import begin_with_lora, export_linear_lora, linear_lora_config
-from hecate.adapters.peft_by_source import export_by_source, lora_config
+from hecate.adapters.linear_lora import begin_with_lora, export_linear_lora
+from hecate.adapters.peft_by_source import export_by_source, lora_config, paths_of
 from hecate.adapters.peft_experts import begin_with, export_peft_adapter, peft_config
 from hecate.config import Config
 from hecate.model.base import BaseModel
@@ -70,8 +70,8 @@ def _peft(config: Config, base: BaseModel) -> TrainedOutput:
 
 
 def _peft_by_source(config: Config, base: BaseModel) -> TrainedOutput:
-    description, names = lora_config(config, base), [source.name for source in config.data.train]
-    return TrainedOutput("adapters", lambda folder, moe, ranks: export_by_source(folder, names, description, base.ffns, moe, ranks))
+    description, names, paths = lora_config(config, base), [source.name for source in config.data.train], paths_of(base)
+    return TrainedOutput("adapters", lambda folder, moe, ranks: export_by_source(folder, names, description, paths, moe, ranks))
 
 
 def _mixtral(config: Config, base: BaseModel) -> TrainedOutput:
@@ -103,7 +103,7 @@ def _linears(config: Config, base: BaseModel) -> TrainedOutput:
 
 
 def _lora(config: Config, base: BaseModel) -> TrainedOutput:
-    description = linear_lora_config(config, base)
+    description = lora_config(config, base)
     return TrainedOutput("adapter", lambda folder, moe, ranks: export_linear_lora(folder, description, moe, ranks))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from hecate.config.problems import Add, shorten
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES
-from hecate.parallel.expert_kinds import KINDS, PROJECTIONS, ExpertKind
+from hecate.parallel.expert_kinds import KINDS, PROJECTIONS, ExpertKind, kind_of
 
 _PREFIX = "moe.router."
 
@@ -20,10 +20,6 @@ def check_router(values: Mapping[str, Any], add: Add) -> None:
         families = " or ".join(kind.name for kind in KINDS.values() if _takes_choices(kind) and not kind.over_linears)
         for key in changed:
             add(key, f"applies to moe.family={families} only, but the family is {kind.name}", "leave it out")
-        return
-    if values.get("moe.unit") == "linear":
-        for key in changed:
-            add(key, "does not apply to moe.unit=linear yet, whose adapters say of no other router than the default", "leave it out")
         return
     if values.get(_PREFIX + "input") == "given":
         _check_given(values, changed, add)
@@ -59,10 +55,13 @@ def _check_given(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add
         if source.name not in names:
             what = f"{shorten(source.name)} has no expert: with {given} it is that of the item of data.train with the same name"
             add(f"data.eval[{i}].name", what, f"give it one of the names {shorten(', '.join(names))}")
+    if values.get("lora.init_from") is not None:
+        what = f"cannot be given with {given}, whose adapters are folders of their own, one for each source"
+        add("lora.init_from", what, "leave it out")
     attention = [name for name in values.get("lora.target_modules") or () if name not in PROJECTIONS]
-    if attention:
+    if attention and values.get("moe.unit", "ffn") == "ffn":
         what = f"names {', '.join(map(shorten, attention))}, whose adapter all experts would share; with {given} they must not"
-        add("lora.target_modules", what, f"leave it at modules of the FFN: {', '.join(PROJECTIONS)}")
+        add("lora.target_modules", what, f"leave it at modules of the FFN, {', '.join(PROJECTIONS)}, or set moe.unit=linear")
 
 
 def _check_bias(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add) -> None:
@@ -98,7 +97,7 @@ def _check_weights(values: Mapping[str, Any], add: Add) -> None:
         if top_k != 1:
             what = f"one needs moe.top_k=1, got {top_k}: the sum of several results would be that many times too large"
             add(key, what, "set moe.top_k=1, or moe.router.weights=renormalised")
-    kind = KINDS.get(values.get("moe.family", ""))
+    kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", "ffn"))
     sums_to_one = dense and values.get(_PREFIX + "score") == "softmax"
     if weights == "gate" and kind is not None and kind.shares_ffn and not sums_to_one:
         what = (

@@ -145,9 +145,7 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     for key, leaf in LEAVES.items():
         if leaf.family not in (None, family) and key in values and values[key] != leaf.default:
             add(key, f"applies to moe.family={leaf.family} only, but the family is {family}", "leave it out")
-    for key, with_linears in (("lora.pairs", ("plain", "shards")), ("lora.gradient_rule", ("none",))):
-        if over_linears and key in values and values[key] not in with_linears:
-            add(key, f"does not apply to moe.unit=linear yet, got {values[key]}", "leave it out")
+    for key in ("lora.pairs", "lora.gradient_rule"):
         if not kind.has_pairs and key in values and values[key] != LEAVES[key].default:
             add(key, f"is about low-rank pairs, which experts of moe.family={family} do not have, got {values[key]}", "leave it out")
     if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):

@@ -8,7 +8,6 @@ from hecate.adapters import AdapterConfig, load_adapter
 from hecate.adapters.export import load_into
 from hecate.adapters.linear_experts import with_linear_adapter
 from hecate.adapters.linear_format import is_linear_adapter
-from hecate.adapters.linear_lora import adapts_more_than_ffns, with_linear_lora
 from hecate.adapters.model_folder import is_model_folder, load_model_folder
 from hecate.adapters.peft_by_source import is_lora_adapter, sources_in, with_lora_adapters
 from hecate.adapters.peft_experts import with_peft_adapter
@@ -81,8 +80,6 @@ def _trained(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel,
 def _with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
     if sources := sources_in(folder):
         raise UserError(f"{folder}: holds the adapters of several sources: {', '.join(sources)}\n  name one: {folder / sources[0]}")
-    if is_lora_adapter(folder) and adapts_more_than_ffns(folder):
-        return with_linear_lora(folder, ranks, choice)
     if is_lora_adapter(folder):
         return with_lora_adapters([folder], ranks, choice)
     if is_peft_adapter(folder):

@@ -12,7 +12,7 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_stream
 from hecate.kernels.common.ffn import FfnBase, FfnShape, activation
 from hecate.kernels.common.low_rank import LowRankPairs, separate_gate_and_up
-from hecate.kernels.mixlora.reference import mixlora_ffn_reference
+from hecate.kernels.mixlora.reference import low_rank_product, mixlora_ffn_reference
 
 
 def full_ffn_reference(routed: RoutedTokens, experts_SC: Tensor, shape: FfnShape) -> Tensor:
@@ -56,6 +56,6 @@ def routed_pairs_reference(routed: RoutedTokens, pairs: LowRankPairs, *, dropout
             assert routed.token_T is not None
             stream = dropout_stream(int(routed.experts_in_slots[slot]), "linear")
             x = x * dropout.mask(routed.token_T[tokens], stream, x.shape[1], x.dtype)
-        y = pairs.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        y = pairs.scale * low_rank_product(x, a.to(x.dtype), b.to(x.dtype), pairs.eta)
         y_TO = y_TO.index_add(0, tokens, routed.weight_TK[tokens, k].to(y.dtype)[:, None] * y)
     return y_TO

@@ -1,6 +1,7 @@
 """The weighted sum of each token's low-rank pairs, in plain torch: what experts over a linear layer add to its output.
 
-Assignments are sorted by expert and computed in tiles of one expert. A layer keeps x and each assignment's A x for its backward pass.
+Assignments are sorted by expert and computed in tiles of one expert; many pairs of tiny ranks are multiplied densely instead
+(`masked_pairs`). A layer keeps x and each assignment's A x for its backward pass.
 
 Shapes: T tokens, K assignments of a token, P assignments on this rank, S slots, r rank, I inputs and O outputs, m assignments of a tile.
 """
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
 from hecate.kernels.common.dropout import Dropout, RowDropout, ffn_dropout
-from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.common.low_rank import LowRankPairs, row_factors, scaled_rows
+from hecate.kernels.experts.masked_pairs import masked_pairs, masking_pays
 
 _TILE_ROWS = 512
 """the assignments of a tile: enough rows for GEMMs at full speed, and few enough for small temporaries"""
@@ -29,11 +31,13 @@ def routed_pairs(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout 
     Args:
         dropout: the dropout of the pairs' inputs; `routed` must then have `token_T` and `expert_S`.
     """
+    if dropout is None and masking_pays(routed, pairs):
+        return masked_pairs(routed, pairs)
     tiles, order_P = assignment_tiles(routed.slot_TK, _TILE_ROWS)
     of_rows = ffn_dropout(dropout, routed, order_P)
     rows = None if of_rows is None else of_rows.gate_up
     scale = pairs.scale * (1.0 if rows is None else rows.scale)
-    return _RoutedPairs.apply(routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr, scale, tiles, rows)
+    return _RoutedPairs.apply(routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr, scale, tiles, rows, pairs.eta)
 
 
 class _RoutedPairs(torch.autograd.Function):
@@ -47,6 +51,7 @@ class _RoutedPairs(torch.autograd.Function):
         scale: float,
         tiles: list[Tile],
         dropout: RowDropout | None,
+        eta: float | None,
     ) -> Tensor:
         a, b = a_SrI.to(x_TI.dtype), b_SOr.to(x_TI.dtype)
         weight = weight_TK.detach().flatten().to(x_TI.dtype)
@@ -55,7 +60,7 @@ class _RoutedPairs(torch.autograd.Function):
         for tile in tiles:
             low = torch.mm(_dropped(x_TI[tile.token], dropout, tile), a[tile.slot].T, out=low_Pr[tile.span])
             y_TO.index_add_(0, tile.token, (low * (weight[tile.assignment, None] * scale)) @ b[tile.slot].T)
-        ctx.scale, ctx.tiles = scale, tiles
+        ctx.scale, ctx.tiles, ctx.eta = scale, tiles, eta
         ctx.dropped_levels = None if dropout is None else dropout.dropped_levels
         ctx.save_for_backward(x_TI, weight_TK, a_SrI, b_SOr, low_Pr, None if dropout is None else dropout.word_R)
         return y_TO
@@ -69,7 +74,9 @@ class _RoutedPairs(torch.autograd.Function):
         sums = torch.promote_types(x_TI.dtype, torch.float32)
         weight = weight_TK.flatten().to(x_TI.dtype)
         dweight = torch.zeros(weight.shape, dtype=sums, device=x_TI.device)
-        da_SrI, db_SOr = torch.zeros_like(a_SrI), torch.zeros_like(b_SOr)
+        factor_SO = row_factors(a_SrI, b_SOr, ctx.eta)
+        of_a_SOr = b if factor_SO is None else scaled_rows(b_SOr, factor_SO).to(x_TI.dtype)
+        da_SrI, db_SOr = torch.zeros_like(a_SrI) if ctx.needs_input_grad[2] else None, torch.zeros_like(b_SOr)
         dx_TI = torch.zeros_like(x_TI) if ctx.needs_input_grad[0] else None
         for tile in ctx.tiles:
             slot, low, w = tile.slot, low_Pr[tile.span], weight[tile.assignment, None]
@@ -78,10 +85,13 @@ class _RoutedPairs(torch.autograd.Function):
             dweight[tile.assignment] = (dlow * low).sum(1, dtype=sums)
             dlow.mul_(w)
             db_SOr[slot] += dy.T @ (low * (w * ctx.scale))
-            da_SrI[slot] += dlow.T @ _dropped(x_TI[tile.token], dropout, tile)
+            if da_SrI is not None:
+                of_a = dlow if factor_SO is None else (dy @ of_a_SOr[slot]).mul_(w * ctx.scale)
+                da_SrI[slot] += of_a.T @ _dropped(x_TI[tile.token], dropout, tile)
             if dx_TI is not None:
                 dx_TI.index_add_(0, tile.token, _dropped(dlow @ a[slot], dropout, tile))
-        return dx_TI, dweight.view_as(weight_TK).to(weight_TK.dtype), da_SrI, db_SOr, None, None, None
+        db_SOr = scaled_rows(db_SOr, factor_SO)
+        return dx_TI, dweight.view_as(weight_TK).to(weight_TK.dtype), da_SrI, db_SOr, None, None, None, None
 
 
 def _dropped(row_mI: Tensor, dropout: RowDropout | None, tile: Tile) -> Tensor:

@@ -18,16 +18,20 @@ from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens
 from hecate.kernels.common.combine import combine
 from hecate.kernels.common.dropout import Dropout, RowDropout
 from hecate.kernels.common.launch_config import padded_rank
-from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.common.low_rank import LowRankPairs, row_factors, scaled_rows
 from hecate.kernels.common.sorting import dropout_numbers, sorted_assignments, words_dropout
 from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
 from hecate.kernels.experts.grouped_wgrad import grouped_wgrad
+from hecate.kernels.experts.masked_pairs import masked_pairs, masking_pays
 from hecate.kernels.experts.slot_weights import stacked_weights
 
 
 def routed_pairs_triton(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout | None = None) -> Tensor:
-    """As `routed_pairs.routed_pairs`, in float32, bfloat16 or float16; differentiable once."""
-    return _TritonRoutedPairs.apply(routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr, pairs.scale, routed, dropout)
+    """As `routed_pairs.routed_pairs`, in float32, bfloat16 or float16; differentiable once. Many pairs of tiny ranks, which grouped kernels
+    would pad to the least that they multiply, are multiplied densely."""
+    if dropout is None and masking_pays(routed, pairs):
+        return masked_pairs(routed, pairs)
+    return _TritonRoutedPairs.apply(routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr, pairs.scale, pairs.eta, routed, dropout)
 
 
 class _TritonRoutedPairs(torch.autograd.Function):
@@ -39,6 +43,7 @@ class _TritonRoutedPairs(torch.autograd.Function):
         a_SrI: Tensor,
         b_SOr: Tensor,
         scale: float,
+        eta: float | None,
         routed: RoutedTokens,
         dropout: Dropout | None,
     ) -> Tensor:
@@ -46,7 +51,7 @@ class _TritonRoutedPairs(torch.autograd.Function):
         numbers, key = dropout_numbers(dropout, routed) if num_slots else ([], 0)
         order, words = sorted_assignments(routed.slot_TK, num_slots, numbers, key)
         ctx.dropped_levels = 0 if dropout is None else dropout.dropped_levels
-        ctx.scale = scale * (1.0 if dropout is None else dropout.scale)
+        ctx.scale, ctx.eta = scale * (1.0 if dropout is None else dropout.scale), eta
         if num_slots == 0:
             low_PR, y_TO = x_TI.new_empty((order.num_assignments, 0)), x_TI.new_zeros((len(x_TI), b_SOr.shape[1]))
         else:
@@ -63,7 +68,7 @@ class _TritonRoutedPairs(torch.autograd.Function):
         x_TI, weight_TK, a_SrI, b_SOr, low_PR, words, *order_tensors = ctx.saved_tensors
         if len(a_SrI) == 0:
             nothing = (torch.zeros_like(tensor) for tensor in (x_TI, weight_TK, a_SrI, b_SOr))
-            return *nothing, None, None, None
+            return *nothing, None, None, None, None
         order = AssignmentOrder.of_tensors(order_tensors)
         x_TI, dy_TO = x_TI.contiguous(), grads[0].contiguous()
         a, b = _padded(a_SrI, b_SOr, x_TI.dtype)
@@ -76,8 +81,15 @@ class _TritonRoutedPairs(torch.autograd.Function):
         place_TK = order.place_TK.long()
         dweight_TK = torch.where(place_TK < 0, 0.0, dot_P[place_TK.clamp(min=0)]).to(weight_TK.dtype)
         dlow_PR = dlow_PR * weight_P
-        da_SrI, db_SOr = a_SrI.new_empty(a_SrI.shape), b_SOr.new_empty(b_SOr.shape)
-        grouped_wgrad(dlow_PR[:, :rank], x_TI, order, da_SrI, gather="right", drop_right=drop)
+        factor_SO = row_factors(a_SrI, b_SOr, ctx.eta)
+        da_SrI, db_SOr = None, b_SOr.new_empty(b_SOr.shape)
+        if ctx.needs_input_grad[2]:
+            of_a_PR = dlow_PR
+            if factor_SO is not None:
+                _, of_a_SOR = _padded(a_SrI, scaled_rows(b_SOr, factor_SO), x_TI.dtype)
+                of_a_PR = grouped_gemm(dy_TO, stacked_weights(of_a_SOR), order, options) * weight_P
+            da_SrI = a_SrI.new_empty(a_SrI.shape)
+            grouped_wgrad(of_a_PR[:, :rank], x_TI, order, da_SrI, gather="right", drop_right=drop)
         grouped_wgrad(dy_TO, (low_PR * weight_P)[:, :rank], order, db_SOr, gather="left", scale=ctx.scale)
         dx_TI = None
         if ctx.needs_input_grad[0]:
@@ -85,7 +97,7 @@ class _TritonRoutedPairs(torch.autograd.Function):
             if drop is not None:
                 dx_PI *= drop.of(slice(0, len(dx_PI))).keep(dx_PI.shape[1], dx_PI.dtype)
             dx_TI = combine(dx_PI, None, order)
-        return dx_TI, dweight_TK, da_SrI, db_SOr, None, None, None
+        return dx_TI, dweight_TK, da_SrI, scaled_rows(db_SOr, factor_SO), None, None, None, None
 
 
 def _of_x(words: Tensor, dropped_levels: int) -> RowDropout | None:

@@ -23,7 +23,7 @@ def mixlora_ffn_reference(routed: RoutedTokens, base: FfnBase, pairs: dict[str, 
                 assert routed.expert_S is not None
                 stream = dropout_stream(int(routed.expert_S[slot]), name)
                 inputs = inputs * dropout.mask(routed.token_T[tokens], stream, inputs.shape[1], inputs.dtype)
-            out = out + of.scale * _low_rank(inputs, of.a_SrI[slot].to(inputs.dtype), of.b_SOr[slot].to(inputs.dtype), of.eta)
+            out = out + of.scale * low_rank_product(inputs, of.a_SrI[slot].to(inputs.dtype), of.b_SOr[slot].to(inputs.dtype), of.eta)
         return out
 
     num_slots = next(iter(pairs.values())).a_SrI.shape[0]
@@ -38,7 +38,7 @@ def mixlora_ffn_reference(routed: RoutedTokens, base: FfnBase, pairs: dict[str, 
     return y_TD
 
 
-def _low_rank(x: Tensor, a_rI: Tensor, b_Or: Tensor, eta: float | None) -> Tensor:
+def low_rank_product(x: Tensor, a_rI: Tensor, b_Or: Tensor, eta: float | None) -> Tensor:
     """Return B A x. With `eta`, what reaches A and B of an output row's gradient is multiplied by its factor, and what reaches x is not."""
     if eta is None:
         return F.linear(F.linear(x, a_rI), b_Or)

@@ -30,7 +30,10 @@ REFUSED = [
     (["moe.router.weights=renormalized"], "moe.router.weights: must be one of .*did you mean renormalised"),
     (["moe.router.colour=red"], "moe.router.colour: unknown key"),
     (["moe.router=softmax"], "moe.router: is a section and must hold keys.*its keys are .*score"),
-    (["moe.unit=linear", "moe.router.score=sigmoid"], "moe.router.score: does not apply to moe.unit=linear yet"),
+    (
+        ["moe.unit=linear", "moe.router={score: sigmoid, bias: balancing}"],
+        "moe.router_aux_loss_coef: must be 0 with .*balancing",
+    ),
     (["moe.router_type=softmax"], "moe.router_type: unknown key"),
 ]
 
@@ -53,7 +56,7 @@ NOT_GIVEN = [
     ("data.eval=[{path: a.jsonl, name: c}]", r"data.eval\[0\].name: c has no expert.*same name.*one of the names a, b"),
     (
         "lora.target_modules=[q_proj,up_proj]",
-        "lora.target_modules: names q_proj, whose adapter all experts would share.*gate_proj, up_proj",
+        "lora.target_modules: names q_proj, whose adapter all experts would share.*gate_proj, up_proj.*set moe.unit=linear",
     ),
 ]
 
@@ -81,6 +84,17 @@ def test_a_section_in_a_section_is_read_from_both_places(folder: Path) -> None:
     )
     assert config.moe.router == RouterConfig(bias="learned", weights="one", balance="sample")
     assert (config.moe.num_experts, config.moe.top_k) == (3, 1)
+
+
+def test_over_linears_a_router_has_every_choice(folder: Path) -> None:
+    """An expert adds to W x, so its weight may be any; and each linear may have an adapter of a source's own."""
+    choices = load(MINIMAL, "moe.unit=linear", "moe.router={weights: gate, score: sigmoid, bias: learned, balance: sample}").moe.router
+    assert choices == RouterConfig(weights="gate", score="sigmoid", bias="learned", balance="sample")
+    given = load(MINIMAL, GIVEN[0], GIVEN[2], "moe.unit=linear", "lora.target_modules=[q_proj,up_proj]")
+    assert given.moe.output == "peft_by_source"
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"(?s)lora.init_from: cannot be given with moe.router.input=given.*leave it out"):
+        load(MINIMAL, GIVEN[0], GIVEN[2], "moe.unit=linear", f"lora.init_from={folder}")
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [("5", 5), ("1", 1), ("[2,4]", 4)])

@@ -64,16 +64,8 @@ def test_keys_that_are_absent_have_their_problem_elsewhere() -> None:
             ("lora.gradient_rule", "is about low-rank pairs, which experts of moe.family=full do not have, got row_norm", "leave it out"),
         ),
         (
-            {"moe.family": "mixlora", "moe.unit": "linear", "lora.pairs": "fixed_a"},
-            ("lora.pairs", "does not apply to moe.unit=linear yet, got fixed_a", "leave it out"),
-        ),
-        (
             {"moe.family": "full", "lora.pairs": "nola"},
             ("lora.pairs", "is about low-rank pairs, which experts of moe.family=full do not have, got nola", "leave it out"),
-        ),
-        (
-            {"moe.family": "mixlora", "moe.unit": "linear", "lora.pairs": "nola"},
-            ("lora.pairs", "does not apply to moe.unit=linear yet, got nola", "leave it out"),
         ),
         (
             {"lora.pairs": "nola", "lora.nola.bases": 0},

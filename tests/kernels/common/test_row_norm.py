@@ -15,8 +15,11 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.kernels.common.lora_linear import lora_linear_triton
 from hecate.kernels.common.low_rank import LowRankPairs, lora_linear, row_factors
+from hecate.kernels.experts.masked_pairs import masked_pairs
 from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
-from hecate.kernels.experts.reference import moe_lora_ffn_reference
+from hecate.kernels.experts.reference import moe_lora_ffn_reference, routed_pairs_reference
+from hecate.kernels.experts.routed_pairs import routed_pairs
+from hecate.kernels.experts.routed_pairs_triton import routed_pairs_triton
 from hecate.kernels.experts.torch_path import moe_lora_ffn
 from hecate.kernels.mixlora.operators import mixlora_ffn_triton
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
@@ -75,6 +78,15 @@ def of_linear(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return layer
 
 
+def of_routed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The pairs of the down projection alone, on x padded to their width."""
+
+    def layer(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs]) -> Tensor:
+        return function(replace(routed, x_TD=F.pad(routed.x_TD, (0, FFN - HIDDEN), value=0.5)), pairs["down_proj"])
+
+    return layer
+
+
 FAST: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
     "mixlora torch": (of_mixlora(mixlora_ffn), torch.float64),
     "mixlora triton": (of_mixlora(mixlora_ffn_triton), torch.float32),
@@ -82,6 +94,10 @@ FAST: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
     "moe_lora torch": (of_moe_lora(moe_lora_ffn), torch.float64),
     "moe_lora triton": (of_moe_lora(moe_lora_ffn_triton), torch.float32),
     "moe_lora reference": (of_moe_lora(moe_lora_ffn_reference), torch.float64),
+    "routed torch": (of_routed(routed_pairs), torch.float64),
+    "routed masked": (of_routed(masked_pairs), torch.float64),
+    "routed triton": (of_routed(routed_pairs_triton), torch.float32),
+    "routed reference": (of_routed(routed_pairs_reference), torch.float64),
     "linear torch": (of_linear(lora_linear), torch.float64),
     "linear triton": (of_linear(lora_linear_triton), torch.float32),
 }
@@ -114,6 +130,15 @@ def plain(name: str) -> Callable[..., Tensor]:
         assert down.eta is not None
         return x @ base.down_DF.T + down.scale * row_norm_product(x, down.a_SrI[0], down.b_SOr[0], down.eta)
 
+    def routed_pair(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs]) -> Tensor:
+        down, x = pairs["down_proj"], F.pad(routed.x_TD, (0, FFN - HIDDEN), value=0.5)
+        assert down.eta is not None
+        shares = [(routed.weight_TK * (routed.slot_TK == slot)).sum(1, keepdim=True) for slot in range(SLOTS)]
+        parts = [row_norm_product(x, a, b, down.eta) for a, b in zip(down.a_SrI, down.b_SOr, strict=True)]
+        return sum((down.scale * share * part for share, part in zip(shares, parts, strict=True)), torch.zeros(()))
+
+    if name.startswith("routed"):
+        return routed_pair
     return one_linear if name.startswith("linear") else experts
 
 

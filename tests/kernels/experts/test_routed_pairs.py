@@ -12,6 +12,7 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.kernels.experts import routed_pairs as torch_path
+from hecate.kernels.experts.masked_pairs import masking_pays
 from hecate.kernels.experts.reference import routed_pairs_reference
 from hecate.kernels.experts.routed_pairs import routed_pairs
 from hecate.kernels.experts.routed_pairs_triton import routed_pairs_triton
@@ -53,6 +54,35 @@ def test_tiles_smaller_than_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
         compare(pairs_of(routed_pairs, case), pairs_of(routed_pairs_reference, case), 1e-12)
 
 
+MASKED = {
+    "single ranks": Case(slots=64, rank=1, k=8),
+    "assignments elsewhere": Case(slots=20, rank=3, k=2, elsewhere=0.4),
+    "no tokens": Case(slots=16, rank=4, k=4, tokens=0),
+    "all elsewhere": Case(slots=16, rank=1, k=1, elsewhere=1.0),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [(routed_pairs, torch.float64), pytest.param(routed_pairs_triton, torch.float32, marks=interpreted)],
+    ids=["torch", "triton"],
+)
+def test_many_tiny_pairs_are_multiplied_densely(name: str, function: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(MASKED[name], dtype=dtype)
+    wanted = pairs_of(routed_pairs_reference, case, torch.float64)
+    monkeypatch.setattr(torch_path, "assignment_tiles", None)  # nothing is sorted
+    compare(pairs_of(function, case), wanted, 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("slots", "rank", "k", "pays"), [(64, 1, 8, True), (64, 1, 1, False), (64, 4, 8, True), (64, 8, 8, False), (8, 1, 2, False)]
+)
+def test_what_is_multiplied_densely_is_decided_by_sizes(slots: int, rank: int, k: int, pays: bool) -> None:
+    routed = RoutedTokens(torch.zeros(3, 5), torch.zeros(3, k, dtype=torch.int64), torch.zeros(3, k))
+    assert masking_pays(routed, LowRankPairs(torch.zeros(slots, rank, 5), torch.zeros(slots, 7, rank), 1.0)) == pays
+
+
 def test_the_formula_by_finite_differences() -> None:
     given = Inputs(Case(tokens=3, hidden=2, ffn=3, slots=2, elsewhere=0.2), None)
 
@@ -73,8 +103,9 @@ def test_an_input_that_needs_no_gradient_gets_none() -> None:
 
 
 @pytest.mark.parametrize("function", [routed_pairs, pytest.param(routed_pairs_triton, marks=interpreted)], ids=["torch", "triton"])
-def test_half_precision_with_float32_masters(function: Any) -> None:
-    case = Case(dtype=torch.bfloat16, master_dtype=torch.float32, tokens=75, elsewhere=0.3)
+@pytest.mark.parametrize("slots", [4, 20])
+def test_half_precision_with_float32_masters(function: Any, slots: int) -> None:
+    case = Case(dtype=torch.bfloat16, master_dtype=torch.float32, tokens=75, elsewhere=0.3, slots=slots)
     got = pairs_of(function, case)
     assert got["y"].dtype == got["d x"].dtype == torch.bfloat16
     assert {gradient.dtype for name, gradient in got.items() if name not in ("y", "d x")} == {torch.float32}
