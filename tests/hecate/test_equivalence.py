@@ -245,13 +245,23 @@ def cases_of(policy: str, dtype: torch.dtype) -> list[Case]:
 SLOW_1, SLOW_2, SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("world", [SLOW_1, 2, SLOW_3, 4])
-@pytest.mark.parametrize("policy", EVERY_CASE)
+QUICK = (("static_ep", 2), ("full", 2), ("hecate", 4))
+"""of every policy and world size, those that are not left to the slow tests"""
+
+
+@pytest.mark.parametrize(
+    ("policy", "world"),
+    [
+        pytest.param(policy, world, marks=() if (policy, world) in QUICK else pytest.mark.slow)
+        for policy, world in itertools.product(EVERY_CASE, (1, 2, 3, 4))
+    ],
+)
 def test_sharded_training_equals_one_process_in_fp64(policy: str, world: int) -> None:
     run_ranks(world, _check_cases, cases_of(policy, torch.float64), timeout=240)
 
 
-@pytest.mark.parametrize("world", [SLOW_1, SLOW_2, SLOW_3, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_sharded_training_equals_one_process_in_fp32(world: int) -> None:
     cases = [Case(policy, 8, 2, scenario, torch.float32) for policy in EVERY_CASE for scenario in SCENARIOS]
     run_ranks(world, _check_cases, cases, timeout=240)

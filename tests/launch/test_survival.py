@@ -73,7 +73,8 @@ def test_those_left_go_on_and_another_takes_the_place(workshop: Path, whole: dic
     assert wait_until_gone([], temporary) == []
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_launcher_saves_the_step_it_comes_in(workshop: Path, number: signal.Signals, status: int) -> None:
     name, temporary = f"signal-{number}", workshop / f"tmp-signal-{number}"
     given = arguments(workshop, name, "max_steps=100000", "logging_steps=1")

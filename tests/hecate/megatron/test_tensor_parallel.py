@@ -193,7 +193,10 @@ def groups_of_one(folder: Path) -> tuple[str, list[dict[str, Found]]]:
     return "2-1-1", run_ranks(2, _job, str(folder), 1, 1, tuple(ALONE), 2)
 
 
-@pytest.fixture(scope="module", params=["one_copy", "two_copies", "two_groups", "across_groups", "groups_of_one"])
+_LESS_TELLING = [pytest.param(name, marks=pytest.mark.slow) for name in ("two_groups", "groups_of_one")]
+
+
+@pytest.fixture(scope="module", params=["one_copy", "two_copies", *_LESS_TELLING, "across_groups"])
 def job(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Found]]]:
     """WORLD-PARTS-SHARD SIZE, and what each rank found by variant."""
     found: tuple[str, list[dict[str, Found]]] = request.getfixturevalue(request.param)

@@ -121,6 +121,7 @@ def half_stepped(rank: int, world: int, workshop: str) -> Outcome | None:
     return steps_until(run, STEPS), biases(run)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_taken_later_moves_the_bias_too(workshop: str, on_four: Outcome) -> None:
     for outcome in run_ranks(4, half_stepped, workshop):
         if outcome is not None:
@@ -143,6 +144,7 @@ def grown(rank: int, world: int, workshop: str) -> Outcome:
     return steps_until(run, STEPS), biases(run)
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_new_gets_the_bias(workshop: str, on_four: Outcome) -> None:
     for outcome in run_ranks(3, grown, workshop):
         same(outcome, on_four)

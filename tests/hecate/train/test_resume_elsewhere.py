@@ -67,6 +67,7 @@ def test_four_then_two_then_three_ranks(workshop: str, kind: str) -> None:
     assert (Path(workshop) / f"runs/{name}/checkpoint-6/rank-00002-of-00003.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_more_ranks_than_rows(workshop: str) -> None:
     whole = run_ranks(2, train_until, workshop, "narrow", 3, ())[0]
     parts = run_ranks(2, train_until, workshop, "wide", 1, ())[0]

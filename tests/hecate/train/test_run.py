@@ -186,7 +186,11 @@ def bad_inputs(workshop: Path) -> Path:
     return workshop
 
 
-@pytest.mark.parametrize("name", BAD_RUNS)
+SLOW_RUNS = ("unsupported model", "too few sequences", "nothing to resume", "no such preset")
+"""those whose mistake is found by ranks that have started"""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_RUNS else ()) for name in BAD_RUNS])
 def test_a_mistake_is_a_short_text_and_no_traceback(bad_inputs: Path, name: str) -> None:
     overrides, wanted = BAD_RUNS[name]
     given = [override.format(workshop=bad_inputs) for override in overrides]

@@ -66,7 +66,7 @@ def equal(workshop: str) -> list[Step]:
     return steps
 
 
-@pytest.mark.parametrize("policy", ["hecate", "static_ep"])
+@pytest.mark.parametrize("policy", [pytest.param("hecate", marks=pytest.mark.slow), "static_ep"])
 def test_shares_of_3_3_1_1_give_the_losses_of_equal_ones(workshop: str, equal: list[Step], policy: str) -> None:
     results = run_ranks(4, train, workshop, f"unequal-{policy}", [UNEQUAL] * STEPS, policy)
     assert [rows for _, rows, _ in results] == [[6] * STEPS, [6] * STEPS, [2] * STEPS, [2] * STEPS]
