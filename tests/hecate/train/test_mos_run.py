@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,20 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from hecate.adapters.linear_lora import adapts_more_than_ffns
 from hecate.config import load_config
 from hecate.errors import UserError
+from hecate.forecast.dry_run import forecast
+from hecate.forecast.memory import MemoryPart
 from hecate.forecast.pool_check import check_pools
+from hecate.forecast.run_shape import run_shape
 from hecate.model.base import BaseChoice
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.inference import _with_adapter
+from hecate.train.inference import _with_adapter, answer
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
+from tests.hecate.train import command_line
 
 RECIPE = Path(__file__).parents[3] / "configs" / "recipes" / "mos.yaml"
 ONE_PAIR = ("moe.unit=linear", "moe.num_experts=1", "moe.top_k=1", "lora.target_modules=[q_proj,v_proj,down_proj]")
@@ -71,6 +77,7 @@ def test_from_configuration_to_an_adapter_that_peft_reads(workshop: Path, one_ra
 
     folder = run.parts.output.replace(workshop / "runs" / "mos", run.parts.moe, ranks)
     tensors = load_file(folder / "adapter_model.safetensors")
+    assert adapts_more_than_ffns(folder)
     assert len(tensors) == 2 * 3 * 2
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
     assert tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (3, 32)
@@ -107,6 +114,51 @@ def test_pools_that_the_model_s_sizes_forbid_are_refused_before_any_process_star
         check_pools(config("lora.r=9"))
     with pytest.raises(UserError, match=r"per_vector: 5 does not divide the 32 inputs and the 48 outputs of gate_proj"):
         check_pools(config("moe.unit=ffn", "moe.num_experts=2", "lora.shards.per_vector=5", "lora.target_modules=[gate_proj]"))
+
+
+UNITS = {
+    "linear": ((), 2 * 2 * (64 + 48 + 48 + 64 + 3 * 80)),
+    "ffn": (("moe.unit=ffn", "moe.num_experts=3", "moe.top_k=2"), 2 * 3 * 2 * 3 * 80),
+}
+"""by the unit, what differs from the recipe, and the numbers of all pools: layers x experts x equivalent rank x inputs and outputs"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_recipe_trains_resumes_and_sends_what_is_planned(workshop: Path, unit: str) -> None:
+    """Of two ranks each gets the other's blocks once a step, whatever the number of micro-steps, and sends their gradients back once."""
+    differs, numbers = UNITS[unit]
+    data = f"data.train=[{workshop}/up.train.jsonl,{workshop}/echo.train.jsonl]"
+    sizes = ["lora.r=3", "data.seq_len=64", "max_steps=4", "save_steps=2", "learning_rate=3e-2", "fssdp.policy=full"]
+    sizes += ["data.eval=[]", "eval.on_start=false", "eval.generate=false"]
+    given = [f"model.name_or_path={workshop}/model", "model.dtype=float32", data, "nproc=2", *sizes, *differs]
+    name = f"recipe-{unit}"
+    where = f"output_dir={workshop}/runs/{name}"
+    command_line.run("train", RECIPE, *given, where)
+    steps = command_line.records(workshop, name, "step")
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [step["bytes_sent"] for step in steps] == [2 * 4 * numbers] * 4
+    planned = forecast(run_shape(load_config(RECIPE, [*given, where], claim_output=False), None, 2), "balanced").policies[0]
+    others = planned_all_reduce(planned.memory)
+    assert (planned.policy, planned.bytes.near - others) == ("full", 2 * 4 * numbers)
+
+    folder = workshop / "runs" / name / "adapter"
+    whole = load_file(folder / "adapter_model.safetensors")
+    assert isinstance(answer(folder, "w1x1", system=None, model=None, max_new_tokens=4), str)
+    again = workshop / "runs" / f"{name}-again"
+    shutil.copytree(workshop / "runs" / name, again)
+    shutil.rmtree(again / "adapter")
+    shutil.rmtree(again / "checkpoint-4")
+    resumed = [str(again / "config.yaml"), f"output_dir={again}", "resume=true"]
+    command_line.run("train", *resumed)
+    assert all(torch.equal(value, whole[key]) for key, value in load_file(again / "adapter" / "adapter_model.safetensors").items())
+    assert "seed" in command_line.run("train", *resumed, "seed=2", status=2).stderr
+
+
+def planned_all_reduce(memory: list[MemoryPart]) -> float:
+    """Bytes that both ranks send of the gradients of what every rank trains alike: as many as it has numbers, of four bytes, to and fro."""
+    (alike,) = [part.bytes_PD for part in memory if part.name == "routers, adapters, moments"]
+    return 2 * float(alike[0, 0]) / 3
 
 
 def test_the_recipe_is_the_paper_s_system(workshop: Path) -> None:
