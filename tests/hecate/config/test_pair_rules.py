@@ -85,9 +85,8 @@ def test_what_shards_do_not_go_together_with_is_refused(values: dict[str, Any], 
 
 def test_shards_stand_over_linears_and_their_rules_are_checked_with_all_others() -> None:
     problems: list[tuple[str, str, str]] = []
-    check_values(
-        {"moe.family": "mixlora", "moe.unit": "linear", "lora.pairs": "shards"}, lambda *one: problems.append(one), claim_output=False
-    )
+    values = {"moe.family": "mixlora", "moe.unit": "linear", "lora.pairs": "shards"}
+    check_values(values, lambda *one: problems.append(one), claim_output=False)
     assert problems == []
-    check_values({"lora.pairs": "shards", "fssdp.rematerialize": True}, lambda *one: problems.append(one), claim_output=False)
+    check_values({**values, "fssdp.rematerialize": True}, lambda *one: problems.append(one), claim_output=False)
     assert [key for key, *_ in problems] == ["fssdp.rematerialize"]
