@@ -22,6 +22,7 @@ from hecate.forecast.run_shape import run_shape
 from hecate.model.base import BaseChoice
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
+from hecate.report.summary import training_report
 from hecate.train.inference import _with_adapter, answer
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
@@ -69,6 +70,11 @@ def test_from_configuration_to_an_adapter_that_peft_reads(workshop: Path, one_ra
     """Trained, saved and resumed; exported without any router; read by PEFT and by this program, with the same logits."""
     run, ranks = training(workshop, one_rank, "mos", *SHARDS)
     assert set(run.parts.optimizer.replicated) == set(), "no router is trained"
+    assert training_report(run.facts().trainable)[0].splitlines()[:3] == [
+        "trains 768 parameters, 3.1 kB",  # of 2 layers 2 x (32 + 32 + 32 + 16 + 48 + 32)
+        "pools of all layers: 768 parameters, 3.1 kB",
+        "  2 blocks x 128 parameters and 2 blocks x 96 parameters and 2 blocks x 160 parameters, 6 on rank 0",
+    ]
     losses = [run.train_one().result.loss for _ in range(3)]
     assert losses[-1] < losses[0]
     run.save()
