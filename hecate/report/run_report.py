@@ -175,11 +175,11 @@ def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
     """What a model trains, as one row for each group of equal tensors with the same owner."""
     rows = []
     for unit, store in moe.engine.shards.trained.items():
-        owner_E = moe.engine.shards.owners[unit]
+        owner_E, what = moe.engine.shards.owners[unit], "blocks" if unit in moe.engine.shards.pools else "experts"
         for rank in range(moe.engine.shards.world_size):
             count = int((owner_E == rank).sum())
             if count:
-                rows.append(TrainableRow(f"layers.{unit}.experts", count, store.chunk_numel, store.chunk_bytes, f"rank {rank}"))
+                rows.append(TrainableRow(f"layers.{unit}.{what}", count, store.chunk_numel, store.chunk_bytes, f"rank {rank}"))
     for name, parameter in moe.replicated_parameters().items():
         if name in moe.others:
             continue

@@ -104,13 +104,15 @@ def training_report(rows: Sequence[TrainableRow]) -> tuple[str, dict[str, Any]]:
     """
     experts = [row for row in rows if _part(row) == "experts"]
     routers = [row for row in rows if _part(row) in _ROUTER]
-    adapters = [row for row in rows if _part(row) not in ("experts", *_ROUTER, NON_EXPERTS)]
+    blocks = [row for row in rows if _part(row) == "blocks"]
+    adapters = [row for row in rows if _part(row) not in ("experts", "blocks", *_ROUTER, NON_EXPERTS)]
     others = [row for row in rows if _part(row) == NON_EXPERTS]
     owners = sorted({row.owner for row in rows}, key=_natural)
     by_owner = {owner: [row for row in rows if row.owner == owner] for owner in owners}
     lines = [
         f"trains {_amount(rows)}",
         *_section(f"experts: {_amount(experts)}", _expert_lines(experts)),
+        *([f"pools of all layers: {_amount(blocks)}", f"  {_sizes('block', blocks)}, {_owners(blocks)}"] if blocks else []),
         *_section(f"routers: {_amount(routers)}", _lines({layer: _sizes("router", of) for layer, of in _by_layer(routers).items()})),
         *_section(f"attention adapters: {_amount(adapters)}", _lines({k: _adapters(of) for k, of in _by_layer(adapters).items()})),
         *([f"{NON_EXPERTS}: {_amount(others)}"] if others else []),
@@ -176,13 +178,13 @@ def _by_layer(rows: Sequence[TrainableRow]) -> dict[str, list[TrainableRow]]:
 
 
 def _part(row: TrainableRow) -> str:
-    """`experts`, `router`, or the name inside the layer; `NON_EXPERTS` are in all."""
+    """`experts`, `blocks` of a pool, `router`, or the name inside the layer; `NON_EXPERTS` are in all."""
     if row.name == NON_EXPERTS:
         return row.name
     match = _LAYER_PART.fullmatch(row.name)
     assert match is not None, f"{row.name!r} names no layer"
     last = match[2].rpartition(".")[2]
-    return last if last in ("experts", "router") else match[2]
+    return last if last in ("experts", "blocks", "router") else match[2]
 
 
 def _alike(texts: dict[str, str]) -> list[tuple[str, list[str]]]:

@@ -17,7 +17,17 @@ from hecate.experts.families import PAIR_SOURCES, ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site
 from hecate.experts.router import LOSSES, SCORES, WEIGHTS
 from hecate.kernels.common.ffn import FfnShape
-from hecate.parallel.expert_kinds import KINDS, MOE_LORA, PAIR_SIZES, ExpertKind, FfnSizes, LinearSizes, LoraShape
+from hecate.parallel.expert_kinds import (
+    KINDS,
+    MOE_LORA,
+    PAIR_SIZES,
+    POOLED_SOURCES,
+    ExpertKind,
+    FfnSizes,
+    LinearSizes,
+    LoraShape,
+    ShardShape,
+)
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -61,9 +71,11 @@ def test_a_pair_source_trains_what_the_dry_run_counts(name: str) -> None:
     shape, double = FfnShape(6, 10, "silu"), torch.float64
     site = Site(Unit(1), 4, shape, 3, double, double, torch.device("cpu"))
     projections = ("gate_proj", "down_proj")
-    made = PAIR_SOURCES[name](site, LoraShape(2, 0.5, 0.0, name), projections)
-    assert made.sizes == PAIR_SIZES[name](FfnSizes(6, 10), projections, LoraShape(2, 0.5, 0.0, name))
-    assert len(made.initial(3, "expert", "1", 0)) == made.sizes.trained_numel
+    lora = LoraShape(2, 0.5, 0.0, name, shards=ShardShape(per_vector=2))
+    made = PAIR_SOURCES[name](site, lora, projections)
+    assert made.sizes == PAIR_SIZES[name](FfnSizes(6, 10), projections, lora)
+    assert bool(made.sizes.pooled) == (not made.sizes.trained) == (name in POOLED_SOURCES)
+    assert len(made.initial(3, "expert", "1", 0)) == made.sizes.trained_numel + made.sizes.pooled_numel
 
 
 def questions(tree: ast.AST) -> Iterator[ast.AST]:

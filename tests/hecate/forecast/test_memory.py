@@ -16,9 +16,10 @@ from hecate.errors import UserError
 from hecate.experts.families import PAIR_SOURCES
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
+from hecate.forecast.dry_run import forecast
 from hecate.forecast.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.forecast.memory import PHASES, memory_parts
-from hecate.forecast.run_shape import RunShape, run_shape
+from hecate.forecast.run_shape import PoolShape, RunShape, run_shape
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import insert_experts, non_moe_flops_per_token
@@ -52,6 +53,7 @@ def shape_of(folder: Path, *overrides: str, ranks: int = 2, dtype: str = "float3
         ("[down_proj]", "plain"),
         ("[gate_proj,down_proj]", "fixed_a"),
         ("[down_proj]", "nola"),
+        ("[gate_proj,down_proj]", "shards"),
     ],
 )
 def test_the_engine_reckons_with_the_same_cost(tmp_path: Path, dtype: str, targets: str, source: str) -> None:
@@ -130,6 +132,39 @@ def test_of_drawn_matrices_all_layers_have_the_same(tmp_path: Path) -> None:
     assert parts["replicas"][0].tolist() == [4 * 96, 5 * 96]
     made = {flags: made_bytes(tmp_path, *sizes, *flags) for flags in ((), ("fssdp.rematerialize=true",), ("gradient_checkpointing=true",))}
     assert list(made.values()) == [[4 * 960, 5 * 960], [4 * 960, 6 * 960], [2 * 960, 2.5 * 960]]
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_a_pool_is_owned_in_blocks_and_held_as_a_whole(tmp_path: Path, micro_steps: int) -> None:
+    """Two layers of 4 experts make 8 blocks of as many numbers as a plain pair of rank 2 has: 240. Pairs are of rank 3: 360 numbers.
+
+    The gradient of a pool is there once while autograd adds it up, once more of earlier micro-steps, and once for the layer under way.
+    """
+    write_model(tmp_path)
+    sizes = ("lora.r=3", "moe.num_experts=[4,0,4]", "lora.target_modules=[gate_proj,up_proj,down_proj]")
+    run = shape_of(tmp_path, "lora.pairs=shards", *sizes, f"gradient_accumulation_steps={micro_steps}")
+    assert run.pools == (PoolShape(8, 240),)
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.array([0.0, 1.0])], np.array([16.0, 16.0]))}
+    assert not parts["owned experts, moments"].any()
+    assert not parts["replicas"].any()
+    assert (parts["owned blocks of pools, moments"] == 3 * 4 * 960).all()
+    assert parts["pools"].tolist() == [[8 * 960] * 2, [8 * 960] * 2, [0, 0]]
+    assert parts["pairs made of replicas"][0].tolist() == [4 * 1440, 5 * 1440]
+    routers = 2 * 4 * 16 * 4
+    assert parts["gradients"][1].tolist() == [(1 + micro_steps) * 8 * 960 + routers] * 2
+    assert parts["gradients"][2].tolist() == [4 * 960 + routers] * 2
+    found = forecast(run, "zipf")
+    assert all(np.isfinite(one.step_seconds) and np.isfinite(one.memory_PD).all() for one in found.policies)
+    static = next(one for one in found.policies if one.policy == "static_ep")
+    assert static.bytes.near > 2 * 8 * 960, "the pool's blocks, and tokens"
+
+
+def test_a_pool_that_the_model_cannot_fill_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    with pytest.raises(UserError, match="but its pool has 12\n"):
+        shape_of(tmp_path, "lora.pairs=shards", "lora.r=14")
+    with pytest.raises(UserError, match="7 does not divide the 16 inputs"):
+        shape_of(tmp_path, "lora.pairs=shards", "lora.shards.per_vector=7")
 
 
 def made_bytes(folder: Path, *overrides: str) -> list[float]:

@@ -20,7 +20,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "LoRA over a dense base": (),
     "full experts": ("moe.family=full", "moe.upcycle_noise=0.1", "model.train_non_experts=true", "learning_rate=3e-3"),
     "LoRA over linears": ("moe.unit=linear",),
+    "shards of pools": ("moe.unit=linear", "lora.pairs=shards", "lora.r=5"),
     "LoRA over frozen experts": ("moe.family=moe_lora", "moe.train_router=true", "model.name_or_path={workshop}/moe"),
+    "shards over frozen experts": ("moe.family=moe_lora", "lora.pairs=shards", "lora.r=4", "model.name_or_path={workshop}/moe"),
 }
 
 
@@ -36,7 +38,7 @@ def train_until(rank: int, world: int, workshop: str, name: str, until: int, ove
     run.save()
     if run.parts.config.resume:
         shards = run.parts.moe.engine.shards
-        owned, experts = shards.named_parameters(), [family.num_experts for family in shards.families.values()]
+        owned, experts = shards.named_parameters(), [chunked.num_experts for chunked in shards.chunked.values()]
         sharing = config.fssdp.shard_size or world
         text = f"{len(owned)} of {sum(experts)} experts on one of {sharing} ranks"
         assert abs(len(owned) - sum(experts) / sharing) <= max(1, len(experts) / 2), text

@@ -1,0 +1,92 @@
+"""What the pair source shards does not go together with is refused, given typed values and no file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hecate.config.pair_rules import check_shards
+from hecate.config.rules import check_values
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (
+            {"lora.pairs": "plain", "lora.shards.per_vector": 8},
+            ("lora.shards.per_vector", "is read with lora.pairs=shards only, got 8", "leave it out, or set lora.pairs=shards"),
+        ),
+        (
+            {"lora.pairs": "shards", "lora.r": 8, "lora.shards.equivalent_rank": 2, "lora.shards.private_rank": 3},
+            (
+                "lora.shards.private_rank",
+                "must be at most lora.shards.equivalent_rank, which is 2, got 3",
+                "an expert's private shards are a part of its share of the pool, and of its pairs",
+            ),
+        ),
+        (
+            {"lora.pairs": "shards", "lora.r": 1, "lora.shards.equivalent_rank": 2, "lora.shards.private_rank": 2},
+            (
+                "lora.shards.private_rank",
+                "must be at most lora.r, which is 1, got 2",
+                "an expert's private shards are a part of its share of the pool, and of its pairs",
+            ),
+        ),
+        (
+            {"lora.pairs": "shards", "lora.gradient_rule": "row_norm", "lora.eta": 2.0},
+            (
+                "lora.gradient_rule",
+                "row_norm is about rows of A and B that train by themselves, but with lora.pairs=shards pairs are parts of a pool, "
+                "which several pairs share",
+                "leave it out, or use lora.pairs=plain",
+            ),
+        ),
+        (
+            {"lora.pairs": "shards", "fssdp.rematerialize": True},
+            (
+                "fssdp.rematerialize",
+                "frees replicas after each layer, but with lora.pairs=shards pairs are parts of a pool, which all layers share "
+                "and which lives a whole step",
+                "leave it out, or use lora.pairs=plain",
+            ),
+        ),
+        (
+            {"lora.pairs": "shards", "fssdp.plan": "exact"},
+            (
+                "fssdp.plan",
+                "gathers in each micro-step, but with lora.pairs=shards pairs are parts of a pool, which lives a whole step",
+                "leave it out, or use lora.pairs=plain",
+            ),
+        ),
+        (
+            {"lora.pairs": "shards", "lora.init_from": "adapter"},
+            (
+                "lora.init_from",
+                "cannot be given with lora.pairs=shards: A and B of an adapter do not say by which shards they were made",
+                "leave it out, or use lora.pairs=plain, which trains the adapter's own A and B on",
+            ),
+        ),
+        (
+            {"lora.pairs": "shards", "moe.router.input": "given"},
+            (
+                "lora.pairs",
+                "shards has one pool for all experts, but with moe.router.input=given each is an adapter that nothing else may influence",
+                "use lora.pairs=plain",
+            ),
+        ),
+    ],
+)
+def test_what_shards_do_not_go_together_with_is_refused(values: dict[str, Any], problem: tuple[str, str, str]) -> None:
+    problems: list[tuple[str, str, str]] = []
+    check_shards(values, lambda *one: problems.append(one))
+    assert problems == [problem]
+
+
+def test_shards_stand_over_linears_and_their_rules_are_checked_with_all_others() -> None:
+    problems: list[tuple[str, str, str]] = []
+    values = {"moe.family": "mixlora", "moe.unit": "linear", "lora.pairs": "shards"}
+    check_values(values, lambda *one: problems.append(one), claim_output=False)
+    assert problems == []
+    check_values({**values, "fssdp.rematerialize": True}, lambda *one: problems.append(one), claim_output=False)
+    assert [key for key, *_ in problems] == ["fssdp.rematerialize"]
