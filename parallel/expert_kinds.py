@@ -83,7 +83,7 @@ class LoraShape:
     bases: int = DEFAULT_BASES
     """of the source nola: drawn matrices whose sum is A, and as many whose sum is B"""
     of_experts: tuple[tuple[int, float], ...] = ()
-    """rank and scale of each expert of a unit, where they differ: pairs are padded to `rank`, the largest; empty: all have `rank`, `scale`"""
+    """rank and scale of each expert of a unit, where they differ; pairs are then padded to `rank`, the largest. Empty: all are alike"""
 
     @property
     def widest(self) -> int:

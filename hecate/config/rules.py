@@ -202,7 +202,11 @@ def _check_gradient_rule(values: Mapping[str, Any], add: Add) -> None:
     if values.get("lora.dropout"):
         add("lora.dropout", f"must be 0 with lora.gradient_rule=row_norm, got {values['lora.dropout']}", "set lora.dropout=0")
     if values.get("kernels") == "triton" and _largest_rank(values) > 128:
-        add("kernels", f"triton takes LoRA ranks up to 128 with lora.gradient_rule=row_norm, but lora.r is {_largest_rank(values)}", "use auto")
+        add(
+            "kernels",
+            f"triton takes LoRA ranks up to 128 with lora.gradient_rule=row_norm, but lora.r is {_largest_rank(values)}",
+            "use auto",
+        )
 
 
 def _check_nola(values: Mapping[str, Any], add: Add) -> None:
