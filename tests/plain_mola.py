@@ -47,11 +47,11 @@ class PlainMolaLinear(PlainChoices, nn.Module):
         logit_scale: float,
         of: Product = product,
         made: Made = as_they_are,
-        **choices: Any,
+        choices: dict[str, Any] | None = None,
     ) -> None:
         """Args:
         experts: what of each trains.
-        choices: of `PlainChoices.set_choices`; none: the largest of a softmax, renormalised.
+        choices: of `PlainChoices.set_choices`; None: the largest of a softmax, renormalised.
         """
         super().__init__()
         self.base, self.scale, self.top_k, self.logit_scale = base, scale, top_k, logit_scale

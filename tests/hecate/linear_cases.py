@@ -223,7 +223,7 @@ class PlainModel:
                 logit_scale=50,
                 of=of,
                 made=made_of(case, moe, unit),
-                **choices,
+                choices=choices,
             )
             self.trained[f"{key}.router"] = [linear.router]
             if case.router.bias == "learned":
@@ -239,21 +239,22 @@ class PlainModel:
         batches = [micro_batch(step, micro, empty_rows) for micro in range(MICRO_STEPS)]
         num_labels = sum(int((b.targets != -100).sum()) for b in batches)
         num_samples = sum(int(b.segment_ids.amax(1).sum()) for b in batches)
+        linears, nothing = list(self.linears.values()), torch.zeros(())
         total, total_aux = 0.0, 0.0
         for batch in batches:
-            loss, cross = plain_mixlora.plain_loss(self.model, list(self.linears.values()), batch, num_labels, MICRO_STEPS, 0.0)
+            loss, cross = plain_mixlora.plain_loss(self.model, linears, batch, num_labels, MICRO_STEPS, 0.0, lambda _: nothing)
             if self.case.aux_coef:
                 aux = self._aux(batch, num_samples)
                 loss, total_aux = loss + self.case.aux_coef * aux, total_aux + float(aux.detach())
             loss.backward()
             total += cross
-            for linear in self.linears.values():
+            for linear in linears:
                 linear.note_loads()
         idle = {f"{unit}.{expert}" for unit, linear in self.linears.items() for expert, count in enumerate(linear.seen) if not count}
         for name in idle:
             for parameter in self.trained[name]:
                 parameter.grad = None
-        for linear in self.linears.values():
+        for linear in linears:
             linear.move_bias(self.case.router.bias_rate)
         return total, total_aux, plain_mixlora.clip(list(self.parameters), MAX_NORM), idle
 
