@@ -219,7 +219,8 @@ def test_smora_leaves_its_bias_and_says_how_it_is_used(workshop: str) -> None:
     for name, tensor in biases.items():
         moves = tensor / 0.01
         torch.testing.assert_close(moves, moves.round(), rtol=0, atol=1e-4)
-        assert 0 < float(moves.abs().max()) <= 2, name
+        assert float(moves.abs().max()) <= 2, name
+    assert any(tensor.any() for tensor in biases.values()), "no bias has moved"
     assert isinstance(answer(folder, "w1x1", system=None, model=None, max_new_tokens=4), str)
 
 
