@@ -97,6 +97,8 @@ class LoraShape:
     """of the source nola: drawn matrices whose sum is A, and as many whose sum is B"""
     shards: ShardShape = ShardShape()
     """of the source shards"""
+    of_experts: tuple[tuple[int, float], ...] = ()
+    """rank and scale of each expert of a unit, where they differ; pairs are then padded to `rank`, the largest. Empty: all are alike"""
 
     @property
     def widest(self) -> int:
@@ -154,7 +156,8 @@ def plain_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -
     for name in sorted(projections, key=_ORDER.index):
         inputs, outputs = sizes.of_projection(name)
         specs += [TensorSpec(f"{name}.A", (lora.rank, inputs)), TensorSpec(f"{name}.B", (outputs, lora.rank))]
-    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs))
+    scaled = sum(spec.numel for spec in specs[1::2]) if lora.of_experts else 0  # copies of B, as each expert has a scale of its own
+    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs), made=scaled)
 
 
 def fixed_a_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:

@@ -1,4 +1,4 @@
-"""One LoRA adapter of a model's FFNs, trained alone without any of this project's machinery: plain autograd, torch's AdamW."""
+"""One LoRA adapter of a model's linears, trained alone without any of this project's machinery: plain autograd, torch's AdamW."""
 
 from __future__ import annotations
 
@@ -15,17 +15,28 @@ from tests.plain_mixlora import PROJECTIONS, PlainLora, clip
 class PlainAdapter:
     """The model, the adapter with the values that it begins with, and its optimizer."""
 
-    def __init__(self, model: Any, values: Sequence[Mapping[str, Tensor]], scale: float, learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        model: Any,
+        values: Sequence[Mapping[str, Tensor]],
+        scale: float,
+        learning_rate: float,
+        weight_decay: float,
+        places: Sequence[str] = tuple(f"mlp.{name}" for name in PROJECTIONS),
+    ) -> None:
         """Args:
         values: of each layer, by names such as gate_proj.A.
+        places: the adapted linears of a layer.
         """
         self.model = model.requires_grad_(False)
         self.layers: list[dict[str, Tensor]] = []
         for layer, named in zip(model.model.layers, values, strict=True):
             of_layer: dict[str, Tensor] = {}
-            for projection in PROJECTIONS:
-                lora = PlainLora(getattr(layer.mlp, projection), named[f"{projection}.A"], named[f"{projection}.B"], scale)
-                setattr(layer.mlp, projection, lora)
+            for place in places:
+                parent, _, projection = place.rpartition(".")
+                holder = layer.get_submodule(parent)
+                lora = PlainLora(getattr(holder, projection), named[f"{projection}.A"], named[f"{projection}.B"], scale)
+                setattr(holder, projection, lora)
                 of_layer |= {f"{projection}.A": lora.a, f"{projection}.B": lora.b}
             self.layers.append(of_layer)
         self.parameters = [parameter for of_layer in self.layers for parameter in of_layer.values()]

@@ -5,6 +5,7 @@ It shares no code with hecate: only the values of the parameters are handed over
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.plain_mixlora import Product, product
+from tests.plain_routers import PlainChoices
 
-class PlainMolaLinear(nn.Module):
+Made = Callable[[int, Sequence[Tensor]], tuple[Tensor, Tensor]]
+"""from an expert's number and what of it trains to its A and B"""
+
+
+def as_they_are(expert: int, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    a, b = parts
+    return a, b
+
+
+def nola_pair(a0: Tensor, u: Tensor, v: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A0 + sum a_i U_i / sqrt(K) and sum b_i V_i / sqrt(K)."""
+    of_a, of_b = parts
+    a = a0 + sum(of_a[k] * u[k] for k in range(len(u))) / math.sqrt(len(u))
+    return a, torch.stack([of_b[k] * v[k] for k in range(len(v))]).sum(0) / math.sqrt(len(v))
+
+
+class PlainMolaLinear(PlainChoices, nn.Module):
     """W x + bias + sum over a token's top k experts of weight_e · scale · B_e A_e x, one expert after the other over all tokens."""
 
     def __init__(
@@ -21,36 +40,39 @@ class PlainMolaLinear(nn.Module):
         base: nn.Linear,
         router: Tensor,
         bias: Tensor | float,
-        experts: Sequence[tuple[Tensor, Tensor]] | Sequence[Callable[[], tuple[Tensor, Tensor]]],
+        experts: Sequence[Sequence[Tensor]],
         *,
         scale: float,
         top_k: int,
         logit_scale: float,
+        of: Product = product,
+        made: Made = as_they_are,
+        choices: dict[str, Any] | None = None,
     ) -> None:
+        """Args:
+        experts: what of each trains.
+        choices: of `PlainChoices.set_choices`; None: the largest of a softmax, renormalised.
+        """
         super().__init__()
         self.base, self.scale, self.top_k, self.logit_scale = base, scale, top_k, logit_scale
         self.router, self.bias = nn.Parameter(router.clone()), bias
-        own = [pair for pair in experts if not callable(pair)]
-        self.a = nn.ParameterList(nn.Parameter(a.clone()) for a, _ in own)
-        self.b = nn.ParameterList(nn.Parameter(b.clone()) for _, b in own)
-        self.made = [pair for pair in experts if callable(pair)]
-        """what makes A and B of each expert that has none of its own"""
+        self.experts = nn.ModuleList(nn.ParameterList(nn.Parameter(part.clone()) for part in parts) for parts in experts)
+        self.of, self.made = of, made
+        self.set_choices(**(choices or {"score": "softmax", "bias": "none", "bias_in_weights": False, "weights": "renormalised"}))
         self.valid: Tensor | None = None
-        self.logits: Tensor | None = None
+        self.prob: Tensor | None = None
         self.expert_TK: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = hidden.reshape(-1, hidden.shape[-1])
         valid = x.new_ones(len(x)).bool() if self.valid is None else self.valid
-        logits = x @ (self.logit_scale * self.router).T + self.bias
-        weight, expert_TK = F.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
-        weight = weight / weight.sum(-1, keepdim=True)
-        self.logits, self.expert_TK = logits[valid], expert_TK[valid]
+        prob, weight, expert_TK = self.choose(x @ (self.logit_scale * self.router).T + self.bias)
+        self.prob, self.expert_TK = prob[valid], expert_TK[valid]
         y = self.base(x)
-        pairs = [make() for make in self.made] or list(zip(self.a, self.b, strict=True))
-        for expert, (a, b) in enumerate(pairs):
+        for expert, parts in enumerate(self.experts):
+            a, b = self.made(expert, list(parts))
             share = (weight * (expert_TK == expert)).sum(-1, keepdim=True) * valid[:, None]
-            y = y + share * self.scale * (x @ a.T) @ b.T
+            y = y + share * self.scale * self.of(x, a, b)
         return y.view(*hidden.shape[:-1], -1)
 
 
@@ -58,7 +80,7 @@ def plain_aux_by_layer(layers: Sequence[Sequence[PlainMolaLinear]]) -> Any:
     """The sum over decoder layers of E · sum over k and e of f P, over the tokens of all the layer's linears in one pile."""
     total: Any = 0.0
     for linears in layers:
-        prob = F.softmax(_pile([linear.logits for linear in linears]), dim=-1)
+        prob = _pile([linear.prob for linear in linears])
         expert_TK = _pile([linear.expert_TK for linear in linears])
         experts = prob.shape[1]
         for k in range(expert_TK.shape[1]):

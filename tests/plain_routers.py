@@ -1,4 +1,4 @@
-"""Routers without any of this project's machinery, for MixLoRA's plain reference: each token's choice by a loop, each loss written out."""
+"""Routers without any of this project's machinery, for the plain references: each token's choice by a loop, each loss written out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from tests.plain_mixlora import PlainMixlora
 
 
-class PlainRouted(PlainMixlora):
-    """MixLoRA with other routers; what they are is said in words, as the configuration has them."""
+class PlainChoices:
+    """A router's choices for a plain module with `router` [E, D] and `top_k`; what they are is said in words, as the configuration has
+    them."""
 
-    def __init__(self, *args: Any, score: str, bias: str, bias_in_weights: bool, weights: str, **named: Any) -> None:
-        super().__init__(*args, **named)
+    router: Tensor
+    top_k: int
+    expert_TK: Tensor | None
+
+    def set_choices(self, *, score: str, bias: str, bias_in_weights: bool, weights: str) -> None:
         self.score, self.kind_of_bias, self.bias_in_weights, self.weights = score, bias, bias_in_weights, weights
         nothing = torch.zeros_like(self.router[:, 0].detach())
         self.expert_bias = nn.Parameter(nothing) if bias == "learned" else nothing
@@ -52,6 +56,14 @@ class PlainRouted(PlainMixlora):
         if self.kind_of_bias == "balancing":
             self.expert_bias += torch.tensor(moves, dtype=self.expert_bias.dtype)
         self.seen = [0] * len(self.seen)
+
+
+class PlainRouted(PlainChoices, PlainMixlora):
+    """MixLoRA with other routers."""
+
+    def __init__(self, *args: Any, score: str, bias: str, bias_in_weights: bool, weights: str, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.set_choices(score=score, bias=bias, bias_in_weights=bias_in_weights, weights=weights)
 
 
 def plain_sample_aux(layers: Sequence[Any], batch: Any, num_samples: int) -> Tensor:

@@ -41,7 +41,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
     experts = config.moe.num_experts
     return AdapterConfig(
         base_model_name_or_path=config.model.name_or_path,
-        r=config.lora.r,
+        r=config.lora.rank,
         alpha=config.lora.stored_alpha,
         dropout=float(config.lora.dropout),
         target_modules=config.lora.target_modules,

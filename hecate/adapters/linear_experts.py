@@ -37,7 +37,7 @@ def linear_adapter_config(config: Config, base: BaseModel) -> LinearAdapterConfi
     experts_per_layer = config.moe.experts_per_layer(len(decoder_layers(base.model)[1]))
     return LinearAdapterConfig(
         base_model_name_or_path=config.model.name_or_path,
-        r=config.lora.r,
+        r=config.lora.rank,
         alpha=config.lora.stored_alpha,
         use_rslora=config.lora.use_rslora,
         target_modules=config.lora.target_modules,

@@ -46,7 +46,7 @@ def lora_config(config: Config, base: BaseModel) -> PeftMoeConfig:
         targets = tuple(base.ffns[0].projection_names[name] for name in config.moe.kind.projections(targets))
     return PeftMoeConfig(
         base_model_name_or_path=config.model.name_or_path,
-        r=config.lora.r,
+        r=config.lora.rank,
         alpha=config.lora.stored_alpha,
         use_rslora=config.lora.use_rslora,
         target_modules=targets,

@@ -46,7 +46,7 @@ def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
     routers = {_end(base, layer.block.router_path): None for layer in base.own_experts if config.moe.trains_routers}
     return PeftMoeConfig(
         base_model_name_or_path=config.model.name_or_path,
-        r=config.lora.r,
+        r=config.lora.rank,
         alpha=config.lora.stored_alpha,
         use_rslora=config.lora.use_rslora,
         target_modules=tuple(name for name in config.lora.target_modules if name not in PROJECTIONS),

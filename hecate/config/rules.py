@@ -29,13 +29,15 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     """
     for key, allowed in RANGES.items():
         value = values.get(key)
-        if value is not None and value not in allowed:
-            add(key, f"must be {allowed}, got {value}", "")
+        for at, one in [(f"{key}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, tuple) else [(key, value)]:
+            if one is not None and one not in allowed:
+                add(at, f"must be {allowed}, got {one}", "")
     alpha = values.get("lora.alpha")
     if alpha is not None and alpha > 0 and not float(alpha).is_integer():
         add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files can store no other")
     _check_experts(values, add)
     _check_kind(values, add)
+    _check_ranks(values, add)
     _check_gradient_rule(values, add)
     _check_nola(values, add)
     check_shards(values, add)
@@ -157,6 +159,35 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
         add("lora.target_modules", f"names {(targets & {'gate_proj', 'up_proj'}).pop()} alone", hint)
 
 
+def _check_ranks(values: Mapping[str, Any], add: Add) -> None:
+    key, ranks = "lora.r", values.get("lora.r")
+    if not isinstance(ranks, tuple):
+        return
+    if not ranks:
+        add(key, "must be a number, or a list with one for each expert", "")
+        return
+    for other, allowed in (("lora.pairs", "plain"), ("lora.gradient_rule", "none")):
+        if values.get(other, allowed) != allowed:
+            add(key, f"must be one number with {other}={values[other]}, got a list of {len(ranks)}", f"give one, or {other}={allowed}")
+    kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", "ffn"))
+    if kind is not None and (kind.of_moe_base or not kind.has_pairs):
+        add(key, f"must be one number with moe.family={kind.name}, got a list of {len(ranks)}", "give one")
+        return
+    given = "moe.num_experts" if values.get("moe.allocation") is None else "moe.allocation"
+    counts = _or_default(values, given, DEFAULT_EXPERTS)
+    if counts is None:
+        return
+    others = sorted({count for count in ((counts,) if isinstance(counts, int) else counts) if count not in (0, len(ranks))})
+    if others:
+        what = f"lists the ranks of {len(ranks)} experts, but {given} gives layers {', '.join(map(str, others))}"
+        add(key, what, f"give one rank for all, or every layer that has experts {len(ranks)} of them")
+
+
+def _largest_rank(values: Mapping[str, Any]) -> int:
+    ranks = values.get("lora.r", 0)
+    return max(ranks, default=0) if isinstance(ranks, tuple) else int(ranks)
+
+
 def _check_gradient_rule(values: Mapping[str, Any], add: Add) -> None:
     rule, eta = values.get("lora.gradient_rule"), values.get("lora.eta")
     if rule == "none" and eta is not None:
@@ -172,8 +203,12 @@ def _check_gradient_rule(values: Mapping[str, Any], add: Add) -> None:
         add("lora.use_rslora", "has no meaning with lora.gradient_rule=row_norm, which scales nothing", "leave it out")
     if values.get("lora.dropout"):
         add("lora.dropout", f"must be 0 with lora.gradient_rule=row_norm, got {values['lora.dropout']}", "set lora.dropout=0")
-    if values.get("kernels") == "triton" and values.get("lora.r", 0) > 128:
-        add("kernels", f"triton takes LoRA ranks up to 128 with lora.gradient_rule=row_norm, but lora.r is {values['lora.r']}", "use auto")
+    if values.get("kernels") == "triton" and _largest_rank(values) > 128:
+        add(
+            "kernels",
+            f"triton takes LoRA ranks up to 128 with lora.gradient_rule=row_norm, but lora.r is {_largest_rank(values)}",
+            "use auto",
+        )
 
 
 def _check_nola(values: Mapping[str, Any], add: Add) -> None:
@@ -291,8 +326,8 @@ def _check_kernels(values: Mapping[str, Any], add: Add) -> None:
         return
     if values.get("model.dtype") == "float64":
         add("kernels", "triton computes in float32 or bfloat16, but model.dtype is float64", "use auto or torch")
-    if values.get("lora.r", 0) > 256:
-        add("kernels", f"triton takes LoRA ranks up to 256, but lora.r is {values['lora.r']}", "use auto or torch")
+    if _largest_rank(values) > 256:
+        add("kernels", f"triton takes LoRA ranks up to 256, but lora.r is {_largest_rank(values)}", "use auto or torch")
 
 
 def _check_workers(values: Mapping[str, Any], add: Add) -> None:

@@ -112,8 +112,9 @@ class ShardsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    r: int = field(default=16, metadata=key(COUNT))
-    """The LoRA rank of every adapter, in experts and in attention."""
+    r: int | tuple[int, ...] = field(default=16, metadata=key(COUNT))
+    """The LoRA rank of every adapter, in experts and in attention; or, with pairs plain, a list with the rank of each expert, the same in
+    all layers. Expert e is then scaled by alpha / r[e], and adapters outside experts have the largest rank."""
     alpha: float | None = field(default=None, metadata=key(POSITIVE))
     """The adapter's output is scaled by alpha / r. null: 32, or with gradient_rule row_norm, which allows no other, no scaling."""
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
@@ -142,16 +143,23 @@ class LoraConfig:
     @property
     def shape(self) -> LoraShape:
         """What pair sources and adapters are made by."""
-        scale = lora_scale(self.stored_alpha, self.r, rslora=self.use_rslora)
+        scale = lora_scale(self.stored_alpha, self.rank, rslora=self.use_rslora)
+        ranks = self.r if isinstance(self.r, tuple) else ()
+        of_experts = tuple((rank, lora_scale(self.stored_alpha, rank, rslora=self.use_rslora)) for rank in ranks)
         shards = ShardShape(self.shards.equivalent_rank, self.shards.per_vector, self.shards.private_rank)
-        return LoraShape(self.r, scale, self.dropout, self.pairs, self.eta, self.nola.bases, shards)
+        return LoraShape(self.rank, scale, self.dropout, self.pairs, self.eta, self.nola.bases, shards, of_experts)
+
+    @property
+    def rank(self) -> int:
+        """`r`, or the largest if each expert has its own, to which all pairs are padded."""
+        return max(self.r) if isinstance(self.r, tuple) else self.r
 
     @property
     def stored_alpha(self) -> int:
         """alpha as adapter files hold it: by it and r their readers scale. Where there is no alpha, it is r."""
         if self.alpha is not None:
             return int(self.alpha)
-        return DEFAULT_ALPHA if self.gradient_rule == "none" else self.r
+        return DEFAULT_ALPHA if self.gradient_rule == "none" else self.rank
 
 
 DEFAULT_ALPHA = 32

@@ -256,8 +256,12 @@ class Step:
         shards.plans.note_served(unit, loads_ED)
 
     def _gather(self, *units: Unit) -> None:
+        stores = [self._shards.stores[unit] for unit in units]
+        before = sum(store.replica_bytes for store in stores)
         self._shards.gather(*units)
-        self._note_peak()
+        # Not where all was there already: the sum over all units, for each of many units, would take longer than their experts.
+        if sum(store.replica_bytes for store in stores) > before:
+            self._note_peak()
 
     def _note_peak(self, more: int = 0) -> None:
         self.peak_replica_bytes = max(self.peak_replica_bytes, self._shards.replica_bytes + more)

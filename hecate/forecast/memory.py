@@ -188,7 +188,7 @@ def _saved_layer_bytes(run: RunShape, index: int, served_tokens_D: np.ndarray) -
         key_value += layer.query_width + key_value // 2
     low_rank = 0
     if run.config.moe.kind.has_pairs:
-        low_rank = run.config.lora.r * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
+        low_rank = run.config.lora.rank * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
     wide = 3 if b < 4 else 2
     if run.config.moe.kind.over_linears:
         return np.full(run.topology.world_size, float(run.tokens * _saved_by_linears(run, index, key_value)))
@@ -206,7 +206,7 @@ def _saved_by_linears(run: RunShape, index: int, key_value: int) -> float:
     experts, k = config.moe.experts_per_layer(len(run.base.layers))[index], config.moe.experts_per_token
     targets = sum(name in config.lora.target_modules for name, _, _ in layer.all_linears)
     routing = 2 * 4 * experts + k * (3 * 4 + 4 * 8) if experts else 0
-    low_rank = targets * (config.lora.r * b * (k if experts else 1) + routing)
+    low_rank = targets * (config.lora.rank * b * (k if experts else 1) + routing)
     wide = 4 * (3 if b < 4 else 2) * layer.hidden
     return b * (2 * layer.hidden + 2 * layer.query_width + key_value + 4 * layer.ffn) + low_rank + wide
 

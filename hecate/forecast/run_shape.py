@@ -314,7 +314,7 @@ def adapter_parameters(layer: LayerShape, config: Config, experts: int) -> tuple
     targets = set(config.lora.target_modules) - (set(PROJECTIONS) if layer.experts else set())  # shared experts have none
     linears = layer.all_linears if kind.over_linears else layer.linears
     adapted = [(inputs, outputs) for name, outputs, inputs in linears if name in targets]
-    return config.lora.r * sum(inputs for inputs, _ in adapted), config.lora.r * sum(outputs for _, outputs in adapted)
+    return config.lora.rank * sum(inputs for inputs, _ in adapted), config.lora.rank * sum(outputs for _, outputs in adapted)
 
 
 def _base_shape(config: Config) -> BaseShape:

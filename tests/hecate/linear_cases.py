@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hecate.config import RouterConfig
+from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
+from hecate.experts.fixed_a import FixedA
 from hecate.experts.linear import MoeLinear
-from hecate.experts.pairs import PairSource
+from hecate.experts.nola import Nola
 from hecate.experts.pool import Pool
 from hecate.experts.shard_pairs import ShardPairs
 from hecate.kernels.backend import Backend
@@ -20,13 +24,14 @@ from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.linears import find_linears
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
-from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.cost_model import PlanMode
 from hecate.parallel.expert_kinds import LINEARS, ONLY_PROJECTION, LoraShape, ShardShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.report.events import StepResult
+from hecate.train.step import StepRules, train_step
 from tests import plain_mixlora, plain_mola
 from tests.hecate.equivalence_cases import (
     AUX_COEF,
@@ -38,11 +43,13 @@ from tests.hecate.equivalence_cases import (
     WEIGHT_DECAY,
     micro_batch,
     planner_of,
+    rows_of,
     scenario_bias,
-    step_of_rows,
     topology,
 )
+from tests.plain_allora import row_norm_product
 from tests.plain_mos import PlainPool
+from tests.plain_routers import plain_sample_aux
 
 SCALE, RANK = 0.7, 3
 
@@ -62,15 +69,29 @@ class LinearCase:
     kernels: Backend = "torch"
     steps: int = 3
     shard_size: int | None = None
+    rank: int = RANK
+    router: RouterConfig = field(default_factory=RouterConfig)
     pairs: str = "plain"
+    eta: float | None = None
+    ranks: tuple[int, ...] = ()
+    """of each expert, where they differ; the largest is `rank`"""
 
     @property
     def lora(self) -> LoraShape:
-        return LoraShape(RANK, SCALE, 0.0, self.pairs, shards=ShardShape(equivalent_rank=2, per_vector=4, private_rank=1))
+        """The gradient rule allows no scale; experts of other ranks are scaled by the same alpha over theirs."""
+        scale = SCALE if self.eta is None else 1.0
+        of_experts = tuple((rank, scale * self.rank / rank) for rank in self.ranks)
+        shards = ShardShape(equivalent_rank=2, per_vector=4, private_rank=1)
+        return LoraShape(self.rank, scale, 0.0, self.pairs, self.eta, bases=5, shards=shards, of_experts=of_experts)
 
     @property
     def one_pair_each(self) -> bool:
+        """Then linears have no router."""
         return max(self.experts) == 1
+
+    @property
+    def aux_coef(self) -> float:
+        return 0.0 if self.router.bias == "balancing" or self.one_pair_each else AUX_COEF
 
 
 def tiny_with_biases(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -116,6 +137,7 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
         kind=LINEARS,
         experts_per_layer=case.experts,
         top_k=case.top_k,
+        router=case.router,
         lora=case.lora,
         target_modules=TARGETS,
         seed=5,
@@ -125,8 +147,8 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
     for layer in moe.layers.values():
         assert isinstance(layer, MoeLinear)
         router = layer.router
-        if case.one_pair_each:
-            continue
+        if router.trained is None:
+            continue  # it has no logits
         bias = bias_of(case, moe.engine.shards.families[layer.unit].num_experts)
 
         def logits(x_TD: torch.Tensor, router: torch.nn.Module = router, bias: torch.Tensor = bias) -> torch.Tensor:
@@ -138,7 +160,8 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
         if name.endswith(".B"):
             parameter.data.copy_(torch.randn(parameter.shape, generator=random, dtype=torch.float64) * 0.1)
     for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
-        chunk.data.copy_(values_of(unit, expert, len(chunk)))
+        parts = values_of(case, moe, unit, expert)
+        chunk.data.copy_(torch.cat([chunk.new_empty(0), *(part.flatten() for part in parts)]))
     if case.checkpointing:
         from hecate.model.checkpointing import checkpoint_activations
 
@@ -147,24 +170,43 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
     return moe, head
 
 
-def values_of(unit: Unit, expert: int, numel: int) -> torch.Tensor:
-    """The initial chunk of an expert, B included."""
+def values_of(case: LinearCase, moe: MoeModel, unit: Unit, expert: int) -> list[torch.Tensor]:
+    """What of an expert or a block of a pool trains as it begins, B included; zero beyond the expert's own rank."""
     place = TARGETS.index(unit.place.removesuffix(".pool").rpartition(".")[2])
     random = torch.Generator().manual_seed(1000 + 500 * unit.layer + 50 * place + expert)
-    return torch.randn(numel, generator=random, dtype=torch.float64) * 0.2
+    specs = moe.engine.shards.chunked[unit].layout().trainable
+    flat = torch.randn(sum(spec.numel for spec in specs), generator=random, dtype=torch.float64) * 0.2
+    parts = [part.view(spec.shape) for part, spec in zip(flat.split([spec.numel for spec in specs]), specs, strict=True)]
+    if case.ranks:
+        parts[0][case.ranks[expert] :], parts[1][:, case.ranks[expert] :] = 0.0, 0.0
+    return parts
 
 
-def plain_pool(pool: Pool, dtype: torch.dtype, per_vector: int) -> PlainPool:
+def plain_pool(case: LinearCase, moe: MoeModel, pool: Pool) -> PlainPool:
     """A pool with the values of `values_of`."""
-    specs, numel = pool.layout().trainable, pool.layout().trainable_numel
-    blocks_NC = torch.stack([values_of(pool.unit, block, numel) for block in range(pool.num_experts)])
-    return PlainPool(blocks_NC.to(dtype), [(spec.name, *spec.shape) for spec in specs], per_vector)
+    blocks = [torch.cat([part.flatten() for part in values_of(case, moe, pool.unit, block)]) for block in range(pool.num_experts)]
+    vectors = [(spec.name, *spec.shape) for spec in pool.layout().trainable]
+    return PlainPool(torch.stack(blocks).to(case.dtype), vectors, case.lora.shards.per_vector)
 
 
-def made_of(pool: PlainPool, source: PairSource, expert: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    assert isinstance(source, ShardPairs)
-    index = {name: source.index(name)[expert] for name, _, _ in pool.vectors}
-    return lambda: pool.pair(ONLY_PROJECTION, index, RANK)
+def made_of(case: LinearCase, moe: MoeModel, unit: Unit, pools: Mapping[Unit, PlainPool]) -> plain_mola.Made:
+    """How the plain reference makes A and B of what trains: each source's formula, and pairs of the ranks that experts have."""
+    source = moe.engine.shards.families[unit].pair_source
+    if isinstance(source, ShardPairs):
+        index, pool = source.index, pools[moe.engine.shards.trained_in[unit]]
+        return lambda expert, _: pool.pair(ONLY_PROJECTION, {name: index(name)[expert] for name, _, _ in pool.vectors}, case.rank)
+    if isinstance(source, FixedA):
+        a = source.stacked(torch.zeros(1, source.sizes.trained_numel, dtype=case.dtype), torch.zeros(1, dtype=torch.int64))
+        return lambda expert, parts: (a[ONLY_PROJECTION].a_SrI[0], parts[0])
+    if isinstance(source, Nola):
+        a0, u, v = source.drawn.values()
+        return lambda expert, parts: plain_mola.nola_pair(a0, u, v, parts)
+    if not case.ranks:
+        return plain_mola.as_they_are
+    return lambda expert, parts: (
+        parts[0][: case.ranks[expert]],
+        parts[1][:, : case.ranks[expert]] * (case.rank / case.ranks[expert]),
+    )
 
 
 class PlainModel:
@@ -177,37 +219,40 @@ class PlainModel:
         self.trained: dict[str, list[torch.nn.Parameter]] = {}
         """LAYER.PLACE.EXPERT -> A and B, and the names of replicated parameters -> themselves"""
         values = moe.replicated_parameters()
-        pools = {unit: plain_pool(pool, case.dtype, case.lora.shards.per_vector) for unit, pool in moe.engine.shards.pools.items()}
+        lora, words = case.lora, asdict(case.router)
+        of = plain_mixlora.product if lora.eta is None else partial(row_norm_product, eta=lora.eta)
+        choices = {name: words[name] for name in ("score", "bias", "bias_in_weights", "weights")}
+        pools = {unit: plain_pool(case, moe, pool) for unit, pool in moe.engine.shards.pools.items()}
         self.pools = {str(unit): pool for unit, pool in pools.items()}
         for found in find_linears(self.model):
             base, unit = self.model.get_submodule(found.path), found.unit
             assert isinstance(base, torch.nn.Linear)
             key = f"layers.{unit}"
             if case.experts[unit.layer] == 0:
-                lora = plain_mixlora.PlainLora(base, values[f"{key}.A"].detach(), values[f"{key}.B"].detach(), SCALE)
-                self.trained |= {f"{key}.A": [lora.a], f"{key}.B": [lora.b]}
-                self.model.set_submodule(found.path, lora)
+                a, b = moe.attention[unit.layer, unit.place].lora_A.detach(), values[f"{key}.B"].detach()
+                adapter = plain_mixlora.PlainLora(base, a, b, lora.scale, of=of, trains_a=lora.trains_a)
+                self.trained |= {f"{key}.A": [adapter.a], f"{key}.B": [adapter.b]} if lora.trains_a else {f"{key}.B": [adapter.b]}
+                self.model.set_submodule(found.path, adapter)
                 continue
             experts = case.experts[unit.layer]
-            pairs = []
-            pool = pools.get(moe.engine.shards.trained_in[unit])
-            for expert in range(0 if pool else experts):
-                flat = values_of(unit, expert, RANK * (base.in_features + base.out_features)).to(case.dtype)
-                a, b = flat.split((RANK * base.in_features, RANK * base.out_features))
-                pairs.append((a.view(RANK, -1), b.view(-1, RANK)))
-            router = torch.zeros(1, base.in_features, dtype=case.dtype) if case.one_pair_each else values[f"{key}.router"].detach()
+            pairs = [[part.to(case.dtype) for part in values_of(case, moe, unit, expert)] for expert in range(experts)]
             linear = plain_mola.PlainMolaLinear(
                 base,
-                router,
+                base.weight.new_zeros(1, base.in_features) if case.one_pair_each else values[f"{key}.router"].detach(),
                 bias_of(case, experts),
-                [made_of(pool, moe.engine.shards.families[unit].pair_source, expert) for expert in range(experts)] if pool else pairs,
-                scale=SCALE,
-                top_k=case.top_k,
+                pairs,
+                scale=lora.scale,
+                top_k=min(case.top_k, experts),
                 logit_scale=50,
+                of=of,
+                made=made_of(case, moe, unit, pools),
+                choices=choices,
             )
             if not case.one_pair_each:
                 self.trained[f"{key}.router"] = [linear.router]
-            self.trained |= {f"{unit}.{expert}": [] if pool else [linear.a[expert], linear.b[expert]] for expert in range(experts)}
+            if case.router.bias == "learned":
+                self.trained[f"{key}.router.bias"] = [linear.expert_bias]
+            self.trained |= {f"{unit}.{expert}": list(linear.experts[expert]) for expert in range(experts)}
             self.linears[unit] = linear
             self.model.set_submodule(found.path, linear)
         self.parameters = [parameter for parts in self.trained.values() for parameter in parts]
@@ -218,30 +263,38 @@ class PlainModel:
         """(cross-entropy, aux loss, gradient norm, idle experts); gradients of idle experts are None. Parameters have yet to be stepped."""
         batches = [micro_batch(step, micro, empty_rows) for micro in range(MICRO_STEPS)]
         num_labels = sum(int((b.targets != -100).sum()) for b in batches)
-        by_layer: dict[int, list[plain_mola.PlainMolaLinear]] = {}
-        for unit, linear in self.linears.items():
-            by_layer.setdefault(unit.layer, []).append(linear)
-        total, total_aux, reached = 0.0, 0.0, set()
-
-        def aux(_: object) -> torch.Tensor:
-            if self.case.one_pair_each:  # nothing is chosen
-                return torch.zeros((), dtype=self.case.dtype)
-            return plain_mola.plain_aux_by_layer(list(by_layer.values()))
-
+        num_samples = sum(int(b.segment_ids.amax(1).sum()) for b in batches)
+        linears, nothing = list(self.linears.values()), torch.zeros(())
+        total, total_aux = 0.0, 0.0
         for batch in batches:
-            linears = list(self.linears.values())
-            loss, cross = plain_mixlora.plain_loss(self.model, linears, batch, num_labels, MICRO_STEPS, AUX_COEF, aux)
+            loss, cross = plain_mixlora.plain_loss(self.model, linears, batch, num_labels, MICRO_STEPS, 0.0, lambda _: nothing)
+            if self.case.aux_coef:
+                aux = self._aux(batch, num_samples)
+                loss, total_aux = loss + self.case.aux_coef * aux, total_aux + float(aux.detach())
             loss.backward()
             total += cross
-            total_aux += float(loss.detach()) - cross
-            for unit, linear in self.linears.items():
-                assert linear.expert_TK is not None
-                reached |= {f"{unit}.{int(expert)}" for expert in linear.expert_TK.unique()}
-        idle = {name for name, parts in self.trained.items() if len(parts) != 1 and name not in reached}
+            for linear in linears:
+                linear.note_loads()
+        idle = {f"{unit}.{expert}" for unit, linear in self.linears.items() for expert, count in enumerate(linear.seen) if not count}
         for name in idle:
             for parameter in self.trained[name]:
                 parameter.grad = None
-        return total, total_aux / AUX_COEF, plain_mixlora.clip(list(self.parameters), MAX_NORM), idle
+        for linear in linears:
+            linear.move_bias(self.case.router.bias_rate)
+        return total, total_aux, plain_mixlora.clip(list(self.parameters), MAX_NORM), idle
+
+    def _aux(self, batch: Batch, num_samples: int) -> torch.Tensor:
+        """This micro-step's share of the balance loss."""
+        if self.case.router.balance == "batch":
+            by_layer: dict[int, list[plain_mola.PlainMolaLinear]] = {}
+            for unit, linear in self.linears.items():
+                by_layer.setdefault(unit.layer, []).append(linear)
+            return plain_mola.plain_aux_by_layer(list(by_layer.values())) / MICRO_STEPS
+        alike: dict[int, list[plain_mola.PlainMolaLinear]] = {}
+        for linear in self.linears.values():
+            alike.setdefault(len(linear.experts), []).append(linear)
+        parts = [len(some) / len(self.linears) * plain_sample_aux(some, batch, num_samples) for some in alike.values()]
+        return torch.stack(parts).sum()
 
     def flat(self, name: str, *, grad: bool) -> torch.Tensor | None:
         unit, _, number = name.rpartition(".")
@@ -260,7 +313,7 @@ class ShardedTraining:
         self.case, self.rank, self.world = case, rank, world
         self.moe, self.head = sharded_linears(case, world)
         self.optimizer = ExpertOptimizer(
-            Trainables(owned_parameters(self.moe.engine), self.moe.replicated_parameters()),
+            Trainables.of(self.moe),
             AdamW(weight_decay=WEIGHT_DECAY),
             LearningRate(LEARNING_RATE[case.dtype]),
             torch.device("cpu"),
@@ -274,7 +327,17 @@ class ShardedTraining:
         return range(0)
 
     def step(self, number: int) -> StepResult:
-        return step_of_rows(self.moe, self.head, self.optimizer, number, rank=self.rank, world=self.world, empty_rows=self.empty_rows)
+        batches = [micro_batch(number, micro, self.empty_rows) for micro in range(MICRO_STEPS)]
+        return train_step(
+            self.moe,
+            self.head,
+            self.optimizer,
+            [rows_of(batch, self.rank, self.world) for batch in batches],
+            num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+            num_samples=sum(int(b.segment_ids.amax(1).sum()) for b in batches),
+            step=number,
+            rules=StepRules(aux_coef=self.case.aux_coef, max_grad_norm=MAX_NORM),
+        )
 
 
 def random_unit_owners(training: ShardedTraining, seed: int) -> dict[Unit, np.ndarray]:

@@ -11,7 +11,7 @@ from hecate.data.batches import Batch
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.units import Unit
+from hecate.parallel.units import FFN, Unit
 from hecate.report.events import StepResult
 from hecate.train.step import StepRules, train_step
 from tests.hecate.equivalence_cases import (
@@ -25,6 +25,7 @@ from tests.hecate.equivalence_cases import (
     sharded,
     tiny_llama,
 )
+from tests.hecate.linear_cases import LinearCase, sharded_linears, tiny_with_biases, values_of
 from tests.plain_lora import PlainAdapter
 
 TOLERANCE = 1e-10
@@ -64,7 +65,7 @@ def labels_of_source(batches: list[Batch]) -> list[int]:
     return [sum(int((b.targets[b.task == source] != -100).sum()) for b in batches) for source in range(SOURCES)]
 
 
-def optimizer_of(moe: MoeModel, case: Case) -> ExpertOptimizer:
+def optimizer_of(moe: MoeModel, case: Case | LinearCase) -> ExpertOptimizer:
     return ExpertOptimizer(
         Trainables.of(moe), AdamW(weight_decay=WEIGHT_DECAY), LearningRate(LEARNING_RATE[case.dtype]), torch.device("cpu")
     )
@@ -100,11 +101,43 @@ def plain_adapters(case: Case, moe: MoeModel) -> list[PlainAdapter]:
     return adapters
 
 
-def check_separate(rank: int, world: int, case: Case) -> None:
+def plain_linear_adapters(case: LinearCase, moe: MoeModel) -> list[PlainAdapter]:
+    """As `plain_adapters`, of experts over all linears."""
+    adapters = []
+    for expert in range(SOURCES):
+        values: list[dict[str, torch.Tensor]] = [{}, {}]
+        for unit in moe.layers:
+            a, b = (part.to(case.dtype) for part in values_of(case, moe, unit, expert))
+            name = unit.place.rpartition(".")[2]
+            values[unit.layer] |= {f"{name}.A": a, f"{name}.B": b}
+        places = [unit.place for unit in moe.layers if unit.layer == 0]
+        model = tiny_with_biases(case.dtype)
+        adapters.append(PlainAdapter(model, values, case.lora.scale, LEARNING_RATE[case.dtype], WEIGHT_DECAY, places))
+    return adapters
+
+
+def given_linear_case(policy: str, scenario: str, **changes: object) -> LinearCase:
+    return replace(LinearCase(policy, scenario, (SOURCES, SOURCES), 1, router=GIVEN), **changes)  # type: ignore[arg-type]
+
+
+def flat_of(adapter: PlainAdapter, unit: Unit) -> torch.Tensor:
+    """What of the adapter stands in a unit, as its chunk holds it."""
+    if unit.place == FFN:
+        return adapter.flat(unit.layer)
+    name = unit.place.rpartition(".")[2]
+    return torch.cat([adapter.layers[unit.layer][f"{name}.{matrix}"].detach().flatten() for matrix in "AB"])
+
+
+def check_separate(rank: int, world: int, case: Case | LinearCase) -> None:
     """Raises AssertionError where an adapter differs from the one that is trained alone."""
-    moe, head = sharded(case, world)
+    if isinstance(case, LinearCase):
+        moe, head = sharded_linears(case, world)
+        alone = plain_linear_adapters(case, moe)
+    else:
+        moe, head = sharded(case, world)
+        alone = plain_adapters(case, moe)
     assert moe.separate_experts == SOURCES
-    optimizer, alone = optimizer_of(moe, case), plain_adapters(case, moe)
+    optimizer = optimizer_of(moe, case)
     empty_rows = range((world - 1) * ROWS // world, ROWS) if case.scenario == "empty rank" and world > 1 else range(0)
     clipped: list[bool] = []
     for step in range(case.steps):
@@ -120,14 +153,14 @@ def check_separate(rank: int, world: int, case: Case) -> None:
             for source in range(SOURCES):
                 assert int(result.loads[unit][source].sum()) == sum(len(ids) for ids, _ in samples_of(batches, source))
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
-            error = float((chunk.detach() - alone[expert].flat(unit.layer)).abs().max())
+            error = float((chunk.detach() - flat_of(alone[expert], unit)).abs().max())
             assert error <= TOLERANCE, f"step {step}, layer {unit} of adapter {expert}: off by {error:.2e}"
         assert case.scenario != "idle experts" or step % 2 or len(active) < SOURCES, "no adapter was idle"
     assert any(clipped), "no adapter's gradient was clipped"
     assert not all(clipped) or case.scenario == "empty rank", "every adapter's gradient was clipped"
 
 
-def check_all_separate(rank: int, world: int, cases: list[Case]) -> None:
+def check_all_separate(rank: int, world: int, cases: list[Case | LinearCase]) -> None:
     for case in cases:
         try:
             check_separate(rank, world, case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.config import RouterConfig
 from hecate.elastic.move_experts import move_experts
 from hecate.parallel.comm import expert_store
 from hecate.parallel.planners import POLICIES
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import MICRO_STEPS, assert_groups_equal, calibrating_at_whim
 from tests.hecate.linear_cases import LinearCase, PlainModel, ShardedTraining, random_unit_owners
-from tests.hecate.watching import gradients_of
+from tests.hecate.watching import gradients_of, moments_of
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -49,13 +51,33 @@ def check_case(rank: int, world: int, case: LinearCase, *, reshard: bool = False
             if name in idle:
                 ever_idle = True
                 assert torch.equal(parameter.detach(), before[name]), f"idle expert {name} moved"
+        for unit, linear in plain.linears.items():
+            if case.router.bias == "balancing":
+                bias = sharded.optimizer.buffers[f"layers.{unit}.router.bias"]
+                assert torch.equal(bias, linear.expert_bias), f"step {step}: the bias of {unit}"
         assert_groups_equal(sharded.moe, sharded.optimizer)
         if reshard:
             move_experts(sharded.moe.engine, sharded.optimizer, random_unit_owners(sharded, 10 * step + world))
+        _padding_is_zero(case, sharded)
     units = len(plain.linears)
+    if case.router.bias == "balancing":
+        assert any(bias.any() for bias in sharded.optimizer.buffers.values()), "no bias has moved"
     assert (0 < calibrations < case.steps * MICRO_STEPS * units) == (case.plan == "calibrated"), calibrations
     if case.scenario == "idle experts" and max(case.experts) > case.top_k and world == 1:
         assert ever_idle, "the scenario did not leave any expert idle"
+
+
+def _padding_is_zero(case: LinearCase, sharded: ShardedTraining) -> None:
+    """Parameters and moments beyond an expert's own rank."""
+    for (unit, expert), chunk in sharded.moe.engine.shards.named_parameters().items():
+        if case.ranks:
+            a, b = (spec.shape for spec in sharded.moe.engine.shards.families[unit].layout().trainable)
+            name = f"{unit}.{expert}"
+            for values in (chunk.detach(), *moments_of(sharded.optimizer, name).values()):
+                if values.numel() == chunk.numel():
+                    of_a, of_b = values[: a[0] * a[1]].view(a), values[a[0] * a[1] :].view(b)
+                    assert not of_a[case.ranks[expert] :].any()
+                    assert not of_b[:, case.ranks[expert] :].any()
 
 
 def _check_cases(rank: int, world: int, cases: list[LinearCase], reshard: bool = False) -> None:
@@ -152,6 +174,58 @@ def test_whatever_computes_them(world: int) -> None:
     cases = [LinearCase("hecate", "empty rank", dtype=torch.float32, kernels=kernels, steps=1) for kernels in ("triton", "reference")]
     cases += [replace(cases[0], rematerialize=True)] if world > 1 else []
     run_ranks(world, _check_cases, cases, timeout=580)
+
+
+MOVED = 0.02
+"""how far a balancing bias moves in a step: enough to change choices"""
+SMORA = {
+    "experts": (16, 20),
+    "top_k": 4,
+    "rank": 1,
+    "router": RouterConfig(score="sigmoid", bias="balancing", bias_in_weights=True, bias_rate=MOVED),
+}
+"""single ranks, which are multiplied densely where a rank has them all"""
+SYSTEMS: tuple[dict[str, Any], ...] = (
+    SMORA,
+    {"router": RouterConfig(score="sigmoid", bias="balancing", bias_rate=MOVED)},
+    {"router": RouterConfig(score="sigmoid")},
+    {"router": RouterConfig(bias="learned", weights="one", balance="sample"), "top_k": 1},
+    {"router": RouterConfig(score="sigmoid", bias="learned", weights="gate", balance="sample")},
+    {"router": RouterConfig(dense=True, weights="gate"), "top_k": 4, "experts": (4, 2)},
+    {"pairs": "fixed_a"},
+    {"pairs": "nola", "experts": (0, 4)},
+    {"eta": 1.5, "experts": (0, 4)},
+    {"pairs": "fixed_a", "eta": 1.5, "router": RouterConfig(weights="gate")},
+    {"ranks": (1, 3, 2), "experts": (3, 3)},
+    {"ranks": (3, 1), "experts": (2, 0)},
+)
+SCENARIOS = ("balanced", "hot expert", "idle experts", "empty rank")
+
+
+def test_with_other_routers_pairs_and_ranks_they_train_as_one_process() -> None:
+    some = [{**SMORA, "experts": (16, 0)}, {"ranks": (1, 3), "experts": (2, 0)}]
+    run_ranks(2, _check_cases, [LinearCase("hecate", "empty rank", steps=2, **system) for system in some], timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("system", SYSTEMS, ids=str)
+def test_with_any_system_they_train_as_one_process(system: dict[str, Any], world: int) -> None:
+    policies = itertools.cycle((*sorted(POLICIES), "elsewhere"))
+    first = itertools.islice(policies, (SYSTEMS.index(system) * 3 + world) % (len(POLICIES) + 1), None)
+    cases = [LinearCase(policy, scenario, **system) for policy, scenario in zip(first, SCENARIOS, strict=False)]
+    cases += [
+        LinearCase("full", "balanced", rematerialize=True, checkpointing=True, **system),
+        LinearCase("llep", "hot expert", plan="exact", prefetch=0, **system),
+    ]
+    run_ranks(world, _check_cases, cases, world > 1 and "ranks" in system, timeout=580)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", [SMORA, SYSTEMS[-4], SYSTEMS[-2]], ids=str)
+def test_on_grouped_kernels(system: dict[str, Any]) -> None:
+    """Interpreted."""
+    run_ranks(2, _check_cases, [LinearCase("hecate", "empty rank", dtype=torch.float32, kernels="triton", steps=1, **system)], timeout=580)
 
 
 def test_the_units_of_a_layer_travel_in_one_message(one_rank: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from tests.hecate.separate_adapters import (
     SOURCES,
     check_all_separate,
     given_case,
+    given_linear_case,
     mixed_batch,
     one_step,
     optimizer_of,
@@ -26,20 +27,24 @@ STEPS = 4
 
 
 def test_on_two_ranks_each_adapter_is_what_it_is_alone() -> None:
-    run_ranks(2, check_all_separate, [given_case("hecate", "idle experts", steps=2)], timeout=240)
+    cases = [given_case("hecate", "idle experts", steps=2), given_linear_case("hecate", "idle experts", steps=2)]
+    run_ranks(2, check_all_separate, cases, timeout=240)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_on_any_number_of_ranks(world: int) -> None:
     cases = [given_case("hecate", scenario) for scenario in SCENARIOS]
-    cases += [given_case("llep", "empty rank", checkpointing=True, rematerialize=True, plan="exact")]
+    again = {"checkpointing": True, "rematerialize": True, "plan": "exact"}
+    cases += [given_case("llep", "empty rank", **again), given_linear_case("llep", "empty rank", **again)]
+    cases += [given_linear_case("hecate", scenario) for scenario in SCENARIOS]
     run_ranks(world, check_all_separate, cases, timeout=480)
 
 
 @pytest.mark.slow
 def test_under_every_policy() -> None:
-    run_ranks(3, check_all_separate, [given_case(policy, "idle experts", steps=3) for policy in sorted(POLICIES)], timeout=480)
+    cases = [made(policy, "idle experts", steps=3) for policy in sorted(POLICIES) for made in (given_case, given_linear_case)]
+    run_ranks(3, check_all_separate, cases, timeout=480)
 
 
 @pytest.mark.slow

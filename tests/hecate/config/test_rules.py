@@ -67,6 +67,28 @@ def test_keys_that_are_absent_have_their_problem_elsewhere() -> None:
             {"moe.family": "full", "lora.pairs": "nola"},
             ("lora.pairs", "is about low-rank pairs, which experts of moe.family=full do not have, got nola", "leave it out"),
         ),
+        ({"lora.r": (4, 0)}, ("lora.r[1]", "must be >= 1 and <= 2147483647, got 0", "")),
+        ({"lora.r": ()}, ("lora.r", "must be a number, or a list with one for each expert", "")),
+        (
+            {"lora.r": (4, 2), "moe.num_experts": (2, 0, 3)},
+            (
+                "lora.r",
+                "lists the ranks of 2 experts, but moe.num_experts gives layers 3",
+                "give one rank for all, or every layer that has experts 2 of them",
+            ),
+        ),
+        (
+            {"lora.r": (4, 2), "moe.num_experts": 2, "lora.pairs": "fixed_a"},
+            ("lora.r", "must be one number with lora.pairs=fixed_a, got a list of 2", "give one, or lora.pairs=plain"),
+        ),
+        (
+            {"lora.r": (4, 2), "moe.num_experts": 2, "lora.gradient_rule": "row_norm", "lora.eta": 2.0},
+            ("lora.r", "must be one number with lora.gradient_rule=row_norm, got a list of 2", "give one, or lora.gradient_rule=none"),
+        ),
+        (
+            {"lora.r": (4, 2), "moe.family": "moe_lora", "moe.unit": "ffn"},
+            ("lora.r", "must be one number with moe.family=moe_lora, got a list of 2", "give one"),
+        ),
         (
             {"lora.pairs": "nola", "lora.nola.bases": 0},
             ("lora.nola.bases", "must be >= 1 and <= 2147483647, got 0", ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
@@ -16,6 +17,7 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
+from hecate.kernels.mixlora.torch_path import mixlora_ffn
 from hecate.parallel.expert_kinds import FfnSizes, LoraShape, PairSizes, plain_pairs
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES
@@ -93,6 +95,53 @@ def test_slots_hold_any_experts() -> None:
     got = family.compute(RoutedTokens(x, slot_TK, weight, None, in_slots), ExpertReplicas(chunks()[in_slots]), None)
     wanted = mixlora_ffn_reference(RoutedTokens(x, in_slots[slot_TK], weight), base(), family.pairs(chunks(), torch.arange(EXPERTS)))
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+RANKS = (1, 4, 2, 4, 3)
+
+
+def test_experts_of_other_ranks_are_padded_and_scaled_by_their_own() -> None:
+    """An FFN's experts, slot by slot in any order, beside each expert's pairs of its own rank and scale; nothing reaches the padding."""
+    projections = ("gate_proj", "up_proj", "down_proj")
+    lora = LoraShape(4, 0.5, 0.0, of_experts=tuple((rank, 2.0 / rank) for rank in RANKS))
+    source, in_slots = PlainPairs(lora, projections, SIZES), torch.tensor([3, 0, 4, 2])
+    initial = [source.initial(SEED, "expert", str(UNIT), expert) for expert in range(len(RANKS))]
+    random = torch.Generator().manual_seed(3)
+    chunks, own = [], []
+    for expert, rank in enumerate(RANKS):
+        plain = PlainPairs(LoraShape(rank, 2.0 / rank, 0.0), projections, SIZES)
+        small = torch.randn(plain.sizes.trained_numel, generator=random, dtype=torch.float64).requires_grad_()
+        small_pairs = plain.stacked(small[None], torch.zeros(1, dtype=torch.int64))
+        begun = plain.stacked(plain.initial(SEED, "expert", str(UNIT), expert)[None], torch.zeros(1, dtype=torch.int64))
+        padded = {}
+        for name, of in small_pairs.items():
+            a, b = of.a_SrI[0].detach(), of.b_SOr[0].detach()
+            padded[name] = F.pad(a, (0, 0, 0, 4 - rank)), F.pad(b, (0, 4 - rank)) * (4 / rank)
+            drawn = source.stacked(initial[expert][None], torch.tensor([expert]))[name].a_SrI[0]
+            assert torch.equal(drawn, F.pad(begun[name].a_SrI[0], (0, 0, 0, 4 - rank)))
+        chunks.append(source.chunk_of(expert, padded))
+        own.append((small, small_pairs))
+    replicas = torch.stack([chunks[expert] for expert in in_slots]).requires_grad_()
+    x, _, weight = tokens()
+    slot_TK = torch.arange(TOKENS * 2).view(-1, 2) % 4
+    got = mixlora_ffn(RoutedTokens(x, slot_TK, weight), base(), source.stacked(replicas, in_slots))
+    wanted = torch.zeros_like(got)
+    for slot, expert in enumerate(in_slots.tolist()):
+        only = RoutedTokens(x, torch.where(slot_TK == slot, 0, -1), weight)
+        wanted = wanted + mixlora_ffn_reference(only, base(), own[expert][1])
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    got.square().sum().backward()
+    wanted.square().sum().backward()
+    assert replicas.grad is not None
+    for slot, expert in enumerate(in_slots.tolist()):
+        gradients = zip(source.sizes.trained, replicas.grad[slot].split([spec.numel for spec in source.sizes.trained]), strict=True)
+        parts = []
+        for spec, part in gradients:
+            of_a, rank = spec.name.endswith(".A"), RANKS[expert]
+            of_rows = part.view(spec.shape) if of_a else part.view(spec.shape).T
+            assert not of_rows[rank:].any(), spec.name
+            parts.append(of_rows[:rank].flatten() if of_a else of_rows[:rank].T.flatten())
+        torch.testing.assert_close(torch.cat(parts), own[expert][0].grad, rtol=1e-11, atol=1e-12)
 
 
 def test_half_as_much_travels_and_as_much_is_computed() -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from hecate.config import load_config
+from hecate.errors import UserError
 from hecate.model.base import BaseChoice
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
@@ -26,8 +27,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
-def training(workshop: Path, group: dist.ProcessGroup, name: str, *overrides: str) -> tuple[Training, Ranks]:
-    given = [*LINEARS, "data.eval=[]", "eval.generate=false", f"output_dir={workshop}/runs/{name}", *overrides]
+def training(workshop: Path, group: dist.ProcessGroup, name: str, *overrides: str, plain: bool = False) -> tuple[Training, Ranks]:
+    given = [*(() if plain else LINEARS), "data.eval=[]", "eval.generate=false", f"output_dir={workshop}/runs/{name}", *overrides]
     ranks = Ranks(0, 1, torch.device("cpu"), ExpertGroups(group, group))
     return Training(load_config(workshop / "config.yaml", given, claim_output=False), ranks), ranks
 
@@ -55,6 +56,36 @@ def test_from_configuration_to_adapter_and_back(workshop: Path, one_rank: dist.P
     ours, theirs = (load_file(workshop / "runs" / name / "adapter" / "adapter_model.safetensors") for name in ("begun", "whole"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(UserError, match=r"has moe\.router {'score': 'softmax'}, but the configuration has {'score': 'sigmoid'}; they must"):
+        training(workshop, one_rank, "other", f"lora.init_from={folder}", "moe.router.score=sigmoid")
+
+
+RANKS = ("moe.allocation=null", "moe.num_experts=3", "lora.r=[4,1,2]", "lora.alpha=8")
+
+
+def test_ranks_that_differ_leave_a_padded_adapter(workshop: Path, one_rank: dist.ProcessGroup) -> None:
+    """The scales of experts, 8 / rank, are folded into B, whose file says 8 / 4 for all; what is read back trains on as it was."""
+    given = [*LINEARS[:1], LINEARS[3], *RANKS]
+    run, ranks = training(workshop, one_rank, "ranks", *given, plain=True)
+    for _ in range(2):
+        run.train_one()
+    folder = run.parts.output.replace(workshop / "runs" / "ranks", run.parts.moe, ranks)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    held = {f"{unit}.{expert}": chunk.detach() for (unit, expert), chunk in run.parts.moe.engine.shards.named_parameters().items()}
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    for expert, rank in enumerate((4, 1, 2)):
+        a, b = (tensors[f"{path}.lora_{matrix}_{expert}.weight"] for matrix in "AB")
+        assert [int(row.any()) for row in a] == [1] * rank + [0] * (4 - rank)
+        of_a, of_b = held[f"0.self_attn.q_proj.{expert}"].split([a.numel(), b.numel()])
+        assert torch.equal(a.flatten(), of_a)
+        assert b.any()
+        torch.testing.assert_close(b.flatten(), of_b * (4 / rank), rtol=1e-6, atol=0)
+    begun, _ = training(workshop, one_rank, "again", *given, f"lora.init_from={folder}", plain=True)
+    for (unit, expert), chunk in begun.parts.moe.engine.shards.named_parameters().items():
+        torch.testing.assert_close(chunk.detach(), held[f"{unit}.{expert}"], rtol=1e-6, atol=0)
+    smaller = [one if not one.startswith("lora.r=") else "lora.r=[4,1,1]" for one in given]
+    with pytest.raises(UserError, match=r"lora\.r: expert 2 has rank 1, but the adapter's pair of linear has more"):
+        training(workshop, one_rank, "smaller", *smaller, f"lora.init_from={folder}", plain=True)
 
 
 def test_the_recipe_is_read(workshop: Path) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from hecate.adapters import load_adapter
+from hecate.adapters.linear_format import load_linear_adapter
 from hecate.adapters.peft_by_source import with_lora_adapters
 from hecate.config import Config, load_config
 from hecate.errors import UserError
@@ -36,26 +37,37 @@ SEQUENCES = 8
 """of a step, whatever the number of ranks"""
 
 
+OVERRIDES: dict[str, tuple[str, dict[str, str]]] = {
+    "llava_mole": ("llava_mole", {}),
+    "many_adapters": ("many_adapters", {"moe.num_experts": "2"}),
+    "many_linears": (
+        "many_adapters",
+        {"moe.num_experts": "2", "moe.unit": "linear", "lora.target_modules": "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"},
+    ),
+    "smora": ("smora", {"lora.r": "1", "moe.num_experts": "16", "moe.top_k": "4", "moe.router.bias_rate": "0.01"}),
+}
+"""recipes by the names that runs have here, and what is changed for a tiny model"""
+
+
 def config_of(workshop: str, recipe: str, name: str, *overrides: str) -> Config:
-    tasks = ("up", "echo")
-    given = [
-        f"model={{name_or_path: {workshop}/model, dtype: float64}}",
-        "data.train=[" + ",".join(f"{{path: {workshop}/{task}.train.jsonl, name: {task}}}" for task in tasks) + "]",
-        "data.eval=[" + ",".join(f"{{path: {workshop}/{task}.eval.jsonl, name: {task}}}" for task in reversed(tasks)) + "]",
-        f"output_dir={workshop}/runs/{name}",
-        "data.seq_len=64",
-        "learning_rate=1e-2",
-        "warmup_ratio=0",
-        "micro_batch_size=1",
-        "gradient_accumulation_steps=2",
-        "lora.r=4",
-        "lora.alpha=8",
-        "eval={generate: true, max_new_tokens: 4, batch_size: 4}",
-        "fssdp.policy=hecate",
-        *(["moe.num_experts=2"] if recipe == "many_adapters" else []),
-        *overrides,
-    ]
-    return load_config(RECIPES / f"{recipe}.yaml", given, claim_output=False)
+    tasks, (file, changed) = ("up", "echo"), OVERRIDES[recipe]
+    given = {
+        "model": f"{{name_or_path: {workshop}/model, dtype: float64}}",
+        "data.train": "[" + ",".join(f"{{path: {workshop}/{task}.train.jsonl, name: {task}}}" for task in tasks) + "]",
+        "data.eval": "[" + ",".join(f"{{path: {workshop}/{task}.eval.jsonl, name: {task}}}" for task in reversed(tasks)) + "]",
+        "output_dir": f"{workshop}/runs/{name}",
+        "data.seq_len": "64",
+        "learning_rate": "1e-2",
+        "warmup_ratio": "0",
+        "micro_batch_size": "1",
+        "gradient_accumulation_steps": "2",
+        "lora.r": "4",
+        "lora.alpha": "8",
+        "eval": "{generate: true, max_new_tokens: 4, batch_size: 4}",
+        "fssdp.policy": "hecate",
+        **changed,
+    }
+    return load_config(RECIPES / f"{file}.yaml", [*(f"{key}={value}" for key, value in given.items()), *overrides], claim_output=False)
 
 
 def training(rank: int, world: int, workshop: str, recipe: str, name: str, *overrides: str) -> Training:
@@ -102,6 +114,12 @@ def many(workshop: str) -> Evaluation:
     return run_ranks(2, whole, workshop, "many_adapters", 2)[0][0]
 
 
+@pytest.fixture(scope="module")
+def many_linears(workshop: str) -> Evaluation:
+    """The same over all linears."""
+    return run_ranks(2, whole, workshop, "many_linears", 2)[0][0]
+
+
 def logits_of_ours(folders: list[Path]) -> torch.Tensor:
     with join_ranks() as ranks:
         base, moe = with_lora_adapters(folders, ranks, BaseChoice(dtype="float64"))
@@ -110,11 +128,14 @@ def logits_of_ours(folders: list[Path]) -> torch.Tensor:
             return base.head.logits(base.head.hidden(ids, None, torch.arange(30)[None]))
 
 
-def test_each_source_leaves_an_ordinary_adapter_that_peft_reads(workshop: str, many: Evaluation) -> None:
+@pytest.mark.parametrize("run", ["many_adapters", "many_linears"])
+def test_each_source_leaves_an_ordinary_adapter_that_peft_reads(
+    workshop: str, many: Evaluation, many_linears: Evaluation, run: str
+) -> None:
     import peft
     from transformers import AutoModelForCausalLM
 
-    folder = Path(workshop) / "runs" / "many_adapters-2" / "adapters"
+    folder = Path(workshop) / "runs" / f"{run}-2" / "adapters"
     assert sorted(path.name for path in folder.iterdir()) == ["echo", "up"]
     logits = {}
     for source in ("up", "echo"):
@@ -125,6 +146,8 @@ def test_each_source_leaves_an_ordinary_adapter_that_peft_reads(workshop: str, m
         assert float((logits[source] - plain).abs().max()) > 1e-4, "the adapter does nothing"
         torch.testing.assert_close(logits_of_ours([folder / source]), logits[source], rtol=1e-6, atol=1e-6)
     assert float((logits["up"] - logits["echo"]).abs().max()) > 1e-4
+    held = load_file(folder / "up" / "adapter_model.safetensors")
+    assert any("self_attn.q_proj" in name for name in held) == (run == "many_linears")
 
 
 def test_a_source_is_evaluated_with_its_own_adapter(workshop: str, many: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +201,26 @@ def test_an_adapter_of_a_learned_bias_comes_back(workshop: str) -> None:
         bias = trained[f"replicated/layers.{layer}.router.bias"]
         assert bias.any(), "the bias has not moved"
         torch.testing.assert_close(held[f"mixlora.layers.{layer}.mlp.moe_gate.bias"], bias.float())
+    assert isinstance(answer(folder, "w1x1", system=None, model=None, max_new_tokens=4), str)
+
+
+def test_smora_leaves_its_bias_and_says_how_it_is_used(workshop: str) -> None:
+    """A run of single ranks as experts: routed by as many as configured, evened out by a bias that every rank moves alike, read back."""
+    found = run_ranks(2, whole, workshop, "smora", 2)
+    (evaluation, losses, _), *_ = found
+    assert losses
+    assert all(sum(counts) % 4 == 0 and len(counts) == 16 for counts in evaluation.loads["up"].values())
+    folder = Path(workshop) / "runs" / "smora-2" / "adapter"
+    held, description = load_linear_adapter(folder)
+    assert description.router == config_of(workshop, "smora", "smora-2").moe.router
+    assert (description.r, description.alpha, description.top_k) == (1, 8, 4)
+    biases = {name: tensor for name, tensor in held.items() if name.endswith("router.router.bias")}
+    assert len(biases) == 2 * 7
+    for name, tensor in biases.items():
+        moves = tensor / 0.01
+        torch.testing.assert_close(moves, moves.round(), rtol=0, atol=1e-4)
+        assert float(moves.abs().max()) <= 2, name
+    assert any(tensor.any() for tensor in biases.values()), "no bias has moved"
     assert isinstance(answer(folder, "w1x1", system=None, model=None, max_new_tokens=4), str)
 
 
@@ -246,7 +289,7 @@ def test_ranks_may_be_lost_and_come_new(workshop: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["many_adapters", "llava_mole"])
+@pytest.mark.parametrize("recipe", OVERRIDES)
 def test_a_run_is_the_same_on_any_ranks_and_resumed_on_others(workshop: str, recipe: str) -> None:
     steps = 4
     wanted: dict[str, torch.Tensor] = {}
