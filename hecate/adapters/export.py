@@ -109,7 +109,7 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
 
 def _vectors(router: Router) -> dict[str, Tensor]:
     """What a router has beside its weight, one number per expert each, by name."""
-    return dict(router.named_buffers()) | ({} if router.trained_bias is None else {"bias": router.trained_bias})
+    return dict(router.named_buffers()) | {name: part for name, part in router.trained.items() if name != "weight"}
 
 
 def gather_on_first(moe: MoeModel, unit: Unit, ranks: Ranks) -> Tensor | None:

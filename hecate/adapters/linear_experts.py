@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from hecate.adapters.export import gather_on_first
-from hecate.adapters.linear_format import LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter
+from hecate.adapters.linear_format import (
+    LinearAdapterConfig,
+    UserGate,
+    load_linear_adapter,
+    pair_names,
+    router_name,
+    save_linear_adapter,
+    user_width,
+)
 from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -42,6 +50,7 @@ def linear_adapter_config(config: Config, base: BaseModel) -> LinearAdapterConfi
         top_k=config.moe.experts_per_token,
         dropout=config.lora.dropout,
         router_aux_loss_coef=config.moe.router_aux_loss_coef,
+        gate=UserGate(config.moe.router.temperature, config.moe.router.mix) if config.moe.router.by_user else None,
     )
 
 
@@ -110,6 +119,8 @@ def begin_with_linear_adapter(config: Config, base: BaseModel, moe: MoeModel) ->
         ("lora.alpha, scaled", theirs.scale, ours.scale),
         ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
         ("moe.num_experts", list(theirs.experts_per_layer), list(ours.experts_per_layer)),
+        ("moe.router", theirs.router, ours.router),
+        ("data.features, whose width is", user_width(tensors), moe.user_width),
     ):
         if of_file != configured:
             raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}; they must be equal")
@@ -133,6 +144,8 @@ def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
         kind=kind,
         experts_per_layer=description.experts_per_layer,
         top_k=description.top_k,
+        router=description.router,
+        user_width=user_width(tensors),
         lora=LoraShape(description.r, description.scale, 0.0),
         target_modules=description.target_modules,
         seed=0,
@@ -146,9 +159,10 @@ def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
 
 def _replicated(moe: MoeModel) -> dict[str, Tensor]:
     """What every rank has of the adapter, by the tensors' names: routers with what they keep beside their weights, and plain pairs."""
-    named: dict[str, Tensor] = {router_name(_path(moe.model, unit)): router for unit, router in moe.routers.items()}
-    for unit, router_module in moe.router_modules.items():
-        named |= {router_name(_path(moe.model, unit), name): buffer for name, buffer in router_module.named_buffers()}
+    named: dict[str, Tensor] = {}
+    for unit, router in moe.router_modules.items():
+        kept = {**router.trained, **dict(router.named_buffers())}
+        named |= {router_name(_path(moe.model, unit), name): tensor for name, tensor in kept.items()}
     for (layer, module), lora in moe.attention.items():
         name_a, name_b = pair_names(_path(moe.model, Unit(layer, module)), None)
         named |= {name_a: lora.lora_A, name_b: lora.lora_B}

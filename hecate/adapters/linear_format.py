@@ -8,20 +8,31 @@ experts a layer has and which router chooses; here the description does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from hecate.adapters.folder import read_adapter, read_adapter_config, write_adapter_folder
+from hecate.config import RouterConfig
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import lora_scale
 
 PEFT_TYPE = "MOLA"
 ROUTER = "softmax"
 """the top_k largest of a softmax over all experts, renormalised"""
+USER = "user"
+"""all experts, mixed by the vector of the sample's user: the gate's tensors are router.router.norm.weight and so on"""
 _FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class UserGate:
+    """How experts are mixed by users."""
+
+    temperature: float
+    mix: Literal["factors", "products"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,13 @@ class LinearAdapterConfig:
     dropout: float
     """that training used"""
     router_aux_loss_coef: float
+    gate: UserGate | None = None
+    """None: tokens choose their experts"""
+
+    @property
+    def router(self) -> RouterConfig:
+        """How new routers for the adapter's choose."""
+        return RouterConfig() if self.gate is None else RouterConfig(input="user", temperature=self.gate.temperature, mix=self.gate.mix)
 
     @property
     def scale(self) -> float:
@@ -54,8 +72,27 @@ def pair_names(path: str, expert: int | None) -> tuple[str, str]:
 
 
 def router_name(path: str, part: str = "weight") -> str:
-    """Return the name of a linear's router's weight, [experts, inputs], or of a buffer of the router, [experts]."""
+    """Return the name of a linear's router's weight, [experts, inputs], or of another parameter or buffer of the router."""
     return f"base_model.model.{path}.router.router.{part}"
+
+
+def gated_paths(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the dotted names of an adapter's linears whose experts are mixed by users."""
+    return _paths(tensors, ".router.router.norm.weight")
+
+
+def plain_paths(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the dotted names of an adapter's linears that have one plain pair."""
+    return _paths(tensors, ".lora_A.weight")
+
+
+def user_width(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return how many numbers the vectors of users have that an adapter's gates take; None: it has no gates."""
+    return next((len(tensors[router_name(path, "norm.weight")]) for path in gated_paths(tensors)), None)
+
+
+def _paths(tensors: Mapping[str, Tensor], end: str) -> list[str]:
+    return [name.removeprefix("base_model.model.").removesuffix(end) for name in tensors if name.endswith(end)]
 
 
 def save_linear_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LinearAdapterConfig) -> None:
@@ -80,7 +117,12 @@ def save_linear_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Lin
         "target_modules": list(config.target_modules),
         "number_experts": list(config.experts_per_layer),
         "top_k": config.top_k,
-        "hecate": {"format_version": _FORMAT_VERSION, "router": ROUTER, "router_aux_loss_coef": config.router_aux_loss_coef},
+        "hecate": {
+            "format_version": _FORMAT_VERSION,
+            "router": ROUTER if config.gate is None else USER,
+            "router_aux_loss_coef": config.router_aux_loss_coef,
+            **({} if config.gate is None else {"gate": asdict(config.gate)}),
+        },
     }
     write_adapter_folder(folder, tensors, value)
 
@@ -124,8 +166,8 @@ def _config_from_json(value: Any) -> LinearAdapterConfig:
             raise UserError(f"{name} must be a list of {'names' if item is str else 'whole numbers, one a layer'}")
     if not isinstance(ours.get("router"), str) or not isinstance(ours.get("router_aux_loss_coef"), int | float):
         raise UserError("hecate.router and hecate.router_aux_loss_coef must be given")
-    if ours["router"] != ROUTER:
-        raise UserError(f"hecate.router is {ours['router'][:100]!r}; this version has {ROUTER}")
+    if ours["router"] not in (ROUTER, USER):
+        raise UserError(f"hecate.router is {ours['router'][:100]!r}; this version has {ROUTER} and {USER}")
     return LinearAdapterConfig(
         base_model_name_or_path=value["base_model_name_or_path"],
         r=value["r"],
@@ -136,4 +178,14 @@ def _config_from_json(value: Any) -> LinearAdapterConfig:
         top_k=value["top_k"],
         dropout=float(value["lora_dropout"]),
         router_aux_loss_coef=float(ours["router_aux_loss_coef"]),
+        gate=_gate(ours.get("gate")) if ours["router"] == USER else None,
     )
+
+
+def _gate(value: Any) -> UserGate:
+    if not isinstance(value, dict) or value.get("mix") not in ("factors", "products"):
+        raise UserError("hecate.gate must say mix, factors or products, where hecate.router is user")
+    temperature = value.get("temperature")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+        raise UserError(f"hecate.gate.temperature must be a number > 0, not {str(temperature)[:100]}")
+    return UserGate(float(temperature), value["mix"])
