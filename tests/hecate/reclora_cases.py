@@ -1,4 +1,4 @@
-"""A tiny model whose linears' experts are mixed by users, sharded, and the plain reference with the same values (tests/plain_reclora.py)."""
+"""A tiny model whose linears' experts are mixed by users, sharded, and the plain reference with the same values."""
 
 from __future__ import annotations
 
