@@ -7,7 +7,7 @@ The package may be in another environment, whose Python is given by --python. A 
 but those of the last fifth of the time, and the language model gets few of them as texts ("few to many"): 3,000 to train, 1,000 for
 validation and 5,000 to test, from the first 80 %, the next 10 % and the last 10 % of the time. A rating of 4 or more is a Yes.
 
-Written are train.jsonl, validation.jsonl and test.jsonl, whose key `user` names a user at the moment of the rating, such as 17@1260759205-31;
+Written are train.jsonl, validation.jsonl and test.jsonl, whose key `user` names a user at the moment of a rating, such as 17@1260759205-31;
 users.npz, with the vector that the recommender has of the user then, from what came before; and recommender.json, with its AUC.
 """
 
@@ -53,7 +53,8 @@ class Ratings:
     liked_NH: np.ndarray
     """1: disliked, 2: liked, 0: no film"""
     titles: list[str]
-    """of each film, with its genres"""
+    """of each film, with its year"""
+    genres: list[str]
 
     def part(self, name: str) -> np.ndarray:
         """The ratings of one part of the time."""
@@ -65,14 +66,15 @@ def read_ratings(file: Path) -> Ratings:
     with file.open(encoding="utf-8", newline="") as stream:
         rows = sorted(csv.DictReader(stream), key=lambda row: (int(row["timestamp"]), int(row["userId"]), int(row["movieId"])))
     number: dict[str, int] = {}
-    titles = ["none"]
+    titles, genres = ["none"], [""]
     histories: dict[str, list[tuple[int, int]]] = {}
     history_NH, liked_NH = np.zeros((2, len(rows), HISTORY), dtype=np.int64)
     for n, row in enumerate(rows):
         if row["movieId"] not in number:
             number[row["movieId"]] = len(titles)
             year = f" ({float(row['year']):.0f})" if row["year"] else ""
-            titles.append(f"{row['title']}{year}, {row['genres'].replace('|', ' ')}")
+            titles.append(row["title"] + year)
+            genres.append(row["genres"].replace("|", ", "))
         before = histories.setdefault(row["userId"], [])
         if before:
             last = np.array(before[-HISTORY:])
@@ -81,7 +83,7 @@ def read_ratings(file: Path) -> Ratings:
     columns = {name: np.array([int(row[name]) for row in rows]) for name in ("userId", "timestamp")}
     film_N = np.array([number[row["movieId"]] for row in rows])
     liked_N = np.array([float(row["rating"]) >= POSITIVE for row in rows])
-    return Ratings(columns["userId"], film_N, liked_N, columns["timestamp"], history_NH, liked_NH, titles)
+    return Ratings(columns["userId"], film_N, liked_N, columns["timestamp"], history_NH, liked_NH, titles, genres)
 
 
 class Din(nn.Module):
@@ -174,7 +176,9 @@ def text_of(ratings: Ratings, film: Tensor, n: int) -> dict[str, object]:
     like = (unit[torch.from_numpy(history[there])] @ unit[ratings.film_N[n]]).numpy()
     near = np.sort(there[np.argsort(-like, kind="stable")[:SHOWN]])
     named = {verdict: "; ".join(ratings.titles[history[h]] for h in near if liked[h] == verdict) or "nothing yet" for verdict in (1, 2)}
-    question = f"Liked: {named[2]}. Disliked: {named[1]}. Will this user like {ratings.titles[ratings.film_N[n]]}?"
+    film_asked = ratings.film_N[n]
+    asked = f"{ratings.titles[film_asked]} ({ratings.genres[film_asked]})"
+    question = f"Liked: {named[2]}. Disliked: {named[1]}. Will this user like {asked}?"
     turns = [
         {"role": "system", "content": "Answer Yes or No."},
         {"role": "user", "content": question},

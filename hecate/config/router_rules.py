@@ -5,7 +5,7 @@ from typing import Any
 
 from hecate.config.problems import Add, shorten
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES
-from hecate.config.user_rules import check_features, check_user
+from hecate.config.user_rules import OWN_KEYS, check_features, check_user
 from hecate.parallel.expert_kinds import KINDS, PROJECTIONS, ExpertKind
 
 _PREFIX = "moe.router."
@@ -26,9 +26,9 @@ def check_router(values: Mapping[str, Any], add: Add) -> None:
     if by_user:
         check_user(values, changed, add)
         return
-    for name in ("temperature", "mix"):
-        if _PREFIX + name in changed:
-            add(_PREFIX + name, "applies to moe.router.input=user only", "leave it out")
+    for key in [key for key in OWN_KEYS if key in changed and key != _PREFIX + "input"]:
+        del changed[key]
+        add(key, "applies to moe.router.input=user only", "leave it out")
     if values.get("moe.unit") == "linear":
         for key in changed:
             add(key, "does not apply to moe.unit=linear yet, whose adapters say of no other router than the default", "leave it out")

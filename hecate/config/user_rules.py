@@ -10,7 +10,8 @@ from hecate.config.schema import DEFAULT_EXPERTS
 from hecate.parallel.expert_kinds import UNDIVIDED_MIXES
 
 _USER = "moe.router.input=user"
-_OWN = ("moe.router.input", "moe.router.temperature", "moe.router.mix")
+OWN_KEYS = ("moe.router.input", "moe.router.temperature", "moe.router.mix")
+"""the keys of moe.router that are about users"""
 
 
 def check_features(values: Mapping[str, Any], add: Add, *, by_user: bool) -> None:
@@ -39,7 +40,7 @@ def check_user(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add) 
         changed: the keys of moe.router that have other values than their defaults.
     """
     for key in changed:
-        if key not in _OWN:
+        if key not in OWN_KEYS:
             add(key, f"has no effect with {_USER}, whose gates give every token to all experts of a linear", "leave it out")
     if values.get("moe.unit") == "ffn":
         add("moe.router.input", "user needs moe.unit=linear, whose experts are pairs that can be mixed", "set moe.unit=linear")

@@ -242,3 +242,11 @@ def random_unit_owners(training: ShardedTraining, seed: int) -> dict[Unit, np.nd
     return {
         unit: rng.integers(0, rng.integers(1, shards.world_size + 1), size=family.num_experts) for unit, family in shards.families.items()
     }
+
+
+def near(name: str, got: torch.Tensor | None, wanted: torch.Tensor | None, tolerance: float) -> None:
+    """Raises AssertionError: they differ by more than the tolerance, relative to the largest number, or only one is there."""
+    assert (got is None) == (wanted is None), f"{name}: gradient {'missing' if got is None else 'not expected'}"
+    if got is not None and wanted is not None and got.numel():
+        error = float((got.flatten() - wanted.flatten()).abs().max() / wanted.abs().max().clamp(min=1.0))
+        assert error <= tolerance, f"{name}: off by {error:.2e}"

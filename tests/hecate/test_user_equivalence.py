@@ -10,8 +10,8 @@ from hecate.elastic.move_experts import move_experts
 from hecate.parallel.planners import POLICIES
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import assert_groups_equal, calibrating_at_whim
+from tests.hecate.linear_cases import near
 from tests.hecate.reclora_cases import PlainUsers, UserCase, empty_rows, optimizer_of, sharded_by_users, step_by_users
-from tests.hecate.test_linear_equivalence import _near
 from tests.hecate.watching import gradients_of
 
 TOLERANCE = 1e-10
@@ -27,11 +27,11 @@ def check_case(rank: int, world: int, case: UserCase) -> None:
         for name, got, wanted in (("loss", result.loss, loss), ("norm", result.grad_norm, norm)):
             assert abs(got - wanted) <= TOLERANCE * max(1, abs(wanted)), f"step {step}: {name} {got} against {wanted}"
         for name in {*optimizer.owned, *moe.replicated_parameters()}:
-            _near(f"step {step}, {name}", seen[name], plain.flat(name, grad=True), TOLERANCE)
+            near(f"step {step}, {name}", seen[name], plain.flat(name, grad=True), TOLERANCE)
         plain.optimizer.step()
         plain.optimizer.zero_grad()
         for name, parameter in {**optimizer.owned, **moe.replicated_parameters()}.items():
-            _near(f"step {step}, {name} after", parameter.detach(), plain.flat(name, grad=False), TOLERANCE)
+            near(f"step {step}, {name} after", parameter.detach(), plain.flat(name, grad=False), TOLERANCE)
         assert_groups_equal(moe, optimizer)
         if case.mix == "factors":
             assert all(placement.where_ED.all() for placement in shards.placements.values()), "factors need all experts everywhere"

@@ -30,7 +30,7 @@ from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
 from tests.hecate.train.command_line import records, run
-from tests.hecate.train.test_resume_elsewhere import train_until
+from tests.hecate.train.in_process import train_until
 
 RECIPE = Path(__file__).parents[3] / "configs" / "recipes" / "reclora.yaml"
 WIDTH = 5
