@@ -29,6 +29,7 @@ class ExpertKernels:
     full_ffn: Callable[..., Tensor]
     moe_lora_ffn: Callable[..., Tensor]
     routed_pairs: Callable[..., Tensor]
+    mixed_factors: Callable[..., Tensor]
     lora_linear: Callable[..., Tensor]
 
 
@@ -75,25 +76,34 @@ def triton_problem(device: str, dtype: torch.dtype | None = None, rank: int = 0)
 def _triton() -> ExpertKernels:
     from hecate.kernels.common.lora_linear import lora_linear_triton
     from hecate.kernels.experts.full_operators import full_ffn_triton
+    from hecate.kernels.experts.mixed_factors import mixed_factors  # GEMMs over all tokens, at which torch is as good
     from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
     from hecate.kernels.experts.routed_pairs_triton import routed_pairs_triton
     from hecate.kernels.mixlora.operators import mixlora_ffn_triton
 
-    return ExpertKernels(mixlora_ffn_triton, full_ffn_triton, moe_lora_ffn_triton, routed_pairs_triton, lora_linear_triton)
+    return ExpertKernels(mixlora_ffn_triton, full_ffn_triton, moe_lora_ffn_triton, routed_pairs_triton, mixed_factors, lora_linear_triton)
 
 
 @functools.cache
 def _torch() -> ExpertKernels:
+    from hecate.kernels.experts.mixed_factors import mixed_factors
     from hecate.kernels.experts.routed_pairs import routed_pairs
     from hecate.kernels.experts.torch_path import full_ffn, moe_lora_ffn
     from hecate.kernels.mixlora.torch_path import mixlora_ffn
 
-    return ExpertKernels(mixlora_ffn, full_ffn, moe_lora_ffn, routed_pairs, lora_linear)
+    return ExpertKernels(mixlora_ffn, full_ffn, moe_lora_ffn, routed_pairs, mixed_factors, lora_linear)
 
 
 @functools.cache
 def _reference() -> ExpertKernels:
-    from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference, routed_pairs_reference
+    from hecate.kernels.experts.reference import (
+        full_ffn_reference,
+        mixed_factors_reference,
+        moe_lora_ffn_reference,
+        routed_pairs_reference,
+    )
     from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 
-    return ExpertKernels(mixlora_ffn_reference, full_ffn_reference, moe_lora_ffn_reference, routed_pairs_reference, lora_linear)
+    return ExpertKernels(
+        mixlora_ffn_reference, full_ffn_reference, moe_lora_ffn_reference, routed_pairs_reference, mixed_factors_reference, lora_linear
+    )

@@ -55,13 +55,16 @@ def ffn_place(hidden: int) -> UnitPlace:
     return UnitPlace(hidden, hidden)
 
 
-def expert_layer_cost(expert: ExpertParameters, *, place: UnitPlace, top_k: int, number: NumberBytes, non_moe_flops: float) -> LayerCost:
+def expert_layer_cost(
+    expert: ExpertParameters, *, place: UnitPlace, top_k: int, number: NumberBytes, non_moe_flops: float, undivided: bool = False
+) -> LayerCost:
     """Return the cost of a layer, as planners need it.
 
     The backward pass of a trained FFN takes twice as long as its forward pass (gradients of its inputs and of its weights), that of a
     frozen FFN as long, and that of pairs `ExpertParameters.pair_backward` times as long.
 
     Args:
+        undivided: see `LayerCost.undivided`.
         non_moe_flops: the forward FLOPs, on one rank, of the computation that can overlap with the transfers of a decoder layer's units.
     """
     flops = 2.0 * (expert.trained_ffn + expert.frozen_ffn) + expert.pair_flops
@@ -80,4 +83,5 @@ def expert_layer_cost(expert: ExpertParameters, *, place: UnitPlace, top_k: int,
         non_moe_flops=non_moe_flops / place.together,
         hidden_from=2 if place.at_beginning else 1,
         message_share=1.0 / place.together,
+        undivided=undivided,
     )

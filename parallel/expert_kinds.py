@@ -62,6 +62,17 @@ UnitSizes = FfnSizes | LinearSizes
 
 
 DEFAULT_BASES = 256
+UNDIVIDED_MIXES = frozenset({"factors"})
+"""the ways to mix a token's pairs for which its rank must have all of the unit's; by the others each rank may add what it has"""
+
+
+GATE_WIDTH = 60
+"""numbers inside the gate of a router that decides by users, as in RecLoRA's code"""
+
+
+def gate_parameters(user_width: int, experts: int) -> int:
+    """Parameters of such a gate: a layer norm over the user's vector, and two linears with biases."""
+    return 2 * user_width + GATE_WIDTH * (user_width + 1) + experts * (GATE_WIDTH + 1)
 
 
 def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:

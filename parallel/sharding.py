@@ -17,6 +17,7 @@ from hecate.errors import UserError
 from hecate.parallel.cost_model import LayerCost, overlap_degree, port_seconds
 from hecate.parallel.flows import node_index, node_membership
 from hecate.parallel.gather_bytes import PortBytes
+from hecate.parallel.planners.full import plan_with
 from hecate.parallel.planners.plan import PlanInput, Planner
 from hecate.parallel.topology import Topology
 
@@ -164,7 +165,7 @@ def reshard_pays(planner: Planner, given: Sequence[PlanInput], owners: Sequence[
     saved = moving = 0.0
     for now, owner_LE in zip(given, owners, strict=True):
         then = replace(now, owner_LE=owner_LE)
-        saved += float((planner(now).seconds(now).total - planner(then).seconds(then).total).sum())
+        saved += float((plan_with(planner, now).seconds(now).total - plan_with(planner, then).seconds(then).total).sum())
         moving += reshard_seconds(now.owner_LE, owner_LE, now.topology, now.cost)
     gain = ReshardGain(saved, moving, steps)
     return gain if gain.net > 0 else None

@@ -22,7 +22,7 @@ from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.flows import node_membership
 from hecate.parallel.gather_bytes import PortBytes, gather_ports
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import Plan, PlanInput, Planner
+from hecate.parallel.planners import Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.plan import check_loads
 from hecate.parallel.sharding import better_owners, owned_bytes, reshard_seconds
 from hecate.parallel.topology import Topology
@@ -212,7 +212,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
                 found = better_owners(planner, [given], reshard_interval)
                 given = given if found is None else replace(given, owner_LE=found[0][0])
             started = time.perf_counter()
-            plan = planner(given)
+            plan = plan_with(planner, given)
             planner_seconds.append(time.perf_counter() - started)
         steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, placed_LED, setting))
         owner_LE, placed_LED = plan.owner_LE, plan.where_LED

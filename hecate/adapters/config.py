@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 from hecate.adapters.names import OLD_MODULES, TARGET_MODULES
 from hecate.config import RouterConfig
+from hecate.config.schema import LEAVES
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import lora_scale
 
@@ -113,9 +114,11 @@ def router_choices(value: Any) -> RouterConfig:
     if value == "softmax":  # as earlier versions, and other programs, mean it
         return RouterConfig()
     hints = get_type_hints(RouterConfig)
+    ranges = {key: leaf.range for key, leaf in LEAVES.items() if leaf.range is not None}
     for key, given in value.items() if isinstance(value, dict) else [("router", value)]:
         allowed = get_args(hints.get(key, str)) or None
-        if key not in hints or (allowed is not None and given not in allowed) or (allowed is None and type(given) is not hints[key]):
+        unknown = key not in hints or (allowed is not None and given not in allowed) or (allowed is None and type(given) is not hints[key])
+        if unknown or given not in ranges.get(f"moe.router.{key}", [given]):
             raise UserError(f"made with the router {str(value)[:200]}; this version has no {key[:100]} {str(given)[:100]}")
     return RouterConfig(**value)
 

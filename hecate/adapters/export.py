@@ -108,7 +108,7 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
 
 def router_vectors(router: Router) -> dict[str, Tensor]:
     """What a router has beside its weight, one number per expert each, by name."""
-    return dict(router.named_buffers()) | ({} if router.trained_bias is None else {"bias": router.trained_bias})
+    return dict(router.named_buffers()) | {name: part for name, part in router.trained.items() if name != "weight"}
 
 
 def pairs_on_first(moe: MoeModel, units: Iterable[Unit], ranks: Ranks) -> Iterator[tuple[Unit, dict[str, LowRankPairs]]]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hecate.adapters.export import pairs_on_first, router_vectors, with_drawn_digest
-from hecate.adapters.linear_format import LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter
+from hecate.adapters.export import pairs_on_first, with_drawn_digest
+from hecate.adapters.linear_format import LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter, user_width
 from hecate.config import Config, RouterConfig
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -115,6 +115,7 @@ def begin_with_linear_adapter(config: Config, base: BaseModel, moe: MoeModel) ->
         ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
         ("moe.num_experts", list(theirs.experts_per_layer), list(ours.experts_per_layer)),
         ("moe.router", *_different(theirs.router, ours.router)),
+        ("data.features, whose width is", user_width(tensors), moe.user_width),
     ):
         if of_file != configured:
             raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}; they must be equal")
@@ -144,8 +145,9 @@ def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
     plan = InsertionPlan(
         kind=kind,
         experts_per_layer=description.experts_per_layer,
-        top_k=max(description.experts_per_layer) if description.router.dense else description.top_k,
+        top_k=max(description.experts_per_layer) if description.router.takes_all else description.top_k,
         router=description.router,
+        user_width=user_width(tensors),
         lora=LoraShape(description.r, description.scale, 0.0),
         target_modules=description.target_modules,
         seed=0,
@@ -167,10 +169,11 @@ def _replicated(moe: MoeModel) -> dict[str, Tensor]:
 
 
 def _router_tensors(moe: MoeModel) -> dict[str, Tensor]:
-    """The routers' weights, and what they keep beside them."""
-    named: dict[str, Tensor] = {router_name(path_of(moe.model, unit)): router for unit, router in moe.routers.items()}
-    for unit, router_module in moe.router_modules.items():
-        named |= {router_name(path_of(moe.model, unit), name): vector for name, vector in router_vectors(router_module).items()}
+    """The routers' parameters, and what they keep beside them."""
+    named: dict[str, Tensor] = {}
+    for unit, router in moe.router_modules.items():
+        kept = {**router.trained, **dict(router.named_buffers())}
+        named |= {router_name(path_of(moe.model, unit), name): tensor for name, tensor in kept.items()}
     return named
 
 

@@ -58,8 +58,27 @@ def pair_names(path: str, expert: int | None) -> tuple[str, str]:
 
 
 def router_name(path: str, part: str = "weight") -> str:
-    """Return the name of a linear's router's weight, [experts, inputs], or of what it has beside that, one number per expert: [experts]."""
+    """Return the name of a linear's router's weight, [experts, inputs], or of another parameter or buffer of the router."""
     return f"base_model.model.{path}.router.router.{part}"
+
+
+def gated_paths(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the dotted names of an adapter's linears whose experts are mixed by users."""
+    return _paths(tensors, ".router.router.norm.weight")
+
+
+def plain_paths(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the dotted names of an adapter's linears that have one plain pair."""
+    return _paths(tensors, ".lora_A.weight")
+
+
+def user_width(tensors: Mapping[str, Tensor]) -> int | None:
+    """Return how many numbers the vectors of users have that an adapter's gates take; None: it has no gates."""
+    return next((len(tensors[router_name(path, "norm.weight")]) for path in gated_paths(tensors)), None)
+
+
+def _paths(tensors: Mapping[str, Tensor], end: str) -> list[str]:
+    return [name.removeprefix("base_model.model.").removesuffix(end) for name in tensors if name.endswith(end)]
 
 
 def save_linear_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LinearAdapterConfig) -> None:

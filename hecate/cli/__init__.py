@@ -24,7 +24,12 @@ app = typer.Typer(
 _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Train": {"train": jobs.train, "launch": jobs.launch, "ray": jobs.ray, "submit": jobs.submit, "status": jobs.status},
     "Predict": {"plan": forecasts.plan, "simulate": forecasts.simulate, "profile": forecasts.profile},
-    "Data and trained models": {"eval": models.evaluate, "generate": models.generate, "make-tasks": models.make_tasks},
+    "Data and trained models": {
+        "eval": models.evaluate,
+        "generate": models.generate,
+        "export": models.export,
+        "make-tasks": models.make_tasks,
+    },
 }
 for _panel, _functions in _VERBS.items():
     for _name, _function in _functions.items():

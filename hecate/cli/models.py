@@ -30,11 +30,26 @@ def generate(
     system: Annotated[str | None, typer.Option(help="system message")] = None,
     model: Annotated[str | None, typer.Option(help="base model; default: the one that the adapter names")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 64,
+    user: Annotated[str | None, typer.Option(help="who asks, for an adapter whose experts are mixed by users")] = None,
+    features: Annotated[Path | None, typer.Option(help="the .npz file with that user's features")] = None,
 ) -> None:
     """Answer one prompt, without sampling, with a trained adapter and its base model, or with a trained model."""
     from hecate.train.inference import answer
 
-    print(answer(adapter, prompt, system=system, model=model, max_new_tokens=max_new_tokens))
+    print(answer(adapter, prompt, system=system, model=model, max_new_tokens=max_new_tokens, user=user, features=features))
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="adapter folder, such as runs/reclora/adapter")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="new folder to write")],
+    user: Annotated[str | None, typer.Option(help="the user whose LoRA is written")] = None,
+    features: Annotated[Path | None, typer.Option(help="the .npz file with that user's features")] = None,
+) -> None:
+    """Write what an adapter whose experts are mixed by users is for one of them: an ordinary LoRA in PEFT's format."""
+    from hecate.train.inference import bake
+
+    bake(adapter, out, user, features)
+    print(f"wrote {out}")
 
 
 def make_tasks(

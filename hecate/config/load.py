@@ -76,7 +76,7 @@ def _with_defaults(config: Config) -> MoeConfig:
     return replace(
         moe,
         num_experts=num_experts,
-        top_k=(most if moe.router.dense else top_k) if moe.top_k is None else moe.top_k,
+        top_k=(most if moe.router.takes_all else top_k) if moe.top_k is None else moe.top_k,
     )
 
 

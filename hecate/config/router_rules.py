@@ -5,6 +5,7 @@ from typing import Any
 
 from hecate.config.problems import Add, shorten
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES
+from hecate.config.user_rules import OWN_KEYS, check_features, check_user, most_experts
 from hecate.parallel.expert_kinds import KINDS, PROJECTIONS, ExpertKind, kind_of
 
 _PREFIX = "moe.router."
@@ -15,14 +16,25 @@ def check_router(values: Mapping[str, Any], add: Add) -> None:
     changed = {
         key: values[key] for key, leaf in LEAVES.items() if key.startswith(_PREFIX) and key in values and values[key] != leaf.default
     }
-    kind = KINDS.get(values.get("moe.family", ""))
+    kind, by_user = KINDS.get(values.get("moe.family", "")), values.get(_PREFIX + "input") == "user"
+    check_features(values, add, by_user=by_user)
     if kind is not None and not _takes_choices(kind):
         families = " or ".join(kind.name for kind in KINDS.values() if _takes_choices(kind) and not kind.over_linears)
         for key in changed:
             add(key, f"applies to moe.family={families} only, but the family is {kind.name}", "leave it out")
         return
+    if by_user:
+        check_user(values, changed, add)
+        return
+    for key in [key for key in OWN_KEYS if key in changed and key != _PREFIX + "input"]:
+        del changed[key]
+        add(key, "applies to moe.router.input=user only", "leave it out")
     if values.get(_PREFIX + "input") == "given":
         _check_given(values, changed, add)
+        return
+    if values.get("moe.unit") == "linear" and most_experts(values) == 1:
+        for key in changed:
+            add(key, "has no effect with one expert for each linear, where nothing is chosen", "leave it out, or raise moe.num_experts")
         return
     _check_bias(values, changed, add)
     _check_choice(values, add)

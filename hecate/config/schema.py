@@ -85,6 +85,9 @@ class DataConfig:
     """Tokens in one sequence of a batch."""
     packing: bool = True
     """Put several samples into one sequence; none attends to another."""
+    features: str | None = field(default=None, metadata=key(computes=False))
+    """With moe.router.input user: an .npz file with the arrays `ids` [users] and `features` [users, width]. The key `user` of each JSONL
+    line names one of the ids."""
     on_bad_sample: Literal["error", "skip", "truncate"] = field(default="error", metadata=key(computes=False))
     """What to do with a sample that cannot be read or is longer than seq_len. error: stop. skip: leave it out, count it and write it to
     quarantine-NAME.jsonl in output_dir. truncate: shorten a sample that is too long to seq_len and count it; stop at other faults."""
@@ -172,10 +175,17 @@ class RouterConfig:
     """How new routers choose experts. Where the model's own routers stay, or other programs' readers have the softmax router only, all
     keys keep their defaults."""
 
-    input: Literal["token", "given"] = "token"
+    input: Literal["token", "given", "user"] = "token"
     """What an expert is chosen by. token: the token's hidden state, by one linear map. given: the sample's source, so that each item of
     data.train trains an adapter of its own, and an item of data.eval uses the one of the training source of its name. Each adapter then has
-    its own mean loss, and its own gradient norm, to which max_grad_norm applies. moe.num_experts is the number of sources, and top_k 1."""
+    its own mean loss, and its own gradient norm, to which max_grad_norm applies. moe.num_experts is the number of sources, and top_k 1.
+    user, with unit linear: the vector that data.features has of the sample's user, by a small gate of each linear (RecLoRA). Every token
+    goes to all experts; leave moe.top_k out."""
+    temperature: float = field(default=5.0, metadata=key(POSITIVE))
+    """With input user: what the gate's logits are divided by before their softmax."""
+    mix: Literal["factors", "products"] = "factors"
+    """With input user: how an expert's share counts. factors: the A of all experts are added up by the shares, and so are the B, to one
+    pair for each sample; every rank then holds all experts in every step. products: the results B A x of the experts are added up."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """What an expert's logit becomes. softmax: a share among all experts. sigmoid: a score of its own."""
     bias: Literal["none", "learned", "balancing"] = "none"
@@ -193,6 +203,21 @@ class RouterConfig:
     balance: Literal["batch", "sample"] = "batch"
     """What the load-balancing loss evens out. batch: the loads of each micro-step's tokens of all ranks, as in Mixtral. sample: those of
     each sample by itself, and the mean over the samples of the step, as in LLaVA-MoLE."""
+
+    @property
+    def by_user(self) -> bool:
+        """Whether the sample's user decides."""
+        return self.input == "user"
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every token goes to all experts of its layer."""
+        return self.dense or self.by_user
+
+    @property
+    def mixes(self) -> str:
+        """How the experts of a linear become one (`hecate.experts.linear.MIXES`)."""
+        return self.mix if self.by_user else "products"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +256,8 @@ class MoeConfig:
     def one_pair_each(self) -> bool:
         """Whether units are linears with one pair each, so that nothing needs a router and the adapter is an ordinary LoRA."""
         counts = self.num_experts if self.allocation is None else self.allocation
-        return self.kind.over_linears and (counts == 1 or (isinstance(counts, tuple) and max(counts) == 1))
+        one = counts == 1 or (isinstance(counts, tuple) and max(counts) == 1)
+        return one and self.kind.over_linears and self.router.input == "token"
 
     @property
     def by_source(self) -> bool:

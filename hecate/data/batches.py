@@ -53,6 +53,7 @@ class Batch:
     segment_ids: Tensor  # [B, S]; the sample's number within the sequence, from 1; 0 at padding
     token_ids: Tensor  # [B, S]; sequence number * seq_len + position in the sequence, unique in the run; -1 at padding
     task: Tensor  # [B, S]; the index of the sample's source; -1 at padding
+    user: Tensor | None = None  # [B, S]; the row of the sample's user in the features; -1 at padding; None: no sample has a user
 
     @cached_property
     def layout(self) -> BatchLayout:
@@ -70,7 +71,8 @@ class Batch:
         assert self.input_ids.device.type == "cpu", self.input_ids.device
         if device.type == "cpu":
             return self
-        moved = Batch(*copy_to(torch.stack([getattr(self, f.name) for f in fields(self)]), device).unbind())
+        tensors = [tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None]
+        moved = Batch(*copy_to(torch.stack(tensors), device).unbind())
         # `cached_property` stores its value here, so the device copy is not computed from device tensors.
         moved.__dict__["layout"] = _moved_layout(self.layout, moved.segment_ids)
         return moved
@@ -116,12 +118,15 @@ def collate(sequences: Sequence[PackedSequence], pad_id: int, seq_len: int, part
         segment_ids=torch.zeros(shape, dtype=torch.int64),
         token_ids=torch.full(shape, -1),
         task=torch.full(shape, -1),
+        user=torch.full(shape, -1) if any(sequence.user is not None for sequence in sequences) else None,
     )
     for b, sequence in enumerate(sequences):
         length = len(sequence.input_ids)
         batch.token_ids[b, :length] = sequence.number * seq_len + torch.arange(length)
         for name in ("input_ids", "targets", "position_ids", "segment_ids", "task"):
             getattr(batch, name)[b, :length] = torch.from_numpy(getattr(sequence, name))
+        if batch.user is not None and sequence.user is not None:
+            batch.user[b, :length] = torch.from_numpy(sequence.user)
     return batch
 
 

@@ -21,6 +21,7 @@ from hecate.data.chat import Span, TemplateRefusal, render, require_chat_templat
 from hecate.data.formats import Fault, Sample, read_lines, read_samples
 from hecate.data.quarantine import write_quarantine
 from hecate.data.syntax import bad_sample_error
+from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Encoded:
     input_ids: NDArray[np.int32]  # [n]
     targets: NDArray[np.int32]  # [n]
     line: int  # the line of the file, from 1
+    user: int = -1  # the row of the sample's user in the features; -1: none is known
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,22 @@ class EncodedSource(Samples):
     starts: NDArray[np.int64]  # [samples + 1]; sample i is input_ids[starts[i]:starts[i + 1]]
     lines: NDArray[np.int64]  # [samples], each sample's line in the file, from 1; the pieces of one document have the same line
     counts: Counts
+    users: NDArray[np.int64] | None = None  # [samples], see `Encoded.user`; None: nothing depends on users
+    features: str = ""  # the digest of the users' features
 
     def sample(self, index: int) -> Encoded:
         part = slice(self.starts[index], self.starts[index + 1])
-        return Encoded(self.input_ids[part], self.targets[part], int(self.lines[index]))
+        return Encoded(
+            self.input_ids[part], self.targets[part], int(self.lines[index]), -1 if self.users is None else int(self.users[index])
+        )
 
     def digest(self) -> str:
         """Return the xxh3-64 hash of all tokens and targets, by which a resume detects that the data or the tokenizer changed."""
         digest = xxhash.xxh3_64()
         for array in (self.input_ids, self.targets, self.starts):
             digest.update(array.tobytes())
+        if self.users is not None:
+            digest.update(self.users.tobytes() + self.features.encode())
         return digest.hexdigest()
 
 
@@ -108,6 +116,7 @@ def encode_source(
     vocab_size: int,
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
+    users: UserFeatures | None = None,
 ) -> EncodedSource:
     """Read and encode one JSONL file.
 
@@ -123,6 +132,7 @@ def encode_source(
             to learn. `skip` leaves such lines out and logs how many. `truncate` shortens samples that are too long and stops at
             the other faults.
         quarantine: a JSONL file for the skipped lines, or None. Only one rank passes it.
+        users: features that each sample's user must have; None: samples need no users.
 
     Raises:
         UserError: a bad sample, as `on_bad_sample` says; an unusable file, tokenizer or template; no sample is left.
@@ -131,7 +141,7 @@ def encode_source(
     pieces: list[Encoded] = []
     faults: list[Fault] = []
     kept = truncated = 0
-    for item in _tokenized(source, tokenizer):
+    for item in _tokenized(source, tokenizer, users):
         try:
             found, cut = _pieces_of(item, seq_len, vocab_size, may_cut=on_bad_sample == "truncate")
             pieces += found
@@ -153,6 +163,8 @@ def encode_source(
         starts=np.cumsum([0] + [len(piece.input_ids) for piece in pieces], dtype=np.int64),
         lines=np.array([piece.line for piece in pieces], dtype=np.int64),
         counts=Counts(kept=kept, truncated=truncated, skipped=len(faults)),
+        users=None if users is None else np.array([piece.user for piece in pieces], dtype=np.int64),
+        features="" if users is None else users.digest(),
     )
 
 
@@ -193,6 +205,7 @@ class _Tokenized:
     targets: NDArray[np.int32]  # [n]
     line: int
     is_chat: bool
+    user: int
 
 
 def _pieces_of(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut: bool) -> tuple[list[Encoded], bool]:
@@ -208,9 +221,9 @@ def _pieces_of(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_c
     return ([_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len)), cut
 
 
-def _tokenized(source: DataSource, tokenizer: Any) -> Iterator[_Tokenized | Fault]:
+def _tokenized(source: DataSource, tokenizer: Any, users: UserFeatures | None) -> Iterator[_Tokenized | Fault]:
     """Yield each line of the file, tokenized up to its last target, or a Fault if it is broken or has no target."""
-    samples = read_samples(source.path, source.format)
+    samples = read_samples(source.path, source.format, users)
     while group := list(islice(samples, _SAMPLES_PER_CALL)):
         ready: list[tuple[Sample, str, list[Span] | None] | Fault] = [
             item if isinstance(item, Fault) else _text_to_tokenize(item, tokenizer) for item in group
@@ -245,7 +258,8 @@ def _tokenized(source: DataSource, tokenizer: Any) -> Iterator[_Tokenized | Faul
             if end == 0:
                 yield Fault(sample.file, sample.line, "there is no token to learn")
             else:
-                yield _Tokenized(ids[:end], targets[:end], sample.line, is_chat)
+                user = -1 if users is None else users.row(str(sample.extra["user"]))
+                yield _Tokenized(ids[:end], targets[:end], sample.line, is_chat, user)
 
 
 def _text_to_tokenize(sample: Sample, tokenizer: Any) -> tuple[Sample, str, list[Span] | None] | Fault:
@@ -290,11 +304,11 @@ def _end_of_targets(targets: NDArray[np.int32]) -> int:
 def _pieces(item: _Tokenized, seq_len: int) -> list[Encoded]:
     """Cut a sample into pieces of at most seq_len tokens. The last target of a piece is the first token of the next."""
     cuts = [slice(start, start + seq_len) for start in range(0, len(item.input_ids), seq_len)]
-    return [Encoded(item.input_ids[cut], item.targets[cut], item.line) for cut in cuts]
+    return [Encoded(item.input_ids[cut], item.targets[cut], item.line, item.user) for cut in cuts]
 
 
 def _first_tokens(item: _Tokenized, seq_len: int) -> Encoded:
     end = _end_of_targets(item.targets[:seq_len])
     if end == 0:
         raise _BadSample(f"the first {seq_len} tokens (data.seq_len) have no token to learn, so it cannot be truncated")
-    return Encoded(item.input_ids[:end], item.targets[:end], item.line)
+    return Encoded(item.input_ids[:end], item.targets[:end], item.line, item.user)

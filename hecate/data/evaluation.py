@@ -21,6 +21,8 @@ class GenerationItem:
     answer_text: str
     file: str
     line: int
+    user: int = -1
+    """the row of the sample's user in the features; -1: none is known"""
 
 
 def eval_sequences(
@@ -56,7 +58,8 @@ def generation_items(source: TokenSource, format: str, tokenizer: Any, max_items
     documents = UserError(f"{source.path} holds documents, which have no answers to generate: use conversations")
     if isinstance(source, IndexedSource):
         raise documents
-    kept = set(source.lines.tolist())
+    lines: list[int] = source.lines.tolist()
+    kept = dict.fromkeys(lines, -1) if source.users is None else dict(zip(lines, source.users.tolist(), strict=True))
     items: list[GenerationItem] = []
     for sample in read_samples(source.path, format):
         if max_items is not None and len(items) >= max_items:
@@ -74,6 +77,7 @@ def generation_items(source: TokenSource, format: str, tokenizer: Any, max_items
                 answer_text=sample.messages[last]["content"],
                 file=sample.file,
                 line=sample.line,
+                user=kept[sample.line],
             )
         )
     return items

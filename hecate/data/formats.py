@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 
 FORMATS = ("auto", "messages", "alpaca", "sharegpt", "text")
@@ -50,10 +51,11 @@ class _BadRecord(Exception):
     """One record cannot be used; the text says why."""
 
 
-def read_samples(path: str | Path, format: str = "auto") -> Iterator[Sample | Fault]:
+def read_samples(path: str | Path, format: str = "auto", users: UserFeatures | None = None) -> Iterator[Sample | Fault]:
     """Yield every line of a JSONL file in order, as a `Sample` or a `Fault`.
 
-    With `auto` the first line that is a JSON object decides the format, and a later line of another format is a Fault.
+    With `auto` the first line that is a JSON object decides the format, and a later line of another format is a Fault. With `users` so is a
+    line whose user has no features.
     Raises UserError if `format` is unknown, the file cannot be read or is empty, or its first record is of no known format.
     """
     if format not in FORMATS:
@@ -67,6 +69,8 @@ def read_samples(path: str | Path, format: str = "auto") -> Iterator[Sample | Fa
                 parse = _PARSERS[_detect(record, f"{path}:{number}")]
             sample = parse(dict(record))
             _refuse_lone_surrogates(sample)
+            if users is not None and (problem := users.problem(sample["extra"])):
+                raise _BadRecord(problem)
         except _BadRecord as bad:
             yield Fault(str(path), number, str(bad))
         else:

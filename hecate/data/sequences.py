@@ -21,6 +21,7 @@ class PackedSequence:
     segment_ids: NDArray[np.int64]  # [n], the sample's number within the sequence, from 1
     task: NDArray[np.int64]  # [n], the index of the sample's source
     samples: tuple[tuple[int, int], ...]  # the (source index, sample index) of each segment
+    user: NDArray[np.int64] | None = None  # [n], the row of the sample's user in the features; None: nothing depends on users
 
 
 def piece_of(sources: Sequence[TokenSource], source: int, sample: int) -> Piece:
@@ -42,6 +43,7 @@ def build_sequence(number: int, pieces: Sequence[Piece], sources: Sequence[Token
         segment_ids=np.repeat(np.arange(1, len(parts) + 1), lengths),
         task=np.repeat(np.array([piece.source for piece in pieces], dtype=np.int64), lengths),
         samples=tuple((piece.source, piece.sample) for piece in pieces),
+        user=np.repeat(np.array([part.user for part in parts]), lengths) if any(part.user >= 0 for part in parts) else None,
     )
 
 

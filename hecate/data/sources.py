@@ -7,6 +7,7 @@ from hecate.config import DataSource
 from hecate.config.paths import indexed_prefix
 from hecate.data.encode import EncodedSource, encode_source
 from hecate.data.indexed import IndexedSource, encode_indexed
+from hecate.data.user_features import UserFeatures
 
 TokenSource = EncodedSource | IndexedSource
 
@@ -19,6 +20,7 @@ def read_source(
     vocab_size: int,
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
+    users: UserFeatures | None = None,
 ) -> TokenSource:
     """Read and encode one data source, by `encode_indexed` if its path names an indexed data set and by `encode_source` otherwise.
 
@@ -31,4 +33,7 @@ def read_source(
         "on_bad_sample": on_bad_sample,
         "quarantine": quarantine,
     }
-    return encode_source(source, tokenizer, **options) if prefix is None else encode_indexed(source, prefix, tokenizer, **options)
+    if prefix is None:
+        return encode_source(source, tokenizer, users=users, **options)
+    assert users is None, "an indexed data set names no users"
+    return encode_indexed(source, prefix, tokenizer, **options)

@@ -9,11 +9,15 @@ from hecate.config import DataSource
 from hecate.config.paths import indexed_prefix
 from hecate.data.formats import Fault, read_samples
 from hecate.data.indexed_files import open_indexed
+from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 
 
-def check_syntax(files: Iterable[DataSource], on_bad_sample: str) -> None:
+def check_syntax(files: Iterable[DataSource], on_bad_sample: str, users: UserFeatures | None = None) -> None:
     """Check every line of every file as far as that needs no tokenizer. If bad samples are to be skipped, check only that a file opens.
+
+    Args:
+        users: features that each sample's user must have; None: samples need no users.
 
     Raises:
         UserError: a file cannot be read, is empty or of no known format, or has a broken line.
@@ -22,7 +26,7 @@ def check_syntax(files: Iterable[DataSource], on_bad_sample: str) -> None:
         if prefix := indexed_prefix(file.path):
             open_indexed(prefix)
             continue
-        for item in read_samples(file.path, file.format):
+        for item in read_samples(file.path, file.format, users):
             if on_bad_sample == "skip":
                 break
             if isinstance(item, Fault):

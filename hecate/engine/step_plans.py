@@ -17,7 +17,7 @@ from hecate.parallel.layout import ChunkSize
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
-from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
+from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner, plan_with
 from hecate.parallel.residency import FrozenMove, Residency, frozen_move
 from hecate.parallel.topology import Topology
 from hecate.parallel.transfer_plan import TransferPlan, plan_transfer
@@ -293,7 +293,7 @@ class StepPlans:
 
     def _planned(self, given: PlanInput, units: Sequence[Unit]) -> Plan:
         """Raises PlannerError: the plan has other owners than were given."""
-        plan = self.config.planner(given)
+        plan = plan_with(self.config.planner, given)
         if not np.array_equal(plan.owner_LE, given.owner_LE):
             raise PlannerError(_moved_owners(self.config.planner, units, given.owner_LE, plan.owner_LE))
         return plan

@@ -15,6 +15,7 @@ from hecate.experts.nola import Nola
 from hecate.experts.pairs import PairSource, PlainPairs
 from hecate.experts.router import MakeRouter, TopKRouter
 from hecate.experts.shard_pairs import ShardPairs
+from hecate.experts.user_router import UserRouter
 from hecate.parallel.expert_kinds import ExpertKind, KindName, LoraShape
 
 
@@ -39,7 +40,7 @@ def _moe_lora(site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExpe
 
 
 def _linear(site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExperts:
-    return LinearExperts(site, _pairs(site, choices))
+    return LinearExperts(site, _pairs(site, choices), choices.mix)
 
 
 def _pairs(site: Site, choices: ExpertChoices) -> PairSource:
@@ -67,5 +68,5 @@ _MAKERS: dict[KindName, Callable[[Site, FfnSource, ExpertChoices], UnitExperts]]
     "linears": _linear,
 }
 
-ROUTERS: dict[str, MakeRouter] = {"token": TopKRouter, "given": GivenRouter}
+ROUTERS: dict[str, MakeRouter] = {"token": TopKRouter, "given": GivenRouter, "user": UserRouter}
 """new routers, by what they decide by, as `moe.router.input` gives it"""

@@ -167,10 +167,15 @@ class ExpertChoices:
     """those that get a pair"""
     upcycle_noise: float = 0.0
     """see `hecate.experts.full.noisy_copies`"""
+    mix: str = "products"
+    """of the experts over linears: one of `hecate.experts.linear.MIXES`"""
 
 
 class UnitExperts(ABC):
     """What all families have in common: layout, cost and dropout follow from the kind and the pair source."""
+
+    undivided = False
+    """see `LayerCost.undivided`"""
 
     def __init__(self, kind: ExpertKind, site: Site, pairs: PairSource | None, place: UnitPlace, ffn: tuple[TensorSpec, ...] = ()) -> None:
         """Args:
@@ -246,6 +251,7 @@ class UnitExperts(ABC):
             top_k=top_k,
             number=number_bytes(self.kind, master=self.site.master_dtype.itemsize, computed=self.site.compute_dtype.itemsize),
             non_moe_flops=non_moe_flops,
+            undivided=self.undivided,
         )
 
     def pairs(self, chunks_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:

@@ -21,6 +21,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hecate.experts.pass_samples import PassSamples
+from hecate.experts.pass_users import PassUsers
 from hecate.experts.router import Routing
 from hecate.parallel.units import Unit
 
@@ -41,6 +42,8 @@ class PassTokens:
     """the samples that the tokens belong to; None outside training"""
     source: Tensor | None = None
     """int64 [B·S], or [1] for all tokens: the number of the source in the training data; None: not known"""
+    users: PassUsers | None = None
+    """the users of the tokens' samples; None: not known, or nothing depends on them"""
 
 
 class ForwardPass(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hecate.experts.forward_pass import OrderError
 from hecate.experts.router import Router, RouterSite, Routing, TokenFeatures
@@ -25,10 +25,6 @@ class GivenRouter(Router):
         assert site.top_k == 1, f"a sample has one source, but top_k is {site.top_k}"
         self.num_experts = site.num_experts
         self._dtype = site.dtype
-
-    @property
-    def trained(self) -> nn.Parameter | None:
-        return None
 
     def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
         """Raises OrderError: the forward pass does not say the sources of its tokens."""

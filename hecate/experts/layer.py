@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +26,8 @@ class MoeLayer(nn.Module):
         self._current = current
 
     @property
-    def trained_router(self) -> nn.Parameter | None:
-        """The router's weight, if that is trained."""
+    def trained_router(self) -> Mapping[str, nn.Parameter]:
+        """What the router trains, by name (`Router.trained`)."""
         return self.router.trained
 
     @property
@@ -40,7 +42,10 @@ class MoeLayer(nn.Module):
         token_T = number if number is not None else torch.arange(len(x_TD), device=x_TD.device)
         if valid is not None:
             x_TD, token_T, decided = x_TD[valid], token_T[valid], tuple(part[valid] for part in decided)
-        routing = self.router.route(x_TD, TokenFeatures(valid, current.tokens.samples, current.tokens.source, decided))
+        # As for the attention's adapters, a pass with gradients whose tokens have numbers is one of training.
+        step = current.step if number is not None and torch.is_grad_enabled() else None
+        tokens = current.tokens
+        routing = self.router.route(x_TD, TokenFeatures(valid, tokens.samples, tokens.source, tokens.users, step, decided))
         current.note_routing(self.unit, routing)
         y_TD = current.experts(self.unit, x_TD, routing.expert_TK, routing.weight_TK, token_T)
         if valid is not None:

@@ -5,7 +5,7 @@ y = W x + bias + sum over the token's experts e of weight_e · s · B_e A_e x
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -16,23 +16,36 @@ from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.layer import MoeLayer
 from hecate.experts.pairs import PairSource
 from hecate.experts.router import BalanceLoss, Router, RouterStats, load_balancing_loss
+from hecate.kernels.backend import ExpertKernels
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.expert_cost import UnitPlace
-from hecate.parallel.expert_kinds import LINEARS, ONLY_PROJECTION, LinearSizes
+from hecate.parallel.expert_kinds import LINEARS, ONLY_PROJECTION, UNDIVIDED_MIXES, LinearSizes
 from hecate.parallel.units import Unit
 
 
 class LinearExperts(UnitExperts):
     """The experts of one linear layer (an ExpertFamily): what they add to W x, which every rank computes for its own tokens."""
 
-    def __init__(self, site: Site, pairs: PairSource) -> None:
+    def __init__(self, site: Site, pairs: PairSource, mix: str = "products") -> None:
+        """Args:
+        mix: how a token's pairs become one, by its name in `MIXES`.
+        """
+        self._mix, self.undivided = MIXES[mix], mix in UNDIVIDED_MIXES
         assert isinstance(site.shape, LinearSizes), site.shape
         super().__init__(LINEARS, site, pairs, linear_place(site.shape, site.together))
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         """[T, outputs]; see `ExpertFamily.compute`."""
         pairs = self.pairs(replicas.chunks_SC, routed.experts_in_slots)[ONLY_PROJECTION]
-        return self._kernels(routed.x_TD).routed_pairs(routed, pairs, dropout=self._dropout(step))
+        return self._mix(self._kernels(routed.x_TD))(routed, pairs, dropout=self._dropout(step))
+
+
+MIXES: dict[str, Callable[[ExpertKernels], Callable[..., Tensor]]] = {
+    "products": lambda kernels: kernels.routed_pairs,
+    "factors": lambda kernels: kernels.mixed_factors,
+}
+"""how a token's experts become one, by the name that `moe.router.mix` gives. products: the weighted sum of what the pairs B_e A_e give.
+factors: one pair, whose A and B are weighted sums (see `UNDIVIDED_MIXES`)"""
 
 
 def linear_place(sizes: LinearSizes, together: int) -> UnitPlace:

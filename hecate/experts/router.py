@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hecate.config import RouterConfig
 from hecate.experts.pass_samples import PassSamples, SampleMeans
+from hecate.experts.pass_users import PassUsers
 from hecate.experts.seeding import generator
 from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.units import Unit
@@ -64,6 +65,10 @@ class TokenFeatures:
     """the samples of the N tokens; None: not known, as outside training"""
     source_N: Tensor | None = None
     """int64: of the source of each of the N tokens, or of all ([1]), its number in the training data; None: not known"""
+    users: PassUsers | None = None
+    """the users of the tokens' samples; None: not known"""
+    step: int | None = None
+    """the optimizer step, which keys dropout; None outside training"""
     decided: tuple[Tensor, ...] = ()
     """what the model itself has decided for the T tokens: experts [T, K] and weights [T, K]; nothing where the router is to decide"""
 
@@ -137,16 +142,14 @@ class Router(nn.Module, ABC):
     separates: ClassVar[bool] = False
     """whether the experts are adapters that must not influence one another: each has its own mean loss and its own gradient norm"""
 
-    @property
-    @abstractmethod
-    def trained(self) -> nn.Parameter | None:
-        """Its weight [E, D], if that is trained: alike on every rank, in checkpoints, and exported. All other parameters must be frozen,
-        but for `trained_bias`."""
+    user_width: int | None = None
+    """numbers in the vectors of the samples' users, by which it decides; None: it decides by something else"""
 
     @property
-    def trained_bias(self) -> nn.Parameter | None:
-        """A number per expert [E] that is trained beside the weight, and held and exported as it is."""
-        return None
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        """What it trains, by name: alike on every rank, in checkpoints, and exported. A matrix [E, D] that is multiplied with the tokens is
+        called `weight`, and a number per expert `bias`. All other parameters must be frozen."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     @abstractmethod
     def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
@@ -178,6 +181,8 @@ class RouterSite:
     device: torch.device
     choices: RouterConfig = field(default_factory=RouterConfig)
     """what the configuration says of it"""
+    user_width: int | None = None
+    """see `Router.user_width`; None: nothing is known of users"""
 
 
 MakeRouter = Callable[[RouterSite], Router]
@@ -231,14 +236,6 @@ class TopKRouter(Router):
             self.bias = nn.Parameter(nothing_E) if choices.bias == "learned" else None
         self.loss = None if choices.bias == "balancing" else LOSSES[choices.balance]
 
-    @property
-    def trained(self) -> nn.Parameter:
-        return self.weight
-
-    @property
-    def trained_bias(self) -> nn.Parameter | None:
-        return self.bias if isinstance(self.bias, nn.Parameter) else None
-
     def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
         routing = self(x_TD)
         if self.loss is sample_balance_loss and features.samples is not None:
@@ -251,8 +248,8 @@ class TopKRouter(Router):
 
     def forward(self, x_TD: Tensor) -> Routing:
         logit_TE = self.logits(x_TD)
-        if self.trained_bias is not None:
-            logit_TE = logit_TE + self.trained_bias
+        if isinstance(self.bias, nn.Parameter):
+            logit_TE = logit_TE + self.bias
         moved_E = self._moved_bias()
         if logit_TE.is_cuda and moved_E is None and (self.choices.score, self.choices.weights) == ("softmax", "renormalised"):
             return softmax_of_largest(logit_TE, self.top_k)
@@ -320,18 +317,18 @@ class ModelRouter(Router):
         """
         super().__init__()
         (weight,) = own.parameters()
-        self._trained: tuple[nn.Parameter, ...] = ()  # in a tuple, for it is the model's parameter and not this module's
+        self._trained: dict[str, nn.Parameter] = {}  # in a dict, for it is the model's parameter and not this module's
         self._logits_NE: Tensor | None = None
         if trained_dtype is not None:
             own.to(trained_dtype)
             own.register_forward_pre_hook(lambda _, inputs: tuple(x.to(trained_dtype) if isinstance(x, Tensor) else x for x in inputs))
             weight.requires_grad_()
-            self._trained = (weight,)
+            self._trained = {"weight": weight}
         own.register_forward_hook(self._note_logits)
 
     @property
-    def trained(self) -> nn.Parameter | None:
-        return self._trained[0] if self._trained else None
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        return self._trained
 
     def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
         logits_TE, self._logits_NE = self._logits_NE, None

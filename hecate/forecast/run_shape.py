@@ -13,6 +13,7 @@ import numpy as np
 from hecate.config import Config, find_model
 from hecate.config.presets import find_preset
 from hecate.config.topology import AUTO
+from hecate.data.user_features import read_user_features
 from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
@@ -20,10 +21,12 @@ from hecate.parallel.expert_cost import UnitPlace, expert_layer_cost, ffn_place,
 from hecate.parallel.expert_kinds import (
     PAIR_SIZES,
     PROJECTIONS,
+    UNDIVIDED_MIXES,
     FfnSizes,
     LinearSizes,
     PairSizes,
     UnitSizes,
+    gate_parameters,
     require_public_shards,
 )
 from hecate.parallel.mesh import Mesh, make_mesh
@@ -79,6 +82,8 @@ class RunShape:
     """the bytes of a trained parameter and of a moment"""
     groups: tuple[ExpertLayers, ...]
     pools: tuple[PoolShape, ...] = ()
+    user_width: int | None = None
+    """numbers in the vectors of users by which routers decide"""
     notes: tuple[str, ...] = ()
     """what a user should know about the topology (`hecate.parallel.topology_cards.SeenTopology`)"""
 
@@ -174,6 +179,8 @@ class RunShape:
     @property
     def _routers(self) -> int:
         """The parameters of all routers."""
+        if self.user_width is not None:
+            return sum(group.number * gate_parameters(self.user_width, group.experts) for group in self.groups)
         return sum(group.experts * group.number * group.inputs for group in self.groups)
 
     @property
@@ -213,6 +220,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
             [(number, unit_costs(layer, config, dtype_bytes, master_bytes)) for layer, number in zip(base.layers, experts, strict=True)]
         ),
         pool_shapes(base, config),
+        None if config.data.features is None else read_user_features(config.data.features).width,
         seen.notes,
     )
 
@@ -271,6 +279,7 @@ def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
             top_k=config.moe.experts_per_token,
             number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
             non_moe_flops=2.0 * weights * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
+            undivided=kind.over_linears and config.moe.router.mixes in UNDIVIDED_MIXES,
         )
         costs.append((inputs, cost, pairs.made))
     return costs

@@ -80,8 +80,8 @@ class ExpertParallelLayer(MoELayer):
     balance = staticmethod(load_balancing_loss)
 
     @property
-    def trained_router(self) -> nn.Parameter:
-        return self.router.weight
+    def trained_router(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.router.weight}
 
 
 class RecordingRouter(TopKRouter):

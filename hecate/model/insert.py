@@ -82,6 +82,8 @@ class InsertionPlan:
     """of new routers; a model's own ones choose as they did"""
     router: RouterConfig = field(default_factory=RouterConfig)
     """how new routers choose"""
+    user_width: int | None = None
+    """see `Router.user_width`"""
     lora: LoraShape | None = None
     target_modules: tuple[str, ...] = ()
     upcycle_noise: float = 0.0
@@ -96,11 +98,12 @@ class InsertionPlan:
     @property
     def one_pair_each(self) -> bool:
         """Whether units are linears with one pair each, which needs no router."""
-        return self.kind.over_linears and self.experts_per_layer is not None and max(self.experts_per_layer) == 1
+        chosen = self.kind.over_linears and self.router.input == "token"
+        return chosen and self.experts_per_layer is not None and max(self.experts_per_layer) == 1
 
     @property
     def choices(self) -> ExpertChoices:
-        return ExpertChoices(self.lora, self.kind.projections(self.target_modules), self.upcycle_noise)
+        return ExpertChoices(self.lora, self.kind.projections(self.target_modules), self.upcycle_noise, self.router.mixes)
 
 
 class RouterError(Exception):
@@ -204,35 +207,40 @@ def _router(model: nn.Module, one: FoundUnit, family: UnitExperts, plan: Inserti
                 dtype=site.master_dtype,
                 device=site.device,
                 choices=plan.router,
+                user_width=plan.user_width,
             )
         )
-        _check_router(router, (site.num_experts, site.inputs))
+        _check_router(router, None if plan.kind.over_linears else (site.num_experts, site.inputs))
         return router
     return ModelRouter(model.get_submodule(one.router_path), site.master_dtype if plan.train_router else None)
 
 
-def _check_router(router: Router, shape: tuple[int, int]) -> None:
-    """Raises RouterError: the router has parameters besides `trained` and `trained_bias`, or these have shapes that no adapter can hold."""
-    held = (router.trained, router.trained_bias)
+def _check_router(router: Router, shape: tuple[int, int] | None) -> None:
+    """Raises RouterError: the router has parameters besides `trained`, or some that no adapter can hold.
+
+    Args:
+        shape: [experts, hidden], of the weight that the adapter can hold, beside vectors of one number per expert; None: it can hold any.
+    """
+    name, held = type(router).__name__, router.trained
     others = [
-        name for name, parameter in router.named_parameters() if parameter.requires_grad and not any(parameter is one for one in held)
+        other
+        for other, parameter in router.named_parameters()
+        if parameter.requires_grad and not any(parameter is one for one in held.values())
     ]
-    name = type(router).__name__
     if others:
         raise RouterError(
-            f"router {name}: besides `trained` and `trained_bias` it has the parameters {', '.join(others)}, "
-            "which nothing would step or save\n"
+            f"router {name}: besides `trained` it has the parameters {', '.join(others)}, which nothing would step or save\n"
             "  let these be all that it learns, and keep what changes by other means in buffers (`Router.after_step`)"
         )
-    if router.trained is not None and tuple(router.trained.shape) != shape:
-        raise RouterError(
-            f"router {name}: `trained` has the shape {list(router.trained.shape)}, but adapters hold [experts, hidden], "
-            f"which is {list(shape)} in this layer"
-        )
-    if router.trained_bias is not None and tuple(router.trained_bias.shape) != shape[:1]:
-        raise RouterError(
-            f"router {name}: `trained_bias` has the shape {list(router.trained_bias.shape)}, not that of one number per expert"
-        )
+    if shape is None:
+        return
+    for part, parameter in held.items():
+        wanted = shape if part == "weight" else shape[:1]
+        if part not in ("weight", "bias") or tuple(parameter.shape) != wanted:
+            raise RouterError(
+                f"router {name}: it trains {part} of the shape {list(parameter.shape)}, but adapters hold weight [experts, hidden] and "
+                f"bias [experts], which are {list(shape)} and {list(shape[:1])} in this layer"
+            )
 
 
 def _train_others(model: nn.Module, changed: Sequence[FoundUnit]) -> dict[str, nn.Parameter]:

@@ -34,9 +34,9 @@ class MoeModel:
 
     @property
     def routers(self) -> dict[Unit, nn.Parameter]:
-        """By unit, the weights of those that are trained."""
-        trained = {unit: module.trained_router for unit, module in sorted(self.layers.items())}
-        return {unit: router for unit, router in trained.items() if router is not None}
+        """By unit, the weights [experts, hidden] of those that train one."""
+        trained = {unit: layer.trained_router.get("weight") for unit, layer in sorted(self.layers.items())}
+        return {unit: weight for unit, weight in trained.items() if weight is not None}
 
     @property
     def router_modules(self) -> dict[Unit, Router]:
@@ -49,6 +49,11 @@ class MoeModel:
         """The number of experts, if each is an adapter of its own (`Router.separates`); otherwise 0."""
         families = self.engine.shards.families
         return max((families[unit].num_experts for unit, router in self.router_modules.items() if router.separates), default=0)
+
+    @property
+    def user_width(self) -> int | None:
+        """Numbers in the vectors of users by which routers decide; None: they decide by something else."""
+        return next((width for router in self.router_modules.values() if (width := router.user_width) is not None), None)
 
     @property
     def drawn_digest(self) -> str:
@@ -76,11 +81,10 @@ class MoeModel:
         named: dict[str, nn.Parameter] = {}
         for unit, router in self.routers.items():
             named[f"layers.{unit}.router"] = router
-        for unit, module in self.router_modules.items():
-            if module.trained_bias is not None:
-                named[f"layers.{unit}.router.bias"] = module.trained_bias
-        for (layer, path), lora in sorted(self.attention.items()):
-            named |= {f"layers.{layer}.{path}.{matrix}": parameter for matrix, parameter in lora.trained().items()}
+        for unit, layer in sorted(self.layers.items()):
+            named |= {f"layers.{unit}.router.{name}": part for name, part in layer.trained_router.items() if name != "weight"}
+        for (index, path), lora in sorted(self.attention.items()):
+            named |= {f"layers.{index}.{path}.{matrix}": parameter for matrix, parameter in lora.trained().items()}
         alike = self.others if self.parts is None else {name: p for name, p in self.others.items() if name not in self.parts.parameters}
         return named | alike
 

@@ -65,4 +65,6 @@ def kind_of_parameter(name: str, parameter: Tensor) -> str | None:
         return "routers"
     if name.endswith(".bias"):
         return "biases"
-    return "norms" if parameter.dim() == 1 else None
+    if parameter.dim() == 1:
+        return "norms"
+    return "routers" if name.startswith("layers.") and ".router." in name else None

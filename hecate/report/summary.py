@@ -80,8 +80,8 @@ class TrainableRow:
     """`count` things that train, all alike and of one owner."""
 
     name: str
-    """`layers.3.experts`, `layers.3.router`, `layers.3.router.bias`, the same of another unit such as `layers.3.self_attn.q_proj.router`, a
-    tensor's name such as `layers.3.self_attn.q_proj.A`, or NON_EXPERTS"""
+    """`layers.3.experts`, `layers.3.router`, `layers.3.router.bias` and whatever else of a router is trained, the same of another unit such
+    as `layers.3.self_attn.q_proj.router`, a tensor's name such as `layers.3.self_attn.q_proj.A`, or NON_EXPERTS"""
     count: int
     numel: int
     """parameters of each"""
@@ -89,10 +89,6 @@ class TrainableRow:
     """of the master copy of each"""
     owner: str
     """`rank 0`, or EVERY_RANK"""
-
-
-_ROUTER = ("router", "router.bias")
-"""the parts that a layer's router may have"""
 
 
 def training_report(rows: Sequence[TrainableRow]) -> tuple[str, dict[str, Any]]:
@@ -103,9 +99,9 @@ def training_report(rows: Sequence[TrainableRow]) -> tuple[str, dict[str, Any]]:
     sums count each parameter once, however many ranks hold it.
     """
     experts = [row for row in rows if _part(row) == "experts"]
-    routers = [row for row in rows if _part(row) in _ROUTER]
+    routers = [row for row in rows if _part(row) == "router"]
     blocks = [row for row in rows if _part(row) == "blocks"]
-    adapters = [row for row in rows if _part(row) not in ("experts", "blocks", *_ROUTER, NON_EXPERTS)]
+    adapters = [row for row in rows if _part(row) not in ("experts", "blocks", "router", NON_EXPERTS)]
     others = [row for row in rows if _part(row) == NON_EXPERTS]
     owners = sorted({row.owner for row in rows}, key=_natural)
     by_owner = {owner: [row for row in rows if row.owner == owner] for owner in owners}
@@ -183,8 +179,8 @@ def _part(row: TrainableRow) -> str:
         return row.name
     match = _LAYER_PART.fullmatch(row.name)
     assert match is not None, f"{row.name!r} names no layer"
-    last = match[2].rpartition(".")[2]
-    return last if last in ("experts", "blocks", "router") else match[2]
+    parts = match[2].split(".")
+    return next((part for part in ("experts", "blocks", "router") if part in parts), match[2])
 
 
 def _alike(texts: dict[str, str]) -> list[tuple[str, list[str]]]:

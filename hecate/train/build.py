@@ -6,13 +6,16 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hecate.adapters.trained_output import TrainedOutput, begin_with_adapter, output_of
 from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
 from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
+from hecate.data.user_features import UserFeatures, read_user_features
 from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config, job_topology
 from hecate.model.attention import AttentionChoice
@@ -46,6 +49,8 @@ class RunParts:
     """FLOPs that hide a unit's gather, for each sequence"""
     drawn_digest: str
     """`MoeModel.drawn_digest`"""
+    features_UF: Tensor | None = None
+    """the vectors of all users, by which routers decide, on the model's device"""
 
     @property
     def trained(self) -> TrainedParts:
@@ -69,7 +74,8 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     base = front_end(config, ranks, topology)
     config = config_of_model(config, base)
     output = output_of(config, base)
-    train_sources, eval_sources = (encode_sources(sources, config, base, ranks) for sources in (config.data.train, config.data.eval))
+    users = users_of(config)
+    train_sources, eval_sources = (encode_sources(data, config, base, ranks, users) for data in (config.data.train, config.data.eval))
     stream = TrainStream(
         train_sources,
         seq_len=config.data.seq_len,
@@ -77,7 +83,7 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
         sequences_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.dp_size,
         seed=config.seed,
     )
-    moe = build_moe(config, base, ranks, topology)
+    moe = build_moe(config, base, ranks, topology, None if users is None else users.width)
     if config.lora.init_from and not config.resume:
         begin_with_adapter(config, base, moe)
     if config.gradient_checkpointing:
@@ -86,7 +92,21 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
         check_room(moe.engine)
     optimizer = ExpertOptimizer(Trainables.of(moe), gradient_rule(config), learning_rate(config), ranks.device)
     dense_flops = moe.engine.shards.config.non_moe_flops / config.micro_batch_size
-    return RunParts(config, base, moe, optimizer, stream, eval_sources, output, dense_flops, moe.drawn_digest)
+    features_UF = None if users is None else on_device(users, ranks)
+    return RunParts(config, base, moe, optimizer, stream, eval_sources, output, dense_flops, moe.drawn_digest, features_UF)
+
+
+def users_of(config: Config) -> UserFeatures | None:
+    """Read the features of the data's users, if routers decide by them. Raises UserError as `read_user_features`."""
+    if not config.moe.router.by_user:
+        return None
+    assert config.data.features is not None
+    return read_user_features(config.data.features)
+
+
+def on_device(users: UserFeatures, ranks: Ranks) -> Tensor:
+    """[users, width]"""
+    return torch.from_numpy(users.values_UF.astype(users.values_UF.dtype.newbyteorder("="), order="C")).to(ranks.device)
 
 
 def _seen_topology(config: Config, ranks: Ranks) -> Topology:
@@ -128,11 +148,12 @@ def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) ->
     )
 
 
-def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology | None = None) -> MoeModel:
+def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology | None = None, user_width: int | None = None) -> MoeModel:
     """Insert the configured experts and adapters into the model, unless its front end has done so.
 
     Args:
         topology: see `engine_config`.
+        user_width: see `Router.user_width`.
     """
     if config.model.front_end == "megatron":
         from hecate.megatron.front_end import MegatronModel
@@ -140,14 +161,14 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
         assert isinstance(base, MegatronModel)
         return base.moe
     flops = non_moe_flops_per_token(base.model, base.found) * config.micro_batch_size * config.data.seq_len
-    plan = insertion_plan(config, len({one.unit.layer for one in base.found}))
+    plan = insertion_plan(config, len({one.unit.layer for one in base.found}), user_width)
     moe = insert_experts(base.model, base.found, plan, engine_config(config, ranks, flops, topology), ranks.groups)
     if config.model.shard_non_experts:
         shard_frozen_layers(moe, ranks.new_sharding_group())
     return moe
 
 
-def insertion_plan(config: Config, num_layers: int) -> InsertionPlan:
+def insertion_plan(config: Config, num_layers: int, user_width: int | None = None) -> InsertionPlan:
     """What the configuration inserts into a model with `num_layers` decoder layers that experts can go into."""
     kind = config.moe.kind
     return InsertionPlan(
@@ -155,6 +176,7 @@ def insertion_plan(config: Config, num_layers: int) -> InsertionPlan:
         experts_per_layer=None if kind.of_moe_base else config.moe.experts_per_layer(num_layers),
         top_k=1 if kind.of_moe_base else config.moe.experts_per_token,
         router=config.moe.router,
+        user_width=user_width,
         lora=config.lora.shape if kind.has_pairs else None,
         target_modules=config.lora.target_modules if kind.has_pairs else (),
         upcycle_noise=config.moe.upcycle_noise,
@@ -165,8 +187,14 @@ def insertion_plan(config: Config, num_layers: int) -> InsertionPlan:
     )
 
 
-def encode_sources(sources: tuple[DataSource, ...], config: Config, base: BaseModel, ranks: Ranks) -> list[TokenSource]:
-    """Tokenize data sources. Rank 0 writes the samples that were left out to quarantine files in the run's folder."""
+def encode_sources(
+    sources: tuple[DataSource, ...], config: Config, base: BaseModel, ranks: Ranks, users: UserFeatures | None = None
+) -> list[TokenSource]:
+    """Tokenize data sources. Rank 0 writes the samples that were left out to quarantine files in the run's folder.
+
+    Args:
+        users: features that each sample's user must have; None: samples need no users.
+    """
     return [
         read_source(
             source,
@@ -175,6 +203,7 @@ def encode_sources(sources: tuple[DataSource, ...], config: Config, base: BaseMo
             vocab_size=base.vocab_size,
             on_bad_sample=config.data.on_bad_sample,
             quarantine=Path(config.output_dir) / f"quarantine-{source.name}.jsonl" if ranks.is_first else None,
+            users=users,
         )
         for source in sources
     ]

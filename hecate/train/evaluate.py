@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from hecate.data.evaluation import GenerationItem, eval_sequences, generation_it
 from hecate.data.sources import TokenSource
 from hecate.engine.protocol import EvaluationPasses
 from hecate.experts.forward_pass import PassTokens
+from hecate.experts.pass_users import PassUsers, users_of_rows
 from hecate.model.attention import generating
 from hecate.model.base import BaseModel
 from hecate.model.moe_model import MoeModel
@@ -26,32 +28,48 @@ from hecate.report.events import EvalScore, Evaluation
 from hecate.train.step import forward_loss, pass_tokens
 
 
-def evaluate(config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource]) -> Evaluation:
+def evaluate(
+    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource], features_UF: Tensor | None = None
+) -> Evaluation:
     """Evaluate all sources. Every rank must call it; rows and prompts are shared out.
 
     Experts are everywhere meanwhile, unless they stay with their owners (`Engine.goes_together`): ranks then go forward together.
+
+    Args:
+        features_UF: the vectors of all users, [users, width], on the model's device; None: no router decides by users.
     """
     scores, loads = {}, {}
     together = moe.engine.goes_together
     with moe.engine.evaluation(together=together) as evaluation, torch.no_grad():
         for index, source in enumerate(sources):
-            loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, evaluation, sources, index)
+            loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, evaluation, sources, index, features_UF)
             accuracy = None
             samples = len(source) if config.eval.max_samples is None else min(len(source), config.eval.max_samples)
             if config.eval.generate:
                 items = generation_items(source, config.data.eval[index].format, base.tokenizer, config.eval.max_samples)
-                with evaluation.forward(PassTokens(source=_expert_of(config, source.name, ranks.device))):
-                    accuracy = _exact_accuracy(config, ranks, base, items, together)
+                tokens = PassTokens(source=_expert_of(config, source.name, ranks.device))
+
+                def begin(batch: Sequence[GenerationItem], tokens: PassTokens = tokens) -> AbstractContextManager[object]:
+                    return evaluation.forward(replace(tokens, users=_users_of(batch, features_UF)))
+
+                accuracy = _exact_accuracy(config, ranks, base, items, together, begin)
             scores[source.name] = EvalScore(loss=loss, accuracy=accuracy, samples=samples)
     return Evaluation(scores, loads)
 
 
 def generate(
-    base: BaseModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int, together: bool = False
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    begin: Callable[[Sequence[int]], AbstractContextManager[object]] = nullcontext,
+    together: bool = False,
 ) -> list[str]:
     """The greedy continuation of each prompt (token ids), as text without special tokens, in the prompts' order.
 
     Args:
+        begin: begins the forward passes of a batch, whose rows are the prompts with these indices.
         together: all ranks call it, with as many prompts, and run each forward pass at the same time, until the longest answer is there.
     """
     model: Any = base.model
@@ -68,7 +86,7 @@ def generate(
         for row, i in enumerate(chosen):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        with torch.no_grad(), generating(model):
+        with torch.no_grad(), generating(model), begin(chosen):
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -84,7 +102,14 @@ def generate(
 
 
 def _loss_and_loads(
-    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, evaluation: EvaluationPasses, sources: Sequence[TokenSource], index: int
+    config: Config,
+    ranks: Ranks,
+    base: BaseModel,
+    moe: MoeModel,
+    evaluation: EvaluationPasses,
+    sources: Sequence[TokenSource],
+    index: int,
+    features_UF: Tensor | None,
 ) -> tuple[float, dict[Unit, list[int]]]:
     rows = eval_sequences(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
@@ -95,7 +120,7 @@ def _loss_and_loads(
         if not moe.engine.goes_together and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
         batch = collate(share, pad_id=0, seq_len=seq_len, **padding).to(ranks.device)
-        with evaluation.forward(replace(pass_tokens(base.head, batch), source=expert)) as routed:
+        with evaluation.forward(replace(pass_tokens(base.head, batch, features_UF=features_UF), source=expert)) as routed:
             totals[0] += forward_loss(base.head, batch).cpu()
         totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.is_first_of_tensor_group
         for layer, stats in routed.items():
@@ -114,16 +139,40 @@ def _expert_of(config: Config, source: str, device: torch.device) -> Tensor | No
     return copy_to(torch.tensor([[one.name for one in config.data.train].index(source)]), device)
 
 
-def _exact_accuracy(config: Config, ranks: Ranks, base: BaseModel, items: Sequence[GenerationItem], together: bool) -> float:
-    """Share of prompts whose greedy answer is the file's, but for white space at the ends."""
+def _exact_accuracy(
+    config: Config,
+    ranks: Ranks,
+    base: BaseModel,
+    items: Sequence[GenerationItem],
+    together: bool,
+    begin: Callable[[Sequence[GenerationItem]], AbstractContextManager[object]],
+) -> float:
+    """Share of prompts whose greedy answer is the file's, but for white space at the ends.
+
+    Args:
+        begin: begins the forward passes of a batch, whose rows are these prompts.
+    """
     mine = items[ranks.rank :: ranks.world_size]
-    prompts = [item.prompt_ids for item in mine]
+    asked = list(mine)
     if together:  # as many as the others have; what is answered to the last one is thrown away
-        prompts += [items[0].prompt_ids] * (-(-len(items) // ranks.world_size) - len(mine))
-    lengths = {"max_new_tokens": config.eval.max_new_tokens, "batch_size": config.eval.batch_size}
-    answers = generate(base, prompts, **lengths, together=together)
+        asked += [items[0]] * (-(-len(items) // ranks.world_size) - len(mine))
+    answers = generate(
+        base,
+        [item.prompt_ids for item in asked],
+        max_new_tokens=config.eval.max_new_tokens,
+        batch_size=config.eval.batch_size,
+        begin=lambda chosen: begin([asked[i] for i in chosen]),
+        together=together,
+    )
     correct = sum(answer == item.answer_text.strip() for answer, item in zip(answers, mine, strict=False))
     return ranks.all_sum(torch.tensor([float(correct)])).item() / max(len(items), 1)
+
+
+def _users_of(items: Sequence[GenerationItem], features_UF: Tensor | None) -> PassUsers | None:
+    """The users of a batch of prompts; None: no router decides by users."""
+    if features_UF is None:
+        return None
+    return users_of_rows(features_UF, copy_to(torch.tensor([item.user for item in items]), features_UF.device))
 
 
 def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:

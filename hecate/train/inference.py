@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from hecate.adapters import AdapterConfig, load_adapter
+from hecate.adapters.bake_user import bake_user, require_width
 from hecate.adapters.export import load_into
 from hecate.adapters.linear_experts import with_linear_adapter
 from hecate.adapters.linear_format import is_linear_adapter
@@ -13,8 +16,11 @@ from hecate.adapters.peft_by_source import is_lora_adapter, sources_in, with_lor
 from hecate.adapters.peft_experts import with_peft_adapter
 from hecate.adapters.peft_moe import is_peft_adapter
 from hecate.config import Config, RouterConfig
+from hecate.data.user_features import UserFeatures, read_user_features
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.experts.forward_pass import PassTokens
+from hecate.experts.pass_users import users_of_rows
 from hecate.kernels.backend import Backend
 from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseChoice, BaseModel, build_base
@@ -26,7 +32,7 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks, join_ranks
 from hecate.report.summary import print_summary
-from hecate.train.build import encode_sources
+from hecate.train.build import encode_sources, on_device, users_of
 from hecate.train.evaluate import evaluate, generate
 
 
@@ -45,30 +51,91 @@ def evaluate_trained(config: Config, trained: Path) -> None:
             base, moe = with_lora_adapters([trained / source.name for source in config.data.train], ranks, choice)
         else:
             base, moe = _trained(trained, ranks, choice)
-        sources = encode_sources(config.data.eval, config, base, ranks)
-        found = evaluate(config, ranks, base, moe, sources)
+        users = users_of(config)
+        _require_users(trained, moe, users)
+        sources = encode_sources(config.data.eval, config, base, ranks, users)
+        found = evaluate(config, ranks, base, moe, sources, None if users is None else on_device(users, ranks))
         if ranks.is_first:
             print_summary(None, found.scores, [("model" if is_model_folder(trained) else "adapter", str(trained))])
 
 
-def answer(trained: Path, prompt: str, *, system: str | None, model: str | None, max_new_tokens: int) -> str:
+def answer(
+    trained: Path,
+    prompt: str,
+    *,
+    system: str | None,
+    model: str | None,
+    max_new_tokens: int,
+    user: str | None = None,
+    features: Path | None = None,
+) -> str:
     """The greedy answer to one prompt in the tokenizer's chat template; a model without one goes on with the prompt as plain text.
 
+    Args:
+        user: the id of the user who asks, for adapters that decide by users.
+        features: the file with that user's features.
+
     Raises:
-        UserError: as `evaluate_trained`; or there is a system message and no chat template.
+        UserError: as `evaluate_trained`; or there is a system message and no chat template; or a user is missing, superfluous or unknown.
     """
+    users = _asking(user, features)
     from hecate.data.chat import render_prompt, require_chat_template
 
     with join_ranks() as ranks:
         base, moe = _trained(trained, ranks, BaseChoice(model))
+        _require_users(trained, moe, users)
         text = prompt
         if system is not None or base.tokenizer.chat_template or not is_model_folder(trained):
             require_chat_template(base.tokenizer, str(trained))
             messages = [{"role": "system", "content": system}] if system is not None else []
             text = render_prompt(base.tokenizer, [*messages, {"role": "user", "content": prompt}])
         ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-        with moe.engine.evaluation():
+        tokens = PassTokens()
+        if users is not None and user is not None:
+            tokens = PassTokens(users=users_of_rows(on_device(users, ranks), torch.tensor([users.row(user)], device=ranks.device)))
+        with moe.engine.evaluation() as evaluation, evaluation.forward(tokens):
             return generate(base, [ids], max_new_tokens=max_new_tokens, batch_size=1)[0]
+
+
+def bake(trained: Path, out: Path, user: str | None, features: Path | None) -> None:
+    """Write the plain LoRA that an adapter is for one user (`bake_user`).
+
+    Raises:
+        UserError: no user is given, it has no features, the adapter has no plain LoRA as its equal, or a file cannot be read or written.
+    """
+    if user is None or features is None:
+        raise UserError(
+            f"{trained}: an adapter whose experts are mixed by users is another LoRA for each user, and other mixtures are none at all\n"
+            "  give --user ID and --features FILE.npz: the LoRA of that user is written"
+        )
+    found = read_user_features(features)
+    row = found.row(user)
+    bake_user(trained, out, user, torch.from_numpy(found.values_UF[row].astype("float64")))
+
+
+def _asking(user: str | None, features: Path | None) -> UserFeatures | None:
+    """The features among which those of the user are; None: no user is given. Raises UserError: one is given without the other."""
+    if (user is None) != (features is None):
+        missing, other = ("--features FILE.npz", "--user") if features is None else ("--user ID", "--features")
+        raise UserError(f"{other} was given without {missing}; an adapter that decides by users needs both")
+    if user is None or features is None:
+        return None
+    found = read_user_features(features)
+    found.row(user)
+    return found
+
+
+def _require_users(trained: Path, moe: MoeModel, users: UserFeatures | None) -> None:
+    """Raises UserError: the routers decide by users and there are none, or the other way around, or their widths differ."""
+    if users is None and moe.user_width is not None:
+        raise UserError(
+            f"{trained}: its experts are mixed by the user, so that the user's features are needed\n"
+            "  generate: give --user ID and --features FILE.npz; eval: the configuration of the training has data.features"
+        )
+    if users is not None and moe.user_width is None:
+        raise UserError(f"{trained}: nothing in it depends on the user\n  leave the features out, and moe.router.input=user")
+    if users is not None and moe.user_width is not None:
+        require_width(f"{trained}", moe.user_width, users.width)
 
 
 def _trained(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:

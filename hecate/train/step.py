@@ -23,6 +23,7 @@ from hecate.data.batches import Batch
 from hecate.elastic.backups import send_gradients
 from hecate.experts.forward_pass import PassTokens
 from hecate.experts.pass_samples import PassSamples
+from hecate.experts.pass_users import users_of_packed
 from hecate.model.causal_head import CausalHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
@@ -43,17 +44,24 @@ class StepRules:
     """1: the optimizers step backups, too (`hecate.elastic.backups`)"""
 
 
-def pass_tokens(head: CausalHead, batch: Batch, samples: float | None = None) -> PassTokens:
+def pass_tokens(head: CausalHead, batch: Batch, samples: float | None = None, features_UF: Tensor | None = None) -> PassTokens:
     """The tokens that the layers of this rank see in a forward pass of the batch. The host does not wait for the batch's device.
 
     Args:
         samples: see `PassSamples.expected`; None: nothing is to be known of the samples.
+        features_UF: the vectors of all users, on the batch's device; None: nothing depends on users.
     """
     own = head.own_positions(batch.segment_ids.shape[1])
     is_token = batch.layout.is_token[:, own].flatten()
     valid = None if bool(is_token.all()) else copy_to(is_token.nonzero().squeeze(1), batch.token_ids.device)
     of_samples = None if samples is None else PassSamples(batch.segment_ids[:, own], batch.layout.most_samples, samples)
-    return PassTokens(valid, batch.token_ids[:, own].flatten(), of_samples, batch.task[:, own].flatten())
+    of_users = None
+    if features_UF is not None:
+        assert batch.user is not None or not bool(is_token.any()), "the batch does not say its samples' users"
+        segment_ids, token_ids = batch.segment_ids[:, own], batch.token_ids[:, own]
+        user = torch.full_like(segment_ids, -1) if batch.user is None else batch.user[:, own]
+        of_users = users_of_packed(features_UF, user, segment_ids, token_ids, batch.layout.most_samples)
+    return PassTokens(valid, batch.token_ids[:, own].flatten(), of_samples, batch.task[:, own].flatten(), of_users)
 
 
 def forward_loss(head: CausalHead, batch: Batch, weight_of_source: Tensor | None = None) -> Tensor:
@@ -80,6 +88,7 @@ def train_step(
     num_labels: int,
     num_samples: int | None = None,
     labels_of_source: Sequence[int] = (),
+    features_UF: Tensor | None = None,
     step: int,
     rules: StepRules,
     requests: Callable[[], Sequence[bool]] = tuple,
@@ -90,6 +99,7 @@ def train_step(
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
         num_samples: samples of the whole step, likewise; None: no loss of the model is a mean over samples.
         labels_of_source: label tokens of the whole step by source; needed where each expert has a mean loss of its own.
+        features_UF: the vectors of all users, [users, width], on the batches' device; None: no router decides by users.
         step: its number, from 0.
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
     """
@@ -100,7 +110,7 @@ def train_step(
     mean = _means_of_sources(moe, labels_of_source, losses.device) or LossMean(max(num_labels, 1), max(num_labels, 1))
     each = None if num_samples is None else num_samples / len(micro_batches)
     for batch in micro_batches:
-        micro = this_step.begin_micro_step(pass_tokens(head, batch, each))
+        micro = this_step.begin_micro_step(pass_tokens(head, batch, each, features_UF))
         loss_sum = forward_loss(head, batch, mean.weight_of_source)
         share = loss_sum / mean.trained
         aux = moe.balance_loss(micro.stats, group)

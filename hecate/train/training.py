@@ -120,6 +120,7 @@ class Training:
             num_labels=sum(int((sequence.targets != IGNORED).sum()) for sequence in sequences),
             num_samples=sum(len(sequence.samples) for sequence in sequences),
             labels_of_source=_labels_of_source(sequences, len(config.data.train)),
+            features_UF=parts.features_UF,
             step=self.standing.step,
             rules=StepRules(
                 aux_coef=config.moe.router_aux_loss_coef, max_grad_norm=config.max_grad_norm, redundancy=config.fssdp.redundancy
@@ -146,7 +147,8 @@ class Training:
 
     def evaluate(self) -> Evaluation:
         """Evaluate on all held-out sources."""
-        return evaluate(self.parts.config, self.ranks, self.parts.base, self.parts.moe, self.parts.eval_sources)
+        parts = self.parts
+        return evaluate(parts.config, self.ranks, parts.base, parts.moe, parts.eval_sources, parts.features_UF)
 
     def reshard(self, steps: int) -> Resharding | None:
         """Move experts to better owners, if `steps` more steps repay it; at most the run's remaining steps count."""

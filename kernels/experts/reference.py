@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,3 +60,14 @@ def routed_pairs_reference(routed: RoutedTokens, pairs: LowRankPairs, *, dropout
         y = pairs.scale * low_rank_product(x, a.to(x.dtype), b.to(x.dtype), pairs.eta)
         y_TO = y_TO.index_add(0, tokens, routed.weight_TK[tokens, k].to(y.dtype)[:, None] * y)
     return y_TO
+
+
+def mixed_factors_reference(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout | None = None) -> Tensor:
+    """As `mixed_factors`: a pair A, B of its own for each token."""
+    x, weight_TS = routed.x_TD, routed.weight_TK.to(routed.x_TD.dtype)
+    if dropout is not None:
+        assert routed.token_T is not None
+        x = x * dropout.mask(routed.token_T, dropout_stream(0, "gate_proj"), x.shape[1], x.dtype)
+    a_TrI = torch.einsum("ts,sri->tri", weight_TS, pairs.a_SrI.to(x.dtype))
+    b_TOr = torch.einsum("ts,sor->tor", weight_TS, pairs.b_SOr.to(x.dtype))
+    return pairs.scale * (b_TOr @ (a_TrI @ x[..., None])).squeeze(-1)

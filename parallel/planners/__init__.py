@@ -5,7 +5,7 @@ from hecate.parallel.planners.echo import plan_echo
 from hecate.parallel.planners.eplb import plan_eplb
 from hecate.parallel.planners.fastermoe import plan_fastermoe
 from hecate.parallel.planners.flexmoe import plan_flexmoe
-from hecate.parallel.planners.full import plan_full
+from hecate.parallel.planners.full import plan_full, plan_with
 from hecate.parallel.planners.hecate import plan_hecate
 from hecate.parallel.planners.laer import plan_laer
 from hecate.parallel.planners.llep import plan_llep
@@ -27,4 +27,4 @@ POLICIES: dict[str, Planner] = {
     "auto": plan_auto,
 }
 
-__all__ = ["POLICIES", "Plan", "PlanInput", "Planner"]
+__all__ = ["POLICIES", "Plan", "PlanInput", "Planner", "plan_with"]

@@ -2,9 +2,14 @@
 
 import numpy as np
 
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import Plan, PlanInput, Planner
 
 
 def plan_full(given: PlanInput) -> Plan:
     """Every expert on every rank, whatever memory that takes."""
     return Plan(given.owner_LE, np.ones((given.num_layers, given.num_experts, given.world_size), dtype=bool))
+
+
+def plan_with(planner: Planner, given: PlanInput) -> Plan:
+    """What all layers go by under a policy: its plan, or everything everywhere where no layer may be divided (`LayerCost.undivided`)."""
+    return plan_full(given) if given.cost.undivided else planner(given)

@@ -136,7 +136,7 @@ def micro_batch(step: int, micro: int, empty_rows: range) -> Batch:
 
 def rows_of(batch: Batch, rank: int, world: int) -> Batch:
     share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    return Batch(**{name: getattr(batch, name)[share] for name in batch.__dataclass_fields__})
+    return Batch(**{name: part[share] for name in batch.__dataclass_fields__ if (part := getattr(batch, name)) is not None})
 
 
 def step_of_rows(

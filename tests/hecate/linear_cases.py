@@ -170,12 +170,17 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
     return moe, head
 
 
-def values_of(case: LinearCase, moe: MoeModel, unit: Unit, expert: int) -> list[torch.Tensor]:
-    """What of an expert or a block of a pool trains as it begins, B included; zero beyond the expert's own rank."""
+def flat_values(unit: Unit, expert: int, numel: int) -> torch.Tensor:
+    """The initial chunk of an expert or a block of a pool, B included."""
     place = TARGETS.index(unit.place.removesuffix(".pool").rpartition(".")[2])
     random = torch.Generator().manual_seed(1000 + 500 * unit.layer + 50 * place + expert)
+    return torch.randn(numel, generator=random, dtype=torch.float64) * 0.2
+
+
+def values_of(case: LinearCase, moe: MoeModel, unit: Unit, expert: int) -> list[torch.Tensor]:
+    """What of an expert or a block of a pool trains as it begins, B included; zero beyond the expert's own rank."""
     specs = moe.engine.shards.chunked[unit].layout().trainable
-    flat = torch.randn(sum(spec.numel for spec in specs), generator=random, dtype=torch.float64) * 0.2
+    flat = flat_values(unit, expert, sum(spec.numel for spec in specs))
     parts = [part.view(spec.shape) for part, spec in zip(flat.split([spec.numel for spec in specs]), specs, strict=True)]
     if case.ranks:
         parts[0][case.ranks[expert] :], parts[1][:, case.ranks[expert] :] = 0.0, 0.0
@@ -347,3 +352,11 @@ def random_unit_owners(training: ShardedTraining, seed: int) -> dict[Unit, np.nd
     return {
         unit: rng.integers(0, rng.integers(1, shards.world_size + 1), size=chunked.num_experts) for unit, chunked in shards.chunked.items()
     }
+
+
+def near(name: str, got: torch.Tensor | None, wanted: torch.Tensor | None, tolerance: float) -> None:
+    """Raises AssertionError: they differ by more than the tolerance, relative to the largest number, or only one is there."""
+    assert (got is None) == (wanted is None), f"{name}: gradient {'missing' if got is None else 'not expected'}"
+    if got is not None and wanted is not None and got.numel():
+        error = float((got.flatten() - wanted.flatten()).abs().max() / wanted.abs().max().clamp(min=1.0))
+        assert error <= tolerance, f"{name}: off by {error:.2e}"

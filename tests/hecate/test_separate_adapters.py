@@ -58,7 +58,7 @@ def one_source_each(step: int) -> list[Batch]:
     for micro in range(2):
         batch = mixed_batch(step, micro, range(0), idle=True)
         for row in range(4):
-            one = Batch(**{name: getattr(batch, name)[row : row + 1] for name in batch.__dataclass_fields__})
+            one = Batch(**{name: part[row : row + 1] for name in batch.__dataclass_fields__ if (part := getattr(batch, name)) is not None})
             # The row's first sample alone.
             padding = one.segment_ids != 1
             found.append(

@@ -8,6 +8,7 @@ import pytest
 
 from hecate.config import ConfigError, RouterConfig
 from hecate.config.router_rules import check_router
+from hecate.config.user_rules import check_user
 from tests.hecate.config.making import MINIMAL, load
 
 REFUSED = [
@@ -35,6 +36,10 @@ REFUSED = [
         "moe.router_aux_loss_coef: must be 0 with .*balancing",
     ),
     (["moe.router_type=softmax"], "moe.router_type: unknown key"),
+    (
+        ["moe.unit=linear", "moe.num_experts=1", "moe.top_k=1", "moe.router.score=sigmoid"],
+        "moe.router.score: has no effect with one expert for each linear.*raise moe.num_experts",
+    ),
 ]
 
 GIVEN = (
@@ -76,6 +81,63 @@ def test_what_does_not_go_with_given_routing_is_refused(folder: Path, override: 
     with pytest.raises(ConfigError, match=f"(?s){reason}") as error:
         load(MINIMAL, *kept, override)
     assert len(error.value.problems) == 1
+
+
+BY_USER = {
+    "moe.unit": "linear",
+    "moe.num_experts": "4",
+    "moe.router_aux_loss_coef": "0",
+    "moe.router.input": "user",
+    "data.features": "users.npz",
+}
+NOT_BY_USER = [
+    ("moe.unit=ffn", "moe.router.input: user needs moe.unit=linear.*set moe.unit=linear"),
+    ("moe.top_k=2", "moe.top_k: is 2, but with moe.router.input=user every token goes to all experts"),
+    ("moe.router_aux_loss_coef=0.001", "moe.router_aux_loss_coef: must be 0 with moe.router.input=user.*nothing is to balance, got 0.001"),
+    ("moe.router.dense=true", "moe.router.dense: has no effect with moe.router.input=user, whose gates give every token to all experts"),
+    ("moe.router.score=sigmoid", "moe.router.score: has no effect with moe.router.input=user"),
+    ("moe.router.temperature=0", "moe.router.temperature: must be > 0, got 0"),
+    ("data.features=null", "data.features: must be given with moe.router.input=user.*examples/movielens.py makes one"),
+    ("data.features=none.npz", "data.features: no such file: none.npz"),
+    ("data.train=corpus", r"data.train\[0\].path: is an indexed data set, whose documents name no users.*key \"user\" in each line"),
+    (
+        "fssdp.memory_slots=3",
+        "fssdp.memory_slots: must be 4 at least with moe.router.mix=factors, which needs all experts on every rank, got 3",
+    ),
+    (
+        "lora={gradient_rule: row_norm, eta: 1.0, dropout: 0}",
+        "lora.gradient_rule: row_norm is about the rows of one pair, but moe.router.mix=factors adds up those of all pairs.*mix=products",
+    ),
+    ("moe.router.input=token", "data.features: is read with moe.router.input=user only"),
+]
+
+
+@pytest.mark.parametrize(("override", "reason"), NOT_BY_USER, ids=[override for override, _ in NOT_BY_USER])
+def test_what_does_not_go_with_users_is_refused(folder: Path, override: str, reason: str) -> None:
+    for name in ("users.npz", "corpus.idx", "corpus.bin"):
+        (folder / name).write_bytes(b"")
+    given = [f"{key}={value}" for key, value in BY_USER.items()]
+    config = load(MINIMAL, *given)
+    assert (config.moe.top_k, config.moe.router.mix, config.moe.router.temperature) == (4, "factors", 5.0)
+    assert load(MINIMAL, *given, "moe.router.mix=products", "fssdp.memory_slots=1").fssdp.memory_slots == 1
+    with pytest.raises(ConfigError, match=f"(?s){reason}") as error:
+        load(MINIMAL, *(one for one in given if one.partition("=")[0] != override.partition("=")[0]), override)
+    assert len(error.value.problems) == 1
+    assert len(str(error.value).splitlines()) <= 8
+
+
+@pytest.mark.parametrize("override", ["moe.router.temperature=2", "moe.router.mix=products"])
+def test_choices_about_users_are_refused_without_them(folder: Path, override: str) -> None:
+    for unit in ("moe.unit=ffn", "moe.unit=linear"):
+        with pytest.raises(ConfigError, match=f"{override.partition('=')[0]}: applies to moe.router.input=user only") as error:
+            load(MINIMAL, unit, override)
+        assert len(error.value.problems) == 1
+
+
+def test_missing_values_of_a_router_by_users_are_not_said_again() -> None:
+    problems: list[tuple[str, str, str]] = []
+    check_user({"moe.router.mix": "factors", "fssdp.memory_slots": 1}, {}, lambda *problem: problems.append(problem))
+    assert not problems
 
 
 def test_a_section_in_a_section_is_read_from_both_places(folder: Path) -> None:

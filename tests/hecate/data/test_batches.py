@@ -21,7 +21,8 @@ def test_collate_by_hand() -> None:
     assert batch.segment_ids.tolist() == [[1, 1, 2, 2, 2, 0, 0, 0], [0] * 8]
     assert batch.token_ids.tolist() == [[500, 501, 502, 503, 504, -1, -1, -1], [-1] * 8]
     assert batch.task.tolist() == [[0] * 5 + [-1] * 3, [-1] * 8]
-    assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+    assert batch.user is None
+    assert {tensor.dtype for tensor in vars(batch).values() if tensor is not None} == {torch.int64}
 
 
 def test_rows_are_padded_to_equal_parts() -> None:
@@ -64,7 +65,8 @@ def test_to_moves_every_tensor() -> None:
     assert samples is not None
     assert kept is not None
     of_layout = moved.layout.labelled, samples.segment_ids, samples.bounds
-    assert {tensor.device.type for tensor in (*(getattr(moved, field.name) for field in fields(Batch)), *of_layout)} == {"meta"}
+    of_batch = [tensor for field in fields(Batch) if (tensor := getattr(moved, field.name)) is not None]
+    assert {tensor.device.type for tensor in (*of_batch, *of_layout)} == {"meta"}
     assert (samples.bounds.shape, samples.bounds.dtype, samples.longest) == (kept.bounds.shape, torch.int32, 3)
     assert moved.layout.labelled.shape == batch.layout.labelled.shape
 

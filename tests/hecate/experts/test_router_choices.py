@@ -130,9 +130,9 @@ def test_the_balance_of_samples_and_its_gradient_are_those_of_the_formula(one_ra
     torch.testing.assert_close(loss, wanted, rtol=1e-14, atol=0)
     for one, weight in zip(routers, weights, strict=True):
         torch.testing.assert_close(one.weight.grad, weight.grad, rtol=1e-12, atol=1e-16)
-        assert one.trained_bias is not None
-        assert one.trained_bias.grad is not None
-        assert one.trained_bias.grad.any()
+        bias = one.trained["bias"]
+        assert bias.grad is not None
+        assert bias.grad.any()
 
 
 @pytest.mark.parametrize(("padding", "at_front"), [(0, False), (5, False), (1, True)])

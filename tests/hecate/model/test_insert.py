@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -132,24 +133,32 @@ class WiderRouter(TopKRouter):
 class LongBiasRouter(TopKRouter):
     """Its bias has two numbers per expert."""
 
-    @property
-    def trained_bias(self) -> nn.Parameter:
-        return self.bias_of_two
-
     def __init__(self, site: RouterSite) -> None:
         super().__init__(site)
-        self.bias_of_two = nn.Parameter(torch.zeros(2 * site.num_experts))
+        self.bias = nn.Parameter(torch.zeros(2 * site.num_experts))
+
+
+class HidingRouter(TemperedRouter):
+    """Does not say all that it learns."""
+
+    @property
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        return {"weight": self.weight}
 
 
 @pytest.mark.parametrize(
     ("made_by", "reason"),
     [
-        (LongBiasRouter, r"router LongBiasRouter: `trained_bias` has the shape \[6\], not that of one number per expert"),
-        (TemperedRouter, r"router TemperedRouter: besides `trained` and `trained_bias` it has the parameters log_temperature"),
         (
-            WiderRouter,
-            r"router WiderRouter: `trained` has the shape \[3, 17\], but adapters hold \[experts, hidden\], which is \[3, 16\] in",
+            LongBiasRouter,
+            r"router LongBiasRouter: it trains bias of the shape \[6\], but .*\[3, 16\] and \[3\] in this layer",
         ),
+        (
+            TemperedRouter,
+            r"router TemperedRouter: it trains log_temperature of the shape \[1\], but adapters hold weight",
+        ),
+        (WiderRouter, r"router WiderRouter: it trains weight of the shape \[3, 17\], but adapters hold"),
+        (HidingRouter, r"router HidingRouter: besides `trained` it has the parameters log_temperature, which nothing would step or save"),
     ],
 )
 def test_a_router_that_nothing_would_step_or_save_is_refused(

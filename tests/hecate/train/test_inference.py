@@ -17,7 +17,8 @@ from tests.hecate.adapters.making import config_of, tensors_of
         ("sinkhorn", "made with the router sinkhorn; this version has no router sinkhorn"),
         ({"score": "cosine"}, "made with the router .*; this version has no score cosine"),
         ({"bias_rate": "fast"}, "this version has no bias_rate fast"),
-        ({"temperature": 2.0}, r"this version has no temperature 2\.0"),
+        ({"temperature": 0.0}, r"this version has no temperature 0\.0"),
+        ({"sharpness": 2.0}, r"this version has no sharpness 2\.0"),
         (["softmax"], "this version has no router"),
     ],
 )

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hecate.config import load_config
-from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
-from tests.hecate.train.in_process import OVERRIDES, Losses, ranks_of_default_group
+from tests.hecate.train.in_process import Losses, train_until
 from tests.plain_moe_lora import save_tiny
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -24,25 +22,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "LoRA over frozen experts": ("moe.family=moe_lora", "moe.train_router=true", "model.name_or_path={workshop}/moe"),
     "shards over frozen experts": ("moe.family=moe_lora", "lora.pairs=shards", "lora.r=4", "model.name_or_path={workshop}/moe"),
 }
-
-
-def train_until(rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]) -> Losses:
-    """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done."""
-    given = (*OVERRIDES, *(override.format(workshop=workshop) for override in overrides), f"output_dir={workshop}/runs/{name}")
-    config = load_config(f"{workshop}/config.yaml", given, claim_output=False)
-    run = Training(config, ranks_of_default_group(rank, world, config.fssdp.shard_size))
-    steps = []
-    while run.standing.step < until:
-        result = run.train_one().result
-        steps.append((result.loss, result.aux_loss, result.grad_norm))
-    run.save()
-    if run.parts.config.resume:
-        shards = run.parts.moe.engine.shards
-        owned, experts = shards.named_parameters(), [chunked.num_experts for chunked in shards.chunked.values()]
-        sharing = config.fssdp.shard_size or world
-        text = f"{len(owned)} of {sum(experts)} experts on one of {sharing} ranks"
-        assert abs(len(owned) - sum(experts) / sharing) <= max(1, len(experts) / 2), text
-    return steps
 
 
 @pytest.fixture(scope="module")
