@@ -3,10 +3,10 @@
     python -m benchmarks.methods [--quick] [--resume] [--only NAME,...] [--most N] [--tables] [--json FILE]
 
 Each run (`method_cases.METHODS`) is a `hecate train` of SmolLM2-135M-Instruct on two ranks of this machine, with one thread each, on five
-small tasks of reasoning-gym; all see the same samples in the same order. One table is of 64 steps, one of 400, over three seeds. Every
-step has two sequences of 256 tokens. Each run is written to the file (benchmarks/results/methods.json) as soon as it is through: a call
+small tasks of reasoning-gym; all see the same samples in the same order. One table is of 64 steps, each of two sequences of 256 tokens, one of
+400 steps of two sequences of 128, both over three seeds. Each run is written to the file (benchmarks/results/methods.json) as soon as it is through: a call
 with `--resume` goes on with the runs that are missing, the first seed's before the second's and short ones before long ones, and `--most`
-ends it after some. A call without it begins anew. `--tables` trains nothing. The complete recording takes about a day.
+ends it after some. A call without it begins anew. `--tables` trains nothing. The complete recording takes about seven hours on two idle cores.
 
 Experts are materialized on both ranks in every step (`fssdp.policy: full`), so that bytes sent are those of one gather and one reduction.
 Tokens a second are the median step's, on a machine that others may use, too; tokens a processor second are not troubled by that.
@@ -33,7 +33,6 @@ from hecate.data.synthetic_tasks import write_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
-_QUICK_STEPS, _QUICK_SAMPLES = 3, 4
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,13 @@ class Size:
     """How much a run trains and evaluates."""
 
     steps: int
+    seq_len: int
     eval_samples: int
     """of each task"""
+
+
+SIZES = {SHORT: Size(SHORT, 256, 50), LONG: Size(LONG, 128, 50)}
+QUICK = Size(3, 256, 4)
 
 
 def wanted(names: Sequence[str], *, quick: bool) -> Iterator[tuple[Method, int, Size]]:
@@ -51,7 +55,7 @@ def wanted(names: Sequence[str], *, quick: bool) -> Iterator[tuple[Method, int, 
         for seed in SEEDS[:1] if quick else SEEDS:
             for method in METHODS:
                 if steps in method.steps and (not names or method.name in names):
-                    yield method, seed, Size(_QUICK_STEPS, _QUICK_SAMPLES) if quick else Size(steps, 50)
+                    yield method, seed, QUICK if quick else SIZES[steps]
 
 
 def train(method: Method, seed: int, size: Size, folder: Path) -> Run:
@@ -64,6 +68,7 @@ def train(method: Method, seed: int, size: Size, folder: Path) -> Run:
     settings = {
         "seed": seed,
         "max_steps": size.steps,
+        "data.seq_len": size.seq_len,
         "output_dir": output,
         "nproc": 2,
         "fssdp.policy": "full",
