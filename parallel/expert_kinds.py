@@ -122,6 +122,8 @@ class LoraShape:
         return self.source not in FIXED_A_SOURCES
 
 
+SEEDED_SOURCES = frozenset({"fixed_a", "nola"})
+"""the sources by which ranks draw matrices, each all of them for itself"""
 POOLED_SOURCES = frozenset({"shards"})
 """the sources whose experts train in pools (`PairSizes.pooled`)"""
 FIXED_A_SOURCES = frozenset({"fixed_a"})

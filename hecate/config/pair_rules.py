@@ -13,7 +13,7 @@ _SHARDS = "lora.pairs=shards"
 def check_shards(values: Mapping[str, Any], add: Add) -> None:
     """Add every problem of `lora.pairs: shards` and of its keys, given the typed values of all dotted keys.
 
-    What depends on the model's sizes is checked in `hecate.forecast.pool_check`.
+    What depends on the model's sizes is checked in `hecate.forecast.pair_check`.
     """
     pairs = values.get("lora.pairs")
     if pairs != "shards":

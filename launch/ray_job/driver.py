@@ -16,7 +16,7 @@ from typing import Any
 from hecate.config import Config, load_config, to_yaml
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
-from hecate.forecast.pool_check import check_pools
+from hecate.forecast.pair_check import check_pairs
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
 from hecate.train.preflight import check_data
@@ -38,7 +38,7 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     config = load_config(config_path, overrides)
     check_for_ray(config)
     check_data(config)
-    check_pools(config)
+    check_pairs(config)
     topology = _configured_topology(config)
     import torch  # noqa: F401 - must come first: once Ray runs, the working folder may be gone for a moment
 

@@ -19,6 +19,7 @@ from hecate.experts.mixlora import MixLoraExperts
 from hecate.forecast.dry_run import forecast
 from hecate.forecast.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.forecast.memory import PHASES, memory_parts
+from hecate.forecast.pair_check import check_pairs
 from hecate.forecast.run_shape import PoolShape, RunShape, run_shape
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
@@ -348,3 +349,18 @@ def test_a_gpu_holds_more_than_tensors(tmp_path: Path) -> None:
     assert 120e6 <= CONTEXT_BYTES <= 550e6, "what is reported from machines"
     assert rounding_bytes(np.array([0, 2])).tolist() == [22 * 2**20, 22 * 2**20 + 1024]
     assert (parts["allocator's rounding (at most)"] == [22 * 2**20 + 512 * (30 + 4 * 27 + 4 * 6 + 2), 0]).all()
+
+
+def test_drawn_matrices_that_do_not_fit_are_refused_before_any_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks draw U and V of rank 16 and A0, of three projections."""
+    write_model(tmp_path)
+    config = config_for(tmp_path, "lora.pairs=nola", "lora.nola.bases=1000", "lora.target_modules=[gate_proj]")
+    needed = 2 * 4 * shape_of(tmp_path, "lora.pairs=nola", "lora.nola.bases=1000", "lora.target_modules=[gate_proj]").seeded_parameters
+    monkeypatch.setattr("hecate.model.memory_check.free_bytes", lambda device: needed)
+    check_pairs(config, 2)
+    monkeypatch.setattr("hecate.model.memory_check.free_bytes", lambda device: needed - 2e9)
+    check_pairs(config)
+    with pytest.raises(
+        UserError, match=r"lora\.pairs: nola: .* GB for 2 ranks, 2\.0 GB more than this machine has free\n.*lora\.nola\.bases"
+    ):
+        check_pairs(config, 2)

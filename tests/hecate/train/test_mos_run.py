@@ -17,7 +17,7 @@ from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.forecast.dry_run import forecast
 from hecate.forecast.memory import MemoryPart
-from hecate.forecast.pool_check import check_pools
+from hecate.forecast.pair_check import check_pairs
 from hecate.forecast.run_shape import run_shape
 from hecate.model.base import BaseChoice
 from hecate.ranks.groups import ExpertGroups
@@ -115,13 +115,13 @@ def test_pools_that_the_model_s_sizes_forbid_are_refused_before_any_process_star
         given = merged(*ONE_PAIR, *SHARDS, f"output_dir={workshop}/runs/refused", *overrides)
         return load_config(workshop / "config.yaml", given, claim_output=False)
 
-    check_pools(config())
+    check_pairs(config())
     with pytest.raises(UserError, match=r"lora\.shards\.per_vector: 5 does not divide the 32 inputs and the 32 outputs of one of"):
-        check_pools(config("lora.shards.per_vector=5"))
+        check_pairs(config("lora.shards.per_vector=5"))
     with pytest.raises(UserError, match=r"the shards of 8 public vectors .*, but its pool has 2\n"):
-        check_pools(config("lora.r=9"))
+        check_pairs(config("lora.r=9"))
     with pytest.raises(UserError, match=r"per_vector: 5 does not divide the 32 inputs and the 48 outputs of gate_proj"):
-        check_pools(config("moe.unit=ffn", "moe.num_experts=2", "lora.shards.per_vector=5", "lora.target_modules=[gate_proj]"))
+        check_pairs(config("moe.unit=ffn", "moe.num_experts=2", "lora.shards.per_vector=5", "lora.target_modules=[gate_proj]"))
 
 
 UNITS = {
