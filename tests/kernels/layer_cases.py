@@ -20,6 +20,7 @@ from hecate.kernels.common.kernel_launch import Launch, recorded
 from hecate.kernels.common.lora_linear import lora_linear_triton
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.kernels.experts import full_operators, moe_lora_operators
+from hecate.kernels.experts.routed_pairs_triton import routed_pairs_triton
 from hecate.kernels.mixlora import operators as mixlora_operators
 
 META = torch.device("meta")
@@ -36,7 +37,7 @@ class LayerCase:
     k: int
     tokens: int
     kind: str = "mixlora"
-    """mixlora, moe_lora, full, or linear: a LoRA linear from `hidden` to `ffn`"""
+    """mixlora, moe_lora, full, or over a linear from `hidden` to `ffn`: one LoRA (linear), or experts (linears)"""
     dtype: torch.dtype = torch.bfloat16
     pair_dtype: torch.dtype | None = None
     """of the pairs, or of trained experts; None: `dtype`"""
@@ -78,6 +79,8 @@ _135M = LayerCase(hidden=576, ffn=1536, rank=8, experts=8, k=2, tokens=8192)
 _FINE = LayerCase(hidden=2048, ffn=768, rank=16, experts=128, k=8, tokens=8192, kind="moe_lora")
 _MIXTRAL = replace(_7B, kind="moe_lora")
 _LINEAR = LayerCase(hidden=4096, ffn=1024, rank=16, experts=1, k=1, tokens=8192, kind="linear", pair_dtype=torch.float32, dropout=0.05)
+
+_LINEARS = replace(_LINEAR, kind="linears", rank=8, experts=8, k=2)
 
 CASES: Mapping[str, LayerCase] = {
     "7B": _7B,
@@ -121,6 +124,10 @@ CASES: Mapping[str, LayerCase] = {
     "linear, float32": replace(_LINEAR, dtype=torch.float32),
     "linear, float32, rank 64": replace(_LINEAR, dtype=torch.float32, rank=64),
     "linear, float32, rank 256": replace(_LINEAR, dtype=torch.float32, rank=256),
+    "experts over a linear": _LINEARS,
+    "experts over a linear, no dropout": replace(_LINEARS, dropout=0.0),
+    "experts over a linear, float32, rank 64": replace(_LINEARS, dtype=torch.float32, rank=64),
+    "experts over a linear, single ranks": replace(_LINEARS, rank=1, experts=64, k=8),
 }
 SPREAD: Mapping[int, tuple[str, ...]] = {90: ("7B", "fine-grained"), 80: ("1B, down, dropout", "full experts")}
 """layers that every test run compiles, by sm number; the others are compiled when the table is written"""
@@ -162,6 +169,14 @@ def _linear(case: LayerCase) -> list[Launch]:
     return launches
 
 
+def _linears(case: LayerCase) -> list[Launch]:
+    routed, (pairs,) = case.routed(), replace(case, projections=("up_proj",)).low_rank_pairs().values()
+    leaves = [tensor.requires_grad_() for tensor in (routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr)]
+    with recorded() as launches:
+        torch.autograd.grad(routed_pairs_triton(routed, pairs, dropout=case.dropout_or_none()).sum(), leaves)
+    return launches
+
+
 def _both_passes(module: Any, kind: str, layer: Callable[[], Tensor]) -> list[Launch]:
     """What a layer launches whose forward pass is one operator, `KIND_forward` of its module, and the backward pass another.
 
@@ -197,4 +212,5 @@ _OF_KIND: Mapping[str, Callable[[LayerCase], list[Launch]]] = {
     "moe_lora": _moe_lora,
     "full": _full,
     "linear": _linear,
+    "linears": _linears,
 }
