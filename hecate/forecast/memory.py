@@ -12,6 +12,7 @@ import numpy as np
 from hecate.forecast.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.forecast.run_shape import ExpertLayers, RunShape
 from hecate.parallel.expert_cost import STATE_NUMBERS
+from hecate.parallel.expert_kinds import UNDIVIDED_MIXES
 from hecate.parallel.mesh import owners_topology
 from hecate.parallel.placement import owners_by_memory
 
@@ -206,6 +207,8 @@ def _saved_by_linears(run: RunShape, index: int, key_value: int) -> float:
     experts, k = config.moe.experts_per_layer(len(run.base.layers))[index], config.moe.experts_per_token
     targets = sum(name in config.lora.target_modules for name, _, _ in layer.all_linears)
     routing = 2 * 4 * experts + k * (3 * 4 + 4 * 8) if experts else 0
+    if config.moe.router.mixes in UNDIVIDED_MIXES:  # nothing is sorted
+        routing = 16 * experts
     low_rank = targets * (config.lora.rank * b * (k if experts else 1) + routing)
     wide = 4 * (3 if b < 4 else 2) * layer.hidden
     return b * (2 * layer.hidden + 2 * layer.query_width + key_value + 4 * layer.ffn) + low_rank + wide
