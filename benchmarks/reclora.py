@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.report import arguments, finish
 from hecate.adapters.linear_experts import with_linear_adapter
+from hecate.adapters.peft_by_source import is_lora_adapter, with_lora_adapters
 from hecate.config import load_config
 from hecate.data.batches import collate
 from hecate.data.encode import IGNORED
@@ -69,7 +70,8 @@ def scores(system: str, adapter: Path, data: Path, ranks: Ranks, most: int | Non
     """AUC, log loss and accuracy of the probability of Yes, of the test texts."""
     given = settings(system, data, [f"output_dir={adapter.parent}", f"data.eval={data}/test.jsonl"])
     config = load_config(RECIPE, given, claim_output=False)
-    base, moe = with_linear_adapter(adapter, ranks, BaseChoice(config.model.name_or_path))
+    choice = BaseChoice(config.model.name_or_path)
+    base, moe = with_lora_adapters([adapter], ranks, choice) if is_lora_adapter(adapter) else with_linear_adapter(adapter, ranks, choice)
     users = users_of(config)
     sources = encode_sources(config.data.eval, config, base, ranks, users)
     features_UF, head = None if users is None else on_device(users, ranks), base.head
