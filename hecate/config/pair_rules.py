@@ -23,8 +23,9 @@ def check_shards(values: Mapping[str, Any], add: Add) -> None:
         return
     private = values.get(_PREFIX + "private_rank", 0)
     for key in (_PREFIX + "equivalent_rank", "lora.r"):
-        if private > values.get(key, private):
-            what = f"must be at most {key}, which is {values[key]}, got {private}"
+        most = values.get(key, private)
+        if isinstance(most, int) and private > most:  # a list of ranks has a problem already
+            what = f"must be at most {key}, which is {most}, got {private}"
             add(_PREFIX + "private_rank", what, "an expert's private shards are a part of its share of the pool, and of its pairs")
     refused = (
         ("lora.gradient_rule", "none", "row_norm is about rows of A and B that train by themselves, but", "which several pairs share"),

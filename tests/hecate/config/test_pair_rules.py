@@ -90,3 +90,11 @@ def test_shards_stand_over_linears_and_their_rules_are_checked_with_all_others()
     assert problems == []
     check_values({**values, "fssdp.rematerialize": True}, lambda *one: problems.append(one), claim_output=False)
     assert [key for key, *_ in problems] == ["fssdp.rematerialize"]
+
+
+def test_shards_of_experts_that_differ_in_rank_are_refused() -> None:
+    problems: list[tuple[str, str, str]] = []
+    values = {"moe.family": "mixlora", "moe.unit": "linear", "moe.num_experts": 2, "moe.top_k": 1, "lora.pairs": "shards", "lora.r": (4, 8)}
+    values |= {"lora.shards.equivalent_rank": 2, "lora.shards.private_rank": 1}
+    check_values(values, lambda *one: problems.append(one), claim_output=False)
+    assert problems == [("lora.r", "must be one number with lora.pairs=shards, got a list of 2", "give one, or lora.pairs=plain")]
