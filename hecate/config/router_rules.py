@@ -57,7 +57,10 @@ def _check_given(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add
     if "moe.top_k" in values and values["moe.top_k"] != 1:
         add("moe.top_k", f"must be 1 with {given}: a sample has one source, got {values['moe.top_k'] or DEFAULT_TOP_K}", "set moe.top_k=1")
     sources = values.get("data.train")
-    if sources is not None and "moe.num_experts" in values and values["moe.num_experts"] != len(sources):
+    if values.get("moe.allocation") is not None:
+        what = f"cannot be given with {given}: every layer has one expert for each item of data.train"
+        add("moe.allocation", what, "give moe.num_experts in its place")
+    elif sources is not None and "moe.num_experts" in values and values["moe.num_experts"] != len(sources):
         got = DEFAULT_EXPERTS if values["moe.num_experts"] is None else values["moe.num_experts"]
         shown = list(got) if isinstance(got, tuple) else got
         what = f"must be {len(sources)} with {given}, one expert for each item of data.train, got {shown}"

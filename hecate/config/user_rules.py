@@ -55,6 +55,10 @@ def check_user(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add) 
         what = f"row_norm is about the rows of one pair, but moe.router.mix={values['moe.router.mix']} adds up those of all pairs"
         add("lora.gradient_rule", what, "leave it out, or use moe.router.mix=products")
     slots, most = values.get("fssdp.memory_slots"), most_experts(values)
+    if most == 1:
+        key = "moe.num_experts" if values.get("moe.allocation") is None else "moe.allocation"
+        what = f"gives each linear one expert, but {_USER} mixes several, and a gate over one has nothing to decide"
+        add(key, what, "give 2 experts at least, or leave the router's input out")
     if slots is not None and undivided and slots < most:
         what = f"must be {most} at least with moe.router.mix={values['moe.router.mix']}, which needs all experts on every rank, got {slots}"
         add("fssdp.memory_slots", what, "leave it out, or use mix=products, whose tokens may travel")

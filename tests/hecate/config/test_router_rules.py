@@ -108,6 +108,10 @@ NOT_BY_USER = [
         "lora={gradient_rule: row_norm, eta: 1.0, dropout: 0}",
         "lora.gradient_rule: row_norm is about the rows of one pair, but moe.router.mix=factors adds up those of all pairs.*mix=products",
     ),
+    (
+        "moe.num_experts=1",
+        "moe.num_experts: gives each linear one expert, but moe.router.input=user mixes several.*give 2 experts at least",
+    ),
     ("moe.router.input=token", "data.features: is read with moe.router.input=user only"),
 ]
 
@@ -157,6 +161,15 @@ def test_over_linears_a_router_has_every_choice(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"(?s)lora.init_from: cannot be given with moe.router.input=given.*leave it out"):
         load(MINIMAL, GIVEN[0], GIVEN[2], "moe.unit=linear", f"lora.init_from={folder}")
+
+
+def test_given_routing_has_as_many_experts_in_every_layer(folder: Path) -> None:
+    separately = [f"moe.{pair}" for pair in ("allocation=[2,2]", "top_k=1", "router_aux_loss_coef=0", "router.input=given")]
+    with pytest.raises(
+        ConfigError, match=r"(?s)moe.allocation: cannot be given with moe.router.input=given.*moe.num_experts in its"
+    ) as error:
+        load(MINIMAL, *GIVEN[:2], *separately)
+    assert len(error.value.problems) == 1
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [("5", 5), ("1", 1), ("[2,4]", 4)])
