@@ -28,10 +28,11 @@ from hecate.config import load_config
 from hecate.data.batches import collate
 from hecate.data.encode import IGNORED
 from hecate.data.sequences import build_sequence, piece_of
+from hecate.data.user_features import users_of
 from hecate.model.base import BaseChoice
 from hecate.model.causal_head import LanguageModelHead
 from hecate.ranks.ranks import Ranks, join_ranks
-from hecate.train.build import encode_sources, on_device, users_of
+from hecate.train.build import encode_sources, on_device
 from hecate.train.step import pass_tokens
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -311,6 +311,10 @@ class ExpertKind:
         """Where a finished run is found in its folder."""
         return "adapter" if self.has_pairs else "model"
 
+    def one_pair_each(self, experts: Iterable[int]) -> bool:
+        """Whether units with so many experts in each layer are linears with one pair each, where nothing is to be chosen."""
+        return self.over_linears and max(experts) == 1
+
     def projections(self, target_modules: Iterable[str]) -> tuple[str, ...]:
         """The projections of an expert that get a pair, in the order of its chunk."""
         targets = set(target_modules)

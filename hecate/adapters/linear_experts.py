@@ -46,6 +46,7 @@ def linear_adapter_config(config: Config, base: BaseModel) -> LinearAdapterConfi
         dropout=config.lora.dropout,
         router_aux_loss_coef=config.moe.router_aux_loss_coef,
         router=config.moe.router,
+        extra={"ranks": list(config.lora.r)} if isinstance(config.lora.r, tuple) else {},
     )
 
 
@@ -81,8 +82,9 @@ def load_linear_adapter_into(moe: MoeModel, tensors: dict[str, Tensor], where: P
             wanted |= {name_a: (rank, linear.in_features), name_b: (linear.out_features, rank)}
     if missing := sorted(set(wanted) - set(tensors)):
         raise UserError(f"{where}: has no tensor {missing[0]} ({len(missing)} missing), which the base model needs")
-    routers = {router_name(path_of(moe.model, unit)) for unit in moe.layers}  # earlier versions wrote one for a single pair, too
-    if unknown := sorted(set(tensors) - set(wanted) - (set() if moe.routers else routers)):
+    # Earlier versions wrote a router for a single pair, too.
+    unread = {router_name(path_of(moe.model, unit)) for unit, layer in moe.layers.items() if not layer.trained_router}
+    if unknown := sorted(set(tensors) - set(wanted) - unread):
         raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) belongs to nothing that its adapter_config.json describes")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
@@ -110,7 +112,7 @@ def begin_with_linear_adapter(config: Config, base: BaseModel, moe: MoeModel) ->
     tensors, theirs = load_linear_adapter(folder)
     ours = linear_adapter_config(config, base)
     for key, of_file, configured in (
-        ("lora.r", theirs.r, ours.r),
+        ("lora.r", theirs.ranks, ours.ranks),
         ("lora.alpha, scaled", theirs.scale, ours.scale),
         ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
         ("moe.num_experts", list(theirs.experts_per_layer), list(ours.experts_per_layer)),

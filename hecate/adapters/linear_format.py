@@ -43,12 +43,18 @@ class LinearAdapterConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     """how the routers choose"""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """further JSON values to save with the adapter, such as a digest of what its pairs were made of"""
+    """further JSON values to save with the adapter: a digest of what its pairs were made of, or the ranks of experts if they differ"""
 
     @property
     def scale(self) -> float:
         """The factor of B A x."""
         return lora_scale(self.alpha, self.r, rslora=self.use_rslora)
+
+    @property
+    def ranks(self) -> int | list[int]:
+        """As `lora.r` has it: one rank, to which all pairs are padded, or that of each expert."""
+        found: int | list[int] = self.extra.get("ranks", self.r)
+        return found
 
 
 def pair_names(path: str, expert: int | None) -> tuple[str, str]:

@@ -126,7 +126,7 @@ class LoraConfig:
     """What of a pair is trained; see docs/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
     all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same for all
     experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers share, from
-    which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters without a router stay plain."""
+    which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters outside experts stay plain."""
     nola: NolaConfig = field(default_factory=NolaConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     use_rslora: bool = False
@@ -236,7 +236,8 @@ class MoeConfig:
     """In place of num_experts: a few numbers of experts, each for an equal share of the layers from the first one on. With [2, 4, 6, 8] the
     first quarter of the layers has 2 each, and the last 8; of 30 layers 8, 7, 8 and 7. null: num_experts says."""
     top_k: int | None = field(default=None, metadata=key(COUNT))
-    """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it; with router.dense, all."""
+    """Experts that each token goes to. null: 2, or, with moe_lora or front_end megatron, as the model has it; with router.dense or
+    router.input user, all."""
     router: RouterConfig = field(default_factory=RouterConfig)
     train_router: bool = field(default=False, metadata=key(family="moe_lora"))
     """With family moe_lora: also train the model's routers. The other families always train their routers."""
@@ -256,8 +257,7 @@ class MoeConfig:
     def one_pair_each(self) -> bool:
         """Whether units are linears with one pair each, so that nothing needs a router and the adapter is an ordinary LoRA."""
         counts = self.num_experts if self.allocation is None else self.allocation
-        one = counts == 1 or (isinstance(counts, tuple) and max(counts) == 1)
-        return one and self.kind.over_linears and self.router.input == "token"
+        return self.router.input == "token" and self.kind.one_pair_each(counts if isinstance(counts, tuple) else (counts or 0,))
 
     @property
     def by_source(self) -> bool:

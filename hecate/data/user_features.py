@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from hecate.config import Config
 from hecate.errors import UserError
 
 
@@ -58,6 +59,14 @@ class UserFeatures:
         if isinstance(user, bool) or not isinstance(user, str | int):
             return f"user is {str(user)[:40]!r}: it must be text or a whole number"
         return None if str(user) in self.row_of else f"user {str(user)[:40]!r} has no features in {self.path}"
+
+
+def users_of(config: Config) -> UserFeatures | None:
+    """Read the features of the data's users, if routers decide by them. Raises UserError as `read_user_features`."""
+    if not config.moe.router.by_user:
+        return None
+    assert config.data.features is not None
+    return read_user_features(config.data.features)
 
 
 def read_user_features(path: str | Path) -> UserFeatures:

@@ -13,7 +13,7 @@ import numpy as np
 from hecate.config import Config, find_model
 from hecate.config.presets import find_preset
 from hecate.config.topology import AUTO
-from hecate.data.user_features import read_user_features
+from hecate.data.user_features import users_of
 from hecate.errors import UserError
 from hecate.forecast.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cost_model import LayerCost
@@ -209,6 +209,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
     dtype_bytes = _DTYPE_BYTES[_dtype(config, machines)]
     master_bytes = max(4, dtype_bytes)
     experts = config.moe.experts_per_layer(len(base.layers))
+    users = users_of(config)
     return RunShape(
         config,
         machines,
@@ -220,7 +221,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
             [(number, unit_costs(layer, config, dtype_bytes, master_bytes)) for layer, number in zip(base.layers, experts, strict=True)]
         ),
         pool_shapes(base, config),
-        None if config.data.features is None else read_user_features(config.data.features).width,
+        None if users is None else users.width,
         seen.notes,
     )
 

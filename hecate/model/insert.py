@@ -98,8 +98,7 @@ class InsertionPlan:
     @property
     def one_pair_each(self) -> bool:
         """Whether units are linears with one pair each, which needs no router."""
-        chosen = self.kind.over_linears and self.router.input == "token"
-        return chosen and self.experts_per_layer is not None and max(self.experts_per_layer) == 1
+        return self.router.input == "token" and self.kind.one_pair_each(self.experts_per_layer or (0,))
 
     @property
     def choices(self) -> ExpertChoices:

@@ -15,7 +15,7 @@ from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
 from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
-from hecate.data.user_features import UserFeatures, read_user_features
+from hecate.data.user_features import UserFeatures, users_of
 from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config, job_topology
 from hecate.model.attention import AttentionChoice
@@ -94,14 +94,6 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     dense_flops = moe.engine.shards.config.non_moe_flops / config.micro_batch_size
     features_UF = None if users is None else on_device(users, ranks)
     return RunParts(config, base, moe, optimizer, stream, eval_sources, output, dense_flops, moe.drawn_digest, features_UF)
-
-
-def users_of(config: Config) -> UserFeatures | None:
-    """Read the features of the data's users, if routers decide by them. Raises UserError as `read_user_features`."""
-    if not config.moe.router.by_user:
-        return None
-    assert config.data.features is not None
-    return read_user_features(config.data.features)
 
 
 def on_device(users: UserFeatures, ranks: Ranks) -> Tensor:

@@ -16,7 +16,7 @@ from hecate.adapters.peft_by_source import is_lora_adapter, sources_in, with_lor
 from hecate.adapters.peft_experts import with_peft_adapter
 from hecate.adapters.peft_moe import is_peft_adapter
 from hecate.config import Config, RouterConfig
-from hecate.data.user_features import UserFeatures, read_user_features
+from hecate.data.user_features import UserFeatures, read_user_features, users_of
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.forward_pass import PassTokens
@@ -32,7 +32,7 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks, join_ranks
 from hecate.report.summary import print_summary
-from hecate.train.build import encode_sources, on_device, users_of
+from hecate.train.build import encode_sources, on_device
 from hecate.train.evaluate import evaluate, generate
 
 

@@ -71,11 +71,9 @@ def check_data(config: Config) -> None:
         UserError: a file cannot be read, or has a broken line, or one whose user has no features although the router decides by users.
     """
     from hecate.data.syntax import check_syntax
-    from hecate.data.user_features import read_user_features
+    from hecate.data.user_features import users_of
 
-    by_user = config.moe.router.by_user and config.data.features is not None
-    users = read_user_features(config.data.features) if by_user and config.data.features else None
-    check_syntax([*config.data.train, *config.data.eval], config.data.on_bad_sample, users)
+    check_syntax([*config.data.train, *config.data.eval], config.data.on_bad_sample, users_of(config))
 
 
 def check_vocabulary(config: Config) -> None:

@@ -84,8 +84,11 @@ def test_ranks_that_differ_leave_a_padded_adapter(workshop: Path, one_rank: dist
     for (unit, expert), chunk in begun.parts.moe.engine.shards.named_parameters().items():
         torch.testing.assert_close(chunk.detach(), held[f"{unit}.{expert}"], rtol=1e-6, atol=0)
     smaller = [one if not one.startswith("lora.r=") else "lora.r=[4,1,1]" for one in given]
-    with pytest.raises(UserError, match=r"lora\.r: expert 2 has rank 1, but the adapter's pair of linear has more"):
+    with pytest.raises(UserError, match=r"has lora\.r \[4, 1, 2\], but the configuration has \[4, 1, 1\]; they must be equal"):
         training(workshop, one_rank, "smaller", *smaller, f"lora.init_from={folder}", plain=True)
+    alike = [one if not one.startswith("lora.r=") else "lora.r=4" for one in given]  # whose rows beyond 1 would never have trained
+    with pytest.raises(UserError, match=r"has lora\.r \[4, 1, 2\], but the configuration has 4; they must be equal"):
+        training(workshop, one_rank, "alike", *alike, f"lora.init_from={folder}", plain=True)
 
 
 def test_the_recipe_is_read(workshop: Path) -> None:
