@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hecate.adapters.linear_format import gated_paths, load_linear_adapter, pair_names, plain_paths, router_name, user_width
+from hecate.adapters.linear_format import (
+    gated_paths,
+    is_linear_adapter,
+    load_linear_adapter,
+    pair_names,
+    plain_paths,
+    router_name,
+    user_width,
+)
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
 from hecate.config import RouterConfig
 from hecate.errors import UserError
@@ -29,13 +37,16 @@ def bake_user(folder: Path, out: Path, user: str, vector_F: Tensor) -> None:
     Raises:
         UserError: the adapter cannot be read, is mixed by other things than users or by users of another width; `out` exists.
     """
+    not_mixed = UserError(
+        f"{folder}: its experts are not mixed by users, so that a user does not make one LoRA of them\n"
+        "  a router that decides by tokens has no plain LoRA as its equal"
+    )
+    if not is_linear_adapter(folder):
+        raise not_mixed
     tensors, description = load_linear_adapter(folder)
     router, width = description.router, user_width(tensors)
     if not router.by_user or width is None:
-        raise UserError(
-            f"{folder}: its experts are not mixed by users, so that a user does not make one LoRA of them\n"
-            "  a router that decides by tokens has no plain LoRA as its equal"
-        )
+        raise not_mixed
     require_width(f"{folder}", width, len(vector_F))
     terms = {path: _mixed(tensors, path, router, vector_F) for path in gated_paths(tensors)}
     for path in plain_paths(tensors):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hecate.adapters.export import pairs_on_first, with_drawn_digest
 from hecate.adapters.linear_format import LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter, user_width
+from hecate.adapters.tensors import require_tensors
 from hecate.config import Config, RouterConfig
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -80,15 +81,9 @@ def load_linear_adapter_into(moe: MoeModel, tensors: dict[str, Tensor], where: P
         for expert in range(family.num_experts):
             name_a, name_b = pair_names(path_of(moe.model, unit), expert)
             wanted |= {name_a: (rank, linear.in_features), name_b: (linear.out_features, rank)}
-    if missing := sorted(set(wanted) - set(tensors)):
-        raise UserError(f"{where}: has no tensor {missing[0]} ({len(missing)} missing), which the base model needs")
     # Earlier versions wrote a router for a single pair, too.
     unread = {router_name(path_of(moe.model, unit)) for unit, layer in moe.layers.items() if not layer.trained_router}
-    if unknown := sorted(set(tensors) - set(wanted) - unread):
-        raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) belongs to nothing that its adapter_config.json describes")
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
+    require_tensors({name: tensor for name, tensor in tensors.items() if name not in unread}, wanted, where)
     with torch.no_grad():
         for name, tensor in _router_tensors(moe).items():
             tensor.copy_(tensors[name])

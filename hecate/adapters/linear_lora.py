@@ -17,6 +17,7 @@ from hecate.adapters.folder import read_adapter
 from hecate.adapters.linear_experts import path_of
 from hecate.adapters.peft_by_source import lora_config
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, peft_config_from_json, save_peft_adapter
+from hecate.adapters.tensors import require_tensors
 from hecate.config import Config
 from hecate.errors import UserError
 from hecate.experts.linear import MoeLinear
@@ -77,13 +78,7 @@ def _set_values(moe: MoeModel, tensors: dict[str, Tensor], where: Path) -> None:
         names[unit] = name_a, name_b = linear_names(path_of(moe.model, unit))
         rank = moe.engine.shards.families[unit].pair_source.lora.rank
         wanted |= {name_a: (rank, layer.linear.in_features), name_b: (layer.linear.out_features, rank)}
-    for name, shape in wanted.items():
-        if name not in tensors:
-            raise UserError(f"{where}: has no tensor {name}, which the base model needs")
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
-    if unknown := sorted(set(tensors) - set(wanted)):
-        raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) belongs to no weight of the base model")
+    require_tensors(tensors, wanted, where)
     with torch.no_grad():
         for name, matrix in plain.items():
             matrix.copy_(tensors[name])

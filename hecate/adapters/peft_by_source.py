@@ -18,6 +18,7 @@ from hecate.adapters.config import CONFIG
 from hecate.adapters.export import pairs_on_first, with_drawn_digest
 from hecate.adapters.folder import read_adapter, read_adapter_config
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, peft_config_from_json, save_peft_adapter
+from hecate.adapters.tensors import require_tensors
 from hecate.config import Config, RouterConfig
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -171,10 +172,4 @@ def _refuse_misfit(folder: Path, tensors: dict[str, Tensor], moe: MoeModel, path
         for a, b in zip(plain[::2], plain[1::2], strict=True):
             name_a, name_b = linear_names(paths[unit][a.name.removesuffix(".A")])
             wanted[name_a], wanted[name_b] = a.shape, b.shape
-    for name, shape in wanted.items():
-        if name not in tensors:
-            raise UserError(f"{folder}: has no tensor {name}, which the base model needs")
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
-    if unknown := sorted(set(tensors) - set(wanted)):
-        raise UserError(f"{folder}: the tensor {unknown[0]} ({len(unknown)} such) belongs to no weight of the base model")
+    require_tensors(tensors, wanted, folder)

@@ -21,6 +21,7 @@ from hecate.adapters.peft_moe import (
     save_peft_adapter,
     saved_name,
 )
+from hecate.adapters.tensors import require_tensors
 from hecate.config import Config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -82,14 +83,7 @@ def load_peft_into(moe: MoeModel, base: BaseModel, tensors: dict[str, Tensor], w
     Raises:
         UserError: a tensor is missing, superfluous or of another shape than the model needs, or is fixed in the model and another there.
     """
-    wanted = _shapes(moe, base)
-    if missing := sorted(set(wanted) - set(tensors)):
-        raise UserError(f"{where}: has no tensor {missing[0]} ({len(missing)} missing), which the base model needs")
-    if unknown := sorted(set(tensors) - set(wanted)):
-        raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) belongs to no weight of the base model")
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {shape}")
+    require_tensors(tensors, _shapes(moe, base), where)
     try:
         _set_values(moe, base, tensors)
     except UserError as error:

@@ -1,6 +1,7 @@
-"""List the tensors that a `mixlora` adapter must have, and check that it has exactly these, in matching shapes."""
+"""Check that an adapter has exactly the tensors that it must have, in matching shapes, and list those of a `mixlora` adapter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -75,3 +76,22 @@ def checked_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> dic
             raise UserError(f"tensor {name} holds NaN or infinity in fp32")
         result[name] = converted
     return result
+
+
+def require_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]], where: Path) -> None:
+    """Check that an adapter has exactly the tensors that a model needs.
+
+    Args:
+        wanted: the shape of each by its name.
+        where: the adapter's folder, for messages.
+
+    Raises:
+        UserError: a tensor is missing, superfluous or of another shape.
+    """
+    if missing := sorted(set(wanted) - set(tensors)):
+        raise UserError(f"{where}: has no tensor {missing[0]} ({len(missing)} missing), which the base model needs")
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise UserError(f"{where}: the tensor {unknown[0]} ({len(unknown)} such) belongs to no weight that the adapter is for")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {tuple(shape)}")

@@ -1,4 +1,4 @@
-"""Verbs that write data for a model and use what a run has trained: eval, generate, make-tasks."""
+"""Verbs that write data for a model and use what a run has trained: eval, generate, export, make-tasks."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_an_adapter_that_does_not_fit_is_refused(one_rank: dist.ProcessGroup, tm
     name = f"{PREFIX}.2.self_attn.q_proj.lora_B_1.weight"
     refused = {
         "has no tensor": {key: tensor for key, tensor in whole.items() if key != name},
-        "belongs to nothing": {**whole, name.replace("_1.", "_9."): whole[name]},
+        "belongs to no weight": {**whole, name.replace("_1.", "_9."): whole[name]},
         "the base model needs (16, 2)": {**whole, name: torch.zeros(16, 3)},
     }
     for text, tensors in refused.items():

@@ -166,6 +166,10 @@ def test_what_needs_a_user_is_refused_without_one(workshop: Path, one_rank: dist
     theirs = others.parts.output.replace(workshop / "runs" / "mola", others.parts.moe, ranks)
     with pytest.raises(UserError, match="its experts are not mixed by users"):
         bake_user(theirs, workshop / "out", "u1", torch.ones(5))
+    (workshop / "lora").mkdir()
+    (workshop / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match="its experts are not mixed by users"):
+        bake_user(workshop / "lora", workshop / "out", "u1", torch.ones(5))
     with pytest.raises(UserError, match="nothing in it depends on the user"):
         answer(theirs, "w1", system=None, model=None, max_new_tokens=2, user="u1", features=workshop / "users.npz")
 
