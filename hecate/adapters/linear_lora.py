@@ -68,10 +68,9 @@ def _set_values(moe: MoeModel, tensors: dict[str, Tensor], where: Path) -> None:
     """Set plain pairs and this rank's owned experts from an adapter's tensors.
 
     Raises:
-        UserError: a tensor is missing, superfluous or of another shape than the model needs.
+        UserError: a tensor is missing, superfluous or of another shape than the model needs, or A is drawn, and is another.
     """
-    plain = _plain(moe)
-    wanted = {name: tuple(matrix.shape) for name, matrix in plain.items()}
+    wanted = {name: tuple(matrix.shape) for name, matrix in _plain(moe).items()}
     names = {}
     for unit, layer in moe.layers.items():
         assert isinstance(layer, MoeLinear)
@@ -80,8 +79,9 @@ def _set_values(moe: MoeModel, tensors: dict[str, Tensor], where: Path) -> None:
         wanted |= {name_a: (rank, layer.linear.in_features), name_b: (layer.linear.out_features, rank)}
     require_tensors(tensors, wanted, where)
     with torch.no_grad():
-        for name, matrix in plain.items():
-            matrix.copy_(tensors[name])
+        for (layer_number, module), lora in moe.attention.items():
+            name_a, name_b = linear_names(path_of(moe.model, Unit(layer_number, module)))
+            lora.set_pair(tensors[name_a], tensors[name_b])
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
             name_a, name_b = names[unit]
             source = moe.engine.shards.families[unit].pair_source

@@ -147,7 +147,7 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
     for layer in moe.layers.values():
         assert isinstance(layer, MoeLinear)
         router = layer.router
-        if router.trained is None:
+        if not router.trained:
             continue  # it has no logits
         bias = bias_of(case, moe.engine.shards.families[layer.unit].num_experts)
 

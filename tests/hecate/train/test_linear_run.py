@@ -91,6 +91,16 @@ def test_ranks_that_differ_leave_a_padded_adapter(workshop: Path, one_rank: dist
         training(workshop, one_rank, "alike", *alike, f"lora.init_from={folder}", plain=True)
 
 
+def test_an_ordinary_lora_does_not_replace_a_fixed_a(workshop: Path, one_rank: dist.ProcessGroup) -> None:
+    """Nor in a layer whose linears have no experts, whose plain pairs are looked at first."""
+    given = [LINEARS[0], "moe.num_experts=[0,1]", "moe.top_k=1", "lora.pairs=fixed_a", "lora.target_modules=[q_proj]"]
+    run, ranks = training(workshop, one_rank, "fixed", *given, plain=True)
+    folder = run.parts.output.replace(workshop / "runs" / "fixed", run.parts.moe, ranks)
+    training(workshop, one_rank, "fixed-again", *given, f"lora.init_from={folder}", plain=True)
+    with pytest.raises(UserError, match=r"the adapter's A of layer .* is not the one that the configured seed draws"):
+        training(workshop, one_rank, "fixed-other", *given, "seed=9", f"lora.init_from={folder}", plain=True)
+
+
 def test_the_recipe_is_read(workshop: Path) -> None:
     data = [f"data.train=[{workshop}/up.train.jsonl]", f"data.eval=[{workshop}/up.eval.jsonl]"]
     config = load_config(RECIPE, [f"model.name_or_path={workshop}/model", *data, f"output_dir={workshop}/runs/recipe"], claim_output=False)
