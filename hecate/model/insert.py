@@ -138,10 +138,10 @@ def insert_experts(
     if plan.train_non_experts:
         _refuse_narrow(model)
     together = Counter(one.unit.layer for one in changed)
-    alike: dict[object, list[tuple[Unit, int]]] = {}
+    peers: dict[object, list[tuple[Unit, int]]] = {}
     for one in sorted(changed, key=lambda one: one.unit):
-        alike.setdefault((one.unit.place, one.shape), []).append((one.unit, counts[one.unit]))
-    families = {one.unit: _experts(model, one, plan, together[one.unit.layer], tuple(alike[one.unit.place, one.shape])) for one in changed}
+        peers.setdefault((one.unit.place, one.shape), []).append((one.unit, counts[one.unit]))
+    families = {one.unit: _experts(model, one, plan, together[one.unit.layer], tuple(peers[one.unit.place, one.shape])) for one in changed}
     engine = Engine(dict(families), engine_config, groups)
     for family in families.values():
         family.forget_initial()
@@ -183,11 +183,11 @@ def _refuse_narrow(model: nn.Module) -> None:
         raise UserError(f"model.train_non_experts: the model is held in {name}, whose steps would be lost\n  set model.dtype=float32")
 
 
-def _experts(model: nn.Module, one: FoundUnit, plan: InsertionPlan, together: int, alike: tuple[tuple[Unit, int], ...]) -> UnitExperts:
-    """`alike`: see `Site.peers`."""
-    like, experts = next(model.parameters()), dict(alike)[one.unit]
+def _experts(model: nn.Module, one: FoundUnit, plan: InsertionPlan, together: int, peers: tuple[tuple[Unit, int], ...]) -> UnitExperts:
+    """`peers`: see `Site.peers`."""
+    like, experts = next(model.parameters()), dict(peers)[one.unit]
     dtypes = adapter_dtype(like.dtype), like.dtype
-    site = Site(one.unit, experts, one.shape, plan.seed, *dtypes, like.device, plan.kernels, together, alike)
+    site = Site(one.unit, experts, one.shape, plan.seed, *dtypes, like.device, plan.kernels, together, peers)
     return make_experts(plan.kind, site, one.source(model), plan.choices)
 
 

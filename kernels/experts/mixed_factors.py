@@ -32,7 +32,7 @@ def mixed_factors(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout
     rows = None
     if dropout is not None:
         assert routed.token_T is not None, "dropout needs the tokens' numbers"
-        rows = dropout.rows(routed.token_T, dropout_stream(0, "gate_proj"))
+        rows = dropout.rows(routed.token_T, dropout_stream(0, "linear"))
     scale = pairs.scale * (1.0 if rows is None else rows.scale)
     return _MixedFactors.apply(routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr, scale, rows)
 
@@ -66,9 +66,11 @@ class _MixedFactors(torch.autograd.Function):
         dweight_TS = (up_TSr * mixed_Tr[:, None] + low_TSr * dmixed_Tr[:, None]).sum(-1, dtype=sums)
         db_SrO = ((w_TS1 * mixed_Tr[:, None]).flatten(1).T @ dy_TO).view(slots, rank, -1)
         dlow_TR = (w_TS1 * dmixed_Tr[:, None]).flatten(1)
-        da_SrI = (dlow_TR.T @ _dropped(x_TI, dropout)).view(slots, rank, inputs)
+        da_SrI = None
+        if ctx.needs_input_grad[2]:  # not of a fixed A
+            da_SrI = (dlow_TR.T @ _dropped(x_TI, dropout)).view(slots, rank, inputs).to(a_SrI.dtype)
         dx_TI = _dropped(dlow_TR @ _joined_a(a_SrI, dtype), dropout) if ctx.needs_input_grad[0] else None
-        return dx_TI, dweight_TS.to(weight_TS.dtype), da_SrI.to(a_SrI.dtype), db_SrO.mT.to(b_SOr.dtype), None, None
+        return dx_TI, dweight_TS.to(weight_TS.dtype), da_SrI, db_SrO.mT.to(b_SOr.dtype), None, None
 
 
 def _joined_a(a_SrI: Tensor, dtype: torch.dtype) -> Tensor:

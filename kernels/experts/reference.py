@@ -67,7 +67,7 @@ def mixed_factors_reference(routed: RoutedTokens, pairs: LowRankPairs, *, dropou
     x, weight_TS = routed.x_TD, routed.weight_TK.to(routed.x_TD.dtype)
     if dropout is not None:
         assert routed.token_T is not None
-        x = x * dropout.mask(routed.token_T, dropout_stream(0, "gate_proj"), x.shape[1], x.dtype)
+        x = x * dropout.mask(routed.token_T, dropout_stream(0, "linear"), x.shape[1], x.dtype)
     a_TrI = torch.einsum("ts,sri->tri", weight_TS, pairs.a_SrI.to(x.dtype))
     b_TOr = torch.einsum("ts,sor->tor", weight_TS, pairs.b_SOr.to(x.dtype))
     return pairs.scale * (b_TOr @ (a_TrI @ x[..., None])).squeeze(-1)
