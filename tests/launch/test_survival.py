@@ -106,7 +106,8 @@ def test_plain_torchrun_trains_and_goes_on_after_a_restart(workshop: Path, whole
     assert losses(workshop / "runs/plain") == whole
 
 
-@pytest.mark.parametrize(("command", "overrides"), [("train", ["nproc=2"]), pytest.param("launch", ["nproc=1"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "overrides"), [("train", ["nproc=2"]), ("launch", ["nproc=1"])])
 def test_a_killed_launcher_leaves_nothing(workshop: Path, command: str, overrides: list[str]) -> None:
     """Other machines cannot reach its processes while they run. For `hecate ray` see test_ray."""
     temporary = workshop / f"tmp-killed-{command}"

@@ -78,6 +78,7 @@ def test_a_run_learns(workshop: Path, trained: Path) -> None:
     assert steps[0]["aux_loss"] > 1.9  # two assignments, nearly balanced or worse
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(workshop: Path, trained: Path) -> None:
     again = workshop / "runs" / "again"
     shutil.copytree(workshop / "runs" / "whole", again)

@@ -135,6 +135,7 @@ def test_the_same_training_on_one_rank_and_under_every_policy(workshop: Path, wh
         assert torch.tensor(losses(workshop, name)).sub(torch.tensor(losses(workshop, "whole"))).abs().max() < 2e-4, name
 
 
+@pytest.mark.slow
 def test_torchrun_uses_the_ranks_it_is_given(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hecate"]
     arguments = train_arguments(workshop, "torchrun", "eval.on_start=false")

@@ -64,10 +64,14 @@ def test_the_table_is_of_the_oldest_triton_and_of_a_newer() -> None:
 
 @pytest.mark.parametrize("version", read_table())
 def test_large_products_run_on_the_tensor_cores_of_their_generation(version: str) -> None:
-    """HGMMA and TMA on sm_90; on sm_80 HMMA, fed by asynchronous copies."""
+    """HGMMA and TMA on sm_90; on sm_80 HMMA, fed by asynchronous copies. A sum over 16 numbers is one step, with nothing to copy ahead."""
     rows = read_table()[version]
     wide = {
-        gpu: [row for name, row in kernels.items() if "grouped_gemm" in name and "bfloat16" in name and "BM=128" in name]
+        gpu: [
+            row
+            for name, row in kernels.items()
+            if "grouped_gemm" in name and "bfloat16" in name and "BM=128" in name and " K=16 " not in name
+        ]
         for gpu, kernels in rows.items()
     }
     assert all(wide.values())
