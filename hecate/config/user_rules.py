@@ -54,6 +54,11 @@ def check_user(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add) 
     if undivided and values.get("lora.gradient_rule") == "row_norm":
         what = f"row_norm is about the rows of one pair, but moe.router.mix={values['moe.router.mix']} adds up those of all pairs"
         add("lora.gradient_rule", what, "leave it out, or use moe.router.mix=products")
+    if undivided and isinstance(values.get("lora.r"), tuple):
+        what = (
+            f"must be one rank with moe.router.mix={values['moe.router.mix']}: pairs of several ranks, each scaled by its own, have no sum"
+        )
+        add("lora.r", what, "give one number, or use moe.router.mix=products")
     slots, most = values.get("fssdp.memory_slots"), most_experts(values)
     if most == 1:
         key = "moe.num_experts" if values.get("moe.allocation") is None else "moe.allocation"

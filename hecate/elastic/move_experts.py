@@ -15,13 +15,14 @@ from hecate.errors import UserError
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
 from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.reshard import RowSpec, reshard
+from hecate.parallel.expert_cost import STATE_NUMBERS
 from hecate.parallel.sharding import better_owners, owned_bytes, owned_slots
 from hecate.parallel.units import Unit, expert_name
 from hecate.report.events import Move, Resharding
 
 
 def check_room(engine: ExpertEngine) -> None:
-    """Check that the devices can hold the experts when these are dealt by memory, as re-sharding deals them.
+    """Check that the devices can hold the experts, and the blocks of pools, when these are dealt by memory, as re-sharding deals them.
 
     Raises:
         UserError: the memory that the topology gives the devices is too small for the experts.
@@ -31,6 +32,9 @@ def check_room(engine: ExpertEngine) -> None:
     for _, given in inputs:
         size = owned_bytes(given.cost)
         number[size] = number.get(size, 0) + given.owner_LE.size
+    for pool in engine.shards.pools.values():
+        size = float((STATE_NUMBERS + 1) * pool.layout().trainable_numel * pool.dtype.itemsize)  # a gradient, too
+        number[size] = number.get(size, 0) + pool.num_experts
     if inputs:
         owned_slots(number, inputs[0][1].topology.memory)
 

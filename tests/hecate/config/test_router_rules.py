@@ -105,6 +105,10 @@ NOT_BY_USER = [
         "fssdp.memory_slots: must be 4 at least with moe.router.mix=factors, which needs all experts on every rank, got 3",
     ),
     (
+        "lora.r=[2,4,4,8]",
+        "lora.r: must be one rank with moe.router.mix=factors: pairs of several ranks, each scaled by its own, have no sum.*mix=products",
+    ),
+    (
         "lora={gradient_rule: row_norm, eta: 1.0, dropout: 0}",
         "lora.gradient_rule: row_norm is about the rows of one pair, but moe.router.mix=factors adds up those of all pairs.*mix=products",
     ),
