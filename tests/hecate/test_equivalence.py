@@ -284,7 +284,7 @@ def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, sh
     run_ranks(world, _check_cases, [replace(case, shard_size=shard_size) for case in cases], timeout=240)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [SLOW_1, SLOW_2, 3])
 def test_activation_checkpointing_changes_nothing(world: int) -> None:
     cases = [Case(policy, 8, 2, "empty rank", checkpointing=True) for policy in EVERY_CASE]
     run_ranks(world, _check_cases, cases, timeout=240)
@@ -304,7 +304,7 @@ def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None
     run_ranks(world, _check_cases, cases[:5] if world == 1 else cases, timeout=240)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [SLOW_1, 2])
 def test_whatever_computes_the_experts_it_equals_one_process(world: int) -> None:
     """Triton's kernels are interpreted. They save views of the replicas, whose memory comes and goes under `rematerialize`."""
     alone = Case("full", 3, 2, "idle experts", torch.float32, kernels="triton", steps=1)
@@ -351,12 +351,13 @@ def test_every_other_policy_equals_one_process(world: int) -> None:
     run_ranks(world, _check_cases, cases, timeout=480)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, SLOW_4])
 def test_tokens_may_all_be_served_elsewhere_though_their_experts_are_here(world: int) -> None:
     cases = [Case("elsewhere", 8, 2, "idle experts", checkpointing=True), Case("elsewhere", 3, 1, "empty rank", torch.float32)]
     run_ranks(world, _check_cases, cases, timeout=240)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     world=st.integers(2, 4), experts=st.integers(1, 9), k=st.integers(1, 3), scenario=st.sampled_from(SCENARIOS), seed=st.integers(0, 10**6)

@@ -209,7 +209,7 @@ def _check_cases(rank: int, world: int, cases: list[Case]) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("world", [1, *(pytest.param(world, marks=pytest.mark.slow) for world in (2, 3, 4))])
 def test_upcycled_training_equals_one_process(world: int) -> None:
     cases = [
         Case("full", "idle experts", True),

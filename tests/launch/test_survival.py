@@ -34,6 +34,7 @@ def whole(workshop: Path) -> dict[int, tuple[float, float]]:
     return losses(workshop / "runs/whole")
 
 
+@pytest.mark.slow
 def test_a_launched_run_starts_again_from_its_checkpoint(workshop: Path, whole: dict[int, tuple[float, float]]) -> None:
     temporary = workshop / "tmp-again"
     given = arguments(workshop, "again", f"max_steps={STEPS}", "save_steps=3")

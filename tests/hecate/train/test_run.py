@@ -187,7 +187,7 @@ def bad_inputs(workshop: Path) -> Path:
     return workshop
 
 
-SLOW_RUNS = ("unsupported model", "too few sequences", "nothing to resume", "no such preset")
+SLOW_RUNS = ("unsupported model", "no such target", "too few sequences", "nothing to resume", "no such preset")
 """those whose mistake is found by ranks that have started"""
 
 
