@@ -13,42 +13,26 @@ seconds, processor seconds, and the largest resident memory of one run and of ei
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 
 from benchmarks.report import arguments, finish
+from benchmarks.whole_run import ROOT, WholeRun, train
 from hecate.data.synthetic_tasks import write_tasks
 
-ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("chain_sum", "gcd", "letter_counting", "count_bits", "number_sorting", "products", "number_filtering", "spell_backward")
 SAME_BATCH = {"data.seq_len": "256", "micro_batch_size": "2"}
 SMALL, SMALL_OF_EIGHT = {"data.seq_len": "48", "micro_batch_size": "1"}, {"data.seq_len": "48", "micro_batch_size": "8"}
 
 
-@dataclass(frozen=True)
-class Used:
-    """What a run took."""
-
-    tokens_per_second: tuple[float, ...]
-    """of each step but the first"""
-    seconds: float
-    processor_seconds: float
-    megabytes: float
-
-    @property
-    def speed(self) -> float:
-        return quantiles(self.tokens_per_second, n=4)[2]
+def speed(run: WholeRun) -> float:
+    """The third quartile of the tokens a second of all steps but the first."""
+    return quantiles([step["tokens_per_s"] for step in run.of_kind("step") if step["step"] > 1], n=4)[2]
 
 
-def run(folder: Path, tasks: Sequence[str], settings: dict[str, str], steps: int, number: int) -> Used:
+def run(folder: Path, tasks: Sequence[str], settings: dict[str, str], steps: int, number: int) -> WholeRun:
     """Train the adapters of these tasks in one run.
 
     Raises:
@@ -66,23 +50,10 @@ def run(folder: Path, tasks: Sequence[str], settings: dict[str, str], steps: int
         "output_dir": str(output),
         **settings,
     }
-    recipe = ROOT / "configs" / "recipes" / "many_adapters.yaml"
-    command = [sys.executable, "-m", "hecate", "train", str(recipe), *(f"{key}={value}" for key, value in given.items())]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = time.monotonic()
-    with (folder / "log.txt").open("w+b") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)  # says what the run has used
-        process.returncode = os.waitstatus_to_exitcode(status)
-        log.seek(0)
-        if process.returncode:
-            sys.exit(f"a run has failed\n{log.read().decode(errors='replace')[-2000:]}")
-    seconds = time.monotonic() - started
-    records = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    speeds = tuple(record["tokens_per_s"] for record in records if record["kind"] == "step" and record["step"] > 1)
+    found = train(ROOT / "configs" / "recipes" / "many_adapters.yaml", given, folder)
     adapters = sorted(path.name for path in (output / "adapters").iterdir())
     assert adapters == sorted(f"{task}.train" for task in tasks), adapters
-    return Used(speeds, seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+    return found
 
 
 def main() -> None:
@@ -94,19 +65,19 @@ def main() -> None:
         write_tasks(folder / "data", TASKS, train_size=400, eval_size=1, seed=0)
         numbers = iter(range(1000))
         for case, of_one, of_all in (("same batch", SAME_BATCH, SAME_BATCH), ("small batches", SMALL, SMALL_OF_EIGHT)):
-            one: list[Used] = []
-            every: list[Used] = []
+            one: list[WholeRun] = []
+            every: list[WholeRun] = []
             for round_number in range(rounds):
                 one.append(run(folder, tasks[round_number : round_number + 1], of_one, steps, next(numbers)))
                 every.append(run(folder, tasks, of_all, steps, next(numbers)))
-            speeds = (max(used.speed for used in every), max(used.speed for used in one))
+            speeds = (max(speed(used) for used in every), max(speed(used) for used in one))
             rows.append({"case": case, "at once": speeds[0], "one": speeds[1], "at once / one": speeds[0] / speeds[1]})
         alone = [run(folder, [task], SMALL, steps, next(numbers)) for task in tasks]
         together = run(folder, tasks, SMALL_OF_EIGHT, steps, next(numbers))
     for what, at_once, one_by_one in (
         ("to the end, seconds", together.seconds, sum(used.seconds for used in alone)),
         ("to the end, processor seconds", together.processor_seconds, sum(used.processor_seconds for used in alone)),
-        ("peak megabytes, side by side", together.megabytes, sum(used.megabytes for used in alone)),
+        ("peak megabytes, side by side", together.peak_megabytes, sum(used.peak_megabytes for used in alone)),
     ):
         rows.append({"case": what, "at once": at_once, "one": one_by_one, "at once / one": at_once / one_by_one})
     finish("many_adapters", rows, {str(row["case"]): float(row["at once / one"]) for row in rows}, options.json)

@@ -18,8 +18,6 @@ could reach with rates of its own, with more steps, or with larger models.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,12 +26,12 @@ from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import Any
 
+from benchmarks import whole_run
 from benchmarks.method_cases import GOALS, LONG, METHODS, SEEDS, SHORT, TASKS, Method, Run, Runs
 from benchmarks.report import arguments, machine
 from hecate.data.synthetic_tasks import write_tasks
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
+RESULTS = whole_run.ROOT / "benchmarks" / "results" / "methods.json"
 
 
 @dataclass(frozen=True)
@@ -77,24 +75,8 @@ def train(method: Method, seed: int, size: Size, folder: Path) -> Run:
         "eval.max_samples": size.eval_samples,
         **method.settings,
     }
-    command = [sys.executable, "-m", "hecate", "train", str(ROOT / "configs" / "quickstart.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (folder / "log.txt").open("w+b") as log:
-        arguments = [*command, *(f"{key}={value}" for key, value in settings.items())]
-        # Waited for by hand: wait4 says what this program and those that it started have used.
-        process = subprocess.Popen(arguments, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        log.seek(0)
-        if process.returncode:
-            sys.exit(f"{method.name} has failed\n{log.read().decode(errors='replace')[-2000:]}")
-    return _result(method, seed, size, output, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
-
-
-def _result(method: Method, seed: int, size: Size, output: Path, processor_seconds: float, megabytes: float) -> Run:
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [record for record in records if record["kind"] == "step"]
-    scores = [record for record in records if record["kind"] == "eval"][-1]["sources"]
+    run = whole_run.train(whole_run.ROOT / "configs" / "quickstart.yaml", settings, folder)
+    steps, scores = run.of_kind("step"), run.of_kind("eval")[-1]["sources"]
     return Run(
         method=method.name,
         seed=seed,
@@ -103,9 +85,9 @@ def _result(method: Method, seed: int, size: Size, output: Path, processor_secon
         loss=fmean(scores[task]["loss"] for task in TASKS),
         accuracy={task: scores[task]["accuracy"] for task in TASKS},
         tokens_per_second=median(step["tokens_per_s"] for step in steps),
-        tokens_per_processor_second=sum(step["tokens"] for step in steps) / processor_seconds,
+        tokens_per_processor_second=sum(step["tokens"] for step in steps) / run.processor_seconds,
         bytes_per_step=median(step["bytes_sent"] for step in steps),
-        peak_megabytes=megabytes,
+        peak_megabytes=run.peak_megabytes,
         load_spread=load_spread([step["loads"] for step in steps[-max(len(steps) // 4, 1) :]]),
     )
 

@@ -96,11 +96,12 @@ class PlainPairs:
     def chunk_of(self, expert: int, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """Raises UserError: the expert has a smaller rank than these pairs."""
         rank, parts = self._rank_of(expert), []
+        factor = self.lora.of_experts[expert][1] / self.lora.scale if self.lora.of_experts else 1.0
         for projection in self.projections:
             a_rI, b_Or = pairs[projection]
             if a_rI[rank:].any() or b_Or[:, rank:].any():
                 raise UserError(f"lora.r: expert {expert} has rank {rank}, but the adapter's pair of {projection} has more")
-            parts += [a_rI.flatten(), (b_Or / float(self._factor_E[expert]) if self.lora.of_experts else b_Or).flatten()]
+            parts += [a_rI.flatten(), (b_Or if factor == 1.0 else b_Or / factor).flatten()]
         return torch.cat(parts)
 
     def _rank_of(self, expert: int) -> int:

@@ -184,7 +184,7 @@ def _plan(description: AdapterConfig, router: RouterConfig, kernels: Backend) ->
     return InsertionPlan(
         kind=kind_written_as("mixlora"),
         experts_per_layer=description.experts_per_layer,
-        top_k=max(description.experts_per_layer) if router.dense else description.top_k,
+        top_k=max(description.experts_per_layer) if router.takes_all else description.top_k,
         router=router,
         lora=lora,
         target_modules=description.target_modules,

@@ -49,6 +49,11 @@ def scaled_rows(b_Or: Tensor, factor_O: Tensor | None) -> Tensor:
     return b_Or if factor_O is None else b_Or * factor_O[..., None].to(b_Or.dtype)
 
 
+def side_by_side(matrix_SrN: Tensor, dtype: torch.dtype) -> Tensor:
+    """[S·r, N] in this type: all slots' A, or their B transposed, as one matrix."""
+    return matrix_SrN.to(dtype).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class LowRankTerm:
     """The second half of a low-rank product: rows already multiplied by one matrix of a pair, and the matrix that expands them."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hecate.kernels.common.assignments import RoutedTokens
-from hecate.kernels.common.low_rank import LowRankPairs, row_factors, scaled_rows
+from hecate.kernels.common.low_rank import LowRankPairs, row_factors, scaled_rows, side_by_side
 
 _MOST_RANK, _LEAST_SLOTS, _MOST_RANKS_OF_AN_ASSIGNMENT = 4, 16, 32
 """where the dense products were found to take less processor time, for linears of 576 x 576 and 576 x 1536 and 256 to 2048 tokens"""
@@ -38,11 +38,11 @@ class _MaskedPairs(torch.autograd.Function):
     def forward(
         ctx: Any, x_TI: Tensor, weight_TK: Tensor, a_SrI: Tensor, b_SOr: Tensor, scale: float, eta: float | None, slot_TK: Tensor
     ) -> Tensor:
-        low_TR = x_TI @ _side_by_side(a_SrI, x_TI.dtype).T
+        low_TR = x_TI @ side_by_side(a_SrI, x_TI.dtype).T
         weight_TR = _by_rank(weight_TK, slot_TK, a_SrI, x_TI.dtype)
         ctx.scale, ctx.eta = scale, eta
         ctx.save_for_backward(x_TI, weight_TK, a_SrI, b_SOr, low_TR, slot_TK)
-        return (low_TR * weight_TR.mul_(scale)) @ _side_by_side(b_SOr.mT, x_TI.dtype)
+        return (low_TR * weight_TR.mul_(scale)) @ side_by_side(b_SOr.mT, x_TI.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -51,7 +51,7 @@ class _MaskedPairs(torch.autograd.Function):
         slots, rank, _ = a_SrI.shape
         factor_SO = row_factors(a_SrI, b_SOr, ctx.eta)
         weight_TR = _by_rank(weight_TK, slot_TK, a_SrI, x_TI.dtype).mul_(ctx.scale)
-        dlow_TR = dy_TO @ _side_by_side(b_SOr.mT, x_TI.dtype).T
+        dlow_TR = dy_TO @ side_by_side(b_SOr.mT, x_TI.dtype).T
         sums = torch.promote_types(x_TI.dtype, torch.float32)
         dot_TS = (dlow_TR * low_TR).view(-1, slots, rank).sum(2, dtype=sums)
         dweight_TK = torch.where(slot_TK < 0, 0.0, dot_TS.gather(1, slot_TK.clamp(min=0))).mul_(ctx.scale).to(weight_TK.dtype)
@@ -62,15 +62,10 @@ class _MaskedPairs(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             of_a_TR = dlow_TR
             if factor_SO is not None:
-                of_a_TR = (dy_TO @ _side_by_side(scaled_rows(b_SOr, factor_SO).mT, x_TI.dtype).T).mul_(weight_TR)
+                of_a_TR = (dy_TO @ side_by_side(scaled_rows(b_SOr, factor_SO).mT, x_TI.dtype).T).mul_(weight_TR)
             da_SrI = (of_a_TR.T @ x_TI).view(a_SrI.shape).to(a_SrI.dtype)
-        dx_TI = dlow_TR @ _side_by_side(a_SrI, x_TI.dtype) if ctx.needs_input_grad[0] else None
+        dx_TI = dlow_TR @ side_by_side(a_SrI, x_TI.dtype) if ctx.needs_input_grad[0] else None
         return dx_TI, dweight_TK, da_SrI, db_SOr, None, None, None
-
-
-def _side_by_side(matrix_SrN: Tensor, dtype: torch.dtype) -> Tensor:
-    """[S · r, N] in a type; a view of the pairs or a copy for this pass alone, because replicas are freed between passes."""
-    return matrix_SrN.to(dtype).flatten(0, 1)
 
 
 def _by_rank(weight_TK: Tensor, slot_TK: Tensor, a_SrI: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, RowDropout, dropout_stream
-from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.common.low_rank import LowRankPairs, side_by_side
 
 
 def mixed_factors(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout | None = None) -> Tensor:
@@ -45,9 +45,9 @@ class _MixedFactors(torch.autograd.Function):
         ctx: Any, x_TI: Tensor, weight_TS: Tensor, a_SrI: Tensor, b_SOr: Tensor, scale: float, dropout: RowDropout | None
     ) -> Tensor:
         w_TS1 = weight_TS.to(x_TI.dtype)[..., None]
-        low_TSr = (_dropped(x_TI, dropout) @ _joined_a(a_SrI, x_TI.dtype).T).view(len(x_TI), *a_SrI.shape[:2])
+        low_TSr = (_dropped(x_TI, dropout) @ side_by_side(a_SrI, x_TI.dtype).T).view(len(x_TI), *a_SrI.shape[:2])
         mixed_Tr = (w_TS1 * low_TSr).sum(1)
-        y_TO = (w_TS1 * (mixed_Tr * scale)[:, None]).flatten(1) @ _joined_b(b_SOr, x_TI.dtype)
+        y_TO = (w_TS1 * (mixed_Tr * scale)[:, None]).flatten(1) @ side_by_side(b_SOr.mT, x_TI.dtype)
         ctx.scale, ctx.dropped_levels = scale, None if dropout is None else dropout.dropped_levels
         ctx.save_for_backward(x_TI, weight_TS, a_SrI, b_SOr, low_TSr, None if dropout is None else dropout.word_R)
         return y_TO
@@ -60,7 +60,7 @@ class _MixedFactors(torch.autograd.Function):
         dtype, (slots, rank, inputs) = x_TI.dtype, a_SrI.shape
         w_TS1 = weight_TS.to(dtype)[..., None]
         mixed_Tr = (w_TS1 * low_TSr).sum(1) * ctx.scale
-        up_TSr = (dy_TO @ _joined_b(b_SOr, dtype).T).view(low_TSr.shape)  # dy B_e of each pair
+        up_TSr = (dy_TO @ side_by_side(b_SOr.mT, dtype).T).view(low_TSr.shape)  # dy B_e of each pair
         dmixed_Tr = (w_TS1 * up_TSr).sum(1) * ctx.scale
         sums = torch.promote_types(dtype, torch.float32)
         dweight_TS = (up_TSr * mixed_Tr[:, None] + low_TSr * dmixed_Tr[:, None]).sum(-1, dtype=sums)
@@ -69,18 +69,8 @@ class _MixedFactors(torch.autograd.Function):
         da_SrI = None
         if ctx.needs_input_grad[2]:  # not of a fixed A
             da_SrI = (dlow_TR.T @ _dropped(x_TI, dropout)).view(slots, rank, inputs).to(a_SrI.dtype)
-        dx_TI = _dropped(dlow_TR @ _joined_a(a_SrI, dtype), dropout) if ctx.needs_input_grad[0] else None
+        dx_TI = _dropped(dlow_TR @ side_by_side(a_SrI, dtype), dropout) if ctx.needs_input_grad[0] else None
         return dx_TI, dweight_TS.to(weight_TS.dtype), da_SrI, db_SrO.mT.to(b_SOr.dtype), None, None
-
-
-def _joined_a(a_SrI: Tensor, dtype: torch.dtype) -> Tensor:
-    """[S·r, I]"""
-    return a_SrI.flatten(0, 1).to(dtype)
-
-
-def _joined_b(b_SOr: Tensor, dtype: torch.dtype) -> Tensor:
-    """[S·r, O]"""
-    return b_SOr.mT.flatten(0, 1).to(dtype)
 
 
 def _dropped(row_TI: Tensor, dropout: RowDropout | None) -> Tensor:

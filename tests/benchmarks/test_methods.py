@@ -1,0 +1,42 @@
+"""What `benchmarks.methods` makes of its runs, without training anything."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks.method_cases import GOALS, METHODS, SEEDS, SHORT, Run
+from benchmarks.methods import by_method, load_spread, wanted
+
+MOS = next(goal for goal in GOALS if goal.system == "mos")
+
+
+def run_of(method: str, seed: int, loss: float) -> Run:
+    return Run(method, seed, SHORT, 1, loss, {"gcd": 0.5, "sum": 1.0}, 1.0, 1.0, 1.0, 1.0, 0.0)
+
+
+def test_loads_spread_by_unit_over_several_steps() -> None:
+    """One unit is even over both steps, of the other one expert has all: a standard deviation as large as the mean."""
+    assert load_spread([{"0": [4, 0], "1": [8, 0]}, {"0": [0, 4], "1": [8, 0]}]) == pytest.approx(0.5)
+
+
+def test_a_goal_is_judged_by_the_seeds_that_all_its_systems_have() -> None:
+    """MoS is below LoRA of rank 2 with both seeds, and 1 % above rank 16; with seed 2 alone it is not below."""
+    runs = [run_of("mos", seed, 1.01) for seed in (1, 2)] + [run_of("lora_r16", seed, 1.0) for seed in (1, 2)]
+    assert MOS.verdict(by_method(runs)) == "open: no runs yet of lora_r2"
+    assert MOS.verdict(by_method([*runs, run_of("lora_r2", 3, 2.0)])) == "open: no runs yet of the same seeds"
+    met = MOS.verdict(by_method([*runs, *(run_of("lora_r2", seed, 1.02) for seed in (1, 2))]))
+    assert met.startswith(f"met (2 of {len(SEEDS)} seeds): below r 2 in 2 of 2; 1.010")
+    assert MOS.verdict(by_method([*runs, run_of("lora_r2", 1, 1.02), run_of("lora_r2", 2, 1.0)])).startswith("missed (2 of")
+
+
+def test_every_goal_names_systems_that_are_trained_for_as_many_steps() -> None:
+    steps = {method.name: method.steps for method in METHODS}
+    assert all(goal.steps in steps[name] for goal in GOALS for name in goal.needs)
+
+
+def test_a_recording_has_each_system_with_each_seed_once_and_reads_what_it_wrote() -> None:
+    runs = [(method.name, seed, size.steps) for method, seed, size in wanted([], quick=False)]
+    assert len(set(runs)) == len(runs) == len(SEEDS) * sum(len(method.steps) for method in METHODS)
+    assert Run(**asdict(run_of("mos", 1, 1.0))).exact == 0.75
