@@ -3,11 +3,11 @@
     python -m benchmarks.methods [--quick] [--resume] [--only NAME,...] [--most N] [--tables] [--json FILE]
 
 Each run (`method_cases.METHODS`) is a `hecate train` of SmolLM2-135M-Instruct on two ranks of this machine, in bfloat16 with one thread
-each, on five small tasks of reasoning-gym; all see the same samples in the same order. One table is of 64 steps, each of two sequences of 256 tokens,
-one of 400 steps of two sequences of 128, both over three seeds. Each run is written to the file (benchmarks/results/methods.json) as soon
-as it is through: a call with `--resume` goes on with the runs that are missing, the first seed's before the second's and short ones before
-long ones, and `--most` ends it after some. A call without it begins anew. `--tables` trains nothing. The complete recording takes about
-twelve hours on two idle cores.
+each, on five small tasks of reasoning-gym; all see the same samples in the same order. One table is of 64 steps, each of two sequences
+of 256 tokens, one of 400 steps of two sequences of 128, both over three seeds. Each run is written to the file
+(benchmarks/results/methods.json) as soon as it is through: a call with `--resume` goes on with the runs that are missing, the first seed's
+before the second's and short ones before long ones, and `--most` ends it after some. A call without it begins anew. `--tables` trains
+nothing. The complete recording takes about nine hours on two idle cores.
 
 Experts are materialized on both ranks in every step (`fssdp.policy: full`), so that bytes sent are those of one gather and one reduction.
 Tokens a second are the median step's, on a machine that others may use, too; tokens a processor second are not troubled by that.

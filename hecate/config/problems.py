@@ -1,8 +1,9 @@
 """The problems of a configuration, and the error that reports all of them at once."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hecate.errors import UserError
 
@@ -10,6 +11,11 @@ MAX_PRINTED = 20
 MAX_SHOWN = 60
 Add = Callable[[str, str, str], None]
 """A function that adds a problem: its key, what is wrong, and a hint."""
+
+
+def or_default(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Of values by dotted keys, which lack those that have a problem: the key's, `default` if it is null, None if it has a problem."""
+    return default if key in values and values[key] is None else values.get(key)
 
 
 @dataclass(frozen=True)

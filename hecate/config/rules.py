@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
-from hecate.config.pair_rules import check_shards
+from hecate.config.pair_rules import check_pairs, largest_rank
 from hecate.config.paths import INDEXED_SUFFIXES, find_model, indexed_prefix
-from hecate.config.problems import Add, did_you_mean, shorten
+from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.router_rules import check_router
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, RANGES
@@ -32,15 +32,9 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
         for at, one in [(f"{key}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, tuple) else [(key, value)]:
             if one is not None and one not in allowed:
                 add(at, f"must be {allowed}, got {one}", "")
-    alpha = values.get("lora.alpha")
-    if alpha is not None and alpha > 0 and not float(alpha).is_integer():
-        add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files can store no other")
     _check_experts(values, add)
     _check_kind(values, add)
-    _check_ranks(values, add)
-    _check_gradient_rule(values, add)
-    _check_nola(values, add)
-    check_shards(values, add)
+    check_pairs(values, add)
     check_router(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
@@ -84,7 +78,7 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
     kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", "ffn"))
     own = (kind is not None and kind.of_moe_base) or values.get("model.front_end") == "megatron"
     key, allocation = "moe.num_experts", values.get("moe.allocation")
-    experts = _or_default(values, key, None if own else DEFAULT_EXPERTS)
+    experts = or_default(values, key, None if own else DEFAULT_EXPERTS)
     if allocation is not None:
         _check_allocation(values, allocation, add, own=own)
         key, experts = "moe.allocation", allocation
@@ -110,7 +104,7 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
             what = f"lists {len(experts)} layers, but model.num_hidden_layers is {layers}"
             add("moe.num_experts", what, f"give one number for all layers, or {layers} of them")
     takes_all = values.get("moe.router.dense") or values.get("moe.router.input") == "user"
-    top_k = _or_default(values, "moe.top_k", None if own or takes_all else DEFAULT_TOP_K)
+    top_k = or_default(values, "moe.top_k", None if own or takes_all else DEFAULT_TOP_K)
     fewest = min((count for count in counts if count > 0), default=0)
     given = values.get("moe.router.input") == "given"  # where top_k is 1
     if top_k is not None and 0 < fewest < top_k and not given:
@@ -158,77 +152,6 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     if kind.joins_gate_and_up and len(targets & {"gate_proj", "up_proj"}) == 1:
         hint = "experts of MoE models hold gate and up as one matrix with one adapter: name both, or neither"
         add("lora.target_modules", f"names {(targets & {'gate_proj', 'up_proj'}).pop()} alone", hint)
-
-
-def _check_ranks(values: Mapping[str, Any], add: Add) -> None:
-    key, ranks = "lora.r", values.get("lora.r")
-    if not isinstance(ranks, tuple):
-        return
-    if not ranks:
-        add(key, "must be a number, or a list with one for each expert", "")
-        return
-    for other, allowed in (("lora.pairs", "plain"), ("lora.gradient_rule", "none")):
-        if values.get(other, allowed) != allowed:
-            add(key, f"must be one number with {other}={values[other]}, got a list of {len(ranks)}", f"give one, or {other}={allowed}")
-    kind = kind_of(values.get("moe.family", ""), values.get("moe.unit", "ffn"))
-    if kind is not None and (kind.of_moe_base or not kind.has_pairs):
-        add(key, f"must be one number with moe.family={kind.name}, got a list of {len(ranks)}", "give one")
-        return
-    given = "moe.num_experts" if values.get("moe.allocation") is None else "moe.allocation"
-    counts = _or_default(values, given, DEFAULT_EXPERTS)
-    if counts is None:
-        return
-    others = sorted({count for count in ((counts,) if isinstance(counts, int) else counts) if count not in (0, len(ranks))})
-    if others:
-        what = f"lists the ranks of {len(ranks)} experts, but {given} gives layers {', '.join(map(str, others))}"
-        add(key, what, f"give one rank for all, or every layer that has experts {len(ranks)} of them")
-
-
-def _largest_rank(values: Mapping[str, Any]) -> int:
-    ranks = values.get("lora.r", 0)
-    return max(ranks, default=0) if isinstance(ranks, tuple) else int(ranks)
-
-
-def _check_gradient_rule(values: Mapping[str, Any], add: Add) -> None:
-    rule, eta = values.get("lora.gradient_rule"), values.get("lora.eta")
-    if rule == "none" and eta is not None:
-        add("lora.eta", f"is read with lora.gradient_rule=row_norm only, got {eta}", "leave it out, or set the rule")
-    if rule != "row_norm":
-        return
-    if "lora.eta" in values and eta is None:
-        add("lora.eta", "must be given with lora.gradient_rule=row_norm", "ALLoRA's own values are 1, 1.414 and 2")
-    if values.get("lora.alpha") is not None:
-        hint = "leave it out: the rule has eta in its place"
-        add("lora.alpha", f"has no meaning with lora.gradient_rule=row_norm, got {values['lora.alpha']}", hint)
-    if values.get("lora.use_rslora"):
-        add("lora.use_rslora", "has no meaning with lora.gradient_rule=row_norm, which scales nothing", "leave it out")
-    if values.get("lora.dropout"):
-        add("lora.dropout", f"must be 0 with lora.gradient_rule=row_norm, got {values['lora.dropout']}", "set lora.dropout=0")
-    if values.get("kernels") == "triton" and _largest_rank(values) > 128:
-        add(
-            "kernels",
-            f"triton takes LoRA ranks up to 128 with lora.gradient_rule=row_norm, but lora.r is {_largest_rank(values)}",
-            "use auto",
-        )
-
-
-def _check_nola(values: Mapping[str, Any], add: Add) -> None:
-    key, pairs = "lora.nola.bases", values.get("lora.pairs")
-    if pairs is not None and pairs != "nola" and key in values and values[key] != LEAVES[key].default:
-        add(key, f"is read with lora.pairs=nola only, got {values[key]}", "leave it out, or set lora.pairs=nola")
-    if pairs != "nola":
-        return
-    if values.get("lora.gradient_rule") == "row_norm":
-        what = "row_norm is about rows of A and B that train by themselves, but with lora.pairs=nola all rows share their coefficients"
-        add("lora.gradient_rule", what, "leave it out, or use lora.pairs=plain")
-    if values.get("lora.init_from") is not None:
-        what = "cannot be given with lora.pairs=nola: A and B of an adapter do not say by which coefficients they were made"
-        add("lora.init_from", what, "leave it out, or use lora.pairs=plain, which trains the adapter's own A and B on")
-
-
-def _or_default(values: Mapping[str, Any], key: str, default: Any) -> Any:
-    """Return the key's value, `default` if it is null, and None if the key has a problem."""
-    return default if key in values and values[key] is None else values.get(key)
 
 
 def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:
@@ -327,8 +250,8 @@ def _check_kernels(values: Mapping[str, Any], add: Add) -> None:
         return
     if values.get("model.dtype") == "float64":
         add("kernels", "triton computes in float32 or bfloat16, but model.dtype is float64", "use auto or torch")
-    if _largest_rank(values) > 256:
-        add("kernels", f"triton takes LoRA ranks up to 256, but lora.r is {_largest_rank(values)}", "use auto or torch")
+    if largest_rank(values) > 256:
+        add("kernels", f"triton takes LoRA ranks up to 256, but lora.r is {largest_rank(values)}", "use auto or torch")
 
 
 def _check_workers(values: Mapping[str, Any], add: Add) -> None:

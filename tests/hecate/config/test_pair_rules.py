@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hecate.config.pair_rules import check_shards
+from hecate.config.pair_rules import check_pairs
 from hecate.config.rules import check_values
 
 
@@ -79,7 +79,7 @@ from hecate.config.rules import check_values
 )
 def test_what_shards_do_not_go_together_with_is_refused(values: dict[str, Any], problem: tuple[str, str, str]) -> None:
     problems: list[tuple[str, str, str]] = []
-    check_shards(values, lambda *one: problems.append(one))
+    check_pairs(values, lambda *one: problems.append(one))
     assert problems == [problem]
 
 
