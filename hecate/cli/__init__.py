@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from inspect import signature
 from typing import Annotated
 
 import typer
@@ -33,7 +34,9 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
 }
 for _panel, _functions in _VERBS.items():
     for _name, _function in _functions.items():
-        app.command(name=_name, rich_help_panel=_panel)(_function)
+        # A verb that takes KEY=VALUE gets --key=value, too, and answers it with the key that is meant.
+        _settings = {"ignore_unknown_options": "overrides" in signature(_function).parameters}
+        app.command(name=_name, rich_help_panel=_panel, context_settings=_settings)(_function)
 
 
 def main() -> None:

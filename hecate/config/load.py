@@ -9,7 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hecate.config import other_names
 from hecate.config.paths import indexed_prefix
+from hecate.config.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
 from hecate.config.rules import check_values
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource, MoeConfig
@@ -22,7 +24,7 @@ _SOURCES = ("data.train", "data.eval")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True) -> Config:
-    """Load the configuration of a run from the YAML file at `path`.
+    """Load the configuration of a run from the YAML file at `path`, or from the preset of that name (`hecate.config.presets`).
 
     `${key}` repeats another key's value. Everything is checked, also that the named files exist and that output_dir is free.
 
@@ -33,7 +35,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     Raises:
         ConfigError: a UserError with all problems.
     """
-    file = os.fspath(path)
+    file = _find_file(os.fspath(path))
     report = Report(file)
     given = {key: (node, file) for key, node in _flatten(_read_file(file), "", file, report)}
     given.update(_read_overrides(overrides, report))
@@ -80,6 +82,12 @@ def _with_defaults(config: Config) -> MoeConfig:
     )
 
 
+def _find_file(path_or_name: str) -> str:
+    """The path of a preset if this is the name of one and of no file."""
+    is_path = os.sep in path_or_name or path_or_name.endswith((".yaml", ".yml")) or os.path.exists(path_or_name)
+    return path_or_name if is_path else os.fspath(run_presets().get(path_or_name, path_or_name))
+
+
 def _read_file(file: str) -> Mapping:
     def refuse(what: str, hint: str = "", line: int | None = None) -> ConfigError:
         return ConfigError([Problem(file, "", what, hint, line)])
@@ -88,7 +96,9 @@ def _read_file(file: str) -> Mapping:
         with open(file, "rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise refuse("no such file", "give the path of a YAML file") from None
+        if file.startswith("-"):
+            raise refuse("no such file", "write key=value, without signs, after the file's path") from None
+        raise refuse("no such file", f"give the path of a YAML file, or one of the presets {', '.join(run_presets())}") from None
     except IsADirectoryError:
         raise refuse("is a folder", "give the path of a YAML file") from None
     except (OSError, ValueError) as error:
@@ -123,11 +133,14 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            refuse(shorten(override), "must have the form key=value", "lists are written key=[a,b]")
+            bare = override.lstrip("-").replace("-", "_")
+            hint = f"write {bare}=..." if bare in LEAF_TYPES else other_names.answer(bare) or "lists are written key=[a,b]"
+            refuse(shorten(override), "must have the form key=value", hint)
             continue
         if key not in LEAF_TYPES and key not in SECTIONS:
             bare = key.lstrip("-+~").replace("-", "_")
-            hint = f"write {bare}=... without signs before it" if bare in LEAF_TYPES else did_you_mean(key, LEAF_TYPES)
+            hint = f"write {bare}=... without signs before it" if bare in LEAF_TYPES else other_names.answer(bare)
+            hint = hint or did_you_mean(key, LEAF_TYPES) or ("--help lists the options" if key.startswith("-") else "")
             refuse(key, "unknown key", hint)
             continue
         try:

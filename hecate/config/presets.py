@@ -1,4 +1,4 @@
-"""Find the YAML files that hecate is installed with: topologies, models and experiments."""
+"""Find the YAML files that hecate is installed with: runs, topologies, models and experiments."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def preset_names(folder: str) -> list[str]:
     """Return the names of the presets in a folder of configs/, sorted."""
     return sorted(path.stem for path in (_CONFIGS / folder).glob("*.yaml"))
+
+
+def run_presets() -> dict[str, Path]:
+    """The configurations of runs by their names, sorted: starting points such as finetune, and a recipe of each system of the field."""
+    found = [*_CONFIGS.glob("*.yaml"), *(_CONFIGS / "recipes").glob("*.yaml")]
+    return {path.stem: path for path in sorted(found, key=lambda path: path.stem)}
 
 
 def find_preset(folder: str, what: str, name_or_path: str, *, also: tuple[str, ...] = ()) -> Path:

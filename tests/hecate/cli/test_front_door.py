@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import hecate
 from hecate.cli import app, forecasts, jobs
 from hecate.cli.arguments import ConfigFile
+from hecate.config.problems import ConfigError
 
 
 def test_the_version_is_the_packages() -> None:
@@ -36,6 +37,17 @@ def test_verbs_that_take_a_configuration_show_it_alike() -> None:
     assert takers == ["train", "launch", "ray", "plan", "eval"]
     for name in takers:
         assert "{CONFIG} [KEY=VALUE]..." in CliRunner().invoke(app, [str(name), "--help"]).output
+
+
+def test_a_key_with_signs_before_it_is_answered() -> None:
+    done = CliRunner().invoke(app, ["train", "finetune", "--max_steps=3", "--lora-r=8", "--nonsense"])
+    assert isinstance(done.exception, ConfigError)
+    said = {problem.key: problem.hint for problem in done.exception.problems if problem.source == "command line"}
+    assert said == {
+        "--max_steps": "write max_steps=... without signs before it",
+        "--lora-r": "write lora.r",
+        "--nonsense": "lists are written key=[a,b]",
+    }
 
 
 @pytest.mark.parametrize("program", [jobs.RANK_PROGRAM, forecasts.RANK_PROGRAM])

@@ -20,8 +20,8 @@ GPT = "name_or_path: gpt-moe-s, front_end: megatron, tokenizer: model"
 IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     # unknown and missing keys
     ({"lerning_rate": "1e-3"}, "lerning_rate", "did you mean learning_rate?"),
-    ({"lora_alpha": "8"}, "lora_alpha", "did you mean lora.alpha?"),
-    ({"num_experts": "8"}, "num_experts", "did you mean moe.num_experts?"),
+    ({"lora_alpha": "8"}, "lora_alpha", "write lora.alpha"),
+    ({"num_experts": "8"}, "num_experts", "write moe.num_experts"),
     ({"lroa": "{r: 8}"}, "lroa", "unknown key"),
     ({"weight_decay_exclude": "[norms, bias]"}, "weight_decay_exclude[1]", "did you mean biases?"),
     ({"moe": "{topk: 1}"}, "moe.topk", "did you mean moe.top_k?"),

@@ -10,6 +10,7 @@ import pytest
 
 from hecate.config import ConfigError, DataSource
 from hecate.config.load import MAX_BYTES, load_config
+from hecate.config.presets import run_presets
 from hecate.config.schema import LEAF_TYPES, RANGES, REQUIRED, SECTIONS
 from tests.hecate.config.making import MINIMAL, load
 
@@ -171,3 +172,16 @@ def test_the_report_crosses_processes_and_stays_short(folder: Path) -> None:
     assert len(again.problems) == 200
     assert str(again) == str(caught.value)
     assert str(again).endswith("... and 180 more")
+
+
+def test_a_preset_is_found_by_its_name_wherever_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config("mola")
+    assert {problem.key.partition("[")[0] for problem in caught.value.problems} == {"data.train", "data.eval"}
+    assert {problem.source for problem in caught.value.problems} == {str(run_presets()["mola"])}
+    with pytest.raises(ConfigError, match=r"molas: no such file\n    hint: give the path of a YAML file, or one of the presets .*, mola, "):
+        load_config("molas")
+    (tmp_path / "mola").write_text("nonsense: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="nonsense: unknown key"):
+        load_config("mola")
