@@ -42,6 +42,7 @@ ROOMS = (
     "hecate.train",
     "hecate.profile",
     "hecate.forecast",
+    "hecate.doctor",
     "hecate.launch",
     "hecate.cli",
     "hecate.__main__",

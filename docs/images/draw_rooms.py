@@ -9,7 +9,11 @@ from pathlib import Path
 
 TIERS: dict[str, dict[str, str]] = {
     "start": {"launch": "start ranks, watch them,\nreplace lost ones", "cli": "the verbs of\nthe command line"},
-    "measure and\npredict": {"profile": "measure devices\nand links", "forecast": "memory and time\nwithout a run"},
+    "measure and\npredict": {
+        "profile": "measure devices\nand links",
+        "forecast": "memory and time\nwithout a run",
+        "doctor": "what a machine\nlacks",
+    },
     "run": {
         "optim": "gradient rules\nover shards",
         "checkpoint": "files that survive\na crash",

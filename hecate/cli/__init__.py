@@ -1,6 +1,7 @@
 """The command line, `hecate`. Each verb is a function in the room of its subject; the modules it needs are imported inside it.
 
-`jobs` starts training and watches it, `forecasts` measures and predicts, `models` writes data for a model and uses what a run has trained.
+`jobs` starts training and watches it, `forecasts` measures and predicts, `machine` looks for what training lacks, `models` writes data for
+a model and uses what a run has trained.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 
 import hecate
-from hecate.cli import forecasts, jobs, models
+from hecate.cli import forecasts, jobs, machine, models
 from hecate.errors import USER_ERROR_EXIT, UserError
 
 app = typer.Typer(
@@ -24,7 +25,7 @@ app = typer.Typer(
 )
 _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Train": {"train": jobs.train, "launch": jobs.launch, "ray": jobs.ray, "submit": jobs.submit, "status": jobs.status},
-    "Predict": {"plan": forecasts.plan, "simulate": forecasts.simulate, "profile": forecasts.profile},
+    "Measure and predict": {"plan": forecasts.plan, "simulate": forecasts.simulate, "profile": forecasts.profile, "doctor": machine.doctor},
     "Data and trained models": {
         "eval": models.evaluate,
         "generate": models.generate,

@@ -29,12 +29,13 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from hecate.forecast.pair_check import check_pairs
     from hecate.launch.local_launcher import launch_local
     from hecate.parallel.mesh import make_mesh
-    from hecate.train.preflight import check_data, check_devices, check_machine, check_vocabulary, default_ranks
+    from hecate.train.preflight import check_data, check_devices, check_machine, check_vocabulary, default_ranks, warn_of_cores
 
     loaded = load_config(config, overrides or ())
     check_machine(loaded)
     count = loaded.nproc or default_ranks()
     check_devices(count, "nproc")
+    warn_of_cores(count, "nproc")
     check_data(loaded)
     make_mesh(count, loaded.fssdp.shard_size, loaded.model.tensor_parallel)
     check_vocabulary(loaded)
@@ -61,7 +62,7 @@ def launch(
     from hecate.forecast.pair_check import check_pairs
     from hecate.launch.torchrun import TorchrunJob, check_fit, node_range
     from hecate.launch.torchrun import launch as launch_torchrun
-    from hecate.train.preflight import check_data, check_machine, check_vocabulary, default_ranks
+    from hecate.train.preflight import check_data, check_machine, check_vocabulary, default_ranks, warn_of_cores
 
     nodes = node_range(nnodes)
     loaded = load_config(config, overrides or (), claim_output=nodes[1] == 1)
@@ -69,6 +70,7 @@ def launch(
     check_data(loaded)
     ranks = nproc_per_node or loaded.nproc or default_ranks()
     check_fit(loaded, nodes, ranks)
+    warn_of_cores(ranks, "--nproc-per-node" if nproc_per_node else "nproc")
     check_vocabulary(loaded)
     check_pairs(loaded, ranks)
     job = TorchrunJob(name=rdzv_id, nodes=nodes, ranks_per_node=ranks, endpoint=rdzv_endpoint, max_restarts=max_restarts)

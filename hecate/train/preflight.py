@@ -6,6 +6,7 @@ Every command that starts ranks makes these checks first, so that a mistake cost
 from __future__ import annotations
 
 import os
+import sys
 
 from hecate.config import Config
 from hecate.config.schema import ModelConfig
@@ -109,6 +110,17 @@ def check_devices(ranks: int, key: str) -> None:
             f"{key}: {ranks} ranks, but this machine has {gpus} GPUs, and each rank takes one\n"
             f"  set {key} to {gpus} at most; {COLLECTIVES_VARIABLE}=gloo lets ranks share a GPU, which is slow"
         )
+
+
+def warn_of_cores(ranks: int, key: str) -> None:
+    """Print a warning if this machine has no GPU and fewer than half as many cores as ranks: they would wait for each other.
+
+    Args:
+        key: how the user sets this number.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if ranks > 2 * cores and not any(map(os.path.exists, _GPU_FILES)):
+        print(f"hecate: warning: {key}: {ranks} ranks on {cores} cores wait for each other; {key}={cores} is faster", file=sys.stderr)
 
 
 def default_ranks() -> int:

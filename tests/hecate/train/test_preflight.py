@@ -42,6 +42,17 @@ def test_without_a_gpus_driver_torch_is_not_imported() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+@pytest.mark.parametrize(("ranks", "gpu", "warned"), [(64, False, True), (4, False, False), (64, True, False)])
+def test_many_more_ranks_than_cores_are_warned_of(
+    ranks: int, gpu: bool, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(preflight, "_GPU_FILES", ("/dev/null",) if gpu else ())
+    preflight.warn_of_cores(ranks, "nproc")
+    expected = "hecate: warning: nproc: 64 ranks on 2 cores wait for each other; nproc=2 is faster\n" if warned else ""
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(("asked", "why"), [("flex", "has no backward pass on a CPU"), ("flash", "does not run on a CPU")])
 def test_attention_that_needs_a_gpu_is_refused_without_one(
     asked: Literal["flex", "flash"], why: str, monkeypatch: pytest.MonkeyPatch

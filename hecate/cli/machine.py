@@ -1,0 +1,49 @@
+"""The verb that looks at the machine: doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hecate.cli.arguments import Overrides
+
+if TYPE_CHECKING:
+    from hecate.doctor.finding import Finding
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="a run's YAML file or preset, whose inputs are checked, too")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, to paste into a bug report")] = False,
+) -> None:
+    """Check that this machine has what training needs, and say how to mend what it lacks. Exit status 1 if something must be mended.
+
+    Under torchrun, all nodes are checked together.
+    """
+    from hecate.doctor import examine
+    from hecate.doctor.run_inputs import checks_of
+
+    checks = examine.CHECKS
+    if config is not None:
+        from hecate.config import load_config
+
+        checks = {**checks, **checks_of(lambda: load_config(config, overrides or (), claim_output=False))}
+    if "RANK" not in os.environ:
+        found: Mapping[str, Finding] = examine.examine(checks)
+        shows = True
+    else:
+        from hecate.doctor.several_ranks import findings_of_all
+        from hecate.ranks.ranks import join_ranks
+
+        with join_ranks() as ranks:
+            found, shows = findings_of_all(examine.examine(checks), ranks), ranks.is_first
+    if shows:
+        print(json.dumps(examine.as_json(found), indent=1) if as_json else examine.as_text(found))
+    raise typer.Exit(0 if examine.healthy(found) else 1)

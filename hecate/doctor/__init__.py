@@ -1,0 +1,1 @@
+"""`hecate doctor`: is everything here that training needs, and how is what is missing mended?"""

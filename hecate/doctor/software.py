@@ -1,0 +1,258 @@
+"""Checks of the software: Python, packages, GPUs, and what torch can do with them."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from hecate.doctor.finding import Finding, by_name, ok, problem, skipped, warning
+from hecate.errors import UserError, install_hint
+
+_DISTRIBUTION = "hecate-moe"
+_NAMESAKE = "hecate"
+"""a distribution of this name is another project's, whose package has the same name"""
+_EXTRAS = {"ray": "ray", "megatron": "megatron-core", "report": "matplotlib", "quickstart": "reasoning-gym"}
+"""extra -> the distribution that it is about"""
+_GPU_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def python() -> Finding:
+    what = f"{sys.version.split()[0]} at {sys.executable}"
+    if not (3, 11) <= sys.version_info[:2] < (3, 13):
+        return problem(what, "hecate needs Python 3.11 or 3.12: make PYTHON=python3.12 install")
+    return ok(what)
+
+
+def packages() -> Finding:
+    """What hecate needs, in versions that it was tested with."""
+    from packaging.requirements import Requirement
+
+    try:
+        needed = [Requirement(text) for text in metadata.requires(_DISTRIBUTION) or ()]
+    except metadata.PackageNotFoundError:
+        return warning(f"{_DISTRIBUTION} is not installed; hecate runs from its sources", "make install, or pip install -e .")
+    wrong, found = [], []
+    for requirement in needed:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version or 'missing'} (needs {requirement.specifier})")
+        else:
+            found.append(f"{requirement.name} {version}")
+    if wrong:
+        return problem("; ".join(wrong), "pip install --upgrade hecate's wheel, or make install")
+    return ok(", ".join(found[:4]) + f" and {len(found) - 4} more")
+
+
+def namesake() -> Finding:
+    version = _version(_NAMESAKE)
+    if version is not None:
+        return problem(
+            f"the package {_NAMESAKE} {version} is another project's", f"pip uninstall {_NAMESAKE}, then install {_DISTRIBUTION} again"
+        )
+    return ok(f"no other package {_NAMESAKE}")
+
+
+def extras() -> Finding:
+    """The optional parts. What a configuration asks for and is missing is refused when it is asked for."""
+    there = [f"{extra} ({_version(name)})" for extra, name in _EXTRAS.items() if _version(name)]
+    missing = [extra for extra, name in _EXTRAS.items() if not _version(name)]
+    hint = f"; not installed: {', '.join(missing)} ({install_hint(missing[0])})" if missing else ""
+    return ok((", ".join(there) or "none") + hint)
+
+
+def torch_import() -> Finding:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return problem(str(error).splitlines()[0], "pip install --force-reinstall torch")
+    return ok(f"torch {torch.__version__}, vector instructions {torch.backends.cpu.get_cpu_capability()}")
+
+
+def gpus() -> Finding:
+    """Whether torch sees the GPUs that the machine's driver has."""
+    import torch
+
+    driver = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _GPU_DRIVER.read_text(encoding="utf-8")) if _GPU_DRIVER.is_file() else None
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        each = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+        return ok(f"{each}; CUDA {torch.version.cuda}, driver {driver[1] if driver else 'unknown'}")
+    if not _GPU_DRIVER.is_file():
+        return ok("none; ranks compute on the CPU")
+    if torch.version.cuda is None:
+        return problem(
+            f"a driver ({driver[1] if driver else '?'}), but torch {torch.__version__} is built without CUDA", "install torch with CUDA"
+        )
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return warning("CUDA_VISIBLE_DEVICES is empty, so ranks compute on the CPU", "unset CUDA_VISIBLE_DEVICES")
+    return problem(
+        f"torch {torch.__version__} sees no GPU of the driver {driver[1] if driver else '?'}",
+        "CUDA of torch needs a newer driver, or /dev/nvidia* is not in the container: docker run --gpus all",
+    )
+
+
+def gpu_memory() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return skipped("no GPU")
+    free = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+    busy = [index for index, (left, total) in enumerate(free) if left < 0.9 * total]
+    what = ", ".join(f"{left / 2**30:.0f} of {total / 2**30:.0f} GiB free" for left, total in dict.fromkeys(free))
+    if busy:
+        return warning(what, f"other programs use GPU {', '.join(map(str, busy))}: nvidia-smi lists them")
+    return ok(what)
+
+
+def gpu_links() -> Finding:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2:
+        return skipped("fewer than two GPUs")
+    apart = [(a, b) for a in range(count) for b in range(count) if a != b and not torch.cuda.can_device_access_peer(a, b)]
+    if apart:
+        return warning(
+            f"{len(apart) // 2} of {count * (count - 1) // 2} pairs reach each other through the host only",
+            "nvidia-smi topo -m shows the links",
+        )
+    return ok("all reach each other")
+
+
+def nccl() -> Finding:
+    import torch
+    import torch.distributed as dist
+
+    if not torch.cuda.is_available():
+        return skipped("no GPU; ranks exchange with gloo")
+    if not dist.is_nccl_available():
+        return problem(f"torch {torch.__version__} is built without NCCL", "install torch with CUDA")
+    return ok(".".join(map(str, torch.cuda.nccl.version())))
+
+
+def collectives() -> Finding:
+    """A group of one rank that sums a tensor with gloo; HECATE_COLLECTIVES is read, too."""
+    import torch
+    import torch.distributed as dist
+
+    from hecate.ranks.backend import chosen_backend
+
+    try:
+        backend = chosen_backend()
+    except UserError as error:
+        return problem(str(error).splitlines()[0], "unset HECATE_COLLECTIVES")
+    if dist.is_initialized():
+        return skipped("this process is a rank of a job")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            store = dist.FileStore(str(Path(folder, "store")), 1)
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            dist.all_reduce(torch.ones(1))
+        except (RuntimeError, ValueError) as error:
+            return problem(
+                f"gloo: {str(error).splitlines()[0]}", "export GLOO_SOCKET_IFNAME=lo, or the interface by which nodes reach each other"
+            )
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return ok(f"gloo sums; ranks use {backend}")
+
+
+def bfloat16() -> Finding:
+    import torch
+
+    from hecate.model.load import pick_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if pick_dtype("auto", device) == torch.bfloat16:
+        return ok(f"the {device.type} computes in bfloat16, and so does model.dtype=auto")
+    return ok(f"the {device.type} emulates bfloat16; model.dtype=auto computes in float32")
+
+
+def triton() -> Finding:
+    """Compiles and runs a small kernel on a GPU. Without one only the package is looked at."""
+    import torch
+
+    version = _version("triton")
+    if version is None:
+        return warning("not installed", "pip install triton; without it kernels=auto computes with torch")
+    if os.environ.get("TRITON_INTERPRET") not in (None, "", "0"):
+        return warning("TRITON_INTERPRET is set, so kernels are interpreted, very slowly", "unset TRITON_INTERPRET")
+    if not torch.cuda.is_available():
+        return ok(f"{version}; without a GPU experts are computed with torch")
+    from hecate.kernels.backend import triton_problem
+
+    found = triton_problem("cuda")
+    if found is not None:
+        return problem(found.splitlines()[0], "kernels=torch trains without it")
+    from hecate.doctor.triton_kernel import add_one
+
+    try:
+        right = bool(torch.equal(add_one(torch.arange(8.0, device="cuda")).cpu(), torch.arange(1.0, 9.0)))
+    except Exception as error:  # noqa: BLE001 - a compiler fails in many ways, and each is a finding
+        return problem(
+            f"{version}: {str(error).splitlines()[0]}", "Triton needs a C compiler (gcc) and a folder for its cache (TRITON_CACHE_DIR)"
+        )
+    return (
+        ok(f"{version} compiles") if right else problem(f"{version} computes wrongly", "report it with the output of hecate doctor --json")
+    )
+
+
+def planner_cache() -> Finding:
+    """Where numba keeps the planner's compiled loops: without it every start compiles them anew, for a minute."""
+    import numba
+
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    folder = Path(given) if given else Path(__file__).resolve().parents[1] / "parallel" / "__pycache__"
+    while not folder.exists() and folder.parent != folder:
+        folder = folder.parent
+    if os.access(folder, os.W_OK):
+        return ok(f"numba {numba.__version__} keeps compiled loops in {folder}")
+    return warning(f"{folder} cannot be written", "each start compiles for a minute: export NUMBA_CACHE_DIR=$HOME/.cache/numba")
+
+
+def ray_cluster() -> Finding:
+    address = os.environ.get("RAY_ADDRESS")
+    if _version("ray") is None:
+        return skipped("ray is not installed")
+    if not address:
+        return ok("RAY_ADDRESS is not set; hecate ray takes --address")
+    import socket
+
+    host, _, port = address.removeprefix("ray://").removeprefix("http://").partition(":")
+    try:
+        with socket.create_connection((host, int(port or 6379)), timeout=3):
+            return ok(f"RAY_ADDRESS={address} answers")
+    except (OSError, ValueError) as error:
+        return problem(f"RAY_ADDRESS={address}: {error}", "start the cluster with ray start --head, or unset RAY_ADDRESS")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+CHECKS = by_name(
+    python,
+    packages,
+    namesake,
+    extras,
+    torch_import,
+    gpus,
+    gpu_memory,
+    gpu_links,
+    nccl,
+    collectives,
+    bfloat16,
+    triton,
+    planner_cache,
+    ray_cluster,
+)
