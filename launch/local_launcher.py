@@ -44,8 +44,8 @@ which takes a tenth of a step on a CPU."""
 def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, survives: bool = False) -> int:
     """Run `python -m PROGRAM ARGUMENTS` as `num_ranks` ranks on this machine, and return the exit status of the run.
 
-    Rank 0 prints to the terminal. The first SIGINT or SIGTERM is passed on to the ranks, which save and stop; a second one kills
-    them. When a rank dies, the others are stopped, and a message names the one that died.
+    Rank 0 prints to the terminal. The first SIGINT or SIGTERM is passed on to the ranks, which save and stop, and the exit status is 130
+    or 143, as a shell shows it; a second one kills them. When a rank dies, the others are stopped, and a message names the one that died.
 
     Args:
         survives: whether the ranks can go on without one that dies. If so they go on, and a new rank is started, which joins them when it
@@ -55,20 +55,20 @@ def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, surv
         store, command = folder / "store", [*start, *arguments]
         ranks = {rank: _start(command, rank, num_ranks, store, survives=survives) for rank in range(num_ranks)}
         surviving = SurvivingRanks(command, num_ranks, store, ranks) if survives else None
-        signals = 0
+        signals: list[int] = []
 
-        def pass_on(_number: int, _frame: FrameType | None) -> None:
-            nonlocal signals
-            signals += 1
+        def pass_on(number: int, _frame: FrameType | None) -> None:
+            signals.append(number)
             if surviving:
                 surviving.stopping = True
             for process in ranks.values():
                 if process.poll() is None:
-                    process.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
+                    process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
 
         previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return _wait(ranks, store, surviving)
+            status = _wait(ranks, store, surviving)
+            return 128 + signals[0] if signals and status == 0 else status
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -82,15 +82,16 @@ def simulate(
         float | None, typer.Option(min=1, help="bound on the ranks' largest over mean compute; default: no bound")
     ] = None,
     sweep: Annotated[str | None, typer.Option(help="many cases: preset of configs/experiments, or a YAML file")] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="print every figure, in tables of 160 characters")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="write a PNG of the step times to this file")] = None,
 ) -> None:
     """Compare placement policies on any cluster: predicted time, bytes and memory of a step. Needs no GPU."""
     if sweep is not None:
-        _refuse_beside(context, "--sweep", "its file says all the rest", allowed=("sweep", "json_path", "plot_path"))
+        _refuse_beside(context, "--sweep", "its file says all the rest", allowed=("sweep", "wide", "json_path", "plot_path"))
         from hecate.forecast.simulate import run_sweep
 
-        run_sweep(sweep, json_path, plot_path)
+        run_sweep(sweep, wide, json_path, plot_path)
         return
     if trace is not None:
         others = ("workload", "tokens", "steps", "seed")
@@ -116,6 +117,7 @@ def simulate(
             route=known_route(route, "--route"),
         ),
         max_imbalance=max_imbalance,
+        wide=wide,
         json_path=json_path,
         plot_path=plot_path,
     )

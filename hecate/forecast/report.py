@@ -17,28 +17,34 @@ from hecate.forecast.cases import BASELINE
 Row = dict[str, Any]
 
 SPEEDUP = f"speedup_over_{BASELINE}"
-_WIDTH = 160
-"""the width in characters of a table that is not printed to a terminal"""
+_NARROW, _WIDE = 80, 160
+"""the widths in characters of tables that are not printed to a terminal; a wide one is that wide everywhere"""
 
 
-def print_rows(rows: Sequence[Row]) -> None:
+def print_rows(rows: Sequence[Row], *, wide: bool = False) -> None:
     """Print the rows of a simulation.
 
-    One case is printed as a table of its policies in detail; several workloads as a table of speed-ups with a line per workload; several
-    models or clusters as a table with a line for each, the mean over their workloads.
+    One case is printed as a table of its policies. Several cases are printed as a table of each policy's speed-ups, which are a case's if
+    they differ in the workload only, and else the means over the workloads of each model and cluster.
+
+    Args:
+        wide: every figure, in tables of 160 characters; otherwise those that policies are chosen by, in 80.
     """
-    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
+    terminal = Console()
+    console = Console(width=_WIDE if wide else max(_NARROW, terminal.width) if terminal.is_terminal else _NARROW, highlight=False)
     cases = grouped(rows, ("topology", "model", "experts", "tokens_per_rank", "workload"))
     if len(cases) == 1:
-        console.print(_detail(rows))
+        console.print(_detail(rows) if wide else _policies(rows))
         return
     pairs = grouped(rows, ("topology", "model", "experts", "tokens_per_rank"))
     if len(pairs) == 1:
-        console.print(_speedups(rows, ("workload",), f"Speed-up over {BASELINE}\n{_title(rows[0])}"))
+        keys: tuple[str, ...] = ("workload",)
+        title = f"Speed-up over {BASELINE}\n{_title(rows[0])}"
     else:
         workloads = len(grouped(rows, ("workload",)))
+        keys = ("topology", "model", "experts")
         title = f"Speed-up over {BASELINE}, geometric mean over {workloads} workload{'s' * (workloads > 1)}"
-        console.print(_speedups(rows, ("topology", "model", "experts"), title))
+    console.print(_speedups(rows, keys, title) if wide else _ranges(rows, keys, title))
 
 
 def write_json(path: Path, settings: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -52,6 +58,52 @@ def write_json(path: Path, settings: dict[str, Any], rows: Sequence[Row]) -> Non
         path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _policies(rows: Sequence[Row]) -> Table:
+    """The policies of one case, the fastest first."""
+    table = Table(title=f"{_title(rows[0])}, {rows[0]['workload']}")
+    table.add_column("policy")
+    for name in ("ms a step", "speed-up", "max/mean", "memory GB"):
+        table.add_column(name, justify="right")
+    for row in sorted(rows, key=lambda row: float(row["step_seconds"])):
+        memory = f"{row['memory_bytes'] / 1e9:.1f}"
+        table.add_row(
+            row["policy"] + _mark([row]), f"{1e3 * row['step_seconds']:.1f}", _times(row[SPEEDUP]), f"{row['imbalance']:.2f}", memory
+        )
+    table.caption = _TOO_LARGE * bool(_mark(rows)) + (
+        f"speed-up: over {BASELINE}; max/mean: of the ranks' compute; memory: on the fullest rank, without activations; --wide: all figures"
+    )
+    return table
+
+
+def _ranges(rows: Sequence[Row], keys: tuple[str, ...], title: str) -> Table:
+    """A line for each policy, the best first: the geometric mean of all lines that `_speedups` has, the least and the largest."""
+    relative = rows[0][SPEEDUP] is not None
+    table = Table(title=title if relative else title.replace(f"Speed-up over {BASELINE}", "Milliseconds a step"))
+    table.add_column("policy")
+    for name in ("geo-mean", "least", "with", "most", "with"):
+        table.add_column(name, justify="left" if name == "with" else "right")
+    lines: list[tuple[float, list[str]]] = []
+    for of_policy in grouped(rows, ("policy",)):
+        mean = _geomean([_value(row, relative) for row in of_policy])
+        cases = {_case(group[0], keys, rows): _geomean([_value(row, relative) for row in group]) for group in grouped(of_policy, keys)}
+        least, most = min(cases, key=cases.__getitem__), max(cases, key=cases.__getitem__)
+        shown = [_figure(mean, relative), _figure(cases[least], relative), least, _figure(cases[most], relative), most]
+        lines.append((-mean if relative else mean, [of_policy[0]["policy"] + _mark(of_policy), *shown]))
+    for _, cells in sorted(lines, key=lambda line: line[0]):
+        table.add_row(*cells)
+    table.caption = _TOO_LARGE * bool(_mark(rows)) + "--wide: every case"
+    return table
+
+
+def _case(row: Row, keys: tuple[str, ...], rows: Sequence[Row]) -> str:
+    """The values of those keys in which rows differ."""
+    return " ".join(str(row[key]) for key in keys if len({other[key] for other in rows}) > 1)
+
+
+def _figure(value: float, relative: bool) -> str:
+    return _times(value) if relative else f"{value:.1f}"
 
 
 def _detail(rows: Sequence[Row]) -> Table:
@@ -93,7 +145,7 @@ def _speedups(rows: Sequence[Row], keys: tuple[str, ...], title: str) -> Table:
     def cells(group: Sequence[Row]) -> list[str]:
         means = [_geomean([_value(row, relative) for row in group if row["policy"] == policy]) for policy in policies]
         marks = [_mark([row for row in group if row["policy"] == policy]) for policy in policies]
-        return [(_times(mean) if relative else f"{mean:.1f}") + mark for mean, mark in zip(means, marks, strict=True)]
+        return [_figure(mean, relative) + mark for mean, mark in zip(means, marks, strict=True)]
 
     groups = grouped(rows, keys)
     for group in groups:

@@ -31,6 +31,7 @@ def run_simulation(
     seed: int,
     execution: ExecutionMode,
     max_imbalance: float | None,
+    wide: bool,
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
@@ -56,17 +57,17 @@ def run_simulation(
         if trace is None
         else [trace_case(topology, model, trace)]
     )
-    _run(cases, options, json_path, plot_path)
+    _run(cases, options, wide, json_path, plot_path)
 
 
-def run_sweep(sweep: str, json_path: Path | None, plot_path: Path | None) -> None:
+def run_sweep(sweep: str, wide: bool, json_path: Path | None, plot_path: Path | None) -> None:
     """Simulate all cases of a sweep, given as a preset's name or a file.
 
     Raises:
         UserError: the file, or a name in it, is wrong.
     """
     cases, options = load_sweep(find_preset("experiments", "sweep", sweep))
-    _run(cases, options, json_path, plot_path)
+    _run(cases, options, wide, json_path, plot_path)
 
 
 def _show(*texts: str) -> None:
@@ -74,7 +75,7 @@ def _show(*texts: str) -> None:
     print(f"\r\033[K{''.join(texts)}", end="", file=sys.stderr, flush=True)
 
 
-def _run(cases: list[Case], options: Options, json_path: Path | None, plot_path: Path | None) -> None:
+def _run(cases: list[Case], options: Options, wide: bool, json_path: Path | None, plot_path: Path | None) -> None:
     rows: list[dict[str, Any]] = []
     live = sys.stderr.isatty()
     for number, case in enumerate(cases, start=1):
@@ -84,7 +85,7 @@ def _run(cases: list[Case], options: Options, json_path: Path | None, plot_path:
         rows += case.run(options, partial(_show, f"{what}: ") if live else None)
     if live:
         _show()
-    print_rows(rows)
+    print_rows(rows, wide=wide)
     if json_path is not None:
         write_json(json_path, asdict(options), rows)
     if plot_path is not None:

@@ -123,9 +123,10 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
         if metrics_port is not None:
             port = stack.enter_context(serving(metrics_port, lambda: controller.shown))
             say(f"metrics on http://127.0.0.1:{port}/metrics")
-        stack.enter_context(_stop_on_signals(controller))
+        signals = stack.enter_context(_stop_on_signals(controller))
         try:
-            return controller.run()
+            status = controller.run()
+            return 128 + signals[0] if signals and status == 0 else status
         finally:
             if not controller.began:  # so that the same command can be given again
                 (folder / FILE).unlink(missing_ok=True)
@@ -143,10 +144,12 @@ def _configured_topology(config: Config) -> Any:
 
 
 @contextmanager
-def _stop_on_signals(controller: Any) -> Iterator[None]:
-    """Let the job save and stop at the first SIGINT or SIGTERM, and end at once at the second one."""
+def _stop_on_signals(controller: Any) -> Iterator[list[int]]:
+    """Let the job save and stop at the first SIGINT or SIGTERM, and end at once at the second one. Yields the signals that have come."""
+    signals: list[int] = []
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
+        signals.append(number)
         if controller.stop_wanted:
             raise KeyboardInterrupt
         controller.stop_wanted = True
@@ -154,7 +157,7 @@ def _stop_on_signals(controller: Any) -> Iterator[None]:
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -70,7 +70,7 @@ def test_simulate_shows_that_it_lives(model: str, live: bool, monkeypatch: pytes
     shown = Terminal() if live else io.StringIO()
     monkeypatch.setattr("sys.stderr", shown)
     options = Options(policies=("static_ep", "full"), steps=2)
-    _run(synthetic_cases("two-cpu-ranks", model, ["zipf", "burst"], 8), options, None, None)
+    _run(synthetic_cases("two-cpu-ranks", model, ["zipf", "burst"], 8), options, wide=False, json_path=None, plot_path=None)
     cases = ["1/2 small on two-cpu-ranks, zipf", "2/2 small on two-cpu-ranks, burst"]
     if live:
         assert [line.removeprefix("\x1b[K") for line in shown.getvalue().split("\r")] == [

@@ -232,7 +232,7 @@ def rows(**changes: Any) -> list[dict[str, Any]]:
 
 
 def test_one_case_is_shown_in_detail(capsys: pytest.CaptureFixture[str]) -> None:
-    print_rows(rows(fits_memory=False))
+    print_rows(rows(fits_memory=False), wide=True)
     shown = capsys.readouterr().out
     assert "small with 4 experts on here (2 ranks of 64 tokens), zipf" in shown
     (line,) = [line for line in shown.splitlines() if "full*" in line]
@@ -241,7 +241,7 @@ def test_one_case_is_shown_in_detail(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_many_workloads_are_shown_as_speedups(capsys: pytest.CaptureFixture[str]) -> None:
-    print_rows([*rows(), *rows(workload="burst", **{SPEEDUP: 9.0})])
+    print_rows([*rows(), *rows(workload="burst", **{SPEEDUP: 9.0})], wide=True)
     lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
     assert "4.00x" in lines["zipf"]
     assert "9.00x" in lines["burst"]
@@ -249,7 +249,7 @@ def test_many_workloads_are_shown_as_speedups(capsys: pytest.CaptureFixture[str]
 
 
 def test_many_models_are_shown_over_their_workloads(capsys: pytest.CaptureFixture[str]) -> None:
-    print_rows([*rows(), *rows(workload="burst", **{SPEEDUP: 9.0}), *rows(model="large")])
+    print_rows([*rows(), *rows(workload="burst", **{SPEEDUP: 9.0}), *rows(model="large")], wide=True)
     shown = capsys.readouterr().out
     assert "geometric mean over 2 workloads" in " ".join(shown.split())
     (line,) = [line for line in shown.splitlines() if "small" in line]
@@ -257,10 +257,26 @@ def test_many_models_are_shown_over_their_workloads(capsys: pytest.CaptureFixtur
 
 
 def test_without_the_baseline_milliseconds_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    print_rows([*rows(**{SPEEDUP: None}), *rows(workload="burst", **{SPEEDUP: None})])
+    print_rows([*rows(**{SPEEDUP: None}), *rows(workload="burst", **{SPEEDUP: None})], wide=True)
     shown = capsys.readouterr().out
     assert "Milliseconds a step" in shown
     assert "1000.0" in shown
+
+
+def test_a_narrow_table_has_the_fastest_policy_first(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows(rows())
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    assert cells == [["full", "1000.0", "4.00x", "1.25", "1.0"], ["static_ep", "4000.0", "1.00x", "1.25", "1.0"]]
+
+
+def test_several_cases_are_narrowed_to_means_and_extremes(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows([*rows(), *rows(workload="burst", **{SPEEDUP: 9.0}), *rows(workload="drift", **{SPEEDUP: 0.5})])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    cells = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in shown.splitlines() if "│" in line}
+    assert cells["full"] == [f"{(4 * 9 * 0.5) ** (1 / 3):.2f}x", "0.50x", "drift", "9.00x", "burst"]
 
 
 def test_files_are_written(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_signal_saves_and_stops(workshop: Path, number: signal.Signals) -> Non
                 break
         process.send_signal(number)
         rest = process.stdout.read()
-        assert process.wait(timeout=60) == 0, rest
+        assert process.wait(timeout=60) == 128 + number, rest
     saved = [int(path.name.partition("-")[2]) for path in (workshop / "runs" / name).glob("checkpoint-*")]
     assert len(saved) == 1
     assert saved[0] == records(workshop, name, "step")[-1]["step"] == load_trace(workshop / "runs" / name / "loads").steps[-1]
