@@ -1,7 +1,7 @@
 """The command line, `hecate`. Each verb is a function in the room of its subject; the modules it needs are imported inside it.
 
-`jobs` starts training and watches it, `forecasts` measures and predicts, `machine` looks for what training lacks, `models` writes data for
-a model and uses what a run has trained.
+`jobs` starts training and watches it, `forecasts` measures and predicts, `machine` tells what one needs before a run, `models` writes data
+for a model and uses what a run has trained.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from hecate.cli import forecasts, jobs, machine, models
 from hecate.errors import USER_ERROR_EXIT, UserError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Fully sharded sparse data parallel (FSSDP) training of mixtures of LoRA experts.",
 )
 _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Train": {"train": jobs.train, "launch": jobs.launch, "ray": jobs.ray, "submit": jobs.submit, "status": jobs.status},
-    "Measure and predict": {"plan": forecasts.plan, "simulate": forecasts.simulate, "profile": forecasts.profile, "doctor": machine.doctor},
+    "Measure and predict": {
+        "plan": forecasts.plan,
+        "simulate": forecasts.simulate,
+        "profile": forecasts.profile,
+        "doctor": machine.doctor,
+        "schema": machine.schema,
+    },
     "Data and trained models": {
         "eval": models.evaluate,
         "generate": models.generate,

@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args, get_origin
 
 import typer
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run's YAML file, or the name of a preset, such as finetune")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="values that replace those of the file")]
+
+def complete_override(incomplete: str) -> list[str]:
+    """What a shell completes an override to: keys, and after the = those values that are names."""
+    from hecate.config.schema import LEAVES
+
+    key, equals, _ = incomplete.partition("=")
+    if not equals:
+        return [f"{name}=" for name in LEAVES if name.startswith(key)]
+    names = [value for arm in (LEAVES[key].type,) if get_origin(arm) is Literal for value in get_args(arm)] if key in LEAVES else []
+    return [text for value in names if (text := f"{key}={value}").startswith(incomplete)]
+
+
+def complete_config(incomplete: str) -> list[str]:
+    from hecate.config.presets import run_presets
+
+    return [name for name in run_presets() if name.startswith(incomplete)]
+
+
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="the run's YAML file, or the name of a preset, such as finetune", autocompletion=complete_config),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="values that replace those of the file", autocompletion=complete_override)
+]

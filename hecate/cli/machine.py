@@ -1,4 +1,4 @@
-"""The verb that looks at the machine: doctor."""
+"""Verbs that tell what a user needs before a run: doctor looks at the machine, schema lists all configuration keys."""
 
 from __future__ import annotations
 
@@ -47,3 +47,10 @@ def doctor(
     if shows:
         print(json.dumps(examine.as_json(found), indent=1) if as_json else examine.as_text(found))
     raise typer.Exit(0 if examine.healthy(found) else 1)
+
+
+def schema(as_page: Annotated[bool, typer.Option("--page", help="print the page of documentation instead")] = False) -> None:
+    """Print the JSON schema of a configuration, by which an editor completes and checks its keys."""
+    from hecate.config import reference
+
+    print(reference.page() if as_page else json.dumps(reference.json_schema(), indent=1), end="" if as_page else "\n")

@@ -1,0 +1,153 @@
+"""The reference of all configuration keys, made from the schema: a page for people, and a JSON schema for their editors."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hecate.config import schema
+from hecate.config.ranges import MAX_INT
+from hecate.config.schema import LEAVES, SECTIONS, Config, DataSource, Leaf
+from hecate.config.typed import describe
+
+_SOURCES = ("data.train", "data.eval")
+"""keys whose lists may be a single path, too"""
+_PRIMITIVES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+REFERENCE_PATTERN = r"^.*\$\{[A-Za-z_][A-Za-z0-9_.]*\}.*$"
+"""text that repeats another key's value, which stands in the place of any value"""
+
+
+def meanings() -> dict[str, str]:
+    """What every key means, by its dotted name, and every section that has a text; from the docstrings after the schema's fields."""
+    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    return dict(_meanings(Config, "", classes))
+
+
+def _meanings(cls: type, prefix: str, classes: dict[str, ast.ClassDef]) -> Iterator[tuple[str, str]]:
+    hints = get_type_hints(cls)
+    body = classes[cls.__name__].body
+    for field, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+            continue
+        name = prefix + field.target.id
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            yield name, " ".join(str(after.value.value).split())
+        hint = hints[field.target.id]
+        if isinstance(hint, type) and is_dataclass(hint):
+            if text := ast.get_docstring(classes[hint.__name__]):
+                yield name, " ".join(text.split())
+            yield from _meanings(hint, name + ".", classes)
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON schema (draft 2020-12) of a configuration file, which editors complete and check keys by.
+
+    What several keys are together is beyond it: hecate checks that when it loads the file.
+    """
+    texts = meanings()
+    root = _object()
+    of_section = {"": root}
+    for section in SECTIONS:
+        outer, _, name = section.rpartition(".")
+        of_section[section] = _object() | ({"description": texts[section]} if section in texts else {})
+        of_section[outer]["properties"][name] = of_section[section]
+    for key, leaf in LEAVES.items():
+        section, _, name = key.rpartition(".")
+        of_section[section]["properties"][name] = _of_leaf(key, leaf) | {"description": texts[key]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hecate: configuration of a run", **root}
+
+
+def _object() -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "properties": {}}
+
+
+def _of_leaf(key: str, leaf: Leaf) -> dict[str, Any]:
+    value = _of_type(leaf.type)
+    if leaf.range is not None:
+        for place in _numbers(value):
+            place["exclusiveMinimum" if leaf.range.low_open else "minimum"] = leaf.range.low
+            if leaf.range.high != float("inf"):
+                place["exclusiveMaximum" if leaf.range.high_open else "maximum"] = leaf.range.high
+    if key in _SOURCES:
+        value = {"anyOf": [value, {"type": "string"}, _of_type(DataSource)]}
+    if value.get("type") != "string":
+        value = {"anyOf": [*value.get("anyOf", [value]), {"type": "string", "pattern": REFERENCE_PATTERN}]}
+    if not leaf.required:
+        value["default"] = list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
+    return value
+
+
+def _of_type(hint: Any) -> dict[str, Any]:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return {"anyOf": [_of_type(arm) for arm in get_args(hint)]}
+    if origin is Literal:
+        return {"enum": list(get_args(hint))}
+    if origin is tuple:
+        item = get_args(hint)[0]
+        items = _of_type(item)
+        return {"type": "array", "items": {"anyOf": [items, {"type": "string"}]} if is_dataclass(item) else items}
+    if is_dataclass(hint):
+        assert isinstance(hint, type)
+        properties = {name: _of_type(of_field) for name, of_field in get_type_hints(hint).items()}
+        return _object() | {"properties": properties, "required": ["path"]}
+    return {"type": "null" if hint is NoneType else _PRIMITIVES[hint]}
+
+
+def _numbers(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of a schema that are about numbers."""
+    if value.get("type") in ("integer", "number"):
+        yield value
+    for part in value.get("anyOf", []):
+        yield from _numbers(part)
+    if "items" in value:
+        yield from _numbers(value["items"])
+
+
+def page() -> str:
+    """docs/configuration.md: a table for each section."""
+    texts = meanings()
+    lines = [
+        "# Configuration keys",
+        "",
+        "Which keys does a configuration have? A file nests them (`lora: {r: 8}`), the command line writes them with dots (`lora.r=8`),",
+        "and `${key}` repeats another key's value. A key without a default must be given. A run is resumed with the same values of all",
+        "keys but those marked *free*, which do not change what is computed. `hecate schema` prints a JSON schema, by which an editor",
+        "completes and checks keys: put `# yaml-language-server: $schema=run.schema.json` at the top of the file. This page is made by",
+        "`hecate schema --page` from `hecate/config/schema.py`.",
+    ]
+    for section in ("", *SECTIONS):
+        keys = [key for key in LEAVES if key.rpartition(".")[0] == section]
+        lines += ["", f"## {section or 'The run'}", ""]
+        if section in texts:
+            lines += [texts[section], ""]
+        lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            f"| `{key}` | {_value(LEAVES[key])} | {_default(LEAVES[key])} | {texts[key].replace('|', chr(92) + '|')} |" for key in keys
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _value(leaf: Leaf) -> str:
+    limits = leaf.range if leaf.range is None or leaf.range.high < MAX_INT else replace(leaf.range, high=float("inf"))
+    text = describe(leaf.type) + (f", {limits}" if limits is not None else "")
+    return _cell(text) + ("" if leaf.computes else "; *free*")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _default(leaf: Leaf) -> str:
+    if leaf.required:
+        return "must be given"
+    if leaf.default is None:
+        return "null"
+    if isinstance(leaf.default, tuple):
+        return f"`[{', '.join(map(str, leaf.default))}]`"
+    return f"`{str(leaf.default).lower() if isinstance(leaf.default, bool) else leaf.default}`"
