@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow gpu-check lint format clean
+.PHONY: install quickstart test test-slow gpu-check docs lint format clean
 
 install: $(STAMP)
 
@@ -48,6 +48,11 @@ test-slow: install
 # The first ten minutes with a card (docs/gpu.md); needs no network once `make install` is done. Exit status 2: there is no GPU.
 gpu-check: install
 	@$(BIN)/python -m tests.gpu.check --json gpu-check.json
+
+# The documentation as a site in build/site; a broken link is an error.
+docs: install
+	$(BIN)/python -m pip install --quiet 'mkdocs-material >= 9.7'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
