@@ -88,9 +88,10 @@ class DataConfig:
     features: str | None = field(default=None, metadata=key(computes=False))
     """With moe.router.input user: an .npz file with the arrays `ids` [users] and `features` [users, width]. The key `user` of each JSONL
     line names one of the ids."""
-    on_bad_sample: Literal["error", "skip", "truncate"] = field(default="error", metadata=key(computes=False))
-    """What to do with a sample that cannot be read or is longer than seq_len. error: stop. skip: leave it out, count it and write it to
-    quarantine-NAME.jsonl in output_dir. truncate: shorten a sample that is too long to seq_len and count it; stop at other faults."""
+    on_bad_sample: Literal["skip_long", "error", "skip", "truncate"] = field(default="skip_long", metadata=key(computes=False))
+    """What to do with a sample that cannot be read or is longer than seq_len. skip_long: leave one that is too long out, count it and write
+    it to quarantine-NAME.jsonl in output_dir; stop at other faults. error: stop at every fault. skip: leave out every sample with a fault,
+    in the same way. truncate: shorten a sample that is too long to seq_len and count it; stop at other faults."""
 
 
 @dataclass(frozen=True, kw_only=True)

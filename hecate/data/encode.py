@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100  # the target of a position that adds nothing to the loss
 
-BAD_SAMPLE_POLICIES = ("error", "skip", "truncate")
+BAD_SAMPLE_POLICIES = ("skip_long", "error", "skip", "truncate")
 
 _SAMPLES_PER_CALL = 512  # samples per tokenizer call; the tokenizer spreads one call over its threads
 
@@ -108,6 +108,10 @@ class _BadSample(Exception):
     """One sample cannot be trained on; the text says why."""
 
 
+class _LongSample(_BadSample):
+    """One sample has more tokens than a sequence."""
+
+
 def encode_source(
     source: DataSource,
     tokenizer: Any,
@@ -117,6 +121,7 @@ def encode_source(
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
     users: UserFeatures | None = None,
+    speaks: bool = True,
 ) -> EncodedSource:
     """Read and encode one JSONL file.
 
@@ -129,10 +134,11 @@ def encode_source(
         seq_len: the most tokens of a sample.
         vocab_size: the number of entries of the model's embedding.
         on_bad_sample: `error` stops at the first line that is broken, empty, too long, beyond the vocabulary or without a token
-            to learn. `skip` leaves such lines out and logs how many. `truncate` shortens samples that are too long and stops at
-            the other faults.
+            to learn. `skip` leaves such lines out and logs how many; `skip_long` so treats samples that are too long, and stops at the
+            other faults. `truncate` shortens samples that are too long and stops at the other faults.
         quarantine: a JSONL file for the skipped lines, or None. Only one rank passes it.
         users: features that each sample's user must have; None: samples need no users.
+        speaks: log how many samples were left out or shortened. False on all ranks but one.
 
     Raises:
         UserError: a bad sample, as `on_bad_sample` says; an unusable file, tokenizer or template; no sample is left.
@@ -147,12 +153,12 @@ def encode_source(
             pieces += found
             kept, truncated = kept + 1, truncated + cut
         except _BadSample as bad:
-            if on_bad_sample != "skip":
+            if on_bad_sample != "skip" and not (on_bad_sample == "skip_long" and isinstance(bad, _LongSample)):
                 raise bad_sample_error(source.path, item.line, str(bad)) from bad
             faults.append(Fault(str(source.path), item.line, str(bad)))
 
-    report_skipped(source.path, faults, kept, quarantine, read_lines(source.path))
-    if truncated:
+    report_skipped(source.path, faults, kept, quarantine, read_lines(source.path), speaks=speaks)
+    if truncated and speaks:
         logger.warning("%s: %d of %d samples truncated to %d tokens", source.path, truncated, kept, seq_len)
     return EncodedSource(
         name=source.name,
@@ -177,7 +183,9 @@ def _refuse_unusable(source: DataSource, tokenizer: Any, on_bad_sample: str) -> 
         raise UserError("the model's tokenizer is a slow one: a fast one (tokenizer.json) is needed, because it returns character offsets")
 
 
-def report_skipped(path: str, faults: Sequence[Fault], kept: int, quarantine: str | Path | None, lines: Iterable[bytes]) -> None:
+def report_skipped(
+    path: str, faults: Sequence[Fault], kept: int, quarantine: str | Path | None, lines: Iterable[bytes], *, speaks: bool = True
+) -> None:
     """Log how many samples were skipped and write them to the file `quarantine`, if given. Raises UserError if none was kept.
 
     `lines` are all samples of the file, unchanged and in order; they are read only if skipped ones are written.
@@ -185,7 +193,8 @@ def report_skipped(path: str, faults: Sequence[Fault], kept: int, quarantine: st
     if not faults:
         return
     first = f"the first is line {faults[0].line}: {faults[0].reason}"
-    logger.warning("%s: %d of %d samples skipped; %s", path, len(faults), len(faults) + kept, first)
+    if speaks:
+        logger.warning("%s: %d of %d samples skipped; %s", path, len(faults), len(faults) + kept, first)
     if quarantine is not None:
         write_quarantine(quarantine, faults, lines)
     if not kept:
@@ -217,7 +226,7 @@ def _pieces_of(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_c
         raise _BadSample(f"token id {largest} is beyond the model's vocabulary of {vocab_size}")
     cut = item.is_chat and len(item.input_ids) > seq_len
     if cut and not may_cut:
-        raise _BadSample(f"{len(item.input_ids)} tokens are more than data.seq_len {seq_len}")
+        raise _LongSample(f"{len(item.input_ids)} tokens are more than data.seq_len {seq_len}")
     return ([_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len)), cut
 
 

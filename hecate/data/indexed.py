@@ -63,6 +63,7 @@ def encode_indexed(
     vocab_size: int,
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
+    speaks: bool = True,
 ) -> IndexedSource:
     """Cut the documents of the indexed data set `prefix` into samples of at most seq_len tokens.
 
@@ -84,7 +85,7 @@ def encode_indexed(
     faults = [Fault(f"{prefix}.bin", int(document) + 1, "the document has no token to learn") for document in bad]
     if faults and on_bad_sample != "skip":
         raise bad_sample_error(faults[0].file, faults[0].line, faults[0].reason)
-    report_skipped(source.path, faults, len(lengths) - len(faults), quarantine, _as_text(files))
+    report_skipped(source.path, faults, len(lengths) - len(faults), quarantine, _as_text(files), speaks=speaks)
     pieces = -(-np.maximum(learned, 0) // seq_len)
     document = np.repeat(np.arange(len(lengths)), pieces)
     within = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)

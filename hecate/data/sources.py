@@ -21,6 +21,7 @@ def read_source(
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
     users: UserFeatures | None = None,
+    speaks: bool = True,
 ) -> TokenSource:
     """Read and encode one data source, by `encode_indexed` if its path names an indexed data set and by `encode_source` otherwise.
 
@@ -32,6 +33,7 @@ def read_source(
         "vocab_size": vocab_size,
         "on_bad_sample": on_bad_sample,
         "quarantine": quarantine,
+        "speaks": speaks,
     }
     if prefix is None:
         return encode_source(source, tokenizer, users=users, **options)

@@ -18,7 +18,6 @@ class TrainStream:
     """An endless, resumable series of global steps, each of `sequences_per_step` sequences."""
 
     def __init__(self, sources: Sequence[TokenSource], *, seq_len: int, packing: bool, sequences_per_step: int, seed: int) -> None:
-        """Raise UserError if all samples of all sources together make fewer sequences than one step needs."""
         assert sources, "no sources"
         assert sequences_per_step > 0, sequences_per_step
         self.sources = tuple(sources)
@@ -36,7 +35,6 @@ class TrainStream:
             "packing": packing,
             "sources": [{"name": s.name, "weight": s.weight, "digest": s.digest()} for s in sources],
         }
-        self._refuse_too_little_data()
 
     def next_step(self) -> list[PackedSequence]:
         """Return the next global step: exactly `sequences_per_step` sequences, the same on every rank."""
@@ -66,26 +64,27 @@ class TrainStream:
         self._waiting = [piece_of(self.sources, source, sample) for source, sample in state["waiting"]]
         self._sequences = state["rows"]
 
+    def few_samples(self) -> str | None:
+        """Say that a step trains on the same samples more than once, because all of them together do not fill one; None: they do."""
+        sequences = 0
+        for _ in pack(_all_pieces(self.sources), self.seq_len, self.packing):
+            sequences += 1
+            if sequences == self.sequences_per_step:
+                return None
+        samples, packed = sum(len(source) for source in self.sources), " packed" if self.packing else ""
+        return (
+            f"few data: {samples} samples make {sequences}{packed} sequences of {self.seq_len} tokens, and each step takes "
+            f"{self.sequences_per_step}, so that it trains on a sample about {self.sequences_per_step / sequences:.1f} times\n"
+            "  add data, or use a smaller micro_batch_size, fewer gradient_accumulation_steps or fewer ranks"
+            + (", or a smaller data.seq_len" if self.packing else "")
+        )
+
     def _next_sequence(self) -> PackedSequence:
         pieces = (piece_of(self.sources, source, sample) for source, sample in self._mixture)
         chosen = take_sequence(self._waiting, pieces, self.seq_len) if self.packing else [next(pieces)]
         sequence = build_sequence(self._sequences, chosen, self.sources)
         self._sequences += 1
         return sequence
-
-    def _refuse_too_little_data(self) -> None:
-        sequences = 0
-        for _ in pack(_all_pieces(self.sources), self.seq_len, self.packing):
-            sequences += 1
-            if sequences == self.sequences_per_step:
-                return
-        samples, packed = sum(len(source) for source in self.sources), " packed" if self.packing else ""
-        raise UserError(
-            f"too little data for one step: {samples} samples make {sequences}{packed} sequences of {self.seq_len} tokens, "
-            f"one optimizer step needs {self.sequences_per_step}\n"
-            "add data, or use a smaller micro_batch_size, fewer gradient_accumulation_steps or fewer ranks"
-            + (", or a smaller data.seq_len" if self.packing else "")
-        )
 
 
 def _all_pieces(sources: Sequence[TokenSource]) -> Iterator[Piece]:

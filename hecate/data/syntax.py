@@ -37,5 +37,6 @@ def bad_sample_error(path: str | Path, line: int, reason: str) -> UserError:
     """Return the error that stops a run at a bad sample, with what the user can do about it."""
     return UserError(
         f"{path}:{line}: {reason}\n"
-        "correct the line, or set data.on_bad_sample: skip leaves bad samples out, truncate shortens those that are too long"
+        "correct the sample, or set data.on_bad_sample: skip leaves all bad samples out, skip_long those that are too long, and truncate "
+        "shortens those"
     )

@@ -83,6 +83,8 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
         sequences_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.dp_size,
         seed=config.seed,
     )
+    if ranks.is_first and (few := stream.few_samples()):
+        print(f"hecate: {few}", file=sys.stderr, flush=True)
     moe = build_moe(config, base, ranks, topology, None if users is None else users.width)
     if config.lora.init_from and not config.resume:
         begin_with_adapter(config, base, moe)
@@ -182,7 +184,7 @@ def insertion_plan(config: Config, num_layers: int, user_width: int | None = Non
 def encode_sources(
     sources: tuple[DataSource, ...], config: Config, base: BaseModel, ranks: Ranks, users: UserFeatures | None = None
 ) -> list[TokenSource]:
-    """Tokenize data sources. Rank 0 writes the samples that were left out to quarantine files in the run's folder.
+    """Tokenize data sources. Rank 0 says which samples were left out, and writes them to quarantine files in the run's folder.
 
     Args:
         users: features that each sample's user must have; None: samples need no users.
@@ -196,6 +198,7 @@ def encode_sources(
             on_bad_sample=config.data.on_bad_sample,
             quarantine=Path(config.output_dir) / f"quarantine-{source.name}.jsonl" if ranks.is_first else None,
             users=users,
+            speaks=ranks.is_first,
         )
         for source in sources
     ]

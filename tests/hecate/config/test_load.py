@@ -19,7 +19,7 @@ def test_defaults_are_those_documented(folder: Path) -> None:
     config = load(MINIMAL)
     assert config.data.train == (DataSource(path="a.jsonl", name="a", weight=1.0, format="auto"),)
     assert config.data.eval == ()
-    assert (config.data.seq_len, config.data.packing, config.data.on_bad_sample) == (512, True, "error")
+    assert (config.data.seq_len, config.data.packing, config.data.on_bad_sample) == (512, True, "skip_long")
     assert (config.lora.r, config.lora.alpha, config.lora.dropout, config.lora.use_rslora) == (16, 32.0, 0.05, False)
     modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert config.lora.target_modules == modules

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from hecate.config.schema import LEAVES
 from hecate.data.encode import IGNORED, encode_source
 from hecate.errors import UserError
 from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
@@ -105,6 +106,21 @@ def test_skip_leaves_out_counts_and_quarantines(tmp_path: Path, byte_tokenizer: 
     assert json.loads(records[4]["raw"]) == LONG
 
 
+def test_only_long_samples_are_skipped_by_default(tmp_path: Path, byte_tokenizer: Any, caplog: Any) -> None:
+    policy = LEAVES["data.on_bad_sample"].default
+    options = {"on_bad_sample": policy, "quarantine": tmp_path / "bad"}
+    source = encode_records(tmp_path, [LONG, chat("q", "b")], byte_tokenizer, **options)
+    assert (source.lines.tolist(), source.counts.skipped) == ([2], 1)
+    assert "1 of 2 samples skipped; the first is line 1: 320 tokens are more than data.seq_len 256" in caplog.text
+    assert [json.loads(line)["line"] for line in (tmp_path / "bad").read_text().splitlines()] == [1]
+    caplog.clear()
+    encode_records(tmp_path, [LONG, chat("q", "b")], byte_tokenizer, on_bad_sample=policy, speaks=False)
+    assert not caplog.text
+    for record, reason in BAD[:-1]:
+        with pytest.raises(UserError, match=rf"data.jsonl:1: .*{reason}"):
+            encode_records(tmp_path, [record, chat("q", "b")], byte_tokenizer, **options)
+
+
 def test_no_quarantine_file_without_bad_samples(tmp_path: Path, byte_tokenizer: Any) -> None:
     encode_records(tmp_path, [chat("q", "a")], byte_tokenizer, on_bad_sample="skip", quarantine=tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
@@ -198,7 +214,7 @@ def test_weight_must_be_positive(tmp_path: Path, byte_tokenizer: Any, weight: fl
 
 
 def test_unknown_policy(tmp_path: Path, byte_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="one of error, skip, truncate"):
+    with pytest.raises(UserError, match="one of skip_long, error, skip, truncate"):
         encode_records(tmp_path, [chat("q", "a")], byte_tokenizer, on_bad_sample="ignore")
 
 

@@ -83,16 +83,20 @@ def test_sources_follow_their_weights() -> None:
     assert drawn[0] / drawn[1] == pytest.approx(3, rel=0.1)
 
 
-def test_too_little_data_for_one_step() -> None:
+def test_few_samples_are_repeated_and_said() -> None:
     sources = [source_of_lengths([30, 30]), source_of_lengths([30])]
-    TrainStream(sources, seq_len=32, packing=True, sequences_per_step=3, seed=0)
-    with pytest.raises(UserError, match=r"3 samples make 3 packed sequences of 32 tokens, one optimizer step needs 4") as error:
-        TrainStream(sources, seq_len=32, packing=True, sequences_per_step=4, seed=0)
-    assert "smaller data.seq_len" in str(error.value)
-    with pytest.raises(UserError, match="make 3 sequences"):
-        TrainStream(sources, seq_len=100, packing=False, sequences_per_step=4, seed=0)
-    with pytest.raises(UserError, match="make 1 packed sequences"):
-        TrainStream(sources, seq_len=100, packing=True, sequences_per_step=2, seed=0)
+    options = {"seq_len": 32, "packing": True, "seed": 0}
+    assert TrainStream(sources, sequences_per_step=3, **options).few_samples() is None
+    stream = TrainStream(sources, sequences_per_step=12, **options)
+    said = stream.few_samples()
+    assert said is not None
+    assert "3 samples make 3 packed sequences of 32 tokens, and each step takes 12, so that it trains on a sample about 4.0 times" in said
+    assert "smaller data.seq_len" in said
+    drawn = Counter(sample for sequence in stream.next_step() for sample in sequence.samples)
+    assert sorted(drawn.values()) == [3, 3, 6]  # sources have equal weights
+    said = TrainStream(sources, sequences_per_step=4, **options | {"packing": False}).few_samples()
+    assert said is not None
+    assert "make 3 sequences" in said
 
 
 @pytest.mark.parametrize(
