@@ -3,14 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hecate.config import other_names
-from hecate.config.paths import indexed_prefix
+from hecate.config.paths import name_of_source
 from hecate.config.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
 from hecate.config.rules import check_values
@@ -231,9 +230,4 @@ def _plain(value: Any) -> Any:
 
 
 def _named(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
-    return tuple(source if source.name else replace(source, name=_file_name(source.path)) for source in sources)
-
-
-def _file_name(path: str) -> str:
-    prefix = indexed_prefix(path)
-    return Path(path).stem if prefix is None else Path(prefix).name
+    return tuple(source if source.name else replace(source, name=name_of_source(source.path)) for source in sources)

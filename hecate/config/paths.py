@@ -1,7 +1,9 @@
 """Find the files of the base model and of the data sets that a configuration names."""
 
+import glob
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 from hecate.config.problems import shorten
@@ -10,6 +12,14 @@ from hecate.errors import UserError
 PACKAGE_PREFIX = "package:"
 INDEXED_SUFFIXES = (".idx", ".bin")
 """the endings of the two files of one of Megatron's indexed data sets"""
+
+FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"} | {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""the endings of data files, and the forms that they say; a text form may also be compressed, and then ends in .gz"""
+_BESIDE_ARROW = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""what the library `datasets` writes beside Arrow files"""
 
 
 def find_model(name_or_path: str) -> Path:
@@ -55,3 +65,56 @@ def indexed_prefix(path: str) -> str | None:
         return path[:-4]
     both = all(os.path.isfile(path + suffix) for suffix in INDEXED_SUFFIXES)
     return path if both and not os.path.isfile(path) else None
+
+
+def file_form(path: str) -> str | None:
+    """Return the form that a data file's ending says (a value of `FORMS`); None: none."""
+    return FORMS.get(Path(path.removesuffix(".gz")).suffix.lower())
+
+
+def data_files(path: str) -> list[str]:
+    """Return the files that a source's path names: itself, the data files in the folder, or the files that match the pattern, by name.
+
+    Files in a folder whose names begin with a dot or an underscore, or do not end as a data file's, are none; its folders are not entered.
+    Raises UserError: there is none, or a folder holds several forms.
+    """
+    if os.path.isdir(path):
+        return _files_in(path)
+    if os.path.exists(path) or not glob.has_magic(path):
+        return [path]
+    found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    if not found:
+        raise UserError(f"no file matches {shorten(path)}\nrelative paths start from the working directory; ~ is not expanded")
+    return found
+
+
+def _files_in(folder: str) -> list[str]:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"the folder {shorten(folder)} cannot be read: {error.strerror}") from error
+    files = [name for name in names if file_form(name) and name[0] not in "._" and os.path.isfile(os.path.join(folder, name))]
+    if any(file_form(name) == "arrow" for name in files):
+        files = [name for name in files if name not in _BESIDE_ARROW]
+    if not files or files == ["dataset_dict.json"]:
+        inside = [name for name in names if os.path.isdir(os.path.join(folder, name)) and name[0] not in "._"]
+        hint = f"data files end in {', '.join(FORMS)}"
+        if inside:
+            hint = f"it has folders: name one of them, such as {os.path.join(folder, inside[0])}"
+        raise UserError(f"no data file in the folder {shorten(folder)}\n{hint}")
+    if len(forms := sorted({file_form(name) or "" for name in files})) > 1:
+        hint = f"name the files by a pattern, such as {os.path.join(folder, '*' + Path(files[0]).suffix)}"
+        raise UserError(f"the folder {shorten(folder)} has files of several forms: {', '.join(forms)}\n{hint}")
+    return [os.path.join(folder, name) for name in files]
+
+
+def name_of_source(path: str) -> str:
+    """Return the name of a source that gives none: the file's or folder's without its last suffix, a pattern's as far as it is plain."""
+    prefix = indexed_prefix(path)
+    if prefix is not None:
+        return Path(prefix).name
+    if os.path.exists(path) or not glob.has_magic(path):
+        return Path(path).stem
+    parts = [part for part in Path(path).parts if not glob.has_magic(part)]
+    plain = re.split(r"[*?\[]", Path(path).stem)[0].rstrip("-_.")
+    return plain or (Path(parts[-1]).name if parts else "data")

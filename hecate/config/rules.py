@@ -11,7 +11,7 @@ from typing import Any
 
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.pair_rules import check_pairs, largest_rank
-from hecate.config.paths import INDEXED_SUFFIXES, find_model, indexed_prefix
+from hecate.config.paths import INDEXED_SUFFIXES, data_files, find_model, indexed_prefix
 from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.router_rules import check_router
@@ -191,7 +191,13 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
     for i, source in enumerate(sources):
         at = f"{key}[{i}]"
         prefix = indexed_prefix(source.path)
-        for path in [source.path] if prefix is None else [prefix + suffix for suffix in INDEXED_SUFFIXES]:
+        try:
+            paths = data_files(source.path) if prefix is None else [prefix + suffix for suffix in INDEXED_SUFFIXES]
+        except UserError as error:
+            what, _, hint = str(error).partition("\n")
+            add(f"{at}.path", what, hint)
+            paths = []
+        for path in paths:
             if not os.path.exists(path):
                 hint = "~ is not expanded" if path.startswith("~") else "relative paths start from the working directory"
                 add(f"{at}.path", f"no such file or folder: {shorten(path)}", hint)

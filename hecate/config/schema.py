@@ -60,25 +60,46 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FieldNames:
+    """The names that a source's records have for the keys of the data formats (docs/data.md). null: the format's own name."""
+
+    messages: str | None = None
+    conversations: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    text: str | None = None
+    system: str | None = None
+    tools: str | None = None
+    user: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSource:
     """One item of data.train or data.eval."""
 
     path: str
-    """A local JSONL file, or PREFIX for one of Megatron's indexed data sets, PREFIX.idx and PREFIX.bin, whose documents are ids of the
-    model's tokenizer. A relative path starts from the working directory, not from the config file."""
+    """A local data file (JSONL, JSON, CSV, Parquet, Arrow; see docs/data.md), a folder of them, a pattern such as data/*.jsonl, or PREFIX
+    for one of Megatron's indexed data sets, PREFIX.idx and PREFIX.bin, whose documents are ids of the model's tokenizer. A relative path
+    starts from the working directory, not from the config file."""
     name: str = ""
     """The source's name in logs, metrics and results: [A-Za-z0-9._-], 1 to 64 characters, unique in its list.
     Left out: the file's name without its last suffix."""
     weight: float = 1.0
     """The source's share of the mixture, relative to the other sources' weights."""
-    format: Literal["auto", "messages", "alpaca", "sharegpt", "text"] = "auto"
-    """The format of the JSONL lines. auto: the keys of the first line decide."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    """The format of the records. auto: the keys of the first record decide."""
+    fields: FieldNames | None = None
+    """The names that the records have for the keys of their format, such as {prompt: question, completion: answer}. null: the format's
+    own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: tuple[DataSource, ...] = field(metadata=key(computes=False))
-    """The training data: one path, or a list of paths and mappings {path, name, weight, format}."""
+    """The training data: one path, or a list of paths and mappings {path, name, weight, format, fields}."""
     eval: tuple[DataSource, ...] = field(default=(), metadata=key(computes=False))
     """The evaluation data, in the same form. Empty: no evaluation."""
     seq_len: int = field(default=512, metadata=key(Range(2, MAX_INT)))

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 
 from hecate.config import other_names, scalars
 from hecate.config.problems import Problem, Refused, did_you_mean, shorten
-from hecate.config.schema import LEAF_TYPES, SECTIONS
+from hecate.config.schema import LEAF_TYPES, SECTIONS, DataSource
 from hecate.config.yaml_text import Mapping, Node, Scalar, Sequence
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.]*)\}")
@@ -94,7 +94,7 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return "a list"
     if is_dataclass(hint):
-        return "a path or a mapping"
+        return "a path or a mapping" if hint is DataSource else "a mapping"
     if hint in _SCALARS:
         return _SCALARS[hint][0]
     return " or ".join("null" if arm is NoneType else describe(arm) for arm in _arms(hint))

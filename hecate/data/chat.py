@@ -7,7 +7,7 @@ from jinja2.exceptions import TemplateError
 
 from hecate.errors import UserError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Span = tuple[int, int]
 
 # A template that prints today's date (Llama 3.1, 3.2) would make another data set tomorrow. This is the date that those templates
@@ -28,23 +28,29 @@ def require_chat_template(tokenizer: Any, where: str) -> None:
         )
 
 
-def render(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[str, list[Span]]:
-    """Return the conversation as one string, and the character span of each assistant turn: its content and end-of-turn mark.
+def render(tokenizer: Any, messages: Sequence[Message], where: str, *, tools: Sequence[Any] = (), given: int = 0) -> tuple[str, list[Span]]:
+    """Return the conversation as one string, and the character span of each assistant turn: its content, its calls of tools, and its
+    end-of-turn mark.
 
     A turn begins where the generation prompt of the messages before it ends. It ends with the last character of its own
     rendering that is not white space, because the line break that many templates put between turns is not part of the answer.
 
+    Args:
+        tools: what the assistant may call, as the template takes it.
+        given: how many messages are a prompt; the assistant's turns among them have no span.
+
     Raises:
         UserError: the template rewrites earlier turns once later ones follow; the text names `where`.
-        TemplateRefusal: the template refuses this conversation.
+        TemplateRefusal: the template refuses this conversation, or leaves out its tools or its calls of them.
     """
-    whole = _apply(tokenizer, messages)
+    whole = _apply(tokenizer, messages, tools)
+    _refuse_dropped_calls(tokenizer, messages, tools, whole)
     spans = []
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or turn < given:
             continue
-        prompt = render_prompt(tokenizer, messages[:turn])
-        upto = whole if turn + 1 == len(messages) else _apply(tokenizer, messages[: turn + 1])
+        prompt = render_prompt(tokenizer, messages[:turn], tools)
+        upto = whole if turn + 1 == len(messages) else _apply(tokenizer, messages[: turn + 1], tools)
         if not (whole.startswith(upto) and upto.startswith(prompt)):
             raise UserError(
                 f"{where}: the tokenizer's chat template cannot be used for training on this conversation\n"
@@ -56,13 +62,30 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[str
     return whole, spans
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
     """Return the messages followed by the template's generation prompt. Raises TemplateRefusal."""
-    return _apply(tokenizer, messages, add_generation_prompt=True)
+    return _apply(tokenizer, messages, tools, add_generation_prompt=True)
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+def _refuse_dropped_calls(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], whole: str) -> None:
+    """Raise TemplateRefusal if the rendering, `whole`, would be the same without the tools, or without the calls of them."""
+    without = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+    for what, fewer, others in (("tools", messages, ()), ("calls of tools (tool_calls)", without, tools)):
+        if (fewer is messages and not tools) or (fewer is without and without == list(messages)):
+            continue
+        try:
+            ignored = _apply(tokenizer, fewer, others) == whole
+        except TemplateRefusal:  # it misses what was left out
+            ignored = False
+        if ignored:
+            raise TemplateRefusal(f"it writes no {what}; use a model whose template does")
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = (), add_generation_prompt: bool = False) -> str:
+    options = {"tools": list(tools)} if tools else {}
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE, **options
+        )
+    except (TemplateError, TypeError) as error:  # TypeError: a filter met another type than the template expects
         raise TemplateRefusal(str(error)) from error

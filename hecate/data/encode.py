@@ -1,4 +1,4 @@
-"""Turn the samples of a JSONL file into token ids and targets.
+"""Turn the samples of a data source into token ids and targets.
 
 Targets are already shifted: `targets[t]` is `input_ids[t + 1]` if that token is to be learned, and -100 otherwise. The loss at
 position t therefore needs only logits[t] and targets[t], and no sample predicts the first token of the next one in its sequence.
@@ -6,7 +6,7 @@ position t therefore needs only logits[t] and targets[t], and no sample predicts
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hecate.config import DataSource
 from hecate.data.chat import Span, TemplateRefusal, render, require_chat_template
-from hecate.data.formats import Fault, Sample, read_lines, read_samples
+from hecate.data.formats import Fault, Sample, read_samples
 from hecate.data.quarantine import write_quarantine
 from hecate.data.syntax import bad_sample_error
 from hecate.data.user_features import UserFeatures
@@ -39,13 +39,21 @@ class Encoded:
 
     input_ids: NDArray[np.int32]  # [n]
     targets: NDArray[np.int32]  # [n]
-    line: int  # the line of the file, from 1
+    line: int  # the sample's number in its source, from 1: the line of a JSONL file
     user: int = -1  # the row of the sample's user in the features; -1: none is known
 
 
 @dataclass(frozen=True)
+class EncodedSample:
+    """What one sample is trained as."""
+
+    pieces: list[Encoded]  # one, or the pieces of a long document
+    truncated: bool  # whether it was shortened
+
+
+@dataclass(frozen=True)
 class Counts:
-    """How many lines of a file were kept, how many of those were truncated, and how many lines were skipped."""
+    """How many samples of a source were kept, how many of those were truncated, and how many were skipped."""
 
     kept: int
     truncated: int
@@ -75,7 +83,7 @@ class Samples(Sequence[Encoded]):
 
 @dataclass(frozen=True, eq=False)
 class EncodedSource(Samples):
-    """All encoded samples of one file, in file order, stored end to end in flat arrays."""
+    """All encoded samples of one source, in its order, stored end to end in flat arrays."""
 
     name: str
     path: str
@@ -83,10 +91,11 @@ class EncodedSource(Samples):
     input_ids: NDArray[np.int32]  # [tokens]
     targets: NDArray[np.int32]  # [tokens]
     starts: NDArray[np.int64]  # [samples + 1]; sample i is input_ids[starts[i]:starts[i + 1]]
-    lines: NDArray[np.int64]  # [samples], each sample's line in the file, from 1; the pieces of one document have the same line
+    lines: NDArray[np.int64]  # [samples], each sample's number in the source, from 1; the pieces of one document have the same one
     counts: Counts
     users: NDArray[np.int64] | None = None  # [samples], see `Encoded.user`; None: nothing depends on users
     features: str = ""  # the digest of the users' features
+    content: str = ""  # what `digest` returns, where that is known already
 
     def sample(self, index: int) -> Encoded:
         part = slice(self.starts[index], self.starts[index + 1])
@@ -96,6 +105,8 @@ class EncodedSource(Samples):
 
     def digest(self) -> str:
         """Return the xxh3-64 hash of all tokens and targets, by which a resume detects that the data or the tokenizer changed."""
+        if self.content:
+            return self.content
         digest = xxhash.xxh3_64()
         for array in (self.input_ids, self.targets, self.starts):
             digest.update(array.tobytes())
@@ -112,6 +123,29 @@ class _LongSample(_BadSample):
     """One sample has more tokens than a sequence."""
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """The samples of a source that were left out."""
+
+    count: int
+    first: Fault | None
+    """the first of them; None: there is none"""
+
+    @staticmethod
+    def of(faults: Sequence[Fault]) -> "Skipped":
+        return Skipped(len(faults), faults[0] if faults else None)
+
+    def report(self, path: str, kept: int, *, speaks: bool) -> None:
+        """Log how many samples of a source were left out beside those that were kept. Raises UserError if none was kept."""
+        if self.first is None:
+            return
+        first = f"the first is {self.first.place}: {self.first.reason}"
+        if speaks:
+            logger.warning("%s: %d of %d samples skipped; %s", path, self.count, self.count + kept, first)
+        if not kept:
+            raise UserError(f"{path} has no usable sample: all {self.count} are bad\n{first}")
+
+
 def encode_source(
     source: DataSource,
     tokenizer: Any,
@@ -123,7 +157,54 @@ def encode_source(
     users: UserFeatures | None = None,
     speaks: bool = True,
 ) -> EncodedSource:
-    """Read and encode one JSONL file.
+    """Read and encode one data source into memory, as `encode_samples` does.
+
+    Args:
+        quarantine: a JSONL file for the skipped samples, or None. Only one rank passes it.
+        speaks: log how many samples were left out or shortened. False on all ranks but one.
+
+    Raises:
+        UserError: as `encode_samples`; or no sample is left.
+    """
+    pieces: list[Encoded] = []
+    faults: list[Fault] = []
+    kept = truncated = 0
+    for item in encode_samples(source, tokenizer, seq_len=seq_len, vocab_size=vocab_size, on_bad_sample=on_bad_sample, users=users):
+        if isinstance(item, Fault):
+            faults.append(item)
+        else:
+            pieces += item.pieces
+            kept, truncated = kept + 1, truncated + item.truncated
+
+    if faults and quarantine is not None:
+        write_quarantine(quarantine, faults)
+    counts = Counts(kept=kept, truncated=truncated, skipped=len(faults))
+    report_counts(source.path, counts, Skipped.of(faults), seq_len, speaks=speaks)
+    return EncodedSource(
+        name=source.name,
+        path=str(source.path),
+        weight=source.weight,
+        input_ids=np.concatenate([piece.input_ids for piece in pieces]),
+        targets=np.concatenate([piece.targets for piece in pieces]),
+        starts=np.cumsum([0] + [len(piece.input_ids) for piece in pieces], dtype=np.int64),
+        lines=np.array([piece.line for piece in pieces], dtype=np.int64),
+        counts=counts,
+        users=None if users is None else np.array([piece.user for piece in pieces], dtype=np.int64),
+        features="" if users is None else users.digest(),
+    )
+
+
+def report_counts(path: str, counts: Counts, skipped: Skipped, seq_len: int, *, speaks: bool) -> None:
+    """Log how many samples were left out or shortened. Raises UserError if none was kept."""
+    skipped.report(path, counts.kept, speaks=speaks)
+    if counts.truncated and speaks:
+        logger.warning("%s: %d of %d samples truncated to %d tokens", path, counts.truncated, counts.kept, seq_len)
+
+
+def encode_samples(
+    source: DataSource, tokenizer: Any, *, seq_len: int, vocab_size: int, on_bad_sample: str = "error", users: UserFeatures | None = None
+) -> Iterator[EncodedSample | Fault]:
+    """Read the samples of a source and encode them, in order; one that is left out is a Fault.
 
     Conversations are rendered by the tokenizer's chat template, and the targets are the assistant's tokens and the marks that
     end its turns. Documents get the tokenizer's special tokens and an end-of-sequence token, every token is a target, and they
@@ -133,45 +214,23 @@ def encode_source(
         tokenizer: a fast transformers tokenizer.
         seq_len: the most tokens of a sample.
         vocab_size: the number of entries of the model's embedding.
-        on_bad_sample: `error` stops at the first line that is broken, empty, too long, beyond the vocabulary or without a token
-            to learn. `skip` leaves such lines out and logs how many; `skip_long` so treats samples that are too long, and stops at the
-            other faults. `truncate` shortens samples that are too long and stops at the other faults.
-        quarantine: a JSONL file for the skipped lines, or None. Only one rank passes it.
+        on_bad_sample: `error` stops at the first sample that is broken, empty, too long, beyond the vocabulary or without a token
+            to learn. `skip` leaves such samples out; `skip_long` those that are too long, and stops at the other faults. `truncate`
+            shortens samples that are too long and stops at the other faults.
         users: features that each sample's user must have; None: samples need no users.
-        speaks: log how many samples were left out or shortened. False on all ranks but one.
 
     Raises:
-        UserError: a bad sample, as `on_bad_sample` says; an unusable file, tokenizer or template; no sample is left.
+        UserError: a bad sample, as `on_bad_sample` says; an unusable file, tokenizer or template.
     """
     _refuse_unusable(source, tokenizer, on_bad_sample)
-    pieces: list[Encoded] = []
-    faults: list[Fault] = []
-    kept = truncated = 0
     for item in _tokenized(source, tokenizer, users):
         try:
-            found, cut = _pieces_of(item, seq_len, vocab_size, may_cut=on_bad_sample == "truncate")
-            pieces += found
-            kept, truncated = kept + 1, truncated + cut
+            yield _encoded(item, seq_len, vocab_size, may_cut=on_bad_sample == "truncate")
         except _BadSample as bad:
+            fault = item if isinstance(item, Fault) else item.sample.fault(str(bad))
             if on_bad_sample != "skip" and not (on_bad_sample == "skip_long" and isinstance(bad, _LongSample)):
-                raise bad_sample_error(source.path, item.line, str(bad)) from bad
-            faults.append(Fault(str(source.path), item.line, str(bad)))
-
-    report_skipped(source.path, faults, kept, quarantine, read_lines(source.path), speaks=speaks)
-    if truncated and speaks:
-        logger.warning("%s: %d of %d samples truncated to %d tokens", source.path, truncated, kept, seq_len)
-    return EncodedSource(
-        name=source.name,
-        path=str(source.path),
-        weight=source.weight,
-        input_ids=np.concatenate([piece.input_ids for piece in pieces]),
-        targets=np.concatenate([piece.targets for piece in pieces]),
-        starts=np.cumsum([0] + [len(piece.input_ids) for piece in pieces], dtype=np.int64),
-        lines=np.array([piece.line for piece in pieces], dtype=np.int64),
-        counts=Counts(kept=kept, truncated=truncated, skipped=len(faults)),
-        users=None if users is None else np.array([piece.user for piece in pieces], dtype=np.int64),
-        features="" if users is None else users.digest(),
-    )
+                raise bad_sample_error(fault) from bad
+            yield fault
 
 
 def _refuse_unusable(source: DataSource, tokenizer: Any, on_bad_sample: str) -> None:
@@ -181,24 +240,6 @@ def _refuse_unusable(source: DataSource, tokenizer: Any, on_bad_sample: str) -> 
         raise UserError(f"data source {source.name!r} has weight {source.weight}: it must be a positive number")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("the model's tokenizer is a slow one: a fast one (tokenizer.json) is needed, because it returns character offsets")
-
-
-def report_skipped(
-    path: str, faults: Sequence[Fault], kept: int, quarantine: str | Path | None, lines: Iterable[bytes], *, speaks: bool = True
-) -> None:
-    """Log how many samples were skipped and write them to the file `quarantine`, if given. Raises UserError if none was kept.
-
-    `lines` are all samples of the file, unchanged and in order; they are read only if skipped ones are written.
-    """
-    if not faults:
-        return
-    first = f"the first is line {faults[0].line}: {faults[0].reason}"
-    if speaks:
-        logger.warning("%s: %d of %d samples skipped; %s", path, len(faults), len(faults) + kept, first)
-    if quarantine is not None:
-        write_quarantine(quarantine, faults, lines)
-    if not kept:
-        raise UserError(f"{path} has no usable sample: all {len(faults)} lines are bad\n{first}")
 
 
 def end_of_sequence(tokenizer: Any) -> int:
@@ -212,27 +253,26 @@ def end_of_sequence(tokenizer: Any) -> int:
 class _Tokenized:
     input_ids: NDArray[np.int32]  # [n]
     targets: NDArray[np.int32]  # [n]
-    line: int
-    is_chat: bool
+    sample: Sample
     user: int
 
 
-def _pieces_of(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut: bool) -> tuple[list[Encoded], bool]:
-    """The pieces that one tokenized line is trained on, and whether it was shortened for that. Raises _BadSample if it cannot be used."""
+def _encoded(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut: bool) -> EncodedSample:
+    """The pieces that one tokenized sample is trained on. Raises _BadSample if it cannot be used."""
     if isinstance(item, Fault):
         raise _BadSample(item.reason)
     largest = max(int(np.max(item.input_ids)), int(np.max(item.targets)))
     if largest >= vocab_size:
         raise _BadSample(f"token id {largest} is beyond the model's vocabulary of {vocab_size}")
-    cut = item.is_chat and len(item.input_ids) > seq_len
+    cut = item.sample.messages is not None and len(item.input_ids) > seq_len
     if cut and not may_cut:
         raise _LongSample(f"{len(item.input_ids)} tokens are more than data.seq_len {seq_len}")
-    return ([_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len)), cut
+    return EncodedSample([_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len), cut)
 
 
 def _tokenized(source: DataSource, tokenizer: Any, users: UserFeatures | None) -> Iterator[_Tokenized | Fault]:
-    """Yield each line of the file, tokenized up to its last target, or a Fault if it is broken or has no target."""
-    samples = read_samples(source.path, source.format, users)
+    """Yield each sample, tokenized up to its last target, or a Fault if it is broken or has no target."""
+    samples = read_samples(source.path, source.format, users, source.fields)
     while group := list(islice(samples, _SAMPLES_PER_CALL)):
         ready: list[tuple[Sample, str, list[Span] | None] | Fault] = [
             item if isinstance(item, Fault) else _text_to_tokenize(item, tokenizer) for item in group
@@ -265,31 +305,31 @@ def _tokenized(source: DataSource, tokenizer: Any, users: UserFeatures | None) -
             targets = np.where(learned[1:], ids[1:], np.int32(IGNORED))
             end = _end_of_targets(targets)
             if end == 0:
-                yield Fault(sample.file, sample.line, "there is no token to learn")
+                yield sample.fault("there is no token to learn")
             else:
                 user = -1 if users is None else users.row(str(sample.extra["user"]))
-                yield _Tokenized(ids[:end], targets[:end], sample.line, is_chat, user)
+                yield _Tokenized(ids[:end], targets[:end], sample, user)
 
 
 def _text_to_tokenize(sample: Sample, tokenizer: Any) -> tuple[Sample, str, list[Span] | None] | Fault:
     """Return the sample, its text, and the character spans to learn (None: the whole text)."""
     if sample.text is not None:
         if not sample.text.strip():
-            return Fault(sample.file, sample.line, "the text is empty")
+            return sample.fault("the text is empty")
         return sample, sample.text, None
     assert sample.messages is not None
     require_chat_template(tokenizer, sample.file)
-    answers = [message for message in sample.messages if message["role"] == "assistant"]
+    answers = [message for message in sample.messages[sample.given :] if message["role"] == "assistant"]
     if not answers:
-        return Fault(sample.file, sample.line, "there is no token to learn: the conversation has no assistant turn")
-    if not all(message["content"].strip() for message in answers):
-        return Fault(sample.file, sample.line, "an assistant turn is empty")
+        return sample.fault("there is no token to learn: the conversation has no assistant turn")
+    if not all(message["content"].strip() or message.get("tool_calls") for message in answers):
+        return sample.fault("an assistant turn is empty")
     if sample.messages[0]["role"] == "assistant":
-        return Fault(sample.file, sample.line, "the conversation begins with an assistant turn, which answers nothing")
+        return sample.fault("the conversation begins with an assistant turn, which answers nothing")
     try:
-        return sample, *render(tokenizer, sample.messages, f"{sample.file}:{sample.line}")
+        return sample, *render(tokenizer, sample.messages, sample.place, tools=sample.tools, given=sample.given)
     except TemplateRefusal as refusal:
-        return Fault(sample.file, sample.line, f"the chat template refuses the conversation: {refusal}")
+        return sample.fault(f"the chat template refuses the conversation: {refusal}")
 
 
 def _ended(ids: NDArray[np.int32], tokenizer: Any) -> NDArray[np.int32]:
@@ -313,11 +353,11 @@ def _end_of_targets(targets: NDArray[np.int32]) -> int:
 def _pieces(item: _Tokenized, seq_len: int) -> list[Encoded]:
     """Cut a sample into pieces of at most seq_len tokens. The last target of a piece is the first token of the next."""
     cuts = [slice(start, start + seq_len) for start in range(0, len(item.input_ids), seq_len)]
-    return [Encoded(item.input_ids[cut], item.targets[cut], item.line, item.user) for cut in cuts]
+    return [Encoded(item.input_ids[cut], item.targets[cut], item.sample.number, item.user) for cut in cuts]
 
 
 def _first_tokens(item: _Tokenized, seq_len: int) -> Encoded:
     end = _end_of_targets(item.targets[:seq_len])
     if end == 0:
         raise _BadSample(f"the first {seq_len} tokens (data.seq_len) have no token to learn, so it cannot be truncated")
-    return Encoded(item.input_ids[:end], item.targets[:end], item.line, item.user)
+    return Encoded(item.input_ids[:end], item.targets[:end], item.sample.number, item.user)

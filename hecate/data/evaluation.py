@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hecate.config.schema import FieldNames
 from hecate.data.chat import render_prompt, require_chat_template
 from hecate.data.formats import Sample, read_samples
 from hecate.data.indexed import IndexedSource
@@ -49,11 +50,19 @@ def share_of_rank(sequences: Sequence[PackedSequence], rank: int, world_size: in
     return [mine[start : start + sequences_per_batch] for start in range(0, len(mine), sequences_per_batch)]
 
 
-def generation_items(source: TokenSource, format: str, tokenizer: Any, max_items: int | None = None) -> list[GenerationItem]:
+def generation_items(
+    source: TokenSource, format: str, tokenizer: Any, max_items: int | None = None, names: FieldNames | None = None
+) -> list[GenerationItem]:
     """Return a prompt for each conversation that `read_source` kept, or for the first `max_items`, in file order.
 
     The prompt is everything before the last assistant turn, followed by the generation prompt; the answer is that turn's content.
-    The file is read again. Raises UserError if it holds documents.
+    The file is read again. A conversation whose last assistant turn calls tools has no text for an answer and gets no prompt.
+
+    Args:
+        names: as `read_samples`.
+
+    Raises:
+        UserError: the file holds documents.
     """
     documents = UserError(f"{source.path} holds documents, which have no answers to generate: use conversations")
     if isinstance(source, IndexedSource):
@@ -61,23 +70,25 @@ def generation_items(source: TokenSource, format: str, tokenizer: Any, max_items
     lines: list[int] = source.lines.tolist()
     kept = dict.fromkeys(lines, -1) if source.users is None else dict(zip(lines, source.users.tolist(), strict=True))
     items: list[GenerationItem] = []
-    for sample in read_samples(source.path, format):
+    for sample in read_samples(source.path, format, names=names):
         if max_items is not None and len(items) >= max_items:
             break
-        if not isinstance(sample, Sample) or sample.line not in kept:
+        if not isinstance(sample, Sample) or sample.number not in kept:
             continue
         if sample.messages is None:
             raise documents
         require_chat_template(tokenizer, source.path)
         last = max(turn for turn, message in enumerate(sample.messages) if message["role"] == "assistant")
-        prompt = render_prompt(tokenizer, sample.messages[:last])
+        if sample.messages[last].get("tool_calls"):
+            continue
+        prompt = render_prompt(tokenizer, sample.messages[:last], sample.tools)
         items.append(
             GenerationItem(
                 prompt_ids=tokenizer(prompt, add_special_tokens=False)["input_ids"],
                 answer_text=sample.messages[last]["content"],
                 file=sample.file,
                 line=sample.line,
-                user=kept[sample.line],
+                user=kept[sample.number],
             )
         )
     return items

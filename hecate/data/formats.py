@@ -1,19 +1,21 @@
-"""Read JSONL training files of the formats `messages`, `alpaca`, `sharegpt` and `text`, with one JSON object per line.
+"""Turn the records of data files into samples, by the formats `messages`, `prompt_completion`, `alpaca`, `sharegpt` and `text`.
 
-A line that cannot be used is returned as a `Fault`, so that the caller can stop at it or skip it. A file that cannot be used as a
-whole raises UserError.
+A record that cannot be used is returned as a `Fault`, so that the caller can stop at it or skip it. A file that cannot be used as a whole
+raises UserError.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hecate.config.schema import FieldNames
+from hecate.data.records import Record, json_name, place_of, read_records
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 
-FORMATS = ("auto", "messages", "alpaca", "sharegpt", "text")
+FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -26,111 +28,140 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
 }
 
+_KEYS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+    "prompt_completion": ("prompt", "completion"),
+}
+"""the keys by which `auto` knows a format, in the order in which it looks for them"""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One usable line of a file: a conversation (`messages`, each {"role", "content"}) or a document (`text`), never both."""
+    """One usable record: a conversation (`messages`, each at least {"role", "content"}) or a document (`text`), never both."""
 
     file: str
-    line: int  # from 1
-    messages: tuple[dict[str, str], ...] | None = None
+    line: int  # as `Record.line`
+    messages: tuple[dict[str, Any], ...] | None = None
     text: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # the record's other keys, which are not trained on
+    tools: tuple[Any, ...] = ()  # what the assistant may call, as the chat template takes it
+    given: int = 0  # how many of the messages are a prompt, of which nothing is learned
+    number: int = field(default=1, compare=False)  # as `Record.number`
+    record: Record | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def place(self) -> str:
+        """Where it is, as errors say it."""
+        return place_of(self.file, self.line)
+
+    def fault(self, reason: str) -> "Fault":
+        """The sample as one that cannot be used after all."""
+        return Fault(self.file, self.line, reason, self.number, self.record.raw if self.record else b"")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One line of a file that cannot be used, and the reason."""
+    """One record that cannot be used, and the reason."""
 
     file: str
     line: int
     reason: str
+    number: int = field(default=1, compare=False)
+    raw: bytes = field(default=b"", compare=False)  # the record as text
+
+    @property
+    def place(self) -> str:
+        """Where it is, as errors say it."""
+        return place_of(self.file, self.line)
 
 
 class _BadRecord(Exception):
     """One record cannot be used; the text says why."""
 
 
-def read_samples(path: str | Path, format: str = "auto", users: UserFeatures | None = None) -> Iterator[Sample | Fault]:
-    """Yield every line of a JSONL file in order, as a `Sample` or a `Fault`.
+def read_samples(
+    path: str | Path, format: str = "auto", users: UserFeatures | None = None, names: FieldNames | None = None
+) -> Iterator[Sample | Fault]:
+    """Yield every record of a data file, a folder or a pattern (`hecate.data.records`) in order, as a `Sample` or a `Fault`.
 
-    With `auto` the first line that is a JSON object decides the format, and a later line of another format is a Fault. With `users` so is a
-    line whose user has no features.
-    Raises UserError if `format` is unknown, the file cannot be read or is empty, or its first record is of no known format.
+    With `auto` the first record that is an object decides the format, and a later record of another format is a Fault. With `users` so is
+    a record whose user has no features.
+
+    Args:
+        names: the names that the records have for the formats' keys.
+
+    Raises:
+        UserError: `format` is unknown, a file cannot be read or is empty, or the first record is of no known format.
     """
     if format not in FORMATS:
         raise UserError(f"data format {format!r} is unknown: it must be one of {', '.join(FORMATS)}")
     parse = None if format == "auto" else _PARSERS[format]
-    number = 0
-    for number, raw in enumerate(read_lines(path), start=1):
+    renamed = {name: theirs for name, theirs in asdict(names).items() if theirs is not None} if names else {}
+    for record in read_records(str(path)):
         try:
-            record = _json_object(raw, first=number == 1)
+            if record.reason:
+                raise _BadRecord(record.reason)
+            value = _renamed(record.value, renamed)
             if parse is None:
-                parse = _PARSERS[_detect(record, f"{path}:{number}")]
-            sample = parse(dict(record))
+                parse = _PARSERS[_detect(value, record)]
+            sample = parse(value)
             _refuse_lone_surrogates(sample)
             if users is not None and (problem := users.problem(sample["extra"])):
                 raise _BadRecord(problem)
         except _BadRecord as bad:
-            yield Fault(str(path), number, str(bad))
+            yield Fault(record.file, record.line, str(bad), record.number, record.raw)
         else:
-            yield Sample(str(path), number, **sample)
-    if number == 0:
-        raise UserError(f"{path} is empty: a data file needs at least one line, with one JSON object per line")
+            yield Sample(record.file, record.line, number=record.number, record=record, **sample)
 
 
-def read_lines(path: str | Path) -> Iterator[bytes]:
-    """Yield the file's lines as bytes, line ends included. Raises UserError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            yield from file
-    except OSError as error:
-        raise UserError(f"data file {path} cannot be read: {error.strerror}") from error
+def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A copy of the record in which the format's keys have the format's names."""
+    if missing := [f"data.*.fields.{name} says {theirs!r}" for name, theirs in names.items() if theirs not in record]:
+        raise _BadRecord(f"the record has no such key: {missing[0]} (its keys: {', '.join(sorted(record)) or 'none'})")
+    taken = {*names, *names.values()}
+    return {key: value for key, value in record.items() if key not in taken} | {name: record[theirs] for name, theirs in names.items()}
 
 
-def _json_object(raw: bytes, first: bool) -> dict[str, Any]:
-    if first:
-        raw = raw.removeprefix(b"\xef\xbb\xbf")
-    if not raw.strip():
-        raise _BadRecord("the line is empty")
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _BadRecord(f"not UTF-8 at byte {error.start} of the line") from error
-    except RecursionError as error:
-        raise _BadRecord("JSON nested too deeply") from error
-    except ValueError as error:
-        torn = "" if raw.endswith(b"\n") else " (the file ends inside this line: it seems cut off)"
-        raise _BadRecord(f"not valid JSON: {error}{torn}") from error
-    if not isinstance(record, dict):
-        raise _BadRecord(f"a JSON {_json_name(record)} where an object is needed")
-    return record
-
-
-def _detect(record: dict[str, Any], place: str) -> str:
-    for format, keys in (
-        ("messages", {"messages"}),
-        ("sharegpt", {"conversations"}),
-        ("alpaca", {"instruction", "output"}),
-        ("text", {"text"}),
-    ):
-        if keys <= record.keys():
+def _detect(value: dict[str, Any], record: Record) -> str:
+    for format, keys in _KEYS.items():
+        if all(key in value for key in keys):
             return format
+    place = place_of(record.file, record.line)
+    if "chosen" in value and "rejected" in value:
+        raise UserError(
+            f"{place}: preference data (chosen, rejected) is not trained on\n"
+            "to train on the chosen answers, say so: {path: ..., fields: {completion: chosen}}"
+        )
+    known = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in _KEYS.items())
     raise UserError(
-        f"{place}: no known data format has the keys {', '.join(sorted(record)) or '(none)'}\n"
-        'the known ones: messages {"messages"}, sharegpt {"conversations"}, alpaca {"instruction", "output"}, text {"text"}'
+        f"{place}: no known data format has the keys {', '.join(sorted(map(str, value))) or '(none)'}\n"
+        f"the known ones: {known}\n"
+        "or say which keys they are: {path: ..., fields: {prompt: question, completion: answer}}"
     )
 
 
 def _parse_messages(record: dict[str, Any]) -> dict[str, Any]:
-    turns = _turns(record, "messages")
-    messages = []
-    for number, turn in enumerate(turns):
-        role = _string(turn, "role", f"messages[{number}]")
-        if role not in ROLES:
-            raise _BadRecord(f"messages[{number}].role is {role!r}: it must be one of {', '.join(ROLES)}")
-        messages.append({"role": role, "content": _string(turn, "content", f"messages[{number}]")})
-    return {"messages": tuple(messages), "extra": record}
+    messages, tools = _turns(record, "messages"), _tools(record)
+    return {"messages": _messages(messages, "messages", keep_calls=_has_calls(messages, tools)), "tools": tools, "extra": record}
+
+
+def _parse_prompt_completion(record: dict[str, Any]) -> dict[str, Any]:
+    """Each of the two is text, which becomes one turn, or a list of turns. Nothing of the prompt is learned."""
+    prompt, completion = (_text_or_turns(record, key, role) for key, role in (("prompt", "user"), ("completion", "assistant")))
+    tools = _tools(record)
+    keep_calls = _has_calls([*prompt, *completion], tools)
+    given = (*_system_message(record), *_messages(prompt, "prompt", keep_calls=keep_calls))
+    messages = (*given, *_messages(completion, "completion", keep_calls=keep_calls))
+    return {"messages": messages, "given": len(given), "tools": tools, "extra": record}
+
+
+def _text_or_turns(record: dict[str, Any], key: str, role: str) -> list[dict[str, Any]]:
+    if isinstance(record.get(key), str):
+        return [{"role": role, "content": record.pop(key)}]
+    return _turns(record, key)
 
 
 def _parse_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
@@ -165,6 +196,7 @@ def _parse_text(record: dict[str, Any]) -> dict[str, Any]:
 
 _PARSERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "messages": _parse_messages,
+    "prompt_completion": _parse_prompt_completion,
     "alpaca": _parse_alpaca,
     "sharegpt": _parse_sharegpt,
     "text": _parse_text,
@@ -180,13 +212,77 @@ def _turns(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
         raise _BadRecord(f"{key!r} must be a list with at least one turn")
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise _BadRecord(f"{key}[{number}] is a JSON {_json_name(turn)} where an object is needed")
-        for unsupported in ("tool_calls", "function_call"):
-            if turn.get(unsupported):
-                raise _BadRecord(f"{key}[{number}].{unsupported} is not supported: only text content is trained on")
+            raise _BadRecord(f"{key}[{number}] is a JSON {json_name(turn)} where an object is needed")
+        if turn.get("function_call"):
+            raise _BadRecord(f"{key}[{number}].function_call is not supported: write the call into tool_calls")
         if turn.get("weight") not in (None, 1):
             raise _BadRecord(f"{key}[{number}].weight is not supported: every assistant turn is trained on alike")
     return turns
+
+
+def _has_calls(turns: list[dict[str, Any]], tools: tuple[Any, ...]) -> bool:
+    return bool(tools) or any(turn.get("tool_calls") for turn in turns)
+
+
+def _messages(turns: list[dict[str, Any]], key: str, *, keep_calls: bool) -> tuple[dict[str, Any], ...]:
+    """The turns as the chat template gets them.
+
+    Args:
+        keep_calls: the conversation has tools or calls of them, so that what belongs to calls goes to the template, too.
+    """
+    return tuple(_message(turn, f"{key}[{number}]", keep_calls=keep_calls) for number, turn in enumerate(turns))
+
+
+def _message(turn: dict[str, Any], where: str, *, keep_calls: bool) -> dict[str, Any]:
+    role = _string(turn, "role", where)
+    if role not in ROLES:
+        raise _BadRecord(f"{where}.role is {role!r}: it must be one of {', '.join(ROLES)}")
+    calls = turn.get("tool_calls")
+    if not calls:
+        message: dict[str, Any] = {"role": role, "content": _string(turn, "content", where)}
+    elif role != "assistant":
+        raise _BadRecord(f"{where}.tool_calls is in a turn of the {role}: only the assistant calls tools")
+    else:
+        content = "" if turn.get("content") is None else _string(turn, "content", where)
+        message = {"role": role, "content": content, "tool_calls": _tool_calls(calls, f"{where}.tool_calls")}
+    if keep_calls:
+        message |= {name: turn[name] for name in ("name", "tool_call_id") if turn.get(name) is not None}
+    return message
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """The calls with their arguments as objects, which is what chat templates take; many files have them as JSON text."""
+    if not isinstance(calls, list):
+        raise _BadRecord(f"{where} is a JSON {json_name(calls)} where a list is needed")
+    found = []
+    for number, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _BadRecord(f'{where}[{number}] is no call: it must be {{"function": {{"name": ..., "arguments": {{...}}}}}}')
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError) as error:
+                raise _BadRecord(f"{where}[{number}]: its arguments are not valid JSON: {error}") from error
+        others = {name: call[name] for name in ("id",) if call.get(name) is not None}
+        found.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}} | others)
+    return found
+
+
+def _tools(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Remove the list of tools from the record and return it; it may be given as JSON text. None at all: empty."""
+    tools = record.pop("tools", None)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise _BadRecord(f"tools is text that is not valid JSON: {error}") from error
+    if not tools:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise _BadRecord("tools must be a list of objects, which describe functions")
+    return tuple(tools)
 
 
 def _system_message(record: dict[str, Any]) -> list[dict[str, str]]:
@@ -202,27 +298,18 @@ def _string(record: dict[str, Any], key: str, where: str = "") -> str:
     if key not in record:
         raise _BadRecord(f"{name} is missing")
     if not isinstance(record[key], str):
-        raise _BadRecord(f"{name} is a JSON {_json_name(record[key])} where a string is needed")
+        raise _BadRecord(f"{name} is a JSON {json_name(record[key])} where a string is needed")
     return record[key]
 
 
 def _refuse_lone_surrogates(sample: dict[str, Any]) -> None:
     """Refuse half a surrogate pair (`\\ud800`), which JSON can spell but no tokenizer accepts."""
-    texts = [message["content"] for message in sample.get("messages", ())] + [sample.get("text", "")]
+    messages = sample.get("messages", ())
+    texts = [message["content"] for message in messages] + [sample.get("text", "")]
+    if calls := [sample.get("tools"), *(message.get("tool_calls") for message in messages)]:
+        texts.append(json.dumps(calls, ensure_ascii=False) if any(calls) else "")
     for text in texts:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise _BadRecord(f"lone surrogate {text[error.start]!r} in the text") from error
-
-
-def _json_name(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, dict):
-        return "object"
-    if isinstance(value, list):
-        return "list"
-    return "string" if isinstance(value, str) else "number"

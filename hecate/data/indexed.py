@@ -3,9 +3,7 @@
 They are cut and trained on in the same way as documents of the `text` format.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from hecate.config import DataSource
-from hecate.data.encode import Counts, Encoded, Samples, end_of_sequence, report_skipped
+from hecate.data.encode import Counts, Encoded, Samples, Skipped, end_of_sequence
 from hecate.data.formats import Fault
 from hecate.data.indexed_files import IndexedFiles, open_indexed
+from hecate.data.quarantine import write_quarantine
 from hecate.data.syntax import bad_sample_error
 from hecate.errors import UserError
 
@@ -82,10 +81,13 @@ def encode_indexed(
     # A document with its end-of-sequence id has one target fewer than ids: nothing predicts the first id.
     learned = lengths - ((lengths > 0) & (last == end))
     bad = np.flatnonzero(learned < 1)
-    faults = [Fault(f"{prefix}.bin", int(document) + 1, "the document has no token to learn") for document in bad]
+    faults = [_without_targets(prefix, files, int(document)) for document in bad]
     if faults and on_bad_sample != "skip":
-        raise bad_sample_error(faults[0].file, faults[0].line, faults[0].reason)
-    report_skipped(source.path, faults, len(lengths) - len(faults), quarantine, _as_text(files), speaks=speaks)
+        raise bad_sample_error(faults[0])
+    skipped = Skipped.of(faults)
+    skipped.report(source.path, len(lengths) - len(faults), speaks=speaks)
+    if faults and quarantine is not None:
+        write_quarantine(quarantine, faults)
     pieces = -(-np.maximum(learned, 0) // seq_len)
     document = np.repeat(np.arange(len(lengths)), pieces)
     within = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -120,5 +122,6 @@ def _check_ids(prefix: str, files: IndexedFiles, vocab_size: int) -> str:
     return digest.hexdigest()
 
 
-def _as_text(files: IndexedFiles) -> Iterator[bytes]:
-    return (str(files.ids[start:end].tolist()).encode() for start, end in pairwise(files.bounds))
+def _without_targets(prefix: str, files: IndexedFiles, document: int) -> Fault:
+    ids = files.ids[files.bounds[document] : files.bounds[document + 1]]
+    return Fault(f"{prefix}.bin", document + 1, "the document has no token to learn", raw=str(ids.tolist()).encode())

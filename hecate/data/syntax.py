@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from hecate.config import DataSource
 from hecate.config.paths import indexed_prefix
@@ -14,29 +13,29 @@ from hecate.errors import UserError
 
 
 def check_syntax(files: Iterable[DataSource], on_bad_sample: str, users: UserFeatures | None = None) -> None:
-    """Check every line of every file as far as that needs no tokenizer. If bad samples are to be skipped, check only that a file opens.
+    """Check every record of every file as far as that needs no tokenizer. If bad samples are to be skipped, check only that a file opens.
 
     Args:
         users: features that each sample's user must have; None: samples need no users.
 
     Raises:
-        UserError: a file cannot be read, is empty or of no known format, or has a broken line.
+        UserError: a file cannot be read, is empty or of no known format, or has a broken record.
     """
     for file in files:
         if prefix := indexed_prefix(file.path):
             open_indexed(prefix)
             continue
-        for item in read_samples(file.path, file.format, users):
+        for item in read_samples(file.path, file.format, users, file.fields):
             if on_bad_sample == "skip":
                 break
             if isinstance(item, Fault):
-                raise bad_sample_error(item.file, item.line, item.reason)
+                raise bad_sample_error(item)
 
 
-def bad_sample_error(path: str | Path, line: int, reason: str) -> UserError:
+def bad_sample_error(fault: Fault) -> UserError:
     """Return the error that stops a run at a bad sample, with what the user can do about it."""
     return UserError(
-        f"{path}:{line}: {reason}\n"
+        f"{fault.place}: {fault.reason}\n"
         "correct the sample, or set data.on_bad_sample: skip leaves all bad samples out, skip_long those that are too long, and truncate "
         "shortens those"
     )

@@ -46,7 +46,8 @@ def evaluate(
             accuracy = None
             samples = len(source) if config.eval.max_samples is None else min(len(source), config.eval.max_samples)
             if config.eval.generate:
-                items = generation_items(source, config.data.eval[index].format, base.tokenizer, config.eval.max_samples)
+                named = config.data.eval[index]
+                items = generation_items(source, named.format, base.tokenizer, config.eval.max_samples, named.fields)
                 tokens = PassTokens(source=_expert_of(config, source.name, ranks.device))
 
                 def begin(batch: Sequence[GenerationItem], tokens: PassTokens = tokens) -> AbstractContextManager[object]:

@@ -140,6 +140,9 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"fssdp": "{max_imbalance: 0.9}"}, "fssdp.max_imbalance", "must be >= 1"),
     ({"moe": "{family: smora}"}, "moe.family", "must be one of mixlora, full, moe_lora, got smora"),
     ({"model": "{name_or_path: model, dtype: float16}"}, "model.dtype", "float32, bfloat16, float64, got float16"),
+    ({"data": "{train: '*.csv'}"}, "data.train[0].path", "no file matches *.csv"),
+    ({"data": "{train: {path: a.jsonl, fields: {question: prompt}}}"}, "data.train[0].fields.question", "unknown key"),
+    ({"data": "{train: {path: a.jsonl, fields: prompt}}"}, "data.train[0].fields", "must be a mapping or null, got prompt"),
     ({"data": "{train: {path: a.jsonl, format: csv}}"}, "data.train[0].format", "alpaca, sharegpt, text, got csv"),
     ({"fssdp": "{plan: true_loads}"}, "fssdp.plan", "must be one of history, calibrated, exact"),
     # keys that must fit each other

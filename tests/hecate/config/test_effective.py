@@ -23,7 +23,7 @@ def again(config: Config) -> Config:
 def test_round_trip(folder: Path) -> None:
     config = load(
         MINIMAL.replace("a.jsonl", "[a.jsonl, {path: b.jsonl, name: 'NO', weight: 0.1}]").replace("runs/first", "'012'"),
-        "data.eval=[b.jsonl]",
+        "data.eval=[b.jsonl, {path: '*.jsonl', fields: {prompt: question, completion: 'NO'}}]",
         "learning_rate=1e-20",
         "moe.num_experts=[4,0,3]",
         "max_grad_norm=null",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hecate.config.schema import FieldNames
 from hecate.data.encode import Counts, EncodedSource, encode_source
 
 
@@ -18,6 +19,7 @@ class Source:
     name: str = "source"
     weight: float = 1.0
     format: str = "auto"
+    fields: FieldNames | None = None
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:

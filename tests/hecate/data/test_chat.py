@@ -43,6 +43,38 @@ def test_a_template_that_rewrites_earlier_turns_is_named_with_the_message() -> N
     assert len(str(caught.value).splitlines()) <= 8
 
 
+TOOLS = (
+    "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}"
+    "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}({{ call.function.name }} {{ call.function.arguments | tojson }}){% endfor %}"
+    "<e>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+CALLING = [
+    {"role": "user", "content": "2 + 3?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}]},
+    {"role": "tool", "content": "5"},
+    {"role": "assistant", "content": "five"},
+]
+
+
+def test_calls_of_tools_are_learned_and_what_the_tools_are_is_given() -> None:
+    able = build_byte_tokenizer(chat_template=TOOLS)
+    text, spans = render(able, CALLING, "here", tools=[{"name": "add"}])
+    assert text.startswith("[add]<s>user\n2 + 3?<e>\n<s>assistant\n(add ")
+    assert [text[start:end] for start, end in spans] == ['(add {"a": 2, "b": 3})<e>', "five<e>"]
+    assert render_prompt(able, CALLING[:1], [{"name": "add"}]) == "[add]<s>user\n2 + 3?<e>\n<s>assistant\n"
+    text, spans = render(able, CALLING, "here", given=3)
+    assert [text[start:end] for start, end in spans] == ["five<e>"]
+
+
+def test_a_template_that_leaves_tools_or_calls_out_refuses_them(byte_tokenizer: Any) -> None:
+    with pytest.raises(TemplateRefusal, match=r"it writes no calls of tools \(tool_calls\); use a model whose template does"):
+        render(byte_tokenizer, CALLING, "here")
+    with pytest.raises(TemplateRefusal, match="it writes no tools"):
+        render(byte_tokenizer, TALK, "here", tools=[{"name": "add"}])
+
+
 def test_templates_are_given_one_date_for_ever() -> None:
     """So that a data set is the same tomorrow."""
     dated = build_byte_tokenizer(chat_template="{{ date_string }} " + TEMPLATE)

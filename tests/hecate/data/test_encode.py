@@ -111,7 +111,7 @@ def test_only_long_samples_are_skipped_by_default(tmp_path: Path, byte_tokenizer
     options = {"on_bad_sample": policy, "quarantine": tmp_path / "bad"}
     source = encode_records(tmp_path, [LONG, chat("q", "b")], byte_tokenizer, **options)
     assert (source.lines.tolist(), source.counts.skipped) == ([2], 1)
-    assert "1 of 2 samples skipped; the first is line 1: 320 tokens are more than data.seq_len 256" in caplog.text
+    assert f"1 of 2 samples skipped; the first is {tmp_path}/data.jsonl:1: 320 tokens are more than data.seq_len 256" in caplog.text
     assert [json.loads(line)["line"] for line in (tmp_path / "bad").read_text().splitlines()] == [1]
     caplog.clear()
     encode_records(tmp_path, [LONG, chat("q", "b")], byte_tokenizer, on_bad_sample=policy, speaks=False)
@@ -202,7 +202,7 @@ def test_rendering_does_not_depend_on_the_day(tmp_path: Path) -> None:
 
 
 def test_nothing_left(tmp_path: Path, byte_tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="no usable sample: all 2 lines are bad"):
+    with pytest.raises(UserError, match="no usable sample: all 2 are bad"):
         encode_records(tmp_path, [chat("q", ""), chat("q", " ")], byte_tokenizer, on_bad_sample="skip")
 
 

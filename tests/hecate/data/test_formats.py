@@ -1,8 +1,10 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hecate.config.schema import FieldNames
 from hecate.data.formats import Fault, Sample, read_samples
 from hecate.errors import UserError
 from tests.hecate.data.files import write_jsonl
@@ -44,6 +46,42 @@ def test_chat_formats_become_messages(tmp_path: Path, record: Any, messages: Any
     assert sample == Sample(str(tmp_path / "data.jsonl"), 1, messages=tuple(messages), extra=extra)
 
 
+def test_prompt_and_completion_are_a_question_and_its_answer(tmp_path: Path) -> None:
+    first, second = read(
+        tmp_path,
+        [
+            {"prompt": "u", "completion": "a", "system": "s", "id": 1},
+            {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
+        ],
+    )
+    name = str(tmp_path / "data.jsonl")
+    assert first == Sample(name, 1, messages=(SYSTEM, USER, ASSISTANT), given=2, extra={"id": 1})
+    assert second == Sample(name, 2, messages=(USER, ASSISTANT, USER, ASSISTANT), given=3)
+
+
+def test_fields_give_the_records_names_for_the_formats_keys(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [{"completion": "u", "prompt": "a", "n": 1}, {"completion": "u"}])
+    swapped = FieldNames(prompt="completion", completion="prompt")
+    sample, fault = read_samples(path, names=swapped)
+    assert sample == Sample(str(path), 1, messages=(USER, ASSISTANT), given=1, extra={"n": 1})
+    assert isinstance(fault, Fault)
+    assert fault.reason == "the record has no such key: data.*.fields.completion says 'prompt' (its keys: completion)"
+
+
+CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def test_tool_calls_go_to_the_template_as_objects(tmp_path: Path) -> None:
+    spelled = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [spelled]}]
+    result = {"role": "tool", "content": "1", "tool_call_id": "1", "name": "add"}
+    for tools in ([CALL], json.dumps([CALL])):
+        (sample,) = read(tmp_path, [{"messages": [*turns, result], "tools": tools}])
+        call = {"type": "function", "function": CALL["function"], "id": "1"}
+        messages = (USER, {"role": "assistant", "content": "", "tool_calls": [call]}, result)
+        assert sample == Sample(str(tmp_path / "data.jsonl"), 1, messages=messages, tools=(CALL,))
+
+
 def test_text(tmp_path: Path) -> None:
     (sample,) = read(tmp_path, [{"text": "Größe\n🙂", "url": "x"}])
     assert sample == Sample(str(tmp_path / "data.jsonl"), 1, text="Größe\n🙂", extra={"url": "x"})
@@ -78,7 +116,11 @@ TURN = b'{"role": "assistant", "content": "a"%s}'
         (b'{"messages": [{"role": "user", "content": null}]}\n', r"messages\[0\].content is a JSON null"),
         (b'{"messages": [{"role": "user", "content": [1]}]}\n', "content is a JSON list where a string"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "lone surrogate"),
-        (b'{"messages": [' + TURN % b', "tool_calls": [1]' + b"]}\n", "tool_calls is not supported"),
+        (b'{"messages": [' + TURN % b', "function_call": {"name": "f"}' + b"]}\n", "function_call is not supported"),
+        (b'{"messages": [' + TURN % b', "tool_calls": [1]' + b"]}\n", r"messages\[0\].tool_calls\[0\] is no call"),
+        (b'{"messages": [' + TURN % b', "tool_calls": [{"name": "f", "arguments": "{"}]' + b"]}\n", "arguments are not valid JSON"),
+        (b'{"messages": [{"role": "user", "content": "u", "tool_calls": [{}]}]}\n', "only the assistant calls tools"),
+        (b'{"messages": [{"role": "user", "content": "u"}], "tools": "[1"}\n', "tools is text that is not valid JSON"),
         (b'{"messages": [' + TURN % b', "weight": 0' + b"]}\n", "weight is not supported"),
     ],
 )
@@ -116,11 +158,13 @@ def test_auto_looks_past_broken_lines_and_then_keeps_to_one_format(tmp_path: Pat
 def test_unusable_files_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.jsonl:1: no known data format has the keys body, title"):
         read(tmp_path, [{"title": "t", "body": "b"}])
+    with pytest.raises(UserError, match=r"or say which keys they are: \{path: \.\.\., fields: \{prompt: question"):
+        read(tmp_path, [{"question": "t", "answer": "b"}])
+    with pytest.raises(UserError, match=r"preference data .*\n.*fields: \{completion: chosen\}"):
+        read(tmp_path, [{"prompt": "t", "chosen": "b", "rejected": "c"}])
     with pytest.raises(UserError, match="is empty"):
         read(tmp_path, [])
     with pytest.raises(UserError, match=r"nowhere.jsonl cannot be read: No such file"):
         list(read_samples(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        list(read_samples(tmp_path))
     with pytest.raises(UserError, match="format 'csv' is unknown"):
         list(read_samples(tmp_path / "data.jsonl", "csv"))

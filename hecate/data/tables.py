@@ -1,0 +1,133 @@
+"""Read the rows of a table as objects: CSV by Python's own reader, Parquet and Arrow by the package pyarrow, which is optional."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TextIO
+
+from hecate.errors import UserError
+
+_ROWS_AT_A_TIME = 1024
+_LONGEST_CELL = 1 << 30
+"""characters of a cell of a CSV file; Python's own limit is 131072"""
+_OLDEST_PYARROW = 15
+"""earlier versions unpickle what a file says"""
+
+
+class Row(NamedTuple):
+    """One row."""
+
+    line: int
+    """of a CSV file: the line in which it begins; of others: the row's number, from 1"""
+    value: dict[str, Any]
+    reason: str = ""
+    """why the row cannot be used; empty: it can"""
+
+
+def read_csv(file: TextIO, name: str) -> Iterator[Row]:
+    """Yield the rows of a CSV or TSV file, whose first line names the columns. All values are text.
+
+    Args:
+        file: opened without translation of line ends. Bytes that are not UTF-8 are surrogate escapes.
+
+    Raises:
+        UserError: the first line names a column twice or not at all; or the file breaks CSV's rules.
+    """
+    csv.field_size_limit(_LONGEST_CELL)
+    rows = csv.reader(file, delimiter="\t" if name.removesuffix(".gz").endswith(".tsv") else ",", strict=True)
+    try:
+        columns = next(rows, [])
+        if bad := [column for column in columns if not column.strip() or columns.count(column) > 1]:
+            what = f"names column {bad[0]!r} twice" if bad[0].strip() else "leaves a column without a name"
+            raise UserError(f"{name}:1: the first line {what}; in a CSV file it must name all columns")
+        line = rows.line_num + 1
+        for cells in rows:
+            if cells:  # an empty line is none
+                yield _csv_row(line, columns, cells)
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{name}:{rows.line_num}: not valid CSV: {error}\n"
+            'a cell with commas, quotes or line breaks must stand in "...", and a quote within it is written ""'
+        ) from error
+
+
+def _csv_row(line: int, columns: list[str], cells: list[str]) -> Row:
+    value: dict[str, Any] = dict(zip(columns, cells, strict=False))
+    if len(cells) != len(columns):
+        return Row(line, value, f"the row has {len(cells)} cells, but the first line names {len(columns)} columns")
+    try:
+        "".join(cells).encode("utf-8")
+    except UnicodeEncodeError:
+        return Row(line, value, "not UTF-8")
+    return Row(line, value)
+
+
+def read_parquet(path: str) -> Iterator[Row]:
+    """Yield the rows of a Parquet file. Raises UserError: pyarrow is missing, or cannot read the file."""
+    arrow = _pyarrow(path)
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path, memory_map=True) as file:
+            yield from _rows(file.iter_batches(batch_size=_ROWS_AT_A_TIME))
+    except (arrow.ArrowException, OSError) as error:
+        raise _unreadable(path, "Parquet", error) from error
+
+
+def read_arrow(path: str) -> Iterator[Row]:
+    """Yield the rows of an Arrow file, of the file form or of the stream form, as the library `datasets` writes it. Raises UserError."""
+    arrow = _pyarrow(path)
+    try:
+        with arrow.memory_map(path) as file:
+            try:
+                reader = arrow.ipc.open_file(file)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            except arrow.ArrowInvalid:
+                file.seek(0)
+                batches = iter(arrow.ipc.open_stream(file))
+            yield from _rows(part for batch in batches for part in _parts(batch))
+    except (arrow.ArrowException, OSError) as error:
+        raise _unreadable(path, "Arrow", error) from error
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    return (batch.slice(start, _ROWS_AT_A_TIME) for start in range(0, batch.num_rows, _ROWS_AT_A_TIME))
+
+
+def _rows(batches: Iterator[Any]) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        for value in batch.to_pylist():
+            number += 1
+            yield Row(number, _without_nulls(value))
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that have none: in a table every object of a column has all keys that any of them has."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _pyarrow(path: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ImportError as error:
+        raise UserError(
+            f"{path}: Parquet and Arrow files are read by the package pyarrow, which is not installed\n"
+            f"  install it with: pip install 'pyarrow >= {_OLDEST_PYARROW}'; or write the samples as JSONL"
+        ) from error
+    if int(pyarrow.__version__.split(".")[0]) < _OLDEST_PYARROW:
+        raise UserError(
+            f"{path}: pyarrow {pyarrow.__version__} is not used to read it, because it may run code that a file holds\n"
+            f"  update it with: pip install 'pyarrow >= {_OLDEST_PYARROW}'"
+        )
+    return pyarrow
+
+
+def _unreadable(path: str, form: str, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0][:200]
+    return UserError(f"{path}: cannot be read as {form}: {reason}\nthe file is damaged, cut off or of another form")
