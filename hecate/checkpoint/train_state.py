@@ -215,6 +215,12 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> TrainState:
         return _install(*read, ranks, parts)
 
 
+def saved_max_steps(root: Path, step: int) -> int:
+    """How long the run was to be when it saved the checkpoint of this step, in optimizer steps."""
+    then = yaml.safe_load(read_manifest(checkpoint_folder(root, step)).meta["config"])
+    return int(then["max_steps"])
+
+
 def adopt_owners(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> None:
     """Take over the owners of a checkpoint. Every rank must call it, with the same owners.
 

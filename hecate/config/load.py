@@ -13,12 +13,14 @@ from hecate.config.paths import name_of_source
 from hecate.config.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
 from hecate.config.rules import check_values
+from hecate.config.scalars import NULLS
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource, MoeConfig
 from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
+_LENGTHS = ("max_steps", "num_train_epochs")
 _SOURCES = ("data.train", "data.eval")
 
 
@@ -28,7 +30,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     `${key}` repeats another key's value. Everything is checked, also that the named files exist and that output_dir is free.
 
     Args:
-        overrides: "section.key=value", with the value in YAML. An override replaces the file's value.
+        overrides: "section.key=value", with the value in YAML. An override replaces the file's value; max_steps and
+            num_train_epochs replace each other's.
         claim_output: False on a rank that is not the first, whose output_dir is already in use by its own run.
 
     Raises:
@@ -37,7 +40,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     file = _find_file(os.fspath(path))
     report = Report(file)
     given = {key: (node, file) for key, node in _flatten(_read_file(file), "", file, report)}
-    given.update(_read_overrides(overrides, report))
+    overriding = _read_overrides(overrides, report)
+    for key, other in (_LENGTHS, _LENGTHS[::-1]):
+        if key in overriding and other not in overriding and not _is_null(overriding[key][0]):
+            given.pop(other, None)  # the run gets another length, in whichever unit
+    given.update(overriding)
 
     values: dict[str, Any] = {}
     for key, (node, source) in given.items():
@@ -177,6 +184,10 @@ def _flatten(node: Mapping, prefix: str, source: str, report: Report) -> Iterato
             yield key, value
         else:
             report.add_unknown(key, list(LEAF_TYPES))
+
+
+def _is_null(node: Node) -> bool:
+    return isinstance(node, Scalar) and node.plain and node.text in NULLS
 
 
 def _as_omegaconf(values: dict[str, Any]) -> DictConfig:

@@ -30,8 +30,10 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     for key, allowed in RANGES.items():
         value = values.get(key)
         for at, one in [(f"{key}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, tuple) else [(key, value)]:
-            if one is not None and one not in allowed:
+            # The default of max_steps is outside its range: it says that num_train_epochs is given.
+            if one is not None and one not in allowed and value != LEAVES[key].default:
                 add(at, f"must be {allowed}, got {one}", "")
+    _check_length(values, add)
     _check_experts(values, add)
     _check_kind(values, add)
     check_pairs(values, add)
@@ -59,6 +61,16 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     _check_topology(values, add)
     _check_workers(values, add)
     _check_output_dir(values, add, claim=claim_output)
+
+
+def _check_length(values: Mapping[str, Any], add: Add) -> None:
+    if "max_steps" not in values or "num_train_epochs" not in values:
+        return
+    if values["max_steps"] and values["num_train_epochs"] is not None:
+        add("num_train_epochs", "cannot be given together with max_steps: both say how long to train", "keep one of the two")
+    elif not values["max_steps"] and values["num_train_epochs"] is None:
+        hint = "add one of them to the file, or max_steps=... to the command line"
+        add("max_steps", "must be given, at least 1, or num_train_epochs in its place", hint)
 
 
 def _check_model(values: Mapping[str, Any], add: Add) -> None:

@@ -449,8 +449,12 @@ class Config:
     is the run's name: [A-Za-z0-9._-], 1 to 64 characters."""
     seed: int = field(default=0, metadata=key(WHOLE))
     """The seed of initialisation, data order and dropout. The result does not depend on the number of ranks."""
-    max_steps: int = field(metadata=key(COUNT, computes=False))
-    """The number of optimizer steps to train."""
+    max_steps: int = field(default=0, metadata=key(COUNT, computes=False))
+    """The number of optimizer steps to train. Either this or num_train_epochs must be given; the configuration in a run's folder has the
+    number of steps."""
+    num_train_epochs: float | None = field(default=None, metadata=key(POSITIVE, computes=False))
+    """How many times to train on the data: as many steps as pack that many samples (docs/data.md). With several sources an epoch is as many
+    samples as all of them have together, drawn by their weights."""
     micro_batch_size: int = field(default=1, metadata=key(COUNT))
     """The number of sequences per rank in one forward and backward pass."""
     gradient_accumulation_steps: int = field(default=1, metadata=key(COUNT))

@@ -5,6 +5,7 @@ world size.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from hecate.data.mixture import Mixture
@@ -12,6 +13,8 @@ from hecate.data.pack import Piece, pack, take_sequence
 from hecate.data.sequences import PackedSequence, build_sequence, piece_of
 from hecate.data.sources import TokenSource
 from hecate.errors import UserError
+
+_COUNTED_SAMPLES = 50_000
 
 
 class TrainStream:
@@ -24,6 +27,7 @@ class TrainStream:
         self.seq_len = seq_len
         self.packing = packing
         self.sequences_per_step = sequences_per_step
+        self._seed = seed
         self._mixture = Mixture([len(s) for s in sources], [s.weight for s in sources], seed)
         self._waiting: list[Piece] = []
         self._sequences = 0
@@ -63,6 +67,20 @@ class TrainStream:
         self._mixture.load_state_dict(state["mixture"])
         self._waiting = [piece_of(self.sources, source, sample) for source, sample in state["waiting"]]
         self._sequences = state["rows"]
+
+    def sequences_per_epoch(self) -> float:
+        """The number of sequences that an epoch makes: as many samples as all sources have together, drawn by their weights.
+
+        It does not depend on the number of ranks. Where samples are packed, it is counted up to 50,000 samples; of more samples, it is
+        what the first 50,000 make, times how many times more they are.
+        """
+        samples = sum(len(source) for source in self.sources)
+        if not self.packing:
+            return samples
+        counted = min(samples, _COUNTED_SAMPLES)
+        order = Mixture([len(s) for s in self.sources], [s.weight for s in self.sources], self._seed)
+        pieces = (piece_of(self.sources, source, sample) for source, sample in islice(order, counted))
+        return sum(1 for _ in pack(pieces, self.seq_len, self.packing)) * samples / counted
 
     def few_samples(self) -> str | None:
         """Say that a step trains on the same samples more than once, because all of them together do not fill one; None: they do."""

@@ -119,7 +119,7 @@ class ExpertOptimizer:
         """likewise, of each separate expert"""
         self.steps_done = 0
         """steps taken or skipped: the position in the schedule"""
-        self._rule, self._learning_rate = rule, learning_rate
+        self._rule, self.schedule = rule, learning_rate
         self._device = device
         self._chunks = {str(unit): specs for unit, specs in trainables.chunks.items()}
         self._state: dict[Tensor, dict[str, Tensor]] = {}
@@ -128,7 +128,7 @@ class ExpertOptimizer:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
-        return self._learning_rate.of(self.steps_done)
+        return self.schedule.of(self.steps_done)
 
     def reduce_replicated(self, group: dist.ProcessGroup) -> None:
         """Sum the replicated parameters' gradients over all ranks, and each part's over those that have it. Every rank must call it."""

@@ -99,6 +99,8 @@ def train(
         config = training.parts.config
         reports = stack.enter_context(Reports(config, training.facts()))
         reports.begin()
+        for note in training.notes:
+            reports.note(note)
         link = ObserverLink(observer, training.parts.moe, ranks.device) if observer else None
         outside = _Outside(reports, membership, link, stopping)
         _tell_beginning(training, outside)

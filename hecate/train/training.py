@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,15 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from hecate.checkpoint import remove_stale_staging
-from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, save_state
+from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, save_state, saved_max_steps
 from hecate.config import Config
 from hecate.data.batches import Batch, collate, sequence_ranges
 from hecate.data.encode import IGNORED
 from hecate.data.sequences import PackedSequence, empty_sequence
+from hecate.data.stream import TrainStream
 from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.elastic.move_experts import reshard_if_it_pays
 from hecate.elastic.rebuild import Group, can_catch_up, catch_up, exchange_standings, go_back, redeal
 from hecate.errors import UserError
+from hecate.optim.from_config import learning_rate
 from hecate.parallel import jit
 from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
 from hecate.parallel.topology import Topology
@@ -56,6 +59,8 @@ class Training:
         self.ranks = ranks
         self.shares: tuple[int, ...] = ()
         """sequences of each micro-step, by rank, or by tensor group, whose ranks have the same sequences"""
+        self.notes: list[str] = []
+        """what was found out while the run was built, for its user"""
         self.state = None if joins else TrainState.at_start(self.parts.trained)
         """where the run stands; None: not known on this rank, which comes new to a run under way"""
         if config.resume and not joins:
@@ -63,6 +68,10 @@ class Training:
                 self.state = load_state(self.parts.config, ranks, self.parts.trained)
             except NoCheckpointError as error:
                 raise UserError(f"resume=true, but {error}\n  start a new run with resume=false") from error
+        if not joins:
+            self._settle_length()
+        if config.resume and not joins:
+            self.notes += _notes_of_resume(self.parts.config, self.standing)
         self.plan_for(self.parts.moe.engine.shards.config.topology)
         self._copy_backups()
 
@@ -108,7 +117,7 @@ class Training:
             UserError: too many steps in a row had gradients that were not finite.
         """
         parts, config, engine = self.parts, self.parts.config, self.parts.moe.engine
-        started, learning_rate = time.monotonic(), parts.optimizer.learning_rate
+        started, rate = time.monotonic(), parts.optimizer.learning_rate
         waited = jit.waited_seconds()
         sequences = parts.stream.next_step()
         tokens = sum(len(sequence.input_ids) for sequence in sequences)
@@ -136,7 +145,7 @@ class Training:
             result=result,
             tokens=tokens,
             seconds=seconds,
-            learning_rate=learning_rate,
+            learning_rate=rate,
             imbalance=engine.shards.plans.imbalance(result.loads),
             calibrations=engine.shards.plans.calibrations,
         )
@@ -185,6 +194,7 @@ class Training:
         else:
             self.state = None  # until the checkpoint is loaded, nothing that this rank holds counts
             self.state, moved = go_back(parts, config, group), 0
+        self._settle_length()
         self._copy_backups()
         self.plan_for(group.topology)
         return Rebuilt(self.state.step, dealt is None, moved)
@@ -202,9 +212,38 @@ class Training:
             tokens_per_rank=most_sequences * config.data.seq_len,
         )
 
+    def _settle_length(self) -> None:
+        """Count how many steps the run's epochs are, if the configuration says epochs. What a step takes is known once the state is."""
+        parts, epochs = self.parts, self.parts.config.num_train_epochs
+        if epochs is None:
+            return
+        steps = steps_of_epochs(epochs, parts.stream)
+        config = replace(parts.config, max_steps=steps, num_train_epochs=None)
+        parts.optimizer.schedule = learning_rate(config)
+        self.parts = replace(parts, config=config)
+        samples = sum(len(source) for source in parts.stream.sources)
+        self.notes.append(f"{epochs:g} epochs of {samples} samples are {steps} steps")
+
     def _copy_backups(self) -> None:
         if self.parts.config.fssdp.redundancy:
             copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer)
+
+
+def _notes_of_resume(config: Config, state: TrainState) -> list[str]:
+    """What the user of a resumed run should know of its length."""
+    then, now, notes = saved_max_steps(Path(config.output_dir), state.step), config.max_steps, []
+    if state.step >= now:
+        more = max(2 * now, state.step + 1)
+        notes.append(f"all {now} steps of this run are done; to train on, resume it with more: max_steps={more}, or num_train_epochs=...")
+    elif then != now and config.lr_scheduler_type != "constant":
+        notes.append(f"max_steps was {then} and is {now}: from step {state.step} on, the learning rate is on the curve of {now} steps")
+    return notes
+
+
+def steps_of_epochs(epochs: float, stream: TrainStream) -> int:
+    """The number of steps, at least 1, that take as many samples as so many epochs have (`TrainStream.sequences_per_epoch`)."""
+    steps = epochs * stream.sequences_per_epoch() / stream.sequences_per_step
+    return max(1, math.ceil(steps - 1e-6))  # 0.1 * 30 is more than 3
 
 
 def _labels_of_source(sequences: Sequence[PackedSequence], sources: int) -> list[int]:

@@ -305,6 +305,7 @@ class Controller:
 
     def _generation_begun(self, of_first: Begun) -> None:
         self._shares.generation_begun(of_first.sequences, of_first.topology)
+        self._report.max_steps = of_first.max_steps
         self._report.step = of_first.step  # lower than before if the ranks went back to a checkpoint
         self._enter(State.RUNNING)
         self._group.keep_spares()

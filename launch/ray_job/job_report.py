@@ -42,7 +42,8 @@ class JobReport:
         Args:
             say: prints a line for the user.
         """
-        self._max_steps, self._say = max_steps, say
+        self.max_steps, self._say = max_steps, say
+        """of the run; 0 until the ranks have counted how many its epochs are"""
         self._notes: tuple[StatusNote, ...] = ()
         self.detail = ""
         """why the job has failed"""
@@ -65,7 +66,7 @@ class JobReport:
             state=view.state,
             detail=self.detail,
             generation=max(view.generation.number, 0),
-            max_steps=self._max_steps,
+            max_steps=self.max_steps,
             step=self.step,
             loss=finite(totals.loss if totals else None),
             tokens_per_s=finite(totals.tokens_per_s if totals else None),

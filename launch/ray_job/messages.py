@@ -41,6 +41,8 @@ class Begun:
     code: ClassVar[str] = "begun"
     step: int
     """number of optimizer steps done"""
+    max_steps: int
+    """number of optimizer steps of the run"""
     sequences: tuple[int, ...]
     """number of sequences in a micro-step, by rank"""
     owned: tuple[int, ...]

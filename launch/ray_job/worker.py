@@ -203,7 +203,8 @@ class TrainingLink:
     def begins(self, facts: BeginFacts) -> None:
         from hecate.parallel.topology_file import topology_text
 
-        self._events.put(Begun(step=facts.step, sequences=facts.sequences, owned=facts.owned, topology=topology_text(facts.topology)))
+        topology = topology_text(facts.topology)
+        self._events.put(Begun(step=facts.step, max_steps=facts.max_steps, sequences=facts.sequences, owned=facts.owned, topology=topology))
 
     def stepped(self, facts: StepFacts) -> None:
         self._dense_tokens += facts.dense_tokens

@@ -109,7 +109,7 @@ def each(members: Sequence[int], event: WorkerEvent) -> Step:
 
 def begins(members: Sequence[int], step: int = 0) -> Step:
     sequences, owned = (2,) * len(members), (4,) * len(members)
-    return each(members, Begun(step=step, sequences=sequences, owned=owned, topology=TOPOLOGY))
+    return each(members, Begun(step=step, max_steps=100, sequences=sequences, owned=owned, topology=TOPOLOGY))
 
 
 def one(index: int, event: WorkerEvent) -> Step:

@@ -17,7 +17,7 @@ from hecate.parallel.topology_file import topology_text
 def test_the_state_of_each_device_and_the_newest_notes() -> None:
     up = WorkerUp(pid=7, host="h", gpus=None, versions={})
     devices = [JobDevice(number, Device("0123456789", "10.0.0.1", "CPU", (), ()), up=None if number == 5 else up) for number in range(6)]
-    begun = Begun(step=3, sequences=(2, 1, 1), owned=(4, 2, 2), topology=topology_text(local_topology(3, cuda=False)))
+    begun = Begun(step=3, max_steps=9, sequences=(2, 1, 1), owned=(4, 2, 2), topology=topology_text(local_topology(3, cuda=False)))
     shares = WorkShares(None, range(6))
     shares.begin_generation([0, 1, 2])
     shares.generation_begun(begun.sequences, begun.topology)

@@ -112,7 +112,10 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"seed": "!!int '1'"}, "seed", "the tag !!int is not supported"),
     ({"output_dir": "!!python/object/apply:os.getcwd []"}, "output_dir", "is not supported"),
     # ranges
-    ({"max_steps": "0"}, "max_steps", "must be >= 1 and <= 2147483647, got 0"),
+    ({"max_steps": "0"}, "max_steps", "must be given, at least 1, or num_train_epochs in its place"),
+    ({"max_steps": "-1"}, "max_steps", "must be >= 1 and <= 2147483647, got -1"),
+    ({"num_train_epochs": "3"}, "num_train_epochs", "cannot be given together with max_steps"),
+    ({"max_steps": None, "num_train_epochs": "0"}, "num_train_epochs", "must be > 0"),
     ({"max_steps": "2147483648"}, "max_steps", "got 2147483648"),
     ({"seed": "-1"}, "seed", "must be >= 0"),
     ({"micro_batch_size": "-3"}, "micro_batch_size", "must be >= 1"),

@@ -124,7 +124,7 @@ def test_a_byte_order_mark_and_a_document_start_are_no_matter(folder: Path) -> N
 
 
 def test_keys_of_the_design_are_there() -> None:
-    assert set(REQUIRED) == {"model.name_or_path", "data.train", "output_dir", "max_steps"}
+    assert set(REQUIRED) == {"model.name_or_path", "data.train", "output_dir"}
     assert set(SECTIONS) == {"model", "data", "lora", "lora.nola", "lora.shards", "moe", "moe.router", "fssdp", "eval", "ray"}
 
 
@@ -185,3 +185,20 @@ def test_a_preset_is_found_by_its_name_wherever_one_is(tmp_path: Path, monkeypat
     (tmp_path / "mola").write_text("nonsense: 1\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="nonsense: unknown key"):
         load_config("mola")
+
+
+def test_a_length_on_the_command_line_replaces_the_files_in_either_unit(folder: Path) -> None:
+    in_epochs = MINIMAL.replace("max_steps: 10", "num_train_epochs: 2.5")
+    lengths = [
+        (config.max_steps, config.num_train_epochs)
+        for config in (
+            load(in_epochs),
+            load(in_epochs, "max_steps=7"),
+            load(MINIMAL, "num_train_epochs=3"),
+            load(MINIMAL + "num_train_epochs: null\n", "max_steps=7"),
+            load(MINIMAL, "num_train_epochs=null"),
+        )
+    ]
+    assert lengths == [(0, 2.5), (7, None), (0, 3.0), (7, None), (10, None)]
+    with pytest.raises(ConfigError, match="cannot be given together"):
+        load(MINIMAL, "num_train_epochs=3", "max_steps=7")

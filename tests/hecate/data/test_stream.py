@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hecate.data.stream
 from hecate.data.sequences import PackedSequence
 from hecate.data.stream import TrainStream
 from hecate.errors import UserError
@@ -97,6 +98,20 @@ def test_few_samples_are_repeated_and_said() -> None:
     said = TrainStream(sources, sequences_per_step=4, **options | {"packing": False}).few_samples()
     assert said is not None
     assert "make 3 sequences" in said
+
+
+@pytest.mark.parametrize(("packing", "counted"), [(True, 50_000), (True, 30), (False, 50_000)])
+def test_an_epoch_is_as_many_sequences_as_its_samples_make(packing: bool, counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hecate.data.stream, "_COUNTED_SAMPLES", counted)
+    stream = build(sources=[source_of_lengths(LENGTHS_A)], packing=packing, sequences_per_step=1)
+    expected, position = stream.sequences_per_epoch(), stream.state_dict()
+    assert stream.state_dict() == position
+    sequences = 0
+    while sum(stream.state_dict()["mixture"]["drawn"]) - len(stream.state_dict()["waiting"]) < 10 * len(LENGTHS_A):
+        stream.next_step()
+        sequences += 1
+    assert sequences / 10 == pytest.approx(expected, rel=0.03 if counted > 90 else 0.2)
+    assert packing or expected == len(LENGTHS_A)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""A run of epochs has a number of steps, which every number of ranks agrees on when it is resumed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from hecate.config import load_config
+from hecate.train.training import Training, steps_of_epochs
+from testing.ranks import run_ranks
+from testing.tiny_run import make_workshop
+from tests.hecate.train.in_process import ranks_of_default_group
+
+# 240 samples, one in each sequence, and 32 of these in a step of one rank: 7.5 steps an epoch.
+UNPACKED = ("data.packing=false", "gradient_accumulation_steps=16", "data.eval=[]", "eval.generate=false")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_workshop(tmp_path_factory.mktemp("workshop")))
+
+
+def build(
+    rank: int, world: int, workshop: str, overrides: tuple[str, ...], until: int = 0, name: str = "epochs"
+) -> tuple[int, float, list[str]]:
+    """(steps, learning rate of the next step, notes) of a run that is built, trained to a step and saved."""
+    given = [*UNPACKED, *overrides, f"output_dir={workshop}/runs/{name}"]
+    run = Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks_of_default_group(rank, world))
+    found = run.parts.config.max_steps, run.parts.optimizer.learning_rate, run.notes
+    while run.standing.step < until:
+        run.train_one()
+    run.save()
+    return found
+
+
+def begin_and_go_on(rank: int, world: int, workshop: str) -> list[tuple[int, float, list[str]]]:
+    begun = build(rank, world, workshop, ("num_train_epochs=0.2",))
+    again = build(rank, world, workshop, ("max_steps=2", "resume=true"), until=2)
+    return [begun, again, *(build(rank, world, workshop, (length, "resume=true")) for length in ("max_steps=2", "num_train_epochs=2"))]
+
+
+def test_a_run_of_epochs_has_steps_and_says_how_to_go_on_when_they_are_done(workshop: str) -> None:
+    (found,) = run_ranks(1, begin_and_go_on, workshop)
+    begun, again, finished, longer = found
+    assert (begun[0], begun[2]) == (2, ["0.2 epochs of 240 samples are 2 steps"])
+    assert again == (2, begun[1], []), "the learning rate is on the curve of two steps, however the length was given"
+    assert finished[2] == ["all 2 steps of this run are done; to train on, resume it with more: max_steps=4, or num_train_epochs=..."]
+    assert longer[2] == [
+        "2 epochs of 240 samples are 15 steps",
+        "max_steps was 2 and is 15: from step 2 on, the learning rate is on the curve of 15 steps",
+    ]
+
+
+@pytest.mark.slow
+def test_epochs_are_counted_in_steps_of_the_size_that_the_run_began_with(workshop: str) -> None:
+    run_ranks(1, build, workshop, ("num_train_epochs=2",), 0, "two")
+    # Two ranks would begin with steps twice as large; the run that they continue keeps its own.
+    resumed = run_ranks(2, build, workshop, ("num_train_epochs=4", "resume=true"), 0, "two")
+    assert {steps for steps, _, _ in resumed} == {30}
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.1, 3), (0.11, 4), (1, 30), (0.001, 1)])
+def test_a_part_of_a_step_is_a_step(epochs: float, steps: int) -> None:
+    stream = SimpleNamespace(sequences_per_epoch=lambda: 300, sequences_per_step=10)
+    assert steps_of_epochs(epochs, stream) == steps  # type: ignore[arg-type]
