@@ -109,6 +109,10 @@ class DataConfig:
     features: str | None = field(default=None, metadata=key(computes=False))
     """With moe.router.input user: an .npz file with the arrays `ids` [users] and `features` [users, width]. The key `user` of each JSONL
     line names one of the ids."""
+    cache: str | None = field(default="auto", metadata=key(computes=False))
+    """The folder in which tokenized data are kept, to be tokenized once and shared by all ranks and runs (docs/data.md). auto: `tokens` in
+    the folder that the environment variable HECATE_CACHE names, or in ~/.cache/hecate. null: none; each rank tokenizes all data at each
+    start and has them in its own memory."""
     on_bad_sample: Literal["skip_long", "error", "skip", "truncate"] = field(default="skip_long", metadata=key(computes=False))
     """What to do with a sample that cannot be read or is longer than seq_len. skip_long: leave one that is too long out, count it and write
     it to quarantine-NAME.jsonl in output_dir; stop at other faults. error: stop at every fault. skip: leave out every sample with a fault,

@@ -109,7 +109,7 @@ class EncodedSource(Samples):
             return self.content
         digest = xxhash.xxh3_64()
         for array in (self.input_ids, self.targets, self.starts):
-            digest.update(array.tobytes())
+            digest.update(np.ascontiguousarray(array).data.cast("B"))
         if self.users is not None:
             digest.update(self.users.tobytes() + self.features.encode())
         return digest.hexdigest()

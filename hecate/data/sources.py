@@ -1,4 +1,4 @@
-"""Open one data source of a run: a JSONL file, which is tokenized, or an indexed data set, which holds token ids already."""
+"""Open one data source of a run: text, which is tokenized, or an indexed data set, which holds token ids already."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ from hecate.config import DataSource
 from hecate.config.paths import indexed_prefix
 from hecate.data.encode import EncodedSource, encode_source
 from hecate.data.indexed import IndexedSource, encode_indexed
+from hecate.data.token_cache import cached_source
 from hecate.data.user_features import UserFeatures
 
 TokenSource = EncodedSource | IndexedSource
@@ -22,10 +23,15 @@ def read_source(
     quarantine: str | Path | None = None,
     users: UserFeatures | None = None,
     speaks: bool = True,
+    cache: Path | None = None,
 ) -> TokenSource:
     """Read and encode one data source, by `encode_indexed` if its path names an indexed data set and by `encode_source` otherwise.
 
     Arguments and errors are those of the two functions.
+
+    Args:
+        cache: a folder in which the tokenized source is kept, or is found (`hecate.data.token_cache`); None: it is kept in memory. An
+            indexed data set needs none.
     """
     prefix = indexed_prefix(source.path)
     options: dict[str, Any] = {
@@ -36,6 +42,8 @@ def read_source(
         "speaks": speaks,
     }
     if prefix is None:
+        if cache is not None:
+            return cached_source(source, tokenizer, cache, users=users, **options)
         return encode_source(source, tokenizer, users=users, **options)
     assert users is None, "an indexed data set names no users"
     return encode_indexed(source, prefix, tokenizer, **options)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 from hecate.config import DataSource
 from hecate.config.paths import indexed_prefix
+from hecate.data.content import check_mark
 from hecate.data.formats import Fault, read_samples
 from hecate.data.indexed_files import open_indexed
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 
 
-def check_syntax(files: Iterable[DataSource], on_bad_sample: str, users: UserFeatures | None = None) -> None:
+def check_syntax(files: Iterable[DataSource], on_bad_sample: str, users: UserFeatures | None = None, cache: Path | None = None) -> None:
     """Check every record of every file as far as that needs no tokenizer. If bad samples are to be skipped, check only that a file opens.
 
     Args:
         users: features that each sample's user must have; None: samples need no users.
+        cache: the folder of tokenized data, which also says what has been checked before and found good; None: all are checked.
 
     Raises:
         UserError: a file cannot be read, is empty or of no known format, or has a broken record.
@@ -25,11 +29,21 @@ def check_syntax(files: Iterable[DataSource], on_bad_sample: str, users: UserFea
         if prefix := indexed_prefix(file.path):
             open_indexed(prefix)
             continue
-        for item in read_samples(file.path, file.format, users, file.fields):
-            if on_bad_sample == "skip":
-                break
-            if isinstance(item, Fault):
-                raise bad_sample_error(item)
+        mark = None if cache is None or on_bad_sample == "skip" else check_mark(file, users, cache)
+        if mark is not None and mark.exists():
+            continue
+        _check(file, on_bad_sample, users)
+        if mark is not None:
+            with suppress(OSError):  # they are only checked again
+                mark.touch()
+
+
+def _check(file: DataSource, on_bad_sample: str, users: UserFeatures | None) -> None:
+    for item in read_samples(file.path, file.format, users, file.fields):
+        if on_bad_sample == "skip":
+            break
+        if isinstance(item, Fault):
+            raise bad_sample_error(item)
 
 
 def bad_sample_error(fault: Fault) -> UserError:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hecate.adapters.trained_output import TrainedOutput, begin_with_adapter, output_of
 from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
+from hecate.data.content import cache_folder
 from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
 from hecate.data.user_features import UserFeatures, users_of
@@ -189,6 +190,7 @@ def encode_sources(
     Args:
         users: features that each sample's user must have; None: samples need no users.
     """
+    cache = cache_folder(config.data.cache)
     return [
         read_source(
             source,
@@ -199,6 +201,7 @@ def encode_sources(
             quarantine=Path(config.output_dir) / f"quarantine-{source.name}.jsonl" if ranks.is_first else None,
             users=users,
             speaks=ranks.is_first,
+            cache=cache,
         )
         for source in sources
     ]

@@ -71,10 +71,12 @@ def check_data(config: Config) -> None:
     Raises:
         UserError: a file cannot be read, or has a broken line, or one whose user has no features although the router decides by users.
     """
+    from hecate.data.content import cache_folder
     from hecate.data.syntax import check_syntax
     from hecate.data.user_features import users_of
 
-    check_syntax([*config.data.train, *config.data.eval], config.data.on_bad_sample, users_of(config))
+    data = config.data
+    check_syntax([*data.train, *data.eval], data.on_bad_sample, users_of(config), cache_folder(data.cache))
 
 
 def check_vocabulary(config: Config) -> None:

@@ -1,0 +1,282 @@
+"""Keep tokenized sources on disk: each is written once, by whichever process comes first, and mapped into memory by all ranks.
+
+A source's folder is named by a digest of all that its tokens depend on: the contents of its files, their format, the tokenizer, and the
+rules for samples that are too long or bad. So another run, or the same one after its files have moved, finds it again.
+
+    KEY/ids.i32, targets.i32        the tokens and targets of all samples, end to end
+    KEY/starts.i64, numbers.i64     as `EncodedSource.starts` and `lines`; users.i64 likewise
+    KEY/sums.u64                    checksums of blocks of ids and of targets [2, blocks]
+    KEY/skipped.jsonl               the samples that were left out, as a quarantine file; `file` is the index of the file in the source
+    KEY/meta.json                   counts and checksums; a folder without it is none
+    KEY.lock                        locked while the folder is written
+
+Nothing is read from these files before it has been compared with its checksum. A folder that is damaged is made again, or refused if the
+damage is met while training.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from hecate.config import DataSource
+from hecate.config.paths import data_files
+from hecate.data.content import digest_of_files, tokenizer_digest, unwritable
+from hecate.data.encode import Counts, Encoded, EncodedSample, EncodedSource, Skipped, encode_samples, logger, report_counts
+from hecate.data.formats import Fault
+from hecate.data.quarantine import faults_of, quarantined, write_quarantine
+from hecate.data.user_features import UserFeatures
+from hecate.errors import UserError
+from hecate.io.durable import delete_files, new_folder
+from hecate.io.strict_json import JsonError, dump_json, parse_json
+
+_VERSION = 1
+"""of the files and of how samples become tokens; a change of either needs another number"""
+_BLOCK = 1 << 14
+"""tokens; what has a checksum of its own"""
+_BUFFERED = 1 << 20
+"""tokens in memory while a source is written"""
+_QUIET = 10.0
+"""seconds before the writing of a source is said, and between two such lines after that, times six"""
+_ARRAYS = {"starts.i64": np.int64, "numbers.i64": np.int64, "users.i64": np.int64, "sums.u64": np.uint64}
+"""files that are compared with their checksums when a source is opened; tokens are compared when they are first used"""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MappedSource(EncodedSource):
+    """An encoded source whose arrays lie on disk, mapped into memory."""
+
+    folder: Path
+    sums: NDArray[np.uint64]  # [2, blocks]; checksums of the blocks of ids, and of targets
+    compared: NDArray[np.bool_]  # [blocks]; which blocks have been compared with their checksums
+
+    def sample(self, index: int) -> Encoded:
+        first, behind = int(self.starts[index]), int(self.starts[index + 1])
+        for block in range(first // _BLOCK, (behind - 1) // _BLOCK + 1):
+            if not self.compared[block]:
+                self._compare(block)
+        return super().sample(index)
+
+    def _compare(self, block: int) -> None:
+        part = slice(block * _BLOCK, (block + 1) * _BLOCK)
+        if [_sum(self.input_ids[part]), _sum(self.targets[part])] != self.sums[:, block].tolist():
+            raise UserError(
+                f"{self.folder}: the tokenized data of {self.path} have changed on the disk since they were written\n"
+                "delete that folder, and resume the run: they are made again"
+            )
+        self.compared[block] = True
+
+
+def cached_source(
+    source: DataSource,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    on_bad_sample: str = "error",
+    quarantine: str | Path | None = None,
+    users: UserFeatures | None = None,
+    speaks: bool = True,
+) -> MappedSource:
+    """Open a source that has been tokenized into `folder`, or tokenize it into that first. It holds what `encode_source` returns.
+
+    Several processes may call this at once: one of them writes, and the others of the machine wait.
+
+    Args:
+        folder: see `hecate.data.content.cache_folder`. The other arguments are those of `encode_source`.
+
+    Raises:
+        UserError: as `encode_source`; or the folder cannot be written.
+    """
+    rules: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "on_bad_sample": on_bad_sample}
+    files, features = data_files(source.path), "" if users is None else users.digest()
+    described = {"version": _VERSION, "files": digest_of_files(source.path, folder), "format": source.format} | rules
+    described |= {"fields": asdict(source.fields) if source.fields else None, "tokenizer": tokenizer_digest(tokenizer), "users": features}
+    key = xxhash.xxh3_128_hexdigest(dump_json(described))
+    place = folder / key
+    try:
+        opened = _open(place, source, features)
+        if opened is None:
+            with _locked(folder / f"{key}.lock"):
+                opened = _open(place, source, features)
+                if opened is None:
+                    _clear(place)
+                    _write(place, encode_samples(source, tokenizer, users=users, **rules), source, files, seq_len, features)
+                    opened = _open(place, source, features)
+    except OSError as error:
+        opened = _open(place, source, features)  # a process of another machine, whose locks are not seen, may have come first
+        if opened is None:
+            raise unwritable(folder, error) from error
+    if opened is None:
+        raise UserError(f"{place}: the tokenized data of {source.path} are not on the disk as they were written\ncheck the disk")
+    mapped, first = opened
+    counts, faults = mapped.counts, None if first is None else replace(first, file=files[int(first.file)])
+    if counts.skipped and quarantine is not None:
+        with open(place / "skipped.jsonl", "rb") as lines:
+            write_quarantine(quarantine, (replace(fault, file=files[int(fault.file)]) for fault in faults_of(lines)))
+    report_counts(source.path, counts, Skipped(counts.skipped, faults), seq_len, speaks=speaks)
+    return mapped
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, which the system gives up if this process dies."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear(place: Path) -> None:
+    """Delete what a writer that was killed has left, and a source that is damaged."""
+    for stale in place.parent.glob(f"{place.name}.tmp-*"):
+        delete_files(stale)
+    if place.exists():
+        logger.warning("%s is damaged, or of another version: it is made again", place)
+        delete_files(place)
+
+
+def _write(
+    place: Path, samples: Iterator[EncodedSample | Fault], source: DataSource, files: list[str], seq_len: int, features: str
+) -> None:
+    """Write the folder of a source, whole or not at all."""
+    with new_folder(place) as staging:
+        try:
+            counts, first = _write_samples(staging, samples, source, files, with_users=bool(features))
+            report_counts(source.path, counts, Skipped(counts.skipped, first), seq_len, speaks=False)
+            ids, targets, starts = (_mapped(staging / name, kind) for name, kind in _TOKENS.items())
+            sums = np.array([[_sum(array[at : at + _BLOCK]) for at in range(0, len(array), _BLOCK)] for array in (ids, targets)], np.uint64)
+            (staging / "sums.u64").write_bytes(sums.tobytes())
+            users = _mapped(staging / "users.i64", np.int64) if features else None
+            whole = EncodedSource(source.name, source.path, source.weight, ids, targets, starts, starts, counts, users, features)
+            meta = {"version": _VERSION, "key": place.name, "tokens": len(ids), "content": whole.digest(), "counts": asdict(counts)}
+            meta["first"] = None if first is None else [files.index(first.file), first.line, first.reason]
+            meta["sums"] = {name: _sum(_mapped(staging / name, kind)) for name, kind in _ARRAYS.items() if (staging / name).exists()}
+            (staging / "meta.json").write_bytes(dump_json(meta))
+        except BaseException:
+            delete_files(staging)
+            raise
+
+
+def _write_samples(
+    staging: Path, samples: Iterator[EncodedSample | Fault], source: DataSource, files: list[str], *, with_users: bool
+) -> tuple[Counts, Fault | None]:
+    """Write the arrays of all samples; how many there were, and the first that was left out."""
+    kept = truncated = skipped = 0
+    first: Fault | None = None
+    number = {file: str(i) for i, file in enumerate(files)}
+    said = time.monotonic() + _QUIET
+    with _Arrays(staging, with_users=with_users) as arrays, open(staging / "skipped.jsonl", "wb") as left_out:
+        for item in samples:
+            if isinstance(item, Fault):
+                first, skipped = first or item, skipped + 1
+                left_out.write(quarantined(replace(item, file=number[item.file])))
+            else:
+                arrays.add(item.pieces)
+                kept, truncated = kept + 1, truncated + item.truncated
+            if time.monotonic() > said:
+                said += 6 * _QUIET
+                logger.warning("tokenizing %s: %d samples so far; it is done once and kept in %s", source.path, kept, staging.parent)
+    return Counts(kept=kept, truncated=truncated, skipped=skipped), first
+
+
+class _Arrays:
+    """The arrays of a source that is being written, of which a bounded part is in memory."""
+
+    def __init__(self, staging: Path, *, with_users: bool) -> None:
+        self._paths = [staging / name for name in (*_TOKENS, "numbers.i64", *(["users.i64"] if with_users else []))]
+        self._files: dict[str, BinaryIO] = {}
+        self._opened = ExitStack()
+        self._pieces: list[Encoded] = []
+        self._tokens = self._waiting = 0
+
+    def __enter__(self) -> _Arrays:
+        for path in self._paths:
+            self._files[path.name] = self._opened.enter_context(path.open("wb"))
+        self._files["starts.i64"].write(np.zeros(1, np.int64).tobytes())
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._opened:
+            if kind is None:
+                self._flush()
+
+    def add(self, pieces: list[Encoded]) -> None:
+        self._pieces += pieces
+        self._waiting += sum(len(piece.input_ids) for piece in pieces)
+        if self._waiting > _BUFFERED:
+            self._flush()
+
+    def _flush(self) -> None:
+        pieces = self._pieces
+        ends = self._tokens + np.cumsum([len(piece.input_ids) for piece in pieces], dtype=np.int64)
+        columns: Mapping[str, NDArray[Any]] = {
+            "ids.i32": np.concatenate([np.zeros(0, np.int32), *(piece.input_ids for piece in pieces)]),
+            "targets.i32": np.concatenate([np.zeros(0, np.int32), *(piece.targets for piece in pieces)]),
+            "starts.i64": ends,
+            "numbers.i64": np.array([piece.line for piece in pieces], np.int64),
+            "users.i64": np.array([piece.user for piece in pieces], np.int64),
+        }
+        for name, file in self._files.items():
+            file.write(columns[name].tobytes())
+        self._tokens, self._waiting, self._pieces = self._tokens + self._waiting, 0, []
+
+
+_TOKENS = {"ids.i32": np.int32, "targets.i32": np.int32, "starts.i64": np.int64}
+
+
+def _open(place: Path, source: DataSource, features: str) -> tuple[MappedSource, Fault | None] | None:
+    """Map the folder of a source; also the first sample that was left out, with the index of its file. None: there is no sound folder."""
+    try:
+        meta = parse_json((place / "meta.json").read_bytes())
+        if meta["version"] != _VERSION or meta["key"] != place.name:
+            return None
+        arrays = {name: _mapped(place / name, kind) for name, kind in (_TOKENS | _ARRAYS).items() if features or name != "users.i64"}
+        ids, targets, starts = (arrays[name] for name in _TOKENS)
+        numbers, users = arrays["numbers.i64"], arrays.get("users.i64")
+        if any(_sum(arrays[name]) != meta["sums"][name] for name in _ARRAYS if name in arrays):
+            return None
+        if not len(ids) == len(targets) == meta["tokens"] == starts[-1] or len(numbers) != len(starts) - 1:
+            return None
+        first = meta["first"] and Fault(str(meta["first"][0]), meta["first"][1], meta["first"][2])
+        mapped = MappedSource(
+            name=source.name,
+            path=str(source.path),
+            weight=source.weight,
+            input_ids=ids,
+            targets=targets,
+            starts=starts,
+            lines=numbers,
+            counts=Counts(**meta["counts"]),
+            users=users,
+            features=features,
+            content=meta["content"],
+            folder=place,
+            sums=arrays["sums.u64"].reshape(2, -1),
+            compared=np.zeros(len(arrays["sums.u64"]) // 2, np.bool_),
+        )
+    except (FileNotFoundError, ValueError, KeyError, IndexError, TypeError, JsonError):
+        return None
+    return mapped, first
+
+
+def _mapped(path: Path, kind: Any) -> NDArray[Any]:
+    """The numbers of a file, read-only. Raises ValueError if it is empty, or no whole number of them."""
+    return np.asarray(np.memmap(path, kind, "r"))
+
+
+def _sum(array: NDArray[Any]) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(array).data.cast("B"))
