@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -95,7 +95,8 @@ def _of_type(hint: Any) -> dict[str, Any]:
     if is_dataclass(hint):
         assert isinstance(hint, type)
         properties = {name: _of_type(of_field) for name, of_field in get_type_hints(hint).items()}
-        return _object() | {"properties": properties, "required": ["path"]}
+        required = [item.name for item in fields(hint) if item.default is MISSING]
+        return _object() | {"properties": properties, "required": required}
     return {"type": "null" if hint is NoneType else _PRIMITIVES[hint]}
 
 

@@ -211,7 +211,8 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
             paths = []
         for path in paths:
             if not os.path.exists(path):
-                hint = "~ is not expanded" if path.startswith("~") else "relative paths start from the working directory; nothing is downloaded"
+                hint = "relative paths start from the working directory; nothing is downloaded"
+                hint = "~ is not expanded" if path.startswith("~") else hint
                 add(f"{at}.path", f"no such file or folder: {shorten(path)}", hint)
         if prefix is not None and source.format != "auto":
             add(f"{at}.format", f"applies to text files only, got {source.format}", "leave it out: an indexed data set holds token ids")

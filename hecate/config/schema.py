@@ -454,8 +454,8 @@ class Config:
     seed: int = field(default=0, metadata=key(WHOLE))
     """The seed of initialisation, data order and dropout. The result does not depend on the number of ranks."""
     max_steps: int = field(default=0, metadata=key(COUNT, computes=False))
-    """The number of optimizer steps to train. Either this or num_train_epochs must be given; the configuration in a run's folder has the
-    number of steps."""
+    """The number of optimizer steps to train. Either this or num_train_epochs must be given, which 0 stands for; the configuration in a
+    run's folder has the number of steps."""
     num_train_epochs: float | None = field(default=None, metadata=key(POSITIVE, computes=False))
     """How many times to train on the data: as many steps as pack that many samples (docs/data.md). With several sources an epoch is as many
     samples as all of them have together, drawn by their weights."""

@@ -35,7 +35,8 @@ def checks_of(load: Callable[[], Config]) -> Checks:
 
 
 def _configuration(config: Config) -> Finding:
-    return ok(f"{config.moe.family}, {config.max_steps} steps, output in {config.output_dir}")
+    length = f"{config.max_steps} steps" if config.num_train_epochs is None else f"{config.num_train_epochs:g} epochs"
+    return ok(f"{config.moe.family}, {length}, output in {config.output_dir}")
 
 
 def _model(config: Config) -> Finding:
