@@ -39,8 +39,9 @@ def cache_folder(given: str | None) -> Path | None:
     try:
         home = os.environ.get("HECATE_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hecate")
         folder = Path(home) / "tokens" if given == "auto" else Path(given)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds what the data hold
         for part in ("files", "checked"):
-            (folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
+            (folder / part).mkdir(exist_ok=True)
     except (OSError, RuntimeError) as error:
         raise unwritable(given, error) from error
     return folder

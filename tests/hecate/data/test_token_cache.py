@@ -209,6 +209,7 @@ def test_the_folder_is_the_environments_or_the_users(tmp_path: Path, monkeypatch
     assert cache_folder(None) is None
     monkeypatch.setenv("HECATE_CACHE", str(tmp_path / "own"))
     assert cache_folder("auto") == tmp_path / "own" / "tokens"
+    assert (tmp_path / "own" / "tokens").stat().st_mode & 0o777 == 0o700
     monkeypatch.delenv("HECATE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("auto") == tmp_path / "hecate" / "tokens"
