@@ -217,7 +217,7 @@ class _Arrays:
     def add(self, pieces: list[Encoded]) -> None:
         self._pieces += pieces
         self._waiting += sum(len(piece.input_ids) for piece in pieces)
-        if self._waiting > _BUFFERED:
+        if self._waiting + 16 * len(self._pieces) > _BUFFERED:  # a piece takes memory of its own, too
             self._flush()
 
     def _flush(self) -> None:
