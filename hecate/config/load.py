@@ -21,9 +21,11 @@ from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
 _SOURCES = ("data.train", "data.eval")
+_UNREAD: dict[str, Any] = {"data.train": ({"path": "data.jsonl"},), "output_dir": "runs/planned"}
+"""what stands for required keys that nothing reads"""
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True, inputs: bool = True) -> Config:
     """Load the configuration of a run from the YAML file at `path`, or from the preset of that name (`hecate.config.presets`).
 
     `${key}` repeats another key's value. Everything is checked, also that the named files exist and that output_dir is free.
@@ -31,6 +33,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     Args:
         overrides: "section.key=value", with the value in YAML. An override replaces the file's value.
         claim_output: False on a rank that is not the first, whose output_dir is already in use by its own run.
+        inputs: False where nothing is read but sizes: then neither the model's weights nor the data must be there, and data.train and
+            output_dir need not be given.
 
     Raises:
         ConfigError: a UserError with all problems.
@@ -46,11 +50,13 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
             values[key] = read_sources(node, key, source, report)
         else:
             values[key] = read_value(node, LEAF_TYPES[key], key, source, report)
+    if not inputs:
+        values = {**_UNREAD, **values}
     for key in REQUIRED:
-        if key not in given:
+        if key not in values:
             report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
     tree = _as_omegaconf(values)
-    check_values(_resolve(tree, values, report), report.add, claim_output=claim_output)
+    check_values(_resolve(tree, values, report), report.add, claim_output=claim_output, inputs=inputs)
     if report.problems:
         raise ConfigError(report.problems)
 

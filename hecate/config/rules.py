@@ -22,10 +22,13 @@ from hecate.parallel.expert_kinds import kind_of
 SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> None:
+def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inputs: bool = True) -> None:
     """Add every problem of `values`, which maps dotted keys to typed values.
 
     A key that is absent already has a problem, so rules that depend on it are skipped.
+
+    Args:
+        inputs: whether the model's weights and the data must be there.
     """
     for key, allowed in RANGES.items():
         value = values.get(key)
@@ -39,8 +42,8 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     _check_evaluation(values, add)
     _check_prefetch(values, add)
     _check_shard_size(values, add)
-    _check_sources("data.train", values, add)
-    _check_sources("data.eval", values, add)
+    _check_sources("data.train", values, add, exist=inputs)
+    _check_sources("data.eval", values, add, exist=inputs)
     _check_target_modules(values, add)
     _check_weight_decay_exclude(values, add)
     if values.get("data.packing") and 2 <= values.get("data.seq_len", 8) < 8:
@@ -52,7 +55,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     if values.get("model.front_end") == "megatron":
         check_megatron(values, add)
     else:
-        _check_model(values, add)
+        _check_model(values, add, weights=inputs)
     check_megatron_ep(values, add)
     _check_attention(values, add)
     _check_kernels(values, add)
@@ -61,14 +64,14 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     _check_output_dir(values, add, claim=claim_output)
 
 
-def _check_model(values: Mapping[str, Any], add: Add) -> None:
+def _check_model(values: Mapping[str, Any], add: Add, *, weights: bool) -> None:
     if values.get("model.tokenizer") is not None:
         add("model.tokenizer", "is read with model.front_end=megatron only", "leave it out: a checkpoint has its own tokenizer")
     if values.get("model.tensor_parallel", 1) > 1:
         add("model.tensor_parallel", "needs model.front_end=megatron, whose layers can be split", "leave it at 1")
     if "model.name_or_path" in values:
         try:
-            find_model(values["model.name_or_path"])
+            find_model(values["model.name_or_path"], weights=weights)
         except UserError as error:
             what, _, hint = str(error).partition("\n")
             add("model.name_or_path", what, hint)
@@ -183,7 +186,7 @@ def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:
         add("fssdp.redundancy", "does not work together with fssdp.shard_size yet", hint)
 
 
-def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
+def _check_sources(key: str, values: Mapping[str, Any], add: Add, *, exist: bool) -> None:
     sources = values.get(key, ())
     if key in values and key == "data.train" and not sources:
         add(key, "must name at least one source", "")
@@ -192,7 +195,7 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
         at = f"{key}[{i}]"
         prefix = indexed_prefix(source.path)
         for path in [source.path] if prefix is None else [prefix + suffix for suffix in INDEXED_SUFFIXES]:
-            if not os.path.exists(path):
+            if exist and not os.path.exists(path):
                 hint = "~ is not expanded" if path.startswith("~") else "relative paths start from the working directory"
                 add(f"{at}.path", f"no such file or folder: {shorten(path)}", hint)
         if prefix is not None and source.format != "auto":
