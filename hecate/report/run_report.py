@@ -63,7 +63,7 @@ class Reports:
                 f"{mesh.num_sharding_groups} sharding groups of {mesh.shard_size} ranks, each with all experts owned like this"
             )
         if self._facts.step:
-            self._progress.note(f"resumed after step {self._facts.step}")
+            self.event(self._facts.step, f"resumed after step {self._facts.step}")
 
     def note(self, text: str) -> None:
         """Show a line on the terminal."""
@@ -92,6 +92,7 @@ class Reports:
                 event.learning_rate,
                 event.tokens / event.seconds,
                 event.imbalance,
+                event.static_imbalance,
                 event.seconds,
                 result.skipped,
             )

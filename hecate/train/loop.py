@@ -7,9 +7,7 @@ Each phase happens on all ranks alike. When a rank is lost, the others regroup a
 
 from __future__ import annotations
 
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +22,7 @@ from hecate.config import Config
 from hecate.elastic.observer import Observer, ObserverLink
 from hecate.elastic.rebuild import Membership
 from hecate.parallel.topology import Topology, local_topology
+from hecate.ranks.peak_memory import peak_memory
 from hecate.ranks.ranks import Ranks, lost_a_peer
 from hecate.report.events import Evaluation
 from hecate.report.heatmap import write_heatmap
@@ -112,7 +111,8 @@ def train(
             except Exception as error:  # after an abort, what is left of the old group can fail in any way
                 if membership is None or not _is_of_a_loss(error, training.ranks) or not _regroup(training, membership, outside):
                     raise
-                reports.note(f"went on after: {(str(error) or type(error).__name__).splitlines()[0][:120]}")
+                cause = (str(error) or type(error).__name__).splitlines()[0][:120]
+                reports.event(training.standing.step, f"went on after: {cause}")
         written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
         peaks = peak_memory(training.ranks.device)
         fullest = training.ranks.all_most(list(map(float, peaks.values())))
@@ -146,7 +146,7 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
     training.complete_step()
     if agreement.stop:
         resume = f"hecate train {Path(config.output_dir) / 'config.yaml'} resume=true"
-        outside.reports.note(f"stopped by a signal after step {step}; go on with: {resume}")
+        outside.reports.event(step, f"stopped by a signal after step {step}; go on with: {resume}")
         return False
     if agreement.regroup and outside.membership is not None:
         _regroup(training, outside.membership, outside, together=True)
@@ -251,19 +251,6 @@ def _tell_beginning(training: Training, outside: _Outside) -> None:
     if outside.observer:
         engine, config = training.parts.moe.engine, training.parts.config
         outside.observer.begins(step=training.standing.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes of this process, by what they are: on its GPU if it has one, otherwise what is resident on the host.
-
-    Of a GPU's bytes, tensors have taken those allocated; those reserved are what torch has taken from the driver for them. The context
-    and NCCL's buffers are in neither.
-    """
-    if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"peak GPU memory, allocated": allocated, "peak GPU memory, reserved": reserved}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak memory": peak if sys.platform == "darwin" else peak * 1024}
 
 
 class _Stopping:
