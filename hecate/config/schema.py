@@ -465,6 +465,9 @@ class Config:
     trackio, which must be installed. One that fails is named and does not stop the run. See docs/metrics.md."""
     trace: bool = field(default=False, metadata=key(computes=False))
     """Record each step's loads per rank, layer and expert into the folder loads in output_dir (docs/traces.md)."""
+    profile: bool = field(default=False, metadata=key(computes=False))
+    """Record a timeline of three steps of all ranks, the third to the fifth of each process, to profile.json.gz in output_dir, for
+    ui.perfetto.dev (docs/report.md). These steps take longer."""
     resume: bool = field(default=False, metadata=key(computes=False))
     """Continue from the latest checkpoint in output_dir."""
     gradient_checkpointing: bool = field(default=False, metadata=key(computes=False))

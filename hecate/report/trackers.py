@@ -126,14 +126,15 @@ class Mlflow:
 
 
 class Trackio:
-    """Trackio, whose runs are on this machine unless TRACKIO_SPACE_ID names a Space. It knows a run by its name."""
+    """Trackio, whose runs are on this machine. It knows a run by its name, and gives a run whose name is taken another one."""
 
     def __init__(self, run: TrackedRun) -> None:
         import trackio
 
         self._trackio = trackio
-        self.run_id = run.name
-        trackio.init(project=PROJECT, name=run.name, config=dict(run.config), resume="allow" if run.known_as else "never")
+        resume = "allow" if run.known_as else "never"
+        opened = trackio.init(project=PROJECT, name=run.known_as or run.name, config=dict(run.config), resume=resume)
+        self.run_id = str(opened.name)
 
     def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
         self._trackio.log({**numbers, **{name: self._trackio.Image(pixels) for name, pixels in pictures.items()}}, step=step)

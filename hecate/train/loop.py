@@ -28,6 +28,7 @@ from hecate.report.events import Evaluation
 from hecate.report.heatmap import write_heatmap
 from hecate.report.run_report import Reports
 from hecate.report.summary import print_summary
+from hecate.train.step_profile import StepProfile
 from hecate.train.training import Training
 
 
@@ -51,6 +52,12 @@ class _Outside:
     membership: Membership | None
     observer: ObserverLink | None
     stopping: _Stopping
+    profile: StepProfile
+
+    def note(self, text: str | None) -> None:
+        """Show a line on the terminal; None: there is none."""
+        if text is not None:
+            self.reports.note(text)
 
 
 @dataclass
@@ -99,7 +106,8 @@ def train(
         reports = stack.enter_context(Reports(config, training.facts()))
         reports.begin()
         link = ObserverLink(observer, training.parts.moe, ranks.device) if observer else None
-        outside = _Outside(reports, membership, link, stopping)
+        profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
+        outside = _Outside(reports, membership, link, stopping, profile)
         _tell_beginning(training, outside)
         measured = _Measured()
         if config.eval.on_start and training.parts.eval_sources and training.standing.step == 0 and not joins:
@@ -116,6 +124,7 @@ def train(
         written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
         peaks = peak_memory(training.ranks.device)
         fullest = training.ranks.all_most(list(map(float, peaks.values())))
+        outside.note(profile.merge(at_end=True))
         facts = [
             *((label, f"{most / 2**30:.2f} GiB on the fullest rank") for label, most in zip(peaks, fullest, strict=True)),
             (training.parts.output.name, str(written)),
@@ -145,6 +154,7 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
         _save(training, outside)
     training.complete_step()
     if agreement.stop:
+        outside.note(outside.profile.merge(at_end=True))
         resume = f"hecate train {Path(config.output_dir) / 'config.yaml'} resume=true"
         outside.reports.event(step, f"stopped by a signal after step {step}; go on with: {resume}")
         return False
@@ -155,8 +165,10 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
 
 def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tuple[bool, ...]:
     """One step, and what the ranks have asked for meanwhile (`Agreement`)."""
-    event = training.train_one(lambda: _requests(training, outside))
+    with outside.profile.step():
+        event = training.train_one(lambda: _requests(training, outside))
     outside.reports.step(event)
+    outside.note(outside.profile.merge())
     if outside.observer:
         outside.observer.stepped(event)
     measured.train_seconds += event.seconds
@@ -216,6 +228,7 @@ def _regroup(training: Training, membership: Membership, outside: _Outside, *, t
         together: the ranks have agreed on it, and none was lost.
     """
     started = time.monotonic()
+    outside.note(outside.profile.give_up())
     training.ranks.leave(together=together)
     while group := membership.next_group():
         try:

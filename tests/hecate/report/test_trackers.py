@@ -119,10 +119,10 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Recorded(monkeypatch, "trackio", init=None, log=None, Image="picture", finish=None)
+    module = Recorded(monkeypatch, "trackio", init=SimpleNamespace(name="first-2"), log=None, Image="picture", finish=None)
     for step in (0, 1):
         assert report(ADAPTERS["trackio"], a_run(tmp_path, step), STEP) == []
-    assert [keywords["resume"] for _, keywords in module.of("init")] == ["never", "allow"]
+    assert [(keywords["name"], keywords["resume"]) for _, keywords in module.of("init")] == [("first", "never"), ("first-2", "allow")]
     assert module.of("log")[0] == (({**numbers_of(STEP), "loads/ffn": "picture"},), {"step": 1})
     assert len(module.of("finish")) == 2
 

@@ -45,7 +45,9 @@ def trained(rank: int, world: int, workshop: str, name: str, trackers: str) -> t
 
     vars(modules["wandb"]).update(init=no_network, Settings=SimpleNamespace)
     vars(modules["mlflow"]).update(start_run=lambda **_: released.wait(60))
-    vars(modules["trackio"]).update(init=lambda **_: None, log=log, Image=lambda pixels: pixels, finish=lambda: None)
+    vars(modules["trackio"]).update(
+        init=lambda **given: SimpleNamespace(**given), log=log, Image=lambda pixels: pixels, finish=lambda: None
+    )
     folder = f"{workshop}/runs/{name}"
     overrides = ["max_steps=3", "data.eval=[]", "eval.generate=false", f"report_to={trackers}", f"output_dir={folder}"]
     config = load_config(f"{workshop}/config.yaml", overrides, claim_output=False)
