@@ -57,7 +57,7 @@ class StepEvent:
     new_copies: int
     """of these, those that were not there in the step before"""
     parts: dict[str, float]
-    """seconds of the step's parts on this rank, in their order; what is missing from `seconds` belongs to none of them"""
+    """seconds of the step's parts on this rank, in their order (`StepClock`); what is missing from `seconds` belongs to none of them"""
 
 
 @dataclass(frozen=True)

@@ -228,11 +228,11 @@ def _time(run: RunRecords) -> str:
         return section("Time of a step", missing("parts of a step"), speed)
     rest = seconds - np.nansum(list(run.parts.values()), axis=0)
     known = np.isfinite(next(iter(run.parts.values())))
-    layers = [*run.parts.items(), ("data, optimizer and the rest", np.where(known, rest, np.nan))]
+    layers = [*run.parts.items(), ("the rest: data, optimizer", np.where(known, rest, np.nan))]
     mean = float(np.nanmean(seconds[known]))
     rows = [[name, f"{np.nanmean(part):.3g} s", f"{100 * np.nanmean(part) / mean:.0f} %"] for name, part in layers]
     chart = area_chart(run.step_S, layers, "seconds of a step's parts by step")
-    text = f"Rank 0; the mean step took {mean:.3g} s. “gradients” includes waiting for the slowest rank."
+    text = f"Rank 0; the mean step took {mean:.3g} s."
     return section(
         "Time of a step",
         figure("seconds by part", chart, f"{legend([name for name, _ in layers])}<p>{escape(text)}</p>", html=True),

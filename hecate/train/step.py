@@ -105,7 +105,7 @@ def train_step(
         features_UF: the vectors of all users, [users, width], on the batches' device; None: no router decides by users.
         step: its number, from 0.
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
-        clock: times the parts plan, forward, backward and gradients of this step; None: nobody asks.
+        clock: times the parts plan, forward, backward, gradients and waiting of this step; None: nobody asks.
     """
     group, engine, device = moe.engine.shards.groups.world, moe.engine, micro_batches[0].input_ids.device
     sent, sent_far = engine.shards.bytes_sent, engine.shards.bytes_between_nodes
@@ -134,9 +134,10 @@ def train_step(
     if on_its_way:
         on_its_way.wait()
     squares = optimizer.squares(counts_owned=engine.shards.in_first_group)
+    clock.ended("gradients")
     figures = (engine.shards.bytes_between_nodes - sent_far, next(iter(peak_memory(device).values())))
     totals = exchange_totals(losses, squares, engine.shards.bytes_sent - sent, requests(), group, figures)
-    clock.ended("gradients")
+    clock.host_waited("waiting")
     taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads, totals.grad_norms)
     return StepResult(
         totals.loss,

@@ -33,14 +33,17 @@ class StepClock:
         self._spans.append((part, self._last, now))
         self._last = now
 
-    def seconds(self) -> dict[str, float]:
-        """Part -> its seconds in this step, in the order of their beginnings.
+    def host_waited(self, part: str) -> None:
+        """Since the last call the host has waited for all that this rank has computed and, as `part`, for other ranks.
 
-        On a GPU the host waits for the end of the last part; so that this costs nothing, that part ends with something the host waits for.
+        On a GPU this is no part: to know when the device was through with it, the host would have to wait once more.
         """
+        if not self._cuda:
+            self.ended(part)
+
+    def seconds(self) -> dict[str, float]:
+        """Part -> its seconds in this step, in the order of their beginnings. On a GPU, the host must have waited for the last part."""
         parts: dict[str, float] = {}
-        if self._cuda and self._spans:
-            self._spans[-1][2][0].synchronize()
         for part, (begun, waited_before), (ended, waited) in self._spans:
             span = begun.elapsed_time(ended) / 1000 if self._cuda else ended - begun
             parts[part] = parts.get(part, 0.0) + span - (waited - waited_before)

@@ -36,7 +36,8 @@ def losses(rank: int, world: int, workshop: str, steps: int) -> list[list[float]
     return found
 
 
-@pytest.mark.parametrize("steps", [BEFORE + 1, pytest.param(BEFORE + STEPS + 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [BEFORE + 1, BEFORE + STEPS + 1])
 def test_all_ranks_are_in_one_file(workshop: str, steps: int) -> None:
     """Of a run that ends within the steps that are recorded, and of one that goes on after them."""
     plain, profiled = run_ranks(2, losses, workshop, steps)[0]
