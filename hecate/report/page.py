@@ -286,10 +286,13 @@ def _memory(run: RunRecords, planned: PlannedMemory | str) -> str:
 
 
 def _events(run: RunRecords) -> str:
-    rows = [[str(event["step"]), str(event["text"])] for event in run.events if event["kind"] == "event"]
+    texts = [(str(event["step"]), str(event["text"])) for event in run.events if event["kind"] == "event"]
+    saved = [step for step, text in texts if text.startswith("saved ")]
+    said = f"{len(saved)} checkpoints were saved, the last one after step {saved[-1]}." if saved else "No checkpoint was saved."
+    rows = [[step, text] for step, text in texts if not text.startswith("saved ")]
     if not rows:
-        return section("Events", "<p>None is recorded: no checkpoint, no stop, no loss of a rank.</p>")
-    shown = table(["after step", "what happened"], rows[-MOST_EVENTS:])
+        return section("Events", f"<p>{said} Nothing else is recorded: no stop, no resume, no loss of a rank.</p>")
+    shown = f"<p>{said}</p>" + table(["after step", "what happened"], rows[-MOST_EVENTS:])
     if len(rows) > MOST_EVENTS:
         earlier = table(["after step", "what happened"], rows[:-MOST_EVENTS])
         shown = f"<details><summary>{len(rows) - MOST_EVENTS} earlier events</summary>{earlier}</details>{shown}"

@@ -91,16 +91,16 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = SimpleNamespace(id="abc")
     module = Recorded(monkeypatch, "wandb", init=run, Image="picture", Settings="settings")
     run.log, run.finish = module.function("log"), module.function("finish")
-    for step in (0, 1):
+    for step in (0, 1, 0):
         assert report(ADAPTERS["wandb"], a_run(tmp_path, step), STEP) == []
-    (_, first), (_, again) = module.of("init")
+    (_, first), (_, again), (_, anew) = module.of("init")
     assert (first["project"], first["name"], first["dir"], first["config"]["seed"]) == ("hecate", "first", str(tmp_path), 0)
-    assert (first["id"], again["id"]) == (None, "abc"), "a resumed run goes on as the one that it was"
-    ((numbers,), keywords), _ = module.of("log")
+    assert (first["id"], again["id"], anew["id"]) == (None, "abc", None), "a resumed run goes on as the one that it was"
+    ((numbers,), keywords), *_ = module.of("log")
     assert keywords == {"step": 1}
     assert numbers == {**numbers_of(STEP), "loads/ffn": "picture"}
     assert module.of("Image")[0][0][0].dtype == np.uint8
-    assert len(module.of("finish")) == 2
+    assert len(module.of("finish")) == 3
 
 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
