@@ -288,7 +288,7 @@ def _memory(run: RunRecords, planned: PlannedMemory | str) -> str:
 def _events(run: RunRecords) -> str:
     texts = [(str(event["step"]), str(event["text"])) for event in run.events if event["kind"] == "event"]
     saved = [step for step, text in texts if text.startswith("saved ")]
-    said = f"{len(saved)} checkpoints were saved, the last one after step {saved[-1]}." if saved else "No checkpoint was saved."
+    said = f"Checkpoints saved: {len(saved)}, the last one after step {saved[-1]}." if saved else "No checkpoint was saved."
     rows = [[step, text] for step, text in texts if not text.startswith("saved ")]
     if not rows:
         return section("Events", f"<p>{said} Nothing else is recorded: no stop, no resume, no loss of a rank.</p>")

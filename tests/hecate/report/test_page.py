@@ -97,7 +97,7 @@ def test_a_page_has_every_section_and_needs_nothing_else(tmp_path: Path) -> None
     assert "4.000 → 1.500" in seen.text, "the first and the last held-out loss"
     assert "In the mean step 3 kB stayed inside nodes and 2 kB went from one node to another" in seen.text
     assert "1 ranks go on after step 8" in seen.text
-    assert "1 checkpoints were saved, the last one after step 8." in seen.text
+    assert "Checkpoints saved: 1, the last one after step 8." in seen.text
     static = np.mean([a_step(step, ranks=2 if step < 9 else 1).static_imbalance for step in range(1, 13)])
     assert f"the same loads would have given {static:.2f} (computed, not run)" in seen.text
     assert static > 1.1
