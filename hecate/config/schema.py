@@ -462,7 +462,7 @@ class Config:
     """How many of the latest checkpoints to keep. null: all."""
     report_to: tuple[str, ...] = field(default=(), metadata=key(computes=False))
     """Experiment trackers that get what metrics.jsonl gets, and pictures of the experts' loads: any of tensorboard, wandb, mlflow and
-    trackio, which must be installed. One that fails is named and does not stop the run. See docs/metrics.md."""
+    trackio, which must be installed. One that fails is named and does not stop the run. See docs/trackers.md."""
     trace: bool = field(default=False, metadata=key(computes=False))
     """Record each step's loads per rank, layer and expert into the folder loads in output_dir (docs/traces.md)."""
     profile: bool = field(default=False, metadata=key(computes=False))
