@@ -45,7 +45,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_sources("data.train", values, add, exist=inputs)
     _check_sources("data.eval", values, add, exist=inputs)
     _check_target_modules(values, add)
-    _check_weight_decay_exclude(values, add)
+    _check_names(values, add)
     if values.get("data.packing") and 2 <= values.get("data.seq_len", 8) < 8:
         add(
             "data.seq_len",
@@ -229,11 +229,16 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
         add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")
 
 
-def _check_weight_decay_exclude(values: Mapping[str, Any], add: Add) -> None:
-    key, kinds = "weight_decay_exclude", ("norms", "biases", "routers")
-    for i, kind in enumerate(values.get(key, ())):
-        if kind not in kinds:
-            add(f"{key}[{i}]", f"must be one of {', '.join(kinds)}, got {shorten(kind)}", did_you_mean(kind, kinds))
+def _check_names(values: Mapping[str, Any], add: Add) -> None:
+    """Check lists whose items are names that hecate knows."""
+    known = {"weight_decay_exclude": ("norms", "biases", "routers"), "report_to": ("tensorboard", "wandb", "mlflow", "trackio")}
+    for key, kinds in known.items():
+        for i, kind in enumerate(values.get(key, ())):
+            if kind not in kinds:
+                add(f"{key}[{i}]", f"must be one of {', '.join(kinds)}, got {shorten(kind)}", did_you_mean(kind, kinds))
+    reported = values.get("report_to", ())
+    if len(set(reported)) < len(reported):
+        add("report_to", "names a tracker twice", "name each once")
 
 
 def _check_attention(values: Mapping[str, Any], add: Add) -> None:

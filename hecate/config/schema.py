@@ -460,8 +460,14 @@ class Config:
     """The number of steps between two checkpoints. null: save only at the end."""
     save_total_limit: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """How many of the latest checkpoints to keep. null: all."""
+    report_to: tuple[str, ...] = field(default=(), metadata=key(computes=False))
+    """Experiment trackers that get what metrics.jsonl gets, and pictures of the experts' loads: any of tensorboard, wandb, mlflow and
+    trackio, which must be installed. One that fails is named and does not stop the run. See docs/trackers.md."""
     trace: bool = field(default=False, metadata=key(computes=False))
     """Record each step's loads per rank, layer and expert into the folder loads in output_dir (docs/traces.md)."""
+    profile: bool = field(default=False, metadata=key(computes=False))
+    """Record a timeline of three steps of all ranks, the third to the fifth of each process, to profile.json.gz in output_dir, for
+    ui.perfetto.dev (docs/report.md). These steps take longer."""
     resume: bool = field(default=False, metadata=key(computes=False))
     """Continue from the latest checkpoint in output_dir."""
     gradient_checkpointing: bool = field(default=False, metadata=key(computes=False))
