@@ -23,8 +23,9 @@ from hecate.forecast.run_shape import run_shape
 from hecate.model.base import BaseChoice
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.inference import _with_adapter, answer, bake, evaluate_trained
+from hecate.train.inference import _with_adapter, answer, evaluate_trained
 from hecate.train.preflight import check_data
+from hecate.train.trained import bake
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
