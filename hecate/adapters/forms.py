@@ -31,6 +31,8 @@ from hecate.errors import UserError
 from hecate.model.load import read_config, resolve_model
 from hecate.model.stored_model import open_stored
 
+_JOINED_IN_VLLM = ("gpt_oss", "interns1_pro", "qwen3_5", "qwen3_omni_moe", "qwen3_vl_moe")
+"""how the model types begin whose experts vLLM has in one tensor"""
 Description = AdapterConfig | PeftMoeConfig | LinearAdapterConfig
 
 
@@ -103,6 +105,20 @@ def write_form(name: str, adapter: ReadAdapter, out: Path) -> list[str]:
         raise UserError(f"{adapter.folder}: {error}") from error
 
 
+def servers_for(model_type: str) -> list[str]:
+    """Return who takes the form per-expert of an adapter over a model of this type, and how, line by line."""
+    lines = []
+    if model_type.startswith(_JOINED_IN_VLLM):
+        lines.append("not vLLM, which has this model's experts in one tensor: --to peft")
+    else:
+        lines.append("vLLM: --enable-lora --lora-modules NAME=FOLDER --max-lora-rank RANK")
+    if model_type not in SPELLINGS:  # whose experts' weights have other names than SGLang looks for
+        lines.append("SGLang: --lora-paths NAME=FOLDER")
+    lines.append("llama.cpp: convert_lora_to_gguf.py --base BASE FOLDER; Ollama takes the result as ADAPTER")
+    lines.append("not PEFT, which has a form of its own: --to peft")
+    return lines
+
+
 def _to_mixlora(adapter: ReadAdapter, out: Path) -> list[str]:
     config = adapter.description
     assert isinstance(config, AdapterConfig)
@@ -139,10 +155,10 @@ def _to_per_expert(adapter: ReadAdapter, out: Path) -> list[str]:
         )
     model_type = read_config(resolve_model(config.base_model_name_or_path)).model_type
     tensors, described = split_experts(adapter.tensors, config, SPELLINGS.get(model_type, PLAIN))
-    servers = SERVERS_OF_W1 if model_type in SPELLINGS else SERVERS
+    servers = servers_for(model_type)
     loading = Loading("peft", ("lora", "mixture-of-experts"), "\n".join(f"- {line}" for line in servers))
     save_peft_adapter(out, tensors, described, adapter_card(peft_config_to_json(described), loading))
-    return list(servers)
+    return servers
 
 
 def _to_merged(adapter: ReadAdapter, out: Path) -> list[str]:
@@ -151,15 +167,6 @@ def _to_merged(adapter: ReadAdapter, out: Path) -> list[str]:
     return merge(out, base, adapter.tensors, adapter.description)
 
 
-SERVERS = (
-    "vLLM: --enable-lora --lora-modules NAME=FOLDER --max-lora-rank RANK; not for models whose experts it joins, such as gpt_oss",
-    "SGLang: --lora-paths NAME=FOLDER",
-    "llama.cpp: convert_lora_to_gguf.py --base BASE FOLDER; Ollama takes the result as ADAPTER",
-    "not PEFT, which has a form of its own: --to peft",
-)
-"""who takes the form per-expert"""
-SERVERS_OF_W1 = (SERVERS[0], *SERVERS[2:])
-"""the same where experts' weights are called w1, w2, w3, as Mixtral's are"""
 FORMS: dict[str, Form] = {
     "mixlora": Form((AdapterConfig,), _to_mixlora),
     "mixtral": Form((AdapterConfig,), _to_mixtral),

@@ -33,7 +33,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """What becomes of a weight of the base."""
 
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Change:
     make: Callable[[Tensor], Tensor]
 
 
-def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[str, Change]:
+def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[str, WeightChange]:
     """Return what the adapter makes of each weight that it changes, by the weight's name in the base.
 
     Raises:
@@ -49,7 +49,7 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoe
     """
     experts = _expert_pairs(tensors, config)
     routers = {_layer_of(name): name for name in tensors if name.endswith(tuple(f".{end}.weight" for end in config.modules_to_save))}
-    changes: dict[str, Change] = {}
+    changes: dict[str, WeightChange] = {}
     used: set[str] = set()
     for name, weight in base.weights.items():
         if match := EXPERTS.search(name):
@@ -130,12 +130,12 @@ def plus_pair(weight_OI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Te
     return torch.addmm(weight_OI.to(wide), b_Or.to(wide), a_rI.to(wide), alpha=scale).to(weight_OI.dtype)
 
 
-def _plus_pair(a_rI: Tensor, b_Or: Tensor, scale: float) -> Change:
-    return Change((len(b_Or), a_rI.shape[1]), lambda weight_OI: plus_pair(weight_OI, a_rI, b_Or, scale))
+def _plus_pair(a_rI: Tensor, b_Or: Tensor, scale: float) -> WeightChange:
+    return WeightChange((len(b_Or), a_rI.shape[1]), lambda weight_OI: plus_pair(weight_OI, a_rI, b_Or, scale))
 
 
-def _replaced_by(router: Tensor) -> Change:
-    return Change(tuple(router.shape), lambda weight: router.to(weight.dtype))
+def _replaced_by(router: Tensor) -> WeightChange:
+    return WeightChange(tuple(router.shape), lambda weight: router.to(weight.dtype))
 
 
 def _expert_pairs(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[int, dict[str, tuple[str, str, Pair, int]]]:
@@ -153,7 +153,7 @@ def _expert_pairs(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[
     return found
 
 
-def _of_expert(rest: str, of_layer: Mapping[str, tuple[str, str, Pair, int]], scale: float) -> tuple[str, Change | None]:
+def _of_expert(rest: str, of_layer: Mapping[str, tuple[str, str, Pair, int]], scale: float) -> tuple[str, WeightChange | None]:
     """The projection that a stored weight of experts belongs to, and what becomes of the weight; None: the adapter has no pair for it.
 
     Args:
@@ -174,7 +174,7 @@ def _of_expert(rest: str, of_layer: Mapping[str, tuple[str, str, Pair, int]], sc
     return projection, _plus_pair(expert_a(a, int(number), experts), halves[role], scale)
 
 
-def _all_experts(pair: Pair, experts: int, scale: float) -> Change:
+def _all_experts(pair: Pair, experts: int, scale: float) -> WeightChange:
     a, b = pair
 
     def make(weight_EOI: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def _all_experts(pair: Pair, experts: int, scale: float) -> Change:
             made[expert] = plus_pair(weight_EOI[expert], expert_a(a, expert, experts), expert_b(b, expert, experts), scale)
         return made
 
-    return Change((experts, len(b), a.shape[1]), make)
+    return WeightChange((experts, len(b), a.shape[1]), make)
 
 
 def _layer_of(name: str) -> int | None:

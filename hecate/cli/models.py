@@ -15,7 +15,10 @@ def evaluate(
     overrides: Overrides = None,
     adapter: Annotated[Path | None, typer.Option(help="adapter, model, checkpoint or run folder; default: the one in output_dir")] = None,
 ) -> None:
-    """Show held-out loss and exact accuracy, on data.eval, of the adapter or model that a run has trained. Uses one process."""
+    """Show held-out loss and exact accuracy, on data.eval, of what a run has trained. Uses one process.
+
+    In the place of CONFIG the folder of a run, of a checkpoint or of an adapter may stand, wherever it is now.
+    """
     from hecate.config import load_config
     from hecate.errors import UserError
     from hecate.train.trained import run_config_of
@@ -24,7 +27,7 @@ def evaluate(
     if config.is_dir():
         found = run_config_of(config)
         if found is None:
-            raise UserError(f"{config}: neither a run's folder nor a folder in one\n  give the configuration, and --adapter {config}")
+            raise UserError(f"{config}: not the folder of a run, nor one in it\n  give the configuration, and --adapter {config}")
         # The folder may have been moved since its configuration was written.
         file, adapter = found, adapter or config
         given += [f"output_dir={found.parent}"] * (not any(one.startswith("output_dir=") for one in given))
@@ -36,9 +39,7 @@ def evaluate(
 
 
 def generate(
-    adapter: Annotated[
-        Path, typer.Argument(metavar="RUN", help="folder of a run, checkpoint, adapter or model, such as runs/quickstart")
-    ],
+    adapter: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run, checkpoint, adapter or model, such as runs/quickstart")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="the user's message")],
     system: Annotated[str | None, typer.Option(help="system message")] = None,
     model: Annotated[str | None, typer.Option(help="base model; default: the one that the adapter names")] = None,

@@ -60,8 +60,13 @@ def default_trained(config: Config) -> Path:
 
 
 def run_config_of(path: Path) -> Path | None:
-    """Return the configuration of the run that a folder is, or lies in; None: there is none."""
-    return next((folder / RUN_CONFIG for folder in (path, *list(path.absolute().parents)[:2]) if (folder / RUN_CONFIG).is_file()), None)
+    """Return the configuration of the run that a folder is, or that has left it; None: there is none."""
+    holders = [path]
+    if is_checkpoint(path) or path.name in _OUTPUTS:
+        holders.append(path.absolute().parent)
+    elif (path / ADAPTER_CONFIG).is_file():  # of one source
+        holders.append(path.absolute().parent.parent)
+    return next((folder / RUN_CONFIG for folder in holders if (folder / RUN_CONFIG).is_file()), None)
 
 
 def export(

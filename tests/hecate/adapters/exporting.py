@@ -5,15 +5,18 @@ All is in float64, where only mistakes are larger than rounding.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hecate.adapters.config import AdapterConfig
 from hecate.adapters.folder import save_adapter
+from hecate.adapters.forms import read_any, write_form
 from hecate.adapters.tensors import expected_shapes
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
@@ -22,6 +25,7 @@ from testing.byte_tokenizer import build_byte_tokenizer
 from tests.hecate.model.tiny import SIZES, tiny
 from tests.plain_moe_lora import peft_model, save_tiny
 
+LIMIT: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 IDS = torch.arange(40, 70)[None]
 RANK, EXPERTS = 4, 3
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -117,3 +121,22 @@ def transformers_logits(folder: Path) -> Tensor:
     assert not info["unexpected_keys"], info
     model.set_experts_implementation("eager")  # the others compute no float64
     return logits_of(model.eval())
+
+
+def export(source: Path, form: str, out: Path) -> Path:
+    write_form(form, read_any(source), out)
+    return out
+
+
+def with_router(adapter: Path, layers: int = 2) -> None:
+    """Let an adapter have trained routers, too."""
+    file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    routers = {f"base_model.model.model.layers.{n}.mlp.gate.weight": torch.randn(5, 16) for n in range(layers)}
+    save_file({**load_file(file), **routers}, file)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": ["mlp.gate"]}))
+
+
+def damaged(adapter: Path, name: str, tensor: Tensor | None) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = {key: one for key, one in load_file(file).items() if key != name}
+    save_file(tensors if tensor is None else {**tensors, name: tensor}, file)
