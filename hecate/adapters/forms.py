@@ -28,7 +28,7 @@ from hecate.adapters.mixlora_library import not_for_libraries, write_library_fol
 from hecate.adapters.peft_moe import PeftMoeConfig, is_peft_adapter, peft_config_to_json, save_peft_adapter
 from hecate.adapters.per_expert import PLAIN, SPELLINGS, split_experts
 from hecate.errors import UserError
-from hecate.model.load import read_config, resolve_model
+from hecate.model.load import base_of, read_config
 from hecate.model.stored_model import open_stored
 
 _JOINED_IN_VLLM = ("gpt_oss", "interns1_pro", "qwen3_5", "qwen3_omni_moe", "qwen3_vl_moe")
@@ -102,7 +102,8 @@ def write_form(name: str, adapter: ReadAdapter, out: Path) -> list[str]:
     try:
         return form.write(adapter, out)
     except UserError as error:
-        raise UserError(f"{adapter.folder}: {error}") from error
+        where = "" if str(error).startswith(str(adapter.folder)) else f"{adapter.folder}: "
+        raise UserError(f"{where}{error}") from error
 
 
 def servers_for(model_type: str) -> list[str]:
@@ -122,7 +123,7 @@ def servers_for(model_type: str) -> list[str]:
 def _to_mixlora(adapter: ReadAdapter, out: Path) -> list[str]:
     config = adapter.description
     assert isinstance(config, AdapterConfig)
-    model_type = read_config(resolve_model(config.base_model_name_or_path)).model_type
+    model_type = read_config(base_of(adapter.folder, config.base_model_name_or_path)).model_type
     if reason := not_for_libraries(config, model_type):
         raise UserError(f"the libraries cannot hold it: {reason}")
     write_library_folder(out, adapter.tensors, config)
@@ -131,7 +132,7 @@ def _to_mixlora(adapter: ReadAdapter, out: Path) -> list[str]:
 
 def _to_mixtral(adapter: ReadAdapter, out: Path) -> list[str]:
     assert isinstance(adapter.description, AdapterConfig)
-    base = open_stored(resolve_model(adapter.description.base_model_name_or_path))
+    base = open_stored(base_of(adapter.folder, adapter.description.base_model_name_or_path))
     return write_mixtral(out, base, adapter.tensors, adapter.description)
 
 
@@ -153,7 +154,7 @@ def _to_per_expert(adapter: ReadAdapter, out: Path) -> list[str]:
             f"has trained routers ({', '.join(config.modules_to_save)}), which no server takes beside an adapter\n"
             "  give --to merged, which holds them, or train with moe.train_router=false"
         )
-    model_type = read_config(resolve_model(config.base_model_name_or_path)).model_type
+    model_type = read_config(base_of(adapter.folder, config.base_model_name_or_path)).model_type
     tensors, described = split_experts(adapter.tensors, config, SPELLINGS.get(model_type, PLAIN))
     servers = servers_for(model_type)
     loading = Loading("peft", ("lora", "mixture-of-experts"), "\n".join(f"- {line}" for line in servers))
@@ -163,7 +164,7 @@ def _to_per_expert(adapter: ReadAdapter, out: Path) -> list[str]:
 
 def _to_merged(adapter: ReadAdapter, out: Path) -> list[str]:
     assert isinstance(adapter.description, PeftMoeConfig)
-    base = open_stored(resolve_model(adapter.description.base_model_name_or_path))
+    base = open_stored(base_of(adapter.folder, adapter.description.base_model_name_or_path))
     return merge(out, base, adapter.tensors, adapter.description)
 
 

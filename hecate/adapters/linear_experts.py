@@ -125,7 +125,7 @@ def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
     """
     tensors, description = load_linear_adapter(folder)
     kind = kind_written_as("linears")
-    name = choice.name or description.base_model_name_or_path
+    name = choice.name_for(folder, description.base_model_name_or_path)
     base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
     layers, made_for = len(decoder_layers(base.model)[1]), len(description.experts_per_layer)
     if layers != made_for:

@@ -121,7 +121,7 @@ def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice
                     f"{folder}: {key} is {getattr(other, key)}, but {getattr(description, key)} in {folders[0]}\n"
                     "  adapters are used together only if they are alike; use them one by one"
                 )
-    name = choice.name or description.base_model_name_or_path
+    name = choice.name_for(folders[0], description.base_model_name_or_path)
     base, kind, modules = _base_for(folders[0], name, description, ranks, choice)
     layers = len(decoder_layers(base.model)[1])
     plan = InsertionPlan(

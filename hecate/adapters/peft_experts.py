@@ -129,7 +129,7 @@ def with_peft_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[B
         UserError: the adapter or the model cannot be read, one does not fit the other, or memory is too small for the model.
     """
     tensors, description = load_peft_adapter(folder)
-    name = choice.name or description.base_model_name_or_path
+    name = choice.name_for(folder, description.base_model_name_or_path)
     source = resolve_model(name)
     if source.gguf_file is None and choice.num_hidden_layers is None:
         require_room(source.folder, pick_dtype(choice.dtype, ranks.device), ranks.device)

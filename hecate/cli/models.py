@@ -55,7 +55,7 @@ def generate(
 
 def export(
     trained: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run, a checkpoint or an adapter, such as runs/quickstart")],
-    folder: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="new folder to write")] = None,
+    folder: Annotated[Path | None, typer.Argument(metavar="OUT", help="new folder to write")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="new folder to write, in place of OUT")] = None,
     to: Annotated[
         str | None, typer.Option(help="mixlora, mixtral, peft, per-expert or merged; default: a checkpoint becomes what its run leaves")

@@ -16,7 +16,7 @@ from hecate.checkpoint.train_state import refuse_other_run
 from hecate.config import Config, FssdpConfig, saved_config
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice, BaseModel
-from hecate.model.load import pick_dtype, resolve_model
+from hecate.model.load import base_of, pick_dtype, resolve_model
 from hecate.model.memory_check import require_room
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import owned_parameters
@@ -38,7 +38,9 @@ def newest_checkpoint(run_folder: Path) -> tuple[Path, int] | None:
 
 
 def model_of_checkpoint(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[Config, BaseModel, MoeModel]:
-    """Return a run's configuration, its base model and the experts in it with the values of a checkpoint. There must be one rank.
+    """Return a run's configuration, its base model, and the experts in it with the values of a checkpoint. There must be one rank.
+
+    The configuration's last step is that of the checkpoint.
 
     Args:
         choice: the base model, in place of the one that the run had; how it computes; `auto` is as the run had it.
@@ -54,12 +56,15 @@ def model_of_checkpoint(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
         raise UserError(f"{folder}: {error}") from error
     model = replace(config.model, name_or_path=choice.name or config.model.name_or_path)
     config = replace(config, model=model)
+    if model.front_end == "transformers":
+        base_of(folder, model.name_or_path)
     dtype = model.dtype if choice.dtype == "auto" else choice.dtype
     # What says how ranks share the work means nothing to one process that trains nothing.
     alone = replace(
         config,
         model=replace(model, dtype=dtype, attention=choice.attention.asked, shard_non_experts=False, tensor_parallel=1),  # type: ignore[arg-type]
         fssdp=FssdpConfig(policy="full"),
+        max_steps=manifest.step,
         kernels=choice.kernels,
     )
     if config.moe.kind.of_moe_base and model.num_hidden_layers is None:

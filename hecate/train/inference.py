@@ -148,7 +148,7 @@ def _with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseM
         router = description.router
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    name, kind = choice.name or description.base_model_name_or_path, kind_written_as("mixlora")
+    name, kind = choice.name_for(folder, description.base_model_name_or_path), kind_written_as("mixlora")
     base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
     num_layers = len(decoder_layers(base.model)[1])
     if num_layers != description.num_layers:

@@ -92,9 +92,10 @@ def test_a_checkpoint_is_as_good_as_what_the_run_would_have_left(workshop: Path,
 
 def test_a_run_is_evaluated_and_answers_wherever_it_is(workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moved = tmp_path / "moved"
-    shutil.move(trained(workshop, "stopped"), moved)
+    shutil.move(trained(workshop, "stopped", "max_steps=9"), moved)
     of_run = answer(moved, "w1x1", system=None, model=None, max_new_tokens=4)
     export(moved, tmp_path / "adapter")
+    assert "| steps | 2 |" in (tmp_path / "adapter" / "README.md").read_text()
     capsys.readouterr()
     assert answer(tmp_path / "adapter", "w1x1", system=None, model=None, max_new_tokens=4) == of_run
     shown = []
@@ -190,3 +191,17 @@ def test_a_checkpoint_on_another_base_is_refused(workshop: Path, tmp_path: Path)
         model_of_checkpoint(run / "checkpoint-2", ranks, BaseChoice(str(tmp_path / "same")))
         with pytest.raises(UserError, match="belongs to a run on another base model"):
             model_of_checkpoint(run / "checkpoint-2", ranks, BaseChoice(str(tmp_path / "other")))
+
+
+def test_a_base_that_is_gone_is_named_with_the_way_out(workshop: Path, tmp_path: Path) -> None:
+    run = trained(workshop, "orphan")
+    folder = workshop / "left" / "orphan" / "adapter"
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "gone/model"}))
+    with join_ranks() as ranks, pytest.raises(UserError, match=r"checkpoint-2: its base model is not found: no such file or folder: gone"):
+        model_of_checkpoint(run / "checkpoint-2", ranks, BaseChoice("gone"))
+    with pytest.raises(UserError, match=r"adapter: its base model is not found: .*gone/model\n  say where it is now: --model PATH"):
+        answer(folder, "w1", system=None, model=None, max_new_tokens=1)
+    with pytest.raises(UserError, match=r"^/.*adapter: its base model is not found"):
+        export(folder, tmp_path / "out", to="mixtral")
+    export(folder, tmp_path / "out", to="mixtral", model=f"{workshop}/model")
