@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hecate.config import other_names
+from hecate.config.effective import leaves_of
 from hecate.config.paths import indexed_prefix
 from hecate.config.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
@@ -17,6 +19,7 @@ from hecate.config.rules import check_values
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource, MoeConfig
 from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
+from hecate.errors import UserError
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
@@ -65,6 +68,22 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     data = replace(config.data, train=_named(config.data.train), eval=_named(config.data.eval))
     lora = replace(config.lora, alpha=float(config.lora.stored_alpha)) if config.lora.gradient_rule == "none" else config.lora
     return replace(config, data=data, lora=lora, moe=_with_defaults(config))
+
+
+def saved_config(text: str) -> Config:
+    """Return the configuration in a checkpoint, as `to_yaml` has written it. Whether the files that it names are there is not checked.
+
+    Keys that this version does not have are left out, and keys that an earlier version did not have get their defaults.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        config = OmegaConf.to_object(_as_omegaconf(leaves_of(yaml.safe_load(text))))
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
+        raise UserError(f"the configuration in it cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
+    assert isinstance(config, Config)
+    return config
 
 
 def _with_defaults(config: Config) -> MoeConfig:

@@ -11,6 +11,7 @@ from hecate.errors import UserError
 PACKAGE_PREFIX = "package:"
 CONFIG_SUFFIXES = (".json", ".yaml")
 """of a file with a model's sizes, like transformers' config.json"""
+ADAPTER_CONFIG = "adapter_config.json"
 INDEXED_SUFFIXES = (".idx", ".bin")
 """the endings of the two files of one of Megatron's indexed data sets"""
 
@@ -44,6 +45,18 @@ def find_model(name_or_path: str, *, weights: bool = True) -> Path:
     elif path.suffix != ".gguf" and (weights or path.suffix not in CONFIG_SUFFIXES):
         raise UserError(f"neither a folder nor a .gguf file: {shown}\nGive the model's folder, or a .gguf file.")
     return path
+
+
+def named_model(name_or_path: str) -> str:
+    """Return `model.name_or_path` as adapters name it: an existing path from the root on, so that it holds in every working directory."""
+    return os.path.abspath(name_or_path) if os.path.exists(name_or_path) else name_or_path
+
+
+def adapter_in(folder: str | os.PathLike[str]) -> Path:
+    """Return the adapter folder that a path means: a run's folder means the adapter that the run has left."""
+    path = Path(folder)
+    inside = path / "adapter"
+    return inside if not (path / ADAPTER_CONFIG).is_file() and (inside / ADAPTER_CONFIG).is_file() else path
 
 
 def _gguf_of_package(package: str) -> Path:

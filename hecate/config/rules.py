@@ -11,7 +11,7 @@ from typing import Any
 
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.pair_rules import check_pairs, largest_rank
-from hecate.config.paths import INDEXED_SUFFIXES, find_model, indexed_prefix
+from hecate.config.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, find_model, indexed_prefix
 from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.router_rules import check_router
@@ -138,10 +138,11 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
             add("moe.unit", what, "leave moe.family out, or moe.unit")
         return
     folder = values.get("lora.init_from")
-    if folder is not None and not kind.begins_with_adapter:
-        add("lora.init_from", f"applies to moe.family=moe_lora and to moe.unit=linear only, but the family is {family}", "leave it out")
-    elif folder is not None and not os.path.isfile(Path(folder) / "adapter_config.json"):
-        add("lora.init_from", f"no adapter_config.json in {shorten(folder)}", "give the folder of an adapter")
+    if folder is not None and not kind.has_pairs:
+        add("lora.init_from", f"is about low-rank pairs, which experts of moe.family={family} do not have", "leave it out")
+    elif folder is not None and not os.path.isfile(adapter_in(folder) / ADAPTER_CONFIG):
+        hint = "give the folder of an adapter, or of a run that has left one; of a checkpoint, hecate export CHECKPOINT -o FOLDER makes one"
+        add("lora.init_from", f"no {ADAPTER_CONFIG} in {shorten(folder)}", hint)
     for key, leaf in LEAVES.items():
         if leaf.family not in (None, family) and key in values and values[key] != leaf.default:
             add(key, f"applies to moe.family={leaf.family} only, but the family is {family}", "leave it out")

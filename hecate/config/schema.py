@@ -137,8 +137,10 @@ class LoraConfig:
     eta: float | None = field(default=None, metadata=key(POSITIVE))
     """With gradient_rule row_norm: the factor of rows where B is zero. ALLoRA's values are 1, sqrt(2) and 2."""
     init_from: str | None = field(default=None, metadata=key(computes=False))
-    """With family moe_lora, or with unit linear: a folder with an adapter from whose values training starts, one of hecate or, with
-    moe_lora, of PEFT. null: new adapters."""
+    """A folder with an adapter from whose values training starts, or a run's folder that has one: with family mixlora one of hecate,
+    mixlora or moe-peft; with moe_lora one of hecate, PEFT or a program that writes one pair for each expert; with unit linear one of
+    hecate, or, with one expert for each linear, of PEFT. It must have the configuration's rank, scale, modules and experts. null: new
+    adapters."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """The linear layers that get an adapter: those of the FFN one per expert, those of attention one each. With moe_lora, gate_proj and
     up_proj share one adapter, so name both or neither; shared experts get none."""
