@@ -36,6 +36,8 @@ quickstart: install-quickstart
 	@echo
 	@echo 'Ask it:  $(BIN)/hecate generate runs/quickstart/adapter "4 + 3 =" --system sum'
 	@$(BIN)/hecate generate runs/quickstart/adapter "4 + 3 =" --system sum
+	@echo
+	@echo "What the run did, on one page: $$($(BIN)/hecate report runs/quickstart)"
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,7 +23,8 @@ import torch
 
 from benchmarks.report import arguments, finish
 from hecate.adapters.linear_experts import with_linear_adapter
-from hecate.adapters.peft_by_source import is_lora_adapter, with_lora_adapters
+from hecate.adapters.lora_folder import is_lora_adapter
+from hecate.adapters.peft_by_source import with_lora_adapters
 from hecate.config import load_config
 from hecate.data.batches import collate
 from hecate.data.encode import IGNORED

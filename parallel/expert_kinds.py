@@ -285,8 +285,6 @@ class ExpertKind:
     """gate and up are one projection, with one pair"""
     of_moe_base: bool = False
     """the base model has experts and routers already, and these stand over its own"""
-    begins_with_adapter: bool = False
-    """a run can begin with the values of a saved adapter (`lora.init_from`)"""
     output: Literal["mixlora", "mixtral", "peft", "linears"]
     """the format in which a finished run is written"""
 
@@ -378,7 +376,6 @@ MOE_LORA = ExpertKind(
     pair_backward=2.5,  # the pairs shrink their inputs once more
     joins_gate_and_up=True,
     of_moe_base=True,
-    begins_with_adapter=True,
     output="peft",
 )
 LINEARS = ExpertKind(
@@ -388,7 +385,6 @@ LINEARS = ExpertKind(
     ffn="none",
     has_pairs=True,
     pair_backward=2.0,
-    begins_with_adapter=True,
     output="linears",
 )
 KINDS: dict[KindName, ExpertKind] = {kind.name: kind for kind in (MIXLORA, FULL, MOE_LORA, LINEARS)}

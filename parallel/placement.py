@@ -111,6 +111,19 @@ def redealt_owners(holders: Sequence[np.ndarray], world_size: int) -> list[np.nd
     return owners
 
 
+def new_copies(before: Placement | None, after: Placement) -> int:
+    """Return how many replicas that are not their owners' own a layer has in `after` on ranks where it had none in `before`.
+
+    Args:
+        before: None, or of other ranks or experts: no replica was there.
+    """
+    where_ED = after.where_ED.copy()
+    where_ED[np.arange(after.num_experts), after.owner_E] = False
+    if before is not None and before.where_ED.shape == where_ED.shape:
+        where_ED &= ~before.where_ED
+    return int(where_ED.sum())
+
+
 def everything_everywhere(owner_E: np.ndarray, world_size: int) -> Placement:
     """Every expert on every rank."""
     return Placement(owner_E.copy(), np.ones((len(owner_E), world_size), dtype=bool))

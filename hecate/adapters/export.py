@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hecate.adapters import AdapterConfig, attention_tensor_name, expert_tensor_name, router_tensor_name, save_adapter
+from hecate.adapters import AdapterConfig, attention_tensor_name, expert_tensor_name, load_adapter, router_tensor_name, save_adapter
+from hecate.adapters.card import how_trained
 from hecate.adapters.linear_format import LinearAdapterConfig
 from hecate.adapters.names import router_buffer_name
 from hecate.adapters.peft_moe import PeftMoeConfig
-from hecate.config import Config
+from hecate.adapters.tensors import require_tensors
+from hecate.config import Config, RouterConfig, adapter_in, named_model
+from hecate.errors import UserError
 from hecate.experts.router import Router
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.model.base import BaseModel
@@ -23,6 +26,7 @@ from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.aborts import arrived
 from hecate.parallel.comm.collectives import sparse_all_gather
+from hecate.parallel.expert_kinds import FfnSizes
 from hecate.parallel.placement import Placement, owners_only
 from hecate.parallel.transfer_plan import plan_chunks
 from hecate.parallel.units import Unit
@@ -40,7 +44,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
     num_layers = len(decoder_layers(base.model)[1])
     experts = config.moe.num_experts
     return AdapterConfig(
-        base_model_name_or_path=config.model.name_or_path,
+        base_model_name_or_path=named_model(config.model.name_or_path),
         r=config.lora.rank,
         alpha=config.lora.stored_alpha,
         dropout=float(config.lora.dropout),
@@ -54,6 +58,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
             "router": asdict(config.moe.router),
             "router_aux_loss_coef": config.moe.router_aux_loss_coef,
             "model_dtype": config.model.dtype,
+            "training": how_trained(config),
         },
     )
 
@@ -104,6 +109,74 @@ def load_into(moe: MoeModel, tensors: dict[str, Tensor]) -> None:
         for (layer, module), lora in moe.attention.items():
             name = module.rpartition(".")[2]
             lora.set_pair(tensors[attention_tensor_name(layer, name, "A")], tensors[attention_tensor_name(layer, name, "B")])
+
+
+def begin_with_mixlora(config: Config, base: BaseModel, moe: MoeModel) -> None:
+    """Set all that trains to the values of the adapter that `lora.init_from` names. Every rank must call it.
+
+    Raises:
+        UserError: the adapter cannot be read, or differs from the configured model, rank, scale, target modules, experts or router.
+    """
+    assert config.lora.init_from is not None
+    folder = adapter_in(config.lora.init_from)
+    tensors, theirs = load_adapter(folder)
+    ours = adapter_config(config, base)
+    refuse_different(
+        folder,
+        ("lora.r", theirs.r, ours.r),
+        ("lora.alpha, scaled", theirs.scale, ours.scale),
+        ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
+        ("moe.num_experts", list(theirs.experts_per_layer), list(ours.experts_per_layer)),
+        ("moe.router", *different_routers(theirs.router, ours.router)),
+    )
+    require_fit(moe, base, tensors, folder)
+    load_into(moe, tensors)
+
+
+def refuse_different(folder: Path, *compared: tuple[str, Any, Any]) -> None:
+    """Refuse an adapter that training cannot begin with.
+
+    Args:
+        compared: a key, its value in the adapter, and its value in the configuration.
+
+    Raises:
+        UserError: two values differ.
+    """
+    for key, of_file, configured in compared:
+        if of_file != configured:
+            raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}; they must be equal")
+
+
+def different_routers(theirs: RouterConfig, ours: RouterConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The choices that differ between two kinds of routers; how a router is trained, a run may change."""
+    of_file, configured = asdict(theirs), asdict(ours)
+    keys = [key for key in configured if of_file[key] != configured[key] and key not in ("bias_rate", "balance")]
+    return {key: of_file[key] for key in keys}, {key: configured[key] for key in keys}
+
+
+def require_fit(moe: MoeModel, base: BaseModel, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Check that an adapter has exactly the tensors that the experts in a model have, in their shapes.
+
+    Raises:
+        UserError: a tensor is missing, superfluous or of another shape than the model needs.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    sizes = {ffn.unit: FfnSizes(ffn.shape.hidden, ffn.shape.ffn) for ffn in base.ffns}
+    for unit, router in moe.router_modules.items():
+        wanted[router_tensor_name(unit.layer)] = tuple(moe.routers[unit].shape)
+        wanted |= {router_buffer_name(unit.layer, name): tuple(vector.shape) for name, vector in router_vectors(router).items()}
+        family = moe.engine.shards.families[unit]
+        source = family.pair_source
+        for name in source.projections:
+            inputs, outputs = sizes[unit].of_projection(name)
+            for expert in range(family.num_experts):
+                wanted[expert_tensor_name(unit.layer, name, expert, "A")] = source.lora.rank, inputs
+                wanted[expert_tensor_name(unit.layer, name, expert, "B")] = outputs, source.lora.rank
+    for (layer, module), lora in moe.attention.items():
+        name = module.rpartition(".")[2]
+        wanted[attention_tensor_name(layer, name, "A")] = tuple(lora.lora_A.shape)
+        wanted[attention_tensor_name(layer, name, "B")] = tuple(lora.lora_B.shape)
+    require_tensors(tensors, wanted, where)
 
 
 def router_vectors(router: Router) -> dict[str, Tensor]:

@@ -6,9 +6,8 @@ file per decoder layer, and one for the other weights.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate.adapters.model_files import DTYPE_NAMES, by_file, write_model
 from hecate.checkpoint.layout import TensorEntry, file_layout
-from hecate.checkpoint.shard import DTYPES
 from hecate.errors import UserError
 from hecate.experts.layer import MoeLayer
-from hecate.io.durable import new_folder, write_durable
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.aborts import arrived
 from hecate.parallel.units import Unit
@@ -35,10 +33,10 @@ _SAME = (
     *("hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
     *("sliding_window", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
-_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+MIXTRAL_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""what Mixtral calls the matrices of an expert"""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,11 @@ def mixtral_config(dense: Any, experts_per_layer: tuple[int, ...], top_k: int, a
     if dense.model_type not in _DENSE_TYPES:
         reasons.append(f"the base model is a {dense.model_type}, and only {' and '.join(_DENSE_TYPES)} become Mixtral")
     if len(set(experts_per_layer)) != 1:
-        reasons.append("moe.num_experts differs between layers")
+        reasons.append("moe.num_experts differs between layers, which a Mixtral cannot")
     if getattr(dense, "attention_bias", False) or getattr(dense, "mlp_bias", False):
         reasons.append("the base model has biases")
     if reasons:
-        raise UserError("moe.family=full: the model could not be saved as a Mixtral: " + "; ".join(reasons))
+        raise UserError("the model cannot be written as a Mixtral: " + "; ".join(reasons))
     same = {name: getattr(dense, name) for name in _SAME if getattr(dense, name, None) is not None or name.endswith("token_id")}
     experts = {"num_local_experts": experts_per_layer[0], "num_experts_per_tok": top_k, "router_aux_loss_coef": aux_loss_coef}
     return MixtralConfig(**same, **experts, architectures=["MixtralForCausalLM"])
@@ -90,29 +88,19 @@ def export_mixtral(folder: Path, description: MixtralFolder, dense: Mapping[str,
         UserError: the disk fails; the folder is then removed.
     """
     entries = _entries(description, dense, moe)
-    by_file: dict[str, dict[str, TensorEntry]] = {}
-    for name, entry in entries.items():
-        by_file.setdefault(entry.file, {})[name] = entry
     fetch = _Fetch(description.dtype, dense, moe, ranks)
     if not ranks.is_first:
-        for inside in by_file.values():
+        for inside in by_file(entries).values():
             for name in file_layout(inside)[1]:
                 fetch(name)
         return
-    index = {
-        "metadata": {"total_size": sum(entry.num_bytes for entry in entries.values())},
-        "weight_map": {name: entry.file for name, entry in entries.items()},
-    }
-    try:
-        with new_folder(folder) as staging:
-            for file, inside in by_file.items():
-                _write(staging / file, inside, fetch)
-            write_durable(staging / "model.safetensors.index.json", [json.dumps(index, indent=1).encode()])
-            description.config.dtype = description.dtype
-            description.config.save_pretrained(staging)
-            description.tokenizer.save_pretrained(staging)
-    except OSError as error:
-        raise UserError(f"{folder}: the model cannot be written: {error.strerror}") from error
+
+    def add_others(staging: Path) -> None:
+        description.config.dtype = description.dtype
+        description.config.save_pretrained(staging)
+        description.tokenizer.save_pretrained(staging)
+
+    write_model(folder, entries, fetch, add_others)
 
 
 def _entries(description: MixtralFolder, dense: Mapping[str, Tensor], moe: MoeModel) -> dict[str, TensorEntry]:
@@ -124,16 +112,19 @@ def _entries(description: MixtralFolder, dense: Mapping[str, Tensor], moe: MoeMo
         shapes[f"{prefix}.gate.weight"] = tuple(moe.routers[unit].shape)
         for expert in range(family.num_experts):
             for spec in family.layout().trainable:
-                shapes[f"{prefix}.experts.{expert}.{_PARTS[spec.name]}.weight"] = spec.shape
-    files = 1 + len(moe.layers)
+                shapes[f"{prefix}.experts.{expert}.{MIXTRAL_PARTS[spec.name]}.weight"] = spec.shape
+    return file_by_layer(shapes, len(moe.layers), description.dtype)
+
+
+def file_by_layer(shapes: Mapping[str, tuple[int, ...]], layers: int, dtype: torch.dtype) -> dict[str, TensorEntry]:
+    """Return the entries of a model's tensors: one file for each decoder layer, and one for the other weights."""
 
     def file_of(name: str) -> str:
         match = _LAYER.match(name)
         number = 1 if match is None else 2 + int(match[1])
-        return f"model-{number:05d}-of-{files:05d}.safetensors"
+        return f"model-{number:05d}-of-{1 + layers:05d}.safetensors"
 
-    dtype = _DTYPE_NAMES[description.dtype]
-    return {name: TensorEntry(file_of(name), dtype, shape, digest="") for name, shape in sorted(shapes.items())}
+    return {name: TensorEntry(file_of(name), DTYPE_NAMES[dtype], shape, digest="") for name, shape in sorted(shapes.items())}
 
 
 class _Fetch:
@@ -167,8 +158,8 @@ class _Fetch:
 
     def _part(self, unit: Unit, part: str, chunk: Tensor) -> Tensor:
         specs = self._moe.engine.shards.families[unit].layout().trainable
-        parts = dict(zip((_PARTS[spec.name] for spec in specs), chunk.split([spec.numel for spec in specs]), strict=True))
-        shapes = {_PARTS[spec.name]: spec.shape for spec in specs}
+        parts = dict(zip((MIXTRAL_PARTS[spec.name] for spec in specs), chunk.split([spec.numel for spec in specs]), strict=True))
+        shapes = {MIXTRAL_PARTS[spec.name]: spec.shape for spec in specs}
         return parts[part].view(shapes[part])
 
 
@@ -188,17 +179,3 @@ def expert_on_first(moe: MoeModel, unit: Unit, expert: int, ranks: Ranks) -> Ten
     chunk = store.owned.new_empty(store.chunk_numel, device=carrier)
     dist.recv(chunk, group_src=owner, group=ranks.groups.tokens)
     return arrived(chunk, ranks.groups.tokens)
-
-
-def _write(path: Path, inside: Mapping[str, TensorEntry], fetch: Callable[[str], Tensor | None]) -> None:
-    head, offsets = file_layout(inside)
-
-    def blocks() -> Any:
-        yield head
-        for name in offsets:
-            tensor = fetch(name)
-            assert tensor is not None
-            assert tuple(tensor.shape) == inside[name].shape, name
-            yield tensor.reshape(-1).view(torch.uint8).numpy().data
-
-    write_durable(path, blocks())

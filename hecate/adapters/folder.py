@@ -1,4 +1,4 @@
-"""Write and read adapter folders: adapter_config.json and adapter_model.safetensors, written both or neither."""
+"""Write and read adapter folders: adapter_config.json, adapter_model.safetensors and a model card, all written or none."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hecate.adapters.card import CARD, adapter_card
 from hecate.adapters.config import CONFIG, AdapterConfig, config_from_json, config_to_json
 from hecate.adapters.names import layer_in, modern_name
 from hecate.adapters.tensors import checked_tensors
@@ -38,20 +39,43 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: AdapterCon
     write_adapter_folder(folder, checked, config_to_json(config))
 
 
-def write_adapter_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files of an adapter to the new folder `folder`, both or neither.
+def write_adapter_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: bytes | None = None) -> None:
+    """Write the files of an adapter to the new folder `folder`, all or none.
+
+    Args:
+        card: the model card; None: that of adapters as a run leaves them.
 
     Raises:
         UserError: the folder exists, or the disk fails.
     """
-    if os.path.lexists(folder):
-        raise UserError(f"{folder}: exists already, and an adapter is never written over; remove it or name another folder")
+    _refuse_existing(folder)
     try:
         with new_folder(folder) as staging:
             write_safetensors(staging / WEIGHTS, tensors)
             write_durable(staging / CONFIG, [dump_json(dict(config))])
+            write_durable(staging / CARD, [adapter_card(config) if card is None else card])
     except OSError as error:
         raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from error
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files to the new folder `folder`, all or none.
+
+    Raises:
+        UserError: the folder exists, or the disk fails.
+    """
+    _refuse_existing(folder)
+    try:
+        with new_folder(folder) as staging:
+            for name, content in files.items():
+                write_durable(staging / name, [content])
+    except OSError as error:
+        raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from error
+
+
+def _refuse_existing(folder: Path) -> None:
+    if os.path.lexists(folder):
+        raise UserError(f"{folder}: exists already, and an adapter is never written over; remove it or name another folder")
 
 
 def load_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
@@ -62,10 +86,8 @@ def load_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
     the wrong shape.
     """
     config_path, value = folder / CONFIG, read_adapter_config(folder)
-    weights_path = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / OLD_WEIGHTS
-    if not weights_path.exists():
-        raise UserError(f"{folder}: holds neither {WEIGHTS} nor {OLD_WEIGHTS}")
-    found = read_safetensors(weights_path) if weights_path.name == WEIGHTS else _read_bin(weights_path)
+    weights_path = _weights_path(folder)
+    found = read_weights(folder)
     tensors: dict[str, Tensor] = {}
     for name, tensor in found.items():
         if modern_name(name) in tensors:
@@ -96,7 +118,24 @@ def read_adapter(folder: Path, describe: Callable[[Any], Description]) -> tuple[
         description = describe(value)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
-    return read_safetensors(folder / WEIGHTS), description
+    return read_weights(folder), description
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return an adapter folder's tensors: those of adapter_model.safetensors if it exists, otherwise of adapter_model.bin.
+
+    Raises:
+        UserError: there is neither, or it cannot be read.
+    """
+    path = _weights_path(folder)
+    return read_safetensors(path) if path.name == WEIGHTS else _read_bin(path)
+
+
+def _weights_path(folder: Path) -> Path:
+    path = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / OLD_WEIGHTS
+    if not path.exists():
+        raise UserError(f"{folder}: holds neither {WEIGHTS} nor {OLD_WEIGHTS}")
+    return path
 
 
 def read_adapter_config(folder: Path) -> Any:

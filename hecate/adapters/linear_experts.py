@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hecate.adapters.export import pairs_on_first, with_drawn_digest
+from hecate.adapters.card import how_trained
+from hecate.adapters.export import different_routers, pairs_on_first, refuse_different, with_drawn_digest
 from hecate.adapters.linear_format import LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter, user_width
 from hecate.adapters.tensors import require_tensors
-from hecate.config import Config, RouterConfig
+from hecate.config import Config, adapter_in, named_model
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.linear import MoeLinear
@@ -37,7 +36,7 @@ def linear_adapter_config(config: Config, base: BaseModel) -> LinearAdapterConfi
     target_linears(base.linears, config.lora.target_modules, type(base.model).__name__)
     experts_per_layer = config.moe.experts_per_layer(len(decoder_layers(base.model)[1]))
     return LinearAdapterConfig(
-        base_model_name_or_path=config.model.name_or_path,
+        base_model_name_or_path=named_model(config.model.name_or_path),
         r=config.lora.rank,
         alpha=config.lora.stored_alpha,
         use_rslora=config.lora.use_rslora,
@@ -47,7 +46,7 @@ def linear_adapter_config(config: Config, base: BaseModel) -> LinearAdapterConfi
         dropout=config.lora.dropout,
         router_aux_loss_coef=config.moe.router_aux_loss_coef,
         router=config.moe.router,
-        extra={"ranks": list(config.lora.r)} if isinstance(config.lora.r, tuple) else {},
+        extra={"training": how_trained(config), **({"ranks": list(config.lora.r)} if isinstance(config.lora.r, tuple) else {})},
     )
 
 
@@ -103,27 +102,19 @@ def begin_with_linear_adapter(config: Config, base: BaseModel, moe: MoeModel) ->
         UserError: the adapter cannot be read, or differs from the configured ranks, scale, target modules, experts or router.
     """
     assert config.lora.init_from is not None
-    folder = Path(config.lora.init_from)
+    folder = adapter_in(config.lora.init_from)
     tensors, theirs = load_linear_adapter(folder)
     ours = linear_adapter_config(config, base)
-    for key, of_file, configured in (
+    refuse_different(
+        folder,
         ("lora.r", theirs.ranks, ours.ranks),
         ("lora.alpha, scaled", theirs.scale, ours.scale),
         ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
         ("moe.num_experts", list(theirs.experts_per_layer), list(ours.experts_per_layer)),
-        ("moe.router", *_different(theirs.router, ours.router)),
+        ("moe.router", *different_routers(theirs.router, ours.router)),
         ("data.features, whose width is", user_width(tensors), moe.user_width),
-    ):
-        if of_file != configured:
-            raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}; they must be equal")
+    )
     load_linear_adapter_into(moe, tensors, folder)
-
-
-def _different(theirs: RouterConfig, ours: RouterConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The choices that differ between two kinds of routers; how a router is trained, a run may change."""
-    of_file, configured = asdict(theirs), asdict(ours)
-    keys = [key for key in configured if of_file[key] != configured[key] and key not in ("bias_rate", "balance")]
-    return {key: of_file[key] for key in keys}, {key: configured[key] for key in keys}
 
 
 def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
@@ -134,7 +125,7 @@ def with_linear_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
     """
     tensors, description = load_linear_adapter(folder)
     kind = kind_written_as("linears")
-    name = choice.name or description.base_model_name_or_path
+    name = choice.name_for(folder, description.base_model_name_or_path)
     base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
     layers, made_for = len(decoder_layers(base.model)[1]), len(description.experts_per_layer)
     if layers != made_for:

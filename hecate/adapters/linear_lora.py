@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hecate.adapters.export import pairs_on_first, with_drawn_digest
-from hecate.adapters.folder import read_adapter
+from hecate.adapters.export import pairs_on_first, refuse_different, with_drawn_digest
 from hecate.adapters.linear_experts import path_of
+from hecate.adapters.lora_folder import load_lora
 from hecate.adapters.peft_by_source import lora_config
-from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, peft_config_from_json, save_peft_adapter
+from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
 from hecate.adapters.tensors import require_tensors
-from hecate.config import Config
-from hecate.errors import UserError
+from hecate.config import Config, adapter_in
 from hecate.experts.linear import MoeLinear
 from hecate.model.base import BaseModel
 from hecate.model.moe_model import MoeModel
@@ -51,16 +50,15 @@ def begin_with_lora(config: Config, base: BaseModel, moe: MoeModel) -> None:
         UserError: the adapter cannot be read, or differs from the configured rank, scale or target modules.
     """
     assert config.lora.init_from is not None
-    folder = Path(config.lora.init_from)
-    tensors, theirs = read_adapter(folder, peft_config_from_json)
+    folder = adapter_in(config.lora.init_from)
+    tensors, theirs = load_lora(folder)
     ours = lora_config(config, base)
-    for key, of_file, configured in (
+    refuse_different(
+        folder,
         ("lora.r", theirs.r, ours.r),
         ("lora.alpha, scaled", theirs.scale, ours.scale),
         ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
-    ):
-        if of_file != configured:
-            raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}; they must be equal")
+    )
     _set_values(moe, tensors, folder)
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hecate.adapters.card import how_trained
 from hecate.adapters.config import CONFIG
 from hecate.adapters.export import pairs_on_first, with_drawn_digest
-from hecate.adapters.folder import read_adapter, read_adapter_config
-from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, peft_config_from_json, save_peft_adapter
+from hecate.adapters.lora_folder import load_lora
+from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
 from hecate.adapters.tensors import require_tensors
-from hecate.config import Config, RouterConfig
+from hecate.config import Config, RouterConfig, named_model
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice, BaseModel, build_base
@@ -46,14 +47,14 @@ def lora_config(config: Config, base: BaseModel) -> PeftMoeConfig:
     else:
         targets = tuple(base.ffns[0].projection_names[name] for name in config.moe.kind.projections(targets))
     return PeftMoeConfig(
-        base_model_name_or_path=config.model.name_or_path,
+        base_model_name_or_path=named_model(config.model.name_or_path),
         r=config.lora.rank,
         alpha=config.lora.stored_alpha,
         use_rslora=config.lora.use_rslora,
         target_modules=targets,
         target_parameters=(),
         dropout=config.lora.dropout,
-        extra={"model_dtype": config.model.dtype},
+        extra={"model_dtype": config.model.dtype, "training": how_trained(config)},
     )
 
 
@@ -92,17 +93,17 @@ def export_by_source(folder: Path, sources: Sequence[str], description: PeftMoeC
             save_peft_adapter(folder / source, of_source, description)
 
 
-def is_lora_adapter(folder: Path) -> bool:
-    """Return whether the folder holds a LoRA of linear layers in PEFT's format, and not one of an MoE model's experts."""
-    value = read_adapter_config(folder)
-    return isinstance(value, dict) and value.get("peft_type") == "LORA" and not value.get("target_parameters")
-
-
 def sources_in(folder: Path) -> list[str]:
     """Return the names of the sources whose adapters the folder holds, sorted; none, if it is no such folder."""
     if (folder / CONFIG).exists() or not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if (path / CONFIG).is_file())
+
+
+def refuse_several(folder: Path) -> None:
+    """Raises UserError: the folder holds the adapters of several sources, where one is wanted."""
+    if sources := sources_in(folder):
+        raise UserError(f"{folder}: holds the adapters of several sources: {', '.join(sources)}\n  name one: {folder / sources[0]}")
 
 
 def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
@@ -111,7 +112,7 @@ def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice
     Raises:
         UserError: an adapter or the model cannot be read, one does not fit the other, or the adapters differ in rank, scale or modules.
     """
-    read = [read_adapter(folder, peft_config_from_json) for folder in folders]
+    read = [load_lora(folder) for folder in folders]
     description = read[0][1]
     for folder, (_, other) in zip(folders, read, strict=True):
         for key in ("base_model_name_or_path", "r", "scale", "target_modules"):
@@ -120,7 +121,7 @@ def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice
                     f"{folder}: {key} is {getattr(other, key)}, but {getattr(description, key)} in {folders[0]}\n"
                     "  adapters are used together only if they are alike; use them one by one"
                 )
-    name = choice.name or description.base_model_name_or_path
+    name = choice.name_for(folders[0], description.base_model_name_or_path)
     base, kind, modules = _base_for(folders[0], name, description, ranks, choice)
     layers = len(decoder_layers(base.model)[1])
     plan = InsertionPlan(

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hecate.adapters.export import pairs_on_first, with_drawn_digest
+from hecate.adapters.card import how_trained
+from hecate.adapters.export import pairs_on_first, refuse_different, with_drawn_digest
+from hecate.adapters.lora_folder import load_peft_adapter
 from hecate.adapters.peft_moe import (
     PeftMoeConfig,
     expert_a,
@@ -17,12 +19,11 @@ from hecate.adapters.peft_moe import (
     join_a,
     join_b,
     linear_names,
-    load_peft_adapter,
     save_peft_adapter,
     saved_name,
 )
 from hecate.adapters.tensors import require_tensors
-from hecate.config import Config
+from hecate.config import Config, adapter_in, named_model
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.kernels.common.ffn import PROJECTIONS
@@ -46,7 +47,7 @@ def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
     projections = config.moe.kind.projections(config.lora.target_modules)
     routers = {_end(base, layer.block.router_path): None for layer in base.own_experts if config.moe.trains_routers}
     return PeftMoeConfig(
-        base_model_name_or_path=config.model.name_or_path,
+        base_model_name_or_path=named_model(config.model.name_or_path),
         r=config.lora.rank,
         alpha=config.lora.stored_alpha,
         use_rslora=config.lora.use_rslora,
@@ -54,7 +55,7 @@ def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
         target_parameters=tuple(f"{end}.{name}" for end in ends for name in projections),
         modules_to_save=tuple(routers),
         dropout=config.lora.dropout,
-        extra={"router_aux_loss_coef": config.moe.router_aux_loss_coef, "model_dtype": config.model.dtype},
+        extra={"router_aux_loss_coef": config.moe.router_aux_loss_coef, "model_dtype": config.model.dtype, "training": how_trained(config)},
     )
 
 
@@ -114,12 +115,10 @@ def begin_with(config: Config, base: BaseModel, moe: MoeModel) -> None:
         UserError: the adapter cannot be read, or differs from the configured model, LoRA rank, scale or target modules.
     """
     assert config.lora.init_from is not None
-    folder = Path(config.lora.init_from)
+    folder = adapter_in(config.lora.init_from)
     tensors, description = load_peft_adapter(folder)
     configured = peft_config(config, base)
-    for key, theirs, ours in (("lora.r", description.r, configured.r), ("lora.alpha, scaled", description.scale, configured.scale)):
-        if theirs != ours:
-            raise UserError(f"lora.init_from: {folder} has {key} {theirs}, but the configuration has {ours}; they must be equal")
+    refuse_different(folder, ("lora.r", description.r, configured.r), ("lora.alpha, scaled", description.scale, configured.scale))
     load_peft_into(moe, base, tensors, folder)
 
 
@@ -130,7 +129,7 @@ def with_peft_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[B
         UserError: the adapter or the model cannot be read, one does not fit the other, or memory is too small for the model.
     """
     tensors, description = load_peft_adapter(folder)
-    name = choice.name or description.base_model_name_or_path
+    name = choice.name_for(folder, description.base_model_name_or_path)
     source = resolve_model(name)
     if source.gguf_file is None and choice.num_hidden_layers is None:
         require_room(source.folder, pick_dtype(choice.dtype, ranks.device), ranks.device)

@@ -19,13 +19,14 @@ from typing import Any
 
 from torch import Tensor
 
-from hecate.adapters.folder import read_adapter, read_adapter_config, write_adapter_folder
+from hecate.adapters.folder import read_adapter_config, write_adapter_folder
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import lora_scale
 
 PEFT_TYPE = "LORA"
-_PREFIX = "base_model.model"
-_NOT_READ = ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "exclude_modules")
+PREFIX = "base_model.model"
+"""what PEFT puts before every dotted name"""
+_NOT_READ = ("use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "exclude_modules")
 """PEFT's keys that change what an adapter computes and are not supported"""
 
 
@@ -68,19 +69,19 @@ def expert_names(experts_path: str, projections: tuple[str, ...]) -> dict[str, t
     """
     names = {}
     for depth, projection in enumerate(reversed(projections)):
-        module = f"{_PREFIX}.{experts_path}" + ".base_layer" * depth
+        module = f"{PREFIX}.{experts_path}" + ".base_layer" * depth
         names[projection] = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
     return names
 
 
 def linear_names(path: str) -> tuple[str, str]:
     """Return the names of A and B of an adapted linear layer."""
-    return f"{_PREFIX}.{path}.lora_A.weight", f"{_PREFIX}.{path}.lora_B.weight"
+    return f"{PREFIX}.{path}.lora_A.weight", f"{PREFIX}.{path}.lora_B.weight"
 
 
 def saved_name(path: str) -> str:
     """Return the name of the weight of a fully trained module."""
-    return f"{_PREFIX}.{path}.weight"
+    return f"{PREFIX}.{path}.weight"
 
 
 def join_a(a_ErI: Tensor) -> Tensor:
@@ -103,8 +104,11 @@ def expert_b(joined: Tensor, expert: int, experts: int) -> Tensor:
     return joined.view(joined.shape[0], -1, experts)[:, :, expert]
 
 
-def save_peft_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> None:
+def save_peft_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PeftMoeConfig, card: bytes | None = None) -> None:
     """Write the adapter to the new folder `folder`, as PEFT's `save_pretrained` does.
+
+    Args:
+        card: the model card; None: that of adapters as a run leaves them.
 
     Raises:
         UserError: the folder exists, a tensor is not finite, or the disk fails.
@@ -112,7 +116,12 @@ def save_peft_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PeftM
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise UserError(f"the adapter cannot be saved to {folder}: {name} is not finite")
-    value = {
+    write_adapter_folder(folder, tensors, peft_config_to_json(config), card)
+
+
+def peft_config_to_json(config: PeftMoeConfig) -> dict[str, Any]:
+    """Return adapter_config.json as PEFT reads it, with further values under the key "hecate"."""
+    return {
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.base_model_name_or_path,
@@ -128,18 +137,6 @@ def save_peft_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PeftM
         "modules_to_save": list(config.modules_to_save) or None,
         "hecate": {"format_version": 1, "lora_dropout": config.dropout, "extra": dict(config.extra)},
     }
-    write_adapter_folder(folder, tensors, value)
-
-
-def load_peft_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
-    """Read a folder that PEFT or `save_peft_adapter` has written. Tensors are on the CPU.
-
-    Whether any is missing is checked against the model, in `hecate.adapters.peft_experts`.
-
-    Raises:
-        UserError: a file cannot be read, a key is missing or wrong, or the adapter is of another kind.
-    """
-    return read_adapter(folder, _of_experts)
 
 
 def is_peft_adapter(folder: Path) -> bool:
@@ -178,15 +175,3 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
         extra=ours.get("extra", {}),
         **lists,
     )
-
-
-def _of_experts(value: Any) -> PeftMoeConfig:
-    """`peft_config_from_json`. Raises UserError also if the adapter is not one of an MoE model's experts."""
-    config = peft_config_from_json(value)
-    parameters = config.target_parameters
-    if not parameters or not all(name.rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in parameters):
-        raise UserError(
-            f"target_parameters are {list(parameters)}: this is not an adapter of an MoE model's experts\n"
-            "  they must be an experts module's gate_up_proj, down_proj, or both"
-        )
-    return config

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hecate.adapters.export import adapter_config, export_adapter
+from hecate.adapters.export import adapter_config, begin_with_mixlora, export_adapter
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.adapters.linear_experts import begin_with_linear_adapter, export_linear_adapter, linear_adapter_config
 from hecate.adapters.linear_lora import begin_with_lora, export_linear_lora
@@ -117,8 +117,9 @@ _FORMATS: dict[str, Callable[[Config, BaseModel], TrainedOutput]] = {
 }
 """the formats by the name in `MoeConfig.output`"""
 _BEGIN: dict[str, Callable[[Config, BaseModel, MoeModel], None]] = {
+    "mixlora": begin_with_mixlora,
     "peft": begin_with,
     "linears": begin_with_linear_adapter,
     "lora": begin_with_lora,
 }
-"""the formats that a run can begin with; `hecate.config.rules` refuses the others"""
+"""the formats that a run can begin with; the rules of configurations refuse the others"""

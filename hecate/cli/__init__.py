@@ -23,7 +23,14 @@ app = typer.Typer(
     help="Fully sharded sparse data parallel (FSSDP) training of mixtures of LoRA experts.",
 )
 _VERBS: dict[str, dict[str, Callable[..., None]]] = {
-    "Train": {"train": jobs.train, "launch": jobs.launch, "ray": jobs.ray, "submit": jobs.submit, "status": jobs.status},
+    "Train": {
+        "train": jobs.train,
+        "launch": jobs.launch,
+        "ray": jobs.ray,
+        "submit": jobs.submit,
+        "status": jobs.status,
+        "report": jobs.report,
+    },
     "Measure and predict": {
         "plan": forecasts.plan,
         "simulate": forecasts.simulate,

@@ -51,13 +51,16 @@ def plan(
     workload: Annotated[str, typer.Option(help="synthetic expert loads to predict with")] = "dirichlet_drift",
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
 ) -> None:
-    """Predict memory, bytes and time of one step of CONFIG on any topology. Loads no weights, needs no GPU."""
+    """Predict memory, bytes and time of one step of CONFIG on any topology. Loads no weights, needs no GPU.
+
+    The model's folder may lack its weights, and model.name_or_path may be a config.json or a name such as llama-3-8b; data are not read.
+    """
     # A few plans in plain Python take less time than compiling the planners' loops.
     os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
     from hecate.config import load_config
     from hecate.forecast.plan import run_plan
 
-    loaded = load_config(config, overrides or (), claim_output=False)
+    loaded = load_config(config, overrides or (), claim_output=False, inputs=False)
     run_plan(loaded, topology=topology, ranks=ranks, workload=workload, json_path=json_path)
 
 

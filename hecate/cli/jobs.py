@@ -1,6 +1,6 @@
-"""Verbs that start a training job, or show one: train, launch, ray, submit, status.
+"""Verbs that start a training job, or show one: train, launch, ray, submit, status, report.
 
-Each checks the configuration and the data before it starts any process.
+Those that start one check the configuration and the data before they start any process.
 """
 
 from __future__ import annotations
@@ -122,3 +122,19 @@ def status(
 
         run = Path(load_config(run, claim_output=False).output_dir)
     print(status_text(read_status(run)))
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="output_dir of a run, finished or not")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="HTML file to write; default: report.html in RUN")] = None,
+) -> None:
+    """Write one HTML page about a run: losses, load of the experts, imbalance, time, bytes, memory, events. Needs nothing but itself."""
+    # A few plans in plain Python take less time than compiling the planners' loops.
+    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+    from hecate.forecast.planned_memory import planned_memory
+    from hecate.report.page import report_page, write_page
+    from hecate.report.run_records import read_run
+
+    records = read_run(run)
+    planned = planned_memory(run, len(records.peak_bytes)) if records.peak_bytes else "the run has recorded no memory"
+    print(write_page(out or run / "report.html", report_page(records, planned)))

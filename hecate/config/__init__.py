@@ -1,8 +1,8 @@
 """The configuration of a run: typed, checked as a whole before any process starts, and frozen. Importing it needs no torch or numpy."""
 
 from hecate.config.effective import Change, changed_computation, to_yaml
-from hecate.config.load import load_config
-from hecate.config.paths import find_model
+from hecate.config.load import load_config, saved_config
+from hecate.config.paths import adapter_in, find_model, named_model
 from hecate.config.problems import ConfigError, Problem
 from hecate.config.schema import (
     Config,
@@ -31,8 +31,11 @@ __all__ = [
     "Problem",
     "RayConfig",
     "RouterConfig",
+    "adapter_in",
     "changed_computation",
     "find_model",
     "load_config",
+    "named_model",
+    "saved_config",
     "to_yaml",
 ]

@@ -38,7 +38,7 @@ def changed_computation(then: Mapping[str, Any], config: Config, *, same_base: b
         then: the saved configuration as nested mappings, as `to_yaml` writes them.
         same_base: the base model is known to be the same, so that its files may have other names.
     """
-    before, now = _flat(then), _flat(asdict(config))
+    before, now = leaves_of(then), leaves_of(asdict(config))
     names = [name for name, leaf in LEAVES.items() if leaf.computes and not (same_base and name in NAMES_OF_BASE)] + ["fssdp.policy"]
     values = {name: (_comparable(before.get(name, LEAVES[name].default)), _comparable(now[name])) for name in names}
     policies = values["fssdp.policy"]
@@ -47,13 +47,14 @@ def changed_computation(then: Mapping[str, Any], config: Config, *, same_base: b
     return [Change(name, *pair) for name, pair in sorted(values.items()) if pair[0] != pair[1]]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their dotted keys, those of keys that there are."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if prefix + name in LEAVES:
             flat[prefix + name] = value
         elif isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= leaves_of(value, f"{prefix}{name}.")
     return flat
 
 

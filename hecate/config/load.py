@@ -5,10 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hecate.config import other_names
+from hecate.config.effective import leaves_of
 from hecate.config.paths import name_of_source
 from hecate.config.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
@@ -17,14 +19,17 @@ from hecate.config.scalars import NULLS
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource, MoeConfig
 from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
+from hecate.errors import UserError
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
 _LENGTHS = ("max_steps", "num_train_epochs")
 _SOURCES = ("data.train", "data.eval")
+_UNREAD: dict[str, Any] = {"data.train": ({"path": "data.jsonl"},), "output_dir": "runs/planned"}
+"""what stands for required keys that nothing reads"""
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True, inputs: bool = True) -> Config:
     """Load the configuration of a run from the YAML file at `path`, or from the preset of that name (`hecate.config.presets`).
 
     `${key}` repeats another key's value. Everything is checked, also that the named files exist and that output_dir is free.
@@ -33,6 +38,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         overrides: "section.key=value", with the value in YAML. An override replaces the file's value; max_steps and
             num_train_epochs replace each other's.
         claim_output: False on a rank that is not the first, whose output_dir is already in use by its own run.
+        inputs: False where nothing is read but sizes: then neither the model's weights nor the data must be there, and data.train and
+            output_dir need not be given.
 
     Raises:
         ConfigError: a UserError with all problems.
@@ -52,11 +59,13 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
             values[key] = read_sources(node, key, source, report)
         else:
             values[key] = read_value(node, LEAF_TYPES[key], key, source, report)
+    if not inputs:
+        values = {**_UNREAD, **values}
     for key in REQUIRED:
-        if key not in given:
+        if key not in values:
             report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
     tree = _as_omegaconf(values)
-    check_values(_resolve(tree, values, report), report.add, claim_output=claim_output)
+    check_values(_resolve(tree, values, report), report.add, claim_output=claim_output, inputs=inputs)
     if report.problems:
         raise ConfigError(report.problems)
 
@@ -65,6 +74,22 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     data = replace(config.data, train=_named(config.data.train), eval=_named(config.data.eval))
     lora = replace(config.lora, alpha=float(config.lora.stored_alpha)) if config.lora.gradient_rule == "none" else config.lora
     return replace(config, data=data, lora=lora, moe=_with_defaults(config))
+
+
+def saved_config(text: str) -> Config:
+    """Return the configuration in a checkpoint, as `to_yaml` has written it. Whether the files that it names are there is not checked.
+
+    Keys that this version does not have are left out, and keys that an earlier version did not have get their defaults.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        config = OmegaConf.to_object(_as_omegaconf(leaves_of(yaml.safe_load(text))))
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
+        raise UserError(f"the configuration in it cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
+    assert isinstance(config, Config)
+    return config
 
 
 def _with_defaults(config: Config) -> MoeConfig:

@@ -6,10 +6,14 @@ import os
 import re
 from pathlib import Path
 
+from hecate.config.presets import base_presets
 from hecate.config.problems import shorten
 from hecate.errors import UserError
 
 PACKAGE_PREFIX = "package:"
+CONFIG_SUFFIXES = (".json", ".yaml")
+"""of a file with a model's sizes, like transformers' config.json"""
+ADAPTER_CONFIG = "adapter_config.json"
 INDEXED_SUFFIXES = (".idx", ".bin")
 """the endings of the two files of one of Megatron's indexed data sets"""
 
@@ -22,24 +26,47 @@ _BESIDE_ARROW = ("dataset_info.json", "dataset_dict.json", "state.json")
 """what the library `datasets` writes beside Arrow files"""
 
 
-def find_model(name_or_path: str) -> Path:
+def find_model(name_or_path: str, *, weights: bool = True) -> Path:
     """Return the .gguf file or the folder (with config.json and *.safetensors) that `model.name_or_path` names.
 
-    A package is searched without importing it. Raises UserError if there is no such file or folder.
+    A package is searched without importing it.
+
+    Args:
+        weights: False where only the model's sizes are wanted: it may then also be a folder with config.json alone, a file like that, or
+            the name of one in configs/bases.
+
+    Raises:
+        UserError: there is no such file or folder.
     """
     if name_or_path.startswith(PACKAGE_PREFIX):
         return _gguf_of_package(name_or_path.removeprefix(PACKAGE_PREFIX))
     path, shown = Path(name_or_path), shorten(name_or_path)
     if not os.path.exists(path):
-        raise UserError(f"no such file or folder: {shown}\nGive a local path; nothing is downloaded.")
+        known = base_presets()
+        if not weights and name_or_path in known:
+            return known[name_or_path]
+        sizes = "" if weights else f" Sizes alone are known of {', '.join(known)}."
+        raise UserError(f"no such file or folder: {shown}\nGive a local path; nothing is downloaded.{sizes}")
     if os.path.isdir(path):
         if not os.path.isfile(path / "config.json"):
             raise UserError(f"no config.json in the folder {shown}\nGive the folder that the model was saved to.")
-        if not any(path.glob("*.safetensors")):
+        if weights and not any(path.glob("*.safetensors")):
             raise UserError(f"no *.safetensors in the folder {shown}\nSave the model in safetensors form.")
-    elif path.suffix != ".gguf":
+    elif path.suffix != ".gguf" and (weights or path.suffix not in CONFIG_SUFFIXES):
         raise UserError(f"neither a folder nor a .gguf file: {shown}\nGive the model's folder, or a .gguf file.")
     return path
+
+
+def named_model(name_or_path: str) -> str:
+    """Return `model.name_or_path` as adapters name it: an existing path from the root on, so that it holds in every working directory."""
+    return os.path.abspath(name_or_path) if os.path.exists(name_or_path) else name_or_path
+
+
+def adapter_in(folder: str | os.PathLike[str]) -> Path:
+    """Return the adapter folder that a path means: a run's folder means the adapter that the run has left."""
+    path = Path(folder)
+    inside = path / "adapter"
+    return inside if not (path / ADAPTER_CONFIG).is_file() and (inside / ADAPTER_CONFIG).is_file() else path
 
 
 def _gguf_of_package(package: str) -> Path:

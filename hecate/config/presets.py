@@ -20,6 +20,11 @@ def run_presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(found, key=lambda path: path.stem)}
 
 
+def base_presets() -> dict[str, Path]:
+    """Files with the sizes of well-known base models, as transformers' config.json has them, by their names, sorted."""
+    return {path.stem: path for path in sorted((_CONFIGS / "bases").glob("*.yaml"))}
+
+
 def find_preset(folder: str, what: str, name_or_path: str, *, also: tuple[str, ...] = ()) -> Path:
     """Return the file of a preset's name or of a path. A path has a / or ends in .yaml or .yml.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.pair_rules import check_pairs, largest_rank
-from hecate.config.paths import INDEXED_SUFFIXES, data_files, find_model, indexed_prefix
+from hecate.config.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, data_files, find_model, indexed_prefix
 from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.router_rules import check_router
@@ -22,10 +22,13 @@ from hecate.parallel.expert_kinds import kind_of
 SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> None:
+def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inputs: bool = True) -> None:
     """Add every problem of `values`, which maps dotted keys to typed values.
 
     A key that is absent already has a problem, so rules that depend on it are skipped.
+
+    Args:
+        inputs: whether the model's weights and the data must be there.
     """
     for key, allowed in RANGES.items():
         value = values.get(key)
@@ -41,10 +44,10 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     _check_evaluation(values, add)
     _check_prefetch(values, add)
     _check_shard_size(values, add)
-    _check_sources("data.train", values, add)
-    _check_sources("data.eval", values, add)
+    _check_sources("data.train", values, add, exist=inputs)
+    _check_sources("data.eval", values, add, exist=inputs)
     _check_target_modules(values, add)
-    _check_weight_decay_exclude(values, add)
+    _check_names(values, add)
     if values.get("data.packing") and 2 <= values.get("data.seq_len", 8) < 8:
         add(
             "data.seq_len",
@@ -54,7 +57,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool) -> 
     if values.get("model.front_end") == "megatron":
         check_megatron(values, add)
     else:
-        _check_model(values, add)
+        _check_model(values, add, weights=inputs)
     check_megatron_ep(values, add)
     _check_attention(values, add)
     _check_kernels(values, add)
@@ -73,14 +76,14 @@ def _check_length(values: Mapping[str, Any], add: Add) -> None:
         add("max_steps", "must be given, at least 1, or num_train_epochs in its place", hint)
 
 
-def _check_model(values: Mapping[str, Any], add: Add) -> None:
+def _check_model(values: Mapping[str, Any], add: Add, *, weights: bool) -> None:
     if values.get("model.tokenizer") is not None:
         add("model.tokenizer", "is read with model.front_end=megatron only", "leave it out: a checkpoint has its own tokenizer")
     if values.get("model.tensor_parallel", 1) > 1:
         add("model.tensor_parallel", "needs model.front_end=megatron, whose layers can be split", "leave it at 1")
     if "model.name_or_path" in values:
         try:
-            find_model(values["model.name_or_path"])
+            find_model(values["model.name_or_path"], weights=weights)
         except UserError as error:
             what, _, hint = str(error).partition("\n")
             add("model.name_or_path", what, hint)
@@ -147,10 +150,11 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
             add("moe.unit", what, "leave moe.family out, or moe.unit")
         return
     folder = values.get("lora.init_from")
-    if folder is not None and not kind.begins_with_adapter:
-        add("lora.init_from", f"applies to moe.family=moe_lora and to moe.unit=linear only, but the family is {family}", "leave it out")
-    elif folder is not None and not os.path.isfile(Path(folder) / "adapter_config.json"):
-        add("lora.init_from", f"no adapter_config.json in {shorten(folder)}", "give the folder of an adapter")
+    if folder is not None and not kind.has_pairs:
+        add("lora.init_from", f"is about low-rank pairs, which experts of moe.family={family} do not have", "leave it out")
+    elif folder is not None and not os.path.isfile(adapter_in(folder) / ADAPTER_CONFIG):
+        hint = "give the folder of an adapter, or of a run that has left one; of a checkpoint, hecate export CHECKPOINT -o FOLDER makes one"
+        add("lora.init_from", f"no {ADAPTER_CONFIG} in {shorten(folder)}", hint)
     for key, leaf in LEAVES.items():
         if leaf.family not in (None, family) and key in values and values[key] != leaf.default:
             add(key, f"applies to moe.family={leaf.family} only, but the family is {family}", "leave it out")
@@ -195,7 +199,7 @@ def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:
         add("fssdp.redundancy", "does not work together with fssdp.shard_size yet", hint)
 
 
-def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
+def _check_sources(key: str, values: Mapping[str, Any], add: Add, *, exist: bool) -> None:
     sources = values.get(key, ())
     if key in values and key == "data.train" and not sources:
         add(key, "must name at least one source", "")
@@ -203,12 +207,13 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add) -> None:
     for i, source in enumerate(sources):
         at = f"{key}[{i}]"
         prefix = indexed_prefix(source.path)
+        paths: list[str] = []
         try:
-            paths = data_files(source.path) if prefix is None else [prefix + suffix for suffix in INDEXED_SUFFIXES]
+            if exist:
+                paths = data_files(source.path) if prefix is None else [prefix + suffix for suffix in INDEXED_SUFFIXES]
         except UserError as error:
             what, _, hint = str(error).partition("\n")
             add(f"{at}.path", what, hint)
-            paths = []
         for path in paths:
             if not os.path.exists(path):
                 hint = "relative paths start from the working directory; nothing is downloaded"
@@ -245,11 +250,16 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
         add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")
 
 
-def _check_weight_decay_exclude(values: Mapping[str, Any], add: Add) -> None:
-    key, kinds = "weight_decay_exclude", ("norms", "biases", "routers")
-    for i, kind in enumerate(values.get(key, ())):
-        if kind not in kinds:
-            add(f"{key}[{i}]", f"must be one of {', '.join(kinds)}, got {shorten(kind)}", did_you_mean(kind, kinds))
+def _check_names(values: Mapping[str, Any], add: Add) -> None:
+    """Check lists whose items are names that hecate knows."""
+    known = {"weight_decay_exclude": ("norms", "biases", "routers"), "report_to": ("tensorboard", "wandb", "mlflow", "trackio")}
+    for key, kinds in known.items():
+        for i, kind in enumerate(values.get(key, ())):
+            if kind not in kinds:
+                add(f"{key}[{i}]", f"must be one of {', '.join(kinds)}, got {shorten(kind)}", did_you_mean(kind, kinds))
+    reported = values.get("report_to", ())
+    if len(set(reported)) < len(reported):
+        add("report_to", "names a tracker twice", "name each once")
 
 
 def _check_attention(values: Mapping[str, Any], add: Add) -> None:

@@ -163,8 +163,10 @@ class LoraConfig:
     eta: float | None = field(default=None, metadata=key(POSITIVE))
     """With gradient_rule row_norm: the factor of rows where B is zero. ALLoRA's values are 1, sqrt(2) and 2."""
     init_from: str | None = field(default=None, metadata=key(computes=False))
-    """With family moe_lora, or with unit linear: a folder with an adapter from whose values training starts, one of hecate or, with
-    moe_lora, of PEFT. null: new adapters."""
+    """A folder with an adapter from whose values training starts, or a run's folder that has one: with family mixlora one of hecate,
+    mixlora or moe-peft; with moe_lora one of hecate, PEFT or a program that writes one pair for each expert; with unit linear one of
+    hecate, or, with one expert for each linear, of PEFT. It must have the configuration's rank, scale, modules and experts. null: new
+    adapters."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """The linear layers that get an adapter: those of the FFN one per expert, those of attention one each. With moe_lora, gate_proj and
     up_proj share one adapter, so name both or neither; shared experts get none."""
@@ -490,8 +492,14 @@ class Config:
     """The number of steps between two checkpoints. null: save only at the end."""
     save_total_limit: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """How many of the latest checkpoints to keep. null: all."""
+    report_to: tuple[str, ...] = field(default=(), metadata=key(computes=False))
+    """Experiment trackers that get what metrics.jsonl gets, and pictures of the experts' loads: any of tensorboard, wandb, mlflow and
+    trackio, which must be installed. One that fails is named and does not stop the run. See docs/trackers.md."""
     trace: bool = field(default=False, metadata=key(computes=False))
     """Record each step's loads per rank, layer and expert into the folder loads in output_dir (docs/traces.md)."""
+    profile: bool = field(default=False, metadata=key(computes=False))
+    """Record a timeline of three steps of all ranks, the third to the fifth of each process, to profile.json.gz in output_dir, for
+    ui.perfetto.dev (docs/report.md). These steps take longer."""
     resume: bool = field(default=False, metadata=key(computes=False))
     """Continue from the latest checkpoint in output_dir."""
     gradient_checkpointing: bool = field(default=False, metadata=key(computes=False))

@@ -121,8 +121,8 @@ class ExpertShards:
             for unit in self.plans.residency
         }
         """of the layers whose experts have frozen parts"""
-        self.token_bytes_sent = 0
-        """by dispatch and combine, to other ranks"""
+        self.token_bytes_to = np.zeros(self.world_size, dtype=np.int64)
+        """bytes sent by dispatch and combine so far to each rank of the sharding group"""
 
     @property
     def config(self) -> EngineConfig:
@@ -174,8 +174,25 @@ class ExpertShards:
     @property
     def bytes_sent(self) -> int:
         """Bytes sent to other ranks so far: chunks, gradients, frozen parts, tokens (forward and back)."""
-        chunk_bytes = sum(store.bytes_sent for store in self.stores.values())
-        return self.token_bytes_sent + chunk_bytes + sum(store.bytes_sent for store in self.frozen.values())
+        return int(self._bytes_to().sum()) + self._ring_bytes
+
+    @property
+    def bytes_between_nodes(self) -> int:
+        """Of `bytes_sent` those that went to ranks on other nodes of the topology."""
+        node, members = self.config.topology.node_of_rank, self.plans.members
+        own = members[self.rank]
+        sent = sum(int(sent) for sent, other in zip(self._bytes_to(), members, strict=True) if node[other] != node[own])
+        next_in_ring = (own + self.world_size) % self.mesh.world_size
+        return sent + (self._ring_bytes if node[next_in_ring] != node[own] else 0)
+
+    def _bytes_to(self) -> np.ndarray:
+        """int64 [ranks of the sharding group]: bytes sent to each of them so far."""
+        chunks = [store.bytes_to for store in self.stores.values()]
+        return np.sum([self.token_bytes_to, *chunks, *(store.bytes_to for store in self.frozen.values())], axis=0)
+
+    @property
+    def _ring_bytes(self) -> int:
+        return sum(store.ring_bytes for store in self.stores.values())
 
     @property
     def replica_bytes(self) -> int:
@@ -264,7 +281,7 @@ class ExpertShards:
         call.computed(y_RD)
         if sent is None:
             return y_RD
-        self.token_bytes_sent += sent.bytes_sent(self.rank, y_RD, backward=call.backward_follows)
+        self.token_bytes_to += sent.bytes_to(self.rank, y_RD, backward=call.backward_follows)
         return combine(y_RD, sent, self.groups.tokens)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hecate.errors import UserError
-from hecate.forecast.tensor_shapes import numel, tensor_shapes
-from hecate.model.safetensors_headers import stored_tensors
+from hecate.forecast.tensor_shapes import model_config, numel, tensor_shapes, tensors_of
 from hecate.model.stored_experts import LayerExperts, expert_layers, refuse_experts
 from hecate.parallel.expert_kinds import ExpertKind, kinds_for
 
@@ -99,9 +97,9 @@ def _own_experts(path: Path, names: Iterable[str], kind: ExpertKind) -> dict[int
     if not kind.of_moe_base:
         refuse_experts(names, path, kind)
         return {}
-    if not path.is_dir():
+    if path.suffix == ".gguf":
         raise UserError(f"{path}: moe.family {kind.name} does not read GGUF files\n  give a folder with config.json and *.safetensors")
-    experts = expert_layers(stored_tensors(path), path)
+    experts = expert_layers(tensors_of(path), path)
     if not experts:
         raise UserError(
             f"{path}: the model has no experts, but moe.family is {kind.name}\n  for a dense model take {kinds_for(moe_base=False)}"
@@ -110,13 +108,9 @@ def _own_experts(path: Path, names: Iterable[str], kind: ExpertKind) -> dict[int
 
 
 def _top_k(path: Path) -> int:
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'}: cannot be read: {error}") from error
-    top_k = config.get("num_experts_per_tok") if isinstance(config, dict) else None
+    top_k = model_config(path).get("num_experts_per_tok")
     if type(top_k) is not int or top_k < 1:
-        raise UserError(f"{path / 'config.json'}: num_experts_per_tok must be a whole number from 1, got {top_k!r}")
+        raise UserError(f"{path}: num_experts_per_tok of config.json must be a whole number from 1, got {top_k!r}")
     return top_k
 
 

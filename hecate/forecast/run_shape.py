@@ -330,7 +330,7 @@ def adapter_parameters(layer: LayerShape, config: Config, experts: int) -> tuple
 def _base_shape(config: Config) -> BaseShape:
     model = config.model
     if model.front_end == "transformers":
-        return read_base_shape(find_model(model.name_or_path), config.moe.kind, model.num_hidden_layers)
+        return read_base_shape(find_model(model.name_or_path, weights=False), config.moe.kind, model.num_hidden_layers)
     from hecate.config.gpt_shape import gpt_shape
     from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
 

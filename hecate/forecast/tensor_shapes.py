@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import re
 import struct
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from hecate.errors import UserError
-from hecate.model.safetensors_headers import stored_tensors
+from hecate.model.safetensors_headers import StoredTensor, stored_tensors
 
 _GGUF_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -28,14 +32,61 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor, outputs first, by the names of transformers.
 
     Args:
-        path: a folder with *.safetensors, or a .gguf file (see `hecate.config.find_model`).
+        path: see `hecate.config.find_model`, without weights.
 
     Raises:
         UserError: a file cannot be read or is damaged.
     """
-    if not path.is_dir():
+    if path.suffix == ".gguf":
         return _of_gguf(path)
-    return {name: entry.shape for name, entry in stored_tensors(path).items()}
+    return {name: entry.shape for name, entry in tensors_of(path).items()}
+
+
+def tensors_of(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model by its name: those of a folder's files, or, where there are only sizes, those that transformers would make.
+
+    Args:
+        path: a folder with config.json, or a file like that one.
+
+    Raises:
+        UserError: a file cannot be read or is damaged, or transformers knows no such model.
+    """
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        return stored_tensors(path)
+    return _of_sizes(path)
+
+
+def model_config(path: Path) -> dict[str, Any]:
+    """The values of a model's config.json, in a folder or in a file of another name.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must hold the sizes of a model, as transformers' config.json does")
+    return value
+
+
+def _of_sizes(path: Path) -> dict[str, StoredTensor]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = model_config(path)
+    kind = values.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(kind, **values)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: no model of type {kind} can be made of these sizes: {str(error).splitlines()[0]}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    return {name: StoredTensor(path, "BF16", shapes[name], 0) for name in sorted(shapes)}  # sorted as in files
 
 
 def _of_gguf(path: Path) -> dict[str, tuple[int, ...]]:

@@ -59,7 +59,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Create `folder` with all its files or not at all.
 
     Yields a staging folder beside it, into which the block writes durably. After the block it is renamed to `folder`; if the block, or
-    the rename, raises OSError, it is deleted.
+    the rename, raises an error, it is deleted.
     """
     staging = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
     try:
@@ -68,7 +68,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         sync_folder(staging)
         os.rename(staging, folder)
         sync_folder(folder.parent)
-    except OSError:
+    except Exception:
         with contextlib.suppress(OSError):
             delete_files(staging)
         raise

@@ -89,12 +89,12 @@ class ExpertParallelEngine:
 
     def _count_bytes(self, layer: Any, _inputs: Any, outputs: tuple[Tensor, None]) -> None:
         dispatcher = layer.token_dispatcher
-        away = [int(sum(splits) - splits[self.shards.rank]) for splits in (dispatcher.input_splits, dispatcher.output_splits)]
+        away = np.array([dispatcher.input_splits, dispatcher.output_splits], dtype=np.int64)
+        away[:, self.shards.rank] = 0
         row = layer.config.hidden_size * outputs[0].element_size()
         passes = 2 if outputs[0].requires_grad else 1
         wide = torch.promote_types(layer.config.params_dtype, torch.float32)  # of the weights that travel beside the rows
-        weights = [wide.itemsize * pairs for pairs in away[:passes]]
-        self.shards.token_bytes_sent += passes * row * sum(away) + sum(weights)
+        self.shards.token_bytes_to += passes * row * away.sum(0) + wide.itemsize * away[:passes].sum(0)
 
 
 class ExpertParallelStep:

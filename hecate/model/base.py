@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hecate.model.causal_head import CausalHead, LanguageModelHead
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.insert import FoundUnit
 from hecate.model.linears import FoundLinear, find_linears
-from hecate.model.load import load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
+from hecate.model.load import base_of, load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
 from hecate.model.load_moe import OwnExperts, load_moe_model
 from hecate.model.model_digest import model_digest
 from hecate.model.safetensors_headers import stored_tensors
@@ -33,6 +34,13 @@ class BaseChoice:
     """None: all"""
     attention: AttentionChoice = AUTO
     kernels: Backend = "auto"
+
+    def name_for(self, trained: Path, named: str) -> str:
+        """The base model's name for something trained that names `named`. Raises UserError: that is not there, and no other is chosen."""
+        if self.name is not None:
+            return self.name
+        base_of(trained, named)
+        return named
 
 
 @dataclass(frozen=True)

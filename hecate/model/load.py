@@ -40,6 +40,21 @@ def resolve_model(name_or_path: str) -> ModelSource:
     return ModelSource(path, None) if path.is_dir() else ModelSource(path.parent, path.name)
 
 
+def base_of(trained: Path, name_or_path: str) -> ModelSource:
+    """Find the base model of something trained.
+
+    Raises:
+        UserError: it is not where the trained folder says.
+    """
+    try:
+        return resolve_model(name_or_path)
+    except UserError as error:
+        raise UserError(
+            f"{trained}: its base model is not found: {str(error).splitlines()[0]}\n"
+            "  say where it is now: --model PATH, or of hecate eval model.name_or_path=PATH"
+        ) from error
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the hardware computes in it, else float32."""
     if name != "auto":

@@ -13,7 +13,8 @@ from torch import Tensor
 from hecate.errors import UserError
 from hecate.model.stored_experts import LayerExperts, StoredPart
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""of stored weights, by the name that safetensors has for each"""
 _BLOCK = 1 << 22
 """number of elements that are converted, or copied to another device, at a time"""
 
@@ -33,7 +34,7 @@ def read_expert(layer: LayerExperts, expert: int, dtype: torch.dtype, device: to
 
 
 def _read_into(out: Tensor, part: StoredPart) -> None:
-    stored = _DTYPES[part.entry.dtype]
+    stored = DTYPES[part.entry.dtype]
     try:
         opened = os.open(part.entry.file, os.O_RDONLY)
         try:

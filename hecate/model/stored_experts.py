@@ -18,9 +18,9 @@ from hecate.errors import UserError
 from hecate.model.safetensors_headers import DTYPE_BYTES, StoredTensor
 from hecate.parallel.expert_kinds import ExpertKind, kinds_for
 
-_EXPERTS = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)*?experts\.(.+)$")
+EXPERTS = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)*?experts\.(.+)$")
 _FUSED = ("gate_up_proj", "down_proj")
-_ROLES = {
+ROLES = {
     "gate_proj.weight": "gate",
     "up_proj.weight": "up",
     "down_proj.weight": "down",
@@ -71,7 +71,7 @@ def expert_layers(entries: Mapping[str, StoredTensor], folder: Path) -> dict[int
     """
     by_layer: dict[int, dict[str, StoredTensor]] = {}
     for name, entry in entries.items():
-        match = _EXPERTS.search(name)
+        match = EXPERTS.search(name)
         if match is not None:
             by_layer.setdefault(int(match[1]), {})[match[2]] = entry
     return {layer: _layer(tensors, f"{folder}: layer {layer}") for layer, tensors in sorted(by_layer.items())}
@@ -86,7 +86,7 @@ def refuse_experts(names: Iterable[str], where: Path, kind: ExpertKind) -> None:
     Raises:
         UserError: some belong to experts, in whatever layout.
     """
-    if any(_EXPERTS.search(name) for name in names):
+    if any(EXPERTS.search(name) for name in names):
         raise UserError(
             f"{where}: the model has experts already, but moe.family {kind.name} puts experts in the place of a dense FFN\n"
             f"  take {kinds_for(moe_base=True)}, or give a dense model"
@@ -101,12 +101,12 @@ def _layer(tensors: dict[str, StoredTensor], where: str) -> LayerExperts:
     found: dict[int, dict[str, StoredTensor]] = {}
     for name, entry in tensors.items():
         number, _, rest = name.partition(".")
-        if not number.isdecimal() or rest not in _ROLES:
+        if not number.isdecimal() or rest not in ROLES:
             raise UserError(
                 f"{where}: its experts have the tensor {name}, of unknown meaning\n"
                 f"  experts have {' and '.join(_FUSED)}, or NUMBER.gate_proj.weight, up_proj, down_proj (or w1, w3, w2)"
             )
-        found.setdefault(int(number), {})[_ROLES[rest]] = entry
+        found.setdefault(int(number), {})[ROLES[rest]] = entry
     for expert in range(max(found) + 1):
         missing = [role for role in ("gate", "up", "down") if role not in found.get(expert, {})]
         if missing:

@@ -28,11 +28,15 @@ class StepResult:
     """number of bytes of experts, their gradients and tokens that all ranks together have sent"""
     asked: tuple[bool, ...]
     """of each request of the ranks: whether any rank has made it"""
+    bytes_between_nodes: int
+    """of `bytes_sent`, those that went from one node of the topology to another"""
+    peak_bytes: tuple[int, ...]
+    """the most memory that each rank has had so far: allocated on its GPU, or else resident on the host"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
-    """One optimizer step that has ended, with its figures; the same on every rank, except `seconds`."""
+    """One optimizer step that has ended, with its figures; the same on every rank, except `seconds` and `parts`."""
 
     step: int
     """number of optimizer steps done, this one included"""
@@ -46,6 +50,14 @@ class StepEvent:
     """largest over mean load of the ranks, averaged over the units"""
     calibrations: int
     """number of plans of this run that were replaced by better ones once the routers had chosen (plan source `calibrated`)"""
+    static_imbalance: float
+    """what `imbalance` would have been under static expert parallelism (`hecate.parallel.static_ep`)"""
+    copies: int
+    """number of replicas, all units together, that were on other ranks than their owners', in the reporting rank's sharding group"""
+    new_copies: int
+    """of these, those that were not there in the step before"""
+    parts: dict[str, float]
+    """seconds of the step's parts on this rank, in their order (`StepClock`); what is missing from `seconds` belongs to none of them"""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class StepLine:
     tokens_per_s: float
     imbalance: float
     """largest over mean load of the ranks"""
+    static_imbalance: float
+    """what it would have been under static expert parallelism"""
     step_seconds: float
     skipped: bool = False
     """a gradient was not finite, so that nothing was changed"""
@@ -162,7 +164,7 @@ def _figures(values: StepLine) -> list[tuple[str, str]]:
         ("aux", f"{values.aux_loss:.2f}"),
         ("lr", f"{values.learning_rate:.1e}"),
         ("tok/s", f"{values.tokens_per_s:.0f}"),
-        ("imbalance", f"{values.imbalance:.2f}"),
+        ("imbalance", f"{values.imbalance:.2f} (static EP {values.static_imbalance:.2f})"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Writes what a run reports while it trains, to the terminal, to metrics.jsonl and to the file of loads. Only the first rank reports."""
+"""Writes what a run reports while it trains: to the terminal, metrics.jsonl, the file of loads and trackers. Only the first rank does."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import yaml
+
 from hecate.config import Config, to_yaml
 from hecate.io.durable import replace_file
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.mesh import Mesh
 from hecate.parallel.traces import TraceWriter
 from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
-from hecate.report.metrics import MetricsWriter, eval_record, event_record, reshard_record, step_record
+from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
 from hecate.report.progress import Progress, StepLine
 from hecate.report.summary import EVERY_RANK, NON_EXPERTS, TrainableRow, training_report
+from hecate.report.tracker_threads import Trackers
+from hecate.report.trackers import ADAPTERS, TrackedRun
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,10 @@ class Reports:
         self._progress: Progress | None = None
         self._metrics: MetricsWriter | None = None
         self._trace: TraceWriter | None = None
+        self._trackers: Trackers | None = None
         self._facts = facts
+        self._step = facts.step
+        """of the last record"""
 
     def __enter__(self) -> Reports:
         self._open(self._facts)
@@ -63,7 +70,7 @@ class Reports:
                 f"{mesh.num_sharding_groups} sharding groups of {mesh.shard_size} ranks, each with all experts owned like this"
             )
         if self._facts.step:
-            self._progress.note(f"resumed after step {self._facts.step}")
+            self.event(self._facts.step, f"resumed after step {self._facts.step}")
 
     def note(self, text: str) -> None:
         """Show a line on the terminal."""
@@ -73,7 +80,7 @@ class Reports:
     def event(self, step: int, text: str) -> None:
         """Show a line on the terminal, and record it in metrics.jsonl."""
         if self._progress and self._metrics:
-            self._metrics.write(event_record(step, text))
+            self._record(event_record(step, text))
             self._progress.note(text)
 
     def step(self, event: StepEvent) -> None:
@@ -83,7 +90,7 @@ class Reports:
             self._trace.append(event.step, result.loads)
         if not (self._progress and self._metrics) or event.step % self._config.logging_steps:
             return
-        self._metrics.write(step_record(event))
+        self._record(step_record(event))
         self._progress.step(
             StepLine(
                 event.step,
@@ -92,6 +99,7 @@ class Reports:
                 event.learning_rate,
                 event.tokens / event.seconds,
                 event.imbalance,
+                event.static_imbalance,
                 event.seconds,
                 result.skipped,
             )
@@ -100,7 +108,7 @@ class Reports:
     def evaluated(self, step: int, found: Evaluation) -> None:
         """Record and show an evaluation."""
         if self._progress and self._metrics:
-            self._metrics.write(eval_record(step, found.scores))
+            self._record(eval_record(step, found.scores))
             self._progress.evaluated(step, found.scores)
 
     def resharded(self, step: int, done: Resharding) -> None:
@@ -108,7 +116,7 @@ class Reports:
         if not (self._progress and self._metrics):
             return
         move, gain = done.move, done.gain
-        self._metrics.write(reshard_record(step, done))
+        self._record(reshard_record(step, done))
         self._progress.note(
             f"re-sharded after step {step}: {move.experts} experts moved, {move.num_bytes} bytes, {done.seconds:.3f} s; "
             f"predicted to save {gain.saved:.2g} s a step and to cost {gain.moving:.2g} s"
@@ -122,7 +130,7 @@ class Reports:
     def saved(self, step: int, path: Path) -> None:
         """Record and show that a checkpoint is complete."""
         if self._progress and self._metrics:
-            self._metrics.write(event_record(step, f"saved {path.name}"))
+            self._record(event_record(step, f"saved {path.name}"))
             self._progress.note(f"saved {path}")
 
     def regrouped(self, done: Rebuilt, facts: RunFacts, seconds: float) -> None:
@@ -131,15 +139,16 @@ class Reports:
             self._open(facts)
         elif not facts.is_first:
             self._stack.close()
-            self._progress = self._metrics = self._trace = None
+            self._progress = self._metrics = self._trace = self._trackers = None
         if not (self._progress and self._metrics):
             return
         if done.went_back:
             self._metrics.truncate_after(done.step)
             self._trace = self._open_trace(facts)
+            self._open_trackers(facts)
         self._write_description(facts)
         text = f"{facts.mesh.world_size} ranks go on after step {done.step}, {done.moved} experts moved, {seconds:.3f} s"
-        self._metrics.write(event_record(done.step, text + (", back at the last checkpoint" if done.went_back else "")))
+        self._record(event_record(done.step, text + (", back at the last checkpoint" if done.went_back else "")))
         self._progress.note(text + ("; back at the last checkpoint, because some experts have no copy left" if done.went_back else ""))
 
     def _open(self, facts: RunFacts) -> None:
@@ -149,6 +158,24 @@ class Reports:
         self._metrics = self._stack.enter_context(MetricsWriter(self._folder / "metrics.jsonl"))
         self._metrics.truncate_after(facts.step)
         self._trace = self._open_trace(facts)
+        self._open_trackers(facts)
+
+    def _record(self, record: Record) -> None:
+        """Write a record to metrics.jsonl, and send it to the trackers. What they do to it, they do later."""
+        self._step = record["step"]
+        if self._metrics:
+            self._metrics.write(record)
+        if self._trackers:
+            self._trackers.record(record)
+
+    def _open_trackers(self, facts: RunFacts) -> None:
+        """Begin to report to the trackers, or again: they forget what they have of steps after those that are done."""
+        if self._trackers:
+            self._trackers.close()
+        adapters = {name: ADAPTERS[name] for name in self._config.report_to}
+        config = yaml.safe_load(to_yaml(self._config))
+        run = TrackedRun(name=self._folder.name, folder=self._folder, config=config, step=facts.step, known_as=None)
+        self._trackers = self._stack.enter_context(Trackers(adapters, run, lambda text: self.event(self._step, text)))
 
     def _open_trace(self, facts: RunFacts) -> TraceWriter | None:
         config = self._config

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from hecate.adapters import AdapterConfig, load_adapter
-from hecate.adapters.bake_user import bake_user, require_width
-from hecate.adapters.export import load_into
+from hecate.adapters.bake_user import require_width
+from hecate.adapters.export import load_into, require_fit
 from hecate.adapters.linear_experts import with_linear_adapter
 from hecate.adapters.linear_format import is_linear_adapter
+from hecate.adapters.lora_folder import is_lora_adapter
 from hecate.adapters.model_folder import is_model_folder, load_model_folder
-from hecate.adapters.peft_by_source import is_lora_adapter, sources_in, with_lora_adapters
+from hecate.adapters.peft_by_source import refuse_several, sources_in, with_lora_adapters
 from hecate.adapters.peft_experts import with_peft_adapter
 from hecate.adapters.peft_moe import is_peft_adapter
 from hecate.config import Config, RouterConfig
@@ -33,7 +34,9 @@ from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks, join_ranks
 from hecate.report.summary import print_summary
 from hecate.train.build import encode_sources, on_device
+from hecate.train.checkpointed import is_checkpoint, model_of_checkpoint
 from hecate.train.evaluate import evaluate, generate
+from hecate.train.trained import find_trained
 
 
 def evaluate_trained(config: Config, trained: Path) -> None:
@@ -44,6 +47,7 @@ def evaluate_trained(config: Config, trained: Path) -> None:
     """
     if not config.data.eval:
         raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on")
+    trained = find_trained(trained)
     with join_ranks() as ranks:
         named, attention = config.model, AttentionChoice(config.model.attention, config.data.packing)
         choice = BaseChoice(named.name_or_path, named.dtype, named.num_hidden_layers, attention, config.kernels)
@@ -56,7 +60,7 @@ def evaluate_trained(config: Config, trained: Path) -> None:
         sources = encode_sources(config.data.eval, config, base, ranks, users)
         found = evaluate(config, ranks, base, moe, sources, None if users is None else on_device(users, ranks))
         if ranks.is_first:
-            print_summary(None, found.scores, [("model" if is_model_folder(trained) else "adapter", str(trained))])
+            print_summary(None, found.scores, [(_what(trained), str(trained))])
 
 
 def answer(
@@ -79,6 +83,7 @@ def answer(
         UserError: as `evaluate_trained`; or there is a system message and no chat template; or a user is missing, superfluous or unknown.
     """
     users = _asking(user, features)
+    trained = find_trained(trained)
     from hecate.data.chat import render_prompt, require_chat_template
 
     with join_ranks() as ranks:
@@ -95,22 +100,6 @@ def answer(
             tokens = PassTokens(users=users_of_rows(on_device(users, ranks), torch.tensor([users.row(user)], device=ranks.device)))
         with moe.engine.evaluation() as evaluation, evaluation.forward(tokens):
             return generate(base, [ids], max_new_tokens=max_new_tokens, batch_size=1)[0]
-
-
-def bake(trained: Path, out: Path, user: str | None, features: Path | None) -> None:
-    """Write the plain LoRA that an adapter is for one user (`bake_user`).
-
-    Raises:
-        UserError: no user is given, it has no features, the adapter has no plain LoRA as its equal, or a file cannot be read or written.
-    """
-    if user is None or features is None:
-        raise UserError(
-            f"{trained}: an adapter whose experts are mixed by users is another LoRA for each user, and other mixtures are none at all\n"
-            "  give --user ID and --features FILE.npz: the LoRA of that user is written"
-        )
-    found = read_user_features(features)
-    row = found.row(user)
-    bake_user(trained, out, user, torch.from_numpy(found.values_UF[row].astype("float64")))
 
 
 def _asking(user: str | None, features: Path | None) -> UserFeatures | None:
@@ -139,14 +128,15 @@ def _require_users(trained: Path, moe: MoeModel, users: UserFeatures | None) -> 
 
 
 def _trained(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
+    if is_checkpoint(folder):
+        return model_of_checkpoint(folder, ranks, choice)[1:]
     if is_model_folder(folder):
         return load_model_folder(folder, ranks, choice.dtype, choice.attention)
     return _with_adapter(folder, ranks, choice)
 
 
 def _with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
-    if sources := sources_in(folder):
-        raise UserError(f"{folder}: holds the adapters of several sources: {', '.join(sources)}\n  name one: {folder / sources[0]}")
+    refuse_several(folder)
     if is_lora_adapter(folder):
         return with_lora_adapters([folder], ranks, choice)
     if is_peft_adapter(folder):
@@ -158,25 +148,20 @@ def _with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseM
         router = description.router
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    name, kind = choice.name or description.base_model_name_or_path, kind_written_as("mixlora")
+    name, kind = choice.name_for(folder, description.base_model_name_or_path), kind_written_as("mixlora")
     base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
     num_layers = len(decoder_layers(base.model)[1])
     if num_layers != description.num_layers:
         raise UserError(f"{folder}: made for {description.num_layers} layers, but the base model has {num_layers}")
     planner = EngineConfig(POLICIES["full"], local_topology(ranks.world_size, cuda=ranks.device.type == "cuda"))
     moe = insert_experts(base.model, base.found, _plan(description, router, choice.kernels), planner, ranks.groups)
-    for name, wanted in _shapes(moe).items():
-        if tuple(tensors[name].shape) != wanted:
-            raise UserError(f"{folder}: {name} has shape {tuple(tensors[name].shape)}, but the base model needs {wanted}")
+    require_fit(moe, base, tensors, folder)
     load_into(moe, tensors)
     return base, moe
 
 
-def _shapes(moe: MoeModel) -> dict[str, tuple[int, ...]]:
-    """One tensor of each size that depends on the base model."""
-    from hecate.adapters import router_tensor_name
-
-    return {router_tensor_name(unit.layer): tuple(router.shape) for unit, router in moe.routers.items()}
+def _what(trained: Path) -> str:
+    return "checkpoint" if is_checkpoint(trained) else "model" if is_model_folder(trained) else "adapter"
 
 
 def _plan(description: AdapterConfig, router: RouterConfig, kernels: Backend) -> InsertionPlan:

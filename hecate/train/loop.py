@@ -7,9 +7,7 @@ Each phase happens on all ranks alike. When a rank is lost, the others regroup a
 
 from __future__ import annotations
 
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,11 +22,13 @@ from hecate.config import Config
 from hecate.elastic.observer import Observer, ObserverLink
 from hecate.elastic.rebuild import Membership
 from hecate.parallel.topology import Topology, local_topology
+from hecate.ranks.peak_memory import peak_memory
 from hecate.ranks.ranks import Ranks, lost_a_peer
 from hecate.report.events import Evaluation
 from hecate.report.heatmap import write_heatmap
 from hecate.report.run_report import Reports
 from hecate.report.summary import print_summary
+from hecate.train.step_profile import StepProfile
 from hecate.train.training import Training
 
 
@@ -52,6 +52,12 @@ class _Outside:
     membership: Membership | None
     observer: ObserverLink | None
     stopping: _Stopping
+    profile: StepProfile
+
+    def note(self, text: str | None) -> None:
+        """Show a line on the terminal; None: there is none."""
+        if text is not None:
+            self.reports.note(text)
 
 
 @dataclass
@@ -102,7 +108,8 @@ def train(
         for note in training.notes:
             reports.note(note)
         link = ObserverLink(observer, training.parts.moe, ranks.device) if observer else None
-        outside = _Outside(reports, membership, link, stopping)
+        profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
+        outside = _Outside(reports, membership, link, stopping, profile)
         _tell_beginning(training, outside)
         measured = _Measured()
         if config.eval.on_start and training.parts.eval_sources and training.standing.step == 0 and not joins:
@@ -114,10 +121,12 @@ def train(
             except Exception as error:  # after an abort, what is left of the old group can fail in any way
                 if membership is None or not _is_of_a_loss(error, training.ranks) or not _regroup(training, membership, outside):
                     raise
-                reports.note(f"went on after: {(str(error) or type(error).__name__).splitlines()[0][:120]}")
+                cause = (str(error) or type(error).__name__).splitlines()[0][:120]
+                reports.event(training.standing.step, f"went on after: {cause}")
         written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
         peaks = peak_memory(training.ranks.device)
         fullest = training.ranks.all_most(list(map(float, peaks.values())))
+        outside.note(profile.merge(at_end=True))
         facts = [
             *((label, f"{most / 2**30:.2f} GiB on the fullest rank") for label, most in zip(peaks, fullest, strict=True)),
             (training.parts.output.name, str(written)),
@@ -147,8 +156,9 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
         _save(training, outside)
     training.complete_step()
     if agreement.stop:
+        outside.note(outside.profile.merge(at_end=True))
         resume = f"hecate train {Path(config.output_dir) / 'config.yaml'} resume=true"
-        outside.reports.note(f"stopped by a signal after step {step}; go on with: {resume}")
+        outside.reports.event(step, f"stopped by a signal after step {step}; go on with: {resume}")
         return False
     if agreement.regroup and outside.membership is not None:
         _regroup(training, outside.membership, outside, together=True)
@@ -157,8 +167,10 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
 
 def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tuple[bool, ...]:
     """One step, and what the ranks have asked for meanwhile (`Agreement`)."""
-    event = training.train_one(lambda: _requests(training, outside))
+    with outside.profile.step():
+        event = training.train_one(lambda: _requests(training, outside))
     outside.reports.step(event)
+    outside.note(outside.profile.merge())
     if outside.observer:
         outside.observer.stepped(event)
     measured.train_seconds += event.seconds
@@ -218,6 +230,7 @@ def _regroup(training: Training, membership: Membership, outside: _Outside, *, t
         together: the ranks have agreed on it, and none was lost.
     """
     started = time.monotonic()
+    outside.note(outside.profile.give_up())
     training.ranks.leave(together=together)
     while group := membership.next_group():
         try:
@@ -253,19 +266,6 @@ def _tell_beginning(training: Training, outside: _Outside) -> None:
     if outside.observer:
         engine, config = training.parts.moe.engine, training.parts.config
         outside.observer.begins(step=training.standing.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes of this process, by what they are: on its GPU if it has one, otherwise what is resident on the host.
-
-    Of a GPU's bytes, tensors have taken those allocated; those reserved are what torch has taken from the driver for them. The context
-    and NCCL's buffers are in neither.
-    """
-    if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"peak GPU memory, allocated": allocated, "peak GPU memory, reserved": reserved}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak memory": peak if sys.platform == "darwin" else peak * 1024}
 
 
 class _Stopping:

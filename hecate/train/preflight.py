@@ -12,13 +12,14 @@ from hecate.config import Config
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
+from hecate.report.trackers import check_trackers
 
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """files of the drivers of NVIDIA's and AMD's GPUs, and of GPUs under WSL"""
 
 
 def check_machine(config: Config) -> None:
-    """Check that this machine can run the kernels and the attention that the configuration asks for.
+    """Check that this machine can run the kernels and the attention that the configuration asks for, and has its trackers.
 
     Only a machine that trains is checked: `hecate plan` accepts the same configuration anywhere.
 
@@ -27,6 +28,7 @@ def check_machine(config: Config) -> None:
     """
     check_kernels(config.kernels)
     check_attention(config.model)
+    check_trackers(config.report_to)
 
 
 def check_kernels(kernels: str) -> None:

@@ -28,7 +28,9 @@ from hecate.model.causal_head import CausalHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.comm.device_tables import copy_to
+from hecate.ranks.peak_memory import peak_memory
 from hecate.report.events import StepResult
+from hecate.train.step_clock import StepClock
 from hecate.train.step_totals import exchange_totals
 
 
@@ -92,6 +94,7 @@ def train_step(
     step: int,
     rules: StepRules,
     requests: Callable[[], Sequence[bool]] = tuple,
+    clock: StepClock | None = None,
 ) -> StepResult:
     """Forward, backward, reduce, clip, step. Every rank must call it with as many micro-batches, whose rows may be all padding.
 
@@ -102,11 +105,15 @@ def train_step(
         features_UF: the vectors of all users, [users, width], on the batches' device; None: no router decides by users.
         step: its number, from 0.
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
+        clock: times the parts plan, forward, backward, gradients and waiting of this step; None: nobody asks.
     """
-    group, engine = moe.engine.shards.groups.world, moe.engine
-    sent = engine.shards.bytes_sent
+    group, engine, device = moe.engine.shards.groups.world, moe.engine, micro_batches[0].input_ids.device
+    sent, sent_far = engine.shards.bytes_sent, engine.shards.bytes_between_nodes
+    clock = clock or StepClock(device)
+    clock.begin()
     this_step = engine.begin_step(step, len(micro_batches))
-    losses = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].input_ids.device)
+    clock.ended("plan")
+    losses = torch.zeros(2, dtype=torch.float64, device=device)
     mean = _means_of_sources(moe, labels_of_source, losses.device) or LossMean(max(num_labels, 1), max(num_labels, 1))
     each = None if num_samples is None else num_samples / len(micro_batches)
     for batch in micro_batches:
@@ -118,16 +125,31 @@ def train_step(
             losses[1] += aux.detach() / len(micro_batches)
             share = share + aux * (rules.aux_coef / len(micro_batches))
         losses[0] += loss_sum.detach() / mean.reported
+        clock.ended("forward")
         micro.backward(share)
+        clock.ended("backward")
     loads = this_step.finish()
     on_its_way = send_gradients(engine, optimizer, loads) if rules.redundancy else None
     optimizer.reduce_replicated(group)
     if on_its_way:
         on_its_way.wait()
     squares = optimizer.squares(counts_owned=engine.shards.in_first_group)
-    totals = exchange_totals(losses, squares, engine.shards.bytes_sent - sent, requests(), group)
+    clock.ended("gradients")
+    figures = (engine.shards.bytes_between_nodes - sent_far, next(iter(peak_memory(device).values())))
+    totals = exchange_totals(losses, squares, engine.shards.bytes_sent - sent, requests(), group, figures)
+    clock.host_waited("waiting")
     taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads, totals.grad_norms)
-    return StepResult(totals.loss, totals.aux_loss, totals.grad_norm, not taken, loads, totals.bytes_sent, totals.asked)
+    return StepResult(
+        totals.loss,
+        totals.aux_loss,
+        totals.grad_norm,
+        not taken,
+        loads,
+        totals.bytes_sent,
+        totals.asked,
+        bytes_between_nodes=sum(int(far) for far, _ in totals.figures),
+        peak_bytes=tuple(int(peak) for _, peak in totals.figures),
+    )
 
 
 @dataclass(frozen=True)

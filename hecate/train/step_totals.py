@@ -29,9 +29,18 @@ class Totals:
     bytes_sent: int
     asked: tuple[bool, ...]
     """of each request: whether any rank has made it"""
+    figures: tuple[tuple[float, ...], ...] = ()
+    """what each rank has given to be known, by rank"""
 
 
-def exchange_totals(losses: Tensor, squares: Tensor, bytes_sent: int, asked: Sequence[bool], group: dist.ProcessGroup) -> Totals:
+def exchange_totals(
+    losses: Tensor,
+    squares: Tensor,
+    bytes_sent: int,
+    asked: Sequence[bool],
+    group: dist.ProcessGroup,
+    figures: Sequence[float] = (),
+) -> Totals:
     """Add up the ranks' shares. Every rank must call it. On a GPU the host waits once, for all that the step has computed.
 
     Args:
@@ -40,14 +49,16 @@ def exchange_totals(losses: Tensor, squares: Tensor, bytes_sent: int, asked: Seq
         bytes_sent: by this rank.
         asked: this rank's requests, equally many on every rank.
         group: of all ranks.
+        figures: numbers of this rank that all ranks are to know, equally many on every rank.
     """
     device = losses.device
-    own = torch.cat([losses, squares, copy_to(torch.tensor([bytes_sent, *asked], dtype=torch.float64), device)])
+    own = torch.cat([losses, squares, copy_to(torch.tensor([bytes_sent, *asked, *figures], dtype=torch.float64), device)])
     table_RF = own.new_empty((dist.get_world_size(group), len(own)))
     dist.all_gather(list(table_RF), own, group=group)
     rows = read(table_RF, group).tolist()
     end = 2 + len(squares) - 1  # of what is added up; after it comes what all ranks have, once
     sums = [sum(column) for column in zip(*([*row[:end], *row[end + 1 :]] for row in rows), strict=True)]
-    (loss, aux_loss), sharded, (sent, *requests) = sums[:2], sums[2:end], sums[end:]
+    (loss, aux_loss), sharded, (sent, *requests) = sums[:2], sums[2:end], sums[end : end + 1 + len(asked)]
     grad_norm = math.sqrt(sum(sharded) + rows[0][end])
-    return Totals(loss, aux_loss, grad_norm, tuple(map(math.sqrt, sharded)), int(sent), tuple(count > 0 for count in requests))
+    known = tuple(tuple(row[len(row) - len(figures) :]) for row in rows)
+    return Totals(loss, aux_loss, grad_norm, tuple(map(math.sqrt, sharded)), int(sent), tuple(count > 0 for count in requests), known)

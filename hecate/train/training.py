@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,14 +23,18 @@ from hecate.elastic.rebuild import Group, can_catch_up, catch_up, exchange_stand
 from hecate.errors import UserError
 from hecate.optim.from_config import learning_rate
 from hecate.parallel import jit
+from hecate.parallel.placement import Placement, new_copies
 from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
+from hecate.parallel.static_ep import static_ep_imbalance
 from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
 from hecate.report.run_report import RunFacts, trainable_rows
 from hecate.train.build import build_parts
 from hecate.train.evaluate import evaluate
 from hecate.train.step import StepRules, train_step
+from hecate.train.step_clock import StepClock
 
 _MOST_SKIPPED_IN_A_ROW = 10
 
@@ -57,6 +61,9 @@ class Training:
         parts = build_parts(built, ranks, topology)
         self.parts = replace(parts, config=replace(parts.config, resume=config.resume, fssdp=config.fssdp))
         self.ranks = ranks
+        self._clock = StepClock(ranks.device)
+        self._placed: dict[Unit, Placement] = {}
+        """of the step before"""
         self.shares: tuple[int, ...] = ()
         """sequences of each micro-step, by rank, or by tensor group, whose ranks have the same sequences"""
         self.notes: list[str] = []
@@ -135,11 +142,14 @@ class Training:
                 aux_coef=config.moe.router_aux_loss_coef, max_grad_norm=config.max_grad_norm, redundancy=config.fssdp.redundancy
             ),
             requests=requests,
+            clock=self._clock,
         )
+        parts_seconds = self._clock.seconds()  # the host has just waited for the device
         self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped)
         _refuse_endless_skipping(self.state)
         # Waiting for the planner's machine code happens once a machine and is none of the training's speed.
         seconds = time.monotonic() - started - (jit.waited_seconds() - waited)
+        copies, new = self._count_copies(result.loads)
         return StepEvent(
             step=self.state.step,
             result=result,
@@ -148,7 +158,18 @@ class Training:
             learning_rate=rate,
             imbalance=engine.shards.plans.imbalance(result.loads),
             calibrations=engine.shards.plans.calibrations,
+            static_imbalance=static_ep_imbalance(result.loads, engine.shards.mesh.shard_size),
+            copies=copies,
+            new_copies=new,
+            parts=parts_seconds,
         )
+
+    def _count_copies(self, units: Collection[Unit]) -> tuple[int, int]:
+        """How many replicas of these units' experts are on other ranks than their owners', and how many of them the step before lacked."""
+        before, placements = self._placed, self.parts.moe.engine.shards.placements
+        self._placed = {unit: placements[unit] for unit in units}
+        copies = sum(new_copies(None, placement) for placement in self._placed.values())
+        return copies, sum(new_copies(before.get(unit), placement) for unit, placement in self._placed.items())
 
     def complete_step(self) -> None:
         """Note that everything that comes between this step and the next is done."""

@@ -19,6 +19,7 @@ from hecate.errors import UserError
 from hecate.forecast.pair_check import check_pairs
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
+from hecate.report.trackers import check_trackers
 from hecate.train.preflight import check_data
 
 LOCAL = "local"
@@ -37,6 +38,7 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     """
     config = load_config(config_path, overrides)
     check_for_ray(config)
+    check_trackers(config.report_to)
     check_data(config)
     check_pairs(config)
     topology = _configured_topology(config)

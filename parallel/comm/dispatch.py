@@ -73,20 +73,27 @@ class Dispatched:
     """per rank"""
 
     def bytes_sent(self, rank: int, y_RO: Tensor, *, backward: bool) -> int:
-        """Bytes that `rank`, this rank, sends to others in dispatch and combine; with `backward`, in their backward passes, too.
+        """Bytes that `rank`, this rank, sends to others: the sum of `bytes_to`."""
+        return sum(self.bytes_to(rank, y_RO, backward=backward))
+
+    def bytes_to(self, rank: int, y_RO: Tensor, *, backward: bool) -> list[int]:
+        """Bytes that `rank`, this rank, sends to each rank in dispatch and combine; with `backward`, in their backward passes, too.
 
         Args:
             y_RO: the results that return.
         """
-        away = sum(self.send_rows) - self.send_rows[rank]
-        back = sum(self.recv_rows) - self.recv_rows[rank]
         hidden = self.x_RD.shape[1] * self.x_RD.element_size()
         result = y_RO.shape[1] * y_RO.element_size()
         weight = self.weight_RK.shape[1] * self.weight_RK.element_size()
         meta = (self.slot_RK.shape[1] + 1) * self.slot_RK.element_size()
-        forward = away * (hidden + weight + meta) + back * result + (len(self.send_rows) - 1) * self.slot_RK.element_size()
         # Gradients of rows and weights return the way they came, and those of the results, too.
-        return forward + (back * (hidden + weight) + away * result if backward else 0)
+        each_away = hidden + weight + meta + (result if backward else 0)
+        each_back = result + (hidden + weight if backward else 0)
+        count = self.slot_RK.element_size()
+        return [
+            0 if other == rank else away * each_away + back * each_back + count
+            for other, (away, back) in enumerate(zip(self.send_rows, self.recv_rows, strict=True))
+        ]
 
 
 def destinations(expert_TK: Tensor, bound_EB: Tensor) -> Tensor:

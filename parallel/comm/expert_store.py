@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -55,7 +56,10 @@ class ExpertStore:
         self._replica_dtype = none_nC.dtype if replica_dtype is None else replica_dtype
         self.parameters = [nn.Parameter(chunk) for chunk in self._owned_nC]
         """one parameter an owned expert, views of one tensor"""
-        self.bytes_sent = 0
+        self.bytes_to = np.zeros(dist.get_world_size(group), dtype=np.int64)
+        """bytes of chunks and gradients sent so far to each rank of the group"""
+        self.ring_bytes = 0
+        """bytes sent so far to the next rank of the replicate group"""
         self._plan: TransferPlan | None = None
         """of this iteration; None: nothing is gathered"""
         self._gathering: Handle[Tensor] | None = None
@@ -69,6 +73,11 @@ class ExpertStore:
         """sum of the gradients of earlier iterations"""
         self._summing: dist.Work | None = None
         """of those, over the sharding groups"""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes sent to other ranks so far."""
+        return int(self.bytes_to.sum()) + self.ring_bytes
 
     @property
     def owned(self) -> Tensor:
@@ -152,7 +161,7 @@ class ExpertStore:
         assert self._plan is not None, "exchange() before gather()"
         assert (change.before, change.after) == (self._plan.chunks, plan.chunks), "the change is one between other placements"
         gathering = sparse_all_gather(self._rounded_nC(), change.missing, self._group)
-        self.bytes_sent += gathering.bytes_sent
+        self.bytes_to += gathering.bytes_to
         before_SC = self.replicas().detach()
         replicas_SC = before_SC.new_empty((plan.chunks.num_slots, self.chunk_numel))
         old_M, kept_slot_M, new_M, new_slot_M = to_device([*change.kept, *change.fetched], self.device)
@@ -176,7 +185,7 @@ class ExpertStore:
         assert self._replicas_SC.grad is not None
         self.wait_for_reduction()
         self._reducing = sparse_reduce_scatter(self._replicas_SC.grad, self._plan.chunks, self._group)
-        self.bytes_sent += self._reducing.bytes_sent
+        self.bytes_to += self._reducing.bytes_to
         self.drop()
 
     def add_gradients(self, grad_nC: Tensor) -> None:
@@ -202,7 +211,7 @@ class ExpertStore:
         assert self._sum_nC is not None, "sum_over_groups() before reduce()"
         self._summing = dist.all_reduce(self._sum_nC, group=self._replicate_group, async_op=True)
         groups = dist.get_world_size(self._replicate_group)
-        self.bytes_sent += 2 * (groups - 1) * self._sum_nC.numel() * self._sum_nC.element_size() // groups  # in a ring
+        self.ring_bytes += 2 * (groups - 1) * self._sum_nC.numel() * self._sum_nC.element_size() // groups  # in a ring
 
     def reduced(self) -> Tensor:
         """[owned experts, C]: the summed gradients, by expert ascending."""
@@ -250,7 +259,7 @@ class ExpertStore:
 
     def _gather_begun(self, gathering: Handle[Tensor]) -> None:
         self._gathering = gathering
-        self.bytes_sent += gathering.bytes_sent
+        self.bytes_to += gathering.bytes_to
 
 
 def gather_together(layers: Sequence[tuple[ExpertStore, TransferPlan]]) -> None:

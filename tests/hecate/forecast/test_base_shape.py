@@ -14,7 +14,7 @@ from hecate.config import find_model
 from hecate.errors import UserError
 from hecate.forecast.base_shape import read_base_shape
 from hecate.forecast.tensor_shapes import tensor_shapes
-from hecate.parallel.expert_kinds import MIXLORA
+from hecate.parallel.expert_kinds import MIXLORA, MOE_LORA, ExpertKind
 from tests.hecate.forecast.making import write_model
 
 
@@ -43,6 +43,34 @@ def test_a_saved_model_is_told_from_its_headers(tmp_path: Path, model_type: str)
     }
     assert set(layer.linears) == expected
     assert layer.query_width == decoder.self_attn.o_proj.in_features
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [("llama", MIXLORA), ("qwen3", MIXLORA), ("mixtral", MOE_LORA), ("qwen3_moe", MOE_LORA)])
+def test_sizes_alone_tell_the_same(tmp_path: Path, model_type: str, kind: ExpertKind) -> None:
+    """With a folder that has lost its weights, and with its config.json as a file of another name."""
+    write_model(tmp_path, model_type)
+    folder = tmp_path / "model"
+    whole = read_base_shape(folder, kind)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    assert read_base_shape(find_model(str(folder), weights=False), kind) == whole
+    (folder / "config.json").rename(tmp_path / "sizes.json")
+    assert read_base_shape(find_model(str(tmp_path / "sizes.json"), weights=False), kind) == whole
+    with pytest.raises(UserError, match=r"neither a folder nor a \.gguf file"):
+        find_model(str(tmp_path / "sizes.json"))
+
+
+def test_sizes_that_are_no_models_are_refused(tmp_path: Path) -> None:
+    for text, words in (
+        ("[1]", "must hold the sizes of a model"),
+        ("model_type: abacus", "no model of type abacus can be made"),
+        ("{", "cannot be read"),
+    ):
+        (tmp_path / "sizes.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=words):
+            read_base_shape(tmp_path / "sizes.yaml", MIXLORA)
+    with pytest.raises(UserError, match="Sizes alone are known of llama-3-8b, "):
+        find_model("llama-3-9b", weights=False)
 
 
 def test_the_first_layers_only(tmp_path: Path) -> None:

@@ -32,11 +32,16 @@ def a_step(step: Any = 1, **changes: Any) -> Record:
         "imbalance": 1.25,
         "bytes_sent": 64,
         "calibrations": 3,
+        "static_imbalance": 1.5,
+        "copies": 4,
+        "new_copies": 2,
+        "parts": {"plan": 0.5, "forward": 1.0},
         "loads": {Unit(0): np.array([[1, 2], [3, 4]])},
     }
     values |= changes
-    result = StepResult(*(values[name] for name in ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent")), ())
-    measured = {name: values[name] for name in ("step", "tokens", "learning_rate", "imbalance", "calibrations")}
+    result = StepResult(*(values[name] for name in ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent")), (), 16, (300, 200))
+    of_result = ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent", "step_seconds")
+    measured = {name: value for name, value in values.items() if name not in of_result}
     return step_record(StepEvent(result=result, seconds=values["step_seconds"], **measured))
 
 
@@ -58,7 +63,7 @@ def test_tokens_per_second() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("field", ["loss", "aux_loss", "grad_norm", "learning_rate", "imbalance"])
+@pytest.mark.parametrize("field", ["loss", "aux_loss", "grad_norm", "learning_rate", "imbalance", "static_imbalance"])
 def test_what_is_not_finite_is_null(field: str, bad: float) -> None:
     changes: dict[str, Any] = {field: bad}
     record = a_step(**changes)

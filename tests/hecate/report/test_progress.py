@@ -11,7 +11,9 @@ import pytest
 from hecate.report.events import EvalScore
 from hecate.report.progress import ETA_WINDOW, Progress, StepLine, duration_text, eval_text, step_text
 
-LINE = StepLine(step=12, loss=1.2341, aux_loss=2.006, learning_rate=1e-3, tokens_per_s=812.4, imbalance=1.03, step_seconds=2.0)
+LINE = StepLine(
+    step=12, loss=1.2341, aux_loss=2.006, learning_rate=1e-3, tokens_per_s=812.4, imbalance=1.03, static_imbalance=1.4, step_seconds=2.0
+)
 
 
 class Terminal(io.StringIO):
@@ -39,7 +41,9 @@ def on_terminal(term: str = "xterm-256color") -> Iterator[Terminal]:
 
 
 def test_the_plain_line() -> None:
-    assert step_text(LINE, 60, 92.0) == "step 12/60  loss 1.234  aux 2.01  lr 1.0e-03  tok/s 812  imbalance 1.03  eta 1m32s"
+    assert (
+        step_text(LINE, 60, 92.0) == "step 12/60  loss 1.234  aux 2.01  lr 1.0e-03  tok/s 812  imbalance 1.03 (static EP 1.40)  eta 1m32s"
+    )
 
 
 def test_a_skipped_step_says_so() -> None:
@@ -67,7 +71,7 @@ def test_plain_lines_when_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> 
         progress.note("saved [checkpoint-12]")
         progress.evaluated(12, {"gcd": EvalScore(1.0, None, 4)})
     assert capsys.readouterr().out.splitlines() == [
-        "step 12/60  loss 1.234  aux 2.01  lr 1.0e-03  tok/s 812  imbalance 1.03  eta 1m36s",
+        "step 12/60  loss 1.234  aux 2.01  lr 1.0e-03  tok/s 812  imbalance 1.03 (static EP 1.40)  eta 1m36s",
         "saved [checkpoint-12]",
         "eval at step 12, loss (exact accuracy):  gcd 1.000",
     ]

@@ -21,8 +21,20 @@ FACTS = RunFacts(0, True, make_mesh(2), (TrainableRow("layers.0.router", 1, 128,
 
 
 def event(step: int) -> StepEvent:
-    result = StepResult(1.0, 2.0, 0.5, False, {Unit(0): np.array([[3, 4], [5, 6]])}, 10, ())
-    return StepEvent(step=step, result=result, tokens=18, seconds=0.5, learning_rate=1e-3, imbalance=1.2, calibrations=0)
+    result = StepResult(1.0, 2.0, 0.5, False, {Unit(0): np.array([[3, 4], [5, 6]])}, 10, (), 0, (300, 200))
+    return StepEvent(
+        step=step,
+        result=result,
+        tokens=18,
+        seconds=0.5,
+        learning_rate=1e-3,
+        imbalance=1.2,
+        calibrations=0,
+        static_imbalance=1.5,
+        copies=1,
+        new_copies=0,
+        parts={"forward": 0.2},
+    )
 
 
 def kinds(folder: Path) -> list[str]:

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import hecate.model.memory_check
+from hecate.adapters.lora_folder import load_peft_adapter
 from hecate.adapters.peft_experts import export_peft_adapter
-from hecate.adapters.peft_moe import load_peft_adapter
 from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape

@@ -23,8 +23,10 @@ from hecate.forecast.run_shape import run_shape
 from hecate.model.base import BaseChoice
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.inference import _with_adapter, answer, bake, evaluate_trained
+from hecate.train.checkpointed import write_checkpointed
+from hecate.train.inference import _with_adapter, answer, evaluate_trained
 from hecate.train.preflight import check_data
+from hecate.train.trained import bake
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
@@ -92,7 +94,12 @@ def test_from_recipe_to_one_users_lora(workshop: Path, one_rank: dist.ProcessGro
     scores = training.evaluate().scores["users.eval"]
     assert scores.accuracy is not None
     folder = training.parts.output.replace(workshop / "runs" / mix, training.parts.moe, ranks)
+    saved = training.save()
+    assert saved is not None
+    of_checkpoint = load_file(write_checkpointed(saved, workshop / mix, ranks) / "adapter_model.safetensors")
     tensors = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(of_checkpoint.pop(name), tensor) for name, tensor in tensors.items())
+    assert not of_checkpoint
     for name in tensors:  # trained longer, the users would differ more
         if name.endswith("router.router.out.weight"):
             tensors[name] = tensors[name] * 300

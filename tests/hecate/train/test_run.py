@@ -54,6 +54,15 @@ def test_a_run_learns_and_leaves_everything_behind(workshop: Path, whole: subpro
     assert "up.eval" in whole.stdout
 
 
+def test_a_page_about_the_run_has_its_plan(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
+    page = workshop / "runs" / "whole.html"
+    assert run("report", workshop / "runs" / "whole", "-o", page).stdout == f"{page}\n"
+    text = page.read_text(encoding="utf-8")
+    assert f"{STEPS} of {STEPS}, finished" in text
+    assert "The mark is what `hecate plan` predicts." in text
+    assert "not recorded" not in text
+
+
 def test_a_killed_run_continues_bit_for_bit(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
     """SIGKILL of one rank between two checkpoints; the launcher ends the other; resume gives the losses of the uninterrupted run."""
     arguments = train_arguments(workshop, "killed", "save_steps=2", "eval.on_start=false", "trace=true")

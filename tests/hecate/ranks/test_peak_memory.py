@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hecate.train.loop import peak_memory
+from hecate.ranks.peak_memory import peak_memory
 
 
 def test_on_a_gpu_the_gpus_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

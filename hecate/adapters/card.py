@@ -1,0 +1,102 @@
+"""The model card of a folder that training or `hecate export` leaves: README.md with the header that model hubs read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hecate.config import Config
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a folder is loaded."""
+
+    library: str
+    """as hubs name it in `library_name`"""
+    tags: tuple[str, ...]
+    how: str
+    """Markdown"""
+
+
+_GENERATE = "    hecate generate FOLDER 'What is FSSDP?'"
+_PEFT = """With PEFT:
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
+
+With hecate:
+
+"""
+LOADING = {
+    "LORA": Loading("peft", ("lora",), _PEFT + _GENERATE),
+    "MIXLORA": Loading(
+        "hecate",
+        ("lora", "mixlora", "mixture-of-experts"),
+        f"With hecate:\n\n{_GENERATE}\n\nFor the `mixlora` and `moe-peft` libraries: `hecate export FOLDER --to mixlora -o OUT`. "
+        "For servers: `--to mixtral`.",
+    ),
+    "MOLA": Loading("hecate", ("lora", "mola", "mixture-of-experts"), f"With hecate, and no other program:\n\n{_GENERATE}"),
+}
+"""by the `peft_type` of adapters as a run leaves them"""
+
+
+def how_trained(config: Config) -> dict[str, Any]:
+    """Return what an adapter's description says about its training, as JSON values: under `extra`, by the name `training`."""
+    return {
+        "family": config.moe.kind.name,
+        "steps": config.max_steps,
+        "micro_batch_size": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "seed": config.seed,
+        "data": [source.name for source in config.data.train],
+    }
+
+
+def adapter_card(config: Mapping[str, Any], loading: Loading | None = None, notes: Sequence[str] = ()) -> bytes:
+    """Return the card of an adapter.
+
+    Args:
+        config: its adapter_config.json.
+        loading: None: as adapters of its `peft_type` are that a run leaves.
+        notes: sentences about what the folder cannot say otherwise.
+    """
+    loading = loading or LOADING[str(config["peft_type"])]
+    facts = {
+        "base model": config["base_model_name_or_path"],
+        "rank": config["r"],
+        "alpha": f"{config['lora_alpha']}{', scaled by alpha / sqrt(r)' if config.get('use_rslora') else ', scaled by alpha / r'}",
+        "adapted modules": ", ".join([*config["target_modules"], *(config.get("target_parameters") or [])]),
+        "experts": config.get("number_experts", config.get("num_experts")),
+        "experts for each token": config.get("top_k"),
+        "trained routers": ", ".join(config.get("modules_to_save") or []) or None,
+    }
+    extra = config.get("hecate", {}).get("extra", {})
+    trained = {name.replace("_", " "): value for name, value in extra.get("training", {}).items()}
+    return _card(config["base_model_name_or_path"], loading, {**facts, **trained}, notes)
+
+
+def model_card(base: str, how: str, facts: Mapping[str, Any], notes: Sequence[str], tags: Sequence[str]) -> bytes:
+    """Return the card of a whole model."""
+    return _card(base, Loading("transformers", tuple(tags), how), facts, notes)
+
+
+def _card(base: str, loading: Loading, facts: Mapping[str, Any], notes: Sequence[str]) -> bytes:
+    # Text in a YAML header is written as JSON, which is YAML, too: a path may hold any character.
+    header = ["---", f"library_name: {loading.library}", f"base_model: {json.dumps(base)}", "tags:"]
+    header += [f"- {tag}" for tag in ("hecate", *loading.tags)] + ["---"]
+    table = ["| what | value |", "|---|---|", *(f"| {name} | {_shown(value)} |" for name, value in facts.items() if value is not None)]
+    sections = ["\n".join(header), "# Trained with hecate", "\n".join(table), *notes, "## How to load it", loading.how]
+    return ("\n\n".join(sections) + "\n").encode()
+
+
+def _shown(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,178 @@
+"""The forms in which `hecate export` writes an adapter: for each, which adapters it can hold, why not others, and how it is written.
+
+| form | holds | who reads it |
+|---|---|---|
+| mixlora | a mixture over a dense model's FFNs (`moe.family: mixlora`) | the libraries mixlora and moe-peft |
+| mixtral | the same, as a whole model | whatever reads Mixtral |
+| peft | a LoRA of linears, or of an MoE model's experts | PEFT |
+| per-expert | a LoRA of an MoE model's experts | vLLM, SGLang, llama.cpp's converter |
+| merged | a LoRA of either sort, as a whole model | whatever reads the base model |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from hecate.adapters.card import Loading, adapter_card
+from hecate.adapters.config import AdapterConfig
+from hecate.adapters.folder import load_adapter
+from hecate.adapters.linear_format import LinearAdapterConfig, is_linear_adapter, load_linear_adapter
+from hecate.adapters.lora_folder import load_lora
+from hecate.adapters.merge import merge
+from hecate.adapters.mixlora_as_mixtral import write_mixtral
+from hecate.adapters.mixlora_library import not_for_libraries, write_library_folder
+from hecate.adapters.peft_moe import PeftMoeConfig, is_peft_adapter, peft_config_to_json, save_peft_adapter
+from hecate.adapters.per_expert import PLAIN, SPELLINGS, split_experts
+from hecate.errors import UserError
+from hecate.model.load import base_of, read_config
+from hecate.model.stored_model import open_stored
+
+_JOINED_IN_VLLM = ("gpt_oss", "interns1_pro", "qwen3_5", "qwen3_omni_moe", "qwen3_vl_moe")
+"""how the model types begin whose experts vLLM has in one tensor"""
+Description = AdapterConfig | PeftMoeConfig | LinearAdapterConfig
+
+
+@dataclass(frozen=True)
+class ReadAdapter:
+    """An adapter as it was read from its folder, whatever form that has."""
+
+    folder: Path
+    tensors: Mapping[str, Tensor]
+    description: Description
+
+    def on(self, base: str | None) -> ReadAdapter:
+        """The same adapter over the base model of another name; None: the one that it names."""
+        return self if base is None else replace(self, description=replace(self.description, base_model_name_or_path=base))
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form."""
+
+    holds: tuple[type, ...]
+    """the descriptions whose adapters it holds"""
+    write: Callable[[ReadAdapter, Path], list[str]]
+    """a function that writes the new folder and returns what the user should know, line by line; it raises UserError where the form cannot
+    hold the adapter, in words that go on after the folder's name"""
+
+
+WHAT: dict[type, str] = {
+    AdapterConfig: "a mixture of experts over a dense model's FFNs, whose router chooses for each token",
+    PeftMoeConfig: "a LoRA, without routers of its own",
+    LinearAdapterConfig: "a mixture of experts over single linears, whose routers choose for each token or user",
+}
+"""what an adapter with such a description is"""
+
+
+def read_any(folder: Path) -> ReadAdapter:
+    """Read an adapter folder of any form.
+
+    Raises:
+        UserError: naming the file, the key or the tensor that is missing or wrong.
+    """
+    if is_peft_adapter(folder):
+        return ReadAdapter(folder, *load_lora(folder))
+    if is_linear_adapter(folder):
+        return ReadAdapter(folder, *load_linear_adapter(folder))
+    return ReadAdapter(folder, *load_adapter(folder))
+
+
+def write_form(name: str, adapter: ReadAdapter, out: Path) -> list[str]:
+    """Write an adapter in a form to the new folder `out`; what the user should know, line by line.
+
+    Raises:
+        UserError: there is no such form, the form cannot hold the adapter, the base model cannot be read, or the disk fails.
+    """
+    form = FORMS.get(name)
+    if form is None:
+        raise UserError(f"--to {name[:100]}: there is no such form\n  forms: {', '.join(FORMS)}")
+    if out.exists():
+        raise UserError(f"{out}: exists already, and nothing is written over; remove it or name another folder")
+    if type(adapter.description) not in form.holds:
+        others = [other for other, one in FORMS.items() if type(adapter.description) in one.holds]
+        if others:
+            hint = f"give --to {' or '.join(others)}"
+        else:
+            hint = "no other program computes it; where users decide, --user writes the LoRA of one user"
+        raise UserError(f"{adapter.folder}: is {WHAT[type(adapter.description)]}, which the form {name} cannot hold\n  {hint}")
+    try:
+        return form.write(adapter, out)
+    except UserError as error:
+        where = "" if str(error).startswith(str(adapter.folder)) else f"{adapter.folder}: "
+        raise UserError(f"{where}{error}") from error
+
+
+def servers_for(model_type: str) -> list[str]:
+    """Return who takes the form per-expert of an adapter over a model of this type, and how, line by line."""
+    lines = []
+    if model_type.startswith(_JOINED_IN_VLLM):
+        lines.append("not vLLM, which has this model's experts in one tensor: --to peft")
+    else:
+        lines.append("vLLM: --enable-lora --lora-modules NAME=FOLDER --max-lora-rank RANK")
+    if model_type not in SPELLINGS:  # whose experts' weights have other names than SGLang looks for
+        lines.append("SGLang: --lora-paths NAME=FOLDER")
+    lines.append("llama.cpp: convert_lora_to_gguf.py --base BASE FOLDER; Ollama takes the result as ADAPTER")
+    lines.append("not PEFT, which has a form of its own: --to peft")
+    return lines
+
+
+def _to_mixlora(adapter: ReadAdapter, out: Path) -> list[str]:
+    config = adapter.description
+    assert isinstance(config, AdapterConfig)
+    model_type = read_config(base_of(adapter.folder, config.base_model_name_or_path)).model_type
+    if reason := not_for_libraries(config, model_type):
+        raise UserError(f"the libraries cannot hold it: {reason}")
+    write_library_folder(out, adapter.tensors, config)
+    return ["for the mixlora and moe-peft libraries"]
+
+
+def _to_mixtral(adapter: ReadAdapter, out: Path) -> list[str]:
+    assert isinstance(adapter.description, AdapterConfig)
+    base = open_stored(base_of(adapter.folder, adapter.description.base_model_name_or_path))
+    return write_mixtral(out, base, adapter.tensors, adapter.description)
+
+
+def _to_peft(adapter: ReadAdapter, out: Path) -> list[str]:
+    assert isinstance(adapter.description, PeftMoeConfig)
+    save_peft_adapter(out, adapter.tensors, adapter.description)
+    return ["for PEFT"]
+
+
+def _to_per_expert(adapter: ReadAdapter, out: Path) -> list[str]:
+    config = adapter.description
+    assert isinstance(config, PeftMoeConfig)
+    if not config.target_parameters:
+        raise UserError(
+            "adapts linears and no experts, so that it has no pairs of experts\n  give --to peft, which servers read for linears"
+        )
+    if config.modules_to_save:
+        raise UserError(
+            f"has trained routers ({', '.join(config.modules_to_save)}), which no server takes beside an adapter\n"
+            "  give --to merged, which holds them, or train with moe.train_router=false"
+        )
+    model_type = read_config(base_of(adapter.folder, config.base_model_name_or_path)).model_type
+    tensors, described = split_experts(adapter.tensors, config, SPELLINGS.get(model_type, PLAIN))
+    servers = servers_for(model_type)
+    loading = Loading("peft", ("lora", "mixture-of-experts"), "\n".join(f"- {line}" for line in servers))
+    save_peft_adapter(out, tensors, described, adapter_card(peft_config_to_json(described), loading))
+    return servers
+
+
+def _to_merged(adapter: ReadAdapter, out: Path) -> list[str]:
+    assert isinstance(adapter.description, PeftMoeConfig)
+    base = open_stored(base_of(adapter.folder, adapter.description.base_model_name_or_path))
+    return merge(out, base, adapter.tensors, adapter.description)
+
+
+FORMS: dict[str, Form] = {
+    "mixlora": Form((AdapterConfig,), _to_mixlora),
+    "mixtral": Form((AdapterConfig,), _to_mixtral),
+    "peft": Form((PeftMoeConfig,), _to_peft),
+    "per-expert": Form((PeftMoeConfig,), _to_per_expert),
+    "merged": Form((PeftMoeConfig,), _to_merged),
+}
+"""by the name that `--to` gives"""

@@ -1,0 +1,198 @@
+"""Merge a LoRA into its base model: attention, dense FFNs, and the experts of MoE models in every layout that files have.
+
+The model is read and written tensor by tensor, and keeps its layout: names, types, and which file holds what.
+
+Shapes: E experts, r rank, D hidden, F ffn, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hecate.adapters.card import CARD, model_card
+from hecate.adapters.model_files import DTYPE_NAMES, write_model
+from hecate.adapters.peft_moe import PeftMoeConfig, expert_a, expert_b, expert_names, linear_names
+from hecate.adapters.per_expert import experts_paths
+from hecate.checkpoint.layout import TensorEntry
+from hecate.errors import UserError
+from hecate.io.durable import write_durable
+from hecate.model.load import load_tokenizer
+from hecate.model.stored_experts import EXPERTS, ROLES
+from hecate.model.stored_model import StoredModel
+
+Pair = tuple[Tensor, Tensor]
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+"""the endings of files that hold weights, or say where they are"""
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """What becomes of a weight of the base."""
+
+    shape: tuple[int, ...]
+    """of the weights that it can be made to"""
+    make: Callable[[Tensor], Tensor]
+
+
+def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[str, WeightChange]:
+    """Return what the adapter makes of each weight that it changes, by the weight's name in the base.
+
+    Raises:
+        UserError: a weight that the adapter is for has no pair in it, a pair or a router belongs to no weight, or one has the wrong shape.
+    """
+    experts = _expert_pairs(tensors, config)
+    routers = {_layer_of(name): name for name in tensors if name.endswith(tuple(f".{end}.weight" for end in config.modules_to_save))}
+    changes: dict[str, WeightChange] = {}
+    used: set[str] = set()
+    for name, weight in base.weights.items():
+        if match := EXPERTS.search(name):
+            projection, change = _of_expert(match[2], experts.get(int(match[1]), {}), config.scale)
+            if projection not in config.projections:
+                continue
+            names = experts.get(int(match[1]), {}).get(projection)
+            if names is None or change is None:
+                raise UserError(f"has no pair for {projection} of layer {match[1]}, where the base model has {name}")
+            used |= {names[0], names[1]}
+        elif (layer := _layer_of(name)) in routers and name.endswith(".gate.weight"):
+            router = tensors[routers[layer]]
+            used.add(routers[layer])
+            change = _replaced_by(router)
+        else:
+            path = name.removesuffix(".weight")
+            name_a, name_b = linear_names(path)
+            if name_a not in tensors or name_b not in tensors:
+                last = path.rpartition(".")[2]
+                if name != path and layer is not None and last in config.target_modules and len(weight.shape) == 2:
+                    missing = name_a if name_a not in tensors else name_b
+                    raise UserError(f"has no tensor {missing}, but it is for {last}, and the base model has {name}")
+                continue
+            used |= {name_a, name_b}
+            change = _plus_pair(tensors[name_a], tensors[name_b], config.scale)
+        assert change is not None
+        if change.shape != weight.shape:
+            raise UserError(f"what it has for {name} has the shape {list(change.shape)}, but the base model's is {list(weight.shape)}")
+        changes[name] = change
+    if left := sorted(set(tensors) - used):
+        raise UserError(f"the tensor {left[0]} ({len(left)} such) belongs to no weight of the base model")
+    return changes
+
+
+def merge(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> list[str]:
+    """Write the base model with the adapter merged into it to the new folder `folder`; what the user should know, line by line.
+
+    Raises:
+        UserError: as `changes_of`; all B are zero; or the disk fails.
+    """
+    changes = changes_of(base, tensors, config)
+    if not any(bool(tensor.any()) for name, tensor in tensors.items() if not name.endswith(".lora_A.weight")):
+        raise UserError("all its B are zero: it was never trained, and the merged model would be the base model")
+    changed = 0
+
+    def fetch(name: str) -> Tensor:
+        nonlocal changed
+        before = base.read(name)
+        if name not in changes:
+            return before.contiguous()
+        after = changes[name].make(before).contiguous()
+        changed += not torch.equal(before, after)
+        return after
+
+    entries = {name: TensorEntry(one.file, DTYPE_NAMES[one.dtype], one.shape, digest="") for name, one in base.weights.items()}
+    facts = {"base model": config.base_model_name_or_path, "merged": f"LoRA of rank {config.r} into {len(changes)} weights"}
+    card = model_card(config.base_model_name_or_path, "As any other model of its kind.", facts, (), ("lora", "merged"))
+    write_model(folder, entries, fetch, lambda staging: add_files_of(base, staging, card))
+    note = f"{changed} of {len(changes)} adapted weights differ from the base model's"
+    return [note] if changed == len(changes) else [note, "  the others are changed by less than their type can hold, or their B is zero"]
+
+
+def add_files_of(base: StoredModel, folder: Path, card: bytes) -> None:
+    """Copy what the base model's folder holds beside weights, and add the model card."""
+    write_durable(folder / CARD, [card])
+    if base.source.gguf_file is not None:
+        base.config.save_pretrained(folder)
+        load_tokenizer(base.source).save_pretrained(folder)
+        return
+    for path in sorted(base.source.folder.iterdir()):
+        if path.is_file() and path.name != CARD and not path.name.endswith(_WEIGHTS) and not path.name.startswith("."):
+            write_durable(folder / path.name, [path.read_bytes()])
+
+
+def plus_pair(weight_OI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
+    """Return W + scale · B A, computed in float32 or wider, in W's type."""
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    return torch.addmm(weight_OI.to(wide), b_Or.to(wide), a_rI.to(wide), alpha=scale).to(weight_OI.dtype)
+
+
+def _plus_pair(a_rI: Tensor, b_Or: Tensor, scale: float) -> WeightChange:
+    return WeightChange((len(b_Or), a_rI.shape[1]), lambda weight_OI: plus_pair(weight_OI, a_rI, b_Or, scale))
+
+
+def _replaced_by(router: Tensor) -> WeightChange:
+    return WeightChange(tuple(router.shape), lambda weight: router.to(weight.dtype))
+
+
+def _expert_pairs(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[int, dict[str, tuple[str, str, Pair, int]]]:
+    """By layer and projection: the names of A and B, both, and the number of experts."""
+    found: dict[int, dict[str, tuple[str, str, Pair, int]]] = {}
+    for path in experts_paths(tensors):
+        of_layer = found.setdefault(_required_layer(path), {})
+        for projection, (name_a, name_b) in expert_names(path, config.projections).items():
+            if name_a not in tensors or name_b not in tensors:
+                raise UserError(f"has no tensor {name_a if name_a not in tensors else name_b}")
+            a, b = tensors[name_a], tensors[name_b]
+            if a.shape[0] % config.r or b.shape[1] != a.shape[0]:
+                raise UserError(f"{name_a} has the shape {list(a.shape)} and {name_b} {list(b.shape)}, which are not of rank {config.r}")
+            of_layer[projection] = name_a, name_b, (a, b), a.shape[0] // config.r
+    return found
+
+
+def _of_expert(rest: str, of_layer: Mapping[str, tuple[str, str, Pair, int]], scale: float) -> tuple[str, WeightChange | None]:
+    """The projection that a stored weight of experts belongs to, and what becomes of the weight; None: the adapter has no pair for it.
+
+    Args:
+        rest: its name after `experts.`: gate_up_proj or down_proj of all experts, or NUMBER.gate_proj.weight and the like.
+    """
+    number, _, last = rest.partition(".")
+    if rest in ("gate_up_proj", "down_proj"):
+        return rest, _all_experts(*of_layer[rest][2:], scale) if rest in of_layer else None
+    role = ROLES.get(last, "")
+    projection = "down_proj" if role == "down" else "gate_up_proj"
+    if projection not in of_layer or not role:
+        return projection, None
+    _, _, (a, b), experts = of_layer[projection]
+    if int(number) >= experts:
+        return projection, None
+    b_Or = expert_b(b, int(number), experts)
+    halves = {"gate": b_Or[: len(b_Or) // 2], "up": b_Or[len(b_Or) // 2 :], "down": b_Or}
+    return projection, _plus_pair(expert_a(a, int(number), experts), halves[role], scale)
+
+
+def _all_experts(pair: Pair, experts: int, scale: float) -> WeightChange:
+    a, b = pair
+
+    def make(weight_EOI: Tensor) -> Tensor:
+        made = torch.empty_like(weight_EOI)
+        for expert in range(experts):
+            made[expert] = plus_pair(weight_EOI[expert], expert_a(a, expert, experts), expert_b(b, expert, experts), scale)
+        return made
+
+    return WeightChange((experts, len(b), a.shape[1]), make)
+
+
+def _layer_of(name: str) -> int | None:
+    match = _LAYER.search(name)
+    return None if match is None else int(match[1])
+
+
+def _required_layer(path: str) -> int:
+    layer = _layer_of(f"{path}.")
+    if layer is None:
+        raise UserError(f"{path}: adapts experts outside the model's decoder layers")
+    return layer

@@ -1,0 +1,21 @@
+"""The most memory that a rank has needed so far."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes of this process, by what they are: on its GPU if it has one, otherwise what is resident on the host.
+
+    Of a GPU's bytes, tensors have taken those allocated; those reserved are what torch has taken from the driver for them. The context
+    and NCCL's buffers are in neither.
+    """
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"peak GPU memory, allocated": allocated, "peak GPU memory, reserved": reserved}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak memory": peak if sys.platform == "darwin" else peak * 1024}

@@ -1,0 +1,34 @@
+"""The model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hecate.adapters.card import adapter_card, how_trained
+from hecate.config import Config, DataConfig, DataSource, ModelConfig
+from tests.hecate.adapters.exporting import (
+    save_mixlora,
+)
+
+
+def test_a_folder_has_a_card(tmp_path: Path) -> None:
+    extra = {"training": {"steps": 12, "data": ["chats", "sums"]}}
+    card = (save_mixlora(tmp_path / "adapter", Path("base: model"), extra=extra) / "README.md").read_text()
+    header = card.split("---")[1]
+    for text in ("library_name: hecate", 'base_model: "base: model"', "- mixlora"):
+        assert text in header
+    for text in ("| steps | 12 |", "| data | chats, sums |", "| experts | 3 |", "hecate generate"):
+        assert text in card
+
+
+def test_the_card_says_what_was_trained(tmp_path: Path) -> None:
+    made = Config(
+        model=ModelConfig(name_or_path="models/tiny"),
+        data=DataConfig(train=(DataSource(path="a.jsonl", name="a|b"),)),
+        output_dir="runs/a",
+        max_steps=7,
+    )
+    value = {"peft_type": "LORA", "base_model_name_or_path": "b", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    card = adapter_card({**value, "hecate": {"extra": {"training": how_trained(made)}}}).decode()
+    for text in ("| steps | 7 |", "| data | a\\|b |", "| family | mixlora |", "library_name: peft", "PeftModel.from_pretrained"):
+        assert text in card

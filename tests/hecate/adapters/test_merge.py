@@ -1,0 +1,107 @@
+"""A LoRA merged into its base model, whatever layout that has: transformers computes with the result what PEFT computes with both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hecate.adapters.merge import merge
+from hecate.adapters.model_files import write_model
+from hecate.adapters.peft_moe import PeftMoeConfig, linear_names
+from hecate.checkpoint.layout import TensorEntry
+from hecate.errors import UserError
+from hecate.model.load import resolve_model
+from hecate.model.stored_model import open_stored
+from tests.hecate.adapters.exporting import (
+    LIMIT,
+    export,
+    hecate_logits,
+    save_dense,
+    save_moe,
+    save_peft,
+    transformers_logits,
+    with_router,
+)
+
+
+def test_a_lora_merged_into_a_dense_model(tmp_path: Path) -> None:
+    """In several files, of which it keeps the names; nothing else changes."""
+    model = tmp_path / "model"
+    save_dense("qwen2", tmp_path / "whole")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float64).save_pretrained(model, max_shard_size="20KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    adapter, wanted = save_peft(tmp_path / "adapter", model, ["q_proj", "down_proj"], experts=False)
+    out = export(adapter, "merged", tmp_path / "out")
+    torch.testing.assert_close(transformers_logits(out), wanted, **LIMIT)
+    torch.testing.assert_close(hecate_logits(out), hecate_logits(adapter), **LIMIT)
+    assert {path.name for path in out.iterdir()} == {"README.md", *(path.name for path in model.iterdir())}
+    before, after = (open_stored(resolve_model(str(folder))) for folder in (model, out))
+    assert {name: one.file for name, one in before.weights.items()} == {name: one.file for name, one in after.weights.items()}
+    for name in before.weights:
+        adapted = name.endswith(("q_proj.weight", "down_proj.weight"))
+        assert torch.equal(before.read(name), after.read(name)) != adapted, name
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_lora_merged_into_an_moe_model(tmp_path: Path, kind: str, fused: bool) -> None:
+    model = save_moe(kind, tmp_path / "model")
+    adapter, wanted = save_peft(tmp_path / "adapter", model, ["q_proj"])
+    if fused:  # as transformers 5 holds them
+        held = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        save_file({name: one.detach().clone() for name, one in held.named_parameters()}, model / "model.safetensors")
+    out = export(adapter, "merged", tmp_path / "out")
+    torch.testing.assert_close(transformers_logits(out), wanted, **LIMIT)
+
+
+def test_trained_routers_are_merged(tmp_path: Path) -> None:
+    adapter, without = save_peft(tmp_path / "adapter", save_moe("mixtral", tmp_path / "model"), ["q_proj"])
+    with_router(adapter)
+    logits = transformers_logits(export(adapter, "merged", tmp_path / "out"))
+    torch.testing.assert_close(logits, hecate_logits(adapter), **LIMIT)
+    assert not torch.allclose(logits, without, atol=1e-2)
+
+
+def test_what_bfloat16_cannot_hold_is_said(tmp_path: Path) -> None:
+    model = save_dense("llama", tmp_path / "model", torch.bfloat16)
+    tensors = {}
+    for layer in range(3):
+        name_a, name_b = linear_names(f"model.layers.{layer}.self_attn.q_proj")
+        tensors[name_a], tensors[name_b] = torch.ones(1, 16), torch.full((16, 1), 1e-9 if layer else 1.0)
+    values: dict[str, Any] = {"base_model_name_or_path": str(model), "r": 1, "alpha": 1, "use_rslora": False}
+    config = PeftMoeConfig(**values, target_modules=("q_proj",), target_parameters=())
+    notes = merge(tmp_path / "out", open_stored(resolve_model(str(model))), tensors, config)
+    assert notes[0] == "1 of 3 adapted weights differ from the base model's"
+    assert "less than their type can hold" in notes[1]
+    assert {one.dtype for one in open_stored(resolve_model(str(tmp_path / "out"))).weights.values()} == {torch.bfloat16}
+
+
+def test_a_model_that_cannot_be_read_to_its_end_leaves_nothing(tmp_path: Path) -> None:
+    entry = TensorEntry("model.safetensors", "F32", (2,), digest="")
+
+    def fetch(name: str) -> Tensor:
+        if name == "b":
+            raise UserError("b cannot be read")
+        return torch.zeros(2)
+
+    with pytest.raises(UserError, match="b cannot be read"):
+        write_model(tmp_path / "out", {"a": entry, "b": entry}, fetch, lambda _: None)
+    assert not list(tmp_path.iterdir())
+    write_model(tmp_path / "out", {"a": entry}, fetch, lambda _: None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    model = save_dense("llama", tmp_path / "model")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(UserError, match=r"model.norm.weight is stored as F8_E4M3: quantised models cannot be changed"):
+        open_stored(resolve_model(str(model)))

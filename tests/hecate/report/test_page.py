@@ -1,0 +1,224 @@
+"""The report of a run as one page: whole, sound, and honest about what was not recorded."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from hecate.errors import UserError
+from hecate.forecast.planned_memory import planned_memory
+from hecate.parallel.units import Unit
+from hecate.report.expert_pictures import padded
+from hecate.report.metrics import event_record, step_record
+from hecate.report.page import PlannedMemory, report_page, write_page
+from hecate.report.page_parts import bytes_text
+from hecate.report.run_records import MOST_BINS, read_run
+from tests.hecate.report.made_runs import LINEARS, a_step, usual_records, write_run
+
+PLANNED = PlannedMemory(np.array([650_000.0]), {"base weights": 600_000.0, "replicas": 50_000.0}, on_gpu=False)
+SECTIONS = [
+    "Losses",
+    "Tasks",
+    "Imbalance between ranks",
+    "Load of the experts",
+    "Load over time",
+    "Placement",
+    "Time of a step",
+    "Bytes by link",
+    "Memory",
+    "Events",
+]
+NEW_FIELDS = ("parts", "ranks", "static_imbalance", "copies", "new_copies", "bytes_between_nodes", "peak_bytes")
+"""what earlier versions have not recorded"""
+
+
+class Sound(HTMLParser):
+    """Refuses tags that do not match; collects headings and texts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.texts: list[str] = []
+        self.outside: list[str] = []
+        self.feed(page)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag != "script"
+        self.outside += [value or "" for name, value in attributes if name in ("href", "src") and not (value or "").startswith("data:")]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+
+def pictures(page: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+
+
+def page_of(folder: Path, planned: PlannedMemory | str = PLANNED) -> tuple[str, Sound]:
+    page = report_page(read_run(folder), planned)
+    return page, Sound(page)
+
+
+def test_a_page_has_every_section_and_needs_nothing_else(tmp_path: Path) -> None:
+    page, seen = page_of(write_run(tmp_path / "run", usual_records()))
+    assert seen.headings == SECTIONS
+    assert seen.outside == [], "something comes from outside the page"
+    assert "prefers-color-scheme:dark" in page
+    assert "not recorded" not in seen.text
+    assert "12 of 12, finished" in seen.text
+    assert "2, from step 9 on 1" in seen.text, "the ranks"
+    assert "4.000 → 1.500" in seen.text, "the first and the last held-out loss"
+    assert "In the mean step 3 kB stayed inside nodes and 2 kB went from one node to another" in seen.text
+    assert "1 ranks go on after step 8" in seen.text
+    assert "Checkpoints saved: 1, the last one after step 8." in seen.text
+    static = np.mean([a_step(step, ranks=2 if step < 9 else 1).static_imbalance for step in range(1, 13)])
+    assert f"the same loads would have given {static:.2f} (computed, not run)" in seen.text
+    assert static > 1.1
+    drawn = pictures(page)
+    assert len(drawn) == 16
+    maps = [imread(io.BytesIO(base64.b64decode(image.attrib["href"].split(",")[1]))) for svg in drawn for image in svg.iter("image")]
+    # The loads of both layers, each expert's over time, and the unevenness; each with the scale of its colours.
+    assert [one.shape[:2] for one in maps] == [(2, 4), (32, 1), (2, 12), (32, 1), (4, 12), (32, 1)]
+    assert all(one[..., 3].min() == 1 for one in maps)
+
+
+def test_what_was_not_recorded_is_said(tmp_path: Path) -> None:
+    """A run of a version that recorded less has the same page, with holes."""
+    steps = [step_record(a_step(step)) for step in (1, 2)]
+    old = [{name: value for name, value in record.items() if name not in NEW_FIELDS} for record in steps]
+    _, seen = page_of(write_run(tmp_path / "run", old, {"max_steps": 9}), "the run has recorded no memory")
+    assert seen.headings == SECTIONS
+    assert seen.text.count("not recorded") == 9
+    assert "What static expert parallelism would have had: not recorded." in seen.text
+    assert "2 of 9, under way, or ended without a word" in seen.text
+    assert "By link: not recorded." in seen.text
+
+
+def test_a_stopped_run_says_so_and_its_torn_line_is_left_out(tmp_path: Path) -> None:
+    stop = event_record(2, "stopped by a signal after step 2; go on with: hecate train <b>run</b> resume=true")
+    folder = write_run(tmp_path / "run", [*(step_record(a_step(step)) for step in (1, 2)), stop])
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind":"step","step":3,"lo')
+    page, seen = page_of(folder)
+    assert "2 of 12, stopped" in seen.text
+    assert "The last line of metrics.jsonl is torn" in seen.text
+    assert "<b>run" not in page, "a text of the run became HTML"
+    assert "The run has not evaluated" in seen.text
+
+
+def test_a_run_without_a_step_has_a_page(tmp_path: Path) -> None:
+    _, seen = page_of(write_run(tmp_path / "run", [event_record(0, "resumed after step 0")]), "nothing yet")
+    assert seen.headings == [heading for heading in SECTIONS if heading != "Load over time"]
+    assert "none recorded yet" in seen.text
+
+
+def test_hundreds_of_units_are_drawn_by_kind_of_linear(tmp_path: Path) -> None:
+    """128 units are four maps of 32 layers, and one row for each layer over time."""
+    steps = [step_record(a_step(step, units=LINEARS, experts=8)) for step in range(1, 4)]
+    page, seen = page_of(write_run(tmp_path / "run", steps))
+    assert len(page) < 100_000
+    maps = [imread(io.BytesIO(base64.b64decode(i.attrib["href"].split(",")[1]))) for svg in pictures(page) for i in svg.iter("image")]
+    assert [one.shape[:2] for one in maps if one.shape[1] > 1] == [(32, 8)] * 4 + [(32, 3), (8, 3)]
+    assert "self_attn.v_proj, by layer and expert" in seen.text
+
+
+def test_layers_of_different_sizes_are_padded_and_many_experts_share_columns() -> None:
+    grid, names = padded([np.array([1.0, 5.0, 2.0]), np.array([4.0])], most=2)
+    assert names == ["0", "2"]
+    assert grid[0].tolist() == [5.0, 2.0]
+    assert grid[1, 0] == 4.0
+    assert np.isnan(grid[1, 1])
+
+
+def test_long_runs_are_summed_up_over_stretches_of_steps(tmp_path: Path) -> None:
+    steps = 2 * MOST_BINS + 3
+    run = read_run(write_run(tmp_path / "run", [step_record(a_step(step)) for step in range(1, steps + 1)]))
+    assert run.loads.first_B.tolist() == list(range(1, steps + 1, 4))
+    wanted = sum(np.asarray(a_step(step).result.loads[Unit(1)]).sum(1) for step in range(5, 9))
+    assert run.loads.of(Unit(1))[1].tolist() == wanted.tolist()
+    assert len(run.column("loss")) == steps  # type: ignore[arg-type]
+
+
+def test_bad_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.jsonl: metrics cannot be read: No such file.*\n.*output_dir of a run"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"kind":"event","step":1,"text":"x"}\nnonsense\n{"kind":"event","step":2,"text":"y"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a record of metrics"):
+        read_run(tmp_path)
+    two = write_run(tmp_path / "two", [step_record(a_step(1)), step_record(a_step(2, experts=5))])
+    with pytest.raises(UserError, match="step 2 has other layers or numbers of experts"):
+        read_run(two)
+    (two / "config.yaml").write_text("a: [", encoding="utf-8")
+    (two / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match=r"config\.yaml: the run's configuration cannot be read"):
+        read_run(two)
+    with pytest.raises(UserError, match=r"the report cannot be written: No such file or directory\n  give another file with -o"):
+        write_page(tmp_path / "nowhere" / "page.html", "")
+
+
+def test_a_plan_that_cannot_be_made_gives_its_reason(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", usual_records())
+    reason = planned_memory(folder, 2)
+    assert isinstance(reason, str)
+    _, seen = page_of(folder, reason)
+    assert f"There is no plan to compare with: {reason}" in seen.text
+    _, seen = page_of(folder, PlannedMemory(np.ones(2), {}, on_gpu=True))
+    assert "The plan is for 2 ranks, so it is not compared." in seen.text
+
+
+def test_sizes() -> None:
+    assert [bytes_text(size) for size in (0, 999, 1500, 2.5e9, 3e12)] == ["0 bytes", "999 bytes", "1.5 kB", "2.5 GB", "3 TB"]
+
+
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1000], ids=["phone", "desk"])
+def test_a_browser_shows_it_without_complaint(tmp_path: Path, width: int) -> None:
+    browser = next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no headless browser: none of {', '.join(CHROMIUMS)} is on the PATH")
+    page, _ = page_of(write_run(tmp_path / "run", usual_records()))
+    path = write_page(tmp_path / "page.html", page)
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr"]
+    shot = tmp_path / "shot.png"
+    done = subprocess.run(
+        [browser, *arguments, f"--window-size={width},9000", f"--screenshot={shot}", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    seen = (imread(shot)[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    for colour in ((253, 231, 37), (0, 114, 178)):  # the brightest cell of a heat map; the first line's colour
+        assert (np.abs(seen - colour).max(1) <= 2).any(), f"nothing on the page has the colour {colour}"
