@@ -22,6 +22,7 @@ from hecate.checkpoint.manifest import Manifest, read_manifest
 from hecate.checkpoint.save import checkpoint_folder, commit, discard, staging_folder, write_shard
 from hecate.checkpoint.shard import read_tensors
 from hecate.config import Config, changed_computation, to_yaml
+from hecate.config.effective import other_configuration
 from hecate.data.stream import TrainStream
 from hecate.engine.protocol import ExpertEngine
 from hecate.errors import UserError
@@ -253,10 +254,7 @@ def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base
             f"  it began with {then['model']['name_or_path']}; give that model, whose files may have moved, or start a new run"
         )
     if changes := changed_computation(then, config, same_base=known):
-        raise UserError(
-            f"{folder}: belongs to a run with another configuration; resume continues the same training.\n"
-            + "\n".join(f"  {change.key}: {change.then!r} then, {change.now!r} now" for change in changes[:6])
-        )
+        raise UserError(other_configuration(str(folder), changes))
     if meta.get("drawn") and meta["drawn"] != drawn_digest:
         raise UserError(
             f"{folder}: for lora.pairs={config.lora.pairs} its run drew other matrices from seed {config.seed} than are drawn here\n"

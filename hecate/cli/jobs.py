@@ -26,20 +26,29 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         become_rank([str(config), *(overrides or ())])
         return
     from hecate.config import load_config
-    from hecate.forecast.pair_check import check_pairs
+    from hecate.forecast.model_check import check_model
     from hecate.launch.local_launcher import launch_local
     from hecate.parallel.mesh import make_mesh
-    from hecate.train.preflight import check_data, check_devices, check_machine, check_vocabulary, default_ranks, warn_of_cores
+    from hecate.train.preflight import (
+        check_data,
+        check_devices,
+        check_machine,
+        check_resume,
+        check_vocabulary,
+        default_ranks,
+        warn_of_cores,
+    )
 
     loaded = load_config(config, overrides or ())
+    check_resume(loaded)
     check_machine(loaded)
     count = loaded.nproc or default_ranks()
     check_devices(count, "nproc")
     warn_of_cores(count, "nproc")
-    check_data(loaded)
     make_mesh(count, loaded.fssdp.shard_size, loaded.model.tensor_parallel)
+    check_model(loaded, count)
+    check_data(loaded)
     check_vocabulary(loaded)
-    check_pairs(loaded, count)
     raise typer.Exit(launch_local(RANK_PROGRAM, [str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0))
 
 
@@ -59,20 +68,21 @@ def launch(
     # torch reads this when it is imported. The agent's store writes long warnings about lost peers; hecate says the same in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from hecate.config import load_config
-    from hecate.forecast.pair_check import check_pairs
+    from hecate.forecast.model_check import check_model
     from hecate.launch.torchrun import TorchrunJob, check_fit, node_range
     from hecate.launch.torchrun import launch as launch_torchrun
-    from hecate.train.preflight import check_data, check_machine, check_vocabulary, default_ranks, warn_of_cores
+    from hecate.train.preflight import check_data, check_machine, check_resume, check_vocabulary, default_ranks, warn_of_cores
 
     nodes = node_range(nnodes)
     loaded = load_config(config, overrides or (), claim_output=nodes[1] == 1)
+    check_resume(loaded)
     check_machine(loaded)
     check_data(loaded)
     ranks = nproc_per_node or loaded.nproc or default_ranks()
     check_fit(loaded, nodes, ranks)
     warn_of_cores(ranks, "--nproc-per-node" if nproc_per_node else "nproc")
     check_vocabulary(loaded)
-    check_pairs(loaded, ranks)
+    check_model(loaded, ranks)
     job = TorchrunJob(name=rdzv_id, nodes=nodes, ranks_per_node=ranks, endpoint=rdzv_endpoint, max_restarts=max_restarts)
     raise typer.Exit(launch_torchrun(RANK_PROGRAM, [str(config), *(overrides or ())], job))
 

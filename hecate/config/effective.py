@@ -1,6 +1,6 @@
 """Write the effective configuration as YAML, and compare it with a saved one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,6 +45,13 @@ def changed_computation(then: Mapping[str, Any], config: Config, *, same_base: b
     if MEGATRON_EP not in policies:  # all other policies compute the same and differ only in where
         del values["fssdp.policy"]
     return [Change(name, *pair) for name, pair in sorted(values.items()) if pair[0] != pair[1]]
+
+
+def other_configuration(where: str, changes: Sequence[Change]) -> str:
+    """The text that refuses to resume a run from `where`, whose configuration differs by `changes`."""
+    return f"{where}: belongs to a run with another configuration; resume continues the same training.\n" + "\n".join(
+        f"  {change.key}: {change.then!r} then, {change.now!r} now" for change in changes[:6]
+    )
 
 
 def leaves_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,11 @@ def _check_output_dir(values: Mapping[str, Any], add: Add, *, claim: bool) -> No
         standing = standing.parent
     if not os.path.isdir(standing):
         add("output_dir", f"{shorten(str(standing))} is not a folder", "choose another")
+    elif claim and standing != path:
+        try:  # permissions alone do not say it: /proc, a disk that is full or read-only
+            os.rmdir(tempfile.mkdtemp(prefix=".hecate-", dir=standing))
+        except OSError as error:
+            add("output_dir", f"no folder can be made in {shorten(str(standing))}: {error.strerror}", "choose another")
     elif claim and standing == path and values.get("resume") is False:
         try:
             empty = not any(path.iterdir())

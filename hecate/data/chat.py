@@ -22,10 +22,14 @@ class TemplateRefusal(Exception):
 def require_chat_template(tokenizer: Any, where: str) -> None:
     """Raise UserError, naming `where`, if the tokenizer cannot render conversations."""
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"{where} holds conversations, but the model's tokenizer has no chat template\n"
-            "use an instruction-tuned model, or data in the text format"
-        )
+        raise no_chat_template(where)
+
+
+def no_chat_template(where: str) -> UserError:
+    return UserError(
+        f"{where} holds conversations, but the model's tokenizer has no chat template\n"
+        "use an instruction-tuned model, or data in the text format"
+    )
 
 
 def render(tokenizer: Any, messages: Sequence[Message], where: str, *, tools: Sequence[Any] = (), given: int = 0) -> tuple[str, list[Span]]:

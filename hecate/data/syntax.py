@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from hecate.config import DataSource
 from hecate.config.paths import indexed_prefix
+from hecate.data.chat import no_chat_template
 from hecate.data.content import check_mark
-from hecate.data.formats import Fault, read_samples
+from hecate.data.formats import Fault, Sample, read_samples
 from hecate.data.indexed_files import open_indexed
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
+
+
+def check_template(files: Iterable[DataSource], model: Path) -> None:
+    """Check that a model's folder has a chat template if the first record of a file is a conversation.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not model.is_dir() or _has_template(model):
+        return
+    for file in files:
+        first = None if indexed_prefix(file.path) else next(iter(read_samples(file.path, file.format, None, file.fields)), None)
+        if isinstance(first, Sample) and first.messages is not None:
+            raise no_chat_template(file.path)
+
+
+def _has_template(model: Path) -> bool:
+    """Whether a folder has one in any of the files in which transformers looks for it."""
+    if any((model / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")):
+        return True
+    try:
+        settings = json.loads((model / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return True  # the tokenizer says itself what is wrong
+    return not isinstance(settings, dict) or bool(settings.get("chat_template"))
 
 
 def check_syntax(files: Iterable[DataSource], on_bad_sample: str, users: UserFeatures | None = None, cache: Path | None = None) -> None:

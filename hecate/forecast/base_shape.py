@@ -13,7 +13,7 @@ from hecate.model.stored_experts import LayerExperts, expert_layers, refuse_expe
 from hecate.parallel.expert_kinds import ExpertKind, kinds_for
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_base_shape(path: Path, kind: ExpertKind, num_hidden_layers: int | None 
     by_layer: dict[int, dict[str, tuple[int, ...]]] = {}
     rest: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        match = _LAYER.search(name)
+        match = LAYER.search(name)
         if match is None:
             rest[name] = shape
         else:

@@ -5,8 +5,14 @@ Every command that starts ranks makes these checks first, so that a mistake cost
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from hecate.config import Config
 from hecate.config.schema import ModelConfig
@@ -14,6 +20,7 @@ from hecate.errors import UserError
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 from hecate.report.trackers import check_trackers
 
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """files of the drivers of NVIDIA's and AMD's GPUs, and of GPUs under WSL"""
 
@@ -71,14 +78,57 @@ def check_data(config: Config) -> None:
     """Check the data files, except for what only a tokenizer can find.
 
     Raises:
-        UserError: a file cannot be read, or has a broken line, or one whose user has no features although the router decides by users.
+        UserError: a file cannot be read, or has a broken line, or one whose user has no features although the router decides by users; or
+            it holds conversations, and the model's folder has no chat template.
     """
+    from hecate.config import find_model
     from hecate.data.content import cache_folder
-    from hecate.data.syntax import check_syntax
+    from hecate.data.syntax import check_syntax, check_template
     from hecate.data.user_features import users_of
 
     data = config.data
+    if config.model.front_end == "transformers":
+        check_template([*data.train, *data.eval], find_model(config.model.name_or_path))
     check_syntax([*data.train, *data.eval], data.on_bad_sample, users_of(config), cache_folder(data.cache))
+
+
+def check_resume(config: Config) -> None:
+    """Check that there is a checkpoint to resume from, and that its run computed what the configuration says.
+
+    The ranks check more: whether files are damaged, and whether the base model is the same.
+
+    Raises:
+        UserError: there is none, or it belongs to another run.
+    """
+    if not config.resume:
+        return
+    from hecate.config.effective import changed_computation, other_configuration
+
+    root = Path(config.output_dir)
+    folder, then = _newest_configuration(root)
+    if folder is None:
+        raise UserError(f"resume=true, but {root} has no checkpoint\n  start a new run with resume=false")
+    # A key that is null may get its value from the base model.
+    changes = [one for one in changed_computation(then, config, same_base=True) if one.now is not None] if then is not None else []
+    if changes:
+        raise UserError(other_configuration(str(folder), changes))
+
+
+def _newest_configuration(root: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The folder of the newest committed checkpoint, and the configuration in it as nested mappings; without torch, and unchecked.
+
+    Returns:
+        (None, None) without a checkpoint; a folder and None where the configuration cannot be read. Those who load it say why.
+    """
+    steps = {int(found[1]): file.parent for file in root.glob("checkpoint-*/COMMIT") if (found := _CHECKPOINT.fullmatch(file.parent.name))}
+    if not steps:
+        return None, None
+    folder = steps[max(steps)]
+    try:
+        value = yaml.safe_load(json.loads((folder / "manifest.json").read_bytes())["meta"]["config"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return folder, None
+    return folder, value if isinstance(value, dict) else None
 
 
 def check_vocabulary(config: Config) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 from hecate.config import Config, load_config, to_yaml
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
-from hecate.forecast.pair_check import check_pairs
+from hecate.forecast.model_check import check_model
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
 from hecate.report.trackers import check_trackers
-from hecate.train.preflight import check_data
+from hecate.train.preflight import check_data, check_resume
 
 LOCAL = "local"
 _FOLDER_SECONDS = 10.0
@@ -39,8 +39,9 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     config = load_config(config_path, overrides)
     check_for_ray(config)
     check_trackers(config.report_to)
+    check_resume(config)
+    check_model(config)
     check_data(config)
-    check_pairs(config)
     topology = _configured_topology(config)
     import torch  # noqa: F401 - must come first: once Ray runs, the working folder may be gone for a moment
 

@@ -1,0 +1,91 @@
+"""What can be known from headers, tokenizer, data and folders is refused before any process is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from hecate.cli import app
+from hecate.config import load_config, to_yaml
+from hecate.errors import UserError
+from hecate.forecast import model_check
+from hecate.launch import local_launcher
+from testing.tiny_run import make_workshop
+from tests.hecate.forecast.making import write_model
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_workshop(tmp_path_factory.mktemp("workshop"))
+    write_model(folder / "moe", "mixtral", num_local_experts=2)
+    for file in (folder / "model").iterdir():
+        (folder / "base").mkdir(exist_ok=True)
+        if not file.name.startswith("chat_template"):
+            (folder / "base" / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "base" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings.pop("chat_template", None)
+    (folder / "base" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: object, **__: object) -> int:
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr(local_launcher, "launch_local", started)
+
+
+def refused(workshop: Path, *overrides: str, output: str = "") -> str:
+    given = [f"{workshop}/config.yaml", "nproc=1", f"output_dir={output or f'{workshop}/runs/new'}"]
+    done = CliRunner().invoke(app, ["train", *given, *overrides])
+    assert isinstance(done.exception, UserError), done.exception
+    return str(done.exception)
+
+
+def test_what_is_right_is_started(workshop: Path) -> None:
+    with pytest.raises(AssertionError, match="ranks were started"):
+        CliRunner().invoke(
+            app, ["train", str(workshop / "config.yaml"), "nproc=1", f"output_dir={workshop}/runs/new"], catch_exceptions=False
+        )
+
+
+def test_another_number_of_layers(workshop: Path) -> None:
+    assert "moe.num_experts lists 3 layers, but the model has 2" in refused(workshop, "moe.num_experts=[4,4,4]")
+    assert "lists 2 layers, but model.num_hidden_layers is 1" in refused(workshop, "moe.num_experts=[4,4]", "model.num_hidden_layers=1")
+
+
+def test_a_model_with_experts_and_one_without(workshop: Path) -> None:
+    assert "the model has experts already, but moe.family mixlora" in refused(workshop, f"model.name_or_path={workshop}/moe/model")
+    without = refused(workshop, "moe.family=moe_lora", "moe.num_experts=null", "moe.top_k=null")
+    assert "the model has no experts, but moe.family is moe_lora" in without
+
+
+def test_conversations_without_a_chat_template(workshop: Path) -> None:
+    said = refused(workshop, f"model.name_or_path={workshop}/base")
+    assert said.startswith(f"{workshop}/up.train.jsonl holds conversations, but the model's tokenizer has no chat template")
+
+
+def test_a_folder_that_cannot_be_made(workshop: Path) -> None:
+    assert "output_dir: no folder can be made in /proc" in refused(workshop, output="/proc/new")
+    assert not list(workshop.glob(".hecate-*"))
+
+
+def test_no_checkpoint_and_one_of_another_run(workshop: Path) -> None:
+    assert f"resume=true, but {workshop}/runs/new has no checkpoint" in refused(workshop, "resume=true")
+    saved = workshop / "runs" / "old" / "checkpoint-4"
+    saved.mkdir(parents=True)
+    then = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/old"], claim_output=False)
+    (saved / "manifest.json").write_text(json.dumps({"meta": {"config": to_yaml(then)}}), encoding="utf-8")
+    (saved / "COMMIT").touch()
+    said = refused(workshop, "resume=true", "learning_rate=1", "max_steps=99", "logging_steps=7", output=f"{workshop}/runs/old")
+    assert said.splitlines()[1:] == [f"  learning_rate: {yaml.safe_load(to_yaml(then))['learning_rate']} then, 1.0 now"]
+
+
+def test_a_model_whose_layers_are_not_known_is_left_to_its_loader(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_check, "tensor_shapes", lambda _: {"strange.weight": (2, 2)})
+    model_check.check_model(load_config(workshop / "config.yaml", ["moe.num_experts=[4,4,4]"], claim_output=False))
