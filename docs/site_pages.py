@@ -8,7 +8,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-ABOVE = {"README.md": "start.md", "CONTRIBUTING.md": "contributing.md"}
+ABOVE = {"README.md": "start.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 """file above docs -> its page"""
 
 

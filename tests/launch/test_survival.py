@@ -62,7 +62,7 @@ def test_those_left_go_on_and_another_takes_the_place(workshop: Path, whole: dic
             read_until(process, f"step {STEPS}/")
         read_until(process, "step ")
         process.send_signal(signal.SIGTERM)
-        printed = read_rest(process)
+        printed = read_rest(process, 128 + signal.SIGTERM)
     assert "1 ranks go on" in alone
     assert "Traceback" not in alone + printed
     saved = sorted((workshop / "runs/left").glob("checkpoint-*"))

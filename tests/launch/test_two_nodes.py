@@ -161,7 +161,7 @@ def test_ray_trains_across_and_replaces_a_rank_on_either_node_and_goes_on_withou
             status = job.wait_for(lambda s: later(s, before) and s.state is State.RUNNING)
             assert [device.node.split()[0] for device in status.devices if device.state is DeviceState.TRAINING] == [HOSTS[0]]
             job.process.send_signal(signal.SIGTERM)
-            assert job.end() == 0, job.output[-3000:]
+            assert job.end() == 128 + signal.SIGTERM, job.output[-3000:]
         finally:
             job.close()
     assert job.output.count("the worker's process died") == 2

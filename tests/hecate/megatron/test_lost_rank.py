@@ -28,7 +28,7 @@ def test_those_left_go_on_and_another_takes_the_place(tmp_path: Path) -> None:
         printed = read_until(process, "2 ranks go on after step")
         printed += read_until(process, "step ")
         process.send_signal(signal.SIGTERM)
-        printed += read_rest(process)
+        printed += read_rest(process, 128 + signal.SIGTERM)
     assert "1 ranks go on" in printed
     assert "Traceback" not in printed
     steps = losses(run)
