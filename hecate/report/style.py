@@ -22,7 +22,7 @@ h2{font-size:1.15rem;margin:1.6em 0 .5em}
 h3{font-size:.95rem;margin:0 0 .3em}
 p{margin:.3em 0;overflow-wrap:anywhere}
 .dim,figcaption{color:var(--dim);font-size:.9rem}
-.tiles,.parts{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
+.tiles,.parts{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}
 .tile,figure,.table{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:12px;margin:0;min-width:0}
 .tile b{display:block;font-size:1.1rem;overflow-wrap:anywhere}
@@ -30,7 +30,7 @@ p{margin:.3em 0;overflow-wrap:anywhere}
 .table{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:3px 10px 3px 0;vertical-align:top;overflow-wrap:anywhere}
-th{color:var(--dim);font-weight:600}
+th{color:var(--dim);font-weight:600;overflow-wrap:normal}
 .chart{display:block;width:100%;height:auto}
 .chart text{fill:var(--dim);font:11px system-ui,sans-serif}
 .grid{stroke:var(--edge);stroke-width:1}
