@@ -1,7 +1,7 @@
 """The command line, `hecate`. Each verb is a function in the room of its subject; the modules it needs are imported inside it.
 
-`jobs` starts training and watches it, `sweeps` trains many runs, `forecasts` measures and predicts, `machine` tells what one needs before a run, `models` writes data
-for a model and uses what a run has trained.
+`jobs` starts training and watches it, `sweeps` trains many runs, `forecasts` measures and predicts, `machine` tells what one needs before a
+run, `models` writes data for a model and uses what a run has trained.
 """
 
 from __future__ import annotations

@@ -59,6 +59,8 @@ def _train(loaded: Sweep, address: str | None) -> int:
 
 
 def _local_check(loaded: Sweep, gpus: list[str]) -> Callable[[Config], None]:
+    from dataclasses import replace
+
     from hecate.cli.jobs import check_local
     from hecate.sweep.devices import check_ranks
     from hecate.train.preflight import check_data
@@ -67,7 +69,8 @@ def _local_check(loaded: Sweep, gpus: list[str]) -> Callable[[Config], None]:
 
     def check(config: Config) -> None:
         check_ranks(config.nproc, loaded.jobs, gpus)
-        check_local(config, check_once)
+        # By default a run has a rank for each GPU that it gets.
+        check_local(replace(config, nproc=len(gpus) // loaded.jobs) if gpus and config.nproc is None else config, check_once)
 
     return check
 

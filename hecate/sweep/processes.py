@@ -24,6 +24,7 @@ from hecate.report.progress import duration_text
 from hecate.sweep.ledger import Entry, RunState, log_file, read_entries, working_alone, write_entry
 from hecate.sweep.sweep_file import STATE_FOLDER, Sweep, SweepRun
 
+PROGRAM = (sys.executable, "-m", "hecate")
 _POLL_SECONDS = 0.1
 _TAIL = 4096
 """bytes at the end of what a run has printed in which the reason of its failure is looked for"""
@@ -95,7 +96,7 @@ def train_runs(
 
 
 def reason_of(printed: str) -> str:
-    """Return the line that says why a run has failed: the first error after the last traceback began, or the last error, or the last line."""
+    """Return the line that says why a run has failed: the last error, or the last line. What a launcher says of a rank explains nothing."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
     told = [line for line in errors if not line.startswith("hecate: rank ")]
@@ -118,7 +119,7 @@ def _begin(
     # A process that is killed at once must leave a folder by which the next call knows that the run is the sweep's.
     folder.mkdir(parents=True, exist_ok=True)
     write_entry(sweep.output_dir, run.name, entry)
-    command = [sys.executable, "-m", "hecate", *verb, sweep.run, *run.overrides, *(["resume=true"] if resumes else [])]
+    command = [*PROGRAM, *verb, sweep.run, *run.overrides, *(["resume=true"] if resumes else [])]
     say(f"{run.name}: {'goes on' if resumes else 'begins'}; it prints to {log}")
     with log.open("ab" if resumes else "wb") as output:
         before = output.tell()
@@ -176,11 +177,8 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         come.append(number)
-        print(
-            "hecate: the runs under way save and stop; a second signal ends them at once" if len(come) == 1 else "",
-            file=sys.stderr,
-            flush=True,
-        )
+        if len(come) == 1:
+            print("hecate: the runs under way save and stop; a second signal ends them at once", file=sys.stderr, flush=True)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
