@@ -111,7 +111,10 @@ def read_result(run: SweepRun, entry: Entry | None, *, working: bool) -> SweepRe
 
 
 def rows_of(results: Sequence[SweepResult]) -> list[SweepRow]:
-    """Put runs together that differ in their seeds alone, the least held-out loss first; rows without a finished run come last."""
+    """Put runs together that differ in their seeds alone, the least held-out loss first; rows without a finished run come last.
+
+    Rows that have neither loss stay in the order of `results`.
+    """
     groups: dict[str, list[SweepResult]] = {}
     for result in results:
         groups.setdefault(result.title or str(result.values), []).append(result)
@@ -129,9 +132,9 @@ def _figure(values: Sequence[float | None]) -> Figure | None:
     return Figure(mean(known), stdev(known) if len(known) > 1 else None, len(known)) if known else None
 
 
-def _order(row: SweepRow) -> tuple[bool, float, float, str]:
+def _order(row: SweepRow) -> tuple[bool, float, float]:
     losses = [math.inf if (figure := row.figures[name]) is None else figure.mean for name in ("held_out_loss", "training_loss")]
-    return not any(run.finished for run in row.runs), losses[0], losses[1], row.name
+    return not any(run.finished for run in row.runs), losses[0], losses[1]
 
 
 def _of_steps(records: RunRecords) -> dict[str, float | None]:
