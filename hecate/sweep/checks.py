@@ -9,13 +9,13 @@ from hecate.config import Config, ConfigError, Problem, load_config
 from hecate.config.load import COMMAND_LINE
 from hecate.config.problems import MAX_PRINTED
 from hecate.errors import UserError
-from hecate.sweep.ledger import Entry, changed_values
+from hecate.sweep.ledger import SweepEntry, changed_values
 from hecate.sweep.sweep_file import Sweep, SweepRun
 
 _MOST_NAMED = 3
 
 
-def checked_configs(sweep: Sweep, entries: Mapping[str, Entry], check: Callable[[Config], None]) -> dict[str, Config]:
+def checked_configs(sweep: Sweep, entries: Mapping[str, SweepEntry], check: Callable[[Config], None]) -> dict[str, Config]:
     """Return the configuration of every run by its name.
 
     Args:
@@ -62,7 +62,7 @@ def _same_runs(configs: Mapping[str, Config]) -> list[str]:
     return texts
 
 
-def _changed_runs(configs: Mapping[str, Config], entries: Mapping[str, Entry]) -> list[str]:
+def _changed_runs(configs: Mapping[str, Config], entries: Mapping[str, SweepEntry]) -> list[str]:
     texts = []
     for name, config in configs.items():
         changes = changed_values(entries[name], config) if name in entries else []

@@ -40,7 +40,7 @@ class RunState(Enum):
 
 
 @dataclass(frozen=True)
-class Entry:
+class SweepEntry:
     """What is known of a run that was begun."""
 
     state: RunState
@@ -57,7 +57,7 @@ def log_file(folder: str, name: str) -> Path:
     return Path(folder, STATE_FOLDER, f"{name}.log")
 
 
-def read_entries(sweep: Sweep) -> dict[str, Entry]:
+def read_entries(sweep: Sweep) -> dict[str, SweepEntry]:
     """Return what is known of the runs that were begun and whose folders are still there, by their names.
 
     Raises:
@@ -67,7 +67,7 @@ def read_entries(sweep: Sweep) -> dict[str, Entry]:
     return {name: entry for name, entry in found.items() if entry is not None}
 
 
-def write_entry(folder: str, name: str, entry: Entry) -> None:
+def write_entry(folder: str, name: str, entry: SweepEntry) -> None:
     """Remember what has become of a run. Raises UserError if the disk refuses."""
     path = _file(folder, name)
     try:
@@ -76,7 +76,7 @@ def write_entry(folder: str, name: str, entry: Entry) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def changed_values(entry: Entry, config: Config) -> list[Change]:
+def changed_values(entry: SweepEntry, config: Config) -> list[Change]:
     """Return the keys by which a run would not be the one that was begun, sorted. A key that the entry lacks counts as its default."""
     then, now = (leaves_of(yaml.safe_load(text)) for text in (entry.config, to_yaml(config)))
     names = [name for name in LEAVES if name not in FREE and not name.startswith("ray.")]
@@ -133,9 +133,9 @@ def _lock(folder: str) -> Path:
     return Path(folder, STATE_FOLDER, "lock")
 
 
-def _read(path: Path) -> Entry | None:
+def _read(path: Path) -> SweepEntry | None:
     try:
-        return from_json_values(Entry, parse_json(path.read_bytes()))
+        return from_json_values(SweepEntry, parse_json(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (OSError, JsonError) as error:

@@ -21,7 +21,7 @@ from hecate.checkpoint import latest_good
 from hecate.config import Config, to_yaml
 from hecate.errors import UserError
 from hecate.report.progress import duration_text
-from hecate.sweep.ledger import Entry, RunState, log_file, read_entries, working_alone, write_entry
+from hecate.sweep.ledger import RunState, SweepEntry, log_file, read_entries, working_alone, write_entry
 from hecate.sweep.sweep_file import STATE_FOLDER, Sweep, SweepRun
 
 PROGRAM = (sys.executable, "-m", "hecate")
@@ -37,7 +37,7 @@ class _UnderWay:
     """A run whose process is alive."""
 
     run: SweepRun
-    entry: Entry
+    entry: SweepEntry
     process: subprocess.Popen[bytes]
     started: float
     log_start: int
@@ -107,7 +107,7 @@ def _begin(
     sweep: Sweep,
     run: SweepRun,
     config: Config,
-    entry: Entry | None,
+    entry: SweepEntry | None,
     verb: Sequence[str],
     variables: Mapping[str, str],
     lock: int,
@@ -115,13 +115,15 @@ def _begin(
 ) -> _UnderWay:
     folder, log = Path(run.folder), log_file(sweep.output_dir, run.name)
     resumes = entry is not None and _can_resume(folder, say)
-    entry = Entry(RunState.BEGUN, "", entry.seconds if entry and resumes else 0.0, to_yaml(config))
+    entry = SweepEntry(RunState.BEGUN, "", entry.seconds if entry and resumes else 0.0, to_yaml(config))
     # A process that is killed at once must leave a folder by which the next call knows that the run is the sweep's.
     folder.mkdir(parents=True, exist_ok=True)
     write_entry(sweep.output_dir, run.name, entry)
     command = [*PROGRAM, *verb, sweep.run, *run.overrides, *(["resume=true"] if resumes else [])]
     say(f"{run.name}: {'goes on' if resumes else 'begins'}; it prints to {log}")
-    with log.open("ab" if resumes else "wb") as output:
+    with log.open("ab") as output:
+        if not resumes:
+            output.truncate(0)
         before = output.tell()
         # In a session of its own, so that Ctrl-C reaches it once, from here; a second signal would end its ranks at once.
         process = subprocess.Popen(
@@ -149,7 +151,7 @@ def _aside(folder: Path, number: int) -> Path:
     return folder.parent / STATE_FOLDER / f"{folder.name}.before-{number}"
 
 
-def _end(sweep: Sweep, one: _UnderWay, *, stopping: bool, say: Callable[[str], None]) -> Entry:
+def _end(sweep: Sweep, one: _UnderWay, *, stopping: bool, say: Callable[[str], None]) -> SweepEntry:
     code, seconds = one.process.returncode, time.monotonic() - one.started
     state, reason = RunState.FINISHED, ""
     if code in (130, 143) or (code != 0 and stopping):

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from hecate.report.run_records import RunRecords, read_run
-from hecate.sweep.ledger import Entry, RunState
+from hecate.sweep.ledger import RunState, SweepEntry
 from hecate.sweep.sweep_file import SweepRun
 
 FIGURES = ("training_loss", "held_out_loss", "accuracy", "tokens_per_s", "seconds")
@@ -83,7 +83,7 @@ class SweepRow:
         return ", ".join(f"{count} {state}" for state, count in counts.items()) if len(counts) > 1 else f"all {next(iter(counts))}"
 
 
-def read_result(run: SweepRun, entry: Entry | None, *, working: bool) -> SweepResult:
+def read_result(run: SweepRun, entry: SweepEntry | None, *, working: bool) -> SweepResult:
     """Read what a run has come to.
 
     Args:

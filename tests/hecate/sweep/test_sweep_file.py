@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from hecate.cli.sweeps import sweep
 from hecate.config import Config, ConfigError
 from hecate.config.yaml_text import Mapping, parse
 from hecate.errors import UserError
 from hecate.sweep.checks import checked_configs
-from hecate.sweep.ledger import Entry, read_entries
+from hecate.sweep.ledger import SweepEntry, read_entries
 from hecate.sweep.names import column_names, run_names
 from hecate.sweep.sweep_file import Sweep, load_run_sweep, text_of
 
@@ -23,35 +24,35 @@ def sweep_of(text: str, *overrides: str) -> Sweep:
     return load_run_sweep("sweep.yaml", overrides)
 
 
-def checked(sweep: Sweep, entries: dict[str, Entry] | None = None) -> dict[str, Config]:
-    return checked_configs(sweep, entries or {}, lambda config: None)
+def checked(swept: Sweep, entries: dict[str, SweepEntry] | None = None) -> dict[str, Config]:
+    return checked_configs(swept, entries or {}, lambda config: None)
 
 
 def test_a_grid_is_all_combinations_of_its_values_with_all_seeds(folder: Path) -> None:
-    sweep = sweep_of(
+    swept = sweep_of(
         "set: {max_steps: 3, warmup_ratio: 0.1}\ngrid: {learning_rate: [1e-4, 1e-3], lora.r: [4, 8]}\nseeds: [1, 2]\n", "max_steps=7"
     )
-    configs = checked(sweep)
+    configs = checked(swept)
     found = {(config.learning_rate, config.lora.r, config.seed) for config in configs.values()}
     assert found == {(rate, r, seed) for rate in (1e-4, 1e-3) for r in (4, 8) for seed in (1, 2)}
     assert all((config.max_steps, config.warmup_ratio) == (7, 0.1) for config in configs.values())
-    assert [run.name for run in sweep.runs[:3]] == [
+    assert [run.name for run in swept.runs[:3]] == [
         "learning_rate-1e-4_r-4_seed-1",
         "learning_rate-1e-4_r-4_seed-2",
         "learning_rate-1e-4_r-8_seed-1",
     ]
-    assert {config.output_dir for config in configs.values()} == {f"runs/s/{run.name}" for run in sweep.runs}
+    assert {config.output_dir for config in configs.values()} == {f"runs/s/{run.name}" for run in swept.runs}
 
 
 def test_a_list_has_named_runs_with_values_of_any_form(folder: Path) -> None:
     second = "{name: wide, lora.target_modules: [q_proj, up_proj], model.dtype: 'float32'}"
-    sweep = sweep_of(f"list:\n- {{name: small, lora: {{r: 4, alpha: 8}}}}\n- {second}\n- {{lora.r: 2}}\n")
-    configs = checked(sweep)
+    swept = sweep_of(f"list:\n- {{name: small, lora: {{r: 4, alpha: 8}}}}\n- {second}\n- {{lora.r: 2}}\n")
+    configs = checked(swept)
     assert list(configs) == ["small", "wide", "r-2"]
     assert (configs["small"].lora.r, configs["small"].lora.alpha) == (4, 8.0)
     assert configs["wide"].lora.target_modules == ("q_proj", "up_proj")
     assert configs["wide"].model.dtype == "float32"
-    assert sweep.keys == ["lora", "lora.target_modules", "model.dtype", "lora.r"]
+    assert swept.keys == ["lora", "lora.target_modules", "model.dtype", "lora.r"]
 
 
 @pytest.mark.parametrize(
@@ -87,13 +88,13 @@ def test_names_are_unique_safe_and_short() -> None:
 
 
 def test_problems_of_all_runs_are_told_at_once_with_their_lines(folder: Path) -> None:
-    sweep = sweep_of("set: {max_stps: 3}\ngrid:\n  learning_rate: [1e-4, -1]\n  moe.top_k: [2, 40]\n")
+    swept = sweep_of("set: {max_stps: 3}\ngrid:\n  learning_rate: [1e-4, -1]\n  moe.top_k: [2, 40]\n")
 
     def check(config: Config) -> None:
         raise UserError("a.jsonl:1: is broken")
 
     with pytest.raises(UserError) as told:
-        checked_configs(sweep, {}, check)
+        checked_configs(swept, {}, check)
     text = str(told.value)
     assert "sweep.yaml:3: max_stps: unknown key\n    hint: did you mean max_steps?\nsweep" in text
     assert "sweep.yaml:5: learning_rate: must be > 0, got -1.0\n    in learning_rate--1_top_k-2, learning_rate--1_top_k-40" in text
@@ -143,8 +144,18 @@ def test_overrides_are_refused_with_the_reason(folder: Path) -> None:
 def test_a_folder_that_is_somebody_elses_is_refused(folder: Path) -> None:
     (folder / "runs/s/r-4").mkdir(parents=True)
     (folder / "runs/s/r-4/notes.txt").write_text("mine", encoding="utf-8")
-    sweep = sweep_of("grid: {lora.r: [4, 8]}\n")
-    assert read_entries(sweep) == {}
+    swept = sweep_of("grid: {lora.r: [4, 8]}\n")
+    assert read_entries(swept) == {}
     with pytest.raises(UserError, match="runs/s/r-4 exists and is not empty") as told:
-        checked(sweep)
+        checked(swept)
     assert "in r-4" in str(told.value)
+
+
+def test_the_verb_refuses_torchrun_and_several_runs_on_all_of_a_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("sweep.yaml").write_text(HEAD + "grid: {lora.r: [4, 8]}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"ray\.workers: must be given with jobs > 1"):
+        sweep(Path("sweep.yaml"), ["jobs=2"], address="local")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="give the command without torchrun"):
+        sweep(Path("sweep.yaml"))
+    assert not Path("runs").exists()
