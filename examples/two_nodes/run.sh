@@ -10,8 +10,9 @@
 set -eu
 cd "$(dirname "$0")/../.."
 : "${MEETING:?HOST:PORT of one of the nodes}"
-if [ -z "${CONFIG:-}" ] && [ ! -d data/examples/two_nodes/model ]; then
-    python -m examples.tiny_inputs data/examples/two_nodes --model llama
+if [ -z "${CONFIG:-}" ]; then
+    [ -d data/examples/two_nodes/model ] || python -m examples.tiny_inputs data/examples/two_nodes --model llama
+    [ "${NODES:-2}" != 1 ] || rm -rf runs/examples/two_nodes
 fi
 exec hecate launch \
     --nnodes "${NODES:-2}" --nproc-per-node "${RANKS:-8}" --rdzv-endpoint "$MEETING" --max-restarts 3 \
