@@ -76,7 +76,7 @@ def _local_check(loaded: Sweep, gpus: list[str]) -> Callable[[Config], None]:
 
 
 def _ray_check(loaded: Sweep) -> Callable[[Config], None]:
-    from hecate.forecast.pair_check import check_pairs
+    from hecate.forecast.model_check import check_model
     from hecate.launch.ray_job.driver import check_for_ray
     from hecate.report.trackers import check_trackers
     from hecate.train.preflight import check_data
@@ -88,8 +88,8 @@ def _ray_check(loaded: Sweep) -> Callable[[Config], None]:
             raise UserError("ray.workers: must be given with jobs > 1, because a run takes all devices otherwise\n  add it to set")
         check_for_ray(config)
         check_trackers(config.report_to)
+        check_model(config)
         check_once(config)
-        check_pairs(config)
 
     return check
 

@@ -36,6 +36,7 @@ class SweepResult:
     step: int
     """the last one recorded"""
     max_steps: int | None
+    """None: the run has not begun, or its length is given in epochs"""
     figures: Mapping[str, float | None]
     """of FIGURES"""
     sources: Mapping[str, Any]
@@ -48,8 +49,9 @@ class SweepResult:
     @property
     def standing(self) -> str:
         """The state with how far the run has come."""
-        far = self.state in ("running", "interrupted", "stopped", "failed") and self.max_steps is not None
-        return f"{self.state} at {self.step}/{self.max_steps}" if far else self.state
+        if self.state not in ("running", "interrupted", "stopped", "failed"):
+            return self.state
+        return f"{self.state} at {self.step}" + (f"/{self.max_steps}" if self.max_steps else "")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def read_result(run: SweepRun, entry: SweepEntry | None, *, working: bool) -> Sw
     state = entry.state.value
     if entry.state is RunState.BEGUN:
         state = "running" if working else "interrupted"
-    max_steps = yaml.safe_load(entry.config).get("max_steps")
+    max_steps = yaml.safe_load(entry.config).get("max_steps") or None
     whole = dict.fromkeys(FIGURES) | figures
     return SweepResult(run.name, run.title, values, run.seed, state, entry.reason, max(steps, default=0), max_steps, whole, sources)
 
