@@ -53,3 +53,14 @@ def test_a_stopped_sweep_goes_on_bit_for_bit(workshop: Path) -> None:
     assert "whole: goes on" in run("sweep", file, status=1).stdout
     run(*train_arguments(workshop, "alone", "max_steps=40", "eval.on_start=false", "eval.generate=false", "nproc=1", "lora.r=2"))
     assert losses(workshop, "stopped/whole") == losses(workshop, "alone")
+
+
+@pytest.mark.slow
+def test_a_sweep_on_ray_trains_each_run_as_a_job(workshop: Path) -> None:
+    pytest.importorskip("ray")
+    file = write_sweep(workshop, "on-ray", COMMON + "list: [{name: one, ray.workers: 1}]\n")
+    lines = run("sweep", file, "--address", "local").stdout.splitlines()
+    assert lines[-1].split()[0] == "one"
+    assert lines[-1].endswith("finished")
+    assert (workshop / "runs/on-ray/one/status.json").is_file()
+    assert (workshop / "runs/on-ray/one/adapter").is_dir()
