@@ -59,6 +59,7 @@ def test_an_example_has_its_parts(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @each
 def test_an_example_ends_as_its_page_says(folder: Path) -> None:
     if missing := [name for name in NEEDS.get(folder.name, ()) if importlib.util.find_spec(name) is None]:
@@ -79,7 +80,7 @@ def test_an_example_ends_as_its_page_says(folder: Path) -> None:
         env=os.environ | given,
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=1150,
         check=False,
     )
     assert done.returncode == 0, f"{shlex.quote(str(folder / 'run.sh'))}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
