@@ -48,7 +48,8 @@ def test_a_stopped_sweep_goes_on_bit_for_bit(workshop: Path) -> None:
         printed = process.communicate(timeout=120)[0]
     assert process.returncode == 130
     assert "broken: failed" in printed
-    assert "data.seq_len" in printed
+    assert "status 2: hecate: " in printed
+    assert "has no usable sample" in printed
     assert "whole: stopped after" in printed
     assert "whole: goes on" in run("sweep", file, status=1).stdout
     run(*train_arguments(workshop, "alone", "max_steps=40", "eval.on_start=false", "eval.generate=false", "nproc=1", "lora.r=2"))
