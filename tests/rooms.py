@@ -43,6 +43,7 @@ ROOMS = (
     "hecate.profile",
     "hecate.forecast",
     "hecate.doctor",
+    "hecate.sweep",
     "hecate.launch",
     "hecate.cli",
     "hecate.__main__",

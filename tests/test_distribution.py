@@ -27,7 +27,7 @@ PAGES = [
     *ROOT.glob("*.md"),
     *(ROOT / "docs").rglob("*.md"),
     *(ROOT / "configs").rglob("*.yaml"),
-    *(ROOT / "examples").iterdir(),
+    *(path for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".sh", ".sbatch", ".md", ".yaml")),
 ]
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 TIERS: dict[str, dict[str, str]] = {
-    "start": {"launch": "start ranks, watch them,\nreplace lost ones", "cli": "the verbs of\nthe command line"},
+    "start": {
+        "sweep": "many runs,\none table",
+        "launch": "start ranks, watch them,\nreplace lost ones",
+        "cli": "the verbs of\nthe command line",
+    },
     "measure and\npredict": {
         "profile": "measure devices\nand links",
         "forecast": "memory and time\nwithout a run",

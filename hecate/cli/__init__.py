@@ -1,7 +1,7 @@
 """The command line, `hecate`. Each verb is a function in the room of its subject; the modules it needs are imported inside it.
 
-`jobs` starts training and watches it, `forecasts` measures and predicts, `machine` tells what one needs before a run, `models` writes data
-for a model and uses what a run has trained.
+`jobs` starts training and watches it, `sweeps` trains many runs, `forecasts` measures and predicts, `machine` tells what one needs before a
+run, `models` writes data for a model and uses what a run has trained.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import hecate
-from hecate.cli import forecasts, jobs, machine, models
+from hecate.cli import forecasts, jobs, machine, models, sweeps
 from hecate.errors import USER_ERROR_EXIT, UserError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Train": {
         "train": jobs.train,
+        "sweep": sweeps.sweep,
         "launch": jobs.launch,
         "ray": jobs.ray,
         "submit": jobs.submit,

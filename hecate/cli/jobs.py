@@ -6,13 +6,17 @@ Those that start one check the configuration and the data before they start any 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hecate.cli.arguments import ConfigFile, Overrides
 from hecate.errors import UserError
+
+if TYPE_CHECKING:
+    from hecate.config import Config
 
 RANK_PROGRAM = "hecate.train.rank_main"
 """the module that a rank's process runs"""
@@ -26,30 +30,37 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         become_rank([str(config), *(overrides or ())])
         return
     from hecate.config import load_config
-    from hecate.forecast.model_check import check_model
     from hecate.launch.local_launcher import launch_local
-    from hecate.parallel.mesh import make_mesh
-    from hecate.train.preflight import (
-        check_data,
-        check_devices,
-        check_machine,
-        check_resume,
-        check_vocabulary,
-        default_ranks,
-        warn_of_cores,
-    )
+    from hecate.train.preflight import check_data, warn_of_cores
 
     loaded = load_config(config, overrides or ())
-    check_resume(loaded)
-    check_machine(loaded)
-    count = loaded.nproc or default_ranks()
-    check_devices(count, "nproc")
+    count = check_local(loaded, check_data)
     warn_of_cores(count, "nproc")
-    make_mesh(count, loaded.fssdp.shard_size, loaded.model.tensor_parallel)
-    check_model(loaded, count)
-    check_data(loaded)
-    check_vocabulary(loaded)
     raise typer.Exit(launch_local(RANK_PROGRAM, [str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0))
+
+
+def check_local(config: Config, check_data: Callable[[Config], None]) -> int:
+    """Check that this machine can train as configured, and return the number of ranks.
+
+    Args:
+        check_data: raises UserError if something is wrong with the data.
+
+    Raises:
+        UserError: the machine, the data or the model does not go with the configuration.
+    """
+    from hecate.forecast.model_check import check_model
+    from hecate.parallel.mesh import make_mesh
+    from hecate.train.preflight import check_devices, check_machine, check_resume, check_vocabulary, default_ranks
+
+    check_resume(config)
+    check_machine(config)
+    count = config.nproc or default_ranks()
+    check_devices(count, "nproc")
+    make_mesh(count, config.fssdp.shard_size, config.model.tensor_parallel)
+    check_model(config, count)
+    check_data(config)
+    check_vocabulary(config)
+    return count
 
 
 def launch(

@@ -46,7 +46,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     """
     file = _find_file(os.fspath(path))
     report = Report(file)
-    given = {key: (node, file) for key, node in _flatten(_read_file(file), "", file, report)}
+    presets = f"give the path of a YAML file, or one of the presets {', '.join(run_presets())}"
+    root = read_mapping(file, missing=presets, empty=f"it must give at least {', '.join(REQUIRED)}")
+    given = {key: (node, file) for key, node in _flatten(root, "", file, report)}
     overriding = _read_overrides(overrides, report)
     for key, other in (_LENGTHS, _LENGTHS[::-1]):
         if key in overriding and other not in overriding and not _is_null(overriding[key][0]):
@@ -119,7 +121,17 @@ def _find_file(path_or_name: str) -> str:
     return path_or_name if is_path else os.fspath(run_presets().get(path_or_name, path_or_name))
 
 
-def _read_file(file: str) -> Mapping:
+def read_mapping(file: str, *, missing: str, empty: str) -> Mapping:
+    """Read a YAML file that must hold a mapping.
+
+    Args:
+        missing: what to do if there is no such file, for the error text.
+        empty: what the file must have, for the error text.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+
     def refuse(what: str, hint: str = "", line: int | None = None) -> ConfigError:
         return ConfigError([Problem(file, "", what, hint, line)])
 
@@ -129,7 +141,7 @@ def _read_file(file: str) -> Mapping:
     except FileNotFoundError:
         if file.startswith("-"):
             raise refuse("no such file", "write key=value, without signs, after the file's path") from None
-        raise refuse("no such file", f"give the path of a YAML file, or one of the presets {', '.join(run_presets())}") from None
+        raise refuse("no such file", missing) from None
     except IsADirectoryError:
         raise refuse("is a folder", "give the path of a YAML file") from None
     except (OSError, ValueError) as error:
@@ -148,7 +160,7 @@ def _read_file(file: str) -> Mapping:
     except BadYaml as bad:
         raise refuse(bad.what, bad.hint, bad.line) from None
     if root is None or (isinstance(root, Scalar) and root.plain and not root.text):
-        raise refuse("is empty", f"it must give at least {', '.join(REQUIRED)}")
+        raise refuse("is empty", empty)
     if not isinstance(root, Mapping) or root.flaw:
         raise refuse("must be a mapping of keys to values", "write lines of the form key: value", root.line)
     return root

@@ -23,7 +23,7 @@ def check_features(values: Mapping[str, Any], add: Add, *, by_user: bool) -> Non
             add(key, f"is read with {_USER} only", "leave it out, or set the router's input")
         return
     if key in values and path is None:
-        add(key, f"must be given with {_USER}: an .npz file with the arrays ids and features", "examples/movielens.py makes one")
+        add(key, f"must be given with {_USER}: an .npz file with the arrays ids and features", "examples/reclora/movielens.py makes one")
     elif path is not None and not os.path.isfile(path):
         add(key, f"no such file: {shorten(path)}", "relative paths start from the working directory")
     for which in ("data.train", "data.eval"):

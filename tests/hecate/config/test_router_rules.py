@@ -97,7 +97,7 @@ NOT_BY_USER = [
     ("moe.router.dense=true", "moe.router.dense: has no effect with moe.router.input=user, whose gates give every token to all experts"),
     ("moe.router.score=sigmoid", "moe.router.score: has no effect with moe.router.input=user"),
     ("moe.router.temperature=0", "moe.router.temperature: must be > 0, got 0"),
-    ("data.features=null", "data.features: must be given with moe.router.input=user.*examples/movielens.py makes one"),
+    ("data.features=null", "data.features: must be given with moe.router.input=user.*examples/reclora/movielens.py makes one"),
     ("data.features=none.npz", "data.features: no such file: none.npz"),
     ("data.train=corpus", r"data.train\[0\].path: is an indexed data set, whose documents name no users.*key \"user\" in each line"),
     (

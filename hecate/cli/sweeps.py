@@ -1,0 +1,128 @@
+"""The verb `sweep`: train one configuration with many values, and compare the runs in one table."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hecate.cli.arguments import Overrides
+from hecate.errors import UserError
+
+if TYPE_CHECKING:
+    from hecate.config import Config
+    from hecate.sweep.sweep_file import Sweep
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="the sweep's YAML file (docs/sweeps.md)")],
+    overrides: Overrides = None,
+    table: Annotated[bool, typer.Option("--table", help="only show the table of what there is so far; nothing is trained")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
+    address: Annotated[str | None, typer.Option(help="train on Ray, as hecate ray does: HOST:PORT of the cluster's head, or local")] = None,
+) -> None:
+    """Train many runs of one configuration with other values, one after another, and compare them in one table.
+
+    The same command goes on: finished runs are skipped, and stopped ones resumed. Exit status 1 if a run has failed.
+    """
+    if "RANK" in os.environ:
+        raise UserError("hecate sweep: starts runs itself and cannot be a rank of torchrun's job\n  give the command without torchrun")
+    from hecate.sweep.sweep_file import load_run_sweep
+
+    loaded = load_run_sweep(str(file), overrides or ())
+    status = 0 if table else _train(loaded, address)
+    _show(loaded, json_path)
+    raise typer.Exit(status)
+
+
+def _train(loaded: Sweep, address: str | None) -> int:
+    from hecate.sweep.checks import checked_configs
+    from hecate.sweep.devices import check_share, places_environment, visible_gpus
+    from hecate.sweep.ledger import read_entries
+    from hecate.sweep.processes import train_runs
+
+    gpus = visible_gpus() if loaded.jobs > 1 and address is None else []
+    check_share(loaded.jobs, gpus)
+    check = _local_check(loaded, gpus) if address is None else _ray_check(loaded)
+    configs = checked_configs(loaded, read_entries(loaded), check)
+
+    def environment(place: int, config: Config) -> Mapping[str, str]:
+        return {} if address is not None else places_environment(place, loaded.jobs, gpus, config.nproc or 2)
+
+    verb = ["train"] if address is None else ["ray", f"--address={address}"]
+    return train_runs(loaded, configs, verb, environment, lambda text: print(f"hecate: {text}", flush=True))
+
+
+def _local_check(loaded: Sweep, gpus: list[str]) -> Callable[[Config], None]:
+    from dataclasses import replace
+
+    from hecate.cli.jobs import check_local
+    from hecate.sweep.devices import check_ranks
+    from hecate.train.preflight import check_data
+
+    check_once = _once_for_data(check_data)
+
+    def check(config: Config) -> None:
+        check_ranks(config.nproc, loaded.jobs, gpus)
+        # By default a run has a rank for each GPU that it gets.
+        check_local(replace(config, nproc=len(gpus) // loaded.jobs) if gpus and config.nproc is None else config, check_once)
+
+    return check
+
+
+def _ray_check(loaded: Sweep) -> Callable[[Config], None]:
+    from hecate.forecast.model_check import check_model
+    from hecate.launch.ray_job.driver import check_for_ray
+    from hecate.report.trackers import check_trackers
+    from hecate.train.preflight import check_data
+
+    check_once = _once_for_data(check_data)
+
+    def check(config: Config) -> None:
+        if loaded.jobs > 1 and config.ray.workers is None:
+            raise UserError("ray.workers: must be given with jobs > 1, because a run takes all devices otherwise\n  add it to set")
+        check_for_ray(config)
+        check_trackers(config.report_to)
+        check_model(config)
+        check_once(config)
+
+    return check
+
+
+def _once_for_data(check: Callable[[Config], None]) -> Callable[[Config], None]:
+    """The check, which runs that read the same data pay for once."""
+    passed = set()
+
+    def check_once(config: Config) -> None:
+        if (config.data, config.moe.router) not in passed:
+            check(config)
+            passed.add((config.data, config.moe.router))
+
+    return check_once
+
+
+def _show(loaded: Sweep, json_path: Path | None) -> None:
+    from hecate.sweep.ledger import at_work, read_entries
+    from hecate.sweep.results import read_result, rows_of
+    from hecate.sweep.table import table_json, table_text
+
+    entries, working = read_entries(loaded), at_work(loaded.output_dir)
+    results = [read_result(run, entries.get(run.name), working=working) for run in loaded.runs]
+    rows = rows_of(results)
+    plus_minus = "±" if (sys.stdout.encoding or "").lower().startswith("utf") else "+-"
+    print(table_text(rows, loaded.keys, named=loaded.named, plus_minus=plus_minus))
+    for result in results:
+        if result.reason:
+            print(f"{result.name}: failed with {result.reason}")
+    if json_path is not None:
+        from hecate.io.durable import replace_file
+
+        try:
+            replace_file(json_path, [json.dumps(table_json(rows, results, loaded.file), indent=1).encode() + b"\n"], durable=False)
+        except OSError as error:
+            raise UserError(f"{json_path}: cannot be written: {error.strerror or error}") from error
