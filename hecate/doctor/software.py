@@ -45,7 +45,7 @@ def packages() -> Finding:
         else:
             found.append(f"{requirement.name} {version}")
     if wrong:
-        return problem("; ".join(wrong), "pip install --upgrade hecate's wheel, or make install")
+        return problem("; ".join(wrong), "install hecate's wheel again, or make install")
     return ok(", ".join(found[:4]) + f" and {len(found) - 4} more")
 
 
