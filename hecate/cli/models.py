@@ -1,4 +1,4 @@
-"""Verbs that write data for a model and use what a run has trained: eval, generate, export, make-tasks."""
+"""Verbs that write data for a model and use what a run has trained: eval, export, make-tasks. `answers` has generate and chat."""
 
 from __future__ import annotations
 
@@ -36,21 +36,6 @@ def evaluate(
     from hecate.train.trained import default_trained
 
     evaluate_trained(loaded, adapter or default_trained(loaded))
-
-
-def generate(
-    adapter: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run, checkpoint, adapter or model, such as runs/quickstart")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="the user's message")],
-    system: Annotated[str | None, typer.Option(help="system message")] = None,
-    model: Annotated[str | None, typer.Option(help="base model; default: the one that the adapter names")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 64,
-    user: Annotated[str | None, typer.Option(help="who asks, for an adapter whose experts are mixed by users")] = None,
-    features: Annotated[Path | None, typer.Option(help="the .npz file with that user's features")] = None,
-) -> None:
-    """Answer one prompt, without sampling, with a trained adapter and its base model, or with a trained model."""
-    from hecate.train.inference import answer
-
-    print(answer(adapter, prompt, system=system, model=model, max_new_tokens=max_new_tokens, user=user, features=features))
 
 
 def export(
