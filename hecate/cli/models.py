@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,28 +15,64 @@ def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
     adapter: Annotated[Path | None, typer.Option(help="adapter, model, checkpoint or run folder; default: the one in output_dir")] = None,
+    models: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="several such folders side by side; base is the base model, with nothing added")
+    ] = None,
+    choices: Annotated[
+        list[Path] | None, typer.Option(help='JSONL with "question" or "prompt", "choices" and "answer"; may be given several times')
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B,...", help="tasks of lm-eval (extra `lm-eval`)")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="folder with the YAML files of the tasks; default: lm-eval's own")] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="ask the tasks' questions as conversations")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file; - prints them alone")] = None,
 ) -> None:
-    """Show held-out loss and exact accuracy, on data.eval, of what a run has trained. Uses one process.
+    """Show what a trained model makes of held-out data: loss, exact and verified answers, choices, tasks of lm-eval (docs/answers.md).
 
-    In the place of CONFIG the folder of a run, of a checkpoint or of an adapter may stand, wherever it is now.
+    In the place of CONFIG the folder of a run, of a checkpoint or of an adapter may stand, wherever it is now; of any model, with --choices
+    or --tasks.
     """
     from hecate.config import load_config
+    from hecate.data.choices import read_choices
     from hecate.errors import UserError
-    from hecate.train.trained import run_config_of
+    from hecate.train.trained import default_trained, run_config_of
 
-    file, given = config, list(overrides or ())
+    if adapter is not None and models is not None:
+        raise UserError("--adapter and --models were given\n  name all of them in --models")
+    if tasks is None and (task_folder is not None or apply_chat_template):
+        raise UserError(f"{'--task-folder' if task_folder else '--apply-chat-template'} was given without --tasks")
+    read = {path.stem: read_choices(path) for path in choices or ()}
+    if len(read) < len(choices or ()):
+        raise UserError("--choices: two files have the same name, and figures are shown by name; rename one")
+    if tasks is not None:
+        # Nothing is downloaded: data sets are local files, or were fetched before.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+        from hecate.train.lm_eval_tasks import require_lm_eval
+
+        require_lm_eval()
+    file: Path | None = config
+    given = list(overrides or ())
     if config.is_dir():
-        found = run_config_of(config)
-        if found is None:
+        file, adapter = run_config_of(config), adapter or config
+        if file is None and not read and tasks is None:
             raise UserError(f"{config}: not the folder of a run, nor one in it\n  give the configuration, and --adapter {config}")
+        if file is None and given:
+            raise UserError(f"{config}: without the configuration of a run there is nothing that {given[0]} could change")
         # The folder may have been moved since its configuration was written.
-        file, adapter = found, adapter or config
-        given += [f"output_dir={found.parent}"] * (not any(one.startswith("output_dir=") for one in given))
-    loaded = load_config(file, given, claim_output=False)
-    from hecate.train.inference import evaluate_trained
-    from hecate.train.trained import default_trained
+        if file is not None:
+            given += [f"output_dir={file.parent}"] * (not any(one.startswith("output_dir=") for one in given))
+    loaded = None if file is None else load_config(file, given, claim_output=False)
+    from hecate.train.compare import Questions
+    from hecate.train.inference import evaluate_models
+    from hecate.train.lm_eval_tasks import LmEvalTasks
 
-    evaluate_trained(loaded, adapter or default_trained(loaded))
+    if models is not None:
+        names = models.split(",")
+    else:
+        assert adapter is not None or loaded is not None
+        names = [str(adapter or default_trained(loaded))]  # type: ignore[arg-type]
+    lm_eval = None if tasks is None else LmEvalTasks(tuple(tasks.split(",")), task_folder, apply_chat_template)
+    evaluate_models(loaded, names, Questions(read, lm_eval), json_path)
 
 
 def export(

@@ -26,9 +26,18 @@ from hecate.report.events import EvalScore, Evaluation
 from hecate.train.generation import Decoding, generate
 from hecate.train.step import forward_loss, pass_tokens
 
+Heard = Callable[[str, Sequence[GenerationItem], Sequence[str]], None]
+"""gets a source's name, the prompts of this rank, and the answers to them"""
+
 
 def evaluate(
-    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource], features_UF: Tensor | None = None
+    config: Config,
+    ranks: Ranks,
+    base: BaseModel,
+    moe: MoeModel,
+    sources: Sequence[TokenSource],
+    features_UF: Tensor | None = None,
+    heard: Heard | None = None,
 ) -> Evaluation:
     """Evaluate all sources. Every rank must call it; rows and prompts are shared out.
 
@@ -36,6 +45,7 @@ def evaluate(
 
     Args:
         features_UF: the vectors of all users, [users, width], on the model's device; None: no router decides by users.
+        heard: is told the answers that were counted, if any were.
     """
     scores, loads = {}, {}
     together = moe.engine.goes_together
@@ -52,7 +62,11 @@ def evaluate(
                 def begin(batch: Sequence[GenerationItem], tokens: PassTokens = tokens) -> AbstractContextManager[object]:
                     return evaluation.forward(replace(tokens, users=_users_of(batch, features_UF)))
 
-                accuracy = _exact_accuracy(config, ranks, base, items, together, begin)
+                mine, answers = _answers(config, ranks, base, items, together, begin)
+                exact = sum(answer == item.answer_text.strip() for answer, item in zip(answers, mine, strict=True))
+                accuracy = ranks.all_sum(torch.tensor([float(exact)])).item() / max(len(items), 1)
+                if heard is not None:
+                    heard(source.name, mine, answers)
             scores[source.name] = EvalScore(loss=loss, accuracy=accuracy, samples=samples)
     return Evaluation(scores, loads)
 
@@ -95,15 +109,15 @@ def _expert_of(config: Config, source: str, device: torch.device) -> Tensor | No
     return copy_to(torch.tensor([[one.name for one in config.data.train].index(source)]), device)
 
 
-def _exact_accuracy(
+def _answers(
     config: Config,
     ranks: Ranks,
     base: BaseModel,
     items: Sequence[GenerationItem],
     together: bool,
     begin: Callable[[Sequence[GenerationItem]], AbstractContextManager[object]],
-) -> float:
-    """Share of prompts whose greedy answer is the file's, but for white space at the ends.
+) -> tuple[Sequence[GenerationItem], list[str]]:
+    """The prompts of this rank, and the greedy answers to them, without white space at the ends.
 
     Args:
         begin: begins the forward passes of a batch, whose rows are these prompts.
@@ -120,8 +134,7 @@ def _exact_accuracy(
         begin=lambda chosen: begin([asked[i] for i in chosen]),
         together=together,
     )
-    correct = sum(answer.text == item.answer_text.strip() for answer, item in zip(answers, mine, strict=False))
-    return ranks.all_sum(torch.tensor([float(correct)])).item() / max(len(items), 1)
+    return mine, [answer.text for answer in answers[: len(mine)]]
 
 
 def _users_of(items: Sequence[GenerationItem], features_UF: Tensor | None) -> PassUsers | None:

@@ -42,10 +42,15 @@ class Decoding:
 class Answer:
     """What a model has said."""
 
-    text: str
-    """without special tokens and without white space at its ends"""
+    raw: str
+    """without special tokens"""
     finished: bool
     """whether it ended by itself or at a stop, and not at the largest number of tokens"""
+
+    @property
+    def text(self) -> str:
+        """Without white space at its ends."""
+        return self.raw.strip()
 
 
 def generate(
@@ -121,7 +126,7 @@ def answer_of(base: BaseModel, tokens: Tensor, decoding: Decoding) -> Answer:
         tokens = tokens[: int(at[0]) + 1]
     text = base.tokenizer.decode(tokens, skip_special_tokens=True)
     places = [place for stop in decoding.stop if (place := text.find(stop)) >= 0]
-    return Answer((text[: min(places)] if places else text).strip(), bool(ended or places))
+    return Answer(text[: min(places)] if places else text, bool(ended or places))
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:

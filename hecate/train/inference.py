@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hecate.adapters.model_folder import is_model_folder
-from hecate.adapters.peft_by_source import sources_in, with_lora_adapters
 from hecate.config import Config
 from hecate.data.prompts import asked
-from hecate.data.user_features import UserFeatures, read_user_features, users_of
+from hecate.data.user_features import UserFeatures, read_user_features
 from hecate.errors import UserError
-from hecate.model.attention import AttentionChoice
+from hecate.io.durable import replace_file
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
-from hecate.report.summary import print_summary
 from hecate.train.answers import answers_to
-from hecate.train.build import encode_sources, on_device
-from hecate.train.checkpointed import is_checkpoint
-from hecate.train.evaluate import evaluate
+from hecate.train.compare import Questions, as_json, compare, show
 from hecate.train.generation import Decoding
-from hecate.train.opened import Opened, load_trained, open_trained, require_users
-from hecate.train.trained import find_trained
+from hecate.train.opened import Opened, open_trained
 
 
 def evaluate_trained(config: Config, trained: Path) -> None:
@@ -31,22 +25,31 @@ def evaluate_trained(config: Config, trained: Path) -> None:
     Raises:
         UserError: no data.eval, no such folder, the adapter does not fit the model, or there is no room for the model.
     """
-    if not config.data.eval:
-        raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on")
-    trained = find_trained(trained)
+    evaluate_models(config, [str(trained)], Questions())
+
+
+def evaluate_models(config: Config | None, names: Sequence[str], questions: Questions, json_path: Path | None = None) -> None:
+    """Print what models make of held-out data and questions, side by side; see `hecate.train.compare.compare`.
+
+    Args:
+        json_path: a file that gets all figures; -: standard output, in place of the table.
+
+    Raises:
+        UserError: as `compare`; or the file cannot be written.
+    """
     with join_ranks() as ranks:
-        named, attention = config.model, AttentionChoice(config.model.attention, config.data.packing)
-        choice = BaseChoice(named.name_or_path, named.dtype, named.num_hidden_layers, attention, config.kernels)
-        if config.moe.by_source and sources_in(trained):
-            base, moe = with_lora_adapters([trained / source.name for source in config.data.train], ranks, choice)
-        else:
-            base, moe = load_trained(trained, ranks, choice)
-        users = users_of(config)
-        require_users(trained, moe, users)
-        sources = encode_sources(config.data.eval, config, base, ranks, users)
-        found = evaluate(config, ranks, base, moe, sources, None if users is None else on_device(users, ranks))
-        if ranks.is_first:
-            print_summary(None, found.scores, [(_what(trained), str(trained))])
+        found = compare(config, names, questions, ranks)
+        if not ranks.is_first:
+            return
+        if json_path == Path("-"):
+            print(as_json(found))
+            return
+        if json_path is not None:
+            try:
+                replace_file(json_path, [as_json(found).encode() + b"\n"], durable=False)
+            except OSError as error:
+                raise UserError(f"{json_path}: cannot be written: {error.strerror or error}") from error
+        show(found)
 
 
 @contextmanager
@@ -99,7 +102,3 @@ def _asking(user: str | None, features: Path | None) -> UserFeatures | None:
     if user is not None:
         found.row(user)
     return found
-
-
-def _what(trained: Path) -> str:
-    return "checkpoint" if is_checkpoint(trained) else "model" if is_model_folder(trained) else "adapter"

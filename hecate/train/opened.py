@@ -77,6 +77,11 @@ def open_trained(trained: Path, ranks: Ranks, choice: BaseChoice, users: UserFea
     """
     found = find_trained(trained)
     base, moe = load_trained(found, ranks, choice)
+    return as_opened(found, base, moe, ranks, users)
+
+
+def as_opened(found: Path, base: BaseModel, moe: MoeModel, ranks: Ranks, users: UserFeatures | None = None) -> Opened:
+    """What was loaded, for answers. Raises UserError: of users and sources, as `open_trained`."""
     require_users(found, moe, users)
     if moe.separate_experts > 1:
         raise UserError(
