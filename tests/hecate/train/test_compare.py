@@ -140,7 +140,7 @@ TASKS = {
 
 
 def test_tasks_of_lm_eval(workshop: Path, tmp_path: Path) -> None:
-    """Choices are judged as --choices does, and texts have the plain likelihood."""
+    """Choices are judged as --choices does, texts have the plain likelihood, and a whole model has the figures of lm-eval's own loader."""
     pytest.importorskip("lm_eval")
     for name, text in TASKS.items():
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {workshop}/which.jsonl}}}}\ntest_split: test\n"
@@ -160,6 +160,21 @@ def test_tasks_of_lm_eval(workshop: Path, tmp_path: Path) -> None:
         )
         with pytest.raises(UserError, match=r"--tasks what: .* has no such task\n  it has said, text, which"):
             lm_eval_figures(opened, evaluation, LmEvalTasks(("what",), tmp_path), batch_size=1)
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    theirs = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(workshop / "model"), "dtype": "float32"},
+        tasks=list(TASKS),
+        task_manager=manager,
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    with answering(workshop / "model") as opened, opened.moe.engine.evaluation() as evaluation:
+        for name, (_, figures) in lm_eval_figures(opened, evaluation, LmEvalTasks(tuple(TASKS), tmp_path), batch_size=3).items():
+            assert figures == pytest.approx({key: theirs["results"][name][f"{key},none"] for key in figures}, rel=1e-5), name
 
 
 def test_what_tasks_say_of_answers() -> None:
