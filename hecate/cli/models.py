@@ -25,16 +25,17 @@ def evaluate(
     task_folder: Annotated[Path | None, typer.Option(help="folder with the YAML files of the tasks; default: lm-eval's own")] = None,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="ask the tasks' questions as conversations")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file; - prints them alone")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="ranks on this machine that share the work; default: this process alone")] = None,
 ) -> None:
     """Show what a trained model makes of held-out data: loss, exact and verified answers, choices, tasks of lm-eval (docs/answers.md).
 
     In the place of CONFIG the folder of a run, of a checkpoint or of an adapter may stand, wherever it is now; of any model, with --choices
     or --tasks.
     """
-    from hecate.config import load_config
     from hecate.data.choices import read_choices
     from hecate.errors import UserError
-    from hecate.train.trained import default_trained, run_config_of
+    from hecate.train.evaluation_main import EvaluationRequest, evaluate_as_rank
+    from hecate.train.trained import run_config_of
 
     if adapter is not None and models is not None:
         raise UserError("--adapter and --models were given\n  name all of them in --models")
@@ -61,18 +62,38 @@ def evaluate(
         # The folder may have been moved since its configuration was written.
         if file is not None:
             given += [f"output_dir={file.parent}"] * (not any(one.startswith("output_dir=") for one in given))
-    loaded = None if file is None else load_config(file, given, claim_output=False)
-    from hecate.train.compare import Questions
-    from hecate.train.inference import evaluate_models
-    from hecate.train.lm_eval_tasks import LmEvalTasks
+    names = models.split(",") if models is not None else None if adapter is None else [str(adapter)]
+    request = EvaluationRequest(
+        config=None if file is None else str(file),
+        overrides=tuple(given),
+        models=None if names is None else tuple(names),
+        choices=tuple(map(str, choices or ())),
+        tasks=None if tasks is None else tuple(tasks.split(",")),
+        task_folder=None if task_folder is None else str(task_folder),
+        apply_chat_template=apply_chat_template,
+        json_path=None if json_path is None else str(json_path),
+    )
+    if nproc in (None, 1):
+        evaluate_as_rank(request)
+        return
+    if "RANK" in os.environ:
+        raise UserError("--nproc: torchrun has started the ranks already; give it --nproc-per-node instead")
+    if tasks is not None:
+        raise UserError("--tasks and --nproc were given: tasks of lm-eval are asked in one process\n  leave --nproc out")
+    from hecate.config import load_config
+    from hecate.launch.local_launcher import launch_local
+    from hecate.train.compare import BASE, require_no_checkpoint
+    from hecate.train.preflight import check_devices
+    from hecate.train.trained import default_trained, find_trained
 
-    if models is not None:
-        names = models.split(",")
-    else:
-        assert adapter is not None or loaded is not None
-        names = [str(adapter or default_trained(loaded))]  # type: ignore[arg-type]
-    lm_eval = None if tasks is None else LmEvalTasks(tuple(tasks.split(",")), task_folder, apply_chat_template)
-    evaluate_models(loaded, names, Questions(read, lm_eval), json_path)
+    # What can be told now is told before any process starts.
+    assert nproc is not None
+    check_devices(nproc, "--nproc")
+    loaded = None if file is None else load_config(file, given, claim_output=False)
+    for name in names if names is not None else [] if loaded is None else [str(default_trained(loaded))]:
+        if name != BASE:
+            require_no_checkpoint(find_trained(Path(name), says=False))
+    raise typer.Exit(launch_local("hecate.train.evaluation_main", [request.as_text()], nproc))
 
 
 def export(

@@ -96,6 +96,12 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
     return found
 
 
+def require_no_checkpoint(found: Path) -> None:
+    """Raises UserError: what `find_trained` has found is a checkpoint, which several ranks cannot open."""
+    if is_checkpoint(found):
+        raise UserError(f"{found}: a checkpoint is opened by one process\n  leave --nproc out, or give what hecate export makes of it")
+
+
 def show(models: Sequence[ModelFigures]) -> None:
     """Print a line for each task and figure, with a column for each model. No number is cut, whatever the width."""
     console = Console()
@@ -165,9 +171,9 @@ def _load(config: Config | None, name: str, ranks: Ranks) -> tuple[Path, BaseMod
         # In the type in which the trained ones compute, not the one of the files.
         dtype = str(pick_dtype(choice.dtype, ranks.device)).removeprefix("torch.")
         return source.folder, *load_plain_model(source, ranks, dtype, choice.attention, choice.num_hidden_layers)
-    found = find_trained(Path(name))
-    if is_checkpoint(found) and ranks.world_size > 1:
-        raise UserError(f"{found}: a checkpoint is opened by one process\n  leave --nproc out, or give what hecate export makes of it")
+    found = find_trained(Path(name), says=ranks.is_first)
+    if ranks.world_size > 1:
+        require_no_checkpoint(found)
     if config is not None and config.moe.by_source and sources_in(found):
         return found, *with_lora_adapters([found / source.name for source in config.data.train], ranks, choice)
     return found, *load_trained(found, ranks, choice)

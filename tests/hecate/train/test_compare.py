@@ -22,8 +22,10 @@ from hecate.train.inference import answer, answering
 from hecate.train.likelihood import accuracies, log_likelihoods, split_tokens
 from hecate.train.lm_eval_tasks import LmEvalTasks, _decoding, lm_eval_figures
 from hecate.train.opened import Opened
+from hecate.train.trained import export
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
+from tests.hecate.train.command_line import run
 
 WORDS = ["red", "a long choice", "blue green", "x"]
 
@@ -34,11 +36,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_workshop(tmp_path_factory.mktemp("workshop"))
     config = load_config(made / "config.yaml", [f"output_dir={made}/runs/a"], claim_output=False)
     with join_ranks() as ranks:
-        run = Training(config, ranks)
-        run.train_one()
-        run.train_one()
-        run.save()
-        (made / "runs/a/config.yaml").write_text(to_yaml(run.parts.config))
+        training = Training(config, ranks)
+        training.train_one()
+        training.train_one()
+        training.save()
+        (made / "runs/a/config.yaml").write_text(to_yaml(training.parts.config))
     lines = [{"prompt": f"what of {number}? ", "choices": WORDS[: 2 + number % 3], "answer": number % 2} for number in range(8)]
     chats = [{"question": line["prompt"], "choices": line["choices"], "answer": line["answer"]} for line in lines]
     for name, records in (("which", lines), ("asked", chats)):
@@ -90,18 +92,35 @@ def test_models_side_by_side(workshop: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     models = json.loads((tmp_path / "figures.json").read_text())["models"]
     assert [(model["name"], model["what"]) for model in models] == list(zip(names, ["base", "checkpoint", "model"], strict=True))
-    base, run, whole = (model["tasks"] for model in models)
+    base, trained, whole = (model["tasks"] for model in models)
     assert base == whole
-    assert base["up.eval"]["loss"] != run["up.eval"]["loss"]
+    assert base["up.eval"]["loss"] != trained["up.eval"]["loss"]
     assert set(base["up.eval"]) == {"samples", "loss", "exact"}
     assert (base["sums"]["exact"], base["sums"]["verified"]) == (0.0, 1.0 if given else 0.0)
     assert set(base["which"]) == {"samples", "acc", "acc_norm"}
     assert base["which"]["samples"] == 8
     shown = [line for line in done.output.splitlines() if "up.eval" in line]
     assert f"{base['up.eval']['loss']:.3f}" in shown[0]
-    assert f"{run['up.eval']['loss']:.3f}" in shown[0]
+    assert f"{trained['up.eval']['loss']:.3f}" in shown[0]
     alone = CliRunner().invoke(app, ["eval", str(workshop / "model"), "--choices", str(workshop / "which.jsonl"), "--json", "-"])
     assert json.loads(alone.stdout)["models"][0]["tasks"]["which"] == base["which"]
+
+
+@pytest.mark.slow
+def test_ranks_share_the_work(workshop: Path, tmp_path: Path) -> None:
+    """Two ranks, one of them with fewer questions: the figures of one process. A checkpoint is refused with the way out."""
+    export(workshop / "runs/a", tmp_path / "adapter")
+    arguments = ["eval", workshop / "config.yaml", "--models", f"base,{tmp_path}/adapter", "--choices", workshop / "which.jsonl"]
+    figures = []
+    for nproc in ("1", "2"):
+        run(*arguments, "eval.max_samples=5", "--nproc", nproc, "--json", tmp_path / f"{nproc}.json")
+        figures.append(json.loads((tmp_path / f"{nproc}.json").read_text())["models"])
+    for one, two in zip(*figures, strict=True):
+        assert one["tasks"].keys() == two["tasks"].keys() == {"up.eval", "echo.eval", "which"}
+        for task, values in one["tasks"].items():
+            assert two["tasks"][task] == pytest.approx(values, rel=1e-6), task
+    refused = run("eval", workshop / "runs/a", "--nproc", "2", status=2)
+    assert "checkpoint-2: a checkpoint is opened by one process\n  leave --nproc out" in refused.stderr
 
 
 def test_what_cannot_be_compared_is_refused(workshop: Path, tmp_path: Path) -> None:
