@@ -18,6 +18,7 @@ from hecate.data.choices import read_choices
 from hecate.errors import UserError
 from hecate.ranks.ranks import join_ranks
 from hecate.train.compare import Questions, compare
+from hecate.train.evaluation_main import EvaluationRequest, main
 from hecate.train.inference import answer, answering
 from hecate.train.likelihood import accuracies, log_likelihoods, split_tokens
 from hecate.train.lm_eval_tasks import LmEvalTasks, _decoding, lm_eval_figures
@@ -104,6 +105,19 @@ def test_models_side_by_side(workshop: Path, tmp_path: Path) -> None:
     assert f"{trained['up.eval']['loss']:.3f}" in shown[0]
     alone = CliRunner().invoke(app, ["eval", str(workshop / "model"), "--choices", str(workshop / "which.jsonl"), "--json", "-"])
     assert json.loads(alone.stdout)["models"][0]["tasks"]["which"] == base["which"]
+
+
+def test_a_rank_is_told_all_that_was_asked(workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, which = str(workshop / "model"), str(workshop / "which.jsonl")
+    request = EvaluationRequest(config=None, overrides=(), models=(model,), choices=(which,), json_path="-")
+    main([request.as_text()])
+    with answering(workshop / "model") as opened, opened.moe.engine.evaluation() as evaluation:
+        acc, normed = accuracies(opened, evaluation, read_choices(Path(which)), batch_size=4)
+    (found,) = json.loads(capsys.readouterr().out)["models"]
+    assert found["tasks"]["which"] == {"samples": 8, "acc": sum(acc) / 8, "acc_norm": sum(normed) / 8}
+    with pytest.raises(SystemExit):
+        main([EvaluationRequest(config=None, overrides=(), models=(model,), choices=("no such file",)).as_text()])
+    assert "data file no such file cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.slow
