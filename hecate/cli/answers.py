@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,8 +63,7 @@ def generate(
         assert prompt is not None
         wanted = [asked(prompt, system, user)]
     else:
-        with _lines(prompts) as lines:
-            wanted = list(read_prompts(lines, prompts, system, user))
+        wanted = list(read_prompts(prompts, sys.stdin.buffer if prompts == "-" else (), system=system, user=user))
     with answering(trained, model=model, user=user, features=features) as opened:
         found = answers_to(opened, iter(wanted), decoding, batch_size=batch_size, count=answers)
         if prompts is not None:
@@ -145,16 +143,6 @@ def _check(prompt: str | None, prompts: str | None, out: Path | None, answers: i
         raise UserError("--out is for the answers of --prompts; the answer to one PROMPT is printed")
     if answers > 1 and not decoding.samples:
         raise UserError(f"--answers {answers}: without sampling all answers to a prompt are the same\n  give --temperature 1, or less")
-
-
-@contextmanager
-def _lines(name: str) -> Iterator[Iterable[bytes]]:
-    if name == "-":
-        yield sys.stdin.buffer
-        return
-    from hecate.data.formats import read_lines
-
-    yield read_lines(name)
 
 
 def _write(records: Iterable[str], out: Path | None) -> None:

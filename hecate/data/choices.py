@@ -1,4 +1,4 @@
-"""Read questions with several answers to choose from: a JSON object a line.
+"""Read questions with several answers to choose from: a record each.
 
     {"question": TEXT, "choices": [TEXT, ...], "answer": 2}     a user's message, which the assistant answers
     {"prompt": TEXT, "choices": [TEXT, ...], "answer": "B"}     plain text that goes on with a space and the choice
@@ -8,12 +8,11 @@ The answer is the number of the right choice, from 0, or its text, or its letter
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hecate.data.formats import read_lines
+from hecate.data.records import Record, place_of, read_records
 from hecate.errors import UserError
 
 
@@ -32,23 +31,19 @@ class ChoiceItem:
 
 
 def read_choices(path: Path) -> list[ChoiceItem]:
-    """Return the questions of a file. Empty lines are passed over.
+    """Return the questions of a file of any form that data may have (`hecate.data.records`).
 
     Raises:
-        UserError: the file cannot be read, has no question, or a line is none; the text names file and line.
+        UserError: the file cannot be read, or a record is no question; the text says where it is.
     """
-    items = [_item(raw, f"{path}:{number}") for number, raw in enumerate(read_lines(path), start=1) if raw.strip()]
-    if not items:
-        raise UserError(f"{path}: holds no questions")
-    return items
+    return [_item(record) for record in read_records(str(path))]
 
 
-def _item(raw: bytes, place: str) -> ChoiceItem:
-    try:
-        record = json.loads(raw.decode("utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{place}: not valid JSON: {error}") from error
-    if not isinstance(record, dict) or ("question" in record) == ("prompt" in record):
+def _item(read: Record) -> ChoiceItem:
+    place, record = place_of(read.file, read.line), read.value
+    if read.reason:
+        raise UserError(f"{place}: {read.reason}")
+    if ("question" in record) == ("prompt" in record):
         raise UserError(f'{place}: needs an object with "question" or "prompt", "choices" and "answer"')
     text, choices = record.get("question", record.get("prompt")), record.get("choices")
     if not isinstance(text, str) or not text.strip():

@@ -1,4 +1,4 @@
-"""Read prompts for a model: a JSON object a line, {"prompt": TEXT} or {"messages": [...]}, with "user" where experts are mixed by users."""
+"""Read prompts for a model: records {"prompt": TEXT} or {"messages": [...]}, with "user" where experts are mixed by users."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from hecate.data.chat import Message
 from hecate.data.formats import ROLES
+from hecate.data.records import json_name, place_of, read_records
 from hecate.errors import UserError
 
 
@@ -23,33 +24,47 @@ class Prompt:
     """the line that it came from"""
 
 
-def read_prompts(lines: Iterable[bytes], name: str, system: str | None = None, user: str | None = None) -> Iterator[Prompt]:
-    """Yield the prompts of a file's lines. Empty lines are passed over.
+def read_prompts(path: str, piped: Iterable[bytes] = (), *, system: str | None = None, user: str | None = None) -> Iterator[Prompt]:
+    """Yield the prompts of a file of any form that data may have (`hecate.data.records`).
 
     Args:
-        name: of the file, for errors.
+        path: of the file; - : the prompts come in `piped`, as lines of JSON.
         system: the system message of prompts that have none.
-        user: who asks where a line does not say it.
+        user: who asks where a record does not say it.
 
     Raises:
-        UserError: a line is no such object, or there is no prompt; the text names file and line.
+        UserError: the file cannot be read, there is no prompt, or a record is none; the text says where it is.
     """
-    number = found = 0
-    for number, raw in enumerate(lines, start=1):
-        if not raw.strip():
-            continue
-        found += 1
-        place = f"{name}:{number}"
-        try:
-            record = json.loads(raw.decode("utf-8-sig"))
-        except ValueError as error:
-            raise UserError(f"{place}: not valid JSON: {error}") from error
-        if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
-            raise UserError(f'{place}: needs an object with "prompt" or "messages"')
+    empty = True
+    for place, record, reason in _piped(piped) if path == "-" else _read(path):
+        empty = False
+        if not reason and ("prompt" in record) == ("messages" in record):
+            reason = 'needs an object with "prompt" or "messages"'
+        if not reason and record.get("tools"):
+            reason = "tools are not supported in prompts"
+        if reason:
+            raise UserError(f"{place}: {reason}")
         said = record.get("user", user)
         yield Prompt(_messages(record, place, system), None if said is None else str(said), record)
-    if not found:
-        raise UserError(f'{name}: holds no prompts\n  it needs an object a line, such as {{"prompt": "What is FSSDP?"}}')
+    if empty:
+        raise UserError('standard input holds no prompts\n  it needs an object a line, such as {"prompt": "What is FSSDP?"}')
+
+
+def _read(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Place, value, and why it cannot be used."""
+    return ((place_of(one.file, one.line), one.value, one.reason) for one in read_records(path))
+
+
+def _piped(lines: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    for number, raw in enumerate(lines, start=1):
+        value, reason = {}, ""
+        try:
+            value = json.loads(raw.decode("utf-8"))
+        except ValueError as error:
+            reason = f"not valid JSON: {error}"
+        if not isinstance(value, dict):
+            value, reason = {}, f"a JSON {json_name(value)} where an object is needed"
+        yield f"standard input:{number}", value, reason
 
 
 def asked(text: str, system: str | None, user: str | None = None) -> Prompt:
@@ -65,10 +80,13 @@ def _messages(record: dict[str, Any], place: str, system: str | None) -> tuple[M
         return asked(record["prompt"], system).messages
     turns = record["messages"]
     right = isinstance(turns, list) and all(
-        isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str) for turn in turns
+        isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str) and not turn.get("tool_calls")
+        for turn in turns
     )
     if not right or not turns:
-        raise UserError(f'{place}: messages must be a list of {{"role", "content"}}, both texts; the roles are {", ".join(ROLES)}')
+        raise UserError(
+            f'{place}: messages must be a list of {{"role", "content"}}, both texts, without tool calls\n  roles: {", ".join(ROLES)}'
+        )
     if turns[-1]["role"] == "assistant":
         raise UserError(f"{place}: the last message is the assistant's, so that nothing is left to answer\n  leave it out")
     messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)

@@ -16,8 +16,8 @@ CHOICES = ["red", "blue", "A"]
 def test_an_answer_is_a_number_a_text_or_a_letter(tmp_path: Path, answer: Any, number: int) -> None:
     """In this order: a choice that is a letter is meant by it."""
     path = tmp_path / "asked.jsonl"
-    path.write_text("\n" + json.dumps({"question": "which?", "choices": CHOICES, "answer": answer}))
-    assert read_choices(path) == [ChoiceItem("which?", True, tuple(CHOICES), number, f"{path}:2")]
+    path.write_text(json.dumps({"question": "which?", "choices": CHOICES, "answer": answer}))
+    assert read_choices(path) == [ChoiceItem("which?", True, tuple(CHOICES), number, f"{path}:1")]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,4 @@ def test_what_is_no_question_is_refused(tmp_path: Path, record: Any, reason: str
     path = tmp_path / "asked.jsonl"
     path.write_text(record if isinstance(record, str) else json.dumps(record))
     with pytest.raises(UserError, match=reason):
-        read_choices(path)
-    path.write_text("\n")
-    with pytest.raises(UserError, match="holds no questions"):
         read_choices(path)

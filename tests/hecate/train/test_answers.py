@@ -136,7 +136,7 @@ def test_a_conversation_is_what_reading_it_anew_gives(workshop: Path, template: 
             first = computed[0]
             messages.append({"role": "user", "content": text})
             line = json.dumps({"messages": messages}).encode()
-            ((_, (anew,)),) = answers_to(opened, read_prompts([line], "-"), Decoding(6), batch_size=1)
+            ((_, (anew,)),) = answers_to(opened, read_prompts("-", [line]), Decoding(6), batch_size=1)
             assert found == anew
             messages.append({"role": "assistant", "content": found.text})
             whole = len(opened.base.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"])
@@ -152,7 +152,7 @@ def test_a_conversation_is_what_reading_it_anew_gives(workshop: Path, template: 
 def test_prompts_of_a_file_are_answered_in_place(workshop: Path, tmp_path: Path) -> None:
     model = str(workshop / "model")
     lines = [{"prompt": "w1x1", "id": 7}, {"messages": [{"role": "user", "content": "w2x2"}]}]
-    (tmp_path / "asked.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
+    (tmp_path / "asked.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     out = tmp_path / "answered.jsonl"
     run = CliRunner().invoke
     given = ["generate", model, "--max-new-tokens", "4", "--prompts"]
@@ -184,16 +184,17 @@ def test_what_cannot_be_asked_is_refused(workshop: Path) -> None:
         done = CliRunner().invoke(app, ["generate", model, *arguments])
         assert reason in str(done.exception), arguments
     for line, reason in (
-        ("{", "x:1: not valid JSON"),
-        ("[]", 'x:1: needs an object with "prompt" or "messages"'),
-        ('{"prompt": "a", "messages": []}', 'x:1: needs an object with "prompt" or "messages"'),
-        ('{"prompt": 3}', "x:1: prompt must be a text"),
-        ('{"messages": [{"role": "poet", "content": ""}]}', "x:1: messages must be a list of"),
-        ('{"messages": [{"role": "assistant", "content": ""}]}', "x:1: the last message is the assistant's"),
-        ("", "x: holds no prompts"),
+        ("{", "standard input:1: not valid JSON"),
+        ("[]", "standard input:1: a JSON list where an object is needed"),
+        ('{"prompt": "a", "tools": [{}]}', "standard input:1: tools are not supported"),
+        ('{"prompt": "a", "messages": []}', 'standard input:1: needs an object with "prompt" or "messages"'),
+        ('{"prompt": 3}', "standard input:1: prompt must be a text"),
+        ('{"messages": [{"role": "poet", "content": ""}]}', "standard input:1: messages must be a list of"),
+        ('{"messages": [{"role": "assistant", "content": ""}]}', "standard input:1: the last message is the assistant's"),
+        ("", "standard input holds no prompts"),
     ):
         with pytest.raises(UserError, match=reason):
-            list(read_prompts([line.encode()], "x"))
+            list(read_prompts("-", [line.encode()] if line else []))
     with answering(Path(model)) as opened:
         prompts = iter([asked("w1", None, "u1")])
         with pytest.raises(UserError, match="a prompt names the user 'u1', but no features were given"):
