@@ -12,7 +12,7 @@ from hecate.errors import UserError
 from hecate.model.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.base import BaseModel
 from hecate.model.causal_head import LanguageModelHead
-from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
+from hecate.model.load import ModelSource, load_model, load_tokenizer, one_gguf_reader, pick_dtype, read_config
 from hecate.model.memory_check import require_room
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.planners import POLICIES
@@ -34,15 +34,24 @@ def load_model_folder(folder: Path, ranks: Ranks, dtype: str, attention: Attenti
     Raises:
         UserError: the model cannot be read, or memory is too small for it.
     """
-    source = ModelSource(folder, None)
-    saved = getattr(read_config(source), "dtype", None)
-    held = saved if dtype == "auto" and isinstance(saved, torch.dtype) else pick_dtype(dtype, ranks.device)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: has no *.safetensors; is it the model folder of a finished run?")
-    require_room(folder, held, ranks.device)
-    model = load_model(source, held, ranks.device).eval()
+    return load_plain_model(ModelSource(folder, None), ranks, dtype, attention)
+
+
+def load_plain_model(
+    source: ModelSource, ranks: Ranks, dtype: str, attention: AttentionChoice = AUTO, num_hidden_layers: int | None = None
+) -> tuple[BaseModel, MoeModel]:
+    """Load a model to which nothing is added, as `load_model_folder` does; with `num_hidden_layers` its first layers only."""
+    saved = getattr(read_config(source), "dtype", None)
+    held = saved if dtype == "auto" and isinstance(saved, torch.dtype) else pick_dtype(dtype, ranks.device)
+    if source.gguf_file is None and num_hidden_layers is None:
+        require_room(source.folder, held, ranks.device)
+    with one_gguf_reader():
+        model = load_model(source, held, ranks.device, num_hidden_layers).eval()
+        tokenizer = load_tokenizer(source)
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
     engine = Engine({}, EngineConfig(POLICIES["full"], topology), ranks.groups)
     vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    base = BaseModel(model, LanguageModelHead(model, pick_way(attention, model)), load_tokenizer(source), vocab_size)
+    base = BaseModel(model, LanguageModelHead(model, pick_way(attention, model)), tokenizer, vocab_size)
     return base, MoeModel(model, engine, {}, {})

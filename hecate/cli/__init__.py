@@ -1,7 +1,7 @@
 """The command line, `hecate`. Each verb is a function in the room of its subject; the modules it needs are imported inside it.
 
 `jobs` starts training and watches it, `sweeps` trains many runs, `forecasts` measures and predicts, `machine` tells what one needs before a
-run, `models` writes data for a model and uses what a run has trained.
+run, `models` writes data for a model and uses what a run has trained, `answers` asks it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import hecate
-from hecate.cli import forecasts, jobs, machine, models, sweeps
+from hecate.cli import answers, forecasts, jobs, machine, models, sweeps
 from hecate.errors import USER_ERROR_EXIT, UserError
 
 app = typer.Typer(
@@ -41,7 +41,8 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Data and trained models": {
         "eval": models.evaluate,
-        "generate": models.generate,
+        "generate": answers.generate,
+        "chat": answers.chat,
         "export": models.export,
         "make-tasks": models.make_tasks,
     },

@@ -1,7 +1,8 @@
-"""Verbs that write data for a model and use what a run has trained: eval, generate, export, make-tasks."""
+"""Verbs that write data for a model and use what a run has trained: eval, export, make-tasks. `answers` has generate and chat."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,43 +15,85 @@ def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
     adapter: Annotated[Path | None, typer.Option(help="adapter, model, checkpoint or run folder; default: the one in output_dir")] = None,
+    models: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="several such folders side by side; base is the base model, with nothing added")
+    ] = None,
+    choices: Annotated[
+        list[Path] | None, typer.Option(help='JSONL with "question" or "prompt", "choices" and "answer"; may be given several times')
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B,...", help="tasks of lm-eval (extra `lm-eval`)")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="folder with the YAML files of the tasks; default: lm-eval's own")] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="ask the tasks' questions as conversations")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file; - prints them alone")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="ranks on this machine that share the work; default: this process alone")] = None,
 ) -> None:
-    """Show held-out loss and exact accuracy, on data.eval, of what a run has trained. Uses one process.
+    """Show what a trained model makes of held-out data: loss, exact and verified answers, choices, tasks of lm-eval (docs/answers.md).
 
-    In the place of CONFIG the folder of a run, of a checkpoint or of an adapter may stand, wherever it is now.
+    In the place of CONFIG the folder of a run, of a checkpoint or of an adapter may stand, wherever it is now; of any model, with --choices
+    or --tasks.
     """
-    from hecate.config import load_config
+    from hecate.data.choices import read_choices
     from hecate.errors import UserError
+    from hecate.train.evaluation_main import EvaluationRequest, evaluate_as_rank
     from hecate.train.trained import run_config_of
 
-    file, given = config, list(overrides or ())
+    if adapter is not None and models is not None:
+        raise UserError("--adapter and --models were given\n  name all of them in --models")
+    if tasks is None and (task_folder is not None or apply_chat_template):
+        raise UserError(f"{'--task-folder' if task_folder else '--apply-chat-template'} was given without --tasks")
+    read = {path.stem: read_choices(path) for path in choices or ()}
+    if len(read) < len(choices or ()):
+        raise UserError("--choices: two files have the same name, and figures are shown by name; rename one")
+    if tasks is not None:
+        # Nothing is downloaded: data sets are local files, or were fetched before.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+        from hecate.train.lm_eval_tasks import require_lm_eval
+
+        require_lm_eval()
+    file: Path | None = config
+    given = list(overrides or ())
     if config.is_dir():
-        found = run_config_of(config)
-        if found is None:
+        file, adapter = run_config_of(config), adapter or config
+        if file is None and not read and tasks is None:
             raise UserError(f"{config}: not the folder of a run, nor one in it\n  give the configuration, and --adapter {config}")
+        if file is None and given:
+            raise UserError(f"{config}: without the configuration of a run there is nothing that {given[0]} could change")
         # The folder may have been moved since its configuration was written.
-        file, adapter = found, adapter or config
-        given += [f"output_dir={found.parent}"] * (not any(one.startswith("output_dir=") for one in given))
-    loaded = load_config(file, given, claim_output=False)
-    from hecate.train.inference import evaluate_trained
-    from hecate.train.trained import default_trained
+        if file is not None:
+            given += [f"output_dir={file.parent}"] * (not any(one.startswith("output_dir=") for one in given))
+    names = models.split(",") if models is not None else None if adapter is None else [str(adapter)]
+    request = EvaluationRequest(
+        config=None if file is None else str(file),
+        overrides=tuple(given),
+        models=None if names is None else tuple(names),
+        choices=tuple(map(str, choices or ())),
+        tasks=None if tasks is None else tuple(tasks.split(",")),
+        task_folder=None if task_folder is None else str(task_folder),
+        apply_chat_template=apply_chat_template,
+        json_path=None if json_path is None else str(json_path),
+    )
+    if nproc in (None, 1):
+        evaluate_as_rank(request)
+        return
+    if "RANK" in os.environ:
+        raise UserError("--nproc: torchrun has started the ranks already; give it --nproc-per-node instead")
+    if tasks is not None:
+        raise UserError("--tasks and --nproc were given: tasks of lm-eval are asked in one process\n  leave --nproc out")
+    from hecate.config import load_config
+    from hecate.launch.local_launcher import launch_local
+    from hecate.train.compare import BASE, require_no_checkpoint
+    from hecate.train.preflight import check_devices
+    from hecate.train.trained import default_trained, find_trained
 
-    evaluate_trained(loaded, adapter or default_trained(loaded))
-
-
-def generate(
-    adapter: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run, checkpoint, adapter or model, such as runs/quickstart")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="the user's message")],
-    system: Annotated[str | None, typer.Option(help="system message")] = None,
-    model: Annotated[str | None, typer.Option(help="base model; default: the one that the adapter names")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of the answer at most")] = 64,
-    user: Annotated[str | None, typer.Option(help="who asks, for an adapter whose experts are mixed by users")] = None,
-    features: Annotated[Path | None, typer.Option(help="the .npz file with that user's features")] = None,
-) -> None:
-    """Answer one prompt, without sampling, with a trained adapter and its base model, or with a trained model."""
-    from hecate.train.inference import answer
-
-    print(answer(adapter, prompt, system=system, model=model, max_new_tokens=max_new_tokens, user=user, features=features))
+    # What can be told now is told before any process starts.
+    assert nproc is not None
+    check_devices(nproc, "--nproc")
+    loaded = None if file is None else load_config(file, given, claim_output=False)
+    for name in names if names is not None else [] if loaded is None else [str(default_trained(loaded))]:
+        if name != BASE:
+            require_no_checkpoint(find_trained(Path(name), says=False))
+    raise typer.Exit(launch_local("hecate.train.evaluation_main", [request.as_text()], nproc))
 
 
 def export(

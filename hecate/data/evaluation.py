@@ -1,6 +1,6 @@
 """Prepare held-out data: fixed batches for the evaluation loss, and prompts for generation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ class GenerationItem:
     line: int
     user: int = -1
     """the row of the sample's user in the features; -1: none is known"""
+    task: str | None = None
+    entry: Mapping[str, Any] | None = None
+    """reasoning-gym's record of the question, by which its verifier judges an answer; None: there is none"""
 
 
 def eval_sequences(
@@ -89,6 +92,15 @@ def generation_items(
                 file=sample.file,
                 line=sample.line,
                 user=kept[sample.number],
+                task=sample.extra.get("task"),
+                entry=_entry(sample.extra),
             )
         )
     return items
+
+
+def _entry(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """reasoning-gym's entry of a sample; None: it has none."""
+    entry = record.get("entry")
+    metadata = entry.get("metadata") if isinstance(entry, dict) else None
+    return entry if isinstance(metadata, dict) and "source_dataset" in metadata else None

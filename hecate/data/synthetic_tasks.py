@@ -4,9 +4,11 @@ A system message of a word or two names the task, and the prompt keeps only the 
 sample then has some 30 tokens, most of which carry information.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ class Task:
     prompt: Callable[[Meta], str]
     answer: Callable[[Meta], str] | None = None  # None: the generator's own answer, unchanged
     settings: Mapping[str, Any] = field(default_factory=dict)
+    theirs: Callable[[str], str] = str
+    """what an answer in this task's form is in the generator's, whose verifier judges it"""
+    truth: Callable[[Meta], Meta] = dict
+    """the metadata that the verifier is given, where this task asks for something else than the generator"""
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,14 @@ def write_tasks(folder: str | Path, tasks: Sequence[str], train_size: int, eval_
 
 
 def _write_task(folder: Path, task: str, train_size: int, eval_size: int, seed: int) -> WrittenTask:
-    prompts: dict[str, str] = {}  # prompt: answer
+    prompts: dict[str, tuple[str, Meta]] = {}  # prompt: answer, entry
     idle = 0
-    for prompt, answer in _draw(TASKS[task], seed):
+    for prompt, answer, entry in _draw(TASKS[task], seed):
         idle = idle + 1 if prompt in prompts else 0
-        prompts.setdefault(prompt, answer)
+        prompts.setdefault(prompt, (answer, entry))
         if len(prompts) == train_size + eval_size or idle == _PATIENCE:
             break
-    records = [{"messages": _messages(TASKS[task].system, prompt, answer), "task": task} for prompt, answer in prompts.items()]
+    records = [{"messages": _messages(TASKS[task].system, prompt, answer), "task": task} for prompt, (answer, _) in prompts.items()]
     held_out = eval_size
     if len(records) < train_size + eval_size:
         held_out = min(eval_size, len(records) // 4)
@@ -80,22 +86,62 @@ def _write_task(folder: Path, task: str, train_size: int, eval_size: int, seed: 
         exhausted=len(records) < train_size + eval_size,
     )
     # The first prompts are the held-out ones, so that a larger training set does not change the evaluation file.
-    _write(written.eval_path, records[:held_out])
+    # They carry their entries, by which `verdict` judges any answer.
+    entries = [entry for _, entry in prompts.values()][:held_out]
+    _write(written.eval_path, [record | {"entry": entry} for record, entry in zip(records, entries, strict=False)])
     _write(written.train_path, records[held_out : held_out + written.train_samples])
     return written
 
 
-def _draw(task: Task, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield endless (prompt, answer) tuples, with repetitions."""
+def has_verifiers() -> bool:
+    """Return whether reasoning-gym is installed."""
+    return importlib.util.find_spec("reasoning_gym") is not None
+
+
+def verdict(entry: Mapping[str, Any], answer: str, *, task: str | None, place: str) -> float:
+    """Return what reasoning-gym's own verifier says of an answer: 1 if it is right, less where a part of it is.
+
+    Args:
+        entry: reasoning-gym's record of the question, with {"answer", "metadata"}; of the metadata `source_dataset` names the generator.
+        task: one of `TASKS`, whose answers have a form of their own; another, or None: the answer is in the generator's form.
+        place: of the sample, for errors.
+
+    Raises:
+        UserError: reasoning-gym is not installed, or has no such generator.
+    """
+    name = entry["metadata"]["source_dataset"]
+    try:
+        score = _verifier(name)
+    except ValueError as error:
+        raise UserError(f"{place}: entry.metadata.source_dataset: reasoning-gym has no generator {str(name)[:80]!r}") from error
+    own = TASKS.get(task or "")
+    return float(score(own.theirs(answer) if own and own.generator == name else answer, dict(entry)))
+
+
+@cache
+def _verifier(generator: str) -> Callable[[str, dict[str, Any]], float]:
+    score: Callable[[str, dict[str, Any]], float] = _reasoning_gym().get_score_answer_fn(generator)
+    return score
+
+
+def _reasoning_gym() -> Any:
     try:
         import reasoning_gym
     except ImportError as error:
         raise UserError(f"the synthetic tasks need reasoning-gym, which is not installed\n  {install_hint('quickstart')}") from error
+    return reasoning_gym
+
+
+def _draw(task: Task, seed: int) -> Iterator[tuple[str, str, Meta]]:
+    """Yield endless (prompt, answer, entry) tuples, with repetitions."""
+    reasoning_gym = _reasoning_gym()
     dataset = reasoning_gym.create_dataset(task.generator, seed=seed, size=2**31, **task.settings)
     for index in range(len(dataset)):
         entry = dataset[index]
         meta = entry["metadata"]
-        yield task.prompt(meta), str(entry["answer"]) if task.answer is None else task.answer(meta)
+        # The generator's own wording of the question is left out: no verifier of these tasks asks for it.
+        record = {"answer": entry["answer"], "metadata": task.truth(meta)}
+        yield task.prompt(meta), str(entry["answer"]) if task.answer is None else task.answer(meta), record
 
 
 def _messages(system: str, prompt: str, answer: str) -> list[dict[str, str]]:
@@ -121,6 +167,18 @@ def _ordered(meta: Meta, items: Sequence[object]) -> str:
 
 def _lowered(meta: Meta) -> list[str]:
     return [word.lower() for word in meta["original_words"]]
+
+
+def _sorted_words(meta: Meta) -> list[str]:
+    return sorted(_lowered(meta), reverse=meta["direction"] == "descending")
+
+
+def _quoted(answer: str) -> str:
+    return str([] if answer == "none" else answer.split())
+
+
+def _separated(answer: str) -> str:
+    return ", ".join(answer.split())
 
 
 def _filter_prompt(meta: Meta) -> str:
@@ -173,6 +231,7 @@ TASKS: Mapping[str, Task] = {
         prompt=lambda meta: _ordered(meta, meta["original_numbers"]),
         answer=lambda meta: _listed(meta["sorted_numbers"]),
         settings=_FEW_NUMBERS,
+        theirs=_quoted,
     ),
     "number_filtering": Task(
         generator="number_filtering",
@@ -180,6 +239,7 @@ TASKS: Mapping[str, Task] = {
         prompt=_filter_prompt,
         answer=lambda meta: _listed(meta["result"]) or "none",
         settings=_FEW_NUMBERS,
+        theirs=_quoted,
     ),
     "number_sequence": Task(
         generator="number_sequence",
@@ -194,6 +254,7 @@ TASKS: Mapping[str, Task] = {
         prompt=lambda meta: _listed(meta["word"]),
         answer=lambda meta: _listed(meta["word"][::-1]),
         settings={"min_word_len": 3, "max_word_len": 5},
+        theirs=lambda answer: "".join(answer.split()),
     ),
     "word_sequence_reversal": Task(
         generator="word_sequence_reversal",
@@ -201,13 +262,16 @@ TASKS: Mapping[str, Task] = {
         prompt=lambda meta: _listed(meta["words"]),
         answer=lambda meta: _listed(meta["words"][::-1]),
         settings={"min_words": 3, "max_words": 4},
+        theirs=_separated,
     ),
     "word_sorting": Task(
         generator="word_sorting",
         system="sort words",
         prompt=lambda meta: _ordered(meta, _lowered(meta)),
-        answer=lambda meta: _listed(sorted(_lowered(meta), reverse=meta["direction"] == "descending")),
+        answer=lambda meta: _listed(_sorted_words(meta)),
         settings={"min_words": 3, "max_words": 3, "max_word_length": 6},
+        theirs=_separated,
+        truth=lambda meta: {**meta, "sorted_words": _sorted_words(meta)},  # of the words in small letters
     ),
     "leap_year": Task(
         generator="calendar_arithmetic",

@@ -1,11 +1,10 @@
-"""Held-out loss, exact accuracy and expert loads of each evaluation source; and the greedy answers that accuracy counts."""
+"""Held-out loss, exact accuracy and expert loads of each evaluation source."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +17,27 @@ from hecate.data.sources import TokenSource
 from hecate.engine.protocol import EvaluationPasses
 from hecate.experts.forward_pass import PassTokens
 from hecate.experts.pass_users import PassUsers, users_of_rows
-from hecate.model.attention import generating
 from hecate.model.base import BaseModel
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import EvalScore, Evaluation
+from hecate.train.generation import Decoding, generate
 from hecate.train.step import forward_loss, pass_tokens
+
+Heard = Callable[[str, Sequence[GenerationItem], Sequence[str]], None]
+"""gets a source's name, the prompts of this rank, and the answers to them"""
 
 
 def evaluate(
-    config: Config, ranks: Ranks, base: BaseModel, moe: MoeModel, sources: Sequence[TokenSource], features_UF: Tensor | None = None
+    config: Config,
+    ranks: Ranks,
+    base: BaseModel,
+    moe: MoeModel,
+    sources: Sequence[TokenSource],
+    features_UF: Tensor | None = None,
+    heard: Heard | None = None,
 ) -> Evaluation:
     """Evaluate all sources. Every rank must call it; rows and prompts are shared out.
 
@@ -37,6 +45,7 @@ def evaluate(
 
     Args:
         features_UF: the vectors of all users, [users, width], on the model's device; None: no router decides by users.
+        heard: is told the answers that were counted, if any were.
     """
     scores, loads = {}, {}
     together = moe.engine.goes_together
@@ -53,53 +62,13 @@ def evaluate(
                 def begin(batch: Sequence[GenerationItem], tokens: PassTokens = tokens) -> AbstractContextManager[object]:
                     return evaluation.forward(replace(tokens, users=_users_of(batch, features_UF)))
 
-                accuracy = _exact_accuracy(config, ranks, base, items, together, begin)
+                mine, answers = _answers(config, ranks, base, items, together, begin)
+                exact = sum(answer == item.answer_text.strip() for answer, item in zip(answers, mine, strict=True))
+                accuracy = ranks.all_sum(torch.tensor([float(exact)])).item() / max(len(items), 1)
+                if heard is not None:
+                    heard(source.name, mine, answers)
             scores[source.name] = EvalScore(loss=loss, accuracy=accuracy, samples=samples)
     return Evaluation(scores, loads)
-
-
-def generate(
-    base: BaseModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    begin: Callable[[Sequence[int]], AbstractContextManager[object]] = nullcontext,
-    together: bool = False,
-) -> list[str]:
-    """The greedy continuation of each prompt (token ids), as text without special tokens, in the prompts' order.
-
-    Args:
-        begin: begins the forward passes of a batch, whose rows are the prompts with these indices.
-        together: all ranks call it, with as many prompts, and run each forward pass at the same time, until the longest answer is there.
-    """
-    model: Any = base.model
-    device = next(model.parameters()).device
-    stop = _stop_tokens(model, base.tokenizer)
-    # Prompts of like lengths together: the least padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in chosen)
-        ids = torch.full((len(chosen), width), stop[0])
-        mask = torch.zeros((len(chosen), width), dtype=torch.int64)
-        for row, i in enumerate(chosen):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]) :] = 1
-        with torch.no_grad(), generating(model), begin(chosen):
-            out = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=stop,
-                pad_token_id=stop[0],
-                synced_gpus=together,
-            )
-        for row, i in enumerate(chosen):
-            answers[i] = base.tokenizer.decode(out[row, width:], skip_special_tokens=True).strip()
-    return answers
 
 
 def _loss_and_loads(
@@ -140,15 +109,15 @@ def _expert_of(config: Config, source: str, device: torch.device) -> Tensor | No
     return copy_to(torch.tensor([[one.name for one in config.data.train].index(source)]), device)
 
 
-def _exact_accuracy(
+def _answers(
     config: Config,
     ranks: Ranks,
     base: BaseModel,
     items: Sequence[GenerationItem],
     together: bool,
     begin: Callable[[Sequence[GenerationItem]], AbstractContextManager[object]],
-) -> float:
-    """Share of prompts whose greedy answer is the file's, but for white space at the ends.
+) -> tuple[Sequence[GenerationItem], list[str]]:
+    """The prompts of this rank, and the greedy answers to them, without white space at the ends.
 
     Args:
         begin: begins the forward passes of a batch, whose rows are these prompts.
@@ -160,13 +129,12 @@ def _exact_accuracy(
     answers = generate(
         base,
         [item.prompt_ids for item in asked],
-        max_new_tokens=config.eval.max_new_tokens,
+        Decoding(config.eval.max_new_tokens),
         batch_size=config.eval.batch_size,
         begin=lambda chosen: begin([asked[i] for i in chosen]),
         together=together,
     )
-    correct = sum(answer == item.answer_text.strip() for answer, item in zip(answers, mine, strict=False))
-    return ranks.all_sum(torch.tensor([float(correct)])).item() / max(len(items), 1)
+    return mine, [answer.text for answer in answers[: len(mine)]]
 
 
 def _users_of(items: Sequence[GenerationItem], features_UF: Tensor | None) -> PassUsers | None:
@@ -174,11 +142,3 @@ def _users_of(items: Sequence[GenerationItem], features_UF: Tensor | None) -> Pa
     if features_UF is None:
         return None
     return users_of_rows(features_UF, copy_to(torch.tensor([item.user for item in items]), features_UF.device))
-
-
-def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The model's own end tokens, and the tokenizer's."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    tokens = configured if isinstance(configured, list) else [configured]
-    found = [token for token in [*tokens, tokenizer.eos_token_id] if token is not None]
-    return list(dict.fromkeys(found)) or [0]

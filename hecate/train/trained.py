@@ -26,11 +26,13 @@ RUN_CONFIG = "config.yaml"
 _OUTPUTS = ("adapter", "adapters", "model")
 
 
-def find_trained(path: Path) -> Path:
+def find_trained(path: Path, *, says: bool = True) -> Path:
     """Return the folder that a path means: an adapter, adapters of several sources, a model, or a checkpoint.
 
-    A run's folder means what the run left at its end, or its newest checkpoint if it has gone on since, or was stopped before. Standard
-    error says which was taken.
+    A run's folder means what the run left at its end, or its newest checkpoint if it has gone on since, or was stopped before.
+
+    Args:
+        says: whether standard error says which was taken.
 
     Raises:
         UserError: a run's folder has neither.
@@ -49,7 +51,8 @@ def find_trained(path: Path) -> Path:
     else:
         assert newest is not None
         taken = newest[0]
-    print(f"hecate: {path}: takes {taken.name}", file=sys.stderr, flush=True)
+    if says:
+        print(f"hecate: {path}: takes {taken.name}", file=sys.stderr, flush=True)
     return taken
 
 

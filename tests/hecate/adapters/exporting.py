@@ -20,7 +20,7 @@ from hecate.adapters.forms import read_any, write_form
 from hecate.adapters.tensors import expected_shapes
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
-from hecate.train.inference import _trained
+from hecate.train.opened import load_trained
 from testing.byte_tokenizer import build_byte_tokenizer
 from tests.hecate.model.tiny import SIZES, tiny
 from tests.plain_moe_lora import peft_model, save_tiny
@@ -109,7 +109,7 @@ def logits_of(model: Any) -> Tensor:
 def hecate_logits(folder: Path) -> Tensor:
     """Of whatever lies in the folder."""
     with join_ranks() as ranks:
-        base, moe = _trained(folder, ranks, BaseChoice(dtype="float64", kernels="torch"))
+        base, moe = load_trained(folder, ranks, BaseChoice(dtype="float64", kernels="torch"))
         with moe.engine.evaluation(), torch.no_grad():
             return base.head.logits(base.head.hidden(IDS, None, torch.arange(IDS.shape[1])[None]))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hecate.data.encode import encode_source
-from hecate.data.synthetic_tasks import TASKS, write_tasks
+from hecate.data.synthetic_tasks import TASKS, verdict, write_tasks
 from hecate.errors import UserError
 from tests.hecate.data.files import Source
 
@@ -71,6 +71,19 @@ def test_answer_follows_from_the_prompt(written: Any, task: str) -> None:
     (files,) = (files for files in written if files.task == task)
     for prompt, answer in pairs(files.train_path) + pairs(files.eval_path):
         assert SOLVERS[task](prompt) == answer, prompt
+
+
+def test_the_verifier_takes_every_held_out_answer_and_not_the_next_one(written: Any) -> None:
+    for files in written:
+        records = [json.loads(line) for line in files.eval_path.read_text(encoding="utf-8").splitlines()]
+        answers = [record["messages"][-1]["content"] for record in records]
+        judged = [verdict(one["entry"], given, task=files.task, place="") for one, given in zip(records, answers, strict=True)]
+        assert set(judged) == {1.0}, files.task
+        pairs_of = zip(records, answers, answers[1:], strict=False)
+        wrong = [verdict(one["entry"], other, task=files.task, place="") for one, own, other in pairs_of if other != own]
+        assert max(wrong) < 1, files.task
+    with pytest.raises(UserError, match=r"x:1: entry\.metadata\.source_dataset: reasoning-gym has no generator 'sums'"):
+        verdict({"metadata": {"source_dataset": "sums"}}, "1", task=None, place="x:1")
 
 
 def test_only_the_rule_of_number_sequences_is_not_in_the_prompt() -> None:

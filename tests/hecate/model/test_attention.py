@@ -21,7 +21,7 @@ from hecate.model import attention_kernels
 from hecate.model.attention import AttentionChoice, Way, pick_way, row_multiple, use_way, way_problem
 from hecate.model.attention_kernels import AttentionRows, FlashKernel, Scores, package_flash, torchs_flash
 from hecate.model.causal_head import LanguageModelHead
-from hecate.train.evaluate import generate
+from hecate.train.generation import Decoding, generate
 from hecate.train.step import forward_loss
 from tests.hecate.model.tiny import tiny
 from tests.plain_attention import dense_of_blocks, plain_flash, plain_flex, plain_varlen
@@ -195,7 +195,7 @@ def test_answers_are_generated_as_transformers_does() -> None:
     plain, model = (SimpleNamespace(model=tiny("llama"), tokenizer=tokenizer) for _ in range(2))
     use_way(model.model, "sdpa")
     prompts: Any = [[5, 6], [7, 8, 9, 10]]
-    wanted, answers = (generate(base, prompts, max_new_tokens=5, batch_size=2) for base in (plain, model))  # type: ignore[arg-type]
+    wanted, answers = (generate(base, prompts, Decoding(5), batch_size=2) for base in (plain, model))  # type: ignore[arg-type]
     assert answers == wanted
     with pytest.raises(AssertionError, match="use `generating`"):
         model.model.generate(torch.tensor(prompts[:1]), max_new_tokens=5)

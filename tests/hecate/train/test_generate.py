@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hecate.train.evaluate import generate
+from hecate.train.generation import Decoding, generate
 
 
 class Successor(nn.Module):
@@ -32,6 +32,6 @@ class Successor(nn.Module):
 def test_prompts_of_like_length_share_a_batch_and_keep_their_order() -> None:
     model = Successor()
     tokenizer = SimpleNamespace(eos_token_id=0, decode=lambda ids, skip_special_tokens: f" {int(ids[0])} ")
-    answers = generate(SimpleNamespace(model=model, tokenizer=tokenizer), [[5, 6, 7], [1], [3, 4]], max_new_tokens=2, batch_size=2)  # type: ignore[arg-type]
-    assert answers == ["8", "2", "5"]
+    answers = generate(SimpleNamespace(model=model, tokenizer=tokenizer), [[5, 6, 7], [1], [3, 4]], Decoding(2), batch_size=2)  # type: ignore[arg-type]
+    assert [answer.text for answer in answers] == ["8", "2", "5"]
     assert model.seen == [([[0, 1], [3, 4]], [[0, 1], [1, 1]]), ([[5, 6, 7]], [[1, 1, 1]])]

@@ -14,7 +14,7 @@ from hecate.errors import UserError
 from hecate.model.base import BaseChoice
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.inference import _with_adapter
+from hecate.train.opened import with_adapter
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
 
@@ -43,7 +43,7 @@ def test_from_configuration_to_adapter_and_back(workshop: Path, one_rank: dist.P
     assert again.train_one().result.loss == run.train_one().result.loss
 
     folder = run.parts.output.replace(workshop / "runs" / "whole", run.parts.moe, ranks)
-    base, moe = _with_adapter(folder, ranks, BaseChoice(dtype="float32"))
+    base, moe = with_adapter(folder, ranks, BaseChoice(dtype="float32"))
     ids = torch.arange(20)[None]
     logits = []
     for model, engine in ((run.parts.base.model, run.parts.moe.engine), (base.model, moe.engine)):

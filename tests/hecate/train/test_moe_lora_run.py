@@ -19,7 +19,8 @@ from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
-from hecate.train.inference import _with_adapter, answer, evaluate_trained
+from hecate.train.inference import answer, evaluate_trained
+from hecate.train.opened import with_adapter
 from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.tiny_run import write_samples
@@ -115,7 +116,7 @@ def logits_of_peft(model: Any) -> torch.Tensor:
 
 def logits_of_ours(adapter: Path) -> torch.Tensor:
     with join_ranks() as ranks:
-        base, moe = _with_adapter(adapter, ranks, BaseChoice(dtype="float32", kernels="torch"))
+        base, moe = with_adapter(adapter, ranks, BaseChoice(dtype="float32", kernels="torch"))
         assert {family.site.kernels for family in moe.engine.shards.families.values()} == {"torch"}, "`kernels` was not honoured"
         with moe.engine.evaluation(), torch.no_grad():
             ids = torch.arange(40, 70)[None]
@@ -161,7 +162,7 @@ def test_every_architecture_goes_to_peft_and_comes_back(tmp_path: Path, kind: st
     wanted = logits_of_peft(model)
     torch.testing.assert_close(logits_of_ours(tmp_path / "theirs"), wanted, rtol=1e-4, atol=1e-4)
     with join_ranks() as ranks:
-        base, moe = _with_adapter(tmp_path / "theirs", ranks, BaseChoice(dtype="float32"))
+        base, moe = with_adapter(tmp_path / "theirs", ranks, BaseChoice(dtype="float32"))
         for parameter in (*moe.engine.shards.named_parameters().values(), *moe.replicated_parameters().values()):
             parameter.data.mul_(1.5)
         export_peft_adapter(tmp_path / "ours", load_peft_adapter(tmp_path / "theirs")[1], base, moe, ranks)

@@ -23,7 +23,8 @@ from hecate.model.base import BaseChoice
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.report.summary import training_report
-from hecate.train.inference import _with_adapter, answer
+from hecate.train.inference import answer
+from hecate.train.opened import with_adapter
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
 from tests.hecate.train import command_line
@@ -88,7 +89,7 @@ def test_from_configuration_to_an_adapter_that_peft_reads(workshop: Path, one_ra
     assert tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (3, 32)
     assert json.loads((folder / "adapter_config.json").read_text())["hecate"]["extra"]["drawn"] == run.parts.drawn_digest
     ours = logits(run.parts.base.model, run.parts.moe.engine)
-    base, moe = _with_adapter(folder, ranks, BaseChoice(dtype="float32"))
+    base, moe = with_adapter(folder, ranks, BaseChoice(dtype="float32"))
     torch.testing.assert_close(logits(base.model, moe.engine), ours, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(peft_logits(workshop, folder), ours, rtol=1e-5, atol=1e-5)
 

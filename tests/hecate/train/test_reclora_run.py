@@ -24,7 +24,8 @@ from hecate.model.base import BaseChoice
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.checkpointed import write_checkpointed
-from hecate.train.inference import _with_adapter, answer, evaluate_trained
+from hecate.train.inference import answer, evaluate_trained
+from hecate.train.opened import with_adapter
 from hecate.train.preflight import check_data
 from hecate.train.trained import bake
 from hecate.train.training import Training
@@ -106,7 +107,7 @@ def test_from_recipe_to_one_users_lora(workshop: Path, one_rank: dist.ProcessGro
     save_file(tensors, folder / "adapter_model.safetensors")
 
     users = read_user_features(workshop / "users.npz")
-    base, moe = _with_adapter(folder, ranks, BaseChoice(dtype="float32"))
+    base, moe = with_adapter(folder, ranks, BaseChoice(dtype="float32"))
     ids = torch.arange(20).expand(2, 20)
     tokens = PassTokens(users=users_of_rows(torch.from_numpy(users.values_UF), torch.tensor([1, 2])))
     with moe.engine.evaluation() as evaluation, torch.no_grad(), evaluation.forward(tokens):

@@ -1,0 +1,224 @@
+"""Evaluate one model or several on held-out data, questions with choices, and tasks of lm-eval; and show them side by side."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hecate.adapters.model_folder import is_model_folder, load_plain_model
+from hecate.adapters.peft_by_source import sources_in, with_lora_adapters
+from hecate.config import Config
+from hecate.data.choices import ChoiceItem
+from hecate.data.evaluation import GenerationItem
+from hecate.data.synthetic_tasks import has_verifiers, verdict
+from hecate.data.user_features import users_of
+from hecate.errors import UserError, install_hint
+from hecate.model.attention import AttentionChoice
+from hecate.model.base import BaseChoice, BaseModel
+from hecate.model.load import pick_dtype, resolve_model
+from hecate.model.moe_model import MoeModel
+from hecate.ranks.ranks import Ranks
+from hecate.report.summary import NARROWEST, PLAIN_WIDTH
+from hecate.train.build import encode_sources, on_device
+from hecate.train.checkpointed import is_checkpoint
+from hecate.train.evaluate import evaluate
+from hecate.train.likelihood import accuracies
+from hecate.train.lm_eval_tasks import LmEvalTasks, lm_eval_figures
+from hecate.train.opened import as_opened, load_trained, require_users
+from hecate.train.trained import find_trained
+
+BASE = "base"
+"""the name of the configuration's base model, with nothing added, among the models to compare"""
+_BATCH = 16
+"""choices that are computed together where no configuration says eval.batch_size"""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What models are asked beside the configuration's held-out data."""
+
+    choices: Mapping[str, Sequence[ChoiceItem]] = field(default_factory=dict)
+    """by the name that the table shows"""
+    lm_eval: LmEvalTasks | None = None
+
+
+@dataclass(frozen=True)
+class TaskFigures:
+    """What was measured of one model on one task."""
+
+    samples: int
+    figures: Mapping[str, float]
+    """loss, exact (the share of answers that are the file's), verified (the mean of a verifier's scores), acc, acc_norm, or lm-eval's"""
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What was measured of one model."""
+
+    name: str
+    folder: Path
+    what: str
+    """adapter, checkpoint, model or base"""
+    tasks: Mapping[str, TaskFigures]
+
+
+def compare(config: Config | None, names: Sequence[str], questions: Questions, ranks: Ranks) -> list[ModelFigures]:
+    """Evaluate models, one after another. Every rank must call it.
+
+    Args:
+        config: whose data.eval is used, and how it computes; None: only `questions` are asked.
+        names: folders of what was trained, or `BASE`.
+
+    Raises:
+        UserError: there is nothing to evaluate on, a name stands for two things, or a model cannot be opened or evaluated.
+    """
+    sources = [source.name for source in config.data.eval] if config is not None else []
+    named = [*sources, *questions.choices]
+    if not named and questions.lm_eval is None:
+        raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on, or give --choices or --tasks")
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise UserError(f"{twice[0]}: two files have this name, and figures are shown by name; rename one")
+    found = []
+    for name in names:
+        found.append(_figures(config, name, questions, ranks))
+        gc.collect()  # before the next model is loaded
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def require_no_checkpoint(found: Path) -> None:
+    """Raises UserError: what `find_trained` has found is a checkpoint, which several ranks cannot open."""
+    if is_checkpoint(found):
+        raise UserError(f"{found}: a checkpoint is opened by one process\n  leave --nproc out, or give what hecate export makes of it")
+
+
+def show(models: Sequence[ModelFigures]) -> None:
+    """Print a line for each task and figure, with a column for each model. No number is cut, whatever the width."""
+    console = Console()
+    console.width = max(console.width, NARROWEST) if console.is_terminal else PLAIN_WIDTH
+    table = Table(title="Held-out data", title_justify="left")
+    table.add_column("task", overflow="fold")
+    table.add_column("samples", justify="right", no_wrap=True)
+    table.add_column("figure", no_wrap=True)
+    for model in models:
+        table.add_column(Text(model.name), justify="right", overflow="fold", min_width=8)
+    for task in dict.fromkeys(task for model in models for task in model.tasks):
+        of_task = [model.tasks.get(task) for model in models]
+        samples = dict.fromkeys(str(one.samples) for one in of_task if one is not None)
+        for figure in dict.fromkeys(figure for one in of_task if one is not None for figure in one.figures):
+            values = [None if one is None else one.figures.get(figure) for one in of_task]
+            shown = ["-" if value is None else f"{value:.3f}" for value in values]
+            table.add_row(Text(task), ", ".join(samples), figure, *shown)
+    console.print(table)
+    width = max(len(model.what) for model in models)
+    for model in models:
+        console.print(Text.assemble((f"{model.what:<{width}}  ", "dim"), str(model.folder)), soft_wrap=True)
+
+
+def as_json(models: Sequence[ModelFigures]) -> str:
+    """All figures, with all their digits."""
+    value = [
+        {
+            "name": model.name,
+            "folder": str(model.folder),
+            "what": model.what,
+            "tasks": {task: {"samples": one.samples, **one.figures} for task, one in model.tasks.items()},
+        }
+        for model in models
+    ]
+    return json.dumps({"models": value}, indent=1, ensure_ascii=False)
+
+
+def _figures(config: Config | None, name: str, questions: Questions, ranks: Ranks) -> ModelFigures:
+    folder, base, moe = _load(config, name, ranks)
+    tasks: dict[str, TaskFigures] = {}
+    if config is not None and config.data.eval:
+        tasks |= _held_out(config, base, moe, ranks, name)
+    if questions.choices or questions.lm_eval:
+        opened = as_opened(folder, base, moe, ranks)
+        batch_size, most = (_BATCH, None) if config is None else (config.eval.batch_size, config.eval.max_samples)
+        with moe.engine.evaluation() as evaluation:
+            for task, all_items in questions.choices.items():
+                items = all_items[:most]
+                judged = accuracies(opened, evaluation, items[ranks.rank :: ranks.world_size], batch_size=batch_size)
+                right = ranks.all_sum(torch.tensor([float(sum(one)) for one in judged])).tolist()
+                tasks[task] = TaskFigures(len(items), {"acc": right[0] / len(items), "acc_norm": right[1] / len(items)})
+            if questions.lm_eval is not None:
+                asked = lm_eval_figures(opened, evaluation, questions.lm_eval, batch_size=batch_size, limit=most)
+                tasks |= {task: TaskFigures(samples, figures) for task, (samples, figures) in asked.items()}
+    return ModelFigures(name, folder, _what(name, folder), tasks)
+
+
+def _load(config: Config | None, name: str, ranks: Ranks) -> tuple[Path, BaseModel, MoeModel]:
+    choice = BaseChoice()
+    if config is not None:
+        model, attention = config.model, AttentionChoice(config.model.attention, config.data.packing)
+        choice = BaseChoice(model.name_or_path, model.dtype, model.num_hidden_layers, attention, config.kernels)
+    if name == BASE:
+        if choice.name is None:
+            raise UserError("base: without a configuration there is no base model\n  give its folder")
+        source = resolve_model(choice.name)
+        # In the type in which the trained ones compute, not the one of the files.
+        dtype = str(pick_dtype(choice.dtype, ranks.device)).removeprefix("torch.")
+        return source.folder, *load_plain_model(source, ranks, dtype, choice.attention, choice.num_hidden_layers)
+    found = find_trained(Path(name), says=ranks.is_first)
+    if ranks.world_size > 1:
+        require_no_checkpoint(found)
+    if config is not None and config.moe.by_source and sources_in(found):
+        return found, *with_lora_adapters([found / source.name for source in config.data.train], ranks, choice)
+    return found, *load_trained(found, ranks, choice)
+
+
+def _held_out(config: Config, base: BaseModel, moe: MoeModel, ranks: Ranks, name: str) -> dict[str, TaskFigures]:
+    users = users_of(config) if name != BASE else None
+    if name != BASE:
+        require_users(Path(name), moe, users)
+    sources = encode_sources(config.data.eval, config, base, ranks, users)
+    verified: dict[str, float] = {}
+
+    def heard(source: str, items: Sequence[GenerationItem], answers: Sequence[str]) -> None:
+        score = _verified(source, items, answers, ranks)
+        if score is not None:
+            verified[source] = score
+
+    scores = evaluate(config, ranks, base, moe, sources, None if users is None else on_device(users, ranks), heard).scores
+    found = {}
+    for source, score in scores.items():
+        figures = {"loss": score.loss}
+        if score.accuracy is not None:
+            figures["exact"] = score.accuracy
+        if source in verified:
+            figures["verified"] = verified[source]
+        found[source] = TaskFigures(score.samples, figures)
+    return found
+
+
+def _verified(source: str, items: Sequence[GenerationItem], answers: Sequence[str], ranks: Ranks) -> float | None:
+    """The mean score of the answers whose samples carry an entry, over all ranks; None: none does, or there is no verifier."""
+    judged = [(item, answer) for item, answer in zip(items, answers, strict=True) if item.entry is not None]
+    (count,) = ranks.all_sum(torch.tensor([float(len(judged))])).tolist()
+    if not count:
+        return None
+    if not has_verifiers():
+        if ranks.is_first:
+            hint = install_hint("quickstart")
+            print(f"hecate: {source}: answers are not verified, since reasoning-gym is not installed: {hint}", file=sys.stderr, flush=True)
+        return None
+    total = sum(verdict(item.entry or {}, answer, task=item.task, place=f"{item.file}:{item.line}") for item, answer in judged)
+    return float(ranks.all_sum(torch.tensor([total], dtype=torch.float64)).item() / count)
+
+
+def _what(name: str, folder: Path) -> str:
+    if name == BASE:
+        return BASE
+    return "checkpoint" if is_checkpoint(folder) else "model" if is_model_folder(folder) else "adapter"
