@@ -117,7 +117,7 @@ def test_the_slurm_script_gives_what_the_command_takes(workshop: Path, tmp_path:
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     variables = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[17-18]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "3"}
     variables |= {"CONFIG": str(workshop / "config.yaml"), "OUTPUT": str(tmp_path / "runs"), "PATH": path}
-    script = ["bash", "-x", str(ROOT / "examples" / "slurm.sbatch")]
+    script = ["bash", "-x", str(ROOT / "examples" / "two_nodes" / "slurm.sbatch")]
     done = subprocess.run(script, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60, check=False)
     # All arguments are good, so the first thing that it meets is that there is no such node.
     assert done.returncode == 2, done.stderr

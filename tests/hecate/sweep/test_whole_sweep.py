@@ -22,6 +22,7 @@ def write_sweep(workshop: Path, name: str, text: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_its_runs_and_compares_them(workshop: Path) -> None:
     file = write_sweep(workshop, "swept", COMMON + "grid: {learning_rate: [1e-6, 1e-2]}\n")
     assert run("sweep", file, "--table").stdout.splitlines()[1:] == ["1e-6           not begun", "1e-2           not begun"]

@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[tuple[str, ...], str]] = {
     "moe_lora": (("moe.family=moe_lora", "moe.num_experts=null", "moe.top_k=null", "model.name_or_path={workshop}/moe"), "per-expert"),
     "full": (("moe.family=full",), "mixtral"),
 }
+IN_MAKE_TEST = ("mixlora", "moe_lora")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: one for file in sorted(folder.rglob("*.safetensors")) for name, one in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name if name in IN_MAKE_TEST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
 def test_a_checkpoint_is_as_good_as_what_the_run_would_have_left(workshop: Path, tmp_path: Path, name: str) -> None:
     """Bit for bit, for every kind of experts; moved elsewhere; and in another form."""
     overrides, form = FAMILIES[name]
