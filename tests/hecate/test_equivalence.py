@@ -245,7 +245,7 @@ def cases_of(policy: str, dtype: torch.dtype) -> list[Case]:
 SLOW_1, SLOW_2, SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 3, 4))
 
 
-QUICK = (("static_ep", 2), ("full", 2), ("hecate", 4))
+QUICK = (("static_ep", 2), ("full", 2), ("hecate", 3))
 """of every policy and world size, those that are not left to the slow tests"""
 
 
@@ -290,7 +290,7 @@ def test_activation_checkpointing_changes_nothing(world: int) -> None:
     run_ranks(world, _check_cases, cases, timeout=240)
 
 
-@pytest.mark.parametrize("world", [1, 3, SLOW_4])
+@pytest.mark.parametrize("world", [SLOW_1, 3, SLOW_4])
 def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None:
     cases = [
         Case("hecate", 8, 2, "hot expert", rematerialize=True),
@@ -351,7 +351,7 @@ def test_every_other_policy_equals_one_process(world: int) -> None:
     run_ranks(world, _check_cases, cases, timeout=480)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, SLOW_4])
+@pytest.mark.parametrize("world", [SLOW_1, SLOW_2, 3, SLOW_4])
 def test_tokens_may_all_be_served_elsewhere_though_their_experts_are_here(world: int) -> None:
     cases = [Case("elsewhere", 8, 2, "idle experts", checkpointing=True), Case("elsewhere", 3, 1, "empty rank", torch.float32)]
     run_ranks(world, _check_cases, cases, timeout=240)

@@ -221,7 +221,7 @@ def test_upcycled_training_equals_one_process(world: int) -> None:
     run_ranks(world, _check_cases, cases[:3] if world == 1 else cases, timeout=240)
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None:
     cases = [
         Case("full", "idle experts", True, checkpointing=True),
@@ -233,9 +233,8 @@ def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None
     run_ranks(world, _check_cases, cases[:3] if world == 1 else cases, timeout=240)
 
 
-@pytest.mark.parametrize(
-    ("world", "shard_size"), [pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 1), (4, 2)])
 def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, shard_size: int) -> None:
     cases = [
         Case("full", "idle experts", True, shard_size=shard_size),

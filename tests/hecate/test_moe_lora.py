@@ -298,7 +298,7 @@ def _check_cases(rank: int, world: int, cases: list[Case], folder: Path) -> None
             raise AssertionError(f"{case}: {error}") from error
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [3, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 4))])
 def test_sharded_training_equals_peft_in_one_process(peft_runs: Path, world: int) -> None:
     """All replicas, some, none; frozen parts that have to make room; at 2 and 4 ranks half of the ranks have no tokens."""
     policies = ("full", "hecate", "static_ep", "random 2", "auto")
@@ -329,9 +329,8 @@ def test_whenever_replicas_come_and_go_it_equals_peft(peft_runs: Path) -> None:
     run_ranks(3, _check_cases, cases, peft_runs, timeout=240)
 
 
-@pytest.mark.parametrize(
-    ("world", "shard_size"), [pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow), (4, 2)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 1), (4, 2)])
 def test_sharding_groups_smaller_than_the_world_equal_peft(peft_runs: Path, world: int, shard_size: int) -> None:
     cases = [Case(MODELS[0], "hecate", slots=2), Case(MODELS[1], "static_ep"), Case(MODELS[2], "random 2", slots=1, rematerialize=True)]
     if shard_size > 1:
