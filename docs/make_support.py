@@ -159,12 +159,12 @@ def not_supported() -> list[list[str]]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; what is not `yes` becomes a footnote's number if it is long."""
+    """The lines of a Markdown table."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def numbered(rows: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[str]]:
-    """The rows with numbers in the place of long reasons, and the reasons."""
+    """The rows with numbers in the place of what is longer than a word or two, and those texts in the order of their numbers."""
     reasons: list[str] = []
 
     def cell(text: str) -> str:

@@ -28,7 +28,7 @@ def good_checkpoints(root: Path) -> Iterator[Path]:
 
 def sound_manifests(root: Path) -> Iterator[tuple[Path, Manifest]]:
     """`good_checkpoints` with their manifests, each read once."""
-    for folder in _committed(root):
+    for folder in committed(root):
         try:
             manifest = read_manifest(folder)
         except CheckpointError as error:
@@ -53,7 +53,7 @@ def prune(root: Path, keep: int) -> list[Path]:
     deleted: list[Path] = []
     if not kept:
         return deleted
-    folders = _committed(root)
+    folders = committed(root)
     for folder in folders[folders.index(kept[-1]) + 1 :]:
         if not _is_ours(folder) or not {MANIFEST, COMMIT} <= set(os.listdir(folder)):
             _log.warning("%s holds files that no save wrote, or lacks some: not deleted", folder)
@@ -92,7 +92,7 @@ def remove_stale_staging(root: Path) -> list[Path]:
     return deleted
 
 
-def _committed(root: Path) -> list[Path]:
+def committed(root: Path) -> list[Path]:
     """Return the folders named `checkpoint-{step}`, newest first."""
     steps = [(step_of(folder.name), folder) for folder in _folders(root)]
     return [folder for step, folder in sorted(((s, f) for s, f in steps if s is not None), reverse=True)]

@@ -12,13 +12,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from hecate.config import schema
 from hecate.config.ranges import MAX_INT
 from hecate.config.schema import LEAVES, SECTIONS, Config, DataSource, Leaf
-from hecate.config.typed import describe
+from hecate.config.typed import REFERENCE, describe
 
 _SOURCES = ("data.train", "data.eval")
 """keys whose lists may be a single path, too"""
 _PRIMITIVES = {bool: "boolean", int: "integer", float: "number", str: "string"}
-REFERENCE_PATTERN = r"^.*\$\{[A-Za-z_][A-Za-z0-9_.]*\}.*$"
-"""text that repeats another key's value, which stands in the place of any value"""
 
 
 def meanings() -> dict[str, str]:
@@ -76,7 +74,7 @@ def _of_leaf(key: str, leaf: Leaf) -> dict[str, Any]:
     if key in _SOURCES:
         value = {"anyOf": [value, {"type": "string"}, _of_type(DataSource)]}
     if value.get("type") != "string":
-        value = {"anyOf": [*value.get("anyOf", [value]), {"type": "string", "pattern": REFERENCE_PATTERN}]}
+        value = {"anyOf": [*value.get("anyOf", [value]), {"type": "string", "pattern": REFERENCE.pattern}]}
     if not leaf.required:
         value["default"] = list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
     return value

@@ -82,19 +82,11 @@ def shared_memory() -> Finding:
 
 
 def open_files() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    what = f"{_limit(soft)} at most"
-    if soft != resource.RLIM_INFINITY and soft < _LEAST_FILES:
-        return warning(what, f"many ranks need more connections: ulimit -n {_limit(hard)}")
-    return ok(what)
+    return _limited(resource.RLIMIT_NOFILE, _LEAST_FILES, "many ranks need more connections: ulimit -n")
 
 
 def processes() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    what = f"{_limit(soft)} at most"
-    if soft != resource.RLIM_INFINITY and soft < _LEAST_PROCESSES:
-        return warning(what, f"threads count, too: ulimit -u {_limit(hard)}")
-    return ok(what)
+    return _limited(resource.RLIMIT_NPROC, _LEAST_PROCESSES, "threads count, too: ulimit -u")
 
 
 def locked_memory() -> Finding:
@@ -144,6 +136,13 @@ def clock() -> Finding:
     if year < _FIRST_YEAR:
         return warning(shown, "the clock is wrong, and so will be the times in logs: set it, or start an NTP service")
     return ok(shown)
+
+
+def _limited(which: int, least: int, raised_by: str) -> Finding:
+    """Whether one of the system's limits lets a process have `least`. `raised_by` is the mend without the number."""
+    soft, hard = resource.getrlimit(which)
+    what = f"{_limit(soft)} at most"
+    return warning(what, f"{raised_by} {_limit(hard)}") if soft != resource.RLIM_INFINITY and soft < least else ok(what)
 
 
 def _folder(path: Path, mend: str) -> Finding:

@@ -45,9 +45,10 @@ def versions_finding(hosts: Sequence[str], versions: Sequence[Mapping[str, str]]
     """Whether all ranks run the same versions. Different ones can train, and then differ in ways that nobody sees."""
     differing = []
     for name in versions[0]:
-        of_hosts = {host: of_rank.get(name, "missing") for host, of_rank in zip(hosts, versions, strict=True)}
-        if len(set(of_hosts.values())) > 1:
-            differing.append(f"{name}: " + ", ".join(f"{version} on {host}" for host, version in of_hosts.items()))
+        found = [of_rank.get(name, "missing") for of_rank in versions]  # by rank: machines may all be called localhost
+        if len(set(found)) > 1:
+            each = dict.fromkeys(f"{version} on {host}" for host, version in zip(hosts, found, strict=True))
+            differing.append(f"{name}: {', '.join(each)}")
     if differing:
         return problem("; ".join(differing), "install the same versions on all nodes")
     return ok(f"{len(hosts)} ranks have the same")

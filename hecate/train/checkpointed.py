@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hecate.adapters.trained_output import output_of
-from hecate.checkpoint import latest_good, read_manifest, read_tensors
+from hecate.checkpoint import latest_good, read_manifest
 from hecate.checkpoint.manifest import MANIFEST, Manifest, step_of
+from hecate.checkpoint.shard import read_tensors
 from hecate.checkpoint.train_state import refuse_other_run
 from hecate.config import Config, FssdpConfig, saved_config
 from hecate.errors import UserError

@@ -5,12 +5,9 @@ Every command that starts ranks makes these checks first, so that a mistake cost
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,7 +17,6 @@ from hecate.errors import UserError
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 from hecate.report.trackers import check_trackers
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """files of the drivers of NVIDIA's and AMD's GPUs, and of GPUs under WSL"""
 
@@ -102,33 +98,19 @@ def check_resume(config: Config) -> None:
     """
     if not config.resume:
         return
+    from hecate.checkpoint import CheckpointError, committed, read_manifest
     from hecate.config.effective import changed_computation, other_configuration
 
-    root = Path(config.output_dir)
-    folder, then = _newest_configuration(root)
-    if folder is None:
-        raise UserError(f"resume=true, but {root} has no checkpoint\n  start a new run with resume=false")
-    # A key that is null may get its value from the base model.
-    changes = [one for one in changed_computation(then, config, same_base=True) if one.now is not None] if then is not None else []
-    if changes:
-        raise UserError(other_configuration(str(folder), changes))
-
-
-def _newest_configuration(root: Path) -> tuple[Path | None, dict[str, Any] | None]:
-    """The folder of the newest committed checkpoint, and the configuration in it as nested mappings; without torch, and unchecked.
-
-    Returns:
-        (None, None) without a checkpoint; a folder and None where the configuration cannot be read. Those who load it say why.
-    """
-    steps = {int(found[1]): file.parent for file in root.glob("checkpoint-*/COMMIT") if (found := _CHECKPOINT.fullmatch(file.parent.name))}
-    if not steps:
-        return None, None
-    folder = steps[max(steps)]
+    folders = committed(Path(config.output_dir))
+    if not folders:
+        raise UserError(f"resume=true, but {config.output_dir} has no checkpoint\n  start a new run with resume=false")
     try:
-        value = yaml.safe_load(json.loads((folder / "manifest.json").read_bytes())["meta"]["config"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return folder, None
-    return folder, value if isinstance(value, dict) else None
+        then = yaml.safe_load(read_manifest(folders[0]).meta["config"])
+    except CheckpointError:
+        return  # the ranks say why, and look for an older one
+    # A key that is null may get its value from the base model.
+    if changes := [one for one in changed_computation(then, config, same_base=True) if one.now is not None]:
+        raise UserError(other_configuration(str(folders[0]), changes))
 
 
 def check_vocabulary(config: Config) -> None:

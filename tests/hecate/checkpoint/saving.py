@@ -1,12 +1,15 @@
 """Small checkpoints with known contents for the tests beside this file."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hecate.checkpoint import checkpoint_folder, commit, read_manifest, read_tensors, staging_folder, write_shard
+from hecate.checkpoint import read_manifest
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, commit_line
+from hecate.checkpoint.save import checkpoint_folder, commit, staging_folder, write_shard
+from hecate.checkpoint.shard import read_tensors
 from hecate.io.strict_json import dump_json, parse_json
 
 META = {"config": "abc", "data": {"position": 12, "rng": [1, 2.5, None, True]}, "loads": [[1, 0], [3, 4]]}
@@ -23,11 +26,11 @@ def shards_of(value: float, world_size: int = 2) -> list[dict[str, Tensor]]:
     ]
 
 
-def save(root: Path, step: int, shards: list[dict[str, Tensor]], nonce: str = "a") -> Path:
+def save(root: Path, step: int, shards: list[dict[str, Tensor]], nonce: str = "a", meta: dict[str, Any] = META) -> Path:
     staging, final = staging_folder(root, step, nonce), checkpoint_folder(root, step)
     for rank, tensors in enumerate(shards):
         write_shard(staging, rank, len(shards), tensors)
-    commit(staging, final, META, len(shards))
+    commit(staging, final, meta, len(shards))
     return final
 
 

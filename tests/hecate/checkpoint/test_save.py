@@ -10,17 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hecate.checkpoint import (
-    CheckpointError,
-    checkpoint_folder,
-    commit,
-    good_checkpoints,
-    latest_good,
-    read_manifest,
-    remove_stale_staging,
-    staging_folder,
-    write_shard,
-)
+from hecate.checkpoint import CheckpointError, good_checkpoints, latest_good, read_manifest, remove_stale_staging
+from hecate.checkpoint.save import checkpoint_folder, commit, staging_folder, write_shard
 from hecate.errors import UserError
 from tests.hecate.checkpoint.disk import Killed, watched_disk, write_half
 from tests.hecate.checkpoint.saving import META, holds, save, shards_of

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hecate.checkpoint import CheckpointError, read_manifest, read_tensors
-from hecate.checkpoint.shard import DTYPES
+from hecate.checkpoint import CheckpointError, read_manifest
+from hecate.checkpoint.shard import DTYPES, read_tensors
 from tests.hecate.checkpoint.saving import load, save, shards_of
 
 

@@ -89,7 +89,7 @@ def saved_and_loaded(rank: int, world: int, folder: str, hidden: bool) -> tuple[
     loaded = replace(stepped_parts(rank, world), drawn_digest="ab")
     with pytest.raises(UserError, match="drew other matrices from seed 0"):
         load_state(config, ranks, replace(loaded, drawn_digest="cd"))
-    with mock.patch("hecate.checkpoint.history._committed", return_value=[]) if hidden and rank == 1 else nullcontext():
+    with mock.patch("hecate.checkpoint.history.committed", return_value=[]) if hidden and rank == 1 else nullcontext():
         found = load_state(config, ranks, loaded)
     values = [part.optimizer.replicated["r"].tolist() for part in (parts, loaded)]
     return found.step, found.tokens, values[0], values[1]

@@ -15,6 +15,7 @@ from hecate.errors import UserError
 from hecate.forecast import model_check
 from hecate.launch import local_launcher
 from testing.tiny_run import make_workshop
+from tests.hecate.checkpoint.saving import save, shards_of
 from tests.hecate.forecast.making import write_model
 
 
@@ -77,11 +78,9 @@ def test_a_folder_that_cannot_be_made(workshop: Path) -> None:
 
 def test_no_checkpoint_and_one_of_another_run(workshop: Path) -> None:
     assert f"resume=true, but {workshop}/runs/new has no checkpoint" in refused(workshop, "resume=true")
-    saved = workshop / "runs" / "old" / "checkpoint-4"
-    saved.mkdir(parents=True)
     then = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/old"], claim_output=False)
-    (saved / "manifest.json").write_text(json.dumps({"meta": {"config": to_yaml(then)}}), encoding="utf-8")
-    (saved / "COMMIT").touch()
+    (workshop / "runs" / "old").mkdir(parents=True)
+    save(workshop / "runs" / "old", 4, shards_of(1.0), meta={"config": to_yaml(then)})
     said = refused(workshop, "resume=true", "learning_rate=1", "max_steps=99", "logging_steps=7", output=f"{workshop}/runs/old")
     assert said.splitlines()[1:] == [f"  learning_rate: {yaml.safe_load(to_yaml(then))['learning_rate']} then, 1.0 now"]
 

@@ -52,7 +52,8 @@ def test_a_whole_file_of_another_trainer_is_answered_at_once(tmp_path: Path) -> 
     answers = {problem.key: (problem.line, problem.hint) for problem in caught.value.problems if problem.what == "unknown key"}
     assert answers["base_model"] == (1, "write model.name_or_path")
     assert answers["lora_r"] == (2, "write lora.r")
-    assert answers["deepspeed"] == (3, "leave it out; experts are sharded always, all else with model.shard_non_experts=true")
+    sharded = "experts are sharded always, and with moe.family=moe_lora all else by model.shard_non_experts=true"
+    assert answers["deepspeed"] == (3, f"leave it out; {sharded}")
     assert answers["datasets"] == (4, "write data.train")
     assert answers["load_in_4bit"] == (5, "not supported: quantised base weights; leave it out")
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -16,8 +17,6 @@ from hecate.config import reference
 from hecate.config.presets import run_presets
 from hecate.config.schema import LEAVES
 from tests.rooms import ROOT
-
-jsonschema = pytest.importorskip("jsonschema", reason="the JSON schema is not checked without the package jsonschema")
 
 
 def test_the_page_is_the_schemas() -> None:

@@ -82,6 +82,8 @@ def test_versions_and_clocks_of_several_ranks() -> None:
     assert versions_finding(["a", "b"], [same, same]) == ok("2 ranks have the same")
     other = versions_finding(["a", "b"], [same, {"torch": "2.12"}])
     assert other.what == "torch: 2.13 on a, 2.12 on b; numpy: 2.4 on a, missing on b"
+    of_one_name = versions_finding(["localhost"] * 3, [{"torch": version} for version in ("2.12", "2.13", "2.13")])
+    assert of_one_name.what == "torch: 2.12 on localhost, 2.13 on localhost"
     assert clocks_finding(["a", "b"], [100.0, 101.5]) == ok("within 1.5 s")
     assert clocks_finding(["a", "b"], [100.0, 160.0]).what == "b is 60 s before a"
 

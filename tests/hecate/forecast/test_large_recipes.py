@@ -11,6 +11,7 @@ from hecate.config import load_config
 from hecate.config.presets import base_presets, run_presets
 from hecate.forecast.dry_run import fits, forecast
 from hecate.forecast.run_shape import run_shape
+from hecate.forecast.tensor_shapes import tensors_of
 
 BASES = {
     "llama3_8b": "llama-3-8b",
@@ -36,6 +37,13 @@ def test_the_memory_is_what_the_recipe_says(recipe: str, topology: str) -> None:
     said = re.search(r"with 1, 8, 16 and 32 of them: (.*)", run_presets()[recipe].read_text(encoding="utf-8"))
     assert said is not None
     assert got == said[1].split(", ")[TOPOLOGIES.index(topology)]
+
+
+def test_bases_have_as_many_parameters_as_their_makers_say() -> None:
+    """In billions, from the cards of the models."""
+    published = {"llama-3-8b": 8.03, "qwen2.5-7b": 7.62, "mistral-7b": 7.25, "qwen3-30b-a3b": 30.5, "mixtral-8x7b": 46.7}
+    found = {name: sum(one.numel for one in tensors_of(path).values()) / 1e9 for name, path in base_presets().items()}
+    assert found == pytest.approx(published, rel=2e-3)
 
 
 def test_every_base_is_one_of_a_recipe() -> None:
