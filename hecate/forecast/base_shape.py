@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hecate.errors import UserError
 from hecate.forecast.tensor_shapes import model_config, numel, tensor_shapes, tensors_of
-from hecate.model.stored_experts import LayerExperts, expert_layers, refuse_experts
-from hecate.parallel.expert_kinds import ExpertKind, kinds_for
+from hecate.model.stored_experts import LayerExperts, expert_layers, no_experts, refuse_experts
+from hecate.parallel.expert_kinds import ExpertKind
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
@@ -101,9 +101,7 @@ def _own_experts(path: Path, names: Iterable[str], kind: ExpertKind) -> dict[int
         raise UserError(f"{path}: moe.family {kind.name} does not read GGUF files\n  give a folder with config.json and *.safetensors")
     experts = expert_layers(tensors_of(path), path)
     if not experts:
-        raise UserError(
-            f"{path}: the model has no experts, but moe.family is {kind.name}\n  for a dense model take {kinds_for(moe_base=False)}"
-        )
+        raise no_experts(path, kind)
     return experts
 
 

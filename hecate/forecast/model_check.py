@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from hecate.config import Config, find_model
-from hecate.errors import UserError
 from hecate.forecast.base_shape import LAYER
 from hecate.forecast.pair_check import check_pairs
 from hecate.forecast.tensor_shapes import tensor_shapes
-from hecate.model.stored_experts import refuse_experts
-from hecate.parallel.expert_kinds import kinds_for
+from hecate.model.stored_experts import EXPERTS, no_experts, refuse_experts
 
 
 def check_model(config: Config, ranks_here: int | None = None) -> None:
@@ -39,7 +37,5 @@ def _check_experts(config: Config) -> None:
     if not kind.of_moe_base:
         refuse_experts(names, path, kind)
         config.moe.experts_per_layer(min(config.model.num_hidden_layers or len(layers), len(layers)))
-    elif not any(".experts." in name for name in names):
-        raise UserError(
-            f"{path}: the model has no experts, but moe.family is {kind.name}\n  for a dense model take {kinds_for(moe_base=False)}"
-        )
+    elif not any(map(EXPERTS.search, names)):
+        raise no_experts(path, kind)

@@ -30,8 +30,8 @@ def print_rows(rows: Sequence[Row], *, wide: bool = False) -> None:
     Args:
         wide: every figure, in tables of 160 characters; otherwise those that policies are chosen by, in 80.
     """
-    terminal = Console()
-    console = Console(width=_WIDE if wide else max(_NARROW, terminal.width) if terminal.is_terminal else _NARROW, highlight=False)
+    width = None if Console().is_terminal else _NARROW
+    console = Console(width=_WIDE if wide else width, highlight=False)
     cases = grouped(rows, ("topology", "model", "experts", "tokens_per_rank", "workload"))
     if len(cases) == 1:
         console.print(_detail(rows) if wide else _policies(rows))

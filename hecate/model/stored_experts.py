@@ -93,6 +93,13 @@ def refuse_experts(names: Iterable[str], where: Path, kind: ExpertKind) -> None:
         )
 
 
+def no_experts(where: Path, kind: ExpertKind) -> UserError:
+    """The error for a dense model where one with experts is wanted."""
+    return UserError(
+        f"{where}: the model has no experts, but moe.family is {kind.name}\n  for a dense model take {kinds_for(moe_base=False)}"
+    )
+
+
 def _layer(tensors: dict[str, StoredTensor], where: str) -> LayerExperts:
     for name, entry in tensors.items():
         _check_kind(name, entry, where)
