@@ -62,7 +62,7 @@ gpu-check: install
 
 # The documentation as a site in build/site; a broken link is an error.
 docs: install
-	$(BIN)/python -m pip install --quiet 'mkdocs-material >= 9.7'
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
