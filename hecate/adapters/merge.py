@@ -126,7 +126,7 @@ def merge(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor], config
 
     entries = {name: TensorEntry(one.file, DTYPE_NAMES[one.dtype], one.shape, digest="") for name, one in base.weights.items()}
     facts = {"base model": config.base_model_name_or_path, "merged": f"LoRA of rank {config.r} into {len(changes)} weights"}
-    card = model_card(config.base_model_name_or_path, "As any other model of its kind.", facts, (), ("lora", "merged"))
+    card = model_card(config.base_model_name_or_path, "As any other model of its kind.", facts, ("lora", "merged"))
     write_model(folder, entries, fetch, lambda staging: add_files_of(base, staging, card))
     note = f"{changed} of {len(changes)} adapted weights differ from the base model's"
     return [note] if changed == len(changes) else [note, "  the others are changed by less than their type can hold, or their B is zero"]

@@ -82,11 +82,11 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
         UserError: there is nothing to evaluate on, a name stands for two things, or a model cannot be opened or evaluated.
     """
     sources = [source.name for source in config.data.eval] if config is not None else []
-    named = [*sources, *questions.choices]
-    if not named and questions.lm_eval is None:
+    named = [*sources, *questions.choices, *(questions.lm_eval.names if questions.lm_eval is not None else ())]
+    if not named:
         raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on, or give --choices or --tasks")
     if twice := [name for name in named if named.count(name) > 1]:
-        raise UserError(f"{twice[0]}: two files have this name, and figures are shown by name; rename one")
+        raise UserError(f"{twice[0]}: two files or tasks have this name, and figures are shown by name; rename one")
     found = []
     for name in names:
         found.append(_figures(config, name, questions, ranks))
