@@ -39,7 +39,7 @@ LOADING = {
         "hecate",
         ("lora", "mixlora", "mixture-of-experts"),
         f"With hecate:\n\n{_GENERATE}\n\nFor the `mixlora` and `moe-peft` libraries: `hecate export FOLDER --to mixlora -o OUT`. "
-        "For servers: `--to mixtral`.",
+        "For servers, over Llama and Mistral: `--to mixtral`.",
     ),
     "MOLA": Loading("hecate", ("lora", "mola", "mixture-of-experts"), f"With hecate, and no other program:\n\n{_GENERATE}"),
 }
@@ -60,13 +60,12 @@ def how_trained(config: Config) -> dict[str, Any]:
     }
 
 
-def adapter_card(config: Mapping[str, Any], loading: Loading | None = None, notes: Sequence[str] = ()) -> bytes:
+def adapter_card(config: Mapping[str, Any], loading: Loading | None = None) -> bytes:
     """Return the card of an adapter.
 
     Args:
         config: its adapter_config.json.
         loading: None: as adapters of its `peft_type` are that a run leaves.
-        notes: sentences about what the folder cannot say otherwise.
     """
     loading = loading or LOADING[str(config["peft_type"])]
     facts = {
@@ -80,20 +79,26 @@ def adapter_card(config: Mapping[str, Any], loading: Loading | None = None, note
     }
     extra = config.get("hecate", {}).get("extra", {})
     trained = {name.replace("_", " "): value for name, value in extra.get("training", {}).items()}
-    return _card(config["base_model_name_or_path"], loading, {**facts, **trained}, notes)
+    return _card(config["base_model_name_or_path"], loading, {**facts, **trained})
 
 
-def model_card(base: str, how: str, facts: Mapping[str, Any], notes: Sequence[str], tags: Sequence[str]) -> bytes:
-    """Return the card of a whole model."""
-    return _card(base, Loading("transformers", tuple(tags), how), facts, notes)
+def model_card(base: str, how: str, facts: Mapping[str, Any], tags: Sequence[str]) -> bytes:
+    """Return the card of a whole model.
+
+    Args:
+        base: name of the base model.
+        how: how it is loaded, in Markdown.
+        facts: what the table shows, by name; None: nothing.
+    """
+    return _card(base, Loading("transformers", tuple(tags), how), facts)
 
 
-def _card(base: str, loading: Loading, facts: Mapping[str, Any], notes: Sequence[str]) -> bytes:
+def _card(base: str, loading: Loading, facts: Mapping[str, Any]) -> bytes:
     # Text in a YAML header is written as JSON, which is YAML, too: a path may hold any character.
     header = ["---", f"library_name: {loading.library}", f"base_model: {json.dumps(base)}", "tags:"]
     header += [f"- {tag}" for tag in ("hecate", *loading.tags)] + ["---"]
     table = ["| what | value |", "|---|---|", *(f"| {name} | {_shown(value)} |" for name, value in facts.items() if value is not None)]
-    sections = ["\n".join(header), "# Trained with hecate", "\n".join(table), *notes, "## How to load it", loading.how]
+    sections = ["\n".join(header), "# Trained with hecate", "\n".join(table), "## How to load it", loading.how]
     return ("\n\n".join(sections) + "\n").encode()
 
 

@@ -7,12 +7,13 @@ from typing import Any, get_args, get_type_hints
 
 from hecate.adapters.names import OLD_MODULES, TARGET_MODULES
 from hecate.config import RouterConfig
+from hecate.config.paths import ADAPTER_CONFIG
 from hecate.config.schema import LEAVES
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import lora_scale
 
 _log = logging.getLogger(__name__)
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 FORMAT_VERSION = 1
 # The dropout written for other programs, which apply dropout at inference, too, and crash on 0.0.
 _READERS_DROPOUT = 1e-9

@@ -48,7 +48,7 @@ def write_adapter_folder(folder: Path, tensors: Mapping[str, Tensor], config: Ma
     Raises:
         UserError: the folder exists, or the disk fails.
     """
-    _refuse_existing(folder)
+    refuse_existing(folder)
     try:
         with new_folder(folder) as staging:
             write_safetensors(staging / WEIGHTS, tensors)
@@ -64,7 +64,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         UserError: the folder exists, or the disk fails.
     """
-    _refuse_existing(folder)
+    refuse_existing(folder)
     try:
         with new_folder(folder) as staging:
             for name, content in files.items():
@@ -73,9 +73,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from error
 
 
-def _refuse_existing(folder: Path) -> None:
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError: something has the name of the folder that is to be written."""
     if os.path.lexists(folder):
-        raise UserError(f"{folder}: exists already, and an adapter is never written over; remove it or name another folder")
+        raise UserError(f"{folder}: exists already, and nothing is written over; remove it or name another folder")
 
 
 def load_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:

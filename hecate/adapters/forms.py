@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hecate.adapters.card import Loading, adapter_card
 from hecate.adapters.config import AdapterConfig
-from hecate.adapters.folder import load_adapter
+from hecate.adapters.folder import load_adapter, refuse_existing
 from hecate.adapters.linear_format import LinearAdapterConfig, is_linear_adapter, load_linear_adapter
 from hecate.adapters.lora_folder import load_lora
 from hecate.adapters.merge import merge
@@ -27,12 +27,14 @@ from hecate.adapters.mixlora_as_mixtral import write_mixtral
 from hecate.adapters.mixlora_library import not_for_libraries, write_library_folder
 from hecate.adapters.peft_moe import PeftMoeConfig, is_peft_adapter, peft_config_to_json, save_peft_adapter
 from hecate.adapters.per_expert import PLAIN, SPELLINGS, split_experts
+from hecate.config import named_model
 from hecate.errors import UserError
 from hecate.model.load import base_of, read_config
 from hecate.model.stored_model import open_stored
 
 _JOINED_IN_VLLM = ("gpt_oss", "interns1_pro", "qwen3_5", "qwen3_omni_moe", "qwen3_vl_moe")
 """how the model types begin whose experts vLLM has in one tensor"""
+_NOT_RUN = "None of these programs has been run with such a folder. It has the names and shapes that their loaders look for.\n\n"
 Description = AdapterConfig | PeftMoeConfig | LinearAdapterConfig
 
 
@@ -45,8 +47,10 @@ class ReadAdapter:
     description: Description
 
     def on(self, base: str | None) -> ReadAdapter:
-        """The same adapter over the base model of another name; None: the one that it names."""
-        return self if base is None else replace(self, description=replace(self.description, base_model_name_or_path=base))
+        """The same adapter over the base model of another name or path; None: the one that it names."""
+        if base is None:
+            return self
+        return replace(self, description=replace(self.description, base_model_name_or_path=named_model(base)))
 
 
 @dataclass(frozen=True)
@@ -81,17 +85,21 @@ def read_any(folder: Path) -> ReadAdapter:
     return ReadAdapter(folder, *load_adapter(folder))
 
 
+def form_named(name: str) -> Form:
+    """Return the form that `--to` names. Raises UserError: there is no such form."""
+    if name not in FORMS:
+        raise UserError(f"--to {name[:100]}: there is no such form\n  forms: {', '.join(FORMS)}")
+    return FORMS[name]
+
+
 def write_form(name: str, adapter: ReadAdapter, out: Path) -> list[str]:
     """Write an adapter in a form to the new folder `out`; what the user should know, line by line.
 
     Raises:
-        UserError: there is no such form, the form cannot hold the adapter, the base model cannot be read, or the disk fails.
+        UserError: there is no such form, `out` exists, the form cannot hold the adapter, the base model cannot be read, or the disk fails.
     """
-    form = FORMS.get(name)
-    if form is None:
-        raise UserError(f"--to {name[:100]}: there is no such form\n  forms: {', '.join(FORMS)}")
-    if out.exists():
-        raise UserError(f"{out}: exists already, and nothing is written over; remove it or name another folder")
+    form = form_named(name)
+    refuse_existing(out)
     if type(adapter.description) not in form.holds:
         others = [other for other, one in FORMS.items() if type(adapter.description) in one.holds]
         if others:
@@ -157,7 +165,7 @@ def _to_per_expert(adapter: ReadAdapter, out: Path) -> list[str]:
     model_type = read_config(base_of(adapter.folder, config.base_model_name_or_path)).model_type
     tensors, described = split_experts(adapter.tensors, config, SPELLINGS.get(model_type, PLAIN))
     servers = servers_for(model_type)
-    loading = Loading("peft", ("lora", "mixture-of-experts"), "\n".join(f"- {line}" for line in servers))
+    loading = Loading("peft", ("lora", "mixture-of-experts"), _NOT_RUN + "\n".join(f"- {line}" for line in servers))
     save_peft_adapter(out, tensors, described, adapter_card(peft_config_to_json(described), loading))
     return servers
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hecate.adapters.config import CONFIG
 from hecate.adapters.folder import WEIGHTS, read_adapter_config, read_weights
 from hecate.adapters.peft_moe import PREFIX, PeftMoeConfig, expert_names, is_peft_adapter, peft_config_from_json
 from hecate.adapters.per_expert import experts_paths, is_per_expert, join_experts, pad_rank
@@ -24,7 +25,6 @@ from hecate.errors import UserError
 from hecate.parallel.expert_kinds import lora_scale
 
 _log = logging.getLogger(__name__)
-_CONFIG = "adapter_config.json"
 
 
 def load_lora(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
@@ -39,7 +39,7 @@ def load_lora(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
         config = peft_config_from_json(_with_listed_modules(value, tensors))
         ranks, alphas = (_pattern(value, name) for name in ("rank_pattern", "alpha_pattern"))
     except UserError as error:
-        raise UserError(f"{folder / _CONFIG}: {error}") from error
+        raise UserError(f"{folder / CONFIG}: {error}") from error
     try:
         if ranks or alphas:
             tensors, config = with_one_rank(tensors, config, ranks, alphas)
@@ -68,7 +68,7 @@ def load_peft_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
     parameters = config.target_parameters
     if not parameters or not all(name.rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in parameters):
         raise UserError(
-            f"{folder / _CONFIG}: target_parameters are {list(parameters)}: this is not an adapter of an MoE model's experts\n"
+            f"{folder / CONFIG}: target_parameters are {list(parameters)}: this is not an adapter of an MoE model's experts\n"
             "  they must be an experts module's gate_up_proj, down_proj, or both"
         )
     return tensors, config
@@ -100,8 +100,8 @@ def with_one_rank(
     """
     modules = list(_modules(tensors, config))
     found = {one: (_of(ranks, one.key, config.r), _of(alphas, one.key, config.alpha)) for one in modules}
-    if len(set(found.values())) == 1:
-        ((rank, alpha),) = set(found.values())
+    if len(chosen := set(found.values()) or {(config.r, config.alpha)}) == 1:
+        ((rank, alpha),) = chosen
         return dict(tensors), replace(config, r=rank, alpha=alpha)
     scales = {one: lora_scale(alpha, rank, rslora=config.use_rslora) for one, (rank, alpha) in found.items()}
     largest = max(rank for rank, _ in found.values())

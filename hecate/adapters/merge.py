@@ -8,7 +8,7 @@ Shapes: E experts, r rank, D hidden, F ffn, I inputs, O outputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,8 @@ from hecate.model.load import load_tokenizer
 from hecate.model.stored_experts import EXPERTS, ROLES
 from hecate.model.stored_model import StoredModel
 
-Pair = tuple[Tensor, Tensor]
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 """the endings of files that hold weights, or say where they are"""
 
 
@@ -41,29 +40,48 @@ class WeightChange:
     make: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class _ExpertPairs:
+    """The pairs of all experts of a layer for one projection, as PEFT joins them."""
+
+    name_a: str
+    name_b: str
+    a: Tensor
+    """[E·r, I]"""
+    b: Tensor
+    """[O, r·E]"""
+    experts: int
+
+
 def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[str, WeightChange]:
     """Return what the adapter makes of each weight that it changes, by the weight's name in the base.
 
     Raises:
         UserError: a weight that the adapter is for has no pair in it, a pair or a router belongs to no weight, or one has the wrong shape.
     """
-    experts = _expert_pairs(tensors, config)
+    pairs_of_layers = _expert_pairs(tensors, config)
     routers = {_layer_of(name): name for name in tensors if name.endswith(tuple(f".{end}.weight" for end in config.modules_to_save))}
     changes: dict[str, WeightChange] = {}
     used: set[str] = set()
+    # The adapter has experts and routers by layers, so that each layer of the base must have them once: layer and end of the name, name.
+    by_layer: dict[tuple[int | None, str], str] = {}
     for name, weight in base.weights.items():
+        layer = _layer_of(name)
+        place: tuple[int | None, str] | None = None
         if match := EXPERTS.search(name):
-            projection, change = _of_expert(match[2], experts.get(int(match[1]), {}), config.scale)
+            layer, projection = int(match[1]), _projection_of(match[2])
             if projection not in config.projections:
                 continue
-            names = experts.get(int(match[1]), {}).get(projection)
-            if names is None or change is None:
-                raise UserError(f"has no pair for {projection} of layer {match[1]}, where the base model has {name}")
-            used |= {names[0], names[1]}
-        elif (layer := _layer_of(name)) in routers and name.endswith(".gate.weight"):
-            router = tensors[routers[layer]]
+            place = layer, match[2]
+            pairs = pairs_of_layers.get(layer, {}).get(projection)
+            change = None if pairs is None else _of_expert(match[2], pairs, config.scale)
+            if pairs is None or change is None:
+                raise UserError(f"has no pair for {projection} of layer {layer}, where the base model has {name}")
+            used |= {pairs.name_a, pairs.name_b}
+        elif layer in routers and name.endswith(".gate.weight"):
+            place = layer, "gate.weight"
             used.add(routers[layer])
-            change = _replaced_by(router)
+            change = _replaced_by(tensors[routers[layer]])
         else:
             path = name.removesuffix(".weight")
             name_a, name_b = linear_names(path)
@@ -75,10 +93,12 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoe
                 continue
             used |= {name_a, name_b}
             change = _plus_pair(tensors[name_a], tensors[name_b], config.scale)
-        assert change is not None
+        if place is not None and by_layer.setdefault(place, name) != name:
+            raise UserError(f"does not say for which of two weights of layer {layer} it is: {by_layer[place]}, {name}")
         if change.shape != weight.shape:
             raise UserError(f"what it has for {name} has the shape {list(change.shape)}, but the base model's is {list(weight.shape)}")
         changes[name] = change
+    _require_all_experts(pairs_of_layers, by_layer)
     if left := sorted(set(tensors) - used):
         raise UserError(f"the tensor {left[0]} ({len(left)} such) belongs to no weight of the base model")
     return changes
@@ -106,7 +126,7 @@ def merge(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor], config
 
     entries = {name: TensorEntry(one.file, DTYPE_NAMES[one.dtype], one.shape, digest="") for name, one in base.weights.items()}
     facts = {"base model": config.base_model_name_or_path, "merged": f"LoRA of rank {config.r} into {len(changes)} weights"}
-    card = model_card(config.base_model_name_or_path, "As any other model of its kind.", facts, (), ("lora", "merged"))
+    card = model_card(config.base_model_name_or_path, "As any other model of its kind.", facts, ("lora", "merged"))
     write_model(folder, entries, fetch, lambda staging: add_files_of(base, staging, card))
     note = f"{changed} of {len(changes)} adapted weights differ from the base model's"
     return [note] if changed == len(changes) else [note, "  the others are changed by less than their type can hold, or their B is zero"]
@@ -138,9 +158,9 @@ def _replaced_by(router: Tensor) -> WeightChange:
     return WeightChange(tuple(router.shape), lambda weight: router.to(weight.dtype))
 
 
-def _expert_pairs(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[int, dict[str, tuple[str, str, Pair, int]]]:
-    """By layer and projection: the names of A and B, both, and the number of experts."""
-    found: dict[int, dict[str, tuple[str, str, Pair, int]]] = {}
+def _expert_pairs(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[int, dict[str, _ExpertPairs]]:
+    """By layer and projection. Raises UserError: one of A and B is missing, or is not of the adapter's rank."""
+    found: dict[int, dict[str, _ExpertPairs]] = {}
     for path in experts_paths(tensors):
         of_layer = found.setdefault(_required_layer(path), {})
         for projection, (name_a, name_b) in expert_names(path, config.projections).items():
@@ -149,33 +169,52 @@ def _expert_pairs(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[
             a, b = tensors[name_a], tensors[name_b]
             if a.shape[0] % config.r or b.shape[1] != a.shape[0]:
                 raise UserError(f"{name_a} has the shape {list(a.shape)} and {name_b} {list(b.shape)}, which are not of rank {config.r}")
-            of_layer[projection] = name_a, name_b, (a, b), a.shape[0] // config.r
+            of_layer[projection] = _ExpertPairs(name_a, name_b, a, b, a.shape[0] // config.r)
     return found
 
 
-def _of_expert(rest: str, of_layer: Mapping[str, tuple[str, str, Pair, int]], scale: float) -> tuple[str, WeightChange | None]:
-    """The projection that a stored weight of experts belongs to, and what becomes of the weight; None: the adapter has no pair for it.
+def _require_all_experts(pairs_of_layers: Mapping[int, Mapping[str, _ExpertPairs]], stored: Iterable[tuple[int | None, str]]) -> None:
+    """Raises UserError: a layer of the adapter has pairs of more experts than the base model, whose experts are stored one by one.
+
+    Args:
+        stored: layers and ends of names of the base's experts. All experts in one weight have its shape, which is compared elsewhere.
+    """
+    numbers: dict[int | None, set[str]] = {}
+    for layer, rest in stored:
+        if rest[0].isdigit():
+            numbers.setdefault(layer, set()).add(rest.partition(".")[0])
+    for layer, of_layer in pairs_of_layers.items():
+        for projection, pairs in of_layer.items():
+            if layer in numbers and len(numbers[layer]) != pairs.experts:
+                experts = f"{pairs.experts} experts, but the base model has {len(numbers[layer])}"
+                raise UserError(f"has pairs for {projection} of layer {layer} of {experts}")
+
+
+def _projection_of(rest: str) -> str:
+    """PEFT's name of what a stored weight of experts belongs to. `rest`: see `_of_expert`."""
+    if rest in ("gate_up_proj", "down_proj"):
+        return rest
+    return "down_proj" if ROLES.get(rest.partition(".")[2]) == "down" else "gate_up_proj"
+
+
+def _of_expert(rest: str, pairs: _ExpertPairs, scale: float) -> WeightChange | None:
+    """What becomes of a stored weight of experts; None: the pairs are not for it.
 
     Args:
         rest: its name after `experts.`: gate_up_proj or down_proj of all experts, or NUMBER.gate_proj.weight and the like.
     """
-    number, _, last = rest.partition(".")
     if rest in ("gate_up_proj", "down_proj"):
-        return rest, _all_experts(*of_layer[rest][2:], scale) if rest in of_layer else None
-    role = ROLES.get(last, "")
-    projection = "down_proj" if role == "down" else "gate_up_proj"
-    if projection not in of_layer or not role:
-        return projection, None
-    _, _, (a, b), experts = of_layer[projection]
-    if int(number) >= experts:
-        return projection, None
-    b_Or = expert_b(b, int(number), experts)
+        return _all_experts(pairs, scale)
+    number, _, last = rest.partition(".")
+    if last not in ROLES or not number.isdecimal() or int(number) >= pairs.experts:
+        return None
+    b_Or = expert_b(pairs.b, int(number), pairs.experts)
     halves = {"gate": b_Or[: len(b_Or) // 2], "up": b_Or[len(b_Or) // 2 :], "down": b_Or}
-    return projection, _plus_pair(expert_a(a, int(number), experts), halves[role], scale)
+    return _plus_pair(expert_a(pairs.a, int(number), pairs.experts), halves[ROLES[last]], scale)
 
 
-def _all_experts(pair: Pair, experts: int, scale: float) -> WeightChange:
-    a, b = pair
+def _all_experts(pairs: _ExpertPairs, scale: float) -> WeightChange:
+    a, b, experts = pairs.a, pairs.b, pairs.experts
 
     def make(weight_EOI: Tensor) -> Tensor:
         made = torch.empty_like(weight_EOI)

@@ -83,8 +83,10 @@ def write_mixtral(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor]
         "was": f"a MixLoRA adapter of rank {config.r} over it",
         "is": f"a Mixtral with {kind}",
     }
-    how = "As any Mixtral: with transformers, vLLM, SGLang, or llama.cpp after its conversion."
-    card = model_card(config.base_model_name_or_path, how, facts, (), ("mixtral", "mixlora", "mixture-of-experts"))
+    how = (
+        "As any Mixtral, with transformers. Servers that read Mixtral should take it, too, but none of them has been run with such a model."
+    )
+    card = model_card(config.base_model_name_or_path, how, facts, ("mixtral", "mixlora", "mixture-of-experts"))
     write_model(folder, file_by_layer(shapes, config.num_layers, dtype), fetch, add_others)
     notes = [f"a Mixtral with {kind}"]
     if dtype.itemsize < 4:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hecate.adapters.card import Loading, adapter_card
-from hecate.adapters.config import AdapterConfig, config_to_json
+from hecate.adapters.card import CARD, Loading, adapter_card
+from hecate.adapters.config import CONFIG, AdapterConfig, config_to_json
 from hecate.adapters.folder import OLD_WEIGHTS, write_folder
 from hecate.adapters.mixlora_as_mixtral import other_than_mixtrals
 from hecate.io.strict_json import dump_json
@@ -24,7 +24,8 @@ BASES = ("llama", "mistral", "qwen2", "gemma", "gemma2", "phi", "phi3")
 _LOADING = Loading(
     "mixlora",
     ("lora", "mixlora", "mixture-of-experts"),
-    "With the `mixlora` library:\n\n    from mixlora import MixLoraModelForCausalLM\n"
+    "With the `mixlora` library, as its README says; hecate's tests read the folder without the library:\n\n"
+    "    from mixlora import MixLoraModelForCausalLM\n"
     "    model, config = MixLoraModelForCausalLM.from_pretrained(FOLDER)\n\nWith hecate:\n\n    hecate generate FOLDER 'What is FSSDP?'",
 )
 
@@ -49,6 +50,4 @@ def write_library_folder(folder: Path, tensors: Mapping[str, Tensor], config: Ad
     value = config_to_json(config)
     buffer = io.BytesIO()
     torch.save({name: tensor.float().contiguous() for name, tensor in tensors.items()}, buffer)
-    write_folder(
-        folder, {OLD_WEIGHTS: buffer.getvalue(), "adapter_config.json": dump_json(value), "README.md": adapter_card(value, _LOADING)}
-    )
+    write_folder(folder, {OLD_WEIGHTS: buffer.getvalue(), CONFIG: dump_json(value), CARD: adapter_card(value, _LOADING)})

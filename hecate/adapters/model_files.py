@@ -13,9 +13,9 @@ from hecate.checkpoint.layout import TensorEntry, file_layout
 from hecate.checkpoint.shard import DTYPES
 from hecate.errors import UserError
 from hecate.io.durable import new_folder, write_durable
+from hecate.model.safetensors_headers import INDEX, SINGLE
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SINGLE = "model.safetensors"
 
 
 def by_file(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
@@ -48,8 +48,8 @@ def write_model(
         with new_folder(folder) as staging:
             for file, inside in files.items():
                 write_durable(staging / file, _blocks(inside, fetch))
-            if set(files) != {_SINGLE}:
-                write_durable(staging / f"{_SINGLE}.index.json", [json.dumps(index, indent=1).encode()])
+            if set(files) != {SINGLE}:
+                write_durable(staging / INDEX, [json.dumps(index, indent=1).encode()])
             add_others(staging)
     except OSError as error:
         raise UserError(f"{folder}: the model cannot be written: {error.strerror}") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from hecate.adapters.config import CONFIG
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -22,7 +23,7 @@ from hecate.ranks.ranks import Ranks
 
 def is_model_folder(folder: Path) -> bool:
     """Return whether `folder` holds a whole model and not an adapter."""
-    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
+    return (folder / "config.json").is_file() and not (folder / CONFIG).exists()
 
 
 def load_model_folder(folder: Path, ranks: Ranks, dtype: str, attention: AttentionChoice = AUTO) -> tuple[BaseModel, MoeModel]:

@@ -26,8 +26,13 @@ from hecate.parallel.expert_kinds import lora_scale
 PEFT_TYPE = "LORA"
 PREFIX = "base_model.model"
 """what PEFT puts before every dotted name"""
-_NOT_READ = ("use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "exclude_modules")
+_NOT_READ = (
+    *("use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "exclude_modules", "layer_replication"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "trainable_token_indices"),
+)
 """PEFT's keys that change what an adapter computes and are not supported"""
+_BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+"""PEFT's init_lora_weights that leave the base model as it is; the others, such as pissa, take the first B A from its weights"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +156,21 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
     Raises:
         UserError: a key is missing or wrong, or the adapter is of another kind.
     """
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object")
     for name, kind in (("base_model_name_or_path", str), ("r", int), ("lora_alpha", int)):
         if type(value.get(name)) is not kind:
             raise UserError(f"{name} must be {'text' if kind is str else 'a whole number'}, not {str(value.get(name))[:100]}")
+    if value["r"] < 1:
+        raise UserError(f"r must be from 1, not {value['r']}")
     for name in _NOT_READ:
         if value.get(name):
             raise UserError(f"{name}: {str(value[name])[:100]}: adapters with it are not supported")
+    if (begun := value.get("init_lora_weights")) not in _BASE_KEPT:
+        raise UserError(
+            f"init_lora_weights: {str(begun)[:100]}: the adapter is for a base model whose weights PEFT changes first\n"
+            "  convert it to an ordinary LoRA: PEFT's save_pretrained with path_initial_model_for_weight_conversion"
+        )
     if value.get("bias", "none") != "none":
         raise UserError("bias: only none is supported")
     lists = {}

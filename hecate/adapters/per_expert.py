@@ -135,15 +135,15 @@ Stack = dict[str, tuple[Tensor, Tensor]]
 
 
 def _stacked(path: str, of_layer: Mapping[tuple[int, str, str], Tensor], parts: set[str]) -> Stack:
-    experts = 1 + max(expert for expert, _, _ in of_layer)
+    experts = 1 + max(expert for expert, _, _ in of_layer)  # of an adapter that may be forged: the first that is missing ends each loop
     wanted = set(_PARTS) & (parts | ({"gate_proj", "up_proj"} if parts & {"gate_proj", "up_proj"} else set()))
     stack = {}
     for part in sorted(wanted):
         matrices = []
         for matrix in ("A", "B"):
-            missing = [expert for expert in range(experts) if (expert, part, matrix) not in of_layer]
-            if missing:
-                raise UserError(f"has no tensor {PREFIX}.{path}.{missing[0]}.{part}.lora_{matrix}.weight ({len(missing)} such missing)")
+            missing = next((expert for expert in range(experts) if (expert, part, matrix) not in of_layer), None)
+            if missing is not None:
+                raise UserError(f"has no tensor {PREFIX}.{path}.{missing}.{part}.lora_{matrix}.weight, but some of expert {experts - 1}")
             tensors = [of_layer[expert, part, matrix] for expert in range(experts)]
             for expert, tensor in enumerate(tensors):
                 if tensor.shape != tensors[0].shape:

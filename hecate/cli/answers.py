@@ -53,8 +53,8 @@ def generate(
     """
     decoding = _decoding(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
     _check(prompt, prompts, out, answers, decoding)
-    if prompts is None and features is not None and user is None:
-        raise UserError("--features was given without --user ID; an adapter that decides by users needs both")
+    if prompts is None:
+        _require_user(user, features)
     from hecate.data.prompts import asked, read_prompts
     from hecate.train.answers import answers_to, as_record
     from hecate.train.inference import answering
@@ -88,8 +88,7 @@ def chat(
 ) -> None:
     """Talk with a trained model. /reset begins anew, /exit ends; Ctrl-C breaks off an answer, which then was not given."""
     decoding = _decoding(max_new_tokens, temperature, top_p, top_k, seed, ())
-    if features is not None and user is None:
-        raise UserError("--features was given without --user ID; an adapter that decides by users needs both")
+    _require_user(user, features)
     from hecate.train.answers import Conversation
     from hecate.train.inference import answering
 
@@ -136,11 +135,18 @@ def _decoding(length: int, temperature: float, top_p: float | None, top_k: int |
     return Decoding(length, temperature, 1.0 if top_p is None else top_p, top_k or 0, seed, stops)
 
 
+def _require_user(user: str | None, features: Path | None) -> None:
+    if features is not None and user is None:
+        raise UserError("--features was given without --user ID; an adapter that decides by users needs both")
+
+
 def _check(prompt: str | None, prompts: str | None, out: Path | None, answers: int, decoding: Decoding) -> None:
     if (prompt is None) == (prompts is None):
         raise UserError('hecate generate: give one PROMPT, or --prompts FILE.jsonl\n  such as hecate generate runs/qwen "What is FSSDP?"')
     if out is not None and prompts is None:
         raise UserError("--out is for the answers of --prompts; the answer to one PROMPT is printed")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     if answers > 1 and not decoding.samples:
         raise UserError(f"--answers {answers}: without sampling all answers to a prompt are the same\n  give --temperature 1, or less")
 

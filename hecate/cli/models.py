@@ -41,6 +41,8 @@ def evaluate(
         raise UserError("--adapter and --models were given\n  name all of them in --models")
     if tasks is None and (task_folder is not None or apply_chat_template):
         raise UserError(f"{'--task-folder' if task_folder else '--apply-chat-template'} was given without --tasks")
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise UserError(f"--json {json_path}: there is no folder {json_path.parent}; make it first")
     read = {path.stem: read_choices(path) for path in choices or ()}
     if len(read) < len(choices or ()):
         raise UserError("--choices: two files have the same name, and figures are shown by name; rename one")

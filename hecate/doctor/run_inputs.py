@@ -11,6 +11,7 @@ from pathlib import Path
 from hecate.config import Config
 from hecate.doctor.finding import Checks, Finding, ok, problem, warning
 from hecate.errors import UserError
+from hecate.model.safetensors_headers import INDEX
 
 
 def checks_of(load: Callable[[], Config]) -> Checks:
@@ -50,7 +51,7 @@ def _model(config: Config) -> Finding:
         return problem(str(error).splitlines()[0], "give model.name_or_path a folder that transformers has saved, or a .gguf file")
     if path.is_file():
         return ok(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
     except (OSError, ValueError, KeyError, AttributeError) as error:

@@ -11,7 +11,8 @@ from pathlib import Path
 from hecate.errors import UserError
 
 _LARGEST_HEADER = 200 << 20
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""the file with all weights of a model, and the one that says in which of several files they are"""
 DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 """of the types in which weights are stored whole; others are quantised, or no weights"""
 
@@ -53,9 +54,9 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: the index cannot be read, is damaged, or names a file that is missing.
     """
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    index = folder / _INDEX
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    index = folder / INDEX
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hecate.errors import UserError
 from hecate.model.load import ModelSource, load_model, one_gguf_reader, read_config
 from hecate.model.read_experts import DTYPES
-from hecate.model.safetensors_headers import stored_tensors
+from hecate.model.safetensors_headers import SINGLE, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def open_stored(source: ModelSource) -> StoredModel:
         with one_gguf_reader():
             model = load_model(source, torch.float32, torch.device("cpu"))
         held = dict(model.named_parameters())
-        weights = {name: StoredWeight("model.safetensors", tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
+        weights = {name: StoredWeight(SINGLE, tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
         return StoredModel(source, model.config, weights, lambda name: held[name].detach())
     entries = stored_tensors(source.folder)
     for name, entry in entries.items():

@@ -39,8 +39,7 @@ def print_summary(before: dict[str, EvalScore] | None, after: dict[str, EvalScor
 
     What was not measured, before or after or at all, stands as "-". No number is wrapped or cut, whatever the width.
     """
-    console = Console()
-    console.width = max(console.width, NARROWEST) if console.is_terminal else PLAIN_WIDTH
+    console = summary_console()
     before = before or {}
     tasks = list(dict.fromkeys([*after, *before]))
     arrow = "→" if console.encoding.startswith("utf") else "->"
@@ -52,6 +51,18 @@ def print_summary(before: dict[str, EvalScore] | None, after: dict[str, EvalScor
         for task in tasks:
             table.add_row(Text(task), *_cells(before.get(task), after.get(task), arrow))
         console.print(table)
+    print_facts(console, facts)
+
+
+def summary_console() -> Console:
+    """Standard output, of a width that cuts no number."""
+    console = Console()
+    console.width = max(console.width, NARROWEST) if console.is_terminal else PLAIN_WIDTH
+    return console
+
+
+def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
+    """Print a line for each label and value."""
     width = max((len(label) for label, _ in facts), default=0)
     for label, value in facts:
         console.print(Text.assemble((f"{label:<{width}}  ", "dim"), value), soft_wrap=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -27,7 +26,7 @@ from hecate.model.base import BaseChoice, BaseModel
 from hecate.model.load import pick_dtype, resolve_model
 from hecate.model.moe_model import MoeModel
 from hecate.ranks.ranks import Ranks
-from hecate.report.summary import NARROWEST, PLAIN_WIDTH
+from hecate.report.summary import print_facts, summary_console
 from hecate.train.build import encode_sources, on_device
 from hecate.train.checkpointed import is_checkpoint
 from hecate.train.evaluate import evaluate
@@ -82,11 +81,11 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
         UserError: there is nothing to evaluate on, a name stands for two things, or a model cannot be opened or evaluated.
     """
     sources = [source.name for source in config.data.eval] if config is not None else []
-    named = [*sources, *questions.choices]
-    if not named and questions.lm_eval is None:
+    named = [*sources, *questions.choices, *(questions.lm_eval.names if questions.lm_eval is not None else ())]
+    if not named:
         raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on, or give --choices or --tasks")
     if twice := [name for name in named if named.count(name) > 1]:
-        raise UserError(f"{twice[0]}: two files have this name, and figures are shown by name; rename one")
+        raise UserError(f"{twice[0]}: two files or tasks have this name, and figures are shown by name; rename one")
     found = []
     for name in names:
         found.append(_figures(config, name, questions, ranks))
@@ -104,8 +103,7 @@ def require_no_checkpoint(found: Path) -> None:
 
 def show(models: Sequence[ModelFigures]) -> None:
     """Print a line for each task and figure, with a column for each model. No number is cut, whatever the width."""
-    console = Console()
-    console.width = max(console.width, NARROWEST) if console.is_terminal else PLAIN_WIDTH
+    console = summary_console()
     table = Table(title="Held-out data", title_justify="left")
     table.add_column("task", overflow="fold")
     table.add_column("samples", justify="right", no_wrap=True)
@@ -120,9 +118,7 @@ def show(models: Sequence[ModelFigures]) -> None:
             shown = ["-" if value is None else f"{value:.3f}" for value in values]
             table.add_row(Text(task), ", ".join(samples), figure, *shown)
     console.print(table)
-    width = max(len(model.what) for model in models)
-    for model in models:
-        console.print(Text.assemble((f"{model.what:<{width}}  ", "dim"), str(model.folder)), soft_wrap=True)
+    print_facts(console, [(model.what, str(model.folder)) for model in models])
 
 
 def as_json(models: Sequence[ModelFigures]) -> str:
@@ -141,11 +137,12 @@ def as_json(models: Sequence[ModelFigures]) -> str:
 
 def _figures(config: Config | None, name: str, questions: Questions, ranks: Ranks) -> ModelFigures:
     folder, base, moe = _load(config, name, ranks)
+    asks = bool(questions.choices) or questions.lm_eval is not None
+    opened = as_opened(folder, base, moe, ranks) if asks else None  # first, since it may refuse
     tasks: dict[str, TaskFigures] = {}
     if config is not None and config.data.eval:
         tasks |= _held_out(config, base, moe, ranks, name)
-    if questions.choices or questions.lm_eval:
-        opened = as_opened(folder, base, moe, ranks)
+    if opened is not None:
         batch_size, most = (_BATCH, None) if config is None else (config.eval.batch_size, config.eval.max_samples)
         with moe.engine.evaluation() as evaluation:
             for task, all_items in questions.choices.items():

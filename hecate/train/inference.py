@@ -1,4 +1,4 @@
-"""Using what a run has left, an adapter or a whole model: evaluation and answers, in one process."""
+"""Using what a run has left, an adapter, a checkpoint or a whole model: evaluation, by one rank or several, and answers, in one process."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def evaluate_models(config: Config | None, names: Sequence[str], questions: Ques
         if json_path == Path("-"):
             print(as_json(found))
             return
+        show(found)  # before the file, which may fail
         if json_path is not None:
             try:
                 replace_file(json_path, [as_json(found).encode() + b"\n"], durable=False)
             except OSError as error:
                 raise UserError(f"{json_path}: cannot be written: {error.strerror or error}") from error
-        show(found)
 
 
 @contextmanager

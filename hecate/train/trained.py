@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from hecate.adapters.bake_user import bake_user
-from hecate.adapters.folder import read_adapter_config
-from hecate.adapters.forms import FORMS, read_any, write_form
+from hecate.adapters.folder import read_adapter_config, refuse_existing
+from hecate.adapters.forms import FORMS, form_named, read_any, write_form
 from hecate.adapters.model_folder import is_model_folder
 from hecate.adapters.peft_by_source import refuse_several
 from hecate.config import Config
@@ -29,7 +29,8 @@ _OUTPUTS = ("adapter", "adapters", "model")
 def find_trained(path: Path, *, says: bool = True) -> Path:
     """Return the folder that a path means: an adapter, adapters of several sources, a model, or a checkpoint.
 
-    A run's folder means what the run left at its end, or its newest checkpoint if it has gone on since, or was stopped before.
+    A run's folder means what the run left at its end, or its newest checkpoint if it has gone on since, or was stopped before. A whole
+    model does not say after which step it was written, so that it is taken even if the run has gone on.
 
     Args:
         says: whether standard error says which was taken.
@@ -85,12 +86,11 @@ def export(
     Raises:
         UserError: there is nothing to export, a form cannot hold it, the base model cannot be read, or a file cannot be read or written.
     """
-    if to is not None and to not in FORMS:
-        raise UserError(f"--to {to[:100]}: there is no such form\n  forms: {', '.join(FORMS)}")
+    if to is not None:
+        form_named(to)
     if to is not None and (user is not None or features is not None):
         raise UserError("--to and --user were given: what an adapter is for one user is written for PEFT\n  leave --to out")
-    if out.exists():
-        raise UserError(f"{out}: exists already, and nothing is written over; remove it or name another folder")
+    refuse_existing(out)
     found = find_trained(trained)
     with _as_left(found, out, model) as left:
         if user is not None or features is not None or (to is None and not is_checkpoint(found) and not is_model_folder(left)):

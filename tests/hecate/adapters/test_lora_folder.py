@@ -42,30 +42,35 @@ def test_an_adapter_of_unsloth_is_read_with_a_warning(tmp_path: Path, caplog: py
     adapter, _ = save_peft(tmp_path / "adapter", save_moe("qwen3_moe", tmp_path / "model"), [])
     read_any(adapter)
     assert not caplog.records
-    config = adapter / "adapter_config.json"
-    value = json.loads(config.read_text())
-    config.write_text(json.dumps({**value, "auto_mapping": {"parent_library": "transformers", "unsloth_fixed": True}}))
+    configured(adapter, "auto_mapping", {"parent_library": "transformers", "unsloth_fixed": True})
     read_any(adapter)
     assert "trained the experts' B in another order" in caplog.text
 
 
-def patterned(adapter: Path, key: str, pattern: Any) -> None:
+def configured(adapter: Path, key: str, value: Any) -> None:
     config = adapter / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), key: pattern}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
 
 
 @pytest.mark.parametrize(
-    ("key", "pattern", "reason"),
+    ("key", "value", "reason"),
     [
         ("rank_pattern", {"q_proj": 0}, "adapter_config.json: rank_pattern must be an object of names and whole numbers from 1"),
         ("alpha_pattern", {"q_proj(": 4}, r"alpha_pattern: 'q_proj\(' is no regular expression"),
         ("rank_pattern", {"q_proj": 3}, "but its rank is 3 by rank_pattern"),
         ("use_dora", True, "use_dora: True: adapters with it are not supported"),
+        ("alora_invocation_tokens", [3], r"alora_invocation_tokens: \[3\]: adapters with it are not supported"),
+        (
+            "init_lora_weights",
+            "pissa_niter_4",
+            "init_lora_weights: pissa_niter_4: the adapter is for a base model whose weights PEFT changes",
+        ),
+        ("r", 0, "r must be from 1, not 0"),
     ],
 )
-def test_a_pattern_that_is_wrong_is_refused(tmp_path: Path, key: str, pattern: Any, reason: str) -> None:
+def test_a_configuration_that_is_wrong_or_not_supported_is_refused(tmp_path: Path, key: str, value: Any, reason: str) -> None:
     adapter, _ = save_peft(tmp_path / "adapter", save_moe("qwen3_moe", tmp_path / "model"), ["q_proj"])
-    patterned(adapter, key, pattern)
+    configured(adapter, key, value)
     with pytest.raises(UserError, match=reason):
         load_lora(adapter)
 

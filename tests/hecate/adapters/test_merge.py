@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hecate.adapters.merge import merge
+from hecate.adapters.lora_folder import load_lora
+from hecate.adapters.merge import changes_of, merge
 from hecate.adapters.model_files import write_model
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names
 from hecate.checkpoint.layout import TensorEntry
@@ -67,6 +69,19 @@ def test_trained_routers_are_merged(tmp_path: Path) -> None:
     logits = transformers_logits(export(adapter, "merged", tmp_path / "out"))
     torch.testing.assert_close(logits, hecate_logits(adapter), **LIMIT)
     assert not torch.allclose(logits, without, atol=1e-2)
+
+
+def test_a_base_with_other_experts_is_refused(tmp_path: Path) -> None:
+    """Its experts and routers have their places by layer and number, so that a shape alone does not tell them apart."""
+    model = save_moe("qwen3_moe", tmp_path / "model")
+    adapter, _ = save_peft(tmp_path / "adapter", model, [])
+    base = open_stored(resolve_model(str(model)))
+    fewer = {name: one for name, one in base.weights.items() if ".experts.4." not in name}
+    with pytest.raises(UserError, match=r"has pairs for .*_proj of layer 0 of 5 experts, but the base model has 4"):
+        changes_of(replace(base, weights=fewer), *load_lora(adapter))
+    name = "layers.1.mlp.experts.2.up_proj.weight"
+    with pytest.raises(UserError, match=f"which of two weights of layer 1 it is: model.{name}, mtp.{name}"):
+        changes_of(replace(base, weights={**base.weights, f"mtp.{name}": base.weights[f"model.{name}"]}), *load_lora(adapter))
 
 
 def test_what_bfloat16_cannot_hold_is_said(tmp_path: Path) -> None:

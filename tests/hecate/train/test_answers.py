@@ -98,8 +98,10 @@ def test_an_answer_ends_before_a_stop_text(workshop: Path) -> None:
         assert stopped != plain
         ids = opened.base.tokenizer("w1\n", add_special_tokens=False)["input_ids"]
         with opened.moe.engine.evaluation():
+            (free,) = generate(opened.base, [ids], Decoding(4), batch_size=1)
             (found,) = generate(opened.base, [ids], Decoding(4, stop=("\n",)), batch_size=1)
-        assert found.text or found.finished
+        assert len(free.raw) > 1
+        assert found.raw == free.raw.partition("\n")[0]
     base: Any = SimpleNamespace(
         model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 3])),
         tokenizer=SimpleNamespace(eos_token_id=2, decode=lambda ids, skip_special_tokens: "".join(map(str, ids.tolist()))),
@@ -174,6 +176,7 @@ def test_what_cannot_be_asked_is_refused(workshop: Path) -> None:
         ([], "give one PROMPT, or --prompts FILE.jsonl"),
         (["w1", "--prompts", "-"], "give one PROMPT, or --prompts"),
         (["w1", "--out", "x"], "--out is for the answers of --prompts"),
+        (["--prompts", "-", "--out", "no/such/x"], "--out no/such/x: there is no folder no/such; make it first"),
         (["w1", "-n", "2"], "without sampling all answers to a prompt are the same"),
         (["w1", "--top-p", "0.5"], "--top-p was given without --temperature"),
         (["w1", "--temperature", "1", "--top-p", "1.5"], "must be above 0 and at most 1"),

@@ -144,6 +144,7 @@ def test_what_cannot_be_compared_is_refused(workshop: Path, tmp_path: Path) -> N
         ([config, "--adapter", "a", "--models", "a,b"], "--adapter and --models were given"),
         ([config, "--task-folder", "x"], "--task-folder was given without --tasks"),
         ([config, "--apply-chat-template"], "--apply-chat-template was given without --tasks"),
+        ([config, "--json", "no/such/x"], "--json no/such/x: there is no folder no/such; make it first"),
         ([config, "--choices", which, "--choices", which], "--choices: two files have the same name"),
         ([model], "not the folder of a run, nor one in it"),
         ([model, "seed=1", "--choices", which], "nothing that seed=1 could change"),
@@ -153,8 +154,11 @@ def test_what_cannot_be_compared_is_refused(workshop: Path, tmp_path: Path) -> N
         done = CliRunner().invoke(app, ["eval", *arguments])
         assert reason in str(done.exception), (arguments, done.output)
     loaded = load_config(config, [f"output_dir={workshop}/runs/a"], claim_output=False)
-    with join_ranks() as ranks, pytest.raises(UserError, match=r"up\.eval: two files have this name"):
-        compare(loaded, ["base"], Questions({"up.eval": read_choices(workshop / "which.jsonl")}), ranks)
+    items = read_choices(workshop / "which.jsonl")
+    with join_ranks() as ranks:
+        for questions in (Questions({"up.eval": items}), Questions(lm_eval=LmEvalTasks(("up.eval",)))):
+            with pytest.raises(UserError, match=r"up\.eval: two files or tasks have this name"):
+                compare(loaded, ["base"], questions, ranks)
 
 
 def test_tasks_need_lm_eval(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

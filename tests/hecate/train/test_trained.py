@@ -194,7 +194,7 @@ def test_a_checkpoint_on_another_base_is_refused(workshop: Path, tmp_path: Path)
             model_of_checkpoint(run / "checkpoint-2", ranks, BaseChoice(str(tmp_path / "other")))
 
 
-def test_a_base_that_is_gone_is_named_with_the_way_out(workshop: Path, tmp_path: Path) -> None:
+def test_a_base_that_is_gone_is_named_with_the_way_out(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trained(workshop, "orphan")
     folder = workshop / "left" / "orphan" / "adapter"
     file = folder / "adapter_config.json"
@@ -206,3 +206,6 @@ def test_a_base_that_is_gone_is_named_with_the_way_out(workshop: Path, tmp_path:
     with pytest.raises(UserError, match=r"^/.*adapter: its base model is not found"):
         export(folder, tmp_path / "out", to="mixtral")
     export(folder, tmp_path / "out", to="mixtral", model=f"{workshop}/model")
+    monkeypatch.chdir(workshop)
+    export(folder, tmp_path / "library", to="mixlora", model="model")
+    assert json.loads((tmp_path / "library" / file.name).read_text())["base_model_name_or_path"] == f"{workshop}/model"
