@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from hecate.errors import USER_ERROR_EXIT
+from hecate.io.signals import on_signals
 from hecate.launch.fork_server import forking
 from hecate.launch.run_folder import run_folder
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
@@ -65,13 +66,11 @@ def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, surv
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
 
-        previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            status = _wait(ranks, store, surviving)
+            with on_signals(pass_on):
+                status = _wait(ranks, store, surviving)
             return 128 + signals[0] if signals and status == 0 else status
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             _stop(ranks)
 
 

@@ -45,6 +45,7 @@ def _train(loaded: Sweep, address: str | None) -> int:
     from hecate.sweep.devices import check_share, places_environment, visible_gpus
     from hecate.sweep.ledger import read_entries
     from hecate.sweep.processes import train_runs
+    from hecate.train.preflight import default_ranks
 
     gpus = visible_gpus() if loaded.jobs > 1 and address is None else []
     check_share(loaded.jobs, gpus)
@@ -52,7 +53,7 @@ def _train(loaded: Sweep, address: str | None) -> int:
     configs = checked_configs(loaded, read_entries(loaded), check)
 
     def environment(place: int, config: Config) -> Mapping[str, str]:
-        return {} if address is not None else places_environment(place, loaded.jobs, gpus, config.nproc or 2)
+        return {} if address is not None else places_environment(place, loaded.jobs, gpus, config.nproc or default_ranks())
 
     verb = ["train"] if address is None else ["ray", f"--address={address}"]
     return train_runs(loaded, configs, verb, environment, lambda text: print(f"hecate: {text}", flush=True))
@@ -65,7 +66,7 @@ def _local_check(loaded: Sweep, gpus: list[str]) -> Callable[[Config], None]:
     from hecate.sweep.devices import check_ranks
     from hecate.train.preflight import check_data
 
-    check_once = _once_for_data(check_data)
+    check_once = once_for_data(check_data)
 
     def check(config: Config) -> None:
         check_ranks(config.nproc, loaded.jobs, gpus)
@@ -81,7 +82,7 @@ def _ray_check(loaded: Sweep) -> Callable[[Config], None]:
     from hecate.report.trackers import check_trackers
     from hecate.train.preflight import check_data
 
-    check_once = _once_for_data(check_data)
+    check_once = once_for_data(check_data)
 
     def check(config: Config) -> None:
         if loaded.jobs > 1 and config.ray.workers is None:
@@ -94,14 +95,14 @@ def _ray_check(loaded: Sweep) -> Callable[[Config], None]:
     return check
 
 
-def _once_for_data(check: Callable[[Config], None]) -> Callable[[Config], None]:
-    """The check, which runs that read the same data pay for once."""
+def once_for_data(check: Callable[[Config], None]) -> Callable[[Config], None]:
+    """The check, which runs that read the same data, for the same model, pay for once."""
     passed = set()
 
     def check_once(config: Config) -> None:
-        if (config.data, config.moe.router) not in passed:
+        if (read := (config.data, config.moe.router, config.model)) not in passed:
             check(config)
-            passed.add((config.data, config.moe.router))
+            passed.add(read)
 
     return check_once
 

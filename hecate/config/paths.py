@@ -17,10 +17,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 INDEXED_SUFFIXES = (".idx", ".bin")
 """the endings of the two files of one of Megatron's indexed data sets"""
 
-FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv"} | {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
+FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow"}
 """the endings of data files, and the forms that they say; a text form may also be compressed, and then ends in .gz"""
 _BESIDE_ARROW = ("dataset_info.json", "dataset_dict.json", "state.json")
 """what the library `datasets` writes beside Arrow files"""

@@ -90,7 +90,8 @@ def _state_of(path: str) -> list[int]:
 def tokenizer_digest(tokenizer: Any) -> str:
     """A digest of all by which a fast tokenizer makes tokens of text and conversations."""
     digest = xxhash.xxh3_128(tokenizer.backend_tokenizer.to_str().encode())
-    more = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.eos_token_id, version("transformers"), version("tokenizers")]
+    more = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.eos_token_id, tokenizer.split_special_tokens]
+    more += [version("transformers"), version("tokenizers")]
     digest.update(json.dumps(more, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -306,8 +306,8 @@ def _refuse_lone_surrogates(sample: dict[str, Any]) -> None:
     """Refuse half a surrogate pair (`\\ud800`), which JSON can spell but no tokenizer accepts."""
     messages = sample.get("messages", ())
     texts = [message["content"] for message in messages] + [sample.get("text", "")]
-    if calls := [sample.get("tools"), *(message.get("tool_calls") for message in messages)]:
-        texts.append(json.dumps(calls, ensure_ascii=False) if any(calls) else "")
+    if any(calls := [sample.get("tools"), *(message.get("tool_calls") for message in messages)]):
+        texts.append(json.dumps(calls, ensure_ascii=False))
     for text in texts:
         try:
             text.encode("utf-8")

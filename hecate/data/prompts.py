@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from hecate.data.chat import Message
 from hecate.data.formats import ROLES
-from hecate.data.records import json_name, place_of, read_records
+from hecate.data.records import json_object, place_of, read_records
 from hecate.errors import UserError
 
 
@@ -57,14 +56,7 @@ def _read(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 def _piped(lines: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any], str]]:
     for number, raw in enumerate(lines, start=1):
-        value, reason = {}, ""
-        try:
-            value = json.loads(raw.decode("utf-8"))
-        except ValueError as error:
-            reason = f"not valid JSON: {error}"
-        if not isinstance(value, dict):
-            value, reason = {}, f"a JSON {json_name(value)} where an object is needed"
-        yield f"standard input:{number}", value, reason
+        yield f"standard input:{number}", *json_object(raw, first=number == 1)
 
 
 def asked(text: str, system: str | None, user: str | None = None) -> Prompt:

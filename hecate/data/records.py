@@ -19,6 +19,7 @@ from hecate.errors import UserError
 
 _GZIP = b"\x1f\x8b"
 _TABLES: dict[str, Callable[[str], Iterator[Row]]] = {"parquet": read_parquet, "arrow": read_arrow}
+_DELIMITERS = {"csv": ",", "tsv": "\t"}
 _HEAD = 4096
 
 
@@ -72,9 +73,9 @@ def _records_of(file: str) -> Iterator[Record]:
             yield Record(file, line, 0, value, reason)
         return
     with _opened(file) as stream:
-        if form == "csv":
+        if form in _DELIMITERS:
             text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-            for line, value, reason in read_csv(text, file):
+            for line, value, reason in read_csv(text, file, _DELIMITERS[form]):
                 yield Record(file, line, 0, value, reason)
         elif form != "jsonl" and _first_sign(stream, file) == b"[":
             for element in read_array(stream, file):
@@ -86,7 +87,7 @@ def _records_of(file: str) -> Iterator[Record]:
 
 def _lines(stream: BinaryIO, file: str, form: str | None) -> Iterator[Record]:
     for line, raw in enumerate(stream, start=1):
-        value, reason = _json_object(raw, first=line == 1)
+        value, reason = json_object(raw, first=line == 1)
         if line == 1 and reason:
             _refuse_other_forms(raw, file, form, reason)
         yield Record(file, line, 0, value, reason, raw)
@@ -110,8 +111,8 @@ def _refuse_other_forms(raw: bytes, file: str, form: str | None, reason: str) ->
         )
 
 
-def _json_object(raw: bytes, first: bool) -> tuple[dict[str, Any], str]:
-    """The object of one line; or an empty one, and why it cannot be read."""
+def json_object(raw: bytes, *, first: bool) -> tuple[dict[str, Any], str]:
+    """The object of one line and ""; or an empty object, and why the line cannot be read. The first line of a file may begin with a BOM."""
     if first:
         raw = raw.removeprefix(b"\xef\xbb\xbf")
     if not raw.strip():

@@ -25,7 +25,7 @@ class Row(NamedTuple):
     """why the row cannot be used; empty: it can"""
 
 
-def read_csv(file: TextIO, name: str) -> Iterator[Row]:
+def read_csv(file: TextIO, name: str, delimiter: str = ",") -> Iterator[Row]:
     """Yield the rows of a CSV or TSV file, whose first line names the columns. All values are text.
 
     Args:
@@ -35,7 +35,7 @@ def read_csv(file: TextIO, name: str) -> Iterator[Row]:
         UserError: the first line names a column twice or not at all; or the file breaks CSV's rules.
     """
     csv.field_size_limit(_LONGEST_CELL)
-    rows = csv.reader(file, delimiter="\t" if name.removesuffix(".gz").endswith(".tsv") else ",", strict=True)
+    rows = csv.reader(file, delimiter=delimiter, strict=True)
     try:
         columns = next(rows, [])
         if bad := [column for column in columns if not column.strip() or columns.count(column) > 1]:

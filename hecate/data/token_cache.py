@@ -6,8 +6,8 @@ rules for samples that are too long or bad. So another run, or the same one afte
     KEY/ids.i32, targets.i32        the tokens and targets of all samples, end to end
     KEY/starts.i64, numbers.i64     as `EncodedSource.starts` and `lines`; users.i64 likewise
     KEY/sums.u64                    checksums of blocks of ids and of targets [2, blocks]
-    KEY/skipped.jsonl               the samples that were left out, as a quarantine file; `file` is the index of the file in the source
-    KEY/meta.json                   counts and checksums; a folder without it is none
+    KEY/skipped.jsonl               the samples that were left out, if any, as a quarantine file; `file` is the index of its file
+    KEY/meta.json                   counts, and the checksums of the other files and of itself; a folder without it is none
     KEY.lock                        locked while the folder is written
 
 Nothing is read from these files before it has been compared with its checksum. A folder that is damaged is made again, or refused if the
@@ -37,7 +37,7 @@ from hecate.data.formats import Fault
 from hecate.data.quarantine import faults_of, quarantined, write_quarantine
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
-from hecate.io.durable import delete_files, new_folder
+from hecate.io.durable import delete_files, new_folder, write_durable
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _VERSION = 1
@@ -48,7 +48,7 @@ _BUFFERED = 1 << 20
 """tokens in memory while a source is written"""
 _QUIET = 10.0
 """seconds before the writing of a source is said, and between two such lines after that, times six"""
-_ARRAYS = {"starts.i64": np.int64, "numbers.i64": np.int64, "users.i64": np.int64, "sums.u64": np.uint64}
+_ARRAYS = {"starts.i64": np.int64, "numbers.i64": np.int64, "users.i64": np.int64, "sums.u64": np.uint64, "skipped.jsonl": np.uint8}
 """files that are compared with their checksums when a source is opened; tokens are compared when they are first used"""
 
 
@@ -97,11 +97,12 @@ def cached_source(
         folder: see `hecate.data.content.cache_folder`. The other arguments are those of `encode_source`.
 
     Raises:
-        UserError: as `encode_source`; or the folder cannot be written.
+        UserError: as `encode_source`; or the folder cannot be written, or the data have changed while they were tokenized.
     """
     rules: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "on_bad_sample": on_bad_sample}
     files, features = data_files(source.path), "" if users is None else users.digest()
-    described = {"version": _VERSION, "files": digest_of_files(source.path, folder), "format": source.format} | rules
+    contents = digest_of_files(source.path, folder)
+    described = {"version": _VERSION, "files": contents, "format": source.format} | rules
     described |= {"fields": asdict(source.fields) if source.fields else None, "tokenizer": tokenizer_digest(tokenizer), "users": features}
     key = xxhash.xxh3_128_hexdigest(dump_json(described))
     place = folder / key
@@ -112,7 +113,8 @@ def cached_source(
                 opened = _open(place, source, features)
                 if opened is None:
                     _clear(place)
-                    _write(place, encode_samples(source, tokenizer, users=users, **rules), source, files, seq_len, features)
+                    samples = _of_contents(contents, encode_samples(source, tokenizer, users=users, **rules), source, folder)
+                    _write(place, samples, source, files, seq_len, features)
                     opened = _open(place, source, features)
     except OSError as error:
         opened = _open(place, source, features)  # a process of another machine, whose locks are not seen, may have come first
@@ -127,6 +129,15 @@ def cached_source(
             write_quarantine(quarantine, (replace(fault, file=files[int(fault.file)]) for fault in faults_of(lines)))
     report_counts(source.path, counts, Skipped(counts.skipped, faults), seq_len, speaks=speaks)
     return mapped
+
+
+def _of_contents(
+    contents: list[list[str]], samples: Iterator[EncodedSample | Fault], source: DataSource, folder: Path
+) -> Iterator[EncodedSample | Fault]:
+    """Yield the samples. Raises UserError at their end if they may be of other contents than those that name their folder."""
+    yield from samples
+    if digest_of_files(source.path, folder) != contents:
+        raise UserError(f"{source.path}: the data have changed while they were tokenized\nstart the run again when nothing writes to them")
 
 
 @contextmanager
@@ -145,7 +156,7 @@ def _clear(place: Path) -> None:
     for stale in place.parent.glob(f"{place.name}.tmp-*"):
         delete_files(stale)
     if place.exists():
-        logger.warning("%s is damaged, or of another version: it is made again", place)
+        logger.warning("%s is damaged: it is made again", place)
         delete_files(place)
 
 
@@ -159,13 +170,13 @@ def _write(
             report_counts(source.path, counts, Skipped(counts.skipped, first), seq_len, speaks=False)
             ids, targets, starts = (_mapped(staging / name, kind) for name, kind in _TOKENS.items())
             sums = np.array([[_sum(array[at : at + _BLOCK]) for at in range(0, len(array), _BLOCK)] for array in (ids, targets)], np.uint64)
-            (staging / "sums.u64").write_bytes(sums.tobytes())
+            write_durable(staging / "sums.u64", [sums.tobytes()])
             users = _mapped(staging / "users.i64", np.int64) if features else None
             whole = EncodedSource(source.name, source.path, source.weight, ids, targets, starts, starts, counts, users, features)
-            meta = {"version": _VERSION, "key": place.name, "tokens": len(ids), "content": whole.digest(), "counts": asdict(counts)}
+            meta = {"key": place.name, "tokens": len(ids), "content": whole.digest(), "counts": asdict(counts)}
             meta["first"] = None if first is None else [files.index(first.file), first.line, first.reason]
             meta["sums"] = {name: _sum(_mapped(staging / name, kind)) for name, kind in _ARRAYS.items() if (staging / name).exists()}
-            (staging / "meta.json").write_bytes(dump_json(meta))
+            write_durable(staging / "meta.json", [dump_json(meta | {"sum": _sum_of_meta(meta)})])
         except BaseException:
             delete_files(staging)
             raise
@@ -190,6 +201,10 @@ def _write_samples(
             if time.monotonic() > said:
                 said += 6 * _QUIET
                 logger.warning("tokenizing %s: %d samples so far; it is done once and kept in %s", source.path, kept, staging.parent)
+        left_out.flush()
+        os.fsync(left_out.fileno())
+    if not skipped:
+        (staging / "skipped.jsonl").unlink()
     return Counts(kept=kept, truncated=truncated, skipped=skipped), first
 
 
@@ -213,6 +228,9 @@ class _Arrays:
         with self._opened:
             if kind is None:
                 self._flush()
+                for file in self._files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def add(self, pieces: list[Encoded]) -> None:
         self._pieces += pieces
@@ -242,12 +260,14 @@ def _open(place: Path, source: DataSource, features: str) -> tuple[MappedSource,
     """Map the folder of a source; also the first sample that was left out, with the index of its file. None: there is no sound folder."""
     try:
         meta = parse_json((place / "meta.json").read_bytes())
-        if meta["version"] != _VERSION or meta["key"] != place.name:
+        if meta["sum"] != _sum_of_meta(meta) or meta["key"] != place.name:
             return None
-        arrays = {name: _mapped(place / name, kind) for name, kind in (_TOKENS | _ARRAYS).items() if features or name != "users.i64"}
+        arrays = {
+            name: _mapped(place / name, kind) for name, kind in (_TOKENS | _ARRAYS).items() if name in _TOKENS or name in meta["sums"]
+        }
         ids, targets, starts = (arrays[name] for name in _TOKENS)
         numbers, users = arrays["numbers.i64"], arrays.get("users.i64")
-        if any(_sum(arrays[name]) != meta["sums"][name] for name in _ARRAYS if name in arrays):
+        if any(_sum(arrays[name]) != checksum for name, checksum in meta["sums"].items()):
             return None
         if not len(ids) == len(targets) == meta["tokens"] == starts[-1] or len(numbers) != len(starts) - 1:
             return None
@@ -268,7 +288,7 @@ def _open(place: Path, source: DataSource, features: str) -> tuple[MappedSource,
             sums=arrays["sums.u64"].reshape(2, -1),
             compared=np.zeros(len(arrays["sums.u64"]) // 2, np.bool_),
         )
-    except (FileNotFoundError, ValueError, KeyError, IndexError, TypeError, JsonError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, JsonError):
         return None
     return mapped, first
 
@@ -280,3 +300,7 @@ def _mapped(path: Path, kind: Any) -> NDArray[Any]:
 
 def _sum(array: NDArray[Any]) -> int:
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(array).data.cast("B"))
+
+
+def _sum_of_meta(meta: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(dump_json({name: value for name, value in meta.items() if name != "sum"}))

@@ -1,1 +1,1 @@
-"""Write files durably; read JSON strictly, and as dataclasses."""
+"""Write files durably; read JSON strictly, and as dataclasses; receive signals."""

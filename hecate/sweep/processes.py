@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from types import FrameType
 from hecate.checkpoint import latest_good
 from hecate.config import Config, to_yaml
 from hecate.errors import UserError
+from hecate.io.signals import on_signals
 from hecate.report.progress import duration_text
 from hecate.sweep.ledger import RunState, SweepEntry, log_file, read_entries, working_alone, write_entry
 from hecate.sweep.sweep_file import STATE_FOLDER, Sweep, SweepRun
@@ -182,9 +182,5 @@ def _signals() -> Iterator[list[int]]:
         if len(come) == 1:
             print("hecate: the runs under way save and stop; a second signal ends them at once", file=sys.stderr, flush=True)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_signals(note):
         yield come
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -70,7 +70,7 @@ class SweepRun:
         lines = [
             value.line for value in (*self.fixed, *self.values) if key == value.key or key.startswith((value.key + ".", value.key + "["))
         ]
-        return lines[0] if lines else None
+        return lines[-1] if lines else None  # of the value that holds, as on a command line
 
 
 @dataclass(frozen=True)

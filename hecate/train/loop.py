@@ -7,7 +7,6 @@ Each phase happens on all ranks alike. When a rank is lost, the others regroup a
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from hecate.config import Config
 from hecate.elastic.observer import Observer, ObserverLink
 from hecate.elastic.rebuild import Membership
+from hecate.io.signals import on_signals
 from hecate.parallel.topology import Topology, local_topology
 from hecate.ranks.peak_memory import peak_memory
 from hecate.ranks.ranks import Ranks, lost_a_peer
@@ -279,19 +279,13 @@ def _stop_on_signals() -> Iterator[_Stopping]:
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(_number: int, _frame: FrameType | None) -> None:
         # From a terminal the launcher and the ranks all get the signal, and the launcher passes it on: several signals, one request.
         stopping.is_set = True
 
-    for number in previous:
-        signal.signal(number, ask)
-    try:
+    with on_signals(ask):
         yield stopping
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _show_summary(training: Training, measured: _Measured, seconds: float, facts: list[tuple[str, str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from hecate.config import Config, load_config, to_yaml
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
 from hecate.forecast.model_check import check_model
+from hecate.io.signals import on_signals
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
 from hecate.report.trackers import check_trackers
@@ -158,9 +158,5 @@ def _stop_on_signals(controller: Any) -> Iterator[list[int]]:
         controller.stop_wanted = True
         print("hecate: the ranks save and stop after this step; a second signal ends them at once", file=sys.stderr, flush=True)
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_signals(ask):
         yield signals
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

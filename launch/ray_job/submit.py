@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 
 from hecate.config import Config, load_config
 from hecate.errors import UserError
+from hecate.io.signals import on_signals
 from hecate.launch.ray_job.cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
 from hecate.launch.ray_job.driver import check_for_ray
 from hecate.launch.ray_job.upload import stage
@@ -60,16 +60,12 @@ def _follow(client: Any, job: str) -> int:
         print(f"hecate: asking job {job} to save and stop", file=sys.stderr, flush=True)
         client.stop_job(job)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     printed: list[str] = []
-    try:
+    with on_signals(stop):
         with suppress(ConnectionError):
             asyncio.run(_show(client, job, printed))
         while not (status := client.get_job_status(job)).is_terminal():
             time.sleep(0.2)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     text = client.get_job_logs(job)
     shown = "".join(printed)
     if text.startswith(shown):  # what came after the stream had ended

@@ -32,7 +32,7 @@ TEXTS = {
     "b.json": json.dumps(RECORDS, indent=2, ensure_ascii=False),
     "lines.json": "".join(json.dumps(record) + "\n" for record in RECORDS),
     "a.csv": as_csv(RECORDS),
-    "a.tsv": as_csv(RECORDS).replace('","', '"\t"'),
+    "a.TSV": as_csv(RECORDS).replace('","', '"\t"'),
 }
 
 

@@ -14,10 +14,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from hecate.config.schema import DataSource
+from hecate.config.schema import DataSource, FieldNames
 from hecate.data import content, token_cache
 from hecate.data.content import cache_folder
-from hecate.data.encode import EncodedSource, encode_source
+from hecate.data.encode import EncodedSource, encode_samples, encode_source
 from hecate.data.sources import read_source
 from hecate.data.stream import TrainStream
 from hecate.data.syntax import check_syntax
@@ -99,7 +99,13 @@ def test_a_source_is_tokenized_once_wherever_its_file_lies(
     assert json.loads(before.splitlines()[-1])["raw"] == "{oops"
 
 
-def test_whatever_changes_the_tokens_makes_another_folder(data: DataSource, folder: Path, tmp_path: Path, byte_tokenizer: Any) -> None:
+def test_whatever_changes_the_tokens_makes_another_folder(
+    data: DataSource, folder: Path, tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = DataSource(path=str(write_jsonl(tmp_path / "long.jsonl", [chat("q", "a"), chat("q", "a" * 100)])))
+    for name in ("a.csv", "a.tsv"):  # a table of one column either way, whose cells only a tab ends
+        Path(name).write_text("text\na\tb\nc\n")
     others = [
         (data, byte_tokenizer, {}),
         (data, byte_tokenizer, {"seq_len": 65}),
@@ -108,6 +114,10 @@ def test_whatever_changes_the_tokens_makes_another_folder(data: DataSource, fold
         (DataSource(path=data.path, format="messages"), byte_tokenizer, {}),
         (data, build_byte_tokenizer(chat_template="{# another #}" + byte_tokenizer.chat_template), {}),
         (data, build_byte_tokenizer(additional_special_tokens=["aa"]), {}),
+        (data, build_byte_tokenizer(split_special_tokens=True), {}),
+        (DataSource(path=data.path, fields=FieldNames(messages="messages")), byte_tokenizer, {}),
+        *((long, byte_tokenizer, {"on_bad_sample": rule}) for rule in ("skip", "skip_long", "truncate")),
+        *((DataSource(path=path), byte_tokenizer, {}) for path in ("a.csv", "a.tsv")),
     ]
     for source, tokenizer, rules in others:
         cached_source(source, tokenizer, folder, **RULES | rules)
@@ -144,7 +154,7 @@ def spoil(path: Path, offset: int) -> None:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("name", ["meta.json", "starts.i64", "numbers.i64", "sums.u64", "ids.i32"])
+@pytest.mark.parametrize("name", ["meta.json", "starts.i64", "numbers.i64", "sums.u64", "skipped.jsonl", "ids.i32"])
 @pytest.mark.parametrize("damage", ["gone", "cut off", "changed"])
 def test_a_damaged_folder_is_made_again(
     data: DataSource, folder: Path, byte_tokenizer: Any, tokenizings: mock.Mock, name: str, damage: str, caplog: pytest.LogCaptureFixture
@@ -159,10 +169,11 @@ def test_a_damaged_folder_is_made_again(
     elif name == "ids.i32":
         return  # noticed when it is used; see below
     else:
-        spoil(place / name, 15 if name == "meta.json" else -16)
+        counts = (place / "meta.json").read_bytes().index(b'"kept": ') + 8
+        spoil(place / name, counts if name == "meta.json" else -16)  # another number, but sound JSON
     assert same(cached_source(data, byte_tokenizer, folder, **RULES), whole)
     assert tokenizings.call_count == 2
-    assert f"{place} is damaged, or of another version: it is made again" in caplog.text
+    assert f"{place} is damaged: it is made again" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["ids.i32", "targets.i32"])
@@ -185,6 +196,17 @@ def test_nothing_is_left_of_a_source_that_cannot_be_tokenized(data: DataSource, 
     with pytest.raises(UserError, match="no usable sample: all 400 are bad"):
         cached_source(data, byte_tokenizer, folder, **RULES | {"seq_len": 2})
     assert [path for path in folder.iterdir() if path.is_dir() and path.name not in ("files", "checked")] == []
+
+
+def test_data_that_change_while_they_are_tokenized_are_not_kept(data: DataSource, folder: Path, byte_tokenizer: Any) -> None:
+    def meanwhile(*given: Any, **rules: Any) -> Iterator[Any]:
+        yield from encode_samples(*given, **rules)
+        write_jsonl(Path(data.path), RECORDS[:9])
+
+    told = f"{data.path}: the data have changed while they were tokenized\nstart the run again"
+    with mock.patch.object(token_cache, "encode_samples", meanwhile), pytest.raises(UserError, match=told):
+        cached_source(data, byte_tokenizer, folder, **RULES)
+    assert sources_in(folder) == []
 
 
 def test_what_a_killed_writer_has_left_is_removed(data: DataSource, folder: Path, byte_tokenizer: Any) -> None:
@@ -222,7 +244,7 @@ def test_a_source_is_cached_where_a_folder_is_given(data: DataSource, folder: Pa
 
 def test_records_that_were_found_good_are_not_checked_again(tmp_path: Path, folder: Path) -> None:
     good = DataSource(path=str(write_jsonl(tmp_path / "good.jsonl", RECORDS)))
-    with mock.patch("hecate.data.syntax.read_samples", wraps=content) as read:
+    with mock.patch("hecate.data.syntax.read_samples") as read:
         read.side_effect = lambda *_: iter(())
         for _ in range(2):
             check_syntax([good], "error", None, folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hecate.cli.sweeps import sweep
+from hecate.cli.sweeps import once_for_data, sweep
 from hecate.config import Config, ConfigError
 from hecate.config.yaml_text import Mapping, parse
 from hecate.errors import UserError
@@ -99,6 +99,16 @@ def test_problems_of_all_runs_are_told_at_once_with_their_lines(folder: Path) ->
     assert "sweep.yaml:3: max_stps: unknown key\n    hint: did you mean max_steps?\nsweep" in text
     assert "sweep.yaml:5: learning_rate: must be > 0, got -1.0\n    in learning_rate--1_top_k-2, learning_rate--1_top_k-40" in text
     assert text.count("moe.top_k: must be from 1 to 8") == 1
+    with pytest.raises(UserError, match=r"sweep\.yaml:5: lora\.r: "):  # the line of the value that holds
+        checked(sweep_of("set: {lora: {r: 4}}\ngrid:\n  lora.r: [0, 1]\n"))
+
+
+def test_data_are_checked_once_for_each_model(folder: Path) -> None:
+    """Whether conversations can be trained on depends on the model's chat template, too."""
+    seen: list[str] = []
+    swept = sweep_of("grid: {learning_rate: [1e-4, 1e-3], model.dtype: [float32, bfloat16]}\n")
+    checked_configs(swept, {}, once_for_data(lambda config: seen.append(config.model.dtype)))
+    assert sorted(seen) == ["bfloat16", "float32"]
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ def test_what_cannot_be_asked_is_refused(workshop: Path) -> None:
         assert reason in str(done.exception), arguments
     for line, reason in (
         ("{", "standard input:1: not valid JSON"),
+        ("[" * 100_000, "standard input:1: JSON nested too deeply"),
         ("[]", "standard input:1: a JSON list where an object is needed"),
         ('{"prompt": "a", "tools": [{}]}', "standard input:1: tools are not supported"),
         ('{"prompt": "a", "messages": []}', 'standard input:1: needs an object with "prompt" or "messages"'),
