@@ -23,7 +23,7 @@ from hecate.elastic.observer import Observer, ObserverLink
 from hecate.elastic.rebuild import Membership
 from hecate.parallel.topology import Topology, local_topology
 from hecate.ranks.peak_memory import peak_memory
-from hecate.ranks.ranks import Ranks, lost_a_peer
+from hecate.ranks.ranks import Ranks, loss_in_words, lost_a_peer
 from hecate.report.events import Evaluation
 from hecate.report.heatmap import write_heatmap
 from hecate.report.run_report import Reports
@@ -121,8 +121,7 @@ def train(
             except Exception as error:  # after an abort, what is left of the old group can fail in any way
                 if membership is None or not _is_of_a_loss(error, training.ranks) or not _regroup(training, membership, outside):
                     raise
-                cause = (str(error) or type(error).__name__).splitlines()[0][:120]
-                reports.event(training.standing.step, f"went on after: {cause}")
+                reports.event(training.standing.step, f"went on after: {loss_in_words(error)}")
         written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
         peaks = peak_memory(training.ranks.device)
         fullest = training.ranks.all_most(list(map(float, peaks.values())))
