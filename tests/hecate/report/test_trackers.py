@@ -199,6 +199,12 @@ def test_a_tracker_that_hangs_is_named_once_and_not_waited_for(tmp_path: Path, r
     assert time.monotonic() - begun < 30, "it was waited for"
 
 
+def test_a_note_that_cannot_be_read_stops_the_tracker_alone(tmp_path: Path) -> None:
+    (tmp_path / "tracker-one.txt").write_bytes(b"\xff")
+    (text,) = report(lambda _: Broken("nowhere"), a_run(tmp_path, step=1), STEP)
+    assert text.startswith("tracker one failed: 'utf-8' codec can't decode byte 0xff")
+
+
 def test_a_tracker_that_falls_behind_is_given_up(tmp_path: Path, released: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracker_threads, "MOST_WAITING", 2)
     said = report(lambda _: Broken("log", released), a_run(tmp_path), *[STEP] * 9)
