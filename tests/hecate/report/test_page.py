@@ -98,11 +98,14 @@ def test_a_page_has_every_section_and_needs_nothing_else(tmp_path: Path) -> None
     assert "4.000 → 1.500" in seen.text, "the first and the last held-out loss"
     assert "In the mean step 3 kB stayed inside nodes and 2 kB went from one node to another" in seen.text
     assert "1 ranks go on after step 8" in seen.text
+    assert "4 3 4 kB 0.5 s 0.1 s" in seen.text, "the experts that moved after step 4"
     assert "Checkpoints saved: 1, the last one after step 8." in seen.text
     static = np.mean([a_step(step, ranks=2 if step < 9 else 1).static_imbalance for step in range(1, 13)])
     assert f"the same loads would have given {static:.2f} (computed, not run)" in seen.text
     assert static > 1.1
     drawn = pictures(page)
+    marks = [line for line in drawn[0].iter("line") if line.attrib["class"] == "mark"]
+    assert len(marks) == 2, "the move, and the loss of a rank"
     assert len(drawn) == 16
     maps = [imread(io.BytesIO(base64.b64decode(image.attrib["href"].split(",")[1]))) for svg in drawn for image in svg.iter("image")]
     # The loads of both layers, each expert's over time, and the unevenness; each with the scale of its colours.
