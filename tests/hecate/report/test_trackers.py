@@ -113,7 +113,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"run_id": "abc", "run_name": None},
     ]
     assert module.of("log_metrics")[:2] == [((numbers_of(STEP),), {"step": 1}), ((numbers_of(an_eval(1, 2.0)),), {"step": 1})]
-    assert module.of("log_image")[0][1] == {"key": "loads/ffn", "step": 1}
+    assert module.of("log_image")[0][1] == {"key": "loads/ffn", "step": 1, "synchronous": True}
     assert module.of("log_dict")[0][0][1] == "config.yaml"
     assert len(module.of("end_run")) == 2
 
