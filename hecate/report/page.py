@@ -16,6 +16,7 @@ import numpy as np
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.report.expert_pictures import expert_sections
+from hecate.report.metrics import REGROUPED, REPLANNED, RESUMED, SAVED, STOPPED
 from hecate.report.page_parts import NOT_RECORDED, bytes_text, figure, missing, section, table
 from hecate.report.run_records import RunRecords
 from hecate.report.style import STYLE
@@ -129,8 +130,8 @@ def _state(run: RunRecords) -> str:
     if last >= most:
         return f"{last} of {most}, finished"
     texts = [str(event.get("text")) for event in run.events]
-    turns = [text for text in texts if text.startswith(("stopped by a signal", "resumed after"))]
-    stopped = turns and turns[-1].startswith("stopped")
+    turns = [text for text in texts if text.startswith((STOPPED, RESUMED))]
+    stopped = turns and turns[-1].startswith(STOPPED)
     return f"{last} of {most}, " + ("stopped" if stopped else "under way, or ended without a word")
 
 
@@ -293,9 +294,9 @@ def _memory(run: RunRecords, planned: PlannedMemory | str) -> str:
 
 def _events(run: RunRecords) -> str:
     texts = [(str(event["step"]), str(event["text"])) for event in run.events if event["kind"] == "event"]
-    saved = [step for step, text in texts if text.startswith("saved ")]
+    saved = [step for step, text in texts if text.startswith(SAVED)]
     said = f"Checkpoints saved: {len(saved)}, the last one after step {saved[-1]}." if saved else "No checkpoint was saved."
-    rows = [[step, text] for step, text in texts if not text.startswith("saved ")]
+    rows = [[step, text] for step, text in texts if not text.startswith(SAVED)]
     if not rows:
         return section("Events", f"<p>{said} Nothing else is recorded: no stop, no resume, no loss of a rank.</p>")
     shown = f"<p>{said}</p>" + table(["after step", "what happened"], rows[-MOST_EVENTS:])
@@ -307,7 +308,7 @@ def _events(run: RunRecords) -> str:
 
 def _marks(run: RunRecords) -> Sequence[int]:
     """The steps at which other ranks went on, the plan changed or experts moved."""
-    telling = ("ranks go on", "re-planned", "resumed after")
+    telling = (REGROUPED, REPLANNED, RESUMED)
     steps = {
         event["step"] for event in run.events if event["kind"] == "reshard" or any(words in str(event.get("text")) for words in telling)
     }
