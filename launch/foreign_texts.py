@@ -1,7 +1,8 @@
 """Turns the log lines and error texts of torch and Ray into values. No other file of the launchers reads such texts.
 
 Each function names the versions whose texts it was written for, and returns its least specific value for any other text.
-(`hecate.ranks.ranks.lost_a_peer` reads gloo's texts about lost peers, because training without a launcher needs it, too.)
+(`lost_a_peer` and `loss_in_words` of `hecate.ranks.ranks` read gloo's texts about lost peers, because training without a launcher needs
+them, too.)
 """
 
 from __future__ import annotations

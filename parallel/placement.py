@@ -117,11 +117,13 @@ def new_copies(before: Placement | None, after: Placement) -> int:
     Args:
         before: None, or of other ranks or experts: no replica was there.
     """
-    where_ED = after.where_ED.copy()
+    if before is None or before.where_ED.shape != after.where_ED.shape:
+        return int(np.count_nonzero(after.where_ED)) - after.num_experts  # an owner always holds its own
+    if before is after:
+        return 0
+    where_ED = after.where_ED & ~before.where_ED
     where_ED[np.arange(after.num_experts), after.owner_E] = False
-    if before is not None and before.where_ED.shape == where_ED.shape:
-        where_ED &= ~before.where_ED
-    return int(where_ED.sum())
+    return int(np.count_nonzero(where_ED))
 
 
 def everything_everywhere(owner_E: np.ndarray, world_size: int) -> Placement:

@@ -15,7 +15,13 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     and NCCL's buffers are in neither.
     """
     if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"peak GPU memory, allocated": allocated, "peak GPU memory, reserved": reserved}
+        return {"peak GPU memory, allocated": peak_bytes(device), "peak GPU memory, reserved": torch.cuda.max_memory_reserved(device)}
+    return {"peak memory": peak_bytes(device)}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak bytes of this process: what tensors have taken of its GPU if it has one, otherwise what is resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak memory": peak if sys.platform == "darwin" else peak * 1024}
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -36,7 +36,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
-    """One optimizer step that has ended, with its figures; the same on every rank, except `seconds` and `parts`."""
+    """One optimizer step that has ended, with its figures; the same on every rank, except `seconds`, `copies`, `new_copies` and `parts`."""
 
     step: int
     """number of optimizer steps done, this one included"""

@@ -18,6 +18,8 @@ from hecate.parallel.loads import imbalance as max_over_mean
 from hecate.report.events import EvalScore, Resharding, StepEvent
 
 Record = dict[str, Any]
+SAVED, STOPPED, RESUMED, REGROUPED, REPLANNED = "saved ", "stopped by a signal", "resumed after", "ranks go on", "re-planned"
+"""in the texts of events: by these words a report knows what happened"""
 
 
 def step_record(event: StepEvent) -> Record:

@@ -16,7 +16,8 @@ import numpy as np
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.report.expert_pictures import expert_sections
-from hecate.report.page_parts import NOT_RECORDED, bytes_text, figure, legend, missing, section, table
+from hecate.report.metrics import REGROUPED, REPLANNED, RESUMED, SAVED, STOPPED
+from hecate.report.page_parts import NOT_RECORDED, bytes_text, figure, missing, section, table
 from hecate.report.run_records import RunRecords
 from hecate.report.style import STYLE
 from hecate.report.svg import Bar, Line, area_chart, bar_chart, line_chart, number_text
@@ -24,6 +25,7 @@ from hecate.report.svg import Bar, Line, area_chart, bar_chart, line_chart, numb
 MOST_RANKS, MOST_EVENTS = 16, 40
 """how many ranks, and how many events, a page shows at once"""
 MOST_TASKS = 16
+"""how many tasks have curves"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,15 +117,21 @@ def _overview(run: RunRecords) -> str:
 
 
 def _state(run: RunRecords) -> str:
-    """How far the run has come, and whether it has ended."""
-    if not len(run.step_S):
+    """How far the run has come, and whether it has ended.
+
+    Events tell of steps that are not recorded themselves (`logging_steps`): the checkpoint at the end, and a stop.
+    """
+    last = max([0, *run.step_S[-1:].tolist(), *(event["step"] for event in run.events)])
+    if not last:
         return "none recorded yet"
-    last, most = int(run.step_S[-1]), run.config_value("max_steps")
+    most = run.config_value("max_steps")
     if most is None:
         return f"{last}"
     if last >= most:
         return f"{last} of {most}, finished"
-    stopped = any("stopped by a signal" in str(event.get("text")) and event["step"] == last for event in run.events)
+    texts = [str(event.get("text")) for event in run.events]
+    turns = [text for text in texts if text.startswith((STOPPED, RESUMED))]
+    stopped = turns and turns[-1].startswith(STOPPED)
     return f"{last} of {most}, " + ("stopped" if stopped else "under way, or ended without a word")
 
 
@@ -172,7 +180,8 @@ def _tasks(run: RunRecords) -> str:
         lines = [Line(name, steps, values(name, what)) for name in names[:MOST_TASKS] if np.isfinite(values(name, what)).any()]
         if lines:
             chart = line_chart(lines, f"{title} by step and task", dots=True, from_zero=what == "accuracy")
-            parts.append(figure(title, chart, legend([line.name for line in lines]), html=True))
+            some = f"The first {MOST_TASKS} of {len(names)} tasks; the table has all." if len(names) > MOST_TASKS else ""
+            parts.append(figure(title, chart, some, [line.name for line in lines]))
     rows = []
     for name in names:
         row = [name]
@@ -198,8 +207,8 @@ def _imbalance(run: RunRecords) -> str:
             f"{np.nanmean(static):.2f} (computed, not run)."
         )
     chart = line_chart(lines, "imbalance by step, as it was and under static expert parallelism", marks=_marks(run))
-    names = legend([line.name for line in lines]) if static is not None else ""
-    return section("Imbalance between ranks", figure("imbalance", chart, f"{names}<p>{escape(text)}</p>", html=True))
+    names = [] if static is None else [line.name for line in lines]
+    return section("Imbalance between ranks", figure("imbalance", chart, text, names))
 
 
 def _placement(run: RunRecords) -> str:
@@ -235,7 +244,7 @@ def _time(run: RunRecords) -> str:
     text = f"Rank 0; the mean step took {mean:.3g} s."
     return section(
         "Time of a step",
-        figure("seconds by part", chart, f"{legend([name for name, _ in layers])}<p>{escape(text)}</p>", html=True),
+        figure("seconds by part", chart, text, [name for name, _ in layers]),
         speed,
         table(["part", "mean", "share"], rows),
     )
@@ -254,9 +263,7 @@ def _bytes(run: RunRecords) -> str:
         f"All ranks together, for experts and tokens. In the mean step {bytes_text(float(np.nanmean(near)))} stayed inside nodes and "
         f"{bytes_text(float(np.nanmean(far)))} went from one node to another."
     )
-    return section(
-        "Bytes by link", figure("bytes of a step", chart, f"{legend(['inside nodes', 'between nodes'])}<p>{text}</p>", html=True)
-    )
+    return section("Bytes by link", figure("bytes of a step", chart, text, ["inside nodes", "between nodes"]))
 
 
 def _memory(run: RunRecords, planned: PlannedMemory | str) -> str:
@@ -287,9 +294,9 @@ def _memory(run: RunRecords, planned: PlannedMemory | str) -> str:
 
 def _events(run: RunRecords) -> str:
     texts = [(str(event["step"]), str(event["text"])) for event in run.events if event["kind"] == "event"]
-    saved = [step for step, text in texts if text.startswith("saved ")]
+    saved = [step for step, text in texts if text.startswith(SAVED)]
     said = f"Checkpoints saved: {len(saved)}, the last one after step {saved[-1]}." if saved else "No checkpoint was saved."
-    rows = [[step, text] for step, text in texts if not text.startswith("saved ")]
+    rows = [[step, text] for step, text in texts if not text.startswith(SAVED)]
     if not rows:
         return section("Events", f"<p>{said} Nothing else is recorded: no stop, no resume, no loss of a rank.</p>")
     shown = f"<p>{said}</p>" + table(["after step", "what happened"], rows[-MOST_EVENTS:])
@@ -301,7 +308,7 @@ def _events(run: RunRecords) -> str:
 
 def _marks(run: RunRecords) -> Sequence[int]:
     """The steps at which other ranks went on, the plan changed or experts moved."""
-    telling = ("ranks go on", "re-planned", "resumed after")
+    telling = (REGROUPED, REPLANNED, RESUMED)
     steps = {
         event["step"] for event in run.events if event["kind"] == "reshard" or any(words in str(event.get("text")) for words in telling)
     }

@@ -15,14 +15,14 @@ def section(title: str, *parts: str) -> str:
     return f'<section><h2>{escape(title)}</h2><div class="parts">{"".join(parts)}</div></section>'
 
 
-def figure(title: str, chart: str, text: str, *, html: bool = False) -> str:
-    """A chart with its title and what is said of it.
+def figure(title: str, chart: str, text: str, names: Sequence[str] = ()) -> str:
+    """A chart with its title, the names of its lines or areas, and what is said of it.
 
     Args:
         chart: HTML.
-        html: whether `text` is HTML.
+        names: in the order of their colours; empty where the title says it.
     """
-    said = text if html else f"<p>{escape(text)}</p>" if text else ""
+    said = (legend(names) if names else "") + (f"<p>{escape(text)}</p>" if text else "")
     return f"<figure><h3>{escape(title)}</h3>{chart}<figcaption>{said}</figcaption></figure>"
 
 
@@ -47,7 +47,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def bytes_text(size: float) -> str:
     """1.50 GB"""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(size) < 1000:
+        if abs(size) < 999.5:  # what is more has four digits when it is rounded
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"

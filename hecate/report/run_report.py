@@ -16,7 +16,17 @@ from hecate.model.moe_model import MoeModel
 from hecate.parallel.mesh import Mesh
 from hecate.parallel.traces import TraceWriter
 from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
-from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
+from hecate.report.metrics import (
+    REGROUPED,
+    RESUMED,
+    SAVED,
+    MetricsWriter,
+    Record,
+    eval_record,
+    event_record,
+    reshard_record,
+    step_record,
+)
 from hecate.report.progress import Progress, StepLine
 from hecate.report.summary import EVERY_RANK, NON_EXPERTS, TrainableRow, training_report
 from hecate.report.tracker_threads import Trackers
@@ -70,7 +80,7 @@ class Reports:
                 f"{mesh.num_sharding_groups} sharding groups of {mesh.shard_size} ranks, each with all experts owned like this"
             )
         if self._facts.step:
-            self.event(self._facts.step, f"resumed after step {self._facts.step}")
+            self.event(self._facts.step, f"{RESUMED} step {self._facts.step}")
 
     def note(self, text: str) -> None:
         """Show a line on the terminal."""
@@ -130,7 +140,7 @@ class Reports:
     def saved(self, step: int, path: Path) -> None:
         """Record and show that a checkpoint is complete."""
         if self._progress and self._metrics:
-            self._record(event_record(step, f"saved {path.name}"))
+            self._record(event_record(step, f"{SAVED}{path.name}"))
             self._progress.note(f"saved {path}")
 
     def regrouped(self, done: Rebuilt, facts: RunFacts, seconds: float) -> None:
@@ -147,7 +157,7 @@ class Reports:
             self._trace = self._open_trace(facts)
             self._open_trackers(facts)
         self._write_description(facts)
-        text = f"{facts.mesh.world_size} ranks go on after step {done.step}, {done.moved} experts moved, {seconds:.3f} s"
+        text = f"{facts.mesh.world_size} {REGROUPED} after step {done.step}, {done.moved} experts moved, {seconds:.3f} s"
         self._record(event_record(done.step, text + (", back at the last checkpoint" if done.went_back else "")))
         self._progress.note(text + ("; back at the last checkpoint, because some experts have no copy left" if done.went_back else ""))
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: functions from values to text. Colours come from the page's style sheet (`hecate.report.page`), light and dark."""
+"""Charts as inline SVG: functions from values to text. Colours come from the page's style sheet (`hecate.report.style`), light and dark."""
 
 from __future__ import annotations
 
@@ -135,10 +135,10 @@ def number_text(value: float) -> str:
     """A number in at most six characters or so: 0.0013, 1.25, 340, 12k, 3.4M."""
     if not math.isfinite(value):
         return "-"
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (size if letter != 'k' else 1e3):.3g}{letter}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= (1e4 if letter == "k" else 0.9995 * size):  # what is a little less would be rounded up to it
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:

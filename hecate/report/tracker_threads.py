@@ -1,4 +1,6 @@
-"""Keeps trackers away from the training: each has a thread of its own, and the run never waits for one until its end, and then not long.
+"""Keeps trackers away from the training: each has a thread of its own, and the run waits for one only when it is closed, and not long.
+
+A tracker is closed at the run's end, and when the run goes back to a checkpoint or another rank begins to report.
 
 A tracker that raises, or has not returned from a call for PATIENCE seconds, is named once. One that has raised gets no more; one that
 is slow gets all that it has room for, and is given up when it has MOST_WAITING steps still to take.
@@ -95,7 +97,7 @@ class _Worker:
         self.name, self.named = name, False
         self._adapter = adapter
         self._memory = run.folder / f"tracker-{name}.txt"
-        self._run = replace(run, known_as=_read(self._memory) if run.step else None)
+        self._run = run
         self._queue: queue.Queue[_Sent | None] = queue.Queue(MOST_WAITING)
         self._error: str | None = None
         self._overrun = False
@@ -129,7 +131,8 @@ class _Worker:
 
     def _work(self) -> None:
         try:
-            tracker = self._call(lambda: self._adapter(self._run))
+            run = replace(self._run, known_as=_read(self._memory) if self._run.step else None)
+            tracker = self._call(lambda: self._adapter(run))
             if tracker.run_id is not None:
                 replace_file(self._memory, [tracker.run_id.encode()], durable=False)
             while (sent := self._queue.get()) is not None:

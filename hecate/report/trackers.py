@@ -119,7 +119,8 @@ class Mlflow:
     def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
         self._mlflow.log_metrics(dict(numbers), step=step)
         for name, pixels in pictures.items():
-            self._mlflow.log_image(pixels, key=name, step=step)
+            # By default MLflow's own threads send it, for which the process would wait at its end.
+            self._mlflow.log_image(pixels, key=name, step=step, synchronous=True)
 
     def close(self) -> None:
         self._mlflow.end_run()

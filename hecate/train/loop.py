@@ -23,9 +23,10 @@ from hecate.elastic.rebuild import Membership
 from hecate.io.signals import on_signals
 from hecate.parallel.topology import Topology, local_topology
 from hecate.ranks.peak_memory import peak_memory
-from hecate.ranks.ranks import Ranks, lost_a_peer
+from hecate.ranks.ranks import Ranks, loss_in_words, lost_a_peer
 from hecate.report.events import Evaluation
 from hecate.report.heatmap import write_heatmap
+from hecate.report.metrics import REPLANNED, STOPPED
 from hecate.report.run_report import Reports
 from hecate.report.summary import print_summary
 from hecate.train.step_profile import StepProfile
@@ -121,8 +122,7 @@ def train(
             except Exception as error:  # after an abort, what is left of the old group can fail in any way
                 if membership is None or not _is_of_a_loss(error, training.ranks) or not _regroup(training, membership, outside):
                     raise
-                cause = (str(error) or type(error).__name__).splitlines()[0][:120]
-                reports.event(training.standing.step, f"went on after: {cause}")
+                reports.event(training.standing.step, f"went on after: {loss_in_words(error)}")
         written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
         peaks = peak_memory(training.ranks.device)
         fullest = training.ranks.all_most(list(map(float, peaks.values())))
@@ -158,7 +158,7 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
     if agreement.stop:
         outside.note(outside.profile.merge(at_end=True))
         resume = f"hecate train {Path(config.output_dir) / 'config.yaml'} resume=true"
-        outside.reports.event(step, f"stopped by a signal after step {step}; go on with: {resume}")
+        outside.reports.event(step, f"{STOPPED} after step {step}; go on with: {resume}")
         return False
     if agreement.regroup and outside.membership is not None:
         _regroup(training, outside.membership, outside, together=True)
@@ -194,7 +194,7 @@ def _replan(training: Training, outside: _Outside) -> None:
     now = training.parts.moe.engine.shards.config.topology
     training.plan_for(now if order.flops is None else replace(now, flops=order.flops), order.sequences)
     step = training.standing.step
-    outside.reports.event(step, f"re-planned after step {step}: sequences {':'.join(map(str, training.shares))}")
+    outside.reports.event(step, f"{REPLANNED} after step {step}: sequences {':'.join(map(str, training.shares))}")
     if order.reshard:
         _reshard(training, training.parts.config.max_steps, outside)
 

@@ -28,7 +28,7 @@ from hecate.model.causal_head import CausalHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.comm.device_tables import copy_to
-from hecate.ranks.peak_memory import peak_memory
+from hecate.ranks.peak_memory import peak_bytes
 from hecate.report.events import StepResult
 from hecate.train.step_clock import StepClock
 from hecate.train.step_totals import exchange_totals
@@ -135,7 +135,7 @@ def train_step(
         on_its_way.wait()
     squares = optimizer.squares(counts_owned=engine.shards.in_first_group)
     clock.ended("gradients")
-    figures = (engine.shards.bytes_between_nodes - sent_far, next(iter(peak_memory(device).values())))
+    figures = (engine.shards.bytes_between_nodes - sent_far, peak_bytes(device))
     totals = exchange_totals(losses, squares, engine.shards.bytes_sent - sent, requests(), group, figures)
     clock.host_waited("waiting")
     taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads, totals.grad_norms)

@@ -50,7 +50,10 @@ def scaled_rows(b_Or: Tensor, factor_O: Tensor | None) -> Tensor:
 
 
 def side_by_side(matrix_SrN: Tensor, dtype: torch.dtype) -> Tensor:
-    """[S·r, N] in this type: all slots' A, or their B transposed, as one matrix."""
+    """[S·r, N] in this type: all slots' A, or their B transposed, as one matrix.
+
+    A view of the pairs, or a copy: for one pass alone, because replicas are freed between passes.
+    """
     return matrix_SrN.to(dtype).flatten(0, 1)
 
 

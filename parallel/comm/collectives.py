@@ -39,11 +39,6 @@ class Handle(Generic[T]):
         self.bytes_to = bytes_to
         """bytes that this rank sends to each rank of the group; 0 to itself"""
 
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes that this rank sends to other ranks."""
-        return sum(self.bytes_to)
-
     def wait(self) -> T:
         if self._arrive is not None and self._finish is not None:
             self._arrive()

@@ -72,10 +72,6 @@ class Dispatched:
     recv_rows: list[int]
     """per rank"""
 
-    def bytes_sent(self, rank: int, y_RO: Tensor, *, backward: bool) -> int:
-        """Bytes that `rank`, this rank, sends to others: the sum of `bytes_to`."""
-        return sum(self.bytes_to(rank, y_RO, backward=backward))
-
     def bytes_to(self, rank: int, y_RO: Tensor, *, backward: bool) -> list[int]:
         """Bytes that `rank`, this rank, sends to each rank in dispatch and combine; with `backward`, in their backward passes, too.
 

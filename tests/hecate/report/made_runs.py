@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from hecate.parallel.sharding import ReshardGain
 from hecate.parallel.static_ep import static_ep_imbalance
 from hecate.parallel.units import Unit
-from hecate.report.events import EvalScore, StepEvent, StepResult
-from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, step_record
+from hecate.report.events import EvalScore, Move, Resharding, StepEvent, StepResult
+from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
 
 FFNS = (Unit(0), Unit(1))
 LINEARS = tuple(Unit(layer, f"self_attn.{place}_proj") for layer in range(32) for place in "qkvo")
@@ -54,8 +55,9 @@ def an_eval(step: int, loss: float) -> Record:
 
 
 def usual_records(steps: int = 12) -> list[Record]:
-    """Two ranks, the loss of one of them after step 8, evaluations at the beginning and the end."""
+    """Two ranks, experts that move after step 4, the loss of a rank after step 8, evaluations at the beginning and the end."""
     records = [an_eval(0, 4.0), *(step_record(a_step(step)) for step in range(1, 9))]
+    records.insert(5, reshard_record(4, Resharding(Move(3, 4000), ReshardGain(saved=0.1, moving=0.2, steps=10), seconds=0.5)))
     records += [event_record(8, "saved checkpoint-8"), event_record(8, "1 ranks go on after step 8, 2 experts moved, 0.100 s")]
     records += [step_record(a_step(step, ranks=1)) for step in range(9, steps + 1)]
     return [*records, an_eval(steps, 1.5)]

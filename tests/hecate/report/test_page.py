@@ -18,9 +18,10 @@ from matplotlib.image import imread
 from hecate.errors import UserError
 from hecate.forecast.planned_memory import planned_memory
 from hecate.parallel.units import Unit
+from hecate.report.events import EvalScore
 from hecate.report.expert_pictures import padded
-from hecate.report.metrics import event_record, step_record
-from hecate.report.page import PlannedMemory, report_page, write_page
+from hecate.report.metrics import eval_record, event_record, step_record
+from hecate.report.page import MOST_TASKS, PlannedMemory, report_page, write_page
 from hecate.report.page_parts import bytes_text
 from hecate.report.run_records import MOST_BINS, read_run
 from tests.hecate.report.made_runs import LINEARS, a_step, usual_records, write_run
@@ -97,11 +98,14 @@ def test_a_page_has_every_section_and_needs_nothing_else(tmp_path: Path) -> None
     assert "4.000 → 1.500" in seen.text, "the first and the last held-out loss"
     assert "In the mean step 3 kB stayed inside nodes and 2 kB went from one node to another" in seen.text
     assert "1 ranks go on after step 8" in seen.text
+    assert "4 3 4 kB 0.5 s 0.1 s" in seen.text, "the experts that moved after step 4"
     assert "Checkpoints saved: 1, the last one after step 8." in seen.text
     static = np.mean([a_step(step, ranks=2 if step < 9 else 1).static_imbalance for step in range(1, 13)])
     assert f"the same loads would have given {static:.2f} (computed, not run)" in seen.text
     assert static > 1.1
     drawn = pictures(page)
+    marks = [line for line in drawn[0].iter("line") if line.attrib["class"] == "mark"]
+    assert len(marks) == 2, "the move, and the loss of a rank"
     assert len(drawn) == 16
     maps = [imread(io.BytesIO(base64.b64decode(image.attrib["href"].split(",")[1]))) for svg in drawn for image in svg.iter("image")]
     # The loads of both layers, each expert's over time, and the unevenness; each with the scale of its colours.
@@ -131,6 +135,34 @@ def test_a_stopped_run_says_so_and_its_torn_line_is_left_out(tmp_path: Path) -> 
     assert "The last line of metrics.jsonl is torn" in seen.text
     assert "<b>run" not in page, "a text of the run became HTML"
     assert "The run has not evaluated" in seen.text
+
+
+def test_how_far_a_run_has_come_is_known_between_records(tmp_path: Path) -> None:
+    """With logging_steps=5 the steps 7 and 12 are recorded by events alone, and a run that was resumed is under way."""
+    begun = [step_record(a_step(5)), event_record(7, "stopped by a signal after step 7"), event_record(7, "tracker one failed")]
+    resumed = [*begun, event_record(7, "resumed after step 7")]
+    ended = [*resumed, step_record(a_step(10)), event_record(12, "saved checkpoint-12")]
+    for number, (records, said) in enumerate(((begun, "7 of 12, stopped"), (resumed, "7 of 12, under way"), (ended, "12 of 12, finished"))):
+        assert said in page_of(write_run(tmp_path / str(number), records))[1].text
+
+
+def test_no_text_of_a_run_becomes_html(tmp_path: Path) -> None:
+    """The name of its folder, its configuration, its tasks and events, and what is said of its memory."""
+    mark = "<i>&amp;"
+    records = [eval_record(1, {f"{mark} task": EvalScore(1.0, 0.5, 8)}), step_record(a_step(1)), event_record(1, f"{mark} event")]
+    folder = write_run(tmp_path / f"{mark} run", records, {"model": {"name_or_path": f"{mark} model"}})
+    for planned in (f"{mark} reason", PlannedMemory(np.ones(2), {f"{mark} part": 1.0}, on_gpu=False)):
+        page, seen = page_of(folder, planned)
+        assert "<i>" not in page
+        for text in ("run", "model", "task", "event", "reason" if isinstance(planned, str) else "part"):
+            assert f"{mark} {text}" in seen.text, text
+
+
+def test_more_tasks_than_colours_are_in_the_table_and_the_page_says_so(tmp_path: Path) -> None:
+    scores = {f"task-{number}": EvalScore(1.0, None, 8) for number in range(MOST_TASKS + 2)}
+    page, seen = page_of(write_run(tmp_path / "run", [eval_record(1, scores), step_record(a_step(1))]))
+    assert f"The first {MOST_TASKS} of {MOST_TASKS + 2} tasks; the table has all." in seen.text
+    assert page.count(f"task-{MOST_TASKS + 1}<") == 1
 
 
 def test_a_run_without_a_step_has_a_page(tmp_path: Path) -> None:
@@ -194,7 +226,14 @@ def test_a_plan_that_cannot_be_made_gives_its_reason(tmp_path: Path) -> None:
 
 
 def test_sizes() -> None:
-    assert [bytes_text(size) for size in (0, 999, 1500, 2.5e9, 3e12)] == ["0 bytes", "999 bytes", "1.5 kB", "2.5 GB", "3 TB"]
+    assert [bytes_text(size) for size in (0, 999, 1500, 999_700, 2.5e9, 3e12)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.5 kB",
+        "1 MB",
+        "2.5 GB",
+        "3 TB",
+    ]
 
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")

@@ -6,35 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.traces import load_trace
-from hecate.parallel.units import Unit
-from hecate.report.events import Rebuilt, StepEvent, StepResult
+from hecate.report.events import Rebuilt
 from hecate.report.run_report import Reports, RunFacts
 from hecate.report.summary import EVERY_RANK, TrainableRow
 from tests.hecate.megatron.making import config_of, write_parts
+from tests.hecate.report.made_runs import a_step
 
 FACTS = RunFacts(0, True, make_mesh(2), (TrainableRow("layers.0.router", 1, 128, 512, EVERY_RANK),), tokens_per_rank=64)
-
-
-def event(step: int) -> StepEvent:
-    result = StepResult(1.0, 2.0, 0.5, False, {Unit(0): np.array([[3, 4], [5, 6]])}, 10, (), 0, (300, 200))
-    return StepEvent(
-        step=step,
-        result=result,
-        tokens=18,
-        seconds=0.5,
-        learning_rate=1e-3,
-        imbalance=1.2,
-        calibrations=0,
-        static_imbalance=1.5,
-        copies=1,
-        new_copies=0,
-        parts={"forward": 0.2},
-    )
 
 
 def kinds(folder: Path) -> list[str]:
@@ -48,10 +30,10 @@ def test_the_first_rank_writes_and_shows(tmp_path: Path, capsys: pytest.CaptureF
     folder.mkdir()
     with Reports(config, FACTS) as reports:
         reports.begin()
-        reports.step(event(1))
+        reports.step(a_step(1))
         reports.saving()
         reports.saved(1, folder / "checkpoint-1")
-        reports.step(event(2))
+        reports.step(a_step(2))
         reports.saving()
     assert kinds(folder) == ["step", "event", "step"]
     assert (folder / "config.yaml").exists()
@@ -69,11 +51,11 @@ def test_another_rank_writes_nothing_until_it_becomes_the_first(tmp_path: Path, 
     folder.mkdir()
     with Reports(config, replace(FACTS, is_first=False)) as reports:
         reports.begin()
-        reports.step(event(1))
+        reports.step(a_step(1))
         assert not list(folder.iterdir())
         reports.regrouped(Rebuilt(1, False, 3), replace(FACTS, step=1), seconds=0.1)
-        reports.step(event(2))
+        reports.step(a_step(2))
         reports.regrouped(Rebuilt(2, False, 0), replace(FACTS, step=2, is_first=False), seconds=0.1)
-        reports.step(event(3))
+        reports.step(a_step(3))
     assert kinds(folder) == ["event", "step"]
     assert "2 ranks go on after step 1, 3 experts moved" in capsys.readouterr().out

@@ -78,7 +78,17 @@ def test_a_heat_map_names_some_rows_and_columns() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.00125, "0.00125"), (1.234, "1.23"), (340.4, "340"), (4096, "4096"), (12345, "12.3k"), (3.4e6, "3.4M"), (float("nan"), "-")],
+    [
+        (0.00125, "0.00125"),
+        (1.234, "1.23"),
+        (340.4, "340"),
+        (999.7, "1000"),
+        (4096, "4096"),
+        (12345, "12.3k"),
+        (-999_700, "-1M"),
+        (3.4e6, "3.4M"),
+        (float("nan"), "-"),
+    ],
 )
 def test_numbers(value: float, text: str) -> None:
     assert number_text(value) == text

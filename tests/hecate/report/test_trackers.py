@@ -113,7 +113,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"run_id": "abc", "run_name": None},
     ]
     assert module.of("log_metrics")[:2] == [((numbers_of(STEP),), {"step": 1}), ((numbers_of(an_eval(1, 2.0)),), {"step": 1})]
-    assert module.of("log_image")[0][1] == {"key": "loads/ffn", "step": 1}
+    assert module.of("log_image")[0][1] == {"key": "loads/ffn", "step": 1, "synchronous": True}
     assert module.of("log_dict")[0][0][1] == "config.yaml"
     assert len(module.of("end_run")) == 2
 
@@ -197,6 +197,12 @@ def test_a_tracker_that_hangs_is_named_once_and_not_waited_for(tmp_path: Path, r
     trouble = "has not finished 0.2 s after the run's last word" if where == "close" else "has not answered for 0.2 s"
     assert text == f"tracker one {trouble}; the run goes on without it, and metrics.jsonl has everything"
     assert time.monotonic() - begun < 30, "it was waited for"
+
+
+def test_a_note_that_cannot_be_read_stops_the_tracker_alone(tmp_path: Path) -> None:
+    (tmp_path / "tracker-one.txt").write_bytes(b"\xff")
+    (text,) = report(lambda _: Broken("nowhere"), a_run(tmp_path, step=1), STEP)
+    assert text.startswith("tracker one failed: 'utf-8' codec can't decode byte 0xff")
 
 
 def test_a_tracker_that_falls_behind_is_given_up(tmp_path: Path, released: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hecate.elastic.rebuild import Membership
 from hecate.model import gated_ffn
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.comm.aborts import AbortedError
-from hecate.ranks.ranks import lost_a_peer
+from hecate.ranks.ranks import loss_in_words, lost_a_peer
 from hecate.train.loop import train
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
@@ -75,6 +75,20 @@ def test_what_says_that_a_peer_is_lost() -> None:
     assert not lost_a_peer(RuntimeError("CUDA error: device-side assert triggered"))
     assert not lost_a_peer(torch.OutOfMemoryError("out of memory"))
     assert not lost_a_peer(ValueError(GLOO))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GLOO, "another rank closed its connection"),
+        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation", "another rank did not answer in time"),
+        ("[gloo/transport/tcp/pair.cc:9] something new", "[gloo/transport/tcp/pair.cc:9] something new"),
+        ("the process groups were aborted\nat all", "the process groups were aborted"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_loss_of_a_peer_in_words(text: str, words: str) -> None:
+    assert loss_in_words(RuntimeError(text)) == words
 
 
 def modules_tried(rank: int, world: int, workshop: str, family: str) -> int:

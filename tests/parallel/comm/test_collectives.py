@@ -35,7 +35,6 @@ def _each_alone(rank: int, world: int, cases: list[Case]) -> Counts:
         assert total.shape == (len(case.owned(rank)), case.numel)
         for row, expert in zip(total, case.owned(rank), strict=True):
             assert torch.equal(row, case.plain_sum(expert)), f"gradient of expert {expert}"
-        assert gather.bytes_sent == sum(gather.bytes_to)
         counts.append((gather.bytes_to, reduce.bytes_to))
     return counts
 

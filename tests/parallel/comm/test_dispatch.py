@@ -176,18 +176,20 @@ def test_dispatch_and_combine_equal_the_plain_formula(world: int) -> None:
 
 
 class Counting:
-    """Counts what this rank hands to all_to_all_single for other ranks."""
+    """Counts what this rank hands to all_to_all_single for each other rank."""
 
     def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world, self.bytes = rank, world, 0
+        self.rank, self.world, self.bytes = rank, world, [0] * world
         self._plain = dist.all_to_all_single
 
     def __call__(
         self, output: torch.Tensor, sent: torch.Tensor, output_splits: Any = None, input_splits: Any = None, **keywords: Any
     ) -> Any:
-        own = len(sent) // self.world if input_splits is None else input_splits[self.rank]
+        rows = [len(sent) // self.world] * self.world if input_splits is None else input_splits
         row_bytes = sent[0].numel() * sent.element_size() if len(sent) else 0
-        self.bytes += (len(sent) - own) * row_bytes
+        self.bytes = [
+            total + (peer != self.rank) * count * row_bytes for peer, (total, count) in enumerate(zip(self.bytes, rows, strict=True))
+        ]
         return self._plain(output, sent, output_splits, input_splits, **keywords)
 
 
@@ -206,17 +208,17 @@ def _count_bytes(rank: int, world: int) -> list[int]:
                 here = dispatch(x, case.expert[rank], weight, case.token[rank], case.plan(rank, quotas), group)
                 y_RO = torch.cat([here.x_RD, here.x_RD[:, :1]], dim=1) * here.weight_RK.sum(1, keepdim=True).to(dtype)
                 y = combine(y_RO, here, group)  # results are wider than tokens
-                assert here.bytes_sent(rank, y_RO, backward=False) == counting.bytes, f"case {seed}, {quotas}, forward"
+                assert here.bytes_to(rank, y_RO, backward=False) == counting.bytes, f"case {seed}, {quotas}, forward"
                 y.sum().backward()
-                assert here.bytes_sent(rank, y_RO, backward=True) == counting.bytes, f"case {seed}, {quotas}, with backward"
+                assert here.bytes_to(rank, y_RO, backward=True) == counting.bytes, f"case {seed}, {quotas}, with backward"
             finally:
                 dist.all_to_all_single = counting._plain
-            totals.append(counting.bytes)
+            totals.append(sum(counting.bytes))
     return totals
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_bytes_sent_is_what_is_sent(world: int) -> None:
+def test_bytes_to_each_rank_are_those_sent_to_it(world: int) -> None:
     totals = run_ranks(world, _count_bytes)
     assert sum(map(sum, totals)) > 0 if world > 1 else totals == [[0] * 2 * len(PAIRS)]
 
