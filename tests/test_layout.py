@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -30,21 +31,34 @@ PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "ma
 EVERYTHING = [*ALL_SOURCES, *sources("tests")]
 
 
-def trees(paths: list[Path]) -> Iterator[tuple[str, ast.Module]]:
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def files(paths: list[Path]) -> Iterator[tuple[str, tuple[ast.AST, ...]]]:
+    """(path below the checkout, nodes) of each file."""
     for path in paths:
-        yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
+        yield str(path.relative_to(ROOT)), nodes(path)
 
 
-def imported(tree: ast.Module) -> set[str]:
+@cache
+def imported(path: Path) -> frozenset[str]:
     """Dotted names of all modules that a file imports, anywhere in it; `from a import b` counts as a and a.b."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return names
+    return frozenset(names)
+
+
+def importing(paths: list[Path], *packages: str) -> dict[str, str]:
+    """File -> a module that it imports and that is of `packages`, where there is one."""
+    return {str(path.relative_to(ROOT)): name for path in paths for name in imported(path) if under(name, *packages)}
 
 
 def under(name: str, *packages: str) -> bool:
@@ -109,11 +123,11 @@ def test_the_planners_need_no_torch() -> None:
 def test_the_lower_folders_know_nothing_above_nor_beside_them(folder: str, other: str) -> None:
     allowed = ("hecate.errors", "hecate.io", f"hecate.{folder}")
     wrong = {}
-    for path, tree in trees(sources(folder)):
-        for name in imported(tree):
+    for path in sources(folder):
+        for name in imported(path):
             foreign = under(name, "transformers", "ray", "megatron", "launch", other)
             if foreign or name.startswith(".") or (under(name, "hecate") and not under(name, *allowed)):
-                wrong[path] = name
+                wrong[str(path.relative_to(ROOT))] = name
     assert not wrong, f"imports against the grain (file: module): {wrong}"
 
 
@@ -132,9 +146,8 @@ def imports_of_modules() -> dict[str, set[str]]:
     paths = modules()
     graph = {}
     for name, path in paths.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+        names = {alias.name for node in nodes(path) if isinstance(node, ast.Import) for alias in node.names}
+        for node in (node for node in nodes(path) if isinstance(node, ast.ImportFrom)):
             inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
             names |= {module if module in paths else str(node.module) for module in inner.values()}
         graph[name] = {other for other in names if other in paths and other != name}
@@ -165,7 +178,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_class_names_are_unique() -> None:
     places: dict[str, list[str]] = {}
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(name)
     twice = {name: where for name, where in places.items() if len(where) > 1}
@@ -174,23 +187,22 @@ def test_class_names_are_unique() -> None:
 
 def test_every_module_is_named_by_a_test() -> None:
     """In an import, or in a text that a test runs, such as `python -m hecate.launch.ray_job.worker`."""
-    texts = [path.read_text(encoding="utf-8") for path in sources("tests") if path.name not in (Path(__file__).name, "rooms.py")]
-    named = set().union(*(imported(ast.parse(text)) for text in texts))
-    in_texts = set(re.findall(r"hecate(?:\.\w+)+", "\n".join(texts)))
+    tests = [path for path in sources("tests") if path.name not in (Path(__file__).name, "rooms.py")]
+    named = set().union(*(imported(path) for path in tests))
+    in_texts = {name for path in tests for name in re.findall(r"hecate(?:\.\w+)+", path.read_text(encoding="utf-8"))}
     with_code = {name for name, path in modules().items() if path.name != "__init__.py"}
     missing = with_code - named - in_texts
     assert not missing, f"named by no test: {sorted(missing)}"
 
 
 def test_nobody_imports_the_linked_folders_bare() -> None:
-    wrong = {path: name for path, tree in trees(EVERYTHING) for name in imported(tree) if under(name, "kernels", "parallel", "launch")}
+    wrong = importing(EVERYTHING, "kernels", "parallel", "launch")
     assert not wrong, f"must be hecate.…: {wrong}"
 
 
 def test_the_trainer_does_not_import_what_launches_it() -> None:
     inside = [path for path in sources("hecate") if "cli" not in path.parts]
-    wrong = {path: name for path, tree in trees(inside) for name in imported(tree) if under(name, "hecate.launch")}
-    assert not wrong
+    assert not importing(inside, "hecate.launch")
 
 
 @pytest.mark.parametrize(
@@ -198,18 +210,12 @@ def test_the_trainer_does_not_import_what_launches_it() -> None:
     [("hecate", ("testing", "tests", "benchmarks")), ("testing", ("tests", "benchmarks")), ("benchmarks", ("tests",))],
 )
 def test_tests_and_benchmarks_share_only_testing(folder: str, barred: tuple[str, ...]) -> None:
-    found = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in sources(*((folder, *LINKED) if folder == "hecate" else (folder,)))
-        for name in sorted(imported(ast.parse(path.read_text(encoding="utf-8"))))
-        if under(name, *barred)
-    ]
-    assert not found
+    assert not importing(sources(*((folder, *LINKED) if folder == "hecate" else (folder,))), *barred)
 
 
 def test_no_file_of_tests_imports_another() -> None:
     """What several of them need stands in a file of its own, whose name says what it is."""
-    found = {path: name for path, tree in trees(sources("tests")) for name in imported(tree) if is_test_file(name)}
+    found = {path: name for path in sources("tests") for name in imported(path) if is_test_file(name)}
     assert not found
 
 
@@ -218,33 +224,32 @@ def is_test_file(module: str) -> bool:
 
 
 def test_only_tests_of_benchmarks_import_them() -> None:
-    found = {
-        str(path.relative_to(ROOT))
-        for path in sources("tests")
-        if not path.is_relative_to(ROOT / "tests" / "benchmarks")
-        and any(under(name, "benchmarks") for name in imported(ast.parse(path.read_text(encoding="utf-8"))))
-    }
-    assert not found
+    others = [path for path in sources("tests") if not path.is_relative_to(ROOT / "tests" / "benchmarks")]
+    assert not importing(others, "benchmarks")
 
 
 def test_nothing_is_unpickled() -> None:
-    wrong = []
-    for path, tree in trees(ALL_SOURCES):
-        wrong += [f"{path}: imports {name}" for name in imported(tree) if under(name, *PICKLERS)]
-        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        names |= {name.rpartition(".")[2] for name in imported(tree)}
+    wrong = [f"{path}: imports {name}" for path, name in importing(ALL_SOURCES, *PICKLERS).items()]
+    wrong += [f"{path}: {name}" for path in ALL_SOURCES for name in imported(path) if name.rpartition(".")[2] in OBJECT_COLLECTIVES]
+    for path, found in files(ALL_SOURCES):
+        names = {node.attr for node in found if isinstance(node, ast.Attribute)}
+        names |= {node.id for node in found if isinstance(node, ast.Name)}
         wrong += [f"{path}: {name}" for name in names & OBJECT_COLLECTIVES]
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load" and not path.startswith("hecate/adapters/"):
+        for node in found:
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr == "load"
+                and ast.unparse(node) == "torch.load"
+                and not path.startswith("hecate/adapters/")
+            ):
                 wrong.append(f"{path}:{node.lineno}: torch.load")
     assert not wrong, "\n".join(wrong)
 
 
 def test_no_remote_code_is_run() -> None:
     wrong = []
-    for path, tree in trees(ALL_SOURCES):
-        for node in ast.walk(tree):
+    for path, found in files(ALL_SOURCES):
+        for node in found:
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and not _is_false(node.value):
                 wrong.append(f"{path}:{node.value.lineno}")
             if isinstance(node, ast.Dict):
@@ -284,8 +289,8 @@ WRITES_PLAINLY = {
 def test_files_are_written_by_one_room() -> None:
     """So that a crash leaves the old content or the new one, and a full disk an error that somebody handles."""
     writers = set()
-    for path, tree in trees(sources("hecate", "parallel", "kernels", "launch")):
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+    for path, found in files(sources("hecate", "parallel", "kernels", "launch")):
+        for call in (node for node in found if isinstance(node, ast.Call)):
             function = ast.unparse(call.func)
             mode = [ast.unparse(argument).strip("'") for argument in (*call.args, *(given.value for given in call.keywords))]
             opens = function.endswith("open") and any(re.fullmatch("[wax]b?[+]?|r[+]?b[+]|rb?[+]", text) for text in mode)

@@ -245,7 +245,7 @@ def cases_of(policy: str, dtype: torch.dtype) -> list[Case]:
 SLOW_1, SLOW_2, SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 3, 4))
 
 
-QUICK = (("static_ep", 2), ("full", 2), ("hecate", 3))
+QUICK = (("full", 2), ("hecate", 3))
 """of every policy and world size, those that are not left to the slow tests"""
 
 

@@ -178,7 +178,7 @@ def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) 
     return measured
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("kind", [pytest.param("qwen2_moe", marks=pytest.mark.slow), "mixtral"])
 def test_every_rank_holds_what_was_planned(tmp_path: Path, kind: str) -> None:
     """Of 5 experts in two layers rank 0 owns 6 and rank 1 four; under policy full each holds the other's as well. In sharding groups of
     one each owns all."""

@@ -185,7 +185,7 @@ def growing(rank: int, world: int, workshop: str, redundancy: int) -> Losses:
     return [losses[step] for step in sorted(losses)]
 
 
-@pytest.mark.parametrize("redundancy", [0, 1])
+@pytest.mark.parametrize("redundancy", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_comes_new(workshop: str, whole: Losses, redundancy: int) -> None:
     results = run_ranks(3, growing, workshop, redundancy)
     for losses in results:

@@ -134,6 +134,9 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     return calibrations
 
 
-@pytest.mark.parametrize(("mode", "adopt", "calibrations"), [("exact", False, 0), ("calibrated", True, 8), ("calibrated", False, 0)])
+@pytest.mark.parametrize(
+    ("mode", "adopt", "calibrations"),
+    [("exact", False, 0), ("calibrated", True, 8), pytest.param("calibrated", False, 0, marks=pytest.mark.slow)],
+)
 def test_plans_follow_the_gate(mode: str, adopt: bool, calibrations: int) -> None:
     assert run_ranks(3, _replanned, mode, adopt) == [calibrations] * 3

@@ -246,7 +246,10 @@ def test_a_copy_on_slow_devices_may_have_no_rows(two_copies: tuple[str, list[dic
 
 
 @pytest.mark.usefixtures("one_copy", "two_copies")  # have left their checkpoints
-@pytest.mark.parametrize(("world", "tensor", "rows", "of"), [(1, 1, 4, "2-2-2-plain"), (2, 2, 4, "1-1-1-plain"), (2, 1, 2, "4-2-4-plain")])
+@pytest.mark.parametrize(
+    ("world", "tensor", "rows", "of"),
+    [(1, 1, 4, "2-2-2-plain"), (2, 2, 4, "1-1-1-plain"), pytest.param(2, 1, 2, "4-2-4-plain", marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_knows_nothing_of_parts(folder: Path, alone: Found, world: int, tensor: int, rows: int, of: str) -> None:
     for steps in run_ranks(world, _elsewhere, str(folder), tensor, rows, of):
         for got, wanted in zip(steps, alone.steps[SAVED:], strict=True):

@@ -80,6 +80,7 @@ def test_the_bias_does_not_depend_on_the_number_of_ranks(workshop: str, on_four:
         same(outcome, on_four)
 
 
+@pytest.mark.slow
 def test_the_bias_does_not_depend_on_the_number_of_micro_steps(workshop: str, on_four: Outcome) -> None:
     for micro_steps in (1, 4):
         same(run_ranks(1, whole, workshop, micro_steps)[0], on_four)

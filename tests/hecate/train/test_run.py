@@ -196,8 +196,15 @@ def bad_inputs(workshop: Path) -> Path:
     return workshop
 
 
-SLOW_RUNS = ("unsupported model", "no such target", "too few sequences", "nothing to resume", "no such preset")
-"""those whose mistake is found by ranks that have started"""
+SLOW_RUNS = (
+    "unsupported model",
+    "token beyond the vocabulary",
+    "no such target",
+    "too few sequences",
+    "nothing to resume",
+    "no such preset",
+)
+"""those that others nearly repeat, and what only ranks that have started can find"""
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_RUNS else ()) for name in BAD_RUNS])

@@ -100,7 +100,7 @@ def modules_tried(rank: int, world: int, workshop: str, family: str) -> int:
     return describe.call_count
 
 
-@pytest.mark.parametrize("family", ["mixlora", "full"])
+@pytest.mark.parametrize("family", ["mixlora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_looks_for_a_models_ffns_once(workshop: str, family: str) -> None:
     assert run_ranks(1, modules_tried, workshop, family) == [2], "the model has two layers with one FFN each"
 
