@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,10 @@ class Wandb:
         self._run.finish()
 
 
+_NOT_IN_MLFLOW = re.compile(r"[^/\w.\- :]")
+"""Characters that MLflow refuses in names of metrics. Sources of data may have them."""
+
+
 class Mlflow:
     """MLflow. MLFLOW_TRACKING_URI says where, MLFLOW_EXPERIMENT_NAME in which experiment; without the first, files of this machine."""
 
@@ -117,7 +122,7 @@ class Mlflow:
         return str(self._run.info.run_id)
 
     def log(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None:
-        self._mlflow.log_metrics(dict(numbers), step=step)
+        self._mlflow.log_metrics({_NOT_IN_MLFLOW.sub("_", name): value for name, value in numbers.items()}, step=step)
         for name, pixels in pictures.items():
             # By default MLflow's own threads send it, for which the process would wait at its end.
             self._mlflow.log_image(pixels, key=name, step=step, synchronous=True)

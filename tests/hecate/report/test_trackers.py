@@ -235,3 +235,16 @@ def test_what_is_not_installed_is_refused(workshop: Path, monkeypatch: pytest.Mo
         load_config(workshop / "config.yaml", ("report_to=[wand]",), claim_output=False)
     with pytest.raises(ConfigError, match="report_to: names a tracker twice"):
         load_config(workshop / "config.yaml", ("report_to=[wandb,wandb]",), claim_output=False)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_with_the_package_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Two runs of one tracker, the second of which goes on with the first; names that a tracker refuses are changed."""
+    monkeypatch.chdir(tmp_path)
+    for variable, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    pytest.importorskip(name, reason=f"{name} is not installed, so that its adapter is held to a stand-in alone")
+    odd = {**an_eval(1, 2.0), "sources": {"chats (1)": {"loss": 2.0, "accuracy": 0.5}}}
+    for step in (0, 1):
+        assert report(ADAPTERS[name], a_run(tmp_path, step), STEP, odd) == []
+    assert (tmp_path / "tracker-one.txt").read_text(encoding="utf-8").strip()
