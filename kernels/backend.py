@@ -29,6 +29,7 @@ class ExpertKernels:
     full_ffn: Callable[..., Tensor]
     moe_lora_ffn: Callable[..., Tensor]
     routed_pairs: Callable[..., Tensor]
+    sorted_pairs: Callable[..., Tensor]
     mixed_factors: Callable[..., Tensor]
     lora_linear: Callable[..., Tensor]
 
@@ -78,20 +79,36 @@ def _triton() -> ExpertKernels:
     from hecate.kernels.experts.full_operators import full_ffn_triton
     from hecate.kernels.experts.mixed_factors import mixed_factors  # GEMMs over all tokens, at which torch is as good
     from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
-    from hecate.kernels.experts.routed_pairs_triton import routed_pairs_triton
+    from hecate.kernels.experts.routed_pairs_triton import routed_pairs_triton, sorted_pairs_triton
     from hecate.kernels.mixlora.operators import mixlora_ffn_triton
 
-    return ExpertKernels(mixlora_ffn_triton, full_ffn_triton, moe_lora_ffn_triton, routed_pairs_triton, mixed_factors, lora_linear_triton)
+    return ExpertKernels(
+        mixlora_ffn=mixlora_ffn_triton,
+        full_ffn=full_ffn_triton,
+        moe_lora_ffn=moe_lora_ffn_triton,
+        routed_pairs=routed_pairs_triton,
+        sorted_pairs=sorted_pairs_triton,
+        mixed_factors=mixed_factors,
+        lora_linear=lora_linear_triton,
+    )
 
 
 @functools.cache
 def _torch() -> ExpertKernels:
     from hecate.kernels.experts.mixed_factors import mixed_factors
-    from hecate.kernels.experts.routed_pairs import routed_pairs
+    from hecate.kernels.experts.routed_pairs import routed_pairs, sorted_pairs
     from hecate.kernels.experts.torch_path import full_ffn, moe_lora_ffn
     from hecate.kernels.mixlora.torch_path import mixlora_ffn
 
-    return ExpertKernels(mixlora_ffn, full_ffn, moe_lora_ffn, routed_pairs, mixed_factors, lora_linear)
+    return ExpertKernels(
+        mixlora_ffn=mixlora_ffn,
+        full_ffn=full_ffn,
+        moe_lora_ffn=moe_lora_ffn,
+        routed_pairs=routed_pairs,
+        sorted_pairs=sorted_pairs,
+        mixed_factors=mixed_factors,
+        lora_linear=lora_linear,
+    )
 
 
 @functools.cache
@@ -105,5 +122,11 @@ def _reference() -> ExpertKernels:
     from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 
     return ExpertKernels(
-        mixlora_ffn_reference, full_ffn_reference, moe_lora_ffn_reference, routed_pairs_reference, mixed_factors_reference, lora_linear
+        mixlora_ffn=mixlora_ffn_reference,
+        full_ffn=full_ffn_reference,
+        moe_lora_ffn=moe_lora_ffn_reference,
+        routed_pairs=routed_pairs_reference,
+        sorted_pairs=routed_pairs_reference,
+        mixed_factors=mixed_factors_reference,
+        lora_linear=lora_linear,
     )

@@ -245,7 +245,9 @@ class RouterConfig:
     @property
     def mixes(self) -> str:
         """How the experts of a linear become one (`hecate.experts.linear.MIXES`)."""
-        return self.mix if self.by_user else "products"
+        if self.by_user:
+            return self.mix
+        return "separate" if self.input == "given" else "products"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,9 +42,11 @@ class LinearExperts(UnitExperts):
 
 MIXES: dict[str, Callable[[ExpertKernels], Callable[..., Tensor]]] = {
     "products": lambda kernels: kernels.routed_pairs,
+    "separate": lambda kernels: kernels.sorted_pairs,
     "factors": lambda kernels: kernels.mixed_factors,
 }
 """how a token's experts become one, by the name that `moe.router.mix` gives. products: the weighted sum of what the pairs B_e A_e give.
+separate: the same, each pair in products of its own, so that what it computes is the same to the bit however many others there are.
 factors: one pair, whose A and B are weighted sums (see `UNDIVIDED_MIXES`)"""
 
 

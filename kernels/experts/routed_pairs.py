@@ -1,6 +1,6 @@
 """The weighted sum of each token's low-rank pairs, in plain torch: what experts over a linear layer add to its output.
 
-Assignments are sorted by expert and computed in tiles of one expert; many pairs of tiny ranks are multiplied densely instead
+Assignments are sorted by expert and computed in tiles of one expert; pairs whose ranks are few in all are multiplied densely instead
 (`masked_pairs`). A layer keeps x and each assignment's A x for its backward pass.
 
 Shapes: T tokens, K assignments of a token, P assignments on this rank, S slots, r rank, I inputs and O outputs, m assignments of a tile.
@@ -33,6 +33,11 @@ def routed_pairs(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout 
     """
     if dropout is None and masking_pays(routed, pairs):
         return masked_pairs(routed, pairs)
+    return sorted_pairs(routed, pairs, dropout=dropout)
+
+
+def sorted_pairs(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout | None = None) -> Tensor:
+    """As `routed_pairs`, on sorted assignments whatever the sizes."""
     tiles, order_P = assignment_tiles(routed.slot_TK, _TILE_ROWS)
     of_rows = ffn_dropout(dropout, routed, order_P)
     rows = None if of_rows is None else of_rows.gate_up

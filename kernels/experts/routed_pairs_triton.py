@@ -22,15 +22,20 @@ from hecate.kernels.common.low_rank import LowRankPairs, row_factors, scaled_row
 from hecate.kernels.common.sorting import dropout_numbers, sorted_assignments, words_dropout
 from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
 from hecate.kernels.experts.grouped_wgrad import grouped_wgrad
-from hecate.kernels.experts.masked_pairs import masked_pairs, masking_pays
+from hecate.kernels.experts.masked_pairs import masked_pairs, masking_pays_beside_kernels
 from hecate.kernels.experts.slot_weights import stacked_weights
 
 
 def routed_pairs_triton(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout | None = None) -> Tensor:
     """As `routed_pairs.routed_pairs`, in float32, bfloat16 or float16; differentiable once. Many pairs of tiny ranks, which grouped kernels
     would pad to the least that they multiply, are multiplied densely."""
-    if dropout is None and masking_pays(routed, pairs):
+    if dropout is None and masking_pays_beside_kernels(routed, pairs):
         return masked_pairs(routed, pairs)
+    return sorted_pairs_triton(routed, pairs, dropout=dropout)
+
+
+def sorted_pairs_triton(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout | None = None) -> Tensor:
+    """As `routed_pairs_triton`, on sorted assignments whatever the sizes."""
     return _TritonRoutedPairs.apply(routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr, pairs.scale, pairs.eta, routed, dropout)
 
 

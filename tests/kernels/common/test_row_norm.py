@@ -18,7 +18,7 @@ from hecate.kernels.common.low_rank import LowRankPairs, lora_linear, row_factor
 from hecate.kernels.experts.masked_pairs import masked_pairs
 from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
 from hecate.kernels.experts.reference import moe_lora_ffn_reference, routed_pairs_reference
-from hecate.kernels.experts.routed_pairs import routed_pairs
+from hecate.kernels.experts.routed_pairs import routed_pairs, sorted_pairs
 from hecate.kernels.experts.routed_pairs_triton import routed_pairs_triton
 from hecate.kernels.experts.torch_path import moe_lora_ffn
 from hecate.kernels.mixlora.operators import mixlora_ffn_triton
@@ -95,6 +95,7 @@ FAST: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
     "moe_lora triton": (of_moe_lora(moe_lora_ffn_triton), torch.float32),
     "moe_lora reference": (of_moe_lora(moe_lora_ffn_reference), torch.float64),
     "routed torch": (of_routed(routed_pairs), torch.float64),
+    "routed sorted": (of_routed(sorted_pairs), torch.float64),
     "routed masked": (of_routed(masked_pairs), torch.float64),
     "routed triton": (of_routed(routed_pairs_triton), torch.float32),
     "routed reference": (of_routed(routed_pairs_reference), torch.float64),
