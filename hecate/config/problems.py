@@ -40,7 +40,7 @@ class Problem:
 
 
 class ConfigError(UserError):
-    """The configuration has the `problems`: those of lines in the order of the lines, then the others by key. The text shows the first 20."""
+    """The configuration has the `problems`, those of lines in their order before the others, by key. The text shows the first 20."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda p: (p.line is None, p.line or 0, p.key, p.what)))

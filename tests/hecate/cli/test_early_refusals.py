@@ -77,7 +77,11 @@ def test_a_folder_that_cannot_be_made(workshop: Path) -> None:
 
 
 def test_no_checkpoint_and_one_of_another_run(workshop: Path) -> None:
-    assert f"resume=true, but {workshop}/runs/new has no checkpoint" in refused(workshop, "resume=true")
+    said = refused(workshop, "resume=true")
+    assert said.startswith(
+        f"resume=true, but {workshop}/runs/new has no checkpoint\n  if the run's folder was moved, give output_dir=FOLDER"
+    )
+    assert not (workshop / "runs").exists()
     then = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/old"], claim_output=False)
     (workshop / "runs" / "old").mkdir(parents=True)
     save(workshop / "runs" / "old", 4, shards_of(1.0), meta={"config": to_yaml(then)})
