@@ -55,7 +55,8 @@ def draw_rank(axis: Any, rank: int, *, copies: bool, tokens: bool, stepped: bool
         expert = rank * PER_RANK + place
         left = 0.7 + 2.2 * place
         box(axis, left, bottom(rank) + 0.5, 1.9, 2.0, COLOURS[expert])
-        axis.text(left + 0.95, bottom(rank) + 1.5, f"expert\n{expert}" + ("\nstepped" if stepped else ""), fontsize=7, ha="center", va="center")
+        name = f"expert\n{expert}" + ("\nstepped" if stepped else "")
+        axis.text(left + 0.95, bottom(rank) + 1.5, name, fontsize=7, ha="center", va="center")
     if copies and rank != HOT // PER_RANK:
         box(axis, 5.3, bottom(rank) + 0.5, 1.9, 2.0, COLOURS[HOT], dashed=True)
         axis.text(6.25, bottom(rank) + 1.5, f"copy\nof {HOT}", fontsize=7, ha="center", va="center")

@@ -7,18 +7,21 @@ test_walk.py run them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
 
+from hecate.config.schema import LEAVES
 from hecate.data.formats import Sample, read_samples
 from hecate.parallel.topology_file import parse_topology
 from hecate.parallel.traces import Trace, save_trace
 from hecate.parallel.units import Unit
 from hecate.sweep.sweep_file import load_run_sweep
-from tests.docs.blocks import Block, CommandLine, all_blocks, all_commands, blocks_of
+from tests.docs.blocks import HISTORY, PAGES, Block, CommandLine, all_blocks, all_commands, blocks_of
 from tests.docs.command_lines import accepts, prove
 from tests.docs.test_extend import PAGES as EXTEND
 from tests.examples.test_examples import FOLDERS, last_lines
@@ -109,6 +112,16 @@ def test_a_block_is_proved(block: Block, tmp_path: Path) -> None:
         f"{block.place}: a block of an unknown kind; prove it, or add it to LISTED with the reason why not:\n{block.text}"
     )
     LISTED[keys[0]][0](block, tmp_path)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.relative_to(ROOT).as_posix() not in HISTORY], ids=lambda page: page.stem)
+def test_a_named_value_of_a_key_exists(page: Path) -> None:
+    """`fssdp.policy: auto` in a sentence, where the key takes names; pages of docs/extend/ add some."""
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?:: |=)([\w.-]+)`", text)
+    names = {key: get_args(LEAVES[key].type) for key, _ in named if key in LEAVES and get_origin(LEAVES[key].type) is Literal}
+    new = set(re.findall(r'"(\w+)"', text)) if page.parent.name == "extend" else set()
+    assert not [(key, value) for key, value in named if key in names and value not in {*names[key], *new}]
 
 
 def test_what_is_listed_is_there() -> None:

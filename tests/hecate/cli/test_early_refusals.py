@@ -48,11 +48,11 @@ def refused(workshop: Path, *overrides: str, output: str = "") -> str:
     return str(done.exception)
 
 
-def test_what_is_right_is_started(workshop: Path) -> None:
-    with pytest.raises(AssertionError, match="ranks were started"):
-        CliRunner().invoke(
-            app, ["train", str(workshop / "config.yaml"), "nproc=1", f"output_dir={workshop}/runs/new"], catch_exceptions=False
-        )
+def test_what_is_right_is_started_and_says_so(workshop: Path) -> None:
+    done = CliRunner().invoke(app, ["train", str(workshop / "config.yaml"), "nproc=1", f"output_dir={workshop}/runs/new"])
+    assert isinstance(done.exception, AssertionError)
+    assert str(done.exception) == "ranks were started"
+    assert done.output == "hecate: starting 1 rank\n"
 
 
 def test_another_number_of_layers(workshop: Path) -> None:
