@@ -9,6 +9,7 @@ import runpy
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -154,11 +155,15 @@ def _prove_run(config: str, overrides: Sequence[str], *, complete: bool) -> None
     for key, value in _INSTEAD.items():
         if values.get(key) in ("...", "machine.yaml"):
             replaced[key] = value
-    loaded = [f"{key}={value}" for key, value in replaced.items()]
-    load_config(str(ROOT / name) if "/" in name else name, loaded, claim_output=False, inputs=False)
+    _load(str(ROOT / name) if "/" in name else name, tuple(f"{key}={value}" for key, value in replaced.items()))
     if complete and not readers:
         given = {*values, *(key for key in REQUIRED if re.search(rf"^ *{key.rpartition('.')[2]}:", _text(name), re.MULTILINE))}
         assert set(REQUIRED) <= given, f"also needed: {sorted(set(REQUIRED) - given)}"
+
+
+@cache
+def _load(path: str, overrides: tuple[str, ...]) -> None:
+    load_config(path, overrides, claim_output=False, inputs=False)
 
 
 def _text(config: str) -> str:
