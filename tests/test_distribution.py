@@ -37,6 +37,13 @@ def test_another_project_has_the_name_hecate_on_the_package_index() -> None:
     assert PROJECT["optional-dependencies"]["quickstart"][-1] == "hecate-moe[report]"
 
 
+def test_an_index_would_show_what_it_is() -> None:
+    assert PROJECT["authors"]
+    assert {f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12")} <= set(PROJECT["classifiers"])
+    assert PROJECT["requires-python"] == ">= 3.11, < 3.13"
+    assert PROJECT["urls"]
+
+
 def test_nothing_says_to_install_that_project() -> None:
     named = re.compile(r"pip install[^\n]*?['\" ]hecate(-moe)?(\[|['\"]| |$)", re.MULTILINE)
     wrong = [str(path) for path in [*ALL_SOURCES, *PAGES] if named.search(path.read_text(encoding="utf-8"))]

@@ -6,6 +6,7 @@ Those that start one check the configuration and the data before they start any 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +37,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     loaded = load_config(config, overrides or ())
     count = check_local(loaded, check_data)
     warn_of_cores(count, "nproc")
+    # The ranks load torch, transformers and the model before they can say anything themselves.
+    print(f"hecate: starting {count} rank{'s' if count > 1 else ''}", file=sys.stderr, flush=True)
     raise typer.Exit(launch_local(RANK_PROGRAM, [str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0))
 
 

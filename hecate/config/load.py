@@ -177,7 +177,8 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
         key, equals, text = override.partition("=")
         if not equals or not key:
             bare = override.lstrip("-").replace("-", "_")
-            hint = f"write {bare}=..." if bare in LEAF_TYPES else other_names.answer(bare) or "lists are written key=[a,b]"
+            otherwise = "--help lists the options" if override.startswith("-") else "lists are written key=[a,b]"
+            hint = f"write {bare}=..." if bare in LEAF_TYPES else other_names.answer(bare) or otherwise
             refuse(shorten(override), "must have the form key=value", hint)
             continue
         if key not in LEAF_TYPES and key not in SECTIONS:

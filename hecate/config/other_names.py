@@ -27,6 +27,9 @@ _SAME: dict[str, str] = {
     "dataset": "data.train",
     "dataset_name": "data.train",
     "train_file": "data.train",
+    "train_data": "data.train",
+    "dataset_path": "data.train",
+    "path": "data.train",
     "test_datasets": "data.eval",
     "eval_dataset": "data.eval",
     "validation_file": "data.eval",
@@ -58,6 +61,8 @@ _SAME: dict[str, str] = {
     "activation_checkpointing": "gradient_checkpointing",
     "num_processes": "nproc",
     "nproc_per_node": "nproc",
+    "num_gpus": "nproc",
+    "gpus": "nproc",
     "data_seed": "seed",
     # adapters and experts
     "lora_r": "lora.r",
@@ -79,6 +84,8 @@ _SAME: dict[str, str] = {
 _WRITE: dict[str, str] = {
     "bf16": "write model.dtype=bfloat16, or leave auto",
     "fp16": "float16 is not supported, whose small range needs a loss scale; write model.dtype=bfloat16, or float32 where there is none",
+    "precision": "write model.dtype=bfloat16, or leave auto",
+    "mixed_precision": "write model.dtype=bfloat16, or leave auto",
     "tf32": "leave it out: float32 matmuls are computed in full precision",
     "warmup_steps": "write warmup_ratio: warmup steps divided by max_steps",
     "evaluation_strategy": "write eval_steps=N, a number of steps between evaluations",

@@ -40,10 +40,10 @@ class Problem:
 
 
 class ConfigError(UserError):
-    """The configuration has the `problems`, sorted by key. The text shows the first 20 of them."""
+    """The configuration has the `problems`, those of lines in their order before the others, by key. The text shows the first 20."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(sorted(problems, key=lambda p: (p.key, p.line or 0, p.what)))
+        self.problems = tuple(sorted(problems, key=lambda p: (p.line is None, p.line or 0, p.key, p.what)))
         lines = [str(problem) for problem in self.problems[:MAX_PRINTED]]
         if len(self.problems) > MAX_PRINTED:
             lines.append(f"... and {len(self.problems) - MAX_PRINTED} more")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hecate.config.presets import find_preset
+from hecate.config.presets import find_preset, preset_names
 from hecate.errors import UserError
 from hecate.forecast.bars import write_bars
 from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
@@ -42,9 +42,8 @@ def run_simulation(
     """
     if topology is None or model is None:
         what = " and ".join(name for name, value in (("--topology", topology), ("--model", model)) if value is None)
-        raise UserError(
-            f"simulate needs {what}, or --sweep FILE\n  presets: see configs/topologies and configs/models; any other name lists them"
-        )
+        topologies, models = ", ".join(preset_names("topologies")), ", ".join(preset_names("models"))
+        raise UserError(f"simulate needs {what}, or --sweep FILE\n  topologies: {topologies}\n  models: {models}")
     options = Options(
         policies=chosen(policy, tuple(POLICIES), "--policy"),
         steps=steps,

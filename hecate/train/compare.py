@@ -83,7 +83,9 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
     sources = [source.name for source in config.data.eval] if config is not None else []
     named = [*sources, *questions.choices, *(questions.lm_eval.names if questions.lm_eval is not None else ())]
     if not named:
-        raise UserError("hecate eval: data.eval is empty; name at least one file to evaluate on, or give --choices or --tasks")
+        raise UserError(
+            "data.eval is empty\n  name held-out files, as in hecate eval runs/qwen data.eval=held_out.jsonl, or give --choices or --tasks"
+        )
     if twice := [name for name in named if named.count(name) > 1]:
         raise UserError(f"{twice[0]}: two files or tasks have this name, and figures are shown by name; rename one")
     found = []

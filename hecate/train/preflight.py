@@ -103,7 +103,10 @@ def check_resume(config: Config) -> None:
 
     folders = committed(Path(config.output_dir))
     if not folders:
-        raise UserError(f"resume=true, but {config.output_dir} has no checkpoint\n  start a new run with resume=false")
+        raise UserError(
+            f"resume=true, but {config.output_dir} has no checkpoint\n"
+            "  if the run's folder was moved, give output_dir=FOLDER; else start a new run with resume=false"
+        )
     try:
         then = yaml.safe_load(read_manifest(folders[0]).meta["config"])
     except CheckpointError:

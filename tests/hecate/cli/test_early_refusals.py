@@ -48,11 +48,11 @@ def refused(workshop: Path, *overrides: str, output: str = "") -> str:
     return str(done.exception)
 
 
-def test_what_is_right_is_started(workshop: Path) -> None:
-    with pytest.raises(AssertionError, match="ranks were started"):
-        CliRunner().invoke(
-            app, ["train", str(workshop / "config.yaml"), "nproc=1", f"output_dir={workshop}/runs/new"], catch_exceptions=False
-        )
+def test_what_is_right_is_started_and_says_so(workshop: Path) -> None:
+    done = CliRunner().invoke(app, ["train", str(workshop / "config.yaml"), "nproc=1", f"output_dir={workshop}/runs/new"])
+    assert isinstance(done.exception, AssertionError)
+    assert str(done.exception) == "ranks were started"
+    assert done.output == "hecate: starting 1 rank\n"
 
 
 def test_another_number_of_layers(workshop: Path) -> None:
@@ -77,7 +77,11 @@ def test_a_folder_that_cannot_be_made(workshop: Path) -> None:
 
 
 def test_no_checkpoint_and_one_of_another_run(workshop: Path) -> None:
-    assert f"resume=true, but {workshop}/runs/new has no checkpoint" in refused(workshop, "resume=true")
+    said = refused(workshop, "resume=true")
+    assert said.startswith(
+        f"resume=true, but {workshop}/runs/new has no checkpoint\n  if the run's folder was moved, give output_dir=FOLDER"
+    )
+    assert not (workshop / "runs").exists()
     then = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/old"], claim_output=False)
     (workshop / "runs" / "old").mkdir(parents=True)
     save(workshop / "runs" / "old", 4, shards_of(1.0), meta={"config": to_yaml(then)})

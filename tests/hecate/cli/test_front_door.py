@@ -15,6 +15,7 @@ import hecate
 from hecate.cli import app, forecasts, jobs
 from hecate.cli.arguments import ConfigFile
 from hecate.config.problems import ConfigError
+from hecate.errors import UserError
 
 
 def test_the_version_is_the_packages() -> None:
@@ -46,8 +47,17 @@ def test_a_key_with_signs_before_it_is_answered() -> None:
     assert said == {
         "--max_steps": "write max_steps=... without signs before it",
         "--lora-r": "write lora.r",
-        "--nonsense": "lists are written key=[a,b]",
+        "--nonsense": "--help lists the options",
     }
+
+
+def test_simulate_alone_lists_what_it_can_simulate() -> None:
+    done = CliRunner().invoke(app, ["simulate"])
+    assert isinstance(done.exception, UserError)
+    needs, topologies, models = str(done.exception).splitlines()
+    assert needs == "simulate needs --topology and --model, or --sweep FILE"
+    assert topologies.startswith("  topologies: four-cpu-ranks, ")
+    assert models.startswith("  models: bert-moe, ")
 
 
 @pytest.mark.parametrize("program", [jobs.RANK_PROGRAM, forecasts.RANK_PROGRAM])

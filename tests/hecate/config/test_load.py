@@ -146,20 +146,20 @@ def test_loading_imports_neither_torch_nor_numpy(folder: Path) -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_all_problems_come_in_one_report_sorted_by_key(folder: Path) -> None:
+def test_all_problems_come_in_one_report_in_the_order_of_the_file(folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load("model: {name_or_path: model, dtyp: auto}\nlora:\n  r: 0\n  r: 1\nseed: NO\n", "moe.top_k=9", "nproc=0")
     found = [(p.key, p.source, p.line) for p in caught.value.problems]
     assert found == [
-        ("data.train", "run.yaml", None),
+        ("model.dtyp", "run.yaml", 1),
         ("lora.r", "run.yaml", 3),
         ("lora.r", "run.yaml", 4),
+        ("seed", "run.yaml", 5),
+        ("data.train", "run.yaml", None),
         ("max_steps", "run.yaml", None),
-        ("model.dtyp", "run.yaml", 1),
         ("moe.top_k", "command line", None),
         ("nproc", "command line", None),
         ("output_dir", "run.yaml", None),
-        ("seed", "run.yaml", 5),
     ]
     assert "run.yaml:1: model.dtyp: unknown key\n    hint: did you mean model.dtype?" in str(caught.value)
 

@@ -149,7 +149,10 @@ def test_what_cannot_be_compared_is_refused(workshop: Path, tmp_path: Path) -> N
         ([model], "not the folder of a run, nor one in it"),
         ([model, "seed=1", "--choices", which], "nothing that seed=1 could change"),
         ([model, "--models", "base", "--choices", which], "without a configuration there is no base model"),
-        ([config, "data.eval=[]", "eval.generate=false"], "data.eval is empty; name at least one file to evaluate on, or give --choices"),
+        (
+            [config, "data.eval=[]", "eval.generate=false"],
+            "data.eval is empty\n  name held-out files, as in hecate eval runs/qwen data.eval=held_out.jsonl, or give --choices",
+        ),
     ):
         done = CliRunner().invoke(app, ["eval", *arguments])
         assert reason in str(done.exception), (arguments, done.output)
