@@ -172,7 +172,6 @@ BAD_RUNS: dict[str, tuple[list[str], str]] = {
     "broken line": (["data.train={workshop}/broken.jsonl"], "broken.jsonl:2"),
     "token beyond the vocabulary": (["model.name_or_path={workshop}/small"], "vocabulary"),
     "empty data": (["data.train={workshop}/empty.jsonl"], "empty.jsonl"),
-    "too few sequences": (["data.train={workshop}/few.jsonl"], "packed sequences"),
     "no such target": (["lora.target_modules=[gate_proj,w_proj]"], "w_proj"),
     "nothing to resume": (["resume=true"], "no checkpoint"),
     "no such preset": (["topology=nowhere"], "topology nowhere: no such preset"),
@@ -192,7 +191,6 @@ def bad_inputs(workshop: Path) -> Path:
     good = (workshop / "up.train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (workshop / "broken.jsonl").write_text(good[0] + '{"messages": [\n' + good[1], encoding="utf-8")
     (workshop / "empty.jsonl").write_text("", encoding="utf-8")
-    (workshop / "few.jsonl").write_text("".join(good[:3]), encoding="utf-8")
     return workshop
 
 
@@ -200,7 +198,6 @@ SLOW_RUNS = (
     "unsupported model",
     "token beyond the vocabulary",
     "no such target",
-    "too few sequences",
     "nothing to resume",
     "no such preset",
 )
