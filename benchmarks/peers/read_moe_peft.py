@@ -13,6 +13,7 @@ os.environ |= {"MOE_PEFT_EXECUTOR_TYPE": "CPU", "HF_HUB_OFFLINE": "1"}
 
 import torch
 from moe_peft import LLMBatchConfig, LLMModel, LLMModelInput, TrainConfig, adapter_factory  # type: ignore
+from moe_peft.tasks import task_dict  # type: ignore
 from moe_peft.trainer import save_adapter_weight  # type: ignore
 from safetensors.torch import save_file
 
@@ -44,7 +45,9 @@ def main() -> None:
             if name.endswith("lora_B.weight"):  # as training would: they begin as zeros
                 tensor.normal_(0, 0.3, generator=random)
     logits[MADE] = logits_of(model, MADE)
-    save_adapter_weight(model, TrainConfig(MADE), str(Path(out).parent))
+    training = TrainConfig(MADE)
+    training.task_ = task_dict["casual"]  # as its data loader does
+    save_adapter_weight(model, training, str(Path(out).parent))
     save_file(logits, out)
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.peers.reading               all of them
 
 It prints one line for each program and model. The exit status is 1 if anything differs or fails. The network is needed to make the
-environments, once. Models are tiny and random. What a program should have understood is computed by PEFT, not by hecate: the difference that
-merging the adapter makes to each weight; of MoE-PEFT, whose adapters cannot be merged, logits are compared.
+environments, once. Models are tiny and random. What a program should have understood is computed by PEFT, not by hecate: the difference
+that merging the adapter makes to each weight; of MoE-PEFT, whose adapters cannot be merged, logits are compared.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _of_script(environment: tuple[str, list[str], list[str]], script: str) -> Ca
 
 
 def read_llama_cpp(kind: str, folder: Path) -> tuple[str, bool]:
-    """Convert with llama.cpp's convert_lora_to_gguf.py, and compare the pairs in the GGUF file. It has Llama's heads in an order of its own."""
+    """Convert with llama.cpp's convert_lora_to_gguf.py, and compare the pairs in the GGUF file, which has Llama's heads in another order."""
     from gguf import GGUFReader
 
     model, adapter, wanted = _per_expert(kind, folder)
@@ -127,7 +127,7 @@ def read_moe_peft(kind: str, folder: Path) -> tuple[str, bool]:
 
 
 def compared(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, bool]:
-    """Return a verdict, and whether it is good. What is found and not wanted must be zeros: a server's buffer of a weight without a pair."""
+    """Return a verdict, and whether it is good. What is found and not wanted must be zeros, as the buffer of a weight without a pair."""
     if missing := sorted(wanted.keys() - found.keys()):
         return f"{len(missing)} of {len(wanted)} weights have not arrived, as {missing[0]}", False
     if more := [name for name, one in found.items() if name not in wanted and one.any()]:
@@ -169,8 +169,7 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[[str, Path], tuple[str, bool]
     "llama.cpp": (tuple(MOE_KINDS), read_llama_cpp),
     "moe-peft": (DENSE_KINDS, read_moe_peft),
 }
-"""by program: the types of model, and a function that makes a case of one, lets the program read it, and returns a verdict and whether it is
-good"""
+"""by program: the types of model, and a function that makes a case of one, lets the program read it, and returns what `compared` does"""
 
 if __name__ == "__main__":
     main()
