@@ -13,7 +13,6 @@ os.environ |= {"MOE_PEFT_EXECUTOR_TYPE": "CPU", "HF_HUB_OFFLINE": "1"}
 
 import torch
 from moe_peft import LLMBatchConfig, LLMModel, LLMModelInput, TrainConfig, adapter_factory  # type: ignore
-from moe_peft.tasks import task_dict  # type: ignore
 from moe_peft.trainer import save_adapter_weight  # type: ignore
 from safetensors.torch import save_file
 
@@ -45,8 +44,8 @@ def main() -> None:
             if name.endswith("lora_B.weight"):  # as training would: they begin as zeros
                 tensor.normal_(0, 0.3, generator=random)
     logits[MADE] = logits_of(model, MADE)
-    training = TrainConfig(MADE)
-    training.task_ = task_dict["casual"]  # as its data loader does
+    training = TrainConfig(MADE, num_epochs=1, batch_size=1, micro_batch_size=1, learning_rate=1e-3)
+    training.prepare(model.get_adapter_weight_dict(MADE))  # it sets the task, which the file names
     save_adapter_weight(model, training, str(Path(out).parent))
     save_file(logits, out)
 

@@ -89,7 +89,7 @@ def _of_script(environment: tuple[str, list[str], list[str]], script: str) -> Ca
 
 
 def read_llama_cpp(kind: str, folder: Path) -> tuple[str, bool]:
-    """Convert with llama.cpp's convert_lora_to_gguf.py, and compare the pairs in the GGUF file, which has Llama's heads in another order."""
+    """Run llama.cpp's convert_lora_to_gguf.py and compare the pairs in the GGUF file, where Llama's heads have another order."""
     from gguf import GGUFReader
 
     model, adapter, wanted = _per_expert(kind, folder)
