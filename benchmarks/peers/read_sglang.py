@@ -10,7 +10,7 @@ import os
 import re
 import sys
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "SGLANG_USE_CPU_ENGINE": "1"}
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from safetensors.torch import load_file, save_file
 from sglang.srt.configs.load_config import LoadConfig  # type: ignore
