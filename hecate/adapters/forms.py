@@ -35,7 +35,7 @@ from hecate.model.stored_model import open_stored
 _JOINED_IN_VLLM = ("gpt_oss", "interns1_pro", "qwen3_5", "qwen3_omni_moe", "qwen3_vl_moe")
 """how the model types begin whose experts vLLM has in one tensor"""
 _CHECKED = (
-    "The loader of vLLM 0.32.0 and llama.cpp's converter read such folders of tiny models as they were meant. "
+    "The loaders of vLLM 0.32.0 and SGLang 0.5.23 and llama.cpp's converter read such folders of tiny models as meant. "
     "No server has been run with one on a GPU.\n\n"
 )
 Description = AdapterConfig | PeftMoeConfig | LinearAdapterConfig
