@@ -33,6 +33,9 @@ _PEFT = """With PEFT:
 With hecate:
 
 """
+_TRANSFORMERS = """    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+"""
 LOADING = {
     "LORA": Loading("peft", ("lora",), _PEFT + _GENERATE),
     "MIXLORA": Loading(
@@ -82,20 +85,40 @@ def adapter_card(config: Mapping[str, Any], loading: Loading | None = None) -> b
     return _card(config["base_model_name_or_path"], loading, {**facts, **trained})
 
 
-def model_card(base: str, how: str, facts: Mapping[str, Any], tags: Sequence[str]) -> bytes:
+def full_model_card(config: Config, base: str | None, experts: int) -> bytes:
+    """Return the card of a whole model that a run with `moe.family: full` has trained.
+
+    Args:
+        base: name of the base model; None: the run began with random weights.
+        experts: of each layer.
+    """
+    facts = {
+        "base model": base or "none: trained from random weights",
+        "is": "a Mixtral",
+        "experts": experts,
+        "experts for each token": config.moe.experts_per_token,
+        "trained beside experts and routers": "all other weights" if base is None or config.model.train_non_experts else "nothing",
+    }
+    trained = {name.replace("_", " "): value for name, value in how_trained(config).items()}
+    how = f"With transformers, as any Mixtral:\n\n{_TRANSFORMERS}\nWith hecate:\n\n{_GENERATE}"
+    return model_card(base, how, {**facts, **trained}, ("mixtral", "mixture-of-experts"))
+
+
+def model_card(base: str | None, how: str, facts: Mapping[str, Any], tags: Sequence[str]) -> bytes:
     """Return the card of a whole model.
 
     Args:
-        base: name of the base model.
+        base: name of the base model; None: there was none.
         how: how it is loaded, in Markdown.
         facts: what the table shows, by name; None: nothing.
     """
     return _card(base, Loading("transformers", tuple(tags), how), facts)
 
 
-def _card(base: str, loading: Loading, facts: Mapping[str, Any]) -> bytes:
+def _card(base: str | None, loading: Loading, facts: Mapping[str, Any]) -> bytes:
     # Text in a YAML header is written as JSON, which is YAML, too: a path may hold any character.
-    header = ["---", f"library_name: {loading.library}", f"base_model: {json.dumps(base)}", "tags:"]
+    of_base = [] if base is None else [f"base_model: {json.dumps(base)}"]
+    header = ["---", f"library_name: {loading.library}", *of_base, "tags:"]
     header += [f"- {tag}" for tag in ("hecate", *loading.tags)] + ["---"]
     table = ["| what | value |", "|---|---|", *(f"| {name} | {_shown(value)} |" for name, value in facts.items() if value is not None)]
     sections = ["\n".join(header), "# Trained with hecate", "\n".join(table), "## How to load it", loading.how]

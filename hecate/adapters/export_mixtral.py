@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate.adapters.card import CARD
 from hecate.adapters.model_files import DTYPE_NAMES, by_file, write_model
 from hecate.checkpoint.layout import TensorEntry, file_layout
 from hecate.errors import UserError
 from hecate.experts.layer import MoeLayer
+from hecate.io.durable import write_durable
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.aborts import arrived
 from hecate.parallel.units import Unit
@@ -48,6 +50,8 @@ class MixtralFolder:
     tokenizer: Any
     dtype: torch.dtype
     """the type of all weights"""
+    card: bytes
+    """README.md"""
 
 
 def mixtral_config(dense: Any, experts_per_layer: tuple[int, ...], top_k: int, aux_loss_coef: float) -> Any:
@@ -99,6 +103,7 @@ def export_mixtral(folder: Path, description: MixtralFolder, dense: Mapping[str,
         description.config.dtype = description.dtype
         description.config.save_pretrained(staging)
         description.tokenizer.save_pretrained(staging)
+        write_durable(staging / CARD, [description.card])
 
     write_model(folder, entries, fetch, add_others)
 

@@ -21,6 +21,7 @@ from hecate.adapters.config import CONFIG
 from hecate.adapters.folder import WEIGHTS, read_adapter_config, read_weights
 from hecate.adapters.peft_moe import PREFIX, PeftMoeConfig, expert_names, is_peft_adapter, peft_config_from_json
 from hecate.adapters.per_expert import experts_paths, is_per_expert, join_experts, pad_rank
+from hecate.adapters.stacked_experts import is_stacked, unstack_experts
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import lora_scale
 
@@ -41,6 +42,10 @@ def load_lora(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
     try:
+        if is_stacked(tensors):
+            if ranks or alphas:
+                raise UserError("rank_pattern and alpha_pattern are not read beside experts in 3-D tensors")
+            tensors, config = unstack_experts(tensors, config)
         if ranks or alphas:
             tensors, config = with_one_rank(tensors, config, ranks, alphas)
         if is_per_expert(tensors):
@@ -76,7 +81,12 @@ def load_peft_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
 
 def is_lora_adapter(folder: Path) -> bool:
     """Return whether the folder holds a LoRA of linear layers in PEFT's format, and not one of an MoE model's experts."""
-    return is_peft_adapter(folder) and not read_adapter_config(folder).get("target_parameters") and not is_per_expert(_names(folder))
+    return is_peft_adapter(folder) and not read_adapter_config(folder).get("target_parameters") and not _adapts_experts(folder)
+
+
+def _adapts_experts(folder: Path) -> bool:
+    names = _names(folder)
+    return is_per_expert(names) or is_stacked(names)
 
 
 def of_unsloth(value: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ BASES = ("llama", "mistral", "qwen2", "gemma", "gemma2", "phi", "phi3")
 _LOADING = Loading(
     "mixlora",
     ("lora", "mixlora", "mixture-of-experts"),
-    "With the `mixlora` library, as its README says; hecate's tests read the folder without the library:\n\n"
+    "With the `mixlora` library; hecate's tests compare the logits of version 0.2.3:\n\n"
     "    from mixlora import MixLoraModelForCausalLM\n"
     "    model, config = MixLoraModelForCausalLM.from_pretrained(FOLDER)\n\nWith hecate:\n\n    hecate generate FOLDER 'What is FSSDP?'",
 )

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hecate.adapters.card import full_model_card
 from hecate.adapters.export import adapter_config, begin_with_mixlora, export_adapter
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.adapters.linear_experts import begin_with_linear_adapter, export_linear_adapter, linear_adapter_config
 from hecate.adapters.linear_lora import begin_with_lora, export_linear_lora
 from hecate.adapters.peft_by_source import export_by_source, lora_config, paths_of
 from hecate.adapters.peft_experts import begin_with, export_peft_adapter, peft_config
-from hecate.config import Config
+from hecate.config import Config, named_model
 from hecate.model.base import BaseModel
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
@@ -78,7 +79,8 @@ def _mixtral(config: Config, base: BaseModel) -> TrainedOutput:
     experts = config.moe.experts_per_layer(len(decoder_layers(base.model)[1]))
     dense: Any = base.model.config
     described = mixtral_config(dense, experts, config.moe.experts_per_token, config.moe.router_aux_loss_coef)
-    description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype)
+    card = full_model_card(config, named_model(config.model.name_or_path), described.num_local_experts)
+    description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype, card)
     return TrainedOutput("model", lambda folder, moe, ranks: export_mixtral(folder, description, dense_weights(base.model), moe, ranks))
 
 
@@ -89,7 +91,8 @@ def _mixtral_of_megatron(config: Config, base: BaseModel) -> TrainedOutput:
     assert isinstance(base, MegatronModel)
     shape = base.shape
     described = mixtral_config_of(shape, base.tokenizer, config.moe.router_aux_loss_coef)
-    description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype)
+    card = full_model_card(config, None, shape.experts)
+    description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype, card)
 
     def write(folder: Path, moe: MoeModel, ranks: Ranks) -> None:
         export_mixtral(folder, description, mixtral_weights(shape, dict(moe.whole_others())), moe, ranks)

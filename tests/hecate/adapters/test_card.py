@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hecate.adapters.card import adapter_card, how_trained
-from hecate.config import Config, DataConfig, DataSource, ModelConfig
+from hecate.adapters.card import adapter_card, full_model_card, how_trained
+from hecate.config import Config, DataConfig, DataSource, ModelConfig, MoeConfig
 from tests.hecate.adapters.exporting import (
     save_mixlora,
 )
@@ -19,6 +19,27 @@ def test_a_folder_has_a_card(tmp_path: Path) -> None:
         assert text in header
     for text in ("| steps | 12 |", "| data | chats, sums |", "| experts | 3 |", "hecate generate"):
         assert text in card
+
+
+def test_a_whole_model_has_a_card() -> None:
+    """Also one that had no base model, as Megatron's models."""
+    made = Config(
+        model=ModelConfig(name_or_path="models/tiny"),
+        data=DataConfig(train=(DataSource(path="sums.jsonl", name="sums"),)),
+        moe=MoeConfig(family="full", num_experts=6, top_k=3),
+        max_steps=7,
+        output_dir="runs/x",
+    )
+    card = full_model_card(made, "models/tiny", 6).decode()
+    header = card.split("---")[1]
+    for text in ("library_name: transformers", 'base_model: "models/tiny"', "- hecate", "- mixtral"):
+        assert text in header
+    for text in ("| experts | 6 |", "| experts for each token | 3 |", "| family | full |", "| steps | 7 |", "| data | sums |"):
+        assert text in card
+    assert "| trained beside experts and routers | nothing |" in card
+    assert "AutoModelForCausalLM.from_pretrained(FOLDER)" in card
+    assert "hecate generate FOLDER" in card
+    assert "base_model" not in full_model_card(made, None, 6).decode()
 
 
 def test_the_card_says_what_was_trained(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def _export(rank: int, world: int, folder: str, model_type: str, changes: dict[s
     with torch.no_grad(), moe.engine.evaluation():
         logits = model(token_ids(), use_cache=False).logits
     ranks = Ranks(rank, world, torch.device("cpu"), groups)
-    export_mixtral(Path(folder) / "model", MixtralFolder(config, build_byte_tokenizer(), torch.float32), dense_weights(model), moe, ranks)
+    description = MixtralFolder(config, build_byte_tokenizer(), torch.float32, b"the card")
+    export_mixtral(Path(folder) / "model", description, dense_weights(model), moe, ranks)
     return logits.numpy()  # a tensor would travel through shared memory, which ends with the rank
 
 
@@ -51,6 +52,7 @@ def _export(rank: int, world: int, folder: str, model_type: str, changes: dict[s
 def test_transformers_computes_the_same(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
     logits = run_ranks(3, _export, str(tmp_path), model_type, changes)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "README.md").read_text() == "the card"
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

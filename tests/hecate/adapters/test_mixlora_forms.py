@@ -33,6 +33,13 @@ from tests.plain_mixlora import PROJECTIONS, PlainLora, PlainMixlora
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+def of_mixlora(folder: Path) -> Tensor:
+    """The logits that the library `mixlora` itself computes with a folder, over the base model that the folder names."""
+    mixlora = pytest.importorskip("mixlora", reason="the package mixlora is missing: pip install mixlora")
+    adapted, _ = mixlora.MixLoraModelForCausalLM.from_pretrained(str(folder), torch_dtype=torch.float64)
+    return logits_of(adapted)
+
+
 def of_libraries(folder: Path, model: Path) -> Tensor:
     """The logits of a folder as the libraries read it: keys of the configuration and adapter_model.bin, over MixLoRA's formulas."""
     value = json.loads((folder / "adapter_config.json").read_text())
@@ -69,6 +76,17 @@ def test_the_libraries_folder(tmp_path: Path, kind: str) -> None:
     assert torch.equal(hecate_logits(out), wanted)
     again = read_any(export(out, "mixlora", tmp_path / "again"))
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in mixlora_tensors(mixlora_description(model)).items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_adapter"),
+    [("llama", {}), ("mistral", {"target_modules": ("v_proj", "up_proj", "down_proj")}), ("qwen2", {"use_rslora": True, "top_k": 1})],
+)
+def test_the_library_mixlora_loads_the_folder(tmp_path: Path, kind: str, of_adapter: dict[str, Any]) -> None:
+    """As it is, by the package's own code, unchanged."""
+    adapter = save_mixlora(tmp_path / "adapter", save_dense(kind, tmp_path / "model"), **of_adapter)
+    out = export(adapter, "mixlora", tmp_path / "out")
+    torch.testing.assert_close(of_mixlora(out), hecate_logits(adapter), **LIMIT)
 
 
 @pytest.mark.parametrize(
