@@ -367,12 +367,12 @@ MEGATRON_EP = "megatron_ep"
 @dataclass(frozen=True, kw_only=True)
 class FssdpConfig:
     policy: Literal[
-        "static_ep", "full", "fastermoe", "smartmoe", "flexmoe", "eplb", "llep", "echo", "laer", "hecate", "auto", "megatron_ep"
+        "static_ep", "full", "fastermoe", "smartmoe", "flexmoe", "eplb", "llep", "echo", "laer", "hecate_paper", "auto", "megatron_ep"
     ] = field(default="auto", metadata=key(computes=False))
     """Which ranks hold each expert in a step, and which of them serve which tokens. auto: the plan that is predicted to be fastest on the
-    topology. static_ep: owners only. full: every rank. hecate: sparse materialization, Algorithm 1 of the Hecate paper. megatron_ep,
-    with front_end megatron: Megatron's own MoELayer with expert parallelism, for comparison; `hecate plan` prices it as static_ep. The
-    others are the placement rules of the systems they are named after."""
+    topology. static_ep: owners only. full: every rank. hecate_paper: sparse materialization, Algorithm 1 of the Hecate paper; its
+    former name, hecate, is still read. megatron_ep, with front_end megatron: Megatron's own MoELayer with expert parallelism, for
+    comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after."""
     plan: Literal["history", "calibrated", "exact"] = field(default="history", metadata=key(computes=False))
     """The loads that a layer's plan is made from. history: the mean of past steps. exact: the loads of the micro-step, which the ranks
     exchange after the layer's router, so that no computation hides the gather. calibrated: the history's plan, replaced after the router

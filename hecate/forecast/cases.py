@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from hecate.parallel.cost_model import HISTORY, ExecutionMode, RouteChoice
 from hecate.parallel.megatron_traces import load_megatron_trace
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.planners import POLICIES
+from hecate.parallel.policy_names import FORMER_NAMES, current_name, renamed
 from hecate.parallel.simulator import fullest_owner_bytes, replica_slots, simulate
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
@@ -183,13 +185,30 @@ def chosen(names: str | Sequence[str], known: Sequence[str], what: str) -> tuple
     Raises:
         UserError: a name is unknown, or there is none; the text lists the known ones.
     """
-    listed = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
+    listed = _listed(names)
     if listed == ["all"]:
         return tuple(known)
     unknown = [str(name) for name in listed if name not in known]
     if unknown or not listed:
         raise UserError(f"{what}: {'unknown: ' + ', '.join(unknown) if unknown else 'none given'}\n  there are all, {', '.join(known)}")
     return tuple(dict.fromkeys(listed))
+
+
+def chosen_policies(names: str | Sequence[str], what: str) -> tuple[str, ...]:
+    """Return the names of policies, as `chosen`. A former name is taken for the present one, and a line on stderr says so.
+
+    Raises:
+        UserError: a name is unknown, or there is none; the text lists the known ones.
+    """
+    listed = _listed(names)
+    for name in dict.fromkeys(listed):
+        if name in FORMER_NAMES:
+            print(f"hecate: {renamed(what, name)}", file=sys.stderr, flush=True)
+    return chosen([current_name(name) for name in listed], tuple(POLICIES), what)
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
 
 
 def known_route(name: object, what: str) -> RouteChoice:

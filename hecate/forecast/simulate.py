@@ -11,11 +11,10 @@ from typing import Any
 from hecate.config.presets import find_preset
 from hecate.errors import UserError
 from hecate.forecast.bars import write_bars
-from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
+from hecate.forecast.cases import Case, Options, chosen, chosen_policies, synthetic_cases, trace_case
 from hecate.forecast.report import print_rows, write_json
 from hecate.forecast.sweep import load_sweep
 from hecate.parallel.cost_model import ExecutionMode
-from hecate.parallel.planners import POLICIES
 from hecate.parallel.workloads import WORKLOADS
 
 
@@ -46,7 +45,7 @@ def run_simulation(
             f"simulate needs {what}, or --sweep FILE\n  presets: see configs/topologies and configs/models; any other name lists them"
         )
     options = Options(
-        policies=chosen(policy, tuple(POLICIES), "--policy"),
+        policies=chosen_policies(policy, "--policy"),
         steps=steps,
         seed=seed,
         execution=execution,

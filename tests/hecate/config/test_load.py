@@ -31,6 +31,18 @@ def test_defaults_are_those_documented(folder: Path) -> None:
     assert (config.eval.generate, config.eval.max_new_tokens, config.eval.batch_size) == (False, 32, 16)
 
 
+@pytest.mark.parametrize("overrides", [("fssdp.policy=hecate",), ("fssdp.policy='hecate'",), ()])
+def test_a_policys_former_name_is_read_and_a_line_says_so(
+    overrides: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = MINIMAL if overrides else MINIMAL + "fssdp: {policy: hecate}\n"
+    assert load(text, *overrides).fssdp.policy == "hecate_paper"
+    told = "hecate: fssdp.policy: the policy hecate is called hecate_paper now, as the paper's own; hecate's default is auto\n"
+    assert capsys.readouterr().err == told
+    load_config(folder / "run.yaml", overrides, claim_output=False)  # as every rank does
+    assert not capsys.readouterr().err
+
+
 def test_sources_as_paths_and_mappings(folder: Path) -> None:
     train = "[a.jsonl, {path: b.jsonl, name: sums, weight: 2, format: alpaca}]"
     config = load(MINIMAL.replace("a.jsonl", train), "data.eval=b.jsonl")

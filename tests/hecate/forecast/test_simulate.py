@@ -12,7 +12,7 @@ import pytest
 
 from hecate.config.presets import find_preset, preset_names
 from hecate.errors import UserError
-from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
+from hecate.forecast.cases import Case, Options, chosen, chosen_policies, synthetic_cases, trace_case
 from hecate.forecast.report import SPEEDUP, print_rows, write_json
 from hecate.forecast.sweep import load_sweep
 from hecate.parallel.cost_model import ExecutionMode
@@ -134,6 +134,15 @@ def test_names_are_chosen(names: str | list[str], expected: tuple[str, ...]) -> 
     assert chosen(names, ("a", "b", "c"), "--policy") == expected
 
 
+def test_a_policys_former_name_is_chosen_and_a_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chosen_policies("full, hecate,hecate_paper", "--policy") == ("full", "hecate_paper")
+    told = "the policy hecate is called hecate_paper now, as the paper's own; hecate's default is auto\n"
+    assert capsys.readouterr().err == f"hecate: --policy: {told}"
+    _, options = sweep(tmp_path, "policies: hecate\nruns: [{topologies: two-cpu-ranks, models: gpt-moe-s}]")
+    assert options.policies == ("hecate_paper",)
+    assert capsys.readouterr().err == f"hecate: {tmp_path / 'sweep.yaml'}.policies: {told}"
+
+
 @pytest.mark.parametrize(("names", "message"), [("a,x", "--policy: unknown: x\n  there are all, a, b"), ("", "--policy: none given")])
 def test_unknown_names_are_refused(names: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -151,7 +160,7 @@ def test_presets() -> None:
 
 def test_the_papers_sweep_has_its_models_on_both_clusters() -> None:
     cases, options = load_sweep(find_preset("experiments", "sweep", "paper"))
-    assert {"static_ep", "fastermoe", "smartmoe", "flexmoe", "hecate", "auto"} <= set(options.policies)
+    assert {"static_ep", "fastermoe", "smartmoe", "flexmoe", "hecate_paper", "auto"} <= set(options.policies)
     found = {(case.topology_name, case.model.name, case.topology.world_size, case.model.experts) for case in cases}
     models = ("gpt-moe-s", "gpt-moe-l", "bert-moe", "bert-moe-deep")
     clusters = (("paper-cluster-a", 32, 64), ("paper-cluster-b", 32, 64), ("paper-cluster-a-16", 16, 32))
