@@ -17,6 +17,8 @@ from hecate.parallel.mesh import owners_topology
 from hecate.parallel.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
+BESIDE_TENSORS = ("CUDA context (estimate)", "allocator's rounding (at most)")
+"""parts of a GPU's memory that are no tensors"""
 _HEAD_ROWS = 512
 """the number of tokens whose logits are in memory at a time"""
 _OTHER_TENSORS, _OUTSIDE_LAYERS = 5, 3
@@ -131,8 +133,8 @@ def _beside_tensors(run: RunShape, others_GD: list[np.ndarray]) -> list[MemoryPa
     for group, others_D in zip(run.groups, others_GD, strict=True):
         tensors += (STATE_NUMBERS + 1) * owned_experts(group, run) + 2 * others_D
     return [
-        MemoryPart("CUDA context (estimate)", np.stack([run.is_gpu_D * float(CONTEXT_BYTES)] * 3)),
-        MemoryPart("allocator's rounding (at most)", np.stack([run.is_gpu_D * rounding_bytes(tensors)] * 3)),
+        MemoryPart(BESIDE_TENSORS[0], np.stack([run.is_gpu_D * float(CONTEXT_BYTES)] * 3)),
+        MemoryPart(BESIDE_TENSORS[1], np.stack([run.is_gpu_D * rounding_bytes(tensors)] * 3)),
     ]
 
 

@@ -12,6 +12,7 @@ from hecate.config import ConfigError, DataSource
 from hecate.config.load import MAX_BYTES, load_config
 from hecate.config.presets import run_presets
 from hecate.config.schema import LEAF_TYPES, RANGES, REQUIRED, SECTIONS
+from hecate.parallel.policy_names import renamed
 from tests.hecate.config.making import MINIMAL, load
 
 
@@ -37,8 +38,7 @@ def test_a_policys_former_name_is_read_and_a_line_says_so(
 ) -> None:
     text = MINIMAL if overrides else MINIMAL + "fssdp: {policy: hecate}\n"
     assert load(text, *overrides).fssdp.policy == "hecate_paper"
-    told = "hecate: fssdp.policy: the policy hecate is called hecate_paper now, as the paper's own; hecate's default is auto\n"
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == f"hecate: {renamed('fssdp.policy', 'hecate')}\n"
     load_config(folder / "run.yaml", overrides, claim_output=False)  # as every rank does
     assert not capsys.readouterr().err
 
