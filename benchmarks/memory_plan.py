@@ -1,8 +1,8 @@
 """Compare the memory that `hecate plan` predicts with the most bytes of tensors that real trainings hold.
 
 Each case trains a few steps on one rank or two, of a random model in which tensors of tokens and of weights weigh about the same, and whose
-rows are full. What is compared is the fullest rank's largest phase. The prediction knows nothing of the training: experts' loads are those of
-the workload that `hecate plan` takes by default. `benchmarks.memory_rank` says what is measured. What a plan for GPUs says of the CUDA
+rows are full. What is compared is the fullest rank's largest phase. The prediction knows nothing of the training: experts' loads are those
+of the workload that `hecate plan` takes by default. `benchmarks.memory_rank` says what is measured. What a plan for GPUs says of the CUDA
 context and of the allocator's rounding is in neither figure.
 """
 
@@ -67,7 +67,9 @@ CASES = (
     )),
     Case("mixlora, fixed_a, llep, dropout", 2, "bfloat16", ("lora.pairs=fixed_a", "fssdp.policy=llep", "lora.dropout=0.05")),
     Case("mixlora, nola, one rank", 1, "float32", ("lora.pairs=nola", "lora.nola.bases=64", _FFN)),
-    Case("linears: mola, hecate_paper", 2, "float32", (*_LINEAR, "moe.allocation=[2,4,6,8]", "moe.num_experts=null", "fssdp.policy=hecate_paper")),
+    Case("linears: mola, hecate_paper", 2, "float32", (
+        *_LINEAR, "moe.allocation=[2,4,6,8]", "moe.num_experts=null", "fssdp.policy=hecate_paper",
+    )),
     Case("linears: smora, one rank", 1, "bfloat16", (
         *_LINEAR, "lora.r=1", "moe.num_experts=64", "moe.top_k=8", "moe.router.score=sigmoid", "moe.router.bias=balancing",
         "moe.router.bias_in_weights=true", "moe.router.bias_rate=1e-3",
@@ -98,7 +100,12 @@ def main() -> None:
             rows.append(compare(case, Path(folder)))
         print(f"{case.name}: {rows[-1]['error']:+.1%}", file=sys.stderr, flush=True)
     errors = np.abs([row["error"] for row in rows])
-    finish("memory_plan", rows, {"worst_error": float(errors.max()), "goal": GOAL, "cases_over_the_goal": int((errors > GOAL).sum())}, given.json)
+    finish(
+        "memory_plan",
+        rows,
+        {"worst_error": float(errors.max()), "goal": GOAL, "cases_over_the_goal": int((errors > GOAL).sum())},
+        given.json,
+    )
 
 
 def compare(case: Case, folder: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """One rank of a training of a few steps that measures how many bytes of tensors it holds: `python -m benchmarks.memory_rank OUT CONFIG`.
 
-On a GPU these are `torch.cuda.max_memory_allocated`. On a CPU torch's profiler records what torch's allocator gives out and takes back, from
-before the model is loaded, so that temporary tensors inside operators are counted, too. Tensors that are mapped from files are added. Not
-counted are the interpreter, libraries, and what libraries take without torch's allocator, such as gloo's buffers.
+On a GPU these are `torch.cuda.max_memory_allocated`. On a CPU torch's profiler records what torch's allocator gives out and takes back,
+from before the model is loaded, so that temporary tensors inside operators are counted, too. Tensors that are mapped from files are added.
+Not counted are the interpreter, libraries, and what libraries take without torch's allocator, such as gloo's buffers.
 """
 
 from __future__ import annotations
