@@ -75,7 +75,7 @@ CASES = (
         "moe.router.bias_in_weights=true", "moe.router.bias_rate=1e-3",
     )),
     Case("linears: mos, 2 micro-steps", 2, "float32", (
-        *_LINEAR, "moe.num_experts=1", "moe.top_k=1", "lora.r=16", "lora.pairs=shards", "lora.shards.equivalent_rank=2",
+        *_LINEAR, "moe.num_experts=1", "moe.top_k=1", "lora.r=4", "lora.pairs=shards", "lora.shards.equivalent_rank=2",
         "lora.shards.per_vector=4", "lora.shards.private_rank=1", "gradient_accumulation_steps=2",
     )),
     Case("moe_lora, static_ep, recomputed", 2, "bfloat16", (
