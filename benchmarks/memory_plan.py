@@ -1,7 +1,7 @@
 """Compare the memory that `hecate plan` predicts with the most bytes of tensors that real trainings hold.
 
 Each case trains a few steps on one rank or two, of a random model in which tensors of tokens and of weights weigh about the same, and whose
-rows are full. What is compared is the fullest rank's largest phase. The prediction knows nothing of the training: experts' loads are those
+rows hold several samples and some padding. What is compared is the fullest rank's largest phase. The prediction knows nothing of the training: experts' loads are those
 of the workload that `hecate plan` takes by default. `benchmarks.memory_rank` says what is measured. What a plan for GPUs says of the CUDA
 context and of the allocator's rounding is in neither figure.
 """
@@ -149,7 +149,7 @@ def write_case(case: Case, folder: Path) -> Path:
     special = {"eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(case.model, **sizes, **special)).save_pretrained(folder / "model")
     build_byte_tokenizer().save_pretrained(folder / "model")
-    lines = [json.dumps({"text": f"{number} " + "a row that is full " * 60}) + "\n" for number in range(200)]
+    lines = [json.dumps({"text": f"{number} " + "some words " * (1 + number * 7 % 40)}) + "\n" for number in range(1000)]
     (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
     path = folder / "config.yaml"
     settings: Sequence[str] = (

@@ -62,6 +62,7 @@ def peak_bytes(changes: Iterable[Change], start: int, end: int, before: Mapping[
     Args:
         changes: of all blocks, from before the first tensor on.
         before: the bytes of the tensors that are there at `start`, by address. Those that are in no block are mapped from files, and stay.
+            Of a block that is a whole mapped file, the tensors are counted that are still in use.
     """
     live: dict[int, int] = {}
     held = most = 0
@@ -70,7 +71,13 @@ def peak_bytes(changes: Iterable[Change], start: int, end: int, before: Mapping[
         if when > end:
             break
         if when >= start and mapped is None:
-            mapped = sum(number for place, number in before.items() if not any(at <= place < at + large for at, large in live.items()))
+            mapped = sum(before.values())
+            for at, large in live.items():
+                inside = {place: number for place, number in before.items() if at <= place < at + large}
+                mapped -= sum(inside.values())
+                if len(inside) > 1:
+                    live[at] = sum(inside.values())
+                    held += live[at] - large
             most = held
         if size > 0:
             live[address] = size
