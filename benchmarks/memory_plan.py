@@ -1,9 +1,9 @@
 """Compare the memory that `hecate plan` predicts with the most bytes of tensors that real trainings hold.
 
 Each case trains a few steps on one rank or two, of a random model in which tensors of tokens and of weights weigh about the same, and whose
-rows hold several samples and some padding. What is compared is the fullest rank's largest phase. The prediction knows nothing of the training: experts' loads are those
-of the workload that `hecate plan` takes by default. `benchmarks.memory_rank` says what is measured. What a plan for GPUs says of the CUDA
-context and of the allocator's rounding is in neither figure.
+rows hold several samples and some padding. What is compared is the fullest rank's largest phase. The prediction knows nothing of the
+training: experts' loads are those of the workload that `hecate plan` takes by default. `benchmarks.memory_rank` says what is measured.
+What a plan for GPUs says of the CUDA context and of the allocator's rounding is in neither figure.
 """
 
 from __future__ import annotations

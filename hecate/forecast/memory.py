@@ -268,8 +268,8 @@ def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray) -> np.ndarray:
     """Return the bytes of the gradients of one layer's activations in its backward pass, float64 [ranks].
 
     Of a plain FFN, and where linears have experts: hidden states, gate, up and their product. Experts that share an FFN
-    (`kernels/mixlora`): of each token the gradients of y, x, hidden, gate and up, and of each assignment those of x, gate and up. Experts with FFNs of their own
-    (`kernels/experts/torch_path.py`): the gradients of y and x of each token, and a tile of assignments.
+    (`kernels/mixlora`): of each token the gradients of y, x, hidden, gate and up, and of each assignment those of x, gate and up. Experts
+    with FFNs of their own (`kernels/experts/torch_path.py`): the gradients of y and x of each token, and a tile of assignments.
     """
     index, widest = max(enumerate(run.base.layers), key=lambda layer: layer[1].ffn)
     ffn, hidden, b = widest.ffn, widest.hidden, run.dtype_bytes
