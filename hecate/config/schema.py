@@ -367,7 +367,18 @@ MEGATRON_EP = "megatron_ep"
 @dataclass(frozen=True, kw_only=True)
 class FssdpConfig:
     policy: Literal[
-        "static_ep", "full", "fastermoe", "smartmoe", "flexmoe", "eplb", "llep", "echo", "laer", "hecate_paper", "auto", "megatron_ep"
+        "static_ep",
+        "full",
+        "fastermoe",
+        "smartmoe",
+        "flexmoe",
+        "eplb",
+        "llep",
+        "echo",
+        "laer",
+        "hecate_paper",
+        "auto",
+        "megatron_ep",
     ] = field(default="auto", metadata=key(computes=False))
     """Which ranks hold each expert in a step, and which of them serve which tokens. auto: the plan that is predicted to be fastest on the
     topology. static_ep: owners only. full: every rank. hecate_paper: sparse materialization, Algorithm 1 of the Hecate paper; its
