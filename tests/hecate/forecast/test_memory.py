@@ -288,7 +288,7 @@ def test_activations_are_what_autograd_keeps(tmp_path: Path, dtype: str) -> None
 
 
 def test_checkpointed_layers_keep_their_inputs(tmp_path: Path) -> None:
-    """Of three layers' activations the inputs are left, and one layer's while it runs, which is over when the logits come."""
+    """Of three layers' activations the inputs are left, and one layer's while it runs."""
     write_model(tmp_path)
     runs = [shape_of(tmp_path, f"gradient_checkpointing={flag}") for flag in ("false", "true")]
     plain, checkpointed = (
@@ -296,8 +296,7 @@ def test_checkpointed_layers_keep_their_inputs(tmp_path: Path) -> None:
         for run in runs
     )
     head = 16 * 32 * 8
-    assert checkpointed == pytest.approx((plain - head) / 3 + 3 * 16 * 16 * 4)
-    assert (plain - head) / 3 > head
+    assert checkpointed - head == pytest.approx((plain - head) / 3 + 3 * 16 * 16 * 4)
 
 
 def test_ranks_and_topologies(tmp_path: Path) -> None:
