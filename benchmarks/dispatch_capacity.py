@@ -20,7 +20,7 @@ from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topolo
 
 SEEN = 3
 """steps from whose mean loads a plan is made"""
-JUDGED = ("auto", "hecate", "static_ep")
+JUDGED = ("auto", "hecate_paper", "static_ep")
 
 
 def main() -> None:

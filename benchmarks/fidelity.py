@@ -46,7 +46,7 @@ from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from testing.ranks import run_ranks
 
-TRIED = ("static_ep", "full", "hecate", "auto")
+TRIED = ("static_ep", "full", "hecate_paper", "auto")
 CASES = ("balanced", "one_hot_expert", "hot_rank", "ragged_sources", "empty_rank", "rotating", "burst", "zipf", "dirichlet_drift")
 SHAPES = {2: Shape(tokens=256), 4: Shape(tokens=128)}
 """the layer's shape by the number of ranks"""

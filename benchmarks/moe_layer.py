@@ -158,9 +158,9 @@ def _ratios(rows: Sequence[dict[str, Any]], column: str) -> dict[str, float]:
     if "mixlora" in kinds:
         dense = {key[1:]: value for key, value in median.items() if key[0] == "mixlora"}
         for routing, name in (("zipf(1.2)", "zipf"), ("balanced", "balanced")):
-            summary[f"{name}_speedup_over_static_ep"] = dense["static_ep", routing] / dense["hecate", routing]
+            summary[f"{name}_speedup_over_static_ep"] = dense["static_ep", routing] / dense["hecate_paper", routing]
             summary[f"{name}_auto_speedup_over_static_ep"] = dense["static_ep", routing] / dense["auto", routing]
-            summary[f"{name}_speedup_over_ep_per_choice"] = dense[PER_CHOICE, routing] / dense["hecate", routing]
+            summary[f"{name}_speedup_over_ep_per_choice"] = dense[PER_CHOICE, routing] / dense["hecate_paper", routing]
         if (REMATERIALIZE, "zipf(1.2)") in dense:
             summary["rematerialize_slowdown"] = dense[REMATERIALIZE, "zipf(1.2)"] / dense["full", "zipf(1.2)"]
     summary |= rival_ratios(median, sorted(kinds))

@@ -29,7 +29,7 @@ from hecate.ranks.groups import ExpertGroups
 
 RIVAL_KINDS = ("beside_megatron", "beside_fsdp2")
 MEGATRON, FSDP2 = "megatron_ep", "fsdp2"
-OURS = ("auto", "hecate", "static_ep", "full")
+OURS = ("auto", "hecate_paper", "static_ep", "full")
 ROUTINGS = ("balanced", "zipf(1.2)")
 WARM_UP = 1
 

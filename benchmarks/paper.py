@@ -6,8 +6,8 @@ this project's defaults, but other settings were looked at before they were kept
 depending on the seed, 6 to 12 of the 12 speed-ups fall into the published ranges. So 48 layers are drawn, and their mean is scaled to the
 model. The `sensitivity` rows give the results of other loads and tokens.
 
-`hecate` is the paper's whole system: Algorithm 1 in every step and Algorithm 2 in every tenth. All policies use the same collectives, and
-the losses of the rivals' own implementations are not in these figures. The published numbers contradict each other: 1.645 to 2.945 over
+`hecate_paper` is the paper's whole system: Algorithm 1 in every step and Algorithm 2 in every tenth. All policies use the same collectives,
+and the losses of the rivals' own implementations are not in these figures. The published numbers contradict each other: 1.645 to 2.945 over
 the best baseline is more than 1.26 to 1.78 over EP, which is a baseline, too; and 3.32 over sharding alone, which has 1.34 to 1.42 over
 EP, makes 4.4 to 4.7 over EP. No single setting can reproduce both.
 """
@@ -64,7 +64,7 @@ class Run:
             case.topology,
             cost,
             # The simulator re-shards for the policy of this name, whichever planner chooses its replicas.
-            {"hecate" if reshard_interval else name: POLICIES[name]},
+            {"hecate_paper" if reshard_interval else name: POLICIES[name]},
             slots_D=slots_D,
             execution=ExecutionMode(rematerialize=rematerialize),
             reshard_interval=reshard_interval,
@@ -74,7 +74,7 @@ class Run:
 
     def hecate(self, *, rematerialize: bool = False, loads: np.ndarray | None = None) -> Simulated:
         """Simulate the paper's whole system."""
-        return self.policy("hecate", reshard_interval=INTERVAL, rematerialize=rematerialize, loads=loads)
+        return self.policy("hecate_paper", reshard_interval=INTERVAL, rematerialize=rematerialize, loads=loads)
 
     @property
     def held_bytes(self) -> float:
@@ -125,7 +125,7 @@ def compare(layers: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
             **{name: run.policy(name) for name in BASELINES},
             "both": run.hecate(),
             "sharding": run.policy("static_ep", reshard_interval=INTERVAL),
-            "materialization": run.policy("hecate"),
+            "materialization": run.policy("hecate_paper"),
             "rematerialized": run.hecate(rematerialize=True),
         }
         for run in runs

@@ -36,7 +36,7 @@ from testing.ranks import run_ranks
 
 WORLD = 2
 MEGATRON = "megatron_ep"
-POLICIES = ("auto", "hecate", "static_ep", MEGATRON)
+POLICIES = ("auto", "hecate_paper", "static_ep", MEGATRON)
 WARM_UP = 2
 VOCABULARY = 4096
 LOSSES_DIFFER = 1e-3
@@ -158,7 +158,7 @@ def main() -> None:
         for name, one in found.items()
     ]
     speed = {row["policy"]: row["tokens_per_s"] for row in rows}
-    summary = {f"auto_over_{name}": speed["auto"] / speed[name] for name in ("static_ep", MEGATRON, "hecate")}
+    summary = {f"auto_over_{name}": speed["auto"] / speed[name] for name in ("static_ep", MEGATRON, "hecate_paper")}
     finish("pretrain", rows, {**summary, "largest_loss_difference": worst}, options.json)
 
 

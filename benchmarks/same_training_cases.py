@@ -118,7 +118,7 @@ RUNS = (
     ),
     Training(
         "mixlora-hecate-f64",
-        ("nproc=3", "model.dtype=float64", "fssdp.policy=hecate", "gradient_checkpointing=true", "topology={folder}/unequal.yaml"),
+        ("nproc=3", "model.dtype=float64", "fssdp.policy=hecate_paper", "gradient_checkpointing=true", "topology={folder}/unequal.yaml"),
         shards=3,
     ),
     Training(
@@ -145,7 +145,7 @@ RUNS = (
         (
             "nproc=4",
             "model.dtype=float64",
-            "fssdp.policy=hecate",
+            "fssdp.policy=hecate_paper",
             "moe.num_experts=8",
             "topology={folder}/two_nodes.yaml",
             "fssdp.rematerialize=true",
@@ -163,7 +163,7 @@ RUNS = (
         "mixlora-resumed",
         (
             "nproc=4",
-            "fssdp.policy=hecate",
+            "fssdp.policy=hecate_paper",
             "moe.num_experts=8",
             "save_steps=2",
             "fssdp.load_window=3",
@@ -178,7 +178,7 @@ RUNS = (
         (
             "nproc=3",
             "fssdp.redundancy=1",
-            "fssdp.policy=hecate",
+            "fssdp.policy=hecate_paper",
             "moe.num_experts=6",
             "fssdp.memory_slots=2",
             "topology={folder}/three_slow_devices.yaml",
@@ -199,7 +199,7 @@ RUNS = (
             *FULL,
             "nproc=3",
             "model.dtype=float64",
-            "fssdp.policy=hecate",
+            "fssdp.policy=hecate_paper",
             "fssdp.plan=calibrated",
             "fssdp.rematerialize=true",
             "topology={folder}/unequal.yaml",
@@ -242,7 +242,7 @@ RUNS = (
             "model.name_or_path={folder}/mixtral",
             "nproc=3",
             "model.dtype=float64",
-            "fssdp.policy=hecate",
+            "fssdp.policy=hecate_paper",
             "fssdp.plan=calibrated",
             "fssdp.memory_slots=1",
             "topology={folder}/unequal.yaml",
@@ -268,7 +268,7 @@ RUNS = (
     Training("megatron", (*MEGATRON, "nproc=2", "fssdp.policy=auto"), shards=2),
     Training(
         "megatron-tensor-parallel-f64",
-        (*MEGATRON, "nproc=4", "model.tensor_parallel=2", "model.dtype=float64", "fssdp.policy=hecate", "fssdp.rematerialize=true"),
+        (*MEGATRON, "nproc=4", "model.tensor_parallel=2", "model.dtype=float64", "fssdp.policy=hecate_paper", "fssdp.rematerialize=true"),
         shards=4,
     ),
     Training("megatron-own-layers", (*MEGATRON, "nproc=2", "fssdp.policy=megatron_ep"), shards=2),

@@ -38,7 +38,7 @@ SETTINGS = {"2 nodes x 1": (0, 1), "2 nodes x 2": (0, 0, 1, 1)}
 ROUTINGS = ("zipf(1.2)", "balanced")
 PER_CHOICE = "ep_per_choice"
 """expert parallelism as in the textbook; see `benchmarks.moe_layer`"""
-QUICK_POLICIES = ("static_ep", "full", "hecate", "auto")
+QUICK_POLICIES = ("static_ep", "full", "hecate_paper", "auto")
 _SIZES = ProbeSizes(matmul=1024, copy_bytes=1 << 27, small_bytes=1 << 10, large_bytes=1 << 23, seconds=1.0)
 
 

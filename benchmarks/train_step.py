@@ -98,7 +98,7 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
             seed=0,
         )
         moe = insert_experts(
-            model, find_gated_ffns(model), plan, EngineConfig(POLICIES["hecate"], local_topology(1, cuda=False)), ranks.groups
+            model, find_gated_ffns(model), plan, EngineConfig(POLICIES["hecate_paper"], local_topology(1, cuda=False)), ranks.groups
         )
         if checkpoint:
             checkpoint_activations(moe)

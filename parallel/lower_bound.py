@@ -23,7 +23,7 @@ from typing import get_args
 import numpy as np
 
 from hecate.parallel.bound_relaxation import LayerProblem, Reach, Relaxation
-from hecate.parallel.planners.hecate import plan_hecate
+from hecate.parallel.planners.hecate_paper import plan_hecate_paper
 from hecate.parallel.planners.plan import PlanInput
 
 ROUNDS = 6
@@ -58,7 +58,7 @@ def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -
         return problem.static
     known: dict[Reach, float] = dict.fromkeys(get_args(Reach), 0.0)  # limits of plans below `high`, and so below any lower cutoff
     cutoff = min(problem.static, plan_seconds)  # the first cutoff; the bound holds with any
-    if given.cost.expert_bytes and (replicated := float(plan_hecate(alone).seconds(alone).total[0])):
+    if given.cost.expert_bytes and (replicated := float(plan_hecate_paper(alone).seconds(alone).total[0])):
         cutoff = min(cutoff, replicated)
     low, high = 0.0, cutoff  # a plan of `high` seconds exists
     points: list[tuple[float, float]] = []

@@ -124,7 +124,7 @@ def simulate(
         execution: how plans are executed; see `ExecutionMode`.
         history_steps: whose loads are averaged to predict the next.
         max_imbalance: see `PlanInput.max_imbalance`.
-        reshard_interval: every so many steps `hecate` and `auto` move experts to better owners where that pays; None: never.
+        reshard_interval: every so many steps `hecate_paper` and `auto` move experts to better owners where that pays; None: never.
         num_layers: of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample.
 
     Raises:
@@ -151,7 +151,7 @@ class _Setting:
     num_layers: int
 
 
-_RESHARDING = ("hecate", "auto")
+_RESHARDING = ("hecate_paper", "auto")
 _REPLANS = {"smartmoe": (10, 2)}
 """policy -> it plans every so many steps only, from the loads of the last so many"""
 

@@ -53,6 +53,8 @@ class Topology:
     """the bytes/s of each device's memory; empty: one byte per 150 FLOPs, as on the GPUs of the last ten years"""
     overlap_slowdown: float = 1.0
     """the factor by which computation and communication slow each other down while both run; 2: overlapping gains nothing"""
+    price_per_hour: tuple[float, ...] = ()
+    """what each rank's device costs in an hour, in any currency; empty: not known"""
 
     def __post_init__(self) -> None:
         world = len(self.node_of_rank)
@@ -78,6 +80,10 @@ class Topology:
                 raise UserError(f"topology: {world} ranks on {self.num_nodes} nodes, but {len(values)} values of {name}")
             if not all(np.isfinite(v) and v > 0 for v in values):
                 raise UserError(f"topology: every {name} must be positive and finite, got {values}")
+        if self.price_per_hour and len(self.price_per_hour) != world:
+            raise UserError(f"topology: {world} ranks, but {len(self.price_per_hour)} values of price_per_hour")
+        if not all(np.isfinite(price) and price > 0 for price in self.price_per_hour):
+            raise UserError(f"topology: every price_per_hour must be positive and finite, got {self.price_per_hour}")
         if not 1 <= self.overlap_slowdown <= 2:
             raise UserError(f"topology: overlap_slowdown must be from 1 to 2, got {self.overlap_slowdown}")
 
@@ -122,6 +128,7 @@ class Topology:
             uplink_bandwidth=tuple(self.uplink_bandwidth[node] for node in nodes),
             nic_bandwidth=of_ranks(self.nic_bandwidth),
             memory_bandwidth=of_ranks(self.memory_bandwidth),
+            price_per_hour=of_ranks(self.price_per_hour) if self.price_per_hour else (),
         )
 
     def same_node(self) -> np.ndarray:

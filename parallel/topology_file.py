@@ -16,9 +16,10 @@ from hecate.io.durable import replace_file
 from hecate.parallel.topology import Link, Topology
 
 _NEEDED = ("devices", "flops", "memory")
-_OPTIONAL = ("ranks", "port", "uplink", "nic", "memory_bandwidth")
+_OPTIONAL = ("ranks", "port", "uplink", "nic", "memory_bandwidth", "price_per_hour")
 _TOP = ("nodes", "intra_node", "inter_node", "overlap_slowdown")
 _FIELD_OF_KEY = {"port": "port_bandwidth", "uplink": "uplink_bandwidth", "nic": "nic_bandwidth", "memory_bandwidth": "memory_bandwidth"}
+_PRICE = "price_per_hour"
 
 
 def load_topology(path: Path) -> Topology:
@@ -80,6 +81,10 @@ def parse_topology(text: str, path: str) -> Topology:
     uplinks = tuple(
         _number(node["uplink"], f"{path}: nodes[{n}].uplink") if "uplink" in node else inter.bandwidth for n, node in enumerate(nodes)
     )
+    priced = [number for number, node in enumerate(nodes) if _PRICE in node]
+    if priced and len(priced) < len(nodes):
+        unpriced = next(number for number in range(len(nodes)) if number not in priced)
+        raise UserError(f"{path}: nodes[{unpriced}] has no {_PRICE}, but nodes[{priced[0]}] has; give it for all nodes, or for none")
     slowdown = _number(raw.get("overlap_slowdown", 1.0), f"{path}: overlap_slowdown")
     if not 1 <= slowdown <= 2:
         raise UserError(f"{path}: overlap_slowdown must be from 1 (overlapping is free) to 2 (it gains nothing), got {slowdown}")
@@ -90,6 +95,7 @@ def parse_topology(text: str, path: str) -> Topology:
         nic_bandwidth=by_rank("nic", tuple(uplinks[node] for node in node_of_rank)),
         memory_bandwidth=by_rank("memory_bandwidth", plain.memory_bandwidth),
         overlap_slowdown=slowdown,
+        price_per_hour=by_rank(_PRICE) if priced else (),
     )
 
 
@@ -137,6 +143,8 @@ def topology_text(topology: Topology, comment: str = "") -> str:
         for key in ("flops", "memory", *keys):
             values = getattr(topology, _FIELD_OF_KEY.get(key, key))
             entries[key] = _text(values[node]) if key == "uplink" else _texts([values[rank] for rank in ranks])
+        if topology.price_per_hour:
+            entries[_PRICE] = _texts([topology.price_per_hour[rank] for rank in ranks])
         lines.append("  - " + _mapping(entries))
     lines.append(f"intra_node: {_link_text(topology.intra_node)}")
     if topology.num_nodes > 1 or topology.inter_node != topology.intra_node:

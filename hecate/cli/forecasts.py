@@ -66,7 +66,12 @@ def plan(
 
 def simulate(
     context: typer.Context,
-    topology: Annotated[str | None, typer.Option(help="preset of configs/topologies, or a YAML file")] = None,
+    topology: Annotated[
+        str | None, typer.Option(help="preset of configs/topologies, or a YAML file; several separated by commas are compared")
+    ] = None,
+    price_per_hour: Annotated[
+        str | None, typer.Option(help="what a device costs in an hour, in place of the topology's: one number, or one for each topology")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="preset of configs/models, or a YAML file")] = None,
     workload: Annotated[str, typer.Option(help="a name, several names separated by commas, or all")] = "zipf",
     trace: Annotated[
@@ -105,6 +110,7 @@ def simulate(
 
     run_simulation(
         topology=topology,
+        price_per_hour=price_per_hour,
         model=model,
         workload=workload,
         trace=trace,

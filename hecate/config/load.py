@@ -1,6 +1,7 @@
 """Load a configuration from a YAML file and command-line overrides, or raise one error with every problem."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hecate.config import other_names
 from hecate.config.effective import leaves_of
+from hecate.config.hub import with_local_paths
 from hecate.config.paths import name_of_source
 from hecate.config.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
@@ -20,11 +22,13 @@ from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQ
 from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 from hecate.errors import UserError
+from hecate.parallel.policy_names import FORMER_NAMES, current_name, renamed
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
 _LENGTHS = ("max_steps", "num_train_epochs")
 _SOURCES = ("data.train", "data.eval")
+_POLICY = "fssdp.policy"
 _UNREAD: dict[str, Any] = {"data.train": ({"path": "data.jsonl"},), "output_dir": "runs/planned"}
 """what stands for required keys that nothing reads"""
 
@@ -60,9 +64,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         if key in _SOURCES:
             values[key] = read_sources(node, key, source, report)
         else:
-            values[key] = read_value(node, LEAF_TYPES[key], key, source, report)
+            values[key] = read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
     if not inputs:
         values = {**_UNREAD, **values}
+    if values.get("hub") is True:
+        values = with_local_paths(values, report.add, may_fetch=claim_output)
     for key in REQUIRED:
         if key not in values:
             report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
@@ -70,6 +76,10 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     check_values(_resolve(tree, values, report), report.add, claim_output=claim_output, inputs=inputs)
     if report.problems:
         raise ConfigError(report.problems)
+    policy = given[_POLICY][0] if _POLICY in given else None
+    # Every rank loads the configuration; the one that claims the output, and a dry run, speak for all.
+    if isinstance(policy, Scalar) and policy.text in FORMER_NAMES and (claim_output or not inputs):
+        print(f"hecate: {renamed(_POLICY, policy.text)}", file=sys.stderr, flush=True)
 
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
@@ -87,11 +97,19 @@ def saved_config(text: str) -> Config:
         UserError: it is damaged.
     """
     try:
-        config = OmegaConf.to_object(_as_omegaconf(leaves_of(yaml.safe_load(text))))
+        values = leaves_of(yaml.safe_load(text))
+        if _POLICY in values:
+            values[_POLICY] = current_name(values[_POLICY])
+        config = OmegaConf.to_object(_as_omegaconf(values))
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
         raise UserError(f"the configuration in it cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
     assert isinstance(config, Config)
     return config
+
+
+def _current(key: str, node: Node) -> Node:
+    """The node with the name that a policy has now in place of a former one."""
+    return replace(node, text=current_name(node.text)) if key == _POLICY and isinstance(node, Scalar) else node
 
 
 def _with_defaults(config: Config) -> MoeConfig:

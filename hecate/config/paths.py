@@ -3,14 +3,13 @@
 import glob
 import importlib.util
 import os
-import re
 from pathlib import Path
 
+from hecate.config.hub import hub_hint
 from hecate.config.presets import base_presets
 from hecate.config.problems import shorten
 from hecate.errors import UserError
 
-_OF_HUB = re.compile(r"[A-Za-z0-9][\w-]*/[\w.-]+")
 PACKAGE_PREFIX = "package:"
 CONFIG_SUFFIXES = (".json", ".yaml")
 """of a file with a model's sizes, like transformers' config.json"""
@@ -44,9 +43,7 @@ def find_model(name_or_path: str, *, weights: bool = True) -> Path:
         if not weights and name_or_path in known:
             return known[name_or_path]
         sizes = "" if weights else f" Sizes alone are known of {', '.join(known)}."
-        if _OF_HUB.fullmatch(name_or_path) and not path.parent.exists():
-            sizes = f" `hf download {shown} --local-dir FOLDER` gets a model of the Hugging Face hub.{sizes}"
-        raise UserError(f"no such file or folder: {shown}\nGive a local path; nothing is downloaded.{sizes}")
+        raise UserError(f"no such file or folder: {shown}\nGive a local path; nothing is downloaded.{hub_hint(name_or_path)}{sizes}")
     if os.path.isdir(path):
         if not os.path.isfile(path / "config.json"):
             raise UserError(f"no config.json in the folder {shown}\nGive the folder that the model was saved to.")

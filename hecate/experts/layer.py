@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,23 @@ from torch import Tensor, nn
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.router import BalanceLoss, Router, TokenFeatures
 from hecate.parallel.units import Unit
+
+
+class _AtRows(torch.autograd.Function):
+    """Put rows at given places among rows of zeros, [M, D] -> [T, D].
+
+    `torch.index_copy` would keep the rows for the backward pass, which needs their places only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, row_MD: Tensor, place_M: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(place_M)
+        return row_MD.new_zeros((num_rows, row_MD.shape[1])).index_copy_(0, place_M, row_MD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (place_M,) = ctx.saved_tensors
+        return grads[0].index_select(0, place_M), None, None
 
 
 class MoeLayer(nn.Module):
@@ -49,5 +67,5 @@ class MoeLayer(nn.Module):
         current.note_routing(self.unit, routing)
         y_TD = current.experts(self.unit, x_TD, routing.expert_TK, routing.weight_TK, token_T)
         if valid is not None:
-            y_TD = y_TD.new_zeros((hidden[..., 0].numel(), y_TD.shape[-1])).index_copy(0, valid, y_TD)
+            y_TD = _AtRows.apply(y_TD, valid, hidden[..., 0].numel())
         return y_TD.view(*hidden.shape[:-1], y_TD.shape[-1])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hecate.errors import UserError, install_hint
 from hecate.forecast.cases import BASELINE
-from hecate.forecast.report import SPEEDUP, Row, grouped
+from hecate.forecast.report import COST, SPEEDUP, Row, fastest, grouped, mean_cost, mean_seconds
 from hecate.parallel.expert_kinds import KINDS
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ EXPERTS = {"trained": "fully trained experts", "frozen": "LoRA on frozen experts
 """the label of a kind of experts by its `ExpertKind.ffn`"""
 _VISIBLE = 0.002
 """a part gets a line in the legend if it has at least this share of the longest bar"""
-_WIDTH, _DPI = 8.0, 140
+_WIDTH, _DPI = 9.5, 140
+_ROOM, _ROOM_WITH_COST = 1.6, 1.75
+"""the width of a panel over that of its longest bar, whose label is beside it"""
 
 
 def write_bars(path: Path, rows: Sequence[Row]) -> None:
@@ -71,12 +73,16 @@ def draw_bars(rows: Sequence[Row]) -> Figure:
     across = min(len(panels), 2)
     down = math.ceil(len(panels) / across)
     policies = max(len(grouped(panel, ("policy",))) for panel in panels)
-    figure = Figure(figsize=(_WIDTH, 1.0 + down * (0.9 + 0.36 * policies)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(_WIDTH, 1.0 + down * (1.2 + 0.36 * policies)), layout="constrained", facecolor="white")
     figure.suptitle("Predicted time of one training step under each placement policy", fontsize=11.5, fontweight="bold")
     axes = figure.subplots(down, across, squeeze=False, sharey="row").flatten()  # all panels have the same policies
     shown: dict[str, Any] = {}
+    room = _ROOM if all(row[COST] is None for row in rows) else _ROOM_WITH_COST
     for panel, axis in zip(panels, axes, strict=False):
-        shown |= _draw(axis, panel)
+        # Clusters with the same work are drawn to one scale.
+        alike = [row for row in rows if all(row[key] == panel[0][key] for key in ("model", "experts", "tokens_per_rank"))]
+        longest = max(1e3 * mean_seconds(group) for group in grouped(alike, ("topology", "policy")))
+        shown |= _draw(axis, panel, longest, room)
     names = [group[0]["policy"] for group in grouped(rows, ("policy",))]
     for axis in axes[: len(panels) : across]:
         axis.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names], fontsize=8)
@@ -85,8 +91,13 @@ def draw_bars(rows: Sequence[Row]) -> Figure:
         axis.invert_yaxis()
     for axis in axes[len(panels) :]:
         axis.remove()
-    beside = f"speed-up over {BASELINE}" if all(row[SPEEDUP] is not None for row in rows) else "time"
-    caption = f"milliseconds; beside each bar: {beside}, and memory of the fullest rank without activations"
+    beside = ["milliseconds"]
+    if all(row[SPEEDUP] is not None for row in rows):
+        beside.append(f"speed-up over {BASELINE}")
+    beside.append("memory of the fullest rank without activations")
+    if any(row[COST] is not None for row in rows):
+        beside.append("cost of a million tokens")
+    caption = "beside each bar: " + ", ".join(beside)
     order = [part for part in PARTS if part in shown]
     called = [PARTS[part][0] for part in order]
     figure.legend(
@@ -102,8 +113,13 @@ def draw_bars(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _draw(axis: Axes, panel: Sequence[Row]) -> Mapping[str, Any]:
-    """Draw one panel. Returns the bars of each visible part."""
+def _draw(axis: Axes, panel: Sequence[Row], longest: float, room: float) -> Mapping[str, Any]:
+    """Draw one panel. Returns the bars of each visible part.
+
+    Args:
+        longest: the milliseconds of the longest bar that the panel is compared with.
+        room: see `_ROOM`.
+    """
     policies = grouped(panel, ("policy",))
     names = [group[0]["policy"] for group in policies]
     totals = [_mean_ms(group, tuple(PARTS)) for group in policies]
@@ -116,8 +132,8 @@ def _draw(axis: Axes, panel: Sequence[Row]) -> Mapping[str, Any]:
             shown[part] = bars
     for place, (group, total) in enumerate(zip(policies, totals, strict=True)):
         weight = "bold" if names[place] == "auto" else "normal"
-        axis.text(total + 0.015 * max(totals), place, _label(group, total), va="center", fontsize=8, fontweight=weight)
-    axis.set_xlim(0, 1.33 * max(totals))
+        axis.text(total + 0.012 * longest, place, _label(group, total), va="center", fontsize=8, fontweight=weight)
+    axis.set_xlim(0, room * longest)
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(_title(panel), fontsize=9, loc="left", wrap=True)
@@ -125,11 +141,16 @@ def _draw(axis: Axes, panel: Sequence[Row]) -> Mapping[str, Any]:
 
 
 def _label(group: Sequence[Row], total: float) -> str:
-    """Return the label at the end of a bar: the speed-up over the baseline, or else the time, and the memory of the fullest rank."""
+    """Return the label at the end of a bar: time, speed-up over the baseline, memory of the fullest rank, cost; what is known of them."""
+    parts = [f"{total:.0f} ms" if total >= 10 else f"{total:.2g} ms"]
     over = [row["step_seconds"] * row[SPEEDUP] for row in group if row[SPEEDUP] is not None]
-    first = f"{1e3 * sum(over) / len(over) / total:.2f}x" if len(over) == len(group) else f"{total:.0f} ms"
+    if len(over) == len(group):
+        parts.append(f"{1e3 * sum(over) / len(over) / total:.2f}x")
     fits = all(row["fits_memory"] for row in group)
-    return f"{first}, {max(row['memory_bytes'] for row in group) / 1e9:.0f} GB{'' if fits else ': too much'}"
+    parts.append(f"{max(row['memory_bytes'] for row in group) / 1e9:.0f} GB{'' if fits else ': too much'}")
+    if (cost := mean_cost(group)) is not None:
+        parts.append(f"cost {cost:.3g}")
+    return ", ".join(parts)
 
 
 def _mean_ms(group: Sequence[Row], parts: tuple[str, ...]) -> float:
@@ -141,7 +162,12 @@ def _title(panel: Sequence[Row]) -> str:
     loads = f"mean of the workloads {', '.join(workloads)}" if len(workloads) > 1 else f"workload {workloads[0]}"
     if len(workloads) == 1 and workloads[0] in LOADS:
         loads += f": {LOADS[workloads[0]]}"
+    best = fastest(panel)
+    fits = "fastest that fits" if all(one["fits_memory"] for one in best) else "fastest, although none fits"
+    tokens_per_s = row["ranks"] * row["tokens_per_rank"] / mean_seconds(best)
+    cost = mean_cost(best)
     return (
         f"{row['model']}: {EXPERTS[KINDS[row['kind']].ffn]}\n{row['experts']} experts a layer, "
-        f"{row['tokens_per_rank']:,} tokens a rank\n{row['topology']} ({row['ranks']} ranks)\n{loads}"
+        f"{row['tokens_per_rank']:,} tokens a rank\n{loads}\n{row['topology']} ({row['ranks']} ranks)\n"
+        f"{fits}: {best[0]['policy']}\n{tokens_per_s:,.0f} tokens/s" + ("" if cost is None else f", a million for {cost:.3g}")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from hecate.parallel.cost_model import HISTORY, ExecutionMode, RouteChoice
 from hecate.parallel.megatron_traces import load_megatron_trace
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.planners import POLICIES
+from hecate.parallel.policy_names import FORMER_NAMES, current_name, renamed
 from hecate.parallel.simulator import fullest_owner_bytes, replica_slots, simulate
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
@@ -105,11 +107,15 @@ class Case:
             "workload": self.workload,
             "tokens_per_rank": self.tokens_per_rank,
         }
+        tokens = self.tokens_per_rank * topology.world_size
+        per_second = sum(topology.price_per_hour) / 3600
         return [
             facts
             | one.as_dict()
             | {
                 f"speedup_over_{BASELINE}": None if baseline is None else baseline / one.step_seconds,
+                "tokens_per_second": tokens / one.step_seconds,
+                "cost_per_million_tokens": per_second * one.step_seconds / tokens * 1e6 if topology.price_per_hour else None,
                 "memory_bytes": held_bytes + one.replica_bytes,
                 "fits_memory": all(
                     held_bytes + replicas <= memory for replicas, memory in zip(one.replica_bytes_D, topology.memory, strict=True)
@@ -119,16 +125,38 @@ class Case:
         ]
 
 
-def synthetic_cases(topology: str, model: str, workloads: Sequence[str], tokens_per_rank: int, experts: int | None = None) -> list[Case]:
+def topology_named(name: str, price_per_hour: float | None = None) -> Topology:
+    """Return the topology of a preset or a file.
+
+    Args:
+        price_per_hour: of each device, in place of the file's; None: the file's, if it has any.
+
+    Raises:
+        UserError: the name or the file is wrong.
+    """
+    found = load_topology(find_preset("topologies", "topology", name))
+    return found if price_per_hour is None else replace(found, price_per_hour=(price_per_hour,) * found.world_size)
+
+
+def synthetic_cases(
+    topology: str,
+    model: str,
+    workloads: Sequence[str],
+    tokens_per_rank: int,
+    experts: int | None = None,
+    *,
+    price_per_hour: float | None = None,
+) -> list[Case]:
     """Return a case for each workload. Names are those of presets, or paths of files.
 
     Args:
         experts: replaces the model's own number of experts, unless None.
+        price_per_hour: see `topology_named`.
 
     Raises:
         UserError: a name or a file is wrong, or a number out of range.
     """
-    machines = load_topology(find_preset("topologies", "topology", topology))
+    machines = topology_named(topology, price_per_hour)
     shape = load_model_shape(find_preset("models", "model", model))
     if experts is not None:
         shape = replace(shape, experts=experts)
@@ -144,13 +172,16 @@ def synthetic_cases(topology: str, model: str, workloads: Sequence[str], tokens_
     ]
 
 
-def trace_case(topology: str, model: str, trace_path: Path) -> Case:
+def trace_case(topology: str, model: str, trace_path: Path, *, price_per_hour: float | None = None) -> Case:
     """Return a case of recorded loads, which determine the numbers of layers, experts and tokens.
+
+    Args:
+        price_per_hour: see `topology_named`.
 
     Raises:
         UserError: a name or a file is wrong, or the trace has another number of ranks.
     """
-    machines = load_topology(find_preset("topologies", "topology", topology))
+    machines = topology_named(topology, price_per_hour)
     shape = load_model_shape(find_preset("models", "model", model))
     trace = _recorded(trace_path, shape)
     sources = trace.loads.shape[3]
@@ -183,13 +214,30 @@ def chosen(names: str | Sequence[str], known: Sequence[str], what: str) -> tuple
     Raises:
         UserError: a name is unknown, or there is none; the text lists the known ones.
     """
-    listed = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
+    listed = _listed(names)
     if listed == ["all"]:
         return tuple(known)
     unknown = [str(name) for name in listed if name not in known]
     if unknown or not listed:
         raise UserError(f"{what}: {'unknown: ' + ', '.join(unknown) if unknown else 'none given'}\n  there are all, {', '.join(known)}")
     return tuple(dict.fromkeys(listed))
+
+
+def chosen_policies(names: str | Sequence[str], what: str) -> tuple[str, ...]:
+    """Return the names of policies, as `chosen`. A former name is taken for the present one, and a line on stderr says so.
+
+    Raises:
+        UserError: a name is unknown, or there is none; the text lists the known ones.
+    """
+    listed = _listed(names)
+    for name in dict.fromkeys(listed):
+        if name in FORMER_NAMES:
+            print(f"hecate: {renamed(what, name)}", file=sys.stderr, flush=True)
+    return chosen([current_name(name) for name in listed], tuple(POLICIES), what)
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
 
 
 def known_route(name: object, what: str) -> RouteChoice:

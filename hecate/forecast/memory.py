@@ -17,8 +17,12 @@ from hecate.parallel.mesh import owners_topology
 from hecate.parallel.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
+BESIDE_TENSORS = ("CUDA context (estimate)", "allocator's rounding (at most)")
+"""parts of a GPU's memory that are no tensors"""
 _HEAD_ROWS = 512
 """the number of tokens whose logits are in memory at a time"""
+_MIXLORA_TILE, _TILE_ROWS = 1 << 20, 512
+"""on a CPU: bytes of one buffer of a tile of experts that share an FFN, and assignments of a tile of others (`kernels/`)"""
 _OTHER_TENSORS, _OUTSIDE_LAYERS = 5, 3
 """tensors of a layer beside its projections: three of its FFN, two norms; and tensors outside the layers: embedding, norm, head"""
 
@@ -63,7 +67,13 @@ def memory_parts(
         gradients += slots_D * group.cost.reduced_bytes / (1 if micro_steps > 1 else group.number)
     if of_stack:  # all units of a layer come together
         replicas = np.max(list(of_stack.values()), axis=0)
-    if config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
+    forward, backward, later = _activation_bytes(run, served_tokens_D)
+    if micro_steps == 1:
+        # When the second layer runs backward, the first one's gradients are still being sent. Sent and received ones are copies.
+        one_layer = fullest if config.fssdp.rematerialize else gradients
+        second = (run.mesh.shard_size > 1) & (3 * one_layer + later > one_layer + backward)
+        gradients, backward = np.where(second, 3 * one_layer, one_layer), np.where(second, later, backward)
+    elif config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
         gradients = fullest + owned
     blocks, each_pool = owned_blocks(run) * run.master_bytes, [one.blocks * one.numel * run.master_bytes for one in run.pools]
     pools = sum(each_pool)
@@ -76,7 +86,6 @@ def memory_parts(
     replicated = np.full(world, float((run.replicated_parameters + run.parts_parameters) * run.master_bytes))
     seeded = np.full(world, float(run.seeded_parameters * run.master_bytes))
     base = _base_bytes(run)
-    saved = _saved_bytes(run, served_tokens_D)
     nothing = np.zeros(world)
     return [
         MemoryPart("base weights", base),
@@ -89,7 +98,7 @@ def memory_parts(
         *([MemoryPart("pools", np.stack([np.full(world, float(pools))] * 2 + [nothing]))] if pools else []),
         *([MemoryPart("pairs made of replicas", np.stack([made, made, nothing]))] if made.any() else []),
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + blocks + replicated])),
-        MemoryPart("activations (estimate)", np.stack([saved + _head_bytes(run), saved + _backward_bytes(run, served_tokens_D), nothing])),
+        MemoryPart("activations (estimate)", np.stack([forward, backward, nothing])),
         *_beside_tensors(run, others_GD if frozen_GD is None else frozen_GD),
     ]
 
@@ -131,8 +140,8 @@ def _beside_tensors(run: RunShape, others_GD: list[np.ndarray]) -> list[MemoryPa
     for group, others_D in zip(run.groups, others_GD, strict=True):
         tensors += (STATE_NUMBERS + 1) * owned_experts(group, run) + 2 * others_D
     return [
-        MemoryPart("CUDA context (estimate)", np.stack([run.is_gpu_D * float(CONTEXT_BYTES)] * 3)),
-        MemoryPart("allocator's rounding (at most)", np.stack([run.is_gpu_D * rounding_bytes(tensors)] * 3)),
+        MemoryPart(BESIDE_TENSORS[0], np.stack([run.is_gpu_D * float(CONTEXT_BYTES)] * 3)),
+        MemoryPart(BESIDE_TENSORS[1], np.stack([run.is_gpu_D * rounding_bytes(tensors)] * 3)),
     ]
 
 
@@ -163,19 +172,32 @@ def owned_experts(group: ExpertLayers, run: RunShape) -> np.ndarray:
     return np.tile(owned, run.mesh.num_sharding_groups)
 
 
-def _saved_bytes(run: RunShape, served_tokens_D: np.ndarray) -> np.ndarray:
-    """Return the bytes kept for the backward pass: those of all layers, or, with checkpointing, the layers' inputs and one layer."""
+def _activation_bytes(run: RunShape, served_tokens_D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the most bytes of activations in the forward pass, and in the backward pass' first and second layer, float64 [ranks].
+
+    Autograd keeps those of all layers, or, with checkpointing, the layers' inputs, beside which one layer runs at a time. That layer is
+    counted beside the logits, too: it stands for what the head keeps beside them, without which plans were 13 % too low
+    (`benchmarks.memory_plan`).
+    """
     layers = [_saved_layer_bytes(run, index, served_tokens_D) for index in range(len(run.base.layers))]
+    head, gradients = _head_bytes(run), _backward_bytes(run, served_tokens_D)
     if not run.config.gradient_checkpointing:
-        return np.asarray(sum(layers))
+        kept = np.asarray(sum(layers))
+        return kept + head, kept + gradients, kept * _left(run) + gradients
     inputs = sum(layer.hidden for layer in run.base.layers) * run.tokens * run.dtype_bytes
-    return np.asarray(inputs + np.max(layers, axis=0))
+    one = np.max(layers, axis=0)
+    return inputs + one + head, inputs + one + gradients, inputs * _left(run) + one + gradients
+
+
+def _left(run: RunShape) -> float:
+    """Return the share of the layers that are left when one has run backward."""
+    return 1 - 1 / len(run.base.layers)
 
 
 def _saved_layer_bytes(run: RunShape, index: int, served_tokens_D: np.ndarray) -> np.ndarray:
-    """Return the bytes that autograd keeps of a layer, counted tensor by tensor.
+    """Return the bytes that autograd keeps of a layer, counted tensor by tensor, of rows that hold several samples and some padding.
 
-    Attention keeps its normalized input, queries, keys, values, output and low-rank products; norms and the router keep float32 inputs.
+    Attention keeps what `_saved_by_attention` says, its normalized input, and low-rank products; norms and the router keep float32 inputs.
     Experts keep x, gate and up of each distinct token that the rank computes, or, if experts have their own FFNs, of each assignment.
     """
     layer, b = run.base.layers[index], run.dtype_bytes
@@ -184,48 +206,84 @@ def _saved_layer_bytes(run: RunShape, index: int, served_tokens_D: np.ndarray) -
     if run.trains_non_experts:  # the inputs that norms and a plain FFN multiply by their trained weights
         plain = not run.config.moe.experts_per_layer(len(run.base.layers))[index]
         trained = 2 * b * (layer.hidden + plain * layer.ffn)
-    key_value = sum(outputs for name, outputs, _ in layer.linears if name in ("k_proj", "v_proj"))
-    if run.config.model.front_end == "megatron":  # the view of the values keeps the joint product; the rest are copies
-        key_value += layer.query_width + key_value // 2
+    attention = _saved_by_attention(run, index)
+    wide = 4 * 2 * layer.hidden
+    if run.config.moe.kind.over_linears:
+        return np.full(run.topology.world_size, float(run.tokens * (b * attention + _saved_by_linears(run, index) + wide)))
     low_rank = 0
     if run.config.moe.kind.has_pairs:
         low_rank = run.config.lora.rank * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
-    wide = 3 if b < 4 else 2
-    if run.config.moe.kind.over_linears:
-        return np.full(run.topology.world_size, float(run.tokens * _saved_by_linears(run, index, key_value)))
-    per_token = b * (layer.hidden + 2 * layer.query_width + key_value + low_rank) + 4 * wide * layer.hidden
+    wide += 4 * layer.hidden if b < 4 else 0
+    per_token = b * (layer.hidden + attention + low_rank) + wide
+    if index == 0 and not run.trains_non_experts and not any(run.adapters[0]):  # nothing before its router is trained
+        per_token = 4 * layer.hidden if b < 4 else 0
     return np.asarray(run.tokens * (per_token + trained) + b * (served_tokens_D * layer.hidden + products_D * 2 * layer.ffn))
 
 
-def _saved_by_linears(run: RunShape, index: int, key_value: int) -> float:
-    """Return the bytes kept of a token in a layer whose linears have experts, or plain pairs.
+def _saved_by_attention(run: RunShape, index: int) -> int:
+    """Return the numbers that the attention of one layer keeps of a token: queries, keys, values and output.
 
-    Attention keeps what it keeps with any adapters. The FFN keeps its input, gate, the activation of gate, up, and their product, which the
-    pairs of down need. Each linear keeps its router's probabilities and weights, and A x of each assignment with the assignment's indices.
+    Where rows hold several samples, torch's fused attention takes a mask of [row, row], which each layer keeps in the queries' type, and
+    keys and values that are repeated for all heads. Flash and flex attention on a GPU need neither.
+    """
+    layer, config = run.base.layers[index], run.config
+    key_value = sum(outputs for name, outputs, _ in layer.linears if name in ("k_proj", "v_proj"))
+    if config.model.front_end == "megatron":  # the view of the values keeps the joint product; the rest are copies
+        return 3 * layer.query_width + key_value + key_value // 2
+    fused = config.model.attention == "sdpa" or not run.is_gpu_D.any()
+    if config.data.packing and fused:
+        return 4 * layer.query_width + config.data.seq_len
+    return 2 * layer.query_width + key_value
+
+
+def _saved_by_linears(run: RunShape, index: int) -> float:
+    """Return the bytes that the linears of a layer with experts, or plain pairs, and its FFN keep of a token.
+
+    The FFN keeps gate, the activation of gate, and up. Each linear with experts keeps its input without padding, which is a copy of its
+    own, its router's probabilities and weights, and A x of each assignment with the assignment's indices. Plain pairs share inputs.
     """
     layer, b, config = run.base.layers[index], run.dtype_bytes, run.config
     experts, k = config.moe.experts_per_layer(len(run.base.layers))[index], config.moe.experts_per_token
-    targets = sum(name in config.lora.target_modules for name, _, _ in layer.all_linears)
+    targets = [inputs for name, _, inputs in layer.all_linears if name in config.lora.target_modules]
+    kept = sum(targets) if experts else 2 * layer.hidden + layer.query_width + layer.ffn
     routing = 2 * 4 * experts + k * (3 * 4 + 4 * 8) if experts else 0
     if config.moe.router.mixes in UNDIVIDED_MIXES:  # nothing is sorted
         routing = 16 * experts
-    low_rank = targets * (config.lora.rank * b * (k if experts else 1) + routing)
-    wide = 4 * (3 if b < 4 else 2) * layer.hidden
-    return b * (2 * layer.hidden + 2 * layer.query_width + key_value + 4 * layer.ffn) + low_rank + wide
+    low_rank = len(targets) * (config.lora.rank * b * (k if experts else 1) + routing)
+    return b * (3 * layer.ffn + kept) + low_rank
 
 
 def _products_per_token(run: RunShape, index: int, served_tokens_D: np.ndarray) -> float:
     """Return how many gate and up products are kept of a distinct token: one if the experts share the base's."""
-    config = run.config
-    if config.moe.kind.shares_ffn or not config.moe.experts_per_layer(len(run.base.layers))[index]:
+    if run.config.moe.kind.shares_ffn or not run.config.moe.experts_per_layer(len(run.base.layers))[index]:
         return 1.0
-    return run.tokens * run.topology.world_size * config.moe.experts_per_token / max(float(served_tokens_D.sum()), 1.0)
+    return _assignments_per_token(run, served_tokens_D)
+
+
+def _assignments_per_token(run: RunShape, served_tokens_D: np.ndarray) -> float:
+    """Return how many of a token's assignments the ranks that compute it have, on average."""
+    return run.tokens * run.topology.world_size * run.config.moe.experts_per_token / max(float(served_tokens_D.sum()), 1.0)
 
 
 def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray) -> np.ndarray:
-    """Return the bytes of the gradients of one layer's activations in its backward pass: hidden states, gate, up and their product."""
-    widest = max(run.base.layers, key=lambda layer: layer.ffn)
-    return np.asarray(served_tokens_D * run.dtype_bytes * (3 * widest.ffn + 2 * widest.hidden))
+    """Return the bytes of the gradients of one layer's activations in its backward pass, float64 [ranks].
+
+    Of a plain FFN, and where linears have experts: hidden states, gate, up and their product. Experts that share an FFN
+    (`kernels/mixlora`): of each token the gradients of y, x, hidden, gate and up, and of each assignment those of x, gate and up. Experts
+    with FFNs of their own (`kernels/experts/torch_path.py`): the gradients of y and x of each token, and a tile of assignments.
+    """
+    index, widest = max(enumerate(run.base.layers), key=lambda layer: layer[1].ffn)
+    ffn, hidden, b = widest.ffn, widest.hidden, run.dtype_bytes
+    kind, own = run.config.moe.kind, bool(run.config.moe.experts_per_layer(len(run.base.layers))[index])
+    plain_D = served_tokens_D * b * (3 * ffn + 2 * hidden)
+    if kind.over_linears or not own:
+        return np.asarray(plain_D)
+    assignments_D = served_tokens_D * _assignments_per_token(run, served_tokens_D)
+    if kind.shares_ffn:
+        tile = 0.0 if run.is_gpu_D.any() else _MIXLORA_TILE * (6 + 2 * hidden / ffn)
+        return np.asarray(b * (served_tokens_D * (3 * ffn + 2 * hidden) + assignments_D * (2 * ffn + hidden)) + tile)
+    rows_D = assignments_D if run.is_gpu_D.any() else np.minimum(assignments_D, _TILE_ROWS)
+    return np.asarray(b * (served_tokens_D * 2 * hidden + rows_D * (5 * ffn + 3 * hidden)))
 
 
 def _head_bytes(run: RunShape) -> float:

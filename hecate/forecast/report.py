@@ -17,6 +17,7 @@ from hecate.forecast.cases import BASELINE
 Row = dict[str, Any]
 
 SPEEDUP = f"speedup_over_{BASELINE}"
+COST = "cost_per_million_tokens"
 _NARROW, _WIDE = 80, 160
 """the widths in characters of tables that are not printed to a terminal; a wide one is that wide everywhere"""
 
@@ -45,6 +46,9 @@ def print_rows(rows: Sequence[Row], *, wide: bool = False) -> None:
         keys = ("topology", "model", "experts")
         title = f"Speed-up over {BASELINE}, geometric mean over {workloads} workload{'s' * (workloads > 1)}"
     console.print(_speedups(rows, keys, title) if wide else _ranges(rows, keys, title))
+    if len(grouped(rows, ("topology",))) > 1:
+        for of_model in grouped(rows, ("model", "experts", "tokens_per_rank")):
+            console.print(_clusters(of_model))
 
 
 def write_json(path: Path, settings: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -64,17 +68,68 @@ def _policies(rows: Sequence[Row]) -> Table:
     """The policies of one case, the fastest first."""
     table = Table(title=f"{_title(rows[0])}, {rows[0]['workload']}")
     table.add_column("policy")
-    for name in ("ms a step", "speed-up", "max/mean", "memory GB"):
+    priced = rows[0][COST] is not None
+    for name in ("ms a step", "speed-up", "max/mean", "memory GB", *(["cost"] if priced else [])):
         table.add_column(name, justify="right")
     for row in sorted(rows, key=lambda row: float(row["step_seconds"])):
         memory = f"{row['memory_bytes'] / 1e9:.1f}"
         table.add_row(
-            row["policy"] + _mark([row]), f"{1e3 * row['step_seconds']:.1f}", _times(row[SPEEDUP]), f"{row['imbalance']:.2f}", memory
+            row["policy"] + _mark([row]),
+            f"{1e3 * row['step_seconds']:.1f}",
+            _times(row[SPEEDUP]),
+            f"{row['imbalance']:.2f}",
+            memory,
+            *([f"{row[COST]:.3g}"] if priced else []),
         )
-    table.caption = _TOO_LARGE * bool(_mark(rows)) + (
+    table.caption = _TOO_LARGE * bool(_mark(rows)) + _PRICED * priced
+    table.caption += (
         f"speed-up: over {BASELINE}; max/mean: of the ranks' compute; memory: on the fullest rank, without activations; --wide: all figures"
     )
     return table
+
+
+def _clusters(rows: Sequence[Row]) -> Table:
+    """One model on several clusters, each under its fastest policy that fits, the cheapest cluster first, or else the fastest."""
+    best = [fastest(of_cluster) for of_cluster in grouped(rows, ("topology",))]
+    costs = [mean_cost(group) for group in best]
+    priced = any(cost is not None for cost in costs)
+    workloads = grouped(rows, ("workload",))
+    title = f"{rows[0]['model']} with {rows[0]['experts']} experts, {rows[0]['tokens_per_rank']} tokens a rank"
+    table = Table(title=f"{title}, {f'mean of {len(workloads)} workloads' if len(workloads) > 1 else rows[0]['workload']}")
+    for name in ("cluster", "ranks", "policy", "ms a step", "tokens/s", "memory GB", *(["cost"] if priced else [])):
+        table.add_column(name, justify="left" if name in ("cluster", "policy") else "right")
+    lines = []
+    for group, cost in zip(best, costs, strict=True):
+        row, seconds = group[0], mean_seconds(group)
+        speed = row["ranks"] * row["tokens_per_rank"] / seconds
+        cells = [row["topology"], str(row["ranks"]), row["policy"] + _mark(group), f"{1e3 * seconds:.1f}", f"{speed:,.0f}"]
+        cells.append(f"{max(one['memory_bytes'] for one in group) / 1e9:.1f}")
+        if priced:
+            cells.append("-" if cost is None else f"{cost:.3g}")
+        lines.append((cost is None, -speed if cost is None else cost, cells))
+    for _, _, cells in sorted(lines):
+        table.add_row(*cells)
+    marked = any(_mark(group) for group in best)
+    table.caption = _TOO_LARGE * marked + _PRICED * priced + "each cluster with the fastest of the policies that fit it"
+    return table
+
+
+def fastest(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the policy whose mean step is the shortest, among those that fit in memory under every workload, if there are any."""
+    groups = grouped(rows, ("policy",))
+    fitting = [group for group in groups if not _mark(group)]
+    return min(fitting or groups, key=mean_seconds)
+
+
+def mean_seconds(rows: Sequence[Row]) -> float:
+    """The mean time of a step."""
+    return sum(float(row["step_seconds"]) for row in rows) / len(rows)
+
+
+def mean_cost(rows: Sequence[Row]) -> float | None:
+    """The mean cost of a million tokens; None: the devices' price is not known."""
+    costs = [row[COST] for row in rows]
+    return None if None in costs else sum(costs) / len(costs)
 
 
 def _ranges(rows: Sequence[Row], keys: tuple[str, ...], title: str) -> Table:
@@ -155,6 +210,7 @@ def _speedups(rows: Sequence[Row], keys: tuple[str, ...], title: str) -> Table:
     return table
 
 
+_PRICED = "cost: of a million tokens, in the currency of price_per_hour\n"
 _TOO_LARGE = "*: does not fit the devices' memory\n"
 
 

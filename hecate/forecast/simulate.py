@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -11,17 +12,17 @@ from typing import Any
 from hecate.config.presets import find_preset, preset_names
 from hecate.errors import UserError
 from hecate.forecast.bars import write_bars
-from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
+from hecate.forecast.cases import Case, Options, chosen, chosen_policies, synthetic_cases, trace_case
 from hecate.forecast.report import print_rows, write_json
 from hecate.forecast.sweep import load_sweep
 from hecate.parallel.cost_model import ExecutionMode
-from hecate.parallel.planners import POLICIES
 from hecate.parallel.workloads import WORKLOADS
 
 
 def run_simulation(
     *,
     topology: str | None,
+    price_per_hour: str | None,
     model: str | None,
     workload: str,
     trace: Path | None,
@@ -35,7 +36,11 @@ def run_simulation(
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
-    """Simulate one model on one cluster, under synthetic workloads or a trace. Names are those of presets, or paths of files.
+    """Simulate one model on one cluster or several, under synthetic workloads or a trace. Names are those of presets, or paths of files.
+
+    Args:
+        topology: a name, or several names separated by commas.
+        price_per_hour: of a device, in place of the topology's: one number, or one for each topology, separated by commas.
 
     Raises:
         UserError: a name, a file or a number is wrong.
@@ -45,17 +50,22 @@ def run_simulation(
         topologies, models = ", ".join(preset_names("topologies")), ", ".join(preset_names("models"))
         raise UserError(f"simulate needs {what}, or --sweep FILE\n  topologies: {topologies}\n  models: {models}")
     options = Options(
-        policies=chosen(policy, tuple(POLICIES), "--policy"),
+        policies=chosen_policies(policy, "--policy"),
         steps=steps,
         seed=seed,
         execution=execution,
         max_imbalance=max_imbalance,
     )
-    cases = (
-        synthetic_cases(topology, model, chosen(workload, tuple(WORKLOADS), "--workload"), tokens)
-        if trace is None
-        else [trace_case(topology, model, trace)]
-    )
+    names = topology.split(",")
+    stems = [Path(name).stem for name in names]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise UserError(f"--topology {topology}: two are called {', '.join(twice)}; rows could not be told apart\n  rename a file")
+    cases: list[Case] = []
+    for name, price in zip(names, _prices(price_per_hour, len(names)), strict=True):
+        if trace is None:
+            cases += synthetic_cases(name, model, chosen(workload, tuple(WORKLOADS), "--workload"), tokens, price_per_hour=price)
+        else:
+            cases.append(trace_case(name, model, trace, price_per_hour=price))
     _run(cases, options, wide, json_path, plot_path)
 
 
@@ -67,6 +77,27 @@ def run_sweep(sweep: str, wide: bool, json_path: Path | None, plot_path: Path | 
     """
     cases, options = load_sweep(find_preset("experiments", "sweep", sweep))
     _run(cases, options, wide, json_path, plot_path)
+
+
+def _prices(text: str | None, number: int) -> list[float | None]:
+    """Return the price of a device of each topology; None: the topology's own.
+
+    Raises:
+        UserError: there are neither one nor as many prices as topologies, or one of them is no positive number.
+    """
+    if text is None:
+        return [None] * number
+    given = text.split(",")
+    try:
+        prices = [float(one) for one in given]
+    except ValueError:
+        prices = []
+    if len(prices) not in (1, number) or not all(0 < price < math.inf for price in prices):
+        raise UserError(
+            f"--price-per-hour {text}: must be a positive number, what a device costs in an hour, or one for each topology, of which there "
+            f"{'is 1' if number == 1 else f'are {number}'}"
+        )
+    return list(prices * number if len(prices) == 1 else prices)
 
 
 def _show(*texts: str) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 
 from hecate.errors import UserError
-from hecate.forecast.cases import Case, Options, chosen, known_route, synthetic_cases
+from hecate.forecast.cases import Case, Options, chosen, chosen_policies, known_route, synthetic_cases
 from hecate.parallel.cost_model import HISTORY, ExecutionMode
-from hecate.parallel.planners import POLICIES
 from hecate.parallel.workloads import WORKLOADS
 
 _TOP = ("policies", "steps", "seed", "exact", "rematerialize", "prefetch", "micro_steps", "route", "max_imbalance", "runs")
@@ -31,7 +30,7 @@ def load_sweep(path: Path) -> tuple[list[Case], Options]:
         raise UserError(f"{path}: a sweep is a mapping with the list `runs`; it may have {', '.join(_TOP[:-1])}")
     _only_known(raw, _TOP, str(path))
     options = Options(
-        policies=_names(raw, "policies", tuple(POLICIES), str(path)),
+        policies=chosen_policies(_list(raw, "policies", str(path)), f"{path}.policies") if "policies" in raw else Options.policies,
         steps=_count(raw, "steps", str(path), Options.steps),
         seed=_count(raw, "seed", str(path), Options.seed, least=0),
         execution=_execution(raw, str(path)),

@@ -15,6 +15,7 @@ import numpy as np
 
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
+from hecate.parallel.policy_names import current_name
 from hecate.report.expert_pictures import expert_sections
 from hecate.report.metrics import REGROUPED, REPLANNED, RESUMED, SAVED, STOPPED
 from hecate.report.page_parts import NOT_RECORDED, bytes_text, figure, missing, section, table
@@ -99,7 +100,7 @@ def _overview(run: RunRecords) -> str:
     if skipped is not None and skipped.sum():
         tiles.append(("steps skipped", f"{int(skipped.sum())}: a gradient was not finite"))
     facts = [
-        (label, str(value))
+        (label, current_name(str(value)))
         for label, key in (
             ("base model", "model.name_or_path"),
             ("experts", "moe.family"),

@@ -6,7 +6,7 @@ from hecate.parallel.planners.eplb import plan_eplb
 from hecate.parallel.planners.fastermoe import plan_fastermoe
 from hecate.parallel.planners.flexmoe import plan_flexmoe
 from hecate.parallel.planners.full import plan_full, plan_with
-from hecate.parallel.planners.hecate import plan_hecate
+from hecate.parallel.planners.hecate_paper import plan_hecate_paper
 from hecate.parallel.planners.laer import plan_laer
 from hecate.parallel.planners.llep import plan_llep
 from hecate.parallel.planners.plan import Plan, PlanInput, Planner
@@ -23,7 +23,7 @@ POLICIES: dict[str, Planner] = {
     "llep": plan_llep,
     "echo": plan_echo,
     "laer": plan_laer,
-    "hecate": plan_hecate,
+    "hecate_paper": plan_hecate_paper,
     "auto": plan_auto,
 }
 

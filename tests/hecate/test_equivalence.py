@@ -52,7 +52,7 @@ from tests.hecate.watching import gradients_of, moments_of
 from tests.plain_allora import row_norm_product
 from tests.plain_mos import PlainPool
 
-EVERY_CASE = ("full", "hecate", "static_ep")
+EVERY_CASE = ("full", "hecate_paper", "static_ep")
 """policies that go through every case: all replicas, some, none; the others' plans are of a kind with the random ones"""
 SCENARIOS = ("balanced", "hot expert", "idle experts", "empty rank")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -245,7 +245,7 @@ def cases_of(policy: str, dtype: torch.dtype) -> list[Case]:
 SLOW_1, SLOW_2, SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 3, 4))
 
 
-QUICK = (("full", 2), ("hecate", 3))
+QUICK = (("full", 2), ("hecate_paper", 3))
 """of every policy and world size, those that are not left to the slow tests"""
 
 
@@ -272,12 +272,14 @@ def test_sharded_training_equals_one_process_in_fp32(world: int) -> None:
 )
 def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, shard_size: int) -> None:
     """Each group plans for itself; with an empty rank, and at 4 ranks in groups of 1, a whole group has no tokens."""
-    cases = [Case(policy, 8, 2, scenario) for policy, scenario in zip(("full", "hecate", "static_ep", "auto"), SCENARIOS, strict=True)]
+    cases = [
+        Case(policy, 8, 2, scenario) for policy, scenario in zip(("full", "hecate_paper", "static_ep", "auto"), SCENARIOS, strict=True)
+    ]
     cases += [
         Case("random 7", 3, 1, "idle experts"),
-        Case("hecate", 8, 2, "empty rank", rematerialize=True, checkpointing=True),
+        Case("hecate_paper", 8, 2, "empty rank", rematerialize=True, checkpointing=True),
         Case("llep", 8, 2, "hot expert", plan="exact", prefetch=0),
-        Case("hecate", 8, 2, "idle experts", torch.float32),
+        Case("hecate_paper", 8, 2, "idle experts", torch.float32),
     ]
     if shard_size > 1:
         cases += [Case("random 5", 8, 2, "hot expert", plan="calibrated"), Case("elsewhere", 3, 1, "empty rank", torch.float32)]
@@ -293,7 +295,7 @@ def test_activation_checkpointing_changes_nothing(world: int) -> None:
 @pytest.mark.parametrize("world", [SLOW_1, 3, SLOW_4])
 def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None:
     cases = [
-        Case("hecate", 8, 2, "hot expert", rematerialize=True),
+        Case("hecate_paper", 8, 2, "hot expert", rematerialize=True),
         Case("full", 8, 2, "idle experts", rematerialize=True, prefetch=2, checkpointing=True),
         Case("llep", 8, 2, "idle experts", plan="exact"),
         Case("random 3", 3, 1, "empty rank", plan="exact", rematerialize=True, prefetch=0, checkpointing=True),
@@ -308,8 +310,8 @@ def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None
 def test_whatever_computes_the_experts_it_equals_one_process(world: int) -> None:
     """Triton's kernels are interpreted. They save views of the replicas, whose memory comes and goes under `rematerialize`."""
     alone = Case("full", 3, 2, "idle experts", torch.float32, kernels="triton", steps=1)
-    cases = [alone if world == 1 else replace(alone, policy="hecate", scenario="empty rank", rematerialize=True, steps=2)]
-    cases += [Case("hecate", 3, 2, "empty rank", torch.float32, kernels="reference", steps=2)]
+    cases = [alone if world == 1 else replace(alone, policy="hecate_paper", scenario="empty rank", rematerialize=True, steps=2)]
+    cases += [Case("hecate_paper", 3, 2, "empty rank", torch.float32, kernels="reference", steps=2)]
     run_ranks(world, _check_cases, cases, timeout=240)
 
 
@@ -324,7 +326,7 @@ def with_system(case: Case, system: dict[str, Any]) -> Case:
 
 def test_with_other_pairs_and_with_a_gradient_rule_it_equals_one_process() -> None:
     """Norms are those of a replica, whichever rank has it, whenever it comes and goes, and however many micro-steps there are."""
-    case = Case("hecate", 8, 2, "idle experts", rematerialize=True, checkpointing=True, steps=2)
+    case = Case("hecate_paper", 8, 2, "idle experts", rematerialize=True, checkpointing=True, steps=2)
     run_ranks(2, _check_cases, [with_system(case, system) for system in SYSTEMS], timeout=240)
 
 
@@ -337,9 +339,9 @@ def test_under_every_policy_these_systems_equal_one_process(system: dict[str, An
         Case("random 5", 8, 2, "balanced", plan="calibrated"),
         Case("llep", 8, 2, "hot expert", plan="exact", rematerialize=True, prefetch=0),
         Case("auto", 8, 2, "hot expert", kernels="reference", steps=2),
-        Case("hecate", 3, 2, "idle experts", torch.float32, kernels="triton", steps=2, rematerialize=True),
+        Case("hecate_paper", 3, 2, "idle experts", torch.float32, kernels="triton", steps=2, rematerialize=True),
     ]
-    cases += [Case("hecate", 8, 2, "idle experts", shard_size=2)] if world == 4 else []
+    cases += [Case("hecate_paper", 8, 2, "idle experts", shard_size=2)] if world == 4 else []
     run_ranks(world, _check_cases, [with_system(case, system) for case in cases], timeout=480)
 
 
@@ -370,7 +372,7 @@ def test_the_tiny_topology_makes_hecate_materialize_some_experts_and_not_all() -
     """Otherwise the suite would test two policies and call them three."""
     cost = LayerCost(trainable_bytes=10_000.0, non_moe_flops=1e6)
     given_ = PlanInput(np.repeat(np.arange(4), 2)[None], None, topology(4), cost, np.full(4, 2))
-    where_ED = POLICIES["hecate"](given_).where_LED[0]
+    where_ED = POLICIES["hecate_paper"](given_).where_LED[0]
     assert 8 < where_ED.sum() < 32
 
 

@@ -281,7 +281,7 @@ def test_full_experts_under_every_policy_equal_one_process() -> None:
 
 def test_frozen_experts_under_policies_equal_one_process() -> None:
     """None, all and some replicas; one that goes by what is resident; ours."""
-    policies = ("static_ep", "full", "hecate", "flexmoe", "auto")
+    policies = ("static_ep", "full", "hecate_paper", "flexmoe", "auto")
     run_ranks(2, _check_cases, [Case("lora", policy, slots=2) for policy in policies], timeout=480)
 
 

@@ -214,7 +214,7 @@ def test_upcycled_training_equals_one_process(world: int) -> None:
     cases = [
         Case("full", "idle experts", True),
         Case("static_ep", "empty rank", True),
-        Case("hecate", "hot expert", False),
+        Case("hecate_paper", "hot expert", False),
         Case("random 4", "empty rank", True, rematerialize=True),
         Case("auto", "idle experts", False, num_experts=3),
     ]
@@ -238,7 +238,7 @@ def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None
 def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, shard_size: int) -> None:
     cases = [
         Case("full", "idle experts", True, shard_size=shard_size),
-        Case("hecate", "empty rank", True, shard_size=shard_size),
+        Case("hecate_paper", "empty rank", True, shard_size=shard_size),
         Case("random 4", "hot expert", False, rematerialize=True, shard_size=shard_size),
     ]
     run_ranks(world, _check_cases, cases, timeout=240)

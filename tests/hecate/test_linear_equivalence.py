@@ -86,11 +86,11 @@ SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) for world in (3, 4
 
 
 def test_experts_over_linears_train_as_one_process() -> None:
-    run_ranks(2, _check_cases, [LinearCase("hecate", "empty rank", (0, 4), steps=2)], timeout=240)
+    run_ranks(2, _check_cases, [LinearCase("hecate_paper", "empty rank", (0, 4), steps=2)], timeout=240)
 
 
 SHARDS = (
-    LinearCase("hecate", "idle experts", (2, 4), pairs="shards", steps=2),
+    LinearCase("hecate_paper", "idle experts", (2, 4), pairs="shards", steps=2),
     LinearCase("static_ep", "empty rank", (1, 1), 1, pairs="shards", steps=2, checkpointing=True),
 )
 """several experts of each linear; and the system of MoS, one pair each"""
@@ -111,12 +111,12 @@ def test_shards_of_a_pool_under_every_policy(world: int) -> None:
 
 
 def test_one_plain_pair_for_each_linear_needs_no_router() -> None:
-    run_ranks(2, _check_cases, [LinearCase("hecate", "empty rank", (1, 0), 1, steps=2)], timeout=240)
+    run_ranks(2, _check_cases, [LinearCase("hecate_paper", "empty rank", (1, 0), 1, steps=2)], timeout=240)
 
 
 @pytest.mark.slow
 def test_on_one_rank() -> None:
-    run_ranks(1, _check_cases, [LinearCase("hecate"), LinearCase("full", "idle experts", (0, 4), 1)], timeout=240)
+    run_ranks(1, _check_cases, [LinearCase("hecate_paper"), LinearCase("full", "idle experts", (0, 4), 1)], timeout=240)
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_under_every_policy(world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_whenever_replicas_of_linears_come_and_go(world: int) -> None:
     cases = [
-        LinearCase("hecate", "hot expert", rematerialize=True),
+        LinearCase("hecate_paper", "hot expert", rematerialize=True),
         LinearCase("full", "idle experts", (4, 2), rematerialize=True, prefetch=2, checkpointing=True),
         LinearCase("llep", "idle experts", (2, 4), plan="exact"),
         LinearCase("random 3", "empty rank", (3, 1), 1, plan="exact", rematerialize=True, prefetch=0, checkpointing=True),
@@ -150,13 +150,13 @@ def test_whenever_replicas_of_linears_come_and_go(world: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_while_their_owners_change(world: int) -> None:
-    cases = [LinearCase("hecate", "idle experts", (2, 4)), LinearCase("random 4", "empty rank", rematerialize=True)]
+    cases = [LinearCase("hecate_paper", "idle experts", (2, 4)), LinearCase("random 4", "empty rank", rematerialize=True)]
     run_ranks(world, _check_cases, cases, True, timeout=580)
 
 
 @pytest.mark.slow
 def test_in_sharding_groups_smaller_than_the_world() -> None:
-    cases = [LinearCase("hecate", "empty rank"), LinearCase("random 7", "idle experts", (2, 4), checkpointing=True)]
+    cases = [LinearCase("hecate_paper", "empty rank"), LinearCase("random 7", "idle experts", (2, 4), checkpointing=True)]
     run_ranks(4, _check_cases, [replace(case, shard_size=2) for case in cases], timeout=580)
 
 
@@ -164,7 +164,7 @@ def test_in_sharding_groups_smaller_than_the_world() -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_whatever_computes_them(world: int) -> None:
     """Triton's kernels are interpreted."""
-    cases = [LinearCase("hecate", "empty rank", dtype=torch.float32, kernels=kernels, steps=1) for kernels in ("triton", "reference")]
+    cases = [LinearCase("hecate_paper", "empty rank", dtype=torch.float32, kernels=kernels, steps=1) for kernels in ("triton", "reference")]
     cases += [replace(cases[0], rematerialize=True)] if world > 1 else []
     run_ranks(world, _check_cases, cases, timeout=580)
 
@@ -197,7 +197,7 @@ SCENARIOS = ("balanced", "hot expert", "idle experts", "empty rank")
 
 def test_with_other_routers_pairs_and_ranks_they_train_as_one_process() -> None:
     some = [{**SMORA, "experts": (16, 0)}, {"ranks": (1, 3), "experts": (2, 0)}]
-    run_ranks(2, _check_cases, [LinearCase("hecate", "empty rank", steps=2, **system) for system in some], timeout=240)
+    run_ranks(2, _check_cases, [LinearCase("hecate_paper", "empty rank", steps=2, **system) for system in some], timeout=240)
 
 
 @pytest.mark.slow
@@ -218,7 +218,9 @@ def test_with_any_system_they_train_as_one_process(system: dict[str, Any], world
 @pytest.mark.parametrize("system", [SMORA, SYSTEMS[-4], SYSTEMS[-2]], ids=str)
 def test_on_grouped_kernels(system: dict[str, Any]) -> None:
     """Interpreted."""
-    run_ranks(2, _check_cases, [LinearCase("hecate", "empty rank", dtype=torch.float32, kernels="triton", steps=1, **system)], timeout=580)
+    run_ranks(
+        2, _check_cases, [LinearCase("hecate_paper", "empty rank", dtype=torch.float32, kernels="triton", steps=1, **system)], timeout=580
+    )
 
 
 def test_the_units_of_a_layer_travel_in_one_message(one_rank: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:

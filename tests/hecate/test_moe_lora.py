@@ -301,18 +301,18 @@ def _check_cases(rank: int, world: int, cases: list[Case], folder: Path) -> None
 @pytest.mark.parametrize("world", [3, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 4))])
 def test_sharded_training_equals_peft_in_one_process(peft_runs: Path, world: int) -> None:
     """All replicas, some, none; frozen parts that have to make room; at 2 and 4 ranks half of the ranks have no tokens."""
-    policies = ("full", "hecate", "static_ep", "random 2", "auto")
+    policies = ("full", "hecate_paper", "static_ep", "random 2", "auto")
     cases = [Case(model, policy, slots=2) for model, policy in zip(MODELS, policies, strict=True)]
     if world % 2 == 0:
         cases += [Case(MODELS[2], "static_ep", checkpointing=True, shard_layers=True), Case(MODELS[4], "full", shard_layers=True)]
-        cases += [Case(MODELS[0], "hecate", slots=1, rematerialize=True)]
+        cases += [Case(MODELS[0], "hecate_paper", slots=1, rematerialize=True)]
     run_ranks(world, _check_cases, cases, peft_runs, timeout=240)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_with_a_fixed_a_it_equals_peft_whose_a_is_frozen(peft_runs: Path, world: int) -> None:
-    cases = [Case(FIXED_A, "hecate", slots=2, rematerialize=True)]
+    cases = [Case(FIXED_A, "hecate_paper", slots=2, rematerialize=True)]
     if world != 2:
         cases += [Case(FIXED_A, policy, slots=2) for policy in ("full", "static_ep", "random 2", "auto")]
     run_ranks(world, _check_cases, cases, peft_runs, timeout=240)
@@ -332,7 +332,11 @@ def test_whenever_replicas_come_and_go_it_equals_peft(peft_runs: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 1), (4, 2)])
 def test_sharding_groups_smaller_than_the_world_equal_peft(peft_runs: Path, world: int, shard_size: int) -> None:
-    cases = [Case(MODELS[0], "hecate", slots=2), Case(MODELS[1], "static_ep"), Case(MODELS[2], "random 2", slots=1, rematerialize=True)]
+    cases = [
+        Case(MODELS[0], "hecate_paper", slots=2),
+        Case(MODELS[1], "static_ep"),
+        Case(MODELS[2], "random 2", slots=1, rematerialize=True),
+    ]
     if shard_size > 1:
         cases += [Case(MODELS[3], "auto", slots=2, shard_layers=True), Case(MODELS[4], "full", checkpointing=True)]
     run_ranks(world, _check_cases, [replace(case, shard_size=shard_size) for case in cases], peft_runs, timeout=240)

@@ -106,11 +106,11 @@ def _moved(rank: int, world: int, cases: list[Case]) -> list[int]:
     [(1, None), (3, None), *(pytest.param(*slow, marks=pytest.mark.slow) for slow in ((2, None), (4, None), (4, 2)))],
 )
 def test_training_with_moves_is_training_without(world: int, shard_size: int | None) -> None:
-    cases = [Case(policy, EXPERTS, 2, scenario) for policy, scenario in (("hecate", "idle experts"), ("static_ep", "hot expert"))]
+    cases = [Case(policy, EXPERTS, 2, scenario) for policy, scenario in (("hecate_paper", "idle experts"), ("static_ep", "hot expert"))]
     cases.append(Case("full", EXPERTS, 1, "balanced", checkpointing=True))
     if world == 3:
         cases.append(Case("llep", EXPERTS, 2, "hot expert", plan="exact", rematerialize=True, checkpointing=True))
-        cases.append(Case("hecate", EXPERTS, 2, "hot expert", plan="calibrated", prefetch=2))
+        cases.append(Case("hecate_paper", EXPERTS, 2, "hot expert", plan="calibrated", prefetch=2))
     cases = [replace(case, shard_size=shard_size) for case in cases]
     never_stepped = run_ranks(world, _moved, cases, timeout=240)[0]
     assert never_stepped[0] == 2 * 2, "experts 2 and 4 of each layer were to stay idle"
@@ -118,7 +118,7 @@ def test_training_with_moves_is_training_without(world: int, shard_size: int | N
 
 def _resumed(rank: int, world: int) -> None:
     """A job that takes over owners and state in force after a move goes on bit for bit."""
-    case = Case("hecate", EXPERTS, 2, "idle experts")
+    case = Case("hecate_paper", EXPERTS, 2, "idle experts")
     whole = Training(case, rank, world)
     for step in range(2):
         whole.step(step)

@@ -66,7 +66,12 @@ def test_training_is_the_same_to_the_bit(world: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "plan", "rematerialize"),
-    [("hecate", "history", True), ("hecate", "exact", False), ("hecate", "calibrated", False), ("static_ep", "history", False)],
+    [
+        ("hecate_paper", "history", True),
+        ("hecate_paper", "exact", False),
+        ("hecate_paper", "calibrated", False),
+        ("static_ep", "history", False),
+    ],
 )
 def test_under_every_plan_mode(policy: str, plan: PlanMode, rematerialize: bool) -> None:
     run_ranks(2, _both, policy, plan, rematerialize)

@@ -34,14 +34,14 @@ def cases(policy: str, scenario: str, **changes: object) -> list[Case]:
 
 
 def test_two_ranks_equal_one_process() -> None:
-    some = [*cases("hecate", "balanced", steps=2)[:1], *cases("hecate", "empty rank", steps=2)[3::3]]
+    some = [*cases("hecate_paper", "balanced", steps=2)[:1], *cases("hecate_paper", "empty rank", steps=2)[3::3]]
     run_ranks(2, check_routers, some, timeout=240)
 
 
 @pytest.mark.parametrize("world", SLOW)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_any_number_of_ranks_equals_one_process(world: int, scenario: str) -> None:
-    run_ranks(world, check_routers, cases("hecate", scenario), timeout=480)
+    run_ranks(world, check_routers, cases("hecate_paper", scenario), timeout=480)
 
 
 @pytest.mark.slow

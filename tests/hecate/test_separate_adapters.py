@@ -27,17 +27,17 @@ STEPS = 4
 
 
 def test_on_two_ranks_each_adapter_is_what_it_is_alone() -> None:
-    cases = [given_case("hecate", "idle experts", steps=2), given_linear_case("hecate", "idle experts", steps=2)]
+    cases = [given_case("hecate_paper", "idle experts", steps=2), given_linear_case("hecate_paper", "idle experts", steps=2)]
     run_ranks(2, check_all_separate, cases, timeout=240)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_on_any_number_of_ranks(world: int) -> None:
-    cases = [given_case("hecate", scenario) for scenario in SCENARIOS]
+    cases = [given_case("hecate_paper", scenario) for scenario in SCENARIOS]
     again = {"checkpointing": True, "rematerialize": True, "plan": "exact"}
     cases += [given_case("llep", "empty rank", **again), given_linear_case("llep", "empty rank", **again)]
-    cases += [given_linear_case("hecate", scenario) for scenario in SCENARIOS]
+    cases += [given_linear_case("hecate_paper", scenario) for scenario in SCENARIOS]
     run_ranks(world, check_all_separate, cases, timeout=480)
 
 
@@ -49,7 +49,7 @@ def test_under_every_policy() -> None:
 
 @pytest.mark.slow
 def test_in_sharding_groups() -> None:
-    run_ranks(4, check_all_separate, [given_case("hecate", "idle experts", shard_size=2)], timeout=480)
+    run_ranks(4, check_all_separate, [given_case("hecate_paper", "idle experts", shard_size=2)], timeout=480)
 
 
 def one_source_each(step: int) -> list[Batch]:
@@ -75,7 +75,7 @@ def one_source_each(step: int) -> list[Batch]:
 
 def trained(only: int | None) -> dict[str, torch.Tensor]:
     """Parameters and moments after some steps, with all sources' micro-steps or those of one."""
-    case = given_case("hecate", "idle experts", dtype=torch.float32)
+    case = given_case("hecate_paper", "idle experts", dtype=torch.float32)
     moe, head = sharded(case, 1)
     optimizer = optimizer_of(moe, case)
     for step in range(STEPS):

@@ -21,10 +21,10 @@ from tests.hecate.equivalence_cases import AUX_COEF, LEARNING_RATE, MAX_NORM, MI
 STEPS = 4
 CASES = [
     (2, Case("full", 8, 2, "balanced")),
-    (2, Case("hecate", 8, 2, "hot expert")),
+    (2, Case("hecate_paper", 8, 2, "hot expert")),
     (2, Case("random 3", 8, 2, "empty rank", checkpointing=True)),
     (2, Case("static_ep", 8, 2, "idle experts")),
-    (1, Case("hecate", 8, 2, "hot expert")),
+    (1, Case("hecate_paper", 8, 2, "hot expert")),
 ]
 """with the number of nodes"""
 

@@ -57,7 +57,9 @@ def test_experts_mixed_by_users_train_as_one_process() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_under_every_policy(world: int) -> None:
     cases = [UserCase(policy, steps=2) for policy in sorted(POLICIES)]
-    cases += [UserCase(policy, "products", "empty rank", steps=2) for policy in ("static_ep", "hecate", "llep", "random 3", "elsewhere")]
+    cases += [
+        UserCase(policy, "products", "empty rank", steps=2) for policy in ("static_ep", "hecate_paper", "llep", "random 3", "elsewhere")
+    ]
     cases += [UserCase("random 3", "factors", "empty rank", (4, 1), checkpointing=True)]
     run_ranks(world, check_cases, cases, timeout=580)
 
@@ -66,17 +68,17 @@ def test_under_every_policy(world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_whenever_replicas_come_and_go(world: int) -> None:
     cases = [
-        UserCase("hecate", rematerialize=True),
+        UserCase("hecate_paper", rematerialize=True),
         UserCase("llep", "products", rematerialize=True, prefetch=2, checkpointing=True),
         UserCase("static_ep", scenario="empty rank", plan="exact", rematerialize=True, prefetch=0),
-        UserCase("hecate", plan="calibrated", checkpointing=True),
+        UserCase("hecate_paper", plan="calibrated", checkpointing=True),
         UserCase("static_ep", scenario="moving owners"),
-        UserCase("hecate", "products", "moving owners"),
+        UserCase("hecate_paper", "products", "moving owners"),
     ]
     run_ranks(world, check_cases, cases, timeout=580)
 
 
 @pytest.mark.slow
 def test_in_sharding_groups_smaller_than_the_world() -> None:
-    cases = [UserCase("static_ep", scenario="empty rank"), UserCase("hecate", "products")]
+    cases = [UserCase("static_ep", scenario="empty rank"), UserCase("hecate_paper", "products")]
     run_ranks(4, check_cases, [replace(case, shard_size=2) for case in cases], timeout=580)

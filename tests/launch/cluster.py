@@ -135,7 +135,7 @@ class RayCluster:
     @contextmanager
     def job(self, command: str, run: Path, *arguments: object, **changes: str) -> Iterator[Job]:
         """`hecate COMMAND` with the workshop's configuration; killed at the end if it still runs."""
-        overrides = (f"output_dir={run}", "data.eval=[]", "eval.generate=false", "fssdp.policy=hecate", *map(str, arguments))
+        overrides = (f"output_dir={run}", "data.eval=[]", "eval.generate=false", "fssdp.policy=hecate_paper", *map(str, arguments))
         started = Job([sys.executable, "-m", "hecate", command, "config.yaml", *overrides], self.environment(**changes), self.folder, run)
         try:
             yield started

@@ -82,7 +82,7 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
     """The example's script runs on two nodes. A rank is killed on each node, and all ranks start again. A node is cut off and ends, and the
     other one goes on alone until it is back. The node that hosts the meeting point is lost, and the other one ends with a clear error."""
     temporary, run = workshop / "tmp", workshop / "runs" / "two"
-    given = [*OVERRIDES, "fssdp.policy=hecate", f"output_dir={run}", "max_steps=100000"]
+    given = [*OVERRIDES, "fssdp.policy=hecate_paper", f"output_dir={run}", "max_steps=100000"]
     meeting = f"{HOSTS[0]}:29433"
     with slow_link() as names, ExitStack() as stack:
 
@@ -142,7 +142,7 @@ def test_a_mistake_on_two_nodes_is_not_tried_again(workshop: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra `ray`)")
 def test_ray_trains_across_and_replaces_a_rank_on_either_node_and_goes_on_without_one(workshop: Path) -> None:
     run = workshop / "runs" / "ray"
-    overrides = ["data.eval=[]", "eval.generate=false", "fssdp.policy=hecate", "fssdp.redundancy=1", "ray.report_steps=1"]
+    overrides = ["data.eval=[]", "eval.generate=false", "fssdp.policy=hecate_paper", "fssdp.redundancy=1", "ray.report_steps=1"]
     command = [sys.executable, "-m", "hecate", "ray", "config.yaml", f"output_dir={run}", "max_steps=100000", *overrides]
     with slow_link(RATE) as names, raylets(names, make_token(workshop)) as variables:
         command = ["ip", "netns", "exec", names[0], *command, "--address", f"{HOSTS[0]}:6379"]

@@ -40,7 +40,7 @@ BF16 = ("model.dtype=bfloat16",)
 WIDE_HEADS = ("model.name_or_path={folder}/wide",)
 """heads of 16 elements, which flex attention needs"""
 EVALUATED = ("eval.on_start=true", "eval.generate=true", "data.eval=[{folder}/up.eval.jsonl]")
-STATIC, EVERYWHERE, HECATE = ("fssdp.policy=static_ep",), ("fssdp.policy=full",), ("fssdp.policy=hecate",)
+STATIC, EVERYWHERE, HECATE = ("fssdp.policy=static_ep",), ("fssdp.policy=full",), ("fssdp.policy=hecate_paper",)
 BALANCING = ("moe.router.score=sigmoid", "moe.router.bias=balancing", "moe.router.bias_rate=0.01", "moe.router_aux_loss_coef=0")
 SAMPLES = ("moe.router.bias=learned", "moe.router.weights=one", "moe.router.balance=sample", "moe.top_k=1")
 GIVEN = (

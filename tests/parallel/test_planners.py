@@ -9,7 +9,7 @@ from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.planners.full import plan_full
-from hecate.parallel.planners.hecate import plan_hecate
+from hecate.parallel.planners.hecate_paper import plan_hecate_paper
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.static_ep import plan_static_ep
 from testing.unit_cases import layer_input, layers_input, unit_topology
@@ -29,7 +29,7 @@ def hiding(degree: int) -> LayerCost:
 
 def where(given_: PlanInput) -> list[list[int]]:
     """Ranks of each expert of the first layer."""
-    return [np.flatnonzero(row).tolist() for row in plan_hecate(given_).where_LED[0]]
+    return [np.flatnonzero(row).tolist() for row in plan_hecate_paper(given_).where_LED[0]]
 
 
 @st.composite
@@ -94,7 +94,7 @@ def test_every_plan_can_be_carried_out(policy: str, given_: PlanInput) -> None:
             np.testing.assert_allclose(quota_D.sum(), load, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("policy", ["full", "hecate", "static_ep"])
+@pytest.mark.parametrize("policy", ["full", "hecate_paper", "static_ep"])
 @given(given_=inputs())
 def test_policies_without_quotas_leave_tokens_to_topology_aware_dispatch(policy: str, given_: PlanInput) -> None:
     assert POLICIES[policy](given_).quota_LED is None
@@ -102,11 +102,11 @@ def test_policies_without_quotas_leave_tokens_to_topology_aware_dispatch(policy:
 
 @given(inputs())
 def test_hecate_plans_each_layer_by_itself(given_: PlanInput) -> None:
-    together = plan_hecate(given_).where_LED
+    together = plan_hecate_paper(given_).where_LED
     for layer in range(len(together)):
         loads = None if given_.loads_LED is None else given_.loads_LED[layer : layer + 1]
         alone = PlanInput(given_.owner_LE[layer : layer + 1], loads, given_.topology, given_.cost, given_.slots_D)
-        np.testing.assert_array_equal(plan_hecate(alone).where_LED[0], together[layer])
+        np.testing.assert_array_equal(plan_hecate_paper(alone).where_LED[0], together[layer])
 
 
 @given(inputs())
@@ -122,7 +122,7 @@ def test_hecate_with_memory_for_the_overlap_degree(given_: PlanInput) -> None:
     degree = min(int(given_.cost.non_moe_flops), given_.owner_LE.shape[1])
     if degree > min(given_.slots_D):
         return
-    for layer, where_ED in enumerate(plan_hecate(given_).where_LED):
+    for layer, where_ED in enumerate(plan_hecate_paper(given_).where_LED):
         hottest = set(hotness(given_, layer)[:degree])
         for expert, row in enumerate(where_ED):
             if expert in hottest:
@@ -135,7 +135,7 @@ def test_hecate_with_memory_for_the_overlap_degree(given_: PlanInput) -> None:
 def test_hecate_never_gives_a_device_more_replicas_than_fit(given_: PlanInput) -> None:
     world = given_.topology.world_size
     degree = min(int(given_.cost.non_moe_flops), given_.owner_LE.shape[1])
-    for layer, where_ED in enumerate(plan_hecate(given_).where_LED):
+    for layer, where_ED in enumerate(plan_hecate_paper(given_).where_LED):
         replicas_D = where_ED.sum(axis=0) - np.bincount(given_.owner_LE[layer], minlength=world)
         assert (replicas_D <= given_.slots_D).all()
         cold = hotness(given_, layer)[degree:]
@@ -147,7 +147,7 @@ def test_hecate_without_loads_counts_every_expert_as_equally_hot(given_: PlanInp
     (layers, experts), world = given_.owner_LE.shape, given_.topology.world_size
     unknown = PlanInput(given_.owner_LE, None, given_.topology, given_.cost, given_.slots_D)
     equal = PlanInput(given_.owner_LE, np.full((layers, experts, world), 3.0), given_.topology, given_.cost, given_.slots_D)
-    np.testing.assert_array_equal(plan_hecate(unknown).where_LED, plan_hecate(equal).where_LED)
+    np.testing.assert_array_equal(plan_hecate_paper(unknown).where_LED, plan_hecate_paper(equal).where_LED)
 
 
 def test_the_hottest_go_everywhere_and_ties_go_by_index() -> None:

@@ -195,7 +195,7 @@ def test_resharding_happens_when_it_is_asked_for() -> None:
     """Both of rank 0's experts are hot and cannot be replicated; once they have been moved, each rank serves one."""
     loads = np.array([[[[50, 50], [50, 50], [0, 0], [0, 0]]]] * 6)
     cost = replace(COST, trainable_bytes=0.001, non_moe_flops=0.0)
-    policies = {"hecate": POLICIES["hecate"], "static_ep": POLICIES["static_ep"]}
+    policies = {"hecate_paper": POLICIES["hecate_paper"], "static_ep": POLICIES["static_ep"]}
     stay = simulate(loads, NODE, cost, policies, slots_D=np.zeros(2, dtype=int))
     move = simulate(loads, NODE, cost, policies, slots_D=np.zeros(2, dtype=int), reshard_interval=2)
     assert [row.imbalance for row in stay] == [2, 2]

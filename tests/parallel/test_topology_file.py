@@ -93,6 +93,12 @@ BAD = {
     "a rank twice": (f"nodes: [{{ranks: [0], {IN_NODE}}}, {{ranks: [0], {IN_NODE}}}]\nintra_node: {LINK}\ninter_node: {LINK}", "ranks"),
     "a rank too few": (f"nodes: [{{ranks: [0], devices: 2, flops: 1, memory: 1}}]\nintra_node: {LINK}", "ranks"),
     "a rank no integer": (f"nodes: [{{ranks: [zero], {IN_NODE}}}]\nintra_node: {LINK}", "ranks"),
+    "price zero": (f"nodes: [{{price_per_hour: 0, {IN_NODE}}}]\nintra_node: {LINK}", r"nodes\[0\]\.price_per_hour"),
+    "price no number": (f"nodes: [{{price_per_hour: cheap, {IN_NODE}}}]\nintra_node: {LINK}", r"nodes\[0\]\.price_per_hour.*cheap"),
+    "price of one node only": (
+        f"nodes: [{NODE}, {{price_per_hour: 2, {IN_NODE}}}]\nintra_node: {LINK}\ninter_node: {LINK}",
+        r"nodes\[0\] has no price_per_hour, but nodes\[1\] has",
+    ),
     "no YAML": ("nodes: [", "cannot be read"),
 }
 
@@ -115,9 +121,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 OPTIONAL = """\
 nodes:
-  - {devices: 2, flops: 300.0, memory: 1, port: [7, 8e0], uplink: 40, memory_bandwidth: 6}
-  - {devices: 1, flops: 600.0, memory: 1, nic: 30}
-  - {devices: 1, flops: 600.0, memory: 1}
+  - {devices: 2, flops: 300.0, memory: 1, port: [7, 8e0], uplink: 40, memory_bandwidth: 6, price_per_hour: [2, 3.5]}
+  - {devices: 1, flops: 600.0, memory: 1, nic: 30, price_per_hour: 1}
+  - {devices: 1, flops: 600.0, memory: 1, price_per_hour: 1}
 intra_node: {bandwidth: 9, latency: 0}
 inter_node: {bandwidth: 50, latency: 0}
 overlap_slowdown: 1.25
@@ -131,6 +137,8 @@ def test_optional_keys_and_what_stands_in_for_them(tmp_path: Path) -> None:
     assert topology.nic_bandwidth == (40.0, 40.0, 30.0, 50.0)
     assert topology.memory_bandwidth == (6.0, 6.0, 4.0, 4.0)  # left out: a byte for 150 FLOPs
     assert topology.overlap_slowdown == 1.25
+    assert topology.price_per_hour == (2.0, 3.5, 1.0, 1.0)
+    assert topology.take([1, 3]).price_per_hour == (3.5, 1.0)
 
 
 def test_ranks_of_a_node_need_not_be_adjacent(tmp_path: Path) -> None:
@@ -157,7 +165,13 @@ def topologies(draw: st.DrawFn) -> Topology:
 
     world = len(node_of_rank)
     plain = Topology(tuple(node_of_rank), some(world), some(world), draw(links), draw(links))
-    size_of = {"port_bandwidth": world, "uplink_bandwidth": nodes, "nic_bandwidth": world, "memory_bandwidth": world}
+    size_of = {
+        "port_bandwidth": world,
+        "uplink_bandwidth": nodes,
+        "nic_bandwidth": world,
+        "memory_bandwidth": world,
+        "price_per_hour": world,
+    }
     chosen = {name: some(size) for name, size in size_of.items() if draw(st.booleans())}
     return replace(plain, **chosen, overlap_slowdown=draw(st.floats(1, 2)))
 

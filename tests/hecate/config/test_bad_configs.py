@@ -199,7 +199,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"data": "{train: [a.jsonl, a.txt]}"}, "data.train[1].name", "a is already the name of data.train[0]"),
     ({"data": "{train: {path: a.jsonl, name: 'my data'}}"}, "data.train[0].name", "got my data"),
     # files
-    ({"model": "{name_or_path: org/model}"}, "model.name_or_path", "`hf download org/model --local-dir FOLDER`"),
+    ({"model": "{name_or_path: org/model}"}, "model.name_or_path", "hub: true fetches org/model from the hub"),
     ({"model": "{name_or_path: used}"}, "model.name_or_path", "no config.json"),
     ({"model": "{name_or_path: a.jsonl}"}, "model.name_or_path", "neither a folder nor a .gguf file"),
     ({"model": "{name_or_path: 'package:no_such_package'}"}, "model.name_or_path", "no Python package no_such_package"),

@@ -220,6 +220,13 @@ def test_megatrons_own_layers_are_another_training(folder: Path) -> None:
     assert changed_computation(then, load(MINIMAL)) == [Change("fssdp.policy", "megatron_ep", "auto")]
 
 
+def test_a_saved_configuration_with_a_policys_former_name(folder: Path) -> None:
+    config = load(MINIMAL, "fssdp.policy=hecate_paper")
+    older = to_yaml(config).replace("policy: hecate_paper", "policy: hecate")
+    assert "policy: hecate\n" in older
+    assert saved_config(older) == config
+
+
 def test_a_saved_configuration_of_another_version_or_a_damaged_one(folder: Path) -> None:
     config = load(MINIMAL)
     older = {key: value for key, value in yaml.safe_load(to_yaml(config)).items() if key != "eval"}

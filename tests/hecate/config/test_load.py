@@ -12,6 +12,7 @@ from hecate.config import ConfigError, DataSource
 from hecate.config.load import MAX_BYTES, load_config
 from hecate.config.presets import run_presets
 from hecate.config.schema import LEAF_TYPES, RANGES, REQUIRED, SECTIONS
+from hecate.parallel.policy_names import renamed
 from tests.hecate.config.making import MINIMAL, load
 
 
@@ -29,6 +30,17 @@ def test_defaults_are_those_documented(folder: Path) -> None:
     assert (config.learning_rate, config.max_grad_norm, config.lr_scheduler_type) == (2e-4, 1.0, "cosine")
     assert (config.eval_steps, config.save_steps, config.nproc, config.topology) == (None, None, None, "auto")
     assert (config.eval.generate, config.eval.max_new_tokens, config.eval.batch_size) == (False, 32, 16)
+
+
+@pytest.mark.parametrize("overrides", [("fssdp.policy=hecate",), ("fssdp.policy='hecate'",), ()])
+def test_a_policys_former_name_is_read_and_a_line_says_so(
+    overrides: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = MINIMAL if overrides else MINIMAL + "fssdp: {policy: hecate}\n"
+    assert load(text, *overrides).fssdp.policy == "hecate_paper"
+    assert capsys.readouterr().err == f"hecate: {renamed('fssdp.policy', 'hecate')}\n"
+    load_config(folder / "run.yaml", overrides, claim_output=False)  # as every rank does
+    assert not capsys.readouterr().err
 
 
 def test_sources_as_paths_and_mappings(folder: Path) -> None:

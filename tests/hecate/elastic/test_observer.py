@@ -47,7 +47,13 @@ class Recorder:
 
 
 def watched(rank: int, world: int, workshop: str, name: str, order: ReplanOrder | None, until: int) -> tuple[bool, Recorder]:
-    overrides = ("model.dtype=float64", "data.eval=[]", "eval.generate=false", "fssdp.policy=hecate", f"output_dir={workshop}/runs/{name}")
+    overrides = (
+        "model.dtype=float64",
+        "data.eval=[]",
+        "eval.generate=false",
+        "fssdp.policy=hecate_paper",
+        f"output_dir={workshop}/runs/{name}",
+    )
     default = dist.group.WORLD
     assert default is not None
     ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))

@@ -9,6 +9,7 @@ from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.layer import MoeLayer
 from hecate.experts.router import TopKRouter
 from tests.hecate.experts.making import HIDDEN, engine, router_site
+from tests.hecate.forecast.making import saved_for_backward
 
 
 def layer(current: CurrentPass, experts: int = 4) -> MoeLayer:
@@ -39,6 +40,15 @@ def test_padding_comes_out_as_zeros_and_the_rest_as_without_it(one_rank: dist.Pr
     assert not got.flatten(0, 1)[PADDING].any()
     assert whole.flatten(0, 1)[PADDING].any()
     torch.testing.assert_close(got.flatten(0, 1)[VALID], whole.flatten(0, 1)[VALID], rtol=1e-12, atol=1e-12)
+
+
+def test_results_among_padding_are_not_kept_for_the_backward_pass(one_rank: dist.ProcessGroup) -> None:
+    moe, made = both()
+    made.begin_step(0).begin_micro_step(PassTokens(VALID, torch.arange(10)))
+    with saved_for_backward() as kept:
+        result = moe(hidden()).flatten(0, 1)[VALID]
+    assert kept
+    assert not any(tensor.shape == result.shape and torch.equal(tensor, result) for tensor in kept.values())
 
 
 def test_a_batch_of_padding_alone(one_rank: dist.ProcessGroup) -> None:

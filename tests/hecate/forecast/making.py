@@ -42,6 +42,29 @@ def config_for(folder: Path, *overrides: str, dtype: str = "float32") -> Config:
     return load_config(path, overrides, claim_output=False)
 
 
+def packed_batch(length: int, vocabulary: int, *, first: int = 0, of_user: bool = False) -> Any:
+    """A row of two samples and one token of padding, whose tokens are numbered from `first`."""
+    import torch
+
+    from hecate.data.batches import Batch
+
+    half = length // 2
+    segments = torch.tensor([[1] * half + [2] * (length - half - 1) + [0]])
+    place = torch.arange(length)[None]
+    is_token = segments > 0
+    tokens = torch.where(is_token, place % vocabulary, 0)
+    source = torch.where(is_token, 0, -1)
+    return Batch(
+        tokens,
+        torch.where(is_token, tokens, -100),
+        torch.where(is_token, torch.where(place < half, place, place - half), 0),
+        segments,
+        torch.where(is_token, place + first, -1),
+        source,
+        source if of_user else None,
+    )
+
+
 def num_bytes(tensors: Iterable[Any]) -> int:
     """Of their storages, each counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from hecate.errors import UserError
 from hecate.forecast.bars import PARTS, draw_bars, write_bars
-from hecate.forecast.report import SPEEDUP
+from hecate.forecast.report import COST, SPEEDUP
 
 
 def row(policy: str, seconds: float, **changes: Any) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def row(policy: str, seconds: float, **changes: Any) -> dict[str, Any]:
     parts = dict.fromkeys((*PARTS, "gather", "reduce"), 0.0) | {"compute": 0.75 * seconds, "dispatch": 0.25 * seconds}
     common = {"topology": "cluster", "ranks": 2, "model": "small", "kind": "moe_lora", "experts": 4, "workload": "zipf"}
     sizes = {"tokens_per_rank": 8192, "memory_bytes": 3e9, "fits_memory": True}
-    return common | sizes | {"policy": policy, "step_seconds": seconds, "seconds": parts, SPEEDUP: 4 / seconds, **changes}
+    return common | sizes | {"policy": policy, "step_seconds": seconds, "seconds": parts, SPEEDUP: 4 / seconds, COST: None, **changes}
 
 
 def texts(figure: Figure) -> list[str]:
@@ -33,14 +33,22 @@ def texts(figure: Figure) -> list[str]:
 
 def test_model_cluster_and_workload_are_named() -> None:
     shown = "\n".join(texts(draw_bars([row("static_ep", 4.0), row("auto", 1.0)])))
-    for part in ("small: LoRA on frozen experts", "4 experts", "8,192 tokens", "cluster (2 ranks)", "workload zipf", "one training step"):
+    for part in (
+        "small: LoRA on frozen experts",
+        "4 experts",
+        "8,192 tokens",
+        "cluster (2 ranks)",
+        "workload zipf",
+        "one training step",
+        "fits: auto\n16,384 tokens/s",
+    ):
         assert part in shown
 
 
 def test_a_bar_says_speedup_and_memory_and_is_as_long_as_the_step() -> None:
     figure = draw_bars([row("static_ep", 4.0), row("auto", 1.0), row("full", 2.0, fits_memory=False)])
     shown = texts(figure)
-    assert {"1.00x, 3 GB", "4.00x, 3 GB", "2.00x, 3 GB: too much"} <= set(shown)
+    assert {"4000 ms, 1.00x, 3 GB", "1000 ms, 4.00x, 3 GB", "2000 ms, 2.00x, 3 GB: too much"} <= set(shown)
     (axis,) = figure.axes
     ends = {round(patch.get_y() + patch.get_height() / 2): patch.get_x() + patch.get_width() for patch in axis.patches}  # type: ignore[attr-defined]
     assert ends == pytest.approx({0: 4000, 1: 1000, 2: 2000})
@@ -52,13 +60,25 @@ def test_several_workloads_are_one_bar() -> None:
     for one in both:
         one[SPEEDUP] = {"zipf": 4.0, "burst": 12.0}[one["workload"]] / one["step_seconds"]
     shown = texts(draw_bars(both))
-    assert "2.67x, 3 GB" in shown
+    assert "3000 ms, 2.67x, 3 GB" in shown
     assert any("mean of the workloads zipf, burst" in text for text in shown)
 
 
 def test_without_the_baseline_a_bar_says_its_time() -> None:
     shown = texts(draw_bars([row("auto", 0.25, **{SPEEDUP: None})]))
     assert "250 ms, 3 GB" in shown
+
+
+def test_clusters_with_a_price_are_drawn_to_one_scale_with_their_costs() -> None:
+    """The policy that is fastest does not fit, so that the panel names the next one."""
+    first = [row("static_ep", 4.0, **{COST: 0.5}), row("full", 1.0, fits_memory=False, **{COST: 0.125})]
+    figure = draw_bars([*first, row("static_ep", 8.0, topology="slow"), row("full", 8.0, topology="slow")])
+    shown = texts(figure)
+    assert {"4000 ms, 1.00x, 3 GB, cost 0.5", "1000 ms, 4.00x, 3 GB: too much, cost 0.125", "8000 ms, 0.50x, 3 GB"} <= set(shown)
+    assert any("static_ep\n4,096 tokens/s, a million for 0.5" in text for text in shown)
+    assert any("cost of a million tokens" in text for text in shown)
+    left, right = (axis.get_xlim()[1] for axis in figure.axes)
+    assert left == right > 8000
 
 
 def test_the_default_policy_is_marked_and_parts_that_are_nothing_are_not_explained() -> None:

@@ -86,6 +86,11 @@ def test_simulate_shows_that_it_lives(model: str, live: bool, monkeypatch: pytes
 def test_what_simulate_refuses(model: str) -> None:
     assert "needs --topology and --model, or --sweep FILE" in refused("simulate")
     assert "needs --model, or" in refused("simulate", "--topology", "h100-node")
+    for price in ("free", "0", "-1", "nan", "inf", "1,2,3", ""):
+        said = refused("simulate", "--topology", "h100-node,h200-node", "--model", model, "--price-per-hour", price)
+        assert "must be a positive number" in said
+        assert "of which there are 2" in said
+    assert "two are called h100-node" in refused("simulate", "--topology", "h100-node,h100-node", "--model", model)
     assert "topology nowhere: no such preset" in refused("simulate", "--topology", "nowhere", "--model", model)
     assert "--policy: unknown: best" in refused("simulate", "--topology", "h100-node", "--model", model, "--policy", "best")
     assert "leave out --model, --steps" in refused("simulate", "--sweep", "paper", "--model", model, "--steps", "3")

@@ -128,8 +128,8 @@ def test_sharding_groups_by_hand(folder: Path) -> None:
 
 
 def test_the_configured_policy_comes_first_and_memory_is_compared(folder: Path) -> None:
-    found = dry_run(folder, "fssdp.policy=hecate")
-    assert found.policies[0].policy == "hecate"
+    found = dry_run(folder, "fssdp.policy=hecate_paper")
+    assert found.policies[0].policy == "hecate_paper"
     assert len({one.policy for one in found.policies}) == len(found.policies) == 11
     assert fits(found.policies[0], found.run)
     small = replace(found.run, topology=replace(found.run.topology, memory=(1e9, found.policies[0].memory_PD[:, 1].max() - 1)))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.run_shape import run_shape
@@ -24,7 +23,7 @@ from hecate.ranks.groups import ExpertGroups
 from hecate.train.build import insertion_plan
 from hecate.train.step import StepRules, forward_loss, pass_tokens, train_step
 from testing.ranks import run_ranks
-from tests.hecate.forecast.making import config_for, saved_for_backward, write_model
+from tests.hecate.forecast.making import config_for, packed_batch, saved_for_backward, write_model
 
 SIZES = {"hidden_size": 48, "intermediate_size": 136, "head_dim": 24, "vocab_size": 64}
 FULL = ("moe.family=full", "moe.num_experts=[5,0,5]", "data.seq_len=96")
@@ -49,8 +48,7 @@ def _measure(rank: int, world: int, folder: str, dtype: str, overrides: tuple[st
     moe = insert_experts(model, find_gated_ffns(model), insertion_plan(config, 3), engine_config, ExpertGroups(group, group))
     replicated = moe.replicated_parameters()
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    tokens = torch.arange(96)[None]
-    batch = Batch(tokens % 64, (tokens + rank) % 64, tokens, torch.ones_like(tokens), tokens + 96 * rank, torch.zeros_like(tokens))
+    batch = packed_batch(96, 64, first=96 * rank)
     optimizer = ExpertOptimizer(
         Trainables(owned_parameters(moe.engine), replicated), AdamW(weight_decay=0.0), LearningRate(1e-3), torch.device("cpu")
     )

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.forecast.dry_run import forecast
@@ -25,7 +24,7 @@ from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.train.build import insertion_plan
 from hecate.train.step import forward_loss, pass_tokens
-from tests.hecate.forecast.making import config_for, saved_for_backward, write_model
+from tests.hecate.forecast.making import config_for, packed_batch, saved_for_backward, write_model
 
 LINEARS = ("moe.unit=linear", "moe.num_experts=null", "moe.allocation=[2,0,3]")
 
@@ -140,8 +139,7 @@ def test_activations_are_what_autograd_keeps_within_a_twentieth(one_rank: dist.P
     overrides = ["data.seq_len=96", *(override.replace("USERS", f"{tmp_path}/users.npz") for override in SYSTEMS[system])]
     moe, head = built(tmp_path, one_rank, *overrides)
     users = torch.ones(1, 8) if system == "RecLoRA" else None
-    tokens, nothing = torch.arange(96)[None], torch.zeros(1, 96, dtype=torch.int64)
-    batch = Batch(tokens % 64, tokens % 64, tokens, nothing + 1, tokens, nothing, None if users is None else nothing)
+    batch = packed_batch(96, 64, of_user=users is not None)
     moe.engine.begin_step(0).begin_micro_step(pass_tokens(head, batch, 1.0, users))
     known = {parameter.untyped_storage().data_ptr() for parameter in moe.model.parameters()}
     known |= {store.owned.untyped_storage().data_ptr() for store in moe.engine.shards.trained.values()}

@@ -35,7 +35,7 @@ from hecate.ranks.groups import ExpertGroups, expert_groups
 from hecate.train.build import insertion_plan
 from hecate.train.step import StepRules, forward_loss, pass_tokens, train_step
 from testing.ranks import run_ranks
-from tests.hecate.forecast.making import config_for, num_bytes, saved_for_backward, slow_node, write_model
+from tests.hecate.forecast.making import config_for, num_bytes, packed_batch, saved_for_backward, slow_node, write_model
 
 EVERY_EXPERT = ("moe.num_experts=[5,0,5]", "moe.top_k=5")
 """so that all have moments after a step"""
@@ -265,8 +265,7 @@ def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: b
         from hecate.model.checkpointing import checkpoint_activations
 
         checkpoint_activations(moe)
-    tokens = torch.arange(96)[None]
-    batch = Batch(tokens % 64, tokens % 64, tokens, torch.ones_like(tokens), tokens, torch.zeros_like(tokens))
+    batch = packed_batch(96, 64)
     moe.engine.begin_step(0).begin_micro_step(pass_tokens(head, batch))
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     known |= {store.owned.untyped_storage().data_ptr() for store in moe.engine.shards.stores.values()}
@@ -289,7 +288,7 @@ def test_activations_are_what_autograd_keeps(tmp_path: Path, dtype: str) -> None
 
 
 def test_checkpointed_layers_keep_their_inputs(tmp_path: Path) -> None:
-    """Of 8 layers' activations the inputs are left, and one layer's while it runs again."""
+    """Of three layers' activations the inputs are left, and one layer's while it runs."""
     write_model(tmp_path)
     runs = [shape_of(tmp_path, f"gradient_checkpointing={flag}") for flag in ("false", "true")]
     plain, checkpointed = (

@@ -12,8 +12,8 @@ import pytest
 
 from hecate.config.presets import find_preset, preset_names
 from hecate.errors import UserError
-from hecate.forecast.cases import Case, Options, chosen, synthetic_cases, trace_case
-from hecate.forecast.report import SPEEDUP, print_rows, write_json
+from hecate.forecast.cases import Case, Options, chosen, chosen_policies, synthetic_cases, trace_case
+from hecate.forecast.report import COST, SPEEDUP, print_rows, write_json
 from hecate.forecast.sweep import load_sweep
 from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.traces import Trace, save_trace
@@ -36,7 +36,7 @@ ROW_KEYS = {
         "bytes",
         "imbalance",
     ),
-    *("replica_bytes", "memory_bytes", "fits_memory", "planner_ms_per_layer", SPEEDUP),
+    *("replica_bytes", "memory_bytes", "fits_memory", "planner_ms_per_layer", "tokens_per_second", COST, SPEEDUP),
 }
 
 
@@ -67,6 +67,19 @@ def test_rows_are_json_of_a_fixed_form(model: str) -> None:
     assert rows[0][SPEEDUP] == 1
     assert rows[1][SPEEDUP] == pytest.approx(rows[0]["step_seconds"] / rows[1]["step_seconds"])
     assert rows[1]["memory_bytes"] - rows[0]["memory_bytes"] == rows[1]["replica_bytes"] > 0
+
+
+def test_what_a_million_tokens_cost_by_hand(model: str, tmp_path: Path) -> None:
+    """Devices of 3 and of 5 an hour take 2 x 64 tokens a step."""
+    node = "{devices: 2, flops: 5.0e+10, memory: 8.0e+9, price_per_hour: [3, 5]}"
+    (tmp_path / "priced.yaml").write_text(f"nodes: [{node}]\nintra_node: {{bandwidth: 1.0e+9, latency: 1.0e-4}}")
+    for price, an_hour in ((None, 8.0), (1.0, 2.0)):
+        (case,) = synthetic_cases(str(tmp_path / "priced.yaml"), model, ["zipf"], 64, price_per_hour=price)
+        for row in case.run(TWO):
+            assert row["tokens_per_second"] == pytest.approx(128 / row["step_seconds"])
+            assert row[COST] == pytest.approx(an_hour / 3600 * row["step_seconds"] / 128 * 1e6)
+    (free,) = synthetic_cases("two-cpu-ranks", model, ["zipf"], 64)
+    assert free.run(TWO)[0][COST] is None
 
 
 def test_sampled_layers_stand_for_the_model(model: str) -> None:
@@ -134,6 +147,15 @@ def test_names_are_chosen(names: str | list[str], expected: tuple[str, ...]) -> 
     assert chosen(names, ("a", "b", "c"), "--policy") == expected
 
 
+def test_a_policys_former_name_is_chosen_and_a_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chosen_policies("full, hecate,hecate_paper", "--policy") == ("full", "hecate_paper")
+    told = "the policy hecate is called hecate_paper now, as the paper's own; hecate's default is auto\n"
+    assert capsys.readouterr().err == f"hecate: --policy: {told}"
+    _, options = sweep(tmp_path, "policies: hecate\nruns: [{topologies: two-cpu-ranks, models: gpt-moe-s}]")
+    assert options.policies == ("hecate_paper",)
+    assert capsys.readouterr().err == f"hecate: {tmp_path / 'sweep.yaml'}.policies: {told}"
+
+
 @pytest.mark.parametrize(("names", "message"), [("a,x", "--policy: unknown: x\n  there are all, a, b"), ("", "--policy: none given")])
 def test_unknown_names_are_refused(names: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -151,7 +173,7 @@ def test_presets() -> None:
 
 def test_the_papers_sweep_has_its_models_on_both_clusters() -> None:
     cases, options = load_sweep(find_preset("experiments", "sweep", "paper"))
-    assert {"static_ep", "fastermoe", "smartmoe", "flexmoe", "hecate", "auto"} <= set(options.policies)
+    assert {"static_ep", "fastermoe", "smartmoe", "flexmoe", "hecate_paper", "auto"} <= set(options.policies)
     found = {(case.topology_name, case.model.name, case.topology.world_size, case.model.experts) for case in cases}
     models = ("gpt-moe-s", "gpt-moe-l", "bert-moe", "bert-moe-deep")
     clusters = (("paper-cluster-a", 32, 64), ("paper-cluster-b", 32, 64), ("paper-cluster-a-16", 16, 32))
@@ -226,7 +248,7 @@ def rows(**changes: Any) -> list[dict[str, Any]]:
         "planner_ms_per_layer": 0.1,
     }
     return [
-        common | {"policy": policy, "step_seconds": seconds, SPEEDUP: 4 / seconds, **changes}
+        common | {"policy": policy, "step_seconds": seconds, SPEEDUP: 4 / seconds, COST: None, **changes}
         for policy, seconds in (("static_ep", 4.0), ("full", 1.0))
     ]
 
@@ -269,6 +291,30 @@ def test_a_narrow_table_has_the_fastest_policy_first(capsys: pytest.CaptureFixtu
     assert max(map(len, shown.splitlines())) <= 80
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
     assert cells == [["full", "1000.0", "4.00x", "1.25", "1.0"], ["static_ep", "4000.0", "1.00x", "1.25", "1.0"]]
+
+
+def test_a_narrow_table_has_a_cost_where_a_price_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows(rows(**{COST: 0.12345}))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "cost: of a million tokens, in the currency of price_per_hour" in shown
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    assert [line[-1] for line in cells] == ["0.123", "0.123"]
+
+
+def test_clusters_are_compared_by_cost_and_then_by_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the second cluster the faster policy does not fit. Nothing is known of the price of the third."""
+    second = rows(topology="second", **{COST: 0.25})
+    second[1]["fits_memory"] = False
+    print_rows([*rows(**{COST: 0.5}), *second, *rows(topology="third", ranks=4)])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    assert [line for line in cells if len(line) == 7] == [
+        ["second", "2", "static_ep", "4000.0", "32", "1.0", "0.25"],
+        ["here", "2", "full", "1000.0", "128", "1.0", "0.5"],
+        ["third", "4", "full", "1000.0", "256", "1.0", "-"],
+    ]
 
 
 def test_several_cases_are_narrowed_to_means_and_extremes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,6 +146,11 @@ def test_how_far_a_run_has_come_is_known_between_records(tmp_path: Path) -> None
         assert said in page_of(write_run(tmp_path / str(number), records))[1].text
 
 
+def test_a_policys_former_name_is_shown_as_the_present_one(tmp_path: Path) -> None:
+    page, _ = page_of(write_run(tmp_path / "run", usual_records(), {"fssdp": {"policy": "hecate"}}))
+    assert "policy: hecate_paper" in page
+
+
 def test_no_text_of_a_run_becomes_html(tmp_path: Path) -> None:
     """The name of its folder, its configuration, its tasks and events, and what is said of its memory."""
     mark = "<i>&amp;"

@@ -11,7 +11,14 @@ from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training
 
 # Five experts in two layers never share out evenly over these ranks; dropout is on.
-OVERRIDES = ("model.dtype=float64", "data.eval=[]", "eval.generate=false", "moe.num_experts=5", "micro_batch_size=1", "fssdp.policy=hecate")
+OVERRIDES = (
+    "model.dtype=float64",
+    "data.eval=[]",
+    "eval.generate=false",
+    "moe.num_experts=5",
+    "micro_batch_size=1",
+    "fssdp.policy=hecate_paper",
+)
 
 
 def ranks_of_default_group(rank: int, world: int, shard_size: int | None = None) -> Ranks:

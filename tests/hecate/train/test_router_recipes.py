@@ -64,7 +64,7 @@ def config_of(workshop: str, recipe: str, name: str, *overrides: str) -> Config:
         "lora.r": "4",
         "lora.alpha": "8",
         "eval": "{generate: true, max_new_tokens: 4, batch_size: 4}",
-        "fssdp.policy": "hecate",
+        "fssdp.policy": "hecate_paper",
         **changed,
     }
     return load_config(RECIPES / f"{file}.yaml", [*(f"{key}={value}" for key, value in given.items()), *overrides], claim_output=False)

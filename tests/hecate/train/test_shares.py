@@ -59,14 +59,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def equal(workshop: str) -> list[Step]:
-    results = run_ranks(4, train, workshop, "equal", [EQUAL] * STEPS, "hecate")
+    results = run_ranks(4, train, workshop, "equal", [EQUAL] * STEPS, "hecate_paper")
     assert [(rows, owned) for _, rows, owned in results] == [([4] * STEPS, 4)] * 4  # two micro-steps of two rows; 16 experts
     steps = results[0][0]
     assert steps[0][0] - steps[-1][0] > 1e-3, "it must have learnt, or nothing was shown"
     return steps
 
 
-@pytest.mark.parametrize("policy", [pytest.param("hecate", marks=pytest.mark.slow), "static_ep"])
+@pytest.mark.parametrize("policy", [pytest.param("hecate_paper", marks=pytest.mark.slow), "static_ep"])
 def test_shares_of_3_3_1_1_give_the_losses_of_equal_ones(workshop: str, equal: list[Step], policy: str) -> None:
     results = run_ranks(4, train, workshop, f"unequal-{policy}", [UNEQUAL] * STEPS, policy)
     assert [rows for _, rows, _ in results] == [[6] * STEPS, [6] * STEPS, [2] * STEPS, [2] * STEPS]
@@ -76,6 +76,6 @@ def test_shares_of_3_3_1_1_give_the_losses_of_equal_ones(workshop: str, equal: l
 
 
 def test_shares_may_change_between_steps_and_a_rank_may_have_none(workshop: str, equal: list[Step]) -> None:
-    results = run_ranks(4, train, workshop, "changing", [EQUAL, UNEQUAL, ONE_SO_SLOW, EQUAL], "hecate")
+    results = run_ranks(4, train, workshop, "changing", [EQUAL, UNEQUAL, ONE_SO_SLOW, EQUAL], "hecate_paper")
     assert [rows for _, rows, _ in results] == [[4, 6, 6, 4], [4, 6, 6, 4], [4, 2, 4, 4], [4, 2, 0, 4]]
     assert torch.tensor(results[0][0]).sub(torch.tensor(equal)).abs().max() <= 1e-10

@@ -8,7 +8,7 @@ from hecate.parallel.cost_model import overlap_degree
 from hecate.parallel.planners.plan import Plan, PlanInput
 
 
-def plan_hecate(given: PlanInput) -> Plan:
+def plan_hecate_paper(given: PlanInput) -> Plan:
     """Materialize the hottest experts, as many as travel hidden behind the non-MoE compute and fit in memory.
 
     With overlap degree t and m free slots on the fullest device: if t <= m the t hottest go to all devices. Otherwise the slots are
