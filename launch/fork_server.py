@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from hecate.io.process_end import run_and_end
 from hecate.ranks.launcher_files import LAUNCHED_VARIABLE
 
 _SERVER = (sys.executable, "-m", "hecate.launch.fork_server")
@@ -200,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main)

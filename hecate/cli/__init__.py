@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from inspect import signature
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 import hecate
 from hecate.cli import answers, forecasts, jobs, machine, models, sweeps
 from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.io.process_end import run_and_end
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,8 +55,12 @@ for _panel, _functions in _VERBS.items():
         app.command(name=_name, rich_help_panel=_panel, context_settings=_settings)(_function)
 
 
-def main() -> None:
-    """Run the command line. A user's mistake ends it with a short text and exit status 2, never with a traceback."""
+def main() -> NoReturn:
+    """Run the command line, and end the process. A user's mistake ends it with a short text and status 2, never with a traceback."""
+    run_and_end(_command)
+
+
+def _command() -> None:
     try:
         app()
     except UserError as error:

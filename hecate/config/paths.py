@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 from hecate.config.hub import hub_hint

@@ -1,1 +1,1 @@
-"""Write files durably; read JSON strictly, and as dataclasses; receive signals."""
+"""Write files durably; read JSON strictly, and as dataclasses; receive signals; end a process."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError
+from hecate.io.process_end import run_and_end
 from hecate.ranks.launcher_files import exit_with_user_error
 
 
@@ -88,4 +89,4 @@ def evaluate_as_rank(request: EvaluationRequest) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_and_end(lambda: main(sys.argv[1:]))

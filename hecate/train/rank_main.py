@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.io.process_end import run_and_end
 from hecate.parallel import jit
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, exit_with_user_error, mistakes
@@ -97,4 +98,4 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_and_end(lambda: main(sys.argv[1:]))
