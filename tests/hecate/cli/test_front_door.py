@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from importlib import import_module
@@ -23,13 +22,11 @@ def test_the_version_is_the_packages() -> None:
     assert (done.exit_code, done.output) == (0, f"hecate {hecate.__version__}\n")
 
 
-def test_the_module_is_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m hecate`."""
-    monkeypatch.setattr(sys, "argv", ["hecate", "no-such-verb"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("hecate.__main__", run_name="__main__")
-    assert ended.value.code == 2
-    assert "no-such-verb" in capsys.readouterr().err
+def test_the_module_is_the_command() -> None:
+    """`python -m hecate`, which is hecate.__main__."""
+    done = subprocess.run([sys.executable, "-m", "hecate", "no-such-verb"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no-such-verb" in done.stderr
 
 
 def test_verbs_that_take_a_configuration_show_it_alike() -> None:
