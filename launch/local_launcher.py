@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -34,6 +35,7 @@ from hecate.ranks.launcher_files import (
 )
 
 Process = subprocess.Popen[bytes]
+STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
 
 _MOST_REPLACED = 3
 """largest number of ranks that a run starts in place of lost ones"""
@@ -62,6 +64,9 @@ def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, surv
             signals.append(number)
             if surviving:
                 surviving.stopping = True
+            if len(signals) == 1:  # a step may take long; not print, which the signal may have interrupted
+                with suppress(OSError):
+                    os.write(2, STOPPING.encode())
             for process in ranks.values():
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)

@@ -91,6 +91,15 @@ def test_killing_the_launcher_leaves_no_rank_and_no_file(tmp_path: Path) -> None
     assert wait_until_gone(pids, tmp_path / "tmp") == []
 
 
+def test_a_signal_is_answered_at_once(tmp_path: Path) -> None:
+    process = launch(tmp_path, "wait")
+    pids = started(tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert errors.count("stopping: the ranks finish their step and save; a second signal ends them at once\n") == 1
+    assert wait_until_gone(pids, tmp_path / "tmp") == []
+
+
 CYCLES = """
 import contextlib, os, sys
 from pathlib import Path
