@@ -30,6 +30,8 @@ _PEFT = """With PEFT:
     from transformers import AutoModelForCausalLM
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
 
+PEFT warns of the key `hecate`, which it does not know and does not need.
+
 With hecate:
 
 """

@@ -151,6 +151,8 @@ def read_adapter_config(folder: Path) -> Any:
             raise UserError(f"{config_path}: larger than any such file")
         return parse_json(config_path.read_bytes())
     except OSError as error:
+        if not os.path.lexists(folder):
+            raise UserError(f"{folder}: no such folder\n  give the folder of a run, a checkpoint, an adapter or a whole model") from error
         raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?") from error
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error

@@ -159,9 +159,13 @@ def read_mapping(file: str, *, missing: str, empty: str) -> Mapping:
     except FileNotFoundError:
         if file.startswith("-"):
             raise refuse("no such file", "write key=value, without signs, after the file's path") from None
+        if file.partition("=")[0] in (*LEAF_TYPES, *SECTIONS):
+            raise refuse("stands where the configuration must be", "give the configuration or run first, then key=value") from None
         raise refuse("no such file", missing) from None
     except IsADirectoryError:
-        raise refuse("is a folder", "give the path of a YAML file") from None
+        of_run = os.path.join(file, "config.yaml")
+        which = f"{of_run}, and resume=true to go on with that run" if os.path.isfile(of_run) else "the path of a YAML file"
+        raise refuse("is a folder", f"give {which}") from None
     except (OSError, ValueError) as error:
         raise refuse(f"cannot be read: {error}") from None
     if len(raw) > MAX_BYTES:
@@ -191,7 +195,11 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
         report.problems.append(Problem(COMMAND_LINE, key, what, hint))
 
     given: dict[str, tuple[Node, str]] = {}
+    unclosed = 0  # brackets of a value of which the shell has made several words
     for override in overrides:
+        if unclosed > 0:
+            unclosed += _open_brackets(override)
+            continue
         key, equals, text = override.partition("=")
         if not equals or not key:
             bare = override.lstrip("-").replace("-", "_")
@@ -208,6 +216,13 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
         try:
             node = parse(text)
         except BadYaml as bad:
+            if (unclosed := _open_brackets(text)) > 0 and override is not overrides[-1]:
+                refuse(
+                    key,
+                    f"ends within its brackets: {shorten(text)}",
+                    f"the shell splits words at blanks; put it in quotes: {key}='...'",
+                )
+                continue
             refuse(key, bad.what, f"put the value in quotes: {key}='\"...\"'")
             continue
         if node is None or not text.strip():
@@ -222,6 +237,10 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
                     refuse(leaf, "given twice on the command line", "keep one of the two")
                 given[leaf] = (value, COMMAND_LINE)
     return given
+
+
+def _open_brackets(text: str) -> int:
+    return sum(text.count(bracket) for bracket in "[{") - sum(text.count(bracket) for bracket in "]}")
 
 
 def _flatten(node: Mapping, prefix: str, source: str, report: Report) -> Iterator[tuple[str, Node]]:

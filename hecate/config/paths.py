@@ -43,7 +43,7 @@ def find_model(name_or_path: str, *, weights: bool = True) -> Path:
         known = base_presets()
         if not weights and name_or_path in known:
             return known[name_or_path]
-        sizes = "" if weights else f" Sizes alone are known of {', '.join(known)}."
+        sizes = "" if weights else f" To plan by sizes alone, give one of the names {', '.join(known)}."
         raise UserError(f"no such file or folder: {shown}\nGive a local path; nothing is downloaded.{hub_hint(name_or_path)}{sizes}")
     if os.path.isdir(path):
         if not os.path.isfile(path / "config.json"):

@@ -219,7 +219,7 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add, *, exist: bool
         for path in paths:
             if not os.path.exists(path):
                 hint = "relative paths start from the working directory; nothing is downloaded"
-                hint = "~ is not expanded" if path.startswith("~") else hint + hub_hint(source.path)
+                hint = "~ is not expanded" if path.startswith("~") else f"{hint}.{hub_hint(source.path)}".removesuffix(".")
                 add(f"{at}.path", f"no such file or folder: {shorten(path)}", hint)
         if prefix is not None and source.format != "auto":
             add(f"{at}.format", f"applies to text files only, got {source.format}", "leave it out: an indexed data set holds token ids")

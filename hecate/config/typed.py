@@ -115,7 +115,7 @@ def _read_scalar(node: Scalar, hint: Any) -> Any:
         return text
     scalar = next((arm for arm in arms if arm in _SCALARS), None)
     if scalar is None:
-        raise Refused(f"must be {describe(hint)}, got {scalars.shown(node.text, node.plain)}", "write it as [a, b]")
+        raise Refused(f"must be {describe(hint)}, got {scalars.shown(node.text, node.plain)}", f"write [{shorten(node.text)}]")
     try:
         return _SCALARS[scalar][1](node.text, node.plain)
     except Refused as refused:

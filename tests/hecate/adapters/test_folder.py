@@ -16,6 +16,13 @@ from tests.hecate.adapters.making import config_of, tensors_of
 from tests.hecate.checkpoint.disk import Killed, watched_disk
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nope: no such folder\n  give the folder of a run, a checkpoint, an adapter or a whole model"):
+        load_adapter(tmp_path / "nope")
+    with pytest.raises(UserError, match=r"adapter_config\.json: cannot be read: .*; is this an adapter folder\?"):
+        load_adapter(tmp_path)
+
+
 def test_round_trip(tmp_path: Path) -> None:
     config, tensors = config_of(use_rslora=True, extra={"family": "mixlora"}), tensors_of()
     save_adapter(tmp_path / "adapter", tensors, config)

@@ -294,6 +294,13 @@ def test_bad_override(folder: Path, override: str, key: str, words: str) -> None
     assert words in str(error)
 
 
+def test_a_value_that_the_shell_has_split_is_one_problem(folder: Path) -> None:
+    words = ["data.train=[{path:", "qa.csv,", "fields:", "{prompt:", "q,", "completion:", "a}}]"]
+    error = problems("".join(f"{name}: {value}\n" for name, value in BASE.items()), *words, "lora.rr=3")
+    assert [p.key for p in error.problems] == ["data.train", "lora.rr"]
+    assert "the shell splits words at blanks; put it in quotes: data.train='...'" in str(error)
+
+
 def test_an_override_given_twice_is_refused(folder: Path) -> None:
     error = problems("".join(f"{name}: {value}\n" for name, value in BASE.items()), "lora.r=1", "lora={r: 2}")
     assert [p.key for p in error.problems] == ["lora.r"]

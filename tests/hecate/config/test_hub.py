@@ -73,7 +73,7 @@ def test_what_is_there_is_not_fetched(asked: list[tuple[Any, ...]]) -> None:
 def test_nothing_is_asked_of_the_hub_without_the_key(asked: list[tuple[Any, ...]]) -> None:
     with pytest.raises(ConfigError) as refused:
         load(NAMED.replace("data/*.jsonl", "one.jsonl"))
-    assert str(refused.value).count("hub: true fetches org/") == 2
+    assert str(refused.value).count("nothing is downloaded. hub: true fetches org/") == 2
     assert not asked
     uses = [path for path in ALL_SOURCES if "huggingface_hub" in _imports(path)]
     assert uses == [ROOT / "hecate" / "config" / "hub.py"]

@@ -194,6 +194,16 @@ def test_a_preset_is_found_by_its_name_wherever_one_is(tmp_path: Path, monkeypat
     assert {problem.source for problem in caught.value.problems} == {str(run_presets()["mola"])}
     with pytest.raises(ConfigError, match=r"molas: no such file\n    hint: give the path of a YAML file, or one of the presets .*, mola, "):
         load_config("molas")
+    with pytest.raises(
+        ConfigError, match=r"max_steps=3: stands where the configuration must be\n    hint: give the configuration or run first"
+    ):
+        load_config("max_steps=3")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match="run: is a folder\n    hint: give the path of a YAML file"):
+        load_config("run")
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"hint: give run/config\.yaml, and resume=true to go on with that run"):
+        load_config("run")
     (tmp_path / "mola").write_text("nonsense: 1\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="nonsense: unknown key"):
         load_config("mola")

@@ -69,7 +69,7 @@ def test_sizes_that_are_no_models_are_refused(tmp_path: Path) -> None:
         (tmp_path / "sizes.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=words):
             read_base_shape(tmp_path / "sizes.yaml", MIXLORA)
-    with pytest.raises(UserError, match="Sizes alone are known of llama-3-8b, "):
+    with pytest.raises(UserError, match="To plan by sizes alone, give one of the names llama-3-8b, "):
         find_model("llama-3-9b", weights=False)
 
 
