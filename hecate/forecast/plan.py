@@ -60,7 +60,7 @@ def _memory_table(found: Forecast) -> Table:
     table.add_row("in all", *(f"{value / 1e6:.1f}" for value in one.memory_PD[:, rank]))
     if fits(one, found.run):
         on_top = "gaps in the allocator's segments and NCCL's buffers come" if found.run.is_gpu_D[rank] else "the memory of libraries comes"
-        table.caption = f"the device has {memory_D[rank] / 1e6:.0f}; {on_top} on top"
+        table.caption = f"fits: the device has {memory_D[rank] / 1e6:.0f}; {on_top} on top"
     else:
         table.caption = f"does not fit: the device has {memory_D[rank] / 1e6:.0f}"
     return table

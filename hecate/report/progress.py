@@ -61,7 +61,11 @@ def step_text(values: StepLine, max_steps: int, eta: float) -> str:
 
 def eval_text(step: int, scores: Mapping[str, EvalScore]) -> str:
     """One plain line: each source's loss, and its accuracy if there is one."""
-    return "  ".join([f"eval at step {step}, loss (exact accuracy):", *(_score_text(name, score) for name, score in scores.items())])
+    return "  ".join([f"eval at step {step}, {_measures(scores)}:", *(_score_text(name, score) for name, score in scores.items())])
+
+
+def _measures(scores: Mapping[str, EvalScore]) -> str:
+    return "loss" if all(score.accuracy is None for score in scores.values()) else "loss (exact accuracy)"
 
 
 class Progress:
@@ -149,7 +153,7 @@ class Progress:
                 rows.append(Text("skipped: a gradient was not finite", style="yellow"))
         if self._eval is not None:
             step, scores = self._eval
-            rows.append(Text(f"eval at step {step}: loss (exact accuracy)", style="dim"))
+            rows.append(Text(f"eval at step {step}: {_measures(scores)}", style="dim"))
             rows.append(Columns([Text(_score_text(name, score)) for name, score in scores.items()], padding=(0, 3)))
         return Panel(Group(*rows), title="hecate train", title_align="left", border_style="dim")
 

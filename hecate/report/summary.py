@@ -37,19 +37,24 @@ _LAYER_PART = re.compile(r"layers\.([0-9]+)\.(.+)")
 def print_summary(before: dict[str, EvalScore] | None, after: dict[str, EvalScore], facts: list[tuple[str, str]]) -> None:
     """Print a table of held-out loss and exact accuracy per task, and the facts, (label, value), below it.
 
-    What was not measured, before or after or at all, stands as "-". No number is wrapped or cut, whatever the width.
+    What was measured of no task, before training or at all, has no column; of one task alone, it stands as "-". No number is wrapped or
+    cut, whatever the width.
     """
     console = summary_console()
     before = before or {}
     tasks = list(dict.fromkeys([*after, *before]))
     arrow = "→" if console.encoding.startswith("utf") else "->"
     if tasks:
-        table = Table(title="Held-out data, before and after training", title_justify="left")
+        table = Table(title=f"Held-out data, {'before and ' if before else ''}after training", title_justify="left")
         table.add_column("task", overflow="fold")
-        for header in ("samples", f"loss before {arrow} after", "change", f"exact before {arrow} after"):
+        both = f" before {arrow} after" if before else ""
+        exact = any(score.accuracy is not None for score in (*before.values(), *after.values()))
+        columns = {"samples": True, f"loss{both}": True, "change": bool(before), f"exact{both}": exact}
+        for header in (header for header, shown in columns.items() if shown):
             table.add_column(header, justify="right", no_wrap=True, min_width=len(header))
         for task in tasks:
-            table.add_row(Text(task), *_cells(before.get(task), after.get(task), arrow))
+            cells = _cells([before.get(task), after.get(task)] if before else [after.get(task)], arrow)
+            table.add_row(Text(task), *(cell for cell, shown in zip(cells, columns.values(), strict=True) if shown))
         console.print(table)
     print_facts(console, facts)
 
@@ -68,13 +73,12 @@ def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
         console.print(Text.assemble((f"{label:<{width}}  ", "dim"), value), soft_wrap=True)
 
 
-def _cells(before: EvalScore | None, after: EvalScore | None, arrow: str) -> list[str]:
-    """Samples, loss, change, accuracy."""
-    scores = (before, after)
+def _cells(scores: Sequence[EvalScore | None], arrow: str) -> list[str]:
+    """Samples, loss, change, accuracy of one task; `scores` are those before and after, or after alone."""
     samples = dict.fromkeys(str(score.samples) for score in scores if score is not None)
     loss = _pair([score.loss if score else None for score in scores], arrow)
     accuracy = _pair([score.accuracy if score else None for score in scores], arrow)
-    change = "-"
+    change, before, after = "-", scores[0], scores[-1]
     if before is not None and after is not None and before.loss != 0:
         change = f"{100 * (after.loss - before.loss) / before.loss:+.1f} %"
     return [f" {arrow} ".join(samples), loss, change, accuracy]
@@ -123,7 +127,7 @@ def training_report(rows: Sequence[TrainableRow]) -> tuple[str, dict[str, Any]]:
         *_section(f"routers: {_amount(routers)}", _lines({layer: _sizes("router", of) for layer, of in _by_layer(routers).items()})),
         *_section(f"attention adapters: {_amount(adapters)}", _lines({k: _adapters(of) for k, of in _by_layer(adapters).items()})),
         *([f"{NON_EXPERTS}: {_amount(others)}"] if others else []),
-        *_section("held by each of them", _lines({owner: _amount(of) for owner, of in by_owner.items()})),
+        *_section("held by each rank", _lines({owner: _amount(of) for owner, of in by_owner.items()})),
     ]
     totals = {owner: {"parameters": _numel(of), "bytes": _bytes(of)} for owner, of in by_owner.items()}
     value = {"parameters": _numel(rows), "bytes": _bytes(rows), "by_owner": totals, "rows": [asdict(row) for row in rows]}

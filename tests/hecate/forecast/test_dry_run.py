@@ -155,7 +155,7 @@ def test_the_table_of_a_gpu_says_what_is_counted_and_what_is_not(folder: Path, c
     shown = " ".join(capsys.readouterr().out.split())
     assert "CUDA context (estimate)" in shown
     assert "allocator's rounding (at most)" in shown
-    assert "the device has 80000; gaps in the allocator's segments and NCCL's buffers come on top" in shown
+    assert "fits: the device has 80000; gaps in the allocator's segments and NCCL's buffers come on top" in shown
 
 
 @pytest.mark.parametrize("width", [60, 80, 300])

@@ -35,7 +35,11 @@ def test_before_and_after(cells_of: Callable[[], Rows]) -> None:
 
 def test_what_was_not_measured_is_a_dash(cells_of: Callable[[], Rows]) -> None:
     print_summary(None, {"[b]text": EvalScore(1.0, None, 3)}, [])
-    assert cells_of() == [["[b]text", "3", "- → 1.000", "-", "-"]]
+    assert cells_of() == [["[b]text", "3", "1.000"]], "nothing was measured before, and no answers at all"
+    print_summary(None, {"sums": EvalScore(1.0, 0.5, 3)}, [])
+    assert cells_of() == [["sums", "3", "1.000", "0.500"]]
+    print_summary({"text": EvalScore(2.0, None, 3)}, {"text": EvalScore(1.0, None, 3)}, [])
+    assert cells_of() == [["text", "3", "2.000 → 1.000", "-50.0 %"]]
     print_summary({"gone": EvalScore(1.0, 0.5, 3), "zero": EvalScore(0.0, 0.5, 3)}, {"zero": EvalScore(1.0, None, 4)}, [])
     assert cells_of() == [["zero", "3 → 4", "0.000 → 1.000", "-", "0.500 → -"], ["gone", "3", "1.000 → -", "-", "0.500 → -"]]
 
@@ -83,7 +87,7 @@ def test_equal_layers_share_a_line() -> None:
         "  layers 0-29: 1 router x 4,608 parameters",
         "attention adapters: 1,105,920 parameters, 4.4 MB",
         "  layers 0-29: q_proj, v_proj: 4 tensors, 36,864 parameters",
-        "held by each of them",
+        "held by each rank",
         "  ranks 0-1: 12,165,120 parameters, 48.7 MB",
         "  every rank: 1,244,160 parameters, 5.0 MB",
     ]
@@ -98,7 +102,7 @@ def test_layers_that_differ() -> None:
         "  layers 0, 2, 10: 3 experts x 10 parameters, 2 on rank 0, 1 on rank 1",
         "  layer 1: 3 experts x 10 parameters, 1 on rank 0, 2 on rank 1",
         "  layer 9: 1 expert x 5 parameters, 1 on rank 0",
-        "held by each of them",
+        "held by each rank",
     ]
 
 
