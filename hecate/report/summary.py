@@ -45,7 +45,7 @@ def print_summary(before: dict[str, EvalScore] | None, after: dict[str, EvalScor
     tasks = list(dict.fromkeys([*after, *before]))
     arrow = "→" if console.encoding.startswith("utf") else "->"
     if tasks:
-        table = Table(title=f"Held-out data, {'before and ' if before else ''}after training", title_justify="left")
+        table = Table(title=f"Held-out data{', before and after training' if before else ''}", title_justify="left")
         table.add_column("task", overflow="fold")
         both = f" before {arrow} after" if before else ""
         exact = any(score.accuracy is not None for score in (*before.values(), *after.values()))
