@@ -72,10 +72,12 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     assert dist.get_world_size(ranks.groups.experts) == mesh.shard_size, "the ranks were joined for another fssdp.shard_size"
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     topology = topology or _seen_topology(config, ranks)
+    _say(ranks, f"loading {config.model.name_or_path}")
     base = front_end(config, ranks, topology)
     config = config_of_model(config, base)
     output = output_of(config, base)
     users = users_of(config)
+    _say(ranks, "reading the data")
     train_sources, eval_sources = (encode_sources(data, config, base, ranks, users) for data in (config.data.train, config.data.eval))
     stream = TrainStream(
         train_sources,
@@ -85,7 +87,7 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
         seed=config.seed,
     )
     if ranks.is_first and (few := stream.few_samples()):
-        print(f"hecate: {few}", file=sys.stderr, flush=True)
+        _say(ranks, few)
     moe = build_moe(config, base, ranks, topology, None if users is None else users.width)
     if config.lora.init_from and not config.resume:
         begin_with_adapter(config, base, moe)
@@ -107,10 +109,15 @@ def on_device(users: UserFeatures, ranks: Ranks) -> Tensor:
 def _seen_topology(config: Config, ranks: Ranks) -> Topology:
     """The topology that the configuration names. Rank 0 prints what the user should know of it. Every rank must call it."""
     seen = job_topology(config, ranks)
-    if ranks.is_first:
-        for note in seen.notes:
-            print(f"hecate: {note}", file=sys.stderr, flush=True)
+    for note in seen.notes:
+        _say(ranks, note)
     return seen.topology
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    """Rank 0 prints a line before the run's own reports begin."""
+    if ranks.is_first:
+        print(f"hecate: {text}", file=sys.stderr, flush=True)
 
 
 def config_of_model(config: Config, base: BaseModel) -> Config:

@@ -237,6 +237,8 @@ class Training:
         """Count how many steps the run's epochs are, if the configuration says epochs. What a step takes is known once the state is."""
         parts, epochs = self.parts, self.parts.config.num_train_epochs
         if epochs is None:
+            if self.ranks.is_first and not parts.config.resume:
+                self.notes.append(data_in_words(parts.stream, parts.config.max_steps))
             return
         steps = steps_of_epochs(epochs, parts.stream)
         config = replace(parts.config, max_steps=steps, num_train_epochs=None)
@@ -248,6 +250,16 @@ class Training:
     def _copy_backups(self) -> None:
         if self.parts.config.fssdp.redundancy:
             copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer)
+
+
+def data_in_words(stream: TrainStream, steps: int) -> str:
+    """Say how many samples there are, and how often the steps of a run go through them."""
+    most = 8
+    sizes = [f"{source.name} {len(source):,}" for source in stream.sources]
+    shown = ", ".join(sizes[:most]) + (f" and {len(sizes) - most} more" if len(sizes) > most else "")
+    epochs = steps * stream.sequences_per_step / stream.sequences_per_epoch()
+    times = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
+    return f"samples: {shown}; {steps:,} steps of {stream.sequences_per_step:,} sequences go {times} times through them"
 
 
 def _notes_of_resume(config: Config, state: TrainState) -> list[str]:

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from hecate.config import load_config
-from hecate.train.training import Training, steps_of_epochs
+from hecate.data.stream import TrainStream
+from hecate.train.training import Training, data_in_words, steps_of_epochs
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
+from tests.hecate.data.files import source_of_lengths
 from tests.hecate.train.in_process import ranks_of_default_group
 
 # 240 samples, one in each sequence, and 32 of these in a step of one rank: 7.5 steps an epoch.
@@ -64,3 +66,11 @@ def test_epochs_are_counted_in_steps_of_the_size_that_the_run_began_with(worksho
 def test_a_part_of_a_step_is_a_step(epochs: float, steps: int) -> None:
     stream = SimpleNamespace(sequences_per_epoch=lambda: 300, sequences_per_step=10)
     assert steps_of_epochs(epochs, stream) == steps  # type: ignore[arg-type]
+
+
+def test_how_often_the_steps_go_through_the_samples() -> None:
+    sources = [source_of_lengths([8] * samples, name) for name, samples in (("alpaca", 30), ("faq", 10))]
+    stream = TrainStream(sources, seq_len=16, packing=False, sequences_per_step=4, seed=0)
+    assert data_in_words(stream, 25) == "samples: alpaca 30, faq 10; 25 steps of 4 sequences go 2.5 times through them"
+    many = TrainStream([source_of_lengths([8], f"s{n}") for n in range(11)], seq_len=16, packing=False, sequences_per_step=11, seed=0)
+    assert data_in_words(many, 2000).endswith("s7 1 and 3 more; 2,000 steps of 11 sequences go 2,000 times through them")
