@@ -127,7 +127,14 @@ def _moe_layer_shape(tensors: dict[str, tuple[int, ...]], experts: LayerExperts)
         parent, _, last = module.rpartition(".")
         if kind == "weight" and len(shape) == 2 and ".experts." not in name and not (parent == block and shape == router):
             linears.append((last, shape[0], shape[1]))
-    return LayerShape(experts.hidden, experts.ffn, sum(map(numel, tensors.values())), tuple(linears), experts.num_experts, normalized=_normalized(tensors, linears))
+    return LayerShape(
+        experts.hidden,
+        experts.ffn,
+        sum(map(numel, tensors.values())),
+        tuple(linears),
+        experts.num_experts,
+        normalized=_normalized(tensors, linears),
+    )
 
 
 def _layer_shape(tensors: dict[str, tuple[int, ...]], where: str) -> LayerShape:
@@ -147,7 +154,9 @@ def _layer_shape(tensors: dict[str, tuple[int, ...]], where: str) -> LayerShape:
     named = [(parent, last, shape) for parent, weights in by_parent.items() for last, shape in weights.items()]
     linears = tuple((last, shape[0], shape[1]) for parent, last, shape in named if parent != of_ffn)
     ffn_linears = tuple((last, shape[0], shape[1]) for parent, last, shape in named if parent == of_ffn)
-    return LayerShape(hidden, ffn, sum(map(numel, tensors.values())), linears, ffn_linears=ffn_linears, normalized=_normalized(tensors, linears))
+    return LayerShape(
+        hidden, ffn, sum(map(numel, tensors.values())), linears, ffn_linears=ffn_linears, normalized=_normalized(tensors, linears)
+    )
 
 
 def _normalized(tensors: Iterable[str], linears: Iterable[tuple[str, int, int]]) -> int:
