@@ -196,8 +196,8 @@ def _activation_bytes(run: RunShape, served_tokens_D: np.ndarray) -> tuple[np.nd
     """Return the most bytes of activations in the forward pass, float64 [ranks], and in the backward pass, float64 [3, ranks].
 
     Autograd keeps those of all layers, among which is the last norm's input; or, with checkpointing, the layers' inputs, beside which
-    one layer runs at a time. That layer is counted beside the logits, too. This is a rule from measurement, not derived: with the last norm's
-    input alone in its place a plan was 13 % too low (`benchmarks.memory_plan`, static_ep). Of the backward pass see `_left`.
+    one layer runs at a time. That layer is counted beside the logits, too. This rule is measured, not derived: with the last norm's input
+    alone in its place a plan was 13 % too low (`benchmarks.memory_plan`, static_ep). Of the backward pass see `_left`.
     """
     layers = [_saved_layer_bytes(run, index, served_tokens_D) for index in range(len(run.base.layers))]
     head, gradients = _head_bytes(run), _backward_bytes(run, served_tokens_D)
