@@ -29,6 +29,8 @@ class LayerShape:
     """the number of the model's own experts, whose inner size is `ffn`"""
     ffn_linears: tuple[tuple[str, int, int], ...] = ()
     """the same of the FFN's weights; nothing for a layer with experts"""
+    normalized: int = 0
+    """outputs of the projections of queries and of keys that a norm of their own follows, as in Qwen3"""
 
     @property
     def linear_parameters(self) -> int:
@@ -125,7 +127,14 @@ def _moe_layer_shape(tensors: dict[str, tuple[int, ...]], experts: LayerExperts)
         parent, _, last = module.rpartition(".")
         if kind == "weight" and len(shape) == 2 and ".experts." not in name and not (parent == block and shape == router):
             linears.append((last, shape[0], shape[1]))
-    return LayerShape(experts.hidden, experts.ffn, sum(map(numel, tensors.values())), tuple(linears), experts.num_experts)
+    return LayerShape(
+        experts.hidden,
+        experts.ffn,
+        sum(map(numel, tensors.values())),
+        tuple(linears),
+        experts.num_experts,
+        normalized=_normalized(tensors, linears),
+    )
 
 
 def _layer_shape(tensors: dict[str, tuple[int, ...]], where: str) -> LayerShape:
@@ -145,7 +154,15 @@ def _layer_shape(tensors: dict[str, tuple[int, ...]], where: str) -> LayerShape:
     named = [(parent, last, shape) for parent, weights in by_parent.items() for last, shape in weights.items()]
     linears = tuple((last, shape[0], shape[1]) for parent, last, shape in named if parent != of_ffn)
     ffn_linears = tuple((last, shape[0], shape[1]) for parent, last, shape in named if parent == of_ffn)
-    return LayerShape(hidden, ffn, sum(map(numel, tensors.values())), linears, ffn_linears=ffn_linears)
+    return LayerShape(
+        hidden, ffn, sum(map(numel, tensors.values())), linears, ffn_linears=ffn_linears, normalized=_normalized(tensors, linears)
+    )
+
+
+def _normalized(tensors: Iterable[str], linears: Iterable[tuple[str, int, int]]) -> int:
+    """Return the outputs of the projections `q_proj` and `k_proj` beside which a layer has a `q_norm` or a `k_norm`."""
+    norms = {name.removesuffix(".weight").rpartition(".")[2] for name in tensors}
+    return sum(outputs for name, outputs, _ in linears if name in ("q_proj", "k_proj") and name.replace("_proj", "_norm") in norms)
 
 
 def _gated(weights: dict[str, tuple[int, ...]]) -> tuple[int, int] | None:

@@ -67,12 +67,16 @@ def memory_parts(
         gradients += slots_D * group.cost.reduced_bytes / (1 if micro_steps > 1 else group.number)
     if of_stack:  # all units of a layer come together
         replicas = np.max(list(of_stack.values()), axis=0)
-    forward, backward, later = _activation_bytes(run, served_tokens_D)
+    forward, backward_3D = _activation_bytes(run, served_tokens_D)
+    held, backward = replicas, backward_3D[0]
     if micro_steps == 1:
-        # When the second layer runs backward, the first one's gradients are still being sent. Sent and received ones are copies.
         one_layer = fullest if config.fssdp.rematerialize else gradients
-        second = (run.mesh.shard_size > 1) & (3 * one_layer + later > one_layer + backward)
-        gradients, backward = np.where(second, 3 * one_layer, one_layer), np.where(second, later, backward)
+        gradients_3D = _gradient_bytes(run, one_layer, owned)
+        # A layer's replicas are freed as soon as its gradients are complete.
+        left = [1.0, 1.0, 1.0] if config.fssdp.rematerialize else _left(run)
+        held_3D = replicas * np.array(left)[:, None]
+        largest_D = (gradients_3D + held_3D + backward_3D).argmax(0)
+        held, gradients, backward = (each[largest_D, np.arange(world)] for each in (held_3D, gradients_3D, backward_3D))
     elif config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
         gradients = fullest + owned
     blocks, each_pool = owned_blocks(run) * run.master_bytes, [one.blocks * one.numel * run.master_bytes for one in run.pools]
@@ -94,7 +98,7 @@ def memory_parts(
         *([MemoryPart("owned blocks of pools, moments", np.stack([STATE_NUMBERS * blocks] * 3))] if pools else []),
         MemoryPart("routers, adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
         *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
-        MemoryPart("replicas", np.stack([replicas, replicas, nothing])),
+        MemoryPart("replicas", np.stack([replicas, held, nothing])),
         *([MemoryPart("pools", np.stack([np.full(world, float(pools))] * 2 + [nothing]))] if pools else []),
         *([MemoryPart("pairs made of replicas", np.stack([made, made, nothing]))] if made.any() else []),
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + blocks + replicated])),
@@ -172,32 +176,54 @@ def owned_experts(group: ExpertLayers, run: RunShape) -> np.ndarray:
     return np.tile(owned, run.mesh.num_sharding_groups)
 
 
-def _activation_bytes(run: RunShape, served_tokens_D: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the most bytes of activations in the forward pass, and in the backward pass' first and second layer, float64 [ranks].
+def _gradient_bytes(run: RunShape, one_layer: np.ndarray, owned: np.ndarray) -> np.ndarray:
+    """Return the bytes of the experts' gradients while the last, the last but one, and the first layer run backward, float64 [3, ranks].
 
-    Autograd keeps those of all layers, or, with checkpointing, the layers' inputs, beside which one layer runs at a time. That layer is
-    counted beside the logits, too: it stands for what the head keeps beside them, without which plans were 13 % too low
-    (`benchmarks.memory_plan`).
+    The running layer has those of its replicas. Those of the layer that ran before are being reduced: they, and copies that are sent and
+    received, which together are as many again; on one rank they are the sum itself. Of layers before that the owners' sums are left.
+
+    Args:
+        one_layer: the bytes of the gradients of a layer's replicas.
+        owned: those of all owned experts' gradients.
+    """
+    layers = len(run.base.layers)
+    reducing = 2 * one_layer if run.mesh.shard_size > 1 else owned / layers
+    second, last = min(1, layers - 1), max(0, layers - 2)
+    return np.stack([one_layer, one_layer + second * reducing, one_layer + second * reducing + last * owned / layers])
+
+
+def _activation_bytes(run: RunShape, served_tokens_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most bytes of activations in the forward pass, float64 [ranks], and in the backward pass, float64 [3, ranks].
+
+    Autograd keeps those of all layers, among which is the last norm's input; or, with checkpointing, the layers' inputs, beside which
+    one layer runs at a time. That layer is counted beside the logits, too. This rule is measured, not derived: with the last norm's input
+    alone in its place a plan was 13 % too low (`benchmarks.memory_plan`, static_ep). Of the backward pass see `_left`.
     """
     layers = [_saved_layer_bytes(run, index, served_tokens_D) for index in range(len(run.base.layers))]
     head, gradients = _head_bytes(run), _backward_bytes(run, served_tokens_D)
+    left = np.array(_left(run))[:, None]
     if not run.config.gradient_checkpointing:
         kept = np.asarray(sum(layers))
-        return kept + head, kept + gradients, kept * _left(run) + gradients
+        return kept + head, left * kept + gradients
     inputs = sum(layer.hidden for layer in run.base.layers) * run.tokens * run.dtype_bytes
-    one = np.max(layers, axis=0)
-    return inputs + one + head, inputs + one + gradients, inputs * _left(run) + one + gradients
+    running_3D = np.stack([layers[-1], layers[-min(2, len(layers))], layers[0]])
+    return inputs + np.max(layers, axis=0) + head, left * inputs + running_3D + gradients
 
 
-def _left(run: RunShape) -> float:
-    """Return the share of the layers that are left when one has run backward."""
-    return 1 - 1 / len(run.base.layers)
+def _left(run: RunShape) -> tuple[float, float, float]:
+    """Return the share of the layers that are left when the last, the last but one, and the first layer run backward.
+
+    What is held of layers falls, and sums of gradients rise, equally from the second of these on: between these three is no largest one.
+    """
+    layers = len(run.base.layers)
+    return 1.0, (layers - min(1, layers - 1)) / layers, 1 / layers
 
 
 def _saved_layer_bytes(run: RunShape, index: int, served_tokens_D: np.ndarray) -> np.ndarray:
     """Return the bytes that autograd keeps of a layer, counted tensor by tensor, of rows that hold several samples and some padding.
 
-    Attention keeps what `_saved_by_attention` says, its normalized input, and low-rank products; norms and the router keep float32 inputs.
+    Attention keeps what `_saved_by_attention` says, its normalized input, and low-rank products; norms, those of
+    queries and keys among them, and the router keep float32 inputs.
     Experts keep x, gate and up of each distinct token that the rank computes, or, if experts have their own FFNs, of each assignment.
     """
     layer, b = run.base.layers[index], run.dtype_bytes
@@ -207,7 +233,7 @@ def _saved_layer_bytes(run: RunShape, index: int, served_tokens_D: np.ndarray) -
         plain = not run.config.moe.experts_per_layer(len(run.base.layers))[index]
         trained = 2 * b * (layer.hidden + plain * layer.ffn)
     attention = _saved_by_attention(run, index)
-    wide = 4 * 2 * layer.hidden
+    wide = 4 * (2 * layer.hidden + layer.normalized)
     if run.config.moe.kind.over_linears:
         return np.full(run.topology.world_size, float(run.tokens * (b * attention + _saved_by_linears(run, index) + wide)))
     low_rank = 0
@@ -270,7 +296,8 @@ def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray) -> np.ndarray:
 
     Of a plain FFN, and where linears have experts: hidden states, gate, up and their product. Experts that share an FFN
     (`kernels/mixlora`): of each token the gradients of y, x, hidden, gate and up, and of each assignment those of x, gate and up. Experts
-    with FFNs of their own (`kernels/experts/torch_path.py`): the gradients of y and x of each token, and a tile of assignments.
+    with FFNs of their own (`kernels/experts/torch_path.py`): the gradients of y and x of each token, and a tile of assignments; and of
+    trained FFNs whose gradients are wider than they, on a CPU, one product for gate's and up's gradients, in both types.
     """
     index, widest = max(enumerate(run.base.layers), key=lambda layer: layer[1].ffn)
     ffn, hidden, b = widest.ffn, widest.hidden, run.dtype_bytes
@@ -283,15 +310,20 @@ def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray) -> np.ndarray:
         tile = 0.0 if run.is_gpu_D.any() else _MIXLORA_TILE * (6 + 2 * hidden / ffn)
         return np.asarray(b * (served_tokens_D * (3 * ffn + 2 * hidden) + assignments_D * (2 * ffn + hidden)) + tile)
     rows_D = assignments_D if run.is_gpu_D.any() else np.minimum(assignments_D, _TILE_ROWS)
-    return np.asarray(b * (served_tokens_D * 2 * hidden + rows_D * (5 * ffn + 3 * hidden)))
+    product = 0.0
+    if kind.ffn == "trained" and b < run.master_bytes and not run.is_gpu_D.any():
+        product = 2.0 * ffn * hidden * (b + run.master_bytes)
+    return np.asarray(b * (served_tokens_D * 2 * hidden + rows_D * (5 * ffn + 3 * hidden)) + product)
 
 
 def _head_bytes(run: RunShape) -> float:
-    """Return the bytes of the logits of one chunk of tokens, in the base's type and in float32, with those of their softmax.
+    """Return the bytes that the head needs: the logits of one chunk of tokens, and the hidden states of all with their gradients.
 
+    The softmax takes the place of float32 logits. In a narrower type there are the logits, the softmax in float32, and its rounded copy.
     Hidden states that are gathered from several ranks, and their gradients, are included.
     """
     tokens, parts = run.tokens * run.tensor_parallel, run.tensor_parallel
     together = 2 * tokens * run.base.layers[0].hidden * run.dtype_bytes if parts > 1 else 0
     rows = min(_HEAD_ROWS, tokens)
-    return float(rows * run.base.vocabulary // parts * (8 if run.dtype_bytes >= 4 else run.dtype_bytes + 8) + together)
+    b, hidden = run.dtype_bytes, run.base.layers[-1].hidden
+    return float(rows * run.base.vocabulary // parts * (b if b >= 4 else 2 * b + 4) + 2 * run.tokens * hidden * b + together)

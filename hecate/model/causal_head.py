@@ -199,6 +199,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grads.append(of_hidden)
                 for one, more in zip(trained_grads, of_trained, strict=True):
                     one += more
+            del logits, grad  # else they would be held beside the next chunk's
         if any(ctx.needs_input_grad):
             ctx.trained_dtypes = [one.dtype for one in trained]
             ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden_ND), *trained_grads)

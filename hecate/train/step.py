@@ -75,10 +75,11 @@ def forward_loss(head: CausalHead, batch: Batch, weight_of_source: Tensor | None
     Args:
         weight_of_source: [sources], of a token in the sum, by its source, on the batch's device; None: 1.
     """
-    hidden = head.hidden(batch.input_ids, batch.layout.samples, batch.position_ids)
     labelled = batch.layout.labelled
+    # No name for all hidden states: nothing needs them beside the logits.
+    hidden_ND = head.hidden(batch.input_ids, batch.layout.samples, batch.position_ids).flatten(0, 1)[labelled]
     weight_N = None if weight_of_source is None else weight_of_source[batch.task.flatten()[labelled]]
-    return head.loss_sum(hidden.flatten(0, 1)[labelled], batch.targets.flatten()[labelled], weight_N)
+    return head.loss_sum(hidden_ND, batch.targets.flatten()[labelled], weight_N)
 
 
 def train_step(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import hecate.engine.step_plans as step_plans
+import hecate.parallel.comm.expert_store as expert_store
 from hecate.engine.engine import Engine
 from hecate.engine.step import MicroStep
 from hecate.experts.family import ExpertReplicas
@@ -69,6 +72,30 @@ def _peaks(rank: int, world: int) -> list[int]:
 def test_rematerialized_replicas_are_of_one_layer_or_of_those_gathered_ahead(world: int) -> None:
     one = 3 * experts(3).layout().trainable_numel * 8
     assert run_ranks(world, _peaks) == [[4 * one, one, one, 2 * one, 3 * one]] * world
+
+
+def _reducing(rank: int, world: int) -> list[int]:
+    """Of how many layers the gradients of replicas are there, each time that a layer's are about to be reduced, and after the pass."""
+    reduce, sent, alive = expert_store.sparse_reduce_scatter, [], []
+
+    def noted(grad_SC: torch.Tensor, *others: Any) -> Any:
+        sent.append(weakref.ref(grad_SC))
+        alive.append(sum(grad() is not None for grad in sent))
+        return reduce(grad_SC, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_store, "sparse_reduce_scatter", noted)
+        made = engine(LAYERS, "full")
+        begun = made.begin_step(0, 1)
+        passed = begun.begin_micro_step()
+        passed.backward(forward(passed, rank, 0, ahead=1))
+        alive.append(sum(grad() is not None for grad in sent))
+        begun.finish()
+    return alive
+
+
+def test_gradients_of_replicas_go_when_the_next_layer_has_its_own() -> None:
+    assert run_ranks(2, _reducing) == [[1, 2, 2, 2, 1]] * 2
 
 
 def test_autograd_keeps_no_copy_of_the_replicas() -> None:

@@ -276,27 +276,51 @@ def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: b
     del loss
     run = run_shape(config, None, 1)
     parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.zeros(1)], np.array([96.0]))}
-    head_bytes = 96 * 64 * (8 if dtype == "float32" else 10)
+    head_bytes = 96 * 64 * (4 if dtype == "float32" else 8) + 96 * 48 * run.dtype_bytes  # logits and labelled hidden states, kept by nobody
     return measured, int(parts["activations (estimate)"][0, 0] - head_bytes)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_are_what_autograd_keeps(tmp_path: Path, dtype: str) -> None:
-    write_model(tmp_path, **MANY)
+@pytest.mark.parametrize(("dtype", "model"), [("float32", "llama"), ("bfloat16", "llama"), ("float32", "qwen3")])
+def test_activations_are_what_autograd_keeps(tmp_path: Path, dtype: str, model: str) -> None:
+    """Qwen3 normalizes queries and keys, and keeps a fifth more for it."""
+    write_model(tmp_path, model, **MANY, num_attention_heads=4, num_key_value_heads=4)
     ((measured, estimate),) = run_ranks(1, _saved, str(tmp_path), dtype, False)
     assert estimate == pytest.approx(measured, rel=0.1)
 
 
 def test_checkpointed_layers_keep_their_inputs(tmp_path: Path) -> None:
-    """Of three layers' activations the inputs are left, and one layer's while it runs."""
+    """Of three layers' activations the inputs are left, one layer's, and what the head needs."""
+    hidden = 16 * 16 * 4
+    for vocabulary in (32, 2048):
+        write_model(tmp_path, vocab_size=vocabulary)
+        plain, checkpointed = (forward_activations(tmp_path, f"gradient_checkpointing={flag}") for flag in ("false", "true"))
+        head = 16 * vocabulary * 4 + 2 * hidden
+        layer = (plain - head) / 3
+        assert checkpointed == pytest.approx(3 * hidden + layer + head)
+
+
+def forward_activations(folder: Path, *overrides: str) -> float:
+    parts = {part.name: part.bytes_PD for part in memory_parts(shape_of(folder, *overrides), [np.zeros(2)], np.full(2, 16.0))}
+    return float(parts["activations (estimate)"][0, 0])
+
+
+def test_at_the_end_of_the_backward_pass_sums_of_all_layers_are_there(tmp_path: Path) -> None:
+    """Three layers of 4 experts of 3 x 16 x 24 numbers; gradients are in float32, replicas in bfloat16.
+
+    One rank has in the first layer the gradients of all layers and that layer's replicas. Each of two ranks, which hold half the experts,
+    has the gradients of the first layer, twice as much of the second one's, which are being reduced, and the sums of the third one's.
+    """
     write_model(tmp_path)
-    runs = [shape_of(tmp_path, f"gradient_checkpointing={flag}") for flag in ("false", "true")]
-    plain, checkpointed = (
-        next(part for part in memory_parts(run, [np.zeros(2)], np.full(2, 16.0)) if part.name.startswith("activations")).bytes_PD[0, 0]
-        for run in runs
-    )
-    head = 16 * 32 * 8
-    assert checkpointed - head == pytest.approx((plain - head) / 3 + 3 * 16 * 16 * 4)
+    layer = 4 * 3 * 16 * 24
+    found = {}
+    for ranks in (1, 2):
+        flags = ("moe.family=full", "gradient_checkpointing=true", "data.seq_len=8")
+        run = shape_of(tmp_path, *flags, ranks=ranks, dtype="bfloat16")
+        parts = memory_parts(run, [np.zeros(ranks)], np.full(ranks, 8.0))
+        found[ranks] = {part.name: part.bytes_PD[1, 0] for part in parts}
+        assert found[ranks]["replicas"] == pytest.approx(layer * 2 / ranks), ranks
+    routers = 3 * 4 * 16 * 4
+    assert [of["gradients"] - routers for of in found.values()] == pytest.approx([3 * layer * 4, (1 + 2 + 1) / 2 * layer * 4])
 
 
 def test_ranks_and_topologies(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hecate.data.batches import block_diagonal_mask, packed_samples
 from hecate.errors import UserError
@@ -100,6 +101,22 @@ def test_gradients_of_a_bf16_projection_are_summed_over_chunks_in_fp32(monkeypat
     assert weight.grad is not None
     assert weight.grad.dtype == torch.bfloat16
     assert weight.grad.tolist() == [[-300.0], [300.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_two_chunks_only_one_has_logits_at_a_time(dtype: torch.dtype) -> None:
+    made: list[StorageWeakRef] = []
+    left: list[bool] = []
+
+    def logits_of(rows: torch.Tensor) -> torch.Tensor:
+        left.extend(not storage.expired() for storage in made)
+        logits = F.linear(rows, torch.ones(7, 3, dtype=dtype))
+        made.append(StorageWeakRef(logits.untyped_storage()))
+        return logits
+
+    hidden = torch.randn((1300, 3), dtype=dtype).requires_grad_()
+    chunked_cross_entropy(hidden, torch.zeros(1300, dtype=torch.int64), logits_of).backward()
+    assert left == [False] * 3
 
 
 def test_no_label_tokens() -> None:
