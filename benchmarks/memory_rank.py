@@ -80,8 +80,8 @@ def peak_bytes(changes: Iterable[Change], start: int, end: int, before: Mapping[
                     held += live[at] - large
             most = held
         if size > 0:
+            held += size - live.get(address, 0)  # the profiler misses the end of some blocks; another one in their place tells of it
             live[address] = size
-            held += size
         else:
             held -= live.pop(address, 0)
         most = max(most, held)

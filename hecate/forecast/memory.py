@@ -196,8 +196,7 @@ def _activation_bytes(run: RunShape, served_tokens_D: np.ndarray) -> tuple[np.nd
     """Return the most bytes of activations in the forward pass, float64 [ranks], and in the backward pass, float64 [3, ranks].
 
     Autograd keeps those of all layers, among which is the last norm's input; or, with checkpointing, the layers' inputs, beside which
-    one layer runs at a time. That layer is counted beside the logits, too. This rule is measured, not derived: with the last norm's input
-    alone in its place a plan was 13 % too low (`benchmarks.memory_plan`, static_ep). Of the backward pass see `_left`.
+    there is either one layer that runs or, with the logits, the last norm's input in float32. Of the backward pass see `_left`.
     """
     layers = [_saved_layer_bytes(run, index, served_tokens_D) for index in range(len(run.base.layers))]
     head, gradients = _head_bytes(run), _backward_bytes(run, served_tokens_D)
@@ -206,8 +205,9 @@ def _activation_bytes(run: RunShape, served_tokens_D: np.ndarray) -> tuple[np.nd
         kept = np.asarray(sum(layers))
         return kept + head, left * kept + gradients
     inputs = sum(layer.hidden for layer in run.base.layers) * run.tokens * run.dtype_bytes
+    last_norm = 4.0 * run.tokens * run.base.layers[-1].hidden
     running_3D = np.stack([layers[-1], layers[-min(2, len(layers))], layers[0]])
-    return inputs + np.max(layers, axis=0) + head, left * inputs + running_3D + gradients
+    return inputs + np.maximum(np.max(layers, axis=0), last_norm + head), left * inputs + running_3D + gradients
 
 
 def _left(run: RunShape) -> tuple[float, float, float]:

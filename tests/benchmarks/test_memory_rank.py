@@ -12,6 +12,12 @@ def test_a_peak_counts_what_was_there_before_and_nothing_after() -> None:
     assert peak_bytes(changes, 4, 8, {100: 10}) == 17
 
 
+def test_a_block_in_the_place_of_another_ends_it() -> None:
+    """The profiler does not tell of every block that it ends."""
+    changes = [(1, 100, 10), (5, 300, 7), (6, 300, 8), (7, 300, 2), (8, 300, -2)]
+    assert peak_bytes(changes, 4, 8, {100: 10}) == 18
+
+
 def test_of_a_mapped_file_the_tensors_count_that_are_in_use() -> None:
     """Two tensors of a file of 40 bytes that is a block, and one of a file that is none."""
     changes = [(1, 100, 40), (5, 300, 7)]
