@@ -1,0 +1,142 @@
+"""Operations that keep or cut the sum of the terms: stack, average, recompress and top_density."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hecate.adapters.sets.adapter_set import AdapterSet, Merged, combined, described
+from hecate.adapters.sets.terms import Terms, joined, nearest
+from hecate.errors import UserError
+
+
+def stack(sets: Sequence[AdapterSet], weights: Sequence[float], *, rank: int | None = None) -> Merged:
+    """Return the weighted sum of adapters of any ranks, exactly: all their terms beside each other (FLoRA, arXiv 2409.05976).
+
+    Args:
+        rank: the result has these many terms instead, those nearest to the sum (`recompress`); None: as many as all have together.
+
+    Raises:
+        UserError: the sets cannot become one (`require_alike`), the weights are wrong, or `rank` is above that of the sum.
+    """
+
+    def make(terms: list[Terms]) -> Terms:
+        return joined([one.times(weight) for one, weight in zip(terms, weights, strict=True)])
+
+    whole = combined(sets, weights, sum(one.rank for one in sets), make, method="stack")
+    return whole if rank is None else recompress(whole.result, rank)
+
+
+def average(sets: Sequence[AdapterSet], weights: Sequence[float], *, inexact: bool = False) -> Merged:
+    """Return the weighted mean of A and of B. It is the weighted sum of the adapters, exactly, where all have the same A (FFA-LoRA, 2403.12313).
+
+    Args:
+        inexact: take the means where A differ, too, of smaller ranks padded with zeros: federated averaging, whose result is not the mean.
+
+    Raises:
+        UserError: the sets cannot become one, the weights are wrong, or A differ and `inexact` is false.
+    """
+    rank = max(one.rank for one in sets)
+    if not inexact:
+        for other in sets[1:]:
+            if other.rank != sets[0].rank:
+                raise UserError(f"{other.name} and {sets[0].name} have ranks {other.rank} and {sets[0].rank}, {_DIFFERENT}")
+
+    def make(terms: list[Terms]) -> Terms:
+        first, *others = terms
+        alike = all(torch.equal(first.a_rI, other.a_rI) for other in others)
+        if not alike and not inexact:
+            raise UserError(f"the A of {len(sets)} adapters are not the same, {_DIFFERENT}")
+        padded = [one.padded(rank) for one in terms]
+        a_rI = first.a_rI if alike else _mean([one.a_rI for one in padded], weights)
+        return Terms(a_rI, _mean([one.b_Or for one in padded], weights))
+
+    return combined(sets, weights, rank, make, method="average", keeps_scale=True)
+
+
+_DIFFERENT = "and the product of two means is not the mean of products\n  use stack, which is exact, or take the means all the same: inexact"
+
+
+def recompress(one: AdapterSet, rank: int) -> Merged:
+    """Return the nearest set of a smaller rank, by the singular values of each module. It is inexact where the sum has a higher rank.
+
+    Raises:
+        UserError: `rank` is below 1 or above the set's.
+    """
+    if not 1 <= rank <= one.rank:
+        raise UserError(f"rank {rank}: {one.name} has {one.rank} terms in each module\n  give a rank from 1 to {one.rank}")
+    result = replace(
+        one,
+        name=f"rank {rank} of {one.name}",
+        description=described(one.description, rank, 1.0),
+        rank=rank,
+        scale=1.0,
+        read=lambda module: nearest(one.read(module), rank),
+        made={**one.made, "recompressed": rank},
+    )
+    return Merged(result, lambda module: [one.read(module)])
+
+
+def top_density(one: AdapterSet, density: float) -> Merged:
+    """Return a set that keeps the ⌈density · n⌉ numbers of A and B that are largest in magnitude, one ranking over all modules, and zeros.
+
+    B is ranked without the scale. Of equal numbers the first are kept, by modules in the set's order, A before B, and rows. Modules are read
+    three times, one after another: the numbers are counted by their leading bits, and only those of one count are held together, so that a
+    set whose modules lie on several ranks could be ranked by adding up the counts.
+
+    Raises:
+        UserError: `density` is not above 0 and at most 1.
+    """
+    if not 0 < density <= 1:
+        raise UserError(f"density {density:g}: must be above 0 and at most 1, the share of the numbers that are kept")
+    made = {**one.made, "density": density}
+    if density == 1:
+        return Merged(replace(one, made=made), lambda module: [one.read(module)])
+    counts = np.zeros(1 << _LEADING_BITS, dtype=np.int64)
+    for module in one.sizes:
+        counts += np.bincount(_leading(_magnitudes(one, module)), minlength=len(counts))
+    kept = math.ceil(density * int(counts.sum()))
+    at_least = counts[::-1].cumsum()[::-1]
+    (border,) = np.flatnonzero(at_least >= kept)[-1:]
+    above = int(at_least[border] - counts[border])
+    numbers = {module: (found := _magnitudes(one, module))[_leading(found) == border] for module in one.sizes}
+    in_order = np.sort(np.concatenate(list(numbers.values())))[::-1]
+    least = in_order[kept - above - 1]
+    still = kept - above - int((in_order > least).sum())
+    equals: dict[str, int] = {}
+    """of each module, how many of the numbers equal to the least are kept"""
+    for module, found in numbers.items():
+        equals[module] = min(still, int((found == least).sum()))
+        still -= equals[module]
+
+    def read(module: str) -> Terms:
+        terms, found = one.read(module), _magnitudes(one, module)
+        keep = found > least
+        keep[np.flatnonzero(found == least)[: equals[module]]] = True
+        mask_a, mask_b = torch.from_numpy(keep).split([terms.a_rI.numel(), terms.b_Or.numel()])
+        return Terms(terms.a_rI * mask_a.view_as(terms.a_rI), terms.b_Or * mask_b.view_as(terms.b_Or))
+
+    return Merged(replace(one, name=f"density {density:g} of {one.name}", read=read, made=made), lambda module: [one.read(module)])
+
+
+_LEADING_BITS = 16
+
+
+def _magnitudes(one: AdapterSet, module: str) -> np.ndarray:
+    terms = one.read(module)
+    return torch.cat([terms.a_rI.flatten(), (terms.b_Or / one.scale).flatten()]).abs().numpy()
+
+
+def _leading(magnitudes: np.ndarray) -> np.ndarray:
+    """The sign, the exponent and the first bits of the mantissa, which are in the order of the magnitudes."""
+    bits: np.ndarray = magnitudes.view(np.int64) >> (64 - _LEADING_BITS)
+    return bits
+
+
+def _mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return torch.stack([weight * matrix for matrix, weight in zip(matrices, weights, strict=True)]).sum(0)
