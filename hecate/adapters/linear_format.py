@@ -96,7 +96,12 @@ def save_linear_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Lin
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise UserError(f"the adapter cannot be saved to {folder}: {name} is not finite")
-    value = {
+    write_adapter_folder(folder, tensors, linear_config_to_json(config))
+
+
+def linear_config_to_json(config: LinearAdapterConfig) -> dict[str, Any]:
+    """Return adapter_config.json."""
+    return {
         "peft_type": PEFT_TYPE,  # PEFT itself refuses it, and does not apply half of the adapter
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.base_model_name_or_path,
@@ -116,7 +121,6 @@ def save_linear_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Lin
             "extra": dict(config.extra),
         },
     }
-    write_adapter_folder(folder, tensors, value)
 
 
 def load_linear_adapter(folder: Path) -> tuple[dict[str, Tensor], LinearAdapterConfig]:

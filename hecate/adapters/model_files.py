@@ -47,7 +47,7 @@ def write_model(
     try:
         with new_folder(folder) as staging:
             for file, inside in files.items():
-                write_durable(staging / file, _blocks(inside, fetch))
+                write_durable(staging / file, blocks(inside, fetch))
             if set(files) != {SINGLE}:
                 write_durable(staging / INDEX, [json.dumps(index, indent=1).encode()])
             add_others(staging)
@@ -55,7 +55,8 @@ def write_model(
         raise UserError(f"{folder}: the model cannot be written: {error.strerror}") from error
 
 
-def _blocks(inside: Mapping[str, TensorEntry], fetch: Callable[[str], Tensor | None]) -> Iterator[memoryview | bytes]:
+def blocks(inside: Mapping[str, TensorEntry], fetch: Callable[[str], Tensor | None]) -> Iterator[memoryview | bytes]:
+    """Yield a safetensors file, whose tensors are fetched one at a time, as in `write_model`."""
     head, offsets = file_layout(inside)
     yield head
     for name in offsets:

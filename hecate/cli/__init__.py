@@ -45,6 +45,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "generate": answers.generate,
         "chat": answers.chat,
         "export": models.export,
+        "merge": models.merge,
         "make-tasks": models.make_tasks,
     },
 }

@@ -1,8 +1,9 @@
-"""Verbs that write data for a model and use what a run has trained: eval, export, make-tasks. `answers` has generate and chat."""
+"""Verbs that write data for a model and use what a run has trained: eval, export, merge, make-tasks. `answers` has generate and chat."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -121,6 +122,44 @@ def export(
     for line in export_trained(trained, new, to=to, user=user, features=features, model=model):
         print(line)
     print(f"wrote {new}")
+
+
+def merge(
+    adapters: Annotated[list[Path], typer.Argument(metavar="A B ...", help="folders of adapters, or of runs that have left them")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="new folder to write")],
+    method: Annotated[str, typer.Option(help="lego, stack, average, linear, ties or refine")],
+    weights: Annotated[str | None, typer.Option(metavar="W,W,...", help="of each adapter, with the sum 1; default: equal ones")] = None,
+    rank: Annotated[int | None, typer.Option(help="lego, stack: of the result; default: lego the largest, stack all together")] = None,
+    experts: Annotated[int | None, typer.Option(help="lego: of one mixture, the most experts that a layer keeps")] = None,
+    reweight: Annotated[str | None, typer.Option(help="lego: none, parameter, output or both, the default")] = None,
+    inexact: Annotated[bool, typer.Option("--inexact", help="average: take the means of A and of B where A differ, too")] = False,
+    density: Annotated[float | None, typer.Option(help="ties: share of the numbers that take part; default: 0.2")] = None,
+    ridge: Annotated[float | None, typer.Option(help="refine: how much a change of B counts; default: 0.01")] = None,
+    distance: Annotated[str | None, typer.Option(help="refine: frobenius, the default, or cosine")] = None,
+    model: Annotated[str | None, typer.Option(help="base model; default: the one that each adapter names")] = None,
+) -> None:
+    """Merge adapters of one base model into one, or make an adapter's ranks or experts fewer (docs/adapters.md)."""
+    from hecate.errors import UserError
+
+    try:
+        shares = None if weights is None else [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        raise UserError(f"--weights {weights}: must be numbers separated by commas, one for each adapter") from None
+    from hecate.train.trained import merge as merge_trained
+
+    def show(done: int, of: int, module: str) -> None:
+        print(f"\r\033[K{done}/{of} {module}", end="", file=sys.stderr, flush=True)
+
+    live = sys.stderr.isatty()
+    options = {"rank": rank, "experts": experts, "reweight": reweight, "density": density, "ridge": ridge, "distance": distance}
+    try:
+        lines = merge_trained(adapters, out, method, shares, model, show if live else None, inexact=inexact or None, **options)
+    finally:
+        if live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+    for line in lines:
+        print(line)
+    print(f"wrote {out}")
 
 
 def make_tasks(

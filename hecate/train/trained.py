@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,8 @@ from hecate.adapters.bake_user import bake_user
 from hecate.adapters.folder import read_adapter_config, refuse_existing
 from hecate.adapters.forms import FORMS, form_named, read_any, write_form
 from hecate.adapters.model_folder import is_model_folder
-from hecate.adapters.peft_by_source import refuse_several
+from hecate.adapters.peft_by_source import refuse_several, sources_in
+from hecate.adapters.sets.merging import merge_adapters
 from hecate.config import Config
 from hecate.config.paths import ADAPTER_CONFIG
 from hecate.data.user_features import read_user_features
@@ -105,6 +107,35 @@ def export(
             return []
         refuse_several(left)
         return write_form(to, read_any(left).on(model), out)
+
+
+def merge(
+    given: Sequence[Path],
+    out: Path,
+    method: str,
+    weights: Sequence[float] | None,
+    model: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    **options: Any,
+) -> list[str]:
+    """Merge what runs have trained into the new folder `out` (`merge_adapters`); what the user should know, line by line.
+
+    Args:
+        given: folders of adapters, or of runs. One that holds the adapters of several sources means all of them.
+
+    Raises:
+        UserError: a folder holds no adapter, or as `merge_adapters`.
+    """
+    refuse_existing(out)
+    folders: list[Path] = []
+    for path in given:
+        found = find_trained(path)
+        if is_checkpoint(found):
+            raise UserError(f"{found}: is a checkpoint, and adapters are merged\n  hecate export {found} -o FOLDER makes one of it")
+        if is_model_folder(found):
+            raise UserError(f"{found}: is a whole model, and adapters are merged")
+        folders += [found / source for source in sources_in(found)] or [found]
+    return merge_adapters(folders, out, method, weights, model, progress, **options)
 
 
 def bake(trained: Path, out: Path, user: str | None, features: Path | None) -> None:

@@ -126,7 +126,7 @@ def combined(
     method: str,
     keeps_scale: bool = False,
     stands_for: float = 1.0,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> Merged:
     """Return the set that an operation makes of alike sets, module by module.
 
@@ -135,7 +135,7 @@ def combined(
         make: a function of a module's terms in all sets that returns the result's; a UserError of it is told with the module.
         keeps_scale: factors keep their meaning, so that the result has the scale of the sets if they have the same one.
         stands_for: the result stands for this multiple of the weighted sum.
-        options: what the operation was told, as JSON values.
+        options: what the operation was told, by name, as JSON values.
 
     Raises:
         UserError: see `require_alike` and `require_weights`.
@@ -154,7 +154,7 @@ def combined(
     def targets(module: str) -> list[Terms]:
         return [joined([one.read(module).times(stands_for * weight) for one, weight in zip(sets, weights, strict=True)])]
 
-    made = {"method": method, "of": [one.name for one in sets], "weights": list(weights), **options}
+    made = {"method": method, "of": [one.name for one in sets], "weights": list(weights), **(options or {})}
     result = replace(
         first,
         name=f"{method} of {', '.join(one.name for one in sets)}",

@@ -64,7 +64,7 @@ def _by_factors(sets: Sequence[AdapterSet], weights: Sequence[float], merge: _Me
         plain_b = [one.b_Or / of_set.scale for one, of_set in zip(terms, sets, strict=True)]
         return Terms(merge([one.a_rI for one in terms], of_a), merge(plain_b, of_b))
 
-    return combined(sets, weights, sets[0].rank, make, method=method, **options)
+    return combined(sets, weights, sets[0].rank, make, method=method, options=options)
 
 
 def require_peft() -> None:

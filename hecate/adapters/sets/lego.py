@@ -53,7 +53,9 @@ def lego(sets: Sequence[AdapterSet], weights: Sequence[float], *, rank: int | No
         counted = joined([one.times(len(sets) * weight) for one, weight in zip(terms, weights, strict=True)])
         return clustered(counted, clusters, mean_norms=reweight in ("parameter", "both")).times(factor)
 
-    return combined(sets, weights, clusters, make, method="lego", stands_for=float(len(sets)), rank=clusters, reweight=reweight)
+    return combined(
+        sets, weights, clusters, make, method="lego", stands_for=float(len(sets)), options={"rank": clusters, "reweight": reweight}
+    )
 
 
 def clustered(terms: Terms, clusters: int, *, mean_norms: bool) -> Terms:

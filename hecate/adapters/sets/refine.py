@@ -23,9 +23,7 @@ Distance = Literal["frobenius", "cosine"]
 _STEPS = 1000
 
 
-def refine(
-    sets: Sequence[AdapterSet], weights: Sequence[float], *, ridge: float = 0.01, distance: Distance = "frobenius"
-) -> Merged:
+def refine(sets: Sequence[AdapterSet], weights: Sequence[float], *, ridge: float = 0.01, distance: Distance = "frobenius") -> Merged:
     """Return Ā and B̄ + D, where D is the least of a distance between the weighted sum and (B̄ + D) Ā, and of `ridge` times the size of D.
 
     Args:
@@ -48,14 +46,16 @@ def refine(
         whole = joined([one.times(weight) for one, weight in zip(terms, weights, strict=True)])
         return Terms(a_rI, b_Or + _CORRECTED[distance](whole, Terms(a_rI, b_Or), ridge))
 
-    return combined(sets, weights, sets[0].rank, make, method="refine", keeps_scale=True, ridge=ridge, distance=distance)
+    return combined(sets, weights, sets[0].rank, make, method="refine", keeps_scale=True, options={"ridge": ridge, "distance": distance})
 
 
 def _by_ridge(whole: Terms, mean: Terms, ridge: float) -> Tensor:
     gram_rr = mean.a_rI @ mean.a_rI.T
     missed_Or = whole.b_Or @ (whole.a_rI @ mean.a_rI.T) - mean.b_Or @ gram_rr
     if ridge == 0 and int(torch.linalg.matrix_rank(mean.a_rI)) < mean.rank:
-        raise UserError("the rows of the mean of A depend on one another, so that without ridge no single correction is best\n  give a ridge above 0")
+        raise UserError(
+            "the rows of the mean of A depend on one another, so that without ridge no single correction is best\n  give a ridge above 0"
+        )
     solved_Or: Tensor = torch.linalg.solve(gram_rr + ridge * torch.eye(mean.rank, dtype=gram_rr.dtype), missed_Or, left=False)
     return solved_Or
 
@@ -73,7 +73,10 @@ def _by_cosine(whole: Terms, mean: Terms, ridge: float) -> Tensor:
         if own == 0 or length == 0:
             return 1.0 + ridge * size, torch.zeros_like(b_Or)
         slope_Or = along_Or * (product / (length * own**3)) - sum_Or / (length * own)
-        return 1.0 - product / (length * own) + ridge * size, slope_Or + (ridge / size * change_Or if size > 0 else 0)
+        if size > 0:
+            return 1.0 - product / (length * own) + ridge * size, slope_Or + ridge / size * change_Or
+        # At D = 0 its size has no gradient: the smallest of the subgradients is the steepest way down.
+        return 1.0 - product / (length * own), slope_Or * max(0.0, 1.0 - ridge / max(float(slope_Or.norm()), 1e-300))
 
     value, slope_Or = objective(change_Or)
     step = float(mean.b_Or.norm()) or 1.0

@@ -59,7 +59,9 @@ def average(sets: Sequence[AdapterSet], weights: Sequence[float], *, inexact: bo
     return combined(sets, weights, rank, make, method="average", keeps_scale=True)
 
 
-_DIFFERENT = "and the product of two means is not the mean of products\n  use stack, which is exact, or take the means all the same: inexact"
+_DIFFERENT = (
+    "and the product of two means is not the mean of products\n  use stack, which is exact, or take the means all the same: inexact"
+)
 
 
 def recompress(one: AdapterSet, rank: int) -> Merged:
