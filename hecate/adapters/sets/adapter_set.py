@@ -84,7 +84,7 @@ def require_alike(sets: Sequence[AdapterSet]) -> None:
         _require_same_modules(first, other)
         if not _same_routing(first, other):
             raise UserError(
-                f"{other.name} and {first.name} have different routers, so that an expert of one is not the expert of that number in the other\n"
+                f"{other.name} and {first.name} have different routers, so that their experts of one number are not for the same tokens\n"
                 "  adapters with equal routers can be merged, such as those of runs that began with the same and did not train them"
             )
 

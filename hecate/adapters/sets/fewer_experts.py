@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def fewer_experts(one: AdapterSet, experts: int, *, rank: int | None = None) -> 
     description = one.description
     if not isinstance(description, AdapterConfig | LinearAdapterConfig):
         raise UserError(
-            f"{one.name} is {WHAT[type(description)]}; it has as many experts as its base model\n  its ranks can be shrunk: give a rank alone"
+            f"{one.name} is {WHAT[type(description)]}: its experts are those of its base model\n  its ranks can be fewer: give a rank alone"
         )
     require_scikit_learn()
     chosen = description.router.takes_all
@@ -62,7 +62,7 @@ def fewer_experts(one: AdapterSet, experts: int, *, rank: int | None = None) -> 
     for module, unit in sorted(unit_of.items(), key=lambda item: int(item[0].rpartition(".")[2])):
         modules_of.setdefault(unit, {}).setdefault(module.rpartition(".experts.")[0], []).append(module)
 
-    @lru_cache(maxsize=None)
+    @cache
     def members(unit: str) -> tuple[tuple[int, ...], ...]:
         """Of each new expert, the numbers of those that it replaces."""
         return _clusters(one, modules_of[unit], experts)

@@ -3,7 +3,7 @@
 | form | the name of a module | where its pair is |
 |---|---|---|
 | a LoRA of linears, in PEFT's format | model.layers.3.self_attn.q_proj | tensors of its own |
-| a LoRA of an MoE model's experts, in PEFT's format, however they lie in the file | model.layers.3.mlp.experts.gate_up_proj.7 | in those of all experts |
+| a LoRA of an MoE model's experts, in PEFT's format | model.layers.3.mlp.experts.gate_up_proj.7 | in those of all experts |
 | a mixture over FFNs | layers.3.mlp.gate_proj.experts.7 | tensors of its own |
 | experts over linears | model.layers.3.self_attn.q_proj.experts.7 | tensors of its own |
 """
@@ -239,9 +239,9 @@ def _refuse_forms(adapter: ReadAdapter) -> None:
             f"{adapter.folder}: its experts are mixed by users (RecLoRA), and their sum depends on the user\n"
             "  write the LoRA of one user with hecate export --user, and merge that"
         )
-    if description.r == 1:
+    if description.r == 1 and description.router.score == "sigmoid":
         raise UserError(
-            f"{adapter.folder}: each of its experts is one rank that the router chooses by itself (SMoRA), so that a merged term has no router\n"
+            f"{adapter.folder}: each of its experts is one rank with a router's row of its own (SMoRA), and a merged term has none\n"
             "  merge adapters whose experts have a higher rank"
         )
 

@@ -35,7 +35,8 @@ def lego(sets: Sequence[AdapterSet], weights: Sequence[float], *, rank: int | No
             whole is multiplied by √(mean rank of the sets / `rank`). both is the paper's.
 
     Raises:
-        UserError: the sets cannot become one, the weights are wrong, `rank` is below 1 or above the number of terms, or scikit-learn is missing.
+        UserError: the sets cannot become one, the weights are wrong, `rank` is below 1 or above the number of terms, or scikit-learn is
+            missing.
     """
     require_scikit_learn()
     clusters = max(one.rank for one in sets) if rank is None else rank

@@ -33,7 +33,7 @@ def stack(sets: Sequence[AdapterSet], weights: Sequence[float], *, rank: int | N
 
 
 def average(sets: Sequence[AdapterSet], weights: Sequence[float], *, inexact: bool = False) -> Merged:
-    """Return the weighted mean of A and of B. It is the weighted sum of the adapters, exactly, where all have the same A (FFA-LoRA, 2403.12313).
+    """Return the weighted mean of A and of B: the weighted sum of the adapters, exactly, where all have the same A (FFA-LoRA, 2403.12313).
 
     Args:
         inexact: take the means where A differ, too, of smaller ranks padded with zeros: federated averaging, whose result is not the mean.
@@ -87,9 +87,8 @@ def recompress(one: AdapterSet, rank: int) -> Merged:
 def top_density(one: AdapterSet, density: float) -> Merged:
     """Return a set that keeps the ⌈density · n⌉ numbers of A and B that are largest in magnitude, one ranking over all modules, and zeros.
 
-    B is ranked without the scale. Of equal numbers the first are kept, by modules in the set's order, A before B, and rows. Modules are read
-    three times, one after another: the numbers are counted by their leading bits, and only those of one count are held together, so that a
-    set whose modules lie on several ranks could be ranked by adding up the counts.
+    B is ranked without the scale. Of equal numbers the first are kept: by modules in the set's order, A before B, row by row. Modules are
+    read one after another, three times: the numbers are counted by their leading bits, and only those of one count are held together.
 
     Raises:
         UserError: `density` is not above 0 and at most 1.
