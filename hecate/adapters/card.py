@@ -84,7 +84,8 @@ def adapter_card(config: Mapping[str, Any], loading: Loading | None = None) -> b
     }
     extra = config.get("hecate", {}).get("extra", {})
     trained = {name.replace("_", " "): value for name, value in extra.get("training", {}).items()}
-    return _card(config["base_model_name_or_path"], loading, {**facts, **trained})
+    merged = {f"merge: {name.replace('_', ' ')}": value for name, value in extra.get("merged", {}).items()}
+    return _card(config["base_model_name_or_path"], loading, {**facts, **trained, **merged})
 
 
 def full_model_card(config: Config, base: str | None, experts: int) -> bytes:
