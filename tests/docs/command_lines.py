@@ -18,6 +18,7 @@ import typer
 from typer.main import get_command
 
 from hecate.adapters.forms import form_named
+from hecate.adapters.sets.merging import METHODS
 from hecate.cli import app
 from hecate.config import load_config
 from hecate.config.presets import find_preset, run_presets
@@ -112,6 +113,8 @@ def _prove_hecate(arguments: list[str], in_sentence: bool) -> None:
         load_run_sweep(str(ROOT / STANDS_FOR.get(str(given["file"]), str(given["file"]))), overrides)
     elif verb == "export" and given["to"] is not None:
         form_named(given["to"])
+    elif verb == "merge":
+        assert given["method"] in METHODS, f"no method {given['method']}"
     elif verb == "make-tasks":
         assert set(given["tasks"].split(",")) <= set(TASKS)
     if verb in ("simulate", "plan"):
