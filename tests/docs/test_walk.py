@@ -85,7 +85,7 @@ def folder(tmp_path: Path) -> Path:
         config = AutoConfig.for_model(kind, **SIZES, **more, **ends)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "models" / name)
         tokenizer.save_pretrained(tmp_path / "models" / name)
-    for name in ("chats", "more", "held_out"):
+    for name in ("chats", "more", "held_out", "gcd", "chain_sum", "count_bits"):
         write_samples(tmp_path / f"{name}.jsonl", [f"w{number}" for number in range(60)], str.upper)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"The number {i} is even or odd."}) + "\n" for i in range(80)))
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in range(3)))
