@@ -195,6 +195,18 @@ def test_refine_by_cosine_descends(ridge: float) -> None:
             assert objective(merged.read(module).b_Or + 1e-3 * random) > ended
 
 
+def test_refine_by_cosine_leaves_its_start_as_soon_as_that_is_worth_the_change() -> None:
+    """The size of a change has no gradient at 0: with a ridge just below the slope of the distance there is still a way down."""
+    for module in SIZES:
+        mean = average(THREE, WEIGHTS, inexact=True).result.read(module)
+        whole = plain.weighted_sum([pair_of(one, module) for one in THREE], WEIGHTS)
+        b = mean.b_Or.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(1 - torch.cosine_similarity((b @ mean.a_rI).flatten(), whole.flatten(), 0), b)
+        for factor, moves in ((0.8, True), (1.2, False)):
+            found = refine(THREE, WEIGHTS, ridge=factor * float(slope.norm()), distance="cosine").result.read(module)
+            assert torch.equal(found.b_Or, mean.b_Or) != moves
+
+
 @pytest.mark.parametrize("density", [1e-9, 0.1, 0.37, 0.999])
 def test_top_density_keeps_the_largest_of_all_modules(density: float) -> None:
     random = random_set(1, 3)
