@@ -122,7 +122,7 @@ def test_another_base_model_is_refused_by_its_files(workshop: Path, tmp_path: Pa
         ("a c --method refine", "rank 2, but .* rank 4: refine .*\n  use stack"),
         ("a d --method stack", "adapters of different forms have no modules in common"),
         ("a model --method stack", "is a whole model, and adapters are merged"),
-        ("a nothing --method stack", "nothing/adapter_config.json: cannot be read"),
+        ("a nothing --method stack", "nothing: no such folder"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(workshop: Path, tmp_path: Path, words: str, reason: str) -> None:
