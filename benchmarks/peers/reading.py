@@ -10,6 +10,7 @@ that merging the adapter makes to each weight; of MoE-PEFT, whose adapters canno
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tarfile
@@ -53,9 +54,11 @@ _LIMIT = 1e-5
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(READERS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="programs; without any, all")
+    names = parser.parse_args().names or list(READERS)
     if unknown := [name for name in names if name not in READERS]:
-        raise SystemExit(f"{unknown[0]}: there is no such program; there are {', '.join(READERS)}")
+        parser.error(f"{unknown[0]}: there is no such program; there are {', '.join(READERS)}")
     failed = 0
     for name in names:
         kinds, read = READERS[name]
