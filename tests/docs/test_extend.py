@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted(path.name for path in (ROOT / "docs" / "extend").glob("*.md") if path.name != "README.md")
-TRAINS_LONG = {"base-architecture.md", "gradient-rule.md", "pair-source.md", "router.md"}
+TRAINS_LONG = {"base-architecture.md", "config-key.md", "gradient-rule.md", "pair-source.md", "router.md"}
 """pages whose tests train on several ranks, or in many ways"""
 COPIED = ("hecate", "parallel", "kernels", "launch", "configs", "examples", "tests", "testing", "pyproject.toml")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

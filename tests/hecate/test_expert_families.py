@@ -268,7 +268,7 @@ def _check_cases(rank: int, world: int, cases: list[Case]) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_placement_and_quotas_equal_one_process(world: int) -> None:
     """With every slot and with one, so that frozen parts have to make room."""
     cases = [Case("full", "random 0"), Case("lora", "random 0"), Case("lora", "random 1", slots=1)]

@@ -221,7 +221,8 @@ def test_upcycled_training_equals_one_process(world: int) -> None:
     run_ranks(world, _check_cases, cases[:3] if world == 1 else cases, timeout=240)
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 3])
 def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None:
     cases = [
         Case("full", "idle experts", True, checkpointing=True),

@@ -318,6 +318,7 @@ def test_with_a_fixed_a_it_equals_peft_whose_a_is_frozen(peft_runs: Path, world:
     run_ranks(world, _check_cases, cases, peft_runs, timeout=240)
 
 
+@pytest.mark.slow
 def test_whenever_replicas_come_and_go_it_equals_peft(peft_runs: Path) -> None:
     """With idle experts, and with ranks that have no tokens."""
     cases = [

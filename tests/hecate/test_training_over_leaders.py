@@ -91,6 +91,7 @@ def _both_ways(rank: int, world: int) -> list[dict[str, int]]:
     return calls
 
 
+@pytest.mark.slow
 def test_training_takes_the_way_over_leaders_and_learns_the_same() -> None:
     by_rank = run_ranks(4, _both_ways, timeout=240)
     assert all(calls == by_rank[0] for calls in by_rank)

@@ -110,6 +110,7 @@ def test_survivors_go_on_without_losing_a_step(workshop: str, whole: Losses) -> 
             assert torch.tensor([losses[step] for step in sorted(losses)]).sub(torch.tensor(whole)).abs().max() <= 1e-10, phase
 
 
+@pytest.mark.slow
 def test_without_copies_they_go_back_to_the_checkpoint(workshop: str, whole: Losses) -> None:
     done, restarted, losses = run_ranks(4, shrinking, workshop, "back", ["backward"], ("fssdp.redundancy=0",))[0][0]
     assert (done, restarted) == (DEATH_STEP + 1, DEATH_STEP)
@@ -216,6 +217,7 @@ def compare_shadows(rank: int, world: int, workshop: str) -> int:
     return len(run.parts.optimizer.backups)
 
 
+@pytest.mark.slow
 def test_a_shadow_is_its_owner_bit_for_bit(workshop: str) -> None:
     assert sum(run_ranks(3, compare_shadows, workshop)) == 2 * 5
 

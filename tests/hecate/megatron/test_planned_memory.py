@@ -92,6 +92,7 @@ def _job(rank: int, world: int, folder: str, cases: list[tuple[int, int, str, st
     return found
 
 
+@pytest.mark.slow
 def test_every_rank_holds_what_was_planned(tmp_path: Path) -> None:
     """Of 5 experts in two layers rank 0 owns 6 and rank 1 four, or in sharding groups of one each all ten."""
     world = 2

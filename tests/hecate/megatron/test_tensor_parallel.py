@@ -193,10 +193,10 @@ def groups_of_one(folder: Path) -> tuple[str, list[dict[str, Found]]]:
     return "2-1-1", run_ranks(2, _job, str(folder), 1, 1, tuple(ALONE), 2)
 
 
-_LESS_TELLING = [pytest.param(name, marks=pytest.mark.slow) for name in ("two_groups", "groups_of_one")]
+_LESS_TELLING = [pytest.param(name, marks=pytest.mark.slow) for name in ("one_copy", "two_copies", "two_groups", "groups_of_one")]
 
 
-@pytest.fixture(scope="module", params=["one_copy", "two_copies", *_LESS_TELLING, "across_groups"])
+@pytest.fixture(scope="module", params=[*_LESS_TELLING, "across_groups"])
 def job(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Found]]]:
     """WORLD-PARTS-SHARD SIZE, and what each rank found by variant."""
     found: tuple[str, list[dict[str, Found]]] = request.getfixturevalue(request.param)
@@ -241,10 +241,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(job: tuple[str, list[dict[str, Found]
             assert found.resumed == found.steps[SAVED:]
 
 
+@pytest.mark.slow
 def test_a_copy_on_slow_devices_may_have_no_rows(two_copies: tuple[str, list[dict[str, Found]]]) -> None:
     assert [(rank["plain"].shares, rank["unequal"].shares) for rank in two_copies[1]] == [((2, 2), (4, 0))] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_copy", "two_copies")  # have left their checkpoints
 @pytest.mark.parametrize(
     ("world", "tensor", "rows", "of"),

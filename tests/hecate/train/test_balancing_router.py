@@ -95,6 +95,7 @@ def resumed(rank: int, world: int, workshop: str) -> Outcome:
     return steps_until(run, STEPS), biases(run)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_bias(workshop: str, on_four: Outcome) -> None:
     for outcome in run_ranks(4, resumed, workshop):
         same(outcome, on_four)

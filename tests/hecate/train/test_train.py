@@ -113,6 +113,7 @@ def adapter_without_decay_of(rank: int, world: int, workshop: str, kinds: str) -
     return load_file(f"{folder}/adapter/adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_the_configuration_says_what_does_not_decay(workshop: str) -> None:
     (none,), (routers,) = (run_ranks(1, adapter_without_decay_of, workshop, kinds) for kinds in ("[]", "[routers]"))
     changed = {name for name in none if not torch.equal(none[name], routers[name])}
