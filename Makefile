@@ -51,7 +51,7 @@ format: install
 
 # Three workers on two cores, because many tests wait for processes to start, to end, or to be reported.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope --durations 20 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder --durations 20 -m 'not slow'
 
 # The slow tests, about an hour: Ray clusters, two nodes in network namespaces (needs root), trainings on mock GPUs, further world sizes.
 test-slow: install browser

@@ -5,11 +5,14 @@ mode is fixed where `@triton.jit` first runs, and modules of several test folder
 A test that compiles kernels does so in a process of its own, without the variable.
 
 Tokenized data are kept in a folder of the tests' own.
+
+Files that take a minute or more come first, so that at the end several workers have short ones to share.
 """
 
 import os
 import tempfile
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
@@ -19,3 +22,13 @@ _cache = tempfile.TemporaryDirectory(prefix="hecate-tokens-")  # removed when th
 os.environ.setdefault("HECATE_CACHE", _cache.name)
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+LONGEST = (
+    *("tests/mock_cuda/", "tests/hecate/train/test_run.py", "tests/hecate/test_equivalence.py", "tests/launch/test_survival.py"),
+    *("tests/hecate/train/test_moe_lora_run.py", "tests/hecate/train/test_full_run.py", "tests/hecate/elastic/test_rebuild.py"),
+    *("tests/hecate/train/test_resume_elsewhere.py", "tests/hecate/megatron/", "tests/hecate/train/", "tests/hecate/test_"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST)))
