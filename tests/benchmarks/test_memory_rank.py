@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory_rank import live_tensors, peak_bytes
 
@@ -25,8 +26,11 @@ def test_of_a_mapped_file_the_tensors_count_that_are_in_use() -> None:
 
 
 def test_live_tensors_are_storages_each_once() -> None:
+    with FakeTensorMode():
+        fake = torch.zeros(3)
     mine = torch.zeros(1000)
     part = mine[3:]
     found = live_tensors()
     assert found[mine.data_ptr()] == 4000
     assert part.data_ptr() not in found
+    assert fake.shape == (3,)

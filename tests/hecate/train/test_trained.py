@@ -168,7 +168,7 @@ def test_what_cannot_be_exported_is_refused(workshop: Path, tmp_path: Path) -> N
         (run, {"to": "peft", "user": "u1"}, "--to and --user were given"),
         (model, {"to": "mixtral"}, "is a whole model already"),
         (other, {"to": "peft"}, "was trained with whole experts, which are no adapter\n  give --to mixtral"),
-        (run / "nothing", {"to": "peft"}, r"adapter_config.json: cannot be read"),
+        (run / "nothing", {"to": "peft"}, r"nothing: no such folder\n  give the folder of a run"),
     ):
         with pytest.raises(UserError, match=reason):
             export(source, out, **given)  # type: ignore[arg-type]
