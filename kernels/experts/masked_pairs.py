@@ -1,5 +1,5 @@
 """The weighted sum of each token's low-rank pairs as two dense products, for pairs whose ranks are few in all: a few experts of rank 8
-(MoLA), single ranks as experts (SMoRA), one pair for all tokens (LoRA).
+(MoLA), single ranks as experts (SMoRA), one pair for all tokens.
 
 All slots' A side by side multiply every token, x A'. The result is multiplied by the token's weight for each slot, which is 0 where the
 slot was not chosen, and then by all slots' B side by side. That is more arithmetic than the chosen pairs need, but there is nothing to
