@@ -91,7 +91,7 @@ def peak_bytes(changes: Iterable[Change], start: int, end: int, before: Mapping[
 
 
 def live_tensors() -> dict[int, int]:
-    """Return the bytes of the storages of all tensors that Python holds, by address. Tensors of torch.compile's have none."""
+    """Return the bytes of the storages of all tensors that Python holds, by address. torch.compile's fake tensors have none."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():

@@ -36,6 +36,7 @@ from hecate.ranks.launcher_files import (
 
 Process = subprocess.Popen[bytes]
 STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
+"""the answer to a first Ctrl-C or SIGTERM"""
 
 _MOST_REPLACED = 3
 """largest number of ranks that a run starts in place of lost ones"""

@@ -304,10 +304,9 @@ class Step:
                 store.wait_for_reduction()
         shards.stores[unit].reduce()
         if in_last:
-            # The reduction before has had a layer's backward pass to arrive in; the sum over the groups has the rest of the step. Of one
-            # that has arrived the owners' sums are left: the replicas' gradients, and what was sent and received of them, are freed.
+            # The reduction before has had a layer's backward pass to arrive in; the sum over the groups has the rest of the step. Waiting
+            # for it frees the replicas' gradients, and what was sent and received of them: only the owners' sums are left.
             if self._reduced_last is not None:
-                shards.stores[self._reduced_last].wait_for_reduction()
                 shards.stores[self._reduced_last].sum_over_groups()
             self._reduced_last = unit
         if shards.config.plan == "calibrated":

@@ -266,7 +266,8 @@ def _saved_by_linears(run: RunShape, index: int) -> float:
     """Return the bytes that the linears of a layer with experts, or plain pairs, and its FFN keep of a token.
 
     The FFN keeps gate, the activation of gate, and up. Each linear with experts keeps its input without padding, which is a copy of its
-    own, its router's probabilities and weights, and A x of each assignment with the assignment's indices. Plain pairs share inputs.
+    own, its router's probabilities and weights, and A x of each assignment with the assignment's indices; where few ranks are multiplied
+    densely, A x of all experts without indices, which is about as much. Plain pairs share inputs.
     """
     layer, b, config = run.base.layers[index], run.dtype_bytes, run.config
     experts, k = config.moe.experts_per_layer(len(run.base.layers))[index], config.moe.experts_per_token

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NoReturn
 
 
@@ -15,7 +14,8 @@ def run_and_end(function: Callable[[], object]) -> NoReturn:
     """Call `function` and end the process with status 0, or with that of its SystemExit.
 
     As at any end of Python, threads that are no daemons are waited for, functions registered with `atexit` are called, and the standard
-    streams are flushed. Modules and objects are not destroyed; files that are still open and not flushed lose what they hold back.
+    streams are flushed; the status is 120 if one cannot be. Modules and objects are not destroyed; files that are still open and not
+    flushed lose what they hold back.
 
     Raises:
         BaseException: what `function` raises, other than a SystemExit with a number.
@@ -30,6 +30,8 @@ def run_and_end(function: Callable[[], object]) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]  # what Python itself calls
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
+        try:
             stream.flush()
+        except (OSError, ValueError):
+            status = status or 120  # as Python's own end has it
     os._exit(status)

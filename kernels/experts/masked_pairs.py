@@ -20,7 +20,7 @@ from hecate.kernels.common.low_rank import LowRankPairs, row_factors, scaled_row
 
 _MOST_RANKS, _MOST_RANKS_OF_AN_ASSIGNMENT = 64, 32
 """Up to these the dense products were found to take less processor time than plain torch on sorted assignments, for linears of 576 x 576
-to 2048 x 2048, 256 to 2048 tokens, float32 and bfloat16: 0.3 to 0.95 of it, and from twice as many on more, in float32"""
+to 2048 x 2048, 256 to 2048 tokens, float32 and bfloat16: 0.3 to 0.95 of it. With twice as many ranks they took more in float32."""
 
 _MOST_RANK_ON_KERNELS, _LEAST_SLOTS_ON_KERNELS = 4, 16
 """Grouped kernels pad ranks to 16, so that they do this many times the arithmetic. On a GPU neither was timed."""

@@ -17,6 +17,7 @@ from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
 from hecate.forecast.model_check import check_model
 from hecate.io.signals import on_signals
+from hecate.launch.local_launcher import STOPPING
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
 from hecate.report.trackers import check_trackers
@@ -156,7 +157,7 @@ def _stop_on_signals(controller: Any) -> Iterator[list[int]]:
         if controller.stop_wanted:
             raise KeyboardInterrupt
         controller.stop_wanted = True
-        print("hecate: the ranks save and stop after this step; a second signal ends them at once", file=sys.stderr, flush=True)
+        print(STOPPING, end="", file=sys.stderr, flush=True)
 
     with on_signals(ask):
         yield signals

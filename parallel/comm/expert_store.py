@@ -201,13 +201,13 @@ class ExpertStore:
             self._reducing = None
 
     def sum_over_groups(self) -> None:
-        """Wait for the last reduction and start summing over the sharding groups; nothing where that has happened or there is one group.
+        """Wait for the last reduction, and start summing over the sharding groups where there are several and that has not begun.
 
         Every rank of the replicate group must call it for all layers in the same order, once the step's last `reduce` was called.
         """
+        self.wait_for_reduction()
         if self._replicate_group is None or self._summing is not None or not self.experts:
             return
-        self.wait_for_reduction()
         assert self._sum_nC is not None, "sum_over_groups() before reduce()"
         self._summing = dist.all_reduce(self._sum_nC, group=self._replicate_group, async_op=True)
         groups = dist.get_world_size(self._replicate_group)
@@ -216,7 +216,6 @@ class ExpertStore:
     def reduced(self) -> Tensor:
         """[owned experts, C]: the summed gradients, by expert ascending."""
         self.sum_over_groups()
-        self.wait_for_reduction()
         if self._summing is not None:
             self._summing.wait()
             self._summing = None

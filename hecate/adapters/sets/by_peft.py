@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,17 +47,12 @@ def ties(sets: Sequence[AdapterSet], weights: Sequence[float], *, density: float
     require_peft()
     from peft.utils import merge_utils
 
-    # PEFT itself warns of a density of 1, which prunes nothing; all sorts of density mean here what they mean there.
-    def merge(matrices: list[Tensor], weights: Tensor) -> Tensor:
-        merged: Tensor = merge_utils.ties(matrices, weights, density)
-        return merged
-
-    return _by_factors(sets, weights, merge, "ties", density=density)
+    return _by_factors(sets, weights, partial(merge_utils.ties, density=density), "ties", density=density)
 
 
 def _by_factors(sets: Sequence[AdapterSet], weights: Sequence[float], merge: _Merge, method: str, **options: float) -> Merged:
     require_equal_ranks(sets, method)
-    scaled = [weight * one.scale for one, weight in zip(sets, weights, strict=False)]
+    scaled = [weight * one.scale for one, weight in zip(sets, weights, strict=False)]  # `combined` checks their number
     of_b = torch.tensor([math.sqrt(abs(one)) for one in scaled], dtype=torch.float64)
     of_a = of_b * torch.tensor([math.copysign(1.0, one) for one in scaled], dtype=torch.float64)
 

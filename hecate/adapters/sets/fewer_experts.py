@@ -46,8 +46,7 @@ def fewer_experts(one: AdapterSet, experts: int, *, rank: int | None = None) -> 
             f"{one.name} is {WHAT[type(description)]}: its experts are those of its base model\n  its ranks can be fewer: give a rank alone"
         )
     require_scikit_learn()
-    chosen = description.router.takes_all
-    least, most = max(2, 1 if chosen else description.top_k), max(description.experts_per_layer) - 1
+    least, most = max(2, 1 if description.router.takes_all else description.top_k), max(description.experts_per_layer) - 1
     if not least <= experts <= most:
         raise UserError(
             f"experts {experts}: {one.name} has up to {most + 1} in a layer, of which a token goes to {description.top_k}\n"

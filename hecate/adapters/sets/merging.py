@@ -85,9 +85,8 @@ def summary(folders: Sequence[Path], merged: Merged, written: Written) -> list[s
     if errors[-1] <= EXACT:
         lines.append(f"exact: {stands_for} to rounding, relative error {errors[-1]:.1e}")
     else:
-        lines.append(
-            f"not exact: relative error against {stands_for} {errors[len(errors) // 2]:.3g} in the middle pair, {errors[-1]:.3g} in {worst}"
-        )
+        median, largest = errors[len(errors) // 2], errors[-1]
+        lines.append(f"not exact: relative error against {stands_for} {median:.3g} (median of the pairs), {largest:.3g} in {worst}")
     if "experts" in made:
         lines.append("the routers' rows of experts that became one are means, which is not in the error")
     before = sum((folder / (WEIGHTS if (folder / WEIGHTS).exists() else OLD_WEIGHTS)).stat().st_size for folder in folders)

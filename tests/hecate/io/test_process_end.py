@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,11 @@ def test_how_a_process_ends(tmp_path: Path, last: str, status: int, error: str) 
     assert done.stderr.endswith(error)
     as_ever = status == -2 or error
     assert done.stdout == "no line breaka task\na thread\nat exit\n" + ("destroyed\n" if as_ever else "")
+
+
+def test_output_that_cannot_be_written_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM % "", encoding="utf-8")
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, str(tmp_path / "program.py")], stdout=full, env=buffered, check=False)
+    assert done.returncode == 120
