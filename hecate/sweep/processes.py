@@ -74,7 +74,8 @@ def train_runs(
         passed_on = 0
         try:
             while under_way or (waiting and not stop):
-                for place in [place for place in range(sweep.jobs) if place not in under_way and waiting and not stop]:
+                free = [] if stop else [place for place in range(sweep.jobs) if place not in under_way]
+                for place in free[: len(waiting)]:
                     run = waiting.pop(0)
                     config, entry = configs[run.name], entries.get(run.name)
                     variables = environment(place, config)

@@ -115,6 +115,11 @@ def test_a_failed_run_lets_the_others_go_on_and_is_in_the_exit_status(stand_in: 
     assert states(stand_in) == {"r-2": "failed", "r-8": "finished"}
 
 
+def test_there_may_be_more_places_than_runs(stand_in: Path) -> None:
+    assert sweep(stand_in, "[1, 8]", "jobs=5")[0] == 0
+    assert states(stand_in) == {"r-1": "finished", "r-8": "finished"}
+
+
 def test_one_sweep_at_a_time_works_in_a_folder(stand_in: Path) -> None:
     assert not at_work("runs")
     with working_alone("runs"):
