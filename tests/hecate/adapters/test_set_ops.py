@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from hecate.adapters.sets.adapter_set import EXACT, AdapterOp, AdapterSet
 from hecate.adapters.sets.by_peft import linear, ties
 from hecate.adapters.sets.forms import read_set, write_set
-from hecate.adapters.sets.lego import REWEIGHTS, lego
+from hecate.adapters.sets.lego import REWEIGHTS, cluster_labels, in_fewer_coordinates, lego
 from hecate.adapters.sets.refine import refine
 from hecate.adapters.sets.sums import average, recompress, stack, top_density
 from hecate.adapters.sets.terms import Terms, inner, norm
@@ -130,6 +132,19 @@ def test_lego_is_its_plain_rule(rank: int, reweight: Any) -> None:
         torch.testing.assert_close(plain.dense(pair_of(merged.result, module)), expected, **TO_ROUNDING)
         assert merged.result.read(module).rank == rank
     assert max(merged.errors().values()) > 0.1
+
+
+@pytest.mark.parametrize("clusters", [4, 12, 20])
+def test_k_means_finds_the_clusters_of_the_points_themselves(clusters: int) -> None:
+    """It is given them in fewer coordinates: 16 different points of 900, and each of them twice."""
+    random = np.random.default_rng(1)
+    points = np.tile(random.normal(size=(4, 1, 900)) + 0.9 * random.normal(size=(4, 4, 900)), (1, 2, 1)).reshape(32, 900)
+    points[:, 7], points[:16, 8], points[16:, 8] = 0.0, 0.0, -0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer different points than clusters
+        expected = KMeans(clusters, n_init=10, max_iter=300, random_state=0).fit(points).labels_
+    assert cluster_labels(points, clusters).tolist() == expected.tolist()
+    assert in_fewer_coordinates(points).shape == (32, 16)
 
 
 def test_neither_order_nor_gauge_nor_padding_changes_lego() -> None:
