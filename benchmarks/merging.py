@@ -188,6 +188,7 @@ def evaluate(folder: Path, model: str, size: Size) -> tuple[dict[str, float], di
     settings = {
         "model.name_or_path": MODEL,
         "model.dtype": "bfloat16",
+        "data.train": _sources("train"),
         "data.eval": _sources("eval"),
         "data.seq_len": 128,
         "eval.max_samples": size.eval_samples,

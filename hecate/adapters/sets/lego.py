@@ -127,8 +127,8 @@ def in_fewer_coordinates(points_nX: np.ndarray) -> np.ndarray:
     row_n = [row.tobytes() for row in points_nX + 0.0]  # so that -0 is 0
     number_of = {row: number for number, row in enumerate(dict.fromkeys(row_n))}
     different_mX = np.frombuffer(b"".join(number_of), dtype=points_nX.dtype).reshape(len(number_of), -1)
-    points_mC = np.linalg.qr(different_mX.T, mode="r").T
-    points_nC: np.ndarray = points_mC[[number_of[row] for row in row_n]]
+    _, point_Cm = np.linalg.qr(different_mX.T)
+    points_nC: np.ndarray = point_Cm.T[[number_of[row] for row in row_n]]
     return points_nC
 
 
