@@ -68,7 +68,7 @@ class Size:
     """of each task at most"""
 
 
-SIZE, QUICK = Size(80, 48, 100), Size(2, 2, 4)
+SIZE, QUICK = Size(80, 48, 50), Size(2, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ METHODS = (
     Method("average", ("--method", "average", "--inexact")),
     Method("stack", ("--method", "stack")),
     Method("stack x 3", ("--method", "stack"), 3),
+    Method("stack 16 x 3", ("--method", "stack", "--rank", "16"), 3),
 )
 PEFT = ("linear", "linear x 3", "ties", "ties x 3")
 """the methods that lego is held against"""
@@ -195,7 +196,7 @@ def evaluate(folder: Path, model: str, size: Size) -> tuple[dict[str, float], di
         "eval.max_new_tokens": 16,
         "output_dir": folder / "evaluation",
     }
-    words = ["eval", str(QUICKSTART), "--models", model, "--json", str(folder / "figures.json")]
+    words = ["eval", str(QUICKSTART), "--nproc", "2", "--models", model, "--json", str(folder / "figures.json")]
     whole_run.hecate([*words, *(f"{key}={value}" for key, value in settings.items())], folder)
     (figures,) = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["models"]
     return {task: figures["tasks"][task]["exact"] for task in TASKS}, {task: figures["tasks"][task]["loss"] for task in TASKS}
@@ -300,7 +301,7 @@ def main() -> None:
     todo = [name for name in wanted() if name not in done]
     if todo:
         folder.mkdir(parents=True, exist_ok=True)
-        write_tasks(folder / "data", TASKS, train_size=2000, eval_size=SIZE.eval_samples, seed=0)
+        write_tasks(folder / "data", TASKS, train_size=2000, eval_size=100, seed=0)
         train(folder, size)
     for name in todo:
         if name in (MIXTURE, SHRUNK):
