@@ -33,6 +33,7 @@ from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
 from hecate.report.run_report import RunFacts, trainable_rows
 from hecate.train.build import build_parts
 from hecate.train.evaluate import evaluate
+from hecate.train.privacy import privacy_of
 from hecate.train.step import StepRules, train_step
 from hecate.train.step_clock import StepClock
 
@@ -105,12 +106,17 @@ class Training:
         of that.
 
         A micro-step has `micro_batch_size` sequences for each rank that there was when the run began, however many ranks there are now.
+        With `privacy.clip` each of a rank's sequences, which is a sample, is a micro-batch of its own.
         """
         config, ranks = self.parts.config, self.ranks
         size = len(sequences) // config.gradient_accumulation_steps
         own = sequence_ranges(size, self.shares)[ranks.dp_rank]
         pad_id = self.parts.base.tokenizer.pad_token_id or 0
         shares = [sequences[start + own.start : start + own.stop] or [empty_sequence()] for start in range(0, len(sequences), size)]
+        if config.privacy.clip is not None:
+            most = max(len(every) for every in sequence_ranges(size, self.shares))  # all ranks run as many micro-steps
+            alone = [share + [empty_sequence()] * (most - len(share)) for share in shares]
+            shares = [[sequence] for share in alone for sequence in share]
         multiple = self.parts.base.head.row_multiple(config.data.seq_len)
         return [collate(share, pad_id, config.data.seq_len, ranks.tp_size, multiple).to(ranks.device) for share in shares]
 
@@ -136,10 +142,14 @@ class Training:
             num_labels=sum(int((sequence.targets != IGNORED).sum()) for sequence in sequences),
             num_samples=sum(len(sequence.samples) for sequence in sequences),
             labels_of_source=_labels_of_source(sequences, len(config.data.train)),
+            samples_of_source=_samples_of_source(sequences, len(config.data.train)),
             features_UF=parts.features_UF,
             step=self.standing.step,
             rules=StepRules(
-                aux_coef=config.moe.router_aux_loss_coef, max_grad_norm=config.max_grad_norm, redundancy=config.fssdp.redundancy
+                aux_coef=config.moe.router_aux_loss_coef,
+                max_grad_norm=config.max_grad_norm,
+                redundancy=config.fssdp.redundancy,
+                privacy=privacy_of(config),
             ),
             requests=requests,
             clock=self._clock,
@@ -283,6 +293,12 @@ def _labels_of_source(sequences: Sequence[PackedSequence], sources: int) -> list
     """Label tokens by source."""
     labelled = np.concatenate([one.task[one.targets != IGNORED] for one in sequences])
     return np.bincount(labelled, minlength=sources).tolist()
+
+
+def _samples_of_source(sequences: Sequence[PackedSequence], sources: int) -> list[int]:
+    """Samples by source."""
+    found = [source for one in sequences for source, _ in one.samples]
+    return np.bincount(found, minlength=sources).tolist()
 
 
 def _refuse_endless_skipping(state: TrainState) -> None:
