@@ -16,7 +16,6 @@ _NEEDED: tuple[tuple[str, Any, str], ...] = (
     ("fssdp.policy", "full", "clips on the rank that has the sample, so that no token of it may go to another rank"),
     ("fssdp.plan", "history", "reduces the gradients of all layers after a micro-step's clip, but other plans reduce each layer's at once"),
     ("fssdp.rematerialize", False, "needs the gradients of all layers at once, but rematerialize reduces each layer's at once"),
-    ("fssdp.memory_slots", None, "needs every expert on every rank"),
 )
 
 
@@ -33,6 +32,8 @@ def check_privacy(values: Mapping[str, Any], add: Add) -> None:
         return
     if noise and math.isinf(clip):
         add(_CLIP, "must be finite with privacy.noise, which is a multiple of it", "set a number, such as the median norm of the gradients")
+    if noise and isinstance(values.get("lora.r"), tuple):
+        add("lora.r", "must be one number with privacy.noise, which would fill what pairs of smaller ranks are padded with", "give one rank")
     for key, needed, why in _NEEDED:
         if key in values and values[key] != needed:
             shown = {None: "null", True: "true", False: "false"}

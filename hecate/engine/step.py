@@ -254,7 +254,7 @@ class Step:
         if shards.config.per_micro_step or any(shards.plans.transfers[unit].tokens is not None for unit in shards.families):
             raise UserError(
                 "gradients cannot be clipped by samples where tokens leave their rank, or where each micro-step reduces its own\n"
-                "  set fssdp.policy=full, and leave fssdp.memory_slots, fssdp.plan and fssdp.rematerialize out"
+                "  set fssdp.policy=full, and leave fssdp.plan and fssdp.rematerialize out"
             )
 
     def _add_clipped(self, limit: Tensor) -> None:
