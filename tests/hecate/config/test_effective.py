@@ -138,6 +138,8 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "model.dtype",
         "model.num_hidden_layers",
         "model.train_non_experts",
+        "data.separate",
+        "data.skip_steps",
         "data.seq_len",
         "data.packing",
         "seed",
@@ -182,6 +184,15 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "moe.unit",
         "moe.upcycle_noise",
         "moe.router_aux_loss_coef",
+        "rounds.count",
+        "rounds.local_steps",
+        "rounds.clients",
+        "rounds.aggregate",
+        "rounds.refine.ridge",
+        "rounds.refine.distance",
+        "rounds.merge_into_base",
+        "rounds.isolation",
+        "rounds.drop",
     }
 
 
