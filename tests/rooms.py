@@ -40,6 +40,7 @@ ROOMS = (
     "hecate.report",
     "hecate.elastic",
     "hecate.train",
+    "hecate.federate",
     "hecate.profile",
     "hecate.forecast",
     "hecate.doctor",
