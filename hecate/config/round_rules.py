@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from hecate.config.paths import name_of_source
+from hecate.config.paths import find_model, name_of_source
 from hecate.config.problems import Add, shorten
 from hecate.config.schema import LEAVES, ClientConfig
 from hecate.config.typed import INVALID, Report
+from hecate.errors import UserError
 
 _PREFIX = "rounds."
 _CLIENTS = "rounds.clients"
@@ -88,6 +91,7 @@ def check_rounds(values: Mapping[str, Any], add: Add) -> None:
         return
     _check_clients(clients, add)
     _check_aggregate(values, clients, changed, add)
+    _check_base(values, add)
     _check_pairs(values, add)
     _check_drop(values, clients, add)
 
@@ -121,12 +125,44 @@ def _check_aggregate(values: Mapping[str, Any], clients: tuple[ClientConfig, ...
                 add(key, f"is read with rounds.aggregate=refine only, but it is {aggregate}", "leave it out")
     elif isinstance(ranks, tuple):
         add(_PREFIX + "aggregate", f"refine needs clients of one rank, but they have {', '.join(map(str, ranks))}", "use stack")
+    if aggregate == "stack":
+        for key in changed:
+            if key.startswith(_PREFIX + "codec."):
+                what = "does not go together with rounds.aggregate=stack, where each client's terms stand for themselves"
+                add(key, what, "leave it out, or use average")
+    if aggregate != "average" or isinstance(ranks, tuple):
+        why = "is read with rounds.aggregate=average only" if aggregate != "average" else "needs clients of one rank"
+        for key in changed:
+            if key.startswith(_PREFIX + "server."):
+                add(key, why, "leave it out")
     if merges and aggregate != "stack":
         what = f"is for rounds.aggregate=stack, but it is {aggregate}, whose result clients go on with"
         add(_PREFIX + "merge_into_base", what, "leave it out")
     if aggregate == "stack" and not merges and count > 1:
         what = "stack has more terms than any client's adapter, so that no client can go on with it"
         add(_PREFIX + "aggregate", what, "set rounds.merge_into_base=true: the next round then begins with new adapters")
+
+
+def _check_base(values: Mapping[str, Any], add: Add) -> None:
+    name = values.get("model.name_or_path")
+    if not values.get(_PREFIX + "merge_into_base") or name is None:
+        return
+    try:
+        path = find_model(name)
+    except UserError:
+        return  # is a problem of model.name_or_path
+    if path.suffix == ".gguf" or _is_quantised(path):
+        what = f"needs a base model whose weights are not quantised, but {shorten(name)} has quantised ones"
+        hint = "dequantise it first: load it with transformers, and save it by save_pretrained; give that folder as model.name_or_path"
+        add(_PREFIX + "merge_into_base", what, hint)
+
+
+def _is_quantised(folder: Path) -> bool:
+    try:
+        described = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(described, dict) and described.get("quantization_config") is not None
 
 
 def _check_pairs(values: Mapping[str, Any], add: Add) -> None:

@@ -493,6 +493,28 @@ class RefineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """What of a vector is sent: the numbers that are largest in magnitude, one ranking over the whole adapter, and zeros for the others."""
+
+    down: float = field(default=1.0, metadata=key(Range(0, 1, low_open=True)))
+    """The share of the server's numbers that clients get. They train all of them on. 1: all."""
+    up: float = field(default=1.0, metadata=key(Range(0, 1, low_open=True)))
+    """The share of a client's changes that it sends. 1: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """With rounds.aggregate average: how the server changes its adapter by the mean of the clients' changes."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd: add it, times learning_rate. adamw: take it, with the other sign, for a gradient (FedAdam)."""
+    learning_rate: float = field(default=1.0, metadata=key(POSITIVE))
+    """Of the server's optimizer. With sgd and 1 the result is the mean of the clients' adapters."""
+    weight_decay: float = field(default=0.0, metadata=key(AT_LEAST_ZERO))
+    """Of adamw."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundsConfig:
     """Federated rounds (`hecate federate`): clients train adapters of their own for some steps, which become one, with which they go on."""
 
@@ -508,6 +530,8 @@ class RoundsConfig:
     where all have the same A (lora.pairs fixed_a). A client of a smaller rank has the first r terms. stack: all terms beside each other,
     exact, of any ranks (FLoRA). refine: the means, and B corrected (LoRA-FAIR). lego: clusters of terms (LoRA-LEGO)."""
     refine: RefineConfig = field(default_factory=RefineConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
     merge_into_base: bool = False
     """With aggregate stack: merge each round's result into a copy of the base model, over which all clients begin with new adapters. What
     the run leaves are the terms of all rounds, as one adapter for the base model that it began with."""

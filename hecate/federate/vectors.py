@@ -71,7 +71,9 @@ def new_pairs(shape: VectorShape, number: int) -> Pairs:
     Args:
         number: which of the new adapters of this seed; a fixed A is the same in all.
     """
-    return {site.path: (_new_a(shape, site, number), torch.zeros(site.outputs, shape.rank, dtype=shape.torch_dtype)) for site in shape.sites}
+    return {
+        site.path: (_new_a(shape, site, number), torch.zeros(site.outputs, shape.rank, dtype=shape.torch_dtype)) for site in shape.sites
+    }
 
 
 def _new_a(shape: VectorShape, site: Site, number: int) -> Tensor:
