@@ -40,12 +40,12 @@ ROOMS = (
     "hecate.report",
     "hecate.elastic",
     "hecate.train",
-    "hecate.federate",
     "hecate.profile",
     "hecate.forecast",
     "hecate.doctor",
     "hecate.sweep",
     "hecate.launch",
+    "hecate.federate",
     "hecate.cli",
     "hecate.__main__",
 )

@@ -15,8 +15,8 @@ from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_st
 from hecate.config import Config
 from hecate.data.batches import Batch, collate, sequence_ranges
 from hecate.data.encode import IGNORED
+from hecate.data.separate_streams import Stream
 from hecate.data.sequences import PackedSequence, empty_sequence
-from hecate.data.stream import TrainStream
 from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.elastic.move_experts import reshard_if_it_pays
 from hecate.elastic.rebuild import Group, can_catch_up, catch_up, exchange_standings, go_back, redeal
@@ -262,7 +262,7 @@ class Training:
             copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer)
 
 
-def data_in_words(stream: TrainStream, steps: int) -> str:
+def data_in_words(stream: Stream, steps: int) -> str:
     """Say how many samples there are, and how often the steps of a run go through them."""
     most = 8
     sizes = [f"{source.name} {len(source):,}" for source in stream.sources]
@@ -283,7 +283,7 @@ def _notes_of_resume(config: Config, state: TrainState) -> list[str]:
     return notes
 
 
-def steps_of_epochs(epochs: float, stream: TrainStream) -> int:
+def steps_of_epochs(epochs: float, stream: Stream) -> int:
     """The number of steps, at least 1, that take as many samples as so many epochs have (`TrainStream.sequences_per_epoch`)."""
     steps = epochs * stream.sequences_per_epoch() / stream.sequences_per_step
     return max(1, math.ceil(steps - 1e-6))  # 0.1 * 30 is more than 3
