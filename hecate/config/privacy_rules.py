@@ -33,7 +33,7 @@ def check_privacy(values: Mapping[str, Any], add: Add) -> None:
     if noise and math.isinf(clip):
         add(_CLIP, "must be finite with privacy.noise, which is a multiple of it", "set a number, such as the median norm of the gradients")
     if noise and isinstance(values.get("lora.r"), tuple):
-        add("lora.r", "must be one number with privacy.noise, which would fill what pairs of smaller ranks are padded with", "give one rank")
+        add("lora.r", "must be one number with privacy.noise, which would fill what smaller ranks are padded with", "give one rank")
     for key, needed, why in _NEEDED:
         if key in values and values[key] != needed:
             shown = {None: "null", True: "true", False: "false"}

@@ -34,6 +34,8 @@ class Privacy:
     """the standard deviation of the noise on the sum of a source's clipped gradients, as a multiple of `clip`"""
     seed: int = 0
     """by which noise is drawn: who knows it can take the noise away again"""
+    first_step: int = 0
+    """the number of the run's first step among those with the same seed"""
     sources: tuple[str, ...] = ()
     """their names, by which noise is drawn, so that a source has the same noise whatever other sources there are"""
 
@@ -43,7 +45,7 @@ def privacy_of(config: Config) -> Privacy | None:
     if config.privacy.clip is None:
         return None
     names = tuple(source.name for source in config.data.train)
-    return Privacy(clip=config.privacy.clip, noise=config.privacy.noise, seed=config.seed, sources=names)
+    return Privacy(clip=config.privacy.clip, noise=config.privacy.noise, seed=config.seed, first_step=config.data.skip_steps, sources=names)
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,13 @@ def add_noise(shards: ExpertShards, privacy: Privacy, samples_of_source: Sequenc
 
     Args:
         samples_of_source: of this step.
-        step: no two steps of a source may have the same, also in other runs with the same seed.
+        step: of the run, from 0.
     """
     if not privacy.noise:
         return
     for (unit, expert), parameter in shards.named_parameters().items():
         if parameter.grad is not None:
-            source = generator(privacy.seed, "privacy", privacy.sources[expert], step, str(unit))
+            source = generator(privacy.seed, "privacy", privacy.sources[expert], privacy.first_step + step, str(unit))
             drawn = torch.randn(parameter.grad.shape, generator=source, dtype=torch.float64)
             deviation = privacy.noise * privacy.clip / max(samples_of_source[expert], 1)
             parameter.grad += drawn.mul_(deviation).to(parameter.grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from hecate.errors import UserError, install_hint
 
@@ -21,8 +22,28 @@ class PrivacySpent:
     """samples of a step / samples of the source"""
     steps: int
 
+    def __str__(self) -> str:
+        return (
+            f"epsilon {self.epsilon:.3g} at delta {self.delta:g} after {self.steps} steps with the sampling rate {self.sampling_rate:.3g}; "
+            f"{self.epsilon_any_order:.3g} without its chance"
+        )
 
-def privacy_spent(*, noise: float, delta: float, samples: int, samples_per_step: float, steps: int) -> PrivacySpent:
+
+def sampling_rate(name: str, samples: int, samples_per_step: float) -> float:
+    """Return the share of a source's samples that a step takes.
+
+    Raises:
+        UserError: a step takes a sample more than once. `name` is the source's.
+    """
+    if samples_per_step > samples:
+        raise UserError(
+            f"privacy.clip: a step takes {samples_per_step:g} samples of {name}, which has {samples}, so that one would count twice\n"
+            "  add data, or use a smaller micro_batch_size, fewer gradient_accumulation_steps or fewer ranks"
+        )
+    return samples_per_step / samples
+
+
+def privacy_spent(*, noise: float, delta: float, samples: int, samples_per_step: float, steps: int, runs: int = 1) -> PrivacySpent:
     """Return what so many steps have told of a source.
 
     `epsilon_any_order`: a source's samples are taken once in each pass, in an order of its own, so that a sample is in as many steps as
@@ -32,27 +53,26 @@ def privacy_spent(*, noise: float, delta: float, samples: int, samples_per_step:
     Args:
         samples: of the source.
         samples_per_step: of the source, at most `samples`.
+        steps: of each run.
+        runs: how many times the data were begun anew.
 
     Raises:
-        UserError: a step takes a sample more than once; or opacus is not installed.
+        UserError: opacus is not installed.
     """
     rate = samples_per_step / samples
-    if rate > 1:
-        raise UserError(
-            f"privacy.clip: a step takes {samples_per_step:g} samples of a source that has {samples}, so that one would count twice\n"
-            "  add data, or use a smaller micro_batch_size, fewer gradient_accumulation_steps or fewer ranks"
-        )
     passes = -(-math.ceil(steps * samples_per_step - 1e-9) // samples)
     terms = passes if samples % samples_per_step == 0 else 4 * (passes // 2) + passes % 2
-    return PrivacySpent(_epsilon(noise, rate, steps, delta), _epsilon(noise, 1.0, terms, delta), delta, rate, steps)
+    return PrivacySpent(_epsilon(noise, rate, runs * steps, delta), _epsilon(noise, 1.0, runs * terms, delta), delta, rate, runs * steps)
 
 
 def require_accountant() -> None:
     """Raises UserError: opacus is not installed."""
     try:
-        import opacus.accountants.analysis.rdp  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"privacy.noise: epsilon is computed by opacus: {error}\n  {install_hint('privacy')}") from error
+        found = find_spec("opacus") is not None
+    except ValueError:  # a module without a specification
+        found = False
+    if not found:
+        raise UserError(f"privacy.noise: epsilon is computed by opacus, which is not installed\n  {install_hint('privacy')}")
 
 
 def _epsilon(noise: float, rate: float, steps: int, delta: float) -> float:

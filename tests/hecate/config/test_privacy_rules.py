@@ -32,7 +32,7 @@ REFUSED = [
         ["moe={num_experts: 2, top_k: 2, router: {input: token}}"],
         "moe.router.input: must be given with privacy.clip, .*nothing but their own samples",
     ),
-    (["lora.r=[4,8]"], "lora.r: must be one number with privacy.noise, which would fill what pairs of smaller ranks are padded with"),
+    (["lora.r=[4,8]"], "lora.r: must be one number with privacy.noise, which would fill what smaller ranks are padded with"),
     (["privacy={clip: 0}"], "privacy.clip: must be > 0"),
     (["privacy={clip: 1, delta: 1}"], "privacy.delta: must be > 0 and < 1"),
     (["privacy={clip: 1, noise: -1}"], "privacy.noise: must be >= 0"),

@@ -7,7 +7,7 @@ import pytest
 from opacus.accountants import RDPAccountant
 
 from hecate.errors import UserError
-from hecate.train.privacy_accountant import privacy_spent, require_accountant
+from hecate.train.privacy_accountant import privacy_spent, require_accountant, sampling_rate
 
 
 def by_opacus(noise: float, rate: float, steps: int, delta: float) -> float:
@@ -40,8 +40,16 @@ def test_without_noise_there_is_no_bound_and_without_steps_nothing_is_told() -> 
 
 
 def test_a_step_with_more_samples_than_there_are_is_refused() -> None:
-    with pytest.raises(UserError, match="a step takes 12 samples of a source that has 10, so that one would count twice"):
-        privacy_spent(noise=1.0, delta=1e-5, samples=10, samples_per_step=12, steps=1)
+    assert sampling_rate("gcd", 10, 10) == 1
+    with pytest.raises(UserError, match="a step takes 12 samples of gcd, which has 10, so that one would count twice"):
+        sampling_rate("gcd", 10, 12)
+
+
+def test_data_that_are_begun_anew_count_anew() -> None:
+    found = privacy_spent(noise=2.0, delta=1e-5, samples=100, samples_per_step=10, steps=5, runs=3)
+    assert (found.steps, found.epsilon) == (15, pytest.approx(by_opacus(2.0, 0.1, 15, 1e-5), rel=1e-12))
+    assert found.epsilon_any_order == pytest.approx(by_opacus(2.0, 1.0, 3, 1e-5), rel=1e-12)
+    assert str(found).startswith(f"epsilon {found.epsilon:.3g} at delta 1e-05 after 15 steps with the sampling rate 0.1; ")
 
 
 def test_without_opacus_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
