@@ -515,6 +515,9 @@ class CodecConfig:
     """The share of the server's numbers that clients get. They train all of them on. 1: all."""
     up: float = field(default=1.0, metadata=key(Range(0, 1, low_open=True)))
     """The share of a client's changes that it sends. 1: all."""
+    error_feedback: bool = False
+    """Each client keeps what it did not send, and adds it to its changes of the next round before they are ranked. This is no part of
+    CELLM."""
 
 
 @dataclass(frozen=True, kw_only=True)

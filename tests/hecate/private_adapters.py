@@ -146,7 +146,7 @@ def check_private(rank: int, world: int, case: Case) -> None:
             assert error <= TOLERANCE, f"step {step}, layer {unit} of adapter {expert}: off by {error:.2e}"
     assert_groups_equal(moe, optimizer)
     assert any(clipped), "no sample was clipped"
-    assert not all(clipped), "every sample was clipped"
+    assert not all(clipped) or case.scenario == "empty rank", "every sample was clipped"
 
 
 def check_all_private(rank: int, world: int, cases: list[Case]) -> None:
