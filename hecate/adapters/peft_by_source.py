@@ -206,8 +206,8 @@ def _base_for(
 def _refuse_misfit(folder: Path, tensors: dict[str, Tensor], moe: MoeModel, paths: Paths) -> None:
     wanted: dict[str, tuple[int, ...]] = {}
     for unit, family in moe.engine.shards.families.items():
-        plain = family.pair_source.sizes.trained
-        for a, b in zip(plain[::2], plain[1::2], strict=True):
-            name_a, name_b = linear_names(paths[unit][a.name.removesuffix(".A")])
-            wanted[name_a], wanted[name_b] = a.shape, b.shape
+        sizes = family.pair_source.sizes
+        for spec in (*sizes.trained, *sizes.seeded):  # a fixed A is in the file as well
+            projection, _, matrix = spec.name.rpartition(".")
+            wanted[linear_names(paths[unit][projection])["AB".index(matrix)]] = spec.shape
     require_tensors(tensors, wanted, folder)

@@ -91,7 +91,7 @@ def federate(config: Config, verb: Sequence[str], say: Say) -> int:
         0 if all rounds are done, or 128 + the number of the signal that has stopped a training.
 
     Raises:
-        UserError: a client has no samples, or with privacy fewer than a step takes; a training has failed; a file cannot be read or written.
+        UserError: a client has no samples, or with privacy fewer than a step takes; a training has failed; files cannot be written.
     """
     samples = {client.name: samples_of(client) for client in config.rounds.clients}
     check_rates(config, samples)

@@ -24,8 +24,8 @@ class PrivacySpent:
 
     def __str__(self) -> str:
         return (
-            f"epsilon {self.epsilon:.3g} at delta {self.delta:g} after {self.steps} steps with the sampling rate {self.sampling_rate:.3g}; "
-            f"{self.epsilon_any_order:.3g} without its chance"
+            f"epsilon {self.epsilon:.3g} at delta {self.delta:g} after {self.steps} steps, if the sampling rate {self.sampling_rate:.3g} "
+            f"were a probability; {self.epsilon_any_order:.3g} whatever the order of samples"
         )
 
 
