@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hecate.config import Config, to_yaml
-from hecate.config.effective import leaves_of
 from hecate.config.paths import indexed_prefix
 from hecate.config.schema import ClientConfig
 from hecate.data.formats import Sample, read_samples

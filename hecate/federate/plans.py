@@ -101,7 +101,7 @@ def trained_together(config: Config, number: int, clients: Sequence[ClientConfig
 
     The learning rate's curve is that of one round. A step has as many sequences of each client as it has of one alone.
     """
-    rounds, anew = config.rounds, begins_anew(config)
+    anew = begins_anew(config)
     ranks = tuple(config.lora.rank if client.r is None else client.r for client in clients)
     return replace(
         config,

@@ -118,7 +118,7 @@ def _one_round(config: Config, shape: VectorShape, number: int, samples: Mapping
         replace_file(Path(plan.config), [to_yaml(configs[name]).encode()])
         replace_file(folder.plans / f"{name}.json", [dump_json(to_json_values(plan))])
     sweep = sweep_of(config, number)
-    status = train_runs(sweep, configs, (), lambda place, one: {}, say, program=PROGRAM, what=f"round {number}")
+    status = train_runs(sweep, configs, (), lambda place, one: {}, say, program=PROGRAM, what=f"round {number} of {rounds.count}")
     if status > 128:
         return status
     failed = _failed(sweep, say) if status else set[str]()
