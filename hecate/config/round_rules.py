@@ -94,6 +94,7 @@ def check_rounds(values: Mapping[str, Any], add: Add) -> None:
     _check_base(values, add)
     _check_pairs(values, add)
     _check_drop(values, clients, add)
+    _check_privacy(values, add)
 
 
 def _check_clients(clients: tuple[ClientConfig, ...], add: Add) -> None:
@@ -173,6 +174,20 @@ def _check_pairs(values: Mapping[str, Any], add: Add) -> None:
         add(_PREFIX + "aggregate", f"{aggregate} changes A, which is fixed with lora.pairs=fixed_a", "use average, which is exact then")
     if values.get("lora.gradient_rule") == "row_norm":
         add("lora.gradient_rule", "row_norm is not supported in rounds", "leave it out")
+
+
+def _check_privacy(values: Mapping[str, Any], add: Add) -> None:
+    if values.get(_PREFIX + "codec.error_feedback") and values.get(_PREFIX + "codec.up") == 1:
+        add(_PREFIX + "codec.error_feedback", "keeps what is not sent, but with rounds.codec.up=1 all is sent", "leave it out, or lower up")
+    if values.get("privacy.clip") is None:
+        return
+    if values.get(_PREFIX + "codec.error_feedback"):
+        what = "cannot be with privacy.clip: what a client keeps is the change of all earlier rounds, so a sample would count in each again"
+        add(_PREFIX + "codec.error_feedback", what, "leave it out")
+    skips = values.get("data.on_bad_sample", "error")
+    if values.get("privacy.noise") and skips not in ("error", "truncate"):
+        what = f"must be error or truncate with privacy.noise, whose epsilon depends on the number of each client's samples; got {skips}"
+        add("data.on_bad_sample", what, "set data.on_bad_sample=truncate")
 
 
 def _check_drop(values: Mapping[str, Any], clients: tuple[ClientConfig, ...], add: Add) -> None:

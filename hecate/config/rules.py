@@ -14,6 +14,7 @@ from hecate.config.hub import hub_hint
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.pair_rules import check_pairs, largest_rank
 from hecate.config.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, data_files, find_model, indexed_prefix
+from hecate.config.privacy_rules import check_privacy
 from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.round_rules import check_rounds
@@ -44,6 +45,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_kind(values, add)
     check_pairs(values, add)
     check_router(values, add)
+    check_privacy(values, add)
     check_rounds(values, add)
     _check_separate(values, add)
     _check_evaluation(values, add)

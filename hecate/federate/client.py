@@ -82,6 +82,10 @@ class ClientPlan:
     """the file of its message"""
     density: float
     """of that message"""
+    kept_before: str | None
+    """the file of what it did not send before, which is added to its changes; None: there is none"""
+    keeps: str | None
+    """the file for what it does not send now; None: that is forgotten"""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,12 @@ def send(plan: ClientPlan, trained: Path) -> None:
     vector = flat(read_pairs(trained, plan.shape), plan.shape)
     if plan.down is not None:
         vector = vector - decode(read_message(plan.down), plan.shape.numel)
-    write_message(plan.up, encode(vector, plan.density))
+    if plan.kept_before is not None:
+        vector = vector + decode(read_message(plan.kept_before), plan.shape.numel)
+    message = encode(vector, plan.density)
+    if plan.keeps is not None:
+        write_message(plan.keeps, encode(vector - decode(message, plan.shape.numel), 1.0))
+    write_message(plan.up, message)
 
 
 def write_message(path: str, message: bytes) -> None:

@@ -44,6 +44,11 @@ class RoundFolder:
         return self.path / "begin"
 
     @property
+    def kept(self) -> Path:
+        """What clients have not sent, with rounds.codec.error_feedback. They alone read it."""
+        return self.path / "kept"
+
+    @property
     def received(self) -> Path:
         """The clients' adapters as the server sees them."""
         return self.path / "received"
@@ -159,7 +164,15 @@ def client_plan(config: Config, shape: VectorShape, client: ClientConfig, number
         merging=merging,
         up=str(folder.messages / f"{client.name}.up"),
         density=config.rounds.codec.up,
+        kept_before=_kept_before(config, client.name, number),
+        keeps=str(folder.kept / client.name) if config.rounds.codec.error_feedback else None,
     )
+
+
+def _kept_before(config: Config, name: str, number: int) -> str | None:
+    """Return the file of what a client kept in the last round that it took part in, if there is one."""
+    paths = (round_folder(config, earlier).kept / name for earlier in range(number - 1, 0, -1))
+    return next((str(path) for path in paths if path.exists()), None)
 
 
 def process_plan(config: Config, name: str, number: int, clients: tuple[ClientPlan, ...], verb: tuple[str, ...]) -> ProcessPlan:

@@ -12,6 +12,7 @@ from hecate.io.durable import replace_file
 from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.report.progress import duration_text
+from hecate.train.privacy_accountant import PrivacySpent
 
 UNION = "union"
 """the name of a round's result among the clients"""
@@ -34,6 +35,8 @@ class RoundRecord:
     """the same of federated averaging on these adapters, smaller ranks padded with zeros"""
     held_out: dict[str, dict[str, dict[str, float]]]
     """of the union and of each client, by held-out set: loss, and what else `hecate eval` measures"""
+    privacy: dict[str, PrivacySpent]
+    """of each client, what all rounds so far have told of its samples; empty without privacy.noise"""
     seconds: float
     """that the round took, or its last part, if it was resumed"""
 
@@ -73,6 +76,9 @@ def line_of(record: RoundRecord, count: int) -> str:
         losses = {name: mean(figures["loss"] for figures in sets.values()) for name, sets in record.held_out.items()}
         clients = [loss for name, loss in losses.items() if name != UNION]
         parts.append(f"loss of the union {losses[UNION]:.3f}, of clients {min(clients):.3f} to {max(clients):.3f}")
+    if record.privacy:
+        most = max(record.privacy.values(), key=lambda spent: spent.epsilon)
+        parts.append(f"epsilon {most.epsilon:.3g} at most, at delta {most.delta:g}")
     parts.append(f"error {record.aggregation_error:.2g} (of averaging {record.average_error:.2g})")
     parts.append(f"{_bytes(sum(record.bytes_up.values()))} up, {_bytes(sum(record.bytes_down.values()))} down")
     return " | ".join([*parts, duration_text(record.seconds)])

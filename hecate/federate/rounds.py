@@ -39,6 +39,7 @@ from hecate.federate.plans import (
     sweep_of,
     taking_part,
 )
+from hecate.federate.privacy import check_rates, privacy_of_clients
 from hecate.federate.records import UNION, RoundRecord, add_record, line_of, read_records
 from hecate.federate.server import (
     adapter_set,
@@ -90,9 +91,10 @@ def federate(config: Config, verb: Sequence[str], say: Say) -> int:
         0 if all rounds are done, or 128 + the number of the signal that has stopped a training.
 
     Raises:
-        UserError: a client has no samples, a training has failed, or a file cannot be read or written.
+        UserError: a client has no samples, or with privacy fewer than a step takes; a training has failed; a file cannot be read or written.
     """
     samples = {client.name: samples_of(client) for client in config.rounds.clients}
+    check_rates(config, samples)
     with working_alone(config.output_dir):
         keep_recipe(config)
         shape = shape_of(config)
@@ -102,6 +104,8 @@ def federate(config: Config, verb: Sequence[str], say: Say) -> int:
             if status:
                 say(f"stopped in round {number}; the same command with resume=true goes on")
                 return status
+        for name, spent in privacy_of_clients(config, samples, config.rounds.count).items():
+            say(f"privacy of {name}: {spent}")
         say(f"wrote {_write_result(config, shape)}")
     return 0
 
@@ -153,6 +157,7 @@ def _one_round(config: Config, shape: VectorShape, number: int, samples: Mapping
         aggregation_error=error,
         average_error=average_error,
         held_out=figures,
+        privacy=privacy_of_clients(config, samples, number),
         seconds=time.monotonic() - started,
     )
     add_record(Path(config.output_dir), record)

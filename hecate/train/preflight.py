@@ -22,7 +22,7 @@ _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def check_machine(config: Config) -> None:
-    """Check that this machine can run the kernels and the attention that the configuration asks for, and has its trackers.
+    """Check that this machine can run the kernels and the attention that the configuration asks for, and has its trackers and accountant.
 
     Only a machine that trains is checked: `hecate plan` accepts the same configuration anywhere.
 
@@ -32,6 +32,10 @@ def check_machine(config: Config) -> None:
     check_kernels(config.kernels)
     check_attention(config.model)
     check_trackers(config.report_to)
+    if config.privacy.noise:
+        from hecate.train.privacy_accountant import require_accountant
+
+        require_accountant()
 
 
 def check_kernels(kernels: str) -> None:
