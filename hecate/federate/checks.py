@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from hecate.config import Config, to_yaml
@@ -46,9 +46,9 @@ def check_federated(config: Config, check: Callable[[Config], None]) -> None:
         check(one)
 
 
-def client_weights(clients: Sequence[ClientConfig], samples: Sequence[int]) -> dict[str, float]:
+def client_weights(clients: Sequence[ClientConfig], samples: Mapping[str, int]) -> dict[str, float]:
     """Return each client's part, by name: as configured, or by its samples; with the sum 1 for the clients that are given."""
-    parts = [samples[i] if client.weight is None else client.weight for i, client in enumerate(clients)]
+    parts = [samples[client.name] if client.weight is None else client.weight for client in clients]
     return {client.name: part / sum(parts) for client, part in zip(clients, parts, strict=True)}
 
 

@@ -79,9 +79,14 @@ def taking_part(config: Config, number: int) -> tuple[ClientConfig, ...]:
     return tuple(client for client in config.rounds.clients if client.name not in gone)
 
 
+def rank_of(config: Config, client: ClientConfig) -> int:
+    """Return the rank of a client's adapter."""
+    return config.lora.rank if client.r is None else client.r
+
+
 def shape_of_client(config: Config, shape: VectorShape, client: ClientConfig, number: int) -> VectorShape:
     """Return what a client's vector is. Where clients begin anew, the seed is that of the round."""
-    rank = shape.rank if client.r is None else client.r
+    rank = rank_of(config, client)
     scale = lora_scale(config.lora.stored_alpha, rank, rslora=config.lora.use_rslora)
     return replace(shape.of_rank(rank, scale), seed=seed_of(config, number))
 
@@ -107,7 +112,7 @@ def trained_together(config: Config, number: int, clients: Sequence[ClientConfig
     The learning rate's curve is that of one round. A step has as many sequences of each client as it has of one alone.
     """
     anew = begins_anew(config)
-    ranks = tuple(config.lora.rank if client.r is None else client.r for client in clients)
+    ranks = tuple(rank_of(config, client) for client in clients)
     return replace(
         config,
         rounds=RoundsConfig(),

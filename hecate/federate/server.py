@@ -19,7 +19,7 @@ from hecate.config.schema import RoundsConfig
 from hecate.federate.client import ClientPlan, Described, read_message, tensors_of
 from hecate.federate.codec import decode
 from hecate.federate.server_optimizer import ServerSettings, ServerState, server_step
-from hecate.federate.vectors import Pairs, VectorShape, flat, new_pairs, pairs_of, read_pairs, reader
+from hecate.federate.vectors import Pairs, VectorShape, flat, pairs_of, read_pairs, reader
 
 
 def begun_with(server: Pairs, shape: VectorShape, of_client: VectorShape) -> torch.Tensor:
@@ -96,11 +96,6 @@ def whole_error(merged: Merged) -> float:
         missed += sum(norm(joined([found, target.times(-1.0)])) ** 2 for target in targets)
         whole += sum(norm(target) ** 2 for target in targets)
     return 0.0 if missed == 0 else math.sqrt(missed / whole) if whole else math.inf
-
-
-def first_adapter(shape: VectorShape) -> Pairs:
-    """Return the server's adapter before the first round: A as drawn, B zero."""
-    return new_pairs(shape, 0)
 
 
 def write_pairs(folder: Path, pairs: Pairs, shape: VectorShape, described_as: Described) -> None:

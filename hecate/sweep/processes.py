@@ -52,7 +52,7 @@ def train_runs(
     say: Callable[[str], None],
     *,
     program: Sequence[str] = PROGRAM,
-    what: str = "sweep",
+    what: str = "",
 ) -> int:
     """Train all runs that are not finished, at most `sweep.jobs` at once. Those that were begun go on from their last checkpoint.
 
@@ -62,7 +62,7 @@ def train_runs(
         environment: variables for a process, by its place among those that run at once, from 0, and its configuration.
         say: shows a line.
         program: what `verb` and the configuration are arguments of.
-        what: what the runs are together, for the first line.
+        what: what the runs are together, for the first line; empty: a sweep.
 
     Returns:
         0 if all runs have finished, 1 if one has not, or 128 + the number of the signal that has stopped the sweep.
@@ -74,7 +74,7 @@ def train_runs(
         entries = read_entries(sweep)
         done = {name for name, entry in entries.items() if entry.state is RunState.FINISHED}
         waiting = [run for run in sweep.runs if run.name not in done]
-        say(f"{what} of {len(sweep.runs)} run{'s' * (len(sweep.runs) != 1)}" + (f", {len(done)} of them finished already" if done else ""))
+        say(f"{what or f'sweep of {len(sweep.runs)} runs'}" + (f", {len(done)} of them finished already" if done else ""))
         under_way: dict[int, _UnderWay] = {}
         passed_on = 0
         try:
