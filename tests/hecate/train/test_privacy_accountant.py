@@ -49,7 +49,9 @@ def test_data_that_are_begun_anew_count_anew() -> None:
     found = privacy_spent(noise=2.0, delta=1e-5, samples=100, samples_per_step=10, steps=5, runs=3)
     assert (found.steps, found.epsilon) == (15, pytest.approx(by_opacus(2.0, 0.1, 15, 1e-5), rel=1e-12))
     assert found.epsilon_any_order == pytest.approx(by_opacus(2.0, 1.0, 3, 1e-5), rel=1e-12)
-    assert str(found).startswith(f"epsilon {found.epsilon:.3g} at delta 1e-05 after 15 steps, if the sampling rate 0.1 were a probability; ")
+    assert str(found).startswith(
+        f"epsilon {found.epsilon:.3g} at delta 1e-05 after 15 steps, if the sampling rate 0.1 were a probability; "
+    )
 
 
 def test_without_opacus_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
