@@ -93,11 +93,6 @@ def test_what_does_not_go_together_in_rounds_is_refused(folder: Path, change: st
 
 
 def test_feedback_of_what_is_sent_whole_is_refused(folder: Path) -> None:
-
-    with pytest.raises(
-        ConfigError, match=r"(?s)rounds\.codec\.error_feedback: keeps what is not sent, but with rounds\.codec\.up=1 all is"
-    ):
-        load(
-            ROUNDS.replace("privacy: {clip: 1.0, noise: 0.5}\n", "").replace("codec: {up: 0.5}, ", ""),
-            "rounds.codec={error_feedback: true}",
-        )
+    plain = ROUNDS.replace("privacy: {clip: 1.0, noise: 0.5}\n", "").replace("codec: {up: 0.5}, ", "")
+    with pytest.raises(ConfigError, match=r"(?s)codec\.error_feedback: keeps what is not sent, but with rounds\.codec\.up=1 all is"):
+        load(plain, "rounds.codec.error_feedback=true")
