@@ -59,3 +59,40 @@ def test_an_infinite_clip_has_no_multiple() -> None:
     problems: list[str] = []
     check_privacy({"privacy.clip": float("inf"), "privacy.noise": 1.0}, lambda key, what, hint: problems.append(f"{key}: {what}"))
     assert problems == ["privacy.clip: must be finite with privacy.noise, which is a multiple of it"]
+
+
+ROUNDS = (
+    "model: {name_or_path: model}\n"
+    "output_dir: runs/rounds\n"
+    "data: {packing: false, on_bad_sample: truncate}\n"
+    "max_grad_norm: null\n"
+    "fssdp: {policy: full}\n"
+    "privacy: {clip: 1.0, noise: 0.5}\n"
+    "rounds: {local_steps: 20, codec: {up: 0.5}, clients: [{data: a.jsonl}, {data: b.jsonl}]}\n"
+)
+NOT_IN_ROUNDS = [
+    (
+        "rounds.codec.error_feedback=true",
+        "rounds.codec.error_feedback: cannot be with privacy.clip: .*a sample would count in each again.*leave it out",
+    ),
+    (
+        "data.on_bad_sample=skip_long",
+        "data.on_bad_sample: must be error or truncate with privacy.noise, .*number of each client's samples; got skip_long.*truncate",
+    ),
+    ("rounds.codec.up=0", "rounds.codec.up: must be > 0 and <= 1, got 0"),
+    ("rounds.codec.down=1.5", "rounds.codec.down: must be > 0 and <= 1, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), NOT_IN_ROUNDS)
+def test_what_does_not_go_together_in_rounds_is_refused(folder: Path, change: str, message: str) -> None:
+    assert load(ROUNDS).rounds.codec.up == 0.5
+    with pytest.raises(ConfigError, match=f"(?s){message}") as error:
+        load(ROUNDS, change)
+    assert len(error.value.problems) == 1
+
+
+def test_feedback_of_what_is_sent_whole_is_refused(folder: Path) -> None:
+    plain = ROUNDS.replace("privacy: {clip: 1.0, noise: 0.5}\n", "").replace("codec: {up: 0.5}, ", "")
+    with pytest.raises(ConfigError, match=r"(?s)codec\.error_feedback: keeps what is not sent, but with rounds\.codec\.up=1 all is"):
+        load(plain, "rounds.codec.error_feedback=true")
