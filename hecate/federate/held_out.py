@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hecate.config import Config, to_yaml
 from hecate.config.schema import RoundsConfig
@@ -31,7 +32,7 @@ def held_out_figures(config: Config, number: int, adapters: Mapping[str, Path]) 
     """
     folder = round_folder(config, number).path
     found, settings, log = folder / "held_out.json", folder / "held_out.yaml", folder / "held_out.log"
-    if not found.exists():
+    if [model["name"] for model in _models(found)] != list(map(str, adapters.values())):
         model = replace(config.model, name_or_path=base_of_round(config, number))
         data = replace(config.data, separate=False)
         evaluated = replace(config, rounds=RoundsConfig(), model=model, data=data, output_dir=str(folder), resume=False)
@@ -41,8 +42,13 @@ def held_out_figures(config: Config, number: int, adapters: Mapping[str, Path]) 
         log.write_text(done.stdout + done.stderr, encoding="utf-8")
         if done.returncode:
             raise UserError(f"the held-out sets of round {number} were not evaluated: {reason_of(done.stdout + done.stderr)}\n  see {log}")
-    models = json.loads(found.read_bytes())["models"]
-    return {name: _numbers(model["tasks"]) for name, model in zip(adapters, models, strict=True)}
+    return {name: _numbers(model["tasks"]) for name, model in zip(adapters, _models(found), strict=True)}
+
+
+def _models(found: Path) -> list[dict[str, Any]]:
+    """What `hecate eval` has written of each adapter; nothing if it was not asked yet."""
+    models: list[dict[str, Any]] = json.loads(found.read_bytes())["models"] if found.exists() else []
+    return models
 
 
 def _numbers(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

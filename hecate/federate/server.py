@@ -69,7 +69,7 @@ def aggregated(sets: Sequence[AdapterSet], weights: Sequence[float], rounds: Rou
     if rounds.aggregate == "refine":
         return refine(sets, weights, ridge=rounds.refine.ridge, distance=rounds.refine.distance)
     if rounds.aggregate == "lego":
-        return _multiplied(lego(sets, weights), 1 / len(sets))  # lego stands for as many times the weighted sum as there are sets
+        return _beside_mean(lego(sets, weights), len(sets))
     return average(sets, weights, inexact=True)
 
 
@@ -120,9 +120,10 @@ def sum_of_rounds(folders: Sequence[Path], shape: VectorShape, ranks: Sequence[i
     return Merged(whole, lambda module: [read(module)])
 
 
-def _multiplied(merged: Merged, factor: float) -> Merged:
-    one = merged.result
-    return Merged(
-        replace(one, read=lambda module: one.read(module).times(factor)),
-        lambda module: [target.times(factor) for target in merged.targets(module)],
-    )
+def _beside_mean(merged: Merged, count: int) -> Merged:
+    """A merge of lego, held to the mean of the adapters instead of their sum.
+
+    Its terms are the means of clusters, so equal clients get their own adapter back; but with a cluster for each term the result would be
+    the sum, which is what `lego` is held to.
+    """
+    return Merged(merged.result, lambda module: [target.times(1 / count) for target in merged.targets(module)])

@@ -29,6 +29,7 @@ def check_machine(config: Config) -> None:
     Raises:
         UserError: it cannot.
     """
+    refuse_rounds(config)
     check_kernels(config.kernels)
     check_attention(config.model)
     check_trackers(config.report_to)
@@ -36,6 +37,12 @@ def check_machine(config: Config) -> None:
         from hecate.train.privacy_accountant import require_accountant
 
         require_accountant()
+
+
+def refuse_rounds(config: Config) -> None:
+    """Raises UserError: the configuration is one of federated rounds, which are more than one training."""
+    if config.rounds.clients:
+        raise UserError("rounds.clients: are trained by hecate federate, in rounds\n  give it this configuration, or leave rounds out")
 
 
 def check_kernels(kernels: str) -> None:

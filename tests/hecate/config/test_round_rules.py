@@ -25,13 +25,8 @@ def test_clients_are_experts_over_linears_with_data_of_their_own(folder: Path) -
     config = load(ROUNDS)
     assert [(source.path, source.name) for source in config.data.train] == [("a.jsonl", "a"), ("b.jsonl", "other")]
     assert [(source.path, source.name) for source in config.data.eval] == [("b.jsonl", "a")]
-    assert (config.max_steps, config.moe.unit, config.moe.router.input, config.moe.num_experts, config.moe.top_k) == (
-        20,
-        "linear",
-        "given",
-        2,
-        1,
-    )
+    moe = config.moe
+    assert (config.max_steps, moe.unit, moe.router.input, moe.num_experts, moe.top_k) == (20, "linear", "given", 2, 1)
     assert (config.lora.r, config.data.separate, config.moe.router_aux_loss_coef) == (16, True, 0)
     assert load(ROUNDS, UNEQUAL).lora.r == (4, 8)
     assert load(ROUNDS, "rounds.clients=[{data: a.jsonl, r: 4}, {data: b.jsonl, r: 4}]").lora.r == 4
@@ -39,7 +34,7 @@ def test_clients_are_experts_over_linears_with_data_of_their_own(folder: Path) -
 
 
 REFUSED = [
-    (("rounds.clients=[{data: a.jsonl, weight: 0.5}, {data: b.jsonl, weight: 0.6}]",), "rounds.clients: the weights have the sum 1.1, which must be 1.*divide"),
+    (("rounds.clients=[{data: a.jsonl, weight: 0.5}, {data: b.jsonl, weight: 0.6}]",), "rounds.clients: the weights have the sum 1.1, .*"),
     (("rounds.clients=[{data: a.jsonl, weight: 1}, {data: b.jsonl}]",), "rounds.clients: b has no weight, but others have one"),
     (("rounds.clients=[{data: a.jsonl, weight: 0}]",), r"rounds.clients\[0\].weight: must be a number > 0, got 0"),
     (("rounds.clients=[{data: c.jsonl}]",), r"rounds.clients\[0\].data: no such file or folder: c.jsonl"),
@@ -58,7 +53,7 @@ REFUSED = [
     (("rounds.aggregate=refine", "rounds.refine.ridge=-1"), "rounds.refine.ridge: must be >= 0, got -1"),
     (("rounds.aggregate=stack",), "rounds.aggregate: stack has more terms than any client's.*rounds.merge_into_base=true"),
     (("rounds.merge_into_base=true",), "rounds.merge_into_base: is for rounds.aggregate=stack, but it is average"),
-    (("rounds.aggregate=stack", "rounds.merge_into_base=true", "rounds.codec.up=0.5"), "rounds.codec.up: does not go together with rounds.aggregate=stack"),
+    (("rounds.aggregate=stack", "rounds.codec.up=0.5"), "rounds.codec.up: does not go together with rounds.aggregate=stack"),
     (("rounds.codec.up=0",), "rounds.codec.up: must be > 0"),
     (("rounds.aggregate=lego", "rounds.server.optimizer=adamw"), "rounds.server.optimizer: is read with rounds.aggregate=average only"),
     (("rounds.server.optimizer=adamw", UNEQUAL), "rounds.server.optimizer: needs clients of one rank"),
