@@ -15,9 +15,8 @@ from testing.tiny_run import make_workshop
 from tests.hecate.train.command_line import run
 
 RECIPES = Path(__file__).parents[3] / "configs" / "recipes"
-SITES = 2 * 3
-"""linears of the FFNs of the tiny Llama, each with 32 + 48 inputs and outputs"""
-OF_B = {"gate_proj": 48, "up_proj": 48, "down_proj": 32}
+LAYERS, OF_B = 2, {"gate_proj": 48, "up_proj": 48, "down_proj": 32}
+"""of the tiny Llama: how many outputs its linears have"""
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +40,7 @@ def messages_of(out: Path, kind: str) -> dict[str, bytes]:
 
 def test_cellm_moves_a_tenth_of_the_numbers_and_says_how_many_bytes_that_is(workshop: Path) -> None:
     records, out = federated(workshop, "cellm.yaml", "cellm")
-    numel = SITES * 16 * (32 + 48)
+    numel = LAYERS * 16 * sum(OF_B.values())
     kept = kept_numbers(0.1, numel)
     expected = HEADER_BYTES + numel // 8 + 8 * kept
     for record in records:
@@ -51,6 +50,8 @@ def test_cellm_moves_a_tenth_of_the_numbers_and_says_how_many_bytes_that_is(work
             assert said == dict.fromkeys(("up", "echo"), expected)
             assert all(int(decode(message, numel).count_nonzero()) <= kept for message in sent.values())
     down = messages_of(out, "down")
+    assert not decode(down["round-1/up"], numel).any()
+    assert decode(down["round-2/up"], numel).count_nonzero() == kept
     assert down["round-1/up"] == down["round-1/echo"] != down["round-2/up"]
     assert (out / "adapter" / "adapter_model.safetensors").exists()
 
@@ -59,7 +60,7 @@ def test_private_clients_send_the_same_together_and_apart(workshop: Path) -> Non
     """The noise is a client's own, in each round another; averaging B is exact; epsilon is that of all rounds so far."""
     together, out = federated(workshop, "ffa_rounds.yaml", "together")
     apart, alone = federated(workshop, "ffa_rounds.yaml", "apart", "rounds.isolation=process")
-    numel = SITES // 3 * 8 * sum(OF_B.values())
+    numel = LAYERS * 8 * sum(OF_B.values())
     ours, theirs = messages_of(out, "up"), messages_of(alone, "up")
     assert ours.keys() == theirs.keys() == {f"round-{number}/{name}" for number in (1, 2) for name in ("up", "echo")}
     for name, message in ours.items():
