@@ -45,6 +45,7 @@ ROOMS = (
     "hecate.doctor",
     "hecate.sweep",
     "hecate.launch",
+    "hecate.federate",
     "hecate.cli",
     "hecate.__main__",
 )

@@ -11,6 +11,7 @@ TIERS: dict[str, dict[str, str]] = {
     "start": {
         "sweep": "many runs,\none table",
         "launch": "start ranks, watch them,\nreplace lost ones",
+        "federate": "rounds of clients\nand a server",
         "cli": "the verbs of\nthe command line",
     },
     "measure and\npredict": {

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from hecate.adapters.card import how_trained
 from hecate.adapters.config import CONFIG
-from hecate.adapters.export import pairs_on_first, with_drawn_digest
+from hecate.adapters.export import pairs_on_first, refuse_different, with_drawn_digest
 from hecate.adapters.lora_folder import load_lora
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
+from hecate.adapters.per_expert import pad_rank
 from hecate.adapters.tensors import require_tensors
-from hecate.config import Config, RouterConfig, named_model
+from hecate.config import Config, RouterConfig, adapter_in, named_model
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice, BaseModel, build_base
@@ -91,6 +92,42 @@ def export_by_source(folder: Path, sources: Sequence[str], description: PeftMoeC
         description = with_drawn_digest(description, moe)
         for source, of_source in zip(sources, tensors, strict=True):
             save_peft_adapter(folder / source, of_source, description)
+
+
+def begin_with_loras(config: Config, base: BaseModel, moe: MoeModel) -> None:
+    """Set each expert to the values of an adapter: that of its source in the folder that `lora.init_from` names, or the folder's only one.
+
+    Every rank must call it. An adapter may have a smaller rank than the widest expert's; its expert must not have a smaller one.
+
+    Raises:
+        UserError: an adapter cannot be read, or differs from the configured rank, scale, target modules or base model.
+    """
+    assert config.lora.init_from is not None
+    given, names = Path(config.lora.init_from), [source.name for source in config.data.train]
+    folders = [given / name if (given / name / CONFIG).is_file() else adapter_in(given) for name in names]
+    shape, ours, paths = config.lora.shape, lora_config(config, base), paths_of(base)
+    read = []
+    for expert, folder in enumerate(folders):
+        tensors, theirs = load_lora(folder)
+        rank, scale = shape.of_experts[expert] if shape.of_experts else (shape.rank, shape.scale)
+        whole = (shape.rank, shape.scale)
+        refuse_different(
+            folder,
+            ("rank and scale", (theirs.r, theirs.scale), whole if (theirs.r, theirs.scale) == whole else (rank, scale)),
+            ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
+        )
+        padded = {
+            name: pad_rank(tensor, shape.rank, a=True) if name.endswith("lora_A.weight") else pad_rank(tensor, shape.rank, a=False)
+            for name, tensor in tensors.items()
+        }
+        _refuse_misfit(folder, padded, moe, paths)
+        read.append((padded, theirs.scale / shape.scale))
+    with torch.no_grad():
+        for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
+            source, (tensors, factor) = moe.engine.shards.families[unit].pair_source, read[expert]
+            names_of = {projection: linear_names(paths[unit][projection]) for projection in source.projections}
+            pairs = {name: (tensors[name_a], factor * tensors[name_b]) for name, (name_a, name_b) in names_of.items()}
+            chunk.copy_(source.chunk_of(expert, pairs))
 
 
 def sources_in(folder: Path) -> list[str]:
@@ -169,8 +206,8 @@ def _base_for(
 def _refuse_misfit(folder: Path, tensors: dict[str, Tensor], moe: MoeModel, paths: Paths) -> None:
     wanted: dict[str, tuple[int, ...]] = {}
     for unit, family in moe.engine.shards.families.items():
-        plain = family.pair_source.sizes.trained
-        for a, b in zip(plain[::2], plain[1::2], strict=True):
-            name_a, name_b = linear_names(paths[unit][a.name.removesuffix(".A")])
-            wanted[name_a], wanted[name_b] = a.shape, b.shape
+        sizes = family.pair_source.sizes
+        for spec in (*sizes.trained, *sizes.seeded):  # a fixed A is in the file as well
+            projection, _, matrix = spec.name.rpartition(".")
+            wanted[linear_names(paths[unit][projection])["AB".index(matrix)]] = spec.shape
     require_tensors(tensors, wanted, folder)

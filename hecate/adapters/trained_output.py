@@ -13,7 +13,7 @@ from hecate.adapters.export import adapter_config, begin_with_mixlora, export_ad
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.adapters.linear_experts import begin_with_linear_adapter, export_linear_adapter, linear_adapter_config
 from hecate.adapters.linear_lora import begin_with_lora, export_linear_lora
-from hecate.adapters.peft_by_source import export_by_source, lora_config, paths_of
+from hecate.adapters.peft_by_source import begin_with_loras, export_by_source, lora_config, paths_of
 from hecate.adapters.peft_experts import begin_with, export_peft_adapter, peft_config
 from hecate.config import Config, named_model
 from hecate.model.base import BaseModel
@@ -124,5 +124,6 @@ _BEGIN: dict[str, Callable[[Config, BaseModel, MoeModel], None]] = {
     "peft": begin_with,
     "linears": begin_with_linear_adapter,
     "lora": begin_with_lora,
+    "peft_by_source": begin_with_loras,
 }
 """the formats that a run can begin with; the rules of configurations refuse the others"""

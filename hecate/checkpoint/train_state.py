@@ -23,7 +23,7 @@ from hecate.checkpoint.save import checkpoint_folder, commit, discard, staging_f
 from hecate.checkpoint.shard import read_tensors
 from hecate.config import Config, changed_computation, to_yaml
 from hecate.config.effective import other_configuration
-from hecate.data.stream import TrainStream
+from hecate.data.separate_streams import Stream
 from hecate.engine.protocol import ExpertEngine
 from hecate.errors import UserError
 from hecate.optim.optimizer import ExpertOptimizer, owned_parameters
@@ -40,7 +40,7 @@ class TrainedParts:
 
     engine: ExpertEngine
     optimizer: ExpertOptimizer
-    stream: TrainStream
+    stream: Stream
     base_digest: str = ""
     """of the base model (`BaseModel.digest`); empty: not known"""
     drawn_digest: str = ""
@@ -61,7 +61,7 @@ class TrainState:
     """steps so far whose gradients were not finite"""
     skipped_in_a_row: int
     stream: Mapping[str, Any]
-    """position in the data: `TrainStream.state_dict`"""
+    """position in the data: `Stream.state_dict`"""
     sequences_per_step: int
     history: list[dict[Unit, np.ndarray]]
     """loads of the last steps: `LoadHistory.snapshot`"""

@@ -1,7 +1,7 @@
 """The command line, `hecate`. Each verb is a function in the room of its subject; the modules it needs are imported inside it.
 
-`jobs` starts training and watches it, `sweeps` trains many runs, `forecasts` measures and predicts, `machine` tells what one needs before a
-run, `models` writes data for a model and uses what a run has trained, `answers` asks it.
+`jobs` starts training and watches it, `sweeps` trains many runs and rounds of clients, `forecasts` measures and predicts, `machine` tells
+what one needs before a run, `models` writes data for a model and uses what a run has trained, `answers` asks it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Train": {
         "train": jobs.train,
         "sweep": sweeps.sweep,
+        "federate": sweeps.federate,
         "launch": jobs.launch,
         "ray": jobs.ray,
         "submit": jobs.submit,

@@ -1,4 +1,4 @@
-"""The verb `sweep`: train one configuration with many values, and compare the runs in one table."""
+"""Verbs that train many runs: `sweep`, one configuration with many values, and `federate`, rounds of clients and a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecate.cli.arguments import Overrides
+from hecate.cli.arguments import ConfigFile, Overrides
 from hecate.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +38,27 @@ def sweep(
     status = 0 if table else _train(loaded, address)
     _show(loaded, json_path)
     raise typer.Exit(status)
+
+
+def federate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train clients in rounds: each trains an adapter on its own data, and all go on with what becomes of them (docs/federated.md).
+
+    With resume=true the same command goes on at the round, and in it at the step, where it was stopped.
+    """
+    if "RANK" in os.environ:
+        raise UserError(
+            "hecate federate: starts trainings itself and cannot be a rank of torchrun's job\n  give the command without torchrun"
+        )
+    from hecate.cli.jobs import check_local
+    from hecate.config import load_config
+    from hecate.federate.checks import check_federated
+    from hecate.train.preflight import check_data
+
+    loaded = load_config(config, overrides or ())
+    check_federated(loaded, lambda one: print(end="") if check_local(one, check_data) else None)
+    from hecate.federate.rounds import federate as train_rounds
+
+    raise typer.Exit(train_rounds(loaded, ["train"], lambda text: print(f"hecate: {text}", flush=True)))
 
 
 def _train(loaded: Sweep, address: str | None) -> int:

@@ -16,9 +16,10 @@ from hecate.config.hub import with_local_paths
 from hecate.config.paths import name_of_source
 from hecate.config.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
+from hecate.config.round_rules import with_clients
 from hecate.config.rules import check_values
 from hecate.config.scalars import NULLS
-from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource, MoeConfig
+from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, ClientConfig, Config, DataSource, MoeConfig
 from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 from hecate.errors import UserError
@@ -28,6 +29,8 @@ COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
 _LENGTHS = ("max_steps", "num_train_epochs")
 _SOURCES = ("data.train", "data.eval")
+_RECORDS: dict[str, Any] = {"data.train": DataSource, "data.eval": DataSource, "rounds.clients": ClientConfig}
+"""keys that are lists of mappings"""
 _POLICY = "fssdp.policy"
 _UNREAD: dict[str, Any] = {"data.train": ({"path": "data.jsonl"},), "output_dir": "runs/planned"}
 """what stands for required keys that nothing reads"""
@@ -65,6 +68,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
             values[key] = read_sources(node, key, source, report)
         else:
             values[key] = read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
+    values = with_clients(values, report)
     if not inputs:
         values = {**_UNREAD, **values}
     if values.get("hub") is True:
@@ -275,8 +279,8 @@ def _as_omegaconf(values: dict[str, Any]) -> DictConfig:
     for key, value in values.items():
         if value is INVALID:
             continue
-        if key in _SOURCES:
-            value = [OmegaConf.merge(OmegaConf.structured(DataSource), record) for record in value]
+        if key in _RECORDS:
+            value = [OmegaConf.merge(OmegaConf.structured(_RECORDS[key]), record) for record in value]
         section, _, name = key.rpartition(".")
         of_section[section][name] = value
     merged = OmegaConf.merge(OmegaConf.structured(Config), tree)

@@ -70,9 +70,6 @@ def _check_given(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add
         if source.name not in names:
             what = f"{shorten(source.name)} has no expert: with {given} it is that of the item of data.train with the same name"
             add(f"data.eval[{i}].name", what, f"give it one of the names {shorten(', '.join(names))}")
-    if values.get("lora.init_from") is not None:
-        what = f"cannot be given with {given}, whose adapters are folders of their own, one for each source"
-        add("lora.init_from", what, "leave it out")
     attention = [name for name in values.get("lora.target_modules") or () if name not in PROJECTIONS]
     if attention and values.get("moe.unit", "ffn") == "ffn":
         what = f"names {', '.join(map(shorten, attention))}, whose adapter all experts would share; with {given} they must not"

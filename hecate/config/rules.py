@@ -14,8 +14,10 @@ from hecate.config.hub import hub_hint
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.pair_rules import check_pairs, largest_rank
 from hecate.config.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, data_files, find_model, indexed_prefix
+from hecate.config.privacy_rules import check_privacy
 from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
+from hecate.config.round_rules import check_rounds
 from hecate.config.router_rules import check_router
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, RANGES
 from hecate.errors import UserError
@@ -43,6 +45,9 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_kind(values, add)
     check_pairs(values, add)
     check_router(values, add)
+    check_privacy(values, add)
+    check_rounds(values, add)
+    _check_separate(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
     _check_shard_size(values, add)
@@ -154,7 +159,7 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     folder = values.get("lora.init_from")
     if folder is not None and not kind.has_pairs:
         add("lora.init_from", f"is about low-rank pairs, which experts of moe.family={family} do not have", "leave it out")
-    elif folder is not None and not os.path.isfile(adapter_in(folder) / ADAPTER_CONFIG):
+    elif folder is not None and not _has_adapter(folder, values):
         hint = "give the folder of an adapter, or of a run that has left one; of a checkpoint, hecate export CHECKPOINT -o FOLDER makes one"
         add("lora.init_from", f"no {ADAPTER_CONFIG} in {shorten(folder)}", hint)
     for key, leaf in LEAVES.items():
@@ -170,6 +175,23 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     if kind.joins_gate_and_up and len(targets & {"gate_proj", "up_proj"}) == 1:
         hint = "experts of MoE models hold gate and up as one matrix with one adapter: name both, or neither"
         add("lora.target_modules", f"names {(targets & {'gate_proj', 'up_proj'}).pop()} alone", hint)
+
+
+def _has_adapter(folder: str, values: Mapping[str, Any]) -> bool:
+    """Whether a folder holds an adapter, or, where experts are adapters of sources, one for each of them."""
+    by_source = values.get("moe.router.input") == "given" and "data.train" in values
+    own = [os.path.join(folder, source.name, ADAPTER_CONFIG) for source in values["data.train"]] if by_source else []
+    return os.path.isfile(adapter_in(folder) / ADAPTER_CONFIG) or (bool(own) and all(map(os.path.isfile, own)))
+
+
+def _check_separate(values: Mapping[str, Any], add: Add) -> None:
+    sources = len(values.get("data.train", ()))
+    if values.get("rounds.clients") or not values.get("data.separate") or not sources:
+        return  # `hecate federate` gives the run of all clients as many micro-steps as that takes
+    sequences = values.get("micro_batch_size", sources) * values.get("gradient_accumulation_steps", sources)
+    if sequences % sources:
+        what = f"takes equally many sequences of each of {sources} items, but a step has {sequences} for each rank"
+        add("data.separate", what, f"let micro_batch_size times gradient_accumulation_steps be a multiple of {sources}")
 
 
 def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:

@@ -99,7 +99,7 @@ class DataSource:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: tuple[DataSource, ...] = field(metadata=key(computes=False))
-    """The training data: one path, or a list of paths and mappings {path, name, weight, format, fields}."""
+    """The training data: one path, or a list of paths and mappings {path, name, weight, format, fields}. Left out with rounds.clients."""
     eval: tuple[DataSource, ...] = field(default=(), metadata=key(computes=False))
     """The evaluation data, in the same form. Empty: no evaluation."""
     seq_len: int = field(default=512, metadata=key(Range(2, MAX_INT)))
@@ -113,6 +113,12 @@ class DataConfig:
     """The folder in which tokenized data are kept, to be tokenized once and shared by all ranks and runs (docs/data.md). auto: `tokens` in
     the folder that the environment variable HECATE_CACHE names, or in ~/.cache/hecate. null: none; each rank tokenizes all data at each
     start and has them in its own memory."""
+    separate: bool = False
+    """With several items of data.train: take as many sequences of each step from every item, each packed and in the order in which a run on
+    that item alone would have it, whatever their weights. false: the items are mixed by their weights. True must let micro_batch_size
+    times gradient_accumulation_steps be divided by the number of items."""
+    skip_steps: int = field(default=0, metadata=key(WHOLE))
+    """The number of steps whose samples a new run passes over, so that it begins in the data where another run of that many steps ended."""
     on_bad_sample: Literal["skip_long", "error", "skip", "truncate"] = field(default="skip_long", metadata=key(computes=False))
     """What to do with a sample that cannot be read or is longer than seq_len. skip_long: leave one that is too long out, count it and write
     it to quarantine-NAME.jsonl in output_dir; stop at other faults. error: stop at every fault. skip: leave out every sample with a fault,
@@ -165,7 +171,8 @@ class LoraConfig:
     init_from: str | None = field(default=None, metadata=key(computes=False))
     """A folder with an adapter from whose values training starts, or a run's folder that has one: with family mixlora one of hecate,
     mixlora or moe-peft; with moe_lora one of hecate, PEFT or a program that writes one pair for each expert; with unit linear one of
-    hecate, or, with one expert for each linear, of PEFT. It must have the configuration's rank, scale, modules and experts. null: new
+    hecate, or, with one expert for each linear, of PEFT. It must have the configuration's rank, scale, modules and experts. With
+    router.input given it is a LoRA with which all experts begin, or a folder with one for each item of data.train, by its name. null: new
     adapters."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """The linear layers that get an adapter: those of the FFN one per expert, those of attention one each. With moe_lora, gate_proj and
@@ -438,6 +445,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """Differential privacy of the training samples, with moe.router.input given: of each item of data.train by itself (docs/systems.md)."""
+
+    clip: float | None = field(default=None, metadata=key(POSITIVE))
+    """The most that one sample's gradient may have as its norm, over all numbers of its item's adapter: longer ones are clipped before the
+    step's are averaged. A sample's loss is then the mean over its own label tokens, and each sample is a micro-step of its own. Needs
+    data.packing false, max_grad_norm null and fssdp.policy full. null: no sample is hidden."""
+    noise: float = field(default=0.0, metadata=key(AT_LEAST_ZERO))
+    """With clip: the standard deviation of the noise on the sum of an item's clipped gradients in a step, as a multiple of clip. It is
+    drawn from the seed and the item's name, so whoever knows the seed can take it away. 0: no noise, and no privacy."""
+    delta: float = field(default=1e-5, metadata=key(Range(0, 1, low_open=True, high_open=True), computes=False))
+    """With noise: the probability for which epsilon, which the run says at its end, need not hold. Less than 1 / the number of samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RayConfig:
     """Settings that only `hecate ray` and `hecate submit` read."""
 
@@ -455,6 +477,88 @@ class RayConfig:
     """The longest wait in seconds for workers to be placed, for them to start, and for a device to return when too few are left."""
     report_steps: int = field(default=10, metadata=key(COUNT))
     """The number of steps between two reports of loads and step times from the ranks to the controller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """One item of rounds.clients."""
+
+    data: str
+    """The client's training data, as data.train's `path`."""
+    name: str = ""
+    """The client's name in logs, files and results: [A-Za-z0-9._-], 1 to 64 characters. Left out: that of the data's file without its last
+    suffix."""
+    eval: str | None = None
+    """Its held-out data, on which the result of each round and all clients are evaluated."""
+    r: int | None = None
+    """The rank of its adapter. null: lora.r."""
+    weight: float | None = None
+    """Its part in the aggregate; those of all clients have the sum 1. null, then for all clients: its share of all clients' records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineConfig:
+    """With rounds.aggregate refine: how B is corrected."""
+
+    ridge: float = field(default=0.01, metadata=key(AT_LEAST_ZERO))
+    """How much a change of B counts beside the distance."""
+    distance: Literal["frobenius", "cosine"] = "frobenius"
+    """What is made small. frobenius: the norm of the difference to the exact sum, in closed form. cosine: 1 - their cosine, by descent, as
+    in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """What of a vector is sent: the numbers that are largest in magnitude, one ranking over the whole adapter, and zeros for the others."""
+
+    down: float = field(default=1.0, metadata=key(Range(0, 1, low_open=True)))
+    """The share of the server's numbers that clients get. They train all of them on. 1: all."""
+    up: float = field(default=1.0, metadata=key(Range(0, 1, low_open=True)))
+    """The share of a client's changes that it sends. 1: all."""
+    error_feedback: bool = False
+    """Each client keeps what it did not send, and adds it to its changes of the next round before they are ranked. This is no part of
+    CELLM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """With rounds.aggregate average: how the server changes its adapter by the mean of the clients' changes."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd: add it, times learning_rate. adamw: take it, with the other sign, for a gradient (FedAdam)."""
+    learning_rate: float = field(default=1.0, metadata=key(POSITIVE))
+    """Of the server's optimizer. With sgd and 1 the result is the mean of the clients' adapters."""
+    weight_decay: float = field(default=0.0, metadata=key(AT_LEAST_ZERO))
+    """Of adamw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig:
+    """Federated rounds (`hecate federate`): clients train adapters of their own for some steps, which become one, with which they go on."""
+
+    count: int = field(default=1, metadata=key(COUNT))
+    """The number of rounds."""
+    local_steps: int | None = field(default=None, metadata=key(COUNT))
+    """The number of optimizer steps of each client in a round, in place of max_steps. Each round has a learning-rate curve of its own, and
+    begins with new optimizer state. micro_batch_size and gradient_accumulation_steps are those of one client."""
+    clients: tuple[ClientConfig, ...] = ()
+    """The clients, as mappings {data, name, eval, r, weight}, in place of data.train and data.eval."""
+    aggregate: Literal["average", "stack", "refine", "lego"] = "average"
+    """What becomes of the clients' adapters (docs/adapters.md). average: the means of A and of B, weighted by the clients' parts; exact
+    where all have the same A (lora.pairs fixed_a). A client of a smaller rank has the first r terms. stack: all terms beside each other,
+    exact, of any ranks (FLoRA). refine: the means, and B corrected (LoRA-FAIR). lego: clusters of terms (LoRA-LEGO)."""
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    merge_into_base: bool = False
+    """With aggregate stack: merge each round's result into a copy of the base model, over which all clients begin with new adapters. What
+    the run leaves are the terms of all rounds, as one adapter for the base model that it began with."""
+    isolation: Literal["none", "process"] = "none"
+    """How clients are trained. none: all at once, as experts over one base model, on the ranks that there are. process: one after another,
+    each by a `hecate train` of its own that reads its data alone; nothing but the encoded update leaves it. The results are the same
+    within rounding."""
+    drop: tuple[str, ...] = ()
+    """Drills: ROUND:CLIENT for each client that drops out of a round, whose update is then missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,6 +628,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     fssdp: FssdpConfig = field(default_factory=FssdpConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     kernels: Literal["auto", "triton", "torch", "reference"] = field(default="auto", metadata=key(computes=False))
     """The implementation that computes the experts. auto: Triton kernels on a GPU, torch otherwise. triton: Triton kernels, or an error if
     they cannot run. torch: the fast path in plain torch. reference: the formula in plain torch, slow, for comparison. The results are
@@ -535,6 +640,7 @@ class Config:
     """The number of local ranks to start. null: one per GPU, or 2 without a GPU. Unused under torchrun, which starts the ranks itself."""
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=key(computes=False))
     ray: RayConfig = field(default_factory=RayConfig, metadata=key(computes=False))
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,12 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     places: dict[str, tuple[str, int | None]] = field(default_factory=dict)
     """Each key, items of lists included, to its source and line."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """A key whose value was made of another's, to the other, which is the one that the user knows."""
 
     def add(self, key: str, what: str, hint: str = "") -> None:
         """Add a problem, located where `key`, or the nearest value that encloses it, was given."""
+        key = self.renamed.get(key, key)
         at = key
         while at and at not in self.places:
             at = at[: max(at.rfind("."), at.rfind("["), 0)]

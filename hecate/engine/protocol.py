@@ -29,11 +29,13 @@ class TrainingPass(ForwardPass, Protocol):
         """What the routers of the layers that have run have done."""
         ...
 
-    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+    def backward(self, loss: Tensor, gradient: Tensor | None = None, limit: Tensor | None = None) -> None:
         """Run the micro-step's backward pass, which ends it. Every rank must call it.
 
         Args:
             gradient: of what is trained for by `loss`, of its shape; None: `loss` is a scalar, and its gradient 1.
+            limit: scalar, to which the norm of what this rank's tokens add to the experts' gradients is clipped, over all layers, before
+                it is added up with other ranks' and micro-steps'; given in all micro-steps of a step or in none. None: no clipping.
         """
         ...
 

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.engine.shards import ExpertShards, LayerCall
+from hecate.errors import UserError
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.router import RouterStats, Routing
 from hecate.kernels.common.assignments import RoutedTokens
@@ -178,6 +179,10 @@ class Step:
         """units whose replicas were freed after their forward pass, in its order"""
         self._reduced_last: Unit | None = None
         """the layer or pool whose reduction was started last in the step's last backward pass"""
+        self._clips = False
+        """the micro-step under way has a limit for its gradients"""
+        self._clipped: dict[Unit, Tensor] = {}
+        """[slots, C] of each of `ExpertShards.trained`: the clipped gradients of the micro-steps so far"""
         shards.plans.begin(micro_steps)
 
     def begin_micro_step(self, tokens: PassTokens | None = None) -> MicroStep:
@@ -228,15 +233,42 @@ class Step:
         )
         return shards.compute(unit, self._replicas(unit), RoutedTokens(x_TD, expert_TK, weight_TK, token_T), call)
 
-    def backward(self, micro: MicroStep, loss: Tensor, gradient: Tensor | None) -> None:
+    def backward(self, micro: MicroStep, loss: Tensor, gradient: Tensor | None, limit: Tensor | None) -> None:
         """See `MicroStep.backward`."""
         self.ledger.require(micro.number)
+        self._clips = limit is not None
+        if self._clips:
+            self._require_own_tokens()
         if self.ledger.in_last_micro_step:
             self.ledger.start_exchange()
         self._prefetch_backward()
         torch.autograd.backward(loss, gradient)
+        if limit is not None:
+            self._add_clipped(limit)
         self.ledger.end_micro_step()
         self._current.now = None
+
+    def _require_own_tokens(self) -> None:
+        """Raises UserError: what is on a rank after a backward pass are not the gradients of that rank's tokens, of one micro-step."""
+        shards = self._shards
+        if shards.config.per_micro_step or any(shards.plans.transfers[unit].tokens is not None for unit in shards.families):
+            raise UserError(
+                "gradients cannot be clipped by samples where tokens leave their rank, or where each micro-step reduces its own\n"
+                "  set fssdp.policy=full, and leave fssdp.plan and fssdp.rematerialize out"
+            )
+
+    def _add_clipped(self, limit: Tensor) -> None:
+        """Clip what the backward pass has left, add it to that of the step's micro-steps before, and reduce the sums after the last."""
+        trained = self._shards.trained
+        found = {unit: store.take_gradient() for unit, store in trained.items()}
+        square = torch.stack([grad_SC.square().sum(dtype=torch.float64) for grad_SC in found.values()]).sum()
+        factor = (limit / square.sqrt()).clamp(max=1.0)
+        for unit, grad_SC in found.items():
+            grad_SC.mul_(factor.to(grad_SC.dtype))
+            self._clipped[unit] = self._clipped[unit].add_(grad_SC) if unit in self._clipped else grad_SC
+        if self.ledger.in_last_micro_step:
+            for unit, store in reversed(trained.items()):
+                store.reduce(self._clipped.pop(unit))
 
     def _plan_after_router(self, unit: Unit, count_E: Tensor) -> None:
         """Plan a layer's micro-step from what all ranks have chosen."""
@@ -293,7 +325,8 @@ class Step:
     def _gradient_complete(self, unit: Unit) -> None:
         """The backward pass is through with a layer's experts, or with all that draw on a pool."""
         shards, in_last = self._shards, self.ledger.in_last_micro_step
-        if not (in_last or shards.config.per_micro_step):
+        # A gradient that is to be clipped is complete when that of all layers is.
+        if self._clips or not (in_last or shards.config.per_micro_step):
             return
         if shards.config.rematerialize:
             # The layer before needs its replicas sooner than the owners need gradients; of those one layer's are held at a time.
@@ -343,10 +376,10 @@ class MicroStep:
     def again(self) -> MicroStep:
         return replace(self, counts=False)
 
-    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
-        """Run the micro-step's backward pass, which ends it. Every rank must call it.
+    def backward(self, loss: Tensor, gradient: Tensor | None = None, limit: Tensor | None = None) -> None:
+        """See `TrainingPass.backward`.
 
-        Args:
-            gradient: of what is trained for by `loss`, of its shape; None: `loss` is a scalar, and its gradient 1.
+        Raises:
+            UserError: there is a limit, but the engine's settings leave other tokens' gradients on a rank, too.
         """
-        self.owner.backward(self, loss, gradient)
+        self.owner.backward(self, loss, gradient, limit)

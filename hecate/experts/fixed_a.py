@@ -12,6 +12,13 @@ from hecate.experts.family import Site
 from hecate.experts.seeding import digest_of, generator, linear_weight, require_drawn
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.expert_kinds import LoraShape, fixed_a_pairs
+from hecate.parallel.units import Unit
+
+
+def drawn_a(seed: int, unit: Unit, projection: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the float64 [rank, inputs] that a run's seed draws for a projection of a unit."""
+    rank, inputs = shape
+    return linear_weight(rank, inputs, generator(seed, "fixed A", str(unit), projection))
 
 
 class FixedA:
@@ -28,8 +35,7 @@ class FixedA:
         self._site = site
         self._a_rI = {}
         for name, spec in zip(self.projections, self.sizes.seeded, strict=True):
-            drawn = linear_weight(spec.shape[0], spec.shape[1], generator(site.seed, "fixed A", str(site.unit), name))
-            self._a_rI[name] = drawn.to(device=site.device, dtype=site.master_dtype)
+            self._a_rI[name] = drawn_a(site.seed, site.unit, name, spec.shape).to(device=site.device, dtype=site.master_dtype)
 
     @property
     def drawn_digest(self) -> str:

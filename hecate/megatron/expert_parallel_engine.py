@@ -163,8 +163,9 @@ class ExpertParallelMicroStep:
     def again(self) -> ExpertParallelMicroStep:
         return replace(self, counts=False)
 
-    def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
-        """See `hecate.engine.step.MicroStep.backward`."""
+    def backward(self, loss: Tensor, gradient: Tensor | None = None, limit: Tensor | None = None) -> None:
+        """See `hecate.engine.step.MicroStep.backward`. Gradients cannot be clipped by ranks: tokens of several are with each expert."""
+        assert limit is None, "the configuration lets nothing but hecate's own engine clip gradients of samples"
         self.ledger.require(self.number)
         if self.ledger.in_last_micro_step:
             self.ledger.start_exchange()

@@ -50,6 +50,9 @@ def train_runs(
     verb: Sequence[str],
     environment: Callable[[int, Config], Mapping[str, str]],
     say: Callable[[str], None],
+    *,
+    program: Sequence[str] = PROGRAM,
+    what: str = "",
 ) -> int:
     """Train all runs that are not finished, at most `sweep.jobs` at once. Those that were begun go on from their last checkpoint.
 
@@ -58,6 +61,8 @@ def train_runs(
         verb: the words after `hecate` that come before the configuration: ["train"].
         environment: variables for a process, by its place among those that run at once, from 0, and its configuration.
         say: shows a line.
+        program: what `verb` and the configuration are arguments of.
+        what: what the runs are together, for the first line; empty: a sweep.
 
     Returns:
         0 if all runs have finished, 1 if one has not, or 128 + the number of the signal that has stopped the sweep.
@@ -69,7 +74,7 @@ def train_runs(
         entries = read_entries(sweep)
         done = {name for name, entry in entries.items() if entry.state is RunState.FINISHED}
         waiting = [run for run in sweep.runs if run.name not in done]
-        say(f"sweep of {len(sweep.runs)} runs" + (f", {len(done)} of them finished already" if done else ""))
+        say(f"{what or f'sweep of {len(sweep.runs)} runs'}" + (f", {len(done)} of them finished already" if done else ""))
         under_way: dict[int, _UnderWay] = {}
         passed_on = 0
         try:
@@ -79,7 +84,7 @@ def train_runs(
                     run = waiting.pop(0)
                     config, entry = configs[run.name], entries.get(run.name)
                     variables = environment(place, config)
-                    under_way[place] = _begin(sweep, run, config, entry, verb, variables, lock, say)
+                    under_way[place] = _begin(sweep, run, config, entry, [*program, *verb], variables, lock, say)
                 for place in [place for place, one in under_way.items() if one.process.poll() is not None]:
                     one = under_way.pop(place)
                     entries[one.run.name] = _end(sweep, one, stopping=bool(stop), say=say)
@@ -109,7 +114,7 @@ def _begin(
     run: SweepRun,
     config: Config,
     entry: SweepEntry | None,
-    verb: Sequence[str],
+    program: Sequence[str],
     variables: Mapping[str, str],
     lock: int,
     say: Callable[[str], None],
@@ -120,7 +125,7 @@ def _begin(
     # A process that is killed at once must leave a folder by which the next call knows that the run is the sweep's.
     folder.mkdir(parents=True, exist_ok=True)
     write_entry(sweep.output_dir, run.name, entry)
-    command = [*PROGRAM, *verb, sweep.run, *run.overrides, *(["resume=true"] if resumes else [])]
+    command = [*program, sweep.run, *run.overrides, *(["resume=true"] if resumes else [])]
     say(f"{run.name}: {'goes on' if resumes else 'begins'}; it prints to {log}")
     with log.open("ab") as output:
         if not resumes:

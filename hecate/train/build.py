@@ -14,6 +14,7 @@ from hecate.adapters.trained_output import TrainedOutput, begin_with_adapter, ou
 from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
 from hecate.data.content import cache_folder
+from hecate.data.separate_streams import SeparateStreams, Stream
 from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
 from hecate.data.user_features import UserFeatures, users_of
@@ -42,7 +43,7 @@ class RunParts:
     base: BaseModel
     moe: MoeModel
     optimizer: ExpertOptimizer
-    stream: TrainStream
+    stream: Stream
     eval_sources: list[TokenSource]
     output: TrainedOutput
     """what the run leaves at its end"""
@@ -79,13 +80,16 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     users = users_of(config)
     _say(ranks, "reading the data")
     train_sources, eval_sources = (encode_sources(data, config, base, ranks, users) for data in (config.data.train, config.data.eval))
-    stream = TrainStream(
+    stream = (SeparateStreams if config.data.separate else TrainStream)(
         train_sources,
         seq_len=config.data.seq_len,
         packing=config.data.packing,
         sequences_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.dp_size,
         seed=config.seed,
     )
+    if not config.resume:
+        for _ in range(config.data.skip_steps):
+            stream.next_step()
     if ranks.is_first and (few := stream.few_samples()):
         _say(ranks, few)
     moe = build_moe(config, base, ranks, topology, None if users is None else users.width)

@@ -130,6 +130,7 @@ def train(
         facts = [
             *((label, f"{most / 2**30:.2f} GiB on the fullest rank") for label, most in zip(peaks, fullest, strict=True)),
             (training.parts.output.name, str(written)),
+            *((f"privacy of {name}", str(spent)) for name, spent in training.privacy_spent().items() if training.ranks.is_first),
         ]
     if training.ranks.is_first:
         _show_summary(training, measured, time.monotonic() - started, facts)

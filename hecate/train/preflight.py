@@ -22,16 +22,27 @@ _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def check_machine(config: Config) -> None:
-    """Check that this machine can run the kernels and the attention that the configuration asks for, and has its trackers.
+    """Check that this machine can run the kernels and the attention that the configuration asks for, and has its trackers and accountant.
 
     Only a machine that trains is checked: `hecate plan` accepts the same configuration anywhere.
 
     Raises:
         UserError: it cannot.
     """
+    refuse_rounds(config)
     check_kernels(config.kernels)
     check_attention(config.model)
     check_trackers(config.report_to)
+    if config.privacy.noise:
+        from hecate.train.privacy_accountant import require_accountant
+
+        require_accountant()
+
+
+def refuse_rounds(config: Config) -> None:
+    """Raises UserError: the configuration is one of federated rounds, which are more than one training."""
+    if config.rounds.clients:
+        raise UserError("rounds.clients: are trained by hecate federate, in rounds\n  give it this configuration, or leave rounds out")
 
 
 def check_kernels(kernels: str) -> None:

@@ -8,7 +8,8 @@ The loss is the sum over label tokens divided by their number in the whole step,
 the micro-steps of the aux loss. Each rank computes its share; gradients are summed, never averaged.
 
 Where each expert is an adapter of its own (`Router.separates`), it is trained by the mean over its own label tokens, so that the others'
-numbers do not matter to it; the loss that is reported is the mean over the experts that have label tokens.
+numbers do not matter to it; the loss that is reported is the mean over the experts that have label tokens. With `StepRules.privacy` it is
+trained by the mean over its samples of their own means (`hecate.train.privacy`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.comm.device_tables import copy_to
 from hecate.ranks.peak_memory import peak_bytes
 from hecate.report.events import StepResult
+from hecate.train.privacy import Privacy, SampleShares, add_noise
 from hecate.train.step_clock import StepClock
 from hecate.train.step_totals import exchange_totals
 
@@ -44,6 +46,8 @@ class StepRules:
     """to which the global norm of all gradients is clipped; None: no clipping"""
     redundancy: int = 0
     """1: the optimizers step backups, too (`hecate.elastic.backups`)"""
+    privacy: Privacy | None = None
+    """None: samples are not hidden; else each micro-batch is one sample at most"""
 
 
 def pass_tokens(head: CausalHead, batch: Batch, samples: float | None = None, features_UF: Tensor | None = None) -> PassTokens:
@@ -91,6 +95,7 @@ def train_step(
     num_labels: int,
     num_samples: int | None = None,
     labels_of_source: Sequence[int] = (),
+    samples_of_source: Sequence[int] = (),
     features_UF: Tensor | None = None,
     step: int,
     rules: StepRules,
@@ -103,6 +108,7 @@ def train_step(
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
         num_samples: samples of the whole step, likewise; None: no loss of the model is a mean over samples.
         labels_of_source: label tokens of the whole step by source; needed where each expert has a mean loss of its own.
+        samples_of_source: samples of the whole step by source; needed with `StepRules.privacy`.
         features_UF: the vectors of all users, [users, width], on the batches' device; None: no router decides by users.
         step: its number, from 0.
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
@@ -117,9 +123,10 @@ def train_step(
     losses = torch.zeros(2, dtype=torch.float64, device=device)
     mean = _means_of_sources(moe, labels_of_source, losses.device) or LossMean(max(num_labels, 1), max(num_labels, 1))
     each = None if num_samples is None else num_samples / len(micro_batches)
+    shares = None if rules.privacy is None else SampleShares.of(rules.privacy, samples_of_source, device)
     for batch in micro_batches:
         micro = this_step.begin_micro_step(pass_tokens(head, batch, each, features_UF))
-        loss_sum = forward_loss(head, batch, mean.weight_of_source)
+        loss_sum = forward_loss(head, batch, mean.weight_of_source if shares is None else shares.weight_of_source(batch))
         share = loss_sum / mean.trained
         aux = moe.balance_loss(micro.stats, group)
         if aux is not None:
@@ -127,9 +134,11 @@ def train_step(
             share = share + aux * (rules.aux_coef / len(micro_batches))
         losses[0] += loss_sum.detach() / mean.reported
         clock.ended("forward")
-        micro.backward(share)
+        micro.backward(share, limit=None if shares is None else shares.limit(batch))
         clock.ended("backward")
     loads = this_step.finish()
+    if rules.privacy is not None:
+        add_noise(engine.shards, rules.privacy, samples_of_source, step)
     on_its_way = send_gradients(engine, optimizer, loads) if rules.redundancy else None
     optimizer.reduce_replicated(group)
     if on_its_way:

@@ -15,8 +15,9 @@ from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_st
 from hecate.config import Config
 from hecate.data.batches import Batch, collate, sequence_ranges
 from hecate.data.encode import IGNORED
+from hecate.data.separate_streams import Stream
 from hecate.data.sequences import PackedSequence, empty_sequence
-from hecate.data.stream import TrainStream
+from hecate.data.sources import TokenSource
 from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.elastic.move_experts import reshard_if_it_pays
 from hecate.elastic.rebuild import Group, can_catch_up, catch_up, exchange_standings, go_back, redeal
@@ -33,6 +34,8 @@ from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
 from hecate.report.run_report import RunFacts, trainable_rows
 from hecate.train.build import build_parts
 from hecate.train.evaluate import evaluate
+from hecate.train.privacy import privacy_of
+from hecate.train.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
 from hecate.train.step import StepRules, train_step
 from hecate.train.step_clock import StepClock
 
@@ -77,6 +80,9 @@ class Training:
                 raise UserError(f"resume=true, but {error}\n  start a new run with resume=false") from error
         if not joins:
             self._settle_length()
+        if config.privacy.clip is not None:
+            for source, taken in _taken_by_step(parts.stream, config):
+                sampling_rate(source.name, len(source), taken)
         if config.resume and not joins:
             self.notes += _notes_of_resume(self.parts.config, self.standing)
         self.plan_for(self.parts.moe.engine.shards.config.topology)
@@ -105,12 +111,17 @@ class Training:
         of that.
 
         A micro-step has `micro_batch_size` sequences for each rank that there was when the run began, however many ranks there are now.
+        With `privacy.clip` each of a rank's sequences, which is a sample, is a micro-batch of its own.
         """
         config, ranks = self.parts.config, self.ranks
         size = len(sequences) // config.gradient_accumulation_steps
         own = sequence_ranges(size, self.shares)[ranks.dp_rank]
         pad_id = self.parts.base.tokenizer.pad_token_id or 0
         shares = [sequences[start + own.start : start + own.stop] or [empty_sequence()] for start in range(0, len(sequences), size)]
+        if config.privacy.clip is not None:
+            most = max(len(every) for every in sequence_ranges(size, self.shares))  # all ranks run as many micro-steps
+            alone = [share + [empty_sequence()] * (most - len(share)) for share in shares]
+            shares = [[sequence] for share in alone for sequence in share]
         multiple = self.parts.base.head.row_multiple(config.data.seq_len)
         return [collate(share, pad_id, config.data.seq_len, ranks.tp_size, multiple).to(ranks.device) for share in shares]
 
@@ -136,10 +147,14 @@ class Training:
             num_labels=sum(int((sequence.targets != IGNORED).sum()) for sequence in sequences),
             num_samples=sum(len(sequence.samples) for sequence in sequences),
             labels_of_source=_labels_of_source(sequences, len(config.data.train)),
+            samples_of_source=_samples_of_source(sequences, len(config.data.train)),
             features_UF=parts.features_UF,
             step=self.standing.step,
             rules=StepRules(
-                aux_coef=config.moe.router_aux_loss_coef, max_grad_norm=config.max_grad_norm, redundancy=config.fssdp.redundancy
+                aux_coef=config.moe.router_aux_loss_coef,
+                max_grad_norm=config.max_grad_norm,
+                redundancy=config.fssdp.redundancy,
+                privacy=privacy_of(config),
             ),
             requests=requests,
             clock=self._clock,
@@ -170,6 +185,17 @@ class Training:
         self._placed = {unit: placements[unit] for unit in units}
         copies = sum(new_copies(None, placement) for placement in self._placed.values())
         return copies, sum(new_copies(before.get(unit), placement) for unit, placement in self._placed.items())
+
+    def privacy_spent(self) -> dict[str, PrivacySpent]:
+        """What the steps so far have told of each source's samples, by its name; nothing without `privacy.noise`."""
+        config, steps = self.parts.config, self.parts.config.data.skip_steps + self.standing.step
+        if not config.privacy.noise:
+            return {}
+        noise, delta = config.privacy.noise, config.privacy.delta
+        return {
+            source.name: privacy_spent(noise=noise, delta=delta, samples=len(source), samples_per_step=taken, steps=steps)
+            for source, taken in _taken_by_step(self.parts.stream, config)
+        }
 
     def complete_step(self) -> None:
         """Note that everything that comes between this step and the next is done."""
@@ -252,7 +278,7 @@ class Training:
             copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer)
 
 
-def data_in_words(stream: TrainStream, steps: int) -> str:
+def data_in_words(stream: Stream, steps: int) -> str:
     """Say how many samples there are, and how often the steps of a run go through them."""
     most = 8
     sizes = [f"{source.name} {len(source):,}" for source in stream.sources]
@@ -273,7 +299,7 @@ def _notes_of_resume(config: Config, state: TrainState) -> list[str]:
     return notes
 
 
-def steps_of_epochs(epochs: float, stream: TrainStream) -> int:
+def steps_of_epochs(epochs: float, stream: Stream) -> int:
     """The number of steps, at least 1, that take as many samples as so many epochs have (`TrainStream.sequences_per_epoch`)."""
     steps = epochs * stream.sequences_per_epoch() / stream.sequences_per_step
     return max(1, math.ceil(steps - 1e-6))  # 0.1 * 30 is more than 3
@@ -283,6 +309,19 @@ def _labels_of_source(sequences: Sequence[PackedSequence], sources: int) -> list
     """Label tokens by source."""
     labelled = np.concatenate([one.task[one.targets != IGNORED] for one in sequences])
     return np.bincount(labelled, minlength=sources).tolist()
+
+
+def _samples_of_source(sequences: Sequence[PackedSequence], sources: int) -> list[int]:
+    """Samples by source."""
+    found = [source for one in sequences for source, _ in one.samples]
+    return np.bincount(found, minlength=sources).tolist()
+
+
+def _taken_by_step(stream: Stream, config: Config) -> list[tuple[TokenSource, float]]:
+    """Each source with how many samples a step takes of it, where a sequence is a sample; by the weights, a mean."""
+    whole = sum(source.weight for source in stream.sources)
+    shares = [1 / len(stream.sources) if config.data.separate else source.weight / whole for source in stream.sources]
+    return [(source, share * stream.sequences_per_step) for source, share in zip(stream.sources, shares, strict=True)]
 
 
 def _refuse_endless_skipping(state: TrainState) -> None:

@@ -21,7 +21,7 @@ from hecate.launch.local_launcher import STOPPING
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
 from hecate.report.trackers import check_trackers
-from hecate.train.preflight import check_data, check_resume
+from hecate.train.preflight import check_data, check_resume, refuse_rounds
 
 LOCAL = "local"
 _FOLDER_SECONDS = 10.0
@@ -66,6 +66,7 @@ def check_for_ray(config: Config) -> None:
     Raises:
         UserError: it does.
     """
+    refuse_rounds(config)
     if config.model.tensor_parallel > 1:
         raise UserError(
             "model.tensor_parallel: is not supported on Ray, where each rank computes its own sequences\n"

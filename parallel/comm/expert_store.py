@@ -178,13 +178,23 @@ class ExpertStore:
         self._replicas_SC.untyped_storage().resize_(0)
         self._filled = False
 
-    def reduce(self) -> None:
-        """Start summing the replicas' gradients onto the owners, and drop the replicas."""
+    def take_gradient(self) -> Tensor:
+        """[slots, C]: what backward passes have left at the replicas since the last call. The replicas have no gradient afterwards."""
+        assert self._replicas_SC is not None
+        grad_SC, self._replicas_SC.grad = self._replicas_SC.grad, None
+        assert grad_SC is not None
+        return grad_SC
+
+    def reduce(self, grad_SC: Tensor | None = None) -> None:
+        """Start summing the replicas' gradients onto the owners, and drop the replicas.
+
+        Args:
+            grad_SC: [slots, C], the gradients; None: those that backward passes have left at the replicas.
+        """
         assert self._plan is not None
         assert self._replicas_SC is not None
-        assert self._replicas_SC.grad is not None
         self.wait_for_reduction()
-        self._reducing = sparse_reduce_scatter(self._replicas_SC.grad, self._plan.chunks, self._group)
+        self._reducing = sparse_reduce_scatter(self.take_gradient() if grad_SC is None else grad_SC, self._plan.chunks, self._group)
         self.bytes_to += self._reducing.bytes_to
         self.drop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -93,15 +94,13 @@ def top_density(one: AdapterSet, density: float) -> Merged:
     Raises:
         UserError: `density` is not above 0 and at most 1.
     """
-    if not 0 < density <= 1:
-        raise UserError(f"density {density:g}: must be above 0 and at most 1, the share of the numbers that are kept")
+    kept = kept_numbers(density, sum(one.rank * sum(sizes) for sizes in one.sizes.values()))
     made = {**one.made, "density": density}
     if density == 1:
         return Merged(replace(one, made=made), lambda module: [one.read(module)])
     counts = np.zeros(1 << _LEADING_BITS, dtype=np.int64)
     for module in one.sizes:
         counts += np.bincount(_leading(_magnitudes(one, module)), minlength=len(counts))
-    kept = math.ceil(density * int(counts.sum()))
     at_least = counts[::-1].cumsum()[::-1]
     (border,) = np.flatnonzero(at_least >= kept)[-1:]
     above = int(at_least[border] - counts[border])
@@ -123,6 +122,17 @@ def top_density(one: AdapterSet, density: float) -> Merged:
         return Terms(terms.a_rI * mask_a.view_as(terms.a_rI), terms.b_Or * mask_b.view_as(terms.b_Or))
 
     return Merged(replace(one, name=f"density {density:g} of {one.name}", read=read, made=made), lambda module: [one.read(module)])
+
+
+def kept_numbers(density: float, numel: int) -> int:
+    """Return ⌈density · numel⌉, where a density such as 0.07 is the decimal number that it is written as, not the nearest binary one.
+
+    Raises:
+        UserError: `density` is not above 0 and at most 1.
+    """
+    if not 0 < density <= 1:
+        raise UserError(f"density {density:g}: must be above 0 and at most 1, the share of the numbers that are kept")
+    return math.ceil(Fraction(repr(float(density))) * numel)
 
 
 _LEADING_BITS = 16

@@ -1,0 +1,1 @@
+"""Federated rounds: clients that train apart, what travels between them and the server, and what the server makes of it."""

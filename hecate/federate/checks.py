@@ -1,0 +1,96 @@
+"""What is checked of a federated run before any of its processes starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from hecate.config import Config, to_yaml
+from hecate.config.paths import indexed_prefix
+from hecate.config.schema import ClientConfig
+from hecate.data.formats import Sample, read_samples
+from hecate.data.indexed_files import open_indexed
+from hecate.errors import UserError
+from hecate.federate.plans import configs_of
+from hecate.federate.records import rounds_file
+from hecate.io.durable import replace_file
+from hecate.sweep.ledger import RunState, SweepEntry, changed_values
+
+RECIPE = "federate.yaml"
+"""in the folder of a federated run: what it computes"""
+_FREE = ("rounds.count", "rounds.drop", "rounds.isolation")
+"""keys that may change when a federated run is resumed, beside those of any run"""
+
+
+def check_federated(config: Config, check: Callable[[Config], None]) -> None:
+    """Check a recipe, and the trainings of all rounds by those of the first.
+
+    Args:
+        check: raises UserError if something is wrong with a training, such as its data.
+
+    Raises:
+        UserError: there are no clients, a training cannot be, or the folder is that of another run.
+    """
+    if not config.rounds.clients:
+        raise UserError(
+            "rounds.clients: must be given: hecate federate trains clients\n"
+            "  for example rounds={local_steps: 20, clients: [{data: a.jsonl}, {data: b.jsonl}]}; hecate train trains without them"
+        )
+    if config.rounds.aggregate == "lego":
+        from hecate.adapters.sets.lego import require_scikit_learn
+
+        require_scikit_learn()
+    _check_folder(config)
+    for one in configs_of(config, 1).values():
+        check(one)
+
+
+def client_weights(clients: Sequence[ClientConfig], samples: Mapping[str, int]) -> dict[str, float]:
+    """Return each client's part, by name: as configured, or by its samples; with the sum 1 for the clients that are given."""
+    parts = [samples[client.name] if client.weight is None else client.weight for client in clients]
+    return {client.name: part / sum(parts) for client, part in zip(clients, parts, strict=True)}
+
+
+def samples_of(client: ClientConfig) -> int:
+    """Return the number of a client's records that can be read.
+
+    Raises:
+        UserError: there are none.
+    """
+    if (prefix := indexed_prefix(client.data)) is not None:
+        return len(open_indexed(prefix).bounds) - 1
+    try:
+        found = sum(isinstance(item, Sample) for item in read_samples(client.data))
+    except UserError as error:
+        raise UserError(f"rounds.clients: {client.name} has no samples: {error}") from error
+    if not found:
+        raise UserError(f"rounds.clients: {client.name} has no samples: no record of {client.data} can be read\n  leave the client out")
+    return found
+
+
+def keep_recipe(config: Config) -> None:
+    """Write what the run computes into its folder. Raises UserError: the disk refuses."""
+    path = Path(config.output_dir) / RECIPE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, [to_yaml(config).encode()])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _check_folder(config: Config) -> None:
+    if not config.resume:
+        return
+    path = Path(config.output_dir) / RECIPE
+    if not path.exists():
+        if rounds_file(path.parent).exists() or (path.parent.is_dir() and any(path.parent.iterdir())):
+            raise UserError(f"{path.parent}: is not the folder of a federated run: it has no {RECIPE}\n  choose another output_dir")
+        return
+    changes = [one for one in changed_values(SweepEntry(RunState.BEGUN, "", 0.0, path.read_text()), config) if one.key not in _FREE]
+    if changes:
+        one = changes[0]
+        raise UserError(
+            f"{path.parent}: was begun with other values: {one.key} was {json.dumps(one.then)}, and is {json.dumps(one.now)} now\n"
+            "  take another output_dir, or go back to the values"
+        )
