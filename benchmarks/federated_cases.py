@@ -22,14 +22,23 @@ class Arm:
     """of the clients; None: all have that of `federated.TRAINING`"""
 
 
-_PRIVATE: Mapping[str, object] = {"privacy.clip": 1.0, "privacy.noise": 0.5, "data.packing": False, "max_grad_norm": None}
-_FIXED_A: Mapping[str, object] = {"lora.pairs": "fixed_a"}
+_FIXED_A: Mapping[str, object] = {"lora.pairs": "fixed_a", "learning_rate": 4e-3}
+_PRIVATE: Mapping[str, object] = {
+    "privacy.clip": 1.0,
+    "privacy.noise": 0.5,
+    "data.packing": False,
+    "data.on_bad_sample": "truncate",
+    "max_grad_norm": None,
+    "fssdp.policy": "full",
+    "learning_rate": 1e-3,
+}
 
 
 def _cellm(density: float) -> Mapping[str, object]:
     return {
+        **_FIXED_A,
         "rounds.server.optimizer": "adamw",
-        "rounds.server.learning_rate": 1e-3,
+        "rounds.server.learning_rate": 1e-2,
         "rounds.codec.down": density,
         "rounds.codec.up": density,
     }
