@@ -134,6 +134,23 @@ def test_lego_is_its_plain_rule(rank: int, reweight: Any) -> None:
     assert max(merged.errors().values()) > 0.1
 
 
+def test_a_result_is_computed_with_one_thread(tmp_path: Path) -> None:
+    """While it is written: of such matrices several threads mostly wait for each other."""
+    seen = []
+
+    def read(module: str) -> Terms:
+        seen.append(torch.get_num_threads())
+        return random_set(1, 3).read(module)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        write_set(lego([replace(random_set(1, 3), read=read)], [1.0], rank=2), tmp_path / "out")
+        assert (set(seen), torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("clusters", [4, 12, 20])
 def test_k_means_finds_the_clusters_of_the_points_themselves(clusters: int) -> None:
     """It is given them in fewer coordinates: 16 different points of 900, and each of them twice."""
