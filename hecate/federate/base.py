@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from hecate.config import Config
 from hecate.errors import UserError
-from hecate.federate.vectors import Site, VectorShape
+from hecate.federate.vectors import PairSite, VectorShape
 from hecate.model.linears import find_linears, target_linears
 from hecate.model.load import read_config, resolve_model
 
@@ -25,7 +25,7 @@ def shape_of(config: Config) -> VectorShape:
     except ValueError as error:
         raise UserError(f"model.name_or_path: no causal language model: {str(error).splitlines()[0]}") from error
     linears = target_linears(find_linears(model), config.lora.target_modules, type(model).__name__)
-    sites = tuple(Site(one.path, one.unit.layer, one.unit.place, one.shape.inputs, one.shape.outputs) for one in linears)
+    sites = tuple(PairSite(one.path, one.unit.layer, one.unit.place, one.shape.inputs, one.shape.outputs) for one in linears)
     lora = config.lora.shape
     dtype = "float64" if config.model.dtype == "float64" else "float32"
     return VectorShape(sites, lora.rank, lora.scale, lora.trains_a, dtype, config.seed)

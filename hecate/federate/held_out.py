@@ -39,7 +39,7 @@ def held_out_figures(config: Config, number: int, adapters: Mapping[str, Path]) 
         replace_file(settings, [to_yaml(evaluated).encode()])
         command = [sys.executable, "-m", "hecate", "eval", str(settings), "--models", ",".join(map(str, adapters.values()))]
         done = subprocess.run([*command, "--json", str(found)], capture_output=True, text=True, check=False)
-        log.write_text(done.stdout + done.stderr, encoding="utf-8")
+        replace_file(log, [(done.stdout + done.stderr).encode()])
         if done.returncode:
             raise UserError(f"the held-out sets of round {number} were not evaluated: {reason_of(done.stdout + done.stderr)}\n  see {log}")
     return {name: _numbers(model["tasks"]) for name, model in zip(adapters, _models(found), strict=True)}

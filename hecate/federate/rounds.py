@@ -41,7 +41,7 @@ from hecate.federate.privacy import check_rates, privacy_of_clients
 from hecate.federate.records import UNION, RoundRecord, add_record, line_of, read_records
 from hecate.federate.server import adapter_set, aggregated, received, stepped, sum_of_rounds, whole_error, write_pairs
 from hecate.federate.server_optimizer import save_server
-from hecate.federate.standing import SERVER_STATE, Standing, send_down, size_of, stacked_rank, standing_before
+from hecate.federate.standing import SERVER_STATE, ServerStanding, send_down, size_of, stacked_rank, standing_before
 from hecate.federate.vectors import Pairs, VectorShape, pairs_of
 from hecate.io.durable import replace_file
 from hecate.io.json_records import to_json_values
@@ -158,7 +158,7 @@ class _Aggregate:
 def _aggregate(
     config: Config,
     number: int,
-    standing: Standing,
+    standing: ServerStanding,
     plans: Mapping[str, ClientPlan],
     begun: Mapping[str, Tensor | None],
     weights: Mapping[str, float],

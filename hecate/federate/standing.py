@@ -22,7 +22,7 @@ SERVER_STATE = "server.safetensors"
 
 
 @dataclass(frozen=True)
-class Standing:
+class ServerStanding:
     """What the server has before a round."""
 
     shape: VectorShape
@@ -35,7 +35,7 @@ class Standing:
     """where clients begin anew: the number of terms of the last round's result"""
 
 
-def standing_before(config: Config, shape: VectorShape, number: int, done: Sequence[RoundRecord]) -> Standing:
+def standing_before(config: Config, shape: VectorShape, number: int, done: Sequence[RoundRecord]) -> ServerStanding:
     """Return where the server stands before a round.
 
     Args:
@@ -46,13 +46,13 @@ def standing_before(config: Config, shape: VectorShape, number: int, done: Seque
     """
     before = round_folder(config, number - 1)
     if begins_anew(config):
-        return Standing(shape, None, None, stacked_rank(config, done[-1]) if done else 0)
+        return ServerStanding(shape, None, None, stacked_rank(config, done[-1]) if done else 0)
     settings = config.rounds.server
     steps = (settings.optimizer, settings.learning_rate) != ("sgd", 1.0)
     if steps:
         state = ServerState(flat(new_pairs(shape, 0), shape)) if number == 1 else load_server(before.path / SERVER_STATE)
-        return Standing(shape, pairs_of(state.vector, shape), state, 0)
-    return Standing(shape, new_pairs(shape, 0) if number == 1 else read_pairs(before.union, shape), None, 0)
+        return ServerStanding(shape, pairs_of(state.vector, shape), state, 0)
+    return ServerStanding(shape, new_pairs(shape, 0) if number == 1 else read_pairs(before.union, shape), None, 0)
 
 
 def stacked_rank(config: Config, record: RoundRecord) -> int:
@@ -60,7 +60,7 @@ def stacked_rank(config: Config, record: RoundRecord) -> int:
     return sum(rank_of(config, client) for client in config.rounds.clients if client.name in record.weights)
 
 
-def send_down(config: Config, number: int, standing: Standing, plans: Mapping[str, ClientPlan]) -> dict[str, Tensor | None]:
+def send_down(config: Config, number: int, standing: ServerStanding, plans: Mapping[str, ClientPlan]) -> dict[str, Tensor | None]:
     """Write the messages to the clients, by their plans. Return each one's vector, from which the server counts its changes, by name.
 
     Raises:
@@ -78,7 +78,7 @@ def send_down(config: Config, number: int, standing: Standing, plans: Mapping[st
     return begun
 
 
-def _stacked_message(config: Config, number: int, standing: Standing) -> bytes:
+def _stacked_message(config: Config, number: int, standing: ServerStanding) -> bytes:
     stacked = standing.shape.of_rank(standing.stacked, 1.0)
     return encode(flat(read_pairs(round_folder(config, number - 1).union, stacked), stacked), 1.0)
 

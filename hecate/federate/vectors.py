@@ -23,7 +23,7 @@ from hecate.parallel.units import Unit
 
 
 @dataclass(frozen=True)
-class Site:
+class PairSite:
     """A linear of the base model that has a pair."""
 
     path: str
@@ -39,7 +39,7 @@ class Site:
 class VectorShape:
     """What the numbers of a vector are. Clients of other ranks have vectors of other shapes."""
 
-    sites: tuple[Site, ...]
+    sites: tuple[PairSite, ...]
     rank: int
     scale: float
     trains_a: bool
@@ -76,7 +76,7 @@ def new_pairs(shape: VectorShape, number: int) -> Pairs:
     }
 
 
-def _new_a(shape: VectorShape, site: Site, number: int) -> Tensor:
+def _new_a(shape: VectorShape, site: PairSite, number: int) -> Tensor:
     if not shape.trains_a:
         return drawn_a(shape.seed, Unit(site.layer, site.place), ONLY_PROJECTION, (shape.rank, site.inputs)).to(shape.torch_dtype)
     # Row by row, so that the rows do not depend on how many there are.

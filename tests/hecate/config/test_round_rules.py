@@ -1,4 +1,4 @@
-"""Which federated rounds are refused, and what clients are as keys of an ordinary run."""
+"""Which federated rounds are refused, and what clients are as keys of an ordinary run (`hecate.config.round_rules`)."""
 
 from __future__ import annotations
 

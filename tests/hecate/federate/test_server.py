@@ -18,10 +18,13 @@ from hecate.federate.codec import encode
 from hecate.federate.records import RoundRecord, add_record, line_of, read_records, rounds_file
 from hecate.federate.server import adapter_set, aggregated, begun_with, received, stepped, sum_of_rounds, whole_error, write_pairs
 from hecate.federate.server_optimizer import ServerState
-from hecate.federate.vectors import Pairs, Site, VectorShape, flat, new_pairs, pairs_of, read_pairs
+from hecate.federate.vectors import Pairs, PairSite, VectorShape, flat, new_pairs, pairs_of, read_pairs
 from tests.plain_sets import Pair, dense, weighted_sum
 
-SITES = (Site("model.layers.0.self_attn.q_proj", 0, "self_attn.q_proj", 7, 9), Site("model.layers.1.mlp.up_proj", 1, "mlp.up_proj", 6, 11))
+SITES = (
+    PairSite("model.layers.0.self_attn.q_proj", 0, "self_attn.q_proj", 7, 9),
+    PairSite("model.layers.1.mlp.up_proj", 1, "mlp.up_proj", 6, 11),
+)
 SHAPE = VectorShape(SITES, 4, 2.0, trains_a=True, dtype="float64", seed=3)
 DESCRIBED = Described("models/tiny", 8, False, ("q_proj", "up_proj"))
 WEIGHTS = (0.5, 0.3, 0.2)

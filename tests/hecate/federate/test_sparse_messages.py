@@ -16,9 +16,12 @@ from hecate.federate.client import ClientPlan, Described, receive, send, tensors
 from hecate.federate.codec import HEADER_BYTES, decode, encode
 from hecate.federate.server import received, stepped
 from hecate.federate.server_optimizer import ServerState
-from hecate.federate.vectors import Site, VectorShape, flat, pairs_of, read_pairs
+from hecate.federate.vectors import PairSite, VectorShape, flat, pairs_of, read_pairs
 
-SITES = (Site("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 6, 10), Site("model.layers.1.mlp.down_proj", 1, "mlp.down_proj", 10, 6))
+SITES = (
+    PairSite("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 6, 10),
+    PairSite("model.layers.1.mlp.down_proj", 1, "mlp.down_proj", 10, 6),
+)
 DESCRIBED = Described("base", 8, False, ("up_proj", "down_proj"))
 
 
