@@ -14,25 +14,27 @@ from hecate.errors import UserError
 from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
 from hecate.forecast.memory import PHASES
 from hecate.forecast.run_shape import run_shape
+from hecate.parallel.traces import load_trace
 from hecate.parallel.workloads import WORKLOADS
 
 _WIDTH = 140
 """the width in characters of a table that is not printed to a terminal"""
 
 
-def run_plan(config: Config, *, topology: str | None, ranks: int | None, workload: str, json_path: Path | None) -> None:
+def run_plan(config: Config, *, topology: str | None, ranks: int | None, workload: str, trace: Path | None, json_path: Path | None) -> None:
     """Print the memory of each phase on the fullest rank, and the step under every policy.
 
     Args:
         topology: a preset or a file that replaces the configuration's topology.
         ranks: the number of ranks, if the topology is `auto`.
+        trace: a run's folder `loads` to predict with, in place of the workload.
 
     Raises:
         UserError: a file is missing or damaged, a name is unknown, or the model is not supported.
     """
     if workload not in WORKLOADS:
         raise UserError(f"--workload {workload}: unknown\n  there are {', '.join(WORKLOADS)}")
-    found = forecast(run_shape(config, topology, ranks), workload)
+    found = forecast(run_shape(config, topology, ranks), workload if trace is None else load_trace(trace))
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
     for note in found.run.notes:
         console.print(note, markup=False, soft_wrap=True)
