@@ -18,6 +18,7 @@ from hecate.forecast.run_shape import run_shape
 from hecate.parallel.topology import Link, Topology
 from hecate.parallel.traces import Trace
 from hecate.parallel.units import Unit
+from testing.unit_cases import unit_topology
 from tests.hecate.forecast.making import config_for, slow_node, write_model
 
 
@@ -192,6 +193,17 @@ def test_the_table_of_a_gpu_says_what_is_counted_and_what_is_not(folder: Path, c
     assert "fits: the device has 80000; gaps in the allocator's segments and NCCL's buffers come on top" in shown
 
 
+@pytest.mark.parametrize(("speed", "unit"), [(1e6, "ms"), (1e3, "s"), (1.0, "h")])
+def test_a_slow_machines_times_are_not_in_ms(folder: Path, speed: float, unit: str) -> None:
+    """The units of FLOPs and bytes a second are chosen so that the step of a few hundred thousand FLOPs takes fewer than 10,000 units."""
+    link = Link(speed, 0.0)
+    found = dry_run(folder, topology=unit_topology((0, 0), flops=(speed,) * 2, near=link, far=link, memory_bandwidth=(speed,) * 2))
+    seconds = {"ms": 1e-3, "s": 1.0, "h": 3600.0}[unit]
+    (table, *_) = _policy_tables(found, 300)
+    assert table.columns[1].header == unit
+    assert float(next(iter(table.columns[1].cells))) == pytest.approx(found.policies[0].step_seconds / seconds, abs=0.05)
+
+
 @pytest.mark.parametrize("width", [60, 80, 300])
 def test_no_heading_is_cut_off(folder: Path, width: int) -> None:
     found = dry_run(folder)
@@ -200,7 +212,7 @@ def test_no_heading_is_cut_off(folder: Path, width: int) -> None:
         console.print(table)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in shown
-    for name in ("policy", "ms", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB", "static_ep"):
+    for name in ("policy", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB", "static_ep"):
         assert any(name in line for line in shown.splitlines()), name
     assert (shown.count("┃ policy") > 1) == (width < 300)
     assert max(map(len, shown.splitlines())) <= width
