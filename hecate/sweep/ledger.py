@@ -86,7 +86,7 @@ def changed_values(entry: SweepEntry, config: Config) -> list[Change]:
 
 @contextmanager
 def working_alone(folder: str) -> Iterator[int]:
-    """Hold the folder of a sweep or of rounds for this process, and for those that get the descriptor that is yielded, until all have ended.
+    """Hold the folder of a sweep or of rounds for this process, and for those that get the descriptor yielded, until all have ended.
 
     Raises:
         UserError: another `hecate sweep` is at work in it, or the folder cannot be made.
