@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FIRST := $(VENV)/.installed-quickstart
+# Container images set this often. Each of the hundreds of processes of the tests would then compile all that it imports, which takes it
+# longer than importing.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install install-quickstart quickstart test test-slow gpu-check browser docs lint format clean
 

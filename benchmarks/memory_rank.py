@@ -33,8 +33,9 @@ def preload() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Train, and write this rank's figures as JSON to the file OUT.RANK."""
+    """Train, and write this rank's figures as JSON to the file OUT.RANK, and rank 0 the loads of the steps to the folder OUT.loads."""
     from hecate.config import load_config
+    from hecate.parallel.traces import TraceWriter
     from hecate.ranks.ranks import join_ranks
     from hecate.train.training import Training
 
@@ -44,17 +45,24 @@ def main(arguments: Sequence[str]) -> None:
         if ranks.device.type == "cuda":
             training = Training(config, ranks)
             torch.cuda.reset_peak_memory_stats(ranks.device)
-            _take_steps(training)
+            loads = _take_steps(training)
             peak = torch.cuda.max_memory_allocated(ranks.device)
         else:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
                 training = Training(config, ranks)
                 before = live_tensors()
-                _take_steps(training)
+                loads = _take_steps(training)
             events = list(_all_events(seen.profiler.kineto_results.experimental_event_tree()))
             steps = next(event for event in events if event.name == _STEPS_MARK)
             peak = peak_bytes(_changes(events), steps.start_time_ns, steps.end_time_ns, before)
         Path(f"{out}.{ranks.rank}").write_text(json.dumps({"peak_bytes": peak}), encoding="utf-8")
+        if ranks.rank == 0:
+            of_a_step = max(int(of_unit.sum(0).max()) for one in loads for of_unit in one.values())
+            top_k = config.moe.experts_per_token
+            trace = TraceWriter(Path(f"{out}.loads"), top_k=top_k, tokens_per_rank=of_a_step // top_k, model="", notes={}, after=0)
+            for step, one in enumerate(loads, start=1):
+                trace.append(step, one)
+            trace.save()
 
 
 def peak_bytes(changes: Iterable[Change], start: int, end: int, before: Mapping[int, int]) -> int:
@@ -102,10 +110,10 @@ def live_tensors() -> dict[int, int]:
     return found
 
 
-def _take_steps(training: Any) -> None:
+def _take_steps(training: Any) -> list[dict[Any, Any]]:
+    """Return the loads of each step: unit -> int [experts, ranks]."""
     with record_function(_STEPS_MARK):
-        for _ in range(STEPS):
-            training.train_one()
+        return [training.train_one().result.loads for _ in range(STEPS)]
 
 
 def _all_events(events: Iterable[Any]) -> Iterator[Any]:

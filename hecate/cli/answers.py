@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +29,7 @@ Features = Annotated[Path | None, typer.Option(help="the .npz file with the user
 
 def generate(
     trained: Trained,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="the user's message")] = None,
+    given: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="the user's message; several are asked one by one")] = None,
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help='JSONL with "prompt" or "messages" in each line; - reads standard input')
     ] = None,
@@ -47,12 +47,12 @@ def generate(
     user: User = None,
     features: Features = None,
 ) -> None:
-    """Answer prompts with a trained adapter and its base model, or with a trained model (docs/answers.md).
+    """Answer prompts with a trained adapter and its base model, or with a model as it is (docs/answers.md).
 
-    One PROMPT is answered in plain text. With --prompts each line is printed, or written to --out, with its answers.
+    A PROMPT is answered in plain text. With --prompts each line is printed, or written to --out, with its answers.
     """
     decoding = _decoding(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
-    _check(prompt, prompts, out, answers, decoding)
+    _check(given or (), prompts, out, answers, decoding)
     if prompts is None:
         _require_user(user, features)
     from hecate.data.prompts import asked, read_prompts
@@ -60,17 +60,18 @@ def generate(
     from hecate.train.inference import answering
 
     if prompts is None:
-        assert prompt is not None
-        wanted = [asked(prompt, system, user)]
+        wanted = [asked(prompt, system, user) for prompt in given or ()]
     else:
         wanted = list(read_prompts(prompts, sys.stdin.buffer if prompts == "-" else (), system=system, user=user))
     with answering(trained, model=model, user=user, features=features) as opened:
         found = answers_to(opened, iter(wanted), decoding, batch_size=batch_size, count=answers)
         if prompts is not None:
-            _write((as_record(one, given) for one, given in found), out)
+            _write((as_record(one, texts) for one, texts in found), out)
             return
-        for _, given in found:
-            for number, one in enumerate(given, start=1):
+        for prompt, (_, texts) in zip(given or (), found, strict=True):
+            if len(given or ()) > 1:
+                print(f"> {prompt}")
+            for number, one in enumerate(texts, start=1):
                 print(f"[{number}] {one.text}" if answers > 1 else one.text)
 
 
@@ -140,11 +141,11 @@ def _require_user(user: str | None, features: Path | None) -> None:
         raise UserError("--features was given without --user ID; an adapter that decides by users needs both")
 
 
-def _check(prompt: str | None, prompts: str | None, out: Path | None, answers: int, decoding: Decoding) -> None:
-    if (prompt is None) == (prompts is None):
-        raise UserError('hecate generate: give one PROMPT, or --prompts FILE.jsonl\n  such as hecate generate runs/qwen "What is FSSDP?"')
+def _check(given: Sequence[str], prompts: str | None, out: Path | None, answers: int, decoding: Decoding) -> None:
+    if bool(given) == (prompts is not None):
+        raise UserError('hecate generate: give a PROMPT, or --prompts FILE.jsonl\n  such as hecate generate runs/qwen "What is FSSDP?"')
     if out is not None and prompts is None:
-        raise UserError("--out is for the answers of --prompts; the answer to one PROMPT is printed")
+        raise UserError("--out is for the answers of --prompts; the answer to a PROMPT is printed")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     if answers > 1 and not decoding.samples:

@@ -40,6 +40,7 @@ def profile(
 
 
 def plan(
+    context: typer.Context,
     config: ConfigFile,
     overrides: Overrides = None,
     topology: Annotated[
@@ -49,6 +50,9 @@ def plan(
         int | None, typer.Option(min=1, help="number of ranks with topology auto; default: as many as train would start")
     ] = None,
     workload: Annotated[str, typer.Option(help="synthetic expert loads to predict with")] = "dirichlet_drift",
+    trace: Annotated[
+        Path | None, typer.Option(help="expert loads that a run has recorded, its folder loads, in place of a workload")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
 ) -> None:
     """Predict memory, bytes and time of one step of CONFIG on any topology. Loads no weights, needs no GPU.
@@ -57,11 +61,13 @@ def plan(
     """
     # A few plans in plain Python take less time than compiling the planners' loops.
     os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+    if trace is not None:
+        _refuse_beside(context, "--trace", "it has the loads", allowed=tuple(name for name in context.params if name != "workload"))
     from hecate.config import load_config
     from hecate.forecast.plan import run_plan
 
     loaded = load_config(config, overrides or (), claim_output=False, inputs=False)
-    run_plan(loaded, topology=topology, ranks=ranks, workload=workload, json_path=json_path)
+    run_plan(loaded, topology=topology, ranks=ranks, workload=workload, trace=trace, json_path=json_path)
 
 
 def simulate(

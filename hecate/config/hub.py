@@ -20,8 +20,9 @@ _OF_A_MODEL = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
 
 def hub_hint(name: str) -> str:
-    """Return what to say of a path that is not there, but may be a name on the hub; "" if it cannot be one."""
-    return f" hub: true fetches {shorten(name)} from the hub, if it is a name there." if _DATA_NAME.fullmatch(name) else ""
+    """Return what to say of a path that is not there, but may be a name on the hub; "": it cannot be one, or its first folder is there."""
+    may_be = _DATA_NAME.fullmatch(name) and not os.path.isdir(name.split("/")[0])
+    return f" hub: true fetches {shorten(name)} from the hub, if it is a name there." if may_be else ""
 
 
 def with_local_paths(values: dict[str, Any], add: Callable[[str, str, str], None], *, may_fetch: bool) -> dict[str, Any]:

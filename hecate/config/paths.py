@@ -55,6 +55,11 @@ def find_model(name_or_path: str, *, weights: bool = True) -> Path:
     return path
 
 
+def is_gguf_name(name_or_path: str) -> bool:
+    """Return whether `model.name_or_path` names a .gguf file, or a package that holds one."""
+    return name_or_path.startswith(PACKAGE_PREFIX) or name_or_path.endswith(".gguf")
+
+
 def named_model(name_or_path: str) -> str:
     """Return `model.name_or_path` as adapters name it: an existing path from the root on, so that it holds in every working directory."""
     return os.path.abspath(name_or_path) if os.path.exists(name_or_path) else name_or_path

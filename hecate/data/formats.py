@@ -135,11 +135,12 @@ def _detect(value: dict[str, Any], record: Record) -> str:
             f"{place}: preference data (chosen, rejected) is not trained on\n"
             "to train on the chosen answers, say so: {path: ..., fields: {completion: chosen}}"
         )
+    first, second, *_ = map(str, value) if len(value) > 1 else ("question", "answer")
     known = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in _KEYS.items())
     raise UserError(
         f"{place}: no known data format has the keys {', '.join(sorted(map(str, value))) or '(none)'}\n"
         f"the known ones: {known}\n"
-        "or say which keys they are: {path: ..., fields: {prompt: question, completion: answer}}"
+        f"or say which keys they are: {{path: ..., fields: {{prompt: {first}, completion: {second}}}}}"
     )
 
 

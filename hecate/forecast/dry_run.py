@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hecate.errors import UserError
 from hecate.forecast.memory import PHASES, MemoryPart, memory_parts, owned_blocks, owned_experts
 from hecate.forecast.run_shape import ExpertLayers, PoolShape, RunShape
 from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
@@ -15,6 +16,7 @@ from hecate.parallel.expert_cost import STATE_NUMBERS
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulator import Simulated, StepBytes, simulate
 from hecate.parallel.topology import Topology
+from hecate.parallel.traces import Trace
 from hecate.parallel.workloads import WORKLOADS
 
 STEPS, SAMPLED_LAYERS = 6, 2
@@ -48,6 +50,7 @@ class Forecast:
 
     run: RunShape
     workload: str
+    """the name of the synthetic loads; recorded ones are called recorded"""
     policies: list[PolicyForecast]
     """the policies, with the configured one first"""
 
@@ -79,25 +82,32 @@ class Forecast:
         }
 
 
-def forecast(run: RunShape, workload: str) -> Forecast:
-    """Predict an optimizer step under every policy and synthetic loads. `fssdp.plan: calibrated` is predicted as history."""
+def forecast(run: RunShape, loads: str | Trace) -> Forecast:
+    """Predict an optimizer step under every policy. `fssdp.plan: calibrated` is predicted as history.
+
+    Args:
+        loads: the name of synthetic loads, or recorded ones, of which the last steps are taken.
+
+    Raises:
+        UserError: the loads were recorded on another number of ranks, or from other experts.
+    """
+    if isinstance(loads, Trace):
+        _check_recorded(run, loads)
     chosen = run.config.fssdp.planner
     names = [chosen, *(name for name in POLICIES if name != chosen)]
-    by_group = [_simulate_group(run, group, workload, names) for group in run.groups]
+    by_group = [_simulate_group(run, group, loads, names) for group in run.groups]
     pools = [_simulate_pool(run, pool) for pool in run.pools]
     policies = [_policy_forecast(run, name, [rows[index] for rows in by_group], pools) for index, name in enumerate(names)]
-    return Forecast(run, workload, policies)
+    return Forecast(run, "recorded" if isinstance(loads, Trace) else loads, policies)
 
 
 def fits(one: PolicyForecast, run: RunShape) -> bool:
     return bool((one.memory_PD.max(0) <= np.asarray(run.topology.memory)).all())
 
 
-def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: list[str]) -> list[Simulated]:
-    config, world = run.config, run.topology.world_size
-    tokens = run.tokens * _micro_steps_together(run)
-    sampled = min(group.number, SAMPLED_LAYERS)
-    loads = WORKLOADS[workload](STEPS, sampled, world, group.experts, tokens, config.moe.experts_per_token, config.seed)
+def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, names: list[str]) -> list[Simulated]:
+    config = run.config
+    loads = _recorded_loads(run, group, given) if isinstance(given, Trace) else _synthetic_loads(run, group, given)
     slots = group.experts if config.fssdp.memory_slots is None else config.fssdp.memory_slots
 
     def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:
@@ -119,6 +129,37 @@ def _simulate_group(run: RunShape, group: ExpertLayers, workload: str, names: li
         )
 
     return simulate_groups(loads, run.topology, group.cost, run.mesh, of_one_group)
+
+
+def _synthetic_loads(run: RunShape, group: ExpertLayers, workload: str) -> np.ndarray:
+    """Return loads for some layers that stand for the group, int [steps, layers, experts, source ranks]."""
+    config, tokens = run.config, run.tokens * _micro_steps_together(run)
+    layers, world = min(group.number, SAMPLED_LAYERS), run.topology.world_size
+    return WORKLOADS[workload](STEPS, layers, world, group.experts, tokens, config.moe.experts_per_token, config.seed)
+
+
+def _recorded_loads(run: RunShape, group: ExpertLayers, trace: Trace) -> np.ndarray:
+    """As `_synthetic_loads`, of the last steps and of the first, middle and last of the units that have as many experts as the group's."""
+    units = [unit for unit, experts in enumerate(trace.num_experts) if experts == group.experts]
+    chosen = sorted({units[0], units[len(units) // 2], units[-1]})
+    loads = trace.loads[-STEPS:, chosen, : group.experts].astype(np.int64)
+    return loads // (run.config.gradient_accumulation_steps // _micro_steps_together(run))
+
+
+def _check_recorded(run: RunShape, trace: Trace) -> None:
+    """Raises UserError: loads are not of as many ranks, experts, or experts of a token as the run has."""
+    sources, world, k = trace.loads.shape[3], run.topology.world_size, run.config.moe.experts_per_token
+    if sources != world:
+        raise UserError(
+            f"the loads were recorded on {sources} ranks, but {world} are planned\n  give --ranks or --topology with {sources} devices"
+        )
+    if trace.top_k != k:
+        raise UserError(f"the loads were recorded with moe.top_k: {trace.top_k}, but it is {k}\n  record them anew")
+    if missing := {group.experts for group in run.groups} - set(trace.num_experts):
+        raise UserError(
+            f"no layer of the recorded loads has {', '.join(map(str, sorted(missing)))} experts, as layers of the run have; "
+            f"theirs have {', '.join(map(str, sorted(set(trace.num_experts))))}\n  record them anew"
+        )
 
 
 def _simulate_pool(run: RunShape, pool: PoolShape) -> Simulated:

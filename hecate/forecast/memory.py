@@ -308,13 +308,22 @@ def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray) -> np.ndarray:
         return np.asarray(plain_D)
     assignments_D = served_tokens_D * _assignments_per_token(run, served_tokens_D)
     if kind.shares_ffn:
-        tile = 0.0 if run.is_gpu_D.any() else _MIXLORA_TILE * (6 + 2 * hidden / ffn)
+        tile = 0.0 if run.is_gpu_D.any() else _MIXLORA_TILE * (6 + 2 * hidden / ffn) + _mask_bytes(run, _MIXLORA_TILE / (ffn * b), index)
         return np.asarray(b * (served_tokens_D * (3 * ffn + 2 * hidden) + assignments_D * (2 * ffn + hidden)) + tile)
     rows_D = assignments_D if run.is_gpu_D.any() else np.minimum(assignments_D, _TILE_ROWS)
     product = 0.0
     if kind.ffn == "trained" and b < run.master_bytes and not run.is_gpu_D.any():
         product = 2.0 * ffn * hidden * (b + run.master_bytes)
-    return np.asarray(b * (served_tokens_D * 2 * hidden + rows_D * (5 * ffn + 3 * hidden)) + product)
+    masks_D = 0.0 if run.is_gpu_D.any() else _mask_bytes(run, rows_D, index)
+    return np.asarray(b * (served_tokens_D * 2 * hidden + rows_D * (5 * ffn + 3 * hidden)) + product + masks_D)
+
+
+def _mask_bytes(run: RunShape, rows: float | np.ndarray, index: int) -> float | np.ndarray:
+    """Return the bytes of dropout's masks of x and of the hidden state for a tile of rows, and of the 32-bit words they are made of."""
+    layer = run.base.layers[index]
+    if run.config.lora.dropout == 0 or not run.config.moe.kind.has_pairs:
+        return 0.0
+    return rows * (run.dtype_bytes * (layer.hidden + layer.ffn) + 4 * max(layer.hidden, layer.ffn))
 
 
 def _head_bytes(run: RunShape) -> float:

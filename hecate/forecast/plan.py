@@ -14,25 +14,29 @@ from hecate.errors import UserError
 from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
 from hecate.forecast.memory import PHASES
 from hecate.forecast.run_shape import run_shape
+from hecate.parallel.traces import load_trace
 from hecate.parallel.workloads import WORKLOADS
 
 _WIDTH = 140
 """the width in characters of a table that is not printed to a terminal"""
+_UNITS = (("ms", 1e-3), ("s", 1.0), ("h", 3600.0))
+"""in which times may be shown, and their seconds"""
 
 
-def run_plan(config: Config, *, topology: str | None, ranks: int | None, workload: str, json_path: Path | None) -> None:
+def run_plan(config: Config, *, topology: str | None, ranks: int | None, workload: str, trace: Path | None, json_path: Path | None) -> None:
     """Print the memory of each phase on the fullest rank, and the step under every policy.
 
     Args:
         topology: a preset or a file that replaces the configuration's topology.
         ranks: the number of ranks, if the topology is `auto`.
+        trace: a run's folder `loads` to predict with, in place of the workload.
 
     Raises:
         UserError: a file is missing or damaged, a name is unknown, or the model is not supported.
     """
     if workload not in WORKLOADS:
         raise UserError(f"--workload {workload}: unknown\n  there are {', '.join(WORKLOADS)}")
-    found = forecast(run_shape(config, topology, ranks), workload)
+    found = forecast(run_shape(config, topology, ranks), workload if trace is None else load_trace(trace))
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
     for note in found.run.notes:
         console.print(note, markup=False, soft_wrap=True)
@@ -69,8 +73,9 @@ def _memory_table(found: Forecast) -> Table:
 def _policy_tables(found: Forecast, width: int) -> list[Table]:
     """Return one table of all policies, or as many tables as are needed so that no column is cut off at `width`."""
     run = found.run
-    header = ["policy", "ms", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB"]
-    cells = [_policy_cells(one, found) for one in found.policies]
+    unit, seconds = next(one for one in _UNITS if found.policies[0].step_seconds < 1e4 * one[1] or one is _UNITS[-1])
+    header = ["policy", unit, *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB"]
+    cells = [_policy_cells(one, found, seconds) for one in found.policies]
     wide = [3 + max(len(name), *(len(row[column]) for row in cells)) for column, name in enumerate(header)]  # with a border and two blanks
     groups: list[list[int]] = [[]]
     for column in range(1, len(header)):
@@ -88,14 +93,16 @@ def _policy_tables(found: Forecast, width: int) -> list[Table]:
         tables.append(table)
     sharing = f" in sharding groups of {run.mesh.shard_size}" if run.mesh.num_sharding_groups > 1 else ""
     tables[0].title = f"One step on {run.topology_name}, {run.topology.world_size} ranks{sharing}, {found.workload} loads"
-    tables[0].caption = "ms; port, uplink: MB through the busiest one; *: does not fit the devices' memory; first: the configured policy"
+    tables[
+        0
+    ].caption = f"{unit}; port, uplink: MB through the busiest one; *: does not fit the devices' memory; first: the configured policy"
     return tables
 
 
-def _policy_cells(one: PolicyForecast, found: Forecast) -> list[str]:
+def _policy_cells(one: PolicyForecast, found: Forecast, unit: float) -> list[str]:
     return [
         one.policy + "*" * (not fits(one, found.run)),
-        *(f"{1e3 * seconds:.1f}" for seconds in (one.step_seconds, *one.parts.values())),
+        *(f"{seconds / unit:.1f}" for seconds in (one.step_seconds, *one.parts.values())),
         f"{one.imbalance:.2f}",
         *(f"{size / 1e6:.1f}" for size in (one.bytes.busiest_port, one.bytes.busiest_uplink)),
         f"{one.memory_PD.max() / 1e9:.2f}",

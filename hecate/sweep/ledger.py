@@ -86,7 +86,7 @@ def changed_values(entry: SweepEntry, config: Config) -> list[Change]:
 
 @contextmanager
 def working_alone(folder: str) -> Iterator[int]:
-    """Hold the sweep's folder for this process, and for those that get the descriptor that is yielded, as long as any of them lives.
+    """Hold the folder of a sweep or of rounds for this process, and for those that get the descriptor yielded, until all have ended.
 
     Raises:
         UserError: another `hecate sweep` is at work in it, or the folder cannot be made.
@@ -101,7 +101,7 @@ def working_alone(folder: str) -> Iterator[int]:
     except OSError:
         os.close(lock)
         raise UserError(
-            f"{folder}: another hecate sweep, or a run that one has started, is at work in it\n"
+            f"{folder}: another hecate sweep or federate, or a run that one has started, is at work in it\n"
             "  wait for its end, or stop it; --table shows how far it is"
         ) from None
     try:

@@ -51,7 +51,7 @@ def train_runs(
     environment: Callable[[int, Config], Mapping[str, str]],
     say: Callable[[str], None],
     *,
-    program: Sequence[str] = PROGRAM,
+    program: Sequence[str] | None = None,
     what: str = "",
 ) -> int:
     """Train all runs that are not finished, at most `sweep.jobs` at once. Those that were begun go on from their last checkpoint.
@@ -61,7 +61,7 @@ def train_runs(
         verb: the words after `hecate` that come before the configuration: ["train"].
         environment: variables for a process, by its place among those that run at once, from 0, and its configuration.
         say: shows a line.
-        program: what `verb` and the configuration are arguments of.
+        program: what `verb` and the configuration are arguments of; None: hecate.
         what: what the runs are together, for the first line; empty: a sweep.
 
     Returns:
@@ -84,7 +84,7 @@ def train_runs(
                     run = waiting.pop(0)
                     config, entry = configs[run.name], entries.get(run.name)
                     variables = environment(place, config)
-                    under_way[place] = _begin(sweep, run, config, entry, [*program, *verb], variables, lock, say)
+                    under_way[place] = _begin(sweep, run, config, entry, [*(program or PROGRAM), *verb], variables, lock, say)
                 for place in [place for place, one in under_way.items() if one.process.poll() is not None]:
                     one = under_way.pop(place)
                     entries[one.run.name] = _end(sweep, one, stopping=bool(stop), say=say)

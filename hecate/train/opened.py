@@ -14,11 +14,12 @@ from hecate.adapters.export import load_into, require_fit
 from hecate.adapters.linear_experts import with_linear_adapter
 from hecate.adapters.linear_format import is_linear_adapter
 from hecate.adapters.lora_folder import is_lora_adapter
-from hecate.adapters.model_folder import is_model_folder, load_model_folder
+from hecate.adapters.model_folder import is_model_folder, load_model_folder, load_plain_model
 from hecate.adapters.peft_by_source import refuse_several, with_lora_adapters
 from hecate.adapters.peft_experts import with_peft_adapter
 from hecate.adapters.peft_moe import is_peft_adapter
 from hecate.config import RouterConfig
+from hecate.config.paths import is_gguf_name
 from hecate.data.user_features import UserFeatures
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -28,6 +29,7 @@ from hecate.kernels.backend import Backend
 from hecate.model.base import BaseChoice, BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
+from hecate.model.load import resolve_model
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.expert_kinds import LoraShape, kind_written_as
 from hecate.parallel.planners import POLICIES
@@ -52,7 +54,7 @@ class Opened:
     @property
     def chats(self) -> bool:
         """Whether prompts are rendered as conversations. A whole model whose tokenizer has no chat template goes on with plain text."""
-        return bool(self.base.tokenizer.chat_template) or not is_model_folder(self.trained)
+        return bool(self.base.tokenizer.chat_template) or not (is_model_folder(self.trained) or is_gguf_name(str(self.trained)))
 
     def tokens(self, users: Sequence[str | None]) -> PassTokens:
         """Of a pass whose rows are these users'. Raises UserError: a user is missing or unknown, or nothing depends on users."""
@@ -93,6 +95,8 @@ def as_opened(found: Path, base: BaseModel, moe: MoeModel, ranks: Ranks, users: 
 
 def load_trained(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
     """Load what `find_trained` has found. Raises UserError: as `open_trained`, but for users and sources."""
+    if is_gguf_name(str(folder)):
+        return load_plain_model(resolve_model(str(folder)), ranks, choice.dtype, choice.attention)
     if is_checkpoint(folder):
         return model_of_checkpoint(folder, ranks, choice)[1:]
     if is_model_folder(folder):

@@ -160,7 +160,7 @@ def _prove_run(config: str, overrides: Sequence[str], *, complete: bool) -> None
             replaced[key] = value
     _load(str(ROOT / name) if "/" in name else name, tuple(f"{key}={value}" for key, value in replaced.items()))
     if complete and not readers:
-        given = {*values, *(key for key in REQUIRED if re.search(rf"^ *{key.rpartition('.')[2]}:", _text(name), re.MULTILINE))}
+        given = {*values, *(key for key in REQUIRED if re.search(rf"(?:^|{{) *{key.rpartition('.')[2]}:", _text(name), re.MULTILINE))}
         given |= {"data.train"} if re.search(r"^ *clients:", _text(name), re.MULTILINE) else set()
         assert set(REQUIRED) <= given, f"also needed: {sorted(set(REQUIRED) - given)}"
 

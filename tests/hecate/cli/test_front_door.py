@@ -32,7 +32,7 @@ def test_the_module_is_the_command() -> None:
 def test_verbs_that_take_a_configuration_show_it_alike() -> None:
     hints = {command.name: get_type_hints(command.callback, include_extras=True) for command in app.registered_commands}
     takers = [name for name, of_verb in hints.items() if ConfigFile in of_verb.values()]
-    assert takers == ["train", "launch", "ray", "plan", "eval"]
+    assert takers == ["train", "federate", "launch", "ray", "plan", "eval"]
     for name in takers:
         assert "{CONFIG} [KEY=VALUE]..." in CliRunner().invoke(app, [str(name), "--help"]).output
 

@@ -75,6 +75,8 @@ def test_nothing_is_asked_of_the_hub_without_the_key(asked: list[tuple[Any, ...]
         load(NAMED.replace("data/*.jsonl", "one.jsonl"))
     assert str(refused.value).count("nothing is downloaded. hub: true fetches org/") == 2
     assert not asked
+    Path("models").mkdir()
+    assert hub_hint("models/mine") == "", "a folder that is there holds no name of the hub"
     uses = [path for path in ALL_SOURCES if "huggingface_hub" in _imports(path)]
     assert uses == [ROOT / "hecate" / "config" / "hub.py"]
 

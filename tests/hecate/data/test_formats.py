@@ -158,8 +158,8 @@ def test_auto_looks_past_broken_lines_and_then_keeps_to_one_format(tmp_path: Pat
 def test_unusable_files_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.jsonl:1: no known data format has the keys body, title"):
         read(tmp_path, [{"title": "t", "body": "b"}])
-    with pytest.raises(UserError, match=r"or say which keys they are: \{path: \.\.\., fields: \{prompt: question"):
-        read(tmp_path, [{"question": "t", "answer": "b"}])
+    with pytest.raises(UserError, match=r"or say which keys they are: \{path: \.\.\., fields: \{prompt: Frage, completion: Antwort"):
+        read(tmp_path, [{"Frage": "t", "Antwort": "b"}])
     with pytest.raises(UserError, match=r"preference data .*\n.*fields: \{completion: chosen\}"):
         read(tmp_path, [{"prompt": "t", "chosen": "b", "rejected": "c"}])
     with pytest.raises(UserError, match="is empty"):

@@ -16,6 +16,9 @@ from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
 from hecate.forecast.plan import _policy_tables, run_plan
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.traces import Trace
+from hecate.parallel.units import Unit
+from testing.unit_cases import unit_topology
 from tests.hecate.forecast.making import config_for, slow_node, write_model
 
 
@@ -54,6 +57,38 @@ def test_full_by_hand(folder: Path) -> None:
     assert (one.bytes.far, one.bytes.busiest_uplink) == (0, 0)
     assert one.imbalance == 1
     assert one.step_seconds == sum(one.parts.values())
+
+
+def recorded(*, ranks: int = 2, experts: int = 4, top_k: int = 2) -> Trace:
+    """One step of three units in which the 16 tokens of each rank have chosen experts 0 and 1."""
+    loads = np.zeros((1, 3, experts, ranks), np.int64)
+    loads[:, :, :top_k] = 16
+    return Trace(loads, (1,), tuple(Unit(layer) for layer in range(3)), (experts,) * 3, top_k, 16)
+
+
+def test_recorded_loads_say_where_tokens_are_computed(folder: Path) -> None:
+    """Both experts that are chosen are rank 0's, so it computes all tokens; with even loads each rank computes its share."""
+    run = run_shape(config_for(folder), None, 2)
+    uneven, even = (of(forecast(run, loads), "static_ep") for loads in (recorded(), "balanced"))
+    assert uneven.imbalance == 2
+    assert even.imbalance == pytest.approx(1, abs=0.1)
+    assert uneven.memory_PD[:, 0].max() > even.memory_PD[:, 0].max()
+    assert forecast(run, recorded()).as_dict()["workload"] == "recorded"
+
+
+@pytest.mark.parametrize(
+    ("trace", "text"),
+    [
+        (recorded(ranks=3), "the loads were recorded on 3 ranks, but 2 are planned\n  give --ranks or --topology with 3 devices"),
+        (recorded(top_k=1), "the loads were recorded with moe.top_k: 1, but it is 2"),
+        (recorded(experts=5), "no layer of the recorded loads has 4 experts, as layers of the run have; theirs have 5"),
+    ],
+    ids=["ranks", "top_k", "experts"],
+)
+def test_loads_of_other_experts_or_ranks_are_refused(folder: Path, trace: Trace, text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        forecast(run_shape(config_for(folder), None, 2), trace)
+    assert str(caught.value).startswith(text)
 
 
 def test_checkpointing_repeats_the_forward_pass(folder: Path) -> None:
@@ -137,7 +172,7 @@ def test_the_configured_policy_comes_first_and_memory_is_compared(folder: Path) 
 
 
 def test_json_and_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_plan(config_for(folder), topology="two-cpu-ranks", ranks=None, workload="zipf", json_path=tmp_path / "plan.json")
+    run_plan(config_for(folder), topology="two-cpu-ranks", ranks=None, workload="zipf", trace=None, json_path=tmp_path / "plan.json")
     shown = capsys.readouterr().out
     assert "Memory of rank" in shown
     assert "One step on two-cpu-ranks, 2 ranks, zipf loads" in shown
@@ -151,11 +186,22 @@ def test_json_and_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_table_of_a_gpu_says_what_is_counted_and_what_is_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_plan(config_for(folder), topology="h100-node", ranks=None, workload="zipf", json_path=None)
+    run_plan(config_for(folder), topology="h100-node", ranks=None, workload="zipf", trace=None, json_path=None)
     shown = " ".join(capsys.readouterr().out.split())
     assert "CUDA context (estimate)" in shown
     assert "allocator's rounding (at most)" in shown
     assert "fits: the device has 80000; gaps in the allocator's segments and NCCL's buffers come on top" in shown
+
+
+@pytest.mark.parametrize(("speed", "unit"), [(1e6, "ms"), (1e3, "s"), (1.0, "h")])
+def test_a_slow_machines_times_are_not_in_ms(folder: Path, speed: float, unit: str) -> None:
+    """The units of FLOPs and bytes a second are chosen so that the step of a few hundred thousand FLOPs takes fewer than 10,000 units."""
+    link = Link(speed, 0.0)
+    found = dry_run(folder, topology=unit_topology((0, 0), flops=(speed,) * 2, near=link, far=link, memory_bandwidth=(speed,) * 2))
+    seconds = {"ms": 1e-3, "s": 1.0, "h": 3600.0}[unit]
+    (table, *_) = _policy_tables(found, 300)
+    assert table.columns[1].header == unit
+    assert float(next(iter(table.columns[1].cells))) == pytest.approx(found.policies[0].step_seconds / seconds, abs=0.05)
 
 
 @pytest.mark.parametrize("width", [60, 80, 300])
@@ -166,7 +212,7 @@ def test_no_heading_is_cut_off(folder: Path, width: int) -> None:
         console.print(table)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in shown
-    for name in ("policy", "ms", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB", "static_ep"):
+    for name in ("policy", *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB", "static_ep"):
         assert any(name in line for line in shown.splitlines()), name
     assert (shown.count("┃ policy") > 1) == (width < 300)
     assert max(map(len, shown.splitlines())) <= width
@@ -176,15 +222,15 @@ def test_an_expert_larger_than_any_memory_is_planned_and_marked(folder: Path, ca
     """One device of a kilobyte: there is a plan, and it says that it does not fit."""
     place = tmp_path / "tiny.yaml"
     place.write_text("nodes: [{devices: 1, flops: 1.0e+9, memory: 1.0e+3}]\nintra_node: {bandwidth: 1.0e+9, latency: 0}")
-    run_plan(config_for(folder), topology=str(place), ranks=None, workload="zipf", json_path=None)
+    run_plan(config_for(folder), topology=str(place), ranks=None, workload="zipf", trace=None, json_path=None)
     shown = capsys.readouterr().out
     assert "does not fit: the device has 0" in shown
     assert "auto*" in shown
     place.write_text("nodes: [{devices: 1, flops: 1.0e+9, memory: 1.0e+3}]\nintra_node: {bandwidth: 0, latency: 0}")
     with pytest.raises(UserError, match=r"tiny\.yaml: intra_node\.bandwidth: must be finite and positive, got 0"):
-        run_plan(config_for(folder), topology=str(place), ranks=None, workload="zipf", json_path=None)
+        run_plan(config_for(folder), topology=str(place), ranks=None, workload="zipf", trace=None, json_path=None)
 
 
 def test_an_unknown_workload_lists_what_exists(folder: Path) -> None:
     with pytest.raises(UserError, match=r"--workload all: unknown\n  there are balanced, "):
-        run_plan(config_for(folder), topology=None, ranks=2, workload="all", json_path=None)
+        run_plan(config_for(folder), topology=None, ranks=2, workload="all", trace=None, json_path=None)

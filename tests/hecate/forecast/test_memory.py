@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from hecate.forecast.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.pair_check import check_pairs
 from hecate.forecast.run_shape import PoolShape, RunShape, run_shape
+from hecate.kernels.common.dropout import DropoutMasks, FfnDropout, RowDropout
+from hecate.kernels.mixlora.torch_path import _TILE_BYTES
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import insert_experts, non_moe_flops_per_token
@@ -298,6 +301,23 @@ def test_checkpointed_layers_keep_their_inputs(tmp_path: Path) -> None:
         layer = (plain - head) / 3
         assert (layer > head) == (vocabulary == 32)
         assert checkpointed == pytest.approx(3 * hidden + max(layer, hidden + head))
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "rows"),
+    [("llama", (), _TILE_BYTES // (24 * 2)), ("mixtral", ("moe.family=moe_lora", "moe.num_experts=null", "moe.top_k=null"), 32)],
+)
+def test_dropout_on_a_cpu_needs_the_masks_of_a_tile(tmp_path: Path, model: str, overrides: Sequence[str], rows: int) -> None:
+    """The models have hidden states of 16 numbers, and FFNs of 24."""
+    write_model(tmp_path, model)
+    with_masks, without = (
+        sum(part.bytes_PD for part in memory_parts(run, [np.zeros(1)], np.full(1, 16.0)))
+        for run in (shape_of(tmp_path, f"lora.dropout={p}", *overrides, ranks=1, dtype="bfloat16") for p in (0.1, 0.0))
+    )
+    words = RowDropout(torch.zeros(1, dtype=torch.int32), 6554)
+    buffers = vars(DropoutMasks(FfnDropout(words, words), rows, 16, 24, torch.empty(0, dtype=torch.bfloat16)))
+    expected = sum(one.nbytes for one in buffers.values() if isinstance(one, torch.Tensor))
+    assert np.asarray(with_masks - without)[PHASES.index("backward"), 0] == pytest.approx(expected, rel=0.04)
 
 
 def forward_activations(folder: Path, *overrides: str) -> float:

@@ -124,7 +124,7 @@ def test_one_sweep_at_a_time_works_in_a_folder(stand_in: Path) -> None:
     assert not at_work("runs")
     with working_alone("runs"):
         assert at_work("runs")
-        with pytest.raises(UserError, match="another hecate sweep, or a run that one has started, is at work"):
+        with pytest.raises(UserError, match="another hecate sweep or federate, or a run that one has started, is at work"):
             sweep(stand_in, "[1]")
     assert not at_work("runs")
 

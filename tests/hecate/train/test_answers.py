@@ -168,13 +168,15 @@ def test_prompts_of_a_file_are_answered_in_place(workshop: Path, tmp_path: Path)
     assert len(json.loads(piped.output)["answers"]) == 2
     alone = run(app, ["generate", model, "w1x1", "--max-new-tokens", "4"])
     assert alone.output == wanted[0] + "\n"
+    several = run(app, ["generate", model, "w1x1", "w2x2", "--max-new-tokens", "4"])
+    assert several.output == f"> w1x1\n{wanted[0]}\n> w2x2\n{wanted[1]}\n"
 
 
 def test_what_cannot_be_asked_is_refused(workshop: Path) -> None:
     model = str(workshop / "model")
     for arguments, reason in (
-        ([], "give one PROMPT, or --prompts FILE.jsonl"),
-        (["w1", "--prompts", "-"], "give one PROMPT, or --prompts"),
+        ([], "give a PROMPT, or --prompts FILE.jsonl"),
+        (["w1", "--prompts", "-"], "give a PROMPT, or --prompts"),
         (["w1", "--out", "x"], "--out is for the answers of --prompts"),
         (["--prompts", "-", "--out", "no/such/x"], "--out no/such/x: there is no folder no/such; make it first"),
         (["w1", "-n", "2"], "without sampling all answers to a prompt are the same"),
