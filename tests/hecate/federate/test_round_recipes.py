@@ -26,12 +26,12 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
-def federated(workshop: Path, recipe: str, name: str, *overrides: str) -> tuple[list[RoundRecord], Path]:
+def federated(workshop: Path, recipe: str, name: str, *overrides: str, count: int = 2) -> tuple[list[RoundRecord], Path]:
     """Nothing is evaluated, which takes as long as a training does."""
     clients = ",".join(f"{{data: {workshop}/{one}.train.jsonl, name: {one}}}" for one in ("up", "echo"))
     small = [f"model={{name_or_path: {workshop}/model, dtype: float64}}", "data.seq_len=64", "nproc=1", f"rounds.clients=[{clients}]"]
     out = workshop / "runs" / name
-    run("federate", RECIPES / recipe, *small, "rounds.count=2", "rounds.local_steps=3", f"output_dir={out}", *overrides)
+    run("federate", RECIPES / recipe, *small, f"rounds.count={count}", "rounds.local_steps=3", f"output_dir={out}", *overrides)
     return read_records(out), out
 
 
@@ -70,7 +70,7 @@ def test_private_clients_send_the_same_together_and_apart(workshop: Path) -> Non
     for record in together:
         for spent in record.privacy.values():
             assert spent == privacy_spent(noise=0.5, delta=1e-5, samples=120, samples_per_step=4, steps=3 * record.round)
-    noisy, _ = federated(workshop, "ffa_rounds.yaml", "silent", "privacy.noise=0", "rounds.count=1")
+    noisy, _ = federated(workshop, "ffa_rounds.yaml", "silent", "privacy.noise=0", count=1)
     assert not noisy[0].privacy
     without = decode(messages_of(workshop / "runs" / "silent", "up")["round-1/up"], numel)
     assert not torch.allclose(without, decode(ours["round-1/up"], numel), rtol=0.1)
