@@ -68,7 +68,7 @@ LISTED: dict[tuple[str, str], tuple[Callable[[Block, Path], None], str]] = {
     ("docs/data.md", '{"user": '): (_sample, "the record is read"),
     ("docs/traces.md", "from hecate.parallel.traces"): (_trace, "runs on a trace that is written before"),
     ("docs/adapters.md", "lego of 3 adapters"): (_shown, "what the command above it prints"),
-    ("docs/federated.md", "round 1/2"): (_shown, "a line that a round prints"),
+    ("docs/federated.md", "round 1/1"): (_shown, "a line that a round prints"),
     ("docs/moe_lora.md", "from peft import"): (_peft, "compiled; tests/hecate/adapters run it, because it needs a trained adapter"),
     ("docs/experts.md", "y = W x"): (_shown, "a formula"),
     ("docs/systems.md", "y = W x"): (_shown, "a formula"),
