@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def write_set(merged: Merged, folder: Path, progress: Callable[[int, int, str], 
         return ready.pop(name).contiguous()
 
     try:
-        with new_folder(folder) as staging:
+        with one_thread(), new_folder(folder) as staging:
             num_bytes = write_durable(staging / WEIGHTS, blocks(entries, fetch))
             value = _json_of(with_provenance(one, max(errors.values())).description)
             write_durable(staging / CONFIG, [dump_json(value)])
@@ -190,6 +191,17 @@ def write_set(merged: Merged, folder: Path, progress: Callable[[int, int, str], 
     except OSError as error:
         raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from error
     return Written(errors, num_bytes)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute with one thread meanwhile: matrices of few ranks are done sooner than several threads have agreed on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def with_provenance(one: AdapterSet, error: float) -> AdapterSet:

@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from hecate.adapters.sets.adapter_set import EXACT, AdapterOp, AdapterSet
 from hecate.adapters.sets.by_peft import linear, ties
 from hecate.adapters.sets.forms import read_set, write_set
-from hecate.adapters.sets.lego import REWEIGHTS, lego
+from hecate.adapters.sets.lego import REWEIGHTS, cluster_labels, in_fewer_coordinates, lego
 from hecate.adapters.sets.refine import refine
 from hecate.adapters.sets.sums import average, recompress, stack, top_density
 from hecate.adapters.sets.terms import Terms, inner, norm
@@ -130,6 +132,36 @@ def test_lego_is_its_plain_rule(rank: int, reweight: Any) -> None:
         torch.testing.assert_close(plain.dense(pair_of(merged.result, module)), expected, **TO_ROUNDING)
         assert merged.result.read(module).rank == rank
     assert max(merged.errors().values()) > 0.1
+
+
+def test_a_result_is_computed_with_one_thread(tmp_path: Path) -> None:
+    """While it is written: of such matrices several threads mostly wait for each other."""
+    seen = []
+
+    def read(module: str) -> Terms:
+        seen.append(torch.get_num_threads())
+        return random_set(1, 3).read(module)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        write_set(lego([replace(random_set(1, 3), read=read)], [1.0], rank=2), tmp_path / "out")
+        assert (set(seen), torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("clusters", [4, 12, 20])
+def test_k_means_finds_the_clusters_of_the_points_themselves(clusters: int) -> None:
+    """It is given them in fewer coordinates: 16 different points of 900, and each of them twice."""
+    random = np.random.default_rng(1)
+    points = np.tile(random.normal(size=(4, 1, 900)) + 0.9 * random.normal(size=(4, 4, 900)), (1, 2, 1)).reshape(32, 900)
+    points[:, 7], points[:16, 8], points[16:, 8] = 0.0, 0.0, -0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer different points than clusters
+        expected = KMeans(clusters, n_init=10, max_iter=300, random_state=0).fit(points).labels_
+    assert cluster_labels(points, clusters).tolist() == expected.tolist()
+    assert in_fewer_coordinates(points).shape == (32, 16)
 
 
 def test_neither_order_nor_gauge_nor_padding_changes_lego() -> None:
