@@ -35,6 +35,9 @@ from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 
+_ALIKE = ("base_model_name_or_path", "r", "scale", "target_modules")
+"""what the descriptions of adapters must have in common to be used together"""
+
 
 def lora_config(config: Config, base: BaseModel) -> PeftMoeConfig:
     """Return the description that the adapters of a run have in common. It is made before training.
@@ -152,7 +155,7 @@ def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice
     read = [load_lora(folder) for folder in folders]
     description = read[0][1]
     for folder, (_, other) in zip(folders, read, strict=True):
-        for key in ("base_model_name_or_path", "r", "scale", "target_modules"):
+        for key in _ALIKE:
             if getattr(other, key) != getattr(description, key):
                 raise UserError(
                     f"{folder}: {key} is {getattr(other, key)}, but {getattr(description, key)} in {folders[0]}\n"
@@ -172,15 +175,36 @@ def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice
     )
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
     moe = insert_experts(base.model, base.found, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)
+    _fill(moe, base, folders, [tensors for tensors, _ in read])
+    return base, moe
+
+
+def exchange_lora(base: BaseModel, moe: MoeModel, before: Path, folder: Path) -> bool:
+    """Put an adapter in the place of the single one that `with_lora_adapters` has read from `before`, if both are alike.
+
+    Returns:
+        False, and nothing is changed, if they differ in base model, rank, scale or modules.
+
+    Raises:
+        UserError: the adapter cannot be read, or does not fit the model.
+    """
+    tensors, description = load_lora(folder)
+    if any(getattr(description, key) != getattr(load_lora(before)[1], key) for key in _ALIKE):
+        return False
+    _fill(moe, base, [folder], [tensors])
+    return True
+
+
+def _fill(moe: MoeModel, base: BaseModel, folders: Sequence[Path], read: Sequence[dict[str, Tensor]]) -> None:
+    """Give each expert its folder's tensors. Raises UserError: those of a folder are not the ones that the model needs."""
     paths = paths_of(base)
-    for folder, (tensors, _) in zip(folders, read, strict=True):
+    for folder, tensors in zip(folders, read, strict=True):
         _refuse_misfit(folder, tensors, moe, paths)
     with torch.no_grad():
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
-            source, tensors = moe.engine.shards.families[unit].pair_source, read[expert][0]
+            source, tensors = moe.engine.shards.families[unit].pair_source, read[expert]
             names = {projection: linear_names(paths[unit][projection]) for projection in source.projections}
             chunk.copy_(source.chunk_of(expert, {name: (tensors[name_a], tensors[name_b]) for name, (name_a, name_b) in names.items()}))
-    return base, moe
 
 
 def _base_for(

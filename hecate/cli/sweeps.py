@@ -40,7 +40,11 @@ def sweep(
     raise typer.Exit(status)
 
 
-def federate(config: ConfigFile, overrides: Overrides = None) -> None:
+def federate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="train on Ray, as hecate ray does: HOST:PORT of the cluster's head, or local")] = None,
+) -> None:
     """Train clients in rounds: each trains an adapter on its own data, and all go on with what becomes of them (docs/federated.md).
 
     With resume=true the same command goes on at the round, and in it at the step, where it was stopped.
@@ -55,10 +59,15 @@ def federate(config: ConfigFile, overrides: Overrides = None) -> None:
     from hecate.train.preflight import check_data
 
     loaded = load_config(config, overrides or ())
-    check_federated(loaded, lambda one: print(end="") if check_local(one, check_data) else None)
+
+    def check_here(one: Config) -> None:
+        check_local(one, check_data)
+
+    check_federated(loaded, check_here if address is None else _ray_check(1))
     from hecate.federate.rounds import federate as train_rounds
 
-    raise typer.Exit(train_rounds(loaded, ["train"], lambda text: print(f"hecate: {text}", flush=True)))
+    verb = ["train"] if address is None else ["ray", f"--address={address}"]
+    raise typer.Exit(train_rounds(loaded, verb, lambda text: print(f"hecate: {text}", flush=True)))
 
 
 def _train(loaded: Sweep, address: str | None) -> int:
@@ -70,7 +79,7 @@ def _train(loaded: Sweep, address: str | None) -> int:
 
     gpus = visible_gpus() if loaded.jobs > 1 and address is None else []
     check_share(loaded.jobs, gpus)
-    check = _local_check(loaded, gpus) if address is None else _ray_check(loaded)
+    check = _local_check(loaded, gpus) if address is None else _ray_check(loaded.jobs)
     configs = checked_configs(loaded, read_entries(loaded), check)
 
     def environment(place: int, config: Config) -> Mapping[str, str]:
@@ -97,7 +106,7 @@ def _local_check(loaded: Sweep, gpus: list[str]) -> Callable[[Config], None]:
     return check
 
 
-def _ray_check(loaded: Sweep) -> Callable[[Config], None]:
+def _ray_check(jobs: int) -> Callable[[Config], None]:
     from hecate.forecast.model_check import check_model
     from hecate.launch.ray_job.driver import check_for_ray
     from hecate.report.trackers import check_trackers
@@ -106,7 +115,7 @@ def _ray_check(loaded: Sweep) -> Callable[[Config], None]:
     check_once = once_for_data(check_data)
 
     def check(config: Config) -> None:
-        if loaded.jobs > 1 and config.ray.workers is None:
+        if jobs > 1 and config.ray.workers is None:
             raise UserError("ray.workers: must be given with jobs > 1, because a run takes all devices otherwise\n  add it to set")
         check_for_ray(config)
         check_trackers(config.report_to)

@@ -13,9 +13,11 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from hecate.adapters.lora_folder import is_lora_adapter
 from hecate.adapters.model_folder import is_model_folder, load_plain_model
-from hecate.adapters.peft_by_source import sources_in, with_lora_adapters
+from hecate.adapters.peft_by_source import exchange_lora, sources_in, with_lora_adapters
 from hecate.config import Config
+from hecate.config.paths import is_gguf_name
 from hecate.data.choices import ChoiceItem
 from hecate.data.evaluation import GenerationItem
 from hecate.data.synthetic_tasks import has_verifiers, verdict
@@ -88,12 +90,23 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
         )
     if twice := [name for name in named if named.count(name) > 1]:
         raise UserError(f"{twice[0]}: two files or tasks have this name, and figures are shown by name; rename one")
-    found = []
+    found: list[ModelFigures] = []
+    loaded: tuple[Path, BaseModel, MoeModel] | None = None
+    lora: Path | None = None
+    """the folder of the LoRA that is loaded"""
     for name in names:
-        found.append(_figures(config, name, questions, ranks))
-        gc.collect()  # before the next model is loaded
-        if ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
+        folder = None if name == BASE else _folder_of(name, ranks)
+        is_lora = folder is not None and _is_one_lora(config, folder)
+        if loaded and folder and lora and is_lora and exchange_lora(*loaded[1:], lora, folder):
+            loaded = folder, *loaded[1:]  # which takes no time, unlike loading the base model again
+        else:
+            loaded = None
+            gc.collect()  # before the next model is loaded
+            if ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
+            loaded = _load(config, folder, ranks)
+        lora = folder if is_lora else None
+        found.append(_figures(config, name, loaded, questions, ranks))
     return found
 
 
@@ -137,8 +150,10 @@ def as_json(models: Sequence[ModelFigures]) -> str:
     return json.dumps({"models": value}, indent=1, ensure_ascii=False)
 
 
-def _figures(config: Config | None, name: str, questions: Questions, ranks: Ranks) -> ModelFigures:
-    folder, base, moe = _load(config, name, ranks)
+def _figures(
+    config: Config | None, name: str, loaded: tuple[Path, BaseModel, MoeModel], questions: Questions, ranks: Ranks
+) -> ModelFigures:
+    folder, base, moe = loaded
     asks = bool(questions.choices) or questions.lm_eval is not None
     opened = as_opened(folder, base, moe, ranks) if asks else None  # first, since it may refuse
     tasks: dict[str, TaskFigures] = {}
@@ -158,24 +173,36 @@ def _figures(config: Config | None, name: str, questions: Questions, ranks: Rank
     return ModelFigures(name, folder, _what(name, folder), tasks)
 
 
-def _load(config: Config | None, name: str, ranks: Ranks) -> tuple[Path, BaseModel, MoeModel]:
+def _folder_of(name: str, ranks: Ranks) -> Path:
+    """Return the folder that a name means. Raises UserError: there is none, or several ranks cannot open it."""
+    found = find_trained(Path(name), says=ranks.is_first)
+    if ranks.world_size > 1:
+        require_no_checkpoint(found)
+    return found
+
+
+def _is_one_lora(config: Config | None, folder: Path) -> bool:
+    """Return whether the folder is one of which `exchange_lora` may put another in the place."""
+    several = config is not None and config.moe.by_source and sources_in(folder)
+    return not (several or is_checkpoint(folder) or is_model_folder(folder) or is_gguf_name(str(folder))) and is_lora_adapter(folder)
+
+
+def _load(config: Config | None, folder: Path | None, ranks: Ranks) -> tuple[Path, BaseModel, MoeModel]:
+    """Load what a folder holds, or the base model alone."""
     choice = BaseChoice()
     if config is not None:
         model, attention = config.model, AttentionChoice(config.model.attention, config.data.packing)
         choice = BaseChoice(model.name_or_path, model.dtype, model.num_hidden_layers, attention, config.kernels)
-    if name == BASE:
+    if folder is None:
         if choice.name is None:
             raise UserError("base: without a configuration there is no base model\n  give its folder")
         source = resolve_model(choice.name)
         # In the type in which the trained ones compute, not the one of the files.
         dtype = str(pick_dtype(choice.dtype, ranks.device)).removeprefix("torch.")
         return source.folder, *load_plain_model(source, ranks, dtype, choice.attention, choice.num_hidden_layers)
-    found = find_trained(Path(name), says=ranks.is_first)
-    if ranks.world_size > 1:
-        require_no_checkpoint(found)
-    if config is not None and config.moe.by_source and sources_in(found):
-        return found, *with_lora_adapters([found / source.name for source in config.data.train], ranks, choice)
-    return found, *load_trained(found, ranks, choice)
+    if config is not None and config.moe.by_source and sources_in(folder):
+        return folder, *with_lora_adapters([folder / source.name for source in config.data.train], ranks, choice)
+    return folder, *load_trained(folder, ranks, choice)
 
 
 def _held_out(config: Config, base: BaseModel, moe: MoeModel, ranks: Ranks, name: str) -> dict[str, TaskFigures]:

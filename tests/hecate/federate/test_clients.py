@@ -35,9 +35,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plans_of(config: Config, number: int = 1) -> dict[str, ClientPlan]:
-    """The plans of a round's clients, whose messages down are written."""
+    """The plans of a round's clients, whose messages down are written: of an adapter whose B is not zero."""
     shape = shape_of(config)
     standing = standing_before(config, shape, number, [])
+    assert standing.pairs is not None
+    random = torch.Generator().manual_seed(0)
+    trained = {path: (a, 0.1 * torch.randn(b.shape, generator=random, dtype=b.dtype)) for path, (a, b) in standing.pairs.items()}
+    standing = replace(standing, pairs=trained)
     plans = {one.name: client_plan(config, shape, one, number, standing.stacked) for one in config.rounds.clients}
     send_down(config, number, standing, plans)
     return plans

@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+import hecate.train.compare
 from hecate.cli import app
 from hecate.config import load_config, to_yaml
 from hecate.data.choices import read_choices
@@ -22,7 +25,7 @@ from hecate.train.evaluation_main import EvaluationRequest, main
 from hecate.train.inference import answer, answering
 from hecate.train.likelihood import accuracies, log_likelihoods, split_tokens
 from hecate.train.lm_eval_tasks import LmEvalTasks, _decoding, lm_eval_figures
-from hecate.train.opened import Opened
+from hecate.train.opened import Opened, load_trained
 from hecate.train.trained import export
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
@@ -105,6 +108,29 @@ def test_models_side_by_side(workshop: Path, tmp_path: Path) -> None:
     assert f"{trained['up.eval']['loss']:.3f}" in shown[0]
     alone = CliRunner().invoke(app, ["eval", str(workshop / "model"), "--choices", str(workshop / "which.jsonl"), "--json", "-"])
     assert json.loads(alone.stdout)["models"][0]["tasks"]["which"] == base["which"]
+
+
+def test_adapters_alike_change_places_in_one_base_model(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRAs a and b are alike, and c has another rank; the figures are those of each alone."""
+    base = LlamaForCausalLM.from_pretrained(workshop / "model")
+    for number, (name, rank) in enumerate({"a": 2, "b": 2, "c": 3}.items()):
+        torch.manual_seed(number)
+        made = peft.get_peft_model(base, peft.LoraConfig(r=rank, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        made.save_pretrained(tmp_path / name)
+        base = made.unload()
+    config = load_config(workshop / "config.yaml", [f"data.eval=[{workshop}/up.eval.jsonl]"], claim_output=False)
+    names = [str(tmp_path / name) for name in ("a", "b", "c", "a")]
+    with join_ranks() as ranks:
+        alone = [compare(config, [name], Questions(), ranks)[0].tasks for name in names]
+        opened: list[Path] = []
+        monkeypatch.setattr(
+            hecate.train.compare, "load_trained", lambda folder, *more: opened.append(folder) or load_trained(folder, *more)
+        )
+        together = compare(config, names, Questions(), ranks)
+    assert [one.tasks for one in together] == alone
+    assert [str(one.folder) for one in together] == names
+    assert alone[0] != alone[1]
+    assert [folder.name for folder in opened] == ["a", "c", "a"]
 
 
 def test_a_rank_is_told_all_that_was_asked(workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
