@@ -30,6 +30,7 @@ from benchmarks import whole_run
 from benchmarks.federated_cases import ARMS, GOALS, SEEDS, TASKS, Arm, Round, Run, Runs, mean_loss
 from benchmarks.report import arguments, machine
 from hecate.data.synthetic_tasks import write_tasks
+from hecate.federate.checks import RECIPE
 from hecate.federate.records import UNION, RoundRecord, read_records
 from hecate.model.load import load_model, load_tokenizer, resolve_model
 
@@ -81,32 +82,27 @@ def train(arm: Arm, seed: int, size: Size, folder: Path, model: str, training: M
     Raises:
         SystemExit: the run has failed.
     """
-    output = folder / f"{arm.name.replace(' ', '-').replace('/', '_')}-{seed}"
+    output, recipe = folder / f"{arm.name.replace(' ', '-').replace('/', '_')}-{seed}", folder / "recipe.yaml"
+    resumes = (output / RECIPE).exists()
+    if not resumes:
+        shutil.rmtree(output, ignore_errors=True)
+    given = {**training, "model.name_or_path": model, "output_dir": str(output), "resume": resumes}
+    recipe.write_text(json.dumps(nested({**given, **settings_of(arm, seed, size)})), encoding="utf-8")
+    done = whole_run.hecate(["federate", str(recipe)], folder)
+    records = read_records(output)
+    shutil.rmtree(output)  # bases and adapters of every round
+    return Run(arm.name, seed, tuple(map(round_of, records)), done.seconds)
+
+
+def settings_of(arm: Arm, seed: int, size: Size) -> dict[str, object]:
+    """What a recipe says of an arm beside the training that all have."""
     clients = [
         {"name": task, "data": f"data/{task}.train.jsonl", "eval": f"data/{task}.eval.jsonl"}
         | ({} if arm.ranks is None else {"r": arm.ranks[number]})
         for number, task in enumerate(TASKS)
     ]
-    settings = {
-        **training,
-        "model.name_or_path": model,
-        "seed": seed,
-        "output_dir": str(output),
-        "resume": (output / "federate.yaml").exists(),
-        "eval.max_samples": size.eval_samples,
-        "rounds.count": size.rounds,
-        "rounds.local_steps": size.steps,
-        "rounds.clients": clients,
-        **arm.settings,
-    }
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(json.dumps(nested(settings)), encoding="utf-8")
-    if not settings["resume"]:
-        shutil.rmtree(output, ignore_errors=True)
-    done = whole_run.hecate(["federate", str(recipe)], folder)
-    records = read_records(output)
-    shutil.rmtree(output)  # bases and adapters of every round
-    return Run(arm.name, seed, tuple(map(round_of, records)), done.seconds)
+    rounds = {"rounds.count": size.rounds, "rounds.local_steps": size.steps, "rounds.clients": clients}
+    return {"seed": seed, "eval.max_samples": size.eval_samples, **rounds, **arm.settings}
 
 
 def nested(settings: Mapping[str, object]) -> dict[str, Any]:

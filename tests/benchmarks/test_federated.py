@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.federated import QUICK, TRAINING, by_arm, tables, train, wanted
+from benchmarks.federated import QUICK, TRAINING, by_arm, nested, settings_of, tables, train, wanted
 from benchmarks.federated_cases import ARMS, CELLM, GOALS, SEEDS, TASKS, Arm, Round, Run
+from hecate.config import load_config
 from hecate.data.synthetic_tasks import write_tasks
-from testing.tiny_run import save_random_llama
+from testing.tiny_run import save_random_llama, write_samples
 
 ROUND = Round(dict.fromkeys(TASKS, 1.0), dict.fromkeys(TASKS, 0.5), aggregation_error=0.7, average_error=1.0, bytes_up=100, bytes_down=100)
 
@@ -52,6 +54,21 @@ def test_a_recording_has_each_arm_with_each_seed_and_reads_what_it_wrote() -> No
     row = asdict(run_of("ffa", 1, 1.0))
     assert Round(**row["rounds"][0]) == ROUND
     assert "  ffa" not in tables([run_of("fedavg", 1, 1.0)]).partition("\n\n")[0]
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_the_recipe_of_an_arm_is_accepted(arm: Arm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    save_random_llama(tmp_path / "model", **sizes)
+    (tmp_path / "data").mkdir()
+    for task in TASKS:
+        for part in ("train", "eval"):
+            write_samples(tmp_path / "data" / f"{task}.{part}.jsonl", ["w"], str.upper)
+    monkeypatch.chdir(tmp_path)
+    given = {**TRAINING, "model.name_or_path": "model", "output_dir": "runs", **settings_of(arm, 1, QUICK)}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(nested(given)))
+    config = load_config(tmp_path / "recipe.yaml", claim_output=False)
+    assert [client.r for client in config.rounds.clients] == list(arm.ranks or (None,) * len(TASKS))
 
 
 @pytest.mark.slow
