@@ -42,6 +42,7 @@ NOT_RUN = {
     r"--nnodes": "needs two nodes: tests/launch has them",
     r"--address": "needs a Ray cluster: tests/launch has one",
     r"^hecate status": "shows a run of a Ray cluster: tests/launch has one",
+    r"^hecate federate|runs/lora_fair": "tests/hecate/federate runs rounds of recipes; test_blocks.py looks up each name in it",
     r"^hecate simulate": "takes a minute for 16 ranks; test_blocks.py looks up each name in it",
     r"^hecate eval .*--tasks": "needs lm-eval: tests/hecate/train/test_compare.py has it where it is installed",
     r"^data\.train=": "an argument alone: tests/hecate/data reads such a file",
