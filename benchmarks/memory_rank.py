@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
         Path(f"{out}.{ranks.rank}").write_text(json.dumps({"peak_bytes": peak}), encoding="utf-8")
         if ranks.rank == 0:
             of_a_step = max(int(of_unit.sum(0).max()) for one in loads for of_unit in one.values())
-            top_k = config.moe.experts_per_token
+            top_k = training.parts.config.moe.experts_per_token
             trace = TraceWriter(Path(f"{out}.loads"), top_k=top_k, tokens_per_rank=of_a_step // top_k, model="", notes={}, after=0)
             for step, one in enumerate(loads, start=1):
                 trace.append(step, one)

@@ -82,6 +82,8 @@ class Simulated:
     """memory of each rank's replicas of others' experts (parameters, gradients, frozen parts), in its fullest step"""
     served_tokens_D: tuple[float, ...]
     """distinct tokens that each rank computes in a layer, in its fullest step; mean over layers"""
+    most_tokens_D: tuple[float, ...]
+    """the same of its fullest layer"""
     planner_ms_per_layer: float
     """measured, on this machine"""
 
@@ -96,8 +98,9 @@ class Simulated:
 
     def as_dict(self) -> dict[str, Any]:
         """The results as JSON values (docs/simulator.md)."""
+        beside = ("policy", "replica_bytes_D", "served_tokens_D", "most_tokens_D")
         whole = {"policy": self.policy, "step_seconds": self.step_seconds, "replica_bytes": self.replica_bytes}
-        return whole | {name: value for name, value in asdict(self).items() if name not in ("policy", "replica_bytes_D", "served_tokens_D")}
+        return whole | {name: value for name, value in asdict(self).items() if name not in beside}
 
 
 def simulate(
@@ -225,6 +228,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
         imbalance=float(np.mean([one.imbalance for one in counted])),
         replica_bytes_D=tuple(np.max([one.replica_bytes_D for one in counted], axis=0).tolist()),
         served_tokens_D=tuple(np.max([one.served_tokens_D for one in counted], axis=0).tolist()),
+        most_tokens_D=tuple(np.max([one.most_tokens_D for one in counted], axis=0).tolist()),
         planner_ms_per_layer=1e3 * float(np.median(planner_seconds)) / num_layers,
     )
 
@@ -236,6 +240,7 @@ class _Step:
     imbalance: float
     replica_bytes_D: np.ndarray
     served_tokens_D: np.ndarray
+    most_tokens_D: np.ndarray
 
 
 def _execute(
@@ -265,6 +270,7 @@ def _execute(
         _imbalance(priced.rows, served(flow), topology, cost),
         _replica_bytes(plan, setting),
         priced.rows.computed_D.mean(0),
+        priced.rows.computed_D.max(0),
     )
 
 

@@ -208,6 +208,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
     }
     nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks crosses from each node to another once
     served_tokens_D = np.max([one.served_tokens_D for one in groups], axis=0) / together
+    most_tokens_D = np.max([one.most_tokens_D for one in groups], axis=0) / together
     return PolicyForecast(
         policy=policy,
         parts=parts,
@@ -225,6 +226,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
             [_others(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
             served_tokens_D,
             [_others_frozen(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
+            most_tokens_D,
         ),
     )
 

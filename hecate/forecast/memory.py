@@ -36,7 +36,11 @@ class MemoryPart:
 
 
 def memory_parts(
-    run: RunShape, others_GD: list[np.ndarray], served_tokens_D: np.ndarray, frozen_GD: list[np.ndarray] | None = None
+    run: RunShape,
+    others_GD: list[np.ndarray],
+    served_tokens_D: np.ndarray,
+    frozen_GD: list[np.ndarray] | None = None,
+    most_tokens_D: np.ndarray | None = None,
 ) -> list[MemoryPart]:
     """Return the bytes that each rank holds in each phase, by kind of tensors.
 
@@ -45,6 +49,7 @@ def memory_parts(
             with `fssdp.rematerialize` in its fullest layer.
         served_tokens_D: the distinct tokens of a micro-step that each rank computes in a layer, averaged over the layers.
         frozen_GD: for each group, the number of other ranks' frozen parts that each rank keeps in all layers; None: as `others_GD`.
+        most_tokens_D: as `served_tokens_D`, in each rank's fullest layer, whose backward pass needs the most; None: as on average.
     """
     config = run.config
     world, micro_steps = run.topology.world_size, config.gradient_accumulation_steps
@@ -67,7 +72,7 @@ def memory_parts(
         gradients += slots_D * group.cost.reduced_bytes / (1 if micro_steps > 1 else group.number)
     if of_stack:  # all units of a layer come together
         replicas = np.max(list(of_stack.values()), axis=0)
-    forward, backward_3D = _activation_bytes(run, served_tokens_D)
+    forward, backward_3D = _activation_bytes(run, served_tokens_D, served_tokens_D if most_tokens_D is None else most_tokens_D)
     held, backward = replicas, backward_3D[0]
     if micro_steps == 1:
         one_layer = fullest if config.fssdp.rematerialize else gradients
@@ -192,14 +197,14 @@ def _gradient_bytes(run: RunShape, one_layer: np.ndarray, owned: np.ndarray) -> 
     return np.stack([one_layer, one_layer + second * reducing, one_layer + second * reducing + last * owned / layers])
 
 
-def _activation_bytes(run: RunShape, served_tokens_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _activation_bytes(run: RunShape, served_tokens_D: np.ndarray, most_tokens_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the most bytes of activations in the forward pass, float64 [ranks], and in the backward pass, float64 [3, ranks].
 
     Autograd keeps those of all layers, among which is the last norm's input; or, with checkpointing, the layers' inputs, beside which
     there is either one layer that runs or, with the logits, the last norm's input in float32. Of the backward pass see `_left`.
     """
     layers = [_saved_layer_bytes(run, index, served_tokens_D) for index in range(len(run.base.layers))]
-    head, gradients = _head_bytes(run), _backward_bytes(run, served_tokens_D)
+    head, gradients = _head_bytes(run), _backward_bytes(run, most_tokens_D, _assignments_per_token(run, served_tokens_D))
     left = np.array(_left(run))[:, None]
     if not run.config.gradient_checkpointing:
         kept = np.asarray(sum(layers))
@@ -292,13 +297,17 @@ def _assignments_per_token(run: RunShape, served_tokens_D: np.ndarray) -> float:
     return run.tokens * run.topology.world_size * run.config.moe.experts_per_token / max(float(served_tokens_D.sum()), 1.0)
 
 
-def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray) -> np.ndarray:
+def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray, assignments: float) -> np.ndarray:
     """Return the bytes of the gradients of one layer's activations in its backward pass, float64 [ranks].
 
     Of a plain FFN, and where linears have experts: hidden states, gate, up and their product. Experts that share an FFN
     (`kernels/mixlora`): of each token the gradients of y, x, hidden, gate and up, and of each assignment those of x, gate and up. Experts
     with FFNs of their own (`kernels/experts/torch_path.py`): the gradients of y and x of each token, and a tile of assignments; and of
     trained FFNs whose gradients are wider than they, on a CPU, one product for gate's and up's gradients, in both types.
+
+    Args:
+        served_tokens_D: of the layer.
+        assignments: see `_assignments_per_token`.
     """
     index, widest = max(enumerate(run.base.layers), key=lambda layer: layer[1].ffn)
     ffn, hidden, b = widest.ffn, widest.hidden, run.dtype_bytes
@@ -306,7 +315,7 @@ def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray) -> np.ndarray:
     plain_D = served_tokens_D * b * (3 * ffn + 2 * hidden)
     if kind.over_linears or not own:
         return np.asarray(plain_D)
-    assignments_D = served_tokens_D * _assignments_per_token(run, served_tokens_D)
+    assignments_D = served_tokens_D * assignments
     if kind.shares_ffn:
         tile = 0.0 if run.is_gpu_D.any() else _MIXLORA_TILE * (6 + 2 * hidden / ffn) + _mask_bytes(run, _MIXLORA_TILE / (ffn * b), index)
         return np.asarray(b * (served_tokens_D * (3 * ffn + 2 * hidden) + assignments_D * (2 * ffn + hidden)) + tile)

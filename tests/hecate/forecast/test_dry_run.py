@@ -13,8 +13,10 @@ from rich.console import Console
 
 from hecate.errors import UserError
 from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
+from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.plan import _policy_tables, run_plan
 from hecate.forecast.run_shape import run_shape
+from hecate.parallel.cost_loops import distinct
 from hecate.parallel.topology import Link, Topology
 from hecate.parallel.traces import Trace
 from hecate.parallel.units import Unit
@@ -74,6 +76,25 @@ def test_recorded_loads_say_where_tokens_are_computed(folder: Path) -> None:
     assert even.imbalance == pytest.approx(1, abs=0.1)
     assert uneven.memory_PD[:, 0].max() > even.memory_PD[:, 0].max()
     assert forecast(run, recorded()).as_dict()["workload"] == "recorded"
+
+
+def test_a_layers_backward_pass_needs_memory_for_its_own_tokens(folder: Path) -> None:
+    """The ranks take turns: rank 0 computes all tokens of the first layer, rank 1 those of the last, and each its half of the second's."""
+    trace = recorded()
+    loads = np.full_like(trace.loads, 8)
+    loads[:, 0], loads[:, 2] = np.array([[16], [16], [0], [0]]), np.array([[0], [0], [16], [16]])
+    run = run_shape(config_for(folder), None, 2)
+    one = of(forecast(run, replace(trace, loads=loads)), "static_ep")
+    parts = {part.name: part.bytes_PD for part in one.memory}["activations (estimate)"]
+    tokens = np.full(2, (32 + 0 + 2 * distinct(16.0, 16.0, 2)) / 3)
+    by_mean, by_most = (
+        {part.name: part.bytes_PD for part in memory_parts(run, [np.zeros(2)], tokens, None, most)}["activations (estimate)"]
+        for most in (None, np.full(2, 32.0))
+    )
+    backward = PHASES.index("backward")
+    assert parts[backward] == pytest.approx(by_most[backward])
+    assert (by_most[backward] > by_mean[backward]).all()
+    assert (np.delete(by_most, backward, 0) == np.delete(by_mean, backward, 0)).all()
 
 
 @pytest.mark.parametrize(

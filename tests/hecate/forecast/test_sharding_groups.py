@@ -29,6 +29,7 @@ def simulated(compute: float, imbalance: float, uplink: float, ranks: int) -> Si
         imbalance=imbalance,
         replica_bytes_D=(compute,) * ranks,
         served_tokens_D=(uplink,) * ranks,
+        most_tokens_D=(uplink,) * ranks,
         planner_ms_per_layer=1 / compute,
     )
 
