@@ -63,7 +63,7 @@ class Size:
     """of each task"""
 
 
-SIZE, QUICK = Size(5, 10, 50), Size(2, 1, 2)
+SIZE, QUICK = Size(5, 10, 16), Size(2, 1, 2)
 
 
 def wanted(*, quick: bool) -> Iterator[tuple[Arm, int]]:
