@@ -181,7 +181,9 @@ def test_a_private_ray_is_alone_and_ends_with_its_launcher(workshop: Path) -> No
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's files go to /tmp anyway where the path of a socket would get too long
     given = [str(workshop / "config.yaml"), *OVERRIDES, f"output_dir={run}", "max_steps=100000", "ray.workers=1", "ray.report_steps=1"]
     with hecate("ray", *given, "--address", "local", temporary=temporary) as process:
-        read_until(process, "step 1/")
+        printed = read_until(process, "step 1/")
+        assert "(Worker pid" in printed
+        assert "\x1b" not in printed, "codes of colours, though this is no terminal"
         below = processes_below(process.pid)
         assert any("raylet" in command_line(pid) for pid in below)
         assert listening([process.pid, *below]) == {"127.0.0.1"}
