@@ -88,6 +88,19 @@ def test_processes_of_their_own_make_the_same_adapters(workshop: Path) -> None:
 
 
 @pytest.mark.slow
+def test_each_client_may_be_a_job_on_ray(workshop: Path) -> None:
+    pytest.importorskip("ray")
+    given = ("rounds.count=1", "rounds.local_steps=2", "rounds.isolation=process")
+    run(*words(workshop, "here", *given))
+    run(*words(workshop, "on-ray", *given, "ray.workers=1", "--address", "local"))
+    log = (workshop / "runs/on-ray/round-1/runs/sweep/up.log").read_text(encoding="utf-8")
+    assert "hecate: generation 0: 1 ranks from step 0" in log
+    here, on_ray = (of(workshop, name, "adapter") for name in ("here", "on-ray"))
+    assert here.keys() == on_ray.keys()
+    assert all(torch.equal(here[name], on_ray[name]) for name in here)
+
+
+@pytest.mark.slow
 def test_terms_of_any_ranks_are_merged_exactly_and_clients_drop_out(workshop: Path) -> None:
     stacks = ("rounds.aggregate=stack", "rounds.merge_into_base=true", "rounds.drop=['1:echo']", "model.dtype=float32")
     printed = run(*words(workshop, "stack", UNEQUAL, *stacks)).stdout
