@@ -103,9 +103,9 @@ def main() -> None:
             rows.append(compare(case, Path(folder)))
         print(f"{case.name}: {rows[-1]['error']:+.1%}, with its loads {rows[-1]['error_with_loads']:+.1%}", file=sys.stderr, flush=True)
     summary: dict[str, Any] = {"goal": GOAL}
-    for name in ("error", "error_with_loads"):
-        errors = np.abs([row[name] for row in rows])
-        summary |= {f"worst_{name}": float(errors.max()), f"{name}s_over_the_goal": int((errors > GOAL).sum())}
+    for of in ("", "_with_loads"):
+        errors = np.abs([row["error" + of] for row in rows])
+        summary |= {f"worst_error{of}": float(errors.max()), f"cases_over_the_goal{of}": int((errors > GOAL).sum())}
     finish("memory_plan", rows, summary, given.json)
 
 
