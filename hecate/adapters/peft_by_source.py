@@ -108,7 +108,7 @@ def begin_with_loras(config: Config, base: BaseModel, moe: MoeModel) -> None:
     assert config.lora.init_from is not None
     given, names = Path(config.lora.init_from), [source.name for source in config.data.train]
     folders = [given / name if (given / name / CONFIG).is_file() else adapter_in(given) for name in names]
-    shape, ours, paths = config.lora.shape, lora_config(config, base), paths_of(base)
+    shape, ours = config.lora.shape, lora_config(config, base)
     read = []
     for expert, folder in enumerate(folders):
         tensors, theirs = load_lora(folder)
@@ -119,18 +119,12 @@ def begin_with_loras(config: Config, base: BaseModel, moe: MoeModel) -> None:
             ("rank and scale", (theirs.r, theirs.scale), whole if (theirs.r, theirs.scale) == whole else (rank, scale)),
             ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
         )
-        padded = {
-            name: pad_rank(tensor, shape.rank, a=True) if name.endswith("lora_A.weight") else pad_rank(tensor, shape.rank, a=False)
-            for name, tensor in tensors.items()
-        }
-        _refuse_misfit(folder, padded, moe, paths)
-        read.append((padded, theirs.scale / shape.scale))
-    with torch.no_grad():
-        for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
-            source, (tensors, factor) = moe.engine.shards.families[unit].pair_source, read[expert]
-            names_of = {projection: linear_names(paths[unit][projection]) for projection in source.projections}
-            pairs = {name: (tensors[name_a], factor * tensors[name_b]) for name, (name_a, name_b) in names_of.items()}
-            chunk.copy_(source.chunk_of(expert, pairs))
+        factor, fitting = theirs.scale / shape.scale, {}
+        for name, tensor in tensors.items():
+            is_a = name.endswith("lora_A.weight")
+            fitting[name] = pad_rank(tensor if is_a else factor * tensor, shape.rank, a=is_a)
+        read.append(fitting)
+    _fill(moe, base, folders, read)
 
 
 def sources_in(folder: Path) -> list[str]:
@@ -188,8 +182,8 @@ def exchange_lora(base: BaseModel, moe: MoeModel, before: Path, folder: Path) ->
     Raises:
         UserError: the adapter cannot be read, or does not fit the model.
     """
-    tensors, description = load_lora(folder)
-    if any(getattr(description, key) != getattr(load_lora(before)[1], key) for key in _ALIKE):
+    (tensors, description), (_, described_before) = load_lora(folder), load_lora(before)
+    if any(getattr(description, key) != getattr(described_before, key) for key in _ALIKE):
         return False
     _fill(moe, base, [folder], [tensors])
     return True

@@ -63,6 +63,11 @@ def federate(
     def check_here(one: Config) -> None:
         check_local(one, check_data)
 
+    if address is not None and loaded.privacy.clip is not None:
+        raise UserError(
+            "privacy.clip: is not supported with --address, where a step's samples depend on the devices that the cluster has\n"
+            "  leave --address out"
+        )
     check_federated(loaded, check_here if address is None else _ray_check(1))
     from hecate.federate.rounds import federate as train_rounds
 

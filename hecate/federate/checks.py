@@ -15,7 +15,7 @@ from hecate.errors import UserError
 from hecate.federate.plans import configs_of
 from hecate.federate.records import rounds_file
 from hecate.io.durable import replace_file
-from hecate.sweep.ledger import RunState, SweepEntry, changed_values
+from hecate.sweep.ledger import changed_values
 
 RECIPE = "federate.yaml"
 """in the folder of a federated run: what it computes"""
@@ -87,7 +87,7 @@ def _check_folder(config: Config) -> None:
         if rounds_file(path.parent).exists() or (path.parent.is_dir() and any(path.parent.iterdir())):
             raise UserError(f"{path.parent}: is not the folder of a federated run: it has no {RECIPE}\n  choose another output_dir")
         return
-    changes = [one for one in changed_values(SweepEntry(RunState.BEGUN, "", 0.0, path.read_text()), config) if one.key not in _FREE]
+    changes = [one for one in changed_values(path.read_text(encoding="utf-8"), config) if one.key not in _FREE]
     if changes:
         one = changes[0]
         raise UserError(

@@ -75,8 +75,6 @@ class ClientPlan:
     """the folder of the adapter that it begins with"""
     down: str | None
     """the file of the server's vector; None: the client begins with a new adapter"""
-    number: int
-    """of the new adapter (`new_pairs`)"""
     merging: Merging | None
     up: str
     """the file of its message"""
@@ -113,7 +111,7 @@ def receive(plan: ClientPlan) -> None:
     if plan.merging is not None and not Path(plan.merging.out).exists():
         _merge(plan.merging, shape, plan.described)
     if not Path(plan.begin).exists():
-        pairs = new_pairs(shape, plan.number) if plan.down is None else pairs_of(decode(read_message(plan.down), shape.numel), shape)
+        pairs = new_pairs(shape) if plan.down is None else pairs_of(decode(read_message(plan.down), shape.numel), shape)
         Path(plan.begin).parent.mkdir(parents=True, exist_ok=True)
         save_peft_adapter(Path(plan.begin), tensors_of(pairs), plan.described.of_rank(shape.rank))
 

@@ -165,7 +165,6 @@ def client_plan(config: Config, shape: VectorShape, client: ClientConfig, number
         described=described_of(config, number),
         begin=str(folder.begin / client.name),
         down=None if anew else down,
-        number=0,
         merging=merging,
         up=str(folder.messages / f"{client.name}.up"),
         density=config.rounds.codec.up,

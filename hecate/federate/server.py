@@ -18,7 +18,7 @@ from hecate.adapters.sets.terms import Terms, joined, norm
 from hecate.config.schema import RoundsConfig
 from hecate.federate.client import ClientPlan, Described, read_message, tensors_of
 from hecate.federate.codec import decode
-from hecate.federate.server_optimizer import ServerSettings, ServerState, server_step
+from hecate.federate.server_optimizer import ServerState, server_step
 from hecate.federate.vectors import Pairs, VectorShape, flat, pairs_of, read_pairs, reader
 
 
@@ -83,9 +83,7 @@ def stepped(
     """
     changes = [flat(pairs, shape) - state.vector for pairs in sets.values()]
     mean = torch.stack([weight * change for change, weight in zip(changes, weights, strict=True)]).sum(0)
-    settings = rounds.server
-    of_server = ServerSettings(optimizer=settings.optimizer, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
-    return server_step(state, mean, of_server)
+    return server_step(state, mean, rounds.server)
 
 
 def whole_error(merged: Merged) -> float:

@@ -9,29 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from hecate.config.schema import ServerConfig
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.optim.adamw import AdamW
 from hecate.optim.rule import Stepped
 
 _VECTOR = "vector"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """How the server steps."""
-
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = 1.0
-    weight_decay: float = 0.0
-    """of adamw"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +34,7 @@ class ServerState:
     """what adamw keeps, by the names of `AdamW.state_specs`; empty before its first step"""
 
 
-def server_step(state: ServerState, mean_delta: Tensor, settings: ServerSettings) -> ServerState:
+def server_step(state: ServerState, mean_delta: Tensor, settings: ServerConfig) -> ServerState:
     """Return the state after a round. Nothing that is given is changed.
 
     Args:

@@ -50,9 +50,9 @@ def standing_before(config: Config, shape: VectorShape, number: int, done: Seque
     settings = config.rounds.server
     steps = (settings.optimizer, settings.learning_rate) != ("sgd", 1.0)
     if steps:
-        state = ServerState(flat(new_pairs(shape, 0), shape)) if number == 1 else load_server(before.path / SERVER_STATE)
+        state = ServerState(flat(new_pairs(shape), shape)) if number == 1 else load_server(before.path / SERVER_STATE)
         return ServerStanding(shape, pairs_of(state.vector, shape), state, 0)
-    return ServerStanding(shape, new_pairs(shape, 0) if number == 1 else read_pairs(before.union, shape), None, 0)
+    return ServerStanding(shape, new_pairs(shape) if number == 1 else read_pairs(before.union, shape), None, 0)
 
 
 def stacked_rank(config: Config, record: RoundRecord) -> int:

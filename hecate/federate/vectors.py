@@ -21,6 +21,9 @@ from hecate.experts.seeding import generator, linear_weight
 from hecate.parallel.expert_kinds import ONLY_PROJECTION
 from hecate.parallel.units import Unit
 
+_NEW_A = ("new A", 0)
+"""what new A are drawn by, beside the seed; other ones would change what is recorded in benchmarks/results"""
+
 
 @dataclass(frozen=True)
 class PairSite:
@@ -46,7 +49,7 @@ class VectorShape:
     dtype: str
     """float32, or float64 where the base model computes in it"""
     seed: int
-    """by which a fixed A is drawn"""
+    """by which A is drawn, a new one and a fixed one"""
 
     @property
     def numel(self) -> int:
@@ -65,22 +68,16 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 """A [r, inputs] and B [outputs, r], without the scale, by a linear's dotted name"""
 
 
-def new_pairs(shape: VectorShape, number: int) -> Pairs:
-    """Return new pairs: A as drawn, B zero. A of a smaller rank is the first rows of A of a larger one.
-
-    Args:
-        number: which of the new adapters of this seed; a fixed A is the same in all.
-    """
-    return {
-        site.path: (_new_a(shape, site, number), torch.zeros(site.outputs, shape.rank, dtype=shape.torch_dtype)) for site in shape.sites
-    }
+def new_pairs(shape: VectorShape) -> Pairs:
+    """Return new pairs: A as drawn by the shape's seed, B zero. A of a smaller rank is the first rows of A of a larger one."""
+    return {site.path: (_new_a(shape, site), torch.zeros(site.outputs, shape.rank, dtype=shape.torch_dtype)) for site in shape.sites}
 
 
-def _new_a(shape: VectorShape, site: PairSite, number: int) -> Tensor:
+def _new_a(shape: VectorShape, site: PairSite) -> Tensor:
     if not shape.trains_a:
         return drawn_a(shape.seed, Unit(site.layer, site.place), ONLY_PROJECTION, (shape.rank, site.inputs)).to(shape.torch_dtype)
     # Row by row, so that the rows do not depend on how many there are.
-    rows = [linear_weight(1, site.inputs, generator(shape.seed, "new A", number, site.path, row)) for row in range(shape.rank)]
+    rows = [linear_weight(1, site.inputs, generator(shape.seed, *_NEW_A, site.path, row)) for row in range(shape.rank)]
     return torch.cat(rows).to(shape.torch_dtype)
 
 
@@ -102,7 +99,7 @@ def pairs_of(vector: Tensor, shape: VectorShape) -> Pairs:
             a_rI = vector[at : at + shape.rank * site.inputs].view(shape.rank, site.inputs)
             at += a_rI.numel()
         else:
-            a_rI = _new_a(shape, site, 0)
+            a_rI = _new_a(shape, site)
         b_Or = vector[at : at + shape.rank * site.outputs].view(site.outputs, shape.rank)
         at += b_Or.numel()
         pairs[site.path] = a_rI, b_Or

@@ -65,7 +65,7 @@ def _same_runs(configs: Mapping[str, Config]) -> list[str]:
 def _changed_runs(configs: Mapping[str, Config], entries: Mapping[str, SweepEntry]) -> list[str]:
     texts = []
     for name, config in configs.items():
-        changes = changed_values(entries[name], config) if name in entries else []
+        changes = changed_values(entries[name].config, config) if name in entries else []
         if changes:
             first = changes[0]
             more = f", and {len(changes) - 1} more keys" if len(changes) > 1 else ""

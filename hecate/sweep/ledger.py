@@ -76,9 +76,13 @@ def write_entry(folder: str, name: str, entry: SweepEntry) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def changed_values(entry: SweepEntry, config: Config) -> list[Change]:
-    """Return the keys by which a run would not be the one that was begun, sorted. A key that the entry lacks counts as its default."""
-    then, now = (leaves_of(yaml.safe_load(text)) for text in (entry.config, to_yaml(config)))
+def changed_values(begun: str, config: Config) -> list[Change]:
+    """Return the keys by which a run would not be the one that was begun, sorted.
+
+    Args:
+        begun: the configuration of that one as YAML. A key that it lacks counts as its default.
+    """
+    then, now = (leaves_of(yaml.safe_load(text)) for text in (begun, to_yaml(config)))
     names = [name for name in LEAVES if name not in FREE and not name.startswith("ray.")]
     pairs = {name: (then.get(name, _plain(LEAVES[name].default)), now[name]) for name in names}
     return [Change(name, *pair) for name, pair in sorted(pairs.items()) if pair[0] != pair[1]]
@@ -89,7 +93,7 @@ def working_alone(folder: str) -> Iterator[int]:
     """Hold the folder of a sweep or of rounds for this process, and for those that get the descriptor yielded, until all have ended.
 
     Raises:
-        UserError: another `hecate sweep` is at work in it, or the folder cannot be made.
+        UserError: another `hecate sweep` or `hecate federate` is at work in it, or the folder cannot be made.
     """
     try:
         Path(folder, STATE_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,7 @@ def working_alone(folder: str) -> Iterator[int]:
         os.close(lock)
         raise UserError(
             f"{folder}: another hecate sweep or federate, or a run that one has started, is at work in it\n"
-            "  wait for its end, or stop it; --table shows how far it is"
+            "  wait for its end, or stop it; hecate sweep --table shows how far a sweep is"
         ) from None
     try:
         yield lock

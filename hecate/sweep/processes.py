@@ -74,7 +74,7 @@ def train_runs(
         entries = read_entries(sweep)
         done = {name for name, entry in entries.items() if entry.state is RunState.FINISHED}
         waiting = [run for run in sweep.runs if run.name not in done]
-        say(f"{what or f'sweep of {len(sweep.runs)} runs'}" + (f", {len(done)} of them finished already" if done else ""))
+        say((what or f"sweep of {len(sweep.runs)} runs") + (f", {len(done)} of them finished already" if done else ""))
         under_way: dict[int, _UnderWay] = {}
         passed_on = 0
         try:

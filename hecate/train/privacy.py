@@ -85,4 +85,4 @@ def add_noise(shards: ExpertShards, privacy: Privacy, samples_of_source: Sequenc
             source = generator(privacy.seed, "privacy", privacy.sources[expert], privacy.first_step + step, str(unit))
             drawn = torch.randn(parameter.grad.shape, generator=source, dtype=torch.float64)
             deviation = privacy.noise * privacy.clip / max(samples_of_source[expert], 1)
-            parameter.grad += drawn.mul_(deviation).to(parameter.grad)
+            parameter.grad += copy_to(drawn.mul_(deviation).to(parameter.grad.dtype), parameter.grad.device)

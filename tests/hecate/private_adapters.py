@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,16 @@ from hecate.report.events import StepResult
 from hecate.train.privacy import Privacy
 from hecate.train.step import StepRules, train_step
 from tests.hecate.equivalence_cases import LEARNING_RATE, ROWS, WEIGHT_DECAY, Case, assert_groups_equal, initial_values, sharded, tiny_llama
-from tests.hecate.separate_adapters import SOURCES, TOLERANCE, given_case, labels_of_source, mixed_batch, optimizer_of, samples_of
+from tests.hecate.separate_adapters import (
+    SOURCES,
+    TOLERANCE,
+    first_sample,
+    given_case,
+    labels_of_source,
+    mixed_batch,
+    optimizer_of,
+    samples_of,
+)
 from tests.plain_lora import PlainAdapter
 
 NAMES = ("chain", "gcd", "bits")
@@ -31,20 +38,7 @@ CLIP = 0.1
 def single_samples(step: int, empty_rows: range, idle: bool) -> list[Batch]:
     """A batch for each row, with the row's first sample alone."""
     batch = mixed_batch(step, 0, empty_rows, idle)
-    found = []
-    for row in range(ROWS):
-        one = Batch(**{name: part[row : row + 1] for name in batch.__dataclass_fields__ if (part := getattr(batch, name)) is not None})
-        padding = one.segment_ids != 1
-        found.append(
-            replace(
-                one,
-                targets=one.targets.masked_fill(padding, -100),
-                position_ids=one.position_ids.masked_fill(padding, 0),
-                segment_ids=one.segment_ids.masked_fill(padding, 0),
-                task=one.task.masked_fill(padding, -1),
-            )
-        )
-    return found
+    return [first_sample(batch, row) for row in range(ROWS)]
 
 
 def samples_of_source(batches: list[Batch]) -> list[int]:

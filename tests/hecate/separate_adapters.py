@@ -49,6 +49,19 @@ def mixed_batch(step: int, micro: int, empty_rows: range, idle: bool) -> Batch:
     return replace(batch, task=torch.where(batch.segment_ids > 0, source, -1))
 
 
+def first_sample(batch: Batch, row: int) -> Batch:
+    """A batch of one row, with the row's first sample alone."""
+    one = Batch(**{name: part[row : row + 1] for name in batch.__dataclass_fields__ if (part := getattr(batch, name)) is not None})
+    padding = one.segment_ids != 1
+    return replace(
+        one,
+        targets=one.targets.masked_fill(padding, -100),
+        position_ids=one.position_ids.masked_fill(padding, 0),
+        segment_ids=one.segment_ids.masked_fill(padding, 0),
+        task=one.task.masked_fill(padding, -1),
+    )
+
+
 def samples_of(batches: list[Batch], source: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, targets) of each of a source's samples."""
     samples = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +13,7 @@ from tests.hecate.equivalence_cases import sharded
 from tests.hecate.separate_adapters import (
     SOURCES,
     check_all_separate,
+    first_sample,
     given_case,
     given_linear_case,
     mixed_batch,
@@ -57,19 +56,7 @@ def one_source_each(step: int) -> list[Batch]:
     found = []
     for micro in range(2):
         batch = mixed_batch(step, micro, range(0), idle=True)
-        for row in range(4):
-            one = Batch(**{name: part[row : row + 1] for name in batch.__dataclass_fields__ if (part := getattr(batch, name)) is not None})
-            # The row's first sample alone.
-            padding = one.segment_ids != 1
-            found.append(
-                replace(
-                    one,
-                    targets=one.targets.masked_fill(padding, -100),
-                    position_ids=one.position_ids.masked_fill(padding, 0),
-                    segment_ids=one.segment_ids.masked_fill(padding, 0),
-                    task=one.task.masked_fill(padding, -1),
-                )
-            )
+        found += [first_sample(batch, row) for row in range(4)]
     return found
 
 

@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from hecate.cli import app
 from hecate.config import Config, load_config
 from hecate.errors import UserError
 from hecate.federate.privacy import check_rates, privacy_of_clients, samples_of_a_step
@@ -16,11 +18,16 @@ RECIPE = Path(__file__).parents[3] / "configs" / "recipes" / "ffa_rounds.yaml"
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = make_workshop(tmp_path_factory.mktemp("workshop"))
     clients = ",".join(f"{{data: {folder}/{name}.train.jsonl, name: {name}}}" for name in SAMPLES)
     changes = ["data.seq_len=64", "nproc=1", f"output_dir={folder}/out", "rounds.local_steps=5", f"rounds.clients=[{clients}]"]
-    return load_config(RECIPE, [f"model.name_or_path={folder}/model", *changes])
+    return [f"model.name_or_path={folder}/model", *changes]
+
+
+@pytest.fixture(scope="module")
+def recipe(overrides: list[str]) -> Config:
+    return load_config(RECIPE, overrides)
 
 
 def test_each_round_tells_more_by_the_share_of_a_clients_samples(recipe: Config) -> None:
@@ -46,3 +53,8 @@ def test_a_client_with_fewer_samples_than_a_step_is_refused(recipe: Config) -> N
 
 def test_without_noise_nothing_is_said(recipe: Config) -> None:
     assert privacy_of_clients(replace(recipe, privacy=replace(recipe.privacy, noise=0.0)), SAMPLES, 3) == {}
+
+
+def test_on_ray_a_steps_samples_would_not_be_known(overrides: list[str]) -> None:
+    done = CliRunner().invoke(app, ["federate", str(RECIPE), *overrides, "--address", "local"])
+    assert "privacy.clip: is not supported with --address" in str(done.exception)

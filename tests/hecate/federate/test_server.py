@@ -59,7 +59,7 @@ def test_a_vector_holds_all_pairs_in_the_order_of_the_linears() -> None:
     torch.testing.assert_close(flat(pairs, SHAPE)[: 4 * 16], torch.cat([a_rI.flatten(), b_Or.flatten()]), rtol=0, atol=0)
     fixed = replace(SHAPE, trains_a=False)
     assert fixed.numel == 4 * (9 + 11)
-    drawn = new_pairs(fixed, 0)
+    drawn = new_pairs(fixed)
     assert all(torch.equal(one[0], drawn[path][0]) for path, one in pairs_of(torch.zeros(fixed.numel, dtype=torch.float64), fixed).items())
 
 
@@ -69,13 +69,13 @@ def test_a_smaller_adapter_begins_with_the_first_terms_in_its_own_scale() -> Non
     begun = pairs_of(begun_with(server, SHAPE, small), small)
     for path, (a_rI, b_Or) in server.items():
         torch.testing.assert_close(small.scale * begun[path][1] @ begun[path][0], SHAPE.scale * b_Or[:, :2] @ a_rI[:2])
-    wide, narrow = new_pairs(SHAPE, 0), new_pairs(small, 0)
+    wide, narrow = new_pairs(SHAPE), new_pairs(small)
     assert all(torch.equal(narrow[path][0], wide[path][0][:2]) and not narrow[path][1].any() for path in wide)
-    assert not torch.equal(new_pairs(SHAPE, 1)[SITES[0].path][0], wide[SITES[0].path][0])
+    assert not torch.equal(new_pairs(replace(SHAPE, seed=SHAPE.seed + 1))[SITES[0].path][0], wide[SITES[0].path][0])
 
 
 def test_a_message_changes_the_servers_adapter(tmp_path: Path) -> None:
-    plan = ClientPlan("a", SHAPE, DESCRIBED, "", None, 0, None, str(tmp_path / "a.up"), 1.0, None, None)
+    plan = ClientPlan("a", SHAPE, DESCRIBED, "", None, None, str(tmp_path / "a.up"), 1.0, None, None)
     begun, change = flat(random_pairs(0), SHAPE), flat(random_pairs(1), SHAPE)
     write_message(plan.up, encode(change, 1.0))
     assert torch.equal(flat(received(plan, begun), SHAPE), begun + change)

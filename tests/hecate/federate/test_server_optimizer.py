@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hecate.config.schema import ServerConfig
 from hecate.errors import UserError
-from hecate.federate.server_optimizer import ServerSettings, ServerState, load_server, save_server, server_step
+from hecate.federate.server_optimizer import ServerState, load_server, save_server, server_step
 
 
 def drawn(count: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -18,7 +19,7 @@ def drawn(count: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 def test_rounds_of_adamw_are_steps_of_torch(tmp_path: Path) -> None:
     """With the state written and read between them, and with nothing of what was given changed."""
     start, *deltas = drawn(5)
-    settings = ServerSettings(optimizer="adamw", learning_rate=0.03, weight_decay=0.1)
+    settings = ServerConfig(optimizer="adamw", learning_rate=0.03, weight_decay=0.1)
     parameter = nn.Parameter(start.clone())
     reference = torch.optim.AdamW([parameter], lr=0.03, weight_decay=0.1)
     state = ServerState(start)
@@ -36,11 +37,11 @@ def test_rounds_of_adamw_are_steps_of_torch(tmp_path: Path) -> None:
 
 def test_sgd_with_the_learning_rate_1_adds_the_mean_change_and_with_another_steps_as_torch() -> None:
     start, delta = drawn(2, torch.float32)
-    assert torch.equal(server_step(ServerState(start), delta, ServerSettings()).vector, start + delta)
+    assert torch.equal(server_step(ServerState(start), delta, ServerConfig()).vector, start + delta)
     parameter = nn.Parameter(start.clone())
     parameter.grad = -delta
     torch.optim.SGD([parameter], lr=0.3).step()
-    stepped = server_step(ServerState(start), delta, ServerSettings(learning_rate=0.3)).vector
+    stepped = server_step(ServerState(start), delta, ServerConfig(learning_rate=0.3)).vector
     torch.testing.assert_close(stepped, parameter.detach(), rtol=1e-6, atol=1e-7)
 
 

@@ -47,7 +47,6 @@ def plan_of(folder: Path, shape: VectorShape, density: float, *, kept_before: Pa
         described=DESCRIBED,
         begin=str(folder / "begin"),
         down=str(folder / "gcd.down"),
-        number=0,
         merging=None,
         up=str(folder / "gcd.up"),
         density=density,
