@@ -24,7 +24,13 @@ os.environ.setdefault("HECATE_CACHE", _cache.name)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LONGEST = (
-    *("tests/mock_cuda/", "tests/hecate/train/test_run.py", "tests/hecate/test_equivalence.py", "tests/launch/test_survival.py"),
+    *(
+        "tests/docs/test_walk.py",
+        "tests/mock_cuda/",
+        "tests/hecate/train/test_run.py",
+        "tests/hecate/test_equivalence.py",
+        "tests/launch/test_survival.py",
+    ),
     *("tests/hecate/train/test_moe_lora_run.py", "tests/hecate/train/test_full_run.py", "tests/hecate/elastic/test_rebuild.py"),
     *("tests/hecate/train/test_resume_elsewhere.py", "tests/hecate/megatron/", "tests/hecate/train/", "tests/hecate/test_"),
 )

@@ -138,7 +138,6 @@ def test_every_command_is_run_or_has_a_reason() -> None:
     assert not left
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_reader_walks_through_the_pages(folder: Path) -> None:
     problems = [problem(command, folder) for command in (CommandLine("", OVER_LLAMA, False), *commands(STORY))]
@@ -150,7 +149,6 @@ def test_a_reader_walks_through_the_pages(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, timeout=300)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", commands(ALONE), ids=lambda command: command.place)
 def test_a_command_runs_by_itself(command: CommandLine, folder: Path) -> None:
     if "machine.yaml" in command.text and "--out" not in command.text:
