@@ -44,6 +44,19 @@ def add(replicas: Replicas, expert: int, rank: int) -> None:
 
 
 @loop
+def remove(replicas: Replicas, expert: int, rank: int) -> None:
+    """Take away a replica, with its assignments."""
+    replicas.has_ED[expert, rank] = False
+    last = replicas.count_E[expert] - 1
+    place = 0
+    while replicas.rank_EC[expert, place] != rank:
+        place += 1
+    for c in range(place, last):
+        replicas.rank_EC[expert, c] = replicas.rank_EC[expert, c + 1]
+    replicas.count_E[expert] = last
+
+
+@loop
 def only_owners(replicas: Replicas, owner_E: np.ndarray) -> None:
     for e in range(len(owner_E)):
         _forget(replicas, e)

@@ -5,6 +5,9 @@ A candidate is made in two moves. *Replication* brings replicas to the ranks tha
 *Rebalancing* then lets devices that are still too busy hand assignments of their largest experts to devices with time left, which get
 replicas of them. `CANDIDATES` is what was left of some hundreds of rules with degrees of rebalancing, after those that made little
 difference to 312 layers had been dropped (`benchmarks.plan_quality`, with the slots that memory gives and with four).
+
+*Local search* then changes the best candidate, and two simple plans, replica by replica (`hecate.parallel.planners.local_search`), for as
+long as a share of the layer's predicted seconds. It finds most where slots are few.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import numpy as np
 from hecate.parallel import jit
 from hecate.parallel.array_loops import largest, total
 from hecate.parallel.cost_loops import (
+    LayerLoads,
     busy_seconds,
     dispatch_seconds,
     even_quota_into,
@@ -22,9 +26,10 @@ from hecate.parallel.cost_loops import (
 )
 from hecate.parallel.cost_model import cost_numbers, overlap_degree, topology_numbers
 from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
+from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.rebalancing import rebalance
-from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, replicate, wishes
+from hecate.parallel.planners.replication import DEALT, HOT, NODES, OWNERS, WANTED, Wishes, replicate, wishes
 from hecate.parallel.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners
 
 _ALL_BUDGETS = 400
@@ -42,6 +47,11 @@ CANDIDATES = (
 )
 """`replicate`'s rule, share and factor; and degrees of rebalancing, beside none: how far above the mean a device's compute may stay;
 negative: no assignment leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
+
+SEARCH_SHARE = 0.05
+"""of a layer's predicted seconds: how long the search for small changes may take"""
+_DEAL_SECONDS = 1e-9
+"""about what `deal` takes for each slot and each expert or rank"""
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -86,6 +96,7 @@ def plan_auto(given: PlanInput) -> Plan:
             best,
             _REPLICATIONS,
             _SLACKS,
+            SEARCH_SHARE,
             where_LED[some],
             quota_LED[some],
         )
@@ -114,6 +125,7 @@ def _plan_layers(
     best: Replicas,
     rules_R: np.ndarray,
     slacks_RS: np.ndarray,
+    search_share: float,
     where_LED: np.ndarray,
     quota_LED: np.ndarray,
 ) -> None:
@@ -176,8 +188,55 @@ def _plan_layers(
                     if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and faster):
                         best_seconds, best_uneven = seconds, uneven
                         copy_into(tried, best)
+            if not bounded and not everywhere(best):
+                best_seconds = _search(owner, room, resident, hidden, worth, wish, loads, topology, cost, search_share, best_seconds, trial, best)
         for e in range(len(owner)):
             for c in range(best.count_E[e]):
                 d = best.rank_EC[e, c]
                 where_LED[layer, e, d] = True
                 quota_LED[layer, e, d] = best.quota_ED[e, d]
+
+
+@jit.loop
+def _search(
+    owner: np.ndarray,
+    room: np.ndarray,
+    resident: np.ndarray,
+    hidden: int,
+    worth: float,
+    wish: Wishes,
+    loads: LayerLoads,
+    topology: TopologyNumbers,
+    cost: CostNumbers,
+    share: float,
+    seconds: float,
+    trial: Replicas,
+    best: Replicas,
+) -> float:
+    """Improve `best`, which takes `seconds`, by small changes; then plans that begin elsewhere, while the time lasts; returns the seconds.
+
+    All that a search finds depends on where it begins. One start has all slots dealt to hot experts, the other has no replicas.
+    """
+    ranks, slots, left = len(room), 0.0, share * seconds
+    for d in range(ranks):
+        slots += room[d]
+    for start in range(3):
+        if start == 0:
+            copy_into(best, trial)
+        else:
+            rule = DEALT if start == 1 else OWNERS
+            if rule == DEALT and slots * (ranks + len(owner)) * _DEAL_SECONDS > left:
+                continue
+            only_owners(trial, owner)
+            replicate(rule, 0.0, 0.0, owner, room, hidden, worth, wish, loads, topology, trial)
+            even_quota_into(trial, loads, topology)
+        left -= improve(owner, room, resident, loads, topology, cost, trial, left)
+        found = largest(busy_seconds(trial, loads, topology, cost)) + replica_seconds(owner, trial, resident, topology, cost)
+        if found < seconds:
+            found += dispatch_seconds(trial, loads, topology, cost, seconds - found)
+            if found < seconds:
+                seconds = found
+                copy_into(trial, best)
+        if left <= 0:
+            break
+    return seconds

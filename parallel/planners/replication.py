@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hecate.parallel.array_loops import descending_order, total
+from hecate.parallel.array_loops import descending_order, total, where_largest
 from hecate.parallel.cost_loops import LayerLoads
 from hecate.parallel.cost_numbers import TopologyNumbers
 from hecate.parallel.jit import loop
 from hecate.parallel.replica_lists import Replicas, add, foreign
 
-OWNERS, WANTED, HOT, NODES = range(4)
+OWNERS, WANTED, HOT, NODES, DEALT = range(5)
 _WINDOW = 8
 """experts that a node weighs against each other at a time"""
 
@@ -182,6 +182,47 @@ def _place(
 
 
 @loop
+def deal(owner: np.ndarray, room: np.ndarray, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas) -> None:
+    """Slot by slot, the expert with the highest load per replica that still finds room gets one more replica (Hecate, Algorithm 1).
+
+    It goes to the node with the fewest of them, of these to the one with the most slots left, there to the rank with the most.
+    """
+    ranks, experts, nodes = len(room), len(owner), len(topology.uplink_N)
+    free_D, free_N, left = room.copy(), np.zeros(nodes, np.int64), 0
+    for d in range(ranks):
+        free_N[topology.node_D[d]] += free_D[d]
+        left += free_D[d]
+    share_X, held_XN = np.empty(experts), np.zeros((experts, nodes), np.int64)
+    for x in range(experts):  # hottest first
+        share_X[x] = loads.load_E[wish.by_load_E[x]]
+        held_XN[x, topology.node_D[owner[wish.by_load_E[x]]]] = 1
+    while left > 0:
+        x = where_largest(share_X)
+        if share_X[x] <= 0:
+            return
+        e, best = wish.by_load_E[x], -1
+        for d in range(ranks):
+            if free_D[d] <= 0 or replicas.has_ED[e, d]:
+                continue
+            n, m = topology.node_D[d], topology.node_D[best]
+            if best < 0 or held_XN[x, n] < held_XN[x, m]:
+                best = d
+            elif held_XN[x, n] == held_XN[x, m]:
+                if free_N[n] > free_N[m] or (free_N[n] == free_N[m] and free_D[d] > free_D[best]):
+                    best = d
+        if best < 0:
+            share_X[x] = -1.0
+            continue
+        add(replicas, e, best)
+        node = topology.node_D[best]
+        free_D[best] -= 1
+        free_N[node] -= 1
+        left -= 1
+        held_XN[x, node] += 1
+        share_X[x] = loads.load_E[e] / replicas.count_E[e]
+
+
+@loop
 def replicate(
     rule: int,
     share: float,
@@ -200,6 +241,7 @@ def replicate(
     - OWNERS: nothing.
     - WANTED: `bring_wanted` into all slots, or with a `share` below 1 as many as travel hidden, times the share. Where `factor` is 0 and
       all experts of other owners fit in, all of them, wanted or not: nothing is dispatched then.
+    - DEALT: `deal`.
     - HOT: `bring_hot` into that share of the slots.
     - NODES: `bring_hot` into that share of the slots, then `bring_to_nodes` into the rest; with a negative share into all but one.
 
@@ -222,6 +264,8 @@ def replicate(
                         add(replicas, e, d)
         else:
             bring_wanted(room, worth * factor if factor > 0 else 0.0, wish, loads, replicas)
+    elif rule == DEALT:
+        deal(owner, slots, wish, loads, topology, replicas)
     elif rule in (HOT, NODES):
         room = slots.copy()
         if share > 0:
