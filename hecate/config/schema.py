@@ -385,6 +385,8 @@ class FssdpConfig:
         "llep",
         "echo",
         "laer",
+        "ultraep",
+        "moonep",
         "hecate_paper",
         "auto",
         "megatron_ep",

@@ -9,9 +9,11 @@ from hecate.parallel.planners.full import plan_full, plan_with
 from hecate.parallel.planners.hecate_paper import plan_hecate_paper
 from hecate.parallel.planners.laer import plan_laer
 from hecate.parallel.planners.llep import plan_llep
+from hecate.parallel.planners.moonep import plan_moonep
 from hecate.parallel.planners.plan import Plan, PlanInput, Planner
 from hecate.parallel.planners.smartmoe import plan_smartmoe
 from hecate.parallel.planners.static_ep import plan_static_ep
+from hecate.parallel.planners.ultraep import plan_ultraep
 
 POLICIES: dict[str, Planner] = {
     "static_ep": plan_static_ep,
@@ -23,6 +25,8 @@ POLICIES: dict[str, Planner] = {
     "llep": plan_llep,
     "echo": plan_echo,
     "laer": plan_laer,
+    "ultraep": plan_ultraep,
+    "moonep": plan_moonep,
     "hecate_paper": plan_hecate_paper,
     "auto": plan_auto,
 }

@@ -15,24 +15,19 @@ from hecate.parallel.flows import node_index, node_membership
 from hecate.parallel.topology import Topology
 
 
-def spare_slots(slots: int) -> int:
-    """How many of `slots` go to spare copies. The other half is left for experts that are packed away from their owners."""
-    return (slots + 1) // 2
-
-
-def spare_copies(load_LE: np.ndarray, spare: int, most: int, start: int = 1) -> np.ndarray:
-    """`start` copies of every expert, and `spare` more, one by one to the highest load per copy; ties to the lower index.
+def spare_copies(load_LE: np.ndarray, spare: int, most: int) -> np.ndarray:
+    """One copy of every expert, and `spare` more, one by one to the highest load per copy; ties to the lower index.
 
     An expert gets no more than `most` copies, and one without load no spare.
 
     Returns:
         int64 [layers, experts].
     """
-    copies_LE = np.full(load_LE.shape, start, dtype=np.int64)
-    if most <= start:
+    copies_LE = np.ones(load_LE.shape, dtype=np.int64)
+    if most <= 1:
         return copies_LE
     # Handing out one by one is taking the largest of all loads per copy that occur on the way: they only fall.
-    per_copy = load_LE[..., None] / np.arange(start, most)
+    per_copy = load_LE[..., None] / np.arange(1, most)
     flat = per_copy.reshape(len(load_LE), -1)
     granted = np.zeros(flat.shape, dtype=bool)
     np.put_along_axis(granted, np.argsort(-flat, axis=1, kind="stable")[:, :spare], True, axis=1)
@@ -46,7 +41,6 @@ def pack_copies(
     slots_B: np.ndarray,
     *,
     room: int | None = None,
-    node_B: np.ndarray | None = None,
     allowed_LEB: np.ndarray | None = None,
 ) -> np.ndarray:
     """Copies by load descending, each to the least-loaded bin that lacks the expert and has room; home on ties, then by index.
@@ -59,7 +53,6 @@ def pack_copies(
         home_LE: int64 [layers, experts]: the bin where the expert takes no slot.
         slots_B: int64 [bins]: how many experts that are not at home there fit.
         room: how many experts fit in a bin, at home or not; None: any number.
-        node_B: int64 [bins]: with it, the bin is first looked for in the node with the fewest copies of the expert.
         allowed_LEB: bool [layers, experts, bins]: where an expert may go; None: everywhere.
 
     Returns:
@@ -82,8 +75,6 @@ def pack_copies(
             open_LB &= count_LB < room
         open_LB |= home_LB & ~open_LB.any(-1, keepdims=True)
         order_LB = np.lexsort((~home_LB, np.where(open_LB, busy_LB, np.inf)))
-        if node_B is not None:
-            order_LB = _nodes_in_turn(order_LB, node_B, open_LB)
         chosen_LB = np.zeros(open_LB.shape, dtype=bool)
         np.put_along_axis(chosen_LB, order_LB, bins < copies_LE[layers, expert_L][:, None], axis=1)
         chosen_LB &= open_LB
@@ -99,28 +90,20 @@ def even_split(load_LE: np.ndarray, where_LED: np.ndarray) -> np.ndarray:
     return where_LED * (load_LE / where_LED.sum(-1))[..., None]
 
 
-def even_split_in_node(where_ED: np.ndarray, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
-    """Quotas when assignments go evenly over the replicas in their own node, else over all (LAER-MoE's and its FlexMoE's routing).
+def even_split_in_node(copies_ED: np.ndarray, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
+    """Quotas when assignments go evenly over the copies in their own node, else over all (LAER-MoE's and its FlexMoE's routing).
 
-    Unlike `even_quota`, a rank does not keep its own assignments, so the replicas of one node serve the same.
+    Unlike `even_quota`, a rank does not keep its own assignments, so the copies of one node serve the same.
 
     Args:
-        where_ED: bool [..., experts, ranks], each expert somewhere.
+        copies_ED: bool, or int64 if a rank may count several times [..., experts, ranks]; each expert somewhere.
         loads_ED: float64 [..., experts, source ranks].
 
     Returns:
         float64 [..., experts, ranks].
     """
     member_DN = node_membership(topology)
-    tokens_EN, copies_EN = loads_ED @ member_DN, where_ED @ member_DN
+    tokens_EN, copies_EN = loads_ED @ member_DN, copies_ED @ member_DN
     near_EN = np.divide(tokens_EN, copies_EN, out=np.zeros_like(tokens_EN), where=copies_EN > 0)
     far_E = np.where(copies_EN > 0, 0.0, tokens_EN).sum(-1) / copies_EN.sum(-1)
-    return np.where(where_ED, near_EN[..., node_index(topology)] + far_E[..., None], 0.0)
-
-
-def _nodes_in_turn(order_LB: np.ndarray, node_B: np.ndarray, open_LB: np.ndarray) -> np.ndarray:
-    """Reorder so that every node's first open bin comes before any node's second, and so on."""
-    node_LBN = np.eye(node_B.max() + 1, dtype=np.int64)[node_B[order_LB]]
-    turn_LB = (np.cumsum(node_LBN, axis=1) * node_LBN).sum(-1)
-    turn_LB = np.where(np.take_along_axis(open_LB, order_LB, axis=1), turn_LB, len(node_B) + 1)
-    return np.take_along_axis(order_LB, np.argsort(turn_LB, axis=1, kind="stable"), axis=1)
+    return np.asarray(copies_ED * (near_EN[..., node_index(topology)] + far_E[..., None]))

@@ -2,54 +2,87 @@
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 
-from hecate.parallel.flows import flows, node_index
-from hecate.parallel.planners.expert_packing import even_split_in_node, pack_copies, spare_copies, spare_slots
+from hecate.parallel.flows import node_index, node_membership
+from hecate.parallel.planners.copy_places import CopyPlaces, copy_places, place_copies
+from hecate.parallel.planners.expert_packing import even_split_in_node
 from hecate.parallel.planners.plan import Plan, PlanInput
 
 
 def plan_laer(given: PlanInput) -> Plan:
-    """Two candidates for the numbers of replicas, laid out alike; each layer takes the cheaper by LAER-MoE's own cost.
+    """Two candidates for the numbers of copies, placed alike; each layer takes the cheaper by LAER-MoE's own cost.
 
-    Numbers: as even as can be, the hottest first; or one by one to the highest load per replica, from one in each node if there are
-    slots for that, else from one. Replicas go by load to the node with the fewest of the expert, then to the least-loaded device.
-    Assignments are split evenly over the replicas in their own node, else over all. The cost sums the devices' communication, where the
-    slowest would decide, assumes that all devices are equally fast, and leaves out the transfer of the replicas.
+    The rules are those of the LAER-MoE artifact (commit 72db5b7). Numbers: the same of every expert; or one by one to the highest load per
+    copy, from one in each node if that fits, else from one, and a copy in each node more at a time once an expert has that many. Copies
+    are placed by `place_copies`; a device may hold several of an expert, which then serve as many shares. Assignments are split evenly
+    over the copies in their own node, else over all. The cost sums the devices' communication, where the slowest would decide, assumes that
+    all devices are equally fast, and leaves out the transfer of the copies.
+
+    LAER-MoE shards every expert over all devices, each of which gathers C copies. Its budget here is C = slots wherever these hold every
+    expert, and a place for each expert at its owner beside the slots; a layer takes the cheaper (see `copy_places`).
+
+    What differs from LAER-MoE: where an even number is not whole, the hottest get one more; its random swaps of two copies are left out;
+    shares are not rounded; a copy that serves nothing is not made. Since an expert away from its owner takes a slot, layers with copies in
+    half of the slots are candidates, too. Its tokens go to all copies of their node alike, while here a rank
+    serves its own first, which flatters LAER-MoE's traffic. LAER-MoE plans from the sum of the last passes, which is the caller's affair.
     """
-    loads_LED, node_D = given.expected_LED, node_index(given.topology)
-    load_LE = loads_LED.sum(-1)
-    candidates = []
-    for copies_LE in (_even_numbers(given, load_LE), _numbers_by_load(given, load_LE)):
-        where_LED = pack_copies(load_LE, copies_LE, given.owner_LE, given.slots_D, node_B=node_D)
-        quota_LED = even_split_in_node(where_LED, loads_LED, given.topology)
-        candidates.append((where_LED, quota_LED, _cost(given, loads_LED, quota_LED)))
-    (even_LED, even_quota_LED, even_cost_L), (by_load_LED, by_load_quota_LED, by_load_cost_L) = candidates
-    by_load = (by_load_cost_L < even_cost_L)[:, None, None]
-    where_LED = np.where(by_load, by_load_LED, even_LED) | given.owned_LED
-    return Plan(given.owner_LE, where_LED, np.where(by_load, by_load_quota_LED, even_quota_LED))
+    loads_LED = given.expected_LED
+    quota_LED = np.empty_like(loads_LED)
+    for layer, (loads_ED, owner_E) in enumerate(zip(loads_LED, given.owner_LE, strict=True)):
+        load_E, least = loads_ED.sum(-1), np.inf
+        for places in copy_places(given.slots_D, owner_E):
+            for number_E in _numbers(load_E, places, given.topology.num_nodes):
+                copies_ED = place_copies(number_E, load_E, places, node_index(given.topology))
+                quota_ED = even_split_in_node(copies_ED, loads_ED, given.topology)
+                cost = _cost(given, loads_ED, copies_ED, quota_ED)
+                if cost < least:
+                    least, quota_LED[layer] = cost, quota_ED
+    return Plan(given.owner_LE, given.owned_LED | (quota_LED > 0), quota_LED)
 
 
-def _even_numbers(given: PlanInput, load_LE: np.ndarray) -> np.ndarray:
-    each, more = divmod(spare_slots(int(given.slots_D.sum())), given.num_experts)
-    copies_LE = np.full(load_LE.shape, 1 + each, dtype=np.int64)
-    np.put_along_axis(copies_LE, np.argsort(-load_LE, axis=1, kind="stable")[:, :more], 2 + each, axis=1)
-    return np.minimum(copies_LE, given.world_size)
+def _numbers(load_E: np.ndarray, places: CopyPlaces, num_nodes: int) -> list[np.ndarray]:
+    """The candidates, each int64 [experts]; beside places at owners also with copies in half of the slots, so that experts can move."""
+    totals = [places.number]
+    if places.at_owners and places.number > len(load_E):
+        totals.append(len(load_E) + (places.number - len(load_E) + 1) // 2)
+    return [number_E for total in totals for number_E in (even_numbers(load_E, total), numbers_by_load(load_E, total, num_nodes))]
 
 
-def _numbers_by_load(given: PlanInput, load_LE: np.ndarray) -> np.ndarray:
-    spare, num_nodes = spare_slots(int(given.slots_D.sum())), given.topology.num_nodes
-    in_each_node = given.num_experts * (num_nodes - 1)
-    if in_each_node <= spare:
-        return spare_copies(load_LE, spare - in_each_node, given.world_size, start=num_nodes)
-    return spare_copies(load_LE, spare, given.world_size)
+def even_numbers(load_E: np.ndarray, total: int) -> np.ndarray:
+    """int64 [experts]: `total` copies, the same number of every expert, the remainder to the hottest."""
+    each, more = divmod(total, len(load_E))
+    number_E = np.full(len(load_E), each)
+    number_E[np.argsort(-load_E, kind="stable")[:more]] += 1
+    return number_E
 
 
-def _cost(given: PlanInput, loads_LED: np.ndarray, quota_LED: np.ndarray) -> np.ndarray:
-    """float64 [layers], seconds: 4 · all devices' communication + the busiest one's computation."""
+def numbers_by_load(load_E: np.ndarray, total: int, num_nodes: int) -> np.ndarray:
+    """int64 [experts]: at most `total` copies, to the highest load per copy; of experts that have one in each node, as many again."""
+    experts, loads = len(load_E), load_E.tolist()
+    start = num_nodes if num_nodes * experts <= total else 1
+    number_E, left = [start] * experts, total - start * experts
+    hottest = [(-load / start, expert) for expert, load in enumerate(loads)]
+    heapq.heapify(hottest)
+    while left and hottest:
+        _, expert = heapq.heappop(hottest)
+        more = 1 if number_E[expert] < num_nodes else num_nodes
+        if more <= left:
+            number_E[expert] += more
+            left -= more
+            heapq.heappush(hottest, (-loads[expert] / number_E[expert], expert))
+    return np.array(number_E)
+
+
+def _cost(given: PlanInput, loads_ED: np.ndarray, copies_ED: np.ndarray, quota_ED: np.ndarray) -> float:
+    """Return the seconds: 4 · all devices' communication + the busiest one's computation."""
     cost, topology = given.cost, given.topology
-    flow = flows(loads_LED, quota_LED, topology)
-    near, far = flow.near_sent_ED.sum((-1, -2)), flow.far_sent_ED.sum((-1, -2))
+    in_node_ED = (copies_ED @ node_membership(topology))[:, node_index(topology)]
+    kept_ED = np.divide(copies_ED, in_node_ED, out=np.zeros_like(loads_ED), where=in_node_ED > 0)
+    near = (np.where(in_node_ED > 0, loads_ED, 0.0) * (1 - kept_ED)).sum()
+    far = np.where(in_node_ED > 0, 0.0, loads_ED).sum()
     seconds = cost.row_bytes * (near / topology.intra_node.bandwidth + far / topology.inter_node.bandwidth)
     compute = cost.assignment_flops * (1 + cost.assignment_backward) / min(topology.flops)
-    return np.asarray(4 * seconds + compute * quota_LED.sum(1).max(-1))
+    return float(4 * seconds + compute * quota_ED.sum(0).max())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,50 +11,21 @@ from hypothesis import strategies as st
 
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.planners.copy_places import CopyPlaces, place_copies
 from hecate.parallel.planners.echo import plan_echo
 from hecate.parallel.planners.eplb import plan_eplb
 from hecate.parallel.planners.expert_packing import spare_copies
 from hecate.parallel.planners.fastermoe import plan_fastermoe
 from hecate.parallel.planners.flexmoe import plan_flexmoe
-from hecate.parallel.planners.laer import plan_laer
+from hecate.parallel.planners.laer import even_numbers, numbers_by_load, plan_laer
 from hecate.parallel.planners.llep import plan_llep
 from hecate.parallel.planners.smartmoe import plan_smartmoe
 from hecate.parallel.planners.static_ep import plan_static_ep
-from hecate.parallel.topology import Link, Topology, uniform_topology
-from testing.unit_cases import layer_input, unit_topology
+from hecate.parallel.topology import Link, uniform_topology
+from tests.parallel.planners.rival_inputs import check, inputs, plan_input, quota, totals, where
 
-RIVALS = ["echo", "eplb", "fastermoe", "flexmoe", "laer", "llep", "smartmoe"]
-
-
-def plan_input(
-    owner: list[int],
-    loads: list[list[float]] | None,
-    slots: list[int],
-    *,
-    nodes: tuple[int, ...] | None = None,
-    present: list[list[int]] | None = None,
-    **others: Any,
-) -> PlanInput:
-    """One layer. `loads`: a row a source rank. `present`: ranks of each expert in the plan before."""
-    world = len(slots)
-    present_LED = None if present is None else np.array([[[rank in ranks for rank in range(world)] for ranks in present]])
-    return layer_input(owner, loads, slots, on=unit_topology(nodes or (0,) * world), present_LED=present_LED, **others)
-
-
-def totals(loads: list[float], world: int) -> list[list[float]]:
-    """All assignments at rank 0: policies that look at totals alone see `loads`."""
-    return [loads] + [[0.0] * len(loads)] * (world - 1)
-
-
-def where(plan: Plan) -> list[list[int]]:
-    """Ranks of each expert."""
-    return [np.flatnonzero(row).tolist() for row in plan.where_LED[0]]
-
-
-def quota(plan: Plan) -> list[list[float]]:
-    assert plan.quota_LED is not None
-    return [[round(q, 9) for q in row] for row in plan.quota_LED[0].tolist()]
+RIVALS = ["echo", "eplb", "fastermoe", "flexmoe", "laer", "llep", "moonep", "smartmoe", "ultraep"]
 
 
 # SmartMoE
@@ -168,10 +138,36 @@ def test_flexmoe_starts_from_as_much_as_fits() -> None:
 
 
 def test_flexmoe_changes_at_most_ten_replicas_of_what_is_there() -> None:
-    """Twenty equal experts on device 0, each of which would do better on the idle device, too."""
-    owners_alone = [[0]] * 20
-    plan = plan_flexmoe(plan_input([0] * 20, totals([1] * 20, 2), [0, 20], present=owners_alone))
-    assert plan.where_LED.sum() == 20 + 10
+    """Twenty equal experts on device 0, one of them on device 1 as well, where each of the others would do better, too."""
+    present = [[0, 1]] + [[0]] * 19
+    plan = plan_flexmoe(plan_input([0] * 20, totals([1] * 20, 2), [0, 20], present=present))
+    assert plan.where_LED.sum() == 20 + 1 + 10
+
+
+def test_flexmoe_starts_from_full_places_where_there_are_owners_alone() -> None:
+    """Ten changes of the owners' placement would leave 15 on device 0; with all experts on device 1, too, there is nothing to change."""
+    plan = plan_flexmoe(plan_input([0] * 20, totals([1] * 20, 2), [0, 20], present=[[0]] * 20))
+    assert plan.where_LED.all()
+
+
+def test_flexmoe_relieves_one_of_two_equally_busy_devices() -> None:
+    """Expert 3 has the slot of device 2. The first change, on device 3, leaves device 1 as busy as it was, and device 2 idle."""
+    plan = plan_flexmoe(plan_input([0, 1, 2, 3], totals([10, 10, 0, 0], 4), [0, 0, 1, 1], present=[[0], [1], [2], [2, 3]]))
+    assert quota(plan)[:2] == [[5, 0, 0, 5], [0, 5, 5, 0]]
+
+
+def test_flexmoe_may_leave_nothing_to_the_owner() -> None:
+    """Both experts are device 0's, a slot each. With the slots alone: 7 | 9 | 7, then expert 1 takes device 0, too."""
+    plan = plan_flexmoe(plan_input([0, 0], totals([7, 9], 3), [1, 1, 1]))
+    assert quota(plan) == [[0, 0, 7], [4.5, 4.5, 0]]
+    assert where(plan) == [[0, 2], [0, 1]]
+
+
+@pytest.mark.parametrize(("world", "slots", "busiest"), [(4, 2, 20), (8, 1, 10), (8, 2, 12)])
+def test_flexmoe_is_no_worse_than_in_the_artifact_of_laer(world: int, slots: int, busiest: float) -> None:
+    """`busiest` is what the artifact's code ends with, which has no places beside its slots."""
+    plan = plan_flexmoe(plan_input([0, 1, 2, 3], totals([40, 12, 8, 4], world), [slots] * world))
+    assert np.array(quota(plan)).sum(0).max() <= busiest
 
 
 # EPLB
@@ -191,18 +187,18 @@ def test_spare_copies_by_hand(load: list[float], spare: int, most: int, expected
     assert spare_copies(np.array([load], dtype=float), spare, most).tolist() == [expected]
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(0, 20), st.integers(1, 6), st.integers(1, 3))
-def test_spare_copies_are_those_handed_out_one_by_one(load: list[int], spare: int, most: int, start: int) -> None:
-    copies = [start] * len(load)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(0, 20), st.integers(1, 6))
+def test_spare_copies_are_those_handed_out_one_by_one(load: list[int], spare: int, most: int) -> None:
+    copies = [1] * len(load)
     for _ in range(spare):
         open_ = [e for e in range(len(load)) if load[e] > 0 and copies[e] < most]
         if open_:
             copies[max(open_, key=lambda e: (load[e] / copies[e], -e))] += 1
-    assert spare_copies(np.array([load], dtype=float), spare, most, start).tolist() == [copies]
+    assert spare_copies(np.array([load], dtype=float), spare, most).tolist() == [copies]
 
 
 def test_eplb_copies_the_hottest() -> None:
-    """Loads 8, 2 | 1, 1; of two slots one is for a spare: expert 0, 4 a copy. Then each device has 6, and no move helps."""
+    """Loads 8, 2 | 1, 1: expert 0 gets the first spare, 4 a copy, and the slot of device 1. Then each device has 6."""
     plan = plan_eplb(plan_input([0, 0, 1, 1], totals([8, 2, 1, 1], 2), [1, 1]))
     assert where(plan) == [[0, 1], [0], [1], [1]]
     assert quota(plan) == [[4, 4], [2, 0], [0, 1], [0, 1]]
@@ -220,9 +216,15 @@ def test_eplb_keeps_an_expert_in_one_node_where_that_is_better() -> None:
 
 
 def test_eplb_leaves_the_node_where_that_is_better() -> None:
-    """Expert 0 has all the load: in its node two ranks share it; globally two of four slots hold spares, so three ranks do."""
+    """Expert 0 has all the load: in its node two ranks share it; globally all do, with spares in three of the four slots."""
     plan = plan_eplb(plan_input([0, 1, 2, 3], totals([12, 0, 0, 0], 4), [1] * 4, nodes=(0, 0, 1, 1)))
-    assert quota(plan)[0] == [4, 4, 4, 0]
+    assert quota(plan)[0] == [3, 3, 3, 3]
+
+
+def test_eplb_leaves_slots_for_moves_where_that_is_better() -> None:
+    """Loads 4, 5 | 2, a slot each. Two spares: expert 1 takes the slot of device 1, and device 0 has 6.5. One: expert 0 moves there."""
+    plan = plan_eplb(plan_input([0, 0, 1], totals([4, 5, 2], 2), [1, 1]))
+    assert quota(plan) == [[0, 4], [5, 0], [0, 2]]
 
 
 # LLEP
@@ -287,85 +289,68 @@ def test_no_expert_travels_for_a_rounding_error(policy: str, owner: list[int], l
     assert where(plan) == [[rank] for rank in owner]
 
 
-# LAER-MoE
+# LAER-MoE. The numbers and places are what its own code gives for the same loads
+
+
+def laer_places(load: list[float], slots: list[int], number: np.ndarray) -> list[list[int]]:
+    """The experts of each device, without places at owners."""
+    places = CopyPlaces(np.array(slots), np.arange(len(load)), at_owners=False)
+    copies_ED = place_copies(number, np.array(load), places, np.zeros(len(slots), dtype=np.int64))
+    return [np.repeat(np.arange(len(load)), copies_D).tolist() for copies_D in copies_ED.T]
+
+
+def test_laer_numbers_and_places_of_two_copies_a_device() -> None:
+    load = [40.0, 12.0, 8.0, 4.0]
+    number = numbers_by_load(np.array(load), 8, 1)
+    assert number.tolist() == [4, 2, 1, 1]
+    assert laer_places(load, [2] * 4, number) == [[0, 2], [0, 1], [0, 1], [0, 3]]
+
+
+def test_laer_numbers_and_places_of_fewer_experts_than_devices() -> None:
+    load = [40000.0, 12000.0, 8000.0, 4000.0]
+    assert laer_places(load, [1] * 8, numbers_by_load(np.array(load), 8, 1)) == [[0], [0], [0], [0], [2], [1], [1], [3]]
+    number = numbers_by_load(np.array(load), 16, 1)
+    held = laer_places(load, [2] * 8, number)
+    assert held.count([0, 0]) == 2
+    assert max(sum(load[e] / number[e] for e in experts) for experts in held) == pytest.approx(8000, rel=1e-3)
+    assert laer_places([0.0] * 4, [1] * 8, even_numbers(np.zeros(4), 8)) == [[0], [0], [1], [1], [2], [2], [3], [3]]
+
+
+def test_laer_gives_copies_to_all_nodes_at_a_time() -> None:
+    """Two nodes, one copy in each from the start; of six more two go to expert 0, two again, and two to expert 1."""
+    assert numbers_by_load(np.array([24.0, 10.0]), 10, 2).tolist() == [6, 4]
+    assert numbers_by_load(np.array([24.0, 10.0]), 3, 2).tolist() == [2, 1]
 
 
 @pytest.mark.parametrize(
     ("row_bytes", "expected"),
     [
-        # Three spares. By load: copies 3, 2, 1 of loads 12, 3, 3; 4 + 1.5, 4 + 1.5, 4 + 3: the busiest has 7.
-        (0.0, [[4, 4, 4], [1.5, 1.5, 0], [0, 0, 3]]),
-        # Even, two copies each: 6 + 1.5, 6 + 1.5, 1.5 + 1.5: the busiest has 7.5, but rank 0, where all tokens are, sends 10.5, not 12.5.
-        (1.0, [[6, 6, 0], [0, 1.5, 1.5], [1.5, 0, 1.5]]),
+        # Six copies by load: 4, 1, 1. Expert 0 has two on its owner, which count twice: each device has 6.
+        (0.0, [[6, 3, 3], [0, 3, 0], [0, 0, 3]]),
+        # Rank 0, where all tokens are, would send 12 of 18; with one copy of each it sends 6, and 4·6 + 3·12 is less than 4·12 + 3·6.
+        (1.0, [[12, 0, 0], [0, 3, 0], [0, 0, 3]]),
     ],
 )
 def test_laer_takes_the_cheaper_candidate(row_bytes: float, expected: list[list[float]]) -> None:
     cost = LayerCost(trainable_bytes=1.0, assignment_flops=1.0, row_bytes=row_bytes)
-    plan = plan_laer(plan_input([0, 1, 2], totals([12, 3, 3], 3), [2, 2, 2], cost=cost))
+    plan = plan_laer(plan_input([0, 1, 2], totals([12, 3, 3], 3), [1, 1, 1], cost=cost))
     assert quota(plan) == expected
 
 
-def test_laer_starts_with_a_replica_in_each_node() -> None:
-    """Ranks 0, 1 | 2, 3, experts on ranks 0 and 2, two spares: each to the idle rank of the other node, though the one beside the
-    owner is as idle."""
+def test_laer_keeps_a_copy_in_each_node() -> None:
+    """Ranks 0, 1 | 2, 3, experts on ranks 0 and 2, a slot each: the second copies go to the idle ranks of the other nodes."""
     plan = plan_laer(plan_input([0, 2], [[1, 1]] * 4, [1] * 4, nodes=(0, 0, 1, 1)))
     assert quota(plan) == [[2, 0, 0, 2], [0, 2, 2, 0]]
 
 
-def test_laer_gives_every_node_a_replica_before_any_gets_two() -> None:
-    """Two nodes of three; loads 24 and 6, three spares: copies 3 and 2, not 4 and 1. Expert 0, from rank 0, goes to the idle ranks 4
-    and 1, expert 1, from rank 3, to the idle rank 2. Each node's assignments of an expert are half of them."""
-    plan = plan_laer(plan_input([0, 3], [[4, 1]] * 6, [1] * 6, nodes=(0, 0, 0, 1, 1, 1)))
-    assert quota(plan) == [[6, 6, 0, 0, 12, 0], [0, 0, 3, 3, 0, 0]]
+def test_a_copy_at_its_owner_takes_no_slot() -> None:
+    """Expert 0 has two copies, one at home; then expert 1 finds no slot but has its own place."""
+    places = CopyPlaces(np.array([0, 1]), np.array([0, 1]), at_owners=True)
+    copies_ED = place_copies(np.array([2, 1]), np.array([8.0, 1.0]), places, np.zeros(2, dtype=np.int64))
+    assert copies_ED.tolist() == [[1, 1], [0, 1]]
 
 
 # What every policy keeps to
-
-
-@st.composite
-def inputs(draw: st.DrawFn) -> PlanInput:
-    """Shapes, topology and slots are drawn one by one, the many numbers by a seed: drawing those takes longer than planning."""
-    world, experts, layers = draw(st.integers(1, 6)), draw(st.integers(1, 9)), draw(st.integers(1, 3))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    nodes = (0, *sorted(rng.integers(0, 2, size=world - 1).tolist(), reverse=draw(st.booleans())))
-    owner_LE = np.tile(contiguous_owners(experts, world), (layers, 1))
-    if draw(st.booleans()):
-        owner_LE = rng.integers(0, world, size=(layers, experts))
-    loads_LED = None
-    if draw(st.integers(0, 4)):
-        # Thirds: means of iterations are fractions. Some entries, some experts, perhaps all, are without load.
-        loads_LED = rng.integers(0, draw(st.sampled_from([1, 5, 5000])), size=(layers, experts, world), endpoint=True) / 3
-        loads_LED *= (rng.random((layers, experts, world)) < 0.8) & (rng.random((layers, experts, 1)) < 0.8)
-    fast, slow = Link(100.0, 0.01), Link(10.0, 0.1)
-    return PlanInput(
-        owner_LE,
-        loads_LED,
-        Topology(nodes, tuple(rng.choice([1e3, 3e3], size=world).tolist()), (1e9,) * world, fast, slow),
-        LayerCost(trainable_bytes=draw(st.sampled_from([1.0, 50.0])), assignment_flops=1.0, row_bytes=1.0, non_moe_flops=2e3),
-        rng.integers(0, draw(st.integers(1, experts + 1)), size=world, endpoint=True),
-        rng.random((layers, experts, world)) < 0.5 if draw(st.booleans()) else None,
-        draw(st.sampled_from([None, 1.0, 1.05, 1.5])),
-    )
-
-
-def check(given_: PlanInput, plan: Plan, *, within_slots: bool = True) -> np.ndarray:
-    """Everything a plan must be; the loads of the ranks."""
-    layers, experts, world = given_.num_layers, given_.num_experts, given_.world_size
-    np.testing.assert_array_equal(plan.owner_LE, given_.owner_LE)
-    assert plan.where_LED.shape == (layers, experts, world)
-    assert plan.where_LED.dtype == np.bool_
-    for layer in range(layers):
-        for expert in range(experts):
-            assert plan.where_LED[layer, expert, given_.owner_LE[layer, expert]], "no replica at the owner"
-        for rank in range(world):
-            held = set(np.flatnonzero(plan.where_LED[layer, :, rank])) - set(np.flatnonzero(given_.owner_LE[layer] == rank))
-            assert not within_slots or len(held) <= given_.slots_D[rank], f"rank {rank} has no room for {held}"
-    quota_LED = plan.quotas(given_.expected_LED, given_.topology)
-    assert quota_LED.dtype == np.float64
-    assert (quota_LED >= 0).all()
-    assert (quota_LED[~plan.where_LED] == 0).all(), "assignments are sent where the expert is not"
-    np.testing.assert_allclose(quota_LED.sum(-1), given_.expected_LED.sum(-1), rtol=1e-9, atol=1e-9)
-    return np.asarray(quota_LED.sum(1))
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -406,7 +391,7 @@ def test_layers_do_not_depend_on_each_other(policy: str, given_: PlanInput) -> N
             np.testing.assert_allclose(together.quota_LED[part], alone.quota_LED, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("policy", ["echo", "llep", "smartmoe"])
+@pytest.mark.parametrize("policy", ["echo", "llep", "smartmoe", "ultraep"])
 @given(given_=inputs())
 def test_no_device_ends_up_busier_than_the_busiest_was(policy: str, given_: PlanInput) -> None:
     static_LD, planned_LD = check(given_, plan_static_ep(given_)), check(given_, POLICIES[policy](given_))
