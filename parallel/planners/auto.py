@@ -28,8 +28,8 @@ from hecate.parallel.cost_model import cost_numbers, overlap_degree, topology_nu
 from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
-from hecate.parallel.planners.rebalancing import rebalance
-from hecate.parallel.planners.replication import DEALT, HOT, NODES, OWNERS, WANTED, Wishes, replicate, wishes
+from hecate.parallel.planners.rebalancing import fill_up, rebalance
+from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, Wishes, deal, replicate, wishes
 from hecate.parallel.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners
 
 _ALL_BUDGETS = 400
@@ -40,7 +40,7 @@ CANDIDATES = (
     ((NODES, 0.0, 0.5), (1.1, _INSIDE * 2.5)),
     ((NODES, -1.0, 1.0), (1.05, _INSIDE * 4.0)),
     ((WANTED, 1.0, 0.0), (_INSIDE * 1.05,)),
-    ((OWNERS, 0.0, 0.0), (1.05, 1.1, 1.25)),
+    ((OWNERS, 0.0, 0.0), (1.02, 1.05, 1.1, 1.25)),
     ((WANTED, 0.75, 0.0), (1.0,)),
     ((WANTED, 0.5, 0.0), (1.0,)),
     ((HOT, 1.0, 0.0), (1.0,)),
@@ -48,10 +48,19 @@ CANDIDATES = (
 """`replicate`'s rule, share and factor; and degrees of rebalancing, beside none: how far above the mean a device's compute may stay;
 negative: no assignment leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
 
-SEARCH_SHARE = 0.05
-"""of a layer's predicted seconds: how long the search for small changes may take"""
+SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.05, 0.02
+"""of a layer's predicted seconds: how long the search for small changes may take; less where ranks wait for the plan"""
+_LEAST_SEARCH = 0.02
+"""seconds times experts times ranks: how long the search may take however fast the layer is, so that small layers are searched through"""
+_BEST, _FILLED, _DEALT, _ALONE = range(4)
+"""plans from which the search begins: the best candidate, each rank filled up to its share, all slots dealt to hot experts, no replicas"""
+_STARTS = 4
+_PROMISING = 1.3
+"""times the seconds of the best plan: a start that takes longer is not worth the search"""
 _DEAL_SECONDS = 1e-9
 """about what `deal` takes for each slot and each expert or rank"""
+_BEGIN_SECONDS, _ROUND_SECONDS = 4e-7, 1e-6
+"""about what pricing another plan, and a round of changes to it, take for each expert or rank"""
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -76,6 +85,8 @@ def plan_auto(given: PlanInput) -> Plan:
     hidden = overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts
     worth = (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf
     base, trial, best = (no_replicas(given.num_experts, given.world_size) for _ in range(3))
+    waiting = given.execution.plan == "exact"
+    rules = _AFTER_ROUTER if waiting else list(range(len(CANDIDATES)))
     first = 0
     while first < given.num_layers:
         # Plain Python plans layer by layer, so that machine code takes over as soon as it is there.
@@ -94,9 +105,9 @@ def plan_auto(given: PlanInput) -> Plan:
             base,
             trial,
             best,
-            _REPLICATIONS,
-            _SLACKS,
-            SEARCH_SHARE,
+            _REPLICATIONS[rules],
+            _SLACKS[rules],
+            SEARCH_SHARE_AFTER_ROUTER if waiting else SEARCH_SHARE,
             where_LED[some],
             quota_LED[some],
         )
@@ -104,8 +115,11 @@ def plan_auto(given: PlanInput) -> Plan:
     return Plan(given.owner_LE, where_LED, quota_LED)
 
 
+_AFTER_ROUTER = [0, 3, 4]
+"""the candidates where ranks wait for the plan: half the time, for plans that the search brings near to those of all candidates"""
+_DEGREES = max(len(slacks) for _, slacks in CANDIDATES)
 _REPLICATIONS = np.array([rule for rule, _ in CANDIDATES])
-_SLACKS = np.array([(0.0, *slacks, *(0.0,) * (4 - len(slacks))) for _, slacks in CANDIDATES])
+_SLACKS = np.array([(0.0, *slacks, *(0.0,) * (_DEGREES - len(slacks))) for _, slacks in CANDIDATES])
 
 
 @jit.entry
@@ -189,7 +203,8 @@ def _plan_layers(
                         best_seconds, best_uneven = seconds, uneven
                         copy_into(tried, best)
             if not bounded and not everywhere(best):
-                best_seconds = _search(owner, room, resident, hidden, worth, wish, loads, topology, cost, search_share, best_seconds, trial, best)
+                allowance = max(search_share * best_seconds, _LEAST_SEARCH / (len(owner) * ranks))
+                best_seconds = _search(owner, room, resident, wish, loads, topology, cost, allowance, best_seconds, trial, best)
         for e in range(len(owner)):
             for c in range(best.count_E[e]):
                 d = best.rank_EC[e, c]
@@ -202,41 +217,74 @@ def _search(
     owner: np.ndarray,
     room: np.ndarray,
     resident: np.ndarray,
-    hidden: int,
-    worth: float,
     wish: Wishes,
     loads: LayerLoads,
     topology: TopologyNumbers,
     cost: CostNumbers,
-    share: float,
+    left: float,
     seconds: float,
     trial: Replicas,
     best: Replicas,
 ) -> float:
     """Improve `best`, which takes `seconds`, by small changes; then plans that begin elsewhere, while the time lasts; returns the seconds.
 
-    All that a search finds depends on where it begins. One start has all slots dealt to hot experts, the other has no replicas.
+    What a search finds depends on where it begins.
     """
-    ranks, slots, left = len(room), 0.0, share * seconds
+    ranks, slots = len(room), 0
     for d in range(ranks):
         slots += room[d]
-    for start in range(3):
-        if start == 0:
+    size = ranks + len(owner)
+    begins_X = np.empty(_STARTS)
+    for start in range(1, _STARTS):
+        begins_X[start] = np.inf
+        if start == _ALONE:
+            begins_X[start] = seconds
+        elif _BEGIN_SECONDS * size + (slots * size * _DEAL_SECONDS if start == _DEALT else 0.0) <= left:
+            _start(start, owner, room, wish, loads, topology, trial)
+            begins_X[start] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
+            if begins_X[start] < seconds:
+                seconds = begins_X[start]
+                copy_into(trial, best)
+    begins_X[_BEST] = seconds
+    for start in range(_STARTS):
+        if left < _ROUND_SECONDS * size:
+            break
+        if begins_X[start] > _PROMISING * seconds:
+            continue
+        if start == _BEST:
             copy_into(best, trial)
         else:
-            rule = DEALT if start == 1 else OWNERS
-            if rule == DEALT and slots * (ranks + len(owner)) * _DEAL_SECONDS > left:
-                continue
-            only_owners(trial, owner)
-            replicate(rule, 0.0, 0.0, owner, room, hidden, worth, wish, loads, topology, trial)
-            even_quota_into(trial, loads, topology)
+            _start(start, owner, room, wish, loads, topology, trial)
         left -= improve(owner, room, resident, loads, topology, cost, trial, left)
-        found = largest(busy_seconds(trial, loads, topology, cost)) + replica_seconds(owner, trial, resident, topology, cost)
+        found = _plan_seconds(owner, resident, loads, topology, cost, seconds, trial)
         if found < seconds:
-            found += dispatch_seconds(trial, loads, topology, cost, seconds - found)
-            if found < seconds:
-                seconds = found
-                copy_into(trial, best)
-        if left <= 0:
-            break
+            seconds = found
+            copy_into(trial, best)
     return seconds
+
+
+@jit.loop
+def _start(start: int, owner: np.ndarray, room: np.ndarray, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, plan: Replicas) -> None:
+    """Fill `plan` with one of the plans from which the search begins."""
+    only_owners(plan, owner)
+    if start == _FILLED:
+        fill_up(owner, room, loads, topology, plan)
+        return
+    if start == _DEALT:
+        deal(owner, room, wish, loads, topology, plan)
+    even_quota_into(plan, loads, topology)
+
+
+@jit.loop
+def _plan_seconds(
+    owner: np.ndarray,
+    resident: np.ndarray,
+    loads: LayerLoads,
+    topology: TopologyNumbers,
+    cost: CostNumbers,
+    enough: float,
+    replicas: Replicas,
+) -> float:
+    """Seconds of a plan; where they are `enough` or more, `enough` or more."""
+    seconds = largest(busy_seconds(replicas, loads, topology, cost)) + replica_seconds(owner, replicas, resident, topology, cost)
+    return seconds + dispatch_seconds(replicas, loads, topology, cost, max(enough - seconds, 0.0))

@@ -25,7 +25,9 @@ WORTH = 1 - 1e-4
 """of the seconds before: a change that gains less is not kept"""
 _LEAST = 1e-6
 """assignments not worth moving"""
-_TRY_SECONDS, _TRY_SECONDS_RANK = 1.5e-6, 0.07e-6
+_SMALL = 1e-3
+"""assignments of a replica; of those that serve less, none serves less than the others"""
+_TRY_SECONDS, _TRY_SECONDS_RANK = 2e-6, 0.12e-6
 _LOOKED_AT = 4
 """experts of a busy rank or port whose assignments are tried elsewhere, the largest first"""
 _VERIFIED = 3
@@ -475,22 +477,27 @@ def _relieve_port(
 
 
 @loop
-def _drop(count: int, owner: np.ndarray, replicas: Replicas, room: Room, changes: np.ndarray) -> int:
-    """A change that gives up the replica that serves least of all."""
-    least, expert, rank = np.inf, NOBODY, NOBODY
+def _drop(place: int, count: int, owner: np.ndarray, replicas: Replicas, room: Room, changes: np.ndarray) -> int:
+    """A change that gives up the replica that serves least of all (place 0), the next (1), ..."""
     for e in range(len(owner)):
+        room.value_E[e] = 0.0
         for c in range(replicas.count_E[e]):
             d = replicas.rank_EC[e, c]
-            if d != owner[e] and replicas.quota_ED[e, d] < least:
-                least, expert, rank = replicas.quota_ED[e, d], e, d
-    if expert < 0:
+            if d != owner[e]:
+                room.value_E[e] = max(room.value_E[e], 1.0 / max(replicas.quota_ED[e, d], _SMALL))
+    e = _ranked(room.value_E, place)
+    if e < 0:
         return count
-    heir = owner[expert]
-    for c in range(replicas.count_E[expert]):
-        d = replicas.rank_EC[expert, c]
+    rank, heir = NOBODY, owner[e]
+    for c in range(replicas.count_E[e]):
+        d = replicas.rank_EC[e, c]
+        if d != owner[e] and (rank < 0 or replicas.quota_ED[e, d] < replicas.quota_ED[e, rank]):
+            rank = d
+    for c in range(replicas.count_E[e]):
+        d = replicas.rank_EC[e, c]
         if d != rank and room.busy_D[d] < room.busy_D[heir]:
             heir = d
-    return _note(expert, rank, heir, max(least, 2 * _LEAST), count, owner, replicas, room, changes)
+    return _note(e, rank, heir, max(replicas.quota_ED[e, rank], 2 * _LEAST), count, owner, replicas, room, changes)
 
 
 @loop
@@ -583,8 +590,8 @@ def improve(
         count = _relieve_device(place, owner, sums, replicas, topology, room, changes)
         count = _relieve_port(place, count, owner, replicas, loads, topology, room, changes)
         costly = fixed - optimizer > _EXPOSED * smooth
-        if costly and place == 0:
-            count = _drop(count, owner, replicas, room, changes)
+        if costly:
+            count = _drop(place, count, owner, replicas, room, changes)
         for d in range(ranks):
             room.busy_before_D[d] = room.busy_D[d]
         _copy_sums(sums, before)

@@ -13,7 +13,7 @@ from hecate.parallel.cost_numbers import TopologyNumbers
 from hecate.parallel.jit import loop
 from hecate.parallel.replica_lists import Replicas, add, foreign
 
-OWNERS, WANTED, HOT, NODES, DEALT = range(5)
+OWNERS, WANTED, HOT, NODES = range(4)
 _WINDOW = 8
 """experts that a node weighs against each other at a time"""
 
@@ -241,7 +241,6 @@ def replicate(
     - OWNERS: nothing.
     - WANTED: `bring_wanted` into all slots, or with a `share` below 1 as many as travel hidden, times the share. Where `factor` is 0 and
       all experts of other owners fit in, all of them, wanted or not: nothing is dispatched then.
-    - DEALT: `deal`.
     - HOT: `bring_hot` into that share of the slots.
     - NODES: `bring_hot` into that share of the slots, then `bring_to_nodes` into the rest; with a negative share into all but one.
 
@@ -264,8 +263,6 @@ def replicate(
                         add(replicas, e, d)
         else:
             bring_wanted(room, worth * factor if factor > 0 else 0.0, wish, loads, replicas)
-    elif rule == DEALT:
-        deal(owner, slots, wish, loads, topology, replicas)
     elif rule in (HOT, NODES):
         room = slots.copy()
         if share > 0:
