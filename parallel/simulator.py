@@ -49,10 +49,12 @@ class StepSeconds:
     optimizer: float
     reshard: float
     """moving experts to new owners"""
+    all_reduce: float = 0.0
+    """summing the owners' gradients over sharding groups, as if nothing hid it"""
 
     @property
     def total(self) -> float:
-        return self.attention + self.compute + self.dispatch + self.exposed + self.optimizer + self.reshard
+        return self.attention + self.compute + self.dispatch + self.exposed + self.optimizer + self.reshard + self.all_reduce
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,9 @@ def simulate(
     max_imbalance: Annotated[
         float | None, typer.Option(min=1, help="bound on the ranks' largest over mean compute; default: no bound")
     ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="ranks that share one copy of all experts, as fssdp.shard_size; default: all")
+    ] = None,
     sweep: Annotated[str | None, typer.Option(help="many cases: preset of configs/experiments, or a YAML file")] = None,
     wide: Annotated[bool, typer.Option("--wide", help="print every figure, in tables of 160 characters")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
@@ -132,6 +135,7 @@ def simulate(
             route=known_route(route, "--route"),
         ),
         max_imbalance=max_imbalance,
+        shard_size=shard_size,
         wide=wide,
         json_path=json_path,
         plot_path=plot_path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -31,6 +31,21 @@ def simulate_groups(loads: np.ndarray, topology: Topology, cost: LayerCost, mesh
         hiding = hiding_flops(cost.non_moe_flops, part, topology)
         by_group.append(simulate(loads[..., ranks], part, replace(cost, non_moe_flops=hiding)))
     return [_together(of_groups, groups, topology) for of_groups in zip(*by_group, strict=True)]
+
+
+def ep_group_sizes(topology: Topology, experts: int) -> list[int]:
+    """Return the sizes of groups in which people run expert parallelism: the largest in which every rank owns an expert, and the largest of
+    those that stays on one node."""
+    world, node = topology.world_size, topology.node_of_rank
+    sizes = [size for size in range(1, world + 1) if world % size == 0 and size <= experts]
+    in_node = [size for size in sizes if all(len({node[rank] for rank in ranks}) == 1 for ranks in Mesh(world, size).sharding_groups())]
+    return sorted({sizes[-1], in_node[-1]}, reverse=True)
+
+
+def with_sum(one: Simulated, seconds: float, moved: StepBytes) -> Simulated:
+    """Return a step with the sum of the owners' gradients over the groups (`sum_over_groups`) added to it."""
+    together = StepBytes(**{field.name: getattr(one.bytes, field.name) + getattr(moved, field.name) for field in fields(moved)})
+    return replace(one, seconds=replace(one.seconds, all_reduce=seconds), bytes=together)
 
 
 def _together(of_groups: Sequence[Simulated], groups: list[list[int]], topology: Topology) -> Simulated:

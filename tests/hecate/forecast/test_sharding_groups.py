@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
+from hecate.forecast.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.simulator import Simulated, StepBytes, StepSeconds
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.topology import Link, Topology, uniform_topology
 
 COST = LayerCost(trainable_bytes=1.0, non_moe_flops=6.0)
 
@@ -90,3 +90,13 @@ def test_one_group_sums_nothing() -> None:
         0.0,
         StepBytes(near=0.0, far=0.0, busiest_port=0.0, busiest_uplink=0.0),
     )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "each", "experts", "sizes"),
+    [(4, 8, 64, [32, 8]), (4, 8, 8, [8]), (4, 8, 6, [4]), (1, 8, 64, [8]), (2, 6, 4, [4, 3]), (1, 1, 4, [1])],
+)
+def test_sizes_of_groups_for_expert_parallelism(nodes: int, each: int, experts: int, sizes: list[int]) -> None:
+    """No more ranks than experts, in one node or not; they divide the ranks. Groups of 4 of two nodes of 6 are not all in one node."""
+    place = uniform_topology(nodes, each, flops=1.0, memory=1.0, intra_node=Link(1.0, 0.0))
+    assert ep_group_sizes(place, experts) == sizes
