@@ -78,7 +78,7 @@ class Case:
         """
         model, topology = self.model, self.topology
         found = [self._simulate(name, options, options.shard_size, begins) for name in options.policies]
-        baseline = self._baseline(options) if BASELINE in options.policies else None
+        baseline = self.baseline(options) if BASELINE in options.policies else None
         facts = {
             "topology": self.topology_name,
             "ranks": topology.world_size,
@@ -106,18 +106,18 @@ class Case:
             for one in [run.simulated]
         ]
 
-    def _baseline(self, options: Options) -> _Run:
+    def baseline(self, options: Options) -> PolicyRun:
         """Return expert parallelism as people run it: in groups of the size with the fastest step, of those that fit if there are any."""
         runs = [self._simulate(BASELINE, options, size, None) for size in ep_group_sizes(self.topology, self.model.experts)]
         return min([run for run in runs if run.fits(self.topology)] or runs, key=lambda run: run.step_seconds)
 
-    def _simulate(self, name: str, options: Options, shard_size: int | None, begins: Callable[[str], None] | None) -> _Run:
+    def _simulate(self, name: str, options: Options, shard_size: int | None, begins: Callable[[str], None] | None) -> PolicyRun:
         """Simulate one policy in sharding groups of a size; None: all ranks are one."""
         if begins is not None:
             begins(name)
         model, topology = self.model, self.topology
         mesh = make_mesh(topology.world_size, shard_size)
-        loads, num_layers = self._loads(options)
+        loads, num_layers = self._loads(options), model.layers
         cost = model.layer_cost(self.tokens_per_rank)
         sizes = {"num_layers": num_layers, "num_experts": model.experts}
         other_bytes = model.replicated_bytes()
@@ -140,18 +140,18 @@ class Case:
         messages = num_layers if cost.reduced_bytes else 0
         summed = sum_over_groups(owned_D, messages, topology, mesh)
         held_bytes = other_bytes + fullest_owner_bytes(topology.take(range(mesh.shard_size)), cost, **sizes)
-        return _Run(with_sum(one, *summed), held_bytes, mesh.shard_size)
+        return PolicyRun(with_sum(one, *summed), held_bytes, mesh.shard_size)
 
-    def _loads(self, options: Options) -> tuple[np.ndarray, int]:
-        """Return the loads, and the number of the layers that they stand for."""
+    def _loads(self, options: Options) -> np.ndarray:
+        """Return the loads of all layers, or of a sample of them."""
         if self.recorded is not None:
-            return self.recorded, self.recorded.shape[1]
+            return self.recorded
         make, size = WORKLOADS[self.workload], (self.topology.world_size, self.model.experts, self.tokens_per_rank, self.model.top_k)
-        return make(options.steps, min(self.model.layers, SAMPLED_LAYERS), *size, options.seed), self.model.layers
+        return make(options.steps, min(self.model.layers, SAMPLED_LAYERS), *size, options.seed)
 
 
 @dataclass(frozen=True)
-class _Run:
+class PolicyRun:
     """One policy's simulated step in sharding groups of one size."""
 
     simulated: Simulated
