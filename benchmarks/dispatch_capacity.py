@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import arguments, finish
-from hecate.engine.layer_plan import layer_plan
 from hecate.parallel.cost_model import rows_served
+from hecate.parallel.layer_plan import layer_plan
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.workloads import WORKLOADS
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies

@@ -30,11 +30,11 @@ from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, Wire, draw_routing
 from benchmarks.planned_bytes import planned_traffic
 from benchmarks.report import arguments, finish
 from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topology, parts, yardstick
-from hecate.engine.layer_plan import layer_plan
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
 from hecate.parallel.cost_model import LayerCost, rows_served
 from hecate.parallel.executed_flows import executed_flows, served
+from hecate.parallel.layer_plan import layer_plan
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.simulator import HISTORY_STEPS, Simulated, simulate

@@ -3,7 +3,7 @@
 A policy plans each step, and the step's true loads are then served by that plan. In `history` mode a policy plans from the mean of the last
 steps' loads, as in training. In `exact` mode it plans from the true loads, which are known after the routers; attention has ended by then
 and hides no gather. This holds for `full`, too, which needs no loads: in exact mode the engine plans and gathers a layer after its router.
-A plan that training would calibrate after the routers counts as a plan from history.
+In `calibrated` mode a plan from history is replaced, layer by layer, by one from the true loads where that pays after the router.
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 """
@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, Priced, Rows, price
+from hecate.parallel.cost_loops import exposed_seconds
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Priced, Rows, cost_numbers, price
 from hecate.parallel.executed_flows import executed_flows, served
-from hecate.parallel.flows import node_membership
+from hecate.parallel.flows import Flows, flows, node_membership
 from hecate.parallel.gather_bytes import PortBytes, gather_ports
+from hecate.parallel.layer_plan import calibration_gain, layer_plan, one_layer, price_missing
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.plan import check_loads
@@ -49,10 +51,12 @@ class StepSeconds:
     optimizer: float
     reshard: float
     """moving experts to new owners"""
+    all_reduce: float = 0.0
+    """summing the owners' gradients over sharding groups, as if nothing hid it"""
 
     @property
     def total(self) -> float:
-        return self.attention + self.compute + self.dispatch + self.exposed + self.optimizer + self.reshard
+        return self.attention + self.compute + self.dispatch + self.exposed + self.optimizer + self.reshard + self.all_reduce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +221,10 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
             started = time.perf_counter()
             plan = plan_with(planner, given)
             planner_seconds.append(time.perf_counter() - started)
-        steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, placed_LED, setting))
+        better = None
+        if setting.execution.plan == "calibrated":
+            better = _better(planner, plan, given, loads[step])
+        steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, placed_LED, setting, better))
         owner_LE, placed_LED = plan.owner_LE, plan.where_LED
     counted = steps[1:] or steps
     scale = setting.num_layers / num_layers
@@ -250,40 +257,101 @@ def _execute(
     owner_before_LE: np.ndarray,
     resident_LED: np.ndarray | None,
     setting: _Setting,
+    better: _Better | None,
 ) -> _Step:
-    """What the step's true loads come to under a plan made for `planned_LED`."""
+    """What the step's true loads come to under a plan made for `planned_LED`, and in some layers, after the router, a better one."""
     topology = setting.topology
     # Planners pay a frozen part over its lifetime; the simulator pays it in the step in which it travels.
     cost = replace(setting.cost, frozen_lifetime=1.0)
     loads_LED = true_LED.astype(np.float64)
     flow = executed_flows(plan.where_LED, plan.quota_LED, planned_LED, loads_LED, topology)
     priced = price(plan.owner_LE, plan.where_LED, flow, loads_LED, topology, cost, execution=setting.execution, resident_ED=resident_LED)
+    seconds, brought = priced.seconds, None
+    where_LED, before = plan.where_LED, priced
+    if better is not None:
+        where_LED, flow = better.where_LED, better.replace_flows(flow, loads_LED, topology)
+        priced = price(plan.owner_LE, where_LED, flow, loads_LED, topology, replace(cost, frozen_bytes=0.0), execution=setting.execution)
+        brought = price_missing(plan.owner_LE, plan.where_LED, where_LED, topology, cost, resident_LED)
+        seconds = _after_calibration(before.seconds, priced.seconds, brought.seconds.gather, setting)
     moved = (plan.owner_LE != owner_before_LE).any()
     step_seconds = StepSeconds(
         attention=3 * cost.non_moe_flops / min(topology.flops) * len(loads_LED),
         reshard=reshard_seconds(owner_before_LE, plan.owner_LE, topology, cost) if moved else 0.0,
-        **{field.name: float(getattr(priced.seconds, field.name).sum()) for field in fields(priced.seconds)},
+        **{field.name: float(getattr(seconds, field.name).sum()) for field in fields(seconds)},
     )
     return _Step(
         step_seconds,
-        _bytes(plan, priced, owner_before_LE, topology, cost, setting.execution.rematerialize),
+        _bytes(plan, before, priced, brought, owner_before_LE, topology, cost, setting.execution.rematerialize),
         _imbalance(priced.rows, served(flow), topology, cost),
-        _replica_bytes(plan, setting),
+        _replica_bytes(plan.owner_LE, plan.where_LED | where_LED, setting),
         priced.rows.computed_D.mean(0),
         priced.rows.computed_D.max(0),
     )
 
 
-def _bytes(plan: Plan, priced: Priced, owner_before_LE: np.ndarray, topology: Topology, cost: LayerCost, rematerialize: bool) -> StepBytes:
+@dataclass(frozen=True, eq=False)
+class _Better:
+    """The plan of every layer after its router, of which some layers are the present plan's."""
+
+    plan: Plan
+    """made for the true loads"""
+    adopted_L: np.ndarray
+    """bool [layers]: where it replaces the present plan"""
+    where_LED: np.ndarray
+    """bool [layers, experts, ranks]: replicas with which the layers are computed"""
+
+    def replace_flows(self, flow: Flows, loads_LED: np.ndarray, topology: Topology) -> Flows:
+        now = flows(loads_LED, self.plan.quotas(loads_LED, topology), topology)
+        chosen = self.adopted_L[:, None, None]
+        return Flows(*(np.where(chosen, getattr(now, field.name), getattr(flow, field.name)) for field in fields(flow)))
+
+
+def _better(planner: Planner, plan: Plan, given: PlanInput, true_LED: np.ndarray) -> _Better:
+    """The plans that training would make after the routers."""
+    known = replace(given, owner_LE=plan.owner_LE, loads_LED=true_LED.astype(np.float64))
+    again = plan_with(planner, known)
+    gain_L = [
+        calibration_gain(one_layer(known, layer, true_LED[layer]), layer_plan(plan, given, layer), layer_plan(again, known, layer))
+        for layer in range(len(true_LED))
+    ]
+    adopted_L = np.array(gain_L) > 0
+    return _Better(again, adopted_L, np.where(adopted_L[:, None, None], again.where_LED, plan.where_LED))
+
+
+def _after_calibration(before: LayerSeconds, after: LayerSeconds, brought_L: np.ndarray, setting: _Setting) -> LayerSeconds:
+    """The gather is that of the plan before, hidden as it is, and what the plan after needs besides, which nothing hides."""
+    hides = cost_numbers(setting.cost, setting.topology, setting.execution).hides_gather
+    slowdown = setting.topology.overlap_slowdown
+    exposed = [
+        total + exposed_seconds(hides, first, slowdown) - exposed_seconds(hides, own, slowdown)
+        for total, first, own in zip(after.exposed, before.gather, after.gather, strict=True)
+    ]
+    return replace(after, gather=before.gather + brought_L, exposed=np.array(exposed) + brought_L)
+
+
+def _bytes(
+    plan: Plan,
+    before: Priced,
+    priced: Priced,
+    brought: Priced | None,
+    owner_before_LE: np.ndarray,
+    topology: Topology,
+    cost: LayerCost,
+    rematerialize: bool,
+) -> StepBytes:
+    """Bytes of the gather `before` the router, what is `brought` after it, and all that follows with the plan that is priced."""
     gather, row_ports = priced.gathered, PortBytes(*priced.rows.near, *priced.rows.far)
     parts = [
-        (gather, cost.trainable_bytes * (2 if rematerialize else 1)),
+        (before.gathered, cost.trainable_bytes),
+        (gather, cost.trainable_bytes if rematerialize else 0.0),
         (gather.reversed(), cost.reduced_bytes),
         # Rows go out and their gradients back, results come back and theirs go out.
         (row_ports, 2 * cost.row_bytes),
         (row_ports.reversed(), 2 * cost.row_bytes),
-        (priced.gathered_frozen, cost.frozen_bytes),
+        (before.gathered_frozen, cost.frozen_bytes),
     ]
+    if brought is not None:
+        parts += [(brought.gathered, cost.trainable_bytes), (brought.gathered_frozen, cost.frozen_bytes)]
     if (plan.owner_LE != owner_before_LE).any():
         owned_LED = _at(plan.owner_LE, topology)
         moved = gather_ports(owner_before_LE, owned_LED | _at(owner_before_LE, topology), topology)
@@ -309,8 +377,8 @@ def _imbalance(rows: Rows, quota_LED: np.ndarray, topology: Topology, cost: Laye
     return float(np.divide(busiest_L, even_L, out=np.ones_like(even_L), where=even_L > 0).mean())
 
 
-def _replica_bytes(plan: Plan, setting: _Setting) -> np.ndarray:
-    replicas_LD = (plan.where_LED & ~_at(plan.owner_LE, setting.topology)).sum(1)
+def _replica_bytes(owner_LE: np.ndarray, where_LED: np.ndarray, setting: _Setting) -> np.ndarray:
+    replicas_LD = (where_LED & ~_at(owner_LE, setting.topology)).sum(1)
     every_D = replicas_LD.sum(0) * setting.num_layers / len(replicas_LD)
     at_once_D = replicas_LD.max(0) if setting.execution.rematerialize else every_D
     frozen, moving = setting.cost.frozen_bytes, setting.cost.replica_bytes - setting.cost.frozen_bytes

@@ -88,12 +88,18 @@ def simulate(
     steps: Annotated[int, typer.Option(min=1, help="number of steps")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="seed of the workload")] = 0,
     exact: Annotated[bool, typer.Option("--exact", help="plan with the step's own loads, not with those of earlier steps")] = False,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="replace a plan from earlier steps after the router where that pays")
+    ] = False,
     rematerialize: Annotated[bool, typer.Option("--rematerialize", help="free replicas between forward and backward pass")] = False,
     prefetch: Annotated[int, typer.Option(min=0, help="decoder layers by which a gather starts early; 0: nothing hides it")] = 1,
     micro_steps: Annotated[int, typer.Option(min=1, help="micro-steps that share a step's tokens, its gather and its reduction")] = 1,
     route: Annotated[str, typer.Option(help="how experts travel: fastest, flat, two_level or sliced")] = "fastest",
     max_imbalance: Annotated[
         float | None, typer.Option(min=1, help="bound on the ranks' largest over mean compute; default: no bound")
+    ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="ranks that share one copy of all experts, as fssdp.shard_size; default: all")
     ] = None,
     sweep: Annotated[str | None, typer.Option(help="many cases: preset of configs/experiments, or a YAML file")] = None,
     wide: Annotated[bool, typer.Option("--wide", help="print every figure, in tables of 160 characters")] = False,
@@ -107,6 +113,8 @@ def simulate(
 
         run_sweep(sweep, wide, json_path, plot_path)
         return
+    if exact and calibrated:
+        raise UserError("--exact and --calibrated: a plan is made once, or replaced after the router; give one of them")
     if trace is not None:
         others = ("workload", "tokens", "steps", "seed")
         _refuse_beside(context, "--trace", "the trace says them", allowed=tuple(name for name in context.params if name not in others))
@@ -125,13 +133,14 @@ def simulate(
         steps=steps,
         seed=seed,
         execution=ExecutionMode(
-            plan="exact" if exact else "history",
+            plan="exact" if exact else "calibrated" if calibrated else "history",
             rematerialize=rematerialize,
             prefetch=prefetch,
             micro_steps=micro_steps,
             route=known_route(route, "--route"),
         ),
         max_imbalance=max_imbalance,
+        shard_size=shard_size,
         wide=wide,
         json_path=json_path,
         plot_path=plot_path,

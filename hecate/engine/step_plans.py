@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hecate.engine.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
 from hecate.experts.family import ExpertFamily, OwnedChunks
 from hecate.parallel.cost_model import ExecutionMode, PlanMode
+from hecate.parallel.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology

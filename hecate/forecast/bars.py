@@ -26,6 +26,7 @@ PARTS = {
     "exposed": ("parameters and gradients travel (not hidden)", "#c2410c"),
     "optimizer": ("optimizer", "#6b4c9a"),
     "reshard": ("re-sharding", "#1b7f5c"),
+    "all_reduce": ("gradients are summed over groups", "#7a8b2a"),
 }
 """the parts of a step, which add up to it, with their labels and colours"""
 NAMES = {BASELINE: f"{BASELINE}\n(expert parallelism)", "full": "full\n(every expert on every rank)", "auto": "auto\n(the default)"}

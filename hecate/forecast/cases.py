@@ -12,19 +12,22 @@ import numpy as np
 
 from hecate.config.presets import find_preset
 from hecate.errors import UserError
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, RouteChoice
+from hecate.forecast.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups, with_sum
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, RouteChoice
 from hecate.parallel.megatron_traces import load_megatron_trace
+from hecate.parallel.mesh import make_mesh
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
+from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.policy_names import FORMER_NAMES, current_name, renamed
-from hecate.parallel.simulator import fullest_owner_bytes, replica_slots, simulate
+from hecate.parallel.simulator import Simulated, fullest_owner_bytes, replica_slots, simulate
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.traces import Trace, load_trace
 from hecate.parallel.workloads import WORKLOADS
 
 BASELINE = "static_ep"
-"""the policy that speed-ups compare with"""
+"""the policy that speed-ups compare with, in groups of the size that suits it best (`ep_group_sizes`)"""
 SAMPLED_LAYERS = 4
 """the number of layers that are simulated under a synthetic workload; results are scaled to the whole model, whose layers are equal"""
 
@@ -43,6 +46,8 @@ class Options:
     execution: ExecutionMode = HISTORY
     """how plans are executed, in all that their seconds depend on"""
     max_imbalance: float | None = None
+    shard_size: int | None = None
+    """the number of ranks that share one copy of all experts (`fssdp.shard_size`); None: all"""
 
     def __post_init__(self) -> None:
         if self.execution.micro_steps > 1 and self.execution.per_micro_step:
@@ -72,32 +77,8 @@ class Case:
             begins: a function that is called with the name of each policy before it is simulated.
         """
         model, topology = self.model, self.topology
-        if self.recorded is None:
-            layers = min(model.layers, SAMPLED_LAYERS)
-            make, size = WORKLOADS[self.workload], (topology.world_size, model.experts, self.tokens_per_rank, model.top_k)
-            loads, num_layers = make(options.steps, layers, *size, options.seed), model.layers
-        else:
-            loads, num_layers = self.recorded, self.recorded.shape[1]
-        cost = model.layer_cost(self.tokens_per_rank)
-        sizes = {"num_layers": num_layers, "num_experts": model.experts}
-        other_bytes = model.replicated_bytes()
-        slots_D = replica_slots(topology, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize)
-        held_bytes = other_bytes + fullest_owner_bytes(topology, cost, **sizes)
-        simulated = []
-        for name in options.policies:
-            if begins is not None:
-                begins(name)
-            simulated += simulate(
-                loads,
-                topology,
-                cost,
-                {name: POLICIES[name]},
-                slots_D=slots_D,
-                execution=options.execution,
-                max_imbalance=options.max_imbalance,
-                num_layers=num_layers,
-            )
-        baseline = next((one.step_seconds for one in simulated if one.policy == BASELINE), None)
+        found = [self._simulate(name, options, options.shard_size, begins) for name in options.policies]
+        baseline = self.baseline(options) if BASELINE in options.policies else None
         facts = {
             "topology": self.topology_name,
             "ranks": topology.world_size,
@@ -106,6 +87,7 @@ class Case:
             "kind": model.kind,
             "workload": self.workload,
             "tokens_per_rank": self.tokens_per_rank,
+            "shard_size": options.shard_size or topology.world_size,
         }
         tokens = self.tokens_per_rank * topology.world_size
         per_second = sum(topology.price_per_hour) / 3600
@@ -113,16 +95,78 @@ class Case:
             facts
             | one.as_dict()
             | {
-                f"speedup_over_{BASELINE}": None if baseline is None else baseline / one.step_seconds,
+                f"speedup_over_{BASELINE}": None if baseline is None else baseline.step_seconds / one.step_seconds,
+                "baseline_shard_size": None if baseline is None else baseline.shard_size,
                 "tokens_per_second": tokens / one.step_seconds,
                 "cost_per_million_tokens": per_second * one.step_seconds / tokens * 1e6 if topology.price_per_hour else None,
-                "memory_bytes": held_bytes + one.replica_bytes,
-                "fits_memory": all(
-                    held_bytes + replicas <= memory for replicas, memory in zip(one.replica_bytes_D, topology.memory, strict=True)
-                ),
+                "memory_bytes": run.held_bytes + one.replica_bytes,
+                "fits_memory": run.fits(topology),
             }
-            for one in simulated
+            for run in found
+            for one in [run.simulated]
         ]
+
+    def baseline(self, options: Options) -> PolicyRun:
+        """Return expert parallelism as people run it: in groups of the size with the fastest step, of those that fit if there are any."""
+        runs = [self._simulate(BASELINE, options, size, None) for size in ep_group_sizes(self.topology, self.model.experts)]
+        return min([run for run in runs if run.fits(self.topology)] or runs, key=lambda run: run.step_seconds)
+
+    def _simulate(self, name: str, options: Options, shard_size: int | None, begins: Callable[[str], None] | None) -> PolicyRun:
+        """Simulate one policy in sharding groups of a size; None: all ranks are one."""
+        if begins is not None:
+            begins(name)
+        model, topology = self.model, self.topology
+        mesh = make_mesh(topology.world_size, shard_size)
+        loads, num_layers = self._loads(options), model.layers
+        cost = model.layer_cost(self.tokens_per_rank)
+        sizes = {"num_layers": num_layers, "num_experts": model.experts}
+        other_bytes = model.replicated_bytes()
+
+        def of_group(loads: np.ndarray, part: Topology, cost: LayerCost) -> list[Simulated]:
+            return simulate(
+                loads,
+                part,
+                cost,
+                {name: POLICIES[name]},
+                slots_D=replica_slots(part, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize),
+                execution=options.execution,
+                max_imbalance=options.max_imbalance,
+                num_layers=num_layers,
+            )
+
+        (one,) = simulate_groups(loads, topology, cost, mesh, of_group)
+        experts_D = np.bincount(contiguous_owners(model.experts, mesh.shard_size), minlength=mesh.shard_size)
+        owned_D = np.tile(experts_D * cost.reduced_bytes * num_layers, mesh.num_sharding_groups)
+        messages = num_layers if cost.reduced_bytes else 0
+        summed = sum_over_groups(owned_D, messages, topology, mesh)
+        held_bytes = other_bytes + fullest_owner_bytes(topology.take(range(mesh.shard_size)), cost, **sizes)
+        return PolicyRun(with_sum(one, *summed), held_bytes, mesh.shard_size)
+
+    def _loads(self, options: Options) -> np.ndarray:
+        """Return the loads of all layers, or of a sample of them."""
+        if self.recorded is not None:
+            return self.recorded
+        make, size = WORKLOADS[self.workload], (self.topology.world_size, self.model.experts, self.tokens_per_rank, self.model.top_k)
+        return make(options.steps, min(self.model.layers, SAMPLED_LAYERS), *size, options.seed)
+
+
+@dataclass(frozen=True)
+class PolicyRun:
+    """One policy's simulated step in sharding groups of one size."""
+
+    simulated: Simulated
+    held_bytes: float
+    """the bytes on the fullest rank, without replicas and activations"""
+    shard_size: int
+
+    @property
+    def step_seconds(self) -> float:
+        return self.simulated.step_seconds
+
+    def fits(self, topology: Topology) -> bool:
+        return all(
+            self.held_bytes + replicas <= memory for replicas, memory in zip(self.simulated.replica_bytes_D, topology.memory, strict=True)
+        )
 
 
 def topology_named(name: str, price_per_hour: float | None = None) -> Topology:

@@ -83,7 +83,7 @@ class Forecast:
 
 
 def forecast(run: RunShape, loads: str | Trace) -> Forecast:
-    """Predict an optimizer step under every policy. `fssdp.plan: calibrated` is predicted as history.
+    """Predict an optimizer step under every policy.
 
     Args:
         loads: the name of synthetic loads, or recorded ones, of which the last steps are taken.

@@ -83,9 +83,15 @@ def _policies(rows: Sequence[Row]) -> Table:
         )
     table.caption = _TOO_LARGE * bool(_mark(rows)) + _PRICED * priced
     table.caption += (
-        f"speed-up: over {BASELINE}; max/mean: of the ranks' compute; memory: on the fullest rank, without activations; --wide: all figures"
+        f"speed-up: over {BASELINE}{_in_groups(rows[0])}; max/mean: of the ranks' compute; "
+        "memory: on the fullest rank, without activations; --wide: all figures"
     )
     return table
+
+
+def _in_groups(row: Row) -> str:
+    size = row["baseline_shard_size"]
+    return f" in groups of {size} ranks" if size is not None and size < row["ranks"] else ""
 
 
 def _clusters(rows: Sequence[Row]) -> Table:
@@ -170,11 +176,12 @@ def _detail(rows: Sequence[Row]) -> Table:
     for row in rows:
         seconds = row["seconds"]
         parts = ("attention", "compute", "dispatch", "exposed", "optimizer", "gather", "reduce")
+        rest = seconds["reshard"] + seconds["all_reduce"]
         table.add_row(
             row["policy"] + _mark([row]),
             f"{1e3 * row['step_seconds']:.1f}",
             _times(row[SPEEDUP]),
-            *(f"{1e3 * (seconds[part] + (seconds['reshard'] if part == 'optimizer' else 0)):.1f}" for part in parts),
+            *(f"{1e3 * (seconds[part] + (rest if part == 'optimizer' else 0)):.1f}" for part in parts),
             f"{row['imbalance']:.2f}",
             f"{row['bytes']['busiest_port'] / 1e6:.1f}",
             f"{row['bytes']['busiest_uplink'] / 1e6:.1f}",

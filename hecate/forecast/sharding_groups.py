@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.mesh import Mesh, hiding_flops
+from hecate.parallel.mesh import Mesh, hiding_flops, make_mesh
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import PlanInput
+from hecate.parallel.planners.static_ep import plan_static_ep
+from hecate.parallel.sharding import owned_bytes
 from hecate.parallel.simulator import Simulated, StepBytes
 from hecate.parallel.topology import Topology
 
@@ -31,6 +35,46 @@ def simulate_groups(loads: np.ndarray, topology: Topology, cost: LayerCost, mesh
         hiding = hiding_flops(cost.non_moe_flops, part, topology)
         by_group.append(simulate(loads[..., ranks], part, replace(cost, non_moe_flops=hiding)))
     return [_together(of_groups, groups, topology) for of_groups in zip(*by_group, strict=True)]
+
+
+def ep_group_sizes(topology: Topology, experts: int) -> list[int]:
+    """Return the sizes of groups in which people run expert parallelism: the largest in which every rank owns an expert, and the largest of
+    those that stays on one node."""
+    world, node = topology.world_size, topology.node_of_rank
+    sizes = [size for size in range(1, world + 1) if world % size == 0 and size <= experts]
+    in_node = [size for size in sizes if all(len({node[rank] for rank in ranks}) == 1 for ranks in Mesh(world, size).sharding_groups())]
+    return sorted({sizes[-1], in_node[-1]}, reverse=True)
+
+
+def grouped_ep_seconds(given: PlanInput, layer: int) -> float:
+    """Return the seconds of a layer under expert parallelism in groups of the fastest of `ep_group_sizes`, the sum of gradients included.
+
+    Owners are those of expert parallelism. A size counts only if the experts that a rank owns beside those of one group of all ranks are
+    no larger than the replicas for which it has slots.
+    """
+    topology, cost, loads_ED, experts = given.topology, given.cost, given.expected_LED[layer], given.num_experts
+    room, found = float(given.slots_D.min()) * cost.replica_bytes, []
+    for size in ep_group_sizes(topology, experts):
+        mesh = make_mesh(topology.world_size, size)
+        more = -(-experts // size) - -(-experts // topology.world_size)
+        if more * (cost.trainable_bytes + owned_bytes(cost)) > room:
+            continue
+        owner_LE = contiguous_owners(experts, size)[None]
+        groups = []
+        for ranks in mesh.sharding_groups():
+            part = topology.take(ranks)
+            hiding = replace(cost, non_moe_flops=hiding_flops(cost.non_moe_flops, part, topology))
+            of_group = PlanInput(owner_LE, loads_ED[None][..., ranks], part, hiding, np.zeros(size, np.int64), execution=given.execution)
+            groups.append(float(plan_static_ep(of_group).seconds(of_group).total[0]))
+        owned_D = np.tile(np.bincount(owner_LE[0], minlength=size) * cost.reduced_bytes, mesh.num_sharding_groups)
+        found.append(max(groups) + sum_over_groups(owned_D, 1, topology, mesh)[0])
+    return min(found, default=np.inf)
+
+
+def with_sum(one: Simulated, seconds: float, moved: StepBytes) -> Simulated:
+    """Return a step with the sum of the owners' gradients over the groups (`sum_over_groups`) added to it."""
+    together = StepBytes(**{field.name: getattr(one.bytes, field.name) + getattr(moved, field.name) for field in fields(moved)})
+    return replace(one, seconds=replace(one.seconds, all_reduce=seconds), bytes=together)
 
 
 def _together(of_groups: Sequence[Simulated], groups: list[list[int]], topology: Topology) -> Simulated:

@@ -32,6 +32,7 @@ def run_simulation(
     seed: int,
     execution: ExecutionMode,
     max_imbalance: float | None,
+    shard_size: int | None,
     wide: bool,
     json_path: Path | None,
     plot_path: Path | None,
@@ -55,6 +56,7 @@ def run_simulation(
         seed=seed,
         execution=execution,
         max_imbalance=max_imbalance,
+        shard_size=shard_size,
     )
     names = topology.split(",")
     stems = [Path(name).stem for name in names]

@@ -12,7 +12,7 @@ from hecate.forecast.cases import Case, Options, chosen, chosen_policies, known_
 from hecate.parallel.cost_model import HISTORY, ExecutionMode
 from hecate.parallel.workloads import WORKLOADS
 
-_TOP = ("policies", "steps", "seed", "exact", "rematerialize", "prefetch", "micro_steps", "route", "max_imbalance", "runs")
+_TOP = ("policies", "steps", "seed", "exact", "rematerialize", "prefetch", "micro_steps", "route", "max_imbalance", "shard_size", "runs")
 _RUN = ("topologies", "models", "workloads", "tokens_per_rank", "experts")
 
 
@@ -35,6 +35,7 @@ def load_sweep(path: Path) -> tuple[list[Case], Options]:
         seed=_count(raw, "seed", str(path), Options.seed, least=0),
         execution=_execution(raw, str(path)),
         max_imbalance=_max_imbalance(raw, str(path)),
+        shard_size=_count(raw, "shard_size", str(path), 1) if "shard_size" in raw else None,
     )
     cases: list[Case] = []
     for number, run in enumerate(raw["runs"]):

@@ -112,6 +112,21 @@ def test_a_frozen_part_travels_once() -> None:
     assert first.replica_bytes == later.replica_bytes == 108
 
 
+def shared_where_uneven(given: PlanInput) -> Plan:
+    load_LE = given.expected_LED.sum(-1)
+    return POLICIES["static_ep" if (load_LE == load_LE[:, :1]).all() else "full"](given)
+
+
+@pytest.mark.parametrize(("second", "seconds", "near"), [(ALL_TO_FIRST, 30 + 15 + 4 + 4, 16), ([[5, 5], [5, 5]], 30 + 20 + 15 + 4, 40)])
+def test_a_calibrated_plan_brings_what_it_needs_after_the_router(second: list[list[int]], seconds: float, near: float) -> None:
+    """The history is even, so experts stay at home, which would take 60 + 40 + 15 + 4 s. After the router each rank gets the expert that
+    it lacks: 4 s that nothing hides; the gradients are hidden. An even step keeps its plan: 5 of each rank's 10 rows travel."""
+    row = run([[[5, 5], [5, 5]], second], shared_where_uneven, mode="calibrated")
+    assert row.step_seconds == seconds
+    assert row.bytes.near == near
+    assert row.imbalance == 1
+
+
 def halves(given: PlanInput) -> Plan:
     """Everything everywhere, each expert's assignments dealt evenly."""
     where = np.ones((given.num_layers, given.num_experts, given.world_size), dtype=bool)

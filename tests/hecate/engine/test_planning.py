@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.engine.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
 from hecate.engine.step import by_rank, exchange_counts
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
+from hecate.parallel.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology

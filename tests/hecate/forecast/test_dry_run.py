@@ -17,6 +17,7 @@ from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.plan import _policy_tables, run_plan
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.cost_loops import distinct
+from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Link, Topology
 from hecate.parallel.traces import Trace
 from hecate.parallel.units import Unit
@@ -186,7 +187,7 @@ def test_sharding_groups_by_hand(folder: Path) -> None:
 def test_the_configured_policy_comes_first_and_memory_is_compared(folder: Path) -> None:
     found = dry_run(folder, "fssdp.policy=hecate_paper")
     assert found.policies[0].policy == "hecate_paper"
-    assert len({one.policy for one in found.policies}) == len(found.policies) == 11
+    assert len({one.policy for one in found.policies}) == len(found.policies) == len(POLICIES)
     assert fits(found.policies[0], found.run)
     small = replace(found.run, topology=replace(found.run.topology, memory=(1e9, found.policies[0].memory_PD[:, 1].max() - 1)))
     assert not fits(found.policies[0], small)

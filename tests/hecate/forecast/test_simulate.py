@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ ROW_KEYS = {
         "imbalance",
     ),
     *("replica_bytes", "memory_bytes", "fits_memory", "planner_ms_per_layer", "tokens_per_second", COST, SPEEDUP),
+    *("shard_size", "baseline_shard_size"),
 }
 
 
@@ -61,12 +63,36 @@ def test_rows_are_json_of_a_fixed_form(model: str) -> None:
     assert [row["policy"] for row in rows] == ["static_ep", "full"]
     for row in json.loads(json.dumps(rows)):
         assert set(row) == ROW_KEYS
-        parts = ("attention", "compute", "dispatch", "exposed", "optimizer", "reshard")
+        parts = ("attention", "compute", "dispatch", "exposed", "optimizer", "reshard", "all_reduce")
         assert row["step_seconds"] == pytest.approx(sum(row["seconds"][part] for part in parts))
         assert set(row["bytes"]) == {"near", "far", "busiest_port", "busiest_uplink"}
     assert rows[0][SPEEDUP] == 1
     assert rows[1][SPEEDUP] == pytest.approx(rows[0]["step_seconds"] / rows[1]["step_seconds"])
     assert rows[1]["memory_bytes"] - rows[0]["memory_bytes"] == rows[1]["replica_bytes"] > 0
+
+
+def test_speedups_are_over_expert_parallelism_in_groups(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four experts on eight ranks: two groups of four, whose owners sum their gradients, each layer with a message."""
+    (case,) = synthetic_cases("h100-node", model, ["one_hot_expert"], 4096)
+    options = Options(policies=("static_ep", "auto"), steps=2)
+    alone, *_ = case.run(options)
+    grouped, auto = case.run(replace(options, shard_size=4))
+    reduced = case.model.layers * case.model.layer_cost(4096).reduced_bytes
+    link = case.topology.intra_node
+    assert grouped["seconds"]["all_reduce"] == pytest.approx(reduced / link.bandwidth + case.model.layers * link.latency)
+    assert alone["seconds"]["all_reduce"] == 0
+    assert grouped["seconds"]["compute"] < alone["seconds"]["compute"]
+    assert (grouped["baseline_shard_size"], alone["baseline_shard_size"], alone["shard_size"], grouped["shard_size"]) == (4, 4, 8, 4)
+    for row in (alone, grouped, auto):
+        assert row[SPEEDUP] == pytest.approx(grouped["step_seconds"] / row["step_seconds"])
+    print_rows([grouped, auto])
+    assert "in groups of 4 ranks" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_group_size_that_does_not_divide_the_ranks_is_refused(model: str) -> None:
+    (case,) = synthetic_cases("h100-node", model, ["zipf"], 64)
+    with pytest.raises(UserError, match="must divide the number of ranks, which is 8, got 3"):
+        case.run(replace(TWO, shard_size=3))
 
 
 def test_what_a_million_tokens_cost_by_hand(model: str, tmp_path: Path) -> None:
@@ -239,7 +265,11 @@ def rows(**changes: Any) -> list[dict[str, Any]]:
         "experts": 4,
         "workload": "zipf",
         "tokens_per_rank": 64,
-        "seconds": dict.fromkeys(("attention", "compute", "dispatch", "gather", "reduce", "exposed", "optimizer", "reshard"), 0.5),
+        "seconds": dict.fromkeys(
+            ("attention", "compute", "dispatch", "gather", "reduce", "exposed", "optimizer", "reshard", "all_reduce"), 0.5
+        ),
+        "shard_size": 2,
+        "baseline_shard_size": 2,
         "bytes": {"near": 1.0, "far": 0.0, "busiest_port": 3e6, "busiest_uplink": 0.0},
         "imbalance": 1.25,
         "replica_bytes": 0.0,

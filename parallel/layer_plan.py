@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hecate.parallel.cost_loops import exposed_seconds
-from hecate.parallel.cost_model import cost_numbers, price
+from hecate.parallel.cost_model import LayerCost, Priced, cost_numbers, price
 from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.flows import Flows, nothing_travels, token_split
 from hecate.parallel.placement import Placement
@@ -81,18 +81,34 @@ def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan) ->
     Args:
         given: one layer under its true loads.
     """
-    missing_ED = better.placement.where_ED & ~present.placement.where_ED
-    nothing_ED = np.zeros(missing_ED.shape)
-    brought = price(
+    brought = price_missing(
         given.owner_LE[0],
-        missing_ED | given.owned_LED[0],
-        Flows(*(nothing_ED,) * 5),
-        nothing_ED,
+        present.placement.where_ED,
+        better.placement.where_ED,
         given.topology,
-        replace(given.cost, frozen_lifetime=1.0),  # a frozen part that comes now is paid now
-        resident_ED=None if given.resident_LED is None else given.resident_LED[0],
-    ).seconds.gather
-    return _after_router(given, present) - _after_router(given, better) - float(brought)
+        given.cost,
+        None if given.resident_LED is None else given.resident_LED[0],
+    )
+    return _after_router(given, present) - _after_router(given, better) - float(brought.seconds.gather)
+
+
+def price_missing(
+    owner_E: np.ndarray, present_ED: np.ndarray, better_ED: np.ndarray, topology: Topology, cost: LayerCost, resident_ED: np.ndarray | None
+) -> Priced:
+    """The price of the gather of what a better plan needs besides.
+
+    Args:
+        owner_E: int64 [..., experts].
+        present_ED: bool [..., experts, ranks]: replicas that have been gathered.
+        better_ED: bool [..., experts, ranks]: replicas of the better plan.
+        resident_ED: bool [..., experts, ranks]: frozen parts that are there; None: only the owners'.
+    """
+    owned_ED = owner_E[..., None] == np.arange(topology.world_size)
+    nothing_ED = np.zeros(better_ED.shape)
+    where_ED = (better_ED & ~present_ED) | owned_ED
+    # A frozen part that comes now is paid now.
+    cost = replace(cost, frozen_lifetime=1.0)
+    return price(owner_E, where_ED, Flows(*(nothing_ED,) * 5), nothing_ED, topology, cost, resident_ED=resident_ED)
 
 
 def _after_router(given: PlanInput, plan: LayerPlan) -> float:
