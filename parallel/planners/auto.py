@@ -57,8 +57,8 @@ _BEST, _FILLED, _DEALT, _ALONE = range(4)
 _STARTS = 4
 _PROMISING = 1.3
 """times the seconds of the best plan: a start that takes longer is not worth the search"""
-_DEAL_SECONDS = 1e-9
-"""about what `deal` takes for each slot and each expert or rank"""
+_GIVE_SECONDS = 2e-9
+"""about what `deal` takes for each slot, and `fill_up` for each rank, times experts and ranks"""
 _BEGIN_SECONDS, _ROUND_SECONDS = 4e-7, 1e-6
 """about what pricing another plan, and a round of changes to it, take for each expert or rank"""
 
@@ -239,7 +239,7 @@ def _search(
         begins_X[start] = np.inf
         if start == _ALONE:
             begins_X[start] = seconds
-        elif _BEGIN_SECONDS * size + (slots * size * _DEAL_SECONDS if start == _DEALT else 0.0) <= left:
+        elif (_BEGIN_SECONDS + _GIVE_SECONDS * (slots if start == _DEALT else ranks)) * size <= left:
             _start(start, owner, room, wish, loads, topology, trial)
             begins_X[start] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
             if begins_X[start] < seconds:
@@ -264,7 +264,9 @@ def _search(
 
 
 @jit.loop
-def _start(start: int, owner: np.ndarray, room: np.ndarray, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, plan: Replicas) -> None:
+def _start(
+    start: int, owner: np.ndarray, room: np.ndarray, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, plan: Replicas
+) -> None:
     """Fill `plan` with one of the plans from which the search begins."""
     only_owners(plan, owner)
     if start == _FILLED:

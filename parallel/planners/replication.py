@@ -207,9 +207,8 @@ def deal(owner: np.ndarray, room: np.ndarray, wish: Wishes, loads: LayerLoads, t
             n, m = topology.node_D[d], topology.node_D[best]
             if best < 0 or held_XN[x, n] < held_XN[x, m]:
                 best = d
-            elif held_XN[x, n] == held_XN[x, m]:
-                if free_N[n] > free_N[m] or (free_N[n] == free_N[m] and free_D[d] > free_D[best]):
-                    best = d
+            elif held_XN[x, n] == held_XN[x, m] and (free_N[n] > free_N[m] or (free_N[n] == free_N[m] and free_D[d] > free_D[best])):
+                best = d
         if best < 0:
             share_X[x] = -1.0
             continue
