@@ -162,15 +162,14 @@ class StepPlans:
         common = for_owners and self.mesh.num_sharding_groups > 1
         for units in self._alike():
             family = self._families[units[0]]
-            predicted = [self.history.predict(unit) for unit in units]
-            known = [self._loads_of_groups(loads_EW, common=common) for loads_EW in predicted if loads_EW is not None]
+            predicted_LEW = self.history.predict(units, lasting=units[0] in self.residency)
             knows_resident = units[0] in self.residency and not common
             knows_present = not common and all(unit in self._last_planned for unit in units)
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
             given = PlanInput(
                 np.stack([self.owners[unit] for unit in units]),
-                np.stack(known) if known else None,
+                None if predicted_LEW is None else self._loads_of_groups(predicted_LEW, common=common),
                 topology,
                 family.cost(self.config.top_k, hiding),
                 self.slots(family),
@@ -312,10 +311,10 @@ class StepPlans:
         return self._plans[unit].served(self._loads_of_groups(loads_EW), self.topology) if served_D is None else served_D
 
     def _loads_of_groups(self, loads_EW: np.ndarray, *, common: bool = False) -> np.ndarray:
-        """[experts, ranks]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
+        """[..., experts, ranks]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
         if common:
-            return loads_EW.reshape(-1, self.mesh.num_sharding_groups, self.mesh.shard_size).mean(1)
-        return loads_EW[:, self.members]
+            return np.asarray(loads_EW.reshape(*loads_EW.shape[:-1], self.mesh.num_sharding_groups, self.mesh.shard_size).mean(-2))
+        return loads_EW[..., self.members]
 
 
 def _moved_owners(planner: Planner, units: Sequence[Unit], before_LE: np.ndarray, after_LE: np.ndarray) -> str:

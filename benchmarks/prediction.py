@@ -1,0 +1,80 @@
+"""Compare predictors of loads by the seconds of the steps that are planned from them, for 13 workloads, 4 clusters and 3 kinds of experts.
+
+The simulator plans each step by policy auto from the loads that a predictor expects, and prices it on the true ones. Rows hold seconds over
+those with hindsight: planned from the true loads, but executed as a plan that was there before. `chosen` is what training and the simulator
+go by: each layer's best predictor so far, and for frozen parts, which stay, the mean of two windows. Hindsight is no bound for these: a
+plan that follows every step's loads moves frozen parts in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import arguments, finish
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.predictors import DECAYS, predicted_loads, weights
+from hecate.parallel.simulator import HISTORY_STEPS, Predictor, simulate
+from hecate.parallel.workloads import WORKLOADS
+from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, topologies
+
+STEPS, LAYERS = 24, 2
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--seed", type=int, default=0, help="of the workloads (default: 0)")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for place, topology in topologies().items():
+        for kind in kinds():
+            slots_D = plan_input(topology, kind.cost, np.ones((EXPERTS, topology.world_size))).slots_D
+            for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
+                loads = make(8 if options.quick else STEPS, LAYERS, topology.world_size, EXPERTS, TOKENS, TOP_K, options.seed)
+                seconds = {
+                    name: simulate(loads, topology, kind.cost, {"auto": POLICIES["auto"]}, slots_D=slots_D, predict=predict)[0].step_seconds
+                    for name, predict in predictors(kind, loads).items()
+                }
+                hindsight = seconds.pop("hindsight")
+                row = {"topology": place, "experts": kind.name, "workload": workload, "hindsight_ms": 1e3 * hindsight}
+                rows.append(row | {name: each / hindsight for name, each in seconds.items()})
+                print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
+    names = [*DECAYS, "chosen"]
+    summary = {}
+    for name in names:
+        summary[f"{name}_over_hindsight_geomean"] = geomean(row[name] for row in rows)
+        summary[f"{name}_over_hindsight_worst"] = max(row[name] for row in rows)
+        for kind in kinds():
+            of_kind = (row[name] for row in rows if row["experts"] == kind.name)
+            summary[f"{name}_over_hindsight_geomean, {kind.name}"] = geomean(of_kind)
+    finish("prediction", rows, summary, options.json)
+
+
+def predictors(kind: Kind, loads: np.ndarray) -> dict[str, Predictor]:
+    """Return what the simulator predicts loads by, by name.
+
+    Args:
+        loads: int64 [steps, layers, experts, source ranks], of which hindsight knows all.
+    """
+    return {
+        "hindsight": lambda past: loads[len(past)].astype(np.float64),
+        **{name: partial(by_one, index=index) for index, name in enumerate(DECAYS)},
+        "chosen": partial(predicted_loads, window=HISTORY_STEPS, lasting=kind.cost.frozen_bytes > 0),
+    }
+
+
+def by_one(past: np.ndarray, index: int) -> np.ndarray:
+    """Return what one predictor says, in every layer."""
+    last = past[-HISTORY_STEPS:]
+    return np.tensordot(weights(len(last))[index], last, axes=1)
+
+
+def geomean(values: Iterable[float]) -> float:
+    return float(np.exp(np.log(list(values)).mean()))
+
+
+if __name__ == "__main__":
+    main()
