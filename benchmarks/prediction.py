@@ -3,25 +3,30 @@
 The simulator plans each step by policy auto from the loads that a predictor expects, and prices it on the true ones. Rows hold seconds over
 those with hindsight: planned from the true loads, but executed as a plan that was there before. `chosen` is what training and the simulator
 go by: each layer's best predictor so far, and for frozen parts, which stay, the mean of two windows. Hindsight is no bound for these: a
-plan that follows every step's loads moves frozen parts in every step.
+plan that follows every step's loads moves frozen parts in every step. `judged` is `chosen`, but of several plans of auto, which differ in
+the slots that they use, the one that would have been fastest over the last five steps (`hecate.parallel.planners.robust`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks.report import arguments, finish
-from hecate.parallel.planners import POLICIES
+from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.robust import cheapest_over
 from hecate.parallel.predictors import DECAYS, predicted_loads, weights
 from hecate.parallel.simulator import HISTORY_STEPS, Predictor, simulate
 from hecate.parallel.workloads import WORKLOADS
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, topologies
 
 STEPS, LAYERS = 24, 2
+FEWER_SLOTS = (0, 2, 8)
 
 
 def main() -> None:
@@ -38,11 +43,15 @@ def main() -> None:
                     name: simulate(loads, topology, kind.cost, {"auto": POLICIES["auto"]}, slots_D=slots_D, predict=predict)[0].step_seconds
                     for name, predict in predictors(kind, loads).items()
                 }
+                judged = Judged(predictors(kind, loads)["chosen"])
+                seconds["judged"] = simulate(loads, topology, kind.cost, {"auto": judged.plan}, slots_D=slots_D, predict=judged.predict)[
+                    0
+                ].step_seconds
                 hindsight = seconds.pop("hindsight")
                 row = {"topology": place, "experts": kind.name, "workload": workload, "hindsight_ms": 1e3 * hindsight}
                 rows.append(row | {name: each / hindsight for name, each in seconds.items()})
                 print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
-    names = [*DECAYS, "chosen"]
+    names = [*DECAYS, "chosen", "judged"]
     summary = {}
     for name in names:
         summary[f"{name}_over_hindsight_geomean"] = geomean(row[name] for row in rows)
@@ -70,6 +79,22 @@ def by_one(past: np.ndarray, index: int) -> np.ndarray:
     """Return what one predictor says, in every layer."""
     last = past[-HISTORY_STEPS:]
     return np.tensordot(weights(len(last))[index], last, axes=1)
+
+
+class Judged:
+    """A planner that remembers the last steps' loads, and judges plans by them."""
+
+    def __init__(self, predict: Predictor) -> None:
+        self._predict = predict
+        self._past = np.empty(0)
+
+    def predict(self, past: np.ndarray) -> np.ndarray:
+        self._past = past[-HISTORY_STEPS:]
+        return self._predict(past)
+
+    def plan(self, given: PlanInput) -> Plan:
+        plans = [plan_auto(replace(given, slots_D=np.minimum(given.slots_D, slots))) for slots in (EXPERTS, *FEWER_SLOTS)]
+        return cheapest_over(plans, given, self._past) if len(self._past) else plans[0]
 
 
 def geomean(values: Iterable[float]) -> float:

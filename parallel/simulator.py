@@ -1,9 +1,9 @@
 """Simulates training steps under placement policies, without a GPU: their seconds, bytes and memory by the cost model.
 
 A policy plans each step, and the step's true loads are then served by that plan. In `history` mode a policy plans from what the last steps'
-loads predict, as in training (`hecate.parallel.predictors`). In `exact` mode it plans from the true loads, which are known after the routers; attention has ended by then
-and hides no gather. This holds for `full`, too, which needs no loads: in exact mode the engine plans and gathers a layer after its router.
-A plan that training would calibrate after the routers counts as a plan from history.
+loads predict, as in training (`hecate.parallel.predictors`). In `exact` mode it plans from the true loads, which are known after the
+routers; attention has ended by then and hides no gather. This holds for `full`, too, which needs no loads: in exact mode the engine plans
+and gathers a layer after its router. A plan that training would calibrate after the routers counts as a plan from history.
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 """

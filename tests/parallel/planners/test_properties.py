@@ -102,6 +102,7 @@ def test_ranks_may_report_in_any_order(policy: str, given_: PlanInput, seed: int
                 loads_ED[:, rank] = counts_LED[layer, :, rank]
             history.record(loads)
         predicted = history.predict([Unit(layer) for layer in range(given_.num_layers)])
+        assert predicted is not None
         return plan_bytes(policy, dataclasses.replace(given_, loads_LED=predicted))
 
     assert planned(None) == planned(random)
