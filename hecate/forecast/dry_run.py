@@ -83,7 +83,7 @@ class Forecast:
 
 
 def forecast(run: RunShape, loads: str | Trace) -> Forecast:
-    """Predict an optimizer step under every policy. `fssdp.plan: calibrated` is predicted as history.
+    """Predict an optimizer step under every policy. `fssdp.plan: calibrated` and `auto` are predicted as history.
 
     Args:
         loads: the name of synthetic loads, or recorded ones, of which the last steps are taken.
@@ -118,7 +118,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
             {name: POLICIES[name] for name in names},
             slots_D=np.full(topology.world_size, slots),
             execution=ExecutionMode(
-                plan=config.fssdp.plan,
+                plan="history" if config.fssdp.plan == "auto" else config.fssdp.plan,
                 rematerialize=config.fssdp.rematerialize,
                 prefetch=config.fssdp.prefetch,
                 micro_steps=config.gradient_accumulation_steps,
