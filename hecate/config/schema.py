@@ -410,7 +410,8 @@ class FssdpConfig:
     """The most past steps from which the next step's loads are predicted: by their mean, an exponential mean or the last of them, whichever
     was least wrong about the steps before; for frozen parts, which stay where they are put, by the mean of twice as many steps."""
     memory_slots: int | None = field(default=None, metadata=key(WHOLE, computes=False))
-    """The most replicas that a device may hold per layer, beside the experts that it owns. null: the number of experts."""
+    """The most replicas that a device may hold per layer, beside the experts that it owns. null: on GPUs as many as memory has room for,
+    by what `hecate plan` knows; on CPUs the number of experts."""
     shard_size: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The size of a sharding group: this many neighbouring ranks share one copy of all experts. Experts and tokens move inside a group
     only, and gradients are summed over the groups. Must divide the number of ranks. null: all ranks are one group."""

@@ -30,6 +30,9 @@ class PlannerError(Exception):
     """A planner returned a plan that cannot be carried out: a mistake in the planner, not of whoever trains with it."""
 
 
+SlotsByMemory = Callable[[Topology], np.ndarray | None]
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """What the engine plans with."""
@@ -39,7 +42,10 @@ class EngineConfig:
     """of all ranks of the job"""
     load_window: int = 5
     memory_slots: int | None = None
-    """free replica slots per device and layer; None: as many as there are experts"""
+    """free replica slots per device and layer; None: as many as `slots_by_memory` says, or as there are experts"""
+    slots_by_memory: SlotsByMemory | None = None
+    """a function of the topology that returns the slots for which each rank's device has room, int64 [ranks of the job], the same on every
+    rank; None, or what returns None: memory is ample or not known"""
     max_imbalance: float | None = None
     """see `PlanInput.max_imbalance`"""
     top_k: int = 1
@@ -131,10 +137,15 @@ class StepPlans:
         self._config = config
         self.topology = config.topology.take(self.members) if self.mesh.num_sharding_groups > 1 else config.topology
         """of the group's ranks"""
+        slots_W = None if config.slots_by_memory is None else config.slots_by_memory(config.topology)
+        self._room_D = None if slots_W is None else slots_W.reshape(self.mesh.num_sharding_groups, self.mesh.shard_size).min(0)
+        """int64 [ranks]: slots for which there is room on every group's device"""
 
     def slots(self, family: ExpertFamily) -> np.ndarray:
-        """int64 [ranks]: free replica slots of each device in a layer."""
-        return np.full(self.mesh.shard_size, family.num_experts if self.config.memory_slots is None else self.config.memory_slots)
+        """int64 [ranks]: free replica slots of each device in a layer, the same in all sharding groups."""
+        if self.config.memory_slots is not None:
+            return np.full(self.mesh.shard_size, self.config.memory_slots)
+        return np.full(self.mesh.shard_size, family.num_experts) if self._room_D is None else np.minimum(self._room_D, family.num_experts)
 
     def mode(self, unit: Unit) -> PlanMode:
         """From which loads a layer is planned in the step that began last; a pool goes by history."""
