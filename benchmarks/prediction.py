@@ -5,6 +5,9 @@ those with hindsight: planned from the true loads, but executed as a plan that w
 go by: each layer's best predictor so far, and for frozen parts, which stay, the mean of two windows. Hindsight is no bound for these: a
 plan that follows every step's loads moves frozen parts in every step. `judged` is `chosen`, but of several plans of auto, which differ in
 the slots that they use, the one that would have been fastest over the last five steps (`hecate.parallel.planners.robust`).
+
+`plan=history`, `plan=calibrated` and `plan=exact` are the seconds of the experts of all steps but the first one in each mode, over those of
+the fastest of the three, and `plan=auto` those of what it chooses from the steps before (`hecate.engine.measured_modes`).
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import arguments, finish
+from hecate.engine.measured_modes import MODES, MeasuredModes, judge_step
+from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.robust import cheapest_over
-from hecate.parallel.predictors import DECAYS, predicted_loads, weights
+from hecate.parallel.predictors import DECAYS, KEPT_WINDOWS, predicted_loads, weights
 from hecate.parallel.simulator import HISTORY_STEPS, Predictor, simulate
+from hecate.parallel.topology import Topology
 from hecate.parallel.workloads import WORKLOADS
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, topologies
 
@@ -49,7 +55,7 @@ def main() -> None:
                 ].step_seconds
                 hindsight = seconds.pop("hindsight")
                 row = {"topology": place, "experts": kind.name, "workload": workload, "hindsight_ms": 1e3 * hindsight}
-                rows.append(row | {name: each / hindsight for name, each in seconds.items()})
+                rows.append(row | {name: each / hindsight for name, each in seconds.items()} | by_mode(topology, kind, loads, slots_D))
                 print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
     names = [*DECAYS, "chosen", "judged"]
     summary = {}
@@ -59,6 +65,9 @@ def main() -> None:
         for kind in kinds():
             of_kind = (row[name] for row in rows if row["experts"] == kind.name)
             summary[f"{name}_over_hindsight_geomean, {kind.name}"] = geomean(of_kind)
+    for name in (f"plan={mode}" for mode in (*MODES, "auto")):
+        summary[f"{name}_over_fastest_geomean"] = geomean(row[name] for row in rows)
+        summary[f"{name}_over_fastest_worst"] = max(row[name] for row in rows)
     finish("prediction", rows, summary, options.json)
 
 
@@ -79,6 +88,22 @@ def by_one(past: np.ndarray, index: int) -> np.ndarray:
     """Return what one predictor says, in every layer."""
     last = past[-HISTORY_STEPS:]
     return np.tensordot(weights(len(last))[index], last, axes=1)
+
+
+def by_mode(topology: Topology, kind: Kind, loads: np.ndarray, slots_D: np.ndarray) -> dict[str, float]:
+    """Return the seconds of all steps but the first in each mode, over those of the fastest, by name."""
+    owner_LE = np.tile(contiguous_owners(EXPERTS, topology.world_size), (LAYERS, 1))
+    given, measured = PlanInput(owner_LE, None, topology, kind.cost, slots_D), MeasuredModes(HISTORY_STEPS)
+    seconds, before, ids = np.zeros(len(MODES) + 1), None, [object() for _ in loads]
+    for step in range(1, len(loads)):
+        kept = range(max(0, step - KEPT_WINDOWS * HISTORY_STEPS), step)
+        modes = measured.choose(plan_auto, given, ids[kept.start : step], loads[kept.start : step])
+        predicted_LED = predicted_loads(loads[:step], HISTORY_STEPS, lasting=kind.cost.frozen_bytes > 0)
+        before = judge_step(plan_auto, replace(given, loads_LED=predicted_LED), loads[step].astype(np.float64), before)
+        chosen = [before.seconds_ML[MODES.index(mode), layer] for layer, mode in enumerate(modes)]
+        seconds += [*before.seconds_ML.sum(1), sum(chosen)]
+    names = [f"plan={mode}" for mode in (*MODES, "auto")]
+    return dict(zip(names, (seconds / seconds[:-1].min()).tolist(), strict=True))
 
 
 class Judged:

@@ -23,6 +23,7 @@ def recipe(name: str, model: str, *overrides: str, slots: int | None = None) -> 
 MIXTRAL = ("mixtral_8x7b", "mixtral-8x7b")
 
 
+@pytest.mark.slow
 def test_where_everything_fits_everywhere_it_may_be_there() -> None:
     """Qwen3-30B-A3B takes some 65 of 80 GB, with less than half of the rest for activations."""
     run = run_shape(recipe("qwen3_30b_a3b", "qwen3-30b-a3b"), "h100-node", None)
