@@ -69,7 +69,7 @@ def _bytes(run: RunShape, slots_D: np.ndarray, tokens: float) -> np.ndarray:
     at_once = [group.number if run.config.fssdp.rematerialize else 1 for group in run.groups]
     others_GD = [frozen_D / number for frozen_D, number in zip(frozen_GD, at_once, strict=True)]
     served_D = np.full(run.topology.world_size, tokens * run.tokens)
-    return np.asarray(sum(part.bytes_PD for part in memory_parts(run, others_GD, served_D, frozen_GD)).max(0))
+    return np.asarray(np.sum([part.bytes_PD for part in memory_parts(run, others_GD, served_D, frozen_GD)], axis=0).max(0))
 
 
 def _foreign(group: ExpertLayers, run: RunShape) -> np.ndarray:
