@@ -27,6 +27,8 @@ from hecate.parallel.topology import Topology
 
 PlanMode = Literal["history", "calibrated", "exact"]
 """from which loads layers are planned: those of past steps; the same, but re-planned after the router if that pays; the micro-step's own"""
+PlanChoice = PlanMode | Literal["auto"]
+"""the mode of all layers, or auto: in each step each layer goes by the one that has been fastest (`hecate.engine.measured_modes`)"""
 Route = Literal["flat", "two_level", "sliced"]
 """how the replicas of a placement travel (see `hecate.parallel.routes`), simplest first"""
 RouteChoice = Literal["fastest", "flat", "two_level", "sliced"]

@@ -10,31 +10,46 @@ Shapes: E experts, D ranks as sources.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
+from hecate.parallel.predictors import KEPT_WINDOWS, predicted_loads
 from hecate.parallel.units import Unit, parse_unit
 
 
 class LoadHistory:
-    """The last `window` iterations' loads of every layer; predicts the next by their mean (Hecate §3.2, w = 5).
+    """The last iterations' loads of every layer, from which the next one's are predicted (`hecate.parallel.predictors`).
 
     A unit's loads of an iteration are int64 [experts, source ranks].
+
+    Args:
+        window: the most iterations from which the next is predicted. `KEPT_WINDOWS` times as many are kept.
     """
 
     def __init__(self, window: int) -> None:
         assert window >= 1, window
-        self._steps: deque[dict[Unit, np.ndarray]] = deque(maxlen=window)
+        self.window = window
+        self._steps: deque[dict[Unit, np.ndarray]] = deque(maxlen=KEPT_WINDOWS * window)
 
     def record(self, loads: dict[Unit, np.ndarray]) -> None:
         """Append one iteration: unit -> int64 [experts, source ranks]."""
         self._steps.append(loads)
 
-    def predict(self, unit: Unit) -> np.ndarray | None:
-        """float64 [experts, source ranks], or None before the first iteration."""
-        if not self._steps:
-            return None
-        return np.mean([step[unit] for step in self._steps], axis=0)
+    def recent(self, units: Sequence[Unit]) -> np.ndarray | None:
+        """int64 [iterations, units, experts, source ranks], oldest first, of units with the same number of experts; None before the first
+        iteration."""
+        return np.stack([[step[unit] for unit in units] for step in self._steps]) if self._steps else None
+
+    def predict(self, units: Sequence[Unit], *, lasting: bool = False) -> np.ndarray | None:
+        """float64 [units, experts, source ranks], or None before the first iteration.
+
+        Args:
+            units: with the same number of experts.
+            lasting: see `predicted_loads`.
+        """
+        recent_SLED = self.recent(units)
+        return None if recent_SLED is None else predicted_loads(recent_SLED, self.window, lasting=lasting)
 
     def snapshot(self) -> list[dict[Unit, np.ndarray]]:
         """The iterations held now, for `restore`; loads are never changed in place."""

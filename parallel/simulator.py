@@ -1,9 +1,10 @@
 """Simulates training steps under placement policies, without a GPU: their seconds, bytes and memory by the cost model.
 
-A policy plans each step, and the step's true loads are then served by that plan. In `history` mode a policy plans from the mean of the last
-steps' loads, as in training. In `exact` mode it plans from the true loads, which are known after the routers; attention has ended by then
-and hides no gather. This holds for `full`, too, which needs no loads: in exact mode the engine plans and gathers a layer after its router.
-In `calibrated` mode a plan from history is replaced, layer by layer, by one from the true loads where that pays after the router.
+A policy plans each step, and the step's true loads are then served by that plan. In `history` mode a policy plans from what the last steps'
+loads predict, as in training (`hecate.parallel.predictors`). In `exact` mode it plans from the true loads, which are known after the
+routers; attention has ended by then and hides no gather. This holds for `full`, too, which needs no loads: in exact mode the engine plans
+and gathers a layer after its router. In `calibrated` mode a plan from history is replaced, layer by layer, by one from the true loads where
+that pays after the router.
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 """
@@ -11,8 +12,9 @@ Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,14 @@ from hecate.parallel.layer_plan import calibration_gain, layer_plan, one_layer, 
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.plan import check_loads
+from hecate.parallel.predictors import predicted_loads
 from hecate.parallel.sharding import better_owners, owned_bytes, reshard_seconds
 from hecate.parallel.topology import Topology
 
 HISTORY_STEPS = 5
-"""whose loads are averaged to predict the next (Hecate §3.2)"""
+"""from which the next one's loads are predicted, as by `fssdp.load_window` (Hecate §3.2)"""
+Predictor = Callable[[np.ndarray], np.ndarray]
+"""a function of the loads of all steps so far, int64 [steps, layers, experts, source ranks], that returns the next step's, float64"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +121,7 @@ def simulate(
     slots_D: np.ndarray,
     execution: ExecutionMode = HISTORY,
     history_steps: int = HISTORY_STEPS,
+    predict: Predictor | None = None,
     max_imbalance: float | None = None,
     reshard_interval: int | None = None,
     num_layers: int | None = None,
@@ -129,7 +135,8 @@ def simulate(
         policies: name -> planner, such as `hecate.parallel.planners.POLICIES`.
         slots_D: int64 [ranks]: see `PlanInput.slots_D`.
         execution: how plans are executed; see `ExecutionMode`.
-        history_steps: whose loads are averaged to predict the next.
+        history_steps: the most steps from which the next one's loads are predicted.
+        predict: predicts in place of `predicted_loads`.
         max_imbalance: see `PlanInput.max_imbalance`.
         reshard_interval: every so many steps `hecate_paper` and `auto` move experts to better owners where that pays; None: never.
         num_layers: of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample.
@@ -140,7 +147,9 @@ def simulate(
     assert loads.ndim == 4, loads.shape
     assert loads.shape[3] == topology.world_size, (loads.shape, topology.world_size)
     check_loads(loads, loads.shape)
-    setting = _Setting(topology, cost, slots_D, execution, history_steps, max_imbalance, reshard_interval, num_layers or loads.shape[1])
+    if predict is None:
+        predict = partial(predicted_loads, window=history_steps, lasting=cost.frozen_bytes > 0)
+    setting = _Setting(topology, cost, slots_D, execution, predict, max_imbalance, reshard_interval, num_layers or loads.shape[1])
     return [_simulate_policy(name, planner, loads, setting) for name, planner in policies.items()]
 
 
@@ -152,7 +161,7 @@ class _Setting:
     cost: LayerCost
     slots_D: np.ndarray
     execution: ExecutionMode
-    history_steps: int
+    predict: Predictor
     max_imbalance: float | None
     reshard_interval: int | None
     num_layers: int
@@ -160,7 +169,7 @@ class _Setting:
 
 _RESHARDING = ("hecate_paper", "auto")
 _REPLANS = {"smartmoe": (10, 2)}
-"""policy -> it plans every so many steps only, from the loads of the last so many"""
+"""policy -> it plans every so many steps only, from the mean loads of the last so many"""
 
 
 def replica_slots(
@@ -192,7 +201,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
     num_steps, num_layers, num_experts, world_size = loads.shape
     exact = setting.execution.plan == "exact"
     first_known = 0 if exact else 1
-    interval, window = (1, 1) if exact else _REPLANS.get(name, (1, setting.history_steps))
+    interval, averaged = (1, None) if exact else _REPLANS.get(name, (1, None))
     reshard_interval = setting.reshard_interval if name in _RESHARDING else None
     owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
     placed_LED: np.ndarray | None = None
@@ -203,10 +212,15 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
     for step in range(num_steps):
         owner_before_LE = owner_LE
         if given is None or plan is None or (step - first_known) % interval == 0:
-            known = loads[step : step + 1] if exact else loads[max(step - window, 0) : step]
+            if exact:
+                known_LED = loads[step].astype(np.float64)
+            elif step == 0:
+                known_LED = None
+            else:
+                known_LED = setting.predict(loads[:step]) if averaged is None else loads[max(step - averaged, 0) : step].mean(0)
             given = PlanInput(
                 owner_LE,
-                known.mean(0) if len(known) else None,
+                known_LED,
                 setting.topology,
                 setting.cost,
                 setting.slots_D,

@@ -14,9 +14,8 @@ TIERS: dict[str, dict[str, str]] = {
         "federate": "rounds of clients\nand a server",
         "cli": "the verbs of\nthe command line",
     },
-    "measure and\npredict": {
+    "measure": {
         "profile": "measure devices\nand links",
-        "forecast": "memory and time\nwithout a run",
         "doctor": "what a machine\nlacks",
     },
     "run": {
@@ -24,6 +23,7 @@ TIERS: dict[str, dict[str, str]] = {
         "checkpoint": "files that survive\na crash",
         "adapters": "formats of\nwhat was trained",
         "report": "progress, metrics,\npictures",
+        "forecast": "memory and time\nwithout a run",
         "elastic": "lost, joining,\nmoved, backed up",
         "train": "the step,\nthe loop",
     },

@@ -395,10 +395,11 @@ class FssdpConfig:
     topology. static_ep: owners only. full: every rank. hecate_paper: sparse materialization, Algorithm 1 of the Hecate paper; its
     former name, hecate, is still read. megatron_ep, with front_end megatron: Megatron's own MoELayer with expert parallelism, for
     comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after."""
-    plan: Literal["history", "calibrated", "exact"] = field(default="history", metadata=key(computes=False))
-    """The loads that a layer's plan is made from. history: the mean of past steps. exact: the loads of the micro-step, which the ranks
-    exchange after the layer's router, so that no computation hides the gather. calibrated: the history's plan, replaced after the router
-    by a better one where the predicted gain exceeds the cost of the transfers that it adds."""
+    plan: Literal["history", "calibrated", "exact", "auto"] = field(default="history", metadata=key(computes=False))
+    """The loads that a layer's plan is made from. history: those that past steps predict. exact: the loads of the micro-step, which the
+    ranks exchange after the layer's router, so that no computation hides the gather. calibrated: the history's plan, replaced after the
+    router by a better one where the predicted gain exceeds the cost of the transfers that it adds. auto: in each step each layer goes by
+    the one of these three that would have been fastest over the last steps, for which every step is planned again in all three ways."""
     rematerialize: bool = field(default=False, metadata=key(computes=False))
     """Free a layer's replicas after its forward pass and gather them again before its backward pass, so that a rank holds replicas of at
     most max(1, prefetch) layers at a time. Gradients are then reduced in every micro-step."""
@@ -408,9 +409,11 @@ class FssdpConfig:
     max_imbalance: float | None = field(default=None, metadata=key(Range(1), computes=False))
     """The largest ratio of the busiest rank's compute to the mean, for the policies that can keep a bound (auto, llep). null: no bound."""
     load_window: int = field(default=5, metadata=key(COUNT, computes=False))
-    """The number of past steps whose mean loads predict the next step's."""
+    """The most past steps from which the next step's loads are predicted: by their mean, an exponential mean or the last of them, whichever
+    was least wrong about the steps before; for frozen parts, which stay where they are put, by the mean of twice as many steps."""
     memory_slots: int | None = field(default=None, metadata=key(WHOLE, computes=False))
-    """The most replicas that a device may hold per layer, beside the experts that it owns. null: the number of experts."""
+    """The most replicas that a device may hold per layer, beside the experts that it owns. null: on GPUs as many as memory has room for,
+    by what `hecate plan` knows; on CPUs the number of experts."""
     shard_size: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The size of a sharding group: this many neighbouring ranks share one copy of all experts. Experts and tokens move inside a group
     only, and gradients are summed over the groups. Must divide the number of ranks. null: all ranks are one group."""
@@ -428,8 +431,9 @@ class FssdpConfig:
 
     @property
     def per_micro_step(self) -> bool:
-        """Whether experts are gathered and their gradients reduced in every micro-step, not once a step."""
-        return self.rematerialize or self.plan != "history"
+        """Whether experts are gathered and their gradients reduced in every micro-step, not once a step. With plan auto, layers whose loads
+        are steady go by history; those that do not are not foreseen here."""
+        return self.rematerialize or self.plan in ("calibrated", "exact")
 
 
 @dataclass(frozen=True, kw_only=True)

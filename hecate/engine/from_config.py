@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hecate.config import Config
 from hecate.config.topology import AUTO, build_topology, whole_topology
-from hecate.engine.step_plans import EngineConfig
+from hecate.engine.step_plans import EngineConfig, SlotsByMemory
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_cards import SeenTopology
@@ -12,18 +12,22 @@ from hecate.ranks.devices import gather_devices
 from hecate.ranks.ranks import Ranks
 
 
-def engine_config(config: Config, ranks: Ranks, non_moe_flops: float, topology: Topology | None = None) -> EngineConfig:
+def engine_config(
+    config: Config, ranks: Ranks, non_moe_flops: float, topology: Topology | None = None, slots_by_memory: SlotsByMemory | None = None
+) -> EngineConfig:
     """What the configuration says about the engine.
 
     Args:
         non_moe_flops: FLOPs of a layer outside its experts, on one rank, in the forward pass of one micro-step.
         topology: of the ranks' devices; None: the one that the configuration names, for which every rank must call this function.
+        slots_by_memory: see `EngineConfig.slots_by_memory`.
     """
     return EngineConfig(
         planner=POLICIES[config.fssdp.planner],
         topology=topology or job_topology(config, ranks).topology,
         load_window=config.fssdp.load_window,
         memory_slots=config.fssdp.memory_slots,
+        slots_by_memory=slots_by_memory,
         max_imbalance=config.fssdp.max_imbalance,
         top_k=config.moe.experts_per_token,
         non_moe_flops=non_moe_flops,

@@ -211,8 +211,9 @@ class Step:
 
     def prefetch(self, *units: Unit) -> None:
         """See `ForwardPass.prefetch`. Does nothing where plans must wait for the router."""
-        if self._shards.config.plan != "exact":
-            self._gather(*units)
+        mode = self._shards.plans.mode
+        if early := [unit for unit in units if mode(unit) != "exact"]:
+            self._gather(*early)
 
     def experts(self, micro: MicroStep, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
         """See `ForwardPass.experts`."""
@@ -223,7 +224,7 @@ class Step:
             chosen = expert_TK.flatten()
             count_E = chosen.new_zeros(shards.families[unit].num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
             self.ledger.add(unit, count_E)
-            if shards.config.plan != "history":
+            if shards.plans.mode(unit) != "history":
                 self._plan_after_router(unit, count_E)
         self._gather(unit)
         call = LayerCall(
@@ -277,7 +278,7 @@ class Step:
         loads_ED = by_rank(exchange_counts(count_E, shards.groups.tokens))
         plan = shards.plans.after_router(unit, loads_ED)
         if plan is not None:
-            calibrated = shards.config.plan == "calibrated"
+            calibrated = shards.plans.mode(unit) == "calibrated"
             if calibrated:
                 self._gather(unit)
                 before = shards.plans.transfers[unit]
@@ -326,7 +327,7 @@ class Step:
         """The backward pass is through with a layer's experts, or with all that draw on a pool."""
         shards, in_last = self._shards, self.ledger.in_last_micro_step
         # A gradient that is to be clipped is complete when that of all layers is.
-        if self._clips or not (in_last or shards.config.per_micro_step):
+        if self._clips or not (in_last or shards.plans.gathers_for_itself(unit)):
             return
         if shards.config.rematerialize:
             # The layer before needs its replicas sooner than the owners need gradients; of those one layer's are held at a time.
@@ -342,7 +343,7 @@ class Step:
             if self._reduced_last is not None:
                 shards.stores[self._reduced_last].sum_over_groups()
             self._reduced_last = unit
-        if shards.config.plan == "calibrated":
+        if shards.plans.mode(unit) == "calibrated":
             shards.plans.place_from_history(unit)
 
 

@@ -5,13 +5,15 @@ Nothing here sends a message or touches a tensor: all ranks of a sharding group 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
+from hecate.engine.measured_modes import MeasuredModes
 from hecate.experts.family import ExpertFamily, OwnedChunks
-from hecate.parallel.cost_model import ExecutionMode, PlanMode
+from hecate.parallel.cost_model import ExecutionMode, PlanChoice, PlanMode
 from hecate.parallel.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.loads import LoadHistory, imbalance
@@ -28,6 +30,9 @@ class PlannerError(Exception):
     """A planner returned a plan that cannot be carried out: a mistake in the planner, not of whoever trains with it."""
 
 
+SlotsByMemory = Callable[[Topology], np.ndarray | None]
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """What the engine plans with."""
@@ -37,28 +42,31 @@ class EngineConfig:
     """of all ranks of the job"""
     load_window: int = 5
     memory_slots: int | None = None
-    """free replica slots per device and layer; None: as many as there are experts"""
+    """free replica slots per device and layer; None: as many as `slots_by_memory` says, or as there are experts"""
+    slots_by_memory: SlotsByMemory | None = None
+    """a function of the topology that returns the slots for which each rank's device has room, int64 [ranks of the job], the same on every
+    rank; None, or what returns None: memory is ample or not known"""
     max_imbalance: float | None = None
     """see `PlanInput.max_imbalance`"""
     top_k: int = 1
     non_moe_flops: float = 0.0
     """forward FLOPs per rank and micro-step of what hides a layer's gather (its attention)"""
-    plan: PlanMode = "history"
-    """from which loads layers are planned: see `PlanMode`"""
+    plan: PlanChoice = "history"
+    """from which loads layers are planned: see `PlanChoice`"""
     rematerialize: bool = False
     """free a layer's replicas after its forward pass and gather them again before its backward pass (Hecate-RM)"""
     prefetch: int = 1
     """how many decoder layers early a layer's gather starts in the forward pass (1: at the start of its own decoder layer), and, with
     `rematerialize`, how many layers are gathered ahead in the backward pass"""
 
-    def execution(self, micro_steps: int = 1) -> ExecutionMode:
-        """How plans are executed in a step of so many micro-steps."""
-        return ExecutionMode(plan=self.plan, rematerialize=self.rematerialize, prefetch=self.prefetch, micro_steps=micro_steps)
+    def execution(self, plan: PlanMode, micro_steps: int = 1) -> ExecutionMode:
+        """How a layer's plans are executed in a step of so many micro-steps."""
+        return ExecutionMode(plan=plan, rematerialize=self.rematerialize, prefetch=self.prefetch, micro_steps=micro_steps)
 
     @property
     def per_micro_step(self) -> bool:
-        """Whether each micro-step gathers and reduces for itself."""
-        return self.execution().per_micro_step
+        """Whether layers may gather and reduce in each micro-step for themselves."""
+        return self.rematerialize or self.plan != "history"
 
 
 class StepPlans:
@@ -103,6 +111,10 @@ class StepPlans:
         """the placement for which each layer's frozen parts were fetched last"""
         self.calibrations = 0
         """plans of this step's micro-steps and layers that gave way to better ones after the router"""
+        self._modes: dict[Unit, PlanMode] = {}
+        """where modes are chosen layer by layer: those of the step that began last"""
+        self._measured: dict[tuple[Unit, ...], MeasuredModes] = {}
+        """by the layers of one shape"""
         self._plans: dict[Unit, LayerPlan] = {}
         self._micro_steps = 1
         """of the last step that began"""
@@ -125,10 +137,28 @@ class StepPlans:
         self._config = config
         self.topology = config.topology.take(self.members) if self.mesh.num_sharding_groups > 1 else config.topology
         """of the group's ranks"""
+        slots_W = None if config.slots_by_memory is None else config.slots_by_memory(config.topology)
+        self._room_D = None if slots_W is None else slots_W.reshape(self.mesh.num_sharding_groups, self.mesh.shard_size).min(0)
+        """int64 [ranks]: slots for which there is room on every group's device"""
 
     def slots(self, family: ExpertFamily) -> np.ndarray:
-        """int64 [ranks]: free replica slots of each device in a layer."""
-        return np.full(self.mesh.shard_size, family.num_experts if self.config.memory_slots is None else self.config.memory_slots)
+        """int64 [ranks]: free replica slots of each device in a layer, the same in all sharding groups."""
+        if self.config.memory_slots is not None:
+            return np.full(self.mesh.shard_size, self.config.memory_slots)
+        return np.full(self.mesh.shard_size, family.num_experts) if self._room_D is None else np.minimum(self._room_D, family.num_experts)
+
+    def mode(self, unit: Unit) -> PlanMode:
+        """From which loads a layer is planned in the step that began last; a pool goes by history."""
+        return self._modes.get(unit, "history") if self.config.plan == "auto" else self.config.plan
+
+    @property
+    def chosen_modes(self) -> dict[Unit, PlanMode]:
+        """The mode of each layer in the step that began last, where they are chosen layer by layer; else nothing."""
+        return dict(self._modes)
+
+    def gathers_for_itself(self, unit: Unit) -> bool:
+        """Whether each micro-step gathers and reduces a layer, or a pool, for itself."""
+        return self.config.execution(self.mode(unit)).per_micro_step
 
     def begin(self, micro_steps: int) -> None:
         """Plan all layers of an optimizer step from the history, or prepare for plans after the router.
@@ -139,10 +169,12 @@ class StepPlans:
         self.calibrations = 0
         self._micro_steps = micro_steps
         self._served.clear()
+        if self.config.plan == "auto":
+            self._choose_modes()
         for units, given in self.inputs():
-            if self.config.per_micro_step and given.loads_LED is not None:
+            if given.execution.per_micro_step and given.loads_LED is not None:
                 given = replace(given, loads_LED=given.loads_LED / micro_steps)  # a plan serves one of them
-            plan = None if self.config.plan == "exact" else self._planned(given, units)
+            plan = None if given.execution.plan == "exact" else self._planned(given, units)
             for index, unit in enumerate(units):
                 self._given[unit] = given, index
                 if plan is not None:
@@ -152,7 +184,7 @@ class StepPlans:
         self._place_pools()
 
     def inputs(self, *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
-        """What a planner is given for the next step: the layers of one shape together, each with its number.
+        """What a planner is given for the next step: the layers of one shape and mode together, each with its number.
 
         Args:
             for_owners: the same in every sharding group, to decide owners by: the mean of all groups' loads on `owners_topology`. What
@@ -160,23 +192,25 @@ class StepPlans:
         """
         inputs = []
         common = for_owners and self.mesh.num_sharding_groups > 1
-        for units in self._alike():
+        mode = self.mode
+        if for_owners and self.config.plan == "auto":
+            mode = _by_history  # which layer goes by what may differ between groups, and from step to step
+        for units in self._alike(mode):
             family = self._families[units[0]]
-            predicted = [self.history.predict(unit) for unit in units]
-            known = [self._loads_of_groups(loads_EW, common=common) for loads_EW in predicted if loads_EW is not None]
+            predicted_LEW = self.history.predict(units, lasting=units[0] in self.residency)
             knows_resident = units[0] in self.residency and not common
             knows_present = not common and all(unit in self._last_planned for unit in units)
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
             given = PlanInput(
                 np.stack([self.owners[unit] for unit in units]),
-                np.stack(known) if known else None,
+                None if predicted_LEW is None else self._loads_of_groups(predicted_LEW, common=common),
                 topology,
                 family.cost(self.config.top_k, hiding),
                 self.slots(family),
                 resident_LED=np.stack([self.residency[unit].held_ED for unit in units]) if knows_resident else None,
                 max_imbalance=self.config.max_imbalance,
-                execution=self.config.execution(self._micro_steps),
+                execution=self.config.execution(mode(units[0]), self._micro_steps),
                 present_LED=np.stack([self._last_planned[unit].where_ED for unit in units]) if knows_present else None,
             )
             inputs.append((units, given))
@@ -215,7 +249,7 @@ class StepPlans:
         resident_ED = self.residency[unit].held_ED if unit in self.residency else None
         given = one_layer(*self._given[unit], loads_ED, resident_ED)
         plan = layer_plan(self._planned(given, [unit]), given, 0)
-        if self.config.plan == "exact":
+        if self.mode(unit) == "exact":
             self._last_planned[unit] = plan.placement
             return plan
         pays = calibration_gain(given, self._plans[unit], plan) > 0
@@ -298,11 +332,26 @@ class StepPlans:
             raise PlannerError(_moved_owners(self.config.planner, units, given.owner_LE, plan.owner_LE))
         return plan
 
-    def _alike(self) -> list[list[Unit]]:
-        """The layers, those of one shape together."""
-        alike: dict[tuple[int, object], list[Unit]] = {}
+    def _choose_modes(self) -> None:
+        """Choose the mode of each layer for the step that begins, by the steps in the history."""
+        modes: dict[Unit, PlanMode] = {}
+        self._modes = {}  # so that all layers of one shape are given together
+        for units, given in self.inputs():
+            recent_SLEW = self.history.recent(units)
+            if recent_SLEW is None:
+                continue
+            measured = self._measured.setdefault(tuple(units), MeasuredModes(self.history.window))
+            chosen = measured.choose(
+                partial(self._planned, units=units), given, self.history.snapshot(), self._loads_of_groups(recent_SLEW)
+            )
+            modes.update(zip(units, chosen, strict=True))
+        self._modes = modes
+
+    def _alike(self, mode: Callable[[Unit], PlanMode]) -> list[list[Unit]]:
+        """The layers, those of one shape and mode together."""
+        alike: dict[tuple[int, object, PlanMode], list[Unit]] = {}
         for unit, family in self._families.items():
-            key = (family.num_experts, family.cost(self.config.top_k, self.config.non_moe_flops))
+            key = (family.num_experts, family.cost(self.config.top_k, self.config.non_moe_flops), mode(unit))
             alike.setdefault(key, []).append(unit)
         return list(alike.values())
 
@@ -312,10 +361,14 @@ class StepPlans:
         return self._plans[unit].served(self._loads_of_groups(loads_EW), self.topology) if served_D is None else served_D
 
     def _loads_of_groups(self, loads_EW: np.ndarray, *, common: bool = False) -> np.ndarray:
-        """[experts, ranks]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
+        """[..., experts, ranks]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
         if common:
-            return loads_EW.reshape(-1, self.mesh.num_sharding_groups, self.mesh.shard_size).mean(1)
-        return loads_EW[:, self.members]
+            return np.asarray(loads_EW.reshape(*loads_EW.shape[:-1], self.mesh.num_sharding_groups, self.mesh.shard_size).mean(-2))
+        return loads_EW[..., self.members]
+
+
+def _by_history(unit: Unit) -> PlanMode:
+    return "history"
 
 
 def _moved_owners(planner: Planner, units: Sequence[Unit], before_LE: np.ndarray, after_LE: np.ndarray) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from hecate.errors import UserError
 from hecate.forecast.memory import PHASES, MemoryPart, memory_parts, owned_blocks, owned_experts
+from hecate.forecast.replica_slots import replica_slots
 from hecate.forecast.run_shape import ExpertLayers, PoolShape, RunShape
 from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
@@ -83,7 +84,7 @@ class Forecast:
 
 
 def forecast(run: RunShape, loads: str | Trace) -> Forecast:
-    """Predict an optimizer step under every policy.
+    """Predict an optimizer step under every policy. `fssdp.plan: auto` is predicted as history.
 
     Args:
         loads: the name of synthetic loads, or recorded ones, of which the last steps are taken.
@@ -93,9 +94,12 @@ def forecast(run: RunShape, loads: str | Trace) -> Forecast:
     """
     if isinstance(loads, Trace):
         _check_recorded(run, loads)
-    chosen = run.config.fssdp.planner
+    config, chosen = run.config, run.config.fssdp.planner
     names = [chosen, *(name for name in POLICIES if name != chosen)]
-    by_group = [_simulate_group(run, group, loads, names) for group in run.groups]
+    slots_W = np.full(run.topology.world_size, config.fssdp.memory_slots) if config.fssdp.memory_slots is not None else replica_slots(run)
+    # A plan's slots are the same in all sharding groups.
+    slots_D = slots_W.reshape(run.mesh.num_sharding_groups, run.mesh.shard_size).min(0)
+    by_group = [_simulate_group(run, group, loads, names, slots_D) for group in run.groups]
     pools = [_simulate_pool(run, pool) for pool in run.pools]
     policies = [_policy_forecast(run, name, [rows[index] for rows in by_group], pools) for index, name in enumerate(names)]
     return Forecast(run, "recorded" if isinstance(loads, Trace) else loads, policies)
@@ -105,10 +109,12 @@ def fits(one: PolicyForecast, run: RunShape) -> bool:
     return bool((one.memory_PD.max(0) <= np.asarray(run.topology.memory)).all())
 
 
-def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, names: list[str]) -> list[Simulated]:
+def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, names: list[str], slots_D: np.ndarray) -> list[Simulated]:
+    """Args:
+    slots_D: int64 [ranks of a sharding group]: the most replicas of others' experts in each layer.
+    """
     config = run.config
     loads = _recorded_loads(run, group, given) if isinstance(given, Trace) else _synthetic_loads(run, group, given)
-    slots = group.experts if config.fssdp.memory_slots is None else config.fssdp.memory_slots
 
     def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:
         return simulate(
@@ -116,9 +122,9 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
             topology,
             cost,
             {name: POLICIES[name] for name in names},
-            slots_D=np.full(topology.world_size, slots),
+            slots_D=np.minimum(slots_D, group.experts),
             execution=ExecutionMode(
-                plan=config.fssdp.plan,
+                plan="history" if config.fssdp.plan == "auto" else config.fssdp.plan,
                 rematerialize=config.fssdp.rematerialize,
                 prefetch=config.fssdp.prefetch,
                 micro_steps=config.gradient_accumulation_steps,

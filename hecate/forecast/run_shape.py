@@ -94,7 +94,7 @@ class RunShape:
     @property
     def is_gpu_D(self) -> np.ndarray:
         """Whether each rank's device is a GPU, bool [ranks]."""
-        return np.asarray(self.topology.flops) >= _GPU_FLOPS
+        return _is_gpu(self.topology)
 
     @property
     def tokens(self) -> int:
@@ -202,7 +202,15 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
         UserError: a file is missing or damaged, the model is not supported, or numbers of ranks contradict each other.
     """
     name = topology or config.topology
-    seen = _topology(name, config, ranks)
+    return shape_on(config, _topology(name, config, ranks), name)
+
+
+def shape_on(config: Config, seen: SeenTopology, name: str) -> RunShape:
+    """Read the model's headers, and return the sizes of the run on a topology that is called `name`.
+
+    Raises:
+        UserError: as `run_shape`.
+    """
     machines = seen.topology
     make_mesh(machines.world_size, config.fssdp.shard_size, config.model.tensor_parallel)
     base, config = base_shape_of(config)
@@ -224,6 +232,15 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
         None if users is None else users.width,
         seen.notes,
     )
+
+
+def has_gpus(topology: Topology) -> bool:
+    return bool(_is_gpu(topology).any())
+
+
+def _is_gpu(topology: Topology) -> np.ndarray:
+    """bool [ranks]"""
+    return np.asarray(topology.flops) >= _GPU_FLOPS
 
 
 def base_shape_of(config: Config) -> tuple[BaseShape, Config]:

@@ -23,7 +23,7 @@ from hecate.data.batches import PackedSamples, block_diagonal_mask
 from hecate.engine.engine import Engine
 from hecate.engine.from_config import engine_config
 from hecate.engine.protocol import ExpertEngine
-from hecate.engine.step_plans import EngineConfig
+from hecate.engine.step_plans import EngineConfig, SlotsByMemory
 from hecate.experts.family import Site
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.full import FullExperts
@@ -116,8 +116,13 @@ def shape_of(config: Config) -> GptShape:
     return replace(named, layers=layers, experts=experts, top_k=config.moe.experts_per_token, seq_len=config.data.seq_len)
 
 
-def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = None) -> MegatronModel:
+def build_megatron(
+    config: Config, ranks: Ranks, topology: Topology | None = None, slots_by_memory: SlotsByMemory | None = None
+) -> MegatronModel:
     """The model from scratch, the same on every rank but for the experts, of which each makes its own. Every rank must call it.
+
+    Args:
+        topology: see `engine_config`, as for `slots_by_memory`.
 
     Raises:
         UserError: megatron-core or the tokenizer is missing.
@@ -127,7 +132,7 @@ def build_megatron(config: Config, ranks: Ranks, topology: Topology | None = Non
     trained_dtype = adapter_dtype(dtype)
     non_moe_flops = 2.0 * shape.attention_parameters * config.micro_batch_size * config.data.seq_len / ranks.tp_size
     families = {Unit(layer): _family(config, shape, Unit(layer), dtype, ranks.device) for layer in range(shape.layers)}
-    settings = engine_config(config, ranks, non_moe_flops, topology)
+    settings = engine_config(config, ranks, non_moe_flops, topology, slots_by_memory)
     routers = {
         unit: TopKRouter(
             RouterSite(

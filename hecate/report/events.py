@@ -36,7 +36,8 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
-    """One optimizer step that has ended, with its figures; the same on every rank, except `seconds`, `copies`, `new_copies` and `parts`."""
+    """One optimizer step that has ended, with its figures; the same on every rank, except `seconds`, `copies`, `new_copies`,
+    `plan_modes` and `parts`."""
 
     step: int
     """number of optimizer steps done, this one included"""
@@ -50,6 +51,8 @@ class StepEvent:
     """largest over mean load of the ranks, averaged over the units"""
     calibrations: int
     """number of plans of this run that were replaced by better ones once the routers had chosen (plan source `calibrated`)"""
+    plan_modes: dict[Unit, str]
+    """by which loads each unit of the reporting rank's sharding group was planned, where that is chosen in each step; else empty"""
     static_imbalance: float
     """what `imbalance` would have been under static expert parallelism (`hecate.parallel.static_ep`)"""
     copies: int

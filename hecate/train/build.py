@@ -20,6 +20,7 @@ from hecate.data.stream import TrainStream
 from hecate.data.user_features import UserFeatures, users_of
 from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config, job_topology
+from hecate.forecast.replica_slots import slots_of_config
 from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseModel, build_base
 from hecate.model.checkpointing import checkpoint_activations
@@ -147,7 +148,7 @@ def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) ->
     if config.model.front_end == "megatron":
         from hecate.megatron.front_end import build_megatron
 
-        return build_megatron(config, ranks, topology)
+        return build_megatron(config, ranks, topology, slots_of_config(config))
     attention = AttentionChoice(config.model.attention, config.data.packing)
     return build_base(
         config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks.device, config.moe.kind, attention
@@ -168,7 +169,8 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
         return base.moe
     flops = non_moe_flops_per_token(base.model, base.found) * config.micro_batch_size * config.data.seq_len
     plan = insertion_plan(config, len({one.unit.layer for one in base.found}), user_width)
-    moe = insert_experts(base.model, base.found, plan, engine_config(config, ranks, flops, topology), ranks.groups)
+    settings = engine_config(config, ranks, flops, topology, slots_of_config(config))
+    moe = insert_experts(base.model, base.found, plan, settings, ranks.groups)
     if config.model.shard_non_experts:
         shard_frozen_layers(moe, ranks.new_sharding_group())
     return moe

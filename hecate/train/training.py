@@ -173,6 +173,7 @@ class Training:
             learning_rate=rate,
             imbalance=engine.shards.plans.imbalance(result.loads),
             calibrations=engine.shards.plans.calibrations,
+            plan_modes=dict(engine.shards.plans.chosen_modes),
             static_imbalance=static_ep_imbalance(result.loads, engine.shards.mesh.shard_size),
             copies=copies,
             new_copies=new,

@@ -102,7 +102,7 @@ def _note(
 
 @loop
 def _least_busy(e: int, node: int, kind: int, replicas: Replicas, topology: TopologyNumbers, room: Room) -> int:
-    """The least busy rank of a node (-1: of all) that has an expert (`HAS`), has a slot for it (`FREE`) or must make room for it (`FULL`)."""
+    """The least busy rank of a node (-1: of all) that has an expert (`HAS`), has a slot for it (`FREE`) or must make room (`FULL`)."""
     best = NOBODY
     first = 0 if node < 0 else topology.first_N[node]
     last = len(room.busy_D) if node < 0 else topology.first_N[node + 1]

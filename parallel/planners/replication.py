@@ -205,9 +205,10 @@ def deal(owner: np.ndarray, room: np.ndarray, wish: Wishes, loads: LayerLoads, t
             if free_D[d] <= 0 or replicas.has_ED[e, d]:
                 continue
             n, m = topology.node_D[d], topology.node_D[best]
-            if best < 0 or held_XN[x, n] < held_XN[x, m]:
-                best = d
-            elif held_XN[x, n] == held_XN[x, m] and (free_N[n] > free_N[m] or (free_N[n] == free_N[m] and free_D[d] > free_D[best])):
+            better = best < 0 or held_XN[x, n] < held_XN[x, m]
+            if not better and held_XN[x, n] == held_XN[x, m]:
+                better = free_N[n] > free_N[m] or (free_N[n] == free_N[m] and free_D[d] > free_D[best])
+            if better:
                 best = d
         if best < 0:
             share_X[x] = -1.0

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hecate.config import RouterConfig
 from hecate.data.batches import Batch
 from hecate.engine import step_plans
+from hecate.engine.measured_modes import MeasuredModes
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.router import TopKRouter
 from hecate.kernels.backend import Backend
@@ -25,7 +26,7 @@ from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
-from hecate.parallel.cost_model import PlanMode
+from hecate.parallel.cost_model import PlanChoice, PlanMode
 from hecate.parallel.expert_kinds import MIXLORA, LoraShape, ShardShape
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
@@ -56,7 +57,7 @@ class Case:
     scenario: str
     dtype: torch.dtype = torch.float64
     checkpointing: bool = False
-    plan: PlanMode = "history"
+    plan: PlanChoice = "history"
     rematerialize: bool = False
     prefetch: int = 1
     kernels: Backend = "torch"
@@ -253,8 +254,10 @@ def assert_groups_equal(moe: MoeModel, optimizer: ExpertOptimizer) -> None:
 
 @contextmanager
 def calibrating_at_whim() -> Iterator[None]:
-    """Any plan in place of any other, not only where that pays; the same on every rank."""
+    """Any plan in place of any other, and layers planned from any loads, not only where that pays; the same on every rank."""
     whims = itertools.cycle((1.0, 0.0, 1.0, 1.0, 0.0))
+    modes: Iterator[PlanMode] = itertools.cycle(("exact", "history", "calibrated", "history", "exact"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_plans, "calibration_gain", lambda *_: next(whims))
+        patch.setattr(MeasuredModes, "choose", lambda _, planner, given, *others: [next(modes) for _ in range(given.num_layers)])
         yield

@@ -188,7 +188,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
     )
     empty_rows = range((world - 1) * ROWS // world, ROWS) if case.scenario == "empty rank" and world > 1 else range(0)
     seen = gradients_of(optimizer)
-    calibrations = 0
+    calibrations, modes = 0, set()
     for step in range(case.steps):
         before = {name: p.detach().clone() for name, p in owned.items()}
         moments = {name: moments_of(optimizer, name) for name in owned}
@@ -203,6 +203,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
         )
         calibrations += moe.engine.shards.plans.calibrations
+        modes |= set(moe.engine.shards.plans.chosen_modes.values())
         loss, norm, idle = reference.gradients(step, empty_rows)
         assert abs(result.loss - loss) <= tolerance * max(1, abs(loss)), f"step {step}: loss {result.loss} against {loss}"
         assert abs(result.grad_norm - norm) <= tolerance * max(1, norm), f"step {step}: norm {result.grad_norm} against {norm}"
@@ -224,7 +225,9 @@ def check_case(rank: int, world: int, case: Case) -> None:
         assert_groups_equal(moe, optimizer)
     if case.policy == "elsewhere" and world > 1:
         assert moe.engine.shards.bytes_sent > sum(store.bytes_sent for store in moe.engine.shards.stores.values()), "no token left its rank"
-    assert (0 < calibrations < case.steps * MICRO_STEPS * 2) == (case.plan == "calibrated"), calibrations
+    calibrating = case.plan == "calibrated" or (case.plan == "auto" and case.steps > 2)
+    assert (0 < calibrations < case.steps * MICRO_STEPS * 2) == calibrating, calibrations
+    assert (len(modes) > 1) == (case.plan == "auto"), modes
     if case.scenario == "idle experts" and case.num_experts > case.top_k:
         assert idle, "the scenario did not leave any expert idle"
 
@@ -283,6 +286,7 @@ def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, sh
     ]
     if shard_size > 1:
         cases += [Case("random 5", 8, 2, "hot expert", plan="calibrated"), Case("elsewhere", 3, 1, "empty rank", torch.float32)]
+        cases += [Case("random 9", 8, 2, "empty rank", plan="auto")]
     run_ranks(world, _check_cases, [replace(case, shard_size=shard_size) for case in cases], timeout=240)
 
 
@@ -302,6 +306,8 @@ def test_whenever_replicas_come_and_go_it_equals_one_process(world: int) -> None
         Case("random 5", 8, 2, "empty rank", plan="calibrated", checkpointing=True),
         Case("random 6", 8, 2, "hot expert", plan="calibrated", rematerialize=True, prefetch=2),
         Case("random 8", 8, 2, "empty rank", prefetch=0),
+        Case("random 9", 8, 2, "idle experts", plan="auto", checkpointing=True),
+        Case("hecate_paper", 8, 2, "hot expert", plan="auto", rematerialize=True, prefetch=2, checkpointing=True),
     ]
     run_ranks(world, _check_cases, cases[:5] if world == 1 else cases, timeout=240)
 

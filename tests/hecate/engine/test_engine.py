@@ -105,9 +105,9 @@ def _idle(rank: int, world: int) -> dict[int, list[list[int]]]:
     loads = step.finish()
     for (_, expert_number), parameter in made.shards.named_parameters().items():
         assert (parameter.grad is not None) == (expert_number in (1, 2)), f"expert {expert_number}"
-    predicted = made.shards.history.predict(2)
+    predicted = made.shards.history.predict([2])
     assert predicted is not None
-    assert predicted.tolist() == loads[2].tolist()
+    assert predicted[0].tolist() == loads[2].tolist()
     assert made.shards.replica_bytes == 0
     return {layer: loads_ED.T.tolist() for layer, loads_ED in loads.items()}
 

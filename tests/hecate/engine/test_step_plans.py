@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -87,3 +89,23 @@ def test_other_owners_fetch_what_they_lack() -> None:
     step_plans.change_owners(LAYER, np.array([1, 0, 1]))
     step_plans.begin(micro_steps=1)
     assert step_plans.fetch_frozen(LAYER) is not None, "the placement is that of before, but what is held is not"
+
+
+def test_slots_follow_memory_where_no_number_is_given() -> None:
+    """Two sharding groups of two ranks: each rank of a group counts on what there is room for in every group."""
+    by_memory = {2: np.array([1, 0]), 4: np.array([5, 2, 2, 9])}
+
+    def slots(world: int, **given: Any) -> list[int]:
+        step_plans = plans(slots=0)
+        config = EngineConfig(
+            everything_on_rank_1, unit_topology([0] * world), slots_by_memory=lambda on: by_memory[on.world_size], **given
+        )
+        step_plans.mesh = make_mesh(world, 2)
+        step_plans.config = config
+        return step_plans.slots(step_plans._families[LAYER]).tolist()
+
+    assert slots(2) == [1, 0]
+    assert slots(4) == [2, 2]
+    assert slots(2, memory_slots=2) == [2, 2], "the number that is given"
+    by_memory[2] = np.array([9, 9])
+    assert slots(2) == [3, 3], "no more than experts"

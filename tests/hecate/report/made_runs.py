@@ -33,6 +33,7 @@ def a_step(step: int, *, units: Sequence[Unit] = FFNS, experts: int = 4, ranks: 
         learning_rate=1e-3,
         imbalance=1.02,
         calibrations=0,
+        plan_modes={},
         static_imbalance=static_ep_imbalance(loads, ranks),
         copies=6,
         new_copies=int(step == 1),

@@ -32,6 +32,7 @@ def a_step(step: Any = 1, **changes: Any) -> Record:
         "imbalance": 1.25,
         "bytes_sent": 64,
         "calibrations": 3,
+        "plan_modes": {Unit(10): "exact", Unit(2): "history"},
         "static_imbalance": 1.5,
         "copies": 4,
         "new_copies": 2,

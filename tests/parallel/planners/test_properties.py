@@ -19,6 +19,7 @@ from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.planners.auto import _ALL_BUDGETS, plan_auto
 from hecate.parallel.topology import Topology
+from hecate.parallel.units import Unit
 from hecate.parallel.workloads import WORKLOADS
 from testing.plan_cases import kinds
 from tests.parallel.planners.auto_inputs import KINDS, inputs, topology
@@ -93,14 +94,15 @@ def test_ranks_may_report_in_any_order(policy: str, given_: PlanInput, seed: int
             reports = [(rank, layer) for rank in range(given_.world_size) for layer in range(given_.num_layers)]
             if arrivals is not None:
                 arrivals.shuffle(reports)
-            loads: dict[int, np.ndarray] = {}
+            loads: dict[Unit, np.ndarray] = {}
             for rank, layer in reports:
                 shape = (given_.num_experts, given_.world_size)
                 # An array laid out the other way round must make no difference, either.
-                loads_ED = loads.setdefault(layer, np.zeros(shape, np.int64, order="C" if arrivals is None else "F"))
+                loads_ED = loads.setdefault(Unit(layer), np.zeros(shape, np.int64, order="C" if arrivals is None else "F"))
                 loads_ED[:, rank] = counts_LED[layer, :, rank]
             history.record(loads)
-        predicted = np.stack([history.predict(layer) for layer in range(given_.num_layers)])  # type: ignore[misc]
+        predicted = history.predict([Unit(layer) for layer in range(given_.num_layers)])
+        assert predicted is not None
         return plan_bytes(policy, dataclasses.replace(given_, loads_LED=predicted))
 
     assert planned(None) == planned(random)

@@ -1,0 +1,130 @@
+"""Compare predictors of loads by the seconds of the steps that are planned from them, for 13 workloads, 4 clusters and 3 kinds of experts.
+
+The simulator plans each step by policy auto from the loads that a predictor expects, and prices it on the true ones. Rows hold seconds over
+those with hindsight: planned from the true loads, but executed as a plan that was there before. `chosen` is what training and the simulator
+go by: each layer's best predictor so far, and for frozen parts, which stay, the mean of two windows. Hindsight is no bound for these: a
+plan that follows every step's loads moves frozen parts in every step. `judged` is `chosen`, but of several plans of auto, which differ in
+the slots that they use, the one that would have been fastest over the last five steps (`hecate.parallel.planners.robust`).
+
+`plan=history`, `plan=calibrated` and `plan=exact` are the seconds of the experts of all steps but the first one in each mode, over those of
+the fastest of the three, and `plan=auto` those of what it chooses from the steps before (`hecate.engine.measured_modes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import arguments, finish
+from hecate.engine.measured_modes import MODES, MeasuredModes, judge_step
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.robust import cheapest_over
+from hecate.parallel.predictors import DECAYS, KEPT_WINDOWS, predicted_loads, weights
+from hecate.parallel.simulator import HISTORY_STEPS, Predictor, simulate
+from hecate.parallel.topology import Topology
+from hecate.parallel.workloads import WORKLOADS
+from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, topologies
+
+STEPS, LAYERS = 24, 2
+FEWER_SLOTS = (0, 2, 8)
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--seed", type=int, default=0, help="of the workloads (default: 0)")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for place, topology in topologies().items():
+        for kind in kinds():
+            slots_D = plan_input(topology, kind.cost, np.ones((EXPERTS, topology.world_size))).slots_D
+            for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
+                loads = make(8 if options.quick else STEPS, LAYERS, topology.world_size, EXPERTS, TOKENS, TOP_K, options.seed)
+                seconds = {
+                    name: simulate(loads, topology, kind.cost, {"auto": POLICIES["auto"]}, slots_D=slots_D, predict=predict)[0].step_seconds
+                    for name, predict in predictors(kind, loads).items()
+                }
+                judged = Judged(predictors(kind, loads)["chosen"])
+                seconds["judged"] = simulate(loads, topology, kind.cost, {"auto": judged.plan}, slots_D=slots_D, predict=judged.predict)[
+                    0
+                ].step_seconds
+                hindsight = seconds.pop("hindsight")
+                row = {"topology": place, "experts": kind.name, "workload": workload, "hindsight_ms": 1e3 * hindsight}
+                rows.append(row | {name: each / hindsight for name, each in seconds.items()} | by_mode(topology, kind, loads, slots_D))
+                print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
+    names = [*DECAYS, "chosen", "judged"]
+    summary = {}
+    for name in names:
+        summary[f"{name}_over_hindsight_geomean"] = geomean(row[name] for row in rows)
+        summary[f"{name}_over_hindsight_worst"] = max(row[name] for row in rows)
+        for kind in kinds():
+            of_kind = (row[name] for row in rows if row["experts"] == kind.name)
+            summary[f"{name}_over_hindsight_geomean, {kind.name}"] = geomean(of_kind)
+    for name in (f"plan={mode}" for mode in (*MODES, "auto")):
+        summary[f"{name}_over_fastest_geomean"] = geomean(row[name] for row in rows)
+        summary[f"{name}_over_fastest_worst"] = max(row[name] for row in rows)
+    finish("prediction", rows, summary, options.json)
+
+
+def predictors(kind: Kind, loads: np.ndarray) -> dict[str, Predictor]:
+    """Return what the simulator predicts loads by, by name.
+
+    Args:
+        loads: int64 [steps, layers, experts, source ranks], of which hindsight knows all.
+    """
+    return {
+        "hindsight": lambda past: loads[len(past)].astype(np.float64),
+        **{name: partial(by_one, index=index) for index, name in enumerate(DECAYS)},
+        "chosen": partial(predicted_loads, window=HISTORY_STEPS, lasting=kind.cost.frozen_bytes > 0),
+    }
+
+
+def by_one(past: np.ndarray, index: int) -> np.ndarray:
+    """Return what one predictor says, in every layer."""
+    last = past[-HISTORY_STEPS:]
+    return np.tensordot(weights(len(last))[index], last, axes=1)
+
+
+def by_mode(topology: Topology, kind: Kind, loads: np.ndarray, slots_D: np.ndarray) -> dict[str, float]:
+    """Return the seconds of all steps but the first in each mode, over those of the fastest, by name."""
+    owner_LE = np.tile(contiguous_owners(EXPERTS, topology.world_size), (LAYERS, 1))
+    given, measured = PlanInput(owner_LE, None, topology, kind.cost, slots_D), MeasuredModes(HISTORY_STEPS)
+    seconds, before, ids = np.zeros(len(MODES) + 1), None, [object() for _ in loads]
+    for step in range(1, len(loads)):
+        kept = range(max(0, step - KEPT_WINDOWS * HISTORY_STEPS), step)
+        modes = measured.choose(plan_auto, given, ids[kept.start : step], loads[kept.start : step])
+        predicted_LED = predicted_loads(loads[:step], HISTORY_STEPS, lasting=kind.cost.frozen_bytes > 0)
+        before = judge_step(plan_auto, replace(given, loads_LED=predicted_LED), loads[step].astype(np.float64), before)
+        chosen = [before.seconds_ML[MODES.index(mode), layer] for layer, mode in enumerate(modes)]
+        seconds += [*before.seconds_ML.sum(1), sum(chosen)]
+    names = [f"plan={mode}" for mode in (*MODES, "auto")]
+    return dict(zip(names, (seconds / seconds[:-1].min()).tolist(), strict=True))
+
+
+class Judged:
+    """A planner that remembers the last steps' loads, and judges plans by them."""
+
+    def __init__(self, predict: Predictor) -> None:
+        self._predict = predict
+        self._past = np.empty(0)
+
+    def predict(self, past: np.ndarray) -> np.ndarray:
+        self._past = past[-HISTORY_STEPS:]
+        return self._predict(past)
+
+    def plan(self, given: PlanInput) -> Plan:
+        plans = [plan_auto(replace(given, slots_D=np.minimum(given.slots_D, slots))) for slots in (EXPERTS, *FEWER_SLOTS)]
+        return cheapest_over(plans, given, self._past) if len(self._past) else plans[0]
+
+
+def geomean(values: Iterable[float]) -> float:
+    return float(np.exp(np.log(list(values)).mean()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Which loads each layer is planned from under `fssdp.plan: auto`: measured on the last steps, whose true loads are known.
+
+After a step, its plan is made again three times for each layer: from the loads that were predicted (history), the same with a better plan
+after the router where that pays (calibrated), and from the true loads, with a gather that nothing hides (exact). All three are priced on
+the true loads, as they are executed. So history pays for the error of its prediction, and the others for planning late. A layer goes by
+whichever would have been fastest over the last steps, history if none was. No message is needed: all of it is computed from values that
+the ranks of a sharding group share.
+
+Shapes: S steps, M modes, L layers, E experts, D ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hecate.parallel.cost_model import PlanMode, price
+from hecate.parallel.executed_flows import executed_flows
+from hecate.parallel.layer_plan import calibration_gain, layer_plan, one_layer
+from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.predictors import predicted_loads
+
+MODES: tuple[PlanMode, ...] = ("history", "calibrated", "exact")
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedStep:
+    """What a step would have cost the layers of one shape."""
+
+    seconds_ML: np.ndarray
+    """float64 [modes, layers]: in each of `MODES`, without the optimizer"""
+    from_history_LED: np.ndarray
+    """bool [layers, experts, ranks]: replicas of history's plan"""
+    from_own_LED: np.ndarray
+    """bool [layers, experts, ranks]: replicas of the plan made from the step's own loads"""
+
+
+def judge_step(planner: Callable[[PlanInput], Plan], given: PlanInput, true_LED: np.ndarray, before: JudgedStep | None) -> JudgedStep:
+    """Plan a step in every mode, and price the plans on its true loads.
+
+    Args:
+        given: of a whole step, with the loads that were predicted; `PlanInput.execution` says how many micro-steps it had.
+        true_LED: of the whole step.
+        before: the step before, whose replicas of frozen parts are there; None: those that a plan needs are there.
+    """
+    history, calibrated, exact = (_in_mode(given, mode) for mode in ("history", "calibrated", "exact"))
+    held_LED, held_by_own_LED = (None, None) if before is None else (before.from_history_LED, before.from_own_LED)
+    history, calibrated = (replace(one, resident_LED=held_LED, present_LED=held_LED) for one in (history, calibrated))
+    first = planner(history)
+    # Micro-steps that share a gather may get another plan than those that gather for themselves.
+    first_alone = first if calibrated.execution.micro_steps == 1 else planner(calibrated)
+    true_calibrated = replace(calibrated, loads_LED=true_LED / calibrated.execution.micro_steps)
+    better = planner(true_calibrated)
+    exact = replace(exact, loads_LED=true_LED / exact.execution.micro_steps, resident_LED=held_by_own_LED, present_LED=held_by_own_LED)
+    own = planner(exact)
+    gain_L = np.array(
+        [
+            calibration_gain(one_layer(true_calibrated, at, true_calibrated.expected_LED[at]), layer_plan(first_alone, calibrated, at), new)
+            for at in range(given.num_layers)
+            for new in [layer_plan(better, true_calibrated, at)]
+        ]
+    )
+    seconds_ML = np.stack(
+        [
+            _seconds(first, history, true_LED),
+            _seconds(first_alone, calibrated, true_LED) - calibrated.execution.micro_steps * gain_L.clip(0),
+            _seconds(own, exact, true_LED),
+        ]
+    )
+    late = given.execution.micro_steps * given.topology.exchange_latency  # the ranks tell each other their counts
+    return JudgedStep(seconds_ML + np.array([[0.0], [late], [late]]), first.where_LED, own.where_LED)
+
+
+class MeasuredModes:
+    """The judged steps of the layers of one shape.
+
+    Args:
+        window: the most steps from which each of them is predicted.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._judged: list[tuple[object, JudgedStep]] = []
+
+    def choose(
+        self, planner: Callable[[PlanInput], Plan], given: PlanInput, steps: Sequence[object], loads_SLED: np.ndarray
+    ) -> list[PlanMode]:
+        """Return the mode of each layer in the next step: the fastest over the steps that are given, of equal ones the first in `MODES`.
+
+        Only steps that have come since the last call are judged; the first one has no prediction.
+
+        Args:
+            given: as for a plan of the next step from history.
+            steps: what each step is known by; the same object, the same step.
+            loads_SLED: of these steps, oldest first; may be none.
+        """
+        judged: list[tuple[object, JudgedStep]] = []
+        for at in range(1, len(steps)):
+            known = next((one for step, one in self._judged if step is steps[at]), None)
+            if known is None:
+                predicted_LED = predicted_loads(loads_SLED[:at], self._window, lasting=given.cost.frozen_bytes > 0)
+                known = judge_step(
+                    planner, replace(given, loads_LED=predicted_LED), loads_SLED[at].astype(np.float64), judged[-1][1] if judged else None
+                )
+            judged.append((steps[at], known))
+        self._judged = judged
+        if not judged:
+            return [MODES[0]] * given.num_layers
+        return [MODES[mode] for mode in np.sum([one.seconds_ML for _, one in judged], axis=0).argmin(0)]
+
+
+def _in_mode(given: PlanInput, mode: PlanMode) -> PlanInput:
+    """As a plan in this mode is made: of a whole step, or of one of its micro-steps."""
+    execution = replace(given.execution, plan=mode)
+    return replace(given, loads_LED=given.expected_LED / (execution.micro_steps if execution.per_micro_step else 1), execution=execution)
+
+
+def _seconds(plan: Plan, made_from: PlanInput, true_LED: np.ndarray) -> np.ndarray:
+    """float64 [layers]: a whole step by this plan, without the optimizer."""
+    execution = made_from.execution
+    times = execution.micro_steps if execution.per_micro_step else 1
+    loads_LED = true_LED / times
+    flow = executed_flows(plan.where_LED, plan.quota_LED, made_from.expected_LED, loads_LED, made_from.topology)
+    seconds = price(
+        plan.owner_LE,
+        plan.where_LED,
+        flow,
+        loads_LED,
+        made_from.topology,
+        # A frozen part is paid in the step in which it travels, which is in one of the micro-steps.
+        replace(made_from.cost, frozen_lifetime=float(times)),
+        execution=execution,
+        resident_ED=plan.where_LED if made_from.resident_LED is None else made_from.resident_LED,
+    ).seconds
+    return np.asarray(times * (seconds.total - seconds.optimizer))

@@ -1,0 +1,98 @@
+"""What each way of planning would have cost in past steps, and which one each layer goes by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hecate.engine.measured_modes import MODES, MeasuredModes, judge_step
+from hecate.parallel.cost_model import ExecutionMode, LayerCost
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.workloads import WORKLOADS
+from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies
+from testing.unit_cases import unit_topology
+
+NODE = unit_topology((0, 0))
+COST = LayerCost(trainable_bytes=4.0, assignment_flops=1.0, non_moe_flops=5.0)
+"""an assignment takes one second forward and two backward; an expert travels in four seconds, which five of attention hide"""
+WINDOW = 5
+
+
+def hottest_everywhere(given: PlanInput) -> Plan:
+    """The expert with the most assignments on both ranks, each of which serves its own."""
+    hottest_LE = given.expected_LED.sum(-1)
+    copied_LE = hottest_LE == hottest_LE.max(-1, keepdims=True)
+    where_LED = given.owned_LED | copied_LE[..., None]
+    quota_LED = np.where(copied_LE[..., None], given.expected_LED, given.expected_LED.sum(-1, keepdims=True) * given.owned_LED)
+    return Plan(given.owner_LE, where_LED, quota_LED)
+
+
+@pytest.mark.parametrize(
+    ("micro_steps", "frozen_bytes", "seconds"),
+    [
+        # Rank 1 serves all 16 assignments of expert 1, as expert 0 was expected to be hot: 48 s. After the router it is brought to rank 0,
+        # 4 s, and each rank serves 8. The gradients' way back is hidden.
+        (1, 0.0, [48, 24 + 4, 24 + 4]),
+        # Two micro-steps bring it twice.
+        (2, 0.0, [48, 24 + 8, 24 + 8]),
+        # Its frozen part travels once, if it was not there. What calibration takes for it, it takes in each micro-step.
+        (1, 10.0, [48, 24 + 14, 24 + 14]),
+    ],
+)
+def test_seconds_by_hand(micro_steps: int, frozen_bytes: float, seconds: list[float]) -> None:
+    execution, cost = ExecutionMode(micro_steps=micro_steps), replace(COST, frozen_bytes=frozen_bytes, non_moe_flops=5.0)
+    predicted_LED, true_LED = np.array([[[8.0, 8.0], [0.0, 0.0]]]), np.array([[[0.0, 0.0], [8.0, 8.0]]])
+    given = PlanInput(np.array([[0, 1]]), predicted_LED, NODE, cost, np.full(2, 2), execution=execution)
+    before = judge_step(hottest_everywhere, given, predicted_LED, None)
+    assert before.seconds_ML[[0, 2], 0].tolist() == pytest.approx([24, 24 + 4 * micro_steps]), "history has foreseen it"
+    judged = judge_step(hottest_everywhere, given, true_LED, before)
+    assert judged.seconds_ML[:, 0].tolist() == pytest.approx(seconds)
+    assert judged.from_history_LED[0].tolist() == [[True, True], [False, True]]
+    assert judged.from_own_LED[0].tolist() == [[True, False], [True, True]]
+
+
+def jumping_beside_steady(steps: int) -> tuple[PlanInput, np.ndarray]:
+    """Loads [steps, 2, experts, ranks] on a node of eight GPUs, and all else that plans are made from.
+
+    Layer 0 always has the same loads. In layer 1 another expert is hot in each step.
+    """
+    topology, kind = topologies()["8x1"], kinds()[0]
+    size = (topology.world_size, EXPERTS, TOKENS, TOP_K, 0)
+    steady, jumping = WORKLOADS["lognormal"](1, 1, *size), WORKLOADS["rotating"](steps, 1, *size)
+    loads_SLED = np.concatenate([np.repeat(steady, steps, axis=0), jumping], axis=1)
+    owner_LE = np.tile(contiguous_owners(EXPERTS, topology.world_size), (2, 1))
+    return PlanInput(owner_LE, None, topology, kind.cost, plan_input(topology, kind.cost, steady[0, 0]).slots_D), loads_SLED
+
+
+def test_a_layer_whose_loads_jump_plans_late_and_a_steady_one_from_history() -> None:
+    given, loads_SLED = jumping_beside_steady(6)
+    steps = [object() for _ in loads_SLED]
+    modes = MeasuredModes(WINDOW)
+    assert modes.choose(POLICIES["auto"], given, steps[:1], loads_SLED[:1]) == ["history"] * 2, "nothing is measured yet"
+    steady, jumping = modes.choose(POLICIES["auto"], given, steps, loads_SLED)
+    assert steady == "history"
+    assert jumping in ("calibrated", "exact")
+
+
+def test_a_rank_that_begins_with_the_recorded_loads_chooses_alike() -> None:
+    """And a step is judged once: the second time nothing is planned."""
+    given, loads_SLED = jumping_beside_steady(4)
+    steps = [object() for _ in loads_SLED]
+    asked: list[PlanInput] = []
+
+    def planner(given: PlanInput) -> Plan:
+        asked.append(given)
+        return hottest_everywhere(given)
+
+    grown, fresh = MeasuredModes(WINDOW), MeasuredModes(WINDOW)
+    for known in range(1, len(steps) + 1):
+        found = grown.choose(planner, given, steps[:known], loads_SLED[:known])
+    assert {one.execution.plan for one in asked} == set(MODES)
+    once = len(asked)
+    assert grown.choose(planner, given, steps, loads_SLED) == found
+    assert len(asked) == once
+    assert fresh.choose(planner, given, steps, loads_SLED) == found
+    assert len(asked) == 2 * once
