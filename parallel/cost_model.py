@@ -25,8 +25,9 @@ from hecate.parallel.replica_lists import no_replicas
 from hecate.parallel.route_loops import FASTEST, FLAT, SLICED, TWO_LEVEL, exchange_seconds
 from hecate.parallel.topology import Topology
 
-PlanMode = Literal["history", "calibrated", "exact"]
-"""from which loads layers are planned: those of past steps; the same, but re-planned after the router if that pays; the micro-step's own"""
+PlanMode = Literal["history", "calibrated", "exact", "replay"]
+"""from which loads layers are planned: those of past steps; the same, but re-planned after the router if that pays; the micro-step's own,
+counted after each router; the same, known before the micro-step begins"""
 Route = Literal["flat", "two_level", "sliced"]
 """how the replicas of a placement travel (see `hecate.parallel.routes`), simplest first"""
 RouteChoice = Literal["fastest", "flat", "two_level", "sliced"]
@@ -44,7 +45,7 @@ class ExecutionMode:
     """
 
     plan: PlanMode = "history"
-    """exact: the plan is made after the router, when the attention that would hide its gather is over"""
+    """exact: the plan is made after the router, when the attention that would hide its gather is over; replay: before the micro-step"""
     rematerialize: bool = False
     """replicas are freed after a layer's forward pass and gathered again before its backward pass"""
     prefetch: int = 1
@@ -63,6 +64,11 @@ class ExecutionMode:
     def per_micro_step(self) -> bool:
         """Whether each micro-step gathers and reduces for itself."""
         return self.rematerialize or self.plan != "history"
+
+    @property
+    def knows_loads(self) -> bool:
+        """Whether a plan is made from the loads that it will serve."""
+        return self.plan in ("exact", "replay")
 
     @property
     def hides_gather(self) -> bool:

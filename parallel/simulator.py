@@ -3,6 +3,7 @@
 A policy plans each step, and the step's true loads are then served by that plan. In `history` mode a policy plans from the mean of the last
 steps' loads, as in training. In `exact` mode it plans from the true loads, which are known after the routers; attention has ended by then
 and hides no gather. This holds for `full`, too, which needs no loads: in exact mode the engine plans and gathers a layer after its router.
+In `replay` mode it plans from the true loads, too, but they are known before the step, so that attention hides the gather.
 A plan that training would calibrate after the routers counts as a plan from history.
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
@@ -186,9 +187,9 @@ def fullest_owner_bytes(topology: Topology, cost: LayerCost, *, num_layers: int,
 
 def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _Setting) -> Simulated:
     num_steps, num_layers, num_experts, world_size = loads.shape
-    exact = setting.execution.plan == "exact"
-    first_known = 0 if exact else 1
-    interval, window = (1, 1) if exact else _REPLANS.get(name, (1, setting.history_steps))
+    knows = setting.execution.knows_loads
+    first_known = 0 if knows else 1
+    interval, window = (1, 1) if knows else _REPLANS.get(name, (1, setting.history_steps))
     reshard_interval = setting.reshard_interval if name in _RESHARDING else None
     owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
     placed_LED: np.ndarray | None = None
@@ -199,7 +200,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
     for step in range(num_steps):
         owner_before_LE = owner_LE
         if given is None or plan is None or (step - first_known) % interval == 0:
-            known = loads[step : step + 1] if exact else loads[max(step - window, 0) : step]
+            known = loads[step : step + 1] if knows else loads[max(step - window, 0) : step]
             given = PlanInput(
                 owner_LE,
                 known.mean(0) if len(known) else None,
