@@ -35,6 +35,8 @@ class RouterStats:
     """of each sample; None: nothing balances by samples"""
     differing: Tensor | None = None
     """see `Routing.differing`"""
+    expert_TK: Tensor | None = None
+    """see `Routing.expert_TK`; None: it is not kept, as in training"""
 
 
 @dataclass(frozen=True)
