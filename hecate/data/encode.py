@@ -384,7 +384,7 @@ def _pieces(item: _Tokenized, seq_len: int) -> list[Encoded]:
 
 
 def _part(item: _Tokenized, cut: slice) -> Encoded:
-    routed = None if item.routed is None else item.routed[cut]
+    routed = None if item.routed is None else item.routed[: len(item.input_ids)][cut]
     return Encoded(item.input_ids[cut], item.targets[cut], item.sample.number, item.user, routed)
 
 

@@ -107,7 +107,7 @@ def cached_source(
     contents = digest_of_files(source.path, folder)
     described = {"version": _VERSION, "files": contents, "format": source.format} | rules
     described |= {"fields": asdict(source.fields) if source.fields else None, "tokenizer": tokenizer_digest(tokenizer), "users": features}
-    described |= {} if routing is None else {"routing": [routing.experts_per_layer, routing.top_k]}
+    described |= {} if routing is None else {"routing": [list(routing.experts_per_layer), routing.top_k]}
     key = xxhash.xxh3_128_hexdigest(dump_json(described))
     place = folder / key
     try:

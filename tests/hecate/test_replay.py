@@ -54,9 +54,8 @@ def trainer(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead, Expert
 def one_step(
     trained: tuple[MoeModel, LanguageModelHead, ExpertOptimizer], step: int, own: Sequence[Batch], labels: int, replay: Any
 ) -> StepResult:
-    return train_step(
-        *trained, own, num_labels=labels, step=step, rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM, replay=replay)
-    )
+    rules = StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM, replay=replay)
+    return train_step(*trained, own, num_labels=labels, step=step, rules=rules)
 
 
 def batches_of(rank: int, world: int, step: int) -> tuple[list[Batch], int]:
