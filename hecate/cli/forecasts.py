@@ -88,6 +88,7 @@ def simulate(
     steps: Annotated[int, typer.Option(min=1, help="number of steps")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="seed of the workload")] = 0,
     exact: Annotated[bool, typer.Option("--exact", help="plan with the step's own loads, not with those of earlier steps")] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="as --exact, but known before the step: attention hides gathers")] = False,
     rematerialize: Annotated[bool, typer.Option("--rematerialize", help="free replicas between forward and backward pass")] = False,
     prefetch: Annotated[int, typer.Option(min=0, help="decoder layers by which a gather starts early; 0: nothing hides it")] = 1,
     micro_steps: Annotated[int, typer.Option(min=1, help="micro-steps that share a step's tokens, its gather and its reduction")] = 1,
@@ -125,7 +126,7 @@ def simulate(
         steps=steps,
         seed=seed,
         execution=ExecutionMode(
-            plan="exact" if exact else "history",
+            plan="replay" if replay else "exact" if exact else "history",
             rematerialize=rematerialize,
             prefetch=prefetch,
             micro_steps=micro_steps,

@@ -1,5 +1,7 @@
 """The routing that the samples of a forward pass bring: what is known of each layer's loads before the pass begins.
 
+Forced on routers, it is rollout routing replay (R3, arXiv 2510.11370): the choice is the recorded one, the weights are the router's own.
+
 Shapes: N tokens with padding among them, T tokens without padding, U units, K experts of a token, E experts.
 """
 
