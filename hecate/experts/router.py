@@ -249,7 +249,7 @@ class TopKRouter(Router):
         self.loss = None if choices.bias == "balancing" else LOSSES[choices.balance]
 
     def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
-        routing = self(x_TD, features.forced_TK)
+        routing = self(x_TD) if features.forced_TK is None else self(x_TD, features.forced_TK)
         if self.loss is sample_balance_loss and features.samples is not None:
             means = features.samples.means(features.valid_T, routing.prob_TE, routing.expert_TK)
             return replace(routing, samples=means)

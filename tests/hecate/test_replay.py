@@ -16,6 +16,7 @@ from hecate.data.batches import Batch
 from hecate.engine.step import MicroStep
 from hecate.engine.step_plans import StepPlans
 from hecate.experts.forward_pass import OrderError
+from hecate.experts.pass_routing import differing, expert_counts
 from hecate.experts.router import Routing
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.moe_model import MoeModel
@@ -148,6 +149,12 @@ def _ahead(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_loads_that_are_planned_for_ahead_are_those_that_come(world: int) -> None:
     run_ranks(world, _ahead, timeout=120)
+
+
+def test_only_experts_that_are_none_of_the_known_ones_differ() -> None:
+    known = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    assert int(differing(torch.tensor([[1, 0], [2, 9], [8, 9]]), known)) == 3
+    assert expert_counts(known[:2], 5).tolist() == [1, 1, 1, 1, 0]
 
 
 def _checked(rank: int, world: int) -> None:

@@ -10,14 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.config import Config, load_config
+from hecate.config import Config, DataSource, load_config
+from hecate.data.encode import encode_source
 from hecate.data.routed_experts import RoutingShape
+from hecate.data.sequences import build_sequence, empty_sequence, piece_of
 from hecate.errors import UserError
+from hecate.experts.router import RouterStats
+from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.report.metrics import step_record
 from hecate.train.compare import Questions, compare
+from hecate.train.record_routing import RoutingRecord
 from hecate.train.training import Training
+from testing.byte_tokenizer import build_byte_tokenizer
 from tests.hecate.train.command_line import losses, records, run, train_arguments, workshop
 
 __all__ = ["workshop"]  # a fixture
@@ -65,6 +71,26 @@ def test_what_is_recorded_is_what_the_routers_choose_and_can_be_forced(workshop:
     for unit, loads_ED in event.result.loads.items():
         assert again.result.loads[unit][[1, 2, 0]].tolist() == loads_ED.tolist(), "tokens go where the samples say"
     assert abs(again.result.loss - event.result.loss) > 1e-6
+
+
+def test_packed_rows_are_taken_apart_and_the_pieces_of_a_document_put_together(tmp_path: Path) -> None:
+    """Passes come in any order, and rows without tokens among them."""
+    records = [{"text": "abcde"}, {"text": "xy"}]
+    named = DataSource(path=str(tmp_path / "data.jsonl"), name="data")
+    Path(named.path).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    source = encode_source(named, build_byte_tokenizer(), seq_len=3, vocab_size=300)
+    assert source.starts.tolist() == [0, 3, 5, 7]
+    rows = [build_sequence(0, [piece_of([source], 0, 2), piece_of([source], 0, 1)], [source]), empty_sequence()]
+    record = RoutingRecord()
+    for row, first in ((rows, 10), ([empty_sequence(), build_sequence(1, [piece_of([source], 0, 0)], [source])], 20)):
+        tokens = sum(len(one.input_ids) for one in row)
+        number_TK = first + torch.arange(tokens)[:, None].expand(-1, 1)
+        stats = {Unit(layer): RouterStats(torch.zeros(99), torch.zeros(1, 99), expert_TK=number_TK + 40 * layer) for layer in (1, 0)}
+        record.note(row, stats)
+    assert record.write(tmp_path / "routed.jsonl", source, named) == 2
+    first, second = (RoutingShape((99, 99), 1).routing(line)[..., 0].tolist() for line in lines_of(tmp_path / "routed.jsonl"))
+    assert first == [[20, 60], [21, 61], [22, 62], [12, 52], [13, 53]]
+    assert second == [[10, 50], [11, 51]]
 
 
 @pytest.mark.parametrize(
