@@ -52,14 +52,14 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Sizes:
-    steps: int = 26
-    hidden: int = 384
-    ffn: int = 1536
+    steps: int = 46
+    hidden: int = 256
+    ffn: int = 1024
     layers: int = 2
     experts: int = 8
     top_k: int = 1
     seq_len: int = 128
-    sequences: int = 16
+    sequences: int = 12
     """of a rank in a step"""
 
 
