@@ -47,7 +47,7 @@ def step_record(event: StepEvent) -> Record:
         "bytes_between_nodes": int(event.result.bytes_between_nodes),
         "peak_bytes": [int(peak) for peak in result.peak_bytes],
         "calibrations": int(event.calibrations),
-        **({} if result.differing is None else {"routing_differs": int(result.differing)}),
+        "routing_differs": None if result.differing is None else int(result.differing),
         "loads": {str(unit): total_E.tolist() for unit, total_E in totals.items()},
         "layer_balance": {str(unit): max_over_mean(total_E) for unit, total_E in totals.items()},
     }
