@@ -39,7 +39,7 @@ def a_step(step: Any = 1, **changes: Any) -> Record:
         "loads": {Unit(0): np.array([[1, 2], [3, 4]])},
     }
     values |= changes
-    result = StepResult(*(values[name] for name in ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent")), (), 16, (300, 200))
+    result = StepResult(*(values[name] for name in ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent")), (), 16, (300, 200), 5)
     of_result = ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent", "step_seconds")
     measured = {name: value for name, value in values.items() if name not in of_result}
     return step_record(StepEvent(result=result, seconds=values["step_seconds"], **measured))
